@@ -1,0 +1,89 @@
+# Everything is installed into .venv, from the lock files, hashes checked. Nothing else is fetched.
+
+PYTHON ?= python3
+ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SDK := tests/sdk
+NPM_MODULES := $(SDK)/node_modules/.package-lock.json
+LOCKS := requirements.lock requirements-package.lock
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint format bench lock clean
+
+help: ## say what there is to make
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: .venv/project.stamp ## install and start the gateway with a simulated upstream
+	@exec $(BIN)/sd-gateway demo $(ARGS)
+
+test: .venv/project.stamp .venv/dev.stamp sdk ## run the tests; ARGS='--no-cov -k NAME' for some of them
+	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+lint: .venv/project.stamp .venv/dev.stamp ## check style, types and the layers' imports
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: .venv/dev.stamp ## sort the imports, mend what ruff can, format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: .venv/project.stamp .venv/dev.stamp ## measure; ARGS=--help tells what
+	@$(BIN)/python tests/bench/run.py $(ARGS)
+
+# The widest file first: the others are its subsets, at the same versions.
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+  --no-emit-index-url --custom-compile-command 'make lock' $(ARGS)
+
+lock: .venv/dev.stamp ## write the lock files anew from pyproject.toml; ARGS=--upgrade for newer versions
+	$(COMPILE) --group dev pyproject.toml --output-file requirements-dev.lock
+	$(COMPILE) --constraints requirements-dev.lock pyproject.toml --output-file requirements.lock
+	$(COMPILE) --constraints requirements-dev.lock --group package --output-file requirements-package.lock
+	npm install --prefix $(SDK) --package-lock-only --omit-lockfile-registry-resolved \
+	  --ignore-scripts --no-audit --no-fund --silent
+	@! grep -n '://' requirements*.lock $(SDK)/package-lock.json
+
+clean: ## remove all that make and the tools have made
+	rm -rf .venv .cache .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache \
+	  .ruff_cache build dist $(SDK)/node_modules
+	find gateway tests -name __pycache__ -prune -exec rm -rf {} +
+
+# What the targets above stand on.
+
+PYTHON_FITS = $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")' 2>/dev/null)
+
+$(BIN)/python:
+	$(if $(filter yes,$(PYTHON_FITS)),,$(error Python 3.11 or newer is needed, and $(PYTHON) is not: name one with make PYTHON=python3.11))
+	@$(PYTHON) -m venv --clear .venv || { rm -rf .venv; exit 1; }
+
+.venv/runtime.stamp: $(LOCKS) | $(BIN)/python
+	@echo 'Installing $(LOCKS) into .venv' >&2
+	@$(PIP) install --require-hashes $(LOCKS:%=-r %)
+	@touch $@
+
+.venv/project.stamp: pyproject.toml gateway/__init__.py .venv/runtime.stamp
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+.venv/dev.stamp: requirements-dev.lock .venv/runtime.stamp
+	@echo 'Installing requirements-dev.lock into .venv' >&2
+	@$(PIP) install --require-hashes -r requirements-dev.lock
+	@touch $@
+
+# The vendor's own client, which some tests run. They are skipped where there is no npm.
+.PHONY: sdk
+ifeq ($(shell command -v npm 2>/dev/null),)
+sdk:
+	@echo 'No npm here: the tests that run the vendor'\''s npm client will be skipped.' >&2
+else
+sdk: $(NPM_MODULES)
+endif
+
+$(NPM_MODULES): $(SDK)/package-lock.json
+	@npm ci --prefix $(SDK) --ignore-scripts --no-audit --no-fund --silent
+	@touch $@

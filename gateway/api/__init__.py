@@ -1,0 +1,1 @@
+"""What callers see: HTTP in, HTTP out. Everything below speaks in readings and exceptions."""

@@ -1,0 +1,146 @@
+"""What surrounds every request, in pure ASGI.
+
+Outermost first:
+
+Telemetry   request id, metrics, one log line, and the last net under a bug
+Admission   the prefix an ingress serves us under, and the allowed Host values
+Cors        browsers of other origins, on the /v1 paths only
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Sequence
+
+import structlog
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.api.problems import INTERNAL, Problems
+from gateway.exceptions import GatewayError, InvalidParameter
+from gateway.metrics import Metrics
+
+_SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_HUNG_UP = 499  # nginx's word for a caller that left before its answer
+_SERVER_ERROR = 500
+# Whoever probes these may know us by address alone: a kubelet asks for the pod's IP.
+_ANY_HOST = frozenset({"/healthz", "/readyz", "/metrics"})
+
+log = structlog.get_logger(__name__)
+
+
+class Telemetry:
+    """Gives every request an id, counts and times its answer, and answers for bugs."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, problems: Problems) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._problems = problems
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, and see its answer through."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        request_id = _request_id(scope)
+        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        status = 0
+
+        async def send_counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_counted)
+        except ClientDisconnect:
+            status = status or _HUNG_UP
+        except Exception as exc:
+            if not isinstance(exc, GatewayError):
+                log.exception("bug", request_id=scope["state"]["request_id"], path=scope["path"])
+            if status:
+                raise  # half an answer is out: only closing the connection tells the caller
+            error = exc if isinstance(exc, GatewayError) else INTERNAL
+            await self._problems.response(scope, error)(scope, receive, send_counted)
+        finally:
+            self._record(scope, status, time.perf_counter() - started)
+
+    def _record(self, scope: Scope, status: int, seconds: float) -> None:
+        # The route's template is bounded; a path is not.
+        route = scope["route"].path_format if "route" in scope else "other"
+        method = scope["method"] if scope["method"] in _METHODS else "other"
+        self._metrics.http_requests.labels(route, method, status).inc()
+        self._metrics.http_request_duration.labels(route).observe(seconds)
+        tell = log.warning if status >= _SERVER_ERROR else log.debug
+        tell(
+            "request",
+            request_id=scope["state"]["request_id"],
+            method=method,
+            route=route,
+            task_id=scope.get("path_params", {}).get("taskId"),
+            status=status,
+            seconds=round(seconds, 6),
+        )
+
+
+class Admission:
+    """Sets the root path, and refuses requests for a Host that is not ours."""
+
+    def __init__(self, app: ASGIApp, *, root_path: str, trusted_hosts: Sequence[str]) -> None:
+        self._app = app
+        self._root_path = root_path
+        self._any = "*" in trusted_hosts
+        self._exact = {host.lower() for host in trusted_hosts}
+        self._suffixes = tuple(host[1:].lower() for host in trusted_hosts if host.startswith("*."))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on. Raises: InvalidParameter."""
+        if scope["type"] == "http":
+            # With the prefix in the path or stripped from it by the ingress: Starlette takes either.
+            scope["root_path"] = self._root_path
+            path = scope["path"].removeprefix(self._root_path)
+            if not self._any and path not in _ANY_HOST and not self._trusts(scope):
+                raise InvalidParameter("header 'Host' names a host that is not served here")
+        await self._app(scope, receive, send)
+
+    def _trusts(self, scope: Scope) -> bool:
+        host = (
+            next((value for name, value in scope["headers"] if name == b"host"), b"")
+            .decode("latin-1")
+            .lower()
+        )
+        name = re.sub(r":\d+$", "", host)
+        return name in self._exact or name.endswith(self._suffixes)
+
+
+class Cors:
+    """Lets browsers of the named origins read the /v1 paths."""
+
+    def __init__(self, app: ASGIApp, *, origins: Sequence[str]) -> None:
+        self._app = app
+        self._with_cors = CORSMiddleware(
+            app,
+            allow_origins=origins,
+            allow_methods=["GET", "HEAD"],
+            allow_headers=["If-None-Match", "Last-Event-ID", "Prefer", "X-Request-Id"],
+            expose_headers=["Age", "Cache-Status", "ETag", "Retry-After", "X-Request-Id"],
+        )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, through CORS when it is for /v1."""
+        path = scope["path"].removeprefix(scope["root_path"]) if scope["type"] == "http" else ""
+        await (self._with_cors if path.startswith("/v1/") else self._app)(scope, receive, send)
+
+
+def _request_id(scope: Scope) -> bytes:
+    for name, value in scope["headers"]:
+        if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
+            return bytes(value)
+    return os.urandom(16).hex().encode()

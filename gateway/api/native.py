@@ -1,0 +1,77 @@
+"""POST /scc/...: drop-in paths for the vendor's SDKs.
+
+Same path, same body, same envelope, byte for byte, from the same cache and the same flights as
+the simplified API. A caller's signature and credentials are not even read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from gateway.api.caching import Headers, cache_headers
+from gateway.api.requests import query_parameters, read_body
+from gateway.exceptions import InvalidParameter, PathNotFound, UpstreamRejected
+from gateway.models import Operation, TaskKey, check_task_id, strict_json
+from gateway.service import ProgressService
+
+
+class NativeEndpoint:
+    """Answers one upstream operation with the upstream's own envelope."""
+
+    def __init__(
+        self, operation: Operation, service: ProgressService, *, max_body_bytes: int, body_seconds: float
+    ) -> None:
+        self._operation = operation
+        self._service = service
+        self._max_body_bytes = max_body_bytes
+        self._body_seconds = body_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 200 with the envelope; a rejection is passed on as it came."""
+        if scope["method"] != "POST":
+            # Said here, for the route's own refusal loses to the catch-all behind it.
+            raise HTTPException(405, headers={"Allow": "POST"})
+        query_parameters(scope)
+        body = await read_body(scope, receive, limit=self._max_body_bytes, seconds=self._body_seconds)
+        key = TaskKey(self._operation, _task_id(body))
+        envelope, headers = await self._envelope(key)
+        headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(envelope))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": envelope})
+
+    async def _envelope(self, key: TaskKey) -> tuple[bytes, Headers]:
+        try:
+            reading = await self._service.get(key)
+        except UpstreamRejected as rejected:
+            return rejected.envelope, []
+        # A snapshot may cover a rejection on the simplified paths; here the vendor's word counts.
+        if isinstance(reading.failure, UpstreamRejected):
+            return reading.failure.envelope, []
+        return reading.snapshot.envelope, cache_headers(reading)
+
+
+class NoSuchOperation:
+    """Refuses every other path below /scc/, and names those that are allowed."""
+
+    def __init__(self, operations: Sequence[Operation]) -> None:
+        self._allowed = ", ".join(operation.path for operation in operations)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raise PathNotFound."""
+        raise PathNotFound(f"the gateway forwards only: {self._allowed}")
+
+
+def _task_id(body: bytes) -> str:
+    try:
+        request = strict_json(body)
+    except ValueError as exc:
+        raise InvalidParameter("the body is not JSON") from exc
+    if not isinstance(request, dict):
+        raise InvalidParameter("the body is not a JSON object")
+    task_id = request.get("taskId")
+    if not isinstance(task_id, str):
+        raise InvalidParameter("the body has no taskId that is a string")
+    return check_task_id(task_id)

@@ -1,0 +1,152 @@
+"""The composition root: every part is made here, wired here, opened and closed here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+
+import structlog
+from prometheus_client import CollectorRegistry, start_http_server
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.routing import BaseRoute, Route
+
+from gateway import __version__
+from gateway.api import ops
+from gateway.api.middleware import Admission, Cors, Telemetry
+from gateway.api.native import NativeEndpoint, NoSuchOperation
+from gateway.api.problems import Problems
+from gateway.api.progress import ProgressEndpoint
+from gateway.credentials import Credentials
+from gateway.drain import Drain
+from gateway.exceptions import GatewayError
+from gateway.metrics import Metrics
+from gateway.redaction import Redactor
+from gateway.service import ProgressService
+from gateway.settings import Settings
+from gateway.stores.memory import MemoryStore
+from gateway.upstream import Upstream
+
+USER_AGENT = f"sd-progress-gateway/{__version__}"
+
+log = structlog.get_logger(__name__)
+
+
+def create_app(settings: Settings, *, redactor: Redactor) -> Starlette:
+    """Make the application; it opens what it needs in its lifespan.
+
+    `redactor` learns the secrets as they are loaded: give the same one to the logs.
+    """
+    metrics = Metrics(CollectorRegistry(), gateway_version=__version__)
+    cache = settings.cache
+    store = MemoryStore(
+        max_tasks=cache.max_tasks,
+        stale_seconds=max(cache.stale_while_revalidate_seconds, cache.stale_if_error_seconds),
+    )
+    metrics.count_entries(store.__len__)
+    credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
+    upstream = Upstream(
+        settings.upstream,
+        credentials=credentials,
+        redactor=redactor,
+        metrics=metrics,
+        refusal_seconds=cache.error_seconds,
+        user_agent=USER_AGENT,
+    )
+    service = ProgressService(cache, store=store, upstream=upstream, metrics=metrics)
+    drain = Drain()
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            stack.enter_context(drain.on_signals())
+            if settings.server.metrics_port:
+                stack.enter_context(_metrics_server(settings, metrics))
+            await stack.enter_async_context(upstream)
+            stack.push_async_callback(service.aclose)
+            await stack.enter_async_context(_running(credentials.follow()))
+            log.info("started", version=__version__, endpoint=settings.upstream.endpoint)
+            yield
+        log.info("stopped")
+
+    def why_not_ready() -> list[str]:
+        draining = ["draining"] if drain.begun.is_set() else []
+        return draining + ([] if credentials.present else ["no credentials"])
+
+    def degraded() -> list[str]:
+        return [f"upstream: {upstream.trouble}"] if upstream.trouble else []
+
+    problems = Problems([operation.path for operation in settings.upstream.operations])
+    middleware = [
+        Middleware(Telemetry, metrics=metrics, problems=problems),
+        Middleware(
+            Admission, root_path=settings.server.root_path, trusted_hosts=settings.server.trusted_hosts
+        ),
+    ]
+    if settings.server.cors_origins:
+        middleware.append(Middleware(Cors, origins=settings.server.cors_origins))
+    app = Starlette(
+        routes=[
+            *_query_routes(settings, service),
+            Route("/healthz", ops.healthz),
+            Route("/readyz", ops.readyz(why_not_ready, degraded)),
+            *([] if settings.server.metrics_port else [Route("/metrics", ops.metrics(metrics.registry))]),
+            Route("/openapi.json", ops.openapi()),
+        ],
+        middleware=middleware,
+        exception_handlers={GatewayError: problems.handle, HTTPException: problems.handle},
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    return app
+
+
+def _query_routes(settings: Settings, service: ProgressService) -> list[BaseRoute]:
+    operations = settings.upstream.operations
+    native = [
+        Route(
+            operation.path,
+            NativeEndpoint(
+                operation,
+                service,
+                max_body_bytes=settings.limits.max_body_bytes,
+                body_seconds=settings.server.header_seconds,
+            ),
+        )
+        for operation in operations
+    ]
+    return [
+        Route(
+            "/v1/progress/{taskId:path}", ProgressEndpoint(service, operations=operations), methods=["GET"]
+        ),
+        *native,
+        Route("/scc/{path:path}", NoSuchOperation(operations)),
+    ]
+
+
+@asynccontextmanager
+async def _running(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
+    """Run a background task for as long as the context is open."""
+    task = asyncio.create_task(work)
+    try:
+        yield
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+@contextmanager
+def _metrics_server(settings: Settings, metrics: Metrics) -> Iterator[None]:
+    """Serve /metrics on a port of its own, by prometheus-client's own thread."""
+    server, thread = start_http_server(
+        settings.server.metrics_port, addr=settings.server.host, registry=metrics.registry
+    )
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()

@@ -1,0 +1,132 @@
+"""`sd-gateway check`: signs one real query and says in plain words what is wrong, if anything.
+
+The query asks for a task that cannot exist: any envelope, a rejection included, proves that
+network, clock, key and secret are right.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import difflib
+import re
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
+from typing import NamedTuple
+
+from prometheus_client import CollectorRegistry
+
+from gateway.credentials import Credentials
+from gateway.exceptions import GatewayError, UpstreamClock, UpstreamCredentials, UpstreamRejected
+from gateway.metrics import Metrics
+from gateway.models import TaskKey
+from gateway.redaction import MASK, Redactor
+from gateway.settings import Settings
+from gateway.signing import string_to_sign
+from gateway.upstream import Exchange, Upstream
+
+PROBE_TASK = "0" * 26  # the shape of a task ID, and no task's
+_SERVER_TEXT = re.compile(r"StringToSign:\s*`?(?P<text>.*?)`?\s*$", re.DOTALL | re.IGNORECASE)
+
+
+class Finding(NamedTuple):
+    """The verdict: `lines` are for a person, and hold no secret."""
+
+    well: bool
+    lines: list[str]
+
+
+async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> Finding:
+    """Ask the upstream once. Raises: nothing that a wrong setting or a bad network can cause."""
+    metrics = Metrics(CollectorRegistry(), gateway_version="check")
+    credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
+    if not credentials.present:
+        return Finding(
+            well=False, lines=["credentials: none; set credentials.access_key and .secret_key (or *_file)"]
+        )
+    operation = settings.upstream.operations[0]
+    key = TaskKey(operation, PROBE_TASK)
+    upstream = Upstream(
+        settings.upstream,
+        credentials=credentials,
+        redactor=redactor,
+        metrics=metrics,
+        refusal_seconds=0,
+        user_agent=user_agent,
+    )
+    lines = [f"asking {settings.upstream.endpoint}{operation.path}"]
+    async with upstream:
+        try:
+            async with asyncio.timeout(settings.upstream.attempt_timeout_seconds):
+                exchange = await upstream.exchange(key, credentials.pair)
+        except TimeoutError:
+            return Finding(
+                well=False,
+                lines=[
+                    *lines,
+                    "network: no answer in time; is upstream.endpoint right, or a firewall between?",
+                ],
+            )
+        except GatewayError as exc:
+            return Finding(well=False, lines=[*lines, f"network: {exc}; is upstream.endpoint right?"])
+        try:
+            upstream.judge(exchange, key)
+        except UpstreamRejected as exc:
+            code = exc.detail.err_code if exc.detail else None
+            return Finding(
+                well=True, lines=[*lines, f"well: signature accepted; no such task, as expected ({code})"]
+            )
+        except GatewayError as exc:
+            return Finding(well=False, lines=[*lines, *_explain(exc, operation.path, exchange, redactor)])
+    return Finding(well=True, lines=[*lines, "well: signature accepted"])
+
+
+def _explain(exc: GatewayError, path: str, exchange: Exchange, redactor: Redactor) -> Iterator[str]:
+    message = exchange.headers.get("x-ca-error-message", "")
+    code = exchange.headers.get("x-ca-error-code", "")
+    said = redactor(f"{exchange.status} {code} {message}".strip())
+    if isinstance(exc, UpstreamClock):
+        yield f"clock: {_clock_words(exchange)}; the upstream allows 15 minutes"
+    elif isinstance(exc, UpstreamCredentials) and ("appkey" in message.lower() or code == "A400IK"):
+        yield "access key: the upstream does not know it"
+    elif isinstance(exc, UpstreamCredentials) and ("signature" in message.lower() or code == "A403IS"):
+        yield from _explain_signature(message, path, exchange, redactor)
+    elif isinstance(exc, UpstreamCredentials):
+        yield "account: the key is known, but may not do this (authorisation, quota or bill)"
+    else:
+        yield f"upstream: {exc}"
+    yield f"upstream said: {said}"
+
+
+def _clock_words(exchange: Exchange) -> str:
+    ours = int(exchange.sent["x-ca-timestamp"]) / 1000
+    try:
+        ahead = ours - parsedate_to_datetime(exchange.headers.get("date", "")).timestamp()
+    except ValueError:
+        return "our timestamp was refused, and the upstream did not tell its own time"
+    return f"our clock is {abs(ahead):.0f} seconds {'ahead' if ahead > 0 else 'behind'}"
+
+
+def _explain_signature(message: str, path: str, exchange: Exchange, redactor: Redactor) -> Iterator[str]:
+    names = exchange.sent["x-ca-signature-headers"].split(",")
+    ours = string_to_sign("POST", path, exchange.sent, names).split("\n")
+    match = _SERVER_TEXT.search(message)
+    if match is None:
+        yield "secret key: wrong, or the request was changed on its way"
+        return
+    theirs = re.split(r"[#\n]", match["text"])
+    if theirs == ours:
+        yield "secret key: wrong; both sides signed the same text"
+        return
+    yield "signature: the request was changed on its way; our string to sign and the upstream's differ:"
+    for line in difflib.ndiff(ours, theirs):
+        if line[0] in "-+":
+            who = "ours  " if line[0] == "-" else "theirs"
+            yield f"  {who} {_show(line[2:], redactor)}"
+
+
+def _show(line: str, redactor: Redactor) -> str:
+    # A line of a string to sign: the name says enough, the key and nonce are nobody's business.
+    name, colon, _ = line.partition(":")
+    if colon and name.lower() in {"x-ca-key", "x-ca-nonce"}:
+        return f"{name}:{MASK}"
+    return redactor(line)

@@ -1,0 +1,152 @@
+"""`sd-gateway`: the commands. Exit status 0 well, 1 failed, 2 wrong usage or settings."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvicorn
+
+from gateway import __version__, demo, logs, server
+from gateway.app import USER_AGENT, create_app
+from gateway.check import check
+from gateway.redaction import Redactor
+from gateway.settings import Settings, SettingsError, load
+from gateway.simulator import create_simulator
+from gateway.simulator.faults import FAULTS
+from gateway.simulator.wire import ControlError, parse_object
+
+OK, FAILED, USAGE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except SettingsError as exc:
+        for mistake in exc.mistakes:
+            _complain(mistake)
+        return USAGE
+    except KeyboardInterrupt:
+        return OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sd-gateway", description="Signs, coalesces, caches and measures progress queries."
+    )
+    parser.add_argument("--version", action="version", version=f"sd-gateway {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    with_settings = argparse.ArgumentParser(add_help=False)
+    with_settings.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings file (default: config/gateway.toml, when it exists)",
+    )
+    serve = commands.add_parser("serve", parents=[with_settings], help="run the gateway")
+    serve.set_defaults(run=_serve)
+
+    ask = commands.add_parser(
+        "check", parents=[with_settings], help="sign one real query and say what is wrong"
+    )
+    ask.set_defaults(run=_check)
+
+    show = commands.add_parser(
+        "demo",
+        parents=[with_settings],
+        help="run the gateway before a simulated upstream, with tasks in motion",
+    )
+    show.add_argument("--simulator-port", type=int, default=8081, metavar="PORT")
+    show.set_defaults(run=_demo)
+
+    simulate = commands.add_parser("simulate", help="run a simulated upstream that verifies signatures")
+    simulate.add_argument("--host", default="127.0.0.1")
+    simulate.add_argument("--port", type=int, default=8081)
+    simulate.add_argument("--key", default="simulated-key", help="the access key it accepts")
+    secret = simulate.add_mutually_exclusive_group()
+    secret.add_argument("--secret", default="simulated-secret", help="and its secret key")
+    secret.add_argument("--secret-stdin", action="store_true", help="read the secret key from standard input")
+    simulate.add_argument(
+        "--latency", type=float, default=0.0, metavar="SECONDS", help="every answer takes this long"
+    )
+    simulate.add_argument(
+        "--clock-offset", type=float, default=0.0, metavar="SECONDS", help="its clock is ahead by so much"
+    )
+    simulate.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="JSON",
+        help=f"put a fault in force: {', '.join(FAULTS)}",
+    )
+    simulate.set_defaults(run=_simulate)
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> tuple[Settings, Redactor]:
+    settings = load(options.config, os.environ)
+    redactor = Redactor()
+    logs.configure(settings.log, redactor=redactor)
+    return settings, redactor
+
+
+def _serve(options: argparse.Namespace) -> int:
+    settings, redactor = _settings(options)
+    server.run(create_app(settings, redactor=redactor), settings.server)
+    return OK
+
+
+def _demo(options: argparse.Namespace) -> int:
+    settings, redactor = _settings(options)
+    try:
+        demo.run(settings, redactor=redactor, simulator_port=options.simulator_port)
+    except RuntimeError as exc:
+        _complain(str(exc))
+        return FAILED
+    return OK
+
+
+def _check(options: argparse.Namespace) -> int:
+    settings, redactor = _settings(options)
+    finding = asyncio.run(check(settings, redactor=redactor, user_agent=USER_AGENT))
+    for line in finding.lines:
+        sys.stdout.write(f"{line}\n")
+    return OK if finding.well else FAILED
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    secret = sys.stdin.readline().strip() if options.secret_stdin else options.secret
+    faults = [parse_object(text.encode()) for text in options.fault]
+    try:
+        app = create_simulator(
+            pairs={options.key: secret},
+            clock=lambda: time.time() + options.clock_offset,
+            latency_seconds=options.latency,
+            faults=faults,
+        )
+    except ControlError as exc:
+        _complain(f"--fault: {exc}")
+        return USAGE
+    uvicorn.run(
+        app,
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        access_log=False,
+        date_header=False,  # the simulator tells its own time
+        timeout_graceful_shutdown=1,
+    )
+    return OK
+
+
+def _complain(line: str) -> None:
+    sys.stderr.write(f"sd-gateway: {line}\n")

@@ -1,0 +1,112 @@
+"""What the HTTP server itself refuses, before any application runs.
+
+uvicorn waits for ever for the end of a request's headers, and takes headers of any size. Its
+`http=` setting takes a protocol class, so this is one: its own, with a timer over the headers
+and a cap on their size, and with a problem document where it would answer in plain text.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from gateway.api.problems import document, lookup
+from gateway.exceptions import GatewayError, InvalidParameter
+from gateway.models import render_json
+
+_TOO_LARGE = "the request's headers are too large"
+_PER_HEADER = 4  # ": " and the line's end
+
+
+class EdgeProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, with bounds on the time and size of a request's headers.
+
+    A connection that takes longer than `header_seconds` over them, counted from its opening or from
+    the request's first byte, is closed; one that sends more than `max_header_bytes` is told, and closed.
+    """
+
+    header_seconds: float
+    max_header_bytes: int
+
+    _timer: asyncio.TimerHandle | None = None
+    _unparsed = 0  # bytes since the last complete headers: one endless line never reaches on_header
+    _parsed = 0  # bytes of header lines of this request
+    _fault = "the request is not valid HTTP/1.1"
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to wait for a first request."""
+        super().connection_made(transport)  # type: ignore[arg-type]  # uvicorn narrows it likewise
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection."""
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, and refuse headers that grow without end."""
+        self._unparsed += len(data)
+        super().data_received(data)
+        if self._timer is not None and self._unparsed > self.max_header_bytes:
+            self._refuse(_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        """Begin to time and to count a request's headers."""
+        super().on_message_begin()
+        self._parsed = 0
+        if self._timer is None:
+            self._start_timer()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count a header."""
+        super().on_header(name, value)
+        self._parsed += len(name) + len(value) + _PER_HEADER
+
+    def on_headers_complete(self) -> None:
+        """Hand the request on, unless its headers came all at once and are too large."""
+        self._stop_timer()
+        self._unparsed = 0
+        if self._parsed + len(self.url) > self.max_header_bytes:
+            self._fault = _TOO_LARGE
+            raise ValueError(_TOO_LARGE)  # httptools makes it the parser error that uvicorn answers
+        super().on_headers_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is not HTTP as every other error is told."""
+        self._refuse(self._fault)
+
+    def _refuse(self, fault: str) -> None:
+        self._stop_timer()
+        self.transport.write(_last_answer(InvalidParameter(fault)))
+        self.transport.close()
+
+    def _start_timer(self) -> None:
+        self._timer = self.loop.call_later(self.header_seconds, self._late)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._timer = None
+        self.transport.close()
+
+
+def edge_protocol(*, header_seconds: float, max_header_bytes: int) -> type[EdgeProtocol]:
+    """Return the protocol class to give to uvicorn, which makes one for each connection."""
+    bounds = {"header_seconds": header_seconds, "max_header_bytes": max_header_bytes}
+    return type("BoundEdgeProtocol", (EdgeProtocol,), bounds)
+
+
+def _last_answer(error: GatewayError) -> bytes:
+    status, title = lookup(error)
+    request_id = os.urandom(16).hex()
+    body = render_json(document(error, status, title, request_id=request_id))
+    head = (
+        f"HTTP/1.1 {status} Bad Request\r\ncontent-type: application/problem+json\r\n"
+        f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+    )
+    return head.encode() + body

@@ -1,0 +1,93 @@
+"""Every metric of the gateway, defined once, on a registry of its own.
+
+Label values come from enums, route templates and exception codes: never from a caller. Names
+and labels are a promise to dashboards; their meaning stands in each help text.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Histogram, ProcessCollector
+
+_FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+
+class Metrics:
+    """The gateway's metrics, registered on `registry`."""
+
+    def __init__(self, registry: CollectorRegistry, *, gateway_version: str) -> None:
+        self.registry = registry
+        ProcessCollector(registry=registry)
+        GCCollector(registry=registry)
+        self.http_requests = Counter(
+            "sd_gateway_http_requests_total",
+            "Requests answered.",
+            ["route", "method", "status"],
+            registry=registry,
+        )
+        self.http_request_duration = Histogram(
+            "sd_gateway_http_request_duration_seconds",
+            "From a request's headers to its answer's end.",
+            ["route"],
+            buckets=_FAST,
+            registry=registry,
+        )
+        self.cache_lookups = Counter(
+            "sd_gateway_cache_lookups_total",
+            "Lookups by result: hit stale miss collapsed negative.",
+            ["operation", "result"],
+            registry=registry,
+        )
+        self.cache_entries = Gauge("sd_gateway_cache_entries", "Snapshots kept.", registry=registry)
+        self.upstream_requests = Counter(
+            "sd_gateway_upstream_requests_total",
+            "Upstream calls by outcome: ok or a problem code.",
+            ["operation", "outcome"],
+            registry=registry,
+        )
+        self.upstream_request_duration = Histogram(
+            "sd_gateway_upstream_request_duration_seconds",
+            "One upstream call, from sending to the answer's end.",
+            ["operation"],
+            registry=registry,
+        )
+        self.upstream_in_flight = Gauge(
+            "sd_gateway_upstream_in_flight", "Upstream calls in the air.", registry=registry
+        )
+        self.upstream_retries = Counter(
+            "sd_gateway_upstream_retries_total",
+            "Upstream calls made again, by the problem code that made it necessary.",
+            ["operation", "reason"],
+            registry=registry,
+        )
+        self.upstream_clock_skew = Gauge(
+            "sd_gateway_upstream_clock_skew_seconds",
+            "Upstream's clock minus ours, by its last Date header.",
+            registry=registry,
+        )
+        self.tasks_observed = Counter(
+            "sd_gateway_tasks_observed_total",
+            "Transitions of tasks to a status, as seen.",
+            ["operation", "status"],
+            registry=registry,
+        )
+        self.credentials_reloads = Counter(
+            "sd_gateway_credentials_reloads_total",
+            "Readings of changed credential files, by result: ok or error.",
+            ["result"],
+            registry=registry,
+        )
+        self._build = Gauge(
+            "sd_gateway_build_info",
+            "1, labelled with what runs.",
+            ["version", "python", "server"],
+            registry=registry,
+        )
+        self._build.labels(gateway_version, platform.python_version(), f"uvicorn {version('uvicorn')}").set(1)
+
+    def count_entries(self, count: Callable[[], int]) -> None:
+        """Let the gauge of kept snapshots ask `count` whenever it is scraped."""
+        self.cache_entries.set_function(count)

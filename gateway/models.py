@@ -1,0 +1,263 @@
+"""What an upstream answer means: from the envelope's bytes to an immutable Snapshot.
+
+    bytes -> read_envelope (is it one, and for this very task?) -> data -> observe -> Snapshot
+
+A Snapshot carries everything a caller may be sent as bytes that were rendered once: the
+envelope as it came for the drop-in paths, and the simplified JSON with its ETag. The
+vendor's wire names (`taskId`, `etaRelative`, ...) are known here, in `api/` and in the
+simulator, nowhere else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, NamedTuple, NoReturn
+
+from gateway.exceptions import InvalidTaskId, UpstreamDetail, UpstreamInvalid, UpstreamRejected
+
+_TASK_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_SUCCESS = 10  # the envelope's verdict on the call; not on the task
+_DETAIL_LIMIT = 500  # characters of an upstream's own text that are worth showing
+
+
+class Operation(StrEnum):
+    """The upstream operations that the gateway may call; the value is the path's last segment."""
+
+    SD_GET_PROGRESS = "sd_get_progress"
+    COMFY_GET_PROGRESS = "comfy_get_progress"
+    SD_GET_RESULT = "sd_get_result"
+    COMFY_GET_RESULT = "comfy_get_result"
+
+    @property
+    def path(self) -> str:
+        """The path, the same upstream and on the gateway's drop-in side."""
+        return f"/scc/{self.value}"
+
+    @property
+    def api(self) -> str:
+        """The `api` of the simplified paths: `sd` or `comfy`."""
+        return self.value.partition("_")[0]
+
+    @property
+    def is_result(self) -> bool:
+        """Whether it answers with a result, which has no progress to fold."""
+        return self.value.endswith("_result")
+
+
+class Status(StrEnum):
+    """A task's status in the gateway's words."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+    UNKNOWN = "unknown"
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the task's story ends here."""
+        return self in _TERMINAL
+
+
+_TERMINAL = frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELED})
+
+# The sd reference spells success `successed`, the comfy reference and the SDKs `succeeded`;
+# the SDKs know both spellings of canceled.
+_VENDOR_STATUS = {
+    "waiting": Status.WAITING,
+    "running": Status.RUNNING,
+    "successed": Status.SUCCEEDED,
+    "succeeded": Status.SUCCEEDED,
+    "failed": Status.FAILED,
+    "canceled": Status.CANCELED,
+    "cancelled": Status.CANCELED,
+}
+
+
+class TaskKey(NamedTuple):
+    """What a snapshot, a flight or a remembered failure is about."""
+
+    operation: Operation
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One upstream answer for one task.
+
+    `fetched_at` is when the answer had arrived, in seconds on the process's monotonic clock;
+    `lifetime` is how many seconds it counts as fresh. `envelope` is the body as it came.
+    For results `status`, `progress` and `eta_seconds` are None and `body` and `etag` empty.
+    """
+
+    key: TaskKey
+    fetched_at: float
+    lifetime: float
+    envelope: bytes
+    status: Status | None = None
+    progress: float | None = None
+    eta_seconds: float | None = None
+    body: bytes = b""
+    etag: str = ""
+
+    @property
+    def terminal(self) -> bool:
+        """Whether no later answer can change it."""
+        return self.status is not None and self.status.terminal
+
+
+def check_task_id(task_id: str) -> str:
+    """Return the task ID. Raises: InvalidTaskId."""
+    if not _TASK_ID.fullmatch(task_id):
+        raise InvalidTaskId("a task ID is 1 to 64 characters of A-Z a-z 0-9 _ -")
+    return task_id
+
+
+def strict_json(body: bytes) -> Any:
+    """Parse JSON as RFC 8259 has it: UTF-8, finite numbers, nesting that fits the stack.
+
+    Raises: ValueError, whatever is wrong.
+    """
+    try:
+        return json.loads(body.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+    except RecursionError as exc:
+        raise ValueError("nested too deep") from exc
+
+
+def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) -> dict[str, Any]:
+    """Return the `data` of a successful envelope for the task that was asked for.
+
+    `redact` cleans whatever of a refusal may be shown. Raises: UpstreamRejected for an envelope
+    whose `status` is not 10, UpstreamInvalid for anything else.
+    """
+    try:
+        envelope = strict_json(body)
+    except ValueError as exc:
+        raise UpstreamInvalid("the upstream's answer is not JSON") from exc
+    if not isinstance(envelope, dict) or type(envelope.get("status")) is not int:
+        raise UpstreamInvalid("the upstream's answer is not an envelope")
+    if envelope["status"] != _SUCCESS:
+        raise UpstreamRejected(
+            "the upstream rejected the query",
+            envelope=redact(body.decode()).encode(),
+            detail=_detail(envelope, redact),
+        )
+    data = envelope.get("data")
+    if not isinstance(data, dict):
+        raise UpstreamInvalid("the upstream's envelope has no data")
+    # The reference lists no taskId for results: there it may be absent, but never another one.
+    absent_is_fine = key.operation.is_result and data.get("taskId") is None
+    if data.get("taskId") != key.task_id and not absent_is_fine:
+        raise UpstreamInvalid("the upstream answered for another task")
+    return data
+
+
+def observe(
+    data: Mapping[str, Any],
+    envelope: bytes,
+    key: TaskKey,
+    *,
+    fetched_at: float,
+    lifetimes: Mapping[Status | None, float],
+    previous: Snapshot | None,
+) -> Snapshot:
+    """Make the snapshot that follows `previous`. `lifetimes` has results under None.
+
+    Two promises need the predecessor: a terminal answer is final, and progress never falls
+    while a task stays running (the vendor's number does: it may jump back at 65 %).
+    Raises: UpstreamInvalid when `data` nests too deep to be rendered.
+    """
+    if key.operation.is_result:
+        return Snapshot(key, fetched_at, lifetimes[None], envelope)
+    status = vendor_status(data)
+    if previous is not None and previous.terminal and previous.status is not status:
+        return replace(previous, fetched_at=fetched_at)
+    progress = 1.0 if status is Status.SUCCEEDED else min(max(_number(data.get("progress")) or 0.0, 0.0), 1.0)
+    if previous is not None and previous.status is status is Status.RUNNING:
+        progress = max(progress, previous.progress or 0.0)
+    eta = 0.0 if status.terminal else _eta(data.get("etaRelative"))
+    state = data.get("state")
+    message = data.get("message")
+    body = render_json(
+        {
+            "taskId": key.task_id,
+            "api": key.operation.api,
+            "status": status,
+            "progress": progress,
+            "queueRemaining": _queue(data.get("lastQueueRemaining")) if status is Status.WAITING else None,
+            "etaSeconds": eta,
+            "message": message if isinstance(message, str) else None,
+            "terminal": status.terminal,
+            "state": state if isinstance(state, dict) else None,
+        }
+    )
+    etag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
+    return Snapshot(key, fetched_at, lifetimes[status], envelope, status, progress, eta, body, etag)
+
+
+def vendor_status(data: Mapping[str, Any]) -> Status:
+    """Return the status in the gateway's words; UNKNOWN for whatever was never seen before."""
+    status = data.get("status")
+    return _VENDOR_STATUS.get(status, Status.UNKNOWN) if isinstance(status, str) else Status.UNKNOWN
+
+
+def render_json(value: Any) -> bytes:
+    """Encode compact UTF-8 JSON. Raises: UpstreamInvalid when the value nests too deep."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except RecursionError as exc:
+        raise UpstreamInvalid("the upstream's answer nests too deep") from exc
+    # Half a surrogate pair has no UTF-8; its backslash form is JSON's own escape.
+    return text.encode(errors="backslashreplace")
+
+
+def _detail(envelope: Mapping[str, Any], redact: Callable[[str], str]) -> UpstreamDetail:
+    def text(name: str) -> str | None:
+        value = envelope.get(name)
+        return None if value is None else redact(str(value))[:_DETAIL_LIMIT]
+
+    return UpstreamDetail(
+        invoke_id=text("apiInvokeId"),
+        err_code=text("errCode"),
+        err_message=text("errMessage"),
+        sub_err_code=text("subErrCode"),
+        sub_err_message=text("subErrMessage"),
+    )
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value)
+    except OverflowError:  # an integer of hundreds of digits
+        return None
+
+
+def _eta(value: Any) -> float | None:
+    # 0 before the end means "not known": the documented waiting task has it.
+    number = _number(value)
+    return number if number is not None and number > 0 else None
+
+
+def _queue(value: Any) -> int | None:
+    number = _number(value)
+    return None if number is None else max(int(number), 0)
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError("a number beyond every float")
+    return number
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,103 @@
+"""What the API gateway in front of the upstream means by its refusals.
+
+One table from (HTTP status, X-Ca-Error-Code, X-Ca-Error-Message) to the exception tree.
+A code is a class letter, the HTTP status and two letters; older deployments send the
+message alone, and 400 or 403 where newer ones send 401 or 429. Source: the vendor's API
+Gateway documentation, "error codes".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from gateway.exceptions import (
+    UpstreamBusy,
+    UpstreamClock,
+    UpstreamCredentials,
+    UpstreamDetail,
+    UpstreamError,
+    UpstreamInvalid,
+    UpstreamNonce,
+    UpstreamThrottled,
+    UpstreamTimeout,
+)
+
+_Kind = type[UpstreamError]
+
+# Messages first: for clock and nonce they are surer than the codes, and older deployments
+# have nothing else. Matched anywhere in the text, first match wins.
+BY_MESSAGE: tuple[tuple[str, _Kind], ...] = (
+    ("timestamp expired", UpstreamClock),
+    ("invalid timestamp", UpstreamClock),
+    ("nonce used", UpstreamNonce),
+    ("throttled by", UpstreamThrottled),
+    ("quota exhausted", UpstreamCredentials),
+    ("quota expired", UpstreamCredentials),
+    ("user arrears", UpstreamCredentials),
+    ("invalid appkey", UpstreamCredentials),
+    ("invalid signature", UpstreamCredentials),
+    ("unauthorized", UpstreamCredentials),
+    ("invalid url", UpstreamInvalid),
+    ("invalid content-md5", UpstreamInvalid),
+    ("api not found", UpstreamInvalid),
+    ("service unavailable", UpstreamBusy),
+    ("internal error", UpstreamBusy),
+    ("async service", UpstreamTimeout),
+)
+
+BY_CODE: Mapping[str, _Kind] = {
+    **dict.fromkeys(
+        ("A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"), UpstreamCredentials
+    ),
+    **dict.fromkeys(("B403MQ", "B403ME", "B403MI", "B403OD", "B403MO"), UpstreamCredentials),
+    **dict.fromkeys(
+        ("T429ID", "T429IN", "T429GR", "T429PA", "T429PR", "T429SR", "T429MR"), UpstreamThrottled
+    ),
+    **dict.fromkeys(("I400HD", "I400MH", "I400BD", "I400PA", "I405UM", "I413RL", "I400I5"), UpstreamInvalid),
+    **dict.fromkeys(("D503BB", "D503CB", "X503BZ", "X500ER", "D502FC", "N502RE"), UpstreamBusy),
+    **dict.fromkeys(("D504TO", "X504TO", "D504RE", "D504CO", "D504CS", "D504IL", "X504VE"), UpstreamTimeout),
+    "I400NC": UpstreamNonce,
+}
+
+BY_STATUS: Mapping[int, _Kind] = {
+    401: UpstreamCredentials,
+    403: UpstreamCredentials,
+    429: UpstreamThrottled,
+    500: UpstreamBusy,
+    502: UpstreamBusy,
+    503: UpstreamBusy,
+    504: UpstreamTimeout,
+}
+
+_TEXT: Mapping[_Kind, str] = {
+    UpstreamBusy: "the upstream is unwell",
+    UpstreamClock: "the upstream refused the request's timestamp",
+    UpstreamCredentials: "the upstream refused the gateway's credentials",
+    UpstreamInvalid: "the upstream refused the request's form",
+    UpstreamNonce: "the upstream saw the request's nonce before",
+    UpstreamThrottled: "the upstream asks to slow down",
+    UpstreamTimeout: "the upstream ran into a time-out of its own",
+}
+
+
+def refusal(
+    http_status: int, code: str, message: str, *, detail: UpstreamDetail, retry_after: float | None
+) -> UpstreamError:
+    """Return the exception for an answer that is no envelope; `code` and `message` may be empty.
+
+    `retry_after`: what upstream asked for, in seconds.
+    """
+    kind = _kind(http_status, code, message.lower())
+    return kind(_TEXT[kind], detail=detail, retry_after=retry_after)
+
+
+def _kind(http_status: int, code: str, message: str) -> _Kind:
+    for part, kind in BY_MESSAGE:
+        if part in message:
+            return kind
+    if code in BY_CODE:
+        return BY_CODE[code]
+    # A code that is not in the table still tells its HTTP status: T429xx is a throttle.
+    if code[1:4].isdigit():
+        return BY_STATUS.get(int(code[1:4]), UpstreamInvalid)
+    return BY_STATUS.get(http_status, UpstreamInvalid)

@@ -1,0 +1,175 @@
+"""The one place where store, flight and upstream meet.
+
+    fresh                 -> the store's snapshot, at once
+    stale, young enough   -> the same, and one refresh begins behind it
+    else                  -> everybody waits for the one flight: upstream -> store -> all waiters
+    the flight failed     -> a snapshot not older than stale_if_error, else the failure
+
+Freshness promise: while upstream answers, nobody is handed a snapshot older than its
+lifetime + stale_while_revalidate.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from functools import partial
+from typing import NamedTuple
+
+import structlog
+
+from gateway.exceptions import GatewayError, Overloaded, UpstreamCredentials
+from gateway.metrics import Metrics
+from gateway.models import Operation, Snapshot, Status, TaskKey, observe
+from gateway.settings import Cache
+from gateway.singleflight import SingleFlight
+from gateway.stores import Store
+from gateway.upstream import Upstream
+
+log = structlog.get_logger(__name__)
+
+
+class Source(StrEnum):
+    """How an answer came about; the `result` of `cache_lookups_total`."""
+
+    HIT = "hit"
+    STALE = "stale"
+    MISS = "miss"
+    COLLAPSED = "collapsed"
+    NEGATIVE = "negative"
+
+
+class Reading(NamedTuple):
+    """A snapshot as one caller gets it.
+
+    `age` is in seconds. `replaced_stale`: a snapshot was there, too old to show. `failure` is set
+    when this stale snapshot covers one.
+    """
+
+    snapshot: Snapshot
+    age: float
+    source: Source
+    replaced_stale: bool = False
+    failure: GatewayError | None = None
+
+
+class ProgressService:
+    """Answers queries. `clock` is the monotonic clock that `Snapshot.fetched_at` is read from."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        store: Store,
+        upstream: Upstream,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._cache = cache
+        self._store = store
+        self._upstream = upstream
+        self._metrics = metrics
+        self._clock = clock
+        self._flights: SingleFlight[TaskKey, Snapshot | GatewayError] = SingleFlight()
+        self._lifetimes: dict[Status | None, float] = {
+            None: cache.result_seconds,
+            Status.WAITING: cache.waiting_seconds,
+            Status.RUNNING: cache.running_seconds,
+            Status.UNKNOWN: cache.unknown_seconds,
+            **{status: cache.terminal_seconds for status in Status if status.terminal},
+        }
+        self._count = {
+            (operation, source): metrics.cache_lookups.labels(operation, source).inc
+            for operation in Operation
+            for source in Source
+        }
+
+    def lookup(self, key: TaskKey) -> Reading | None:
+        """Answer from the store, without waiting, or return None: the hot path."""
+        snapshot = self._store.peek(key)
+        if snapshot is None:
+            return None
+        age = self._clock() - snapshot.fetched_at
+        if age < snapshot.lifetime:
+            self._count[key.operation, Source.HIT]()
+            return Reading(snapshot, age, Source.HIT)
+        if age >= snapshot.lifetime + self._cache.stale_while_revalidate_seconds:
+            return None
+        failure = self._store.failure(key)
+        if failure is None:
+            self._flights.start(key, partial(self._fetch, key))
+        self._count[key.operation, Source.STALE]()
+        return Reading(snapshot, age, Source.STALE, failure=failure)
+
+    async def get(self, key: TaskKey) -> Reading:
+        """Answer, from the store or from upstream.
+
+        Raises: UpstreamError or Overloaded, when no snapshot is young enough to cover it.
+        """
+        return self.lookup(key) or await self._wait(key)
+
+    async def aclose(self) -> None:
+        """End every flight."""
+        await self._flights.aclose()
+
+    async def _wait(self, key: TaskKey) -> Reading:
+        failure = self._store.failure(key)
+        if failure is not None:
+            return self._cover(key, failure, Source.NEGATIVE)
+        source = Source.COLLAPSED if key in self._flights else Source.MISS
+        replaced_stale = self._store.peek(key) is not None
+        outcome = await self._flights.do(key, partial(self._fetch, key))
+        if isinstance(outcome, GatewayError):
+            return self._cover(key, outcome, source)
+        self._count[key.operation, source]()
+        return Reading(outcome, self._clock() - outcome.fetched_at, source, replaced_stale)
+
+    def _cover(self, key: TaskKey, failure: GatewayError, source: Source) -> Reading:
+        """Answer a failure with a snapshot that is not too old, or raise it."""
+        snapshot = self._store.peek(key)
+        age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
+        if snapshot is None or age > self._cache.stale_if_error_seconds:
+            self._count[key.operation, source]()
+            # One failure is raised for many callers: without this each would lengthen its traceback.
+            raise failure.with_traceback(None)
+        self._count[key.operation, Source.STALE]()
+        return Reading(snapshot, age, Source.STALE, failure=failure)
+
+    async def _fetch(self, key: TaskKey) -> Snapshot | GatewayError:
+        """Fly: a failure is returned, not raised, for it is shared as data."""
+        # Look again. Between the look that sent us here and our taking off, another replica may
+        # have landed with the same answer; asking twice would break the one-call promise.
+        newest = await self._store.load(key)
+        if newest is not None and self._clock() - newest.fetched_at < newest.lifetime:
+            return newest
+        try:
+            data, envelope = await self._upstream.query(key)
+            snapshot = observe(
+                data,
+                envelope,
+                key,
+                fetched_at=self._clock(),
+                lifetimes=self._lifetimes,
+                previous=self._store.peek(key),
+            )
+        except GatewayError as failure:
+            # Our own limits pass by themselves, and refused credentials are the pair's affair.
+            if not isinstance(failure, Overloaded | UpstreamCredentials):
+                await self._store.fail(key, failure, seconds=self._cache.error_seconds)
+            return failure
+        self._note_transition(self._store.peek(key), snapshot, data.get("status"))
+        return await self._store.save(snapshot)
+
+    def _note_transition(self, previous: Snapshot | None, snapshot: Snapshot, raw_status: object) -> None:
+        status = snapshot.status
+        if status is None or (previous is not None and previous.status is status):
+            return
+        self._metrics.tasks_observed.labels(snapshot.key.operation, status).inc()
+        if status is Status.UNKNOWN:
+            log.warning(
+                "status never seen before",
+                operation=snapshot.key.operation,
+                task_id=snapshot.key.task_id,
+                status=repr(raw_status)[:100],
+            )

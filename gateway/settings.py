@@ -1,0 +1,249 @@
+"""Every setting: its name, its default, what is allowed.
+
+    TOML file  <  SPEEDPIX_* (the vendor SDK's variables)  <  SD_GATEWAY_* variables
+
+`load` merges the three, checks everything at once and tells all mistakes together. Durations
+are float seconds. pydantic checks the values; the merging is ours, because pydantic-settings
+stops at the first environment variable that it cannot parse and passes over unknown ones.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from gateway.models import Operation
+
+DEFAULT_FILE = Path("config/gateway.toml")
+PREFIX = "SD_GATEWAY_"
+SPEEDPIX = {
+    "SPEEDPIX_APP_KEY": ("credentials", "access_key"),
+    "SPEEDPIX_APP_SECRET": ("credentials", "secret_key"),
+    "SPEEDPIX_ENDPOINT": ("upstream", "endpoint"),
+}
+
+
+class SettingsError(Exception):
+    """The settings are wrong: `mistakes` has one line for each."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
+
+
+def _split(value: Any) -> Any:
+    # A list in an environment variable: comma separated.
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Positive = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, le=86_400 * 30, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Port = Annotated[int, Field(ge=0, le=65_535)]
+Strings = Annotated[list[str], BeforeValidator(_split)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Server(_Section):
+    """`server.*`: where and how the gateway listens."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8080
+    metrics_port: Port = 0
+    root_path: str = ""
+    cors_origins: Strings = []
+    header_seconds: Positive = 10.0
+    max_header_bytes: Annotated[int, Field(ge=1024, le=1_048_576)] = 32_768
+    trusted_hosts: Strings = ["*"]
+    trusted_proxies: Strings = ["127.0.0.1"]
+    drain_seconds: Positive = 20.0
+
+    @field_validator("root_path")
+    @classmethod
+    def _root_path(cls, value: str) -> str:
+        if value and (not value.startswith("/") or value.endswith("/")):
+            raise ValueError('must be empty, or begin with "/" and not end with it')
+        return value
+
+
+class Upstream(_Section):
+    """`upstream.*`: whom the gateway calls, and within which bounds."""
+
+    endpoint: str = "https://openai.edu-aliyun.com"
+    allow_insecure: bool = False
+    operations: Annotated[list[Operation], BeforeValidator(_split)] = list(Operation)
+    stage: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""
+    timeout_seconds: Positive = 10.0
+    attempt_timeout_seconds: Positive = 5.0
+    retries: Annotated[int, Field(ge=0, le=10)] = 2
+    max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 64
+    max_response_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824)] = 1_048_576
+
+    @model_validator(mode="after")
+    def _endpoint(self) -> Upstream:
+        parts = urlsplit(self.endpoint)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("endpoint: must be an http or https URL")
+        if parts.path not in {"", "/"} or parts.query or parts.fragment or parts.username:
+            raise ValueError("endpoint: must be a scheme, a host and maybe a port, nothing more")
+        if parts.scheme == "http" and not self.allow_insecure and not _is_loopback(parts.hostname):
+            raise ValueError("endpoint: plain http only to loopback, unless upstream.allow_insecure = true")
+        return self
+
+
+class Credentials(_Section):
+    """`credentials.*`: the access key and its secret, as values or as mounted files."""
+
+    access_key: SecretStr = SecretStr("")
+    secret_key: SecretStr = SecretStr("")
+    access_key_file: Path | None = None
+    secret_key_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Credentials:
+        for name in ("access_key", "secret_key"):
+            if getattr(self, name).get_secret_value() and getattr(self, f"{name}_file"):
+                raise ValueError(f"{name}: set the value or the file, not both")
+        return self
+
+
+class Cache(_Section):
+    """`cache.*`: for how long an answer counts."""
+
+    max_tasks: Count = 10_000
+    waiting_seconds: NotNegative = 2.0
+    running_seconds: NotNegative = 1.0
+    unknown_seconds: NotNegative = 1.0
+    terminal_seconds: NotNegative = 600.0
+    result_seconds: NotNegative = 30.0
+    error_seconds: NotNegative = 1.0
+    stale_while_revalidate_seconds: NotNegative = 2.0
+    stale_if_error_seconds: NotNegative = 60.0
+
+
+class Limits(_Section):
+    """`limits.*`: what one request may ask for."""
+
+    max_body_bytes: Annotated[int, Field(ge=64, le=1_073_741_824)] = 65_536
+
+
+class Log(_Section):
+    """`log.*`: how much is told, and in which form."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] = "json"
+
+
+class Settings(_Section):
+    """All settings, checked."""
+
+    server: Server = Server()
+    upstream: Upstream = Upstream()
+    credentials: Credentials = Credentials()
+    cache: Cache = Cache()
+    limits: Limits = Limits()
+    log: Log = Log()
+
+
+def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
+    """Read the settings file (None: the default one, when it exists) and the environment over it.
+
+    Raises: SettingsError with one line for every mistake.
+    """
+    if file is None and DEFAULT_FILE.exists():
+        file = DEFAULT_FILE
+    values = _read_toml(file) if file is not None else {}
+    for layer in (_speedpix(environ), _environment(environ)):
+        _merge(values, layer)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as exc:
+        raise SettingsError([_line(error) for error in exc.errors(include_url=False)]) from None
+
+
+def _read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise SettingsError([f"{file}: cannot be read: {exc.strerror}"]) from exc
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+        raise SettingsError([f"{file}: is not TOML: {exc}"]) from exc
+
+
+def _speedpix(environ: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, (section, key) in SPEEDPIX.items():
+        if value := environ.get(variable):
+            values.setdefault(section, {})[key] = value
+    return values
+
+
+def _environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for variable, value in sorted(environ.items()):
+        if variable.startswith(PREFIX):
+            section, _, key = variable.removeprefix(PREFIX).lower().partition("__")
+            values.setdefault(section, {})[key] = value
+    return values
+
+
+def _merge(values: dict[str, Any], over: dict[str, Any]) -> None:
+    for section, keys in over.items():
+        target = values.setdefault(section, {})
+        if not isinstance(target, dict):
+            continue  # a section that is no table: validation names it
+        for key, value in keys.items():
+            # A secret's value and its file are one setting: the stronger source replaces both forms.
+            if section == "credentials":
+                target.pop(key.removesuffix("_file") if key.endswith("_file") else f"{key}_file", None)
+            target[key] = value
+
+
+def _line(error: Any) -> str:
+    path = [str(part) for part in error["loc"]]
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error" and len(path) == 1:  # a check of several keys names the one at fault
+        key, _, message = message.partition(": ")
+        return f"{path[0]}.{key}: {message}"
+    name = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        return f"{name}: unknown setting; {_suggest(path)}"
+    shown = "(hidden)" if "key" in name or "secret" in name else repr(error["input"])
+    return f"{name} = {shown}: {message[0].lower()}{message[1:]}"
+
+
+def _suggest(path: list[str]) -> str:
+    model: Any = Settings
+    for part in path[:-1]:
+        model = model.model_fields[part].annotation
+    known = list(model.model_fields)
+    close = difflib.get_close_matches(path[-1], known, n=1)
+    return f"did you mean {'.'.join([*path[:-1], close[0]])}?" if close else f"known: {', '.join(known)}"
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,128 @@
+"""The simulated vendor's tasks: what each of them would answer at a given moment.
+
+A task's state is a pure function of its life, its birth and now: nothing runs in the background,
+and a test that holds the clock holds every task.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from random import Random
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from gateway.simulator.wire import Seconds
+
+OPERATIONS = ("sd_get_progress", "comfy_get_progress", "sd_get_result", "comfy_get_result")
+
+_CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
+_URL_SECONDS = 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """The schedule of a task from its birth on.
+
+    `steps` is the grain of its progress. With `jump_back` the number falls near 65 % and recovers at
+    75 %, as the vendor's does. A task that vanishes is unknown from then on.
+    """
+
+    waiting_seconds: Seconds = 2.0
+    running_seconds: Seconds = 8.0
+    outcome: Literal["succeeded", "failed", "canceled"] = "succeeded"
+    steps: Annotated[int, Field(ge=1)] = 20
+    jump_back: bool = True
+    vanishes_after_seconds: Seconds | None = None
+
+
+DEFAULT_LIFE = Life()
+
+
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    status: str
+    step: int = 0
+    queue: int = 0
+    eta_seconds: float = 0.0  # before the end 0 means "not known", as in the documented example
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One task; `script`, where given, is the `data` it answers whatever its life says."""
+
+    task_id: str
+    born: float
+    life: Life = DEFAULT_LIFE
+    script: Mapping[str, Any] | None = None
+
+    def known(self, now: float) -> bool:
+        """Say whether the vendor still knows the task."""
+        limit = self.life.vanishes_after_seconds
+        return limit is None or now - self.born < limit
+
+    def data(self, operation: str, now: float) -> dict[str, Any]:
+        """Return the `data` of the envelope that answers `operation`."""
+        if self.script is not None:
+            return {"taskId": self.task_id, **self.script}
+        api, _, wanted = operation.partition("_get_")
+        moment = _moment(self.life, now - self.born)
+        return self._result(api, moment, now) if wanted == "result" else self._progress(api, moment)
+
+    def _progress(self, api: str, moment: _Moment) -> dict[str, Any]:
+        data: dict[str, Any] = {
+            "taskId": self.task_id,
+            "status": _spelled(api, moment.status),
+            "progress": moment.step / self.life.steps,
+            "lastQueueRemaining": moment.queue,
+            "etaRelative": moment.eta_seconds,
+        }
+        if moment.status == "waiting":  # the documented example has neither message nor state
+            return data
+        data["message"] = f"step {moment.step} of {self.life.steps}"
+        if api == "sd":
+            data["state"] = {
+                "job": "task(simulated)",
+                "job_no": 0,
+                "job_count": 1,
+                "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.gmtime(self.born)),
+                "sampling_step": moment.step,
+                "sampling_steps": self.life.steps,
+                "skipped": False,
+                "interrupted": moment.status == "canceled",
+            }
+        return data
+
+    def _result(self, api: str, moment: _Moment, now: float) -> dict[str, Any]:
+        data: dict[str, Any] = {"status": _spelled(api, moment.status)}
+        if moment.status == "succeeded":
+            url = f"https://example.invalid/{self.task_id}.png?Expires={int(now) + _URL_SECONDS}"
+            if api == "sd":
+                data |= {"images": [url], "parameters": {"steps": self.life.steps}, "info": "simulated"}
+            else:
+                data["result"] = {"images": {"url": url}}
+        return data
+
+
+def new_task_id(clock: Callable[[], float], random: Random) -> str:
+    """Return an ID like the vendor's: a ULID (48 bits of milliseconds, 80 of chance) in lower case."""
+    number = int(clock() * 1000) << 80 | random.getrandbits(80)
+    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def _moment(life: Life, age: float) -> _Moment:
+    if age < life.waiting_seconds:
+        return _Moment("waiting", queue=math.ceil(life.waiting_seconds - age))
+    ran = age - life.waiting_seconds
+    if ran >= life.running_seconds:
+        return _Moment(life.outcome, step=life.steps - (life.outcome != "succeeded"))
+    part = ran / life.running_seconds
+    if life.jump_back and 0.65 <= part < 0.75:  # noqa: PLR2004 - where the vendor's number falls
+        part -= 0.3
+    return _Moment("running", step=int(part * life.steps), eta_seconds=round(life.running_seconds - ran, 3))
+
+
+def _spelled(api: str, status: str) -> str:
+    # The sd reference spells success "successed", the comfy reference "succeeded".
+    return "successed" if (api, status) == ("sd", "succeeded") else status

@@ -1,0 +1,59 @@
+"""One call in the air per key, however many wait for it.
+
+A flight is a task of its own. Nobody who waits for it owns it: a caller that hangs up, the
+first one included, changes nothing for the others. The module knows nothing of caches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
+
+
+class SingleFlight(Generic[K, T]):
+    """Runs `fn` at most once at a time per key and shares what it returns or raises."""
+
+    def __init__(self) -> None:
+        self._flights: dict[K, asyncio.Task[T]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of flights in the air."""
+        return len(self._flights)
+
+    def __contains__(self, key: K) -> bool:
+        """Tell whether a flight for this key is in the air."""
+        return key in self._flights
+
+    def start(self, key: K, fn: Callable[[], Awaitable[T]]) -> asyncio.Task[T]:
+        """Return the key's flight, begun now unless one is in the air. Await it through `shield`."""
+        flight = self._flights.get(key)
+        if flight is None:
+            flight = asyncio.ensure_future(_run(fn))
+            self._flights[key] = flight
+            flight.add_done_callback(lambda done: self._land(key, done))
+        return flight
+
+    async def do(self, key: K, fn: Callable[[], Awaitable[T]]) -> T:
+        """Wait for the key's flight and return its result, or raise what it raised."""
+        return await asyncio.shield(self.start(key, fn))
+
+    async def aclose(self) -> None:
+        """Cancel every flight and wait until all have ended."""
+        flights = list(self._flights.values())
+        for flight in flights:
+            flight.cancel()
+        await asyncio.gather(*flights, return_exceptions=True)
+
+    def _land(self, key: K, flight: asyncio.Task[T]) -> None:
+        del self._flights[key]
+        # When every caller has hung up nobody else looks at the exception, and asyncio complains.
+        if not flight.cancelled():
+            flight.exception()
+
+
+async def _run(fn: Callable[[], Awaitable[T]]) -> T:
+    return await fn()

@@ -1,0 +1,311 @@
+"""One question to the upstream: signed, bounded, and answered with data or a named failure.
+
+    query -> (slot, deadline, retries) -> _attempt -> exchange -> judge -> data
+
+All of httpx stays behind this module. Detached flights call it, never a caller's own task, and
+the semaphore lies below the pool's size: httpcore leaks a slot when a call is cancelled while it
+queues for a connection (httpcore issue 1093), so nothing here ever queues in the pool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any, NamedTuple, Self
+
+import httpx
+import structlog
+
+from gateway.credentials import Credentials, Pair
+from gateway.exceptions import (
+    GatewayError,
+    Overloaded,
+    UpstreamClock,
+    UpstreamCredentials,
+    UpstreamDetail,
+    UpstreamError,
+    UpstreamInvalid,
+    UpstreamRejected,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from gateway.metrics import Metrics
+from gateway.models import TaskKey, read_envelope, render_json
+from gateway.redaction import Redactor
+from gateway.refusals import refusal
+from gateway.settings import Upstream as UpstreamSettings
+from gateway.signing import signed_headers
+
+# Most specific first. A connection that was dropped while it lay idle is a RemoteProtocolError.
+TRANSPORT_ERRORS: tuple[tuple[type[httpx.HTTPError], type[UpstreamError]], ...] = (
+    (httpx.TimeoutException, UpstreamTimeout),
+    (httpx.TransportError, UpstreamUnreachable),
+)
+
+_OK = 200
+_BACKOFF_SECONDS = 0.1  # doubled by each retry, then taken at random between 0 and that
+_RETRY_SHARE = 0.2  # of recent calls that may be retries: a sick upstream is not asked threefold
+_RETRY_RESERVE = 10.0
+_CLOCK_TOLERANCE_SECONDS = 2.0  # the Date header has whole seconds, and the answer was under way
+_SPARE_CONNECTIONS = 8
+
+log = structlog.get_logger(__name__)
+
+
+class Answer(NamedTuple):
+    """A successful envelope: its `data`, and the body as it came."""
+
+    data: dict[str, Any]
+    envelope: bytes
+
+
+class Exchange(NamedTuple):
+    """One call over HTTP, whatever its answer means. `sent` are the signed headers, lower case.
+
+    `headers` are the answer's; their names are case-insensitive.
+    """
+
+    sent: Mapping[str, str]
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Upstream:
+    """Asks the upstream. Open it with `async with`.
+
+    `refusal_seconds`: how long a refused pair rests before it is tried again. `clock` is Unix time.
+    """
+
+    def __init__(
+        self,
+        settings: UpstreamSettings,
+        *,
+        credentials: Credentials,
+        redactor: Redactor,
+        metrics: Metrics,
+        refusal_seconds: float,
+        user_agent: str,
+        clock: Callable[[], float] = time.time,
+        nonce: Callable[[], str] = lambda: str(uuid.uuid4()),
+    ) -> None:
+        self._settings = settings
+        self._credentials = credentials
+        self._redactor = redactor
+        self._metrics = metrics
+        self._refusal_seconds = refusal_seconds
+        self._clock = clock
+        self._nonce = nonce
+        self._slots = asyncio.Semaphore(settings.max_in_flight)
+        self._retry_tokens = _RETRY_RESERVE
+        self._clock_offset = 0.0  # seconds to add to our clock when signing
+        self._refused: tuple[Pair, float, UpstreamError] | None = None
+        self.trouble: str | None = None  # the problem code of the last call, unless it brought an envelope
+        self._client = httpx.AsyncClient(
+            base_url=settings.endpoint,
+            headers={"accept-encoding": "identity", "user-agent": user_agent},
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            timeout=None,  # noqa: S113  # each attempt runs under asyncio.timeout, which a dripping body meets too
+            limits=httpx.Limits(max_connections=settings.max_in_flight + _SPARE_CONNECTIONS),
+            follow_redirects=False,
+            trust_env=False,
+        )
+
+    async def __aenter__(self) -> Self:
+        """Open the connection pool."""
+        await self._client.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Close every connection."""
+        await self._client.aclose()
+
+    async def query(self, key: TaskKey) -> Answer:
+        """Ask, again if that may help, until `upstream.timeout_seconds` have passed.
+
+        Raises: UpstreamError; Overloaded when no slot became free in time.
+        """
+        deadline = asyncio.get_running_loop().time() + self._settings.timeout_seconds
+        late: GatewayError = Overloaded("the gateway makes as many upstream calls as it may", retry_after=1.0)
+        self._retry_tokens = min(self._retry_tokens + _RETRY_SHARE, _RETRY_RESERVE)
+        attempt = 0
+        try:
+            async with asyncio.timeout_at(deadline):
+                while True:
+                    async with self._slots:
+                        late = UpstreamTimeout("the upstream did not answer in time")
+                        try:
+                            return await self._attempt(key)
+                        except UpstreamError as exc:
+                            failure = exc
+                    delay = self._delay(failure, attempt, deadline)
+                    self._metrics.upstream_retries.labels(key.operation, failure.code).inc()
+                    attempt += 1
+                    await asyncio.sleep(delay)
+        except TimeoutError:
+            raise late from None
+
+    async def exchange(self, key: TaskKey, pair: Pair) -> Exchange:
+        """Make one signed call; what its answer means is not judged, and no deadline is set.
+
+        Raises: UpstreamError for what happened on the way.
+        """
+        body = render_json({"taskId": key.task_id})
+        sent = signed_headers(
+            key.operation.path,
+            body,
+            access_key=pair.access_key,
+            secret_key=pair.secret_key,
+            timestamp_ms=int((self._clock() + self._clock_offset) * 1000),
+            nonce=self._nonce(),
+            stage=self._settings.stage,
+        )
+        try:
+            request = self._client.build_request("POST", key.operation.path, content=body, headers=sent)
+            response = await self._client.send(request, stream=True)
+            try:
+                content = await _read(response, self._settings.max_response_bytes)
+            finally:
+                await response.aclose()
+        except httpx.HTTPError as exc:
+            raise _transport_error(exc) from exc
+        return Exchange(sent, response.status_code, response.headers, content)
+
+    async def _attempt(self, key: TaskKey) -> Answer:
+        operation = key.operation
+        pair = self._credentials.pair
+        self._check_refused(pair)
+        outcome = UpstreamTimeout.code  # also when the caller's deadline cancels us
+        started = time.perf_counter()
+        self._metrics.upstream_in_flight.inc()
+        try:
+            async with asyncio.timeout(self._settings.attempt_timeout_seconds):
+                exchange = await self.exchange(key, pair)
+            skew = self._observe_clock(exchange)
+            try:
+                answer = Answer(self.judge(exchange, key), exchange.body)
+            except UpstreamClock as exc:
+                exc.transient = self._correct_clock(skew)
+                raise
+            except UpstreamCredentials as exc:
+                if not exc.transient:
+                    self._refused = (pair, time.monotonic() + self._refusal_seconds, exc)
+                raise
+        except TimeoutError:
+            raise UpstreamTimeout("the upstream did not answer in time") from None
+        except UpstreamError as exc:
+            outcome = exc.code
+            raise
+        else:
+            outcome = "ok"
+            return answer
+        finally:
+            self.trouble = None if outcome in {"ok", UpstreamRejected.code} else outcome
+            self._metrics.upstream_in_flight.dec()
+            self._metrics.upstream_requests.labels(operation, outcome).inc()
+            self._metrics.upstream_request_duration.labels(operation).observe(time.perf_counter() - started)
+
+    def judge(self, exchange: Exchange, key: TaskKey) -> dict[str, Any]:
+        """Return the data of a successful answer. Raises: UpstreamError for any other."""
+        code = exchange.headers.get("x-ca-error-code", "")
+        message = exchange.headers.get("x-ca-error-message", "")
+        if not code and not message:
+            try:
+                data = read_envelope(exchange.body, key, redact=self._redactor)
+            except UpstreamInvalid:
+                if exchange.status == _OK:
+                    raise
+            else:
+                if exchange.status == _OK:
+                    return data
+        raise refusal(
+            exchange.status,
+            code,
+            message,
+            detail=UpstreamDetail(
+                request_id=self._shown(exchange.headers.get("x-ca-request-id")),
+                err_code=self._shown(code or f"HTTP {exchange.status}"),
+                err_message=self._shown(message or None),
+            ),
+            retry_after=_retry_after(exchange.headers.get("retry-after", ""), self._clock()),
+        )
+
+    def _shown(self, text: str | None) -> str | None:
+        return None if text is None else self._redactor(text)[:500]
+
+    def _check_refused(self, pair: Pair) -> None:
+        # A refusal belongs to the pair, not to a task: while it rests nobody's query goes out.
+        if self._refused is not None and self._refused[0] == pair and time.monotonic() < self._refused[1]:
+            raise self._refused[2].with_traceback(None)
+
+    def _delay(self, failure: UpstreamError, attempt: int, deadline: float) -> float:
+        """Return how long to wait before the next attempt, or raise the failure when none is due."""
+        if not failure.transient or attempt >= self._settings.retries or self._retry_tokens < 1:
+            raise failure
+        jittered = random.uniform(0, _BACKOFF_SECONDS * 2**attempt)  # noqa: S311  # spreads load, hides nothing
+        delay = max(jittered, failure.retry_after or 0.0)
+        if asyncio.get_running_loop().time() + delay >= deadline:
+            raise failure
+        self._retry_tokens -= 1
+        return delay
+
+    def _observe_clock(self, exchange: Exchange) -> float | None:
+        """Return how far upstream's clock is ahead of ours, in seconds, when its answer tells."""
+        try:
+            skew = parsedate_to_datetime(exchange.headers.get("date", "")).timestamp() - self._clock()
+        except ValueError:
+            return None
+        self._metrics.upstream_clock_skew.set(round(skew, 1))
+        return skew
+
+    def _correct_clock(self, skew: float | None) -> bool:
+        """Sign with upstream's time from now on; tell whether that changes anything."""
+        if skew is None or abs(skew - self._clock_offset) <= _CLOCK_TOLERANCE_SECONDS:
+            return False
+        self._clock_offset = skew
+        log.warning("clock corrected to the upstream's", offset_seconds=round(skew, 1))
+        return True
+
+
+def _transport_error(exc: httpx.HTTPError) -> UpstreamError:
+    for kind, error in TRANSPORT_ERRORS:
+        if isinstance(exc, kind):
+            return error(f"the upstream could not be reached ({type(exc).__name__})")
+    return UpstreamInvalid(f"the upstream's answer cannot be read ({type(exc).__name__})")
+
+
+async def _read(response: httpx.Response, limit: int) -> bytes:
+    """Return the decoded body of at most `limit` bytes.
+
+    httpx would decode a chunk of any size at once: a gzip bomb is inflated here, a bounded piece
+    at a time, and given up at the limit. Raises: UpstreamInvalid.
+    """
+    encoding = response.headers.get("content-encoding", "identity").lower()
+    if encoding not in {"identity", "gzip", "deflate", ""}:
+        raise UpstreamInvalid("the upstream's answer has an unknown content encoding")
+    inflate = zlib.decompressobj(wbits=47) if encoding in {"gzip", "deflate"} else None  # 47: gzip or zlib
+    content = bytearray()
+    try:
+        async for chunk in response.aiter_raw():
+            content += inflate.decompress(chunk, limit + 1 - len(content)) if inflate else chunk
+            if len(content) > limit:
+                raise UpstreamInvalid("the upstream's answer is too large")
+    except zlib.error as exc:
+        raise UpstreamInvalid("the upstream's answer is not what its content encoding says") from exc
+    return bytes(content)
+
+
+def _retry_after(value: str, now: float) -> float | None:
+    """Return the seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date."""
+    if value.isascii() and value.isdigit():
+        return min(float(value), 3600.0)
+    try:
+        return min(max(parsedate_to_datetime(value).timestamp() - now, 0.0), 3600.0)
+    except ValueError:
+        return None
