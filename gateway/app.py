@@ -15,10 +15,13 @@ from starlette.routing import BaseRoute, Route
 
 from gateway import __version__
 from gateway.api import ops
+from gateway.api.batch import BatchEndpoint
+from gateway.api.events import EventsEndpoint
 from gateway.api.middleware import Admission, Cors, Telemetry
 from gateway.api.native import NativeEndpoint, NoSuchOperation
 from gateway.api.problems import Problems
 from gateway.api.progress import ProgressEndpoint
+from gateway.api.tasks import Tasks
 from gateway.credentials import Credentials
 from gateway.drain import Drain
 from gateway.exceptions import GatewayError
@@ -28,6 +31,7 @@ from gateway.service import ProgressService
 from gateway.settings import Settings
 from gateway.stores.memory import MemoryStore
 from gateway.upstream import Upstream
+from gateway.watch import Watch
 
 USER_AGENT = f"sd-progress-gateway/{__version__}"
 
@@ -56,6 +60,7 @@ def create_app(settings: Settings, *, redactor: Redactor) -> Starlette:
         user_agent=USER_AGENT,
     )
     service = ProgressService(cache, store=store, upstream=upstream, metrics=metrics)
+    watch = Watch(settings.watch, service=service, store=store, metrics=metrics)
     drain = Drain()
 
     @asynccontextmanager
@@ -66,7 +71,9 @@ def create_app(settings: Settings, *, redactor: Redactor) -> Starlette:
                 stack.enter_context(_metrics_server(settings, metrics))
             await stack.enter_async_context(upstream)
             stack.push_async_callback(service.aclose)
+            stack.push_async_callback(watch.aclose)
             await stack.enter_async_context(_running(credentials.follow()))
+            await stack.enter_async_context(_running(_say_farewell(drain, watch)))
             log.info("started", version=__version__, endpoint=settings.upstream.endpoint)
             yield
         log.info("stopped")
@@ -89,7 +96,8 @@ def create_app(settings: Settings, *, redactor: Redactor) -> Starlette:
         middleware.append(Middleware(Cors, origins=settings.server.cors_origins))
     app = Starlette(
         routes=[
-            *_query_routes(settings, service),
+            *_task_routes(settings, service, watch, metrics),
+            *_native_routes(settings, service),
             Route("/healthz", ops.healthz),
             Route("/readyz", ops.readyz(why_not_ready, degraded)),
             *([] if settings.server.metrics_port else [Route("/metrics", ops.metrics(metrics.registry))]),
@@ -103,7 +111,23 @@ def create_app(settings: Settings, *, redactor: Redactor) -> Starlette:
     return app
 
 
-def _query_routes(settings: Settings, service: ProgressService) -> list[BaseRoute]:
+def _task_routes(
+    settings: Settings, service: ProgressService, watch: Watch, metrics: Metrics
+) -> list[BaseRoute]:
+    tasks = Tasks(settings.upstream.operations, most=settings.limits.max_tasks_per_request)
+    events = EventsEndpoint(
+        watch, tasks=tasks, metrics=metrics, heartbeat_seconds=settings.watch.heartbeat_seconds
+    )
+    one = ProgressEndpoint(service, watch, tasks=tasks, max_wait_seconds=settings.watch.max_wait_seconds)
+    return [
+        Route("/v1/progress/{taskId}/events", events, methods=["GET"]),
+        Route("/v1/progress/{taskId:path}", one, methods=["GET"]),
+        Route("/v1/progress", BatchEndpoint(service, tasks=tasks), methods=["GET"]),
+        Route("/v1/events", events, methods=["GET"]),
+    ]
+
+
+def _native_routes(settings: Settings, service: ProgressService) -> list[BaseRoute]:
     operations = settings.upstream.operations
     native = [
         Route(
@@ -117,13 +141,12 @@ def _query_routes(settings: Settings, service: ProgressService) -> list[BaseRout
         )
         for operation in operations
     ]
-    return [
-        Route(
-            "/v1/progress/{taskId:path}", ProgressEndpoint(service, operations=operations), methods=["GET"]
-        ),
-        *native,
-        Route("/scc/{path:path}", NoSuchOperation(operations)),
-    ]
+    return [*native, Route("/scc/{path:path}", NoSuchOperation(operations))]
+
+
+async def _say_farewell(drain: Drain, watch: Watch) -> None:
+    await drain.begun.wait()
+    watch.say_farewell()
 
 
 @asynccontextmanager

@@ -97,6 +97,9 @@ class Credentials:
             return None
         if not after.access_key or not after.secret_key:
             raise ValueError("access key or secret key is empty")
+        # It goes into a header: a byte order mark, say, would fail in every query instead of here.
+        if not (after.access_key.isascii() and after.access_key.isprintable()):
+            raise ValueError("access key has characters that no header can carry")
         return after
 
     def _read_once(self) -> Pair:

@@ -74,6 +74,18 @@ class Metrics:
             ["operation", "status"],
             registry=registry,
         )
+        self.watchers = Gauge(
+            "sd_gateway_watchers", "Open event streams and long polls.", ["kind"], registry=registry
+        )
+        self.watched_tasks = Gauge(
+            "sd_gateway_watched_tasks", "Tasks that somebody watches.", registry=registry
+        )
+        self.events_sent = Counter(
+            "sd_gateway_events_sent_total",
+            "Events written to streams: progress problem end.",
+            ["event"],
+            registry=registry,
+        )
         self.credentials_reloads = Counter(
             "sd_gateway_credentials_reloads_total",
             "Readings of changed credential files, by result: ok or error.",

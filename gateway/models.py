@@ -88,9 +88,9 @@ class TaskKey(NamedTuple):
     task_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Snapshot:
-    """One upstream answer for one task.
+    """One upstream answer for one task: never changed, but for `polls`, which counts its readers.
 
     `fetched_at` is when the answer had arrived, in seconds on the process's monotonic clock;
     `lifetime` is how many seconds it counts as fresh. `envelope` is the body as it came.
@@ -106,6 +106,7 @@ class Snapshot:
     eta_seconds: float | None = None
     body: bytes = b""
     etag: str = ""
+    polls: int = 0
 
     @property
     def terminal(self) -> bool:
@@ -144,10 +145,11 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
     if not isinstance(envelope, dict) or type(envelope.get("status")) is not int:
         raise UpstreamInvalid("the upstream's answer is not an envelope")
     if envelope["status"] != _SUCCESS:
+        clean = _cleaned(envelope, redact)
         raise UpstreamRejected(
             "the upstream rejected the query",
-            envelope=redact(body.decode()).encode(),
-            detail=_detail(envelope, redact),
+            envelope=body if clean == envelope else render_json(clean),
+            detail=_detail(clean),
         )
     data = envelope.get("data")
     if not isinstance(data, dict):
@@ -178,7 +180,7 @@ def observe(
         return Snapshot(key, fetched_at, lifetimes[None], envelope)
     status = vendor_status(data)
     if previous is not None and previous.terminal and previous.status is not status:
-        return replace(previous, fetched_at=fetched_at)
+        return replace(previous, fetched_at=fetched_at, polls=0)
     progress = 1.0 if status is Status.SUCCEEDED else min(max(_number(data.get("progress")) or 0.0, 0.0), 1.0)
     if previous is not None and previous.status is status is Status.RUNNING:
         progress = max(progress, previous.progress or 0.0)
@@ -218,10 +220,27 @@ def render_json(value: Any) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def _detail(envelope: Mapping[str, Any], redact: Callable[[str], str]) -> UpstreamDetail:
+def _cleaned(envelope: dict[str, Any], redact: Callable[[str], str]) -> dict[str, Any]:
+    # String by string: a mask over the raw text would miss a secret behind JSON's escapes, and would
+    # take the closing quotes and braces with it.
+    def clean(value: Any) -> Any:
+        if isinstance(value, str):
+            return redact(value)
+        if isinstance(value, dict):
+            return {redact(name): clean(item) for name, item in value.items()}
+        return [clean(item) for item in value] if isinstance(value, list) else value
+
+    try:
+        cleaned: dict[str, Any] = clean(envelope)
+    except RecursionError as exc:
+        raise UpstreamInvalid("the upstream's answer nests too deep") from exc
+    return cleaned
+
+
+def _detail(envelope: Mapping[str, Any]) -> UpstreamDetail:
     def text(name: str) -> str | None:
         value = envelope.get(name)
-        return None if value is None else redact(str(value))[:_DETAIL_LIMIT]
+        return None if value is None else str(value)[:_DETAIL_LIMIT]
 
     return UpstreamDetail(
         invoke_id=text("apiInvokeId"),

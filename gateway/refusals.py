@@ -8,6 +8,7 @@ Gateway documentation, "error codes".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from gateway.exceptions import (
@@ -59,6 +60,13 @@ BY_CODE: Mapping[str, _Kind] = {
     "I400NC": UpstreamNonce,
 }
 
+# The class letter of a code that is not in the table. The other classes mean what their status does.
+BY_CLASS: Mapping[str, _Kind] = {
+    "A": UpstreamCredentials,
+    "B": UpstreamCredentials,
+    "T": UpstreamThrottled,
+}
+
 BY_STATUS: Mapping[int, _Kind] = {
     401: UpstreamCredentials,
     403: UpstreamCredentials,
@@ -68,6 +76,8 @@ BY_STATUS: Mapping[int, _Kind] = {
     503: UpstreamBusy,
     504: UpstreamTimeout,
 }
+
+_CODE = re.compile(r"(?P<letter>[A-Z])(?P<status>[0-9]{3})[A-Z0-9]{2}")
 
 _TEXT: Mapping[_Kind, str] = {
     UpstreamBusy: "the upstream is unwell",
@@ -97,7 +107,7 @@ def _kind(http_status: int, code: str, message: str) -> _Kind:
             return kind
     if code in BY_CODE:
         return BY_CODE[code]
-    # A code that is not in the table still tells its HTTP status: T429xx is a throttle.
-    if code[1:4].isdigit():
-        return BY_STATUS.get(int(code[1:4]), UpstreamInvalid)
+    # A code that is not in the table still tells its class and its HTTP status: T429xx is a throttle.
+    if told := _CODE.fullmatch(code):
+        return BY_CLASS.get(told["letter"]) or BY_STATUS.get(int(told["status"]), UpstreamInvalid)
     return BY_STATUS.get(http_status, UpstreamInvalid)

@@ -4,6 +4,7 @@
     stale, young enough   -> the same, and one refresh begins behind it
     else                  -> everybody waits for the one flight: upstream -> store -> all waiters
     the flight failed     -> a snapshot not older than stale_if_error, else the failure
+    read twice while fresh -> hot: refreshed ahead, so that the next reader finds it fresh
 
 Freshness promise: while upstream answers, nobody is handed a snapshot older than its
 lifetime + stale_while_revalidate.
@@ -11,6 +12,7 @@ lifetime + stale_while_revalidate.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from enum import StrEnum
@@ -26,6 +28,9 @@ from gateway.settings import Cache
 from gateway.singleflight import SingleFlight
 from gateway.stores import Store
 from gateway.upstream import Upstream
+
+_HOT = 2  # readers within one lifetime
+_LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
 
 log = structlog.get_logger(__name__)
 
@@ -79,6 +84,8 @@ class ProgressService:
             Status.UNKNOWN: cache.unknown_seconds,
             **{status: cache.terminal_seconds for status in Status if status.terminal},
         }
+        self._latency = dict.fromkeys(Operation, 0.0)  # moving averages, in seconds
+        self._ahead: dict[TaskKey, asyncio.TimerHandle] = {}
         self._count = {
             (operation, source): metrics.cache_lookups.labels(operation, source).inc
             for operation in Operation
@@ -92,6 +99,9 @@ class ProgressService:
             return None
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
+            snapshot.polls += 1
+            if snapshot.polls == _HOT:
+                self._refresh_ahead(snapshot, age)
             self._count[key.operation, Source.HIT]()
             return Reading(snapshot, age, Source.HIT)
         if age >= snapshot.lifetime + self._cache.stale_while_revalidate_seconds:
@@ -109,9 +119,49 @@ class ProgressService:
         """
         return self.lookup(key) or await self._wait(key)
 
+    async def get_fresh(self, key: TaskKey) -> Reading:
+        """Answer with a fresh snapshot, waiting for it: what a schedule asks, that nobody waits for.
+
+        Raises: as `get`.
+        """
+        snapshot = self._store.peek(key)
+        age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
+        if snapshot is None or age >= snapshot.lifetime:
+            return await self._wait(key)
+        self._count[key.operation, Source.HIT]()
+        return Reading(snapshot, age, Source.HIT)
+
+    def current(self, key: TaskKey) -> Reading | None:
+        """Return what the store holds, of any age, and begin nothing: for those a schedule serves."""
+        snapshot = self._store.peek(key)
+        if snapshot is None:
+            return None
+        age = self._clock() - snapshot.fetched_at
+        return Reading(snapshot, age, Source.HIT if age < snapshot.lifetime else Source.STALE)
+
     async def aclose(self) -> None:
-        """End every flight."""
+        """End every flight, and begin none any more."""
+        for timer in self._ahead.values():
+            timer.cancel()
         await self._flights.aclose()
+
+    def _refresh_ahead(self, snapshot: Snapshot, age: float) -> None:
+        """Take off so early that a usual flight lands just when the snapshot goes stale."""
+        if snapshot.terminal:
+            return  # nothing new is to come
+        key = snapshot.key
+        if (timer := self._ahead.pop(key, None)) is not None:
+            timer.cancel()
+        delay = snapshot.lifetime - age - self._latency[key.operation]
+        loop = asyncio.get_running_loop()
+        self._ahead[key] = loop.call_later(max(delay, 0.0), self._take_off, snapshot)
+
+    def _take_off(self, snapshot: Snapshot) -> None:
+        key = snapshot.key
+        del self._ahead[key]
+        # A watch or another replica may have renewed it meanwhile; then its own readers count.
+        if self._store.peek(key) is snapshot and self._store.failure(key) is None:
+            self._flights.start(key, partial(self._fetch, key, ahead=True))
 
     async def _wait(self, key: TaskKey) -> Reading:
         failure = self._store.failure(key)
@@ -136,15 +186,22 @@ class ProgressService:
         self._count[key.operation, Source.STALE]()
         return Reading(snapshot, age, Source.STALE, failure=failure)
 
-    async def _fetch(self, key: TaskKey) -> Snapshot | GatewayError:
-        """Fly: a failure is returned, not raised, for it is shared as data."""
+    async def _fetch(self, key: TaskKey, *, ahead: bool = False) -> Snapshot | GatewayError:
+        """Fly: a failure is returned, not raised, for it is shared as data.
+
+        `ahead`: fly although the newest snapshot is still fresh.
+        """
         # Look again. Between the look that sent us here and our taking off, another replica may
         # have landed with the same answer; asking twice would break the one-call promise.
         newest = await self._store.load(key)
-        if newest is not None and self._clock() - newest.fetched_at < newest.lifetime:
+        if not ahead and newest is not None and self._clock() - newest.fetched_at < newest.lifetime:
             return newest
+        started = self._clock()
         try:
             data, envelope = await self._upstream.query(key)
+            self._latency[key.operation] += _LATENCY_WEIGHT * (
+                self._clock() - started - self._latency[key.operation]
+            )
             snapshot = observe(
                 data,
                 envelope,

@@ -100,10 +100,14 @@ class Upstream(_Section):
 
     @model_validator(mode="after")
     def _endpoint(self) -> Upstream:
-        parts = urlsplit(self.endpoint)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        try:
+            parts = urlsplit(self.endpoint)
+            well_formed = parts.port != 0 and not any(map(str.isspace, self.endpoint))
+        except ValueError:  # half an IPv6 address, a port that is no number
+            well_formed = False
+        if not well_formed or parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError("endpoint: must be an http or https URL")
-        if parts.path not in {"", "/"} or parts.query or parts.fragment or parts.username:
+        if parts.path not in {"", "/"} or parts.query or parts.fragment or "@" in parts.netloc:
             raise ValueError("endpoint: must be a scheme, a host and maybe a port, nothing more")
         if parts.scheme == "http" and not self.allow_insecure and not _is_loopback(parts.hostname):
             raise ValueError("endpoint: plain http only to loopback, unless upstream.allow_insecure = true")
@@ -140,9 +144,18 @@ class Cache(_Section):
     stale_if_error_seconds: NotNegative = 60.0
 
 
+class Watch(_Section):
+    """`watch.*`: event streams and long polls."""
+
+    max_watchers: Count = 20_000
+    heartbeat_seconds: Positive = 15.0
+    max_wait_seconds: Positive = 60.0
+
+
 class Limits(_Section):
     """`limits.*`: what one request may ask for."""
 
+    max_tasks_per_request: Annotated[int, Field(ge=1, le=10_000)] = 100
     max_body_bytes: Annotated[int, Field(ge=64, le=1_073_741_824)] = 65_536
 
 
@@ -160,6 +173,7 @@ class Settings(_Section):
     upstream: Upstream = Upstream()
     credentials: Credentials = Credentials()
     cache: Cache = Cache()
+    watch: Watch = Watch()
     limits: Limits = Limits()
     log: Log = Log()
 
@@ -187,6 +201,8 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise SettingsError([f"{file}: cannot be read: {exc.strerror}"]) from exc
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
         raise SettingsError([f"{file}: is not TOML: {exc}"]) from exc
+    except RecursionError as exc:
+        raise SettingsError([f"{file}: is not TOML: nested too deep"]) from exc
 
 
 def _speedpix(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -211,23 +227,26 @@ def _merge(values: dict[str, Any], over: dict[str, Any]) -> None:
         target = values.setdefault(section, {})
         if not isinstance(target, dict):
             continue  # a section that is no table: validation names it
-        for key, value in keys.items():
-            # A secret's value and its file are one setting: the stronger source replaces both forms.
-            if section == "credentials":
-                target.pop(key.removesuffix("_file") if key.endswith("_file") else f"{key}_file", None)
-            target[key] = value
+        # A secret's value and its file are one setting: the stronger source replaces both forms. All the
+        # weaker ones go first, or of two forms in one source the second would silence the first.
+        for key in keys if section == "credentials" else ():
+            target.pop(key.removesuffix("_file") if key.endswith("_file") else f"{key}_file", None)
+        target.update(keys)
 
 
 def _line(error: Any) -> str:
     path = [str(part) for part in error["loc"]]
     message = error["msg"].removeprefix("Value error, ")
+    value = error["input"]
     if error["type"] == "value_error" and len(path) == 1:  # a check of several keys names the one at fault
         key, _, message = message.partition(": ")
-        return f"{path[0]}.{key}: {message}"
-    name = ".".join(path)
+        path.append(key)
+        value = value.get(key)
+    name = ".".join(filter(None, path))  # SD_GATEWAY_SERVER alone has a section and no key
     if error["type"] == "extra_forbidden":
-        return f"{name}: unknown setting; {_suggest(path)}"
-    shown = "(hidden)" if "key" in name or "secret" in name else repr(error["input"])
+        return f"{name or PREFIX}: unknown setting; {_suggest(path)}"
+    # Whatever is wrong with [credentials], or stands before an @, may be a secret.
+    shown = "(hidden)" if path[0] == "credentials" or "@" in str(value) else repr(value)
     return f"{name} = {shown}: {message[0].lower()}{message[1:]}"
 
 

@@ -1,4 +1,4 @@
-"""GET /v1/progress/{taskId}: the simplified API.
+"""GET /v1/progress/{taskId}: one task, at once or as a long poll.
 
 A plain ASGI endpoint, for this is the hot path: on a hit the body and the ETag are the bytes
 that were rendered when the snapshot was stored, and nothing is awaited but `send`.
@@ -6,34 +6,51 @@ that were rendered when the snapshot was stored, and nothing is awaited but `sen
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from urllib.parse import unquote
+import asyncio
+import re
+from contextlib import suppress
 
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.caching import cache_headers
-from gateway.api.requests import query_parameters
-from gateway.exceptions import InvalidParameter, PathNotFound
-from gateway.models import Operation, TaskKey, check_task_id
-from gateway.service import ProgressService
+from gateway.api.caching import Headers, cache_headers
+from gateway.api.requests import header, noticing_hang_up, query_parameters
+from gateway.api.tasks import Tasks
+from gateway.exceptions import InvalidParameter
+from gateway.models import Snapshot, TaskKey
+from gateway.service import ProgressService, Reading
+from gateway.watch import Kind, Watch, Watcher
 
-_OPERATION = {"sd": Operation.SD_GET_PROGRESS, "comfy": Operation.COMFY_GET_PROGRESS}
+# RFC 7240, 4.3: `wait=10`, perhaps among other preferences.
+_PREFER_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(?:[;,]|$)", re.IGNORECASE)
+_SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?")
 
 
 class ProgressEndpoint:
-    """Answers for one task. `operations` are the upstream operations that are switched on."""
+    """Answers for one task."""
 
-    def __init__(self, service: ProgressService, *, operations: Collection[Operation]) -> None:
+    def __init__(
+        self, service: ProgressService, watch: Watch, *, tasks: Tasks, max_wait_seconds: float
+    ) -> None:
         self._service = service
-        self._operations = {api: op for api, op in _OPERATION.items() if op in operations}
+        self._watch = watch
+        self._tasks = tasks
+        self._max_wait_seconds = max_wait_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 200 with the task's progress, or 304 when the caller has it already."""
-        reading = await self._service.get(self._key(scope))
+        parameters = query_parameters(scope, "api", "wait")
+        key = self._tasks.in_path(scope, parameters)
+        known = header(scope, b"if-none-match")
+        wait, headers = self._wait(scope, parameters)
+        if wait:
+            reading = await self._changed(key, known, wait, receive)
+        else:
+            reading = await self._service.get(key)
         snapshot = reading.snapshot
-        headers = cache_headers(reading)
+        headers += cache_headers(reading)
         headers.append((b"etag", snapshot.etag.encode()))
-        if _matches(scope, snapshot.etag):
+        if known is not None and _matches(known, snapshot.etag):
             await send({"type": "http.response.start", "status": 304, "headers": headers})
             await send({"type": "http.response.body"})
             return
@@ -44,24 +61,52 @@ class ProgressEndpoint:
             {"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else snapshot.body}
         )
 
-    def _key(self, scope: Scope) -> TaskKey:
-        api = query_parameters(scope, "api").get("api", "sd") if scope["query_string"] else "sd"
-        operation = self._operations.get(api)
-        if operation is None:
-            raise InvalidParameter(f"query parameter 'api' must be one of: {', '.join(self._operations)}")
-        task_id = scope["path_params"]["taskId"]
-        # The server has decoded the path: a slash that was sent as one makes it another path, which
-        # does not exist; one that was sent as %2F belongs to a task ID, and is wrong there.
-        if "/" in task_id and unquote(scope["raw_path"].rpartition(b"/")[2]) != task_id:
-            raise PathNotFound("no such path; /openapi.json lists those that exist")
-        return TaskKey(operation, check_task_id(task_id))
+    def _wait(self, scope: Scope, parameters: dict[str, list[str]]) -> tuple[float, Headers]:
+        """Return how many seconds the caller wants to wait, 0 for not at all, and how that is told."""
+        if "wait" in parameters:
+            value = parameters["wait"][0]
+            if not _SECONDS.fullmatch(value):
+                raise InvalidParameter("query parameter 'wait' must be a number of seconds, 0 or more")
+            return min(float(value), self._max_wait_seconds), []
+        prefer = header(scope, b"prefer")
+        match = _PREFER_WAIT.search(prefer) if prefer is not None else None
+        if match is None:
+            return 0.0, []  # a preference that is not understood is ignored (RFC 7240, 2)
+        wait = min(float(match[1]), self._max_wait_seconds)
+        return wait, [(b"preference-applied", b"wait=%d" % wait), (b"vary", b"Prefer")]
+
+    async def _changed(self, key: TaskKey, known: str | None, wait: float, receive: Receive) -> Reading:
+        """Watch until the task differs from what the caller knows, has ended, or `wait` has passed."""
+        if known is None:
+            on_arrival = self._service.lookup(key)
+            known = on_arrival.snapshot.etag if on_arrival is not None else ""
+        failed = False
+        with self._watch.watching([key], Kind.LONGPOLL) as watcher:
+            async with noticing_hang_up(receive, watcher.hang_up):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        failed = await _until_news(watcher, known)
+        # The schedule has just renewed what the store holds: asking anew could cost a call more.
+        reading = None if failed else self._service.current(key)
+        return reading or await self._service.get(key)
 
 
-def _matches(scope: Scope, etag: str) -> bool:
-    """Tell whether If-None-Match names this representation (RFC 9110, 13.1.2: weak comparison)."""
-    for name, value in scope["headers"]:
-        if name == b"if-none-match":
-            candidates = [part.strip().removeprefix("W/") for part in value.decode("latin-1").split(",")]
-            if etag in candidates or candidates == ["*"]:
-                return True
+async def _until_news(watcher: Watcher, known: str) -> bool:
+    """Return when there is something to answer; tell whether it is a failure. Raises: ClientDisconnect."""
+    while not watcher.leaving:
+        for update in await watcher.take():
+            if update.failure is not None or _is_news(update.snapshot, known):
+                return update.failure is not None
+        if watcher.hung_up:
+            raise ClientDisconnect
     return False
+
+
+def _is_news(snapshot: Snapshot | None, known: str) -> bool:
+    return snapshot is not None and (snapshot.terminal or not _matches(known, snapshot.etag))
+
+
+def _matches(known: str, etag: str) -> bool:
+    """Tell whether If-None-Match names this representation (RFC 9110, 13.1.2: weak comparison)."""
+    candidates = [part.strip().removeprefix("W/") for part in known.split(",")]
+    return etag in candidates or candidates == ["*"]

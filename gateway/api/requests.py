@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from urllib.parse import parse_qsl
 
 from starlette.requests import ClientDisconnect
@@ -10,12 +12,17 @@ from starlette.types import Receive, Scope
 
 from gateway.exceptions import BodyTooLarge, InvalidParameter
 
-_MOST_PARAMETERS = 1000
+_MOST_PARAMETERS = 10_100
 _SHOWN = 64  # characters of a caller's own text that an error repeats
 
 
-def query_parameters(scope: Scope, *allowed: str) -> dict[str, str]:
-    """Return the query's parameters. Raises: InvalidParameter for an unknown or repeated one."""
+def query_parameters(scope: Scope, *allowed: str, repeated: str = "") -> dict[str, list[str]]:
+    """Return the query's parameters, each with its values; `repeated` may have more than one.
+
+    Raises: InvalidParameter for an unknown parameter, or one that is given twice.
+    """
+    if not scope["query_string"]:
+        return {}
     try:
         pairs = parse_qsl(
             scope["query_string"].decode("ascii"),
@@ -25,15 +32,36 @@ def query_parameters(scope: Scope, *allowed: str) -> dict[str, str]:
         )
     except ValueError as exc:
         raise InvalidParameter("the query string cannot be read") from exc
-    values: dict[str, str] = {}
+    values: dict[str, list[str]] = {}
     for name, value in pairs:
-        if name not in allowed:
-            known = f"known: {', '.join(allowed)}" if allowed else "there are none here"
-            raise InvalidParameter(f"unknown query parameter {name[:_SHOWN]!r}; {known}")
-        if name in values:
+        if name not in allowed and name != repeated:
+            known = ", ".join(filter(None, (*allowed, repeated))) or "there are none here"
+            raise InvalidParameter(f"unknown query parameter {name[:_SHOWN]!r}; known: {known}")
+        if name in values and name != repeated:
             raise InvalidParameter(f"query parameter {name!r} is given twice")
-        values[name] = value
+        values.setdefault(name, []).append(value)
     return values
+
+
+@asynccontextmanager
+async def noticing_hang_up(receive: Receive, notice: Callable[[], None]) -> AsyncIterator[None]:
+    """Call `notice` when the caller leaves while the context is open.
+
+    An ASGI server tells a disconnect to whoever receives, and a handler that only waits never would.
+    """
+
+    async def listen() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass  # a GET's body says nothing
+        notice()
+
+    listening = asyncio.create_task(listen())
+    try:
+        yield
+    finally:
+        listening.cancel()
+        with suppress(asyncio.CancelledError):
+            await listening
 
 
 async def read_body(scope: Scope, receive: Receive, *, limit: int, seconds: float) -> bytes:
@@ -59,3 +87,9 @@ async def read_body(scope: Scope, receive: Receive, *, limit: int, seconds: floa
                     return bytes(body)
     except TimeoutError:
         raise InvalidParameter(f"the body did not arrive within {seconds:g} seconds") from None
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """Return a header's value, repeated ones joined as RFC 9110 (5.3) has it, or None."""
+    values = [value for key, value in scope["headers"] if key == name]
+    return b", ".join(values).decode("latin-1") if values else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from gateway.exceptions import GatewayError
@@ -33,6 +34,10 @@ class Store(Protocol):
 
     async def fail(self, key: TaskKey, error: GatewayError, *, seconds: float) -> None:
         """Remember a failure for so many seconds."""
+        ...
+
+    def on_change(self, listener: Callable[[Snapshot], None]) -> None:
+        """Call `listener` with every snapshot that is stored from now on, by whichever replica."""
         ...
 
     def __len__(self) -> int:

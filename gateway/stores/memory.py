@@ -30,7 +30,7 @@ class MemoryStore:
         self, *, max_tasks: int, stale_seconds: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._stale_seconds = stale_seconds
-        self._clock = clock
+        self._listeners: list[Callable[[Snapshot], None]] = []
         self._snapshots: TLRUCache[TaskKey, Snapshot] = TLRUCache(max_tasks, self._forget_at, timer=clock)
         self._failures: TLRUCache[TaskKey, tuple[GatewayError, float]] = TLRUCache(
             max_tasks, lambda _key, failure, now: now + failure[1], timer=clock
@@ -54,6 +54,8 @@ class MemoryStore:
             return kept
         self._snapshots[snapshot.key] = snapshot
         self._failures.pop(snapshot.key, None)
+        for listener in self._listeners:
+            listener(snapshot)
         return snapshot
 
     def failure(self, key: TaskKey) -> GatewayError | None:
@@ -66,6 +68,10 @@ class MemoryStore:
     async def fail(self, key: TaskKey, error: GatewayError, *, seconds: float) -> None:
         """See `Store.fail`."""
         self._failures[key] = (error, seconds)
+
+    def on_change(self, listener: Callable[[Snapshot], None]) -> None:
+        """See `Store.on_change`."""
+        self._listeners.append(listener)
 
     def __len__(self) -> int:
         """See `Store.__len__`."""

@@ -1,0 +1,70 @@
+"""GET /v1/progress?taskId=A&taskId=B: many tasks in one answer, each with its own fate."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from starlette.types import Receive, Scope, Send
+
+from gateway.api.problems import document, lookup
+from gateway.api.requests import query_parameters
+from gateway.api.tasks import Tasks
+from gateway.exceptions import GatewayError
+from gateway.models import Snapshot, Status, TaskKey, render_json
+from gateway.service import ProgressService
+
+
+class BatchEndpoint:
+    """Answers for several tasks; what each is allowed to cost is the service's business."""
+
+    def __init__(self, service: ProgressService, *, tasks: Tasks) -> None:
+        self._service = service
+        self._tasks = tasks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 200 with items in the order asked for, and their summary."""
+        keys = self._tasks.in_query(query_parameters(scope, "api", repeated="taskId"))
+        # All at once is bounded: by the tasks of a request, and upstream by its slots.
+        outcomes = await asyncio.gather(*map(self._outcome, keys))
+        items: list[bytes] = []
+        for key, outcome in zip(keys, outcomes, strict=True):
+            if isinstance(outcome, Snapshot):
+                items.append(outcome.body)
+            else:
+                status, title = lookup(outcome)
+                problem = document(outcome, status, title, request_id=scope["state"]["request_id"])
+                items.append(render_json({"taskId": key.task_id, "error": problem}))
+        snapshots = [outcome for outcome in outcomes if isinstance(outcome, Snapshot)]
+        summary = render_json(summarize(snapshots, errors=len(outcomes) - len(snapshots)))
+        body = b'{"items":[%s],"summary":%s}' % (b",".join(items), summary)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            (b"cache-control", b"no-store"),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+    async def _outcome(self, key: TaskKey) -> Snapshot | GatewayError:
+        try:
+            return (await self._service.get(key)).snapshot
+        except GatewayError as failure:
+            return failure
+
+
+def summarize(snapshots: list[Snapshot], *, errors: int) -> dict[str, Any]:
+    """Return the batch's summary: `progress` is the mean, `etaSeconds` the largest that is known."""
+    counts: dict[str, int] = dict.fromkeys(Status, 0)
+    for snapshot in snapshots:
+        counts[snapshot.status or Status.UNKNOWN] += 1
+    etas = [snapshot.eta_seconds for snapshot in snapshots if snapshot.eta_seconds is not None]
+    progress = sum(snapshot.progress or 0.0 for snapshot in snapshots)
+    return {
+        "total": len(snapshots) + errors,
+        **counts,
+        "errors": errors,
+        "progress": round(progress / len(snapshots), 6) if snapshots else None,
+        "etaSeconds": max(etas, default=None),
+        "terminal": not errors and all(snapshot.terminal for snapshot in snapshots),
+    }

@@ -1,0 +1,229 @@
+"""Watching: one schedule per watched task, however many watch it.
+
+    first watcher -> schedule: get_fresh, sleep for the snapshot's lifetime, again
+    a stored change, whoever fetched it -> publish -> every watcher's slot -> its stream or long poll
+    last watcher gone, or the task has ended -> the schedule ends
+
+A slot holds the newest update of each task and no backlog: a reader that is slow skips what
+it missed, and a watcher's memory is bounded by the tasks it named.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from gateway.exceptions import GatewayError, Overloaded
+from gateway.metrics import Metrics
+from gateway.models import Snapshot, TaskKey
+from gateway.service import ProgressService
+from gateway.settings import Watch as WatchSettings
+from gateway.stores import Store
+
+_LEAST_SECONDS = 0.2  # between two ticks, whatever the lifetimes say
+_BACKOFF_SECONDS = 1.0  # after a failure; doubled up to
+_LONGEST_BACKOFF_SECONDS = 30.0
+
+
+class Kind(StrEnum):
+    """The two ways to watch."""
+
+    EVENTS = "events"
+    LONGPOLL = "longpoll"
+
+
+@dataclass(slots=True, eq=False)
+class Update:
+    """What there is to tell about one task: its snapshot, or why there is none.
+
+    `encoded` is for whoever sends it: what is encoded once can be shared by all watchers.
+    """
+
+    key: TaskKey
+    snapshot: Snapshot | None = None
+    failure: GatewayError | None = None
+    encoded: bytes = b""
+
+    def says_the_same(self, other: Update | None) -> bool:
+        """Tell whether a watcher who knows `other` learns nothing from this."""
+        if other is None:
+            return False
+        if self.snapshot is not None and other.snapshot is not None:
+            return self.snapshot.etag == other.snapshot.etag
+        return (
+            self.failure is not None
+            and other.failure is not None
+            and (self.failure.code, str(self.failure)) == (other.failure.code, str(other.failure))
+        )
+
+
+class Watcher:
+    """One open stream or long poll: a slot for each task, and a bell."""
+
+    __slots__ = ("_bell", "_slots", "hung_up", "keys", "leaving")
+
+    def __init__(self, keys: Sequence[TaskKey]) -> None:
+        self.keys = keys
+        self.leaving = False  # the gateway is: say farewell
+        self.hung_up = False  # the reader is gone
+        self._slots: dict[TaskKey, Update] = {}
+        self._bell = asyncio.Event()
+
+    def offer(self, update: Update) -> None:
+        """Put an update into its slot, over one that was not taken yet."""
+        self._slots[update.key] = update
+        self._bell.set()
+
+    def ring(self) -> None:
+        """Wake the watcher with nothing new: it is to look around."""
+        self._bell.set()
+
+    def hang_up(self) -> None:
+        """Note that the reader is gone, and wake the watcher to its end."""
+        self.hung_up = True
+        self._bell.set()
+
+    async def take(self) -> list[Update]:
+        """Wait until the bell rings; return the updates since the last time, maybe none."""
+        await self._bell.wait()
+        self._bell.clear()
+        updates = list(self._slots.values())
+        self._slots.clear()
+        return updates
+
+
+@dataclass(slots=True, eq=False)
+class _Schedule:
+    """A watched task: who watches it, what they were told last, and the task that ticks."""
+
+    watchers: set[Watcher] = field(default_factory=set)
+    latest: Update | None = None
+    ticking: asyncio.Task[None] | None = None
+
+
+class Watch:
+    """Holds every watcher and every schedule. `clock` is the snapshots' clock."""
+
+    def __init__(
+        self,
+        settings: WatchSettings,
+        *,
+        service: ProgressService,
+        store: Store,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._service = service
+        self._clock = clock
+        self._schedules: dict[TaskKey, _Schedule] = {}
+        self._watchers: set[Watcher] = set()
+        self._ended: set[asyncio.Task[None]] = set()
+        self._leaving = False
+        self._gauges = {kind: metrics.watchers.labels(kind) for kind in Kind}
+        metrics.watched_tasks.set_function(self._schedules.__len__)
+        store.on_change(self._publish_snapshot)
+
+    @contextmanager
+    def watching(self, keys: Sequence[TaskKey], kind: Kind) -> Iterator[Watcher]:
+        """Watch these tasks while the context is open; the first updates are what is known now.
+
+        Raises: Overloaded at `watch.max_watchers`.
+        """
+        if len(self._watchers) >= self._settings.max_watchers:
+            raise Overloaded("the gateway has as many watchers as it may", retry_after=5.0)
+        watcher = Watcher(keys)
+        watcher.leaving = self._leaving
+        if self._leaving:
+            watcher.ring()
+        self._watchers.add(watcher)
+        self._gauges[kind].inc()
+        try:
+            for key in keys:
+                self._join(key, watcher)
+            yield watcher
+        finally:
+            for key in keys:
+                self._leave(key, watcher)
+            self._watchers.discard(watcher)
+            self._gauges[kind].dec()
+
+    def say_farewell(self) -> None:
+        """Tell every watcher, and every one still to come, that the gateway is leaving."""
+        self._leaving = True
+        for watcher in self._watchers:
+            watcher.leaving = True
+            watcher.ring()
+
+    async def aclose(self) -> None:
+        """End every schedule, and wait until all have ended."""
+        for schedule in self._schedules.values():
+            self._stop(schedule)
+        await asyncio.gather(*self._ended, return_exceptions=True)
+
+    def _join(self, key: TaskKey, watcher: Watcher) -> None:
+        schedule = self._schedules.get(key)
+        if schedule is None:
+            schedule = self._schedules[key] = _Schedule()
+            # Known already, maybe: then the watcher is told at once, before the first tick.
+            reading = self._service.lookup(key)
+            schedule.latest = Update(key, reading.snapshot) if reading is not None else None
+            schedule.ticking = asyncio.create_task(self._tick(key))
+        # Registered first, told second: a change between the two would be lost the other way round.
+        schedule.watchers.add(watcher)
+        if schedule.latest is not None:
+            watcher.offer(schedule.latest)
+
+    def _leave(self, key: TaskKey, watcher: Watcher) -> None:
+        schedule = self._schedules.get(key)
+        if schedule is None or watcher not in schedule.watchers:
+            return
+        schedule.watchers.discard(watcher)
+        if not schedule.watchers:
+            del self._schedules[key]
+            self._stop(schedule)
+
+    def _stop(self, schedule: _Schedule) -> None:
+        if schedule.ticking is not None:
+            schedule.ticking.cancel()
+            self._ended.add(schedule.ticking)
+            schedule.ticking.add_done_callback(self._ended.discard)
+
+    async def _tick(self, key: TaskKey) -> None:
+        """Keep a watched task's snapshot fresh until it has ended; being cancelled is the normal end."""
+        failures = 0
+        while True:
+            failure: GatewayError | None
+            try:
+                snapshot, _, _, _, failure = await self._service.get_fresh(key)
+            except GatewayError as exc:
+                failure = exc
+                self._publish(Update(key, failure=exc))
+            else:
+                self._publish(Update(key, snapshot))
+                if snapshot.terminal:
+                    return
+            if failure is None:
+                failures = 0
+                left = snapshot.lifetime - (self._clock() - snapshot.fetched_at)
+                await asyncio.sleep(max(left, _LEAST_SECONDS))
+            else:
+                backoff = min(_BACKOFF_SECONDS * 2**failures, _LONGEST_BACKOFF_SECONDS)
+                failures += 1
+                await asyncio.sleep(max(backoff, failure.retry_after or 0.0))
+
+    def _publish_snapshot(self, snapshot: Snapshot) -> None:
+        if snapshot.key in self._schedules:
+            self._publish(Update(snapshot.key, snapshot))
+
+    def _publish(self, update: Update) -> None:
+        schedule = self._schedules.get(update.key)
+        if schedule is None or update.says_the_same(schedule.latest):
+            return
+        schedule.latest = update
+        for watcher in schedule.watchers:
+            watcher.offer(update)
