@@ -50,7 +50,7 @@ lock: .venv/dev.stamp ## write the lock files anew from pyproject.toml; ARGS=--u
 
 clean: ## remove all that make and the tools have made
 	rm -rf .venv .cache .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache \
-	  .ruff_cache build dist $(SDK)/node_modules
+	  .ruff_cache .schemathesis build dist $(SDK)/node_modules
 	find gateway tests -name __pycache__ -prune -exec rm -rf {} +
 
 # What the targets above stand on.

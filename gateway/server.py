@@ -45,6 +45,7 @@ def run(app: ASGIApp, settings: Server) -> None:
         backlog=_BACKLOG,
     )
     listener = config.bind_socket()
+    listener.listen(_BACKLOG)  # whoever reads the line below may connect, and waits for the start
     host, port = listener.getsockname()[:2]
     log.info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
     # uvicorn raises the signal that stopped it once more when it is done, to die of it. Stopping

@@ -1,0 +1,76 @@
+"""The OpenAPI document: true to the routes, and held against the started gateway by schemathesis."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from socket import socket
+
+import openapi_spec_validator
+import pytest
+from starlette.routing import Route
+
+import gateway
+from gateway.api.problems import PROBLEMS
+from gateway.app import create_app
+from gateway.models import Operation, Status
+from gateway.redaction import Redactor
+from gateway.settings import Settings
+from tests.harness import Gateway, RawUpstream, Request, framed
+
+DOCUMENT = json.loads((Path(gateway.__file__).parent / "api" / "openapi.json").read_text(encoding="utf-8"))
+# Paths for a browser's eyes, and the catch-all that refuses.
+UNDOCUMENTED = {"/", "/docs", "/web/{file}", "/scc/{path}"}
+
+
+def test_openapi_is_valid() -> None:
+    """The document is OpenAPI 3.1."""
+    assert DOCUMENT["openapi"].startswith("3.1")
+    openapi_spec_validator.validate(DOCUMENT)
+
+
+def test_openapi_names_every_path() -> None:
+    """Every route is documented, and every documented path is a route."""
+    app = create_app(Settings(), redactor=Redactor())
+    routes = {route.path_format for route in app.routes if isinstance(route, Route)}
+    assert set(DOCUMENT["paths"]) == routes - UNDOCUMENTED
+    assert routes >= UNDOCUMENTED
+
+
+def test_openapi_names_every_code_and_status() -> None:
+    """Problem codes, task statuses and the drop-in paths are those of the code, and the version too."""
+    schemas = DOCUMENT["components"]["schemas"]
+    assert set(schemas["Problem"]["properties"]["code"]["enum"]) == {error.code for error in PROBLEMS}
+    assert schemas["Status"]["enum"] == list(Status)
+    assert {path for path in DOCUMENT["paths"] if path.startswith("/scc/")} == {op.path for op in Operation}
+    assert DOCUMENT["info"]["version"] == gateway.__version__
+
+
+def succeed(connection: socket, request: Request) -> None:
+    """Answer for whatever task: it has succeeded. So every stream comes to its end."""
+    connection.sendall(framed(request.envelope(status="succeeded")))
+
+
+@pytest.mark.parametrize("root_path", ["", "/prefix"])
+def test_openapi_holds_against_the_started_gateway(launch: Callable[..., Gateway], root_path: str) -> None:
+    """schemathesis, with every check on, finds no answer that the document does not allow."""
+    with RawUpstream(succeed) as upstream:
+        gate = launch(upstream.url, server={"root_path": root_path})
+        base = f"{gate.url}{root_path}"
+        command = [
+            *(Path(sys.executable).with_name("st"), "run", f"{base}/openapi.json", "--url", base),
+            *("--checks", "all", "--phases", "examples,coverage,fuzzing", "--max-examples", "25"),
+            *(
+                "--generation-deterministic",
+                "--request-timeout",
+                "20",
+                "--no-color",
+                "--suppress-health-check",
+                "all",
+            ),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert int(re.search(r"(\d+) generated", done.stdout)[1]) > 500, done.stdout  # type: ignore[index]
