@@ -12,12 +12,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.problems import document, lookup
-from gateway.api.requests import header, noticing_hang_up, query_parameters
+from gateway.api.requests import HangUp, header, query_parameters
 from gateway.api.tasks import Tasks
 from gateway.metrics import Metrics
 from gateway.models import TaskKey, render_json
@@ -29,6 +30,7 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx, and what descends from it, would hold events back
 ]
 _RETRY_MS = 2000
+_TURNS = 16
 _FAREWELL_MS = (500, 5000)  # reconnects of a whole gateway's streams, spread out
 
 
@@ -39,7 +41,7 @@ class EventsEndpoint:
         self._watch = watch
         self._tasks = tasks
         self._sent = {name: metrics.events_sent.labels(name).inc for name in ("progress", "problem", "end")}
-        self._heartbeat_seconds = heartbeat_seconds
+        self._pacemaker = Pacemaker(heartbeat_seconds)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until every task has ended, the reader leaves or the gateway does."""
@@ -57,19 +59,16 @@ class EventsEndpoint:
         with self._watch.watching(keys, Kind.EVENTS) as watcher:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await send(_part(b"retry: %d\n\n" % _RETRY_MS))
-            async with noticing_hang_up(receive, watcher.hang_up):
-                heart = Heart(self._heartbeat_seconds, watcher.ring)
-                try:
-                    await self._stream(scope, watcher, heart, end_id, send)
-                finally:
-                    heart.stop()
+            with self._pacemaker.pacing(watcher):
+                async with HangUp(scope, receive, watcher.hang_up):
+                    await self._stream(scope, watcher, end_id, send)
 
     def _keys(self, scope: Scope) -> Sequence[TaskKey]:
         if "taskId" in scope["path_params"]:
             return [self._tasks.in_path(scope, query_parameters(scope, "api"))]
         return self._tasks.in_query(query_parameters(scope, "api", repeated="taskId"))
 
-    async def _stream(self, scope: Scope, watcher: Watcher, heart: Heart, end_id: str, send: Send) -> None:
+    async def _stream(self, scope: Scope, watcher: Watcher, end_id: str, send: Send) -> None:
         running = set(watcher.keys)
         while not watcher.hung_up:
             parts = []
@@ -77,7 +76,8 @@ class EventsEndpoint:
                 parts.append(self._encode(update, scope))
                 if update.snapshot is not None and update.snapshot.terminal:
                     running.discard(update.key)
-            if heart.due():
+            if watcher.heartbeat_due:
+                watcher.heartbeat_due = False
                 parts.append(b": still here\n\n")
             if not running:
                 self._sent["end"]()
@@ -105,28 +105,42 @@ class EventsEndpoint:
         return b"event: problem\ndata: %s\n\n" % render_json({"taskId": update.key.task_id, **problem})
 
 
-class Heart:
-    """Rings every so many seconds; `due` tells once for each ring."""
+class Pacemaker:
+    """Makes every stream's heartbeat due once in so many seconds.
 
-    def __init__(self, seconds: float, ring: Callable[[], None]) -> None:
-        self._seconds = seconds
-        self._ring = ring
-        self._due = False
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._beat)
+    The streams take turns: thousands that wrote at one moment would hold up everybody else's answer.
+    """
 
-    def due(self) -> bool:
-        """Tell whether the heart has beaten since the last call."""
-        due, self._due = self._due, False
-        return due
+    def __init__(self, seconds: float) -> None:
+        self._pause = seconds / _TURNS
+        self._turns: list[set[Watcher]] = [set() for _ in range(_TURNS)]
+        self._turn = 0
+        self._timer: asyncio.TimerHandle | None = None
 
-    def stop(self) -> None:
-        """Beat no more."""
-        self._timer.cancel()
+    @contextmanager
+    def pacing(self, watcher: Watcher) -> Iterator[None]:
+        """Keep the heartbeat of this watcher's stream while the context is open."""
+        turn = self._turns[self._turn - 1]  # the one just past: its next is a whole heartbeat away
+        turn.add(watcher)
+        if self._timer is None:
+            self._wait()
+        try:
+            yield
+        finally:
+            turn.discard(watcher)
+            if self._timer is not None and not any(self._turns):
+                self._timer.cancel()
+                self._timer = None
+
+    def _wait(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._pause, self._beat)
 
     def _beat(self) -> None:
-        self._due = True
-        self._ring()
-        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._beat)
+        for watcher in self._turns[self._turn]:
+            watcher.heartbeat_due = True
+            watcher.ring()
+        self._turn = (self._turn + 1) % _TURNS
+        self._wait()
 
 
 def _part(chunk: bytes, *, last: bool = False) -> dict[str, object]:

@@ -2,24 +2,29 @@
 
 Outermost first:
 
-Telemetry   request id, metrics, one log line, and the last net under a bug
-Admission   the prefix an ingress serves us under, and the allowed Host values
-Cors        browsers of other origins, on the /v1 paths only
+- Telemetry: request id, metrics, one log line, and the answer to every exception
+- Admission: the prefix an ingress serves us under, and the allowed Host values
+- Cors: browsers of other origins, on the /v1 paths only
+
+They stand in the place of Starlette's own stack, whose two exception layers would each keep a
+frame, a closure and a Request alive for as long as a stream is open.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import structlog
+from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway.api.problems import INTERNAL, Problems
+from gateway.api.problems import Problems
 from gateway.exceptions import GatewayError, InvalidParameter
 from gateway.metrics import Metrics
 
@@ -40,6 +45,8 @@ class Telemetry:
         self._app = app
         self._metrics = metrics
         self._problems = problems
+        self._logger = logging.getLogger(__name__)
+        self._bound: dict[tuple[str, str, int], tuple[Callable[[], None], Callable[[float], None]]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, and see its answer through."""
@@ -63,12 +70,11 @@ class Telemetry:
         except ClientDisconnect:
             status = status or _HUNG_UP
         except Exception as exc:
-            if not isinstance(exc, GatewayError):
+            if not isinstance(exc, GatewayError | HTTPException):
                 log.exception("bug", request_id=scope["state"]["request_id"], path=scope["path"])
             if status:
                 raise  # half an answer is out: only closing the connection tells the caller
-            error = exc if isinstance(exc, GatewayError) else INTERNAL
-            await self._problems.response(scope, error)(scope, receive, send_counted)
+            await self._problems.answer(scope, exc)(scope, receive, send_counted)
         finally:
             self._record(scope, status, time.perf_counter() - started)
 
@@ -76,10 +82,20 @@ class Telemetry:
         # The route's template is bounded; a path is not.
         route = scope["route"].path_format if "route" in scope else "other"
         method = scope["method"] if scope["method"] in _METHODS else "other"
-        self._metrics.http_requests.labels(route, method, status).inc()
-        self._metrics.http_request_duration.labels(route).observe(seconds)
-        tell = log.warning if status >= _SERVER_ERROR else log.debug
-        tell(
+        bound = self._bound.get((route, method, status))
+        if bound is None:  # looking labels up costs more than counting; all three are bounded
+            bound = (
+                self._metrics.http_requests.labels(route, method, status).inc,
+                self._metrics.http_request_duration.labels(route).observe,
+            )
+            self._bound[route, method, status] = bound
+        count, observe = bound
+        count()
+        observe(seconds)
+        if status < _SERVER_ERROR and not self._logger.isEnabledFor(logging.DEBUG):
+            return  # before structlog begins to build a line that nobody will see
+        log.log(
+            logging.WARNING if status >= _SERVER_ERROR else logging.DEBUG,
             "request",
             request_id=scope["state"]["request_id"],
             method=method,
@@ -123,10 +139,10 @@ class Admission:
 class Cors:
     """Lets browsers of the named origins read the /v1 paths."""
 
-    def __init__(self, app: ASGIApp, *, origins: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, *, origins: Sequence[str], problems: Problems) -> None:
         self._app = app
         self._with_cors = CORSMiddleware(
-            app,
+            _answering(app, problems),
             allow_origins=origins,
             allow_methods=["GET", "HEAD"],
             allow_headers=["If-None-Match", "Last-Event-ID", "Prefer", "X-Request-Id"],
@@ -137,6 +153,18 @@ class Cors:
         """Pass the request on, through CORS when it is for /v1."""
         path = scope["path"].removeprefix(scope["root_path"]) if scope["type"] == "http" else ""
         await (self._with_cors if path.startswith("/v1/") else self._app)(scope, receive, send)
+
+
+def _answering(app: ASGIApp, problems: Problems) -> ASGIApp:
+    """Answer errors inside, so that what stands around sees an answer: a browser may read problems too."""
+
+    async def answering(scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await app(scope, receive, send)
+        except (GatewayError, HTTPException) as exc:
+            await problems.answer(scope, exc)(scope, receive, send)
+
+    return answering
 
 
 def _request_id(scope: Scope) -> bytes:

@@ -12,7 +12,6 @@ from http import HTTPStatus
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
 
@@ -63,18 +62,14 @@ class Problems:
     def __init__(self, vendor_paths: Collection[str]) -> None:
         self._vendor_paths = frozenset(vendor_paths)
 
-    async def handle(self, request: Request, exc: Exception) -> Response:
-        """Answer a GatewayError, or the HTTPException of Starlette's router."""
+    def answer(self, scope: Scope, exc: Exception) -> Response:
+        """Return the answer to a request that met this exception; one that nobody meant is `internal`."""
+        all_headers: dict[str, str] = {}
         if isinstance(exc, HTTPException):
-            return self.response(request.scope, _from_router(exc), exc.headers)
-        return self.response(request.scope, exc if isinstance(exc, GatewayError) else INTERNAL)
-
-    def response(
-        self, scope: Scope, error: GatewayError, headers: Mapping[str, str] | None = None
-    ) -> Response:
-        """Return the answer to a request that met this error."""
+            all_headers.update(exc.headers or {})
+            exc = _from_router(exc)
+        error = exc if isinstance(exc, GatewayError) else INTERNAL
         status, title = lookup(error)
-        all_headers = dict(headers or {})
         if status == HTTPStatus.SERVICE_UNAVAILABLE:
             all_headers["Retry-After"] = str(math.ceil(error.retry_after or _RETRY_AFTER_SECONDS))
         all_headers["Cache-Control"] = "no-store"
