@@ -12,7 +12,10 @@ from typing import Any
 
 import httpx
 
-from tests.harness import KEY, PATIENCE_SECONDS, Gateway, Simulator, drained, serving, until
+from gateway.app import create_app
+from gateway.redaction import Redactor
+from gateway.settings import Settings
+from tests.harness import KEY, PATIENCE_SECONDS, SECRET, Gateway, Simulator, drained, running, serving, until
 
 QUICK = {
     "waiting_seconds": 0.1,
@@ -267,3 +270,23 @@ def test_events_farewell_when_the_gateway_leaves(simulator: Simulator, tmp_path:
         assert process.exit_status() == 0
         assert "Traceback" not in process.output
         assert KEY not in process.output
+
+
+def test_events_notice_a_hang_up_under_any_server(simulator: Simulator) -> None:
+    """Under a server that does not call back, a reader that leaves is noticed all the same."""
+    settings = Settings.model_validate(
+        {
+            "upstream": {"endpoint": simulator.url},
+            "credentials": {"access_key": KEY, "secret_key": SECRET},
+        }
+    )
+    task = simulator.task(data={"status": "running", "progress": 0.5})
+    with (
+        running(create_app(settings, redactor=Redactor()), lifespan="on") as url,
+        httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE_SECONDS) as client,
+    ):
+        gate = Gateway(client)
+        with stream(gate, f"/v1/progress/{task}/events") as (_, events):
+            named(events, "progress")
+            assert gate.metric("watchers", kind="events") == 1
+        until(lambda: gate.metric("watchers", kind="events") == 0, "the reader is forgotten")

@@ -1,0 +1,149 @@
+"""The watch by itself: a service played by hand, and nothing that waits for time."""
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from gateway.exceptions import UpstreamTimeout
+from gateway.metrics import Metrics
+from gateway.models import Operation, Snapshot, Status, TaskKey
+from gateway.service import Reading, Source
+from gateway.settings import Watch as WatchSettings
+from gateway.stores.memory import MemoryStore
+from gateway.watch import Kind, Update, Watch
+
+pytestmark = pytest.mark.anyio
+
+KEY = TaskKey(Operation.SD_GET_PROGRESS, "a")
+
+
+def snapshot(etag: str, status: Status = Status.RUNNING) -> Snapshot:
+    """Return a snapshot that differs from others by its ETag."""
+    return Snapshot(KEY, 0.0, 3600.0, b"", status, 0.5, None, b"{}", etag)
+
+
+class HandService:
+    """A service whose fresh answers the test gives."""
+
+    def __init__(self) -> None:
+        self.known: Snapshot | None = None
+        self.asked = asyncio.Event()
+        self.answers: asyncio.Queue[Snapshot | Exception] = asyncio.Queue()
+
+    def lookup(self, _key: TaskKey) -> Reading | None:
+        return Reading(self.known, 0.0, Source.HIT) if self.known is not None else None
+
+    async def get_fresh(self, _key: TaskKey) -> Reading:
+        self.asked.set()
+        answer = await self.answers.get()
+        if isinstance(answer, Exception):
+            raise answer
+        return Reading(answer, 0.0, Source.MISS)
+
+
+@pytest.fixture
+def service() -> HandService:
+    return HandService()
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore(max_tasks=10, stale_seconds=60)
+
+
+@pytest.fixture
+def watch(service: HandService, store: MemoryStore) -> Watch:
+    metrics = Metrics(CollectorRegistry(), gateway_version="test")
+    clock: Callable[[], float] = lambda: 0.0  # noqa: E731 - the clock stands
+    return Watch(WatchSettings(), service=service, store=store, metrics=metrics, clock=clock)  # type: ignore[arg-type]
+
+
+async def test_watch_offers_what_is_known_at_once(service: HandService, watch: Watch) -> None:
+    """A watcher is told what is known already, before the first tick has an answer."""
+    service.known = snapshot("1")
+    with watch.watching([KEY], Kind.EVENTS) as watcher:
+        [update] = await watcher.take()
+        assert update.snapshot is service.known
+    await watch.aclose()
+
+
+async def test_watch_slot_holds_the_newest_only(watch: Watch, store: MemoryStore) -> None:
+    """A watcher that was busy finds the newest update, not those before it."""
+    with watch.watching([KEY], Kind.EVENTS) as watcher:
+        for etag in "123":
+            await store.save(snapshot(etag))
+        [update] = await watcher.take()
+        assert update.snapshot is not None
+        assert update.snapshot.etag == "3"
+    await watch.aclose()
+
+
+async def test_watch_says_nothing_twice(service: HandService, watch: Watch, store: MemoryStore) -> None:
+    """The same representation, stored again, rings nobody; nor does the same failure."""
+    with watch.watching([KEY], Kind.EVENTS) as watcher:
+        service.answers.put_nowait(snapshot("1"))
+        assert len(await watcher.take()) == 1
+        await store.save(snapshot("1"))
+        watcher.ring()
+        assert await watcher.take() == []
+    await watch.aclose()
+    first = Update(KEY, failure=UpstreamTimeout("late"))
+    assert Update(KEY, failure=UpstreamTimeout("late")).says_the_same(first)
+    assert not Update(KEY, failure=UpstreamTimeout("later")).says_the_same(first)
+    assert not Update(KEY, snapshot("1")).says_the_same(first)
+
+
+async def test_watch_tells_late_comers_the_latest(service: HandService, watch: Watch) -> None:
+    """Who joins a schedule gets its latest update, a failure too, without a new tick."""
+    with watch.watching([KEY], Kind.EVENTS) as early:
+        service.answers.put_nowait(UpstreamTimeout("late"))
+        await early.take()
+        with watch.watching([KEY], Kind.LONGPOLL) as late:
+            [update] = await late.take()
+            assert isinstance(update.failure, UpstreamTimeout)
+    await watch.aclose()
+
+
+async def test_watch_schedule_ends_with_its_last_watcher(service: HandService, watch: Watch) -> None:
+    """When the last watcher leaves, nobody asks for the task any more; the next one begins anew."""
+    with watch.watching([KEY], Kind.EVENTS), watch.watching([KEY], Kind.EVENTS):
+        await service.asked.wait()
+    await watch.aclose()
+    service.asked.clear()
+    with watch.watching([KEY], Kind.EVENTS):
+        await service.asked.wait()
+    await watch.aclose()
+
+
+async def test_watch_schedule_ends_with_its_task(service: HandService, watch: Watch) -> None:
+    """A task that has ended is not asked for again, though it is still watched."""
+    with watch.watching([KEY], Kind.EVENTS) as watcher:
+        service.answers.put_nowait(snapshot("1", Status.SUCCEEDED))
+        [update] = await watcher.take()
+        assert update.snapshot is not None
+        assert update.snapshot.terminal
+        service.asked.clear()
+        await asyncio.sleep(0)
+        assert not service.asked.is_set()
+    await watch.aclose()
+
+
+async def test_watch_farewell_reaches_late_comers(watch: Watch) -> None:
+    """Once the gateway is leaving, everybody knows, and so does who comes after."""
+    with watch.watching([KEY], Kind.EVENTS) as watcher:
+        watch.say_farewell()
+        assert await watcher.take() == []
+        assert watcher.leaving
+        with watch.watching([KEY], Kind.EVENTS) as late:
+            assert late.leaving
+            assert await late.take() == []
+    await watch.aclose()
+
+
+async def test_watch_closes_with_watchers_inside(service: HandService, watch: Watch) -> None:
+    """Closing ends every schedule, watched or not, and waits for them."""
+    with watch.watching([KEY], Kind.EVENTS):
+        await service.asked.wait()
+        await watch.aclose()
