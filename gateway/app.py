@@ -9,9 +9,8 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, supp
 import structlog
 from prometheus_client import CollectorRegistry, start_http_server
 from starlette.applications import Starlette
-from starlette.exceptions import HTTPException
-from starlette.middleware import Middleware
 from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
 
 from gateway import __version__
 from gateway.api import ops
@@ -19,16 +18,16 @@ from gateway.api.batch import BatchEndpoint
 from gateway.api.events import EventsEndpoint
 from gateway.api.middleware import Admission, Cors, Telemetry
 from gateway.api.native import NativeEndpoint, NoSuchOperation
+from gateway.api.pages import page_routes
 from gateway.api.problems import Problems
 from gateway.api.progress import ProgressEndpoint
 from gateway.api.tasks import Tasks
 from gateway.credentials import Credentials
 from gateway.drain import Drain
-from gateway.exceptions import GatewayError
 from gateway.metrics import Metrics
 from gateway.redaction import Redactor
 from gateway.service import ProgressService
-from gateway.settings import Settings
+from gateway.settings import Server, Settings
 from gateway.stores.memory import MemoryStore
 from gateway.upstream import Upstream
 from gateway.watch import Watch
@@ -86,14 +85,6 @@ def create_app(settings: Settings, *, redactor: Redactor) -> Starlette:
         return [f"upstream: {upstream.trouble}"] if upstream.trouble else []
 
     problems = Problems([operation.path for operation in settings.upstream.operations])
-    middleware = [
-        Middleware(Telemetry, metrics=metrics, problems=problems),
-        Middleware(
-            Admission, root_path=settings.server.root_path, trusted_hosts=settings.server.trusted_hosts
-        ),
-    ]
-    if settings.server.cors_origins:
-        middleware.append(Middleware(Cors, origins=settings.server.cors_origins))
     app = Starlette(
         routes=[
             *_task_routes(settings, service, watch, metrics),
@@ -102,13 +93,20 @@ def create_app(settings: Settings, *, redactor: Redactor) -> Starlette:
             Route("/readyz", ops.readyz(why_not_ready, degraded)),
             *([] if settings.server.metrics_port else [Route("/metrics", ops.metrics(metrics.registry))]),
             Route("/openapi.json", ops.openapi()),
+            *page_routes(),
         ],
-        middleware=middleware,
-        exception_handlers={GatewayError: problems.handle, HTTPException: problems.handle},
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
+    app.middleware_stack = _surround(app.router, settings.server, metrics, problems)
     return app
+
+
+def _surround(app: ASGIApp, settings: Server, metrics: Metrics, problems: Problems) -> ASGIApp:
+    if settings.cors_origins:
+        app = Cors(app, origins=settings.cors_origins, problems=problems)
+    app = Admission(app, root_path=settings.root_path, trusted_hosts=settings.trusted_hosts)
+    return Telemetry(app, metrics=metrics, problems=problems)
 
 
 def _task_routes(

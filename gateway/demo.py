@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx
 
@@ -22,17 +23,19 @@ from gateway.app import create_app
 from gateway.redaction import Redactor
 from gateway.settings import Settings
 
+SIMULATOR_SAYS = "simulated upstream on "  # and its URL, once it takes connections
 _KEY = "demo-access-key"
-_START_SECONDS = 20.0
 _EVERY_SECONDS = 5.0
 
-# demo-1 moves for ten minutes; the others show each way in which a task may go.
+# demo-1 moves for ten minutes; the others show each way in which a task may go. The one that vanishes
+# is shown as it was for cache.stale_if_error_seconds, and only then as the problem that it is.
 _CAST: tuple[dict[str, Any], ...] = (
     {"waitingSeconds": 3, "runningSeconds": 600, "steps": 1200},
     {"waitingSeconds": 20, "runningSeconds": 40},
     {"waitingSeconds": 600},
     {"waitingSeconds": 2, "runningSeconds": 25, "outcome": "failed"},
-    {"waitingSeconds": 2, "runningSeconds": 60, "vanishesAfterSeconds": 30},
+    {"waitingSeconds": 2, "runningSeconds": 60, "vanishesAfterSeconds": 15},
+    {"waitingSeconds": 0, "runningSeconds": 0},
 )
 
 
@@ -41,14 +44,17 @@ def run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
 
     Raises: RuntimeError when the simulated upstream does not start; see `server.run` for the rest.
     """
+    server.exit_well_when_told()  # from here on, so that no simulator is left behind
     secret = secrets.token_hex(16)
-    endpoint = f"http://127.0.0.1:{simulator_port}"
     with (
-        _simulator(endpoint, simulator_port, secret),
+        _simulator(simulator_port, secret) as endpoint,
         httpx.Client(base_url=endpoint, trust_env=False) as control,
     ):
-        for task_id in _make_cast(control):
-            _say(f"  curl http://{settings.server.host}:{settings.server.port}/v1/progress/{task_id}")
+        at = f"http://{settings.server.host}:{settings.server.port}{settings.server.root_path}"
+        cast = list(_make_cast(control))
+        _say(f"  {at}/?{urlencode({'taskId': cast, 'api': 'sd'}, doseq=True)}")
+        for task_id in cast:
+            _say(f"  curl {at}/v1/progress/{task_id}")
         threading.Thread(target=_keep_making, args=(control,), daemon=True).start()
         wired = settings.model_copy(
             update={
@@ -60,27 +66,34 @@ def run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
 
 
 @contextlib.contextmanager
-def _simulator(endpoint: str, port: int, secret: str) -> Iterator[None]:
-    command = [sys.executable, "-m", "gateway", "simulate", "--port", str(port), "--key", _KEY]
-    with subprocess.Popen([*command, "--secret-stdin"], stdin=subprocess.PIPE, text=True) as process:  # noqa: S603
+def _simulator(port: int, secret: str) -> Iterator[str]:
+    """Run the simulated upstream; give its URL, which it says itself: a stranger may listen on the port."""
+    command = [
+        sys.executable,
+        "-m",
+        "gateway",
+        "simulate",
+        "--port",
+        str(port),
+        "--key",
+        _KEY,
+        "--secret-stdin",
+    ]
+    with subprocess.Popen(  # noqa: S603
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         try:
             assert process.stdin is not None  # noqa: S101  # Popen with PIPE
-            process.stdin.write(f"{secret}\n")
-            process.stdin.close()
-            _wait_for(endpoint, process)
-            yield
+            assert process.stdout is not None  # noqa: S101
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(f"{secret}\n")
+                process.stdin.close()
+            said = process.stdout.readline()
+            if not said.startswith(SIMULATOR_SAYS):
+                raise RuntimeError(f"the simulated upstream did not start on port {port}")
+            yield said.removeprefix(SIMULATOR_SAYS).strip()
         finally:
             process.terminate()
-
-
-def _wait_for(endpoint: str, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            httpx.get(f"{endpoint}/_simulator/stats", trust_env=False)
-            return
-        time.sleep(0.05)
-    raise RuntimeError(f"the simulated upstream did not start on {endpoint}")
 
 
 def _make_cast(control: httpx.Client) -> Iterator[str]:

@@ -448,7 +448,7 @@ def test_result_comes_at_the_end(bench: Bench) -> None:
     """Both result operations give the status alone before the end, and URLs that expire after it."""
     assert bench.data("sd_get_result") == {"status": "waiting"}
     bench.clock.now += 20
-    assert bench.data("comfy_get_result") == {"status": "running"}
+    assert bench.data("comfy_get_result") == {"taskId": TASK, "status": "running"}
     bench.clock.now = BIRTH + 200
     url = f"https://example.invalid/{TASK}.png?Expires={int(BIRTH) + 3800}"
     assert bench.data("sd_get_result") == {
@@ -457,7 +457,11 @@ def test_result_comes_at_the_end(bench: Bench) -> None:
         "parameters": {"steps": 100},
         "info": "simulated",
     }
-    assert bench.data("comfy_get_result") == {"status": "succeeded", "result": {"images": {"url": url}}}
+    assert bench.data("comfy_get_result") == {
+        "taskId": TASK,
+        "status": "succeeded",
+        "result": {"images": {"url": url}},
+    }
 
 
 def test_task_vanishes(bench: Bench) -> None:

@@ -1,4 +1,4 @@
-"""How a reading's age and origin are told in headers (RFC 9111, RFC 9211)."""
+"""How an answer's age and origin are told in headers, and what a caller has already (RFC 9111, RFC 9211)."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def cache_headers(reading: Reading) -> Headers:
         (b"age", b"%d" % reading.age),
         (b"cache-status", _cache_status(reading, ttl)),
     ]
+
+
+def matches(known: str, etag: str) -> bool:
+    """Tell whether If-None-Match names this representation (RFC 9110, 13.1.2: weak comparison)."""
+    candidates = [part.strip().removeprefix("W/") for part in known.split(",")]
+    return etag in candidates or candidates == ["*"]
 
 
 def _cache_status(reading: Reading, ttl: int) -> bytes:

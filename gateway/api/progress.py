@@ -13,8 +13,8 @@ from contextlib import suppress
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.caching import Headers, cache_headers
-from gateway.api.requests import header, noticing_hang_up, query_parameters
+from gateway.api.caching import Headers, cache_headers, matches
+from gateway.api.requests import HangUp, header, query_parameters
 from gateway.api.tasks import Tasks
 from gateway.exceptions import InvalidParameter
 from gateway.models import Snapshot, TaskKey
@@ -44,13 +44,13 @@ class ProgressEndpoint:
         known = header(scope, b"if-none-match")
         wait, headers = self._wait(scope, parameters)
         if wait:
-            reading = await self._changed(key, known, wait, receive)
+            reading = await self._changed(scope, receive, key, known, wait)
         else:
             reading = await self._service.get(key)
         snapshot = reading.snapshot
         headers += cache_headers(reading)
         headers.append((b"etag", snapshot.etag.encode()))
-        if known is not None and _matches(known, snapshot.etag):
+        if known is not None and matches(known, snapshot.etag):
             await send({"type": "http.response.start", "status": 304, "headers": headers})
             await send({"type": "http.response.body"})
             return
@@ -75,14 +75,16 @@ class ProgressEndpoint:
         wait = min(float(match[1]), self._max_wait_seconds)
         return wait, [(b"preference-applied", b"wait=%d" % wait), (b"vary", b"Prefer")]
 
-    async def _changed(self, key: TaskKey, known: str | None, wait: float, receive: Receive) -> Reading:
+    async def _changed(
+        self, scope: Scope, receive: Receive, key: TaskKey, known: str | None, wait: float
+    ) -> Reading:
         """Watch until the task differs from what the caller knows, has ended, or `wait` has passed."""
         if known is None:
             on_arrival = self._service.lookup(key)
             known = on_arrival.snapshot.etag if on_arrival is not None else ""
         failed = False
         with self._watch.watching([key], Kind.LONGPOLL) as watcher:
-            async with noticing_hang_up(receive, watcher.hang_up):
+            async with HangUp(scope, receive, watcher.hang_up):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         failed = await _until_news(watcher, known)
@@ -103,10 +105,4 @@ async def _until_news(watcher: Watcher, known: str) -> bool:
 
 
 def _is_news(snapshot: Snapshot | None, known: str) -> bool:
-    return snapshot is not None and (snapshot.terminal or not _matches(known, snapshot.etag))
-
-
-def _matches(known: str, etag: str) -> bool:
-    """Tell whether If-None-Match names this representation (RFC 9110, 13.1.2: weak comparison)."""
-    candidates = [part.strip().removeprefix("W/") for part in known.split(",")]
-    return etag in candidates or candidates == ["*"]
+    return snapshot is not None and (snapshot.terminal or not matches(known, snapshot.etag))

@@ -96,6 +96,8 @@ class Task:
 
     def _result(self, api: str, moment: _Moment, now: float) -> dict[str, Any]:
         data: dict[str, Any] = {"status": _spelled(api, moment.status)}
+        if api == "comfy":  # the vendor's Python client cannot read a comfy result without it
+            data["taskId"] = self.task_id
         if moment.status == "succeeded":
             url = f"https://example.invalid/{self.task_id}.png?Expires={int(now) + _URL_SECONDS}"
             if api == "sd":

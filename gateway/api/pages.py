@@ -1,0 +1,82 @@
+"""The pages for people: what lies in `gateway/web`, read once, served as it is.
+
+The pages name everything relative to themselves, so that an ingress may serve them under a prefix.
+They load nothing from elsewhere and hold no script or style inline, which is what lets the policy
+be this strict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import PurePosixPath
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gateway.api.caching import matches
+from gateway.exceptions import PathNotFound
+
+_CONTENT_TYPES = {
+    ".css": "text/css; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+_HEADERS = {
+    "Cache-Control": "no-cache",  # kept, but asked for anew: a page never runs with another version's script
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    ),
+    "Referrer-Policy": "no-referrer",  # the page's address names tasks
+    "X-Content-Type-Options": "nosniff",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    body: bytes
+    content_type: str
+    etag: str
+
+    def response(self, request: Request) -> Response:
+        headers = {**_HEADERS, "ETag": self.etag}
+        known = request.headers.get("if-none-match")
+        if known is not None and matches(known, self.etag):
+            return Response(status_code=304, headers=headers)
+        return Response(self.body, headers={**headers, "Content-Type": self.content_type})
+
+
+def page_routes() -> list[Route]:
+    """Return the routes of the pages; their files are read now, and never again."""
+    served = _read_files()
+
+    async def index(request: Request) -> Response:
+        return served["index.html"].response(request)
+
+    async def docs(request: Request) -> Response:
+        return served["docs.html"].response(request)
+
+    async def file(request: Request) -> Response:
+        # A name is looked up and never becomes a path: what is not in the table does not exist.
+        found = served.get(request.path_params["file"])
+        if found is None:
+            raise PathNotFound("no such path; /openapi.json lists those that exist")
+        return found.response(request)
+
+    return [Route("/", index), Route("/docs", docs), Route("/web/{file}", file)]
+
+
+def _read_files() -> dict[str, _File]:
+    return {
+        item.name: _read(item.read_bytes(), _CONTENT_TYPES[PurePosixPath(item.name).suffix])
+        for item in files("gateway").joinpath("web").iterdir()
+        if PurePosixPath(item.name).suffix in _CONTENT_TYPES
+    }
+
+
+def _read(body: bytes, content_type: str) -> _File:
+    return _File(body, content_type, f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"')
