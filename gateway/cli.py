@@ -10,11 +10,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 import uvicorn
 
-from gateway import __version__, demo, logs, server
+from gateway import __version__, demo, logs, server, terminal
 from gateway.app import USER_AGENT, create_app
 from gateway.check import check
+from gateway.client import StreamRefused
+from gateway.exceptions import InvalidTaskId
+from gateway.models import Operation, check_task_id
 from gateway.redaction import Redactor
 from gateway.settings import Settings, SettingsError, load
 from gateway.simulator import create_simulator
@@ -22,6 +26,7 @@ from gateway.simulator.faults import FAULTS
 from gateway.simulator.wire import ControlError, parse_object
 
 OK, FAILED, USAGE = 0, 1, 2
+_LAST_PORT = 65535
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,6 +59,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     serve = commands.add_parser("serve", parents=[with_settings], help="run the gateway")
     serve.set_defaults(run=_serve)
+
+    watch = commands.add_parser("watch", help="show how tasks get on, until all have ended")
+    watch.add_argument("task_ids", type=_task_id, nargs="+", metavar="TASK")
+    watch.add_argument(
+        "--gateway",
+        type=_gateway_url,
+        default="http://127.0.0.1:8080",
+        metavar="URL",
+        help="the gateway to ask (default: %(default)s)",
+    )
+    watch.add_argument("--api", choices=sorted({operation.api for operation in Operation}), default="sd")
+    watch.add_argument("--json", action="store_true", help="write one line of JSON per event, for scripts")
+    watch.set_defaults(run=_watch)
 
     ask = commands.add_parser(
         "check", parents=[with_settings], help="sign one real query and say what is wrong"
@@ -115,6 +133,20 @@ def _demo(options: argparse.Namespace) -> int:
     return OK
 
 
+def _watch(options: argparse.Namespace) -> int:
+    try:
+        well = terminal.watch(options.gateway, options.task_ids, api=options.api, as_json=options.json)
+    except StreamRefused as exc:
+        _complain(f"{terminal.name(options.gateway)}: {exc}")
+        return USAGE
+    except BrokenPipeError:  # whoever read our lines has left; the interpreter is not to flush to nobody
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except KeyboardInterrupt:  # before all had succeeded
+        return FAILED
+    return OK if well else FAILED
+
+
 def _check(options: argparse.Namespace) -> int:
     settings, redactor = _settings(options)
     finding = asyncio.run(check(settings, redactor=redactor, user_agent=USER_AGENT))
@@ -136,7 +168,7 @@ def _simulate(options: argparse.Namespace) -> int:
     except ControlError as exc:
         _complain(f"--fault: {exc}")
         return USAGE
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=options.host,
         port=options.port,
@@ -145,7 +177,26 @@ def _simulate(options: argparse.Namespace) -> int:
         date_header=False,  # the simulator tells its own time
         timeout_graceful_shutdown=1,
     )
+    server.serve(config, announce=lambda url: print(demo.SIMULATOR_SAYS + url, flush=True))  # noqa: T201  # for its user
     return OK
+
+
+def _task_id(text: str) -> str:
+    try:
+        return check_task_id(text)
+    except InvalidTaskId as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
+
+
+def _gateway_url(text: str) -> httpx.URL:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as exc:
+        raise argparse.ArgumentTypeError(f"not a URL: {exc}") from None
+    right = url.scheme in {"http", "https"} and url.host and not url.query and not url.fragment
+    if not right or not (url.port is None or 0 < url.port <= _LAST_PORT):
+        raise argparse.ArgumentTypeError("must be http://HOST[:PORT] or https://…, perhaps with a path")
+    return url
 
 
 def _complain(line: str) -> None:

@@ -116,6 +116,7 @@ def _last_answer(error: GatewayError) -> bytes:
     body = render_json(document(error, status, title, request_id=request_id))
     head = (
         f"HTTP/1.1 {status} Bad Request\r\ncontent-type: application/problem+json\r\n"
-        f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\nconnection: close\r\n\r\n"
+        f"content-length: {len(body)}\r\nx-request-id: {request_id}\r\ncache-control: no-store\r\n"
+        "connection: close\r\n\r\n"
     )
     return head.encode() + body

@@ -13,10 +13,10 @@ MASK = "[redacted]"
 
 _LEAKS = re.compile(
     r"""(?isx)
-      (?P<head> string[-_\s]{0,2}to[-_\s]{0,2}sign \b [^:`]{0,3} : ) .*  # to the end: a quoted one may hold anything
+      (?P<head> string[-_\s]{0,2}to[-_\s]{0,2}sign \b [^:`]{0,3} : ) .*   # to the end: it may hold anything
     | (?P<name> x-ca-(?:signature|key|nonce) ["']? \s*
-        (?: [:=] \s* (?:b?["'])? | , \s* b?["'] ) ) [^\s"',;\#]+          # a line, a dict or pairs, in bytes or not
-    | (?<![A-Za-z0-9+/]) [A-Za-z0-9+/]{43} = (?![A-Za-z0-9+/=])          # base64 of 32 bytes: a signature
+        (?: [:=] \s* (?:b?["'])? | , \s* b?["'] ) ) [^\s"',;\#]+   # in a line, a dict, pairs; bytes or not
+    | (?<![A-Za-z0-9+/]) [A-Za-z0-9+/]{43} = (?![A-Za-z0-9+/=])             # base64 of 32 bytes: a signature
     """
 )
 

@@ -1,10 +1,11 @@
-"""Runs an application under uvicorn, as the gateway needs it run."""
+"""Runs applications under uvicorn: the gateway as it needs to be run, and whatever else serves."""
 
 from __future__ import annotations
 
 import math
 import signal
 import sys
+from collections.abc import Callable
 
 import structlog
 import uvicorn
@@ -22,10 +23,7 @@ log = structlog.get_logger(__name__)
 
 
 def run(app: ASGIApp, settings: Server) -> None:
-    """Serve until SIGTERM or SIGINT; then the process may exit with status 0.
-
-    Raises: SystemExit (1) when the address cannot be bound or the application does not start.
-    """
+    """Run the gateway until SIGTERM or SIGINT. Raises: see `serve`."""
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -44,12 +42,30 @@ def run(app: ASGIApp, settings: Server) -> None:
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
         backlog=_BACKLOG,
     )
-    listener = config.bind_socket()
-    listener.listen(_BACKLOG)  # whoever reads the line below may connect, and waits for the start
-    host, port = listener.getsockname()[:2]
-    log.info("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}")
-    # uvicorn raises the signal that stopped it once more when it is done, to die of it. Stopping
-    # when told to is success: exit status 0.
+    serve(config, announce=lambda url: log.info("listening", url=url))
+
+
+def serve(config: uvicorn.Config, *, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or SIGINT; `announce` is told the URL once it takes connections.
+
+    Raises: SystemExit: 0 when told to stop, 1 when the address cannot be bound or the application
+    does not start.
+    """
+    exit_well_when_told()
+    try:
+        listener = config.bind_socket()
+        listener.listen(config.backlog)  # whoever hears of it may connect, and waits for the start
+        host, port = listener.getsockname()[:2]
+        announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
+        uvicorn.Server(config).run(sockets=[listener])
+    except SystemExit as exc:
+        sys.exit(1 if exc.code else 0)  # uvicorn's word for a failed start is 3
+
+
+def exit_well_when_told() -> None:
+    """Let SIGTERM and SIGINT end the process by SystemExit, with status 0: stopping when told is success.
+
+    uvicorn raises the signal that stopped it once more when it is done, to die of it.
+    """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
-    uvicorn.Server(config).run(sockets=[listener])

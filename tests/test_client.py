@@ -1,0 +1,389 @@
+"""The event-stream reader, against streams made of bytes over a loopback socket."""
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.client import LONGEST_PAUSE_SECONDS, Event, EventStream, Message, Problem, StreamRefused, follow
+from tests.harness import RawUpstream, Request, answer, framed, free_port
+
+# --- the parser -------------------------------------------------------------------------------------------
+
+# What each stream says: its messages, and the id to reconnect with. The first five are the standard's own.
+STREAMS: dict[str, tuple[bytes, list[tuple[str, str]], str]] = {
+    "several lines of data": (b"data: YHOO\ndata: +2\ndata: 10\n\n", [("message", "YHOO\n+2\n10")], ""),
+    "comment, ids, and an end without a blank line": (
+        b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event",
+        [("message", "first event"), ("message", "second event")],
+        "",
+    ),
+    "empty data": (b"data\n\ndata\ndata\n\ndata:", [("message", ""), ("message", "\n")], ""),
+    "one space is dropped": (b"data:test\n\ndata: test\n\n", [("message", "test")] * 2, ""),
+    "named events": (
+        b"event: add\ndata: 73\n\nevent: remove\ndata: 2\n\n",
+        [("add", "73"), ("remove", "2")],
+        "",
+    ),
+    "a name lasts for one event": (b"event: a\n\ndata: x\n\n", [("message", "x")], ""),
+    "CR": (b"id: 7\rdata: a\rdata: b\r\rdata: c\r\r", [("message", "a\nb"), ("message", "c")], "7"),
+    "CRLF": (
+        b"id: 7\r\ndata: a\r\ndata: b\r\n\r\ndata: c\r\n\r\n",
+        [("message", "a\nb"), ("message", "c")],
+        "7",
+    ),
+    "line ends mixed": (b"data: a\r\ndata: b\n\rdata: c\r\n\n", [("message", "a\nb"), ("message", "c")], ""),
+    "byte order mark": (b"\xef\xbb\xbfdata: a\n\n", [("message", "a")], ""),
+    "a second byte order mark is text": (
+        b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\ndata: b\n\n",
+        [("message", "b")],
+        "",
+    ),
+    "other line separators are text": (
+        "data: a\u2028b\u2029c\u0085d\x0be\x0cf\x1c\n\n".encode(),
+        [("message", "a\u2028b\u2029c\u0085d\x0be\x0cf\x1c")],
+        "",
+    ),
+    "UTF-8 of every length": ("data: é 画 🙂\n\n".encode(), [("message", "é 画 🙂")], ""),
+    "not UTF-8": (b"data: \xff\xe7\x94\ndata: x\n\n", [("message", "\ufffd\ufffd\nx")], ""),
+    "comments make no events": (b"id: 7\ndata: a\n\n: still here\n\n:\n\n", [("message", "a")], "7"),
+    "an id alone is remembered": (b"id: 7\n\n", [], "7"),
+    "an id that broke off was not heard": (b"id: 7\ndata: a\n\nid: 8\ndata: b\n", [("message", "a")], "7"),
+    "an id with NUL is none": (b"id: 7\n\nid: 8\0\ndata: a\n\n", [("message", "a")], "7"),
+    "an empty id resets": (b"id: 7\n\nid\ndata: a\n\n", [("message", "a")], ""),
+    "unknown fields": (b"Data: a\n data: b\ndata : c\nfoo\ndata: d:e: f\n\n", [("message", "d:e: f")], ""),
+}
+
+
+def heard(pieces: list[bytes]) -> tuple[list[tuple[str, str]], str]:
+    """Return what a stream that comes in these pieces says."""
+    stream = EventStream()
+    messages = [(message.event, message.data) for piece in pieces for message in stream.feed(piece)]
+    return messages, stream.last_event_id
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_parser_reads_as_the_standard_has_it(name: str) -> None:
+    """Every rule of the WHATWG's event-stream format holds, wherever the bytes are cut."""
+    stream, messages, last_event_id = STREAMS[name]
+    ways = [[stream], [bytes([byte]) for byte in stream]]
+    ways += [[stream[:cut], b"", stream[cut:]] for cut in range(len(stream))]
+    for way in ways:
+        assert heard(way) == (messages, last_event_id), way
+
+
+@given(
+    st.lists(st.lists(st.sampled_from([b"data", b":", b" ", b"\r", b"\n", b"id", b"\xc3", b"\xa9", b"x"])))
+)
+def test_parser_does_not_care_how_bytes_are_cut(chunks: list[list[bytes]]) -> None:
+    """Any stream says the same in any pieces."""
+    pieces = [b"".join(chunk) for chunk in chunks]
+    assert heard(pieces) == heard([b"".join(pieces)])
+
+
+def test_parser_waits_for_nothing_after_a_cr() -> None:
+    """An event that ends in CR is there at once, though an LF may still follow."""
+    stream = EventStream()
+    assert stream.feed(b"data: a\r\r") == [Message("message", "a")]
+    assert stream.feed(b"\ndata: b\r\r") == [Message("message", "b")]
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("1500", 1.5), ("0", 0), ("9" * 5000, float("inf"))]
+    + [(odd, None) for odd in ("", "-1", "+1", "1.5", "1_0", "1 ", "٣", "soon")],
+)
+def test_parser_takes_a_retry_of_digits_only(value: str, seconds: float | None) -> None:
+    """`retry` is a number of milliseconds in ASCII digits, at once, or it is ignored."""
+    stream = EventStream()
+    stream.feed(f"retry:{value}\n".encode())
+    assert stream.retry_seconds == seconds
+
+
+def test_parser_bounds_what_it_holds() -> None:
+    """A stream that never ends its event is refused instead of remembered."""
+    for chunk in (b"x" * 2**20, b"data: " + b"x" * 2**20 + b"\n"):
+        stream = EventStream()
+        for _ in range(15):
+            assert stream.feed(chunk) == []
+        with pytest.raises(StreamRefused, match="larger"):
+            stream.feed(chunk + chunk)
+
+
+# --- following --------------------------------------------------------------------------------------------
+
+HEAD = ("content-type: text/event-stream; charset=utf-8", "connection: close")
+END = b"event: end\nid: end-1\ndata: {}\n\n"
+
+
+def progress(task_id: str = "A", **more: Any) -> bytes:
+    """Return a progress event."""
+    body = {
+        "taskId": task_id,
+        "api": "sd",
+        "status": "running",
+        "progress": 0.25,
+        "queueRemaining": None,
+        "etaSeconds": None,
+        "message": None,
+        "terminal": False,
+        "state": None,
+    } | more
+    return f"event: progress\nid: {task_id}-{body['progress']}\ndata: {json.dumps(body)}\n\n".encode()
+
+
+def problem(**more: Any) -> bytes:
+    """Return a problem event."""
+    return b"event: problem\ndata: %s\n\n" % json.dumps({"taskId": "A", "detail": "no"} | more).encode()
+
+
+def stream(*parts: bytes) -> bytes:
+    """Return an answer that streams these parts and ends."""
+    return answer(b"".join(parts), *HEAD)
+
+
+def closing(body: bytes, *headers: str, status: str = "HTTP/1.1 200 OK") -> bytes:
+    """Return a whole answer, after which the connection is closed."""
+    return framed(body, "connection: close", *headers, status=status)
+
+
+@contextmanager
+def playing(*answers: bytes, port: int = 0) -> Iterator[RawUpstream]:
+    """Run a gateway made of bytes: the first request gets the first answer, and so on; then it hangs up."""
+    left = iter(answers)
+
+    def behave(connection: socket.socket, _: Request) -> None:
+        connection.sendall(next(left, stream(END)))
+        connection.shutdown(socket.SHUT_WR)
+
+    with RawUpstream(behave, port=port) as upstream:
+        yield upstream
+
+
+class Pauses(list[tuple[float, str]]):
+    """Takes the place of waiting, and remembers for how long and why."""
+
+    def __call__(self, seconds: float, reason: str) -> None:
+        self.append((seconds, reason))
+
+    @property
+    def seconds(self) -> list[float]:
+        return [seconds for seconds, _ in self]
+
+
+def told(
+    url: str, *task_ids: str, pause: Callable[[float, str], None], **more: Any
+) -> list[tuple[str, float | str | None]]:
+    """Follow to the end; return each event's name, and the progress or the words it came with."""
+
+    def gist(event: Event) -> float | str | None:
+        if isinstance(event.told, Problem):
+            return event.told.words
+        return event.told.progress if event.told else None
+
+    events = follow(httpx.URL(url), task_ids or ["A"], api="sd", pause=pause, **more)
+    return [(event.name, gist(event)) for event in events]
+
+
+def test_follow_asks_for_the_tasks_and_stops_at_the_end() -> None:
+    """One request names every task and the api; after `end` there is no other."""
+    pauses = Pauses()
+    with playing(stream(progress("A"), progress("B"), END)) as upstream:
+        events = told(f"{upstream.url}/behind/", "A", "B", pause=pauses)
+    assert events == [("progress", 0.25), ("progress", 0.25), ("end", None)]
+    (request,) = upstream.requests
+    assert request.head.split(b"\r\n")[0] == b"GET /behind/v1/events?taskId=A&taskId=B&api=sd HTTP/1.1"
+    assert request.headers["accept"] == "text/event-stream"
+    assert "last-event-id" not in request.headers
+    assert pauses == []
+
+
+def test_follow_reads_a_stream_that_comes_byte_by_byte() -> None:
+    """Chunks may end anywhere, inside a character, too."""
+    told_all = b"\xef\xbb\xbf: hello\r\n\r\nretry: 100\n\n" + progress(message="画 🙂") + END
+    chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in told_all) + b"0\r\n\r\n"
+    with playing(answer(chunks, HEAD[0], "transfer-encoding: chunked")) as upstream:
+        events = list(follow(httpx.URL(upstream.url), ["A"], api="sd", pause=Pauses()))
+    assert [event.name for event in events] == ["progress", "end"]
+    assert events[0].data["message"] == "画 🙂"
+
+
+def test_follow_resumes_after_the_delay_the_gateway_asked_for() -> None:
+    """A stream that ends is taken up again after its last `retry:`, from its last id; the delay stays."""
+    pauses = Pauses()
+    with playing(
+        stream(b"retry: 2000\n\n", progress(), b": the gateway restarts\nretry: 700\n\n"),
+        stream(progress(progress=0.5)),
+        stream(progress(progress=1, status="succeeded", terminal=True), END),
+    ) as upstream:
+        events = told(upstream.url, pause=pauses)
+    assert events == [("progress", 0.25), ("progress", 0.5), ("progress", 1), ("end", None)]
+    assert pauses == [(0.7, "the stream ended")] * 2
+    ids = [request.headers.get("last-event-id") for request in upstream.requests]
+    assert ids == [None, "A-0.25", "A-0.5"]
+
+
+def test_follow_stops_at_204() -> None:
+    """204 says that all was told."""
+    pauses = Pauses()
+    with playing(stream(progress()), answer(b"", HEAD[1], status="HTTP/1.1 204 No Content")) as upstream:
+        assert told(upstream.url, pause=pauses) == [("progress", 0.25), ("end", None)]
+    assert len(pauses) == 1
+
+
+def test_follow_leaves_out_what_a_reconnect_repeats() -> None:
+    """What is known already is no news, nor is a problem under another request's id; a change is."""
+    with playing(
+        stream(progress("A"), progress("B")),
+        stream(progress("A"), progress("B", progress=0.5), problem(requestId="1")),
+        stream(problem(requestId="2"), b"event: gossip\ndata: 1\n\n"),
+        stream(progress("A"), END),
+    ) as upstream:
+        events = told(upstream.url, "A", "B", pause=Pauses())
+    assert [gist for _, gist in events] == [0.25, 0.25, 0.5, "no", 0.25, None]
+
+
+def test_follow_notices_a_connection_that_broke() -> None:
+    """A stream that breaks off in an event is resumed from the last whole one."""
+    pauses = Pauses()
+    broken = answer(progress() + b"id: 9\ndata: {", HEAD[0], "content-length: 9999")
+    with playing(broken, stream(END)) as upstream:
+        assert told(upstream.url, pause=pauses) == [("progress", 0.25), ("end", None)]
+    assert pauses == [(2, "the connection broke")]
+    assert upstream.requests[1].headers["last-event-id"] == "A-0.25"
+
+
+def test_follow_notices_a_connection_that_is_silent() -> None:
+    """A connection that gives no sign of life, not even a heartbeat, counts as lost."""
+    pauses = Pauses()
+    silent = iter([True, False])
+
+    def behave(connection: socket.socket, _: Request) -> None:
+        connection.sendall(answer(b"", *HEAD) if next(silent) else stream(END))
+
+    with RawUpstream(behave) as upstream:
+        assert told(upstream.url, pause=pauses, silence_seconds=0.1) == [("end", None)]
+    assert pauses == [(2, "nothing was heard for 0.1 s")]
+
+
+def test_follow_waits_for_a_gateway_that_is_not_there() -> None:
+    """A refused connection is tried again, and taken up as soon as somebody listens."""
+    port = free_port()
+    pauses = Pauses()
+    with ExitStack() as stack:
+
+        def pause(seconds: float, reason: str) -> None:
+            pauses(seconds, reason)
+            if len(pauses) == 2:
+                stack.enter_context(playing(stream(END), port=port))
+
+        assert told(f"http://127.0.0.1:{port}", pause=pause) == [("end", None)]
+    assert pauses == [(2, "it cannot be reached (Connection refused)"), (4, pauses[0][1])]
+
+
+def test_follow_backs_off_while_there_is_no_event() -> None:
+    """Waits double up to a bound while nothing is heard, and are short again once something was."""
+    pauses = Pauses()
+    unwell = closing(b"", status="HTTP/1.1 502 Bad Gateway")
+    with playing(unwell, *[stream()] * 5, stream(progress()), stream(END)) as upstream:
+        told(upstream.url, pause=pauses)
+    assert pauses.seconds == [2, 4, 8, LONGEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, 2]
+    assert pauses[0][1] == "502 Bad Gateway"
+
+
+@pytest.mark.parametrize(
+    ("asked", "seconds"),
+    [
+        ("retry: 1\n\n", 0.1),
+        ("retry: 3600000\n\n", LONGEST_PAUSE_SECONDS),
+        (f"retry: {'9' * 999}\n\n", LONGEST_PAUSE_SECONDS),
+    ],
+)
+def test_follow_bounds_the_delay(asked: str, seconds: float) -> None:
+    """No `retry:` makes it hammer the gateway, or sleep for ever."""
+    pauses = Pauses()
+    with playing(stream(asked.encode()), stream(END)) as upstream:
+        told(upstream.url, pause=pauses)
+    assert pauses.seconds == [seconds]
+
+
+@pytest.mark.parametrize("status", ["503 Service Unavailable", "429 Too Many Requests"])
+@pytest.mark.parametrize(
+    ("after", "seconds"),
+    [("7", 7), ("1", 2), ("900", LONGEST_PAUSE_SECONDS), ("Wed, 21 Oct 2026 07:28:00 GMT", 2)],
+)
+def test_follow_heeds_retry_after(status: str, after: str, seconds: float) -> None:
+    """A gateway that is busy is asked again no sooner than it says, within bounds, and quoted."""
+    pauses = Pauses()
+    busy = closing(b'{"detail": "too many"}', f"retry-after: {after}", status=f"HTTP/1.1 {status}")
+    with playing(busy, stream(END)) as upstream:
+        told(upstream.url, pause=pauses)
+    assert pauses == [(seconds, f"{status}: too many")]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "words"),
+    [
+        (
+            closing(b'{"detail": "bad \x7f task"}', status="HTTP/1.1 400 Bad Request"),
+            "400 Bad Request: bad   task",
+        ),
+        (closing(b'{"title": "No"}', status="HTTP/1.1 404 Not Found"), "404 Not Found: No"),
+        (closing(b"<html>", status="HTTP/1.1 403 Forbidden"), "403 Forbidden"),
+        (closing(b"", "location: /elsewhere", status="HTTP/1.1 302 Found"), "302 Found"),
+        (closing(b"<html>", "content-type: text/html"), "it answers with no event stream; is it a gateway?"),
+        (stream(b"event: progress\ndata: {}\n\n"), "its progress events are not a gateway's"),
+        (stream(b"event: problem\ndata: {\n\n"), "its problem events are not a gateway's"),
+    ],
+)
+def test_follow_gives_up_where_asking_again_is_useless(refusal: bytes, words: str) -> None:
+    """What will never be a stream is an error, in the words of whoever refused, and asked for once."""
+    pauses = Pauses()
+    with playing(refusal) as upstream, pytest.raises(StreamRefused) as refused:
+        told(upstream.url, pause=pauses)
+    assert str(refused.value) == words
+    assert pauses == []
+
+
+def test_follow_makes_words_safe_to_show() -> None:
+    """Escape sequences in what others say do not reach a terminal as such; the data stays as it came."""
+    evil = "a\x1b[2Jb\u202ec\nd"
+    upstream_said = {"errMessage": evil, "subErrMessage": "unheard"}
+    with playing(stream(progress(message=evil), problem(upstream=upstream_said), END)) as upstream:
+        first, second, _ = follow(httpx.URL(upstream.url), ["A"], api="sd", pause=Pauses())
+    assert first.data["message"] == evil
+    assert first.told
+    assert not isinstance(first.told, Problem)
+    assert first.told.message == "a [2Jb c d"
+    assert isinstance(second.told, Problem)
+    assert second.told.words == "no: a [2Jb c d"
+
+
+def test_follow_goes_to_loopback_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment's proxy is for other hosts."""
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    with playing(stream(END)) as upstream:
+        assert told(upstream.url, pause=Pauses()) == [("end", None)]
+
+
+def test_follow_hangs_up_when_its_reader_leaves() -> None:
+    """A reader that stops in the middle leaves no connection behind."""
+    hung_up = threading.Event()
+
+    def behave(connection: socket.socket, _: Request) -> None:
+        connection.sendall(answer(progress(), *HEAD))
+        assert connection.recv(1) == b""
+        hung_up.set()
+
+    with RawUpstream(behave) as upstream:
+        events = follow(httpx.URL(upstream.url), ["A"], api="sd", pause=Pauses())
+        assert next(events).name == "progress"
+        events.close()
+        assert hung_up.wait(20)

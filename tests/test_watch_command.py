@@ -1,0 +1,541 @@
+"""`sd-gateway watch`, run as a person or a script runs it, against a real gateway and simulator."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import struct
+import subprocess
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from rich.console import Console
+
+from gateway.cli import main
+from gateway.client import Event, Problem, Progress
+from gateway.terminal import Board
+from tests.harness import (
+    COMMAND,
+    KEY,
+    PATIENCE_SECONDS,
+    SECRET,
+    Gateway,
+    Process,
+    RawUpstream,
+    Request,
+    Simulator,
+    Stage,
+    framed,
+    free_port,
+    fresh_id,
+    plain_client,
+    run,
+    serving,
+    until,
+)
+
+Serve = Callable[..., AbstractContextManager[tuple[Process, Gateway]]]
+
+WAITING = {"status": "waiting", "progress": 0, "lastQueueRemaining": 3, "etaRelative": 0}
+RUNNING = {"status": "running", "progress": 0.25, "message": "step 5 of 20"}
+FURTHER = {"status": "running", "progress": 0.75, "message": "step 15 of 20"}
+SUCCESS = {"status": "successed", "progress": 1}
+FAILURE = {"status": "failed", "progress": 0.75, "message": "out of memory"}
+UNKNOWN_TASK = "error, the upstream rejected the query: the task does not exist"
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
+    """Return a simulated upstream that `sd-gateway simulate` runs."""
+    port = free_port()
+    arguments = ("--port", str(port), "--key", KEY, "--secret", SECRET)
+
+    def answers() -> bool:
+        with suppress(httpx.TransportError):
+            return client.get("/_simulator/stats").is_success
+        return False
+
+    with (
+        Process("simulate", *arguments, cwd=tmp_path_factory.mktemp("simulator")),
+        plain_client(f"http://127.0.0.1:{port}") as client,
+    ):
+        until(answers, "the simulator answers")
+        yield Simulator(Stage(), client)
+
+
+@pytest.fixture(scope="module")
+def serve(simulated: Simulator, tmp_path_factory: pytest.TempPathFactory) -> Serve:
+    """Return a function that runs `sd-gateway serve` in front of the simulated upstream."""
+    cwd = tmp_path_factory.mktemp("gateway")
+    env = {
+        "SD_GATEWAY_UPSTREAM__ENDPOINT": simulated.url,
+        "SD_GATEWAY_CACHE__WAITING_SECONDS": "0.1",
+        "SD_GATEWAY_CACHE__RUNNING_SECONDS": "0.1",
+    }
+    return lambda port=0: serving(cwd, env | {"SD_GATEWAY_SERVER__PORT": str(port)})
+
+
+@pytest.fixture(scope="module")
+def served(serve: Serve) -> Iterator[str]:
+    """Return the URL of a gateway that stays up."""
+    with serve() as (_, gateway):
+        yield gateway.url
+
+
+@pytest.fixture
+def watch(served: str, tmp_path: Path) -> Callable[..., Process]:
+    """Return a function that starts the command, its output in a pipe."""
+
+    def start(*arguments: str, url: str = served, **env: str) -> Process:
+        return Process("watch", *arguments, "--gateway", url, cwd=tmp_path, env=env)
+
+    return start
+
+
+def events(process: Process) -> list[tuple[Any, ...]]:
+    """Return what it said in JSON: event, task, status, progress."""
+    said = [json.loads(line) for line in process.lines if line.startswith("{")]
+    return [tuple(map(one.get, ("event", "taskId", "status", "progress"))) for one in said]
+
+
+# --- for scripts ------------------------------------------------------------------------------------------
+
+
+def test_watch_tells_a_life_as_exactly_its_events(
+    simulated: Simulator, watch: Callable[..., Process]
+) -> None:
+    """Waiting, running at two points and success are one JSON line each, then `end`, then exit status 0."""
+    task_id = fresh_id()
+    simulated.script(task_id, **WAITING)
+    with watch(task_id, "--json") as process:
+        process.says('"status": "waiting"')
+        simulated.script(task_id, **RUNNING)
+        process.says('"progress": 0.25')
+        simulated.script(task_id, **FURTHER)
+        process.says('"progress": 0.75')
+        simulated.script(task_id, **SUCCESS)
+        assert process.exit_status() == 0
+    assert events(process) == [
+        ("progress", task_id, "waiting", 0),
+        ("progress", task_id, "running", 0.25),
+        ("progress", task_id, "running", 0.75),
+        ("progress", task_id, "succeeded", 1),
+        ("end", None, None, None),
+    ]
+    assert len(process.lines) == 5
+
+
+def test_watch_asks_for_the_api_it_was_told(simulated: Simulator, watch: Callable[..., Process]) -> None:
+    """`--api comfy` watches comfy tasks; a task that is named twice is watched once."""
+    task_id = simulated.finished()
+    with watch(task_id, task_id, "--json", "--api", "comfy") as process:
+        assert process.exit_status() == 0
+    assert [json.loads(line).get("api") for line in process.lines] == ["comfy", None]
+
+
+@pytest.mark.parametrize("status", ["failed", "canceled"])
+def test_watch_fails_when_one_task_does(
+    status: str, simulated: Simulator, watch: Callable[..., Process]
+) -> None:
+    """One task that failed or was canceled makes exit status 1, whatever the others did."""
+    bad, good = fresh_id(), simulated.finished()
+    simulated.script(bad, **(FAILURE | {"status": status}))
+    with watch(good, bad) as process:
+        assert process.exit_status() == 1
+    assert sorted(process.lines) == sorted(
+        [f"{good}: succeeded, 100 %, step 20 of 20", f"{bad}: {status}, 75 %, out of memory"]
+    )
+
+
+def test_watch_carries_on_against_a_new_process(
+    simulated: Simulator, serve: Serve, watch: Callable[..., Process]
+) -> None:
+    """A gateway that restarts is waited for; what it repeats is told once; exit status 0 in the end."""
+    task_id = fresh_id()
+    simulated.script(task_id, **RUNNING)
+    with serve() as (first, gateway), watch(task_id, "--json", url=gateway.url) as process:
+        process.says('"progress": 0.25')
+        first.signal(signal.SIGTERM)
+        assert first.exit_status() == 0
+        process.says(f"sd-gateway: {gateway.url}: the stream ended; trying again")
+        with serve(gateway.address[1]) as (_, second):
+            until(lambda: second.metric("watchers", kind="events"), "the command is back")
+            simulated.script(task_id, **SUCCESS)
+            assert process.exit_status() == 0
+    assert events(process) == [
+        ("progress", task_id, "running", 0.25),
+        ("progress", task_id, "succeeded", 1),
+        ("end", None, None, None),
+    ]
+
+
+def test_watch_interrupted_has_not_succeeded(simulated: Simulator, watch: Callable[..., Process]) -> None:
+    """Ctrl-C before the end is exit status 1, without a word."""
+    task_id = simulated.task()
+    with watch(task_id) as process:
+        process.says("running")
+        process.signal(signal.SIGINT)
+        assert process.exit_status() == 1
+    assert [line for line in process.lines if not line.startswith(task_id)] == []
+
+
+def test_watch_ends_when_nobody_reads_its_lines(simulated: Simulator, served: str, tmp_path: Path) -> None:
+    """A reader that has left (`| head -1`) ends it, without a traceback."""
+    task_id = fresh_id()
+    simulated.script(task_id, **RUNNING)
+    with subprocess.Popen(
+        [COMMAND, "watch", task_id, "--gateway", served],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        simulated.script(task_id, **FURTHER)
+        assert process.stderr.read() == b""
+        assert process.wait(PATIENCE_SECONDS) == 1
+
+
+# --- wrong usage ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "TASK"),
+        (["a b"], "a task ID is 1 to 64 characters of A-Z a-z 0-9 _ -"),
+        (["A", "x" * 65], "a task ID is 1 to 64"),
+        (["A", "--api", "video"], "choose from"),
+        *(
+            (["A", "--gateway", url], "--gateway: ")
+            for url in (
+                "",
+                "localhost:8080",
+                "ftp://host",
+                "http://",
+                "http://h:99999",
+                "http://h:0",
+                "http://h:x",
+                "http://h/?a=b",
+            )
+        ),
+    ],
+)
+def test_watch_refuses_wrong_usage(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bad task ID, api or URL is exit status 2, and the mistake is named."""
+    with pytest.raises(SystemExit) as ended:
+        main(["watch", *arguments])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_watch_quotes_a_gateway_that_refuses(served: str, watch: Callable[..., Process]) -> None:
+    """A 4xx is wrong usage too, in the gateway's words, and the URL's password is not told."""
+    with watch(*map(str, range(101))) as process:
+        assert process.exit_status() == 2
+    detail = "query parameter 'taskId' must be given 1 to 100 times"
+    assert process.output == f"sd-gateway: {served}: 400 Bad Request: {detail}"
+    with watch("A", url=f"{served.replace('//', '//user:hush@')}/nowhere") as process:
+        assert process.exit_status() == 2
+    assert process.output.startswith(f"sd-gateway: {served}/nowhere: 404 Not Found: ")
+
+
+# --- for people, in a pipe --------------------------------------------------------------------------------
+
+
+def test_watch_writes_plain_lines_into_a_pipe(simulated: Simulator, watch: Callable[..., Process]) -> None:
+    """Without a terminal there is one line per change, no escape sequence, and a problem in words."""
+    task_id = fresh_id()
+    with watch(task_id, FORCE_COLOR="1", TTY_COMPATIBLE="1") as process:
+        process.says("does not exist")
+        simulated.script(task_id, **WAITING)
+        process.says("waiting")
+        simulated.script(task_id, **RUNNING, etaRelative=75.5)
+        process.says("25 %")
+        simulated.script(task_id, **FURTHER, state={"job": "x"})
+        process.says("75 %")
+        simulated.script(task_id, **SUCCESS)
+        assert process.exit_status() == 0
+    assert process.lines == [
+        f"{task_id}: {UNKNOWN_TASK}",
+        f"{task_id}: waiting, 0 %, 3 in the queue",
+        f"{task_id}: running, 25 %, 1 min 15 s left, step 5 of 20",
+        f"{task_id}: running, 75 %, step 15 of 20",
+        f"{task_id}: succeeded, 100 %",
+    ]
+
+
+def test_watch_speaks_in_any_locale(simulated: Simulator, watch: Callable[..., Process]) -> None:
+    """Words that the locale cannot write do not stop it."""
+    task_id = fresh_id()
+    simulated.script(task_id, **(FAILURE | {"message": "内存不足 é"}))
+    with watch(task_id, PYTHONIOENCODING="ascii", PYTHONUTF8="0") as process:
+        assert process.exit_status() == 1
+    assert process.lines == [f"{task_id}: failed, 75 %, ???? ?"]
+
+
+def test_watch_says_why_it_waits_once(tmp_path: Path) -> None:
+    """Trouble with the connection is told on its first occurrence, and again after it was over."""
+    busy = framed(b"", "connection: close", status="HTTP/1.1 503 Service Unavailable")
+    said = json.dumps(data("failed")).encode()
+    told = framed(
+        b"retry: 1\n\nevent: progress\ndata: %s\n\n" % said,
+        "content-type: text/event-stream",
+        "connection: close",
+    )
+    last = framed(b"event: end\ndata: {}\n\n", "content-type: text/event-stream", "connection: close")
+    quick = framed(b"retry: 1\n\n", "content-type: text/event-stream", "connection: close")
+    answers = iter([quick, busy, busy, told, busy, last])
+
+    def behave(connection: socket.socket, _: Request) -> None:
+        connection.sendall(next(answers, last))
+
+    with RawUpstream(behave) as upstream:
+        complaint = f"sd-gateway: {upstream.url}: "
+        status, output = run("watch", "A", "--gateway", upstream.url, cwd=tmp_path)
+    assert status == 1
+    assert sorted(output.splitlines()) == sorted(
+        [
+            f"{complaint}the stream ended; trying again",
+            f"{complaint}503 Service Unavailable; trying again",
+            "A: failed, 25 %",
+            f"{complaint}the stream ended; trying again",
+            f"{complaint}503 Service Unavailable; trying again",
+        ]
+    )
+
+
+# --- for people, in a terminal ----------------------------------------------------------------------------
+
+
+class Terminal:
+    """A pseudo-terminal of 100 columns with a command in it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], screen: int) -> None:
+        self._process = process
+        self._screen = screen
+        self.raw = ""
+
+    @property
+    def text(self) -> str:
+        """All that was shown so far, without colours and cursor movements."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.raw).replace("\r\n", "\n")
+
+    def shows(self, text: str) -> None:
+        """Wait until this is shown."""
+        while text not in self.text:
+            assert self._read(), f"never {text!r} in {self.text}"
+
+    def exit_status(self) -> int:
+        """Wait for the command's end; return its exit status."""
+        while self._read():
+            pass
+        return self._process.wait(PATIENCE_SECONDS)
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def _read(self) -> bool:
+        try:
+            part = os.read(self._screen, 65536)
+        except OSError:  # Linux's way of saying that the other end is closed
+            part = b""
+        self.raw += part.decode(errors="replace")
+        return bool(part)
+
+
+@contextmanager
+def terminal(*arguments: str, cwd: Path, term: str = "xterm-256color") -> Iterator[Terminal]:
+    """Run a command in a pseudo-terminal."""
+    screen, inner = pty.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    clean = {
+        name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES", "NO_COLOR"}
+    }
+    with subprocess.Popen(
+        [COMMAND, *arguments], cwd=cwd, env=clean | {"TERM": term}, stdin=inner, stdout=inner, stderr=inner
+    ) as process:
+        os.close(inner)
+        try:
+            yield Terminal(process, screen)
+        finally:
+            os.close(screen)
+            process.terminate()
+
+
+def test_watch_draws_a_live_bar_per_task(simulated: Simulator, served: str, tmp_path: Path) -> None:
+    """In a terminal each task has a bar that moves, its status, and what went wrong in words."""
+    one, other = "task-one", "task-two"
+    simulated.script(one, **WAITING)
+    with terminal("watch", one, other, "--gateway", served, cwd=tmp_path) as screen:
+        screen.shows(f"{served}: 0 of 2 ended")
+        screen.shows("3 in the queue")
+        screen.shows("the upstream rejected the query")
+        simulated.script(one, **RUNNING)
+        screen.shows("╸")  # a bar's moving end
+        screen.shows("25 % step 5 of 20")
+        simulated.script(other, **FAILURE)
+        screen.shows("75 % out of memory")
+        screen.shows("1 of 2 ended")
+        simulated.script(one, **SUCCESS)
+        assert screen.exit_status() == 1
+    last = screen.text[screen.text.rindex(served) :]
+    assert re.fullmatch(
+        rf"{served}: 2 of 2 ended\n"
+        r"task-one succeeded ━{30} 100 % +\n"
+        r"task-two failed    ━+╸?━+  75 % out of memory +\n",
+        last,
+    ), last
+    assert screen.raw.index("\x1b[?25l") < screen.raw.rindex("\x1b[?25h")  # the cursor is back
+
+
+def test_watch_leaves_a_terminal_in_order(simulated: Simulator, served: str, tmp_path: Path) -> None:
+    """Ctrl-C gives the cursor back, and ends it with exit status 1 and no traceback."""
+    task_id = simulated.task()
+    with terminal("watch", task_id, "--gateway", served, cwd=tmp_path) as screen:
+        screen.shows("running")
+        screen.signal(signal.SIGINT)
+        assert screen.exit_status() == 1
+    assert screen.raw.rstrip().endswith("\x1b[?25h")
+    assert "Traceback" not in screen.text
+
+
+def test_watch_shows_trouble_above_the_bars(tmp_path: Path) -> None:
+    """A gateway that cannot be reached is told on the screen, not between the bars."""
+    url = f"http://127.0.0.1:{free_port()}"
+    with terminal("watch", "A", "--gateway", url, cwd=tmp_path) as screen:
+        screen.shows(f"{url}: it cannot be reached (Connection refused); trying again\n")
+        assert "sd-gateway:" not in screen.text
+
+
+def test_watch_writes_plain_lines_on_a_dumb_terminal(
+    simulated: Simulator, served: str, tmp_path: Path
+) -> None:
+    """A terminal that cannot move its cursor gets lines."""
+    task_id = simulated.finished()
+    with terminal("watch", task_id, "--gateway", served, cwd=tmp_path, term="dumb") as screen:
+        assert screen.exit_status() == 0
+    assert screen.raw == f"{task_id}: succeeded, 100 %, step 20 of 20\r\n"
+
+
+# --- the board --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Clock:
+    """A clock that a test turns by hand."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def data(status: str = "running", **more: Any) -> dict[str, Any]:
+    """Return what the gateway tells of task A."""
+    ended = status in {"succeeded", "failed", "canceled"}
+    return {
+        "taskId": "A",
+        "status": status,
+        "progress": 0.25,
+        "queueRemaining": None,
+        "etaSeconds": None,
+        "message": None,
+        "terminal": ended,
+    } | more
+
+
+def heard(status: str = "running", **more: Any) -> Event:
+    """Return a progress event."""
+    return Event("progress", {}, Progress.model_validate(data(status, **more)))
+
+
+def drawn(board: Board, width: int = 80) -> list[str]:
+    """Return the lines of a board on a terminal of so many columns."""
+    out = StringIO()
+    Console(file=out, width=width).print(board.render(width))
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def board(*task_ids: str, clock: Callable[[], float] = lambda: 0.0) -> Board:
+    """Return a board of some gateway."""
+    return Board(httpx.URL("http://user:hush@host:8080/prefix/"), task_ids or ["A"], clock=clock)
+
+
+def test_board_counts_the_time_left_down() -> None:
+    """Between two events the time left goes down with the clock, and is never below nothing."""
+    clock = Clock()
+    shown = board(clock=clock)
+    shown.note(heard(etaSeconds=3725))
+    left = []
+    for _ in range(4):
+        left.append(drawn(shown)[1].partition("%")[2].strip())
+        clock.now += 1850
+    assert left == ["1 h 2 min left", "31 min 15 s left", "25 s left", "any moment now"]
+
+
+def test_board_rounds_down() -> None:
+    """100 % means that it is."""
+    shown = board()
+    assert shown.note(heard(progress=0.999)) == "A: running, 99 %"
+
+
+def test_board_has_a_line_for_what_changed_in_words() -> None:
+    """The same words are no line, nor is a task that nobody asked for, nor the end."""
+    shown = board()
+    problem = Problem.model_validate({"taskId": "A", "title": "It broke"})
+    assert shown.note(Event("problem", {}, problem)) == "A: error, It broke"
+    assert shown.note(heard()) == "A: running, 25 %"
+    assert shown.note(heard()) == ""
+    assert shown.note(heard(taskId="B")) == ""
+    assert shown.note(Event("end", {})) == ""
+    assert not shown.succeeded
+    assert shown.note(heard("succeeded")) == "A: succeeded, 25 %"
+    assert shown.succeeded
+
+
+def test_board_keeps_the_bar_beside_a_problem() -> None:
+    """A task that cannot be read any more still shows how far it was."""
+    shown = board()
+    shown.note(heard())
+    assert shown.note(Event("problem", {}, Problem(taskId="A", detail="no"))) == "A: error, 25 %, no"
+    assert drawn(shown)[1].split() == ["A", "error", "━━━━━━━╸", "25", "%", "no"]
+
+
+def test_board_shows_trouble_until_something_is_heard() -> None:
+    """The first line says how many have ended, or why nothing comes; the URL's password never shows."""
+    shown = board("A", "B")
+    assert drawn(shown)[0] == "http://host:8080/prefix: 0 of 2 ended"
+    shown.trouble = "it broke"
+    assert drawn(shown)[0] == "http://host:8080/prefix: it broke; trying again"
+    shown.note(heard("failed"))
+    assert drawn(shown)[0] == "http://host:8080/prefix: 1 of 2 ended"
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
+def test_board_fits_any_terminal(width: int) -> None:
+    """Long IDs and words neither overflow nor push status and percentage away; narrow ones lose the bar."""
+    shown = board("A", "x" * 64)
+    shown.note(heard(message="[bold]word[/bold] " * 9))
+    lines = drawn(shown, width)
+    assert all(len(line) <= width for line in lines)
+    assert "running" in "".join(lines)
+    assert ("━" in "".join(lines)) == (width >= 60)
+    if width >= 40:
+        assert " 25 %" in "".join(lines)
+    if width == 200:
+        assert "[bold]word[/bold]" in "".join(lines)
