@@ -1,0 +1,87 @@
+"""Answers from the cache, per second of the server's CPU time: one hot task, 304, 1,000 tasks of 1 s."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from functools import partial
+
+import servers
+from client import fetch
+from measuring import Bench, Comparison, new_prefix, per_cpu_second, prime, wrk
+from servers import Server
+
+NEEDS = ("wrk", "nginx", "njs")
+USES = ("varnishd",)
+
+_MANY = 1000
+_NOT_MODIFIED = 304
+
+
+def run(bench: Bench) -> Iterator[Comparison]:
+    """Measure the three."""
+    with (
+        servers.fast_upstream(bench.cores, bench.folder) as upstream,
+        servers.peers(bench.cores, bench.folder, upstream=upstream) as peers,
+        bench.gateways(upstream=upstream) as gateways,
+    ):
+        contestants = [*gateways, peers.nginx.cached, *peers.varnish]
+        yield _one(bench, contestants)
+        yield _unchanged(bench, gateways)
+        yield _many(bench, contestants)
+
+
+def _one(bench: Bench, contestants: list[Server]) -> Comparison:
+    path = f"{new_prefix()}1"
+    for server in contestants:
+        prime(server, [path])
+    measure = partial(per_cpu_second, seconds=bench.seconds, path=path, what="hits")
+    return Comparison(
+        title="hits: one hot task",
+        samples=bench.take_turns({server.name: partial(measure, server) for server in contestants}),
+        baseline="nginx",
+    )
+
+
+def _unchanged(bench: Bench, gateways: list[Server]) -> Comparison:
+    path = f"{new_prefix()}1"
+    turns = {}
+    for server in gateways:
+        measure = partial(per_cpu_second, server, seconds=bench.seconds, path=path, what="answers")
+        etag = asyncio.run(_etag(server, path))
+        turns[f"{server.name}, 200"] = measure
+        turns[f"{server.name}, 304"] = partial(measure, headers={"If-None-Match": etag})
+    return Comparison(
+        title="hits: 304 beside 200, one hot task",
+        samples=bench.take_turns(turns),
+        baseline=f"{gateways[0].name}, 200",
+    )
+
+
+async def _etag(server: Server, path: str) -> str:
+    first = await fetch(server.port, path)
+    etag = first.head.partition(b"etag: ")[2].partition(b"\r\n")[0].decode()
+    again = await fetch(server.port, path, f"If-None-Match: {etag}\r\n")
+    if again.status != _NOT_MODIFIED:
+        raise RuntimeError(f"{server.name} answers {again.status} to If-None-Match: {etag}")
+    return etag
+
+
+def _many(bench: Bench, contestants: list[Server]) -> Comparison:
+    prefix = new_prefix()
+    paths = [f"{prefix}{number}" for number in range(1, _MANY + 1)]
+    for server in contestants:
+        prime(server, paths)
+    measure = partial(per_cpu_second, seconds=bench.seconds, path=prefix, tasks=_MANY, what="hits")
+
+    def warm(server: Server) -> dict[str, float]:
+        # While the others had their turn this one's tasks went stale: its first second is theirs.
+        wrk(server, seconds=1, path=prefix, tasks=_MANY)
+        return measure(server)
+
+    return Comparison(
+        title=f"hits: {_MANY} tasks with a lifetime of 1 s",
+        samples=bench.take_turns({server.name: partial(warm, server) for server in contestants}),
+        baseline="nginx",
+        notes=["The CPU time includes the upstream calls that keep the tasks fresh."],
+    )

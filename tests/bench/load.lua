@@ -1,0 +1,35 @@
+-- What wrk asks for, and its result as one line of JSON.
+--
+-- TASKS empty: the URL as it is. TASKS=0: a task nobody asked for before, every time.
+-- TASKS=N: N tasks in turn. Their paths are the URL's with a number behind it.
+
+local tasks = tonumber(os.getenv("TASKS") or "")
+local turn = 0
+
+-- Only where tasks differ: wrk sends one ready request over and over as long as there is no such function.
+if tasks == 0 then
+  function request()
+    turn = turn + 1
+    return wrk.format(nil, wrk.path .. turn)
+  end
+elseif tasks then
+  local ready = {}
+
+  function init()
+    for number = 1, tasks do
+      ready[number] = wrk.format(nil, wrk.path .. number)
+    end
+  end
+
+  function request()
+    turn = turn % tasks + 1
+    return ready[turn]
+  end
+end
+
+function done(summary)
+  local errors = summary.errors
+  local failed = errors.connect + errors.read + errors.write + errors.timeout + errors.status
+  io.write(string.format('\n{"requests": %d, "failed": %d, "seconds": %.6f}\n',
+    summary.requests, failed, summary.duration / 1e6))
+end

@@ -1,0 +1,144 @@
+"""What scenarios share: whom they measure and for how long, one load by wrk, and turns of A B A B."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import servers
+from client import fetch_all
+from processes import Cores, cpu_seconds
+from servers import Server
+
+Figures = dict[str, float]
+
+_FAILURES = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """One run: `seconds` a measurement, `rounds` turns for each contestant.
+
+    `trees` are other source trees of the gateway, measured beside this one: a before and an after.
+    `folder` is for whatever the servers write.
+    """
+
+    cores: Cores
+    seconds: float
+    rounds: int
+    folder: Path
+    trees: tuple[Path, ...] = ()
+
+    @contextmanager
+    def gateways(self, *, upstream: int, settings: Mapping[str, str] | None = None) -> Iterator[list[Server]]:
+        """Run the gateway of this tree, and of each other one."""
+        with ExitStack() as stack:
+            yield [
+                stack.enter_context(
+                    servers.gateway(self.cores, self.folder, upstream=upstream, tree=tree, settings=settings)
+                )
+                for tree in (None, *self.trees)
+            ]
+
+    def take_turns(self, contestants: Mapping[str, Callable[[], Figures]]) -> dict[str, list[Figures]]:
+        """Measure A B A B: neighbours in time share the machine's moods."""
+        samples: dict[str, list[Figures]] = {name: [] for name in contestants}
+        for number in range(1, self.rounds + 1):
+            for name, measure in contestants.items():
+                sys.stderr.write(f"  round {number} of {self.rounds}: {name}\n")
+                samples[name].append(measure())
+        return samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What came out: for each contestant one set of figures a round. Ratios are to `baseline`."""
+
+    title: str
+    samples: dict[str, list[Figures]]
+    baseline: str
+    notes: list[str] = field(default_factory=list)
+
+
+class Load(NamedTuple):
+    """What wrk did."""
+
+    requests: int
+    failed: int
+    seconds: float
+
+
+def wrk(
+    server: Server,
+    *,
+    seconds: float,
+    path: str,
+    tasks: int | None = None,
+    connections: int = 32,
+    headers: Mapping[str, str] | None = None,
+) -> Load:
+    """Load a server from one thread; see load.lua for `tasks`.
+
+    Raises: RuntimeError when more requests fail than a burst of refreshes could explain.
+    """
+    command = [
+        "wrk",
+        "-t1",
+        f"-c{connections}",
+        f"-d{seconds:g}s",
+        "--timeout",
+        "20s",
+        "-s",
+        str(servers.HERE / "load.lua"),
+    ]
+    for name, value in (headers or {}).items():
+        command += ["-H", f"{name}: {value}"]
+    command.append(f"http://127.0.0.1:{server.port}{path}")
+    env = os.environ | {"TASKS": "" if tasks is None else str(tasks)}
+    result = subprocess.run(command, env=env, check=True, capture_output=True, text=True)
+    load = Load(**json.loads(result.stdout.splitlines()[-1]))
+    if load.failed >= _FAILURES * load.requests:
+        raise RuntimeError(
+            f"{server.name}: {load.failed} of {load.requests} requests failed\n{result.stdout}"
+        )
+    return load
+
+
+def per_cpu_second(
+    server: Server,
+    *,
+    seconds: float,
+    path: str,
+    what: str,
+    tasks: int | None = None,
+    connections: int = 32,
+    headers: Mapping[str, str] | None = None,
+) -> Figures:
+    """Return how many requests a server answers in a second of its own CPU time."""
+    before = cpu_seconds(server.pids)
+    load = wrk(server, seconds=seconds, path=path, tasks=tasks, connections=connections, headers=headers)
+    used = cpu_seconds(server.pids) - before
+    return {
+        f"{what} per CPU-second": (load.requests - load.failed) / used,
+        "CPU used, of one core": used / load.seconds,
+        "failed, of 1,000": load.failed / load.requests * 1000,
+    }
+
+
+def prime(server: Server, paths: list[str]) -> None:
+    """Have a server fetch these tasks, so that what follows finds them there."""
+    asyncio.run(fetch_all(server.port, paths, connections=16))
+
+
+def new_prefix() -> str:
+    """Return the path of tasks that nobody has asked for; numbers go behind it."""
+    return f"/v1/progress/{uuid.uuid4().hex[:20]}-"

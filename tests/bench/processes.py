@@ -1,0 +1,89 @@
+"""Processes under measurement: pinned to a core, counted by the kernel, ended by whoever began them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+_END_SECONDS = 10.0
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_UTIME = 11  # fields of /proc/PID/stat after the command's name; see proc(5)
+
+
+class Cores(NamedTuple):
+    """One core for whatever is measured; the others for load, upstream and this process."""
+
+    server: set[int]
+    load: set[int]
+
+
+def choose_cores() -> Cores:
+    """Divide the cores that we may use. Raises: RuntimeError when there is but one."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) == 1:
+        raise RuntimeError("a server and its load need a core each, and there is only one")
+    # The lowest is left to the load: that is where most machines take their interrupts.
+    return Cores({cores[-1]}, set(cores[:-1]))
+
+
+@contextmanager
+def pinned(cores: Collection[int]) -> Iterator[None]:
+    """Run on these cores: whatever is started within inherits them, from its first instruction on."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def started(
+    command: Sequence[str | Path], *, cores: Collection[int], folder: Path, env: Mapping[str, str]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a process in `folder`, where its output goes to a log, and end it on the way out."""
+    with (folder / f"{Path(command[0]).name}.log").open("ab") as output, pinned(cores):
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output)
+    try:
+        yield process
+    finally:
+        process.terminate()
+        try:
+            process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports of 127.0.0.1 that nobody listened on a moment ago, each another."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """Return the CPU time that processes have used, user and system, in all their threads."""
+    stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
+    return sum(int(fields[_UTIME]) + int(fields[_UTIME + 1]) for fields in stats) / _TICKS
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Return the memory of processes that lies in RAM, shared pages included."""
+    return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * _PAGE
+
+
+def children(pid: int) -> list[int]:
+    """Return the processes that a process has forked and not yet reaped."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -1,0 +1,137 @@
+"""`make bench`: the gateway beside what people would use instead, on this machine, in one run.
+
+    load cores:   wrk, pollers ──> server core:  gateway, nginx, gateway, nginx …
+                  upstream     <──
+
+Times on one machine say nothing about another, and little about its own next minute: look at the
+ratios. Each is made of turns that lie side by side, one server at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import herd
+import hits
+import misses
+import report
+import start
+from measuring import Bench, Comparison
+from processes import choose_cores, pinned
+from servers import NGINX_MODULE
+
+SCENARIOS = {"hits": hits, "herd": herd, "start": start, "misses": misses}
+PACKAGES = {"wrk": "wrk", "nginx": "nginx", "njs": "libnginx-mod-http-js", "varnishd": "varnish"}
+OPTIONAL = frozenset({"varnishd"})
+
+_MEMORY = Path("/dev/shm")  # noqa: S108  # nginx's cache is files: on no disk is it faster than here
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure; return the exit status."""
+    options = _parser().parse_args(arguments)
+    if options.list:
+        for name, scenario in SCENARIOS.items():
+            _say(f"{name:8} {(scenario.__doc__ or '').splitlines()[0]}")
+        return 0
+    if options.install and not _install():
+        return 1
+    missing = {tool: package for tool, package in PACKAGES.items() if not _is_there(tool)}
+    for tool in OPTIONAL & missing.keys():
+        _say(f"measured without {tool}: not installed (Debian package {missing[tool]}, or --install)")
+    chosen = options.scenarios or list(SCENARIOS)
+    skipped = {name: [tool for tool in SCENARIOS[name].NEEDS if tool in missing] for name in chosen}
+    skipped = {name: tools for name, tools in skipped.items() if tools}
+    for name, tools in skipped.items():
+        packages = " ".join(missing[tool] for tool in tools)
+        _say(f"{name} is skipped: not installed: {', '.join(tools)} (Debian: {packages}, or --install)")
+    comparisons, failed = _measure(options, [name for name in chosen if name not in skipped])
+    if options.json:
+        given = {"seconds": options.seconds, "rounds": options.rounds}
+        options.json.write_text(
+            json.dumps(report.document(comparisons, skipped=skipped, options=given), indent=1)
+        )
+    for name in failed:
+        _say(f"{name} failed")
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="make bench", description="Measure the gateway beside its peers.")
+    parser.add_argument(
+        "scenarios", nargs="*", metavar="SCENARIO", help=f"{', '.join(SCENARIOS)}; default: all"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, help="of one measurement (default 4; a herd's: five times)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="turns for each contestant (default 3)")
+    parser.add_argument(
+        "--tree",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="another source tree of the gateway, to be measured beside this one: a before and an after",
+    )
+    parser.add_argument("--list", action="store_true", help="say what there is to measure")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there as well")
+    parser.add_argument(
+        "--install",
+        action="store_true",
+        help="first install what is missing with apt-get, as root; Debian may start services of it",
+    )
+    return parser
+
+
+def _measure(options: argparse.Namespace, names: Sequence[str]) -> tuple[list[Comparison], list[str]]:
+    cores = choose_cores()
+    comparisons: list[Comparison] = []
+    failed: list[str] = []
+    in_memory = _MEMORY if os.access(_MEMORY, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="sd-gateway-bench-", dir=in_memory) as folder, pinned(cores.load):
+        Path(folder).chmod(0o755)  # started by root, nginx's worker is somebody else
+        bench = Bench(
+            cores=cores,
+            seconds=options.seconds,
+            rounds=options.rounds,
+            folder=Path(folder),
+            trees=tuple(options.tree),
+        )
+        for name in names:
+            sys.stderr.write(f"{name}\n")
+            try:
+                for comparison in SCENARIOS[name].run(bench):
+                    comparisons.append(comparison)
+                    _say(report.text(comparison))
+            except (ExceptionGroup, OSError, RuntimeError, subprocess.SubprocessError):
+                failed.append(name)
+                traceback.print_exc()
+    return comparisons, failed
+
+
+def _is_there(tool: str) -> bool:
+    return NGINX_MODULE.exists() if tool == "njs" else shutil.which(tool) is not None
+
+
+def _install() -> bool:
+    packages = [package for tool, package in PACKAGES.items() if not _is_there(tool)]
+    command = ["apt-get", "install", "--yes", "--no-install-recommends", *packages]
+    return not packages or subprocess.run(command, check=False).returncode == 0
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

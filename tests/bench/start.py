@@ -1,0 +1,83 @@
+"""From nothing to ready, and the memory that an idle server and a cached task take."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from pathlib import Path
+
+import servers
+from measuring import Bench, Comparison, Figures, new_prefix, prime
+from processes import pinned, resident_bytes
+from servers import Server
+
+NEEDS = ("nginx", "njs")
+
+_WARM, _TASKS = 1000, 10_000
+_KIB, _MIB = 1 << 10, 1 << 20
+
+
+def run(bench: Bench) -> Iterator[Comparison]:
+    """Measure the gateway, and nginx."""
+    with servers.fast_upstream(bench.cores, bench.folder) as upstream:
+        gateways = {servers.gateway_name(tree): tree for tree in (None, *bench.trees)}
+        turns: dict[str, Callable[[], Figures]] = {
+            name: partial(_gateway, bench, upstream, tree) for name, tree in gateways.items()
+        }
+        turns["nginx"] = lambda: _measured(_nginx(bench, upstream))
+        yield Comparison(
+            title=f"start: to ready, memory idle and for {_TASKS} tasks",
+            samples=bench.take_turns(turns),
+            baseline="nginx",
+            notes=["nginx: its worker alone, and what it keeps of a body is a file."],
+        )
+
+
+def _gateway(bench: Bench, upstream: int, tree: Path | None) -> Figures:
+    env = servers.environment(tree)
+    # Without the tidying up at the end, which a server that becomes ready has not done either.
+    imports = "import os, gateway.cli; os._exit(0)"
+    began = time.perf_counter()
+    with pinned(bench.cores.server):
+        subprocess.run([sys.executable, "-c", imports], env=env, cwd=bench.folder, check=True)
+    imports_ms = (time.perf_counter() - began) * 1000
+    settings = {"CACHE__MAX_TASKS": str(2 * _TASKS)}
+    figures = _measured(
+        servers.gateway(bench.cores, bench.folder, upstream=upstream, tree=tree, settings=settings)
+    )
+    return figures | {
+        "interpreter and imports alone, ms": imports_ms,
+        "start to ready beyond those, ms": figures["start to ready, ms"] - imports_ms,
+    }
+
+
+@contextmanager
+def _nginx(bench: Bench, upstream: int) -> Iterator[Server]:
+    with servers.nginx(bench.cores, bench.folder, upstream=upstream) as nginx:
+        yield nginx.cached
+
+
+def _measured(starting: AbstractContextManager[Server]) -> Figures:
+    began = time.perf_counter()
+    with starting as server:
+        ready_ms = (time.perf_counter() - began) * 1000
+        idle = resident_bytes(server.pids)
+        # Connections, buffers and the allocator's first arenas are not the tasks' price.
+        prime(server, _paths(_WARM))
+        warm = resident_bytes(server.pids)
+        prime(server, _paths(_TASKS))
+        per_task = (resident_bytes(server.pids) - warm) / _TASKS
+    return {
+        "start to ready, ms": ready_ms,
+        "resident when ready, MiB": idle / _MIB,
+        "resident per cached task, KiB": per_task / _KIB,
+    }
+
+
+def _paths(count: int) -> list[str]:
+    prefix = new_prefix()
+    return [f"{prefix}{number}" for number in range(count)]

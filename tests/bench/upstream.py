@@ -1,0 +1,68 @@
+"""An upstream that costs next to nothing: it answers every call at once, for whatever task it names.
+
+The simulator verifies every signature, in Python, and is slower than what it would have to feed
+when thousands of calls a second are measured. Whether the calls are signed well is the
+simulator's affair, in the scenarios that it carries and in the tests.
+
+    python upstream.py PORT
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+
+import uvloop
+
+_STATE = {"job": "task(bench)", "job_no": 0, "job_count": 1, "job_timestamp": "20250101000000"}
+_DATA = {
+    "status": "running",
+    "progress": 0.35,
+    "lastQueueRemaining": 0,
+    "etaRelative": 12.3,
+    "message": "step 7 of 20",
+    "state": {**_STATE, "sampling_step": 7, "sampling_steps": 20, "skipped": False, "interrupted": False},
+}
+_NONE = dict.fromkeys(("errCode", "errMessage", "subErrCode", "subErrMessage", "startTime", "endTime"))
+_TASK = "{task}"
+_ENVELOPE = {
+    "status": 10,
+    "apiInvokeId": "i_0123456789abcdef01234567",
+    "data": {"taskId": _TASK, **_DATA},
+    **_NONE,
+}
+_BEFORE, _, _AFTER = json.dumps(_ENVELOPE, separators=(",", ":")).encode().partition(_TASK.encode())
+_HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+
+
+class Answerer(asyncio.Protocol):
+    """Answers the requests of one connection, in turn."""
+
+    def __init__(self) -> None:
+        self._unread = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._unread += data
+        while True:
+            head, separator, rest = self._unread.partition(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0] or 0)
+            if not separator or len(rest) < length:
+                return
+            self._unread = rest[length:]
+            task_id = json.loads(rest[:length])["taskId"].encode()
+            body = _BEFORE + task_id + _AFTER
+            self._transport.write(_HEAD % len(body) + body)
+
+
+async def serve(port: int) -> None:
+    """Answer until the process is ended."""
+    server = await asyncio.get_running_loop().create_server(Answerer, "127.0.0.1", port, backlog=1024)
+    await server.serve_forever()
+
+
+if __name__ == "__main__":
+    uvloop.run(serve(int(sys.argv[1])))

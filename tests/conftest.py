@@ -1,0 +1,57 @@
+"""Fixtures that the tests share: one simulated upstream, fresh for each test, and gateways in front of it."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+
+import httpx
+import pytest
+
+from tests.harness import Gateway, Json, Simulator, Stage, gateway, plain_client, running
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    """Run asynchronous tests on asyncio only: it is what the gateway runs on."""
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def _simulator_server() -> Iterator[tuple[Stage, httpx.Client]]:
+    stage = Stage()
+    with (
+        running(stage, lifespan="off", date_header=False) as url,
+        plain_client(url) as client,
+    ):
+        yield stage, client
+
+
+@pytest.fixture
+def simulator(_simulator_server: tuple[Stage, httpx.Client]) -> Simulator:
+    """Return a fresh simulated upstream."""
+    return Simulator(*_simulator_server)
+
+
+@pytest.fixture(scope="session")
+def _leftovers() -> Iterator[list[threading.Thread]]:
+    threads: list[threading.Thread] = []
+    yield threads
+    for thread in threads:
+        thread.join()
+
+
+@pytest.fixture
+def launch(_leftovers: list[threading.Thread]) -> Iterator[Callable[..., Gateway]]:
+    """Return a function that runs a gateway with given settings until the test ends."""
+    with ExitStack() as stack:
+
+        def run(endpoint: str, **sections: Json) -> Gateway:
+            return stack.enter_context(gateway(endpoint, leftovers=_leftovers, **sections))
+
+        yield run
+
+
+@pytest.fixture
+def gate(simulator: Simulator, launch: Callable[..., Gateway]) -> Gateway:
+    """Return a gateway in front of the simulated upstream."""
+    return launch(simulator.url)

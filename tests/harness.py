@@ -1,0 +1,503 @@
+"""Real sockets for the tests: servers in threads, the command as a process, a TCP upstream that misbehaves.
+
+Nothing here waits for time to pass: everything waits for an event, or asks for a condition until it holds.
+"""
+
+import asyncio
+import json
+import os
+import re
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import SystemRandom
+from typing import Any, Self
+
+import httpx
+import uvicorn
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.app import create_app
+from gateway.edge import edge_protocol
+from gateway.redaction import Redactor
+from gateway.settings import Settings
+from gateway.simulator import Life, create_simulator, new_task_id
+
+KEY, SECRET = "harness-access-key", "harness-secret-key"
+COMMAND = Path(sys.executable).with_name("sd-gateway")
+PATIENCE_SECONDS = 20.0
+
+Json = dict[str, Any]
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    """Return what `condition` returns as soon as it is true; `what` is said when it never is."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.01)
+    return value
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which stops when it is told to, not at its next tick."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self._told = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._stop = asyncio.Event()
+
+    async def main_loop(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self.on_tick(0)  # sets the Date header
+        self._told.set()
+        await self._stop.wait()
+
+    def wait_until_started(self) -> None:
+        assert self._told.wait(PATIENCE_SECONDS), "the server did not start"
+
+    def stop(self) -> None:
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._stop.set)
+
+
+@contextmanager
+def running(
+    app: ASGIApp, *, leftovers: list[threading.Thread] | None = None, **options: Any
+) -> Iterator[str]:
+    """Run a server for `app` on a port of the system's choice; give its URL, and stop it in the end.
+
+    uvicorn takes a tenth of a second over stopping: who gives `leftovers` is left to join the thread.
+    """
+    defaults = {
+        "loop": "uvloop",
+        "ws": "none",
+        "log_config": None,
+        "log_level": "critical",
+        "server_header": False,
+        "timeout_graceful_shutdown": 5,
+    }
+    config = uvicorn.Config(app, **(defaults | options))
+    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
+        server = _Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener.dup()]})
+        thread.start()
+        server.wait_until_started()
+        try:
+            scheme = "https" if config.is_ssl else "http"
+            yield f"{scheme}://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.stop()
+            if leftovers is None:
+                thread.join()
+            else:
+                leftovers.append(thread)
+
+
+def plain_client(url: str) -> httpx.Client:
+    """Return a client for plain HTTP; a context for TLS would cost each test 25 ms."""
+    return httpx.Client(base_url=url, trust_env=False, verify=False, timeout=30)  # noqa: S501 - nothing to verify
+
+
+@dataclass
+class Stage:
+    """What a running server serves: it stays up while the application changes."""
+
+    app: ASGIApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert self.app is not None
+        await self.app(scope, receive, send)
+
+
+@dataclass
+class Simulator:
+    """A simulated upstream and its control API. `ahead_seconds` turns its clock."""
+
+    stage: Stage
+    client: httpx.Client
+    ahead_seconds: float = 0.0
+    pairs: dict[str, str] = field(default_factory=lambda: {KEY: SECRET})
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    @property
+    def url(self) -> str:
+        return str(self.client.base_url).rstrip("/")
+
+    def reset(self, **options: Any) -> None:
+        """Begin anew, with `options` of create_simulator."""
+        life = Life(waiting_seconds=0, running_seconds=1000)
+        defaults = {"pairs": self.pairs, "clock": self.now, "life": life}
+        self.stage.app = create_simulator(**(defaults | options))
+
+    def now(self) -> float:
+        return time.time() + self.ahead_seconds
+
+    def control(self, method: str, path: str, **given: Any) -> Any:
+        """Make a control request that must succeed; return its JSON, if any."""
+        answer = self.client.request(method, f"/_simulator{path}", json=given)
+        assert answer.is_success, answer.text
+        return answer.json() if answer.content else None
+
+    def task(self, task_id: str = "", **more: Any) -> str:
+        """Make a task (running, unless `life` or `data` say more); return its ID."""
+        given = {"taskId": task_id} if task_id else {}
+        made: str = self.control("POST", "/tasks", **given, **more)["taskId"]
+        return made
+
+    def finished(self) -> str:
+        """Make a task that has succeeded."""
+        return self.task(life={"waitingSeconds": 0, "runningSeconds": 0})
+
+    def script(self, task_id: str, **data: Any) -> None:
+        """Let a task answer this `data` from now on."""
+        self.control("PUT", f"/tasks/{task_id}", data=data)
+
+    def fault(self, name: str, **given: Any) -> None:
+        """Put a fault in force."""
+        self.control("PUT", "/faults", name=name, **given)
+
+    def heal(self) -> None:
+        """Clear every fault."""
+        self.control("DELETE", "/faults")
+
+    def stats(self) -> Json:
+        stats: Json = self.control("GET", "/stats")
+        return stats
+
+    def calls(self, task_id: str | None = None) -> int:
+        """Return how many calls came in, for this task or in all."""
+        stats = self.stats()
+        counts = stats["calls"].values() if task_id is None else [stats["callsByTask"].get(task_id, 0)]
+        return sum(counts)
+
+    def requests(self) -> list[Json]:
+        """Return the last vendor requests, their headers as a dict."""
+        return [
+            request | {"headers": {name: value for name, value in request["headers"]}}  # noqa: C416 - pairs
+            for request in self.control("GET", "/requests")
+        ]
+
+
+@dataclass
+class Gateway:
+    """A running gateway and a client for it."""
+
+    client: httpx.Client
+
+    @property
+    def url(self) -> str:
+        return str(self.client.base_url).rstrip("/")
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self.client.base_url.host, self.client.base_url.port or 80
+
+    def get(self, task_id: str, **more: Any) -> httpx.Response:
+        """Ask for a task's progress on the simplified path."""
+        return self.client.get(f"/v1/progress/{task_id}", **more)
+
+    def native(self, task_id: str, operation: str = "sd_get_progress", **more: Any) -> httpx.Response:
+        """Ask for a task on a drop-in path."""
+        return self.client.post(f"/scc/{operation}", json={"taskId": task_id}, **more)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return a sample of `sd_gateway_{name}`; samples with more labels are added up."""
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(self.client.get("/metrics").text)
+            for sample in family.samples
+            if sample.name == f"sd_gateway_{name}" and labels.items() <= sample.labels.items()
+        )
+
+    def connect(self) -> socket.socket:
+        """Open a connection of its own."""
+        return socket.create_connection(self.address, timeout=PATIENCE_SECONDS)
+
+    def raw(self, data: bytes, *, hang_up: bool = False) -> bytes:
+        """Send these bytes, and nothing more; return all that comes until the gateway hangs up."""
+        with self.connect() as connection:
+            with suppress(OSError):  # it may have heard enough, and hung up
+                connection.sendall(data)
+                if hang_up:
+                    connection.shutdown(socket.SHUT_WR)
+            return drained(connection)
+
+
+@contextmanager
+def gateway(
+    endpoint: str, *, leftovers: list[threading.Thread] | None = None, **sections: Json
+) -> Iterator[Gateway]:
+    """Run a gateway in front of `endpoint`; `sections` are settings over quick ones."""
+    given: dict[str, Json] = {
+        "upstream": {
+            "endpoint": endpoint,
+            "timeout_seconds": 5,
+            "attempt_timeout_seconds": 2,
+        },
+        "credentials": {"access_key": KEY, "secret_key": SECRET},
+    }
+    for section, values in sections.items():
+        given[section] = given.get(section, {}) | values
+    settings = Settings.model_validate(given)
+    server = settings.server
+    protocol = edge_protocol(header_seconds=server.header_seconds, max_header_bytes=server.max_header_bytes)
+    app = create_app(settings, redactor=Redactor())
+    with (
+        running(app, leftovers=leftovers, http=protocol, lifespan="on") as url,
+        plain_client(url) as client,
+    ):
+        yield Gateway(client)
+
+
+def drained(connection: socket.socket) -> bytes:
+    """Return everything that comes until the other side hangs up."""
+    received = bytearray()
+    with suppress(ConnectionResetError):
+        while part := connection.recv(65536):
+            received += part
+    return bytes(received)
+
+
+# --- a TCP upstream ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as it came over the wire."""
+
+    head: bytes
+    body: bytes
+
+    @property
+    def headers(self) -> dict[str, str]:
+        lines = self.head.decode().split("\r\n")[1:]
+        return {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+    @property
+    def task_id(self) -> str:
+        task_id: str = json.loads(self.body)["taskId"]
+        return task_id
+
+    def envelope(self, **data: Any) -> bytes:
+        """Return a right answer's body."""
+        return json.dumps(
+            {"status": 10, "data": {"taskId": self.task_id, "status": "running", "progress": 0.5} | data}
+        ).encode()
+
+
+Behaviour = Callable[[socket.socket, Request], None]
+
+
+class RawUpstream:
+    """An upstream made of bytes: each request of each connection is given to `behaviour`."""
+
+    def __init__(self, behaviour: Behaviour, *, port: int = 0) -> None:
+        self.requests: list[Request] = []
+        self.behaviour = behaviour
+        self._listener = socket.create_server(("127.0.0.1", port))
+        self._connections: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+
+    def __enter__(self) -> Self:
+        self._threads[0].start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the accept
+        self._threads[0].join()
+        self._listener.close()
+        for connection in self._connections:
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads[1:]:
+            thread.join()
+        for connection in self._connections:
+            connection.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self._listener.accept()
+                self._connections.append(connection)
+                thread = threading.Thread(target=self._serve, args=(connection,))
+                self._threads.append(thread)
+                thread.start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with suppress(OSError):
+            while request := read_request(connection):
+                self.requests.append(request)
+                self.behaviour(connection, request)
+
+
+def read_request(connection: socket.socket) -> Request | None:
+    """Read one request with a Content-Length; None when the other side hung up instead."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        part = connection.recv(65536)
+        if not part:
+            return None
+        received += part
+    head, _, body = received.partition(b"\r\n\r\n")
+    length = int(Request(head, b"").headers.get("content-length", "0"))
+    while len(body) < length:
+        body += connection.recv(65536)
+    return Request(head, body)
+
+
+def answer(body: bytes, *headers: str, status: str = "HTTP/1.1 200 OK") -> bytes:
+    """Return an answer's bytes; nothing is added to the headers."""
+    return "\r\n".join([status, *headers, "", ""]).encode() + body
+
+
+def framed(body: bytes, *headers: str, status: str = "HTTP/1.1 200 OK") -> bytes:
+    """Return an answer's bytes with their right length."""
+    return answer(body, f"content-length: {len(body)}", *headers, status=status)
+
+
+def reset(connection: socket.socket) -> None:
+    """Hang up with a TCP reset."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+def well(connection: socket.socket, request: Request) -> None:
+    """Behave: answer rightly."""
+    connection.sendall(framed(request.envelope()))
+
+
+def relay(url: str, request: Request, head: bytes | None = None) -> bytes:
+    """Pass a request on, its head perhaps changed; return the answer."""
+    target = httpx.URL(url)
+    with socket.create_connection((target.host, target.port or 80), timeout=PATIENCE_SECONDS) as onward:
+        closing = re.sub(rb"(?i)connection: keep-alive", b"connection: close", head or request.head)
+        onward.sendall(closing + b"\r\n\r\n" + request.body)
+        return drained(onward)
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+class Process:
+    """A command of the project as a process of its own; all it says is kept."""
+
+    def __init__(self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> None:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SD_GATEWAY_", "SPEEDPIX_"))}
+        self._process = subprocess.Popen(
+            [COMMAND, *arguments],
+            cwd=cwd,
+            env=clean | dict(env or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._reader.join()
+
+    @property
+    def output(self) -> str:
+        """What it said so far, on both streams."""
+        return "\n".join(self.lines)
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def children(self) -> list[int]:
+        """Return the processes that it started."""
+        pid = self._process.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def says(self, pattern: str) -> str:
+        """Wait for a line with this pattern; return its first group, or all that matched."""
+
+        def found() -> re.Match[str] | None:
+            return re.search(pattern, self.output)
+
+        def found_or_gone() -> re.Match[str] | bool | None:
+            return found() or not self._reader.is_alive()
+
+        until(found_or_gone, f"{pattern!r} in {self.output}")
+        match = found()
+        assert match, self.output
+        return match[1] if match.re.groups else match[0]
+
+    def signal(self, number: int = signal.SIGTERM) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
+    def exit_status(self) -> int:
+        """Wait for its end; return its exit status."""
+        status = self._process.wait(PATIENCE_SECONDS)
+        self._reader.join()
+        return status
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as stream:
+            self.lines.extend(line.rstrip("\n") for line in stream)
+
+
+@contextmanager
+def serving(cwd: Path, env: Mapping[str, str]) -> Iterator[tuple[Process, Gateway]]:
+    """Run `sd-gateway serve` with these variables; give the process, once it listens, and a gateway."""
+    variables = {
+        "SD_GATEWAY_SERVER__PORT": "0",
+        "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
+        "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
+    }
+    with Process("serve", cwd=cwd, env=variables | dict(env)) as process:
+        url = process.says(r'"url": "(http://[^"]+)"')
+        with plain_client(url) as client:
+            yield process, Gateway(client)
+
+
+def run(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
+    """Run a command to its end; return its exit status and all it said."""
+    with Process(*arguments, cwd=cwd, env=env) as process:
+        status = process.exit_status()
+    return status, process.output
+
+
+def fresh_id() -> str:
+    """Return a task ID that no task has."""
+    return new_task_id(time.time, SystemRandom())

@@ -1,0 +1,380 @@
+"""The commands, run as an operator runs them."""
+
+import json
+import re
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gateway import __version__
+from gateway.cli import main
+from tests.harness import (
+    KEY,
+    SECRET,
+    Gateway,
+    Process,
+    RawUpstream,
+    Request,
+    Simulator,
+    framed,
+    free_port,
+    plain_client,
+    relay,
+    run,
+    serving,
+    until,
+)
+
+
+def pair(simulator_url: str, **more: str) -> dict[str, str]:
+    """Return the environment of a gateway that has the right pair."""
+    return {
+        "SD_GATEWAY_UPSTREAM__ENDPOINT": simulator_url,
+        "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
+        "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
+    } | {f"SD_GATEWAY_{name}": value for name, value in more.items()}
+
+
+# --- usage and settings -----------------------------------------------------------------------------------
+
+
+def test_cli_version_is_told(tmp_path: Path) -> None:
+    """`--version` says which one this is."""
+    assert run("--version", cwd=tmp_path) == (0, f"sd-gateway {__version__}")
+
+
+def test_cli_runs_as_a_module(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the command does, `main` does."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["fly"], ["serve", "--fast"], ["simulate", "--port", "high"], ["simulate", "--fault", "{}"]],
+    ids=" ".join,
+)
+def test_cli_wrong_usage_exits_with_2(tmp_path: Path, arguments: list[str]) -> None:
+    """A command that makes no sense is explained, and the exit status says wrong usage."""
+    status, output = run(*arguments, cwd=tmp_path)
+    assert status == 2
+    assert "sd-gateway" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("not json", "a fault is a JSON object"),
+        ("[]", "a fault is a JSON object"),
+        ('{"name": "fire"}', "unknown fault"),
+        ('{"name": "slow", "seconds": "long"}', "seconds: "),
+    ],
+)
+def test_cli_simulate_refuses_faults_that_make_no_sense(tmp_path: Path, fault: str, says: str) -> None:
+    """A wrong --fault stops the start, and says what is wrong with it."""
+    status, output = run("simulate", "--port", "0", "--fault", fault, cwd=tmp_path)
+    assert status == 2
+    assert output.startswith("sd-gateway: --fault: ")
+    assert says in output
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "demo"])
+def test_cli_tells_every_mistake_in_the_settings_at_once(tmp_path: Path, command: str) -> None:
+    """Wrong settings stop the start with one line each, which names key, value and what is allowed."""
+    file = tmp_path / "wrong.toml"
+    file.write_text(
+        '[server]\nport = 70000\n[cache]\nmax_task = 1\n[credentials]\nsecret_key = ["very-secret"]\n'
+    )
+    env = {"SD_GATEWAY_LOG__LEVEL": "loud", "SD_GATEWAY_UPSTREAM__ENDPOINT": "http://example.com"}
+    status, output = run(command, "--config", str(file), cwd=tmp_path, env=env)
+    assert status == 2
+    lines = sorted(output.splitlines())
+    assert len(lines) == 5, output
+    for line, names in zip(
+        lines,
+        [
+            ("cache.max_task", "did you mean cache.max_tasks?"),
+            ("credentials.secret_key", "(hidden)"),
+            ("log.level", "'loud'", "'debug'"),
+            ("server.port", "70000", "65535"),
+            ("upstream.endpoint", "allow_insecure"),
+        ],
+        strict=True,
+    ):
+        assert line.startswith(f"sd-gateway: {names[0]}"), line
+        assert all(name in line for name in names), line
+    assert "very-secret" not in output
+
+
+def test_cli_settings_file_that_is_not_there_exits_with_2(tmp_path: Path) -> None:
+    """A file that was named and cannot be read is a mistake; so is one that is not TOML."""
+    status, output = run("serve", "--config", "absent.toml", cwd=tmp_path)
+    assert (status, output.count("\n")) == (2, 0)
+    assert "absent.toml: cannot be read" in output
+    (tmp_path / "broken.toml").write_text("server = [")
+    status, output = run("serve", "--config", "broken.toml", cwd=tmp_path)
+    assert (status, output.count("\n")) == (2, 0)
+    assert "broken.toml: is not TOML" in output
+
+
+# --- serve ------------------------------------------------------------------------------------------------
+
+
+def test_cli_serve_reads_file_and_environment(tmp_path: Path, simulator: Simulator) -> None:
+    """The default settings file is read where it lies, the vendor's variables and ours go over it."""
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "gateway.toml").write_text(
+        f'[upstream]\nendpoint = "http://127.0.0.1:9"\n[credentials]\nsecret_key = "{SECRET}"\n'
+    )
+    env = {
+        "SPEEDPIX_ENDPOINT": simulator.url,
+        "SPEEDPIX_APP_KEY": "overruled",
+        "SPEEDPIX_APP_SECRET": "overruled as well",
+    }
+    with serving(tmp_path, env) as (process, gate):
+        assert gate.get(simulator.task()).status_code == 200
+        process.signal()
+        assert process.exit_status() == 0
+
+
+def test_cli_serve_where_somebody_listens_exits_with_1(tmp_path: Path) -> None:
+    """An address that is taken is told in the log, without a traceback, and the exit status is 1."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, output = run("serve", cwd=tmp_path, env={"SD_GATEWAY_SERVER__PORT": port})
+    assert status == 1
+    assert "Address already in use" in output
+    assert "Traceback" not in output
+
+
+def test_cli_serve_where_metrics_cannot_listen_exits_with_1(tmp_path: Path) -> None:
+    """A taken metrics port stops the start likewise."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        env = {
+            "SD_GATEWAY_SERVER__PORT": "0",
+            "SD_GATEWAY_SERVER__METRICS_PORT": str(taken.getsockname()[1]),
+        }
+        status, output = run("serve", cwd=tmp_path, env=env)
+    assert status == 1
+    assert "Address already in use" in output
+
+
+def test_cli_serve_without_credentials_is_not_ready(tmp_path: Path) -> None:
+    """Without credentials the gateway runs, says that it is not ready, and why."""
+    none = {"SD_GATEWAY_CREDENTIALS__ACCESS_KEY": "", "SD_GATEWAY_CREDENTIALS__SECRET_KEY": ""}
+    with serving(tmp_path, none) as (_, gate):
+        response = gate.client.get("/readyz")
+        assert response.status_code == 503
+        assert response.json() == {"ready": False, "reasons": ["no credentials"], "degraded": []}
+        assert gate.client.get("/healthz").status_code == 200
+        assert gate.get("a").json()["code"] == "upstream-credentials"
+
+
+# --- check ------------------------------------------------------------------------------------------------
+
+
+def checked(tmp_path: Path, env: dict[str, str]) -> tuple[int, str]:
+    """Run `check`; none of the keys may show."""
+    status, output = run("check", cwd=tmp_path, env=env)
+    for secret in (KEY, SECRET, "wrong-key", "wrong-secret"):
+        assert secret not in output
+    assert "Traceback" not in output
+    return status, output
+
+
+def test_cli_check_finds_all_well(tmp_path: Path, simulator: Simulator) -> None:
+    """With the right pair `check` says so, and exits with 0."""
+    status, output = checked(tmp_path, pair(simulator.url))
+    assert status == 0
+    assert "well: signature accepted" in output
+    assert simulator.calls() == 1
+
+
+def test_cli_check_finds_all_well_where_the_probe_is_a_task(tmp_path: Path, simulator: Simulator) -> None:
+    """Whatever envelope comes, it proves that the signature was accepted."""
+    simulator.task("0" * 26)
+    assert checked(tmp_path, pair(simulator.url))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"CREDENTIALS__ACCESS_KEY": "wrong-key"}, "access key: the upstream does not know it"),
+        ({"CREDENTIALS__SECRET_KEY": "wrong-secret"}, "secret key: wrong; both sides signed the same text"),
+        ({"CREDENTIALS__SECRET_KEY": ""}, "credentials: none"),
+    ],
+    ids=["wrong-key", "wrong-secret", "none"],
+)
+def test_cli_check_explains_a_wrong_pair(
+    tmp_path: Path, simulator: Simulator, changes: dict[str, str], says: str
+) -> None:
+    """Key or secret: `check` says which of them is wrong."""
+    status, output = checked(tmp_path, pair(simulator.url, **changes))
+    assert status == 1
+    assert says in output
+
+
+@pytest.mark.parametrize(("ahead", "word"), [(3600, "behind"), (-3600, "ahead")])
+def test_cli_check_explains_a_wrong_clock(
+    tmp_path: Path, simulator: Simulator, ahead: int, word: str
+) -> None:
+    """A refused timestamp is told as the seconds by which our clock is off."""
+    simulator.ahead_seconds = ahead
+    status, output = checked(tmp_path, pair(simulator.url))
+    assert status == 1
+    told = re.search(rf"clock: our clock is (\d+) seconds {word}", output)
+    assert told, output
+    assert abs(int(told[1]) - 3600) < 60
+
+
+REFUSED = {
+    "quota": ({"code": "B403MQ", "message": "Quota Exhausted"}, "account: the key is known"),
+    "throttled": ({"code": "T429PA", "message": "Throttled by APP Flow Control"}, "upstream: "),
+    "request": ({"status": 400, "message": "Invalid Url"}, "upstream: "),
+    "bare-signature": ({"status": 403, "message": "Invalid Signature"}, "secret key: wrong, or the request"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_cli_check_explains_a_refusal(tmp_path: Path, simulator: Simulator, name: str) -> None:
+    """Whatever the API gateway refuses for, `check` tells it in words, and what upstream said."""
+    fault, says = REFUSED[name]
+    simulator.fault("refuse", **fault)
+    status, output = checked(tmp_path, pair(simulator.url))
+    assert status == 1
+    assert says in output
+    assert f"upstream said: {fault.get('status') or fault['code'][1:4]}" in output
+
+
+def test_cli_check_explains_an_answer_that_is_none(tmp_path: Path, simulator: Simulator) -> None:
+    """A page where an envelope should be is told as what it is."""
+    simulator.fault("body")
+    status, output = checked(tmp_path, pair(simulator.url))
+    assert status == 1
+    assert "upstream: the upstream's answer is not JSON" in output
+
+
+def test_cli_check_explains_silence_and_absence(tmp_path: Path, simulator: Simulator) -> None:
+    """An upstream that does not answer, or is not there, is a matter of the network."""
+    simulator.fault("silent")
+    status, output = checked(tmp_path, pair(simulator.url, UPSTREAM__ATTEMPT_TIMEOUT_SECONDS="0.2"))
+    assert status == 1
+    assert "network: no answer in time" in output
+    status, output = checked(tmp_path, pair(f"http://127.0.0.1:{free_port()}"))
+    assert status == 1
+    assert "network: the upstream could not be reached (ConnectError)" in output
+
+
+def test_cli_check_shows_what_was_changed_on_the_way(tmp_path: Path, simulator: Simulator) -> None:
+    """Where a proxy changed the request, `check` shows the lines that differ, and no key."""
+
+    def meddle(connection: socket.socket, request: Request) -> None:
+        head = re.sub(rb"(?i)\naccept: [^\r]*", rb"\naccept: */*", request.head)
+        connection.sendall(relay(simulator.url, request, head))
+        connection.close()
+
+    with RawUpstream(meddle) as proxy:
+        status, output = checked(tmp_path, pair(proxy.url))
+    assert status == 1
+    assert "signature: the request was changed on its way" in output
+    assert "ours   application/json" in output
+    assert "theirs */*" in output
+
+
+def test_cli_check_shows_a_changed_key_masked(tmp_path: Path, simulator: Simulator) -> None:
+    """Where the very key was changed on the way, the lines differ in what is not shown."""
+
+    def meddle(connection: socket.socket, request: Request) -> None:
+        head = re.sub(rb"(?i)\nx-ca-nonce: [^\r]*", rb"\nx-ca-nonce: another", request.head)
+        connection.sendall(relay(simulator.url, request, head))
+        connection.close()
+
+    with RawUpstream(meddle) as proxy:
+        status, output = checked(tmp_path, pair(proxy.url))
+    assert status == 1
+    assert "theirs x-ca-nonce:[redacted]" in output
+    assert "another" not in output
+
+
+def test_cli_check_explains_a_clock_that_upstream_does_not_tell(tmp_path: Path) -> None:
+    """A refused timestamp without a Date is told without a number."""
+
+    def behaviour(connection: socket.socket, _: Request) -> None:
+        message = "x-ca-error-message: Timestamp Expired"
+        connection.sendall(framed(b"", message, status="HTTP/1.1 400 Bad Request"))
+
+    with RawUpstream(behaviour) as upstream:
+        status, output = checked(tmp_path, pair(upstream.url))
+    assert status == 1
+    assert "did not tell its own time" in output
+
+
+# --- simulate and demo ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_cli_simulate_runs_as_told(
+    tmp_path: Path, launch: Callable[..., Gateway], number: signal.Signals
+) -> None:
+    """`simulate` accepts its pair, plays its faults, believes in its own time, and stops with 0."""
+    arguments = ["--port", "0", "--key", KEY, "--secret", SECRET, "--clock-offset", "7200"]
+    fault = json.dumps({"name": "reject", "errCode": "E1", "operation": "comfy_get_progress"})
+    with (
+        Process("simulate", *arguments, "--fault", fault, cwd=tmp_path) as process,
+        plain_client(process.says("simulated upstream on (.*)")) as control,
+    ):
+        task = control.post("/_simulator/tasks", json={}).json()["taskId"]
+        gate = launch(str(control.base_url).rstrip("/"))
+        assert gate.get(task).status_code == 200
+        assert abs(gate.metric("upstream_clock_skew_seconds") - 7200) < 60
+        assert gate.get(f"{task}?api=comfy").json()["upstream"]["errCode"] == "E1"
+        process.signal(number)
+        assert process.exit_status() == 0
+    assert "Traceback" not in process.output
+
+
+def test_cli_demo_shows_a_task_moving_and_leaves_nothing(tmp_path: Path) -> None:
+    """`demo` brings up both halves; what it prints works; told to stop, it stops both."""
+    port, simulator_port = free_port(), free_port()
+    env = {"SD_GATEWAY_SERVER__PORT": str(port)}
+    with Process("demo", "--simulator-port", str(simulator_port), cwd=tmp_path, env=env) as process:
+        url = process.says(r"curl (http://\S+/v1/progress/demo-1)\b")
+        process.says("listening")
+        with plain_client("") as client:
+            seen = {client.get(url).json()["progress"]}
+            until(lambda: seen.add(client.get(url).json()["progress"]) or len(seen) > 1, "the task moves")
+        process.signal()
+        assert process.exit_status() == 0
+    assert "Traceback" not in process.output
+    for gone in (port, simulator_port):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", gone))
+
+
+def test_cli_demo_does_not_use_a_strangers_simulator(tmp_path: Path, simulator: Simulator) -> None:
+    """Where somebody else listens on the simulator's port the demo says so, and exits with 1."""
+    port = str(simulator.client.base_url.port)
+    status, output = run("demo", "--simulator-port", port, cwd=tmp_path)
+    assert status == 1
+    assert "sd-gateway: the simulated upstream did not start" in output
+    assert "Traceback" not in output
+    assert simulator.stats()["calls"] == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_cli_demo_stopped_at_its_start_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    """A demo that is told to stop before it is up takes its simulator with it."""
+    port, simulator_port = free_port(), free_port()
+    env = {"SD_GATEWAY_SERVER__PORT": str(port)}
+    with Process("demo", "--simulator-port", str(simulator_port), cwd=tmp_path, env=env) as process:
+        child = until(process.children, "the simulator is a process")[0]
+        process.signal(number)
+        assert process.exit_status() == 0
+    assert "Traceback" not in process.output
+    until(lambda: not Path(f"/proc/{child}").exists(), "the simulator is gone")

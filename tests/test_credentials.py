@@ -1,0 +1,332 @@
+"""The pair of credentials: where it is read, when it changes, and that it shows nowhere."""
+
+import asyncio
+import selectors
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from pydantic import SecretStr
+from structlog.testing import capture_logs
+
+from gateway.credentials import POLL_SECONDS, Credentials, Pair
+from gateway.exceptions import UpstreamCredentials
+from gateway.metrics import Metrics
+from gateway.redaction import MASK, Redactor
+from gateway.settings import Credentials as CredentialSettings
+
+
+class Bench:
+    """Credentials over a directory of files, with what they tell their surroundings."""
+
+    def __init__(self, folder: Path) -> None:
+        self.access_key_file = folder / "access_key"
+        self.secret_key_file = folder / "secret_key"
+        self.redactor = Redactor()
+        self.metrics = Metrics(CollectorRegistry(), gateway_version="0")
+
+    def write(self, access_key: str, secret_key: str) -> None:
+        """Write both files."""
+        self.access_key_file.write_text(access_key, encoding="utf-8")
+        self.secret_key_file.write_text(secret_key, encoding="utf-8")
+
+    def of_files(self) -> Credentials:
+        """Return credentials read from the two files."""
+        return self.of(access_key_file=self.access_key_file, secret_key_file=self.secret_key_file)
+
+    def of(self, **settings: Any) -> Credentials:
+        """Return credentials by these settings."""
+        return self.by(CredentialSettings(**settings))
+
+    def by(self, settings: CredentialSettings) -> Credentials:
+        """Return credentials by settings that are made already."""
+        return Credentials(settings, redactor=self.redactor, metrics=self.metrics)
+
+    def reloads(self) -> tuple[float, float]:
+        """Return how many readings were counted: good ones and bad ones."""
+        good, bad = (
+            self.metrics.registry.get_sample_value("sd_gateway_credentials_reloads_total", {"result": result})
+            for result in ("ok", "error")
+        )
+        return good or 0, bad or 0
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """Return a bench over an empty directory."""
+    return Bench(tmp_path)
+
+
+def told(pair: Pair) -> tuple[str, str]:
+    return pair.access_key, pair.secret_key
+
+
+def test_credentials_come_from_values(bench: Bench) -> None:
+    """A pair that stands in the settings is used as it is; no reading of files is counted."""
+    credentials = bench.of(access_key="the-key", secret_key="the-secret")
+    assert credentials.present
+    assert told(credentials.pair) == ("the-key", "the-secret")
+    assert bench.reloads() == (0, 0)
+
+
+def test_credentials_come_from_files(bench: Bench) -> None:
+    """A pair in two files is used without white space round it; it is counted and logged once."""
+    bench.write("the-key\n", " the-secret\r\n")
+    with capture_logs() as lines:
+        credentials = bench.of_files()
+        credentials.reload()
+    assert told(credentials.pair) == ("the-key", "the-secret")
+    assert bench.reloads() == (1, 0)
+    assert [line["event"] for line in lines] == ["credentials read"]
+
+
+@pytest.mark.parametrize("mixed", ["access_key", "secret_key"])
+def test_credentials_come_from_a_value_and_a_file(bench: Bench, mixed: str) -> None:
+    """One half may stand in the settings and the other in a file."""
+    bench.write("file-key", "file-secret")
+    file = {"access_key": "secret_key_file", "secret_key": "access_key_file"}[mixed]
+    credentials = bench.of(**{mixed: "a-value", file: getattr(bench, file)})
+    assert "a-value" in told(credentials.pair)
+    bench.write("next-key", "next-secret")
+    credentials.reload()
+    assert {"a-value", "next-key", "next-secret"} > set(told(credentials.pair)) > {"a-value"}
+
+
+def test_credentials_may_be_absent(bench: Bench) -> None:
+    """Without credentials there is no pair to sign with, which is told to whoever asks and is no fault."""
+    with capture_logs() as lines:
+        credentials = bench.of()
+    assert not credentials.present
+    with pytest.raises(UpstreamCredentials, match="no credentials"):
+        _ = credentials.pair
+    assert lines == []
+    assert bench.reloads() == (0, 0)
+
+
+@pytest.mark.parametrize("half", ["access_key", "secret_key"])
+def test_credentials_refuse_half_a_pair(bench: Bench, half: str) -> None:
+    """A key without its secret, or a secret without its key, is a fault, and no pair."""
+    with capture_logs() as lines:
+        credentials = bench.of(**{half: "half-a-pair"})
+    assert not credentials.present
+    assert bench.reloads() == (0, 1)
+    [line] = lines
+    assert (line["event"], line["log_level"], line["in_use"]) == ("credentials unreadable", "warning", False)
+    assert "half-a-pair" not in str(line)
+
+
+def test_credentials_follow_changed_files(bench: Bench) -> None:
+    """When both files have changed the new pair is in use, counted and logged once per change."""
+    bench.write("first-key", "first-secret")
+    credentials = bench.of_files()
+    with capture_logs() as lines:
+        bench.write("next-key", "next-secret")
+        credentials.reload()
+        credentials.reload()
+    assert told(credentials.pair) == ("next-key", "next-secret")
+    assert bench.reloads() == (2, 0)
+    assert len(lines) == 1
+
+
+def test_credentials_follow_a_mounted_secret(tmp_path: Path) -> None:
+    """A directory that is swapped through a symlink, as Kubernetes does it, is read as the new pair."""
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    bench = Bench(mount)
+
+    def publish(generation: str) -> None:
+        data = mount / f"..{generation}"
+        data.mkdir()
+        Bench(data).write(f"{generation}-key", f"{generation}-secret")
+        link = mount / "..data_tmp"
+        link.symlink_to(data.name)
+        link.rename(mount / "..data")
+
+    publish("first")
+    for file in (bench.access_key_file, bench.secret_key_file):
+        file.symlink_to(Path("..data") / file.name)
+    credentials = bench.of_files()
+    assert told(credentials.pair) == ("first-key", "first-secret")
+    publish("next")
+    credentials.reload()
+    assert told(credentials.pair) == ("next-key", "next-secret")
+
+
+def spoil_key(bench: Bench) -> None:
+    bench.access_key_file.write_text("")
+
+
+def spoil_secret(bench: Bench) -> None:
+    bench.secret_key_file.write_text(" \n")
+
+
+def spoil_encoding(bench: Bench) -> None:
+    bench.secret_key_file.write_bytes(b"\xff\xfe-half-secret")
+
+
+def spoil_header(bench: Bench) -> None:
+    bench.access_key_file.write_text("\ufeffmarked-key", encoding="utf-8")
+
+
+def spoil_lines(bench: Bench) -> None:
+    bench.access_key_file.write_text("one\r\ntwo")
+
+
+def spoil_file(bench: Bench) -> None:
+    bench.access_key_file.unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_key, spoil_secret, spoil_encoding, spoil_header, spoil_lines, spoil_file]
+)
+def test_credentials_keep_the_pair_when_files_are_spoilt(
+    bench: Bench, spoil: Callable[[Bench], None]
+) -> None:
+    """A file that is gone, empty or unreadable leaves the pair in use; one count and one line tell of it."""
+    bench.write("first-key", "first-secret")
+    credentials = bench.of_files()
+    with capture_logs() as lines:
+        spoil(bench)
+        for _ in range(3):
+            credentials.reload()
+    assert told(credentials.pair) == ("first-key", "first-secret")
+    assert bench.reloads() == (1, 1)
+    [line] = lines
+    assert (line["event"], line["in_use"]) == ("credentials unreadable", True)
+    assert not {"first-key", "first-secret", "half-secret", "marked-key"} & set(str(line).split("'"))
+
+
+def test_credentials_tell_each_fault_once(bench: Bench) -> None:
+    """Another fault is told again, the same one after a good reading too, and the good one takes over."""
+    bench.write("first-key", "first-secret")
+    credentials = bench.of_files()
+    with capture_logs() as lines:
+        for spoil in (spoil_key, spoil_file):
+            spoil(bench)
+            credentials.reload()
+        bench.write("first-key", "first-secret")
+        credentials.reload()
+        spoil_file(bench)
+        credentials.reload()
+        bench.write("next-key", "next-secret")
+        credentials.reload()
+    assert [line["event"] for line in lines] == ["credentials unreadable"] * 3 + ["credentials read"]
+    assert bench.reloads() == (2, 3)
+    assert told(credentials.pair) == ("next-key", "next-secret")
+
+
+def test_credentials_appear_when_their_files_do(bench: Bench) -> None:
+    """Files that are not there at the start are no pair, until they are."""
+    credentials = bench.of_files()
+    assert not credentials.present
+    bench.write("late-key", "late-secret")
+    credentials.reload()
+    assert told(credentials.pair) == ("late-key", "late-secret")
+
+
+class Readings:
+    """A file whose content is another at each reading, which no real file can be on command."""
+
+    def __init__(self, contents: Iterable[str]) -> None:
+        self._contents = iter(contents)
+
+    def read_text(self, encoding: str) -> str:
+        """Return what is there at this reading."""
+        assert encoding == "utf-8"
+        return next(self._contents)
+
+
+def of_readings(bench: Bench, access_keys: Iterable[str], secret_keys: Iterable[str]) -> Credentials:
+    settings = CredentialSettings.model_construct(
+        access_key=SecretStr(""),
+        secret_key=SecretStr(""),
+        access_key_file=Readings(access_keys),
+        secret_key_file=Readings(secret_keys),
+    )
+    return bench.by(settings)
+
+
+def test_credentials_take_both_halves_of_one_generation(bench: Bench) -> None:
+    """A swap between the reading of key and of secret does not mix two generations."""
+    credentials = of_readings(bench, ["old-key", "new-key", "new-key"], ["new-secret"] * 3)
+    assert told(credentials.pair) == ("new-key", "new-secret")
+
+
+def test_credentials_give_up_on_files_that_keep_changing(bench: Bench) -> None:
+    """Files that are others at each reading are a fault, and no pair."""
+    with capture_logs() as lines:
+        credentials = of_readings(bench, map(str, range(100)), map(str, range(100)))
+    assert not credentials.present
+    assert "keep changing" in lines[0]["fault"]
+
+
+def test_credentials_are_hidden_from_logs(bench: Bench) -> None:
+    """Each pair is known to the redactor before it is used, and the former one still is."""
+    bench.write("first-key", "first-secret")
+    credentials = bench.of_files()
+    bench.write("next-key", "next-secret")
+    credentials.reload()
+    assert bench.redactor("first-key first-secret next-key next-secret") == " ".join([MASK] * 4)
+    other = Bench(bench.access_key_file.parent)
+    other.of(access_key="value-key", secret_key="value-secret")
+    assert other.redactor("value-key value-secret") == f"{MASK} {MASK}"
+
+
+def test_pair_shows_nothing(bench: Bench) -> None:
+    """Neither a pair nor its holder shows a secret in its repr."""
+    credentials = bench.of(access_key="hush-key", secret_key="hush-secret")
+    for shown in (repr(credentials.pair), str(credentials.pair), repr(credentials), f"{vars(credentials)}"):
+        assert "hush" not in shown
+
+
+class LeapingSelector(selectors.SelectSelector):
+    """Never waits, and keeps account of how long it would have."""
+
+    leapt = 0.0
+
+    def select(self, timeout: float | None = None) -> Any:
+        """Return what is ready, as if `timeout` had passed."""
+        self.leapt += timeout or 0.0
+        return super().select(0)
+
+
+class LeapingLoop(asyncio.SelectorEventLoop):
+    """An event loop on which sleeping takes no time: its clock leaps to the next timer."""
+
+    def __init__(self) -> None:
+        self._leaps = LeapingSelector()
+        super().__init__(self._leaps)
+
+    def time(self) -> float:
+        """Return the real time and all the leaps."""
+        return super().time() + self._leaps.leapt
+
+
+def test_follow_reloads_until_cancelled(bench: Bench) -> None:
+    """Following looks at the files every few seconds, faults or not, until it is cancelled."""
+    bench.write("first-key", "first-secret")
+    credentials = bench.of_files()
+
+    async def scenario() -> None:
+        following = asyncio.create_task(credentials.follow())
+        await asyncio.sleep(POLL_SECONDS * 3.5)
+        assert bench.reloads() == (1, 0)
+        spoil_file(bench)
+        await asyncio.sleep(POLL_SECONDS)
+        assert bench.reloads() == (1, 1)
+        bench.write("next-key", "next-secret")
+        await asyncio.sleep(POLL_SECONDS)
+        assert told(credentials.pair) == ("next-key", "next-secret")
+        following.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await following
+
+    with asyncio.Runner(loop_factory=LeapingLoop) as runner:
+        runner.run(scenario())
+
+
+async def test_follow_returns_when_there_is_no_file(bench: Bench) -> None:
+    """Where no file is named there is nothing to follow."""
+    await bench.of(access_key="the-key", secret_key="the-secret").follow()

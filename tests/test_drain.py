@@ -1,0 +1,116 @@
+"""The process's way out: what happens to callers when it is told to stop."""
+
+import re
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.harness import (
+    PATIENCE_SECONDS,
+    Gateway,
+    RawUpstream,
+    Request,
+    drained,
+    fresh_id,
+    plain_client,
+    serving,
+    until,
+    well,
+)
+
+
+@pytest.fixture
+def released() -> threading.Event:
+    """Return the event that the upstream waits for before it answers."""
+    return threading.Event()
+
+
+@pytest.fixture
+def upstream(released: threading.Event) -> Iterator[RawUpstream]:
+    """Run an upstream that answers when it is released."""
+
+    def behaviour(connection: socket.socket, request: Request) -> None:
+        released.wait(PATIENCE_SECONDS)
+        well(connection, request)
+
+    with RawUpstream(behaviour) as running:
+        yield running
+        released.set()
+
+
+def unready(gate: Gateway) -> bool:
+    """Ask for readiness on a new connection, as a load balancer does."""
+    with plain_client(gate.url) as probe:
+        response = probe.get("/readyz")
+    return response.status_code == 503 and response.json()["reasons"] == ["draining"]
+
+
+def assert_clean(output: str) -> None:
+    """Check that nothing was thrown."""
+    assert not re.search(r"Traceback|\"level\": \"error\"|Exception", output), output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_drain_lets_requests_in_flight_finish(
+    tmp_path: Path, upstream: RawUpstream, released: threading.Event, number: signal.Signals
+) -> None:
+    """Told to stop, the gateway is unready at once, answers whom it owes an answer, and exits with 0."""
+    with (
+        serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert gate.client.get("/readyz").status_code == 200
+        in_flight = pool.submit(gate.get, fresh_id())
+        until(lambda: upstream.requests, "the request is in flight")
+        process.signal(number)
+        until(lambda: unready(gate), "readyz says that we drain")
+        released.set()
+        response = in_flight.result()
+        assert (response.status_code, response.json()["status"]) == (200, "running")
+        assert process.exit_status() == 0
+    assert '"event": "draining"' in process.output
+    assert '"event": "stopped"' in process.output
+    assert_clean(process.output)
+
+
+def test_drain_ends_idle_connections(tmp_path: Path, upstream: RawUpstream) -> None:
+    """Kept connections that ask for nothing do not hold the process."""
+    with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate):
+        assert gate.client.get("/healthz").status_code == 200
+        with gate.connect() as silent:
+            process.signal()
+            assert drained(silent) == b""
+        assert process.exit_status() == 0
+    assert_clean(process.output)
+
+
+def test_drain_has_an_end(tmp_path: Path, upstream: RawUpstream) -> None:
+    """After server.drain_seconds a request in flight is given up; the process still exits with 0."""
+    env = {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url, "SD_GATEWAY_SERVER__DRAIN_SECONDS": "0.2"}
+    with serving(tmp_path, env) as (process, gate), gate.connect() as caller:
+        caller.sendall(f"GET /v1/progress/{fresh_id()} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        until(lambda: upstream.requests, "the request is in flight")
+        process.signal()
+        assert process.exit_status() == 0
+        assert b"Traceback" not in drained(caller)
+    assert "timeout graceful shutdown exceeded" in process.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_drain_told_twice_still_exits_well(
+    tmp_path: Path, upstream: RawUpstream, released: threading.Event, number: signal.Signals
+) -> None:
+    """A second signal neither breaks the way out nor its exit status."""
+    with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate):
+        assert gate.client.get("/readyz").status_code == 200
+        process.signal(number)
+        until(lambda: unready(gate), "readyz says that we drain")
+        process.signal(number)
+        assert process.exit_status() == 0
+    assert not released.is_set()
+    assert_clean(process.output)

@@ -1,0 +1,284 @@
+"""What the server takes from a socket before any application runs, and what it makes of the rest."""
+
+import json
+import re
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from tests.harness import Gateway, Simulator, drained
+
+Launch = Callable[..., Gateway]
+
+WELL = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+LAST = b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+POST = b"POST /scc/sd_get_progress HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+
+
+def refused(received: bytes) -> str:
+    """Check that the one answer is a complete problem, 400, and the last; return its detail."""
+    head, _, body = received.partition(b"\r\n\r\n")
+    lines = head.decode().lower().split("\r\n")
+    assert lines[0] == "http/1.1 400 bad request"
+    assert "content-type: application/problem+json" in lines
+    assert "connection: close" in lines
+    assert "cache-control: no-store" in lines
+    assert f"content-length: {len(body)}" in lines
+    told = json.loads(body)
+    assert (told["status"], told["code"]) == (400, "invalid-parameter")
+    assert f"x-request-id: {told['requestId']}" in lines
+    detail: str = told["detail"]
+    return detail
+
+
+def answered(connection: socket.socket) -> bytes:
+    """Read one healthy answer."""
+    received = b""
+    while b'{"status":"ok"}' not in received:
+        part = connection.recv(65536)
+        assert part, received
+        received += part
+    return received
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"hello\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET\r\n\r\n",
+        b"GET /healthz HTTP/9.9\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nno colon\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nna me: x\r\n\r\n",
+        b"GET /healthz HTTP/1.1\r\nx: a\x00b\r\n\r\n",
+        b"GET /health z HTTP/1.1\r\n\r\n",
+        b"BREW /healthz HTTP/1.1\r\nhost: x\r\n\r\n",
+        POST + b"content-length: -1\r\n\r\n{}",
+        POST + b"content-length: ten\r\n\r\n{}",
+        POST + b"content-length: 99999999999999999999999999\r\n\r\n{}",
+        POST + b"content-length: 2\r\ncontent-length: 3\r\n\r\n{}",
+        POST + b"content-length: 2\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    ],
+)
+def test_edge_junk_is_refused_as_a_problem(simulator: Simulator, launch: Launch, junk: bytes) -> None:
+    """What is not HTTP gets a clear problem and a closed connection, and nothing is sent upstream."""
+    gate = launch(simulator.url)
+    assert refused(gate.raw(junk)) == "the request is not valid HTTP/1.1"
+    assert gate.client.get("/healthz").status_code == 200
+    assert simulator.requests() == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"transfer-encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n",
+        b"transfer-encoding: chunked\r\n\r\n-1\r\n{}\r\n",
+        b"transfer-encoding: chunked\r\n\r\n2\r\n{}{}\r\n0\r\n\r\n",
+        b"transfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n",
+    ],
+)
+def test_edge_chunks_that_are_none_are_refused(simulator: Simulator, launch: Launch, body: bytes) -> None:
+    """Garbage where a chunk should be ends the connection with an error, without a call upstream."""
+    gate = launch(simulator.url)
+    received = gate.raw(POST + body)
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert received.count(b"HTTP/1.1 ") == 1
+    assert b"Traceback" not in received
+    assert simulator.requests() == []
+
+
+@pytest.mark.parametrize("sent", [b"", b'{"taskId": "a"', b'{"taskId": "a"}'])
+def test_edge_body_shorter_than_its_length_is_nothing(
+    simulator: Simulator, launch: Launch, sent: bytes
+) -> None:
+    """A caller who promises more than it sends and leaves has asked for nothing."""
+    gate = launch(simulator.url)
+    gate.raw(POST + b"content-length: 50\r\n\r\n" + sent, hang_up=True)
+    assert gate.client.get("/healthz").status_code == 200
+    assert simulator.requests() == []
+
+
+def test_edge_body_that_never_ends_is_given_up(simulator: Simulator, launch: Launch) -> None:
+    """A caller who dawdles over a body is told so after server.header_seconds."""
+    gate = launch(simulator.url, server={"header_seconds": 0.2})
+    with gate.connect() as connection:
+        connection.sendall(POST + b'connection: close\r\ncontent-length: 50\r\n\r\n{"taskId"')
+        received = drained(connection)
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert b"did not arrive within 0.2 seconds" in received
+    assert simulator.requests() == []
+
+
+def test_edge_body_longer_than_its_length_is_the_next_request(simulator: Simulator, launch: Launch) -> None:
+    """What comes after a body is a request of its own, and refused when it is none."""
+    gate = launch(simulator.url)
+    with gate.connect() as connection:
+        connection.sendall(WELL[:-2] + b"content-length: 2\r\n\r\n{}")
+        answered(connection)
+        connection.sendall(WELL[:-2] + b"content-length: 2\r\n\r\n{}rubbish\r\n\r\n")
+        assert b"HTTP/1.1 400 " in drained(connection)
+    assert simulator.requests() == []
+
+
+@pytest.mark.parametrize("length", [b"70000", b"9223372036854775807"])
+def test_edge_body_that_is_told_to_be_too_large_is_not_awaited(
+    simulator: Simulator, launch: Launch, length: bytes
+) -> None:
+    """A length over limits.max_body_bytes is refused before the body comes."""
+    gate = launch(simulator.url)
+    with gate.connect() as connection:
+        connection.sendall(POST + b"connection: close\r\ncontent-length: %s\r\n\r\n" % length)
+        received = drained(connection)
+    assert received.startswith(b"HTTP/1.1 413 ")
+    assert b'"errCode":"body-too-large"' in received
+    assert simulator.requests() == []
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        (b"http://evil.invalid/v1/progress/abc", None),
+        (b"http://x/healthz", 200),
+        (b"*", 404),
+        (b"/../../etc/passwd", 404),
+        (b"/v1/progress/%", 400),
+        (b"/v1/progress/a#b", None),
+        (b"/" + b"a" * 20_000, 404),
+    ],
+)
+def test_edge_odd_targets_are_answered(
+    simulator: Simulator, launch: Launch, target: bytes, status: int | None
+) -> None:
+    """A target in an unusual form is answered as what it is, and no other host is asked."""
+    gate = launch(simulator.url)
+    received = gate.raw(b"GET %s HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n" % target)
+    match = re.match(rb"HTTP/1\.1 (\d+) ", received)
+    assert match, received
+    assert int(match[1]) == status if status else int(match[1]) < 503
+    assert b"Traceback" not in received
+    assert {request["headers"]["host"] for request in simulator.requests()} <= {simulator.url[7:]}
+
+
+# --- time and size of headers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [b"", b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: y"])
+def test_edge_slow_headers_are_closed(simulator: Simulator, launch: Launch, start: bytes) -> None:
+    """A connection that has not brought its headers in server.header_seconds is closed, without a word."""
+    gate = launch(simulator.url, server={"header_seconds": 0.2})
+    with gate.connect() as connection:
+        connection.sendall(start)
+        assert drained(connection) == b""
+    assert gate.client.get("/healthz").status_code == 200
+
+
+def test_edge_slow_headers_are_closed_on_a_kept_connection(simulator: Simulator, launch: Launch) -> None:
+    """The timer counts for every request of a connection, and an idle one is left alone."""
+    gate = launch(simulator.url, server={"header_seconds": 0.3})
+    with gate.connect() as connection, gate.connect() as witness:
+        for _ in range(3):
+            connection.sendall(WELL)
+            answered(connection)
+        assert drained(witness) == b""  # a whole header_seconds has passed
+        connection.sendall(WELL)
+        answered(connection)
+        connection.sendall(WELL[:20])
+        assert drained(connection) == b""
+
+
+def test_edge_dripping_headers_are_closed(simulator: Simulator, launch: Launch) -> None:
+    """Bytes that go on coming do not prolong the time for headers."""
+    gate = launch(simulator.url, server={"header_seconds": 0.3})
+    with gate.connect() as connection:
+        connection.sendall(WELL[:-2])
+        connection.settimeout(0.02)
+        for _ in range(1000):
+            try:
+                connection.sendall(b"x: y\r\n")
+                if connection.recv(100) == b"":
+                    break
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                break
+        else:
+            pytest.fail("the connection was never closed")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b"x: " + b"a" * 5000,
+        b"".join(b"x%d: a\r\n" % number for number in range(1000)),
+        b"x" * 5000 + b": a",
+    ],
+    ids=["endless-value", "many", "endless-name"],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_edge_large_headers_are_refused(
+    simulator: Simulator,
+    launch: Launch,
+    headers: bytes,
+    finished: bool,  # noqa: FBT001 - pytest passes by name
+) -> None:
+    """Headers over server.max_header_bytes are refused, ended or not, and the connection is closed."""
+    gate = launch(simulator.url, server={"max_header_bytes": 2048})
+    with gate.connect() as connection:
+        connection.sendall(WELL)
+        answered(connection)
+        connection.sendall(WELL[:-2] + headers + (b"\r\n\r\n" if finished else b""))
+        assert refused(drained(connection)) == "the request's headers are too large"
+
+
+def test_edge_headers_within_bounds_are_taken(simulator: Simulator, launch: Launch) -> None:
+    """The bound is for one request's headers: many requests on a connection may have more together."""
+    gate = launch(simulator.url, server={"max_header_bytes": 2048})
+    with gate.connect() as connection:
+        for _ in range(5):
+            connection.sendall(WELL[:-2] + b"x: " + b"a" * 1800 + b"\r\n\r\n")
+            answered(connection)
+
+
+def test_edge_body_does_not_count_as_headers(simulator: Simulator, launch: Launch) -> None:
+    """A body larger than server.max_header_bytes is no header."""
+    gate = launch(simulator.url, server={"max_header_bytes": 2048})
+    task = simulator.task()
+    body = json.dumps({"taskId": task}).encode().ljust(60_000)
+    assert gate.client.post("/scc/sd_get_progress", content=body).status_code == 200
+    assert gate.client.post("/scc/sd_get_progress", content=iter([body])).status_code == 200
+
+
+# --- ordinary talk, in unusual pieces ---------------------------------------------------------------------
+
+
+def test_edge_requests_may_be_pipelined(simulator: Simulator, launch: Launch) -> None:
+    """Requests sent at once are answered in their order."""
+    gate = launch(simulator.url)
+    paths = [b"/healthz", b"/v1/progress/no!", b"/readyz", b"/nothing"] * 5
+    together = b"".join(b"GET %s HTTP/1.1\r\nhost: x\r\n\r\n" % path for path in paths)
+    received = gate.raw(together + LAST)
+    statuses = re.findall(rb"HTTP/1\.1 (\d+) ", received)
+    assert statuses == [b"200", b"400", b"200", b"404"] * 5 + [b"200"]
+
+
+def test_edge_request_may_come_byte_by_byte(simulator: Simulator, launch: Launch) -> None:
+    """However a request is cut into pieces, it is the same request."""
+    gate = launch(simulator.url)
+    task = simulator.task()
+    body = json.dumps({"taskId": task}).encode()
+    whole = POST + b"connection: close\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body)
+    with gate.connect() as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for value in whole:
+            connection.sendall(bytes((value,)))
+        received = drained(connection)
+    assert received.startswith(b"HTTP/1.1 200 ")
+    assert task.encode() in received
+
+
+def test_edge_old_http_is_answered(simulator: Simulator, launch: Launch) -> None:
+    """HTTP/1.0 gets its answer, and its connection is closed."""
+    received = launch(simulator.url).raw(b"GET /healthz HTTP/1.0\r\n\r\n")
+    assert re.match(rb"HTTP/1\.[01] 200 ", received)
+    assert received.endswith(b'{"status":"ok"}')

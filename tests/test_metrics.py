@@ -1,0 +1,94 @@
+"""The metrics: names, types and labels that dashboards rely on."""
+
+import platform
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.metrics import MetricWrapperBase
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
+
+from gateway.metrics import Metrics
+
+PREFIX = "sd_gateway_"
+PROMISED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "http_requests": ("counter", ("route", "method", "status")),
+    "http_request_duration_seconds": ("histogram", ("route",)),
+    "cache_lookups": ("counter", ("operation", "result")),
+    "cache_entries": ("gauge", ()),
+    "upstream_requests": ("counter", ("operation", "outcome")),
+    "upstream_request_duration_seconds": ("histogram", ("operation",)),
+    "upstream_in_flight": ("gauge", ()),
+    "upstream_retries": ("counter", ("operation", "reason")),
+    "upstream_clock_skew_seconds": ("gauge", ()),
+    "tasks_observed": ("counter", ("operation", "status")),
+    "watchers": ("gauge", ("kind",)),
+    "watched_tasks": ("gauge", ()),
+    "events_sent": ("counter", ("event",)),
+    "credentials_reloads": ("counter", ("result",)),
+    "build_info": ("gauge", ("version", "python", "server")),
+}
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    """Return the metrics on a registry of their own."""
+    return Metrics(CollectorRegistry(), gateway_version="1.2.3")
+
+
+def test_metrics_have_the_promised_names_types_and_labels(metrics: Metrics) -> None:
+    """Names, types and labels are the promised ones, and no metric of ours is without a promise."""
+    ours = [metric for metric in vars(metrics).values() if isinstance(metric, MetricWrapperBase)]
+    assert {m._name.removeprefix(PREFIX): (m._type, tuple(m._labelnames)) for m in ours} == PROMISED
+    exposed = {family.name for family in metrics.registry.collect() if family.name.startswith(PREFIX)}
+    assert exposed == {PREFIX + name for name in PROMISED}
+
+
+def test_metrics_are_all_explained(metrics: Metrics) -> None:
+    """Every metric says in its help text, in a sentence, what it means."""
+    for family in metrics.registry.collect():
+        if family.name.startswith(PREFIX):
+            assert family.documentation.endswith(".")
+
+
+def test_metrics_tell_what_runs(metrics: Metrics) -> None:
+    """build_info is 1, and names the versions of the gateway, of Python and of the server."""
+    [sample] = [s for f in metrics.registry.collect() for s in f.samples if s.name == "sd_gateway_build_info"]
+    assert sample.value == 1
+    assert sample.labels["version"] == "1.2.3"
+    assert sample.labels["python"] == platform.python_version()
+    assert sample.labels["server"].startswith("uvicorn ")
+
+
+def test_metrics_ask_for_the_number_of_entries_when_scraped(metrics: Metrics) -> None:
+    """The gauge of kept snapshots is what the store says at the moment of the scrape."""
+    kept = ["a"]
+    metrics.count_entries(kept.__len__)
+    assert metrics.registry.get_sample_value("sd_gateway_cache_entries") == 1
+    kept.append("b")
+    assert metrics.registry.get_sample_value("sd_gateway_cache_entries") == 2
+
+
+def test_metrics_tell_of_the_process(metrics: Metrics) -> None:
+    """Memory, CPU and the garbage collector are told beside the gateway's own metrics."""
+    text = generate_latest(metrics.registry).decode()
+    for name in ("process_resident_memory_bytes", "process_cpu_seconds_total", "python_gc_collections_total"):
+        assert f"\n{name}" in text
+
+
+def test_metrics_are_valid_openmetrics(metrics: Metrics) -> None:
+    """What is told is OpenMetrics to the letter, with series in it."""
+    metrics.http_requests.labels("/healthz", "GET", "200").inc()
+    metrics.http_request_duration.labels("/healthz").observe(0.01)
+    families = {
+        f.name for f in text_string_to_metric_families(generate_openmetrics(metrics.registry).decode())
+    }
+    assert {PREFIX + name for name in PROMISED} <= families
+
+
+def test_metrics_stand_on_their_own_registry() -> None:
+    """Two gateways in one process count apart: nothing is registered globally."""
+    one, other = (Metrics(CollectorRegistry(), gateway_version="1") for _ in range(2))
+    one.upstream_in_flight.inc()
+    assert one.registry.get_sample_value("sd_gateway_upstream_in_flight") == 1
+    assert other.registry.get_sample_value("sd_gateway_upstream_in_flight") == 0

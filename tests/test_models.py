@@ -1,0 +1,561 @@
+"""From an envelope's bytes to a snapshot: what is refused, what is folded, what is shown."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gateway.exceptions import InvalidTaskId, UpstreamInvalid, UpstreamRejected
+from gateway.models import (
+    Operation,
+    Snapshot,
+    Status,
+    TaskKey,
+    check_task_id,
+    observe,
+    read_envelope,
+    render_json,
+    strict_json,
+    vendor_status,
+)
+from gateway.redaction import MASK, Redactor
+
+TASK = "01j5t2qx82323pswaqykz9eq4"
+KEY = TaskKey(Operation.SD_GET_PROGRESS, TASK)
+RESULT = TaskKey(Operation.SD_GET_RESULT, TASK)
+LIFETIMES: dict[Status | None, float] = {
+    None: 30.0,
+    Status.WAITING: 2.0,
+    Status.RUNNING: 1.0,
+    Status.UNKNOWN: 0.5,
+    Status.SUCCEEDED: 600.0,
+    Status.FAILED: 601.0,
+    Status.CANCELED: 602.0,
+}
+MEMBERS = [
+    "taskId",
+    "api",
+    "status",
+    "progress",
+    "queueRemaining",
+    "etaSeconds",
+    "message",
+    "terminal",
+    "state",
+]
+# What JSON can hold where a number, a text or an object was meant.
+ODDITIES = [
+    None,
+    True,
+    False,
+    "",
+    "0.5",
+    "running",
+    [],
+    [0.5],
+    {},
+    {"progress": 0.5},
+    -1,
+    -0.0,
+    10**400,
+    -(10**400),
+    1e308,
+    "\ud800",
+]
+relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SPELLINGS = [
+    ("waiting", Status.WAITING),
+    ("running", Status.RUNNING),
+    ("successed", Status.SUCCEEDED),
+    ("succeeded", Status.SUCCEEDED),
+    ("failed", Status.FAILED),
+    ("canceled", Status.CANCELED),
+    ("cancelled", Status.CANCELED),
+]
+ENDINGS = ["succeeded", "successed", "failed", "canceled", "cancelled"]
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-(10**400), 10**400)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def mostly(usual: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return usual | json_values
+
+
+upstream_data = st.fixed_dictionaries(
+    {},
+    optional={
+        "taskId": mostly(st.just(TASK)),
+        "status": mostly(st.sampled_from([spelling for spelling, _ in SPELLINGS])),
+        "progress": mostly(st.floats(-1, 2)),
+        "lastQueueRemaining": mostly(st.integers(-2, 99)),
+        "etaRelative": mostly(st.floats(-1, 100)),
+        "message": mostly(st.text()),
+        "state": mostly(st.dictionaries(st.text(max_size=8), json_values, max_size=4)),
+    },
+)
+
+
+def same(text: str) -> str:
+    return text
+
+
+def envelope(data: Any, **changes: Any) -> bytes:
+    return json.dumps({"status": 10, "apiInvokeId": "i_1", "data": data} | changes).encode()
+
+
+def read(body: bytes, key: TaskKey = KEY) -> dict[str, Any]:
+    return read_envelope(body, key, redact=same)
+
+
+def seen(previous: Snapshot | None = None, *, key: TaskKey = KEY, at: float = 0.0, **data: Any) -> Snapshot:
+    """Return the snapshot of an answer that has `data`."""
+    data = {"taskId": key.task_id} | data
+    body = envelope(data)
+    return observe(data, body, key, fetched_at=at, lifetimes=LIFETIMES, previous=previous)
+
+
+def shown(snapshot: Snapshot) -> dict[str, Any]:
+    """Return what a caller is shown, parsed as strictly as can be."""
+    body: dict[str, Any] = strict_json(snapshot.body)
+    return body
+
+
+def nested(depth: int) -> bytes:
+    return b"[" * depth + b"]" * depth
+
+
+# Task IDs and operations
+
+
+@pytest.mark.parametrize("task_id", ["a", "A-Z_09", "x" * 64, TASK])
+def test_check_task_id_accepts_1_to_64_plain_characters(task_id: str) -> None:
+    """A task ID of 1 to 64 letters, digits, underscores and hyphens is returned as it is."""
+    assert check_task_id(task_id) == task_id
+
+
+@pytest.mark.parametrize("task_id", ["", "x" * 65, "a b", "a/b", "a\n", "ä", "²", "a%", ".."])
+def test_check_task_id_refuses_anything_else(task_id: str) -> None:
+    """Whatever is empty, longer or has another character is refused, a line's end included."""
+    with pytest.raises(InvalidTaskId):
+        check_task_id(task_id)
+
+
+def test_operation_knows_path_api_and_kind() -> None:
+    """Each operation has its path, its api and whether it asks for a result."""
+    assert [(operation.path, operation.api, operation.is_result) for operation in Operation] == [
+        ("/scc/sd_get_progress", "sd", False),
+        ("/scc/comfy_get_progress", "comfy", False),
+        ("/scc/sd_get_result", "sd", True),
+        ("/scc/comfy_get_result", "comfy", True),
+    ]
+
+
+# JSON and envelopes
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"nonsense",
+        b"NaN",
+        b'{"a":Infinity}',
+        b"[-Infinity]",
+        b"1e999",
+        b"[-1e999]",
+        b"\xff",
+        b'"\xed\xa0\x80"',
+        b"\xef\xbb\xbf{}",
+        b"1" * 5000,
+        b"{}{}",
+        nested(50_000),
+    ],
+    ids=repr,
+)
+def test_strict_json_refuses_what_rfc_8259_does_not_have(body: bytes) -> None:
+    """Not JSON, not UTF-8, not finite or nested beyond the stack: always a ValueError, never another."""
+    with pytest.raises(ValueError):  # noqa: PT011  # any kind of it: that is the promise
+        strict_json(body)
+
+
+def test_read_envelope_returns_the_data() -> None:
+    """The documented answer's data comes back as it is."""
+    data = {"etaRelative": 0, "lastQueueRemaining": 1, "progress": 0, "taskId": TASK, "status": "waiting"}
+    assert read(envelope(data)) == data
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"<html>", b"", b"\xff\xfe", b'{"status":10,"data":NaN}', b'{"status":10,"data":1e999}', nested(50_000)],
+    ids=repr,
+)
+def test_read_envelope_refuses_what_is_not_json(body: bytes) -> None:
+    """An answer that is not strict JSON in UTF-8 is invalid."""
+    with pytest.raises(UpstreamInvalid, match="not JSON"):
+        read(body)
+
+
+@pytest.mark.parametrize("status", ["10", True, None, 10.0, [10], {}])
+def test_read_envelope_refuses_a_status_that_is_no_integer(status: Any) -> None:
+    """Without a status that is an integer an answer is no envelope."""
+    with pytest.raises(UpstreamInvalid, match="not an envelope"):
+        read(envelope({"taskId": TASK}, status=status))
+
+
+@pytest.mark.parametrize("body", [b"[]", b'"text"', b"10", b"null", b"{}"])
+def test_read_envelope_refuses_json_that_is_no_envelope(body: bytes) -> None:
+    """JSON that is no object with a status is no envelope."""
+    with pytest.raises(UpstreamInvalid, match="not an envelope"):
+        read(body)
+
+
+@pytest.mark.parametrize("data", [None, [], "text", 1, True])
+def test_read_envelope_refuses_missing_data(data: Any) -> None:
+    """Success without an object as data is invalid, for results too."""
+    for key in (KEY, RESULT):
+        with pytest.raises(UpstreamInvalid, match="no data"):
+            read(envelope(data), key)
+    with pytest.raises(UpstreamInvalid, match="no data"):
+        read(b'{"status":10}')
+
+
+@pytest.mark.parametrize("task_id", ["another", TASK.upper(), "", 1, True, [TASK], {}])
+def test_read_envelope_refuses_another_tasks_data(task_id: Any) -> None:
+    """An answer for any other task is refused, for progress and for results."""
+    for key in (KEY, RESULT):
+        with pytest.raises(UpstreamInvalid, match="another task"):
+            read(envelope({"taskId": task_id}), key)
+
+
+@pytest.mark.parametrize("data", [{}, {"taskId": None}])
+def test_read_envelope_needs_the_task_for_progress_only(data: Any) -> None:
+    """Progress must name its task; a result need not, for its reference lists no task ID."""
+    assert read(envelope(data), RESULT) == data
+    with pytest.raises(UpstreamInvalid, match="another task"):
+        read(envelope(data))
+
+
+def test_read_envelope_passes_a_rejection_on_as_it_came() -> None:
+    """A rejection keeps its bytes, spaces and all, and tells the vendor's codes."""
+    body = (
+        b'{ "status": 20, "apiInvokeId": "i_2",\n "data": null, "errCode": "E1", "errMessage": "\xe6\x97\xa0"'
+        b', "subErrCode": 7, "subErrMessage": null }'
+    )
+    with pytest.raises(UpstreamRejected) as caught:
+        read(body)
+    assert caught.value.envelope == body
+    detail = caught.value.detail
+    assert detail is not None
+    assert (detail.invoke_id, detail.err_code, detail.err_message) == ("i_2", "E1", "无")
+    assert (detail.sub_err_code, detail.sub_err_message, detail.request_id) == ("7", None, None)
+
+
+def test_read_envelope_redacts_a_rejection() -> None:
+    """A rejection that quotes a secret stays JSON, and neither envelope nor detail has the secret."""
+    redactor = Redactor()
+    redactor.hide("LTAI-fake-access-key")
+    quoted = "Invalid Signature, Server StringToSign:`POST#x-ca-key:LTAI-fake-access-key#`"
+    body = envelope(
+        None, status=20, errMessage=quoted, subErrMessage=["of LTAI-fake-access-key", 1], subErrCode="S"
+    )
+    escaped = body.replace(b"LTAI", rb"\u004cTAI")
+    for variant in (body, escaped):
+        with pytest.raises(UpstreamRejected) as caught:
+            read_envelope(variant, KEY, redact=redactor)
+        clean = json.loads(caught.value.envelope)
+        assert clean["errMessage"] == f"Invalid Signature, Server StringToSign:{MASK}"
+        assert clean["subErrMessage"] == [f"of {MASK}", 1]
+        assert (clean["status"], clean["apiInvokeId"], clean["subErrCode"]) == (20, "i_1", "S")
+        detail = caught.value.detail
+        assert detail is not None
+        assert "LTAI" not in repr(detail)
+
+
+def test_read_envelope_bounds_what_it_shows_of_a_rejection() -> None:
+    """At most 500 characters of an upstream's text are shown, cut after its secrets were hidden."""
+    redactor = Redactor()
+    redactor.hide("secret-of-the-tests")
+    message = "x" * 490 + "secret-of-the-tests" + "x" * 2000
+    with pytest.raises(UpstreamRejected) as caught:
+        read_envelope(envelope(None, status=20, errMessage=message), KEY, redact=redactor)
+    detail = caught.value.detail
+    assert detail is not None
+    assert detail.err_message == "x" * 490 + MASK
+
+
+@pytest.mark.parametrize("depth", [100, 300, 500, 700, 900, 960, 990])
+def test_read_envelope_survives_a_rejection_of_any_depth(depth: int) -> None:
+    """However deep a rejection nests it is a rejection or invalid: never a bug of the gateway's."""
+    body = b'{"status":20,"errMessage":' + nested(depth) + b"}"
+    with pytest.raises((UpstreamRejected, UpstreamInvalid)):
+        read(body)
+
+
+@relaxed
+@given(
+    st.dictionaries(st.sampled_from(["status", "data", "errCode", "errMessage", "apiInvokeId"]), json_values)
+    | json_values
+)
+def test_read_envelope_returns_data_or_raises_its_own(value: Any) -> None:
+    """Any JSON gives this task's data or one of the two exceptions, and a rejection's envelope is JSON."""
+    body = json.dumps(value).encode()
+    try:
+        data = read(body)
+    except UpstreamRejected as exc:
+        rejected = exc
+    except UpstreamInvalid:
+        return
+    else:
+        assert data["taskId"] == TASK
+        return
+    assert rejected.envelope == body
+
+
+# Statuses
+
+
+@pytest.mark.parametrize(("spelling", "status"), SPELLINGS)
+def test_vendor_status_knows_each_spelling(spelling: str, status: Status) -> None:
+    """Both spellings of success and of canceled mean the same."""
+    assert vendor_status({"status": spelling}) is status
+
+
+@pytest.mark.parametrize(
+    "status", ["", "paused", "RUNNING", " running", None, True, 10, [], {}, 1e308, "\ud800"]
+)
+def test_vendor_status_takes_anything_else_for_unknown(status: Any) -> None:
+    """A status never seen before, of whatever type, is unknown and no error."""
+    assert vendor_status({"status": status}) is Status.UNKNOWN
+    assert vendor_status({}) is Status.UNKNOWN
+
+
+def test_status_is_terminal_when_the_story_ends() -> None:
+    """Succeeded, failed and canceled are terminal, and no other status is."""
+    assert {status for status in Status if status.terminal} == {
+        Status.SUCCEEDED,
+        Status.FAILED,
+        Status.CANCELED,
+    }
+
+
+# Snapshots
+
+
+def test_observe_shows_what_the_contract_shows() -> None:
+    """A running task's answer becomes the simplified body, members in their order, and its own envelope."""
+    state = {"job": "txt2img", "job_timestamp": "20260101", "sampling_step": 7}
+    snapshot = seen(
+        status="running", progress=0.35, lastQueueRemaining=3, etaRelative=12.3, message="…", state=state
+    )
+    assert shown(snapshot) == {
+        "taskId": TASK,
+        "api": "sd",
+        "status": "running",
+        "progress": 0.35,
+        "queueRemaining": None,
+        "etaSeconds": 12.3,
+        "message": "…",
+        "terminal": False,
+        "state": state,
+    }
+    assert list(shown(snapshot)) == MEMBERS
+    assert (snapshot.status, snapshot.progress, snapshot.eta_seconds) == (Status.RUNNING, 0.35, 12.3)
+    assert not snapshot.terminal
+    assert json.loads(snapshot.envelope)["data"]["state"] == state
+
+
+def test_observe_tells_the_api() -> None:
+    """A ComfyUI task is shown as one."""
+    assert shown(seen(key=TaskKey(Operation.COMFY_GET_PROGRESS, TASK)))["api"] == "comfy"
+
+
+def test_observe_shows_a_bare_answer() -> None:
+    """An answer with nothing but its task is unknown, at 0, and not terminal."""
+    assert shown(seen()) == dict(
+        zip(MEMBERS, [TASK, "sd", "unknown", 0.0, None, None, None, False, None], strict=True)
+    )
+
+
+@pytest.mark.parametrize(("spelling", "status"), [*SPELLINGS, ("paused", Status.UNKNOWN)])
+def test_observe_gives_the_lifetime_of_the_status(spelling: str, status: Status) -> None:
+    """A snapshot is fresh for as long as its status says, from the moment of its fetching."""
+    snapshot = seen(status=spelling, at=5.0)
+    assert (snapshot.lifetime, snapshot.fetched_at, snapshot.key) == (LIFETIMES[status], 5.0, KEY)
+    assert snapshot.terminal is shown(snapshot)["terminal"] is status.terminal
+
+
+@pytest.mark.parametrize(
+    ("raw", "progress"),
+    [(0, 0), (1, 1), (0.5, 0.5), (-1, 0), (1.5, 1), (10**30, 1), (-0.0, 0), (5e-324, 5e-324), (100, 1)],
+)
+def test_observe_clamps_progress(raw: float, progress: float) -> None:
+    """Progress is 0 to 1, whatever the vendor's number."""
+    assert shown(seen(status="running", progress=raw))["progress"] == progress
+
+
+@pytest.mark.parametrize("oddity", [value for value in ODDITIES if value != 1e308])
+def test_observe_takes_an_odd_progress_for_0(oddity: Any) -> None:
+    """What is no number, or beyond every float, is no progress."""
+    assert seen(status="running", progress=oddity).progress == 0.0
+
+
+@pytest.mark.parametrize("oddity", ODDITIES)
+@pytest.mark.parametrize("status", ["waiting", "running", "succeeded", "paused"])
+def test_observe_survives_oddities_in_every_member(status: str, oddity: Any) -> None:
+    """Wrong types in every other member give a body of the right types."""
+    names = ("progress", "lastQueueRemaining", "etaRelative", "message", "state")
+    body = shown(seen(status=status, **dict.fromkeys(names, oddity)))
+    assert list(body) == MEMBERS
+    assert isinstance(body["progress"], float)
+    assert body["queueRemaining"] is None or (
+        type(body["queueRemaining"]) is int and body["queueRemaining"] >= 0
+    )
+    assert body["etaSeconds"] is None or type(body["etaSeconds"]) is float
+    assert body["message"] is None or isinstance(body["message"], str)
+    assert body["state"] is None or isinstance(body["state"], dict)
+
+
+@pytest.mark.parametrize("status", ENDINGS)
+def test_observe_shows_an_eta_of_0_at_the_end_only(status: str) -> None:
+    """An eta of 0 means "not known" before the end; at the end it is 0 whatever upstream says."""
+    assert shown(seen(status=status, etaRelative=7))["etaSeconds"] == 0.0
+    for eta in (0, 0.0, -0.0, -3):
+        for before in ("waiting", "running", "paused"):
+            assert shown(seen(status=before, etaRelative=eta))["etaSeconds"] is None
+
+
+def test_observe_shows_the_queue_only_while_waiting() -> None:
+    """The queue is an integer while the task waits, 0 included, and null ever after."""
+    assert shown(seen(status="waiting", lastQueueRemaining=3))["queueRemaining"] == 3
+    assert shown(seen(status="waiting", lastQueueRemaining=0))["queueRemaining"] == 0
+    assert shown(seen(status="waiting", lastQueueRemaining=2.0))["queueRemaining"] == 2
+    assert shown(seen(status="waiting", lastQueueRemaining=-1))["queueRemaining"] == 0
+    assert shown(seen(status="waiting"))["queueRemaining"] is None
+    for status in ("running", "paused", *ENDINGS):
+        assert shown(seen(status=status, lastQueueRemaining=3))["queueRemaining"] is None
+
+
+def test_observe_never_lets_progress_fall_while_running() -> None:
+    """Progress keeps its high-water mark while the task runs; the envelope keeps the vendor's number."""
+    high = seen(status="running", progress=0.65)
+    low = seen(high, status="running", progress=0.2)
+    assert shown(low)["progress"] == low.progress == 0.65
+    assert json.loads(low.envelope)["data"]["progress"] == 0.2
+    assert seen(low, status="running", progress=0.1).progress == 0.65
+    assert seen(low, status="running", progress=0.7).progress == 0.7
+
+
+@pytest.mark.parametrize("between", ["waiting", "paused"])
+def test_observe_lets_progress_fall_when_the_status_changes(between: str) -> None:
+    """The high-water mark holds while a task stays running, and no longer."""
+    high = seen(status="running", progress=0.65)
+    assert seen(high, status=between, progress=0.1).progress == 0.1
+    assert seen(seen(high, status=between, progress=0.9), status="running", progress=0.2).progress == 0.2
+
+
+@pytest.mark.parametrize("spelling", ["succeeded", "successed"])
+@pytest.mark.parametrize("progress", [0, 0.65, None, "x", 5])
+def test_observe_shows_success_as_1(spelling: str, progress: Any) -> None:
+    """Trust the status over the number: what has succeeded is at 1."""
+    assert shown(seen(status=spelling, progress=progress))["progress"] == 1.0
+
+
+def test_observe_leaves_the_progress_of_a_failed_task() -> None:
+    """A task that failed shows how far it came."""
+    assert shown(seen(status="failed", progress=0.4))["progress"] == 0.4
+
+
+@pytest.mark.parametrize("first", ENDINGS)
+@pytest.mark.parametrize("later", ["waiting", "running", "paused", *ENDINGS])
+def test_observe_lets_no_answer_undo_a_terminal_one(first: str, later: str) -> None:
+    """The first terminal status wins for ever; the same one again takes the newer answer."""
+    ended = seen(status=first, progress=0.4, message="first", at=1.0)
+    ended.polls = 2
+    snapshot = seen(ended, status=later, progress=0.7, message="later", at=2.0)
+    assert snapshot.status is ended.status
+    assert (snapshot.fetched_at, snapshot.lifetime, snapshot.polls) == (2.0, ended.lifetime, 0)
+    if vendor_status({"status": later}) is ended.status:
+        assert shown(snapshot)["message"] == "later"
+        assert json.loads(snapshot.envelope)["data"]["message"] == "later"
+    else:
+        assert (snapshot.body, snapshot.etag, snapshot.envelope) == (ended.body, ended.etag, ended.envelope)
+        assert (snapshot.progress, snapshot.eta_seconds) == (ended.progress, ended.eta_seconds)
+
+
+def test_observe_gives_equal_bodies_equal_etags() -> None:
+    """The ETag is strong: it changes with the body and with nothing else."""
+    one = seen(status="running", progress=0.5, at=1.0)
+    again = seen(one, status="running", progress=0.3, at=2.0)  # the high-water mark hides the fall
+    other = seen(status="running", progress=0.51)
+    assert (one.body, one.etag) == (again.body, again.etag)
+    assert one.body != other.body
+    assert one.etag != other.etag
+    assert one.etag[0] == one.etag[-1] == '"'
+    assert not one.etag.startswith("W/")
+    assert all(0x21 <= ord(character) <= 0x7E and character != '"' for character in one.etag[1:-1])
+
+
+def test_observe_keeps_a_result_as_it_came() -> None:
+    """A result has the lifetime of results and its envelope: no status, no progress, no body."""
+    snapshot = seen(seen(key=RESULT), key=RESULT, status="succeeded", images=["u"], at=3.0)
+    assert (snapshot.lifetime, snapshot.fetched_at) == (30.0, 3.0)
+    assert (snapshot.status, snapshot.progress, snapshot.eta_seconds) == (None, None, None)
+    assert (snapshot.body, snapshot.etag, snapshot.terminal) == (b"", "", False)
+    assert json.loads(snapshot.envelope)["data"]["images"] == ["u"]
+
+
+def test_observe_refuses_a_state_that_nests_too_deep() -> None:
+    """A state too deep to be rendered is invalid, and no bug of the gateway's."""
+    deep: Any = {}
+    for _ in range(50_000):
+        deep = {"state": deep}
+    body = b"{}"
+    data = {"taskId": TASK, "status": "running", "state": deep}
+    with pytest.raises(UpstreamInvalid, match="too deep"):
+        observe(data, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=None)
+    while deep:  # taken apart by hand: the interpreter would do it by recursion
+        deep = deep.pop("state")
+
+
+def test_render_json_escapes_half_a_surrogate_pair() -> None:
+    """What has no UTF-8 is escaped as JSON does; all else is UTF-8, and compact."""
+    assert render_json({"a": "\ud800", "b": "画", "c": "😀"}) == '{"a":"\\ud800","b":"画","c":"😀"}'.encode()
+    assert shown(seen(message="\udfff"))["message"] == "\udfff"
+
+
+@relaxed
+@given(data=upstream_data, before=st.none() | upstream_data)
+def test_any_data_is_invalid_or_gives_a_valid_body(
+    data: dict[str, Any], before: dict[str, Any] | None
+) -> None:
+    """Any data either is invalid or gives strict JSON with the contract's members and progress in 0..1."""
+    previous = None if before is None else seen(**(before | {"taskId": TASK}))
+    body = envelope(data)
+    try:
+        kept = read(body)
+    except UpstreamInvalid:
+        assert data.get("taskId") != TASK
+        return
+    snapshot = observe(kept, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=previous)
+    answer = shown(snapshot)
+    assert list(answer) == MEMBERS
+    assert 0.0 <= answer["progress"] <= 1.0
+    assert answer["progress"] == snapshot.progress
+    assert answer["status"] == snapshot.status
+    assert answer["taskId"] == TASK
+    if previous is not None and previous.status is snapshot.status is Status.RUNNING:
+        assert previous.progress is not None
+        assert answer["progress"] >= previous.progress
+    if previous is not None and previous.terminal:
+        assert snapshot.status is previous.status

@@ -1,0 +1,173 @@
+"""The table from the exception tree to what a caller is told."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.exceptions import HTTPException
+
+from gateway import exceptions
+from gateway.api.problems import PROBLEMS, Problems, lookup
+from gateway.exceptions import (
+    GatewayError,
+    InvalidTaskId,
+    Overloaded,
+    RequestError,
+    UpstreamBusy,
+    UpstreamDetail,
+    UpstreamError,
+    UpstreamRejected,
+    UpstreamThrottled,
+)
+
+# What callers were promised: a code, and the HTTP status that comes with it.
+PROMISED = {
+    "invalid-task-id": 400,
+    "invalid-parameter": 400,
+    "not-found": 404,
+    "method-not-allowed": 405,
+    "body-too-large": 413,
+    "too-many-requests": 429,
+    "upstream-rejected": 502,
+    "upstream-credentials": 502,
+    "upstream-invalid": 502,
+    "upstream-unreachable": 502,
+    "upstream-throttled": 503,
+    "upstream-open": 503,
+    "overloaded": 503,
+    "upstream-timeout": 504,
+    "internal": 500,
+}
+NOT_YET = {"too-many-requests", "upstream-open"}
+BRANCHES = {GatewayError, RequestError, UpstreamError}  # nobody raises these
+VENDOR_PATH = "/scc/sd_get_progress"
+
+
+def kinds(kind: type[GatewayError] = GatewayError) -> Iterator[type[GatewayError]]:
+    yield kind
+    for child in kind.__subclasses__():
+        if child.__module__ == exceptions.__name__:
+            yield from kinds(child)
+
+
+KINDS = list(kinds())
+
+
+def make(kind: type[GatewayError], **known: Any) -> GatewayError:
+    if kind is UpstreamRejected:
+        return UpstreamRejected("a fixed text", envelope=b"{}", detail=UpstreamDetail())
+    return kind("a fixed text", **known)
+
+
+def answer(error: Exception, path: str = "/v1/progress/x") -> tuple[int, dict[str, str], dict[str, Any]]:
+    scope = {"type": "http", "path": path, "state": {"request_id": "the-request"}}
+    response = Problems([VENDOR_PATH]).answer(scope, error)
+    return response.status_code, dict(response.headers), json.loads(bytes(response.body))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_problems_map_every_exception(kind: type[GatewayError]) -> None:
+    """Each class has a row, its own or an ancestor's, with the promised status; only a branch is a bug."""
+    status, title = lookup(make(kind))
+    assert status == PROMISED[kind.code]
+    assert title
+    assert (status == 500) == (kind in BRANCHES)
+
+
+def test_problems_have_a_row_for_every_promised_code() -> None:
+    """Each promised code is told by some exception, but for those whose feature is yet to come."""
+    assert {kind.code for kind in KINDS} == set(PROMISED) - NOT_YET
+    assert {kind.code: status for kind, (status, _) in PROBLEMS.items()} == {
+        code: status for code, status in PROMISED.items() if code not in NOT_YET
+    }
+
+
+def test_problems_tell_a_subclass_as_its_parent() -> None:
+    """A class without a row of its own is told by its nearest ancestor's."""
+    assert lookup(UpstreamBusy("x")) == PROBLEMS[UpstreamBusy.__bases__[0]]
+
+
+def test_problems_answer_with_a_problem_document() -> None:
+    """Outside the drop-in paths an error is a problem of RFC 9457 with the request's id, not to be stored."""
+    status, headers, problem = answer(InvalidTaskId("a fixed text"))
+    assert status == 400
+    assert headers["content-type"] == "application/problem+json"
+    assert headers["cache-control"] == "no-store"
+    assert problem == {
+        "type": "urn:sd-gateway:problem:invalid-task-id",
+        "title": "Invalid task ID",
+        "status": 400,
+        "detail": "a fixed text",
+        "code": "invalid-task-id",
+        "requestId": "the-request",
+    }
+
+
+def test_problems_show_what_upstream_said() -> None:
+    """Where an upstream answer exists the problem has its six members, null where it said nothing."""
+    error = UpstreamRejected(
+        "a fixed text",
+        envelope=b"{}",
+        detail=UpstreamDetail(invoke_id="i_1", err_code="E", sub_err_message="why"),
+    )
+    assert answer(error)[2]["upstream"] == {
+        "invokeId": "i_1",
+        "requestId": None,
+        "errCode": "E",
+        "errMessage": None,
+        "subErrCode": None,
+        "subErrMessage": "why",
+    }
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in BRANCHES])
+def test_problems_come_as_envelopes_on_the_drop_in_paths(kind: type[GatewayError]) -> None:
+    """On the drop-in paths the HTTP status is the same and the body is the vendor's envelope."""
+    status, headers, envelope = answer(make(kind), VENDOR_PATH)
+    assert status == PROMISED[kind.code]
+    assert headers["content-type"] == "application/json"
+    assert set(envelope) == {
+        "status",
+        "apiInvokeId",
+        "data",
+        "subErrCode",
+        "subErrMessage",
+        "errCode",
+        "errMessage",
+        "startTime",
+        "endTime",
+    }
+    told = (envelope["status"], envelope["data"], envelope["errCode"], envelope["errMessage"])
+    assert told == (20, None, kind.code, "a fixed text")
+
+
+@pytest.mark.parametrize("path", ["/v1/progress/x", VENDOR_PATH])
+@pytest.mark.parametrize(("seconds", "told"), [(None, "1"), (0.2, "1"), (7.0, "7"), (7.1, "8")])
+def test_problems_say_when_to_come_back(path: str, seconds: float | None, told: str) -> None:
+    """Each 503 has Retry-After in whole seconds, rounded up, at least 1; other errors have none."""
+    for kind in (Overloaded, UpstreamThrottled):
+        assert answer(make(kind, retry_after=seconds), path)[1]["retry-after"] == told
+    assert "retry-after" not in answer(make(UpstreamBusy, retry_after=seconds), path)[1]
+
+
+def test_problems_tell_nothing_of_a_bug() -> None:
+    """An exception that nobody meant is a 500 with a text of ours, that sends the reader to the log."""
+    status, _, problem = answer(ZeroDivisionError("division by zero in gateway/x.py"))
+    assert (status, problem["code"], problem["title"]) == (500, "internal", "Internal error")
+    assert "its log says more" in problem["detail"]
+    assert "division" not in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("refused", "code"),
+    [
+        (HTTPException(404), "not-found"),
+        (HTTPException(405, headers={"Allow": "GET, HEAD"}), "method-not-allowed"),
+    ],
+)
+def test_problems_tell_what_the_router_refused(refused: HTTPException, code: str) -> None:
+    """The router's own refusals are problems like the others, and keep their headers."""
+    status, headers, problem = answer(refused)
+    assert (status, problem["status"], problem["code"]) == (refused.status_code, refused.status_code, code)
+    assert headers.get("allow") == (refused.headers or {}).get("Allow")

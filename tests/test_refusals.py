@@ -1,0 +1,186 @@
+"""What the API gateway's refusals mean: by message, by code, by class, by status."""
+
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gateway.exceptions import (
+    UpstreamBusy,
+    UpstreamClock,
+    UpstreamCredentials,
+    UpstreamDetail,
+    UpstreamError,
+    UpstreamInvalid,
+    UpstreamNonce,
+    UpstreamThrottled,
+    UpstreamTimeout,
+)
+from gateway.refusals import BY_CLASS, BY_CODE, BY_MESSAGE, BY_STATUS, refusal
+
+Kind = type[UpstreamError]
+
+MEANINGS: list[tuple[Kind, list[str]]] = [
+    (UpstreamCredentials, ["A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"]),
+    (UpstreamCredentials, ["B403MQ", "B403ME", "B403MI", "B403OD", "B403MO"]),
+    (UpstreamNonce, ["I400NC"]),
+    (UpstreamThrottled, ["T429ID", "T429IN", "T429GR", "T429PA", "T429PR", "T429SR", "T429MR"]),
+    (UpstreamInvalid, ["I400HD", "I400MH", "I400BD", "I400PA", "I405UM", "I413RL", "I400I5"]),
+    (UpstreamBusy, ["D503BB", "D503CB", "X503BZ", "X500ER", "D502FC", "N502RE"]),
+    (UpstreamTimeout, ["D504TO", "X504TO", "D504RE", "D504CO", "D504CS", "D504IL", "X504VE"]),
+]
+CODES = {code: kind for kind, codes in MEANINGS for code in codes}
+
+# As older deployments send them: no code, and 400 or 403 for nearly everything.
+MESSAGES: list[tuple[int, str, Kind]] = [
+    (400, "Invalid AppKey", UpstreamCredentials),
+    (403, "Invalid AppKey", UpstreamCredentials),
+    (400, "Invalid Signature, Server StringToSign:`POST#application/json#`", UpstreamCredentials),
+    (403, "Invalid Signature, Server StringToSign:`POST#application/json#`", UpstreamCredentials),
+    (403, "Unauthorized", UpstreamCredentials),
+    (400, "Timestamp Expired", UpstreamClock),
+    (403, "Invalid Timestamp", UpstreamClock),
+    (400, "Nonce Used", UpstreamNonce),
+    (403, "Throttled by USER Flow Control", UpstreamThrottled),
+    (403, "Throttled by APP Flow Control", UpstreamThrottled),
+    (403, "Throttled by API Flow Control", UpstreamThrottled),
+    (403, "Throttled by DOMAIN Flow Control", UpstreamThrottled),
+    (403, "Throttled by GROUP Flow Control", UpstreamThrottled),
+    (403, "Quota Exhausted", UpstreamCredentials),
+    (403, "Quota Expired", UpstreamCredentials),
+    (403, "User Arrears", UpstreamCredentials),
+    (400, "Invalid Url", UpstreamInvalid),
+    (400, "Invalid Content-MD5", UpstreamInvalid),
+    (400, "API Not Found", UpstreamInvalid),
+    (400, "Service Unavailable", UpstreamBusy),
+    (503, "Service Unavailable", UpstreamBusy),
+    (400, "Internal Error", UpstreamBusy),
+    (400, "Async Service", UpstreamTimeout),
+]
+
+
+def kind(status: int = 400, code: str = "", message: str = "") -> Kind:
+    return type(refusal(status, code, message, detail=UpstreamDetail(), retry_after=None))
+
+
+@pytest.mark.parametrize(("code", "expected"), CODES.items())
+def test_refusal_knows_each_documented_code(code: str, expected: Kind) -> None:
+    """A documented code means what the table says, whatever HTTP status comes with it."""
+    assert kind(int(code[1:4]), code) is expected
+    assert kind(200, code) is expected
+    assert kind(int(code[1:4]), code, "some other words") is expected
+
+
+def test_refusal_knows_no_code_that_is_not_documented() -> None:
+    """The table of codes is complete, and holds nothing that the documentation does not."""
+    assert BY_CODE == CODES
+
+
+@pytest.mark.parametrize(("status", "message", "expected"), MESSAGES)
+def test_refusal_knows_each_message_of_older_deployments(status: int, message: str, expected: Kind) -> None:
+    """A message alone is enough, in any case and amid other words: older deployments send nothing else."""
+    assert kind(status, message=message) is expected
+    assert kind(status, message=f"[API] {message.upper()} !") is expected
+
+
+def test_refusal_has_a_test_for_every_message() -> None:
+    """Each row of the table of messages is met by a documented message, and none hides another."""
+    met = {next(part for part, _ in BY_MESSAGE if part in message.lower()) for _, message, _ in MESSAGES}
+    assert met == {part for part, _ in BY_MESSAGE}
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "expected"),
+    [
+        ("I400ZZ", "Timestamp Expired", UpstreamClock),
+        ("A403IS", "Nonce Used", UpstreamNonce),
+        ("A403IS", "Invalid Timestamp", UpstreamClock),
+        ("I400NC", "Invalid Timestamp", UpstreamClock),
+    ],
+)
+def test_refusal_trusts_the_message_over_the_code(code: str, message: str, expected: Kind) -> None:
+    """For clock and nonce the messages are surer than the codes."""
+    assert kind(400, code, message) is expected
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("A400ZZ", UpstreamCredentials),
+        ("A403ZZ", UpstreamCredentials),
+        ("B403ZZ", UpstreamCredentials),
+        ("T429ZZ", UpstreamThrottled),
+        ("I400ZZ", UpstreamInvalid),
+        ("I404ZZ", UpstreamInvalid),
+        ("I403ZZ", UpstreamCredentials),
+        ("D500ZZ", UpstreamBusy),
+        ("D502ZZ", UpstreamBusy),
+        ("D503ZZ", UpstreamBusy),
+        ("D504ZZ", UpstreamTimeout),
+        ("X500Z9", UpstreamBusy),
+        ("N504ZZ", UpstreamTimeout),
+    ],
+)
+def test_refusal_reads_an_unknown_code_by_class_and_status(code: str, expected: Kind) -> None:
+    """A code that is not in the table still tells its class and its HTTP status, over the answer's own."""
+    assert kind(200, code) is expected
+
+
+@pytest.mark.parametrize(
+    "code", ["nonsense", "A", "A4", "A503", "A503ZZZ", "a503zz", "A5\u00b23ZZ", "\u00b2" * 6]
+)
+def test_refusal_passes_over_what_is_no_code(code: str) -> None:
+    """What has not a code's form says nothing: the HTTP status counts."""
+    assert kind(503, code) is UpstreamBusy
+    assert kind(418, code) is UpstreamInvalid
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        (200, UpstreamInvalid),
+        (302, UpstreamInvalid),
+        (400, UpstreamInvalid),
+        (401, UpstreamCredentials),
+        (403, UpstreamCredentials),
+        (404, UpstreamInvalid),
+        (429, UpstreamThrottled),
+        (500, UpstreamBusy),
+        (502, UpstreamBusy),
+        (503, UpstreamBusy),
+        (504, UpstreamTimeout),
+    ],
+)
+def test_refusal_falls_back_to_the_http_status(status: int, expected: Kind) -> None:
+    """Without code and message the HTTP status is what there is."""
+    assert kind(status) is expected
+
+
+def test_refusal_carries_detail_and_retry_after() -> None:
+    """What upstream said of itself and when to come back go along; the text is a fixed one of ours."""
+    detail = UpstreamDetail(request_id="r-1", err_code="T429ID", err_message="slowly")
+    error = refusal(429, "T429ID", "what upstream said", detail=detail, retry_after=7.0)
+    assert (error.detail, error.retry_after) == (detail, 7.0)
+    assert str(error) == "the upstream asks to slow down"
+
+
+def test_refusal_has_a_text_for_each_kind() -> None:
+    """Every kind that a table can name has a text of its own."""
+    for status, code in ((0, code) for code in BY_CODE):
+        assert str(refusal(status, code, "", detail=UpstreamDetail(), retry_after=None))
+    for part, expected in BY_MESSAGE:
+        assert isinstance(refusal(400, "", part, detail=UpstreamDetail(), retry_after=None), expected)
+    for table in (BY_CLASS, BY_STATUS):
+        assert set(table.values()) <= {UpstreamInvalid, *BY_CODE.values(), *(kind for _, kind in BY_MESSAGE)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    status=st.integers(100, 999),
+    code=st.text(max_size=8) | st.from_regex(re.compile(r"[A-Z][0-9]{3}[A-Z0-9]{2}"), fullmatch=True),
+    message=st.text(max_size=30),
+)
+def test_refusal_always_finds_a_meaning(status: int, code: str, message: str) -> None:
+    """Whatever an upstream puts into its headers becomes one of the tree, and never an error of ours."""
+    assert issubclass(kind(status, code, message), UpstreamError)

@@ -1,0 +1,752 @@
+"""The service over a memory store and a hand-ticked clock, with an upstream that answers when told to."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
+
+from gateway.exceptions import (
+    GatewayError,
+    Overloaded,
+    UpstreamBusy,
+    UpstreamClock,
+    UpstreamCredentials,
+    UpstreamDetail,
+    UpstreamInvalid,
+    UpstreamNonce,
+    UpstreamRejected,
+    UpstreamThrottled,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from gateway.metrics import Metrics
+from gateway.models import Operation, Snapshot, Status, TaskKey
+from gateway.service import ProgressService, Reading, Source
+from gateway.settings import Cache
+from gateway.stores.memory import MemoryStore
+from gateway.upstream import Answer, Upstream
+
+KEY = TaskKey(Operation.SD_GET_PROGRESS, "01j5t2qx82323pswaqykz9eq4")
+OTHER = TaskKey(Operation.SD_GET_PROGRESS, "another")
+RESULT = TaskKey(Operation.SD_GET_RESULT, KEY.task_id)
+CALLERS = 50
+PATIENCE_SECONDS = 10.0
+CACHE = Cache(
+    waiting_seconds=4.0,
+    running_seconds=2.0,
+    unknown_seconds=1.0,
+    terminal_seconds=600.0,
+    result_seconds=30.0,
+    error_seconds=1.0,
+    stale_while_revalidate_seconds=3.0,
+    stale_if_error_seconds=60.0,
+)
+
+FAILURES: list[GatewayError] = [
+    UpstreamTimeout("too late"),
+    UpstreamUnreachable("gone"),
+    UpstreamInvalid("nonsense"),
+    UpstreamBusy("unwell"),
+    UpstreamThrottled("slowly"),
+    UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail()),
+]
+# None of these is the task's own: our limits pass by themselves, and credentials are the pair's affair.
+NOT_THE_TASKS: list[GatewayError] = [
+    Overloaded("full"),
+    UpstreamCredentials("refused"),
+    UpstreamClock("refused"),
+    UpstreamNonce("refused"),
+]
+
+
+def name_of(value: object) -> str:
+    return type(value).__name__
+
+
+@dataclass
+class Clock:
+    """A clock that a test turns by hand."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Call:
+    """One query that the upstream got, and the test answers."""
+
+    def __init__(self, key: TaskKey) -> None:
+        self.key = key
+        self.outcome: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+
+    def answer(self, status: str = "running", **data: Any) -> None:
+        """Answer the query."""
+        self.outcome.set_result(answer(self.key, status, **data))
+
+    def fail(self, error: BaseException) -> None:
+        """Let the query fail."""
+        self.outcome.set_exception(error)
+
+
+def answer(key: TaskKey, status: str, **data: Any) -> Answer:
+    data = {"taskId": key.task_id, "status": status, "progress": 0.5} | data
+    return Answer(data, json.dumps({"status": 10, "data": data}).encode())
+
+
+class FakeUpstream:
+    """Stands at the network's edge: takes note of each query, and leaves the answer to the test."""
+
+    def __init__(self) -> None:
+        self.keys: list[TaskKey] = []
+        self._calls: asyncio.Queue[Call] = asyncio.Queue()
+
+    async def query(self, key: TaskKey) -> Answer:
+        """Wait until the test answers."""
+        self.keys.append(key)
+        call = Call(key)
+        self._calls.put_nowait(call)
+        return await call.outcome
+
+    async def call(self) -> Call:
+        """Return the next query that has not been seen yet, as soon as there is one."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            return await self._calls.get()
+
+    @property
+    def count(self) -> int:
+        """How many queries there were."""
+        return len(self.keys)
+
+
+class Bench:
+    """A service with all that surrounds it."""
+
+    def __init__(self, cache: Cache = CACHE, store: MemoryStore | None = None) -> None:
+        self.clock = Clock()
+        self.upstream = FakeUpstream()
+        self.metrics = Metrics(CollectorRegistry(), gateway_version="0")
+        if store is None:
+            store = MemoryStore(max_tasks=100, stale_seconds=60.0, clock=self.clock)
+        self.store = store
+        self.service = ProgressService(
+            cache,
+            store=self.store,
+            upstream=cast("Upstream", self.upstream),
+            metrics=self.metrics,
+            clock=self.clock,
+        )
+        self._stored: asyncio.Queue[Snapshot] = asyncio.Queue()
+        self.store.on_change(self._stored.put_nowait)
+
+    def begin(self, key: TaskKey = KEY) -> asyncio.Task[Reading]:
+        """Begin to ask, and return the task that waits."""
+        return asyncio.create_task(self.service.get(key))
+
+    async def learn(self, status: str = "running", key: TaskKey = KEY, **data: Any) -> Reading:
+        """Ask once, and let the upstream answer."""
+        asked = self.begin(key)
+        (await self.upstream.call()).answer(status, **data)
+        return await asked
+
+    async def fail(self, error: BaseException, key: TaskKey = KEY) -> Reading | BaseException:
+        """Ask once, let the upstream fail, and return what the caller got."""
+        asked = self.begin(key)
+        (await self.upstream.call()).fail(error)
+        [outcome] = await asyncio.gather(asked, return_exceptions=True)
+        return outcome
+
+    async def renewed(self, *, after: Snapshot) -> None:
+        """Wait until a newer snapshot than `after` has been stored."""
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while (await self._stored.get()).fetched_at <= after.fetched_at:
+                pass
+
+    def lookups(self) -> dict[str, int]:
+        """Return how many lookups of progress were counted, by result."""
+        counted = {
+            source.value: self.metrics.registry.get_sample_value(
+                "sd_gateway_cache_lookups_total", {"operation": KEY.operation, "result": source}
+            )
+            for source in Source
+        }
+        return {result: int(count) for result, count in counted.items() if count}
+
+    def transitions(self) -> dict[str, int]:
+        """Return how many transitions of progress were counted, by status."""
+        counted = {
+            status.value: self.metrics.registry.get_sample_value(
+                "sd_gateway_tasks_observed_total", {"operation": KEY.operation, "status": status}
+            )
+            for status in Status
+        }
+        return {status: int(count) for status, count in counted.items() if count}
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    """Return a service with an empty store, closed in the end."""
+    bench = Bench()
+    yield bench
+    await bench.service.aclose()
+
+
+def data_of(reading: Reading) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(reading.snapshot.body)
+    return data
+
+
+# Miss, hit, collapsed
+
+
+async def test_get_asks_upstream_for_what_is_not_known(bench: Bench) -> None:
+    """The first caller waits for upstream, and is told so."""
+    reading = await bench.learn(progress=0.35)
+    assert (reading.source, reading.age, reading.replaced_stale, reading.failure) == (
+        Source.MISS,
+        0.0,
+        False,
+        None,
+    )
+    assert data_of(reading)["progress"] == 0.35
+    assert bench.upstream.keys == [KEY]
+    assert bench.lookups() == {"miss": 1}
+
+
+async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
+    """While the snapshot is fresh nobody asks upstream, and its age is told."""
+    first = await bench.learn()
+    bench.clock.now += CACHE.running_seconds - 0.1
+    reading = await bench.service.get(KEY)
+    assert reading.snapshot is first.snapshot
+    assert (reading.source, reading.failure) == (Source.HIT, None)
+    assert reading.age == pytest.approx(CACHE.running_seconds - 0.1)
+    assert bench.upstream.count == 1
+    assert bench.lookups() == {"miss": 1, "hit": 1}
+
+
+@pytest.mark.parametrize(
+    ("status", "seconds"),
+    [
+        ("waiting", CACHE.waiting_seconds),
+        ("running", CACHE.running_seconds),
+        ("paused", CACHE.unknown_seconds),
+        ("succeeded", CACHE.terminal_seconds),
+        ("successed", CACHE.terminal_seconds),
+        ("failed", CACHE.terminal_seconds),
+        ("canceled", CACHE.terminal_seconds),
+    ],
+)
+async def test_get_takes_the_lifetime_from_the_status(bench: Bench, status: str, seconds: float) -> None:
+    """A snapshot is fresh for as long as its status says, and stale from then on."""
+    await bench.learn(status)
+    bench.clock.now += seconds - 0.01
+    assert (await bench.service.get(KEY)).source is Source.HIT
+    bench.clock.now += 0.02
+    assert (await bench.service.get(KEY)).source is Source.STALE
+
+
+async def test_get_takes_the_lifetime_of_results(bench: Bench) -> None:
+    """Results are kept by the lifetime of results, envelope and all."""
+    first = await bench.learn("succeeded", RESULT, images=["u"])
+    bench.clock.now += CACHE.result_seconds - 0.01
+    reading = await bench.service.get(RESULT)
+    assert (reading.source, reading.snapshot) == (Source.HIT, first.snapshot)
+    assert json.loads(reading.snapshot.envelope)["data"]["images"] == ["u"]
+    bench.clock.now += 0.02
+    assert (await bench.service.get(RESULT)).source is Source.STALE
+
+
+async def test_get_shares_one_call_among_a_crowd(bench: Bench) -> None:
+    """Fifty callers at once cost one call: one of them made it, the others joined."""
+    crowd = [bench.begin() for _ in range(CALLERS)]
+    (await bench.upstream.call()).answer()
+    readings = await asyncio.gather(*crowd)
+    assert {id(reading.snapshot) for reading in readings} == {id(readings[0].snapshot)}
+    assert [reading.source for reading in readings] == [Source.MISS] + [Source.COLLAPSED] * (CALLERS - 1)
+    assert bench.upstream.count == 1
+    assert bench.lookups() == {"miss": 1, "collapsed": CALLERS - 1}
+
+
+async def test_get_keeps_tasks_and_operations_apart(bench: Bench) -> None:
+    """Other tasks and other operations are other calls, and each caller gets its own task's answer."""
+    keys = [KEY, OTHER, RESULT, TaskKey(Operation.COMFY_GET_PROGRESS, KEY.task_id)]
+    asked = [bench.begin(key) for key in keys]
+    for call in reversed([await bench.upstream.call() for _ in keys]):
+        call.answer()
+    assert [reading.snapshot.key for reading in await asyncio.gather(*asked)] == keys
+    assert sorted(bench.upstream.keys) == sorted(keys)
+
+
+@pytest.mark.parametrize("leaver", [0, 1, -1])
+async def test_get_survives_a_caller_who_hangs_up(bench: Bench, leaver: int) -> None:
+    """A caller that hangs up, the first one included, cancels nobody, and no call is made twice."""
+    crowd = [bench.begin() for _ in range(3)]
+    call = await bench.upstream.call()
+    gone = crowd.pop(leaver)
+    gone.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    call.answer()
+    assert [reading.age for reading in await asyncio.gather(*crowd)] == [0.0, 0.0]
+    assert bench.upstream.count == 1
+
+
+async def test_get_stores_an_answer_that_nobody_waits_for(bench: Bench) -> None:
+    """When every caller has hung up the answer still lands, and the next one finds it."""
+    asked = bench.begin()
+    call = await bench.upstream.call()
+    asked.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asked
+    assert not call.outcome.cancelled()
+    next_one = bench.begin()
+    call.answer()
+    assert (await next_one).source is Source.COLLAPSED
+    assert (await bench.service.get(KEY)).source is Source.HIT
+    assert bench.upstream.count == 1
+
+
+# Stale
+
+
+async def test_get_answers_a_young_stale_snapshot_at_once(bench: Bench) -> None:
+    """Stale but young: answered at once, while exactly one refresh runs behind, whoever else comes."""
+    first = await bench.learn(progress=0.1)
+    bench.clock.now += CACHE.running_seconds
+    readings = [await bench.service.get(KEY) for _ in range(CALLERS)]
+    assert {reading.source for reading in readings} == {Source.STALE}
+    assert all(reading.snapshot is first.snapshot and reading.failure is None for reading in readings)
+    assert readings[0].age == CACHE.running_seconds
+    (await bench.upstream.call()).answer(progress=0.9)
+    await bench.renewed(after=first.snapshot)
+    reading = await bench.service.get(KEY)
+    assert (reading.source, reading.age, data_of(reading)["progress"]) == (Source.HIT, 0.0, 0.9)
+    assert bench.upstream.count == 2
+    assert bench.lookups() == {"miss": 1, "stale": CALLERS, "hit": 1}
+
+
+async def test_get_waits_when_a_stale_snapshot_is_too_old(bench: Bench) -> None:
+    """Stale and no longer young: all wait for the one call, and are told that it replaced something."""
+    await bench.learn(progress=0.1)
+    bench.clock.now += CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
+    crowd = [bench.begin() for _ in range(3)]
+    (await bench.upstream.call()).answer(progress=0.9)
+    for reading, source in zip(await asyncio.gather(*crowd), ["miss", "collapsed", "collapsed"], strict=True):
+        assert (reading.source, reading.age, reading.replaced_stale) == (source, 0.0, True)
+        assert data_of(reading)["progress"] == 0.9
+    assert bench.upstream.count == 2
+
+
+async def test_get_joins_the_refresh_that_runs_behind(bench: Bench) -> None:
+    """Who comes when the snapshot has grown too old joins the refresh that is in the air already."""
+    await bench.learn()
+    bench.clock.now += CACHE.running_seconds
+    await bench.service.get(KEY)
+    call = await bench.upstream.call()
+    bench.clock.now += CACHE.stale_while_revalidate_seconds
+    late = bench.begin()
+    await asyncio.sleep(0)
+    call.answer()
+    assert (await late).source is Source.COLLAPSED
+    assert bench.upstream.count == 2
+
+
+async def test_get_counts_age_from_the_answers_arrival(bench: Bench) -> None:
+    """An answer that took long is as old as its arrival, and no caller waits for another one."""
+    asked = bench.begin()
+    call = await bench.upstream.call()
+    bench.clock.now += 8.0
+    call.answer()
+    reading = await asked
+    assert (reading.age, reading.snapshot.fetched_at) == (0.0, bench.clock.now)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    steps=st.lists(
+        st.tuples(st.floats(0, 8), st.sampled_from(["waiting", "running", "paused", "succeeded"])),
+        max_size=12,
+    )
+)
+async def test_get_keeps_the_freshness_promise(steps: list[tuple[float, str]]) -> None:
+    """While upstream answers nobody gets a snapshot older than its lifetime + stale_while_revalidate."""
+    bench = Bench()
+    status = "waiting"
+
+    async def answer_all() -> None:
+        while True:
+            (await bench.upstream.call()).answer(status)
+
+    answering = asyncio.create_task(answer_all())
+    try:
+        for seconds, status in steps:  # noqa: B007  # what the upstream says from now on
+            bench.clock.now += seconds
+            reading = await bench.service.get(KEY)
+            assert reading.age == bench.clock.now - reading.snapshot.fetched_at
+            assert reading.age < reading.snapshot.lifetime + CACHE.stale_while_revalidate_seconds
+            assert (reading.source is Source.HIT) <= (reading.age < reading.snapshot.lifetime)
+    finally:
+        answering.cancel()
+        await asyncio.wait([answering])
+        await bench.service.aclose()
+
+
+# Failures
+
+
+@pytest.mark.parametrize("failure", FAILURES + NOT_THE_TASKS, ids=name_of)
+async def test_get_raises_a_failure_that_nothing_covers(bench: Bench, failure: GatewayError) -> None:
+    """Without a snapshot every caller of the one call gets the failure."""
+    crowd = [bench.begin() for _ in range(3)]
+    (await bench.upstream.call()).fail(failure)
+    assert await asyncio.gather(*crowd, return_exceptions=True) == [failure] * 3
+    assert bench.upstream.count == 1
+    assert bench.lookups() == {"miss": 1, "collapsed": 2}
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=name_of)
+async def test_get_remembers_a_failure_for_a_while(bench: Bench, failure: GatewayError) -> None:
+    """A failure is answered from memory for error_seconds; then upstream is asked again."""
+    await bench.fail(failure)
+    bench.clock.now += CACHE.error_seconds - 0.01
+    for _ in range(3):
+        with pytest.raises(type(failure)):
+            await bench.service.get(KEY)
+    assert bench.upstream.count == 1
+    assert bench.lookups() == {"miss": 1, "negative": 3}
+    bench.clock.now += 0.02
+    assert (await bench.learn()).source is Source.MISS
+    assert bench.upstream.count == 2
+
+
+async def test_get_remembers_a_failure_against_its_task_only(bench: Bench) -> None:
+    """One task's failure keeps nobody from asking for another."""
+    await bench.fail(UpstreamTimeout("too late"))
+    assert (await bench.learn(key=OTHER)).source is Source.MISS
+    assert (await bench.learn(key=RESULT)).source is Source.MISS
+
+
+@pytest.mark.parametrize("failure", NOT_THE_TASKS, ids=name_of)
+async def test_get_holds_no_failure_against_a_task_that_is_not_its_own(
+    bench: Bench, failure: GatewayError
+) -> None:
+    """Our own limits and refused credentials are not remembered: the next caller asks again at once."""
+    await bench.fail(failure)
+    assert bench.store.failure(KEY) is None
+    assert (await bench.learn()).source is Source.MISS
+    assert bench.upstream.count == 2
+    assert bench.lookups() == {"miss": 2}
+
+
+@pytest.mark.parametrize("failure", FAILURES + NOT_THE_TASKS, ids=name_of)
+async def test_get_covers_a_failure_with_a_stale_snapshot(bench: Bench, failure: GatewayError) -> None:
+    """A snapshot no older than stale_if_error is answered in a failure's place, and the failure is told."""
+    first = await bench.learn()
+    bench.clock.now += CACHE.stale_if_error_seconds
+    crowd = [bench.begin() for _ in range(2)]
+    (await bench.upstream.call()).fail(failure)
+    for reading in await asyncio.gather(*crowd):
+        assert reading.snapshot is first.snapshot
+        assert (reading.source, reading.failure) == (Source.STALE, failure)
+        assert reading.age == CACHE.stale_if_error_seconds
+    assert bench.lookups() == {"miss": 1, "stale": 2}
+
+
+async def test_get_covers_a_remembered_failure(bench: Bench) -> None:
+    """While the failure is remembered it is covered at once, without another call."""
+    await bench.learn()
+    bench.clock.now += 20.0
+    failure = UpstreamTimeout("too late")
+    await bench.fail(failure)
+    for _ in range(3):
+        reading = await bench.service.get(KEY)
+        assert (reading.source, reading.failure, reading.age) == (Source.STALE, failure, 20.0)
+    assert bench.upstream.count == 2
+    assert bench.lookups() == {"miss": 1, "stale": 4}
+
+
+async def test_get_raises_when_the_snapshot_is_too_old_to_cover(bench: Bench) -> None:
+    """Beyond stale_if_error no snapshot is shown: the failure is raised, and again from memory."""
+    await bench.learn()
+    bench.clock.now += CACHE.stale_if_error_seconds + 0.01
+    failure = UpstreamTimeout("too late")
+    assert await bench.fail(failure) is failure
+    with pytest.raises(UpstreamTimeout):
+        await bench.service.get(KEY)
+    assert bench.upstream.count == 2
+    assert bench.lookups() == {"miss": 2, "negative": 1}
+
+
+async def test_get_tells_of_a_refresh_that_failed(bench: Bench) -> None:
+    """When the refresh behind failed the stale answers tell it, and no other refresh begins meanwhile."""
+    first = await bench.learn()
+    bench.clock.now += CACHE.running_seconds
+    assert (await bench.service.get(KEY)).failure is None
+    failure = UpstreamBusy("unwell")
+    joined = asyncio.create_task(bench.service.get_fresh(KEY))
+    (await bench.upstream.call()).fail(failure)
+    assert (await joined).failure is failure
+    for _ in range(3):
+        reading = await bench.service.get(KEY)
+        assert (reading.snapshot, reading.source, reading.failure) == (first.snapshot, Source.STALE, failure)
+    assert bench.upstream.count == 2
+    bench.clock.now += CACHE.error_seconds + 0.01
+    assert (await bench.service.get(KEY)).failure is None
+    (await bench.upstream.call()).answer()
+    assert bench.upstream.count == 3
+
+
+async def test_get_recovers(bench: Bench) -> None:
+    """The first good answer ends a failure: nothing of it is told any more."""
+    await bench.learn()
+    bench.clock.now += 20.0
+    await bench.fail(UpstreamTimeout("too late"))
+    bench.clock.now += CACHE.error_seconds + 0.01
+    reading = await bench.learn(progress=0.8)
+    assert (reading.source, reading.failure, reading.replaced_stale) == (Source.MISS, None, True)
+    assert (await bench.service.get(KEY)).failure is None
+
+
+async def test_get_raises_one_failure_without_growing_it(bench: Bench) -> None:
+    """A failure that is raised for many callers does not gather their stacks in its traceback."""
+
+    def depth(error: BaseException) -> int:
+        frames, traceback = 0, error.__traceback__
+        while traceback is not None:
+            frames, traceback = frames + 1, traceback.tb_next
+        return frames
+
+    failure = UpstreamTimeout("too late")
+    await bench.fail(failure)
+    depths = set()
+    for _ in range(CALLERS):
+        with pytest.raises(UpstreamTimeout) as caught:
+            await bench.service.get(KEY)
+        assert caught.value is failure
+        assert failure.__context__ is None
+        depths.add(depth(failure))
+    assert len(depths) == 1
+
+
+async def test_get_shares_a_bug_and_does_not_remember_it(bench: Bench) -> None:
+    """An exception that is none of the tree reaches whoever waits; the next caller asks again."""
+    bug = ZeroDivisionError("a bug")
+    crowd = [bench.begin() for _ in range(3)]
+    (await bench.upstream.call()).fail(bug)
+    assert await asyncio.gather(*crowd, return_exceptions=True) == [bug] * 3
+    assert bench.store.failure(KEY) is None
+    assert (await bench.learn()).source is Source.MISS
+
+
+async def test_get_fails_on_a_state_that_nests_too_deep(bench: Bench) -> None:
+    """An answer that cannot be rendered is a failure of the upstream's, remembered like any other."""
+    deep: dict[str, Any] = {}
+    for _ in range(50_000):
+        deep = {"state": deep}
+    asked = bench.begin()
+    call = await bench.upstream.call()
+    call.outcome.set_result(Answer({"taskId": KEY.task_id, "status": "running", "state": deep}, b"{}"))
+    with pytest.raises(UpstreamInvalid):
+        await asked
+    assert bench.store.failure(KEY) is not None
+    while deep:  # taken apart by hand: the interpreter would do it by recursion
+        deep = deep.pop("state")
+
+
+# What is observed
+
+
+async def test_get_folds_each_answer_into_the_story(bench: Bench) -> None:
+    """Progress does not fall while the task runs, and no answer undoes a terminal one."""
+    await bench.learn("running", progress=0.65)
+    bench.clock.now += 10.0
+    assert data_of(await bench.learn("running", progress=0.2))["progress"] == 0.65
+    bench.clock.now += 10.0
+    assert data_of(await bench.learn("succeeded"))["progress"] == 1.0
+    bench.clock.now += CACHE.terminal_seconds + 10.0
+    reading = await bench.learn("running", progress=0.1)
+    assert (data_of(reading)["status"], data_of(reading)["terminal"]) == ("succeeded", True)
+    assert (reading.source, reading.age) == (Source.MISS, 0.0)
+
+
+async def test_get_counts_each_transition_once(bench: Bench) -> None:
+    """A status is counted when a task comes to it, not each time that it is seen; results have none."""
+    for status in ["waiting", "waiting", "running", "running", "waiting", "successed", "running", "failed"]:
+        await bench.learn(status)
+        bench.clock.now += CACHE.terminal_seconds + 10.0
+    await bench.learn("running", OTHER)
+    await bench.learn("succeeded", RESULT)
+    assert bench.transitions() == {"waiting": 2, "running": 2, "succeeded": 1}
+
+
+async def test_get_logs_a_status_never_seen_before(bench: Bench) -> None:
+    """A new status is counted as unknown and logged with its words, once per transition and cut short."""
+    with capture_logs() as lines:
+        await bench.learn("pausing" * 100)
+        bench.clock.now += 10.0
+        await bench.learn("pausing" * 100)
+    [line] = [line for line in lines if line["event"] == "status never seen before"]
+    assert (line["log_level"], line["task_id"], line["operation"]) == ("warning", KEY.task_id, KEY.operation)
+    assert line["status"].startswith("'pausingpausing")
+    assert len(line["status"]) == 100
+    assert bench.transitions() == {"unknown": 1}
+
+
+async def test_get_makes_no_series_per_task(bench: Bench) -> None:
+    """However many tasks are asked for, no series is made for any of them."""
+
+    def series() -> set[str]:
+        return {f"{s.name}{s.labels}" for family in bench.metrics.registry.collect() for s in family.samples}
+
+    await bench.learn()
+    before = series()
+    for number in range(20):
+        await bench.learn(key=TaskKey(KEY.operation, f"task-{number}"))
+    assert series() == before
+
+
+# Other replicas
+
+
+class SharedStore(MemoryStore):
+    """A store in which another replica's snapshot is found only when it is asked for."""
+
+    elsewhere: Snapshot | None = None
+
+    async def load(self, key: TaskKey) -> Snapshot | None:
+        """Return the other replica's snapshot, if it is of this task."""
+        if self.elsewhere is not None and self.elsewhere.key == key:
+            return await self.save(self.elsewhere)
+        return self.peek(key)
+
+
+async def test_fetch_looks_again_before_it_asks() -> None:
+    """When another replica has landed meanwhile its answer is taken, and upstream is not asked."""
+    store = SharedStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
+    bench = Bench(store=store)
+    store.elsewhere = Snapshot(KEY, bench.clock.now - 0.5, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5)
+    readings = await asyncio.gather(bench.begin(), bench.begin())
+    assert [reading.snapshot for reading in readings] == [store.elsewhere] * 2
+    assert [reading.age for reading in readings] == [0.5, 0.5]
+    assert bench.upstream.count == 0
+
+
+async def test_fetch_asks_when_the_other_replicas_snapshot_is_stale() -> None:
+    """Another replica's snapshot that is stale is no reason not to ask."""
+    store = SharedStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
+    bench = Bench(store=store)
+    store.elsewhere = Snapshot(KEY, bench.clock.now - 50.0, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5)
+    assert (await bench.learn(progress=0.9)).age == 0.0
+    assert bench.upstream.count == 1
+
+
+# Hot tasks
+
+
+async def test_get_refreshes_a_hot_task_ahead(bench: Bench) -> None:
+    """A task read twice within a lifetime is asked for again before it goes stale: its readers never wait."""
+    first = await bench.learn()
+    bench.clock.now += CACHE.running_seconds - 1e-6
+    for _ in range(5):
+        assert (await bench.service.get(KEY)).source is Source.HIT
+    call = await bench.upstream.call()
+    assert (await bench.service.get(KEY)).source is Source.HIT
+    call.answer(progress=0.9)
+    await bench.renewed(after=first.snapshot)
+    bench.clock.now += CACHE.running_seconds - 1e-6
+    reading = await bench.service.get(KEY)
+    assert (reading.source, data_of(reading)["progress"]) == (Source.HIT, 0.9)
+    assert bench.upstream.count == 2
+
+
+@pytest.mark.parametrize(("status", "polls"), [("running", 1), ("succeeded", 5)])
+async def test_get_refreshes_nothing_ahead_without_need(bench: Bench, status: str, polls: int) -> None:
+    """A task read once is not hot, and one that has ended has nothing new to tell."""
+    reading = await bench.learn(status)
+    bench.clock.now += reading.snapshot.lifetime - 1e-6
+    for _ in range(polls):
+        await bench.service.get(KEY)
+    hot = await bench.learn(key=OTHER)
+    bench.clock.now += hot.snapshot.lifetime - 1e-6
+    for _ in range(2):
+        await bench.service.get(OTHER)
+    assert (await bench.upstream.call()).key == OTHER  # a refresh ahead of the first would have come before
+    assert bench.upstream.keys == [KEY, OTHER, OTHER]
+
+
+@pytest.mark.parametrize("polls", [0, 2])
+async def test_get_refreshes_nothing_ahead_that_was_renewed_meanwhile(bench: Bench, polls: int) -> None:
+    """When somebody else has renewed a hot task before the refresh was due the refresh is not made."""
+    first = await bench.learn()
+    bench.clock.now += CACHE.running_seconds - 1e-3
+    for _ in range(2):
+        await bench.service.get(KEY)
+    await bench.store.save(replace(first.snapshot, fetched_at=bench.clock.now, polls=0))
+    for _ in range(polls):
+        await bench.service.get(KEY)
+    due = asyncio.Event()
+    asyncio.get_running_loop().call_later(2e-3, due.set)
+    await due.wait()
+    assert bench.upstream.count == 1
+
+
+# For schedules
+
+
+async def test_get_fresh_waits_where_others_take_the_stale_answer(bench: Bench) -> None:
+    """A schedule gets the fresh snapshot there is, or waits for one however young the stale one is."""
+    first = await bench.learn(progress=0.1)
+    assert (await bench.service.get_fresh(KEY)).snapshot is first.snapshot
+    bench.clock.now += CACHE.running_seconds
+    waiting = asyncio.create_task(bench.service.get_fresh(KEY))
+    (await bench.upstream.call()).answer(progress=0.9)
+    reading = await waiting
+    assert (reading.age, data_of(reading)["progress"]) == (0.0, 0.9)
+    assert bench.lookups() == {"miss": 2, "hit": 1}
+
+
+async def test_current_begins_nothing(bench: Bench) -> None:
+    """Looking at what is held, of any age, asks nobody and counts nothing."""
+    assert bench.service.current(KEY) is None
+    first = await bench.learn()
+    for age, source in [(0.0, Source.HIT), (CACHE.running_seconds, Source.STALE), (50.0, Source.STALE)]:
+        bench.clock.now = first.snapshot.fetched_at + age
+        reading = bench.service.current(KEY)
+        assert reading is not None
+        assert (reading.snapshot, reading.age, reading.source) == (first.snapshot, age, source)
+    assert bench.upstream.count == 1
+    assert bench.lookups() == {"miss": 1}
+
+
+# The end
+
+
+async def test_aclose_ends_every_flight(bench: Bench) -> None:
+    """Closing cancels the calls in the air and leaves nobody waiting."""
+    crowd = [bench.begin(), bench.begin(OTHER)]
+    calls = [await bench.upstream.call() for _ in crowd]
+    await bench.service.aclose()
+    assert all(call.outcome.cancelled() for call in calls)
+    for outcome in await asyncio.gather(*crowd, return_exceptions=True):
+        assert isinstance(outcome, asyncio.CancelledError)
+
+
+async def test_aclose_takes_back_what_was_to_be_refreshed_ahead(bench: Bench) -> None:
+    """After closing no refresh begins that was planned before."""
+    await bench.learn()
+    bench.clock.now += CACHE.running_seconds - 1e-3
+    for _ in range(2):
+        await bench.service.get(KEY)
+    await bench.service.aclose()
+    passed = asyncio.Event()
+    asyncio.get_running_loop().call_later(2e-3, passed.set)
+    await passed.wait()
+    assert bench.upstream.count == 1

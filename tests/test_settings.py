@@ -1,0 +1,473 @@
+"""The settings: what they are by default, where they come from, and how every mistake is told."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from gateway.models import Operation
+from gateway.settings import Settings, SettingsError, load
+
+Load = Callable[..., Settings]
+
+# The published defaults. What a test here pins, a release notes' line has to announce.
+DEFAULTS: dict[str, Any] = {
+    "server.host": "127.0.0.1",
+    "server.port": 8080,
+    "server.metrics_port": 0,
+    "server.root_path": "",
+    "server.cors_origins": [],
+    "server.header_seconds": 10.0,
+    "server.max_header_bytes": 32768,
+    "server.trusted_hosts": ["*"],
+    "server.trusted_proxies": ["127.0.0.1"],
+    "server.drain_seconds": 20.0,
+    "upstream.endpoint": "https://openai.edu-aliyun.com",
+    "upstream.allow_insecure": False,
+    "upstream.operations": ["sd_get_progress", "comfy_get_progress", "sd_get_result", "comfy_get_result"],
+    "upstream.stage": "",
+    "upstream.timeout_seconds": 10.0,
+    "upstream.attempt_timeout_seconds": 5.0,
+    "upstream.retries": 2,
+    "upstream.max_in_flight": 64,
+    "upstream.max_response_bytes": 1048576,
+    "cache.max_tasks": 10000,
+    "cache.waiting_seconds": 2.0,
+    "cache.running_seconds": 1.0,
+    "cache.unknown_seconds": 1.0,
+    "cache.terminal_seconds": 600.0,
+    "cache.result_seconds": 30.0,
+    "cache.error_seconds": 1.0,
+    "cache.stale_while_revalidate_seconds": 2.0,
+    "cache.stale_if_error_seconds": 60.0,
+    "watch.max_watchers": 20000,
+    "watch.heartbeat_seconds": 15.0,
+    "watch.max_wait_seconds": 60.0,
+    "limits.max_tasks_per_request": 100,
+    "limits.max_body_bytes": 65536,
+    "log.level": "info",
+    "log.format": "json",
+}
+
+
+def leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every setting's dotted name and value."""
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, BaseModel):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Load:
+    """Return a function that loads settings from TOML text and environment variables."""
+
+    def read(toml: str = "", **environ: str) -> Settings:
+        file = tmp_path / "settings.toml"
+        file.write_text(toml, encoding="utf-8")
+        return load(file, environ)
+
+    return read
+
+
+@pytest.fixture
+def mistakes(read: Load) -> Callable[..., list[str]]:
+    """Return a function that loads settings which are wrong, and returns the lines that say so."""
+
+    def mistakes(toml: str = "", **environ: str) -> list[str]:
+        with pytest.raises(SettingsError) as caught:
+            read(toml, **environ)
+        lines = caught.value.mistakes
+        assert str(caught.value).splitlines() == lines, "each mistake has one line"
+        return lines
+
+    return mistakes
+
+
+# Defaults and sources
+
+
+def test_settings_have_the_published_defaults() -> None:
+    """Each setting but the credentials has its published default, and there is none besides."""
+    assert {n: v for n, v in leaves(Settings()) if not n.startswith("credentials.")} == DEFAULTS
+
+
+def test_settings_have_no_credentials_by_default() -> None:
+    """By default there are no credentials, and no file to read them from."""
+    credentials = Settings().credentials
+    assert credentials.access_key.get_secret_value() == credentials.secret_key.get_secret_value() == ""
+    assert credentials.access_key_file is credentials.secret_key_file is None
+
+
+def test_load_takes_an_empty_file_and_environment_for_the_defaults(read: Load) -> None:
+    """Nothing set is everything by default, whatever else is in the environment."""
+    assert read() == Settings()
+    assert read(PATH="/bin", HOME="/root", SD_GATEWAYX="1", sd_gateway_foo="1") == Settings()
+
+
+def test_load_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a file named, and without the default one, the environment alone counts."""
+    monkeypatch.chdir(tmp_path)
+    assert load(None, {}) == Settings()
+    assert load(None, {"SD_GATEWAY_SERVER__PORT": "1"}).server.port == 1
+
+
+def test_load_reads_the_default_file_when_it_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a file named config/gateway.toml is read; with one named it is not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "gateway.toml").write_text("[server]\nport = 1\n")
+    other = tmp_path / "other.toml"
+    other.write_text("[server]\nhost = 'h'\n")
+    assert load(None, {}).server.port == 1
+    assert (load(other, {}).server.port, load(other, {}).server.host) == (8080, "h")
+
+
+def test_load_puts_the_environment_over_the_file(read: Load) -> None:
+    """A variable wins over the file, key by key: the section's other keys stay."""
+    settings = read("[server]\nport = 1\nhost = 'file'\n[log]\nlevel = 'debug'", SD_GATEWAY_SERVER__PORT="2")
+    assert (settings.server.port, settings.server.host, settings.log.level) == (2, "file", "debug")
+
+
+def test_load_puts_the_sdks_variables_between(read: Load) -> None:
+    """SPEEDPIX_* wins over the file, SD_GATEWAY_* over both; an empty SPEEDPIX_* says nothing."""
+    credentials = "[credentials]\naccess_key = 'file-key'\nsecret_key = 'file-secret'"
+    toml = f"{credentials}\n[upstream]\nendpoint = 'https://file'"
+    speedpix = {
+        "SPEEDPIX_APP_KEY": "sdk-key",
+        "SPEEDPIX_APP_SECRET": "sdk-secret",
+        "SPEEDPIX_ENDPOINT": "https://sdk",
+    }
+
+    def told(settings: Settings) -> tuple[str, str, str]:
+        pair = settings.credentials
+        return (
+            settings.upstream.endpoint,
+            pair.access_key.get_secret_value(),
+            pair.secret_key.get_secret_value(),
+        )
+
+    assert told(read(toml, **dict.fromkeys(speedpix, ""))) == ("https://file", "file-key", "file-secret")
+    assert told(read(toml, **speedpix)) == ("https://sdk", "sdk-key", "sdk-secret")
+    ours = {"SD_GATEWAY_UPSTREAM__ENDPOINT": "https://ours", "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": "our-key"}
+    assert told(read(toml, **speedpix, **ours)) == ("https://ours", "our-key", "sdk-secret")
+
+
+@pytest.mark.parametrize(
+    ("value", "items"),
+    [("a", ["a"]), ("a,b", ["a", "b"]), (" a , b ,", ["a", "b"]), ("", []), (",", []), ("*", ["*"])],
+)
+def test_load_splits_lists_in_the_environment(read: Load, value: str, items: list[str]) -> None:
+    """A list in the environment is comma separated, spaces round an item mean nothing."""
+    settings = read(SD_GATEWAY_SERVER__CORS_ORIGINS=value, SD_GATEWAY_SERVER__TRUSTED_HOSTS=value)
+    assert settings.server.cors_origins == settings.server.trusted_hosts == items
+
+
+def test_load_reads_every_kind_of_value_from_the_environment(read: Load) -> None:
+    """Numbers, truth, operations and paths come from text as they come from TOML."""
+    settings = read(
+        SD_GATEWAY_UPSTREAM__OPERATIONS="sd_get_progress,sd_get_result",
+        SD_GATEWAY_UPSTREAM__ALLOW_INSECURE="true",
+        SD_GATEWAY_UPSTREAM__TIMEOUT_SECONDS="0.5",
+        SD_GATEWAY_UPSTREAM__RETRIES="0",
+        SD_GATEWAY_CREDENTIALS__ACCESS_KEY_FILE="/run/key",
+    )
+    assert settings.upstream.operations == [Operation.SD_GET_PROGRESS, Operation.SD_GET_RESULT]
+    assert settings.upstream.allow_insecure is True
+    assert (settings.upstream.timeout_seconds, settings.upstream.retries) == (0.5, 0)
+    assert settings.credentials.access_key_file == Path("/run/key")
+
+
+def test_settings_cannot_be_changed() -> None:
+    """Settings are read once and stay as they are."""
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().server.port = 1  # type: ignore[misc]
+
+
+# Secrets by value and by file
+
+
+@pytest.mark.parametrize("name", ["access_key", "secret_key"])
+def test_load_takes_the_stronger_source_of_a_secret_in_either_form(read: Load, name: str) -> None:
+    """A secret's value and its file are one setting: the stronger source replaces both forms."""
+    value = f"[credentials]\n{name} = 'value'"
+    file = f"[credentials]\n{name}_file = 'file'"
+    by_file = read(value, **{f"SD_GATEWAY_CREDENTIALS__{name}_file".upper(): "/f"}).credentials
+    assert (getattr(by_file, name).get_secret_value(), getattr(by_file, f"{name}_file")) == ("", Path("/f"))
+    by_value = read(file, **{f"SD_GATEWAY_CREDENTIALS__{name}".upper(): "v"}).credentials
+    assert (getattr(by_value, name).get_secret_value(), getattr(by_value, f"{name}_file")) == ("v", None)
+
+
+def test_load_lets_an_sdks_variable_replace_a_file(read: Load) -> None:
+    """SPEEDPIX_APP_KEY replaces the file that the TOML names, and a file of ours the variable."""
+    toml = "[credentials]\naccess_key_file = 'file'"
+    assert read(toml, SPEEDPIX_APP_KEY="v").credentials.access_key_file is None
+    environ = {"SPEEDPIX_APP_KEY": "v", "SD_GATEWAY_CREDENTIALS__ACCESS_KEY_FILE": "/f"}
+    assert read(toml, **environ).credentials.access_key_file == Path("/f")
+
+
+@pytest.mark.parametrize("name", ["access_key", "secret_key"])
+def test_load_refuses_a_secret_and_its_file_in_one_source(
+    mistakes: Callable[..., list[str]], name: str
+) -> None:
+    """A value and a file for the same secret, in one and the same source, is a mistake."""
+    line = f"credentials.{name} = (hidden): set the value or the file, not both"
+    assert mistakes(f"[credentials]\n{name} = 'hush-hush'\n{name}_file = 'file'") == [line]
+    variable = f"SD_GATEWAY_CREDENTIALS__{name}".upper()
+    assert mistakes(**{variable: "hush-hush", f"{variable}_FILE": "file"}) == [line]
+
+
+def test_settings_show_no_secret(read: Load) -> None:
+    """Neither repr nor str nor a dump of settings shows a secret."""
+    settings = read("[credentials]\naccess_key = 'hush-key'\nsecret_key = 'hush-secret'")
+    for shown in (repr(settings), str(settings), repr(settings.model_dump()), settings.model_dump_json()):
+        assert "hush" not in shown
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("toml", "line"),
+    [
+        ("[server]\nport = 'x'", "server.port = 'x': input should be a valid integer"),
+        ("[server]\nport = 65536", "server.port = 65536: input should be less than or equal to 65535"),
+        ("[server]\nport = -1", "server.port = -1: input should be greater than or equal to 0"),
+        ("[server]\nhost = 1", "server.host = 1: input should be a valid string"),
+        ("[server]\ntrusted_hosts = 1", "server.trusted_hosts = 1: input should be a valid list"),
+        ("[server]\ntrusted_hosts = [1]", "server.trusted_hosts.0 = 1: input should be a valid string"),
+        ("[server]\nheader_seconds = 0", "server.header_seconds = 0: input should be greater than 0"),
+        ("[server]\nheader_seconds = nan", "server.header_seconds = nan: input should be a finite number"),
+        ("[cache]\nerror_seconds = inf", "cache.error_seconds = inf: input should be a finite number"),
+        (
+            "[cache]\nerror_seconds = -0.1",
+            "cache.error_seconds = -0.1: input should be greater than or equal",
+        ),
+        ("[cache]\nmax_tasks = 0", "cache.max_tasks = 0: input should be greater than or equal to 1"),
+        ("[upstream]\nretries = 1.5", "upstream.retries = 1.5: input should be a valid integer"),
+        ("[upstream]\nretries = 11", "upstream.retries = 11: input should be less than or equal to 10"),
+        ("[upstream]\noperations = ['x']", "upstream.operations.0 = 'x': input should be 'sd_get_progress'"),
+        ("[upstream]\nstage = 'a b'", "upstream.stage = 'a b': string should match pattern"),
+        ('[upstream]\nstage = "A\\n"', "upstream.stage = 'A\\n': string should match pattern"),
+        ("[upstream]\nallow_insecure = 'perhaps'", "upstream.allow_insecure = 'perhaps': input should be"),
+        (
+            "[log]\nlevel = 'loud'",
+            "log.level = 'loud': input should be 'debug', 'info', 'warning' or 'error'",
+        ),
+        ("[log]\nformat = 'xml'", "log.format = 'xml': input should be 'json' or 'console'"),
+        ("server = 5", "server = 5: input should be a valid dictionary"),
+        ("[[log]]\nlevel = 'info'", "log = [{'level': 'info'}]: input should be a valid dictionary"),
+        (
+            "[credentials]\naccess_key = 123456",
+            "credentials.access_key = (hidden): input should be a valid string",
+        ),
+    ],
+)
+def test_load_tells_a_bad_value(mistakes: Callable[..., list[str]], toml: str, line: str) -> None:
+    """A bad value's one line names the key, the value and what is allowed."""
+    [told] = mistakes(toml)
+    assert told.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "line"),
+    [
+        ("SD_GATEWAY_SERVER__PORT", "", "server.port = '': input should be a valid integer"),
+        ("SD_GATEWAY_SERVER__PORT", "eighty", "server.port = 'eighty': input should be a valid integer"),
+        (
+            "SD_GATEWAY_UPSTREAM__OPERATIONS",
+            "sd_get_progress,x",
+            "upstream.operations.1 = 'x': input should be",
+        ),
+        ("SPEEDPIX_ENDPOINT", "nowhere", "upstream.endpoint = 'nowhere': must be an http or https URL"),
+        ("SD_GATEWAY_FOO", "1", "foo: unknown setting; known: server, upstream, credentials, "),
+        ("SD_GATEWAY_SERVER", "1", "server: unknown setting; known: host, port, "),
+        ("SD_GATEWAY_SERVER__FOO", "1", "server.foo: unknown setting; known: host, port, "),
+        ("SD_GATEWAY_SERVER__PROT", "1", "server.prot: unknown setting; did you mean server.port?"),
+        ("SD_GATEWAY_SERVER__PORT__X", "1", "server.port__x: unknown setting; did you mean server.port?"),
+        ("SD_GATEWAY_UPSTRAEM__RETRIES", "1", "upstraem: unknown setting; did you mean upstream?"),
+        ("SD_GATEWAY_", "1", "SD_GATEWAY_: unknown setting; known: server, "),
+    ],
+)
+def test_load_tells_a_mistake_in_the_environment(
+    mistakes: Callable[..., list[str]], variable: str, value: str, line: str
+) -> None:
+    """A variable with a bad value, and one that no setting has, is told like a line of the file."""
+    [told] = mistakes(**{variable: value})
+    assert told.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("toml", "line"),
+    [
+        ("[server]\nprot = 1", "server.prot: unknown setting; did you mean server.port?"),
+        ("[serve]\nport = 1", "serve: unknown setting; did you mean server?"),
+        (
+            "port = 1",
+            "port: unknown setting; known: server, upstream, credentials, ",
+        ),
+        ("[log]\nxyz = 1", "log.xyz: unknown setting; known: level, format"),
+        ("[credentials]\nsecret_kye = 'hush'", "credentials.secret_kye: unknown setting; did you mean cred"),
+    ],
+)
+def test_load_tells_an_unknown_key(mistakes: Callable[..., list[str]], toml: str, line: str) -> None:
+    """An unknown key is told with the one that was meant, or with all that there are; its value is not."""
+    [told] = mistakes(toml)
+    assert told.startswith(line)
+    assert "hush" not in told
+
+
+def test_load_tells_a_section_that_is_no_table(mistakes: Callable[..., list[str]]) -> None:
+    """A section that is a number in the file is told as such, though the environment has keys for it."""
+    [told] = mistakes("server = 5", SD_GATEWAY_SERVER__PORT="1")
+    assert told.startswith("server = 5: input should be a valid dictionary")
+
+
+def test_load_tells_all_mistakes_at_once(mistakes: Callable[..., list[str]]) -> None:
+    """Mistakes of the file and of the environment are told together, a line for each."""
+    lines = mistakes(
+        "[server]\nport = 'x'\nprot = 1\n[upstream]\nendpoint = 'ftp://x'\n[cash]\na = 1",
+        SD_GATEWAY_LOG__LEVEL="loud",
+        SD_GATEWAY_CACHE__MAX_TASKS="0",
+        SD_GATEWAY_CREDENTIALS__ACCESS_KEY="k",
+        SD_GATEWAY_CREDENTIALS__ACCESS_KEY_FILE="f",
+    )
+    names = {line.split(" = ")[0].split(":")[0] for line in lines}
+    assert names == {
+        "server.port",
+        "server.prot",
+        "upstream.endpoint",
+        "cash",
+        "log.level",
+        "cache.max_tasks",
+        "credentials.access_key",
+    }
+    assert len(lines) == len(names)
+
+
+@pytest.mark.parametrize(
+    "toml",
+    [
+        "credentials = 'hush-hush'",
+        "[[credentials]]\nsecret_key = 'hush-hush'",
+        "[credentials]\nsecret_key = ['hush-hush']",
+        "[credentials]\nsecret_key = {value = 'hush-hush'}",
+        "[credentials]\naccess_key_file = {value = 'hush-hush'}",
+        "[credentials]\nsecret_key = 'hush-hush'\nsecret_key_file = 'file'\naccess_key = 1",
+        "[credentials.secret_key]\nhush = 'hush-hush'",
+        "[upstream]\nendpoint = 'https://user:hush-hush@host'",
+        "[upstream]\nendpoint = 'https://:hush-hush@host'",
+        "[credentials]\nsecret_key = 'hush-hush",
+    ],
+)
+def test_load_tells_no_secret(mistakes: Callable[..., list[str]], toml: str) -> None:
+    """However wrong the settings are, no line that says so has a secret."""
+    assert "hush" not in "\n".join(mistakes(toml))
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b"port", "is not TOML: "),
+        (b"[server]\nport = 1\nport = 2", "is not TOML: "),
+        (b"[server]\nhost = '\xff'", "is not TOML: "),
+        (b"a = " + b"[" * 50_000, "is not TOML: nested too deep"),
+    ],
+    ids=["syntax", "twice", "not UTF-8", "deep"],
+)
+def test_load_tells_a_file_that_is_not_toml(tmp_path: Path, content: bytes, line: str) -> None:
+    """A file that is not TOML, or not UTF-8, is one line with the file's name."""
+    file = tmp_path / "broken.toml"
+    file.write_bytes(content)
+    with pytest.raises(SettingsError) as caught:
+        load(file, {})
+    [told] = caught.value.mistakes
+    assert told.startswith(f"{file}: {line}")
+    assert "\n" not in told
+
+
+def test_load_tells_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    """A file that was named and is not there, or is a directory, is one line with the reason."""
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path / "none.toml", {})
+    assert caught.value.mistakes == [f"{tmp_path / 'none.toml'}: cannot be read: No such file or directory"]
+    with pytest.raises(SettingsError) as caught:
+        load(tmp_path, {})
+    assert caught.value.mistakes == [f"{tmp_path}: cannot be read: Is a directory"]
+
+
+# Checks of meaning
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "https://openai.edu-aliyun.com",
+        "https://host:8443/",
+        "HTTPS://HOST",
+        "http://localhost:8081",
+        "http://127.0.0.1",
+        "http://127.1.2.3:1",
+        "http://[::1]:8081",
+    ],
+)
+def test_load_accepts_an_endpoint(read: Load, endpoint: str) -> None:
+    """An endpoint may be anywhere over https, on loopback over plain http."""
+    assert read(f"[upstream]\nendpoint = '{endpoint}'").upstream.endpoint == endpoint
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "allowed"),
+    [
+        ("", "must be an http or https URL"),
+        ("openai.edu-aliyun.com", "must be an http or https URL"),
+        ("ftp://host", "must be an http or https URL"),
+        ("https://", "must be an http or https URL"),
+        ("https://:443", "must be an http or https URL"),
+        ("https://[::1", "must be an http or https URL"),
+        ("https://host:port", "must be an http or https URL"),
+        ("https://host:65536", "must be an http or https URL"),
+        ("https://host name", "must be an http or https URL"),
+        ("https://host/path", "must be a scheme, a host and maybe a port, nothing more"),
+        ("https://host?query", "must be a scheme, a host and maybe a port, nothing more"),
+        ("https://host#fragment", "must be a scheme, a host and maybe a port, nothing more"),
+        ("http://host", "plain http only to loopback, unless upstream.allow_insecure = true"),
+        ("http://10.0.0.1", "plain http only to loopback, unless upstream.allow_insecure = true"),
+        (
+            "http://localhost.example.com",
+            "plain http only to loopback, unless upstream.allow_insecure = true",
+        ),
+        (
+            "http://127.0.0.1.example.com",
+            "plain http only to loopback, unless upstream.allow_insecure = true",
+        ),
+    ],
+)
+def test_load_refuses_an_endpoint(mistakes: Callable[..., list[str]], endpoint: str, allowed: str) -> None:
+    """An endpoint with anything but scheme, host and port, or over plain http to elsewhere, is refused."""
+    assert mistakes(f"[upstream]\nendpoint = '{endpoint}'") == [
+        f"upstream.endpoint = {endpoint!r}: {allowed}"
+    ]
+
+
+def test_load_allows_plain_http_when_told_to(read: Load) -> None:
+    """upstream.allow_insecure lets plain http go anywhere."""
+    toml = "[upstream]\nendpoint = 'http://10.0.0.1'\nallow_insecure = true"
+    assert read(toml).upstream.endpoint == "http://10.0.0.1"
+
+
+@pytest.mark.parametrize("path", ["", "/progress", "/a/b"])
+def test_load_accepts_a_root_path(read: Load, path: str) -> None:
+    """A prefix begins with a slash and does not end with one; none is none."""
+    assert read(SD_GATEWAY_SERVER__ROOT_PATH=path).server.root_path == path
+
+
+@pytest.mark.parametrize("path", ["/", "progress", "/progress/", "http://host/progress"])
+def test_load_refuses_a_root_path(mistakes: Callable[..., list[str]], path: str) -> None:
+    """Any other prefix is refused."""
+    line = f'server.root_path = {path!r}: must be empty, or begin with "/" and not end with it'
+    assert mistakes(SD_GATEWAY_SERVER__ROOT_PATH=path) == [line]

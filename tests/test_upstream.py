@@ -1,0 +1,624 @@
+"""The way to the upstream: every failure of it, rehearsed over real sockets."""
+
+import asyncio
+import gzip
+import json
+import socket
+import ssl
+import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import trustme
+
+from gateway.exceptions import UpstreamTimeout, UpstreamUnreachable
+from gateway.signing import verify
+from gateway.upstream import TRANSPORT_ERRORS
+from tests.harness import (
+    SECRET,
+    Behaviour,
+    Gateway,
+    RawUpstream,
+    Request,
+    Simulator,
+    answer,
+    framed,
+    free_port,
+    fresh_id,
+    relay,
+    reset,
+    running,
+    until,
+    well,
+)
+
+Launch = Callable[..., Gateway]
+
+ATTEMPTS = 3  # the first, and upstream.retries more
+# A failure is forgotten at once, so that the query after it is a query; the short attempt ends silences.
+QUICK = {"upstream": {"attempt_timeout_seconds": 0.3}, "cache": {"error_seconds": 0}}
+
+
+class Told(NamedTuple):
+    """What a caller is told, and how often upstream was asked for it."""
+
+    status: int
+    code: str
+    calls: int = 1
+    retry_after: str | None = None
+
+
+INVALID = Told(502, "upstream-invalid")
+BUSY = Told(502, "upstream-invalid", ATTEMPTS)
+UNREACHABLE = Told(502, "upstream-unreachable", ATTEMPTS)
+TIMEOUT = Told(504, "upstream-timeout", ATTEMPTS)
+REJECTED = Told(502, "upstream-rejected")
+CREDENTIALS = Told(502, "upstream-credentials")
+NONCE = Told(502, "upstream-credentials", ATTEMPTS)
+THROTTLED = Told(503, "upstream-throttled", 1, "1")
+
+
+def assert_told(gate: Gateway, task_id: str, told: Told) -> httpx.Response:
+    """Ask for a task; the answer, the metrics and the task's path must say the same failure."""
+    response = gate.get(task_id)
+    problem = response.json()
+    assert (response.status_code, problem["code"]) == (told.status, told.code), problem
+    assert response.headers["content-type"] == "application/problem+json"
+    assert response.headers.get("retry-after") == told.retry_after
+    assert gate.metric("upstream_requests_total", outcome=told.code) == told.calls
+    assert gate.metric("upstream_requests_total") == told.calls
+    assert gate.metric("upstream_retries_total", reason=told.code) == told.calls - 1
+    assert gate.metric("upstream_in_flight") == 0
+    return response
+
+
+def assert_well(gate: Gateway, task_id: str) -> None:
+    """Ask for a task; the answer must be its progress."""
+    response = gate.get(task_id)
+    assert response.status_code == 200, response.text
+    assert response.json()["taskId"] == task_id
+
+
+# --- what the API gateway in front refuses ----------------------------------------------------------------
+
+CODES = {
+    "A400IK": ("Invalid AppKey", CREDENTIALS),
+    "A403IS": ("Invalid Signature, Server StringToSign:`x`", CREDENTIALS),
+    "A400MA": ("Unauthorized", CREDENTIALS),
+    "A401AC": ("Unauthorized", CREDENTIALS),
+    "A403EP": ("Unauthorized", CREDENTIALS),
+    "A403PR": ("Unauthorized", CREDENTIALS),
+    "I403AA": ("Unauthorized", CREDENTIALS),
+    "I400NC": ("Nonce Used", NONCE),
+    "T429ID": ("Throttled by DOMAIN Flow Control", THROTTLED),
+    "T429IN": ("Throttled by INNER Flow Control", THROTTLED),
+    "T429GR": ("Throttled by GROUP Flow Control", THROTTLED),
+    "T429PA": ("Throttled by APP Flow Control", THROTTLED),
+    "T429PR": ("Throttled by API Flow Control", THROTTLED),
+    "T429SR": ("Throttled by USER Flow Control", THROTTLED),
+    "T429MR": ("Throttled by API Flow Control", THROTTLED),
+    "B403MQ": ("Quota Exhausted", CREDENTIALS),
+    "B403ME": ("Quota Expired", CREDENTIALS),
+    "B403MI": ("User Arrears", CREDENTIALS),
+    "B403OD": ("User Arrears", CREDENTIALS),
+    "B403MO": ("Quota Exhausted", CREDENTIALS),
+    "I400HD": ("Invalid Url", INVALID),
+    "I400MH": ("Invalid Content-MD5", INVALID),
+    "I400BD": ("Invalid Url", INVALID),
+    "I400PA": ("API Not Found", INVALID),
+    "I405UM": ("Unsupported Method", INVALID),
+    "I413RL": ("Request Too Large", INVALID),
+    "I400I5": ("Invalid Url", INVALID),
+    "D503BB": ("Service Unavailable", BUSY),
+    "D503CB": ("Service Unavailable", BUSY),
+    "X503BZ": ("Service Unavailable", BUSY),
+    "X500ER": ("Internal Error", BUSY),
+    "D502FC": ("Internal Error", BUSY),
+    "N502RE": ("Internal Error", BUSY),
+    "D504TO": ("Async Service", TIMEOUT),
+    "X504TO": ("Async Service", TIMEOUT),
+    "D504RE": ("Async Service", TIMEOUT),
+    "D504CO": ("Async Service", TIMEOUT),
+    "D504CS": ("Async Service", TIMEOUT),
+    "D504IL": ("Async Service", TIMEOUT),
+    "X504VE": ("Async Service", TIMEOUT),
+}
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["code", "legacy"])
+@pytest.mark.parametrize("code", CODES)
+def test_upstream_refusal_is_told(simulator: Simulator, launch: Launch, code: str, legacy: bool) -> None:  # noqa: FBT001 - pytest passes by name
+    """Each documented refusal, with its code or as older deployments say it, has its problem."""
+    message, told = CODES[code]
+    gate = launch(simulator.url, **QUICK)
+    simulator.fault("refuse", code=code, message=message, legacy=legacy)
+    task = simulator.task()
+    upstream = assert_told(gate, task, told).json()["upstream"]
+    assert upstream["errCode"].startswith("HTTP " if legacy else code)
+    assert upstream["errMessage"].startswith(message[:17])
+    assert upstream["requestId"]
+    assert simulator.calls(task) == told.calls
+    simulator.heal()
+    assert_well(gate, simulator.task())
+
+
+@pytest.mark.parametrize("code", ["T429ZZ", "X503ZZ", "A403ZZ", "D504ZZ", "Z418ZZ"])
+def test_upstream_refusal_of_an_unknown_code_is_told_by_its_status(
+    simulator: Simulator, launch: Launch, code: str
+) -> None:
+    """A code that nobody documented still tells its HTTP status."""
+    expected = {"T": THROTTLED, "X": BUSY, "A": CREDENTIALS, "D": TIMEOUT, "Z": INVALID}
+    gate = launch(simulator.url, **QUICK)
+    simulator.fault("refuse", code=code, message="something new")
+    assert_told(gate, simulator.task(), expected[code[0]])
+
+
+# --- faults that a server can play ------------------------------------------------------------------------
+
+FAULTS: dict[str, tuple[dict[str, Any], Told]] = {
+    "500": ({"name": "status", "status": 500}, BUSY),
+    "502": ({"name": "status", "status": 502}, BUSY),
+    "503": ({"name": "status", "status": 503}, BUSY),
+    "503-retry-after": ({"name": "status", "status": 503, "retryAfter": 60}, BUSY._replace(calls=1)),
+    "504": ({"name": "status", "status": 504}, TIMEOUT),
+    "404": ({"name": "status", "status": 404}, INVALID),
+    "401": ({"name": "status", "status": 401}, CREDENTIALS),
+    "403": ({"name": "status", "status": 403}, CREDENTIALS),
+    "429": ({"name": "status", "status": 429}, THROTTLED),
+    "429-retry-after": (
+        {"name": "status", "status": 429, "retryAfter": 7},
+        THROTTLED._replace(retry_after="7"),
+    ),
+    "429-retry-after-long": (
+        {"name": "status", "status": 429, "retryAfter": 99999},
+        THROTTLED._replace(retry_after="3600"),
+    ),
+    "429-retry-after-odd": ({"name": "status", "status": 429, "retryAfter": "soon"}, THROTTLED),
+    "429-retry-after-past": (
+        {"name": "status", "status": 429, "retryAfter": "Wed, 21 Oct 2015 07:28:00 GMT"},
+        THROTTLED,
+    ),
+    "403-throttled": (
+        {"name": "refuse", "status": 403, "message": "Throttled by USER Flow Control", "legacy": True},
+        THROTTLED,
+    ),
+    "403-throttled-retry-after": (
+        {
+            "name": "refuse",
+            "status": 403,
+            "message": "Throttled by USER Flow Control",
+            "legacy": True,
+            "retryAfter": 9,
+        },
+        THROTTLED._replace(retry_after="9"),
+    ),
+    "timestamp": ({"name": "refuse", "status": 400, "message": "Timestamp Expired"}, CREDENTIALS),
+    "silence": ({"name": "silent"}, TIMEOUT),
+    "drip": ({"name": "drip", "interval": 0.05}, TIMEOUT),
+    "slow": ({"name": "slow", "seconds": 30}, TIMEOUT),
+    "cut": ({"name": "cut"}, UNREACHABLE),
+    "rejected": ({"name": "reject"}, REJECTED),
+    "rejected-bare": ({"name": "reject", "errCode": None, "errMessage": None}, REJECTED),
+    "html": ({"name": "body", "contentType": "text/html"}, INVALID),
+    "empty": ({"name": "body", "body": ""}, INVALID),
+    "number": ({"name": "body", "body": "10"}, INVALID),
+    "null": ({"name": "body", "body": "null"}, INVALID),
+    "text": ({"name": "body", "body": '"10"'}, INVALID),
+    "list": ({"name": "body", "body": '[{"status": 10}]'}, INVALID),
+    "no-status": ({"name": "body", "body": '{"data": {}}'}, INVALID),
+    "status-is-text": ({"name": "body", "body": '{"status": "10", "data": {}}'}, INVALID),
+    "status-is-true": ({"name": "body", "body": '{"status": true, "data": {}}'}, INVALID),
+    "status-is-float": ({"name": "body", "body": '{"status": 10.0, "data": {}}'}, INVALID),
+    "no-data": ({"name": "body", "body": '{"status": 10}'}, INVALID),
+    "data-is-null": ({"name": "body", "body": '{"status": 10, "data": null}'}, INVALID),
+    "data-is-list": ({"name": "body", "body": '{"status": 10, "data": []}'}, INVALID),
+    "no-task": ({"name": "body", "body": '{"status": 10, "data": {"status": "running"}}'}, INVALID),
+    "task-is-number": ({"name": "body", "body": '{"status": 10, "data": {"taskId": 7}}'}, INVALID),
+    "another-task": ({"name": "body", "body": '{"status": 10, "data": {"taskId": "other"}}'}, INVALID),
+    "half": ({"name": "body", "body": '{"status": 10, "data": {'}, INVALID),
+    "two": ({"name": "body", "body": '{"status": 10}{"status": 10}'}, INVALID),
+    "nan": ({"name": "body", "body": '{"status": 10, "data": {"progress": NaN}}'}, INVALID),
+    "infinity": ({"name": "body", "body": '{"status": 10, "data": {"progress": -Infinity}}'}, INVALID),
+    "beyond-floats": ({"name": "body", "body": '{"status": 10, "data": {"progress": 1e999}}'}, INVALID),
+    "endless-integer": ({"name": "body", "body": '{"status": 1' + "0" * 5000 + "}"}, INVALID),
+    "deep": ({"name": "deep"}, INVALID),
+    "large": ({"name": "large", "bytes": 8_388_608}, INVALID),
+    "gzip-bomb": ({"name": "gzip_bomb", "bytes": 209_715_200}, INVALID),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_upstream_fault_is_told(simulator: Simulator, launch: Launch, name: str) -> None:
+    """Whatever the upstream does, the caller gets its problem, and the next query its answer."""
+    fault, told = FAULTS[name]
+    gate = launch(simulator.url, **QUICK)
+    simulator.control("PUT", "/faults", **fault)
+    task = simulator.task()
+    assert_told(gate, task, told)
+    assert simulator.calls(task) == told.calls
+    simulator.heal()
+    assert_well(gate, simulator.task())
+
+
+@pytest.mark.parametrize("name", ["cut", "500", "503", "silence", "504"])
+def test_upstream_transient_fault_is_got_over(simulator: Simulator, launch: Launch, name: str) -> None:
+    """A fault that passes costs a second call, signed afresh, and the caller notices nothing."""
+    gate = launch(simulator.url, **QUICK)
+    simulator.control("PUT", "/faults", **FAULTS[name][0], times=1)
+    task = simulator.task()
+    assert_well(gate, task)
+    first, second = simulator.requests()
+    assert first["headers"]["x-ca-nonce"] != second["headers"]["x-ca-nonce"]
+    assert first["headers"]["x-ca-signature"] != second["headers"]["x-ca-signature"]
+    assert simulator.stats()["refused"] == 0
+    assert gate.metric("upstream_retries_total", reason=FAULTS[name][1].code) == 1
+
+
+def test_upstream_redirect_is_not_followed(simulator: Simulator, launch: Launch) -> None:
+    """A redirect is an answer that makes no sense; the other host gets nothing."""
+    gate = launch(simulator.url, **QUICK)
+    with RawUpstream(well) as other:
+        for status in (301, 302, 303, 307, 308):
+            simulator.fault("redirect", location=f"{other.url}/scc/sd_get_progress", status=status)
+            response = gate.get(simulator.task())
+            assert (response.status_code, response.json()["code"]) == (502, "upstream-invalid")
+            assert "location" not in response.headers
+        assert other.requests == []
+    assert simulator.calls() == 5
+    simulator.heal()
+    assert_well(gate, simulator.task())
+
+
+def test_upstream_cookies_and_odd_headers_go_nowhere(simulator: Simulator, launch: Launch) -> None:
+    """Nothing that upstream says in headers reaches the caller, and no cookie goes back upstream."""
+    gate = launch(simulator.url, **QUICK)
+    simulator.fault("cookie")
+    responses = [ask(simulator.task()) for ask in (gate.get, gate.native, gate.get)]
+    for response in responses:
+        assert response.status_code == 200
+        assert not {"set-cookie", "server", "x-powered-by", "x-odd", "x-ca-request-id"} & set(
+            response.headers
+        )
+    assert [request for request in simulator.requests() if "cookie" in request["headers"]] == []
+
+
+def test_upstream_answer_may_be_large_and_packed_within_bounds(simulator: Simulator, launch: Launch) -> None:
+    """An answer under upstream.max_response_bytes is taken, as it is or gzipped."""
+    gate = launch(simulator.url, **QUICK)
+    for name in ("large", "gzip_bomb"):
+        simulator.fault(name, bytes=900_000)
+        assert_well(gate, simulator.task())
+        simulator.heal()
+
+
+# --- faults that need a socket ----------------------------------------------------------------------------
+
+
+def _reset_inside(connection: socket.socket, request: Request) -> None:
+    connection.sendall(answer(request.envelope()[:20], "content-length: 100"))
+    reset(connection)
+
+
+def _sends(make: Callable[[Request], bytes], *, then_close: bool = True) -> Behaviour:
+    def behaviour(connection: socket.socket, request: Request) -> None:
+        connection.sendall(make(request))
+        if then_close:
+            connection.close()
+
+    return behaviour
+
+
+def _packed(request: Request, encoding: str, pack: Callable[[bytes], bytes]) -> bytes:
+    return framed(pack(request.envelope()), f"content-encoding: {encoding}")
+
+
+def _chunked(body: bytes) -> bytes:
+    return answer(b"%x\r\n%s\r\n" % (len(body), body), "transfer-encoding: chunked")
+
+
+WIRE: dict[str, tuple[Behaviour, Told | None]] = {
+    "reset-before": (lambda connection, _: reset(connection), UNREACHABLE),
+    "closed-before": (lambda connection, _: connection.close(), UNREACHABLE),
+    "reset-inside": (_reset_inside, UNREACHABLE),
+    "silence": (lambda connection, _: connection.recv(1), TIMEOUT),  # type: ignore[arg-type,return-value]
+    "garbage": (_sends(lambda _: b"\x00\x01\x02 what?\r\n\r\n"), UNREACHABLE),
+    "another-protocol": (_sends(lambda _: b"220 smtp.example.invalid ESMTP\r\n"), UNREACHABLE),
+    "endless-header": (_sends(lambda _: b"HTTP/1.1 200 OK\r\nx: " + b"x" * 300_000), UNREACHABLE),
+    "half-a-head": (_sends(lambda _: b"HTTP/1.1 200 OK\r\ncontent-"), UNREACHABLE),
+    "length-too-long": (_sends(lambda r: answer(r.envelope(), "content-length: 5000")), UNREACHABLE),
+    "length-too-short": (_sends(lambda r: answer(r.envelope(), "content-length: 9")), INVALID),
+    "length-negative": (_sends(lambda r: answer(r.envelope(), "content-length: -1")), UNREACHABLE),
+    "length-twice": (
+        _sends(lambda r: answer(r.envelope(), "content-length: 5", "content-length: 6")),
+        UNREACHABLE,
+    ),
+    "chunks-unfinished": (_sends(lambda r: _chunked(r.envelope())), UNREACHABLE),
+    "chunks-garbage": (
+        _sends(lambda _: answer(b"zz\r\n{}\r\n", "transfer-encoding: chunked")),
+        UNREACHABLE,
+    ),
+    "no-content": (_sends(lambda _: answer(b"", status="HTTP/1.1 204 No Content")), INVALID),
+    "not-utf-8": (_sends(lambda _: framed(b'{"status": 10, "data": "\xff"}')), INVALID),
+    "encoding-unknown": (_sends(lambda r: framed(r.envelope(), "content-encoding: br")), INVALID),
+    "encoding-lies": (_sends(lambda r: framed(r.envelope(), "content-encoding: gzip")), INVALID),
+    "gzip-cut": (_sends(lambda r: _packed(r, "gzip", lambda body: gzip.compress(body)[:-20])), INVALID),
+    "gzip": (_sends(lambda r: _packed(r, "gzip", gzip.compress)), None),
+    "deflate": (_sends(lambda r: _packed(r, "deflate", zlib.compress)), None),
+    "chunks": (_sends(lambda r: _chunked(r.envelope()) + b"0\r\n\r\n"), None),
+    "http-1.0": (_sends(lambda r: answer(r.envelope(), status="HTTP/1.0 200 OK")), None),
+    "close-delimited": (_sends(lambda r: answer(r.envelope(), "connection: close")), None),
+    "interim": (_sends(lambda r: b"HTTP/1.1 100 Continue\r\n\r\n" + framed(r.envelope())), None),
+    "trailing-garbage": (_sends(lambda r: framed(r.envelope()) + b"more", then_close=False), None),
+}
+
+
+@pytest.mark.parametrize("name", WIRE)
+def test_upstream_fault_on_the_wire_is_told(launch: Launch, name: str) -> None:
+    """Broken HTTP has its problem, unusual HTTP its answer; the next query works."""
+    behaviour, told = WIRE[name]
+    with RawUpstream(behaviour) as upstream:
+        gate = launch(upstream.url, **QUICK)
+        if told is None:
+            assert_well(gate, fresh_id())
+            assert gate.metric("upstream_requests_total", outcome="ok") == 1
+        else:
+            assert_told(gate, fresh_id(), told)
+        assert len(upstream.requests) == (told.calls if told else 1)
+        upstream.behaviour = well
+        assert_well(gate, fresh_id())
+
+
+def test_upstream_that_refuses_connections_is_unreachable(launch: Launch) -> None:
+    """Where nobody listens the problem says so; once somebody does, queries work."""
+    port = free_port()
+    gate = launch(f"http://127.0.0.1:{port}", **QUICK)
+    assert_told(gate, fresh_id(), UNREACHABLE)
+    with RawUpstream(well, port=port):
+        assert_well(gate, fresh_id())
+
+
+def test_upstream_without_an_address_is_unreachable(launch: Launch) -> None:
+    """A name that does not resolve is told as unreachable."""
+    upstream = {"allow_insecure": True, "attempt_timeout_seconds": 10, "timeout_seconds": 30}
+    gate = launch("http://nobody.invalid", upstream=upstream, cache={"error_seconds": 0})
+    assert_told(gate, fresh_id(), UNREACHABLE)
+
+
+def test_upstream_with_an_untrusted_certificate_gets_nothing(simulator: Simulator, launch: Launch) -> None:
+    """A certificate of nobody's known authority ends the talk before anything is sent."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority = trustme.CA()
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    with running(
+        simulator.stage, lifespan="off", date_header=False, ssl_context_factory=lambda *_: context
+    ) as url:
+        gate = launch(url, **QUICK)
+        assert_told(gate, fresh_id(), UNREACHABLE)
+    assert simulator.requests() == []
+
+
+def test_upstream_transport_errors_all_have_a_row() -> None:
+    """Every transport exception of httpx, present and to come, is in the table, the most specific first."""
+
+    def descendants(kind: type[BaseException]) -> set[type[BaseException]]:
+        return {kind}.union(*(descendants(child) for child in kind.__subclasses__()))
+
+    assert {error for _, error in TRANSPORT_ERRORS} == {UpstreamTimeout, UpstreamUnreachable}
+    for error in descendants(httpx.TransportError):
+        row = next(told for kind, told in TRANSPORT_ERRORS if issubclass(error, kind))
+        assert row is (UpstreamTimeout if issubclass(error, httpx.TimeoutException) else UpstreamUnreachable)
+
+
+# --- retries, clocks, pairs -------------------------------------------------------------------------------
+
+
+def test_upstream_idle_connection_that_was_dropped_is_no_failure(
+    simulator: Simulator, launch: Launch
+) -> None:
+    """A kept connection that dies under the next query is replaced, and the query signed afresh."""
+    seen: set[socket.socket] = set()
+
+    def drops_the_second(connection: socket.socket, request: Request) -> None:
+        if connection in seen:
+            connection.close()
+            return
+        seen.add(connection)
+        passed_on = relay(simulator.url, request)
+        connection.sendall(passed_on.replace(b"connection: close\r\n", b""))
+
+    with RawUpstream(drops_the_second) as upstream:
+        gate = launch(upstream.url, **QUICK)
+        assert_well(gate, simulator.task())
+        assert_well(gate, simulator.task())
+        _, dropped, again = upstream.requests
+        assert dropped.body == again.body
+        assert dropped.headers["x-ca-nonce"] != again.headers["x-ca-nonce"]
+        for request in upstream.requests:
+            verdict = verify("POST", "/scc/sd_get_progress", request.headers, request.body, secret=SECRET)
+            assert verdict.fault is None
+    assert simulator.stats()["refused"] == 0
+    assert gate.metric("upstream_retries_total", reason="upstream-unreachable") == 1
+
+
+def test_upstream_retries_have_a_budget(simulator: Simulator, launch: Launch) -> None:
+    """A sick upstream is asked little more often than it is queried, not three times as often."""
+    gate = launch(simulator.url, **QUICK)
+    simulator.fault("status", status=500)
+    for _ in range(40):
+        assert gate.get(fresh_id()).status_code == 502
+    assert 40 < simulator.calls() <= 40 + 10 + 40 * 0.2
+
+
+def test_upstream_retries_can_be_switched_off(simulator: Simulator, launch: Launch) -> None:
+    """With upstream.retries = 0 a query is one call."""
+    gate = launch(simulator.url, upstream={"retries": 0})
+    simulator.fault("status", status=500)
+    assert_told(gate, fresh_id(), BUSY._replace(calls=1))
+
+
+def test_upstream_deadline_bounds_all_attempts(simulator: Simulator, launch: Launch) -> None:
+    """upstream.timeout_seconds ends a query though more attempts were due."""
+    gate = launch(simulator.url, upstream={"attempt_timeout_seconds": 5, "timeout_seconds": 0.2})
+    simulator.fault("silent")
+    assert_told(gate, fresh_id(), TIMEOUT._replace(calls=1))
+
+
+async def test_upstream_without_a_free_slot_is_overload(simulator: Simulator, launch: Launch) -> None:
+    """A query that gets none of upstream.max_in_flight slots in time is told to come back."""
+    gate = launch(simulator.url, upstream={"max_in_flight": 1, "timeout_seconds": 0.2, "retries": 0})
+    simulator.fault("silent")
+    seen: set[tuple[str, str | None]] = set()
+    async with httpx.AsyncClient(base_url=gate.url, trust_env=False, verify=False, timeout=30) as client:  # noqa: S501
+        for _ in range(50):  # those who share a deadline with the slot's holder never get it
+            burst = [client.get(f"/v1/progress/{fresh_id()}") for _ in range(30)]
+            for response in await asyncio.gather(*burst):
+                seen.add((response.json()["code"], response.headers.get("retry-after")))
+            if ("overloaded", "1") in seen:
+                break
+    assert seen - {("upstream-timeout", None)} == {("overloaded", "1")}
+    assert simulator.stats()["maxInFlight"] == 1
+    simulator.heal()
+    assert_well(gate, simulator.task())
+
+
+@pytest.mark.parametrize("ahead", [3600, -3600])
+def test_upstream_clock_an_hour_off_is_learnt(simulator: Simulator, launch: Launch, ahead: int) -> None:
+    """The first refusal teaches the offset: its retry is answered, later queries need none."""
+    simulator.ahead_seconds = ahead
+    gate = launch(simulator.url, **QUICK)
+    assert_well(gate, simulator.task())
+    assert simulator.calls() == 2
+    assert abs(gate.metric("upstream_clock_skew_seconds") - ahead) < 10
+    assert_well(gate, simulator.task())
+    assert simulator.calls() == 3
+    assert simulator.stats()["refused"] == 1
+
+
+def test_upstream_refused_pair_rests(simulator: Simulator, launch: Launch) -> None:
+    """A refused pair is not tried again for cache.error_seconds, whatever the task; then it is."""
+    del simulator.pairs["harness-access-key"]
+    gate = launch(simulator.url, cache={"error_seconds": 60})
+    for _ in range(3):
+        response = gate.get(fresh_id())
+        assert (response.status_code, response.json()["code"]) == (502, "upstream-credentials")
+    assert simulator.calls() == 1
+    assert gate.client.get("/readyz").json() == {
+        "ready": True,
+        "reasons": [],
+        "degraded": ["upstream: upstream-credentials"],
+    }
+
+
+def test_upstream_pair_that_is_accepted_again_works(simulator: Simulator, launch: Launch) -> None:
+    """When the rest is over a pair that upstream knows again brings answers: no task is to blame."""
+    del simulator.pairs["harness-access-key"]
+    gate = launch(simulator.url, cache={"error_seconds": 0.2})
+    task = simulator.task()
+    assert gate.get(task).json()["code"] == "upstream-credentials"
+    simulator.pairs["harness-access-key"] = SECRET
+    until(lambda: gate.get(task).status_code == 200, "the pair is tried again")
+    assert gate.client.get("/readyz").json()["degraded"] == []
+
+
+def test_upstream_wrong_secret_is_told_without_the_string_to_sign(
+    simulator: Simulator, launch: Launch
+) -> None:
+    """A refused signature is told by code and request ID; what upstream quotes stays inside."""
+    simulator.pairs["harness-access-key"] = "another-secret"
+    gate = launch(simulator.url)
+    response = assert_told(gate, simulator.task(), CREDENTIALS)
+    upstream = response.json()["upstream"]
+    assert upstream["errCode"] == "A403IS"
+    assert upstream["requestId"]
+    assert upstream["errMessage"].startswith("Invalid Signature")
+    assert "harness" not in response.text
+    assert "x-ca-timestamp" not in response.text
+
+
+# --- stale and negative answers ---------------------------------------------------------------------------
+
+
+def test_upstream_failure_is_covered_by_a_stale_answer(simulator: Simulator, launch: Launch) -> None:
+    """While a snapshot is no older than cache.stale_if_error_seconds, it is the answer to a failure."""
+    lifetimes = {"running_seconds": 0, "stale_while_revalidate_seconds": 0, "error_seconds": 0}
+    gate = launch(simulator.url, cache=lifetimes)
+    task = simulator.task()
+    body = gate.get(task).content
+    for fault, told in (FAULTS["404"], FAULTS["429"], FAULTS["rejected"], FAULTS["cut"], FAULTS["403"]):
+        simulator.control("PUT", "/faults", **fault)
+        response = gate.get(task)
+        assert (response.status_code, response.content) == (200, body)
+        status = response.headers["cache-status"]
+        assert status.startswith("sd-gateway; fwd=stale; ttl=-"), status
+        assert status.endswith(f"; detail={told.code}")
+        assert response.headers["cache-control"] == "max-age=0"
+        simulator.heal()
+    assert "detail" not in gate.get(task).headers["cache-status"]
+
+
+def test_upstream_failure_is_not_covered_by_an_old_answer(simulator: Simulator, launch: Launch) -> None:
+    """A snapshot older than cache.stale_if_error_seconds is no answer any more."""
+    nothing = {"running_seconds": 0, "stale_while_revalidate_seconds": 0, "stale_if_error_seconds": 0}
+    gate = launch(simulator.url, cache=nothing)
+    task = simulator.task()
+    assert_well(gate, task)
+    simulator.fault("status", status=404)
+    assert gate.get(task).json()["code"] == "upstream-invalid"
+
+
+@pytest.mark.parametrize("name", ["rejected", "404", "429", "cut"])
+def test_upstream_failure_is_remembered_against_its_task(
+    simulator: Simulator, launch: Launch, name: str
+) -> None:
+    """Within cache.error_seconds a failed task is answered from memory; other tasks are asked for."""
+    gate = launch(simulator.url, cache={"error_seconds": 60})
+    fault, told = FAULTS[name]
+    task, other = simulator.task(), simulator.task()
+    simulator.control("PUT", "/faults", **fault, taskId=task)
+    for _ in range(3):
+        assert gate.get(task).json()["code"] == told.code
+    assert simulator.calls(task) == told.calls
+    assert gate.metric("cache_lookups_total", result="negative") == 2
+    assert_well(gate, other)
+
+
+def test_upstream_failure_is_forgotten(simulator: Simulator, launch: Launch) -> None:
+    """After cache.error_seconds the task is asked for again."""
+    gate = launch(simulator.url, cache={"error_seconds": 0.1})
+    task = simulator.task()
+    simulator.fault("status", status=404, times=1)
+    assert gate.get(task).status_code == 502
+    until(lambda: gate.get(task).status_code == 200, "the failure is forgotten")
+    assert simulator.calls(task) == 2
+
+
+def test_upstream_is_asked_with_the_stage_that_is_set(simulator: Simulator, launch: Launch) -> None:
+    """upstream.stage is sent, and signed."""
+    gate = launch(simulator.url, upstream={"stage": "PRE"})
+    assert_well(gate, simulator.task())
+    headers = simulator.requests()[0]["headers"]
+    assert headers["x-ca-stage"] == "PRE"
+    assert "x-ca-stage" in headers["x-ca-signature-headers"].split(",")
+
+
+def test_upstream_rejection_tells_what_upstream_said(simulator: Simulator, gate: Gateway) -> None:
+    """The vendor's codes and ids are in the problem: support asks for them."""
+    simulator.fault("reject", errCode="E1", errMessage="no", subErrCode="E2", subErrMessage="still no")
+    upstream = gate.get(simulator.task()).json()["upstream"]
+    assert upstream.pop("invokeId").startswith("i_")
+    assert upstream == {
+        "requestId": None,
+        "errCode": "E1",
+        "errMessage": "no",
+        "subErrCode": "E2",
+        "subErrMessage": "still no",
+    }
+
+
+def test_upstream_body_is_compact_json(simulator: Simulator, gate: Gateway) -> None:
+    """What is signed and sent is the task ID and nothing else."""
+    task = simulator.task()
+    assert_well(gate, task)
+    assert json.loads(simulator.requests()[0]["body"]) == {"taskId": task}
