@@ -139,9 +139,8 @@ def _watch(options: argparse.Namespace) -> int:
     except StreamRefused as exc:
         _complain(f"{terminal.name(options.gateway)}: {exc}")
         return USAGE
-    except BrokenPipeError:  # whoever read our lines has left; the interpreter is not to flush to nobody
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return FAILED
+    except BrokenPipeError:
+        return _nobody_reads()
     except KeyboardInterrupt:  # before all had succeeded
         return FAILED
     return OK if well else FAILED
@@ -177,8 +176,16 @@ def _simulate(options: argparse.Namespace) -> int:
         date_header=False,  # the simulator tells its own time
         timeout_graceful_shutdown=1,
     )
-    server.serve(config, announce=lambda url: print(demo.SIMULATOR_SAYS + url, flush=True))  # noqa: T201  # for its user
+    try:
+        server.serve(config, announce=_announce_simulator)
+    except BrokenPipeError:  # whoever started us has left before we were up: the demo, told to stop
+        return _nobody_reads()
     return OK
+
+
+def _announce_simulator(url: str) -> None:
+    sys.stdout.write(f"{demo.SIMULATOR_SAYS}{url}\n")
+    sys.stdout.flush()
 
 
 def _task_id(text: str) -> str:
@@ -197,6 +204,12 @@ def _gateway_url(text: str) -> httpx.URL:
     if not right or not (url.port is None or 0 < url.port <= _LAST_PORT):
         raise argparse.ArgumentTypeError("must be http://HOST[:PORT] or https://…, perhaps with a path")
     return url
+
+
+def _nobody_reads() -> int:
+    # Whoever read our lines has left; the interpreter is not to flush what is left of them.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED
 
 
 def _complain(line: str) -> None:

@@ -94,6 +94,7 @@ def _simulator(port: int, secret: str) -> Iterator[str]:
             yield said.removeprefix(SIMULATOR_SAYS).strip()
         finally:
             process.terminate()
+            process.wait()  # before its pipes are closed: it may be about to say something
 
 
 def _make_cast(control: httpx.Client) -> Iterator[str]:

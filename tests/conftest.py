@@ -26,6 +26,12 @@ def _simulator_server() -> Iterator[tuple[Stage, httpx.Client]]:
         yield stage, client
 
 
+@pytest.fixture(scope="session")
+def simulator_url(_simulator_server: tuple[Stage, httpx.Client]) -> str:
+    """Return where the simulated upstream of every test listens."""
+    return str(_simulator_server[1].base_url).rstrip("/")
+
+
 @pytest.fixture
 def simulator(_simulator_server: tuple[Stage, httpx.Client]) -> Simulator:
     """Return a fresh simulated upstream."""

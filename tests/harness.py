@@ -23,7 +23,6 @@ from typing import Any, Self
 
 import httpx
 import uvicorn
-from prometheus_client.parser import text_string_to_metric_families
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.app import create_app
@@ -222,12 +221,10 @@ class Gateway:
 
     def metric(self, name: str, **labels: str) -> float:
         """Return a sample of `sd_gateway_{name}`; samples with more labels are added up."""
-        return sum(
-            sample.value
-            for family in text_string_to_metric_families(self.client.get("/metrics").text)
-            for sample in family.samples
-            if sample.name == f"sd_gateway_{name}" and labels.items() <= sample.labels.items()
-        )
+        wanted = {f'{key}="{value}"' for key, value in labels.items()}
+        text = self.client.get("/metrics").text
+        found = re.findall(rf"^sd_gateway_{name}(?:{{(.*)}})? (\S+)$", text, re.MULTILINE)
+        return sum(float(value) for given, value in found if wanted <= set(given.split(",")))
 
     def connect(self) -> socket.socket:
         """Open a connection of its own."""

@@ -226,7 +226,7 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
     bench.clock.now += CACHE.running_seconds - 0.1
     reading = await bench.service.get(KEY)
     assert reading.snapshot is first.snapshot
-    assert (reading.source, reading.failure) == (Source.HIT, None)
+    assert (reading.source, reading.failure, reading.replaced_stale) == (Source.HIT, None, False)
     assert reading.age == pytest.approx(CACHE.running_seconds - 0.1)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1, "hit": 1}

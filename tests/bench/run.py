@@ -38,7 +38,10 @@ _MEMORY = Path("/dev/shm")  # noqa: S108  # nginx's cache is files: on no disk i
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; return the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if unknown := [name for name in options.scenarios if name not in SCENARIOS]:
+        parser.error(f"no such scenario: {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")
     if options.list:
         for name, scenario in SCENARIOS.items():
             _say(f"{name:8} {(scenario.__doc__ or '').splitlines()[0]}")
