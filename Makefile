@@ -6,7 +6,6 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SDK := tests/sdk
-NPM_MODULES := $(SDK)/node_modules/.package-lock.json
 LOCKS := requirements.lock requirements-package.lock
 
 .DEFAULT_GOAL := help
@@ -81,9 +80,9 @@ ifeq ($(shell command -v npm 2>/dev/null),)
 sdk:
 	@echo 'No npm here: the tests that run the vendor'\''s npm client will be skipped.' >&2
 else
-sdk: $(NPM_MODULES)
+sdk: .venv/sdk.stamp
 endif
 
-$(NPM_MODULES): $(SDK)/package-lock.json
+.venv/sdk.stamp: $(SDK)/package-lock.json | $(BIN)/python
 	@npm ci --prefix $(SDK) --ignore-scripts --no-audit --no-fund --silent
 	@touch $@

@@ -191,6 +191,14 @@ class ProgressService:
 
         `ahead`: fly although the newest snapshot is still fresh.
         """
+        try:
+            return await self._fly(key, ahead=ahead)
+        except Exception:
+            # Behind a stale answer nobody waits who would tell of a bug.
+            log.exception("bug in a flight", operation=key.operation, task_id=key.task_id)
+            raise
+
+    async def _fly(self, key: TaskKey, *, ahead: bool) -> Snapshot | GatewayError:
         # Look again. Between the look that sent us here and our taking off, another replica may
         # have landed with the same answer; asking twice would break the one-call promise.
         newest = await self._store.load(key)

@@ -90,7 +90,7 @@ class Upstream(_Section):
 
     endpoint: str = "https://openai.edu-aliyun.com"
     allow_insecure: bool = False
-    operations: Annotated[list[Operation], BeforeValidator(_split)] = list(Operation)
+    operations: Annotated[list[Operation], BeforeValidator(_split), Field(min_length=1)] = list(Operation)
     stage: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""
     timeout_seconds: Positive = 10.0
     attempt_timeout_seconds: Positive = 5.0

@@ -454,6 +454,7 @@ def test_observe_never_lets_progress_fall_while_running() -> None:
     assert json.loads(low.envelope)["data"]["progress"] == 0.2
     assert seen(low, status="running", progress=0.1).progress == 0.65
     assert seen(low, status="running", progress=0.7).progress == 0.7
+    assert seen(seen(status="running", progress=0), status="running", progress=0.2).progress == 0.2
 
 
 @pytest.mark.parametrize("between", ["waiting", "paused"])
