@@ -25,6 +25,9 @@ from gateway.settings import Watch as WatchSettings
 from gateway.stores import Store
 
 _LEAST_SECONDS = 0.2  # between two ticks, whatever the lifetimes say
+# The loop's clock counts in milliseconds and may wake a sleeper that much early: a tick that finds
+# its snapshot still fresh would bring nothing, and the next one would come late.
+_TIMER_SECONDS = 0.002
 _BACKOFF_SECONDS = 1.0  # after a failure; doubled up to
 _LONGEST_BACKOFF_SECONDS = 30.0
 
@@ -217,7 +220,7 @@ class Watch:
             if failure is None:
                 failures = 0
                 left = snapshot.lifetime - (self._clock() - snapshot.fetched_at)
-                await asyncio.sleep(max(left, _LEAST_SECONDS))
+                await asyncio.sleep(max(left + _TIMER_SECONDS, _LEAST_SECONDS))
             else:
                 backoff = min(_BACKOFF_SECONDS * 2**failures, _LONGEST_BACKOFF_SECONDS)
                 failures += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,22 @@ def pinned(cores: Collection[int]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def many_files(count: int) -> Iterator[None]:
+    """Let whatever is started within open as many files as the hard limit allows.
+
+    Raises: RuntimeError when that is less than `count`.
+    """
+    before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < count:
+        raise RuntimeError(f"{count} open files are needed, and the hard limit is {hard}")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, hard))
 
 
 @contextmanager

@@ -24,12 +24,21 @@ import herd
 import hits
 import misses
 import report
+import slow_readers
 import start
+import watchers
 from measuring import Bench, Comparison
 from processes import choose_cores, pinned
 from servers import NGINX_MODULE
 
-SCENARIOS = {"hits": hits, "herd": herd, "start": start, "misses": misses}
+SCENARIOS = {
+    "hits": hits,
+    "herd": herd,
+    "start": start,
+    "misses": misses,
+    "watchers": watchers,
+    "slow_readers": slow_readers,
+}
 PACKAGES = {"wrk": "wrk", "nginx": "nginx", "njs": "libnginx-mod-http-js", "varnishd": "varnish"}
 OPTIONAL = frozenset({"varnishd"})
 
@@ -44,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"no such scenario: {', '.join(unknown)}; there are {', '.join(SCENARIOS)}")
     if options.list:
         for name, scenario in SCENARIOS.items():
-            _say(f"{name:8} {(scenario.__doc__ or '').splitlines()[0]}")
+            _say(f"{name:12} {(scenario.__doc__ or '').splitlines()[0]}")
         return 0
     if options.install and not _install():
         return 1
@@ -74,7 +83,10 @@ def _parser() -> argparse.ArgumentParser:
         "scenarios", nargs="*", metavar="SCENARIO", help=f"{', '.join(SCENARIOS)}; default: all"
     )
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help="of one measurement (default 4; a herd's: five times)"
+        "--seconds",
+        type=float,
+        default=4.0,
+        help="of one measurement (default 4; of some, several times that)",
     )
     parser.add_argument("--rounds", type=int, default=3, help="turns for each contestant (default 3)")
     parser.add_argument(

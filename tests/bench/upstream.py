@@ -4,7 +4,9 @@ The simulator verifies every signature, in Python, and is slower than what it wo
 when thousands of calls a second are measured. Whether the calls are signed well is the
 simulator's affair, in the scenarios that it carries and in the tests.
 
-    python upstream.py PORT
+    python upstream.py PORT [changing]
+
+With `changing` no two answers are the same: each one's `message` is the Unix time at which it was sent.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
+from functools import partial
 
 import uvloop
 
@@ -26,6 +30,7 @@ _DATA = {
 }
 _NONE = dict.fromkeys(("errCode", "errMessage", "subErrCode", "subErrMessage", "startTime", "endTime"))
 _TASK = "{task}"
+_MESSAGE = str(_DATA["message"]).encode()
 _ENVELOPE = {
     "status": 10,
     "apiInvokeId": "i_0123456789abcdef01234567",
@@ -39,7 +44,8 @@ _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %
 class Answerer(asyncio.Protocol):
     """Answers the requests of one connection, in turn."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, changing: bool) -> None:
+        self._changing = changing
         self._unread = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -55,14 +61,17 @@ class Answerer(asyncio.Protocol):
             self._unread = rest[length:]
             task_id = json.loads(rest[:length])["taskId"].encode()
             body = _BEFORE + task_id + _AFTER
+            if self._changing:
+                body = body.replace(_MESSAGE, b"%.6f" % time.time())
             self._transport.write(_HEAD % len(body) + body)
 
 
-async def serve(port: int) -> None:
+async def serve(port: int, *, changing: bool) -> None:
     """Answer until the process is ended."""
-    server = await asyncio.get_running_loop().create_server(Answerer, "127.0.0.1", port, backlog=1024)
+    answerer = partial(Answerer, changing=changing)
+    server = await asyncio.get_running_loop().create_server(answerer, "127.0.0.1", port, backlog=1024)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(int(sys.argv[1])))
+    uvloop.run(serve(int(sys.argv[1]), changing="changing" in sys.argv[2:]))
