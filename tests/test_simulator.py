@@ -4,10 +4,9 @@ import asyncio
 import json
 import re
 import socket
-import threading
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from random import Random
@@ -15,12 +14,12 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Message, Scope
 
 from gateway.signing import CONTENT_TYPE, sign, signed_headers, string_to_sign
 from gateway.simulator import ControlError, Life, create_simulator, new_task_id, parse_object
 from gateway.simulator.ledger import MAX_TASKS, MAX_TIMES, Ledger
+from tests.harness import Stage, running
 
 KEY, SECRET = "test-key", "test-secret"
 BIRTH = 1_700_000_000.0
@@ -28,17 +27,6 @@ TASK = "01j5t2qx82323pswaqykz9eq4"
 LIFE = Life(waiting_seconds=10, running_seconds=100, steps=100)
 QUARTER = 15 * 60
 FOR_EVER = 86_400.0
-
-
-@dataclass
-class Stage:
-    """What a running server serves: tests put their application here."""
-
-    app: ASGIApp | None = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        assert self.app is not None
-        await self.app(scope, receive, send)
 
 
 @dataclass
@@ -110,37 +98,12 @@ class Bench:
         pytest.fail(f"never {number} in flight")
 
 
-@contextmanager
-def serving(app: ASGIApp, *, grace_seconds: int) -> Iterator[str]:
-    """Run a server for `app` on a port of the system's choice; give its URL, and stop it in the end."""
-    config = uvicorn.Config(
-        app,
-        lifespan="off",
-        ws="none",
-        log_config=None,
-        log_level="critical",
-        date_header=False,
-        server_header=False,
-        timeout_graceful_shutdown=grace_seconds,
-    )
-    # The socket listens before the server runs: whoever connects early waits in its queue.
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(config)
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
 @pytest.fixture(scope="module")
 def served() -> Iterator[tuple[Stage, httpx.Client]]:
     """Run one server and one client for the module."""
     stage = Stage()
     with (
-        serving(stage, grace_seconds=5) as url,
+        running(stage, lifespan="off", date_header=False, timeout_graceful_shutdown=5) as url,
         httpx.Client(base_url=url, trust_env=False, timeout=30) as client,
     ):
         yield stage, client
@@ -610,7 +573,7 @@ def test_silence_ends_with_the_server() -> None:
     """A server that stops, its grace over, ends a silent call whose client would stay."""
     stage = Stage()
     with ExitStack() as clients:
-        with serving(stage, grace_seconds=0) as url:
+        with running(stage, lifespan="off", date_header=False, timeout_graceful_shutdown=0) as url:
             client = clients.enter_context(httpx.Client(base_url=url, trust_env=False, timeout=30))
             bench = Bench(stage, client)
             bench.simulate()
