@@ -3,13 +3,14 @@
     query -> (slot, deadline, retries) -> _attempt -> exchange -> judge -> data
 
 All of httpx stays behind this module. Detached flights call it, never a caller's own task, and
-the semaphore lies below the pool's size: httpcore leaks a slot when a call is cancelled while it
+the semaphore lies below the pools' size: httpcore leaks a slot when a call is cancelled while it
 queues for a connection (httpcore issue 1093), so nothing here ever queues in the pool.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 import uuid
@@ -53,7 +54,8 @@ _BACKOFF_SECONDS = 0.1  # doubled by each retry, then taken at random between 0 
 _RETRY_SHARE = 0.2  # of recent calls that may be retries: a sick upstream is not asked threefold
 _RETRY_RESERVE = 10.0
 _CLOCK_TOLERANCE_SECONDS = 2.0  # the Date header has whole seconds, and the answer was under way
-_SPARE_CONNECTIONS = 8
+_POOL = 4  # connections of one pool
+_SPARE_CONNECTIONS = 2  # and while others are being closed
 
 log = structlog.get_logger(__name__)
 
@@ -107,24 +109,35 @@ class Upstream:
         self._clock_offset = 0.0  # seconds to add to our clock when signing
         self._refused: tuple[Pair, float, UpstreamError] | None = None
         self.trouble: str | None = None  # the problem code of the last call, unless it brought an envelope
-        self._client = httpx.AsyncClient(
-            base_url=settings.endpoint,
-            headers={"accept-encoding": "identity", "user-agent": user_agent},
-            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            timeout=None,  # noqa: S113  # each attempt runs under asyncio.timeout, which a dripping body meets too
-            limits=httpx.Limits(max_connections=settings.max_in_flight + _SPARE_CONNECTIONS),
-            follow_redirects=False,
-            trust_env=False,
-        )
+        # Many small pools, for httpcore looks through all of a pool's connections, for each of them, at
+        # every call's start and end: what a call costs grows with the square of the pool.
+        verify = httpx.create_ssl_context(trust_env=False)
+        self._clients = [
+            httpx.AsyncClient(
+                base_url=settings.endpoint,
+                headers={"accept-encoding": "identity", "user-agent": user_agent},
+                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+                verify=verify,
+                timeout=None,  # noqa: S113  # asyncio.timeout bounds an attempt: a dripping body meets it too
+                limits=httpx.Limits(max_connections=_POOL + _SPARE_CONNECTIONS),
+                follow_redirects=False,
+                trust_env=False,
+            )
+            for _ in range(math.ceil(settings.max_in_flight / _POOL))
+        ]
+        # A stack of the rights to one more connection: few calls at a time stay with one pool's few.
+        self._free = [client for client in self._clients for _ in range(_POOL)]
 
     async def __aenter__(self) -> Self:
-        """Open the connection pool."""
-        await self._client.__aenter__()
+        """Open the connection pools."""
+        for client in self._clients:
+            await client.__aenter__()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Close every connection."""
-        await self._client.aclose()
+        for client in self._clients:
+            await client.aclose()
 
     async def query(self, key: TaskKey) -> Answer:
         """Ask, again if that may help, until `upstream.timeout_seconds` have passed.
@@ -166,15 +179,18 @@ class Upstream:
             nonce=self._nonce(),
             stage=self._settings.stage,
         )
+        client = self._free.pop()  # there is one: the slots are no more than these
         try:
-            request = self._client.build_request("POST", key.operation.path, content=body, headers=sent)
-            response = await self._client.send(request, stream=True)
+            request = client.build_request("POST", key.operation.path, content=body, headers=sent)
+            response = await client.send(request, stream=True)
             try:
                 content = await _read(response, self._settings.max_response_bytes)
             finally:
                 await response.aclose()
         except httpx.HTTPError as exc:
             raise _transport_error(exc) from exc
+        finally:
+            self._free.append(client)
         return Exchange(sent, response.status_code, response.headers, content)
 
     async def _attempt(self, key: TaskKey) -> Answer:
