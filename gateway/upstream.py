@@ -2,22 +2,19 @@
 
     query -> (slot, deadline, retries) -> _attempt -> exchange -> judge -> data
 
-All of httpx stays behind this module. Detached flights call it, never a caller's own task, and
-the semaphore lies below the pools' size: httpcore leaks a slot when a call is cancelled while it
-queues for a connection (httpcore issue 1093), so nothing here ever queues in the pool.
+httpx's types stay behind this module, and what carries them behind `transport.py`. Detached flights call
+it, never a caller's own task; the semaphore alone bounds the calls, so nothing ever queues in the pool.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, NamedTuple, Self
 
 import httpx
@@ -37,25 +34,18 @@ from gateway.exceptions import (
     UpstreamUnreachable,
 )
 from gateway.metrics import Metrics
-from gateway.models import TaskKey, read_envelope, render_json
+from gateway.models import Operation, TaskKey, read_envelope, render_json
 from gateway.redaction import Redactor
 from gateway.refusals import refusal
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.signing import signed_headers
-
-# Most specific first. A connection that was dropped while it lay idle is a RemoteProtocolError.
-TRANSPORT_ERRORS: tuple[tuple[type[httpx.HTTPError], type[UpstreamError]], ...] = (
-    (httpx.TimeoutException, UpstreamTimeout),
-    (httpx.TransportError, UpstreamUnreachable),
-)
+from gateway.transport import AiohttpTransport
 
 _OK = 200
 _BACKOFF_SECONDS = 0.1  # doubled by each retry, then taken at random between 0 and that
 _RETRY_SHARE = 0.2  # of recent calls that may be retries: a sick upstream is not asked threefold
 _RETRY_RESERVE = 10.0
 _CLOCK_TOLERANCE_SECONDS = 2.0  # the Date header has whole seconds, and the answer was under way
-_POOL = 4  # connections of one pool
-_SPARE_CONNECTIONS = 2  # and while others are being closed
 
 log = structlog.get_logger(__name__)
 
@@ -109,35 +99,17 @@ class Upstream:
         self._clock_offset = 0.0  # seconds to add to our clock when signing
         self._refused: tuple[Pair, float, UpstreamError] | None = None
         self.trouble: str | None = None  # the problem code of the last call, unless it brought an envelope
-        # Many small pools, for httpcore looks through all of a pool's connections, for each of them, at
-        # every call's start and end: what a call costs grows with the square of the pool.
-        verify = httpx.create_ssl_context(trust_env=False)
-        self._clients = [
-            httpx.AsyncClient(
-                base_url=settings.endpoint,
-                headers={"accept-encoding": "identity", "user-agent": user_agent},
-                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-                verify=verify,
-                timeout=None,  # noqa: S113  # asyncio.timeout bounds an attempt: a dripping body meets it too
-                limits=httpx.Limits(max_connections=_POOL + _SPARE_CONNECTIONS),
-                follow_redirects=False,
-                trust_env=False,
-            )
-            for _ in range(math.ceil(settings.max_in_flight / _POOL))
-        ]
-        # A stack of the rights to one more connection: few calls at a time stay with one pool's few.
-        self._free = [client for client in self._clients for _ in range(_POOL)]
+        self._fixed_headers = {"user-agent": user_agent, "accept-encoding": "identity"}
+        self._urls = {operation: httpx.URL(settings.endpoint).join(operation.path) for operation in Operation}
 
     async def __aenter__(self) -> Self:
-        """Open the connection pools."""
-        for client in self._clients:
-            await client.__aenter__()
+        """Make ready for calls; a connection is opened when a call needs one."""
+        self._transport = AiohttpTransport(verify=httpx.create_ssl_context(trust_env=False))
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Close every connection."""
-        for client in self._clients:
-            await client.aclose()
+        await self._transport.aclose()
 
     async def query(self, key: TaskKey) -> Answer:
         """Ask, again if that may help, until `upstream.timeout_seconds` have passed.
@@ -179,18 +151,19 @@ class Upstream:
             nonce=self._nonce(),
             stage=self._settings.stage,
         )
-        client = self._free.pop()  # there is one: the slots are no more than these
+        # Straight to the transport: what httpx's client would add is cookies, redirects, environment
+        # and authentication, all of which would have to be switched off again.
+        request = httpx.Request(
+            "POST", self._urls[key.operation], headers={**self._fixed_headers, **sent}, content=body
+        )
         try:
-            request = client.build_request("POST", key.operation.path, content=body, headers=sent)
-            response = await client.send(request, stream=True)
+            response = await self._transport.handle_async_request(request)
             try:
                 content = await _read(response, self._settings.max_response_bytes)
             finally:
                 await response.aclose()
-        except httpx.HTTPError as exc:
-            raise _transport_error(exc) from exc
-        finally:
-            self._free.append(client)
+        except httpx.TransportError as exc:
+            raise UpstreamUnreachable(f"the upstream could not be reached ({type(exc).__name__})") from exc
         return Exchange(sent, response.status_code, response.headers, content)
 
     async def _attempt(self, key: TaskKey) -> Answer:
@@ -287,13 +260,6 @@ class Upstream:
         self._clock_offset = skew
         log.warning("clock corrected to the upstream's", offset_seconds=round(skew, 1))
         return True
-
-
-def _transport_error(exc: httpx.HTTPError) -> UpstreamError:
-    for kind, error in TRANSPORT_ERRORS:
-        if isinstance(exc, kind):
-            return error(f"the upstream could not be reached ({type(exc).__name__})")
-    return UpstreamInvalid(f"the upstream's answer cannot be read ({type(exc).__name__})")
 
 
 async def _read(response: httpx.Response, limit: int) -> bytes:

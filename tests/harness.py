@@ -393,8 +393,7 @@ def relay(url: str, request: Request, head: bytes | None = None) -> bytes:
     """Pass a request on, its head perhaps changed; return the answer."""
     target = httpx.URL(url)
     with socket.create_connection((target.host, target.port or 80), timeout=PATIENCE_SECONDS) as onward:
-        closing = re.sub(rb"(?i)connection: keep-alive", b"connection: close", head or request.head)
-        onward.sendall(closing + b"\r\n\r\n" + request.body)
+        onward.sendall((head or request.head) + b"\r\nconnection: close\r\n\r\n" + request.body)
         return drained(onward)
 
 

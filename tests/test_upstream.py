@@ -13,9 +13,7 @@ import httpx
 import pytest
 import trustme
 
-from gateway.exceptions import UpstreamTimeout, UpstreamUnreachable
 from gateway.signing import verify
-from gateway.upstream import TRANSPORT_ERRORS
 from tests.harness import (
     SECRET,
     Behaviour,
@@ -355,7 +353,7 @@ WIRE: dict[str, tuple[Behaviour, Told | None]] = {
     "endless-header": (_sends(lambda _: b"HTTP/1.1 200 OK\r\nx: " + b"x" * 300_000), UNREACHABLE),
     "half-a-head": (_sends(lambda _: b"HTTP/1.1 200 OK\r\ncontent-"), UNREACHABLE),
     "length-too-long": (_sends(lambda r: answer(r.envelope(), "content-length: 5000")), UNREACHABLE),
-    "length-too-short": (_sends(lambda r: answer(r.envelope(), "content-length: 9")), INVALID),
+    "length-too-short": (_sends(lambda r: answer(r.envelope(), "content-length: 9")), UNREACHABLE),
     "length-negative": (_sends(lambda r: answer(r.envelope(), "content-length: -1")), UNREACHABLE),
     "length-twice": (
         _sends(lambda r: answer(r.envelope(), "content-length: 5", "content-length: 6")),
@@ -377,7 +375,11 @@ WIRE: dict[str, tuple[Behaviour, Told | None]] = {
     "http-1.0": (_sends(lambda r: answer(r.envelope(), status="HTTP/1.0 200 OK")), None),
     "close-delimited": (_sends(lambda r: answer(r.envelope(), "connection: close")), None),
     "interim": (_sends(lambda r: b"HTTP/1.1 100 Continue\r\n\r\n" + framed(r.envelope())), None),
-    "trailing-garbage": (_sends(lambda r: framed(r.envelope()) + b"more", then_close=False), None),
+    # Bytes beyond an answer's end might be taken for the next one's, that is for another task's.
+    "trailing-garbage": (
+        _sends(lambda r: framed(r.envelope()) + b"more", then_close=False),
+        UNREACHABLE,
+    ),
 }
 
 
@@ -424,18 +426,6 @@ def test_upstream_with_an_untrusted_certificate_gets_nothing(simulator: Simulato
         gate = launch(url, **QUICK)
         assert_told(gate, fresh_id(), UNREACHABLE)
     assert simulator.requests() == []
-
-
-def test_upstream_transport_errors_all_have_a_row() -> None:
-    """Every transport exception of httpx, present and to come, is in the table, the most specific first."""
-
-    def descendants(kind: type[BaseException]) -> set[type[BaseException]]:
-        return {kind}.union(*(descendants(child) for child in kind.__subclasses__()))
-
-    assert {error for _, error in TRANSPORT_ERRORS} == {UpstreamTimeout, UpstreamUnreachable}
-    for error in descendants(httpx.TransportError):
-        row = next(told for kind, told in TRANSPORT_ERRORS if issubclass(error, kind))
-        assert row is (UpstreamTimeout if issubclass(error, httpx.TimeoutException) else UpstreamUnreachable)
 
 
 # --- retries, clocks, pairs -------------------------------------------------------------------------------
