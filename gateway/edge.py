@@ -12,12 +12,13 @@ import os
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from gateway.api.connection import ON_HANG_UP, PUSH
 from gateway.api.problems import document, lookup
-from gateway.api.requests import ON_HANG_UP
 from gateway.exceptions import GatewayError, InvalidParameter
 from gateway.models import render_json
 
 _TOO_LARGE = "the request's headers are too large"
+_WRITE_BUFFER = 16384  # bytes of answers that may wait for a reader before the writer has to
 _PER_HEADER = 4  # ": " and the line's end
 
 
@@ -44,6 +45,8 @@ class EdgeProtocol(HttpToolsProtocol):
         self._parsed = 0  # bytes of header lines of this request
         self._fault = "the request is not valid HTTP/1.1"
         super().connection_made(transport)  # type: ignore[arg-type]  # uvicorn narrows it likewise
+        # Each small write that waits costs some 1 KB: a reader that never reads shall not cost 64 of them.
+        self.transport.set_write_buffer_limits(high=_WRITE_BUFFER)
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -63,7 +66,10 @@ class EdgeProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         """Begin to time and to count a request's headers."""
         super().on_message_begin()
-        self.scope["extensions"] = {ON_HANG_UP: self._on_hang_up}
+        self.scope["extensions"] = {
+            ON_HANG_UP: self._on_hang_up,
+            PUSH: self._push,  # type: ignore[dict-item]  # the scope's type knows extensions as dictionaries
+        }
         self._parsed = 0
         if self._timer is None:
             self._start_timer()
@@ -85,6 +91,14 @@ class EdgeProtocol(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP as every other error is told."""
         self._refuse(self._fault)
+
+    def _push(self, part: bytes) -> bool:
+        """Send a part of a streamed body if nothing is in its way; see `connection.PUSH`."""
+        cycle = self.cycle  # another, that is not chunked yet, where a request was pipelined behind the stream
+        if self.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
+        return True
 
     def _refuse(self, fault: str) -> None:
         self._stop_timer()

@@ -52,12 +52,14 @@ class AiohttpTransport(httpx.AsyncBaseTransport):
 
         Raises: httpx.TransportError.
         """
+        # Raw, for httpx's Headers look for their encoding anew at each reading of one.
+        headers = [(name.decode("ascii"), value.decode("latin-1")) for name, value in request.headers.raw]
         try:
             response = await self._session.request(
                 request.method,
                 URL(str(request.url), encoded=True),
-                headers=request.headers.multi_items(),
-                data=request.content,
+                headers=headers,
+                data=request.read(),
                 allow_redirects=False,
             )
         except aiohttp.ClientError as exc:

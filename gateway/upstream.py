@@ -60,7 +60,7 @@ class Answer(NamedTuple):
 class Exchange(NamedTuple):
     """One call over HTTP, whatever its answer means. `sent` are the signed headers, lower case.
 
-    `headers` are the answer's; their names are case-insensitive.
+    `headers` are the answer's, their names in lower case.
     """
 
     sent: Mapping[str, str]
@@ -154,7 +154,10 @@ class Upstream:
         # Straight to the transport: what httpx's client would add is cookies, redirects, environment
         # and authentication, all of which would have to be switched off again.
         request = httpx.Request(
-            "POST", self._urls[key.operation], headers={**self._fixed_headers, **sent}, content=body
+            "POST",
+            self._urls[key.operation],
+            headers={**self._fixed_headers, **sent},
+            stream=httpx.ByteStream(body),
         )
         try:
             response = await self._transport.handle_async_request(request)
@@ -164,7 +167,10 @@ class Upstream:
                 await response.aclose()
         except httpx.TransportError as exc:
             raise UpstreamUnreachable(f"the upstream could not be reached ({type(exc).__name__})") from exc
-        return Exchange(sent, response.status_code, response.headers, content)
+        headers = {
+            name.lower().decode("ascii"): value.decode("latin-1") for name, value in response.headers.raw
+        }
+        return Exchange(sent, response.status_code, headers, content)
 
     async def _attempt(self, key: TaskKey) -> Answer:
         operation = key.operation
@@ -274,7 +280,7 @@ async def _read(response: httpx.Response, limit: int) -> bytes:
     inflate = zlib.decompressobj(wbits=47) if encoding in {"gzip", "deflate"} else None  # 47: gzip or zlib
     content = bytearray()
     try:
-        async for chunk in response.aiter_raw():
+        async for chunk in response.stream:  # type: ignore[union-attr]  # the transport's are asynchronous
             content += inflate.decompress(chunk, limit + 1 - len(content)) if inflate else chunk
             if len(content) > limit:
                 raise UpstreamInvalid("the upstream's answer is too large")

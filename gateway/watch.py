@@ -65,9 +65,13 @@ class Update:
 
 
 class Watcher:
-    """One open stream or long poll: a slot for each task, and a bell."""
+    """One open stream or long poll: a slot for each task, and a bell.
 
-    __slots__ = ("_rung", "_slots", "_waiter", "heartbeat_due", "hung_up", "keys", "leaving")
+    `deliver`, when set, is offered each update first, as long as nothing older is under way; it
+    tells whether it took it.
+    """
+
+    __slots__ = ("_rung", "_slots", "_waiter", "deliver", "heartbeat_due", "hung_up", "keys", "leaving")
 
     def __init__(self, keys: Sequence[TaskKey]) -> None:
         self.keys = keys
@@ -75,12 +79,17 @@ class Watcher:
         self.hung_up = False  # the reader is gone
         self._slots: dict[TaskKey, Update] = {}
         self.heartbeat_due = False
+        self.deliver: Callable[[Update], bool] | None = None
         # A future in place of an asyncio.Event, whose queue alone takes 0.7 KB: one task waits here.
         self._rung = False
         self._waiter: asyncio.Future[None] | None = None
 
     def offer(self, update: Update) -> None:
-        """Put an update into its slot, over one that was not taken yet."""
+        """Hand an update over at once, or put it into its slot, over one that was not taken yet."""
+        # Whoever waits in `take` has taken and sent all that came before.
+        idle = self._waiter is not None and not self._waiter.done()
+        if idle and self.deliver is not None and self.deliver(update):
+            return
         self._slots[update.key] = update
         self.ring()
 
@@ -100,6 +109,7 @@ class Watcher:
         if not self._rung:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
+            self._waiter = None
         self._rung = False
         updates = list(self._slots.values())
         self._slots.clear()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from gateway.app import create_app
 from gateway.redaction import Redactor
@@ -209,6 +210,27 @@ def test_events_slow_reader_gets_the_newest(simulator: Simulator, launch: Launch
     assert received.count(b"event: progress") < steps
     assert b'"status":"failed"' in received
     assert b"event: end" in received
+
+
+@pytest.mark.parametrize("protocol", [b"HTTP/1.0", b"HTTP/1.1"])
+def test_events_of_any_framing_arrive_whole(simulator: Simulator, launch: Launch, protocol: bytes) -> None:
+    """Without chunks, or with another request behind it on the connection, a stream is the same."""
+    gate = launch(simulator.url, cache=QUICK)
+    task = simulator.task(data={"status": "running", "progress": 0.1})
+    with socket.create_connection(gate.address, timeout=PATIENCE_SECONDS) as connection:
+        connection.sendall(b"GET /v1/progress/%s/events %s\r\nhost: x\r\n\r\n" % (task.encode(), protocol))
+        if protocol == b"HTTP/1.1":
+            connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        received = b""
+        for progress in (0.1, 0.2, 0.3):
+            simulator.script(task, status="running", progress=progress)
+            while b'"progress":%g' % progress not in received:
+                received += connection.recv(65536)
+        simulator.script(task, status="succeeded", progress=1.0)
+        received += drained(connection)
+    assert received.count(b"event: progress") == 4
+    assert received.count(b"event: end") == 1
+    assert received.count(b"HTTP/1.1 200 OK") == (2 if protocol == b"HTTP/1.1" else 1)
 
 
 def test_events_refuse_what_is_wrong(simulator: Simulator, gate: Gateway) -> None:

@@ -80,6 +80,30 @@ async def test_watch_slot_holds_the_newest_only(watch: Watch, store: MemoryStore
     await watch.aclose()
 
 
+async def test_watch_delivers_past_the_slot_only_to_who_waits(watch: Watch, store: MemoryStore) -> None:
+    """Nothing overtakes: an update is handed over at once only when all before it was taken."""
+    delivered: list[str] = []
+
+    def deliver(update: Update) -> bool:
+        assert update.snapshot is not None
+        if update.snapshot.etag == "3":
+            return False  # the reader does not keep up
+        delivered.append(update.snapshot.etag)
+        return True
+
+    with watch.watching([KEY], Kind.EVENTS) as watcher:
+        watcher.deliver = deliver
+        await store.save(snapshot("1"))  # nobody waits yet
+        [update] = await watcher.take()
+        waiting = asyncio.create_task(watcher.take())
+        await asyncio.sleep(0)
+        for etag in "2345":  # after the third, which woke the watcher, the slot must keep the newest
+            await store.save(snapshot(etag))
+        assert delivered == ["2"]
+        assert [update.snapshot.etag, *(u.snapshot.etag for u in await waiting if u.snapshot)] == ["1", "5"]  # type: ignore[union-attr]
+    await watch.aclose()
+
+
 async def test_watch_says_nothing_twice(service: HandService, watch: Watch, store: MemoryStore) -> None:
     """The same representation, stored again, rings nobody; nor does the same failure."""
     with watch.watching([KEY], Kind.EVENTS) as watcher:

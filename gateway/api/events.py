@@ -2,9 +2,10 @@
 
     open -> retry -> one event per task -> one per change -> end      (the WHATWG's event-stream format)
 
-An update is encoded once and the same bytes go to every watcher of its task. A reader that is
-slow finds the newest state when it is back: `send` waits while its socket is full, and the
-slots keep no backlog.
+An update is encoded once and the same bytes go to every watcher of its task: at once, where the
+reader keeps up and the server lets us, else through the stream's own task. A reader that is slow
+finds the newest state when it is back: `send` waits while its socket is full, and the slots keep
+no backlog.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import hashlib
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from starlette.types import Receive, Scope, Send
 
+from gateway.api.connection import HangUp, Push, push_of
 from gateway.api.problems import document, lookup
-from gateway.api.requests import HangUp, header, query_parameters
+from gateway.api.requests import header, query_parameters
 from gateway.api.tasks import Tasks
 from gateway.metrics import Metrics
-from gateway.models import TaskKey, render_json
+from gateway.models import Snapshot, TaskKey, render_json
 from gateway.watch import Kind, Update, Watch, Watcher
 
 _HEADERS = [
@@ -61,6 +64,8 @@ class EventsEndpoint:
             await send(_part(b"retry: %d\n\n" % _RETRY_MS))
             with self._pacemaker.pacing(watcher):
                 async with HangUp(scope, receive, watcher.hang_up):
+                    if (push := push_of(scope)) is not None:
+                        watcher.deliver = partial(self._deliver, push)
                     await self._stream(scope, watcher, end_id, send)
 
     def _keys(self, scope: Scope) -> Sequence[TaskKey]:
@@ -91,13 +96,18 @@ class EventsEndpoint:
             if parts:
                 await send(_part(b"".join(parts)))
 
+    def _deliver(self, push: Push, update: Update) -> bool:
+        # Ends and problems are the task's: the one closes the stream, the other names its request.
+        snapshot = update.snapshot
+        if snapshot is None or snapshot.terminal or not push(_progress(update, snapshot)):
+            return False
+        self._sent["progress"]()
+        return True
+
     def _encode(self, update: Update, scope: Scope) -> bytes:
         if update.snapshot is not None:
             self._sent["progress"]()
-            if not update.encoded:
-                etag = update.snapshot.etag.strip('"').encode()
-                update.encoded = b"event: progress\nid: %s\ndata: %s\n\n" % (etag, update.snapshot.body)
-            return update.encoded
+            return _progress(update, update.snapshot)
         assert update.failure is not None  # noqa: S101  # an update has one or the other
         self._sent["problem"]()
         status, title = lookup(update.failure)
@@ -141,6 +151,13 @@ class Pacemaker:
             watcher.ring()
         self._turn = (self._turn + 1) % _TURNS
         self._wait()
+
+
+def _progress(update: Update, snapshot: Snapshot) -> bytes:
+    if not update.encoded:
+        etag = snapshot.etag.strip('"').encode()
+        update.encoded = b"event: progress\nid: %s\ndata: %s\n\n" % (etag, snapshot.body)
+    return update.encoded
 
 
 def _part(chunk: bytes, *, last: bool = False) -> dict[str, object]:

@@ -14,7 +14,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.caching import Headers, cache_headers, matches
-from gateway.api.requests import HangUp, header, query_parameters
+from gateway.api.connection import HangUp
+from gateway.api.requests import header, query_parameters
 from gateway.api.tasks import Tasks
 from gateway.exceptions import InvalidParameter
 from gateway.models import Snapshot, TaskKey

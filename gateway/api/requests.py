@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from contextlib import suppress
 from urllib.parse import parse_qsl
 
 from starlette.requests import ClientDisconnect
@@ -13,9 +11,6 @@ from starlette.types import Receive, Scope
 from gateway.exceptions import BodyTooLarge, InvalidParameter
 
 _MOST_PARAMETERS = 10_100
-# The ASGI extension under which a server keeps callbacks for when the connection is lost.
-ON_HANG_UP = "gateway.on_hang_up"
-
 _SHOWN = 64  # characters of a caller's own text that an error repeats
 
 
@@ -44,41 +39,6 @@ def query_parameters(scope: Scope, *allowed: str, repeated: str = "") -> dict[st
             raise InvalidParameter(f"query parameter {name!r} is given twice")
         values.setdefault(name, []).append(value)
     return values
-
-
-class HangUp:
-    """Calls `notice` when the caller leaves while the context is open.
-
-    An ASGI server tells a disconnect to whoever receives, and a handler that only waits never
-    would. Our own server (`edge.py`) offers to call back instead, which saves a task for each stream.
-    """
-
-    __slots__ = ("_listening", "_notice", "_receive", "_subscribers")
-
-    def __init__(self, scope: Scope, receive: Receive, notice: Callable[[], None]) -> None:
-        self._subscribers: dict[object, object] | None = scope.get("extensions", {}).get(ON_HANG_UP)
-        self._receive = receive
-        self._notice = notice
-        self._listening: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> None:
-        if self._subscribers is not None:
-            self._subscribers[self] = self._notice
-        else:
-            self._listening = asyncio.create_task(self._listen())
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        if self._subscribers is not None:
-            self._subscribers.pop(self, None)
-        if self._listening is not None:
-            self._listening.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._listening
-
-    async def _listen(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass  # a GET's body says nothing
-        self._notice()
 
 
 async def read_body(scope: Scope, receive: Receive, *, limit: int, seconds: float) -> bytes:

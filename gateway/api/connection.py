@@ -1,0 +1,61 @@
+"""What our own server (`edge.py`) offers for a request beyond ASGI; on any other, ASGI must do.
+
+It stands in the scope's `extensions`, and is worth its place with thousands of open streams: a
+call when the caller leaves in place of a task that receives, and a way to send that wakes nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+from starlette.types import Receive, Scope
+
+# A dictionary: its values are called, without arguments, when the connection is lost.
+ON_HANG_UP = "gateway.on_hang_up"
+# A callable: sends a part of a streamed body, if that needs no waiting, and tells whether it did.
+PUSH = "gateway.push"
+
+Push = Callable[[bytes], bool]
+
+
+def push_of(scope: Scope) -> Push | None:
+    """Return the way to send a part of this request's answer at once, where the server has one."""
+    push: Push | None = scope.get("extensions", {}).get(PUSH)
+    return push
+
+
+class HangUp:
+    """Calls `notice` when the caller leaves while the context is open.
+
+    An ASGI server tells a disconnect to whoever receives, and a handler that only waits never
+    would: without the extension, a task of its own receives.
+    """
+
+    __slots__ = ("_listening", "_notice", "_receive", "_subscribers")
+
+    def __init__(self, scope: Scope, receive: Receive, notice: Callable[[], None]) -> None:
+        self._subscribers: dict[object, object] | None = scope.get("extensions", {}).get(ON_HANG_UP)
+        self._receive = receive
+        self._notice = notice
+        self._listening: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> None:
+        if self._subscribers is not None:
+            self._subscribers[self] = self._notice
+        else:
+            self._listening = asyncio.create_task(self._listen())
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        if self._subscribers is not None:
+            self._subscribers.pop(self, None)
+        if self._listening is not None:
+            self._listening.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._listening
+
+    async def _listen(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass  # a GET's body says nothing
+        self._notice()
