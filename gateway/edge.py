@@ -94,7 +94,7 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def _push(self, part: bytes) -> bool:
         """Send a part of a streamed body if nothing is in its way; see `connection.PUSH`."""
-        cycle = self.cycle  # another, that is not chunked yet, where a request was pipelined behind the stream
+        cycle = self.cycle  # another, not chunked yet, when a request was pipelined behind the stream
         if self.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
             return False
         self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))

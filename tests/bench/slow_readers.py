@@ -61,5 +61,6 @@ def _measured(bench: Bench, upstream: int, slow: int, seconds: float) -> Figures
         "late, p99, ms": sight.late_p99 * 1000,
         "late, max, ms": sight.late_max * 1000,
         "memory at the start, MB": sight.open_bytes / 1e6,
+        "memory half way, MB": sight.half_way_bytes / 1e6,
         "memory at the end, MB": sight.end_bytes / 1e6,
     }

@@ -48,6 +48,7 @@ class Sight(NamedTuple):
     own_cpu: float
     idle_bytes: int
     open_bytes: int
+    half_way_bytes: int
     end_bytes: int
 
 
@@ -205,7 +206,9 @@ async def watch(
             time.monotonic(),
         )
         tally.clear()
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(seconds / 2)
+        half_way = resident_bytes(pids)
+        await asyncio.sleep(seconds / 2)
         elapsed = time.monotonic() - start
         delivered, late, skipped = tally.delivered, list(tally.late), tally.skipped
         cpu, own, end = cpu_seconds(pids) - cpu, time.process_time() - own, resident_bytes(pids)
@@ -217,7 +220,18 @@ async def watch(
         raise RuntimeError(f"{tally.watching} of {count} were watching, {tally.lost} connections were lost")
     p99 = statistics.quantiles(late, n=100, method="inclusive")[-1]
     return Sight(
-        elapsed, delivered, statistics.median(late), p99, max(late), skipped, cpu, own, idle, opened, end
+        seconds=elapsed,
+        delivered=delivered,
+        late_p50=statistics.median(late),
+        late_p99=p99,
+        late_max=max(late),
+        skipped=skipped,
+        server_cpu=cpu,
+        own_cpu=own,
+        idle_bytes=idle,
+        open_bytes=opened,
+        half_way_bytes=half_way,
+        end_bytes=end,
     )
 
 
