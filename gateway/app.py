@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry, start_http_server
@@ -26,6 +27,7 @@ from gateway.credentials import Credentials
 from gateway.drain import Drain
 from gateway.metrics import Metrics
 from gateway.redaction import Redactor
+from gateway.rotation import Rotation
 from gateway.service import ProgressService
 from gateway.settings import Server, Settings
 from gateway.stores.memory import MemoryStore
@@ -52,10 +54,9 @@ def create_app(settings: Settings, *, redactor: Redactor) -> Starlette:
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
     upstream = Upstream(
         settings.upstream,
-        credentials=credentials,
+        rotation=Rotation(credentials, refusal_seconds=cache.error_seconds),
         redactor=redactor,
         metrics=metrics,
-        refusal_seconds=cache.error_seconds,
         user_agent=USER_AGENT,
     )
     service = ProgressService(cache, store=store, upstream=upstream, metrics=metrics)
@@ -84,13 +85,17 @@ def create_app(settings: Settings, *, redactor: Redactor) -> Starlette:
     def degraded() -> list[str]:
         return [f"upstream: {upstream.trouble}"] if upstream.trouble else []
 
+    def signing() -> dict[str, Any] | None:
+        held = credentials.signing
+        return None if held is None else {"slot": held.slot, "generation": held.generation}
+
     problems = Problems([operation.path for operation in settings.upstream.operations])
     app = Starlette(
         routes=[
             *_task_routes(settings, service, watch, metrics),
             *_native_routes(settings, service),
             Route("/healthz", ops.healthz),
-            Route("/readyz", ops.readyz(why_not_ready, degraded)),
+            Route("/readyz", ops.readyz(why_not_ready, degraded, signing)),
             *([] if settings.server.metrics_port else [Route("/metrics", ops.metrics(metrics.registry))]),
             Route("/openapi.json", ops.openapi()),
             *page_routes(),

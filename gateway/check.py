@@ -1,4 +1,4 @@
-"""`sd-gateway check`: signs one real query and says in plain words what is wrong, if anything.
+"""`sd-gateway check`: signs one real query with each pair and says in plain words what is wrong, if anything.
 
 The query asks for a task that cannot exist: any envelope, a rejection included, proves that
 network, clock, key and secret are right.
@@ -15,11 +15,12 @@ from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
 
-from gateway.credentials import Credentials
+from gateway.credentials import Credentials, Slot
 from gateway.exceptions import GatewayError, UpstreamClock, UpstreamCredentials, UpstreamRejected
 from gateway.metrics import Metrics
 from gateway.models import TaskKey
 from gateway.redaction import MASK, Redactor
+from gateway.rotation import Rotation
 from gateway.settings import Settings
 from gateway.signing import string_to_sign
 from gateway.upstream import Exchange, Upstream
@@ -36,48 +37,62 @@ class Finding(NamedTuple):
 
 
 async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> Finding:
-    """Ask the upstream once. Raises: nothing that a wrong setting or a bad network can cause."""
+    """Ask the upstream with each pair. Raises: nothing that a wrong setting or a bad network can cause."""
     metrics = Metrics(CollectorRegistry(), gateway_version="check")
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
     if not credentials.present:
         return Finding(
             well=False, lines=["credentials: none; set credentials.access_key and .secret_key (or *_file)"]
         )
-    operation = settings.upstream.operations[0]
-    key = TaskKey(operation, PROBE_TASK)
+    key = TaskKey(settings.upstream.operations[0], PROBE_TASK)
     upstream = Upstream(
         settings.upstream,
-        credentials=credentials,
+        rotation=Rotation(credentials, refusal_seconds=0),
         redactor=redactor,
         metrics=metrics,
-        refusal_seconds=0,
         user_agent=user_agent,
     )
-    lines = [f"asking {settings.upstream.endpoint}{operation.path}"]
+    lines = [f"asking {settings.upstream.endpoint}{key.operation.path}"]
+    works: dict[Slot, bool] = {}
     async with upstream:
-        try:
-            async with asyncio.timeout(settings.upstream.attempt_timeout_seconds):
-                exchange = await upstream.exchange(key, credentials.pair)
-        except TimeoutError:
-            return Finding(
-                well=False,
-                lines=[
-                    *lines,
-                    "network: no answer in time; is upstream.endpoint right, or a firewall between?",
-                ],
-            )
-        except GatewayError as exc:
-            return Finding(well=False, lines=[*lines, f"network: {exc}; is upstream.endpoint right?"])
-        try:
-            upstream.judge(exchange, key)
-        except UpstreamRejected as exc:
-            code = exc.detail.err_code if exc.detail else None
-            return Finding(
-                well=True, lines=[*lines, f"well: signature accepted; no such task, as expected ({code})"]
-            )
-        except GatewayError as exc:
-            return Finding(well=False, lines=[*lines, *_explain(exc, operation.path, exchange, redactor)])
-    return Finding(well=True, lines=[*lines, "well: signature accepted"])
+        for held in credentials.held():
+            lines.append(f"with the {held.slot} pair (generation {held.generation}):")
+            try:
+                async with asyncio.timeout(settings.upstream.attempt_timeout_seconds):
+                    exchange = await upstream.exchange(key, held.pair)
+            except TimeoutError:
+                network = "no answer in time; is upstream.endpoint right, or a firewall between?"
+                return Finding(well=False, lines=[*lines, f"network: {network}"])
+            except GatewayError as exc:
+                return Finding(well=False, lines=[*lines, f"network: {exc}; is upstream.endpoint right?"])
+            finding = _judge(upstream, key, exchange, redactor)
+            works[held.slot] = finding.well
+            lines += finding.lines
+    return Finding(well=all(works.values()), lines=[*lines, *_compare(works)])
+
+
+def _judge(upstream: Upstream, key: TaskKey, exchange: Exchange, redactor: Redactor) -> Finding:
+    try:
+        upstream.judge(exchange, key)
+    except UpstreamRejected as exc:
+        code = exc.detail.err_code if exc.detail else None
+        return Finding(well=True, lines=[f"well: signature accepted; no such task, as expected ({code})"])
+    except GatewayError as exc:
+        return Finding(well=False, lines=list(_explain(exc, key.operation.path, exchange, redactor)))
+    return Finding(well=True, lines=["well: signature accepted"])
+
+
+def _compare(works: dict[Slot, bool]) -> Iterator[str]:
+    if len(works) == len(Slot):
+        match works[Slot.ACTIVE], works[Slot.NEXT]:
+            case True, True:
+                yield "both pairs work: the active one signs, the next one can follow it at any time"
+            case True, False:
+                yield "the active pair works, the next one does not: do not revoke the active one yet"
+            case False, True:
+                yield "the active pair does not work, the next one does, and the gateway will use it"
+            case _:
+                yield "neither pair works"
 
 
 def _explain(exc: GatewayError, path: str, exchange: Exchange, redactor: Redactor) -> Iterator[str]:

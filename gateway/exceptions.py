@@ -10,9 +10,10 @@
     ├── Overloaded                  one of the gateway's own limits is reached
     └── UpstreamError               the upstream, or the way to it
         ├── UpstreamRejected        an envelope that says no
-        ├── UpstreamCredentials     key, signature, right or quota refused
+        ├── UpstreamCredentials     key, signature or right refused
         │   ├── UpstreamClock       our timestamp refused
-        │   └── UpstreamNonce       our nonce refused; signed afresh it passes
+        │   ├── UpstreamNonce       our nonce refused; signed afresh it passes
+        │   └── UpstreamQuota       quota spent, or a bill open
         ├── UpstreamThrottled       told to slow down
         ├── UpstreamInvalid         an answer that is not an envelope
         │   └── UpstreamBusy        ... because the upstream is unwell; passes
@@ -118,7 +119,7 @@ class UpstreamRejected(UpstreamError):
 
 
 class UpstreamCredentials(UpstreamError):
-    """The API gateway in front refused our key, signature, right or quota."""
+    """The API gateway in front refused our key, our signature or our right to call."""
 
     code = "upstream-credentials"
 
@@ -131,6 +132,10 @@ class UpstreamNonce(UpstreamCredentials):
     """The API gateway has seen our nonce before: the request reached it twice."""
 
     transient = True
+
+
+class UpstreamQuota(UpstreamCredentials):
+    """The API gateway knows us, and refuses for our quota or account: a person must act."""
 
 
 class UpstreamThrottled(UpstreamError):

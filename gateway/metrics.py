@@ -92,6 +92,12 @@ class Metrics:
             ["result"],
             registry=registry,
         )
+        self.credentials_active_slot = Gauge(
+            "sd_gateway_credentials_active_slot",
+            "1 for the slot whose pair signs, 0 for the other: active next.",
+            ["slot"],
+            registry=registry,
+        )
         self._build = Gauge(
             "sd_gateway_build_info",
             "1, labelled with what runs.",

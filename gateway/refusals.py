@@ -19,6 +19,7 @@ from gateway.exceptions import (
     UpstreamError,
     UpstreamInvalid,
     UpstreamNonce,
+    UpstreamQuota,
     UpstreamThrottled,
     UpstreamTimeout,
 )
@@ -32,9 +33,9 @@ BY_MESSAGE: tuple[tuple[str, _Kind], ...] = (
     ("invalid timestamp", UpstreamClock),
     ("nonce used", UpstreamNonce),
     ("throttled by", UpstreamThrottled),
-    ("quota exhausted", UpstreamCredentials),
-    ("quota expired", UpstreamCredentials),
-    ("user arrears", UpstreamCredentials),
+    ("quota exhausted", UpstreamQuota),
+    ("quota expired", UpstreamQuota),
+    ("user arrears", UpstreamQuota),
     ("invalid appkey", UpstreamCredentials),
     ("invalid signature", UpstreamCredentials),
     ("unauthorized", UpstreamCredentials),
@@ -50,7 +51,7 @@ BY_CODE: Mapping[str, _Kind] = {
     **dict.fromkeys(
         ("A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"), UpstreamCredentials
     ),
-    **dict.fromkeys(("B403MQ", "B403ME", "B403MI", "B403OD", "B403MO"), UpstreamCredentials),
+    **dict.fromkeys(("B403MQ", "B403ME", "B403MI", "B403OD", "B403MO"), UpstreamQuota),
     **dict.fromkeys(
         ("T429ID", "T429IN", "T429GR", "T429PA", "T429PR", "T429SR", "T429MR"), UpstreamThrottled
     ),
@@ -63,7 +64,7 @@ BY_CODE: Mapping[str, _Kind] = {
 # The class letter of a code that is not in the table. The other classes mean what their status does.
 BY_CLASS: Mapping[str, _Kind] = {
     "A": UpstreamCredentials,
-    "B": UpstreamCredentials,
+    "B": UpstreamQuota,
     "T": UpstreamThrottled,
 }
 
@@ -85,6 +86,7 @@ _TEXT: Mapping[_Kind, str] = {
     UpstreamCredentials: "the upstream refused the gateway's credentials",
     UpstreamInvalid: "the upstream refused the request's form",
     UpstreamNonce: "the upstream saw the request's nonce before",
+    UpstreamQuota: "the upstream refused the gateway's quota or account",
     UpstreamThrottled: "the upstream asks to slow down",
     UpstreamTimeout: "the upstream ran into a time-out of its own",
 }

@@ -115,16 +115,20 @@ class Upstream(_Section):
 
 
 class Credentials(_Section):
-    """`credentials.*`: the access key and its secret, as values or as mounted files."""
+    """`credentials.*`: the access key and its secret, and those of the next pair, as values or as files."""
 
     access_key: SecretStr = SecretStr("")
     secret_key: SecretStr = SecretStr("")
     access_key_file: Path | None = None
     secret_key_file: Path | None = None
+    next_access_key: SecretStr = SecretStr("")
+    next_secret_key: SecretStr = SecretStr("")
+    next_access_key_file: Path | None = None
+    next_secret_key_file: Path | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Credentials:
-        for name in ("access_key", "secret_key"):
+        for name in ("access_key", "secret_key", "next_access_key", "next_secret_key"):
             if getattr(self, name).get_secret_value() and getattr(self, f"{name}_file"):
                 raise ValueError(f"{name}: set the value or the file, not both")
         return self

@@ -15,17 +15,17 @@ import uuid
 import zlib
 from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import httpx
 import structlog
 
-from gateway.credentials import Credentials, Pair
+from gateway.credentials import Pair
 from gateway.exceptions import (
     GatewayError,
     Overloaded,
     UpstreamClock,
-    UpstreamCredentials,
     UpstreamDetail,
     UpstreamError,
     UpstreamInvalid,
@@ -37,6 +37,7 @@ from gateway.metrics import Metrics
 from gateway.models import Operation, TaskKey, read_envelope, render_json
 from gateway.redaction import Redactor
 from gateway.refusals import refusal
+from gateway.rotation import Rotation
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.signing import signed_headers
 from gateway.transport import AiohttpTransport
@@ -70,34 +71,28 @@ class Exchange(NamedTuple):
 
 
 class Upstream:
-    """Asks the upstream. Open it with `async with`.
-
-    `refusal_seconds`: how long a refused pair rests before it is tried again. `clock` is Unix time.
-    """
+    """Asks the upstream. Open it with `async with`. `clock` is Unix time."""
 
     def __init__(
         self,
         settings: UpstreamSettings,
         *,
-        credentials: Credentials,
+        rotation: Rotation,
         redactor: Redactor,
         metrics: Metrics,
-        refusal_seconds: float,
         user_agent: str,
         clock: Callable[[], float] = time.time,
         nonce: Callable[[], str] = lambda: str(uuid.uuid4()),
     ) -> None:
         self._settings = settings
-        self._credentials = credentials
+        self._rotation = rotation
         self._redactor = redactor
         self._metrics = metrics
-        self._refusal_seconds = refusal_seconds
         self._clock = clock
         self._nonce = nonce
         self._slots = asyncio.Semaphore(settings.max_in_flight)
         self._retry_tokens = _RETRY_RESERVE
         self._clock_offset = 0.0  # seconds to add to our clock when signing
-        self._refused: tuple[Pair, float, UpstreamError] | None = None
         self.trouble: str | None = None  # the problem code of the last call, unless it brought an envelope
         self._fixed_headers = {"user-agent": user_agent, "accept-encoding": "identity"}
         self._urls = {operation: httpx.URL(settings.endpoint).join(operation.path) for operation in Operation}
@@ -126,7 +121,7 @@ class Upstream:
                     async with self._slots:
                         late = UpstreamTimeout("the upstream did not answer in time")
                         try:
-                            return await self._attempt(key)
+                            return await self._rotation.use(partial(self._attempt, key))
                         except UpstreamError as exc:
                             failure = exc
                     delay = self._delay(failure, attempt, deadline)
@@ -172,10 +167,8 @@ class Upstream:
         }
         return Exchange(sent, response.status_code, headers, content)
 
-    async def _attempt(self, key: TaskKey) -> Answer:
+    async def _attempt(self, key: TaskKey, pair: Pair) -> Answer:
         operation = key.operation
-        pair = self._credentials.pair
-        self._check_refused(pair)
         outcome = UpstreamTimeout.code  # also when the caller's deadline cancels us
         started = time.perf_counter()
         self._metrics.upstream_in_flight.inc()
@@ -187,10 +180,6 @@ class Upstream:
                 answer = Answer(self.judge(exchange, key), exchange.body)
             except UpstreamClock as exc:
                 exc.transient = self._correct_clock(skew)
-                raise
-            except UpstreamCredentials as exc:
-                if not exc.transient:
-                    self._refused = (pair, time.monotonic() + self._refusal_seconds, exc)
                 raise
         except TimeoutError:
             raise UpstreamTimeout("the upstream did not answer in time") from None
@@ -233,11 +222,6 @@ class Upstream:
 
     def _shown(self, text: str | None) -> str | None:
         return None if text is None else self._redactor(text)[:500]
-
-    def _check_refused(self, pair: Pair) -> None:
-        # A refusal belongs to the pair, not to a task: while it rests nobody's query goes out.
-        if self._refused is not None and self._refused[0] == pair and time.monotonic() < self._refused[1]:
-            raise self._refused[2].with_traceback(None)
 
     def _delay(self, failure: UpstreamError, attempt: int, deadline: float) -> float:
         """Return how long to wait before the next attempt, or raise the failure when none is due."""

@@ -171,7 +171,7 @@ def test_cli_serve_without_credentials_is_not_ready(tmp_path: Path) -> None:
     with serving(tmp_path, none) as (_, gate):
         response = gate.client.get("/readyz")
         assert response.status_code == 503
-        assert response.json() == {"ready": False, "reasons": ["no credentials"], "degraded": []}
+        assert response.json()["reasons"] == ["no credentials"]
         assert gate.client.get("/healthz").status_code == 200
         assert gate.get("a").json()["code"] == "upstream-credentials"
 
@@ -182,7 +182,7 @@ def test_cli_serve_without_credentials_is_not_ready(tmp_path: Path) -> None:
 def checked(tmp_path: Path, env: dict[str, str]) -> tuple[int, str]:
     """Run `check`; none of the keys may show."""
     status, output = run("check", cwd=tmp_path, env=env)
-    for secret in (KEY, SECRET, "wrong-key", "wrong-secret"):
+    for secret in (KEY, SECRET, "wrong-key", "wrong-secret", "next-key", "next-secret"):
         assert secret not in output
     assert "Traceback" not in output
     return status, output
@@ -218,6 +218,32 @@ def test_cli_check_explains_a_wrong_pair(
     status, output = checked(tmp_path, pair(simulator.url, **changes))
     assert status == 1
     assert says in output
+
+
+@pytest.mark.parametrize(
+    ("known", "says"),
+    [
+        ({KEY, "next-key"}, "both pairs work"),
+        ({KEY}, "the active pair works, the next one does not"),
+        ({"next-key"}, "the active pair does not work, the next one does"),
+        ({}, "neither pair works"),
+    ],
+    ids=["both", "active", "next", "neither"],
+)
+def test_cli_check_tries_both_pairs(tmp_path: Path, simulator: Simulator, known: set[str], says: str) -> None:
+    """With a next pair set `check` asks with each, and says which works; one that does not is a failure."""
+    both = {KEY: SECRET, "next-key": "next-secret"}
+    simulator.reset(pairs={key: secret for key, secret in both.items() if key in known})
+    following = {"CREDENTIALS__NEXT_ACCESS_KEY": "next-key", "CREDENTIALS__NEXT_SECRET_KEY": "next-secret"}
+    status, output = checked(tmp_path, pair(simulator.url, **following))
+    assert status == (0 if len(known) == 2 else 1)
+    assert output.splitlines()[-1].startswith(says)
+    assert [line for line in output.splitlines() if line.startswith("with the")] == [
+        "with the active pair (generation 1):",
+        "with the next pair (generation 1):",
+    ]
+    assert output.count("well: signature accepted") == len(known)
+    assert simulator.calls() == 2
 
 
 @pytest.mark.parametrize(("ahead", "word"), [(3600, "behind"), (-3600, "ahead")])

@@ -11,8 +11,7 @@ from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from gateway.credentials import POLL_SECONDS, Credentials, Pair
-from gateway.exceptions import UpstreamCredentials
+from gateway.credentials import POLL_SECONDS, Credentials, Slot
 from gateway.metrics import Metrics
 from gateway.redaction import MASK, Redactor
 from gateway.settings import Credentials as CredentialSettings
@@ -52,6 +51,10 @@ class Bench:
         )
         return good or 0, bad or 0
 
+    def slot(self, slot: str) -> float | None:
+        """Return what the metric says of a slot."""
+        return self.metrics.registry.get_sample_value("sd_gateway_credentials_active_slot", {"slot": slot})
+
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
@@ -59,7 +62,9 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-def told(pair: Pair) -> tuple[str, str]:
+def told(credentials: Credentials) -> tuple[str, str]:
+    assert credentials.signing is not None
+    pair = credentials.signing.pair
     return pair.access_key, pair.secret_key
 
 
@@ -67,7 +72,7 @@ def test_credentials_come_from_values(bench: Bench) -> None:
     """A pair that stands in the settings is used as it is; no reading of files is counted."""
     credentials = bench.of(access_key="the-key", secret_key="the-secret")
     assert credentials.present
-    assert told(credentials.pair) == ("the-key", "the-secret")
+    assert told(credentials) == ("the-key", "the-secret")
     assert bench.reloads() == (0, 0)
 
 
@@ -77,7 +82,7 @@ def test_credentials_come_from_files(bench: Bench) -> None:
     with capture_logs() as lines:
         credentials = bench.of_files()
         credentials.reload()
-    assert told(credentials.pair) == ("the-key", "the-secret")
+    assert told(credentials) == ("the-key", "the-secret")
     assert bench.reloads() == (1, 0)
     assert [line["event"] for line in lines] == ["credentials read"]
 
@@ -88,19 +93,19 @@ def test_credentials_come_from_a_value_and_a_file(bench: Bench, mixed: str) -> N
     bench.write("file-key", "file-secret")
     file = {"access_key": "secret_key_file", "secret_key": "access_key_file"}[mixed]
     credentials = bench.of(**{mixed: "a-value", file: getattr(bench, file)})
-    assert "a-value" in told(credentials.pair)
+    assert "a-value" in told(credentials)
     bench.write("next-key", "next-secret")
     credentials.reload()
-    assert {"a-value", "next-key", "next-secret"} > set(told(credentials.pair)) > {"a-value"}
+    assert {"a-value", "next-key", "next-secret"} > set(told(credentials)) > {"a-value"}
 
 
 def test_credentials_may_be_absent(bench: Bench) -> None:
-    """Without credentials there is no pair to sign with, which is told to whoever asks and is no fault."""
+    """Without credentials there is no pair to sign with, and that is no fault."""
     with capture_logs() as lines:
         credentials = bench.of()
     assert not credentials.present
-    with pytest.raises(UpstreamCredentials, match="no credentials"):
-        _ = credentials.pair
+    assert credentials.signing is None
+    assert credentials.held() == []
     assert lines == []
     assert bench.reloads() == (0, 0)
 
@@ -125,7 +130,7 @@ def test_credentials_follow_changed_files(bench: Bench) -> None:
         bench.write("next-key", "next-secret")
         credentials.reload()
         credentials.reload()
-    assert told(credentials.pair) == ("next-key", "next-secret")
+    assert told(credentials) == ("next-key", "next-secret")
     assert bench.reloads() == (2, 0)
     assert len(lines) == 1
 
@@ -148,10 +153,10 @@ def test_credentials_follow_a_mounted_secret(tmp_path: Path) -> None:
     for file in (bench.access_key_file, bench.secret_key_file):
         file.symlink_to(Path("..data") / file.name)
     credentials = bench.of_files()
-    assert told(credentials.pair) == ("first-key", "first-secret")
+    assert told(credentials) == ("first-key", "first-secret")
     publish("next")
     credentials.reload()
-    assert told(credentials.pair) == ("next-key", "next-secret")
+    assert told(credentials) == ("next-key", "next-secret")
 
 
 def spoil_key(bench: Bench) -> None:
@@ -191,7 +196,7 @@ def test_credentials_keep_the_pair_when_files_are_spoilt(
         spoil(bench)
         for _ in range(3):
             credentials.reload()
-    assert told(credentials.pair) == ("first-key", "first-secret")
+    assert told(credentials) == ("first-key", "first-secret")
     assert bench.reloads() == (1, 1)
     [line] = lines
     assert (line["event"], line["in_use"]) == ("credentials unreadable", True)
@@ -214,7 +219,7 @@ def test_credentials_tell_each_fault_once(bench: Bench) -> None:
         credentials.reload()
     assert [line["event"] for line in lines] == ["credentials unreadable"] * 3 + ["credentials read"]
     assert bench.reloads() == (2, 3)
-    assert told(credentials.pair) == ("next-key", "next-secret")
+    assert told(credentials) == ("next-key", "next-secret")
 
 
 def test_credentials_appear_when_their_files_do(bench: Bench) -> None:
@@ -223,7 +228,74 @@ def test_credentials_appear_when_their_files_do(bench: Bench) -> None:
     assert not credentials.present
     bench.write("late-key", "late-secret")
     credentials.reload()
-    assert told(credentials.pair) == ("late-key", "late-secret")
+    assert told(credentials) == ("late-key", "late-secret")
+
+
+# The next slot
+
+
+def test_credentials_hold_a_next_pair(bench: Bench) -> None:
+    """A next pair is held beside the active one, hidden as well, and does not sign by itself."""
+    credentials = bench.of(
+        access_key="the-key",
+        secret_key="the-secret",
+        next_access_key="next-key",
+        next_secret_key="next-secret",
+    )
+    assert told(credentials) == ("the-key", "the-secret")
+    assert [(held.slot, held.generation) for held in credentials.held()] == [("active", 1), ("next", 1)]
+    assert bench.redactor("next-key next-secret") == f"{MASK} {MASK}"
+    assert (bench.slot("active"), bench.slot("next")) == (1, 0)
+
+
+def test_credentials_follow_the_files_of_the_next_pair(bench: Bench) -> None:
+    """The next slot's files are read again as well; its faults and generations are its own."""
+    bench.write("next-key", "next-secret")
+    credentials = bench.of(
+        access_key="the-key",
+        secret_key="the-secret",
+        next_access_key_file=bench.access_key_file,
+        next_secret_key_file=bench.secret_key_file,
+    )
+    with capture_logs() as lines:
+        spoil_key(bench)
+        credentials.reload()
+        credentials.reload()
+        bench.write("newer-key", "newer-secret")
+        credentials.reload()
+    assert [(line["event"], line["slot"]) for line in lines] == [
+        ("credentials unreadable", "next"),
+        ("credentials read", "next"),
+    ]
+    assert [(held.slot, held.generation) for held in credentials.held()] == [("active", 1), ("next", 2)]
+    assert told(credentials) == ("the-key", "the-secret")
+    assert bench.reloads() == (2, 1)
+
+
+def test_credentials_sign_with_the_pair_they_are_told(bench: Bench) -> None:
+    """Whoever is told to sign does so, and the metric says so, until the active slot has new content."""
+    bench.write("first-key", "first-secret")
+    credentials = bench.of(
+        access_key_file=bench.access_key_file,
+        secret_key_file=bench.secret_key_file,
+        next_access_key="next-key",
+        next_secret_key="next-secret",
+    )
+    _, following = credentials.held()
+    credentials.sign_with(following)
+    credentials.reload()
+    assert credentials.signing is following
+    assert (bench.slot("active"), bench.slot("next")) == (0, 1)
+    bench.write("second-key", "second-secret")
+    credentials.reload()
+    assert told(credentials) == ("second-key", "second-secret")
+    assert (bench.slot("active"), bench.slot("next")) == (1, 0)
+
+
+def test_credentials_metric_knows_both_slots_before_there_is_a_pair(bench: Bench) -> None:
+    """Without a pair no slot signs, and both series are there all the same."""
+    bench.of()
+    assert [bench.slot(slot) for slot in Slot] == [0, 0]
 
 
 class Readings:
@@ -244,6 +316,10 @@ def of_readings(bench: Bench, access_keys: Iterable[str], secret_keys: Iterable[
         secret_key=SecretStr(""),
         access_key_file=Readings(access_keys),
         secret_key_file=Readings(secret_keys),
+        next_access_key=SecretStr(""),
+        next_secret_key=SecretStr(""),
+        next_access_key_file=None,
+        next_secret_key_file=None,
     )
     return bench.by(settings)
 
@@ -251,7 +327,7 @@ def of_readings(bench: Bench, access_keys: Iterable[str], secret_keys: Iterable[
 def test_credentials_take_both_halves_of_one_generation(bench: Bench) -> None:
     """A swap between the reading of key and of secret does not mix two generations."""
     credentials = of_readings(bench, ["old-key", "new-key", "new-key"], ["new-secret"] * 3)
-    assert told(credentials.pair) == ("new-key", "new-secret")
+    assert told(credentials) == ("new-key", "new-secret")
 
 
 def test_credentials_give_up_on_files_that_keep_changing(bench: Bench) -> None:
@@ -277,7 +353,8 @@ def test_credentials_are_hidden_from_logs(bench: Bench) -> None:
 def test_pair_shows_nothing(bench: Bench) -> None:
     """Neither a pair nor its holder shows a secret in its repr."""
     credentials = bench.of(access_key="hush-key", secret_key="hush-secret")
-    for shown in (repr(credentials.pair), str(credentials.pair), repr(credentials), f"{vars(credentials)}"):
+    [held] = credentials.held()
+    for shown in (repr(held.pair), str(held.pair), repr(held), repr(credentials)):
         assert "hush" not in shown
 
 
@@ -318,7 +395,7 @@ def test_follow_reloads_until_cancelled(bench: Bench) -> None:
         assert bench.reloads() == (1, 1)
         bench.write("next-key", "next-secret")
         await asyncio.sleep(POLL_SECONDS)
-        assert told(credentials.pair) == ("next-key", "next-secret")
+        assert told(credentials) == ("next-key", "next-secret")
         following.cancel()
         with pytest.raises(asyncio.CancelledError):
             await following

@@ -26,6 +26,7 @@ PROMISED: dict[str, tuple[str, tuple[str, ...]]] = {
     "watched_tasks": ("gauge", ()),
     "events_sent": ("counter", ("event",)),
     "credentials_reloads": ("counter", ("result",)),
+    "credentials_active_slot": ("gauge", ("slot",)),
     "build_info": ("gauge", ("version", "python", "server")),
 }
 

@@ -45,7 +45,12 @@ def test_ops_healthz_answers(gate: Gateway) -> None:
 def test_ops_readyz_answers(gate: Gateway) -> None:
     """Ready is 200 with nothing against it, and never from a cache."""
     response = gate.client.get("/readyz")
-    assert response.json() == {"ready": True, "reasons": [], "degraded": []}
+    assert response.json() == {
+        "ready": True,
+        "reasons": [],
+        "degraded": [],
+        "credentials": {"slot": "active", "generation": 1},
+    }
     assert response.headers["cache-control"] == "no-store"
 
 
@@ -66,7 +71,12 @@ def test_ops_readyz_without_credentials(simulator: Simulator, launch: Launch) ->
     gate = launch(simulator.url, credentials={"access_key": "", "secret_key": ""})
     response = gate.client.get("/readyz")
     assert response.status_code == 503
-    assert response.json() == {"ready": False, "reasons": ["no credentials"], "degraded": []}
+    assert response.json() == {
+        "ready": False,
+        "reasons": ["no credentials"],
+        "degraded": [],
+        "credentials": None,
+    }
     assert gate.get("abc").json()["code"] == "upstream-credentials"
     assert simulator.requests() == []
 

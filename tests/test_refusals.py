@@ -14,6 +14,7 @@ from gateway.exceptions import (
     UpstreamError,
     UpstreamInvalid,
     UpstreamNonce,
+    UpstreamQuota,
     UpstreamThrottled,
     UpstreamTimeout,
 )
@@ -23,7 +24,7 @@ Kind = type[UpstreamError]
 
 MEANINGS: list[tuple[Kind, list[str]]] = [
     (UpstreamCredentials, ["A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"]),
-    (UpstreamCredentials, ["B403MQ", "B403ME", "B403MI", "B403OD", "B403MO"]),
+    (UpstreamQuota, ["B403MQ", "B403ME", "B403MI", "B403OD", "B403MO"]),
     (UpstreamNonce, ["I400NC"]),
     (UpstreamThrottled, ["T429ID", "T429IN", "T429GR", "T429PA", "T429PR", "T429SR", "T429MR"]),
     (UpstreamInvalid, ["I400HD", "I400MH", "I400BD", "I400PA", "I405UM", "I413RL", "I400I5"]),
@@ -47,9 +48,9 @@ MESSAGES: list[tuple[int, str, Kind]] = [
     (403, "Throttled by API Flow Control", UpstreamThrottled),
     (403, "Throttled by DOMAIN Flow Control", UpstreamThrottled),
     (403, "Throttled by GROUP Flow Control", UpstreamThrottled),
-    (403, "Quota Exhausted", UpstreamCredentials),
-    (403, "Quota Expired", UpstreamCredentials),
-    (403, "User Arrears", UpstreamCredentials),
+    (403, "Quota Exhausted", UpstreamQuota),
+    (403, "Quota Expired", UpstreamQuota),
+    (403, "User Arrears", UpstreamQuota),
     (400, "Invalid Url", UpstreamInvalid),
     (400, "Invalid Content-MD5", UpstreamInvalid),
     (400, "API Not Found", UpstreamInvalid),
@@ -109,7 +110,7 @@ def test_refusal_trusts_the_message_over_the_code(code: str, message: str, expec
     [
         ("A400ZZ", UpstreamCredentials),
         ("A403ZZ", UpstreamCredentials),
-        ("B403ZZ", UpstreamCredentials),
+        ("B403ZZ", UpstreamQuota),
         ("T429ZZ", UpstreamThrottled),
         ("I400ZZ", UpstreamInvalid),
         ("I404ZZ", UpstreamInvalid),

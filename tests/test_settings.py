@@ -52,6 +52,9 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+SECRETS = ["access_key", "secret_key", "next_access_key", "next_secret_key"]
+
+
 def leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every setting's dotted name and value."""
     for name in type(model).model_fields:
@@ -99,8 +102,8 @@ def test_settings_have_the_published_defaults() -> None:
 def test_settings_have_no_credentials_by_default() -> None:
     """By default there are no credentials, and no file to read them from."""
     credentials = Settings().credentials
-    assert credentials.access_key.get_secret_value() == credentials.secret_key.get_secret_value() == ""
-    assert credentials.access_key_file is credentials.secret_key_file is None
+    assert [getattr(credentials, name).get_secret_value() for name in SECRETS] == [""] * 4
+    assert [getattr(credentials, f"{name}_file") for name in SECRETS] == [None] * 4
 
 
 def test_load_takes_an_empty_file_and_environment_for_the_defaults(read: Load) -> None:
@@ -191,7 +194,7 @@ def test_settings_cannot_be_changed() -> None:
 # Secrets by value and by file
 
 
-@pytest.mark.parametrize("name", ["access_key", "secret_key"])
+@pytest.mark.parametrize("name", SECRETS)
 def test_load_takes_the_stronger_source_of_a_secret_in_either_form(read: Load, name: str) -> None:
     """A secret's value and its file are one setting: the stronger source replaces both forms."""
     value = f"[credentials]\n{name} = 'value'"
@@ -210,7 +213,7 @@ def test_load_lets_an_sdks_variable_replace_a_file(read: Load) -> None:
     assert read(toml, **environ).credentials.access_key_file == Path("/f")
 
 
-@pytest.mark.parametrize("name", ["access_key", "secret_key"])
+@pytest.mark.parametrize("name", SECRETS)
 def test_load_refuses_a_secret_and_its_file_in_one_source(
     mistakes: Callable[..., list[str]], name: str
 ) -> None:

@@ -321,6 +321,13 @@ def test_gate_of_an_older_deployment_sends_no_codes(bench: Bench) -> None:
     assert error_of(bench.call(access_key="nobody"))[1] == "A400IK"
 
 
+def test_gate_lets_in_the_pairs_that_it_is_told(bench: Bench) -> None:
+    """Pairs can be revoked and added while the simulator runs; what it answers shows none of them."""
+    assert bench.control("PUT", "/pairs", pairs={"new-key": "new-secret"}) is None
+    assert error_of(bench.call())[1] == "A400IK"
+    assert bench.call(access_key="new-key", secret_key="new-secret").is_success
+
+
 def test_answers_are_dated_by_the_simulators_clock(bench: Bench) -> None:
     """`Date` says what the simulator believes is now, on answers and refusals."""
     bench.clock.now += 3600
@@ -785,6 +792,7 @@ def test_faults_hide_no_refusal(bench: Bench) -> None:
         ("PUT", "/faults", {"name": "deep", "operation": "sd_txt2img"}, "operation: "),
         ("PUT", "/legacy", {}, "missing: enabled"),
         ("PUT", "/legacy", {"enabled": 1}, "enabled: "),
+        ("PUT", "/pairs", {"pairs": {"key": 1}}, "pairs: "),
         ("POST", "/tasks", {"id": "x"}, "unknown: id; known: taskId, life, data"),
         (
             "POST",

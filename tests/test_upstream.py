@@ -15,6 +15,7 @@ import trustme
 
 from gateway.signing import verify
 from tests.harness import (
+    KEY,
     SECRET,
     Behaviour,
     Gateway,
@@ -525,6 +526,7 @@ def test_upstream_refused_pair_rests(simulator: Simulator, launch: Launch) -> No
         "ready": True,
         "reasons": [],
         "degraded": ["upstream: upstream-credentials"],
+        "credentials": {"slot": "active", "generation": 1},
     }
 
 
@@ -537,6 +539,46 @@ def test_upstream_pair_that_is_accepted_again_works(simulator: Simulator, launch
     simulator.pairs["harness-access-key"] = SECRET
     until(lambda: gate.get(task).status_code == 200, "the pair is tried again")
     assert gate.client.get("/readyz").json()["degraded"] == []
+
+
+NEXT = {"next_access_key": "next-key", "next_secret_key": "next-secret"}
+
+
+def test_upstream_promotes_the_next_pair(simulator: Simulator, launch: Launch) -> None:
+    """A query that meets the revocation of the active pair is answered all the same, and not as a retry."""
+    gate = launch(simulator.url, credentials=NEXT, upstream={"retries": 0})
+    assert_well(gate, simulator.task())
+    assert gate.metric("credentials_active_slot", slot="active") == 1
+    simulator.control("PUT", "/pairs", pairs={"next-key": "next-secret"})
+    for _ in range(2):
+        assert_well(gate, simulator.task())
+    assert (simulator.calls(), simulator.stats()["refused"]) == (4, 1)
+    assert gate.metric("upstream_retries_total") == 0
+    assert gate.metric("credentials_active_slot", slot="active") == 0
+    assert gate.metric("credentials_active_slot", slot="next") == 1
+    assert gate.client.get("/readyz").json()["credentials"] == {"slot": "next", "generation": 1}
+
+
+@pytest.mark.parametrize(
+    ("message", "tried"),
+    [
+        ("Invalid AppKey", 2),
+        ("Unauthorized", 2),
+        ("Quota Exhausted", 1),
+        ("Timestamp Expired", 1),
+        ("Throttled by USER Flow Control", 1),
+    ],
+)
+def test_upstream_tries_the_next_pair_where_that_can_help(
+    simulator: Simulator, launch: Launch, message: str, tried: int
+) -> None:
+    """Key and right are the pair's; quota, clock and throttles are not, and the next pair is left alone."""
+    simulator.control("PUT", "/pairs", pairs={KEY: SECRET, "next-key": "next-secret"})
+    simulator.fault("refuse", message=message, status=403)
+    gate = launch(simulator.url, credentials=NEXT, upstream={"retries": 0})
+    assert gate.get(simulator.task()).is_error
+    signed = [request["headers"]["x-ca-key"] for request in simulator.requests()]
+    assert signed == [KEY, "next-key"][:tried]
 
 
 def test_upstream_wrong_secret_is_told_without_the_string_to_sign(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
@@ -18,12 +19,24 @@ async def healthz(_: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-def readyz(reasons: Callable[[], list[str]], degraded: Callable[[], list[str]]) -> Endpoint:
-    """Return an endpoint that answers 200 when traffic should come, else 503 with the reasons."""
+def readyz(
+    reasons: Callable[[], list[str]],
+    degraded: Callable[[], list[str]],
+    credentials: Callable[[], dict[str, Any] | None],
+) -> Endpoint:
+    """Return an endpoint that answers 200 when traffic should come, else 503 with the reasons.
+
+    `credentials` tells which pair signs, by its slot and generation.
+    """
 
     async def endpoint(_: Request) -> Response:
         why_not = reasons()
-        body = {"ready": not why_not, "reasons": why_not, "degraded": degraded()}
+        body = {
+            "ready": not why_not,
+            "reasons": why_not,
+            "degraded": degraded(),
+            "credentials": credentials(),
+        }
         return JSONResponse(body, 503 if why_not else 200, {"Cache-Control": "no-store"})
 
     return endpoint

@@ -12,6 +12,7 @@ The control API speaks JSON, unsigned: let the simulator listen on loopback only
     PUT    /faults      {"name", …parameters, "times"?, "operation"?, "taskId"?, "probability"?}
     GET    /faults                 those in force            DELETE: clear all
     PUT    /legacy      {"enabled"}   refuse as older deployments do
+    PUT    /pairs     {"pairs"}   from now on let in who signs with these: access keys to secrets
     GET    /stats                  calls, callsByTask, refused (by the gate), inFlight, maxInFlight,
                                    times                     DELETE: reset
     GET    /requests               the last 200 vendor requests: method, target, headers, body

@@ -38,6 +38,7 @@ class Control:
             ("GET", "/faults", self._list_faults),
             ("DELETE", "/faults", self._clear_faults),
             ("PUT", "/legacy", self._set_legacy),
+            ("PUT", "/pairs", self._set_pairs),
             ("GET", "/stats", self._show_stats),
             ("DELETE", "/stats", self._reset_stats),
             ("GET", "/requests", self._show_requests),
@@ -76,6 +77,10 @@ class Control:
         self.gate.legacy = arguments(_legacy, await _object(request))["enabled"]
         return json_response({"enabled": self.gate.legacy})
 
+    async def _set_pairs(self, request: Request) -> Response:
+        self.gate.pairs = arguments(_pairs, await _object(request))["pairs"]
+        return Response(status_code=204)  # secrets go in, and never out
+
     async def _show_stats(self, _request: Request) -> Response:
         return json_response(self.ledger.stats())
 
@@ -103,3 +108,4 @@ async def _object(request: Request) -> dict[str, Any]:
 def _new_task(*, task_id: str = "", life: dict[str, Any] = ..., data: dict[str, Any] = ...) -> None: ...
 def _script(*, data: dict[str, Any]) -> None: ...
 def _legacy(*, enabled: bool) -> None: ...
+def _pairs(*, pairs: dict[str, str]) -> None: ...

@@ -35,12 +35,12 @@ def refusal(
 class Gate:
     """Judges requests, and remembers nonces for as long as they must not come again.
 
-    `pairs` is looked up at each request: who changes the mapping revokes or adds a key.
+    `pairs` is looked up at each request: who changes the mapping, or sets another, revokes or adds a key.
     """
 
     def __init__(self, pairs: Mapping[str, str], *, clock: Callable[[], float]) -> None:
         self.legacy = False
-        self._pairs = pairs
+        self.pairs = pairs
         self._clock = clock
         self._nonces: TTLCache[str, None] = TTLCache(MAX_NONCES, WINDOW_SECONDS, timer=clock)
 
@@ -50,7 +50,7 @@ class Gate:
 
     def judge(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Response | None:
         """Return a refusal, or None for a request that may pass; its nonce is then spent."""
-        secret = self._pairs.get(headers.get("x-ca-key", ""))
+        secret = self.pairs.get(headers.get("x-ca-key", ""))
         if secret is None:
             return self.refuse(400, "Invalid AppKey", "A400IK")
         verdict = verify(method, target, headers, body, secret=secret)

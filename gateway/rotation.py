@@ -1,0 +1,175 @@
+"""Which pair signs a call, and which one does when upstream refuses it.
+
+    use -> the pair that signs ──refused──> read the files again -> one trial at a time -> refused
+                                                                          └─accepted─> it signs
+
+A refusal belongs to the pair, not to a task. A pair that was refused is used on trial only: by
+one query at a time, while all others wait for the outcome, and after a rest. Three pairs can be tried:
+
+    the active slot's     new content is read at once on a refusal, and used without trial
+    the next slot's       rotation without a gap
+    the last one that upstream accepted, still in memory: files that were written one after the
+                          other may be read half and half, or hold a slip of the pen
+
+A trial is a real query, signed again inside its own deadline. An envelope, whatever its status,
+promotes the pair. A refusal keeps it out for a while, so that it is not asked with every query; not
+for ever, for upstream may learn of a key later than we do. Anything else (a time-out, a
+throttle) says nothing about the pair: the next query tries it.
+
+Spent quotas and open bills rest the pair too, but nobody else's pair is tried: the key is known and
+right, a person must act, and moving on to another account's quota is not for a gateway to
+decide. Refused clocks and nonces pass, and are no verdict on the pair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import NamedTuple, TypeVar
+
+import structlog
+
+from gateway.credentials import Credentials, Held, Pair
+from gateway.exceptions import (
+    UpstreamClock,
+    UpstreamCredentials,
+    UpstreamNonce,
+    UpstreamQuota,
+    UpstreamRejected,
+)
+
+KEPT_OUT_SECONDS = 30.0  # a pair that was refused on trial
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+_Tried = dict[Pair, UpstreamCredentials]
+
+
+class _Refusal(NamedTuple):
+    until: float
+    error: UpstreamCredentials
+
+
+class _Turn(NamedTuple):
+    """A pair for one call, and the one that signs for everybody. One turn at a time is on trial."""
+
+    held: Held
+    signing: Held | None
+    on_trial: bool
+
+
+class Rotation:
+    """Gives calls their pair, and learns from what becomes of them.
+
+    `refusal_seconds`: how long the pair that signs rests after a refusal. `clock`: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        credentials: Credentials,
+        *,
+        refusal_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._credentials = credentials
+        self._refusal_seconds = refusal_seconds
+        self._clock = clock
+        self._trial = asyncio.Lock()
+        self._refused: dict[Pair, _Refusal] = {}
+        self._proven: Held | None = None
+
+    async def use(self, call: Callable[[Pair], Awaitable[T]]) -> T:
+        """Make a call with the pair that signs, and once again with each other one if it is refused.
+
+        Raises: what `call` raises; UpstreamCredentials, without a call, while every pair rests.
+        """
+        tried: _Tried = {}
+        while True:
+            async with self._turn(tried) as turn:
+                try:
+                    answer = await call(turn.held.pair)
+                except (UpstreamClock, UpstreamNonce):
+                    raise
+                except UpstreamCredentials as exc:
+                    tried[turn.held.pair] = exc
+                    self._refuse(turn.held, exc)
+                    if isinstance(exc, UpstreamQuota):
+                        raise
+                except UpstreamRejected:
+                    self._accept(turn)
+                    raise
+                else:
+                    self._accept(turn)
+                    return answer
+
+    @asynccontextmanager
+    async def _turn(self, tried: _Tried) -> AsyncIterator[_Turn]:
+        if (held := self._trusted(tried)) is None:
+            async with self._trial:
+                # Look again: the trial that we waited for may have brought one.
+                if (held := self._trusted(tried)) is None:
+                    yield _Turn(self._suspect(tried), self._credentials.signing, on_trial=True)
+                    return
+        yield _Turn(held, held, on_trial=False)
+
+    def _trusted(self, tried: _Tried) -> Held | None:
+        signing = self._credentials.signing
+        known = signing is not None and signing.pair not in self._refused and signing.pair not in tried
+        return signing if known else None
+
+    def _suspect(self, tried: _Tried) -> Held:
+        now = self._clock()
+        errors = []
+        for held in self._candidates():
+            if held.pair in tried:
+                errors.append(tried[held.pair])
+                continue
+            refusal = self._refused.get(held.pair)
+            if refusal is None or refusal.until <= now:
+                return held
+            errors.append(refusal.error)
+            if held is self._credentials.signing and isinstance(refusal.error, UpstreamQuota):
+                break
+        if not errors:
+            raise UpstreamCredentials("the gateway has no credentials")
+        # One refusal is raised for many callers: without this each would lengthen its traceback.
+        raise errors[0].with_traceback(None)
+
+    def _candidates(self) -> list[Held]:
+        known = (self._credentials.signing, *self._credentials.held(), self._proven)
+        return [held for held in known if held is not None]
+
+    def _refuse(self, held: Held, error: UpstreamCredentials) -> None:
+        now = self._clock()
+        before = self._refused.get(held.pair)
+        if before is not None and now < before.until:
+            return  # one of many calls that were in the air when the first was refused
+        signing = self._credentials.signing
+        signs = signing is not None and signing.pair == held.pair
+        seconds = self._refusal_seconds if signs else KEPT_OUT_SECONDS
+        self._refused[held.pair] = _Refusal(now + seconds, error)
+        if before is None:
+            log.warning("credentials refused", slot=held.slot, generation=held.generation, reason=str(error))
+        self._credentials.reload()  # the files may be newer than our last look
+        kept = {candidate.pair for candidate in self._candidates()}
+        self._refused = {pair: refusal for pair, refusal in self._refused.items() if pair in kept}
+
+    def _accept(self, turn: _Turn) -> None:
+        # Only a trial clears a refusal: a call that was in the air before it proves nothing any more.
+        held = turn.held
+        if turn.on_trial:
+            self._refused.pop(held.pair, None)
+            self._promote(turn)
+        if held is self._credentials.signing and held.pair not in self._refused:
+            self._proven = held
+
+    def _promote(self, turn: _Turn) -> None:
+        held, signing = turn.held, turn.signing
+        if signing is not None and signing.pair == held.pair:
+            log.info("credentials accepted again", slot=held.slot, generation=held.generation)
+        elif signing is self._credentials.signing:  # else the active slot got newer content meanwhile
+            self._credentials.sign_with(held)
+            log.warning("credentials promoted", slot=held.slot, generation=held.generation)

@@ -1,0 +1,435 @@
+"""Which pair signs: refusals, trials, promotions, and who waits for whom."""
+
+import asyncio
+from collections.abc import Awaitable
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
+
+from gateway.credentials import Credentials, Pair, Slot
+from gateway.exceptions import (
+    UpstreamClock,
+    UpstreamCredentials,
+    UpstreamDetail,
+    UpstreamError,
+    UpstreamNonce,
+    UpstreamQuota,
+    UpstreamRejected,
+    UpstreamTimeout,
+)
+from gateway.metrics import Metrics
+from gateway.redaction import Redactor
+from gateway.rotation import KEPT_OUT_SECONDS, Rotation
+from gateway.settings import Credentials as CredentialSettings
+
+REFUSAL_SECONDS = 1.0
+REJECTED = UpstreamRejected("rejected", envelope=b"{}", detail=UpstreamDetail())
+
+
+class Bench:
+    """A rotation over two mounted slots, and an upstream that knows some keys; time is turned by hand."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.now = 0.0
+        self.known: set[str] = set()
+        self.calls: list[str] = []
+        self.metrics = Metrics(CollectorRegistry(), gateway_version="0")
+
+    def mount(self, **pairs: str) -> None:
+        """Write a slot's files; its pair is named by its key."""
+        for slot, key in pairs.items():
+            (self.folder / f"{slot}_key").write_text(key)
+            (self.folder / f"{slot}_secret").write_text(f"secret of {key}")
+
+    def begin(self) -> None:
+        """Read the slots; one whose files were never written has none."""
+        files = {
+            f"{prefix}{half}_key_file": self.folder / f"{slot}_{name}"
+            for slot, prefix in (("active", ""), ("next", "next_"))
+            for half, name in (("access", "key"), ("secret", "secret"))
+            if (self.folder / f"{slot}_key").exists()
+        }
+        settings = CredentialSettings.model_validate(files)
+        self.credentials = Credentials(settings, redactor=Redactor(), metrics=self.metrics)
+        self.rotation = Rotation(self.credentials, refusal_seconds=REFUSAL_SECONDS, clock=lambda: self.now)
+
+    async def answer(self, pair: Pair) -> str:
+        """Be the upstream: answer who signed with a known key, refuse others."""
+        self.calls.append(pair.access_key)
+        if pair.access_key not in self.known or pair.secret_key != f"secret of {pair.access_key}":
+            raise UpstreamCredentials(f"refused {pair.access_key}")
+        return pair.access_key
+
+    async def ask(self) -> str:
+        """Make one call; return whose key brought the answer."""
+        return await self.rotation.use(self.answer)
+
+    async def refused(self) -> list[str]:
+        """Make one call that must be refused; return the keys that were tried."""
+        before = len(self.calls)
+        with pytest.raises(UpstreamCredentials):
+            await self.ask()
+        return self.calls[before:]
+
+    def signing(self) -> tuple[str, int] | None:
+        """Return slot and generation of the pair that signs, and hold the metric against it."""
+        held = self.credentials.signing
+        shown = {
+            slot: self.metrics.registry.get_sample_value("sd_gateway_credentials_active_slot", {"slot": slot})
+            for slot in Slot
+        }
+        assert shown == {slot: float(held is not None and held.slot is slot) for slot in Slot}
+        return None if held is None else (held.slot, held.generation)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """Return a bench whose active slot holds `one` and whose next slot holds `two`."""
+    bench = Bench(tmp_path)
+    bench.mount(active="one", next="two")
+    bench.known = {"one"}
+    bench.begin()
+    return bench
+
+
+async def test_rotation_signs_with_the_active_pair(bench: Bench) -> None:
+    """While upstream accepts the active pair nobody tries the next one."""
+    bench.known = {"one", "two"}
+    assert [await bench.ask() for _ in range(3)] == ["one"] * 3
+    assert bench.calls == ["one"] * 3
+    assert bench.signing() == ("active", 1)
+
+
+async def test_rotation_promotes_the_next_pair(bench: Bench) -> None:
+    """When the active pair is refused that very query is signed with the next one, as are all after it."""
+    await bench.ask()
+    bench.known = {"two"}
+    with capture_logs() as lines:
+        assert [await bench.ask() for _ in range(3)] == ["two"] * 3
+    assert bench.calls == ["one", "one", "two", "two", "two"]
+    assert bench.signing() == ("next", 1)
+    told = [(line["event"], line["slot"], line["generation"]) for line in lines]
+    assert told == [("credentials refused", "active", 1), ("credentials promoted", "next", 1)]
+    assert not [line for line in lines if "secret of" in str(line)]
+
+
+async def test_rotation_takes_any_envelope_for_acceptance(bench: Bench) -> None:
+    """An envelope that says no proves the pair as well as one that says yes."""
+
+    async def reject(pair: Pair) -> str:
+        await bench.answer(pair)
+        raise REJECTED
+
+    bench.known = {"two"}
+    with pytest.raises(UpstreamRejected):
+        await bench.rotation.use(reject)
+    assert bench.calls == ["one", "two"]
+    assert bench.signing() == ("next", 1)
+
+
+async def test_rotation_has_many_wait_for_one_trial(bench: Bench) -> None:
+    """Of many queries whose pair is refused one tries the next; the others, and later ones, wait."""
+    bench.known = {"two"}
+    refuse, accept, on_trial = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def slowly(pair: Pair) -> str:
+        if pair.access_key == "one":
+            await refuse.wait()
+        elif not accept.is_set():
+            on_trial.set()
+            await accept.wait()
+        return await bench.answer(pair)
+
+    async with asyncio.TaskGroup() as group:
+        queries = [group.create_task(bench.rotation.use(slowly)) for _ in range(20)]
+        await asyncio.sleep(0)
+        refuse.set()
+        await on_trial.wait()
+        queries += [group.create_task(bench.rotation.use(slowly)) for _ in range(20)]
+        await asyncio.sleep(0)
+        assert (bench.calls.count("one"), bench.calls.count("two")) == (20, 0)
+        accept.set()
+    assert [query.result() for query in queries] == ["two"] * 40
+    assert (bench.calls.count("one"), bench.calls.count("two")) == (20, 40)
+
+
+async def test_rotation_tries_a_refused_next_pair_once_for_many(bench: Bench) -> None:
+    """A next pair that is refused is not tried by each query that waited: all are told the first refusal."""
+    bench.known = set()
+    refuse = asyncio.Event()
+
+    async def slowly(pair: Pair) -> str:
+        await refuse.wait()
+        return await bench.answer(pair)
+
+    queries = [asyncio.create_task(bench.rotation.use(slowly)) for _ in range(20)]
+    await asyncio.sleep(0)
+    refuse.set()
+    outcomes = await asyncio.gather(*queries, return_exceptions=True)
+    assert {str(outcome) for outcome in outcomes} == {"refused one"}
+    assert (bench.calls.count("one"), bench.calls.count("two")) == (20, 1)
+    assert bench.signing() == ("active", 1)
+
+
+async def test_rotation_lets_refused_pairs_rest(bench: Bench) -> None:
+    """The pair that signs rests a little, one refused on trial longer; then each is tried again."""
+    bench.known = set()
+    assert await bench.refused() == ["one", "two"]
+    assert await bench.refused() == []
+    bench.now += REFUSAL_SECONDS
+    assert await bench.refused() == ["one"]
+    bench.now += KEPT_OUT_SECONDS
+    assert await bench.refused() == ["one", "two"]
+    bench.now += KEPT_OUT_SECONDS
+    bench.known = {"two"}
+    assert await bench.ask() == "two"
+
+
+async def test_rotation_tries_a_rested_pair_one_query_at_a_time(bench: Bench) -> None:
+    """When the rest is over one query tries the pair; when upstream accepts it again, it signs for all."""
+    bench.known = set()
+    await bench.refused()
+    bench.now += REFUSAL_SECONDS
+    bench.calls.clear()
+    outcomes = await asyncio.gather(*(bench.ask() for _ in range(10)), return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {UpstreamCredentials}
+    assert bench.calls == ["one"]
+    bench.known = {"one"}
+    bench.now += REFUSAL_SECONDS
+    with capture_logs() as lines:
+        assert await asyncio.gather(*(bench.ask() for _ in range(10))) == ["one"] * 10
+    assert [line["event"] for line in lines] == ["credentials accepted again"]
+    assert bench.signing() == ("active", 1)
+
+
+async def test_rotation_tries_new_content_of_the_next_slot_at_once(bench: Bench) -> None:
+    """A pair is kept out, not its slot: new content is tried by the next query."""
+    bench.known = {"three"}
+    await bench.refused()
+    bench.mount(next="three")
+    bench.credentials.reload()
+    assert await bench.ask() == "three"
+    assert bench.signing() == ("next", 2)
+
+
+async def test_rotation_reads_the_files_again_on_a_refusal(bench: Bench) -> None:
+    """A refused pair whose files have changed since is replaced within the query: no poll is waited for."""
+    await bench.ask()
+    bench.mount(active="three")
+    bench.known = {"three"}
+    assert await bench.ask() == "three"
+    assert bench.calls == ["one", "one", "three"]
+    assert bench.signing() == ("active", 2)
+
+
+async def test_rotation_survives_a_pair_read_half_and_half(bench: Bench) -> None:
+    """Files written one after the other: upstream refuses the mixture, the last accepted pair goes on."""
+    await bench.ask()
+    bench.known = {"one", "three"}
+    (bench.folder / "active_key").write_text("three")
+    bench.credentials.reload()
+    assert bench.signing() == ("active", 2)
+    assert [await bench.ask() for _ in range(2)] == ["one"] * 2
+    assert bench.calls == ["one", "three", "two", "one", "one"]
+    assert bench.signing() == ("active", 1)
+    (bench.folder / "active_secret").write_text("secret of three")
+    bench.credentials.reload()
+    assert await bench.ask() == "three"
+    assert bench.signing() == ("active", 3)
+
+
+async def test_rotation_forgets_the_former_pair_once_the_new_one_is_accepted(bench: Bench) -> None:
+    """A replaced pair is not tried any more when its successor, accepted once, is refused."""
+    await bench.ask()
+    bench.mount(active="three")
+    bench.known = {"one", "three"}
+    bench.credentials.reload()
+    assert await bench.ask() == "three"
+    bench.known = {"one"}
+    assert await bench.refused() == ["three", "two"]
+
+
+async def test_rotation_keeps_the_promoted_pair_when_it_moves_to_the_active_slot(bench: Bench) -> None:
+    """The promoted pair in the active slot changes the name of the slot: nothing is tried anew."""
+    bench.known = {"two"}
+    await bench.ask()
+    bench.mount(active="two", next="three")
+    bench.credentials.reload()
+    bench.calls.clear()
+    assert [await bench.ask() for _ in range(2)] == ["two"] * 2
+    assert bench.calls == ["two"] * 2
+    assert bench.signing() == ("active", 2)
+
+
+async def test_rotation_prefers_new_content_of_the_active_slot(bench: Bench) -> None:
+    """After a promotion a new pair in the active slot signs: it is newer. Refused, it gives way again."""
+    bench.known = {"two", "three"}
+    await bench.ask()
+    bench.mount(active="three")
+    bench.credentials.reload()
+    assert await bench.ask() == "three"
+    assert bench.signing() == ("active", 2)
+    bench.mount(active="four")
+    bench.credentials.reload()
+    assert await bench.ask() == "two"
+    assert bench.signing() == ("next", 1)
+
+
+async def test_rotation_keeps_a_promoted_pair_that_left_its_slot(bench: Bench) -> None:
+    """A promoted pair signs although its slot has new content by now; that is tried when it is refused."""
+    bench.known = {"two"}
+    await bench.ask()
+    bench.mount(next="three")
+    bench.credentials.reload()
+    assert await bench.ask() == "two"
+    assert bench.signing() == ("next", 1)
+    bench.known = {"three"}
+    bench.now += REFUSAL_SECONDS
+    assert await bench.ask() == "three"
+    assert bench.signing() == ("next", 2)
+
+
+async def test_rotation_goes_back_when_the_promoted_pair_is_refused(bench: Bench) -> None:
+    """The active pair is what is left when the next one is refused later, after a rest."""
+    bench.known = {"two"}
+    await bench.ask()
+    bench.known = {"one"}
+    assert await bench.refused() == ["two"]
+    bench.now += REFUSAL_SECONDS
+    assert await bench.ask() == "one"
+    assert bench.signing() == ("active", 1)
+
+
+async def test_rotation_does_not_override_what_was_read_during_a_trial(bench: Bench) -> None:
+    """New content that the active slot got while the next pair was on trial signs: it is newer."""
+    bench.known = {"two", "three"}
+
+    async def meanwhile(pair: Pair) -> str:
+        if pair.access_key == "two":
+            bench.mount(active="three")
+            bench.credentials.reload()
+        return await bench.answer(pair)
+
+    assert await bench.rotation.use(meanwhile) == "two"
+    assert bench.signing() == ("active", 2)
+    assert await bench.ask() == "three"
+
+
+async def test_rotation_learns_nothing_from_calls_that_were_in_the_air(bench: Bench) -> None:
+    """An answer to a call that was sent before the refusal does not bring the refused pair back."""
+    late = asyncio.Event()
+
+    async def early(pair: Pair) -> str:
+        await late.wait()
+        return pair.access_key
+
+    query = asyncio.create_task(bench.rotation.use(early))
+    await asyncio.sleep(0)
+    bench.known = set()
+    assert await bench.refused() == ["one", "two"]
+    late.set()
+    assert await query == "one"
+    assert await bench.refused() == []
+
+
+@pytest.mark.parametrize("passing", [UpstreamClock, UpstreamNonce, UpstreamTimeout])
+async def test_rotation_is_not_begun_by_what_says_nothing_of_the_pair(
+    bench: Bench, passing: type[UpstreamError]
+) -> None:
+    """Clock, nonce, time-out: the pair is not to blame, does not rest, and no other one is tried."""
+
+    async def fail(pair: Pair) -> str:
+        await bench.answer(pair)
+        raise passing("passes")
+
+    bench.known = {"one", "two"}
+    for _ in range(2):
+        with pytest.raises(passing):
+            await bench.rotation.use(fail)
+    assert bench.calls == ["one"] * 2
+
+
+async def test_rotation_repeats_a_trial_that_told_nothing(bench: Bench) -> None:
+    """A trial that ran into a time-out fails its own query only; the next query has a trial of its own."""
+    bench.known = {"two"}
+
+    async def late(pair: Pair) -> str:
+        if pair.access_key == "two":
+            raise UpstreamTimeout("late")
+        return await bench.answer(pair)
+
+    with pytest.raises(UpstreamTimeout):
+        await bench.rotation.use(late)
+    assert bench.signing() == ("active", 1)
+    assert await bench.ask() == "two"
+
+
+async def test_rotation_hands_the_trial_on_when_its_query_is_given_up(bench: Bench) -> None:
+    """A query that is cancelled on trial leaves the trial to one that waits."""
+    bench.known = {"two"}
+    on_trial = asyncio.Event()
+
+    async def never(pair: Pair) -> str:
+        if pair.access_key == "two":
+            on_trial.set()
+            await asyncio.Event().wait()
+        return await bench.answer(pair)
+
+    first = asyncio.create_task(bench.rotation.use(never))
+    await on_trial.wait()
+    second = asyncio.create_task(bench.ask())
+    await asyncio.sleep(0)
+    first.cancel()
+    assert await second == "two"
+
+
+async def test_rotation_leaves_quotas_to_people(bench: Bench) -> None:
+    """A spent quota rests the pair, and does not move the load onto the next pair's account."""
+
+    def spent(pair: Pair) -> Awaitable[str]:
+        bench.calls.append(pair.access_key)
+        raise UpstreamQuota("spent")
+
+    for _ in range(2):
+        with pytest.raises(UpstreamQuota):
+            await bench.rotation.use(spent)
+    assert bench.calls == ["one"]
+    bench.now += REFUSAL_SECONDS
+    assert await bench.ask() == "one"
+
+
+async def test_rotation_begins_with_the_next_pair_where_there_is_no_other(tmp_path: Path) -> None:
+    """With a next pair alone it is tried, and signs; the active one takes over when it comes."""
+    bench = Bench(tmp_path)
+    bench.mount(active="", next="two")
+    bench.known = {"one", "two"}
+    bench.begin()
+    assert bench.credentials.present
+    assert bench.signing() is None
+    assert await bench.ask() == "two"
+    assert bench.signing() == ("next", 1)
+    bench.mount(active="one")
+    bench.credentials.reload()
+    assert await bench.ask() == "one"
+
+
+@pytest.mark.parametrize("same", [True, False])
+async def test_rotation_without_another_pair_tells_the_refusal(tmp_path: Path, *, same: bool) -> None:
+    """Where there is no next pair, or it is the same, the refusal is told after one call."""
+    bench = Bench(tmp_path)
+    bench.mount(active="one", **({"next": "one"} if same else {}))
+    bench.begin()
+    assert await bench.refused() == ["one"]
+    assert await bench.refused() == []
+
+
+async def test_rotation_without_any_pair_makes_no_call(tmp_path: Path) -> None:
+    """Without credentials the callers are told so, and upstream is not asked."""
+    bench = Bench(tmp_path)
+    bench.begin()
+    with pytest.raises(UpstreamCredentials, match="no credentials"):
+        await bench.ask()
+    assert bench.calls == []
