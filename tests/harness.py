@@ -474,6 +474,31 @@ class Process:
             self.lines.extend(line.rstrip("\n") for line in stream)
 
 
+class Mount:
+    """A secret as Kubernetes mounts it: files through a link to a directory that is swapped as a whole."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._generation = 0
+
+    def file(self, name: str) -> Path:
+        """Return where a file of the secret is, or will be."""
+        return self._folder / name
+
+    def publish(self, **files: str) -> None:
+        """Replace all files at once."""
+        self._generation += 1
+        data = self._folder / f"..{self._generation}"
+        data.mkdir()
+        for name, content in files.items():
+            (data / name).write_text(content)
+            if not self.file(name).is_symlink():
+                self.file(name).symlink_to(Path("..data") / name)
+        link = self._folder / "..data_tmp"
+        link.symlink_to(data.name)
+        link.rename(self._folder / "..data")
+
+
 @contextmanager
 def serving(cwd: Path, env: Mapping[str, str]) -> Iterator[tuple[Process, Gateway]]:
     """Run `sd-gateway serve` with these variables; give the process, once it listens, and a gateway."""

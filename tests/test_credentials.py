@@ -15,6 +15,7 @@ from gateway.credentials import POLL_SECONDS, Credentials, Slot
 from gateway.metrics import Metrics
 from gateway.redaction import MASK, Redactor
 from gateway.settings import Credentials as CredentialSettings
+from tests.harness import Mount
 
 
 class Bench:
@@ -137,24 +138,12 @@ def test_credentials_follow_changed_files(bench: Bench) -> None:
 
 def test_credentials_follow_a_mounted_secret(tmp_path: Path) -> None:
     """A directory that is swapped through a symlink, as Kubernetes does it, is read as the new pair."""
-    mount = tmp_path / "mount"
-    mount.mkdir()
-    bench = Bench(mount)
-
-    def publish(generation: str) -> None:
-        data = mount / f"..{generation}"
-        data.mkdir()
-        Bench(data).write(f"{generation}-key", f"{generation}-secret")
-        link = mount / "..data_tmp"
-        link.symlink_to(data.name)
-        link.rename(mount / "..data")
-
-    publish("first")
-    for file in (bench.access_key_file, bench.secret_key_file):
-        file.symlink_to(Path("..data") / file.name)
+    mount = Mount(tmp_path)
+    mount.publish(access_key="first-key", secret_key="first-secret")
+    bench = Bench(tmp_path)
     credentials = bench.of_files()
     assert told(credentials) == ("first-key", "first-secret")
-    publish("next")
+    mount.publish(access_key="next-key", secret_key="next-secret")
     credentials.reload()
     assert told(credentials) == ("next-key", "next-secret")
 

@@ -7,6 +7,7 @@ import socket
 import ssl
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -30,6 +31,7 @@ from tests.harness import (
     relay,
     reset,
     running,
+    serving,
     until,
     well,
 )
@@ -512,6 +514,20 @@ def test_upstream_clock_an_hour_off_is_learnt(simulator: Simulator, launch: Laun
     assert_well(gate, simulator.task())
     assert simulator.calls() == 3
     assert simulator.stats()["refused"] == 1
+
+
+@pytest.mark.parametrize("ahead", [3600, -3600])
+def test_upstream_clock_an_hour_off_is_learnt_by_the_command(
+    simulator: Simulator, tmp_path: Path, ahead: int
+) -> None:
+    """`sd-gateway serve` before an upstream an hour ahead or behind: even the first query is answered."""
+    simulator.ahead_seconds = ahead
+    with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url}) as (process, gate):
+        for _ in range(3):
+            assert gate.get(simulator.task()).status_code == 200
+        assert abs(gate.metric("upstream_clock_skew_seconds") - ahead) < 10
+    assert (simulator.calls(), simulator.stats()["refused"]) == (4, 1)
+    assert process.output.count("clock corrected to the upstream's") == 1
 
 
 def test_upstream_refused_pair_rests(simulator: Simulator, launch: Launch) -> None:
