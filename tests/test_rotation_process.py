@@ -142,7 +142,7 @@ def test_rotation_process_follows_a_swap_while_both_pairs_count(scene: Scene) ->
 
 
 def test_rotation_process_does_not_wait_for_the_next_look_at_the_files(scene: Scene) -> None:
-    """The old pair is revoked just when the secret is swapped: what upstream refuses is signed again, at once."""
+    """The old pair is revoked just as the secret is swapped: refused calls are signed again at once."""
     scene.let_in(0, 2)
     scene.mount(active=2, following=3)
     scene.let_in(2)

@@ -20,10 +20,12 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import dawdlers
 import herd
 import hits
 import misses
 import report
+import rotation
 import slow_readers
 import start
 import watchers
@@ -38,6 +40,8 @@ SCENARIOS = {
     "misses": misses,
     "watchers": watchers,
     "slow_readers": slow_readers,
+    "dawdlers": dawdlers,
+    "rotation": rotation,
 }
 PACKAGES = {"wrk": "wrk", "nginx": "nginx", "njs": "libnginx-mod-http-js", "varnishd": "varnish"}
 OPTIONAL = frozenset({"varnishd"})

@@ -28,7 +28,7 @@ NGINX_MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
 _KEY, _SECRET = "bench-key", "bench-secret"
 _START_SECONDS = 20.0
 _LOOK_SECONDS = 0.002
-_OK, _CREATED = 200, 201
+_OK, _CREATED, _NO_CONTENT = 200, 201, 204
 _NGINX_NAMES = {"cached": "nginx", "locked": "nginx, lock alone", "signer": "nginx, uncached"}
 
 
@@ -176,6 +176,18 @@ def create_task(simulator_port: int, **task: Any) -> None:
     status, text = _ask(simulator_port, "POST", "/_simulator/tasks", json.dumps(task))
     if status != _CREATED:
         raise RuntimeError(f"the simulator refused a task: {status} {text!r}")
+
+
+def let_in(simulator_port: int, pairs: Mapping[str, str]) -> None:
+    """Have the simulator know these access keys and their secrets, and no others. Raises: RuntimeError."""
+    status, text = _ask(simulator_port, "PUT", "/_simulator/pairs", json.dumps({"pairs": pairs}))
+    if status != _NO_CONTENT:
+        raise RuntimeError(f"the simulator refused the pairs: {status} {text!r}")
+
+
+def refused_calls(simulator_port: int) -> int:
+    """Return how many calls the simulator has refused."""
+    return int(json.loads(_ask(simulator_port, "GET", "/_simulator/stats")[1])["refused"])
 
 
 def upstream_calls(simulator_port: int, task_id: str) -> int:
