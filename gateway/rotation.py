@@ -3,8 +3,9 @@
     use -> the pair that signs ──refused──> read the files again -> one trial at a time -> refused
                                                                           └─accepted─> it signs
 
-A refusal belongs to the pair, not to a task. A pair that was refused is used on trial only: by
-one query at a time, while all others wait for the outcome, and after a rest. Three pairs can be tried:
+A refusal belongs to a pair and an operation, not to a task: an account may be authorised for one
+operation and not for another. A pair that was refused is used on trial only: by one query at a time,
+while all others wait for the outcome, and after a rest. Three pairs can be tried:
 
     the active slot's     new content is read at once on a refusal, and used without trial
     the next slot's       rotation without a gap
@@ -27,7 +28,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 
@@ -39,6 +40,7 @@ from gateway.exceptions import (
     UpstreamQuota,
     UpstreamRejected,
 )
+from gateway.models import Operation
 
 KEPT_OUT_SECONDS = 30.0  # a pair that was refused on trial
 
@@ -78,56 +80,58 @@ class Rotation:
         self._refusal_seconds = refusal_seconds
         self._clock = clock
         self._trial = asyncio.Lock()
-        self._refused: dict[Pair, _Refusal] = {}
+        self._refused: dict[tuple[Operation, Pair], _Refusal] = {}
         self._proven: Held | None = None
 
-    async def use(self, call: Callable[[Pair], Awaitable[T]]) -> T:
+    async def use(self, operation: Operation, call: Callable[[Pair], Awaitable[T]]) -> T:
         """Make a call with the pair that signs, and once again with each other one if it is refused.
 
         Raises: what `call` raises; UpstreamCredentials, without a call, while every pair rests.
         """
         tried: _Tried = {}
         while True:
-            async with self._turn(tried) as turn:
+            async with self._turn(operation, tried) as turn:
                 try:
                     answer = await call(turn.held.pair)
                 except (UpstreamClock, UpstreamNonce):
                     raise
                 except UpstreamCredentials as exc:
                     tried[turn.held.pair] = exc
-                    self._refuse(turn.held, exc)
+                    self._refuse(operation, turn.held, exc)
                     if isinstance(exc, UpstreamQuota):
                         raise
                 except UpstreamRejected:
-                    self._accept(turn)
+                    self._accept(operation, turn)
                     raise
                 else:
-                    self._accept(turn)
+                    self._accept(operation, turn)
                     return answer
 
     @asynccontextmanager
-    async def _turn(self, tried: _Tried) -> AsyncIterator[_Turn]:
-        if (held := self._trusted(tried)) is None:
+    async def _turn(self, operation: Operation, tried: _Tried) -> AsyncIterator[_Turn]:
+        if (held := self._trusted(operation, tried)) is None:
             async with self._trial:
                 # Look again: the trial that we waited for may have brought one.
-                if (held := self._trusted(tried)) is None:
-                    yield _Turn(self._suspect(tried), self._credentials.signing, on_trial=True)
+                if (held := self._trusted(operation, tried)) is None:
+                    suspect = self._suspect(operation, tried)
+                    yield _Turn(suspect, self._credentials.signing, on_trial=True)
                     return
         yield _Turn(held, held, on_trial=False)
 
-    def _trusted(self, tried: _Tried) -> Held | None:
+    def _trusted(self, operation: Operation, tried: _Tried) -> Held | None:
         signing = self._credentials.signing
-        known = signing is not None and signing.pair not in self._refused and signing.pair not in tried
-        return signing if known else None
+        if signing is None or signing.pair in tried or (operation, signing.pair) in self._refused:
+            return None
+        return signing
 
-    def _suspect(self, tried: _Tried) -> Held:
+    def _suspect(self, operation: Operation, tried: _Tried) -> Held:
         now = self._clock()
         errors = []
         for held in self._candidates():
             if held.pair in tried:
                 errors.append(tried[held.pair])
                 continue
-            refusal = self._refused.get(held.pair)
+            refusal = self._refused.get((operation, held.pair))
             if refusal is None or refusal.until <= now:
                 return held
             errors.append(refusal.error)
@@ -142,34 +146,38 @@ class Rotation:
         known = (self._credentials.signing, *self._credentials.held(), self._proven)
         return [held for held in known if held is not None]
 
-    def _refuse(self, held: Held, error: UpstreamCredentials) -> None:
+    def _refuse(self, operation: Operation, held: Held, error: UpstreamCredentials) -> None:
         now = self._clock()
-        before = self._refused.get(held.pair)
+        before = self._refused.get((operation, held.pair))
         if before is not None and now < before.until:
             return  # one of many calls that were in the air when the first was refused
         signing = self._credentials.signing
         signs = signing is not None and signing.pair == held.pair
         seconds = self._refusal_seconds if signs else KEPT_OUT_SECONDS
-        self._refused[held.pair] = _Refusal(now + seconds, error)
+        self._refused[operation, held.pair] = _Refusal(now + seconds, error)
         if before is None:
-            log.warning("credentials refused", slot=held.slot, generation=held.generation, reason=str(error))
+            log.warning("credentials refused", operation=operation, reason=str(error), **_shown(held))
         self._credentials.reload()  # the files may be newer than our last look
         kept = {candidate.pair for candidate in self._candidates()}
-        self._refused = {pair: refusal for pair, refusal in self._refused.items() if pair in kept}
+        self._refused = {key: refusal for key, refusal in self._refused.items() if key[1] in kept}
 
-    def _accept(self, turn: _Turn) -> None:
+    def _accept(self, operation: Operation, turn: _Turn) -> None:
         # Only a trial clears a refusal: a call that was in the air before it proves nothing any more.
         held = turn.held
         if turn.on_trial:
-            self._refused.pop(held.pair, None)
-            self._promote(turn)
-        if held is self._credentials.signing and held.pair not in self._refused:
+            self._refused.pop((operation, held.pair), None)
+            self._promote(operation, turn)
+        if held is self._credentials.signing and (operation, held.pair) not in self._refused:
             self._proven = held
 
-    def _promote(self, turn: _Turn) -> None:
+    def _promote(self, operation: Operation, turn: _Turn) -> None:
         held, signing = turn.held, turn.signing
         if signing is not None and signing.pair == held.pair:
-            log.info("credentials accepted again", slot=held.slot, generation=held.generation)
+            log.info("credentials accepted again", operation=operation, **_shown(held))
         elif signing is self._credentials.signing:  # else the active slot got newer content meanwhile
             self._credentials.sign_with(held)
-            log.warning("credentials promoted", slot=held.slot, generation=held.generation)
+            log.warning("credentials promoted", operation=operation, **_shown(held))
+
+
+def _shown(held: Held) -> dict[str, Any]:
+    return {"slot": held.slot, "generation": held.generation}

@@ -121,7 +121,7 @@ class Upstream:
                     async with self._slots:
                         late = UpstreamTimeout("the upstream did not answer in time")
                         try:
-                            return await self._rotation.use(partial(self._attempt, key))
+                            return await self._rotation.use(key.operation, partial(self._attempt, key))
                         except UpstreamError as exc:
                             failure = exc
                     delay = self._delay(failure, attempt, deadline)

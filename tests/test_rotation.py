@@ -20,6 +20,7 @@ from gateway.exceptions import (
     UpstreamTimeout,
 )
 from gateway.metrics import Metrics
+from gateway.models import Operation
 from gateway.redaction import Redactor
 from gateway.rotation import KEPT_OUT_SECONDS, Rotation
 from gateway.settings import Credentials as CredentialSettings
@@ -63,9 +64,9 @@ class Bench:
             raise UpstreamCredentials(f"refused {pair.access_key}")
         return pair.access_key
 
-    async def ask(self) -> str:
+    async def ask(self, operation: Operation = Operation.SD_GET_PROGRESS) -> str:
         """Make one call; return whose key brought the answer."""
-        return await self.rotation.use(self.answer)
+        return await self.rotation.use(operation, self.answer)
 
     async def refused(self) -> list[str]:
         """Make one call that must be refused; return the keys that were tried."""
@@ -125,7 +126,7 @@ async def test_rotation_takes_any_envelope_for_acceptance(bench: Bench) -> None:
 
     bench.known = {"two"}
     with pytest.raises(UpstreamRejected):
-        await bench.rotation.use(reject)
+        await bench.rotation.use(Operation.SD_GET_PROGRESS, reject)
     assert bench.calls == ["one", "two"]
     assert bench.signing() == ("next", 1)
 
@@ -144,11 +145,15 @@ async def test_rotation_has_many_wait_for_one_trial(bench: Bench) -> None:
         return await bench.answer(pair)
 
     async with asyncio.TaskGroup() as group:
-        queries = [group.create_task(bench.rotation.use(slowly)) for _ in range(20)]
+        queries = [
+            group.create_task(bench.rotation.use(Operation.SD_GET_PROGRESS, slowly)) for _ in range(20)
+        ]
         await asyncio.sleep(0)
         refuse.set()
         await on_trial.wait()
-        queries += [group.create_task(bench.rotation.use(slowly)) for _ in range(20)]
+        queries += [
+            group.create_task(bench.rotation.use(Operation.SD_GET_PROGRESS, slowly)) for _ in range(20)
+        ]
         await asyncio.sleep(0)
         assert (bench.calls.count("one"), bench.calls.count("two")) == (20, 0)
         accept.set()
@@ -165,7 +170,7 @@ async def test_rotation_tries_a_refused_next_pair_once_for_many(bench: Bench) ->
         await refuse.wait()
         return await bench.answer(pair)
 
-    queries = [asyncio.create_task(bench.rotation.use(slowly)) for _ in range(20)]
+    queries = [asyncio.create_task(bench.rotation.use(Operation.SD_GET_PROGRESS, slowly)) for _ in range(20)]
     await asyncio.sleep(0)
     refuse.set()
     outcomes = await asyncio.gather(*queries, return_exceptions=True)
@@ -313,7 +318,7 @@ async def test_rotation_does_not_override_what_was_read_during_a_trial(bench: Be
             bench.credentials.reload()
         return await bench.answer(pair)
 
-    assert await bench.rotation.use(meanwhile) == "two"
+    assert await bench.rotation.use(Operation.SD_GET_PROGRESS, meanwhile) == "two"
     assert bench.signing() == ("active", 2)
     assert await bench.ask() == "three"
 
@@ -326,7 +331,7 @@ async def test_rotation_learns_nothing_from_calls_that_were_in_the_air(bench: Be
         await late.wait()
         return pair.access_key
 
-    query = asyncio.create_task(bench.rotation.use(early))
+    query = asyncio.create_task(bench.rotation.use(Operation.SD_GET_PROGRESS, early))
     await asyncio.sleep(0)
     bench.known = set()
     assert await bench.refused() == ["one", "two"]
@@ -348,7 +353,7 @@ async def test_rotation_is_not_begun_by_what_says_nothing_of_the_pair(
     bench.known = {"one", "two"}
     for _ in range(2):
         with pytest.raises(passing):
-            await bench.rotation.use(fail)
+            await bench.rotation.use(Operation.SD_GET_PROGRESS, fail)
     assert bench.calls == ["one"] * 2
 
 
@@ -362,7 +367,7 @@ async def test_rotation_repeats_a_trial_that_told_nothing(bench: Bench) -> None:
         return await bench.answer(pair)
 
     with pytest.raises(UpstreamTimeout):
-        await bench.rotation.use(late)
+        await bench.rotation.use(Operation.SD_GET_PROGRESS, late)
     assert bench.signing() == ("active", 1)
     assert await bench.ask() == "two"
 
@@ -378,12 +383,21 @@ async def test_rotation_hands_the_trial_on_when_its_query_is_given_up(bench: Ben
             await asyncio.Event().wait()
         return await bench.answer(pair)
 
-    first = asyncio.create_task(bench.rotation.use(never))
+    first = asyncio.create_task(bench.rotation.use(Operation.SD_GET_PROGRESS, never))
     await on_trial.wait()
     second = asyncio.create_task(bench.ask())
     await asyncio.sleep(0)
     first.cancel()
     assert await second == "two"
+
+
+async def test_rotation_holds_refusals_against_their_operation_only(bench: Bench) -> None:
+    """A pair without a right to one operation goes on signing the others, and they do not wait."""
+    bench.known = set()
+    assert await bench.refused() == ["one", "two"]
+    bench.known = {"one"}
+    assert await bench.ask(Operation.COMFY_GET_PROGRESS) == "one"
+    assert await bench.refused() == []
 
 
 async def test_rotation_leaves_quotas_to_people(bench: Bench) -> None:
@@ -395,7 +409,7 @@ async def test_rotation_leaves_quotas_to_people(bench: Bench) -> None:
 
     for _ in range(2):
         with pytest.raises(UpstreamQuota):
-            await bench.rotation.use(spent)
+            await bench.rotation.use(Operation.SD_GET_PROGRESS, spent)
     assert bench.calls == ["one"]
     bench.now += REFUSAL_SECONDS
     assert await bench.ask() == "one"
