@@ -121,7 +121,9 @@ class Upstream:
                     async with self._slots:
                         late = UpstreamTimeout("the upstream did not answer in time")
                         try:
-                            return await self._rotation.use(key.operation, partial(self._attempt, key))
+                            return await self._rotation.use(
+                                key.operation, partial(self._attempt_on_time, key)
+                            )
                         except UpstreamError as exc:
                             failure = exc
                     delay = self._delay(failure, attempt, deadline)
@@ -167,6 +169,18 @@ class Upstream:
         }
         return Exchange(sent, response.status_code, headers, content)
 
+    async def _attempt_on_time(self, key: TaskKey, pair: Pair) -> Answer:
+        offset = self._clock_offset
+        try:
+            return await self._attempt(key, pair)
+        except UpstreamClock as exc:
+            # Of many calls in the air the first one's refusal corrects the clock for all: each is signed
+            # again, once, and not out of the retries' budget, which is smaller than such a crowd.
+            if self._clock_offset == offset:
+                raise
+            self._metrics.upstream_retries.labels(key.operation, exc.code).inc()
+        return await self._attempt(key, pair)
+
     async def _attempt(self, key: TaskKey, pair: Pair) -> Answer:
         operation = key.operation
         outcome = UpstreamTimeout.code  # also when the caller's deadline cancels us
@@ -178,8 +192,8 @@ class Upstream:
             skew = self._observe_clock(exchange)
             try:
                 answer = Answer(self.judge(exchange, key), exchange.body)
-            except UpstreamClock as exc:
-                exc.transient = self._correct_clock(skew)
+            except UpstreamClock:
+                self._correct_clock(skew)
                 raise
         except TimeoutError:
             raise UpstreamTimeout("the upstream did not answer in time") from None
@@ -243,13 +257,11 @@ class Upstream:
         self._metrics.upstream_clock_skew.set(round(skew, 1))
         return skew
 
-    def _correct_clock(self, skew: float | None) -> bool:
-        """Sign with upstream's time from now on; tell whether that changes anything."""
-        if skew is None or abs(skew - self._clock_offset) <= _CLOCK_TOLERANCE_SECONDS:
-            return False
-        self._clock_offset = skew
-        log.warning("clock corrected to the upstream's", offset_seconds=round(skew, 1))
-        return True
+    def _correct_clock(self, skew: float | None) -> None:
+        """Sign with upstream's time from now on, if that changes anything."""
+        if skew is not None and abs(skew - self._clock_offset) > _CLOCK_TOLERANCE_SECONDS:
+            self._clock_offset = skew
+            log.warning("clock corrected to the upstream's", offset_seconds=round(skew, 1))
 
 
 async def _read(response: httpx.Response, limit: int) -> bytes:

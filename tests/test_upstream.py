@@ -516,6 +516,21 @@ def test_upstream_clock_an_hour_off_is_learnt(simulator: Simulator, launch: Laun
     assert simulator.stats()["refused"] == 1
 
 
+async def test_upstream_clock_is_learnt_for_all_that_are_in_the_air(
+    simulator: Simulator, launch: Launch
+) -> None:
+    """Of many first queries at a time each is answered: the clock is corrected once, retries or not."""
+    simulator.reset(latency_seconds=0.1)
+    simulator.ahead_seconds = 3600
+    gate = launch(simulator.url, upstream={"retries": 0})
+    tasks = [simulator.task() for _ in range(30)]
+    async with httpx.AsyncClient(base_url=gate.url, trust_env=False, verify=False, timeout=30) as client:  # noqa: S501
+        answers = await asyncio.gather(*(client.get(f"/v1/progress/{task}") for task in tasks))
+    assert {response.status_code for response in answers} == {200}
+    assert 0 < simulator.stats()["refused"] <= len(tasks)
+    assert simulator.calls() == len(tasks) + simulator.stats()["refused"]
+
+
 @pytest.mark.parametrize("ahead", [3600, -3600])
 def test_upstream_clock_an_hour_off_is_learnt_by_the_command(
     simulator: Simulator, tmp_path: Path, ahead: int
