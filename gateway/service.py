@@ -147,7 +147,7 @@ class ProgressService:
 
     def _refresh_ahead(self, snapshot: Snapshot, age: float) -> None:
         """Take off so early that a usual flight lands just when the snapshot goes stale."""
-        if snapshot.terminal:
+        if snapshot.terminal or self._flights.closed:
             return  # nothing new is to come
         key = snapshot.key
         if (timer := self._ahead.pop(key, None)) is not None:

@@ -19,6 +19,7 @@ class SingleFlight(Generic[K, T]):
 
     def __init__(self) -> None:
         self._flights: dict[K, asyncio.Task[T]] = {}
+        self.closed = False
 
     def __len__(self) -> int:
         """Return the number of flights in the air."""
@@ -28,8 +29,15 @@ class SingleFlight(Generic[K, T]):
         """Tell whether a flight for this key is in the air."""
         return key in self._flights
 
-    def start(self, key: K, fn: Callable[[], Awaitable[T]]) -> asyncio.Task[T]:
-        """Return the key's flight, begun now unless one is in the air. Await it through `shield`."""
+    def start(self, key: K, fn: Callable[[], Awaitable[T]]) -> asyncio.Future[T]:
+        """Return the key's flight, begun now unless one is in the air. Await it through `shield`.
+
+        After `aclose` it is cancelled before it begins, like those that were in the air then.
+        """
+        if self.closed:
+            grounded: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+            grounded.cancel()
+            return grounded
         flight = self._flights.get(key)
         if flight is None:
             flight = asyncio.ensure_future(_run(fn))
@@ -42,7 +50,8 @@ class SingleFlight(Generic[K, T]):
         return await asyncio.shield(self.start(key, fn))
 
     async def aclose(self) -> None:
-        """Cancel every flight and wait until all have ended."""
+        """Cancel every flight, wait until all have ended, and let none begin any more."""
+        self.closed = True
         flights = list(self._flights.values())
         for flight in flights:
             flight.cancel()

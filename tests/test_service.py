@@ -750,3 +750,19 @@ async def test_aclose_takes_back_what_was_to_be_refreshed_ahead(bench: Bench) ->
     asyncio.get_running_loop().call_later(2e-3, passed.set)
     await passed.wait()
     assert bench.upstream.count == 1
+
+
+async def test_aclose_lets_nothing_begin(bench: Bench) -> None:
+    """After closing the store still answers, and nothing is refreshed: neither ahead nor behind."""
+    await bench.learn()
+    await bench.service.aclose()
+    for age, source in [(0.0, Source.HIT), (CACHE.running_seconds, Source.STALE)]:
+        bench.clock.now = 1000.0 + age
+        for _ in range(3):
+            reading = bench.service.lookup(KEY)
+            assert reading is not None
+            assert reading.source is source
+    with pytest.raises(asyncio.CancelledError):
+        await bench.service.get(OTHER)
+    assert not bench.service._ahead
+    assert bench.upstream.count == 1

@@ -223,6 +223,37 @@ async def test_aclose_waits_for_a_flight_that_cleans_up() -> None:
     assert len(flights) == 0
 
 
+@pytest.mark.parametrize("cleaned", [True, False])
+async def test_aclose_lets_no_flight_begin(*, cleaned: bool) -> None:
+    """Once closing has begun nothing takes off: who asks is cancelled like those who waited."""
+    flights, call = SingleFlight[str, str](), Call()
+    clean = asyncio.Event()
+
+    async def tidy() -> str:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await clean.wait()
+        return ""
+
+    flights.start("k", tidy)
+    await asyncio.sleep(0)
+    closing = asyncio.create_task(flights.aclose())
+    if cleaned:
+        clean.set()
+        await closing
+    else:
+        await asyncio.sleep(0)
+    for key in ("k", "other"):
+        assert flights.start(key, call).cancelled()
+        with pytest.raises(asyncio.CancelledError):
+            await flights.do(key, call)
+    clean.set()
+    await closing
+    assert call.count == 0
+    assert len(flights) == 0
+
+
 async def test_aclose_of_nothing_does_nothing() -> None:
     """With nothing in the air closing is done at once, and may be repeated."""
     flights: SingleFlight[str, str] = SingleFlight()
