@@ -104,13 +104,13 @@ class ProgressService:
                 self._refresh_ahead(snapshot, age)
             self._count[key.operation, Source.HIT]()
             return Reading(snapshot, age, Source.HIT)
-        if age >= snapshot.lifetime + self._cache.stale_while_revalidate_seconds:
+        reading = self._stale(snapshot, age)
+        if reading is None:
             return None
-        failure = self._store.failure(key)
-        if failure is None:
+        if reading.failure is None:
             self._flights.start(key, partial(self._fetch, key))
         self._count[key.operation, Source.STALE]()
-        return Reading(snapshot, age, Source.STALE, failure=failure)
+        return reading
 
     async def get(self, key: TaskKey) -> Reading:
         """Answer, from the store or from upstream.
@@ -132,18 +132,31 @@ class ProgressService:
         return Reading(snapshot, age, Source.HIT)
 
     def current(self, key: TaskKey) -> Reading | None:
-        """Return what the store holds, of any age, and begin nothing: for those a schedule serves."""
+        """Return what the store holds and may be shown, and begin nothing: for those a schedule serves."""
         snapshot = self._store.peek(key)
         if snapshot is None:
             return None
         age = self._clock() - snapshot.fetched_at
-        return Reading(snapshot, age, Source.HIT if age < snapshot.lifetime else Source.STALE)
+        return Reading(snapshot, age, Source.HIT) if age < snapshot.lifetime else self._stale(snapshot, age)
 
     async def aclose(self) -> None:
         """End every flight, and begin none any more."""
         for timer in self._ahead.values():
             timer.cancel()
         await self._flights.aclose()
+
+    def _stale(self, snapshot: Snapshot, age: float) -> Reading | None:
+        """Return a stale snapshot as an answer, unless it is too old for that.
+
+        While upstream answers the freshness promise sets the bound. A failure has a bound of its own,
+        which may be the narrower one: then nothing younger is to be had, and that must be told.
+        """
+        failure = self._store.failure(snapshot.key)
+        if failure is None:
+            too_old = age >= snapshot.lifetime + self._cache.stale_while_revalidate_seconds
+        else:
+            too_old = age > self._cache.stale_if_error_seconds
+        return None if too_old else Reading(snapshot, age, Source.STALE, failure=failure)
 
     def _refresh_ahead(self, snapshot: Snapshot, age: float) -> None:
         """Take off so early that a usual flight lands just when the snapshot goes stale."""

@@ -1,12 +1,14 @@
 """Long polls of GET /v1/progress/{taskId}: `?wait=` and `Prefer: wait`."""
 
+import socket
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import httpx
 import pytest
 
-from tests.harness import Gateway, Simulator, until
+from tests.harness import Gateway, RawUpstream, Request, Simulator, framed, until
 
 QUICK = {"running_seconds": 0.1, "stale_while_revalidate_seconds": 0.2, "error_seconds": 0.1}
 Launch = Callable[..., Gateway]
@@ -59,6 +61,31 @@ def test_longpoll_ends_with_304_when_nothing_changes(simulator: Simulator, launc
     etag = gate.get(task).headers["etag"]
     answer = gate.get(task, params={"wait": "0.3"}, headers={"If-None-Match": etag})
     assert (answer.status_code, answer.content) == (304, b"")
+
+
+def test_longpoll_keeps_the_freshness_promise_when_its_time_has_passed(launch: Launch) -> None:
+    """With an answer too old to show and the next one still under way, a long poll waits like any query."""
+    asked, released = threading.Event(), threading.Event()
+    answers = iter([0.25, 0.5])
+
+    def held(connection: socket.socket, request: Request) -> None:
+        progress = next(answers)
+        if progress > 0.25:
+            asked.set()
+            released.wait(30)
+        connection.sendall(framed(request.envelope(progress=progress)))
+
+    never_shown_again = {"running_seconds": 0, "stale_while_revalidate_seconds": 0}
+    with RawUpstream(held) as upstream, ThreadPoolExecutor() as pool:
+        gate = launch(upstream.url, cache=never_shown_again)
+        etag = gate.get("a").headers["etag"]
+        poll = polled(pool, gate, "a", params={"wait": "0.1"}, headers={"If-None-Match": etag})
+        assert asked.wait(30)
+        until(lambda: gate.metric("watchers", kind="longpoll") == 0, "its time has passed")
+        released.set()
+        answer = poll.result()
+    assert (answer.status_code, answer.headers["age"]) == (200, "0")
+    assert answer.json()["progress"] == 0.5
 
 
 def test_longpoll_of_an_ended_task_does_not_wait(simulator: Simulator, gate: Gateway) -> None:

@@ -504,6 +504,21 @@ async def test_get_tells_of_a_refresh_that_failed(bench: Bench) -> None:
     assert bench.upstream.count == 3
 
 
+async def test_get_covers_no_failure_beyond_its_bound_however_young_the_snapshot() -> None:
+    """Where stale_if_error is the narrower bound, a snapshot young enough to be revalidated covers nothing."""
+    bench = Bench(CACHE.model_copy(update={"stale_if_error_seconds": 0.0}))
+    await bench.learn()
+    bench.clock.now += CACHE.running_seconds
+    assert (await bench.service.get(KEY)).failure is None
+    joined = asyncio.create_task(bench.service.get_fresh(KEY))
+    (await bench.upstream.call()).fail(UpstreamTimeout("too late"))
+    for asked in (joined, bench.begin()):
+        with pytest.raises(UpstreamTimeout):
+            await asked
+    assert bench.lookups() == {"miss": 1, "stale": 1, "collapsed": 1, "negative": 1}
+    await bench.service.aclose()
+
+
 async def test_get_recovers(bench: Bench) -> None:
     """The first good answer ends a failure: nothing of it is told any more."""
     await bench.learn()
@@ -714,16 +729,31 @@ async def test_get_fresh_waits_where_others_take_the_stale_answer(bench: Bench) 
 
 
 async def test_current_begins_nothing(bench: Bench) -> None:
-    """Looking at what is held, of any age, asks nobody and counts nothing."""
+    """Looking at what is held asks nobody and counts nothing."""
     assert bench.service.current(KEY) is None
     first = await bench.learn()
-    for age, source in [(0.0, Source.HIT), (CACHE.running_seconds, Source.STALE), (50.0, Source.STALE)]:
+    for age, source in [(0.0, Source.HIT), (CACHE.running_seconds, Source.STALE)]:
         bench.clock.now = first.snapshot.fetched_at + age
         reading = bench.service.current(KEY)
         assert reading is not None
         assert (reading.snapshot, reading.age, reading.source) == (first.snapshot, age, source)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1}
+
+
+async def test_current_shows_nothing_that_is_too_old(bench: Bench) -> None:
+    """The freshness promise holds for those whom a schedule serves, and so does the bound of a failure."""
+    first = await bench.learn()
+    bench.clock.now += CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
+    assert bench.service.current(KEY) is None
+    failure = UpstreamTimeout("too late")
+    await bench.fail(failure)
+    reading = bench.service.current(KEY)
+    assert reading is not None
+    assert (reading.snapshot, reading.failure) == (first.snapshot, failure)
+    bench.clock.now = first.snapshot.fetched_at + CACHE.stale_if_error_seconds + 0.01
+    await bench.store.fail(KEY, failure, seconds=1.0)
+    assert bench.service.current(KEY) is None
 
 
 # The end
