@@ -118,9 +118,13 @@ class Watcher:
 
 @dataclass(slots=True, eq=False)
 class _Schedule:
-    """A watched task: who watches it, what they were told last, and the task that ticks."""
+    """A watched task: who watches it, what they were told last, and the task that ticks.
+
+    `untold` came when that was too old to be shown.
+    """
 
     watchers: set[Watcher] = field(default_factory=set)
+    untold: set[Watcher] = field(default_factory=set)
     latest: Update | None = None
     ticking: asyncio.Task[None] | None = None
 
@@ -195,14 +199,26 @@ class Watch:
             schedule.ticking = asyncio.create_task(self._tick(key))
         # Registered first, told second: a change between the two would be lost the other way round.
         schedule.watchers.add(watcher)
-        if schedule.latest is not None:
+        if schedule.latest is None:
+            return  # the first tick is under way
+        if self._may_be_shown(schedule.latest):
             watcher.offer(schedule.latest)
+            return
+        # Upstream takes its time, or fails and the schedule has backed off for longer than a snapshot may
+        # cover that. Whoever comes now gets what a query would: the answer of one call, all together.
+        schedule.untold.add(watcher)
+        self._stop(schedule)
+        schedule.ticking = asyncio.create_task(self._tick(key))
+
+    def _may_be_shown(self, update: Update) -> bool:
+        return update.snapshot is None or _is_final(update) or self._service.current(update.key) is not None
 
     def _leave(self, key: TaskKey, watcher: Watcher) -> None:
         schedule = self._schedules.get(key)
         if schedule is None or watcher not in schedule.watchers:
             return
         schedule.watchers.discard(watcher)
+        schedule.untold.discard(watcher)
         if not schedule.watchers:
             del self._schedules[key]
             self._stop(schedule)
@@ -242,8 +258,14 @@ class Watch:
 
     def _publish(self, update: Update) -> None:
         schedule = self._schedules.get(update.key)
-        if schedule is None or update.says_the_same(schedule.latest):
-            return
+        if schedule is None or (_is_final(schedule.latest) and not _is_final(update)):
+            return  # a store forgets, and might let a task run again whose schedule has ended
+        audience = schedule.untold if update.says_the_same(schedule.latest) else schedule.watchers
         schedule.latest = update
-        for watcher in schedule.watchers:
+        for watcher in audience:
             watcher.offer(update)
+        schedule.untold.clear()
+
+
+def _is_final(update: Update | None) -> bool:
+    return update is not None and update.snapshot is not None and update.snapshot.terminal

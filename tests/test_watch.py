@@ -35,6 +35,8 @@ class HandService:
     def lookup(self, _key: TaskKey) -> Reading | None:
         return Reading(self.known, 0.0, Source.HIT) if self.known is not None else None
 
+    current = lookup
+
     async def get_fresh(self, _key: TaskKey) -> Reading:
         self.asked.set()
         answer = await self.answers.get()
@@ -127,6 +129,48 @@ async def test_watch_tells_late_comers_the_latest(service: HandService, watch: W
         with watch.watching([KEY], Kind.LONGPOLL) as late:
             [update] = await late.take()
             assert isinstance(update.failure, UpstreamTimeout)
+    await watch.aclose()
+
+
+async def test_watch_tells_late_comers_nothing_too_old(
+    service: HandService, watch: Watch, store: MemoryStore
+) -> None:
+    """Who joins while the latest is too old to show gets what upstream says now, changed or not."""
+    with watch.watching([KEY], Kind.EVENTS) as early:
+        service.answers.put_nowait(snapshot("1"))
+        await early.take()
+        service.asked.clear()
+        with watch.watching([KEY], Kind.EVENTS) as late:
+            with watch.watching([KEY], Kind.EVENTS) as gone:
+                await service.asked.wait()  # at once, although the schedule sleeps for an hour
+            for watcher in (early, late, gone):
+                watcher.ring()
+                assert await watcher.take() == []
+            service.answers.put_nowait(snapshot("1"))
+            [update] = await late.take()
+            assert update.snapshot is not None
+            assert update.snapshot.etag == "1"
+            for watcher in (early, gone):
+                watcher.ring()
+                assert await watcher.take() == []
+            await store.save(snapshot("1"))
+            late.ring()
+            assert await late.take() == []
+    await watch.aclose()
+
+
+async def test_watch_takes_nothing_final_back(service: HandService, watch: Watch, store: MemoryStore) -> None:
+    """A task that ended under its watchers stays so for them, and for who joins, whatever is stored later."""
+    with watch.watching([KEY], Kind.EVENTS) as early:
+        service.answers.put_nowait(snapshot("1", Status.SUCCEEDED))
+        await early.take()
+        await store.save(snapshot("2"))
+        early.ring()
+        assert await early.take() == []
+        with watch.watching([KEY], Kind.EVENTS) as late:
+            [update] = await late.take()
+            assert update.snapshot is not None
+            assert update.snapshot.terminal
     await watch.aclose()
 
 
