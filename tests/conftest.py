@@ -6,8 +6,11 @@ from contextlib import ExitStack
 
 import httpx
 import pytest
+from hypothesis import settings
 
 from tests.harness import Gateway, Json, Simulator, Stage, gateway, plain_client, running
+
+settings.register_profile("thorough", max_examples=10_000)
 
 
 @pytest.fixture(scope="session")

@@ -505,7 +505,7 @@ async def test_get_tells_of_a_refresh_that_failed(bench: Bench) -> None:
 
 
 async def test_get_covers_no_failure_beyond_its_bound_however_young_the_snapshot() -> None:
-    """Where stale_if_error is the narrower bound, a snapshot young enough to be revalidated covers nothing."""
+    """Where stale_if_error is the narrower bound, one young enough to be revalidated covers nothing."""
     bench = Bench(CACHE.model_copy(update={"stale_if_error_seconds": 0.0}))
     await bench.learn()
     bench.clock.now += CACHE.running_seconds

@@ -1,0 +1,482 @@
+"""The promises about flights, freshness and watching, under whatever comes in whichever order.
+
+Hypothesis plays callers, watchers, the upstream and the clock over the real service, store, flights
+and watch. Nothing is checked against a second implementation, only against what was promised: each
+thing shown is judged by what the upstream had said, and when.
+
+    make test ARGS='--no-cov --hypothesis-profile=thorough tests/test_promises.py'
+
+plays 10,000 games in place of a hundred.
+"""
+
+import asyncio
+import itertools
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from prometheus_client import CollectorRegistry, Gauge
+
+from gateway.exceptions import (
+    GatewayError,
+    Overloaded,
+    UpstreamBusy,
+    UpstreamClock,
+    UpstreamCredentials,
+    UpstreamDetail,
+    UpstreamInvalid,
+    UpstreamNonce,
+    UpstreamRejected,
+    UpstreamThrottled,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from gateway.metrics import Metrics
+from gateway.models import Operation, Snapshot, Status, TaskKey, vendor_status
+from gateway.service import ProgressService, Reading, Source
+from gateway.settings import Cache
+from gateway.settings import Watch as WatchSettings
+from gateway.stores.memory import MEMORY_SECONDS, MemoryStore
+from gateway.upstream import Answer, Upstream
+from gateway.watch import Kind, Update, Watch, Watcher
+from tests.ticked import TickedLoop
+
+WATCHED = [
+    TaskKey(Operation.SD_GET_PROGRESS, "a"),
+    TaskKey(Operation.SD_GET_PROGRESS, "b"),
+    TaskKey(Operation.COMFY_GET_PROGRESS, "a"),
+]
+KEYS = [*WATCHED, TaskKey(Operation.SD_GET_RESULT, "a")]
+DEADLINE_SECONDS = 10.0  # of upstream.timeout_seconds: no call is longer in the air
+LEAST_PAUSE_SECONDS = 0.2  # of a schedule, whatever the lifetimes say
+LEAST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 1.0, 30.0  # of a schedule whose upstream fails
+ROUNDING_SECONDS = 0.01
+# A failure of none of these kinds is remembered: our limits pass by themselves, and credentials are
+# the pair's affair.
+NOT_REMEMBERED = (Overloaded, UpstreamCredentials)
+
+caches = st.builds(
+    Cache,
+    waiting_seconds=st.sampled_from([2.0, 0.0, 4.0]),
+    running_seconds=st.sampled_from([1.0, 0.0, 0.1]),
+    unknown_seconds=st.sampled_from([1.0, 0.0]),
+    terminal_seconds=st.sampled_from([600.0, 5.0]),
+    result_seconds=st.sampled_from([30.0, 0.0]),
+    error_seconds=st.sampled_from([1.0, 0.0, 5.0]),
+    stale_while_revalidate_seconds=st.sampled_from([2.0, 0.0, 20.0]),
+    stale_if_error_seconds=st.sampled_from([60.0, 0.0, 2.0]),
+)
+KINDS: list[type[GatewayError]] = [
+    UpstreamCredentials,
+    UpstreamClock,
+    UpstreamNonce,
+    UpstreamThrottled,
+    UpstreamInvalid,
+    UpstreamBusy,
+    UpstreamUnreachable,
+    UpstreamTimeout,
+    Overloaded,
+]
+failures = st.one_of(
+    st.builds(
+        lambda kind, seconds: kind("no", retry_after=seconds),
+        st.sampled_from(KINDS),
+        st.sampled_from([None, 0.0, 5.0, 100.0]),
+    ),
+    st.builds(UpstreamRejected, st.just("no"), envelope=st.just(b"{}"), detail=st.just(UpstreamDetail())),
+)
+statuses = st.sampled_from(["running", "waiting", "succeeded", "successed", "failed", "canceled", "paused"])
+keys = st.sampled_from([*KEYS[:1] * 4, *KEYS])  # stories need a task that comes up often
+which = st.integers(0, 9)
+
+
+@dataclass(slots=True)
+class Story:
+    """What happened to one task: what upstream said, what was shown of it, and what may come next."""
+
+    answers: dict[str, float] = field(default_factory=dict)  # each answer's mark, and when it came
+    arrived: float | None = None  # the last answer
+    failures: list[tuple[float, GatewayError]] = field(default_factory=list)
+    failing: bool = False  # the last call brought no answer
+    shown: Snapshot | None = None  # the last one
+    highest: float = 0.0  # progress shown while the task stayed running
+    prompted: bool = False  # somebody asked since the last call took off
+    due: float = 0.0  # no call may begin before
+    tick_due: float = 0.0  # nor one that nobody asked for, but a schedule
+    patience: float = 0.0  # a schedule asks again until then
+
+
+class FakeUpstream:
+    """Stands at the network's edge, and keeps what `Upstream.query` promises: an end within the deadline."""
+
+    def __init__(self, loop: TickedLoop, cache: Cache) -> None:
+        self.air: dict[TaskKey, asyncio.Future[dict[str, Any]]] = {}
+        self.stories = {key: Story() for key in KEYS}
+        self.broken: list[str] = []  # an exception here would look like one of the upstream's
+        self._loop = loop
+        self._cache = cache
+        self._longest = dict.fromkeys(Operation, 0.0)  # call so far
+
+    async def query(self, key: TaskKey) -> Answer:
+        """Wait until the machine answers."""
+        story, began = self.stories[key], self._loop.time()
+        if key in self.air:
+            self.broken.append(f"two calls in the air for {key}")
+        # A refresh ahead takes off as early as calls have taken.
+        early = 0.0 if story.failing else self._longest[key.operation]
+        if began < story.due - early - ROUNDING_SECONDS:
+            self.broken.append(f"{key} was asked for {story.due - began} s before it was due")
+        if not story.prompted and began < story.tick_due - ROUNDING_SECONDS:
+            self.broken.append(f"the schedule asked for {key} {story.tick_due - began} s early")
+        prompted, story.prompted = story.prompted, False
+        outcome = self.air[key] = self._loop.create_future()
+        try:
+            async with asyncio.timeout(DEADLINE_SECONDS):
+                data = await outcome
+        except (TimeoutError, GatewayError) as exc:
+            failure = exc if isinstance(exc, GatewayError) else UpstreamTimeout("too late")
+            self._note_failure(story, failure, prompted=prompted)
+            raise failure from None
+        else:
+            self._longest[key.operation] = max(self._longest[key.operation], self._loop.time() - began)
+            self._note_answer(key, data, prompted=prompted)
+            return Answer(data, json.dumps({"status": 10, "data": data}).encode())
+        finally:
+            del self.air[key]
+
+    def lifetime(self, key: TaskKey, status: Status | None) -> float:
+        """Return for how long an answer counts as fresh, as the settings say."""
+        cache = self._cache
+        if key.operation.is_result:
+            return cache.result_seconds
+        return {
+            Status.WAITING: cache.waiting_seconds,
+            Status.RUNNING: cache.running_seconds,
+            Status.UNKNOWN: cache.unknown_seconds,
+        }.get(status or Status.UNKNOWN, cache.terminal_seconds)
+
+    def _note_failure(self, story: Story, failure: GatewayError, *, prompted: bool) -> None:
+        now = self._loop.time()
+        story.failures.append((now, failure))
+        story.failing = True
+        story.due = now + (0.0 if isinstance(failure, NOT_REMEMBERED) else self._cache.error_seconds)
+        pause = failure.retry_after or 0.0
+        story.tick_due = now + (0.0 if prompted else max(pause, LEAST_BACKOFF_SECONDS))
+        story.patience = max(story.patience, now + max(pause, LONGEST_BACKOFF_SECONDS))
+
+    def _note_answer(self, key: TaskKey, data: dict[str, Any], *, prompted: bool) -> None:
+        now, story, status = self._loop.time(), self.stories[key], vendor_status(data)
+        if status is not Status.RUNNING or now - (story.arrived or now) >= MEMORY_SECONDS:
+            story.highest = 0.0
+        story.answers[data["message"]] = story.arrived = now
+        story.failing = False
+        lifetime = self.lifetime(key, status)
+        if story.shown is not None and story.shown.terminal:  # whatever was said: it stays as it ended
+            lifetime = min(lifetime, self._cache.terminal_seconds)
+        story.due = now + lifetime
+        pause = max(lifetime, LEAST_PAUSE_SECONDS)
+        story.tick_due = now + (0.0 if prompted else pause)
+        story.patience = max(story.patience, now + pause)
+
+
+@dataclass(slots=True, eq=False)
+class Viewer:
+    """An open stream or long poll, and what it was told last of each task."""
+
+    watcher: Watcher
+    leave: ExitStack
+    reading: asyncio.Task[None] | None = None
+    told: dict[TaskKey, Update] = field(default_factory=dict)
+
+
+class Promises(RuleBasedStateMachine):
+    """Plays callers, watchers, upstream and time; what is promised of them stands in the invariants."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = TickedLoop()
+        self.callers: list[tuple[TaskKey, asyncio.Task[None]]] = []
+        self.viewers: list[Viewer] = []
+        self.marks = itertools.count()
+
+    @initialize(cache=caches)
+    def open(self, cache: Cache) -> None:
+        """Wire the parts as the application does."""
+        self.cache = cache
+        self.upstream = FakeUpstream(self.loop, cache)
+        self.metrics = Metrics(CollectorRegistry(), gateway_version="0")
+        stale_seconds = max(cache.stale_while_revalidate_seconds, cache.stale_if_error_seconds)
+        self.store = MemoryStore(max_tasks=100, stale_seconds=stale_seconds, clock=self.loop.time)
+        self.service = ProgressService(
+            cache,
+            store=self.store,
+            upstream=cast("Upstream", self.upstream),
+            metrics=self.metrics,
+            clock=self.loop.time,
+        )
+        self.watch = Watch(
+            WatchSettings(),
+            service=self.service,
+            store=self.store,
+            metrics=self.metrics,
+            clock=self.loop.time,
+        )
+
+    # What callers do
+
+    @rule(key=keys, how=st.sampled_from(["get", "get", "get_fresh"]))
+    def ask(self, key: TaskKey, how: str) -> None:
+        """Ask, and wait if there is something to wait for."""
+        self.upstream.stories[key].prompted = True
+        self.callers.append((key, self.loop.create_task(self._ask(key, how))))
+        self.loop.settle()
+
+    @rule(key=keys, times=st.integers(1, 3))
+    def look(self, key: TaskKey, times: int) -> None:
+        """Take what can be had without waiting, perhaps so often that the task is hot."""
+        self.upstream.stories[key].prompted = True
+        for _ in range(times):
+            reading = self.loop.within(partial(self.service.lookup, key))
+            if reading is not None:
+                self._judge(key, reading)
+
+    @rule(key=keys)
+    def look_on(self, key: TaskKey) -> None:
+        """Take what is held, as one does whom a schedule serves."""
+        reading = self.service.current(key)
+        if reading is not None:
+            self._judge(key, reading)
+
+    @precondition(lambda self: self.callers)
+    @rule(number=which)
+    def hang_up(self, number: int) -> None:
+        """Let a caller leave, the first or a later one."""
+        _, caller = self.callers.pop(number % len(self.callers))
+        caller.cancel()
+        self.loop.settle()
+
+    @rule(watched=st.lists(st.sampled_from(WATCHED), min_size=1, unique=True), kind=st.sampled_from(Kind))
+    def begin_watching(self, watched: list[TaskKey], kind: Kind) -> None:
+        """Open a stream or a long poll."""
+        for key in watched:
+            self.upstream.stories[key].prompted = True
+        stack = ExitStack()
+        watching = self.watch.watching(watched, kind)
+        viewer = Viewer(self.loop.within(lambda: stack.enter_context(watching)), stack)
+        viewer.reading = self.loop.create_task(self._read(viewer))
+        self.viewers.append(viewer)
+        self.loop.settle()
+
+    @precondition(lambda self: self.viewers)
+    @rule(number=which)
+    def end_watching(self, number: int) -> None:
+        """Let a watcher leave; with the last one the schedule ends."""
+        self._leave(self.viewers.pop(number % len(self.viewers)))
+
+    # What upstream and time do
+
+    @precondition(lambda self: self.upstream.air)
+    @rule(number=which, progress=st.floats(0.0, 1.0))
+    def run_on(self, number: int, progress: float) -> None:
+        """Let a task run on, or back."""
+        self._land(number, "running", progress)
+
+    @precondition(lambda self: self.upstream.air)
+    @rule(number=which, status=statuses, progress=st.floats(0.0, 1.0))
+    def answer(self, number: int, status: str, progress: float) -> None:
+        """Answer a call: whatever it says may contradict what was said before."""
+        self._land(number, status, progress)
+
+    @precondition(lambda self: self.upstream.air)
+    @rule(number=which, failure=failures)
+    def fail(self, number: int, failure: GatewayError) -> None:
+        """Let a call fail."""
+        _, outcome = self._call(number)
+        outcome.set_exception(failure)
+        self.loop.settle()
+
+    @rule(seconds=st.sampled_from([1.0, 0.1, 0.5, 2.5, 5.0, 20.0, 61.0, 700.0]))
+    def pass_time(self, seconds: float) -> None:
+        """Let time pass: a call that nobody answers meets its deadline."""
+        self.loop.advance(seconds)
+
+    # What is promised
+
+    @invariant()
+    def nothing_was_broken(self) -> None:
+        """One call in the air per task, and no more calls than the lifetimes allow."""
+        assert not self.upstream.broken, self.upstream.broken
+        assert not self.loop.faults, self.loop.faults
+
+    @invariant()
+    def nobody_is_left_behind(self) -> None:
+        """Whoever waits, waits for a call that is in the air; the others have got something right."""
+        for _, caller in self.callers:
+            if caller.done():
+                caller.result()
+        self.callers = [(key, caller) for key, caller in self.callers if not caller.done()]
+        assert {key for key, _ in self.callers} <= self.upstream.air.keys()
+
+    @invariant()
+    def every_watcher_knows(self) -> None:
+        """Watchers know the newest there is, and a schedule goes on for as long as its task does."""
+        now = self.loop.time()
+        for viewer in self.viewers:
+            assert viewer.reading is not None
+            if viewer.reading.done():
+                viewer.reading.result()
+            for key in viewer.watcher.keys:
+                told, story, held = viewer.told.get(key), self.upstream.stories[key], self.store.peek(key)
+                if told is None:
+                    assert key in self.upstream.air
+                    continue
+                if told.snapshot is None:
+                    assert story.failing
+                elif held is not None and not told.snapshot.terminal:
+                    assert told.snapshot.etag == held.etag
+                if told.snapshot is None or not told.snapshot.terminal:
+                    assert key in self.upstream.air or now <= story.patience + ROUNDING_SECONDS
+
+    @invariant()
+    def gauges_tell_who_watches(self) -> None:
+        """Count the watchers who are there, and the tasks they watch."""
+        watched = {key for viewer in self.viewers for key in viewer.watcher.keys}
+        assert total(self.metrics.watched_tasks) == len(watched)
+        assert total(self.metrics.watchers) == len(self.viewers)
+
+    def teardown(self) -> None:
+        """Close with callers and watchers inside: nobody waits any more, and nothing is left."""
+        try:
+            if hasattr(self, "service"):  # Hypothesis may give a game up before it has begun
+                self._close()
+        finally:
+            self.loop.close()
+
+    def _close(self) -> None:
+        self.watch.say_farewell()
+        for part in (self.watch, self.service):
+            closing = self.loop.create_task(part.aclose())
+            self.loop.settle()
+            closing.result()
+        assert all(caller.done() for _, caller in self.callers)
+        assert all(viewer.watcher.leaving for viewer in self.viewers)
+        late: list[asyncio.Task[Any]] = []
+        for key in KEYS:
+            late.append(self.loop.create_task(self.service.get(key)))
+            for _ in range(3):
+                self.loop.within(partial(self.service.lookup, key))
+        self.begin_watching(WATCHED, Kind.EVENTS)
+        while self.viewers:
+            self._leave(self.viewers.pop())
+        self.loop.settle()
+        assert all(task.done() for task in late)
+        for task in late:
+            if not task.cancelled():
+                task.exception()  # looked at, or asyncio complains
+        assert not self.upstream.air
+        assert not asyncio.all_tasks(self.loop)
+        assert self.loop.next_timer is None
+        self.nothing_was_broken()
+        self.gauges_tell_who_watches()
+
+    # How it is judged
+
+    async def _ask(self, key: TaskKey, how: str) -> None:
+        try:
+            reading = await getattr(self.service, how)(key)
+        except GatewayError as failure:
+            self._judge_failure(key, failure)
+        else:
+            self._judge(key, reading)
+
+    async def _read(self, viewer: Viewer) -> None:
+        while True:
+            for update in await viewer.watcher.take():
+                assert update.key in viewer.watcher.keys
+                viewer.told[update.key] = update
+                if update.snapshot is not None:
+                    self._judge_update(update.key, update.snapshot)
+
+    def _judge(self, key: TaskKey, reading: Reading) -> None:
+        """Hold an answer against the freshness promise and, when it covers a failure, its bound."""
+        now, story = self.loop.time(), self.upstream.stories[key]
+        self._judge_content(key, reading.snapshot)
+        assert reading.age == now - reading.snapshot.fetched_at
+        if reading.failure is None:
+            assert self._is_young(reading.snapshot)
+        else:
+            assert reading.source is Source.STALE
+            assert reading.age <= self.cache.stale_if_error_seconds
+            self._judge_failure_is_recent(story, reading.failure)
+
+    def _judge_failure(self, key: TaskKey, failure: GatewayError) -> None:
+        """Hold a failure against how long it is remembered, and against what might have covered it."""
+        story = self.upstream.stories[key]
+        self._judge_failure_is_recent(story, failure)
+        if story.arrived is not None:
+            assert self.loop.time() - story.arrived >= self.cache.stale_if_error_seconds
+
+    def _judge_failure_is_recent(self, story: Story, failure: GatewayError) -> None:
+        remembered = 0.0 if isinstance(failure, NOT_REMEMBERED) else self.cache.error_seconds
+        [when] = [when for when, known in story.failures if known is failure]
+        assert self.loop.time() - when <= remembered
+
+    def _judge_update(self, key: TaskKey, snapshot: Snapshot) -> None:
+        self._judge_content(key, snapshot)
+        age = self.loop.time() - snapshot.fetched_at
+        covers = self.upstream.stories[key].failing and age <= self.cache.stale_if_error_seconds
+        assert snapshot.terminal or covers or self._is_young(snapshot)
+
+    def _judge_content(self, key: TaskKey, snapshot: Snapshot) -> None:
+        """Each shows what upstream said of this task, and takes back nothing that was shown before."""
+        story, shown = self.upstream.stories[key], self.upstream.stories[key].shown
+        data = json.loads(snapshot.envelope)["data"]
+        assert snapshot.key == key
+        assert data["taskId"] == key.task_id
+        came = story.answers[data["message"]]
+        assert snapshot.fetched_at == came or (snapshot.terminal and came < snapshot.fetched_at)
+        assert snapshot.fetched_at <= self.loop.time()
+        if shown is not None and abs(snapshot.fetched_at - shown.fetched_at) < MEMORY_SECONDS:
+            assert snapshot.fetched_at >= shown.fetched_at
+            assert snapshot.status is shown.status or not shown.terminal
+        if snapshot.status is Status.RUNNING:
+            assert snapshot.progress is not None
+            assert snapshot.progress >= story.highest
+            story.highest = snapshot.progress
+        story.shown = snapshot
+
+    def _is_young(self, snapshot: Snapshot) -> bool:
+        age = self.loop.time() - snapshot.fetched_at
+        lifetime = self.upstream.lifetime(snapshot.key, snapshot.status)
+        return age == 0.0 or age < lifetime + self.cache.stale_while_revalidate_seconds
+
+    def _land(self, number: int, status: str, progress: float) -> None:
+        key, outcome = self._call(number)
+        mark = f"answer {next(self.marks)}"
+        outcome.set_result({"taskId": key.task_id, "status": status, "progress": progress, "message": mark})
+        self.loop.settle()
+
+    def _call(self, number: int) -> tuple[TaskKey, asyncio.Future[dict[str, Any]]]:
+        return list(self.upstream.air.items())[number % len(self.upstream.air)]
+
+    def _leave(self, viewer: Viewer) -> None:
+        assert viewer.reading is not None
+        viewer.reading.cancel()
+        self.loop.within(viewer.leave.close)
+
+
+def total(gauge: Gauge) -> float:
+    return sum(sample.value for family in gauge.collect() for sample in family.samples)
+
+
+TestPromises = Promises.TestCase
+TestPromises.settings = settings(
+    # Wiring a game's parts takes as long as playing it.
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)

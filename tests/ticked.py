@@ -1,0 +1,74 @@
+"""An event loop whose clock stands until a test turns it, and whose timers follow that clock alone."""
+
+import asyncio
+import selectors
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class _Standstill(selectors.SelectSelector):
+    """Waits for nothing: a loop that would wait has nothing left to do now, and is stopped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stop: Callable[[], None] = lambda: None
+        self.until_timer: float | None = None
+
+    def select(self, timeout: float | None = None) -> list[Any]:
+        """Note how long the loop would wait: None where no timer is set."""
+        if timeout is None or timeout > 0:
+            self.until_timer = timeout
+            self.stop()
+        return []
+
+
+class TickedLoop(asyncio.SelectorEventLoop):
+    """Runs what there is to run now, and nothing else; there is no I/O. Close it in the end.
+
+    `faults` are what asyncio would have logged: an exception that nobody looked at, a task left to
+    the garbage collector.
+    """
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self._now = now
+        self._standstill = _Standstill()
+        super().__init__(self._standstill)
+        self._standstill.stop = self.stop
+        self.faults: list[dict[str, Any]] = []
+        self.set_exception_handler(lambda _loop, context: self.faults.append(context))
+
+    def time(self) -> float:
+        """Return the clock, in seconds."""
+        return self._now
+
+    @property
+    def next_timer(self) -> float | None:
+        """When the next timer is due, as of the last standstill; None where none is set."""
+        wait = self._standstill.until_timer
+        return None if wait is None else self._now + wait
+
+    def settle(self) -> None:
+        """Run until nothing is left that could run without time passing."""
+        self.run_forever()
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass: each timer on the way fires at its own moment."""
+        end = self._now + seconds
+        self.settle()
+        while (due := self.next_timer) is not None and due <= end:
+            self._now = due
+            self.settle()
+        self._now = end
+        self.settle()
+
+    def within(self, act: Callable[[], T]) -> T:
+        """Call what needs a running loop, then settle; return its result, or raise what it raised."""
+
+        async def acted() -> T:
+            return act()
+
+        task = self.create_task(acted())
+        self.settle()
+        return task.result()
