@@ -1,4 +1,4 @@
-"""A bare HTTP/1.1 client: one keep-alive connection, one GET at a time, as little CPU as Python allows."""
+"""A bare HTTP/1.1 client: one keep-alive connection, one request at a time, as little CPU as can be."""
 
 from __future__ import annotations
 
@@ -37,12 +37,28 @@ class Connection:
 
         Raises: TimeoutError, OSError, asyncio.IncompleteReadError.
         """
-        request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n{headers}\r\n"
-        self._writer.write(request.encode())
+        return await self.ask("GET", path, headers)
+
+    async def post(self, path: str, body: bytes) -> Reply:
+        """Ask with a body, and read the answer. Raises: as `get`."""
+        return await self.ask("POST", path, f"Content-Length: {len(body)}\r\n", body)
+
+    async def ask(self, method: str, path: str, headers: str = "", body: bytes = b"") -> Reply:
+        """Make any request, and read its answer. Raises: as `get`."""
+        self.send(method, path, headers, body)
         async with asyncio.timeout(_DEADLINE_SECONDS):
             head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
             length = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0] or 0)
             return Reply(int(head[9:12]), head, await self._reader.readexactly(length))
+
+    def send(self, method: str, path: str, headers: str = "", body: bytes = b"") -> None:
+        """Send a request, and leave its answer."""
+        request = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n{headers}\r\n"
+        self._writer.write(request.encode() + body)
+
+    async def read(self) -> bytes:
+        """Return what came next of an answer; nothing when it is over. Raises: OSError."""
+        return await self._reader.read(65536)
 
 
 async def fetch_all(port: int, paths: Iterable[str], *, connections: int) -> None:

@@ -101,6 +101,19 @@ def resident_bytes(pids: Iterable[int]) -> int:
     return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * _PAGE
 
 
+def descriptors(pids: Iterable[int]) -> int:
+    """Return how many files processes hold open, sockets included."""
+    return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
+
+
+def connections_to(port: int, pids: Iterable[int]) -> int:
+    """Return how many sockets of processes are connected to this TCP port, or were until it hung up."""
+    files = [file for pid in pids for file in Path(f"/proc/{pid}/fd").iterdir()]
+    held = {str(file.readlink()) for file in files if file.is_symlink()}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(int(row[2].rpartition(":")[2], 16) == port and f"socket:[{row[9]}]" in held for row in rows)
+
+
 def children(pid: int) -> list[int]:
     """Return the processes that a process has forked and not yet reaped."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

@@ -27,6 +27,7 @@ import misses
 import report
 import rotation
 import slow_readers
+import soak
 import start
 import watchers
 from measuring import Bench, Comparison
@@ -42,6 +43,7 @@ SCENARIOS = {
     "slow_readers": slow_readers,
     "dawdlers": dawdlers,
     "rotation": rotation,
+    "soak": soak,
 }
 PACKAGES = {"wrk": "wrk", "nginx": "nginx", "njs": "libnginx-mod-http-js", "varnishd": "varnish"}
 OPTIONAL = frozenset({"varnishd"})
