@@ -232,9 +232,7 @@ class Promises(RuleBasedStateMachine):
     @rule(key=keys, how=st.sampled_from(["get", "get", "get_fresh"]))
     def ask(self, key: TaskKey, how: str) -> None:
         """Ask, and wait if there is something to wait for."""
-        self.upstream.stories[key].prompted = True
-        self.callers.append((key, self.loop.create_task(self._ask(key, how))))
-        self.loop.settle()
+        self._begin(key, how)
 
     @rule(key=keys, times=st.integers(1, 3))
     def look(self, key: TaskKey, times: int) -> None:
@@ -281,24 +279,32 @@ class Promises(RuleBasedStateMachine):
     # What upstream and time do
 
     @precondition(lambda self: self.upstream.air)
-    @rule(number=which, progress=st.floats(0.0, 1.0))
-    def run_on(self, number: int, progress: float) -> None:
-        """Let a task run on, or back."""
-        self._land(number, "running", progress)
-
-    @precondition(lambda self: self.upstream.air)
     @rule(number=which, status=statuses, progress=st.floats(0.0, 1.0))
     def answer(self, number: int, status: str, progress: float) -> None:
         """Answer a call: whatever it says may contradict what was said before."""
-        self._land(number, status, progress)
+        self._answer(self._in_the_air(number), status, progress)
 
     @precondition(lambda self: self.upstream.air)
     @rule(number=which, failure=failures)
     def fail(self, number: int, failure: GatewayError) -> None:
         """Let a call fail."""
-        _, outcome = self._call(number)
-        outcome.set_exception(failure)
-        self.loop.settle()
+        self._fail(self._in_the_air(number), failure)
+
+    # Two moves in one, for it takes many to get far: an upstream that answers, or fails, at once.
+
+    @rule(key=keys, progress=st.floats(0.0, 1.0))
+    def learn(self, key: TaskKey, progress: float) -> None:
+        """Ask, and let the task run on, or back."""
+        self._begin(key, "get_fresh")
+        if key in self.upstream.air:
+            self._answer(key, "running", progress)
+
+    @rule(key=keys, failure=failures)
+    def ask_in_vain(self, key: TaskKey, failure: GatewayError) -> None:
+        """Ask, and let that fail."""
+        self._begin(key, "get")
+        if key in self.upstream.air:
+            self._fail(key, failure)
 
     @rule(seconds=st.sampled_from([1.0, 0.1, 0.5, 2.5, 5.0, 20.0, 61.0, 700.0]))
     def pass_time(self, seconds: float) -> None:
@@ -384,7 +390,31 @@ class Promises(RuleBasedStateMachine):
         self.nothing_was_broken()
         self.gauges_tell_who_watches()
 
-    # How it is judged
+    # How it is played
+
+    def _begin(self, key: TaskKey, how: str) -> None:
+        self.upstream.stories[key].prompted = True
+        self.callers.append((key, self.loop.create_task(self._ask(key, how))))
+        self.loop.settle()
+
+    def _in_the_air(self, number: int) -> TaskKey:
+        return list(self.upstream.air)[number % len(self.upstream.air)]
+
+    def _answer(self, key: TaskKey, status: str, progress: float) -> None:
+        mark = f"answer {next(self.marks)}"
+        self.upstream.air[key].set_result(
+            {"taskId": key.task_id, "status": status, "progress": progress, "message": mark}
+        )
+        self.loop.settle()
+
+    def _fail(self, key: TaskKey, failure: GatewayError) -> None:
+        self.upstream.air[key].set_exception(failure)
+        self.loop.settle()
+
+    def _leave(self, viewer: Viewer) -> None:
+        assert viewer.reading is not None
+        viewer.reading.cancel()
+        self.loop.within(viewer.leave.close)
 
     async def _ask(self, key: TaskKey, how: str) -> None:
         try:
@@ -401,6 +431,8 @@ class Promises(RuleBasedStateMachine):
                 viewer.told[update.key] = update
                 if update.snapshot is not None:
                     self._judge_update(update.key, update.snapshot)
+
+    # How it is judged
 
     def _judge(self, key: TaskKey, reading: Reading) -> None:
         """Hold an answer against the freshness promise and, when it covers a failure, its bound."""
@@ -454,20 +486,6 @@ class Promises(RuleBasedStateMachine):
         age = self.loop.time() - snapshot.fetched_at
         lifetime = self.upstream.lifetime(snapshot.key, snapshot.status)
         return age == 0.0 or age < lifetime + self.cache.stale_while_revalidate_seconds
-
-    def _land(self, number: int, status: str, progress: float) -> None:
-        key, outcome = self._call(number)
-        mark = f"answer {next(self.marks)}"
-        outcome.set_result({"taskId": key.task_id, "status": status, "progress": progress, "message": mark})
-        self.loop.settle()
-
-    def _call(self, number: int) -> tuple[TaskKey, asyncio.Future[dict[str, Any]]]:
-        return list(self.upstream.air.items())[number % len(self.upstream.air)]
-
-    def _leave(self, viewer: Viewer) -> None:
-        assert viewer.reading is not None
-        viewer.reading.cancel()
-        self.loop.within(viewer.leave.close)
 
 
 def total(gauge: Gauge) -> float:
