@@ -22,6 +22,7 @@ from gateway.api.native import NativeEndpoint, NoSuchOperation
 from gateway.api.pages import page_routes
 from gateway.api.problems import Problems
 from gateway.api.progress import ProgressEndpoint
+from gateway.api.ratelimit import RateLimit, RateLimiter
 from gateway.api.tasks import Tasks
 from gateway.credentials import Credentials
 from gateway.drain import Drain
@@ -29,7 +30,7 @@ from gateway.metrics import Metrics
 from gateway.redaction import Redactor
 from gateway.rotation import Rotation
 from gateway.service import ProgressService
-from gateway.settings import Server, Settings
+from gateway.settings import Settings
 from gateway.stores.memory import MemoryStore
 from gateway.upstream import Upstream
 from gateway.watch import Watch
@@ -103,14 +104,17 @@ def create_app(settings: Settings, *, redactor: Redactor) -> Starlette:
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    app.middleware_stack = _surround(app.router, settings.server, metrics, problems)
+    app.middleware_stack = _surround(app.router, settings, metrics, problems)
     return app
 
 
-def _surround(app: ASGIApp, settings: Server, metrics: Metrics, problems: Problems) -> ASGIApp:
-    if settings.cors_origins:
-        app = Cors(app, origins=settings.cors_origins, problems=problems)
-    app = Admission(app, root_path=settings.root_path, trusted_hosts=settings.trusted_hosts)
+def _surround(app: ASGIApp, settings: Settings, metrics: Metrics, problems: Problems) -> ASGIApp:
+    server, limits = settings.server, settings.limits
+    if limits.requests_per_second:
+        app = RateLimit(app, limiter=RateLimiter(limits.requests_per_second))
+    if server.cors_origins:
+        app = Cors(app, origins=server.cors_origins, problems=problems)
+    app = Admission(app, root_path=server.root_path, trusted_hosts=server.trusted_hosts)
     return Telemetry(app, metrics=metrics, problems=problems)
 
 

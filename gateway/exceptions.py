@@ -6,7 +6,8 @@
     │   ├── InvalidParameter
     │   ├── PathNotFound
     │   ├── MethodNotAllowed
-    │   └── BodyTooLarge
+    │   ├── BodyTooLarge
+    │   └── TooManyRequests
     ├── Overloaded                  one of the gateway's own limits is reached
     └── UpstreamError               the upstream, or the way to it
         ├── UpstreamRejected        an envelope that says no
@@ -57,7 +58,7 @@ class GatewayError(Exception):
 
 
 class RequestError(GatewayError):
-    """The request is wrong; asking again unchanged is useless."""
+    """The caller must change something: the request, or how often it comes."""
 
 
 class InvalidTaskId(RequestError):
@@ -88,6 +89,12 @@ class BodyTooLarge(RequestError):
     """The request's body is over `limits.max_body_bytes`."""
 
     code = "body-too-large"
+
+
+class TooManyRequests(RequestError):
+    """The client is over `limits.requests_per_second`."""
+
+    code = "too-many-requests"
 
 
 class Overloaded(GatewayError):

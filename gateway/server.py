@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from ipaddress import IPv4Network
 
 import structlog
 import uvicorn
@@ -37,7 +39,7 @@ def run(app: ASGIApp, settings: Server) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
-        forwarded_allow_ips=settings.trusted_proxies,
+        forwarded_allow_ips=forwarders(settings.trusted_proxies),
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
         backlog=_BACKLOG,
@@ -60,6 +62,20 @@ def serve(config: uvicorn.Config, *, announce: Callable[[str], None]) -> None:
         uvicorn.Server(config).run(sockets=[listener])
     except SystemExit as exc:
         sys.exit(1 if exc.code else 0)  # uvicorn's word for a failed start is 3
+
+
+def forwarders(trusted_proxies: Sequence[str]) -> list[str]:
+    """Return whose X-Forwarded-For counts, in uvicorn's terms.
+
+    A listener on `::` names IPv4 peers as `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2), which uvicorn takes
+    for other addresses: each one of IPv4 stands there in both forms.
+    """
+    hosts = list(trusted_proxies)
+    for host in trusted_proxies:
+        with suppress(ValueError):  # IPv6, or "*"
+            network = IPv4Network(host)
+            hosts.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
+    return hosts
 
 
 def exit_well_when_told() -> None:

@@ -157,10 +157,11 @@ class Watch(_Section):
 
 
 class Limits(_Section):
-    """`limits.*`: what one request may ask for."""
+    """`limits.*`: what one request may ask for, and one client. 0 requests a second: no limit."""
 
     max_tasks_per_request: Annotated[int, Field(ge=1, le=10_000)] = 100
     max_body_bytes: Annotated[int, Field(ge=64, le=1_073_741_824)] = 65_536
+    requests_per_second: Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)] = 0.0
 
 
 class Log(_Section):

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.app import create_app
 from gateway.edge import edge_protocol
 from gateway.redaction import Redactor
+from gateway.server import forwarders
 from gateway.settings import Settings
 from gateway.simulator import Life, create_simulator, new_task_id
 
@@ -261,7 +262,13 @@ def gateway(
     protocol = edge_protocol(header_seconds=server.header_seconds, max_header_bytes=server.max_header_bytes)
     app = create_app(settings, redactor=Redactor())
     with (
-        running(app, leftovers=leftovers, http=protocol, lifespan="on") as url,
+        running(
+            app,
+            leftovers=leftovers,
+            http=protocol,
+            lifespan="on",
+            forwarded_allow_ips=forwarders(server.trusted_proxies),
+        ) as url,
         plain_client(url) as client,
     ):
         yield Gateway(client)

@@ -39,7 +39,7 @@ PROMISED = {
     "upstream-timeout": 504,
     "internal": 500,
 }
-NOT_YET = {"too-many-requests", "upstream-open"}
+NOT_YET = {"upstream-open"}
 BRANCHES = {GatewayError, RequestError, UpstreamError}  # nobody raises these
 VENDOR_PATH = "/scc/sd_get_progress"
 

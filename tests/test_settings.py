@@ -47,6 +47,7 @@ DEFAULTS: dict[str, Any] = {
     "watch.max_wait_seconds": 60.0,
     "limits.max_tasks_per_request": 100,
     "limits.max_body_bytes": 65536,
+    "limits.requests_per_second": 0.0,
     "log.level": "info",
     "log.format": "json",
 }

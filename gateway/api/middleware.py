@@ -5,6 +5,7 @@ Outermost first:
 - Telemetry: request id, metrics, one log line, and the answer to every exception
 - Admission: the prefix an ingress serves us under, and the allowed Host values
 - Cors: browsers of other origins, on the /v1 paths only
+- RateLimit (ratelimit.py): so many requests a second of each client
 
 They stand in the place of Starlette's own stack, whose two exception layers would each keep a
 frame, a closure and a Request alive for as long as a stream is open.
@@ -24,6 +25,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.api import ops
 from gateway.api.problems import Problems
 from gateway.exceptions import GatewayError, InvalidParameter
 from gateway.metrics import Metrics
@@ -32,8 +34,6 @@ _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _HUNG_UP = 499  # nginx's word for a caller that left before its answer
 _SERVER_ERROR = 500
-# Whoever probes these may know us by address alone: a kubelet asks for the pod's IP.
-_ANY_HOST = frozenset({"/healthz", "/readyz", "/metrics"})
 
 log = structlog.get_logger(__name__)
 
@@ -122,7 +122,7 @@ class Admission:
             # With the prefix in the path or stripped from it by the ingress: Starlette takes either.
             scope["root_path"] = self._root_path
             path = scope["path"].removeprefix(self._root_path)
-            if not self._any and path not in _ANY_HOST and not self._trusts(scope):
+            if not self._any and path not in ops.PROBES and not self._trusts(scope):
                 raise InvalidParameter("header 'Host' names a host that is not served here")
         await self._app(scope, receive, send)
 

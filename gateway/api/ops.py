@@ -11,6 +11,9 @@ from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+# Asked by machines, as often as they are set to, and by address alone: a kubelet asks for the pod's IP.
+PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
+
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 

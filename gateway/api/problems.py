@@ -23,6 +23,7 @@ from gateway.exceptions import (
     MethodNotAllowed,
     Overloaded,
     PathNotFound,
+    TooManyRequests,
     UpstreamCredentials,
     UpstreamDetail,
     UpstreamError,
@@ -41,6 +42,7 @@ PROBLEMS: Mapping[type[GatewayError], tuple[int, str]] = {
     PathNotFound: (404, "No such path"),
     MethodNotAllowed: (405, "Method not allowed"),
     BodyTooLarge: (413, "Body too large"),
+    TooManyRequests: (429, "Too many requests"),
     UpstreamRejected: (502, "The upstream rejected the query"),
     UpstreamCredentials: (502, "The upstream refused the gateway's credentials"),
     UpstreamInvalid: (502, "The upstream's answer makes no sense"),
@@ -51,6 +53,7 @@ PROBLEMS: Mapping[type[GatewayError], tuple[int, str]] = {
     GatewayError: (500, "Internal error"),
 }
 
+_COME_BACK = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})  # and say when
 _RETRY_AFTER_SECONDS = 1.0  # when nobody knows better
 _FAILURE = 20  # the vendor's word for it, in an envelope
 INTERNAL = GatewayError("the gateway has a bug; its log says more under this request's id")
@@ -70,7 +73,7 @@ class Problems:
             exc = _from_router(exc)
         error = exc if isinstance(exc, GatewayError) else INTERNAL
         status, title = lookup(error)
-        if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        if status in _COME_BACK:
             all_headers["Retry-After"] = str(math.ceil(error.retry_after or _RETRY_AFTER_SECONDS))
         all_headers["Cache-Control"] = "no-store"
         if scope["path"].removeprefix(scope.get("root_path", "")) in self._vendor_paths:

@@ -1,0 +1,270 @@
+"""How many requests a second a client may make, and who a client is."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from starlette.types import Receive, Scope, Send
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
+
+from gateway.api.ratelimit import RateLimiter, bucket_key
+from gateway.exceptions import TooManyRequests
+from gateway.server import forwarders
+from tests.harness import Gateway, Simulator
+
+Launch = Callable[..., Gateway]
+
+ONE, OTHER = "192.0.2.1", "192.0.2.2"
+HARDLY_EVER = {"requests_per_second": 0.001}  # one request, and none more while a test runs
+
+
+@dataclass
+class Clock:
+    """A clock that a test turns by hand."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def admitted(limiter: RateLimiter, host: str = ONE, *, tries: int = 1) -> int:
+    """Return how many of so many requests are let through."""
+    through = 0
+    for _ in range(tries):
+        try:
+            limiter.admit(host)
+        except TooManyRequests:
+            continue
+        through += 1
+    return through
+
+
+# The bucket
+
+
+def test_ratelimit_admits_a_second_at_once_and_then_the_rate() -> None:
+    """A full bucket holds what a second brings; it fills at the rate, and never over the brim."""
+    clock = Clock()
+    limiter = RateLimiter(5, clock=clock)
+    assert admitted(limiter, tries=20) == 5
+    clock.now += 0.2
+    assert admitted(limiter, tries=20) == 1
+    clock.now += 0.6
+    assert admitted(limiter, tries=20) == 3
+    clock.now += 3600
+    assert admitted(limiter, tries=20) == 5
+
+
+def test_ratelimit_below_one_a_second_admits_the_first() -> None:
+    """A rate of one in ten seconds admits one, then one in ten seconds."""
+    clock = Clock()
+    limiter = RateLimiter(0.1, clock=clock)
+    assert admitted(limiter, tries=3) == 1
+    clock.now += 9.9
+    assert admitted(limiter, tries=3) == 0
+    clock.now += 0.1
+    assert admitted(limiter, tries=3) == 1
+
+
+def test_ratelimit_says_when_to_come_back() -> None:
+    """Who waits as long as told is let through, however often it knocked; who comes earlier is not."""
+    clock = Clock()
+    limiter = RateLimiter(2, clock=clock)
+    assert admitted(limiter, tries=50) == 2
+    with pytest.raises(TooManyRequests) as refused:
+        limiter.admit(ONE)
+    assert refused.value.retry_after == pytest.approx(0.5)
+    clock.now += 0.49
+    assert admitted(limiter, tries=50) == 0
+    clock.now += 0.01
+    assert admitted(limiter) == 1
+
+
+def test_ratelimit_keeps_clients_apart() -> None:
+    """One client's crowd takes nothing from another."""
+    limiter = RateLimiter(3, clock=Clock())
+    assert admitted(limiter, ONE, tries=100) == 3
+    assert admitted(limiter, OTHER, tries=100) == 3
+
+
+@given(
+    rate=st.floats(0.01, 1000),
+    steps=st.lists(st.tuples(st.floats(0, 10), st.integers(1, 30)), min_size=1, max_size=30),
+)
+def test_ratelimit_never_admits_more_than_rate_and_burst(rate: float, steps: list[tuple[float, int]]) -> None:
+    """Whatever the pattern, no stretch of time from the start sees more than its rate and one bucket."""
+    clock = Clock()
+    limiter = RateLimiter(rate, clock=clock)
+    started, total = clock.now, 0
+    for pause, tries in steps:
+        clock.now += pause
+        total += admitted(limiter, tries=tries)
+        assert total <= rate * (clock.now - started) + max(rate, 1.0) + 1e-3
+
+
+def test_ratelimit_memory_is_bounded() -> None:
+    """Clients that come by the ten thousand push out the least recent; each bucket is a few bytes."""
+    limiter = RateLimiter(1, clock=Clock())
+    limiter.admit("10.0.0.0")
+    for number in range(20_000):
+        limiter.admit(f"10.1.{number >> 8}.{number & 255}")
+    assert len(limiter) == 16_384
+    assert admitted(limiter, "10.0.0.0") == 1  # forgotten, and so a newcomer
+    assert admitted(limiter, "10.1.78.31") == 0  # the last but one still counts
+    key = bucket_key("x" * 30_000)
+    assert sys.getsizeof(key) < 64
+
+
+# Who a client is
+
+
+def test_ratelimit_knows_a_client_by_its_address() -> None:
+    """IPv6 by /64, IPv4 within IPv6 as IPv4, and whatever is no address as one client."""
+    same = [
+        ("2001:db8:1:2::1", "2001:db8:1:2:ffff:ffff:ffff:ffff"),
+        ("192.0.2.1", "::ffff:192.0.2.1"),
+        ("192.0.2.1", "::FFFF:C000:201"),
+        ("fe80::1", "fe80::2%eth0"),
+        ("", "unknown"),
+        ("_hidden", "192.0.2.1, 192.0.2.2"),
+    ]
+    for one, other in same:
+        assert bucket_key(one) == bucket_key(other), (one, other)
+    different = ["2001:db8:1:2::1", "2001:db8:1:3::1", "192.0.2.1", "192.0.2.2", "::1", "", "::ffff:0:1"]
+    assert len({bucket_key(host) for host in different}) == len(different)
+
+
+def test_forwarders_name_ipv4_as_a_dual_stack_listener_does() -> None:
+    """Trusted IPv4 proxies are known by their mapped form too; the rest stays as it is."""
+    assert forwarders(["127.0.0.1", "10.0.0.0/8", "::1"]) == [
+        "127.0.0.1",
+        "10.0.0.0/8",
+        "::1",
+        "::ffff:127.0.0.1/128",
+        "::ffff:10.0.0.0/104",
+    ]
+    assert forwarders(["*"]) == ["*"]
+
+
+# Over real sockets
+
+
+def statuses(gate: Gateway, *forwarded: str | None) -> list[int]:
+    """Ask once for each value of X-Forwarded-For, without the header for None."""
+    return [
+        gate.client.get(
+            "/openapi.json", headers={} if value is None else {"x-forwarded-for": value}
+        ).status_code
+        for value in forwarded
+    ]
+
+
+def test_ratelimit_refuses_with_a_problem(simulator: Simulator, launch: Launch) -> None:
+    """429 `too-many-requests` with Retry-After, as a problem; probes and scrapes are exempt."""
+    gate = launch(simulator.url, limits=HARDLY_EVER, server={"root_path": "/prefix"})
+    task = simulator.task()
+    assert gate.get(task).status_code == 200
+    refused = gate.get(task)
+    assert (refused.status_code, refused.json()["code"]) == (429, "too-many-requests")
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert 990 <= int(refused.headers["retry-after"]) <= 1000
+    assert refused.headers["cache-control"] == "no-store"
+    assert refused.json()["requestId"] == refused.headers["x-request-id"]
+    for path in ("/healthz", "/readyz", "/metrics", "/prefix/healthz", "/prefix/metrics"):
+        for _ in range(3):
+            assert gate.client.get(path).status_code == 200, path
+    assert gate.client.get("/v1/events", params={"taskId": task}).status_code == 429
+    assert gate.metric("http_requests_total", status="429") == 2
+    assert simulator.calls() == 1
+
+
+def test_ratelimit_refuses_with_the_vendors_envelope(simulator: Simulator, launch: Launch) -> None:
+    """On the drop-in paths the refusal is what the vendor's SDKs parse."""
+    gate = launch(simulator.url, limits=HARDLY_EVER)
+    task = simulator.task()
+    assert gate.native(task).json()["status"] == 10
+    refused = gate.native(task)
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) > 0
+    assert (refused.json()["status"], refused.json()["errCode"]) == (20, "too-many-requests")
+    assert refused.json()["data"] is None
+
+
+def test_ratelimit_is_off_by_default(gate: Gateway) -> None:
+    """Without the setting nobody counts."""
+    assert statuses(gate, *[None] * 50) == [200] * 50
+
+
+def test_ratelimit_lets_browsers_read_the_refusal(simulator: Simulator, launch: Launch) -> None:
+    """A page of an allowed origin sees the 429 and when to come back; its preflights cost nothing."""
+    origin = "https://studio.example.com"
+    gate = launch(simulator.url, limits=HARDLY_EVER, server={"cors_origins": [origin]})
+    asks = {"origin": origin, "access-control-request-method": "GET"}
+    path = f"/v1/progress/{simulator.task()}"
+    for _ in range(3):
+        assert gate.client.options(path, headers=asks).status_code == 200
+    assert gate.client.get(path, headers={"origin": origin}).status_code == 200
+    refused = gate.client.get(path, headers={"origin": origin})
+    assert refused.status_code == 429
+    assert refused.headers["access-control-allow-origin"] == origin
+    assert "Retry-After" in refused.headers["access-control-expose-headers"]
+
+
+def test_ratelimit_behind_a_trusted_proxy_counts_its_clients(simulator: Simulator, launch: Launch) -> None:
+    """The proxy's word tells clients apart: one header or several, with ports, IPv6 by /64."""
+    gate = launch(simulator.url, limits=HARDLY_EVER)
+    assert statuses(gate, ONE, OTHER, ONE, f"{OTHER}:4711", f"::ffff:{ONE}") == [200, 200, 429, 429, 429]
+    assert statuses(gate, "2001:db8::1", "[2001:db8::2]:80", "2001:db8:0:1::1") == [200, 429, 200]
+    # The proxy itself, or one that leaves the header empty, is a client of its own.
+    assert statuses(gate, None, "") == [200, 429]
+    twice = [("x-forwarded-for", "192.0.2.77"), ("x-forwarded-for", ONE)]
+    assert gate.client.get("/openapi.json", headers=twice).status_code == 429
+    assert statuses(gate, "192.0.2.77") == [200]
+
+
+def test_ratelimit_behind_several_proxies_takes_the_last_hop_nobody_trusts(
+    simulator: Simulator, launch: Launch
+) -> None:
+    """What a client wrote into the header itself, left of the first hop that we trust, tells nothing."""
+    proxies = ["127.0.0.1", "10.0.0.0/8", "2001:db8:ffff::/48"]
+    gate = launch(simulator.url, limits=HARDLY_EVER, server={"trusted_proxies": proxies})
+    assert statuses(gate, f"{ONE}, 10.1.2.3") == [200]
+    spoofs = [f"198.51.100.{number}, {ONE}, 2001:db8:ffff::9, 10.1.2.3" for number in range(5)]
+    assert statuses(gate, *spoofs) == [429] * 5
+    # A hop that names itself as a dual-stack listener saw it is the same hop.
+    assert statuses(gate, f"203.0.113.1, {ONE}, ::ffff:10.9.9.9") == [429]
+    assert statuses(gate, f"{OTHER}, 10.1.2.3, 10.4.5.6") == [200]
+
+
+def test_ratelimit_ignores_the_word_of_strangers(simulator: Simulator, launch: Launch) -> None:
+    """A peer that is no trusted proxy counts by its own address, whatever it claims."""
+    gate = launch(simulator.url, limits=HARDLY_EVER, server={"trusted_proxies": ["10.0.0.1"]})
+    claims = [f"198.51.100.{number}" for number in range(5)]
+    assert statuses(gate, *claims, None, "10.0.0.1", "127.0.0.1") == [200] + [429] * 7
+    forwarded = {"forwarded": "for=198.51.100.99", "x-real-ip": "198.51.100.99"}
+    assert gate.client.get("/openapi.json", headers=forwarded).status_code == 429
+    # Another machine, played by another address of the loopback network, has its own bucket.
+    transport = httpx.HTTPTransport(local_address="127.0.0.2", verify=False)  # plain http
+    with httpx.Client(transport=transport, base_url=gate.url, trust_env=False) as stranger:
+        assert stranger.get("/openapi.json").status_code == 200
+        assert stranger.get("/openapi.json", headers={"x-forwarded-for": OTHER}).status_code == 429
+
+
+async def test_forwarders_are_trusted_on_a_dual_stack_listener() -> None:
+    """Where IPv4 peers come as IPv6, a trusted IPv4 proxy is trusted, and a stranger is not."""
+    seen: list[str] = []
+
+    async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
+        seen.append(scope["client"][0])
+
+    around = ProxyHeadersMiddleware(app, forwarders(["127.0.0.1"]))  # type: ignore[arg-type]
+    for peer in ("::ffff:127.0.0.1", "::ffff:127.0.0.2"):
+        headers = [(b"x-forwarded-for", ONE.encode())]
+        scope = {"type": "http", "client": (peer, 1), "headers": headers, "scheme": "http"}
+        await around(scope, None, None)  # type: ignore[arg-type]
+    assert seen == [ONE, "::ffff:127.0.0.2"]
