@@ -114,6 +114,13 @@ class Snapshot:
         return self.status is not None and self.status.terminal
 
 
+class Envelope(NamedTuple):
+    """What a successful envelope holds: the task's `data`, and the vendor's id of the call."""
+
+    data: dict[str, Any]
+    invoke_id: str | None
+
+
 def check_task_id(task_id: str) -> str:
     """Return the task ID. Raises: InvalidTaskId."""
     if not _TASK_ID.fullmatch(task_id):
@@ -132,8 +139,8 @@ def strict_json(body: bytes) -> Any:
         raise ValueError("nested too deep") from exc
 
 
-def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) -> dict[str, Any]:
-    """Return the `data` of a successful envelope for the task that was asked for.
+def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) -> Envelope:
+    """Return what is in a successful envelope for the task that was asked for.
 
     `redact` cleans whatever of a refusal may be shown. Raises: UpstreamRejected for an envelope
     whose `status` is not 10, UpstreamInvalid for anything else.
@@ -158,7 +165,7 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
     absent_is_fine = key.operation.is_result and data.get("taskId") is None
     if data.get("taskId") != key.task_id and not absent_is_fine:
         raise UpstreamInvalid("the upstream answered for another task")
-    return data
+    return Envelope(data, _text(envelope, "apiInvokeId"))
 
 
 def observe(
@@ -238,17 +245,18 @@ def _cleaned(envelope: dict[str, Any], redact: Callable[[str], str]) -> dict[str
 
 
 def _detail(envelope: Mapping[str, Any]) -> UpstreamDetail:
-    def text(name: str) -> str | None:
-        value = envelope.get(name)
-        return None if value is None else str(value)[:_DETAIL_LIMIT]
-
     return UpstreamDetail(
-        invoke_id=text("apiInvokeId"),
-        err_code=text("errCode"),
-        err_message=text("errMessage"),
-        sub_err_code=text("subErrCode"),
-        sub_err_message=text("subErrMessage"),
+        invoke_id=_text(envelope, "apiInvokeId"),
+        err_code=_text(envelope, "errCode"),
+        err_message=_text(envelope, "errMessage"),
+        sub_err_code=_text(envelope, "subErrCode"),
+        sub_err_message=_text(envelope, "subErrMessage"),
     )
+
+
+def _text(envelope: Mapping[str, Any], name: str) -> str | None:
+    value = envelope.get(name)
+    return None if value is None else str(value)[:_DETAIL_LIMIT]
 
 
 def _number(value: Any) -> float | None:

@@ -21,9 +21,10 @@ from typing import NamedTuple
 
 import structlog
 
-from gateway.exceptions import GatewayError, Overloaded, UpstreamCredentials
+from gateway.exceptions import GatewayError, Overloaded, UpstreamCredentials, UpstreamError
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey, observe
+from gateway.sampling import Sampler
 from gateway.settings import Cache
 from gateway.singleflight import SingleFlight
 from gateway.stores import Store
@@ -45,11 +46,23 @@ class Source(StrEnum):
     NEGATIVE = "negative"
 
 
+class Landing(NamedTuple):
+    """What a flight brings to all who wait for it.
+
+    `upstream_seconds`: how long the upstream took, every attempt included; None when it was not asked.
+    `invoke_id`: the vendor's id of the last call, which its support asks for.
+    """
+
+    outcome: Snapshot | GatewayError
+    upstream_seconds: float | None = None
+    invoke_id: str | None = None
+
+
 class Reading(NamedTuple):
     """A snapshot as one caller gets it.
 
     `age` is in seconds. `replaced_stale`: a snapshot was there, too old to show. `failure` is set
-    when this stale snapshot covers one.
+    when this stale snapshot covers one. `landing` is that of the flight which this caller waited for.
     """
 
     snapshot: Snapshot
@@ -57,6 +70,26 @@ class Reading(NamedTuple):
     source: Source
     replaced_stale: bool = False
     failure: GatewayError | None = None
+    landing: Landing | None = None
+
+    @property
+    def key(self) -> TaskKey:
+        """Which task it is about."""
+        return self.snapshot.key
+
+
+class Failed(NamedTuple):
+    """What one caller gets when there is no snapshot to show; as `Reading` otherwise."""
+
+    key: TaskKey
+    failure: GatewayError
+    source: Source
+    landing: Landing | None = None
+
+    def raised(self) -> GatewayError:
+        """Return the failure to raise."""
+        # One failure is raised for many callers: without this each would lengthen its traceback.
+        return self.failure.with_traceback(None)
 
 
 class ProgressService:
@@ -76,7 +109,7 @@ class ProgressService:
         self._upstream = upstream
         self._metrics = metrics
         self._clock = clock
-        self._flights: SingleFlight[TaskKey, Snapshot | GatewayError] = SingleFlight()
+        self._flights: SingleFlight[TaskKey, Landing] = SingleFlight()
         self._lifetimes: dict[Status | None, float] = {
             None: cache.result_seconds,
             Status.WAITING: cache.waiting_seconds,
@@ -84,6 +117,7 @@ class ProgressService:
             Status.UNKNOWN: cache.unknown_seconds,
             **{status: cache.terminal_seconds for status in Status if status.terminal},
         }
+        self._sampler = Sampler(clock=clock)  # a vendor's new word, or a bug, may come with every task
         self._latency = dict.fromkeys(Operation, 0.0)  # moving averages, in seconds
         self._ahead: dict[TaskKey, asyncio.TimerHandle] = {}
         self._count = {
@@ -112,22 +146,22 @@ class ProgressService:
         self._count[key.operation, Source.STALE]()
         return reading
 
-    async def get(self, key: TaskKey) -> Reading:
-        """Answer, from the store or from upstream.
-
-        Raises: UpstreamError or Overloaded, when no snapshot is young enough to cover it.
-        """
+    async def read(self, key: TaskKey) -> Reading | Failed:
+        """Answer, from the store or from upstream; Failed when no snapshot is young enough to cover it."""
         return self.lookup(key) or await self._wait(key)
 
     async def get_fresh(self, key: TaskKey) -> Reading:
         """Answer with a fresh snapshot, waiting for it: what a schedule asks, that nobody waits for.
 
-        Raises: as `get`.
+        Raises: UpstreamError or Overloaded, when no snapshot is young enough to cover it.
         """
         snapshot = self._store.peek(key)
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime:
-            return await self._wait(key)
+            outcome = await self._wait(key)
+            if isinstance(outcome, Failed):
+                raise outcome.raised()
+            return outcome
         self._count[key.operation, Source.HIT]()
         return Reading(snapshot, age, Source.HIT)
 
@@ -176,56 +210,62 @@ class ProgressService:
         if self._store.peek(key) is snapshot and self._store.failure(key) is None:
             self._flights.start(key, partial(self._fetch, key, ahead=True))
 
-    async def _wait(self, key: TaskKey) -> Reading:
+    async def _wait(self, key: TaskKey) -> Reading | Failed:
         failure = self._store.failure(key)
         if failure is not None:
             return self._cover(key, failure, Source.NEGATIVE)
         source = Source.COLLAPSED if key in self._flights else Source.MISS
         replaced_stale = self._store.peek(key) is not None
-        outcome = await self._flights.do(key, partial(self._fetch, key))
+        landing = await self._flights.do(key, partial(self._fetch, key))
+        outcome = landing.outcome
         if isinstance(outcome, GatewayError):
-            return self._cover(key, outcome, source)
+            return self._cover(key, outcome, source, landing)
         self._count[key.operation, source]()
-        return Reading(outcome, self._clock() - outcome.fetched_at, source, replaced_stale)
+        age = self._clock() - outcome.fetched_at
+        return Reading(outcome, age, source, replaced_stale, landing=landing)
 
-    def _cover(self, key: TaskKey, failure: GatewayError, source: Source) -> Reading:
-        """Answer a failure with a snapshot that is not too old, or raise it."""
+    def _cover(
+        self, key: TaskKey, failure: GatewayError, source: Source, landing: Landing | None = None
+    ) -> Reading | Failed:
+        """Answer a failure with a snapshot, unless it is too old."""
         snapshot = self._store.peek(key)
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age > self._cache.stale_if_error_seconds:
             self._count[key.operation, source]()
-            # One failure is raised for many callers: without this each would lengthen its traceback.
-            raise failure.with_traceback(None)
+            return Failed(key, failure, source, landing)
         self._count[key.operation, Source.STALE]()
-        return Reading(snapshot, age, Source.STALE, failure=failure)
+        return Reading(snapshot, age, Source.STALE, failure=failure, landing=landing)
 
-    async def _fetch(self, key: TaskKey, *, ahead: bool = False) -> Snapshot | GatewayError:
+    async def _fetch(self, key: TaskKey, *, ahead: bool = False) -> Landing:
         """Fly: a failure is returned, not raised, for it is shared as data.
 
         `ahead`: fly although the newest snapshot is still fresh.
         """
         try:
             return await self._fly(key, ahead=ahead)
-        except Exception:
+        except Exception as exc:
             # Behind a stale answer nobody waits who would tell of a bug.
-            log.exception("bug in a flight", operation=key.operation, task_id=key.task_id)
+            if (suppressed := self._sampler.take(type(exc).__name__)) is not None:
+                log.exception(
+                    "bug in a flight", operation=key.operation, task_id=key.task_id, suppressed=suppressed
+                )
             raise
 
-    async def _fly(self, key: TaskKey, *, ahead: bool) -> Snapshot | GatewayError:
+    async def _fly(self, key: TaskKey, *, ahead: bool) -> Landing:
         # Look again. Between the look that sent us here and our taking off, another replica may
         # have landed with the same answer; asking twice would break the one-call promise.
         newest = await self._store.load(key)
         if not ahead and newest is not None and self._clock() - newest.fetched_at < newest.lifetime:
-            return newest
+            return Landing(newest)
         started = self._clock()
         try:
-            data, envelope = await self._upstream.query(key)
+            answer = await self._upstream.query(key)
             self._latency[key.operation] += _LATENCY_WEIGHT * (
                 self._clock() - started - self._latency[key.operation]
             )
             snapshot = observe(
-                data,
-                envelope,
+                answer.data,
+                answer.envelope,
                 key,
                 fetched_at=self._clock(),
                 lifetimes=self._lifetimes,
@@ -235,19 +275,23 @@ class ProgressService:
             # Our own limits pass by themselves, and refused credentials are the pair's affair.
             if not isinstance(failure, Overloaded | UpstreamCredentials):
                 await self._store.fail(key, failure, seconds=self._cache.error_seconds)
-            return failure
-        self._note_transition(self._store.peek(key), snapshot, data.get("status"))
-        return await self._store.save(snapshot)
+            detail = failure.detail if isinstance(failure, UpstreamError) else None
+            called = None if detail is None else detail.invoke_id or detail.request_id
+            return Landing(failure, self._clock() - started, called)
+        upstream_seconds = snapshot.fetched_at - started
+        self._note_transition(self._store.peek(key), snapshot, answer.data.get("status"))
+        return Landing(await self._store.save(snapshot), upstream_seconds, answer.invoke_id)
 
     def _note_transition(self, previous: Snapshot | None, snapshot: Snapshot, raw_status: object) -> None:
         status = snapshot.status
         if status is None or (previous is not None and previous.status is status):
             return
         self._metrics.tasks_observed.labels(snapshot.key.operation, status).inc()
-        if status is Status.UNKNOWN:
+        if status is Status.UNKNOWN and (suppressed := self._sampler.take("status")) is not None:
             log.warning(
                 "status never seen before",
                 operation=snapshot.key.operation,
                 task_id=snapshot.key.task_id,
                 status=repr(raw_status)[:100],
+                suppressed=suppressed,
             )

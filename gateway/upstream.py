@@ -52,10 +52,11 @@ log = structlog.get_logger(__name__)
 
 
 class Answer(NamedTuple):
-    """A successful envelope: its `data`, and the body as it came."""
+    """A successful envelope: its `data`, the body as it came, and the vendor's id of the call."""
 
     data: dict[str, Any]
     envelope: bytes
+    invoke_id: str | None = None
 
 
 class Exchange(NamedTuple):
@@ -191,7 +192,7 @@ class Upstream:
                 exchange = await self.exchange(key, pair)
             skew = self._observe_clock(exchange)
             try:
-                answer = Answer(self.judge(exchange, key), exchange.body)
+                answer = self.judge(exchange, key)
             except UpstreamClock:
                 self._correct_clock(skew)
                 raise
@@ -209,19 +210,19 @@ class Upstream:
             self._metrics.upstream_requests.labels(operation, outcome).inc()
             self._metrics.upstream_request_duration.labels(operation).observe(time.perf_counter() - started)
 
-    def judge(self, exchange: Exchange, key: TaskKey) -> dict[str, Any]:
-        """Return the data of a successful answer. Raises: UpstreamError for any other."""
+    def judge(self, exchange: Exchange, key: TaskKey) -> Answer:
+        """Return a successful answer. Raises: UpstreamError for any other."""
         code = exchange.headers.get("x-ca-error-code", "")
         message = exchange.headers.get("x-ca-error-message", "")
         if not code and not message:
             try:
-                data = read_envelope(exchange.body, key, redact=self._redactor)
+                data, invoke_id = read_envelope(exchange.body, key, redact=self._redactor)
             except UpstreamInvalid:
                 if exchange.status == _OK:
                     raise
             else:
                 if exchange.status == _OK:
-                    return data
+                    return Answer(data, exchange.body, invoke_id)
         raise refusal(
             exchange.status,
             code,

@@ -235,11 +235,12 @@ class Watch:
         while True:
             failure: GatewayError | None
             try:
-                snapshot, _, _, _, failure = await self._service.get_fresh(key)
+                reading = await self._service.get_fresh(key)
             except GatewayError as exc:
                 failure = exc
                 self._publish(Update(key, failure=exc))
             else:
+                snapshot, failure = reading.snapshot, reading.failure
                 self._publish(Update(key, snapshot))
                 if snapshot.terminal:
                     return

@@ -109,8 +109,8 @@ def test_logs_for_a_console(said: Callable[[], str]) -> None:
     assert SECRET_TEXT not in text
 
 
-def test_logs_tell_each_request_at_debug(tmp_path: Path, simulator: Simulator) -> None:
-    """A request is one line, with id, route, task and status; at info only failures are."""
+def test_logs_of_a_process_are_lines_of_json_without_a_secret(tmp_path: Path, simulator: Simulator) -> None:
+    """At the most talkative level too; a request is one line, with id, route, task and status."""
     task = simulator.task()
     env = {"SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url, "SD_GATEWAY_LOG__LEVEL": "debug"}
     with serving(tmp_path, env) as (process, gate):

@@ -6,11 +6,13 @@ import httpx
 import pytest
 from prometheus_client import CollectorRegistry
 from starlette.types import Message, Receive, Scope, Send
+from structlog.testing import capture_logs
 
 from gateway.api.middleware import Telemetry
 from gateway.api.problems import Problems
 from gateway.exceptions import Overloaded
 from gateway.metrics import Metrics
+from gateway.sampling import Sampler
 from tests.harness import Gateway, Simulator, fresh_id
 
 Launch = Callable[..., Gateway]
@@ -105,10 +107,12 @@ def test_middleware_without_origins_has_no_cors(gate: Gateway) -> None:
 # --- the net under bugs -----------------------------------------------------------------------------------
 
 
-def telemetry(app: Callable[[Scope, Receive, Send], object]) -> tuple[httpx.AsyncClient, Metrics]:
+def telemetry(
+    app: Callable[[Scope, Receive, Send], object], sampler: Sampler | None = None
+) -> tuple[httpx.AsyncClient, Metrics]:
     """Return a client of `app` under Telemetry alone, and the metrics that it counts in."""
     metrics = Metrics(CollectorRegistry(), gateway_version="test")
-    around = Telemetry(app, metrics=metrics, problems=Problems(["/scc/sd_get_progress"]))  # type: ignore[arg-type]
+    around = Telemetry(app, metrics=metrics, problems=Problems(["/scc/sd_get_progress"]), sampler=sampler)  # type: ignore[arg-type]
     transport = httpx.ASGITransport(around, raise_app_exceptions=True)  # type: ignore[arg-type]
     return httpx.AsyncClient(transport=transport, base_url="http://test"), metrics
 
@@ -133,6 +137,24 @@ async def test_middleware_bug_is_a_problem_without_a_trace() -> None:
         "sd_gateway_http_requests_total", {"route": "other", "method": "GET", "status": "500"}
     )
     assert counted == 1
+
+
+async def test_middleware_bugs_by_the_thousand_are_sampled() -> None:
+    """Each bug is answered; of a crowd of one kind only some leave a trace in the log, with the count."""
+
+    async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
+        raise ValueError if scope["path"] == "/other" else KeyError
+
+    client, _ = telemetry(app, Sampler(first=1, every=3, clock=lambda: 0.0))
+    headers = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+    with capture_logs() as lines:
+        async with client:
+            for path in ["/bug"] * 5 + ["/other"]:
+                assert (await client.get(path, headers=headers)).status_code == 500
+    bugs = [line for line in lines if line["event"] == "bug"]
+    assert [(line["path"], line["suppressed"]) for line in bugs] == [("/bug", 0), ("/bug", 2), ("/other", 0)]
+    assert isinstance(bugs[0]["exc_info"], KeyError)
+    assert bugs[0]["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
 
 
 async def test_middleware_error_meant_is_told_from_anywhere() -> None:

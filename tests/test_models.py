@@ -115,7 +115,7 @@ def envelope(data: Any, **changes: Any) -> bytes:
 
 
 def read(body: bytes, key: TaskKey = KEY) -> dict[str, Any]:
-    return read_envelope(body, key, redact=same)
+    return read_envelope(body, key, redact=same).data
 
 
 def seen(previous: Snapshot | None = None, *, key: TaskKey = KEY, at: float = 0.0, **data: Any) -> Snapshot:
@@ -193,6 +193,13 @@ def test_read_envelope_returns_the_data() -> None:
     """The documented answer's data comes back as it is."""
     data = {"etaRelative": 0, "lastQueueRemaining": 1, "progress": 0, "taskId": TASK, "status": "waiting"}
     assert read(envelope(data)) == data
+
+
+@pytest.mark.parametrize(("given", "told"), [("i_1", "i_1"), (None, None), (7, "7"), ("i" * 9999, "i" * 500)])
+def test_read_envelope_tells_the_vendors_id_of_the_call(given: Any, told: str | None) -> None:
+    """The vendor's id is text of bounded length, if it is there at all."""
+    body = envelope({"taskId": TASK}, apiInvokeId=given)
+    assert read_envelope(body, KEY, redact=same).invoke_id == told
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from gateway.exceptions import (
 )
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey
-from gateway.service import ProgressService, Reading, Source
+from gateway.service import Failed, ProgressService, Reading, Source
 from gateway.settings import Cache
 from gateway.stores.memory import MemoryStore
 from gateway.upstream import Answer, Upstream
@@ -148,7 +148,14 @@ class Bench:
 
     def begin(self, key: TaskKey = KEY) -> asyncio.Task[Reading]:
         """Begin to ask, and return the task that waits."""
-        return asyncio.create_task(self.service.get(key))
+        return asyncio.create_task(self.get(key))
+
+    async def get(self, key: TaskKey = KEY) -> Reading:
+        """Ask; return the reading, or raise the failure."""
+        outcome = await self.service.read(key)
+        if isinstance(outcome, Failed):
+            raise outcome.raised()
+        return outcome
 
     async def learn(self, status: str = "running", key: TaskKey = KEY, **data: Any) -> Reading:
         """Ask once, and let the upstream answer."""
@@ -224,7 +231,7 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
     """While the snapshot is fresh nobody asks upstream, and its age is told."""
     first = await bench.learn()
     bench.clock.now += CACHE.running_seconds - 0.1
-    reading = await bench.service.get(KEY)
+    reading = await bench.get(KEY)
     assert reading.snapshot is first.snapshot
     assert (reading.source, reading.failure, reading.replaced_stale) == (Source.HIT, None, False)
     assert reading.age == pytest.approx(CACHE.running_seconds - 0.1)
@@ -248,20 +255,20 @@ async def test_get_takes_the_lifetime_from_the_status(bench: Bench, status: str,
     """A snapshot is fresh for as long as its status says, and stale from then on."""
     await bench.learn(status)
     bench.clock.now += seconds - 0.01
-    assert (await bench.service.get(KEY)).source is Source.HIT
+    assert (await bench.get(KEY)).source is Source.HIT
     bench.clock.now += 0.02
-    assert (await bench.service.get(KEY)).source is Source.STALE
+    assert (await bench.get(KEY)).source is Source.STALE
 
 
 async def test_get_takes_the_lifetime_of_results(bench: Bench) -> None:
     """Results are kept by the lifetime of results, envelope and all."""
     first = await bench.learn("succeeded", RESULT, images=["u"])
     bench.clock.now += CACHE.result_seconds - 0.01
-    reading = await bench.service.get(RESULT)
+    reading = await bench.get(RESULT)
     assert (reading.source, reading.snapshot) == (Source.HIT, first.snapshot)
     assert json.loads(reading.snapshot.envelope)["data"]["images"] == ["u"]
     bench.clock.now += 0.02
-    assert (await bench.service.get(RESULT)).source is Source.STALE
+    assert (await bench.get(RESULT)).source is Source.STALE
 
 
 async def test_get_shares_one_call_among_a_crowd(bench: Bench) -> None:
@@ -310,7 +317,7 @@ async def test_get_stores_an_answer_that_nobody_waits_for(bench: Bench) -> None:
     next_one = bench.begin()
     call.answer()
     assert (await next_one).source is Source.COLLAPSED
-    assert (await bench.service.get(KEY)).source is Source.HIT
+    assert (await bench.get(KEY)).source is Source.HIT
     assert bench.upstream.count == 1
 
 
@@ -321,13 +328,13 @@ async def test_get_answers_a_young_stale_snapshot_at_once(bench: Bench) -> None:
     """Stale but young: answered at once, while exactly one refresh runs behind, whoever else comes."""
     first = await bench.learn(progress=0.1)
     bench.clock.now += CACHE.running_seconds
-    readings = [await bench.service.get(KEY) for _ in range(CALLERS)]
+    readings = [await bench.get(KEY) for _ in range(CALLERS)]
     assert {reading.source for reading in readings} == {Source.STALE}
     assert all(reading.snapshot is first.snapshot and reading.failure is None for reading in readings)
     assert readings[0].age == CACHE.running_seconds
     (await bench.upstream.call()).answer(progress=0.9)
     await bench.renewed(after=first.snapshot)
-    reading = await bench.service.get(KEY)
+    reading = await bench.get(KEY)
     assert (reading.source, reading.age, data_of(reading)["progress"]) == (Source.HIT, 0.0, 0.9)
     assert bench.upstream.count == 2
     assert bench.lookups() == {"miss": 1, "stale": CALLERS, "hit": 1}
@@ -349,7 +356,7 @@ async def test_get_joins_the_refresh_that_runs_behind(bench: Bench) -> None:
     """Who comes when the snapshot has grown too old joins the refresh that is in the air already."""
     await bench.learn()
     bench.clock.now += CACHE.running_seconds
-    await bench.service.get(KEY)
+    await bench.get(KEY)
     call = await bench.upstream.call()
     bench.clock.now += CACHE.stale_while_revalidate_seconds
     late = bench.begin()
@@ -389,7 +396,7 @@ async def test_get_keeps_the_freshness_promise(steps: list[tuple[float, str]]) -
     try:
         for seconds, status in steps:  # noqa: B007  # what the upstream says from now on
             bench.clock.now += seconds
-            reading = await bench.service.get(KEY)
+            reading = await bench.get(KEY)
             assert reading.age == bench.clock.now - reading.snapshot.fetched_at
             assert reading.age < reading.snapshot.lifetime + CACHE.stale_while_revalidate_seconds
             assert (reading.source is Source.HIT) <= (reading.age < reading.snapshot.lifetime)
@@ -419,7 +426,7 @@ async def test_get_remembers_a_failure_for_a_while(bench: Bench, failure: Gatewa
     bench.clock.now += CACHE.error_seconds - 0.01
     for _ in range(3):
         with pytest.raises(type(failure)):
-            await bench.service.get(KEY)
+            await bench.get(KEY)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1, "negative": 3}
     bench.clock.now += 0.02
@@ -467,7 +474,7 @@ async def test_get_covers_a_remembered_failure(bench: Bench) -> None:
     failure = UpstreamTimeout("too late")
     await bench.fail(failure)
     for _ in range(3):
-        reading = await bench.service.get(KEY)
+        reading = await bench.get(KEY)
         assert (reading.source, reading.failure, reading.age) == (Source.STALE, failure, 20.0)
     assert bench.upstream.count == 2
     assert bench.lookups() == {"miss": 1, "stale": 4}
@@ -480,7 +487,7 @@ async def test_get_raises_when_the_snapshot_is_too_old_to_cover(bench: Bench) ->
     failure = UpstreamTimeout("too late")
     assert await bench.fail(failure) is failure
     with pytest.raises(UpstreamTimeout):
-        await bench.service.get(KEY)
+        await bench.get(KEY)
     assert bench.upstream.count == 2
     assert bench.lookups() == {"miss": 2, "negative": 1}
 
@@ -489,17 +496,17 @@ async def test_get_tells_of_a_refresh_that_failed(bench: Bench) -> None:
     """When the refresh behind failed the stale answers tell it, and no other refresh begins meanwhile."""
     first = await bench.learn()
     bench.clock.now += CACHE.running_seconds
-    assert (await bench.service.get(KEY)).failure is None
+    assert (await bench.get(KEY)).failure is None
     failure = UpstreamBusy("unwell")
     joined = asyncio.create_task(bench.service.get_fresh(KEY))
     (await bench.upstream.call()).fail(failure)
     assert (await joined).failure is failure
     for _ in range(3):
-        reading = await bench.service.get(KEY)
+        reading = await bench.get(KEY)
         assert (reading.snapshot, reading.source, reading.failure) == (first.snapshot, Source.STALE, failure)
     assert bench.upstream.count == 2
     bench.clock.now += CACHE.error_seconds + 0.01
-    assert (await bench.service.get(KEY)).failure is None
+    assert (await bench.get(KEY)).failure is None
     (await bench.upstream.call()).answer()
     assert bench.upstream.count == 3
 
@@ -527,7 +534,7 @@ async def test_get_recovers(bench: Bench) -> None:
     bench.clock.now += CACHE.error_seconds + 0.01
     reading = await bench.learn(progress=0.8)
     assert (reading.source, reading.failure, reading.replaced_stale) == (Source.MISS, None, True)
-    assert (await bench.service.get(KEY)).failure is None
+    assert (await bench.get(KEY)).failure is None
 
 
 async def test_get_raises_one_failure_without_growing_it(bench: Bench) -> None:
@@ -544,7 +551,7 @@ async def test_get_raises_one_failure_without_growing_it(bench: Bench) -> None:
     depths = set()
     for _ in range(CALLERS):
         with pytest.raises(UpstreamTimeout) as caught:
-            await bench.service.get(KEY)
+            await bench.get(KEY)
         assert caught.value is failure
         assert failure.__context__ is None
         depths.add(depth(failure))
@@ -615,6 +622,66 @@ async def test_get_logs_a_status_never_seen_before(bench: Bench) -> None:
     assert bench.transitions() == {"unknown": 1}
 
 
+async def test_get_logs_a_crowd_of_new_statuses_by_samples(bench: Bench) -> None:
+    """A new word of the vendor's comes with every task at once: a few are logged, the rest counted."""
+    with capture_logs() as lines:
+        for number in range(30):
+            await bench.learn("pausing", TaskKey(KEY.operation, f"task-{number}"))
+        bench.clock.now += 10.0
+        await bench.learn("pausing", OTHER)
+    told = [line["suppressed"] for line in lines if line["event"] == "status never seen before"]
+    assert told == [0] * 10 + [20]
+    assert bench.transitions() == {"unknown": 31}
+
+
+async def test_read_logs_a_crowd_of_bugs_by_samples(bench: Bench) -> None:
+    """A bug that every flight meets is raised to each caller, and logged with its trace a few times."""
+    with capture_logs() as lines:
+        for _ in range(30):
+            assert isinstance(await bench.fail(KeyError("bug")), KeyError)
+    assert [line["suppressed"] for line in lines if line["event"] == "bug in a flight"] == [0] * 10
+
+
+async def test_read_tells_every_waiter_of_the_call(bench: Bench) -> None:
+    """Who began the flight and who joined it get the time that upstream took and its id; a hit does not."""
+    first, second = bench.begin(), bench.begin()
+    call = await bench.upstream.call()
+    bench.clock.now += 0.25
+    call.outcome.set_result(answer(KEY, "running")._replace(invoke_id="i_7"))
+    for asked in (first, second):
+        landing = (await asked).landing
+        assert landing is not None
+        assert (landing.upstream_seconds, landing.invoke_id) == (pytest.approx(0.25), "i_7")
+    assert (await bench.get()).landing is None
+
+
+@pytest.mark.parametrize(
+    ("detail", "told"),
+    [
+        (None, None),
+        (UpstreamDetail(), None),
+        (UpstreamDetail(request_id="r-1"), "r-1"),
+        (UpstreamDetail(invoke_id="i_1", request_id="r-1"), "i_1"),
+    ],
+)
+async def test_read_tells_every_waiter_of_the_call_that_failed(
+    bench: Bench, detail: UpstreamDetail | None, told: str | None
+) -> None:
+    """A failure comes with its time and whichever id upstream gave; one that is remembered has no call."""
+    asked = asyncio.create_task(bench.service.read(KEY))
+    call = await bench.upstream.call()
+    bench.clock.now += 0.5
+    call.fail(UpstreamInvalid("nonsense", detail=detail))
+    failed = await asked
+    assert isinstance(failed, Failed)
+    assert failed.landing is not None
+    assert (failed.key, failed.source) == (KEY, Source.MISS)
+    assert (failed.landing.upstream_seconds, failed.landing.invoke_id) == (pytest.approx(0.5), told)
+    again = await bench.service.read(KEY)
+    assert isinstance(again, Failed)
+    assert (again.source, again.landing) == (Source.NEGATIVE, None)
+
+
 async def test_get_makes_no_series_per_task(bench: Bench) -> None:
     """However many tasks are asked for, no series is made for any of them."""
 
@@ -671,13 +738,13 @@ async def test_get_refreshes_a_hot_task_ahead(bench: Bench) -> None:
     first = await bench.learn()
     bench.clock.now += CACHE.running_seconds - 1e-6
     for _ in range(5):
-        assert (await bench.service.get(KEY)).source is Source.HIT
+        assert (await bench.get(KEY)).source is Source.HIT
     call = await bench.upstream.call()
-    assert (await bench.service.get(KEY)).source is Source.HIT
+    assert (await bench.get(KEY)).source is Source.HIT
     call.answer(progress=0.9)
     await bench.renewed(after=first.snapshot)
     bench.clock.now += CACHE.running_seconds - 1e-6
-    reading = await bench.service.get(KEY)
+    reading = await bench.get(KEY)
     assert (reading.source, data_of(reading)["progress"]) == (Source.HIT, 0.9)
     assert bench.upstream.count == 2
 
@@ -688,11 +755,11 @@ async def test_get_refreshes_nothing_ahead_without_need(bench: Bench, status: st
     reading = await bench.learn(status)
     bench.clock.now += reading.snapshot.lifetime - 1e-6
     for _ in range(polls):
-        await bench.service.get(KEY)
+        await bench.get(KEY)
     hot = await bench.learn(key=OTHER)
     bench.clock.now += hot.snapshot.lifetime - 1e-6
     for _ in range(2):
-        await bench.service.get(OTHER)
+        await bench.get(OTHER)
     assert (await bench.upstream.call()).key == OTHER  # a refresh ahead of the first would have come before
     assert bench.upstream.keys == [KEY, OTHER, OTHER]
 
@@ -703,10 +770,10 @@ async def test_get_refreshes_nothing_ahead_that_was_renewed_meanwhile(bench: Ben
     first = await bench.learn()
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
-        await bench.service.get(KEY)
+        await bench.get(KEY)
     await bench.store.save(replace(first.snapshot, fetched_at=bench.clock.now, polls=0))
     for _ in range(polls):
-        await bench.service.get(KEY)
+        await bench.get(KEY)
     due = asyncio.Event()
     asyncio.get_running_loop().call_later(2e-3, due.set)
     await due.wait()
@@ -774,7 +841,7 @@ async def test_aclose_takes_back_what_was_to_be_refreshed_ahead(bench: Bench) ->
     await bench.learn()
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
-        await bench.service.get(KEY)
+        await bench.get(KEY)
     await bench.service.aclose()
     passed = asyncio.Event()
     asyncio.get_running_loop().call_later(2e-3, passed.set)

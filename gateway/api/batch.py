@@ -10,9 +10,8 @@ from starlette.types import Receive, Scope, Send
 from gateway.api.problems import document, lookup
 from gateway.api.requests import query_parameters
 from gateway.api.tasks import Tasks
-from gateway.exceptions import GatewayError
-from gateway.models import Snapshot, Status, TaskKey, render_json
-from gateway.service import ProgressService
+from gateway.models import Snapshot, Status, render_json
+from gateway.service import ProgressService, Reading
 
 
 class BatchEndpoint:
@@ -26,16 +25,17 @@ class BatchEndpoint:
         """Answer 200 with items in the order asked for, and their summary."""
         keys = self._tasks.in_query(query_parameters(scope, "api", repeated="taskId"))
         # All at once is bounded: by the tasks of a request, and upstream by its slots.
-        outcomes = await asyncio.gather(*map(self._outcome, keys))
+        outcomes = await asyncio.gather(*map(self._service.read, keys))
+        scope["state"]["outcomes"] = outcomes  # for the request's log line
         items: list[bytes] = []
-        for key, outcome in zip(keys, outcomes, strict=True):
-            if isinstance(outcome, Snapshot):
-                items.append(outcome.body)
+        for outcome in outcomes:
+            if isinstance(outcome, Reading):
+                items.append(outcome.snapshot.body)
             else:
-                status, title = lookup(outcome)
-                problem = document(outcome, status, title, request_id=scope["state"]["request_id"])
-                items.append(render_json({"taskId": key.task_id, "error": problem}))
-        snapshots = [outcome for outcome in outcomes if isinstance(outcome, Snapshot)]
+                status, title = lookup(outcome.failure)
+                problem = document(outcome.failure, status, title, request_id=scope["state"]["request_id"])
+                items.append(render_json({"taskId": outcome.key.task_id, "error": problem}))
+        snapshots = [outcome.snapshot for outcome in outcomes if isinstance(outcome, Reading)]
         summary = render_json(summarize(snapshots, errors=len(outcomes) - len(snapshots)))
         body = b'{"items":[%s],"summary":%s}' % (b",".join(items), summary)
         headers = [
@@ -45,12 +45,6 @@ class BatchEndpoint:
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
-
-    async def _outcome(self, key: TaskKey) -> Snapshot | GatewayError:
-        try:
-            return (await self._service.get(key)).snapshot
-        except GatewayError as failure:
-            return failure
 
 
 def summarize(snapshots: list[Snapshot], *, errors: int) -> dict[str, Any]:

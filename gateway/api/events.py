@@ -49,6 +49,7 @@ class EventsEndpoint:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until every task has ended, the reader leaves or the gateway does."""
         keys = self._keys(scope)
+        scope["state"]["tasks"] = len(keys)  # for the request's log line
         end_id = _end_id(keys)
         if header(scope, b"last-event-id") == end_id:
             # All was told: 204 is what stops an EventSource from coming back.

@@ -13,7 +13,6 @@ frame, a closure and a Request alive for as long as a stream is open.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
@@ -27,13 +26,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api import ops
 from gateway.api.problems import Problems
+from gateway.api.requestlog import RequestLog, caller_trace
 from gateway.exceptions import GatewayError, InvalidParameter
 from gateway.metrics import Metrics
+from gateway.sampling import Sampler
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _HUNG_UP = 499  # nginx's word for a caller that left before its answer
-_SERVER_ERROR = 500
 
 log = structlog.get_logger(__name__)
 
@@ -41,11 +41,14 @@ log = structlog.get_logger(__name__)
 class Telemetry:
     """Gives every request an id, counts and times its answer, and answers for bugs."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, problems: Problems) -> None:
+    def __init__(
+        self, app: ASGIApp, *, metrics: Metrics, problems: Problems, sampler: Sampler | None = None
+    ) -> None:
         self._app = app
         self._metrics = metrics
         self._problems = problems
-        self._logger = logging.getLogger(__name__)
+        self._sampler = sampler or Sampler()
+        self._request_log = RequestLog(self._sampler)
         self._bound: dict[tuple[str, str, int], tuple[Callable[[], None], Callable[[float], None]]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,7 +74,7 @@ class Telemetry:
             status = status or _HUNG_UP
         except Exception as exc:
             if not isinstance(exc, GatewayError | HTTPException):
-                log.exception("bug", request_id=scope["state"]["request_id"], path=scope["path"])
+                self._tell_of_bug(scope, exc)
             if status:
                 raise  # half an answer is out: only closing the connection tells the caller
             await self._problems.answer(scope, exc)(scope, receive, send_counted)
@@ -92,18 +95,18 @@ class Telemetry:
         count, observe = bound
         count()
         observe(seconds)
-        if status < _SERVER_ERROR and not self._logger.isEnabledFor(logging.DEBUG):
-            return  # before structlog begins to build a line that nobody will see
-        log.log(
-            logging.WARNING if status >= _SERVER_ERROR else logging.DEBUG,
-            "request",
-            request_id=scope["state"]["request_id"],
-            method=method,
-            route=route,
-            task_id=scope.get("path_params", {}).get("taskId"),
-            status=status,
-            seconds=round(seconds, 6),
-        )
+        self._request_log.tell(scope, method=method, route=route, status=status, seconds=seconds)
+
+    def _tell_of_bug(self, scope: Scope, exc: Exception) -> None:
+        if (suppressed := self._sampler.take(type(exc).__name__)) is not None:
+            log.error(
+                "bug",
+                exc_info=exc,
+                request_id=scope["state"]["request_id"],
+                path=scope["path"],
+                suppressed=suppressed,
+                **caller_trace(scope),
+            )
 
 
 class Admission:

@@ -12,6 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.caching import Headers, cache_headers
+from gateway.api.requestlog import settled
 from gateway.api.requests import query_parameters, read_body
 from gateway.exceptions import InvalidParameter, PathNotFound, UpstreamRejected
 from gateway.models import Operation, TaskKey, check_task_id, strict_json
@@ -37,14 +38,15 @@ class NativeEndpoint:
         query_parameters(scope)
         body = await read_body(scope, receive, limit=self._max_body_bytes, seconds=self._body_seconds)
         key = TaskKey(self._operation, _task_id(body))
-        envelope, headers = await self._envelope(key)
+        envelope, headers = await self._envelope(scope, key)
         headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(envelope))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": envelope})
 
-    async def _envelope(self, key: TaskKey) -> tuple[bytes, Headers]:
+    async def _envelope(self, scope: Scope, key: TaskKey) -> tuple[bytes, Headers]:
+        outcome = await self._service.read(key)
         try:
-            reading = await self._service.get(key)
+            reading = settled(scope, outcome)
         except UpstreamRejected as rejected:
             return rejected.envelope, []
         # A snapshot may cover a rejection on the simplified paths; here the vendor's word counts.

@@ -72,6 +72,7 @@ class Problems:
             all_headers.update(exc.headers or {})
             exc = _from_router(exc)
         error = exc if isinstance(exc, GatewayError) else INTERNAL
+        scope["state"]["code"] = error.code  # for the request's log line
         status, title = lookup(error)
         if status in _COME_BACK:
             all_headers["Retry-After"] = str(math.ceil(error.retry_after or _RETRY_AFTER_SECONDS))

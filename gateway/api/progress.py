@@ -15,11 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api.caching import Headers, cache_headers, matches
 from gateway.api.connection import HangUp
+from gateway.api.requestlog import settled
 from gateway.api.requests import header, query_parameters
 from gateway.api.tasks import Tasks
 from gateway.exceptions import InvalidParameter
 from gateway.models import Snapshot, TaskKey
-from gateway.service import ProgressService, Reading
+from gateway.service import Failed, ProgressService, Reading
 from gateway.watch import Kind, Watch, Watcher
 
 # RFC 7240, 4.3: `wait=10`, perhaps among other preferences.
@@ -45,9 +46,10 @@ class ProgressEndpoint:
         known = header(scope, b"if-none-match")
         wait, headers = self._wait(scope, parameters)
         if wait:
-            reading = await self._changed(scope, receive, key, known, wait)
+            outcome = await self._changed(scope, receive, key, known, wait)
         else:
-            reading = await self._service.get(key)
+            outcome = await self._service.read(key)
+        reading = settled(scope, outcome)
         snapshot = reading.snapshot
         headers += cache_headers(reading)
         headers.append((b"etag", snapshot.etag.encode()))
@@ -78,7 +80,7 @@ class ProgressEndpoint:
 
     async def _changed(
         self, scope: Scope, receive: Receive, key: TaskKey, known: str | None, wait: float
-    ) -> Reading:
+    ) -> Reading | Failed:
         """Watch until the task differs from what the caller knows, has ended, or `wait` has passed."""
         if known is None:
             on_arrival = self._service.lookup(key)
@@ -91,7 +93,7 @@ class ProgressEndpoint:
                         failed = await _until_news(watcher, known)
         # The schedule has just renewed what the store holds: asking anew could cost a call more.
         reading = None if failed else self._service.current(key)
-        return reading or await self._service.get(key)
+        return reading or await self._service.read(key)
 
 
 async def _until_news(watcher: Watcher, known: str) -> bool:

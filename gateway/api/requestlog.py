@@ -1,0 +1,108 @@
+"""One log line a request: who asked for what, how it was answered, and what upstream had to do with it.
+
+A crowd's lines are sampled by kind (route, class of status, verdict), and a line that is not
+written costs a look into a dictionary. Endpoints only leave their outcomes in the scope.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+from starlette.types import Scope
+
+from gateway.api import ops
+from gateway.api.tracecontext import trace_parent
+from gateway.sampling import Sampler
+from gateway.service import Failed, Reading
+
+_SERVER_ERROR = 500
+_SHOWN = 64  # characters of a task ID, which may be none
+
+log = structlog.get_logger(__name__)
+
+
+def settled(scope: Scope, outcome: Reading | Failed) -> Reading:
+    """Leave a request's only outcome for its line; return the reading. Raises: the failure."""
+    scope["state"]["outcomes"] = (outcome,)
+    if isinstance(outcome, Failed):
+        raise outcome.raised()
+    return outcome
+
+
+class RequestLog:
+    """Writes the lines."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._logger = logging.getLogger(__name__)
+
+    def tell(self, scope: Scope, *, method: str, route: str, status: int, seconds: float) -> None:
+        """Write this request's line, unless enough of its kind are written."""
+        if status >= _SERVER_ERROR:
+            level = logging.WARNING
+        else:
+            level = logging.DEBUG if route in ops.PROBES else logging.INFO
+        if not self._logger.isEnabledFor(level):
+            return
+        state = scope["state"]
+        outcomes: Sequence[Reading | Failed] = state.get("outcomes", ())
+        verdict = _verdict(outcomes[0]) if len(outcomes) == 1 else None
+        suppressed = self._sampler.take((route, status // 100, verdict))
+        if suppressed is None:
+            return
+        line: dict[str, Any] = {
+            "request_id": state["request_id"],
+            "method": method,
+            "route": route,
+            **_tasks(scope, outcomes),
+            "status": status,
+            "code": state.get("code"),
+            "seconds": round(seconds, 6),
+            **_cache(outcomes),
+            **_upstream(outcomes),
+            **caller_trace(scope),
+            "suppressed": suppressed or None,
+        }
+        log.log(level, "request", **{name: value for name, value in line.items() if value is not None})
+
+
+def caller_trace(scope: Scope) -> dict[str, str]:
+    """Return what a log line says of the caller's trace: nothing when there is none."""
+    parent = trace_parent(scope)
+    return {} if parent is None else {"trace_id": parent.trace_id, "parent_id": parent.span_id}
+
+
+def _verdict(outcome: Reading | Failed) -> tuple[str, str | None]:
+    return outcome.source, outcome.failure.code if outcome.failure is not None else None
+
+
+def _tasks(scope: Scope, outcomes: Sequence[Reading | Failed]) -> dict[str, Any]:
+    if len(outcomes) == 1:
+        return {"task_id": outcomes[0].key.task_id}
+    if outcomes:
+        return {"tasks": len(outcomes)}
+    if "tasks" in scope["state"]:
+        return {"tasks": scope["state"]["tasks"]}
+    task_id = scope.get("path_params", {}).get("taskId")  # of a request that came to nothing
+    return {} if task_id is None else {"task_id": task_id[:_SHOWN]}
+
+
+def _cache(outcomes: Sequence[Reading | Failed]) -> dict[str, Any]:
+    if len(outcomes) != 1:
+        return {"cache": dict(Counter(str(outcome.source) for outcome in outcomes)) or None}
+    source, detail = _verdict(outcomes[0])
+    return {"cache": str(source), "detail": detail}
+
+
+def _upstream(outcomes: Sequence[Reading | Failed]) -> dict[str, Any]:
+    """Tell of the calls that this request made or waited for."""
+    landings = [outcome.landing for outcome in outcomes if outcome.landing is not None]
+    seconds = [landing.upstream_seconds for landing in landings if landing.upstream_seconds is not None]
+    if not seconds:
+        return {}
+    invoke_ids = [landing.invoke_id for landing in landings if landing.invoke_id is not None]
+    return {"upstream_seconds": round(max(seconds), 6), "upstream_invoke_id": ", ".join(invoke_ids) or None}
