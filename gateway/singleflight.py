@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Hashable
+from contextvars import Context
 from typing import Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
@@ -40,7 +41,8 @@ class SingleFlight(Generic[K, T]):
             return grounded
         flight = self._flights.get(key)
         if flight is None:
-            flight = asyncio.ensure_future(_run(fn))
+            # An empty context: what the first caller's request carries (its trace, say) is not the others'.
+            flight = asyncio.get_running_loop().create_task(_run(fn), context=Context())
             self._flights[key] = flight
             flight.add_done_callback(lambda done: self._land(key, done))
         return flight

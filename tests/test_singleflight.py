@@ -3,6 +3,7 @@
 import asyncio
 import gc
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 
 import pytest
 
@@ -184,6 +185,18 @@ async def test_start_begins_a_flight_that_nobody_awaits() -> None:
     assert await caller == "answer"
     assert flight.result() == "answer"
     assert call.count == 1
+
+
+async def test_start_takes_nothing_of_the_first_callers_context() -> None:
+    """What a caller's context carries, its trace for example, is neither the flight's nor the others'."""
+    mine: ContextVar[str] = ContextVar("mine", default="nobody's")
+    flights: SingleFlight[str, str] = SingleFlight()
+
+    async def look() -> str:
+        return mine.get()
+
+    mine.set("the first caller's")
+    assert await flights.do("k", look) == "nobody's"
 
 
 async def test_aclose_cancels_every_flight() -> None:
