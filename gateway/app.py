@@ -32,6 +32,7 @@ from gateway.rotation import Rotation
 from gateway.service import ProgressService
 from gateway.settings import Settings
 from gateway.stores.memory import MemoryStore
+from gateway.tracing import Tracing, Untraced
 from gateway.upstream import Upstream
 from gateway.watch import Watch
 
@@ -40,11 +41,13 @@ USER_AGENT = f"sd-progress-gateway/{__version__}"
 log = structlog.get_logger(__name__)
 
 
-def create_app(settings: Settings, *, redactor: Redactor) -> Starlette:
+def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | None = None) -> Starlette:
     """Make the application; it opens what it needs in its lifespan.
 
-    `redactor` learns the secrets as they are loaded: give the same one to the logs.
+    `redactor` learns the secrets as they are loaded: give the same one to the logs. `tracing`, which
+    makes spans, is closed with the application.
     """
+    tracing = tracing or Untraced()
     metrics = Metrics(CollectorRegistry(), gateway_version=__version__)
     cache = settings.cache
     store = MemoryStore(
@@ -59,14 +62,16 @@ def create_app(settings: Settings, *, redactor: Redactor) -> Starlette:
         redactor=redactor,
         metrics=metrics,
         user_agent=USER_AGENT,
+        tracing=tracing,
     )
-    service = ProgressService(cache, store=store, upstream=upstream, metrics=metrics)
+    service = ProgressService(cache, store=store, upstream=upstream, metrics=metrics, tracing=tracing)
     watch = Watch(settings.watch, service=service, store=store, metrics=metrics)
     drain = Drain()
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            stack.push_async_callback(tracing.aclose)
             stack.enter_context(drain.on_signals())
             if settings.server.metrics_port:
                 stack.enter_context(_metrics_server(settings, metrics))
@@ -104,7 +109,8 @@ def create_app(settings: Settings, *, redactor: Redactor) -> Starlette:
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    app.middleware_stack = _surround(app.router, settings, metrics, problems)
+    surrounded = _surround(app.router, settings, metrics, problems)
+    app.middleware_stack = tracing.around(surrounded, root_path=settings.server.root_path)
     return app
 
 

@@ -24,6 +24,7 @@ from gateway.settings import Settings, SettingsError, load
 from gateway.simulator import create_simulator
 from gateway.simulator.faults import FAULTS
 from gateway.simulator.wire import ControlError, parse_object
+from gateway.tracing import Tracing, Untraced, asked_for
 
 OK, FAILED, USAGE = 0, 1, 2
 _LAST_PORT = 65535
@@ -119,8 +120,20 @@ def _settings(options: argparse.Namespace) -> tuple[Settings, Redactor]:
 
 def _serve(options: argparse.Namespace) -> int:
     settings, redactor = _settings(options)
-    server.run(create_app(settings, redactor=redactor), settings.server)
+    server.run(create_app(settings, redactor=redactor, tracing=_tracing()), settings.server)
     return OK
+
+
+def _tracing() -> Tracing:
+    if not asked_for(os.environ):
+        return Untraced()
+    try:
+        from gateway import otel  # noqa: PLC0415  # takes a third of a second, and packages few have
+    except ImportError as exc:
+        raise SettingsError(
+            [f"OTEL_* asks for traces, and {exc.name} is missing: pip install 'sd-progress-gateway[otel]'"]
+        ) from exc
+    return otel.from_environment(os.environ)
 
 
 def _demo(options: argparse.Namespace) -> int:

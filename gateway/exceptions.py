@@ -114,6 +114,11 @@ class UpstreamError(GatewayError):
         super().__init__(message, retry_after=retry_after)
         self.detail = detail
 
+    @property
+    def invoke_id(self) -> str | None:
+        """What the vendor's support asks for: the service's id of the call, or its API gateway's."""
+        return None if self.detail is None else self.detail.invoke_id or self.detail.request_id
+
 
 class UpstreamRejected(UpstreamError):
     """An envelope whose `status` is not 10. `envelope` is the body as it came, redacted."""

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from enum import StrEnum
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 
@@ -28,6 +28,7 @@ from gateway.sampling import Sampler
 from gateway.settings import Cache
 from gateway.singleflight import SingleFlight
 from gateway.stores import Store
+from gateway.tracing import Tracing, Untraced
 from gateway.upstream import Upstream
 
 _HOT = 2  # readers within one lifetime
@@ -50,12 +51,14 @@ class Landing(NamedTuple):
     """What a flight brings to all who wait for it.
 
     `upstream_seconds`: how long the upstream took, every attempt included; None when it was not asked.
-    `invoke_id`: the vendor's id of the last call, which its support asks for.
+    `invoke_id`: the vendor's id of the last call, which its support asks for. `span`: the flight's, to
+    link to, where spans are made.
     """
 
     outcome: Snapshot | GatewayError
     upstream_seconds: float | None = None
     invoke_id: str | None = None
+    span: Any = None
 
 
 class Reading(NamedTuple):
@@ -102,12 +105,14 @@ class ProgressService:
         store: Store,
         upstream: Upstream,
         metrics: Metrics,
+        tracing: Tracing | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cache = cache
         self._store = store
         self._upstream = upstream
         self._metrics = metrics
+        self._tracing = tracing or Untraced()
         self._clock = clock
         self._flights: SingleFlight[TaskKey, Landing] = SingleFlight()
         self._lifetimes: dict[Status | None, float] = {
@@ -242,7 +247,10 @@ class ProgressService:
         `ahead`: fly although the newest snapshot is still fresh.
         """
         try:
-            return await self._fly(key, ahead=ahead)
+            with self._tracing.flight(key) as mark:
+                landing = await self._fly(key, ahead=ahead)
+                mark.outcome = landing.outcome.code if isinstance(landing.outcome, GatewayError) else "ok"
+                return landing._replace(span=mark.context)
         except Exception as exc:
             # Behind a stale answer nobody waits who would tell of a bug.
             if (suppressed := self._sampler.take(type(exc).__name__)) is not None:
@@ -275,9 +283,8 @@ class ProgressService:
             # Our own limits pass by themselves, and refused credentials are the pair's affair.
             if not isinstance(failure, Overloaded | UpstreamCredentials):
                 await self._store.fail(key, failure, seconds=self._cache.error_seconds)
-            detail = failure.detail if isinstance(failure, UpstreamError) else None
-            called = None if detail is None else detail.invoke_id or detail.request_id
-            return Landing(failure, self._clock() - started, called)
+            invoke_id = failure.invoke_id if isinstance(failure, UpstreamError) else None
+            return Landing(failure, self._clock() - started, invoke_id)
         upstream_seconds = snapshot.fetched_at - started
         self._note_transition(self._store.peek(key), snapshot, answer.data.get("status"))
         return Landing(await self._store.save(snapshot), upstream_seconds, answer.invoke_id)

@@ -40,6 +40,7 @@ from gateway.refusals import refusal
 from gateway.rotation import Rotation
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.signing import signed_headers
+from gateway.tracing import Mark, Tracing, Untraced
 from gateway.transport import AiohttpTransport
 
 _OK = 200
@@ -82,6 +83,7 @@ class Upstream:
         redactor: Redactor,
         metrics: Metrics,
         user_agent: str,
+        tracing: Tracing | None = None,
         clock: Callable[[], float] = time.time,
         nonce: Callable[[], str] = lambda: str(uuid.uuid4()),
     ) -> None:
@@ -89,6 +91,7 @@ class Upstream:
         self._rotation = rotation
         self._redactor = redactor
         self._metrics = metrics
+        self._tracing = tracing or Untraced()
         self._clock = clock
         self._nonce = nonce
         self._slots = asyncio.Semaphore(settings.max_in_flight)
@@ -123,7 +126,7 @@ class Upstream:
                         late = UpstreamTimeout("the upstream did not answer in time")
                         try:
                             return await self._rotation.use(
-                                key.operation, partial(self._attempt_on_time, key)
+                                key.operation, partial(self._attempt_on_time, key, attempt)
                             )
                         except UpstreamError as exc:
                             failure = exc
@@ -170,19 +173,23 @@ class Upstream:
         }
         return Exchange(sent, response.status_code, headers, content)
 
-    async def _attempt_on_time(self, key: TaskKey, pair: Pair) -> Answer:
+    async def _attempt_on_time(self, key: TaskKey, attempt: int, pair: Pair) -> Answer:
         offset = self._clock_offset
         try:
-            return await self._attempt(key, pair)
+            return await self._attempt(key, attempt, pair)
         except UpstreamClock as exc:
             # Of many calls in the air the first one's refusal corrects the clock for all: each is signed
             # again, once, and not out of the retries' budget, which is smaller than such a crowd.
             if self._clock_offset == offset:
                 raise
             self._metrics.upstream_retries.labels(key.operation, exc.code).inc()
-        return await self._attempt(key, pair)
+        return await self._attempt(key, attempt, pair)
 
-    async def _attempt(self, key: TaskKey, pair: Pair) -> Answer:
+    async def _attempt(self, key: TaskKey, attempt: int, pair: Pair) -> Answer:
+        with self._tracing.call(key, attempt=attempt) as mark:
+            return await self._call(key, pair, mark)
+
+    async def _call(self, key: TaskKey, pair: Pair, mark: Mark) -> Answer:
         operation = key.operation
         outcome = UpstreamTimeout.code  # also when the caller's deadline cancels us
         started = time.perf_counter()
@@ -190,6 +197,7 @@ class Upstream:
         try:
             async with asyncio.timeout(self._settings.attempt_timeout_seconds):
                 exchange = await self.exchange(key, pair)
+            mark.status = exchange.status
             skew = self._observe_clock(exchange)
             try:
                 answer = self.judge(exchange, key)
@@ -199,12 +207,13 @@ class Upstream:
         except TimeoutError:
             raise UpstreamTimeout("the upstream did not answer in time") from None
         except UpstreamError as exc:
-            outcome = exc.code
+            outcome, mark.invoke_id = exc.code, exc.invoke_id
             raise
         else:
-            outcome = "ok"
+            outcome, mark.invoke_id = "ok", answer.invoke_id
             return answer
         finally:
+            mark.outcome = outcome
             self.trouble = None if outcome in {"ok", UpstreamRejected.code} else outcome
             self._metrics.upstream_in_flight.dec()
             self._metrics.upstream_requests.labels(operation, outcome).inc()

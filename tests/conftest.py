@@ -8,6 +8,7 @@ import httpx
 import pytest
 from hypothesis import settings
 
+from gateway.tracing import Tracing
 from tests.harness import Gateway, Json, Simulator, Stage, gateway, plain_client, running
 
 settings.register_profile("thorough", max_examples=10_000)
@@ -54,8 +55,8 @@ def launch(_leftovers: list[threading.Thread]) -> Iterator[Callable[..., Gateway
     """Return a function that runs a gateway with given settings until the test ends."""
     with ExitStack() as stack:
 
-        def run(endpoint: str, **sections: Json) -> Gateway:
-            return stack.enter_context(gateway(endpoint, leftovers=_leftovers, **sections))
+        def run(endpoint: str, *, tracing: Tracing | None = None, **sections: Json) -> Gateway:
+            return stack.enter_context(gateway(endpoint, leftovers=_leftovers, tracing=tracing, **sections))
 
         yield run
 

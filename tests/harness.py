@@ -31,6 +31,7 @@ from gateway.redaction import Redactor
 from gateway.server import forwarders
 from gateway.settings import Settings
 from gateway.simulator import Life, create_simulator, new_task_id
+from gateway.tracing import Tracing
 
 KEY, SECRET = "harness-access-key", "harness-secret-key"
 COMMAND = Path(sys.executable).with_name("sd-gateway")
@@ -243,7 +244,11 @@ class Gateway:
 
 @contextmanager
 def gateway(
-    endpoint: str, *, leftovers: list[threading.Thread] | None = None, **sections: Json
+    endpoint: str,
+    *,
+    leftovers: list[threading.Thread] | None = None,
+    tracing: Tracing | None = None,
+    **sections: Json,
 ) -> Iterator[Gateway]:
     """Run a gateway in front of `endpoint`; `sections` are settings over quick ones."""
     given: dict[str, Json] = {
@@ -260,7 +265,7 @@ def gateway(
     settings = Settings.model_validate(given)
     server = settings.server
     protocol = edge_protocol(header_seconds=server.header_seconds, max_header_bytes=server.max_header_bytes)
-    app = create_app(settings, redactor=Redactor())
+    app = create_app(settings, redactor=Redactor(), tracing=tracing)
     with (
         running(
             app,

@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api import ops
 from gateway.api.problems import Problems
-from gateway.api.requestlog import RequestLog, caller_trace
+from gateway.api.requestlog import RequestLog, trace_fields
 from gateway.exceptions import GatewayError, InvalidParameter
 from gateway.metrics import Metrics
 from gateway.sampling import Sampler
@@ -105,7 +105,7 @@ class Telemetry:
                 request_id=scope["state"]["request_id"],
                 path=scope["path"],
                 suppressed=suppressed,
-                **caller_trace(scope),
+                **trace_fields(scope),
             )
 
 

@@ -15,10 +15,11 @@ import structlog
 from starlette.types import Scope
 
 from gateway.api import ops
-from gateway.api.tracecontext import trace_parent
+from gateway.api.tracecontext import TraceParent, trace_parent
 from gateway.sampling import Sampler
 from gateway.service import Failed, Reading
 
+SPAN = "span"  # in the scope's state: the TraceParent that is the request's own, where spans are made
 _SERVER_ERROR = 500
 _SHOWN = 64  # characters of a task ID, which may be none
 
@@ -64,16 +65,18 @@ class RequestLog:
             "seconds": round(seconds, 6),
             **_cache(outcomes),
             **_upstream(outcomes),
-            **caller_trace(scope),
+            **trace_fields(scope),
             "suppressed": suppressed or None,
         }
         log.log(level, "request", **{name: value for name, value in line.items() if value is not None})
 
 
-def caller_trace(scope: Scope) -> dict[str, str]:
-    """Return what a log line says of the caller's trace: nothing when there is none."""
-    parent = trace_parent(scope)
-    return {} if parent is None else {"trace_id": parent.trace_id, "parent_id": parent.span_id}
+def trace_fields(scope: Scope) -> dict[str, str]:
+    """Return what a log line says of a request's trace: the caller's span, and ours if there is one."""
+    parent: TraceParent | None = trace_parent(scope)
+    own: TraceParent | None = scope["state"].get(SPAN)
+    fields = {} if parent is None else {"trace_id": parent.trace_id, "parent_id": parent.span_id}
+    return fields if own is None else fields | {"trace_id": own.trace_id, "span_id": own.span_id}
 
 
 def _verdict(outcome: Reading | Failed) -> tuple[str, str | None]:
