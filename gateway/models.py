@@ -115,7 +115,7 @@ class Snapshot:
 
 
 class Envelope(NamedTuple):
-    """What a successful envelope holds: the task's `data`, and the vendor's id of the call."""
+    """What a successful envelope holds: the task's `data`, and the vendor's id of the call, redacted."""
 
     data: dict[str, Any]
     invoke_id: str | None
@@ -165,7 +165,8 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
     absent_is_fine = key.operation.is_result and data.get("taskId") is None
     if data.get("taskId") != key.task_id and not absent_is_fine:
         raise UpstreamInvalid("the upstream answered for another task")
-    return Envelope(data, _text(envelope, "apiInvokeId"))
+    invoke_id = _text(envelope, "apiInvokeId")
+    return Envelope(data, None if invoke_id is None else redact(invoke_id))
 
 
 def observe(

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway import __version__
 from gateway.api import ops
+from gateway.api.middleware import METHODS
 from gateway.api.requestlog import SPAN
 from gateway.api.requests import header
 from gateway.api.tracecontext import TraceParent, trace_parent
@@ -180,9 +181,10 @@ def _conclude(span: Span, mark: Mark) -> None:
 def _describe(span: Span, scope: Scope, status: int) -> None:
     """Tell of a request what is known at its end, and link it to the flights that it waited for."""
     state = scope["state"]
-    route = scope["route"].path_format if "route" in scope else None
-    span.update_name(f"{scope['method']} {route}" if route else scope["method"])
-    span.set_attribute("http.request.method", scope["method"])
+    route = scope["route"].path_format if "route" in scope else ""
+    known = scope["method"] in METHODS  # the conventions' words for the others: HTTP and _OTHER
+    span.update_name(f"{scope['method'] if known else 'HTTP'} {route}".rstrip())
+    span.set_attribute("http.request.method", scope["method"] if known else "_OTHER")
     span.set_attribute("url.scheme", scope["scheme"])
     span.set_attribute("sd_gateway.request_id", state["request_id"])
     if route:

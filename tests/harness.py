@@ -416,7 +416,9 @@ class Process:
     """A command of the project as a process of its own; all it says is kept."""
 
     def __init__(self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> None:
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("SD_GATEWAY_", "SPEEDPIX_"))}
+        clean = {
+            k: v for k, v in os.environ.items() if not k.startswith(("SD_GATEWAY_", "SPEEDPIX_", "OTEL_"))
+        }
         self._process = subprocess.Popen(
             [COMMAND, *arguments],
             cwd=cwd,

@@ -200,6 +200,7 @@ def test_read_envelope_tells_the_vendors_id_of_the_call(given: Any, told: str | 
     """The vendor's id is text of bounded length, if it is there at all."""
     body = envelope({"taskId": TASK}, apiInvokeId=given)
     assert read_envelope(body, KEY, redact=same).invoke_id == told
+    assert read_envelope(body, KEY, redact=lambda _: "clean").invoke_id == (told and "clean")
 
 
 @pytest.mark.parametrize(

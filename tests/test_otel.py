@@ -156,6 +156,8 @@ def test_otel_failures(traced: Traced) -> None:
     lost = traced.span("GET")
     assert lost.status.status_code is StatusCode.UNSET
     assert "http.route" not in attributes(lost)
+    traced.gate.client.request("PROPFIND", "/nothing")
+    assert attributes(traced.span("HTTP"))["http.request.method"] == "_OTHER"
 
 
 def test_otel_spans_hold_no_secret(simulator: Simulator, traced: Traced) -> None:

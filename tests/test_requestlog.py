@@ -166,7 +166,8 @@ def test_requestlog_samples_a_crowd_of_a_kind() -> None:
         (scope(MISS), 200),
         (scope(HIT._replace(failure=TIMEOUT)), 200),
         (scope(Failed(KEY, TIMEOUT, Source.MISS)), 504),
-        (scope(), 404),
+        (scope(code="not-found"), 404),
+        (scope(code="too-many-requests"), 429),
     ]:
         assert len(told(request, status=status, log=log)) == 1
     assert len(told(scope(HIT), route="/v1/progress", log=log)) == 1

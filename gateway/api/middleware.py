@@ -32,7 +32,7 @@ from gateway.metrics import Metrics
 from gateway.sampling import Sampler
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
-_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _HUNG_UP = 499  # nginx's word for a caller that left before its answer
 
 log = structlog.get_logger(__name__)
@@ -84,7 +84,7 @@ class Telemetry:
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         # The route's template is bounded; a path is not.
         route = scope["route"].path_format if "route" in scope else "other"
-        method = scope["method"] if scope["method"] in _METHODS else "other"
+        method = scope["method"] if scope["method"] in METHODS else "other"
         bound = self._bound.get((route, method, status))
         if bound is None:  # looking labels up costs more than counting; all three are bounded
             bound = (

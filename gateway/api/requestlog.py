@@ -1,6 +1,6 @@
 """One log line a request: who asked for what, how it was answered, and what upstream had to do with it.
 
-A crowd's lines are sampled by kind (route, class of status, verdict), and a line that is not
+A crowd's lines are sampled by kind (route, class of status, problem, verdict), and a line that is not
 written costs a look into a dictionary. Endpoints only leave their outcomes in the scope.
 """
 
@@ -52,7 +52,7 @@ class RequestLog:
         state = scope["state"]
         outcomes: Sequence[Reading | Failed] = state.get("outcomes", ())
         verdict = _verdict(outcomes[0]) if len(outcomes) == 1 else None
-        suppressed = self._sampler.take((route, status // 100, verdict))
+        suppressed = self._sampler.take((route, status // 100, state.get("code"), verdict))
         if suppressed is None:
             return
         line: dict[str, Any] = {
