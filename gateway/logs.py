@@ -16,8 +16,14 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 from gateway.redaction import Redactor
 from gateway.settings import Log
 
-# httpx tells every request at INFO; uvicorn every start and stop, and warns of each broken request.
-_QUIET = {"httpx": logging.WARNING, "httpcore": logging.WARNING, "uvicorn.error": logging.ERROR}
+# httpx tells every request at INFO; uvicorn every start and stop, and warns of each broken request;
+# OpenTelemetry warns of each attempt to reach a collector, and then of the spans that are lost.
+_QUIET = {
+    "httpx": logging.WARNING,
+    "httpcore": logging.WARNING,
+    "opentelemetry": logging.ERROR,
+    "uvicorn.error": logging.ERROR,
+}
 
 
 def configure(settings: Log, *, redactor: Redactor) -> None:

@@ -19,7 +19,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.otel import OtelTracing
-from tests.harness import KEY, SECRET, Gateway, Simulator, drained, fresh_id, running, serving, until
+from tests.harness import (
+    KEY,
+    SECRET,
+    Gateway,
+    Simulator,
+    drained,
+    free_port,
+    fresh_id,
+    running,
+    serving,
+    until,
+)
 from tests.test_flights import ask, held_upstream
 
 Launch = Callable[..., Gateway]
@@ -311,6 +322,21 @@ def test_otel_sends_spans_to_a_collector(tmp_path: Path, simulator: Simulator, n
     assert f'"parent_id": "{SPAN}"' in line
     assert '"span_id": ' in line
     assert "Traceback" not in process.output
+
+
+def test_otel_without_its_collector_answers_all_the_same(tmp_path: Path, simulator: Simulator) -> None:
+    """Where nobody collects, requests are answered, and the end comes well, with no word for each attempt."""
+    env = {
+        "SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url,
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}",
+        "OTEL_BSP_SCHEDULE_DELAY": "1",
+    }
+    with serving(tmp_path, env) as (process, gate):
+        for _ in range(3):
+            assert gate.get(simulator.task()).status_code == 200
+        process.signal()
+        assert process.exit_status() == 0
+    assert "Transient" not in process.output
 
 
 class Stubborn(TracerProvider):
