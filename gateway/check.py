@@ -40,10 +40,10 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
     """Ask the upstream with each pair. Raises: nothing that a wrong setting or a bad network can cause."""
     metrics = Metrics(CollectorRegistry(), gateway_version="check")
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
+    lines = [f"the {slot} pair cannot be read: {fault}" for slot, fault in credentials.faults().items()]
     if not credentials.present:
-        return Finding(
-            well=False, lines=["credentials: none; set credentials.access_key and .secret_key (or *_file)"]
-        )
+        none = "credentials: none; set credentials.access_key and .secret_key (or *_file)"
+        return Finding(well=False, lines=[*lines, none])
     key = TaskKey(settings.upstream.operations[0], PROBE_TASK)
     upstream = Upstream(
         settings.upstream,
@@ -52,8 +52,8 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
         metrics=metrics,
         user_agent=user_agent,
     )
-    lines = [f"asking {settings.upstream.endpoint}{key.operation.path}"]
-    works: dict[Slot, bool] = {}
+    lines.append(f"asking {settings.upstream.endpoint}{key.operation.path}")
+    works = dict.fromkeys(credentials.faults(), False)
     async with upstream:
         for held in credentials.held():
             lines.append(f"with the {held.slot} pair (generation {held.generation}):")

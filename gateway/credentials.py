@@ -23,6 +23,7 @@ happens then is `rotation.py`'s affair.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -99,6 +100,10 @@ class Credentials:
     def held(self) -> list[Held]:
         """Return what the slots hold, the active one first."""
         return [self._held[slot] for slot in Slot if slot in self._held]
+
+    def faults(self) -> Mapping[Slot, str]:
+        """Return why slots could not be read at the last look; no secret is in it."""
+        return self._faults
 
     def sign_with(self, held: Held) -> None:
         """Let this pair sign from now on, until another does or the active slot has new content."""

@@ -246,6 +246,15 @@ def test_cli_check_tries_both_pairs(tmp_path: Path, simulator: Simulator, known:
     assert simulator.calls() == 2
 
 
+def test_cli_check_tells_of_a_pair_that_cannot_be_read(tmp_path: Path, simulator: Simulator) -> None:
+    """Half a next pair is no pair: `check` fails and says so, although the active one works."""
+    status, output = checked(tmp_path, pair(simulator.url, CREDENTIALS__NEXT_ACCESS_KEY="next-key"))
+    assert status == 1
+    assert "the next pair cannot be read: ValueError: access key or secret key is empty" in output
+    assert "well: signature accepted" in output
+    assert output.splitlines()[-1].startswith("the active pair works, the next one does not")
+
+
 @pytest.mark.parametrize(("ahead", "word"), [(3600, "behind"), (-3600, "ahead")])
 def test_cli_check_explains_a_wrong_clock(
     tmp_path: Path, simulator: Simulator, ahead: int, word: str
