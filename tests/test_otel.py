@@ -185,6 +185,15 @@ def test_otel_spans_hold_no_secret(simulator: Simulator, traced: Traced) -> None
         assert "StringToSign" not in span.to_json()
 
 
+def test_otel_request_whose_caller_left(simulator: Simulator, traced: Traced) -> None:
+    """A request that got no answer, for nobody was there any more, has a span without a status."""
+    request = f"GET /v1/progress/{simulator.task()}?wait=60 HTTP/1.1\r\nhost: x\r\nif-none-match: *\r\n\r\n"
+    with traced.gate.connect() as connection:
+        connection.sendall(request.encode())
+        until(lambda: traced.gate.metric("watchers", kind="longpoll") == 1, "the long poll waits")
+    assert "http.response.status_code" not in attributes(traced.span(PROGRESS))
+
+
 # How they hang together
 
 
