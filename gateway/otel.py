@@ -61,12 +61,12 @@ class OtelTracing:
                 _conclude(span, mark)
 
     @contextmanager
-    def call(self, key: TaskKey, *, attempt: int) -> Iterator[Mark]:
+    def call(self, key: TaskKey, *, number: int) -> Iterator[Mark]:
         """See `Tracing.call`: named as the semantic conventions for HTTP clients have it."""
         path = key.operation.path
         attributes: dict[str, AttributeValue] = {"http.request.method": "POST", "url.template": path}
-        if attempt:
-            attributes["http.request.resend_count"] = attempt
+        if number:
+            attributes["http.request.resend_count"] = number
         with _span(self._tracer, f"POST {path}", SpanKind.CLIENT, attributes) as span:
             mark = Mark(span.get_span_context())
             try:

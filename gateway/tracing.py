@@ -2,7 +2,7 @@
 
     request (server)   in the caller's trace, or in a new one; linked to the flights that it waited for
     flight             a trace of its own: it serves many requests, and belongs to none
-      call (client)    one attempt upstream, with its number and outcome
+      call (client)    one call upstream, with its number and outcome
 
 Who asks for spans gets them from `otel.py`, which needs packages that few installations want:
 nothing of them is imported here.
@@ -44,8 +44,8 @@ class Tracing(Protocol):
         """Return the span of a flight."""
         ...
 
-    def call(self, key: TaskKey, *, attempt: int) -> AbstractContextManager[Mark]:
-        """Return the span of one attempt upstream; `attempt` counts from 0."""
+    def call(self, key: TaskKey, *, number: int) -> AbstractContextManager[Mark]:
+        """Return the span of one call upstream; `number` counts a query's calls from 0."""
         ...
 
     async def aclose(self) -> None:
@@ -64,7 +64,7 @@ class Untraced:
         """See `Tracing.flight`."""
         return nullcontext(Mark())
 
-    def call(self, key: TaskKey, *, attempt: int) -> AbstractContextManager[Mark]:
+    def call(self, key: TaskKey, *, number: int) -> AbstractContextManager[Mark]:
         """See `Tracing.call`."""
         return nullcontext(Mark())
 

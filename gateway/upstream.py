@@ -13,9 +13,10 @@ import random
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from email.utils import parsedate_to_datetime
 from functools import partial
+from itertools import count
 from typing import Any, NamedTuple, Self
 
 import httpx
@@ -119,6 +120,7 @@ class Upstream:
         late: GatewayError = Overloaded("the gateway makes as many upstream calls as it may", retry_after=1.0)
         self._retry_tokens = min(self._retry_tokens + _RETRY_SHARE, _RETRY_RESERVE)
         attempt = 0
+        calls = count()  # more than attempts: another pair, or the clock's correction, may bring one more
         try:
             async with asyncio.timeout_at(deadline):
                 while True:
@@ -126,7 +128,7 @@ class Upstream:
                         late = UpstreamTimeout("the upstream did not answer in time")
                         try:
                             return await self._rotation.use(
-                                key.operation, partial(self._attempt_on_time, key, attempt)
+                                key.operation, partial(self._attempt_on_time, key, calls)
                             )
                         except UpstreamError as exc:
                             failure = exc
@@ -173,20 +175,20 @@ class Upstream:
         }
         return Exchange(sent, response.status_code, headers, content)
 
-    async def _attempt_on_time(self, key: TaskKey, attempt: int, pair: Pair) -> Answer:
+    async def _attempt_on_time(self, key: TaskKey, calls: Iterator[int], pair: Pair) -> Answer:
         offset = self._clock_offset
         try:
-            return await self._attempt(key, attempt, pair)
+            return await self._attempt(key, calls, pair)
         except UpstreamClock as exc:
             # Of many calls in the air the first one's refusal corrects the clock for all: each is signed
             # again, once, and not out of the retries' budget, which is smaller than such a crowd.
             if self._clock_offset == offset:
                 raise
             self._metrics.upstream_retries.labels(key.operation, exc.code).inc()
-        return await self._attempt(key, attempt, pair)
+        return await self._attempt(key, calls, pair)
 
-    async def _attempt(self, key: TaskKey, attempt: int, pair: Pair) -> Answer:
-        with self._tracing.call(key, attempt=attempt) as mark:
+    async def _attempt(self, key: TaskKey, calls: Iterator[int], pair: Pair) -> Answer:
+        with self._tracing.call(key, number=next(calls)) as mark:
             return await self._call(key, pair, mark)
 
     async def _call(self, key: TaskKey, pair: Pair, mark: Mark) -> Answer:

@@ -153,6 +153,15 @@ def test_otel_attempts_are_numbered(simulator: Simulator, traced: Traced) -> Non
     assert traced.span(FLIGHT).status.status_code is StatusCode.UNSET
 
 
+def test_otel_calls_that_no_retry_made_are_numbered_too(simulator: Simulator, traced: Traced) -> None:
+    """The call that is signed anew with the corrected clock is a second one, whatever the retries count."""
+    simulator.ahead_seconds = 3600
+    assert traced.gate.get(simulator.task()).status_code == 200
+    calls = traced.spans(CALL, 2)
+    assert [attributes(call).get("http.request.resend_count") for call in calls] == [None, 1]
+    assert [attributes(call)["sd_gateway.outcome"] for call in calls] == ["upstream-credentials", "ok"]
+
+
 def test_otel_failures(traced: Traced) -> None:
     """A failure has its code on every span, the vendor's id on the call, and no text or trace anywhere."""
     assert traced.gate.get(fresh_id()).status_code == 502

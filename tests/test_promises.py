@@ -38,7 +38,7 @@ from gateway.exceptions import (
 )
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey, vendor_status
-from gateway.service import ProgressService, Reading, Source
+from gateway.service import Failed, ProgressService, Reading, Source
 from gateway.settings import Cache
 from gateway.settings import Watch as WatchSettings
 from gateway.stores.memory import MEMORY_SECONDS, MemoryStore
@@ -229,7 +229,7 @@ class Promises(RuleBasedStateMachine):
 
     # What callers do
 
-    @rule(key=keys, how=st.sampled_from(["get", "get", "get_fresh"]))
+    @rule(key=keys, how=st.sampled_from(["read", "read", "get_fresh"]))
     def ask(self, key: TaskKey, how: str) -> None:
         """Ask, and wait if there is something to wait for."""
         self._begin(key, how)
@@ -302,7 +302,7 @@ class Promises(RuleBasedStateMachine):
     @rule(key=keys, failure=failures)
     def ask_in_vain(self, key: TaskKey, failure: GatewayError) -> None:
         """Ask, and let that fail."""
-        self._begin(key, "get")
+        self._begin(key, "read")
         if key in self.upstream.air:
             self._fail(key, failure)
 
@@ -373,7 +373,7 @@ class Promises(RuleBasedStateMachine):
         assert all(viewer.watcher.leaving for viewer in self.viewers)
         late: list[asyncio.Task[Any]] = []
         for key in KEYS:
-            late.append(self.loop.create_task(self.service.get(key)))
+            late.append(self.loop.create_task(self.service.read(key)))
             for _ in range(3):
                 self.loop.within(partial(self.service.lookup, key))
         self.begin_watching(WATCHED, Kind.EVENTS)
@@ -418,11 +418,14 @@ class Promises(RuleBasedStateMachine):
 
     async def _ask(self, key: TaskKey, how: str) -> None:
         try:
-            reading = await getattr(self.service, how)(key)
+            outcome = await getattr(self.service, how)(key)
         except GatewayError as failure:
             self._judge_failure(key, failure)
+            return
+        if isinstance(outcome, Failed):
+            self._judge_failure(key, outcome.failure)
         else:
-            self._judge(key, reading)
+            self._judge(key, outcome)
 
     async def _read(self, viewer: Viewer) -> None:
         while True:

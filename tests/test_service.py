@@ -516,7 +516,7 @@ async def test_get_covers_no_failure_beyond_its_bound_however_young_the_snapshot
     bench = Bench(CACHE.model_copy(update={"stale_if_error_seconds": 0.0}))
     await bench.learn()
     bench.clock.now += CACHE.running_seconds
-    assert (await bench.service.get(KEY)).failure is None
+    assert (await bench.get(KEY)).failure is None
     joined = asyncio.create_task(bench.service.get_fresh(KEY))
     (await bench.upstream.call()).fail(UpstreamTimeout("too late"))
     for asked in (joined, bench.begin()):
@@ -860,6 +860,6 @@ async def test_aclose_lets_nothing_begin(bench: Bench) -> None:
             assert reading is not None
             assert reading.source is source
     with pytest.raises(asyncio.CancelledError):
-        await bench.service.get(OTHER)
+        await bench.get(OTHER)
     assert not bench.service._ahead
     assert bench.upstream.count == 1

@@ -51,7 +51,7 @@ async def test_untraced_makes_nothing() -> None:
     async def app(_scope: object, _receive: object, _send: object) -> None: ...
 
     assert tracing.around(app, root_path="") is app
-    for span in (tracing.flight(KEY), tracing.call(KEY, attempt=0)):
+    for span in (tracing.flight(KEY), tracing.call(KEY, number=0)):
         with span as mark:
             assert mark == Mark()
     await tracing.aclose()
