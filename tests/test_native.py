@@ -13,7 +13,6 @@ Launch = Callable[..., Gateway]
 OPERATIONS = ("sd_get_progress", "comfy_get_progress", "sd_get_result", "comfy_get_result")
 SENT = {
     "host",
-    "connection",
     "accept",
     "accept-encoding",
     "user-agent",
