@@ -16,6 +16,8 @@
         │   ├── UpstreamNonce       our nonce refused; signed afresh it passes
         │   └── UpstreamQuota       quota spent, or a bill open
         ├── UpstreamThrottled       told to slow down
+        │   └── BudgetSpent         ... by our own budget: the call was not made
+        ├── UpstreamOpen            the circuit breaker is open: the call was not made
         ├── UpstreamInvalid         an answer that is not an envelope
         │   └── UpstreamBusy        ... because the upstream is unwell; passes
         ├── UpstreamUnreachable     DNS, connect, TLS, reset
@@ -154,6 +156,16 @@ class UpstreamThrottled(UpstreamError):
     """The upstream said: slow down."""
 
     code = "upstream-throttled"
+
+
+class BudgetSpent(UpstreamThrottled):
+    """Our own budget of upstream calls leaves no room within the caller's deadline."""
+
+
+class UpstreamOpen(UpstreamError):
+    """The circuit breaker is open: the upstream was ill a moment ago and is left alone."""
+
+    code = "upstream-open"
 
 
 class UpstreamInvalid(UpstreamError):

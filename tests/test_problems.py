@@ -39,7 +39,7 @@ PROMISED = {
     "upstream-timeout": 504,
     "internal": 500,
 }
-NOT_YET = {"upstream-open"}
+NOT_YET: set[str] = set()
 BRANCHES = {GatewayError, RequestError, UpstreamError}  # nobody raises these
 VENDOR_PATH = "/scc/sd_get_progress"
 

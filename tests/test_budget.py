@@ -1,0 +1,470 @@
+"""The budget of upstream calls on a hand-ticked clock: turns, fairness, and what throttling makes of it."""
+
+import asyncio
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from gateway.budget import Budget
+from gateway.exceptions import (
+    BudgetSpent,
+    UpstreamBusy,
+    UpstreamDetail,
+    UpstreamRejected,
+    UpstreamThrottled,
+)
+
+REJECTED = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
+
+
+class Alarm:
+    """A timer of the hand-ticked clock."""
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class Clock:
+    """A clock with timers, both turned by hand; what is due runs in order, and tasks run in between."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self._alarms: list[tuple[float, int, Alarm]] = []
+        self._number = itertools.count()
+        self._tasks: list[asyncio.Task[Any]] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> Alarm:
+        alarm = Alarm(callback)
+        heapq.heappush(self._alarms, (self.now + delay, next(self._number), alarm))
+        return alarm
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep by this clock."""
+        awake = asyncio.Event()
+        self.call_later(seconds, awake.set)
+        await awake.wait()
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Run a task until the test ends."""
+        task = asyncio.ensure_future(work)
+        self._tasks.append(task)
+        return task
+
+    async def tick(self, seconds: float = 0.0) -> None:
+        """Let so much time pass."""
+        await settle()
+        end = self.now + seconds
+        while self._alarms and self._alarms[0][0] <= end:
+            self.now, _, alarm = heapq.heappop(self._alarms)
+            if alarm.callback is not None:
+                alarm.callback()
+                await settle()
+        self.now = end
+
+    @property
+    def alarms(self) -> int:
+        """How many timers run."""
+        return sum(alarm.callback is not None for _, _, alarm in self._alarms)
+
+    async def aclose(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+async def settle() -> None:
+    """Let every task run that can."""
+    for _ in range(4):
+        await asyncio.sleep(0)
+
+
+class Bench:
+    """A budget, its clock, and the calls that got their turn."""
+
+    def __init__(self, clock: Clock, requests_per_second: float) -> None:
+        self.clock = clock
+        self.budget = Budget(requests_per_second, clock=clock, call_later=clock.call_later)
+        self.went: list[str] = []
+        self.held_up: list[tuple[str, float]] = []
+
+    def ask(
+        self, name: str, *, renewal: bool = True, patience: float = 100.0, spend: bool = True
+    ) -> asyncio.Task[None]:
+        """Begin to wait for a turn."""
+
+        async def work() -> None:
+            async with self.budget.turn(
+                renewal=renewal,
+                patience_seconds=patience,
+                held_up=lambda seconds: self.held_up.append((name, seconds)),
+            ) as turn:
+                if spend:
+                    turn.spend()
+                self.went.append(name)
+
+        return self.clock.start(work())
+
+    async def throttled(self, retry_after: float | None = None) -> None:
+        """Make a call that upstream throttles."""
+        with pytest.raises(UpstreamThrottled):
+            async with self.budget.turn(renewal=True, patience_seconds=0) as turn:
+                turn.spend()
+                raise UpstreamThrottled("slowly", retry_after=retry_after)
+
+
+@pytest.fixture
+async def clock() -> AsyncIterator[Clock]:
+    """Return a clock; whatever waits for it in the end is cancelled."""
+    clock = Clock()
+    yield clock
+    await clock.aclose()
+
+
+@pytest.fixture
+async def bench(clock: Clock) -> Bench:
+    """Return a budget of two calls a second, its first token spent."""
+    bench = Bench(clock, 2)
+    await bench.ask("first")
+    bench.went.clear()
+    return bench
+
+
+# --- turns ------------------------------------------------------------------------------------------------
+
+
+async def test_budget_without_a_limit_makes_nobody_wait(clock: Clock) -> None:
+    """With requests_per_second = 0 and no refusal every call has its turn at once."""
+    bench = Bench(clock, 0)
+    await asyncio.gather(*(bench.ask(str(number), patience=0) for number in range(1000)))
+    assert len(bench.went) == 1000
+    assert (bench.budget.per_second, bench.budget.slowed) == (float("inf"), False)
+    assert bench.budget.expected_wait(renewal=True) == 0
+    assert clock.alarms == 0
+
+
+async def test_budget_gives_turns_at_its_rate_in_order(bench: Bench) -> None:
+    """A waiter is woken when its token is there, first come, first served, by one timer."""
+    for name in "abcd":
+        bench.ask(name)
+    went = []
+    for _ in range(5):
+        await bench.clock.tick(0.5)
+        assert bench.clock.alarms <= 1
+        went.append("".join(bench.went))
+    assert went == ["a", "ab", "abc", "abcd", "abcd"]
+    assert bench.clock.alarms == 0
+
+
+async def test_budget_saves_up_a_tenth_of_a_second(clock: Clock) -> None:
+    """After a silence a few calls may go together, not a second's worth."""
+    bench = Bench(clock, 50)
+    await clock.tick(60)
+    asked = [bench.ask(str(number), patience=0) for number in range(10)]
+    outcomes = await asyncio.gather(*asked, return_exceptions=True)
+    assert len(bench.went) == 5
+    assert [type(outcome) for outcome in outcomes] == [type(None)] * 5 + [BudgetSpent] * 5
+
+
+async def test_budget_refuses_at_once_who_would_come_too_late(bench: Bench) -> None:
+    """Whoever would wait beyond its patience is told the seconds instead, and those behind are not held."""
+    for name in "abc":
+        bench.ask(name)
+    await bench.clock.tick()
+    with pytest.raises(BudgetSpent) as refused:
+        await bench.ask("late", patience=1.9)
+    assert refused.value.retry_after == pytest.approx(2.0)
+    assert refused.value.code == "upstream-throttled"
+    bench.ask("in time", patience=2.0)
+    await bench.clock.tick(2.0)
+    assert bench.went == ["a", "b", "c", "in time"]
+
+
+async def test_budget_tells_who_is_held_up(bench: Bench) -> None:
+    """A wait that can be noticed is told at once, before it is waited for."""
+    await bench.clock.tick(0.45)
+    bench.ask("a")
+    bench.ask("b")
+    await bench.clock.tick()
+    assert bench.held_up == [("b", pytest.approx(0.55))]
+
+
+async def test_budget_expects_the_wait_that_comes(bench: Bench) -> None:
+    """What is expected is what happens, whichever queue is asked for."""
+    for number in range(4):
+        bench.ask(f"r{number}")
+    bench.ask("f0", renewal=False)
+    await bench.clock.tick()
+    expected = {kind: bench.budget.expected_wait(renewal=kind) for kind in (True, False)}
+    assert expected == {True: pytest.approx(3.0), False: pytest.approx(2.0)}
+    bench.ask("new", renewal=False)
+    await bench.clock.tick(2.0)
+    assert bench.went[-1] == "new"
+
+
+# --- fairness ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crowd", [True, False], ids=["of renewals", "of first questions"])
+async def test_budget_serves_both_queues_in_turn(bench: Bench, crowd: bool) -> None:  # noqa: FBT001 - by name
+    """A crowd of the one kind does not keep the other waiting: every second turn is theirs."""
+    for number in range(20):
+        bench.ask(f"crowd{number}", renewal=crowd)
+    for number in range(3):
+        bench.ask(f"few{number}", renewal=not crowd)
+    await bench.clock.tick(3.5)
+    kinds = Counter(name.rstrip("0123456789") for name in bench.went)
+    assert (kinds["few"], kinds["crowd"]) == (3, 4)
+    assert [name for name in bench.went if name.startswith("crowd")] == [f"crowd{n}" for n in range(4)]
+
+
+async def test_budget_cancelled_waiter_leaves_no_hole(bench: Bench) -> None:
+    """Those behind one that gave up move up, and its token is theirs."""
+    asked = {name: bench.ask(name) for name in "abc"}
+    await bench.clock.tick()
+    asked["a"].cancel()
+    asked["b"].cancel()
+    await bench.clock.tick(0.5)
+    assert bench.went == ["c"]
+    assert bench.clock.alarms == 0
+
+
+async def test_budget_waiter_cancelled_at_its_turn_passes_it_on(clock: Clock) -> None:
+    """A turn that comes in the very moment of the cancellation goes to the next one."""
+    bench = Bench(clock, 2)
+    bench.ask("holder")
+    await clock.tick()
+    unlucky, _ = bench.ask("unlucky"), bench.ask("next")
+    await clock.tick()
+    clock.now += 0.5
+    bench.budget._serve()
+    unlucky.cancel()
+    await clock.tick()
+    assert bench.went == ["holder", "next"]
+
+
+async def test_budget_skips_one_whose_cancellation_is_under_way(bench: Bench) -> None:
+    """A waiter that was cancelled and has not run since gets no token."""
+    gone = bench.ask("gone")
+    bench.ask("next")
+    await bench.clock.tick()
+    bench.clock.now += 0.5
+    gone.cancel()
+    bench.budget._serve()
+    await bench.clock.tick()
+    assert bench.went == ["next"]
+
+
+async def test_budget_takes_back_a_turn_that_was_not_used(bench: Bench) -> None:
+    """Whoever makes no call, for the breaker has opened, say, leaves its token to the next at once."""
+    for name in "abc":
+        bench.ask(name, spend=name == "c")
+    bench.ask("d")
+    await bench.clock.tick(0.5)
+    assert bench.went == ["a", "b", "c"]
+    await bench.clock.tick(0.5)
+    assert bench.went == ["a", "b", "c", "d"]
+
+
+# --- throttling -------------------------------------------------------------------------------------------
+
+
+async def test_budget_slows_down_when_upstream_throttles(clock: Clock) -> None:
+    """A refusal limits what had no limit, and is told in one line; when peace lasts that is lifted again."""
+    bench = Bench(clock, 0)
+    with capture_logs() as lines:
+        await asyncio.gather(*(bench.ask(str(number)) for number in range(20)))
+        await bench.throttled()
+        assert bench.budget.slowed
+        assert bench.budget.per_second == pytest.approx(17.0)
+        await clock.tick(1.5)
+        await bench.throttled()
+        await clock.tick(59.9)
+        assert bench.budget.slowed
+        await clock.tick(0.2)
+        assert (bench.budget.slowed, bench.budget.per_second) == (False, float("inf"))
+    assert [line["event"] for line in lines] == [
+        "slowed down by the upstream",
+        "slowed down by the upstream no more",
+    ]
+
+
+async def test_budget_learns_only_from_answers_that_passed_the_flow_control(clock: Clock) -> None:
+    """A rejection was accepted; an upstream that is unwell says nothing of its limits; nor does no call."""
+    budget = Budget(0, clock=clock, call_later=clock.call_later)
+    for outcome in (REJECTED, REJECTED, REJECTED, UpstreamBusy("unwell"), UpstreamThrottled("slowly")):
+        with pytest.raises(type(outcome)):
+            async with budget.turn(renewal=True, patience_seconds=0) as turn:
+                turn.spend()
+                raise outcome
+    assert budget.per_second == pytest.approx(0.85 * 3)
+    unmade = Budget(0, clock=clock, call_later=clock.call_later)
+    with pytest.raises(BudgetSpent):
+        async with unmade.turn(renewal=True, patience_seconds=0):
+            raise BudgetSpent("by another")
+    assert not unmade.slowed
+
+
+async def test_budget_pauses_for_retry_after(clock: Clock) -> None:
+    """Nothing goes before the time upstream asked for; who cannot wait that long is refused at once."""
+    bench = Bench(clock, 0)
+    await bench.throttled(retry_after=3.0)
+    assert bench.budget.expected_wait(renewal=False) == pytest.approx(3.0)
+    waiting, refused = bench.ask("patient", patience=3.0), bench.ask("hasty", patience=2.9)
+    with pytest.raises(BudgetSpent):
+        await refused
+    await clock.tick(2.9)
+    assert bench.went == []
+    await clock.tick(0.1)
+    assert bench.went == ["patient"]
+    await waiting
+
+
+async def test_budget_looks_again_at_those_who_wait_when_it_slows_down(clock: Clock) -> None:
+    """A pause refuses those whose turn now comes too late, and tells the others; the order stays."""
+    bench = Bench(clock, 4)
+    throttling = asyncio.Event()
+
+    async def call() -> None:
+        async with bench.budget.turn(renewal=True, patience_seconds=0) as turn:
+            turn.spend()
+            await throttling.wait()
+            raise UpstreamThrottled("slowly", retry_after=2.0)
+
+    calling = clock.start(call())
+    await clock.tick()
+    patience = {"a": 10.0, "gone": 10.0, "hasty": 1.0, "b": 10.0}
+    asked = {name: bench.ask(name, patience=seconds) for name, seconds in patience.items()}
+    bench.ask("new", patience=10.0, renewal=False)
+    await clock.tick()
+    bench.held_up.clear()
+    asked["gone"].cancel()
+    throttling.set()
+    await asyncio.gather(calling, asked["hasty"], return_exceptions=True)
+    assert isinstance(asked["hasty"].exception(), BudgetSpent)
+    assert [name for name, _ in bench.held_up] == ["a", "new", "b"]
+    assert clock.alarms == 1
+    await clock.tick(1.9)
+    assert bench.went == []
+    await clock.tick(10)
+    assert bench.went == ["a", "new", "b"]
+
+
+# --- the criterion ----------------------------------------------------------------------------------------
+
+
+class Window:
+    """An upstream that takes so many calls in each second of its clock."""
+
+    def __init__(self, limit: int, clock: Clock) -> None:
+        self._limit = limit
+        self._clock = clock
+        self._taken: Counter[int] = Counter()
+
+    def takes(self) -> bool:
+        self._taken[int(self._clock())] += 1
+        return self._taken[int(self._clock())] <= self._limit
+
+
+class Bucket:
+    """An upstream that fills a token bucket, of a second's worth or less."""
+
+    def __init__(self, limit: int, clock: Clock, *, size: int) -> None:
+        self._limit, self._clock, self._size = limit, clock, size
+        self._level, self._at = float(size), clock()
+
+    def takes(self) -> bool:
+        now = self._clock()
+        self._level = min(self._level + (now - self._at) * self._limit, self._size)
+        self._at = now
+        taken = self._level >= 1
+        self._level -= taken
+        return taken
+
+
+UPSTREAMS: dict[str, Callable[[Clock], Window | Bucket]] = {
+    "window": lambda clock: Window(20, clock),
+    "bucket": lambda clock: Bucket(20, clock, size=20),
+    "shallow-bucket": lambda clock: Bucket(20, clock, size=4),
+}
+
+
+class Crowd:
+    """200 tasks that somebody asks for once a second each, a flight at a time, before a throttling upstream."""
+
+    def __init__(self, clock: Clock, upstream: Window | Bucket, retry_after: float | None) -> None:
+        self.clock = clock
+        self.upstream = upstream
+        self.retry_after = retry_after
+        self.budget = Budget(0, clock=clock, call_later=clock.call_later)
+        self.began = clock()
+        self.calls: Counter[int] = Counter()  # by second
+        self.answered: dict[int, list[float]] = {number: [] for number in range(200)}
+        for number in self.answered:
+            clock.start(self._poll(number))
+
+    async def _poll(self, number: int) -> None:
+        await self.clock.sleep(number / 200)
+        while True:
+            asked = self.clock()
+            try:
+                await self._fly(number)
+            except UpstreamThrottled as exc:
+                assert exc.retry_after is None or exc.retry_after > 0
+            else:
+                self.answered[number].append(self.clock() - self.began)
+            await self.clock.sleep(1 - (self.clock() - asked) % 1)
+
+    async def _fly(self, number: int) -> None:
+        renewal = bool(self.answered[number])
+        async with self.budget.turn(renewal=renewal, patience_seconds=10) as turn:
+            turn.spend()
+            await self.clock.sleep(0.02)
+            self.calls[int(self.clock() - self.began)] += 1
+            taken = self.upstream.takes()
+            await self.clock.sleep(0.03 if taken else 0.01)
+            if not taken:
+                raise UpstreamThrottled("slowly", retry_after=self.retry_after)
+
+
+@pytest.mark.parametrize("retry_after", [None, 1.0], ids=["silent", "retry-after"])
+@pytest.mark.parametrize("kind", UPSTREAMS)
+async def test_budget_settles_at_the_upstreams_limit(
+    clock: Clock, kind: str, retry_after: float | None
+) -> None:
+    """Under demand for 200 a second before a limit of 20: 15 to 25 calls a second, every task answered."""
+    crowd = Crowd(clock, UPSTREAMS[kind](clock), retry_after)
+    settled, end = 20, 80
+    await clock.tick(end)
+    seconds = [crowd.calls[second] for second in range(settled, end)]
+    if retry_after is None:
+        assert min(seconds) >= 15
+    else:
+        # A pause that upstream asks for is kept, each within two of these seconds; they are few.
+        assert sum(calls < 15 for calls in seconds) <= 2 * 4
+        assert all(sum(pair) > 0 for pair in itertools.pairwise(seconds))
+    assert max(seconds) <= 25
+    assert 17 <= sum(seconds) / len(seconds) <= 21
+    for times in crowd.answered.values():
+        assert max(later - earlier for earlier, later in itertools.pairwise([settled, *times, end])) < 40
+
+
+async def test_budget_finds_a_limit_that_was_raised(clock: Clock) -> None:
+    """When upstream throttles no more the demand is met in full again, within two minutes."""
+    upstream = Window(20, clock)
+    crowd = Crowd(clock, upstream, None)
+    await clock.tick(30)
+    upstream._limit = 10_000
+    await clock.tick(120)
+    assert crowd.calls[149] == 200
+    assert not crowd.budget.slowed
