@@ -101,6 +101,13 @@ def _parser() -> argparse.ArgumentParser:
         "--clock-offset", type=float, default=0.0, metavar="SECONDS", help="its clock is ahead by so much"
     )
     simulate.add_argument(
+        "--limit",
+        type=_count,
+        default=0,
+        metavar="CALLS",
+        help="throttle what exceeds so many calls a second",
+    )
+    simulate.add_argument(
         "--fault",
         action="append",
         default=[],
@@ -175,6 +182,7 @@ def _simulate(options: argparse.Namespace) -> int:
             pairs={options.key: secret},
             clock=lambda: time.time() + options.clock_offset,
             latency_seconds=options.latency,
+            limit=options.limit,
             faults=faults,
         )
     except ControlError as exc:
@@ -199,6 +207,12 @@ def _simulate(options: argparse.Namespace) -> int:
 def _announce_simulator(url: str) -> None:
     sys.stdout.write(f"{demo.SIMULATOR_SAYS}{url}\n")
     sys.stdout.flush()
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count")
+    return int(text)
 
 
 def _task_id(text: str) -> str:

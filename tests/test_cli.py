@@ -21,6 +21,7 @@ from tests.harness import (
     Simulator,
     framed,
     free_port,
+    fresh_id,
     plain_client,
     relay,
     run,
@@ -56,7 +57,14 @@ def test_cli_runs_as_a_module(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["fly"], ["serve", "--fast"], ["simulate", "--port", "high"], ["simulate", "--fault", "{}"]],
+    [
+        [],
+        ["fly"],
+        ["serve", "--fast"],
+        ["simulate", "--port", "high"],
+        ["simulate", "--fault", "{}"],
+        ["simulate", "--limit", "-1"],
+    ],
     ids=" ".join,
 )
 def test_cli_wrong_usage_exits_with_2(tmp_path: Path, arguments: list[str]) -> None:
@@ -358,7 +366,7 @@ def test_cli_simulate_runs_as_told(
     tmp_path: Path, launch: Callable[..., Gateway], number: signal.Signals
 ) -> None:
     """`simulate` accepts its pair, plays its faults, believes in its own time, and stops with 0."""
-    arguments = ["--port", "0", "--key", KEY, "--secret", SECRET, "--clock-offset", "7200"]
+    arguments = ["--port", "0", "--key", KEY, "--secret", SECRET, "--clock-offset", "7200", "--limit", "7"]
     fault = json.dumps({"name": "reject", "errCode": "E1", "operation": "comfy_get_progress"})
     with (
         Process("simulate", *arguments, "--fault", fault, cwd=tmp_path) as process,
@@ -369,6 +377,8 @@ def test_cli_simulate_runs_as_told(
         assert gate.get(task).status_code == 200
         assert abs(gate.metric("upstream_clock_skew_seconds") - 7200) < 60
         assert gate.get(f"{task}?api=comfy").json()["upstream"]["errCode"] == "E1"
+        asked = (gate.get(fresh_id()).json()["code"] for _ in range(1000))
+        assert "upstream-throttled" in asked
         process.signal(number)
         assert process.exit_status() == 0
     assert "Traceback" not in process.output

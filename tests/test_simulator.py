@@ -841,6 +841,28 @@ def test_control_works_under_every_fault(bench: Bench) -> None:
     assert bench.call().is_success
 
 
+def test_limit_throttles_what_exceeds_it_in_a_second(bench: Bench) -> None:
+    """So many calls a second are taken, the rest throttled, until the next second."""
+    assert bench.control("PUT", "/limit", calls=2) == {"calls": 2, "retryAfter": None}
+    assert [bench.call().status_code for _ in range(4)] == [200, 200, 429, 429]
+    refused = bench.call()
+    assert refused.headers["x-ca-error-code"] == "T429PA"
+    assert refused.headers["x-ca-error-message"] == "Throttled by APP Flow Control"
+    assert "retry-after" not in refused.headers
+    stats = bench.control("GET", "/stats")
+    assert (stats["throttled"], stats["refused"]) == (3, 0)
+    bench.clock.now += 1
+    assert bench.call().is_success
+    bench.control("PUT", "/limit", calls=1, retryAfter=3)
+    bench.control("PUT", "/legacy", enabled=True)
+    refused = bench.call()
+    assert (refused.status_code, refused.headers["retry-after"]) == (403, "3")
+    bench.control("PUT", "/limit", calls=0)
+    assert [bench.call().status_code for _ in range(4)] == [200] * 4
+    bench.control("DELETE", "/stats")
+    assert bench.control("GET", "/stats")["throttled"] == 0
+
+
 def test_stats_count_calls(bench: Bench) -> None:
     """The stats count calls by operation and task, refusals, flights, and when each call came."""
     bench.call()
@@ -854,6 +876,7 @@ def test_stats_count_calls(bench: Bench) -> None:
         "refused": 2,
         "inFlight": 0,
         "maxInFlight": 1,
+        "throttled": 0,
         "times": [BIRTH, BIRTH + 5, BIRTH + 5],
     }
 
@@ -870,6 +893,7 @@ def test_stats_are_reset_but_for_what_is_in_flight(bench: Bench) -> None:
             "refused": 0,
             "inFlight": 2,
             "maxInFlight": 2,
+            "throttled": 0,
             "times": [],
         }
     bench.in_flight(0)

@@ -13,8 +13,9 @@ The control API speaks JSON, unsigned: let the simulator listen on loopback only
     GET    /faults                 those in force            DELETE: clear all
     PUT    /legacy      {"enabled"}   refuse as older deployments do
     PUT    /pairs     {"pairs"}   from now on let in who signs with these: access keys to secrets
-    GET    /stats                  calls, callsByTask, refused (by the gate), inFlight, maxInFlight,
-                                   times                     DELETE: reset
+    PUT    /limit       {"calls", "retryAfter"?}   throttle what exceeds so many calls a second; 0: nothing
+    GET    /stats                  calls, callsByTask, refused (by the gate), throttled (by the limit),
+                                   inFlight, maxInFlight, times                     DELETE: reset
     GET    /requests               the last 200 vendor requests: method, target, headers, body
 
 `life` has the fields of `Life`, faults the parameters of the functions in `faults.py`, both in

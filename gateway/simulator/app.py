@@ -21,6 +21,7 @@ from gateway.simulator.control import Control, explain
 from gateway.simulator.faults import Call, Faults
 from gateway.simulator.gate import Gate
 from gateway.simulator.ledger import Ledger
+from gateway.simulator.limit import Limit
 from gateway.simulator.tasks import DEFAULT_LIFE, OPERATIONS, Life, Task
 from gateway.simulator.wire import ControlError, envelope, parse_object
 
@@ -34,6 +35,7 @@ def create_simulator(
     clock: Callable[[], float] = time.time,
     latency_seconds: float = 0.0,
     life: Life = DEFAULT_LIFE,
+    limit: int = 0,
     faults: Iterable[Mapping[str, Any] | None] = (),
     random: Random | None = None,
 ) -> Starlette:
@@ -41,22 +43,37 @@ def create_simulator(
 
     `pairs` maps access keys to secrets and is looked up at each request. `clock` gives Unix seconds:
     what the simulator believes is now, and says in `Date`. Every answer of a vendor operation takes
-    `latency_seconds`; a task made without a life of its own has `life`. `faults` are in force
-    from the start, each as a control request would set it. `random` draws task IDs and the chance of
-    faults.
+    `latency_seconds`; a task made without a life of its own has `life`. `limit` is how many calls a
+    second are taken, the others being throttled; 0: all. `faults` are in force from the start, each
+    as a control request would set it. `random` draws task IDs and the chance of faults.
 
     Raises: ControlError for a fault that makes no sense, or None where there was no JSON object.
     """
     random = random or SystemRandom()
     gate, played, ledger = Gate(pairs, clock=clock), Faults(random), Ledger()
+    flow = Limit(gate, clock=clock)
+    flow.calls = limit
     for given in faults:
         played.put(given)
     tasks: FIFOCache[str, Task] = FIFOCache(MAX_TASKS)
     vendor = Vendor(
-        gate=gate, tasks=tasks, faults=played, ledger=ledger, clock=clock, latency_seconds=latency_seconds
+        gate=gate,
+        limit=flow,
+        tasks=tasks,
+        faults=played,
+        ledger=ledger,
+        clock=clock,
+        latency_seconds=latency_seconds,
     )
     control = Control(
-        gate=gate, tasks=tasks, faults=played, ledger=ledger, clock=clock, random=random, life=life
+        gate=gate,
+        limit=flow,
+        tasks=tasks,
+        faults=played,
+        ledger=ledger,
+        clock=clock,
+        random=random,
+        life=life,
     )
     return Starlette(
         routes=[Route("/scc/{operation:path}", vendor), *control.routes()],
@@ -69,6 +86,7 @@ class Vendor:
     """`/scc/…`, as bare ASGI: faults need the protocol, and every answer is stamped."""
 
     gate: Gate
+    limit: Limit
     tasks: Mapping[str, Task]
     faults: Faults
     ledger: Ledger
@@ -105,13 +123,16 @@ class Vendor:
             self.ledger.count(operation, task_id, now)
         refusal = self._refusal(request, operation, target, body)
         # An answer is as of its call's arrival, however late it is sent: so answers can overtake.
-        answer = refusal or self._right_answer(operation, task_id, now)
+        throttled = None if refusal else self.limit.judge()
+        answer = refusal or throttled or self._right_answer(operation, task_id, now)
         call = Call(operation, task_id, answer, self.gate.legacy, request.receive)
         if self.latency_seconds:
             await call.pause(self.latency_seconds)
         if refusal:
             self.ledger.refused += 1
             return refusal  # faults play on accepted calls only: none may hide a wrong signature
+        if throttled:
+            return throttled
         return await self.faults.play(call)
 
     def _refusal(self, request: Request, operation: str, target: str, body: bytes) -> Response | None:

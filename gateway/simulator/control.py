@@ -12,8 +12,9 @@ from starlette.routing import Route
 from gateway.simulator.faults import Faults
 from gateway.simulator.gate import Gate
 from gateway.simulator.ledger import Ledger
+from gateway.simulator.limit import Limit
 from gateway.simulator.tasks import Life, Task, new_task_id
-from gateway.simulator.wire import ControlError, arguments, json_response, parse_object
+from gateway.simulator.wire import ControlError, Count, arguments, json_response, parse_object
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +22,7 @@ class Control:
     """The control API over the simulator's parts; `life` is that of tasks without their own."""
 
     gate: Gate
+    limit: Limit
     tasks: MutableMapping[str, Task]
     faults: Faults
     ledger: Ledger
@@ -39,6 +41,7 @@ class Control:
             ("DELETE", "/faults", self._clear_faults),
             ("PUT", "/legacy", self._set_legacy),
             ("PUT", "/pairs", self._set_pairs),
+            ("PUT", "/limit", self._set_limit),
             ("GET", "/stats", self._show_stats),
             ("DELETE", "/stats", self._reset_stats),
             ("GET", "/requests", self._show_requests),
@@ -81,11 +84,17 @@ class Control:
         self.gate.pairs = arguments(_pairs, await _object(request))["pairs"]
         return Response(status_code=204)  # secrets go in, and never out
 
+    async def _set_limit(self, request: Request) -> Response:
+        given = arguments(_limit, await _object(request))
+        self.limit.calls, self.limit.retry_after = given["calls"], given.get("retry_after")
+        return json_response({"calls": self.limit.calls, "retryAfter": self.limit.retry_after})
+
     async def _show_stats(self, _request: Request) -> Response:
-        return json_response(self.ledger.stats())
+        return json_response(self.ledger.stats() | {"throttled": self.limit.throttled})
 
     async def _reset_stats(self, _request: Request) -> Response:
         self.ledger.reset()
+        self.limit.throttled = 0
         return Response(status_code=204)
 
     async def _show_requests(self, _request: Request) -> Response:
@@ -109,3 +118,4 @@ def _new_task(*, task_id: str = "", life: dict[str, Any] = ..., data: dict[str, 
 def _script(*, data: dict[str, Any]) -> None: ...
 def _legacy(*, enabled: bool) -> None: ...
 def _pairs(*, pairs: dict[str, str]) -> None: ...
+def _limit(*, calls: Count, retry_after: Count | None = None) -> None: ...

@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 Seconds = Annotated[float, Field(ge=0, le=1e9)]  # so that every event loop can wait as long
 Bytes = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
 HttpStatus = Annotated[int, Field(ge=200, le=599)]
 # What a header can carry: Latin-1 without control characters. Refused here, or the answer would break.
 HeaderText = Annotated[str, Field(pattern=r"^[\x20-\x7e\xa0-\xff]*$")]
