@@ -89,7 +89,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         return draining + ([] if credentials.present else ["no credentials"])
 
     def degraded() -> list[str]:
-        return [f"upstream: {upstream.trouble}"] if upstream.trouble else []
+        return [f"upstream: {code}" for code in upstream.troubles]
 
     def signing() -> dict[str, Any] | None:
         held = credentials.signing

@@ -11,6 +11,8 @@ thread only.
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -87,17 +89,18 @@ class Breaker:
             raise UpstreamOpen(_REFUSAL, retry_after=_PROBE_SECONDS)
 
     @contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self, *, silence_seconds: float = math.inf) -> Iterator[None]:
         """Let one call through and learn from how it ends. Raises: UpstreamOpen, before it begins.
 
-        No exception and UpstreamRejected: well. `ILL`: ill. Anything else, and a call that is
-        cancelled, says nothing; a probe that ends so leaves its place to the next call.
+        No exception and UpstreamRejected: well. `ILL`, and a call that is cancelled after
+        `silence_seconds` without an answer: ill. Anything else says nothing; a probe that ends so
+        leaves its place to the next call.
         """
         self.check()
         if self._state is State.OPEN:
             self._enter(State.HALF_OPEN)
         self._probing = self._state is State.HALF_OPEN
-        era = self._era
+        era, began = self._era, self._clock()
         well: bool | None = None
         try:
             yield
@@ -107,6 +110,10 @@ class Breaker:
             raise
         except ILL:
             well = False
+            raise
+        except asyncio.CancelledError:
+            if self._clock() - began >= silence_seconds:
+                well = False
             raise
         finally:
             if era == self._era:

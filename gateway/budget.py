@@ -45,13 +45,18 @@ class Timer(Protocol):
 
 
 class Turn:
-    """One call's place in the budget; it is given back unless the call is made."""
+    """One call's place in the budget; it is given back unless the call is made.
 
-    __slots__ = ("_clock", "sent_at")
+    `void`: upstream has slowed us down since it was given. Whoever still waits, for a connection
+    say, is to ask again: given without a limit, turns might be any number.
+    """
+
+    __slots__ = ("_clock", "sent_at", "void")
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self.sent_at: float | None = None
+        self.void = False
 
     def spend(self) -> None:
         """Note that the call is being made, now."""
@@ -82,6 +87,7 @@ class Budget:
         self._call_later = call_later
         self._queues: dict[bool, _Queue] = {True: OrderedDict(), False: OrderedDict()}  # by `renewal`
         self._next = True  # the queue that is served next
+        self._turns: set[Turn] = set()  # given, and not over
         self._level = 1.0  # tokens
         self._filled_at = clock()
         self._timer: Timer | None = None
@@ -116,6 +122,7 @@ class Budget:
         """
         await self._take(renewal=renewal, patience_seconds=patience_seconds, held_up=held_up)
         turn = Turn(self._clock)
+        self._turns.add(turn)
         accepted = False
         try:
             yield turn
@@ -128,9 +135,10 @@ class Budget:
                 self._slow_down(turn.sent_at, exc.retry_after)
             raise
         finally:
-            if turn.sent_at is None:
+            self._turns.discard(turn)
+            if turn.sent_at is None and not turn.void:
                 self._give_back()
-            elif accepted:
+            elif turn.sent_at is not None and accepted:
                 self._pace.accepted(self._clock(), sent_at=turn.sent_at)
 
     async def _take(
@@ -195,6 +203,8 @@ class Budget:
             return
         if not before:
             log.warning("slowed down by the upstream", per_second=round(self._pace.per_second(now), 1))
+        for turn in self._turns:
+            turn.void = True
         self._level = min(self._level, 1.0)
         self._look_again(now)
         self._serve()

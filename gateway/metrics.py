@@ -63,6 +63,17 @@ class Metrics:
             ["operation", "reason"],
             registry=registry,
         )
+        self.upstream_circuit_state = Gauge(
+            "sd_gateway_upstream_circuit_state",
+            "1 for the state of the operation's circuit breaker: closed open half-open.",
+            ["operation", "state"],
+            registry=registry,
+        )
+        self.upstream_budget = Gauge(
+            "sd_gateway_upstream_budget_per_second",
+            "Upstream calls a second that settings and upstream's refusals allow now; +Inf: any number.",
+            registry=registry,
+        )
         self.upstream_clock_skew = Gauge(
             "sd_gateway_upstream_clock_skew_seconds",
             "Upstream's clock minus ours, by its last Date header.",

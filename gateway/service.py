@@ -4,6 +4,7 @@
     stale, young enough   -> the same, and one refresh begins behind it
     else                  -> everybody waits for the one flight: upstream -> store -> all waiters
     the flight failed     -> a snapshot not older than stale_if_error, else the failure
+    ... is held up by the budget -> the same at once, while the flight keeps its place in the queue
     read twice while fresh -> hot: refreshed ahead, so that the next reader finds it fresh
 
 Freshness promise: while upstream answers, nobody is handed a snapshot older than its
@@ -21,7 +22,14 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from gateway.exceptions import GatewayError, Overloaded, UpstreamCredentials, UpstreamError
+from gateway.exceptions import (
+    BudgetSpent,
+    GatewayError,
+    Overloaded,
+    UpstreamCredentials,
+    UpstreamError,
+    UpstreamOpen,
+)
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey, observe
 from gateway.sampling import Sampler
@@ -115,6 +123,8 @@ class ProgressService:
         self._tracing = tracing or Untraced()
         self._clock = clock
         self._flights: SingleFlight[TaskKey, Landing] = SingleFlight()
+        # Of flights: why callers who have another answer should not wait for this one, once it is so.
+        self._held_up: dict[TaskKey, asyncio.Future[GatewayError]] = {}
         self._lifetimes: dict[Status | None, float] = {
             None: cache.result_seconds,
             Status.WAITING: cache.waiting_seconds,
@@ -163,7 +173,7 @@ class ProgressService:
         snapshot = self._store.peek(key)
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime:
-            outcome = await self._wait(key)
+            outcome = await self._wait(key, patient=True)
             if isinstance(outcome, Failed):
                 raise outcome.raised()
             return outcome
@@ -215,13 +225,14 @@ class ProgressService:
         if self._store.peek(key) is snapshot and self._store.failure(key) is None:
             self._flights.start(key, partial(self._fetch, key, ahead=True))
 
-    async def _wait(self, key: TaskKey) -> Reading | Failed:
+    async def _wait(self, key: TaskKey, *, patient: bool = False) -> Reading | Failed:
+        """Wait for the key's flight; `patient`: even while it is held up by the budget."""
         failure = self._store.failure(key)
         if failure is not None:
             return self._cover(key, failure, Source.NEGATIVE)
         source = Source.COLLAPSED if key in self._flights else Source.MISS
         replaced_stale = self._store.peek(key) is not None
-        landing = await self._flights.do(key, partial(self._fetch, key))
+        landing = await self._board(key, patient=patient)
         outcome = landing.outcome
         if isinstance(outcome, GatewayError):
             return self._cover(key, outcome, source, landing)
@@ -229,17 +240,35 @@ class ProgressService:
         age = self._clock() - outcome.fetched_at
         return Reading(outcome, age, source, replaced_stale, landing=landing)
 
+    async def _board(self, key: TaskKey, *, patient: bool) -> Landing:
+        take_off = partial(self._fetch, key)
+        if patient or self._covering(key) is None:
+            return await self._flights.do(key, take_off)
+        flight = self._flights.start(key, take_off)
+        if flight.done():  # in this very turn of the loop
+            return flight.result()
+        held_up = self._held_up.setdefault(key, asyncio.get_running_loop().create_future())
+        await asyncio.wait((flight, held_up), return_when=asyncio.FIRST_COMPLETED)
+        return flight.result() if flight.done() else Landing(held_up.result())
+
     def _cover(
         self, key: TaskKey, failure: GatewayError, source: Source, landing: Landing | None = None
     ) -> Reading | Failed:
         """Answer a failure with a snapshot, unless it is too old."""
-        snapshot = self._store.peek(key)
-        age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
-        if snapshot is None or age > self._cache.stale_if_error_seconds:
+        snapshot = self._covering(key)
+        if snapshot is None:
             self._count[key.operation, source]()
             return Failed(key, failure, source, landing)
         self._count[key.operation, Source.STALE]()
+        age = self._clock() - snapshot.fetched_at
         return Reading(snapshot, age, Source.STALE, failure=failure, landing=landing)
+
+    def _covering(self, key: TaskKey) -> Snapshot | None:
+        """Return the snapshot that may stand in for a failure."""
+        snapshot = self._store.peek(key)
+        if snapshot is None or self._clock() - snapshot.fetched_at > self._cache.stale_if_error_seconds:
+            return None
+        return snapshot
 
     async def _fetch(self, key: TaskKey, *, ahead: bool = False) -> Landing:
         """Fly: a failure is returned, not raised, for it is shared as data.
@@ -258,6 +287,9 @@ class ProgressService:
                     "bug in a flight", operation=key.operation, task_id=key.task_id, suppressed=suppressed
                 )
             raise
+        finally:
+            # In the flight's last step: whoever finds it in the air finds its own entry, or makes it.
+            self._held_up.pop(key, None)
 
     async def _fly(self, key: TaskKey, *, ahead: bool) -> Landing:
         # Look again. Between the look that sent us here and our taking off, another replica may
@@ -267,7 +299,9 @@ class ProgressService:
             return Landing(newest)
         started = self._clock()
         try:
-            answer = await self._upstream.query(key)
+            answer = await self._upstream.query(
+                key, renewal=self._store.peek(key) is not None, held_up=partial(self._hold_up, key)
+            )
             self._latency[key.operation] += _LATENCY_WEIGHT * (
                 self._clock() - started - self._latency[key.operation]
             )
@@ -280,14 +314,21 @@ class ProgressService:
                 previous=self._store.peek(key),
             )
         except GatewayError as failure:
-            # Our own limits pass by themselves, and refused credentials are the pair's affair.
-            if not isinstance(failure, Overloaded | UpstreamCredentials):
+            # Our own limits and an open circuit pass by themselves, and refused credentials are the pair's
+            # affair: none of them is the task's.
+            if not isinstance(failure, Overloaded | BudgetSpent | UpstreamOpen | UpstreamCredentials):
                 await self._store.fail(key, failure, seconds=self._cache.error_seconds)
             invoke_id = failure.invoke_id if isinstance(failure, UpstreamError) else None
             return Landing(failure, self._clock() - started, invoke_id)
         upstream_seconds = snapshot.fetched_at - started
         self._note_transition(self._store.peek(key), snapshot, answer.data.get("status"))
         return Landing(await self._store.save(snapshot), upstream_seconds, answer.invoke_id)
+
+    def _hold_up(self, key: TaskKey, seconds: float) -> None:
+        held_up = self._held_up.setdefault(key, asyncio.get_running_loop().create_future())
+        if not held_up.done():
+            failure = BudgetSpent("the query waits for the budget of upstream calls", retry_after=seconds)
+            held_up.set_result(failure)
 
     def _note_transition(self, previous: Snapshot | None, snapshot: Snapshot, raw_status: object) -> None:
         status = snapshot.status

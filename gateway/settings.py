@@ -96,6 +96,7 @@ class Upstream(_Section):
     attempt_timeout_seconds: Positive = 5.0
     retries: Annotated[int, Field(ge=0, le=10)] = 2
     max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 64
+    requests_per_second: Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)] = 0.0
     max_response_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824)] = 1_048_576
 
     @model_validator(mode="after")

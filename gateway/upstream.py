@@ -1,6 +1,6 @@
 """One question to the upstream: signed, bounded, and answered with data or a named failure.
 
-    query -> (slot, deadline, retries) -> _attempt -> exchange -> judge -> data
+    query -> (deadline, retries) -> breaker, budget, slot -> _attempt -> exchange -> judge -> data
 
 httpx's types stay behind this module, and what carries them behind `transport.py`. Detached flights call
 it, never a caller's own task; the semaphore alone bounds the calls, so nothing ever queues in the pool.
@@ -22,15 +22,20 @@ from typing import Any, NamedTuple, Self
 import httpx
 import structlog
 
+from gateway.breaker import Breaker, State
+from gateway.budget import Budget, Turn
 from gateway.credentials import Pair
 from gateway.exceptions import (
+    BudgetSpent,
     GatewayError,
     Overloaded,
     UpstreamClock,
     UpstreamDetail,
     UpstreamError,
     UpstreamInvalid,
+    UpstreamOpen,
     UpstreamRejected,
+    UpstreamThrottled,
     UpstreamTimeout,
     UpstreamUnreachable,
 )
@@ -49,6 +54,8 @@ _BACKOFF_SECONDS = 0.1  # doubled by each retry, then taken at random between 0 
 _RETRY_SHARE = 0.2  # of recent calls that may be retries: a sick upstream is not asked threefold
 _RETRY_RESERVE = 10.0
 _CLOCK_TOLERANCE_SECONDS = 2.0  # the Date header has whole seconds, and the answer was under way
+_NO_SLOT = "the gateway makes as many upstream calls as it may"
+_NO_ANSWER = "the upstream did not answer in time"
 
 log = structlog.get_logger(__name__)
 
@@ -98,7 +105,14 @@ class Upstream:
         self._slots = asyncio.Semaphore(settings.max_in_flight)
         self._retry_tokens = _RETRY_RESERVE
         self._clock_offset = 0.0  # seconds to add to our clock when signing
-        self.trouble: str | None = None  # the problem code of the last call, unless it brought an envelope
+        self._trouble: str | None = None  # the problem code of the last call, unless it brought an envelope
+        self._budget = Budget(settings.requests_per_second)
+        metrics.upstream_budget.set_function(lambda: self._budget.per_second)
+        self._breakers = {operation: self._breaker(operation) for operation in Operation}
+        # Half an attempt's time. A silence that long, ended by the caller's deadline, speaks against
+        # upstream: one that began just before the deadline was given no chance. And nobody queues for a turn
+        # that leaves less: in a queue as long as the deadline every call would be given up once it is made.
+        self._silence_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
         self._fixed_headers = {"user-agent": user_agent, "accept-encoding": "identity"}
         self._urls = {operation: httpx.URL(settings.endpoint).join(operation.path) for operation in Operation}
 
@@ -111,27 +125,57 @@ class Upstream:
         """Close every connection."""
         await self._transport.aclose()
 
-    async def query(self, key: TaskKey) -> Answer:
+    @property
+    def troubles(self) -> list[str]:
+        """The problem codes that describe how the upstream is doing; none: well."""
+        codes = [self._trouble] if self._trouble else []
+        if any(breaker.state is not State.CLOSED for breaker in self._breakers.values()):
+            codes.append(UpstreamOpen.code)
+        if self._budget.slowed:
+            codes.append(UpstreamThrottled.code)
+        return list(dict.fromkeys(codes))
+
+    async def query(
+        self, key: TaskKey, *, renewal: bool = False, held_up: Callable[[float], None] = lambda _: None
+    ) -> Answer:
         """Ask, again if that may help, until `upstream.timeout_seconds` have passed.
 
-        Raises: UpstreamError; Overloaded when no slot became free in time.
+        `renewal`: an older answer is known. `held_up` is told the seconds when the query has to wait
+        for the budget. Raises: UpstreamError; Overloaded when no slot became free in time.
         """
-        deadline = asyncio.get_running_loop().time() + self._settings.timeout_seconds
-        late: GatewayError = Overloaded("the gateway makes as many upstream calls as it may", retry_after=1.0)
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._settings.timeout_seconds
+        breaker = self._breakers[key.operation]
+        late: GatewayError = BudgetSpent("the budget of upstream calls is spent for now", retry_after=1.0)
         self._retry_tokens = min(self._retry_tokens + _RETRY_SHARE, _RETRY_RESERVE)
         attempt = 0
         calls = count()  # more than attempts: another pair, or the clock's correction, may bring one more
+        failure: UpstreamError | None = None
         try:
             async with asyncio.timeout_at(deadline):
                 while True:
-                    async with self._slots:
-                        late = UpstreamTimeout("the upstream did not answer in time")
-                        try:
-                            return await self._rotation.use(
-                                key.operation, partial(self._attempt_on_time, key, calls)
-                            )
-                        except UpstreamError as exc:
-                            failure = exc
+                    try:
+                        breaker.check()  # nobody queues for a call that will not be made
+                        # The turn first: who waits for it holds no slot.
+                        async with self._budget.turn(
+                            renewal=renewal,
+                            patience_seconds=deadline - self._silence_seconds - loop.time(),
+                            held_up=held_up,
+                        ) as turn:
+                            if attempt == 0:
+                                late = Overloaded(_NO_SLOT, retry_after=1.0)
+                            async with self._slots:
+                                if turn.void:
+                                    continue
+                                late = UpstreamTimeout(_NO_ANSWER)
+                                return await self._rotation.use(
+                                    key.operation, partial(self._attempt_on_time, key, calls, turn)
+                                )
+                    except (BudgetSpent, UpstreamOpen) as refused:
+                        # No call was made: what the one before met with says more.
+                        raise failure or refused from None
+                    except UpstreamError as exc:
+                        failure = exc
                     delay = self._delay(failure, attempt, deadline)
                     self._metrics.upstream_retries.labels(key.operation, failure.code).inc()
                     attempt += 1
@@ -175,20 +219,24 @@ class Upstream:
         }
         return Exchange(sent, response.status_code, headers, content)
 
-    async def _attempt_on_time(self, key: TaskKey, calls: Iterator[int], pair: Pair) -> Answer:
+    async def _attempt_on_time(self, key: TaskKey, calls: Iterator[int], turn: Turn, pair: Pair) -> Answer:
         offset = self._clock_offset
         try:
-            return await self._attempt(key, calls, pair)
+            return await self._attempt(key, calls, turn, pair)
         except UpstreamClock as exc:
             # Of many calls in the air the first one's refusal corrects the clock for all: each is signed
             # again, once, and not out of the retries' budget, which is smaller than such a crowd.
             if self._clock_offset == offset:
                 raise
             self._metrics.upstream_retries.labels(key.operation, exc.code).inc()
-        return await self._attempt(key, calls, pair)
+        return await self._attempt(key, calls, turn, pair)
 
-    async def _attempt(self, key: TaskKey, calls: Iterator[int], pair: Pair) -> Answer:
-        with self._tracing.call(key, number=next(calls)) as mark:
+    async def _attempt(self, key: TaskKey, calls: Iterator[int], turn: Turn, pair: Pair) -> Answer:
+        with (
+            self._breakers[key.operation].guard(silence_seconds=self._silence_seconds),
+            self._tracing.call(key, number=next(calls)) as mark,
+        ):
+            turn.spend()
             return await self._call(key, pair, mark)
 
     async def _call(self, key: TaskKey, pair: Pair, mark: Mark) -> Answer:
@@ -207,7 +255,7 @@ class Upstream:
                 self._correct_clock(skew)
                 raise
         except TimeoutError:
-            raise UpstreamTimeout("the upstream did not answer in time") from None
+            raise UpstreamTimeout(_NO_ANSWER) from None
         except UpstreamError as exc:
             outcome, mark.invoke_id = exc.code, exc.invoke_id
             raise
@@ -216,7 +264,7 @@ class Upstream:
             return answer
         finally:
             mark.outcome = outcome
-            self.trouble = None if outcome in {"ok", UpstreamRejected.code} else outcome
+            self._trouble = None if outcome in {"ok", UpstreamRejected.code} else outcome
             self._metrics.upstream_in_flight.dec()
             self._metrics.upstream_requests.labels(operation, outcome).inc()
             self._metrics.upstream_request_duration.labels(operation).observe(time.perf_counter() - started)
@@ -245,6 +293,16 @@ class Upstream:
             ),
             retry_after=_retry_after(exchange.headers.get("retry-after", ""), self._clock()),
         )
+
+    def _breaker(self, operation: Operation) -> Breaker:
+        gauges = {state: self._metrics.upstream_circuit_state.labels(operation, state) for state in State}
+
+        def show(now: State) -> None:
+            for state, gauge in gauges.items():
+                gauge.set(state is now)
+
+        show(State.CLOSED)
+        return Breaker(operation, on_change=show)
 
     def _shown(self, text: str | None) -> str | None:
         return None if text is None else self._redactor(text)[:500]

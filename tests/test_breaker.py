@@ -110,7 +110,7 @@ def test_breaker_stays_closed_while_most_calls_end_well(bench: Bench, well: Base
 
 
 def test_breaker_forgets_old_outcomes(bench: Bench) -> None:
-    """Outcomes count for ten seconds: an outage that has passed opens nothing, nor does an old success help."""
+    """Outcomes count for ten seconds: an outage that has passed opens nothing."""
     bench.call(*[SICK] * 9)
     bench.now += 10
     bench.call(SICK, *[None] * 50)
@@ -164,6 +164,22 @@ def test_breaker_rests_longer_after_each_failed_probe(opened: Bench) -> None:
     assert opened.refusal() == 1.0
 
 
+def test_breaker_counts_a_long_silence_that_the_caller_ended(bench: Bench) -> None:
+    """A cancelled call that had its time is ill; one that had less says nothing."""
+
+    def cancelled(after: float) -> None:
+        with suppress(asyncio.CancelledError), bench.breaker.guard(silence_seconds=0.5):
+            bench.now += after
+            raise asyncio.CancelledError
+
+    for _ in range(20):
+        cancelled(after=0.4)
+    assert bench.breaker.state is State.CLOSED
+    for _ in range(10):
+        cancelled(after=0.5)
+    assert bench.breaker.state is State.OPEN
+
+
 @pytest.mark.parametrize("outcome", NO_VERDICT, ids=name_of)
 def test_breaker_probe_without_a_verdict_leaves_its_place(opened: Bench, outcome: BaseException) -> None:
     """A probe that is cancelled, or refused for our sake, decides nothing: the next call is the probe."""
@@ -175,7 +191,7 @@ def test_breaker_probe_without_a_verdict_leaves_its_place(opened: Bench, outcome
 
 
 def test_breaker_ignores_calls_of_an_earlier_state(bench: Bench) -> None:
-    """A call that took off before the circuit opened neither closes it, nor counts once it is closed again."""
+    """A call from before the circuit opened neither closes it, nor counts once it is closed again."""
     late_and_well, late_and_ill = bench.breaker.guard(), bench.breaker.guard()
     late_and_well.__enter__()
     late_and_ill.__enter__()

@@ -5,6 +5,7 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from gateway.exceptions import (
     BudgetSpent,
     UpstreamBusy,
     UpstreamDetail,
+    UpstreamError,
     UpstreamRejected,
     UpstreamThrottled,
 )
@@ -89,6 +91,15 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
+async def end(budget: Budget, outcome: UpstreamError, *, spend: bool = True) -> None:
+    """Make a call that ends so, its turn having come at once."""
+    with suppress(type(outcome)):
+        async with budget.turn(renewal=True, patience_seconds=0) as turn:
+            if spend:
+                turn.spend()
+            raise outcome
+
+
 class Bench:
     """A budget, its clock, and the calls that got their turn."""
 
@@ -117,10 +128,7 @@ class Bench:
 
     async def throttled(self, retry_after: float | None = None) -> None:
         """Make a call that upstream throttles."""
-        with pytest.raises(UpstreamThrottled):
-            async with self.budget.turn(renewal=True, patience_seconds=0) as turn:
-                turn.spend()
-                raise UpstreamThrottled("slowly", retry_after=retry_after)
+        await end(self.budget, UpstreamThrottled("slowly", retry_after=retry_after))
 
 
 @pytest.fixture
@@ -299,19 +307,30 @@ async def test_budget_slows_down_when_upstream_throttles(clock: Clock) -> None:
     ]
 
 
+async def test_budget_takes_back_turns_that_were_given_without_a_limit(clock: Clock) -> None:
+    """When upstream slows us down, turns not used yet are void, and no token comes back for them."""
+    budget = Budget(0, clock=clock, call_later=clock.call_later)
+    async with (
+        budget.turn(renewal=True, patience_seconds=0) as waits,
+        budget.turn(renewal=True, patience_seconds=0) as waits_too,
+    ):
+        assert not waits.void
+        await end(budget, UpstreamThrottled("slowly"))
+        assert (waits.void, waits_too.void) == (True, True)
+        async with budget.turn(renewal=True, patience_seconds=0) as again:
+            again.spend()
+            assert not again.void
+    assert budget.expected_wait(renewal=True) == pytest.approx(1 / 0.85)
+
+
 async def test_budget_learns_only_from_answers_that_passed_the_flow_control(clock: Clock) -> None:
     """A rejection was accepted; an upstream that is unwell says nothing of its limits; nor does no call."""
     budget = Budget(0, clock=clock, call_later=clock.call_later)
     for outcome in (REJECTED, REJECTED, REJECTED, UpstreamBusy("unwell"), UpstreamThrottled("slowly")):
-        with pytest.raises(type(outcome)):
-            async with budget.turn(renewal=True, patience_seconds=0) as turn:
-                turn.spend()
-                raise outcome
+        await end(budget, outcome)
     assert budget.per_second == pytest.approx(0.85 * 3)
     unmade = Budget(0, clock=clock, call_later=clock.call_later)
-    with pytest.raises(BudgetSpent):
-        async with unmade.turn(renewal=True, patience_seconds=0):
-            raise BudgetSpent("by another")
+    await end(unmade, UpstreamThrottled("slowly"), spend=False)
     assert not unmade.slowed
 
 
@@ -400,7 +419,7 @@ UPSTREAMS: dict[str, Callable[[Clock], Window | Bucket]] = {
 
 
 class Crowd:
-    """200 tasks that somebody asks for once a second each, a flight at a time, before a throttling upstream."""
+    """200 tasks, each asked for once a second, a flight at a time, before a throttling upstream."""
 
     def __init__(self, clock: Clock, upstream: Window | Bucket, retry_after: float | None) -> None:
         self.clock = clock
@@ -409,6 +428,7 @@ class Crowd:
         self.budget = Budget(0, clock=clock, call_later=clock.call_later)
         self.began = clock()
         self.calls: Counter[int] = Counter()  # by second
+        self.refused = 0  # by upstream or by the budget
         self.answered: dict[int, list[float]] = {number: [] for number in range(200)}
         for number in self.answered:
             clock.start(self._poll(number))
@@ -419,8 +439,8 @@ class Crowd:
             asked = self.clock()
             try:
                 await self._fly(number)
-            except UpstreamThrottled as exc:
-                assert exc.retry_after is None or exc.retry_after > 0
+            except UpstreamThrottled:
+                self.refused += 1
             else:
                 self.answered[number].append(self.clock() - self.began)
             await self.clock.sleep(1 - (self.clock() - asked) % 1)
@@ -454,6 +474,7 @@ async def test_budget_settles_at_the_upstreams_limit(
         assert sum(calls < 15 for calls in seconds) <= 2 * 4
         assert all(sum(pair) > 0 for pair in itertools.pairwise(seconds))
     assert max(seconds) <= 25
+    assert crowd.refused > 0
     assert 17 <= sum(seconds) / len(seconds) <= 21
     for times in crowd.answered.values():
         assert max(later - earlier for earlier, later in itertools.pairwise([settled, *times, end])) < 40

@@ -20,6 +20,8 @@ PROMISED: dict[str, tuple[str, tuple[str, ...]]] = {
     "upstream_request_duration_seconds": ("histogram", ("operation",)),
     "upstream_in_flight": ("gauge", ()),
     "upstream_retries": ("counter", ("operation", "reason")),
+    "upstream_circuit_state": ("gauge", ("operation", "state")),
+    "upstream_budget_per_second": ("gauge", ()),
     "upstream_clock_skew_seconds": ("gauge", ()),
     "tasks_observed": ("counter", ("operation", "status")),
     "watchers": ("gauge", ("kind",)),

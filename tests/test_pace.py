@@ -67,7 +67,7 @@ def test_pace_decreases_once_a_round() -> None:
 
 
 def test_pace_halves_a_known_ceiling_at_most() -> None:
-    """An upstream that suddenly accepts nothing is asked half as often, then once a second; then searched anew."""
+    """An upstream that suddenly accepts nothing is asked half as often, then once a second."""
     pace = steady(ceiling=8)
     limits = []
     for second in (21.0, 22.0, 23.0):

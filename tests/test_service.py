@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from gateway.exceptions import (
+    BudgetSpent,
     GatewayError,
     Overloaded,
     UpstreamBusy,
@@ -21,6 +22,7 @@ from gateway.exceptions import (
     UpstreamDetail,
     UpstreamInvalid,
     UpstreamNonce,
+    UpstreamOpen,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamTimeout,
@@ -57,9 +59,12 @@ FAILURES: list[GatewayError] = [
     UpstreamThrottled("slowly"),
     UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail()),
 ]
-# None of these is the task's own: our limits pass by themselves, and credentials are the pair's affair.
+# None of these is the task's own: our limits and an open circuit pass by themselves, and credentials are the
+# pair's affair.
 NOT_THE_TASKS: list[GatewayError] = [
     Overloaded("full"),
+    BudgetSpent("full"),
+    UpstreamOpen("resting"),
     UpstreamCredentials("refused"),
     UpstreamClock("refused"),
     UpstreamNonce("refused"),
@@ -83,8 +88,10 @@ class Clock:
 class Call:
     """One query that the upstream got, and the test answers."""
 
-    def __init__(self, key: TaskKey) -> None:
+    def __init__(self, key: TaskKey, *, renewal: bool, hold_up: Callable[[float], None]) -> None:
         self.key = key
+        self.renewal = renewal
+        self.hold_up = hold_up
         self.outcome: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
     def answer(self, status: str = "running", **data: Any) -> None:
@@ -108,10 +115,10 @@ class FakeUpstream:
         self.keys: list[TaskKey] = []
         self._calls: asyncio.Queue[Call] = asyncio.Queue()
 
-    async def query(self, key: TaskKey) -> Answer:
+    async def query(self, key: TaskKey, *, renewal: bool, held_up: Callable[[float], None]) -> Answer:
         """Wait until the test answers."""
         self.keys.append(key)
-        call = Call(key)
+        call = Call(key, renewal=renewal, hold_up=held_up)
         self._calls.put_nowait(call)
         return await call.outcome
 
@@ -319,6 +326,86 @@ async def test_get_stores_an_answer_that_nobody_waits_for(bench: Bench) -> None:
     assert (await next_one).source is Source.COLLAPSED
     assert (await bench.get(KEY)).source is Source.HIT
     assert bench.upstream.count == 1
+
+
+# Held up by the budget
+
+
+def long_ago(bench: Bench) -> None:
+    """Let so much time pass that a snapshot is too old to be shown, and young enough to cover a failure."""
+    bench.clock.now += CACHE.running_seconds + CACHE.stale_while_revalidate_seconds + 1
+
+
+async def test_get_does_not_wait_for_a_flight_that_is_held_up(bench: Bench) -> None:
+    """Who has a snapshot to fall back on is told why it is old, at once; the flight goes on and lands."""
+    first = await bench.learn(progress=0.1)
+    long_ago(bench)
+    crowd = [bench.begin() for _ in range(3)]
+    call = await bench.upstream.call()
+    assert call.renewal
+    call.hold_up(7.0)
+    call.hold_up(6.0)
+    for reading in await asyncio.gather(*crowd, bench.service.get(KEY)):
+        assert (reading.snapshot, reading.source) == (first.snapshot, Source.STALE)
+        assert isinstance(reading.failure, BudgetSpent)
+        assert reading.failure.retry_after == 7.0
+    assert bench.lookups() == {"miss": 1, "stale": 4}
+    call.answer(progress=0.9)
+    await bench.renewed(after=first.snapshot)
+    assert data_of(await bench.service.get(KEY))["progress"] == 0.9
+    assert bench.upstream.count == 2
+
+
+async def test_get_waits_for_a_flight_that_is_not_held_up(bench: Bench) -> None:
+    """A snapshot to fall back on is no reason not to wait for a flight that is in the air."""
+    for _ in range(2):
+        await bench.learn()
+        long_ago(bench)
+        asked = bench.begin()
+        (await bench.upstream.call()).answer(progress=0.9)
+        reading = await asked
+        assert (reading.source, reading.replaced_stale, reading.failure) == (Source.MISS, True, None)
+        long_ago(bench)
+        assert bench.service._held_up == {}
+
+
+async def test_get_waits_for_a_held_up_flight_without_a_snapshot(bench: Bench) -> None:
+    """Who has nothing to fall back on, or nothing young enough, waits for its turn."""
+    for _ in range(2):
+        asked = bench.begin()
+        call = await bench.upstream.call()
+        call.hold_up(7.0)
+        await asyncio.sleep(0)
+        assert not asked.done()
+        call.answer()
+        assert (await asked).source is Source.MISS
+        bench.clock.now += CACHE.stale_if_error_seconds + CACHE.running_seconds
+
+
+async def test_get_fresh_waits_for_a_held_up_flight(bench: Bench) -> None:
+    """A schedule that nobody waits for keeps its place in the queue and brings the fresh snapshot."""
+    await bench.learn()
+    long_ago(bench)
+    asked = asyncio.create_task(bench.service.get_fresh(KEY))
+    call = await bench.upstream.call()
+    call.hold_up(7.0)
+    call.answer(progress=0.9)
+    reading = await asked
+    assert (reading.source, reading.failure) == (Source.MISS, None)
+
+
+async def test_get_joins_a_flight_that_has_just_landed(bench: Bench) -> None:
+    """A caller that comes in the very turn of the loop in which the flight ends gets its answer."""
+    await bench.learn()
+    long_ago(bench)
+    flight = bench.service._flights.start(KEY, lambda: bench.service._fetch(KEY))
+    call = await bench.upstream.call()
+    call.answer(progress=0.9)
+    late: list[asyncio.Task[Reading]] = []
+    bench.store.on_change(lambda _: late.append(bench.begin()))
+    await flight
+    assert [(await asked).snapshot for asked in late] == [flight.result()]
+    assert bench.upstream.count == 2
 
 
 # Stale

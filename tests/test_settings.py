@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "upstream.attempt_timeout_seconds": 5.0,
     "upstream.retries": 2,
     "upstream.max_in_flight": 64,
+    "upstream.requests_per_second": 0.0,
     "upstream.max_response_bytes": 1048576,
     "cache.max_tasks": 10000,
     "cache.waiting_seconds": 2.0,

@@ -5,8 +5,11 @@ import gzip
 import json
 import socket
 import ssl
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,9 +67,14 @@ THROTTLED = Told(503, "upstream-throttled", 1, "1")
 
 @pytest.fixture(scope="module")
 def shared(simulator_url: str) -> Iterator[Gateway]:
-    """Return a gateway for the faults that leave no mark on it: those that are not asked about again."""
+    """Return a gateway for the faults that leave no mark on it."""
     with gateway(simulator_url, **QUICK) as gate:
         yield gate
+
+
+def leaves_no_mark(told: Told) -> bool:
+    """Tell whether a gateway is the same after this: no retries spent, nothing slowed down."""
+    return told.calls == 1 and told.code != THROTTLED.code
 
 
 def counts(gate: Gateway, code: str) -> tuple[float, float, float]:
@@ -160,7 +168,7 @@ def test_upstream_refusal_is_told(
 ) -> None:
     """Each documented refusal, with its code or as older deployments say it, has its problem."""
     message, told = CODES[code]
-    gate = shared if told.calls == 1 else launch(simulator.url, **QUICK)
+    gate = shared if leaves_no_mark(told) else launch(simulator.url, **QUICK)
     simulator.fault("refuse", code=code, message=message, legacy=legacy)
     task = simulator.task()
     upstream = assert_told(gate, task, told).json()["upstream"]
@@ -261,7 +269,7 @@ FAULTS: dict[str, tuple[dict[str, Any], Told]] = {
 def test_upstream_fault_is_told(simulator: Simulator, shared: Gateway, launch: Launch, name: str) -> None:
     """Whatever the upstream does, the caller gets its problem, and the next query its answer."""
     fault, told = FAULTS[name]
-    gate = shared if told.calls == 1 else launch(simulator.url, **QUICK)
+    gate = shared if leaves_no_mark(told) else launch(simulator.url, **QUICK)
     simulator.control("PUT", "/faults", **fault)
     task = simulator.task()
     assert_told(gate, task, told)
@@ -465,10 +473,13 @@ def test_upstream_idle_connection_that_was_dropped_is_no_failure(
 def test_upstream_retries_have_a_budget(simulator: Simulator, launch: Launch) -> None:
     """A sick upstream is asked little more often than it is queried, not three times as often."""
     gate = launch(simulator.url, **QUICK)
-    simulator.fault("status", status=500)
-    for _ in range(40):
-        assert gate.get(fresh_id()).status_code == 502
-    assert 40 < simulator.calls() <= 40 + 10 + 40 * 0.2
+    sick = simulator.task()
+    simulator.fault("status", status=500, taskId=sick)
+    for _ in range(30):
+        for _ in range(5):  # most calls end well, or the circuit would open
+            assert_well(gate, simulator.task())
+        assert gate.get(sick).status_code == 502
+    assert 30 < simulator.calls(sick) <= 30 + 10 + 30 * 6 * 0.2
 
 
 def test_upstream_retries_can_be_switched_off(simulator: Simulator, launch: Launch) -> None:
@@ -627,6 +638,191 @@ def test_upstream_wrong_secret_is_told_without_the_string_to_sign(
     assert "x-ca-timestamp" not in response.text
 
 
+# --- the circuit breaker ----------------------------------------------------------------------------------
+
+
+def circuit(gate: Gateway, operation: str = "sd_get_progress") -> dict[str, float]:
+    """Return what the metric says of each state."""
+    states = ("closed", "open", "half-open")
+    return {
+        state: gate.metric("upstream_circuit_state", operation=operation, state=state) for state in states
+    }
+
+
+def break_circuit(gate: Gateway) -> None:
+    """Ask until the circuit is open."""
+    until(lambda: gate.get(fresh_id()).json()["code"] == "upstream-open", "the circuit opens")
+    assert circuit(gate) == {"closed": 0, "open": 1, "half-open": 0}
+
+
+def test_upstream_that_is_ill_is_left_alone(simulator: Simulator, launch: Launch) -> None:
+    """An open circuit is told with Retry-After and costs no call; readiness stays, other operations too."""
+    gate = launch(simulator.url, upstream={"retries": 0}, cache={"error_seconds": 0})
+    assert circuit(gate) == {"closed": 1, "open": 0, "half-open": 0}
+    simulator.fault("status", status=500)
+    break_circuit(gate)
+    for response in (gate.get(fresh_id()), gate.native(fresh_id())):
+        assert response.status_code == 503
+        assert response.json().get("code", response.json().get("errCode")) == "upstream-open"
+        assert response.headers["retry-after"] == "1"
+    assert simulator.calls() == 10
+    ready = gate.client.get("/readyz")
+    assert (ready.status_code, ready.json()["degraded"]) == (
+        200,
+        ["upstream: upstream-invalid", "upstream: upstream-open"],
+    )
+    assert gate.get(f"{fresh_id()}?api=comfy").json()["code"] == "upstream-invalid"
+    assert circuit(gate, "comfy_get_progress") == {"closed": 1, "open": 0, "half-open": 0}
+
+
+def test_upstream_open_circuit_is_covered_by_a_stale_answer(simulator: Simulator, launch: Launch) -> None:
+    """While the circuit is open a snapshot that is not too old is the answer, and says why."""
+    lifetimes = {"running_seconds": 0, "stale_while_revalidate_seconds": 0, "error_seconds": 0}
+    gate = launch(simulator.url, upstream={"retries": 0}, cache=lifetimes)
+    task = simulator.task()
+    body = gate.get(task).content
+    simulator.fault("status", status=500)
+    break_circuit(gate)
+    response = gate.get(task)
+    assert (response.status_code, response.content) == (200, body)
+    assert response.headers["cache-status"].endswith("; detail=upstream-open")
+    assert simulator.calls(task) == 1
+
+
+def test_upstream_is_probed_by_one_query_alone(launch: Launch) -> None:
+    """When its time has come one query is let through, the others wait for its outcome elsewhere."""
+    released = threading.Event()
+
+    def ill(connection: socket.socket, _: Request) -> None:
+        connection.sendall(framed(b"", status="HTTP/1.1 500 Internal Server Error"))
+
+    def held(connection: socket.socket, request: Request) -> None:
+        released.wait(30)
+        well(connection, request)
+
+    with RawUpstream(ill) as upstream, ThreadPoolExecutor() as pool:
+        gate = launch(upstream.url, upstream={"retries": 0}, cache={"error_seconds": 0})
+        break_circuit(gate)
+        upstream.behaviour = held
+
+        def probe() -> httpx.Response:
+            def let_through() -> httpx.Response | None:
+                response = gate.get(fresh_id())
+                return None if response.status_code == 503 else response
+
+            response: httpx.Response = until(let_through, "the circuit is half-open")
+            return response
+
+        probing = pool.submit(probe)
+        try:
+            until(lambda: len(upstream.requests) == 11, "the probe is in the air")
+            for _ in range(5):
+                response = gate.get(fresh_id())
+                assert (response.json()["code"], response.headers["retry-after"]) == ("upstream-open", "1")
+            assert circuit(gate) == {"closed": 0, "open": 0, "half-open": 1}
+        finally:
+            released.set()
+        assert probing.result().status_code == 200
+        assert circuit(gate) == {"closed": 1, "open": 0, "half-open": 0}
+        assert gate.get(fresh_id()).status_code == 200
+        assert len(upstream.requests) == 12
+
+
+def test_upstream_that_stays_ill_is_probed_again_later(simulator: Simulator, launch: Launch) -> None:
+    """A probe that fails opens the circuit for longer, and one that is answered closes it."""
+    gate = launch(simulator.url, upstream={"retries": 0}, cache={"error_seconds": 0})
+    simulator.fault("status", status=500, times=11)
+    break_circuit(gate)
+    until(lambda: gate.get(fresh_id()).status_code == 502, "a probe that fails")
+    assert gate.get(fresh_id()).headers["retry-after"] == "2"
+    task = simulator.task()
+    until(lambda: gate.get(task).status_code == 200, "a probe that is answered")
+    assert simulator.calls() == 12
+
+
+@pytest.mark.parametrize("attempt_seconds", [0.05, 10], ids=["attempts", "deadline"])
+def test_upstream_silence_opens_the_circuit(
+    simulator: Simulator, launch: Launch, attempt_seconds: float
+) -> None:
+    """Silence is illness, whether the attempt's time or the caller's deadline ends it."""
+    upstream = {"retries": 0, "attempt_timeout_seconds": attempt_seconds, "timeout_seconds": 0.1}
+    gate = launch(simulator.url, upstream=upstream, cache={"error_seconds": 0})
+    simulator.fault("silent")
+    codes = [gate.get(fresh_id()).json()["code"] for _ in range(11)]
+    assert codes == ["upstream-timeout"] * 10 + ["upstream-open"]
+
+
+# --- the budget -------------------------------------------------------------------------------------------
+
+
+def test_upstream_budget_that_is_spent_is_told(simulator: Simulator, launch: Launch) -> None:
+    """Beyond upstream.requests_per_second no call is made; who asks for a new task is told when to return."""
+    gate = launch(simulator.url, upstream={"requests_per_second": 0.01}, cache={"error_seconds": 0})
+    assert gate.metric("upstream_budget_per_second") == 0.01
+    assert_well(gate, simulator.task())
+    response = gate.get(fresh_id())
+    assert (response.status_code, response.json()["code"]) == (503, "upstream-throttled")
+    assert 0 < int(response.headers["retry-after"]) <= 100
+    assert simulator.calls() == 1
+    assert gate.client.get("/readyz").json()["degraded"] == []
+
+
+def test_upstream_budget_makes_new_tasks_wait(simulator: Simulator, launch: Launch) -> None:
+    """A query whose turn comes before its deadline waits for it."""
+    gate = launch(simulator.url, upstream={"requests_per_second": 5})
+    for _ in range(3):
+        assert_well(gate, simulator.task())
+    assert simulator.calls() == 3
+
+
+def test_upstream_budget_does_not_keep_known_tasks_waiting(simulator: Simulator, launch: Launch) -> None:
+    """Who could have a snapshot has it at once, while the flight keeps its place in the queue."""
+    lifetimes = {"running_seconds": 0, "stale_while_revalidate_seconds": 0}
+    gate = launch(simulator.url, upstream={"requests_per_second": 0.5}, cache=lifetimes)
+    task = simulator.task()
+    body = gate.get(task).content
+    for _ in range(3):
+        response = gate.get(task)
+        assert (response.status_code, response.content) == (200, body)
+        status = response.headers["cache-status"]
+        assert status.startswith("sd-gateway; fwd=stale; ttl=-"), status
+        assert status.endswith("; detail=upstream-throttled")
+    until(lambda: simulator.calls(task) == 2, "the flight's turn comes")
+
+
+def crowded(gate: Gateway) -> httpx.AsyncClient:
+    """Return a client that opens a connection for each of many concurrent requests."""
+    limits = httpx.Limits(max_connections=None)
+    return httpx.AsyncClient(base_url=gate.url, trust_env=False, verify=False, timeout=30, limits=limits)  # noqa: S501
+
+
+async def test_upstream_that_throttles_is_asked_less(simulator: Simulator, launch: Launch) -> None:
+    """Under demand beyond its limit every known task stays answered, and few calls are made to be refused."""
+    frozen = time.time()  # its second never ends: the limit is a count
+    simulator.reset(clock=lambda: frozen)
+    lifetimes = {"running_seconds": 0, "stale_while_revalidate_seconds": 0}
+    gate = launch(simulator.url, upstream={"timeout_seconds": 2, "max_in_flight": 8}, cache=lifetimes)
+    hot = [simulator.task() for _ in range(10)]
+    for task in hot:
+        assert_well(gate, task)
+    simulator.control("PUT", "/limit", calls=20)
+    crowd = [simulator.task() for _ in range(200)]
+    async with crowded(gate) as client:
+        asked = [
+            client.get(f"/v1/progress/{task}") for pair in zip(crowd, hot * 20, strict=True) for task in pair
+        ]
+        answers = await asyncio.gather(*asked)
+    strangers, known = answers[::2], answers[1::2]
+    assert {answer.status_code for answer in known} == {200}
+    assert {answer.status_code for answer in strangers} == {200, 503}
+    told = {answer.json()["code"] for answer in strangers if answer.status_code == 503}
+    assert told == {"upstream-throttled"}
+    stats = simulator.stats()
+    assert simulator.calls() - stats["throttled"] == 20
+    assert stats["throttled"] < 100
+    assert gate.client.get("/readyz").json()["degraded"] == ["upstream: upstream-throttled"]
+
+
 # --- stale and negative answers ---------------------------------------------------------------------------
 
 
@@ -636,7 +832,7 @@ def test_upstream_failure_is_covered_by_a_stale_answer(simulator: Simulator, lau
     gate = launch(simulator.url, cache=lifetimes)
     task = simulator.task()
     body = gate.get(task).content
-    for fault, told in (FAULTS["404"], FAULTS["429"], FAULTS["rejected"], FAULTS["cut"], FAULTS["403"]):
+    for fault, told in (FAULTS["404"], FAULTS["rejected"], FAULTS["cut"], FAULTS["403"], FAULTS["429"]):
         simulator.control("PUT", "/faults", **fault)
         response = gate.get(task)
         assert (response.status_code, response.content) == (200, body)

@@ -29,6 +29,7 @@ import rotation
 import slow_readers
 import soak
 import start
+import throttle
 import watchers
 from measuring import Bench, Comparison
 from processes import choose_cores, pinned
@@ -44,6 +45,7 @@ SCENARIOS = {
     "dawdlers": dawdlers,
     "rotation": rotation,
     "soak": soak,
+    "throttle": throttle,
 }
 PACKAGES = {"wrk": "wrk", "nginx": "nginx", "njs": "libnginx-mod-http-js", "varnishd": "varnish"}
 OPTIONAL = frozenset({"varnishd"})

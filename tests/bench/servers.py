@@ -190,6 +190,14 @@ def refused_calls(simulator_port: int) -> int:
     return int(json.loads(_ask(simulator_port, "GET", "/_simulator/stats")[1])["refused"])
 
 
+def limit_calls(simulator_port: int, calls: int, *, retry_after: int | None = None) -> None:
+    """Let the simulator throttle what exceeds so many calls a second. Raises: RuntimeError."""
+    told = {} if retry_after is None else {"retryAfter": retry_after}
+    status, text = _ask(simulator_port, "PUT", "/_simulator/limit", json.dumps({"calls": calls} | told))
+    if status != _OK:
+        raise RuntimeError(f"the simulator refused a limit: {status} {text!r}")
+
+
 def upstream_calls(simulator_port: int, task_id: str) -> int:
     """Return how often the simulator was asked about a task. Raises: RuntimeError if it refused a call."""
     _, text = _ask(simulator_port, "GET", "/_simulator/stats")
