@@ -345,14 +345,14 @@ async def test_get_does_not_wait_for_a_flight_that_is_held_up(bench: Bench) -> N
     assert call.renewal
     call.hold_up(7.0)
     call.hold_up(6.0)
-    for reading in await asyncio.gather(*crowd, bench.service.get(KEY)):
+    for reading in await asyncio.gather(*crowd, bench.get(KEY)):
         assert (reading.snapshot, reading.source) == (first.snapshot, Source.STALE)
         assert isinstance(reading.failure, BudgetSpent)
         assert reading.failure.retry_after == 7.0
     assert bench.lookups() == {"miss": 1, "stale": 4}
     call.answer(progress=0.9)
     await bench.renewed(after=first.snapshot)
-    assert data_of(await bench.service.get(KEY))["progress"] == 0.9
+    assert data_of(await bench.get(KEY))["progress"] == 0.9
     assert bench.upstream.count == 2
 
 
