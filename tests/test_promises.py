@@ -125,7 +125,7 @@ class FakeUpstream:
         self._cache = cache
         self._longest = dict.fromkeys(Operation, 0.0)  # call so far
 
-    async def query(self, key: TaskKey) -> Answer:
+    async def query(self, key: TaskKey, **_: object) -> Answer:
         """Wait until the machine answers."""
         story, began = self.stories[key], self._loop.time()
         if key in self.air:

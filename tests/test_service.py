@@ -395,17 +395,18 @@ async def test_get_fresh_waits_for_a_held_up_flight(bench: Bench) -> None:
 
 
 async def test_get_joins_a_flight_that_has_just_landed(bench: Bench) -> None:
-    """A caller that comes in the very turn of the loop in which the flight ends gets its answer."""
-    await bench.learn()
+    """A caller that comes between a flight's end and its being cleared away gets what it brought."""
+    first = await bench.learn()
     long_ago(bench)
-    flight = bench.service._flights.start(KEY, lambda: bench.service._fetch(KEY))
+    early = bench.begin()
     call = await bench.upstream.call()
-    call.answer(progress=0.9)
-    late: list[asyncio.Task[Reading]] = []
-    bench.store.on_change(lambda _: late.append(bench.begin()))
-    await flight
-    assert [(await asked).snapshot for asked in late] == [flight.result()]
+    call.fail(Overloaded("no slot"))  # which is not remembered, so only the flight tells it
+    late = bench.begin()
+    for reading in await asyncio.gather(early, late):
+        assert (reading.snapshot, reading.source) == (first.snapshot, Source.STALE)
+        assert isinstance(reading.failure, Overloaded)
     assert bench.upstream.count == 2
+    assert not bench.service._held_up
 
 
 # Stale
