@@ -55,6 +55,10 @@ class EdgeProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         for notice in tuple(self._on_hang_up.values()):
             notice()  # type: ignore[operator]  # the scope's type knows extensions as plain dictionaries
+        # We hold the request's scope, and its way to push holds us: left so, only the garbage collector
+        # could take the two apart, and a full collection among thousands of streams stops everything.
+        if self.scope is not None:
+            self.scope["extensions"].pop(PUSH, None)
 
     def data_received(self, data: bytes) -> None:
         """Parse, and refuse headers that grow without end."""
