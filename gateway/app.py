@@ -24,6 +24,7 @@ from gateway.api.problems import Problems
 from gateway.api.progress import ProgressEndpoint
 from gateway.api.ratelimit import RateLimit, RateLimiter
 from gateway.api.tasks import Tasks
+from gateway.calls import Calls
 from gateway.credentials import Credentials
 from gateway.drain import Drain
 from gateway.metrics import Metrics
@@ -56,14 +57,11 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     )
     metrics.count_entries(store.__len__)
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
-    upstream = Upstream(
-        settings.upstream,
-        rotation=Rotation(credentials, refusal_seconds=cache.error_seconds),
-        redactor=redactor,
-        metrics=metrics,
-        user_agent=USER_AGENT,
-        tracing=tracing,
+    calls = Calls(
+        settings.upstream, redactor=redactor, metrics=metrics, user_agent=USER_AGENT, tracing=tracing
     )
+    rotation = Rotation(credentials, refusal_seconds=cache.error_seconds)
+    upstream = Upstream(settings.upstream, calls=calls, rotation=rotation, metrics=metrics)
     service = ProgressService(cache, store=store, upstream=upstream, metrics=metrics, tracing=tracing)
     watch = Watch(settings.watch, service=service, store=store, metrics=metrics)
     drain = Drain()
@@ -75,7 +73,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
             stack.enter_context(drain.on_signals())
             if settings.server.metrics_port:
                 stack.enter_context(_metrics_server(settings, metrics))
-            await stack.enter_async_context(upstream)
+            await stack.enter_async_context(calls)
             stack.push_async_callback(service.aclose)
             stack.push_async_callback(watch.aclose)
             await stack.enter_async_context(_running(credentials.follow()))

@@ -15,15 +15,14 @@ from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
 
+from gateway.calls import Calls, Exchange
 from gateway.credentials import Credentials, Slot
 from gateway.exceptions import GatewayError, UpstreamClock, UpstreamCredentials, UpstreamRejected
 from gateway.metrics import Metrics
 from gateway.models import TaskKey
 from gateway.redaction import MASK, Redactor
-from gateway.rotation import Rotation
 from gateway.settings import Settings
 from gateway.signing import string_to_sign
-from gateway.upstream import Exchange, Upstream
 
 PROBE_TASK = "0" * 26  # the shape of a task ID, and no task's
 _SERVER_TEXT = re.compile(r"StringToSign:\s*`?(?P<text>.*?)`?\s*$", re.DOTALL | re.IGNORECASE)
@@ -45,35 +44,29 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
         none = "credentials: none; set credentials.access_key and .secret_key (or *_file)"
         return Finding(well=False, lines=[*lines, none])
     key = TaskKey(settings.upstream.operations[0], PROBE_TASK)
-    upstream = Upstream(
-        settings.upstream,
-        rotation=Rotation(credentials, refusal_seconds=0),
-        redactor=redactor,
-        metrics=metrics,
-        user_agent=user_agent,
-    )
+    calls = Calls(settings.upstream, redactor=redactor, metrics=metrics, user_agent=user_agent)
     lines.append(f"asking {settings.upstream.endpoint}{key.operation.path}")
     works = dict.fromkeys(credentials.faults(), False)
-    async with upstream:
+    async with calls:
         for held in credentials.held():
             lines.append(f"with the {held.slot} pair (generation {held.generation}):")
             try:
                 async with asyncio.timeout(settings.upstream.attempt_timeout_seconds):
-                    exchange = await upstream.exchange(key, held.pair)
+                    exchange = await calls.exchange(key, held.pair)
             except TimeoutError:
                 network = "no answer in time; is upstream.endpoint right, or a firewall between?"
                 return Finding(well=False, lines=[*lines, f"network: {network}"])
             except GatewayError as exc:
                 return Finding(well=False, lines=[*lines, f"network: {exc}; is upstream.endpoint right?"])
-            finding = _judge(upstream, key, exchange, redactor)
+            finding = _judge(calls, key, exchange, redactor)
             works[held.slot] = finding.well
             lines += finding.lines
     return Finding(well=all(works.values()), lines=[*lines, *_compare(works)])
 
 
-def _judge(upstream: Upstream, key: TaskKey, exchange: Exchange, redactor: Redactor) -> Finding:
+def _judge(calls: Calls, key: TaskKey, exchange: Exchange, redactor: Redactor) -> Finding:
     try:
-        upstream.judge(exchange, key)
+        calls.judge(exchange, key)
     except UpstreamRejected as exc:
         code = exc.detail.err_code if exc.detail else None
         return Finding(well=True, lines=[f"well: signature accepted; no such task, as expected ({code})"])

@@ -24,9 +24,8 @@ _PLATEAU_SECONDS = 15.0  # from the decrease to the plateau's middle
 # Flow control mostly counts by the second: after one refusal the rest of that second is refused too, and
 # says nothing new. It is also more than a round trip.
 _ROUND_SECONDS = 1.0
-_LEAST_SHARE = (
-    0.5  # of a ceiling that was found: what was accepted in one second of few calls is a rough guess
-)
+# Of a ceiling that was found: what was accepted in one second of few calls is a rough guess.
+_LEAST_SHARE = 0.5
 _LEAST_PER_SECOND = 1.0  # a ceiling: somebody has to find out that upstream takes calls again
 # Half of a caller's default deadline: whoever asks for a new task in a pause is answered, not refused. An
 # upstream that asked for more silence is asked once in so many seconds, and says so again.

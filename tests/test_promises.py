@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from prometheus_client import CollectorRegistry, Gauge
 
+from gateway.calls import Answer
 from gateway.exceptions import (
     GatewayError,
     Overloaded,
@@ -42,7 +43,7 @@ from gateway.service import Failed, ProgressService, Reading, Source
 from gateway.settings import Cache
 from gateway.settings import Watch as WatchSettings
 from gateway.stores.memory import MEMORY_SECONDS, MemoryStore
-from gateway.upstream import Answer, Upstream
+from gateway.upstream import Upstream
 from gateway.watch import Kind, Update, Watch, Watcher
 from tests.ticked import TickedLoop
 

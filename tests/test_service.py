@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
+from gateway.calls import Answer
 from gateway.exceptions import (
     BudgetSpent,
     GatewayError,
@@ -33,7 +34,7 @@ from gateway.models import Operation, Snapshot, Status, TaskKey
 from gateway.service import Failed, ProgressService, Reading, Source
 from gateway.settings import Cache
 from gateway.stores.memory import MemoryStore
-from gateway.upstream import Answer, Upstream
+from gateway.upstream import Upstream
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "01j5t2qx82323pswaqykz9eq4")
 OTHER = TaskKey(Operation.SD_GET_PROGRESS, "another")

@@ -1,0 +1,247 @@
+"""One call upstream: signed, sent, read within bounds, and judged.
+
+    make -> exchange: sign, send, read -> judge -> an answer, or a named failure
+
+httpx's types stay behind this module, and what carries them behind `transport.py`. The clock we sign
+by is corrected here, by what upstream's answers say of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple, Self
+
+import httpx
+import structlog
+
+from gateway.credentials import Pair
+from gateway.exceptions import (
+    UpstreamClock,
+    UpstreamDetail,
+    UpstreamError,
+    UpstreamInvalid,
+    UpstreamRejected,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
+from gateway.metrics import Metrics
+from gateway.models import Operation, TaskKey, read_envelope, render_json
+from gateway.redaction import Redactor
+from gateway.refusals import refusal
+from gateway.settings import Upstream as UpstreamSettings
+from gateway.signing import signed_headers
+from gateway.tracing import Mark, Tracing, Untraced
+from gateway.transport import AiohttpTransport
+
+_OK = 200
+_CLOCK_TOLERANCE_SECONDS = 2.0  # the Date header has whole seconds, and the answer was under way
+
+log = structlog.get_logger(__name__)
+
+
+class Answer(NamedTuple):
+    """A successful envelope: its `data`, the body as it came, and the vendor's id of the call."""
+
+    data: dict[str, Any]
+    envelope: bytes
+    invoke_id: str | None = None
+
+
+class Exchange(NamedTuple):
+    """One call over HTTP, whatever its answer means. `sent` are the signed headers, lower case.
+
+    `headers` are the answer's, their names in lower case.
+    """
+
+    sent: Mapping[str, str]
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Calls:
+    """Makes calls. Open it with `async with`. `clock` is Unix time."""
+
+    def __init__(
+        self,
+        settings: UpstreamSettings,
+        *,
+        redactor: Redactor,
+        metrics: Metrics,
+        user_agent: str,
+        tracing: Tracing | None = None,
+        clock: Callable[[], float] = time.time,
+        nonce: Callable[[], str] = lambda: str(uuid.uuid4()),
+    ) -> None:
+        self._settings = settings
+        self._redactor = redactor
+        self._metrics = metrics
+        self._tracing = tracing or Untraced()
+        self._clock = clock
+        self._nonce = nonce
+        self._fixed_headers = {"user-agent": user_agent, "accept-encoding": "identity"}
+        self._urls = {operation: httpx.URL(settings.endpoint).join(operation.path) for operation in Operation}
+        self.clock_offset = 0.0  # seconds to add to our clock when signing
+        self.trouble: str | None = None  # the problem code of the last call, unless it brought an envelope
+
+    async def __aenter__(self) -> Self:
+        """Make ready for calls; a connection is opened when a call needs one."""
+        self._transport = AiohttpTransport(verify=httpx.create_ssl_context(trust_env=False))
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Close every connection."""
+        await self._transport.aclose()
+
+    async def make(self, key: TaskKey, pair: Pair, *, number: int) -> Answer:
+        """Make one call within `upstream.attempt_timeout_seconds`, the query's `number`-th, from 0.
+
+        Raises: UpstreamError.
+        """
+        with self._tracing.call(key, number=number) as mark:
+            return await self._make(key, pair, mark)
+
+    async def exchange(self, key: TaskKey, pair: Pair) -> Exchange:
+        """Make one signed call; what its answer means is not judged, and no deadline is set.
+
+        Raises: UpstreamError for what happened on the way.
+        """
+        body = render_json({"taskId": key.task_id})
+        sent = signed_headers(
+            key.operation.path,
+            body,
+            access_key=pair.access_key,
+            secret_key=pair.secret_key,
+            timestamp_ms=int((self._clock() + self.clock_offset) * 1000),
+            nonce=self._nonce(),
+            stage=self._settings.stage,
+        )
+        # Straight to the transport: what httpx's client would add is cookies, redirects, environment
+        # and authentication, all of which would have to be switched off again.
+        request = httpx.Request(
+            "POST",
+            self._urls[key.operation],
+            headers={**self._fixed_headers, **sent},
+            stream=httpx.ByteStream(body),
+        )
+        try:
+            response = await self._transport.handle_async_request(request)
+            try:
+                content = await _read(response, self._settings.max_response_bytes)
+            finally:
+                await response.aclose()
+        except httpx.TransportError as exc:
+            raise UpstreamUnreachable(f"the upstream could not be reached ({type(exc).__name__})") from exc
+        headers = {
+            name.lower().decode("ascii"): value.decode("latin-1") for name, value in response.headers.raw
+        }
+        return Exchange(sent, response.status_code, headers, content)
+
+    def judge(self, exchange: Exchange, key: TaskKey) -> Answer:
+        """Return a successful answer. Raises: UpstreamError for any other."""
+        code = exchange.headers.get("x-ca-error-code", "")
+        message = exchange.headers.get("x-ca-error-message", "")
+        if not code and not message:
+            try:
+                data, invoke_id = read_envelope(exchange.body, key, redact=self._redactor)
+            except UpstreamInvalid:
+                if exchange.status == _OK:
+                    raise
+            else:
+                if exchange.status == _OK:
+                    return Answer(data, exchange.body, invoke_id)
+        raise refusal(
+            exchange.status,
+            code,
+            message,
+            detail=UpstreamDetail(
+                request_id=self._shown(exchange.headers.get("x-ca-request-id")),
+                err_code=self._shown(code or f"HTTP {exchange.status}"),
+                err_message=self._shown(message or None),
+            ),
+            retry_after=_retry_after(exchange.headers.get("retry-after", ""), self._clock()),
+        )
+
+    async def _make(self, key: TaskKey, pair: Pair, mark: Mark) -> Answer:
+        operation = key.operation
+        outcome = UpstreamTimeout.code  # also when the caller's deadline cancels us
+        started = time.perf_counter()
+        self._metrics.upstream_in_flight.inc()
+        try:
+            async with asyncio.timeout(self._settings.attempt_timeout_seconds):
+                exchange = await self.exchange(key, pair)
+            mark.status = exchange.status
+            skew = self._observe_clock(exchange)
+            try:
+                answer = self.judge(exchange, key)
+            except UpstreamClock:
+                self._correct_clock(skew)
+                raise
+        except TimeoutError:
+            raise UpstreamTimeout("the upstream did not answer in time") from None
+        except UpstreamError as exc:
+            outcome, mark.invoke_id = exc.code, exc.invoke_id
+            raise
+        else:
+            outcome, mark.invoke_id = "ok", answer.invoke_id
+            return answer
+        finally:
+            mark.outcome = outcome
+            self.trouble = None if outcome in {"ok", UpstreamRejected.code} else outcome
+            self._metrics.upstream_in_flight.dec()
+            self._metrics.upstream_requests.labels(operation, outcome).inc()
+            self._metrics.upstream_request_duration.labels(operation).observe(time.perf_counter() - started)
+
+    def _shown(self, text: str | None) -> str | None:
+        return None if text is None else self._redactor(text)[:500]
+
+    def _observe_clock(self, exchange: Exchange) -> float | None:
+        """Return how far upstream's clock is ahead of ours, in seconds, when its answer tells."""
+        try:
+            skew = parsedate_to_datetime(exchange.headers.get("date", "")).timestamp() - self._clock()
+        except ValueError:
+            return None
+        self._metrics.upstream_clock_skew.set(round(skew, 1))
+        return skew
+
+    def _correct_clock(self, skew: float | None) -> None:
+        """Sign with upstream's time from now on, if that changes anything."""
+        if skew is not None and abs(skew - self.clock_offset) > _CLOCK_TOLERANCE_SECONDS:
+            self.clock_offset = skew
+            log.warning("clock corrected to the upstream's", offset_seconds=round(skew, 1))
+
+
+async def _read(response: httpx.Response, limit: int) -> bytes:
+    """Return the decoded body of at most `limit` bytes.
+
+    httpx would decode a chunk of any size at once: a gzip bomb is inflated here, a bounded piece
+    at a time, and given up at the limit. Raises: UpstreamInvalid.
+    """
+    encoding = response.headers.get("content-encoding", "identity").lower()
+    if encoding not in {"identity", "gzip", "deflate", ""}:
+        raise UpstreamInvalid("the upstream's answer has an unknown content encoding")
+    inflate = zlib.decompressobj(wbits=47) if encoding in {"gzip", "deflate"} else None  # 47: gzip or zlib
+    content = bytearray()
+    try:
+        async for chunk in response.stream:  # type: ignore[union-attr]  # the transport's are asynchronous
+            content += inflate.decompress(chunk, limit + 1 - len(content)) if inflate else chunk
+            if len(content) > limit:
+                raise UpstreamInvalid("the upstream's answer is too large")
+    except zlib.error as exc:
+        raise UpstreamInvalid("the upstream's answer is not what its content encoding says") from exc
+    return bytes(content)
+
+
+def _retry_after(value: str, now: float) -> float | None:
+    """Return the seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date."""
+    if value.isascii() and value.isdigit():
+        return min(float(value), 3600.0)
+    try:
+        return min(max(parsedate_to_datetime(value).timestamp() - now, 0.0), 3600.0)
+    except ValueError:
+        return None
