@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import sys
 from contextlib import suppress
 
@@ -92,4 +93,5 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
+    os.nice(19)  # it shares a core with the healthy client, and must not hold that up itself
     uvloop.run(come(*map(int, sys.argv[1:4]), float(sys.argv[4])))
