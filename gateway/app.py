@@ -31,7 +31,8 @@ from gateway.metrics import Metrics
 from gateway.redaction import Redactor
 from gateway.rotation import Rotation
 from gateway.service import ProgressService
-from gateway.settings import Settings
+from gateway.settings import Settings, SettingsError
+from gateway.stores import Store
 from gateway.stores.memory import MemoryStore
 from gateway.tracing import Tracing, Untraced
 from gateway.upstream import Upstream
@@ -51,10 +52,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     tracing = tracing or Untraced()
     metrics = Metrics(CollectorRegistry(), gateway_version=__version__)
     cache = settings.cache
-    store = MemoryStore(
-        max_tasks=cache.max_tasks,
-        stale_seconds=max(cache.stale_while_revalidate_seconds, cache.stale_if_error_seconds),
-    )
+    store = _store(settings, redactor, metrics)
     metrics.count_entries(store.__len__)
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
     calls = Calls(
@@ -73,6 +71,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
             stack.enter_context(drain.on_signals())
             if settings.server.metrics_port:
                 stack.enter_context(_metrics_server(settings, metrics))
+            await stack.enter_async_context(store)
             await stack.enter_async_context(calls)
             stack.push_async_callback(service.aclose)
             stack.push_async_callback(watch.aclose)
@@ -87,7 +86,8 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         return draining + ([] if credentials.present else ["no credentials"])
 
     def degraded() -> list[str]:
-        return [f"upstream: {code}" for code in upstream.troubles]
+        alone = [f"store: {store.trouble}"] if store.trouble else []
+        return [*(f"upstream: {code}" for code in upstream.troubles), *alone]
 
     def signing() -> dict[str, Any] | None:
         held = credentials.signing
@@ -110,6 +110,30 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     surrounded = _surround(app.router, settings, metrics, problems)
     app.middleware_stack = tracing.around(surrounded, root_path=settings.server.root_path)
     return app
+
+
+def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
+    """Make the store. Raises: SettingsError when it needs what is not installed, or not to be read."""
+    cache = settings.cache
+    memory = MemoryStore(
+        max_tasks=cache.max_tasks,
+        stale_seconds=max(cache.stale_while_revalidate_seconds, cache.stale_if_error_seconds),
+    )
+    if not settings.store.url.get_secret_value():
+        return memory
+    try:
+        from gateway.stores.valkey import ValkeyStore  # noqa: PLC0415  # its client is an extra
+    except ModuleNotFoundError as exc:
+        raise SettingsError(
+            [f"store.url: needs {exc.name}: pip install 'sd-progress-gateway[valkey]'"]
+        ) from exc
+    return ValkeyStore(
+        settings.store,
+        memory=memory,
+        redactor=redactor,
+        metrics=metrics,
+        patience_seconds=settings.upstream.timeout_seconds,
+    )
 
 
 def _surround(app: ASGIApp, settings: Settings, metrics: Metrics, problems: Problems) -> ASGIApp:

@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Hi
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
+_STORE = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
+
 
 class Metrics:
     """The gateway's metrics, registered on `registry`."""
@@ -107,6 +109,25 @@ class Metrics:
             "sd_gateway_credentials_active_slot",
             "1 for the slot whose pair signs, 0 for the other: active next.",
             ["slot"],
+            registry=registry,
+        )
+        self.store_up = Gauge(
+            "sd_gateway_store_up",
+            "1 while snapshots are shared, or store.url is not set; 0 while each replica is alone.",
+            registry=registry,
+        )
+        self.store_up.set(1)
+        self.store_operation_duration = Histogram(
+            "sd_gateway_store_operation_duration_seconds",
+            "One operation of the shared store: take_off land fail renew probe.",
+            ["operation"],
+            buckets=_STORE,
+            registry=registry,
+        )
+        self.store_errors = Counter(
+            "sd_gateway_store_errors_total",
+            "Operations of the shared store that failed, and (read) values that made no sense.",
+            ["operation"],
             registry=registry,
         )
         self._build = Gauge(

@@ -93,7 +93,8 @@ class Snapshot:
     """One upstream answer for one task: never changed, but for `polls`, which counts its readers.
 
     `fetched_at` is when the answer had arrived, in seconds on the process's monotonic clock;
-    `lifetime` is how many seconds it counts as fresh. `envelope` is the body as it came.
+    `lifetime` is how many seconds it counts as fresh. `stamp` orders the snapshots of a task: of two
+    the one that was asked for later has the larger. `envelope` is the body as it came.
     For results `status`, `progress` and `eta_seconds` are None and `body` and `etag` empty.
     """
 
@@ -106,7 +107,12 @@ class Snapshot:
     eta_seconds: float | None = None
     body: bytes = b""
     etag: str = ""
+    stamp: int = 0
     polls: int = 0
+
+    def fresh(self, now: float) -> bool:
+        """Tell whether it still counts as fresh. `now` is on the clock of `fetched_at`."""
+        return now - self.fetched_at < self.lifetime
 
     @property
     def terminal(self) -> bool:
@@ -177,6 +183,7 @@ def observe(
     fetched_at: float,
     lifetimes: Mapping[Status | None, float],
     previous: Snapshot | None,
+    stamp: int = 0,
 ) -> Snapshot:
     """Make the snapshot that follows `previous`. `lifetimes` has results under None.
 
@@ -185,10 +192,10 @@ def observe(
     Raises: UpstreamInvalid when `data` nests too deep to be rendered.
     """
     if key.operation.is_result:
-        return Snapshot(key, fetched_at, lifetimes[None], envelope)
+        return Snapshot(key, fetched_at, lifetimes[None], envelope, stamp=stamp)
     status = vendor_status(data)
     if previous is not None and previous.terminal and previous.status is not status:
-        return replace(previous, fetched_at=fetched_at, polls=0)
+        return replace(previous, fetched_at=fetched_at, stamp=stamp, polls=0)
     progress = 1.0 if status is Status.SUCCEEDED else min(max(_number(data.get("progress")) or 0.0, 0.0), 1.0)
     if previous is not None and previous.status is status is Status.RUNNING:
         progress = max(progress, previous.progress or 0.0)
@@ -209,7 +216,7 @@ def observe(
         }
     )
     etag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
-    return Snapshot(key, fetched_at, lifetimes[status], envelope, status, progress, eta, body, etag)
+    return Snapshot(key, fetched_at, lifetimes[status], envelope, status, progress, eta, body, etag, stamp)
 
 
 def vendor_status(data: Mapping[str, Any]) -> Status:

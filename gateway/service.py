@@ -35,7 +35,7 @@ from gateway.models import Operation, Snapshot, Status, TaskKey, observe
 from gateway.sampling import Sampler
 from gateway.settings import Cache
 from gateway.singleflight import SingleFlight
-from gateway.stores import Store
+from gateway.stores import Lease, Store
 from gateway.tracing import Tracing, Untraced
 from gateway.upstream import Upstream
 
@@ -223,7 +223,7 @@ class ProgressService:
         del self._ahead[key]
         # A watch or another replica may have renewed it meanwhile; then its own readers count.
         if self._store.peek(key) is snapshot and self._store.failure(key) is None:
-            self._flights.start(key, partial(self._fetch, key, ahead=True))
+            self._flights.start(key, partial(self._fetch, key, after=snapshot.stamp))
 
     async def _wait(self, key: TaskKey, *, patient: bool = False) -> Reading | Failed:
         """Wait for the key's flight; `patient`: even while it is held up by the budget."""
@@ -231,7 +231,7 @@ class ProgressService:
         if failure is not None:
             return self._cover(key, failure, Source.NEGATIVE)
         source = Source.COLLAPSED if key in self._flights else Source.MISS
-        replaced_stale = self._store.peek(key) is not None
+        replaced_stale = self._store.recall(key) is not None
         landing = await self._board(key, patient=patient)
         outcome = landing.outcome
         if isinstance(outcome, GatewayError):
@@ -265,19 +265,19 @@ class ProgressService:
 
     def _covering(self, key: TaskKey) -> Snapshot | None:
         """Return the snapshot that may stand in for a failure."""
-        snapshot = self._store.peek(key)
+        snapshot = self._store.recall(key)
         if snapshot is None or self._clock() - snapshot.fetched_at > self._cache.stale_if_error_seconds:
             return None
         return snapshot
 
-    async def _fetch(self, key: TaskKey, *, ahead: bool = False) -> Landing:
+    async def _fetch(self, key: TaskKey, *, after: int | None = None) -> Landing:
         """Fly: a failure is returned, not raised, for it is shared as data.
 
-        `ahead`: fly although the newest snapshot is still fresh.
+        `after`: fly although the snapshot with this stamp is still fresh.
         """
         try:
             with self._tracing.flight(key) as mark:
-                landing = await self._fly(key, ahead=ahead)
+                landing = await self._fly(key, after=after)
                 mark.outcome = landing.outcome.code if isinstance(landing.outcome, GatewayError) else "ok"
                 return landing._replace(span=mark.context)
         except Exception as exc:
@@ -291,38 +291,55 @@ class ProgressService:
             # In the flight's last step: whoever finds it in the air finds its own entry, or makes it.
             self._held_up.pop(key, None)
 
-    async def _fly(self, key: TaskKey, *, ahead: bool) -> Landing:
-        # Look again. Between the look that sent us here and our taking off, another replica may
-        # have landed with the same answer; asking twice would break the one-call promise.
-        newest = await self._store.load(key)
-        if not ahead and newest is not None and self._clock() - newest.fetched_at < newest.lifetime:
-            return Landing(newest)
+    async def _fly(self, key: TaskKey, *, after: int | None) -> Landing:
+        while True:
+            # Look again. Between the look that sent us here and our taking off, another replica may
+            # have landed with the same answer; asking twice would break the one-call promise.
+            lease = await self._store.take_off(key, after=after)
+            if not isinstance(lease, Lease):
+                return Landing(lease)
+            landing = await self._ask(lease)
+            if landing is not None:
+                return landing
+
+    async def _ask(self, lease: Lease) -> Landing | None:
+        """Ask upstream, and store what comes of it. None: too late, for others have asked since."""
+        key = lease.key
+        previous = self._store.recall(key)
         started = self._clock()
         try:
             answer = await self._upstream.query(
-                key, renewal=self._store.peek(key) is not None, held_up=partial(self._hold_up, key)
+                key, renewal=previous is not None, held_up=partial(self._hold_up, key)
             )
             self._latency[key.operation] += _LATENCY_WEIGHT * (
                 self._clock() - started - self._latency[key.operation]
             )
+            previous = self._store.recall(key)
             snapshot = observe(
                 answer.data,
                 answer.envelope,
                 key,
                 fetched_at=self._clock(),
                 lifetimes=self._lifetimes,
-                previous=self._store.peek(key),
+                previous=previous,
+                stamp=lease.stamp,
             )
         except GatewayError as failure:
             # Our own limits and an open circuit pass by themselves, and refused credentials are the pair's
             # affair: none of them is the task's.
-            if not isinstance(failure, Overloaded | BudgetSpent | UpstreamOpen | UpstreamCredentials):
-                await self._store.fail(key, failure, seconds=self._cache.error_seconds)
+            if isinstance(failure, Overloaded | BudgetSpent | UpstreamOpen | UpstreamCredentials):
+                await self._store.abandon(lease)
+            else:
+                await self._store.fail(lease, failure, seconds=self._cache.error_seconds)
             invoke_id = failure.invoke_id if isinstance(failure, UpstreamError) else None
             return Landing(failure, self._clock() - started, invoke_id)
+        except BaseException:
+            await self._store.abandon(lease)
+            raise
         upstream_seconds = snapshot.fetched_at - started
-        self._note_transition(self._store.peek(key), snapshot, answer.data.get("status"))
-        return Landing(await self._store.save(snapshot), upstream_seconds, answer.invoke_id)
+        self._note_transition(previous, snapshot, answer.data.get("status"))
+        kept = await self._store.land(lease, snapshot)
+        return None if kept is None else Landing(kept, upstream_seconds, answer.invoke_id)
 
     def _hold_up(self, key: TaskKey, seconds: float) -> None:
         held_up = self._held_up.setdefault(key, asyncio.get_running_loop().create_future())

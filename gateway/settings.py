@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import (
     BaseModel,
@@ -57,6 +58,10 @@ NotNegative = Annotated[float, Field(ge=0, le=86_400 * 30, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Strings = Annotated[list[str], BeforeValidator(_split)]
+
+
+VALKEY_PORT, SENTINEL_PORT = 6379, 26379
+_STORE_SCHEMES = {"valkey", "valkeys", "redis", "rediss"}
 
 
 class _Section(BaseModel):
@@ -165,6 +170,72 @@ class Limits(_Section):
     requests_per_second: Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)] = 0.0
 
 
+class Store(_Section):
+    """`store.*`: the server through which replicas share, if any."""
+
+    url: SecretStr = SecretStr("")
+    username_file: Path | None = None
+    password_file: Path | None = None
+    ca_file: Path | None = None
+    sentinel_service: str = ""
+    cluster: bool = False
+    key_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9:._-]{1,64}$")] = "sd-gateway"
+    timeout_seconds: Annotated[float, Field(gt=0, le=1)] = 0.05
+
+    @model_validator(mode="after")
+    def _url(self) -> Store:
+        if not self.url.get_secret_value():
+            return self
+        try:
+            parts, hosts = self._parts, self.hosts
+        except ValueError:  # half an IPv6 address, a port that is no number
+            parts, hosts = urlsplit(""), []
+        if (
+            parts.scheme not in _STORE_SCHEMES
+            or not all(host for host, _ in hosts)
+            or parts.query
+            or parts.fragment
+        ):
+            raise ValueError("url: must be valkey://, valkeys://, redis:// or rediss:// and a host")
+        if not re.fullmatch(r"(/[0-9]{0,5})?", parts.path) or (self.cluster and self.database):
+            raise ValueError(
+                "url: its path may be a database's number, if it is no cluster, and nothing else"
+            )
+        if self.cluster and self.sentinel_service:
+            raise ValueError("cluster: not together with store.sentinel_service")
+        if len(hosts) > 1 and not (self.cluster or self.sentinel_service):
+            raise ValueError("url: several hosts only with store.cluster or store.sentinel_service")
+        return self
+
+    @property
+    def _parts(self) -> SplitResult:
+        return urlsplit(self.url.get_secret_value())
+
+    @property
+    def hosts(self) -> list[tuple[str, int]]:
+        """The servers named: the one, or the first ones to ask about a cluster or for Sentinel's."""
+        default = SENTINEL_PORT if self.sentinel_service else VALKEY_PORT
+        hosts = [urlsplit(f"//{host}") for host in self._parts.netloc.rpartition("@")[2].split(",")]
+        return [(host.hostname or "", host.port or default) for host in hosts]
+
+    @property
+    def tls(self) -> bool:
+        """Whether connections are encrypted, and the server's certificate verified."""
+        return self._parts.scheme in {"valkeys", "rediss"}
+
+    @property
+    def database(self) -> int:
+        """The number of the database."""
+        return int(self._parts.path.removeprefix("/") or 0)
+
+    def login(self) -> tuple[str | None, str | None]:
+        """Return user name and password, read from their files anew. Raises: OSError, ValueError."""
+        user, _, password = self._parts.netloc.rpartition("@")[0].partition(":")
+        return _content(self.username_file) or unquote(user) or None, _content(self.password_file) or unquote(
+            password
+        ) or None
+
+
 class Log(_Section):
     """`log.*`: how much is told, and in which form."""
 
@@ -181,6 +252,7 @@ class Settings(_Section):
     cache: Cache = Cache()
     watch: Watch = Watch()
     limits: Limits = Limits()
+    store: Store = Store()
     log: Log = Log()
 
 
@@ -263,6 +335,10 @@ def _suggest(path: list[str]) -> str:
     known = list(model.model_fields)
     close = difflib.get_close_matches(path[-1], known, n=1)
     return f"did you mean {'.'.join([*path[:-1], close[0]])}?" if close else f"known: {', '.join(known)}"
+
+
+def _content(file: Path | None) -> str:
+    return "" if file is None else file.read_text(encoding="utf-8").strip()
 
 
 def _is_loopback(host: str) -> bool:

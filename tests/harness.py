@@ -49,6 +49,15 @@ def until(condition: Callable[[], Any], what: str) -> Any:
     return value
 
 
+async def eventually(condition: Callable[[], Any], what: str) -> Any:
+    """Do as `until` does, and let the event loop go on meanwhile."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"never: {what}"
+        await asyncio.sleep(0.005)
+    return value
+
+
 def free_port() -> int:
     """Return a port that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as listener:

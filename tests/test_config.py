@@ -22,10 +22,11 @@ def test_config_sets_nothing() -> None:
 
 
 def test_config_tells_the_defaults() -> None:
-    """With every line uncommented it is the defaults, but for the files of credentials, which have none."""
+    """With every line uncommented it is the defaults, but for files of secrets, which have none."""
     values = uncommented()
-    for name in [name for name in values["credentials"] if name.endswith("_file")]:
-        del values["credentials"][name]
+    for section in ("credentials", "store"):
+        for name in [name for name in values[section] if name.endswith("_file")]:
+            del values[section][name]
     assert Settings.model_validate(values) == Settings()
     defaults = Settings().model_dump(mode="json")
     for section, settings in values.items():

@@ -29,6 +29,9 @@ PROMISED: dict[str, tuple[str, tuple[str, ...]]] = {
     "events_sent": ("counter", ("event",)),
     "credentials_reloads": ("counter", ("result",)),
     "credentials_active_slot": ("gauge", ("slot",)),
+    "store_up": ("gauge", ()),
+    "store_operation_duration_seconds": ("histogram", ("operation",)),
+    "store_errors": ("counter", ("operation",)),
     "build_info": ("gauge", ("version", "python", "server")),
 }
 

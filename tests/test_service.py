@@ -33,6 +33,7 @@ from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey
 from gateway.service import Failed, ProgressService, Reading, Source
 from gateway.settings import Cache
+from gateway.stores import Lease
 from gateway.stores.memory import MemoryStore
 from gateway.upstream import Upstream
 
@@ -792,11 +793,11 @@ class SharedStore(MemoryStore):
 
     elsewhere: Snapshot | None = None
 
-    async def load(self, key: TaskKey) -> Snapshot | None:
-        """Return the other replica's snapshot, if it is of this task."""
+    async def take_off(self, key: TaskKey, *, after: int | None = None) -> Snapshot | GatewayError | Lease:
+        """Find the other replica's snapshot, if it is of this task."""
         if self.elsewhere is not None and self.elsewhere.key == key:
-            return await self.save(self.elsewhere)
-        return self.peek(key)
+            self.keep(self.elsewhere)
+        return await super().take_off(key, after=after)
 
 
 async def test_fetch_looks_again_before_it_asks() -> None:
@@ -817,6 +818,27 @@ async def test_fetch_asks_when_the_other_replicas_snapshot_is_stale() -> None:
     store.elsewhere = Snapshot(KEY, bench.clock.now - 50.0, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5)
     assert (await bench.learn(progress=0.9)).age == 0.0
     assert bench.upstream.count == 1
+
+
+class ContestedStore(MemoryStore):
+    """A store in which another replica has asked since, the first time somebody lands."""
+
+    late = True
+
+    async def land(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
+        """Come too late, once."""
+        late, self.late = self.late, False
+        return None if late else await super().land(lease, snapshot)
+
+
+async def test_fetch_that_comes_too_late_begins_again() -> None:
+    """An answer that others have overtaken is shown to nobody: the flight takes off once more."""
+    clock = Clock()
+    bench = Bench(store=ContestedStore(max_tasks=10, stale_seconds=60.0, clock=clock))
+    waiting = bench.begin()
+    (await bench.upstream.call()).answer(progress=0.1)
+    (await bench.upstream.call()).answer(progress=0.2)
+    assert data_of(await waiting)["progress"] == 0.2
 
 
 # Hot tasks
@@ -860,7 +882,7 @@ async def test_get_refreshes_nothing_ahead_that_was_renewed_meanwhile(bench: Ben
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
         await bench.get(KEY)
-    await bench.store.save(replace(first.snapshot, fetched_at=bench.clock.now, polls=0))
+    bench.store.keep(replace(first.snapshot, fetched_at=bench.clock.now, polls=0))
     for _ in range(polls):
         await bench.get(KEY)
     due = asyncio.Event()
@@ -908,7 +930,7 @@ async def test_current_shows_nothing_that_is_too_old(bench: Bench) -> None:
     assert reading is not None
     assert (reading.snapshot, reading.failure) == (first.snapshot, failure)
     bench.clock.now = first.snapshot.fetched_at + CACHE.stale_if_error_seconds + 0.01
-    await bench.store.fail(KEY, failure, seconds=1.0)
+    bench.store.keep_failure(KEY, failure, seconds=1.0)
     assert bench.service.current(KEY) is None
 
 

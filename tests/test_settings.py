@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretStr
 
 from gateway.models import Operation
 from gateway.settings import Settings, SettingsError, load
@@ -49,6 +49,14 @@ DEFAULTS: dict[str, Any] = {
     "limits.max_tasks_per_request": 100,
     "limits.max_body_bytes": 65536,
     "limits.requests_per_second": 0.0,
+    "store.url": SecretStr(""),
+    "store.username_file": None,
+    "store.password_file": None,
+    "store.ca_file": None,
+    "store.sentinel_service": "",
+    "store.cluster": False,
+    "store.key_prefix": "sd-gateway",
+    "store.timeout_seconds": 0.05,
     "log.level": "info",
     "log.format": "json",
 }

@@ -1,15 +1,24 @@
 """What every store promises: one suite, run over each of them, on a clock that is turned by hand."""
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from prometheus_client import CollectorRegistry
 
-from gateway.exceptions import UpstreamTimeout, UpstreamUnreachable
+from gateway.exceptions import GatewayError, UpstreamTimeout, UpstreamUnreachable
+from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey
-from gateway.stores import Store
+from gateway.redaction import Redactor
+from gateway.settings import Store as StoreSettings
+from gateway.stores import Lease, Store
 from gateway.stores.memory import MEMORY_SECONDS, MemoryStore
+from gateway.stores.valkey import ValkeyStore
+from tests.harness import eventually
+from tests.storeserver import StoreServer, binary
 
 STALE_SECONDS = 60.0
 LIFETIME = 2.0
@@ -17,7 +26,7 @@ KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
 OTHER = TaskKey(Operation.SD_GET_PROGRESS, "other")
 RESULT = TaskKey(Operation.SD_GET_RESULT, "task")
 
-Make = Callable[..., Store]
+Make = Callable[..., Awaitable[Store]]
 
 
 @dataclass
@@ -36,21 +45,54 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(params=["memory"])
-def make(request: pytest.FixtureRequest, clock: Clock) -> Make:
-    """Return a function that makes an empty store of the kind under test."""
-    kinds: dict[str, Make] = {
-        "memory": lambda max_tasks=100: MemoryStore(
-            max_tasks=max_tasks, stale_seconds=STALE_SECONDS, clock=clock
-        )
-    }
-    return kinds[request.param]
+@pytest.fixture(scope="module", params=["memory", "valkey", "redis"])
+def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Return where the server of the store under test is; "" for memory."""
+    if request.param == "memory":
+        yield ""
+    else:
+        with StoreServer(binary(request.param), tmp_path_factory.mktemp(request.param)) as server:
+            yield server.url
 
 
 @pytest.fixture
-def store(make: Make) -> Store:
+async def make(url: str, clock: Clock) -> AsyncIterator[Make]:
+    """Return a function that makes an empty store of the kind under test."""
+    async with AsyncExitStack() as stack:
+
+        async def make(max_tasks: int = 100) -> Store:
+            memory = MemoryStore(max_tasks=max_tasks, stale_seconds=STALE_SECONDS, clock=clock)
+            if not url:
+                return await stack.enter_async_context(memory)
+            store = ValkeyStore(
+                StoreSettings.model_validate({"url": url, "key_prefix": uuid4().hex, "timeout_seconds": 1}),
+                memory=memory,
+                redactor=Redactor(),
+                metrics=Metrics(CollectorRegistry(), gateway_version="test"),
+                patience_seconds=30,
+                clock=clock,
+            )
+            await stack.enter_async_context(store)
+            await eventually(lambda: store.trouble is None, "the store is up")
+            return store
+
+        yield make
+
+
+@pytest.fixture
+async def store(make: Make) -> Store:
     """Return an empty store."""
-    return make()
+    return await make()
+
+
+async def save(store: Store, snapshot: Snapshot) -> Snapshot | None:
+    """Land with a snapshot, by a lease that nobody else could take."""
+    return await store.land(Lease(snapshot.key, snapshot.stamp), snapshot)
+
+
+async def fail(store: Store, key: TaskKey, error: GatewayError, *, seconds: float) -> None:
+    """Land with a failure."""
+    await store.fail(Lease(key, 1), error, seconds=seconds)
 
 
 @pytest.fixture
@@ -59,6 +101,7 @@ def snapshot(clock: Clock) -> Callable[..., Snapshot]:
 
     def snapshot(key: TaskKey = KEY, *, age: float = 0.0, **values: Any) -> Snapshot:
         values = {"envelope": b"{}", "lifetime": LIFETIME, "status": Status.RUNNING, "progress": 0.5} | values
+        values.setdefault("stamp", int((clock.now - age) * 1_000_000))
         return Snapshot(key, clock.now - age, **values)
 
     return snapshot
@@ -67,17 +110,18 @@ def snapshot(clock: Clock) -> Callable[..., Snapshot]:
 async def test_store_is_empty_at_first(store: Store) -> None:
     """An empty store has no snapshot and no failure for any task."""
     assert store.peek(KEY) is None
-    assert await store.load(KEY) is None
+    assert store.recall(KEY) is None
     assert store.failure(KEY) is None
+    assert store.trouble is None
     assert len(store) == 0
 
 
 async def test_store_keeps_what_is_saved(store: Store, snapshot: Callable[..., Snapshot]) -> None:
-    """A saved snapshot is handed out by peek and by load, with all that it holds."""
+    """A saved snapshot is handed out by peek, recall and take_off, with all that it holds."""
     one = snapshot(envelope=b"envelope", body=b"body", etag='"tag"', eta_seconds=3.0)
-    assert await store.save(one) is one
-    for kept in (store.peek(KEY), await store.load(KEY)):
-        assert kept is not None
+    assert await save(store, one) is one
+    for kept in (store.peek(KEY), store.recall(KEY), await store.take_off(KEY)):
+        assert isinstance(kept, Snapshot)
         assert (kept.key, kept.fetched_at, kept.lifetime) == (KEY, one.fetched_at, LIFETIME)
         assert (kept.envelope, kept.body, kept.etag) == (b"envelope", b"body", '"tag"')
         assert (kept.status, kept.progress, kept.eta_seconds) == (Status.RUNNING, 0.5, 3.0)
@@ -90,7 +134,7 @@ async def test_store_keeps_tasks_and_operations_apart(
     """A task's snapshot is found under its own operation and ID, and under no other."""
     keys = [TaskKey(operation, task_id) for operation in Operation for task_id in ("a", "b")]
     for key in keys:
-        await store.save(snapshot(key, envelope=repr(key).encode()))
+        await save(store, snapshot(key, envelope=repr(key).encode()))
     assert len(store) == len(keys)
     for key in keys:
         kept = store.peek(key)
@@ -100,9 +144,10 @@ async def test_store_keeps_tasks_and_operations_apart(
 
 async def test_store_goes_forward(store: Store, clock: Clock, snapshot: Callable[..., Snapshot]) -> None:
     """A newer snapshot takes the older one's place."""
-    await store.save(snapshot(envelope=b"older"))
+    await save(store, snapshot(envelope=b"older"))
     clock.now += 1
-    newer = await store.save(snapshot(envelope=b"newer"))
+    newer = await save(store, snapshot(envelope=b"newer"))
+    assert newer is not None
     assert newer.envelope == b"newer"
     assert store.peek(KEY) == newer
     assert len(store) == 1
@@ -110,44 +155,93 @@ async def test_store_goes_forward(store: Store, clock: Clock, snapshot: Callable
 
 async def test_store_never_goes_back(store: Store, snapshot: Callable[..., Snapshot]) -> None:
     """An older snapshot does not take a newer one's place; whoever saves it is handed the newer."""
-    newer = await store.save(snapshot(envelope=b"newer"))
-    assert (await store.save(snapshot(age=1, envelope=b"older"))).envelope == b"newer"
-    assert store.peek(KEY) == newer
-    assert await store.load(KEY) == newer
+    newer = await save(store, snapshot(envelope=b"newer"))
+    assert newer is not None
+    assert await save(store, snapshot(age=1, envelope=b"older")) is newer
+    assert store.peek(KEY) is newer
+    assert await store.take_off(KEY) is newer
 
 
-async def test_store_takes_the_later_of_two_fetched_at_once(
+async def test_store_lets_what_has_ended_stay_ended(
+    store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
+) -> None:
+    """No later snapshot of a task that goes on replaces a terminal one; a later terminal one does."""
+    ended = await save(store, snapshot(status=Status.SUCCEEDED, lifetime=600.0))
+    clock.now += 1
+    assert await save(store, snapshot()) is ended
+    assert store.peek(KEY) is ended
+    again = snapshot(status=Status.SUCCEEDED, lifetime=600.0)
+    assert await save(store, again) is again
+
+
+async def test_store_gives_the_lease_where_nothing_is_fresh(
+    store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
+) -> None:
+    """A flight that finds nothing, or something stale, may ask upstream, with a stamp above all before."""
+    first = await store.take_off(KEY)
+    assert isinstance(first, Lease)
+    assert first.key == KEY
+    landed = await store.land(first, snapshot(stamp=first.stamp))
+    assert landed is not None
+    assert await store.take_off(KEY) is landed
+    clock.now += LIFETIME
+    second = await store.take_off(KEY)
+    assert isinstance(second, Lease)
+    assert second.stamp > first.stamp
+
+
+async def test_store_gives_the_lease_to_whoever_wants_a_newer_one(
     store: Store, snapshot: Callable[..., Snapshot]
 ) -> None:
-    """Of two snapshots fetched at the same moment the one saved later is kept."""
-    await store.save(snapshot(envelope=b"one"))
-    assert (await store.save(snapshot(envelope=b"other"))).envelope == b"other"
-    kept = store.peek(KEY)
-    assert kept is not None
-    assert kept.envelope == b"other"
+    """Who names the stamp that is known gets the lease though that one is fresh, or a newer one."""
+    landed = await save(store, snapshot(age=1))
+    assert landed is not None
+    lease = await store.take_off(KEY, after=landed.stamp)
+    assert isinstance(lease, Lease)
+    newer = await store.land(lease, snapshot(stamp=lease.stamp))
+    assert newer is not None
+    assert await store.take_off(KEY, after=landed.stamp) is newer
+
+
+async def test_store_gives_the_lease_again_when_it_is_given_back(store: Store) -> None:
+    """An abandoned lease is there for the next one at once, and nothing is remembered of it."""
+    lease = await store.take_off(KEY)
+    assert isinstance(lease, Lease)
+    await store.abandon(lease)
+    assert isinstance(await store.take_off(KEY), Lease)
+
+
+async def test_store_ends_a_flight_with_the_failure(store: Store) -> None:
+    """A failure that is remembered is what the next flight ends with."""
+    lease = await store.take_off(KEY)
+    assert isinstance(lease, Lease)
+    failure = UpstreamTimeout("too late")
+    await store.fail(lease, failure, seconds=1.0)
+    assert await store.take_off(KEY) is failure
 
 
 async def test_store_hands_out_stale_snapshots(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
     """Freshness is the snapshot's own business: a stale one is handed out, with its moment unchanged."""
-    fetched_at = (await store.save(snapshot())).fetched_at
+    saved = await save(store, snapshot())
+    assert saved is not None
     clock.now += LIFETIME + STALE_SECONDS - 0.1
     kept = store.peek(KEY)
     assert kept is not None
-    assert kept.fetched_at == fetched_at
+    assert kept is saved
 
 
 async def test_store_remembers_a_tasks_story_for_an_hour(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
     """A task's snapshot outlives its freshness by an hour, counted from its fetching, and then goes."""
-    await store.save(snapshot(age=1))
+    await save(store, snapshot(age=1))
     clock.now += LIFETIME + MEMORY_SECONDS - 1.1
     assert store.peek(KEY) is not None
     clock.now += 0.2
     assert store.peek(KEY) is None
-    assert await store.load(KEY) is None
+    assert store.recall(KEY) is None
     assert len(store) == 0
 
 
@@ -155,7 +249,7 @@ async def test_store_drops_a_result_that_nobody_may_see(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
     """A result may be large and has no story: it goes as soon as it may not be shown even stale."""
-    await store.save(snapshot(RESULT, status=None, progress=None))
+    await save(store, snapshot(RESULT, status=None, progress=None))
     clock.now += LIFETIME + STALE_SECONDS - 0.1
     assert store.peek(RESULT) is not None
     clock.now += 0.2
@@ -165,13 +259,13 @@ async def test_store_drops_a_result_that_nobody_may_see(
 
 async def test_store_is_bounded(make: Make, clock: Clock, snapshot: Callable[..., Snapshot]) -> None:
     """No more than max_tasks snapshots are kept here; the least recently read or written go first."""
-    store = make(max_tasks=3)
+    store = await make(max_tasks=3)
     keys = [TaskKey(Operation.SD_GET_PROGRESS, name) for name in "abcd"]
     for key in keys[:3]:
         clock.now += 0.1
-        await store.save(snapshot(key))
+        await save(store, snapshot(key))
     assert store.peek(keys[0]) is not None  # read: now b is the least recently used
-    await store.save(snapshot(keys[3]))
+    await save(store, snapshot(keys[3]))
     assert len(store) == 3
     assert [store.peek(key) is None for key in keys] == [False, True, False, False]
 
@@ -179,7 +273,7 @@ async def test_store_is_bounded(make: Make, clock: Clock, snapshot: Callable[...
 async def test_store_remembers_a_failure_for_its_time(store: Store, clock: Clock) -> None:
     """A failure is remembered for as many seconds as were said, and no longer."""
     failure = UpstreamTimeout("too late")
-    await store.fail(KEY, failure, seconds=1.0)
+    await fail(store, KEY, failure, seconds=1.0)
     clock.now += 0.9
     assert store.failure(KEY) is failure
     clock.now += 0.2
@@ -188,26 +282,26 @@ async def test_store_remembers_a_failure_for_its_time(store: Store, clock: Clock
 
 async def test_store_remembers_the_latest_failure(store: Store, clock: Clock) -> None:
     """A later failure takes the earlier one's place, and its time begins anew."""
-    await store.fail(KEY, UpstreamTimeout("too late"), seconds=1.0)
+    await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
     clock.now += 0.5
     later = UpstreamUnreachable("gone")
-    await store.fail(KEY, later, seconds=1.0)
+    await fail(store, KEY, later, seconds=1.0)
     clock.now += 0.9
     assert store.failure(KEY) is later
 
 
 async def test_store_remembers_no_failure_for_no_time(store: Store) -> None:
     """A failure for 0 seconds is not remembered, and ends the memory of an earlier one."""
-    await store.fail(KEY, UpstreamTimeout("too late"), seconds=0.0)
+    await fail(store, KEY, UpstreamTimeout("too late"), seconds=0.0)
     assert store.failure(KEY) is None
-    await store.fail(KEY, UpstreamTimeout("too late"), seconds=1.0)
-    await store.fail(KEY, UpstreamTimeout("too late"), seconds=0.0)
+    await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
+    await fail(store, KEY, UpstreamTimeout("too late"), seconds=0.0)
     assert store.failure(KEY) is None
 
 
 async def test_store_remembers_failures_by_task(store: Store) -> None:
     """One task's failure is not another's, nor that of its result."""
-    await store.fail(KEY, UpstreamTimeout("too late"), seconds=1.0)
+    await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
     assert store.failure(OTHER) is None
     assert store.failure(RESULT) is None
 
@@ -216,8 +310,8 @@ async def test_store_keeps_the_snapshot_of_a_failing_task(
     store: Store, snapshot: Callable[..., Snapshot]
 ) -> None:
     """A failure leaves the snapshot in place: it is what may cover the failure."""
-    kept = await store.save(snapshot())
-    await store.fail(KEY, UpstreamTimeout("too late"), seconds=1.0)
+    kept = await save(store, snapshot())
+    await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
     assert store.peek(KEY) == kept
     assert store.failure(KEY) is not None
 
@@ -226,16 +320,16 @@ async def test_store_forgets_the_failure_when_an_answer_comes(
     store: Store, snapshot: Callable[..., Snapshot]
 ) -> None:
     """A stored answer ends the memory of a failure, before its time."""
-    await store.fail(KEY, UpstreamTimeout("too late"), seconds=1.0)
-    await store.fail(OTHER, UpstreamTimeout("too late"), seconds=1.0)
-    await store.save(snapshot())
+    await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
+    await fail(store, OTHER, UpstreamTimeout("too late"), seconds=1.0)
+    await save(store, snapshot())
     assert store.failure(KEY) is None
     assert store.failure(OTHER) is not None
 
 
 async def test_store_counts_no_failures(store: Store) -> None:
     """The number of entries is that of snapshots."""
-    await store.fail(KEY, UpstreamTimeout("too late"), seconds=1.0)
+    await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
     assert len(store) == 0
 
 
@@ -245,13 +339,13 @@ async def test_store_tells_its_listeners_of_each_change(
     """Every listener hears of each snapshot that is stored from then on, and finds it there."""
     heard: list[tuple[bytes, bool]] = []
     also: list[Snapshot] = []
-    await store.save(snapshot(envelope=b"before"))
+    await save(store, snapshot(envelope=b"before"))
     store.on_change(lambda stored: heard.append((stored.envelope, store.peek(stored.key) == stored)))
     store.on_change(also.append)
     clock.now += 1
-    await store.save(snapshot(envelope=b"one"))
-    await store.save(snapshot(OTHER, envelope=b"two"))
-    await store.save(snapshot(age=1, envelope=b"too old"))
-    await store.fail(KEY, UpstreamTimeout("too late"), seconds=1.0)
+    await save(store, snapshot(envelope=b"one"))
+    await save(store, snapshot(OTHER, envelope=b"two"))
+    await save(store, snapshot(age=1, envelope=b"too old"))
+    await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
     assert heard == [(b"one", True), (b"two", True)]
     assert [stored.envelope for stored in also] == [b"one", b"two"]

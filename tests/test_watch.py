@@ -75,7 +75,7 @@ async def test_watch_slot_holds_the_newest_only(watch: Watch, store: MemoryStore
     """A watcher that was busy finds the newest update, not those before it."""
     with watch.watching([KEY], Kind.EVENTS) as watcher:
         for etag in "123":
-            await store.save(snapshot(etag))
+            store.keep(snapshot(etag))
         [update] = await watcher.take()
         assert update.snapshot is not None
         assert update.snapshot.etag == "3"
@@ -95,12 +95,12 @@ async def test_watch_delivers_past_the_slot_only_to_who_waits(watch: Watch, stor
 
     with watch.watching([KEY], Kind.EVENTS) as watcher:
         watcher.deliver = deliver
-        await store.save(snapshot("1"))  # nobody waits yet
+        store.keep(snapshot("1"))  # nobody waits yet
         [update] = await watcher.take()
         waiting = asyncio.create_task(watcher.take())
         await asyncio.sleep(0)
         for etag in "2345":  # after the third, which woke the watcher, the slot must keep the newest
-            await store.save(snapshot(etag))
+            store.keep(snapshot(etag))
         assert delivered == ["2"]
         assert [update.snapshot.etag, *(u.snapshot.etag for u in await waiting if u.snapshot)] == ["1", "5"]  # type: ignore[union-attr]
     await watch.aclose()
@@ -111,7 +111,7 @@ async def test_watch_says_nothing_twice(service: HandService, watch: Watch, stor
     with watch.watching([KEY], Kind.EVENTS) as watcher:
         service.answers.put_nowait(snapshot("1"))
         assert len(await watcher.take()) == 1
-        await store.save(snapshot("1"))
+        store.keep(snapshot("1"))
         watcher.ring()
         assert await watcher.take() == []
     await watch.aclose()
@@ -153,7 +153,7 @@ async def test_watch_tells_late_comers_nothing_too_old(
             for watcher in (early, gone):
                 watcher.ring()
                 assert await watcher.take() == []
-            await store.save(snapshot("1"))
+            store.keep(snapshot("1"))
             late.ring()
             assert await late.take() == []
     await watch.aclose()
@@ -164,7 +164,7 @@ async def test_watch_takes_nothing_final_back(service: HandService, watch: Watch
     with watch.watching([KEY], Kind.EVENTS) as early:
         service.answers.put_nowait(snapshot("1", Status.SUCCEEDED))
         await early.take()
-        await store.save(snapshot("2"))
+        store.keep(snapshot("2"))
         early.ring()
         assert await early.take() == []
         with watch.watching([KEY], Kind.EVENTS) as late:

