@@ -1,0 +1,352 @@
+"""Replicas and their store: what they promise together, over real sockets, on a real server."""
+
+import itertools
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.harness import Gateway, Json, RawUpstream, Request, framed, fresh_id, serving, until
+from tests.storeserver import StoreServer, binary
+
+Launch = Callable[..., Gateway]
+REPLICAS = 3
+# A busy machine that needs longer than a replica would wait is another test.
+STORE: Json = {"timeout_seconds": 1.0}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[StoreServer]:
+    """Return a server for the replicas' store."""
+    with StoreServer(binary("valkey"), tmp_path) as server:
+        yield server
+
+
+class Held:
+    """What an upstream does that answers one question after the other, each as it is told to.
+
+    Question number N is answered with a progress of N thousandths. While `closed`, none is.
+    """
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self._numbers = itertools.count(1)
+
+    def __call__(self, connection: socket, request: Request) -> None:
+        number = next(self._numbers)
+        self.open.wait(60)
+        connection.sendall(framed(request.envelope(progress=number / 1000)))
+
+
+@pytest.fixture
+def held() -> Held:
+    """Return what the upstream does."""
+    return Held()
+
+
+@pytest.fixture
+def upstream(held: Held) -> Iterator[RawUpstream]:
+    """Return an upstream whose answers are counted, and can be held."""
+    with RawUpstream(held) as upstream:
+        try:
+            yield upstream
+        finally:
+            held.open.set()
+
+
+@pytest.fixture
+def start(server: StoreServer, upstream: RawUpstream, launch: Launch) -> Callable[..., list[Gateway]]:
+    """Return a function that starts replicas and returns them once they share."""
+
+    def start(**sections: Json) -> list[Gateway]:
+        sections["store"] = {**STORE, "url": server.url, **sections.get("store", {})}
+        replicas = [launch(upstream.url, **sections) for _ in range(REPLICAS)]
+        until(lambda: all(map(shares, replicas)), "every replica reaches the store")
+        return replicas
+
+    return start
+
+
+@pytest.fixture
+def replicas(start: Callable[..., list[Gateway]]) -> list[Gateway]:
+    """Return replicas that share."""
+    return start()
+
+
+def shares(gateway: Gateway) -> bool:
+    """Tell whether a replica shares."""
+    return gateway.metric("store_up") == 1
+
+
+def shown(gateway: Gateway, task_id: str) -> Json:
+    """Return what a replica answers for a task."""
+    answer = gateway.get(task_id)
+    assert answer.status_code == httpx.codes.OK, answer.text
+    body: Json = answer.json()
+    return body
+
+
+def progress(gateway: Gateway, task_id: str) -> float:
+    """Return the progress that a replica shows."""
+    value: float = shown(gateway, task_id)["progress"]
+    return value
+
+
+def events(gateway: Gateway, task_id: str) -> Iterator[Json]:
+    """Follow a task's stream; yield what its events say."""
+    with gateway.client.stream("GET", f"/v1/progress/{task_id}/events") as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data:"):
+                yield json.loads(line.removeprefix("data:"))
+
+
+def test_replicas_call_once_for_a_crowd(held: Held, upstream: RawUpstream, replicas: list[Gateway]) -> None:
+    """Sixty callers who come at once to replicas that know nothing cost one upstream call."""
+    held.open.clear()
+    task_id = fresh_id()
+    with ThreadPoolExecutor(60) as pool:
+        asking = [pool.submit(progress, replica, task_id) for replica in replicas for _ in range(20)]
+        until(lambda: upstream.requests, "somebody asks")
+        until(
+            lambda: all(taken_off(replica) for replica in replicas), "every replica has asked for the lease"
+        )
+        held.open.set()
+        assert {answer.result() for answer in asking} == {0.001}
+    assert len(upstream.requests) == 1
+
+
+def taken_off(gateway: Gateway) -> float:
+    """Return how often a replica has asked for a lease."""
+    return gateway.metric("store_operation_duration_seconds_count", operation="take_off")
+
+
+def test_replicas_call_once_a_lifetime_for_pollers_of_all(
+    upstream: RawUpstream, start: Callable[..., list[Gateway]]
+) -> None:
+    """Polled in turn, whatever falls upon which of them, they ask as often as one would: once a lifetime."""
+    lifetime = 0.3
+    replicas = start(cache={"running_seconds": lifetime})
+    task_id = fresh_id()
+    began = time.monotonic()
+    for replica in itertools.cycle(replicas):
+        shown(replica, task_id)
+        if len(upstream.requests) >= 6:
+            break
+    # Refreshed ahead of its end, a lifetime is shorter by a flight: one call more, at most.
+    assert len(upstream.requests) <= 2 + (time.monotonic() - began) / lifetime
+
+
+def test_replicas_asked_in_turn_never_go_back(
+    upstream: RawUpstream, start: Callable[..., list[Gateway]]
+) -> None:
+    """Whichever replica is asked next shows what the one before it has shown, or something newer."""
+    replicas = start(cache={"running_seconds": 0.1})
+    task_id = fresh_id()
+    last = 0.0
+    for replica in itertools.cycle(replicas):
+        now = progress(replica, task_id)
+        assert now >= last
+        last = now
+        if len(upstream.requests) >= 20:
+            break
+    assert last >= 0.015
+
+
+def test_replicas_streams_show_what_another_fetched(
+    upstream: RawUpstream, start: Callable[..., list[Gateway]]
+) -> None:
+    """Streams of one task on all replicas follow one schedule: each shows every answer, whoever asked."""
+    replicas = start(cache={"running_seconds": 0.4})
+    task_id = fresh_id()
+    with ExitStack() as stack:
+        streams = [stack.enter_context(closing(events(replica, task_id))) for replica in replicas]
+        told = [[next(stream)["progress"]] for stream in streams]
+        for one, stream in zip(told, streams, strict=True):
+            one.extend(next(stream)["progress"] for _ in range(5))
+    for one in told:
+        assert one == sorted(one)
+        # With a schedule each, every third answer would be its own.
+        assert one[-1] - one[0] <= 0.008
+    assert all(replica.metric("upstream_requests_total") < len(upstream.requests) for replica in replicas)
+
+
+def test_replicas_share_a_failure(upstream: RawUpstream, start: Callable[..., list[Gateway]]) -> None:
+    """What one replica failed at the others do not try for as long as the failure is remembered."""
+    upstream.behaviour = lambda connection, _request: connection.sendall(framed(b"no envelope"))
+    replicas = start(cache={"error_seconds": 60})
+    task_id = fresh_id()
+    answers = [replica.get(task_id).json()["code"] for replica in replicas]
+    assert answers == ["upstream-invalid"] * REPLICAS
+    assert len(upstream.requests) == 1
+
+
+def test_replicas_tell_what_has_ended(upstream: RawUpstream, replicas: list[Gateway]) -> None:
+    """What one replica saw end has ended on all of them, and is not asked for again."""
+    upstream.behaviour = lambda connection, request: connection.sendall(
+        framed(request.envelope(status="succeeded", progress=1))
+    )
+    task_id = fresh_id()
+    assert [shown(replica, task_id)["terminal"] for replica in replicas] == [True] * REPLICAS
+    assert len(upstream.requests) == 1
+
+
+# Without the store
+
+
+def alone(gateway: Gateway) -> bool:
+    """Tell whether a replica knows that it is alone, and says so, though it stays ready."""
+    answer = gateway.client.get("/readyz")
+    assert answer.status_code == httpx.codes.OK
+    told = any(line.startswith("store: ") for line in answer.json()["degraded"])
+    return told and not shares(gateway)
+
+
+def kill(server: StoreServer) -> None:
+    server.kill()
+
+
+def freeze(server: StoreServer) -> None:
+    server.freeze()
+
+
+def forbid(server: StoreServer) -> None:
+    # A replica of nobody: read-only, as a server is that a failover has demoted.
+    server.client.replicaof("127.0.0.1", "1")
+
+
+def fill(server: StoreServer) -> None:
+    server.configure(maxmemory=1)
+
+
+def restart(server: StoreServer) -> None:
+    server.start()
+
+
+def thaw(server: StoreServer) -> None:
+    server.thaw()
+
+
+def permit(server: StoreServer) -> None:
+    server.client.replicaof("NO", "ONE")
+
+
+def empty(server: StoreServer) -> None:
+    server.configure(maxmemory=0)
+
+
+@pytest.mark.parametrize(("harm", "heal"), [(kill, restart), (freeze, thaw), (forbid, permit), (fill, empty)])
+def test_replicas_go_on_without_the_store_and_share_again(
+    harm: Callable[[StoreServer], None],
+    heal: Callable[[StoreServer], None],
+    server: StoreServer,
+    upstream: RawUpstream,
+    start: Callable[..., list[Gateway]],
+) -> None:
+    """Whatever becomes of the server, no answer fails; each replica asks for itself until it is well."""
+    replicas = start(cache={"running_seconds": 0.05}, store={"timeout_seconds": 0.2})
+    old, asked = fresh_id(), len(upstream.requests)
+    assert len({progress(replica, old) for replica in replicas}) == 1
+    harm(server)
+    for replica in replicas:
+        until(lambda replica=replica: shown(replica, fresh_id()) and alone(replica), "it is alone")  # type: ignore[misc]
+        shown(replica, old)
+    new, asked = fresh_id(), len(upstream.requests)
+    assert len({progress(replica, new) for replica in replicas}) == REPLICAS
+    assert len(upstream.requests) >= asked + REPLICAS
+    heal(server)
+    until(lambda: all(map(shares, replicas)), "every replica shares again")
+    shared, asked = fresh_id(), len(upstream.requests)
+    assert [shown(replica, shared)["taskId"] for replica in replicas] == [shared] * REPLICAS
+    assert all(replica.metric("store_errors_total") > 0 for replica in replicas) or harm is kill
+
+
+def place(server: StoreServer, task_id: str) -> str:
+    """Return the name under which a task's snapshot is stored."""
+    [name] = server.client.keys(f"*:{task_id}:s")  # type: ignore[misc]
+    return str(name.decode())
+
+
+@pytest.mark.parametrize("garbage", [b"", b"garbage", b"sdg1 1 1 1 0\n{}", b"sdg1 9 9 99999999999999999 1\n"])
+def test_replicas_overwrite_garbage(garbage: bytes, server: StoreServer, replicas: list[Gateway]) -> None:
+    """Values that make no sense are as good as none, and sense takes their place."""
+    task_id = fresh_id()
+    shown(replicas[0], task_id)
+    name = place(server, task_id)
+    server.client.set(name, garbage)
+    for kind in "fl":
+        server.client.lpush(f"{name.removesuffix('s')}{kind}", "of another type")
+    assert [shown(replica, task_id)["taskId"] for replica in replicas[1:]] == [task_id] * 2
+    assert str(server.client.get(name)).count(task_id) > 1
+
+
+def test_replicas_believe_nothing_that_is_another_tasks(server: StoreServer, replicas: list[Gateway]) -> None:
+    """A value that stands in another task's place is not that task's."""
+    one, other = fresh_id(), fresh_id()
+    shown(replicas[0], one)
+    shown(replicas[0], other)
+    server.client.set(place(server, other), server.client.get(place(server, one)))  # type: ignore[arg-type]
+    assert shown(replicas[1], other)["taskId"] == other
+    assert replicas[1].metric("store_errors_total", operation="read") >= 1
+
+
+# Holders that die
+
+
+@pytest.fixture
+def processes(server: StoreServer, upstream: RawUpstream, tmp_path: Path) -> Iterator[Callable[[], Any]]:
+    """Return a function that starts a replica as a process of its own."""
+    environment = {
+        "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url,
+        "SD_GATEWAY_UPSTREAM__TIMEOUT_SECONDS": "60",
+        "SD_GATEWAY_UPSTREAM__ATTEMPT_TIMEOUT_SECONDS": "60",
+        "SD_GATEWAY_STORE__URL": server.url,
+        "SD_GATEWAY_STORE__TIMEOUT_SECONDS": "1",
+    }
+    with ExitStack() as stack:
+
+        def start() -> Any:
+            process, gateway = stack.enter_context(serving(tmp_path, environment))
+            until(lambda: shares(gateway), "the replica reaches the store")
+            return process, gateway
+
+        yield start
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_replicas_replace_a_holder_that_dies(
+    number: signal.Signals,
+    held: Held,
+    upstream: RawUpstream,
+    processes: Callable[[], Any],
+    replicas: list[Gateway],
+) -> None:
+    """When the one that asks is killed or stopped, another asks, and what comes late is not shown."""
+    process, holder = processes()
+    task_id = fresh_id()
+    held.open.clear()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(holder.get, task_id)
+        until(lambda: upstream.requests, "the holder asks")
+        second = pool.submit(shown, replicas[0], task_id)
+        until(lambda: taken_off(replicas[0]), "another asks for the lease")
+        process.signal(number)
+        until(lambda: len(upstream.requests) == 2, "the other has the lease, and asks")
+        held.open.set()
+        assert second.result()["progress"] == 0.002
+        if number is signal.SIGSTOP:
+            process.signal(signal.SIGCONT)
+            assert first.result().json()["progress"] >= 0.002
+            assert progress(replicas[1], task_id) >= 0.002
+        else:
+            with pytest.raises(httpx.TransportError):
+                first.result()
