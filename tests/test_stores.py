@@ -18,7 +18,7 @@ from gateway.stores import Lease, Store
 from gateway.stores.memory import MEMORY_SECONDS, MemoryStore
 from gateway.stores.valkey import ValkeyStore
 from tests.harness import Json, eventually
-from tests.storeserver import StoreServer, binary, cluster, guarded
+from tests.storeserver import shared_by
 
 STALE_SECONDS = 60.0
 LIFETIME = 2.0
@@ -48,19 +48,11 @@ def clock() -> Clock:
 @pytest.fixture(scope="module", params=["memory", "valkey", "redis", "cluster", "sentinel"])
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Json | None]:
     """Return the settings of the store under test; None for memory."""
-    folder = tmp_path_factory.mktemp(request.param)
-    match request.param:
-        case "memory":
-            yield None
-        case "cluster":
-            with cluster(folder) as nodes:
-                yield {"url": nodes[0].url, "cluster": True}
-        case "sentinel":
-            with guarded(folder) as servers:
-                yield {"url": servers.sentinel.url, "sentinel_service": "main"}
-        case kind:
-            with StoreServer(binary(kind), folder) as server:
-                yield {"url": server.url}
+    if request.param == "memory":
+        yield None
+    else:
+        with shared_by(request.param, tmp_path_factory.mktemp(request.param)) as settings:
+            yield settings
 
 
 @pytest.fixture

@@ -1,0 +1,342 @@
+"""Two stores on one server: what one does and the other learns of it, on every kind of server."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import trustme
+from prometheus_client import CollectorRegistry
+
+from gateway.exceptions import UpstreamDetail, UpstreamRejected, UpstreamThrottled, UpstreamTimeout
+from gateway.metrics import Metrics
+from gateway.models import Operation, Snapshot, Status, TaskKey
+from gateway.redaction import MASK, Redactor
+from gateway.settings import Store as StoreSettings
+from gateway.stores import Lease
+from gateway.stores.memory import MemoryStore
+from gateway.stores.valkey import ValkeyStore
+from tests.harness import Json, eventually
+from tests.storeserver import StoreServer, binary, cluster, guarded, shared_by
+
+KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
+Open = Callable[..., Any]
+
+
+@pytest.fixture(scope="module", params=["valkey", "redis", "cluster", "sentinel"])
+def settings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Json]:
+    """Return the settings of a shared store."""
+    with shared_by(request.param, tmp_path_factory.mktemp(request.param)) as settings:
+        yield settings
+
+
+@pytest.fixture
+async def opened() -> AsyncIterator[Open]:
+    """Return a function that opens a store and returns it once it shares."""
+    prefix = uuid4().hex
+    async with AsyncExitStack() as stack:
+
+        async def opened(
+            settings: Json,
+            *,
+            redactor: Redactor | None = None,
+            patience_seconds: float = 30,
+            well: bool = True,
+        ) -> ValkeyStore:
+            store = ValkeyStore(
+                StoreSettings.model_validate({"key_prefix": prefix, "timeout_seconds": 1, **settings}),
+                memory=MemoryStore(max_tasks=100, stale_seconds=60),
+                redactor=redactor or Redactor(),
+                metrics=Metrics(CollectorRegistry(), gateway_version="test"),
+                patience_seconds=patience_seconds,
+            )
+            await stack.enter_async_context(store)
+            await eventually(lambda: store.trouble is None or not well, "the store is up")
+            return store
+
+        yield opened
+
+
+@pytest.fixture
+async def one(opened: Open, settings: Json) -> ValkeyStore:
+    """Return a store."""
+    store: ValkeyStore = await opened(settings)
+    return store
+
+
+@pytest.fixture
+async def other(opened: Open, settings: Json) -> ValkeyStore:
+    """Return another store that shares with it."""
+    store: ValkeyStore = await opened(settings)
+    return store
+
+
+def snapshot(lease: Lease, **values: Any) -> Snapshot:
+    """Return a snapshot that was fetched just now."""
+    values = {"envelope": b"{}", "lifetime": 60.0, "status": Status.RUNNING, "progress": 0.5} | values
+    return Snapshot(lease.key, time.monotonic(), stamp=lease.stamp, **values)
+
+
+async def leased(store: ValkeyStore, key: TaskKey = KEY, *, after: int | None = None) -> Lease:
+    """Take off with a lease."""
+    lease = await store.take_off(key, after=after)
+    assert isinstance(lease, Lease)
+    assert lease.token
+    return lease
+
+
+async def waiting(store: ValkeyStore, key: TaskKey = KEY) -> asyncio.Task[Any]:
+    """Begin to take off where another has the lease; return what goes on when the server has said so."""
+    asked = store._metrics.store_operation_duration.labels("take_off")
+    before = asked._sum.get()
+    flight = asyncio.create_task(store.take_off(key))
+    await eventually(lambda: asked._sum.get() > before, "the server was asked")
+    assert not flight.done()
+    return flight
+
+
+async def test_valkey_wakes_who_waits_with_the_answer(one: ValkeyStore, other: ValkeyStore) -> None:
+    """While one has the lease the other waits; what the one lands with is the other's answer, whole."""
+    lease = await leased(one)
+    flight = await waiting(other)
+    landed = await one.land(
+        lease, snapshot(lease, envelope=b"\xff\n", body=b"body", etag='"tag"', eta_seconds=2.5)
+    )
+    found = await flight
+    assert landed is not None
+    assert isinstance(found, Snapshot)
+    assert found is other.peek(KEY)
+    assert (found.key, found.stamp, found.lifetime) == (KEY, lease.stamp, 60.0)
+    assert (found.envelope, found.body, found.etag) == (b"\xff\n", b"body", '"tag"')
+    assert (found.status, found.progress, found.eta_seconds) == (Status.RUNNING, 0.5, 2.5)
+    # Both clocks are the same one here: to the other it may look older, and never fresher.
+    assert landed.fetched_at - 1 < found.fetched_at <= landed.fetched_at
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        UpstreamTimeout("too late"),
+        UpstreamThrottled("slow down", retry_after=2.5, detail=UpstreamDetail(err_code="T429")),
+        UpstreamRejected("no", envelope=b'{"status":20}\xff', detail=UpstreamDetail(err_message="no")),
+    ],
+    ids=lambda failure: failure.code,
+)
+async def test_valkey_wakes_who_waits_with_the_failure(
+    failure: Any, one: ValkeyStore, other: ValkeyStore
+) -> None:
+    """What the one failed at is the other's failure, too, with all that is told of it."""
+    lease = await leased(one)
+    flight = await waiting(other)
+    await one.fail(lease, failure, seconds=60)
+    found = await flight
+    assert type(found) is type(failure)
+    assert (str(found), found.retry_after, found.detail) == (
+        str(failure),
+        failure.retry_after,
+        failure.detail,
+    )
+    assert getattr(found, "envelope", b"") == getattr(failure, "envelope", b"")
+    assert other.failure(KEY) is found
+
+
+@pytest.mark.parametrize("end", ["abandon", "fail"])
+async def test_valkey_passes_a_lease_on(end: str, one: ValkeyStore, other: ValkeyStore) -> None:
+    """A lease that ends with nothing to tell is the next one's at once."""
+    lease = await leased(one)
+    flight = await waiting(other)
+    if end == "abandon":
+        await one.abandon(lease)
+    else:
+        await one.fail(lease, UpstreamTimeout("ours alone"), seconds=0)
+    found = await flight
+    assert isinstance(found, Lease)
+    assert found.stamp > lease.stamp
+
+
+async def test_valkey_gives_late_comers_what_is_there(one: ValkeyStore, other: ValkeyStore) -> None:
+    """Who was not there when it was published asks the server, and is given it."""
+    lease = await leased(one)
+    await one.land(lease, snapshot(lease, envelope=b"answer"))
+    assert other.peek(KEY) is None
+    found = await other.take_off(KEY)
+    assert isinstance(found, Snapshot)
+    assert found.envelope == b"answer"
+
+
+async def test_valkey_tells_every_replica_that_holds_the_task(one: ValkeyStore, other: ValkeyStore) -> None:
+    """A change reaches whoever holds the task, and nobody else."""
+    lease = await leased(one)
+    await one.land(lease, snapshot(lease, envelope=b"first"))
+    await other.take_off(KEY)
+    heard: list[Snapshot] = []
+    other.on_change(heard.append)
+    unheld = await leased(one, KEY._replace(task_id="unheld"))
+    await one.land(unheld, snapshot(unheld))
+    lease = await leased(one, after=lease.stamp)
+    await one.land(lease, snapshot(lease, envelope=b"second"))
+    await eventually(lambda: heard, "the other hears of it")
+    assert [changed.envelope for changed in heard] == [b"second"]
+    assert other.peek(KEY) is heard[0]
+    assert other.peek(unheld.key) is None
+
+
+async def test_valkey_refuses_a_late_answer(one: ValkeyStore, other: ValkeyStore) -> None:
+    """Whose lease has ended meanwhile cannot overwrite what another has asked for since."""
+    late = await leased(one)
+    # As if its holder had been paused for longer than a lease lasts.
+    await one._end(late, 0, b"")
+    lease = await leased(other)
+    assert await one.land(late, snapshot(late, envelope=b"late")) is None
+    await other.land(lease, snapshot(lease, envelope=b"newer"))
+    kept = await one.land(late, snapshot(late, envelope=b"late"))
+    assert kept is not None
+    assert kept.envelope == b"newer"
+
+
+async def test_valkey_lets_what_has_ended_stay_ended(one: ValkeyStore, other: ValkeyStore) -> None:
+    """What one replica saw end goes on for no other, though it asks later."""
+    lease = await leased(one)
+    await one.land(lease, snapshot(lease, status=Status.SUCCEEDED, progress=1.0))
+    lease = await leased(one, after=lease.stamp)
+    kept = await other.land(lease, snapshot(lease))
+    assert kept is not None
+    assert kept.status is Status.SUCCEEDED
+
+
+async def test_valkey_waits_no_longer_than_a_caller_would(
+    opened: Open, settings: Json, one: ValkeyStore
+) -> None:
+    """A flight that another's takes too long for ends with a time-out."""
+    hasty = await opened(settings, patience_seconds=0.05)
+    await leased(one)
+    assert isinstance(await hasty.take_off(KEY), UpstreamTimeout)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
+    """Return a server to be harmed."""
+    with StoreServer(binary("valkey"), tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+async def test_valkey_asks_again_after_it_may_have_missed_something(
+    opened: Open, server: StoreServer
+) -> None:
+    """What was held when the subscription broke is not shown before the server has confirmed it."""
+    one = await opened({"url": server.url})
+    lease = await leased(one)
+    landed = await one.land(lease, snapshot(lease))
+    server.client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
+    await eventually(lambda: one.peek(KEY) is None, "it is up again, and doubts")
+    assert one.recall(KEY) is landed
+    assert await one.take_off(KEY) is landed
+    assert one.peek(KEY) is landed
+
+
+async def test_valkey_keeps_a_lease_for_as_long_as_its_holder_lives(
+    opened: Open, server: StoreServer
+) -> None:
+    """A query may take longer than a lease: it is renewed."""
+    one = await opened({"url": server.url})
+    await leased(one)
+    [name] = server.client.keys("*:l")  # type: ignore[misc]
+    server.client.pexpire(name, 2000)
+    await eventually(lambda: int(server.client.pttl(name)) > 2000, "it is renewed")  # type: ignore[arg-type]
+
+
+async def test_valkey_logs_in_with_files(opened: Open, tmp_path: Path) -> None:
+    """User and password come from files, or from the URL; neither is ever shown."""
+    with StoreServer(binary("valkey"), tmp_path) as server:
+        server.client.execute_command("ACL", "SETUSER", "gateway", "on", ">pass:word/1", "~*", "&*", "+@all")
+        server.client.execute_command("ACL", "SETUSER", "default", "off")
+        (tmp_path / "username").write_text("gateway\n")
+        (tmp_path / "password").write_text("pass:word/1\n")
+        redactor = Redactor()
+        await opened(
+            {
+                "url": server.url,
+                "username_file": tmp_path / "username",
+                "password_file": tmp_path / "password",
+            },
+            redactor=redactor,
+        )
+        assert redactor("it is pass:word/1") == f"it is {MASK}"
+        await opened({"url": server.url.replace("//", "//gateway:pass%3Aword%2F1@")})
+
+
+async def test_valkey_verifies_the_servers_certificate(opened: Open, tmp_path: Path) -> None:
+    """Under valkeys:// connections are encrypted, and the server is one that the CA vouches for."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    certificate.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    certificate.private_key_pem.write_to_path(tmp_path / "key.pem")
+    options = {
+        "tls-port": "0",
+        "tls-cert-file": "cert.pem",
+        "tls-key-file": "key.pem",
+        "tls-auth-clients": "no",
+    }
+    with StoreServer(binary("redis"), tmp_path) as server:
+        for name, value in options.items():
+            server.client.config_set(name, str(tmp_path / value) if value.endswith("pem") else value)
+        server.client.config_set("tls-port", str(server.port + 1))
+        url = server.url.replace("valkey:", "valkeys:").replace(str(server.port), str(server.port + 1))
+        store = await opened({"url": url, "ca_file": tmp_path / "ca.pem"})
+        await leased(store)
+        stranger = await opened({"url": url}, well=False)
+        await eventually(lambda: stranger.trouble == "ConnectionError", "it trusts no stranger")
+
+
+async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:
+    """When Sentinel has promoted the replica the store is there, and what was shared still is."""
+    with guarded(tmp_path) as servers:
+        settings = {"url": servers.sentinel.url, "sentinel_service": "main"}
+        one = await opened(settings)
+        lease = await leased(one)
+        await one.land(lease, snapshot(lease, envelope=b"before"))
+        assert servers.primary.client.wait(1, 5000) == 1
+        servers.primary.kill()
+        await eventually(lambda: one.trouble, "it is alone")
+        alone = await one.take_off(KEY, after=lease.stamp)
+        assert isinstance(alone, Lease)
+        assert not alone.token
+        assert alone.stamp > lease.stamp
+        await eventually(lambda: one.trouble is None, "it has found the new one")
+        other = await opened(settings)
+        found = await other.take_off(KEY)
+        assert isinstance(found, Snapshot)
+        assert found.envelope == b"before"
+
+
+async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> None:
+    """While a cluster's slots move every task is asked for by one at a time, and the store is there after."""
+    with cluster(tmp_path) as nodes:
+        settings = {"url": nodes[0].url, "cluster": True}
+        one, other = await opened(settings), await opened(settings)
+        identity = bytes(nodes[1].client.execute_command("CLUSTER", "MYID")).decode()
+        nodes[0].client.execute_command("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", 0, 5460, "NODE", identity)
+
+        def moved() -> bool:
+            shards = nodes[1].client.execute_command("CLUSTER", "SLOTS")
+            return all(int(first) != 0 or int(owner[1]) == nodes[1].port for first, _, owner, *_ in shards)
+
+        number = 0
+        while not moved() or number < 50:
+            number += 1
+            key = KEY._replace(task_id=f"task-{number}")
+            lease = await one.take_off(key)
+            assert isinstance(lease, Lease)
+            await one.land(lease, snapshot(lease))
+            assert one.recall(key) is not None
+        await eventually(lambda: one.trouble is None and other.trouble is None, "both share again")
+        for number in range(100):  # in every shard
+            key = KEY._replace(task_id=f"after-{number}")
+            lease = await leased(one, key)
+            await one.land(lease, snapshot(lease))
+            assert isinstance(await other.take_off(key), Snapshot)
