@@ -484,3 +484,78 @@ def test_load_refuses_a_root_path(mistakes: Callable[..., list[str]], path: str)
     """Any other prefix is refused."""
     line = f'server.root_path = {path!r}: must be empty, or begin with "/" and not end with it'
     assert mistakes(SD_GATEWAY_SERVER__ROOT_PATH=path) == [line]
+
+
+# The store
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "tls", "database"),
+    [
+        ("valkey://v", [("v", 6379)], False, 0),
+        ("valkeys://v:1/", [("v", 1)], True, 0),
+        ("redis://u:p%40@10.0.0.1:7000/2", [("10.0.0.1", 7000)], False, 2),
+        ("rediss://[::1]:7", [("::1", 7)], True, 0),
+    ],
+)
+def test_store_is_named_by_its_url(
+    read: Load,
+    url: str,
+    hosts: list[tuple[str, int]],
+    tls: bool,  # noqa: FBT001
+    database: int,
+) -> None:
+    """The URL says who, whether encrypted, and which database."""
+    store = read(SD_GATEWAY_STORE__URL=url).store
+    assert (store.hosts, store.tls, store.database) == (hosts, tls, database)
+
+
+@pytest.mark.parametrize(("more", "port"), [({"CLUSTER": "true"}, 6379), ({"SENTINEL_SERVICE": "s"}, 26379)])
+def test_store_may_have_several_hosts(read: Load, more: dict[str, str], port: int) -> None:
+    """A cluster's nodes, or Sentinels, stand in the URL one after the other."""
+    environment = {f"SD_GATEWAY_STORE__{name}": value for name, value in more.items()}
+    store = read(SD_GATEWAY_STORE__URL="valkey://u@a,b:1", **environment).store
+    assert store.hosts == [("a", port), ("b", 1)]
+
+
+def test_store_login_comes_from_the_url_or_from_files(read: Load, tmp_path: Path) -> None:
+    """What stands in a file goes over what stands in the URL, and is read when it is needed."""
+    url = "valkey://us%40er:p%3Aw@v"
+    assert read().store.login() == (None, None)
+    assert read(SD_GATEWAY_STORE__URL="valkey://:p@v").store.login() == (None, "p")
+    assert read(SD_GATEWAY_STORE__URL=url).store.login() == ("us@er", "p:w")
+    file = tmp_path / "password"
+    store = read(SD_GATEWAY_STORE__URL=url, SD_GATEWAY_STORE__PASSWORD_FILE=str(file)).store
+    file.write_text("other\n")
+    assert store.login() == ("us@er", "other")
+
+
+def test_store_url_is_never_shown(read: Load) -> None:
+    """The URL may hold a password: settings that are printed do not tell it."""
+    assert "s3cret" not in repr(read(SD_GATEWAY_STORE__URL="valkey://u:s3cret@v"))
+
+
+@pytest.mark.parametrize(
+    ("store", "mistake"),
+    [
+        ({"url": "http://v"}, "store.url = 'http://v': must be valkey://"),
+        ({"url": "valkey://"}, "store.url = 'valkey://': must be valkey://"),
+        ({"url": "valkey://u:s3cret@v:x"}, "store.url = (hidden): must be valkey://"),
+        ({"url": "valkey://v?db=1"}, "store.url = 'valkey://v?db=1': must be valkey://"),
+        ({"url": "valkey://v/a"}, "store.url = 'valkey://v/a': its path may be"),
+        ({"url": "valkey://v/1", "cluster": "true"}, "store.url = 'valkey://v/1': its path may be"),
+        ({"url": "valkey://v,w"}, "store.url = 'valkey://v,w': several hosts only"),
+        (
+            {"url": "valkey://v", "cluster": "true", "sentinel_service": "s"},
+            "store.cluster = 'true': not together with",
+        ),
+        ({"key_prefix": "{x}"}, "store.key_prefix = '{x}': string should match"),
+        ({"timeout_seconds": "2"}, "store.timeout_seconds = '2': input should be less"),
+    ],
+)
+def test_store_settings_that_are_wrong_are_named(
+    mistakes: Callable[..., list[str]], store: dict[str, str], mistake: str
+) -> None:
+    """Every mistake is told in one line, and no password in any."""
+    [line] = mistakes(**{f"SD_GATEWAY_STORE__{name.upper()}": value for name, value in store.items()})
+    assert line.startswith(mistake)
