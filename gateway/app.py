@@ -59,7 +59,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         settings.upstream, redactor=redactor, metrics=metrics, user_agent=USER_AGENT, tracing=tracing
     )
     rotation = Rotation(credentials, refusal_seconds=cache.error_seconds)
-    upstream = Upstream(settings.upstream, calls=calls, rotation=rotation, metrics=metrics)
+    upstream = Upstream(settings.upstream, calls=calls, rotation=rotation, metrics=metrics, token=store.token)
     service = ProgressService(cache, store=store, upstream=upstream, metrics=metrics, tracing=tracing)
     watch = Watch(settings.watch, service=service, store=store, metrics=metrics)
     drain = Drain()

@@ -246,7 +246,7 @@ class Budget:
             self._level = max(self._level, 1.0)
         else:
             gained = max(now - max(self._filled_at, self._pace.resumes_at), 0.0) * per_second
-            full = max(per_second * _BURST_SECONDS, 1.0)
+            full = saved_up(per_second)
             # What was given back may lie above the brim: it is not lost.
             self._level = max(self._level, min(self._level + gained, full))
         self._filled_at = now
@@ -255,6 +255,11 @@ class Budget:
         # While somebody waits the limit is not idle: it grows, and is lifted when it is out of the way.
         if not self._anybody_waits() and self._pace.relax(self._clock()):
             log.info("slowed down by the upstream no more")
+
+
+def saved_up(per_second: float) -> float:
+    """Return how many calls a silence saves up at that pace."""
+    return max(per_second * _BURST_SECONDS, 1.0)
 
 
 def _spent(wait: float) -> BudgetSpent:

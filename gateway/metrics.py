@@ -119,7 +119,7 @@ class Metrics:
         self.store_up.set(1)
         self.store_operation_duration = Histogram(
             "sd_gateway_store_operation_duration_seconds",
-            "One operation of the shared store: take_off land fail renew probe.",
+            "One operation of the shared store: take_off land fail renew token discard probe.",
             ["operation"],
             buckets=_STORE,
             registry=registry,

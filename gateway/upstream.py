@@ -9,14 +9,16 @@ nothing ever queues for a connection.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from typing import Protocol
 
 from gateway.breaker import Breaker, State
-from gateway.budget import Budget, Turn
+from gateway.budget import NOTICEABLE_SECONDS, Budget, Turn, saved_up
 from gateway.calls import Answer, Calls
 from gateway.credentials import Pair
 from gateway.exceptions import (
@@ -57,12 +59,26 @@ class _Query:
     numbers: Iterator[int] = field(default_factory=count)
 
 
+class Token(Protocol):
+    """Takes one call out of the budget that all replicas have in common; see `Store.token`."""
+
+    async def __call__(self, per_second: float, *, saved: float, patience_seconds: float) -> float:
+        """Return the seconds to wait for it. Raises: BudgetSpent."""
+
+
 class Upstream:
-    """Asks the upstream, by way of `calls`."""
+    """Asks the upstream, by way of `calls`. `token`: the other replicas' say in the budget."""
 
     def __init__(
-        self, settings: UpstreamSettings, *, calls: Calls, rotation: Rotation, metrics: Metrics
+        self,
+        settings: UpstreamSettings,
+        *,
+        calls: Calls,
+        rotation: Rotation,
+        metrics: Metrics,
+        token: Token,
     ) -> None:
+        self._token = token
         self._settings = settings
         self._calls = calls
         self._rotation = rotation
@@ -128,6 +144,7 @@ class Upstream:
                 patience_seconds=query.deadline - self._silence_seconds - loop.time(),
                 held_up=query.held_up,
             ) as turn:
+                await self._take_token(query)
                 if isinstance(query.late, BudgetSpent):
                     query.late = Overloaded(
                         "the gateway makes as many upstream calls as it may", retry_after=1.0
@@ -137,6 +154,18 @@ class Upstream:
                         continue
                     query.late = UpstreamTimeout("the upstream did not answer in time")
                     return await self._rotation.use(operation, partial(self._attempt, query, turn))
+
+    async def _take_token(self, query: _Query) -> None:
+        """Wait for the replicas' common budget, too, where there is a limit. Raises: BudgetSpent."""
+        per_second = self._budget.per_second
+        if per_second == math.inf:
+            return
+        left = query.deadline - self._silence_seconds - asyncio.get_running_loop().time()
+        wait = await self._token(per_second, saved=saved_up(per_second), patience_seconds=left)
+        if wait >= NOTICEABLE_SECONDS:
+            query.held_up(wait)
+        if wait:
+            await asyncio.sleep(wait)
 
     async def _attempt(self, query: _Query, turn: Turn, pair: Pair) -> Answer:
         offset = self._calls.clock_offset

@@ -200,6 +200,20 @@ def test_replicas_tell_what_has_ended(upstream: RawUpstream, replicas: list[Gate
     assert len(upstream.requests) == 1
 
 
+def test_replicas_have_one_budget(upstream: RawUpstream, start: Callable[..., list[Gateway]]) -> None:
+    """Ten calls a second are ten for all of them together, however many callers come to each."""
+    per_second, calls = 10, 24
+    replicas = start(upstream={"requests_per_second": per_second, "timeout_seconds": 60})
+    began = time.monotonic()
+    with ThreadPoolExecutor(calls) as pool:
+        asked = itertools.islice(itertools.cycle(replicas), calls)
+        answers = list(pool.map(lambda replica: replica.get(fresh_id()).status_code, asked))
+    assert answers == [httpx.codes.OK] * calls
+    # A busy machine takes longer, never shorter; each with a budget of its own would take a third.
+    assert time.monotonic() - began >= (calls - 2) / per_second
+    assert len(upstream.requests) == calls
+
+
 # Without the store
 
 

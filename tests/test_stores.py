@@ -327,6 +327,11 @@ async def test_store_forgets_the_failure_when_an_answer_comes(
     assert store.failure(OTHER) is not None
 
 
+async def test_store_gives_a_token_at_once_where_none_was_taken(store: Store) -> None:
+    """Nobody waits for a budget that is whole."""
+    assert await store.token(10.0, saved=1, patience_seconds=0) == 0
+
+
 async def test_store_counts_no_failures(store: Store) -> None:
     """The number of entries is that of snapshots."""
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)

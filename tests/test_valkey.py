@@ -12,7 +12,13 @@ import pytest
 import trustme
 from prometheus_client import CollectorRegistry
 
-from gateway.exceptions import UpstreamDetail, UpstreamRejected, UpstreamThrottled, UpstreamTimeout
+from gateway.exceptions import (
+    BudgetSpent,
+    UpstreamDetail,
+    UpstreamRejected,
+    UpstreamThrottled,
+    UpstreamTimeout,
+)
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey
 from gateway.redaction import MASK, Redactor
@@ -215,6 +221,19 @@ async def test_valkey_waits_no_longer_than_a_caller_would(
     hasty = await opened(settings, patience_seconds=0.05)
     await leased(one)
     assert isinstance(await hasty.take_off(KEY), UpstreamTimeout)
+
+
+async def test_valkey_rations_tokens_over_all(one: ValkeyStore, other: ValkeyStore) -> None:
+    """Tokens come at the pace whoever takes them; who would wait for too long takes none."""
+    waits = [
+        await store.token(0.01, saved=2, patience_seconds=1000) for store in (one, other, one, other, one)
+    ]
+    assert waits[:2] == [0, 0]
+    assert waits[2:] == pytest.approx([100, 200, 300], abs=60)
+    with pytest.raises(BudgetSpent) as spent:
+        await other.token(0.01, saved=2, patience_seconds=100)
+    assert spent.value.retry_after == pytest.approx(400, abs=60)
+    assert await other.token(0.01, saved=2, patience_seconds=1000) == pytest.approx(400, abs=60)
 
 
 @pytest.fixture(scope="module")

@@ -82,6 +82,14 @@ class Store(Protocol):
         """End the lease without an outcome."""
         ...
 
+    async def token(self, per_second: float, *, saved: float, patience_seconds: float) -> float:
+        """Take one upstream call out of the replicas' common budget; return the seconds to wait for it.
+
+        `saved`: how many calls a silence saves up. Raises: BudgetSpent, when that exceeds
+        `patience_seconds`.
+        """
+        ...
+
     def on_change(self, listener: Callable[[Snapshot], None]) -> None:
         """Call `listener` with every snapshot that is stored from now on, by whichever replica."""
         ...

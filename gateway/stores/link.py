@@ -86,16 +86,17 @@ class Link:
     async def run(self, script: Script, key: TaskKey, args: list[Any]) -> list[Any]:
         """Run a script on a task's keys; return what it says, but for the time. Raises: StoreDown."""
         root = f"{self.channel(key)}:{key.operation}:{key.task_id}"
+        return await self._run_on(script, [f"{root}:s", f"{root}:f", f"{root}:l"], args)
+
+    async def run_for_all(self, script: Script, name: str, args: list[Any]) -> list[Any]:
+        """Run a script on a key that is no task's; return as `run` does. Raises: StoreDown."""
+        return await self._run_on(script, [f"{self._up().channel(0)}:{name}"], args)
+
+    async def _run_on(self, script: Script, keys: list[str], args: list[Any]) -> list[Any]:
         async with self._turns:  # not within the deadline: who waits here waits for us, not for the server
             servers = self._up()
             try:
-                answer = await self._run(
-                    servers,
-                    script,
-                    [f"{root}:s", f"{root}:f", f"{root}:l"],
-                    args,
-                    self._settings.timeout_seconds,
-                )
+                answer = await self._run(servers, script, keys, args, self._settings.timeout_seconds)
             except ERRORS as exc:
                 self._failures += 1
                 if self._failures >= _FAILURES:

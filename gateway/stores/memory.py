@@ -87,6 +87,10 @@ class MemoryStore:
     async def abandon(self, lease: Lease) -> None:
         """See `Store.abandon`: there is nobody who would wait for it."""
 
+    async def token(self, per_second: float, *, saved: float, patience_seconds: float) -> float:
+        """See `Store.token`: nobody else takes any."""
+        return 0.0
+
     def on_change(self, listener: Callable[[Snapshot], None]) -> None:
         """See `Store.on_change`."""
         self._listeners.append(listener)

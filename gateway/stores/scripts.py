@@ -133,6 +133,26 @@ return {now}
 """,
 )
 
+# KEYS[1] the moment from which on the next token is free. ARGV: microseconds between two tokens, and how many
+# of them may be saved up or waited for. A cell rate (GCRA): whoever takes a token may have to wait for it.
+# -> now, 1 if it was taken, microseconds until it is there
+TOKEN = _script(
+    "token",
+    """
+local interval, saved, patience = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
+local free = redis.pcall('GET', KEYS[1])
+free = type(free) == 'string' and tonumber(free) or 0
+-- Set back, the clock would hold everybody up: nobody waits for longer than patience.
+if free < now or free > now + 3600000000 then free = now end
+local wait = math.max(free - saved - now, 0)
+if wait > patience then return {now, 0, wait} end
+local next_free = free + interval
+local left = math.ceil((next_free - now) / 1000)
+redis.call('SET', KEYS[1], string.format('%.0f', next_free), 'PX', left)
+return {now, 1, wait}
+""",
+)
+
 # What was read makes no sense to those who should have written it.
 DISCARD = _script(
     "discard",

@@ -16,6 +16,7 @@ Moments travel in the server's time and are converted to the safe side: to look 
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 import uuid
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple, Self
 
 import structlog
 
-from gateway.exceptions import GatewayError, UpstreamTimeout
+from gateway.exceptions import BudgetSpent, GatewayError, UpstreamTimeout
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, TaskKey
 from gateway.redaction import Redactor
@@ -40,7 +41,7 @@ from gateway.stores.encoding import (
 )
 from gateway.stores.link import Link, StoreDown
 from gateway.stores.memory import MemoryStore
-from gateway.stores.scripts import DISCARD, FAIL, LAND, RENEW, TAKE_OFF, Script
+from gateway.stores.scripts import DISCARD, FAIL, LAND, RENEW, TAKE_OFF, TOKEN, Script
 from gateway.stores.serverclock import MICROSECONDS
 
 # A holder that dies is replaced after so long. Those alive renew, however long their query takes.
@@ -195,6 +196,23 @@ class ValkeyStore:
         """See `Store.abandon`."""
         self._leases.discard(lease)
         await self._end(lease, 0, b"")
+
+    async def token(self, per_second: float, *, saved: float, patience_seconds: float) -> float:
+        """See `Store.token`."""
+        interval = MICROSECONDS / per_second
+        args = [
+            math.ceil(interval),
+            int((saved - 1) * interval),
+            int(max(patience_seconds, 0) * MICROSECONDS),
+        ]
+        try:
+            taken, wait = await self._link.run_for_all(TOKEN, "budget", args)
+        except StoreDown:
+            return 0.0
+        seconds = float(wait) / MICROSECONDS
+        if not taken:
+            raise BudgetSpent("the budget of upstream calls is spent for now", retry_after=seconds)
+        return seconds
 
     async def _end(self, lease: Lease, milliseconds: int, encoded: bytes) -> None:
         if lease.token:
