@@ -310,6 +310,10 @@ async def test_valkey_verifies_the_servers_certificate(opened: Open, tmp_path: P
         await leased(store)
         stranger = await opened({"url": url}, well=False)
         await eventually(lambda: stranger.trouble == "ConnectionError", "it trusts no stranger")
+        # Encrypted connections take leave of each other: that is to happen before the loop is closed.
+        for each in (store, stranger):
+            await each.__aexit__()
+        await eventually(lambda: len(server.client.client_list()) == 1, "all have left")  # type: ignore[arg-type]
 
 
 async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class Link:
             servers = self._up()
             try:
                 answer = await self._run(servers, script, keys, args, self._settings.timeout_seconds)
-            except ERRORS as exc:
+            except Exception as exc:  # a server that lies may make its client stumble over anything
                 self._failures += 1
                 if self._failures >= _FAILURES:
                     self._give_up(servers, _reason(exc))
@@ -113,6 +113,9 @@ class Link:
                 async with connected(self._settings, redactor=self._redactor) as servers:
                     was_up = await self._use(servers)
             except ERRORS as exc:
+                self._down(_reason(exc))
+            except Exception as exc:
+                log.exception("bug in the link to the store")
                 self._down(_reason(exc))
             # After a slot has moved, or a server, the next one is there at once; else there is time.
             if not was_up:
@@ -147,7 +150,7 @@ class Link:
         try:
             async with asyncio.timeout(seconds):
                 now, *answer = _checked(await servers.run(script, keys, args))
-        except ERRORS:
+        except Exception:
             self._metrics.store_errors.labels(script.name).inc()
             raise
         finally:

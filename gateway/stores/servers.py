@@ -31,6 +31,7 @@ ERRORS = (RedisError, RedisClusterException, OSError, ValueError)
 CONNECTIONS = 32  # to each server; one more operation waits for its turn
 SLOTS = 64  # hash tags, and channels: enough to spread over any cluster, few enough to subscribe to
 
+_CONNECT_SECONDS = 2.0  # a bound for what has no closer one: finding a cluster's nodes, asking Sentinels
 _RETRIES = 0
 _CLUSTER_RETRIES = 1  # asks another node of the cluster where the slot has gone
 
@@ -99,7 +100,12 @@ async def connected(settings: Store, *, redactor: Redactor) -> AsyncIterator[Ser
     """Connect to whatever the settings say; files of secrets are read anew. Raises: ERRORS."""
     username, password = settings.login()
     redactor.hide(*filter(None, (password, settings.url.get_secret_value() if password else "")))
-    transport: dict[str, Any] = {"protocol": 2, "retry": Retry(NoBackoff(), _RETRIES)}
+    transport: dict[str, Any] = {
+        "protocol": 2,
+        "retry": Retry(NoBackoff(), _RETRIES),
+        "socket_connect_timeout": _CONNECT_SECONDS,
+        "socket_timeout": _CONNECT_SECONDS,
+    }
     if settings.tls:
         ca_file = None if settings.ca_file is None else str(settings.ca_file)
         transport |= {"ssl": True, "ssl_ca_certs": ca_file, "ssl_check_hostname": True}
@@ -110,7 +116,7 @@ async def connected(settings: Store, *, redactor: Redactor) -> AsyncIterator[Ser
             nodes = [ClusterNode(host, port) for host, port in settings.hosts]
             cluster = options | {"retry": Retry(NoBackoff(), _CLUSTER_RETRIES)}
             client = RedisCluster(startup_nodes=nodes, max_connections=CONNECTIONS + 1, **cluster)
-            stack.push_async_callback(client.aclose)
+            stack.push_async_callback(_close, client)
             await client.initialize()
         elif settings.sentinel_service:
             sentinel = Sentinel(settings.hosts, sentinel_kwargs=transport)  # type: ignore[no-untyped-call]
@@ -123,3 +129,10 @@ async def connected(settings: Store, *, redactor: Redactor) -> AsyncIterator[Ser
             client = Redis(host=host, port=port, db=settings.database, **options)
             stack.push_async_callback(client.aclose)
         yield Servers(client, settings, options)
+
+
+async def _close(client: RedisCluster) -> None:
+    await client.aclose()
+    # While the topology is to be read anew, redis-py's aclose does nothing.
+    for nodes in ("nodes_cache", "startup_nodes"):
+        await client.nodes_manager.aclose(nodes)

@@ -171,7 +171,7 @@ class ValkeyStore:
             max(int(self._memory.keep_seconds(snapshot) * 1000), 1),
         ]
         try:
-            accepted, other = await self._run(LAND, key, args, told=True)
+            accepted, other = _shaped(await self._run(LAND, key, args, told=True), int, bytes)
             if accepted == 1:
                 return self._take_up(snapshot)
             kept = self._decode(key, other) if other else None
@@ -206,10 +206,10 @@ class ValkeyStore:
             int(max(patience_seconds, 0) * MICROSECONDS),
         ]
         try:
-            taken, wait = await self._link.run_for_all(TOKEN, "budget", args)
+            taken, wait = _shaped(await self._link.run_for_all(TOKEN, "budget", args), int, int)
         except StoreDown:
             return 0.0
-        seconds = float(wait) / MICROSECONDS
+        seconds: float = wait / MICROSECONDS
         if not taken:
             raise BudgetSpent("the budget of upstream calls is spent for now", retry_after=seconds)
         return seconds
@@ -245,7 +245,7 @@ class ValkeyStore:
             token,
             int(LEASE_SECONDS * 1000),
         ]
-        answer = _Answer(*await self._run(TAKE_OFF, key, args))
+        answer = _Answer(*_shaped(await self._run(TAKE_OFF, key, args), bytes, int, bytes, bytes))
         try:
             newer = self._decode(key, answer.newer) if answer.newer else None
             failure = decode_failure(answer.failure, key) if answer.failure else None
@@ -367,6 +367,13 @@ class ValkeyStore:
         changed = self._waiting.get(key)
         if changed is not None and not changed.done():
             changed.set_result(None)
+
+
+def _shaped(answer: list[Any], *kinds: type) -> list[Any]:
+    """Return an answer that has this shape. Raises: StoreDown."""
+    if [type(part) for part in answer] != list(kinds):
+        raise StoreDown("an answer that no script of ours gives")
+    return answer
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
