@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -212,6 +215,25 @@ def test_replicas_have_one_budget(upstream: RawUpstream, start: Callable[..., li
     # A busy machine takes longer, never shorter; each with a budget of its own would take a third.
     assert time.monotonic() - began >= (calls - 2) / per_second
     assert len(upstream.requests) == calls
+
+
+def test_replicas_need_the_extra_to_share(tmp_path: Path) -> None:
+    """Without the client installed, a store stops the start, with a line that says what to do."""
+    without = (
+        "import sys; sys.modules['redis'] = None; from gateway.cli import main; sys.exit(main(['serve']))"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", without],
+        cwd=tmp_path,
+        env={**os.environ, "SD_GATEWAY_STORE__URL": "valkey://:s3cret@127.0.0.1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 2
+    assert "store.url: needs redis" in told.stderr
+    assert "pip install 'sd-progress-gateway[valkey]'" in told.stderr
+    assert "s3cret" not in told.stdout + told.stderr
 
 
 # Without the store

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -363,3 +363,29 @@ async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> N
             lease = await leased(one, key)
             await one.land(lease, snapshot(lease))
             assert isinstance(await other.take_off(key), Snapshot)
+
+
+@pytest.mark.parametrize(
+    "says", [b"+OK\r\n", b"*1\r\n:1\r\n", b"$-1\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b""]
+)
+async def test_valkey_goes_on_alone_with_a_server_that_lies(opened: Open, says: bytes) -> None:
+    """Whatever listens where the server should be, it costs nothing but the sharing."""
+
+    async def lie(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionResetError):
+            while await reader.read(65536) and says:
+                writer.write(says)
+        writer.close()
+
+    liar = await asyncio.start_server(lie, "127.0.0.1", 0)
+    async with liar:
+        host, port = liar.sockets[0].getsockname()
+        store = await opened({"url": f"valkey://{host}:{port}"}, well=False)
+        await eventually(lambda: store.trouble != "not reached yet", "it has found out")
+        lease = await store.take_off(KEY)
+        assert isinstance(lease, Lease)
+        landed = snapshot(lease)
+        assert await store.land(lease, landed) is landed
+        assert store.peek(KEY) is landed
+        assert await store.token(1.0, saved=1, patience_seconds=0) == 0
+        await store.__aexit__()
