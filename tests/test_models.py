@@ -147,7 +147,7 @@ def test_check_task_id_accepts_1_to_64_plain_characters(task_id: str) -> None:
 @pytest.mark.parametrize("task_id", ["", "x" * 65, "a b", "a/b", "a\n", "ä", "²", "a%", ".."])
 def test_check_task_id_refuses_anything_else(task_id: str) -> None:
     """Whatever is empty, longer or has another character is refused, a line's end included."""
-    with pytest.raises(InvalidTaskId):
+    with pytest.raises(InvalidTaskId, match=r"^a task ID is 1 to 64 characters of A-Z a-z 0-9 _ -$"):
         check_task_id(task_id)
 
 
@@ -210,21 +210,21 @@ def test_read_envelope_tells_the_vendors_id_of_the_call(given: Any, told: str | 
 )
 def test_read_envelope_refuses_what_is_not_json(body: bytes) -> None:
     """An answer that is not strict JSON in UTF-8 is invalid."""
-    with pytest.raises(UpstreamInvalid, match="not JSON"):
+    with pytest.raises(UpstreamInvalid, match=r"^the upstream's answer is not JSON$"):
         read(body)
 
 
 @pytest.mark.parametrize("status", ["10", True, None, 10.0, [10], {}])
 def test_read_envelope_refuses_a_status_that_is_no_integer(status: Any) -> None:
     """Without a status that is an integer an answer is no envelope."""
-    with pytest.raises(UpstreamInvalid, match="not an envelope"):
+    with pytest.raises(UpstreamInvalid, match=r"^the upstream's answer is not an envelope$"):
         read(envelope({"taskId": TASK}, status=status))
 
 
 @pytest.mark.parametrize("body", [b"[]", b'"text"', b"10", b"null", b"{}"])
 def test_read_envelope_refuses_json_that_is_no_envelope(body: bytes) -> None:
     """JSON that is no object with a status is no envelope."""
-    with pytest.raises(UpstreamInvalid, match="not an envelope"):
+    with pytest.raises(UpstreamInvalid, match=r"^the upstream's answer is not an envelope$"):
         read(body)
 
 
@@ -232,9 +232,9 @@ def test_read_envelope_refuses_json_that_is_no_envelope(body: bytes) -> None:
 def test_read_envelope_refuses_missing_data(data: Any) -> None:
     """Success without an object as data is invalid, for results too."""
     for key in (KEY, RESULT):
-        with pytest.raises(UpstreamInvalid, match="no data"):
+        with pytest.raises(UpstreamInvalid, match=r"^the upstream's envelope has no data$"):
             read(envelope(data), key)
-    with pytest.raises(UpstreamInvalid, match="no data"):
+    with pytest.raises(UpstreamInvalid, match=r"^the upstream's envelope has no data$"):
         read(b'{"status":10}')
 
 
@@ -242,7 +242,7 @@ def test_read_envelope_refuses_missing_data(data: Any) -> None:
 def test_read_envelope_refuses_another_tasks_data(task_id: Any) -> None:
     """An answer for any other task is refused, for progress and for results."""
     for key in (KEY, RESULT):
-        with pytest.raises(UpstreamInvalid, match="another task"):
+        with pytest.raises(UpstreamInvalid, match=r"^the upstream answered for another task$"):
             read(envelope({"taskId": task_id}), key)
 
 
@@ -250,7 +250,7 @@ def test_read_envelope_refuses_another_tasks_data(task_id: Any) -> None:
 def test_read_envelope_needs_the_task_for_progress_only(data: Any) -> None:
     """Progress must name its task; a result need not, for its reference lists no task ID."""
     assert read(envelope(data), RESULT) == data
-    with pytest.raises(UpstreamInvalid, match="another task"):
+    with pytest.raises(UpstreamInvalid, match=r"^the upstream answered for another task$"):
         read(envelope(data))
 
 
@@ -260,7 +260,7 @@ def test_read_envelope_passes_a_rejection_on_as_it_came() -> None:
         b'{ "status": 20, "apiInvokeId": "i_2",\n "data": null, "errCode": "E1", "errMessage": "\xe6\x97\xa0"'
         b', "subErrCode": 7, "subErrMessage": null }'
     )
-    with pytest.raises(UpstreamRejected) as caught:
+    with pytest.raises(UpstreamRejected, match=r"^the upstream rejected the query$") as caught:
         read(body)
     assert caught.value.envelope == body
     detail = caught.value.detail
@@ -287,6 +287,7 @@ def test_read_envelope_redacts_a_rejection() -> None:
         assert (clean["status"], clean["apiInvokeId"], clean["subErrCode"]) == (20, "i_1", "S")
         detail = caught.value.detail
         assert detail is not None
+        assert detail.sub_err_message == f"['of {MASK}', 1]"
         assert "LTAI" not in repr(detail)
 
 
@@ -346,6 +347,12 @@ def test_vendor_status_takes_anything_else_for_unknown(status: Any) -> None:
     """A status never seen before, of whatever type, is unknown and no error."""
     assert vendor_status({"status": status}) is Status.UNKNOWN
     assert vendor_status({}) is Status.UNKNOWN
+
+
+def test_status_has_the_contracts_words() -> None:
+    """What callers and dashboards are told is one of these."""
+    words = ["waiting", "running", "succeeded", "failed", "canceled", "unknown"]
+    assert [str(status) for status in Status] == words
 
 
 def test_status_is_terminal_when_the_story_ends() -> None:
@@ -438,6 +445,7 @@ def test_observe_survives_oddities_in_every_member(status: str, oddity: Any) -> 
 def test_observe_shows_an_eta_of_0_at_the_end_only(status: str) -> None:
     """An eta of 0 means "not known" before the end; at the end it is 0 whatever upstream says."""
     assert shown(seen(status=status, etaRelative=7))["etaSeconds"] == 0.0
+    assert shown(seen(status="running", etaRelative=0.5))["etaSeconds"] == 0.5
     for eta in (0, 0.0, -0.0, -3):
         for before in ("waiting", "running", "paused"):
             assert shown(seen(status=before, etaRelative=eta))["etaSeconds"] is None
@@ -531,7 +539,7 @@ def test_observe_refuses_a_state_that_nests_too_deep() -> None:
         deep = {"state": deep}
     body = b"{}"
     data = {"taskId": TASK, "status": "running", "state": deep}
-    with pytest.raises(UpstreamInvalid, match="too deep"):
+    with pytest.raises(UpstreamInvalid, match=r"^the upstream's answer nests too deep$"):
         observe(data, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=None)
     while deep:  # taken apart by hand: the interpreter would do it by recursion
         deep = deep.pop("state")
@@ -541,6 +549,12 @@ def test_render_json_escapes_half_a_surrogate_pair() -> None:
     """What has no UTF-8 is escaped as JSON does; all else is UTF-8, and compact."""
     assert render_json({"a": "\ud800", "b": "画", "c": "😀"}) == '{"a":"\\ud800","b":"画","c":"😀"}'.encode()
     assert shown(seen(message="\udfff"))["message"] == "\udfff"
+
+
+def test_render_json_writes_nothing_that_json_has_not() -> None:
+    """A number that JSON cannot hold is an error of ours, and never sent."""
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        render_json({"progress": float("nan")})
 
 
 @relaxed

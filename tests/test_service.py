@@ -373,11 +373,11 @@ async def test_get_waits_for_a_flight_that_is_not_held_up(bench: Bench) -> None:
 
 async def test_get_waits_for_a_held_up_flight_without_a_snapshot(bench: Bench) -> None:
     """Who has nothing to fall back on, or nothing young enough, waits for its turn."""
-    for _ in range(2):
+    for meanwhile in (OTHER, RESULT):
         asked = bench.begin()
         call = await bench.upstream.call()
         call.hold_up(7.0)
-        await asyncio.sleep(0)
+        await bench.learn(key=meanwhile)
         assert not asked.done()
         call.answer()
         assert (await asked).source is Source.MISS
@@ -391,6 +391,8 @@ async def test_get_fresh_waits_for_a_held_up_flight(bench: Bench) -> None:
     asked = asyncio.create_task(bench.service.get_fresh(KEY))
     call = await bench.upstream.call()
     call.hold_up(7.0)
+    await bench.learn(key=OTHER)  # whoever waits no longer would have been answered meanwhile
+    assert not asked.done()
     call.answer(progress=0.9)
     reading = await asked
     assert (reading.source, reading.failure) == (Source.MISS, None)
@@ -450,10 +452,11 @@ async def test_get_joins_the_refresh_that_runs_behind(bench: Bench) -> None:
     call = await bench.upstream.call()
     bench.clock.now += CACHE.stale_while_revalidate_seconds
     late = bench.begin()
-    await asyncio.sleep(0)
+    await bench.learn(key=OTHER)
+    assert not late.done()
     call.answer()
     assert (await late).source is Source.COLLAPSED
-    assert bench.upstream.count == 2
+    assert bench.upstream.keys == [KEY, KEY, OTHER]
 
 
 async def test_get_counts_age_from_the_answers_arrival(bench: Bench) -> None:
@@ -616,6 +619,34 @@ async def test_get_covers_no_failure_beyond_its_bound_however_young_the_snapshot
     await bench.service.aclose()
 
 
+async def test_get_asks_nobody_behind_an_answer_that_covers_a_failure(bench: Bench) -> None:
+    """While a failure is remembered the stale answers that cover it begin no refresh."""
+    first = await bench.learn()
+    bench.clock.now += 20.0
+    await bench.fail(UpstreamTimeout("too late"))
+    for _ in range(3):
+        reading = await bench.get(KEY)
+        assert (reading.snapshot, reading.source) == (first.snapshot, Source.STALE)
+        assert isinstance(reading.failure, UpstreamTimeout)
+        assert KEY not in bench.service._flights
+    await bench.learn(key=OTHER)  # a refresh begun before would have asked before
+    assert bench.upstream.keys == [KEY, KEY, OTHER]
+
+
+async def test_read_tells_of_the_call_behind_a_covered_failure(bench: Bench) -> None:
+    """Who waited for a call that failed is told of it beside the stale answer."""
+    await bench.learn()
+    bench.clock.now += 20.0
+    asked = bench.begin()
+    call = await bench.upstream.call()
+    bench.clock.now += 0.5
+    call.fail(UpstreamInvalid("nonsense", detail=UpstreamDetail(request_id="r-1")))
+    reading = await asked
+    assert reading.source is Source.STALE
+    assert reading.landing is not None
+    assert (reading.landing.upstream_seconds, reading.landing.invoke_id) == (pytest.approx(0.5), "r-1")
+
+
 async def test_get_recovers(bench: Bench) -> None:
     """The first good answer ends a failure: nothing of it is told any more."""
     await bench.learn()
@@ -729,7 +760,10 @@ async def test_read_logs_a_crowd_of_bugs_by_samples(bench: Bench) -> None:
     with capture_logs() as lines:
         for _ in range(30):
             assert isinstance(await bench.fail(KeyError("bug")), KeyError)
-    assert [line["suppressed"] for line in lines if line["event"] == "bug in a flight"] == [0] * 10
+    told = [line for line in lines if line["event"] == "bug in a flight"]
+    assert [line["suppressed"] for line in told] == [0] * 10
+    assert (told[0]["log_level"], told[0]["exc_info"]) == ("error", True)
+    assert (told[0]["operation"], told[0]["task_id"]) == KEY
 
 
 async def test_read_tells_every_waiter_of_the_call(bench: Bench) -> None:
@@ -841,6 +875,17 @@ async def test_fetch_that_comes_too_late_begins_again() -> None:
     assert data_of(await waiting)["progress"] == 0.2
 
 
+async def test_fetch_folds_its_answer_into_what_came_meanwhile(bench: Bench) -> None:
+    """What another replica has shown while the call was in the air is not undone by its answer."""
+    known = (await bench.learn(progress=0.1)).snapshot
+    long_ago(bench)
+    asked = bench.begin()
+    call = await bench.upstream.call()
+    bench.store.keep(replace(known, progress=0.8, stamp=known.stamp + 1))
+    call.answer(progress=0.3)
+    assert data_of(await asked)["progress"] == 0.8
+
+
 # Hot tasks
 
 
@@ -850,7 +895,9 @@ async def test_get_refreshes_a_hot_task_ahead(bench: Bench) -> None:
     bench.clock.now += CACHE.running_seconds - 1e-6
     for _ in range(5):
         assert (await bench.get(KEY)).source is Source.HIT
+    assert bench.service._ahead[KEY].when() <= asyncio.get_running_loop().time() + 0.01
     call = await bench.upstream.call()
+    assert not bench.service._ahead
     assert (await bench.get(KEY)).source is Source.HIT
     call.answer(progress=0.9)
     await bench.renewed(after=first.snapshot)
@@ -858,6 +905,25 @@ async def test_get_refreshes_a_hot_task_ahead(bench: Bench) -> None:
     reading = await bench.get(KEY)
     assert (reading.source, data_of(reading)["progress"]) == (Source.HIT, 0.9)
     assert bench.upstream.count == 2
+
+
+async def test_get_refreshes_ahead_by_a_usual_calls_time(bench: Bench) -> None:
+    """The refresh is due as long before the snapshot goes stale as calls take, by their moving average."""
+    loop = asyncio.get_running_loop()
+    for took, usual in ((0.5, 0.15), (1.0, 0.405)):  # each call moves the average by 0.3 of the difference
+        asked = bench.begin()
+        call = await bench.upstream.call()
+        bench.clock.now += took
+        call.answer()
+        await asked
+        bench.clock.now += 0.25
+        earliest = loop.time()
+        for _ in range(2):
+            await bench.get(KEY)
+        latest = loop.time()
+        due = bench.service._ahead[KEY].when() - (CACHE.running_seconds - 0.25 - usual)
+        assert earliest - 1e-6 <= due <= latest + 1e-6
+        long_ago(bench)
 
 
 @pytest.mark.parametrize(("status", "polls"), [("running", 1), ("succeeded", 5)])
@@ -882,13 +948,30 @@ async def test_get_refreshes_nothing_ahead_that_was_renewed_meanwhile(bench: Ben
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
         await bench.get(KEY)
+    timer = bench.service._ahead[KEY]
     bench.store.keep(replace(first.snapshot, fetched_at=bench.clock.now, polls=0))
     for _ in range(polls):
         await bench.get(KEY)
+    assert timer.cancelled() is (polls == 2), "where the new one is hot its timer replaces the old one's"
     due = asyncio.Event()
     asyncio.get_running_loop().call_later(2e-3, due.set)
     await due.wait()
     assert bench.upstream.count == 1
+
+
+async def test_get_refreshes_nothing_ahead_while_a_failure_is_remembered(bench: Bench) -> None:
+    """When another replica's call has failed before the refresh was due upstream has its rest."""
+    await bench.learn()
+    bench.clock.now += CACHE.running_seconds - 1e-3
+    for _ in range(2):
+        await bench.get(KEY)
+    bench.store.keep_failure(KEY, UpstreamTimeout("too late"), seconds=60.0)
+    due = asyncio.Event()
+    asyncio.get_running_loop().call_later(2e-3, due.set)
+    await due.wait()
+    assert not bench.service._ahead
+    await bench.learn(key=OTHER)  # a refresh begun before would have asked before
+    assert bench.upstream.keys == [KEY, OTHER]
 
 
 # For schedules
@@ -896,7 +979,10 @@ async def test_get_refreshes_nothing_ahead_that_was_renewed_meanwhile(bench: Ben
 
 async def test_get_fresh_waits_where_others_take_the_stale_answer(bench: Bench) -> None:
     """A schedule gets the fresh snapshot there is, or waits for one however young the stale one is."""
-    first = await bench.learn(progress=0.1)
+    asked = asyncio.create_task(bench.service.get_fresh(KEY))
+    (await bench.upstream.call()).answer(progress=0.1)
+    first = await asked
+    assert first.source is Source.MISS
     assert (await bench.service.get_fresh(KEY)).snapshot is first.snapshot
     bench.clock.now += CACHE.running_seconds
     waiting = asyncio.create_task(bench.service.get_fresh(KEY))
@@ -929,8 +1015,10 @@ async def test_current_shows_nothing_that_is_too_old(bench: Bench) -> None:
     reading = bench.service.current(KEY)
     assert reading is not None
     assert (reading.snapshot, reading.failure) == (first.snapshot, failure)
-    bench.clock.now = first.snapshot.fetched_at + CACHE.stale_if_error_seconds + 0.01
+    bench.clock.now = first.snapshot.fetched_at + CACHE.stale_if_error_seconds
     bench.store.keep_failure(KEY, failure, seconds=1.0)
+    assert bench.service.current(KEY) is not None
+    bench.clock.now += 0.01
     assert bench.service.current(KEY) is None
 
 
@@ -953,7 +1041,9 @@ async def test_aclose_takes_back_what_was_to_be_refreshed_ahead(bench: Bench) ->
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
         await bench.get(KEY)
+    timer = bench.service._ahead[KEY]
     await bench.service.aclose()
+    assert timer.cancelled()
     passed = asyncio.Event()
     asyncio.get_running_loop().call_later(2e-3, passed.set)
     await passed.wait()

@@ -224,6 +224,12 @@ def test_string_to_sign_sorts_the_listed_headers_and_passes_over_those_with_line
     assert text == "POST\n\n\n\n\nx-ca-key:24000001\nx-ca-stage:TEST\n/path"
 
 
+def test_string_to_sign_has_a_name_as_it_is_listed() -> None:
+    """A listed name keeps its case in its line; its value is found whatever that is."""
+    text = string_to_sign("POST", "/path", {"x-ca-key": "24000001"}, ["X-Ca-Key"])
+    assert text == "POST\n\n\n\n\nX-Ca-Key:24000001\n/path"
+
+
 @pytest.mark.parametrize(
     ("target", "signed"),
     [
@@ -240,6 +246,41 @@ def test_string_to_sign_sorts_the_listed_headers_and_passes_over_those_with_line
 def test_string_to_sign_takes_the_query_sorted_and_decoded(target: str, signed: str) -> None:
     """The query is signed decoded, sorted by key; of a repeated key the first value counts."""
     assert resource(target) == signed
+
+
+@pytest.mark.parametrize("between", [", ", " ,", ",,", ", ,"])
+def test_verify_reads_the_list_of_signed_headers_as_a_list(between: str) -> None:
+    """Spaces round a name, empty members (RFC 9110, 5.6.1) and the case of a name mean nothing."""
+    names = ["X-Ca-Key", "X-Ca-Nonce", "X-Ca-Timestamp"]
+    sent = resigned(headers(), names) | {"x-ca-signature-headers": between.join(names)}
+    assert verify("POST", PATH, sent, BODY, secret=SECRET).fault is None
+
+
+def test_verify_takes_a_missing_list_for_an_empty_one() -> None:
+    """A request that lists nothing has a signature of its fixed lines, and is told what it left out."""
+    sent = resigned(headers(), [])
+    del sent["x-ca-signature-headers"]
+    fault = verify("POST", PATH, sent, BODY, secret=SECRET).fault
+    assert fault == "not signed: x-ca-key, x-ca-nonce, x-ca-timestamp"
+
+
+def test_signed_headers_are_these_and_no_more() -> None:
+    """What is sent beside the signature is what an SDK sends; a stage only where one is set."""
+    sent = headers()
+    assert len(sent.pop("x-ca-signature")) == 44
+    assert sent == {
+        "accept": "application/json; charset=utf-8",
+        "content-type": "application/json; charset=utf-8",
+        "content-md5": "O7/gf6myPVMrJBZE40B3Vw==",
+        "x-ca-key": "24000001",
+        "x-ca-nonce": "n-1",
+        "x-ca-signature-headers": "x-ca-key,x-ca-nonce,x-ca-signature-method,x-ca-timestamp",
+        "x-ca-signature-method": "HmacSHA256",
+        "x-ca-timestamp": "1700000000000",
+    }
+    staged = headers(stage="PRE")
+    assert staged["x-ca-stage"] == "PRE"
+    assert "x-ca-stage" in staged["x-ca-signature-headers"].split(",")
 
 
 def test_signed_headers_differ_with_every_nonce() -> None:

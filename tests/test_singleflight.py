@@ -211,6 +211,17 @@ async def test_aclose_cancels_every_flight() -> None:
     assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
 
 
+async def test_aclose_leaves_nothing_to_complain_of() -> None:
+    """A flight that was cancelled has no exception to look at, and asyncio hears of none."""
+    complaints: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    flights, call = SingleFlight[str, str](), Call()
+    flights.start("k", call)
+    await call.started.wait()
+    await flights.aclose()
+    assert complaints == []
+
+
 async def test_aclose_waits_for_a_flight_that_cleans_up() -> None:
     """Closing waits while a cancelled flight puts things in order, and takes its failure as its end."""
     flights: SingleFlight[str, str] = SingleFlight()
