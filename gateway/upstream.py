@@ -9,7 +9,6 @@ nothing ever queues for a connection.
 from __future__ import annotations
 
 import asyncio
-import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -156,9 +155,12 @@ class Upstream:
                     return await self._rotation.use(operation, partial(self._attempt, query, turn))
 
     async def _take_token(self, query: _Query) -> None:
-        """Wait for the replicas' common budget, too, where there is a limit. Raises: BudgetSpent."""
-        per_second = self._budget.per_second
-        if per_second == math.inf:
+        """Wait for the replicas' common budget, too, where there is one. Raises: BudgetSpent.
+
+        A limit that was learnt is a replica's own: what upstream lets through of its calls.
+        """
+        per_second = self._settings.requests_per_second
+        if not per_second:
             return
         left = query.deadline - self._silence_seconds - asyncio.get_running_loop().time()
         wait = await self._token(per_second, saved=saved_up(per_second), patience_seconds=left)
