@@ -730,6 +730,82 @@ async def test_get_counts_each_transition_once(bench: Bench) -> None:
     assert bench.transitions() == {"waiting": 2, "running": 2, "succeeded": 1}
 
 
+class LeaseBook(MemoryStore):
+    """A store that notes which leases are out."""
+
+    def __init__(self) -> None:
+        super().__init__(max_tasks=100, stale_seconds=60.0)
+        self.out: set[Lease] = set()
+
+    async def take_off(self, key: TaskKey, *, after: int | None = None) -> Snapshot | GatewayError | Lease:
+        outcome = await super().take_off(key, after=after)
+        if isinstance(outcome, Lease):
+            self.out.add(outcome)
+        return outcome
+
+    async def land(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
+        self.out.remove(lease)
+        return await super().land(lease, snapshot)
+
+    async def fail(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
+        self.out.remove(lease)
+        await super().fail(lease, error, seconds=seconds)
+
+    async def abandon(self, lease: Lease) -> None:
+        self.out.remove(lease)
+        await super().abandon(lease)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        None,
+        UpstreamTimeout("late"),  # remembered
+        Overloaded("full"),  # not remembered
+        RuntimeError("a bug"),
+    ],
+)
+async def test_get_lets_go_of_its_lease(error: Exception | None) -> None:
+    """However a flight ends, other replicas need not wait for its lease to run out."""
+    book = LeaseBook()
+    bench = Bench(store=book)
+    asked = bench.begin()
+    call = await bench.upstream.call()
+    assert len(book.out) == 1
+    if error is None:
+        call.answer()
+    else:
+        call.fail(error)
+    await asyncio.gather(asked, return_exceptions=True)
+    assert not book.out
+
+
+async def test_close_lets_go_of_leases() -> None:
+    """Nor when the gateway leaves in the middle of a query."""
+    book = LeaseBook()
+    bench = Bench(store=book)
+    asked = bench.begin()
+    await bench.upstream.call()
+    await bench.service.aclose()
+    await asyncio.gather(asked, return_exceptions=True)
+    assert not book.out
+
+
+async def test_get_logs_no_known_status_and_counts_no_result(bench: Bench) -> None:
+    """Transitions are of tasks: a result has none, and a word of the vendor's that is known is no news."""
+    with capture_logs() as logs:
+        await bench.learn("waiting")
+        await bench.learn("succeeded", key=TaskKey(Operation.SD_GET_RESULT, KEY.task_id))
+    assert logs == []
+    observed = [
+        sample.labels
+        for family in bench.metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "sd_gateway_tasks_observed_total" and sample.value
+    ]
+    assert observed == [{"operation": KEY.operation, "status": "waiting"}]
+
+
 async def test_get_logs_a_status_never_seen_before(bench: Bench) -> None:
     """A new status is counted as unknown and logged with its words, once per transition and cut short."""
     with capture_logs() as lines:
