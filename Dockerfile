@@ -1,0 +1,58 @@
+# The image that runs the gateway: the wheel and what requirements.lock names, nothing else above the base
+# (of the extras, therefore, none).
+#
+#     docker build --tag sd-progress-gateway .        or: buildah bud --format docker --tag sd-progress-gateway .
+#     docker run --publish 8080:8080 --read-only --cap-drop ALL \
+#       --env SPEEDPIX_APP_KEY --env SPEEDPIX_APP_SECRET sd-progress-gateway
+#
+# The base is the Python that CI tests with. Who wants it fixed to the byte gives its digest:
+# --build-arg BASE=python:3.11-slim-bookworm@sha256:...
+ARG BASE=python:3.11-slim-bookworm
+
+FROM ${BASE} AS build
+WORKDIR /build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
+
+# Two environments: one that builds, and one without pip, which is what ships. The locks before the code, so
+# that a change of code fetches nothing.
+COPY requirements.lock requirements-package.lock ./
+RUN python -m venv tools \
+ && tools/bin/pip install --require-hashes --only-binary :all: -r requirements-package.lock \
+ && python -m venv --without-pip /opt/gateway \
+ && tools/bin/pip --python /opt/gateway/bin/python install \
+      --require-hashes --only-binary :all: -r requirements.lock
+
+COPY pyproject.toml README.md LICENSE ./
+COPY gateway gateway
+RUN tools/bin/pip wheel --no-index --no-deps --no-build-isolation --wheel-dir dist . \
+ && tools/bin/pip --python /opt/gateway/bin/python install --no-index --no-deps dist/*.whl
+
+FROM ${BASE}
+ARG BASE
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="sd-progress-gateway" \
+      org.opencontainers.image.description="Signs, coalesces, caches and measures image-generation progress queries." \
+      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.base.name="${BASE}"
+
+COPY --from=build /opt/gateway /opt/gateway
+COPY --chmod=0444 image/healthcheck.py /opt/gateway/healthcheck.py
+
+# Nothing is written at run time: the bytecode was, when pip installed it. Within a container the world is
+# what the container publishes, so the gateway listens on all of its addresses.
+ENV PATH=/opt/gateway/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    SD_GATEWAY_SERVER__HOST=0.0.0.0
+
+# Settings are read from config/gateway.toml below, when a file is mounted there.
+WORKDIR /etc/sd-gateway
+USER 10001:10001
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=5s --start-period=10s --retries=3 \
+  CMD ["/opt/gateway/bin/python", "/opt/gateway/healthcheck.py"]
+ENTRYPOINT ["/opt/gateway/bin/sd-gateway"]
+CMD ["serve"]

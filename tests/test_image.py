@@ -1,0 +1,168 @@
+"""The image, as far as it can be tried without building it: the Dockerfile, its context, its health check."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gateway import __version__
+from tests.harness import Gateway, free_port
+
+ROOT = Path(__file__).parent.parent
+HEALTHCHECK = ROOT / "image" / "healthcheck.py"
+HADOLINT = Path(sys.executable).with_name("hadolint")
+
+# A line that ends with a backslash goes on in the next one.
+DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
+
+
+def instructions(name: str) -> list[str]:
+    """Return the arguments of every instruction of this name, in order."""
+    return re.findall(rf"^{name} (.*)$", DOCKERFILE, re.MULTILINE)
+
+
+def stages() -> list[str]:
+    """Return the text of each stage."""
+    return re.split(r"^(?=FROM )", DOCKERFILE, flags=re.MULTILINE)[1:]
+
+
+def copied() -> list[str]:
+    """Return every path that is copied out of the build context."""
+    sources: list[str] = []
+    for arguments in instructions("COPY"):
+        if "--from=" not in arguments:
+            sources += [word for word in arguments.split() if not word.startswith("--")][:-1]
+    return sources
+
+
+def ignored() -> tuple[list[str], list[str]]:
+    """Return the patterns of .dockerignore that leave out, and those that let in again, each in order."""
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    return [p for p in patterns if not p.startswith("!")], [p[1:] for p in patterns if p.startswith("!")]
+
+
+# --- the Dockerfile ---------------------------------------------------------------------------------------
+
+
+def test_image_dockerfile_pleases_hadolint() -> None:
+    """Hadolint finds nothing to say, not even by the way."""
+    if not HADOLINT.exists():
+        pytest.skip("hadolint is not here: it is installed on Linux only")
+    linted = subprocess.run(
+        [HADOLINT, "--no-color", "--failure-threshold", "style", ROOT / "Dockerfile"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (linted.returncode, linted.stdout + linted.stderr) == (0, "")
+
+
+def test_image_stands_on_one_base_of_a_named_version() -> None:
+    """Both stages have the same base, or the environment built in one would not run in the other."""
+    assert instructions("ARG")[0] == "BASE=python:3.11-slim-bookworm"
+    assert instructions("FROM") == ["${BASE} AS build", "${BASE}"]
+
+
+def test_image_installs_only_what_has_a_known_hash() -> None:
+    """Every installation is from a lock file with hashes, or of the project's own wheel without an index."""
+    pips = [
+        command
+        for run in instructions("RUN")
+        for command in re.split(r" && ", run)
+        if re.search(r"pip\b.* (install|wheel) ", command)
+    ]
+    locked = [command for command in pips if "--require-hashes" in command]
+    own = [command for command in pips if "--no-index" in command]
+    assert len(locked) == len(own) == 2
+    assert sorted(pips) == sorted(locked + own)
+    assert all("--no-deps" in command for command in own)
+    assert [Path(re.findall(r"-r (\S+)", command)[0]) for command in locked] == [
+        Path("requirements-package.lock"),
+        Path("requirements.lock"),
+    ]
+
+
+def test_image_runs_without_root_and_without_a_shell() -> None:
+    """The user is a number, which Kubernetes can tell from root; what is run gets its signals itself."""
+    final = stages()[-1]
+    [user] = re.findall(r"^USER (\d+):(\d+)$", final, re.MULTILINE)
+    assert all(int(number) >= 10_000 for number in user)
+    for instruction in ("ENTRYPOINT", "CMD"):
+        [command] = re.findall(rf"^{instruction} (.*)$", final, re.MULTILINE)
+        assert isinstance(json.loads(command), list)
+    [check] = re.findall(r"^HEALTHCHECK .*?CMD (.*)$", final, re.MULTILINE)
+    assert json.loads(check)[-1].endswith(HEALTHCHECK.name)
+    assert re.findall(r"^STOPSIGNAL (.*)$", final, re.MULTILINE) == ["SIGTERM"]
+    assert "RUN" not in final  # which would need a shell, and leave the cache of something behind
+
+
+def test_image_is_labelled_with_its_version() -> None:
+    """The label tells the version that the package has."""
+    assert re.findall(r'image\.version="([^"]*)"', DOCKERFILE) == [__version__]
+
+
+# --- the context ------------------------------------------------------------------------------------------
+
+
+def test_image_copies_what_exists_and_nothing_is_let_in_for_nothing() -> None:
+    """Every source is in the tree, .dockerignore lets it through, and lets nothing else through."""
+    assert all((ROOT / source).exists() for source in copied())
+    out, let_in = ignored()
+    assert sorted(let_in) == sorted(copied())
+    assert out[0] == "*"  # so nothing that lies about, a secret, a .venv or the tests, is sent
+
+
+def test_image_context_holds_no_bytecode() -> None:
+    """What was compiled elsewhere stays out of the package that is let in."""
+    assert ignored()[0][1:] == ["**/__pycache__", "**/*.pyc"]
+
+
+# --- the health check -------------------------------------------------------------------------------------
+
+
+def checked(cwd: Path, **env: str) -> tuple[int, str]:
+    """Run the health check as the container does; return its exit status and what it says."""
+    ran = subprocess.run(
+        [sys.executable, HEALTHCHECK], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
+    return ran.returncode, ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_image_is_healthy_while_the_gateway_answers(gate: Gateway, tmp_path: Path, host: str) -> None:
+    """The port is the one of the settings, and all addresses are reached on the loopback one."""
+    port = str(gate.address[1])
+    env = {"SD_GATEWAY_SERVER__HOST": host, "SD_GATEWAY_SERVER__PORT": port}
+    assert checked(tmp_path, **env) == (0, "")
+
+
+def test_image_is_healthy_on_the_port_of_the_settings_file(gate: Gateway, tmp_path: Path) -> None:
+    """A mounted config/gateway.toml counts, as it does for `serve`."""
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "gateway.toml").write_text(f"[server]\nport = {gate.address[1]}\n")
+    assert checked(tmp_path) == (0, "")
+
+
+def test_image_is_unhealthy_where_nobody_listens(tmp_path: Path) -> None:
+    """A gateway that is gone is told in one line, without a traceback."""
+    status, says = checked(tmp_path, SD_GATEWAY_SERVER__PORT=str(free_port()))
+    assert status == 1
+    assert says.startswith("unhealthy: ")
+    assert says.count("\n") == 1
+
+
+def test_image_is_unhealthy_with_wrong_settings(tmp_path: Path) -> None:
+    """Settings that stop the start make no healthy container."""
+    status, says = checked(tmp_path, SD_GATEWAY_SERVER__PORT="high")
+    assert status == 1
+    assert "server.port" in says
+
+
+def test_image_is_unhealthy_when_another_answers(simulator_url: str, tmp_path: Path) -> None:
+    """Whatever answers there without knowing /healthz is not the gateway."""
+    port = simulator_url.rpartition(":")[2]
+    assert checked(tmp_path, SD_GATEWAY_SERVER__PORT=port) == (1, "unhealthy: status 404\n")
