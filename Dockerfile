@@ -38,7 +38,6 @@ LABEL org.opencontainers.image.title="sd-progress-gateway" \
       org.opencontainers.image.base.name="${BASE}"
 
 COPY --from=build /opt/gateway /opt/gateway
-COPY --chmod=0444 image/healthcheck.py /opt/gateway/healthcheck.py
 
 # Nothing is written at run time: the bytecode was, when pip installed it. Within a container the world is
 # what the container publishes, so the gateway listens on all of its addresses.
@@ -53,6 +52,6 @@ USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10s --retries=3 \
-  CMD ["/opt/gateway/bin/python", "/opt/gateway/healthcheck.py"]
+  CMD ["/opt/gateway/bin/python", "-m", "gateway.healthcheck"]
 ENTRYPOINT ["/opt/gateway/bin/sd-gateway"]
 CMD ["serve"]
