@@ -1,0 +1,83 @@
+{{- define "gateway.fullname" -}}
+{{- if .Values.fullnameOverride }}{{ .Values.fullnameOverride | trunc 63 | trimSuffix "-" }}
+{{- else }}{{- $name := default .Chart.Name .Values.nameOverride }}
+{{- if contains $name .Release.Name }}{{ .Release.Name | trunc 63 | trimSuffix "-" }}
+{{- else }}{{ printf "%s-%s" .Release.Name $name | trunc 63 | trimSuffix "-" }}{{ end }}{{ end }}
+{{- end }}
+
+{{/* What selects the pods. A Deployment's selector cannot be changed: nothing goes in here that may. */}}
+{{- define "gateway.selector" -}}
+app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride }}
+app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/component: gateway
+{{- end }}
+
+{{- define "gateway.labels" -}}
+{{ include "gateway.selector" . }}
+{{ include "gateway.commonLabels" . }}
+{{- end }}
+
+{{- define "gateway.commonLabels" -}}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{- define "gateway.image" -}}
+{{ .Values.image.repository }}
+{{- if .Values.image.digest }}@{{ .Values.image.digest }}{{ else }}:{{ default .Chart.AppVersion .Values.image.tag }}{{ end }}
+{{- end }}
+
+{{- define "gateway.serviceAccount" -}}
+{{- if .Values.serviceAccount.create }}{{ default (include "gateway.fullname" .) .Values.serviceAccount.name }}
+{{- else }}{{ default "default" .Values.serviceAccount.name }}{{ end }}
+{{- end }}
+
+{{- define "gateway.credentialsSecret" -}}
+{{- $given := or .Values.credentials.accessKey .Values.credentials.secretKey }}
+{{- if and .Values.credentials.existingSecret $given }}
+{{- fail "credentials: existingSecret, or accessKey and secretKey, not both" }}
+{{- else if .Values.credentials.existingSecret }}{{ .Values.credentials.existingSecret }}
+{{- else if and .Values.credentials.accessKey .Values.credentials.secretKey }}{{ include "gateway.fullname" . }}
+{{- else }}{{ fail "credentials: name an existingSecret with access_key and secret_key, or give accessKey and secretKey" }}{{ end }}
+{{- end }}
+
+{{- define "gateway.port" -}}
+{{ dig "server" "port" 8080 .Values.settings | int }}
+{{- end }}
+
+{{- define "gateway.metricsPort" -}}
+{{ dig "server" "metrics_port" 0 .Values.settings | int }}
+{{- end }}
+
+{{- define "gateway.path" -}}
+{{ dig "server" "root_path" "" .Values.settings | default "/" }}
+{{- end }}
+
+{{- define "gateway.storeUrl" -}}
+{{ dig "store" "url" "" .Values.settings }}
+{{- end }}
+
+{{/* The TOML file: a JSON scalar or list of strings is TOML as well. */}}
+{{- define "gateway.toml" -}}
+{{- $files := dict "access_key_file" "/run/secrets/sd-gateway/access_key" "secret_key_file" "/run/secrets/sd-gateway/secret_key" }}
+{{- if .Values.credentials.next }}
+{{- $_ := set $files "next_access_key_file" "/run/secrets/sd-gateway/next_access_key" }}
+{{- $_ := set $files "next_secret_key_file" "/run/secrets/sd-gateway/next_secret_key" }}
+{{- end }}
+{{- $store := dict }}
+{{- if .Values.store.existingSecret }}
+{{- range $key, $setting := dict "usernameKey" "username_file" "passwordKey" "password_file" "caKey" "ca_file" }}
+{{- with index $.Values.store $key }}{{ $_ := set $store $setting (printf "/run/secrets/sd-gateway-store/%s" .) }}{{ end }}
+{{- end }}
+{{- end }}
+{{- $chart := dict "credentials" $files "store" $store }}
+{{- range $section, $keys := mergeOverwrite (deepCopy .Values.settings) $chart }}
+{{- if $keys }}
+[{{ $section }}]
+{{- range $key, $value := $keys }}
+{{ $key }} = {{ toJson $value }}
+{{- end }}
+{{ end }}
+{{- end }}
+{{- end }}
