@@ -24,6 +24,7 @@ from gateway.models import Operation, Snapshot, Status, TaskKey
 from gateway.redaction import MASK, Redactor
 from gateway.settings import Store as StoreSettings
 from gateway.stores import Lease
+from gateway.stores.link import ended
 from gateway.stores.memory import MemoryStore
 from gateway.stores.valkey import ValkeyStore
 from tests.harness import Json, eventually
@@ -389,3 +390,21 @@ async def test_valkey_goes_on_alone_with_a_server_that_lies(opened: Open, says: 
         assert store.peek(KEY) is landed
         assert await store.token(1.0, saved=1, patience_seconds=0) == 0
         await store.__aexit__()
+
+
+async def test_link_ends_a_task_that_swallows_a_cancellation() -> None:
+    """A reader whose client took the first cancellation for a time-out is cancelled again."""
+    swallowed = asyncio.Event()
+
+    async def reads_on() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            swallowed.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(reads_on())
+    await asyncio.sleep(0)
+    await ended(task)
+    assert swallowed.is_set()
+    assert task.cancelled()

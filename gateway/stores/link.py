@@ -138,9 +138,7 @@ class Link:
                 self._down(_reason(exc))
             finally:
                 self._servers = None
-                for task in (*readers, given_up):
-                    task.cancel()
-                await asyncio.gather(*readers, given_up, return_exceptions=True)
+                await ended(*readers, given_up)
         return True
 
     async def _run(
@@ -204,6 +202,22 @@ class Link:
         self._metrics.store_up.set(0)
         log.warning("store down: each replica goes on alone", reason=reason)
         self._on_down()
+
+
+async def ended(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks, again and again, until they have ended.
+
+    Once is not enough: a cancellation that comes just as redis-py's own time-out strikes is taken
+    for that, and whoever reads in a loop reads on.
+    """
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=_SILENCE_SECONDS)
+    for task in tasks:
+        if not task.cancelled():
+            task.exception()  # looked at, or asyncio complains
 
 
 def _slot(key: TaskKey) -> int:

@@ -39,7 +39,7 @@ from gateway.stores.encoding import (
     encode_failure,
     encode_snapshot,
 )
-from gateway.stores.link import Link, StoreDown
+from gateway.stores.link import Link, StoreDown, ended
 from gateway.stores.memory import MemoryStore
 from gateway.stores.scripts import DISCARD, FAIL, LAND, RENEW, TAKE_OFF, TOKEN, Script
 from gateway.stores.serverclock import MICROSECONDS
@@ -105,7 +105,7 @@ class ValkeyStore:
         """Begin to connect."""
         for work in (self._link.follow(), self._renew()):
             task = asyncio.create_task(work)
-            self._tasks.push_async_callback(_ended, task)
+            self._tasks.push_async_callback(ended, task)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -374,9 +374,3 @@ def _shaped(answer: list[Any], *kinds: type) -> list[Any]:
     if [type(part) for part in answer] != list(kinds):
         raise StoreDown("an answer that no script of ours gives")
     return answer
-
-
-async def _ended(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
