@@ -84,7 +84,7 @@ def _collect_rarely() -> None:
     # A full collection walks all that lives, 200 ms with 5,000 streams open, and everybody waits. Answers and
     # streams leave no cycles behind: what there is to find comes from rare errors, and may lie a while.
     gc.freeze()
-    gc.set_threshold(10_000, 20, 100)
+    gc.set_threshold(10_000, 10, 10)
 
 
 def exit_well_when_told() -> None:
