@@ -35,9 +35,10 @@ format: .venv/dev.stamp ## sort the imports, mend what ruff can, format
 bench: .venv/project.stamp .venv/dev.stamp ## measure; ARGS=--help tells what
 	@$(BIN)/python tests/bench/run.py $(ARGS)
 
-# The widest file first: the others are its subsets, at the same versions.
+# The widest file first: the others are its subsets, at the same versions. Extras stay in the lines, for pip
+# looks for the hashes of coverage[toml] there, and not below coverage.
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-  --no-emit-index-url --custom-compile-command 'make lock' $(ARGS)
+  --no-emit-index-url --no-strip-extras --custom-compile-command 'make lock' $(ARGS)
 
 lock: .venv/dev.stamp ## write the lock files anew from pyproject.toml; ARGS=--upgrade for newer versions
 	$(COMPILE) --group dev --all-extras pyproject.toml --output-file requirements-dev.lock
