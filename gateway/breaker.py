@@ -139,10 +139,12 @@ class Breaker:
         if not self._seconds or self._seconds[-1].number != now:
             self._seconds.append(_Second(now))
         self._seconds[-1].outcomes += 1
-        self._seconds[-1].ill += not well
+        if well:
+            return False
+        self._seconds[-1].ill += 1
         outcomes = sum(second.outcomes for second in self._seconds)
         ill = sum(second.ill for second in self._seconds)
-        return not well and outcomes >= _LEAST_OUTCOMES and ill >= _ILL_SHARE * outcomes
+        return outcomes >= _LEAST_OUTCOMES and ill >= _ILL_SHARE * outcomes
 
     def _open(self) -> None:
         self._open_until = self._clock() + self._open_seconds

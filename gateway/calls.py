@@ -12,8 +12,9 @@ import asyncio
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from email.utils import parsedate_to_datetime
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, Self
 
 import httpx
@@ -36,7 +37,7 @@ from gateway.refusals import refusal
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.signing import signed_headers
 from gateway.tracing import Mark, Tracing, Untraced
-from gateway.transport import AiohttpTransport
+from gateway.transport import HttpTransport
 
 _OK = 200
 _CLOCK_TOLERANCE_SECONDS = 2.0  # the Date header has whole seconds, and the answer was under way
@@ -84,14 +85,32 @@ class Calls:
         self._tracing = tracing or Untraced()
         self._clock = clock
         self._nonce = nonce
-        self._fixed_headers = {"user-agent": user_agent, "accept-encoding": "identity"}
-        self._urls = {operation: httpx.URL(settings.endpoint).join(operation.path) for operation in Operation}
+        endpoint = httpx.URL(settings.endpoint)
+        self._fixed_headers = {
+            "host": endpoint.netloc.decode("ascii"),
+            "user-agent": user_agent,
+            "accept-encoding": "identity",
+        }
+        self._urls = {operation: endpoint.join(operation.path) for operation in Operation}
+        # Looking labels up costs more than counting; both are bounded.
+        self._count = cache(
+            lambda operation, outcome: metrics.upstream_requests.labels(operation, outcome).inc
+        )
+        self._time = {
+            operation: metrics.upstream_request_duration.labels(operation).observe for operation in Operation
+        }
+        self._in_flight = 0
+        metrics.upstream_in_flight.set_function(lambda: self._in_flight)
         self.clock_offset = 0.0  # seconds to add to our clock when signing
         self.trouble: str | None = None  # the problem code of the last call, unless it brought an envelope
 
     async def __aenter__(self) -> Self:
         """Make ready for calls; a connection is opened when a call needs one."""
-        self._transport = AiohttpTransport(verify=httpx.create_ssl_context(trust_env=False))
+        self._transport = HttpTransport(
+            httpx.URL(self._settings.endpoint),
+            verify=httpx.create_ssl_context(trust_env=False),
+            max_body_bytes=self._settings.max_response_bytes,
+        )
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -126,20 +145,21 @@ class Calls:
         request = httpx.Request(
             "POST",
             self._urls[key.operation],
-            headers={**self._fixed_headers, **sent},
+            headers={**self._fixed_headers, **sent, "content-length": str(len(body))},
             stream=httpx.ByteStream(body),
         )
         try:
             response = await self._transport.handle_async_request(request)
-            try:
-                content = await _read(response, self._settings.max_response_bytes)
-            finally:
-                await response.aclose()
         except httpx.TransportError as exc:
             raise UpstreamUnreachable(f"the upstream could not be reached ({type(exc).__name__})") from exc
         headers = {
-            name.lower().decode("ascii"): value.decode("latin-1") for name, value in response.headers.raw
+            name.lower().decode("latin-1"): value.decode("latin-1") for name, value in response.headers.raw
         }
+        content = _decoded(
+            response.stream,  # type: ignore[arg-type]  # the transport's is synchronous, too
+            headers.get("content-encoding", ""),
+            limit=self._settings.max_response_bytes,
+        )
         return Exchange(sent, response.status_code, headers, content)
 
     def judge(self, exchange: Exchange, key: TaskKey) -> Answer:
@@ -171,7 +191,7 @@ class Calls:
         operation = key.operation
         outcome = UpstreamTimeout.code  # also when the caller's deadline cancels us
         started = time.perf_counter()
-        self._metrics.upstream_in_flight.inc()
+        self._in_flight += 1
         try:
             async with asyncio.timeout(self._settings.attempt_timeout_seconds):
                 exchange = await self.exchange(key, pair)
@@ -193,19 +213,19 @@ class Calls:
         finally:
             mark.outcome = outcome
             self.trouble = None if outcome in {"ok", UpstreamRejected.code} else outcome
-            self._metrics.upstream_in_flight.dec()
-            self._metrics.upstream_requests.labels(operation, outcome).inc()
-            self._metrics.upstream_request_duration.labels(operation).observe(time.perf_counter() - started)
+            self._in_flight -= 1
+            self._count(operation, outcome)()
+            self._time[operation](time.perf_counter() - started)
 
     def _shown(self, text: str | None) -> str | None:
         return None if text is None else self._redactor(text)[:500]
 
     def _observe_clock(self, exchange: Exchange) -> float | None:
         """Return how far upstream's clock is ahead of ours, in seconds, when its answer tells."""
-        try:
-            skew = parsedate_to_datetime(exchange.headers.get("date", "")).timestamp() - self._clock()
-        except ValueError:
+        now = _unix_time(exchange.headers.get("date", ""))
+        if now is None:
             return None
+        skew = now - self._clock()
         self._metrics.upstream_clock_skew.set(round(skew, 1))
         return skew
 
@@ -216,32 +236,38 @@ class Calls:
             log.warning("clock corrected to the upstream's", offset_seconds=round(skew, 1))
 
 
-async def _read(response: httpx.Response, limit: int) -> bytes:
-    """Return the decoded body of at most `limit` bytes.
+def _decoded(raw: Iterable[bytes], encoding: str, *, limit: int) -> bytes:
+    """Return the decoded body, of at most `limit` bytes: a gzip bomb is inflated no further.
 
-    httpx would decode a chunk of any size at once: a gzip bomb is inflated here, a bounded piece
-    at a time, and given up at the limit. Raises: UpstreamInvalid.
+    Raises: UpstreamInvalid.
     """
-    encoding = response.headers.get("content-encoding", "identity").lower()
-    if encoding not in {"identity", "gzip", "deflate", ""}:
+    body = b"".join(raw)
+    encoding = encoding.lower()
+    if encoding in {"gzip", "deflate"}:
+        inflate = zlib.decompressobj(wbits=47)  # 47: gzip or zlib, whichever it is
+        try:
+            body = inflate.decompress(body, limit + 1)
+        except zlib.error as exc:
+            raise UpstreamInvalid("the upstream's answer is not what its content encoding says") from exc
+    elif encoding not in {"identity", ""}:
         raise UpstreamInvalid("the upstream's answer has an unknown content encoding")
-    inflate = zlib.decompressobj(wbits=47) if encoding in {"gzip", "deflate"} else None  # 47: gzip or zlib
-    content = bytearray()
-    try:
-        async for chunk in response.stream:  # type: ignore[union-attr]  # the transport's are asynchronous
-            content += inflate.decompress(chunk, limit + 1 - len(content)) if inflate else chunk
-            if len(content) > limit:
-                raise UpstreamInvalid("the upstream's answer is too large")
-    except zlib.error as exc:
-        raise UpstreamInvalid("the upstream's answer is not what its content encoding says") from exc
-    return bytes(content)
+    if len(body) > limit:
+        raise UpstreamInvalid("the upstream's answer is too large")
+    return body
 
 
 def _retry_after(value: str, now: float) -> float | None:
     """Return the seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date."""
     if value.isascii() and value.isdigit():
         return min(float(value), 3600.0)
+    then = _unix_time(value)
+    return None if then is None else min(max(then - now, 0.0), 3600.0)
+
+
+@lru_cache(maxsize=2)  # a second's answers all have the same date
+def _unix_time(date: str) -> float | None:
+    """Return the moment of an HTTP date (RFC 9110, 5.6.7), or None when it is none."""
     try:
-        return min(max(parsedate_to_datetime(value).timestamp() - now, 0.0), 3600.0)
+        return parsedate_to_datetime(date).timestamp()
     except ValueError:
         return None

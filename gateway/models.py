@@ -27,27 +27,21 @@ _DETAIL_LIMIT = 500  # characters of an upstream's own text that are worth showi
 
 
 class Operation(StrEnum):
-    """The upstream operations that the gateway may call; the value is the path's last segment."""
+    """The upstream operations that the gateway may call; the value is the path's last segment.
+
+    `path` is the same upstream and on the gateway's drop-in side, `api` that of the simplified paths:
+    `sd` or `comfy`. `is_result`: it answers with a result, which has no progress to fold.
+    """
 
     SD_GET_PROGRESS = "sd_get_progress"
     COMFY_GET_PROGRESS = "comfy_get_progress"
     SD_GET_RESULT = "sd_get_result"
     COMFY_GET_RESULT = "comfy_get_result"
 
-    @property
-    def path(self) -> str:
-        """The path, the same upstream and on the gateway's drop-in side."""
-        return f"/scc/{self.value}"
-
-    @property
-    def api(self) -> str:
-        """The `api` of the simplified paths: `sd` or `comfy`."""
-        return self.value.partition("_")[0]
-
-    @property
-    def is_result(self) -> bool:
-        """Whether it answers with a result, which has no progress to fold."""
-        return self.value.endswith("_result")
+    def __init__(self, name: str) -> None:
+        self.path = f"/scc/{name}"
+        self.api = name.partition("_")[0]
+        self.is_result = name.endswith("_result")
 
 
 class Status(StrEnum):
@@ -140,7 +134,7 @@ def strict_json(body: bytes) -> Any:
     Raises: ValueError, whatever is wrong.
     """
     try:
-        return json.loads(body.decode(), parse_constant=_refuse_constant, parse_float=_finite)
+        return _DECODER.decode(body.decode())
     except RecursionError as exc:
         raise ValueError("nested too deep") from exc
 
@@ -228,7 +222,7 @@ def vendor_status(data: Mapping[str, Any]) -> Status:
 def render_json(value: Any) -> bytes:
     """Encode compact UTF-8 JSON. Raises: UpstreamInvalid when the value nests too deep."""
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = _ENCODER.encode(value)
     except RecursionError as exc:
         raise UpstreamInvalid("the upstream's answer nests too deep") from exc
     # Half a surrogate pair has no UTF-8; its backslash form is JSON's own escape.
@@ -296,3 +290,8 @@ def _finite(text: str) -> float:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+# Made once: json.loads and json.dumps make new ones at every call that has options.
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+_ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))

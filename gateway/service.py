@@ -231,18 +231,18 @@ class ProgressService:
         if failure is not None:
             return self._cover(key, failure, Source.NEGATIVE)
         source = Source.COLLAPSED if key in self._flights else Source.MISS
-        replaced_stale = self._store.recall(key) is not None
-        landing = await self._board(key, patient=patient)
+        known = self._store.recall(key)
+        landing = await self._board(key, patient=patient or not self._covers(known))
         outcome = landing.outcome
         if isinstance(outcome, GatewayError):
             return self._cover(key, outcome, source, landing)
         self._count[key.operation, source]()
         age = self._clock() - outcome.fetched_at
-        return Reading(outcome, age, source, replaced_stale, landing=landing)
+        return Reading(outcome, age, source, replaced_stale=known is not None, landing=landing)
 
     async def _board(self, key: TaskKey, *, patient: bool) -> Landing:
         take_off = partial(self._fetch, key)
-        if patient or self._covering(key) is None:
+        if patient:
             return await self._flights.do(key, take_off)
         flight = self._flights.start(key, take_off)
         if flight.done():  # in this very turn of the loop
@@ -255,20 +255,19 @@ class ProgressService:
         self, key: TaskKey, failure: GatewayError, source: Source, landing: Landing | None = None
     ) -> Reading | Failed:
         """Answer a failure with a snapshot, unless it is too old."""
-        snapshot = self._covering(key)
-        if snapshot is None:
+        snapshot = self._store.recall(key)
+        if snapshot is None or not self._covers(snapshot):
             self._count[key.operation, source]()
             return Failed(key, failure, source, landing)
         self._count[key.operation, Source.STALE]()
         age = self._clock() - snapshot.fetched_at
         return Reading(snapshot, age, Source.STALE, failure=failure, landing=landing)
 
-    def _covering(self, key: TaskKey) -> Snapshot | None:
-        """Return the snapshot that may stand in for a failure."""
-        snapshot = self._store.recall(key)
-        if snapshot is None or self._clock() - snapshot.fetched_at > self._cache.stale_if_error_seconds:
-            return None
-        return snapshot
+    def _covers(self, snapshot: Snapshot | None) -> bool:
+        """Tell whether this snapshot may stand in for a failure."""
+        return (
+            snapshot is not None and self._clock() - snapshot.fetched_at <= self._cache.stale_if_error_seconds
+        )
 
     async def _fetch(self, key: TaskKey, *, after: int | None = None) -> Landing:
         """Fly: a failure is returned, not raised, for it is shared as data.

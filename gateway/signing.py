@@ -129,8 +129,8 @@ def verify(method: str, target: str, headers: Mapping[str, str], body: bytes, *,
 
 def _resource(target: str) -> str:
     path, _, query = target.partition("?")
+    if not query:
+        return path
     # Of a repeated key the vendor signs the first value: reversed, for the last assignment stays.
     values = dict(reversed(parse_qsl(query, keep_blank_values=True)))
-    if not values:
-        return path
     return path + "?" + "&".join(f"{key}={values[key]}" if values[key] else key for key in sorted(values))

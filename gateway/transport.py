@@ -1,95 +1,241 @@
-"""The connections to the upstream: httpx's transport interface, over aiohttp's client.
+"""The connections to the upstream: httpx's transport interface, over httptools' parser.
 
-httpx's own pool looks through all of its connections, for each of them, at every call's start and
-end: what a call costs grows with the square of the calls in the air. aiohttp's does not, and its
-parser is compiled. httpx-aiohttp puts the same two together, but tells a reset, a lost name and
-a broken answer all as `ConnectTimeout` or not at all; here each failure keeps its kind.
+    request -> an idle connection, or a new one -> written at once -> the whole answer, bounded -> response
+
+httpx's own pool looks through all of its connections, for each of them, at every call's start and end:
+what a call costs grows with the square of the calls in the air. aiohttp's does not, but a call passes
+through so many objects of its client that this costs more than all the rest of a query. Here a connection
+is one protocol with one call at a time, and nothing is awaited but its answer.
 
 What the gateway must never do, this cannot do: it follows no redirect, keeps no cookie, reads no proxy
-or netrc from the environment, decodes no body, and sends no header that it was not given.
+or netrc from the environment, decodes no body, calls no host but one, and sends no header that it was
+not given. Message framing is the parser's affair, in its strict mode (RFC 9112, 6).
 """
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections import deque
+from http import HTTPStatus
 
-import aiohttp
 import httpx
-from yarl import URL
+from aiohappyeyeballs import start_connection
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
-# Most specific first. A connection that was dropped while it lay idle is a ServerDisconnectedError.
-TRANSPORT_ERRORS: tuple[tuple[type[aiohttp.ClientError], type[httpx.TransportError]], ...] = (
-    (aiohttp.ClientConnectorError, httpx.ConnectError),  # DNS, connect, TLS
-    (aiohttp.ServerDisconnectedError, httpx.RemoteProtocolError),
-    (aiohttp.ClientOSError, httpx.ReadError),
-    (aiohttp.ClientError, httpx.RemoteProtocolError),  # not HTTP, or less of it than announced
-)
-
-_KEEP_ALIVE_SECONDS = 15.0
-# Whatever aiohttp adds by itself; Host and Content-Length it must make.
-_NOT_SENT = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+_OTHER_ADDRESS_SECONDS = 0.25  # before the next one of a host's addresses is tried beside (RFC 8305, 8)
+_MOST_OVERHEAD = 262_144  # bytes of an answer that are not its body: headers, chunk sizes, trailers
 
 
-class AiohttpTransport(httpx.AsyncBaseTransport):
-    """Carries httpx requests over pooled HTTP/1.1 connections, as many as there are calls.
+class HttpTransport(httpx.AsyncBaseTransport):
+    """Carries httpx requests to one origin over HTTP/1.1, on as many connections as there are calls.
 
-    It sets no deadline: give one to the task that calls. Use it inside a running event loop.
+    Of a body longer than `max_body_bytes` it reads no more than shows that it is. It sets no
+    deadline: give one to the task that calls. A connection that was idle for `keep_alive_seconds` is
+    used no more: an upstream, or what lies between, may have forgotten it.
     """
 
-    def __init__(self, *, verify: ssl.SSLContext) -> None:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=verify, keepalive_timeout=_KEEP_ALIVE_SECONDS),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=None),
-            auto_decompress=False,
-            skip_auto_headers=_NOT_SENT,
-            trust_env=False,
-        )
+    def __init__(
+        self,
+        origin: httpx.URL,
+        *,
+        verify: ssl.SSLContext,
+        max_body_bytes: int,
+        keep_alive_seconds: float = 15.0,
+    ) -> None:
+        self._host = origin.raw_host.decode("ascii")
+        self._tls = verify if origin.scheme == "https" else None
+        self._port = origin.port or (443 if self._tls else 80)
+        self._max_body_bytes = max_body_bytes
+        self._keep_alive_seconds = keep_alive_seconds
+        # The one used last lies on top: in quiet times those below go unused, and are let go.
+        self._idle: deque[_Connection] = deque()
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request whose body is known, and return the answer, its body yet to be read.
+        """Send a request whose body is known, and return the answer when all of it has come.
 
-        Raises: httpx.TransportError.
+        The connection goes with a call that is cancelled. Raises: httpx.TransportError.
         """
-        # Raw, for httpx's Headers look for their encoding anew at each reading of one.
-        headers = [(name.decode("ascii"), value.decode("latin-1")) for name, value in request.headers.raw]
+        message = _encode(request)
+        connection = self._take_idle() or await self._connect()
         try:
-            response = await self._session.request(
-                request.method,
-                URL(str(request.url), encoded=True),
-                headers=headers,
-                data=request.read(),
-                allow_redirects=False,
-            )
-        except aiohttp.ClientError as exc:
-            raise _transport_error(exc) from exc
-        return httpx.Response(response.status, headers=response.raw_headers, stream=_Body(response))
+            answer = await connection.ask(message)
+        finally:
+            if connection.idle_since is None:
+                connection.close()
+            else:
+                self._idle.append(connection)
+                self._let_go(connection.idle_since - self._keep_alive_seconds)
+        body = httpx.ByteStream(bytes(answer.body))
+        return httpx.Response(answer.status, headers=answer.headers, stream=body)
 
     async def aclose(self) -> None:
-        """Close every connection."""
-        await self._session.close()
+        """Close every connection that lies idle."""
+        while self._idle:
+            self._idle.pop().close()
 
+    def _take_idle(self) -> _Connection | None:
+        if self._idle:
+            self._let_go(asyncio.get_running_loop().time() - self._keep_alive_seconds)
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.idle_since is not None:
+                return connection
+        return None
 
-class _Body(httpx.AsyncByteStream):
-    """A body as it comes off the wire."""
+    def _let_go(self, oldest: float) -> None:
+        """Close what has been idle since before `oldest`, and forget what was lost meanwhile."""
+        while self._idle and (self._idle[0].idle_since or 0.0) < oldest:
+            self._idle.popleft().close()
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
-        self._response = response
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def _connect(self) -> _Connection:
+        loop = asyncio.get_running_loop()
         try:
-            async for chunk in self._response.content.iter_any():
-                yield chunk
-        except aiohttp.ClientError as exc:
-            raise _transport_error(exc) from exc
+            addresses = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+            sock = await start_connection(addresses, happy_eyeballs_delay=_OTHER_ADDRESS_SECONDS)
+            try:
+                _, connection = await loop.create_connection(
+                    lambda: _Connection(self._max_body_bytes),
+                    sock=sock,
+                    ssl=self._tls,
+                    server_hostname=self._host if self._tls else None,
+                )
+            except BaseException:
+                sock.close()
+                raise
+        except (OSError, UnicodeError) as exc:  # DNS, connect, TLS; a name that IDNA refuses
+            raise httpx.ConnectError(type(exc).__name__) from exc
+        return connection
 
-    async def aclose(self) -> None:
-        # Gives the connection back when the body was read to its end, and closes it otherwise.
-        self._response.close()
+
+class _Answer:
+    """What has come of an answer. Names of headers are as they were sent."""
+
+    __slots__ = ("body", "headers", "keep_alive", "status", "whole")
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: list[tuple[bytes, bytes]] = []
+        self.body = bytearray()
+        self.keep_alive = False
+        self.whole = False
 
 
-def _transport_error(exc: aiohttp.ClientError) -> httpx.TransportError:
-    # The text of an aiohttp error may hold what the upstream sent: only its kind is told.
-    error = next(error for kind, error in TRANSPORT_ERRORS if isinstance(exc, kind))
-    return error(type(exc).__name__)
+class _Connection(asyncio.Protocol):
+    """One connection, with one call at a time.
+
+    `idle_since` is the loop's time at which its last answer was whole; None while it cannot be used.
+    """
+
+    def __init__(self, max_body_bytes: int) -> None:
+        self.idle_since: float | None = None
+        self._max_body_bytes = max_body_bytes
+        self._loop = asyncio.get_running_loop()
+        self._parser: HttpResponseParser | None = HttpResponseParser(self)
+        self._waiter: asyncio.Future[_Answer] | None = None
+        self._answer = _Answer()
+        self._overhead = 0
+
+    def ask(self, message: bytes) -> asyncio.Future[_Answer]:
+        """Send a request; the future gets the answer, or an httpx.TransportError."""
+        self.idle_since = None
+        self._answer = _Answer()
+        self._overhead = 0
+        self._waiter = self._loop.create_future()
+        self._transport.write(message)
+        return self._waiter
+
+    def close(self) -> None:
+        """Let go of the connection at once; whatever was to be sent or read is lost."""
+        self._waiter = None
+        self._transport.abort()
+
+    # Called by the event loop.
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it is one
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self._parser is None or self._waiter is None:
+            # Nobody asked: kept, it might be read as the answer to the next task's call.
+            self.idle_since = None
+            self._transport.abort()
+            return
+        self._overhead += len(data)
+        try:
+            self._parser.feed_data(data)
+        except (HttpParserError, HttpParserUpgrade) as exc:
+            self._fail(httpx.RemoteProtocolError(type(exc).__name__))
+            return
+        if self._overhead > _MOST_OVERHEAD:
+            self._fail(httpx.RemoteProtocolError("headers without end"))
+        elif self._answer.whole:  # and nothing came behind it, which the parser would have refused
+            self._finish()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.idle_since = None
+        self._parser = None  # it knows us, as we know it
+        answer = self._answer
+        if exc is not None:
+            self._fail(httpx.ReadError(type(exc).__name__))
+        elif answer.status and not _framed(answer.headers):  # its end is the connection's (RFC 9112, 6.3)
+            self._finish()
+        else:
+            self._fail(httpx.RemoteProtocolError("the connection was closed before the answer's end"))
+
+    # Called by the parser.
+
+    def on_message_begin(self) -> None:
+        if self._answer.whole:
+            raise ValueError("bytes beyond the answer's end")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._answer.status:  # else it is a trailer, which is nothing to us
+            self._answer.headers.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        assert self._parser is not None  # noqa: S101  # it calls
+        status = self._parser.get_status_code()
+        if status >= HTTPStatus.OK:
+            self._answer.status = status
+            self._answer.keep_alive = self._parser.should_keep_alive()
+        else:
+            self._answer.headers.clear()  # of an interim answer; the final one follows (RFC 9110, 15.2)
+
+    def on_body(self, part: bytes) -> None:
+        answer = self._answer
+        self._overhead -= len(part)
+        answer.body += part
+        if len(answer.body) > self._max_body_bytes:
+            answer.keep_alive = False
+            self._finish()
+
+    def on_message_complete(self) -> None:
+        self._answer.whole = self._answer.status != 0
+
+    def _finish(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            if self._answer.keep_alive and self._parser is not None:
+                self.idle_since = self._loop.time()
+            self._waiter.set_result(self._answer)
+        self._waiter = None
+
+    def _fail(self, error: httpx.TransportError) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_exception(error)
+        self._waiter = None
+        self._transport.abort()
+
+
+def _encode(request: httpx.Request) -> bytes:
+    lines = [b"%b %b HTTP/1.1\r\n" % (request.method.encode("ascii"), request.url.raw_path)]
+    lines += [b"%b: %b\r\n" % header for header in request.headers.raw]
+    head = b"".join(lines)
+    if head.count(b"\n") != len(lines):
+        raise httpx.LocalProtocolError("a header with a line break")
+    return b"%b\r\n%b" % (head, request.read())
+
+
+def _framed(headers: list[tuple[bytes, bytes]]) -> bool:
+    return any(name.lower() in {b"content-length", b"transfer-encoding"} for name, _ in headers)

@@ -40,9 +40,21 @@ _RETRY_SHARE = 0.2  # of recent calls that may be retries: a sick upstream is no
 _RETRY_RESERVE = 10.0
 
 
+def _no_turn() -> GatewayError:
+    return BudgetSpent("the budget of upstream calls is spent for now", retry_after=1.0)
+
+
+def _no_slot() -> GatewayError:
+    return Overloaded("the gateway makes as many upstream calls as it may", retry_after=1.0)
+
+
+def _no_answer() -> GatewayError:
+    return UpstreamTimeout("the upstream did not answer in time")
+
+
 @dataclass(slots=True)
 class _Query:
-    """A query under way. `late` is what to tell if its deadline strikes now.
+    """A query under way. `late` makes what to tell if its deadline strikes now.
 
     `numbers` counts its calls: more than attempts, for another pair or the clock's correction may
     bring one more.
@@ -52,9 +64,7 @@ class _Query:
     renewal: bool
     held_up: Callable[[float], None]
     deadline: float
-    late: GatewayError = field(
-        default_factory=lambda: BudgetSpent("the budget of upstream calls is spent for now", retry_after=1.0)
-    )
+    late: Callable[[], GatewayError] = _no_turn
     numbers: Iterator[int] = field(default_factory=count)
 
 
@@ -130,7 +140,7 @@ class Upstream:
                     attempt += 1
                     await asyncio.sleep(delay)
         except TimeoutError:
-            raise query.late from None
+            raise query.late() from None
 
     async def _ask(self, query: _Query) -> Answer:
         loop = asyncio.get_running_loop()
@@ -144,14 +154,12 @@ class Upstream:
                 held_up=query.held_up,
             ) as turn:
                 await self._take_token(query)
-                if isinstance(query.late, BudgetSpent):
-                    query.late = Overloaded(
-                        "the gateway makes as many upstream calls as it may", retry_after=1.0
-                    )
+                if query.late is _no_turn:
+                    query.late = _no_slot
                 async with self._slots:
                     if turn.void:
                         continue
-                    query.late = UpstreamTimeout("the upstream did not answer in time")
+                    query.late = _no_answer
                     return await self._rotation.use(operation, partial(self._attempt, query, turn))
 
     async def _take_token(self, query: _Query) -> None:

@@ -55,6 +55,7 @@ WATCHED = [
 KEYS = [*WATCHED, TaskKey(Operation.SD_GET_RESULT, "a")]
 DEADLINE_SECONDS = 10.0  # of upstream.timeout_seconds: no call is longer in the air
 LEAST_PAUSE_SECONDS = 0.2  # of a schedule, whatever the lifetimes say
+LATE_SHARE = 0.05  # of a pause: schedules wait for each other
 LEAST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 1.0, 30.0  # of a schedule whose upstream fails
 ROUNDING_SECONDS = 0.01
 # A failure of none of these kinds is remembered: our limits pass by themselves, and credentials are
@@ -185,7 +186,7 @@ class FakeUpstream:
         story.due = now + lifetime
         pause = max(lifetime, LEAST_PAUSE_SECONDS)
         story.tick_due = now + (0.0 if prompted else pause)
-        story.patience = max(story.patience, now + pause)
+        story.patience = max(story.patience, now + pause * (1 + LATE_SHARE))
 
 
 @dataclass(slots=True, eq=False)

@@ -1,23 +1,30 @@
 import asyncio
 import socket
+import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
-import aiohttp
 import httpx
 import pytest
 
-from gateway.transport import TRANSPORT_ERRORS, AiohttpTransport
-from tests.harness import RawUpstream, Request, framed, free_port
+from gateway.transport import HttpTransport
+from tests.harness import PATIENCE_SECONDS, RawUpstream, Request, answer, drained, framed, free_port, well
 
 BODY = b'{"taskId": "A"}'
 
 
 @asynccontextmanager
-async def transport() -> AsyncIterator[AiohttpTransport]:
+async def transport(
+    url: str, *, max_body_bytes: int = 1000, keep_alive_seconds: float = 60.0
+) -> AsyncIterator[HttpTransport]:
     """Open a transport, and close it when done with."""
-    opened = AiohttpTransport(verify=httpx.create_ssl_context(trust_env=False))
+    opened = HttpTransport(
+        httpx.URL(url),
+        verify=httpx.create_ssl_context(trust_env=False),
+        max_body_bytes=max_body_bytes,
+        keep_alive_seconds=keep_alive_seconds,
+    )
     try:
         yield opened
     finally:
@@ -29,7 +36,7 @@ def request(url: str) -> httpx.Request:
     return httpx.Request("POST", f"{url}/scc/x", headers={"X-Ca-Key": "k"}, content=BODY)
 
 
-async def ask(over: AiohttpTransport, url: str) -> tuple[httpx.Response, bytes]:
+async def ask(over: HttpTransport, url: str) -> tuple[httpx.Response, bytes]:
     """Send the request and read the answer to its end."""
     response = await over.handle_async_request(request(url))
     try:
@@ -38,11 +45,11 @@ async def ask(over: AiohttpTransport, url: str) -> tuple[httpx.Response, bytes]:
         await response.aclose()
 
 
-def once(url: str) -> tuple[httpx.Response, bytes]:
+def once(url: str, **bounds: int) -> tuple[httpx.Response, bytes]:
     """Ask over a transport of its own."""
 
     async def run() -> tuple[httpx.Response, bytes]:
-        async with transport() as over:
+        async with transport(url, **bounds) as over:
             return await ask(over, url)
 
     return asyncio.run(run())
@@ -59,19 +66,6 @@ def open_sockets() -> int:
     """Count the sockets that this process has open."""
     links = Path("/proc/self/fd").iterdir()
     return sum(link.is_symlink() and link.readlink().name.startswith("socket:") for link in links)
-
-
-def test_transport_errors_all_have_a_row() -> None:
-    """Every client error of aiohttp is told as one of httpx, the most specific row first."""
-
-    def descendants(kind: type[BaseException]) -> set[type[BaseException]]:
-        return {kind}.union(*(descendants(child) for child in kind.__subclasses__()))
-
-    rows = [kind for kind, _ in TRANSPORT_ERRORS]
-    for error in descendants(aiohttp.ClientError):
-        matching = [kind for kind in rows if issubclass(error, kind)]
-        assert matching
-        assert all(issubclass(matching[0], kind) for kind in matching)
 
 
 def test_transport_sends_what_it_was_given_and_no_more() -> None:
@@ -102,7 +96,7 @@ def test_transport_keeps_connections_and_no_cookies() -> None:
         connection.sendall(framed(b"{}", "set-cookie: a=b"))
 
     async def twice(url: str) -> None:
-        async with transport() as over:
+        async with transport(url) as over:
             await ask(over, url)
             await ask(over, url)
 
@@ -131,6 +125,15 @@ def test_transport_follows_no_redirect_and_decodes_nothing() -> None:
         (b"", httpx.RemoteProtocolError),
         (b"garbage\r\n\r\n", httpx.RemoteProtocolError),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc", httpx.RemoteProtocolError),
+        (framed(b"{}") + b"garbage", httpx.RemoteProtocolError),
+        (
+            b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}garbage",
+            httpx.RemoteProtocolError,
+        ),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n", httpx.RemoteProtocolError),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\ngarbage\r\n", httpx.RemoteProtocolError),
+        (b"HTTP/1.1 101 Switching\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n", httpx.RemoteProtocolError),
+        (b"HTTP/1.1 200 OK\r\n" + b"x: garbage\r\n" * 100_000, httpx.RemoteProtocolError),
     ],
 )
 def test_transport_failure_is_told_in_httpx_terms(raw: bytes, error: type[httpx.TransportError]) -> None:
@@ -145,6 +148,107 @@ def test_transport_failure_is_told_in_httpx_terms(raw: bytes, error: type[httpx.
     assert "garbage" not in str(told.value)
 
 
+@pytest.mark.parametrize(
+    ("raw", "body"),
+    [
+        (framed(b"{}"), b"{}"),
+        (framed(b""), b""),
+        (answer(b"until the end"), b"until the end"),
+        (answer(b"until the end", status="HTTP/1.0 200 OK"), b"until the end"),
+        (b"HTTP/1.1 103 Early Hints\r\nlink: a\r\n\r\n" + framed(b"{}"), b"{}"),
+        (answer(b"1\r\n{\r\n1;a=b\r\n}\r\n0\r\nx-trailer: a\r\n\r\n", "transfer-encoding: chunked"), b"{}"),
+    ],
+)
+def test_transport_framing_is_that_of_http(raw: bytes, body: bytes) -> None:
+    """Whatever ends a body, it comes whole, with its own headers alone."""
+
+    def sends(connection: socket.socket, _: Request) -> None:
+        for byte in range(len(raw)):  # the parser meets every seam
+            connection.sendall(raw[byte : byte + 1])
+        connection.close()
+
+    with RawUpstream(sends) as upstream:
+        response, received = once(upstream.url)
+    assert (response.status_code, received) == (200, body)
+    assert not {"link", "x-trailer"} & set(response.headers)
+
+
+@pytest.mark.parametrize("encoding", ["content-length: 5000", "transfer-encoding: chunked"])
+def test_transport_reads_no_more_than_shows_that_it_is_too_much(encoding: str) -> None:
+    """What is longer than it may be is cut, but not to where it would pass, and its connection closed."""
+    closed = threading.Event()
+
+    def sends(connection: socket.socket, _: Request) -> None:
+        body = b"x" * 5000 if "length" in encoding else b"1388\r\n" + b"x" * 5000
+        connection.sendall(answer(body, encoding))
+        drained(connection)
+        closed.set()
+
+    with RawUpstream(sends) as upstream:
+        _, body = once(upstream.url, max_body_bytes=1000)
+        assert closed.wait(PATIENCE_SECONDS)
+    assert len(body) > 1000
+
+
+def test_transport_uses_no_connection_that_was_idle_for_long() -> None:
+    """Somebody on the way may have forgotten it."""
+    connections: list[socket.socket] = []
+
+    def answers(connection: socket.socket, _: Request) -> None:
+        connections.append(connection)
+        connection.sendall(framed(b"{}"))
+
+    async def twice(url: str) -> None:
+        async with transport(url, keep_alive_seconds=0.0) as over:
+            await ask(over, url)
+            await ask(over, url)
+
+    with RawUpstream(answers) as upstream:
+        asyncio.run(twice(upstream.url))
+    assert len(set(connections)) == 2
+
+
+@pytest.mark.parametrize("surplus", [b"", framed(b"[]")])
+def test_transport_uses_no_connection_on_which_something_came_unasked(surplus: bytes) -> None:
+    """Bytes nobody asked for would answer the next task's call; a lost connection is no use either."""
+    read = threading.Event()
+
+    def answers(connection: socket.socket, _: Request) -> None:
+        connection.sendall(framed(b"{}"))
+        if not read.is_set():
+            read.wait(PATIENCE_SECONDS)
+            if surplus:
+                connection.sendall(surplus)
+                drained(connection)
+            connection.close()
+
+    async def twice(url: str) -> list[bytes]:
+        async with transport(url) as over:
+            before = open_sockets()
+            first = await ask(over, url)
+            read.set()
+            while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
+                await asyncio.sleep(0)
+            second = await ask(over, url)
+            return [first[1], second[1]]
+
+    with RawUpstream(answers) as upstream:
+        assert asyncio.run(asyncio.wait_for(twice(upstream.url), PATIENCE_SECONDS)) == [b"{}", b"{}"]
+
+
+def test_transport_sends_no_line_that_it_was_not_given() -> None:
+    """A line break within a header would be a header of somebody else's making."""
+
+    async def run(url: str) -> None:
+        async with transport(url) as over:
+            with pytest.raises(httpx.LocalProtocolError):
+                await over.handle_async_request(httpx.Request("POST", url, headers={"X-Ca-Key": "a\r\nb: c"}))
+
+    with RawUpstream(well) as upstream:
+        asyncio.run(run(upstream.url))
+        assert not upstream.requests
+
+
 def test_transport_refused_connection_is_a_connect_error() -> None:
     """Nobody listens: the kind tells it."""
     with pytest.raises(httpx.ConnectError):
@@ -155,7 +259,7 @@ def test_transport_cancelled_call_leaves_no_socket() -> None:
     """A deadline may strike while it connects, sends or waits: the connection goes with the call."""
 
     async def run(url: str) -> None:
-        async with transport() as over:
+        async with transport(url) as over:
             before = open_sockets()
             calls = [asyncio.create_task(over.handle_async_request(request(url))) for _ in range(20)]
             for steps, call in enumerate(calls):
