@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from functools import partial
 
 import servers
 from measuring import Bench, Comparison, Figures, new_prefix, per_cpu_second
+from processes import pinned
 from servers import Server
 
 NEEDS = ("wrk", "nginx", "njs")
 
+_CALLS = "signed upstream calls"
 _IN_FLIGHT = 32  # wrk's connections: each has one request under way
 
 
@@ -23,11 +28,15 @@ def run(bench: Bench) -> Iterator[Comparison]:
     ):
         contestants = [*gateways, nginx.signer, nginx.cached]
         turns = {server.name: partial(_measured, bench, server) for server in contestants}
+        turns["httpx alone"] = partial(_alone, bench, upstream)
         yield Comparison(
             title=f"misses: distinct cold tasks, {_IN_FLIGHT} in flight",
             samples=bench.take_turns(turns),
             baseline=nginx.signer.name,
-            notes=["nginx, uncached, looks nothing up and keeps nothing; the others do."],
+            notes=[
+                "nginx, uncached, looks nothing up and keeps nothing. httpx alone: its client in a program that",
+                "serves nobody, only signs and reads; the gateway answers a caller with every call besides.",
+            ],
         )
 
 
@@ -38,5 +47,14 @@ def _measured(bench: Bench, server: Server) -> Figures:
         path=new_prefix(),
         tasks=0,
         connections=_IN_FLIGHT,
-        what="signed upstream calls",
+        what=_CALLS,
     )
+
+
+def _alone(bench: Bench, upstream: int) -> Figures:
+    command = [sys.executable, servers.HERE / "plain_httpx.py"]
+    command += map(str, (upstream, _IN_FLIGHT, bench.seconds))
+    with pinned(bench.cores.server):
+        result = subprocess.run(command, check=True, capture_output=True, env=servers.environment())
+    made, used = json.loads(result.stdout)
+    return {f"{_CALLS} per CPU-second": made / used, "CPU used, of one core": used / bench.seconds}

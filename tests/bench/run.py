@@ -26,6 +26,7 @@ import hits
 import misses
 import report
 import rotation
+import rush
 import slow_readers
 import soak
 import start
@@ -38,6 +39,7 @@ from servers import NGINX_MODULE
 SCENARIOS = {
     "hits": hits,
     "herd": herd,
+    "rush": rush,
     "start": start,
     "misses": misses,
     "watchers": watchers,

@@ -147,11 +147,14 @@ def simulator(cores: Cores, folder: Path, *, latency_seconds: float = 0.0) -> It
 
 
 @contextmanager
-def fast_upstream(cores: Cores, folder: Path, *, changing: bool = False) -> Iterator[int]:
+def fast_upstream(
+    cores: Cores, folder: Path, *, changing: bool = False, latency_seconds: float = 0.0
+) -> Iterator[int]:
     """Run the upstream that costs next to nothing; yield its port. `changing`: no two answers are alike."""
     (port,) = free_ports(1)
     folder = _own(folder)
-    command = [sys.executable, HERE / "upstream.py", str(port), *(["changing"] if changing else [])]
+    command = [sys.executable, HERE / "upstream.py", str(port), str(latency_seconds)]
+    command += ["changing"] if changing else []
     with started(command, cores=cores.load, folder=folder, env=environment()) as process:
         _wait(process, folder, lambda: socket.create_connection(("127.0.0.1", port)).close() is None)
         yield port

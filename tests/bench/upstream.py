@@ -4,9 +4,10 @@ The simulator verifies every signature, in Python, and is slower than what it wo
 when thousands of calls a second are measured. Whether the calls are signed well is the
 simulator's affair, in the scenarios that it carries and in the tests.
 
-    python upstream.py PORT [changing]
+    python upstream.py PORT SECONDS [changing]
 
-With `changing` no two answers are the same: each one's `message` is the Unix time at which it was sent.
+An answer takes so many seconds. With `changing` no two answers are the same: each one's `message`
+is the Unix time at which it was sent.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import json
 import sys
 import time
 from functools import partial
+from typing import Any
 
 import uvloop
 
@@ -44,9 +46,11 @@ _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %
 class Answerer(asyncio.Protocol):
     """Answers the requests of one connection, in turn."""
 
-    def __init__(self, *, changing: bool) -> None:
+    def __init__(self, *, latency_seconds: float, changing: bool) -> None:
+        self._latency_seconds = latency_seconds
         self._changing = changing
         self._unread = b""
+        self._loop = asyncio.get_running_loop()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -63,15 +67,21 @@ class Answerer(asyncio.Protocol):
             body = _BEFORE + task_id + _AFTER
             if self._changing:
                 body = body.replace(_MESSAGE, b"%.6f" % time.time())
-            self._transport.write(_HEAD % len(body) + body)
+            answer = _HEAD % len(body) + body
+            if self._latency_seconds:
+                self._loop.call_later(self._latency_seconds, self._transport.write, answer)
+            else:
+                self._transport.write(answer)
 
 
-async def serve(port: int, *, changing: bool) -> None:
+async def serve(port: int, **behaviour: Any) -> None:
     """Answer until the process is ended."""
-    answerer = partial(Answerer, changing=changing)
+    answerer = partial(Answerer, **behaviour)
     server = await asyncio.get_running_loop().create_server(answerer, "127.0.0.1", port, backlog=1024)
     await server.serve_forever()
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(int(sys.argv[1]), changing="changing" in sys.argv[2:]))
+    uvloop.run(
+        serve(int(sys.argv[1]), latency_seconds=float(sys.argv[2]), changing="changing" in sys.argv[3:])
+    )

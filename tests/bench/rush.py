@@ -1,0 +1,60 @@
+"""5,000 queries a second for 1,000 tasks of 1 s lifetime, upstream 50 ms: how long they wait."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+
+import servers
+from measuring import Bench, Comparison, Figures, new_prefix, prime
+from processes import cpu_seconds
+from servers import Server
+
+NEEDS = ("nginx", "njs")
+
+_TASKS, _RATE = 1000, 5000
+_LATENCY_SECONDS = 0.05
+_LONGER = 3  # times the seconds of a measurement: every task is to be refreshed several times
+
+
+def run(bench: Bench) -> Iterator[Comparison]:
+    """Measure the gateway beside nginx."""
+    seconds = _LONGER * bench.seconds
+    with (
+        servers.fast_upstream(bench.cores, bench.folder, latency_seconds=_LATENCY_SECONDS) as upstream,
+        servers.nginx(bench.cores, bench.folder, upstream=upstream) as nginx,
+        bench.gateways(upstream=upstream) as gateways,
+    ):
+        turns = {server.name: partial(_measured, server, seconds) for server in [*gateways, nginx.cached]}
+        yield Comparison(
+            title=f"rush: {_RATE:,} queries a second for {_TASKS:,} tasks of 1 s lifetime, "
+            f"upstream {_LATENCY_SECONDS * 1000:g} ms, for {seconds:g} s",
+            samples=bench.take_turns(turns),
+            baseline=nginx.cached.name,
+            notes=[
+                "Late: from a query's being due, whatever became of those before it, to its answer's end."
+            ],
+        )
+
+
+def _measured(server: Server, seconds: float) -> Figures:
+    prefix = new_prefix()
+    prime(server, [f"{prefix}{number}" for number in range(_TASKS)])
+    crowd = {"port": server.port, "prefix": prefix, "tasks": _TASKS, "rate": _RATE, "seconds": seconds}
+    before = cpu_seconds(server.pids)
+    # It inherits our cores: those of the load.
+    command = [sys.executable, servers.HERE / "pacer.py", json.dumps(crowd)]
+    result = subprocess.run(command, check=True, capture_output=True)
+    late: list[float] = json.loads(result.stdout)
+    percent = statistics.quantiles(late, n=100)
+    return {
+        "late, p50, ms": percent[49] * 1000,
+        "late, p99, ms": percent[98] * 1000,
+        "late, max, ms": max(late) * 1000,
+        "queries a second": len(late) / seconds,
+        "server CPU used, of one core": (cpu_seconds(server.pids) - before) / seconds,
+    }
