@@ -34,8 +34,8 @@ def run(bench: Bench) -> Iterator[Comparison]:
             samples=bench.take_turns(turns),
             baseline=nginx.signer.name,
             notes=[
-                "nginx, uncached, looks nothing up and keeps nothing. httpx alone: its client in a program that",
-                "serves nobody, only signs and reads; the gateway answers a caller with every call besides.",
+                "nginx, uncached, looks nothing up and keeps nothing. httpx alone: its client in a",
+                "program that serves nobody, signs and reads; the gateway answers a caller with every call besides.",
             ],
         )
 
