@@ -35,7 +35,7 @@ def run(bench: Bench) -> Iterator[Comparison]:
             baseline=nginx.signer.name,
             notes=[
                 "nginx, uncached, looks nothing up and keeps nothing. httpx alone: its client in a",
-                "program that serves nobody, signs and reads; the gateway answers a caller with every call besides.",
+                "program that serves nobody; the gateway answers a caller with every call besides.",
             ],
         )
 
