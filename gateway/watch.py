@@ -88,11 +88,14 @@ class Watcher:
         self._rung = False
         self._waiter: asyncio.Future[None] | None = None
 
+    @property
+    def idle(self) -> bool:
+        """Whether all that came was taken, and whoever waits in `take` has sent it."""
+        return self._waiter is not None and not self._waiter.done()
+
     def offer(self, update: Update) -> None:
         """Hand an update over at once, or put it into its slot, over one that was not taken yet."""
-        # Whoever waits in `take` has taken and sent all that came before.
-        idle = self._waiter is not None and not self._waiter.done()
-        if idle and self.deliver is not None and self.deliver(update):
+        if self.idle and self.deliver is not None and self.deliver(update):
             return
         self._slots[update.key] = update
         self.ring()

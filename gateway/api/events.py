@@ -32,6 +32,7 @@ _HEADERS = [
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # nginx, and what descends from it, would hold events back
 ]
+_HEARTBEAT = b": still here\n\n"
 _RETRY_MS = 2000
 _TURNS = 16
 _FAREWELL_MS = (500, 5000)  # reconnects of a whole gateway's streams, spread out
@@ -63,9 +64,10 @@ class EventsEndpoint:
         with self._watch.watching(keys, Kind.EVENTS) as watcher:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await send(_part(b"retry: %d\n\n" % _RETRY_MS))
-            with self._pacemaker.pacing(watcher):
+            push = push_of(scope)
+            with self._pacemaker.pacing(watcher, push):
                 async with HangUp(scope, receive, watcher.hang_up):
-                    if (push := push_of(scope)) is not None:
+                    if push is not None:
                         watcher.deliver = partial(self._deliver, push)
                     await self._stream(scope, watcher, end_id, send)
 
@@ -84,7 +86,7 @@ class EventsEndpoint:
                     running.discard(update.key)
             if watcher.heartbeat_due:
                 watcher.heartbeat_due = False
-                parts.append(b": still here\n\n")
+                parts.append(_HEARTBEAT)
             if not running:
                 self._sent["end"]()
                 parts.append(b"event: end\nid: %s\ndata: {}\n\n" % end_id.encode())
@@ -117,28 +119,28 @@ class EventsEndpoint:
 
 
 class Pacemaker:
-    """Makes every stream's heartbeat due once in so many seconds.
+    """Sends every stream's heartbeat once in so many seconds, or has the stream do it.
 
     The streams take turns: thousands that wrote at one moment would hold up everybody else's answer.
     """
 
     def __init__(self, seconds: float) -> None:
         self._pause = seconds / _TURNS
-        self._turns: list[set[Watcher]] = [set() for _ in range(_TURNS)]
+        self._turns: list[dict[Watcher, Push | None]] = [{} for _ in range(_TURNS)]
         self._turn = 0
         self._timer: asyncio.TimerHandle | None = None
 
     @contextmanager
-    def pacing(self, watcher: Watcher) -> Iterator[None]:
+    def pacing(self, watcher: Watcher, push: Push | None) -> Iterator[None]:
         """Keep the heartbeat of this watcher's stream while the context is open."""
         turn = self._turns[self._turn - 1]  # the one just past: its next is a whole heartbeat away
-        turn.add(watcher)
+        turn[watcher] = push
         if self._timer is None:
             self._wait()
         try:
             yield
         finally:
-            turn.discard(watcher)
+            del turn[watcher]
             if self._timer is not None and not any(self._turns):
                 self._timer.cancel()
                 self._timer = None
@@ -147,9 +149,10 @@ class Pacemaker:
         self._timer = asyncio.get_running_loop().call_later(self._pause, self._beat)
 
     def _beat(self) -> None:
-        for watcher in self._turns[self._turn]:
-            watcher.heartbeat_due = True
-            watcher.ring()
+        for watcher, push in self._turns[self._turn].items():
+            if push is None or not watcher.idle or not push(_HEARTBEAT):
+                watcher.heartbeat_due = True
+                watcher.ring()
         self._turn = (self._turn + 1) % _TURNS
         self._wait()
 
