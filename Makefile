@@ -32,7 +32,7 @@ format: .venv/dev.stamp ## sort the imports, mend what ruff can, format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/project.stamp .venv/dev.stamp ## measure; ARGS=--help tells what
+bench: .venv/project.stamp .venv/dev.stamp .venv/bench.stamp ## measure; ARGS=--help tells what
 	@$(BIN)/python tests/bench/run.py $(ARGS)
 
 # The widest file first: the others are its subsets, at the same versions. Extras stay in the lines, for pip
@@ -44,6 +44,7 @@ lock: .venv/dev.stamp ## write the lock files anew from pyproject.toml; ARGS=--u
 	$(COMPILE) --group dev --all-extras pyproject.toml --output-file requirements-dev.lock
 	$(COMPILE) --constraints requirements-dev.lock pyproject.toml --output-file requirements.lock
 	$(COMPILE) --constraints requirements-dev.lock --group package --output-file requirements-package.lock
+	$(COMPILE) --constraints requirements-dev.lock --group bench --output-file requirements-bench.lock
 	npm install --prefix $(SDK) --package-lock-only --omit-lockfile-registry-resolved \
 	  --ignore-scripts --no-audit --no-fund --silent
 	@! grep -n '://' requirements*.lock $(SDK)/package-lock.json
@@ -73,6 +74,11 @@ $(BIN)/python:
 .venv/dev.stamp: requirements-dev.lock .venv/runtime.stamp
 	@echo 'Installing requirements-dev.lock into .venv' >&2
 	@$(PIP) install --require-hashes -r requirements-dev.lock
+	@touch $@
+
+.venv/bench.stamp: requirements-bench.lock .venv/dev.stamp
+	@echo 'Installing requirements-bench.lock into .venv' >&2
+	@$(PIP) install --require-hashes -r requirements-bench.lock
 	@touch $@
 
 # The vendor's own client, which some tests run. They are skipped where there is no npm.

@@ -19,6 +19,7 @@ import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import dawdlers
 import herd
@@ -77,11 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         packages = " ".join(missing[tool] for tool in tools)
         _say(f"{name} is skipped: not installed: {', '.join(tools)} (Debian: {packages}, or --install)")
     comparisons, failed = _measure(options, [name for name in chosen if name not in skipped])
-    if options.json:
-        given = {"seconds": options.seconds, "rounds": options.rounds}
-        options.json.write_text(
-            json.dumps(report.document(comparisons, skipped=skipped, options=given), indent=1)
-        )
+    given = {"seconds": options.seconds, "rounds": options.rounds}
+    results = report.document(comparisons, skipped=skipped, options=given)
+    _keep(results, file=options.json, plots_folder=options.plots)
     for name in failed:
         _say(f"{name} failed")
     return 1 if failed else 0
@@ -109,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--list", action="store_true", help="say what there is to measure")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there as well")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw it there, as SVG for light and dark")
     parser.add_argument(
         "--install",
         action="store_true",
@@ -141,6 +141,16 @@ def _measure(options: argparse.Namespace, names: Sequence[str]) -> tuple[list[Co
                 failed.append(name)
                 traceback.print_exc()
     return comparisons, failed
+
+
+def _keep(results: dict[str, Any], *, file: Path | None, plots_folder: Path | None) -> None:
+    if file is not None:
+        file.write_text(json.dumps(results, indent=1))
+    if plots_folder is not None:
+        import plots  # noqa: PLC0415  # its library is installed for `make bench` alone
+
+        for drawn in plots.draw(results, plots_folder):
+            _say(f"drawn: {drawn}")
 
 
 def _is_there(tool: str) -> bool:
