@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
+from gateway.ahead import RefreshAhead
 from gateway.exceptions import (
     BudgetSpent,
     GatewayError,
@@ -40,7 +41,6 @@ from gateway.tracing import Tracing, Untraced
 from gateway.upstream import Upstream
 
 _HOT = 2  # readers within one lifetime
-_LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
 
 log = structlog.get_logger(__name__)
 
@@ -133,8 +133,7 @@ class ProgressService:
             **{status: cache.terminal_seconds for status in Status if status.terminal},
         }
         self._sampler = Sampler(clock=clock)  # a vendor's new word, or a bug, may come with every task
-        self._latency = dict.fromkeys(Operation, 0.0)  # moving averages, in seconds
-        self._ahead: dict[TaskKey, asyncio.TimerHandle] = {}
+        self._ahead = RefreshAhead(self._take_off)
         self._count = {
             (operation, source): metrics.cache_lookups.labels(operation, source).inc
             for operation in Operation
@@ -149,8 +148,8 @@ class ProgressService:
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
             snapshot.polls += 1
-            if snapshot.polls == _HOT:
-                self._refresh_ahead(snapshot, age)
+            if snapshot.polls == _HOT and not snapshot.terminal and not self._flights.closed:
+                self._ahead.plan(snapshot, age)
             self._count[key.operation, Source.HIT]()
             return Reading(snapshot, age, Source.HIT)
         reading = self._stale(snapshot, age)
@@ -190,8 +189,7 @@ class ProgressService:
 
     async def aclose(self) -> None:
         """End every flight, and begin none any more."""
-        for timer in self._ahead.values():
-            timer.cancel()
+        self._ahead.close()
         await self._flights.aclose()
 
     def _stale(self, snapshot: Snapshot, age: float) -> Reading | None:
@@ -207,20 +205,8 @@ class ProgressService:
             too_old = age > self._cache.stale_if_error_seconds
         return None if too_old else Reading(snapshot, age, Source.STALE, failure=failure)
 
-    def _refresh_ahead(self, snapshot: Snapshot, age: float) -> None:
-        """Take off so early that a usual flight lands just when the snapshot goes stale."""
-        if snapshot.terminal or self._flights.closed:
-            return  # nothing new is to come
-        key = snapshot.key
-        if (timer := self._ahead.pop(key, None)) is not None:
-            timer.cancel()
-        delay = snapshot.lifetime - age - self._latency[key.operation]
-        loop = asyncio.get_running_loop()
-        self._ahead[key] = loop.call_later(max(delay, 0.0), self._take_off, snapshot)
-
     def _take_off(self, snapshot: Snapshot) -> None:
         key = snapshot.key
-        del self._ahead[key]
         # A watch or another replica may have renewed it meanwhile; then its own readers count.
         if self._store.peek(key) is snapshot and self._store.failure(key) is None:
             self._flights.start(key, partial(self._fetch, key, after=snapshot.stamp))
@@ -310,9 +296,7 @@ class ProgressService:
             answer = await self._upstream.query(
                 key, renewal=previous is not None, held_up=partial(self._hold_up, key)
             )
-            self._latency[key.operation] += _LATENCY_WEIGHT * (
-                self._clock() - started - self._latency[key.operation]
-            )
+            self._ahead.learn(key.operation, self._clock() - started)
             previous = self._store.recall(key)
             snapshot = observe(
                 answer.data,

@@ -971,9 +971,7 @@ async def test_get_refreshes_a_hot_task_ahead(bench: Bench) -> None:
     bench.clock.now += CACHE.running_seconds - 1e-6
     for _ in range(5):
         assert (await bench.get(KEY)).source is Source.HIT
-    assert bench.service._ahead[KEY].when() <= asyncio.get_running_loop().time() + 0.01
     call = await bench.upstream.call()
-    assert not bench.service._ahead
     assert (await bench.get(KEY)).source is Source.HIT
     call.answer(progress=0.9)
     await bench.renewed(after=first.snapshot)
@@ -981,25 +979,6 @@ async def test_get_refreshes_a_hot_task_ahead(bench: Bench) -> None:
     reading = await bench.get(KEY)
     assert (reading.source, data_of(reading)["progress"]) == (Source.HIT, 0.9)
     assert bench.upstream.count == 2
-
-
-async def test_get_refreshes_ahead_by_a_usual_calls_time(bench: Bench) -> None:
-    """The refresh is due as long before the snapshot goes stale as calls take, by their moving average."""
-    loop = asyncio.get_running_loop()
-    for took, usual in ((0.5, 0.15), (1.0, 0.405)):  # each call moves the average by 0.3 of the difference
-        asked = bench.begin()
-        call = await bench.upstream.call()
-        bench.clock.now += took
-        call.answer()
-        await asked
-        bench.clock.now += 0.25
-        earliest = loop.time()
-        for _ in range(2):
-            await bench.get(KEY)
-        latest = loop.time()
-        due = bench.service._ahead[KEY].when() - (CACHE.running_seconds - 0.25 - usual)
-        assert earliest - 1e-6 <= due <= latest + 1e-6
-        long_ago(bench)
 
 
 @pytest.mark.parametrize(("status", "polls"), [("running", 1), ("succeeded", 5)])
@@ -1024,11 +1003,9 @@ async def test_get_refreshes_nothing_ahead_that_was_renewed_meanwhile(bench: Ben
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
         await bench.get(KEY)
-    timer = bench.service._ahead[KEY]
     bench.store.keep(replace(first.snapshot, fetched_at=bench.clock.now, polls=0))
     for _ in range(polls):
         await bench.get(KEY)
-    assert timer.cancelled() is (polls == 2), "where the new one is hot its timer replaces the old one's"
     due = asyncio.Event()
     asyncio.get_running_loop().call_later(2e-3, due.set)
     await due.wait()
@@ -1045,7 +1022,6 @@ async def test_get_refreshes_nothing_ahead_while_a_failure_is_remembered(bench: 
     due = asyncio.Event()
     asyncio.get_running_loop().call_later(2e-3, due.set)
     await due.wait()
-    assert not bench.service._ahead
     await bench.learn(key=OTHER)  # a refresh begun before would have asked before
     assert bench.upstream.keys == [KEY, OTHER]
 
@@ -1117,9 +1093,7 @@ async def test_aclose_takes_back_what_was_to_be_refreshed_ahead(bench: Bench) ->
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
         await bench.get(KEY)
-    timer = bench.service._ahead[KEY]
     await bench.service.aclose()
-    assert timer.cancelled()
     passed = asyncio.Event()
     asyncio.get_running_loop().call_later(2e-3, passed.set)
     await passed.wait()
@@ -1138,5 +1112,4 @@ async def test_aclose_lets_nothing_begin(bench: Bench) -> None:
             assert reading.source is source
     with pytest.raises(asyncio.CancelledError):
         await bench.get(OTHER)
-    assert not bench.service._ahead
     assert bench.upstream.count == 1

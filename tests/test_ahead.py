@@ -1,0 +1,105 @@
+"""Refreshing ahead, on a clock that is turned by hand."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from gateway.ahead import RefreshAhead
+from gateway.models import Operation, Snapshot, Status, TaskKey
+from tests.ticked import TickedLoop
+
+OPERATION = Operation.SD_GET_PROGRESS
+LIFETIME = 2.0
+
+
+def snapshot(task_id: str = "a", operation: Operation = OPERATION) -> Snapshot:
+    """Return a running task's snapshot."""
+    return Snapshot(TaskKey(operation, task_id), 0.0, LIFETIME, b"", Status.RUNNING)
+
+
+class Field:
+    """A plan, and what has taken off: each with the time and the turn of the loop in which it did."""
+
+    def __init__(self, loop: TickedLoop) -> None:
+        self.loop = loop
+        self.gone: list[tuple[Snapshot, float, int]] = []
+        self.ahead = RefreshAhead(lambda known: self.gone.append((known, loop.time(), self.turn)))
+        self.turn = 0
+
+    def plan(self, *snapshots: Snapshot, age: float = 0.0) -> None:
+        """Plan for snapshots of one age."""
+        self.loop.within(lambda: [self.ahead.plan(known, age) for known in snapshots])
+
+    def count_turns(self, turns: int) -> None:
+        """Count so many turns of the loop, from now on."""
+        self.turn += 1
+        if turns:
+            self.loop.call_soon(self.count_turns, turns - 1)
+
+
+@pytest.fixture
+def field() -> Iterator[Field]:
+    loop = TickedLoop()
+    yield Field(loop)
+    assert not loop.faults
+    loop.close()
+
+
+def times(field: Field) -> list[float]:
+    """Return when flights took off, in seconds from the loop's beginning."""
+    return [round(when - 1000.0, 6) for _, when, _ in field.gone]
+
+
+def test_ahead_takes_off_when_a_usual_flight_lands_in_time(field: Field) -> None:
+    """Flights take as long as the moving average of those before, each operation's for itself."""
+    field.ahead.learn(OPERATION, 0.5)  # each moves the average by 0.3 of the difference: 0.15
+    field.ahead.learn(OPERATION, 1.0)  # 0.405
+    field.plan(snapshot(), snapshot("b", Operation.COMFY_GET_PROGRESS), age=0.25)
+    field.loop.advance(LIFETIME)
+    assert times(field) == [LIFETIME - 0.25 - 0.405, LIFETIME - 0.25]
+
+
+def test_ahead_is_never_late_for_slow_flights(field: Field) -> None:
+    """Where flights take longer than a lifetime the next one takes off at once."""
+    for _ in range(20):
+        field.ahead.learn(OPERATION, 2 * LIFETIME)
+    field.plan(snapshot())
+    assert times(field) == [0.0]
+
+
+def test_ahead_newer_plan_replaces_the_older_one(field: Field) -> None:
+    """A task has one plan: that of its newest snapshot."""
+    old, new = snapshot(), snapshot()
+    field.plan(old)
+    field.loop.advance(1.0)
+    field.plan(new)
+    field.loop.advance(5.0)
+    assert [known for known, _, _ in field.gone] == [new]
+    assert times(field) == [1.0 + LIFETIME]
+
+
+def test_ahead_lets_a_crowd_go_a_few_at_a_time(field: Field) -> None:
+    """Others have their turn of the loop between one few and the next, and all of them go."""
+    crowd = [snapshot(str(number)) for number in range(10)]
+    field.plan(*crowd)
+    field.loop.call_later(LIFETIME, field.count_turns, 20)
+    field.loop.advance(LIFETIME)
+    assert sorted(known.key for known, _, _ in field.gone) == [known.key for known in crowd]
+    turns = [turn for _, _, turn in field.gone]
+    assert max(turns.count(turn) for turn in turns) <= 4
+    assert turns == sorted(turns)
+
+
+def test_ahead_closed_forgets_all_plans(field: Field) -> None:
+    """Neither what is planned nor what is due takes off any more."""
+    field.plan(*(snapshot(str(number)) for number in range(10)))
+    field.loop.call_later(
+        LIFETIME, lambda: field.loop.call_soon(lambda: field.loop.call_soon(field.ahead.close))
+    )
+    field.loop.advance(LIFETIME + 1)
+    assert 0 < len(field.gone) < 10
+    before = len(field.gone)
+    field.plan(snapshot("late"))
+    field.ahead.close()
+    field.loop.advance(LIFETIME + 1)
+    assert len(field.gone) == before
