@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from gateway.alarms import Alarms
 from gateway.exceptions import GatewayError, Overloaded
 from gateway.metrics import Metrics
 from gateway.models import Snapshot, TaskKey
@@ -28,10 +29,7 @@ _LEAST_SECONDS = 0.2  # between two ticks, whatever the lifetimes say
 # The loop's clock counts in milliseconds and may wake a sleeper that much early: a tick that finds
 # its snapshot still fresh would bring nothing, and the next one would come late.
 _TIMER_SECONDS = 0.002
-# Ticks that come one by one each find a process asleep and its caches cold, and cost double. So they fall on
-# a grid, at most this share of a lifetime late, and about so many together: more would hold up the others.
-_LATE_SHARE = 0.05
-_TOGETHER = 8
+_LATE_SHARE = 0.05  # of a pause between two ticks, for schedules to wake together
 _BACKOFF_SECONDS = 1.0  # after a failure; doubled up to
 _LONGEST_BACKOFF_SECONDS = 30.0
 
@@ -153,6 +151,7 @@ class Watch:
         self._clock = clock
         self._schedules: dict[TaskKey, _Schedule] = {}
         self._watchers: set[Watcher] = set()
+        self._alarms = Alarms()
         self._ended: set[asyncio.Task[None]] = set()
         self._leaving = False
         self._gauges = {kind: metrics.watchers.labels(kind) for kind in Kind}
@@ -255,17 +254,11 @@ class Watch:
                 failures = 0
                 left = snapshot.lifetime - (self._clock() - snapshot.fetched_at)
                 pause = max(left + _TIMER_SECONDS, _LEAST_SECONDS)
-                await asyncio.sleep(pause + self._until_others(pause, snapshot.lifetime))
+                await self._alarms.sleep(pause, late=_LATE_SHARE * pause)
             else:
                 backoff = min(_BACKOFF_SECONDS * 2**failures, _LONGEST_BACKOFF_SECONDS)
                 failures += 1
                 await asyncio.sleep(max(backoff, failure.retry_after or 0.0))
-
-    def _until_others(self, pause: float, lifetime: float) -> float:
-        """Return how much longer than `pause` to sleep, for schedules to wake a few at a time."""
-        share = min(_LATE_SHARE, _TOGETHER / max(len(self._schedules), 1))
-        grain = share * max(lifetime, _LEAST_SECONDS)
-        return -(asyncio.get_running_loop().time() + pause) % grain
 
     def _publish_snapshot(self, snapshot: Snapshot) -> None:
         if snapshot.key in self._schedules:

@@ -1,10 +1,7 @@
 """The watch by itself: a service played by hand, and nothing that waits for time."""
 
 import asyncio
-from collections import Counter
 from collections.abc import Callable
-from contextlib import ExitStack
-from itertools import pairwise
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -16,7 +13,6 @@ from gateway.service import Reading, Source
 from gateway.settings import Watch as WatchSettings
 from gateway.stores.memory import MemoryStore
 from gateway.watch import Kind, Update, Watch
-from tests.ticked import TickedLoop
 
 pytestmark = pytest.mark.anyio
 
@@ -219,45 +215,3 @@ async def test_watch_closes_with_watchers_inside(service: HandService, watch: Wa
     with watch.watching([KEY], Kind.EVENTS):
         await service.asked.wait()
         await watch.aclose()
-
-
-class PromptService:
-    """A service whose answers come at once; it notes when it was asked for what."""
-
-    def __init__(self, loop: TickedLoop) -> None:
-        self._loop = loop
-        self.asked: dict[TaskKey, list[float]] = {}
-
-    def lookup(self, _key: TaskKey) -> Reading | None:
-        return None
-
-    async def get_fresh(self, key: TaskKey) -> Reading:
-        now = self._loop.time()
-        self.asked.setdefault(key, []).append(now)
-        return Reading(Snapshot(key, now, 1.0, b"", Status.RUNNING, etag=str(now)), 0.0, Source.MISS)
-
-
-@pytest.mark.parametrize(("tasks", "instants"), [(100, 21), (1000, 130)])
-def test_watch_schedules_wake_together_a_few_at_a_time(tasks: int, instants: int) -> None:
-    """Ticks fall on a grid: never before the lifetime has passed, nor by more than a twentieth late."""
-    loop = TickedLoop()
-    service = PromptService(loop)
-    metrics = Metrics(CollectorRegistry(), gateway_version="test")
-    memory = MemoryStore(max_tasks=10, stale_seconds=60)
-    watch = Watch(WatchSettings(), service=service, store=memory, metrics=metrics, clock=loop.time)  # type: ignore[arg-type]
-    with ExitStack() as stack:
-        for number in range(tasks):
-            key = TaskKey(Operation.SD_GET_PROGRESS, str(number))
-            loop.within(lambda key=key: stack.enter_context(watch.watching([key], Kind.EVENTS)))
-            loop.advance(1.0 / tasks)
-        loop.advance(5.0)
-        for times in service.asked.values():
-            pauses = [later - earlier for earlier, later in pairwise(times)]
-            assert all(1.0 <= pause <= 1.06 for pause in pauses)
-        latest = Counter(round(times[-1], 6) for times in service.asked.values())
-        assert len(latest) <= instants
-        assert max(latest.values()) <= 16
-    loop.settle()
-    loop.run_until_complete(watch.aclose())
-    assert not loop.faults
-    loop.close()
