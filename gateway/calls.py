@@ -269,5 +269,5 @@ def _unix_time(date: str) -> float | None:
     """Return the moment of an HTTP date (RFC 9110, 5.6.7), or None when it is none."""
     try:
         return parsedate_to_datetime(date).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):  # the latter for numbers that fit into no date
         return None

@@ -419,6 +419,27 @@ def test_upstream_cookies_and_odd_headers_go_nowhere(
     assert not re.search("acw_tc|Tengine|PHP|caf", repr(lines))
 
 
+@pytest.mark.parametrize(
+    "date",
+    [
+        "yesterday",
+        "",
+        "Thu, 99999999999999999999 Jan 2026 00:00:00 GMT",  # a number that fits into no integer of C
+        "Thu, 01 Jan 2026 99999999999:00:00 GMT",
+        "Fri, 31 Dec 9999 23:59:59 -2359",
+        "Mon, 01 Jan 0001 00:00:00 +2359",
+    ],
+)
+def test_upstream_date_that_is_none_is_no_failure(launch: Launch, date: str) -> None:
+    """A clock that makes no sense says nothing of ours; the answer counts."""
+
+    def answers(connection: socket.socket, request: Request) -> None:
+        connection.sendall(framed(request.envelope(), f"date: {date}"))
+
+    with RawUpstream(answers) as upstream:
+        assert launch(upstream.url).get(fresh_id()).status_code == 200
+
+
 def test_upstream_answer_may_be_large_and_packed_within_bounds(simulator: Simulator, launch: Launch) -> None:
     """An answer under upstream.max_response_bytes is taken, as it is or gzipped."""
     gate = launch(simulator.url, **QUICK)
