@@ -1,5 +1,5 @@
-# The image that runs the gateway: the wheel and what requirements.lock names, nothing else above the base
-# (of the extras, therefore, none).
+# The image that runs the gateway: the wheel and what requirements-image.lock names, nothing else above the base.
+# Both extras are in it: a shared store and traces are a matter of settings.
 #
 #     docker build --tag sd-progress-gateway .        or: buildah bud --format docker --tag sd-progress-gateway .
 #     docker run --publish 8080:8080 --read-only --cap-drop ALL \
@@ -15,12 +15,12 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=igno
 
 # Two environments: one that builds, and one without pip, which is what ships. The locks before the code, so
 # that a change of code fetches nothing.
-COPY requirements.lock requirements-package.lock ./
+COPY requirements-image.lock requirements-package.lock ./
 RUN python -m venv tools \
  && tools/bin/pip install --require-hashes --only-binary :all: -r requirements-package.lock \
  && python -m venv --without-pip /opt/gateway \
  && tools/bin/pip --python /opt/gateway/bin/python install \
-      --require-hashes --only-binary :all: -r requirements.lock
+      --require-hashes --only-binary :all: -r requirements-image.lock
 
 COPY pyproject.toml README.md LICENSE ./
 COPY gateway gateway

@@ -43,11 +43,13 @@ COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gene
 lock: .venv/dev.stamp ## write the lock files anew from pyproject.toml; ARGS=--upgrade for newer versions
 	$(COMPILE) --group dev --all-extras pyproject.toml --output-file requirements-dev.lock
 	$(COMPILE) --constraints requirements-dev.lock pyproject.toml --output-file requirements.lock
+	$(COMPILE) --constraints requirements-dev.lock --all-extras pyproject.toml --output-file requirements-image.lock
 	$(COMPILE) --constraints requirements-dev.lock --group package --output-file requirements-package.lock
 	$(COMPILE) --constraints requirements-dev.lock --group bench --output-file requirements-bench.lock
+	$(COMPILE) --group audit --output-file .ci/checkov.lock
 	npm install --prefix $(SDK) --package-lock-only --omit-lockfile-registry-resolved \
 	  --ignore-scripts --no-audit --no-fund --silent
-	@! grep -n '://' requirements*.lock $(SDK)/package-lock.json
+	@! grep -n '://' requirements*.lock .ci/checkov.lock $(SDK)/package-lock.json
 
 clean: ## remove all that make and the tools have made
 	rm -rf .venv .cache .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache \

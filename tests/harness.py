@@ -422,14 +422,16 @@ def relay(url: str, request: Request, head: bytes | None = None) -> bytes:
 
 
 class Process:
-    """A command of the project as a process of its own; all it says is kept."""
+    """A command, the project's own unless told otherwise, as a process; all it says is kept."""
 
-    def __init__(self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None, program: Path = COMMAND
+    ) -> None:
         clean = {
             k: v for k, v in os.environ.items() if not k.startswith(("SD_GATEWAY_", "SPEEDPIX_", "OTEL_"))
         }
         self._process = subprocess.Popen(
-            [COMMAND, *arguments],
+            [program, *arguments],
             cwd=cwd,
             env=clean | dict(env or {}),
             stdout=subprocess.PIPE,

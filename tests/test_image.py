@@ -81,8 +81,17 @@ def test_image_installs_only_what_has_a_known_hash() -> None:
     assert all("--no-deps" in command for command in own)
     assert [Path(re.findall(r"-r (\S+)", command)[0]) for command in locked] == [
         Path("requirements-package.lock"),
-        Path("requirements.lock"),
+        Path("requirements-image.lock"),
     ]
+
+
+def test_image_has_the_versions_that_are_tested() -> None:
+    """What the image installs is locked as what the tests run with, the extras included."""
+
+    def pins(lock: str) -> set[str]:
+        return set(re.findall(r"^[^#\s].*==[^ ;]+", (ROOT / lock).read_text(encoding="utf-8"), re.MULTILINE))
+
+    assert pins("requirements.lock") < pins("requirements-image.lock") < pins("requirements-dev.lock")
 
 
 def test_image_runs_without_root_and_without_a_shell() -> None:
