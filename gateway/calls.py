@@ -37,7 +37,7 @@ from gateway.refusals import refusal
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.signing import signed_headers
 from gateway.tracing import Mark, Tracing, Untraced
-from gateway.transport import HttpTransport
+from gateway.transport import HttpTransport, untrusted
 
 _OK = 200
 _CLOCK_TOLERANCE_SECONDS = 2.0  # the Date header has whole seconds, and the answer was under way
@@ -151,6 +151,8 @@ class Calls:
         try:
             response = await self._transport.handle_async_request(request)
         except httpx.TransportError as exc:
+            if untrusted(exc):
+                self._metrics.upstream_certificate_errors.inc()
             raise UpstreamUnreachable(f"the upstream could not be reached ({type(exc).__name__})") from exc
         headers = {
             name.lower().decode("latin-1"): value.decode("latin-1") for name, value in response.headers.raw

@@ -14,6 +14,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Hi
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
+_AGES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0)
+
 _STORE = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 
 
@@ -43,6 +45,19 @@ class Metrics:
             ["operation", "result"],
             registry=registry,
         )
+        self.answer_age = Histogram(
+            "sd_gateway_answer_age_seconds",
+            "Age of what queries were answered with; answers about tasks that have ended do not age.",
+            ["operation"],
+            buckets=_AGES,
+            registry=registry,
+        )
+        self.answers_overdue = Counter(
+            "sd_gateway_answers_overdue_total",
+            "Of these, older than their lifetime and cache.stale_while_revalidate_seconds.",
+            ["operation"],
+            registry=registry,
+        )
         self.cache_entries = Gauge("sd_gateway_cache_entries", "Snapshots kept.", registry=registry)
         self.upstream_requests = Counter(
             "sd_gateway_upstream_requests_total",
@@ -58,6 +73,11 @@ class Metrics:
         )
         self.upstream_in_flight = Gauge(
             "sd_gateway_upstream_in_flight", "Upstream calls in the air.", registry=registry
+        )
+        self.upstream_certificate_errors = Counter(
+            "sd_gateway_upstream_certificate_errors_total",
+            "Upstream calls not made, for nobody known vouches for upstream's certificate.",
+            registry=registry,
         )
         self.upstream_retries = Counter(
             "sd_gateway_upstream_retries_total",

@@ -139,6 +139,8 @@ class ProgressService:
             for operation in Operation
             for source in Source
         }
+        self._age = {operation: metrics.answer_age.labels(operation).observe for operation in Operation}
+        self._overdue = {operation: metrics.answers_overdue.labels(operation).inc for operation in Operation}
 
     def lookup(self, key: TaskKey) -> Reading | None:
         """Answer from the store, without waiting, or return None: the hot path."""
@@ -151,6 +153,8 @@ class ProgressService:
             if snapshot.polls == _HOT and not snapshot.terminal and not self._flights.closed:
                 self._ahead.plan(snapshot, age)
             self._count[key.operation, Source.HIT]()
+            if not snapshot.terminal:
+                self._age[key.operation](age)
             return Reading(snapshot, age, Source.HIT)
         reading = self._stale(snapshot, age)
         if reading is None:
@@ -158,6 +162,7 @@ class ProgressService:
         if reading.failure is None:
             self._flights.start(key, partial(self._fetch, key))
         self._count[key.operation, Source.STALE]()
+        self._note_age(snapshot, age)
         return reading
 
     async def read(self, key: TaskKey) -> Reading | Failed:
@@ -224,6 +229,7 @@ class ProgressService:
             return self._cover(key, outcome, source, landing)
         self._count[key.operation, source]()
         age = self._clock() - outcome.fetched_at
+        self._note_age(outcome, age)
         return Reading(outcome, age, source, replaced_stale=known is not None, landing=landing)
 
     async def _board(self, key: TaskKey, *, patient: bool) -> Landing:
@@ -247,7 +253,15 @@ class ProgressService:
             return Failed(key, failure, source, landing)
         self._count[key.operation, Source.STALE]()
         age = self._clock() - snapshot.fetched_at
+        self._note_age(snapshot, age)
         return Reading(snapshot, age, Source.STALE, failure=failure, landing=landing)
+
+    def _note_age(self, snapshot: Snapshot, age: float) -> None:
+        if snapshot.terminal:
+            return
+        self._age[snapshot.key.operation](age)
+        if age >= snapshot.lifetime + self._cache.stale_while_revalidate_seconds:
+            self._overdue[snapshot.key.operation]()
 
     def _covers(self, snapshot: Snapshot | None) -> bool:
         """Tell whether this snapshot may stand in for a failure."""

@@ -109,6 +109,11 @@ class HttpTransport(httpx.AsyncBaseTransport):
         return connection
 
 
+def untrusted(error: httpx.TransportError) -> bool:
+    """Tell whether a call failed because nobody known vouches for the upstream's certificate."""
+    return isinstance(error.__cause__, ssl.SSLCertVerificationError)
+
+
 class _Answer:
     """What has come of an answer. Names of headers are as they were sent."""
 

@@ -195,6 +195,15 @@ class Bench:
         }
         return {result: int(count) for result, count in counted.items() if count}
 
+    def ages(self) -> tuple[float, float, float]:
+        """Return of how many answers the age was measured, their sum, and how many were overdue."""
+        names = ("answer_age_seconds_count", "answer_age_seconds_sum", "answers_overdue_total")
+        count, total, overdue = (
+            self.metrics.registry.get_sample_value(f"sd_gateway_{name}", {"operation": KEY.operation}) or 0.0
+            for name in names
+        )
+        return count, total, overdue
+
     def transitions(self) -> dict[str, int]:
         """Return how many transitions of progress were counted, by status."""
         counted = {
@@ -880,6 +889,34 @@ async def test_read_tells_every_waiter_of_the_call_that_failed(
     again = await bench.service.read(KEY)
     assert isinstance(again, Failed)
     assert (again.source, again.landing) == (Source.NEGATIVE, None)
+
+
+async def test_get_measures_the_age_of_what_it_answers(bench: Bench) -> None:
+    """The age is measured on every way to an answer, and those beyond the freshness promise are counted."""
+    first = await bench.learn()
+    assert bench.ages() == (1, 0.0, 0)
+    bench.clock.now += 1.0
+    await bench.get(KEY)
+    assert bench.ages() == (2, 1.0, 0)
+    bench.clock.now += CACHE.running_seconds - 1.0
+    await bench.get(KEY)
+    assert bench.ages() == (3, 1.0 + CACHE.running_seconds, 0)
+    (await bench.upstream.call()).answer()
+    await bench.renewed(after=first.snapshot)
+    promised = CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
+    bench.clock.now += promised
+    await bench.fail(UpstreamTimeout("too late"))
+    assert bench.ages() == (4, 1.0 + CACHE.running_seconds + promised, 1)
+    await bench.get(KEY)  # covered, while the failure is remembered
+    assert bench.ages() == (5, 1.0 + CACHE.running_seconds + 2 * promised, 2)
+
+
+async def test_get_measures_no_age_of_what_does_not_age(bench: Bench) -> None:
+    """Answers about a task that has ended are as good as new, however old, and whatever upstream does."""
+    await bench.learn("succeeded")
+    bench.clock.now += 10.0
+    await bench.get(KEY)
+    assert bench.ages() == (0, 0.0, 0)
 
 
 async def test_get_makes_no_series_per_task(bench: Bench) -> None:

@@ -553,6 +553,7 @@ def test_upstream_without_an_address_is_unreachable(launch: Launch, lines: list[
     upstream = {"allow_insecure": True, "attempt_timeout_seconds": 10}
     gate = launch("http://nobody.invalid", upstream=upstream, cache={"error_seconds": 0})
     assert_logged(lines, assert_told(gate, fresh_id(), UNREACHABLE))
+    assert gate.metric("upstream_certificate_errors_total") == 0
 
 
 def test_upstream_with_an_untrusted_certificate_gets_nothing(
@@ -567,6 +568,7 @@ def test_upstream_with_an_untrusted_certificate_gets_nothing(
     ) as url:
         gate = launch(url, **QUICK)
         assert_logged(lines, assert_told(gate, fresh_id(), UNREACHABLE))
+        assert gate.metric("upstream_certificate_errors_total") == ATTEMPTS
     assert simulator.requests() == []
 
 
