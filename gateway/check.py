@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
+import httpx
 from prometheus_client import CollectorRegistry
 
 from gateway.calls import Calls, Exchange
@@ -23,6 +24,7 @@ from gateway.models import TaskKey
 from gateway.redaction import MASK, Redactor
 from gateway.settings import Settings
 from gateway.signing import string_to_sign
+from gateway.transport import explain
 
 PROBE_TASK = "0" * 26  # the shape of a task ID, and no task's
 _SERVER_TEXT = re.compile(r"StringToSign:\s*`?(?P<text>.*?)`?\s*$", re.DOTALL | re.IGNORECASE)
@@ -57,7 +59,9 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
                 network = "no answer in time; is upstream.endpoint right, or a firewall between?"
                 return Finding(well=False, lines=[*lines, f"network: {network}"])
             except GatewayError as exc:
-                return Finding(well=False, lines=[*lines, f"network: {exc}; is upstream.endpoint right?"])
+                why = explain(exc.__cause__) if isinstance(exc.__cause__, httpx.TransportError) else ""
+                network = f"{exc}; {why or 'is upstream.endpoint right?'}"
+                return Finding(well=False, lines=[*lines, f"network: {network}"])
             finding = _judge(calls, key, exchange, redactor)
             works[held.slot] = finding.well
             lines += finding.lines

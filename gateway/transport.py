@@ -114,6 +114,21 @@ def untrusted(error: httpx.TransportError) -> bool:
     return isinstance(error.__cause__, ssl.SSLCertVerificationError)
 
 
+def explain(error: httpx.TransportError) -> str:
+    """Say in plain words what kept a call from being made; "" when it was something later."""
+    if not isinstance(error, httpx.ConnectError):
+        return ""
+    match error.__cause__:
+        case ssl.SSLCertVerificationError() as why:
+            return f"its certificate is not to be trusted ({why.verify_message})"
+        case ssl.SSLError():
+            return "it does not speak TLS as we do"
+        case socket.gaierror() | UnicodeError():
+            return "its name leads to no address"
+        case _:
+            return "nobody listens there, or a firewall says no"
+
+
 class _Answer:
     """What has come of an answer. Names of headers are as they were sent."""
 

@@ -4,10 +4,12 @@ import json
 import re
 import signal
 import socket
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import trustme
 
 from gateway import __version__
 from gateway.cli import main
@@ -25,6 +27,7 @@ from tests.harness import (
     plain_client,
     relay,
     run,
+    running,
     serving,
     until,
 )
@@ -311,7 +314,23 @@ def test_cli_check_explains_silence_and_absence(tmp_path: Path, simulator: Simul
     assert "network: no answer in time" in output
     status, output = checked(tmp_path, pair(f"http://127.0.0.1:{free_port()}"))
     assert status == 1
-    assert "network: the upstream could not be reached (ConnectError)" in output
+    assert "network: the upstream could not be reached (ConnectError); nobody listens there" in output
+
+
+def test_cli_check_tells_names_and_certificates_apart(tmp_path: Path, simulator: Simulator) -> None:
+    """What keeps a connection from being made has many causes, and each its own words."""
+
+    def told(endpoint: str) -> str:
+        status, output = checked(tmp_path, pair(endpoint))
+        assert status == 1
+        return output
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    assert "its name leads to no address" in told("https://nobody.invalid")
+    assert "it does not speak TLS" in told(simulator.url.replace("http:", "https:"))
+    with running(simulator.stage, lifespan="off", ssl_context_factory=lambda *_: context) as url:
+        assert "its certificate is not to be trusted (unable to get local issuer certificate)" in told(url)
 
 
 def test_cli_check_shows_what_was_changed_on_the_way(tmp_path: Path, simulator: Simulator) -> None:

@@ -8,14 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry
-from prometheus_client.metrics import MetricWrapperBase
+from pydantic import BaseModel
 
-from gateway import exceptions
-from gateway.breaker import State
-from gateway.credentials import Slot
-from gateway.exceptions import GatewayError
-from gateway.metrics import Metrics
+from gateway.settings import Settings
+from tests.promql import check_names, series
 
 ROOT = Path(__file__).parent.parent
 FILE = ROOT / "helm" / "sd-progress-gateway" / "rules" / "gateway.yaml"
@@ -25,19 +21,6 @@ RULES: list[dict[str, Any]] = [
 ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 RECORDED = [rule["record"] for rule in RULES if "record" in rule]
 CASES: list[dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "data" / "alerts.yaml").read_text())
-
-# What the metrics' labels may say, where rules ask for it.
-VALUES = {
-    "outcome": {"ok"}
-    | {
-        error.code
-        for error in vars(exceptions).values()
-        if isinstance(error, type) and issubclass(error, GatewayError)
-    },
-    "state": set(State),
-    "slot": set(Slot),
-    "result": {"hit", "stale", "miss", "collapsed", "negative", "ok", "error"},
-}
 
 
 def promtool(*arguments: str | Path) -> None:
@@ -68,20 +51,7 @@ def test_rules_please_promtool() -> None:
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("alert") or rule["record"])
 def test_rules_name_what_exists(rule: dict[str, Any]) -> None:
     """Every metric, label and label's value in an expression is one of the gateway's, or recorded above."""
-    metrics = Metrics(CollectorRegistry(), gateway_version="1.2.3")
-    ours = {m._name: set(m._labelnames) for m in vars(metrics).values() if isinstance(m, MetricWrapperBase)}
-    known = {sample.name for family in metrics.registry.collect() for sample in family.samples}
-    known |= {f"{name}_total" for name in ours} | set(ours) | set(RECORDED)
-
-    found = re.findall(r"((?:sd_gateway|process|namespace)_[\w:]+)(?:\{([^}]*)\})?", rule["expr"])
-    assert found, "an expression without a metric"
-    for name, matchers in found:
-        assert name in known
-        family = re.search(r"sd_gateway_\w+", name)
-        labels = ours.get(family[0].removesuffix("_total"), set()) if family else set()
-        for label, quoted in re.findall(r'(\w+)[=!~]+"([^"]*)"', matchers):
-            assert label in labels
-            assert label not in VALUES or set(quoted.split("|")) <= VALUES[label]
+    check_names(rule["expr"], recorded=RECORDED)
 
 
 @pytest.mark.parametrize("name", ALERTS)
@@ -92,6 +62,21 @@ def test_rules_tell_what_is_wrong_and_what_to_do(name: str) -> None:
     assert set(alert["annotations"]) == {"summary", "description", "runbook"}
     assert all(text.endswith((".", "?")) for text in alert["annotations"].values())
     assert "{{" not in alert["annotations"]["runbook"]
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_rules_explain_with_what_exists(name: str) -> None:
+    """Metrics and settings that the words mention are the gateway's, and so are other alerts."""
+    words = " ".join(ALERTS[name]["annotations"].values())
+    known = set(series())
+    for metric in re.findall(r"sd_gateway_\w+", words):
+        assert {metric, f"{metric}_bucket"} & known
+    for section, setting in re.findall(rf"\b({'|'.join(Settings.model_fields)})\.([a-z_]+)", words):
+        model = Settings.model_fields[section].annotation
+        assert isinstance(model, type)
+        assert issubclass(model, BaseModel)
+        assert setting in model.model_fields
+    assert set(re.findall(r"SdGateway\w+", words)) <= set(ALERTS)
 
 
 # --- when they fire ---------------------------------------------------------------------------------------

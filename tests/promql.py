@@ -1,0 +1,61 @@
+"""What queries for Prometheus may name: the gateway's metrics, their labels, and the labels' values."""
+
+import re
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics import MetricWrapperBase
+
+from gateway import exceptions
+from gateway.breaker import State
+from gateway.credentials import Slot
+from gateway.exceptions import GatewayError
+from gateway.metrics import Metrics
+from gateway.models import Status
+from gateway.service import Source
+from gateway.watch import Kind
+
+_ERRORS = [error for error in vars(exceptions).values() if isinstance(error, type)]
+_CODES = {error.code for error in _ERRORS if issubclass(error, GatewayError)}
+_VALUES = {
+    "event": {"progress", "problem", "end"},
+    "kind": set(Kind),
+    "outcome": {"ok"} | _CODES,
+    "reason": _CODES,
+    "result": {"ok", "error"} | set(Source),
+    "slot": set(Slot),
+    "state": set(State),
+    "status": set(Status) | {"200", "500", "503"},
+}
+_SUFFIXES = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"], "gauge": [""]}
+_EVERYWHERE = {"namespace", "job", "instance"}  # which Prometheus adds
+_METRIC = re.compile(r"((?:sd_gateway|process|python|namespace_job)_[\w:]+)(?:\{([^}]*)\})?")
+_MATCHER = re.compile(r'(\w+)[=!~]+"([^"]*)"')
+
+
+def series() -> dict[str, set[str]]:
+    """Return the labels of every series that a gateway may have, by its name."""
+    metrics = Metrics(CollectorRegistry(), gateway_version="1.2.3")
+    samples = [sample for family in metrics.registry.collect() for sample in family.samples]
+    known = {sample.name: set(sample.labels) for sample in samples}
+    for metric in vars(metrics).values():
+        if isinstance(metric, MetricWrapperBase):
+            for suffix in _SUFFIXES[metric._type]:
+                known[metric._name + suffix] = set(metric._labelnames) | {"le"}
+    return known
+
+
+def check_names(expression: str, *, recorded: Iterable[str]) -> None:
+    """Check that the metrics, labels and labels' values of an expression exist, or are `recorded`."""
+    known = series()
+    found = _METRIC.findall(expression)
+    assert found, "an expression without a metric"
+    for name, matchers in found:
+        assert name in known or name in recorded, name
+        allowed = set(_EVERYWHERE)
+        if family := re.search(r"sd_gateway_[a-z_]+", name):  # what is recorded keeps labels of its origin
+            allowed.update(*(labels for each, labels in known.items() if each.startswith(family[0])))
+        for label, quoted in _MATCHER.findall(matchers):
+            if not quoted.startswith("$"):  # one of a dashboard's variables
+                assert label in allowed, (name, label)
+                assert label not in _VALUES or set(quoted.split("|")) <= _VALUES[label], (name, quoted)
