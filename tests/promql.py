@@ -37,7 +37,7 @@ def series() -> dict[str, set[str]]:
     """Return the labels of every series that a gateway may have, by its name."""
     metrics = Metrics(CollectorRegistry(), gateway_version="1.2.3")
     samples = [sample for family in metrics.registry.collect() for sample in family.samples]
-    known = {sample.name: set(sample.labels) for sample in samples}
+    known = {s.name: set(s.labels) for s in samples if not s.name.endswith("_created")}
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase):
             for suffix in _SUFFIXES[metric._type]:

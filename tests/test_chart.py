@@ -43,11 +43,14 @@ def helm(*arguments: str | Path, program: str = "helm") -> subprocess.CompletedP
 
 
 def rendered(*arguments: str | Path, program: str = "helm", chart: Path = CHART) -> dict[str, Manifest]:
-    """Return what the chart makes of these arguments, by kind; there is one of each kind."""
+    """Return what the chart makes of these arguments, by kind; the dashboard's ConfigMap as Dashboard."""
     ran = helm("template", "release", chart, *arguments, program=program)
     assert ran.returncode == 0, ran.stderr
     manifests = [manifest for manifest in yaml.safe_load_all(ran.stdout) if manifest]
-    by_kind = {manifest["kind"]: manifest for manifest in manifests}
+    by_kind = {
+        "Dashboard" if manifest["metadata"]["name"].endswith("-dashboard") else manifest["kind"]: manifest
+        for manifest in manifests
+    }
     assert len(by_kind) == len(manifests)
     return by_kind
 
@@ -358,6 +361,16 @@ def test_chart_has_the_rules_as_they_are() -> None:
     assert "PrometheusRule" not in minimal()
 
 
+def test_chart_has_the_dashboard_as_it_is() -> None:
+    """The ConfigMap that Grafana's sidecar finds holds the dashboard that is tested, braces and all."""
+    manifest = rendered("-f", FULL)["Dashboard"]
+    assert manifest["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert manifest["metadata"]["annotations"] == {"grafana_folder": "Images"}
+    [content] = manifest["data"].values()
+    assert json.loads(content) == json.loads((CHART / "dashboards" / "gateway.json").read_text())
+    assert "Dashboard" not in minimal()
+
+
 @pytest.mark.parametrize(
     ("values", "more", "warnings"),
     [
@@ -381,7 +394,8 @@ def test_chart_warns_of_what_is_unwise(tmp_path: Path, values: str, more: str, w
     file = CHART / "ci" / f"{values}.yaml"
     # Without a cluster helm shows no notes: a manifest that quotes them has to.
     chart = shutil.copytree(CHART, tmp_path / CHART.name)
-    quoting = 'kind: Notes\ntext: {{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}\n'
+    notes = '{{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}'
+    quoting = f"kind: Notes\nmetadata: {{name: notes}}\ntext: {notes}\n"
     (chart / "templates" / "quoting.yaml").write_text(quoting, encoding="utf-8")
     notes = rendered("-f", file, "--set", more, chart=chart)["Notes"]["text"]
     assert "helm test release --namespace default --logs" in notes

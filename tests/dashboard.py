@@ -1,0 +1,29 @@
+"""The Grafana dashboard's queries, for the tests of its shape and those with a real Prometheus."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FILE = Path(__file__).parent.parent / "helm" / "sd-progress-gateway" / "dashboards" / "gateway.json"
+DASHBOARD: dict[str, Any] = json.loads(FILE.read_text(encoding="utf-8"))
+PANELS: list[dict[str, Any]] = [panel for panel in DASHBOARD["panels"] if panel["type"] != "row"]
+QUERIES = [
+    pytest.param(target["expr"], id=f"{panel['title']}: {target['refId']}")
+    for panel in PANELS
+    for target in panel["targets"]
+]
+ANNOTATIONS: list[str] = [annotation["expr"] for annotation in DASHBOARD["annotations"]["list"]]
+VARIABLES: dict[str, str] = {
+    variable["name"]: variable["query"]
+    for variable in DASHBOARD["templating"]["list"]
+    if variable["type"] == "query"
+}
+
+
+def filled_in(query: str, *, job: str) -> str:
+    """Put in what Grafana would, for all namespaces."""
+    for variable, value in {"namespace": ".*", "job": job, "__rate_interval": "1m", "__range": "5m"}.items():
+        query = query.replace(f"${variable}", value)
+    return query
