@@ -26,7 +26,8 @@ ASK = CHART / "files" / "ask.py"
 VALUES = sorted((CHART / "ci").glob("*.yaml"))
 MINIMAL, FULL = CHART / "ci" / "minimal.yaml", CHART / "ci" / "full.yaml"
 OLDEST, NEWEST = "1.25", "1.37"
-CUSTOM = {"HTTPRoute", "PodMonitor", "PrometheusRule", "ServiceMonitor"}  # of which Kubernetes has no schema
+# Of which Kubernetes has no schema.
+CUSTOM = {"DestinationRule", "HTTPRoute", "PodMonitor", "PrometheusRule", "ServiceMonitor"}
 
 Manifest = dict[str, Any]
 
@@ -84,6 +85,12 @@ def settings_of(manifests: dict[str, Manifest], tmp_path: Path) -> Settings:
 def ports(manifests: dict[str, Manifest]) -> dict[str, int]:
     """Return the container's ports by name."""
     return {port["name"]: port["containerPort"] for port in container(manifests)["ports"]}
+
+
+def test_chart_is_tried_with_the_values_that_matter() -> None:
+    """There is a values file for each of the ways to deploy that differ."""
+    expected = {"minimal", "full", "gateway-api", "monitoring-off", "existing-secret"}
+    assert expected <= {file.stem for file in VALUES}
 
 
 # --- every values file, with both helms -------------------------------------------------------------------
@@ -302,6 +309,37 @@ def test_chart_routes_by_the_root_path_and_bounds_no_stream() -> None:
     assert annotations["haproxy.org/timeout-server"] == "1h"
 
 
+def test_chart_hashes_by_the_part_of_the_path_that_is_the_task() -> None:
+    """HAProxy counts the parts of the path, those of server.root_path too; own annotations go first."""
+    hashing = ["ingress.enabled=true", "ingress.hashByTask=true", 'ingress.hosts=["a.example.com"]']
+
+    def annotations(*settings: str) -> dict[str, str]:
+        told: dict[str, str] = minimal(*hashing, *settings)["Ingress"]["metadata"]["annotations"]
+        return told
+
+    assert annotations()["haproxy.org/load-balance"] == "uri depth 3"
+    assert annotations()["haproxy-ingress.github.io/balance-algorithm"] == "uri depth 3"
+    assert annotations('settings.server.root_path="/a/b"')["haproxy.org/load-balance"] == "uri depth 5"
+    own = 'ingress.annotations={"nginx.org/lb-method": "least_conn"}'
+    assert annotations(own)["nginx.org/lb-method"] == "least_conn"
+    assert annotations()["nginx.ingress.kubernetes.io/proxy-buffering"] == "off"
+    plain = minimal("ingress.enabled=true", 'ingress.hosts=["a.example.com"]')["Ingress"]["metadata"][
+        "annotations"
+    ]
+    assert not {"haproxy.org/load-balance", "nginx.org/lb-method"} & set(plain)
+
+
+def test_chart_brings_along_what_it_has_no_value_for() -> None:
+    """Objects of the user's are made as they stand, braces and all."""
+    extra = {
+        "apiVersion": "v1",
+        "kind": "Extra",
+        "metadata": {"name": "e"},
+        "spec": {"text": "{{ .Values }}"},
+    }
+    assert minimal(f"extraObjects={json.dumps([extra])}")["Extra"] == extra
+
+
 def test_chart_lets_in_and_out_only_what_is_needed() -> None:
     """In: callers and Prometheus, each on its port. Out: names, upstream, the store."""
     spec = rendered("-f", FULL)["NetworkPolicy"]["spec"]
@@ -427,6 +465,8 @@ def test_chart_warns_of_what_is_unwise(tmp_path: Path, values: str, more: str, w
         ("monitoring.monitor=Monitor", "monitor"),
         ("networkPolicy.fromNamespaces[0]=Not_A_Name", "fromNamespaces"),
         ("autoscaling.cpuPercent=high", "cpuPercent"),
+        ("monitoring.dashboard.folder=Images", "folder"),
+        ("extraObjects[0].kind=Secret", "apiVersion"),
     ],
 )
 def test_chart_refuses_wrong_values(program: str, wrong: str, named: str) -> None:

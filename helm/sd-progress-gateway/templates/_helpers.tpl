@@ -54,6 +54,17 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{ dig "server" "root_path" "" .Values.settings | default "/" }}
 {{- end }}
 
+{{/* Annotations by which an ingress hashes the path. HAProxy counts its parts, so up to the task's: /v1/progress/T. */}}
+{{- define "gateway.hashByTask" -}}
+{{- $uri := printf "uri depth %d" (add 3 (include "gateway.path" . | splitList "/" | compact | len)) -}}
+haproxy.org/load-balance: {{ $uri }}
+haproxy.org/backend-config-snippet: hash-type consistent
+haproxy-ingress.github.io/balance-algorithm: {{ $uri }}
+haproxy-ingress.github.io/config-backend: hash-type consistent
+nginx.ingress.kubernetes.io/upstream-hash-by: $uri
+nginx.org/lb-method: hash $uri consistent
+{{- end }}
+
 {{- define "gateway.storeUrl" -}}
 {{ dig "store" "url" "" .Values.settings }}
 {{- end }}
