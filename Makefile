@@ -11,7 +11,7 @@ LOCKS := requirements.lock requirements-package.lock
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint format bench lock clean
+.PHONY: help demo test lint format bench lock chart clean
 
 help: ## say what there is to make
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ lock: .venv/dev.stamp ## write the lock files anew from pyproject.toml; ARGS=--u
 	npm install --prefix $(SDK) --package-lock-only --omit-lockfile-registry-resolved \
 	  --ignore-scripts --no-audit --no-fund --silent
 	@! grep -n '://' requirements*.lock .ci/checkov.lock $(SDK)/package-lock.json
+
+chart: .venv/dev.stamp ## write the table of values in the chart's README anew
+	@$(BIN)/python helm/readme.py
 
 clean: ## remove all that make and the tools have made
 	rm -rf .venv .cache .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache \

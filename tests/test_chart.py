@@ -1,5 +1,6 @@
 """The Helm chart: what it renders, what it refuses, and that the gateway takes the settings it writes."""
 
+import importlib.util
 import json
 import math
 import re
@@ -540,6 +541,18 @@ def test_chart_explains_every_value() -> None:
 
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     compare(values, json.loads((CHART / "values.schema.json").read_text()), "values")
+
+
+def test_chart_readme_is_made_of_the_values() -> None:
+    """The README's table is the current one, and has a word for every value that is to be set."""
+    spec = importlib.util.spec_from_file_location("readme", CHART.parent / "readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    text = (CHART / "README.md").read_text(encoding="utf-8")
+    assert readme.renewed(text) == text, "make chart"
+    assert re.findall(r"^\| `([\w.]+)` \| `.*` \|  \|$", text, re.MULTILINE) == []
 
 
 # --- helm test --------------------------------------------------------------------------------------------
