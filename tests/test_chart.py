@@ -208,8 +208,10 @@ def test_chart_selects_its_pods_by_what_never_changes(values: Path) -> None:
 
 
 def test_chart_is_of_the_gateways_version() -> None:
-    """The image's default tag is this version."""
+    """The image's default tag is this version, and the oldest Kubernetes that it names the oldest tried."""
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["kubeVersion"] == f">={OLDEST}.0-0"
+    assert f"Kubernetes {OLDEST} or newer" in (CHART / "README.md").read_text()
     assert chart["version"] == chart["appVersion"] == __version__
     assert container(minimal())["image"] == f"sd-progress-gateway:{__version__}"
 

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,9 @@ def test_image_dockerfile_pleases_hadolint() -> None:
 
 def test_image_stands_on_one_base_of_a_named_version() -> None:
     """Both stages have the same base, or the environment built in one would not run in the other."""
-    assert instructions("ARG")[0] == "BASE=python:3.11-slim-bookworm"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    oldest = project["requires-python"].removeprefix(">=")
+    assert instructions("ARG")[0] == f"BASE=python:{oldest}-slim-bookworm"
     assert instructions("FROM") == ["${BASE} AS build", "${BASE}"]
 
 
