@@ -24,6 +24,6 @@ VARIABLES: dict[str, str] = {
 
 def filled_in(query: str, *, job: str) -> str:
     """Put in what Grafana would, for all namespaces."""
-    for variable, value in {"namespace": ".*", "job": job, "__rate_interval": "1m", "__range": "5m"}.items():
+    for variable, value in {"namespace": ".*", "job": job, "__rate_interval": "5m", "__range": "5m"}.items():
         query = query.replace(f"${variable}", value)
     return query
