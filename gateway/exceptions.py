@@ -32,6 +32,7 @@ error is a fixed string that may be shown to a caller; what an upstream said goe
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,17 @@ class GatewayError(Exception):
     def __init__(self, message: str, *, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+    def __copy__(self) -> Self:
+        """Return the error without its history: to be kept, or to be raised for one more caller.
+
+        An error that was raised holds every frame it came through, with all that was in hand there: a body
+        of a megabyte, a request. Where a frame holds the error as well the two go round in a circle, which
+        only the garbage collector can open.
+        """
+        twin = self.__new__(type(self), *self.args)
+        vars(twin).update(vars(self))
+        return twin
 
 
 class RequestError(GatewayError):

@@ -152,7 +152,7 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
     if not isinstance(envelope, dict) or type(envelope.get("status")) is not int:
         raise UpstreamInvalid("the upstream's answer is not an envelope")
     if envelope["status"] != _SUCCESS:
-        clean = _cleaned(envelope, redact)
+        clean = _clean_envelope(envelope, redact)
         raise UpstreamRejected(
             "the upstream rejected the query",
             envelope=body if clean == envelope else render_json(clean),
@@ -229,21 +229,22 @@ def render_json(value: Any) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def _cleaned(envelope: dict[str, Any], redact: Callable[[str], str]) -> dict[str, Any]:
-    # String by string: a mask over the raw text would miss a secret behind JSON's escapes, and would
-    # take the closing quotes and braces with it.
-    def clean(value: Any) -> Any:
-        if isinstance(value, str):
-            return redact(value)
-        if isinstance(value, dict):
-            return {redact(name): clean(item) for name, item in value.items()}
-        return [clean(item) for item in value] if isinstance(value, list) else value
-
+def _clean_envelope(envelope: dict[str, Any], redact: Callable[[str], str]) -> dict[str, Any]:
     try:
-        cleaned: dict[str, Any] = clean(envelope)
+        cleaned: dict[str, Any] = _clean(envelope, redact)
     except RecursionError as exc:
         raise UpstreamInvalid("the upstream's answer nests too deep") from exc
     return cleaned
+
+
+def _clean(value: Any, redact: Callable[[str], str]) -> Any:
+    # String by string: a mask over the raw text would miss a secret behind JSON's escapes, and would
+    # take the closing quotes and braces with it.
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact(name): _clean(item, redact) for name, item in value.items()}
+    return [_clean(item, redact) for item in value] if isinstance(value, list) else value
 
 
 def _detail(envelope: Mapping[str, Any]) -> UpstreamDetail:

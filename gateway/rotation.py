@@ -28,6 +28,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from copy import copy
 from typing import Any, NamedTuple, TypeVar
 
 import structlog
@@ -96,7 +97,7 @@ class Rotation:
                 except (UpstreamClock, UpstreamNonce):
                     raise
                 except UpstreamCredentials as exc:
-                    tried[turn.held.pair] = exc
+                    tried[turn.held.pair] = copy(exc)
                     self._refuse(operation, turn.held, exc)
                     if isinstance(exc, UpstreamQuota):
                         raise
@@ -139,8 +140,7 @@ class Rotation:
                 break
         if not errors:
             raise UpstreamCredentials("the gateway has no credentials")
-        # One refusal is raised for many callers: without this each would lengthen its traceback.
-        raise errors[0].with_traceback(None)
+        raise copy(errors[0])  # for this caller alone: many may share it
 
     def _candidates(self) -> list[Held]:
         known = (self._credentials.signing, *self._credentials.held(), self._proven)
@@ -154,7 +154,7 @@ class Rotation:
         signing = self._credentials.signing
         signs = signing is not None and signing.pair == held.pair
         seconds = self._refusal_seconds if signs else KEPT_OUT_SECONDS
-        self._refused[operation, held.pair] = _Refusal(now + seconds, error)
+        self._refused[operation, held.pair] = _Refusal(now + seconds, copy(error))
         if before is None:
             log.warning("credentials refused", operation=operation, reason=str(error), **_shown(held))
         self._credentials.reload()  # the files may be newer than our last look

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from copy import copy
 from enum import StrEnum
 from functools import partial
 from typing import Any, NamedTuple
@@ -98,9 +99,8 @@ class Failed(NamedTuple):
     landing: Landing | None = None
 
     def raised(self) -> GatewayError:
-        """Return the failure to raise."""
-        # One failure is raised for many callers: without this each would lengthen its traceback.
-        return self.failure.with_traceback(None)
+        """Return the failure to raise, for this caller alone: many may share it."""
+        return copy(self.failure)
 
 
 class ProgressService:
@@ -169,18 +169,12 @@ class ProgressService:
         """Answer, from the store or from upstream; Failed when no snapshot is young enough to cover it."""
         return self.lookup(key) or await self._wait(key)
 
-    async def get_fresh(self, key: TaskKey) -> Reading:
-        """Answer with a fresh snapshot, waiting for it: what a schedule asks, that nobody waits for.
-
-        Raises: UpstreamError or Overloaded, when no snapshot is young enough to cover it.
-        """
+    async def get_fresh(self, key: TaskKey) -> Reading | Failed:
+        """Answer as `read`, but wait for a fresh snapshot: what a schedule asks, that nobody waits for."""
         snapshot = self._store.peek(key)
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime:
-            outcome = await self._wait(key, patient=True)
-            if isinstance(outcome, Failed):
-                raise outcome.raised()
-            return outcome
+            return await self._wait(key, patient=True)
         self._count[key.operation, Source.HIT]()
         return Reading(snapshot, age, Source.HIT)
 
@@ -321,7 +315,8 @@ class ProgressService:
                 previous=previous,
                 stamp=lease.stamp,
             )
-        except GatewayError as failure:
+        except GatewayError as exc:
+            failure = copy(exc)
             # Our own limits and an open circuit pass by themselves, and refused credentials are the pair's
             # affair: none of them is the task's.
             if isinstance(failure, Overloaded | BudgetSpent | UpstreamOpen | UpstreamCredentials):

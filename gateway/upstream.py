@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -132,10 +133,12 @@ class Upstream:
                         return await self._ask(query)
                     except (BudgetSpent, UpstreamOpen) as refused:
                         # No call was made: what the one before met with says more.
-                        raise failure or refused from None
+                        raise copy(failure or refused) from None
                     except UpstreamError as exc:
-                        failure = exc
-                    delay = self._delay(failure, attempt, deadline)
+                        delay = self._delay(exc, attempt, deadline)
+                        if delay is None:
+                            raise
+                        failure = copy(exc)
                     self._metrics.upstream_retries.labels(key.operation, failure.code).inc()
                     attempt += 1
                     await asyncio.sleep(delay)
@@ -194,14 +197,14 @@ class Upstream:
             turn.spend()
             return await self._calls.make(query.key, pair, number=next(query.numbers))
 
-    def _delay(self, failure: UpstreamError, attempt: int, deadline: float) -> float:
-        """Return how long to wait before the next attempt, or raise the failure when none is due."""
+    def _delay(self, failure: UpstreamError, attempt: int, deadline: float) -> float | None:
+        """Return how long to wait before the next attempt, or None when none is due."""
         if not failure.transient or attempt >= self._settings.retries or self._retry_tokens < 1:
-            raise failure
+            return None
         jittered = random.uniform(0, _BACKOFF_SECONDS * 2**attempt)  # noqa: S311  # spreads load, hides nothing
         delay = max(jittered, failure.retry_after or 0.0)
         if asyncio.get_running_loop().time() + delay >= deadline:
-            raise failure
+            return None
         self._retry_tokens -= 1
         return delay
 

@@ -1,6 +1,7 @@
 """Watching: one schedule per watched task, however many watch it.
 
     first watcher -> schedule: get_fresh, sleep for the snapshot's lifetime, again
+    a failure -> back off, until a stored change tells that upstream answers
     a stored change, whoever fetched it -> publish -> every watcher's slot -> its stream or long poll
     last watcher gone, or the task has ended -> the schedule ends
 
@@ -21,7 +22,7 @@ from gateway.alarms import Alarms
 from gateway.exceptions import GatewayError, Overloaded
 from gateway.metrics import Metrics
 from gateway.models import Snapshot, TaskKey
-from gateway.service import ProgressService
+from gateway.service import Failed, ProgressService
 from gateway.settings import Watch as WatchSettings
 from gateway.stores import Store
 
@@ -31,7 +32,7 @@ _LEAST_SECONDS = 0.2  # between two ticks, whatever the lifetimes say
 _TIMER_SECONDS = 0.002
 _LATE_SHARE = 0.05  # of a pause between two ticks, for schedules to wake together
 _BACKOFF_SECONDS = 1.0  # after a failure; doubled up to
-_LONGEST_BACKOFF_SECONDS = 30.0
+_LONGEST_BACKOFF_SECONDS = 30.0  # whatever upstream wishes: a stream is to notice that it is back
 
 
 class Kind(StrEnum):
@@ -125,13 +126,14 @@ class Watcher:
 class _Schedule:
     """A watched task: who watches it, what they were told last, and the task that ticks.
 
-    `untold` came when that was too old to be shown.
+    `untold` came when that was too old to be shown. `backing_off`: the tick rests after a failure.
     """
 
     watchers: set[Watcher] = field(default_factory=set)
     untold: set[Watcher] = field(default_factory=set)
     latest: Update | None = None
     ticking: asyncio.Task[None] | None = None
+    backing_off: bool = False
 
 
 class Watch:
@@ -202,7 +204,7 @@ class Watch:
             # Known already, maybe: then the watcher is told at once, before the first tick.
             reading = self._service.lookup(key)
             schedule.latest = Update(key, reading.snapshot) if reading is not None else None
-            schedule.ticking = asyncio.create_task(self._tick(key))
+            self._start(key, schedule)
         # Registered first, told second: a change between the two would be lost the other way round.
         schedule.watchers.add(watcher)
         if schedule.latest is None:
@@ -213,8 +215,7 @@ class Watch:
         # Upstream takes its time, or fails and the schedule has backed off for longer than a snapshot may
         # cover that. Whoever comes now gets what a query would: the answer of one call, all together.
         schedule.untold.add(watcher)
-        self._stop(schedule)
-        schedule.ticking = asyncio.create_task(self._tick(key))
+        self._restart(key, schedule)
 
     def _may_be_shown(self, update: Update) -> bool:
         return update.snapshot is None or _is_final(update) or self._service.current(update.key) is not None
@@ -229,40 +230,52 @@ class Watch:
             del self._schedules[key]
             self._stop(schedule)
 
+    def _start(self, key: TaskKey, schedule: _Schedule) -> None:
+        schedule.ticking = asyncio.create_task(self._tick(key, schedule))
+
+    def _restart(self, key: TaskKey, schedule: _Schedule) -> None:
+        self._stop(schedule)
+        schedule.backing_off = False
+        self._start(key, schedule)
+
     def _stop(self, schedule: _Schedule) -> None:
         if schedule.ticking is not None:
             schedule.ticking.cancel()
             self._ended.add(schedule.ticking)
             schedule.ticking.add_done_callback(self._ended.discard)
+            schedule.ticking = None  # a cancelled task holds its frames, and they the schedule
 
-    async def _tick(self, key: TaskKey) -> None:
+    async def _tick(self, key: TaskKey, schedule: _Schedule) -> None:
         """Keep a watched task's snapshot fresh until it has ended; being cancelled is the normal end."""
-        failures = 0
+        backoff = _BACKOFF_SECONDS
         while True:
-            failure: GatewayError | None
-            try:
-                reading = await self._service.get_fresh(key)
-            except GatewayError as exc:
-                failure = exc
-                self._publish(Update(key, failure=exc))
+            outcome = await self._service.get_fresh(key)
+            if isinstance(outcome, Failed):
+                self._publish(Update(key, failure=outcome.failure))
             else:
-                snapshot, failure = reading.snapshot, reading.failure
+                snapshot = outcome.snapshot
                 self._publish(Update(key, snapshot))
                 if snapshot.terminal:
                     return
-            if failure is None:
-                failures = 0
+            if outcome.failure is None:
+                backoff = _BACKOFF_SECONDS
                 left = snapshot.lifetime - (self._clock() - snapshot.fetched_at)
                 pause = max(left + _TIMER_SECONDS, _LEAST_SECONDS)
                 await self._alarms.sleep(pause, late=_LATE_SHARE * pause)
             else:
-                backoff = min(_BACKOFF_SECONDS * 2**failures, _LONGEST_BACKOFF_SECONDS)
-                failures += 1
-                await asyncio.sleep(max(backoff, failure.retry_after or 0.0))
+                pause = max(backoff, outcome.failure.retry_after or 0.0)
+                backoff = min(2 * backoff, _LONGEST_BACKOFF_SECONDS)
+                schedule.backing_off = True
+                await asyncio.sleep(min(pause, _LONGEST_BACKOFF_SECONDS))
+                schedule.backing_off = False
 
     def _publish_snapshot(self, snapshot: Snapshot) -> None:
-        if snapshot.key in self._schedules:
-            self._publish(Update(snapshot.key, snapshot))
+        schedule = self._schedules.get(snapshot.key)
+        if schedule is None:
+            return
+        self._publish(Update(snapshot.key, snapshot))
+        if schedule.backing_off:
+            self._restart(snapshot.key, schedule)  # a query, or another replica, got an answer
 
     def _publish(self, update: Update) -> None:
         schedule = self._schedules.get(update.key)

@@ -106,7 +106,7 @@ class Story:
 
     answers: dict[str, float] = field(default_factory=dict)  # each answer's mark, and when it came
     arrived: float | None = None  # the last answer
-    failures: list[tuple[float, GatewayError]] = field(default_factory=list)
+    failures: list[float] = field(default_factory=list)  # when each was met; it bears its number
     failing: bool = False  # the last call brought no answer
     shown: Snapshot | None = None  # the last one
     highest: float = 0.0  # progress shown while the task stayed running
@@ -167,12 +167,13 @@ class FakeUpstream:
 
     def _note_failure(self, story: Story, failure: GatewayError, *, prompted: bool) -> None:
         now = self._loop.time()
-        story.failures.append((now, failure))
+        vars(failure)["number"] = len(story.failures)
+        story.failures.append(now)
         story.failing = True
         story.due = now + (0.0 if isinstance(failure, NOT_REMEMBERED) else self._cache.error_seconds)
-        pause = failure.retry_after or 0.0
-        story.tick_due = now + (0.0 if prompted else max(pause, LEAST_BACKOFF_SECONDS))
-        story.patience = max(story.patience, now + max(pause, LONGEST_BACKOFF_SECONDS))
+        pause = min(max(failure.retry_after or 0.0, LEAST_BACKOFF_SECONDS), LONGEST_BACKOFF_SECONDS)
+        story.tick_due = now + (0.0 if prompted else pause)
+        story.patience = max(story.patience, now + LONGEST_BACKOFF_SECONDS)
 
     def _note_answer(self, key: TaskKey, data: dict[str, Any], *, prompted: bool) -> None:
         now, story, status = self._loop.time(), self.stories[key], vendor_status(data)
@@ -422,11 +423,7 @@ class Promises(RuleBasedStateMachine):
         self.loop.within(viewer.leave.close)
 
     async def _ask(self, key: TaskKey, how: str) -> None:
-        try:
-            outcome = await getattr(self.service, how)(key)
-        except GatewayError as failure:
-            self._judge_failure(key, failure)
-            return
+        outcome = await getattr(self.service, how)(key)
         if isinstance(outcome, Failed):
             self._judge_failure(key, outcome.failure)
         else:
@@ -464,8 +461,7 @@ class Promises(RuleBasedStateMachine):
 
     def _judge_failure_is_recent(self, story: Story, failure: GatewayError) -> None:
         remembered = 0.0 if isinstance(failure, NOT_REMEMBERED) else self.cache.error_seconds
-        [when] = [when for when, known in story.failures if known is failure]
-        assert self.loop.time() - when <= remembered
+        assert self.loop.time() - story.failures[vars(failure)["number"]] <= remembered
 
     def _judge_update(self, key: TaskKey, snapshot: Snapshot) -> None:
         self._judge_content(key, snapshot)

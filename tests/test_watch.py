@@ -6,13 +6,14 @@ from collections.abc import Callable
 import pytest
 from prometheus_client import CollectorRegistry
 
-from gateway.exceptions import UpstreamTimeout
+from gateway.exceptions import GatewayError, UpstreamThrottled, UpstreamTimeout
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey
-from gateway.service import Reading, Source
+from gateway.service import Failed, Reading, Source
 from gateway.settings import Watch as WatchSettings
 from gateway.stores.memory import MemoryStore
 from gateway.watch import Kind, Update, Watch
+from tests.ticked import TickedLoop
 
 pytestmark = pytest.mark.anyio
 
@@ -30,18 +31,18 @@ class HandService:
     def __init__(self) -> None:
         self.known: Snapshot | None = None
         self.asked = asyncio.Event()
-        self.answers: asyncio.Queue[Snapshot | Exception] = asyncio.Queue()
+        self.answers: asyncio.Queue[Snapshot | GatewayError] = asyncio.Queue()
 
     def lookup(self, _key: TaskKey) -> Reading | None:
         return Reading(self.known, 0.0, Source.HIT) if self.known is not None else None
 
     current = lookup
 
-    async def get_fresh(self, _key: TaskKey) -> Reading:
+    async def get_fresh(self, key: TaskKey) -> Reading | Failed:
         self.asked.set()
         answer = await self.answers.get()
-        if isinstance(answer, Exception):
-            raise answer
+        if isinstance(answer, GatewayError):
+            return Failed(key, answer, Source.MISS)
         return Reading(answer, 0.0, Source.MISS)
 
 
@@ -57,6 +58,10 @@ def store() -> MemoryStore:
 
 @pytest.fixture
 def watch(service: HandService, store: MemoryStore) -> Watch:
+    return hand_watch(service, store)
+
+
+def hand_watch(service: HandService, store: MemoryStore) -> Watch:
     metrics = Metrics(CollectorRegistry(), gateway_version="test")
     clock: Callable[[], float] = lambda: 0.0  # noqa: E731 - the clock stands
     return Watch(WatchSettings(), service=service, store=store, metrics=metrics, clock=clock)  # type: ignore[arg-type]
@@ -157,6 +162,48 @@ async def test_watch_tells_late_comers_nothing_too_old(
             late.ring()
             assert await late.take() == []
     await watch.aclose()
+
+
+async def test_watch_asks_again_once_somebody_got_an_answer(
+    service: HandService, watch: Watch, store: MemoryStore
+) -> None:
+    """A schedule that rests after a failure goes on when a query, or another replica, brought a snapshot."""
+    with watch.watching([KEY], Kind.EVENTS) as watcher:
+        for _ in range(2):
+            service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=3600.0))
+            [update] = await watcher.take()
+            assert isinstance(update.failure, UpstreamThrottled)
+            service.asked.clear()
+            store.keep(snapshot("1"))
+            await service.asked.wait()
+            [update] = await watcher.take()
+            assert update.snapshot is not None
+    await watch.aclose()
+
+
+def test_watch_backs_off_for_half_a_minute_at_most() -> None:
+    """After failures a schedule asks less and less often, as told to, but never leaves its watchers alone."""
+    loop = TickedLoop()
+    pauses = []
+    try:
+        service, store = HandService(), MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time)
+        watch = loop.within(lambda: hand_watch(service, store))
+        watching = watch.watching([KEY], Kind.EVENTS)
+        loop.within(watching.__enter__)
+        for told in (None, None, None, 12.0, None, None, 3600.0, *[1.0] * 1100):  # an outage of hours
+            service.asked.clear()
+            service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=told))
+            loop.settle()
+            failed_at = loop.time()
+            while not service.asked.is_set():
+                assert loop.next_timer is not None
+                loop.advance(loop.next_timer - loop.time())
+            pauses.append(loop.time() - failed_at)
+        loop.within(lambda: watching.__exit__(None, None, None))
+        loop.run_until_complete(watch.aclose())
+    finally:
+        loop.close()
+    assert pauses == [1.0, 2.0, 4.0, 12.0, 16.0, 30.0, 30.0, *[30.0] * 1100]
 
 
 async def test_watch_takes_nothing_final_back(service: HandService, watch: Watch, store: MemoryStore) -> None:
