@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import structlog
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
@@ -69,8 +69,6 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         async with AsyncExitStack() as stack:
             stack.push_async_callback(tracing.aclose)
             stack.enter_context(drain.on_signals())
-            if settings.server.metrics_port:
-                stack.enter_context(_metrics_server(settings, metrics))
             await stack.enter_async_context(store)
             await stack.enter_async_context(calls)
             stack.push_async_callback(service.aclose)
@@ -106,6 +104,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         ],
         lifespan=lifespan,
     )
+    app.state.registry = metrics.registry  # for a port of its own, which is the server's affair
     app.router.redirect_slashes = False
     surrounded = _surround(app.router, settings, metrics, problems)
     app.middleware_stack = tracing.around(surrounded, root_path=settings.server.root_path)
@@ -194,17 +193,3 @@ async def _running(work: Coroutine[None, None, None]) -> AsyncIterator[None]:
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task
-
-
-@contextmanager
-def _metrics_server(settings: Settings, metrics: Metrics) -> Iterator[None]:
-    """Serve /metrics on a port of its own, by prometheus-client's own thread."""
-    server, thread = start_http_server(
-        settings.server.metrics_port, addr=settings.server.host, registry=metrics.registry
-    )
-    try:
-        yield
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

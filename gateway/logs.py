@@ -6,6 +6,7 @@ leaves. It works on the event's values, before they are rendered, so that a line
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from typing import Any
@@ -60,6 +61,7 @@ def configure(settings: Log, *, redactor: Redactor) -> None:
     logging.captureWarnings(capture=True)
     for name, least in _QUIET.items():
         logging.getLogger(name).setLevel(least)
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -71,6 +73,11 @@ def configure(settings: Log, *, redactor: Redactor) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,  # tests configure more than once
     )
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    # When its time to drain is over uvicorn says how many requests it cancels, and then takes each for a bug.
+    return record.exc_info is None or record.exc_info[0] is not asyncio.CancelledError
 
 
 class _Redaction:

@@ -6,13 +6,14 @@ import gc
 import math
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from ipaddress import IPv4Network
 
 import structlog
 import uvicorn
-from starlette.types import ASGIApp
+from prometheus_client import CollectorRegistry, start_http_server
+from starlette.applications import Starlette
 
 from gateway.edge import edge_protocol
 from gateway.settings import Server
@@ -25,8 +26,8 @@ _BACKLOG = 8192
 log = structlog.get_logger(__name__)
 
 
-def run(app: ASGIApp, settings: Server) -> None:
-    """Run the gateway until SIGTERM or SIGINT. Raises: see `serve`."""
+def run(app: Starlette, settings: Server) -> None:
+    """Run the gateway, as `create_app` makes it, until SIGTERM or SIGINT. Raises: see `serve`."""
     _collect_rarely()
     config = uvicorn.Config(
         app,
@@ -46,7 +47,8 @@ def run(app: ASGIApp, settings: Server) -> None:
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
         backlog=_BACKLOG,
     )
-    serve(config, announce=lambda url: log.info("listening", url=url))
+    with _metrics_served(app.state.registry, host=settings.host, port=settings.metrics_port):
+        serve(config, announce=lambda url: log.info("listening", url=url))
 
 
 def serve(config: uvicorn.Config, *, announce: Callable[[str], None]) -> None:
@@ -78,6 +80,28 @@ def forwarders(trusted_proxies: Sequence[str]) -> list[str]:
             network = IPv4Network(host)
             hosts.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
     return hosts
+
+
+@contextmanager
+def _metrics_served(registry: CollectorRegistry, *, host: str, port: int) -> Iterator[None]:
+    """Serve /metrics on a port of its own, by prometheus-client's own thread; port 0: on none.
+
+    Raises: SystemExit, with status 1, when the address cannot be bound.
+    """
+    if not port:
+        yield
+        return
+    try:
+        server, thread = start_http_server(port, addr=host, registry=registry)
+    except OSError as exc:
+        log.error("cannot listen for metrics", host=host, port=port, reason=exc.strerror)  # noqa: TRY400 - no bug
+        sys.exit(1)
+    try:
+        yield
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def _collect_rarely() -> None:

@@ -165,7 +165,7 @@ def test_cli_serve_where_somebody_listens_exits_with_1(tmp_path: Path) -> None:
 
 
 def test_cli_serve_where_metrics_cannot_listen_exits_with_1(tmp_path: Path) -> None:
-    """A taken metrics port stops the start likewise."""
+    """A taken metrics port stops the start likewise, and is named."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         env = {
             "SD_GATEWAY_SERVER__PORT": "0",
@@ -173,7 +173,10 @@ def test_cli_serve_where_metrics_cannot_listen_exits_with_1(tmp_path: Path) -> N
         }
         status, output = run("serve", cwd=tmp_path, env=env)
     assert status == 1
-    assert "Address already in use" in output
+    [line] = output.splitlines()
+    told = json.loads(line)
+    assert (told["event"], told["reason"]) == ("cannot listen for metrics", "Address already in use")
+    assert str(told["port"]) == env["SD_GATEWAY_SERVER__METRICS_PORT"]
 
 
 def test_cli_serve_without_credentials_is_not_ready(tmp_path: Path) -> None:

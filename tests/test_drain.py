@@ -1,5 +1,6 @@
 """The process's way out: what happens to callers when it is told to stop."""
 
+import json
 import re
 import signal
 import socket
@@ -90,15 +91,25 @@ def test_drain_ends_idle_connections(tmp_path: Path, upstream: RawUpstream) -> N
 
 
 def test_drain_has_an_end(tmp_path: Path, upstream: RawUpstream) -> None:
-    """After server.drain_seconds a request in flight is given up; the process still exits with 0."""
+    """After server.drain_seconds whoever still waits is told to go elsewhere; the process exits with 0."""
     env = {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url, "SD_GATEWAY_SERVER__DRAIN_SECONDS": "0.2"}
-    with serving(tmp_path, env) as (process, gate), gate.connect() as caller:
+    with (
+        serving(tmp_path, env) as (process, gate),
+        gate.connect() as caller,
+        gate.connect() as deaf,
+    ):
         caller.sendall(f"GET /v1/progress/{fresh_id()} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
         until(lambda: upstream.requests, "the request is in flight")
+        # A reader who never reads: an answer that is half out can only be cut off.
+        deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 1000)
         process.signal()
         assert process.exit_status() == 0
-        assert b"Traceback" not in drained(caller)
+        head, _, body = drained(caller).partition(b"\r\n\r\n")
+    assert b"503" in head.splitlines()[0]
+    assert b"retry-after: 1" in head
+    assert json.loads(body)["code"] == "overloaded"
     assert "timeout graceful shutdown exceeded" in process.output
+    assert "Traceback" not in process.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as prometheus_text
 
-from tests.harness import KEY, SECRET, Gateway, Simulator, free_port, plain_client, until
+from tests.harness import KEY, SECRET, Gateway, Simulator, free_port, plain_client, serving, until
 
 Launch = Callable[..., Gateway]
 
@@ -180,10 +181,14 @@ def test_ops_metrics_labels_are_bounded(gate: Gateway) -> None:
     }
 
 
-def test_ops_metrics_may_have_a_port_of_their_own(simulator: Simulator, launch: Launch) -> None:
+def test_ops_metrics_may_have_a_port_of_their_own(tmp_path: Path) -> None:
     """With server.metrics_port set, metrics are there and nowhere else."""
     port = free_port()
-    gate = launch(simulator.url, server={"metrics_port": port})
-    assert gate.client.get("/metrics").status_code == 404
-    with plain_client(f"http://127.0.0.1:{port}") as client:
+    env = {"SD_GATEWAY_SERVER__METRICS_PORT": str(port)}
+    with serving(tmp_path, env) as (process, gate), plain_client(f"http://127.0.0.1:{port}") as client:
+        assert gate.client.get("/metrics").status_code == 404
         assert "sd_gateway_build_info" in client.get("/metrics").text
+        process.signal()
+        assert process.exit_status() == 0
+        with pytest.raises(httpx.ConnectError):
+            client.get("/metrics")

@@ -13,6 +13,7 @@ frame, a closure and a Request alive for as long as a stream is open.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import time
@@ -27,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.api import ops
 from gateway.api.problems import Problems
 from gateway.api.requestlog import RequestLog, trace_fields
-from gateway.exceptions import GatewayError, InvalidParameter
+from gateway.exceptions import GatewayError, InvalidParameter, Overloaded
 from gateway.metrics import Metrics
 from gateway.sampling import Sampler
 
@@ -72,6 +73,12 @@ class Telemetry:
             await self._app(scope, receive, send_counted)
         except ClientDisconnect:
             status = status or _HUNG_UP
+        except asyncio.CancelledError:
+            # By our server, when its time to drain is over: the caller may find another that has time.
+            if not status:
+                late = Overloaded("the gateway is leaving, and cannot wait for the answer any longer")
+                await self._problems.answer(scope, late)(scope, receive, send_counted)
+            raise
         except Exception as exc:
             if not isinstance(exc, GatewayError | HTTPException):
                 self._tell_of_bug(scope, exc)
