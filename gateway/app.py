@@ -39,6 +39,7 @@ from gateway.upstream import Upstream
 from gateway.watch import Watch
 
 USER_AGENT = f"sd-progress-gateway/{__version__}"
+_EVERYBODY = {"*", "0.0.0.0/0", "::/0"}  # among the trusted proxies
 
 log = structlog.get_logger(__name__)
 
@@ -76,6 +77,8 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
             await stack.enter_async_context(_running(credentials.follow()))
             await stack.enter_async_context(_running(_say_farewell(drain, watch)))
             log.info("started", version=__version__, endpoint=settings.upstream.endpoint)
+            if settings.limits.requests_per_second and _EVERYBODY & {*settings.server.trusted_proxies}:
+                log.warning("a client may evade limits.requests_per_second: its own X-Forwarded-For counts")
             yield
         log.info("stopped")
 

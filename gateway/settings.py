@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -53,6 +54,13 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _networks(value: list[str]) -> list[str]:
+    for entry in value:
+        if value != ["*"]:
+            ipaddress.ip_network(entry)
+    return value
+
+
 Positive = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, le=86_400 * 30, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
@@ -79,7 +87,7 @@ class Server(_Section):
     header_seconds: Positive = 10.0
     max_header_bytes: Annotated[int, Field(ge=1024, le=1_048_576)] = 32_768
     trusted_hosts: Strings = ["*"]
-    trusted_proxies: Strings = ["127.0.0.1"]
+    trusted_proxies: Annotated[Strings, AfterValidator(_networks)] = ["127.0.0.1"]
     drain_seconds: Positive = 20.0
 
     @field_validator("root_path")

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
@@ -14,7 +15,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from gateway.api.ratelimit import RateLimiter, bucket_key
 from gateway.exceptions import TooManyRequests
 from gateway.server import forwarders
-from tests.harness import Gateway, Simulator
+from tests.harness import Gateway, Simulator, serving
 
 Launch = Callable[..., Gateway]
 
@@ -253,6 +254,22 @@ def test_ratelimit_ignores_the_word_of_strangers(simulator: Simulator, launch: L
     with httpx.Client(transport=transport, base_url=gate.url, trust_env=False) as stranger:
         assert stranger.get("/openapi.json").status_code == 200
         assert stranger.get("/openapi.json", headers={"x-forwarded-for": OTHER}).status_code == 429
+
+
+@pytest.mark.parametrize(
+    ("proxies", "rate", "lines"),
+    [("*", "5", 1), ("0.0.0.0/0", "5", 1), ("*", "0", 0), ("10.0.0.0/8", "5", 0)],
+)
+def test_ratelimit_that_can_be_evaded_is_told_at_the_start(
+    tmp_path: Path, proxies: str, rate: str, lines: int
+) -> None:
+    """Where everybody is a trusted proxy a client may pass for any other: the log warns of it."""
+    env = {"SD_GATEWAY_SERVER__TRUSTED_PROXIES": proxies, "SD_GATEWAY_LIMITS__REQUESTS_PER_SECOND": rate}
+    with serving(tmp_path, env) as (process, gate):
+        assert gate.client.get("/healthz").status_code == 200
+        process.signal()
+        assert process.exit_status() == 0
+    assert process.output.count("X-Forwarded-For") == lines
 
 
 async def test_forwarders_are_trusted_on_a_dual_stack_listener() -> None:

@@ -253,6 +253,18 @@ def test_settings_show_no_secret(read: Load) -> None:
         ("[server]\nhost = 1", "server.host = 1: input should be a valid string"),
         ("[server]\ntrusted_hosts = 1", "server.trusted_hosts = 1: input should be a valid list"),
         ("[server]\ntrusted_hosts = [1]", "server.trusted_hosts.0 = 1: input should be a valid string"),
+        (
+            "[server]\ntrusted_proxies = ['proxy']",
+            "server.trusted_proxies = ['proxy']: 'proxy' does not appear to be an IPv4 or IPv6 network",
+        ),
+        (
+            "[server]\ntrusted_proxies = ['10.0.0.1/8']",
+            "server.trusted_proxies = ['10.0.0.1/8']: 10.0.0.1/8 has host bits set",
+        ),
+        (
+            "[server]\ntrusted_proxies = ['*', '10.0.0.1']",
+            "server.trusted_proxies = ['*', '10.0.0.1']: '*' does not appear to be an IPv4 or IPv6 network",
+        ),
         ("[server]\nheader_seconds = 0", "server.header_seconds = 0: input should be greater than 0"),
         ("[server]\nheader_seconds = nan", "server.header_seconds = nan: input should be a finite number"),
         ("[cache]\nerror_seconds = inf", "cache.error_seconds = inf: input should be a finite number"),
