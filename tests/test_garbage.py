@@ -92,7 +92,7 @@ def trace_of(thing: object) -> str:
         file = thing.f_code.co_filename
         return thing.f_code.co_qualname if file.startswith(OURS) and not file.startswith(NOT_OURS) else ""
     module = type(thing).__module__
-    ours = module.startswith(("aiohttp.", "gateway.")) and not module.startswith("gateway.simulator")
+    ours = module.startswith("gateway.") and not module.startswith("gateway.simulator")
     return f"{type(thing)}" if ours else ""
 
 
