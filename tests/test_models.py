@@ -118,11 +118,13 @@ def read(body: bytes, key: TaskKey = KEY) -> dict[str, Any]:
     return read_envelope(body, key, redact=same).data
 
 
-def seen(previous: Snapshot | None = None, *, key: TaskKey = KEY, at: float = 0.0, **data: Any) -> Snapshot:
+def seen(
+    previous: Snapshot | None = None, *, key: TaskKey = KEY, at: float = 0.0, stamp: int = 0, **data: Any
+) -> Snapshot:
     """Return the snapshot of an answer that has `data`."""
     data = {"taskId": key.task_id} | data
     body = envelope(data)
-    return observe(data, body, key, fetched_at=at, lifetimes=LIFETIMES, previous=previous)
+    return observe(data, body, key, fetched_at=at, lifetimes=LIFETIMES, previous=previous, stamp=stamp)
 
 
 def shown(snapshot: Snapshot) -> dict[str, Any]:
@@ -530,6 +532,23 @@ def test_observe_keeps_a_result_as_it_came() -> None:
     assert (snapshot.status, snapshot.progress, snapshot.eta_seconds) == (None, None, None)
     assert (snapshot.body, snapshot.etag, snapshot.terminal) == (b"", "", False)
     assert json.loads(snapshot.envelope)["data"]["images"] == ["u"]
+
+
+def test_observe_stamps_all_that_it_makes() -> None:
+    """Of a result, of a task under way and of one that stays as it ended: the later the larger."""
+    ended = seen(status="failed", stamp=1)
+    assert seen(key=RESULT, stamp=2).stamp == 2
+    assert seen(status="running", stamp=3).stamp == 3
+    assert seen(ended, status="running", stamp=4).stamp == 4
+    assert seen(ended, status="failed", stamp=5).stamp == 5
+
+
+def test_snapshot_is_fresh_for_its_lifetime() -> None:
+    """From its arrival until just before its lifetime has passed."""
+    snapshot = seen(status="running", at=100.0)
+    assert snapshot.lifetime == LIFETIMES[Status.RUNNING]
+    assert [snapshot.fresh(100.0 + age) for age in (0.0, snapshot.lifetime - 0.01)] == [True, True]
+    assert not snapshot.fresh(100.0 + snapshot.lifetime)
 
 
 def test_observe_refuses_a_state_that_nests_too_deep() -> None:
