@@ -309,8 +309,13 @@ def test_read_envelope_bounds_what_it_shows_of_a_rejection() -> None:
 def test_read_envelope_survives_a_rejection_of_any_depth(depth: int) -> None:
     """However deep a rejection nests it is a rejection or invalid: never a bug of the gateway's."""
     body = b'{"status":20,"errMessage":' + nested(depth) + b"}"
-    with pytest.raises((UpstreamRejected, UpstreamInvalid)):
+    with pytest.raises((UpstreamRejected, UpstreamInvalid)) as refused:
         read(body)
+    assert str(refused.value) in {
+        "the upstream rejected the query",
+        "the upstream's answer nests too deep",
+        "the upstream's answer is not JSON",
+    }
 
 
 @relaxed

@@ -966,6 +966,11 @@ async def test_fetch_looks_again_before_it_asks() -> None:
     readings = await asyncio.gather(bench.begin(), bench.begin())
     assert [reading.snapshot for reading in readings] == [store.elsewhere] * 2
     assert [reading.age for reading in readings] == [0.5, 0.5]
+    assert [reading.key for reading in readings] == [KEY, KEY]
+    for reading in readings:  # waited for a flight, which made no call
+        assert reading.landing is not None
+        assert (reading.landing.upstream_seconds, reading.landing.invoke_id) == (None, None)
+        assert reading.landing.span is None
     assert bench.upstream.count == 0
 
 
