@@ -24,9 +24,8 @@ _LONGER = 150  # times the seconds of a measurement
 _QUARTERS = 4
 _REST_SECONDS = 10.0  # longer than a call, and then the upstream's patience with an idle connection
 _SLACK = 4  # descriptors that come and go
-_GROWTH = (
-    1.05  # of memory, from the first half to the second: what malloc keeps in hand comes and goes by 3 %
-)
+# Of memory at rest, from one half to the other. What malloc keeps in hand comes and goes by 3 %.
+_GROWTH = 1.05
 _BUG = 500
 # Few tasks are kept, so that the store is full, and the memory flat, within the first quarter. Deadlines
 # are short, so that an upstream that is silent for some seconds is noticed.
