@@ -371,8 +371,9 @@ async def test_get_does_not_wait_for_a_flight_that_is_held_up(bench: Bench) -> N
     call.hold_up(6.0)
     for reading in await asyncio.gather(*crowd, bench.get(KEY)):
         assert (reading.snapshot, reading.source) == (first.snapshot, Source.STALE)
-        assert isinstance(reading.failure, BudgetSpent)
-        assert reading.failure.retry_after == 7.0
+        assert reading.failure == Alike(
+            BudgetSpent("the query waits for the budget of upstream calls", retry_after=7.0)
+        )
     assert bench.lookups() == {"miss": 1, "stale": 4}
     call.answer(progress=0.9)
     await bench.renewed(after=first.snapshot)
@@ -928,6 +929,16 @@ async def test_get_measures_no_age_of_what_does_not_age(bench: Bench) -> None:
     bench.clock.now += 10.0
     await bench.get(KEY)
     assert bench.ages() == (0, 0.0, 0)
+
+
+async def test_read_tells_of_no_call_where_none_was_made(bench: Bench) -> None:
+    """One of our own limits has no id of upstream's."""
+    asked = asyncio.create_task(bench.service.read(KEY))
+    (await bench.upstream.call()).fail(Overloaded("full"))
+    failed = await asked
+    assert isinstance(failed, Failed)
+    assert failed.landing is not None
+    assert failed.landing.invoke_id is None
 
 
 async def test_get_makes_no_series_per_task(bench: Bench) -> None:
