@@ -12,6 +12,8 @@ from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Histogram, ProcessCollector
 
+from gateway.tallies import Counts, Spreads
+
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 _AGES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0)
@@ -26,26 +28,26 @@ class Metrics:
         self.registry = registry
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
-        self.http_requests = Counter(
+        self.http_requests = Counts(
             "sd_gateway_http_requests_total",
             "Requests answered.",
             ["route", "method", "status"],
             registry=registry,
         )
-        self.http_request_duration = Histogram(
+        self.http_request_duration = Spreads(
             "sd_gateway_http_request_duration_seconds",
             "From a request's headers to its answer's end.",
             ["route"],
             buckets=_FAST,
             registry=registry,
         )
-        self.cache_lookups = Counter(
+        self.cache_lookups = Counts(
             "sd_gateway_cache_lookups_total",
             "Lookups by result: hit stale miss collapsed negative.",
             ["operation", "result"],
             registry=registry,
         )
-        self.answer_age = Histogram(
+        self.answer_age = Spreads(
             "sd_gateway_answer_age_seconds",
             "Age of what queries were answered with; answers about tasks that have ended do not age.",
             ["operation"],

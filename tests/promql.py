@@ -13,6 +13,7 @@ from gateway.exceptions import GatewayError
 from gateway.metrics import Metrics
 from gateway.models import Status
 from gateway.service import Source
+from gateway.tallies import Counts, Spreads
 from gateway.watch import Kind
 
 _ERRORS = [error for error in vars(exceptions).values() if isinstance(error, type)]
@@ -33,15 +34,21 @@ _METRIC = re.compile(r"((?:sd_gateway|process|python|namespace_job)_[\w:]+)(?:\{
 _MATCHER = re.compile(r'(\w+)[=!~]+"([^"]*)"')
 
 
+def label_names(metric: MetricWrapperBase | Counts | Spreads) -> tuple[str, ...]:
+    """Return the names of a metric's labels."""
+    return metric.label_names if isinstance(metric, Counts | Spreads) else tuple(metric._labelnames)
+
+
 def series() -> dict[str, set[str]]:
     """Return the labels of every series that a gateway may have, by its name."""
     metrics = Metrics(CollectorRegistry(), gateway_version="1.2.3")
     samples = [sample for family in metrics.registry.collect() for sample in family.samples]
     known = {s.name: set(s.labels) for s in samples if not s.name.endswith("_created")}
     for metric in vars(metrics).values():
-        if isinstance(metric, MetricWrapperBase):
-            for suffix in _SUFFIXES[metric._type]:
-                known[metric._name + suffix] = set(metric._labelnames) | {"le"}
+        if isinstance(metric, MetricWrapperBase | Counts | Spreads):
+            family = next(iter(metric.describe()))
+            for suffix in _SUFFIXES[family.type]:
+                known[family.name + suffix] = set(label_names(metric)) | {"le"}
     return known
 
 

@@ -9,6 +9,8 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from gateway.metrics import Metrics
+from gateway.tallies import Counts, Spreads
+from tests.promql import label_names
 
 PREFIX = "sd_gateway_"
 PROMISED: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -47,8 +49,11 @@ def metrics() -> Metrics:
 
 def test_metrics_have_the_promised_names_types_and_labels(metrics: Metrics) -> None:
     """Names, types and labels are the promised ones, and no metric of ours is without a promise."""
-    ours = [metric for metric in vars(metrics).values() if isinstance(metric, MetricWrapperBase)]
-    assert {m._name.removeprefix(PREFIX): (m._type, tuple(m._labelnames)) for m in ours} == PROMISED
+    ours = [m for m in vars(metrics).values() if isinstance(m, MetricWrapperBase | Counts | Spreads)]
+    described = [(next(iter(metric.describe())), metric) for metric in ours]
+    assert {
+        family.name.removeprefix(PREFIX): (family.type, label_names(metric)) for family, metric in described
+    } == PROMISED
     exposed = {family.name for family in metrics.registry.collect() if family.name.startswith(PREFIX)}
     assert exposed == {PREFIX + name for name in PROMISED}
 

@@ -1,0 +1,83 @@
+"""Counters and histograms without locks: what a scrape finds, beside prometheus-client's own."""
+
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+
+from gateway.tallies import Counts, Spreads
+
+BUCKETS = (0.001, 0.01, 0.1, 1.0)
+
+
+def without_times(registry: CollectorRegistry) -> list[str]:
+    """Return a scrape's lines, but for those that tell when a series was made."""
+    return [line for line in generate_latest(registry).decode().splitlines() if "_created" not in line]
+
+
+@given(st.lists(st.sampled_from(["a", 'q"uote', "line\nbreak", "ü"])))
+def test_tallies_count_as_the_library_does(labels: list[str]) -> None:
+    """A counter is scraped as prometheus-client's is, whatever the labels."""
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    counts = Counts("things_total", "Things.", ["kind"], registry=ours)
+    counter = Counter("things_total", "Things.", ["kind"], registry=theirs)
+    for label in labels:
+        counts.labels(label).inc()
+        counter.labels(label).inc()
+    assert without_times(ours) == without_times(theirs)
+
+
+@given(st.lists(st.sampled_from([*BUCKETS, 0.0, 0.0005, 0.5, 7.25, 1000.0])))
+def test_tallies_spread_as_the_library_does(amounts: list[float]) -> None:
+    """A histogram is scraped as prometheus-client's is, amounts on a bucket's bound included."""
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    spreads = Spreads("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=ours)
+    histogram = Histogram("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=theirs)
+    for amount in amounts:
+        spreads.labels("a").observe(amount)
+        histogram.labels("a").observe(amount)
+    assert without_times(ours) == without_times(theirs)
+
+
+def test_tallies_give_a_series_once() -> None:
+    """The same label values are the same series, of whatever type they were given."""
+    counts = Counts("things_total", "Things.", ["status"], registry=CollectorRegistry())
+    assert counts.labels(200) is counts.labels("200")
+    with pytest.raises(ValueError, match="status"):
+        counts.labels("200", "GET")
+
+
+def test_tallies_are_found_by_name() -> None:
+    """A scrape of some names finds them, and a name is taken but once."""
+    registry = CollectorRegistry()
+    counts = Counts("things_total", "Things.", ["kind"], registry=registry)
+    Spreads("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=registry)
+    counts.labels("a").inc()
+    text = generate_latest(registry.restricted_registry(["things_total"])).decode()
+    assert 'things_total{kind="a"} 1.0' in text
+    assert "seconds" not in text
+    with pytest.raises(ValueError, match="Duplicated"):
+        Spreads("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=registry)
+
+
+def test_tallies_are_exact_while_threads_scrape() -> None:
+    """Who counts and who scrapes at the same time lose nothing, and no scrape goes back."""
+    registry = CollectorRegistry()
+    count = Counts("things_total", "Things.", ["kind"], registry=registry).labels("a")
+    seen: list[float] = []
+    done = threading.Event()
+
+    def scrape() -> None:
+        while not done.is_set():
+            seen.append(registry.get_sample_value("things_total", {"kind": "a"}) or 0.0)
+
+    thread = threading.Thread(target=scrape)
+    thread.start()
+    for _ in range(100_000):
+        count.inc()
+    done.set()
+    thread.join()
+    assert registry.get_sample_value("things_total", {"kind": "a"}) == 100_000
+    assert seen == sorted(seen)
