@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -17,6 +17,7 @@ from gateway import __version__
 from gateway.api import ops
 from gateway.api.batch import BatchEndpoint
 from gateway.api.events import EventsEndpoint
+from gateway.api.hits import Hits, HitsFirst
 from gateway.api.middleware import Admission, Cors, Telemetry
 from gateway.api.native import NativeEndpoint, NoSuchOperation
 from gateway.api.pages import page_routes
@@ -30,8 +31,9 @@ from gateway.drain import Drain
 from gateway.metrics import Metrics
 from gateway.redaction import Redactor
 from gateway.rotation import Rotation
+from gateway.sampling import Sampler
 from gateway.service import ProgressService
-from gateway.settings import Settings, SettingsError
+from gateway.settings import Server, Settings, SettingsError
 from gateway.stores import Store
 from gateway.stores.memory import MemoryStore
 from gateway.tracing import Tracing, Untraced
@@ -44,7 +46,19 @@ _EVERYBODY = {"*", "0.0.0.0/0", "::/0"}  # among the trusted proxies
 log = structlog.get_logger(__name__)
 
 
-def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | None = None) -> Starlette:
+class Application(NamedTuple):
+    """The application, for any ASGI server, and what ours needs besides.
+
+    `registry` is for a port of its own, if that is set. `hits` are what may be answered before the
+    application; None: nothing.
+    """
+
+    asgi: Starlette
+    registry: CollectorRegistry
+    hits: Hits | None
+
+
+def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | None = None) -> Application:
     """Make the application; it opens what it needs in its lifespan.
 
     `redactor` learns the secrets as they are loaded: give the same one to the logs. `tracing`, which
@@ -107,11 +121,28 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         ],
         lifespan=lifespan,
     )
-    app.state.registry = metrics.registry  # for a port of its own, which is the server's affair
     app.router.redirect_slashes = False
-    surrounded = _surround(app.router, settings, metrics, problems)
-    app.middleware_stack = tracing.around(surrounded, root_path=settings.server.root_path)
-    return app
+    server, sampler = settings.server, Sampler()
+    rate = settings.limits.requests_per_second
+    limiter = RateLimiter(rate) if rate else None
+    surrounded = _surround(
+        app.router, server, limiter=limiter, metrics=metrics, problems=problems, sampler=sampler
+    )
+    app.middleware_stack = tracing.around(surrounded, root_path=server.root_path)
+    if not isinstance(tracing, Untraced):
+        return Application(app, metrics.registry, None)  # a request's span is made around the whole of it
+    hits = Hits(
+        service,
+        operations=settings.upstream.operations,
+        root_path=server.root_path,
+        trusted_hosts=server.trusted_hosts,
+        cross_origin=bool(server.cors_origins),
+        limiter=limiter,
+        metrics=metrics,
+        sampler=sampler,
+    )
+    app.middleware_stack = HitsFirst(app.middleware_stack, hits=hits)
+    return Application(app, metrics.registry, hits if server.edge else None)
 
 
 def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
@@ -138,14 +169,21 @@ def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
     )
 
 
-def _surround(app: ASGIApp, settings: Settings, metrics: Metrics, problems: Problems) -> ASGIApp:
-    server, limits = settings.server, settings.limits
-    if limits.requests_per_second:
-        app = RateLimit(app, limiter=RateLimiter(limits.requests_per_second))
+def _surround(
+    app: ASGIApp,
+    server: Server,
+    *,
+    limiter: RateLimiter | None,
+    metrics: Metrics,
+    problems: Problems,
+    sampler: Sampler,
+) -> ASGIApp:
+    if limiter is not None:
+        app = RateLimit(app, limiter=limiter)
     if server.cors_origins:
         app = Cors(app, origins=server.cors_origins, problems=problems)
     app = Admission(app, root_path=server.root_path, trusted_hosts=server.trusted_hosts)
-    return Telemetry(app, metrics=metrics, problems=problems)
+    return Telemetry(app, metrics=metrics, problems=problems, sampler=sampler)
 
 
 def _task_routes(
@@ -157,6 +195,7 @@ def _task_routes(
     )
     one = ProgressEndpoint(service, watch, tasks=tasks, max_wait_seconds=settings.watch.max_wait_seconds)
     return [
+        Route("/v1/progress/{taskId}", one, methods=["GET"]),
         Route("/v1/progress/{taskId}/events", events, methods=["GET"]),
         Route("/v1/progress/{taskId:path}", one, methods=["GET"]),
         Route("/v1/progress", BatchEndpoint(service, tasks=tasks), methods=["GET"]),

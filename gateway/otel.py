@@ -125,7 +125,7 @@ class RequestSpans:
         if trace_parent(scope) is None:
             return Context()
         names = ("traceparent", "tracestate")
-        given = {name: header(scope, name.encode()) for name in names}
+        given = {name: header(scope["headers"], name.encode()) for name in names}
         return self._propagator.extract(given, context=Context())
 
 

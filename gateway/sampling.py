@@ -15,10 +15,26 @@ _WINDOW_SECONDS = 1.0
 
 
 @dataclass(slots=True)
-class _Kind:
+class Kind:
+    """The lines of one kind: `first` in each second are written, then every `every`th."""
+
+    first: int
+    every: int
     until: float = 0.0
     count: int = 0  # within this second
     untold: int = 0
+
+    def take(self, now: float) -> int | None:
+        """Do as `Sampler.take`; `now` is on its clock."""
+        if now >= self.until:
+            self.until = now + _WINDOW_SECONDS
+            self.count = 0
+        self.count += 1
+        if self.count > self.first and (self.count - self.first) % self.every:
+            self.untold += 1
+            return None
+        untold, self.untold = self.untold, 0
+        return untold
 
 
 class Sampler:
@@ -30,20 +46,15 @@ class Sampler:
         self._first = first
         self._every = every
         self._clock = clock
-        self._kinds: dict[Hashable, _Kind] = {}
+        self._kinds: dict[Hashable, Kind] = {}
 
     def take(self, kind: Hashable) -> int | None:
         """Return how many of this kind went untold since the last line, or None: this one does too."""
-        seen = self._kinds.get(kind)
-        if seen is None:
-            seen = self._kinds[kind] = _Kind()
-        now = self._clock()
-        if now >= seen.until:
-            seen.until = now + _WINDOW_SECONDS
-            seen.count = 0
-        seen.count += 1
-        if seen.count > self._first and (seen.count - self._first) % self._every:
-            seen.untold += 1
-            return None
-        untold, seen.untold = seen.untold, 0
-        return untold
+        return self.kind(kind).take(self._clock())
+
+    def kind(self, kind: Hashable) -> Kind:
+        """Return a kind, for those who take of it too often to look it up."""
+        found = self._kinds.get(kind)
+        if found is None:
+            found = self._kinds[kind] = Kind(self._first, self._every)
+        return found

@@ -13,8 +13,8 @@ from ipaddress import IPv4Network
 import structlog
 import uvicorn
 from prometheus_client import CollectorRegistry, start_http_server
-from starlette.applications import Starlette
 
+from gateway.app import Application
 from gateway.edge import edge_protocol
 from gateway.settings import Server
 
@@ -26,15 +26,17 @@ _BACKLOG = 8192
 log = structlog.get_logger(__name__)
 
 
-def run(app: Starlette, settings: Server) -> None:
+def run(app: Application, settings: Server) -> None:
     """Run the gateway, as `create_app` makes it, until SIGTERM or SIGINT. Raises: see `serve`."""
     _collect_rarely()
     config = uvicorn.Config(
-        app,
+        app.asgi,
         host=settings.host,
         port=settings.port,
         http=edge_protocol(
-            header_seconds=settings.header_seconds, max_header_bytes=settings.max_header_bytes
+            header_seconds=settings.header_seconds,
+            max_header_bytes=settings.max_header_bytes,
+            hits=app.hits,
         ),
         loop="uvloop",
         ws="none",
@@ -47,7 +49,7 @@ def run(app: Starlette, settings: Server) -> None:
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
         backlog=_BACKLOG,
     )
-    with _metrics_served(app.state.registry, host=settings.host, port=settings.metrics_port):
+    with _metrics_served(app.registry, host=settings.host, port=settings.metrics_port):
         serve(config, announce=lambda url: log.info("listening", url=url))
 
 

@@ -56,6 +56,11 @@ class Source(StrEnum):
     NEGATIVE = "negative"
 
 
+# Asked at each hit, where an enum's member and property take as long as to find the snapshot.
+_HIT = Source.HIT
+_ENDED = frozenset(status for status in Status if status.terminal)
+
+
 class Landing(NamedTuple):
     """What a flight brings to all who wait for it.
 
@@ -139,6 +144,7 @@ class ProgressService:
             for operation in Operation
             for source in Source
         }
+        self._hits = {operation: metrics.cache_lookups.labels(operation, _HIT) for operation in Operation}
         self._age = {operation: metrics.answer_age.labels(operation).observe for operation in Operation}
         self._overdue = {operation: metrics.answers_overdue.labels(operation).inc for operation in Operation}
 
@@ -149,13 +155,8 @@ class ProgressService:
             return None
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
-            snapshot.polls += 1
-            if snapshot.polls == _HOT and not snapshot.terminal and not self._flights.closed:
-                self._ahead.plan(snapshot, age)
-            self._count[key.operation, Source.HIT]()
-            if not snapshot.terminal:
-                self._age[key.operation](age)
-            return Reading(snapshot, age, Source.HIT)
+            self._count_hit(snapshot, age)
+            return Reading(snapshot, age, _HIT)
         reading = self._stale(snapshot, age)
         if reading is None:
             return None
@@ -164,6 +165,13 @@ class ProgressService:
         self._count[key.operation, Source.STALE]()
         self._note_age(snapshot, age)
         return reading
+
+    def repeat(self, snapshot: Snapshot, now: float) -> bool:
+        """Tell whether a lookup would find this snapshot again, still fresh `now`; then it counts as one."""
+        found = self._store.peek(snapshot.key) is snapshot
+        if found:
+            self._count_hit(snapshot, now - snapshot.fetched_at)
+        return found
 
     async def read(self, key: TaskKey) -> Reading | Failed:
         """Answer, from the store or from upstream; Failed when no snapshot is young enough to cover it."""
@@ -190,6 +198,16 @@ class ProgressService:
         """End every flight, and begin none any more."""
         self._ahead.close()
         await self._flights.aclose()
+
+    def _count_hit(self, snapshot: Snapshot, age: float) -> None:
+        operation = snapshot.key.operation
+        ended = snapshot.status in _ENDED
+        snapshot.polls += 1
+        if snapshot.polls == _HOT and not ended and not self._flights.closed:
+            self._ahead.plan(snapshot, age)
+        self._hits[operation].value += 1
+        if not ended:
+            self._age[operation](age)
 
     def _stale(self, snapshot: Snapshot, age: float) -> Reading | None:
         """Return a stale snapshot as an answer, unless it is too old for that.

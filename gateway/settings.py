@@ -84,6 +84,7 @@ class Server(_Section):
     metrics_port: Port = 0
     root_path: str = ""
     cors_origins: Strings = []
+    edge: bool = True
     header_seconds: Positive = 10.0
     max_header_bytes: Annotated[int, Field(ge=1024, le=1_048_576)] = 32_768
     trusted_hosts: Strings = ["*"]

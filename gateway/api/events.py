@@ -52,7 +52,7 @@ class EventsEndpoint:
         keys = self._keys(scope)
         scope["state"]["tasks"] = len(keys)  # for the request's log line
         end_id = _end_id(keys)
-        if header(scope, b"last-event-id") == end_id:
+        if header(scope["headers"], b"last-event-id") == end_id:
             # All was told: 204 is what stops an EventSource from coming back.
             await send({"type": "http.response.start", "status": 204, "headers": _HEADERS[1:2]})
             await send({"type": "http.response.body"})

@@ -14,7 +14,6 @@ frame, a closure and a Request alive for as long as a stream is open.
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -28,11 +27,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.api import ops
 from gateway.api.problems import Problems
 from gateway.api.requestlog import RequestLog, trace_fields
+from gateway.api.requests import Headers, given_request_id, new_request_id
 from gateway.exceptions import GatewayError, InvalidParameter, Overloaded
 from gateway.metrics import Metrics
 from gateway.sampling import Sampler
 
-_SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _HUNG_UP = 499  # nginx's word for a caller that left before its answer
 
@@ -58,7 +57,7 @@ class Telemetry:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        request_id = _request_id(scope)
+        request_id = given_request_id(scope["headers"]) or new_request_id()
         scope.setdefault("state", {})["request_id"] = request_id.decode()
         status = 0
 
@@ -116,34 +115,41 @@ class Telemetry:
             )
 
 
+class TrustedHosts:
+    """Knows which values of Host are ours; `*` is any, `*.example.com` all below it."""
+
+    def __init__(self, trusted_hosts: Sequence[str]) -> None:
+        self._any = "*" in trusted_hosts
+        self._exact = {host.lower() for host in trusted_hosts}
+        self._suffixes = tuple(host[1:].lower() for host in trusted_hosts if host.startswith("*."))
+
+    def trust(self, headers: Headers) -> bool:
+        """Tell whether a request with these headers is for one of ours."""
+        if self._any:
+            return True
+        host = next((value for name, value in headers if name == b"host"), b"").decode("latin-1").lower()
+        name = re.sub(r":\d+$", "", host)
+        return name in self._exact or name.endswith(self._suffixes)
+
+
 class Admission:
     """Sets the root path, and refuses requests for a Host that is not ours."""
 
     def __init__(self, app: ASGIApp, *, root_path: str, trusted_hosts: Sequence[str]) -> None:
         self._app = app
         self._root_path = root_path
-        self._any = "*" in trusted_hosts
-        self._exact = {host.lower() for host in trusted_hosts}
-        self._suffixes = tuple(host[1:].lower() for host in trusted_hosts if host.startswith("*."))
+        self._hosts = TrustedHosts(trusted_hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on. Raises: InvalidParameter."""
         if scope["type"] == "http":
             # With the prefix in the path or stripped from it by the ingress: Starlette takes either.
             scope["root_path"] = self._root_path
-            path = scope["path"].removeprefix(self._root_path)
-            if not self._any and path not in ops.PROBES and not self._trusts(scope):
-                raise InvalidParameter("header 'Host' names a host that is not served here")
+            if not self._hosts.trust(scope["headers"]):
+                path = scope["path"].removeprefix(self._root_path)
+                if path not in ops.PROBES:
+                    raise InvalidParameter("header 'Host' names a host that is not served here")
         await self._app(scope, receive, send)
-
-    def _trusts(self, scope: Scope) -> bool:
-        host = (
-            next((value for name, value in scope["headers"] if name == b"host"), b"")
-            .decode("latin-1")
-            .lower()
-        )
-        name = re.sub(r":\d+$", "", host)
-        return name in self._exact or name.endswith(self._suffixes)
 
 
 class Cors:
@@ -175,10 +181,3 @@ def _answering(app: ASGIApp, problems: Problems) -> ASGIApp:
             await problems.answer(scope, exc)(scope, receive, send)
 
     return answering
-
-
-def _request_id(scope: Scope) -> bytes:
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
-            return bytes(value)
-    return os.urandom(16).hex().encode()

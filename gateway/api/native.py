@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.caching import Headers, cache_headers
+from gateway.api.caching import cache_headers
 from gateway.api.requestlog import settled
-from gateway.api.requests import query_parameters, read_body
+from gateway.api.requests import Headers, query_parameters, read_body
 from gateway.exceptions import InvalidParameter, PathNotFound, UpstreamRejected
 from gateway.models import Operation, TaskKey, check_task_id, strict_json
 from gateway.service import ProgressService

@@ -13,10 +13,11 @@ from contextlib import suppress
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.caching import Headers, cache_headers, matches
+from gateway.api.answers import HEADER_NAMES, answer
+from gateway.api.caching import matches
 from gateway.api.connection import HangUp
 from gateway.api.requestlog import settled
-from gateway.api.requests import header, query_parameters
+from gateway.api.requests import Headers, header, query_parameters
 from gateway.api.tasks import Tasks
 from gateway.exceptions import InvalidParameter
 from gateway.models import Snapshot, TaskKey
@@ -43,26 +44,16 @@ class ProgressEndpoint:
         """Answer 200 with the task's progress, or 304 when the caller has it already."""
         parameters = query_parameters(scope, "api", "wait")
         key = self._tasks.in_path(scope, parameters)
-        known = header(scope, b"if-none-match")
+        known = header(scope["headers"], b"if-none-match")
         wait, headers = self._wait(scope, parameters)
         if wait:
             outcome = await self._changed(scope, receive, key, known, wait)
         else:
             outcome = await self._service.read(key)
-        reading = settled(scope, outcome)
-        snapshot = reading.snapshot
-        headers += cache_headers(reading)
-        headers.append((b"etag", snapshot.etag.encode()))
-        if known is not None and matches(known, snapshot.etag):
-            await send({"type": "http.response.start", "status": 304, "headers": headers})
-            await send({"type": "http.response.body"})
-            return
-        headers.append((b"content-type", b"application/json"))
-        headers.append((b"content-length", b"%d" % len(snapshot.body)))
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send(
-            {"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else snapshot.body}
-        )
+        status, values, body = answer(settled(scope, outcome), known)
+        headers += zip(HEADER_NAMES[status], values, strict=True)
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
     def _wait(self, scope: Scope, parameters: dict[str, list[str]]) -> tuple[float, Headers]:
         """Return how many seconds the caller wants to wait, 0 for not at all, and how that is told."""
@@ -71,7 +62,7 @@ class ProgressEndpoint:
             if not _SECONDS.fullmatch(value):
                 raise InvalidParameter("query parameter 'wait' must be a number of seconds, 0 or more")
             return min(float(value), self._max_wait_seconds), []
-        prefer = header(scope, b"prefer")
+        prefer = header(scope["headers"], b"prefer")
         match = _PREFER_WAIT.search(prefer) if prefer is not None else None
         if match is None:
             return 0.0, []  # a preference that is not understood is ignored (RFC 7240, 2)

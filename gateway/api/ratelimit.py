@@ -19,6 +19,7 @@ from gateway.exceptions import TooManyRequests
 
 # About 5 MB of buckets. Whoever has more addresses than this is not held by a limit on each of them.
 _MOST_CLIENTS = 16_384
+_INEXACT = 1e-9  # seconds by which sums of intervals may be wrong
 _NETWORK_BYTES = 8  # a /64: what one subscriber gets, and may number as it likes (RFC 6177, RFC 4291)
 
 
@@ -40,14 +41,22 @@ class RateLimiter:
 
     def admit(self, host: str) -> None:
         """Take a token from the bucket of this client. Raises: TooManyRequests when there is none."""
-        key = bucket_key(host)
-        now = self._clock()
-        full_at = max(self._full_at.get(key, now), now) + self._interval
+        full_at, wait = self._next(host)
         # A refused request takes nothing: a client that keeps knocking is let in when its token is due.
-        wait = full_at - now - self._depth
-        if wait > 1e-9:  # noqa: PLR2004  # sums of intervals are not exact
+        if wait > 0:
             raise TooManyRequests("this client makes more requests than it may", retry_after=wait)
-        self._full_at[key] = full_at
+        self._full_at[bucket_key(host)] = full_at
+
+    def would_admit(self, host: str) -> bool:
+        """Tell whether there is a token for this client, and take none."""
+        return self._next(host)[1] <= 0
+
+    def _next(self, host: str) -> tuple[float, float]:
+        """Return when the bucket will be full after a token is taken, and for how long there is none."""
+        now = self._clock()
+        full_at = max(self._full_at.get(bucket_key(host), now), now) + self._interval
+        wait = full_at - now - self._depth
+        return full_at, wait if wait > _INEXACT else 0.0
 
 
 def bucket_key(host: str) -> bytes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import structlog
@@ -43,18 +43,21 @@ class RequestLog:
 
     def tell(self, scope: Scope, *, method: str, route: str, status: int, seconds: float) -> None:
         """Write this request's line, unless enough of its kind are written."""
-        if status >= _SERVER_ERROR:
-            level = logging.WARNING
-        else:
-            level = logging.DEBUG if route in ops.PROBES else logging.INFO
-        if not self._logger.isEnabledFor(level):
+        if not self._logger.isEnabledFor(_level(route, status)):
             return
         state = scope["state"]
         outcomes: Sequence[Reading | Failed] = state.get("outcomes", ())
-        verdict = _verdict(outcomes[0]) if len(outcomes) == 1 else None
-        suppressed = self._sampler.take((route, status // 100, state.get("code"), verdict))
-        if suppressed is None:
-            return
+        only = outcomes[0] if len(outcomes) == 1 else None
+        untold = self._sampler.take(kind(route, status, code=state.get("code"), outcome=only))
+        if untold is not None:
+            self.write(scope, method=method, route=route, status=status, seconds=seconds, untold=untold)
+
+    def write(
+        self, scope: Scope, *, method: str, route: str, status: int, seconds: float, untold: int
+    ) -> None:
+        """Write this request's line; `untold` are those of its kind that were not."""
+        state = scope["state"]
+        outcomes: Sequence[Reading | Failed] = state.get("outcomes", ())
         line: dict[str, Any] = {
             "request_id": state["request_id"],
             "method": method,
@@ -66,9 +69,15 @@ class RequestLog:
             **_cache(outcomes),
             **_upstream(outcomes),
             **trace_fields(scope),
-            "suppressed": suppressed or None,
+            "suppressed": untold or None,
         }
-        log.log(level, "request", **{name: value for name, value in line.items() if value is not None})
+        told = {name: value for name, value in line.items() if value is not None}
+        log.log(_level(route, status), "request", **told)
+
+
+def kind(route: str, status: int, *, code: str | None = None, outcome: Reading | Failed | None) -> Hashable:
+    """Return what kind of line a request's is, to be sampled with its like; `outcome` is its only one."""
+    return route, status // 100, code, None if outcome is None else _verdict(outcome)
 
 
 def trace_fields(scope: Scope) -> dict[str, str]:
@@ -77,6 +86,12 @@ def trace_fields(scope: Scope) -> dict[str, str]:
     own: TraceParent | None = scope["state"].get(SPAN)
     fields = {} if parent is None else {"trace_id": parent.trace_id, "parent_id": parent.span_id}
     return fields if own is None else fields | {"trace_id": own.trace_id, "span_id": own.span_id}
+
+
+def _level(route: str, status: int) -> int:
+    if status >= _SERVER_ERROR:
+        return logging.WARNING
+    return logging.DEBUG if route in ops.PROBES else logging.INFO
 
 
 def _verdict(outcome: Reading | Failed) -> tuple[str, str | None]:

@@ -1,8 +1,10 @@
-"""What is read from a request, strictly: query parameters and bounded bodies."""
+"""What is read from a request, strictly: query parameters, headers and bounded bodies."""
 
 from __future__ import annotations
 
 import asyncio
+import random
+import re
 from urllib.parse import parse_qsl
 
 from starlette.requests import ClientDisconnect
@@ -10,6 +12,9 @@ from starlette.types import Receive, Scope
 
 from gateway.exceptions import BodyTooLarge, InvalidParameter
 
+Headers = list[tuple[bytes, bytes]]
+
+_SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _MOST_PARAMETERS = 10_100
 _SHOWN = 64  # characters of a caller's own text that an error repeats
 
@@ -66,7 +71,20 @@ async def read_body(scope: Scope, receive: Receive, *, limit: int, seconds: floa
         raise InvalidParameter(f"the body did not arrive within {seconds:g} seconds") from None
 
 
-def header(scope: Scope, name: bytes) -> str | None:
+def header(headers: Headers, name: bytes) -> str | None:
     """Return a header's value, repeated ones joined as RFC 9110 (5.3) has it, or None."""
-    values = [value for key, value in scope["headers"] if key == name]
+    values = [value for key, value in headers if key == name]
     return b", ".join(values).decode("latin-1") if values else None
+
+
+def given_request_id(headers: Headers) -> bytes | None:
+    """Return the caller's X-Request-Id, when it is sane."""
+    for name, value in headers:
+        if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
+            return value
+    return None
+
+
+def new_request_id() -> bytes:
+    """Return an id that no other request has; it is no secret."""
+    return random.getrandbits(128).to_bytes(16).hex().encode()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 from starlette.types import Scope
 
 from gateway.exceptions import InvalidParameter, PathNotFound
 from gateway.models import Operation, TaskKey, check_task_id
+
+PROGRESS = "/v1/progress"  # the path of many tasks, and of each one below it
 
 _OPERATION = {"sd": Operation.SD_GET_PROGRESS, "comfy": Operation.COMFY_GET_PROGRESS}
 
@@ -42,3 +45,28 @@ class Tasks:
         if operation is None:
             raise InvalidParameter(f"query parameter 'api' must be one of: {', '.join(self._operations)}")
         return operation
+
+
+class PlainTargets:
+    """Recognizes a request's target when it names one task in the plainest way there is.
+
+    `root_path` may stand before the path or not, as for `middleware.Admission`.
+    """
+
+    def __init__(self, operations: Collection[Operation], *, root_path: str) -> None:
+        self._operations = {api.encode(): op for api, op in _OPERATION.items() if op in operations}
+        self._default = self._operations.get(b"sd")
+        # Where our own path begins with the prefix, Starlette takes it for one: then it must be there.
+        optional = "" if f"{PROGRESS}/".startswith(f"{root_path}/") else "?"
+        prefix = f"(?:{re.escape(quote(root_path))}){optional}" if root_path else ""
+        pattern = rf"{prefix}{PROGRESS}/([A-Za-z0-9_-]{{1,64}})(?:\?api=([a-z]+))?"
+        self._match = re.compile(pattern.encode()).fullmatch
+
+    def task(self, target: bytes) -> TaskKey | None:
+        """Return its task, or None: it may name none, or be wrong."""
+        match = self._match(target)
+        if match is None:
+            return None
+        task_id, api = match.groups()
+        operation = self._default if api is None else self._operations.get(api)
+        return None if operation is None else TaskKey(operation, task_id.decode())

@@ -1,8 +1,9 @@
-"""What the HTTP server itself refuses, before any application runs.
+"""Bounds on the time and the size of a request's headers, in uvicorn's protocol.
 
-uvicorn waits for ever for the end of a request's headers, and takes headers of any size. Its
-`http=` setting takes a protocol class, so this is one: its own, with a timer over the headers
-and a cap on their size, and with a problem document where it would answer in plain text.
+uvicorn waits for ever for the end of a request's headers, and takes headers of any size. A
+connection that takes longer than `header_seconds` over them, counted from its opening or from the
+request's first byte, is closed; one that sends more than `max_header_bytes` is told, and closed. What is
+not HTTP is told so in a problem document, where uvicorn answers in plain text.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.api.connection import ON_HANG_UP, PUSH
 from gateway.api.problems import document, lookup
+from gateway.cork import Cork
 from gateway.exceptions import GatewayError, InvalidParameter
 from gateway.models import render_json
 
@@ -22,31 +24,37 @@ _WRITE_BUFFER = 16384  # bytes of answers that may wait for a reader before the 
 _PER_HEADER = 4  # ": " and the line's end
 
 
-class EdgeProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, with bounds on the time and size of a request's headers.
-
-    A connection that takes longer than `header_seconds` over them, counted from its opening or from
-    the request's first byte, is closed; one that sends more than `max_header_bytes` is told, and closed.
-    """
+class BoundedProtocol(HttpToolsProtocol):
+    """uvicorn's protocol, with the bounds; what else is answered goes on to the application."""
 
     header_seconds: float
     max_header_bytes: int
 
-    # Slots: five attributes more would cost each connection a dictionary of 1.5 KB, for instances
+    # Slots: so many attributes more would cost each connection a dictionary of 1.5 KB, for instances
     # share their keys only up to thirty, and uvicorn has used nearly all.
-    __slots__ = ("_fault", "_on_hang_up", "_parsed", "_timer", "_unparsed")
+    __slots__ = (
+        "_cork",
+        "_fault",
+        "_in_headers",
+        "_on_hang_up",
+        "_suspect",  # more bytes are at hand than headers may have
+        "_timer",
+        "_unparsed",  # bytes since the last complete headers: an endless line never becomes a header
+    )
 
     _timer: asyncio.TimerHandle | None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for a first request."""
         self._on_hang_up: dict[object, object] = {}
-        self._unparsed = 0  # bytes since the last complete headers: one endless line never reaches on_header
-        self._parsed = 0  # bytes of header lines of this request
+        self._unparsed = 0
+        self._in_headers = self._suspect = False
         self._fault = "the request is not valid HTTP/1.1"
         super().connection_made(transport)  # type: ignore[arg-type]  # uvicorn narrows it likewise
         # Each small write that waits costs some 1 KB: a reader that never reads shall not cost 64 of them.
         self.transport.set_write_buffer_limits(high=_WRITE_BUFFER)
+        self._cork = Cork(self.transport, self.loop)
+        self.transport = self._cork  # type: ignore[assignment]  # it has all of a transport's attributes
         self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -58,43 +66,61 @@ class EdgeProtocol(HttpToolsProtocol):
         # We hold the request's scope, and its way to push holds us: left so, only the garbage collector
         # could take the two apart, and a full collection among thousands of streams stops everything.
         if self.scope is not None:
-            self.scope["extensions"].pop(PUSH, None)
+            self.scope.get("extensions", {}).pop(PUSH, None)
 
     def data_received(self, data: bytes) -> None:
         """Parse, and refuse headers that grow without end."""
         self._unparsed += len(data)
+        self._suspect = self._unparsed > self.max_header_bytes
         super().data_received(data)
+        # Most headers come whole: a timer for each request would cost as much as parsing it.
+        if self._in_headers and self._timer is None:
+            self._start_timer()
         if self._timer is not None and self._unparsed > self.max_header_bytes:
             self._refuse(_TOO_LARGE)
 
     def on_message_begin(self) -> None:
-        """Begin to time and to count a request's headers."""
+        """Begin to wait for the end of a request's headers."""
         super().on_message_begin()
-        self.scope["extensions"] = {
-            ON_HANG_UP: self._on_hang_up,
-            PUSH: self._push,  # type: ignore[dict-item]  # the scope's type knows extensions as dictionaries
-        }
-        self._parsed = 0
-        if self._timer is None:
-            self._start_timer()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header."""
-        super().on_header(name, value)
-        self._parsed += len(name) + len(value) + _PER_HEADER
+        self._in_headers = True
 
     def on_headers_complete(self) -> None:
-        """Hand the request on, unless its headers came all at once and are too large."""
-        self._stop_timer()
+        """Hand the request on, unless its headers are too large."""
+        self._end_headers()
+        self._hand_on()
+
+    def on_message_complete(self) -> None:
+        """End a request, whose body is no part of the next one's headers."""
         self._unparsed = 0
-        if self._parsed + len(self.url) > self.max_header_bytes:
-            self._fault = _TOO_LARGE
-            raise ValueError(_TOO_LARGE)  # httptools makes it the parser error that uvicorn answers
-        super().on_headers_complete()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        """End an answer of the application's; a head without a body may still be held back."""
+        self._cork.flush()
+        super().on_response_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what is not HTTP as every other error is told."""
         self._refuse(self._fault)
+
+    def _end_headers(self) -> None:
+        """Stop timing the headers. Raises: ValueError when they are too large."""
+        self._stop_timer()
+        self._in_headers = False
+        self._unparsed = 0
+        if self._suspect:
+            size = sum(len(name) + len(value) + _PER_HEADER for name, value in self.headers)
+            if len(self.url) + size > self.max_header_bytes:
+                self._fault = _TOO_LARGE
+                raise ValueError(_TOO_LARGE)  # httptools makes it the parser error that uvicorn answers
+
+    def _hand_on(self) -> None:
+        """Let uvicorn call the application."""
+        self.scope["extensions"] = {
+            ON_HANG_UP: self._on_hang_up,
+            PUSH: self._push,  # type: ignore[dict-item]  # the scope's type knows extensions as dictionaries
+        }
+        super().on_headers_complete()
 
     def _push(self, part: bytes) -> bool:
         """Send a part of a streamed body if nothing is in its way; see `connection.PUSH`."""
@@ -106,6 +132,7 @@ class EdgeProtocol(HttpToolsProtocol):
 
     def _refuse(self, fault: str) -> None:
         self._stop_timer()
+        self._in_headers = False
         self.transport.write(_last_answer(InvalidParameter(fault)))
         self.transport.close()
 
@@ -120,12 +147,6 @@ class EdgeProtocol(HttpToolsProtocol):
     def _late(self) -> None:
         self._timer = None
         self.transport.close()
-
-
-def edge_protocol(*, header_seconds: float, max_header_bytes: int) -> type[EdgeProtocol]:
-    """Return the protocol class to give to uvicorn, which makes one for each connection."""
-    bounds = {"header_seconds": header_seconds, "max_header_bytes": max_header_bytes}
-    return type("BoundEdgeProtocol", (EdgeProtocol,), bounds)
 
 
 def _last_answer(error: GatewayError) -> bytes:

@@ -1,0 +1,207 @@
+"""Hits: answers that are there already, and are given before anything is made of a request.
+
+Only the plainest requests are answered: GET, a target without anything odd in it, and no header that asks
+for more than a hit can give. There is no answer for any other, and the routes give it: whatever is refused,
+waited for or read from a body is their affair alone. What is answered is counted, timed and logged as
+`middleware.Telemetry` does. Whoever has a request asks: the edge, which renders a hit for the wire, or else
+`HitsFirst`, which sends it as ASGI has it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gateway.api.answers import HEADER_NAMES, answer
+from gateway.api.caching import unchanged_until
+from gateway.api.middleware import TrustedHosts
+from gateway.api.ratelimit import RateLimiter
+from gateway.api.requestlog import RequestLog, kind
+from gateway.api.requests import Headers, given_request_id, header, new_request_id
+from gateway.api.tasks import PROGRESS, PlainTargets
+from gateway.metrics import Metrics
+from gateway.models import Operation
+from gateway.sampling import Kind, Sampler
+from gateway.service import ProgressService, Reading, Source
+from gateway.tallies import Count
+
+_ROUTE = f"{PROGRESS}/{{taskId}}"  # in metrics and log lines, the application's template of the path
+# A body, or a wish for more than an answer at once.
+_MOST_MADE = 4096
+_MORE = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade", b"prefer"})
+
+
+class Wishes(NamedTuple):
+    """What a request's headers ask of a hit: `known` is If-None-Match, `request_id` the caller's own."""
+
+    known: str | None
+    request_id: bytes | None
+    headers: Headers
+
+
+@dataclass(slots=True, eq=False)
+class Hit:
+    """An answer, which can be given again `until` then, while its snapshot is the newest.
+
+    `values` are those of the headers that `Hits.names` has for the status; the request's id comes behind
+    them. `count` counts it, `line` is the kind of its log line. `rendered` is kept by whoever renders it.
+    """
+
+    reading: Reading
+    status: int
+    values: tuple[bytes, ...]
+    body: bytes
+    until: float
+    count: Count
+    line: Kind
+    rendered: tuple[object, bytes] = (None, b"")
+
+
+class Hits:
+    """Answers hits, or leaves them to the routes.
+
+    With `cross_origin` an answer may differ by the caller's origin, with a `limiter` by the address that
+    proxies vouch for: requests that tell these are left to the routes. `clock` is that of the
+    sampler and of the service.
+    """
+
+    def __init__(
+        self,
+        service: ProgressService,
+        *,
+        operations: Collection[Operation],
+        root_path: str,
+        trusted_hosts: Sequence[str],
+        cross_origin: bool,
+        limiter: RateLimiter | None,
+        metrics: Metrics,
+        sampler: Sampler,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._lookup = service.lookup
+        self._repeat = service.repeat
+        self._task = PlainTargets(operations, root_path=root_path).task
+        self._hosts = TrustedHosts(trusted_hosts)
+        self._limiter = limiter
+        vary = {b"vary": b"Origin"} if cross_origin else {}
+        self._added = tuple(vary.values())
+        self.names = {status: (*names, *vary) for status, names in HEADER_NAMES.items()}
+        self._more = _MORE.union(
+            [b"origin"] if cross_origin else (), [b"x-forwarded-for"] if limiter is not None else ()
+        )
+        self._counts = {
+            status: metrics.http_requests.labels(_ROUTE, "GET", status) for status in HEADER_NAMES
+        }
+        self._durations = metrics.http_request_duration.labels(_ROUTE)
+        self._request_log = RequestLog(sampler)
+        self._sampler = sampler
+        self._clock = clock
+        self._made: dict[
+            tuple[bytes, str | None], Hit
+        ] = {}  # of this second, for a crowd that asks for the same
+        self._empty_at = 0.0
+
+    def wishes(self, headers: Headers) -> Wishes | None:
+        """Return what these headers ask of a hit, or None when it is more than that."""
+        names = {name for name, _ in headers}
+        if not names.isdisjoint(self._more) or not self._hosts.trust(headers):
+            return None
+        known = header(headers, b"if-none-match") if b"if-none-match" in names else None
+        request_id = given_request_id(headers) if b"x-request-id" in names else None
+        return Wishes(known, request_id, headers)
+
+    def answer(
+        self, target: bytes, wishes: Wishes, client: tuple[str, int] | None
+    ) -> tuple[Hit, bytes] | None:
+        """Return the answer to a GET for `target`, which is as it came, and the request's id; or None."""
+        began = self._clock()
+        limiter = self._limiter
+        if limiter is not None and not limiter.would_admit(_host(client)):
+            return None
+        hit = self._made.get((target, wishes.known))
+        if hit is None or began >= hit.until or not self._repeat(hit.reading.snapshot, began):
+            hit = self._make(target, wishes.known, began)
+            if hit is None:
+                return None
+        if limiter is not None:
+            limiter.admit(_host(client))
+        request_id = wishes.request_id or new_request_id()
+        now = self._clock()
+        hit.count.value += 1
+        self._durations.observe(now - began)
+        untold = hit.line.take(now)
+        if untold is not None:
+            self._tell(hit, wishes, request_id, seconds=now - began, untold=untold)
+        return hit, request_id
+
+    def _make(self, target: bytes, known: str | None, now: float) -> Hit | None:
+        key = self._task(target)
+        reading = None if key is None else self._lookup(key)
+        if reading is None:
+            return None
+        status, values, body = answer(reading, known)
+        fresh = reading.source is Source.HIT
+        hit = Hit(
+            reading,
+            status,
+            values + self._added,
+            body,
+            unchanged_until(reading) if fresh else now,
+            self._counts[status],
+            self._sampler.kind(kind(_ROUTE, status, outcome=reading)),
+        )
+        if not fresh:
+            return hit
+        if now >= self._empty_at or len(self._made) >= _MOST_MADE:
+            self._made.clear()
+            self._empty_at = now + 1.0
+        self._made[target, known] = hit
+        return hit
+
+    def _tell(self, hit: Hit, wishes: Wishes, request_id: bytes, *, seconds: float, untold: int) -> None:
+        state = {"request_id": request_id.decode(), "outcomes": (hit.reading,)}
+        self._request_log.write(
+            {"headers": wishes.headers, "state": state},
+            method="GET",
+            route=_ROUTE,
+            status=hit.status,
+            seconds=seconds,
+            untold=untold,
+        )
+
+
+class HitsFirst:
+    """Answers hits under any ASGI server, before the application does anything."""
+
+    def __init__(self, app: ASGIApp, *, hits: Hits) -> None:
+        self._app = app
+        self._hits = hits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a hit, or pass the request on."""
+        found = self._find(scope)
+        if found is None:
+            await self._app(scope, receive, send)
+            return
+        hit, request_id = found
+        names = self._hits.names[hit.status]
+        headers = [*zip(names, hit.values, strict=True), (b"x-request-id", request_id)]
+        await send({"type": "http.response.start", "status": hit.status, "headers": headers})
+        await send({"type": "http.response.body", "body": hit.body})
+
+    def _find(self, scope: Scope) -> tuple[Hit, bytes] | None:
+        if scope["type"] != "http" or scope["method"] != "GET" or not scope.get("raw_path"):
+            return None
+        wishes = self._hits.wishes(scope["headers"])
+        if wishes is None:
+            return None
+        target, query = scope["raw_path"], scope["query_string"]
+        return self._hits.answer(b"%b?%b" % (target, query) if query else target, wishes, scope.get("client"))
+
+
+def _host(client: tuple[str, int] | None) -> str:
+    return client[0] if client else ""
