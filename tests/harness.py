@@ -100,6 +100,7 @@ def running(
         "loop": "uvloop",
         "ws": "none",
         "log_config": None,
+        "access_log": False,
         "log_level": "critical",
         "server_header": False,
         "timeout_graceful_shutdown": 5,
@@ -273,11 +274,13 @@ def gateway(
         given[section] = given.get(section, {}) | values
     settings = Settings.model_validate(given)
     server = settings.server
-    protocol = edge_protocol(header_seconds=server.header_seconds, max_header_bytes=server.max_header_bytes)
     app = create_app(settings, redactor=Redactor(), tracing=tracing)
+    protocol = edge_protocol(
+        header_seconds=server.header_seconds, max_header_bytes=server.max_header_bytes, hits=app.hits
+    )
     with (
         running(
-            app,
+            app.asgi,
             leftovers=leftovers,
             http=protocol,
             lifespan="on",
@@ -463,6 +466,11 @@ class Process:
     @property
     def alive(self) -> bool:
         return self._process.poll() is None
+
+    def resident_bytes(self) -> int:
+        """Return its memory that lies in RAM."""
+        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
     def children(self) -> list[int]:
         """Return the processes that it started."""

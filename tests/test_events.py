@@ -314,7 +314,7 @@ def test_events_notice_a_hang_up_under_any_server(simulator: Simulator) -> None:
     )
     task = simulator.task(data={"status": "running", "progress": 0.5})
     with (
-        running(create_app(settings, redactor=Redactor()), lifespan="on") as url,
+        running(create_app(settings, redactor=Redactor()).asgi, lifespan="on") as url,
         httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE_SECONDS) as client,
     ):
         gate = Gateway(client)

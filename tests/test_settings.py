@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Any] = {
     "server.metrics_port": 0,
     "server.root_path": "",
     "server.cors_origins": [],
+    "server.edge": True,
     "server.header_seconds": 10.0,
     "server.max_header_bytes": 32768,
     "server.trusted_hosts": ["*"],

@@ -1,0 +1,68 @@
+"""Hits over a store whose clock is turned by hand, for the tests that ask them."""
+
+from typing import Any, cast
+
+from prometheus_client import CollectorRegistry
+
+from gateway.api.hits import Hits
+from gateway.edge.answering import Heads
+from gateway.metrics import Metrics
+from gateway.models import Operation, Snapshot, Status, TaskKey
+from gateway.sampling import Sampler
+from gateway.service import ProgressService
+from gateway.settings import Cache
+from gateway.stores.memory import MemoryStore
+from gateway.upstream import Upstream
+
+KEY = TaskKey(Operation.SD_GET_PROGRESS, "abc")
+TARGET = b"/v1/progress/abc"
+SERVER_HEADERS = [(b"Server", b"100 %d")]
+
+
+class Bench:
+    """Hits over a memory store and a hand-ticked clock; upstream is never asked."""
+
+    def __init__(self, **given: Any) -> None:
+        self.now = 1000.0
+        self.store = MemoryStore(max_tasks=10, stale_seconds=60, clock=self.clock)
+        metrics = Metrics(CollectorRegistry(), gateway_version="test")
+        self.registry = metrics.registry
+        self.service = ProgressService(
+            Cache(), store=self.store, upstream=cast("Upstream", None), metrics=metrics, clock=self.clock
+        )
+        options: dict[str, Any] = {
+            "operations": list(Operation),
+            "root_path": "",
+            "trusted_hosts": ["*"],
+            "cross_origin": False,
+            "limiter": None,
+            "sampler": Sampler(clock=self.clock),
+        }
+        self.hits = Hits(self.service, metrics=metrics, clock=self.clock, **(options | given))
+        self.heads = Heads(self.hits.names)
+
+    def clock(self) -> float:
+        return self.now
+
+    def keep(self, *, lifetime: float = 600.0, etag: str = '"one"', body: bytes = b"{}") -> Snapshot:
+        """Store a snapshot that has come just now."""
+        self.store.keep(Snapshot(KEY, self.now, lifetime, b"", Status.RUNNING, 0.5, None, body, etag))
+        return self.store.snapshots()[0]
+
+    def ask(
+        self,
+        target: bytes = TARGET,
+        headers: list[tuple[bytes, bytes]] | None = None,
+        *,
+        server_headers: list[tuple[bytes, bytes]] = SERVER_HEADERS,
+    ) -> bytes | None:
+        """Ask for an answer, and render it, as the edge does."""
+        wishes = self.hits.wishes([(b"x-request-id", b"mine"), *(headers or [])])
+        found = wishes and self.hits.answer(target, wishes, ("127.0.0.1", 1))
+        if not found:
+            return None
+        hit, request_id = found
+        return b"%b%b\r\n\r\n%b" % (self.heads.render(hit, server_headers), request_id, hit.body)
+
+    def count(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(f"sd_gateway_{name}", labels) or 0.0

@@ -1,0 +1,236 @@
+"""The edge on one connection: what is remembered of its hits, what is forgotten, how long it is kept."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import uvicorn
+from starlette.types import Receive, Scope, Send
+from uvicorn.server import ServerState
+
+from gateway.edge import edge_protocol
+from gateway.edge.answering import AnsweringProtocol
+from tests.hitting import Bench
+
+KEEP_ALIVE_SECONDS = 75
+HIT = b"GET /v1/progress/abc HTTP/1.1\r\nHost: x\r\n\r\n"
+OTHER = b"GET /v1/progress/another HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class Loop:
+    """A loop whose clock is turned by hand: timers run when their time has come."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.tasks = 0
+        self._timers: list[Timer] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> Timer:
+        self._timers.append(Timer(self.now + delay, callback))
+        return self._timers[-1]
+
+    def call_soon(self, callback: Callable[[], None]) -> Timer:
+        return self.call_later(0, callback)
+
+    def create_task(self, coroutine: Any, **_: object) -> asyncio.Future[None]:
+        """Count what would go to the application, and run none of it."""
+        coroutine.close()
+        self.tasks += 1
+        return cast("asyncio.Future[None]", Timer(0, lambda: None))
+
+    def turn(self, now: float) -> None:
+        while due := [timer for timer in self._timers if timer.when <= now]:
+            first = min(due, key=lambda timer: timer.when)
+            self._timers.remove(first)
+            self.now = max(self.now, first.when)
+            if not first.cancelled:
+                first.callback()
+        self.now = now
+
+
+class Timer:
+    """A timer, which may be cancelled."""
+
+    def __init__(self, when: float, callback: Callable[[], None]) -> None:
+        self.when = when
+        self.callback = callback
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+    def add_done_callback(self, _: object) -> None:
+        pass
+
+
+class Wire:
+    """The transport of a connection: all that was written."""
+
+    def __init__(self) -> None:
+        self.written = b""
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def get_extra_info(self, name: str, default: object = None) -> object:
+        return ("127.0.0.1", 1) if name in {"sockname", "peername"} else default
+
+    def set_write_buffer_limits(self, **_: int) -> None:
+        pass
+
+    def pause_reading(self) -> None:
+        pass
+
+    def answers(self) -> int:
+        """Return how many answers were written."""
+        return self.written.count(b"HTTP/1.1 200 OK")
+
+
+class Connection:
+    """A connection to the edge, over hits that know one task."""
+
+    def __init__(self) -> None:
+        async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
+            pass
+
+        bench = Bench()
+        bench.keep()
+        kind = edge_protocol(header_seconds=10, max_header_bytes=1024, hits=bench.hits)
+        config = uvicorn.Config(app, http=kind, log_config=None, access_log=False, lifespan="off")
+        config.timeout_keep_alive = KEEP_ALIVE_SECONDS
+        config.load()
+        self.loop = Loop()
+        self.wire = Wire()
+        made = kind(config, ServerState(), {}, cast("asyncio.AbstractEventLoop", self.loop))
+        assert isinstance(made, AnsweringProtocol)
+        self.protocol = made
+        self.protocol.connection_made(cast("asyncio.Transport", self.wire))
+
+    def send(self, *pieces: bytes) -> None:
+        for piece in pieces:
+            self.protocol.data_received(piece)
+
+
+@pytest.fixture
+async def connection() -> Connection:
+    """Return a connection."""
+    return Connection()
+
+
+@pytest.mark.parametrize("pieces", [[HIT], [HIT[:30], HIT[30:]], [HIT * 2], [HIT, HIT, HIT]])
+async def test_answering_needs_no_task(connection: Connection, pieces: list[bytes]) -> None:
+    """Hits are answered at once, in whatever pieces they come, and the application hears of none."""
+    connection.send(*pieces)
+    assert connection.wire.answers() == b"".join(pieces).count(HIT)
+    assert connection.loop.tasks == 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        OTHER,
+        HIT.replace(b"GET ", b"PUT "),
+        HIT.replace(b"GET ", b"HEAD "),
+        HIT.replace(b"HTTP/1.1", b"HTTP/1.0"),
+        HIT.replace(b"1.1\r\n", b"1.0\r\nConnection: keep-alive\r\n"),
+        HIT.replace(b"1.1\r\n", b"1.1\r\nConnection: close\r\n"),
+        HIT.replace(b"1.1\r\n", b"1.1\r\nConnection: upgrade\r\nUpgrade: h2c\r\n"),
+        HIT.replace(b"1.1\r\n", b"1.1\r\nContent-Length: 0\r\n"),
+        HIT.replace(b"1.1\r\n", b"1.1\r\nContent-Length: 2\r\n") + b"{}",
+        HIT.replace(b"1.1\r\n", b"1.1\r\nTransfer-Encoding: chunked\r\n") + b"0\r\n\r\n",
+        HIT.replace(b"1.1\r\n", b"1.1\r\nExpect: 100-continue\r\n"),
+        HIT.replace(b"1.1\r\n", b"1.1\r\nPrefer: wait=1\r\n"),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 2])
+async def test_answering_leaves_others_to_the_application(
+    connection: Connection, other: bytes, before: int
+) -> None:
+    """What is no plain hit goes to the application, though the request before it may have been one."""
+    connection.send(*[HIT] * before, other)
+    assert (connection.wire.answers(), connection.loop.tasks) == (before, 1)
+
+
+async def test_answering_waits_for_its_turn(connection: Connection) -> None:
+    """A hit behind a request that is under way is not answered before it."""
+    connection.send(HIT, OTHER, HIT, HIT, HIT + OTHER)
+    assert (connection.wire.answers(), connection.loop.tasks) == (1, 1)
+
+
+async def test_answering_tells_the_time_of_the_server(connection: Connection) -> None:
+    """The headers that the server gives to every answer are those of the moment."""
+    for moment in (b"now", b"now", b"then"):
+        connection.protocol.server_state.default_headers = [(b"date", moment)]
+        connection.send(HIT)
+    assert connection.wire.written.count(b"date: now\r\n") == 2
+    assert connection.wire.written.count(b"date: then\r\n") == 1
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        HIT[:-2] + b"X: y\r\n\r\n",
+        HIT.replace(b"abc", b"abc HTTP/1.1\r\nX: y\r\nGET /v1/progress/abc"),
+        HIT.replace(b"GET ", b"HEAD "),
+        HIT.replace(b"HTTP/1.1", b"HTTP/1.0"),
+        HIT[:-1],
+        HIT + b"\r\n",
+        HIT + HIT[:10],
+        b"\r\n" + HIT,
+    ],
+)
+async def test_answering_is_as_of_a_new_connection(other: bytes) -> None:
+    """What is remembered of a hit changes nothing for bytes that differ from it in more than the target."""
+    connections = [Connection(), Connection()]
+    connections[0].send(HIT)
+    written = [len(connection.wire.written) for connection in connections]
+    outcomes = []
+    for connection, before in zip(connections, written, strict=True):
+        connection.send(other)
+        answered = connection.wire.written[before:].count(b"HTTP/1.1 ")
+        outcomes.append((answered, connection.loop.tasks, connection.wire.closed))
+    assert outcomes[0] == outcomes[1]
+
+
+async def test_answering_holds_back_for_a_slow_reader(connection: Connection) -> None:
+    """While what was written is not taken the application is asked, which waits for the reader."""
+    connection.send(HIT)
+    connection.protocol.pause_writing()
+    connection.send(HIT, HIT)
+    assert (connection.wire.answers(), connection.loop.tasks) == (1, 1)
+
+
+async def test_answering_keeps_a_connection_alive(connection: Connection) -> None:
+    """An idle connection is closed so many seconds after its last hit, neither sooner nor much later."""
+    for moment in range(0, 4 * KEEP_ALIVE_SECONDS, KEEP_ALIVE_SECONDS - 1):
+        connection.loop.turn(moment)
+        connection.send(HIT)
+        last = moment
+    assert connection.wire.answers() == 5
+    connection.loop.turn(last + KEEP_ALIVE_SECONDS - 0.5)
+    assert not connection.wire.closed
+    connection.loop.turn(last + KEEP_ALIVE_SECONDS)
+    assert connection.wire.closed
+
+
+async def test_answering_times_headers_behind_hits(connection: Connection) -> None:
+    """A connection that begins another request behind a hit, and does not go on, is closed."""
+    connection.send(HIT, HIT + HIT[:20])
+    connection.loop.turn(9.5)
+    assert not connection.wire.closed
+    connection.loop.turn(10)
+    assert connection.wire.closed
+    assert connection.wire.answers() == 2

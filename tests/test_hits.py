@@ -1,0 +1,280 @@
+"""Hits: made once and given again while they stand, for next to nothing, and to nobody who does not read."""
+
+import asyncio
+import json
+import socket
+import sys
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import cachetools
+import pytest
+import starlette
+import structlog
+import uvicorn
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+from uvicorn.server import ServerState
+
+import gateway
+from gateway.api.answers import HEADER_NAMES, answer
+from gateway.api.ratelimit import RateLimiter
+from gateway.app import create_app
+from gateway.edge import edge_protocol
+from gateway.edge.answering import TESTED, AnsweringProtocol
+from gateway.edge.bounds import BoundedProtocol
+from gateway.redaction import Redactor
+from gateway.service import Reading, Source
+from gateway.settings import Settings
+from tests.harness import PATIENCE_SECONDS, RawUpstream, Simulator, serving, well
+from tests.hitting import Bench
+
+OF_A_HIT = tuple(
+    str(Path(package.__file__).parent)
+    for package in (gateway, uvicorn, starlette, cachetools, structlog, json)
+)
+
+
+@pytest.fixture
+async def bench() -> AsyncIterator[Bench]:
+    """Return hits to ask for."""
+    bench = Bench()
+    yield bench
+    await bench.service.aclose()
+
+
+# --- given again ------------------------------------------------------------------------------------------
+
+
+def wire(reading: Reading, known: str | None) -> bytes:
+    """Return what a reading is answered with, put together anew."""
+    status, values, body = answer(reading, known)
+    lines = [b"HTTP/1.1 " + {200: b"200 OK", 304: b"304 Not Modified"}[status], b"server: 100 %d"]
+    lines += [b"%b: %b" % pair for pair in zip(HEADER_NAMES[status], values, strict=True)]
+    return b"\r\n".join([*lines, b"x-request-id: mine", b"", body])
+
+
+@given(
+    lifetime=st.one_of(st.floats(0.01, 5), st.sampled_from([1.0, 2.0, 600.0])),
+    ticks=st.lists(st.one_of(st.floats(0, 1.5), st.sampled_from([0.0, 0.5, 1.0])), min_size=2, max_size=12),
+    known=st.sampled_from([None, '"one"', '"other"']),
+)
+def test_hits_tell_the_time_of_each_asking(lifetime: float, ticks: list[float], known: str | None) -> None:
+    """An answer that is given again tells age and freshness as one that is made anew, until it is stale."""
+
+    async def play() -> None:
+        bench = Bench()
+        snapshot = bench.keep(lifetime=lifetime)
+        headers = [] if known is None else [(b"if-none-match", known.encode())]
+        for tick in ticks:
+            bench.now += tick
+            age = bench.now - snapshot.fetched_at
+            if age >= lifetime:
+                break
+            assert bench.ask(headers=headers) == wire(Reading(snapshot, age, Source.HIT), known)
+        await bench.service.aclose()
+
+    asyncio.run(play())
+
+
+async def test_hits_are_of_the_newest_snapshot(bench: Bench) -> None:
+    """As soon as another snapshot is stored the old one's answer is given no more."""
+    bench.keep(body=b"old")
+    assert (bench.ask() or b"").endswith(b"old")
+    bench.keep(body=b"new", etag='"two"')
+    assert (bench.ask() or b"").endswith(b"new")
+    assert b" 200 " in (bench.ask(headers=[(b"if-none-match", b'"one"')]) or b"")
+    assert b" 304 " in (bench.ask(headers=[(b"if-none-match", b'"two"')]) or b"")
+
+
+async def test_hits_follow_the_headers_of_the_server(bench: Bench) -> None:
+    """When the server's headers change, so do those of an answer that is given again."""
+    bench.keep()
+    bench.ask()
+    for moment in (b"now", b"then"):
+        assert b"\r\ndate: %b\r\n" % moment in (bench.ask(server_headers=[(b"date", moment)]) or b"")
+
+
+async def test_hits_made_are_bounded(bench: Bench) -> None:
+    """However many entity tags callers make up, few answers are kept."""
+    bench.keep()
+    for number in range(10_000):
+        assert bench.ask(headers=[(b"if-none-match", b'"%d"' % number)])
+    assert len(bench.hits._made) <= 4096
+
+
+async def test_hits_are_counted_one_by_one(bench: Bench) -> None:
+    """Each answer counts once as a request, with its time, and as a lookup; what is left alone does not."""
+    bench.keep()
+    for _ in range(5):
+        bench.ask()
+    bench.ask(headers=[(b"if-none-match", b'"one"')])
+    assert bench.ask(b"/v1/progress/unknown") is None
+    assert bench.ask(b"/v1/progress/abc?wait=1") is None
+    assert bench.ask(headers=[(b"prefer", b"wait=1")]) is None
+    route = {"route": "/v1/progress/{taskId}"}
+    assert bench.count("http_requests_total", **route, method="GET", status="200") == 5
+    assert bench.count("http_requests_total", **route, method="GET", status="304") == 1
+    assert bench.count("http_request_duration_seconds_count", **route) == 6
+    assert bench.count("cache_lookups_total", operation="sd_get_progress", result="hit") == 6
+
+
+async def test_hits_are_told_as_any_request(bench: Bench) -> None:
+    """A hit's line in the log has what the application's would, and a crowd's are sampled."""
+    bench.keep()
+    traced = [(b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")]
+    with capture_logs() as lines:
+        for _ in range(1020):
+            bench.ask(headers=traced)
+    told = [line for line in lines if line["event"] == "request"]
+    assert [line.get("suppressed") for line in told] == [None] * 10 + [999]
+    assert {name: told[0][name] for name in told[0] if name != "seconds"} == {
+        "event": "request",
+        "log_level": "info",
+        "request_id": "mine",
+        "method": "GET",
+        "route": "/v1/progress/{taskId}",
+        "task_id": "abc",
+        "status": 200,
+        "cache": "hit",
+        "trace_id": "0af7651916cd43dd8448eb211c80319c",
+        "parent_id": "b7ad6b7169203331",
+    }
+
+
+async def test_hits_over_the_rate_are_left_to_the_application() -> None:
+    """A client without a token gets no answer here, and each hit takes one token."""
+    limiter = RateLimiter(2, clock=lambda: 0.0)
+    bench = Bench(limiter=limiter)
+    bench.keep()
+    assert bench.ask(b"/v1/progress/unknown") is None  # takes none
+    assert [bench.ask() is not None for _ in range(4)] == [True, True, False, False]
+    assert bench.ask(headers=[(b"x-forwarded-for", b"10.0.0.1")]) is None
+    assert bench.count("cache_lookups_total", operation="sd_get_progress", result="hit") == 2
+    await bench.service.aclose()
+
+
+def test_hits_are_left_to_the_application_under_another_uvicorn() -> None:
+    """Under a uvicorn that this was not tested with the edge answers nothing, and the log says so."""
+    options: dict[str, Any] = {"header_seconds": 1, "max_header_bytes": 1024, "hits": Bench().hits}
+    with capture_logs() as lines:
+        assert issubclass(edge_protocol(**options), AnsweringProtocol), uvicorn.__version__
+        assert lines == []
+        other = edge_protocol(**options, server_version="9.9.9")
+    assert issubclass(other, BoundedProtocol)
+    assert not issubclass(other, AnsweringProtocol)
+    assert lines[0]["uvicorn"] == "9.9.9"
+    assert lines[0]["tested"] == sorted(TESTED)
+
+
+# --- what a hit costs -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def upstream() -> Iterator[RawUpstream]:
+    """Return an upstream that knows every task."""
+    with RawUpstream(well) as upstream:
+        yield upstream
+
+
+@pytest.mark.parametrize(
+    ("edge", "headers", "most"),
+    [(True, b"", 18), (True, b"X-Request-Id: %d\r\n", 40), (False, b"", 75)],
+    ids=["alike", "parsed", "application"],
+)
+async def test_hits_take_no_task_no_json_and_few_calls(
+    upstream: RawUpstream,
+    edge: bool,  # noqa: FBT001 - pytest passes by name
+    headers: bytes,
+    most: int,
+) -> None:
+    """On a hit nothing is encoded, few functions are called, and no task is made but the application's."""
+    settings = Settings.model_validate(
+        {
+            "server": {"edge": edge},
+            "cache": {"running_seconds": 3000},
+            "upstream": {"endpoint": upstream.url},
+            "credentials": {"access_key": "k", "secret_key": "s"},
+        }
+    )
+    app = create_app(settings, redactor=Redactor())
+    protocol = edge_protocol(header_seconds=10, max_header_bytes=4096, hits=app.hits)
+    config = uvicorn.Config(app.asgi, http=protocol, log_config=None, access_log=False)
+    config.load()
+    loop = asyncio.get_running_loop()
+    tasks: list[object] = []
+    calls: Counter[str] = Counter()
+
+    def make_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+        tasks.append(coroutine)
+        return asyncio.Task(coroutine, loop=loop, **options)
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        # The loop is asyncio's here, and threads serve the test: neither is the hit's.
+        if event == "call" and frame.f_code.co_filename.startswith(OF_A_HIT):
+            calls[f"{frame.f_code.co_filename}:{frame.f_code.co_name}"] += 1
+
+    async with app.asgi.router.lifespan_context(app.asgi):
+        server = await loop.create_server(lambda: protocol(config, ServerState(), {}), "127.0.0.1", 0)
+        with socket.create_connection(server.sockets[0].getsockname()) as connection:
+
+            def ask(number: int) -> bytes:
+                given = headers % number if headers else b""
+                connection.sendall(b"GET /v1/progress/a HTTP/1.1\r\nHost: x\r\n%b\r\n" % given)
+                return connection.recv(65536)
+
+            await asyncio.to_thread(ask, 0)
+            loop.set_task_factory(make_task)
+            hits: list[Counter[str]] = []
+            try:
+                for number in range(1, 51):
+                    calls.clear()
+                    sys.setprofile(note)
+                    answer = await asyncio.to_thread(ask, number)
+                    sys.setprofile(None)
+                    hits.append(calls.copy())
+                    assert b"sd-gateway; hit" in answer
+            finally:
+                sys.setprofile(None)
+                loop.set_task_factory(None)
+        server.close()
+        await server.wait_closed()
+    assert len(tasks) == (0 if edge else len(hits))
+    fewest = min(hits, key=Counter.total)  # of each second's first a line is written
+    assert not any("json" in Path(name).parts for name in fewest)
+    assert 10 < fewest.total() <= most, fewest
+
+
+async def test_hits_of_a_reader_who_never_reads_are_held_back(simulator: Simulator, tmp_path: Path) -> None:
+    """Who sends requests for ever and reads nothing is not read any more; all that was taken is answered."""
+    task = simulator.task()
+    request = b"GET /v1/progress/%b HTTP/1.1\r\nHost: x\r\n\r\n" % task.encode()
+    environment = {
+        "SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url,
+        "SD_GATEWAY_CACHE__RUNNING_SECONDS": "3000",
+    }
+    with serving(tmp_path, environment) as (process, gate), gate.connect() as connection:
+        gate.get(task)
+        before = process.resident_bytes()
+        connection.settimeout(1)
+        sent = 0
+        many = request * 1000
+        with suppress(TimeoutError):
+            while sent < 1_000_000 * len(request):
+                sent += connection.send(many[sent % len(request) :])
+        grown = process.resident_bytes() - before
+        connection.settimeout(PATIENCE_SECONDS)
+        answers = 0
+        tail = b""
+        while answers < sent // len(request):
+            received = connection.recv(1 << 20)
+            assert received
+            answers += (tail[-8:] + received).count(b"HTTP/1.1 ")
+            tail = received
+    assert sent < 1_000_000 * len(request)
+    assert grown < 32 << 20
