@@ -1,4 +1,7 @@
-"""Answers from the cache, per second of the server's CPU time: one hot task, 304, 1,000 tasks of 1 s."""
+"""Answers from the cache, per second of the server's CPU time: one hot task, 304, 1,000 tasks of 1 s.
+
+The gateway answers as it does by default, and with `server.edge` off: Starlette alone.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,14 @@ _NOT_MODIFIED = 304
 
 def run(bench: Bench) -> Iterator[Comparison]:
     """Measure the three."""
+    without_edge = {"SERVER__EDGE": "false"}
     with (
         servers.fast_upstream(bench.cores, bench.folder) as upstream,
         servers.peers(bench.cores, bench.folder, upstream=upstream) as peers,
         bench.gateways(upstream=upstream) as gateways,
+        servers.gateway(bench.cores, bench.folder, upstream=upstream, settings=without_edge) as alone,
     ):
+        gateways.append(alone._replace(name="gateway, edge off"))
         contestants = [*gateways, peers.nginx.cached, *peers.varnish]
         yield _one(bench, contestants)
         yield _unchanged(bench, gateways)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import curve
 import dawdlers
 import herd
 import hits
@@ -39,6 +40,7 @@ from servers import NGINX_MODULE
 
 SCENARIOS = {
     "hits": hits,
+    "curve": curve,
     "herd": herd,
     "rush": rush,
     "start": start,
