@@ -14,7 +14,7 @@ LOCKS := requirements.lock requirements-package.lock
 .PHONY: help demo test lint format bench lock chart clean
 
 help: ## say what there is to make
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: .venv/project.stamp ## install and start the gateway with a simulated upstream
 	@exec $(BIN)/sd-gateway demo $(ARGS)
@@ -34,6 +34,19 @@ format: .venv/dev.stamp ## sort the imports, mend what ruff can, format
 
 bench: .venv/project.stamp .venv/dev.stamp .venv/bench.stamp ## measure; ARGS=--help tells what
 	@$(BIN)/python tests/bench/run.py $(ARGS)
+
+.PHONY: docs docs-check pictures release
+docs: .venv/project.stamp .venv/dev.stamp ## write what the documents have from the code: settings, metrics, alerts
+	@$(BIN)/python -m tests.documents.tables
+
+docs-check: .venv/project.stamp .venv/dev.stamp ## run the documents' commands and programs, follow their links
+	@$(BIN)/python -m pytest --no-cov tests/test_documents.py tests/test_snippets.py $(ARGS)
+
+pictures: .venv/project.stamp .venv/dev.stamp ## take the documents' pictures anew, with the system's Chromium
+	@$(BIN)/python -m tests.documents.pictures
+
+release: .venv/project.stamp .venv/dev.stamp ## build wheel, sdist, chart and bill of materials into dist, twice
+	@PATH="$(CURDIR)/.cache/bin:$$PATH" $(BIN)/python .ci/release.py dist
 
 # The widest file first: the others are its subsets, at the same versions. Extras stay in the lines, for pip
 # looks for the hashes of coverage[toml] there, and not below coverage.

@@ -1,0 +1,140 @@
+"""A shell into which a document's commands are typed, and what is shown compared with what it prints."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+
+from tests.documents.markdown import Command
+from tests.harness import Process, until
+
+_BIN = Path(sys.executable).parent
+_BASH = Path("bash")
+_SERVERS = ("make demo", "sd-gateway serve", "sd-gateway demo")  # commands that run until they are stopped
+_LISTENS = r'"url": "(http://[^"]+)"'
+_CURL_SAW_AN_ERROR = 22
+_ENOUGH = 2  # events of a stream that would go on
+
+
+class Session:
+    """Runs commands one after the other; what they export stays.
+
+    `instead` maps what stands in a document to what stands for it here: an address, a secret.
+    """
+
+    def __init__(
+        self,
+        cwd: Path,
+        *,
+        scratch: Path,
+        env: Mapping[str, str],
+        instead: Mapping[str, str],
+        server: ExitStack,
+    ) -> None:
+        self._cwd = cwd
+        self._exported = scratch / "exported"
+        # curl shows its meter to whoever is no terminal, and a reader has one. An error is one that is shown.
+        (scratch / ".curlrc").write_text("silent\nshow-error\nfail-with-body\n")
+        ours = {"PATH": f"{_BIN}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8", "CURL_HOME": str(scratch)}
+        others = {
+            k: v for k, v in os.environ.items() if not k.startswith(("SD_GATEWAY_", "SPEEDPIX_", "OTEL_"))
+        }
+        self._env = others | ours | dict(env)
+        self._instead = dict(instead)
+        self._server = server
+
+    def run(self, command: Command) -> None:
+        """Run a command, which must end well and print what the document says, if it says anything."""
+        text = self.here(command.text)
+        if text.startswith(_SERVERS):
+            self._serve(text)
+            return
+        if re.search(r"curl (--no-buffer|-N) ", text):
+            printed = self._stream(text)
+        else:
+            printed = self._run(text, refused="urn:sd-gateway:problem:" in command.shown)
+        if command.shown:
+            pattern = shape(self.here(command.shown))
+            assert re.fullmatch(pattern, printed.strip()), (
+                f"{text}\nprinted\n{printed}\nbut shown is\n{command.shown}"
+            )
+
+    def here(self, text: str) -> str:
+        """Return a command as it is run here."""
+        for written, meant in self._instead.items():
+            text = text.replace(written, meant)
+        return text
+
+    def _run(self, text: str, *, refused: bool) -> str:
+        script = f"set -eu -o pipefail\n{text}\nenv --null >{self._exported}"
+        process = self._start(script)
+        printed = process.communicate()[0]
+        if refused and process.returncode == _CURL_SAW_AN_ERROR:
+            return re.sub(r"^curl: \(22\) .*\n", "", printed)
+        assert process.returncode == 0, f"{text}\nended with {process.returncode}, and printed\n{printed}"
+        pairs = (
+            line.partition("=") for line in self._exported.read_text(encoding="utf-8").split("\0") if line
+        )
+        self._env = {name: value for name, _, value in pairs}
+        return printed
+
+    def _stream(self, text: str) -> str:
+        """Read a stream until it ends, or is seen to go on."""
+        process = self._start(f"exec {text}")
+        assert process.stdout is not None
+        printed = ""
+        with process.stdout:
+            for line in process.stdout:
+                printed += line
+                if printed.count("data: ") >= _ENOUGH and not line.strip():
+                    break
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        return printed
+
+    def _start(self, script: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [_BASH, "-c", script],
+            cwd=self._cwd,
+            env=self._env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,  # a header's CR LF becomes LF, too
+        )
+
+    def _serve(self, text: str) -> None:
+        self._server.close()  # the one before, which has the address
+        process = Process("-c", f"exec {text}", program=_BASH, cwd=self._cwd, env=self._env)
+        self._server.enter_context(process)
+        url = process.says(_LISTENS)
+        if "demo" in text:  # a reader types the next command a little later
+            until(lambda: _status(f"{url}/v1/progress/demo-1") == "running", "the demo's first task runs")
+
+
+@contextmanager
+def session(
+    cwd: Path, *, scratch: Path, env: Mapping[str, str], instead: Mapping[str, str]
+) -> Iterator[Session]:
+    """Give a session; what it started is stopped in the end. Nothing of its own is left but in `scratch`."""
+    with ExitStack() as server:
+        yield Session(cwd, scratch=scratch, env=env, instead=instead, server=server)
+
+
+def _status(url: str) -> str:
+    status: str = httpx.get(url, trust_env=False).json()["status"]
+    return status
+
+
+def shape(shown: str) -> str:
+    """Return a pattern for what is shown: an ellipsis is anything, a number is any number."""
+    parts = re.split(r"(…|\d+(?:\.\d+)?)", shown.strip())
+    return "".join(
+        re.escape(part) if index % 2 == 0 else r"[\s\S]*?" if part == "…" else r"\d+(?:\.\d+)?(?:e-\d+)?"
+        for index, part in enumerate(parts)
+    )
