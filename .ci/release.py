@@ -1,0 +1,205 @@
+"""`make release`: builds what a release is made of, twice, and keeps it when both are the same to the byte.
+
+    the commit -> a folder -> sdist -> wheel, out of the sdist
+                           -> the chart's package, with the commit's time in it
+                           -> the image's lock file -> an environment -> bill of materials (CycloneDX)
+
+The two builds differ in what must not matter: folder, umask, time zone. Then the wheel is installed into the
+environment, as its users do, and asked for its version.
+"""
+
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+CHART = Path("helm", "sd-progress-gateway")
+SUMS = "SHA256SUMS"
+NEEDS = {
+    "git": "a release is made of a commit",
+    "helm": "it packages the chart; bash .ci/run fetches it into .cache/bin",
+}
+
+
+@dataclass(frozen=True)
+class Build:
+    """One build of a commit: its source in a folder of its own, `out` for what is made of it."""
+
+    source: Path
+    out: Path
+    epoch: int
+    umask: int
+    zone: str
+
+    def run(self) -> None:
+        """Make everything."""
+        self.out.mkdir()
+        self.call(BIN / "python", "-m", "build", "--no-isolation", "--outdir", self.out, self.source)
+        self.call("helm", "package", self.source / CHART, "--destination", self.out)
+        for package in self.out.glob("*.tgz"):
+            package.write_bytes(settled(package.read_bytes(), self.epoch))
+        self._list_materials()
+
+    @property
+    def version(self) -> str:
+        """The version that the wheel has."""
+        return self.wheel.name.split("-")[1]
+
+    @property
+    def wheel(self) -> Path:
+        """The wheel."""
+        [wheel] = self.out.glob("*.whl")
+        return wheel
+
+    @property
+    def environment(self) -> Path:
+        """Where the packages that the lock file names are installed, and no others."""
+        return self.source.with_name(f"{self.source.name}-environment")
+
+    def _list_materials(self) -> None:
+        self.call(BIN / "python", "-m", "venv", "--without-pip", self.environment)
+        self.install(
+            "--require-hashes", "--only-binary", ":all:", "-r", self.source / image_lock(self.source)
+        )
+        project = self.environment / "pyproject.toml"
+        project.write_text(with_version((self.source / "pyproject.toml").read_text(), self.version))
+        bill = self.out / f"sd-progress-gateway-{self.version}.cdx.json"
+        python = self.environment / "bin" / "python"
+        self.call(
+            BIN / "cyclonedx-py", "environment", "--output-reproducible", "--pyproject", project,
+            "--output-file", bill, python,
+        )  # fmt: skip
+
+    def install(self, *arguments: str | Path) -> None:
+        """Have pip install into the environment."""
+        python = self.environment / "bin" / "python"
+        self.call(BIN / "python", "-m", "pip", "--quiet", "--python", python, "install", *arguments)
+
+    def call(self, *command: str | Path) -> str:
+        """Run a command, which must end well; return what it prints."""
+        env = os.environ | {"SOURCE_DATE_EPOCH": str(self.epoch), "TZ": self.zone}
+        ran = subprocess.run(  # noqa: S603  # the project's own commands
+            command,
+            env=env | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"},
+            umask=self.umask,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if ran.returncode:
+            sys.exit(f"{' '.join(map(str, command))} ended with {ran.returncode}:\n{ran.stdout}{ran.stderr}")
+        return ran.stdout
+
+
+def image_lock(source: Path) -> str:
+    """Return the lock file of what the image holds: the last that the Dockerfile installs."""
+    locks: list[str] = re.findall(r"-r (requirements\S*\.lock)", (source / "Dockerfile").read_text())
+    return locks[-1]
+
+
+def settled(package: bytes, epoch: int) -> bytes:
+    """Return a packed chart without what tells when, where and by whom it was packed."""
+    content: dict[str, bytes] = {}
+    with tarfile.open(fileobj=io.BytesIO(package)) as packed:
+        for member in packed:
+            file = packed.extractfile(member)
+            if file is not None:
+                content[member.name] = file.read()
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as packed:
+        # Chart.yaml first, as helm has it: some readers look no further for what it is.
+        for name in sorted(content, key=lambda name: (not name.endswith("/Chart.yaml"), name)):
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime, member.mode = len(content[name]), epoch, 0o644
+            packed.addfile(member, io.BytesIO(content[name]))
+    zipped = io.BytesIO()
+    with gzip.GzipFile(fileobj=zipped, mode="wb", filename="", mtime=epoch) as packer:
+        packer.write(tar.getvalue())
+    return zipped.getvalue()
+
+
+def with_version(project: str, version: str) -> str:
+    """Return a pyproject.toml that tells the version itself, which is else read from the package."""
+    told = project.replace('dynamic = ["version"]', f"version = {json.dumps(version)}")
+    if tomllib.loads(told)["project"].get("version") != version:
+        sys.exit("pyproject.toml has no version to be told")
+    return told
+
+
+def sums(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file, by name."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in sorted(folder.iterdir())}
+
+
+def differences(one: Mapping[str, str], another: Mapping[str, str]) -> list[str]:
+    """Return the names of files that are not the same in both builds."""
+    return sorted(name for name in {*one, *another} if one.get(name) != another.get(name))
+
+
+def git(*arguments: str) -> bytes:
+    """Ask git about the commit."""
+    return subprocess.check_output(["git", *arguments], cwd=ROOT)  # noqa: S603, S607
+
+
+def say(line: str) -> None:
+    """Tell how it goes on."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+def release(folder: Path, scratch: Path) -> None:
+    """Build in `scratch`, and keep the result in `folder`."""
+    commit = git("rev-parse", "HEAD").decode().strip()
+    epoch = int(git("log", "-1", "--format=%ct"))
+    say(f"release of {commit}")
+    if git("status", "--porcelain"):
+        say("what is not committed is not in it")
+    builds = []
+    for name, umask, zone in (("one", 0o022, "UTC"), ("another", 0o077, "Asia/Shanghai")):
+        build = Build(scratch / name, scratch / f"{name}-out", epoch, umask, zone)
+        with tarfile.open(fileobj=io.BytesIO(git("archive", "HEAD"))) as archive:
+            archive.extractall(build.source, filter="data")
+        build.run()
+        builds.append(build)
+    first, second = (sums(build.out) for build in builds)
+    if different := differences(first, second):
+        sys.exit(f"not the same when built twice: {', '.join(different)}")
+    build = builds[0]
+    build.install("--no-index", "--no-deps", build.wheel)
+    said = build.call(build.environment / "bin" / "sd-gateway", "--version").strip()
+    if said != f"sd-gateway {build.version}":
+        sys.exit(f"the installed wheel says it is {said}")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(build.out, folder)
+    (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in first.items()))
+    say(f"built twice, the same; the wheel installs, and says {said}")
+    for name in first:
+        say(f"  {folder / name}")
+
+
+def main(folder: Path) -> None:
+    """Make the release, or say what is missing."""
+    for program, why in NEEDS.items():
+        if shutil.which(program) is None:
+            sys.exit(f"make release needs {program}, which is not here: {why}")
+    if not (ROOT / ".git").exists():
+        sys.exit("make release needs a git clone: a release is made of a commit")
+    with tempfile.TemporaryDirectory(prefix="sd-gateway-release-") as scratch:
+        release(folder, Path(scratch))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
