@@ -79,8 +79,8 @@ class Build:
         bill = self.out / f"sd-progress-gateway-{self.version}.cdx.json"
         python = self.environment / "bin" / "python"
         self.call(
-            BIN / "cyclonedx-py", "environment", "--output-reproducible", "--pyproject", project,
-            "--output-file", bill, python,
+            BIN / "cyclonedx-py", "environment", "--output-reproducible", "--gather-license-texts",
+            "--pyproject", project, "--output-file", bill, python,
         )  # fmt: skip
 
     def install(self, *arguments: str | Path) -> None:
