@@ -163,8 +163,9 @@ def test_documents_name_what_exists(document: Document) -> None:
 @each_document
 def test_documents_name_files_that_exist(document: Document) -> None:
     """A path in backticks begins at the root, in the package, the tests, .ci, or the document's folder."""
+    shown = {block.name for block in document.blocks()}
     for code in document.code():
-        if code not in ABSENT and re.fullmatch(
+        if code not in ABSENT | shown and re.fullmatch(
             r"\.?[\w-]+(/[\w.-]+)*(\.(py|toml|md|yaml|json|js|lock)|/)", code
         ):
             places = (ROOT, ROOT / "gateway", ROOT / "tests", ROOT / ".ci", document.path.parent)
