@@ -18,7 +18,9 @@ from gateway.api.problems import PROBLEMS
 from gateway.exceptions import GatewayError, UpstreamRejected
 from gateway.metrics import Metrics
 from gateway.settings import Settings
+from gateway.tallies import Counts, Spreads
 from tests.documents.markdown import ROOT, Document, documents
+from tests.promql import label_names
 
 CONFIG = ROOT / "config" / "gateway.toml"
 RULES = ROOT / "helm" / "sd-progress-gateway" / "rules" / "gateway.yaml"
@@ -132,12 +134,12 @@ def metrics() -> str:
     """Return the table of metrics."""
 
     def rows() -> Rows:
-        ours = vars(Metrics(CollectorRegistry(), gateway_version="")).values()
-        for metric in ours:
-            if isinstance(metric, MetricWrapperBase):
-                name = metric._name + ("_total" if metric._type == "counter" else "")
-                labels = " ".join(f"`{label}`" for label in metric._labelnames)
-                yield f"`{name}`", metric._type, labels, metric._documentation
+        for metric in vars(Metrics(CollectorRegistry(), gateway_version="")).values():
+            if isinstance(metric, MetricWrapperBase | Counts | Spreads):
+                family = next(iter(metric.describe()))
+                name = family.name + ("_total" if family.type == "counter" else "")
+                labels = " ".join(f"`{label}`" for label in label_names(metric))
+                yield f"`{name}`", family.type, labels, family.documentation
 
     return table(("metric", "type", "labels", "meaning"), rows())
 
