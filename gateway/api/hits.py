@@ -20,7 +20,7 @@ from gateway.api.answers import HEADER_NAMES, answer
 from gateway.api.caching import unchanged_until
 from gateway.api.middleware import TrustedHosts
 from gateway.api.ratelimit import RateLimiter
-from gateway.api.requestlog import RequestLog, kind
+from gateway.api.requestlog import RequestLog, Verdict, kind, verdict
 from gateway.api.requests import Headers, given_request_id, header, new_request_id
 from gateway.api.tasks import PROGRESS, PlainTargets
 from gateway.metrics import Metrics
@@ -31,6 +31,7 @@ from gateway.tallies import Count
 
 _ROUTE = f"{PROGRESS}/{{taskId}}"  # in metrics and log lines, the application's template of the path
 # A body, or a wish for more than an answer at once.
+_HIT = Source.HIT
 _MOST_MADE = 4096
 _MORE = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade", b"prefer"})
 
@@ -55,9 +56,9 @@ class Hit:
     status: int
     values: tuple[bytes, ...]
     body: bytes
-    until: float
     count: Count
     line: Kind
+    until: float = 0.0
     rendered: tuple[object, bytes] = (None, b"")
 
 
@@ -99,10 +100,10 @@ class Hits:
         self._durations = metrics.http_request_duration.labels(_ROUTE)
         self._request_log = RequestLog(sampler)
         self._sampler = sampler
+        self._lines = {status: self._line(status, (_HIT, None)) for status in HEADER_NAMES}
         self._clock = clock
-        self._made: dict[
-            tuple[bytes, str | None], Hit
-        ] = {}  # of this second, for a crowd that asks for the same
+        # Of this second, for a crowd that asks for the same; None: asked for once.
+        self._made: dict[tuple[bytes, str | None], Hit | None] = {}
         self._empty_at = 0.0
 
     def wishes(self, headers: Headers) -> Wishes | None:
@@ -144,23 +145,26 @@ class Hits:
         if reading is None:
             return None
         status, values, body = answer(reading, known)
-        fresh = reading.source is Source.HIT
-        hit = Hit(
-            reading,
-            status,
-            values + self._added,
-            body,
-            unchanged_until(reading) if fresh else now,
-            self._counts[status],
-            self._sampler.kind(kind(_ROUTE, status, outcome=reading)),
-        )
-        if not fresh:
-            return hit
+        fresh = reading.source is _HIT
+        line = self._lines[status] if fresh else self._line(status, verdict(reading))
+        hit = Hit(reading, status, values + self._added, body, self._counts[status], line)
+        if fresh:
+            self._keep(target, known, hit, now)
+        return hit
+
+    def _line(self, status: int, how: Verdict) -> Kind:
+        return self._sampler.kind(kind(_ROUTE, status, None, how))
+
+    def _keep(self, target: bytes, known: str | None, hit: Hit, now: float) -> None:
+        """Keep an answer that is made for a second time within a second."""
         if now >= self._empty_at or len(self._made) >= _MOST_MADE:
             self._made.clear()
             self._empty_at = now + 1.0
-        self._made[target, known] = hit
-        return hit
+        if (target, known) in self._made:
+            hit.until = unchanged_until(hit.reading)
+            self._made[target, known] = hit
+        else:
+            self._made[target, known] = None
 
     def _tell(self, hit: Hit, wishes: Wishes, request_id: bytes, *, seconds: float, untold: int) -> None:
         state = {"request_id": request_id.decode(), "outcomes": (hit.reading,)}

@@ -19,6 +19,8 @@ from gateway.api.tracecontext import TraceParent, trace_parent
 from gateway.sampling import Sampler
 from gateway.service import Failed, Reading
 
+Verdict = tuple[str, str | None]
+
 SPAN = "span"  # in the scope's state: the TraceParent that is the request's own, where spans are made
 _SERVER_ERROR = 500
 _SHOWN = 64  # characters of a task ID, which may be none
@@ -47,8 +49,8 @@ class RequestLog:
             return
         state = scope["state"]
         outcomes: Sequence[Reading | Failed] = state.get("outcomes", ())
-        only = outcomes[0] if len(outcomes) == 1 else None
-        untold = self._sampler.take(kind(route, status, code=state.get("code"), outcome=only))
+        only = verdict(outcomes[0]) if len(outcomes) == 1 else None
+        untold = self._sampler.take(kind(route, status, state.get("code"), only))
         if untold is not None:
             self.write(scope, method=method, route=route, status=status, seconds=seconds, untold=untold)
 
@@ -75,9 +77,14 @@ class RequestLog:
         log.log(_level(route, status), "request", **told)
 
 
-def kind(route: str, status: int, *, code: str | None = None, outcome: Reading | Failed | None) -> Hashable:
-    """Return what kind of line a request's is, to be sampled with its like; `outcome` is its only one."""
-    return route, status // 100, code, None if outcome is None else _verdict(outcome)
+def kind(route: str, status: int, code: str | None, verdict: Verdict | None) -> Hashable:
+    """Return what kind of line a request's is, to be sampled with its like; `verdict` is its outcome's."""
+    return route, status // 100, code, verdict
+
+
+def verdict(outcome: Reading | Failed) -> Verdict:
+    """Return how an answer came about, and the code of the failure that it tells or covers."""
+    return outcome.source, outcome.failure.code if outcome.failure is not None else None
 
 
 def trace_fields(scope: Scope) -> dict[str, str]:
@@ -94,10 +101,6 @@ def _level(route: str, status: int) -> int:
     return logging.DEBUG if route in ops.PROBES else logging.INFO
 
 
-def _verdict(outcome: Reading | Failed) -> tuple[str, str | None]:
-    return outcome.source, outcome.failure.code if outcome.failure is not None else None
-
-
 def _tasks(scope: Scope, outcomes: Sequence[Reading | Failed]) -> dict[str, Any]:
     if len(outcomes) == 1:
         return {"task_id": outcomes[0].key.task_id}
@@ -112,7 +115,7 @@ def _tasks(scope: Scope, outcomes: Sequence[Reading | Failed]) -> dict[str, Any]
 def _cache(outcomes: Sequence[Reading | Failed]) -> dict[str, Any]:
     if len(outcomes) != 1:
         return {"cache": dict(Counter(str(outcome.source) for outcome in outcomes)) or None}
-    source, detail = _verdict(outcomes[0])
+    source, detail = verdict(outcomes[0])
     return {"cache": str(source), "detail": detail}
 
 

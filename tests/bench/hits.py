@@ -86,7 +86,7 @@ def _many(bench: Bench, contestants: list[Server]) -> Comparison:
         return measure(server)
 
     return Comparison(
-        title=f"hits: {_MANY} tasks with a lifetime of 1 s",
+        title=f"hits: {_MANY:,} tasks with a lifetime of 1 s",
         samples=bench.take_turns({server.name: partial(warm, server) for server in contestants}),
         baseline="nginx",
         notes=["The CPU time includes the upstream calls that keep the tasks fresh."],
