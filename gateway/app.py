@@ -74,8 +74,23 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         settings.upstream, redactor=redactor, metrics=metrics, user_agent=USER_AGENT, tracing=tracing
     )
     rotation = Rotation(credentials, refusal_seconds=cache.error_seconds)
-    upstream = Upstream(settings.upstream, calls=calls, rotation=rotation, metrics=metrics, token=store.token)
-    service = ProgressService(cache, store=store, upstream=upstream, metrics=metrics, tracing=tracing)
+    upstream = Upstream(
+        settings.upstream,
+        calls=calls,
+        rotation=rotation,
+        metrics=metrics,
+        token=store.token,
+        tell_slowed=store.tell_slowed,
+    )
+    store.on_slowed(upstream.slow_down)
+    service = ProgressService(
+        cache,
+        store=store,
+        upstream=upstream,
+        metrics=metrics,
+        patience_seconds=settings.upstream.timeout_seconds,
+        tracing=tracing,
+    )
     watch = Watch(settings.watch, service=service, store=store, metrics=metrics)
     drain = Drain()
 
@@ -165,7 +180,8 @@ def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
         memory=memory,
         redactor=redactor,
         metrics=metrics,
-        patience_seconds=settings.upstream.timeout_seconds,
+        stale_seconds=cache.stale_while_revalidate_seconds,
+        covering_seconds=cache.stale_if_error_seconds,
     )
 
 

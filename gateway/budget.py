@@ -141,6 +141,10 @@ class Budget:
             elif turn.sent_at is not None and accepted:
                 self._pace.accepted(self._clock(), sent_at=turn.sent_at)
 
+    def slow_down(self, *, retry_after: float | None) -> None:
+        """Learn from a refusal that another met with, just now."""
+        self._slow_down(self._clock(), retry_after)
+
     async def _take(
         self, *, renewal: bool, patience_seconds: float, held_up: Callable[[float], None]
     ) -> None:

@@ -109,7 +109,10 @@ class Failed(NamedTuple):
 
 
 class ProgressService:
-    """Answers queries. `clock` is the monotonic clock that `Snapshot.fetched_at` is read from."""
+    """Answers queries. `clock` is the monotonic clock that `Snapshot.fetched_at` is read from.
+
+    `patience_seconds`: how long a flight may take, whomever it waits for.
+    """
 
     def __init__(
         self,
@@ -118,10 +121,12 @@ class ProgressService:
         store: Store,
         upstream: Upstream,
         metrics: Metrics,
+        patience_seconds: float,
         tracing: Tracing | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cache = cache
+        self._patience_seconds = patience_seconds
         self._store = store
         self._upstream = upstream
         self._metrics = metrics
@@ -175,7 +180,10 @@ class ProgressService:
 
     async def read(self, key: TaskKey) -> Reading | Failed:
         """Answer, from the store or from upstream; Failed when no snapshot is young enough to cover it."""
-        return self.lookup(key) or await self._wait(key)
+        reading = self.lookup(key)
+        if reading is None and await self._store.catch_up():
+            reading = self.lookup(key)
+        return reading or await self._wait(key)
 
     async def get_fresh(self, key: TaskKey) -> Reading | Failed:
         """Answer as `read`, but wait for a fresh snapshot: what a schedule asks, that nobody waits for."""
@@ -303,27 +311,31 @@ class ProgressService:
             self._held_up.pop(key, None)
 
     async def _fly(self, key: TaskKey, *, after: int | None) -> Landing:
+        deadline = self._clock() + self._patience_seconds
         while True:
             # Look again. Between the look that sent us here and our taking off, another replica may
             # have landed with the same answer; asking twice would break the one-call promise.
-            lease = await self._store.take_off(key, after=after)
+            lease = await self._store.take_off(key, after=after, patience_seconds=deadline - self._clock())
             if not isinstance(lease, Lease):
                 return Landing(lease)
-            landing = await self._ask(lease)
+            landing = await self._ask(lease, deadline)
             if landing is not None:
                 return landing
 
-    async def _ask(self, lease: Lease) -> Landing | None:
+    async def _ask(self, lease: Lease, deadline: float) -> Landing | None:
         """Ask upstream, and store what comes of it. None: too late, for others have asked since."""
         key = lease.key
-        previous = self._store.recall(key)
+        previous = self._store.newest(key)
         started = self._clock()
         try:
             answer = await self._upstream.query(
-                key, renewal=previous is not None, held_up=partial(self._hold_up, key)
+                key,
+                renewal=previous is not None,
+                patience_seconds=deadline - started,
+                held_up=partial(self._hold_up, key),
             )
             self._ahead.learn(key.operation, self._clock() - started)
-            previous = self._store.recall(key)
+            previous = self._store.newest(key)
             snapshot = observe(
                 answer.data,
                 answer.envelope,

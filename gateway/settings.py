@@ -67,7 +67,6 @@ Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Strings = Annotated[list[str], BeforeValidator(_split)]
 
-
 VALKEY_PORT, SENTINEL_PORT = 6379, 26379
 _STORE_SCHEMES = {"valkey", "valkeys", "redis", "rediss"}
 
@@ -187,6 +186,8 @@ class Store(_Section):
     password_file: Path | None = None
     ca_file: Path | None = None
     sentinel_service: str = ""
+    sentinel_username_file: Path | None = None
+    sentinel_password_file: Path | None = None
     cluster: bool = False
     key_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9:._-]{1,64}$")] = "sd-gateway"
     timeout_seconds: Annotated[float, Field(gt=0, le=1)] = 0.05
@@ -199,17 +200,11 @@ class Store(_Section):
             parts, hosts = self._parts, self.hosts
         except ValueError:  # half an IPv6 address, a port that is no number
             parts, hosts = urlsplit(""), []
-        if (
-            parts.scheme not in _STORE_SCHEMES
-            or not all(host for host, _ in hosts)
-            or parts.query
-            or parts.fragment
-        ):
+        well_formed = parts.scheme in _STORE_SCHEMES and all(host for host, _ in hosts)
+        if not well_formed or parts.query or parts.fragment:
             raise ValueError("url: must be valkey://, valkeys://, redis:// or rediss:// and a host")
         if not re.fullmatch(r"(/[0-9]{0,5})?", parts.path) or (self.cluster and self.database):
-            raise ValueError(
-                "url: its path may be a database's number, if it is no cluster, and nothing else"
-            )
+            raise ValueError("url: its path may be a database's number, if it is no cluster")
         if self.cluster and self.sentinel_service:
             raise ValueError("cluster: not together with store.sentinel_service")
         if len(hosts) > 1 and not (self.cluster or self.sentinel_service):
@@ -239,10 +234,12 @@ class Store(_Section):
 
     def login(self) -> tuple[str | None, str | None]:
         """Return user name and password, read from their files anew. Raises: OSError, ValueError."""
-        user, _, password = self._parts.netloc.rpartition("@")[0].partition(":")
-        return _content(self.username_file) or unquote(user) or None, _content(self.password_file) or unquote(
-            password
-        ) or None
+        user, _, password = map(unquote, self._parts.netloc.rpartition("@")[0].partition(":"))
+        return _content(self.username_file) or user or None, _content(self.password_file) or password or None
+
+    def sentinel_login(self) -> tuple[str | None, str | None]:
+        """Return the Sentinels' user name and password, as `login` does."""
+        return _content(self.sentinel_username_file) or None, _content(self.sentinel_password_file) or None
 
 
 class Log(_Section):

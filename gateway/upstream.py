@@ -9,8 +9,9 @@ nothing ever queues for a connection.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
@@ -77,7 +78,10 @@ class Token(Protocol):
 
 
 class Upstream:
-    """Asks the upstream, by way of `calls`. `token`: the other replicas' say in the budget."""
+    """Asks the upstream, by way of `calls`.
+
+    `token`: the other replicas' say in the budget. `tell_slowed`: lets them know of a refusal; see `Store`.
+    """
 
     def __init__(
         self,
@@ -87,8 +91,10 @@ class Upstream:
         rotation: Rotation,
         metrics: Metrics,
         token: Token,
+        tell_slowed: Callable[[float | None], Awaitable[None]],
     ) -> None:
         self._token = token
+        self._tell_slowed = tell_slowed
         self._settings = settings
         self._calls = calls
         self._rotation = rotation
@@ -113,15 +119,25 @@ class Upstream:
             codes.append(UpstreamThrottled.code)
         return list(dict.fromkeys(codes))
 
+    def slow_down(self, retry_after: float | None) -> None:
+        """Do as if upstream had just refused a call of ours: it has one of another replica's."""
+        self._budget.slow_down(retry_after=retry_after)
+
     async def query(
-        self, key: TaskKey, *, renewal: bool = False, held_up: Callable[[float], None] = lambda _: None
+        self,
+        key: TaskKey,
+        *,
+        renewal: bool = False,
+        patience_seconds: float = math.inf,
+        held_up: Callable[[float], None] = lambda _: None,
     ) -> Answer:
-        """Ask, again if that may help, until `upstream.timeout_seconds` have passed.
+        """Ask, again if that may help, until `upstream.timeout_seconds` or the patience have passed.
 
         `renewal`: an older answer is known. `held_up` is told the seconds when the query has to wait
         for the budget. Raises: UpstreamError; Overloaded when no slot became free in time.
         """
-        deadline = asyncio.get_running_loop().time() + self._settings.timeout_seconds
+        most = min(self._settings.timeout_seconds, patience_seconds)
+        deadline = asyncio.get_running_loop().time() + most
         query = _Query(key, renewal, held_up, deadline)
         self._retry_tokens = min(self._retry_tokens + _RETRY_SHARE, _RETRY_RESERVE)
         attempt = 0
@@ -135,6 +151,8 @@ class Upstream:
                         # No call was made: what the one before met with says more.
                         raise copy(failure or refused) from None
                     except UpstreamError as exc:
+                        if isinstance(exc, UpstreamThrottled):
+                            await self._tell_slowed(exc.retry_after)
                         delay = self._delay(exc, attempt, deadline)
                         if delay is None:
                             raise
@@ -168,7 +186,8 @@ class Upstream:
     async def _take_token(self, query: _Query) -> None:
         """Wait for the replicas' common budget, too, where there is one. Raises: BudgetSpent.
 
-        A limit that was learnt is a replica's own: what upstream lets through of its calls.
+        A limit that was learnt is a replica's own, what upstream lets through of its calls; but each
+        refusal lowers it for all (`slow_down`).
         """
         per_second = self._settings.requests_per_second
         if not per_second:

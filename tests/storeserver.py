@@ -113,6 +113,20 @@ def cluster(folder: Path) -> Iterator[list[StoreServer]]:
         yield nodes
 
 
+def migrate(source: StoreServer, target: StoreServer) -> None:
+    """Move all of a node's slots to another, and wait until both know."""
+    identity = bytes(target.client.execute_command("CLUSTER", "MYID")).decode()
+    for first, last in owned(source):
+        source.client.execute_command("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", first, last, "NODE", identity)
+    until(lambda: not owned(source), "the slots have moved")
+
+
+def owned(node: StoreServer) -> list[tuple[int, int]]:
+    """Return the ranges of slots that a node has, by its own word."""
+    shards = node.client.execute_command("CLUSTER", "SLOTS")
+    return [(int(first), int(last)) for first, last, owner, *_ in shards if int(owner[1]) == node.port]
+
+
 @dataclass
 class Guarded:
     """A server, its replica, and the Sentinel that promotes one for the other."""
@@ -123,8 +137,8 @@ class Guarded:
 
 
 @contextmanager
-def guarded(folder: Path) -> Iterator[Guarded]:
-    """Run a server with a replica and a Sentinel, which knows them as `main`."""
+def guarded(folder: Path, *, more: str = "") -> Iterator[Guarded]:
+    """Run a server with a replica and a Sentinel, which knows them as `main`; `more` of its configuration."""
     program = binary("valkey")
     with ExitStack() as stack:
         primary = stack.enter_context(StoreServer(program, folder))
@@ -133,7 +147,7 @@ def guarded(folder: Path) -> Iterator[Guarded]:
         until(lambda: replica.client.info("replication")["master_link_status"] == "up", "the replica follows")  # type: ignore[index]
         configuration = (
             f"sentinel monitor main 127.0.0.1 {primary.port} 1\n"
-            "sentinel down-after-milliseconds main 300\nsentinel failover-timeout main 2000\n"
+            f"sentinel down-after-milliseconds main 300\nsentinel failover-timeout main 2000\n{more}"
         )
         sentinel = stack.enter_context(StoreServer(program, folder, sentinel=configuration))
         until(lambda: sentinel.client.execute_command("SENTINEL", "REPLICAS", "main"), "Sentinel knows both")

@@ -307,6 +307,15 @@ async def test_budget_slows_down_when_upstream_throttles(clock: Clock) -> None:
     ]
 
 
+async def test_budget_slows_down_for_what_another_replica_met_with(clock: Clock) -> None:
+    """A refusal of another replica's call counts like one of ours, and pauses us for as long."""
+    budget = Budget(100, clock=clock, call_later=clock.call_later)
+    budget.slow_down(retry_after=2.0)
+    assert budget.slowed
+    assert budget.per_second < 100
+    assert budget.expected_wait(renewal=True) >= 2.0
+
+
 async def test_budget_takes_back_turns_that_were_given_without_a_limit(clock: Clock) -> None:
     """When upstream slows us down, turns not used yet are void, and no token comes back for them."""
     budget = Budget(0, clock=clock, call_later=clock.call_later)

@@ -519,7 +519,8 @@ def test_chart_knows_the_settings_that_the_gateway_knows() -> None:
     expected = plain({key: value for key, value in model.items() if key != "$defs"})
     sections = expected["properties"]
     del sections["credentials"]
-    for name in ("username_file", "password_file", "ca_file"):
+    files = ("username_file", "password_file", "ca_file", "sentinel_username_file", "sentinel_password_file")
+    for name in files:
         del sections["store"]["properties"][name]
     sections["store"]["properties"]["url"] = {
         "type": "string",

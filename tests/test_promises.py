@@ -223,6 +223,7 @@ class Promises(RuleBasedStateMachine):
             store=self.store,
             upstream=cast("Upstream", self.upstream),
             metrics=self.metrics,
+            patience_seconds=10.0,
             clock=self.loop.time,
         )
         self.watch = Watch(
@@ -230,6 +231,7 @@ class Promises(RuleBasedStateMachine):
             service=self.service,
             store=self.store,
             metrics=self.metrics,
+            patience_seconds=10.0,
             clock=self.loop.time,
         )
 

@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from socket import socket
 from typing import Any
@@ -18,8 +19,19 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.harness import Gateway, Json, RawUpstream, Request, framed, fresh_id, serving, until
-from tests.storeserver import StoreServer, binary
+from tests.harness import (
+    Gateway,
+    Json,
+    RawUpstream,
+    Request,
+    drained,
+    framed,
+    fresh_id,
+    plain_client,
+    serving,
+    until,
+)
+from tests.storeserver import StoreServer, binary, cluster, guarded, migrate
 
 Launch = Callable[..., Gateway]
 REPLICAS = 3
@@ -165,6 +177,40 @@ def test_replicas_asked_in_turn_never_go_back(
     assert last >= 0.015
 
 
+@pytest.mark.usefixtures("upstream")
+def test_replicas_that_stood_still_do_not_go_back(
+    processes: Callable[..., Any], start: Callable[..., list[Gateway]]
+) -> None:
+    """A change that came while a replica stood still is not overtaken by the requests that wait beside it.
+
+    Both lie in its sockets when it goes on. It reads the requests first, for they had begun before.
+    """
+    cache = {"running_seconds": 0.2, "stale_while_revalidate_seconds": 600}
+    others = start(cache=cache)
+    process, one = processes(cache)
+    task_id = fresh_id()
+    request = f"GET /v1/progress/{task_id} HTTP/1.1\r\nHost: one\r\nConnection: close\r\n\r\n".encode()
+    for _ in range(5):
+        with ExitStack() as stack:
+            connections = [stack.enter_context(closing(one.connect())) for _ in range(5)]
+            known = progress(one, task_id)
+            process.signal(signal.SIGSTOP)
+            for connection in connections:
+                connection.sendall(request[:20])
+            newer = until(partial(newer_than, others[0], task_id, known), "another shows something newer")
+            for connection in connections:
+                connection.sendall(request[20:])
+            process.signal(signal.SIGCONT)
+            told = [json.loads(drained(connection).rpartition(b"\r\n")[2]) for connection in connections]
+        assert min(answer["progress"] for answer in told) >= newer
+
+
+def newer_than(gateway: Gateway, task_id: str, known: float) -> float | None:
+    """Return the progress that a replica shows if it is more than that."""
+    now = progress(gateway, task_id)
+    return now if now > known else None
+
+
 def test_replicas_streams_show_what_another_fetched(
     upstream: RawUpstream, start: Callable[..., list[Gateway]]
 ) -> None:
@@ -280,6 +326,29 @@ def empty(server: StoreServer) -> None:
     server.configure(maxmemory=0)
 
 
+@contextmanager
+def polled(replicas: list[Gateway], task_ids: list[str]) -> Iterator[list[int]]:
+    """Have a few callers ask every replica, over and over, until it is over; give the statuses told."""
+    over = threading.Event()
+    statuses: list[int] = []
+
+    def poll(replica: Gateway) -> None:
+        with plain_client(replica.url) as client:
+            for task_id in itertools.cycle(task_ids):
+                if over.is_set():
+                    return
+                statuses.append(client.get(f"/v1/progress/{task_id}").status_code)
+
+    with ThreadPoolExecutor(len(replicas)) as pool:
+        polling = [pool.submit(poll, replica) for replica in replicas]
+        try:
+            yield statuses
+        finally:
+            over.set()
+        for each in polling:
+            each.result()
+
+
 @pytest.mark.parametrize(("harm", "heal"), [(kill, restart), (freeze, thaw), (forbid, permit), (fill, empty)])
 def test_replicas_go_on_without_the_store_and_share_again(
     harm: Callable[[StoreServer], None],
@@ -289,21 +358,91 @@ def test_replicas_go_on_without_the_store_and_share_again(
     start: Callable[..., list[Gateway]],
 ) -> None:
     """Whatever becomes of the server, no answer fails; each replica asks for itself until it is well."""
-    replicas = start(cache={"running_seconds": 600}, store={"timeout_seconds": 0.2})
-    old, asked = fresh_id(), len(upstream.requests)
+    replicas = start(cache={"terminal_seconds": 600}, store={"timeout_seconds": 0.2})
+    old = fresh_id()
     assert len({progress(replica, old) for replica in replicas}) == 1
-    harm(server)
+    with polled(replicas, [old, *(fresh_id() for _ in range(5))]) as statuses:
+        harm(server)
+        for replica in replicas:
+            until(lambda replica=replica: shown(replica, fresh_id()) and alone(replica), "it is alone")  # type: ignore[misc]
+        new = fresh_id()
+        assert len({progress(replica, new) for replica in replicas}) == REPLICAS
+        asked = [request.task_id for request in list(upstream.requests)]
+        assert asked.count(new) >= REPLICAS
+        heal(server)
+        until(lambda: all(map(shares, replicas)), "every replica shares again")
+        ended = fresh_id()
+        upstream.behaviour = lambda connection, request: connection.sendall(
+            framed(request.envelope(status="succeeded", progress=1))
+        )
+        assert [shown(replica, ended)["taskId"] for replica in replicas] == [ended] * REPLICAS
+        asked = [request.task_id for request in list(upstream.requests)]
+        assert asked.count(ended) == 1
+    assert set(statuses) == {httpx.codes.OK}
+    assert all(replica.metric("store_errors_total") > 0 for replica in replicas)
+
+
+@pytest.fixture
+def sharing(upstream: RawUpstream, launch: Launch) -> Callable[[Json], list[Gateway]]:
+    """Return a function that starts replicas on a store of any kind."""
+
+    def start(store: Json) -> list[Gateway]:
+        replicas = [launch(upstream.url, store={**STORE, **store}) for _ in range(REPLICAS)]
+        until(lambda: all(map(shares, replicas)), "every replica reaches the store")
+        return replicas
+
+    return start
+
+
+def test_replicas_follow_a_failover(sharing: Callable[[Json], list[Gateway]], tmp_path: Path) -> None:
+    """While Sentinel promotes another server no answer fails, and then all share again."""
+    with guarded(tmp_path) as servers:
+        replicas = sharing({"url": servers.sentinel.url, "sentinel_service": "main", "timeout_seconds": 0.2})
+        with polled(replicas, [fresh_id() for _ in range(5)]) as statuses:
+            until(lambda: len(statuses) > 100, "there is load")
+            servers.primary.kill()
+            until(lambda: not any(map(shares, replicas)), "every replica is alone")
+            until(lambda: all(map(shares, replicas)), "every replica shares again")
+        assert set(statuses) == {httpx.codes.OK}
+
+
+def test_replicas_share_on_while_slots_move(
+    sharing: Callable[[Json], list[Gateway]], upstream: RawUpstream, tmp_path: Path
+) -> None:
+    """While a cluster's slots move no answer fails, no replica goes on alone, and none goes back."""
+    with cluster(tmp_path) as nodes:
+        replicas = sharing({"url": nodes[0].url, "cluster": True})
+        tasks = [fresh_id() for _ in range(8)]
+        last = dict.fromkeys(tasks, 0.0)
+        with polled(replicas, tasks) as statuses, ThreadPoolExecutor(1) as pool:
+            moving = pool.submit(migrate, nodes[0], nodes[1])
+            for replica in itertools.cycle(replicas):
+                if moving.done() and len(upstream.requests) > 5 * len(tasks):
+                    break
+                for task_id in tasks:
+                    now = progress(replica, task_id)
+                    assert now >= last[task_id]
+                    last[task_id] = now
+            moving.result()
+        assert set(statuses) == {httpx.codes.OK}
+        assert all(map(shares, replicas))
+        assert all(replica.metric("store_errors_total") == 0 for replica in replicas)
+
+
+def test_replicas_are_slowed_down_together(upstream: RawUpstream, replicas: list[Gateway]) -> None:
+    """When upstream slows one replica down the others hold back, too, before they are told so themselves."""
+    upstream.behaviour = lambda connection, _: connection.sendall(
+        framed(b"", "retry-after: 5", status="HTTP/1.1 429 Too Many Requests")
+    )
+    assert replicas[0].get(fresh_id()).json()["code"] == "upstream-throttled"
     for replica in replicas:
-        until(lambda replica=replica: shown(replica, fresh_id()) and alone(replica), "it is alone")  # type: ignore[misc]
-        shown(replica, old)
-    new, asked = fresh_id(), len(upstream.requests)
-    assert len({progress(replica, new) for replica in replicas}) == REPLICAS
-    assert len(upstream.requests) >= asked + REPLICAS
-    heal(server)
-    until(lambda: all(map(shares, replicas)), "every replica shares again")
-    shared, asked = fresh_id(), len(upstream.requests)
-    assert [shown(replica, shared)["taskId"] for replica in replicas] == [shared] * REPLICAS
-    assert all(replica.metric("store_errors_total") > 0 for replica in replicas) or harm is kill
+        until(lambda replica=replica: slowed(replica), "it holds back")  # type: ignore[misc]
+    assert len(upstream.requests) == 1
+
+
+def slowed(gateway: Gateway) -> bool:
+    """Tell whether a replica holds back for its upstream."""
+    return "upstream: upstream-throttled" in gateway.client.get("/readyz").json()["degraded"]
 
 
 def place(server: StoreServer, task_id: str) -> str:
@@ -312,15 +451,17 @@ def place(server: StoreServer, task_id: str) -> str:
     return str(name.decode())
 
 
-@pytest.mark.parametrize("garbage", [b"", b"garbage", b"sdg1 1 1 1 0\n{}", b"sdg1 9 9 99999999999999999 1\n"])
+@pytest.mark.parametrize(
+    "garbage", [b"", b"garbage", b"sdg2 1 1 1 1 0\n{}", b"sdg2 9 9 99999999999999999 9 1\n"]
+)
 def test_replicas_overwrite_garbage(garbage: bytes, server: StoreServer, replicas: list[Gateway]) -> None:
     """Values that make no sense are as good as none, and sense takes their place."""
     task_id = fresh_id()
     shown(replicas[0], task_id)
     name = place(server, task_id)
     server.client.set(name, garbage)
-    for kind in "fl":
-        server.client.lpush(f"{name.removesuffix('s')}{kind}", "of another type")
+    server.client.lpush(f"{name.removesuffix('s')}f", "of another type")
+    server.client.set(f"{name.removesuffix('s')}l", garbage)  # a lease that nobody holds, without an end
     assert [shown(replica, task_id)["taskId"] for replica in replicas[1:]] == [task_id] * 2
     assert str(server.client.get(name)).count(task_id) > 1
 
@@ -339,7 +480,7 @@ def test_replicas_believe_nothing_that_is_another_tasks(server: StoreServer, rep
 
 
 @pytest.fixture
-def processes(server: StoreServer, upstream: RawUpstream, tmp_path: Path) -> Iterator[Callable[[], Any]]:
+def processes(server: StoreServer, upstream: RawUpstream, tmp_path: Path) -> Iterator[Callable[..., Any]]:
     """Return a function that starts a replica as a process of its own."""
     environment = {
         "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url,
@@ -350,8 +491,9 @@ def processes(server: StoreServer, upstream: RawUpstream, tmp_path: Path) -> Ite
     }
     with ExitStack() as stack:
 
-        def start() -> Any:
-            process, gateway = stack.enter_context(serving(tmp_path, environment))
+        def start(cache: Json | None = None) -> Any:
+            given = {f"SD_GATEWAY_CACHE__{name.upper()}": str(value) for name, value in (cache or {}).items()}
+            process, gateway = stack.enter_context(serving(tmp_path, environment | given))
             until(lambda: shares(gateway), "the replica reaches the store")
             return process, gateway
 

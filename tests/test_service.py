@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -103,9 +104,12 @@ class Clock:
 class Call:
     """One query that the upstream got, and the test answers."""
 
-    def __init__(self, key: TaskKey, *, renewal: bool, hold_up: Callable[[float], None]) -> None:
+    def __init__(
+        self, key: TaskKey, *, renewal: bool, patience_seconds: float, hold_up: Callable[[float], None]
+    ) -> None:
         self.key = key
         self.renewal = renewal
+        self.patience_seconds = patience_seconds
         self.hold_up = hold_up
         self.outcome: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
@@ -130,10 +134,12 @@ class FakeUpstream:
         self.keys: list[TaskKey] = []
         self._calls: asyncio.Queue[Call] = asyncio.Queue()
 
-    async def query(self, key: TaskKey, *, renewal: bool, held_up: Callable[[float], None]) -> Answer:
+    async def query(
+        self, key: TaskKey, *, renewal: bool, patience_seconds: float, held_up: Callable[[float], None]
+    ) -> Answer:
         """Wait until the test answers."""
         self.keys.append(key)
-        call = Call(key, renewal=renewal, hold_up=held_up)
+        call = Call(key, renewal=renewal, patience_seconds=patience_seconds, hold_up=held_up)
         self._calls.put_nowait(call)
         return await call.outcome
 
@@ -163,6 +169,7 @@ class Bench:
             store=self.store,
             upstream=cast("Upstream", self.upstream),
             metrics=self.metrics,
+            patience_seconds=10.0,
             clock=self.clock,
         )
         self._stored: asyncio.Queue[Snapshot] = asyncio.Queue()
@@ -758,8 +765,10 @@ class LeaseBook(MemoryStore):
         super().__init__(max_tasks=100, stale_seconds=60.0)
         self.out: set[Lease] = set()
 
-    async def take_off(self, key: TaskKey, *, after: int | None = None) -> Snapshot | GatewayError | Lease:
-        outcome = await super().take_off(key, after=after)
+    async def take_off(
+        self, key: TaskKey, *, after: int | None = None, patience_seconds: float = math.inf
+    ) -> Snapshot | GatewayError | Lease:
+        outcome = await super().take_off(key, after=after, patience_seconds=patience_seconds)
         if isinstance(outcome, Lease):
             self.out.add(outcome)
         return outcome
@@ -962,11 +971,13 @@ class SharedStore(MemoryStore):
 
     elsewhere: Snapshot | None = None
 
-    async def take_off(self, key: TaskKey, *, after: int | None = None) -> Snapshot | GatewayError | Lease:
+    async def take_off(
+        self, key: TaskKey, *, after: int | None = None, patience_seconds: float = math.inf
+    ) -> Snapshot | GatewayError | Lease:
         """Find the other replica's snapshot, if it is of this task."""
         if self.elsewhere is not None and self.elsewhere.key == key:
             self.keep(self.elsewhere)
-        return await super().take_off(key, after=after)
+        return await super().take_off(key, after=after, patience_seconds=patience_seconds)
 
 
 async def test_fetch_looks_again_before_it_asks() -> None:
@@ -1177,3 +1188,71 @@ async def test_aclose_lets_nothing_begin(bench: Bench) -> None:
     with pytest.raises(asyncio.CancelledError):
         await bench.get(OTHER)
     assert bench.upstream.count == 1
+
+
+class SlowStore(MemoryStore):
+    """A store in which another replica has the lease for a while."""
+
+    clock = Clock()
+    patience: float = 0.0
+
+    async def take_off(
+        self, key: TaskKey, *, after: int | None = None, patience_seconds: float = math.inf
+    ) -> Snapshot | GatewayError | Lease:
+        """Give the lease after four seconds."""
+        self.patience = patience_seconds
+        self.clock.now += 4.0
+        return await super().take_off(key, after=after, patience_seconds=patience_seconds)
+
+
+async def test_fetch_has_one_deadline_whomever_it_waits_for() -> None:
+    """What a flight waited for another replica's is not given to its own query once more."""
+    store = SlowStore(max_tasks=10, stale_seconds=60.0)
+    bench = Bench(store=store)
+    store.clock = bench.clock
+    task = bench.begin()
+    call = await bench.upstream.call()
+    assert store.patience == 10.0
+    assert call.patience_seconds == 6.0
+    call.answer()
+    await task
+
+
+class LaggingStore(MemoryStore):
+    """A store that has missed something until it has caught up."""
+
+    behind = True
+    whole = True
+
+    def peek(self, key: TaskKey) -> Snapshot | None:
+        """Show nothing while it is behind."""
+        return None if self.behind else super().peek(key)
+
+    async def catch_up(self) -> bool:
+        """Catch up, if it can."""
+        self.behind = not self.whole
+        return self.whole
+
+
+@pytest.mark.parametrize("age", [0.5, 1.5])
+async def test_read_catches_up_before_it_asks(age: float) -> None:
+    """A replica that may have missed something waits for that, and then shows what it holds, stale or not."""
+    store = LaggingStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
+    bench = Bench(store=store)
+    held = Snapshot(KEY, bench.clock.now - age, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5)
+    store.keep(held)
+    assert bench.service.lookup(KEY) is None
+    reading = await bench.get(KEY)
+    assert reading.snapshot is held
+    assert reading.source in {Source.HIT, Source.STALE}
+    await bench.service.aclose()
+
+
+async def test_read_asks_where_it_cannot_catch_up() -> None:
+    """Where it cannot catch up it flies, and the store finds out what is to be shown."""
+    store = LaggingStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
+    store.whole = False
+    bench = Bench(store=store)
+    task = bench.begin()
+    (await bench.upstream.call()).answer(progress=0.25)
+    assert (await task).snapshot.progress == 0.25

@@ -55,6 +55,8 @@ DEFAULTS: dict[str, Any] = {
     "store.password_file": None,
     "store.ca_file": None,
     "store.sentinel_service": "",
+    "store.sentinel_username_file": None,
+    "store.sentinel_password_file": None,
     "store.cluster": False,
     "store.key_prefix": "sd-gateway",
     "store.timeout_seconds": 0.05,

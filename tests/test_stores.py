@@ -69,7 +69,8 @@ async def make(shared: Json | None, clock: Clock) -> AsyncIterator[Make]:
                 memory=memory,
                 redactor=Redactor(),
                 metrics=Metrics(CollectorRegistry(), gateway_version="test"),
-                patience_seconds=30,
+                stale_seconds=2,
+                covering_seconds=STALE_SECONDS,
                 clock=clock,
             )
             await stack.enter_async_context(store)
@@ -88,6 +89,12 @@ async def store(make: Make) -> Store:
 async def save(store: Store, snapshot: Snapshot) -> Snapshot | None:
     """Land with a snapshot, by a lease that nobody else could take."""
     return await store.land(Lease(snapshot.key, snapshot.stamp), snapshot)
+
+
+async def shown(store: Store, key: TaskKey) -> Snapshot | None:
+    """Peek once nothing may have been missed."""
+    await store.catch_up()
+    return store.peek(key)
 
 
 async def fail(store: Store, key: TaskKey, error: GatewayError, *, seconds: float) -> None:
@@ -109,7 +116,7 @@ def snapshot(clock: Clock) -> Callable[..., Snapshot]:
 
 async def test_store_is_empty_at_first(store: Store) -> None:
     """An empty store has no snapshot and no failure for any task."""
-    assert store.peek(KEY) is None
+    assert await shown(store, KEY) is None
     assert store.recall(KEY) is None
     assert store.failure(KEY) is None
     assert store.trouble is None
@@ -120,7 +127,7 @@ async def test_store_keeps_what_is_saved(store: Store, snapshot: Callable[..., S
     """A saved snapshot is handed out by peek, recall and take_off, with all that it holds."""
     one = snapshot(envelope=b"envelope", body=b"body", etag='"tag"', eta_seconds=3.0)
     assert await save(store, one) is one
-    for kept in (store.peek(KEY), store.recall(KEY), await store.take_off(KEY)):
+    for kept in (await shown(store, KEY), store.recall(KEY), await store.take_off(KEY)):
         assert isinstance(kept, Snapshot)
         assert (kept.key, kept.fetched_at, kept.lifetime) == (KEY, one.fetched_at, LIFETIME)
         assert (kept.envelope, kept.body, kept.etag) == (b"envelope", b"body", '"tag"')
@@ -137,7 +144,7 @@ async def test_store_keeps_tasks_and_operations_apart(
         await save(store, snapshot(key, envelope=repr(key).encode()))
     assert len(store) == len(keys)
     for key in keys:
-        kept = store.peek(key)
+        kept = await shown(store, key)
         assert kept is not None
         assert (kept.key, kept.envelope) == (key, repr(key).encode())
 
@@ -149,7 +156,7 @@ async def test_store_goes_forward(store: Store, clock: Clock, snapshot: Callable
     newer = await save(store, snapshot(envelope=b"newer"))
     assert newer is not None
     assert newer.envelope == b"newer"
-    assert store.peek(KEY) == newer
+    assert await shown(store, KEY) == newer
     assert len(store) == 1
 
 
@@ -158,7 +165,7 @@ async def test_store_never_goes_back(store: Store, snapshot: Callable[..., Snaps
     newer = await save(store, snapshot(envelope=b"newer"))
     assert newer is not None
     assert await save(store, snapshot(age=1, envelope=b"older")) is newer
-    assert store.peek(KEY) is newer
+    assert await shown(store, KEY) is newer
     assert await store.take_off(KEY) is newer
 
 
@@ -169,7 +176,7 @@ async def test_store_lets_what_has_ended_stay_ended(
     ended = await save(store, snapshot(status=Status.SUCCEEDED, lifetime=600.0))
     clock.now += 1
     assert await save(store, snapshot()) is ended
-    assert store.peek(KEY) is ended
+    assert await shown(store, KEY) is ended
     again = snapshot(status=Status.SUCCEEDED, lifetime=600.0)
     assert await save(store, again) is again
 
@@ -227,7 +234,7 @@ async def test_store_hands_out_stale_snapshots(
     saved = await save(store, snapshot())
     assert saved is not None
     clock.now += LIFETIME + STALE_SECONDS - 0.1
-    kept = store.peek(KEY)
+    kept = await shown(store, KEY)
     assert kept is not None
     assert kept is saved
 
@@ -238,9 +245,9 @@ async def test_store_remembers_a_tasks_story_for_an_hour(
     """A task's snapshot outlives its freshness by an hour, counted from its fetching, and then goes."""
     await save(store, snapshot(age=1))
     clock.now += LIFETIME + MEMORY_SECONDS - 1.1
-    assert store.peek(KEY) is not None
+    assert await shown(store, KEY) is not None
     clock.now += 0.2
-    assert store.peek(KEY) is None
+    assert await shown(store, KEY) is None
     assert store.recall(KEY) is None
     assert len(store) == 0
 
@@ -251,9 +258,9 @@ async def test_store_drops_a_result_that_nobody_may_see(
     """A result may be large and has no story: it goes as soon as it may not be shown even stale."""
     await save(store, snapshot(RESULT, status=None, progress=None))
     clock.now += LIFETIME + STALE_SECONDS - 0.1
-    assert store.peek(RESULT) is not None
+    assert await shown(store, RESULT) is not None
     clock.now += 0.2
-    assert store.peek(RESULT) is None
+    assert await shown(store, RESULT) is None
     assert len(store) == 0
 
 
@@ -264,10 +271,10 @@ async def test_store_is_bounded(make: Make, clock: Clock, snapshot: Callable[...
     for key in keys[:3]:
         clock.now += 0.1
         await save(store, snapshot(key))
-    assert store.peek(keys[0]) is not None  # read: now b is the least recently used
+    assert await shown(store, keys[0]) is not None  # read: now b is the least recently used
     await save(store, snapshot(keys[3]))
     assert len(store) == 3
-    assert [store.peek(key) is None for key in keys] == [False, True, False, False]
+    assert [await shown(store, key) is None for key in keys] == [False, True, False, False]
 
 
 async def test_store_remembers_a_failure_for_its_time(store: Store, clock: Clock) -> None:
@@ -312,7 +319,7 @@ async def test_store_keeps_the_snapshot_of_a_failing_task(
     """A failure leaves the snapshot in place: it is what may cover the failure."""
     kept = await save(store, snapshot())
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
-    assert store.peek(KEY) == kept
+    assert await shown(store, KEY) == kept
     assert store.failure(KEY) is not None
 
 
@@ -345,7 +352,7 @@ async def test_store_tells_its_listeners_of_each_change(
     heard: list[tuple[bytes, bool]] = []
     also: list[Snapshot] = []
     await save(store, snapshot(envelope=b"before"))
-    store.on_change(lambda stored: heard.append((stored.envelope, store.peek(stored.key) == stored)))
+    store.on_change(lambda stored: heard.append((stored.envelope, store.recall(stored.key) == stored)))
     store.on_change(also.append)
     clock.now += 1
     await save(store, snapshot(envelope=b"one"))

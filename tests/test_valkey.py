@@ -24,11 +24,14 @@ from gateway.models import Operation, Snapshot, Status, TaskKey
 from gateway.redaction import MASK, Redactor
 from gateway.settings import Store as StoreSettings
 from gateway.stores import Lease
-from gateway.stores.link import ended
+from gateway.stores.encoding import split_stored
+from gateway.stores.feeds import NEWS_SECONDS
 from gateway.stores.memory import MemoryStore
+from gateway.stores.serverclock import MICROSECONDS
+from gateway.stores.servers import SLOTS, connected
 from gateway.stores.valkey import ValkeyStore
-from tests.harness import Json, eventually
-from tests.storeserver import StoreServer, binary, cluster, guarded, shared_by
+from tests.harness import PATIENCE_SECONDS, Json, eventually
+from tests.storeserver import StoreServer, binary, cluster, guarded, migrate, shared_by
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
 Open = Callable[..., Any]
@@ -51,7 +54,6 @@ async def opened() -> AsyncIterator[Open]:
             settings: Json,
             *,
             redactor: Redactor | None = None,
-            patience_seconds: float = 30,
             well: bool = True,
         ) -> ValkeyStore:
             store = ValkeyStore(
@@ -59,7 +61,8 @@ async def opened() -> AsyncIterator[Open]:
                 memory=MemoryStore(max_tasks=100, stale_seconds=60),
                 redactor=redactor or Redactor(),
                 metrics=Metrics(CollectorRegistry(), gateway_version="test"),
-                patience_seconds=patience_seconds,
+                stale_seconds=2,
+                covering_seconds=60,
             )
             await stack.enter_async_context(store)
             await eventually(lambda: store.trouble is None or not well, "the store is up")
@@ -86,6 +89,12 @@ def snapshot(lease: Lease, **values: Any) -> Snapshot:
     """Return a snapshot that was fetched just now."""
     values = {"envelope": b"{}", "lifetime": 60.0, "status": Status.RUNNING, "progress": 0.5} | values
     return Snapshot(lease.key, time.monotonic(), stamp=lease.stamp, **values)
+
+
+async def shown(store: ValkeyStore, key: TaskKey = KEY) -> Snapshot | None:
+    """Peek once nothing may have been missed."""
+    await store.catch_up()
+    return store.peek(key)
 
 
 async def leased(store: ValkeyStore, key: TaskKey = KEY, *, after: int | None = None) -> Lease:
@@ -116,7 +125,7 @@ async def test_valkey_wakes_who_waits_with_the_answer(one: ValkeyStore, other: V
     found = await flight
     assert landed is not None
     assert isinstance(found, Snapshot)
-    assert found is other.peek(KEY)
+    assert found is await shown(other, KEY)
     assert (found.key, found.stamp, found.lifetime) == (KEY, lease.stamp, 60.0)
     assert (found.envelope, found.body, found.etag) == (b"\xff\n", b"body", '"tag"')
     assert (found.status, found.progress, found.eta_seconds) == (Status.RUNNING, 0.5, 2.5)
@@ -169,7 +178,7 @@ async def test_valkey_gives_late_comers_what_is_there(one: ValkeyStore, other: V
     """Who was not there when it was published asks the server, and is given it."""
     lease = await leased(one)
     await one.land(lease, snapshot(lease, envelope=b"answer"))
-    assert other.peek(KEY) is None
+    assert await shown(other, KEY) is None
     found = await other.take_off(KEY)
     assert isinstance(found, Snapshot)
     assert found.envelope == b"answer"
@@ -188,8 +197,8 @@ async def test_valkey_tells_every_replica_that_holds_the_task(one: ValkeyStore, 
     await one.land(lease, snapshot(lease, envelope=b"second"))
     await eventually(lambda: heard, "the other hears of it")
     assert [changed.envelope for changed in heard] == [b"second"]
-    assert other.peek(KEY) is heard[0]
-    assert other.peek(unheld.key) is None
+    assert await shown(other, KEY) is heard[0]
+    assert await shown(other, unheld.key) is None
 
 
 async def test_valkey_refuses_a_late_answer(one: ValkeyStore, other: ValkeyStore) -> None:
@@ -215,13 +224,10 @@ async def test_valkey_lets_what_has_ended_stay_ended(one: ValkeyStore, other: Va
     assert kept.status is Status.SUCCEEDED
 
 
-async def test_valkey_waits_no_longer_than_a_caller_would(
-    opened: Open, settings: Json, one: ValkeyStore
-) -> None:
+async def test_valkey_waits_no_longer_than_a_caller_would(one: ValkeyStore, other: ValkeyStore) -> None:
     """A flight that another's takes too long for ends with a time-out."""
-    hasty = await opened(settings, patience_seconds=0.05)
     await leased(one)
-    assert isinstance(await hasty.take_off(KEY), UpstreamTimeout)
+    assert isinstance(await other.take_off(KEY, patience_seconds=0.05), UpstreamTimeout)
 
 
 async def test_valkey_rations_tokens_over_all(one: ValkeyStore, other: ValkeyStore) -> None:
@@ -235,6 +241,16 @@ async def test_valkey_rations_tokens_over_all(one: ValkeyStore, other: ValkeySto
         await other.token(0.01, saved=2, patience_seconds=100)
     assert spent.value.retry_after == pytest.approx(400, abs=60)
     assert await other.token(0.01, saved=2, patience_seconds=1000) == pytest.approx(400, abs=60)
+
+
+async def test_valkey_tells_the_others_of_a_slow_upstream(one: ValkeyStore, other: ValkeyStore) -> None:
+    """What slowed one down reaches every replica, with the whole seconds to wait, if upstream said any."""
+    heard: list[float | None] = []
+    other.on_slowed(heard.append)
+    await one.tell_slowed(2.5)
+    await one.tell_slowed(None)
+    await eventually(lambda: len(heard) == 2, "the other hears of both")
+    assert heard == [3.0, None]
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +271,7 @@ async def test_valkey_asks_again_after_it_may_have_missed_something(
     await eventually(lambda: one.peek(KEY) is None, "it is up again, and doubts")
     assert one.recall(KEY) is landed
     assert await one.take_off(KEY) is landed
-    assert one.peek(KEY) is landed
+    assert await shown(one, KEY) is landed
 
 
 async def test_valkey_keeps_a_lease_for_as_long_as_its_holder_lives(
@@ -267,6 +283,70 @@ async def test_valkey_keeps_a_lease_for_as_long_as_its_holder_lives(
     [name] = server.client.keys("*:l")  # type: ignore[misc]
     server.client.pexpire(name, 2000)
     await eventually(lambda: int(server.client.pttl(name)) > 2000, "it is renewed")  # type: ignore[arg-type]
+
+
+async def test_valkey_shows_a_change_to_all_at_one_moment(opened: Open, server: StoreServer) -> None:
+    """What follows a snapshot that may still be shown is shown from a moment on at which all have it."""
+    one, key = await opened({"url": server.url}), KEY._replace(task_id="together")
+    under_way, known = [], None
+    for _ in range(2):
+        lease = await leased(one, key, after=known)
+        landed = await one.land(lease, snapshot(lease))
+        assert one.recall(key) is landed
+        [name] = server.client.keys("*:together:s")  # type: ignore[misc]
+        head, _ = split_stored(server.client.get(name))  # type: ignore[arg-type]
+        under_way.append(head.shown - head.fetched)
+        known = lease.stamp
+    assert under_way[1] >= NEWS_SECONDS * MICROSECONDS
+
+
+async def test_valkey_asks_twice_for_a_miss(opened: Open, server: StoreServer) -> None:
+    """A miss costs the server two commands: one to take off, one to land."""
+    one = await opened({"url": server.url})
+    asked = []
+    for number in range(2):  # the first one brings the scripts, too
+        before = commands(server)
+        lease = await leased(one, KEY._replace(task_id=f"miss-{number}"))
+        await one.land(lease, snapshot(lease))
+        asked.append(commands(server) - before)
+    assert asked[1] == 2
+
+
+def commands(server: StoreServer) -> int:
+    """Return how many scripts a server was asked to run."""
+    told = server.client.info("commandstats")
+    return sum(stats["calls"] for name, stats in told.items() if name.startswith("cmdstat_eval"))  # type: ignore[union-attr]
+
+
+async def test_valkey_gives_back_a_lease_that_it_never_heard_of(opened: Open, server: StoreServer) -> None:
+    """Whose question was answered too late does not leave the others waiting for a lease that nobody has."""
+    hasty = await opened({"url": server.url, "timeout_seconds": 0.05})
+    server.freeze()
+    alone = await hasty.take_off(KEY._replace(task_id="unheard"))
+    assert isinstance(alone, Lease)
+    assert not alone.token
+    server.thaw()
+    given_back = hasty._metrics.store_operation_duration.labels("fail")
+    failed = hasty._metrics.store_errors.labels("fail")
+    await eventually(
+        lambda: given_back._sum.get() > 0 and failed._value.get() == 0 and not hasty._leases._unheard,
+        "it is given back",
+    )
+    assert not server.client.keys("*:unheard:l")
+
+
+async def test_valkey_waits_no_longer_for_news_than_for_an_answer(opened: Open, server: StoreServer) -> None:
+    """While a server is silent a replica waits for a moment, and then shows what it holds."""
+    hasty = await opened({"url": server.url, "timeout_seconds": 0.05})
+    lease = await leased(hasty, KEY._replace(task_id="silent"))
+    landed = await hasty.land(lease, snapshot(lease))
+    server.freeze()
+    try:
+        await eventually(lambda: hasty.trouble, "it goes on alone, though nobody asks")
+        assert not await hasty.catch_up()
+        assert hasty.peek(lease.key) is landed
+    finally:
+        server.thaw()
 
 
 async def test_valkey_logs_in_with_files(opened: Open, tmp_path: Path) -> None:
@@ -317,6 +397,26 @@ async def test_valkey_verifies_the_servers_certificate(opened: Open, tmp_path: P
         await eventually(lambda: len(server.client.client_list()) == 1, "all have left")  # type: ignore[arg-type]
 
 
+async def test_valkey_logs_in_with_sentinels(opened: Open, tmp_path: Path) -> None:
+    """Sentinels may have a login of their own, which comes from files and is never shown."""
+    (tmp_path / "username").write_text("asker\n")
+    (tmp_path / "password").write_text("s3ntinel/pass\n")
+    with guarded(tmp_path) as servers:
+        sentinel = servers.sentinel.client
+        sentinel.execute_command("ACL", "SETUSER", "asker", "on", ">s3ntinel/pass", "~*", "&*", "+@all")
+        sentinel.execute_command("ACL", "SETUSER", "default", "nopass", "-@all", "+auth")
+        settings = {"url": servers.sentinel.url, "sentinel_service": "main"}
+        stranger = await opened(settings, well=False)
+        await eventually(lambda: stranger.trouble != "not reached yet", "a stranger is told nothing")
+        redactor = Redactor()
+        files = {
+            "sentinel_username_file": tmp_path / "username",
+            "sentinel_password_file": tmp_path / "password",
+        }
+        await opened(settings | files, redactor=redactor)
+        assert redactor("it is s3ntinel/pass") == f"it is {MASK}"
+
+
 async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:
     """When Sentinel has promoted the replica the store is there, and what was shared still is."""
     with guarded(tmp_path) as servers:
@@ -339,31 +439,29 @@ async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:
 
 
 async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> None:
-    """While a cluster's slots move every task is asked for by one at a time, and the store is there after."""
+    """While a cluster's slots move all share on, and what is shared then reaches the other."""
     with cluster(tmp_path) as nodes:
         settings = {"url": nodes[0].url, "cluster": True}
         one, other = await opened(settings), await opened(settings)
-        identity = bytes(nodes[1].client.execute_command("CLUSTER", "MYID")).decode()
-        nodes[0].client.execute_command("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", 0, 5460, "NODE", identity)
-
-        def moved() -> bool:
-            shards = nodes[1].client.execute_command("CLUSTER", "SLOTS")
-            return all(int(first) != 0 or int(owner[1]) == nodes[1].port for first, _, owner, *_ in shards)
-
+        moving = asyncio.create_task(asyncio.to_thread(migrate, nodes[0], nodes[1]))
         number = 0
-        while not moved() or number < 50:
+        while not moving.done() or number < 100:
             number += 1
             key = KEY._replace(task_id=f"task-{number}")
-            lease = await one.take_off(key)
-            assert isinstance(lease, Lease)
-            await one.land(lease, snapshot(lease))
-            assert one.recall(key) is not None
-        await eventually(lambda: one.trouble is None and other.trouble is None, "both share again")
-        for number in range(100):  # in every shard
-            key = KEY._replace(task_id=f"after-{number}")
             lease = await leased(one, key)
             await one.land(lease, snapshot(lease))
             assert isinstance(await other.take_off(key), Snapshot)
+        await moving
+        for each in (one, other):
+            await eventually(lambda each=each: time.monotonic() < each._link.sure_until, "it follows again")  # type: ignore[misc]
+            assert each._metrics.store_errors.labels("subscribe")._value.get() == 0
+        heard: list[Snapshot] = []
+        other.on_change(heard.append)
+        for number in range(1, 101):  # in every shard
+            key = KEY._replace(task_id=f"task-{number}")
+            lease = await leased(one, key, after=one.newest(key).stamp)  # type: ignore[union-attr]
+            await one.land(lease, snapshot(lease))
+        await eventually(lambda: len(heard) == 100, "the other hears of every change")
 
 
 @pytest.mark.parametrize(
@@ -392,19 +490,26 @@ async def test_valkey_goes_on_alone_with_a_server_that_lies(opened: Open, says: 
         await store.__aexit__()
 
 
-async def test_link_ends_a_task_that_swallows_a_cancellation() -> None:
-    """A reader whose client took the first cancellation for a time-out is cancelled again."""
-    swallowed = asyncio.Event()
+@pytest.mark.parametrize("turns", range(8))
+async def test_servers_lose_no_cancellation(turns: int, server: StoreServer) -> None:
+    """Whenever it comes, a cancellation ends whoever is sending: with redis-py's own time-out it would not.
 
-    async def reads_on() -> None:
-        try:
+    It sends within asyncio.wait_for then, which on Python 3.11 returns instead of raising when what it waits
+    for ends in the very turn of the loop in which it is cancelled.
+    """
+    settings = StoreSettings.model_validate({"url": server.url})
+    async with connected(settings, redactor=Redactor()) as servers, AsyncExitStack() as stack:
+        [(address, slots)] = servers.owners(range(SLOTS)).items()
+        subscription = await servers.subscription(address, stack)
+        await servers.subscribe(subscription, slots)
+
+        async def pings_and_reads_on() -> None:
+            await subscription.ping()
             await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            swallowed.set()
-        await asyncio.Event().wait()
 
-    task = asyncio.create_task(reads_on())
-    await asyncio.sleep(0)
-    await ended(task)
-    assert swallowed.is_set()
-    assert task.cancelled()
+        task = asyncio.create_task(pings_and_reads_on())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task}, timeout=PATIENCE_SECONDS)
+        assert task.cancelled()

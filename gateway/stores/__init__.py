@@ -7,6 +7,7 @@ take_off -> a fresh snapshot, whoever fetched it   -> the flight ends with it
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol, Self
 
@@ -28,7 +29,7 @@ class Lease(NamedTuple):
 class Store(Protocol):
     """Keeps the newest snapshot of each task, and for a moment the failures to get one.
 
-    `peek`, `recall` and `failure` never wait: they answer from what this process holds. The others
+    `peek`, `recall`, `newest` and `failure` never wait: they answer from what this process holds. The others
     may ask a server, and never raise when it is gone: each replica then goes on alone. Open it with
     `async with`.
     """
@@ -51,26 +52,37 @@ class Store(Protocol):
         ...
 
     def recall(self, key: TaskKey) -> Snapshot | None:
-        """Return the newest snapshot held here: to cover a failure, and for what follows it."""
+        """Return the snapshot held here even then: to cover a failure."""
+        ...
+
+    def newest(self, key: TaskKey) -> Snapshot | None:
+        """Return the newest snapshot known here, be it shown yet or not: for what follows it."""
         ...
 
     def failure(self, key: TaskKey) -> GatewayError | None:
         """Return the failure that is remembered against a task, while it is."""
         ...
 
-    async def take_off(self, key: TaskKey, *, after: int | None = None) -> Snapshot | GatewayError | Lease:
+    async def catch_up(self) -> bool:
+        """Wait for a moment until nothing may have been missed; tell whether `peek` may know more now."""
+        ...
+
+    async def take_off(
+        self, key: TaskKey, *, after: int | None = None, patience_seconds: float = math.inf
+    ) -> Snapshot | GatewayError | Lease:
         """Return what ends a flight before it asks upstream, or the lease to ask.
 
         `after`: a fresh snapshot will do only if its stamp is larger. Where another replica holds
-        the lease, this waits until that one has landed, failed or died.
+        the lease, this waits until that one has landed, failed or died, or patience has run out.
         """
         ...
 
     async def land(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
         """Store a snapshot unless a newer one is there, and end the lease; return the one that is kept.
 
-        What has ended stays ended: no snapshot of a task that goes on replaces a terminal one. None:
-        too late, and what is kept is not fresh, or another replica is asking: take off again.
+        What has ended stays ended: no snapshot of a task that goes on replaces a terminal one. It returns
+        when what is kept is shown, by every replica. None: too late, and what is kept is not fresh, or
+        another replica is asking: take off again.
         """
         ...
 
@@ -88,6 +100,14 @@ class Store(Protocol):
         `saved`: how many calls a silence saves up. Raises: BudgetSpent, when that exceeds
         `patience_seconds`.
         """
+        ...
+
+    async def tell_slowed(self, retry_after: float | None) -> None:
+        """Tell the other replicas that upstream has slowed this one down, and for how long, if it said so."""
+        ...
+
+    def on_slowed(self, listener: Callable[[float | None], None]) -> None:
+        """Call `listener` when upstream has slowed a replica down, perhaps this one."""
         ...
 
     def on_change(self, listener: Callable[[Snapshot], None]) -> None:

@@ -1,28 +1,46 @@
 """Snapshots and failures as bytes that another replica reads, of whatever version it is.
 
-    snapshot: JSON header LF envelope body        failure: JSON
+    stored: head LF snapshot        snapshot: JSON header LF envelope body        failure: JSON
 
 What is read may be anything: another version's, another task's, cut off, or garbage that
-somebody wrote by hand. It is checked to the last byte, and refused rather than guessed at. The
-moments of fetching and the stamps travel beside it: only the server compares those.
+somebody wrote by hand. It is checked to the last byte, and refused rather than guessed at. The head has what
+the server compares, in its own time; `scripts.py` writes it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from gateway.exceptions import GatewayError, UpstreamDetail, UpstreamError, UpstreamRejected
 from gateway.models import Operation, Snapshot, Status, TaskKey, render_json
 
 _DIGEST_BYTES = 12
+_HEAD = re.compile(rb"sdg2 (\d{1,16}) (\d{1,16}) \d{1,16} (\d{1,16}) [01]\n")
 
 
 class Undecodable(ValueError):
     """Bytes that no gateway of this version wrote for this task."""
+
+
+class Head(NamedTuple):
+    """What stands before a stored snapshot; the moments are the server's, in microseconds."""
+
+    stamp: int
+    fetched: int
+    shown: int
+
+
+def split_stored(value: bytes) -> tuple[Head, bytes]:
+    """Part a stored snapshot's head from its encoding. Raises: Undecodable."""
+    head = _HEAD.match(value)
+    if head is None:
+        raise Undecodable("no head")
+    return Head(*map(int, head.groups())), value[head.end() :]
 
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:

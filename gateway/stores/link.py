@@ -10,37 +10,55 @@ and a write, has shown that it works. No request is ever the one to find out.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 import zlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import structlog
-from redis.asyncio.client import PubSub
 
 from gateway.metrics import Metrics
 from gateway.models import TaskKey
 from gateway.redaction import Redactor
 from gateway.settings import Store
+from gateway.stores.feeds import Feeds
 from gateway.stores.scripts import PROBE, Script
 from gateway.stores.serverclock import ServerClock
 from gateway.stores.servers import CONNECTIONS, ERRORS, SLOTS, Servers, connected
 
-_FAILURES = 3  # in a row
+_FAILURES = 3  # one after the other
 _CONNECT_SECONDS = 2.0  # for all it takes to be up
-_SILENCE_SECONDS = 1.0  # then the subscription's connection is pinged, and given up after as much again
 _PAUSE_SECONDS = 0.5  # between two tries to connect, on average
 
 log = structlog.get_logger(__name__)
 
 
 class StoreDown(Exception):
-    """The store did not do it: it is down, was too slow, or refused."""
+    """The store did not do it: it is down, was too slow, or refused. `asked`: it may have done it unheard."""
+
+    def __init__(self, reason: str, *, asked: bool = False) -> None:
+        super().__init__(reason)
+        self.asked = asked
+
+
+class _Question(NamedTuple):
+    """A script to be run in a slot."""
+
+    script: Script
+    slot: int
+    keys: list[str]
+    args: list[Any]
 
 
 class Link:
-    """Runs scripts while it is up. `follow` keeps it; the callbacks are told what comes and changes."""
+    """Runs scripts while it is up. `follow` keeps it; the callbacks are told what comes and changes.
+
+    `on_gap` is told the slots of which something may have been missed; when it comes up, all. `clock` is
+    that of the moments to be converted; what was missed is a matter of the monotonic one.
+    """
 
     def __init__(
         self,
@@ -49,24 +67,31 @@ class Link:
         redactor: Redactor,
         metrics: Metrics,
         on_message: Callable[[bytes], None],
-        on_up: Callable[[], None],
+        on_gap: Callable[[Collection[int]], None],
         on_down: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.servers_clock = ServerClock(ahead_seconds=clock() - time.time())
+        self.sure_until = (
+            -math.inf
+        )  # while it is up: all that was published has been read, but what is not due
         self.trouble: str | None = "not reached yet"
         self._told = False  # that it is down
         self._settings = settings
         self._redactor = redactor
         self._metrics = metrics
         self._on_message = on_message
-        self._on_up = on_up
+        self._on_gap = on_gap
         self._on_down = on_down
         self._clock = clock
+        # The servers of a cluster have a clock each, and a slot has one server.
+        clocks = SLOTS if settings.cluster else 1
+        self._clocks = [ServerClock(ahead_seconds=clock() - time.time()) for _ in range(clocks)]
         self._servers: Servers | None = None
         self._turns = asyncio.Semaphore(CONNECTIONS)
         self._failures = 0
-        self._given_up = asyncio.Event()
+        self._failed_at = -math.inf
+        self._lost: asyncio.Future[None] | None = None
+        self._sure = asyncio.Event()
         metrics.store_up.set(0)
 
     @property
@@ -74,9 +99,13 @@ class Link:
         """Tell whether it may be used."""
         return self._servers is not None
 
-    def channel(self, key: TaskKey) -> str:
-        """Return the channel of a task's slot. Raises: StoreDown."""
-        return self._up().channel(_slot(key))
+    def clock(self, key: TaskKey) -> ServerClock:
+        """Return the clock of the server that has a task."""
+        return self._clock_of(slot_of(key))
+
+    def channel(self, slot: int) -> str:
+        """Return a slot's channel. Raises: StoreDown."""
+        return self._up().channel(slot)
 
     @property
     def publish(self) -> str:
@@ -85,25 +114,25 @@ class Link:
 
     async def run(self, script: Script, key: TaskKey, args: list[Any]) -> list[Any]:
         """Run a script on a task's keys; return what it says, but for the time. Raises: StoreDown."""
-        root = f"{self.channel(key)}:{key.operation}:{key.task_id}"
-        return await self._run_on(script, [f"{root}:s", f"{root}:f", f"{root}:l"], args)
+        slot = slot_of(key)
+        root = f"{self.channel(slot)}:{key.operation}:{key.task_id}"
+        return await self._run(_Question(script, slot, [f"{root}:s", f"{root}:f", f"{root}:l"], args))
 
     async def run_for_all(self, script: Script, name: str, args: list[Any]) -> list[Any]:
         """Run a script on a key that is no task's; return as `run` does. Raises: StoreDown."""
-        return await self._run_on(script, [f"{self._up().channel(0)}:{name}"], args)
+        return await self._run(_Question(script, 0, [f"{self.channel(0)}:{name}"], args))
 
-    async def _run_on(self, script: Script, keys: list[str], args: list[Any]) -> list[Any]:
-        async with self._turns:  # not within the deadline: who waits here waits for us, not for the server
-            servers = self._up()
-            try:
-                answer = await self._run(servers, script, keys, args, self._settings.timeout_seconds)
-            except Exception as exc:  # a server that lies may make its client stumble over anything
-                self._failures += 1
-                if self._failures >= _FAILURES:
-                    self._give_up(servers, _reason(exc))
-                raise StoreDown(_reason(exc)) from exc
-            self._failures = 0
-            return answer
+    async def catch_up(self) -> bool:
+        """Wait until what was published is read; tell whether there was anything to wait for, and it is."""
+        if not self.up or time.monotonic() < self.sure_until:
+            return False
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._settings.timeout_seconds):
+                while time.monotonic() >= self.sure_until and self.up:
+                    self._sure.clear()
+                    await self._sure.wait()
+                return True
+        return False
 
     async def follow(self) -> None:
         """Keep the link for ever."""
@@ -117,33 +146,51 @@ class Link:
             except Exception as exc:
                 log.exception("bug in the link to the store")
                 self._down(_reason(exc))
-            # After a slot has moved, or a server, the next one is there at once; else there is time.
+            # After a server has gone the next one is there at once, maybe; else there is time.
             if not was_up:
                 await asyncio.sleep(_PAUSE_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311  # spreads load
 
     async def _use(self, servers: Servers) -> bool:
-        async with asyncio.timeout(_CONNECT_SECONDS) as connecting, servers.subscribed() as subscriptions:
-            probed = [f"{servers.channel(0)}:probe"]
-            await self._run(servers, PROBE, probed, [servers.publish, servers.channel(0)], _CONNECT_SECONDS)
+        feeds = Feeds(
+            servers,
+            patience_seconds=self._settings.timeout_seconds,
+            on_message=self._on_message,
+            on_sure=self._be_sure,
+            on_gap=self._on_gap,
+        )
+        async with asyncio.timeout(_CONNECT_SECONDS) as connecting, feeds:
+            await servers.warm_up()
+            await self._ask(servers, _Question(PROBE, 0, *servers.probe()), _CONNECT_SECONDS)
             connecting.reschedule(None)
             self._come_up(servers)
-            readers = [asyncio.create_task(self._read(subscription)) for subscription in subscriptions]
-            given_up = asyncio.create_task(self._given_up.wait())
+            self._lost = feeds.lost
             try:
-                await asyncio.wait([*readers, given_up], return_when=asyncio.FIRST_COMPLETED)
-                for reader in readers:
-                    if reader.done():
-                        reader.result()
+                await feeds.lost
             except ERRORS as exc:
+                self._metrics.store_errors.labels("subscribe").inc()
                 self._down(_reason(exc))
             finally:
                 self._servers = None
-                await ended(*readers, given_up)
+                self._be_sure(-math.inf)
         return True
 
-    async def _run(
-        self, servers: Servers, script: Script, keys: list[str], args: list[Any], seconds: float
-    ) -> list[Any]:
+    async def _run(self, question: _Question) -> list[Any]:
+        async with self._turns:  # not within the deadline: who waits here waits for us, not for the server
+            servers, asked = self._up(), time.monotonic()
+            try:
+                answer = await self._ask(servers, question, self._settings.timeout_seconds)
+            except Exception as exc:  # a server that lies may make its client stumble over anything
+                if asked >= self._failed_at:  # else it is of the same moment as the last one: one failure
+                    self._failures += 1
+                    self._failed_at = time.monotonic()
+                if self._failures >= _FAILURES:
+                    self._give_up(servers, _reason(exc))
+                raise StoreDown(_reason(exc), asked=True) from exc
+            self._failures = 0
+            return answer
+
+    async def _ask(self, servers: Servers, question: _Question, seconds: float) -> list[Any]:
+        script, slot, keys, args = question
         sent = self._clock()
         try:
             async with asyncio.timeout(seconds):
@@ -154,48 +201,42 @@ class Link:
         finally:
             received = self._clock()
             self._metrics.store_operation_duration.labels(script.name).observe(received - sent)
-        self.servers_clock.observe(now, sent=sent, received=received)
+        self._clock_of(slot).observe(now, sent=sent, received=received)
         return answer
 
-    async def _read(self, subscription: PubSub) -> None:
-        pinged = False
-        while True:
-            message = await subscription.get_message(timeout=_SILENCE_SECONDS)
-            if message is None:
-                if pinged:
-                    raise TimeoutError("the subscription's connection is dead")
-                pinged = True
-                await subscription.ping()
-                continue
-            pinged = False
-            if message["type"] == "sunsubscribe":
-                raise ConnectionError("a slot has moved to another server")
-            if message["type"] in {"message", "smessage"}:
-                self._on_message(message["data"])
+    def _clock_of(self, slot: int) -> ServerClock:
+        return self._clocks[slot % len(self._clocks)]
 
     def _up(self) -> Servers:
         if self._servers is None:
             raise StoreDown(self.trouble or "")
         return self._servers
 
+    def _be_sure(self, until: float) -> None:
+        # Before it is up nothing is asked of it, and once it is down each replica is on its own.
+        self.sure_until = until if self.up else -math.inf
+        if not self.up or until > time.monotonic():
+            self._sure.set()
+
     def _come_up(self, servers: Servers) -> None:
         self._servers = servers
         self._failures = 0
-        self._given_up.clear()
         self.trouble = None
         self._told = False
         self._metrics.store_up.set(1)
-        self._on_up()
+        self._on_gap(range(SLOTS))
         log.info("store up: snapshots are shared")
 
     def _give_up(self, servers: Servers, reason: str) -> None:
         if self._servers is servers:
-            self._given_up.set()
             self._down(reason)
+            if self._lost is not None and not self._lost.done():
+                self._lost.set_result(None)
 
     def _down(self, reason: str) -> None:
         self._servers = None
         self.trouble = reason
+        self._be_sure(-math.inf)
         if self._told:
             return
         self._told = True
@@ -204,25 +245,30 @@ class Link:
         self._on_down()
 
 
-async def ended(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks, again and again, until they have ended.
-
-    Once is not enough: a cancellation that comes just as redis-py's own time-out strikes is taken
-    for that, and whoever reads in a loop reads on.
-    """
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=_SILENCE_SECONDS)
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()  # looked at, or asyncio complains
-
-
-def _slot(key: TaskKey) -> int:
-    # The same on every replica, of whatever version: never Python's own hash.
+def slot_of(key: TaskKey) -> int:
+    """Return the slot of a task: by no hash of Python's, for every replica must find the same."""
     return zlib.crc32(f"{key.operation}:{key.task_id}".encode()) % SLOTS
+
+
+def moment(answer: bytes) -> int:
+    """Return a moment that an answer has. Raises: StoreDown."""
+    if not answer.isdigit():
+        raise StoreDown("an answer that no script of ours gives")
+    return int(answer)
+
+
+def shaped(answer: list[Any], *kinds: type) -> list[Any]:
+    """Return an answer that has this shape. Raises: StoreDown."""
+    if [type(part) for part in answer] != list(kinds):
+        raise StoreDown("an answer that no script of ours gives")
+    return answer
+
+
+async def ended(*tasks: asyncio.Task[Any]) -> None:
+    """Cancel tasks, and wait until they have ended."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _checked(answer: Any) -> list[Any]:

@@ -7,6 +7,7 @@ is the snapshot's own business. Event-loop thread only: cachetools takes no lock
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from typing import Self
@@ -58,6 +59,10 @@ class MemoryStore:
         """See `Store.recall`."""
         return self.peek(key)
 
+    def newest(self, key: TaskKey) -> Snapshot | None:
+        """See `Store.newest`."""
+        return self.peek(key)
+
     def failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.failure`."""
         try:
@@ -65,7 +70,13 @@ class MemoryStore:
         except KeyError:
             return None
 
-    async def take_off(self, key: TaskKey, *, after: int | None = None) -> Snapshot | GatewayError | Lease:
+    async def catch_up(self) -> bool:
+        """See `Store.catch_up`: it is never behind."""
+        return False
+
+    async def take_off(
+        self, key: TaskKey, *, after: int | None = None, patience_seconds: float = math.inf
+    ) -> Snapshot | GatewayError | Lease:
         """See `Store.take_off`: the lease is always ours, for a task has one flight at a time."""
         snapshot = self.peek(key)
         if (
@@ -90,6 +101,12 @@ class MemoryStore:
     async def token(self, per_second: float, *, saved: float, patience_seconds: float) -> float:
         """See `Store.token`: nobody else takes any."""
         return 0.0
+
+    async def tell_slowed(self, retry_after: float | None) -> None:
+        """See `Store.tell_slowed`: there is nobody to tell."""
+
+    def on_slowed(self, listener: Callable[[float | None], None]) -> None:
+        """See `Store.on_slowed`: there is nobody who would tell."""
 
     def on_change(self, listener: Callable[[Snapshot], None]) -> None:
         """See `Store.on_change`."""

@@ -2,7 +2,8 @@
 
 A task has three keys, all in one hash slot, and the slot has a channel:
 
-    KEYS[1] its snapshot    "sdg1 STAMP FETCHED LIFETIME TERMINAL LF encoding", moments in microseconds
+    KEYS[1] its snapshot    "sdg2 STAMP FETCHED LIFETIME SHOWN TERMINAL LF encoding", moments in microseconds:
+                            when it was fetched, and from when on it is shown, by all
     KEYS[2] its failure     an encoding; it lives for as long as the failure is remembered
     KEYS[3] its lease       the token of who holds it
 
@@ -39,14 +40,22 @@ local now = time[1] * 1000000 + time[2]
 local function kept()
   local value = redis.pcall('GET', KEYS[1])
   if type(value) ~= 'string' then return nil end
-  local stamp, fetched, lifetime, terminal = string.match(value, '^sdg1 (%d+) (%d+) (%d+) ([01])\\n')
-  if not stamp or #stamp > 16 or #fetched > 16 or #lifetime > 16 then return nil end
+  local pattern = '^sdg2 (%d+) (%d+) (%d+) (%d+) ([01])\\n'
+  local stamp, fetched, lifetime, shown, terminal = string.match(value, pattern)
+  if not stamp or #stamp > 16 or #fetched > 16 or #lifetime > 16 or #shown > 16 then return nil end
   local snapshot = {
     value = value, stamp = tonumber(stamp), fetched = tonumber(fetched),
     lifetime = tonumber(lifetime), terminal = terminal == '1'
   }
   if snapshot.fetched > now + 3600000000 or snapshot.stamp > now + 3600000000 then return nil end
   return snapshot
+end
+
+-- What is no token holds nobody up.
+local function holder()
+  local token = redis.pcall('GET', KEYS[3])
+  if type(token) == 'string' and string.match(token, '^%x+$') and #token == 32 then return token end
+  return nil
 end
 """
 
@@ -68,43 +77,53 @@ local failure = redis.pcall('GET', KEYS[2])
 if type(failure) == 'string' then
   return {now, 'failure', redis.call('PTTL', KEYS[2]), value, failure}
 end
-if not redis.call('SET', KEYS[3], ARGV[3], 'NX', 'PX', ARGV[4]) then
+if holder() then
   local left = redis.call('PTTL', KEYS[3])
   -- A lease without an end is none of ours.
   if left < 0 or left > tonumber(ARGV[4]) then redis.call('PEXPIRE', KEYS[3], ARGV[4]) end
   return {now, 'taken', redis.call('PTTL', KEYS[3]), value, ''}
 end
+redis.call('SET', KEYS[3], ARGV[3], 'PX', ARGV[4])
 -- Larger than every stamp before, even after a failover to a server whose clock is behind.
 local stamp = math.max(now, held + 1, newest and newest.stamp + 1 or 0)
 return {now, 'lease', stamp, value, ''}
 """,
 )
 
-# ARGV: token, stamp, fetched, lifetime, terminal, encoding, ms to keep it, publish command, channel, subject.
-# -> now, 1 if it is kept, else the snapshot that is kept in its place
+# ARGV: token, stamp, fetched, lifetime, terminal, encoding, ms to keep it; in microseconds for how long news
+# may be under way, a snapshot be shown after its lifetime, and that while it covers a failure; publish
+# command, channel, subject.
+# -> now, 1 if it is kept and from when on it is shown; or 0 and the snapshot that is kept in its place
 LAND = _script(
     "land",
     """
 local stamp, terminal = tonumber(ARGV[2]), ARGV[5] == '1'
-local holder = redis.pcall('GET', KEYS[3])
-local ours = holder == ARGV[1]
+local holds = holder()
+local ours = holds == ARGV[1]
 local newest = kept()
 -- A holder that was paused comes late: others have asked since, or are asking. What has ended stays ended.
-local late = ARGV[1] ~= '' and holder and not ours
+local late = ARGV[1] ~= '' and holds and not ours
 if late or newest and (newest.stamp > stamp or newest.terminal and not terminal) then
   if ours then
     redis.call('DEL', KEYS[3])
-    redis.call(ARGV[8], ARGV[9], 'R' .. ARGV[10])
+    redis.call(ARGV[11], ARGV[12], 'R' .. ARGV[13])
   end
   return {now, 0, newest and newest.value or ''}
 end
+local shown = now
+if newest then
+  -- A replica that has not heard of this one yet may show the one before.
+  local stale = tonumber(redis.call('EXISTS', KEYS[2]) == 1 and ARGV[10] or ARGV[9])
+  if now < newest.fetched + newest.lifetime + stale then shown = now + tonumber(ARGV[8]) end
+end
+shown = string.format('%.0f', shown)
 local fetched = string.format('%.0f', math.min(tonumber(ARGV[3]), now))
-local value = table.concat({'sdg1', ARGV[2], fetched, ARGV[4], ARGV[5]}, ' ') .. '\\n' .. ARGV[6]
+local value = table.concat({'sdg2', ARGV[2], fetched, ARGV[4], shown, ARGV[5]}, ' ') .. '\\n' .. ARGV[6]
 redis.call('SET', KEYS[1], value, 'PX', ARGV[7])
 redis.call('DEL', KEYS[2])
 if ours then redis.call('DEL', KEYS[3]) end
-redis.call(ARGV[8], ARGV[9], 'S' .. ARGV[10] .. value)
-return {now, 1, ''}
+redis.call(ARGV[11], ARGV[12], 'S' .. ARGV[13] .. value)
+return {now, 1, shown}
 """,
 )
 
@@ -112,7 +131,7 @@ return {now, 1, ''}
 FAIL = _script(
     "fail",
     """
-if redis.pcall('GET', KEYS[3]) ~= ARGV[1] then return {now} end
+if holder() ~= ARGV[1] then return {now} end
 redis.call('DEL', KEYS[3])
 if ARGV[3] == '' then
   redis.call(ARGV[4], ARGV[5], 'R' .. ARGV[6])
@@ -128,7 +147,7 @@ return {now}
 RENEW = _script(
     "renew",
     """
-if redis.pcall('GET', KEYS[3]) == ARGV[1] then redis.call('PEXPIRE', KEYS[3], ARGV[2]) end
+if holder() == ARGV[1] then redis.call('PEXPIRE', KEYS[3], ARGV[2]) end
 return {now}
 """,
 )
@@ -153,6 +172,15 @@ return {now, 1, wait}
 """,
 )
 
+# ARGV: publish command, channel, message. KEYS[1] is nobody's.
+TELL = _script(
+    "tell",
+    """
+redis.call(ARGV[1], ARGV[2], ARGV[3])
+return {now}
+""",
+)
+
 # What was read makes no sense to those who should have written it.
 DISCARD = _script(
     "discard",
@@ -171,3 +199,5 @@ redis.call(ARGV[1], ARGV[2], '')
 return {now}
 """,
 )
+
+SCRIPTS = (TAKE_OFF, LAND, FAIL, RENEW, TOKEN, TELL, DISCARD, PROBE)

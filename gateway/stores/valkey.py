@@ -5,10 +5,10 @@
     landed -> one more: the snapshot stored, published, the lease ended
     taken  -> wait for what its holder publishes, or for the lease's end; then ask again
 
-What is published reaches every replica; those that hold the task, or wait for it, take it up. So
-answers asked from replicas in turn do not go back. That ends with a lost subscription: from then
-on each replica is alone, a MemoryStore and no more, until the link is up again. What it held by
-then may be behind, and is shown again only after the server was asked.
+What is published reaches every replica; those that hold the task, or wait for it, take it up
+(`feeds.py`, `news.py`, `copies.py`). So answers asked from replicas in turn do not go back. That ends with a
+lost link: from then on each replica is alone, a MemoryStore and no more, until the link is up again. What it
+held by then may be behind, and is shown again only after the server was asked.
 
 Moments travel in the server's time and are converted to the safe side: to look older, never fresher.
 """
@@ -17,43 +17,34 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import AsyncExitStack, suppress
 from typing import Any, NamedTuple, Self
-
-import structlog
 
 from gateway.exceptions import BudgetSpent, GatewayError, UpstreamTimeout
 from gateway.metrics import Metrics
-from gateway.models import Operation, Snapshot, TaskKey
+from gateway.models import Snapshot, TaskKey
 from gateway.redaction import Redactor
 from gateway.settings import Store as StoreSettings
 from gateway.stores import Lease
+from gateway.stores.copies import Copies
 from gateway.stores.encoding import (
     Undecodable,
     decode_failure,
-    decode_snapshot,
     encode_failure,
     encode_snapshot,
 )
-from gateway.stores.link import Link, StoreDown, ended
+from gateway.stores.feeds import NEWS_SECONDS
+from gateway.stores.leases import LEASE_SECONDS, Leases
+from gateway.stores.link import Link, StoreDown, ended, moment, shaped, slot_of
 from gateway.stores.memory import MemoryStore
-from gateway.stores.scripts import DISCARD, FAIL, LAND, RENEW, TAKE_OFF, TOKEN, Script
-from gateway.stores.serverclock import MICROSECONDS
+from gateway.stores.news import News
+from gateway.stores.scripts import DISCARD, FAIL, LAND, TAKE_OFF, TELL, TOKEN, Script
+from gateway.stores.serverclock import MICROSECONDS, ServerClock
 
-# A holder that dies is replaced after so long. Those alive renew, however long their query takes.
-LEASE_SECONDS = 3.0
-_RENEW_SECONDS = LEASE_SECONDS / 3
 _LEASE_MARGIN_SECONDS = 0.01  # the server counts in milliseconds, and its answer was under way
-
-# The head of a stored snapshot; `scripts.py` writes it.
-_HEAD = re.compile(rb"sdg1 (\d{1,16}) (\d{1,16}) (\d{1,16}) [01]\n")
-_SUBJECT = re.compile(rb"([SFR])([a-z_]+)/([A-Za-z0-9_-]{1,64})\n")
-
-log = structlog.get_logger(__name__)
 
 
 class _Answer(NamedTuple):
@@ -66,7 +57,11 @@ class _Answer(NamedTuple):
 
 
 class ValkeyStore:
-    """Shares what `memory` holds. `patience_seconds`: how long a flight waits for another replica's."""
+    """Shares what `memory` holds.
+
+    `stale_seconds`: for how long after its lifetime a snapshot may be shown; `covering_seconds`: the same
+    while it covers a failure.
+    """
 
     def __init__(
         self,
@@ -75,25 +70,37 @@ class ValkeyStore:
         memory: MemoryStore,
         redactor: Redactor,
         metrics: Metrics,
-        patience_seconds: float,
+        stale_seconds: float,
+        covering_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._memory = memory
+        self._copies = Copies(memory, clock=clock)
         self._metrics = metrics
-        self._patience_seconds = patience_seconds
+        self._showing = [
+            int(seconds * MICROSECONDS)
+            for seconds in (NEWS_SECONDS, stale_seconds, max(stale_seconds, covering_seconds))
+        ]
         self._clock = clock
+        self._news = News(
+            self._copies,
+            memory=memory,
+            metrics=metrics,
+            server=self._server,
+            on_slowed=self._on_slowed,
+            clock=clock,
+        )
         self._link = Link(
             settings,
             redactor=redactor,
             metrics=metrics,
-            on_message=self._on_message,
-            on_up=self._on_up,
-            on_down=self._on_down,
+            on_message=self._news.receive,
+            on_gap=self._on_gap,
+            on_down=self._news.wake_all,
             clock=clock,
         )
-        self._unconfirmed: dict[TaskKey, Snapshot] = {}  # held here since before the link was up
-        self._waiting: dict[TaskKey, asyncio.Future[None]] = {}  # for another replica to land
-        self._leases: set[Lease] = set()
+        self._leases = Leases(self._run)
+        self._slowed: list[Callable[[float | None], None]] = []
         self._tasks = AsyncExitStack()
 
     @property
@@ -103,9 +110,9 @@ class ValkeyStore:
 
     async def __aenter__(self) -> Self:
         """Begin to connect."""
-        for work in (self._link.follow(), self._renew()):
-            task = asyncio.create_task(work)
-            self._tasks.push_async_callback(ended, task)
+        self._tasks.callback(self._copies.close)
+        for work in (self._link.follow(), self._leases.follow()):
+            self._tasks.push_async_callback(ended, asyncio.create_task(work))
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -114,14 +121,17 @@ class ValkeyStore:
 
     def peek(self, key: TaskKey) -> Snapshot | None:
         """See `Store.peek`."""
-        snapshot = self._memory.peek(key)
-        if self._unconfirmed and snapshot is not None and self._unconfirmed.get(key) is snapshot:
-            return None if self._link.up else snapshot
-        return snapshot
+        if time.monotonic() < self._link.sure_until:
+            return self._copies.peek(key)
+        return None if self._link.up else self._copies.recall(key)
 
     def recall(self, key: TaskKey) -> Snapshot | None:
         """See `Store.recall`."""
-        return self._memory.peek(key)
+        return self._copies.recall(key)
+
+    def newest(self, key: TaskKey) -> Snapshot | None:
+        """See `Store.newest`."""
+        return self._copies.newest(key)
 
     def failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.failure`."""
@@ -131,16 +141,27 @@ class ValkeyStore:
         """See `Store.on_change`."""
         self._memory.on_change(listener)
 
+    def on_slowed(self, listener: Callable[[float | None], None]) -> None:
+        """See `Store.on_slowed`."""
+        self._slowed.append(listener)
+
     def __len__(self) -> int:
         """See `Store.__len__`."""
         return len(self._memory)
 
-    async def take_off(self, key: TaskKey, *, after: int | None = None) -> Snapshot | GatewayError | Lease:
+    async def catch_up(self) -> bool:
+        """See `Store.catch_up`."""
+        return await self._link.catch_up()
+
+    async def take_off(
+        self, key: TaskKey, *, after: int | None = None, patience_seconds: float = math.inf
+    ) -> Snapshot | GatewayError | Lease:
         """See `Store.take_off`."""
-        deadline = self._clock() + self._patience_seconds
+        deadline = self._clock() + patience_seconds
         while True:
+            await self._copies.arrived(key)
             # Before the question: what is published between it and its answer must not be missed.
-            with self._change(key) as changed:
+            with self._news.awaited(key) as news:
                 known = self._known(key, after)
                 if known is not None:
                     return known
@@ -155,38 +176,43 @@ class ValkeyStore:
                     return UpstreamTimeout("another replica's query did not end in time")
                 with suppress(TimeoutError):
                     async with asyncio.timeout(min(outcome, left)):
-                        await changed
+                        await news
 
     async def land(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
         """See `Store.land`."""
-        self._leases.discard(lease)
+        self._leases.drop(lease)
         key = lease.key
         args = [
             lease.token,
             lease.stamp,
-            max(self._link.servers_clock.servers(snapshot.fetched_at), 0),
+            max(self._link.clock(key).servers(snapshot.fetched_at), 0),
             int(snapshot.lifetime * MICROSECONDS),
             int(snapshot.terminal),
             encode_snapshot(snapshot),
             max(int(self._memory.keep_seconds(snapshot) * 1000), 1),
+            *self._showing,
         ]
         try:
-            accepted, other = _shaped(await self._run(LAND, key, args, told=True), int, bytes)
+            accepted, other = shaped(await self._run(LAND, key, args, told=True), int, bytes)
             if accepted == 1:
-                return self._take_up(snapshot)
-            kept = self._decode(key, other) if other else None
-        except StoreDown:
-            return self._take_up(snapshot)
-        except Undecodable:
-            await self._discard(key)
-            return self._take_up(snapshot)
-        if kept is not None:
-            kept = self._take_up(kept)
+                self._copies.take_up(snapshot, shown_at=self._news.shown_at(key, moment(other)))
+            elif other:
+                self._news.take_up(key, other)
+        except (StoreDown, Undecodable) as exc:
+            if isinstance(exc, Undecodable):
+                await self._discard(key)
+            elif lease.token:
+                self._leases.doubt(lease)
+            accepted = 1
+            self._copies.take_up(snapshot, shown_at=-math.inf)
+        await self._copies.arrived(key)
+        kept = self._copies.recall(key)
+        if accepted == 1:
+            return kept or snapshot
         return kept if kept is not None and kept.fresh(self._clock()) else None
 
     async def fail(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
         """See `Store.fail`."""
-        self._leases.discard(lease)
         self._memory.keep_failure(lease.key, error, seconds=seconds)
         milliseconds = int(seconds * 1000)
         encoded = encode_failure(lease.key, error) if milliseconds else b""
@@ -194,7 +220,6 @@ class ValkeyStore:
 
     async def abandon(self, lease: Lease) -> None:
         """See `Store.abandon`."""
-        self._leases.discard(lease)
         await self._end(lease, 0, b"")
 
     async def token(self, per_second: float, *, saved: float, patience_seconds: float) -> float:
@@ -206,7 +231,7 @@ class ValkeyStore:
             int(max(patience_seconds, 0) * MICROSECONDS),
         ]
         try:
-            taken, wait = _shaped(await self._link.run_for_all(TOKEN, "budget", args), int, int)
+            taken, wait = shaped(await self._link.run_for_all(TOKEN, "budget", args), int, int)
         except StoreDown:
             return 0.0
         seconds: float = wait / MICROSECONDS
@@ -214,10 +239,20 @@ class ValkeyStore:
             raise BudgetSpent("the budget of upstream calls is spent for now", retry_after=seconds)
         return seconds
 
+    async def tell_slowed(self, retry_after: float | None) -> None:
+        """See `Store.tell_slowed`."""
+        seconds = "" if retry_after is None else math.ceil(retry_after)
+        with suppress(StoreDown):
+            channel = self._link.channel(0)
+            await self._link.run_for_all(TELL, "told", [self._link.publish, channel, f"T{seconds}"])
+
     async def _end(self, lease: Lease, milliseconds: int, encoded: bytes) -> None:
+        self._leases.drop(lease)
         if lease.token:
-            with suppress(StoreDown):
+            try:
                 await self._run(FAIL, lease.key, [lease.token, milliseconds, encoded], told=True)
+            except StoreDown:
+                self._leases.doubt(lease)
 
     def _known(self, key: TaskKey, after: int | None) -> Snapshot | GatewayError | None:
         """Return what is known here and ends a flight."""
@@ -228,66 +263,70 @@ class ValkeyStore:
 
     def _alone(self, key: TaskKey) -> Lease:
         """Return a lease that nobody has given: each replica for itself."""
-        held = self._memory.peek(key)
-        now = self._link.servers_clock.servers(self._clock())
-        return Lease(key, max(now, 0 if held is None else held.stamp + 1))
+        newest = self._copies.newest(key)
+        now = self._link.clock(key).servers(self._clock())
+        return Lease(key, max(now, 0 if newest is None else newest.stamp + 1))
 
     async def _ask(self, key: TaskKey, after: int | None) -> Snapshot | GatewayError | Lease | float:
-        """Ask the server; a number is the seconds that another replica's lease lasts.
+        """Ask the server; a number is the seconds to wait before the next look: another has the lease.
 
         Raises: StoreDown.
         """
-        held = self._memory.peek(key)
+        newest = self._copies.newest(key)
         token = uuid.uuid4().hex
         args = [
-            0 if held is None else held.stamp,
-            self._least(key, held, after),
+            0 if newest is None else newest.stamp,
+            self._least(key, newest, after),
             token,
             int(LEASE_SECONDS * 1000),
         ]
-        answer = _Answer(*_shaped(await self._run(TAKE_OFF, key, args), bytes, int, bytes, bytes))
         try:
-            newer = self._decode(key, answer.newer) if answer.newer else None
+            answer = _Answer(*shaped(await self._run(TAKE_OFF, key, args), bytes, int, bytes, bytes))
+        except StoreDown as down:
+            if down.asked:
+                self._leases.doubt(Lease(key, 0, token))
+            raise
+        try:
+            if answer.newer:
+                self._news.take_up(key, answer.newer)
             failure = decode_failure(answer.failure, key) if answer.failure else None
         except Undecodable:
             await self._discard(key)
             return (
-                self._alone(key) if answer.kind != b"lease" else self._hold(Lease(key, answer.number, token))
+                self._alone(key) if answer.kind != b"lease" else self._leases.hold(key, answer.number, token)
             )
-        if newer is not None:
-            held = self._take_up(newer)
         match answer.kind:
-            case b"fresh" if held is not None:
-                self._unconfirmed.pop(key, None)
-                # It may have gone stale on its way: then the next question is about a newer one.
-                return held if held.terminal or held.fresh(self._clock()) else 0.0
+            case b"fresh":
+                self._copies.confirm(key)
+                await self._copies.arrived(key)
+                held = self._copies.recall(key)
+                if held is not None and (held.terminal or held.fresh(self._clock())):
+                    return held
+                return 0.0  # it has gone stale on its way: the next question is about a newer one
             case b"failure" if failure is not None:
                 self._memory.keep_failure(key, failure, seconds=answer.number / 1000)
                 return failure
             case b"taken":
                 return max(answer.number, 0) / 1000 + _LEASE_MARGIN_SECONDS
             case b"lease":
-                self._unconfirmed.pop(key, None)
-                return self._hold(Lease(key, answer.number, token))
+                self._copies.confirm(key)
+                return self._leases.hold(key, answer.number, token)
         raise StoreDown("an answer that makes no sense")
 
-    def _least(self, key: TaskKey, held: Snapshot | None, after: int | None) -> int:
+    def _least(self, key: TaskKey, newest: Snapshot | None, after: int | None) -> int:
         """Return the stamp from which on a fresh snapshot of the server's is an answer."""
         least = 0 if after is None else after + 1
-        if held is None:
+        if newest is None:
             return least
-        # What is held here was found stale, whatever the server's clock says; or it only wants confirming.
-        return max(least, held.stamp if key in self._unconfirmed else held.stamp + 1)
-
-    def _hold(self, lease: Lease) -> Lease:
-        self._leases.add(lease)
-        return lease
+        # What is known here was found stale, whatever the server's clock says; or it only wants confirming.
+        confirming = self._copies.doubted(key) or newest.fresh(self._clock())
+        return max(least, newest.stamp if confirming else newest.stamp + 1)
 
     async def _run(self, script: Script, key: TaskKey, args: list[Any], *, told: bool = False) -> list[Any]:
         """Run a script; `told`: it publishes."""
         if told:
             subject = f"{key.operation}/{key.task_id}\n"
-            args = [*args, self._link.publish, self._link.channel(key), subject]
+            args = [*args, self._link.publish, self._link.channel(slot_of(key)), subject]
         return await self._link.run(script, key, args)
 
     async def _discard(self, key: TaskKey) -> None:
@@ -296,81 +335,12 @@ class ValkeyStore:
         with suppress(StoreDown):
             await self._run(DISCARD, key, [])
 
-    async def _renew(self) -> None:
-        while True:
-            await asyncio.sleep(_RENEW_SECONDS)
-            for lease in list(self._leases):
-                with suppress(StoreDown):
-                    await self._run(RENEW, lease.key, [lease.token, int(LEASE_SECONDS * 1000)])
+    def _server(self, key: TaskKey) -> ServerClock:
+        return self._link.clock(key)
 
-    def _decode(self, key: TaskKey, value: bytes) -> Snapshot:
-        """Decode a stored snapshot. Raises: Undecodable."""
-        head = _HEAD.match(value)
-        if head is None:
-            raise Undecodable("no head")
-        stamp, fetched = int(head[1]), int(head[2])
-        # Never from our future: there it would be fresh for longer than its lifetime.
-        fetched_at = min(self._link.servers_clock.ours(fetched), self._clock())
-        return decode_snapshot(value[head.end() :], key, fetched_at=fetched_at, stamp=stamp)
+    def _on_gap(self, slots: Collection[int]) -> None:
+        self._copies.doubt(lambda key: slot_of(key) in slots)
 
-    def _take_up(self, snapshot: Snapshot) -> Snapshot:
-        """Hold a snapshot here, unless this one or a newer one is; return the one that is."""
-        held = self._memory.peek(snapshot.key)
-        if held is not None and held.stamp == snapshot.stamp:
-            self._unconfirmed.pop(snapshot.key, None)
-            return held
-        kept = self._memory.keep(snapshot)
-        if kept is snapshot:
-            self._unconfirmed.pop(snapshot.key, None)
-        return kept
-
-    def _on_message(self, message: bytes) -> None:
-        """Take up what a replica, perhaps this one, has published."""
-        subject = _SUBJECT.match(message)
-        if subject is None:
-            return  # a probe, or nothing of ours
-        try:
-            key = TaskKey(Operation(subject[2].decode()), subject[3].decode())
-        except ValueError:  # an operation of a later version
-            return
-        if key not in self._waiting and self._memory.peek(key) is None:
-            return
-        rest = message[subject.end() :]
-        try:
-            if subject[1] == b"S":
-                self._take_up(self._decode(key, rest))
-            elif subject[1] == b"F":
-                milliseconds, _, encoded = rest.partition(b"\n")
-                failure = decode_failure(encoded, key)
-                self._memory.keep_failure(key, failure, seconds=int(milliseconds) / 1000)
-        except ValueError:
-            self._metrics.store_errors.labels("read").inc()
-        self._wake(key)
-
-    def _on_up(self) -> None:
-        self._unconfirmed = {snapshot.key: snapshot for snapshot in self._memory.snapshots()}
-
-    def _on_down(self) -> None:
-        for key in list(self._waiting):
-            self._wake(key)
-
-    @contextmanager
-    def _change(self, key: TaskKey) -> Iterator[asyncio.Future[None]]:
-        """Give a future that is done as soon as there is news of a task; it has one flight at a time."""
-        changed = self._waiting[key] = asyncio.get_running_loop().create_future()
-        try:
-            yield changed
-        finally:
-            del self._waiting[key]
-
-    def _wake(self, key: TaskKey) -> None:
-        changed = self._waiting.get(key)
-        if changed is not None and not changed.done():
-            changed.set_result(None)
-
-
-def _shaped(answer: list[Any], *kinds: type) -> list[Any]:
-    """Return an answer that has this shape. Raises: StoreDown."""
-    if [type(part) for part in answer] != list(kinds):
-        raise StoreDown("an answer that no script of ours gives")
-    return answer
+    def _on_slowed(self, retry_after: float | None) -> None:
+        for listener in self._slowed:
+            listener(retry_after)

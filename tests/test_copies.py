@@ -1,0 +1,124 @@
+"""What a replica holds: from when each copy is shown, and what is doubted; on a clock turned by hand."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from gateway.models import Operation, Snapshot, Status, TaskKey
+from gateway.stores.copies import Copies
+from gateway.stores.memory import MemoryStore
+from tests.ticked import TickedLoop
+
+KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
+OTHER = TaskKey(Operation.SD_GET_PROGRESS, "other")
+LATER = 0.05
+
+
+@pytest.fixture
+def loop() -> Iterator[TickedLoop]:
+    """Return a loop whose clock stands."""
+    loop = TickedLoop()
+    yield loop
+    loop.close()
+
+
+@pytest.fixture
+def copies(loop: TickedLoop) -> Copies:
+    """Return copies on that clock."""
+    return Copies(MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time), clock=loop.time)
+
+
+def snapshot(stamp: int, key: TaskKey = KEY, *, status: Status = Status.RUNNING) -> Snapshot:
+    return Snapshot(key, 1000.0, 10.0, b"{}", status, stamp=stamp)
+
+
+def test_copies_show_what_is_due_at_once(copies: Copies) -> None:
+    """What is shown by now is held, and nothing waits for it."""
+    one = snapshot(1)
+    copies.take_up(one, shown_at=1000.0)
+    assert copies.peek(KEY) is copies.recall(KEY) is copies.newest(KEY) is one
+
+
+def test_copies_change_over_at_their_moment(loop: TickedLoop, copies: Copies) -> None:
+    """Until its moment a copy is known but not shown; at that moment it is, before any timer has fired."""
+    one, two = snapshot(1), snapshot(2)
+    copies.take_up(one, shown_at=0)
+    loop.within(lambda: copies.take_up(two, shown_at=1000.0 + LATER))
+    assert copies.peek(KEY) is copies.recall(KEY) is one
+    assert copies.newest(KEY) is two
+    loop._now += LATER
+    assert copies.peek(KEY) is two
+    loop.advance(1)
+    assert copies.peek(KEY) is two
+    assert loop.next_timer is None
+
+
+def test_copies_tell_listeners_though_nobody_asks(loop: TickedLoop, copies: Copies) -> None:
+    """When its moment has come listeners are told of a copy, and of each of several in order."""
+    heard: list[int] = []
+    copies._memory.on_change(lambda stored: heard.append(stored.stamp))
+    loop.within(lambda: copies.take_up(snapshot(1), shown_at=1000.0 + LATER))
+    loop.within(lambda: copies.take_up(snapshot(2), shown_at=1000.0 + 2 * LATER))
+    loop.advance(LATER + 0.01)
+    assert heard == [1]
+    loop.advance(LATER)
+    assert heard == [1, 2]
+
+
+def test_copies_wake_who_waits_for_all_to_come(loop: TickedLoop, copies: Copies) -> None:
+    """Who waits until everything has come goes on with the last of it; with nothing to come, at once."""
+    loop.within(lambda: copies.take_up(snapshot(1), shown_at=1000.0 + LATER))
+    loop.within(lambda: copies.take_up(snapshot(2), shown_at=1000.0 + 2 * LATER))
+    waiting, idle = loop.create_task(copies.arrived(KEY)), loop.create_task(copies.arrived(OTHER))
+    loop.advance(LATER + 0.01)
+    assert idle.done()
+    assert not waiting.done()
+    loop.advance(LATER)
+    assert waiting.done()
+    assert loop.run_until_complete(copies.arrived(KEY)) is None  # type: ignore[func-returns-value]
+
+
+def test_copies_take_up_nothing_older(loop: TickedLoop, copies: Copies) -> None:
+    """What is older than what is known, the same, or goes on where a task has ended, is let go."""
+    ended = snapshot(3, status=Status.SUCCEEDED)
+    loop.within(lambda: copies.take_up(ended, shown_at=1000.0 + LATER))
+    for late in (snapshot(2), snapshot(3), snapshot(4)):
+        copies.take_up(late, shown_at=0)
+    assert copies.peek(KEY) is None
+    loop.advance(LATER + 0.01)
+    assert copies.peek(KEY) is ended
+
+
+def test_copies_show_nothing_that_is_doubted(copies: Copies) -> None:
+    """A doubted copy covers failures and is followed, but not shown until it is confirmed, or replaced."""
+    one, other = snapshot(1), snapshot(1, OTHER)
+    copies.take_up(one, shown_at=0)
+    copies.take_up(other, shown_at=0)
+    copies.doubt(lambda key: key == KEY)
+    assert copies.peek(KEY) is None
+    assert copies.recall(KEY) is copies.newest(KEY) is one
+    assert copies.doubted(KEY)
+    assert copies.peek(OTHER) is other
+    copies.doubt(lambda key: key == OTHER)
+    assert (copies.peek(KEY), copies.peek(OTHER)) == (None, None)
+    copies.confirm(KEY)
+    assert copies.peek(KEY) is one
+    copies.take_up(snapshot(2, OTHER), shown_at=0)
+    assert copies.peek(OTHER) is not None
+
+
+def test_copies_doubt_what_is_still_to_come(loop: TickedLoop, copies: Copies) -> None:
+    """What was to come when something may have been missed is doubted, too, once it has come."""
+    loop.within(lambda: copies.take_up(snapshot(1), shown_at=1000.0 + LATER))
+    copies.doubt(lambda _: True)
+    loop.advance(LATER + 0.01)
+    assert copies.recall(KEY) is not None
+    assert copies.peek(KEY) is None
+
+
+def test_copies_leave_no_timer_behind(loop: TickedLoop, copies: Copies) -> None:
+    """Closed, nothing comes any more."""
+    loop.within(lambda: copies.take_up(snapshot(1), shown_at=1000.0 + LATER))
+    copies.close()
+    loop.advance(1)
+    assert len(copies._memory) == 0
