@@ -26,6 +26,8 @@ import dawdlers
 import herd
 import hits
 import misses
+import outages
+import replicas
 import report
 import rotation
 import rush
@@ -51,6 +53,8 @@ SCENARIOS = {
     "rotation": rotation,
     "soak": soak,
     "throttle": throttle,
+    "replicas": replicas,
+    "outages": outages,
 }
 PACKAGES = {"wrk": "wrk", "nginx": "nginx", "njs": "libnginx-mod-http-js", "varnishd": "varnish"}
 OPTIONAL = frozenset({"varnishd"})
