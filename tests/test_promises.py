@@ -231,7 +231,6 @@ class Promises(RuleBasedStateMachine):
             service=self.service,
             store=self.store,
             metrics=self.metrics,
-            patience_seconds=10.0,
             clock=self.loop.time,
         )
 

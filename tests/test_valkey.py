@@ -30,7 +30,7 @@ from gateway.stores.memory import MemoryStore
 from gateway.stores.serverclock import MICROSECONDS
 from gateway.stores.servers import SLOTS, connected
 from gateway.stores.valkey import ValkeyStore
-from tests.harness import PATIENCE_SECONDS, Json, eventually
+from tests.harness import PATIENCE_SECONDS, Json, eventually, free_port
 from tests.storeserver import StoreServer, binary, cluster, guarded, migrate, shared_by
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
@@ -385,8 +385,9 @@ async def test_valkey_verifies_the_servers_certificate(opened: Open, tmp_path: P
     with StoreServer(binary("redis"), tmp_path) as server:
         for name, value in options.items():
             server.client.config_set(name, str(tmp_path / value) if value.endswith("pem") else value)
-        server.client.config_set("tls-port", str(server.port + 1))
-        url = server.url.replace("valkey:", "valkeys:").replace(str(server.port), str(server.port + 1))
+        port = free_port()
+        server.client.config_set("tls-port", str(port))
+        url = server.url.replace("valkey:", "valkeys:").replace(str(server.port), str(port))
         store = await opened({"url": url, "ca_file": tmp_path / "ca.pem"})
         await leased(store)
         stranger = await opened({"url": url}, well=False)

@@ -172,7 +172,15 @@ class Link:
             finally:
                 self._servers = None
                 self._be_sure(-math.inf)
+                await self._idle()
         return True
+
+    async def _idle(self) -> None:
+        """Wait for the questions under way: who connects when all is closed leaves a connection open."""
+        for _ in range(CONNECTIONS):
+            await self._turns.acquire()
+        for _ in range(CONNECTIONS):
+            self._turns.release()
 
     async def _run(self, question: _Question) -> list[Any]:
         async with self._turns:  # not within the deadline: who waits here waits for us, not for the server
