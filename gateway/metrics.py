@@ -141,14 +141,14 @@ class Metrics:
         self.store_up.set(1)
         self.store_operation_duration = Histogram(
             "sd_gateway_store_operation_duration_seconds",
-            "One operation of the shared store: take_off land fail renew token discard probe.",
+            "One operation of the shared store: take_off land fail renew token tell discard probe.",
             ["operation"],
             buckets=_STORE,
             registry=registry,
         )
         self.store_errors = Counter(
             "sd_gateway_store_errors_total",
-            "Operations of the shared store that failed, and (read) values that made no sense.",
+            "Operations of the shared store that failed, (read) senseless values, (subscribe) lost subscriptions.",
             ["operation"],
             registry=registry,
         )
