@@ -148,7 +148,7 @@ class Metrics:
         )
         self.store_errors = Counter(
             "sd_gateway_store_errors_total",
-            "Operations of the shared store that failed, (read) senseless values, (subscribe) lost subscriptions.",
+            "Operations of the shared store that failed; read: senseless values, subscribe: lost links.",
             ["operation"],
             registry=registry,
         )
