@@ -28,7 +28,12 @@ class Bench:
         metrics = Metrics(CollectorRegistry(), gateway_version="test")
         self.registry = metrics.registry
         self.service = ProgressService(
-            Cache(), store=self.store, upstream=cast("Upstream", None), metrics=metrics, clock=self.clock
+            Cache(),
+            store=self.store,
+            upstream=cast("Upstream", None),
+            metrics=metrics,
+            patience_seconds=10.0,
+            clock=self.clock,
         )
         options: dict[str, Any] = {
             "operations": list(Operation),
