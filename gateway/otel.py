@@ -28,7 +28,7 @@ from gateway.api.requestlog import SPAN
 from gateway.api.requests import header
 from gateway.api.tracecontext import TraceParent, trace_parent
 from gateway.models import TaskKey
-from gateway.service import Failed, Reading
+from gateway.readings import Failed, Reading
 from gateway.settings import SettingsError
 from gateway.tracing import AsgiApp, Mark
 

@@ -17,9 +17,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from copy import copy
-from enum import StrEnum
 from functools import partial
-from typing import Any, NamedTuple
 
 import structlog
 
@@ -34,6 +32,7 @@ from gateway.exceptions import (
 )
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey, observe
+from gateway.readings import Failed, Landing, Reading, Source
 from gateway.sampling import Sampler
 from gateway.settings import Cache
 from gateway.singleflight import SingleFlight
@@ -46,66 +45,9 @@ _HOT = 2  # readers within one lifetime
 log = structlog.get_logger(__name__)
 
 
-class Source(StrEnum):
-    """How an answer came about; the `result` of `cache_lookups_total`."""
-
-    HIT = "hit"
-    STALE = "stale"
-    MISS = "miss"
-    COLLAPSED = "collapsed"
-    NEGATIVE = "negative"
-
-
 # Asked at each hit, where an enum's member and property take as long as to find the snapshot.
 _HIT = Source.HIT
 _ENDED = frozenset(status for status in Status if status.terminal)
-
-
-class Landing(NamedTuple):
-    """What a flight brings to all who wait for it.
-
-    `upstream_seconds`: how long the upstream took, every attempt included; None when it was not asked.
-    `invoke_id`: the vendor's id of the last call, which its support asks for. `span`: the flight's, to
-    link to, where spans are made.
-    """
-
-    outcome: Snapshot | GatewayError
-    upstream_seconds: float | None = None
-    invoke_id: str | None = None
-    span: Any = None
-
-
-class Reading(NamedTuple):
-    """A snapshot as one caller gets it.
-
-    `age` is in seconds. `replaced_stale`: a snapshot was there, too old to show. `failure` is set
-    when this stale snapshot covers one. `landing` is that of the flight which this caller waited for.
-    """
-
-    snapshot: Snapshot
-    age: float
-    source: Source
-    replaced_stale: bool = False
-    failure: GatewayError | None = None
-    landing: Landing | None = None
-
-    @property
-    def key(self) -> TaskKey:
-        """Which task it is about."""
-        return self.snapshot.key
-
-
-class Failed(NamedTuple):
-    """What one caller gets when there is no snapshot to show; as `Reading` otherwise."""
-
-    key: TaskKey
-    failure: GatewayError
-    source: Source
-    landing: Landing | None = None
-
-    def raised(self) -> GatewayError:
-        """Return the failure to raise, for this caller alone: many may share it."""
-        return copy(self.failure)
 
 
 class ProgressService:

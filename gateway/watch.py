@@ -22,7 +22,8 @@ from gateway.alarms import Alarms
 from gateway.exceptions import GatewayError, Overloaded
 from gateway.metrics import Metrics
 from gateway.models import Snapshot, TaskKey
-from gateway.service import Failed, ProgressService
+from gateway.readings import Failed
+from gateway.service import ProgressService
 from gateway.settings import Watch as WatchSettings
 from gateway.stores import Store
 

@@ -12,7 +12,7 @@ from gateway.credentials import Slot
 from gateway.exceptions import GatewayError
 from gateway.metrics import Metrics
 from gateway.models import Status
-from gateway.service import Source
+from gateway.readings import Source
 from gateway.tallies import Counts, Spreads
 from gateway.watch import Kind
 

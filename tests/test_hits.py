@@ -28,8 +28,8 @@ from gateway.app import create_app
 from gateway.edge import edge_protocol
 from gateway.edge.answering import TESTED, AnsweringProtocol
 from gateway.edge.bounds import BoundedProtocol
+from gateway.readings import Reading, Source
 from gateway.redaction import Redactor
-from gateway.service import Reading, Source
 from gateway.settings import Settings
 from tests.harness import PATIENCE_SECONDS, RawUpstream, Simulator, serving, well
 from tests.hitting import Bench

@@ -39,7 +39,8 @@ from gateway.exceptions import (
 )
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey, vendor_status
-from gateway.service import Failed, ProgressService, Reading, Source
+from gateway.readings import Failed, Reading, Source
+from gateway.service import ProgressService
 from gateway.settings import Cache
 from gateway.settings import Watch as WatchSettings
 from gateway.stores.memory import MEMORY_SECONDS, MemoryStore

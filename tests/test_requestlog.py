@@ -12,8 +12,8 @@ from structlog.testing import capture_logs
 from gateway.api.requestlog import RequestLog, settled
 from gateway.exceptions import UpstreamDetail, UpstreamRejected, UpstreamTimeout
 from gateway.models import Operation, Snapshot, TaskKey
+from gateway.readings import Failed, Landing, Reading, Source
 from gateway.sampling import Sampler
-from gateway.service import Failed, Landing, Reading, Source
 from tests.harness import Gateway, Json, Process, Simulator, fresh_id, serving, until
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "01j5t2qx82323pswaqykz9eq4")

@@ -32,7 +32,8 @@ from gateway.exceptions import (
 )
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey
-from gateway.service import Failed, ProgressService, Reading, Source
+from gateway.readings import Failed, Reading, Source
+from gateway.service import ProgressService
 from gateway.settings import Cache
 from gateway.stores import Lease
 from gateway.stores.memory import MemoryStore

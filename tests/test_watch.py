@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from gateway.exceptions import GatewayError, UpstreamThrottled, UpstreamTimeout
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey
-from gateway.service import Failed, Reading, Source
+from gateway.readings import Failed, Reading, Source
 from gateway.settings import Watch as WatchSettings
 from gateway.stores.memory import MemoryStore
 from gateway.watch import Kind, Update, Watch

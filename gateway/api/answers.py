@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gateway.api.caching import CACHE_NAMES, cache_values, matches
-from gateway.service import Reading
+from gateway.readings import Reading
 
 _OK, _NOT_MODIFIED = 200, 304
 _NAMES = (*CACHE_NAMES, b"etag")

@@ -11,7 +11,8 @@ from gateway.api.problems import document, lookup
 from gateway.api.requests import query_parameters
 from gateway.api.tasks import Tasks
 from gateway.models import Snapshot, Status, render_json
-from gateway.service import ProgressService, Reading
+from gateway.readings import Reading
+from gateway.service import ProgressService
 
 
 class BatchEndpoint:

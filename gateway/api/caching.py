@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gateway.api.requests import Headers
-from gateway.service import Reading, Source
+from gateway.readings import Reading, Source
 
 _HELD = frozenset({Source.HIT, Source.STALE})
 CACHE_NAMES = (b"cache-control", b"age", b"cache-status")

@@ -25,8 +25,9 @@ from gateway.api.requests import Headers, given_request_id, header, new_request_
 from gateway.api.tasks import PROGRESS, PlainTargets
 from gateway.metrics import Metrics
 from gateway.models import Operation
+from gateway.readings import Reading, Source
 from gateway.sampling import Kind, Sampler
-from gateway.service import ProgressService, Reading, Source
+from gateway.service import ProgressService
 from gateway.tallies import Count
 
 _ROUTE = f"{PROGRESS}/{{taskId}}"  # in metrics and log lines, the application's template of the path

@@ -21,7 +21,8 @@ from gateway.api.requests import Headers, header, query_parameters
 from gateway.api.tasks import Tasks
 from gateway.exceptions import InvalidParameter
 from gateway.models import Snapshot, TaskKey
-from gateway.service import Failed, ProgressService, Reading
+from gateway.readings import Failed, Reading
+from gateway.service import ProgressService
 from gateway.watch import Kind, Watch, Watcher
 
 # RFC 7240, 4.3: `wait=10`, perhaps among other preferences.

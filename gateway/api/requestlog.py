@@ -16,8 +16,8 @@ from starlette.types import Scope
 
 from gateway.api import ops
 from gateway.api.tracecontext import TraceParent, trace_parent
+from gateway.readings import Failed, Reading
 from gateway.sampling import Sampler
-from gateway.service import Failed, Reading
 
 Verdict = tuple[str, str | None]
 
