@@ -78,7 +78,10 @@ nginx.org/lb-method: hash $uri consistent
 {{- end }}
 {{- $store := dict }}
 {{- if .Values.store.existingSecret }}
-{{- range $key, $setting := dict "usernameKey" "username_file" "passwordKey" "password_file" "caKey" "ca_file" }}
+{{- $named := dict "usernameKey" "username_file" "passwordKey" "password_file" "caKey" "ca_file" }}
+{{- $_ := set $named "sentinelUsernameKey" "sentinel_username_file" }}
+{{- $_ := set $named "sentinelPasswordKey" "sentinel_password_file" }}
+{{- range $key, $setting := $named }}
 {{- with index $.Values.store $key }}{{ $_ := set $store $setting (printf "/run/secrets/sd-gateway-store/%s" .) }}{{ end }}
 {{- end }}
 {{- end }}
