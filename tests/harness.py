@@ -424,19 +424,22 @@ def relay(url: str, request: Request, head: bytes | None = None) -> bytes:
 # --- the command ------------------------------------------------------------------------------------------
 
 
+def neutral_environment() -> dict[str, str]:
+    """Return our environment without the gateway's settings, and what `make test` tells other makes."""
+    theirs = ("SD_GATEWAY_", "SPEEDPIX_", "OTEL_", "MAKE", "MFLAGS", "ARGS")
+    return {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
+
+
 class Process:
     """A command, the project's own unless told otherwise, as a process; all it says is kept."""
 
     def __init__(
         self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None, program: Path = COMMAND
     ) -> None:
-        clean = {
-            k: v for k, v in os.environ.items() if not k.startswith(("SD_GATEWAY_", "SPEEDPIX_", "OTEL_"))
-        }
         self._process = subprocess.Popen(
             [program, *arguments],
             cwd=cwd,
-            env=clean | dict(env or {}),
+            env=neutral_environment() | dict(env or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 from tests.documents.markdown import Command
-from tests.harness import Process, until
+from tests.harness import Process, neutral_environment, until
 
 _BIN = Path(sys.executable).parent
 _BASH = Path("bash")
@@ -42,10 +42,7 @@ class Session:
         # curl shows its meter to whoever is no terminal, and a reader has one. An error is one that is shown.
         (scratch / ".curlrc").write_text("silent\nshow-error\nfail-with-body\n")
         ours = {"PATH": f"{_BIN}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8", "CURL_HOME": str(scratch)}
-        others = {
-            k: v for k, v in os.environ.items() if not k.startswith(("SD_GATEWAY_", "SPEEDPIX_", "OTEL_"))
-        }
-        self._env = others | ours | dict(env)
+        self._env = neutral_environment() | ours | dict(env)
         self._instead = dict(instead)
         self._server = server
 
