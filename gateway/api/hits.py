@@ -10,7 +10,7 @@ waited for or read from a body is their affair alone. What is answered is counte
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -186,13 +186,12 @@ class HitsFirst:
         self._app = app
         self._hits = hits
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a hit, or pass the request on."""
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Answer a hit, or pass the request on, without a frame that would live as long as a stream."""
         found = self._find(scope)
-        if found is None:
-            await self._app(scope, receive, send)
-            return
-        hit, request_id = found
+        return self._app(scope, receive, send) if found is None else self._answer(*found, send)
+
+    async def _answer(self, hit: Hit, request_id: bytes, send: Send) -> None:
         names = self._hits.names[hit.status]
         headers = [*zip(names, hit.values, strict=True), (b"x-request-id", request_id)]
         await send({"type": "http.response.start", "status": hit.status, "headers": headers})

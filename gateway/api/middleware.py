@@ -8,7 +8,8 @@ Outermost first:
 - RateLimit (ratelimit.py): so many requests a second of each client
 
 They stand in the place of Starlette's own stack, whose two exception layers would each keep a
-frame, a closure and a Request alive for as long as a stream is open.
+frame, a closure and a Request alive for as long as a stream is open. Who has nothing to do once the request
+is passed on hands the inner application's awaitable out, and keeps no frame either.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 from starlette.exceptions import HTTPException
@@ -140,8 +141,8 @@ class Admission:
         self._root_path = root_path
         self._hosts = TrustedHosts(trusted_hosts)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on. Raises: InvalidParameter."""
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Pass the request on. Raises: InvalidParameter, before anything is awaited."""
         if scope["type"] == "http":
             # With the prefix in the path or stripped from it by the ingress: Starlette takes either.
             scope["root_path"] = self._root_path
@@ -149,7 +150,7 @@ class Admission:
                 path = scope["path"].removeprefix(self._root_path)
                 if path not in ops.PROBES:
                     raise InvalidParameter("header 'Host' names a host that is not served here")
-        await self._app(scope, receive, send)
+        return self._app(scope, receive, send)
 
 
 class Cors:
@@ -165,10 +166,10 @@ class Cors:
             expose_headers=["Age", "Cache-Status", "ETag", "Retry-After", "X-Request-Id"],
         )
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Pass the request on, through CORS when it is for /v1."""
         path = scope["path"].removeprefix(scope["root_path"]) if scope["type"] == "http" else ""
-        await (self._with_cors if path.startswith("/v1/") else self._app)(scope, receive, send)
+        return (self._with_cors if path.startswith("/v1/") else self._app)(scope, receive, send)
 
 
 def _answering(app: ASGIApp, problems: Problems) -> ASGIApp:

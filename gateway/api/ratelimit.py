@@ -8,7 +8,7 @@ server has put what a trusted proxy says into the scope (uvicorn's proxy headers
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from ipaddress import IPv6Address, ip_address
 
 from cachetools import LRUCache
@@ -83,9 +83,9 @@ class RateLimit:
         self._app = app
         self._limiter = limiter
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on. Raises: TooManyRequests."""
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Pass the request on. Raises: TooManyRequests, before anything is awaited."""
         if scope["type"] == "http" and scope["path"].removeprefix(scope["root_path"]) not in ops.PROBES:
             client = scope.get("client")
             self._limiter.admit(client[0] if client else "")
-        await self._app(scope, receive, send)
+        return self._app(scope, receive, send)
