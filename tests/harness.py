@@ -6,6 +6,7 @@ Nothing here waits for time to pass: everything waits for an event, or asks for 
 import asyncio
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -59,10 +60,15 @@ async def eventually(condition: Callable[[], Any], what: str) -> Any:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
+    """Return a port that nobody listens on.
+
+    It is none of those that the system gives to connections, which might take it before a server does;
+    nor is the one 10,000 above, which nodes of a cluster use as well.
+    """
+    while True:
+        port = random.randint(12_000, 22_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 class _Server(uvicorn.Server):
