@@ -84,12 +84,15 @@ class TaskKey(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Snapshot:
-    """One upstream answer for one task: never changed, but for `polls`, which counts its readers.
+    """One upstream answer for one task, which never changes.
 
     `fetched_at` is when the answer had arrived, in seconds on the process's monotonic clock;
     `lifetime` is how many seconds it counts as fresh. `stamp` orders the snapshots of a task: of two
     the one that was asked for later has the larger. `envelope` is the body as it came.
     For results `status`, `progress` and `eta_seconds` are None and `body` and `etag` empty.
+
+    Two fields are notes on it: `polls` counts its readers, and the store sets `shown_until`, the moment on
+    the clock of `fetched_at` from which on it must be looked up again: its successor may be there.
     """
 
     key: TaskKey
@@ -103,6 +106,7 @@ class Snapshot:
     etag: str = ""
     stamp: int = 0
     polls: int = 0
+    shown_until: float = math.inf
 
     def fresh(self, now: float) -> bool:
         """Tell whether it still counts as fresh. `now` is on the clock of `fetched_at`."""
@@ -189,7 +193,7 @@ def observe(
         return Snapshot(key, fetched_at, lifetimes[None], envelope, stamp=stamp)
     status = vendor_status(data)
     if previous is not None and previous.terminal and previous.status is not status:
-        return replace(previous, fetched_at=fetched_at, stamp=stamp, polls=0)
+        return replace(previous, fetched_at=fetched_at, stamp=stamp, polls=0, shown_until=math.inf)
     progress = 1.0 if status is Status.SUCCEEDED else min(max(_number(data.get("progress")) or 0.0, 0.0), 1.0)
     if previous is not None and previous.status is status is Status.RUNNING:
         progress = max(progress, previous.progress or 0.0)

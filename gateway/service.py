@@ -115,7 +115,7 @@ class ProgressService:
 
     def repeat(self, snapshot: Snapshot, now: float) -> bool:
         """Tell whether a lookup would find this snapshot again, still fresh `now`; then it counts as one."""
-        found = self._store.peek(snapshot.key) is snapshot
+        found = self._store.shows(snapshot, now)
         if found:
             self._count_hit(snapshot, now - snapshot.fetched_at)
         return found

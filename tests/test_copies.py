@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gateway.models import Operation, Snapshot, Status, TaskKey
 from gateway.stores.copies import Copies
@@ -122,3 +124,49 @@ def test_copies_leave_no_timer_behind(loop: TickedLoop, copies: Copies) -> None:
     copies.close()
     loop.advance(1)
     assert len(copies._memory) == 0
+
+
+_STEPS = st.one_of(
+    st.tuples(st.just("take up"), st.integers(1, 9), st.sampled_from([0.0, LATER, 2 * LATER, 3 * LATER])),
+    st.tuples(st.sampled_from(["doubt", "confirm", "wait"]), st.just(0), st.just(0.0)),
+)
+
+
+@given(steps=st.lists(_STEPS, max_size=20))
+def test_copies_note_until_when_each_is_shown(steps: list[tuple[str, int, float]]) -> None:
+    """Whatever happens, a copy that was shown and whose note does not end is still the one that is."""
+    loop = TickedLoop()
+    memory = MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time)
+    copies = Copies(memory, clock=loop.time)
+    seen: list[Snapshot] = []
+    for step, stamp, wait in steps:
+        match step:
+            case "take up":
+                loop.within(lambda: copies.take_up(snapshot(stamp), shown_at=loop.time() + wait))  # noqa: B023  # called at once
+            case "doubt":
+                copies.doubt(lambda _: True)
+            case "confirm":
+                copies.confirm(KEY)
+            case "wait":
+                loop._now += LATER  # and no timer has fired yet
+        noted = [one for one in seen if memory.shows(one, loop.time())]
+        now = copies.peek(KEY)
+        assert noted in ([], [now])
+        if now is not None and now not in seen:
+            seen.append(now)
+    copies.close()
+    loop.close()
+
+
+def test_copies_are_noted_as_shown_again_once_confirmed(loop: TickedLoop, copies: Copies) -> None:
+    """Doubted and confirmed, a copy is shown as before: for good, or until its successor's moment."""
+    one = snapshot(1)
+    copies.take_up(one, shown_at=0)
+    for until in (float("inf"), 1000.0 + LATER):
+        copies.doubt(lambda _: True)
+        assert one.shown_until == float("-inf")
+        copies.confirm(KEY)
+        if until > one.fetched_at + LATER:
+            assert one.shown_until == until
+            loop.within(lambda: copies.take_up(snapshot(2), shown_at=1000.0 + LATER))
+    assert one.shown_until == 1000.0 + LATER

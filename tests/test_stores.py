@@ -160,6 +160,26 @@ async def test_store_goes_forward(store: Store, clock: Clock, snapshot: Callable
     assert len(store) == 1
 
 
+async def test_store_says_what_it_shows_without_a_lookup(
+    make: Make, clock: Clock, snapshot: Callable[..., Snapshot]
+) -> None:
+    """What peek has returned is shown until a newer one takes its place, or it has to make room."""
+    store = await make(max_tasks=2)
+    older = await save(store, snapshot())
+    assert older is not None
+    await shown(store, KEY)
+    assert store.shows(older, clock())
+    clock.now += 1
+    newer = await save(store, snapshot())
+    assert newer is not None
+    assert await shown(store, KEY) is newer
+    assert (store.shows(older, clock()), store.shows(newer, clock())) == (False, True)
+    for other in ("a", "b"):
+        await save(store, snapshot(KEY._replace(task_id=other)))
+    assert await shown(store, KEY) is None
+    assert not store.shows(newer, clock())
+
+
 async def test_store_never_goes_back(store: Store, snapshot: Callable[..., Snapshot]) -> None:
     """An older snapshot does not take a newer one's place; whoever saves it is handed the newer."""
     newer = await save(store, snapshot(envelope=b"newer"))

@@ -29,9 +29,9 @@ class Lease(NamedTuple):
 class Store(Protocol):
     """Keeps the newest snapshot of each task, and for a moment the failures to get one.
 
-    `peek`, `recall`, `newest` and `failure` never wait: they answer from what this process holds. The others
-    may ask a server, and never raise when it is gone: each replica then goes on alone. Open it with
-    `async with`.
+    `peek`, `shows`, `recall`, `newest` and `failure` never wait: they answer from what this process holds.
+    The others may ask a server, and never raise when it is gone: each replica then goes on alone. Open it
+    with `async with`.
     """
 
     @property
@@ -49,6 +49,13 @@ class Store(Protocol):
 
     def peek(self, key: TaskKey) -> Snapshot | None:
         """Return the snapshot held here, fresh or not, unless a newer one may have been missed."""
+        ...
+
+    def shows(self, snapshot: Snapshot, now: float) -> bool:
+        """Tell whether `peek`, which has returned this snapshot, would surely do so again `now`.
+
+        Asked at every repeated hit, so no look-up: whoever only asks this keeps nothing in the cache.
+        """
         ...
 
     def recall(self, key: TaskKey) -> Snapshot | None:

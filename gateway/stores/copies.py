@@ -10,6 +10,7 @@ over together, however soon each of them has it; whoever asks them in turn is ne
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -78,10 +79,14 @@ class Copies:
         doubted = {key for key in known if concerned(key)} | (self._doubted.keys() & known)
         newest = {key: self.newest(key) for key in doubted}
         self._doubted = {key: snapshot.stamp for key, snapshot in newest.items() if snapshot is not None}
+        for key in self._doubted:
+            self._show_until(key, -math.inf)
 
     def confirm(self, key: TaskKey) -> None:
         """Doubt no more: the server knows nothing newer."""
-        self._doubted.pop(key, None)
+        if self._doubted.pop(key, None) is not None:
+            coming = self._coming.get(key)
+            self._show_until(key, math.inf if coming is None else coming.arrivals[0].shown_at)
 
     def take_up(self, snapshot: Snapshot, *, shown_at: float) -> None:
         """Hold a snapshot from a moment on, unless this one or a newer one is known."""
@@ -102,6 +107,9 @@ class Copies:
         coming = self._coming.get(key)
         if coming is None:
             coming = self._coming[key] = _Coming()
+        for earlier in (newest, self._memory.peek(key)):
+            if earlier is not None:
+                earlier.shown_until = min(earlier.shown_until, shown_at)
         timer = asyncio.get_running_loop().call_later(
             wait + _TIMER_SECONDS, self._arrive, key, coming, snapshot
         )
@@ -117,6 +125,11 @@ class Copies:
         for coming in self._coming.values():
             for arrival in coming.arrivals:
                 arrival.timer.cancel()
+
+    def _show_until(self, key: TaskKey, moment: float) -> None:
+        held = self._memory.peek(key)
+        if held is not None:
+            held.shown_until = moment
 
     def _arrive(self, key: TaskKey, coming: _Coming, last: Snapshot | None = None) -> None:
         """Hold the next to come; those up to `last`, where it is given."""

@@ -23,6 +23,16 @@ from gateway.stores import Lease
 MEMORY_SECONDS = 3600.0
 
 
+class _Snapshots(TLRUCache[TaskKey, Snapshot]):
+    """Notes on a snapshot that has to make room that it is shown no more."""
+
+    def popitem(self) -> tuple[TaskKey, Snapshot]:
+        """Remove the least recently used one."""
+        key, snapshot = super().popitem()
+        snapshot.shown_until = -math.inf
+        return key, snapshot
+
+
 class MemoryStore:
     """Keeps up to `max_tasks` snapshots, each until its staleness is of no more use.
 
@@ -36,7 +46,7 @@ class MemoryStore:
         self._stale_seconds = stale_seconds
         self._clock = clock
         self._listeners: list[Callable[[Snapshot], None]] = []
-        self._snapshots: TLRUCache[TaskKey, Snapshot] = TLRUCache(max_tasks, self._forget_at, timer=clock)
+        self._snapshots = _Snapshots(max_tasks, self._forget_at, timer=clock)
         self._failures: TLRUCache[TaskKey, tuple[GatewayError, float]] = TLRUCache(
             max_tasks, lambda _key, failure, now: now + failure[1], timer=clock
         )
@@ -54,6 +64,10 @@ class MemoryStore:
             return self._snapshots[key]
         except KeyError:
             return None
+
+    def shows(self, snapshot: Snapshot, now: float) -> bool:
+        """See `Store.shows`."""
+        return now < snapshot.shown_until
 
     def recall(self, key: TaskKey) -> Snapshot | None:
         """See `Store.recall`."""
@@ -117,6 +131,8 @@ class MemoryStore:
         kept = self.peek(snapshot.key)
         if kept is not None and (kept.stamp > snapshot.stamp or (kept.terminal and not snapshot.terminal)):
             return kept
+        if kept is not None:
+            kept.shown_until = -math.inf
         self._snapshots[snapshot.key] = snapshot
         self._failures.pop(snapshot.key, None)
         for listener in self._listeners:

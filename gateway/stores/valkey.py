@@ -125,6 +125,10 @@ class ValkeyStore:
             return self._copies.peek(key)
         return None if self._link.up else self._copies.recall(key)
 
+    def shows(self, snapshot: Snapshot, now: float) -> bool:
+        """See `Store.shows`."""
+        return now < snapshot.shown_until and (time.monotonic() < self._link.sure_until or not self._link.up)
+
     def recall(self, key: TaskKey) -> Snapshot | None:
         """See `Store.recall`."""
         return self._copies.recall(key)
