@@ -18,6 +18,8 @@ _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2
 
 _AGES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0)
 
+_CALLS = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
+
 _STORE = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0)
 
 
@@ -61,16 +63,17 @@ class Metrics:
             registry=registry,
         )
         self.cache_entries = Gauge("sd_gateway_cache_entries", "Snapshots kept.", registry=registry)
-        self.upstream_requests = Counter(
+        self.upstream_requests = Counts(
             "sd_gateway_upstream_requests_total",
             "Upstream calls by outcome: ok or a problem code.",
             ["operation", "outcome"],
             registry=registry,
         )
-        self.upstream_request_duration = Histogram(
+        self.upstream_request_duration = Spreads(
             "sd_gateway_upstream_request_duration_seconds",
             "One upstream call, from sending to the answer's end.",
             ["operation"],
+            buckets=_CALLS,
             registry=registry,
         )
         self.upstream_in_flight = Gauge(
@@ -115,7 +118,7 @@ class Metrics:
         self.watched_tasks = Gauge(
             "sd_gateway_watched_tasks", "Tasks that somebody watches.", registry=registry
         )
-        self.events_sent = Counter(
+        self.events_sent = Counts(
             "sd_gateway_events_sent_total",
             "Events written to streams: progress problem end.",
             ["event"],

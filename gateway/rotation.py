@@ -26,8 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from copy import copy
 from typing import Any, NamedTuple, TypeVar
 
@@ -91,33 +90,37 @@ class Rotation:
         """
         tried: _Tried = {}
         while True:
-            async with self._turn(operation, tried) as turn:
-                try:
-                    answer = await call(turn.held.pair)
-                except (UpstreamClock, UpstreamNonce):
-                    raise
-                except UpstreamCredentials as exc:
-                    tried[turn.held.pair] = copy(exc)
-                    self._refuse(operation, turn.held, exc)
-                    if isinstance(exc, UpstreamQuota):
-                        raise
-                except UpstreamRejected:
-                    self._accept(operation, turn)
-                    raise
-                else:
-                    self._accept(operation, turn)
-                    return answer
+            if (held := self._trusted(operation, tried)) is not None:
+                outcome = await self._make(operation, _Turn(held, held, on_trial=False), call)
+            else:
+                async with self._trial:
+                    if self._trusted(operation, tried) is not None:
+                        continue  # the trial that we waited for has brought one
+                    held = self._suspect(operation, tried)
+                    trial = _Turn(held, self._credentials.signing, on_trial=True)
+                    outcome = await self._make(operation, trial, call)
+            if not isinstance(outcome, UpstreamCredentials):
+                return outcome
+            tried[held.pair] = outcome
 
-    @asynccontextmanager
-    async def _turn(self, operation: Operation, tried: _Tried) -> AsyncIterator[_Turn]:
-        if (held := self._trusted(operation, tried)) is None:
-            async with self._trial:
-                # Look again: the trial that we waited for may have brought one.
-                if (held := self._trusted(operation, tried)) is None:
-                    suspect = self._suspect(operation, tried)
-                    yield _Turn(suspect, self._credentials.signing, on_trial=True)
-                    return
-        yield _Turn(held, held, on_trial=False)
+    async def _make(
+        self, operation: Operation, turn: _Turn, call: Callable[[Pair], Awaitable[T]]
+    ) -> T | UpstreamCredentials:
+        """Make a call, and return the refusal if another pair may do better."""
+        try:
+            answer = await call(turn.held.pair)
+        except (UpstreamClock, UpstreamNonce):
+            raise
+        except UpstreamCredentials as exc:
+            self._refuse(operation, turn.held, exc)
+            if isinstance(exc, UpstreamQuota):
+                raise
+            return copy(exc)
+        except UpstreamRejected:
+            self._accept(operation, turn)
+            raise
+        self._accept(operation, turn)
+        return answer
 
     def _trusted(self, operation: Operation, tried: _Tried) -> Held | None:
         signing = self._credentials.signing

@@ -79,10 +79,8 @@ class MemoryStore:
 
     def failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.failure`."""
-        try:
-            return self._failures[key][0]
-        except KeyError:
-            return None
+        failure = self._failures.get(key)
+        return None if failure is None else failure[0]
 
     async def catch_up(self) -> bool:
         """See `Store.catch_up`: it is never behind."""
