@@ -42,6 +42,7 @@ class Bench:
             "cross_origin": False,
             "limiter": None,
             "sampler": Sampler(clock=self.clock),
+            "most_found": 10,
         }
         self.hits = Hits(self.service, metrics=metrics, clock=self.clock, **(options | given))
         self.heads = Heads(self.hits.names)

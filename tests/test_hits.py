@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -32,7 +33,7 @@ from gateway.readings import Reading, Source
 from gateway.redaction import Redactor
 from gateway.settings import Settings
 from tests.harness import PATIENCE_SECONDS, RawUpstream, Simulator, serving, well
-from tests.hitting import Bench
+from tests.hitting import KEY, Bench
 
 OF_A_HIT = tuple(
     str(Path(package.__file__).parent)
@@ -103,9 +104,36 @@ async def test_hits_follow_the_headers_of_the_server(bench: Bench) -> None:
 async def test_hits_made_are_bounded(bench: Bench) -> None:
     """However many entity tags callers make up, few answers are kept."""
     bench.keep()
-    for number in range(10_000):
+    for number in range(20_000):
         assert bench.ask(headers=[(b"if-none-match", b'"%d"' % number)])
-    assert len(bench.hits._made) <= 4096
+    assert len(bench.hits._made) <= 16_384
+
+
+async def test_hits_find_the_newest_again(bench: Bench) -> None:
+    """A target that was looked up is answered from whatever is shown now: the newest, or nothing any more."""
+    bench.keep(lifetime=10, body=b'"older"')
+    assert b"older" in (bench.ask() or b"")
+    bench.now += 2  # beyond the second in which a whole answer is given again
+    assert b"older" in (bench.ask() or b"")
+    newest = bench.keep(lifetime=10, etag='"two"', body=b'"newer"')
+    assert b"newer" in (bench.ask() or b"")
+    bench.now += 9.5
+    assert b"newer" in (bench.ask() or b"")
+    for number in range(10):  # the store has room for ten
+        bench.store.keep(replace(newest, key=KEY._replace(task_id=f"other{number}")))
+    assert bench.ask() is None
+
+
+async def test_hits_found_are_bounded_and_looked_up_again(bench: Bench) -> None:
+    """What is remembered of targets is no more than the store may hold, and is forgotten twice a minute."""
+    one = bench.keep()
+    for number in range(100):
+        bench.store.keep(replace(one, key=KEY._replace(task_id=f"other{number}")))
+        assert bench.ask(b"/v1/progress/other%d" % number)
+    assert 0 < len(bench.hits._found) <= 11
+    bench.now += 31
+    assert bench.ask(b"/v1/progress/other99")
+    assert len(bench.hits._found) == 1
 
 
 async def test_hits_are_counted_one_by_one(bench: Bench) -> None:

@@ -24,16 +24,17 @@ from gateway.api.requestlog import RequestLog, Verdict, kind, verdict
 from gateway.api.requests import Headers, given_request_id, header, new_request_id
 from gateway.api.tasks import PROGRESS, PlainTargets
 from gateway.metrics import Metrics
-from gateway.models import Operation
+from gateway.models import Operation, Snapshot
 from gateway.readings import Reading, Source
 from gateway.sampling import Kind, Sampler
 from gateway.service import ProgressService
 from gateway.tallies import Count
 
 _ROUTE = f"{PROGRESS}/{{taskId}}"  # in metrics and log lines, the application's template of the path
-# A body, or a wish for more than an answer at once.
 _HIT = Source.HIT
-_MOST_MADE = 4096
+_MOST_MADE = 16_384
+_FOUND_SECONDS = 30.0  # then each task is looked up again, which the cache takes for a sign of life
+# A body, or a wish for more than an answer at once.
 _MORE = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade", b"prefer"})
 
 
@@ -67,8 +68,8 @@ class Hits:
     """Answers hits, or leaves them to the routes.
 
     With `cross_origin` an answer may differ by the caller's origin, with a `limiter` by the address that
-    proxies vouch for: requests that tell these are left to the routes. `clock` is that of the
-    sampler and of the service.
+    proxies vouch for: requests that tell these are left to the routes. `most_found` bounds the targets
+    whose snapshot is remembered. `clock` is that of the sampler and of the service.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Hits:
         limiter: RateLimiter | None,
         metrics: Metrics,
         sampler: Sampler,
+        most_found: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lookup = service.lookup
@@ -106,6 +108,10 @@ class Hits:
         # Of this second, for a crowd that asks for the same; None: asked for once.
         self._made: dict[tuple[bytes, str | None], Hit | None] = {}
         self._empty_at = 0.0
+        # Of half a minute: a target that was read, and a task that was looked up, need not be again.
+        self._found: dict[bytes, Snapshot] = {}
+        self._most_found = most_found
+        self._lose_at = 0.0
 
     def wishes(self, headers: Headers) -> Wishes | None:
         """Return what these headers ask of a hit, or None when it is more than that."""
@@ -141,8 +147,7 @@ class Hits:
         return hit, request_id
 
     def _make(self, target: bytes, known: str | None, now: float) -> Hit | None:
-        key = self._task(target)
-        reading = None if key is None else self._lookup(key)
+        reading = self._read(target, now)
         if reading is None:
             return None
         status, values, body = answer(reading, known)
@@ -152,6 +157,19 @@ class Hits:
         if fresh:
             self._keep(target, known, hit, now)
         return hit
+
+    def _read(self, target: bytes, now: float) -> Reading | None:
+        if now >= self._lose_at or len(self._found) > self._most_found:
+            self._found.clear()
+            self._lose_at = now + _FOUND_SECONDS
+        found = self._found.get(target)
+        if found is not None and found.fresh(now) and self._repeat(found, now):
+            return Reading(found, now - found.fetched_at, _HIT)
+        key = self._task(target)
+        reading = None if key is None else self._lookup(key)
+        if reading is not None and reading.source is _HIT:
+            self._found[target] = reading.snapshot
+        return reading
 
     def _line(self, status: int, how: Verdict) -> Kind:
         return self._sampler.kind(kind(_ROUTE, status, None, how))
