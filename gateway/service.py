@@ -114,11 +114,21 @@ class ProgressService:
         return reading
 
     def repeat(self, snapshot: Snapshot, now: float) -> bool:
-        """Tell whether a lookup would find this snapshot again, still fresh `now`; then it counts as one."""
-        found = self._store.shows(snapshot, now)
-        if found:
-            self._count_hit(snapshot, now - snapshot.fetched_at)
-        return found
+        """Tell whether this snapshot, which a lookup found, may be the answer `now`; then it counts as one.
+
+        Of a stale one that is true for a moment only: nobody looks whether its refresh has failed.
+        """
+        age = now - snapshot.fetched_at
+        if not self._store.shows(snapshot, now):
+            return False
+        if age < snapshot.lifetime:
+            self._count_hit(snapshot, age)
+            return True
+        if age >= snapshot.lifetime + self._cache.stale_while_revalidate_seconds:
+            return False
+        self._count[snapshot.key.operation, Source.STALE]()
+        self._note_age(snapshot, age)
+        return True
 
     async def read(self, key: TaskKey) -> Reading | Failed:
         """Answer, from the store or from upstream; Failed when no snapshot is young enough to cover it."""

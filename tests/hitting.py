@@ -1,5 +1,6 @@
 """Hits over a store whose clock is turned by hand, for the tests that ask them."""
 
+import asyncio
 from typing import Any, cast
 
 from prometheus_client import CollectorRegistry
@@ -19,8 +20,15 @@ TARGET = b"/v1/progress/abc"
 SERVER_HEADERS = [(b"Server", b"100 %d")]
 
 
+class Silence:
+    """An upstream that never answers."""
+
+    async def query(self, *_: object, **__: object) -> None:
+        await asyncio.Event().wait()
+
+
 class Bench:
-    """Hits over a memory store and a hand-ticked clock; upstream is never asked."""
+    """Hits over a memory store and a hand-ticked clock; upstream never answers."""
 
     def __init__(self, **given: Any) -> None:
         self.now = 1000.0
@@ -30,7 +38,7 @@ class Bench:
         self.service = ProgressService(
             Cache(),
             store=self.store,
-            upstream=cast("Upstream", None),
+            upstream=cast("Upstream", Silence()),
             metrics=metrics,
             patience_seconds=10.0,
             clock=self.clock,

@@ -29,9 +29,10 @@ from gateway.app import create_app
 from gateway.edge import edge_protocol
 from gateway.edge.answering import TESTED, AnsweringProtocol
 from gateway.edge.bounds import BoundedProtocol
+from gateway.exceptions import UpstreamTimeout
 from gateway.readings import Reading, Source
 from gateway.redaction import Redactor
-from gateway.settings import Settings
+from gateway.settings import Cache, Settings
 from tests.harness import PATIENCE_SECONDS, RawUpstream, Simulator, serving, well
 from tests.hitting import KEY, Bench
 
@@ -81,6 +82,43 @@ def test_hits_tell_the_time_of_each_asking(lifetime: float, ticks: list[float], 
         await bench.service.aclose()
 
     asyncio.run(play())
+
+
+@given(ticks=st.lists(st.one_of(st.floats(0, 0.02), st.floats(0, 1)), min_size=1, max_size=12))
+def test_hits_that_are_stale_are_given_again_for_a_moment(ticks: list[float]) -> None:
+    """A stale answer tells its age, counts as stale, and is not given once too old, or once it is followed."""
+
+    async def play() -> None:
+        bench = Bench()
+        snapshot = bench.keep(lifetime=1.0)
+        bench.now += 1.0
+        for asked, tick in enumerate(ticks, start=1):
+            age = bench.now - snapshot.fetched_at
+            shown = bench.ask()
+            if age >= 1.0 + Cache().stale_while_revalidate_seconds:
+                assert shown is None
+                break
+            assert shown == wire(Reading(snapshot, age, Source.STALE), None)
+            assert bench.count("cache_lookups_total", operation="sd_get_progress", result="stale") == asked
+            bench.now += tick
+        bench.keep(body=b"newer")
+        assert (bench.ask() or b"").endswith(b"newer")
+        await bench.service.aclose()
+
+    asyncio.run(play())
+
+
+async def test_hits_that_are_stale_tell_of_a_failure_soon(bench: Bench) -> None:
+    """Once a refresh has failed, a stale answer says so within a hundredth of a second."""
+    snapshot = bench.keep(lifetime=1.0)
+    bench.now += 1.5
+    for _ in range(3):
+        assert b"detail" not in (bench.ask() or b"detail")
+    bench.store.keep_failure(KEY, UpstreamTimeout("no answer"), seconds=1)
+    bench.now += 0.011
+    failed = Reading(snapshot, 1.511, Source.STALE, failure=UpstreamTimeout("no answer"))
+    for _ in range(3):
+        assert bench.ask() == wire(failed, None)
 
 
 async def test_hits_are_of_the_newest_snapshot(bench: Bench) -> None:

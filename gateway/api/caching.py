@@ -20,15 +20,14 @@ def cache_values(reading: Reading) -> tuple[bytes, bytes, bytes]:
     `max-age` is what is left of the freshness, in whole seconds. A stale answer that is given while
     a refresh runs behind it was not forwarded: RFC 9211 (2.1, 2.4) calls it a hit with a negative ttl.
     """
-    left = reading.snapshot.lifetime - reading.age
-    ttl = int(left) if left >= 0 else int(left) - 1  # whole seconds; once stale, never 0
+    ttl = _ttl(reading)
     return b"max-age=%d" % max(0, ttl), b"%d" % reading.age, _cache_status(reading, ttl)
 
 
 def unchanged_until(reading: Reading) -> float:
-    """Return when `cache_values` of this fresh reading would be others, on the clock of its snapshot."""
-    snapshot, age = reading.snapshot, reading.age
-    return snapshot.fetched_at + min(int(age) + 1, snapshot.lifetime - int(snapshot.lifetime - age))
+    """Return when `cache_values` of this reading would be others, on the clock of its snapshot."""
+    snapshot = reading.snapshot
+    return snapshot.fetched_at + min(int(reading.age) + 1, snapshot.lifetime - _ttl(reading))
 
 
 def matches(known: str, etag: str) -> bool:
@@ -37,6 +36,11 @@ def matches(known: str, etag: str) -> bool:
         return True
     candidates = [part.strip().removeprefix("W/") for part in known.split(",")]
     return etag in candidates or candidates == ["*"]
+
+
+def _ttl(reading: Reading) -> int:
+    left = reading.snapshot.lifetime - reading.age
+    return int(left) if left >= 0 else int(left) - 1  # whole seconds; once stale, never 0
 
 
 def _cache_status(reading: Reading, ttl: int) -> bytes:

@@ -33,6 +33,7 @@ from gateway.tallies import Count
 _ROUTE = f"{PROGRESS}/{{taskId}}"  # in metrics and log lines, the application's template of the path
 _HIT = Source.HIT
 _MOST_MADE = 16_384
+_STALE_SECONDS = 0.01  # for which a stale answer is given again: then its refresh may have failed
 _FOUND_SECONDS = 30.0  # then each task is looked up again, which the cache takes for a sign of life
 # A body, or a wish for more than an answer at once.
 _MORE = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade", b"prefer"})
@@ -154,8 +155,9 @@ class Hits:
         fresh = reading.source is _HIT
         line = self._lines[status] if fresh else self._line(status, verdict(reading))
         hit = Hit(reading, status, values + self._added, body, self._counts[status], line)
-        if fresh:
-            self._keep(target, known, hit, now)
+        if reading.failure is None:
+            until = unchanged_until(reading)
+            self._keep(target, known, hit, now, until if fresh else min(until, now + _STALE_SECONDS))
         return hit
 
     def _read(self, target: bytes, now: float) -> Reading | None:
@@ -174,13 +176,13 @@ class Hits:
     def _line(self, status: int, how: Verdict) -> Kind:
         return self._sampler.kind(kind(_ROUTE, status, None, how))
 
-    def _keep(self, target: bytes, known: str | None, hit: Hit, now: float) -> None:
+    def _keep(self, target: bytes, known: str | None, hit: Hit, now: float, until: float) -> None:
         """Keep an answer that is made for a second time within a second."""
         if now >= self._empty_at or len(self._made) >= _MOST_MADE:
             self._made.clear()
             self._empty_at = now + 1.0
         if (target, known) in self._made:
-            hit.until = unchanged_until(hit.reading)
+            hit.until = until
             self._made[target, known] = hit
         else:
             self._made[target, known] = None
