@@ -86,7 +86,7 @@ def test_hits_tell_the_time_of_each_asking(lifetime: float, ticks: list[float], 
 
 @given(ticks=st.lists(st.one_of(st.floats(0, 0.02), st.floats(0, 1)), min_size=1, max_size=12))
 def test_hits_that_are_stale_are_given_again_for_a_moment(ticks: list[float]) -> None:
-    """A stale answer tells its age, counts as stale, and is not given once too old, or once it is followed."""
+    """A stale answer tells its age, counts as stale, and is given neither too old nor once followed."""
 
     async def play() -> None:
         bench = Bench()

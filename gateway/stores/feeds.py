@@ -157,7 +157,7 @@ class Feeds:
                     self._reckon()
 
     async def _ping(self, feed: _Feed) -> None:
-        connection = feed.subscription.connection
+        connection: Any = feed.subscription.connection  # its type says that it never has one
         while True:
             feed.pong.clear()
             feed.pinged_at = time.monotonic()
