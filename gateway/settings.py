@@ -4,12 +4,12 @@
 
 `load` merges the three, checks everything at once and tells all mistakes together. Durations
 are float seconds. pydantic checks the values; the merging is ours, because pydantic-settings
-stops at the first environment variable that it cannot parse and passes over unknown ones.
+stops at the first environment variable that it cannot parse and passes over unknown ones. What
+pydantic finds wrong is put into words by `mistakes.py`.
 """
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import re
 import tomllib
@@ -30,6 +30,7 @@ from pydantic import (
     model_validator,
 )
 
+from gateway.mistakes import in_words
 from gateway.models import Operation
 
 DEFAULT_FILE = Path("config/gateway.toml")
@@ -275,7 +276,8 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
     try:
         return Settings.model_validate(values)
     except ValidationError as exc:
-        raise SettingsError([_line(error) for error in exc.errors(include_url=False)]) from None
+        mistakes = exc.errors(include_url=False)
+        raise SettingsError([in_words(each, Settings, of_all=PREFIX) for each in mistakes]) from None
 
 
 def _read_toml(file: Path) -> dict[str, Any]:
@@ -316,31 +318,6 @@ def _merge(values: dict[str, Any], over: dict[str, Any]) -> None:
         for key in keys if section == "credentials" else ():
             target.pop(key.removesuffix("_file") if key.endswith("_file") else f"{key}_file", None)
         target.update(keys)
-
-
-def _line(error: Any) -> str:
-    path = [str(part) for part in error["loc"]]
-    message = error["msg"].removeprefix("Value error, ")
-    value = error["input"]
-    if error["type"] == "value_error" and len(path) == 1:  # a check of several keys names the one at fault
-        key, _, message = message.partition(": ")
-        path.append(key)
-        value = value.get(key)
-    name = ".".join(filter(None, path))  # SD_GATEWAY_SERVER alone has a section and no key
-    if error["type"] == "extra_forbidden":
-        return f"{name or PREFIX}: unknown setting; {_suggest(path)}"
-    # Whatever is wrong with [credentials], or stands before an @, may be a secret.
-    shown = "(hidden)" if path[0] == "credentials" or "@" in str(value) else repr(value)
-    return f"{name} = {shown}: {message[0].lower()}{message[1:]}"
-
-
-def _suggest(path: list[str]) -> str:
-    model: Any = Settings
-    for part in path[:-1]:
-        model = model.model_fields[part].annotation
-    known = list(model.model_fields)
-    close = difflib.get_close_matches(path[-1], known, n=1)
-    return f"did you mean {'.'.join([*path[:-1], close[0]])}?" if close else f"known: {', '.join(known)}"
 
 
 def _content(file: Path | None) -> str:
