@@ -15,7 +15,7 @@ from gateway.settings import SettingsError, load
 TIMEOUT_SECONDS = 3.0
 
 # Where one listens on all addresses, it is reached on the loopback one.
-_LOOPBACK = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # compared with, not bound
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # compared with, not bound
 
 
 def main() -> int:

@@ -67,6 +67,9 @@ NotNegative = Annotated[float, Field(ge=0, le=86_400 * 30, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Strings = Annotated[list[str], BeforeValidator(_split)]
+# A host without a port, an origin as browsers send it: what has another form would match nothing that comes.
+Host = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^\s/?#@:*]+|\[[0-9a-fA-F:.]+\])$")]
+Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+)$")]
 
 VALKEY_PORT, SENTINEL_PORT = 6379, 26379
 _STORE_SCHEMES = {"valkey", "valkeys", "redis", "rediss"}
@@ -79,15 +82,16 @@ class _Section(BaseModel):
 class Server(_Section):
     """`server.*`: where and how the gateway listens."""
 
-    host: str = "127.0.0.1"
+    # Not empty: to a socket that is every address, and a variable that was left blank is no decision.
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     port: Port = 8080
     metrics_port: Port = 0
     root_path: str = ""
-    cors_origins: Strings = []
+    cors_origins: Annotated[list[Origin], BeforeValidator(_split)] = []
     edge: bool = True
     header_seconds: Positive = 10.0
     max_header_bytes: Annotated[int, Field(ge=1024, le=1_048_576)] = 32_768
-    trusted_hosts: Strings = ["*"]
+    trusted_hosts: Annotated[list[Host], BeforeValidator(_split)] = ["*"]
     trusted_proxies: Annotated[Strings, AfterValidator(_networks)] = ["127.0.0.1"]
     drain_seconds: Positive = 20.0
 

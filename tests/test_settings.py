@@ -1,5 +1,6 @@
 """The settings: what they are by default, where they come from, and how every mistake is told."""
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -179,8 +180,10 @@ def test_load_puts_the_sdks_variables_between(read: Load) -> None:
 )
 def test_load_splits_lists_in_the_environment(read: Load, value: str, items: list[str]) -> None:
     """A list in the environment is comma separated, spaces round an item mean nothing."""
-    settings = read(SD_GATEWAY_SERVER__CORS_ORIGINS=value, SD_GATEWAY_SERVER__TRUSTED_HOSTS=value)
-    assert settings.server.cors_origins == settings.server.trusted_hosts == items
+    assert read(SD_GATEWAY_SERVER__TRUSTED_HOSTS=value).server.trusted_hosts == items
+    origins = re.sub(r"\w", r"https://\g<0>", value)
+    told = read(SD_GATEWAY_SERVER__CORS_ORIGINS=origins).server.cors_origins
+    assert told == [item.replace("a", "https://a").replace("b", "https://b") for item in items]
 
 
 def test_load_reads_every_kind_of_value_from_the_environment(read: Load) -> None:
@@ -254,6 +257,7 @@ def test_settings_show_no_secret(read: Load) -> None:
         ("[server]\nport = 65536", "server.port = 65536: input should be less than or equal to 65535"),
         ("[server]\nport = -1", "server.port = -1: input should be greater than or equal to 0"),
         ("[server]\nhost = 1", "server.host = 1: input should be a valid string"),
+        ("[server]\nhost = ''", "server.host = '': string should have at least 1 character"),
         ("[server]\ntrusted_hosts = 1", "server.trusted_hosts = 1: input should be a valid list"),
         ("[server]\ntrusted_hosts = [1]", "server.trusted_hosts.0 = 1: input should be a valid string"),
         (
@@ -281,7 +285,10 @@ def test_settings_show_no_secret(read: Load) -> None:
         ("[upstream]\noperations = ['x']", "upstream.operations.0 = 'x': input should be 'sd_get_progress'"),
         ("[upstream]\nstage = 'a b'", "upstream.stage = 'a b': string should match pattern"),
         ('[upstream]\nstage = "A\\n"', "upstream.stage = 'A\\n': string should match pattern"),
-        ("[server]\nedge = 'perhaps'", "server.edge = 'perhaps': must be true or false"),
+        (
+            "[upstream]\nallow_insecure = 'perhaps'",
+            "upstream.allow_insecure = 'perhaps': must be true or false",
+        ),
         ("[server]\nedge = 2.5", "server.edge = 2.5: must be true or false"),
         (
             "[log]\nlevel = 'loud'",
@@ -487,6 +494,36 @@ def test_load_allows_plain_http_when_told_to(read: Load) -> None:
     """upstream.allow_insecure lets plain http go anywhere."""
     toml = "[upstream]\nendpoint = 'http://10.0.0.1'\nallow_insecure = true"
     assert read(toml).upstream.endpoint == "http://10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    "host", ["*", "a", "a.example.com", "*.example.com", "10.0.0.1", "[::1]", "画.example"]
+)
+def test_load_accepts_a_host_to_trust(read: Load, host: str) -> None:
+    """A host, all below one, an address, or any."""
+    assert read(SD_GATEWAY_SERVER__TRUSTED_HOSTS=host).server.trusted_hosts == [host]
+
+
+@pytest.mark.parametrize("host", ["https://a", "a:8080", "a/b", "*a", "a.*", "[::1]:80", "a b"])
+def test_load_refuses_a_host_that_no_request_names(mistakes: Callable[..., list[str]], host: str) -> None:
+    """What could be no Host header's, its port left away, is a mistake: nobody would ever be let in by it."""
+    [told] = mistakes(SD_GATEWAY_SERVER__TRUSTED_HOSTS=host)
+    assert told.startswith(f"server.trusted_hosts.0 = {host!r}: string should match pattern")
+
+
+@pytest.mark.parametrize("origin", ["*", "null", "https://a.example.com", "http://127.0.0.1:8080", "app://a"])
+def test_load_accepts_an_origin(read: Load, origin: str) -> None:
+    """A scheme, a host and maybe a port, or any."""
+    assert read(SD_GATEWAY_SERVER__CORS_ORIGINS=origin).server.cors_origins == [origin]
+
+
+@pytest.mark.parametrize("origin", ["a.example.com", "https://a/", "https://A", "https://*.a", "https://"])
+def test_load_refuses_an_origin_that_no_browser_sends(
+    mistakes: Callable[..., list[str]], origin: str
+) -> None:
+    """What no browser sends as its page's origin is a mistake: no page would ever be let in by it."""
+    [told] = mistakes(SD_GATEWAY_SERVER__CORS_ORIGINS=origin)
+    assert told.startswith(f"server.cors_origins.0 = {origin!r}: string should match pattern")
 
 
 @pytest.mark.parametrize("path", ["", "/progress", "/a/b"])
