@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import sys
 import time
@@ -28,6 +29,7 @@ from gateway.tracing import Tracing, Untraced, asked_for
 
 OK, FAILED, USAGE = 0, 1, 2
 _LAST_PORT = 65535
+_MOST_SECONDS = 1e9  # which any event loop can wait, and any calendar can show
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(run=_serve)
 
     watch = commands.add_parser("watch", help="show how tasks get on, until all have ended")
-    watch.add_argument("task_ids", type=_task_id, nargs="+", metavar="TASK")
+    watch.add_argument("task_ids", type=_task_id, nargs="+", metavar="TASK", help="a task's ID")
     watch.add_argument(
         "--gateway",
         type=_gateway_url,
@@ -70,7 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="URL",
         help="the gateway to ask (default: %(default)s)",
     )
-    watch.add_argument("--api", choices=sorted({operation.api for operation in Operation}), default="sd")
+    watch.add_argument(
+        "--api",
+        choices=sorted({operation.api for operation in Operation}),
+        default="sd",
+        help="whose tasks they are (default: %(default)s)",
+    )
     watch.add_argument("--json", action="store_true", help="write one line of JSON per event, for scripts")
     watch.set_defaults(run=_watch)
 
@@ -84,21 +91,31 @@ def _parser() -> argparse.ArgumentParser:
         parents=[with_settings],
         help="run the gateway before a simulated upstream, with tasks in motion",
     )
-    show.add_argument("--simulator-port", type=int, default=8081, metavar="PORT")
+    show.add_argument(
+        "--simulator-port",
+        type=_port,
+        default=8081,
+        metavar="PORT",
+        help="where the simulated upstream listens; 0: anywhere (default: %(default)s)",
+    )
     show.set_defaults(run=_demo)
 
     simulate = commands.add_parser("simulate", help="run a simulated upstream that verifies signatures")
-    simulate.add_argument("--host", default="127.0.0.1")
-    simulate.add_argument("--port", type=int, default=8081)
-    simulate.add_argument("--key", default="simulated-key", help="the access key it accepts")
+    simulate.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
+    simulate.add_argument("--port", type=_port, default=8081, help="0: any (default: %(default)s)")
+    simulate.add_argument(
+        "--key", default="simulated-key", help="the access key it accepts (default: %(default)s)"
+    )
     secret = simulate.add_mutually_exclusive_group()
-    secret.add_argument("--secret", default="simulated-secret", help="and its secret key")
+    secret.add_argument(
+        "--secret", default="simulated-secret", help="and its secret key (default: %(default)s)"
+    )
     secret.add_argument("--secret-stdin", action="store_true", help="read the secret key from standard input")
     simulate.add_argument(
-        "--latency", type=float, default=0.0, metavar="SECONDS", help="every answer takes this long"
+        "--latency", type=_latency, default=0.0, metavar="SECONDS", help="every answer takes this long"
     )
     simulate.add_argument(
-        "--clock-offset", type=float, default=0.0, metavar="SECONDS", help="its clock is ahead by so much"
+        "--clock-offset", type=_seconds, default=0.0, metavar="SECONDS", help="its clock is ahead by so much"
     )
     simulate.add_argument(
         "--limit",
@@ -199,6 +216,9 @@ def _simulate(options: argparse.Namespace) -> int:
     )
     try:
         server.serve(config, announce=_announce_simulator)
+    except server.CannotListen as exc:
+        _complain(str(exc))
+        return FAILED
     except BrokenPipeError:  # whoever started us has left before we were up: the demo, told to stop
         return _nobody_reads()
     return OK
@@ -213,6 +233,30 @@ def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a count")
     return int(text)
+
+
+def _port(text: str) -> int:
+    port = _count(text)
+    if port > _LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to {_LAST_PORT}")
+    return port
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not abs(seconds) <= _MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds
+
+
+def _latency(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than nothing")
+    return seconds
 
 
 def _task_id(text: str) -> str:

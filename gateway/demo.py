@@ -50,11 +50,14 @@ def run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
         _simulator(simulator_port, secret) as endpoint,
         httpx.Client(base_url=endpoint, trust_env=False) as control,
     ):
-        at = f"http://{settings.server.host}:{settings.server.port}{settings.server.root_path}"
         cast = list(_make_cast(control))
-        _say(f"  {at}/?{urlencode({'taskId': cast, 'api': 'sd'}, doseq=True)}")
-        for task_id in cast:
-            _say(f"  curl {at}/v1/progress/{task_id}")
+
+        def announce(url: str) -> None:
+            at = f"{url}{settings.server.root_path}"
+            _say(f"  {at}/?{urlencode({'taskId': cast, 'api': 'sd'}, doseq=True)}")
+            for task_id in cast:
+                _say(f"  curl {at}/v1/progress/{task_id}")
+
         threading.Thread(target=_keep_making, args=(control,), daemon=True).start()
         wired = settings.model_copy(
             update={
@@ -62,7 +65,7 @@ def run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
                 "credentials": type(settings.credentials)(access_key=_KEY, secret_key=secret),
             }
         )
-        server.run(create_app(wired, redactor=redactor), wired.server)
+        server.run(create_app(wired, redactor=redactor), wired.server, announce=announce)
 
 
 @contextlib.contextmanager
@@ -90,7 +93,9 @@ def _simulator(port: int, secret: str) -> Iterator[str]:
                 process.stdin.close()
             said = process.stdout.readline()
             if not said.startswith(SIMULATOR_SAYS):
-                raise RuntimeError(f"the simulated upstream did not start on port {port}")
+                raise RuntimeError(
+                    f"the simulated upstream did not start on port {port}; --simulator-port 0 takes any"
+                )
             yield said.removeprefix(SIMULATOR_SAYS).strip()
         finally:
             process.terminate()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,8 +27,20 @@ _BACKLOG = 8192
 log = structlog.get_logger(__name__)
 
 
-def run(app: Application, settings: Server) -> None:
-    """Run the gateway, as `create_app` makes it, until SIGTERM or SIGINT. Raises: see `serve`."""
+class CannotListen(Exception):
+    """An address is taken, or not ours; the text names it, and says why."""
+
+    def __init__(self, host: str, port: int, reason: str | None) -> None:
+        super().__init__(f"cannot listen on {url_of(host, port)}: {reason}")
+        self.reason = reason
+
+
+def run(app: Application, settings: Server, *, announce: Callable[[str], None] = lambda _: None) -> None:
+    """Run the gateway, as `create_app` makes it, until SIGTERM or SIGINT.
+
+    `announce` is told the URL once it takes connections. Raises: SystemExit, as `serve` does; status 1
+    also where it cannot listen, which the log tells.
+    """
     _collect_rarely()
     config = uvicorn.Config(
         app.asgi,
@@ -49,25 +62,49 @@ def run(app: Application, settings: Server) -> None:
         timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
         backlog=_BACKLOG,
     )
+
+    def tell(url: str) -> None:
+        log.info("listening", url=url)
+        announce(url)
+
     with _metrics_served(app.registry, host=settings.host, port=settings.metrics_port):
-        serve(config, announce=lambda url: log.info("listening", url=url))
+        try:
+            serve(config, announce=tell)
+        except CannotListen as exc:
+            log.error("cannot listen", host=settings.host, port=settings.port, reason=exc.reason)  # noqa: TRY400 - no bug
+            sys.exit(1)
 
 
 def serve(config: uvicorn.Config, *, announce: Callable[[str], None]) -> None:
     """Serve until SIGTERM or SIGINT; `announce` is told the URL once it takes connections.
 
-    Raises: SystemExit: 0 when told to stop, 1 when the address cannot be bound or the application
-    does not start.
+    Raises: CannotListen; SystemExit: 0 when told to stop, 1 when the application does not start.
     """
     exit_well_when_told()
+    listener = _listening(config.host, config.port, backlog=config.backlog)
+    announce(url_of(*listener.getsockname()[:2]))  # whoever hears of it may connect, and waits for the start
     try:
-        listener = config.bind_socket()
-        listener.listen(config.backlog)  # whoever hears of it may connect, and waits for the start
-        host, port = listener.getsockname()[:2]
-        announce(f"http://{f'[{host}]' if ':' in host else host}:{port}")
         uvicorn.Server(config).run(sockets=[listener])
     except SystemExit as exc:
         sys.exit(1 if exc.code else 0)  # uvicorn's word for a failed start is 3
+
+
+def url_of(host: str, port: int) -> str:
+    """Return the URL of an address."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _listening(host: str, port: int, *, backlog: int) -> socket.socket:
+    # uvicorn's own bind_socket would tell the reason without the address, and end the process.
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(backlog)
+    except OSError as exc:
+        listener.close()
+        raise CannotListen(host, port, exc.strerror) from exc
+    return listener
 
 
 def forwarders(trusted_proxies: Sequence[str]) -> list[str]:

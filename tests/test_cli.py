@@ -67,6 +67,13 @@ def test_cli_runs_as_a_module(capsys: pytest.CaptureFixture[str]) -> None:
         ["simulate", "--port", "high"],
         ["simulate", "--fault", "{}"],
         ["simulate", "--limit", "-1"],
+        ["simulate", "--port", "65536"],
+        ["simulate", "--port", "-1"],
+        ["simulate", "--latency", "-1"],
+        ["simulate", "--latency", "nan"],
+        ["simulate", "--clock-offset", "inf"],
+        ["simulate", "--clock-offset", "soon"],
+        ["demo", "--simulator-port", "65536"],
     ],
     ids=" ".join,
 )
@@ -155,13 +162,24 @@ def test_cli_serve_reads_file_and_environment(tmp_path: Path, simulator: Simulat
 
 
 def test_cli_serve_where_somebody_listens_exits_with_1(tmp_path: Path) -> None:
-    """An address that is taken is told in the log, without a traceback, and the exit status is 1."""
+    """An address that is taken is told in the log, in one line that names it, and the exit status is 1."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        status, output = run("serve", cwd=tmp_path, env={"SD_GATEWAY_SERVER__PORT": port})
+        port = taken.getsockname()[1]
+        status, output = run("serve", cwd=tmp_path, env={"SD_GATEWAY_SERVER__PORT": str(port)})
     assert status == 1
-    assert "Address already in use" in output
-    assert "Traceback" not in output
+    [line] = output.splitlines()
+    told = json.loads(line)
+    assert (told["event"], told["reason"]) == ("cannot listen", "Address already in use")
+    assert (told["host"], told["port"], told["level"]) == ("127.0.0.1", port, "error")
+
+
+def test_cli_serve_at_an_address_that_is_none_exits_with_1(tmp_path: Path) -> None:
+    """A host that leads nowhere is told likewise."""
+    status, output = run("serve", cwd=tmp_path, env={"SD_GATEWAY_SERVER__HOST": "nobody.invalid"})
+    assert status == 1
+    told = json.loads(output)
+    assert (told["event"], told["host"]) == ("cannot listen", "nobody.invalid")
+    assert told["reason"]
 
 
 def test_cli_serve_where_metrics_cannot_listen_exits_with_1(tmp_path: Path) -> None:
@@ -336,17 +354,23 @@ def test_cli_check_tells_names_and_certificates_apart(tmp_path: Path, simulator:
         assert "its certificate is not to be trusted (unable to get local issuer certificate)" in told(url)
 
 
-def test_cli_check_shows_what_was_changed_on_the_way(tmp_path: Path, simulator: Simulator) -> None:
-    """Where a proxy changed the request, `check` shows the lines that differ, and no key."""
+def checked_past_a_meddler(tmp_path: Path, simulator: Simulator, header: bytes, value: bytes) -> str:
+    """Run `check` past a proxy that changes the value of a header; return what it says."""
 
     def meddle(connection: socket.socket, request: Request) -> None:
-        head = re.sub(rb"(?i)\naccept: [^\r]*", rb"\naccept: */*", request.head)
+        head = re.sub(rb"(?i)\n%s: [^\r]*" % header, rb"\n%s: %s" % (header, value), request.head)
         connection.sendall(relay(simulator.url, request, head))
         connection.close()
 
     with RawUpstream(meddle) as proxy:
         status, output = checked(tmp_path, pair(proxy.url))
     assert status == 1
+    return output
+
+
+def test_cli_check_shows_what_was_changed_on_the_way(tmp_path: Path, simulator: Simulator) -> None:
+    """Where a proxy changed the request, `check` shows the lines that differ, and no key."""
+    output = checked_past_a_meddler(tmp_path, simulator, b"accept", b"*/*")
     assert "signature: the request was changed on its way" in output
     assert "ours   application/json" in output
     assert "theirs */*" in output
@@ -354,15 +378,7 @@ def test_cli_check_shows_what_was_changed_on_the_way(tmp_path: Path, simulator: 
 
 def test_cli_check_shows_a_changed_key_masked(tmp_path: Path, simulator: Simulator) -> None:
     """Where the very key was changed on the way, the lines differ in what is not shown."""
-
-    def meddle(connection: socket.socket, request: Request) -> None:
-        head = re.sub(rb"(?i)\nx-ca-nonce: [^\r]*", rb"\nx-ca-nonce: another", request.head)
-        connection.sendall(relay(simulator.url, request, head))
-        connection.close()
-
-    with RawUpstream(meddle) as proxy:
-        status, output = checked(tmp_path, pair(proxy.url))
-    assert status == 1
+    output = checked_past_a_meddler(tmp_path, simulator, b"x-ca-nonce", b"another")
     assert "theirs x-ca-nonce:[redacted]" in output
     assert "another" not in output
 
@@ -404,6 +420,40 @@ def test_cli_simulate_runs_as_told(
         process.signal(number)
         assert process.exit_status() == 0
     assert "Traceback" not in process.output
+
+
+def test_cli_simulate_where_somebody_listens_exits_with_1(tmp_path: Path) -> None:
+    """An address that is taken is named, with the reason, and nothing else is said."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        told = run("simulate", "--port", str(port), cwd=tmp_path)
+    assert told == (
+        1,
+        f"sd-gateway: cannot listen on http://127.0.0.1:{port}: Address already in use",
+    )
+
+
+def test_cli_demo_where_somebody_listens_shows_nothing(tmp_path: Path) -> None:
+    """Where the gateway's address is taken no URL is shown, for a stranger would answer there."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        env = {"SD_GATEWAY_SERVER__PORT": str(taken.getsockname()[1])}
+        status, output = run("demo", "--simulator-port", "0", cwd=tmp_path, env=env)
+    assert status == 1
+    told = json.loads(output)
+    assert (told["event"], told["reason"]) == ("cannot listen", "Address already in use")
+
+
+def test_cli_demo_shows_where_it_listens(tmp_path: Path) -> None:
+    """What it shows is where it listens, whatever port the system chose, prefix and all."""
+    env = {
+        "SD_GATEWAY_SERVER__HOST": "::1",
+        "SD_GATEWAY_SERVER__PORT": "0",
+        "SD_GATEWAY_SERVER__ROOT_PATH": "/prefix",
+    }
+    with Process("demo", "--simulator-port", "0", cwd=tmp_path, env=env) as process:
+        url = process.says(r"curl (http://\[::1\]:\d+/prefix/v1/progress/demo-6)")
+        with plain_client("") as client:
+            assert client.get(url).json()["status"] == "succeeded"
 
 
 def test_cli_demo_shows_a_task_moving_and_leaves_nothing(tmp_path: Path) -> None:
