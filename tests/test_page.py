@@ -372,7 +372,7 @@ def test_page_ends_when_every_task_has(simulator: Simulator, quick: Gateway, tab
     expect(tab.page).to_have_title("2 of 2 done · Task progress")
     asked = len(tab.requests)
     # An EventSource that was left open would be back by now: `retry` is 2 s.
-    expect(tab.card("first")).to_contain_text("4 s ago")
+    expect(tab.card("first")).to_contain_text(re.compile(r"\b([4-9]|\d\d) s ago"))
     assert len(tab.requests) == asked
     assert tab.streams() == 1
     until(lambda: quick.metric("watchers", kind="events") == 0, "nobody watches")
@@ -686,7 +686,7 @@ def test_pages_are_accessible(
         expect(tab.card(task_id)).to_contain_text(words)
     simulator.script(next(iter(cast)), status="running", progress=0.7, etaRelative=30, state=state)
     expect(tab.bar(next(iter(cast)))).to_have_attribute("aria-valuenow", "70")
-    expect(tab.card(next(iter(cast)))).to_contain_text("last 3 s")
+    expect(tab.card(next(iter(cast)))).to_contain_text(re.compile(r"last ([3-9]|\d\d) s"))
     assert faults(tab, f"tasks-{look}") == []
 
     tab.open(quick.url)
