@@ -71,7 +71,7 @@ chart: .venv/dev.stamp ## write the table of values in the chart's README anew
 clean: ## remove all that make and the tools have made
 	rm -rf .venv .cache .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache \
 	  .ruff_cache .schemathesis build dist $(SDK)/node_modules
-	find gateway tests -name __pycache__ -prune -exec rm -rf {} +
+	find .ci gateway helm tests -name __pycache__ -prune -exec rm -rf {} +
 
 # What the targets above stand on.
 
