@@ -21,11 +21,15 @@ SECRET_TEXT = "secret-in-a-log"
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
     """Return what tells all that was written to stderr; put logging back in the end."""
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    root, quiet = logging.getLogger(), [logging.getLogger(name) for name in logs._QUIET]
+    handlers = root.handlers[:]
+    before = [(logger, logger.level, logger.filters[:]) for logger in (root, *quiet)]
     yield lambda: capsys.readouterr().err
     logging.captureWarnings(capture=False)
-    root.handlers[:], root.level = handlers, level
+    root.handlers[:] = handlers
+    for logger, level, filters in before:  # or tests to come would not hear what a library complains of
+        logger.setLevel(level)
+        logger.filters[:] = filters
     structlog.reset_defaults()
 
 
