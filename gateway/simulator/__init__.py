@@ -12,7 +12,7 @@ The control API speaks JSON, unsigned: let the simulator listen on loopback only
     PUT    /faults      {"name", …parameters, "times"?, "operation"?, "taskId"?, "probability"?}
     GET    /faults                 those in force            DELETE: clear all
     PUT    /legacy      {"enabled"}   refuse as older deployments do
-    PUT    /pairs     {"pairs"}   from now on let in who signs with these: access keys to secrets
+    PUT    /pairs       {"pairs"}   from now on let in who signs with these: access keys to secrets
     PUT    /limit       {"calls", "retryAfter"?}   throttle what exceeds so many calls a second; 0: nothing
     GET    /stats                  calls, callsByTask, refused (by the gate), throttled (by the limit),
                                    inFlight, maxInFlight, times                     DELETE: reset

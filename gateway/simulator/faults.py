@@ -11,13 +11,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from contextlib import suppress
 from dataclasses import dataclass
 from random import Random
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.simulator.gate import refusal
+from gateway.simulator.tasks import Operation
 from gateway.simulator.wire import Bytes, ControlError, HeaderText, HttpStatus, Seconds, arguments, envelope
 
 _AIM = frozenset({"times", "operation", "taskId", "probability"})
@@ -190,9 +191,7 @@ class Aim:
     """Which calls a fault strikes, and how often: all of them and for ever, unless told otherwise."""
 
     times: Annotated[int, Field(ge=1)] | None = None
-    operation: (
-        Literal["sd_get_progress", "comfy_get_progress", "sd_get_result", "comfy_get_result"] | None
-    ) = None
+    operation: Operation | None = None
     task_id: str | None = None
     probability: Annotated[float, Field(ge=0, le=1)] = 1.0
 

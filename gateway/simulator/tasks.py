@@ -9,13 +9,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
 from gateway.simulator.wire import Seconds
 
-OPERATIONS = ("sd_get_progress", "comfy_get_progress", "sd_get_result", "comfy_get_result")
+Operation = Literal["sd_get_progress", "comfy_get_progress", "sd_get_result", "comfy_get_result"]
+OPERATIONS: tuple[str, ...] = get_args(Operation)
 
 _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
 _URL_SECONDS = 3600
