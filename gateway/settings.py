@@ -67,6 +67,7 @@ NotNegative = Annotated[float, Field(ge=0, le=86_400 * 30, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Strings = Annotated[list[str], BeforeValidator(_split)]
+File = Annotated[Path | None, BeforeValidator(lambda value: value or None)]  # a blank variable is no folder
 # A host without a port, an origin as browsers send it: what has another form would match nothing that comes.
 Host = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^\s/?#@:*]+|\[[0-9a-fA-F:.]+\])$")]
 Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+)$")]
@@ -91,7 +92,7 @@ class Server(_Section):
     edge: bool = True
     header_seconds: Positive = 10.0
     max_header_bytes: Annotated[int, Field(ge=1024, le=1_048_576)] = 32_768
-    trusted_hosts: Annotated[list[Host], BeforeValidator(_split)] = ["*"]
+    trusted_hosts: Annotated[list[Host], BeforeValidator(_split), Field(min_length=1)] = ["*"]
     trusted_proxies: Annotated[Strings, AfterValidator(_networks)] = ["127.0.0.1"]
     drain_seconds: Positive = 20.0
 
@@ -138,12 +139,12 @@ class Credentials(_Section):
 
     access_key: SecretStr = SecretStr("")
     secret_key: SecretStr = SecretStr("")
-    access_key_file: Path | None = None
-    secret_key_file: Path | None = None
+    access_key_file: File = None
+    secret_key_file: File = None
     next_access_key: SecretStr = SecretStr("")
     next_secret_key: SecretStr = SecretStr("")
-    next_access_key_file: Path | None = None
-    next_secret_key_file: Path | None = None
+    next_access_key_file: File = None
+    next_secret_key_file: File = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Credentials:
@@ -187,12 +188,12 @@ class Store(_Section):
     """`store.*`: the server through which replicas share, if any."""
 
     url: SecretStr = SecretStr("")
-    username_file: Path | None = None
-    password_file: Path | None = None
-    ca_file: Path | None = None
+    username_file: File = None
+    password_file: File = None
+    ca_file: File = None
     sentinel_service: str = ""
-    sentinel_username_file: Path | None = None
-    sentinel_password_file: Path | None = None
+    sentinel_username_file: File = None
+    sentinel_password_file: File = None
     cluster: bool = False
     key_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9:._-]{1,64}$")] = "sd-gateway"
     timeout_seconds: Annotated[float, Field(gt=0, le=1)] = 0.05
