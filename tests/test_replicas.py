@@ -40,10 +40,12 @@ STORE: Json = {"timeout_seconds": 1.0}
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[StoreServer]:
-    """Return a server for the replicas' store."""
+def server(tmp_path: Path, _leftovers: list[threading.Thread]) -> Iterator[StoreServer]:
+    """Return a server for the replicas' store, which outlives them: its end while they go is another test."""
     with StoreServer(binary("valkey"), tmp_path) as server:
         yield server
+        for thread in _leftovers:
+            thread.join()
 
 
 class Held:

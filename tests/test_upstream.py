@@ -648,7 +648,8 @@ async def test_upstream_without_a_free_slot_is_overload(simulator: Simulator, la
             if ("overloaded", "1") in seen:
                 break
     assert seen - {("upstream-timeout", None)} == {("overloaded", "1")}
-    assert simulator.stats()["maxInFlight"] == 1
+    # A call that is given up may be heard to have ended only after the next one has come.
+    assert 1 <= simulator.stats()["maxInFlight"] <= 2
     simulator.heal()
     assert_well(gate, simulator.task())
 
