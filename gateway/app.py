@@ -106,6 +106,8 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
             await stack.enter_async_context(_running(credentials.follow()))
             await stack.enter_async_context(_running(_say_farewell(drain, watch)))
             log.info("started", version=__version__, endpoint=settings.upstream.endpoint)
+            if not credentials.present:
+                log.warning("no credentials: not ready, and queries fail")
             if settings.limits.requests_per_second and _EVERYBODY & {*settings.server.trusted_proxies}:
                 log.warning("a client may evade limits.requests_per_second: its own X-Forwarded-For counts")
             yield

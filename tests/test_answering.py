@@ -102,13 +102,13 @@ class Wire:
 class Connection:
     """A connection to the edge, over hits that know one task."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_header_bytes: int = 1024) -> None:
         async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
             pass
 
         bench = Bench()
         bench.keep()
-        kind = edge_protocol(header_seconds=10, max_header_bytes=1024, hits=bench.hits)
+        kind = edge_protocol(header_seconds=10, max_header_bytes=max_header_bytes, hits=bench.hits)
         config = uvicorn.Config(app, http=kind, log_config=None, access_log=False, lifespan="off")
         config.timeout_keep_alive = KEEP_ALIVE_SECONDS
         config.load()
@@ -136,6 +136,17 @@ async def test_answering_needs_no_task(connection: Connection, pieces: list[byte
     connection.send(*pieces)
     assert connection.wire.answers() == b"".join(pieces).count(HIT)
     assert connection.loop.tasks == 0
+
+
+async def test_answering_remembers_no_long_request() -> None:
+    """A request of kilobytes is answered like any other, and not kept for as long as its connection."""
+    connection = Connection(max_header_bytes=65536)
+    long = HIT.replace(b"1.1\r\n", b"1.1\r\nX-Long: %b\r\n" % (b"x" * 10_000))
+    connection.send(HIT, long, long)
+    assert connection.wire.answers() == 3
+    assert connection.protocol._last is None
+    connection.send(HIT)
+    assert connection.protocol._last is not None
 
 
 @pytest.mark.parametrize(

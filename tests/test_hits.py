@@ -147,6 +147,14 @@ async def test_hits_made_are_bounded(bench: Bench) -> None:
     assert len(bench.hits._made) <= 16_384
 
 
+async def test_hits_of_a_long_entity_tag_are_not_kept(bench: Bench) -> None:
+    """A tag that cannot be ours is answered like any other, and not kept: it may have kilobytes."""
+    bench.keep()
+    for _ in range(3):
+        assert b" 200 " in (bench.ask(headers=[(b"if-none-match", b'"%b"' % (b"x" * 5000))]) or b"")
+    assert not bench.hits._made
+
+
 async def test_hits_find_the_newest_again(bench: Bench) -> None:
     """A target that was looked up is answered from whatever is shown now: the newest, or nothing any more."""
     bench.keep(lifetime=10, body=b'"older"')

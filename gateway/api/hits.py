@@ -33,6 +33,7 @@ from gateway.tallies import Count
 _ROUTE = f"{PROGRESS}/{{taskId}}"  # in metrics and log lines, the application's template of the path
 _HIT = Source.HIT
 _MOST_MADE = 16_384
+_LONGEST_KNOWN = 64  # characters: more than our entity tags have, and a caller may send kilobytes of others
 _STALE_SECONDS = 0.01  # for which a stale answer is given again: then its refresh may have failed
 _FOUND_SECONDS = 30.0  # then each task is looked up again, which the cache takes for a sign of life
 # A body, or a wish for more than an answer at once.
@@ -178,6 +179,8 @@ class Hits:
 
     def _keep(self, target: bytes, known: str | None, hit: Hit, now: float, until: float) -> None:
         """Keep an answer that is made for a second time within a second."""
+        if known is not None and len(known) > _LONGEST_KNOWN:
+            return
         if now >= self._empty_at or len(self._made) >= _MOST_MADE:
             self._made.clear()
             self._empty_at = now + 1.0

@@ -21,6 +21,8 @@ from gateway.edge.bounds import BoundedProtocol
 # Answering in uvicorn's place takes knowledge of its parts that it does not promise to keep.
 TESTED = frozenset({"0.53", "0.54"})
 
+_LONGEST_LEARNT = 2048  # bytes of a request: of thousands of connections each one's last is remembered
+
 _METHOD, _VERSION, _END = b"GET ", b" HTTP/1.1\r\n", b"\r\n\r\n"
 
 
@@ -157,6 +159,8 @@ class AnsweringProtocol(BoundedProtocol):
         Another that differs in its target alone then need not be parsed: it is one request, complete and
         without a body, it asks for the same, and the parser, which has not seen it, is where it was.
         """
+        if len(data) > _LONGEST_LEARNT:
+            return
         start = _METHOD + self.url
         rest = data[len(start) :]
         if data.startswith(start + _VERSION) and rest.find(_END) == len(rest) - len(_END):
