@@ -1,5 +1,6 @@
 """The signature: what SDKs sent, and what any change does to it."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,19 @@ def test_sign_gives_an_sdks_signature(request_: dict[str, Any]) -> None:
     signature = sign(GOLDEN["secret_key"], "\n".join(request_["expected_string_to_sign"]))
     assert signature == request_["expected_signature"] == request_["headers"]["x-ca-signature"]
     assert content_md5(request_["body"].encode()) == request_["headers"]["content-md5"]
+
+
+def test_content_md5_is_to_be_had_where_md5_secures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system under FIPS 140 refuses MD5, except to who says that nothing is secured by it."""
+    md5 = hashlib.md5
+
+    def approved(data: bytes, *, usedforsecurity: bool = True) -> Any:
+        if usedforsecurity:
+            raise ValueError("disabled for FIPS")
+        return md5(data, usedforsecurity=False)
+
+    monkeypatch.setattr(hashlib, "md5", approved)
+    assert headers()["content-md5"] == "O7/gf6myPVMrJBZE40B3Vw=="
 
 
 @golden
