@@ -278,6 +278,21 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
     assert bench.lookups() == {"miss": 1, "hit": 1}
 
 
+async def test_repeat_answers_for_as_long_as_a_lookup(bench: Bench) -> None:
+    """A snapshot is given again while it keeps the freshness promise, and each time counts as looked up."""
+    snapshot = (await bench.learn()).snapshot
+    promised = CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
+    ages = [0.5, CACHE.running_seconds - 0.25, CACHE.running_seconds, promised - 0.25]
+    assert all(bench.service.repeat(snapshot, snapshot.fetched_at + age) for age in ages)
+    counted = {"miss": 1, "hit": 2, "stale": 2}
+    assert bench.lookups() == counted
+    assert bench.ages() == (5, sum(ages), 0)
+    assert not bench.service.repeat(snapshot, snapshot.fetched_at + promised)
+    bench.store.keep(replace(snapshot, stamp=snapshot.stamp + 1))
+    assert not any(bench.service.repeat(snapshot, snapshot.fetched_at + age) for age in ages)
+    assert bench.lookups() == counted
+
+
 @pytest.mark.parametrize(
     ("status", "seconds"),
     [
