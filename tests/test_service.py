@@ -1072,6 +1072,20 @@ async def test_get_refreshes_a_hot_task_ahead(bench: Bench) -> None:
     assert bench.upstream.count == 2
 
 
+async def test_get_refreshes_a_hot_task_so_early_that_the_answer_comes_in_time() -> None:
+    """How long upstream took for the answers before is how long before it goes stale a task is asked for."""
+    bench = Bench(CACHE.model_copy(update={"running_seconds": 600.0}))
+    asked = bench.begin()
+    call = await bench.upstream.call()
+    bench.clock.now += 3000.0
+    call.answer()
+    await asked
+    for _ in range(2):
+        assert (await bench.get(KEY)).age == 0.0
+    assert (await bench.upstream.call()).key == KEY  # else it would be asked for in ten minutes
+    await bench.service.aclose()
+
+
 @pytest.mark.parametrize(("status", "polls"), [("running", 1), ("succeeded", 5)])
 async def test_get_refreshes_nothing_ahead_without_need(bench: Bench, status: str, polls: int) -> None:
     """A task read once is not hot, and one that has ended has nothing new to tell."""
