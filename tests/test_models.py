@@ -1,6 +1,7 @@
 """From an envelope's bytes to a snapshot: what is refused, what is folded, what is shown."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -505,10 +506,11 @@ def test_observe_leaves_the_progress_of_a_failed_task() -> None:
 def test_observe_lets_no_answer_undo_a_terminal_one(first: str, later: str) -> None:
     """The first terminal status wins for ever; the same one again takes the newer answer."""
     ended = seen(status=first, progress=0.4, message="first", at=1.0)
-    ended.polls = 2
+    ended.polls, ended.shown_until = 2, -math.inf
     snapshot = seen(ended, status=later, progress=0.7, message="later", at=2.0)
     assert snapshot.status is ended.status
-    assert (snapshot.fetched_at, snapshot.lifetime, snapshot.polls) == (2.0, ended.lifetime, 0)
+    assert (snapshot.fetched_at, snapshot.lifetime) == (2.0, ended.lifetime)
+    assert (snapshot.polls, snapshot.shown_until) == (0, math.inf)
     if vendor_status({"status": later}) is ended.status:
         assert shown(snapshot)["message"] == "later"
         assert json.loads(snapshot.envelope)["data"]["message"] == "later"
