@@ -11,13 +11,15 @@ from functools import partial
 from pathlib import Path
 
 import servers
-from measuring import Bench, Comparison, Figures, new_prefix, prime
+from measuring import Bench, Comparison, Figures, new_prefix, prime, wrk
 from processes import pinned, resident_bytes
 from servers import Server
 
-NEEDS = ("nginx", "njs")
+NEEDS = ("nginx", "njs", "wrk")
 
 _WARM, _TASKS = 1000, 10_000
+_HOT_SECONDS = 3.0  # of hits on all tasks: each is asked for many times
+_FRESH = {"CACHE__MAX_TASKS": str(2 * _TASKS), "CACHE__RUNNING_SECONDS": "86400"}
 _KIB, _MIB = 1 << 10, 1 << 20
 
 
@@ -45,9 +47,8 @@ def _gateway(bench: Bench, upstream: int, tree: Path | None) -> Figures:
     with pinned(bench.cores.server):
         subprocess.run([sys.executable, "-c", imports], env=env, cwd=bench.folder, check=True)
     imports_ms = (time.perf_counter() - began) * 1000
-    settings = {"CACHE__MAX_TASKS": str(2 * _TASKS)}
     figures = _measured(
-        servers.gateway(bench.cores, bench.folder, upstream=upstream, tree=tree, settings=settings)
+        servers.gateway(bench.cores, bench.folder, upstream=upstream, tree=tree, settings=_FRESH)
     )
     return figures | {
         "interpreter and imports alone, ms": imports_ms,
@@ -67,17 +68,20 @@ def _measured(starting: AbstractContextManager[Server]) -> Figures:
         ready_ms = (time.perf_counter() - began) * 1000
         idle = resident_bytes(server.pids)
         # Connections, buffers and the allocator's first arenas are not the tasks' price.
-        prime(server, _paths(_WARM))
+        prime(server, _paths(new_prefix(), _WARM))
         warm = resident_bytes(server.pids)
-        prime(server, _paths(_TASKS))
-        per_task = (resident_bytes(server.pids) - warm) / _TASKS
+        prefix = new_prefix()
+        prime(server, _paths(prefix, _TASKS))
+        kept = resident_bytes(server.pids)
+        wrk(server, seconds=_HOT_SECONDS, path=prefix, tasks=_TASKS)
+        hot = resident_bytes(server.pids)
     return {
         "start to ready, ms": ready_ms,
         "resident when ready, MiB": idle / _MIB,
-        "resident per cached task, KiB": per_task / _KIB,
+        "resident per cached task, KiB": (kept - warm) / _TASKS / _KIB,
+        "more when all are hot, KiB": (hot - kept) / _TASKS / _KIB,
     }
 
 
-def _paths(count: int) -> list[str]:
-    prefix = new_prefix()
-    return [f"{prefix}{number}" for number in range(count)]
+def _paths(prefix: str, count: int) -> list[str]:
+    return [f"{prefix}{number}" for number in range(1, count + 1)]
