@@ -109,6 +109,19 @@ def test_copies_show_nothing_that_is_doubted(copies: Copies) -> None:
     assert copies.peek(OTHER) is not None
 
 
+def test_copies_doubted_are_not_the_more_recently_used(copies: Copies) -> None:
+    """To doubt some, or all, is no sign of life: what makes room is still what nobody asked for longest."""
+    keys = [KEY._replace(task_id=str(number)) for number in range(15)]
+    for key in keys[:10]:
+        copies.take_up(snapshot(1, key), shown_at=0)
+    copies.peek(keys[0])
+    copies.doubt(lambda key: int(key.task_id) % 3 == 1)
+    copies.doubt(lambda _: True)
+    for key in keys[10:]:
+        copies.take_up(snapshot(1, key), shown_at=0)
+    assert {key for key in keys if copies.newest(key) is not None} == {keys[0], *keys[6:]}
+
+
 def test_copies_doubt_what_is_still_to_come(loop: TickedLoop, copies: Copies) -> None:
     """What was to come when something may have been missed is doubted, too, once it has come."""
     loop.within(lambda: copies.take_up(snapshot(1), shown_at=1000.0 + LATER))

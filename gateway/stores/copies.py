@@ -75,18 +75,19 @@ class Copies:
 
     def doubt(self, concerned: Callable[[TaskKey], bool]) -> None:
         """Doubt whatever is known of these tasks: something newer may have been missed."""
-        known = {snapshot.key for snapshot in self._memory.snapshots()} | self._coming.keys()
-        doubted = {key for key in known if concerned(key)} | (self._doubted.keys() & known)
-        newest = {key: self.newest(key) for key in doubted}
-        self._doubted = {key: snapshot.stamp for key, snapshot in newest.items() if snapshot is not None}
-        for key in self._doubted:
-            self._show_until(key, -math.inf)
+        held = {snapshot.key: snapshot for snapshot in self._memory.snapshots()}
+        newest = held | {key: coming.arrivals[-1].snapshot for key, coming in self._coming.items()}
+        self._doubted = {
+            key: snapshot.stamp for key, snapshot in newest.items() if concerned(key) or key in self._doubted
+        }
+        for key in self._doubted.keys() & held.keys():
+            held[key].shown_until = -math.inf
 
     def confirm(self, key: TaskKey) -> None:
         """Doubt no more: the server knows nothing newer."""
-        if self._doubted.pop(key, None) is not None:
+        if self._doubted.pop(key, None) is not None and (held := self._memory.peek(key)) is not None:
             coming = self._coming.get(key)
-            self._show_until(key, math.inf if coming is None else coming.arrivals[0].shown_at)
+            held.shown_until = math.inf if coming is None else coming.arrivals[0].shown_at
 
     def take_up(self, snapshot: Snapshot, *, shown_at: float) -> None:
         """Hold a snapshot from a moment on, unless this one or a newer one is known."""
@@ -125,11 +126,6 @@ class Copies:
         for coming in self._coming.values():
             for arrival in coming.arrivals:
                 arrival.timer.cancel()
-
-    def _show_until(self, key: TaskKey, moment: float) -> None:
-        held = self._memory.peek(key)
-        if held is not None:
-            held.shown_until = moment
 
     def _arrive(self, key: TaskKey, coming: _Coming, last: Snapshot | None = None) -> None:
         """Hold the next to come; those up to `last`, where it is given."""

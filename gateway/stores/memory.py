@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Self
 
-from cachetools import TLRUCache
+from cachetools import Cache, TLRUCache
 
 from gateway.exceptions import GatewayError
 from gateway.models import Snapshot, TaskKey
@@ -25,6 +25,10 @@ MEMORY_SECONDS = 3600.0
 
 class _Snapshots(TLRUCache[TaskKey, Snapshot]):
     """Notes on a snapshot that has to make room that it is shown no more."""
+
+    def untouched(self) -> list[Snapshot]:
+        """Return all, none of which is the more recently used for it."""
+        return [Cache.__getitem__(self, key) for key in self]
 
     def popitem(self) -> tuple[TaskKey, Snapshot]:
         """Remove the least recently used one."""
@@ -142,8 +146,8 @@ class MemoryStore:
         self._failures[key] = (error, seconds)
 
     def snapshots(self) -> list[Snapshot]:
-        """Return all snapshots."""
-        return list(self._snapshots.values())
+        """Return all snapshots; which of them are used is not touched."""
+        return self._snapshots.untouched()
 
     def keep_seconds(self, snapshot: Snapshot) -> float:
         """Return for how long after its fetching a snapshot is kept."""
