@@ -1,9 +1,7 @@
 """Two stores on one server: what one does and the other learns of it, on every kind of server."""
 
 import asyncio
-import gc
 import time
-import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -441,16 +439,6 @@ async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:
         assert found.envelope == b"before"
 
 
-@pytest.fixture
-def forgetful() -> Iterator[None]:
-    """Collect what redis-py's cluster client left open: it forgets a node that has lost its last slot."""
-    yield
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
-
-
-@pytest.mark.usefixtures("forgetful")
 async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> None:
     """While a cluster's slots move all share on, and what is shared then reaches the other."""
     with cluster(tmp_path) as nodes:
