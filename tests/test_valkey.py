@@ -11,6 +11,7 @@ from uuid import uuid4
 import pytest
 import trustme
 from prometheus_client import CollectorRegistry
+from redis.asyncio.cluster import RedisCluster
 
 from gateway.exceptions import (
     BudgetSpent,
@@ -437,6 +438,27 @@ async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:
         found = await other.take_off(KEY)
         assert isinstance(found, Snapshot)
         assert found.envelope == b"before"
+
+
+async def test_valkey_closes_a_cluster_though_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who is cancelled while he closes his connections leaves none open."""
+
+    async def cancelled(client: RedisCluster) -> None:
+        client._initialize = True  # as aclose does at once
+        raise asyncio.CancelledError
+
+    with cluster(tmp_path) as nodes, suppress(asyncio.CancelledError):
+        settings = StoreSettings.model_validate({"url": nodes[0].url, "cluster": True})
+        monkeypatch.setattr(RedisCluster, "aclose", cancelled)
+        async with connected(settings, redactor=Redactor()) as servers:
+            await servers.warm_up()
+            manager = servers._client.nodes_manager  # type: ignore[union-attr]  # a cluster's
+            everywhere = [*manager.nodes_cache.values(), *manager.startup_nodes.values()]
+            connections = [each for node in everywhere for each in node._connections]
+            assert any(each.is_connected for each in connections)
+    assert not any(each.is_connected for each in connections)
 
 
 async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> None:

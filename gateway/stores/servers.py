@@ -138,13 +138,17 @@ async def connected(settings: Store, *, redactor: Redactor) -> AsyncIterator[Ser
     async with AsyncExitStack() as stack:
         client: Redis | RedisCluster
         if settings.cluster:
-            nodes = [ClusterNode(host, port) for host, port in settings.hosts]
+            hosts = [ClusterNode(host, port) for host, port in settings.hosts]
             cluster = options | {"retry": Retry(NoBackoff(), _CLUSTER_RETRIES)}
             # A slot that moves is noted; told anew of all of them, redis-py would close every connection.
             client = RedisCluster(
-                startup_nodes=nodes, max_connections=CONNECTIONS + 1, reinitialize_steps=0, **cluster
+                startup_nodes=hosts, max_connections=CONNECTIONS + 1, reinitialize_steps=0, **cluster
             )
-            stack.push_async_callback(_close, client)
+            # One by one: whoever is cancelled as he closes still closes the rest. And while the topology is
+            # to be read anew, redis-py's aclose does nothing.
+            for nodes in ("startup_nodes", "nodes_cache"):
+                stack.push_async_callback(client.nodes_manager.aclose, nodes)
+            stack.push_async_callback(client.aclose)
             async with asyncio.timeout(_CONNECT_SECONDS):
                 await client.initialize()
         elif settings.sentinel_service:
@@ -170,10 +174,3 @@ async def _primary(settings: Store, transport: dict[str, Any]) -> Address:
             stack.push_async_callback(each.aclose)
         host, port = await sentinel.discover_master(settings.sentinel_service)
         return str(host), int(port)
-
-
-async def _close(client: RedisCluster) -> None:
-    await client.aclose()
-    # While the topology is to be read anew, redis-py's aclose does nothing.
-    for nodes in ("nodes_cache", "startup_nodes"):
-        await client.nodes_manager.aclose(nodes)
