@@ -2,7 +2,8 @@
 
     first watcher -> schedule: get_fresh, sleep for the snapshot's lifetime, again
     a failure -> back off, until a stored change tells that upstream answers
-    a stored change, whoever fetched it -> publish -> every watcher's slot -> its stream or long poll
+    a stored change, whoever fetched it -> publish -> at once to those who keep up,
+                                                   -> else the watcher's slot -> its stream or long poll
     last watcher gone, or the task has ended -> the schedule ends
 
 A slot holds the newest update of each task and no backlog: a reader that is slow skips what
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -71,11 +72,21 @@ class Update:
 class Watcher:
     """One open stream or long poll: a slot for each task, and a bell.
 
-    `deliver`, when set, is offered each update first, as long as nothing older is under way; it
-    tells whether it took it.
+    `outlet`: where its reader may be written to past whoever waits in `take`. `idle_outlet`: the same
+    as long as somebody does wait there, for then nothing older is under way.
     """
 
-    __slots__ = ("_rung", "_slots", "_waiter", "deliver", "heartbeat_due", "hung_up", "keys", "leaving")
+    __slots__ = (
+        "_rung",
+        "_slots",
+        "_waiter",
+        "heartbeat_due",
+        "hung_up",
+        "idle_outlet",
+        "keys",
+        "leaving",
+        "outlet",
+    )
 
     def __init__(self, keys: Sequence[TaskKey]) -> None:
         self.keys = keys
@@ -83,26 +94,21 @@ class Watcher:
         self.hung_up = False  # the reader is gone
         self._slots: dict[TaskKey, Update] = {}
         self.heartbeat_due = False
-        self.deliver: Callable[[Update], bool] | None = None
+        self.outlet: asyncio.WriteTransport | None = None
+        self.idle_outlet: asyncio.WriteTransport | None = None
         # A future in place of an asyncio.Event, whose queue alone takes 0.7 KB: one task waits here.
         self._rung = False
         self._waiter: asyncio.Future[None] | None = None
 
-    @property
-    def idle(self) -> bool:
-        """Whether all that came was taken, and whoever waits in `take` has sent it."""
-        return self._waiter is not None and not self._waiter.done()
-
     def offer(self, update: Update) -> None:
-        """Hand an update over at once, or put it into its slot, over one that was not taken yet."""
-        if self.idle and self.deliver is not None and self.deliver(update):
-            return
+        """Put an update into its slot, over one that was not taken yet."""
         self._slots[update.key] = update
         self.ring()
 
     def ring(self) -> None:
         """Wake the watcher: it is to look around."""
         self._rung = True
+        self.idle_outlet = None
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -115,8 +121,11 @@ class Watcher:
         """Wait until the bell rings; return the updates since the last time, maybe none."""
         if not self._rung:
             self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-            self._waiter = None
+            self.idle_outlet = self.outlet
+            try:
+                await self._waiter
+            finally:
+                self._waiter = self.idle_outlet = None
         self._rung = False
         updates = list(self._slots.values())
         self._slots.clear()
@@ -137,8 +146,15 @@ class _Schedule:
     backing_off: bool = False
 
 
+# Hands an update to those whom it can tell at once, and returns the others.
+Deliver = Callable[[Update, Iterable[Watcher]], Iterable[Watcher]]
+
+
 class Watch:
-    """Holds every watcher and every schedule. `clock` is the snapshots' clock."""
+    """Holds every watcher and every schedule. `clock` is the snapshots' clock.
+
+    `deliver` goes before the slots; by itself it tells nobody.
+    """
 
     def __init__(
         self,
@@ -157,6 +173,7 @@ class Watch:
         self._alarms = Alarms()
         self._ended: set[asyncio.Task[None]] = set()
         self._leaving = False
+        self.deliver: Deliver = lambda _, watchers: watchers
         self._gauges = {kind: metrics.watchers.labels(kind) for kind in Kind}
         metrics.watched_tasks.set_function(self._schedules.__len__)
         store.on_change(self._publish_snapshot)
@@ -284,7 +301,7 @@ class Watch:
             return  # a store forgets, and might let a task run again whose schedule has ended
         audience = schedule.untold if update.says_the_same(schedule.latest) else schedule.watchers
         schedule.latest = update
-        for watcher in audience:
+        for watcher in self.deliver(update, audience):
             watcher.offer(update)
         schedule.untold.clear()
 

@@ -69,6 +69,20 @@ def stream(gate: Gateway, path: str, **headers: str) -> Iterator[tuple[httpx.Res
         yield response, blocks(response.iter_lines())
 
 
+def dechunked(body: bytes) -> bytes:
+    """Return what whole chunks hold (RFC 9112, 7.1); of the last one a part may be missing."""
+    parts = []
+    while b"\r\n" in body:
+        size, _, rest = body.partition(b"\r\n")
+        end = int(size, 16)
+        if len(rest) < end + 2:
+            break
+        assert rest[end : end + 2] == b"\r\n"
+        parts.append(rest[:end])
+        body = rest[end + 2 :]
+    return b"".join(parts)
+
+
 def named(events: Iterator[Event], name: str) -> Event:
     """Return the next event of this name."""
     return next(event for event in events if event.name == name)
@@ -155,6 +169,28 @@ def test_events_heartbeat_is_a_comment(simulator: Simulator, launch: Launch) -> 
         named(events, "progress")
         assert next(events).comments
         assert next(events).comments
+
+
+def test_events_heartbeat_goes_with_an_event(simulator: Simulator, launch: Launch) -> None:
+    """Where something changes the heartbeat costs no write of its own: it stands in an event's chunk."""
+    gate = launch(simulator.url, cache=QUICK, watch={"heartbeat_seconds": 1.7})
+    task = simulator.task()
+    with gate.connect() as connection:
+        connection.sendall(b"GET /v1/progress/%s/events HTTP/1.1\r\nhost: x\r\n\r\n" % task.encode())
+        received = b""
+        step = 0
+        while b"\r\n: still here\n\nevent: progress\n" not in received:
+            step += 1
+            simulator.script(task, status="running", progress=step / 1000)
+            while b'"progress":%g,' % (step / 1000) not in received:
+                received += connection.recv(65536)
+        _, _, body = received.partition(b"\r\n\r\n")
+    text = dechunked(body)
+    assert text.count(b"event: progress\n") >= step
+    assert all(
+        block.startswith((b"retry: ", b": still here", b"event: progress\nid: ")) or not block
+        for block in text.split(b"\n\n")
+    ), "every chunk says its length, and nothing stands between"
 
 
 def test_events_share_one_schedule(simulator: Simulator, launch: Launch) -> None:

@@ -1,7 +1,7 @@
 """The watch by itself: a service played by hand, and nothing that waits for time."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -12,7 +12,7 @@ from gateway.models import Operation, Snapshot, Status, TaskKey
 from gateway.readings import Failed, Reading, Source
 from gateway.settings import Watch as WatchSettings
 from gateway.stores.memory import MemoryStore
-from gateway.watch import Kind, Update, Watch
+from gateway.watch import Kind, Update, Watch, Watcher
 from tests.ticked import TickedLoop
 
 pytestmark = pytest.mark.anyio
@@ -102,15 +102,18 @@ async def test_watch_delivers_past_the_slot_only_to_who_waits(watch: Watch, stor
     """Nothing overtakes: an update is handed over at once only when all before it was taken."""
     delivered: list[str] = []
 
-    def deliver(update: Update) -> bool:
+    def deliver(update: Update, watchers: Iterable[Watcher]) -> Iterable[Watcher]:
         assert update.snapshot is not None
-        if update.snapshot.etag == "3":
-            return False  # the reader does not keep up
+        [told] = watchers
+        if told.idle_outlet is not outlet or update.snapshot.etag == "3":
+            return watchers  # it is busy, or its reader does not keep up
         delivered.append(update.snapshot.etag)
-        return True
+        return []
 
+    watch.deliver = deliver
+    outlet = asyncio.WriteTransport()
     with watch.watching([KEY], Kind.EVENTS) as watcher:
-        watcher.deliver = deliver
+        watcher.outlet = outlet
         store.keep(snapshot("1"))  # nobody waits yet
         [update] = await watcher.take()
         waiting = asyncio.create_task(watcher.take())
@@ -119,6 +122,12 @@ async def test_watch_delivers_past_the_slot_only_to_who_waits(watch: Watch, stor
             store.keep(snapshot(etag))
         assert delivered == ["2"]
         assert [update.snapshot.etag, *(u.snapshot.etag for u in await waiting if u.snapshot)] == ["1", "5"]  # type: ignore[union-attr]
+        gone = asyncio.create_task(watcher.take())
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.wait([gone])
+        store.keep(snapshot("6"))
+        assert delivered == ["2"], "nobody waits any more"
     await watch.aclose()
 
 

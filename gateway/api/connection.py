@@ -14,16 +14,23 @@ from starlette.types import Receive, Scope
 
 # A dictionary: its values are called, without arguments, when the connection is lost.
 ON_HANG_UP = "gateway.on_hang_up"
-# A callable: sends a part of a streamed body, if that needs no waiting, and tells whether it did.
-PUSH = "gateway.push"
+# A callable: returns the connection's transport, on which chunks of a streamed body may be written between
+# two that are sent; None where the body that is being sent is not one of chunks.
+OUTLET = "gateway.outlet"
 
-Push = Callable[[bytes], bool]
+
+def outlet_of(scope: Scope) -> asyncio.WriteTransport | None:
+    """Return where chunks of this request's answer may be written, if the server lets us.
+
+    To be asked once a part of the body was sent: until then the head may be held back.
+    """
+    find: Callable[[], asyncio.WriteTransport | None] | None = scope.get("extensions", {}).get(OUTLET)
+    return None if find is None else find()
 
 
-def push_of(scope: Scope) -> Push | None:
-    """Return the way to send a part of this request's answer at once, where the server has one."""
-    push: Push | None = scope.get("extensions", {}).get(PUSH)
-    return push
+def chunk(part: bytes) -> bytes:
+    """Return a part of a body as it stands on the wire (RFC 9112, 7.1)."""
+    return b"%x\r\n%b\r\n" % (len(part), part)
 
 
 class HangUp:

@@ -10,16 +10,14 @@ no backlog.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Sequence
 
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.connection import HangUp, Push, push_of
+from gateway.api.connection import HangUp, chunk, outlet_of
+from gateway.api.heartbeat import HEARTBEAT, Pacemaker
 from gateway.api.problems import document, lookup
 from gateway.api.requests import header, query_parameters
 from gateway.api.tasks import Tasks
@@ -32,9 +30,7 @@ _HEADERS = [
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # nginx, and what descends from it, would hold events back
 ]
-_HEARTBEAT = b": still here\n\n"
 _RETRY_MS = 2000
-_TURNS = 16
 _FAREWELL_MS = (500, 5000)  # reconnects of a whole gateway's streams, spread out
 
 
@@ -44,7 +40,8 @@ class EventsEndpoint:
     def __init__(self, watch: Watch, *, tasks: Tasks, metrics: Metrics, heartbeat_seconds: float) -> None:
         self._watch = watch
         self._tasks = tasks
-        self._sent = {name: metrics.events_sent.labels(name).inc for name in ("progress", "problem", "end")}
+        self._sent = {name: metrics.events_sent.labels(name) for name in ("progress", "problem", "end")}
+        watch.deliver = self._deliver
         self._pacemaker = Pacemaker(heartbeat_seconds)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,11 +61,9 @@ class EventsEndpoint:
         with self._watch.watching(keys, Kind.EVENTS) as watcher:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await send(_part(b"retry: %d\n\n" % _RETRY_MS))
-            push = push_of(scope)
-            with self._pacemaker.pacing(watcher, push):
+            watcher.outlet = outlet_of(scope)
+            with self._pacemaker.pacing(watcher):
                 async with HangUp(scope, receive, watcher.hang_up):
-                    if push is not None:
-                        watcher.deliver = partial(self._deliver, push)
                     await self._stream(scope, watcher, end_id, send)
 
     def _keys(self, scope: Scope) -> Sequence[TaskKey]:
@@ -86,9 +81,9 @@ class EventsEndpoint:
                     running.discard(update.key)
             if watcher.heartbeat_due:
                 watcher.heartbeat_due = False
-                parts.append(_HEARTBEAT)
+                parts.append(HEARTBEAT)
             if not running:
-                self._sent["end"]()
+                self._sent["end"].inc()
                 parts.append(b"event: end\nid: %s\ndata: {}\n\n" % end_id.encode())
             elif watcher.leaving:
                 spread = random.randint(*_FAREWELL_MS)  # noqa: S311  # spreads load, hides nothing
@@ -99,62 +94,43 @@ class EventsEndpoint:
             if parts:
                 await send(_part(b"".join(parts)))
 
-    def _deliver(self, push: Push, update: Update) -> bool:
-        # Ends and problems are the task's: the one closes the stream, the other names its request.
+    def _deliver(self, update: Update, watchers: Iterable[Watcher]) -> Iterable[Watcher]:
+        """Write an event to those whose readers keep up, and return the others: their streams will send it.
+
+        This runs once per reader and change, and what it touches of thousands of readers is in no cache:
+        so it asks for nothing but the reader's transport, and one byte string goes to all.
+        """
         snapshot = update.snapshot
-        if snapshot is None or snapshot.terminal or not push(_progress(update, snapshot)):
-            return False
-        self._sent["progress"]()
-        return True
+        # Ends and problems are the stream's: the one closes it, the other names its request.
+        if snapshot is None or snapshot.terminal:
+            return watchers
+        event = _progress(update, snapshot)
+        plain, with_heartbeat = chunk(event), chunk(HEARTBEAT + event)
+        others = []
+        told = 0
+        for watcher in watchers:
+            outlet = watcher.idle_outlet
+            if outlet is None or outlet.get_write_buffer_size():
+                others.append(watcher)
+            elif watcher.heartbeat_due:
+                watcher.heartbeat_due = False
+                outlet.write(with_heartbeat)
+                told += 1
+            else:
+                outlet.write(plain)
+                told += 1
+        self._sent["progress"].value += told
+        return others
 
     def _encode(self, update: Update, scope: Scope) -> bytes:
         if update.snapshot is not None:
-            self._sent["progress"]()
+            self._sent["progress"].inc()
             return _progress(update, update.snapshot)
         assert update.failure is not None  # noqa: S101  # an update has one or the other
-        self._sent["problem"]()
+        self._sent["problem"].inc()
         status, title = lookup(update.failure)
         problem = document(update.failure, status, title, request_id=scope["state"]["request_id"])
         return b"event: problem\ndata: %s\n\n" % render_json({"taskId": update.key.task_id, **problem})
-
-
-class Pacemaker:
-    """Sends every stream's heartbeat once in so many seconds, or has the stream do it.
-
-    The streams take turns: thousands that wrote at one moment would hold up everybody else's answer.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        self._pause = seconds / _TURNS
-        self._turns: list[dict[Watcher, Push | None]] = [{} for _ in range(_TURNS)]
-        self._turn = 0
-        self._timer: asyncio.TimerHandle | None = None
-
-    @contextmanager
-    def pacing(self, watcher: Watcher, push: Push | None) -> Iterator[None]:
-        """Keep the heartbeat of this watcher's stream while the context is open."""
-        turn = self._turns[self._turn - 1]  # the one just past: its next is a whole heartbeat away
-        turn[watcher] = push
-        if self._timer is None:
-            self._wait()
-        try:
-            yield
-        finally:
-            del turn[watcher]
-            if self._timer is not None and not any(self._turns):
-                self._timer.cancel()
-                self._timer = None
-
-    def _wait(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._pause, self._beat)
-
-    def _beat(self) -> None:
-        for watcher, push in self._turns[self._turn].items():
-            if push is None or not watcher.idle or not push(_HEARTBEAT):
-                watcher.heartbeat_due = True
-                watcher.ring()
-        self._turn = (self._turn + 1) % _TURNS
-        self._wait()
 
 
 def _progress(update: Update, snapshot: Snapshot) -> bytes:

@@ -59,7 +59,6 @@ class AnsweringProtocol(BoundedProtocol):
         "_answered_at",  # on the loop's clock, the last hit
         "_last",  # the last request, if a hit that came alone: whole, its target, all behind it, its wishes
         "_open",  # a request has begun, and is not complete
-        "_uncorked",
         "_wishes",  # those of the request that is parsed, if it is a hit
     )
 
@@ -71,7 +70,6 @@ class AnsweringProtocol(BoundedProtocol):
         self._open = False
         self._last = self._wishes = None
         self._answered_at = 0.0
-        self._uncorked: asyncio.Transport = transport  # type: ignore[assignment]  # as uvicorn narrows it
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:

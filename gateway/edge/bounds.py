@@ -13,7 +13,7 @@ import os
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway.api.connection import ON_HANG_UP, PUSH
+from gateway.api.connection import ON_HANG_UP, OUTLET
 from gateway.api.problems import document, lookup
 from gateway.cork import Cork
 from gateway.exceptions import GatewayError, InvalidParameter
@@ -39,6 +39,7 @@ class BoundedProtocol(HttpToolsProtocol):
         "_on_hang_up",
         "_suspect",  # more bytes are at hand than headers may have
         "_timer",
+        "_uncorked",
         "_unparsed",  # bytes since the last complete headers: an endless line never becomes a header
     )
 
@@ -50,10 +51,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unparsed = 0
         self._in_headers = self._suspect = False
         self._fault = "the request is not valid HTTP/1.1"
-        super().connection_made(transport)  # type: ignore[arg-type]  # uvicorn narrows it likewise
+        self._uncorked: asyncio.Transport = transport  # type: ignore[assignment]  # as uvicorn narrows it
+        super().connection_made(self._uncorked)
         # Each small write that waits costs some 1 KB: a reader that never reads shall not cost 64 of them.
         self.transport.set_write_buffer_limits(high=_WRITE_BUFFER)
-        self._cork = Cork(self.transport, self.loop)
+        self._cork = Cork(self._uncorked, self.loop)
         self.transport = self._cork  # type: ignore[assignment]  # it has all of a transport's attributes
         self._start_timer()
 
@@ -63,10 +65,10 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         for notice in tuple(self._on_hang_up.values()):
             notice()  # type: ignore[operator]  # the scope's type knows extensions as plain dictionaries
-        # We hold the request's scope, and its way to push holds us: left so, only the garbage collector
-        # could take the two apart, and a full collection among thousands of streams stops everything.
+        # We hold the request's scope, and its way to our transport holds us: left so, only the garbage
+        # collector could take the two apart, and its full round among thousands of streams stops everything.
         if self.scope is not None:
-            self.scope.get("extensions", {}).pop(PUSH, None)
+            self.scope.get("extensions", {}).pop(OUTLET, None)
 
     def data_received(self, data: bytes) -> None:
         """Parse, and refuse headers that grow without end."""
@@ -118,17 +120,14 @@ class BoundedProtocol(HttpToolsProtocol):
         """Let uvicorn call the application."""
         self.scope["extensions"] = {
             ON_HANG_UP: self._on_hang_up,
-            PUSH: self._push,  # type: ignore[dict-item]  # the scope's type knows extensions as dictionaries
+            OUTLET: self._outlet,  # type: ignore[dict-item]  # the scope's type knows extensions as dictionaries
         }
         super().on_headers_complete()
 
-    def _push(self, part: bytes) -> bool:
-        """Send a part of a streamed body if nothing is in its way; see `connection.PUSH`."""
+    def _outlet(self) -> asyncio.WriteTransport | None:
+        """See `connection.OUTLET`."""
         cycle = self.cycle  # another, not chunked yet, when a request was pipelined behind the stream
-        if self.flow.write_paused or cycle.disconnected or not cycle.chunked_encoding:
-            return False
-        self.transport.write(b"%x\r\n%b\r\n" % (len(part), part))
-        return True
+        return self._uncorked if cycle.chunked_encoding else None
 
     def _refuse(self, fault: str) -> None:
         self._stop_timer()
