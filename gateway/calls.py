@@ -8,11 +8,10 @@ by is corrected here, by what upstream's answers say of its own.
 
 from __future__ import annotations
 
-import asyncio
+import os
 import time
-import uuid
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, Self
@@ -37,7 +36,7 @@ from gateway.refusals import refusal
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.signing import signed_headers
 from gateway.tracing import Mark, Tracing, Untraced
-from gateway.transport import HttpTransport, untrusted
+from gateway.transport import HttpTransport, encode, untrusted
 
 _OK = 200
 _CLOCK_TOLERANCE_SECONDS = 2.0  # the Date header has whole seconds, and the answer was under way
@@ -65,6 +64,12 @@ class Exchange(NamedTuple):
     body: bytes
 
 
+def random_uuid() -> str:
+    """Return a random UUID (RFC 9562, 5.4): at a quarter of what the way through `uuid.UUID` costs."""
+    digits = os.urandom(16).hex()
+    return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
+
+
 class Calls:
     """Makes calls. Open it with `async with`. `clock` is Unix time."""
 
@@ -77,7 +82,7 @@ class Calls:
         user_agent: str,
         tracing: Tracing | None = None,
         clock: Callable[[], float] = time.time,
-        nonce: Callable[[], str] = lambda: str(uuid.uuid4()),
+        nonce: Callable[[], str] = random_uuid,
     ) -> None:
         self._settings = settings
         self._redactor = redactor
@@ -91,7 +96,9 @@ class Calls:
             "user-agent": user_agent,
             "accept-encoding": "identity",
         }
-        self._urls = {operation: endpoint.join(operation.path) for operation in Operation}
+        self._targets = {
+            operation: endpoint.join(operation.path).raw_path.decode("ascii") for operation in Operation
+        }
         # Looking labels up costs more than counting; both are bounded.
         self._count = cache(
             lambda operation, outcome: metrics.upstream_requests.labels(operation, outcome).inc
@@ -126,11 +133,11 @@ class Calls:
             return await self._make(key, pair, mark)
 
     async def exchange(self, key: TaskKey, pair: Pair) -> Exchange:
-        """Make one signed call; what its answer means is not judged, and no deadline is set.
+        """Make one signed call within `upstream.attempt_timeout_seconds`.
 
-        Raises: UpstreamError for what happened on the way.
+        What its answer means is not judged. Raises: UpstreamError for what happened on the way.
         """
-        body = render_json({"taskId": key.task_id})
+        body = _question(key.task_id)
         sent = signed_headers(
             key.operation.path,
             body,
@@ -140,29 +147,21 @@ class Calls:
             nonce=self._nonce(),
             stage=self._settings.stage,
         )
-        # Straight to the transport: what httpx's client would add is cookies, redirects, environment
-        # and authentication, all of which would have to be switched off again.
-        request = httpx.Request(
-            "POST",
-            self._urls[key.operation],
-            headers={**self._fixed_headers, **sent, "content-length": str(len(body))},
-            stream=httpx.ByteStream(body),
-        )
         try:
-            response = await self._transport.handle_async_request(request)
+            message = encode(self._targets[key.operation], self._fixed_headers | sent, body)
+            answer = await self._transport.exchange(message, seconds=self._settings.attempt_timeout_seconds)
+        except TimeoutError:
+            raise UpstreamTimeout("the upstream did not answer in time") from None
         except httpx.TransportError as exc:
             if untrusted(exc):
                 self._metrics.upstream_certificate_errors.inc()
             raise UpstreamUnreachable(f"the upstream could not be reached ({type(exc).__name__})") from exc
-        headers = {
-            name.lower().decode("latin-1"): value.decode("latin-1") for name, value in response.headers.raw
-        }
         content = _decoded(
-            response.stream,  # type: ignore[arg-type]  # the transport's is synchronous, too
-            headers.get("content-encoding", ""),
+            bytes(answer.body),
+            answer.headers.get("content-encoding", ""),
             limit=self._settings.max_response_bytes,
         )
-        return Exchange(sent, response.status_code, headers, content)
+        return Exchange(sent, answer.status, answer.headers, content)
 
     def judge(self, exchange: Exchange, key: TaskKey) -> Answer:
         """Return a successful answer. Raises: UpstreamError for any other."""
@@ -195,8 +194,7 @@ class Calls:
         started = time.perf_counter()
         self._in_flight += 1
         try:
-            async with asyncio.timeout(self._settings.attempt_timeout_seconds):
-                exchange = await self.exchange(key, pair)
+            exchange = await self.exchange(key, pair)
             mark.status = exchange.status
             skew = self._observe_clock(exchange)
             try:
@@ -204,8 +202,6 @@ class Calls:
             except UpstreamClock:
                 self._correct_clock(skew)
                 raise
-        except TimeoutError:
-            raise UpstreamTimeout("the upstream did not answer in time") from None
         except UpstreamError as exc:
             outcome, mark.invoke_id = exc.code, exc.invoke_id
             raise
@@ -238,12 +234,16 @@ class Calls:
             log.warning("clock corrected to the upstream's", offset_seconds=round(skew, 1))
 
 
-def _decoded(raw: Iterable[bytes], encoding: str, *, limit: int) -> bytes:
+@lru_cache(maxsize=1024)
+def _question(task_id: str) -> bytes:
+    return render_json({"taskId": task_id})
+
+
+def _decoded(body: bytes, encoding: str, *, limit: int) -> bytes:
     """Return the decoded body, of at most `limit` bytes: a gzip bomb is inflated no further.
 
     Raises: UpstreamInvalid.
     """
-    body = b"".join(raw)
     encoding = encoding.lower()
     if encoding in {"gzip", "deflate"}:
         inflate = zlib.decompressobj(wbits=47)  # 47: gzip or zlib, whichever it is

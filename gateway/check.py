@@ -6,7 +6,6 @@ network, clock, key and secret are right.
 
 from __future__ import annotations
 
-import asyncio
 import difflib
 import re
 from collections.abc import Iterator
@@ -18,7 +17,13 @@ from prometheus_client import CollectorRegistry
 
 from gateway.calls import Calls, Exchange
 from gateway.credentials import Credentials, Slot
-from gateway.exceptions import GatewayError, UpstreamClock, UpstreamCredentials, UpstreamRejected
+from gateway.exceptions import (
+    GatewayError,
+    UpstreamClock,
+    UpstreamCredentials,
+    UpstreamRejected,
+    UpstreamTimeout,
+)
 from gateway.metrics import Metrics
 from gateway.models import TaskKey
 from gateway.redaction import MASK, Redactor
@@ -53,9 +58,8 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
         for held in credentials.held():
             lines.append(f"with the {held.slot} pair (generation {held.generation}):")
             try:
-                async with asyncio.timeout(settings.upstream.attempt_timeout_seconds):
-                    exchange = await calls.exchange(key, held.pair)
-            except TimeoutError:
+                exchange = await calls.exchange(key, held.pair)
+            except UpstreamTimeout:
                 network = "no answer in time; is upstream.endpoint right, or a firewall between?"
                 return Finding(well=False, lines=[*lines, f"network: {network}"])
             except GatewayError as exc:

@@ -250,7 +250,7 @@ class ProgressService:
             with self._tracing.flight(key) as mark:
                 landing = await self._fly(key, after=after)
                 mark.outcome = landing.outcome.code if isinstance(landing.outcome, GatewayError) else "ok"
-                return landing._replace(span=mark.context)
+                return landing if mark.context is None else landing._replace(span=mark.context)
         except Exception as exc:
             # Behind a stale answer nobody waits who would tell of a bug.
             if (suppressed := self._sampler.take(type(exc).__name__)) is not None:

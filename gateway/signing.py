@@ -23,6 +23,7 @@ import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import parse_qsl
 
 CONTENT_TYPE = "application/json; charset=utf-8"
@@ -35,6 +36,7 @@ _NOT_LISTED = frozenset(
 _MUST_BE_SIGNED = frozenset({"x-ca-key", "x-ca-timestamp", "x-ca-nonce"})
 
 
+@lru_cache(maxsize=1024)  # a watched task's question is the same every time
 def content_md5(body: bytes) -> str:
     """Return the `Content-MD5` of a body (RFC 1864: base64 of the raw digest)."""
     return base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
@@ -53,15 +55,15 @@ def string_to_sign(method: str, target: str, headers: Mapping[str, str], signed:
     """
     names = sorted(name for name in signed if name.lower() not in _NOT_LISTED)
     return "\n".join(
-        (
+        [
             method.upper(),
             headers.get("accept", ""),
             headers.get("content-md5", ""),
             headers.get("content-type", ""),
             headers.get("date", ""),
-            *(f"{name}:{headers.get(name.lower(), '')}" for name in names),
+            *[f"{name}:{headers.get(name.lower(), '')}" for name in names],
             _resource(target),
-        )
+        ]
     )
 
 

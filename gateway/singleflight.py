@@ -7,9 +7,9 @@ first one included, changes nothing for the others. The module knows nothing of 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Callable, Coroutine, Hashable
 from contextvars import Context
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class SingleFlight(Generic[K, T]):
         """Tell whether a flight for this key is in the air."""
         return key in self._flights
 
-    def start(self, key: K, fn: Callable[[], Awaitable[T]]) -> asyncio.Future[T]:
+    def start(self, key: K, fn: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Future[T]:
         """Return the key's flight, begun now unless one is in the air. Await it through `shield`.
 
         After `aclose` it is cancelled before it begins, like those that were in the air then.
@@ -42,12 +42,12 @@ class SingleFlight(Generic[K, T]):
         flight = self._flights.get(key)
         if flight is None:
             # An empty context: what the first caller's request carries (its trace, say) is not the others'.
-            flight = asyncio.get_running_loop().create_task(_run(fn), context=Context())
+            flight = asyncio.get_running_loop().create_task(fn(), context=Context())
             self._flights[key] = flight
             flight.add_done_callback(lambda done: self._land(key, done))
         return flight
 
-    async def do(self, key: K, fn: Callable[[], Awaitable[T]]) -> T:
+    async def do(self, key: K, fn: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Wait for the key's flight and return its result, or raise what it raised."""
         return await asyncio.shield(self.start(key, fn))
 
@@ -64,7 +64,3 @@ class SingleFlight(Generic[K, T]):
         # When every caller has hung up nobody else looks at the exception, and asyncio complains.
         if not flight.cancelled():
             flight.exception()
-
-
-async def _run(fn: Callable[[], Awaitable[T]]) -> T:
-    return await fn()

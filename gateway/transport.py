@@ -1,6 +1,6 @@
-"""The connections to the upstream: httpx's transport interface, over httptools' parser.
+"""The connections to the upstream, over httptools' parser; what goes wrong is told in httpx's terms.
 
-    request -> an idle connection, or a new one -> written at once -> the whole answer, bounded -> response
+    encode -> exchange: an idle connection, or a new one -> written at once -> the whole answer, bounded
 
 httpx's own pool looks through all of its connections, for each of them, at every call's start and end:
 what a call costs grows with the square of the calls in the air. aiohttp's does not, but a call passes
@@ -18,6 +18,7 @@ import asyncio
 import socket
 import ssl
 from collections import deque
+from collections.abc import Mapping
 from http import HTTPStatus
 
 import httpx
@@ -25,15 +26,28 @@ from aiohappyeyeballs import start_connection
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 _OTHER_ADDRESS_SECONDS = 0.25  # before the next one of a host's addresses is tried beside (RFC 8305, 8)
+_FRAMING = frozenset({"content-length", "transfer-encoding"})
 _MOST_OVERHEAD = 262_144  # bytes of an answer that are not its body: headers, chunk sizes, trailers
 
 
-class HttpTransport(httpx.AsyncBaseTransport):
-    """Carries httpx requests to one origin over HTTP/1.1, on as many connections as there are calls.
+class Answer:
+    """An answer, as far as it has come. Headers have lower-case names; of a repeated one the last counts."""
 
-    Of a body longer than `max_body_bytes` it reads no more than shows that it is. It sets no
-    deadline: give one to the task that calls. A connection that was idle for `keep_alive_seconds` is
-    used no more: an upstream, or what lies between, may have forgotten it.
+    __slots__ = ("body", "headers", "keep_alive", "status", "whole")
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.body = bytearray()
+        self.keep_alive = False
+        self.whole = False
+
+
+class HttpTransport:
+    """Carries requests to one origin over HTTP/1.1, on as many connections as there are calls.
+
+    Of a body longer than `max_body_bytes` it reads no more than shows that it is. A connection that was
+    idle for `keep_alive_seconds` is used no more: an upstream, or what lies between, may have forgotten it.
     """
 
     def __init__(
@@ -52,23 +66,27 @@ class HttpTransport(httpx.AsyncBaseTransport):
         # The one used last lies on top: in quiet times those below go unused, and are let go.
         self._idle: deque[_Connection] = deque()
 
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request whose body is known, and return the answer when all of it has come.
+    async def exchange(self, message: bytes, *, seconds: float) -> Answer:
+        """Send a request, and return the answer when all of it has come, within so many seconds.
 
-        The connection goes with a call that is cancelled. Raises: httpx.TransportError.
+        The connection goes with a call that is cancelled. Raises: httpx.TransportError; TimeoutError.
         """
-        message = _encode(request)
-        connection = self._take_idle() or await self._connect()
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        connection = self._take_idle()
+        if connection is None:
+            async with asyncio.timeout_at(deadline):
+                connection = await self._connect()
+        timer = loop.call_at(deadline, connection.give_up)  # half of what asyncio.timeout costs
         try:
-            answer = await connection.ask(message)
+            return await connection.ask(message)
         finally:
+            timer.cancel()
             if connection.idle_since is None:
                 connection.close()
             else:
                 self._idle.append(connection)
                 self._let_go(connection.idle_since - self._keep_alive_seconds)
-        body = httpx.ByteStream(bytes(answer.body))
-        return httpx.Response(answer.status, headers=answer.headers, stream=body)
 
     async def aclose(self) -> None:
         """Close every connection that lies idle."""
@@ -109,6 +127,15 @@ class HttpTransport(httpx.AsyncBaseTransport):
         return connection
 
 
+def encode(target: str, headers: Mapping[str, str], body: bytes) -> bytes:
+    """Return a POST as it stands on the wire. Raises: httpx.LocalProtocolError, for a break in a header."""
+    lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
+    head = "".join(lines)
+    if not head.count("\r") == head.count("\n") == len(lines):
+        raise httpx.LocalProtocolError("a header with a line break")
+    return f"POST {target} HTTP/1.1\r\n{head}content-length: {len(body)}\r\n\r\n".encode("ascii") + body
+
+
 def untrusted(error: httpx.TransportError) -> bool:
     """Tell whether a call failed because nobody known vouches for the upstream's certificate."""
     return isinstance(error.__cause__, ssl.SSLCertVerificationError)
@@ -129,19 +156,6 @@ def explain(error: httpx.TransportError) -> str:
             return "nobody listens there, or a firewall says no"
 
 
-class _Answer:
-    """What has come of an answer. Names of headers are as they were sent."""
-
-    __slots__ = ("body", "headers", "keep_alive", "status", "whole")
-
-    def __init__(self) -> None:
-        self.status = 0
-        self.headers: list[tuple[bytes, bytes]] = []
-        self.body = bytearray()
-        self.keep_alive = False
-        self.whole = False
-
-
 class _Connection(asyncio.Protocol):
     """One connection, with one call at a time.
 
@@ -153,18 +167,23 @@ class _Connection(asyncio.Protocol):
         self._max_body_bytes = max_body_bytes
         self._loop = asyncio.get_running_loop()
         self._parser: HttpResponseParser | None = HttpResponseParser(self)
-        self._waiter: asyncio.Future[_Answer] | None = None
-        self._answer = _Answer()
+        self._waiter: asyncio.Future[Answer] | None = None
+        self._answer = Answer()
         self._overhead = 0
 
-    def ask(self, message: bytes) -> asyncio.Future[_Answer]:
-        """Send a request; the future gets the answer, or an httpx.TransportError."""
+    def ask(self, message: bytes) -> asyncio.Future[Answer]:
+        """Send a request; the future gets the answer, an httpx.TransportError or a TimeoutError."""
         self.idle_since = None
-        self._answer = _Answer()
+        self._answer = Answer()
         self._overhead = 0
         self._waiter = self._loop.create_future()
         self._transport.write(message)
         return self._waiter
+
+    def give_up(self) -> None:
+        """Tell who waits for an answer, if somebody does, that it comes too late."""
+        if self._waiter is not None:
+            self._fail(TimeoutError())
 
     def close(self) -> None:
         """Let go of the connection at once; whatever was to be sent or read is lost."""
@@ -199,7 +218,9 @@ class _Connection(asyncio.Protocol):
         answer = self._answer
         if exc is not None:
             self._fail(httpx.ReadError(type(exc).__name__))
-        elif answer.status and not _framed(answer.headers):  # its end is the connection's (RFC 9112, 6.3)
+        elif (
+            answer.status and not _FRAMING & answer.headers.keys()
+        ):  # its end is the connection's (RFC 9112, 6.3)
             self._finish()
         else:
             self._fail(httpx.RemoteProtocolError("the connection was closed before the answer's end"))
@@ -212,7 +233,7 @@ class _Connection(asyncio.Protocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._answer.status:  # else it is a trailer, which is nothing to us
-            self._answer.headers.append((name, value))
+            self._answer.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None  # noqa: S101  # it calls
@@ -241,21 +262,8 @@ class _Connection(asyncio.Protocol):
             self._waiter.set_result(self._answer)
         self._waiter = None
 
-    def _fail(self, error: httpx.TransportError) -> None:
+    def _fail(self, error: httpx.TransportError | TimeoutError) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_exception(error)
         self._waiter = None
         self._transport.abort()
-
-
-def _encode(request: httpx.Request) -> bytes:
-    lines = [b"%b %b HTTP/1.1\r\n" % (request.method.encode("ascii"), request.url.raw_path)]
-    lines += [b"%b: %b\r\n" % header for header in request.headers.raw]
-    head = b"".join(lines)
-    if head.count(b"\n") != len(lines):
-        raise httpx.LocalProtocolError("a header with a line break")
-    return b"%b\r\n%b" % (head, request.read())
-
-
-def _framed(headers: list[tuple[bytes, bytes]]) -> bool:
-    return any(name.lower() in {b"content-length", b"transfer-encoding"} for name, _ in headers)

@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.transport import HttpTransport
-from tests.harness import PATIENCE_SECONDS, RawUpstream, Request, answer, drained, framed, free_port, well
+from gateway.transport import Answer, HttpTransport, encode
+from tests.harness import PATIENCE_SECONDS, RawUpstream, Request, answer, drained, framed, free_port
 
 BODY = b'{"taskId": "A"}'
 
@@ -31,26 +31,18 @@ async def transport(
         await opened.aclose()
 
 
-def request(url: str) -> httpx.Request:
-    """Make a request with one header more than it needs."""
-    return httpx.Request("POST", f"{url}/scc/x", headers={"X-Ca-Key": "k"}, content=BODY)
+async def ask(over: HttpTransport, *, seconds: float = PATIENCE_SECONDS) -> Answer:
+    """Send a request."""
+    headers = {"host": "upstream.example", "x-ca-key": "k"}
+    return await over.exchange(encode("/scc/x", headers, BODY), seconds=seconds)
 
 
-async def ask(over: HttpTransport, url: str) -> tuple[httpx.Response, bytes]:
-    """Send the request and read the answer to its end."""
-    response = await over.handle_async_request(request(url))
-    try:
-        return response, b"".join([part async for part in response.aiter_raw()])
-    finally:
-        await response.aclose()
-
-
-def once(url: str, **bounds: int) -> tuple[httpx.Response, bytes]:
+def once(url: str, **bounds: int) -> Answer:
     """Ask over a transport of its own."""
 
-    async def run() -> tuple[httpx.Response, bytes]:
+    async def run() -> Answer:
         async with transport(url, **bounds) as over:
-            return await ask(over, url)
+            return await ask(over)
 
     return asyncio.run(run())
 
@@ -60,6 +52,11 @@ def silent() -> Iterator[str]:
     """Listen, and let nobody's connection be accepted."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def framed_only(connection: socket.socket, _: Request) -> None:
+    """Answer, whatever was asked."""
+    connection.sendall(framed(b"{}"))
 
 
 def open_sockets() -> int:
@@ -97,8 +94,8 @@ def test_transport_keeps_connections_and_no_cookies() -> None:
 
     async def twice(url: str) -> None:
         async with transport(url) as over:
-            await ask(over, url)
-            await ask(over, url)
+            await ask(over)
+            await ask(over)
 
     with RawUpstream(sets_a_cookie) as upstream:
         asyncio.run(twice(upstream.url))
@@ -114,9 +111,9 @@ def test_transport_follows_no_redirect_and_decodes_nothing() -> None:
         connection.sendall(framed(b"not gzip", *head, status="HTTP/1.1 302 Found"))
 
     with RawUpstream(redirects) as upstream:
-        response, body = once(upstream.url)
-    assert (response.status_code, body) == (302, b"not gzip")
-    assert response.headers["location"] == "http://127.0.0.1:1/"
+        got = once(upstream.url)
+    assert (got.status, got.body) == (302, b"not gzip")
+    assert got.headers["location"] == "http://127.0.0.1:1/"
 
 
 @pytest.mark.parametrize(
@@ -168,9 +165,9 @@ def test_transport_framing_is_that_of_http(raw: bytes, body: bytes) -> None:
         connection.close()
 
     with RawUpstream(sends) as upstream:
-        response, received = once(upstream.url)
-    assert (response.status_code, received) == (200, body)
-    assert not {"link", "x-trailer"} & set(response.headers)
+        got = once(upstream.url)
+    assert (got.status, got.body) == (200, body)
+    assert not {"link", "x-trailer"} & set(got.headers)
 
 
 @pytest.mark.parametrize("encoding", ["content-length: 5000", "transfer-encoding: chunked"])
@@ -185,9 +182,9 @@ def test_transport_reads_no_more_than_shows_that_it_is_too_much(encoding: str) -
         closed.set()
 
     with RawUpstream(sends) as upstream:
-        _, body = once(upstream.url, max_body_bytes=1000)
+        got = once(upstream.url, max_body_bytes=1000)
         assert closed.wait(PATIENCE_SECONDS)
-    assert len(body) > 1000
+    assert len(got.body) > 1000
 
 
 def test_transport_uses_no_connection_that_was_idle_for_long() -> None:
@@ -200,8 +197,8 @@ def test_transport_uses_no_connection_that_was_idle_for_long() -> None:
 
     async def twice(url: str) -> None:
         async with transport(url, keep_alive_seconds=0.0) as over:
-            await ask(over, url)
-            await ask(over, url)
+            await ask(over)
+            await ask(over)
 
     with RawUpstream(answers) as upstream:
         asyncio.run(twice(upstream.url))
@@ -224,15 +221,15 @@ def test_transport_uses_no_connection_on_which_something_came_unasked(surplus: b
                 drained(connection)
             connection.close()
 
-    async def twice(url: str) -> list[bytes]:
+    async def twice(url: str) -> list[bytearray]:
         async with transport(url) as over:
             before = open_sockets()
-            first = await ask(over, url)
+            first = await ask(over)
             read.set()
             while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
                 await asyncio.sleep(0)
-            second = await ask(over, url)
-            return [first[1], second[1]]
+            second = await ask(over)
+            return [first.body, second.body]
 
     with RawUpstream(answers) as upstream:
         assert asyncio.run(asyncio.wait_for(twice(upstream.url), PATIENCE_SECONDS)) == [b"{}", b"{}"]
@@ -240,15 +237,9 @@ def test_transport_uses_no_connection_on_which_something_came_unasked(surplus: b
 
 def test_transport_sends_no_line_that_it_was_not_given() -> None:
     """A line break within a header would be a header of somebody else's making."""
-
-    async def run(url: str) -> None:
-        async with transport(url) as over:
-            with pytest.raises(httpx.LocalProtocolError):
-                await over.handle_async_request(httpx.Request("POST", url, headers={"X-Ca-Key": "a\r\nb: c"}))
-
-    with RawUpstream(well) as upstream:
-        asyncio.run(run(upstream.url))
-        assert not upstream.requests
+    for line_break in ("\r\n", "\n", "\r"):
+        with pytest.raises(httpx.LocalProtocolError):
+            encode("/scc/x", {"x-ca-key": f"a{line_break}b: c"}, BODY)
 
 
 def test_transport_refused_connection_is_a_connect_error() -> None:
@@ -257,13 +248,54 @@ def test_transport_refused_connection_is_a_connect_error() -> None:
         once(f"http://127.0.0.1:{free_port()}")
 
 
+def test_transport_deadline_holds_while_it_connects_and_while_it_waits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever takes too long, the call ends in time, and its connection with it."""
+
+    async def run(url: str) -> None:
+        async with transport(url) as over:
+            before = open_sockets()
+            with pytest.raises(TimeoutError):
+                await ask(over, seconds=0.05)
+            while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
+                await asyncio.sleep(0)
+            never = asyncio.get_running_loop().create_future()
+            monkeypatch.setattr("gateway.transport.start_connection", lambda *_, **__: never)
+            with pytest.raises(TimeoutError):
+                await ask(over, seconds=0.05)
+            assert never.cancelled()
+
+    with silent() as url:
+        asyncio.run(asyncio.wait_for(run(url), PATIENCE_SECONDS))
+
+
+def test_transport_deadline_that_strikes_too_late_harms_nobody() -> None:
+    """Once an answer is whole the deadline has nothing to say, though the caller has not run yet."""
+
+    async def run(url: str) -> None:
+        async with transport(url) as over:
+            await ask(over)
+            [connection] = over._idle
+            answering = connection.ask(encode("/scc/x", {"host": "x"}, BODY))
+            answering.add_done_callback(lambda _: connection.give_up())  # in the turn in which it came
+            await answering
+            await asyncio.sleep(0)
+            await ask(over)
+            assert list(over._idle) == [connection], "it was not aborted"
+
+    with RawUpstream(framed_only) as upstream:
+        asyncio.run(asyncio.wait_for(run(upstream.url), PATIENCE_SECONDS))
+        assert len(upstream.requests) == 3
+
+
 def test_transport_cancelled_call_leaves_no_socket() -> None:
     """A deadline may strike while it connects, sends or waits: the connection goes with the call."""
 
     async def run(url: str) -> None:
         async with transport(url) as over:
             before = open_sockets()
-            calls = [asyncio.create_task(over.handle_async_request(request(url))) for _ in range(20)]
+            calls = [asyncio.create_task(ask(over)) for _ in range(20)]
             for steps, call in enumerate(calls):
                 for _ in range(steps % 5):
                     await asyncio.sleep(0)
