@@ -266,6 +266,7 @@ class Watch:
     async def _tick(self, key: TaskKey, schedule: _Schedule) -> None:
         """Keep a watched task's snapshot fresh until it has ended; being cancelled is the normal end."""
         backoff = _BACKOFF_SECONDS
+        company = 1
         while True:
             outcome = await self._service.get_fresh(key)
             if isinstance(outcome, Failed):
@@ -279,7 +280,7 @@ class Watch:
                 backoff = _BACKOFF_SECONDS
                 left = snapshot.lifetime - (self._clock() - snapshot.fetched_at)
                 pause = max(left + _TIMER_SECONDS, _LEAST_SECONDS)
-                await self._alarms.sleep(pause, late=_LATE_SHARE * pause)
+                company = await self._alarms.sleep(pause, late=_LATE_SHARE * pause, company=company)
             else:
                 pause = max(backoff, outcome.failure.retry_after or 0.0)
                 backoff = min(2 * backoff, _LONGEST_BACKOFF_SECONDS)

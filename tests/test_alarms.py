@@ -1,5 +1,6 @@
 """Sleeping in company, on a clock that is turned by hand."""
 
+import random
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -30,9 +31,10 @@ class Sleeper:
         self.task = loop.create_task(self._live())
 
     async def _live(self) -> None:
+        company = 1
         while True:
             self.woke.append(self._loop.time())
-            await self._alarms.sleep(1.0, late=LATE)
+            company = await self._alarms.sleep(1.0, late=LATE, company=company)
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.01, 0.0])
@@ -49,13 +51,30 @@ def test_alarms_wake_a_few_together(loop: TickedLoop, count: int, spread: float)
         pauses = [later - earlier for earlier, later in pairwise(sleeper.woke)]
         assert all(1.0 - 1e-9 <= pause <= 1.0 + LATE + 1e-9 for pause in pauses)
     groups = Counter(sleeper.woke[-1] for sleeper in sleepers)
-    assert max(groups.values()) <= 8
-    assert len(groups) <= max(2 * count / 8, 1 / LATE + 1)  # alone, until there is company to be had
+    assert max(groups.values()) <= 10
+    assert len(groups) <= max(2 * count / 10, 1 / LATE + 1)  # alone, until there is company to be had
     for sleeper in sleepers:
         sleeper.task.cancel()
     loop.settle()
-    assert not alarms._sleepers
-    assert not alarms._wakes
+    assert not alarms._with_room
+    assert not alarms._moments
+
+
+def test_alarms_groups_fill_up_and_wait_the_less_for_it(loop: TickedLoop) -> None:
+    """A hundred who began at random soon wake in few groups, and little late."""
+    alarms = Alarms()
+    chance = random.Random(1)
+    sleepers = []
+    for _ in range(100):
+        sleepers.append(Sleeper(loop, alarms))
+        loop.advance(chance.expovariate(100))
+    loop.advance(40.0)
+    late = [sleeper.woke[-1] - sleeper.woke[-2] - 1.0 for sleeper in sleepers]
+    assert len({sleeper.woke[-1] for sleeper in sleepers}) <= 14  # 17 where all wait alike; at best 10
+    assert sum(late) / len(late) < LATE / 2
+    for sleeper in sleepers:
+        sleeper.task.cancel()
+    loop.settle()
 
 
 def test_alarms_who_is_alone_wakes_in_time(loop: TickedLoop) -> None:
