@@ -29,6 +29,9 @@ from urllib.parse import parse_qsl
 CONTENT_TYPE = "application/json; charset=utf-8"
 METHOD = "HmacSHA256"
 
+# What `signed_headers` has signed, in the order of the lines. The stage, where there is one, is signed, too.
+_SIGNED = ("x-ca-key", "x-ca-nonce", "x-ca-signature-method", "x-ca-timestamp")
+_SIGNED_WITH_STAGE = tuple(sorted((*_SIGNED, "x-ca-stage")))
 # These have lines of their own, or carry the signature itself: never among the name:value lines.
 _NOT_LISTED = frozenset(
     {"x-ca-signature", "x-ca-signature-headers", "accept", "content-md5", "content-type", "date"}
@@ -54,9 +57,13 @@ def string_to_sign(method: str, target: str, headers: Mapping[str, str], signed:
     names listed in `X-Ca-Signature-Headers`.
     """
     names = sorted(name for name in signed if name.lower() not in _NOT_LISTED)
+    return _lines(method.upper(), target, headers, names)
+
+
+def _lines(method: str, target: str, headers: Mapping[str, str], names: Iterable[str]) -> str:
     return "\n".join(
         [
-            method.upper(),
+            method,
             headers.get("accept", ""),
             headers.get("content-md5", ""),
             headers.get("content-type", ""),
@@ -92,9 +99,9 @@ def signed_headers(
     }
     if stage:
         headers["x-ca-stage"] = stage
-    names = sorted(name for name in headers if name.startswith("x-ca-"))
+    names = _SIGNED_WITH_STAGE if stage else _SIGNED
     headers["x-ca-signature-headers"] = ",".join(names)
-    headers["x-ca-signature"] = sign(secret_key, string_to_sign("POST", target, headers, names))
+    headers["x-ca-signature"] = sign(secret_key, _lines("POST", target, headers, names))
     return headers
 
 

@@ -54,7 +54,10 @@ class Tracing(Protocol):
 
 
 class Untraced:
-    """Makes none."""
+    """Makes none: what is noted on its mark, one for all, nobody reads."""
+
+    def __init__(self) -> None:
+        self._nothing = nullcontext(Mark())
 
     def around(self, app: AsgiApp, *, root_path: str) -> AsgiApp:
         """See `Tracing.around`: nothing surrounds it."""
@@ -62,11 +65,11 @@ class Untraced:
 
     def flight(self, key: TaskKey) -> AbstractContextManager[Mark]:
         """See `Tracing.flight`."""
-        return nullcontext(Mark())
+        return self._nothing
 
     def call(self, key: TaskKey, *, number: int) -> AbstractContextManager[Mark]:
         """See `Tracing.call`."""
-        return nullcontext(Mark())
+        return self._nothing
 
     async def aclose(self) -> None:
         """See `Tracing.aclose`."""

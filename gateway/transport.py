@@ -72,8 +72,9 @@ class HttpTransport:
         The connection goes with a call that is cancelled. Raises: httpx.TransportError; TimeoutError.
         """
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + seconds
-        connection = self._take_idle()
+        now = loop.time()
+        deadline = now + seconds
+        connection = self._take_idle(now)
         if connection is None:
             async with asyncio.timeout_at(deadline):
                 connection = await self._connect()
@@ -93,9 +94,8 @@ class HttpTransport:
         while self._idle:
             self._idle.pop().close()
 
-    def _take_idle(self) -> _Connection | None:
-        if self._idle:
-            self._let_go(asyncio.get_running_loop().time() - self._keep_alive_seconds)
+    def _take_idle(self, now: float) -> _Connection | None:
+        self._let_go(now - self._keep_alive_seconds)
         while self._idle:
             connection = self._idle.pop()
             if connection.idle_since is not None:

@@ -54,6 +54,7 @@ class MemoryStore:
         self._failures: TLRUCache[TaskKey, tuple[GatewayError, float]] = TLRUCache(
             max_tasks, lambda _key, failure, now: now + failure[1], timer=clock
         )
+        self._failures_end = -math.inf  # from when on none is remembered
 
     async def __aenter__(self) -> Self:
         """See `Store`: nothing is to be opened."""
@@ -83,7 +84,7 @@ class MemoryStore:
 
     def failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.failure`."""
-        if not self._failures:  # as a rule, and a tenth of the cost
+        if self._clock() >= self._failures_end:  # the rule, at a tenth of the cost
             return None
         failure = self._failures.get(key)
         return None if failure is None else failure[0]
@@ -138,7 +139,7 @@ class MemoryStore:
         if kept is not None:
             kept.shown_until = -math.inf
         self._snapshots[snapshot.key] = snapshot
-        if self._failures:
+        if self._clock() < self._failures_end:
             self._failures.pop(snapshot.key, None)
         for listener in self._listeners:
             listener(snapshot)
@@ -147,6 +148,7 @@ class MemoryStore:
     def keep_failure(self, key: TaskKey, error: GatewayError, *, seconds: float) -> None:
         """Remember a failure as `fail` does, without a lease."""
         self._failures[key] = (error, seconds)
+        self._failures_end = max(self._failures_end, self._clock() + seconds)
 
     def snapshots(self) -> list[Snapshot]:
         """Return all snapshots; which of them are used is not touched."""
