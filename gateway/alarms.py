@@ -23,13 +23,14 @@ _moment = attrgetter("moment")
 
 
 class _Wake:
-    """A moment on the loop's clock, and how many sleep until then."""
+    """A moment on the loop's clock, and who sleeps until then: one timer for all."""
 
-    __slots__ = ("moment", "sleepers")
+    __slots__ = ("moment", "sleepers", "timer")
 
     def __init__(self, moment: float) -> None:
         self.moment = moment
-        self.sleepers = 0
+        self.sleepers: list[asyncio.Future[int]] = []
+        self.timer: asyncio.TimerHandle
 
 
 class Alarms:
@@ -47,32 +48,26 @@ class Alarms:
         """
         loop = asyncio.get_running_loop()
         wake = self._join(loop.time() + seconds, seconds, late, company)
+        sleeper: asyncio.Future[int] = loop.create_future()
+        wake.sleepers.append(sleeper)
+        if len(wake.sleepers) == _TOGETHER:
+            self._with_room.remove(wake)
         self._count += 1
         try:
-            await asyncio.sleep(wake.moment - loop.time())
+            return await sleeper
         except asyncio.CancelledError:
-            wake.sleepers -= 1
+            wake.sleepers.remove(sleeper)
             if not wake.sleepers:
+                wake.timer.cancel()
                 self._forget(wake)
             raise
-        else:
-            self._forget(wake)
-            return wake.sleepers
         finally:
             self._count -= 1
 
     def _join(self, due: float, seconds: float, late: float, company: int) -> _Wake:
         place = bisect_left(self._with_room, due, key=_moment)
-        if place == len(self._with_room) or self._with_room[place].moment > due + late:
-            self._set(due, seconds, late, company)
-            place = bisect_left(self._with_room, due, key=_moment)
-        wake = self._with_room[place]
-        wake.sleepers += 1
-        if wake.sleepers == _TOGETHER:
-            del self._with_room[place]
-        return wake
-
-    def _set(self, due: float, seconds: float, late: float, company: int) -> None:
+        if place < len(self._with_room) and self._with_room[place].moment <= due + late:
+            return self._with_room[place]
         moment = due
         # If all sleep for as long, so many are due within a moment's reach, and it takes so long for enough.
         if self._count * late / seconds >= 1:
@@ -80,11 +75,19 @@ class Alarms:
             moment += min(patience, _TOGETHER * seconds / self._count)
         if moment in self._moments:  # a crowd that is due at one moment would stay together for ever
             moment = random.uniform(due, due + late)  # noqa: S311  # guards nothing
+        wake = _Wake(moment)
+        wake.timer = asyncio.get_running_loop().call_at(moment, self._ring, wake)
         self._moments.add(moment)
-        insort(self._with_room, _Wake(moment), key=_moment)
+        insort(self._with_room, wake, key=_moment)
+        return wake
+
+    def _ring(self, wake: _Wake) -> None:
+        self._forget(wake)
+        for sleeper in wake.sleepers:
+            if not sleeper.done():  # else it was cancelled, and its task has not run since
+                sleeper.set_result(len(wake.sleepers))
 
     def _forget(self, wake: _Wake) -> None:
         self._moments.discard(wake.moment)
-        place = bisect_left(self._with_room, wake.moment, key=_moment)
-        if place < len(self._with_room) and self._with_room[place] is wake:
-            del self._with_room[place]
+        if wake in self._with_room:
+            self._with_room.remove(wake)
