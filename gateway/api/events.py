@@ -97,8 +97,8 @@ class EventsEndpoint:
     def _deliver(self, update: Update, watchers: Iterable[Watcher]) -> Iterable[Watcher]:
         """Write an event to those whose readers keep up, and return the others: their streams will send it.
 
-        This runs once per reader and change, and what it touches of thousands of readers is in no cache:
-        so it asks for nothing but the reader's transport, and one byte string goes to all.
+        What belongs to one of thousands of readers is in none of the processor's caches: so the loop asks
+        for nothing but the reader's transport, and one byte string goes to all.
         """
         snapshot = update.snapshot
         # Ends and problems are the stream's: the one closes it, the other names its request.
@@ -140,8 +140,8 @@ def _progress(update: Update, snapshot: Snapshot) -> bytes:
     return update.encoded
 
 
-def _part(chunk: bytes, *, last: bool = False) -> dict[str, object]:
-    return {"type": "http.response.body", "body": chunk, "more_body": not last}
+def _part(body: bytes, *, last: bool = False) -> dict[str, object]:
+    return {"type": "http.response.body", "body": body, "more_body": not last}
 
 
 def _end_id(keys: Sequence[TaskKey]) -> str:

@@ -1,6 +1,8 @@
-"""Heartbeats: a comment line in every event stream, so that nobody on the way takes it for dead and hangs up.
+"""Heartbeats: a line in every event stream, so that nobody on the way takes it for dead and hangs up.
 
-due -> goes with the next event -> or alone, when none comes in time
+    due -> goes with the next event -> or alone, when none comes in time
+
+The lines are comments of the event-stream format: readers pass over them.
 """
 
 from __future__ import annotations
