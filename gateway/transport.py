@@ -30,7 +30,7 @@ _FRAMING = frozenset({"content-length", "transfer-encoding"})
 _MOST_OVERHEAD = 262_144  # bytes of an answer that are not its body: headers, chunk sizes, trailers
 
 
-class Answer:
+class Reply:
     """An answer, as far as it has come. Headers have lower-case names; of a repeated one the last counts."""
 
     __slots__ = ("body", "headers", "keep_alive", "status", "whole")
@@ -66,7 +66,7 @@ class HttpTransport:
         # The one used last lies on top: in quiet times those below go unused, and are let go.
         self._idle: deque[_Connection] = deque()
 
-    async def exchange(self, message: bytes, *, seconds: float) -> Answer:
+    async def exchange(self, message: bytes, *, seconds: float) -> Reply:
         """Send a request, and return the answer when all of it has come, within so many seconds.
 
         The connection goes with a call that is cancelled. Raises: httpx.TransportError; TimeoutError.
@@ -78,7 +78,7 @@ class HttpTransport:
         if connection is None:
             async with asyncio.timeout_at(deadline):
                 connection = await self._connect()
-        timer = loop.call_at(deadline, connection.give_up)  # half of what asyncio.timeout costs
+        timer = loop.call_at(deadline, connection.give_up)  # a fraction of what asyncio.timeout costs
         try:
             return await connection.ask(message)
         finally:
@@ -167,14 +167,14 @@ class _Connection(asyncio.Protocol):
         self._max_body_bytes = max_body_bytes
         self._loop = asyncio.get_running_loop()
         self._parser: HttpResponseParser | None = HttpResponseParser(self)
-        self._waiter: asyncio.Future[Answer] | None = None
-        self._answer = Answer()
+        self._waiter: asyncio.Future[Reply] | None = None
+        self._answer = Reply()
         self._overhead = 0
 
-    def ask(self, message: bytes) -> asyncio.Future[Answer]:
+    def ask(self, message: bytes) -> asyncio.Future[Reply]:
         """Send a request; the future gets the answer, an httpx.TransportError or a TimeoutError."""
         self.idle_since = None
-        self._answer = Answer()
+        self._answer = Reply()
         self._overhead = 0
         self._waiter = self._loop.create_future()
         self._transport.write(message)
@@ -218,10 +218,8 @@ class _Connection(asyncio.Protocol):
         answer = self._answer
         if exc is not None:
             self._fail(httpx.ReadError(type(exc).__name__))
-        elif (
-            answer.status and not _FRAMING & answer.headers.keys()
-        ):  # its end is the connection's (RFC 9112, 6.3)
-            self._finish()
+        elif answer.status and not _FRAMING & answer.headers.keys():
+            self._finish()  # the connection's end is the answer's (RFC 9112, 6.3)
         else:
             self._fail(httpx.RemoteProtocolError("the connection was closed before the answer's end"))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -147,13 +147,13 @@ class _Schedule:
 
 
 # Hands an update to those whom it can tell at once, and returns the others.
-Deliver = Callable[[Update, Iterable[Watcher]], Iterable[Watcher]]
+Deliver = Callable[[Update, Collection[Watcher]], Iterable[Watcher]]
 
 
 class Watch:
     """Holds every watcher and every schedule. `clock` is the snapshots' clock.
 
-    `deliver` goes before the slots; by itself it tells nobody.
+    `deliver` goes before the slots; until somebody sets another it tells nobody.
     """
 
     def __init__(

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.transport import Answer, HttpTransport, encode
+from gateway.transport import HttpTransport, Reply, encode
 from tests.harness import PATIENCE_SECONDS, RawUpstream, Request, answer, drained, framed, free_port
 
 BODY = b'{"taskId": "A"}'
@@ -31,16 +31,16 @@ async def transport(
         await opened.aclose()
 
 
-async def ask(over: HttpTransport, *, seconds: float = PATIENCE_SECONDS) -> Answer:
+async def ask(over: HttpTransport, *, seconds: float = PATIENCE_SECONDS) -> Reply:
     """Send a request."""
     headers = {"host": "upstream.example", "x-ca-key": "k"}
     return await over.exchange(encode("/scc/x", headers, BODY), seconds=seconds)
 
 
-def once(url: str, **bounds: int) -> Answer:
+def once(url: str, **bounds: int) -> Reply:
     """Ask over a transport of its own."""
 
-    async def run() -> Answer:
+    async def run() -> Reply:
         async with transport(url, **bounds) as over:
             return await ask(over)
 
@@ -55,7 +55,7 @@ def silent() -> Iterator[str]:
 
 
 def framed_only(connection: socket.socket, _: Request) -> None:
-    """Answer, whatever was asked."""
+    """Reply, whatever was asked."""
     connection.sendall(framed(b"{}"))
 
 

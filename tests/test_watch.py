@@ -1,7 +1,7 @@
 """The watch by itself: a service played by hand, and nothing that waits for time."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -102,7 +102,7 @@ async def test_watch_delivers_past_the_slot_only_to_who_waits(watch: Watch, stor
     """Nothing overtakes: an update is handed over at once only when all before it was taken."""
     delivered: list[str] = []
 
-    def deliver(update: Update, watchers: Iterable[Watcher]) -> Iterable[Watcher]:
+    def deliver(update: Update, watchers: Collection[Watcher]) -> Iterable[Watcher]:
         assert update.snapshot is not None
         [told] = watchers
         if told.idle_outlet is not outlet or update.snapshot.etag == "3":

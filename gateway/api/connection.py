@@ -1,4 +1,4 @@
-"""What our own server (`edge.py`) offers for a request beyond ASGI; on any other, ASGI must do.
+"""What our own server (`edge/`) offers for a request beyond ASGI; on any other, ASGI must do.
 
 It stands in the scope's `extensions`, and is worth its place with thousands of open streams: a
 call when the caller leaves in place of a task that receives, and a way to send that wakes nobody.

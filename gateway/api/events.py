@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from starlette.types import Receive, Scope, Send
 
@@ -94,7 +94,7 @@ class EventsEndpoint:
             if parts:
                 await send(_part(b"".join(parts)))
 
-    def _deliver(self, update: Update, watchers: Iterable[Watcher]) -> Iterable[Watcher]:
+    def _deliver(self, update: Update, watchers: Collection[Watcher]) -> Iterable[Watcher]:
         """Write an event to those whose readers keep up, and return the others: their streams will send it.
 
         What belongs to one of thousands of readers is in none of the processor's caches: so the loop asks
@@ -107,7 +107,6 @@ class EventsEndpoint:
         event = _progress(update, snapshot)
         plain, with_heartbeat = chunk(event), chunk(HEARTBEAT + event)
         others = []
-        told = 0
         for watcher in watchers:
             outlet = watcher.idle_outlet
             if outlet is None or outlet.get_write_buffer_size():
@@ -115,11 +114,9 @@ class EventsEndpoint:
             elif watcher.heartbeat_due:
                 watcher.heartbeat_due = False
                 outlet.write(with_heartbeat)
-                told += 1
             else:
                 outlet.write(plain)
-                told += 1
-        self._sent["progress"].value += told
+        self._sent["progress"].value += len(watchers) - len(others)
         return others
 
     def _encode(self, update: Update, scope: Scope) -> bytes:
