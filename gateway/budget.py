@@ -16,10 +16,9 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, Self
 
 import structlog
 
@@ -45,18 +44,29 @@ class Timer(Protocol):
 
 
 class Turn:
-    """One call's place in the budget; it is given back unless the call is made.
+    """One call's place in the budget, for as long as it is open; given back unless the call is made.
 
     `void`: upstream has slowed us down since it was given. Whoever still waits, for a connection
     say, is to ask again: given without a limit, turns might be any number.
     """
 
-    __slots__ = ("_clock", "sent_at", "void")
+    __slots__ = ("_clock", "_learn", "sent_at", "void")
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, clock: Callable[[], float], learn: Callable[[Turn, BaseException | None], None]
+    ) -> None:
         self._clock = clock
+        self._learn = learn
         self.sent_at: float | None = None
         self.void = False
+
+    def __enter__(self) -> Self:
+        """Do nothing: it is open since it was given."""
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """End it; how the call ended says what upstream bears."""
+        self._learn(self, error)
 
     def spend(self) -> None:
         """Note that the call is being made, now."""
@@ -111,55 +121,36 @@ class Budget:
         # The other queue is served as often as ours while we wait, once more if it is its turn.
         return self._wait_behind(own + min(other, own + (self._next is not renewal)))
 
-    @asynccontextmanager
     async def turn(
         self, *, renewal: bool, patience_seconds: float, held_up: Callable[[float], None] = lambda _: None
-    ) -> AsyncIterator[Turn]:
-        """Wait for a turn, and learn from how the call ends: whoever makes it calls `spend`.
+    ) -> Turn:
+        """Wait for a turn: `with await budget.turn(...) as turn`. Who makes the call says `turn.spend()`.
 
         `renewal`: an older snapshot of the task is known. `held_up` is told the seconds to wait as
         soon as they are noticeable. Raises: BudgetSpent when they exceed `patience_seconds`.
         """
-        await self._take(renewal=renewal, patience_seconds=patience_seconds, held_up=held_up)
-        turn = Turn(self._clock)
+        self._relax()
+        wait = self.expected_wait(renewal=renewal)
+        if wait == 0 and not self._anybody_waits():
+            self._level -= 1
+        elif wait > patience_seconds:
+            raise _spent(wait)
+        else:
+            if wait >= NOTICEABLE_SECONDS:
+                held_up(wait)
+            await self._queue(_Waiter(self._clock() + patience_seconds, held_up), renewal=renewal)
+        turn = Turn(self._clock, self._end)
         self._turns.add(turn)
-        accepted = False
-        try:
-            yield turn
-            accepted = True
-        except UpstreamRejected:
-            accepted = True
-            raise
-        except UpstreamThrottled as exc:
-            if turn.sent_at is not None:
-                self._slow_down(turn.sent_at, exc.retry_after)
-            raise
-        finally:
-            self._turns.discard(turn)
-            if turn.sent_at is None and not turn.void:
-                self._give_back()
-            elif turn.sent_at is not None and accepted:
-                self._pace.accepted(self._clock(), sent_at=turn.sent_at)
+        return turn
 
     def slow_down(self, *, retry_after: float | None) -> None:
         """Learn from a refusal that another met with, just now."""
         self._slow_down(self._clock(), retry_after)
 
-    async def _take(
-        self, *, renewal: bool, patience_seconds: float, held_up: Callable[[float], None]
-    ) -> None:
-        self._relax()
-        wait = self.expected_wait(renewal=renewal)
-        if wait == 0 and not self._anybody_waits():
-            self._level -= 1
-            return
-        if wait > patience_seconds:
-            raise _spent(wait)
-        if wait >= NOTICEABLE_SECONDS:
-            held_up(wait)
+    async def _queue(self, waiter: _Waiter, *, renewal: bool) -> None:
         future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         queue = self._queues[renewal]
-        queue[future] = _Waiter(self._clock() + patience_seconds, held_up)
+        queue[future] = waiter
         self._serve()
         try:
             refused = await future
@@ -173,6 +164,16 @@ class Budget:
             raise
         if refused:
             raise _spent(refused)
+
+    def _end(self, turn: Turn, error: BaseException | None) -> None:
+        self._turns.discard(turn)
+        if turn.sent_at is None:
+            if not turn.void:
+                self._give_back()
+        elif error is None or isinstance(error, UpstreamRejected):
+            self._pace.accepted(self._clock(), sent_at=turn.sent_at)
+        elif isinstance(error, UpstreamThrottled):
+            self._slow_down(turn.sent_at, error.retry_after)
 
     def _give_back(self) -> None:
         self._level += 1

@@ -169,7 +169,7 @@ class Upstream:
         while True:
             self._breakers[operation].check()  # nobody queues for a call that will not be made
             # The turn first: who waits for it holds no slot.
-            async with self._budget.turn(
+            with await self._budget.turn(
                 renewal=query.renewal,
                 patience_seconds=query.deadline - self._silence_seconds - loop.time(),
                 held_up=query.held_up,

@@ -93,11 +93,10 @@ async def settle() -> None:
 
 async def end(budget: Budget, outcome: UpstreamError, *, spend: bool = True) -> None:
     """Make a call that ends so, its turn having come at once."""
-    with suppress(type(outcome)):
-        async with budget.turn(renewal=True, patience_seconds=0) as turn:
-            if spend:
-                turn.spend()
-            raise outcome
+    with suppress(type(outcome)), await budget.turn(renewal=True, patience_seconds=0) as turn:
+        if spend:
+            turn.spend()
+        raise outcome
 
 
 class Bench:
@@ -115,7 +114,7 @@ class Bench:
         """Begin to wait for a turn."""
 
         async def work() -> None:
-            async with self.budget.turn(
+            with await self.budget.turn(
                 renewal=renewal,
                 patience_seconds=patience,
                 held_up=lambda seconds: self.held_up.append((name, seconds)),
@@ -319,14 +318,14 @@ async def test_budget_slows_down_for_what_another_replica_met_with(clock: Clock)
 async def test_budget_takes_back_turns_that_were_given_without_a_limit(clock: Clock) -> None:
     """When upstream slows us down, turns not used yet are void, and no token comes back for them."""
     budget = Budget(0, clock=clock, call_later=clock.call_later)
-    async with (
-        budget.turn(renewal=True, patience_seconds=0) as waits,
-        budget.turn(renewal=True, patience_seconds=0) as waits_too,
+    with (
+        await budget.turn(renewal=True, patience_seconds=0) as waits,
+        await budget.turn(renewal=True, patience_seconds=0) as waits_too,
     ):
         assert not waits.void
         await end(budget, UpstreamThrottled("slowly"))
         assert (waits.void, waits_too.void) == (True, True)
-        async with budget.turn(renewal=True, patience_seconds=0) as again:
+        with await budget.turn(renewal=True, patience_seconds=0) as again:
             again.spend()
             assert not again.void
     assert budget.expected_wait(renewal=True) == pytest.approx(1 / 0.85)
@@ -364,7 +363,7 @@ async def test_budget_looks_again_at_those_who_wait_when_it_slows_down(clock: Cl
     throttling = asyncio.Event()
 
     async def call() -> None:
-        async with bench.budget.turn(renewal=True, patience_seconds=0) as turn:
+        with await bench.budget.turn(renewal=True, patience_seconds=0) as turn:
             turn.spend()
             await throttling.wait()
             raise UpstreamThrottled("slowly", retry_after=2.0)
@@ -456,7 +455,7 @@ class Crowd:
 
     async def _fly(self, number: int) -> None:
         renewal = bool(self.answered[number])
-        async with self.budget.turn(renewal=renewal, patience_seconds=10) as turn:
+        with await self.budget.turn(renewal=renewal, patience_seconds=10) as turn:
             turn.spend()
             await self.clock.sleep(0.02)
             self.calls[int(self.clock() - self.began)] += 1
