@@ -15,7 +15,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, NoReturn
 
@@ -89,7 +89,8 @@ class Snapshot:
     `fetched_at` is when the answer had arrived, in seconds on the process's monotonic clock;
     `lifetime` is how many seconds it counts as fresh. `stamp` orders the snapshots of a task: of two
     the one that was asked for later has the larger. `envelope` is the body as it came.
-    For results `status`, `progress` and `eta_seconds` are None and `body` and `etag` empty.
+    For results `status`, `progress` and `eta_seconds` are None and `body` and `etag` empty. `terminal`: no
+    later answer can change it.
 
     Two fields are notes on it: `polls` counts its readers, and the store sets `shown_until`, the moment on
     the clock of `fetched_at` from which on it must be looked up again: its successor may be there.
@@ -107,15 +108,14 @@ class Snapshot:
     stamp: int = 0
     polls: int = 0
     shown_until: float = math.inf
+    terminal: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.terminal = self.status in _TERMINAL
 
     def fresh(self, now: float) -> bool:
         """Tell whether it still counts as fresh. `now` is on the clock of `fetched_at`."""
         return now - self.fetched_at < self.lifetime
-
-    @property
-    def terminal(self) -> bool:
-        """Whether no later answer can change it."""
-        return self.status is not None and self.status.terminal
 
 
 class Envelope(NamedTuple):
@@ -192,12 +192,13 @@ def observe(
     if key.operation.is_result:
         return Snapshot(key, fetched_at, lifetimes[None], envelope, stamp=stamp)
     status = vendor_status(data)
+    terminal = status.terminal
     if previous is not None and previous.terminal and previous.status is not status:
         return replace(previous, fetched_at=fetched_at, stamp=stamp, polls=0, shown_until=math.inf)
     progress = 1.0 if status is Status.SUCCEEDED else min(max(_number(data.get("progress")) or 0.0, 0.0), 1.0)
     if previous is not None and previous.status is status is Status.RUNNING:
         progress = max(progress, previous.progress or 0.0)
-    eta = 0.0 if status.terminal else _eta(data.get("etaRelative"))
+    eta = 0.0 if terminal else _eta(data.get("etaRelative"))
     state = data.get("state")
     message = data.get("message")
     body = render_json(
@@ -209,7 +210,7 @@ def observe(
             "queueRemaining": _queue(data.get("lastQueueRemaining")) if status is Status.WAITING else None,
             "etaSeconds": eta,
             "message": message if isinstance(message, str) else None,
-            "terminal": status.terminal,
+            "terminal": terminal,
             "state": state if isinstance(state, dict) else None,
         }
     )
