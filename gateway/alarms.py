@@ -16,7 +16,7 @@ import random
 from bisect import bisect_left, insort
 from operator import attrgetter
 
-_TOGETHER = 10
+_TOGETHER = 20
 _CONTENTMENT = 0.75  # the share of its patience that a full group has lost
 
 _moment = attrgetter("moment")

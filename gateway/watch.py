@@ -2,18 +2,23 @@
 
     first watcher -> schedule: get_fresh, sleep for the snapshot's lifetime, again
     a failure -> back off, until a stored change tells that upstream answers
-    a stored change, whoever fetched it -> publish -> at once to those who keep up,
-                                                   -> else the watcher's slot -> its stream or long poll
+    a stored change, whoever fetched it -> news -> publish -> straight to those who keep up,
+                                                           -> else the slot -> its stream or long poll
     last watcher gone, or the task has ended -> the schedule ends
 
 A slot holds the newest update of each task and no backlog: a reader that is slow skips what
 it missed, and a watcher's memory is bounded by the tasks it named.
+
+News are told one a turn of the event loop. Those of schedules that woke together come together, too: then
+all answers are read first, while what that takes is in the processor's caches, and callers who ask
+meanwhile are answered between two tellings.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -136,12 +141,14 @@ class Watcher:
 class _Schedule:
     """A watched task: who watches it, what they were told last, and the task that ticks.
 
-    `untold` came when that was too old to be shown. `backing_off`: the tick rests after a failure.
+    `untold` came when that was too old to be shown. `news`: stored, and to be told soon. `backing_off`: the
+    tick rests after a failure.
     """
 
     watchers: set[Watcher] = field(default_factory=set)
     untold: set[Watcher] = field(default_factory=set)
     latest: Update | None = None
+    news: Snapshot | None = None
     ticking: asyncio.Task[None] | None = None
     backing_off: bool = False
 
@@ -171,12 +178,13 @@ class Watch:
         self._schedules: dict[TaskKey, _Schedule] = {}
         self._watchers: set[Watcher] = set()
         self._alarms = Alarms()
+        self._news: deque[TaskKey] = deque()  # whose news are to be told
         self._ended: set[asyncio.Task[None]] = set()
         self._leaving = False
         self.deliver: Deliver = lambda _, watchers: watchers
         self._gauges = {kind: metrics.watchers.labels(kind) for kind in Kind}
         metrics.watched_tasks.set_function(self._schedules.__len__)
-        store.on_change(self._publish_snapshot)
+        store.on_change(self._note_news)
 
     @contextmanager
     def watching(self, keys: Sequence[TaskKey], kind: Kind) -> Iterator[Watcher]:
@@ -223,6 +231,7 @@ class Watch:
             reading = self._service.lookup(key)
             schedule.latest = Update(key, reading.snapshot) if reading is not None else None
             self._start(key, schedule)
+        self._tell(key, schedule)  # lest who has read of it elsewhere is told of something older
         # Registered first, told second: a change between the two would be lost the other way round.
         schedule.watchers.add(watcher)
         if schedule.latest is None:
@@ -270,10 +279,13 @@ class Watch:
         while True:
             outcome = await self._service.get_fresh(key)
             if isinstance(outcome, Failed):
+                self._tell(key, schedule)  # what came before it
                 self._publish(Update(key, failure=outcome.failure))
             else:
                 snapshot = outcome.snapshot
-                self._publish(Update(key, snapshot))
+                if snapshot is not schedule.news:  # which are told in their turn
+                    self._tell(key, schedule)
+                    self._publish(Update(key, snapshot))
                 if snapshot.terminal:
                     return
             if outcome.failure is None:
@@ -288,13 +300,33 @@ class Watch:
                 await asyncio.sleep(min(pause, _LONGEST_BACKOFF_SECONDS))
                 schedule.backing_off = False
 
-    def _publish_snapshot(self, snapshot: Snapshot) -> None:
+    def _note_news(self, snapshot: Snapshot) -> None:
         schedule = self._schedules.get(snapshot.key)
         if schedule is None:
             return
-        self._publish(Update(snapshot.key, snapshot))
+        if schedule.news is None:
+            self._news.append(snapshot.key)
+            if len(self._news) == 1:
+                asyncio.get_running_loop().call_soon(self._tell_next)
+        elif schedule.news.terminal:
+            return
+        schedule.news = snapshot
+
+    def _tell_next(self) -> None:
+        key = self._news.popleft()
+        if self._news:
+            asyncio.get_running_loop().call_soon(self._tell_next)
+        if (schedule := self._schedules.get(key)) is not None:
+            self._tell(key, schedule)
+
+    def _tell(self, key: TaskKey, schedule: _Schedule) -> None:
+        """Tell a schedule's news, if there are any."""
+        if (news := schedule.news) is None:
+            return
+        schedule.news = None
+        self._publish(Update(key, news))
         if schedule.backing_off:
-            self._restart(snapshot.key, schedule)  # a query, or another replica, got an answer
+            self._restart(key, schedule)  # a query, or another replica, got an answer
 
     def _publish(self, update: Update) -> None:
         schedule = self._schedules.get(update.key)

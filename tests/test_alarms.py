@@ -51,8 +51,8 @@ def test_alarms_wake_a_few_together(loop: TickedLoop, count: int, spread: float)
         pauses = [later - earlier for earlier, later in pairwise(sleeper.woke)]
         assert all(1.0 - 1e-9 <= pause <= 1.0 + LATE + 1e-9 for pause in pauses)
     groups = Counter(sleeper.woke[-1] for sleeper in sleepers)
-    assert max(groups.values()) <= 10
-    assert len(groups) <= max(2 * count / 10, 1 / LATE + 1)  # alone, until there is company to be had
+    assert max(groups.values()) <= 20
+    assert len(groups) <= max(2 * count / 20, 1 / LATE + 1)  # alone, until there is company to be had
     for sleeper in sleepers:
         sleeper.task.cancel()
     loop.settle()
@@ -70,7 +70,7 @@ def test_alarms_groups_fill_up_and_wait_the_less_for_it(loop: TickedLoop) -> Non
         loop.advance(chance.expovariate(100))
     loop.advance(40.0)
     late = [sleeper.woke[-1] - sleeper.woke[-2] - 1.0 for sleeper in sleepers]
-    assert len({sleeper.woke[-1] for sleeper in sleepers}) <= 14  # 17 where all wait alike; at best 10
+    assert len({sleeper.woke[-1] for sleeper in sleepers}) <= 8  # 18 where all wait alike; at best 5
     assert sum(late) / len(late) < LATE / 2
     for sleeper in sleepers:
         sleeper.task.cancel()

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -23,6 +24,11 @@ KEY = TaskKey(Operation.SD_GET_PROGRESS, "a")
 def snapshot(etag: str, status: Status = Status.RUNNING) -> Snapshot:
     """Return a snapshot that differs from others by its ETag."""
     return Snapshot(KEY, 0.0, 3600.0, b"", status, 0.5, None, b"{}", etag)
+
+
+def etags(updates: Iterable[Update]) -> list[str | None]:
+    """Return the ETags of what a watcher was told, None for a failure."""
+    return [update.snapshot and update.snapshot.etag for update in updates]
 
 
 class HandService:
@@ -92,6 +98,7 @@ async def test_watch_slot_holds_the_newest_only(watch: Watch, store: MemoryStore
     with watch.watching([KEY], Kind.EVENTS) as watcher:
         for etag in "123":
             store.keep(snapshot(etag))
+            await asyncio.sleep(0)  # it is told in the loop's next turn
         [update] = await watcher.take()
         assert update.snapshot is not None
         assert update.snapshot.etag == "3"
@@ -114,20 +121,96 @@ async def test_watch_delivers_past_the_slot_only_to_who_waits(watch: Watch, stor
     outlet = asyncio.WriteTransport()
     with watch.watching([KEY], Kind.EVENTS) as watcher:
         watcher.outlet = outlet
-        store.keep(snapshot("1"))  # nobody waits yet
-        [update] = await watcher.take()
+        store.keep(snapshot("1"))
+        await asyncio.sleep(0)  # told while nobody waits yet
+        assert etags(await watcher.take()) == ["1"]
         waiting = asyncio.create_task(watcher.take())
         await asyncio.sleep(0)
-        for etag in "2345":  # after the third, which woke the watcher, the slot must keep the newest
+        for etag in "23":  # of which the third wakes the watcher
             store.keep(snapshot(etag))
+            await asyncio.sleep(0)
+        assert etags(await waiting) == ["3"]
+        waiting = asyncio.create_task(watcher.take())
+        await asyncio.sleep(0)
+        store.keep(snapshot("4"))
+        watcher.ring()  # when the news are told it is awake, and has not looked yet
+        assert etags(await waiting) == ["4"]
         assert delivered == ["2"]
-        assert [update.snapshot.etag, *(u.snapshot.etag for u in await waiting if u.snapshot)] == ["1", "5"]  # type: ignore[union-attr]
         gone = asyncio.create_task(watcher.take())
         await asyncio.sleep(0)
         gone.cancel()
         await asyncio.wait([gone])
         store.keep(snapshot("6"))
+        await asyncio.sleep(0)
         assert delivered == ["2"], "nobody waits any more"
+    await watch.aclose()
+
+
+async def test_watch_tells_one_task_a_turn(watch: Watch, store: MemoryStore) -> None:
+    """Of many tasks' news one is told, then whoever else is ready runs, then the next; each the newest."""
+    keys = [TaskKey(Operation.SD_GET_PROGRESS, task_id) for task_id in "abc"]
+    with watch.watching(keys, Kind.EVENTS) as watcher:
+        for etag in "12":
+            for key in keys:
+                store.keep(replace(snapshot(etag), key=key))
+        told = []
+        for _ in range(4):
+            await asyncio.sleep(0)
+            watcher.ring()
+            told.append([(update.key.task_id, *etags([update])) for update in await watcher.take()])
+        assert told == [[("a", "2")], [("b", "2")], [("c", "2")], []]
+    await watch.aclose()
+
+
+async def test_watch_schedule_leaves_news_in_their_place(
+    service: HandService, watch: Watch, store: MemoryStore
+) -> None:
+    """Of what a schedule fetched it tells nothing itself that waits among the news already."""
+    mine, other = snapshot("1"), replace(snapshot("2"), key=TaskKey(Operation.SD_GET_PROGRESS, "b"))
+    told: list[str | None] = []
+    watch.deliver = lambda update, _: told.extend(etags([update])) or ()
+    with watch.watching([mine.key, other.key], Kind.EVENTS):
+        await service.asked.wait()
+        service.answers.put_nowait(mine)
+        store.keep(other)
+        store.keep(mine)
+        await asyncio.sleep(0)
+        assert told == ["2"]
+        await asyncio.sleep(0)
+        assert told == ["2", "1"]
+    await watch.aclose()
+
+
+async def test_watch_tells_news_in_their_order(
+    service: HandService, watch: Watch, store: MemoryStore
+) -> None:
+    """What waits to be told is told before who joins, and before a failure that came later."""
+    service.known = snapshot("0")
+    with watch.watching([KEY], Kind.EVENTS) as early:
+        store.keep(snapshot("1"))
+        store.keep(snapshot("2"))
+        with watch.watching([KEY], Kind.EVENTS) as late:
+            for watcher in (early, late):
+                assert etags(await watcher.take()) == ["2"]
+        told: list[str | None] = []
+        watch.deliver = lambda update, _: told.extend(etags([update])) or ()
+        await service.asked.wait()
+        service.answers.put_nowait(UpstreamTimeout("late"))  # which the schedule hears of before it
+        store.keep(snapshot("3"))
+        await asyncio.sleep(0)
+        assert told == ["3", None]
+    await watch.aclose()
+
+
+async def test_watch_news_of_an_end_stand(
+    watch: Watch, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An end that waits to be told is not overwritten by what a forgetful store lets run again."""
+    with watch.watching([KEY], Kind.EVENTS) as watcher:
+        store.keep(snapshot("1", Status.SUCCEEDED))
+        monkeypatch.setattr(store, "peek", lambda _: None)
+        store.keep(snapshot("2"))
+        assert etags(await watcher.take()) == ["1"]
     await watch.aclose()
 
 
@@ -137,6 +220,7 @@ async def test_watch_says_nothing_twice(service: HandService, watch: Watch, stor
         service.answers.put_nowait(snapshot("1"))
         assert len(await watcher.take()) == 1
         store.keep(snapshot("1"))
+        await asyncio.sleep(0)
         watcher.ring()
         assert await watcher.take() == []
     await watch.aclose()
@@ -179,6 +263,7 @@ async def test_watch_tells_late_comers_nothing_too_old(
                 watcher.ring()
                 assert await watcher.take() == []
             store.keep(snapshot("1"))
+            await asyncio.sleep(0)
             late.ring()
             assert await late.take() == []
     await watch.aclose()
@@ -232,6 +317,7 @@ async def test_watch_takes_nothing_final_back(service: HandService, watch: Watch
         service.answers.put_nowait(snapshot("1", Status.SUCCEEDED))
         await early.take()
         store.keep(snapshot("2"))
+        await asyncio.sleep(0)
         early.ring()
         assert await early.take() == []
         with watch.watching([KEY], Kind.EVENTS) as late:
