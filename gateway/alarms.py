@@ -17,7 +17,7 @@ from bisect import bisect_left, insort
 from operator import attrgetter
 
 _TOGETHER = 20
-_CONTENTMENT = 0.75  # the share of its patience that a full group has lost
+_CONTENTMENT = 0.9  # the share of its patience that a full group has lost
 
 _moment = attrgetter("moment")
 

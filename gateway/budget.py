@@ -44,10 +44,11 @@ class Timer(Protocol):
 
 
 class Turn:
-    """One call's place in the budget, for as long as it is open; given back unless the call is made.
+    """One call's place in the budget: to be entered at once; given back at its end unless the call was made.
 
-    `void`: upstream has slowed us down since it was given. Whoever still waits, for a connection
-    say, is to ask again: given without a limit, turns might be any number.
+    `learn` is told of the end, and of the error that it ended with. `void`: upstream has slowed us down since
+    it was given. Whoever still waits, for a connection say, is to ask again: given without a limit, turns
+    might be any number.
     """
 
     __slots__ = ("_clock", "_learn", "sent_at", "void")

@@ -89,8 +89,8 @@ class Snapshot:
     `fetched_at` is when the answer had arrived, in seconds on the process's monotonic clock;
     `lifetime` is how many seconds it counts as fresh. `stamp` orders the snapshots of a task: of two
     the one that was asked for later has the larger. `envelope` is the body as it came.
-    For results `status`, `progress` and `eta_seconds` are None and `body` and `etag` empty. `terminal`: no
-    later answer can change it.
+    For results `status`, `progress` and `eta_seconds` are None and `body` and `etag` empty. `terminal`, which
+    follows from the status: no later answer can change it.
 
     Two fields are notes on it: `polls` counts its readers, and the store sets `shown_until`, the moment on
     the clock of `fetched_at` from which on it must be looked up again: its successor may be there.

@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from copy import copy
 from functools import partial
-from typing import Any
 
 import structlog
 
@@ -107,7 +106,7 @@ class ProgressService:
         if reading is None:
             return None
         if reading.failure is None:
-            self._flights.start(key, partial(self._fetch, key, renewal=True))
+            self._flights.start(key, partial(self._fetch, key))
         self._count[key.operation, Source.STALE]()
         self._note_age(snapshot, age)
         return reading
@@ -134,14 +133,14 @@ class ProgressService:
         reading = self.lookup(key)
         if reading is None and await self._store.catch_up():
             reading = self.lookup(key)
-        return reading or await self._wait(key, self._store.recall(key))
+        return reading or await self._wait(key)
 
     async def get_fresh(self, key: TaskKey) -> Reading | Failed:
         """Answer as `read`, but wait for a fresh snapshot: what a schedule asks, that nobody waits for."""
         snapshot = self._store.peek(key)
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime:
-            return await self._wait(key, snapshot, patient=True)
+            return await self._wait(key, patient=True)
         self._count[key.operation, Source.HIT]()
         return Reading(snapshot, age, Source.HIT)
 
@@ -184,19 +183,16 @@ class ProgressService:
         key = snapshot.key
         # A watch or another replica may have renewed it meanwhile; then its own readers count.
         if self._store.peek(key) is snapshot and self._store.failure(key) is None:
-            self._flights.start(key, partial(self._fetch, key, renewal=True, after=snapshot.stamp))
+            self._flights.start(key, partial(self._fetch, key, after=snapshot.stamp))
 
-    async def _wait(self, key: TaskKey, known: Snapshot | None, *, patient: bool = False) -> Reading | Failed:
-        """Wait for the flight that renews `known`; `patient`: even while it is held up by the budget."""
+    async def _wait(self, key: TaskKey, *, patient: bool = False) -> Reading | Failed:
+        """Wait for the key's flight; `patient`: even while it is held up by the budget."""
         failure = self._store.failure(key)
         if failure is not None:
             return self._cover(key, failure, Source.NEGATIVE)
         source = Source.COLLAPSED if key in self._flights else Source.MISS
-        take_off = partial(self._fetch, key, renewal=known is not None)
-        if patient or not self._covers(known):
-            landing = await self._flights.do(key, take_off)
-        else:
-            landing = await self._board(key, take_off)
+        known = self._store.recall(key)
+        landing = await self._board(key, patient=patient or not self._covers(known))
         outcome = landing.outcome
         if isinstance(outcome, GatewayError):
             return self._cover(key, outcome, source, landing)
@@ -205,8 +201,10 @@ class ProgressService:
         self._note_age(outcome, age)
         return Reading(outcome, age, source, replaced_stale=known is not None, landing=landing)
 
-    async def _board(self, key: TaskKey, take_off: Callable[[], Coroutine[Any, Any, Landing]]) -> Landing:
-        """Wait for the key's flight, unless it is held up."""
+    async def _board(self, key: TaskKey, *, patient: bool) -> Landing:
+        take_off = partial(self._fetch, key)
+        if patient:
+            return await self._flights.do(key, take_off)
         flight = self._flights.start(key, take_off)
         if flight.done():  # in this very turn of the loop
             return flight.result()
@@ -240,14 +238,14 @@ class ProgressService:
             snapshot is not None and self._clock() - snapshot.fetched_at <= self._cache.stale_if_error_seconds
         )
 
-    async def _fetch(self, key: TaskKey, *, renewal: bool, after: int | None = None) -> Landing:
+    async def _fetch(self, key: TaskKey, *, after: int | None = None) -> Landing:
         """Fly: a failure is returned, not raised, for it is shared as data.
 
-        `renewal`: an older answer is known. `after`: fly although the snapshot with this stamp is fresh.
+        `after`: fly although the snapshot with this stamp is still fresh.
         """
         try:
             with self._tracing.flight(key) as mark:
-                landing = await self._fly(key, renewal=renewal, after=after)
+                landing = await self._fly(key, after=after)
                 mark.outcome = landing.outcome.code if isinstance(landing.outcome, GatewayError) else "ok"
                 return landing if mark.context is None else landing._replace(span=mark.context)
         except Exception as exc:
@@ -261,7 +259,7 @@ class ProgressService:
             # In the flight's last step: whoever finds it in the air finds its own entry, or makes it.
             self._held_up.pop(key, None)
 
-    async def _fly(self, key: TaskKey, *, renewal: bool, after: int | None) -> Landing:
+    async def _fly(self, key: TaskKey, *, after: int | None) -> Landing:
         deadline = self._clock() + self._patience_seconds
         while True:
             # Look again. Between the look that sent us here and our taking off, another replica may
@@ -269,18 +267,19 @@ class ProgressService:
             lease = await self._store.take_off(key, after=after, patience_seconds=deadline - self._clock())
             if not isinstance(lease, Lease):
                 return Landing(lease)
-            landing = await self._ask(lease, deadline, renewal=renewal)
+            landing = await self._ask(lease, deadline)
             if landing is not None:
                 return landing
 
-    async def _ask(self, lease: Lease, deadline: float, *, renewal: bool) -> Landing | None:
+    async def _ask(self, lease: Lease, deadline: float) -> Landing | None:
         """Ask upstream, and store what comes of it. None: too late, for others have asked since."""
         key = lease.key
+        previous = self._store.newest(key)
         started = self._clock()
         try:
             answer = await self._upstream.query(
                 key,
-                renewal=renewal,
+                renewal=previous is not None,
                 patience_seconds=deadline - started,
                 held_up=partial(self._hold_up, key),
             )

@@ -2,16 +2,16 @@
 
     first watcher -> schedule: get_fresh, sleep for the snapshot's lifetime, again
     a failure -> back off, until a stored change tells that upstream answers
-    a stored change, whoever fetched it -> news -> publish -> straight to those who keep up,
+    a stored change, whoever fetched it -> wait -> publish -> straight to those who keep up,
                                                            -> else the slot -> its stream or long poll
     last watcher gone, or the task has ended -> the schedule ends
 
 A slot holds the newest update of each task and no backlog: a reader that is slow skips what
 it missed, and a watcher's memory is bounded by the tasks it named.
 
-News are told one a turn of the event loop. Those of schedules that woke together come together, too: then
-all answers are read first, while what that takes is in the processor's caches, and callers who ask
-meanwhile are answered between two tellings.
+Changes wait to be told for a turn of the event loop, and each turn tells few. Those of schedules that woke
+together come together, too: so all their answers are read first, with what that takes in the processor's
+caches, and callers who ask meanwhile are answered in between.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ _LEAST_SECONDS = 0.2  # between two ticks, whatever the lifetimes say
 # its snapshot still fresh would bring nothing, and the next one would come late.
 _TIMER_SECONDS = 0.002
 _LATE_SHARE = 0.05  # of a pause between two ticks, for schedules to wake together
+_BACKLOG_TURNS = 8  # of the event loop, in which about two thirds of the changes that wait are told
 _BACKOFF_SECONDS = 1.0  # after a failure; doubled up to
 _LONGEST_BACKOFF_SECONDS = 30.0  # whatever upstream wishes: a stream is to notice that it is back
 
@@ -141,14 +142,14 @@ class Watcher:
 class _Schedule:
     """A watched task: who watches it, what they were told last, and the task that ticks.
 
-    `untold` came when that was too old to be shown. `news`: stored, and to be told soon. `backing_off`: the
-    tick rests after a failure.
+    `untold` came when that was too old to be shown. `pending`: stored, and to be told in a moment.
+    `backing_off`: the tick rests after a failure.
     """
 
     watchers: set[Watcher] = field(default_factory=set)
     untold: set[Watcher] = field(default_factory=set)
     latest: Update | None = None
-    news: Snapshot | None = None
+    pending: Snapshot | None = None
     ticking: asyncio.Task[None] | None = None
     backing_off: bool = False
 
@@ -178,13 +179,13 @@ class Watch:
         self._schedules: dict[TaskKey, _Schedule] = {}
         self._watchers: set[Watcher] = set()
         self._alarms = Alarms()
-        self._news: deque[TaskKey] = deque()  # whose news are to be told
+        self._to_tell: deque[TaskKey] = deque()  # whose changes wait
         self._ended: set[asyncio.Task[None]] = set()
         self._leaving = False
         self.deliver: Deliver = lambda _, watchers: watchers
         self._gauges = {kind: metrics.watchers.labels(kind) for kind in Kind}
         metrics.watched_tasks.set_function(self._schedules.__len__)
-        store.on_change(self._note_news)
+        store.on_change(self._note_change)
 
     @contextmanager
     def watching(self, keys: Sequence[TaskKey], kind: Kind) -> Iterator[Watcher]:
@@ -213,6 +214,8 @@ class Watch:
     def say_farewell(self) -> None:
         """Tell every watcher, and every one still to come, that the gateway is leaving."""
         self._leaving = True
+        for key in tuple(self._schedules):
+            self._tell(key)
         for watcher in self._watchers:
             watcher.leaving = True
             watcher.ring()
@@ -231,21 +234,21 @@ class Watch:
             reading = self._service.lookup(key)
             schedule.latest = Update(key, reading.snapshot) if reading is not None else None
             self._start(key, schedule)
-        self._tell(key, schedule)  # lest who has read of it elsewhere is told of something older
+        # Looked for first, for what is due in the store arrives with that; then told to the others: whoever
+        # joins may have read it elsewhere, and is to hear of nothing older.
+        current = self._service.current(key)
+        self._tell(key)
         # Registered first, told second: a change between the two would be lost the other way round.
         schedule.watchers.add(watcher)
         if schedule.latest is None:
             return  # the first tick is under way
-        if self._may_be_shown(schedule.latest):
+        if current is not None or schedule.latest.snapshot is None or _is_final(schedule.latest):
             watcher.offer(schedule.latest)
             return
         # Upstream takes its time, or fails and the schedule has backed off for longer than a snapshot may
         # cover that. Whoever comes now gets what a query would: the answer of one call, all together.
         schedule.untold.add(watcher)
         self._restart(key, schedule)
-
-    def _may_be_shown(self, update: Update) -> bool:
-        return update.snapshot is None or _is_final(update) or self._service.current(update.key) is not None
 
     def _leave(self, key: TaskKey, watcher: Watcher) -> None:
         schedule = self._schedules.get(key)
@@ -262,7 +265,6 @@ class Watch:
 
     def _restart(self, key: TaskKey, schedule: _Schedule) -> None:
         self._stop(schedule)
-        schedule.backing_off = False
         self._start(key, schedule)
 
     def _stop(self, schedule: _Schedule) -> None:
@@ -271,6 +273,7 @@ class Watch:
             self._ended.add(schedule.ticking)
             schedule.ticking.add_done_callback(self._ended.discard)
             schedule.ticking = None  # a cancelled task holds its frames, and they the schedule
+            schedule.backing_off = False
 
     async def _tick(self, key: TaskKey, schedule: _Schedule) -> None:
         """Keep a watched task's snapshot fresh until it has ended; being cancelled is the normal end."""
@@ -279,12 +282,12 @@ class Watch:
         while True:
             outcome = await self._service.get_fresh(key)
             if isinstance(outcome, Failed):
-                self._tell(key, schedule)  # what came before it
+                self._tell(key)  # what came before it
                 self._publish(Update(key, failure=outcome.failure))
             else:
                 snapshot = outcome.snapshot
-                if snapshot is not schedule.news:  # which are told in their turn
-                    self._tell(key, schedule)
+                if snapshot is not schedule.pending:  # else it waits to be told
+                    self._tell(key)
                     self._publish(Update(key, snapshot))
                 if snapshot.terminal:
                     return
@@ -300,31 +303,34 @@ class Watch:
                 await asyncio.sleep(min(pause, _LONGEST_BACKOFF_SECONDS))
                 schedule.backing_off = False
 
-    def _note_news(self, snapshot: Snapshot) -> None:
+    def _note_change(self, snapshot: Snapshot) -> None:
         schedule = self._schedules.get(snapshot.key)
         if schedule is None:
             return
-        if schedule.news is None:
-            self._news.append(snapshot.key)
-            if len(self._news) == 1:
-                asyncio.get_running_loop().call_soon(self._tell_next)
-        elif schedule.news.terminal:
+        if schedule.pending is None:
+            if not self._to_tell:
+                asyncio.get_running_loop().call_soon(self._tell_some)
+            self._to_tell.append(snapshot.key)
+        elif schedule.pending.terminal and not snapshot.terminal:
             return
-        schedule.news = snapshot
+        schedule.pending = snapshot
 
-    def _tell_next(self) -> None:
-        key = self._news.popleft()
-        if self._news:
-            asyncio.get_running_loop().call_soon(self._tell_next)
-        if (schedule := self._schedules.get(key)) is not None:
-            self._tell(key, schedule)
+    def _tell_some(self) -> None:
+        """Tell a few of the changes that wait, one at least; the more wait, the more."""
+        try:
+            for _ in range(1 + len(self._to_tell) // _BACKLOG_TURNS):
+                self._tell(self._to_tell.popleft())
+        finally:
+            if self._to_tell:
+                asyncio.get_running_loop().call_soon(self._tell_some)
 
-    def _tell(self, key: TaskKey, schedule: _Schedule) -> None:
-        """Tell a schedule's news, if there are any."""
-        if (news := schedule.news) is None:
+    def _tell(self, key: TaskKey) -> None:
+        """Tell the change of a task that waits to be told, if there is one."""
+        schedule = self._schedules.get(key)
+        if schedule is None or schedule.pending is None:
             return
-        schedule.news = None
-        self._publish(Update(key, news))
+        snapshot, schedule.pending = schedule.pending, None
+        self._publish(Update(key, snapshot))
         if schedule.backing_off:
             self._restart(key, schedule)  # a query, or another replica, got an answer
 

@@ -342,6 +342,24 @@ async def test_budget_learns_only_from_answers_that_passed_the_flow_control(cloc
     assert not unmade.slowed
 
 
+async def test_budget_learns_nothing_new_from_calls_sent_before_it_slowed_down(clock: Clock) -> None:
+    """Who was sent before the last decrease is refused for the same reason, however late that is told."""
+    budget = Budget(0, clock=clock, call_later=clock.call_later)
+    with suppress(UpstreamThrottled), await budget.turn(renewal=True, patience_seconds=0) as early:
+        early.spend()
+        await clock.tick(0.5)
+        await end(budget, UpstreamThrottled("slowly"))
+        slowed_at = clock.now
+        await clock.tick(2.0)
+        raise UpstreamThrottled("slowly")
+    assert not budget._turns
+    same = Budget(0, clock=clock, call_later=clock.call_later)
+    clock.now = slowed_at
+    await end(same, UpstreamThrottled("slowly"))
+    clock.now = slowed_at + 2.0
+    assert budget.per_second == same.per_second
+
+
 async def test_budget_pauses_for_retry_after(clock: Clock) -> None:
     """Nothing goes before the time upstream asked for; who cannot wait that long is refused at once."""
     bench = Bench(clock, 0)

@@ -146,13 +146,17 @@ async def test_watch_delivers_past_the_slot_only_to_who_waits(watch: Watch, stor
     await watch.aclose()
 
 
-async def test_watch_tells_one_task_a_turn(watch: Watch, store: MemoryStore) -> None:
-    """Of many tasks' news one is told, then whoever else is ready runs, then the next; each the newest."""
-    keys = [TaskKey(Operation.SD_GET_PROGRESS, task_id) for task_id in "abc"]
-    with watch.watching(keys, Kind.EVENTS) as watcher:
-        for etag in "12":
-            for key in keys:
-                store.keep(replace(snapshot(etag), key=key))
+def of(task_id: str, etag: str, status: Status = Status.RUNNING) -> Snapshot:
+    """Return a snapshot of a certain task."""
+    return replace(snapshot(etag, status), key=TaskKey(Operation.SD_GET_PROGRESS, task_id))
+
+
+async def test_watch_tells_a_few_tasks_a_turn(watch: Watch, store: MemoryStore) -> None:
+    """Of many tasks' changes one is told, then whoever else is ready runs, then the next; each the newest."""
+    changes = [of(task_id, etag) for etag in "12" for task_id in "abc"]
+    with watch.watching([change.key for change in changes[:3]], Kind.EVENTS) as watcher:
+        for change in changes:
+            store.keep(change)
         told = []
         for _ in range(4):
             await asyncio.sleep(0)
@@ -162,11 +166,101 @@ async def test_watch_tells_one_task_a_turn(watch: Watch, store: MemoryStore) -> 
     await watch.aclose()
 
 
-async def test_watch_schedule_leaves_news_in_their_place(
+async def test_watch_tells_the_more_the_more_wait(watch: Watch, store: MemoryStore) -> None:
+    """However many tasks change in every turn of a busy loop, none is forgotten, and none waits for long."""
+    told: list[int] = []
+    watch.deliver = lambda update, _: told.append(int(update.key.task_id)) or ()  # type: ignore[func-returns-value]
+    waiting = set[int]()
+    most = 0
+    with watch.watching([of(str(number), "0").key for number in range(1000)], Kind.EVENTS):
+        for turn in range(300):
+            for number in range(turn * 10, turn * 10 + 10):  # of 1,000 tasks, ten change a turn
+                waiting.add(number % 1000)
+                store.keep(of(str(number % 1000), str(number)))
+            await asyncio.sleep(0)
+            waiting.difference_update(told)
+            told.clear()
+            most = max(most, len(waiting))
+        assert most < 100
+        for _ in range(40):
+            await asyncio.sleep(0)
+        assert waiting == set(told)
+    await watch.aclose()
+
+
+async def test_watch_change_of_a_task_nobody_watches_any_more(watch: Watch, store: MemoryStore) -> None:
+    """Who has left is told nothing, and holds nobody up."""
+    told: list[str | None] = []
+    watch.deliver = lambda update, _: told.extend(etags([update])) or ()
+    with watch.watching([KEY], Kind.EVENTS):
+        with watch.watching([of("b", "0").key], Kind.EVENTS):
+            store.keep(of("b", "1"))
+        store.keep(snapshot("2"))
+        for _ in range(2):
+            await asyncio.sleep(0)
+    assert told == ["2"]
+    await watch.aclose()
+
+
+async def test_watch_goes_on_after_a_fault_in_delivery(watch: Watch, store: MemoryStore) -> None:
+    """One event that cannot be delivered costs that event; it is told, and all others come."""
+    faults: list[BaseException] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context["exception"]))
+    told: list[str | None] = []
+
+    def deliver(update: Update, _watchers: Collection[Watcher]) -> Iterable[Watcher]:
+        told.extend(etags([update]))
+        raise ZeroDivisionError
+
+    watch.deliver = deliver
+    with watch.watching([KEY, of("b", "0").key], Kind.EVENTS):
+        for change in (snapshot("1"), of("b", "2")):
+            store.keep(change)
+        for _ in range(2):
+            await asyncio.sleep(0)
+        store.keep(snapshot("3"))
+        await asyncio.sleep(0)
+        assert told == ["1", "2", "3"]
+        assert [type(fault) for fault in faults] == [ZeroDivisionError] * 3
+    await watch.aclose()
+
+
+async def test_watch_tells_all_before_the_farewell(watch: Watch, store: MemoryStore) -> None:
+    """What was stored before the gateway leaves is in its last word."""
+    ends = [of(task_id, "1", Status.SUCCEEDED) for task_id in "abc"]
+    with watch.watching([end.key for end in ends], Kind.EVENTS) as watcher:
+        for end in ends:
+            store.keep(end)
+        watch.say_farewell()
+        assert [update.snapshot for update in await watcher.take()] == ends
+        assert watcher.leaving
+    await watch.aclose()
+
+
+async def test_watch_tells_who_joins_what_is_due_by_then(
     service: HandService, watch: Watch, store: MemoryStore
 ) -> None:
-    """Of what a schedule fetched it tells nothing itself that waits among the news already."""
-    mine, other = snapshot("1"), replace(snapshot("2"), key=TaskKey(Operation.SD_GET_PROGRESS, "b"))
+    """A change that arrives in the store only when it is looked at is not missed by who makes it look."""
+    service.known = snapshot("1")
+
+    def current(key: TaskKey) -> Reading | None:
+        if service.known is not None and service.known.etag == "1":
+            service.known = snapshot("2")
+            store.keep(service.known)
+        return service.lookup(key)
+
+    with watch.watching([KEY], Kind.EVENTS):
+        service.current = current  # type: ignore[method-assign]
+        with watch.watching([KEY], Kind.LONGPOLL) as late:
+            assert etags(await late.take()) == ["2"]
+    await watch.aclose()
+
+
+async def test_watch_schedule_leaves_changes_in_their_place(
+    service: HandService, watch: Watch, store: MemoryStore
+) -> None:
+    """Of what a schedule fetched it tells nothing itself that waits to be told already; else it does."""
+    mine, other = snapshot("1"), of("b", "2")
     told: list[str | None] = []
     watch.deliver = lambda update, _: told.extend(etags([update])) or ()
     with watch.watching([mine.key, other.key], Kind.EVENTS):
@@ -181,7 +275,23 @@ async def test_watch_schedule_leaves_news_in_their_place(
     await watch.aclose()
 
 
-async def test_watch_tells_news_in_their_order(
+async def test_watch_schedule_tells_what_is_not_stored(
+    service: HandService, watch: Watch, store: MemoryStore
+) -> None:
+    """What a schedule got beside a change that waits is told, too, and after it."""
+    told: list[str | None] = []
+    watch.deliver = lambda update, _: told.extend(etags([update])) or ()
+    with watch.watching([KEY], Kind.EVENTS):
+        await service.asked.wait()
+        service.answers.put_nowait(snapshot("2"))
+        store.keep(snapshot("1"))
+        for _ in range(2):
+            await asyncio.sleep(0)
+        assert told == ["1", "2"]
+    await watch.aclose()
+
+
+async def test_watch_tells_changes_in_their_order(
     service: HandService, watch: Watch, store: MemoryStore
 ) -> None:
     """What waits to be told is told before who joins, and before a failure that came later."""
@@ -202,7 +312,7 @@ async def test_watch_tells_news_in_their_order(
     await watch.aclose()
 
 
-async def test_watch_news_of_an_end_stand(
+async def test_watch_end_that_waits_to_be_told_stands(
     watch: Watch, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An end that waits to be told is not overwritten by what a forgetful store lets run again."""
@@ -211,6 +321,9 @@ async def test_watch_news_of_an_end_stand(
         monkeypatch.setattr(store, "peek", lambda _: None)
         store.keep(snapshot("2"))
         assert etags(await watcher.take()) == ["1"]
+        for etag in "34":
+            store.keep(snapshot(etag, Status.SUCCEEDED))
+        assert etags(await watcher.take()) == ["4"]
     await watch.aclose()
 
 
@@ -369,3 +482,16 @@ async def test_watch_closes_with_watchers_inside(service: HandService, watch: Wa
         await service.asked.wait()
         await watch.aclose()
         assert await nobody_waits(service)
+
+
+async def test_watch_closed_begins_nothing(service: HandService, watch: Watch, store: MemoryStore) -> None:
+    """A change that waits to be told while the watch closes wakes no schedule that rests."""
+    with watch.watching([KEY], Kind.EVENTS) as watcher:
+        service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=3600.0))
+        await watcher.take()
+        service.asked.clear()
+        store.keep(snapshot("1"))
+        await watch.aclose()
+        assert etags(await watcher.take()) == ["1"]
+        assert await nobody_waits(service)
+        assert not service.asked.is_set()

@@ -2,8 +2,8 @@
 
     open -> retry -> one event per task -> one per change -> end      (the WHATWG's event-stream format)
 
-An update is encoded once and the same bytes go to every watcher of its task: at once, where the
-reader keeps up and the server lets us, else through the stream's own task. A reader that is slow
+An update is encoded once and the same bytes go to every watcher of its task: straight to its connection,
+where the reader keeps up and the server lets us, else through the stream's own task. A reader that is slow
 finds the newest state when it is back: `send` waits while its socket is full, and the slots keep
 no backlog.
 """

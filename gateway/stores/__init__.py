@@ -118,7 +118,7 @@ class Store(Protocol):
         ...
 
     def on_change(self, listener: Callable[[Snapshot], None]) -> None:
-        """Call `listener` with every snapshot that is stored from now on, by whichever replica."""
+        """Call `listener`, on the event loop, with each snapshot stored from now on, by whichever replica."""
         ...
 
     def __len__(self) -> int:
