@@ -9,9 +9,9 @@
 A slot holds the newest update of each task and no backlog: a reader that is slow skips what
 it missed, and a watcher's memory is bounded by the tasks it named.
 
-Changes wait to be told for a turn of the event loop, and each turn tells few. Those of schedules that woke
-together come together, too: so all their answers are read first, with what that takes in the processor's
-caches, and callers who ask meanwhile are answered in between.
+A change waits to be told until the event loop's next turns, each of which tells a few. Those of schedules
+that woke together come together, too: so all their answers are read first, with what that takes in the
+processor's caches, and callers who ask meanwhile are answered in between.
 """
 
 from __future__ import annotations
