@@ -16,7 +16,7 @@ import random
 from bisect import bisect_left, insort
 from operator import attrgetter
 
-_TOGETHER = 20
+_TOGETHER = 20  # more gain nothing, and what the last of them brings comes the later
 _CONTENTMENT = 0.9  # the share of its patience that a full group has lost
 
 _moment = attrgetter("moment")

@@ -192,13 +192,12 @@ def observe(
     if key.operation.is_result:
         return Snapshot(key, fetched_at, lifetimes[None], envelope, stamp=stamp)
     status = vendor_status(data)
-    terminal = status.terminal
     if previous is not None and previous.terminal and previous.status is not status:
         return replace(previous, fetched_at=fetched_at, stamp=stamp, polls=0, shown_until=math.inf)
     progress = 1.0 if status is Status.SUCCEEDED else min(max(_number(data.get("progress")) or 0.0, 0.0), 1.0)
     if previous is not None and previous.status is status is Status.RUNNING:
         progress = max(progress, previous.progress or 0.0)
-    eta = 0.0 if terminal else _eta(data.get("etaRelative"))
+    eta = 0.0 if status.terminal else _eta(data.get("etaRelative"))
     state = data.get("state")
     message = data.get("message")
     body = render_json(
@@ -210,7 +209,7 @@ def observe(
             "queueRemaining": _queue(data.get("lastQueueRemaining")) if status is Status.WAITING else None,
             "etaSeconds": eta,
             "message": message if isinstance(message, str) else None,
-            "terminal": terminal,
+            "terminal": status.terminal,
             "state": state if isinstance(state, dict) else None,
         }
     )

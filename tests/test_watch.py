@@ -31,6 +31,18 @@ def etags(updates: Iterable[Update]) -> list[str | None]:
     return [update.snapshot and update.snapshot.etag for update in updates]
 
 
+def listen(watch: Watch) -> list[str | None]:
+    """Return a list that gets the ETag of whatever is told from now on; nothing is left for the slots."""
+    told: list[str | None] = []
+
+    def deliver(update: Update, _watchers: Collection[Watcher]) -> Iterable[Watcher]:
+        told.extend(etags([update]))
+        return ()
+
+    watch.deliver = deliver
+    return told
+
+
 class HandService:
     """A service whose fresh answers the test gives."""
 
@@ -133,14 +145,14 @@ async def test_watch_delivers_past_the_slot_only_to_who_waits(watch: Watch, stor
         waiting = asyncio.create_task(watcher.take())
         await asyncio.sleep(0)
         store.keep(snapshot("4"))
-        watcher.ring()  # when the news are told it is awake, and has not looked yet
+        watcher.ring()  # when the change is told it is awake, and has not looked yet
         assert etags(await waiting) == ["4"]
         assert delivered == ["2"]
         gone = asyncio.create_task(watcher.take())
         await asyncio.sleep(0)
         gone.cancel()
         await asyncio.wait([gone])
-        store.keep(snapshot("6"))
+        store.keep(snapshot("5"))
         await asyncio.sleep(0)
         assert delivered == ["2"], "nobody waits any more"
     await watch.aclose()
@@ -190,8 +202,7 @@ async def test_watch_tells_the_more_the_more_wait(watch: Watch, store: MemorySto
 
 async def test_watch_change_of_a_task_nobody_watches_any_more(watch: Watch, store: MemoryStore) -> None:
     """Who has left is told nothing, and holds nobody up."""
-    told: list[str | None] = []
-    watch.deliver = lambda update, _: told.extend(etags([update])) or ()
+    told = listen(watch)
     with watch.watching([KEY], Kind.EVENTS):
         with watch.watching([of("b", "0").key], Kind.EVENTS):
             store.keep(of("b", "1"))
@@ -261,8 +272,7 @@ async def test_watch_schedule_leaves_changes_in_their_place(
 ) -> None:
     """Of what a schedule fetched it tells nothing itself that waits to be told already; else it does."""
     mine, other = snapshot("1"), of("b", "2")
-    told: list[str | None] = []
-    watch.deliver = lambda update, _: told.extend(etags([update])) or ()
+    told = listen(watch)
     with watch.watching([mine.key, other.key], Kind.EVENTS):
         await service.asked.wait()
         service.answers.put_nowait(mine)
@@ -279,8 +289,7 @@ async def test_watch_schedule_tells_what_is_not_stored(
     service: HandService, watch: Watch, store: MemoryStore
 ) -> None:
     """What a schedule got beside a change that waits is told, too, and after it."""
-    told: list[str | None] = []
-    watch.deliver = lambda update, _: told.extend(etags([update])) or ()
+    told = listen(watch)
     with watch.watching([KEY], Kind.EVENTS):
         await service.asked.wait()
         service.answers.put_nowait(snapshot("2"))
@@ -302,8 +311,7 @@ async def test_watch_tells_changes_in_their_order(
         with watch.watching([KEY], Kind.EVENTS) as late:
             for watcher in (early, late):
                 assert etags(await watcher.take()) == ["2"]
-        told: list[str | None] = []
-        watch.deliver = lambda update, _: told.extend(etags([update])) or ()
+        told = listen(watch)
         await service.asked.wait()
         service.answers.put_nowait(UpstreamTimeout("late"))  # which the schedule hears of before it
         store.keep(snapshot("3"))
