@@ -152,7 +152,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         service,
         operations=settings.upstream.operations,
         root_path=server.root_path,
-        trusted_hosts=server.trusted_hosts,
+        trusted_hosts=server.allowed_hosts,
         cross_origin=bool(server.cors_origins),
         limiter=limiter,
         metrics=metrics,
@@ -201,7 +201,7 @@ def _surround(
         app = RateLimit(app, limiter=limiter)
     if server.cors_origins:
         app = Cors(app, origins=server.cors_origins, problems=problems)
-    app = Admission(app, root_path=server.root_path, trusted_hosts=server.trusted_hosts)
+    app = Admission(app, root_path=server.root_path, trusted_hosts=server.allowed_hosts)
     return Telemetry(app, metrics=metrics, problems=problems, sampler=sampler)
 
 

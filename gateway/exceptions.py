@@ -6,7 +6,10 @@
     │   ├── InvalidParameter
     │   ├── PathNotFound
     │   ├── MethodNotAllowed
+    │   ├── CrossSiteRequest
     │   ├── BodyTooLarge
+    │   ├── UnsupportedMediaType
+    │   ├── HeadersTooLarge
     │   └── TooManyRequests
     ├── Overloaded                  one of the gateway's own limits is reached
     └── UpstreamError               the upstream, or the way to it
@@ -105,8 +108,26 @@ class BodyTooLarge(RequestError):
     code = "body-too-large"
 
 
+class CrossSiteRequest(RequestError):
+    """A browser asks on behalf of another site's page, whose origin is not in `server.cors_origins`."""
+
+    code = "cross-site-request"
+
+
+class UnsupportedMediaType(RequestError):
+    """The request's body is compressed."""
+
+    code = "unsupported-media-type"
+
+
+class HeadersTooLarge(RequestError):
+    """The request's headers are over `server.max_header_bytes` or `server.max_header_count`."""
+
+    code = "headers-too-large"
+
+
 class TooManyRequests(RequestError):
-    """The client is over `limits.requests_per_second`."""
+    """The client is over `limits.requests_per_second` or `limits.subscriptions_per_client`."""
 
     code = "too-many-requests"
 

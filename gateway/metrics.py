@@ -43,6 +43,14 @@ class Metrics:
             buckets=_FAST,
             registry=registry,
         )
+        self.http_connections = Gauge(
+            "sd_gateway_http_connections", "Number of open client connections.", registry=registry
+        )
+        self.http_connections_refused = Counter(
+            "sd_gateway_http_connections_refused_total",
+            "Number of client connections refused at server.max_connections.",
+            registry=registry,
+        )
         self.cache_lookups = Counts(
             "sd_gateway_cache_lookups_total",
             "Lookups by result: hit stale miss collapsed negative.",
@@ -63,6 +71,9 @@ class Metrics:
             registry=registry,
         )
         self.cache_entries = Gauge("sd_gateway_cache_entries", "Snapshots kept.", registry=registry)
+        self.cache_bytes = Gauge(
+            "sd_gateway_cache_bytes", "Memory of all cached bodies and envelopes, in bytes.", registry=registry
+        )
         self.upstream_requests = Counts(
             "sd_gateway_upstream_requests_total",
             "Upstream calls by outcome: ok or a problem code.",
@@ -78,6 +89,12 @@ class Metrics:
         )
         self.upstream_in_flight = Gauge(
             "sd_gateway_upstream_in_flight", "Upstream calls in the air.", registry=registry
+        )
+        self.upstream_abandoned = Counter(
+            "sd_gateway_upstream_abandoned_total",
+            "Number of queued queries dropped because every caller had left.",
+            ["operation"],
+            registry=registry,
         )
         self.upstream_certificate_errors = Counter(
             "sd_gateway_upstream_certificate_errors_total",
@@ -166,3 +183,7 @@ class Metrics:
     def count_entries(self, count: Callable[[], int]) -> None:
         """Let the gauge of kept snapshots ask `count` whenever it is scraped."""
         self.cache_entries.set_function(count)
+
+    def count_bytes(self, count: Callable[[], int]) -> None:
+        """Let the gauge of cached bytes ask `count` whenever it is scraped."""
+        self.cache_bytes.set_function(count)

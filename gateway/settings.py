@@ -73,6 +73,7 @@ Host = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^\s/?#@:*]+|\[[0-9a-fA-F:.]+\
 Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+)$")]
 
 VALKEY_PORT, SENTINEL_PORT = 6379, 26379
+LOOPBACK_NAMES = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 _STORE_SCHEMES = {"valkey", "valkeys", "redis", "rediss"}
 
 
@@ -92,7 +93,10 @@ class Server(_Section):
     edge: bool = True
     header_seconds: Positive = 10.0
     max_header_bytes: Annotated[int, Field(ge=1024, le=1_048_576)] = 32_768
-    trusted_hosts: Annotated[list[Host], BeforeValidator(_split), Field(min_length=1)] = ["*"]
+    max_header_count: Annotated[int, Field(ge=10, le=10_000)] = 100
+    keep_alive_seconds: Positive = 620.0
+    max_connections: Count = 25_000
+    trusted_hosts: Annotated[list[Host], BeforeValidator(_split)] = []
     trusted_proxies: Annotated[Strings, AfterValidator(_networks)] = ["127.0.0.1"]
     drain_seconds: Positive = 20.0
 
@@ -102,6 +106,17 @@ class Server(_Section):
         if value and (not value.startswith("/") or value.endswith("/")):
             raise ValueError('must be empty, or begin with "/" and not end with it')
         return value
+
+    @property
+    def allowed_hosts(self) -> list[str]:
+        """The Host values that are served: the setting, or else what suits the address that is listened on.
+
+        A gateway on loopback serves loopback names only, so that a page whose name was made to lead to
+        127.0.0.1 (DNS rebinding) cannot read from it. Any other gateway may have any name.
+        """
+        if self.trusted_hosts:
+            return self.trusted_hosts
+        return [*LOOPBACK_NAMES, self.host] if _is_loopback(self.host) else ["*"]
 
 
 class Upstream(_Section):
@@ -117,6 +132,7 @@ class Upstream(_Section):
     max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 64
     requests_per_second: Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)] = 0.0
     max_response_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824)] = 1_048_576
+    connection_max_age_seconds: Positive = 300.0
 
     @model_validator(mode="after")
     def _endpoint(self) -> Upstream:
@@ -158,6 +174,7 @@ class Cache(_Section):
     """`cache.*`: for how long an answer counts."""
 
     max_tasks: Count = 10_000
+    max_bytes: Annotated[int, Field(ge=65_536, le=1_099_511_627_776)] = 67_108_864
     waiting_seconds: NotNegative = 2.0
     running_seconds: NotNegative = 1.0
     unknown_seconds: NotNegative = 1.0
@@ -177,11 +194,12 @@ class Watch(_Section):
 
 
 class Limits(_Section):
-    """`limits.*`: what one request may ask for, and one client. 0 requests a second: no limit."""
+    """`limits.*`: what one request may ask for, and one client. 0: no limit."""
 
     max_tasks_per_request: Annotated[int, Field(ge=1, le=10_000)] = 100
     max_body_bytes: Annotated[int, Field(ge=64, le=1_073_741_824)] = 65_536
     requests_per_second: Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)] = 0.0
+    subscriptions_per_client: Annotated[int, Field(ge=0, le=10_000_000)] = 0
 
 
 class Store(_Section):

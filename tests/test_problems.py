@@ -25,10 +25,13 @@ from gateway.exceptions import (
 PROMISED = {
     "invalid-task-id": 400,
     "invalid-parameter": 400,
+    "cross-site-request": 403,
     "not-found": 404,
     "method-not-allowed": 405,
     "body-too-large": 413,
+    "unsupported-media-type": 415,
     "too-many-requests": 429,
+    "headers-too-large": 431,
     "upstream-rejected": 502,
     "upstream-credentials": 502,
     "upstream-invalid": 502,

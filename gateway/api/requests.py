@@ -14,6 +14,12 @@ from gateway.exceptions import BodyTooLarge, InvalidParameter
 
 Headers = list[tuple[bytes, bytes]]
 
+# On every response. A browser must not guess another content type, nor embed it in another site's page.
+SECURITY_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cross-origin-resource-policy", b"same-site"),
+)
+
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _MOST_PARAMETERS = 10_100
 _SHOWN = 64  # characters of a caller's own text that an error repeats
