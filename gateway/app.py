@@ -49,13 +49,14 @@ log = structlog.get_logger(__name__)
 class Application(NamedTuple):
     """The application, for any ASGI server, and what ours needs besides.
 
-    `registry` is for a port of its own, if that is set. `hits` are what may be answered before the
+    `metrics_asgi` serves /metrics alone, for a port of its own. `hits` are what may be answered before the
     application; None: nothing.
     """
 
     asgi: Starlette
-    registry: CollectorRegistry
+    metrics: Metrics
     hits: Hits | None
+    metrics_asgi: ASGIApp
 
 
 def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | None = None) -> Application:
@@ -139,6 +140,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
+    metrics_app: ASGIApp = Starlette(routes=[Route("/metrics", ops.metrics(metrics.registry))])
     server, sampler = settings.server, Sampler()
     rate = settings.limits.requests_per_second
     limiter = RateLimiter(rate) if rate else None
@@ -147,7 +149,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     )
     app.middleware_stack = tracing.around(surrounded, root_path=server.root_path)
     if not isinstance(tracing, Untraced):
-        return Application(app, metrics.registry, None)  # a request's span is made around the whole of it
+        return Application(app, metrics, None, metrics_app)  # a request's span is made around the whole of it
     hits = Hits(
         service,
         operations=settings.upstream.operations,
@@ -160,7 +162,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         most_found=cache.max_tasks,
     )
     app.middleware_stack = HitsFirst(app.middleware_stack, hits=hits)
-    return Application(app, metrics.registry, hits if server.edge else None)
+    return Application(app, metrics, hits if server.edge else None, metrics_app)
 
 
 def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:

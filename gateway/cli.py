@@ -144,7 +144,7 @@ def _settings(options: argparse.Namespace) -> tuple[Settings, Redactor]:
 
 def _serve(options: argparse.Namespace) -> int:
     settings, redactor = _settings(options)
-    server.run(create_app(settings, redactor=redactor, tracing=_tracing()), settings.server)
+    server.run(create_app(settings, redactor=redactor, tracing=_tracing()), settings)
     return OK
 
 

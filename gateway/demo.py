@@ -65,7 +65,7 @@ def run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
                 "credentials": type(settings.credentials)(access_key=_KEY, secret_key=secret),
             }
         )
-        server.run(create_app(wired, redactor=redactor), wired.server, announce=announce)
+        server.run(create_app(wired, redactor=redactor), wired, announce=announce)
 
 
 @contextlib.contextmanager

@@ -8,24 +8,26 @@ import math
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from ipaddress import IPv4Network
 from types import FrameType
+from typing import NamedTuple
 
 import structlog
 import uvicorn
-from prometheus_client import CollectorRegistry, start_http_server
 
+from gateway import descriptors
 from gateway.app import Application
 from gateway.edge import edge_protocol
-from gateway.settings import Server
+from gateway.edge.connection import Connection
+from gateway.edge.policy import policy_of
+from gateway.settings import Settings
 
-# Longer than the idle time-outs of common proxies, so that it is never us who hang up first
-# while the next request is on its way.
-_KEEP_ALIVE_SECONDS = 75
 _BACKLOG = 8192
+_RECEIVE_BUFFER = 32_768  # bytes; Linux doubles it for its own bookkeeping
+_SEND_BUFFER = 65_536
 
 log = structlog.get_logger(__name__)
 
@@ -35,77 +37,112 @@ class CannotListen(Exception):
 
     def __init__(self, host: str, port: int, reason: str | None) -> None:
         super().__init__(f"cannot listen on {url_of(host, port)}: {reason}")
-        self.reason = reason
+        self.host, self.port, self.reason = host, port, reason
 
 
-def run(app: Application, settings: Server, *, announce: Callable[[str], None] = lambda _: None) -> None:
+def run(app: Application, settings: Settings, *, announce: Callable[[str], None] = lambda _: None) -> None:
     """Run the gateway, as `create_app` makes it, until SIGTERM or SIGINT.
 
     `announce` is told the URL once it takes connections. Raises: SystemExit, as `serve` does; status 1
     also where it cannot listen, which the log tells.
     """
     _collect_rarely()
+    server = settings.server
+    limit = descriptors.raise_limit()
+    max_connections = limit.connections(server.max_connections, outgoing=settings.upstream.max_in_flight)
+    policy = policy_of(server, app.metrics, max_connections=max_connections)
     config = uvicorn.Config(
         app.asgi,
-        host=settings.host,
-        port=settings.port,
-        http=edge_protocol(
-            header_seconds=settings.header_seconds,
-            max_header_bytes=settings.max_header_bytes,
-            hits=app.hits,
-        ),
+        host=server.host,
+        port=server.port,
+        http=edge_protocol(policy, hits=app.hits),
         loop="uvloop",
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
-        forwarded_allow_ips=forwarders(settings.trusted_proxies),
-        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=math.ceil(settings.drain_seconds),
+        forwarded_allow_ips=forwarders(server.trusted_proxies),
+        timeout_graceful_shutdown=math.ceil(server.drain_seconds),
         backlog=_BACKLOG,
     )
 
     def tell(url: str) -> None:
         log.info("listening", url=url)
+        if limit.now != limit.before:
+            log.info("limit of open files raised", before=limit.before, limit=limit.now)
+        if max_connections < server.max_connections:
+            log.warning(
+                "the limit of open files allows fewer connections than server.max_connections",
+                limit=limit.now,
+                max_connections=max_connections,
+            )
         announce(url)
 
-    with _metrics_served(app.registry, host=settings.host, port=settings.metrics_port):
-        try:
-            serve(config, announce=tell)
-        except CannotListen as exc:
-            log.error("cannot listen", host=settings.host, port=settings.port, reason=exc.reason)  # noqa: TRY400 - no bug
-            sys.exit(1)
+    try:
+        metrics = None
+        if server.metrics_port:
+            listener = _listening(server.host, server.metrics_port, backlog=_BACKLOG)
+            metrics = MetricsListener(listener, edge_protocol(policy, application=app.metrics_asgi))
+        serve(config, announce=tell, metrics=metrics)
+    except CannotListen as exc:
+        log.error("cannot listen", host=exc.host, port=exc.port, reason=exc.reason)  # noqa: TRY400 - no bug
+        sys.exit(1)
 
 
-def serve(config: uvicorn.Config, *, announce: Callable[[str], None]) -> None:
+class MetricsListener(NamedTuple):
+    """A listening socket for /metrics alone, and the protocol of its connections."""
+
+    socket: socket.socket
+    protocol: type[Connection]
+
+
+def serve(
+    config: uvicorn.Config, *, announce: Callable[[str], None], metrics: MetricsListener | None = None
+) -> None:
     """Serve until SIGTERM or SIGINT; `announce` is told the URL once it takes connections.
 
     Raises: CannotListen; SystemExit: 0 when told to stop, 1 when the application does not start.
     """
     exit_well_when_told()
     listener = _listening(config.host, config.port, backlog=config.backlog)
-    announce(url_of(*listener.getsockname()[:2]))  # whoever hears of it may connect, and waits for the start
+    announce(url_of(*listener.getsockname()[:2]))  # a client may connect from now on, and waits for the start
     try:
-        _Server(config).run(sockets=[listener])
+        _Server(config, metrics).run(sockets=[listener])
     except SystemExit as exc:
         sys.exit(1 if exc.code else 0)  # uvicorn's word for a failed start is 3
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, looking around once a second and when a signal comes, not ten times a second.
+    """uvicorn's server, with a second listener for metrics.
 
-    Each look may wake a process that has nothing else to do: ten cost an idle gateway 1.9 ms of CPU a second,
-    one costs 0.3.
+    It looks around once a second and when a signal comes, not ten times a second: each look may wake a
+    process that has nothing else to do. Ten cost an idle gateway 1.9 ms of CPU a second, one costs 0.3.
     """
 
     _wake: Callable[[], object] = staticmethod(lambda: None)
+
+    def __init__(self, config: uvicorn.Config, metrics: MetricsListener | None = None) -> None:
+        super().__init__(config)
+        self._metrics = metrics
+        self._watch_descriptors = descriptors.Exhaustion().look
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to serve, on the second listener, too."""
+        await super().startup(sockets)
+        if self._metrics is None:
+            return
+        loop = asyncio.get_running_loop()
+        protocol = partial(self._metrics.protocol, self.config, self.server_state, {}, loop)
+        server = await loop.create_server(protocol, sock=self._metrics.socket, backlog=_BACKLOG)
+        self.servers.append(server)  # uvicorn closes it with its own
 
     async def main_loop(self) -> None:
         """Tick until it is time to stop. Tick 0 is uvicorn's for what is due each second, the Date header."""
         told = asyncio.Event()
         self._wake = partial(asyncio.get_running_loop().call_soon_threadsafe, told.set)
         while not await self.on_tick(0):
+            self._watch_descriptors()
             with suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await told.wait()
@@ -126,6 +163,11 @@ def _listening(host: str, port: int, *, backlog: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit both. What a client has sent, and what it does not read, takes the kernel's
+        # memory, which counts against the container's limit: by itself the kernel would go up to some 6 MB
+        # each.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         listener.bind((host, port))
         listener.listen(backlog)
     except OSError as exc:
@@ -146,28 +188,6 @@ def forwarders(trusted_proxies: Sequence[str]) -> list[str]:
             network = IPv4Network(host)
             hosts.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
     return hosts
-
-
-@contextmanager
-def _metrics_served(registry: CollectorRegistry, *, host: str, port: int) -> Iterator[None]:
-    """Serve /metrics on a port of its own, by prometheus-client's own thread; port 0: on none.
-
-    Raises: SystemExit, with status 1, when the address cannot be bound.
-    """
-    if not port:
-        yield
-        return
-    try:
-        server, thread = start_http_server(port, addr=host, registry=registry)
-    except OSError as exc:
-        log.error("cannot listen for metrics", host=host, port=port, reason=exc.strerror)  # noqa: TRY400 - no bug
-        sys.exit(1)
-    try:
-        yield
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def _collect_rarely() -> None:

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.app import create_app
 from gateway.edge import edge_protocol
+from gateway.edge.policy import policy_of
 from gateway.redaction import Redactor
 from gateway.server import forwarders
 from gateway.settings import Settings
@@ -268,7 +269,8 @@ def gateway(
 ) -> Iterator[Gateway]:
     """Run a gateway in front of `endpoint`; `sections` are settings over quick ones."""
     given: dict[str, Json] = {
-        "server": {"trusted_hosts": ["*"]},  # most raw requests here name the host "x"
+        # Most raw requests here name the host "x", and wait for the end of their connection.
+        "server": {"trusted_hosts": ["*"], "keep_alive_seconds": 5},
         "upstream": {
             "endpoint": endpoint,
             # Long beside any answer here: an attempt that a busy machine lets time out is another test.
@@ -282,9 +284,7 @@ def gateway(
     settings = Settings.model_validate(given)
     server = settings.server
     app = create_app(settings, redactor=Redactor(), tracing=tracing)
-    protocol = edge_protocol(
-        header_seconds=server.header_seconds, max_header_bytes=server.max_header_bytes, hits=app.hits
-    )
+    protocol = edge_protocol(policy_of(server, app.metrics), hits=app.hits)
     with (
         running(
             app.asgi,
@@ -547,6 +547,7 @@ def serving(cwd: Path, env: Mapping[str, str]) -> Iterator[tuple[Process, Gatewa
     """Run `sd-gateway serve` with these variables; give the process, once it listens, and a gateway."""
     variables = {
         "SD_GATEWAY_SERVER__PORT": "0",
+        "SD_GATEWAY_SERVER__TRUSTED_HOSTS": "*",
         "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
         "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
     }

@@ -12,7 +12,8 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from gateway.edge import edge_protocol
-from gateway.edge.answering import AnsweringProtocol
+from gateway.edge.answering import AnsweringConnection
+from gateway.edge.policy import Policy
 from tests.hitting import Bench
 
 KEEP_ALIVE_SECONDS = 75
@@ -31,12 +32,9 @@ class Loop:
     def time(self) -> float:
         return self.now
 
-    def call_later(self, delay: float, callback: Callable[[], None]) -> Timer:
-        self._timers.append(Timer(self.now + delay, callback))
+    def call_at(self, when: float, callback: Callable[[], None]) -> Timer:
+        self._timers.append(Timer(when, callback))
         return self._timers[-1]
-
-    def call_soon(self, callback: Callable[[], None]) -> Timer:
-        return self.call_later(0, callback)
 
     def create_task(self, coroutine: Any, **_: object) -> asyncio.Future[None]:
         """Count what would go to the application, and run none of it."""
@@ -45,10 +43,10 @@ class Loop:
         return cast("asyncio.Future[None]", Timer(0, lambda: None))
 
     def turn(self, now: float) -> None:
-        while due := [timer for timer in self._timers if timer.when <= now]:
-            first = min(due, key=lambda timer: timer.when)
+        while due := [timer for timer in self._timers if timer.when() <= now]:
+            first = min(due, key=Timer.when)
             self._timers.remove(first)
-            self.now = max(self.now, first.when)
+            self.now = max(self.now, first.when())
             if not first.cancelled:
                 first.callback()
         self.now = now
@@ -58,9 +56,12 @@ class Timer:
     """A timer, which may be cancelled."""
 
     def __init__(self, when: float, callback: Callable[[], None]) -> None:
-        self.when = when
+        self._when = when
         self.callback = callback
         self.cancelled = False
+
+    def when(self) -> float:
+        return self._when
 
     def cancel(self) -> None:
         self.cancelled = True
@@ -91,7 +92,16 @@ class Wire:
     def set_write_buffer_limits(self, **_: int) -> None:
         pass
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def write_eof(self) -> None:
+        self.closed = True
+
     def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
         pass
 
     def answers(self) -> int:
@@ -108,14 +118,20 @@ class Connection:
 
         bench = Bench()
         bench.keep()
-        kind = edge_protocol(header_seconds=10, max_header_bytes=max_header_bytes, hits=bench.hits)
+        policy = Policy(
+            header_seconds=10,
+            keep_alive_seconds=KEEP_ALIVE_SECONDS,
+            max_header_bytes=max_header_bytes,
+            max_header_count=100,
+            max_connections=10,
+        )
+        kind = edge_protocol(policy, hits=bench.hits)
         config = uvicorn.Config(app, http=kind, log_config=None, access_log=False, lifespan="off")
-        config.timeout_keep_alive = KEEP_ALIVE_SECONDS
         config.load()
         self.loop = Loop()
         self.wire = Wire()
         made = kind(config, ServerState(), {}, cast("asyncio.AbstractEventLoop", self.loop))
-        assert isinstance(made, AnsweringProtocol)
+        assert isinstance(made, AnsweringConnection)
         self.protocol = made
         self.protocol.connection_made(cast("asyncio.Transport", self.wire))
 
@@ -217,11 +233,13 @@ async def test_answering_is_as_of_a_new_connection(other: bytes) -> None:
 
 
 async def test_answering_holds_back_for_a_slow_reader(connection: Connection) -> None:
-    """While what was written is not taken the application is asked, which waits for the reader."""
+    """While the client does not read, its further requests wait; then they are answered."""
     connection.send(HIT)
     connection.protocol.pause_writing()
     connection.send(HIT, HIT)
-    assert (connection.wire.answers(), connection.loop.tasks) == (1, 1)
+    assert (connection.wire.answers(), connection.loop.tasks) == (1, 0)
+    connection.protocol.resume_writing()
+    assert (connection.wire.answers(), connection.loop.tasks) == (3, 0)
 
 
 async def test_answering_keeps_a_connection_alive(connection: Connection) -> None:

@@ -193,7 +193,7 @@ def test_cli_serve_where_metrics_cannot_listen_exits_with_1(tmp_path: Path) -> N
     assert status == 1
     [line] = output.splitlines()
     told = json.loads(line)
-    assert (told["event"], told["reason"]) == ("cannot listen for metrics", "Address already in use")
+    assert (told["event"], told["reason"]) == ("cannot listen", "Address already in use")
     assert str(told["port"]) == env["SD_GATEWAY_SERVER__METRICS_PORT"]
 
 

@@ -27,8 +27,7 @@ from gateway.api.answers import HEADER_NAMES, answer
 from gateway.api.ratelimit import RateLimiter
 from gateway.app import create_app
 from gateway.edge import edge_protocol
-from gateway.edge.answering import TESTED, AnsweringProtocol
-from gateway.edge.bounds import BoundedProtocol
+from gateway.edge.policy import policy_of
 from gateway.exceptions import UpstreamTimeout
 from gateway.readings import Reading, Source
 from gateway.redaction import Redactor
@@ -233,19 +232,6 @@ async def test_hits_over_the_rate_are_left_to_the_application() -> None:
     await bench.service.aclose()
 
 
-def test_hits_are_left_to_the_application_under_another_uvicorn() -> None:
-    """Under a uvicorn that this was not tested with the edge answers nothing, and the log says so."""
-    options: dict[str, Any] = {"header_seconds": 1, "max_header_bytes": 1024, "hits": Bench().hits}
-    with capture_logs() as lines:
-        assert issubclass(edge_protocol(**options), AnsweringProtocol), uvicorn.__version__
-        assert lines == []
-        other = edge_protocol(**options, server_version="9.9.9")
-    assert issubclass(other, BoundedProtocol)
-    assert not issubclass(other, AnsweringProtocol)
-    assert lines[0]["uvicorn"] == "9.9.9"
-    assert lines[0]["tested"] == sorted(TESTED)
-
-
 # --- what a hit costs -------------------------------------------------------------------------------------
 
 
@@ -270,14 +256,14 @@ async def test_hits_take_no_task_no_json_and_few_calls(
     """On a hit nothing is encoded, few functions are called, and no task is made but the application's."""
     settings = Settings.model_validate(
         {
-            "server": {"edge": edge},
+            "server": {"edge": edge, "trusted_hosts": ["*"]},
             "cache": {"running_seconds": 3000},
             "upstream": {"endpoint": upstream.url},
             "credentials": {"access_key": "k", "secret_key": "s"},
         }
     )
     app = create_app(settings, redactor=Redactor())
-    protocol = edge_protocol(header_seconds=10, max_header_bytes=4096, hits=app.hits)
+    protocol = edge_protocol(policy_of(settings.server, app.metrics), hits=app.hits)
     config = uvicorn.Config(app.asgi, http=protocol, log_config=None, access_log=False)
     config.load()
     loop = asyncio.get_running_loop()

@@ -1,37 +1,31 @@
-"""The edge: what the HTTP server does itself, before any application runs. It refuses, and it answers hits.
+"""The edge: what the HTTP server does itself, before any application runs.
 
-uvicorn's `http=` setting takes a protocol class, so this is one: its own, with bounds on headers and, where
-it may, with hits answered.
+It finds where messages end, bounds what a connection may take, and answers hits.
+
+uvicorn's `http=` setting takes a protocol class, so this is one.
 """
 
 from __future__ import annotations
 
-import structlog
-import uvicorn
+from starlette.types import ASGIApp
 
 from gateway.api.hits import Hits
-from gateway.edge.answering import TESTED, AnsweringProtocol, Heads
-from gateway.edge.bounds import BoundedProtocol
-
-log = structlog.get_logger(__name__)
+from gateway.edge.answering import AnsweringConnection, Heads
+from gateway.edge.connection import Connection
+from gateway.edge.policy import Policy
 
 
 def edge_protocol(
-    *,
-    header_seconds: float,
-    max_header_bytes: int,
-    hits: Hits | None,
-    server_version: str = uvicorn.__version__,
-) -> type[BoundedProtocol]:
-    """Return the protocol class to give to uvicorn, which makes one for each connection."""
-    bounds = {"header_seconds": header_seconds, "max_header_bytes": max_header_bytes}
+    policy: Policy, *, hits: Hits | None = None, application: ASGIApp | None = None
+) -> type[Connection]:
+    """Return the protocol class to give to uvicorn, which makes one for each connection.
+
+    `hits`: what is answered without the application; None: nothing. `application`: served in place of the one
+    that uvicorn is configured with.
+    """
+    attributes: dict[str, object] = {"policy": policy, "application": application}
     if hits is None:
-        return type("Bounded", (BoundedProtocol,), bounds)
-    if server_version.rpartition(".")[0] not in TESTED:
-        log.warning(
-            "the edge answers no hits: it was not tested with this uvicorn",
-            uvicorn=server_version,
-            tested=sorted(TESTED),
-        )
-        return type("Bounded", (BoundedProtocol,), bounds)
-    return type("Answering", (AnsweringProtocol,), bounds | {"hits": hits, "heads": Heads(hits.names)})
+        return type("BoundedConnection", (Connection,), attributes)
+    return type(
+        "HitsConnection", (AnsweringConnection,), attributes | {"hits": hits, "heads": Heads(hits.names)}
+    )

@@ -1,8 +1,8 @@
-"""Hits, answered in uvicorn's protocol: no scope, no task, one write.
+"""Hits, answered by the connection: no scope, no task, one write.
 
     bytes -> a request like the connection's last one -> a hit? -> out
-          -> uvicorn's parser -> headers complete     -> a hit? -> out
-                                                      -> uvicorn, which calls the application
+          -> a complete head                          -> a hit? -> out
+                                                      -> an exchange with the application
 
 What a hit is, and what it is answered with, `api.hits` decides.
 """
@@ -12,22 +12,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
-
 from gateway.api.hits import Hit, Hits, Wishes
 from gateway.api.requests import Headers
-from gateway.edge.bounds import BoundedProtocol
-
-# Answering in uvicorn's place takes knowledge of its parts that it does not promise to keep.
-TESTED = frozenset({"0.53", "0.54"})
+from gateway.edge.connection import Connection
+from gateway.edge.exchange import STATUS_LINES
+from gateway.edge.framing import Head
 
 _LONGEST_LEARNT = 2048  # bytes of a request: of thousands of connections each one's last is remembered
 
-_METHOD, _VERSION, _END = b"GET ", b" HTTP/1.1\r\n", b"\r\n\r\n"
+_METHOD, _VERSION = b"GET ", b" HTTP/1.1\r\n"
 
 
 class Heads:
-    """Renders the heads of hits up to the request's id, as uvicorn does."""
+    """Renders the heads of hits up to the request's id."""
 
     def __init__(self, names: Mapping[int, Sequence[bytes]]) -> None:
         self._names = names
@@ -35,107 +32,74 @@ class Heads:
         self._formats: dict[int, bytes] = {}
 
     def render(self, hit: Hit, server_headers: Headers) -> bytes:
-        """Return a hit's head. uvicorn makes another list of its headers when they change: each second."""
+        """Return a hit's head. uvicorn makes another list of its headers when they change: each second.
+
+        Raises: ValueError for a value with a line break.
+        """
         if server_headers is not self._server_headers or not self._formats:
             self._server_headers = server_headers
             self._formats = {status: self._format(status) for status in self._names}
-        head = self._formats[hit.status] % hit.values
+        template = self._formats[hit.status]
+        head = template % hit.values
+        if head.count(b"\n") != template.count(b"\n"):
+            raise ValueError("a header with a line break")
         hit.rendered = (server_headers, head)
         return head
 
     def _format(self, status: int) -> bytes:
         lines = [(name.lower() + b": " + value).replace(b"%", b"%%") for name, value in self._server_headers]
         lines += [name + b": %b" for name in self._names[status]]
-        return STATUS_LINE[status] + b"\r\n".join([*lines, b"x-request-id: "])
+        return STATUS_LINES[status] + b"\r\n".join([*lines, b"x-request-id: "])
 
 
-class AnsweringProtocol(BoundedProtocol):
-    """uvicorn's protocol, with the bounds, and with hits answered."""
+class AnsweringConnection(Connection):
+    """A connection that answers hits."""
 
     hits: Hits
     heads: Heads
 
     __slots__ = (
-        "_answered_at",  # on the loop's clock, the last hit
-        "_last",  # the last request, if a hit that came alone: whole, its target, all behind it, its wishes
-        "_open",  # a request has begun, and is not complete
-        "_wishes",  # those of the request that is parsed, if it is a hit
-    )
+        "_last",
+    )  # the last request, if a hit that came alone: whole, its target, all behind it, its wishes
 
     _last: tuple[bytes, bytes, bytes, Wishes] | None
-    _wishes: Wishes | None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for a first request."""
-        self._open = False
-        self._last = self._wishes = None
-        self._answered_at = 0.0
+        self._last = None
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        """Answer a hit like the last one; parse all else."""
+        """Answer a hit like the last one; frame all else."""
         if self._last is not None:
             whole, target, rest, wishes = self._last
             if data != whole:
                 alike = (
-                    data.startswith(_METHOD) and data.endswith(rest) and len(data) <= self.max_header_bytes
+                    data.startswith(_METHOD)
+                    and data.endswith(rest)
+                    and len(data) <= self.policy.max_header_bytes
                 )
                 target = data[len(_METHOD) : -len(rest)] if alike else b""
-            if target and self._answer(target, wishes):
+            if target and not self._closing and not self.write_paused and self._answer(target, wishes):
+                # The state is idle, as it was: only the deadline moves.
+                self._deadline = self.loop.time() + self.policy.keep_alive_seconds
                 return
             self._last = None
-        between_requests = not self._open
         super().data_received(data)
-        if self._wishes is not None and between_requests:
-            self._learn(data, self._wishes)
 
-    def on_message_begin(self) -> None:
-        """Begin a request."""
-        super().on_message_begin()
-        self._open = True
-        self._wishes = None
-
-    def on_headers_complete(self) -> None:
+    def _begin(self, data: bytes, head: Head) -> None:
         """Answer a hit, and hand any other request on."""
-        self._end_headers()
-        if self._may_answer():
-            wishes = self.hits.wishes(self.headers)
-            if wishes is not None and self._answer(self.url, wishes):
-                self._wishes = wishes
+        self._last = None
+        if not self._over_limit and head.method == b"GET" and head.keep_alive and head.content_length == 0:
+            wishes = self.hits.wishes(head.headers)
+            if wishes is not None and self._answer(head.target, wishes):
+                if not self._buffer:
+                    self._learn(data, head.target, wishes)
                 return
-        self._hand_on()
-
-    def on_message_complete(self) -> None:
-        """End a request."""
-        self._open = False
-        if self._wishes is None:  # else uvicorn has not heard of it
-            super().on_message_complete()
-
-    def timeout_keep_alive_handler(self) -> None:
-        """Hang up, unless hits were answered meanwhile: each of them setting a timer would cost too much."""
-        left = self._answered_at + self.timeout_keep_alive - self.loop.time()
-        if left > 0:
-            self._keep_alive(left)
-        else:
-            super().timeout_keep_alive_handler()
-
-    def _may_answer(self) -> bool:
-        """Tell whether the request that is parsed is a plain GET, and the next to be answered."""
-        parser, cycle = self.parser, self.cycle
-        return (
-            (cycle is None or cycle.response_complete)  # type: ignore[redundant-expr]  # uvicorn says it is never None
-            and parser.get_method() == b"GET"
-            and parser.get_http_version() == "1.1"
-            and parser.should_keep_alive()
-            and not parser.should_upgrade()
-            and not self.access_log
-            and self.limit_concurrency is None
-        )
+        super()._begin(data, head)
 
     def _answer(self, target: bytes, wishes: Wishes) -> bool:
-        """Answer if it is a hit, and tell whether it was. Whose reader does not read is left to wait."""
-        if self.flow.write_paused:
-            return False
+        """Answer if it is a hit, and tell whether it was."""
         found = self.hits.answer(target, wishes, self.client)
         if found is None:
             return False
@@ -144,25 +108,16 @@ class AnsweringProtocol(BoundedProtocol):
         made_for, head = hit.rendered
         if made_for is not state.default_headers:
             head = self.heads.render(hit, state.default_headers)
-        self._uncorked.write(b"%b%b\r\n\r\n%b" % (head, request_id, hit.body))
+        self.transport.write(b"%b%b\r\n\r\n%b" % (head, request_id, hit.body))
         state.total_requests += 1
-        self._answered_at = self.loop.time()
-        if self.timeout_keep_alive_task is None:
-            self._keep_alive(self.timeout_keep_alive)
         return True
 
-    def _learn(self, data: bytes, wishes: Wishes) -> None:
-        """Remember the last request, a hit, if it was all of these bytes: its first empty line ends them.
+    def _learn(self, data: bytes, target: bytes, wishes: Wishes) -> None:
+        """Remember the last request, a hit, if nothing came behind it.
 
         Another that differs in its target alone then need not be parsed: it is one request, complete and
-        without a body, it asks for the same, and the parser, which has not seen it, is where it was.
+        without a body, and it asks for the same.
         """
-        if len(data) > _LONGEST_LEARNT:
-            return
-        start = _METHOD + self.url
-        rest = data[len(start) :]
-        if data.startswith(start + _VERSION) and rest.find(_END) == len(rest) - len(_END):
-            self._last = data, self.url, rest, wishes
-
-    def _keep_alive(self, seconds: float) -> None:
-        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+        start = _METHOD + target
+        if len(data) <= _LONGEST_LEARNT and data.startswith(start + _VERSION):
+            self._last = data, target, data[len(start) :], wishes

@@ -1,0 +1,441 @@
+"""A client connection: a state machine with one request at a time, and a timer and a bound in every state.
+
+    state      until                     bound in time           bound in bytes
+    waiting    the first byte            header_seconds          nothing buffered
+    head       its empty line            header_seconds          max_header_bytes, max_header_count
+    body       its end                   header_seconds + 2 s    64 KiB that the application has not taken
+    answering  the response's end        the application's       64 KiB of later requests
+    ... while the client does not read   STALL_SECONDS           16 KiB, and one part of a body
+    idle       the next byte             keep_alive_seconds      nothing buffered
+    closing    the client has closed     LINGER_SECONDS          LINGER_BYTES, read and dropped
+
+While a response is under way, or the client does not read, later requests stay unparsed and reading pauses. A
+request whose body has not arrived when its response begins is the connection's last one: `Connection: close`.
+
+This class is uvicorn's `http=` setting. Of uvicorn it needs the configuration's application, the set of
+connections, the set of tasks and the default headers, which every one of its own protocols shares.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import unquote
+
+import uvicorn
+from starlette.types import ASGIApp, Scope
+from uvicorn.protocols.utils import get_local_addr, get_remote_addr
+from uvicorn.server import ServerState
+
+from gateway.api.connection import ON_HANG_UP, OUTLET
+from gateway.api.problems import INTERNAL, document, lookup
+from gateway.api.requests import SECURITY_HEADERS
+from gateway.edge.exchange import STATUS_LINES, Exchange
+from gateway.edge.framing import BadRequest, BodyDecoder, Head, body_of, end_of_head, parse_head
+from gateway.edge.policy import Admission, Policy
+from gateway.exceptions import GatewayError, Overloaded
+from gateway.models import render_json
+
+STALL_SECONDS = 60.0  # for which a client may read nothing while something is written for it
+LINGER_SECONDS = 2.0  # for which a client may go on sending after the last response
+LINGER_BYTES = 262_144
+_BODY_GRACE_SECONDS = 2.0  # an application that times the body itself answers first
+_WRITE_BUFFER = 16_384  # bytes of responses that may wait for a reader before the writer has to
+
+
+class Connection(asyncio.Protocol):
+    """One connection. `policy` has the bounds; `application` replaces uvicorn's own when it is set."""
+
+    policy: Policy
+    application: ASGIApp | None = None
+
+    __slots__ = (
+        "_body",  # the decoder of the body that is arriving
+        "_buffer",  # received, and not parsed
+        "_closing",
+        "_config",
+        "_deadline",  # of the current state, on the loop's clock
+        "_drained",  # set while the client reads
+        "_exchange",
+        "_in_head",  # a head has begun, and its deadline runs
+        "_lingered",  # bytes dropped while closing
+        "_on_hang_up",
+        "_over_limit",  # beyond max_connections: for probes only
+        "_processing",
+        "_reading",
+        "_scanned",
+        "_server",
+        "_shutting_down",
+        "_state",
+        "_timer",
+        "_unsent",  # bytes that were not yet read by the client at the last look
+        "client",
+        "loop",
+        "server_state",
+        "transport",
+        "write_paused",
+    )
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        _loop: asyncio.AbstractEventLoop | None = None,
+    ) -> None:
+        self._config = config
+        self.server_state = server_state
+        self._state = app_state
+        self.loop = _loop or asyncio.get_event_loop()
+        self._buffer = bytearray()
+        self._scanned = self._lingered = self._unsent = 0
+        self._body: BodyDecoder | None = None
+        self._exchange: Exchange | None = None
+        self._on_hang_up: dict[object, Callable[[], None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._deadline = math.inf
+        self._drained: asyncio.Event | None = None
+        self._reading = True
+        self._closing = self._in_head = self._over_limit = self._processing = self._shutting_down = False
+        self.write_paused = False
+
+    # Called by the event loop.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin to wait for a first request; beyond the limit, for a probe or to refuse."""
+        self.transport: asyncio.Transport = transport  # type: ignore[assignment]  # it is one
+        self.transport.set_write_buffer_limits(high=_WRITE_BUFFER)
+        self.client: tuple[str, int] | None = get_remote_addr(self.transport)
+        self._server = get_local_addr(self.transport)
+        self.server_state.connections.add(self)  # type: ignore[arg-type]  # uvicorn names its own protocols
+        admission = self.policy.opened()
+        self._over_limit = admission is not Admission.ADMITTED
+        if admission is Admission.REFUSED:
+            self._refuse_connection()
+        else:
+            self._expire_in(self.policy.head_seconds(over_limit=self._over_limit))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the connection; what was read and not answered goes with it."""
+        self.policy.closed()
+        self.server_state.connections.discard(self)
+        self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._buffer.clear()
+        self._body = None
+        self.write_paused = False
+        if self._drained is not None:
+            self._drained.set()
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.disconnect()
+            for notice in tuple(self._on_hang_up.values()):
+                notice()
+            # The scope's way to our transport leads back to us: a cycle that only the garbage collector could
+            # open.
+            exchange.scope["extensions"].pop(OUTLET, None)
+
+    def eof_received(self) -> None:
+        """Close: a client that has closed its side is gone."""
+
+    def data_received(self, data: bytes) -> None:
+        """Take what the client has sent."""
+        if self._closing:
+            self._lingered += len(data)
+            if self._lingered > LINGER_BYTES:
+                self.transport.abort()
+            return
+        self._buffer += data
+        self._process()
+
+    def pause_writing(self) -> None:
+        """Note that the client does not read as fast as is written."""
+        self.write_paused = True
+        if self._drained is not None:
+            self._drained.clear()
+        self._unsent = self.transport.get_write_buffer_size()
+        self._expire_in(STALL_SECONDS)
+
+    def resume_writing(self) -> None:
+        """Go on: the client has read."""
+        self.write_paused = False
+        if self._drained is not None:
+            self._drained.set()
+        if self._closing:
+            return
+        if self._exchange is None:
+            self._process()
+        elif self._body is None:
+            self._deadline = math.inf
+        else:
+            self._expire_in(self.policy.header_seconds)
+
+    # Called by uvicorn.
+
+    def shutdown(self) -> None:
+        """Close once the response that is under way is complete; at once when there is none."""
+        self._shutting_down = True
+        if self._exchange is None:
+            self._close()
+        else:
+            self._exchange.keep_alive = False
+
+    # Called by the exchange (see `exchange.Peer`).
+
+    def write(self, data: bytes) -> None:
+        """See `Peer.write`."""
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    async def drain(self) -> None:
+        """See `Peer.drain`."""
+        while self.write_paused:
+            if self._drained is None:
+                self._drained = asyncio.Event()
+            await self._drained.wait()
+
+    def body_taken(self) -> None:
+        """See `Peer.body_taken`."""
+        if self._body is not None:
+            self._process()
+
+    def response_started(self) -> None:
+        """See `Peer.response_started`."""
+        if self._exchange is not None and (self._shutting_down or self._over_limit):
+            self._exchange.keep_alive = False
+
+    def response_complete(self, *, failed: bool) -> None:
+        """See `Peer.response_complete`."""
+        exchange = self._exchange
+        if exchange is None:
+            return
+        exchange.scope["extensions"].pop(OUTLET, None)
+        self._exchange = None
+        self._on_hang_up = {}
+        self.server_state.total_requests += 1
+        if failed and not exchange.started:
+            self._refuse(INTERNAL)
+        elif failed:
+            self.transport.abort()  # a body that breaks off must not look complete
+        elif not exchange.keep_alive or self._closing:
+            self._close(linger=exchange.client_goes_on)
+        else:
+            self._process()
+
+    # What arrives.
+
+    def _process(self) -> None:
+        """Take from the buffer what the state allows, and see to reading and to the deadline."""
+        if self._processing:  # a hit, or an application, that answers within the loop below
+            return
+        self._processing = True
+        try:
+            while not self._closing and self._take():
+                pass
+        except BadRequest as exc:
+            self._refuse(exc.error)
+        finally:
+            self._processing = False
+        if not self._closing:
+            self._see_to_reading()
+
+    def _take(self) -> bool:
+        """Take one step, and return whether there may be another."""
+        if self._exchange is None:
+            return not self.write_paused and self._take_head()
+        return self._body is not None and self._take_body(self._body, self._exchange)
+
+    def _take_head(self) -> bool:
+        buffer = self._buffer
+        if buffer.startswith((b"\r", b"\n")):
+            # Empty lines before a request are passed over (RFC 9112, 2.2); they are under its deadline.
+            blank = len(buffer) - len(buffer.lstrip(b"\r\n"))
+            del buffer[:blank]
+            self._begin_head()
+        if not buffer:
+            if not self._in_head:
+                self._expire_in(self.policy.keep_alive_seconds)
+            return False
+        length = end_of_head(buffer, self._scanned, max_bytes=self.policy.max_header_bytes)
+        if not length:
+            self._scanned = len(buffer)
+            self._begin_head()
+            return False
+        data = bytes(buffer[:length])
+        del buffer[:length]
+        self._scanned = 0
+        self._in_head = False
+        self._begin(data, parse_head(data, max_fields=self.policy.max_header_count))
+        return True
+
+    def _begin_head(self) -> None:
+        if not self._in_head:
+            self._in_head = True
+            self._expire_in(self.policy.head_seconds(over_limit=self._over_limit))
+
+    def _begin(self, data: bytes, head: Head) -> None:
+        """Answer a request, whose head stood in `data`."""
+        if self._over_limit and head.target.partition(b"?")[0].decode("latin-1") not in self.policy.probes:
+            self._refuse_connection()
+            return
+        self._body = body_of(head, max_overhead=self.policy.max_header_bytes)
+        scope = self._scope(head)
+        exchange = Exchange(
+            self,
+            scope,
+            keep_alive=head.keep_alive,
+            has_body=self._body is not None,
+            expects_continue=head.expects_continue,
+            default_headers=self.server_state.default_headers,
+        )
+        self._exchange = exchange
+        if self._body is None:
+            self._deadline = math.inf
+        else:
+            self._expire_in(self.policy.header_seconds + _BODY_GRACE_SECONDS)
+        application: ASGIApp = self.application or self._config.loaded_app
+        task = self.loop.create_task(exchange.run(application))
+        self.server_state.tasks.add(task)
+        task.add_done_callback(self.server_state.tasks.discard)
+
+    def _take_body(self, body: BodyDecoder, exchange: Exchange) -> bool:
+        if exchange.body_full:
+            return False
+        part = body.feed(self._buffer)
+        if body.complete:
+            self._body = None
+            if not self.write_paused:
+                self._deadline = math.inf
+        if part or body.complete:
+            exchange.body_received(part, complete=body.complete)
+        return body.complete
+
+    def _scope(self, head: Head) -> Scope:
+        raw_path, _, query = head.target.partition(b"#")[0].partition(b"?")
+        root_path = self._config.root_path
+        path = raw_path.decode("ascii")
+        return {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": head.http_version,
+            "server": self._server,
+            "client": self.client,
+            "scheme": "http",
+            "method": head.method.decode("ascii"),
+            "root_path": root_path,
+            "path": root_path + (unquote(path) if "%" in path else path),
+            "raw_path": root_path.encode("ascii") + raw_path,
+            "query_string": query,
+            "headers": head.headers,
+            "state": self._state.copy(),
+            "extensions": {ON_HANG_UP: self._on_hang_up, OUTLET: self._outlet},
+        }
+
+    def _outlet(self) -> asyncio.WriteTransport | None:
+        """See `gateway.api.connection.OUTLET`."""
+        return self.transport if self._exchange is not None and self._exchange.streams_chunks else None
+
+    def _see_to_reading(self) -> None:
+        """Read, unless something waits in the buffer that cannot be taken now."""
+        if self._exchange is None:
+            wanted = not self.write_paused
+        else:
+            wanted = not self._buffer or (self._body is not None and not self._exchange.body_full)
+        if wanted != self._reading:
+            self._reading = wanted
+            if wanted:
+                self.transport.resume_reading()
+            else:
+                self.transport.pause_reading()
+
+    # Closing.
+
+    def _refuse_connection(self) -> None:
+        self.policy.count_refused_connection()
+        self._refuse(Overloaded("the gateway has as many connections as it may", retry_after=1.0))
+
+    def _refuse(self, error: GatewayError) -> None:
+        """Answer with a problem document, the connection's last response."""
+        self.policy.count_refused_request(lookup(error)[0])
+        self.write(_last_response(error, self.server_state.default_headers))
+        self._close(linger=True)
+
+    def _close(self, *, linger: bool = False) -> None:
+        """Close once all is written; `linger`: read and drop for a moment what the client still sends.
+
+        Closed with bytes unread, the kernel would reset the connection, and the client might lose the
+        response (RFC 9112, 9.6).
+        """
+        if self._closing:
+            return
+        linger = linger or bool(self._buffer) or self._body is not None
+        self._closing = True
+        self._body = None
+        self._buffer.clear()
+        if self.transport.is_closing():
+            return
+        self._unsent = self.transport.get_write_buffer_size()
+        self._expire_in(STALL_SECONDS if self._unsent else LINGER_SECONDS)
+        if not linger:
+            self.transport.close()
+            return
+        if not self._reading:
+            self._reading = True
+            self.transport.resume_reading()
+        self.transport.write_eof()
+
+    # The deadline. A timer for each state of each request would cost too much: one that fires early is set
+    # anew.
+
+    def _expire_in(self, seconds: float) -> None:
+        self._deadline = self.loop.time() + seconds
+        if self._timer is None or self._timer.when() > self._deadline:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self.loop.call_at(self._deadline, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        if self._deadline == math.inf:
+            return
+        if self.loop.time() < self._deadline:
+            self._expire_in(self._deadline - self.loop.time())
+        elif self.write_paused or self._closing:
+            self._check_stall()
+        elif self._exchange is not None:
+            self.transport.abort()  # the body has not arrived, and its application does not time it
+        else:
+            self._close()
+
+    def _check_stall(self) -> None:
+        """Let a slow reader go on for as long as it reads something."""
+        unsent = self.transport.get_write_buffer_size()
+        if not unsent or unsent >= self._unsent:
+            self.transport.abort()
+        else:
+            self._unsent = unsent
+            self._expire_in(STALL_SECONDS)
+
+
+def _last_response(error: GatewayError, default_headers: list[tuple[bytes, bytes]]) -> bytes:
+    status, title = lookup(error)
+    request_id = os.urandom(16).hex()
+    body = render_json(document(error, status, title, request_id=request_id))
+    retry = [] if error.retry_after is None else [(b"retry-after", b"%d" % math.ceil(error.retry_after))]
+    headers = [
+        *default_headers,
+        (b"content-type", b"application/problem+json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"cache-control", b"no-store"),
+        *SECURITY_HEADERS,
+        *retry,
+        (b"x-request-id", request_id.encode()),
+        (b"connection", b"close"),
+    ]
+    fields = b"".join(b"%b: %b\r\n" % header for header in headers)
+    return b"%b%b\r\n%b" % (STATUS_LINES[status], fields, body)

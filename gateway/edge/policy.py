@@ -1,0 +1,69 @@
+"""The bounds that all connections of a server share, and how many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+
+from gateway.api.ops import PROBES
+from gateway.metrics import Metrics
+from gateway.settings import Server
+
+RESERVED_CONNECTIONS = 16  # beyond the limit, for a probe each
+_PROBE_SECONDS = 1.0  # for the head of a probe, beyond the limit
+
+
+class Admission(Enum):
+    """What a new connection may do."""
+
+    ADMITTED = "admitted"
+    PROBES_ONLY = "probes only"
+    REFUSED = "refused"
+
+
+@dataclass(slots=True)
+class Policy:
+    """Bounds in seconds, bytes and counts. `probes` are the paths served beyond `max_connections`."""
+
+    header_seconds: float
+    keep_alive_seconds: float
+    max_header_bytes: int
+    max_header_count: int
+    max_connections: int
+    probes: frozenset[str] = PROBES
+    count_refused_connection: Callable[[], None] = lambda: None
+    count_refused_request: Callable[[int], None] = lambda _: None
+    connections: int = field(default=0, init=False)
+
+    def opened(self) -> Admission:
+        """Count a new connection, and return what it may do."""
+        self.connections += 1
+        beyond = self.connections - self.max_connections
+        if beyond <= 0:
+            return Admission.ADMITTED
+        return Admission.PROBES_ONLY if beyond <= RESERVED_CONNECTIONS else Admission.REFUSED
+
+    def closed(self) -> None:
+        """Count a connection that is gone."""
+        self.connections -= 1
+
+    def head_seconds(self, *, over_limit: bool) -> float:
+        """Return for how long the head of a request may take."""
+        return min(_PROBE_SECONDS, self.header_seconds) if over_limit else self.header_seconds
+
+
+def policy_of(settings: Server, metrics: Metrics, *, max_connections: int | None = None) -> Policy:
+    """Return the policy that the settings ask for; `max_connections` replaces theirs if it is given."""
+    policy = Policy(
+        header_seconds=settings.header_seconds,
+        keep_alive_seconds=settings.keep_alive_seconds,
+        max_header_bytes=settings.max_header_bytes,
+        max_header_count=settings.max_header_count,
+        max_connections=settings.max_connections if max_connections is None else max_connections,
+        probes=PROBES | {settings.root_path + path for path in PROBES},
+        count_refused_connection=metrics.http_connections_refused.inc,
+        count_refused_request=lambda status: metrics.http_requests.labels("other", "other", status).inc(),
+    )
+    metrics.http_connections.set_function(lambda: policy.connections)
+    return policy
