@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -201,10 +202,13 @@ class Line:
 
     def rest(self, *methods: str) -> list[Answer]:
         """Read until the gateway hangs up; return the responses to requests with these methods, then GET."""
+        deadline = time.monotonic() + PATIENCE_SECONDS  # of all: a stream that goes on is no end either
         try:
             with suppress(ConnectionResetError):
                 while part := self.socket.recv(65536):
                     self._received += part
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
         except TimeoutError:
             raise AssertionError(f"the connection stays open after {self._received[-300:]!r}") from None
         received, self._received = self._received, b""
