@@ -181,24 +181,28 @@ class Line:
 
     def answer(self, method: str = "GET") -> Answer:
         """Read one response, and not more."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             found = parse(self._received, method)
-            if found is not None:
-                self._received = self._received[found[1] :]
-                if found[0].status != _CONTINUE:
-                    return found[0]
-            else:
-                part = self.socket.recv(65536)
-                assert part, f"the gateway hung up after {self._received[:500]!r}"
-                self._received += part
+            if found is None:
+                self._take_more(deadline)
+                continue
+            self._received = self._received[found[1] :]
+            if found[0].status != _CONTINUE:
+                return found[0]
 
     def until(self, pattern: bytes) -> bytes:
         """Read until these bytes have come; return all that came, and keep it."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
         while pattern not in self._received:
-            part = self.socket.recv(65536)
-            assert part, f"the gateway hung up after {self._received[:500]!r}"
-            self._received += part
+            self._take_more(deadline)
         return self._received
+
+    def _take_more(self, deadline: float) -> None:
+        part = self.socket.recv(65536)
+        assert part, f"the gateway hung up after {self._received[:500]!r}"
+        assert time.monotonic() < deadline, f"no end of {self._received[:500]!r}"
+        self._received += part
 
     def rest(self, *methods: str) -> list[Answer]:
         """Read until the gateway hangs up; return the responses to requests with these methods, then GET."""
