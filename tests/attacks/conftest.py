@@ -1,0 +1,21 @@
+"""What the attacks share: a gateway to attack, once with hits answered at the edge and once without."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.harness import Gateway, Json, Simulator
+
+
+@pytest.fixture(params=["edge", "no-edge"])
+def target(
+    request: pytest.FixtureRequest, simulator: Simulator, launch: Callable[..., Gateway]
+) -> Callable[..., Gateway]:
+    """Return a function that runs a gateway, in front of the simulator unless told otherwise."""
+    edge = request.param == "edge"
+
+    def run(endpoint: str = "", *, server: Json | None = None, **sections: Any) -> Gateway:
+        return launch(endpoint or simulator.url, server={"edge": edge} | (server or {}), **sections)
+
+    return run

