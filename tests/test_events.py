@@ -235,7 +235,7 @@ def test_events_share_one_schedule(simulator: Simulator, launch: Launch) -> None
 
 def test_events_slow_reader_gets_the_newest(simulator: Simulator, launch: Launch) -> None:
     """A reader that never reads holds up nobody, and finds the newest state instead of a backlog."""
-    gate = launch(simulator.url, cache=QUICK)
+    gate = launch(simulator.url, cache=QUICK, server={"keep_alive_seconds": 60})
     big = "x" * 600_000
     steps = 24
     task = simulator.task(data={"status": "running", "progress": 0.0, "message": big})
@@ -243,7 +243,9 @@ def test_events_slow_reader_gets_the_newest(simulator: Simulator, launch: Launch
         lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # what the kernel holds is not ours
         lazy.settimeout(PATIENCE_SECONDS)
         lazy.connect(gate.address)
-        lazy.sendall(b"GET /v1/progress/%s/events HTTP/1.1\r\nhost: x\r\n\r\n" % task.encode())
+        lazy.sendall(
+            b"GET /v1/progress/%s/events HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n" % task.encode()
+        )
         until(lambda: gate.metric("watchers", kind="events") == 2, "the lazy reader is there")
         for step in range(1, steps + 1):
             simulator.script(task, status="running", progress=step / 100, message=big)

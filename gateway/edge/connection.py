@@ -5,7 +5,7 @@
     head       its empty line            header_seconds          max_header_bytes, max_header_count
     body       its end                   header_seconds + 2 s    64 KiB that the application has not taken
     answering  the response's end        the application's       64 KiB of later requests
-    ... while the client does not read   STALL_SECONDS           16 KiB, and one part of a body
+    ... while the client does not read   60 s, or less           16 KiB, and one part of a body
     idle       the next byte             keep_alive_seconds      nothing buffered
     closing    the client has closed     LINGER_SECONDS          LINGER_BYTES, read and dropped
 
@@ -39,7 +39,6 @@ from gateway.edge.policy import Admission, Policy
 from gateway.exceptions import GatewayError, Overloaded
 from gateway.models import render_json
 
-STALL_SECONDS = 60.0  # for which a client may read nothing while something is written for it
 LINGER_SECONDS = 2.0  # for which a client may go on sending after the last response
 LINGER_BYTES = 262_144
 _BODY_GRACE_SECONDS = 2.0  # an application that times the body itself answers first
@@ -159,7 +158,7 @@ class Connection(asyncio.Protocol):
         if self._drained is not None:
             self._drained.clear()
         self._unsent = self.transport.get_write_buffer_size()
-        self._expire_in(STALL_SECONDS)
+        self._expire_in(self.policy.stall_seconds)
 
     def resume_writing(self) -> None:
         """Go on: the client has read."""
@@ -380,7 +379,7 @@ class Connection(asyncio.Protocol):
         if self.transport.is_closing():
             return
         self._unsent = self.transport.get_write_buffer_size()
-        self._expire_in(STALL_SECONDS if self._unsent else LINGER_SECONDS)
+        self._expire_in(self.policy.stall_seconds if self._unsent else LINGER_SECONDS)
         if not linger:
             self.transport.close()
             return
@@ -419,7 +418,7 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
         else:
             self._unsent = unsent
-            self._expire_in(STALL_SECONDS)
+            self._expire_in(self.policy.stall_seconds)
 
 
 def _last_response(error: GatewayError, default_headers: list[tuple[bytes, bytes]]) -> bytes:

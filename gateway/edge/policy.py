@@ -11,6 +11,7 @@ from gateway.metrics import Metrics
 from gateway.settings import Server
 
 RESERVED_CONNECTIONS = 16  # beyond the limit, for a probe each
+_STALL_SECONDS = 60.0
 _PROBE_SECONDS = 1.0  # for the head of a probe, beyond the limit
 
 
@@ -47,6 +48,11 @@ class Policy:
     def closed(self) -> None:
         """Count a connection that is gone."""
         self.connections -= 1
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long a client may read nothing while something is written for it: no longer than an idle one."""
+        return min(_STALL_SECONDS, self.keep_alive_seconds)
 
     def head_seconds(self, *, over_limit: bool) -> float:
         """Return for how long the head of a request may take."""
