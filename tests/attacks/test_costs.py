@@ -180,7 +180,12 @@ def test_costs_of_callers_that_hang_up_stay_within_max_in_flight(target: Target)
     with RawUpstream(upstream_work) as upstream:
         gate = target(
             upstream.url,
-            upstream={"max_in_flight": 4, "timeout_seconds": 2, "attempt_timeout_seconds": 2, "retries": 0},
+            upstream={
+                "max_in_flight": 4,
+                "timeout_seconds": 0.6,
+                "attempt_timeout_seconds": 0.6,
+                "retries": 0,
+            },
         )
         with ExitStack() as stack:
             for number in range(60):  # four times as many as upstream can answer, and some leave
