@@ -39,7 +39,7 @@ def test_costs_of_batches_count_by_task(target: Target, simulator: Simulator) ->
     assert simulator.calls() <= allowed
 
 
-def test_costs_of_streams_count_by_task(target: Target, simulator: Simulator) -> None:
+def test_costs_of_streams_count_by_task(target: Target) -> None:
     """A stream of a hundred tasks costs them when it opens: the next request has to wait."""
     gate = target(limits={"requests_per_second": 10})
     started = time.monotonic()
