@@ -81,7 +81,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{phase:>7}: RSS {self.resident[phase] / MEGABYTE:6.1f} MiB, {self.descriptors[phase]} descriptors"
+            f"{phase:>7}: RSS {self.resident[phase] / MEGABYTE:6.1f} MiB, {self.descriptors[phase]} files"
             + (
                 f", healthy client p50 {self.percentile(phase, 50) * 1000:6.2f} ms, "
                 f"p99 {self.percentile(phase, 99) * 1000:6.2f} ms over {len(self.waits[phase])} queries"
