@@ -346,7 +346,7 @@ def test_connections_answer_one_request_at_a_time(gate: Gateway) -> None:
         line.until(b"event: progress")
         line.offer(behind)
         settle(gate)
-        assert line.offer(behind * 4) < 4 * len(behind)  # the kernel's buffers are full: nobody reads
+        assert line.offer(behind * 4) < 4 * len(behind)  # the kernel's buffers are full, and stay so
         received = line.until(b"event: progress")
     assert received.count(b"HTTP/1.1 200 OK") == 1
     until(lambda: gate.metric("watchers") == 0, "the stream has ended with its connection")

@@ -58,7 +58,7 @@ public class Ask {
 
 @dataclass
 class Seen:
-    """What came back to whom."""
+    """What came back, and which of it was not for its receiver."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     foreign: list[str] = field(default_factory=list)
