@@ -162,7 +162,7 @@ class Fuzzer:
         quiet = 0
         while quiet < _QUIET_TURNS:
             self._turn()
-            quiet = 0 if any([run.read() for run in every]) else quiet + 1
+            quiet = 0 if sum(run.read() for run in every) else quiet + 1  # each is read
         for run in every:
             run.line.socket.close()
         for number, made, runs in played:
@@ -257,7 +257,7 @@ def fuzz(gates: dict[str, Gateway], *, seed: int, numbers: range, tell: bool = F
         for begin in range(numbers.start, numbers.stop, BATCH):
             fuzzer.play(seed, range(begin, min(begin + BATCH, numbers.stop)), summary)
             summary.seconds = time.monotonic() - started
-            if tell and time.monotonic() - told > 10:  # noqa: PLR2004 - seconds between two lines
+            if tell and time.monotonic() - told > 10:
                 told = time.monotonic()
                 sys.stdout.write(f"{summary}\n")
                 sys.stdout.flush()

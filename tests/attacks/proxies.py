@@ -112,7 +112,7 @@ def caddyserver(folder: Path, upstream: str) -> Iterator[tuple[str, int]]:
 
 @contextmanager
 def haproxy(folder: Path, upstream: str) -> Iterator[tuple[str, int]]:
-    """Run HAProxy, which gives a connection to whoever asks next."""
+    """Run HAProxy, which shares its connections among clients."""
     file, port = _written(folder, _HAPROXY, upstream)
     with _running(["haproxy", "-db", "-f", str(file)], folder, port) as address:
         yield address

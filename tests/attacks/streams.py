@@ -147,7 +147,7 @@ def _mutated(data: bytes, chance: random.Random) -> bytes:
         return data[:at] + bytes((chance.randrange(256),)) + data[at + 1 :]
     if kind == 1:
         return data[:at] + data[at + 1 :]
-    if kind == 2:  # noqa: PLR2004 - the third of four kinds
+    if kind == 2:
         return data[:at] + chance.choice((b"\r", b"\n", b"\r\n", b" ", b"\x00", b":", b"\t")) + data[at:]
     end = chance.randrange(at, min(len(data), at + 40) + 1)
     return data[:end] + data[at:end] + data[end:]

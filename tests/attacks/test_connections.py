@@ -316,8 +316,8 @@ def test_connections_that_end_before_their_stream_leave_no_subscriber(
         with lines(gate, 60, receive_buffer=4096) as leaving:
             for before, line in enumerate(leaving):
                 line.offer(request("/openapi.json") * before + stream)
-            settle(gate)
-        settle(gate)
+            comes_to_rest(gate)
+        comes_to_rest(gate)
     until(lambda: gate.metric("watchers") == 0, "no subscriber is left")
     simulator.control("DELETE", "/stats")
     settle(gate)
@@ -346,7 +346,7 @@ def test_connections_answer_one_request_at_a_time(gate: Gateway) -> None:
         line.until(b"event: progress")
         line.offer(behind)
         settle(gate)
-        assert line.offer(behind * 4) < 4 * len(behind)  # the kernel's buffers are full: nobody reads
+        assert line.offer(behind * 4) < 4 * len(behind)  # the kernel's buffers are full, and stay so
         received = line.until(b"event: progress")
     assert received.count(b"HTTP/1.1 200 OK") == 1
     until(lambda: gate.metric("watchers") == 0, "the stream has ended with its connection")
@@ -421,6 +421,18 @@ def test_connections_beyond_the_bound_are_refused(target: Target, simulator: Sim
         assert "sd_gateway_http_connections 8.0" in metrics
         assert "sd_gateway_http_connections_refused_total 3.0" in metrics
     until(lambda: _answered(gate, f"/v1/progress/{task}") == 200, "connections are taken again")
+
+
+def comes_to_rest(gate: Gateway) -> None:
+    """Return when the gateway answers nothing more of what was asked."""
+    counts = [-1.0]
+
+    def rests() -> bool:
+        settle(gate)
+        counts.append(gate.metric("http_requests_total", route="/openapi.json"))
+        return len(counts) > 10 and len(set(counts[-10:])) == 1
+
+    until(rests, "the gateway comes to rest")
 
 
 def _answered(gate: Gateway, path: str) -> int:

@@ -39,17 +39,17 @@ def test_costs_of_batches_count_by_task(target: Target, simulator: Simulator) ->
     assert simulator.calls() <= allowed
 
 
-def test_costs_of_streams_count_by_task(target: Target, simulator: Simulator) -> None:
+def test_costs_of_streams_count_by_task(target: Target) -> None:
     """A stream of a hundred tasks costs them when it opens: the next request has to wait."""
-    gate = target(limits={"requests_per_second": 1})
+    gate = target(limits={"requests_per_second": 10})
+    started = time.monotonic()
     with ExitStack() as stack:
-        opened = []
-        for _ in range(3):
+        opened = 0
+        for _ in range(5):
             line = stack.enter_context(Line(gate))
             line.send(batch(100, path="/v1/events"))
-            opened.append(b" 200 OK" in line.until(b"\r\n"))
-    assert sum(opened) <= 1
-    assert simulator.calls() <= 200
+            opened += b" 200 OK" in line.until(b"\r\n")
+        assert opened * 100 <= 100 + 10 + 10 * (time.monotonic() - started)
 
 
 def test_costs_of_a_single_task_stay_one(target: Target, simulator: Simulator) -> None:
@@ -180,19 +180,22 @@ def test_costs_of_callers_that_hang_up_stay_within_max_in_flight(target: Target)
     with RawUpstream(upstream_work) as upstream:
         gate = target(
             upstream.url,
-            upstream={"max_in_flight": 4, "timeout_seconds": 2, "attempt_timeout_seconds": 2, "retries": 0},
+            upstream={
+                "max_in_flight": 4,
+                "timeout_seconds": 0.6,
+                "attempt_timeout_seconds": 0.6,
+                "retries": 0,
+            },
         )
         with ExitStack() as stack:
-            for number in range(120):
-                line = stack.enter_context(Line(gate))
-                line.send(query(fresh_id()))
-                if number % 3 == 0:
-                    line.socket.close()
-            settle(gate)
-            for line_number in range(2):
-                with Line(gate) as line:
-                    line.send(query(f"late-{line_number}"))
-                    assert line.answer().status in {200, 503, 504}
+            for number in range(60):  # four times as many as upstream can answer, and some leave
+                seen = len(upstream.requests)
+                asking = [stack.enter_context(Line(gate)) for _ in range(4)]
+                for line in asking:
+                    line.send(query(fresh_id()))
+                settle(gate)
+                asking[number % 4].socket.close()
+                until(lambda seen=seen: len(upstream.requests) > seen, "upstream is asked")
             until(lambda: gate.metric("upstream_in_flight") == 0, "all is answered or given up")
     assert upstream_work.most <= 4
 

@@ -58,7 +58,7 @@ public class Ask {
 
 @dataclass
 class Seen:
-    """What came back to whom."""
+    """What came back, and which of it was not for its receiver."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     foreign: list[str] = field(default_factory=list)
@@ -120,7 +120,7 @@ def attack(address: tuple[str, int], number: int, seen: Seen) -> None:
 
 
 def suffer(address: tuple[str, int], name: str, done: threading.Event, seen: Seen) -> int:
-    """Ask for one's own tasks, each another one, until the attack is over; return how often it was answered."""
+    """Ask for tasks of its own until the attack is over; return how often it was answered."""
     number = answered = 0
     while not done.is_set():
         with suppress(ConnectionError), Line(address) as line:

@@ -1,0 +1,254 @@
+"""A siege: attackers of every kind at once against `sd-gateway serve`, and a healthy client beside them.
+
+    python -m tests.attacks.siege                             # 200 of each kind, for 60 seconds
+    python -m tests.attacks.siege --attackers 20 --seconds 5 --kinds trailers,silent
+
+It prints the gateway's memory and descriptors before, during and after, what the healthy client waits before
+and during, and how many connections each kind of attacker was able to open. The upstream, the attackers and
+the gateway are processes of their own; all of it stays on 127.0.0.1. An attacker sends a few KB ten times a
+second at most, and comes again when it is given up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.attacks.wire import request
+from tests.harness import KEY, SECRET, Gateway, Process, plain_client, until
+
+TASK = "besieged"
+PAUSE_SECONDS = 0.1
+HEALTHY_PER_SECOND = 50
+MEGABYTE = 1_048_576
+_CHUNKED = request("/nothing", "Transfer-Encoding: chunked", method="POST")
+_STREAM = request(f"/v1/events?taskId={TASK}")
+_OK = b" 200 "
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What an attacker sends first, and again and again; and whether it reads."""
+
+    first: bytes = b""
+    again: bytes = b""
+    reads: bool = True
+    leaves: bool = False
+
+
+KINDS = {
+    "silent": Kind(),
+    "slow-head": Kind(b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: ", b"a"),
+    "slow-body": Kind(request("/scc/sd_get_progress", "Content-Length: 60000", method="POST"), b" "),
+    "trailers": Kind(_CHUNKED + b"0\r\n", b"a: b\r\n" * 700),
+    "endless-trailer": Kind(_CHUNKED + b"0\r\na: ", b"b" * 4096),
+    "endless-extension": Kind(_CHUNKED + b"1;", b"b" * 4096),
+    "pipelined-behind-a-stream": Kind(_STREAM, request("/openapi.json") * 100, reads=False),
+    "byte-after-answer": Kind(request("/healthz", "Content-Length: 10"), b"x"),
+    "many-fields": Kind(request(f"/v1/events?taskId={TASK}", *[b"a:"] * 6_500), b""),
+    "unread-answers": Kind(request("/openapi.json") * 20 + _STREAM, b"", reads=False, leaves=True),
+    "empty-lines": Kind(b"", b"\r\n"),
+    "http10-stream": Kind(request(f"/v1/events?taskId={TASK}", version="1.0"), b""),
+}
+
+
+@dataclass
+class Report:
+    """What a siege has shown. Bytes, seconds."""
+
+    resident: dict[str, int] = field(default_factory=dict)
+    descriptors: dict[str, int] = field(default_factory=dict)
+    waits: dict[str, list[float]] = field(default_factory=dict)
+    failures: int = 0
+    opened: dict[str, int] = field(default_factory=dict)
+    connections_after: float = 0.0
+    watchers_after: float = 0.0
+
+    def percentile(self, phase: str, percent: int) -> float:
+        """Return what the healthy client waited, in seconds."""
+        return statistics.quantiles(self.waits[phase], n=100)[percent - 1]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{phase:>7}: RSS {self.resident[phase] / MEGABYTE:6.1f} MiB, {self.descriptors[phase]} files"
+            + (
+                f", healthy client p50 {self.percentile(phase, 50) * 1000:6.2f} ms, "
+                f"p99 {self.percentile(phase, 99) * 1000:6.2f} ms over {len(self.waits[phase])} queries"
+                if phase in self.waits
+                else ""
+            )
+            for phase in self.resident
+        ]
+        lines.append(f"failed queries of the healthy client: {self.failures}")
+        lines.append(
+            f"connections after: {self.connections_after:g}, subscribers after: {self.watchers_after:g}"
+        )
+        lines.append(
+            "connections opened: " + ", ".join(f"{kind} {count}" for kind, count in self.opened.items())
+        )
+        return "\n".join(lines)
+
+
+def besiege(*, attackers: int, seconds: float, kinds: Sequence[str], folder: Path) -> Report:
+    """Run a siege with so many attackers of each of these kinds; return what it has shown."""
+    report = Report()
+    with Process("simulate", "--port", "0", "--key", KEY, "--secret", SECRET, cwd=folder) as simulator:
+        upstream = simulator.says(r"(http://[0-9.]+:\d+)")
+        with plain_client(upstream) as control:
+            life = {"waitingSeconds": 0, "runningSeconds": 3600}
+            control.post("/_simulator/tasks", json={"taskId": TASK, "life": life}).raise_for_status()
+        env = {
+            "SD_GATEWAY_SERVER__PORT": "0",
+            "SD_GATEWAY_SERVER__TRUSTED_HOSTS": "*",
+            "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
+            "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
+            "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream,
+        }
+        with Process("serve", cwd=folder, env=env) as process:
+            url = process.says(r'"url": "(http://[^"]+)"')
+            with plain_client(url) as client:
+                _play(report, process, Gateway(client), attackers=attackers, seconds=seconds, kinds=kinds)
+    return report
+
+
+def _play(
+    report: Report, process: Process, gate: Gateway, *, attackers: int, seconds: float, kinds: Sequence[str]
+) -> None:
+    host, port = gate.address
+
+    def look(phase: str) -> None:
+        report.resident[phase] = process.resident_bytes()
+        report.descriptors[phase] = len(list(Path(f"/proc/{process._process.pid}/fd").iterdir()))
+
+    asyncio.run(_healthy(host, port, 1.0, []))  # warms both up
+    report.waits["before"] = []
+    report.failures += asyncio.run(_healthy(host, port, max(2.0, seconds / 6), report.waits["before"]))
+    look("before")
+    command = [sys.executable, "-m", "tests.attacks.siege", "--crowd", str(port)]
+    command += ["--attackers", str(attackers), "--seconds", str(seconds), "--kinds", ",".join(kinds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as crowd:
+        try:
+            report.waits["during"] = []
+            most = 0
+            halves = 4
+            for _ in range(halves):
+                report.failures += asyncio.run(_healthy(host, port, seconds / halves, report.waits["during"]))
+                most = max(most, process.resident_bytes())
+                look("during")
+            report.resident["during"] = most
+            said, _ = crowd.communicate()
+        finally:
+            crowd.kill()
+    report.opened = json.loads(said)
+    with suppress(AssertionError):
+        until(lambda: gate.metric("watchers") == 0, "all have left")
+    report.watchers_after = gate.metric("watchers")
+    report.connections_after = gate.metric("http_connections")
+    look("after")
+
+
+async def _healthy(host: str, port: int, seconds: float, waits: list[float]) -> int:
+    """Ask for a task so often a second; note how late each answer came, and return how many failed."""
+    failures = 0
+    reader, writer = await asyncio.open_connection(host, port)
+    asked = request(f"/v1/progress/{TASK}")
+    start = time.perf_counter()
+    for number in range(int(seconds * HEALTHY_PER_SECOND)):
+        due = start + number / HEALTHY_PER_SECOND
+        await asyncio.sleep(max(0.0, due - time.perf_counter()))
+        sent = time.perf_counter()
+        try:
+            writer.write(asked)
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
+            await reader.readexactly(length)
+            failures += _OK not in head.partition(b"\r\n")[0]
+        except (OSError, EOFError, ValueError):
+            failures += 1
+            writer.close()
+            reader, writer = await asyncio.open_connection(host, port)
+        waits.append(time.perf_counter() - sent)
+    writer.close()
+    return failures
+
+
+# The crowd, which is a process of its own
+
+
+async def _crowd(port: int, *, attackers: int, seconds: float, kinds: Sequence[str]) -> dict[str, int]:
+    opened = dict.fromkeys(kinds, 0)
+
+    async def attack(name: str, number: int) -> None:
+        await asyncio.sleep(PAUSE_SECONDS * number / attackers)
+        while True:
+            with suppress(OSError, asyncio.LimitOverrunError):
+                await _attack_once(port, KINDS[name], lambda: opened.update({name: opened[name] + 1}))
+            await asyncio.sleep(PAUSE_SECONDS * 5)
+
+    tasks: list[Awaitable[None]] = [
+        asyncio.ensure_future(attack(name, number)) for name in kinds for number in range(attackers)
+    ]
+    await asyncio.wait([asyncio.ensure_future(task) for task in tasks], timeout=seconds)
+    for task in asyncio.all_tasks() - {asyncio.current_task()}:
+        task.cancel()
+    return opened
+
+
+async def _attack_once(port: int, kind: Kind, opened: Callable[[], None]) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=16_384)
+    opened()
+    try:
+        writer.write(kind.first)
+        for _ in range(10 if kind.leaves else 1_000_000):
+            if writer.transport.get_write_buffer_size() < MEGABYTE // 4:  # it takes no more: wait
+                writer.write(kind.again)
+            if not kind.reads:
+                await asyncio.sleep(PAUSE_SECONDS)
+                if writer.is_closing():
+                    return
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PAUSE_SECONDS):
+                    if not await reader.read(65536):
+                        return
+                await asyncio.sleep(PAUSE_SECONDS)
+    finally:
+        writer.transport.abort()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a siege from a command line."""
+    parser = argparse.ArgumentParser(description="Attackers of every kind at once, and a healthy client.")
+    parser.add_argument("--attackers", type=int, default=200, help="of each kind (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60, help="how long (default: %(default)s)")
+    parser.add_argument("--kinds", default=",".join(KINDS), help="default: %(default)s")
+    parser.add_argument("--crowd", type=int, default=0, help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    kinds = given.kinds.split(",")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if given.crowd:
+        opened = asyncio.run(
+            _crowd(given.crowd, attackers=given.attackers, seconds=given.seconds, kinds=kinds)
+        )
+        sys.stdout.write(json.dumps(opened))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        report = besiege(attackers=given.attackers, seconds=given.seconds, kinds=kinds, folder=Path(folder))
+    sys.stdout.write(f"{len(kinds)} kinds, {given.attackers} of each, {given.seconds:g} s\n{report}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

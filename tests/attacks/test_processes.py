@@ -1,0 +1,216 @@
+"""What attacks cost the process: memory, descriptors, threads. Each has a gateway of its own."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.attacks.wire import Line, lines, request, settle
+from tests.harness import COMMAND, KEY, SECRET, Gateway, Process, Simulator, free_port, plain_client, until
+
+MEGABYTE = 1_048_576
+CHUNKED = request("/nothing", "Transfer-Encoding: chunked", method="POST")
+STREAM = request("/v1/events?taskId=own-task")
+
+
+@contextmanager
+def serving(
+    folder: Path, upstream: str, *, descriptors: str = "", **settings: str
+) -> Iterator[tuple[Process, Gateway]]:
+    """Run `sd-gateway serve` with these settings, and with these limits of descriptors, SOFT:HARD."""
+    env = {
+        "SD_GATEWAY_SERVER__PORT": "0",
+        "SD_GATEWAY_SERVER__TRUSTED_HOSTS": "*",
+        "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
+        "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
+        "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream,
+    } | {f"SD_GATEWAY_{name}": value for name, value in settings.items()}
+    if descriptors:
+        command = (f"--nofile={descriptors}", str(COMMAND), "serve")
+        started = Process(*command, cwd=folder, env=env, program=Path(shutil.which("prlimit") or "prlimit"))
+    else:
+        started = Process("serve", cwd=folder, env=env)
+    with started as process:
+        url = process.says(r'"url": "(http://[^"]+)"')
+        with plain_client(url) as client:
+            yield process, Gateway(client)
+
+
+def threads(process: Process) -> int:
+    """Return how many threads a process has."""
+    status = Path(f"/proc/{process._process.pid}/status").read_text()
+    return int(status.partition("Threads:")[2].split()[0])
+
+
+def warmed(process: Process, gate: Gateway) -> int:
+    """Return the memory of a gateway that has answered a little."""
+    for path in ("/openapi.json", "/healthz", "/nothing", "/v1/progress/own-task", "/metrics"):
+        gate.client.get(path)
+    with Line(gate) as line:
+        line.send(STREAM)
+        line.until(b"event: progress")
+    return process.resident_bytes()
+
+
+@pytest.fixture(params=["true", "false"], ids=["edge", "no-edge"])
+def edge(request: pytest.FixtureRequest) -> str:
+    """Return the value of server.edge."""
+    value: str = request.param
+    return value
+
+
+@pytest.mark.parametrize("trailers", [b"a: b\r\n" * 10_000, b"a" * 60_000], ids=["many", "endless"])
+def test_processes_hold_no_trailers(simulator: Simulator, tmp_path: Path, edge: str, trailers: bytes) -> None:
+    """Ten clients that send trailers without end, 3 MB each, cost next to nothing."""
+    simulator.task("own-task")
+    with serving(tmp_path, simulator.url, SERVER__EDGE=edge) as (process, gate):
+        before = warmed(process, gate)
+        with lines(gate, 10) as attackers:
+            for attacker in attackers:
+                attacker.send(CHUNKED + b"0\r\n")
+            for _ in range(50):
+                for attacker in attackers:
+                    attacker.offer(trailers)
+                settle(gate)
+            assert process.resident_bytes() - before < 8 * MEGABYTE
+        assert gate.client.get("/healthz").status_code == 200
+
+
+def test_processes_hold_no_pipelined_requests(simulator: Simulator, tmp_path: Path, edge: str) -> None:
+    """250 KB of requests behind a stream are not read: 64 KB are, and forgotten with the connection."""
+    simulator.task("own-task")
+    pipelined = request("/v1/progress/own-task") * 5_000
+    with serving(tmp_path, simulator.url, SERVER__EDGE=edge) as (process, gate):
+        before = warmed(process, gate)
+        with lines(gate, 10) as attackers:
+            for attacker in attackers:
+                attacker.send(STREAM)
+                attacker.until(b"event: progress")
+            for attacker in attackers:
+                attacker.offer(pipelined)
+            for _ in range(3):
+                settle(gate)
+            assert process.resident_bytes() - before < 10 * 65_536 + 6 * MEGABYTE
+        until(lambda: gate.metric("watchers") == 0, "the streams have ended")
+
+
+def test_processes_hold_no_heads(simulator: Simulator, tmp_path: Path, edge: str) -> None:
+    """A stream keeps none of its request's headers, however many it may have."""
+    simulator.task("own-task")
+    fields = [b"X-%d: %s" % (number, b"a" * 300) for number in range(90)]  # 27 KB, within the bounds
+    with serving(tmp_path, simulator.url, SERVER__EDGE=edge) as (process, gate):
+        before = warmed(process, gate)
+        with lines(gate, 200) as streams:
+            for stream in streams:
+                stream.send(request("/v1/events?taskId=own-task", *fields))
+            for stream in streams:
+                stream.until(b"event: progress")
+            grown = process.resident_bytes() - before
+        assert grown / 200 < 32_768
+
+
+def test_processes_keep_nothing_of_who_has_left(simulator: Simulator, tmp_path: Path, edge: str) -> None:
+    """Hundreds of connections in every state leave neither descriptor nor subscriber behind."""
+    simulator.task("own-task")
+    states = (
+        b"",
+        b"GET",
+        CHUNKED,
+        CHUNKED + b"5\r\nab",
+        CHUNKED + b"0\r\nX",
+        STREAM,
+        request() * 50,
+        request(),
+    )
+    with serving(tmp_path, simulator.url, SERVER__EDGE=edge) as (process, gate):
+        warmed(process, gate)
+        folder = Path(f"/proc/{process._process.pid}/fd")
+        before = len(list(folder.iterdir()))
+        with lines(gate, 200) as attackers:
+            for number, attacker in enumerate(attackers):
+                attacker.offer(states[number % len(states)])
+            settle(gate)
+        until(lambda: len(list(folder.iterdir())) <= before + 2, "their descriptors are closed")
+        until(lambda: gate.metric("watchers") == 0, "their streams are closed")
+
+
+# Descriptors
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="there is no prlimit here")
+def test_processes_raise_their_limit_of_descriptors(simulator: Simulator, tmp_path: Path) -> None:
+    """The soft limit becomes the hard one at the start, and the log says so."""
+    with serving(tmp_path, simulator.url, descriptors="128:4000") as (process, _):
+        limits = Path(f"/proc/{process._process.pid}/limits").read_text()
+        (row,) = [line for line in limits.splitlines() if line.startswith("Max open files")]
+        assert row.split()[3:5] == ["4000", "4000"]
+        assert "4000" in process.output
+
+
+@pytest.mark.skipif(shutil.which("prlimit") is None, reason="there is no prlimit here")
+def test_processes_out_of_descriptors_answer_probes(simulator: Simulator, tmp_path: Path) -> None:
+    """With every descriptor taken, /healthz is answered, the log has a line, and it recovers by itself."""
+    with serving(tmp_path, simulator.url, descriptors="96:96") as (process, gate), ExitStack() as stack:
+        gate.client.close()
+        for _ in range(200):
+            stack.enter_context(Line(gate))
+        for _ in range(5):
+            with Line(gate) as probe:
+                probe.socket.sendall(request("/healthz"))
+                assert probe.answer().status == 200
+        stack.close()
+
+        def recovered() -> bool:
+            with Line(gate) as line:
+                line.socket.sendall(request("/openapi.json"))
+                return line.answer().status == 200
+
+        until(recovered, "connections are taken again")
+        process.signal()
+        assert process.exit_status() == 0
+    assert process.output.count("Traceback") == 0
+    told = [
+        line for line in process.lines if "descriptor" in line or "EMFILE" in line or "open files" in line
+    ]
+    assert 1 <= len(told) <= 4, process.output
+
+
+# The metrics port
+
+
+def test_processes_serve_metrics_to_whom_asks(simulator: Simulator, tmp_path: Path) -> None:
+    """Silent connections to the metrics port cost no thread, are given up, and scrapes go on."""
+    port = free_port()
+    settings = {"SERVER__METRICS_PORT": str(port), "SERVER__HEADER_SECONDS": "0.5"}
+    with serving(tmp_path, simulator.url, **settings) as (process, gate):
+        gate.client.get("/healthz")
+        address = "127.0.0.1", port
+        before = threads(process)
+        with ExitStack() as stack:
+            silent = [stack.enter_context(Line(address)) for _ in range(60)]
+            for number, line in enumerate(silent):
+                line.offer((b"", b"GET /metrics HTTP/1.1\r\n", b"\r\n")[number % 3])
+            with Line(address) as scraper:
+                scraper.send(request("/metrics"))
+                answer = scraper.answer()
+                assert (answer.status, b"sd_gateway_build_info" in answer.body) == (200, True)
+                assert threads(process) <= before + 1
+            for line in silent:
+                assert {answer.status for answer in line.rest()} <= {400, 408}
+
+
+@pytest.mark.parametrize(
+    "sent", [b"GET /metrics HTTP/1.1\r\n" + b"a:\r\n" * 6_500 + b"\r\n", b"garbage\r\n\r\n"]
+)
+def test_processes_bound_the_metrics_port(simulator: Simulator, tmp_path: Path, sent: bytes) -> None:
+    """The metrics port has the bounds of the other one."""
+    port = free_port()
+    with serving(tmp_path, simulator.url, SERVER__METRICS_PORT=str(port)) as (_, gate):
+        gate.client.get("/healthz")
+        with Line(("127.0.0.1", port)) as line:
+            line.send(sent)
+            answers = line.rest()
+            assert [answer.status in {400, 431} for answer in answers] == [True]
+            assert answers[0].header("content-type") == "application/problem+json"
