@@ -26,8 +26,6 @@ from gateway.edge.policy import policy_of
 from gateway.settings import Settings
 
 _BACKLOG = 8192
-_RECEIVE_BUFFER = 32_768  # bytes; Linux doubles it for its own bookkeeping
-_SEND_BUFFER = 65_536
 
 log = structlog.get_logger(__name__)
 
@@ -163,11 +161,6 @@ def _listening(host: str, port: int, *, backlog: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit both. What a client has sent, and what it does not read, takes the kernel's
-        # memory, which counts against the container's limit: by itself the kernel would go up to some 6 MB
-        # each.
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         listener.bind((host, port))
         listener.listen(backlog)
     except OSError as exc:

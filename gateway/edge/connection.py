@@ -107,6 +107,7 @@ class Connection(asyncio.Protocol):
         """Begin to wait for a first request; beyond the limit, for a probe or to refuse."""
         self.transport: asyncio.Transport = transport  # type: ignore[assignment]  # it is one
         self.transport.set_write_buffer_limits(high=_WRITE_BUFFER)
+        self.policy.bound_socket(self.transport.get_extra_info("socket"))
         self.client: tuple[str, int] | None = get_remote_addr(self.transport)
         self._server = get_local_addr(self.transport)
         self.server_state.connections.add(self)  # type: ignore[arg-type]  # uvicorn names its own protocols
