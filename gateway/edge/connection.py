@@ -34,7 +34,15 @@ from gateway.api.connection import ON_HANG_UP, OUTLET
 from gateway.api.problems import INTERNAL, document, lookup
 from gateway.api.requests import SECURITY_HEADERS
 from gateway.edge.exchange import STATUS_LINES, Exchange
-from gateway.edge.framing import BadRequest, BodyDecoder, Head, body_of, end_of_head, parse_head
+from gateway.edge.framing import (
+    BadRequest,
+    BodyDecoder,
+    DiscardedBody,
+    Head,
+    body_of,
+    end_of_head,
+    parse_head,
+)
 from gateway.edge.policy import Admission, Policy
 from gateway.exceptions import GatewayError, Overloaded
 from gateway.models import render_json
@@ -52,6 +60,7 @@ class Connection(asyncio.Protocol):
     application: ASGIApp | None = None
 
     __slots__ = (
+        "_bodiless",  # the request that is parsed is a HEAD
         "_body",  # the decoder of the body that is arriving
         "_buffer",  # received, and not parsed
         "_closing",
@@ -98,8 +107,8 @@ class Connection(asyncio.Protocol):
         self._deadline = math.inf
         self._drained: asyncio.Event | None = None
         self._reading = True
-        self._closing = self._in_head = self._over_limit = self._processing = self._shutting_down = False
-        self.write_paused = False
+        self._bodiless = self._closing = self._in_head = self._over_limit = False
+        self._processing = self._shutting_down = self.write_paused = False
 
     # Called by the event loop.
 
@@ -189,7 +198,7 @@ class Connection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         """See `Peer.write`."""
-        if not self.transport.is_closing():
+        if not self._closing and not self.transport.is_closing():
             self.transport.write(data)
 
     async def drain(self) -> None:
@@ -238,7 +247,13 @@ class Connection(asyncio.Protocol):
             while not self._closing and self._take():
                 pass
         except BadRequest as exc:
-            self._refuse(exc.error)
+            if self._exchange is None:
+                self._refuse(exc.error)
+            else:
+                # The application decides: one that does not want the body answers as if it were whole,
+                # however the bytes were cut.
+                self._body = DiscardedBody()
+                self._exchange.body_failed(exc.error)
         finally:
             self._processing = False
         if not self._closing:
@@ -261,6 +276,7 @@ class Connection(asyncio.Protocol):
             if not self._in_head:
                 self._expire_in(self.policy.keep_alive_seconds)
             return False
+        self._bodiless = buffer.startswith(b"HEAD ")
         length = end_of_head(buffer, self._scanned, max_bytes=self.policy.max_header_bytes)
         if not length:
             self._scanned = len(buffer)
@@ -360,9 +376,10 @@ class Connection(asyncio.Protocol):
         self._refuse(Overloaded("the gateway has as many connections as it may", retry_after=1.0))
 
     def _refuse(self, error: GatewayError) -> None:
-        """Answer with a problem document, the connection's last response."""
+        """Answer with a problem document, the connection's last response; to HEAD without its body."""
         self.policy.count_refused_request(lookup(error)[0])
-        self.write(_last_response(error, self.server_state.default_headers))
+        head, body = _last_response(error, self.server_state.default_headers)
+        self.write(head if self._bodiless else head + body)
         self._close(linger=True)
 
     def _close(self, *, linger: bool = False) -> None:
@@ -422,7 +439,7 @@ class Connection(asyncio.Protocol):
             self._expire_in(self.policy.stall_seconds)
 
 
-def _last_response(error: GatewayError, default_headers: list[tuple[bytes, bytes]]) -> bytes:
+def _last_response(error: GatewayError, default_headers: list[tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
     status, title = lookup(error)
     request_id = os.urandom(16).hex()
     body = render_json(document(error, status, title, request_id=request_id))
@@ -438,4 +455,4 @@ def _last_response(error: GatewayError, default_headers: list[tuple[bytes, bytes
         (b"connection", b"close"),
     ]
     fields = b"".join(b"%b: %b\r\n" % header for header in headers)
-    return b"%b%b\r\n%b" % (STATUS_LINES[status], fields, body)
+    return b"%b%b\r\n" % (STATUS_LINES[status], fields), body

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Sequence
+from copy import copy
 from http import HTTPStatus
 from typing import Protocol
 
@@ -19,6 +20,7 @@ import structlog
 from starlette.types import ASGIApp, Message, Scope
 
 from gateway.api.connection import chunk
+from gateway.exceptions import GatewayError
 
 MAX_BUFFERED_BODY = 65_536  # bytes of a body that the application has not taken yet
 
@@ -65,6 +67,7 @@ class Exchange:
     __slots__ = (
         "_body",
         "_body_complete",
+        "_body_error",
         "_chunked",
         "_default_headers",
         "_delivered",
@@ -105,6 +108,7 @@ class Exchange:
         self._expects_continue = expects_continue and has_body
         self._body = bytearray()
         self._body_complete = not has_body
+        self._body_error: GatewayError | None = None
         self._delivered = not has_body  # to its end
         self._empty_due = not has_body  # the one empty message that an application gets for no body
         self._waiter: asyncio.Future[None] | None = None
@@ -123,6 +127,11 @@ class Exchange:
         if not self.complete:
             self._body += part
             self._wake()
+
+    def body_failed(self, error: GatewayError) -> None:
+        """Note that the body is broken: an application that wants it gets the error instead."""
+        self._body_error = error
+        self._wake()
 
     def disconnect(self) -> None:
         """Note that the client is gone; what the application still sends is lost."""
@@ -143,8 +152,13 @@ class Exchange:
                 self._peer.response_complete(failed=True)
 
     async def receive(self) -> Message:
-        """Return the next part of the body, or wait for the disconnect (ASGI)."""
+        """Return the next part of the body, or wait for the disconnect (ASGI).
+
+        Raises: GatewayError, a new one each time, where the body is broken.
+        """
         while not self.disconnected and not self.complete:
+            if self._body_error is not None:
+                raise copy(self._body_error)
             if self._body or self._empty_due or (self._body_complete and not self._delivered):
                 body = bytes(self._body)
                 self._body.clear()

@@ -206,6 +206,17 @@ def body_of(head: Head, *, max_overhead: int) -> BodyDecoder | None:
     return _LengthBody(head.content_length) if head.content_length else None
 
 
+class DiscardedBody:
+    """What follows a body that is broken: no end can be told."""
+
+    complete = False
+
+    def feed(self, buffer: bytearray) -> bytes:
+        """Drop all that has come."""
+        buffer.clear()
+        return b""
+
+
 class _LengthBody:
     """A body of a known length."""
 
