@@ -39,7 +39,7 @@ _SETTINGS = {
 _VOLATILE = frozenset({"date", "age"})
 _SECONDS = re.compile(r"(?<=ttl=)-?\d+|(?<=max-age=)\d+")
 _MADE_ID = re.compile(r"[0-9a-f]{32}")
-_CONTINUE = 100
+_CONTINUE, _REFUSED = 100, 400
 _QUIET_TURNS = 2
 
 
@@ -100,6 +100,14 @@ class Run:
                 if found is None:
                     fault = f"half an answer: {rest[:200]!r}"
                     break
+                if (
+                    method == "HEAD"
+                    and found[0].status == _REFUSED
+                    and found[0].closes
+                    and found[1] < len(rest)
+                ):
+                    # A head that could not be read was refused, and with it its method: the refusal has a body.
+                    found = parse(rest, ended=self.ended) or found
                 answer, size = found
                 rest = rest[size:]
                 if answer.status != _CONTINUE:
