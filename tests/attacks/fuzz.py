@@ -27,7 +27,7 @@ import structlog
 
 from tests.attacks.streams import TASKS, Stream, stream
 from tests.attacks.wire import Answer, Line, MalformedAnswer, parse
-from tests.harness import Gateway, RawUpstream, gateway, well
+from tests.harness import Gateway, RawUpstream, gateway, reset, well
 
 BATCH = 40  # streams that are under way at once
 _SETTINGS = {
@@ -36,10 +36,11 @@ _SETTINGS = {
     "cache": {"running_seconds": 86_400, "error_seconds": 86_400},
     "upstream": {"timeout_seconds": 600, "attempt_timeout_seconds": 300},
 }
-_VOLATILE = frozenset({"date", "age"})
-_SECONDS = re.compile(r"(?<=ttl=)-?\d+|(?<=max-age=)\d+")
+# Cache-Status: a task whose name was broken is a miss for the stream that asks first, and then a hit.
+_VOLATILE = frozenset({"date", "age", "cache-status"})
+_SECONDS = re.compile(r"(?<=max-age=)\d+")
 _MADE_ID = re.compile(r"[0-9a-f]{32}")
-_CONTINUE = 100
+_CONTINUE, _REFUSED = 100, 400
 _QUIET_TURNS = 2
 
 
@@ -100,6 +101,10 @@ class Run:
                 if found is None:
                     fault = f"half an answer: {rest[:200]!r}"
                     break
+                refused = found[0].status == _REFUSED and found[0].closes
+                if method == "HEAD" and refused and found[1] < len(rest):
+                    # The head could not be read, and so neither its method: the refusal has a body.
+                    found = parse(rest, ended=self.ended) or found
                 answer, size = found
                 rest = rest[size:]
                 if answer.status != _CONTINUE:
@@ -162,11 +167,16 @@ class Fuzzer:
         quiet = 0
         while quiet < _QUIET_TURNS:
             self._turn()
-            quiet = 0 if sum(run.read() for run in every) else quiet + 1  # each is read
+            news = sum(run.read() for run in every)  # each is read
+            quiet = 0 if news or (quiet and self._asking()) else quiet + 1
         for run in every:
-            run.line.socket.close()
+            reset(run.line.socket)  # a port that waits for late segments could not be used again
         for number, made, runs in played:
             _judge(seed, number, made, runs, summary)
+
+    def _asking(self) -> bool:
+        """Tell whether a gateway waits for its upstream: a task's name was broken, and is new."""
+        return any(gate.metric("upstream_in_flight") for gate in self._gates.values())
 
     def _turn(self) -> None:
         """Let both event loops take what was sent."""
@@ -203,7 +213,7 @@ def _comparable(answer: Answer) -> tuple[int, tuple[tuple[str, str], ...], bytes
         elif name == "x-request-id" and _MADE_ID.fullmatch(value):
             body = body.replace(value.encode(), b"MADE")
             headers.append((name, "MADE"))
-        elif name in {"cache-control", "cache-status"}:
+        elif name == "cache-control":
             headers.append((name, _SECONDS.sub("N", value)))
         else:
             headers.append((name, value))

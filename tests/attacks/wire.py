@@ -29,6 +29,7 @@ _NO_BODY = frozenset({204, 304})
 _CONTINUE, _OK = 100, 200
 _ESTABLISHED_ROWS = ("/proc/net/tcp", "/proc/net/tcp6")
 _NO_INODE = "0"
+_BIND_ADDRESS_NO_PORT = 24  # <linux/in.h>: Python 3.11 has no name for it
 
 
 class MalformedAnswer(AssertionError):
@@ -130,16 +131,17 @@ class Line:
     `receive_buffer` bounds what the kernel takes for a reader that does not read, in bytes.
     """
 
-    def __init__(
-        self, gate: Gateway | tuple[str, int], *, source: str = "127.0.0.1", receive_buffer: int = 0
-    ) -> None:
+    def __init__(self, gate: Gateway | tuple[str, int], *, source: str = "", receive_buffer: int = 0) -> None:
         self._address = gate.address if isinstance(gate, Gateway) else gate
         self.socket = socket.socket()
         if receive_buffer:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.settimeout(PATIENCE_SECONDS)
-        self.socket.bind((source, 0))
+        if source:
+            # The port is chosen when the other end is known: it may be one that is used to another end.
+            self.socket.setsockopt(socket.IPPROTO_IP, _BIND_ADDRESS_NO_PORT, 1)
+            self.socket.bind((source, 0))
         self.socket.connect(self._address)
         self._own_port = self.socket.getsockname()[1]
         self._received = b""
