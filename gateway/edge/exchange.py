@@ -140,6 +140,8 @@ class Exchange:
 
     async def run(self, app: ASGIApp) -> None:
         """Run the application; a response that it leaves unfinished closes the connection."""
+        if self.disconnected:
+            return  # nothing would tell the application any more that the client is gone
         try:
             await app(self.scope, self.receive, self.send)
         except asyncio.CancelledError:
