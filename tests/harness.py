@@ -547,6 +547,7 @@ def serving(cwd: Path, env: Mapping[str, str]) -> Iterator[tuple[Process, Gatewa
     """Run `sd-gateway serve` with these variables; give the process, once it listens, and a gateway."""
     variables = {
         "SD_GATEWAY_SERVER__PORT": "0",
+        "SD_GATEWAY_SERVER__TRUSTED_HOSTS": "*",
         "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
         "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
     }

@@ -25,6 +25,7 @@ from uvicorn.server import ServerState
 import gateway
 from gateway.api.answers import HEADER_NAMES, answer
 from gateway.api.ratelimit import RateLimiter
+from gateway.api.requests import SECURITY_HEADERS
 from gateway.app import create_app
 from gateway.edge import edge_protocol
 from gateway.edge.answering import TESTED, AnsweringProtocol
@@ -57,7 +58,8 @@ def wire(reading: Reading, known: str | None) -> bytes:
     """Return what a reading is answered with, put together anew."""
     status, values, body = answer(reading, known)
     lines = [b"HTTP/1.1 " + {200: b"200 OK", 304: b"304 Not Modified"}[status], b"server: 100 %d"]
-    lines += [b"%b: %b" % pair for pair in zip(HEADER_NAMES[status], values, strict=True)]
+    pairs = [*zip(HEADER_NAMES[status], values, strict=True), *SECURITY_HEADERS]
+    lines += [b"%b: %b" % pair for pair in pairs]
     return b"\r\n".join([*lines, b"x-request-id: mine", b"", body])
 
 
@@ -270,7 +272,7 @@ async def test_hits_take_no_task_no_json_and_few_calls(
     """On a hit nothing is encoded, few functions are called, and no task is made but the application's."""
     settings = Settings.model_validate(
         {
-            "server": {"edge": edge},
+            "server": {"edge": edge, "trusted_hosts": ["*"]},
             "cache": {"running_seconds": 3000},
             "upstream": {"endpoint": upstream.url},
             "credentials": {"access_key": "k", "secret_key": "s"},
