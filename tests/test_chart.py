@@ -333,7 +333,7 @@ def test_chart_hashes_by_the_part_of_the_path_that_is_the_task() -> None:
 
 
 def test_chart_serves_the_names_by_which_it_is_reached(tmp_path: Path) -> None:
-    """With an ingress, trusted_hosts are its hosts, the service's names and localhost; a given list stands."""
+    """With an ingress, trusted_hosts are its hosts, the service's and localhost; a given list stands."""
     ingress = ["ingress.enabled=true", 'ingress.hosts=["a.example.com", "*.b.example.com"]']
 
     def hosts(*settings: str) -> list[str]:
@@ -344,7 +344,9 @@ def test_chart_serves_the_names_by_which_it_is_reached(tmp_path: Path) -> None:
     inside = [name, f"{name}.default", f"{name}.default.svc", f"{name}.default.svc.cluster.local"]
     told = ["a.example.com", "*.b.example.com", *inside, "localhost", "127.0.0.1"]
     assert settings_of(manifests, tmp_path).server.trusted_hosts == told
-    assert manifests["Pod"]["spec"]["containers"][0]["args"][-1] == "a.example.com"  # what `helm test` asks by
+    assert (
+        manifests["Pod"]["spec"]["containers"][0]["args"][-1] == "a.example.com"
+    )  # what `helm test` asks by
     assert hosts(*ingress, 'settings.server.trusted_hosts=["c.example.com"]') == ["c.example.com"]
     route = ["httpRoute.enabled=true", 'httpRoute.parentRefs=[{"name": "public"}]']
     assert "d.example.com" in hosts(*ingress, *route, 'httpRoute.hostnames=["d.example.com"]')
