@@ -18,12 +18,14 @@ from gateway.api import ops
 from gateway.api.batch import BatchEndpoint
 from gateway.api.events import EventsEndpoint
 from gateway.api.hits import Hits, HitsFirst
-from gateway.api.middleware import Admission, Cors, Telemetry
+from gateway.api.hosts import TrustedHosts
+from gateway.api.middleware import Admission, Cors, SameSite, Telemetry
 from gateway.api.native import NativeEndpoint, NoSuchOperation
 from gateway.api.pages import page_routes
 from gateway.api.problems import Problems
 from gateway.api.progress import ProgressEndpoint
-from gateway.api.ratelimit import RateLimit, RateLimiter
+from gateway.api.ratelimit import Clients, RateLimit, RateLimiter
+from gateway.api.scraping import metrics_application
 from gateway.api.tasks import Tasks
 from gateway.calls import Calls
 from gateway.credentials import Credentials
@@ -33,7 +35,7 @@ from gateway.redaction import Redactor
 from gateway.rotation import Rotation
 from gateway.sampling import Sampler
 from gateway.service import ProgressService
-from gateway.settings import Server, Settings, SettingsError
+from gateway.settings import Limits, Server, Settings, SettingsError
 from gateway.stores import Store
 from gateway.stores.memory import MemoryStore
 from gateway.tracing import Tracing, Untraced
@@ -54,9 +56,9 @@ class Application(NamedTuple):
     """
 
     asgi: Starlette
+    metrics_asgi: ASGIApp
     metrics: Metrics
     hits: Hits | None
-    metrics_asgi: ASGIApp
 
 
 def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | None = None) -> Application:
@@ -127,34 +129,38 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         return None if held is None else {"slot": held.slot, "generation": held.generation}
 
     problems = Problems([operation.path for operation in settings.upstream.operations])
+    limiter = _limiter(settings.limits)
+    clients = Clients(limiter, most_subscriptions=settings.limits.subscriptions_per_client)
     app = Starlette(
         routes=[
-            *_task_routes(settings, service, watch, metrics),
+            *_task_routes(settings, service, watch, clients, metrics),
             *_native_routes(settings, service),
             Route("/healthz", ops.healthz),
             Route("/readyz", ops.readyz(why_not_ready, degraded, signing)),
             *([] if settings.server.metrics_port else [Route("/metrics", ops.metrics(metrics.registry))]),
             Route("/openapi.json", ops.openapi()),
             *page_routes(),
+            ops.OptionsRoute(),
         ],
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    metrics_app: ASGIApp = Starlette(routes=[Route("/metrics", ops.metrics(metrics.registry))])
     server, sampler = settings.server, Sampler()
-    rate = settings.limits.requests_per_second
-    limiter = RateLimiter(rate) if rate else None
+    hosts = TrustedHosts(server.allowed_hosts)
     surrounded = _surround(
-        app.router, server, limiter=limiter, metrics=metrics, problems=problems, sampler=sampler
+        app.router, server, hosts=hosts, limiter=limiter, metrics=metrics, problems=problems, sampler=sampler
     )
     app.middleware_stack = tracing.around(surrounded, root_path=server.root_path)
+    metrics_asgi = metrics_application(metrics.registry, problems=problems)
     if not isinstance(tracing, Untraced):
-        return Application(app, metrics, None, metrics_app)  # a request's span is made around the whole of it
+        return Application(
+            app, metrics_asgi, metrics, None
+        )  # a request's span is made around the whole of it
     hits = Hits(
         service,
         operations=settings.upstream.operations,
         root_path=server.root_path,
-        trusted_hosts=server.allowed_hosts,
+        hosts=hosts,
         cross_origin=bool(server.cors_origins),
         limiter=limiter,
         metrics=metrics,
@@ -162,7 +168,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         most_found=cache.max_tasks,
     )
     app.middleware_stack = HitsFirst(app.middleware_stack, hits=hits)
-    return Application(app, metrics, hits if server.edge else None, metrics_app)
+    return Application(app, metrics_asgi, metrics, hits if server.edge else None)
 
 
 def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
@@ -190,10 +196,15 @@ def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
     )
 
 
+def _limiter(limits: Limits) -> RateLimiter | None:
+    return RateLimiter(limits.requests_per_second) if limits.requests_per_second else None
+
+
 def _surround(
     app: ASGIApp,
     server: Server,
     *,
+    hosts: TrustedHosts,
     limiter: RateLimiter | None,
     metrics: Metrics,
     problems: Problems,
@@ -201,25 +212,32 @@ def _surround(
 ) -> ASGIApp:
     if limiter is not None:
         app = RateLimit(app, limiter=limiter)
+    app = SameSite(app, origins=server.cors_origins)
     if server.cors_origins:
         app = Cors(app, origins=server.cors_origins, problems=problems)
-    app = Admission(app, root_path=server.root_path, trusted_hosts=server.allowed_hosts)
+    app = Admission(app, root_path=server.root_path, hosts=hosts)
     return Telemetry(app, metrics=metrics, problems=problems, sampler=sampler)
 
 
 def _task_routes(
-    settings: Settings, service: ProgressService, watch: Watch, metrics: Metrics
+    settings: Settings, service: ProgressService, watch: Watch, clients: Clients, metrics: Metrics
 ) -> list[BaseRoute]:
     tasks = Tasks(settings.upstream.operations, most=settings.limits.max_tasks_per_request)
     events = EventsEndpoint(
-        watch, tasks=tasks, metrics=metrics, heartbeat_seconds=settings.watch.heartbeat_seconds
+        watch,
+        tasks=tasks,
+        clients=clients,
+        metrics=metrics,
+        heartbeat_seconds=settings.watch.heartbeat_seconds,
     )
-    one = ProgressEndpoint(service, watch, tasks=tasks, max_wait_seconds=settings.watch.max_wait_seconds)
+    one = ProgressEndpoint(
+        service, watch, tasks=tasks, clients=clients, max_wait_seconds=settings.watch.max_wait_seconds
+    )
     return [
         Route("/v1/progress/{taskId}", one, methods=["GET"]),
         Route("/v1/progress/{taskId}/events", events, methods=["GET"]),
         Route("/v1/progress/{taskId:path}", one, methods=["GET"]),
-        Route("/v1/progress", BatchEndpoint(service, tasks=tasks), methods=["GET"]),
+        Route("/v1/progress", BatchEndpoint(service, tasks=tasks, clients=clients), methods=["GET"]),
         Route("/v1/events", events, methods=["GET"]),
     ]
 

@@ -105,9 +105,10 @@ class Budget:
 
     @property
     def per_second(self) -> float:
-        """How many calls a second may be made now; `inf`: any number."""
-        self._relax()
-        return self._pace.per_second(self._clock())
+        """How many calls a second may be made now; `inf`: any number. Reading it changes nothing."""
+        now = self._clock()
+        relaxed = not self._anybody_waits() and self._pace.at_peace(now)
+        return self._pace.most if relaxed else self._pace.per_second(now)
 
     @property
     def slowed(self) -> bool:

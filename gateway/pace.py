@@ -84,10 +84,19 @@ class Pace:
 
     def relax(self, now: float) -> bool:
         """Lift the limit if the upstream has refused nothing for long; tell whether it was lifted now."""
-        if not self.slowed or now - max(self._slowed_at, self.resumes_at) < _PEACE_SECONDS:
+        if not self.at_peace(now):
             return False
         self._ceiling = math.inf
         return True
+
+    def at_peace(self, now: float) -> bool:
+        """Tell whether `relax` would lift the limit."""
+        return self.slowed and now - max(self._slowed_at, self.resumes_at) >= _PEACE_SECONDS
+
+    @property
+    def most(self) -> float:
+        """How many calls a second may be made where the upstream sets no limit."""
+        return self._most
 
     def _decrease(self, now: float) -> None:
         self._before = self.per_second(now)

@@ -131,15 +131,24 @@ class ProgressService:
         reading = self.lookup(key)
         if reading is None and await self._store.catch_up():
             reading = self.lookup(key)
-        return reading or await self._wait(key)
+        if reading is not None:
+            return reading
+        outcome = await self._wait(key)
+        self._count[key.operation, outcome.source]()
+        return outcome
+
+    def count(self, outcome: Reading | Failed) -> None:
+        """Count one lookup with this outcome: of a caller whom a schedule has served."""
+        self._count[outcome.key.operation, outcome.source]()
+        if isinstance(outcome, Reading):
+            self._note_age(outcome.snapshot, outcome.age)
 
     async def get_fresh(self, key: TaskKey) -> Reading | Failed:
-        """Answer as `read`, but wait for a fresh snapshot: what a schedule asks, that nobody waits for."""
+        """Answer as `read`, but wait for a fresh snapshot and count no lookup: a schedule asks, no caller."""
         snapshot = self._store.peek(key)
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime:
             return await self._wait(key, patient=True)
-        self._count[key.operation, Source.HIT]()
         return Reading(snapshot, age, Source.HIT)
 
     def current(self, key: TaskKey) -> Reading | None:
@@ -194,7 +203,6 @@ class ProgressService:
         outcome = landing.outcome
         if isinstance(outcome, GatewayError):
             return self._cover(key, outcome, source, landing)
-        self._count[key.operation, source]()
         age = self._clock() - outcome.fetched_at
         self._note_age(outcome, age)
         return Reading(outcome, age, source, replaced_stale=known is not None, landing=landing)
@@ -216,9 +224,7 @@ class ProgressService:
         """Answer a failure with a snapshot, unless it is too old."""
         snapshot = self._store.recall(key)
         if snapshot is None or not self._covers(snapshot):
-            self._count[key.operation, source]()
             return Failed(key, failure, source, landing)
-        self._count[key.operation, Source.STALE]()
         age = self._clock() - snapshot.fetched_at
         self._note_age(snapshot, age)
         return Reading(snapshot, age, Source.STALE, failure=failure, landing=landing)

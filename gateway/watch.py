@@ -83,7 +83,6 @@ class Watcher:
     """
 
     __slots__ = (
-        "_rung",
         "_slots",
         "_waiter",
         "heartbeat_due",
@@ -92,6 +91,7 @@ class Watcher:
         "keys",
         "leaving",
         "outlet",
+        "rung",
     )
 
     def __init__(self, keys: Sequence[TaskKey]) -> None:
@@ -103,7 +103,7 @@ class Watcher:
         self.outlet: asyncio.WriteTransport | None = None
         self.idle_outlet: asyncio.WriteTransport | None = None
         # A future in place of an asyncio.Event, whose queue alone takes 0.7 KB: one task waits here.
-        self._rung = False
+        self.rung = False
         self._waiter: asyncio.Future[None] | None = None
 
     def offer(self, update: Update) -> None:
@@ -113,7 +113,7 @@ class Watcher:
 
     def ring(self) -> None:
         """Wake the watcher: it is to look around."""
-        self._rung = True
+        self.rung = True
         self.idle_outlet = None
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -125,14 +125,14 @@ class Watcher:
 
     async def take(self) -> list[Update]:
         """Wait until the bell rings; return the updates since the last time, maybe none."""
-        if not self._rung:
+        if not self.rung:
             self._waiter = asyncio.get_running_loop().create_future()
             self.idle_outlet = self.outlet
             try:
                 await self._waiter
             finally:
                 self._waiter = self.idle_outlet = None
-        self._rung = False
+        self.rung = False
         updates = list(self._slots.values())
         self._slots.clear()
         return updates
@@ -231,7 +231,7 @@ class Watch:
         if schedule is None:
             schedule = self._schedules[key] = _Schedule()
             # Known already, maybe: then the watcher is told at once, before the first tick.
-            reading = self._service.lookup(key)
+            reading = self._service.current(key)
             schedule.latest = Update(key, reading.snapshot) if reading is not None else None
             self._start(key, schedule)
         # Looked for first, for what is due in the store arrives with that; then told to the others: whoever

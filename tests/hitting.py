@@ -6,6 +6,7 @@ from typing import Any, cast
 from prometheus_client import CollectorRegistry
 
 from gateway.api.hits import Hits
+from gateway.api.hosts import TrustedHosts
 from gateway.edge.answering import Heads
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey
@@ -46,7 +47,7 @@ class Bench:
         options: dict[str, Any] = {
             "operations": list(Operation),
             "root_path": "",
-            "trusted_hosts": ["*"],
+            "hosts": TrustedHosts(["*"]),
             "cross_origin": False,
             "limiter": None,
             "sampler": Sampler(clock=self.clock),

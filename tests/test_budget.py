@@ -286,6 +286,21 @@ async def test_budget_takes_back_a_turn_that_was_not_used(bench: Bench) -> None:
 # --- throttling -------------------------------------------------------------------------------------------
 
 
+async def test_budget_is_read_without_a_change(clock: Clock) -> None:
+    """Reading the pace lifts no limit, and tells what it will be when the next call asks."""
+    bench = Bench(clock, 50)
+    with capture_logs() as lines:
+        await bench.throttled()
+        await clock.tick(61)
+        assert [bench.budget.per_second for _ in range(2)] == [50.0, 50.0]
+        assert bench.budget._pace.slowed
+        assert not bench.budget.slowed  # asked by the gateway itself, it lifts the limit
+    assert [line["event"] for line in lines] == [
+        "slowed down by the upstream",
+        "slowed down by the upstream no more",
+    ]
+
+
 async def test_budget_slows_down_when_upstream_throttles(clock: Clock) -> None:
     """A refusal limits what had no limit, and is told in one line; when peace lasts that is lifted again."""
     bench = Bench(clock, 0)

@@ -332,6 +332,28 @@ def test_chart_hashes_by_the_part_of_the_path_that_is_the_task() -> None:
     assert not {"haproxy.org/load-balance", "nginx.org/lb-method"} & set(plain)
 
 
+def test_chart_serves_the_names_by_which_it_is_reached(tmp_path: Path) -> None:
+    """With an ingress, trusted_hosts are its hosts, the service's and localhost; a given list stands."""
+    ingress = ["ingress.enabled=true", 'ingress.hosts=["a.example.com", "*.b.example.com"]']
+
+    def hosts(*settings: str) -> list[str]:
+        return settings_of(minimal(*settings), tmp_path).server.allowed_hosts
+
+    manifests = minimal(*ingress)
+    name = manifests["Service"]["metadata"]["name"]
+    inside = [name, f"{name}.default", f"{name}.default.svc", f"{name}.default.svc.cluster.local"]
+    told = ["a.example.com", "*.b.example.com", *inside, "localhost", "127.0.0.1"]
+    assert settings_of(manifests, tmp_path).server.trusted_hosts == told
+    assert (
+        manifests["Pod"]["spec"]["containers"][0]["args"][-1] == "a.example.com"
+    )  # what `helm test` asks by
+    assert hosts(*ingress, 'settings.server.trusted_hosts=["c.example.com"]') == ["c.example.com"]
+    route = ["httpRoute.enabled=true", 'httpRoute.parentRefs=[{"name": "public"}]']
+    assert "d.example.com" in hosts(*ingress, *route, 'httpRoute.hostnames=["d.example.com"]')
+    assert hosts(*ingress, *route) == ["*"]
+    assert hosts() == ["*"]
+
+
 def test_chart_brings_along_what_it_has_no_value_for() -> None:
     """Objects of the user's are made as they stand, braces and all."""
     extra = {

@@ -1,5 +1,6 @@
 """GET /v1/events and /v1/progress/{taskId}/events, over real sockets."""
 
+import asyncio
 import json
 import signal
 import socket
@@ -12,7 +13,10 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message
+from structlog.testing import capture_logs
 
+from gateway.api.connection import ON_HANG_UP
 from gateway.app import create_app
 from gateway.redaction import Redactor
 from gateway.settings import Settings
@@ -25,6 +29,7 @@ QUICK = {
     "error_seconds": 0.1,
 }
 Launch = Callable[..., Gateway]
+PARENT = b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-00"
 
 
 @dataclass
@@ -360,3 +365,79 @@ def test_events_notice_a_hang_up_under_any_server(simulator: Simulator) -> None:
             named(events, "progress")
             assert gate.metric("watchers", kind="events") == 1
         until(lambda: gate.metric("watchers", kind="events") == 0, "the reader is forgotten")
+
+
+@pytest.mark.parametrize("extension", [True, False], ids=["ours", "any"])
+async def test_events_notice_a_hang_up_before_anything_is_sent(*, extension: bool) -> None:
+    """A reader that leaves while the head waits for a full socket is forgotten, and so is its request."""
+    settings = Settings.model_validate(
+        {
+            "server": {"trusted_hosts": ["*"]},
+            "upstream": {"endpoint": "http://127.0.0.1:9"},
+            "limits": {"subscriptions_per_client": 1},
+        }
+    )
+    app = create_app(settings, redactor=Redactor())
+    gone, full, writable = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def receive() -> Message:
+        await gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(_: Message) -> None:
+        full.set()
+        await writable.wait()
+
+    for _ in range(2):  # the second is let in, so the first one's subscription was freed
+        for event in (gone, full, writable):
+            event.clear()
+        listeners: dict[object, Callable[[], None]] = {}
+        headers = [(b"host", b"x"), (b"traceparent", PARENT), *[(b"a", b"")] * 6500]
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": "/v1/events",
+            "raw_path": b"/v1/events",
+            "query_string": b"taskId=a",
+            "headers": headers,
+            "client": ("192.0.2.1", 1),
+            "extensions": {ON_HANG_UP: listeners} if extension else {},
+        }
+        streaming = asyncio.create_task(app.asgi(scope, receive, send))
+        await full.wait()
+        gone.set()
+        for listener in listeners.values():
+            listener()
+        writable.set()
+        await asyncio.wait_for(streaming, PATIENCE_SECONDS)
+        assert app.metrics.registry.get_sample_value("sd_gateway_watchers", {"kind": "events"}) == 0
+        assert (headers if extension else scope["headers"]) == [(b"traceparent", PARENT)]
+        assert scope["query_string"] == b""
+
+
+@pytest.mark.parametrize("edge", [True, False])
+def test_events_behind_answers_that_nobody_reads_are_forgotten(
+    simulator: Simulator, launch: Launch, *, edge: bool
+) -> None:
+    """Streams pipelined behind unread answers leave no watcher when their connections close."""
+    gate = launch(simulator.url, server={"edge": edge})
+    task = simulator.task(data={"status": "running", "progress": 0.5})
+    stream = b"GET /v1/events?taskId=%b HTTP/1.1\r\nhost: x\r\n\r\n" % task.encode()
+    with capture_logs(), ExitStack() as stack:  # a traceback of each connection takes long to render
+        for count in range(100):  # with some of these the socket is full when the stream is due
+            connection = stack.enter_context(socket.socket())
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.connect(gate.address)
+            connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * count + stream)
+        until(lambda: gate.metric("watchers") > 1, "the first streams are open")
+        settled = [gate.metric("http_requests_total", route="/openapi.json") for _ in range(3)]
+        until(
+            lambda: (
+                settled.append(gate.metric("http_requests_total", route="/openapi.json"))
+                or len(set(settled[-5:])) == 1
+            ),
+            "no more is answered",
+        )
+        stack.close()
+        until(lambda: gate.metric("watchers") == 0, "every reader is forgotten")
+    assert gate.metric("watched_tasks") == 0

@@ -25,6 +25,7 @@ from uvicorn.server import ServerState
 import gateway
 from gateway.api.answers import HEADER_NAMES, answer
 from gateway.api.ratelimit import RateLimiter
+from gateway.api.requests import SECURITY_HEADERS
 from gateway.app import create_app
 from gateway.edge import edge_protocol
 from gateway.edge.policy import policy_of
@@ -56,7 +57,8 @@ def wire(reading: Reading, known: str | None) -> bytes:
     """Return what a reading is answered with, put together anew."""
     status, values, body = answer(reading, known)
     lines = [b"HTTP/1.1 " + {200: b"200 OK", 304: b"304 Not Modified"}[status], b"server: 100 %d"]
-    lines += [b"%b: %b" % pair for pair in zip(HEADER_NAMES[status], values, strict=True)]
+    pairs = [*zip(HEADER_NAMES[status], values, strict=True), *SECURITY_HEADERS]
+    lines += [b"%b: %b" % pair for pair in pairs]
     return b"\r\n".join([*lines, b"x-request-id: mine", b"", body])
 
 

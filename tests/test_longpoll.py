@@ -120,7 +120,7 @@ def test_longpoll_failure_is_a_problem(gate: Gateway) -> None:
     assert (answer.status_code, answer.json()["code"]) == (502, "upstream-rejected")
 
 
-@pytest.mark.parametrize("wait", ["-1", "soon", "", "1e3", "NaN", "1 "])
+@pytest.mark.parametrize("wait", ["-1", "soon", "", "1e3", "NaN", "1 ", "٣", "1.٣"])
 def test_longpoll_refuses_a_wait_that_is_no_number(gate: Gateway, wait: str) -> None:
     """A `wait` that is not a number of seconds is named as wrong."""
     answer = gate.get("a", params={"wait": wait})
@@ -138,3 +138,53 @@ def test_longpoll_hung_up_stops_watching(simulator: Simulator, launch: Launch) -
         until(lambda: gate.metric("watchers", kind="longpoll") == 1, "it waits")
     until(lambda: gate.metric("watchers", kind="longpoll") == 0, "it is forgotten")
     until(lambda: gate.metric("http_requests_total", status="499") == 1, "it is counted")
+
+
+def lookups(gate: Gateway) -> float:
+    """Return how many lookups were counted."""
+    return gate.metric("cache_lookups_total")
+
+
+def test_longpoll_is_one_lookup(simulator: Simulator, launch: Launch) -> None:
+    """However a long poll ends, and however long it waits, it counts as one lookup."""
+    gate = launch(simulator.url, cache=QUICK)
+    new = simulator.task(data={"status": "running", "progress": 0.25})
+    assert gate.get(new, params={"wait": "20"}).status_code == 200
+    assert (lookups(gate), gate.metric("cache_lookups_total", result="miss")) == (1, 1)
+    assert gate.get("nobody", params={"wait": "20"}).status_code == 502
+    assert lookups(gate) == 2
+    done = simulator.finished()
+    for number in (3, 4):
+        assert gate.get(done, params={"wait": "20"}).status_code == 200
+        assert lookups(gate) == number
+    with ThreadPoolExecutor() as pool:
+        task = simulator.task(data={"status": "running", "progress": 0.25})
+        etag = gate.get(task).headers["etag"]
+        assert lookups(gate) == 5
+        poll = polled(pool, gate, task, params={"wait": "60"}, headers={"If-None-Match": etag})
+        until(lambda: simulator.calls(task) >= 5, "the schedule ticks")
+        simulator.script(task, status="running", progress=0.5)
+        assert poll.result().status_code == 200
+    assert lookups(gate) == 6
+
+
+def test_longpoll_causes_no_call_beyond_its_schedule(simulator: Simulator, launch: Launch) -> None:
+    """Long polls of a fresh snapshot make it no hot one: when they have left nothing is asked any more."""
+    gate = launch(simulator.url, cache={"running_seconds": 0.5, "stale_while_revalidate_seconds": 60})
+    task = simulator.task(data={"status": "running", "progress": 0.25})
+    gate.get(task)
+    for _ in range(5):
+        assert gate.get(task, params={"wait": "0.01"}).status_code == 200
+    # Two lifetimes pass by the upstream's own account of another task's watch.
+    other = simulator.task(data={"status": "running", "progress": 0.1})
+    with gate.client.stream("GET", f"/v1/progress/{other}/events"):
+        until(lambda: simulator.calls(other) >= 3, "other watches go on")
+    assert simulator.calls(task) == 1
+
+
+def test_longpoll_of_a_failing_task_asks_once(simulator: Simulator, launch: Launch) -> None:
+    """The failure that the schedule met with is the answer: it is not asked for again."""
+    gate = launch(simulator.url, cache=QUICK | {"error_seconds": 0}, upstream={"retries": 0})
+    answer = gate.get("nobody", params={"wait": "20"})
+    assert (answer.status_code, answer.json()["code"]) == (502, "upstream-rejected")
+    assert simulator.calls("nobody") == 1

@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry
 from starlette.types import Message, Receive, Scope, Send
 from structlog.testing import capture_logs
 
+from gateway.api.hosts import TrustedHosts
 from gateway.api.middleware import Telemetry
 from gateway.api.problems import Problems
 from gateway.exceptions import Overloaded
@@ -102,6 +103,188 @@ def test_middleware_without_origins_has_no_cors(gate: Gateway) -> None:
     """By default no other origin may read anything."""
     response = gate.get(fresh_id(), headers={"origin": ORIGIN})
     assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+# --- Host -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edge", [True, False])
+@pytest.mark.parametrize(
+    "trusted", [[], ["LOCALHOST.", "*.localhost", "127.0.0.1", "[::1]"]], ids=["default", "list"]
+)
+def test_middleware_host_is_compared_as_a_name(
+    simulator: Simulator, launch: Launch, trusted: list[str], *, edge: bool
+) -> None:
+    """On loopback only loopback names are served; case, port and final dot do not count; malformed is 400."""
+    gate = launch(simulator.url, server={"trusted_hosts": trusted, "edge": edge})
+    path = f"/v1/progress/{simulator.task()}"
+    for host in (
+        "localhost",
+        "LocalHost:8080",
+        "localhost.",
+        "localhost.:1",
+        "localhost:",
+        "a.LOCALHOST",
+        "127.0.0.1:1",
+        "[::1]",
+        "[::1]:8080",
+        "[0:0:0:0:0:0:0:1]",
+    ):
+        for _ in range(2):  # by the routes, then as a hit
+            assert gate.client.get(path, headers={"host": host}).status_code == 200, host
+    for host in (
+        "attacker.example",
+        "attacker.example:8080",
+        "localhost.attacker.example",
+        "xlocalhost",
+        "localhost..",
+        "127.0.0.1.attacker.example",
+        "[::2]",
+        *MALFORMED,
+    ):
+        refused = gate.client.get(path, headers={"host": host})
+        assert (refused.status_code, refused.json()["code"]) == (400, "invalid-parameter"), host
+        assert gate.client.get("/healthz", headers={"host": host}).status_code == 200
+
+
+MALFORMED = (
+    "localhost:80:80",
+    "localhost:x",
+    "localhost:99999",
+    "user@localhost",
+    "localhost/",
+    "local host",
+    "::1",
+    "[::1",
+    "[127.0.0.1]",
+    "[]",
+    "localhost, localhost",
+)
+
+
+def test_middleware_any_host_is_a_well_formed_one(gate: Gateway) -> None:
+    """A gateway that serves any host still refuses what is none."""
+    for host in ("x", "my_service:8080", "a.example.com", "", "xn--bcher-kva.example", "a" * 300):
+        assert gate.client.get("/openapi.json", headers={"host": host}).status_code == 200, host
+    for host in MALFORMED:
+        assert gate.client.get("/openapi.json", headers={"host": host}).status_code == 400, host
+
+
+async def test_middleware_hosts_remembered_are_bounded() -> None:
+    """Hosts that callers make up do not pile up, and are judged all the same."""
+    hosts = TrustedHosts(["gate.example.com"])
+    for number in range(2000):
+        assert not hosts.trust([(b"host", b"%d.invalid" % number)])
+    assert not hosts.trust([(b"host", b"x" * 10_000)])
+    assert hosts.trust([(b"host", b"gate.example.com")])
+    assert len(hosts._judged) <= 256
+    assert not hosts.trust([])
+    assert TrustedHosts(["*"]).trust([])
+
+
+# --- pages of other sites ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edge", [True, False])
+@pytest.mark.parametrize("root_path", ["", "/v"])
+def test_middleware_refuses_pages_of_other_sites(
+    simulator: Simulator, launch: Launch, root_path: str, *, edge: bool
+) -> None:
+    """What a browser asks for another site's page costs no call and no token, not even for what is held."""
+    gate = launch(
+        simulator.url,
+        server={"edge": edge, "root_path": root_path},
+        limits={"requests_per_second": 1000},
+        cache={"running_seconds": 600},
+    )
+    task = simulator.task()
+    gate.get(task)
+    calls = simulator.calls()
+    for site in ("cross-site", "Cross-Site", "unheard-of", "same-origin, cross-site", ""):
+        headers = {"sec-fetch-site": site}
+        for refused in (
+            gate.get(task, headers=headers),
+            gate.client.get(f"{root_path}/v1/progress?taskId=new", headers=headers),
+            gate.client.get("/v1/events?taskId=new", headers=headers | {"origin": ORIGIN}),
+        ):
+            assert (refused.status_code, refused.json()["code"]) == (403, "cross-site-request"), site
+        native = gate.native("new", headers=headers)
+        assert (native.status_code, native.json()["errCode"]) == (403, "cross-site-request")
+        for path in ("/", "/docs", "/openapi.json", "/healthz", "/readyz", "/metrics"):
+            assert gate.client.get(path, headers=headers).status_code == 200, path
+    assert simulator.calls() == calls
+    for site in ("same-origin", "same-site", "none"):
+        assert (
+            gate.get(task, headers={"sec-fetch-site": site})
+            .headers["cache-status"]
+            .startswith("sd-gateway; hit")
+        )
+    gate.native("new", headers={"sec-fetch-site": "same-origin"})
+    assert simulator.calls() == calls + 1
+
+
+@pytest.mark.parametrize("origins", [[ORIGIN], ["*"]])
+def test_middleware_lets_pages_of_allowed_origins_ask(
+    simulator: Simulator, launch: Launch, origins: list[str]
+) -> None:
+    """Where CORS allows the origin its pages ask from any site, and are told what CORS tells them."""
+    gate = launch(simulator.url, server={"cors_origins": origins})
+    task = simulator.task()
+    asks = {"sec-fetch-site": "cross-site", "origin": ORIGIN}
+    assert gate.get(task, headers=asks).headers["access-control-allow-origin"] in {ORIGIN, "*"}
+    preflight = gate.client.options(
+        f"/v1/progress/{task}", headers=asks | {"access-control-request-method": "GET"}
+    )
+    assert preflight.status_code == 200
+    stranger = gate.get(task, headers=asks | {"origin": "https://evil.invalid"})
+    assert stranger.status_code == (403 if origins == [ORIGIN] else 200)
+
+
+# --- what every response has ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("edge", [True, False])
+def test_middleware_security_headers_are_on_every_response(
+    simulator: Simulator, launch: Launch, *, edge: bool
+) -> None:
+    """No browser guesses a content type or embeds a response elsewhere; each header is there once."""
+    gate = launch(simulator.url, server={"edge": edge, "cors_origins": [ORIGIN]})
+    task = simulator.task()
+    etag = gate.get(task).headers["etag"]
+    requests: list[tuple[str, str, dict[str, str]]] = [
+        *[("GET", f"/v1/progress/{task}", {})] * 3,
+        ("GET", f"/v1/progress/{task}", {"if-none-match": etag}),
+        ("GET", f"/v1/progress/{task}", {"origin": ORIGIN}),
+        ("OPTIONS", f"/v1/progress/{task}", {"origin": ORIGIN, "access-control-request-method": "GET"}),
+        ("HEAD", f"/v1/progress?taskId={task}", {}),
+        ("HEAD", f"/v1/events?taskId={task}", {}),
+        ("POST", "/scc/sd_get_progress", {}),
+        *[("GET", path, {}) for path in ("/", "/docs", "/web/page.js", "/openapi.json", "/nothing")],
+        *[("GET", path, {}) for path in ("/healthz", "/readyz", "/metrics", "/v1/progress/no!")],
+        ("OPTIONS", "/", {}),
+    ]
+    for method, path, headers in requests:
+        response = gate.client.request(method, path, headers=headers)
+        assert response.headers.get_list("x-content-type-options") == ["nosniff"], path
+        assert response.headers.get_list("cross-origin-resource-policy") == ["same-site"], path
+    with gate.client.stream("GET", f"/v1/events?taskId={task}") as stream:
+        assert stream.headers["cross-origin-resource-policy"] == "same-site"
+
+
+# --- OPTIONS ----------------------------------------------------------------------------------------------
+
+
+def test_middleware_options_answer_load_balancers(simulator: Simulator, launch: Launch) -> None:
+    """`OPTIONS *` and `OPTIONS /` are 204 with Allow, by whatever name and however often they are asked."""
+    limits = {"requests_per_second": 0.001}
+    gate = launch(simulator.url, limits=limits, server={"trusted_hosts": ["a.example"], "root_path": "/p"})
+    for target, version in (("*", "1.1"), ("/", "1.1"), ("/p/", "1.1"), ("*", "1.0")):
+        request = f"OPTIONS {target} HTTP/{version}\r\nHost: 10.0.0.1\r\nConnection: close\r\n\r\n"
+        head = gate.raw(request.encode()).lower()
+        assert head.startswith(b"http/1.1 204 "), target
+        assert b"\r\nallow: get, head, options" in head
+        assert head.endswith(b"\r\n\r\n")
+    assert gate.client.post("/", headers={"host": "a.example"}).status_code == 405
 
 
 # --- the net under bugs -----------------------------------------------------------------------------------

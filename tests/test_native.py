@@ -1,5 +1,6 @@
 """POST /scc/…: the vendor's own paths, on the gateway."""
 
+import gzip
 import json
 import socket
 from collections.abc import Callable
@@ -262,3 +263,27 @@ def test_native_chunked_body_over_the_limit_is_refused(simulator: Simulator, gat
     pieces = (b" " * 10_000 for _ in range(10))
     assert failure(gate.client.post("/scc/sd_get_progress", content=pieces)) == (413, "body-too-large")
     assert simulator.requests() == []
+
+
+@pytest.mark.parametrize("coding", ["gzip", "identity, gzip", "BR", "x-gzip", "aes128gcm"])
+def test_native_refuses_a_compressed_body(gate: Gateway, coding: str) -> None:
+    """A body with a content coding is 415, told as such, and never read as if it had none."""
+    body = gzip.compress(b'{"taskId": "abc"}')
+    response = gate.client.post("/scc/sd_get_progress", content=body, headers={"content-encoding": coding})
+    assert failure(response) == (415, "unsupported-media-type")
+    assert response.headers["accept-encoding"] == "identity"
+
+
+@pytest.mark.parametrize("coding", ["identity", "", "Identity, identity"])
+def test_native_takes_a_body_as_it_is(simulator: Simulator, gate: Gateway, coding: str) -> None:
+    """No coding at all may be named."""
+    task = simulator.task()
+    assert gate.native(task, headers={"content-encoding": coding}).json()["status"] == 10
+
+
+def test_native_skips_a_byte_order_mark(simulator: Simulator, gate: Gateway) -> None:
+    """A UTF-8 BOM before the JSON is no part of it; one is."""
+    task = simulator.task()
+    for marks, status in ((1, 200), (2, 400)):
+        body = b"\xef\xbb\xbf" * marks + json.dumps({"taskId": task}).encode()
+        assert gate.client.post("/scc/sd_get_progress", content=body).status_code == status

@@ -5,12 +5,16 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as prometheus_text
 
+from gateway.app import create_app
+from gateway.redaction import Redactor
+from gateway.settings import Settings
 from tests.harness import KEY, SECRET, Gateway, Simulator, free_port, plain_client, serving, until
 
 Launch = Callable[..., Gateway]
@@ -129,6 +133,68 @@ def test_ops_metrics_as_openmetrics(simulator: Simulator, gate: Gateway) -> None
         name.removesuffix("_info") for name in names
     }
     assert gate.client.get("/metrics").headers["content-type"].startswith("text/plain")
+
+
+@pytest.mark.parametrize("accept", ["", OPENMETRICS])
+@pytest.mark.parametrize(
+    ("accepts", "coded"),
+    [
+        ("gzip", True),
+        ("br, GZIP;q=0.5", True),
+        ("*", True),
+        ("gzip;q=1.0, identity;q=0.5", True),
+        ("x-gzip", True),
+        ("", False),
+        ("gzip;q=0", False),
+        ("gzip; q=0.000", False),
+        ("*;q=0, gzip;q=0", False),
+        ("gzip;q=0.2, identity", False),
+        ("br, identity", False),
+        ("gzip;q=x", False),
+    ],
+)
+def test_ops_metrics_are_compressed_when_accepted(
+    gate: Gateway, accept: str, accepts: str, *, coded: bool
+) -> None:
+    """Metrics of either format come in gzip where Accept-Encoding prefers it, and say what they vary by."""
+    headers = {"accept": accept, "accept-encoding": accepts}
+    response = gate.client.get("/metrics", headers=headers)
+    assert response.headers.get("content-encoding") == ("gzip" if coded else None)
+    assert "Accept-Encoding" in response.headers["vary"]
+    assert "sd_gateway_build_info" in response.text
+    head = gate.client.head("/metrics", headers=headers)
+    assert (head.status_code, head.content) == (200, b"")
+
+
+async def test_ops_metrics_are_the_same_on_both_ports() -> None:
+    """The metrics port answers as the callers' port does, and has nothing but the metrics."""
+    app = create_app(Settings(), redactor=Redactor())
+
+    def client(asgi: Any) -> httpx.AsyncClient:
+        return httpx.AsyncClient(transport=httpx.ASGITransport(asgi), base_url="http://metrics.invalid")
+
+    async with client(app.asgi) as callers, client(app.metrics_asgi) as scrapers:
+        for accept in ("", OPENMETRICS):
+            for coding in ("gzip", "identity"):
+                headers = {"accept": accept, "accept-encoding": coding, "x-request-id": "mine"}
+                one, other = [await asked.get("/metrics", headers=headers) for asked in (scrapers, callers)]
+                for response in (one, other):
+                    del response.headers["content-length"]  # of the counted request
+                assert one.headers == other.headers
+                assert one.text.splitlines()[0] == other.text.splitlines()[0]
+        head = await scrapers.head("/metrics")
+        assert head.status_code == 200
+        for method, path, status in (
+            ("GET", "/v1/progress/a", 404),
+            ("GET", "/", 404),
+            ("POST", "/metrics", 405),
+        ):
+            refused = await scrapers.request(method, path)
+            assert refused.status_code == refused.json()["status"] == status
+            assert refused.headers["content-type"] == "application/problem+json"
+            assert refused.json()["requestId"] == refused.headers["x-request-id"]
+            assert refused.headers["x-content-type-options"] == "nosniff"
+        assert set(refused.headers["allow"].split(", ")) == {"GET", "HEAD"}
 
 
 def test_ops_metrics_count_what_happened(simulator: Simulator, gate: Gateway) -> None:

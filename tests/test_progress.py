@@ -6,7 +6,11 @@ from typing import Any
 
 import pytest
 
+from gateway.api.caching import cache_values
+from gateway.models import Snapshot, Status
+from gateway.readings import Reading, Source
 from tests.harness import Gateway, Simulator, fresh_id, until
+from tests.hitting import KEY
 
 Launch = Callable[..., Gateway]
 
@@ -159,6 +163,40 @@ def test_progress_if_none_match(simulator: Simulator, launch: Launch, header: st
     assert ("content-type" in response.headers) == (status == 200)
 
 
+@pytest.mark.parametrize("mark", ["-gzip", ";gzip", "--gzip", "-br", "-zstd", ";br"])
+@pytest.mark.parametrize("form", ['"{}"', 'W/"{}"', '"other", "{}"'])
+def test_progress_if_none_match_through_a_compressing_proxy(
+    simulator: Simulator, launch: Launch, mark: str, form: str
+) -> None:
+    """An entity tag that a proxy has marked with its content coding still matches; with more it does not."""
+    gate = launch(simulator.url, cache=FOR_EVER)
+    task = simulator.task()
+    tag = gate.get(task).headers["etag"].strip('"')
+    assert gate.get(task, headers={"if-none-match": form.format(tag + mark)}).status_code == 304
+    assert gate.get(task, headers={"if-none-match": form.format(tag + mark + "x")}).status_code == 200
+    assert gate.get(task, headers={"if-none-match": form.format("x" + tag + mark)}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "age", "told"),
+    [
+        (10.0, 0.0, (10, 0)),
+        (10.0, 3.7, (10, 3)),
+        (10.0, 9.9, (10, 9)),
+        (10.0, 12.5, (10, 12)),
+        (2.5, 2.4, (2, 2)),
+        (0.5, 0.4, (1, 0)),
+        (0.5, 0.6, (0, 0)),
+        (0.0, 0.0, (0, 0)),
+    ],
+)
+def test_progress_max_age_is_the_whole_lifetime(lifetime: float, age: float, told: tuple[int, int]) -> None:
+    """`max-age` is the whole lifetime and `Age` what has passed; a fresh snapshot has a second at least."""
+    snapshot = Snapshot(KEY, 0.0, lifetime, b"", Status.RUNNING, 0.5, None, b"{}", '"one"')
+    control, seconds, _ = cache_values(Reading(snapshot, age, Source.HIT))
+    assert (control, seconds) == (b"max-age=%d" % told[0], b"%d" % told[1])
+
+
 def test_progress_head_is_get_without_a_body(simulator: Simulator, launch: Launch) -> None:
     """HEAD answers with GET's headers, for problems too."""
     gate = launch(simulator.url, cache=FOR_EVER)
@@ -174,7 +212,7 @@ def test_progress_head_is_get_without_a_body(simulator: Simulator, launch: Launc
 
 
 def test_progress_cache_headers_of_miss_and_hit(simulator: Simulator, launch: Launch) -> None:
-    """A first answer is a miss with its whole lifetime, the second a hit with what is left."""
+    """A first answer is a miss, the second a hit; both tell the whole lifetime, and what has passed of it."""
     gate = launch(simulator.url, cache=FOR_EVER)
     task = simulator.task()
     miss, hit = gate.get(task), gate.get(task)
@@ -185,7 +223,7 @@ def test_progress_cache_headers_of_miss_and_hit(simulator: Simulator, launch: La
         match = re.fullmatch(status, response.headers["cache-status"])
         assert match, response.headers["cache-status"]
         assert 500 < int(match[1]) < 600
-        assert response.headers["cache-control"] == f"max-age={match[1]}"
+        assert response.headers["cache-control"] == "max-age=600"
         assert int(response.headers["age"]) < 60
     assert simulator.calls(task) == 1
     assert gate.metric("cache_lookups_total", operation="sd_get_progress", result="hit") == 1

@@ -15,7 +15,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from gateway.api.ratelimit import RateLimiter, bucket_key
 from gateway.exceptions import TooManyRequests
 from gateway.server import forwarders
-from tests.harness import Gateway, Simulator, serving
+from tests.harness import Gateway, Simulator, serving, until
 
 Launch = Callable[..., Gateway]
 
@@ -91,6 +91,42 @@ def test_ratelimit_keeps_clients_apart() -> None:
     limiter = RateLimiter(3, clock=Clock())
     assert admitted(limiter, ONE, tries=100) == 3
     assert admitted(limiter, OTHER, tries=100) == 3
+
+
+def test_ratelimit_charges_in_advance() -> None:
+    """A request of more tasks than the bucket holds is admitted, and paid for before the next one."""
+    clock = Clock()
+    limiter = RateLimiter(20, clock=clock)
+    limiter.admit(ONE)
+    limiter.charge(ONE, 100)
+    with pytest.raises(TooManyRequests) as refused:
+        limiter.admit(ONE)
+    assert refused.value.retry_after == pytest.approx(81 / 20)
+    assert admitted(limiter, OTHER) == 1
+    clock.now += 81 / 20 - 0.01
+    assert (admitted(limiter, tries=50), limiter.would_admit(ONE)) == (0, False)
+    clock.now += 0.01
+    assert limiter.would_admit(ONE)
+    assert admitted(limiter, tries=50) == 1
+
+
+@given(
+    rate=st.floats(0.1, 1000),
+    steps=st.lists(st.tuples(st.floats(0, 10), st.integers(1, 100)), min_size=1, max_size=50),
+)
+def test_ratelimit_never_admits_more_tasks_than_rate_burst_and_one_request(
+    rate: float, steps: list[tuple[float, int]]
+) -> None:
+    """Whatever requests cost, the tasks over any time keep to rate x time + burst + one request."""
+    clock = Clock()
+    limiter = RateLimiter(rate, clock=clock)
+    started, total, largest = clock.now, 0, 0
+    for pause, tasks in steps:
+        clock.now += pause
+        if admitted(limiter):
+            limiter.charge(ONE, tasks)
+            total, largest = total + tasks, max(largest, tasks)
+        assert total <= rate * (clock.now - started) + max(rate, 1.0) + largest + 1e-3
 
 
 @given(
@@ -194,6 +230,72 @@ def test_ratelimit_refuses_with_the_vendors_envelope(simulator: Simulator, launc
     assert int(refused.headers["retry-after"]) > 0
     assert (refused.json()["status"], refused.json()["errCode"]) == (20, "too-many-requests")
     assert refused.json()["data"] is None
+
+
+def many(prefix: str, count: int = 100) -> str:
+    """Return a query of so many new tasks."""
+    return "&".join(f"taskId={prefix}{number}" for number in range(count))
+
+
+def test_ratelimit_counts_the_tasks_of_batches(simulator: Simulator, launch: Launch) -> None:
+    """Of twenty batches of a hundred tasks within a burst one is let in; duplicates cost nothing."""
+    gate = launch(simulator.url, limits={"requests_per_second": 0.02})  # a burst of one
+    assert gate.client.get(f"/v1/progress?{'taskId=a&' * 40}").json()["summary"]["total"] == 1
+    assert gate.client.get("/v1/progress?taskId=a").status_code == 429
+    gate = launch(simulator.url, limits={"requests_per_second": 20})
+    before = simulator.calls()
+    answers = [gate.client.get(f"/v1/progress?{many(f'n{number}-')}") for number in range(20)]
+    assert [answer.status_code for answer in answers].count(200) <= 2  # a second one, should it take 4 s
+    assert simulator.calls() - before <= 200
+    refused = answers[1]
+    assert refused.json()["code"] == "too-many-requests"
+    assert 1 <= int(refused.headers["retry-after"]) <= 5
+    assert gate.get("n0-0").status_code == 429  # a hit, too, has to wait until the batch is paid for
+
+
+def test_ratelimit_counts_the_tasks_of_streams(simulator: Simulator, launch: Launch) -> None:
+    """A stream costs its tasks when it opens; HEAD, which opens none, costs one request."""
+    gate = launch(simulator.url, limits={"requests_per_second": 1})
+    with gate.client.stream("GET", f"/v1/events?{many('s')}") as response:
+        assert response.status_code == 200
+        refused = gate.client.get(f"/v1/events?{many('t')}")
+        assert (refused.status_code, refused.json()["code"]) == (429, "too-many-requests")
+        assert 90 <= int(refused.headers["retry-after"]) <= 100
+    gate = launch(simulator.url, limits={"requests_per_second": 0.01})
+    assert gate.client.head(f"/v1/events?{many('s')}").status_code == 200
+    refused = gate.client.head("/v1/events?taskId=s")
+    assert refused.status_code == 429
+    assert int(refused.headers["retry-after"]) <= 100
+
+
+# Subscriptions
+
+
+def test_subscriptions_of_one_client_are_bounded(simulator: Simulator, launch: Launch) -> None:
+    """Streams and long polls of one client count together; the next is 429, and others are let in."""
+    gate = launch(simulator.url, limits={"subscriptions_per_client": 2}, cache={"running_seconds": 600})
+    task = simulator.task(data={"status": "running", "progress": 0.5})
+    etag = gate.get(task).headers["etag"]
+    poll = f"GET /v1/progress/{task}?wait=60 HTTP/1.1\r\nhost: x\r\nif-none-match: {etag}\r\n\r\n".encode()
+    events = f"/v1/progress/{task}/events"
+    with gate.connect() as connection, gate.client.stream("GET", events) as stream:
+        assert stream.status_code == 200
+        connection.sendall(poll)
+        until(lambda: gate.metric("watchers") == 2, "both are open")
+        for refused in (gate.client.get(events), gate.get(task, params={"wait": "1"})):
+            assert (refused.status_code, refused.json()["code"]) == (429, "too-many-requests")
+            assert int(refused.headers["retry-after"]) >= 1
+        other = {"x-forwarded-for": OTHER}
+        with gate.client.stream("GET", events, headers=other) as response:
+            assert response.status_code == 200
+        assert gate.get(task).status_code == 200
+    until(lambda: gate.metric("watchers") == 0, "they have left")
+    for _ in range(4):  # whatever way one ends, it is counted no more
+        assert gate.get(task, params={"wait": "0.01"}).status_code in {200, 304}
+        with gate.connect() as connection:
+            connection.sendall(poll)
+            until(lambda: gate.metric("watchers") == 1, "it waits")
+        until(lambda: gate.metric("watchers") == 0, "it is forgotten")
 
 
 def test_ratelimit_is_off_by_default(gate: Gateway) -> None:

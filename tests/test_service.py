@@ -662,7 +662,7 @@ async def test_get_covers_no_failure_beyond_its_bound_however_young_the_snapshot
     for outcome in (await joined, await bench.service.read(KEY)):
         assert isinstance(outcome, Failed)
         assert isinstance(outcome.failure, UpstreamTimeout)
-    assert bench.lookups() == {"miss": 1, "stale": 1, "collapsed": 1, "negative": 1}
+    assert bench.lookups() == {"miss": 1, "stale": 1, "negative": 1}
     await bench.service.aclose()
 
 
@@ -1146,7 +1146,7 @@ async def test_get_fresh_waits_where_others_take_the_stale_answer(bench: Bench) 
     (await bench.upstream.call()).answer(progress=0.9)
     reading = await waiting
     assert (reading.age, data_of(reading)["progress"]) == (0.0, 0.9)
-    assert bench.lookups() == {"miss": 2, "hit": 1}
+    assert bench.lookups() == {}, "no caller has asked"
 
 
 async def test_current_begins_nothing(bench: Bench) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.problems import document, lookup
+from gateway.api.ratelimit import Clients
 from gateway.api.requests import query_parameters
 from gateway.api.tasks import Tasks
 from gateway.models import Snapshot, Status, render_json
@@ -18,13 +19,15 @@ from gateway.service import ProgressService
 class BatchEndpoint:
     """Answers for several tasks; what each is allowed to cost is the service's business."""
 
-    def __init__(self, service: ProgressService, *, tasks: Tasks) -> None:
+    def __init__(self, service: ProgressService, *, tasks: Tasks, clients: Clients) -> None:
         self._service = service
         self._tasks = tasks
+        self._clients = clients
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 200 with items in the order asked for, and their summary."""
         keys = self._tasks.in_query(query_parameters(scope, "api", repeated="taskId"))
+        self._clients.charge(scope, len(keys))
         # All at once is bounded: by the tasks of a request, and upstream by its slots.
         outcomes = await asyncio.gather(*map(self._service.read, keys))
         scope["state"]["outcomes"] = outcomes  # for the request's log line

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 from gateway.api.requests import Headers
 from gateway.readings import Reading, Source
 
 _HELD = frozenset({Source.HIT, Source.STALE})
+# Apache's mod_deflate and mod_brotli append "-gzip" and "-br", Jetty "--gzip", others ";gzip".
+_CODING = re.compile(r'(?:--?|;)(?:gzip|br|zstd|deflate)"$')
 CACHE_NAMES = (b"cache-control", b"age", b"cache-status")
 
 
@@ -17,11 +21,15 @@ def cache_headers(reading: Reading) -> Headers:
 def cache_values(reading: Reading) -> tuple[bytes, bytes, bytes]:
     """Return the values of `CACHE_NAMES` for an answer made from this reading.
 
-    `max-age` is what is left of the freshness, in whole seconds. A stale answer that is given while
-    a refresh runs behind it was not forwarded: RFC 9211 (2.1, 2.4) calls it a hit with a negative ttl.
+    `max-age` is the whole lifetime, in whole seconds, and `Age` is what has passed of it: a cache downstream
+    subtracts the one from the other (RFC 9111, 4.2). Of a lifetime below a second, `max-age` is 1 while the
+    snapshot is fresh. A stale answer that is given while a refresh runs behind it was not forwarded:
+    RFC 9211 (2.1, 2.4) calls it a hit with a negative ttl.
     """
     ttl = _ttl(reading)
-    return b"max-age=%d" % max(0, ttl), b"%d" % reading.age, _cache_status(reading, ttl)
+    lifetime = reading.snapshot.lifetime
+    least = 1 if reading.age < lifetime else 0
+    return b"max-age=%d" % max(least, lifetime), b"%d" % reading.age, _cache_status(reading, ttl)
 
 
 def unchanged_until(reading: Reading) -> float:
@@ -31,10 +39,13 @@ def unchanged_until(reading: Reading) -> float:
 
 
 def matches(known: str, etag: str) -> bool:
-    """Tell whether If-None-Match names this representation (RFC 9110, 13.1.2: weak comparison)."""
-    if known == etag:  # what nearly everybody sends
+    """Tell whether If-None-Match names this representation (RFC 9110, 13.1.2: weak comparison).
+
+    A tag that a compressing proxy has marked with its coding (`"…-gzip"`, `"…;gzip"`) still matches.
+    """
+    if known == etag:  # the usual case
         return True
-    candidates = [part.strip().removeprefix("W/") for part in known.split(",")]
+    candidates = [_CODING.sub('"', part.strip().removeprefix("W/")) for part in known.split(",")]
     return etag in candidates or candidates == ["*"]
 
 

@@ -19,8 +19,10 @@ from starlette.types import Receive, Scope, Send
 from gateway.api.connection import HangUp, chunk, outlet_of
 from gateway.api.heartbeat import HEARTBEAT, Pacemaker
 from gateway.api.problems import document, lookup
+from gateway.api.ratelimit import Clients
 from gateway.api.requests import header, query_parameters
 from gateway.api.tasks import Tasks
+from gateway.api.tracecontext import trace_parent
 from gateway.metrics import Metrics
 from gateway.models import Snapshot, TaskKey, render_json
 from gateway.watch import Kind, Update, Watch, Watcher
@@ -37,9 +39,12 @@ _FAREWELL_MS = (500, 5000)  # reconnects of a whole gateway's streams, spread ou
 class EventsEndpoint:
     """Streams the progress of the tasks that a request names."""
 
-    def __init__(self, watch: Watch, *, tasks: Tasks, metrics: Metrics, heartbeat_seconds: float) -> None:
+    def __init__(
+        self, watch: Watch, *, tasks: Tasks, clients: Clients, metrics: Metrics, heartbeat_seconds: float
+    ) -> None:
         self._watch = watch
         self._tasks = tasks
+        self._clients = clients
         self._sent = {name: metrics.events_sent.labels(name) for name in ("progress", "problem", "end")}
         watch.deliver = self._deliver
         self._pacemaker = Pacemaker(heartbeat_seconds)
@@ -58,12 +63,15 @@ class EventsEndpoint:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await send({"type": "http.response.body"})
             return
-        with self._watch.watching(keys, Kind.EVENTS) as watcher:
-            await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-            await send(_part(b"retry: %d\n\n" % _RETRY_MS))
-            watcher.outlet = outlet_of(scope)
-            with self._pacemaker.pacing(watcher):
-                async with HangUp(scope, receive, watcher.hang_up):
+        with self._clients.subscribed(scope), self._watch.watching(keys, Kind.EVENTS) as watcher:
+            self._clients.charge(scope, len(keys))
+            # Before the first `send`, which waits while the socket is full: the reader may leave meanwhile.
+            async with HangUp(scope, receive, watcher.hang_up):
+                await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+                _forget_request(scope)
+                await send(_part(b"retry: %d\n\n" % _RETRY_MS))
+                watcher.outlet = outlet_of(scope)
+                with self._pacemaker.pacing(watcher):
                     await self._stream(scope, watcher, end_id, send)
 
     def _keys(self, scope: Scope) -> Sequence[TaskKey]:
@@ -128,6 +136,17 @@ class EventsEndpoint:
         status, title = lookup(update.failure)
         problem = document(update.failure, status, title, request_id=scope["state"]["request_id"])
         return b"event: problem\ndata: %s\n\n" % render_json({"taskId": update.key.task_id, **problem})
+
+
+def _forget_request(scope: Scope) -> None:
+    """Drop what a request has brought, but for what its log line tells: the stream may stay open for days."""
+    parent = trace_parent(scope)
+    headers = scope["headers"]
+    kept = [] if parent is None else [parent.header]
+    if isinstance(headers, list):
+        headers[:] = kept  # the server and the middleware hold the same list
+    scope["headers"] = kept
+    scope["query_string"] = b""
 
 
 def _progress(update: Update, snapshot: Snapshot) -> bytes:

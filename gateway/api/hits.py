@@ -10,7 +10,7 @@ waited for or read from a body is their affair alone. What is answered is counte
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,10 +18,17 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.answers import HEADER_NAMES, answer
 from gateway.api.caching import unchanged_until
-from gateway.api.middleware import TrustedHosts
+from gateway.api.hosts import TrustedHosts
 from gateway.api.ratelimit import RateLimiter
 from gateway.api.requestlog import RequestLog, Verdict, kind, verdict
-from gateway.api.requests import Headers, given_request_id, header, new_request_id
+from gateway.api.requests import (
+    SECURITY_HEADERS,
+    Headers,
+    given_request_id,
+    header,
+    is_cross_site,
+    new_request_id,
+)
 from gateway.api.tasks import PROGRESS, PlainTargets
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot
@@ -80,7 +87,7 @@ class Hits:
         *,
         operations: Collection[Operation],
         root_path: str,
-        trusted_hosts: Sequence[str],
+        hosts: TrustedHosts,
         cross_origin: bool,
         limiter: RateLimiter | None,
         metrics: Metrics,
@@ -91,11 +98,13 @@ class Hits:
         self._lookup = service.lookup
         self._repeat = service.repeat
         self._task = PlainTargets(operations, root_path=root_path).task
-        self._hosts = TrustedHosts(trusted_hosts)
+        self._hosts = hosts
         self._limiter = limiter
-        vary = {b"vary": b"Origin"} if cross_origin else {}
-        self._added = tuple(vary.values())
-        self.names = {status: (*names, *vary) for status, names in HEADER_NAMES.items()}
+        added = [*([(b"vary", b"Origin")] if cross_origin else []), *SECURITY_HEADERS]
+        self._added = tuple(value for _, value in added)
+        self.names = {
+            status: (*names, *(name for name, _ in added)) for status, names in HEADER_NAMES.items()
+        }
         self._more = _MORE.union(
             [b"origin"] if cross_origin else (), [b"x-forwarded-for"] if limiter is not None else ()
         )
@@ -119,6 +128,8 @@ class Hits:
         """Return what these headers ask of a hit, or None when it is more than that."""
         names = {name for name, _ in headers}
         if not names.isdisjoint(self._more) or not self._hosts.trust(headers):
+            return None
+        if b"sec-fetch-site" in names and is_cross_site(headers):
             return None
         known = header(headers, b"if-none-match") if b"if-none-match" in names else None
         request_id = given_request_id(headers) if b"x-request-id" in names else None

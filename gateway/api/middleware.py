@@ -5,7 +5,8 @@ Outermost first:
 - Telemetry: request id, metrics, one log line, and the answer to every exception
 - Admission: the prefix an ingress serves us under, and the allowed Host values
 - Cors: browsers of other origins, on the /v1 paths only
-- RateLimit (ratelimit.py): so many requests a second of each client
+- SameSite: no other browsers of other sites, on the /v1 and /scc paths
+- RateLimit (ratelimit.py): so many tasks a second of each client
 
 They stand in the place of Starlette's own stack, whose two exception layers would each keep a
 frame, a closure and a Request alive for as long as a stream is open. Who has nothing to do once the request
@@ -15,9 +16,8 @@ is passed on hands the inner application's awaitable out, and keeps no frame eit
 from __future__ import annotations
 
 import asyncio
-import re
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import structlog
 from starlette.exceptions import HTTPException
@@ -26,14 +26,24 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api import ops
+from gateway.api.hosts import TrustedHosts
 from gateway.api.problems import Problems
 from gateway.api.requestlog import RequestLog, trace_fields
-from gateway.api.requests import Headers, given_request_id, new_request_id
-from gateway.exceptions import GatewayError, InvalidParameter, Overloaded
+from gateway.api.requests import (
+    SECURITY_HEADERS,
+    Headers,
+    given_request_id,
+    header,
+    is_cross_site,
+    new_request_id,
+    route_path,
+)
+from gateway.exceptions import CrossSiteRequest, GatewayError, InvalidParameter, Overloaded
 from gateway.metrics import Metrics
 from gateway.sampling import Sampler
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_API = ("/v1/", "/scc/")  # the paths that cost upstream calls
 _HUNG_UP = 499  # nginx's word for a caller that left before its answer
 
 log = structlog.get_logger(__name__)
@@ -58,15 +68,14 @@ class Telemetry:
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        request_id = given_request_id(scope["headers"]) or new_request_id()
-        scope.setdefault("state", {})["request_id"] = request_id.decode()
+        request_id = identify(scope)
         status = 0
 
         async def send_counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
+                message["headers"] = completed(message.get("headers", ()), request_id)
             await send(message)
 
         try:
@@ -116,40 +125,57 @@ class Telemetry:
             )
 
 
-class TrustedHosts:
-    """Knows which values of Host are ours; `*` is any, `*.example.com` all below it."""
+def identify(scope: Scope) -> bytes:
+    """Give a request its id: its caller's, if that is sane, or a new one."""
+    request_id = given_request_id(scope["headers"]) or new_request_id()
+    scope.setdefault("state", {})["request_id"] = request_id.decode()
+    return request_id
 
-    def __init__(self, trusted_hosts: Sequence[str]) -> None:
-        self._any = "*" in trusted_hosts
-        self._exact = {host.lower() for host in trusted_hosts}
-        self._suffixes = tuple(host[1:].lower() for host in trusted_hosts if host.startswith("*."))
 
-    def trust(self, headers: Headers) -> bool:
-        """Tell whether a request with these headers is for one of ours."""
-        if self._any:
-            return True
-        host = next((value for name, value in headers if name == b"host"), b"").decode("latin-1").lower()
-        name = re.sub(r":\d+$", "", host)
-        return name in self._exact or name.endswith(self._suffixes)
+def completed(headers: Iterable[tuple[bytes, bytes]], request_id: bytes) -> Headers:
+    """Return the headers of a response with those that each one has; its own security headers stay."""
+    given = list(headers)
+    names = {name for name, _ in given}
+    added = [pair for pair in SECURITY_HEADERS if pair[0] not in names]
+    return [*given, *added, (b"x-request-id", request_id)]
 
 
 class Admission:
     """Sets the root path, and refuses requests for a Host that is not ours."""
 
-    def __init__(self, app: ASGIApp, *, root_path: str, trusted_hosts: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, *, root_path: str, hosts: TrustedHosts) -> None:
         self._app = app
         self._root_path = root_path
-        self._hosts = TrustedHosts(trusted_hosts)
+        self._hosts = hosts
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Pass the request on. Raises: InvalidParameter, before anything is awaited."""
         if scope["type"] == "http":
             # With the prefix in the path or stripped from it by the ingress: Starlette takes either.
             scope["root_path"] = self._root_path
-            if not self._hosts.trust(scope["headers"]):
-                path = scope["path"].removeprefix(self._root_path)
-                if path not in ops.PROBES:
-                    raise InvalidParameter("header 'Host' names a host that is not served here")
+            if not self._hosts.trust(scope["headers"]) and not ops.is_probe(scope):
+                raise InvalidParameter("header 'Host' names a host that is not served here")
+        return self._app(scope, receive, send)
+
+
+class SameSite:
+    """Refuses what browsers ask on behalf of another site's page, unless its origin is one of `origins`.
+
+    A page may make its reader's browser ask, though it may not read the answer; what the browser then says of
+    the request (Fetch Metadata, Sec-Fetch-Site) no page can change. Other callers send no such header.
+    """
+
+    def __init__(self, app: ASGIApp, *, origins: Sequence[str]) -> None:
+        self._app = app
+        self._any = "*" in origins
+        self._origins = frozenset(origins)
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Pass the request on. Raises: CrossSiteRequest, before anything is awaited."""
+        if scope["type"] == "http" and not self._any and is_cross_site(scope["headers"]):
+            asked = route_path(scope).startswith(_API)
+            if asked and header(scope["headers"], b"origin") not in self._origins:
+                raise CrossSiteRequest("a page of another site may not ask; see server.cors_origins")
         return self._app(scope, receive, send)
 
 
@@ -168,7 +194,7 @@ class Cors:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Pass the request on, through CORS when it is for /v1."""
-        path = scope["path"].removeprefix(scope["root_path"]) if scope["type"] == "http" else ""
+        path = route_path(scope) if scope["type"] == "http" else ""
         return (self._with_cors if path.startswith("/v1/") else self._app)(scope, receive, send)
 
 

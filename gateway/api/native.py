@@ -6,6 +6,7 @@ the simplified API. A caller's signature and credentials are not even read.
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Sequence
 
 from starlette.exceptions import HTTPException
@@ -13,8 +14,8 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api.caching import cache_headers
 from gateway.api.requestlog import settled
-from gateway.api.requests import Headers, query_parameters, read_body
-from gateway.exceptions import InvalidParameter, PathNotFound, UpstreamRejected
+from gateway.api.requests import Headers, header, query_parameters, read_body
+from gateway.exceptions import InvalidParameter, PathNotFound, UnsupportedMediaType, UpstreamRejected
 from gateway.models import Operation, TaskKey, check_task_id, strict_json
 from gateway.service import ProgressService
 
@@ -36,6 +37,8 @@ class NativeEndpoint:
             # Said here, for the route's own refusal loses to the catch-all behind it.
             raise HTTPException(405, headers={"Allow": "POST"})
         query_parameters(scope)
+        if _is_encoded(scope["headers"]):
+            raise UnsupportedMediaType("the body has a content coding; send it as it is")
         body = await read_body(scope, receive, limit=self._max_body_bytes, seconds=self._body_seconds)
         key = TaskKey(self._operation, _task_id(body))
         envelope, headers = await self._envelope(scope, key)
@@ -66,9 +69,14 @@ class NoSuchOperation:
         raise PathNotFound(f"the gateway forwards only: {self._allowed}")
 
 
+def _is_encoded(headers: Headers) -> bool:
+    codings = (header(headers, b"content-encoding") or "").split(",")
+    return any(coding.strip().lower() not in {"", "identity"} for coding in codings)
+
+
 def _task_id(body: bytes) -> str:
     try:
-        request = strict_json(body)
+        request = strict_json(body.removeprefix(BOM_UTF8))  # RFC 8259, 8.1: a parser may ignore it
     except ValueError as exc:
         raise InvalidParameter("the body is not JSON") from exc
     if not isinstance(request, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any
@@ -10,11 +11,41 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Route
+from starlette.types import Scope
+
+from gateway.api.requests import accepts_gzip, route_path
 
 # Asked by machines, as often as they are set to, and by address alone: a kubelet asks for the pod's IP.
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 
+# What load balancers ask with OPTIONS: the server as a whole (RFC 9110, 7.1), or its root.
+_ALLOWED = {"*": "GET, HEAD, OPTIONS, POST", "/": "GET, HEAD, OPTIONS"}
+_GZIP_LEVEL = 1  # a fifth of the text; 9 would make it a sixth, in five times the time
+
 Endpoint = Callable[[Request], Awaitable[Response]]
+
+
+def is_probe(scope: Scope) -> bool:
+    """Tell whether a request is one of those that machines make by address, as often as they are set to."""
+    path = route_path(scope)
+    return path in PROBES or (path in _ALLOWED and scope["method"] == "OPTIONS")
+
+
+class OptionsRoute(Route):
+    """`OPTIONS *` and `OPTIONS /`: 204 with `Allow`."""
+
+    def __init__(self) -> None:
+        async def endpoint(request: Request) -> Response:
+            return Response(status_code=204, headers={"Allow": _ALLOWED[route_path(request.scope)]})
+
+        super().__init__("/", endpoint, methods=["OPTIONS"])
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """See `Route.matches`; a path of "*" is no pattern that Starlette knows."""
+        if scope["type"] == "http" and scope["method"] == "OPTIONS" and route_path(scope) in _ALLOWED:
+            return Match.FULL, {"endpoint": self.endpoint, "path_params": {}}
+        return Match.NONE, {}
 
 
 async def healthz(_: Request) -> Response:
@@ -46,11 +77,16 @@ def readyz(
 
 
 def metrics(registry: CollectorRegistry) -> Endpoint:
-    """Return an endpoint that answers in Prometheus text, or in OpenMetrics when asked for."""
+    """Return an endpoint that answers in Prometheus text or, if asked for, OpenMetrics; gzip if accepted."""
 
     async def endpoint(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        return Response(encode(registry), headers={"Content-Type": content_type})
+        body = encode(registry)
+        headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
+        if accepts_gzip(request.scope["headers"]):
+            headers["Content-Encoding"] = "gzip"
+            body = gzip.compress(body, _GZIP_LEVEL, mtime=0)
+        return Response(body, headers=headers)
 
     return endpoint
 

@@ -32,7 +32,6 @@ _HEADERS = {
         "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     ),
     "Referrer-Policy": "no-referrer",  # the page's address names tasks
-    "X-Content-Type-Options": "nosniff",
 }
 
 

@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
+from gateway.api.requests import route_path
 from gateway.exceptions import (
     BodyTooLarge,
     CrossSiteRequest,
@@ -85,7 +86,9 @@ class Problems:
         if status in _COME_BACK:
             all_headers["Retry-After"] = str(math.ceil(error.retry_after or _RETRY_AFTER_SECONDS))
         all_headers["Cache-Control"] = "no-store"
-        if scope["path"].removeprefix(scope.get("root_path", "")) in self._vendor_paths:
+        if status == HTTPStatus.UNSUPPORTED_MEDIA_TYPE:
+            all_headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
+        if route_path(scope) in self._vendor_paths:
             return Response(render_json(_envelope(error)), status, all_headers, "application/json")
         problem = document(error, status, title, request_id=scope["state"]["request_id"])
         return Response(render_json(problem), status, all_headers, "application/problem+json")

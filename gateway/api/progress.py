@@ -16,29 +16,37 @@ from starlette.types import Receive, Scope, Send
 from gateway.api.answers import HEADER_NAMES, answer
 from gateway.api.caching import matches
 from gateway.api.connection import HangUp
+from gateway.api.ratelimit import Clients
 from gateway.api.requestlog import settled
 from gateway.api.requests import Headers, header, query_parameters
 from gateway.api.tasks import Tasks
-from gateway.exceptions import InvalidParameter
+from gateway.exceptions import GatewayError, InvalidParameter
 from gateway.models import Snapshot, TaskKey
-from gateway.readings import Failed, Reading
+from gateway.readings import Failed, Reading, Source
 from gateway.service import ProgressService
 from gateway.watch import Kind, Watch, Watcher
 
 # RFC 7240, 4.3: `wait=10`, perhaps among other preferences.
-_PREFER_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?(\d{1,9})\"?\s*(?:[;,]|$)", re.IGNORECASE)
-_SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?")
+_PREFER_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]{1,9})\"?\s*(?:[;,]|$)", re.IGNORECASE)
+_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 class ProgressEndpoint:
     """Answers for one task."""
 
     def __init__(
-        self, service: ProgressService, watch: Watch, *, tasks: Tasks, max_wait_seconds: float
+        self,
+        service: ProgressService,
+        watch: Watch,
+        *,
+        tasks: Tasks,
+        clients: Clients,
+        max_wait_seconds: float,
     ) -> None:
         self._service = service
         self._watch = watch
         self._tasks = tasks
+        self._clients = clients
         self._max_wait_seconds = max_wait_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -73,30 +81,47 @@ class ProgressEndpoint:
     async def _changed(
         self, scope: Scope, receive: Receive, key: TaskKey, known: str | None, wait: float
     ) -> Reading | Failed:
-        """Watch until the task differs from what the caller knows, has ended, or `wait` has passed."""
+        """Watch until the task differs from what the caller knows, has ended, or `wait` has passed.
+
+        All that goes upstream meanwhile goes by the watch's schedule, and the whole is counted as one lookup.
+        """
+        on_arrival = self._service.current(key)
         if known is None:
-            on_arrival = self._service.lookup(key)
             known = on_arrival.snapshot.etag if on_arrival is not None else ""
-        failed = False
-        with self._watch.watching([key], Kind.LONGPOLL) as watcher:
+        failure: GatewayError | None = None
+        with self._clients.subscribed(scope), self._watch.watching([key], Kind.LONGPOLL) as watcher:
             async with HangUp(scope, receive, watcher.hang_up):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
-                        failed = await _until_news(watcher, known)
-        # The schedule has just renewed what the store holds: asking anew could cost a call more.
-        reading = None if failed else self._service.current(key)
-        return reading or await self._service.read(key)
+                        failure = await _until_news(watcher, known)
+        if failure is not None:
+            outcome: Reading | Failed = Failed(key, failure, Source.NEGATIVE)
+        elif (reading := self._service.current(key)) is not None:
+            outcome = reading if on_arrival is not None else reading._replace(source=Source.MISS)
+        else:
+            # Nothing may be shown. As any query, it waits for the flight that the schedule has begun, or asks
+            # anew where the schedule backs off after a failure.
+            return await self._service.read(key)
+        self._service.count(outcome)
+        return outcome
 
 
-async def _until_news(watcher: Watcher, known: str) -> bool:
-    """Return when there is something to answer; tell whether it is a failure. Raises: ClientDisconnect."""
+async def _until_news(watcher: Watcher, known: str) -> GatewayError | None:
+    """Return when there is something to answer: the failure, if it is one. Raises: ClientDisconnect.
+
+    A failure that is there on arrival is not returned: it may be as old as the pause of the schedule.
+    """
+    new = not watcher.rung
     while not watcher.leaving:
         for update in await watcher.take():
-            if update.failure is not None or _is_news(update.snapshot, known):
-                return update.failure is not None
+            if update.failure is not None:
+                return update.failure if new else None
+            if _is_news(update.snapshot, known):
+                return None
         if watcher.hung_up:
             raise ClientDisconnect
-    return False
+        new = True
+    return None
 
 
 def _is_news(snapshot: Snapshot | None, known: str) -> bool:

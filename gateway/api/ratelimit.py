@@ -1,36 +1,46 @@
-"""How many requests a second one client may make: a token bucket for each address.
+"""What one client may cost: so many tasks a second, and so many open subscriptions.
 
-A bucket is one float, as the generic cell rate algorithm keeps it (ITU-T I.371, "virtual
-scheduling"): the moment at which it will be full again. Who a client is was settled before: the
-server has put what a trusted proxy says into the scope (uvicorn's proxy headers).
+A bucket of tokens is one float, as the generic cell rate algorithm keeps it (ITU-T I.371, "virtual
+scheduling"): the moment at which it will be full again. A request is admitted when a token is there, and
+takes one. A batch or a stream takes the rest of its cost, one token for each further task, once it is parsed.
+The bucket may owe these tokens: so a request may cost more than a full bucket holds, and its client then
+waits until the debt is paid.
+
+The client's address is settled before: the server has put what a trusted proxy says into the scope (uvicorn's
+proxy headers).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from ipaddress import IPv6Address, ip_address
 
 from cachetools import LRUCache
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api import ops
+from gateway.api.requests import client_host
 from gateway.exceptions import TooManyRequests
 
-# About 5 MB of buckets. Whoever has more addresses than this is not held by a limit on each of them.
+# About 5 MB of buckets. A client with more addresses than this is not held by a limit on each of them.
 _MOST_CLIENTS = 16_384
 _INEXACT = 1e-9  # seconds by which sums of intervals may be wrong
 _NETWORK_BYTES = 8  # a /64: what one subscriber gets, and may number as it likes (RFC 6177, RFC 4291)
+_SUBSCRIBE_AGAIN_SECONDS = 5.0
+_NO_LIMIT = nullcontext()
 
 
 class RateLimiter:
-    """Lets each client make `requests_per_second`, and as many at once as a second brings.
+    """Lets each client ask for `tasks_per_second` tasks, and for as many at once as a second brings.
 
-    `clock` is monotonic, in seconds.
+    Over any time a client gets at most rate x time + burst + one request. `clock` is monotonic, in seconds.
     """
 
-    def __init__(self, requests_per_second: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._interval = 1 / requests_per_second
+    def __init__(self, tasks_per_second: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._interval = 1 / tasks_per_second
         self._depth = max(1.0, self._interval)  # seconds that an empty bucket takes to be full
         self._clock = clock
         self._full_at: LRUCache[bytes, float] = LRUCache(_MOST_CLIENTS)
@@ -42,14 +52,20 @@ class RateLimiter:
     def admit(self, host: str) -> None:
         """Take a token from the bucket of this client. Raises: TooManyRequests when there is none."""
         full_at, wait = self._next(host)
-        # A refused request takes nothing: a client that keeps knocking is let in when its token is due.
+        # A refused request takes nothing: a client that asks too early is admitted when its token is due.
         if wait > 0:
-            raise TooManyRequests("this client makes more requests than it may", retry_after=wait)
+            raise TooManyRequests("this client asks for more tasks than it may", retry_after=wait)
         self._full_at[bucket_key(host)] = full_at
 
     def would_admit(self, host: str) -> bool:
         """Tell whether there is a token for this client, and take none."""
         return self._next(host)[1] <= 0
+
+    def charge(self, host: str, tasks: int) -> None:
+        """Take a token for each of these tasks but the first, whose token `admit` has taken."""
+        key = bucket_key(host)
+        now = self._clock()
+        self._full_at[key] = max(self._full_at.get(key, now), now) + self._interval * (tasks - 1)
 
     def _next(self, host: str) -> tuple[float, float]:
         """Return when the bucket will be full after a token is taken, and for how long there is none."""
@@ -57,6 +73,45 @@ class RateLimiter:
         full_at = max(self._full_at.get(bucket_key(host), now), now) + self._interval
         wait = full_at - now - self._depth
         return full_at, wait if wait > _INEXACT else 0.0
+
+
+class Clients:
+    """What endpoints ask about the client of a request, once they know what the request costs.
+
+    `limiter`: None without `limits.requests_per_second`. `most_subscriptions`: of one client; 0: no limit.
+    """
+
+    def __init__(self, limiter: RateLimiter | None, *, most_subscriptions: int) -> None:
+        self._limiter = limiter
+        self._most_subscriptions = most_subscriptions
+        self._subscriptions: Counter[bytes] = Counter()
+
+    def charge(self, scope: Scope, tasks: int) -> None:
+        """Let the client of an admitted request pay for so many tasks."""
+        if self._limiter is not None and tasks > 1:
+            self._limiter.charge(client_host(scope), tasks)
+
+    def subscribed(self, scope: Scope) -> AbstractContextManager[None]:
+        """Count a stream or long poll of the client while the context is open.
+
+        Raises: TooManyRequests, on entering, when the client has as many as it may.
+        """
+        return self._counted(bucket_key(client_host(scope))) if self._most_subscriptions else _NO_LIMIT
+
+    @contextmanager
+    def _counted(self, key: bytes) -> Iterator[None]:
+        if self._subscriptions[key] >= self._most_subscriptions:
+            raise TooManyRequests(
+                "this client has as many open streams and long polls as it may",
+                retry_after=_SUBSCRIBE_AGAIN_SECONDS,
+            )
+        self._subscriptions[key] += 1
+        try:
+            yield
+        finally:
+            self._subscriptions[key] -= 1
+            if not self._subscriptions[key]:
+                del self._subscriptions[key]
 
 
 def bucket_key(host: str) -> bytes:
@@ -85,7 +140,6 @@ class RateLimit:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Pass the request on. Raises: TooManyRequests, before anything is awaited."""
-        if scope["type"] == "http" and scope["path"].removeprefix(scope["root_path"]) not in ops.PROBES:
-            client = scope.get("client")
-            self._limiter.admit(client[0] if client else "")
+        if scope["type"] == "http" and not ops.is_probe(scope):
+            self._limiter.admit(client_host(scope))
         return self._app(scope, receive, send)

@@ -20,9 +20,26 @@ SECURITY_HEADERS = (
     (b"cross-origin-resource-policy", b"same-site"),
 )
 
+_OWN_SITES = frozenset({"same-origin", "same-site", "none"})  # "none": the user asks, not a page
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _MOST_PARAMETERS = 10_100
+_WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 _SHOWN = 64  # characters of a caller's own text that an error repeats
+
+
+def route_path(scope: Scope) -> str:
+    """Return the path below the root path, as Starlette routes: an ingress may have stripped it."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if not root or not path.startswith(root) or path[len(root) : len(root) + 1] not in {"", "/"}:
+        return path
+    return path[len(root) :]
+
+
+def client_host(scope: Scope) -> str:
+    """Return the address of the request's client, as trusted proxies tell it; empty where there is none."""
+    client = scope.get("client")
+    return client[0] if client else ""
 
 
 def query_parameters(scope: Scope, *allowed: str, repeated: str = "") -> dict[str, list[str]]:
@@ -81,6 +98,24 @@ def header(headers: Headers, name: bytes) -> str | None:
     """Return a header's value, repeated ones joined as RFC 9110 (5.3) has it, or None."""
     values = [value for key, value in headers if key == name]
     return b", ".join(values).decode("latin-1") if values else None
+
+
+def accepts_gzip(headers: Headers) -> bool:
+    """Tell whether Accept-Encoding allows gzip, and does not prefer the body as it is (RFC 9110, 12.5.3)."""
+    weights: dict[str, float] = {}
+    for part in (header(headers, b"accept-encoding") or "").split(","):
+        coding, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        weight = next((piece[2:].strip() for piece in parameters if piece.startswith("q=")), "1")
+        # A weight that is none makes the coding unacceptable: the body as it is can always be read.
+        weights[coding] = float(weight) if _WEIGHT.fullmatch(weight) else 0.0
+    gzip = weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0)))
+    return gzip > 0 and gzip >= weights.get("identity", 0.0)
+
+
+def is_cross_site(headers: Headers) -> bool:
+    """Tell whether a browser says that a page of another site asks (Fetch Metadata, Sec-Fetch-Site)."""
+    site = header(headers, b"sec-fetch-site")
+    return site is not None and site.lower() not in _OWN_SITES
 
 
 def given_request_id(headers: Headers) -> bytes | None:

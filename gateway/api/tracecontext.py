@@ -23,6 +23,11 @@ class TraceParent(NamedTuple):
     trace_id: str
     span_id: str
 
+    @property
+    def header(self) -> tuple[bytes, bytes]:
+        """The header that says so, in the version that is known; not sampled."""
+        return b"traceparent", f"00-{self.trace_id}-{self.span_id}-00".encode()
+
 
 def trace_parent(scope: Scope) -> TraceParent | None:
     """Return the caller's span, or None when the header is absent, given twice or not valid."""

@@ -69,6 +69,21 @@ nginx.org/lb-method: hash $uri consistent
 {{ dig "store" "url" "" .Values.settings }}
 {{- end }}
 
+{{/* server.trusted_hosts, as JSON: the setting, or the names by which the ingress, the cluster and `kubectl port-forward`
+     reach the gateway. [] where any name may lead here: without an ingress, or with a route for every name. */}}
+{{- define "gateway.trustedHosts" -}}
+{{- $given := dig "server" "trusted_hosts" list .Values.settings }}
+{{- $anyName := and .Values.httpRoute.enabled (not .Values.httpRoute.hostnames) }}
+{{- if or $given (not .Values.ingress.enabled) $anyName }}{{ toJson $given }}
+{{- else }}
+{{- $name := include "gateway.fullname" . }}
+{{- $inNamespace := printf "%s.%s" $name .Release.Namespace }}
+{{- $inside := list $name $inNamespace (printf "%s.svc" $inNamespace) (printf "%s.svc.cluster.local" $inNamespace) }}
+{{- $routed := ternary .Values.httpRoute.hostnames list .Values.httpRoute.enabled }}
+{{- concat .Values.ingress.hosts $routed $inside (list "localhost" "127.0.0.1") | uniq | toJson }}
+{{- end }}
+{{- end }}
+
 {{/* The TOML file: a JSON scalar or list of strings is TOML as well. */}}
 {{- define "gateway.toml" -}}
 {{- $files := dict "access_key_file" "/run/secrets/sd-gateway/access_key" "secret_key_file" "/run/secrets/sd-gateway/secret_key" }}
@@ -86,6 +101,9 @@ nginx.org/lb-method: hash $uri consistent
 {{- end }}
 {{- end }}
 {{- $chart := dict "credentials" $files "store" $store }}
+{{- with include "gateway.trustedHosts" . | fromJsonArray }}
+{{- $_ := set $chart "server" (dict "trusted_hosts" .) }}
+{{- end }}
 {{- range $section, $keys := mergeOverwrite (deepCopy .Values.settings) $chart }}
 {{- if $keys }}
 [{{ $section }}]
