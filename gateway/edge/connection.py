@@ -43,7 +43,7 @@ from gateway.edge.framing import (
     end_of_head,
     parse_head,
 )
-from gateway.edge.policy import Admission, Policy
+from gateway.edge.policy import Policy
 from gateway.exceptions import GatewayError, Overloaded
 from gateway.models import render_json
 
@@ -120,16 +120,15 @@ class Connection(asyncio.Protocol):
         self.client: tuple[str, int] | None = get_remote_addr(self.transport)
         self._server = get_local_addr(self.transport)
         self.server_state.connections.add(self)  # type: ignore[arg-type]  # uvicorn names its own protocols
-        admission = self.policy.opened()
-        self._over_limit = admission is not Admission.ADMITTED
-        if admission is Admission.REFUSED:
-            self._refuse_connection()
-        else:
-            self._expire_in(self.policy.head_seconds(over_limit=self._over_limit))
+        self._over_limit = not self.policy.opened()
+        self._expire_in(self.policy.head_seconds(over_limit=self._over_limit))
+        if self._over_limit:
+            self.policy.reserve(self, self._refuse_connection)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection; what was read and not answered goes with it."""
         self.policy.closed()
+        self.policy.release(self)
         self.server_state.connections.discard(self)
         self._closing = True
         if self._timer is not None:
@@ -190,7 +189,7 @@ class Connection(asyncio.Protocol):
         """Close once the response that is under way is complete; at once when there is none."""
         self._shutting_down = True
         if self._exchange is None:
-            self._close()
+            self._close(linger=bool(self._buffer))
         else:
             self._exchange.keep_alive = False
 
@@ -296,9 +295,11 @@ class Connection(asyncio.Protocol):
 
     def _begin(self, data: bytes, head: Head) -> None:
         """Answer a request, whose head stood in `data`."""
-        if self._over_limit and head.target.partition(b"?")[0].decode("latin-1") not in self.policy.probes:
-            self._refuse_connection()
-            return
+        if self._over_limit:
+            self.policy.release(self)
+            if head.target.partition(b"?")[0].decode("latin-1") not in self.policy.probes:
+                self._refuse_connection()
+                return
         self._body = body_of(head, max_overhead=self.policy.max_header_bytes)
         scope = self._scope(head)
         exchange = Exchange(
@@ -372,17 +373,21 @@ class Connection(asyncio.Protocol):
     # Closing.
 
     def _refuse_connection(self) -> None:
+        self.policy.release(self)
         self.policy.count_refused_connection()
-        self._refuse(Overloaded("the gateway has as many connections as it may", retry_after=1.0))
+        # Without lingering: descriptors are what there is too little of.
+        self._refuse(
+            Overloaded("the gateway has as many connections as it may", retry_after=1.0), linger=False
+        )
 
-    def _refuse(self, error: GatewayError) -> None:
+    def _refuse(self, error: GatewayError, *, linger: bool = True) -> None:
         """Answer with a problem document, the connection's last response; to HEAD without its body."""
         self.policy.count_refused_request(lookup(error)[0])
         head, body = _last_response(error, self.server_state.default_headers)
         self.write(head if self._bodiless else head + body)
-        self._close(linger=True)
+        self._close(linger=linger)
 
-    def _close(self, *, linger: bool = False) -> None:
+    def _close(self, *, linger: bool) -> None:
         """Close once all is written; `linger`: read and drop for a moment what the client still sends.
 
         Closed with bytes unread, the kernel would reset the connection, and the client might lose the
@@ -390,7 +395,6 @@ class Connection(asyncio.Protocol):
         """
         if self._closing:
             return
-        linger = linger or bool(self._buffer) or self._body is not None
         self._closing = True
         self._body = None
         self._buffer.clear()
@@ -426,8 +430,10 @@ class Connection(asyncio.Protocol):
             self._check_stall()
         elif self._exchange is not None:
             self.transport.abort()  # the body has not arrived, and its application does not time it
+        elif self._over_limit:
+            self._refuse_connection()
         else:
-            self._close()
+            self._close(linger=bool(self._buffer))
 
     def _check_stall(self) -> None:
         """Let a slow reader go on for as long as it reads something."""

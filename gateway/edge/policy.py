@@ -5,25 +5,16 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
 
 from gateway.api.ops import PROBES
 from gateway.metrics import Metrics
 from gateway.settings import Server
 
-RESERVED_CONNECTIONS = 16  # beyond the limit, for a probe each
+RESERVED_CONNECTIONS = 16  # beyond the limit, each for a probe that may come
 _STALL_SECONDS = 60.0
 _RECEIVE_BUFFER = 32_768  # bytes; Linux doubles both for its own bookkeeping
 _SEND_BUFFER = 65_536
 _PROBE_SECONDS = 1.0  # for the head of a probe, beyond the limit
-
-
-class Admission(Enum):
-    """What a new connection may do."""
-
-    ADMITTED = "admitted"
-    PROBES_ONLY = "probes only"
-    REFUSED = "refused"
 
 
 @dataclass(slots=True)
@@ -39,6 +30,7 @@ class Policy:
     count_refused_connection: Callable[[], None] = lambda: None
     count_refused_request: Callable[[int], None] = lambda _: None
     connections: int = field(default=0, init=False)
+    _reserved: dict[object, Callable[[], None]] = field(default_factory=dict, init=False)
 
     def bound_socket(self, connection: socket.socket | None) -> None:
         """Bound what the kernel holds for a connection, and for how long.
@@ -55,13 +47,23 @@ class Policy:
             milliseconds = max(int(self.stall_seconds * 1000), 1)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
-    def opened(self) -> Admission:
-        """Count a new connection, and return what it may do."""
+    def opened(self) -> bool:
+        """Count a new connection; tell whether it is within the limit."""
         self.connections += 1
-        beyond = self.connections - self.max_connections
-        if beyond <= 0:
-            return Admission.ADMITTED
-        return Admission.PROBES_ONLY if beyond <= RESERVED_CONNECTIONS else Admission.REFUSED
+        return self.connections <= self.max_connections
+
+    def reserve(self, connection: object, refuse: Callable[[], None]) -> None:
+        """Let a connection beyond the limit send the head of a probe.
+
+        The one that has waited the longest is refused to make room: a probe comes at once, silence does not.
+        """
+        self._reserved[connection] = refuse
+        if len(self._reserved) > RESERVED_CONNECTIONS:
+            self._reserved.pop(next(iter(self._reserved)))()
+
+    def release(self, connection: object) -> None:
+        """Note that a connection no longer waits for a probe."""
+        self._reserved.pop(connection, None)
 
     def closed(self) -> None:
         """Count a connection that is gone."""

@@ -103,9 +103,8 @@ def test_processes_hold_no_heads(simulator: Simulator, tmp_path: Path, edge: str
     with serving(tmp_path, simulator.url, SERVER__EDGE=edge) as (process, gate):
         before = warmed(process, gate)
         with lines(gate, 200) as streams:
-            for stream in streams:
+            for stream in streams:  # one by one: heads that are read together are held together for a moment
                 stream.send(request("/v1/events?taskId=own-task", *fields))
-            for stream in streams:
                 stream.until(b"event: progress")
             grown = process.resident_bytes() - before
         assert grown / 200 < 32_768
