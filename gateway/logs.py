@@ -14,7 +14,7 @@ from typing import Any
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from gateway.printable import json_line, printable
+from gateway.printable import json_text, printable
 from gateway.redaction import Excerpt, Redactor
 from gateway.settings import Log
 
@@ -87,7 +87,7 @@ _LINES = {"exception", "stack"}  # their line breaks are wanted
 
 
 def _render_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
-    return json_line(str(_as_json(logger, method, event)))
+    return json_text(str(_as_json(logger, method, event)))
 
 
 def _escape(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
