@@ -244,7 +244,7 @@ def _port(text: str) -> int:
 
 def _seconds(text: str) -> float:
     try:
-        seconds = float(text)
+        seconds = float(text if text.isascii() and "_" not in text else "nan")
     except ValueError:
         seconds = math.nan
     if not abs(seconds) <= _MOST_SECONDS:

@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, NamedTuple
 
 import httpx
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 from gateway import __version__
@@ -144,9 +144,9 @@ class Progress(_Wire):
 
     task_id: _Words
     status: _Words
-    progress: float
+    progress: Annotated[float, Field(ge=0, le=1)]
     queue_remaining: int | None
-    eta_seconds: float | None
+    eta_seconds: Annotated[float, Field(ge=0, le=1e12)] | None
     message: _Words | None
     terminal: bool
 

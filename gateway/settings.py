@@ -32,6 +32,8 @@ from pydantic import (
 
 from gateway.mistakes import in_words
 from gateway.models import Operation
+from gateway.printable import printable
+from gateway.secretfiles import check_bundle, read_secret
 
 DEFAULT_FILE = Path("config/gateway.toml")
 PREFIX = "SD_GATEWAY_"
@@ -46,8 +48,8 @@ class SettingsError(Exception):
     """The settings are wrong: `mistakes` has one line for each."""
 
     def __init__(self, mistakes: list[str]) -> None:
-        super().__init__("\n".join(mistakes))
-        self.mistakes = mistakes
+        self.mistakes = [printable(mistake) for mistake in mistakes]
+        super().__init__("\n".join(self.mistakes))
 
 
 def _split(value: Any) -> Any:
@@ -291,8 +293,12 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
 
     Raises: SettingsError with one line for every mistake.
     """
-    if file is None and DEFAULT_FILE.exists():
-        file = DEFAULT_FILE
+    if file is None:
+        # A folder that is gone has no file in it. One that may not be looked into may have one, which must count.
+        try:
+            file = DEFAULT_FILE if DEFAULT_FILE.exists() else None
+        except OSError as exc:
+            raise SettingsError([f"{DEFAULT_FILE}: cannot be looked for: {exc.strerror}"]) from exc
     values = _read_toml(file) if file is not None else {}
     for layer in (_speedpix(environ), _environment(environ)):
         _merge(values, layer)
@@ -305,10 +311,12 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_bytes().decode())
     except OSError as exc:
         raise SettingsError([f"{file}: cannot be read: {exc.strerror}"]) from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except UnicodeDecodeError as exc:
+        raise SettingsError([f"{file}: is not TOML: not UTF-8 at byte {exc.start}"]) from exc
+    except tomllib.TOMLDecodeError as exc:
         raise SettingsError([f"{file}: is not TOML: {exc}"]) from exc
     except RecursionError as exc:
         raise SettingsError([f"{file}: is not TOML: nested too deep"]) from exc
@@ -344,7 +352,7 @@ def _merge(values: dict[str, Any], over: dict[str, Any]) -> None:
 
 
 def _content(file: Path | None) -> str:
-    return "" if file is None else file.read_text(encoding="utf-8").strip()
+    return "" if file is None else read_secret(file)
 
 
 def _is_loopback(host: str) -> bool:

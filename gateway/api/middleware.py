@@ -129,7 +129,7 @@ class TrustedHosts:
         if self._any:
             return True
         host = next((value for name, value in headers if name == b"host"), b"").decode("latin-1").lower()
-        name = re.sub(r":\d+$", "", host)
+        name = re.sub(r":[0-9]+\Z", "", host)
         return name in self._exact or name.endswith(self._suffixes)
 
 

@@ -22,7 +22,7 @@ SECURITY_HEADERS = (
 
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _MOST_PARAMETERS = 10_100
-_SHOWN = 64  # characters of a caller's own text that an error repeats
+_SHOWN = 64  # characters of a parameter's name that an error repeats: whole, or not at all
 
 
 def query_parameters(scope: Scope, *allowed: str, repeated: str = "") -> dict[str, list[str]]:
@@ -45,7 +45,8 @@ def query_parameters(scope: Scope, *allowed: str, repeated: str = "") -> dict[st
     for name, value in pairs:
         if name not in allowed and name != repeated:
             known = ", ".join(filter(None, (*allowed, repeated))) or "there are none here"
-            raise InvalidParameter(f"unknown query parameter {name[:_SHOWN]!r}; known: {known}")
+            shown = ascii(name) if len(name) <= _SHOWN else f"of {len(name)} characters"
+            raise InvalidParameter(f"unknown query parameter {shown}; known: {known}")
         if name in values and name != repeated:
             raise InvalidParameter(f"query parameter {name!r} is given twice")
         values.setdefault(name, []).append(value)
