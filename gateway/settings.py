@@ -76,6 +76,7 @@ Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@*A
 
 VALKEY_PORT, SENTINEL_PORT = 6379, 26379
 LOOPBACK_NAMES = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
+_URL_PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/-]*")  # RFC 3986, 3.3, without escapes
 _STORE_SCHEMES = {"valkey", "valkeys", "redis", "rediss"}
 
 
@@ -107,6 +108,8 @@ class Server(_Section):
     def _root_path(cls, value: str) -> str:
         if value and (not value.startswith("/") or value.endswith("/")):
             raise ValueError('must be empty, or begin with "/" and not end with it')
+        if not _URL_PATH.fullmatch(value):
+            raise ValueError("may have letters and digits of ASCII and -._~!$&'()*+,;=:@/ alone")
         return value
 
     @property
@@ -299,6 +302,9 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
             file = DEFAULT_FILE if DEFAULT_FILE.exists() else None
         except OSError as exc:
             raise SettingsError([f"{DEFAULT_FILE}: cannot be looked for: {exc.strerror}"]) from exc
+    # Python has bytes that are no UTF-8 as halves of surrogate pairs, which nothing can encode.
+    if foreign := [name for name, value in environ.items() if _is_ours(name) and not _is_text(name + value)]:
+        raise SettingsError([f"{name}: is not UTF-8" for name in foreign])
     values = _read_toml(file) if file is not None else {}
     for layer in (_speedpix(environ), _environment(environ)):
         _merge(values, layer)
@@ -320,6 +326,18 @@ def _read_toml(file: Path) -> dict[str, Any]:
         raise SettingsError([f"{file}: is not TOML: {exc}"]) from exc
     except RecursionError as exc:
         raise SettingsError([f"{file}: is not TOML: nested too deep"]) from exc
+
+
+def _is_ours(variable: str) -> bool:
+    return variable.startswith(PREFIX) or variable in SPEEDPIX
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _speedpix(environ: Mapping[str, str]) -> dict[str, Any]:
