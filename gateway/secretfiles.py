@@ -36,12 +36,14 @@ def _read(file: Path, *, most: int) -> bytes:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except ValueError as exc:  # a NUL in the name
         raise ValueError(f"{str(file)!r}: is not a file's name") from exc
-    with os.fdopen(descriptor, "rb", buffering=0) as stream:
+    try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError(f"{file}: is not a regular file")
         content = bytearray()
-        while len(content) <= most and (piece := stream.read(most + 1 - len(content))):
+        while len(content) <= most and (piece := os.read(descriptor, most + 1 - len(content))):
             content += piece
+    finally:
+        os.close(descriptor)
     if len(content) > most:
         raise ValueError(f"{file}: is larger than {most} bytes")
     return bytes(content)
