@@ -43,7 +43,9 @@ def main(locks: list[str]) -> int:
     service.session = Session()
     service.session.mount("https://", requests.adapters.HTTPAdapter(pool_maxsize=CONNECTIONS, max_retries=3))
     if not service.query(KNOWN)[1]:
-        sys.stderr.write(f"{KNOWN.name} {KNOWN.version} is not told to be vulnerable: this index cannot be asked\n")
+        sys.stderr.write(
+            f"{KNOWN.name} {KNOWN.version} is not told to be vulnerable: this index cannot be asked\n"
+        )
         return 1
     files = [Path(lock) for lock in locks]
     packages = set(RequirementSource(files, require_hashes=True, disable_pip=True).collect())
@@ -56,11 +58,15 @@ def main(locks: list[str]) -> int:
                 if not {one.id, *one.aliases} & ACCEPTED.keys():
                     found += 1
                     fixed = ", ".join(map(str, one.fix_versions)) or "none"
-                    sys.stderr.write(f"{package.name}: {one.id}, fixed in: {fixed}; {one.description[:200]}\n")
+                    sys.stderr.write(
+                        f"{package.name}: {one.id}, fixed in: {fixed}; {one.description[:200]}\n"
+                    )
     looked_up = len(packages) - len(skipped)
     sys.stdout.write(f"Looked up {looked_up} locked packages; {found} known vulnerabilities\n")
     if skipped:
-        sys.stdout.write(f"Not looked up, for the index tells of newer versions alone: {', '.join(sorted(skipped))}\n")
+        sys.stdout.write(
+            f"Not looked up, for the index tells of newer versions alone: {', '.join(sorted(skipped))}\n"
+        )
     return int(found > 0 or not looked_up)
 
 

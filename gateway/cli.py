@@ -73,9 +73,11 @@ def _open_standard_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
         if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115, PTH123
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error has it: no locale stops a command
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # as standard error has it: no locale stops a command
 
 
 class _Parser(argparse.ArgumentParser):
@@ -86,9 +88,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="sd-gateway", description="Signs, coalesces, caches and measures progress queries."
-    )
+    parser = _Parser(prog="sd-gateway", description="Signs, coalesces, caches and measures progress queries.")
     parser.add_argument("--version", action="version", version=f"sd-gateway {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 

@@ -313,8 +313,7 @@ def _masked(data: bytes, places: Iterable[Span]) -> str:
     done = 0
     for start, end in sorted(places):
         if pieces and start < done:
-            if end > done:
-                done = end
+            done = max(done, end)
             continue
         pieces += [data[done:start], MASK.encode()]
         done = end

@@ -33,7 +33,7 @@ from pydantic import (
 from gateway.mistakes import in_words
 from gateway.models import Operation
 from gateway.printable import printable
-from gateway.secretfiles import check_bundle, read_secret
+from gateway.secretfiles import read_secret
 
 DEFAULT_FILE = Path("config/gateway.toml")
 PREFIX = "SD_GATEWAY_"

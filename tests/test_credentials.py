@@ -2,8 +2,8 @@
 
 import asyncio
 import os
-import socket
 import selectors
+import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any

@@ -232,11 +232,15 @@ ENCODINGS: dict[str, Callable[[str], str]] = {
 }
 
 
-@pytest.mark.parametrize("secret", [ACCESS_KEY, SECRET_KEY, "a+b/c=d&e<f\"g~h", "sixsix", "p\u00e4ssw\u00f6rter"])
+@pytest.mark.parametrize(
+    "secret", [ACCESS_KEY, SECRET_KEY, 'a+b/c=d&e<f"g~h', "sixsix", "p\u00e4ssw\u00f6rter"]
+)
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_redactor_hides_a_secret_in_every_encoding(encoding: str, secret: str) -> None:
     """No form of the secret is left, and what stands around it is."""
-    if not secret.isascii() and encoding.startswith(("JSON", "percent, half", "percent, of", "Python", "HTML", "hex of")):
+    if not secret.isascii() and encoding.startswith(
+        ("JSON", "percent, half", "percent, of", "Python", "HTML", "hex of")
+    ):
         pytest.skip("this encoding is one of characters up to 255, or of ASCII")
     redactor = Redactor()
     redactor.hide(secret)
@@ -254,7 +258,9 @@ def test_redactor_hides_a_secret_in_every_encoding(encoding: str, secret: str) -
 
 @pytest.mark.parametrize("encoding", ["{}", "{}...", "'{}'", "({}\u2026)", '"{}"}}'])
 @pytest.mark.parametrize("length", [6, 9, len(SECRET_KEY) - 1])
-def test_redactor_hides_a_secret_that_the_text_cuts_off(redactor: Redactor, length: int, encoding: str) -> None:
+def test_redactor_hides_a_secret_that_the_text_cuts_off(
+    redactor: Redactor, length: int, encoding: str
+) -> None:
     """The beginning of a secret at the end of a text goes, in any encoding; 5 characters may stay."""
     cut = SECRET_KEY[:length]
     assert redactor(f"Wrong key {encoding.format(cut)}") == f"Wrong key {encoding.format(MASK)}"
@@ -323,14 +329,18 @@ def test_redactor_takes_little_time_to_find_the_place(redactor: Redactor, rest: 
         redactor(text)
 
 
-ascii_secrets = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="[]%\\&;"), min_size=6)
+ascii_secrets = st.text(
+    st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="[]%\\&;"), min_size=6
+)
 escapes = st.sampled_from(["{}", "%{:02X}", "%25{:02x}", "\\u{:04x}", "\\x{:02X}", "&#{};", "&#x{:X};"])
 gaps = st.sampled_from(["", "", "", " ", "\n", "\t\t", "\\n", "\u3000", "%20"])
 
 
 @relaxed
 @given(data=st.data(), secret=ascii_secrets, before=st.text(), after=st.text())
-def test_redactor_hides_mixtures_of_encodings(data: st.DataObject, secret: str, before: str, after: str) -> None:
+def test_redactor_hides_mixtures_of_encodings(
+    data: st.DataObject, secret: str, before: str, after: str
+) -> None:
     """Each character may be escaped in another way, in another case, and white space may stand between any two."""
     pieces = []
     for char in secret:
