@@ -1,8 +1,9 @@
 """Look up the locked packages in the package index's list of known vulnerabilities: python audit.py LOCK...
 
-pip-audit asks the index about each version. An index that has documents of packages, but none of versions, as some
-mirrors, is asked about the package: that document tells of its newest version, and of no other. What cannot be looked
-up is told, and fails nothing; but a version that is known to be vulnerable must be found, or nothing counts.
+pip-audit asks the index about each version. Some mirrors have documents of packages, but none of versions:
+they are asked about the package, whose document tells of its newest version, and of no other. A version that
+cannot be looked up is named, and fails nothing. But a version that is known to be vulnerable must be found, or
+nothing counts.
 """
 
 import sys
@@ -25,7 +26,7 @@ ACCEPTED: dict[str, str] = {}
 
 
 class Session(requests.Session):
-    """Answers for a version with the document of its package, where the index has none and it is the newest."""
+    """Answers for a version with its package's document, where the index has none and it is the newest."""
 
     def get(self, url: Any, **options: Any) -> requests.Response:  # type: ignore[override]
         """Ask for the document of a version."""

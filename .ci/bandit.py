@@ -1,4 +1,4 @@
-"""Let bandit look for insecure code, and compare what it finds with what may be: bandit.toml, with the reasons."""
+"""Let bandit look for insecure code, and compare what it finds with bandit.toml, which has the reasons."""
 
 import json
 import subprocess

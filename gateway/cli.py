@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(arguments)
         finally:
-            sys.stdout.flush()  # here a reader that has left can still be told of, at the interpreter's end not
+            sys.stdout.flush()  # at the interpreter's end it is too late to catch a closed pipe
     except BrokenPipeError:
         return _nobody_reads()
     except OSError as exc:  # what a command expects is handled there; a full disk below standard output, say

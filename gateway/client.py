@@ -233,7 +233,7 @@ def follow(
 
 
 def _client(gateway: httpx.URL, timeout: httpx.Timeout) -> httpx.Client:
-    # A gateway on loopback, without TLS, needs nothing from the environment: what is wrong there is for others.
+    # A gateway on loopback, without TLS, needs no proxy and no certificates from the environment.
     is_here = gateway.scheme == "http" and gateway.host in _LOOPBACK
     try:
         return httpx.Client(headers=_HEADERS, timeout=timeout, mounts=_NO_PROXY, trust_env=not is_here)

@@ -11,7 +11,7 @@ _UNPRINTABLE = re.compile(rf"[{_SET}\ud800-\udfff]")  # half a surrogate pair ha
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    """Return the text with control characters escaped, but those in `keep`; one line, if no line break is kept."""
+    """Return the text with control characters escaped, except those in `keep`."""
     return _UNPRINTABLE.sub(lambda m: m[0] if m[0] in keep else _escape(m[0]), text)
 
 

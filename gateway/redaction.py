@@ -47,7 +47,7 @@ _TO_QUOTED = bytes.maketrans(b"%=", b"=\1")
 _FROM_QUOTED = bytes.maketrans(b"=", b"%")
 _RUN = re.compile(b"={2,}")
 _SEPARATORS = b":-,"
-# A letter's upper and lower case differ in the first hexadecimal digit: 4 and 6, 5 and 7 are one in their view.
+# A letter's upper and lower case differ in the first hexadecimal digit: 4 and 6, 5 and 7 are one.
 _DIGITS = bytes.maketrans(b"67", b"45")
 
 _ENTITY = re.compile(rb"&#(?:[xX]0{0,6}([0-9A-Fa-f]{2})|0{0,6}([0-9]{2,3}));")
@@ -60,7 +60,7 @@ _TOKEN = re.compile(
     """
 )
 
-# What the vendor's API gateway says, in lower case. A string to sign may hold anything: it goes to the text's end.
+# What the vendor's API gateway says, in lower case. A string to sign reaches to the text's end.
 _TO_SIGN = re.compile(rb"string(?:[-_\s]|%20){0,2}to(?:[-_\s]|%20){0,2}sign\b[^:`%]{0,3}(?::|%3a)")
 _NAMED = re.compile(  # in a line, a dict, pairs; bytes or not, quoted as often as it may be
     rb"""(?x) x-ca-(?:signature|key|nonce) \\{0,8} ["']? \s{0,8}
@@ -74,12 +74,14 @@ _SIGNATURE = re.compile(
 )
 _ALPHANUMERIC = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _ANY_CLASS, *_CLASSES = (
-    bytes(0x61 if byte in alphabet else 0x3D if byte == 0x3D else 0x20 for byte in range(256))
+    bytes(ord("a") if byte in alphabet else byte if byte in b"=" else ord(" ") for byte in range(256))
     for alphabet in (_ALPHANUMERIC + b"+/-_", _ALPHANUMERIC + b"+/", _ALPHANUMERIC + b"-_")
 )
 _SIGNATURE_CLASSES = b" " + b"a" * 43 + b"= ", b"=" + b"a" * 43 + b"= "
 
 _AFTER_CUT = b"\1.\"'`)]}>,;:\xe2\x80\xa6"  # what may follow a text that was cut off: quotes, an ellipsis
+
+_FOLDED_VIEW, _CODED_VIEW, _DIGITS_VIEW = range(3)
 
 Span = tuple[int, int]
 
@@ -90,6 +92,7 @@ class Excerpt(str):
     A secret that a cut divides could not be told any more.
     """
 
+    __slots__ = ("limit",)
     limit: int
 
     def __new__(cls, text: str, limit: int) -> Self:
@@ -108,7 +111,7 @@ class _Views(NamedTuple):
 
 
 class _Needle(NamedTuple):
-    """A form of a secret, the number of the view it is sought in, and its beginning, as long as a cut may leave.
+    """A form of a secret, the number of its view, and the shortest beginning that a cut may leave.
 
     `before` and `after` tell whether digits of base64 on either side have bits of it, too.
     """
@@ -141,7 +144,7 @@ class Redactor:
         self._heads = tuple(dict.fromkeys((needle.view, needle.head) for needle in self._needles))
 
     def __call__(self, text: str) -> str:
-        """Return the text without secrets; of a secret that its end cuts off, no more than 5 characters are left."""
+        """Return the text without secrets; of one that its end cuts off, 5 characters may be left."""
         if len(text) < _SHORTEST:
             return text
         data = _bytes(text)
@@ -215,7 +218,7 @@ class Redactor:
                 if form.startswith(seen[at:uncut])
             ]
             for first, end in found:
-                at, last = (kept[first], kept[end - 1]) if view == 2 else (first, end - 1)
+                at, last = (kept[first], kept[end - 1]) if view == _DIGITS_VIEW else (first, end - 1)
                 at -= before and at > 0
                 last += after and end - first == len(form) and last + 1 < len(plain)
                 yield offset + starts[at], offset + ends[last]
@@ -231,20 +234,21 @@ def _needles(secret: str) -> Iterator[_Needle]:
     for form in (*_literals(secret), html.escape(secret).encode(*_UTF8), json.dumps(secret)[1:-1].encode()):
         folded = _views(_decoded(form)).folded
         if len(folded) >= _SHORTEST:
-            yield _Needle(0, folded, folded[:_SHORTEST])
+            yield _Needle(_FOLDED_VIEW, folded, folded[:_SHORTEST])
     digits = raw.hex().encode().translate(_DIGITS)
-    yield _Needle(2, digits, digits[:_SHORTEST_DIGITS])
+    yield _Needle(_DIGITS_VIEW, digits, digits[:_SHORTEST_DIGITS])
     # Of base64, the digits that depend on the secret alone: it may begin at each of three places of a group.
     for before in range(3):
         coded = base64.b64encode(b"\0" * before + raw)
         first, end = -(-before * 8 // 6), (before + len(raw)) * 8 // 6
         core = coded[first:end].translate(_CODE)
         if len(core) >= _SHORTEST_CODED - 1:
-            yield _Needle(1, core, core[:_SHORTEST_CODED], before > 0, (before + len(raw)) % 3 > 0)
+            head = core[:_SHORTEST_CODED]
+            yield _Needle(_CODED_VIEW, core, head, before > 0, (before + len(raw)) % 3 > 0)
 
 
 def _decoded(data: bytes) -> bytes:
-    """Decode percent signs, JSON's and HTML's escapes; what is none stays. White space may be gone, or not."""
+    """Decode percent signs, JSON's and HTML's escapes; what is none stays. White space may be lost."""
     if not data.isascii():
         for space in _WIDE_SPACES:
             data = data.replace(space, b"")
@@ -271,7 +275,7 @@ def _views(data: bytes) -> _Views:
 
 
 def _mapped(data: bytes) -> tuple[bytes, list[int], list[int]]:
-    """Decode as `_decoded` does, byte by byte: return what is left, and where each byte of it begins and ends."""
+    """Decode as `_decoded` does; return what is left, and where each byte of it begins and ends."""
     index = [at for at, byte in enumerate(data) if byte not in _SPACE]
     plain, starts, ends = bytearray(), [], []
     for token in _TOKEN.finditer(data.translate(None, _SPACE)):

@@ -1,7 +1,7 @@
-"""Reads the files that hold a secret, or name whom to trust: small regular files, and nothing that may hang.
+"""Reads files of secrets and of certificates: small regular files, and nothing that may hang.
 
-Opening a FIFO waits for a writer, and a device may go on for ever. Both can stand where a secret is expected, by
-a mistake in a mount.
+Opening a FIFO waits for a writer, and a device may go on for ever. A mistake in a mount can put either
+where a secret is expected.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ def read_secret(file: Path) -> str:
 
 
 def check_bundle(file: Path) -> None:
-    """Make sure that a file of certificates can be read at once. Raises: OSError, ValueError; both name the file."""
+    """Make sure that a file of certificates can be read at once.
+
+    Raises: OSError, ValueError; both name the file.
+    """
     _read(file, most=_MOST_CERTIFICATE_BYTES)
 
 

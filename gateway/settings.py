@@ -297,7 +297,7 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
     Raises: SettingsError with one line for every mistake.
     """
     if file is None:
-        # A folder that is gone has no file in it. One that may not be looked into may have one, which must count.
+        # A deleted folder has no file. One that may not be looked into may have one, which must count.
         try:
             file = DEFAULT_FILE if DEFAULT_FILE.exists() else None
         except OSError as exc:

@@ -392,7 +392,7 @@ def test_cli_check_explains_a_clock_that_cannot_be(tmp_path: Path, date: str) ->
     """A date that does not exist is one that upstream did not tell."""
     message = "x-ca-error-message: Timestamp Expired \x9b31m"
 
-    def behaviour(connection: socket.socket, request: Request) -> None:
+    def behaviour(connection: socket.socket, _: Request) -> None:
         connection.sendall(framed(b"", message, f"date: {date}", status="HTTP/1.1 400 Bad Request"))
         connection.close()
 

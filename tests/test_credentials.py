@@ -431,7 +431,7 @@ def odd_files(folder: Path) -> dict[str, tuple[Path, str]]:
 def test_credentials_of_no_regular_file_are_a_fault_that_names_it(
     bench: Bench, tmp_path: Path, kind: str
 ) -> None:
-    """A FIFO without a writer does not hang, a device is not read, and the file is named; at a reload, too."""
+    """A FIFO does not hang, a device is not read, and the file is named; at a reload, too."""
     file, says = odd_files(tmp_path)[kind]
     secret = tmp_path / "secret"
     secret.write_text("the-secret\n")

@@ -88,8 +88,8 @@ def oddly_named(folder: Path) -> Callable[[], None]:
     """Return what goes into a folder whose name is no text, and would be obeyed by a terminal."""
 
     def go() -> None:
-        name = os.fsencode(folder) + b"/od\xffd \n\x1b[31m"
-        os.mkdir(name)
+        name = folder / "od\udcffd \n\x1b[31m"
+        name.mkdir()
         os.chdir(name)
 
     return go
