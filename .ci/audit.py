@@ -2,8 +2,8 @@
 
 pip-audit asks the index about each version. Some mirrors have documents of packages, but none of versions:
 they are asked about the package, whose document tells of its newest version, and of no other. A version that
-cannot be looked up is named, and fails nothing. But a version that is known to be vulnerable must be found, or
-nothing counts.
+cannot be looked up is named, and fails nothing. But one that is known to be vulnerable must be found, or nothing
+counts.
 """
 
 import sys
