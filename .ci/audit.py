@@ -2,7 +2,7 @@
 
 pip-audit asks the index about each version. Some mirrors have documents of packages, but none of versions:
 they are asked about the package. Its document tells of its newest version, and of no other. A version that
-cannot be looked up is named, and fails nothing. A version that is known to be vulnerable is asked about first:
+cannot be looked up is named, and fails nothing. A version known to be vulnerable is asked about first:
 an index that does not tell of it cannot be asked, and that is a failure.
 """
 
