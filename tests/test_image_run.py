@@ -27,6 +27,9 @@ from tests.harness import (
 )
 from tests.storeserver import StoreServer, binary
 
+pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+
+
 ROOT = Path(__file__).parent.parent
 STORAGE = ROOT / ".cache" / "containers"
 IMAGE = "localhost/sd-progress-gateway"

@@ -48,6 +48,9 @@ from gateway.upstream import Upstream
 from gateway.watch import Kind, Update, Watch, Watcher
 from tests.ticked import TickedLoop
 
+pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+
+
 WATCHED = [
     TaskKey(Operation.SD_GET_PROGRESS, "a"),
     TaskKey(Operation.SD_GET_PROGRESS, "b"),
