@@ -5,9 +5,10 @@
 #     docker run --publish 8080:8080 --read-only --cap-drop ALL \
 #       --env SPEEDPIX_APP_KEY --env SPEEDPIX_APP_SECRET sd-progress-gateway
 #
-# The base is the Python that CI tests with. Who wants it fixed to the byte gives its digest:
-# --build-arg BASE=python:3.11-slim-bookworm@sha256:...
-ARG BASE=python:3.11-slim-bookworm
+# The base is the Python that CI tests with, fixed to the byte. This tells the digest to renew it with:
+#
+#     docker buildx imagetools inspect python:3.11-slim-bookworm --format '{{.Manifest.Digest}}'
+ARG BASE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
 FROM ${BASE} AS build
 WORKDIR /build

@@ -29,6 +29,11 @@ lint: .venv/project.stamp .venv/dev.stamp ## check style, types and the layers' 
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+.PHONY: audit
+audit: .venv/project.stamp .venv/dev.stamp ## look for insecure code, and for known vulnerabilities of what is locked
+	$(BIN)/python .ci/bandit.py
+	$(BIN)/python .ci/audit.py requirements*.lock
+
 format: .venv/dev.stamp ## sort the imports, mend what ruff can, format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format

@@ -12,6 +12,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, Self
@@ -39,6 +40,7 @@ from gateway.tracing import Mark, Tracing, Untraced
 from gateway.transport import HttpTransport, encode, untrusted
 
 _OK = 200
+_LONGEST_DATE = 64  # characters; the longest form has 33
 _CLOCK_TOLERANCE_SECONDS = 2.0  # the Date header has whole seconds, and the answer was under way
 
 log = structlog.get_logger(__name__)
@@ -220,7 +222,7 @@ class Calls:
 
     def _observe_clock(self, exchange: Exchange) -> float | None:
         """Return how far upstream's clock is ahead of ours, in seconds, when its answer tells."""
-        now = _unix_time(exchange.headers.get("date", ""))
+        now = unix_time(exchange.headers.get("date", ""))
         if now is None:
             return None
         skew = now - self._clock()
@@ -262,14 +264,18 @@ def _retry_after(value: str, now: float) -> float | None:
     """Return the seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date."""
     if value.isascii() and value.isdigit():
         return min(float(value), 3600.0)
-    then = _unix_time(value)
+    then = unix_time(value)
     return None if then is None else min(max(then - now, 0.0), 3600.0)
 
 
 @lru_cache(maxsize=2)  # a second's answers all have the same date
-def _unix_time(date: str) -> float | None:
-    """Return the moment of an HTTP date (RFC 9110, 5.6.7), or None when it is none."""
+def unix_time(date: str) -> float | None:
+    """Return the moment of an HTTP date (RFC 9110, 5.6.7) as Unix time, or None when it is none."""
+    if len(date) > _LONGEST_DATE or not date.isascii() or "_" in date:  # of which int makes numbers, too
+        return None
     try:
-        return parsedate_to_datetime(date).timestamp()
-    except (ValueError, OverflowError):  # the latter for numbers that fit into no date
+        moment = parsedate_to_datetime(date)
+        # HTTP dates are in GMT, whatever zone they name or leave out; without one, Python takes ours.
+        return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError, TypeError, IndexError):  # what numbers that fit into no date lead to
         return None

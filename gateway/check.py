@@ -9,13 +9,12 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator
-from email.utils import parsedate_to_datetime
 from typing import NamedTuple
 
 import httpx
 from prometheus_client import CollectorRegistry
 
-from gateway.calls import Calls, Exchange
+from gateway.calls import Calls, Exchange, unix_time
 from gateway.credentials import Credentials, Slot
 from gateway.exceptions import (
     GatewayError,
@@ -114,11 +113,10 @@ def _explain(exc: GatewayError, path: str, exchange: Exchange, redactor: Redacto
 
 
 def _clock_words(exchange: Exchange) -> str:
-    ours = int(exchange.sent["x-ca-timestamp"]) / 1000
-    try:
-        ahead = ours - parsedate_to_datetime(exchange.headers.get("date", "")).timestamp()
-    except ValueError:
+    theirs = unix_time(exchange.headers.get("date", ""))
+    if theirs is None:
         return "our timestamp was refused, and the upstream did not tell its own time"
+    ahead = int(exchange.sent["x-ca-timestamp"]) / 1000 - theirs
     return f"our clock is {abs(ahead):.0f} seconds {'ahead' if ahead > 0 else 'behind'}"
 
 

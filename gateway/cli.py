@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import math
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import httpx
 import uvicorn
@@ -20,6 +22,7 @@ from gateway.check import check
 from gateway.client import StreamRefused
 from gateway.exceptions import InvalidTaskId
 from gateway.models import Operation, check_task_id
+from gateway.printable import printable
 from gateway.redaction import Redactor
 from gateway.settings import Settings, SettingsError, load
 from gateway.simulator import create_simulator
@@ -34,8 +37,21 @@ _MOST_SECONDS = 1e9  # which any event loop can wait, and any calendar can show
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    _open_standard_streams()
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # at the interpreter's end it is too late to catch a closed pipe
+    except BrokenPipeError:
+        return _nobody_reads()
+    except OSError as exc:  # what a command expects is handled there; a full disk below standard output, say
+        _complain(str(exc))
+        return FAILED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except SettingsError as exc:
@@ -46,14 +62,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
 
 
+def _open_standard_streams() -> None:
+    """Put /dev/null in the place of standard streams that are closed.
+
+    Python has None for those, and the next file or socket that is opened would get their numbers.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # as standard error has it: no locale stops a command
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with arguments without repeating what a terminal would obey."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="sd-gateway", description="Signs, coalesces, caches and measures progress queries."
-    )
+    parser = _Parser(prog="sd-gateway", description="Signs, coalesces, caches and measures progress queries.")
     parser.add_argument("--version", action="version", version=f"sd-gateway {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    with_settings = argparse.ArgumentParser(add_help=False)
+    with_settings = _Parser(add_help=False)
     with_settings.add_argument(
         "--config",
         type=Path,
@@ -187,7 +226,7 @@ def _check(options: argparse.Namespace) -> int:
     settings, redactor = _settings(options)
     finding = asyncio.run(check(settings, redactor=redactor, user_agent=USER_AGENT))
     for line in finding.lines:
-        sys.stdout.write(f"{line}\n")
+        sys.stdout.write(f"{printable(line)}\n")
     return OK if finding.well else FAILED
 
 
@@ -244,7 +283,7 @@ def _port(text: str) -> int:
 
 def _seconds(text: str) -> float:
     try:
-        seconds = float(text)
+        seconds = float(text if text.isascii() and "_" not in text else "nan")
     except ValueError:
         seconds = math.nan
     if not abs(seconds) <= _MOST_SECONDS:
@@ -284,4 +323,4 @@ def _nobody_reads() -> int:
 
 
 def _complain(line: str) -> None:
-    sys.stderr.write(f"sd-gateway: {line}\n")
+    sys.stderr.write(f"sd-gateway: {printable(line)}\n")

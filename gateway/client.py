@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, NamedTuple
 
 import httpx
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 from gateway import __version__
@@ -40,6 +40,7 @@ _HEADERS = {
 }
 # The environment's proxy, if any, is for other hosts.
 _NO_PROXY = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 class StreamRefused(Exception):
@@ -144,9 +145,9 @@ class Progress(_Wire):
 
     task_id: _Words
     status: _Words
-    progress: float
+    progress: Annotated[float, Field(ge=0, le=1)]
     queue_remaining: int | None
-    eta_seconds: float | None
+    eta_seconds: Annotated[float, Field(ge=0, le=1e12)] | None
     message: _Words | None
     terminal: bool
 
@@ -208,7 +209,7 @@ def follow(
     told: dict[str, Any] = {}
     stream = EventStream()
     retry_seconds, failures = _FIRST_RETRY_SECONDS, 0
-    with httpx.Client(headers=_HEADERS, timeout=timeout, mounts=_NO_PROXY) as client:
+    with _client(gateway, timeout) as client:
         while True:
             stream = EventStream(stream.last_event_id)
             asked_seconds, reason = 0.0, "the stream ended"
@@ -229,6 +230,17 @@ def follow(
             backoff_seconds = retry_seconds * 2 ** min(failures, _MOST_DOUBLINGS)
             failures += 1
             pause(min(max(backoff_seconds, asked_seconds), LONGEST_PAUSE_SECONDS), reason)
+
+
+def _client(gateway: httpx.URL, timeout: httpx.Timeout) -> httpx.Client:
+    # A gateway on loopback, without TLS, needs no proxy and no certificates from the environment.
+    is_here = gateway.scheme == "http" and gateway.host in _LOOPBACK
+    try:
+        return httpx.Client(headers=_HEADERS, timeout=timeout, mounts=_NO_PROXY, trust_env=not is_here)
+    except ImportError as exc:
+        raise StreamRefused("a SOCKS proxy of the environment needs: pip install 'httpx[socks]'") from exc
+    except (ValueError, OSError, httpx.InvalidURL) as exc:  # SSL_CERT_FILE, too
+        raise StreamRefused("a proxy or the certificates that the environment names cannot be used") from exc
 
 
 def _read(client: httpx.Client, url: httpx.URL, stream: EventStream) -> Iterator[Event]:

@@ -33,6 +33,7 @@ import structlog
 
 from gateway.metrics import Metrics
 from gateway.redaction import Redactor
+from gateway.secretfiles import read_secret
 from gateway.settings import Credentials as CredentialSettings
 
 POLL_SECONDS = 2.0
@@ -154,7 +155,7 @@ class _Place(NamedTuple):
     value: str
 
     def read(self) -> str:
-        return self.value if self.file is None else self.file.read_text(encoding="utf-8").strip()
+        return self.value if self.file is None else read_secret(self.file)
 
 
 class _Source(NamedTuple):

@@ -10,6 +10,7 @@ import http.client
 import os
 import sys
 
+from gateway.printable import printable
 from gateway.settings import SettingsError, load
 
 TIMEOUT_SECONDS = 3.0
@@ -28,7 +29,7 @@ def main() -> int:
         connection.request("GET", "/healthz")
         status = connection.getresponse().status
     except (OSError, SettingsError, http.client.HTTPException) as exc:
-        sys.stderr.write(f"unhealthy: {exc}\n")
+        sys.stderr.write(f"unhealthy: {printable(str(exc))}\n")
         return 1
     if status != http.client.OK:
         sys.stderr.write(f"unhealthy: status {status}\n")

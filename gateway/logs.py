@@ -14,7 +14,8 @@ from typing import Any
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
-from gateway.redaction import Redactor
+from gateway.printable import json_text, printable
+from gateway.redaction import Excerpt, Redactor
 from gateway.settings import Log
 
 # httpx tells every request at INFO; uvicorn every start and stop, and warns of each broken request;
@@ -41,7 +42,7 @@ def configure(settings: Log, *, redactor: Redactor) -> None:
             colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
         )
         if console
-        else structlog.processors.JSONRenderer(ensure_ascii=False)
+        else _render_json
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
@@ -52,6 +53,7 @@ def configure(settings: Log, *, redactor: Redactor) -> None:
                 structlog.processors.StackInfoRenderer(),
                 structlog.processors.format_exc_info,
                 _Redaction(redactor),
+                *([_escape] if console else []),
                 renderer,
             ],
         )
@@ -80,6 +82,27 @@ def _is_no_cancellation(record: logging.LogRecord) -> bool:
     return record.exc_info is None or record.exc_info[0] is not asyncio.CancelledError
 
 
+_as_json = structlog.processors.JSONRenderer(ensure_ascii=False)
+_LINES = {"exception", "stack"}  # their line breaks are wanted
+
+
+def _render_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
+    return json_text(str(_as_json(logger, method, event)))
+
+
+def _escape(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Escape what a terminal would take for a command: callers and upstream have their say in a line."""
+    return {printable(key): _escaped(value, lines=key in _LINES) for key, value in event.items()}
+
+
+def _escaped(value: Any, *, lines: bool = False) -> Any:
+    if isinstance(value, str):
+        return printable(value, keep="\n\t" if lines else "")
+    if isinstance(value, dict):
+        return {printable(str(key)): _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list) else value
+
+
 class _Redaction:
     """A structlog processor that cleans every value of an event, however deep."""
 
@@ -87,7 +110,19 @@ class _Redaction:
         self._redactor = redactor
 
     def __call__(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-        return {key: self._clean(value) for key, value in event.items()}
+        # One look at all of a line costs less than one at each of its values. A NUL divides them: no secret's
+        # form, in any view, goes across it.
+        texts: list[str] = []
+        for key, value in event.items():
+            if type(value) is str:
+                texts.append(value)
+            elif not (value is None or isinstance(value, bool | int | float)):
+                break
+            texts.append(key)
+        else:
+            if not self._redactor.suspects("\0".join(texts)):
+                return event
+        return {self._redactor(key): self._clean(value) for key, value in event.items()}
 
     def _clean(self, value: Any) -> Any:
         if value is None or isinstance(value, bool | int | float):
@@ -96,4 +131,6 @@ class _Redaction:
             return {self._redactor(str(key)): self._clean(item) for key, item in value.items()}
         if isinstance(value, list | tuple | set | frozenset):
             return [self._clean(item) for item in value]
+        if isinstance(value, Excerpt):
+            return self._redactor(str(value))[: value.limit]
         return self._redactor(str(value))

@@ -34,7 +34,7 @@ def in_words(error: ErrorDetails, settings: type[BaseModel], *, of_all: str) -> 
     if error["type"] == "extra_forbidden":
         return f"{name or of_all}: unknown setting; {_meant(path, settings)}"
     # Whatever is wrong with [credentials], or stands before an @, may be a secret.
-    shown = "(hidden)" if path[0] == "credentials" or "@" in str(value) else repr(value)
+    shown = "(hidden)" if path[:1] == ["credentials"] or "@" in str(value) else repr(value)
     return f"{name} = {shown}: {message[0].lower()}{message[1:]}"
 
 

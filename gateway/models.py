@@ -169,8 +169,7 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
     absent_is_fine = key.operation.is_result and data.get("taskId") is None
     if data.get("taskId") != key.task_id and not absent_is_fine:
         raise UpstreamInvalid("the upstream answered for another task")
-    invoke_id = _text(envelope, "apiInvokeId")
-    return Envelope(data, None if invoke_id is None else redact(invoke_id))
+    return Envelope(data, _text(envelope, "apiInvokeId", redact))
 
 
 def observe(
@@ -261,9 +260,9 @@ def _detail(envelope: Mapping[str, Any]) -> UpstreamDetail:
     )
 
 
-def _text(envelope: Mapping[str, Any], name: str) -> str | None:
+def _text(envelope: Mapping[str, Any], name: str, redact: Callable[[str], str] = str) -> str | None:
     value = envelope.get(name)
-    return None if value is None else str(value)[:_DETAIL_LIMIT]
+    return None if value is None else redact(str(value))[:_DETAIL_LIMIT]  # a secret that is cut is not known
 
 
 def _number(value: Any) -> float | None:

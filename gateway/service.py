@@ -33,6 +33,7 @@ from gateway.exceptions import (
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey, observe
 from gateway.readings import Failed, Landing, Reading, Source
+from gateway.redaction import Excerpt
 from gateway.sampling import Sampler
 from gateway.settings import Cache
 from gateway.singleflight import SingleFlight
@@ -332,6 +333,6 @@ class ProgressService:
                 "status never seen before",
                 operation=snapshot.key.operation,
                 task_id=snapshot.key.task_id,
-                status=repr(raw_status)[:100],
+                status=Excerpt(repr(raw_status), 100),
                 suppressed=suppressed,
             )

@@ -32,6 +32,8 @@ from pydantic import (
 
 from gateway.mistakes import in_words
 from gateway.models import Operation
+from gateway.printable import printable
+from gateway.secretfiles import read_secret
 
 DEFAULT_FILE = Path("config/gateway.toml")
 PREFIX = "SD_GATEWAY_"
@@ -46,8 +48,8 @@ class SettingsError(Exception):
     """The settings are wrong: `mistakes` has one line for each."""
 
     def __init__(self, mistakes: list[str]) -> None:
-        super().__init__("\n".join(mistakes))
-        self.mistakes = mistakes
+        self.mistakes = [printable(mistake) for mistake in mistakes]
+        super().__init__("\n".join(self.mistakes))
 
 
 def _split(value: Any) -> Any:
@@ -74,6 +76,7 @@ Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@*A
 
 VALKEY_PORT, SENTINEL_PORT = 6379, 26379
 LOOPBACK_NAMES = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
+_URL_PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/-]*")  # RFC 3986, 3.3, without escapes
 _STORE_SCHEMES = {"valkey", "valkeys", "redis", "rediss"}
 
 
@@ -105,6 +108,8 @@ class Server(_Section):
     def _root_path(cls, value: str) -> str:
         if value and (not value.startswith("/") or value.endswith("/")):
             raise ValueError('must be empty, or begin with "/" and not end with it')
+        if not _URL_PATH.fullmatch(value):
+            raise ValueError("may have letters and digits of ASCII and -._~!$&'()*+,;=:@/ alone")
         return value
 
     @property
@@ -291,8 +296,15 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
 
     Raises: SettingsError with one line for every mistake.
     """
-    if file is None and DEFAULT_FILE.exists():
-        file = DEFAULT_FILE
+    if file is None:
+        # A deleted folder has no file. One that may not be looked into may have one, which must count.
+        try:
+            file = DEFAULT_FILE if DEFAULT_FILE.exists() else None
+        except OSError as exc:
+            raise SettingsError([f"{DEFAULT_FILE}: cannot be looked for: {exc.strerror}"]) from exc
+    # Python has bytes that are no UTF-8 as halves of surrogate pairs, which nothing can encode.
+    if foreign := [name for name, value in environ.items() if _is_ours(name) and not _is_text(name + value)]:
+        raise SettingsError([f"{name}: is not UTF-8" for name in foreign])
     values = _read_toml(file) if file is not None else {}
     for layer in (_speedpix(environ), _environment(environ)):
         _merge(values, layer)
@@ -305,13 +317,27 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(file.read_bytes().decode())
     except OSError as exc:
         raise SettingsError([f"{file}: cannot be read: {exc.strerror}"]) from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except UnicodeDecodeError as exc:
+        raise SettingsError([f"{file}: is not TOML: not UTF-8 at byte {exc.start}"]) from exc
+    except tomllib.TOMLDecodeError as exc:
         raise SettingsError([f"{file}: is not TOML: {exc}"]) from exc
     except RecursionError as exc:
         raise SettingsError([f"{file}: is not TOML: nested too deep"]) from exc
+
+
+def _is_ours(variable: str) -> bool:
+    return variable.startswith(PREFIX) or variable in SPEEDPIX
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _speedpix(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -344,7 +370,7 @@ def _merge(values: dict[str, Any], over: dict[str, Any]) -> None:
 
 
 def _content(file: Path | None) -> str:
-    return "" if file is None else file.read_text(encoding="utf-8").strip()
+    return "" if file is None else read_secret(file)
 
 
 def _is_loopback(host: str) -> bool:

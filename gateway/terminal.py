@@ -24,6 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gateway.client import Event, Problem, Progress, follow
+from gateway.printable import json_text, printable
 
 _STYLES = {"succeeded": "green", "failed": "red", "canceled": "yellow"}
 _BAR_WIDTH = 8, 30  # columns: at least, at most
@@ -60,7 +61,7 @@ def watch(gateway: httpx.URL, task_ids: Sequence[str], *, api: str, as_json: boo
         for event in follow(gateway, board.task_ids, api=api, pause=pause):
             line = board.note(event)
             if as_json:
-                print(json.dumps({"event": event.name, **event.data}), flush=True)  # noqa: T201
+                print(json_text(json.dumps({"event": event.name, **event.data})), flush=True)  # noqa: T201
             elif line and not is_live:
                 print(line, flush=True)  # noqa: T201
     return board.succeeded
@@ -68,7 +69,7 @@ def watch(gateway: httpx.URL, task_ids: Sequence[str], *, api: str, as_json: boo
 
 def name(gateway: httpx.URL) -> str:
     """Return a gateway's URL as it may be shown: without the password in it."""
-    return f"{gateway.scheme}://{gateway.netloc.decode()}{gateway.path.rstrip('/')}"
+    return printable(f"{gateway.scheme}://{gateway.netloc.decode()}{gateway.path.rstrip('/')}")
 
 
 class Board:

@@ -387,6 +387,23 @@ def test_cli_check_shows_a_changed_key_masked(tmp_path: Path, simulator: Simulat
     assert "another" not in output
 
 
+@pytest.mark.parametrize("date", ["Fri, 31 Dec 99999 23:59:59 GMT", "Fri, 31 Dec 9999 23:59:60 GMT", "soon"])
+def test_cli_check_explains_a_clock_that_cannot_be(tmp_path: Path, date: str) -> None:
+    """A date that does not exist is one that upstream did not tell."""
+    message = "x-ca-error-message: Timestamp Expired \x9b31m"
+
+    def behaviour(connection: socket.socket, _: Request) -> None:
+        connection.sendall(framed(b"", message, f"date: {date}", status="HTTP/1.1 400 Bad Request"))
+        connection.close()
+
+    with RawUpstream(behaviour) as upstream:
+        status, output = checked(tmp_path, pair(upstream.url))
+    assert status == 1
+    assert "the upstream did not tell its own time" in output
+    assert "Traceback" not in output
+    assert "\x9b" not in output
+
+
 def test_cli_check_explains_a_clock_that_upstream_does_not_tell(tmp_path: Path) -> None:
     """A refused timestamp without a Date is told without a number."""
 

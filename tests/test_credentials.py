@@ -1,7 +1,9 @@
 """The pair of credentials: where it is read, when it changes, and that it shows nowhere."""
 
 import asyncio
+import os
 import selectors
+import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from structlog.testing import capture_logs
 from gateway.credentials import POLL_SECONDS, Credentials, Slot
 from gateway.metrics import Metrics
 from gateway.redaction import MASK, Redactor
+from gateway.secretfiles import MOST_BYTES
 from gateway.settings import Credentials as CredentialSettings
 from tests.harness import Mount
 
@@ -287,24 +290,27 @@ def test_credentials_metric_knows_both_slots_before_there_is_a_pair(bench: Bench
     assert [bench.slot(slot) for slot in Slot] == [0, 0]
 
 
-class Readings:
-    """A file whose content is another at each reading, which no real file can be on command."""
+class Readings(os.PathLike[str]):
+    """A file whose content is another at each reading: it is written anew when its name is asked for."""
 
-    def __init__(self, contents: Iterable[str]) -> None:
+    def __init__(self, file: Path, contents: Iterable[str]) -> None:
+        self._file = file
         self._contents = iter(contents)
 
-    def read_text(self, encoding: str) -> str:
-        """Return what is there at this reading."""
-        assert encoding == "utf-8"
-        return next(self._contents)
+    def __fspath__(self) -> str:
+        """Write what is there at this reading, and return the file's name."""
+        self._file.write_text(next(self._contents))
+        return str(self._file)
 
 
-def of_readings(bench: Bench, access_keys: Iterable[str], secret_keys: Iterable[str]) -> Credentials:
+def of_readings(
+    bench: Bench, folder: Path, access_keys: Iterable[str], secret_keys: Iterable[str]
+) -> Credentials:
     settings = CredentialSettings.model_construct(
         access_key=SecretStr(""),
         secret_key=SecretStr(""),
-        access_key_file=Readings(access_keys),
-        secret_key_file=Readings(secret_keys),
+        access_key_file=Readings(folder / "access", access_keys),
+        secret_key_file=Readings(folder / "secret", secret_keys),
         next_access_key=SecretStr(""),
         next_secret_key=SecretStr(""),
         next_access_key_file=None,
@@ -313,16 +319,16 @@ def of_readings(bench: Bench, access_keys: Iterable[str], secret_keys: Iterable[
     return bench.by(settings)
 
 
-def test_credentials_take_both_halves_of_one_generation(bench: Bench) -> None:
+def test_credentials_take_both_halves_of_one_generation(bench: Bench, tmp_path: Path) -> None:
     """A swap between the reading of key and of secret does not mix two generations."""
-    credentials = of_readings(bench, ["old-key", "new-key", "new-key"], ["new-secret"] * 3)
+    credentials = of_readings(bench, tmp_path, ["old-key", "new-key", "new-key"], ["new-secret"] * 3)
     assert told(credentials) == ("new-key", "new-secret")
 
 
-def test_credentials_give_up_on_files_that_keep_changing(bench: Bench) -> None:
+def test_credentials_give_up_on_files_that_keep_changing(bench: Bench, tmp_path: Path) -> None:
     """Files that are others at each reading are a fault, and no pair."""
     with capture_logs() as lines:
-        credentials = of_readings(bench, map(str, range(100)), map(str, range(100)))
+        credentials = of_readings(bench, tmp_path, map(str, range(100)), map(str, range(100)))
     assert not credentials.present
     assert "keep changing" in lines[0]["fault"]
 
@@ -396,3 +402,51 @@ def test_follow_reloads_until_cancelled(bench: Bench) -> None:
 async def test_follow_returns_when_there_is_no_file(bench: Bench) -> None:
     """Where no file is named there is nothing to follow."""
     await bench.of(access_key="the-key", secret_key="the-secret").follow()
+
+
+# --- what is no file of secrets ---------------------------------------------------------------------------
+
+
+def odd_files(folder: Path) -> dict[str, tuple[Path, str]]:
+    """Return what may stand where a secret is expected, and what is said of it."""
+    fifo, large, latin, listening = (folder / name for name in ("fifo", "large", "latin", "socket"))
+    os.mkfifo(fifo)
+    large.write_bytes(b"x" * (MOST_BYTES + 1))
+    latin.write_bytes(b"caf\xe9-secret")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(listening))
+    return {
+        "fifo": (fifo, "is not a regular file"),
+        "device": (Path("/dev/zero"), "is not a regular file"),
+        "folder": (folder, "is not a regular file"),
+        "large": (large, "is larger than 65536 bytes"),
+        "latin": (latin, "is not UTF-8"),
+        "socket": (listening, str(listening)),
+        "missing": (folder / "missing", str(folder / "missing")),
+    }
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "large", "latin", "socket", "missing"])
+def test_credentials_of_no_regular_file_are_a_fault_that_names_it(
+    bench: Bench, tmp_path: Path, kind: str
+) -> None:
+    """A FIFO does not hang, a device is not read, and the file is named; at a reload, too."""
+    file, says = odd_files(tmp_path)[kind]
+    secret = tmp_path / "secret"
+    secret.write_text("the-secret\n")
+    with capture_logs() as lines:
+        credentials = bench.by(CredentialSettings(access_key="key", secret_key_file=file))
+    assert not credentials.present
+    assert str(file) in lines[0]["fault"]
+    assert says in lines[0]["fault"]
+    assert "caf" not in lines[0]["fault"]
+
+    following = tmp_path / "following"
+    following.symlink_to(secret)
+    credentials = bench.by(CredentialSettings(access_key="key", secret_key_file=following))
+    following.unlink()
+    following.symlink_to(file)
+    credentials.reload()
+    assert told(credentials) == ("key", "the-secret")
+    assert credentials.faults()

@@ -13,6 +13,9 @@ from gateway.tracing import AsgiApp, Mark
 from tests.harness import Gateway, Json, RawUpstream, Request, framed, well
 from tests.requesting import Requests
 
+pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+
+
 Launch = Callable[..., Gateway]
 
 TASKS = ["a", "0123456789abcdef-1", "UPPER_lower-9", "x" * 64]

@@ -26,6 +26,9 @@ from tests.documents.session import Session, session
 from tests.harness import KEY, SECRET, Mount, Simulator, free_port
 from tests.promql import series
 
+pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+
+
 DOCUMENTS = documents()
 ADDRESS = "127.0.0.1:8080"
 ABSENT = {"utils.py"}  # deliberately, says ARCHITECTURE.md

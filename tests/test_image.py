@@ -62,10 +62,13 @@ def test_image_dockerfile_pleases_hadolint() -> None:
 
 
 def test_image_stands_on_one_base_of_a_named_version() -> None:
-    """Both stages have the same base, or the environment built in one would not run in the other."""
+    """Both stages have the same base, fixed to the byte: what is built in one runs in the other."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     oldest = project["requires-python"].removeprefix(">=")
-    assert instructions("ARG")[0] == f"BASE=python:{oldest}-slim-bookworm"
+    assert re.fullmatch(
+        f"BASE=python:{re.escape(oldest)}-slim-bookworm@sha256:[0-9a-f]{{64}}", instructions("ARG")[0]
+    )
+    assert "imagetools inspect python:3.11-slim-bookworm" in DOCKERFILE  # the command that renews the digest
     assert instructions("FROM") == ["${BASE} AS build", "${BASE}"]
 
 

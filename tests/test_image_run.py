@@ -27,10 +27,13 @@ from tests.harness import (
 )
 from tests.storeserver import StoreServer, binary
 
+pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+
+
 ROOT = Path(__file__).parent.parent
 STORAGE = ROOT / ".cache" / "containers"
 IMAGE = "localhost/sd-progress-gateway"
-[BASE] = re.findall("^ARG BASE=(.*)$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+[BASE] = re.findall("^ARG BASE=([^@]*)@.*$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
 MEGABYTE = 1_000_000
 
 # As Kubernetes' restricted standard has it run. Podman would raise the limits to its own, if it may.

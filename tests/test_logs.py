@@ -11,7 +11,7 @@ import pytest
 import structlog
 
 from gateway import logs
-from gateway.redaction import Redactor
+from gateway.redaction import Excerpt, Redactor
 from gateway.settings import Log
 from tests.harness import KEY, SECRET, Simulator, serving
 
@@ -130,3 +130,35 @@ def test_logs_of_a_process_are_lines_of_json_without_a_secret(tmp_path: Path, si
         assert json.loads(said)
         assert KEY not in said
         assert SECRET not in said
+
+
+HOSTILE = "a\x1b[2Jb\x9b31mc\x07d\x7fe\u202ef\r\ng\u2028h"
+
+
+def fail() -> None:
+    """Raise what a library may raise: an error with the words of others."""
+    raise ValueError(HOSTILE)
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_logs_escape_what_a_terminal_would_obey(said: Callable[[], str], form: str) -> None:
+    """Control characters in a name, a value, deep in one or in a traceback are shown, not obeyed."""
+    logger = configured(format=form)
+    logger.info(HOSTILE, value=HOSTILE, deep={HOSTILE: [HOSTILE]}, **{HOSTILE: 1})
+    try:
+        fail()
+    except ValueError:
+        logger.exception("bug")
+    text = said()
+    assert not set("\x1b\x9b\x07\x7f\u202e\r\u2028") & set(text)
+    assert "\\x1b[2J" in text or "\\u001b[2J" in text
+    assert "Traceback" in text
+    assert form == "console" or text.count("\n") == 2
+
+
+def test_logs_cut_an_excerpt_after_they_have_redacted_it(said: Callable[[], str]) -> None:
+    """A secret that the cut divides is hidden whole, and the rest is as long as was asked for."""
+    configured().info("odd", status=Excerpt(f"'{SECRET_TEXT}' {'x' * 200}", 10), other="y" * 200)
+    text = said()
+    assert json.loads(text)["status"] == "'[redacted"
+    assert json.loads(text)["other"] == "y" * 200

@@ -21,6 +21,9 @@ from tests.dashboard import ANNOTATIONS, QUERIES, VARIABLES, filled_in
 from tests.harness import Gateway, Mount, Process, Simulator, Stage, free_port, plain_client, serving, until
 from tests.storeserver import StoreServer, binary
 
+pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+
+
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "config" / "prometheus.yaml"
 JOB, ASTRAY = "sd-gateway", "astray"

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -47,6 +48,9 @@ from gateway.stores.memory import MEMORY_SECONDS, MemoryStore
 from gateway.upstream import Upstream
 from gateway.watch import Kind, Update, Watch, Watcher
 from tests.ticked import TickedLoop
+
+pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+
 
 WATCHED = [
     TaskKey(Operation.SD_GET_PROGRESS, "a"),

@@ -1,10 +1,17 @@
 """What the redactor hides, and what it leaves alone."""
 
+import base64
+import html
+import json
+import random
+from collections.abc import Callable
+from urllib.parse import quote
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gateway.redaction import MASK, Redactor
+from gateway.redaction import MASK, Excerpt, Redactor
 from gateway.signing import sign, signed_headers
 
 ACCESS_KEY = "LTAI5tFakeForTests"
@@ -157,3 +164,217 @@ def test_redactor_hides_each_of_many_secrets(known: list[str], secret: str) -> N
     redactor.hide(secret)
     for one in [*known, secret]:
         assert one not in redactor(f"<{one}>")
+
+
+# --- encodings --------------------------------------------------------------------------------------------
+
+
+def percent(text: str, form: str = "%{:02X}") -> str:
+    """Return the text with every character escaped."""
+    return "".join(form.format(ord(char)) for char in text)
+
+
+def in_base64(before: int, *, url_safe: bool = False, padded: bool = True) -> Callable[[str], str]:
+    """Return what encodes a secret that begins at this place of a group."""
+
+    def encode(secret: str) -> str:
+        encoder = base64.urlsafe_b64encode if url_safe else base64.b64encode
+        text = encoder(b"u" * before + secret.encode() + b":more").decode()
+        return text if padded else text.rstrip("=")
+
+    return encode
+
+
+def wrapped(text: str) -> str:
+    """Return the text in lines of 7 characters."""
+    return "\n".join(text[at : at + 7] for at in range(0, len(text), 7))
+
+
+ENCODINGS: dict[str, Callable[[str], str]] = {
+    "lower case": str.lower,
+    "upper case": str.upper,
+    "swapped case": str.swapcase,
+    "percent": percent,
+    "percent, lower": lambda secret: percent(secret, "%{:02x}"),
+    "percent, half of it": lambda secret: percent(secret[:7]) + secret[7:-3] + percent(secret[-3:]),
+    "percent, twice": lambda secret: percent(secret, "%25{:02X}"),
+    "percent, of lower case": lambda secret: percent(secret.lower()),
+    "percent, in lines": lambda secret: wrapped(percent(secret)),
+    "percent, special characters": lambda secret: quote(secret, safe=""),
+    "JSON": lambda secret: percent(secret, "\\u{:04x}"),
+    "JSON in JSON": lambda secret: percent(secret, "\\\\u{:04X}"),
+    "JSON, solidus": lambda secret: secret.replace("/", "\\/"),
+    "Python": lambda secret: percent(secret, "\\x{:02x}"),
+    "HTML, decimal": lambda secret: percent(secret, "&#{};"),
+    "HTML, hexadecimal": lambda secret: percent(secret, "&#x{:x};"),
+    "HTML, names": html.escape,
+    "hex": lambda secret: secret.encode().hex(),
+    "hex, upper": lambda secret: secret.encode().hex().upper(),
+    "hex, colons": lambda secret: secret.encode().hex(":"),
+    "hex of upper case": lambda secret: secret.upper().encode().hex(),
+    "hex, in lines": lambda secret: wrapped(secret.encode().hex()),
+    "spaces": " ".join,
+    "tabs": "\t".join,
+    "a line break": lambda secret: f"{secret[:3]}\r\n  {secret[3:]}",
+    "a wide space": lambda secret: f"{secret[:3]}\u3000{secret[3:]}",
+    "an escaped line break": lambda secret: f"{secret[:3]}\\n{secret[3:]}",
+    **{
+        f"base64, {before} before{', URL-safe' * url_safe}{', padded' * padded}": (
+            in_base64(before, url_safe=url_safe, padded=padded)
+        )
+        for before in (0, 1, 2, 5)
+        for url_safe in (False, True)
+        for padded in (False, True)
+    },
+    "base64, in lines": lambda secret: wrapped(in_base64(4)(secret)),
+    "base64, percent": lambda secret: quote(in_base64(4)(secret), safe=""),
+    "base64, alone": lambda secret: base64.b64encode(secret.encode()).decode(),
+}
+
+
+NOT_FOR_ALL = ("JSON", "percent, half", "percent, of", "Python", "HTML", "hex of")  # for ASCII alone
+
+
+@pytest.mark.parametrize(
+    ("encoding", "secret"),
+    [
+        (encoding, secret)
+        for secret in (ACCESS_KEY, SECRET_KEY, 'a+b/c=d&e<f"g~h', "sixsix", "p\u00e4ssw\u00f6rter")
+        for encoding in ENCODINGS
+        if secret.isascii() or not encoding.startswith(NOT_FOR_ALL)
+    ],
+)
+def test_redactor_hides_a_secret_in_every_encoding(encoding: str, secret: str) -> None:
+    """No form of the secret is left, and what stands around it is."""
+    redactor = Redactor()
+    redactor.hide(secret)
+    encoded = ENCODINGS[encoding](secret)
+    for long in ("", "." * 20_000):
+        clean = redactor(f"before, {encoded}, after{long}")
+        assert encoded not in clean
+        assert MASK in clean
+        if not long and "base64" in encoding:  # which may go on before and behind the secret
+            assert clean.startswith("before, ")
+            assert clean.endswith(", after")
+        elif not long:
+            assert clean.replace("\\", "") == f"before, {MASK}, after"
+
+
+@pytest.mark.parametrize("encoding", ["{}", "{}...", "'{}'", "({}\u2026)", '"{}"}}'])
+@pytest.mark.parametrize("length", [6, 9, len(SECRET_KEY) - 1])
+def test_redactor_hides_a_secret_that_the_text_cuts_off(
+    redactor: Redactor, length: int, encoding: str
+) -> None:
+    """The beginning of a secret at the end of a text goes, in any encoding; 5 characters may stay."""
+    cut = SECRET_KEY[:length]
+    assert redactor(f"Wrong key {encoding.format(cut)}") == f"Wrong key {encoding.format(MASK)}"
+    for coded in (cut.encode().hex(), percent(cut), " ".join(cut), f"{cut[:3]}\\u{ord(cut[3]):04x}{cut[4:]}"):
+        assert redactor(f"Wrong key {encoding.format(coded)}") == f"Wrong key {encoding.format(MASK)}"
+    text = base64.b64encode(SECRET_KEY.encode()).decode()[: length + 2]
+    assert redactor(f"Wrong key {encoding.format(text)}") == f"Wrong key {encoding.format(MASK)}"
+    assert redactor(f"Wrong {cut} key") == f"Wrong {cut} key"
+    assert redactor(f"Wrong key {SECRET_KEY[:5]}") == f"Wrong key {SECRET_KEY[:5]}"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Throttled by APP Flow Control, 100 % of 20 calls per second; retry in 1.5 s",
+        '{"status": 20, "errMessage": "\\u8bf7\\u6c42 failed", "path": "C:\\\\temp\\\\new", "n": 123456789}',
+        "GET /v1/progress?taskId=a%2Fb&api=sd%20x HTTP/1.1, 0123456789abcdef, \u8bf7\u6c42\u3000\u3001",
+        "data:image/png;base64," + base64.b64encode(random.Random(1).randbytes(600)).decode(),
+        "= == === %%% %4 \\ \\u00 &#; &#x; &#99999999; %",
+        "a" * 50_000,
+    ],
+)
+def test_redactor_leaves_text_that_looks_encoded_alone(redactor: Redactor, text: str) -> None:
+    """Escapes, base64, hexadecimal and numbers without a secret come back as they were."""
+    assert redactor(text) == text
+
+
+MIB = 1 << 20
+ADVERSARIAL = {
+    name: (piece * (MIB // len(piece) + 1))[:MIB]
+    for name, piece in {
+        "letters": "a",
+        "base64": base64.b64encode(random.Random(1).randbytes(3 * 4096)).decode(),
+        "spaces": " ",
+        "percent signs": "%",
+        "percent signs, encoded": "%25",
+        "backslashes": "\\",
+        "entities": "&#65;",
+        "half entities": "&#",
+        "equals signs": "=",
+        "headers": "x-ca-key \\",
+        "strings to sign": "string to sign",
+        "beginnings of the secret": SECRET_KEY[:6],
+        "all but the end of the secret": SECRET_KEY[:-1],
+        "the secret, spaced": " ".join(SECRET_KEY) + " ",
+        "signatures": SIGNATURE + " ",
+        "wide": "\u8bf7\u3000",
+    }.items()
+}
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_redactor_takes_time_in_proportion_to_the_text(redactor: Redactor, name: str) -> None:
+    """A mebibyte made to be slow is not: anything quadratic would take minutes."""
+    for _ in range(5):
+        assert SECRET_KEY not in redactor(ADVERSARIAL[name])
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("rest", [" ", "\\", "%25", "&#0000", "\\n", "&#x", "fakese", "f "])
+def test_redactor_takes_little_time_to_find_the_place(redactor: Redactor, rest: str) -> None:
+    """A text that is read byte by byte, for it seems to hold a secret, is read once."""
+    text = (SECRET_KEY[:6] + rest * 16_000)[:16_000]
+    for _ in range(20):
+        redactor(text)
+
+
+ascii_secrets = st.text(
+    st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="[]%\\&;"), min_size=6
+)
+escapes = st.sampled_from(["{}", "%{:02X}", "%25{:02x}", "\\u{:04x}", "\\x{:02X}", "&#{};", "&#x{:X};"])
+gaps = st.sampled_from(["", "", "", " ", "\n", "\t\t", "\\n", "\u3000", "%20"])
+
+
+@relaxed
+@given(data=st.data(), secret=ascii_secrets, before=st.text(), after=st.text())
+def test_redactor_hides_mixtures_of_encodings(
+    data: st.DataObject, secret: str, before: str, after: str
+) -> None:
+    """Each character may have another escape and case, and white space may stand between any two."""
+    pieces = []
+    for char in secret:
+        shown = data.draw(st.sampled_from([char, char.swapcase()]))
+        escape = data.draw(escapes)
+        pieces.append(shown if escape == "{}" else escape.format(ord(shown)))
+    encoded = "".join(piece + data.draw(gaps) for piece in pieces[:-1]) + pieces[-1]
+    redactor = Redactor()
+    redactor.hide(secret)
+    assume(secret.lower() not in MASK)
+    clean = redactor(f"{before} <{encoded}> {after}")
+    assert encoded not in clean
+    assert MASK in clean
+
+
+@relaxed
+@given(secret=st.binary(min_size=6, max_size=30), before=st.binary(), after=st.binary())
+def test_redactor_hides_base64_wherever_it_begins(secret: bytes, before: bytes, after: bytes) -> None:
+    """At any of the three places of a group, no digit of base64 that has bits of the secret is left."""
+    text = f"Sec{secret.hex()}"
+    redactor = Redactor()
+    redactor.hide(text)
+    coded = base64.b64encode(before + text.encode() + after).decode()
+    assume(len(coded) != 44)  # the shape of a signature
+    clean = redactor(f"Basic {coded}")
+    first, last = len(before) * 8 // 6, -(-(len(before) + len(text)) * 8 // 6)
+    assert clean == f"Basic {coded[:first]}{MASK}{coded[last:]}"
+
+
+def test_excerpts_are_texts_with_a_limit() -> None:
+    """Where nothing knows of excerpts they are texts like any other."""
+    excerpt = Excerpt("abc", 2)
+    assert (excerpt, excerpt.limit, json.dumps(excerpt)) == ("abc", 2, '"abc"')

@@ -19,6 +19,9 @@ import pytest
 from gateway import __version__
 from tests.documents.markdown import ROOT
 
+pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+
+
 SCRIPT = ROOT / ".ci" / "release.py"
 WHEEL = f"sd_progress_gateway-{__version__}-py3-none-any.whl"
 SDIST = f"sd_progress_gateway-{__version__}.tar.gz"

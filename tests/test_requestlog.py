@@ -120,10 +120,11 @@ def test_requestlog_line_of_a_stream() -> None:
 
 
 def test_requestlog_line_of_a_wrong_request_is_bounded() -> None:
-    """What a caller sent as a task ID is cut short."""
+    """What a caller sent as a task ID is cut short, by the log, after it has been redacted."""
     request = scope(code="invalid-task-id") | {"path_params": {"taskId": "x" * 30_000}}
     [line] = told(request, status=400)
-    assert (line["task_id"], line["code"], line["log_level"]) == ("x" * 64, "invalid-task-id", "info")
+    assert line["task_id"].limit == 64
+    assert (line["code"], line["log_level"]) == ("invalid-task-id", "info")
 
 
 def test_requestlog_line_has_the_callers_trace() -> None:

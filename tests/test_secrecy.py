@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import json
 import re
 import socket
 from collections.abc import Iterator
@@ -197,6 +198,28 @@ def test_secrecy_of_what_upstream_sends_back(tmp_path: Path, heard: Heard, name:
         assert process.exit_status() == 0
     heard.said.append(process.output)
     assert heard.leaks() == []
+
+
+@pytest.mark.parametrize("before", range(99 - len(SECRET), 99, 3))
+def test_secrecy_of_texts_that_are_cut(tmp_path: Path, before: int) -> None:
+    """Wherever a log line or an answer cuts a text short, no part of a secret is left before the cut."""
+
+    def behaviour(connection: socket.socket, request: Request) -> None:
+        words = "." * before + SECRET
+        invoke_id = "." * (500 - 100 + before) + SECRET
+        body = json.loads(request.envelope(status=words)) | {"apiInvokeId": invoke_id}
+        connection.sendall(framed(json.dumps(body).encode()))
+
+    with (
+        RawUpstream(behaviour) as upstream,
+        serving(tmp_path, {**QUICK, "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
+    ):
+        gate.get(fresh_id())
+        gate.client.get(f"/v1/progress/{'.' * (before % 64)}{SECRET}")
+        process.signal()
+        assert process.exit_status() == 0
+    assert "status never seen before" in process.output
+    assert SECRET[:6] not in process.output
 
 
 def test_secrecy_test_can_fail(simulator: Simulator, heard: Heard) -> None:

@@ -35,6 +35,9 @@ from tests.harness import (
 )
 from tests.test_page import ARGUMENTS, CHROMIUM
 
+pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+
+
 GUIDE = Document("gateway/api/CALLING.md")
 GSON = Path("/usr/share/java/gson.jar")  # where Debian's libgoogle-gson-java has it
 QUICK = {"waiting_seconds": 0.1, "running_seconds": 0.1, "stale_while_revalidate_seconds": 0.2}

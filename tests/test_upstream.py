@@ -4,6 +4,7 @@ import asyncio
 import gzip
 import json
 import logging
+import math
 import re
 import socket
 import ssl
@@ -18,8 +19,11 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 import trustme
+from hypothesis import given
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from gateway.calls import _retry_after, unix_time
 from gateway.signing import verify
 from tests.harness import (
     KEY,
@@ -1048,3 +1052,74 @@ def test_upstream_body_is_compact_json(simulator: Simulator, gate: Gateway) -> N
     task = simulator.task()
     assert_well(gate, task)
     assert json.loads(simulator.requests()[0]["body"]) == {"taskId": task}
+
+
+# --- dates and numbers of upstream ------------------------------------------------------------------------
+
+ODD_DATES = [
+    "",
+    "now",
+    "Fri, 31 Dec 99999 23:59:59 GMT",
+    "Fri, 31 Dec 9999 23:59:60 GMT",
+    "Mon, -1 Jan -2026 00:00:00 GMT",
+    "Mon, 00 Foo 2026 00:00:00 GMT",
+    "Mon, 01 Jan 2026 99:99:99 GMT",
+    "Mon, 1_0 Jan 2026 00:00:00 GMT",
+    "Mon, 0\u0663 Jan 2026 00:00:00 GMT",
+    "Mon, 01 Jan 2026 00:00:00 +999999999999",
+    "Fri, 31 Dec 9999 23:59:59 -2359",
+    "Mon, 01 Jan 0001 00:00:00 +2359",
+    f"Mon, {'9' * 5000} Jan 2026 00:00:00 GMT",
+    ",",
+    "\x00",
+    "a" * 100_000,
+]
+
+
+@pytest.mark.parametrize("date", ODD_DATES)
+def test_upstream_dates_that_do_not_exist_are_none(date: str) -> None:
+    """An absurd Date or Retry-After is as if there were none, or a moment; it is never a failure."""
+    moment = unix_time(date)
+    assert moment is None or (math.isfinite(moment) and date.endswith(("-2359", "+2359", "GMT")))
+    assert _retry_after(date, 0.0) is None or moment is not None
+
+
+@given(
+    st.text() | st.from_regex(r"[A-Z][a-z]{2}, -?[0-9]{1,5} [A-Z][a-z]{2} -?[0-9]{1,6} [0-9:]{1,9} .{0,6}")
+)
+def test_upstream_dates_may_be_anything(date: str) -> None:
+    """Whatever stands in the header, there is a finite moment or none."""
+    moment = unix_time(date)
+    assert moment is None or math.isfinite(moment)
+
+
+@pytest.mark.parametrize(
+    ("date", "moment"),
+    [
+        ("Sun, 06 Nov 1994 08:49:37 GMT", 784111777.0),
+        ("Sunday, 06-Nov-94 08:49:37 GMT", 784111777.0),
+        ("Sun Nov  6 08:49:37 1994", 784111777.0),
+        ("Sun, 06 Nov 1994 08:49:37 -0000", 784111777.0),
+        ("Sun, 06 Nov 1994 08:49:37 XYZ", 784111777.0),
+    ],
+)
+def test_upstream_dates_are_read_in_gmt(date: str, moment: float) -> None:
+    """All three forms of RFC 9110 count, and a zone that is none is GMT, wherever this machine stands."""
+    assert unix_time(date) == moment
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("7", 7.0),
+        ("9" * 5000, 3600.0),
+        ("\u0667", None),
+        ("1_0", None),
+        ("-1", None),
+        ("inf", None),
+        (" 7", None),
+    ],
+)
+def test_upstream_retry_after_is_ascii_digits(value: str, seconds: float | None) -> None:
+    """A number of seconds is digits of ASCII, and an hour at most."""
+    assert _retry_after(value, 0.0) == seconds

@@ -27,7 +27,9 @@ from gateway.service import ProgressService
 from gateway.watch import Kind, Watch, Watcher
 
 # RFC 7240, 4.3: `wait=10`, perhaps among other preferences.
-_PREFER_WAIT = re.compile(r"(?:^|,)\s*wait\s*=\s*\"?([0-9]{1,9})\"?\s*(?:[;,]|$)", re.IGNORECASE)
+_PREFER_WAIT = re.compile(
+    r"(?:^|,)[ \t]*wait[ \t]*=[ \t]*\"?([0-9]{1,9})\"?[ \t]*(?:[;,]|\Z)", re.IGNORECASE | re.ASCII
+)
 _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 

@@ -17,6 +17,7 @@ from starlette.types import Scope
 from gateway.api import ops
 from gateway.api.tracecontext import TraceParent, trace_parent
 from gateway.readings import Failed, Reading
+from gateway.redaction import Excerpt
 from gateway.sampling import Sampler
 
 Verdict = tuple[str, str | None]
@@ -109,7 +110,7 @@ def _tasks(scope: Scope, outcomes: Sequence[Reading | Failed]) -> dict[str, Any]
     if "tasks" in scope["state"]:
         return {"tasks": scope["state"]["tasks"]}
     task_id = scope.get("path_params", {}).get("taskId")  # of a request that came to nothing
-    return {} if task_id is None else {"task_id": task_id[:_SHOWN]}
+    return {} if task_id is None else {"task_id": Excerpt(task_id, _SHOWN)}
 
 
 def _cache(outcomes: Sequence[Reading | Failed]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ _OWN_SITES = frozenset({"same-origin", "same-site", "none"})  # "none": the user
 _SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _MOST_PARAMETERS = 10_100
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
-_SHOWN = 64  # characters of a caller's own text that an error repeats
+_SHOWN = 64  # characters of a parameter's name that an error repeats: whole, or not at all
 
 
 def route_path(scope: Scope) -> str:
@@ -62,7 +62,8 @@ def query_parameters(scope: Scope, *allowed: str, repeated: str = "") -> dict[st
     for name, value in pairs:
         if name not in allowed and name != repeated:
             known = ", ".join(filter(None, (*allowed, repeated))) or "there are none here"
-            raise InvalidParameter(f"unknown query parameter {name[:_SHOWN]!r}; known: {known}")
+            shown = ascii(name) if len(name) <= _SHOWN else f"of {len(name)} characters"
+            raise InvalidParameter(f"unknown query parameter {shown}; known: {known}")
         if name in values and name != repeated:
             raise InvalidParameter(f"query parameter {name!r} is given twice")
         values.setdefault(name, []).append(value)

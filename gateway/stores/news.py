@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from gateway.metrics import Metrics
 from gateway.models import Operation, TaskKey
 from gateway.stores.copies import Copies
-from gateway.stores.encoding import decode_failure, decode_snapshot, split_stored
+from gateway.stores.encoding import Undecodable, decode_failure, decode_snapshot, split_stored
 from gateway.stores.feeds import NEWS_SECONDS
 from gateway.stores.memory import MemoryStore
 from gateway.stores.serverclock import ServerClock
 
 _SUBJECT = re.compile(rb"([SFR])([a-z_]+)/([A-Za-z0-9_-]{1,64})\n")
 _SLOWED = re.compile(rb"T(\d{0,9})")
+_MOST_DIGITS = 9  # of milliseconds: eleven days
 
 
 class News:
@@ -90,6 +91,8 @@ class News:
                 self.take_up(key, rest)
             elif subject[1] == b"F":
                 milliseconds, _, encoded = rest.partition(b"\n")
+                if not milliseconds.isdigit() or len(milliseconds) > _MOST_DIGITS:
+                    raise Undecodable("no number of milliseconds")
                 failure = decode_failure(encoded, key)
                 self._memory.keep_failure(key, failure, seconds=int(milliseconds) / 1000)
         except ValueError:

@@ -25,6 +25,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisClusterException, RedisError
 
 from gateway.redaction import Redactor
+from gateway.secretfiles import check_bundle
 from gateway.settings import Store
 from gateway.stores.scripts import PROBE, SCRIPTS, Script
 
@@ -133,6 +134,8 @@ async def connected(settings: Store, *, redactor: Redactor) -> AsyncIterator[Ser
     }
     if settings.tls:
         ca_file = None if settings.ca_file is None else str(settings.ca_file)
+        if settings.ca_file is not None:
+            check_bundle(settings.ca_file)
         transport |= {"ssl": True, "ssl_ca_certs": ca_file, "ssl_check_hostname": True}
     options = {**transport, "username": username, "password": password}
     async with AsyncExitStack() as stack:

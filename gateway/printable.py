@@ -1,0 +1,24 @@
+"""Texts of others, as they may be shown in a terminal: there a control character is a command."""
+
+from __future__ import annotations
+
+import re
+
+# C0, DEL and C1, and what changes the direction of text, or the line, without being seen.
+_SET = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+_CONTROLS = re.compile(f"[{_SET}]")
+_UNPRINTABLE = re.compile(rf"[{_SET}\ud800-\udfff]")  # half a surrogate pair has no UTF-8
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Return the text with control characters escaped, except those in `keep`."""
+    return _UNPRINTABLE.sub(lambda m: m[0] if m[0] in keep else _escape(m[0]), text)
+
+
+def json_text(text: str) -> str:
+    """Return JSON with those control characters escaped that JSON does not forbid in a string."""
+    return _CONTROLS.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
+
+
+def _escape(char: str) -> str:
+    return char.encode("unicode_escape").decode()
