@@ -9,7 +9,7 @@ A client is told apart by the address that it calls from; b"" stands for an addr
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from gateway.exceptions import GatewayError
@@ -33,20 +33,22 @@ class Demand:
         flying: A flight is in the air.
         background: The gateway wants the answer though no caller waits.
         committed: A call is on the wire, or its answer has come: the flight runs to its end.
-        dropped: The flight was ended before that.
+        drop: Called with the demand, ends a flight before that when nothing wants its answer any more.
+        dropped: It was ended so.
         place: Where its query is queued.
         held_up: Why callers that have another answer should not wait for this one.
     """
 
-    __slots__ = ("background", "clients", "committed", "dropped", "flying", "held_up", "place")
+    __slots__ = ("background", "clients", "committed", "drop", "dropped", "flying", "held_up", "place")
 
     def __init__(self, *, background: bool = False) -> None:
         self.clients: dict[bytes, int] = {}
         self.begin(background=background)
         self.flying = False
 
-    def begin(self, *, background: bool = False) -> None:
+    def begin(self, *, background: bool = False, drop: Callable[[Demand], None] = lambda _: None) -> None:
         """Begin with a new flight."""
+        self.drop = drop
         self.flying = True
         self.background = background
         self.committed = False

@@ -17,6 +17,7 @@ from gateway.exceptions import (
     UpstreamCredentials,
     UpstreamDetail,
     UpstreamError,
+    UpstreamForbidden,
     UpstreamInvalid,
     UpstreamNonce,
     UpstreamQuota,
@@ -68,9 +69,11 @@ BY_CLASS: Mapping[str, _Kind] = {
     "T": UpstreamThrottled,
 }
 
+# A bare 401 or 403, or one whose code is of no class about the pair, may be a firewall's or the service's own
+# word about one task: only a refusal that names the credentials pauses them.
 BY_STATUS: Mapping[int, _Kind] = {
-    401: UpstreamCredentials,
-    403: UpstreamCredentials,
+    401: UpstreamForbidden,
+    403: UpstreamForbidden,
     429: UpstreamThrottled,
     500: UpstreamBusy,
     502: UpstreamBusy,
@@ -84,6 +87,7 @@ _TEXT: Mapping[_Kind, str] = {
     UpstreamBusy: "the upstream is unwell",
     UpstreamClock: "the upstream refused the request's timestamp",
     UpstreamCredentials: "the upstream refused the gateway's credentials",
+    UpstreamForbidden: "the upstream refused this query, and did not say why",
     UpstreamInvalid: "the upstream refused the request's form",
     UpstreamNonce: "the upstream saw the request's nonce before",
     UpstreamQuota: "the upstream refused the gateway's quota or account",

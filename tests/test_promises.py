@@ -23,6 +23,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from prometheus_client import CollectorRegistry, Gauge
 
 from gateway.calls import Answer
+from gateway.demand import Demand
 from gateway.exceptions import (
     GatewayError,
     Overloaded,
@@ -128,7 +129,7 @@ class FakeUpstream:
         self._cache = cache
         self._longest = dict.fromkeys(Operation, 0.0)  # call so far
 
-    async def query(self, key: TaskKey, **_: object) -> Answer:
+    async def query(self, key: TaskKey, *, demand: Demand, **_: object) -> Answer:
         """Wait until the machine answers."""
         story, began = self.stories[key], self._loop.time()
         if key in self.air:
@@ -140,6 +141,7 @@ class FakeUpstream:
         if not story.prompted and began < story.tick_due - ROUNDING_SECONDS:
             self.broken.append(f"the schedule asked for {key} {story.tick_due - began} s early")
         prompted, story.prompted = story.prompted, False
+        demand.committed = True
         outcome = self.air[key] = self._loop.create_future()
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from gateway.calls import Answer
+from gateway.demand import Demand
 from gateway.exceptions import (
     BudgetSpent,
     GatewayError,
@@ -132,14 +133,22 @@ class FakeUpstream:
     """Stands at the network's edge: takes note of each query, and leaves the answer to the test."""
 
     def __init__(self) -> None:
+        self.queues = False
         self.keys: list[TaskKey] = []
         self._calls: asyncio.Queue[Call] = asyncio.Queue()
 
     async def query(
-        self, key: TaskKey, *, renewal: bool, patience_seconds: float, held_up: Callable[[float], None]
+        self,
+        key: TaskKey,
+        *,
+        renewal: bool,
+        patience_seconds: float,
+        held_up: Callable[[float], None],
+        demand: Demand,
     ) -> Answer:
-        """Wait until the test answers."""
+        """Wait until the test answers; until then the query is queued, or on the wire."""
         self.keys.append(key)
+        demand.committed = not self.queues
         call = Call(key, renewal=renewal, patience_seconds=patience_seconds, hold_up=held_up)
         self._calls.put_nowait(call)
         return await call.outcome

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.api.connection import HangUp, chunk, outlet_of
 from gateway.api.heartbeat import HEARTBEAT, Pacemaker
 from gateway.api.problems import document, lookup
+from gateway.api.ratelimit import client_of
 from gateway.api.requests import header, query_parameters
 from gateway.api.tasks import Tasks
 from gateway.metrics import Metrics
@@ -58,7 +59,7 @@ class EventsEndpoint:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await send({"type": "http.response.body"})
             return
-        with self._watch.watching(keys, Kind.EVENTS) as watcher:
+        with self._watch.watching(keys, Kind.EVENTS, client=client_of(scope)) as watcher:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await send(_part(b"retry: %d\n\n" % _RETRY_MS))
             watcher.outlet = outlet_of(scope)

@@ -15,7 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api.answers import HEADER_NAMES, answer
 from gateway.api.caching import matches
-from gateway.api.connection import HangUp
+from gateway.api.connection import HangUp, while_connected
+from gateway.api.ratelimit import client_of
 from gateway.api.requestlog import settled
 from gateway.api.requests import Headers, header, query_parameters
 from gateway.api.tasks import Tasks
@@ -50,11 +51,15 @@ class ProgressEndpoint:
         if wait:
             outcome = await self._changed(scope, receive, key, known, wait)
         else:
-            outcome = await self._service.read(key)
+            outcome = self._service.lookup(key) or await self._read(scope, receive, key)
         status, values, body = answer(settled(scope, outcome), known)
         headers += zip(HEADER_NAMES[status], values, strict=True)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+    async def _read(self, scope: Scope, receive: Receive, key: TaskKey) -> Reading | Failed:
+        """Ask, for as long as the caller waits. Raises: ClientDisconnect."""
+        return await while_connected(scope, receive, self._service.read(key, client=client_of(scope)))
 
     def _wait(self, scope: Scope, parameters: dict[str, list[str]]) -> tuple[float, Headers]:
         """Return how many seconds the caller wants to wait, 0 for not at all, and how that is told."""
@@ -78,14 +83,14 @@ class ProgressEndpoint:
             on_arrival = self._service.lookup(key)
             known = on_arrival.snapshot.etag if on_arrival is not None else ""
         failed = False
-        with self._watch.watching([key], Kind.LONGPOLL) as watcher:
+        with self._watch.watching([key], Kind.LONGPOLL, client=client_of(scope)) as watcher:
             async with HangUp(scope, receive, watcher.hang_up):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         failed = await _until_news(watcher, known)
         # The schedule has just renewed what the store holds: asking anew could cost a call more.
         reading = None if failed else self._service.current(key)
-        return reading or await self._service.read(key)
+        return reading or await self._read(scope, receive, key)
 
 
 async def _until_news(watcher: Watcher, known: str) -> bool:

@@ -13,7 +13,7 @@ import os
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway.api.connection import ON_HANG_UP, OUTLET
+from gateway.api.connection import LOST, ON_HANG_UP, OUTLET
 from gateway.api.problems import document, lookup
 from gateway.cork import Cork
 from gateway.exceptions import GatewayError, InvalidParameter
@@ -65,6 +65,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
         for notice in tuple(self._on_hang_up.values()):
             notice()  # type: ignore[operator]  # the scope's type knows extensions as plain dictionaries
+        self._on_hang_up[LOST] = None
         # We hold the request's scope, and its way to our transport holds us: left so, only the garbage
         # collector could take the two apart, and its full round among thousands of streams stops everything.
         if self.scope is not None:
