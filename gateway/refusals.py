@@ -81,6 +81,10 @@ BY_STATUS: Mapping[int, _Kind] = {
     504: UpstreamTimeout,
 }
 
+# In messages that are in no table: what they say of the credentials.
+_NAMES_QUOTA = re.compile(r"quota|arrears|overdue")
+_NAMES_PAIR = re.compile(r"app ?key|access ?key|secret|signature|authori[sz]")
+
 _CODE = re.compile(r"(?P<letter>[A-Z])(?P<status>[0-9]{3})[A-Z0-9]{2}")
 
 _TEXT: Mapping[_Kind, str] = {
@@ -108,6 +112,15 @@ def refusal(
 
 
 def _kind(http_status: int, code: str, message: str) -> _Kind:
+    kind = _listed(http_status, code, message)
+    if kind is not UpstreamForbidden:
+        return kind
+    if _NAMES_QUOTA.search(message):
+        return UpstreamQuota
+    return UpstreamCredentials if _NAMES_PAIR.search(message) else kind
+
+
+def _listed(http_status: int, code: str, message: str) -> _Kind:
     for part, kind in BY_MESSAGE:
         if part in message:
             return kind

@@ -423,7 +423,7 @@ async def test_get_waits_for_a_flight_that_is_not_held_up(bench: Bench) -> None:
         reading = await asked
         assert (reading.source, reading.replaced_stale, reading.failure) == (Source.MISS, True, None)
         long_ago(bench)
-        assert bench.service._held_up == {}
+        assert not bench.service._flights._demands
 
 
 async def test_get_waits_for_a_held_up_flight_without_a_snapshot(bench: Bench) -> None:
@@ -465,7 +465,7 @@ async def test_get_joins_a_flight_that_has_just_landed(bench: Bench) -> None:
         assert (reading.snapshot, reading.source) == (first.snapshot, Source.STALE)
         assert isinstance(reading.failure, Overloaded)
     assert bench.upstream.count == 2
-    assert not bench.service._held_up
+    assert not bench.service._flights._demands
 
 
 # Stale
