@@ -86,8 +86,7 @@ class Flights(Generic[K, T]):
         try:
             return await self._fly(key, demand, after)
         finally:
-            if not demand.dropped:  # else the key's demand, if there is one, is another flight's
-                self._end(key, demand)
+            self._end(key, demand)
 
     def _drop(self, key: K, demand: Demand) -> None:
         demand.dropped = True
@@ -96,5 +95,6 @@ class Flights(Generic[K, T]):
 
     def _end(self, key: K, demand: Demand) -> None:
         demand.flying = False
+        # After a drop the key's demand, if there is one, is another flight's.
         if not demand.clients and self._demands.get(key) is demand:
             del self._demands[key]
