@@ -2,11 +2,12 @@
 
     turn -> a token is there, nobody queues -> go
          -> it would come after the caller's deadline -> BudgetSpent, at once
-         -> else queue: renewals | first questions, served in turn, each in order -> go
+         -> else queue: renewals | first questions, served in turn -> go
 
-A token bucket, filled at the pace (`pace.py`) that the settings and the upstream's refusals allow. A
-task has one flight at a time, so first come, first served is a round robin of the tasks; the two
-queues keep a crowd of new task IDs and the renewals of known tasks from starving each other.
+A token bucket, filled at the pace (`pace.py`) that the settings and the upstream's refusals allow. Renewals
+are served in order: a task has one flight at a time, so that is a round robin of the known tasks. First
+questions are served round robin over clients (`fairqueue.py`): a client may name any number of new tasks, and
+delays another client by one call a round. The two queues take turns, so that neither starves the other.
 Waiters are woken, never polled: one timer runs to the next token. For the event loop's thread only.
 """
 
@@ -16,13 +17,15 @@ import asyncio
 import math
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
-from typing import NamedTuple, Protocol, Self
+from typing import Protocol, Self
 
 import structlog
 
+from gateway.demand import Demand
 from gateway.exceptions import BudgetSpent, UpstreamRejected, UpstreamThrottled
+from gateway.fairqueue import FairQueue
 from gateway.pace import Pace
 
 NOTICEABLE_SECONDS = 0.1  # a wait that somebody who has another answer should be spared
@@ -74,13 +77,36 @@ class Turn:
         self.sent_at = self._clock()
 
 
-class _Waiter(NamedTuple):
-    deadline: float
-    held_up: Callable[[float], None]
+class _Waiter:
+    """A query that waits for its turn. `future` gets 0 for its turn, or the seconds for which it is refused.
 
+    In the queue of first questions it is the `Place` of its demand.
+    """
 
-# A waiter's future gets the seconds for which it is refused, or 0: its turn.
-_Queue = OrderedDict[asyncio.Future[float], _Waiter]
+    __slots__ = ("_queue", "deadline", "future", "held_up")
+
+    def __init__(
+        self, deadline: float, held_up: Callable[[float], None], queue: FairQueue[_Waiter] | None
+    ) -> None:
+        self.future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self.deadline = deadline
+        self.held_up = held_up
+        self._queue = queue
+
+    @property
+    def first(self) -> bool:
+        """Tell whether it is a first question."""
+        return self._queue is not None
+
+    def join(self, client: bytes) -> None:
+        """See `Place`."""
+        if self._queue is not None:
+            self._queue.join(self, client)
+
+    def leave(self, client: bytes, others: Iterable[bytes]) -> None:
+        """See `Place`."""
+        if self._queue is not None:
+            self._queue.leave(self, client, others)
 
 
 class Budget:
@@ -96,8 +122,9 @@ class Budget:
         self._pace = Pace(requests_per_second or math.inf)
         self._clock = clock
         self._call_later = call_later
-        self._queues: dict[bool, _Queue] = {True: OrderedDict(), False: OrderedDict()}  # by `renewal`
-        self._next = True  # the queue that is served next
+        self._renewals: OrderedDict[_Waiter, None] = OrderedDict()
+        self._first: FairQueue[_Waiter] = FairQueue()  # questions about tasks of which no answer is known
+        self._next = True  # whether a renewal is served next
         self._turns: set[Turn] = set()  # given, and not over
         self._level = 1.0  # tokens
         self._filled_at = clock()
@@ -116,23 +143,38 @@ class Budget:
         self._relax()
         return self._pace.slowed
 
-    def expected_wait(self, *, renewal: bool) -> float:
-        """Return for how many seconds a call that asked now would wait."""
+    def expected_wait(self, *, renewal: bool, client: bytes = b"") -> float:
+        """Return for how many seconds a call that asked now, for this client, would wait."""
         self._fill()
-        own, other = len(self._queues[renewal]), len(self._queues[not renewal])
+        own, other = len(self._renewals), len(self._first)
+        if not renewal:
+            own, other = self._first.ahead(client), own
         # The other queue is served as often as ours while we wait, once more if it is its turn.
         return self._wait_behind(own + min(other, own + (self._next is not renewal)))
 
     async def turn(
-        self, *, renewal: bool, patience_seconds: float, held_up: Callable[[float], None] = lambda _: None
+        self,
+        *,
+        renewal: bool,
+        patience_seconds: float,
+        held_up: Callable[[float], None] = lambda _: None,
+        demand: Demand | None = None,
     ) -> Turn:
         """Wait for a turn: `with await budget.turn(...) as turn`. Who makes the call says `turn.spend()`.
 
-        `renewal`: an older snapshot of the task is known. `held_up` is told the seconds to wait as
-        soon as they are noticeable. Raises: BudgetSpent when they exceed `patience_seconds`.
+        Args:
+            renewal: An older snapshot of the task is known.
+            patience_seconds: The longest wait.
+            held_up: Called with the seconds to wait as soon as they are noticeable.
+            demand: The clients that a first question is asked for; others may join while it is queued.
+
+        Raises:
+            BudgetSpent: The wait would exceed the patience, or did, because other clients came.
         """
         self._relax()
-        wait = self.expected_wait(renewal=renewal)
+        demand = demand or Demand(background=True)
+        client = b"" if renewal else self._first.nearest(demand.clients)
+        wait = self.expected_wait(renewal=renewal, client=client)
         if wait == 0 and not self._anybody_waits():
             self._level -= 1
         elif wait > patience_seconds:
@@ -140,7 +182,8 @@ class Budget:
         else:
             if wait >= NOTICEABLE_SECONDS:
                 held_up(wait)
-            await self._queue(_Waiter(self._clock() + patience_seconds, held_up), renewal=renewal)
+            deadline = self._clock() + patience_seconds
+            await self._queue(_Waiter(deadline, held_up, None if renewal else self._first), client, demand)
         turn = Turn(self._clock, self._end)
         self._turns.add(turn)
         return turn
@@ -149,23 +192,32 @@ class Budget:
         """Learn from a refusal that another met with, just now."""
         self._slow_down(self._clock(), retry_after)
 
-    async def _queue(self, waiter: _Waiter, *, renewal: bool) -> None:
-        future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        queue = self._queues[renewal]
-        queue[future] = waiter
+    async def _queue(self, waiter: _Waiter, client: bytes, demand: Demand) -> None:
+        future = waiter.future
+        if waiter.first:
+            self._first.add(waiter, client)
+        else:
+            self._renewals[waiter] = None
+        demand.place = waiter
         self._serve()
         try:
             refused = await future
         except asyncio.CancelledError:
-            queue.pop(future, None)
+            self._discard(waiter)
             if future.cancelled():
                 self._serve()  # the timer may have been this one's
             elif future.result() == 0:
                 # Its turn came in the very turn of the loop in which it was cancelled: the next one's now.
                 self._give_back()
             raise
+        finally:
+            demand.place = None
         if refused:
             raise _spent(refused)
+
+    def _discard(self, waiter: _Waiter) -> None:
+        self._renewals.pop(waiter, None)
+        self._first.discard(waiter)
 
     def _end(self, turn: Turn, error: BaseException | None) -> None:
         self._turns.discard(turn)
@@ -184,9 +236,9 @@ class Budget:
     def _serve(self) -> None:
         """Give turns to as many waiters as there are tokens, and set the timer for the next one."""
         self._fill()
-        while self._wait_behind(0) == 0 and (future := self._pop()) is not None:
+        while self._wait_behind(0) == 0 and (waiter := self._pop()) is not None:
             self._level -= 1
-            future.set_result(0.0)
+            waiter.future.set_result(0.0)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -194,14 +246,23 @@ class Budget:
             call_later = self._call_later or asyncio.get_running_loop().call_later
             self._timer = call_later(max(self._wait_behind(0), _TIMER_SECONDS), self._serve)
 
-    def _pop(self) -> asyncio.Future[float] | None:
+    def _pop(self) -> _Waiter | None:
         for renewal in (self._next, not self._next):
-            while self._queues[renewal]:
-                future, _ = self._queues[renewal].popitem(last=False)
-                if not future.done():  # else it was cancelled, and its task has not run since
-                    self._next = not renewal
-                    return future
+            while (waiter := self._pop_one(renewal=renewal)) is not None:
+                if waiter.future.done():
+                    continue  # it was cancelled, and its task has not run since
+                if self._clock() > waiter.deadline + NOTICEABLE_SECONDS:
+                    # Admitted before other clients came, whose first questions went before.
+                    waiter.future.set_result(max(self._wait_behind(0), _TIMER_SECONDS))
+                    continue
+                self._next = not renewal
+                return waiter
         return None
+
+    def _pop_one(self, *, renewal: bool) -> _Waiter | None:
+        if not renewal:
+            return self._first.pop()
+        return self._renewals.popitem(last=False)[0] if self._renewals else None
 
     def _slow_down(self, sent_at: float, retry_after: float | None) -> None:
         self._fill()
@@ -219,25 +280,25 @@ class Budget:
     def _look_again(self, now: float) -> None:
         """Refuse those whose turn would now come too late, and tell the others what they are in for."""
         ahead = 0
-        for queue, future, waiter in list(self._in_order()):
+        for waiter in list(self._in_order()):
             wait = self._wait_behind(ahead)
-            if future.done() or now + wait > waiter.deadline:
-                del queue[future]
-                if not future.done():
-                    future.set_result(wait)
+            if waiter.future.done() or now + wait > waiter.deadline:
+                self._discard(waiter)
+                if not waiter.future.done():
+                    waiter.future.set_result(wait)
             else:
                 ahead += 1
                 waiter.held_up(wait)
 
-    def _in_order(self) -> Iterator[tuple[_Queue, asyncio.Future[float], _Waiter]]:
-        queues = self._queues[self._next], self._queues[not self._next]
-        for pair in zip_longest(*(queue.items() for queue in queues)):
-            for queue, entry in zip(queues, pair, strict=True):
-                if entry is not None:
-                    yield (queue, *entry)
+    def _in_order(self) -> Iterator[_Waiter]:
+        queues = (self._renewals, self._first) if self._next else (self._first, self._renewals)
+        for pair in zip_longest(*queues):
+            for waiter in pair:
+                if waiter is not None:
+                    yield waiter
 
     def _anybody_waits(self) -> bool:
-        return any(self._queues.values())
+        return bool(self._renewals) or bool(self._first)
 
     def _wait_behind(self, ahead: int) -> float:
         """Return the seconds until there is a token beyond those for so many others."""

@@ -108,36 +108,42 @@ class Calls:
         self._time = {
             operation: metrics.upstream_request_duration.labels(operation).observe for operation in Operation
         }
-        self._in_flight = 0
-        metrics.upstream_in_flight.set_function(lambda: self._in_flight)
         self.clock_offset = 0.0  # seconds to add to our clock when signing
         self.trouble: str | None = None  # the problem code of the last call, unless it brought an envelope
 
     async def __aenter__(self) -> Self:
         """Make ready for calls; a connection is opened when a call needs one."""
-        self._transport = HttpTransport(
+        transport = self._transport = HttpTransport(
             httpx.URL(self._settings.endpoint),
             verify=httpx.create_ssl_context(trust_env=False),
             max_body_bytes=self._settings.max_response_bytes,
+            max_age_seconds=self._settings.connection_max_age_seconds,
         )
+        self._metrics.upstream_in_flight.set_function(lambda: transport.under_way)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Close every connection."""
         await self._transport.aclose()
 
-    async def make(self, key: TaskKey, pair: Pair, *, number: int) -> Answer:
+    async def make(
+        self, key: TaskKey, pair: Pair, *, number: int, over: Callable[[], None] = lambda: None
+    ) -> Answer:
         """Make one call within `upstream.attempt_timeout_seconds`, the query's `number`-th, from 0.
 
-        Raises: UpstreamError.
+        `over`: see `exchange`. Raises: UpstreamError.
         """
         with self._tracing.call(key, number=number) as mark:
-            return await self._make(key, pair, mark)
+            return await self._make(key, pair, mark, over)
 
-    async def exchange(self, key: TaskKey, pair: Pair) -> Exchange:
+    async def exchange(
+        self, key: TaskKey, pair: Pair, *, over: Callable[[], None] = lambda: None
+    ) -> Exchange:
         """Make one signed call within `upstream.attempt_timeout_seconds`.
 
-        What its answer means is not judged. Raises: UpstreamError for what happened on the way.
+        What its answer means is not judged. `over` is called when nothing of the call is under way any more:
+        after a cancellation, when the answer has come or the attempt's time has passed. If the call is not
+        even begun, it is not called. Raises: UpstreamError for what happened on the way.
         """
         body = _question(key.task_id)
         sent = signed_headers(
@@ -151,7 +157,14 @@ class Calls:
         )
         try:
             message = encode(self._targets[key.operation], self._fixed_headers | sent, body)
-            answer = await self._transport.exchange(message, seconds=self._settings.attempt_timeout_seconds)
+            # A result does not name its task: only a connection that carried no other call can tell whose
+            # answer it is.
+            answer = await self._transport.exchange(
+                message,
+                seconds=self._settings.attempt_timeout_seconds,
+                fresh=key.operation.is_result,
+                over=over,
+            )
         except TimeoutError:
             raise UpstreamTimeout("the upstream did not answer in time") from None
         except httpx.TransportError as exc:
@@ -190,13 +203,12 @@ class Calls:
             retry_after=_retry_after(exchange.headers.get("retry-after", ""), self._clock()),
         )
 
-    async def _make(self, key: TaskKey, pair: Pair, mark: Mark) -> Answer:
+    async def _make(self, key: TaskKey, pair: Pair, mark: Mark, over: Callable[[], None]) -> Answer:
         operation = key.operation
         outcome = UpstreamTimeout.code  # also when the caller's deadline cancels us
         started = time.perf_counter()
-        self._in_flight += 1
         try:
-            exchange = await self.exchange(key, pair)
+            exchange = await self.exchange(key, pair, over=over)
             mark.status = exchange.status
             skew = self._observe_clock(exchange)
             try:
@@ -213,7 +225,6 @@ class Calls:
         finally:
             mark.outcome = outcome
             self.trouble = None if outcome in {"ok", UpstreamRejected.code} else outcome
-            self._in_flight -= 1
             self._count(operation, outcome)()
             self._time[operation](time.perf_counter() - started)
 

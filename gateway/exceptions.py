@@ -18,6 +18,7 @@
         │   ├── UpstreamClock       our timestamp refused
         │   ├── UpstreamNonce       our nonce refused; signed afresh it passes
         │   └── UpstreamQuota       quota spent, or a bill open
+        ├── UpstreamForbidden       one task's query refused, and the credentials not named
         ├── UpstreamThrottled       told to slow down
         │   └── BudgetSpent         ... by our own budget: the call was not made
         ├── UpstreamOpen            the circuit breaker is open: the call was not made
@@ -183,6 +184,12 @@ class UpstreamNonce(UpstreamCredentials):
 
 class UpstreamQuota(UpstreamCredentials):
     """The API gateway knows us, and refuses for our quota or account: a person must act."""
+
+
+class UpstreamForbidden(UpstreamError):
+    """A refusal (401, 403) that does not name the credentials: it fails its task alone."""
+
+    code = "upstream-credentials"
 
 
 class UpstreamThrottled(UpstreamError):

@@ -17,6 +17,7 @@ from gateway.exceptions import (
     UpstreamCredentials,
     UpstreamDetail,
     UpstreamError,
+    UpstreamForbidden,
     UpstreamInvalid,
     UpstreamNonce,
     UpstreamQuota,
@@ -68,9 +69,11 @@ BY_CLASS: Mapping[str, _Kind] = {
     "T": UpstreamThrottled,
 }
 
+# A bare 401 or 403, or one whose code is of no class about the pair, may be a firewall's or the service's own
+# word about one task: only a refusal that names the credentials pauses them.
 BY_STATUS: Mapping[int, _Kind] = {
-    401: UpstreamCredentials,
-    403: UpstreamCredentials,
+    401: UpstreamForbidden,
+    403: UpstreamForbidden,
     429: UpstreamThrottled,
     500: UpstreamBusy,
     502: UpstreamBusy,
@@ -78,12 +81,17 @@ BY_STATUS: Mapping[int, _Kind] = {
     504: UpstreamTimeout,
 }
 
+# In messages that are in no table: what they say of the credentials.
+_NAMES_QUOTA = re.compile(r"quota|arrears|overdue")
+_NAMES_PAIR = re.compile(r"app ?key|access ?key|secret|signature|authori[sz]")
+
 _CODE = re.compile(r"(?P<letter>[A-Z])(?P<status>[0-9]{3})[A-Z0-9]{2}")
 
 _TEXT: Mapping[_Kind, str] = {
     UpstreamBusy: "the upstream is unwell",
     UpstreamClock: "the upstream refused the request's timestamp",
     UpstreamCredentials: "the upstream refused the gateway's credentials",
+    UpstreamForbidden: "the upstream refused this query, and did not say why",
     UpstreamInvalid: "the upstream refused the request's form",
     UpstreamNonce: "the upstream saw the request's nonce before",
     UpstreamQuota: "the upstream refused the gateway's quota or account",
@@ -104,6 +112,15 @@ def refusal(
 
 
 def _kind(http_status: int, code: str, message: str) -> _Kind:
+    kind = _listed(http_status, code, message)
+    if kind is not UpstreamForbidden:
+        return kind
+    if _NAMES_QUOTA.search(message):
+        return UpstreamQuota
+    return UpstreamCredentials if _NAMES_PAIR.search(message) else kind
+
+
+def _listed(http_status: int, code: str, message: str) -> _Kind:
     for part, kind in BY_MESSAGE:
         if part in message:
             return kind

@@ -103,6 +103,12 @@ class Rotation:
                 return outcome
             tried[held.pair] = outcome
 
+    async def settled(self, operation: Operation) -> None:
+        """Wait while another query tries a pair: a query that waits here holds neither a turn nor a slot."""
+        while self._trial.locked() and self._trusted(operation, {}) is None:
+            async with self._trial:
+                pass
+
     async def _make(
         self, operation: Operation, turn: _Turn, call: Callable[[Pair], Awaitable[T]]
     ) -> T | UpstreamCredentials:

@@ -5,6 +5,7 @@
     else                  -> everybody waits for the one flight: upstream -> store -> all waiters
     the flight failed     -> a snapshot not older than stale_if_error, else the failure
     ... is held up by the budget -> the same at once, while the flight keeps its place in the queue
+    every caller has left -> a flight whose query is still queued is dropped
     read twice while fresh -> hot: refreshed ahead, so that the next reader finds it fresh
 
 Freshness promise: while upstream answers, nobody is handed a snapshot older than its
@@ -22,6 +23,7 @@ from functools import partial
 import structlog
 
 from gateway.ahead import RefreshAhead
+from gateway.demand import Demand
 from gateway.exceptions import (
     BudgetSpent,
     GatewayError,
@@ -30,13 +32,13 @@ from gateway.exceptions import (
     UpstreamError,
     UpstreamOpen,
 )
+from gateway.flights import Flights
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey, observe
 from gateway.readings import Failed, Landing, Reading, Source
 from gateway.redaction import Excerpt
 from gateway.sampling import Sampler
 from gateway.settings import Cache
-from gateway.singleflight import SingleFlight
 from gateway.stores import Lease, Store
 from gateway.tracing import Tracing, Untraced
 from gateway.upstream import Upstream
@@ -71,9 +73,7 @@ class ProgressService:
         self._metrics = metrics
         self._tracing = tracing or Untraced()
         self._clock = clock
-        self._flights: SingleFlight[TaskKey, Landing] = SingleFlight()
-        # Of flights: why callers who have another answer should not wait for this one, once it is so.
-        self._held_up: dict[TaskKey, asyncio.Future[GatewayError]] = {}
+        self._flights: Flights[TaskKey, Landing] = Flights(self._fetch)
         self._lifetimes: dict[Status | None, float] = {
             None: cache.result_seconds,
             Status.WAITING: cache.waiting_seconds,
@@ -105,7 +105,7 @@ class ProgressService:
         if reading is None:
             return None
         if reading.failure is None:
-            self._flights.start(key, partial(self._fetch, key))
+            self._flights.start(key, background=True)
         self._count[key.operation, Source.STALE]()
         self._note_age(snapshot, age)
         return reading
@@ -127,29 +127,36 @@ class ProgressService:
         self._note_age(snapshot, age)
         return True
 
-    async def read(self, key: TaskKey) -> Reading | Failed:
-        """Answer, from the store or from upstream; Failed when no snapshot is young enough to cover it."""
+    async def read(self, key: TaskKey, *, client: bytes = b"") -> Reading | Failed:
+        """Answer, from the store or from upstream; Failed when no snapshot is young enough to cover it.
+
+        `client` tells whose query it is: the budget is fair to clients. Once it is cancelled, a query that
+        nothing else wants is dropped, unless it is on the wire.
+        """
         reading = self.lookup(key)
         if reading is None and await self._store.catch_up():
             reading = self.lookup(key)
         if reading is not None:
             return reading
-        outcome = await self._wait(key)
+        outcome = await self._wait(key, client)
         self._count[key.operation, outcome.source]()
         return outcome
 
     def count(self, outcome: Reading | Failed) -> None:
-        """Count one lookup with this outcome: of a caller whom a schedule has served."""
+        """Count one lookup with this outcome: of a caller that a schedule has served."""
         self._count[outcome.key.operation, outcome.source]()
         if isinstance(outcome, Reading):
             self._note_age(outcome.snapshot, outcome.age)
 
-    async def get_fresh(self, key: TaskKey) -> Reading | Failed:
-        """Answer as `read`, but wait for a fresh snapshot and count no lookup: a schedule asks, no caller."""
+    async def get_fresh(self, key: TaskKey, *, client: bytes | None = b"") -> Reading | Failed:
+        """Answer as `read`, but wait for a fresh snapshot and count no lookup: a schedule asks, no caller.
+
+        `client`: None on behalf of what has joined.
+        """
         snapshot = self._store.peek(key)
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime:
-            return await self._wait(key, patient=True)
+            return await self._wait(key, client, patient=True)
         return Reading(snapshot, age, Source.HIT)
 
     def current(self, key: TaskKey) -> Reading | None:
@@ -159,6 +166,14 @@ class ProgressService:
             return None
         age = self._clock() - snapshot.fetched_at
         return Reading(snapshot, age, Source.HIT) if age < snapshot.lifetime else self._stale(snapshot, age)
+
+    def join(self, key: TaskKey, client: bytes) -> None:
+        """Count in a subscriber: until it leaves, the task's flights are for its client, too."""
+        self._flights.join(key, client)
+
+    def leave(self, key: TaskKey, client: bytes) -> None:
+        """Count out a subscriber that has joined."""
+        self._flights.leave(key, client)
 
     async def aclose(self) -> None:
         """End every flight, and begin none any more."""
@@ -191,16 +206,22 @@ class ProgressService:
         key = snapshot.key
         # A watch or another replica may have renewed it meanwhile; then its own readers count.
         if self._store.peek(key) is snapshot and self._store.failure(key) is None:
-            self._flights.start(key, partial(self._fetch, key, after=snapshot.stamp))
+            self._flights.start(key, background=True, after=snapshot.stamp)
 
-    async def _wait(self, key: TaskKey, *, patient: bool = False) -> Reading | Failed:
+    async def _wait(self, key: TaskKey, client: bytes | None, *, patient: bool = False) -> Reading | Failed:
         """Wait for the key's flight; `patient`: even while it is held up by the budget."""
         failure = self._store.failure(key)
         if failure is not None:
             return self._cover(key, failure, Source.NEGATIVE)
         source = Source.COLLAPSED if key in self._flights else Source.MISS
         known = self._store.recall(key)
-        landing = await self._board(key, patient=patient or not self._covers(known))
+        if client is not None:
+            self._flights.join(key, client)
+        try:
+            landing = await self._board(key, patient=patient or not self._covers(known))
+        finally:
+            if client is not None:
+                self._flights.leave(key, client)
         outcome = landing.outcome
         if isinstance(outcome, GatewayError):
             return self._cover(key, outcome, source, landing)
@@ -209,15 +230,20 @@ class ProgressService:
         return Reading(outcome, age, source, replaced_stale=known is not None, landing=landing)
 
     async def _board(self, key: TaskKey, *, patient: bool) -> Landing:
-        take_off = partial(self._fetch, key)
+        flight = self._flights.start(key)
         if patient:
-            return await self._flights.do(key, take_off)
-        flight = self._flights.start(key, take_off)
+            return await asyncio.shield(flight)
         if flight.done():  # in this very turn of the loop
             return flight.result()
-        held_up = self._held_up.setdefault(key, asyncio.get_running_loop().create_future())
+        demand = self._flights.demand(key)
+        if demand.held_up is None:
+            demand.held_up = asyncio.get_running_loop().create_future()
+        held_up = demand.held_up
         await asyncio.wait((flight, held_up), return_when=asyncio.FIRST_COMPLETED)
-        return flight.result() if flight.done() else Landing(held_up.result())
+        if flight.done():
+            return flight.result()
+        demand.background = True  # it keeps its place in the queue
+        return Landing(held_up.result())
 
     def _cover(
         self, key: TaskKey, failure: GatewayError, source: Source, landing: Landing | None = None
@@ -243,14 +269,14 @@ class ProgressService:
             snapshot is not None and self._clock() - snapshot.fetched_at <= self._cache.stale_if_error_seconds
         )
 
-    async def _fetch(self, key: TaskKey, *, after: int | None = None) -> Landing:
+    async def _fetch(self, key: TaskKey, demand: Demand, after: int | None) -> Landing:
         """Fly: a failure is returned, not raised, for it is shared as data.
 
         `after`: fly although the snapshot with this stamp is still fresh.
         """
         try:
             with self._tracing.flight(key) as mark:
-                landing = await self._fly(key, after=after)
+                landing = await self._fly(key, demand, after=after)
                 mark.outcome = landing.outcome.code if isinstance(landing.outcome, GatewayError) else "ok"
                 return landing if mark.context is None else landing._replace(span=mark.context)
         except Exception as exc:
@@ -260,11 +286,8 @@ class ProgressService:
                     "bug in a flight", operation=key.operation, task_id=key.task_id, suppressed=suppressed
                 )
             raise
-        finally:
-            # In the flight's last step: whoever finds it in the air finds its own entry, or makes it.
-            self._held_up.pop(key, None)
 
-    async def _fly(self, key: TaskKey, *, after: int | None) -> Landing:
+    async def _fly(self, key: TaskKey, demand: Demand, *, after: int | None) -> Landing:
         deadline = self._clock() + self._patience_seconds
         while True:
             # Look again. Between the look that sent us here and our taking off, another replica may
@@ -272,11 +295,11 @@ class ProgressService:
             lease = await self._store.take_off(key, after=after, patience_seconds=deadline - self._clock())
             if not isinstance(lease, Lease):
                 return Landing(lease)
-            landing = await self._ask(lease, deadline)
+            landing = await self._ask(lease, demand, deadline)
             if landing is not None:
                 return landing
 
-    async def _ask(self, lease: Lease, deadline: float) -> Landing | None:
+    async def _ask(self, lease: Lease, demand: Demand, deadline: float) -> Landing | None:
         """Ask upstream, and store what comes of it. None: too late, for others have asked since."""
         key = lease.key
         previous = self._store.newest(key)
@@ -286,8 +309,10 @@ class ProgressService:
                 key,
                 renewal=previous is not None,
                 patience_seconds=deadline - started,
-                held_up=partial(self._hold_up, key),
+                held_up=partial(self._hold_up, demand),
+                demand=demand,
             )
+            demand.committed = True
             self._ahead.learn(key.operation, self._clock() - started)
             previous = self._store.newest(key)
             snapshot = observe(
@@ -301,6 +326,7 @@ class ProgressService:
             )
         except GatewayError as exc:
             failure = copy(exc)
+            demand.committed = True
             # Our own limits and an open circuit pass by themselves, and refused credentials are the pair's
             # affair: none of them is the task's.
             if isinstance(failure, Overloaded | BudgetSpent | UpstreamOpen | UpstreamCredentials):
@@ -317,11 +343,12 @@ class ProgressService:
         kept = await self._store.land(lease, snapshot)
         return None if kept is None else Landing(kept, upstream_seconds, answer.invoke_id)
 
-    def _hold_up(self, key: TaskKey, seconds: float) -> None:
-        held_up = self._held_up.setdefault(key, asyncio.get_running_loop().create_future())
-        if not held_up.done():
+    def _hold_up(self, demand: Demand, seconds: float) -> None:
+        if demand.held_up is None:
+            demand.held_up = asyncio.get_running_loop().create_future()
+        if not demand.held_up.done():
             failure = BudgetSpent("the query waits for the budget of upstream calls", retry_after=seconds)
-            held_up.set_result(failure)
+            demand.held_up.set_result(failure)
 
     def _note_transition(self, previous: Snapshot | None, snapshot: Snapshot, raw_status: object) -> None:
         status = snapshot.status

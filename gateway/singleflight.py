@@ -20,6 +20,7 @@ class SingleFlight(Generic[K, T]):
 
     def __init__(self) -> None:
         self._flights: dict[K, asyncio.Task[T]] = {}
+        self._dropped: set[asyncio.Task[T]] = set()
         self.closed = False
 
     def __len__(self) -> int:
@@ -51,16 +52,24 @@ class SingleFlight(Generic[K, T]):
         """Wait for the key's flight and return its result, or raise what it raised."""
         return await asyncio.shield(self.start(key, fn))
 
+    def drop(self, key: K) -> None:
+        """Cancel the key's flight, which must have no waiters. At once the next caller begins a new one."""
+        flight = self._flights.pop(key, None)
+        if flight is not None and flight.cancel():
+            self._dropped.add(flight)
+            flight.add_done_callback(self._dropped.discard)
+
     async def aclose(self) -> None:
         """Cancel every flight, wait until all have ended, and let none begin any more."""
         self.closed = True
-        flights = list(self._flights.values())
+        flights = [*self._flights.values(), *self._dropped]
         for flight in flights:
             flight.cancel()
         await asyncio.gather(*flights, return_exceptions=True)
 
     def _land(self, key: K, flight: asyncio.Task[T]) -> None:
-        del self._flights[key]
+        if self._flights.get(key) is flight:  # else it was dropped, and the key may have a new one
+            del self._flights[key]
         # When every caller has hung up nobody else looks at the exception, and asyncio complains.
         if not flight.cancelled():
             flight.exception()

@@ -7,6 +7,9 @@ what a call costs grows with the square of the calls in the air. aiohttp's does 
 through so many objects of its client that this costs more than all the rest of a query. Here a connection
 is one protocol with one call at a time, and nothing is awaited but its answer.
 
+A call that is cancelled under way stays under way for the upstream: its connection waits for the answer and
+throws it away, until the call's time is over. `over` tells when nothing of a call is under way any more.
+
 What the gateway must never do, this cannot do: it follows no redirect, keeps no cookie, reads no proxy
 or netrc from the environment, decodes no body, calls no host but one, and sends no header that it was
 not given. Message framing is the parser's affair, in its strict mode (RFC 9112, 6).
@@ -15,10 +18,11 @@ not given. Message framing is the parser's affair, in its strict mode (RFC 9112,
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import ssl
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 
 import httpx
@@ -48,6 +52,7 @@ class HttpTransport:
 
     Of a body longer than `max_body_bytes` it reads no more than shows that it is. A connection that was
     idle for `keep_alive_seconds` is used no more: an upstream, or what lies between, may have forgotten it.
+    Nor is one that was made `max_age_seconds` ago: the host's name may lead elsewhere by now.
     """
 
     def __init__(
@@ -57,55 +62,106 @@ class HttpTransport:
         verify: ssl.SSLContext,
         max_body_bytes: int,
         keep_alive_seconds: float = 15.0,
+        max_age_seconds: float = 300.0,
     ) -> None:
         self._host = origin.raw_host.decode("ascii")
         self._tls = verify if origin.scheme == "https" else None
         self._port = origin.port or (443 if self._tls else 80)
         self._max_body_bytes = max_body_bytes
         self._keep_alive_seconds = keep_alive_seconds
+        self._max_age_seconds = max_age_seconds
         # The one used last lies on top: in quiet times those below go unused, and are let go.
         self._idle: deque[_Connection] = deque()
+        self._asking: set[_Connection] = set()
+        self._sweeping: asyncio.TimerHandle | None = None
+        self.under_way = 0  # calls whose answer the upstream may still be working on
 
-    async def exchange(self, message: bytes, *, seconds: float) -> Reply:
-        """Send a request, and return the answer when all of it has come, within so many seconds.
+    async def exchange(
+        self, message: bytes, *, seconds: float, fresh: bool = False, over: Callable[[], None] = lambda: None
+    ) -> Reply:
+        """Send a request, and return the answer when all of it has come.
 
-        The connection goes with a call that is cancelled. Raises: httpx.TransportError; TimeoutError.
+        Args:
+            message: The request, as `encode` makes it.
+            seconds: The longest time for all of it, connecting included.
+            fresh: Use a new connection, and use it for nothing else.
+            over: Called once, when nothing of the call is under way any more: usually before this returns.
+                When it is cancelled, that is when the answer has come or the time has passed.
+
+        Raises:
+            httpx.TransportError: The answer cannot be had.
+            TimeoutError: It took too long.
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
-        deadline = now + seconds
-        connection = self._take_idle(now)
+        connection = None if fresh else self._take_idle(now)
+        self.under_way += 1
         if connection is None:
-            async with asyncio.timeout_at(deadline):
-                connection = await self._connect()
-        timer = loop.call_at(deadline, connection.give_up)  # a fraction of what asyncio.timeout costs
-        try:
-            return await connection.ask(message)
-        finally:
-            timer.cancel()
-            if connection.idle_since is None:
-                connection.close()
-            else:
-                self._idle.append(connection)
-                self._let_go(connection.idle_since - self._keep_alive_seconds)
+            try:
+                async with asyncio.timeout_at(now + seconds):
+                    connection = await self._connect()
+            except BaseException:
+                self.under_way -= 1
+                over()
+                raise
+        connection.over = over
+        connection.max_age_seconds = 0.0 if fresh else self._max_age_seconds
+        self._asking.add(connection)
+        return await connection.ask(message, now + seconds)
 
     async def aclose(self) -> None:
-        """Close every connection that lies idle."""
+        """Close every connection, with whatever is under way on it."""
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            self._sweeping = None
         while self._idle:
             self._idle.pop().close()
+        for connection in tuple(self._asking):
+            connection.give_up()
 
     def _take_idle(self, now: float) -> _Connection | None:
-        self._let_go(now - self._keep_alive_seconds)
+        self._let_go(now)
         while self._idle:
             connection = self._idle.pop()
-            if connection.idle_since is not None:
+            if connection.usable(now):
                 return connection
+            connection.close()
         return None
 
-    def _let_go(self, oldest: float) -> None:
-        """Close what has been idle since before `oldest`, and forget what was lost meanwhile."""
+    def _take_back(self, connection: _Connection) -> None:
+        """Keep a connection whose call is over, if it may be used again."""
+        self._asking.discard(connection)
+        self.under_way -= 1
+        now = asyncio.get_running_loop().time()
+        if connection.idle_since is None or connection.old(now):
+            connection.close()
+        else:
+            self._idle.append(connection)
+            if self._sweeping is None:
+                self._sweep_later()
+        connection.over()
+
+    def _let_go(self, now: float) -> None:
+        """Close what has been idle for long, and forget what was lost meanwhile."""
+        oldest = now - self._keep_alive_seconds
         while self._idle and (self._idle[0].idle_since or 0.0) < oldest:
             self._idle.popleft().close()
+
+    def _sweep_later(self) -> None:
+        seconds = min(self._keep_alive_seconds, self._max_age_seconds)
+        self._sweeping = asyncio.get_running_loop().call_later(seconds, self._sweep)
+
+    def _sweep(self) -> None:
+        """Close idle connections that no call has looked at."""
+        self._sweeping = None
+        now = asyncio.get_running_loop().time()
+        self._let_go(now)
+        for connection in tuple(self._idle):
+            if connection.old(now):
+                self._idle.remove(connection)
+                connection.close()
+        if self._idle:
+            self._sweep_later()
 
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
@@ -114,7 +170,7 @@ class HttpTransport:
             sock = await start_connection(addresses, happy_eyeballs_delay=_OTHER_ADDRESS_SECONDS)
             try:
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(self._max_body_bytes),
+                    lambda: _Connection(self._max_body_bytes, self._take_back),
                     sock=sock,
                     ssl=self._tls,
                     server_hostname=self._host if self._tls else None,
@@ -159,41 +215,65 @@ def explain(error: httpx.TransportError) -> str:
 class _Connection(asyncio.Protocol):
     """One connection, with one call at a time.
 
-    `idle_since` is the loop's time at which its last answer was whole; None while it cannot be used.
+    `idle_since` is the loop's time at which its last answer was whole; None while it cannot be used. `done`
+    is told of each call's end, whether its caller still waits or not; `over` is the present call's.
     """
 
-    def __init__(self, max_body_bytes: int) -> None:
+    def __init__(self, max_body_bytes: int, done: Callable[[_Connection], None]) -> None:
         self.idle_since: float | None = None
+        self.over: Callable[[], None] = lambda: None
+        self.max_age_seconds = 0.0
         self._max_body_bytes = max_body_bytes
+        self._done = done
         self._loop = asyncio.get_running_loop()
+        self._made_at = self._loop.time()
         self._parser: HttpResponseParser | None = HttpResponseParser(self)
         self._waiter: asyncio.Future[Reply] | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self._answer = Reply()
         self._overhead = 0
+        self._readable = select.poll()
 
-    def ask(self, message: bytes) -> asyncio.Future[Reply]:
-        """Send a request; the future gets the answer, an httpx.TransportError or a TimeoutError."""
+    def ask(self, message: bytes, deadline: float) -> asyncio.Future[Reply]:
+        """Send a request; the future gets the answer, an httpx.TransportError or a TimeoutError.
+
+        A future that is cancelled changes nothing: the answer is read, or its deadline awaited.
+        """
         self.idle_since = None
         self._answer = Reply()
         self._overhead = 0
         self._waiter = self._loop.create_future()
+        self._timer = self._loop.call_at(deadline, self.give_up)  # a fraction of what asyncio.timeout costs
         self._transport.write(message)
         return self._waiter
 
+    def old(self, now: float) -> bool:
+        """Tell whether it was made too long ago to be used again."""
+        return now - self._made_at >= self.max_age_seconds
+
+    def usable(self, now: float) -> bool:
+        """Tell whether a call may be made on it: alive, not old, and nothing came that was not asked for.
+
+        The last is asked of the system: bytes may have arrived that the event loop has not read yet, and
+        would be taken for the start of the next answer.
+        """
+        return self.idle_since is not None and not self.old(now) and not self._readable.poll(0)
+
     def give_up(self) -> None:
-        """Tell who waits for an answer, if somebody does, that it comes too late."""
+        """Tell who waits for an answer, if a call is under way, that it comes too late."""
         if self._waiter is not None:
             self._fail(TimeoutError())
 
     def close(self) -> None:
         """Let go of the connection at once; whatever was to be sent or read is lost."""
-        self._waiter = None
+        self.idle_since = None
         self._transport.abort()
 
     # Called by the event loop.
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it is one
         self._transport = transport
+        self._readable.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def data_received(self, data: bytes) -> None:
         if self._parser is None or self._waiter is None:
@@ -254,14 +334,26 @@ class _Connection(asyncio.Protocol):
         self._answer.whole = self._answer.status != 0
 
     def _finish(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            if self._answer.keep_alive and self._parser is not None:
-                self.idle_since = self._loop.time()
-            self._waiter.set_result(self._answer)
-        self._waiter = None
+        waiter = self._waiter
+        if waiter is None:
+            return
+        if self._answer.keep_alive and self._parser is not None:
+            self.idle_since = self._loop.time()
+        if not waiter.done():
+            waiter.set_result(self._answer)
+        self._end()
 
     def _fail(self, error: httpx.TransportError | TimeoutError) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_exception(error)
-        self._waiter = None
+        waiter = self._waiter
+        if waiter is not None:
+            if not waiter.done():
+                waiter.set_exception(error)
+            self._end()
         self._transport.abort()
+
+    def _end(self) -> None:
+        self._waiter = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._done(self)

@@ -20,15 +20,18 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+
+import structlog
 
 from gateway.alarms import Alarms
 from gateway.exceptions import GatewayError, Overloaded
 from gateway.metrics import Metrics
 from gateway.models import Snapshot, TaskKey
 from gateway.readings import Failed
+from gateway.sampling import Sampler
 from gateway.service import ProgressService
 from gateway.settings import Watch as WatchSettings
 from gateway.stores import Store
@@ -41,6 +44,9 @@ _LATE_SHARE = 0.05  # of a pause between two ticks, for schedules to wake togeth
 _BACKLOG_TURNS = 8  # of the event loop, in which about two thirds of the changes that wait are told
 _BACKOFF_SECONDS = 1.0  # after a failure; doubled up to
 _LONGEST_BACKOFF_SECONDS = 30.0  # whatever upstream wishes: a stream is to notice that it is back
+_BUG = GatewayError("the gateway has a bug; its log says more")
+
+log = structlog.get_logger(__name__)
 
 
 class Kind(StrEnum):
@@ -85,6 +91,7 @@ class Watcher:
     __slots__ = (
         "_slots",
         "_waiter",
+        "client",
         "heartbeat_due",
         "hung_up",
         "idle_outlet",
@@ -94,8 +101,9 @@ class Watcher:
         "rung",
     )
 
-    def __init__(self, keys: Sequence[TaskKey]) -> None:
+    def __init__(self, keys: Sequence[TaskKey], client: bytes) -> None:
         self.keys = keys
+        self.client = client
         self.leaving = False  # the gateway is: say farewell
         self.hung_up = False  # the reader is gone
         self._slots: dict[TaskKey, Update] = {}
@@ -182,20 +190,21 @@ class Watch:
         self._to_tell: deque[TaskKey] = deque()  # whose changes wait
         self._ended: set[asyncio.Task[None]] = set()
         self._leaving = False
+        self._sampler = Sampler()
         self.deliver: Deliver = lambda _, watchers: watchers
         self._gauges = {kind: metrics.watchers.labels(kind) for kind in Kind}
         metrics.watched_tasks.set_function(self._schedules.__len__)
         store.on_change(self._note_change)
 
     @contextmanager
-    def watching(self, keys: Sequence[TaskKey], kind: Kind) -> Iterator[Watcher]:
+    def watching(self, keys: Sequence[TaskKey], kind: Kind, *, client: bytes = b"") -> Iterator[Watcher]:
         """Watch these tasks while the context is open; the first updates are what is known now.
 
-        Raises: Overloaded at `watch.max_watchers`.
+        `client` tells on whose behalf schedules ask. Raises: Overloaded at `watch.max_watchers`.
         """
         if len(self._watchers) >= self._settings.max_watchers:
             raise Overloaded("the gateway has as many watchers as it may", retry_after=5.0)
-        watcher = Watcher(keys)
+        watcher = Watcher(keys, client)
         watcher.leaving = self._leaving
         if self._leaving:
             watcher.ring()
@@ -240,6 +249,7 @@ class Watch:
         self._tell(key)
         # Registered first, told second: a change between the two would be lost the other way round.
         schedule.watchers.add(watcher)
+        self._service.join(key, watcher.client)
         if schedule.latest is None:
             return  # the first tick is under way
         if current is not None or schedule.latest.snapshot is None or _is_final(schedule.latest):
@@ -256,6 +266,7 @@ class Watch:
             return
         schedule.watchers.discard(watcher)
         schedule.untold.discard(watcher)
+        self._service.leave(key, watcher.client)
         if not schedule.watchers:
             del self._schedules[key]
             self._stop(schedule)
@@ -280,28 +291,44 @@ class Watch:
         backoff = _BACKOFF_SECONDS
         company = 1
         while True:
-            outcome = await self._service.get_fresh(key)
-            if isinstance(outcome, Failed):
-                self._tell(key)  # what came before it
-                self._publish(Update(key, failure=outcome.failure))
-            else:
-                snapshot = outcome.snapshot
-                if snapshot is not schedule.pending:  # else it waits to be told
-                    self._tell(key)
-                    self._publish(Update(key, snapshot))
-                if snapshot.terminal:
-                    return
-            if outcome.failure is None:
+            snapshot, failure = await self._ask(key, schedule)
+            if snapshot is not None and snapshot.terminal:
+                return
+            if snapshot is not None and failure is None:
                 backoff = _BACKOFF_SECONDS
                 left = snapshot.lifetime - (self._clock() - snapshot.fetched_at)
                 pause = max(left + _TIMER_SECONDS, _LEAST_SECONDS)
                 company = await self._alarms.sleep(pause, late=_LATE_SHARE * pause, company=company)
             else:
-                pause = max(backoff, outcome.failure.retry_after or 0.0)
+                pause = max(backoff, (failure or _BUG).retry_after or 0.0)
                 backoff = min(2 * backoff, _LONGEST_BACKOFF_SECONDS)
                 schedule.backing_off = True
                 await asyncio.sleep(min(pause, _LONGEST_BACKOFF_SECONDS))
                 schedule.backing_off = False
+
+    async def _ask(self, key: TaskKey, schedule: _Schedule) -> tuple[Snapshot | None, GatewayError | None]:
+        """Ask once, and tell the watchers; return the snapshot, and the failure that it covers or meets.
+
+        A bug is a failure like another: one that ended the schedule would leave its watchers without a word.
+        """
+        try:
+            outcome = await self._service.get_fresh(key, client=None)
+            if isinstance(outcome, Failed):
+                self._tell(key)  # what came before it
+                self._publish(Update(key, failure=outcome.failure))
+                return None, outcome.failure
+            if outcome.snapshot is not schedule.pending:  # else it waits to be told
+                self._tell(key)
+                self._publish(Update(key, outcome.snapshot))
+        except Exception as exc:
+            if (suppressed := self._sampler.take(type(exc).__name__)) is not None:
+                log.exception(
+                    "bug in a schedule", operation=key.operation, task_id=key.task_id, suppressed=suppressed
+                )
+            with suppress(Exception):  # what failed may have been the publishing
+                self._publish(Update(key, failure=_BUG))
+            return None, _BUG
+        return outcome.snapshot, outcome.failure
 
     def _note_change(self, snapshot: Snapshot) -> None:
         schedule = self._schedules.get(snapshot.key)

@@ -12,6 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from gateway.budget import Budget
+from gateway.demand import Demand
 from gateway.exceptions import (
     BudgetSpent,
     UpstreamBusy,
@@ -109,7 +110,13 @@ class Bench:
         self.held_up: list[tuple[str, float]] = []
 
     def ask(
-        self, name: str, *, renewal: bool = True, patience: float = 100.0, spend: bool = True
+        self,
+        name: str,
+        *,
+        renewal: bool = True,
+        patience: float = 100.0,
+        spend: bool = True,
+        demand: Demand | None = None,
     ) -> asyncio.Task[None]:
         """Begin to wait for a turn."""
 
@@ -118,6 +125,7 @@ class Bench:
                 renewal=renewal,
                 patience_seconds=patience,
                 held_up=lambda seconds: self.held_up.append((name, seconds)),
+                demand=demand,
             ) as turn:
                 if spend:
                     turn.spend()
@@ -233,6 +241,86 @@ async def test_budget_serves_both_queues_in_turn(bench: Bench, crowd: bool) -> N
     kinds = Counter(name.rstrip("0123456789") for name in bench.went)
     assert (kinds["few"], kinds["crowd"]) == (3, 4)
     assert [name for name in bench.went if name.startswith("crowd")] == [f"crowd{n}" for n in range(4)]
+
+
+def wanted_by(*clients: bytes) -> Demand:
+    """Return the demand of these clients, a caller each."""
+    demand = Demand()
+    for client in clients:
+        demand.join(client)
+    return demand
+
+
+async def test_budget_first_questions_are_fair_to_clients(bench: Bench) -> None:
+    """A newcomer waits about one round, whatever another client has queued, and is not refused for it."""
+    for number in range(100):
+        bench.ask(f"crowd{number}", renewal=False, demand=wanted_by(b"1"))
+    bench.ask("renewal")
+    await bench.clock.tick()
+    assert bench.budget.expected_wait(renewal=False, client=b"2") == pytest.approx(1.5)
+    newcomers = [
+        bench.ask(f"new{number}", renewal=False, patience=2.0, demand=wanted_by(b"%d" % number))
+        for number in (2, 3)
+    ]
+    await bench.clock.tick(2.0)
+    assert bench.went == ["renewal", "crowd0", "new2", "new3"]
+    await asyncio.gather(*newcomers)
+
+
+async def test_budget_refuses_only_the_client_that_queues_too_much(bench: Bench) -> None:
+    """Of a client that asks for more than can be served in time the surplus is refused, and no other's."""
+    crowd = [
+        bench.ask(f"crowd{number}", renewal=False, patience=5.0, demand=wanted_by(b"1"))
+        for number in range(100)
+    ]
+    await bench.clock.tick()
+    assert sum(asked.done() for asked in crowd) == 90
+    new = []
+    for second in range(5):
+        new.append(
+            bench.ask(f"new{second}", renewal=False, patience=5.0, demand=wanted_by(b"%d" % (second + 2)))
+        )
+        await bench.clock.tick(1.0)
+    await bench.clock.tick(5.0)
+    await asyncio.gather(*new)
+    outcomes = await asyncio.gather(*crowd, return_exceptions=True)
+    served = [outcome is None for outcome in outcomes]
+    # Those that were admitted before the others came, and whose turn then came too late, are told so.
+    assert served == [True] * 5 + [False] * 95
+    refused = {type(outcome) for outcome in outcomes if outcome is not None}
+    assert refused == {BudgetSpent}
+    assert bench.clock.alarms == 0
+
+
+async def test_budget_counts_a_query_in_the_newcomers_queue_too(bench: Bench) -> None:
+    """A query far back in another client's queue moves up when a newcomer waits for it as well."""
+    demand = wanted_by(b"1")
+    for number in range(10):
+        bench.ask(f"crowd{number}", renewal=False, demand=wanted_by(b"1"))
+    asked = bench.ask("shared", renewal=False, demand=demand)
+    await bench.clock.tick()
+    demand.join(b"2")
+    demand.join(b"2")
+    await bench.clock.tick(1.0)
+    assert bench.went == ["crowd0", "shared"]
+    await asked
+    assert demand.place is None
+
+
+async def test_budget_query_keeps_a_place_while_a_client_waits(bench: Bench) -> None:
+    """When the client leaves that a query was queued for, it is in the queue of those who still wait."""
+    demand = wanted_by(b"1", b"2")
+    for number in range(3):
+        bench.ask(f"crowd{number}", renewal=False, demand=wanted_by(b"3"))
+    bench.ask("shared", renewal=False, demand=demand)
+    bench.ask("renewal", demand=(renewed := wanted_by(b"1", b"2")))
+    await bench.clock.tick()
+    for wanted in (demand, renewed):
+        wanted.leave(b"1")
+        wanted.join(b"4")
+        wanted.leave(b"2")
+    await bench.clock.tick(1.5)
+    assert bench.went == ["renewal", "crowd0", "shared"]
 
 
 async def test_budget_cancelled_waiter_leaves_no_hole(bench: Bench) -> None:

@@ -24,6 +24,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from prometheus_client import CollectorRegistry, Gauge
 
 from gateway.calls import Answer
+from gateway.demand import Demand
 from gateway.exceptions import (
     GatewayError,
     Overloaded,
@@ -125,14 +126,17 @@ class FakeUpstream:
     """Stands at the network's edge, and keeps what `Upstream.query` promises: an end within the deadline."""
 
     def __init__(self, loop: TickedLoop, cache: Cache) -> None:
-        self.air: dict[TaskKey, asyncio.Future[dict[str, Any]]] = {}
+        self.air: dict[TaskKey, asyncio.Future[dict[str, Any]]] = {}  # queries, queued or on the wire
+        self.queue: dict[TaskKey, asyncio.Future[None]] = {}
+        self.full = False
+        self.closing = False
         self.stories = {key: Story() for key in KEYS}
         self.broken: list[str] = []  # an exception here would look like one of the upstream's
         self._loop = loop
         self._cache = cache
         self._longest = dict.fromkeys(Operation, 0.0)  # call so far
 
-    async def query(self, key: TaskKey, **_: object) -> Answer:
+    async def query(self, key: TaskKey, *, demand: Demand, **_: object) -> Answer:
         """Wait until the machine answers."""
         story, began = self.stories[key], self._loop.time()
         if key in self.air:
@@ -147,7 +151,22 @@ class FakeUpstream:
         outcome = self.air[key] = self._loop.create_future()
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
+                if self.full:  # it is queued until there is a slot
+                    slot = self.queue[key] = self._loop.create_future()
+                    try:
+                        await slot
+                    finally:
+                        del self.queue[key]
+                    if not demand.wanted:
+                        self.broken.append(f"{key} was asked for though nothing wants it")
+                demand.committed = True
                 data = await outcome
+        except asyncio.CancelledError:
+            if (demand.committed or demand.wanted) and not self.closing:
+                self.broken.append(f"{key} was given up while it was wanted, or on the wire")
+            # No call was made: whatever prompted it prompts the next one.
+            story.prompted = story.prompted or prompted
+            raise
         except (TimeoutError, GatewayError) as exc:
             failure = exc if isinstance(exc, GatewayError) else UpstreamTimeout("too late")
             self._note_failure(story, failure, prompted=prompted)
@@ -303,6 +322,15 @@ class Promises(RuleBasedStateMachine):
 
     # What upstream and time do
 
+    @rule(full=st.booleans())
+    def fill(self, full: bool) -> None:  # noqa: FBT001 - Hypothesis passes by name
+        """Let queries queue for a slot from now on, or send those that do."""
+        self.upstream.full = full
+        if not full:
+            for slot in self.upstream.queue.values():
+                slot.set_result(None)
+            self.loop.settle()
+
     @precondition(lambda self: self.upstream.air)
     @rule(number=which, status=statuses, progress=progresses)
     def answer(self, number: int, status: str, progress: float) -> None:
@@ -321,14 +349,14 @@ class Promises(RuleBasedStateMachine):
     def learn(self, key: TaskKey, progress: float) -> None:
         """Ask, and let the task run on, or back."""
         self._begin(key, "get_fresh")
-        if key in self.upstream.air:
+        if key in self.upstream.air and key not in self.upstream.queue:
             self._answer(key, "running", progress)
 
     @rule(key=keys, failure=failures)
     def ask_in_vain(self, key: TaskKey, failure: GatewayError) -> None:
         """Ask, and let that fail."""
         self._begin(key, "read")
-        if key in self.upstream.air:
+        if key in self.upstream.air and key not in self.upstream.queue:
             self._fail(key, failure)
 
     @rule(seconds=st.sampled_from([1.0, 0.1, 0.5, 2.5, 5.0, 20.0, 61.0, 700.0, 4000.0]))
@@ -389,6 +417,7 @@ class Promises(RuleBasedStateMachine):
             self.loop.close()
 
     def _close(self) -> None:
+        self.upstream.closing = True
         self.watch.say_farewell()
         for part in (self.watch, self.service):
             closing = self.loop.create_task(part.aclose())
@@ -423,7 +452,10 @@ class Promises(RuleBasedStateMachine):
         self.loop.settle()
 
     def _in_the_air(self, number: int) -> TaskKey:
-        return list(self.upstream.air)[number % len(self.upstream.air)]
+        key = list(self.upstream.air)[number % len(self.upstream.air)]
+        if key in self.upstream.queue:
+            self.upstream.queue[key].set_result(None)
+        return key
 
     def _answer(self, key: TaskKey, status: str, progress: float) -> None:
         mark = f"answer {next(self.marks)}"

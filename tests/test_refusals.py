@@ -12,6 +12,7 @@ from gateway.exceptions import (
     UpstreamCredentials,
     UpstreamDetail,
     UpstreamError,
+    UpstreamForbidden,
     UpstreamInvalid,
     UpstreamNonce,
     UpstreamQuota,
@@ -114,7 +115,7 @@ def test_refusal_trusts_the_message_over_the_code(code: str, message: str, expec
         ("T429ZZ", UpstreamThrottled),
         ("I400ZZ", UpstreamInvalid),
         ("I404ZZ", UpstreamInvalid),
-        ("I403ZZ", UpstreamCredentials),
+        ("I403ZZ", UpstreamForbidden),
         ("D500ZZ", UpstreamBusy),
         ("D502ZZ", UpstreamBusy),
         ("D503ZZ", UpstreamBusy),
@@ -143,8 +144,8 @@ def test_refusal_passes_over_what_is_no_code(code: str) -> None:
         (200, UpstreamInvalid),
         (302, UpstreamInvalid),
         (400, UpstreamInvalid),
-        (401, UpstreamCredentials),
-        (403, UpstreamCredentials),
+        (401, UpstreamForbidden),
+        (403, UpstreamForbidden),
         (404, UpstreamInvalid),
         (429, UpstreamThrottled),
         (500, UpstreamBusy),
@@ -156,6 +157,28 @@ def test_refusal_passes_over_what_is_no_code(code: str) -> None:
 def test_refusal_falls_back_to_the_http_status(status: int, expected: Kind) -> None:
     """Without code and message the HTTP status is what there is."""
     assert kind(status) is expected
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("", UpstreamForbidden),
+        ("Forbidden", UpstreamForbidden),
+        ("Access denied by IP control policy", UpstreamForbidden),
+        ("Task belongs to another user", UpstreamForbidden),
+        ("AppKey Disabled", UpstreamCredentials),
+        ("Access Key expired", UpstreamCredentials),
+        ("Signature mismatch", UpstreamCredentials),
+        ("Authorization required", UpstreamCredentials),
+        ("Not authorised", UpstreamCredentials),
+        ("Monthly quota used up", UpstreamQuota),
+    ],
+)
+@pytest.mark.parametrize("status", [401, 403])
+def test_refusal_blames_the_pair_only_where_it_is_named(status: int, message: str, expected: Kind) -> None:
+    """A 401 or 403 that does not speak of key, signature, authorisation or quota is one task's affair."""
+    assert kind(status, "", message) is expected
+    assert kind(status, f"I{status}ZZ", message) is expected
 
 
 def test_refusal_carries_detail_and_retry_after() -> None:
@@ -173,7 +196,12 @@ def test_refusal_has_a_text_for_each_kind() -> None:
     for part, expected in BY_MESSAGE:
         assert isinstance(refusal(400, "", part, detail=UpstreamDetail(), retry_after=None), expected)
     for table in (BY_CLASS, BY_STATUS):
-        assert set(table.values()) <= {UpstreamInvalid, *BY_CODE.values(), *(kind for _, kind in BY_MESSAGE)}
+        assert set(table.values()) <= {
+            UpstreamForbidden,
+            UpstreamInvalid,
+            *BY_CODE.values(),
+            *(kind for _, kind in BY_MESSAGE),
+        }
 
 
 @settings(max_examples=60, deadline=None)

@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from gateway.calls import Answer
+from gateway.demand import Demand
 from gateway.exceptions import (
     BudgetSpent,
     GatewayError,
@@ -106,12 +107,19 @@ class Call:
     """One query that the upstream got, and the test answers."""
 
     def __init__(
-        self, key: TaskKey, *, renewal: bool, patience_seconds: float, hold_up: Callable[[float], None]
+        self,
+        key: TaskKey,
+        *,
+        renewal: bool,
+        patience_seconds: float,
+        hold_up: Callable[[float], None],
+        demand: Demand,
     ) -> None:
         self.key = key
         self.renewal = renewal
         self.patience_seconds = patience_seconds
         self.hold_up = hold_up
+        self.demand = demand
         self.outcome: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
 
     def answer(self, status: str = "running", **data: Any) -> None:
@@ -132,15 +140,23 @@ class FakeUpstream:
     """Stands at the network's edge: takes note of each query, and leaves the answer to the test."""
 
     def __init__(self) -> None:
+        self.queues = False
         self.keys: list[TaskKey] = []
         self._calls: asyncio.Queue[Call] = asyncio.Queue()
 
     async def query(
-        self, key: TaskKey, *, renewal: bool, patience_seconds: float, held_up: Callable[[float], None]
+        self,
+        key: TaskKey,
+        *,
+        renewal: bool,
+        patience_seconds: float,
+        held_up: Callable[[float], None],
+        demand: Demand,
     ) -> Answer:
-        """Wait until the test answers."""
+        """Wait until the test answers; until then the query is queued, or on the wire."""
         self.keys.append(key)
-        call = Call(key, renewal=renewal, patience_seconds=patience_seconds, hold_up=held_up)
+        demand.committed = not self.queues
+        call = Call(key, renewal=renewal, patience_seconds=patience_seconds, hold_up=held_up, demand=demand)
         self._calls.put_nowait(call)
         return await call.outcome
 
@@ -414,7 +430,7 @@ async def test_get_waits_for_a_flight_that_is_not_held_up(bench: Bench) -> None:
         reading = await asked
         assert (reading.source, reading.replaced_stale, reading.failure) == (Source.MISS, True, None)
         long_ago(bench)
-        assert bench.service._held_up == {}
+        assert not bench.service._flights._demands
 
 
 async def test_get_waits_for_a_held_up_flight_without_a_snapshot(bench: Bench) -> None:
@@ -456,7 +472,118 @@ async def test_get_joins_a_flight_that_has_just_landed(bench: Bench) -> None:
         assert (reading.snapshot, reading.source) == (first.snapshot, Source.STALE)
         assert isinstance(reading.failure, Overloaded)
     assert bench.upstream.count == 2
-    assert not bench.service._held_up
+    assert not bench.service._flights._demands
+
+
+# Callers that leave
+
+
+async def left(caller: asyncio.Task[Any]) -> None:
+    """Let a caller leave."""
+    caller.cancel()
+    await asyncio.wait([caller])
+    assert caller.cancelled()
+
+
+async def test_read_drops_a_queued_query_when_its_last_caller_leaves(bench: Bench) -> None:
+    """While one waits nothing changes; when all have left, the next caller gets a flight of its own."""
+    bench.upstream.queues = True
+    first, second = bench.begin(), bench.begin()
+    queued = await bench.upstream.call()
+    await left(first)
+    assert not queued.outcome.done()
+    await left(second)
+    bench.upstream.queues = False
+    third = bench.begin()  # before the dropped flight has run to its end
+    assert (await bench.upstream.call()) is not queued
+    assert queued.outcome.cancelled()
+    assert not third.done()
+    assert bench.lookups() == {}
+    assert bench.upstream.count == 2
+    fourth = bench.begin()
+    await asyncio.sleep(0)
+    assert len(bench.service._flights._demands) == 1
+    await left(third)
+    await left(fourth)
+
+
+async def test_read_leaves_no_trace_of_a_flight_that_was_dropped_before_it_began(bench: Bench) -> None:
+    """A caller may leave in the very turn of the loop in which it came."""
+    waiting = bench.service._flights.start(KEY)
+    bench.service.join(KEY, b"1")
+    bench.service.leave(KEY, b"1")
+    await asyncio.wait([waiting])
+    assert waiting.cancelled()
+    assert (KEY in bench.service._flights, bench.service._flights._demands) == (False, {})
+    assert bench.upstream.count == 0
+    await bench.learn()
+
+
+async def test_read_completes_and_stores_what_is_on_the_wire(bench: Bench) -> None:
+    """A query that was sent is completed though every caller has left, and stored for the next one."""
+    caller = bench.begin()
+    call = await bench.upstream.call()
+    await left(caller)
+    call.answer()
+    reading = await bench.get()
+    assert (reading.source, bench.upstream.count) == (Source.COLLAPSED, 1)
+    assert (await bench.get()).source is Source.HIT
+    assert not bench.service._flights._demands
+
+
+@pytest.mark.parametrize("how", ["stale", "held up", "hot"])
+async def test_read_drops_no_refresh_that_the_gateway_wants_itself(bench: Bench, how: str) -> None:
+    """A refresh behind a stale answer is wanted in itself; callers that join and leave change nothing."""
+    await bench.learn()
+    bench.upstream.queues = True
+    if how == "stale":
+        bench.clock.now += CACHE.running_seconds
+        assert (await bench.get()).source is Source.STALE
+        call = await bench.upstream.call()
+    elif how == "held up":
+        long_ago(bench)
+        asked = bench.begin()
+        call = await bench.upstream.call()
+        call.hold_up(7.0)
+        assert (await asked).source is Source.STALE
+    else:
+        bench.service._take_off(cast("Snapshot", bench.store.peek(KEY)))
+        call = await bench.upstream.call()
+        long_ago(bench)
+    joined = asyncio.create_task(bench.service.get_fresh(KEY))
+    await asyncio.sleep(0)
+    await left(joined)
+    assert not call.outcome.done()
+    call.answer(progress=0.9)
+    await bench.renewed(after=cast("Snapshot", bench.store.recall(KEY)))
+
+
+async def test_subscribers_want_the_flights_that_a_schedule_begins(bench: Bench) -> None:
+    """A schedule's query goes with the last subscriber, and is each subscriber's client's."""
+    bench.upstream.queues = True
+    for client in (b"1", b"2"):
+        bench.service.join(KEY, client)
+    ticking = asyncio.create_task(bench.service.get_fresh(KEY, client=None))
+    call = await bench.upstream.call()
+    assert call.demand.clients == {b"1": 1, b"2": 1}
+    bench.service.leave(KEY, b"1")
+    assert not call.outcome.done()
+    bench.service.leave(KEY, b"2")
+    await asyncio.wait([ticking])
+    assert call.outcome.cancelled()
+    assert not bench.service._flights._demands
+
+
+async def test_read_tells_whose_query_it_is(bench: Bench) -> None:
+    """The budget is fair to clients: a flight knows those that wait for it, each once."""
+    callers = [asyncio.create_task(bench.service.read(KEY, client=client)) for client in (b"1", b"1", b"2")]
+    call = await bench.upstream.call()
+    assert call.demand.clients == {b"1": 2, b"2": 1}
+    await left(callers[0])
+    assert call.demand.clients == {b"1": 1, b"2": 1}
+    call.answer()
+    await asyncio.gather(*callers[1:])
+    assert call.demand.clients == {}
 
 
 # Stale

@@ -1,3 +1,5 @@
+"""The connections to the upstream: framing, reuse, deadlines, and what may be taken for an answer."""
+
 import asyncio
 import socket
 import threading
@@ -16,7 +18,11 @@ BODY = b'{"taskId": "A"}'
 
 @asynccontextmanager
 async def transport(
-    url: str, *, max_body_bytes: int = 1000, keep_alive_seconds: float = 60.0
+    url: str,
+    *,
+    max_body_bytes: int = 1000,
+    keep_alive_seconds: float = 60.0,
+    max_age_seconds: float = 60.0,
 ) -> AsyncIterator[HttpTransport]:
     """Open a transport, and close it when done with."""
     opened = HttpTransport(
@@ -24,6 +30,7 @@ async def transport(
         verify=httpx.create_ssl_context(trust_env=False),
         max_body_bytes=max_body_bytes,
         keep_alive_seconds=keep_alive_seconds,
+        max_age_seconds=max_age_seconds,
     )
     try:
         yield opened
@@ -31,10 +38,10 @@ async def transport(
         await opened.aclose()
 
 
-async def ask(over: HttpTransport, *, seconds: float = PATIENCE_SECONDS) -> Reply:
+async def ask(over: HttpTransport, *, seconds: float = PATIENCE_SECONDS, fresh: bool = False) -> Reply:
     """Send a request."""
     headers = {"host": "upstream.example", "x-ca-key": "k"}
-    return await over.exchange(encode("/scc/x", headers, BODY), seconds=seconds)
+    return await over.exchange(encode("/scc/x", headers, BODY), seconds=seconds, fresh=fresh)
 
 
 def once(url: str, **bounds: int) -> Reply:
@@ -123,6 +130,10 @@ def test_transport_follows_no_redirect_and_decodes_nothing() -> None:
         (b"garbage\r\n\r\n", httpx.RemoteProtocolError),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc", httpx.RemoteProtocolError),
         (framed(b"{}") + b"garbage", httpx.RemoteProtocolError),
+        # Two well-formed answers in one segment: the second one is nobody's.
+        (framed(b"{}") + framed(b"[]"), httpx.RemoteProtocolError),
+        (framed(b"{}") + framed(b""), httpx.RemoteProtocolError),
+        (framed(b"{}") + b"HTTP/1.1 103 Early Hints\r\n\r\n", httpx.RemoteProtocolError),
         (
             b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}garbage",
             httpx.RemoteProtocolError,
@@ -277,9 +288,8 @@ def test_transport_deadline_that_strikes_too_late_harms_nobody() -> None:
         async with transport(url) as over:
             await ask(over)
             [connection] = over._idle
-            answering = connection.ask(encode("/scc/x", {"host": "x"}, BODY))
-            answering.add_done_callback(lambda _: connection.give_up())  # in the turn in which it came
-            await answering
+            message = encode("/scc/x", {"host": "x"}, BODY)
+            await over.exchange(message, seconds=PATIENCE_SECONDS, over=connection.give_up)
             await asyncio.sleep(0)
             await ask(over)
             assert list(over._idle) == [connection], "it was not aborted"
@@ -290,12 +300,12 @@ def test_transport_deadline_that_strikes_too_late_harms_nobody() -> None:
 
 
 def test_transport_cancelled_call_leaves_no_socket() -> None:
-    """A deadline may strike while it connects, sends or waits: the connection goes with the call."""
+    """A call may be cancelled while it connects, sends or waits: its connection ends with its time."""
 
     async def run(url: str) -> None:
         async with transport(url) as over:
             before = open_sockets()
-            calls = [asyncio.create_task(ask(over)) for _ in range(20)]
+            calls = [asyncio.create_task(ask(over, seconds=0.2)) for _ in range(20)]
             for steps, call in enumerate(calls):
                 for _ in range(steps % 5):
                     await asyncio.sleep(0)
@@ -303,6 +313,164 @@ def test_transport_cancelled_call_leaves_no_socket() -> None:
             await asyncio.gather(*calls, return_exceptions=True)
             while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
                 await asyncio.sleep(0)
+            assert over.under_way == 0
 
     with silent() as url:
-        asyncio.run(asyncio.wait_for(run(url), 30))
+        asyncio.run(asyncio.wait_for(run(url), PATIENCE_SECONDS))
+
+
+def test_transport_closes_what_is_under_way() -> None:
+    """Closing ends calls that were cancelled and those that were not; nothing is left open."""
+
+    async def run(url: str) -> None:
+        async with transport(url) as over:
+            before = open_sockets()
+            cancelled, waiting = (asyncio.create_task(ask(over)) for _ in range(2))
+            while len(over._asking) < 2:  # noqa: ASYNC110  # they connect
+                await asyncio.sleep(0)
+            cancelled.cancel()
+            await asyncio.wait([cancelled])
+            assert over.under_way == 2
+            await over.aclose()
+            with pytest.raises(TimeoutError):
+                await waiting
+            assert over.under_way == 0
+            while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
+                await asyncio.sleep(0)
+
+    with silent() as url:
+        asyncio.run(asyncio.wait_for(run(url), PATIENCE_SECONDS))
+
+
+@pytest.mark.parametrize("end", ["answer", "time"])
+def test_transport_cancelled_call_is_over_when_upstream_has_done_with_it(end: str) -> None:
+    """A call that was sent stays under way until its answer has come, or its time has passed."""
+    released = threading.Event()
+
+    def answers_late(connection: socket.socket, _: Request) -> None:
+        released.wait(PATIENCE_SECONDS)
+        connection.sendall(framed(b"late"))
+
+    async def run(upstream: RawUpstream) -> None:
+        async with transport(upstream.url) as over:
+            ended = asyncio.Event()
+            message = encode("/scc/x", {"host": "x"}, BODY)
+            seconds = PATIENCE_SECONDS if end == "answer" else 0.5
+            call = asyncio.create_task(over.exchange(message, seconds=seconds, over=ended.set))
+            while not upstream.requests:  # noqa: ASYNC110  # another thread reads it
+                await asyncio.sleep(0.001)
+            call.cancel()
+            await asyncio.wait([call])
+            assert call.cancelled()
+            assert (ended.is_set(), over.under_way) == (False, 1)
+            if end == "answer":
+                released.set()
+            await ended.wait()
+            assert over.under_way == 0
+            assert len(over._idle) == (end == "answer"), "an answer that was read leaves a clean connection"
+            released.set()
+            assert (await ask(over)).body == b"late"
+
+    with RawUpstream(answers_late) as upstream:
+        asyncio.run(asyncio.wait_for(run(upstream), PATIENCE_SECONDS))
+
+
+def test_transport_takes_no_late_answer_for_the_next_one() -> None:
+    """A repeated answer that lies in the socket, unread, when the next call begins, is not that one's."""
+    answers = iter([b"first", b"second"])
+    connections: list[socket.socket] = []
+
+    def repeats(connection: socket.socket, _: Request) -> None:
+        connections.append(connection)
+        connection.sendall(framed(next(answers)))
+
+    async def run(url: str) -> list[bytearray]:
+        async with transport(url) as over:
+            first = await ask(over)
+            # Between two turns of the event loop, which reads nothing meanwhile: the bytes lie in our socket.
+            [connection] = over._idle
+            connections[0].sendall(framed(b"first"))
+            while not connection._readable.poll(1000):
+                pass
+            second = await ask(over)
+            return [first.body, second.body]
+
+    with RawUpstream(repeats) as upstream:
+        assert asyncio.run(asyncio.wait_for(run(upstream.url), PATIENCE_SECONDS)) == [b"first", b"second"]
+    assert connections[0] is not connections[1]
+
+
+def test_transport_fresh_call_has_a_connection_of_its_own() -> None:
+    """It takes none that was used, and none is left for the next call."""
+    connections: list[socket.socket] = []
+    closed = threading.Event()
+
+    def answers(connection: socket.socket, _: Request) -> None:
+        connections.append(connection)
+        connection.sendall(framed(b"{}"))
+        if len(connections) == 2:
+            drained(connection)
+            closed.set()
+
+    async def run(url: str) -> None:
+        async with transport(url) as over:
+            for fresh in (False, True, False):
+                await ask(over, fresh=fresh)
+
+    with RawUpstream(answers) as upstream:
+        asyncio.run(run(upstream.url))
+        assert closed.wait(PATIENCE_SECONDS)
+    first, second, third = connections
+    assert first is third
+    assert second is not first
+
+
+def test_transport_uses_no_connection_for_longer_than_its_age() -> None:
+    """However busy it is, a connection that is too old is closed after its call."""
+    connections: list[socket.socket] = []
+
+    def answers(connection: socket.socket, _: Request) -> None:
+        connections.append(connection)
+        connection.sendall(framed(b"{}"))
+
+    async def run(url: str) -> None:
+        async with transport(url, max_age_seconds=60.0) as over:
+            await ask(over)
+            await ask(over)
+            [connection] = over._idle
+            connection._made_at -= 61.0  # a minute passes
+            await ask(over)
+            [young] = over._idle
+            assert young is not connection
+            ending = asyncio.create_task(ask(over))
+            await asyncio.sleep(0)
+            young._made_at -= 61.0  # while its call is under way
+            await ending
+            assert not over._idle
+
+    with RawUpstream(answers) as upstream:
+        asyncio.run(asyncio.wait_for(run(upstream.url), PATIENCE_SECONDS))
+    first, again, other, _ = connections
+    assert first is again
+    assert other is not first
+
+
+@pytest.mark.parametrize("bound", ["keep_alive_seconds", "max_age_seconds"])
+def test_transport_closes_idle_connections_by_itself(bound: str) -> None:
+    """A connection that no call looks at any more is closed when it has been idle, or open, for too long."""
+
+    def answers(connection: socket.socket, _: Request) -> None:
+        connection.sendall(framed(b"{}"))
+        drained(connection)
+        connection.close()
+
+    async def run(url: str) -> None:
+        async with transport(url, **{bound: 0.05}) as over:
+            before = open_sockets()
+            await ask(over)
+            while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
+                await asyncio.sleep(0.001)
+            assert over._sweeping is None
+
+    with RawUpstream(answers) as upstream:
+        asyncio.run(asyncio.wait_for(run(upstream.url), PATIENCE_SECONDS))

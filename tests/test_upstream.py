@@ -83,6 +83,7 @@ REJECTED = Told(502, "upstream-rejected")
 CREDENTIALS = Told(
     502, "upstream-credentials", log=("credentials refused",), log_after=("credentials accepted again",)
 )
+FORBIDDEN = Told(502, "upstream-credentials")  # the pair is not named
 CLOCK = Told(502, "upstream-credentials")  # like the nonce no fault of the pair's
 NONCE = CLOCK._replace(calls=ATTEMPTS)
 THROTTLED = Told(503, "upstream-throttled", 1, "1", log=("slowed down by the upstream",))
@@ -106,7 +107,7 @@ def counts(gate: Gateway, code: str) -> tuple[float, float, float]:
     )
 
 
-def assert_told(gate: Gateway, task_id: str, told: Told) -> httpx.Response:
+def assert_told(gate: Gateway, task_id: str, told: Told, *, in_flight: int = 0) -> httpx.Response:
     """Ask for a task; the answer and the metrics must say the same failure."""
     before = counts(gate, told.code)
     response = gate.get(task_id)
@@ -120,7 +121,7 @@ def assert_told(gate: Gateway, task_id: str, told: Told) -> httpx.Response:
         told.calls,
         told.calls - 1,
     ]
-    assert gate.metric("upstream_in_flight") == 0
+    assert gate.metric("upstream_in_flight") == in_flight
     return response
 
 
@@ -265,8 +266,8 @@ FAULTS: dict[str, tuple[dict[str, Any], Told]] = {
     "503-retry-after": ({"name": "status", "status": 503, "retryAfter": 60}, BUSY._replace(calls=1)),
     "504": ({"name": "status", "status": 504}, TIMEOUT),
     "404": ({"name": "status", "status": 404}, INVALID),
-    "401": ({"name": "status", "status": 401}, CREDENTIALS),
-    "403": ({"name": "status", "status": 403}, CREDENTIALS),
+    "401": ({"name": "status", "status": 401}, FORBIDDEN),
+    "403": ({"name": "status", "status": 403}, FORBIDDEN),
     "429": ({"name": "status", "status": 429}, THROTTLED),
     "429-retry-after": (
         {"name": "status", "status": 429, "retryAfter": 7},
@@ -636,12 +637,14 @@ def test_upstream_deadline_bounds_all_attempts(
     gate = launch(simulator.url, upstream={"attempt_timeout_seconds": 60, "timeout_seconds": 0.2})
     simulator.control("PUT", "/faults", **fault)
     # Unless the deadline ends it, silence lasts an attempt, a minute, and a body at a byte a second longer.
-    assert_logged(lines, assert_told(gate, fresh_id(), TIMEOUT._replace(calls=1)))
+    # Upstream works on the call all the while, so it still counts.
+    assert_logged(lines, assert_told(gate, fresh_id(), TIMEOUT._replace(calls=1), in_flight=1))
 
 
 async def test_upstream_without_a_free_slot_is_overload(simulator: Simulator, launch: Launch) -> None:
     """A query that gets none of upstream.max_in_flight slots in time is told to come back."""
-    gate = launch(simulator.url, upstream={"max_in_flight": 1, "timeout_seconds": 0.2, "retries": 0})
+    bounds = {"max_in_flight": 1, "timeout_seconds": 0.2, "attempt_timeout_seconds": 0.2, "retries": 0}
+    gate = launch(simulator.url, upstream=bounds)
     simulator.fault("silent")
     seen: set[tuple[str, str | None]] = set()
     async with httpx.AsyncClient(base_url=gate.url, trust_env=False, verify=False, timeout=30) as client:  # noqa: S501
@@ -656,6 +659,103 @@ async def test_upstream_without_a_free_slot_is_overload(simulator: Simulator, la
     assert 1 <= simulator.stats()["maxInFlight"] <= 2
     simulator.heal()
     assert_well(gate, simulator.task())
+
+
+def test_upstream_counts_no_more_running_calls_than_there_are_slots(launch: Launch) -> None:
+    """A call that a query's deadline cuts off holds its slot until upstream has done with it."""
+    released = threading.Event()
+
+    def held(connection: socket.socket, request: Request) -> None:
+        released.wait(30)
+        well(connection, request)
+
+    bounds = {"max_in_flight": 2, "timeout_seconds": 0.2, "attempt_timeout_seconds": 60, "retries": 0}
+    with RawUpstream(held) as upstream, ThreadPoolExecutor(10) as pool:
+        gate = launch(upstream.url, upstream=bounds, cache={"error_seconds": 0})
+        try:
+            for _ in range(3):
+                codes = {
+                    answer.json()["code"] for answer in pool.map(gate.get, [fresh_id() for _ in range(10)])
+                }
+                assert codes <= {"upstream-timeout", "overloaded"}
+                assert len(upstream.requests) == 2
+                assert gate.metric("upstream_in_flight") == 2
+        finally:
+            released.set()
+        until(lambda: gate.metric("upstream_in_flight") == 0, "the answers have come")
+        assert_well(gate, fresh_id())
+
+
+def test_upstream_refusal_that_names_no_pair_fails_its_task_alone(
+    simulator: Simulator, launch: Launch, lines: list[Json]
+) -> None:
+    """A bare 401 or 403 is remembered against its task; the pair signs on, and no other is tried."""
+    gate = launch(simulator.url, cache={"error_seconds": 60}, credentials=NEXT)
+    for status in (401, 403):
+        refused = simulator.task()
+        simulator.control("PUT", "/faults", name="status", status=status, taskId=refused)
+        for _ in range(2):
+            response = gate.get(refused)
+            assert (response.status_code, response.json()["code"]) == (502, "upstream-credentials")
+        assert simulator.calls(refused) == 1
+        assert_well(gate, simulator.task())
+    assert {request["headers"]["x-ca-key"] for request in simulator.requests()} == {KEY}
+    assert gate.client.get("/readyz").json()["degraded"] == []
+    assert not [line for line in lines if line["event"].startswith("credentials")]
+
+
+def test_upstream_trial_of_a_pair_leaves_the_slots_to_others(launch: Launch) -> None:
+    """Queries that wait for the outcome of a trial hold none: another operation's are made."""
+    released = threading.Event()
+
+    def behaviour(connection: socket.socket, request: Request) -> None:
+        if b"comfy" in request.head:
+            well(connection, request)
+        elif request.headers["x-ca-key"] == KEY:
+            connection.sendall(
+                framed(b"", "x-ca-error-message: Invalid AppKey", status="HTTP/1.1 403 Forbidden")
+            )
+        else:
+            released.wait(30)
+            well(connection, request)
+
+    with RawUpstream(behaviour) as upstream, ThreadPoolExecutor(10) as pool:
+        gate = launch(upstream.url, upstream={"max_in_flight": 2}, credentials=NEXT)
+        try:
+            first = pool.submit(gate.get, fresh_id())
+            until(lambda: len(upstream.requests) == 2, "the next pair is on trial")
+            others = [pool.submit(gate.get, fresh_id()) for _ in range(8)]
+            until(lambda: gate.metric("cache_entries") == 0, "the gateway has read their requests")
+            for _ in range(5):
+                assert gate.get(f"{fresh_id()}?api=comfy").status_code == 200
+        finally:
+            released.set()
+        assert {asked.result().status_code for asked in (first, *others)} == {200}
+
+
+@pytest.mark.parametrize("operation", ["sd_get_result", "comfy_get_result", "sd_get_progress"])
+def test_upstream_answer_that_is_repeated_late_is_no_other_tasks(launch: Launch, operation: str) -> None:
+    """A result does not name its task: it is fetched over a connection that carried no other call."""
+    last: dict[socket.socket, bytes] = {}
+
+    def repeats(connection: socket.socket, request: Request) -> None:
+        connection.sendall(last.get(connection, b""))  # late: what the call before was answered
+        data = {"images": [request.task_id], "result": {"of": request.task_id}, "status": "succeeded"}
+        named = {} if "result" in operation else {"taskId": request.task_id}
+        last[connection] = framed(json.dumps({"status": 10, "data": data | named}).encode())
+        connection.sendall(last[connection])
+
+    with RawUpstream(repeats) as upstream:
+        gate = launch(upstream.url, upstream={"retries": 0})
+        for _ in range(5):
+            task = fresh_id()
+            answered = gate.native(task, operation)
+            if "result" in operation or answered.status_code == 200:
+                assert answered.json()["data"]["images"] == [task]
+            else:
+                assert answered.json()["errCode"] in {"upstream-invalid", "upstream-unreachable"}
+        if "result" in operation:
+            assert len(last) == 5
 
 
 @pytest.mark.parametrize("ahead", [3600, -3600])

@@ -1,11 +1,13 @@
 """The watch by itself: a service played by hand, and nothing that waits for time."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 
 import pytest
 from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
 
 from gateway.exceptions import GatewayError, UpstreamThrottled, UpstreamTimeout
 from gateway.metrics import Metrics
@@ -31,6 +33,24 @@ def etags(updates: Iterable[Update]) -> list[str | None]:
     return [update.snapshot and update.snapshot.etag for update in updates]
 
 
+async def taken(watcher: Watcher) -> list[Update]:
+    """Take what the watcher is told within a few turns of the loop; fail at once when that is nothing."""
+    taking = asyncio.ensure_future(watcher.take())
+    await turns(taking.done)
+    if not taking.done():
+        taking.cancel()
+        pytest.fail("the watcher is told nothing")
+    return taking.result()
+
+
+async def turns(enough: Callable[[], bool]) -> None:
+    """Let the loop take turns until it is enough, a hundred at most: nothing here waits for time."""
+    for _ in range(100):
+        if enough():
+            return
+        await asyncio.sleep(0)
+
+
 def listen(watch: Watch) -> list[str | None]:
     """Return a list that gets the ETag of whatever is told from now on; nothing is left for the slots."""
     told: list[str | None] = []
@@ -49,19 +69,36 @@ class HandService:
     def __init__(self) -> None:
         self.known: Snapshot | None = None
         self.asked = asyncio.Event()
-        self.answers: asyncio.Queue[Snapshot | GatewayError] = asyncio.Queue()
+        self.answers: asyncio.Queue[Snapshot | Exception] = asyncio.Queue()
+        self.demand: Counter[tuple[TaskKey, bytes]] = Counter()
 
     def lookup(self, _key: TaskKey) -> Reading | None:
         return Reading(self.known, 0.0, Source.HIT) if self.known is not None else None
 
     current = lookup
 
-    async def get_fresh(self, key: TaskKey) -> Reading | Failed:
+    def join(self, key: TaskKey, client: bytes) -> None:
+        self.demand[key, client] += 1
+
+    def leave(self, key: TaskKey, client: bytes) -> None:
+        self.demand[key, client] -= 1
+
+    async def get_fresh(self, key: TaskKey, *, client: bytes | None) -> Reading | Failed:
+        assert client is None, "its watchers have joined"
+        assert +self.demand
         self.asked.set()
         answer = await self.answers.get()
         if isinstance(answer, GatewayError):
             return Failed(key, answer, Source.MISS)
+        if isinstance(answer, Exception):
+            raise answer
         return Reading(answer, 0.0, Source.MISS)
+
+
+async def asked(service: HandService) -> None:
+    """Let the schedule run until it asks; fail at once when it does not."""
+    await turns(service.asked.is_set)
+    assert service.asked.is_set(), "no schedule asks"
 
 
 @pytest.fixture
@@ -100,7 +137,7 @@ async def test_watch_offers_what_is_known_at_once(service: HandService, watch: W
     """A watcher is told what is known already, before the first tick has an answer."""
     service.known = snapshot("1")
     with watch.watching([KEY], Kind.EVENTS) as watcher:
-        [update] = await watcher.take()
+        [update] = await taken(watcher)
         assert update.snapshot is service.known
     await watch.aclose()
 
@@ -111,7 +148,7 @@ async def test_watch_slot_holds_the_newest_only(watch: Watch, store: MemoryStore
         for etag in "123":
             store.keep(snapshot(etag))
             await asyncio.sleep(0)  # it is told in the loop's next turn
-        [update] = await watcher.take()
+        [update] = await taken(watcher)
         assert update.snapshot is not None
         assert update.snapshot.etag == "3"
     await watch.aclose()
@@ -135,7 +172,7 @@ async def test_watch_delivers_past_the_slot_only_to_who_waits(watch: Watch, stor
         watcher.outlet = outlet
         store.keep(snapshot("1"))
         await asyncio.sleep(0)  # told while nobody waits yet
-        assert etags(await watcher.take()) == ["1"]
+        assert etags(await taken(watcher)) == ["1"]
         waiting = asyncio.create_task(watcher.take())
         await asyncio.sleep(0)
         for etag in "23":  # of which the third wakes the watcher
@@ -243,7 +280,7 @@ async def test_watch_tells_all_before_the_farewell(watch: Watch, store: MemorySt
         for end in ends:
             store.keep(end)
         watch.say_farewell()
-        assert [update.snapshot for update in await watcher.take()] == ends
+        assert [update.snapshot for update in await taken(watcher)] == ends
         assert watcher.leaving
     await watch.aclose()
 
@@ -263,7 +300,7 @@ async def test_watch_tells_who_joins_what_is_due_by_then(
     with watch.watching([KEY], Kind.EVENTS):
         service.current = current  # type: ignore[method-assign]
         with watch.watching([KEY], Kind.LONGPOLL) as late:
-            assert etags(await late.take()) == ["2"]
+            assert etags(await taken(late)) == ["2"]
     await watch.aclose()
 
 
@@ -274,7 +311,7 @@ async def test_watch_schedule_leaves_changes_in_their_place(
     mine, other = snapshot("1"), of("b", "2")
     told = listen(watch)
     with watch.watching([mine.key, other.key], Kind.EVENTS):
-        await service.asked.wait()
+        await asked(service)
         service.answers.put_nowait(mine)
         store.keep(other)
         store.keep(mine)
@@ -291,7 +328,7 @@ async def test_watch_schedule_tells_what_is_not_stored(
     """What a schedule got beside a change that waits is told, too, and after it."""
     told = listen(watch)
     with watch.watching([KEY], Kind.EVENTS):
-        await service.asked.wait()
+        await asked(service)
         service.answers.put_nowait(snapshot("2"))
         store.keep(snapshot("1"))
         for _ in range(2):
@@ -310,9 +347,9 @@ async def test_watch_tells_changes_in_their_order(
         store.keep(snapshot("2"))
         with watch.watching([KEY], Kind.EVENTS) as late:
             for watcher in (early, late):
-                assert etags(await watcher.take()) == ["2"]
+                assert etags(await taken(watcher)) == ["2"]
         told = listen(watch)
-        await service.asked.wait()
+        await asked(service)
         service.answers.put_nowait(UpstreamTimeout("late"))  # which the schedule hears of before it
         store.keep(snapshot("3"))
         await asyncio.sleep(0)
@@ -328,10 +365,10 @@ async def test_watch_end_that_waits_to_be_told_stands(
         store.keep(snapshot("1", Status.SUCCEEDED))
         monkeypatch.setattr(store, "peek", lambda _: None)
         store.keep(snapshot("2"))
-        assert etags(await watcher.take()) == ["1"]
+        assert etags(await taken(watcher)) == ["1"]
         for etag in "34":
             store.keep(snapshot(etag, Status.SUCCEEDED))
-        assert etags(await watcher.take()) == ["4"]
+        assert etags(await taken(watcher)) == ["4"]
     await watch.aclose()
 
 
@@ -339,11 +376,11 @@ async def test_watch_says_nothing_twice(service: HandService, watch: Watch, stor
     """The same representation, stored again, rings nobody; nor does the same failure."""
     with watch.watching([KEY], Kind.EVENTS) as watcher:
         service.answers.put_nowait(snapshot("1"))
-        assert len(await watcher.take()) == 1
+        assert len(await taken(watcher)) == 1
         store.keep(snapshot("1"))
         await asyncio.sleep(0)
         watcher.ring()
-        assert await watcher.take() == []
+        assert await taken(watcher) == []
     await watch.aclose()
     first = Update(KEY, failure=UpstreamTimeout("late"))
     assert Update(KEY, failure=UpstreamTimeout("late")).says_the_same(first)
@@ -355,9 +392,9 @@ async def test_watch_tells_late_comers_the_latest(service: HandService, watch: W
     """Who joins a schedule gets its latest update, a failure too, without a new tick."""
     with watch.watching([KEY], Kind.EVENTS) as early:
         service.answers.put_nowait(UpstreamTimeout("late"))
-        await early.take()
+        await taken(early)
         with watch.watching([KEY], Kind.LONGPOLL) as late:
-            [update] = await late.take()
+            [update] = await taken(late)
             assert isinstance(update.failure, UpstreamTimeout)
     await watch.aclose()
 
@@ -368,25 +405,25 @@ async def test_watch_tells_late_comers_nothing_too_old(
     """Who joins while the latest is too old to show gets what upstream says now, changed or not."""
     with watch.watching([KEY], Kind.EVENTS) as early:
         service.answers.put_nowait(snapshot("1"))
-        await early.take()
+        await taken(early)
         service.asked.clear()
         with watch.watching([KEY], Kind.EVENTS) as late:
             with watch.watching([KEY], Kind.EVENTS) as gone:
-                await service.asked.wait()  # at once, although the schedule sleeps for an hour
+                await asked(service)  # at once, although the schedule sleeps for an hour
             for watcher in (early, late, gone):
                 watcher.ring()
-                assert await watcher.take() == []
+                assert await taken(watcher) == []
             service.answers.put_nowait(snapshot("1"))
-            [update] = await late.take()
+            [update] = await taken(late)
             assert update.snapshot is not None
             assert update.snapshot.etag == "1"
             for watcher in (early, gone):
                 watcher.ring()
-                assert await watcher.take() == []
+                assert await taken(watcher) == []
             store.keep(snapshot("1"))
             await asyncio.sleep(0)
             late.ring()
-            assert await late.take() == []
+            assert await taken(late) == []
     await watch.aclose()
 
 
@@ -397,12 +434,12 @@ async def test_watch_asks_again_once_somebody_got_an_answer(
     with watch.watching([KEY], Kind.EVENTS) as watcher:
         for _ in range(2):
             service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=3600.0))
-            [update] = await watcher.take()
+            [update] = await taken(watcher)
             assert isinstance(update.failure, UpstreamThrottled)
             service.asked.clear()
             store.keep(snapshot("1"))
-            await service.asked.wait()
-            [update] = await watcher.take()
+            await asked(service)
+            [update] = await taken(watcher)
             assert update.snapshot is not None
     await watch.aclose()
 
@@ -436,13 +473,13 @@ async def test_watch_takes_nothing_final_back(service: HandService, watch: Watch
     """A task that ended under its watchers stays so for them, and for who joins, whatever is stored later."""
     with watch.watching([KEY], Kind.EVENTS) as early:
         service.answers.put_nowait(snapshot("1", Status.SUCCEEDED))
-        await early.take()
+        await taken(early)
         store.keep(snapshot("2"))
         await asyncio.sleep(0)
         early.ring()
-        assert await early.take() == []
+        assert await taken(early) == []
         with watch.watching([KEY], Kind.EVENTS) as late:
-            [update] = await late.take()
+            [update] = await taken(late)
             assert update.snapshot is not None
             assert update.snapshot.terminal
     await watch.aclose()
@@ -451,11 +488,11 @@ async def test_watch_takes_nothing_final_back(service: HandService, watch: Watch
 async def test_watch_schedule_ends_with_its_last_watcher(service: HandService, watch: Watch) -> None:
     """When the last watcher leaves, nobody asks for the task any more; the next one begins anew."""
     with watch.watching([KEY], Kind.EVENTS), watch.watching([KEY], Kind.EVENTS):
-        await service.asked.wait()
+        await asked(service)
     assert await nobody_waits(service)
     service.asked.clear()
     with watch.watching([KEY], Kind.EVENTS):
-        await service.asked.wait()
+        await asked(service)
     await watch.aclose()
 
 
@@ -463,7 +500,7 @@ async def test_watch_schedule_ends_with_its_task(service: HandService, watch: Wa
     """A task that has ended is not asked for again, though it is still watched."""
     with watch.watching([KEY], Kind.EVENTS) as watcher:
         service.answers.put_nowait(snapshot("1", Status.SUCCEEDED))
-        [update] = await watcher.take()
+        [update] = await taken(watcher)
         assert update.snapshot is not None
         assert update.snapshot.terminal
         service.asked.clear()
@@ -476,18 +513,18 @@ async def test_watch_farewell_reaches_late_comers(watch: Watch) -> None:
     """Once the gateway is leaving, everybody knows, and so does who comes after."""
     with watch.watching([KEY], Kind.EVENTS) as watcher:
         watch.say_farewell()
-        assert await watcher.take() == []
+        assert await taken(watcher) == []
         assert watcher.leaving
         with watch.watching([KEY], Kind.EVENTS) as late:
             assert late.leaving
-            assert await late.take() == []
+            assert await taken(late) == []
     await watch.aclose()
 
 
 async def test_watch_closes_with_watchers_inside(service: HandService, watch: Watch) -> None:
     """Closing ends every schedule, watched or not, and waits for them."""
     with watch.watching([KEY], Kind.EVENTS):
-        await service.asked.wait()
+        await asked(service)
         await watch.aclose()
         assert await nobody_waits(service)
 
@@ -496,10 +533,57 @@ async def test_watch_closed_begins_nothing(service: HandService, watch: Watch, s
     """A change that waits to be told while the watch closes wakes no schedule that rests."""
     with watch.watching([KEY], Kind.EVENTS) as watcher:
         service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=3600.0))
-        await watcher.take()
+        await taken(watcher)
         service.asked.clear()
         store.keep(snapshot("1"))
         await watch.aclose()
-        assert etags(await watcher.take()) == ["1"]
+        assert etags(await taken(watcher)) == ["1"]
         assert await nobody_waits(service)
         assert not service.asked.is_set()
+
+
+@pytest.mark.parametrize("fault", ["asking", "telling"])
+async def test_watch_goes_on_after_a_bug_in_a_tick(service: HandService, fault: str) -> None:
+    """An unexpected exception is logged and told as a problem; the schedule backs off, and goes on."""
+    store = MemoryStore(max_tasks=10, stale_seconds=60)
+    watch = hand_watch(service, store)
+
+    def broken(update: Update, watchers: Collection[Watcher]) -> Iterable[Watcher]:
+        if update.failure is None:
+            raise ZeroDivisionError
+        return watchers
+
+    with capture_logs() as lines, watch.watching([KEY], Kind.EVENTS) as watcher:
+        if fault == "asking":
+            service.answers.put_nowait(ZeroDivisionError())
+        else:
+            watch.deliver = broken
+            service.answers.put_nowait(snapshot("0"))
+        [update] = await taken(watcher)
+        assert update.failure is not None
+        assert update.failure.code == "internal"
+        with watch.watching([KEY], Kind.LONGPOLL) as late:
+            [update] = await taken(late)
+            assert update.failure is not None
+        watch.deliver = lambda _, watchers: watchers
+        service.asked.clear()
+        store.keep(snapshot("1"))  # what ends every rest: somebody got an answer
+        assert etags(await taken(watcher)) == ["1"]
+        await asked(service)
+    assert [(line["event"], line["log_level"]) for line in lines] == [("bug in a schedule", "error")]
+    assert not +service.demand
+    await watch.aclose()
+
+
+async def test_watch_counts_its_watchers_clients_in(service: HandService, watch: Watch) -> None:
+    """Each watcher's client is part of the demand for its tasks, for as long as it watches."""
+    with watch.watching([KEY], Kind.EVENTS, client=b"1"):
+        with (
+            watch.watching([KEY, of("b", "0").key], Kind.LONGPOLL, client=b"2"),
+            watch.watching([KEY], Kind.EVENTS, client=b"2"),
+        ):
+            told = {(key.task_id, client): count for (key, client), count in service.demand.items()}
+            assert told == {("a", b"1"): 1, ("a", b"2"): 2, ("b", b"2"): 1}
+        assert +service.demand == {(KEY, b"1"): 1}
+    assert not +service.demand
+    await watch.aclose()

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
+from gateway.api.connection import while_connected
 from gateway.api.problems import document, lookup
-from gateway.api.ratelimit import Clients
+from gateway.api.ratelimit import Clients, client_of
 from gateway.api.requests import query_parameters
 from gateway.api.tasks import Tasks
-from gateway.models import Snapshot, Status, render_json
-from gateway.readings import Reading
+from gateway.models import Snapshot, Status, TaskKey, render_json
+from gateway.readings import Failed, Reading
 from gateway.service import ProgressService
 
 
@@ -28,8 +30,7 @@ class BatchEndpoint:
         """Answer 200 with items in the order asked for, and their summary."""
         keys = self._tasks.in_query(query_parameters(scope, "api", repeated="taskId"))
         self._clients.charge(scope, len(keys))
-        # All at once is bounded: by the tasks of a request, and upstream by its slots.
-        outcomes = await asyncio.gather(*map(self._service.read, keys))
+        outcomes = await self._read(scope, receive, keys)
         scope["state"]["outcomes"] = outcomes  # for the request's log line
         items: list[bytes] = []
         for outcome in outcomes:
@@ -49,6 +50,18 @@ class BatchEndpoint:
         ]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+    async def _read(self, scope: Scope, receive: Receive, keys: Sequence[TaskKey]) -> list[Reading | Failed]:
+        """Return the tasks' outcomes. Raises: ClientDisconnect, when the caller leaves before."""
+        found = {key: self._service.lookup(key) for key in keys}
+        missing = [key for key, reading in found.items() if reading is None]
+        if not missing:
+            return [reading for reading in found.values() if reading is not None]
+        client = client_of(scope)
+        # All at once is bounded: by the tasks of a request, and upstream by its slots.
+        reads = asyncio.gather(*(self._service.read(key, client=client) for key in missing))
+        outcomes = found | dict(zip(missing, await while_connected(scope, receive, reads), strict=True))
+        return [outcome for outcome in outcomes.values() if outcome is not None]
 
 
 def summarize(snapshots: list[Snapshot], *, errors: int) -> dict[str, Any]:

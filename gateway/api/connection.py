@@ -7,16 +7,22 @@ call when the caller leaves in place of a task that receives, and a way to send 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import TypeVar
 
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
-# A dictionary: its values are called, without arguments, when the connection is lost.
+# A dictionary: its values are called, without arguments, when the connection is lost. From then on LOST is
+# among its keys: what comes later is never called.
 ON_HANG_UP = "gateway.on_hang_up"
+LOST = "lost"
 # A callable: returns the connection's transport, on which chunks of a streamed body may be written between
 # two that are sent; None where the body that is being sent is not one of chunks.
 OUTLET = "gateway.outlet"
+
+T = TypeVar("T")
 
 
 def outlet_of(scope: Scope) -> asyncio.WriteTransport | None:
@@ -51,6 +57,8 @@ class HangUp:
     async def __aenter__(self) -> None:
         if self._subscribers is not None:
             self._subscribers[self] = self._notice
+            if LOST in self._subscribers:
+                self._notice()
         else:
             self._listening = asyncio.create_task(self._listen())
 
@@ -66,3 +74,20 @@ class HangUp:
         while (await self._receive())["type"] != "http.disconnect":
             pass  # a GET's body says nothing
         self._notice()
+
+
+async def while_connected(scope: Scope, receive: Receive, answer: Awaitable[T]) -> T:
+    """Return an answer that has to be waited for, as long as its caller does.
+
+    Raises: ClientDisconnect, when the caller leaves; `answer` is cancelled.
+    """
+    loop = asyncio.get_running_loop()
+    try:
+        # A time-out that is set off by hand: it cancels this task, and knows that cancellation from others.
+        async with asyncio.timeout(None) as patience:
+            async with HangUp(scope, receive, lambda: patience.reschedule(loop.time())):
+                return await answer
+    except TimeoutError:
+        if patience.expired():
+            raise ClientDisconnect from None
+        raise

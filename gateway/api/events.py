@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.api.connection import HangUp, chunk, outlet_of
 from gateway.api.heartbeat import HEARTBEAT, Pacemaker
 from gateway.api.problems import document, lookup
-from gateway.api.ratelimit import Clients
+from gateway.api.ratelimit import Clients, client_of
 from gateway.api.requests import header, query_parameters
 from gateway.api.tasks import Tasks
 from gateway.api.tracecontext import trace_parent
@@ -63,7 +63,10 @@ class EventsEndpoint:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await send({"type": "http.response.body"})
             return
-        with self._clients.subscribed(scope), self._watch.watching(keys, Kind.EVENTS) as watcher:
+        with (
+            self._clients.subscribed(scope),
+            self._watch.watching(keys, Kind.EVENTS, client=client_of(scope)) as watcher,
+        ):
             self._clients.charge(scope, len(keys))
             # Before the first `send`, which waits while the socket is full: the reader may leave meanwhile.
             async with HangUp(scope, receive, watcher.hang_up):

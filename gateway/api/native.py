@@ -13,10 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.caching import cache_headers
+from gateway.api.connection import while_connected
+from gateway.api.ratelimit import client_of
 from gateway.api.requestlog import settled
 from gateway.api.requests import Headers, header, query_parameters, read_body
 from gateway.exceptions import InvalidParameter, PathNotFound, UnsupportedMediaType, UpstreamRejected
 from gateway.models import Operation, TaskKey, check_task_id, strict_json
+from gateway.readings import Failed, Reading
 from gateway.service import ProgressService
 
 
@@ -41,13 +44,16 @@ class NativeEndpoint:
             raise UnsupportedMediaType("the body has a content coding; send it as it is")
         body = await read_body(scope, receive, limit=self._max_body_bytes, seconds=self._body_seconds)
         key = TaskKey(self._operation, _task_id(body))
-        envelope, headers = await self._envelope(scope, key)
+        envelope, headers = await self._envelope(scope, receive, key)
         headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(envelope))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": envelope})
 
-    async def _envelope(self, scope: Scope, key: TaskKey) -> tuple[bytes, Headers]:
-        outcome = await self._service.read(key)
+    async def _envelope(self, scope: Scope, receive: Receive, key: TaskKey) -> tuple[bytes, Headers]:
+        outcome: Reading | Failed | None = self._service.lookup(key)
+        if outcome is None:
+            read = self._service.read(key, client=client_of(scope))
+            outcome = await while_connected(scope, receive, read)
         try:
             reading = settled(scope, outcome)
         except UpstreamRejected as rejected:

@@ -15,8 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api.answers import HEADER_NAMES, answer
 from gateway.api.caching import matches
-from gateway.api.connection import HangUp
-from gateway.api.ratelimit import Clients
+from gateway.api.connection import HangUp, while_connected
+from gateway.api.ratelimit import Clients, client_of
 from gateway.api.requestlog import settled
 from gateway.api.requests import Headers, header, query_parameters
 from gateway.api.tasks import Tasks
@@ -60,11 +60,15 @@ class ProgressEndpoint:
         if wait:
             outcome = await self._changed(scope, receive, key, known, wait)
         else:
-            outcome = await self._service.read(key)
+            outcome = self._service.lookup(key) or await self._read(scope, receive, key)
         status, values, body = answer(settled(scope, outcome), known)
         headers += zip(HEADER_NAMES[status], values, strict=True)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+    async def _read(self, scope: Scope, receive: Receive, key: TaskKey) -> Reading | Failed:
+        """Ask, for as long as the caller waits. Raises: ClientDisconnect."""
+        return await while_connected(scope, receive, self._service.read(key, client=client_of(scope)))
 
     def _wait(self, scope: Scope, parameters: dict[str, list[str]]) -> tuple[float, Headers]:
         """Return how many seconds the caller wants to wait, 0 for not at all, and how that is told."""
@@ -91,7 +95,10 @@ class ProgressEndpoint:
         if known is None:
             known = on_arrival.snapshot.etag if on_arrival is not None else ""
         failure: GatewayError | None = None
-        with self._clients.subscribed(scope), self._watch.watching([key], Kind.LONGPOLL) as watcher:
+        with (
+            self._clients.subscribed(scope),
+            self._watch.watching([key], Kind.LONGPOLL, client=client_of(scope)) as watcher,
+        ):
             async with HangUp(scope, receive, watcher.hang_up):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
@@ -103,7 +110,7 @@ class ProgressEndpoint:
         else:
             # Nothing may be shown. As any query, it waits for the flight that the schedule has begun, or asks
             # anew where the schedule backs off after a failure.
-            return await self._service.read(key)
+            return await self._read(scope, receive, key)
         self._service.count(outcome)
         return outcome
 

@@ -131,6 +131,12 @@ def bucket_key(host: str) -> bytes:
     return address.packed
 
 
+def client_of(scope: Scope) -> bytes:
+    """Return what tells this request's client apart from others: see `bucket_key`."""
+    client = scope.get("client")
+    return bucket_key(client[0]) if client else b""
+
+
 class RateLimit:
     """Refuses requests of clients over their rate; probes and scrapes are exempt."""
 

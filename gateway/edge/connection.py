@@ -21,7 +21,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote
 
@@ -30,7 +29,7 @@ from starlette.types import ASGIApp, Scope
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
-from gateway.api.connection import ON_HANG_UP, OUTLET
+from gateway.api.connection import LOST, ON_HANG_UP, OUTLET
 from gateway.api.problems import INTERNAL, document, lookup
 from gateway.api.requests import SECURITY_HEADERS
 from gateway.edge.exchange import STATUS_LINES, Exchange
@@ -102,7 +101,7 @@ class Connection(asyncio.Protocol):
         self._scanned = self._lingered = self._unsent = 0
         self._body: BodyDecoder | None = None
         self._exchange: Exchange | None = None
-        self._on_hang_up: dict[object, Callable[[], None]] = {}
+        self._on_hang_up: dict[object, Any] = {}  # callables, and LOST
         self._timer: asyncio.TimerHandle | None = None
         self._deadline = math.inf
         self._drained: asyncio.Event | None = None
@@ -144,6 +143,7 @@ class Connection(asyncio.Protocol):
             exchange.disconnect()
             for notice in tuple(self._on_hang_up.values()):
                 notice()
+            self._on_hang_up[LOST] = None
             # The scope's way to our transport leads back to us: a cycle that only the garbage collector could
             # open.
             exchange.scope["extensions"].pop(OUTLET, None)

@@ -1,0 +1,213 @@
+"""Queries by a clock that is turned by hand: slots, deadlines, and queries that nothing wants any more."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from gateway.calls import Answer, Calls
+from gateway.credentials import Pair
+from gateway.demand import Demand
+from gateway.exceptions import Overloaded, UpstreamBusy, UpstreamCredentials, UpstreamError, UpstreamTimeout
+from gateway.metrics import Metrics
+from gateway.models import Operation, TaskKey
+from gateway.rotation import Rotation
+from gateway.settings import Upstream as UpstreamSettings
+from gateway.upstream import Upstream
+from tests.ticked import TickedLoop
+
+PAIR = Pair("key", "secret")
+
+
+def key_of(number: int) -> TaskKey:
+    return TaskKey(Operation.SD_GET_PROGRESS, f"task{number}")
+
+
+class FakeCalls:
+    """Calls that take `seconds`, or bring `failures` first; cancelled they stay under way, as on the wire."""
+
+    trouble = None
+    clock_offset = 0.0
+
+    def __init__(self) -> None:
+        self.seconds = 4.0
+        self.made: list[str] = []
+        self.failures: list[UpstreamError] = []
+        self.under_way = 0
+
+    async def make(self, key: TaskKey, _pair: Pair, *, number: int, over: Callable[[], None]) -> Answer:
+        """Make a call."""
+        assert number <= len(self.made)
+        self.made.append(key.task_id)
+        self.under_way += 1
+
+        def end() -> None:
+            self.under_way -= 1
+            over()
+
+        asyncio.get_running_loop().call_later(self.seconds, end)
+        await asyncio.sleep(self.seconds)
+        if self.failures:
+            raise self.failures.pop(0)
+        return Answer({}, b"{}")
+
+
+class FakeRotation:
+    """One pair, which signs; the query that was refused tries it again."""
+
+    async def settled(self, _operation: Operation) -> None:
+        """Nothing is on trial."""
+
+    async def use(self, _operation: Operation, call: Callable[[Pair], Awaitable[Answer]]) -> Answer:
+        """Make a call, and another one when it was refused."""
+        try:
+            return await call(PAIR)
+        except UpstreamCredentials:
+            return await call(PAIR)
+
+
+class Bench:
+    """An upstream with ten seconds for a query, one slot, and a loop whose time stands."""
+
+    def __init__(self) -> None:
+        self.loop = TickedLoop()
+        self.calls = FakeCalls()
+        self.metrics = Metrics(CollectorRegistry(), gateway_version="0")
+
+        async def token(*_: object, **__: object) -> float:
+            return 0.0
+
+        async def tell_slowed(_: float | None) -> None:
+            return
+
+        settings = UpstreamSettings(timeout_seconds=10.0, attempt_timeout_seconds=10.0, max_in_flight=1)
+        self.upstream = self.loop.within(
+            lambda: Upstream(
+                settings,
+                calls=cast("Calls", self.calls),
+                rotation=cast("Rotation", FakeRotation()),
+                metrics=self.metrics,
+                token=token,
+                tell_slowed=tell_slowed,
+            )
+        )
+
+    def ask(self, number: int, **more: Any) -> asyncio.Task[Answer]:
+        """Begin a query."""
+        task = self.loop.create_task(self.upstream.query(key_of(number), **more))
+        self.loop.settle()
+        return task
+
+    def abandoned(self) -> float:
+        """Return how many queries were dropped."""
+        labels = {"operation": Operation.SD_GET_PROGRESS}
+        return self.metrics.registry.get_sample_value("sd_gateway_upstream_abandoned_total", labels) or 0.0
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """Return an upstream; its loop is closed in the end, and must have nothing to complain of."""
+    bench = Bench()
+    yield bench
+    bench.loop.advance(60.0)
+    assert not bench.loop.faults
+    bench.loop.close()
+
+
+def test_query_is_not_sent_with_less_time_left_than_an_answer_takes(bench: Bench) -> None:
+    """Its slot comes too late: it is told so, in place of a call that would be cut off."""
+    asked = [bench.ask(number) for number in range(3)]
+    bench.loop.advance(8.0)
+    assert [task.done() for task in asked] == [True, True, True]
+    assert isinstance(asked[2].exception(), Overloaded)
+    assert bench.calls.made == ["task0", "task1"]
+    bench.calls.seconds = 1.0  # upstream has become quicker, and that is learnt
+    for number in range(3, 20):
+        bench.ask(number)
+        bench.loop.advance(1.0)
+    asked = [bench.ask(number) for number in range(20, 27)]
+    bench.loop.advance(10.0)
+    assert [task.exception() for task in asked] == [None] * 7
+
+
+def test_query_is_sent_however_little_is_known_of_upstream(bench: Bench) -> None:
+    """Until an answer has come there is no telling how long one takes."""
+    asked = bench.ask(0, patience_seconds=0.5)
+    bench.loop.advance(0.5)
+    assert isinstance(asked.exception(), UpstreamTimeout)
+    assert bench.calls.made == ["task0"]
+
+
+def test_query_whose_deadline_strikes_keeps_its_slot_for_its_call(bench: Bench) -> None:
+    """Upstream works on the call until it has answered: no other is made in its place."""
+    first = bench.ask(0, patience_seconds=1.0)
+    bench.loop.advance(1.0)
+    assert isinstance(first.exception(), UpstreamTimeout)
+    second = bench.ask(1)
+    bench.loop.advance(2.9)
+    assert (bench.calls.made, bench.calls.under_way) == (["task0"], 1)
+    bench.loop.advance(0.1)
+    assert (bench.calls.made, bench.calls.under_way) == (["task0", "task1"], 1)
+    bench.loop.advance(4.0)
+    assert second.exception() is None
+
+
+def test_query_that_is_cancelled_keeps_its_slot_for_its_call(bench: Bench) -> None:
+    """So does a query that is cancelled while its call is on the wire; one that waits for a slot has none."""
+    sent, waiting, last = (bench.ask(number) for number in range(3))
+    for task in (sent, waiting):
+        task.cancel()
+    bench.loop.advance(3.9)
+    assert bench.calls.made == ["task0"]
+    bench.loop.advance(4.1)
+    assert (bench.calls.made, last.exception()) == (["task0", "task2"], None)
+
+
+def test_query_that_nothing_wants_is_not_asked_again(bench: Bench) -> None:
+    """A failure that would be got over by a second call is the end when all callers have left meanwhile."""
+    demand = Demand()
+    demand.begin()
+    demand.join(b"1")
+    bench.calls.failures = [UpstreamBusy("unwell")]
+    asked = bench.ask(0, demand=demand)
+    assert demand.committed
+    demand.leave(b"1")
+    bench.loop.advance(10.0)
+    assert isinstance(asked.exception(), UpstreamBusy)
+    assert bench.calls.made == ["task0"]
+
+
+def test_query_that_nothing_wants_is_dropped_before_another_call(bench: Bench) -> None:
+    """All callers left while a refused call was on the wire: with another pair it would be for nothing."""
+    demand = Demand()
+
+    def drop(dropped: Demand) -> None:
+        dropped.dropped = True
+        asked.cancel()
+
+    demand.begin(drop=drop)
+    demand.join(b"1")
+    bench.calls.failures = [UpstreamCredentials("refused")]
+    asked = bench.ask(0, demand=demand)
+    demand.leave(b"1")
+    bench.loop.advance(4.0)
+    assert asked.cancelled()
+    assert (bench.calls.made, bench.abandoned()) == (["task0"], 1)
+    after = bench.ask(1)
+    bench.loop.advance(4.0)
+    assert after.exception() is None
+
+
+def test_query_that_is_queued_may_be_dropped(bench: Bench) -> None:
+    """While it waits for a slot, and between two attempts, a query is not committed."""
+    first, demand = bench.ask(0), Demand()
+    demand.begin()
+    demand.join(b"1")
+    second = bench.ask(1, demand=demand)
+    assert not demand.committed
+    bench.loop.advance(4.0)
+    assert (first.exception(), demand.committed) == (None, True)
+    bench.loop.advance(4.0)
+    assert second.exception() is None
