@@ -72,7 +72,9 @@ class Metrics:
         )
         self.cache_entries = Gauge("sd_gateway_cache_entries", "Snapshots kept.", registry=registry)
         self.cache_bytes = Gauge(
-            "sd_gateway_cache_bytes", "Memory of all cached bodies and envelopes, in bytes.", registry=registry
+            "sd_gateway_cache_bytes",
+            "Memory of all cached bodies and envelopes, in bytes.",
+            registry=registry,
         )
         self.upstream_requests = Counts(
             "sd_gateway_upstream_requests_total",

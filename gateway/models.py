@@ -2,6 +2,8 @@
 
     bytes -> read_envelope (is it one, and for this very task?) -> data -> observe -> Snapshot
 
+`jsontext.py` reads the bytes, `rejections.py` makes what says no safe to show.
+
 A Snapshot carries everything a caller may be sent as bytes that were rendered once: the
 envelope as it came for the drop-in paths, and the simplified JSON with its ETag. The
 vendor's wire names (`taskId`, `etaRelative`, ...) are known here, in `api/` and in the
@@ -19,11 +21,18 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, NoReturn
 
-from gateway.exceptions import InvalidTaskId, UpstreamDetail, UpstreamInvalid, UpstreamRejected
+import msgspec
+
+from gateway.exceptions import InvalidTaskId, UpstreamInvalid
+from gateway.jsontext import ABSENT, one_line, read_object, value
+from gateway.rejections import Envelope as EnvelopeText
+from gateway.rejections import rejection, shown
 
 _TASK_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _SUCCESS = 10  # the envelope's verdict on the call; not on the task
-_DETAIL_LIMIT = 500  # characters of an upstream's own text that are worth showing
+_MOST_UNFINISHED = 0.999  # only success is 1
+# A number in a string, as some JSON libraries write it.
+_DECIMAL = re.compile(r"[+-]?[0-9]{1,400}(?:\.[0-9]{1,400})?(?:[eE][+-]?[0-9]{1,9})?")
 
 
 class Operation(StrEnum):
@@ -119,10 +128,25 @@ class Snapshot:
 
 
 class Envelope(NamedTuple):
-    """What a successful envelope holds: the task's `data`, and the vendor's id of the call, redacted."""
+    """What a successful envelope holds: the task's `data`, and the vendor's id of the call, redacted.
+
+    `data` has the members that say how far the task is, if they are there; objects and arrays as JSON text.
+    """
 
     data: dict[str, Any]
     invoke_id: str | None
+
+
+class _Data(msgspec.Struct, rename="camel"):
+    """The members of `data` that say how far a task is, as JSON text."""
+
+    task_id: msgspec.Raw = ABSENT
+    status: msgspec.Raw = ABSENT
+    progress: msgspec.Raw = ABSENT
+    last_queue_remaining: msgspec.Raw = ABSENT
+    eta_relative: msgspec.Raw = ABSENT
+    message: msgspec.Raw = ABSENT
+    state: msgspec.Raw = ABSENT
 
 
 def check_task_id(task_id: str) -> str:
@@ -150,27 +174,36 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
     whose `status` is not 10, UpstreamInvalid for anything else.
     """
     try:
-        envelope = strict_json(body)
+        envelope = read_object(body, _ENVELOPE)
     except ValueError as exc:
         raise UpstreamInvalid("the upstream's answer is not JSON") from exc
-    if not isinstance(envelope, dict) or type(envelope.get("status")) is not int:
+    status = None if envelope is None else value(envelope.status)
+    if envelope is None or type(status) is not int:
         raise UpstreamInvalid("the upstream's answer is not an envelope")
-    if envelope["status"] != _SUCCESS:
-        clean = _clean_envelope(envelope, redact)
-        raise UpstreamRejected(
-            "the upstream rejected the query",
-            envelope=body if clean == envelope else render_json(clean),
-            detail=_detail(clean),
-        )
-    data = envelope.get("data")
-    if not isinstance(data, dict):
+    if status != _SUCCESS:
+        raise rejection(body, envelope, status, redact)
+    members = read_object(bytes(envelope.data), _DATA) if envelope.data is not ABSENT else None
+    if members is None:
         raise UpstreamInvalid("the upstream's envelope has no data")
+    data = {
+        name: value(raw) for name, attribute in _MEMBERS if (raw := getattr(members, attribute)) is not ABSENT
+    }
     # The reference lists no taskId for results: there it may be absent, but never another one.
     absent_is_fine = key.operation.is_result and data.get("taskId") is None
     if data.get("taskId") != key.task_id and not absent_is_fine:
         raise UpstreamInvalid("the upstream answered for another task")
-    invoke_id = _text(envelope, "apiInvokeId")
-    return Envelope(data, None if invoke_id is None else redact(invoke_id))
+    return Envelope(data, shown(envelope.api_invoke_id, redact))
+
+
+def read_task_id(body: bytes) -> Any:
+    """Return the `taskId` of a request's body, whatever it is.
+
+    Raises: ValueError for what is not JSON, TypeError for what is not an object.
+    """
+    members = read_object(body, _DATA)
+    if members is None:
+        raise TypeError("not an object")
+    return value(members.task_id)
 
 
 def observe(
@@ -185,6 +218,8 @@ def observe(
 ) -> Snapshot:
     """Make the snapshot that follows `previous`. `lifetimes` has results under None.
 
+    `data`: as `Envelope` has it.
+
     Two promises need the predecessor: a terminal answer is final, and progress never falls
     while a task stays running (the vendor's number does: it may jump back at 65 %).
     Raises: UpstreamInvalid when `data` nests too deep to be rendered.
@@ -194,13 +229,14 @@ def observe(
     status = vendor_status(data)
     if previous is not None and previous.terminal and previous.status is not status:
         return replace(previous, fetched_at=fetched_at, stamp=stamp, polls=0, shown_until=math.inf)
-    progress = 1.0 if status is Status.SUCCEEDED else min(max(_number(data.get("progress")) or 0.0, 0.0), 1.0)
+    progress = 1.0
+    if status is not Status.SUCCEEDED:
+        progress = min(max(_number(data.get("progress")) or 0.0, 0.0), _MOST_UNFINISHED)
     if previous is not None and previous.status is status is Status.RUNNING:
         progress = max(progress, previous.progress or 0.0)
     eta = 0.0 if status.terminal else _eta(data.get("etaRelative"))
-    state = data.get("state")
     message = data.get("message")
-    body = render_json(
+    head = render_json(
         {
             "taskId": key.task_id,
             "api": key.operation.api,
@@ -210,17 +246,17 @@ def observe(
             "etaSeconds": eta,
             "message": message if isinstance(message, str) else None,
             "terminal": status.terminal,
-            "state": state if isinstance(state, dict) else None,
         }
     )
+    body = b'%b,"state":%b}' % (head[:-1], _state(data.get("state")))
     etag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
     return Snapshot(key, fetched_at, lifetimes[status], envelope, status, progress, eta, body, etag, stamp)
 
 
 def vendor_status(data: Mapping[str, Any]) -> Status:
-    """Return the status in the gateway's words; UNKNOWN for whatever was never seen before."""
+    """Return the status in the gateway's words, whatever its case; UNKNOWN for what was never seen before."""
     status = data.get("status")
-    return _VENDOR_STATUS.get(status, Status.UNKNOWN) if isinstance(status, str) else Status.UNKNOWN
+    return _VENDOR_STATUS.get(status.lower(), Status.UNKNOWN) if isinstance(status, str) else Status.UNKNOWN
 
 
 def render_json(value: Any) -> bytes:
@@ -233,44 +269,20 @@ def render_json(value: Any) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def _clean_envelope(envelope: dict[str, Any], redact: Callable[[str], str]) -> dict[str, Any]:
-    try:
-        cleaned: dict[str, Any] = _clean(envelope, redact)
-    except RecursionError as exc:
-        raise UpstreamInvalid("the upstream's answer nests too deep") from exc
-    return cleaned
+def _state(state: Any) -> bytes:
+    """Return the vendor's object as it came, but on one line; null for anything else."""
+    if isinstance(state, msgspec.Raw):
+        return one_line(state) if bytes(state).startswith(b"{") else b"null"
+    return render_json(state if isinstance(state, dict) else None)
 
 
-def _clean(value: Any, redact: Callable[[str], str]) -> Any:
-    # String by string: a mask over the raw text would miss a secret behind JSON's escapes, and would
-    # take the closing quotes and braces with it.
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {redact(name): _clean(item, redact) for name, item in value.items()}
-    return [_clean(item, redact) for item in value] if isinstance(value, list) else value
-
-
-def _detail(envelope: Mapping[str, Any]) -> UpstreamDetail:
-    return UpstreamDetail(
-        invoke_id=_text(envelope, "apiInvokeId"),
-        err_code=_text(envelope, "errCode"),
-        err_message=_text(envelope, "errMessage"),
-        sub_err_code=_text(envelope, "subErrCode"),
-        sub_err_message=_text(envelope, "subErrMessage"),
-    )
-
-
-def _text(envelope: Mapping[str, Any], name: str) -> str | None:
-    value = envelope.get(name)
-    return None if value is None else str(value)[:_DETAIL_LIMIT]
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def _number(number: Any) -> float | None:
+    if isinstance(number, str) and _DECIMAL.fullmatch(number):
+        number = float(number)
+    if isinstance(number, bool) or not isinstance(number, int | float):
         return None
     try:
-        return float(value)
+        return float(number) if math.isfinite(number) else None
     except OverflowError:  # an integer of hundreds of digits
         return None
 
@@ -300,3 +312,8 @@ def _refuse_constant(name: str) -> NoReturn:
 # Made once: json.loads and json.dumps make new ones at every call that has options.
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_ENVELOPE = msgspec.json.Decoder(EnvelopeText)
+_DATA = msgspec.json.Decoder(_Data)
+_MEMBERS = tuple(
+    zip((item.encode_name for item in msgspec.structs.fields(_Data)), _Data.__struct_fields__, strict=True)
+)

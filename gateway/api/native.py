@@ -15,7 +15,7 @@ from gateway.api.caching import cache_headers
 from gateway.api.requestlog import settled
 from gateway.api.requests import Headers, query_parameters, read_body
 from gateway.exceptions import InvalidParameter, PathNotFound, UpstreamRejected
-from gateway.models import Operation, TaskKey, check_task_id, strict_json
+from gateway.models import Operation, TaskKey, check_task_id, read_task_id
 from gateway.service import ProgressService
 
 
@@ -68,12 +68,11 @@ class NoSuchOperation:
 
 def _task_id(body: bytes) -> str:
     try:
-        request = strict_json(body)
+        task_id = read_task_id(body)
     except ValueError as exc:
         raise InvalidParameter("the body is not JSON") from exc
-    if not isinstance(request, dict):
-        raise InvalidParameter("the body is not a JSON object")
-    task_id = request.get("taskId")
+    except TypeError as exc:
+        raise InvalidParameter("the body is not a JSON object") from exc
     if not isinstance(task_id, str):
         raise InvalidParameter("the body has no taskId that is a string")
     return check_task_id(task_id)
