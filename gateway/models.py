@@ -175,24 +175,36 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
     """
     try:
         envelope = read_object(body, _ENVELOPE)
+        status = None if envelope is None else value(envelope.status)
     except ValueError as exc:
         raise UpstreamInvalid("the upstream's answer is not JSON") from exc
-    status = None if envelope is None else value(envelope.status)
     if envelope is None or type(status) is not int:
         raise UpstreamInvalid("the upstream's answer is not an envelope")
     if status != _SUCCESS:
         raise rejection(body, envelope, status, redact)
-    members = read_object(bytes(envelope.data), _DATA) if envelope.data is not ABSENT else None
-    if members is None:
+    try:
+        data = _read_data(envelope.data)
+    except ValueError as exc:
+        raise UpstreamInvalid("the upstream's answer is not JSON") from exc
+    if data is None:
         raise UpstreamInvalid("the upstream's envelope has no data")
-    data = {
-        name: value(raw) for name, attribute in _MEMBERS if (raw := getattr(members, attribute)) is not ABSENT
-    }
     # The reference lists no taskId for results: there it may be absent, but never another one.
     absent_is_fine = key.operation.is_result and data.get("taskId") is None
     if data.get("taskId") != key.task_id and not absent_is_fine:
         raise UpstreamInvalid("the upstream answered for another task")
     return Envelope(data, shown(envelope.api_invoke_id, redact))
+
+
+def _read_data(text: msgspec.Raw) -> dict[str, Any] | None:
+    # Its whole is checked already, as a part of the envelope.
+    try:
+        members = _DATA.decode(text) if text is not ABSENT else None
+    except msgspec.ValidationError:
+        return None
+    if members is None:
+        return None
+    parts = zip(_NAMES, msgspec.structs.astuple(members), strict=True)
+    return {name: value(raw) for name, raw in parts if raw is not ABSENT}
 
 
 def read_task_id(body: bytes) -> Any:
@@ -314,6 +326,4 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _ENVELOPE = msgspec.json.Decoder(EnvelopeText)
 _DATA = msgspec.json.Decoder(_Data)
-_MEMBERS = tuple(
-    zip((item.encode_name for item in msgspec.structs.fields(_Data)), _Data.__struct_fields__, strict=True)
-)
+_NAMES = [member.encode_name for member in msgspec.structs.fields(_Data)]

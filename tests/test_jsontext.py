@@ -77,7 +77,7 @@ def calls_of(work: Callable[[], Any]) -> int:
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("member", ["state", "x"])
 def test_hostile_answer_takes_few_steps(kind: str, member: str) -> None:
-    """The number of calls does not grow with what is in an accepted answer: no string and number is a step."""
+    """The number of calls does not grow with what an accepted answer holds."""
     body = b'{"status":10,"data":{"taskId":"task","status":"running","%b":%b}}' % (
         member.encode(),
         HOSTILE[kind],
