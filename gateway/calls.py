@@ -20,6 +20,7 @@ import httpx
 import structlog
 
 from gateway.credentials import Pair
+from gateway.envelopes import read_envelope
 from gateway.exceptions import (
     UpstreamClock,
     UpstreamDetail,
@@ -30,7 +31,7 @@ from gateway.exceptions import (
     UpstreamUnreachable,
 )
 from gateway.metrics import Metrics
-from gateway.models import Operation, TaskKey, read_envelope, render_json
+from gateway.models import Operation, TaskKey, render_json
 from gateway.redaction import Redactor
 from gateway.refusals import refusal
 from gateway.rejections import clean

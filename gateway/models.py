@@ -1,8 +1,8 @@
-"""What an upstream answer means: from the envelope's bytes to an immutable Snapshot.
+"""What an upstream answer means: from the envelope's data to an immutable Snapshot.
 
     bytes -> read_envelope (is it one, and for this very task?) -> data -> observe -> Snapshot
 
-`jsontext.py` reads the bytes, `rejections.py` makes what says no safe to show.
+The first step is `envelopes.py`.
 
 A Snapshot carries everything a caller may be sent as bytes that were rendered once: the
 envelope as it came for the drop-in paths, and the simplified JSON with its ETag. The
@@ -16,7 +16,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, NoReturn
@@ -24,12 +24,9 @@ from typing import Any, NamedTuple, NoReturn
 import msgspec
 
 from gateway.exceptions import InvalidTaskId, UpstreamInvalid
-from gateway.jsontext import ABSENT, one_line, read_object, value
-from gateway.rejections import Envelope as EnvelopeText
-from gateway.rejections import rejection, shown
+from gateway.jsontext import one_line
 
 _TASK_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_SUCCESS = 10  # the envelope's verdict on the call; not on the task
 _MOST_UNFINISHED = 0.999  # only success is 1
 # A number in a string, as some JSON libraries write it.
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,400}(?:\.[0-9]{1,400})?(?:[eE][+-]?[0-9]{1,9})?")
@@ -127,28 +124,6 @@ class Snapshot:
         return now - self.fetched_at < self.lifetime
 
 
-class Envelope(NamedTuple):
-    """What a successful envelope holds: the task's `data`, and the vendor's id of the call, redacted.
-
-    `data` has the members that say how far the task is, if they are there; objects and arrays as JSON text.
-    """
-
-    data: dict[str, Any]
-    invoke_id: str | None
-
-
-class _Data(msgspec.Struct, rename="camel"):
-    """The members of `data` that say how far a task is, as JSON text."""
-
-    task_id: msgspec.Raw = ABSENT
-    status: msgspec.Raw = ABSENT
-    progress: msgspec.Raw = ABSENT
-    last_queue_remaining: msgspec.Raw = ABSENT
-    eta_relative: msgspec.Raw = ABSENT
-    message: msgspec.Raw = ABSENT
-    state: msgspec.Raw = ABSENT
-
-
 def check_task_id(task_id: str) -> str:
     """Return the task ID. Raises: InvalidTaskId."""
     if not _TASK_ID.fullmatch(task_id):
@@ -167,57 +142,6 @@ def strict_json(body: bytes) -> Any:
         raise ValueError("nested too deep") from exc
 
 
-def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) -> Envelope:
-    """Return what is in a successful envelope for the task that was asked for.
-
-    `redact` cleans whatever of a refusal may be shown. Raises: UpstreamRejected for an envelope
-    whose `status` is not 10, UpstreamInvalid for anything else.
-    """
-    try:
-        envelope = read_object(body, _ENVELOPE)
-        status = None if envelope is None else value(envelope.status)
-    except ValueError as exc:
-        raise UpstreamInvalid("the upstream's answer is not JSON") from exc
-    if envelope is None or type(status) is not int:
-        raise UpstreamInvalid("the upstream's answer is not an envelope")
-    if status != _SUCCESS:
-        raise rejection(body, envelope, status, redact)
-    try:
-        data = _read_data(envelope.data)
-    except ValueError as exc:
-        raise UpstreamInvalid("the upstream's answer is not JSON") from exc
-    if data is None:
-        raise UpstreamInvalid("the upstream's envelope has no data")
-    # The reference lists no taskId for results: there it may be absent, but never another one.
-    absent_is_fine = key.operation.is_result and data.get("taskId") is None
-    if data.get("taskId") != key.task_id and not absent_is_fine:
-        raise UpstreamInvalid("the upstream answered for another task")
-    return Envelope(data, shown(envelope.api_invoke_id, redact))
-
-
-def _read_data(text: msgspec.Raw) -> dict[str, Any] | None:
-    # Its whole is checked already, as a part of the envelope.
-    try:
-        members = _DATA.decode(text) if text is not ABSENT else None
-    except msgspec.ValidationError:
-        return None
-    if members is None:
-        return None
-    parts = zip(_NAMES, msgspec.structs.astuple(members), strict=True)
-    return {name: value(raw) for name, raw in parts if raw is not ABSENT}
-
-
-def read_task_id(body: bytes) -> Any:
-    """Return the `taskId` of a request's body, whatever it is.
-
-    Raises: ValueError for what is not JSON, TypeError for what is not an object.
-    """
-    members = read_object(body, _DATA)
-    if members is None:
-        raise TypeError("not an object")
-    return value(members.task_id)
-
-
 def observe(
     data: Mapping[str, Any],
     envelope: bytes,
@@ -230,7 +154,7 @@ def observe(
 ) -> Snapshot:
     """Make the snapshot that follows `previous`. `lifetimes` has results under None.
 
-    `data`: as `Envelope` has it.
+    `data`: as `envelopes.Envelope` has it.
 
     Two promises need the predecessor: a terminal answer is final, and progress never falls
     while a task stays running (the vendor's number does: it may jump back at 65 %).
@@ -241,11 +165,46 @@ def observe(
     status = vendor_status(data)
     if previous is not None and previous.terminal and previous.status is not status:
         return replace(previous, fetched_at=fetched_at, stamp=stamp, polls=0, shown_until=math.inf)
+    mark = previous.progress if previous is not None and previous.status is Status.RUNNING else None
+    return _see(
+        data, envelope, key, mark=mark or 0.0, fetched_at=fetched_at, lifetime=lifetimes[status], stamp=stamp
+    )
+
+
+def observe_again(
+    data: Mapping[str, Any],
+    envelope: bytes,
+    key: TaskKey,
+    *,
+    progress: float | None,
+    fetched_at: float,
+    lifetime: float,
+    stamp: int,
+) -> Snapshot:
+    """Make anew the snapshot of an envelope that was observed before, and was at `progress` then."""
+    if key.operation.is_result:
+        return Snapshot(key, fetched_at, lifetime, envelope, stamp=stamp)
+    return _see(
+        data, envelope, key, mark=progress or 0.0, fetched_at=fetched_at, lifetime=lifetime, stamp=stamp
+    )
+
+
+def _see(
+    data: Mapping[str, Any],
+    envelope: bytes,
+    key: TaskKey,
+    *,
+    mark: float,
+    fetched_at: float,
+    lifetime: float,
+    stamp: int,
+) -> Snapshot:
+    """Make a snapshot of `data`. `mark`: the progress below which it does not fall while it runs."""
+    status = vendor_status(data)
     progress = 1.0
     if status is not Status.SUCCEEDED:
-        progress = min(max(_number(data.get("progress")) or 0.0, 0.0), _MOST_UNFINISHED)
-    if previous is not None and previous.status is status is Status.RUNNING:
-        progress = max(progress, previous.progress or 0.0)
+        least = mark if status is Status.RUNNING else 0.0
+        progress = min(max(_number(data.get("progress")) or 0.0, least), _MOST_UNFINISHED)
     eta = 0.0 if status.terminal else _eta(data.get("etaRelative"))
     message = data.get("message")
     head = render_json(
@@ -262,7 +221,7 @@ def observe(
     )
     body = b'%b,"state":%b}' % (head[:-1], _state(data.get("state")))
     etag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
-    return Snapshot(key, fetched_at, lifetimes[status], envelope, status, progress, eta, body, etag, stamp)
+    return Snapshot(key, fetched_at, lifetime, envelope, status, progress, eta, body, etag, stamp)
 
 
 def vendor_status(data: Mapping[str, Any]) -> Status:
@@ -324,6 +283,3 @@ def _refuse_constant(name: str) -> NoReturn:
 # Made once: json.loads and json.dumps make new ones at every call that has options.
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_ENVELOPE = msgspec.json.Decoder(EnvelopeText)
-_DATA = msgspec.json.Decoder(_Data)
-_NAMES = [member.encode_name for member in msgspec.structs.fields(_Data)]

@@ -40,28 +40,33 @@ class Envelope(msgspec.Struct, rename="camel"):
 
 def rejection(body: bytes, envelope: Envelope, status: int, redact: Callable[[str], str]) -> UpstreamRejected:
     """Return the failure that a rejected envelope means, safe to show."""
-    detail = UpstreamDetail(
+    said = detail(envelope, redact)
+    known = {
+        "status": status,
+        "apiInvokeId": said.invoke_id,
+        "data": None,
+        "errCode": said.err_code,
+        "errMessage": said.err_message,
+        "subErrCode": said.sub_err_code,
+        "subErrMessage": said.sub_err_message,
+    }
+    return rejected(_safe(body, redact) or _rendered(known), said)
+
+
+def detail(envelope: Envelope, redact: Callable[[str], str]) -> UpstreamDetail:
+    """Return what a rejected envelope says of itself, safe to show."""
+    return UpstreamDetail(
         invoke_id=shown(envelope.api_invoke_id, redact),
         err_code=shown(envelope.err_code, redact),
         err_message=shown(envelope.err_message, redact),
         sub_err_code=shown(envelope.sub_err_code, redact),
         sub_err_message=shown(envelope.sub_err_message, redact),
     )
-    known = {
-        "status": status,
-        "apiInvokeId": detail.invoke_id,
-        "data": None,
-        "errCode": detail.err_code,
-        "errMessage": detail.err_message,
-        "subErrCode": detail.sub_err_code,
-        "subErrMessage": detail.sub_err_message,
-    }
-    return rejected(_safe(body, redact) or _rendered(known), detail)
 
 
-def rejected(envelope: bytes, detail: UpstreamDetail) -> UpstreamRejected:
+def rejected(envelope: bytes, said: UpstreamDetail) -> UpstreamRejected:
     """Return the failure that a rejected envelope means."""
-    return UpstreamRejected("the upstream rejected the query", envelope=envelope, detail=detail)
+    return UpstreamRejected("the upstream rejected the query", envelope=envelope, detail=said)
 
 
 async def clean(body: bytes, redact: Callable[[str], str]) -> bool:

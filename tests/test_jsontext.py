@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.envelopes import read_envelope
 from gateway.exceptions import UpstreamError
 from gateway.jsontext import ABSENT, plain_text, read_object, value
-from gateway.models import Operation, TaskKey, observe, read_envelope
+from gateway.models import Operation, TaskKey, observe
 from tests.test_models import LIFETIMES
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")

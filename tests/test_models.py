@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gateway.envelopes import read_envelope
 from gateway.exceptions import InvalidTaskId, UpstreamInvalid, UpstreamRejected
 from gateway.models import (
     Operation,
@@ -16,7 +17,6 @@ from gateway.models import (
     TaskKey,
     check_task_id,
     observe,
-    read_envelope,
     render_json,
     strict_json,
     vendor_status,

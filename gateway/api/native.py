@@ -14,8 +14,9 @@ from starlette.types import Receive, Scope, Send
 from gateway.api.caching import cache_headers
 from gateway.api.requestlog import settled
 from gateway.api.requests import Headers, query_parameters, read_body
+from gateway.envelopes import read_task_id
 from gateway.exceptions import InvalidParameter, PathNotFound, UpstreamRejected
-from gateway.models import Operation, TaskKey, check_task_id, read_task_id
+from gateway.models import Operation, TaskKey, check_task_id
 from gateway.service import ProgressService
 
 

@@ -11,13 +11,21 @@ from contextlib import contextmanager
 from gateway.metrics import Metrics
 from gateway.models import Operation, TaskKey
 from gateway.stores.copies import Copies
-from gateway.stores.encoding import decode_failure, decode_snapshot, split_stored
+from gateway.stores.encoding import (
+    Undecodable,
+    decode_failure,
+    decode_snapshot,
+    failure_seconds,
+    split_stored,
+)
 from gateway.stores.feeds import NEWS_SECONDS
 from gateway.stores.memory import MemoryStore
-from gateway.stores.serverclock import ServerClock
+from gateway.stores.serverclock import MICROSECONDS, ServerClock
 
 _SUBJECT = re.compile(rb"([SFR])([a-z_]+)/([A-Za-z0-9_-]{1,64})\n")
 _SLOWED = re.compile(rb"T(\d{0,9})")
+_LONGEST_SLOWED_SECONDS = 3600.0  # what `calls.py` believes of upstream itself
+_FUTURE = 3600 * MICROSECONDS  # what is from further ahead is no snapshot for the scripts either
 
 
 class News:
@@ -62,9 +70,11 @@ class News:
     def take_up(self, key: TaskKey, value: bytes) -> None:
         """Take up a stored snapshot. Raises: Undecodable."""
         head, encoded = split_stored(value)
+        server, now = self._server(key), self._clock()
+        if max(head.stamp, head.fetched, head.shown) > server.servers(now) + _FUTURE:
+            raise Undecodable("from the future")
         # Never from our future: there it would be fresh for longer than its lifetime.
-        fetched_at = min(self._server(key).ours(head.fetched), self._clock())
-        snapshot = decode_snapshot(encoded, key, fetched_at=fetched_at, stamp=head.stamp)
+        snapshot = decode_snapshot(encoded, key, head, fetched_at=min(server.ours(head.fetched), now))
         self._copies.take_up(snapshot, shown_at=self.shown_at(key, head.shown))
 
     def shown_at(self, key: TaskKey, moment: int) -> float:
@@ -76,7 +86,7 @@ class News:
         subject = _SUBJECT.match(message)
         if subject is None:
             if (slowed := _SLOWED.fullmatch(message)) is not None:
-                self._on_slowed(float(slowed[1]) if slowed[1] else None)
+                self._on_slowed(min(float(slowed[1]), _LONGEST_SLOWED_SECONDS) if slowed[1] else None)
             return  # else a probe, or nothing of ours
         try:
             key = TaskKey(Operation(subject[2].decode()), subject[3].decode())
@@ -90,9 +100,9 @@ class News:
                 self.take_up(key, rest)
             elif subject[1] == b"F":
                 milliseconds, _, encoded = rest.partition(b"\n")
-                failure = decode_failure(encoded, key)
-                self._memory.keep_failure(key, failure, seconds=int(milliseconds) / 1000)
-        except ValueError:
+                failure, seconds = decode_failure(encoded, key), failure_seconds(milliseconds)
+                self._memory.keep_failure(key, failure, seconds=seconds)
+        except Undecodable:
             self._metrics.store_errors.labels("read").inc()
         self._wake(key)
 

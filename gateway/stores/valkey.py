@@ -35,6 +35,8 @@ from gateway.stores.encoding import (
     decode_failure,
     encode_failure,
     encode_snapshot,
+    failure_seconds,
+    lifetime_of,
 )
 from gateway.stores.feeds import NEWS_SECONDS
 from gateway.stores.leases import LEASE_SECONDS, Leases
@@ -44,6 +46,7 @@ from gateway.stores.news import News
 from gateway.stores.scripts import DISCARD, FAIL, LAND, TAKE_OFF, TELL, TOKEN, Script
 from gateway.stores.serverclock import MICROSECONDS, ServerClock
 
+_LONGEST_RETRY_SECONDS = 3600.0
 _LEASE_MARGIN_SECONDS = 0.01  # the server counts in milliseconds, and its answer was under way
 
 
@@ -190,7 +193,7 @@ class ValkeyStore:
             lease.token,
             lease.stamp,
             max(self._link.clock(key).servers(snapshot.fetched_at), 0),
-            int(snapshot.lifetime * MICROSECONDS),
+            lifetime_of(snapshot),
             int(snapshot.terminal),
             encode_snapshot(snapshot),
             max(int(self._memory.keep_seconds(snapshot) * 1000), 1),
@@ -240,8 +243,10 @@ class ValkeyStore:
             return 0.0
         seconds: float = wait / MICROSECONDS
         if not taken:
-            raise BudgetSpent("the budget of upstream calls is spent for now", retry_after=seconds)
-        return seconds
+            retry_after = min(max(seconds, 0.0), _LONGEST_RETRY_SECONDS)
+            raise BudgetSpent("the budget of upstream calls is spent for now", retry_after=retry_after)
+        # The script gives none that is to be waited for any longer.
+        return min(max(seconds, 0.0), max(patience_seconds, 0.0))
 
     async def tell_slowed(self, retry_after: float | None) -> None:
         """See `Store.tell_slowed`."""
@@ -294,6 +299,7 @@ class ValkeyStore:
             if answer.newer:
                 self._news.take_up(key, answer.newer)
             failure = decode_failure(answer.failure, key) if answer.failure else None
+            seconds = failure_seconds(answer.number) if answer.kind == b"failure" else 0.0
         except Undecodable:
             await self._discard(key)
             return (
@@ -308,11 +314,11 @@ class ValkeyStore:
                     return held
                 return 0.0  # it has gone stale on its way: the next question is about a newer one
             case b"failure" if failure is not None:
-                self._memory.keep_failure(key, failure, seconds=answer.number / 1000)
+                self._memory.keep_failure(key, failure, seconds=seconds)
                 return failure
             case b"taken":
-                return max(answer.number, 0) / 1000 + _LEASE_MARGIN_SECONDS
-            case b"lease":
+                return min(max(answer.number / 1000, 0.0), LEASE_SECONDS) + _LEASE_MARGIN_SECONDS
+            case b"lease" if answer.number > 0:
                 self._copies.confirm(key)
                 return self._leases.hold(key, answer.number, token)
         raise StoreDown("an answer that makes no sense")
