@@ -18,6 +18,7 @@ from gateway.stores import Lease, Store
 from gateway.stores.memory import MEMORY_SECONDS, MemoryStore
 from gateway.stores.valkey import ValkeyStore
 from tests.harness import Json, eventually
+from tests.seen import said, seen
 from tests.storeserver import shared_by
 
 STALE_SECONDS = 60.0
@@ -107,9 +108,8 @@ def snapshot(clock: Clock) -> Callable[..., Snapshot]:
     """Return a function that makes a snapshot fetched at the clock's time."""
 
     def snapshot(key: TaskKey = KEY, *, age: float = 0.0, **values: Any) -> Snapshot:
-        values = {"envelope": b"{}", "lifetime": LIFETIME, "status": Status.RUNNING, "progress": 0.5} | values
         values.setdefault("stamp", int((clock.now - age) * 1_000_000))
-        return Snapshot(key, clock.now - age, **values)
+        return seen(key, at=clock.now - age, **({"lifetime": LIFETIME} | values))
 
     return snapshot
 
@@ -125,12 +125,12 @@ async def test_store_is_empty_at_first(store: Store) -> None:
 
 async def test_store_keeps_what_is_saved(store: Store, snapshot: Callable[..., Snapshot]) -> None:
     """A saved snapshot is handed out by peek, recall and take_off, with all that it holds."""
-    one = snapshot(envelope=b"envelope", body=b"body", etag='"tag"', eta_seconds=3.0)
+    one = snapshot(etaRelative=3.0, message="so far", state={"job": "a\nb"})
     assert await save(store, one) is one
     for kept in (await shown(store, KEY), store.recall(KEY), await store.take_off(KEY)):
         assert isinstance(kept, Snapshot)
         assert (kept.key, kept.fetched_at, kept.lifetime) == (KEY, one.fetched_at, LIFETIME)
-        assert (kept.envelope, kept.body, kept.etag) == (b"envelope", b"body", '"tag"')
+        assert (kept.envelope, kept.body, kept.etag) == (one.envelope, one.body, one.etag)
         assert (kept.status, kept.progress, kept.eta_seconds) == (Status.RUNNING, 0.5, 3.0)
     assert len(store) == 1
 
@@ -141,21 +141,21 @@ async def test_store_keeps_tasks_and_operations_apart(
     """A task's snapshot is found under its own operation and ID, and under no other."""
     keys = [TaskKey(operation, task_id) for operation in Operation for task_id in ("a", "b")]
     for key in keys:
-        await save(store, snapshot(key, envelope=repr(key).encode()))
+        await save(store, snapshot(key, message=repr(key)))
     assert len(store) == len(keys)
     for key in keys:
         kept = await shown(store, key)
         assert kept is not None
-        assert (kept.key, kept.envelope) == (key, repr(key).encode())
+        assert (kept.key, said(kept)) == (key, repr(key))
 
 
 async def test_store_goes_forward(store: Store, clock: Clock, snapshot: Callable[..., Snapshot]) -> None:
     """A newer snapshot takes the older one's place."""
-    await save(store, snapshot(envelope=b"older"))
+    await save(store, snapshot(message="older"))
     clock.now += 1
-    newer = await save(store, snapshot(envelope=b"newer"))
+    newer = await save(store, snapshot(message="newer"))
     assert newer is not None
-    assert newer.envelope == b"newer"
+    assert said(newer) == "newer"
     assert await shown(store, KEY) == newer
     assert len(store) == 1
 
@@ -182,9 +182,9 @@ async def test_store_says_what_it_shows_without_a_lookup(
 
 async def test_store_never_goes_back(store: Store, snapshot: Callable[..., Snapshot]) -> None:
     """An older snapshot does not take a newer one's place; whoever saves it is handed the newer."""
-    newer = await save(store, snapshot(envelope=b"newer"))
+    newer = await save(store, snapshot(message="newer"))
     assert newer is not None
-    assert await save(store, snapshot(age=1, envelope=b"older")) is newer
+    assert await save(store, snapshot(age=1, message="older")) is newer
     assert await shown(store, KEY) is newer
     assert await store.take_off(KEY) is newer
 
@@ -193,11 +193,11 @@ async def test_store_lets_what_has_ended_stay_ended(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
     """No later snapshot of a task that goes on replaces a terminal one; a later terminal one does."""
-    ended = await save(store, snapshot(status=Status.SUCCEEDED, lifetime=600.0))
+    ended = await save(store, snapshot(status="succeeded", lifetime=600.0))
     clock.now += 1
     assert await save(store, snapshot()) is ended
     assert await shown(store, KEY) is ended
-    again = snapshot(status=Status.SUCCEEDED, lifetime=600.0)
+    again = snapshot(status="succeeded", lifetime=600.0)
     assert await save(store, again) is again
 
 
@@ -276,7 +276,7 @@ async def test_store_drops_a_result_that_nobody_may_see(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
     """A result may be large and has no story: it goes as soon as it may not be shown even stale."""
-    await save(store, snapshot(RESULT, status=None, progress=None))
+    await save(store, snapshot(RESULT))
     clock.now += LIFETIME + STALE_SECONDS - 0.1
     assert await shown(store, RESULT) is not None
     clock.now += 0.2
@@ -369,15 +369,15 @@ async def test_store_tells_its_listeners_of_each_change(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
     """Every listener hears of each snapshot that is stored from then on, and finds it there."""
-    heard: list[tuple[bytes, bool]] = []
+    heard: list[tuple[str | None, bool]] = []
     also: list[Snapshot] = []
-    await save(store, snapshot(envelope=b"before"))
-    store.on_change(lambda stored: heard.append((stored.envelope, store.recall(stored.key) == stored)))
+    await save(store, snapshot(message="before"))
+    store.on_change(lambda stored: heard.append((said(stored), store.recall(stored.key) == stored)))
     store.on_change(also.append)
     clock.now += 1
-    await save(store, snapshot(envelope=b"one"))
-    await save(store, snapshot(OTHER, envelope=b"two"))
-    await save(store, snapshot(age=1, envelope=b"too old"))
+    await save(store, snapshot(message="one"))
+    await save(store, snapshot(OTHER, message="two"))
+    await save(store, snapshot(age=1, message="too old"))
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
-    assert heard == [(b"one", True), (b"two", True)]
-    assert [stored.envelope for stored in also] == [b"one", b"two"]
+    assert heard == [("one", True), ("two", True)]
+    assert [said(stored) for stored in also] == ["one", "two"]

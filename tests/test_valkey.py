@@ -32,6 +32,7 @@ from gateway.stores.serverclock import MICROSECONDS
 from gateway.stores.servers import SLOTS, connected
 from gateway.stores.valkey import ValkeyStore
 from tests.harness import PATIENCE_SECONDS, Json, eventually, free_port
+from tests.seen import said, seen
 from tests.storeserver import StoreServer, binary, cluster, guarded, migrate, shared_by
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
@@ -88,8 +89,7 @@ async def other(opened: Open, settings: Json) -> ValkeyStore:
 
 def snapshot(lease: Lease, **values: Any) -> Snapshot:
     """Return a snapshot that was fetched just now."""
-    values = {"envelope": b"{}", "lifetime": 60.0, "status": Status.RUNNING, "progress": 0.5} | values
-    return Snapshot(lease.key, time.monotonic(), stamp=lease.stamp, **values)
+    return seen(lease.key, stamp=lease.stamp, **({"lifetime": 60.0} | values))
 
 
 async def shown(store: ValkeyStore, key: TaskKey = KEY) -> Snapshot | None:
@@ -120,15 +120,13 @@ async def test_valkey_wakes_who_waits_with_the_answer(one: ValkeyStore, other: V
     """While one has the lease the other waits; what the one lands with is the other's answer, whole."""
     lease = await leased(one)
     flight = await waiting(other)
-    landed = await one.land(
-        lease, snapshot(lease, envelope=b"\xff\n", body=b"body", etag='"tag"', eta_seconds=2.5)
-    )
+    landed = await one.land(lease, snapshot(lease, etaRelative=2.5, message="so\nfar", state={"job": "x"}))
     found = await flight
     assert landed is not None
     assert isinstance(found, Snapshot)
     assert found is await shown(other, KEY)
     assert (found.key, found.stamp, found.lifetime) == (KEY, lease.stamp, 60.0)
-    assert (found.envelope, found.body, found.etag) == (b"\xff\n", b"body", '"tag"')
+    assert (found.envelope, found.body, found.etag) == (landed.envelope, landed.body, landed.etag)
     assert (found.status, found.progress, found.eta_seconds) == (Status.RUNNING, 0.5, 2.5)
     # Both clocks are the same one here: to the other it may look older, and never fresher.
     assert landed.fetched_at - 1 < found.fetched_at <= landed.fetched_at
@@ -139,7 +137,11 @@ async def test_valkey_wakes_who_waits_with_the_answer(one: ValkeyStore, other: V
     [
         UpstreamTimeout("too late"),
         UpstreamThrottled("slow down", retry_after=2.5, detail=UpstreamDetail(err_code="T429")),
-        UpstreamRejected("no", envelope=b'{"status":20}\xff', detail=UpstreamDetail(err_message="no")),
+        UpstreamRejected(
+            "the upstream rejected the query",
+            envelope=b'{"status": 20,\n"errMessage": "no"}',
+            detail=UpstreamDetail(err_message="no"),
+        ),
     ],
     ids=lambda failure: failure.code,
 )
@@ -178,26 +180,26 @@ async def test_valkey_passes_a_lease_on(end: str, one: ValkeyStore, other: Valke
 async def test_valkey_gives_late_comers_what_is_there(one: ValkeyStore, other: ValkeyStore) -> None:
     """Who was not there when it was published asks the server, and is given it."""
     lease = await leased(one)
-    await one.land(lease, snapshot(lease, envelope=b"answer"))
+    await one.land(lease, snapshot(lease, message="answer"))
     assert await shown(other, KEY) is None
     found = await other.take_off(KEY)
     assert isinstance(found, Snapshot)
-    assert found.envelope == b"answer"
+    assert said(found) == "answer"
 
 
 async def test_valkey_tells_every_replica_that_holds_the_task(one: ValkeyStore, other: ValkeyStore) -> None:
     """A change reaches whoever holds the task, and nobody else."""
     lease = await leased(one)
-    await one.land(lease, snapshot(lease, envelope=b"first"))
+    await one.land(lease, snapshot(lease, message="first"))
     await other.take_off(KEY)
     heard: list[Snapshot] = []
     other.on_change(heard.append)
     unheld = await leased(one, KEY._replace(task_id="unheld"))
     await one.land(unheld, snapshot(unheld))
     lease = await leased(one, after=lease.stamp)
-    await one.land(lease, snapshot(lease, envelope=b"second"))
+    await one.land(lease, snapshot(lease, message="second"))
     await eventually(lambda: heard, "the other hears of it")
-    assert [changed.envelope for changed in heard] == [b"second"]
+    assert [said(changed) for changed in heard] == ["second"]
     assert await shown(other, KEY) is heard[0]
     assert await shown(other, unheld.key) is None
 
@@ -208,17 +210,17 @@ async def test_valkey_refuses_a_late_answer(one: ValkeyStore, other: ValkeyStore
     # As if its holder had been paused for longer than a lease lasts.
     await one._end(late, 0, b"")
     lease = await leased(other)
-    assert await one.land(late, snapshot(late, envelope=b"late")) is None
-    await other.land(lease, snapshot(lease, envelope=b"newer"))
-    kept = await one.land(late, snapshot(late, envelope=b"late"))
+    assert await one.land(late, snapshot(late, message="late")) is None
+    await other.land(lease, snapshot(lease, message="newer"))
+    kept = await one.land(late, snapshot(late, message="late"))
     assert kept is not None
-    assert kept.envelope == b"newer"
+    assert said(kept) == "newer"
 
 
 async def test_valkey_lets_what_has_ended_stay_ended(one: ValkeyStore, other: ValkeyStore) -> None:
     """What one replica saw end goes on for no other, though it asks later."""
     lease = await leased(one)
-    await one.land(lease, snapshot(lease, status=Status.SUCCEEDED, progress=1.0))
+    await one.land(lease, snapshot(lease, status="succeeded"))
     lease = await leased(one, after=lease.stamp)
     kept = await other.land(lease, snapshot(lease))
     assert kept is not None
@@ -425,7 +427,7 @@ async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:
         settings = {"url": servers.sentinel.url, "sentinel_service": "main"}
         one = await opened(settings)
         lease = await leased(one)
-        await one.land(lease, snapshot(lease, envelope=b"before"))
+        await one.land(lease, snapshot(lease, message="before"))
         assert servers.primary.client.wait(1, 5000) == 1
         servers.primary.kill()
         await eventually(lambda: one.trouble, "it is alone")
@@ -437,7 +439,7 @@ async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:
         other = await opened(settings)
         found = await other.take_off(KEY)
         assert isinstance(found, Snapshot)
-        assert found.envelope == b"before"
+        assert said(found) == "before"
 
 
 async def test_valkey_closes_a_cluster_though_cancelled(

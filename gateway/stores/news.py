@@ -8,8 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import structlog
+
 from gateway.metrics import Metrics
 from gateway.models import Operation, TaskKey
+from gateway.sampling import Sampler
 from gateway.stores.copies import Copies
 from gateway.stores.encoding import (
     Undecodable,
@@ -26,6 +29,8 @@ _SUBJECT = re.compile(rb"([SFR])([a-z_]+)/([A-Za-z0-9_-]{1,64})\n")
 _SLOWED = re.compile(rb"T(\d{0,9})")
 _LONGEST_SLOWED_SECONDS = 3600.0  # what `calls.py` believes of upstream itself
 _FUTURE = 3600 * MICROSECONDS  # what is from further ahead is no snapshot for the scripts either
+
+log = structlog.get_logger(__name__)
 
 
 class News:
@@ -51,6 +56,7 @@ class News:
         self._server = server
         self._on_slowed = on_slowed
         self._clock = clock
+        self._sampler = Sampler(clock=clock)
         self._waiting: dict[TaskKey, asyncio.Future[None]] = {}
 
     @contextmanager
@@ -102,9 +108,15 @@ class News:
                 milliseconds, _, encoded = rest.partition(b"\n")
                 failure, seconds = decode_failure(encoded, key), failure_seconds(milliseconds)
                 self._memory.keep_failure(key, failure, seconds=seconds)
-        except Undecodable:
-            self._metrics.store_errors.labels("read").inc()
+        except Undecodable as exc:
+            self.note_senseless(exc)
         self._wake(key)
+
+    def note_senseless(self, why: Undecodable) -> None:
+        """Count a value that is as good as none, and tell of it."""
+        self._metrics.store_errors.labels("read").inc()
+        if (suppressed := self._sampler.take("read")) is not None:
+            log.warning("senseless value in the store", reason=str(why), suppressed=suppressed)
 
     def _wake(self, key: TaskKey) -> None:
         awaited = self._waiting.get(key)

@@ -79,7 +79,6 @@ class ValkeyStore:
     ) -> None:
         self._memory = memory
         self._copies = Copies(memory, clock=clock)
-        self._metrics = metrics
         self._showing = [
             int(seconds * MICROSECONDS)
             for seconds in (NEWS_SECONDS, stale_seconds, max(stale_seconds, covering_seconds))
@@ -207,7 +206,7 @@ class ValkeyStore:
                 self._news.take_up(key, other)
         except (StoreDown, Undecodable) as exc:
             if isinstance(exc, Undecodable):
-                await self._discard(key)
+                await self._discard(key, exc)
             elif lease.token:
                 self._leases.doubt(lease)
             accepted = 1
@@ -300,8 +299,8 @@ class ValkeyStore:
                 self._news.take_up(key, answer.newer)
             failure = decode_failure(answer.failure, key) if answer.failure else None
             seconds = failure_seconds(answer.number) if answer.kind == b"failure" else 0.0
-        except Undecodable:
-            await self._discard(key)
+        except Undecodable as exc:
+            await self._discard(key, exc)
             return (
                 self._alone(key) if answer.kind != b"lease" else self._leases.hold(key, answer.number, token)
             )
@@ -339,9 +338,9 @@ class ValkeyStore:
             args = [*args, self._link.publish, self._link.channel(slot_of(key)), subject]
         return await self._link.run(script, key, args)
 
-    async def _discard(self, key: TaskKey) -> None:
+    async def _discard(self, key: TaskKey, why: Undecodable) -> None:
         """Remove what makes no sense, so that something sensible takes its place."""
-        self._metrics.store_errors.labels("read").inc()
+        self._news.note_senseless(why)
         with suppress(StoreDown):
             await self._run(DISCARD, key, [])
 
