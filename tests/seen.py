@@ -15,10 +15,16 @@ def answered(key: TaskKey, status: str = "running", **data: Any) -> bytes:
 
 
 def seen(
-    key: TaskKey, *, at: float | None = None, lifetime: float = 2.0, stamp: int = 1, **data: Any
+    key: TaskKey,
+    status: str = "running",
+    *,
+    at: float | None = None,
+    lifetime: float = 2.0,
+    stamp: int = 1,
+    **data: Any,
 ) -> Snapshot:
     """Return the snapshot of an answer with this data, fetched at a moment, else just now."""
-    envelope = answered(key, **data)
+    envelope = answered(key, status, **data)
     return observe(
         read_envelope(envelope, key, redact=str).data,
         envelope,
