@@ -10,6 +10,7 @@ import pytest
 
 from gateway.models import Operation, TaskKey
 from gateway.stores.encoding import _digest
+from gateway.stores.link import slot_of
 from tests.harness import PATIENCE_SECONDS, Gateway, RawUpstream, framed, fresh_id, until
 from tests.seen import answered
 from tests.storeserver import StoreServer, binary
@@ -31,6 +32,8 @@ STATUS = '"status": "running"'
 ENVELOPES: dict[str, Callable[[str], str]] = {
     "line-break": lambda body: body.replace(STATUS, STATUS + ', "state": {"a":\r\n\r\nevent: evil\r\n\r\n1}'),
     "line-break-in-text": lambda body: body.replace(STATUS, STATUS + ', "message": "a\n\nevent: evil\n\n"'),
+    "white-space": lambda body: body.replace(STATUS, STATUS + ', "state": {"a":\r\n\r\n[1,\n\n2]}'),
+    "escaped": lambda body: body.replace(STATUS, STATUS + r', "message": "a\n\nevent: end\n\n"'),
     "another-task": lambda body: body.replace('"taskId": "', '"taskId": "evil'),
     "nan": lambda body: body.replace("0.5", "NaN"),
     "rejected": lambda body: body.replace('"status": 10', '"status": 20, "errCode": "evil"'),
@@ -52,6 +55,11 @@ def upstream() -> Iterator[RawUpstream]:
     """Return an upstream that answers."""
     with RawUpstream(lambda connection, request: connection.sendall(framed(request.envelope()))) as upstream:
         yield upstream
+
+
+def slot(task_id: str) -> int:
+    """Return a task's slot."""
+    return slot_of(TaskKey(Operation.SD_GET_PROGRESS, task_id))
 
 
 def hostile(kind: str, task_id: str) -> bytes:
@@ -85,10 +93,12 @@ def test_hostile_value_reaches_no_caller(
         server={"edge": edge == "edge", "trusted_hosts": ["*"]},
     )
     until(lambda: gateway.metric("store_up") == 1, "the store is shared")
-    known, unknown = fresh_id(), fresh_id()
+    known = fresh_id()
     assert gateway.get(known).json()["taskId"] == known
     [name] = server.client.keys(f"*:{known}:s")
     channel = name.decode().partition(":sd_get_progress:")[0]
+    # Another task of the same slot has its name in the same place.
+    unknown = next(filter(lambda task: slot(task) == slot(known), iter(fresh_id, "")))
     # Stored for the one before it is asked for; published of the other, which is held.
     server.client.set(name.decode().replace(known, unknown), hostile(kind, unknown))
     subject = f"Ssd_get_progress/{known}\n".encode()
@@ -98,17 +108,18 @@ def test_hostile_value_reaches_no_caller(
         last = ask.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
         text = gateway.raw(ask * 2 + last)
         assert text.count(b"HTTP/1.1 200 OK\r\n") == 3
-        assert EVIL not in text.lower().replace(b'"state":{"a":    event: evil    1}', b"")
+        assert EVIL not in text.lower()
         assert b"cookie" not in text.lower()
         batch = gateway.client.get("/v1/progress", params={"taskId": [task_id, fresh_id()]}).json()
         assert (batch["items"][0]["taskId"], batch["summary"]["errors"]) == (task_id, 0)
         assert gateway.native(task_id).json()["data"]["taskId"] == task_id
         events = first_event(gateway, task_id)
-        assert events.count(b"event: ") - events.count(b'"a":    event: ') == 1
+        names = [line.partition(b":")[0] for line in events.splitlines()]
+        assert names == [b"event", b"id", b"data", b""]
         data = json.loads(events.partition(b"data: ")[2].partition(b"\n\n")[0])
         assert (data["taskId"], 0 <= data["progress"] <= 0.999) == (task_id, True)
     # Two were read; those whose envelope is one, whatever its white space, are answers like others.
-    refused = 0 if kind.startswith("line-break") else 2
+    refused = 0 if kind in {"white-space", "escaped"} else 2
     assert gateway.metric("store_errors_total", operation="read") == refused
 
 
