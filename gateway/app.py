@@ -69,6 +69,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     cache = settings.cache
     store = _store(settings, redactor, metrics)
     metrics.count_entries(store.__len__)
+    metrics.count_bytes(store.size)
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
     calls = Calls(
         settings.upstream, redactor=redactor, metrics=metrics, user_agent=USER_AGENT, tracing=tracing
@@ -168,6 +169,7 @@ def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
     cache = settings.cache
     memory = MemoryStore(
         max_tasks=cache.max_tasks,
+        max_bytes=cache.max_bytes,
         stale_seconds=max(cache.stale_while_revalidate_seconds, cache.stale_if_error_seconds),
     )
     if not settings.store.url.get_secret_value():

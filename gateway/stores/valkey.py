@@ -155,6 +155,10 @@ class ValkeyStore:
         """See `Store.__len__`."""
         return len(self._memory)
 
+    def size(self) -> int:
+        """See `Store.size`."""
+        return self._memory.size()
+
     async def catch_up(self) -> bool:
         """See `Store.catch_up`."""
         return await self._link.catch_up()
