@@ -22,8 +22,8 @@ _AT_ONCE = 4  # flights that begin in one turn of the loop: each takes some 0.1 
 class RefreshAhead:
     """Plans the flights of hot tasks.
 
-    `take_off` begins one, unless the snapshot with this stamp was renewed meanwhile. No plan holds a snapshot,
-    which may have had to make room.
+    `take_off` begins one, unless the snapshot with this stamp was renewed meanwhile. No plan holds a
+    snapshot, which may have had to make room.
     """
 
     def __init__(self, take_off: Callable[[TaskKey, int], None]) -> None:

@@ -158,7 +158,6 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         limiter=limiter,
         metrics=metrics,
         sampler=sampler,
-        most_found=cache.max_tasks,
     )
     app.middleware_stack = HitsFirst(app.middleware_stack, hits=hits)
     return Application(app, metrics.registry, hits if server.edge else None)

@@ -122,7 +122,7 @@ class Store(Protocol):
         ...
 
     def __len__(self) -> int:
-        """Return the number of snapshots held here. Like `size` it changes nothing, and any thread may ask."""
+        """Return the number of snapshots held here; like `size` it changes nothing: any thread may ask."""
         ...
 
     def size(self) -> int:

@@ -30,7 +30,7 @@ ENTRY_BYTES = 1536
 
 
 class _Kept(TLRUCache[TaskKey, Any]):
-    """Entries whose sizes are in bytes. What `entries` and `bytes` say changes nothing: any thread may ask."""
+    """Entries whose sizes are in bytes. `entries` and `bytes` change nothing: any thread may ask."""
 
     def entries(self) -> int:
         """Return the number of entries, those included that have expired since the last change."""
