@@ -9,13 +9,19 @@ from uuid import uuid4
 import pytest
 from prometheus_client import CollectorRegistry
 
-from gateway.exceptions import GatewayError, UpstreamTimeout, UpstreamUnreachable
+from gateway.exceptions import (
+    GatewayError,
+    UpstreamDetail,
+    UpstreamRejected,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey
 from gateway.redaction import Redactor
 from gateway.settings import Store as StoreSettings
 from gateway.stores import Lease, Store
-from gateway.stores.memory import MEMORY_SECONDS, MemoryStore
+from gateway.stores.memory import ENTRY_BYTES, MEMORY_SECONDS, MemoryStore
 from gateway.stores.valkey import ValkeyStore
 from tests.harness import Json, eventually
 from tests.seen import said, seen
@@ -61,8 +67,10 @@ async def make(shared: Json | None, clock: Clock) -> AsyncIterator[Make]:
     """Return a function that makes an empty store of the kind under test."""
     async with AsyncExitStack() as stack:
 
-        async def make(max_tasks: int = 100) -> Store:
-            memory = MemoryStore(max_tasks=max_tasks, stale_seconds=STALE_SECONDS, clock=clock)
+        async def make(max_tasks: int = 100, max_bytes: int = 1_000_000) -> Store:
+            memory = MemoryStore(
+                max_tasks=max_tasks, max_bytes=max_bytes, stale_seconds=STALE_SECONDS, clock=clock
+            )
             if shared is None:
                 return await stack.enter_async_context(memory)
             store = ValkeyStore(
@@ -295,6 +303,77 @@ async def test_store_is_bounded(make: Make, clock: Clock, snapshot: Callable[...
     await save(store, snapshot(keys[3]))
     assert len(store) == 3
     assert [await shown(store, key) is None for key in keys] == [False, True, False, False]
+
+
+async def test_store_is_bounded_in_bytes(make: Make, clock: Clock, snapshot: Callable[..., Snapshot]) -> None:
+    """Bodies, envelopes and failures together stay within max_bytes; the least recently used go first."""
+    store = await make(max_bytes=100_000)
+    keys = [TaskKey(Operation.SD_GET_PROGRESS, name) for name in "abcd"]
+    for key in keys[:3]:
+        clock.now += 0.1
+        kept = await save(store, snapshot(key, message="x" * 14_000))  # it stands in body and envelope
+        assert kept is not None
+    assert store.size() == 3 * (len(kept.body) + len(kept.envelope) + ENTRY_BYTES)
+    assert await shown(store, keys[0]) is not None  # read: now b is the least recently used
+    await save(store, snapshot(keys[3], message="x" * 14_000))
+    assert [await shown(store, key) is None for key in keys] == [False, True, False, False]
+    assert len(store) == 3
+    assert store.size() <= 100_000
+
+
+async def test_store_drops_failures_before_snapshots(
+    make: Make, clock: Clock, snapshot: Callable[..., Snapshot]
+) -> None:
+    """A failure may hold an envelope of a megabyte: it counts, and makes room before any snapshot does."""
+    store = await make(max_bytes=100_000)
+    await save(store, snapshot(message="x" * 14_000))
+    before = store.size()
+    keys = [TaskKey(Operation.SD_GET_PROGRESS, name) for name in "abc"]
+    for key in keys:
+        await fail(store, key, rejection(b'{"status":20,"x":"%b"}' % (b"x" * 30_000)), seconds=60)
+        assert before < store.size() <= 100_000
+    assert [store.failure(key) is None for key in keys] == [True, False, False]
+    await save(store, snapshot(OTHER, message="x" * 14_000))
+    assert [store.failure(key) is None for key in keys] == [True, True, False]
+    assert await shown(store, KEY) is not None
+    clock.now += 61
+    await fail(store, OTHER, UpstreamTimeout("too late"), seconds=0)
+    assert store.failure(keys[2]) is None
+
+
+async def test_store_serves_what_is_too_large_to_be_kept(
+    make: Make, clock: Clock, snapshot: Callable[..., Snapshot]
+) -> None:
+    """What alone exceeds the bound is handed to those who wait for it; what it follows is kept no longer."""
+    store = await make(max_bytes=100_000)
+    heard: list[Snapshot] = []
+    store.on_change(heard.append)
+    small = await save(store, snapshot())
+    clock.now += 1
+    large = snapshot(message="x" * 60_000)
+    assert await save(store, large) is large
+    assert small is not None
+    assert {stored.stamp for stored in heard} == {small.stamp, large.stamp}
+    assert await shown(store, KEY) is None
+    await fail(store, OTHER, rejection(b'{"status":20,"x":"%b"}' % (b"x" * 100_000)), seconds=60)
+    assert store.failure(OTHER) is None
+    assert (len(store), store.size()) == (0, 0)
+
+
+async def test_store_tells_its_size_and_changes_nothing(
+    store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
+) -> None:
+    """Whoever scrapes, on whatever thread, only reads: what has expired goes when a task is looked for."""
+    await save(store, snapshot())
+    clock.now += LIFETIME + MEMORY_SECONDS + 1
+    assert (len(store), store.size() > ENTRY_BYTES) == (1, True)
+    assert await shown(store, OTHER) is None
+    assert (len(store), store.size()) == (0, 0)
+
+
+def rejection(envelope: bytes) -> UpstreamRejected:
+    """Return the failure of a rejected query."""
+    return UpstreamRejected("the upstream rejected the query", envelope=envelope, detail=UpstreamDetail())
 
 
 async def test_store_remembers_a_failure_for_its_time(store: Store, clock: Clock) -> None:
