@@ -30,8 +30,8 @@ _DIGITS = bytes.maketrans(b"123456789E", b"000000000e")
 def read_object(body: bytes, shape: msgspec.json.Decoder[T]) -> T | None:
     """Return the members of a JSON object that `shape` names, or None for JSON that is not an object.
 
-    Half a surrogate pair, which has no UTF-8, is read as U+FFFD (up to 1,000 of them). Raises: ValueError for what is not JSON in
-    UTF-8, nests too deep for the stack, or has a number with a fraction or exponent beyond every float.
+    Half a surrogate pair, which has no UTF-8, is read as U+FFFD (up to 1,000 of them). Raises: ValueError for
+    what is not JSON in UTF-8, nests too deep for the stack, or has a fraction or exponent beyond every float.
     """
     body.decode()
     _check_numbers(body)
@@ -77,7 +77,7 @@ def plain_text(body: bytes) -> str:
 
 
 def without_half_pairs(body: bytes) -> bytes:
-    """Return JSON text with U+FFFD in the place of each half of a surrogate pair, but of no more than 1,000."""
+    """Return JSON text with U+FFFD in the place of each half of a surrogate pair, up to 1,000."""
     return _HALF_PAIR.sub(rb"\\ufffd", body.replace(rb"\\", rb"\u005c"), _MOST_HALVES)
 
 

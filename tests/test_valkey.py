@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,8 +26,9 @@ from gateway.models import Operation, Snapshot, Status, TaskKey
 from gateway.redaction import MASK, Redactor
 from gateway.settings import Store as StoreSettings
 from gateway.stores import Lease
-from gateway.stores.encoding import split_stored
+from gateway.stores.encoding import encode_failure, encode_snapshot, split_stored
 from gateway.stores.feeds import NEWS_SECONDS
+from gateway.stores.link import slot_of
 from gateway.stores.memory import MemoryStore
 from gateway.stores.serverclock import MICROSECONDS
 from gateway.stores.servers import SLOTS, connected
@@ -108,7 +110,7 @@ async def leased(store: ValkeyStore, key: TaskKey = KEY, *, after: int | None = 
 
 async def waiting(store: ValkeyStore, key: TaskKey = KEY) -> asyncio.Task[Any]:
     """Begin to take off where another has the lease; return what goes on when the server has said so."""
-    asked = store._metrics.store_operation_duration.labels("take_off")
+    asked = store._link._metrics.store_operation_duration.labels("take_off")
     before = asked._sum.get()
     flight = asyncio.create_task(store.take_off(key))
     await eventually(lambda: asked._sum.get() > before, "the server was asked")
@@ -261,6 +263,49 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
     """Return a server to be harmed."""
     with StoreServer(binary("valkey"), tmp_path_factory.mktemp("server")) as server:
         yield server
+
+
+async def test_valkey_reads_on_after_whatever_is_published(opened: Open, server: StoreServer) -> None:
+    """No message ends the link or is believed beyond its bounds; the next one that makes sense is heard."""
+    store = await opened({"url": server.url})
+    heard: list[float | None] = []
+    store.on_slowed(heard.append)
+    lease = await leased(store)
+    known = snapshot(lease)
+    assert await store.land(lease, known) is known
+    subject = b"sd_get_progress/task\n"
+    future = time.time_ns() // 1000 + 7_200_000_000
+    encoded = encode_snapshot(replace(known, stamp=future))
+    failure = encode_failure(KEY, UpstreamTimeout("too late"))
+    head = b"sdg3 %d %d 60000000 %d 0\n" % (future, future, future)
+    messages = [
+        *(b"", b"\xff", b"S", b"T-1", b"T1e9", b"Tnan", b"S" + subject, b"Sno_operation/task\n"),
+        *(b"S" + subject + head, b"S" + subject + head + encoded, b"S" + subject + b"sdg3 " + b"9" * 9999),
+        *(b"F" + subject + time + b"\n" + failure for time in (b"", b"-1", b"1_0", b"9" * 99, b"9" * 9999)),
+        b"F" + subject + b"1000\n" + b"[" * 9999,
+    ]
+    channel = store._link.channel(slot_of(KEY))
+    for message in messages:
+        server.client.publish(channel, message)
+    server.client.publish(channel, b"T999999999")
+    server.client.publish(channel, b"T")
+    await eventually(lambda: len(heard) == 2, "the last message is heard")
+    assert heard == [3600.0, None]
+    assert store.trouble is None
+    assert store.failure(KEY) is None
+    assert await shown(store) is known
+
+
+@pytest.mark.parametrize("time_to_live", [0, 10**10])
+async def test_valkey_believes_no_failure_without_an_end(
+    opened: Open, server: StoreServer, time_to_live: int
+) -> None:
+    """A failure that is remembered for ever, or for longer than a setting says, is as good as none."""
+    store = await opened({"url": server.url})
+    name = f"{store._link.channel(slot_of(KEY))}:{KEY.operation}:{KEY.task_id}:f"
+    server.client.set(name, encode_failure(KEY, UpstreamTimeout("too late")), ex=time_to_live or None)
+    assert isinstance(await store.take_off(KEY), Lease)
+    assert not server.client.exists(name)
 
 
 async def test_valkey_asks_again_after_it_may_have_missed_something(
