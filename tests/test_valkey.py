@@ -374,8 +374,8 @@ async def test_valkey_gives_back_a_lease_that_it_never_heard_of(opened: Open, se
     assert isinstance(alone, Lease)
     assert not alone.token
     server.thaw()
-    given_back = hasty._metrics.store_operation_duration.labels("fail")
-    failed = hasty._metrics.store_errors.labels("fail")
+    given_back = hasty._link._metrics.store_operation_duration.labels("fail")
+    failed = hasty._link._metrics.store_errors.labels("fail")
     await eventually(
         lambda: given_back._sum.get() > 0 and failed._value.get() == 0 and not hasty._leases._unheard,
         "it is given back",
@@ -524,7 +524,7 @@ async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> N
         await moving
         for each in (one, other):
             await eventually(lambda each=each: time.monotonic() < each._link.sure_until, "it follows again")  # type: ignore[misc]
-            assert each._metrics.store_errors.labels("subscribe")._value.get() == 0
+            assert each._link._metrics.store_errors.labels("subscribe")._value.get() == 0
         heard: list[Snapshot] = []
         other.on_change(heard.append)
         for task in range(number - 99, number + 1):  # in every shard, and no more than are kept
