@@ -20,13 +20,17 @@ _AT_ONCE = 4  # flights that begin in one turn of the loop: each takes some 0.1 
 
 
 class RefreshAhead:
-    """Plans the flights of hot tasks. `take_off` begins one, unless the snapshot was renewed meanwhile."""
+    """Plans the flights of hot tasks.
 
-    def __init__(self, take_off: Callable[[Snapshot], None]) -> None:
+    `take_off` begins one, unless the snapshot with this stamp was renewed meanwhile. No plan holds a
+    snapshot, which may have had to make room.
+    """
+
+    def __init__(self, take_off: Callable[[TaskKey, int], None]) -> None:
         self._take_off = take_off
         self._latency = dict.fromkeys(Operation, 0.0)  # moving averages, in seconds
         self._timers: dict[TaskKey, asyncio.TimerHandle] = {}
-        self._runway: deque[Snapshot] = deque()
+        self._runway: deque[tuple[TaskKey, int]] = deque()
 
     def learn(self, operation: Operation, seconds: float) -> None:
         """Note how long a flight took to get its answer."""
@@ -38,7 +42,9 @@ class RefreshAhead:
             timer.cancel()
         delay = snapshot.lifetime - age - self._latency[snapshot.key.operation]
         loop = asyncio.get_running_loop()
-        self._timers[snapshot.key] = loop.call_later(max(delay, 0.0), self._queue, snapshot)
+        self._timers[snapshot.key] = loop.call_later(
+            max(delay, 0.0), self._queue, snapshot.key, snapshot.stamp
+        )
 
     def close(self) -> None:
         """Forget all plans."""
@@ -47,15 +53,15 @@ class RefreshAhead:
         self._timers.clear()
         self._runway.clear()
 
-    def _queue(self, snapshot: Snapshot) -> None:
-        del self._timers[snapshot.key]
-        self._runway.append(snapshot)
+    def _queue(self, key: TaskKey, stamp: int) -> None:
+        del self._timers[key]
+        self._runway.append((key, stamp))
         if len(self._runway) == 1:
             asyncio.get_running_loop().call_soon(self._let_go)
 
     def _let_go(self) -> None:
         for _ in range(min(_AT_ONCE, len(self._runway))):
-            self._take_off(self._runway.popleft())
+            self._take_off(*self._runway.popleft())
         if self._runway:
             # In the loop's next turn: who has asked meanwhile is answered first.
             asyncio.get_running_loop().call_soon(self._let_go)

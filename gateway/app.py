@@ -71,7 +71,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     metrics = Metrics(CollectorRegistry(), gateway_version=__version__)
     cache = settings.cache
     store = _store(settings, redactor, metrics)
-    metrics.count_entries(store.__len__)
+    metrics.measure_cache(entries=store.__len__, size=store.size)
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
     calls = Calls(
         settings.upstream, redactor=redactor, metrics=metrics, user_agent=USER_AGENT, tracing=tracing
@@ -152,10 +152,8 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     )
     app.middleware_stack = tracing.around(surrounded, root_path=server.root_path)
     metrics_asgi = metrics_application(metrics.registry, problems=problems)
-    if not isinstance(tracing, Untraced):
-        return Application(
-            app, metrics_asgi, metrics, None
-        )  # a request's span is made around the whole of it
+    if not isinstance(tracing, Untraced):  # a request's span is made around the whole of it
+        return Application(app, metrics_asgi, metrics, None)
     hits = Hits(
         service,
         operations=settings.upstream.operations,
@@ -165,7 +163,6 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         limiter=limiter,
         metrics=metrics,
         sampler=sampler,
-        most_found=cache.max_tasks,
     )
     app.middleware_stack = HitsFirst(app.middleware_stack, hits=hits)
     return Application(app, metrics_asgi, metrics, hits if server.edge else None)
@@ -176,6 +173,7 @@ def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
     cache = settings.cache
     memory = MemoryStore(
         max_tasks=cache.max_tasks,
+        max_bytes=cache.max_bytes,
         stale_seconds=max(cache.stale_while_revalidate_seconds, cache.stale_if_error_seconds),
     )
     if not settings.store.url.get_secret_value():

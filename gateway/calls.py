@@ -21,6 +21,7 @@ import httpx
 import structlog
 
 from gateway.credentials import Pair
+from gateway.envelopes import read_envelope
 from gateway.exceptions import (
     UpstreamClock,
     UpstreamDetail,
@@ -31,9 +32,10 @@ from gateway.exceptions import (
     UpstreamUnreachable,
 )
 from gateway.metrics import Metrics
-from gateway.models import Operation, TaskKey, read_envelope, render_json
+from gateway.models import Operation, TaskKey, render_json
 from gateway.redaction import Redactor
 from gateway.refusals import refusal
+from gateway.rejections import clean
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.signing import signed_headers
 from gateway.tracing import Mark, Tracing, Untraced
@@ -215,6 +217,11 @@ class Calls:
                 answer = self.judge(exchange, key)
             except UpstreamClock:
                 self._correct_clock(skew)
+                raise
+            except UpstreamRejected as exc:
+                # Too large to be searched for secrets in one step: here there is time for it.
+                if exc.envelope != exchange.body and await clean(exchange.body, self._redactor):
+                    exc.envelope = exchange.body
                 raise
         except UpstreamError as exc:
             outcome, mark.invoke_id = exc.code, exc.invoke_id

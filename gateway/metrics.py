@@ -182,10 +182,7 @@ class Metrics:
         )
         self._build.labels(gateway_version, platform.python_version(), f"uvicorn {version('uvicorn')}").set(1)
 
-    def count_entries(self, count: Callable[[], int]) -> None:
-        """Let the gauge of kept snapshots ask `count` whenever it is scraped."""
-        self.cache_entries.set_function(count)
-
-    def count_bytes(self, count: Callable[[], int]) -> None:
-        """Let the gauge of cached bytes ask `count` whenever it is scraped."""
-        self.cache_bytes.set_function(count)
+    def measure_cache(self, *, entries: Callable[[], int], size: Callable[[], int]) -> None:
+        """Let the gauges of the cache ask for its entries and its bytes at each scrape; both only read."""
+        self.cache_entries.set_function(entries)
+        self.cache_bytes.set_function(size)

@@ -1,6 +1,8 @@
-"""What an upstream answer means: from the envelope's bytes to an immutable Snapshot.
+"""What an upstream answer means: from the envelope's data to an immutable Snapshot.
 
     bytes -> read_envelope (is it one, and for this very task?) -> data -> observe -> Snapshot
+
+The first step is `envelopes.py`.
 
 A Snapshot carries everything a caller may be sent as bytes that were rendered once: the
 envelope as it came for the drop-in paths, and the simplified JSON with its ETag. The
@@ -14,16 +16,20 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple, NoReturn
 
-from gateway.exceptions import InvalidTaskId, UpstreamDetail, UpstreamInvalid, UpstreamRejected
+import msgspec
+
+from gateway.exceptions import InvalidTaskId, UpstreamInvalid
+from gateway.jsontext import one_line
 
 _TASK_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_SUCCESS = 10  # the envelope's verdict on the call; not on the task
-_DETAIL_LIMIT = 500  # characters of an upstream's own text that are worth showing
+_MOST_UNFINISHED = 0.999  # only success is 1
+# A number in a string, as some JSON libraries write it.
+_DECIMAL = re.compile(r"[+-]?[0-9]{1,400}(?:\.[0-9]{1,400})?(?:[eE][+-]?[0-9]{1,9})?")
 
 
 class Operation(StrEnum):
@@ -118,13 +124,6 @@ class Snapshot:
         return now - self.fetched_at < self.lifetime
 
 
-class Envelope(NamedTuple):
-    """What a successful envelope holds: the task's `data`, and the vendor's id of the call, redacted."""
-
-    data: dict[str, Any]
-    invoke_id: str | None
-
-
 def check_task_id(task_id: str) -> str:
     """Return the task ID. Raises: InvalidTaskId."""
     if not _TASK_ID.fullmatch(task_id):
@@ -143,35 +142,6 @@ def strict_json(body: bytes) -> Any:
         raise ValueError("nested too deep") from exc
 
 
-def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) -> Envelope:
-    """Return what is in a successful envelope for the task that was asked for.
-
-    `redact` cleans whatever of a refusal may be shown. Raises: UpstreamRejected for an envelope
-    whose `status` is not 10, UpstreamInvalid for anything else.
-    """
-    try:
-        envelope = strict_json(body)
-    except ValueError as exc:
-        raise UpstreamInvalid("the upstream's answer is not JSON") from exc
-    if not isinstance(envelope, dict) or type(envelope.get("status")) is not int:
-        raise UpstreamInvalid("the upstream's answer is not an envelope")
-    if envelope["status"] != _SUCCESS:
-        clean = _clean_envelope(envelope, redact)
-        raise UpstreamRejected(
-            "the upstream rejected the query",
-            envelope=body if clean == envelope else render_json(clean),
-            detail=_detail(clean),
-        )
-    data = envelope.get("data")
-    if not isinstance(data, dict):
-        raise UpstreamInvalid("the upstream's envelope has no data")
-    # The reference lists no taskId for results: there it may be absent, but never another one.
-    absent_is_fine = key.operation.is_result and data.get("taskId") is None
-    if data.get("taskId") != key.task_id and not absent_is_fine:
-        raise UpstreamInvalid("the upstream answered for another task")
-    return Envelope(data, _text(envelope, "apiInvokeId", redact))
-
-
 def observe(
     data: Mapping[str, Any],
     envelope: bytes,
@@ -184,6 +154,8 @@ def observe(
 ) -> Snapshot:
     """Make the snapshot that follows `previous`. `lifetimes` has results under None.
 
+    `data`: as `envelopes.Envelope` has it.
+
     Two promises need the predecessor: a terminal answer is final, and progress never falls
     while a task stays running (the vendor's number does: it may jump back at 65 %).
     Raises: UpstreamInvalid when `data` nests too deep to be rendered.
@@ -193,13 +165,49 @@ def observe(
     status = vendor_status(data)
     if previous is not None and previous.terminal and previous.status is not status:
         return replace(previous, fetched_at=fetched_at, stamp=stamp, polls=0, shown_until=math.inf)
-    progress = 1.0 if status is Status.SUCCEEDED else min(max(_number(data.get("progress")) or 0.0, 0.0), 1.0)
-    if previous is not None and previous.status is status is Status.RUNNING:
-        progress = max(progress, previous.progress or 0.0)
+    mark = previous.progress if previous is not None and previous.status is Status.RUNNING else None
+    return _see(
+        data, envelope, key, mark=mark or 0.0, fetched_at=fetched_at, lifetime=lifetimes[status], stamp=stamp
+    )
+
+
+def observe_again(
+    data: Mapping[str, Any],
+    envelope: bytes,
+    key: TaskKey,
+    *,
+    progress: float | None,
+    fetched_at: float,
+    lifetime: float,
+    stamp: int,
+) -> Snapshot:
+    """Make anew the snapshot of an envelope that was observed before, and was at `progress` then."""
+    if key.operation.is_result:
+        return Snapshot(key, fetched_at, lifetime, envelope, stamp=stamp)
+    return _see(
+        data, envelope, key, mark=progress or 0.0, fetched_at=fetched_at, lifetime=lifetime, stamp=stamp
+    )
+
+
+def _see(
+    data: Mapping[str, Any],
+    envelope: bytes,
+    key: TaskKey,
+    *,
+    mark: float,
+    fetched_at: float,
+    lifetime: float,
+    stamp: int,
+) -> Snapshot:
+    """Make a snapshot of `data`. `mark`: the progress below which it does not fall while it runs."""
+    status = vendor_status(data)
+    progress = 1.0
+    if status is not Status.SUCCEEDED:
+        least = mark if status is Status.RUNNING else 0.0
+        progress = min(max(_number(data.get("progress")) or 0.0, least), _MOST_UNFINISHED)
     eta = 0.0 if status.terminal else _eta(data.get("etaRelative"))
-    state = data.get("state")
     message = data.get("message")
-    body = render_json(
+    head = render_json(
         {
             "taskId": key.task_id,
             "api": key.operation.api,
@@ -209,17 +217,17 @@ def observe(
             "etaSeconds": eta,
             "message": message if isinstance(message, str) else None,
             "terminal": status.terminal,
-            "state": state if isinstance(state, dict) else None,
         }
     )
+    body = b'%b,"state":%b}' % (head[:-1], _state(data.get("state")))
     etag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
-    return Snapshot(key, fetched_at, lifetimes[status], envelope, status, progress, eta, body, etag, stamp)
+    return Snapshot(key, fetched_at, lifetime, envelope, status, progress, eta, body, etag, stamp)
 
 
 def vendor_status(data: Mapping[str, Any]) -> Status:
-    """Return the status in the gateway's words; UNKNOWN for whatever was never seen before."""
+    """Return the status in the gateway's words, whatever its case; UNKNOWN for what was never seen before."""
     status = data.get("status")
-    return _VENDOR_STATUS.get(status, Status.UNKNOWN) if isinstance(status, str) else Status.UNKNOWN
+    return _VENDOR_STATUS.get(status.lower(), Status.UNKNOWN) if isinstance(status, str) else Status.UNKNOWN
 
 
 def render_json(value: Any) -> bytes:
@@ -232,44 +240,20 @@ def render_json(value: Any) -> bytes:
     return text.encode(errors="backslashreplace")
 
 
-def _clean_envelope(envelope: dict[str, Any], redact: Callable[[str], str]) -> dict[str, Any]:
-    try:
-        cleaned: dict[str, Any] = _clean(envelope, redact)
-    except RecursionError as exc:
-        raise UpstreamInvalid("the upstream's answer nests too deep") from exc
-    return cleaned
+def _state(state: Any) -> bytes:
+    """Return the vendor's object as it came, but on one line; null for anything else."""
+    if isinstance(state, msgspec.Raw):
+        return one_line(state) if bytes(state).startswith(b"{") else b"null"
+    return render_json(state if isinstance(state, dict) else None)
 
 
-def _clean(value: Any, redact: Callable[[str], str]) -> Any:
-    # String by string: a mask over the raw text would miss a secret behind JSON's escapes, and would
-    # take the closing quotes and braces with it.
-    if isinstance(value, str):
-        return redact(value)
-    if isinstance(value, dict):
-        return {redact(name): _clean(item, redact) for name, item in value.items()}
-    return [_clean(item, redact) for item in value] if isinstance(value, list) else value
-
-
-def _detail(envelope: Mapping[str, Any]) -> UpstreamDetail:
-    return UpstreamDetail(
-        invoke_id=_text(envelope, "apiInvokeId"),
-        err_code=_text(envelope, "errCode"),
-        err_message=_text(envelope, "errMessage"),
-        sub_err_code=_text(envelope, "subErrCode"),
-        sub_err_message=_text(envelope, "subErrMessage"),
-    )
-
-
-def _text(envelope: Mapping[str, Any], name: str, redact: Callable[[str], str] = str) -> str | None:
-    value = envelope.get(name)
-    return None if value is None else redact(str(value))[:_DETAIL_LIMIT]  # a secret that is cut is not known
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+def _number(number: Any) -> float | None:
+    if isinstance(number, str) and _DECIMAL.fullmatch(number):
+        number = float(number)
+    if isinstance(number, bool) or not isinstance(number, int | float):
         return None
     try:
-        return float(value)
+        return float(number) if math.isfinite(number) else None
     except OverflowError:  # an integer of hundreds of digits
         return None
 

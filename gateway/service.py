@@ -202,11 +202,11 @@ class ProgressService:
             too_old = age > self._cache.stale_if_error_seconds
         return None if too_old else Reading(snapshot, age, Source.STALE, failure=failure)
 
-    def _take_off(self, snapshot: Snapshot) -> None:
-        key = snapshot.key
+    def _take_off(self, key: TaskKey, stamp: int) -> None:
+        known = self._store.peek(key)
         # A watch or another replica may have renewed it meanwhile; then its own readers count.
-        if self._store.peek(key) is snapshot and self._store.failure(key) is None:
-            self._flights.start(key, background=True, after=snapshot.stamp)
+        if known is not None and known.stamp == stamp and self._store.failure(key) is None:
+            self._flights.start(key, background=True, after=stamp)
 
     async def _wait(self, key: TaskKey, client: bytes | None, *, patient: bool = False) -> Reading | Failed:
         """Wait for the key's flight; `patient`: even while it is held up by the budget."""

@@ -21,13 +21,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 import structlog
 
 from gateway.alarms import Alarms
-from gateway.exceptions import GatewayError, Overloaded
+from gateway.exceptions import GatewayError, Overloaded, UpstreamRejected
 from gateway.metrics import Metrics
 from gateway.models import Snapshot, TaskKey
 from gateway.readings import Failed
@@ -58,15 +59,22 @@ class Kind(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Update:
-    """What there is to tell about one task: its snapshot, or why there is none.
+    """What there is to tell about one task: its snapshot, or why there is none; both without their envelopes.
 
-    `encoded` is for whoever sends it: what is encoded once can be shared by all watchers.
+    Of a watched task it is held, uncounted by the store. `encoded` is shared by all who are sent it.
     """
 
     key: TaskKey
     snapshot: Snapshot | None = None
     failure: GatewayError | None = None
     encoded: bytes = b""
+
+    def __post_init__(self) -> None:
+        if self.snapshot is not None and self.snapshot.envelope:
+            self.snapshot = replace(self.snapshot, envelope=b"")
+        if isinstance(self.failure, UpstreamRejected):
+            self.failure = copy(self.failure)
+            self.failure.envelope = b""
 
     def says_the_same(self, other: Update | None) -> bool:
         """Tell whether a watcher who knows `other` learns nothing from this."""

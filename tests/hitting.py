@@ -51,7 +51,6 @@ class Bench:
             "cross_origin": False,
             "limiter": None,
             "sampler": Sampler(clock=self.clock),
-            "most_found": 10,
         }
         self.hits = Hits(self.service, metrics=metrics, clock=self.clock, **(options | given))
         self.heads = Heads(self.hits.names)

@@ -22,8 +22,8 @@ class Field:
 
     def __init__(self, loop: TickedLoop) -> None:
         self.loop = loop
-        self.gone: list[tuple[Snapshot, float, int]] = []
-        self.ahead = RefreshAhead(lambda known: self.gone.append((known, loop.time(), self.turn)))
+        self.gone: list[tuple[tuple[TaskKey, int], float, int]] = []
+        self.ahead = RefreshAhead(lambda *known: self.gone.append((known, loop.time(), self.turn)))
         self.turn = 0
 
     def plan(self, *snapshots: Snapshot, age: float = 0.0) -> None:
@@ -74,7 +74,7 @@ def test_ahead_newer_plan_replaces_the_older_one(field: Field) -> None:
     field.loop.advance(1.0)
     field.plan(new)
     field.loop.advance(5.0)
-    assert [known for known, _, _ in field.gone] == [new]
+    assert [known for known, _, _ in field.gone] == [(new.key, new.stamp)]
     assert times(field) == [1.0 + LIFETIME]
 
 
@@ -84,7 +84,7 @@ def test_ahead_lets_a_crowd_go_a_few_at_a_time(field: Field) -> None:
     field.plan(*crowd)
     field.loop.call_later(LIFETIME, field.count_turns, 20)
     field.loop.advance(LIFETIME)
-    assert sorted(known.key for known, _, _ in field.gone) == [known.key for known in crowd]
+    assert sorted(key for (key, _), _, _ in field.gone) == [known.key for known in crowd]
     turns = [turn for _, _, turn in field.gone]
     assert max(turns.count(turn) for turn in turns) <= 4
     assert turns == sorted(turns)

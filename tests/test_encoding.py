@@ -1,67 +1,184 @@
 """What replicas write for each other: read back whole, or refused."""
 
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.exceptions import UpstreamBusy, UpstreamDetail, UpstreamError, UpstreamRejected, UpstreamTimeout
-from gateway.models import Operation, Snapshot, Status, TaskKey
+from gateway.models import Operation, Snapshot, Status, TaskKey, observe
 from gateway.stores.encoding import (
+    Head,
     Undecodable,
+    _digest,
     decode_failure,
     decode_snapshot,
     encode_failure,
     encode_snapshot,
+    failure_seconds,
+    split_stored,
 )
+from tests.seen import answered, seen
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
 OTHERS = [KEY._replace(task_id="other"), KEY._replace(operation=Operation.SD_GET_RESULT)]
-SNAPSHOT = Snapshot(KEY, 1.0, 2.0, b"envelope", Status.RUNNING, 0.5, 3.0, b"body", '"tag"', 7)
-FAILURE = UpstreamTimeout("too late", retry_after=1.5)
+SNAPSHOT = seen(KEY, at=1.0, lifetime=2.0, stamp=7, message="a\nb", etaRelative=3, state={"job": "x", "n": 1})
+FAILURE = UpstreamTimeout("too late", detail=UpstreamDetail(err_code="E"), retry_after=1.5)
+REJECTED = UpstreamRejected(
+    "the upstream rejected the query",
+    envelope=b'{"status":20,\r\n"errCode":"E"}',
+    detail=UpstreamDetail(err_code="E"),
+)
+FIELDS = [name for name in Snapshot.__slots__ if name not in {"polls", "shown_until"}]
+
+numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers()
+data = st.fixed_dictionaries(
+    {},
+    optional={
+        "progress": numbers,
+        "etaRelative": numbers,
+        "lastQueueRemaining": numbers,
+        "message": st.none() | st.text(),
+        "state": st.none() | st.dictionaries(st.text(), numbers | st.text()),
+    },
+)
+statuses = st.sampled_from(["waiting", "running", "succeeded", "failed", "canceled", "new"])
+
+
+def stored(snapshot: Snapshot) -> bytes:
+    """Return a snapshot as it is stored."""
+    head = (snapshot.stamp, 11, round(snapshot.lifetime * 1e6), 12, int(snapshot.terminal))
+    return b"sdg3 %d %d %d %d %d\n%b" % (*head, encode_snapshot(snapshot))
+
+
+def read(value: bytes, key: TaskKey = KEY) -> Snapshot:
+    """Read what is stored. Raises: Undecodable."""
+    head, encoded = split_stored(value)
+    return decode_snapshot(encoded, key, head, fetched_at=1.0)
+
+
+def fields_of(snapshot: Snapshot) -> list[Any]:
+    return [getattr(snapshot, name) for name in FIELDS]
+
+
+def sealed(header: dict[str, Any], envelope: bytes) -> bytes:
+    """Return what a hand that knows the way would write."""
+    content = json.dumps(header).encode() + b"\n" + envelope
+    return _digest(content) + b" " + content
+
+
+def opened(encoded: bytes) -> tuple[dict[str, Any], bytes]:
+    header, _, envelope = encoded.partition(b" ")[2].partition(b"\n")
+    return json.loads(header), envelope
+
+
+@given(statuses, data, st.sampled_from([KEY, *OTHERS]), st.floats(0, 1e6), st.integers(0, 2**53))
+def test_snapshot_is_read_as_it_was_written(
+    status: str, data: dict[str, Any], key: TaskKey, lifetime: float, stamp: int
+) -> None:
+    """Every field comes back; those that travel beside it are what the reader says."""
+    snapshot = seen(key, status, at=1.0, lifetime=round(lifetime, 6), stamp=stamp, **data)
+    assert fields_of(read(stored(snapshot), key)) == fields_of(snapshot)
+
+
+def test_snapshot_keeps_what_it_has_of_its_predecessors() -> None:
+    """The mark of a running task, and the end of a task that has ended, survive the way through the store."""
+    lifetimes: dict[Status | None, float] = dict.fromkeys([None, *Status], 2.0)
+
+    def after(previous: Snapshot, **data: Any) -> Snapshot:
+        envelope = answered(KEY, **data)
+        given = json.loads(envelope)["data"]
+        return observe(given, envelope, KEY, fetched_at=1.0, lifetimes=lifetimes, previous=previous, stamp=8)
+
+    fallen = after(SNAPSHOT, status="running", progress=0.2)
+    ended = after(seen(KEY, "failed", lifetime=2.0), status="running")
+    for snapshot in (fallen, ended):
+        assert fields_of(read(stored(snapshot))) == fields_of(snapshot)
+    assert (fallen.progress, ended.status) == (0.5, Status.FAILED)
+
+
+@given(st.data())
+def test_snapshot_that_is_damaged_is_refused_or_whole(draw: st.DataObject) -> None:
+    """Any byte changed, removed or added, anywhere: the same snapshot, or none. Only times are the head's."""
+    value = stored(SNAPSHOT)
+    start = draw.draw(st.integers(0, len(value)))
+    end = draw.draw(st.integers(start, min(start + 3, len(value))))
+    damaged = value[:start] + draw.draw(st.binary(max_size=3)) + value[end:]
+    try:
+        snapshot = read(damaged)
+    except Undecodable:
+        return
+    assert fields_of(snapshot) == fields_of(SNAPSHOT)
 
 
 @given(
-    st.builds(
-        Snapshot,
-        key=st.sampled_from([KEY, *OTHERS]),
-        fetched_at=st.floats(0, 1e9),
-        lifetime=st.floats(0, 1e6),
-        envelope=st.binary(),
-        status=st.none() | st.sampled_from(Status),
-        progress=st.none() | st.floats(0, 1),
-        eta_seconds=st.none() | st.floats(0, 1e9),
-        body=st.binary(),
-        etag=st.text(st.characters(codec="ascii")),
-        stamp=st.integers(0, 2**53),
-    )
+    st.sampled_from(["operation", "task", "progress", "stamp", "lifetime", "more"]),
+    st.booleans() | numbers | st.text() | st.lists(st.none()) | st.sampled_from([1e999, 0.5, 7]),
 )
-def test_snapshot_is_read_as_it_was_written(snapshot: Snapshot) -> None:
-    """Every field comes back; those that travel beside it are what the reader says."""
-    read = decode_snapshot(
-        encode_snapshot(snapshot), snapshot.key, fetched_at=snapshot.fetched_at, stamp=snapshot.stamp
-    )
-    for name in Snapshot.__slots__:
-        assert getattr(read, name) == getattr(snapshot, name)
-
-
-@given(st.integers(0, 200), st.binary(max_size=3))
-def test_snapshot_that_is_damaged_is_refused_or_whole(place: int, garbage: bytes) -> None:
-    """Cut off, or with other bytes within, it is refused; what is not refused is about the very task."""
-    encoded = encode_snapshot(SNAPSHOT)
-    damaged = encoded[:place] + garbage
-    if damaged == encoded:
+def test_snapshot_with_another_header_is_refused_or_whole(name: str, value: Any) -> None:
+    """Any field changed by a hand that knows the digest: the same snapshot or none, or a mark that may be."""
+    header, envelope = opened(encode_snapshot(SNAPSHOT))
+    try:
+        snapshot = read(b"sdg3 7 11 2000000 12 0\n" + sealed(header | {name: value}, envelope))
+    except Undecodable:
         return
+    if name == "progress":
+        assert 0.5 <= (snapshot.progress or 0.0) <= 0.999
+        assert json.loads(snapshot.body)["progress"] == snapshot.progress
+    else:
+        assert fields_of(snapshot) == fields_of(SNAPSHOT)
+
+
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"status":10,"data":null}',
+        b'{"status":20,"data":{"taskId":"task"}}',
+        answered(KEY._replace(task_id="other")),
+        answered(KEY, "succeeded"),  # under the head of one that runs
+        answered(KEY, progress=0.6),  # beyond the mark
+        answered(KEY).replace(b"0.5", b"NaN"),
+        answered(KEY).replace(b"0.5", b"1e999"),
+        answered(KEY) + b"x",
+        b"\xff" + answered(KEY),
+    ],
+)
+def test_snapshot_of_another_envelope_is_refused(envelope: bytes) -> None:
+    """An envelope that is none of this task's, or contradicts what stands before it, is no snapshot."""
+    header, _ = opened(encode_snapshot(SNAPSHOT))
     with pytest.raises(Undecodable):
-        decode_snapshot(damaged, KEY, fetched_at=1.0, stamp=7)
+        read(b"sdg3 7 11 2000000 12 0\n" + sealed(header, envelope))
+
+
+@pytest.mark.parametrize(
+    "head", ["7 11 2000001 12 0", "8 11 2000000 12 0", "7 11 2000000 12 1", "7 11 9999999999999 12 0", "7"]
+)
+def test_snapshot_under_another_head_is_refused(head: str) -> None:
+    """The head says the same as what it stands before."""
+    with pytest.raises(Undecodable):
+        read(f"sdg3 {head}\n".encode() + encode_snapshot(SNAPSHOT))
+
+
+def test_lifetime_is_within_the_settings_bounds() -> None:
+    """No snapshot is fresh for longer than a setting can say."""
+    assert split_stored(b"sdg3 1 2 2592000000000 3 0\n") == (
+        Head(1, 2, 2_592_000_000_000, 3, terminal=False),
+        b"",
+    )
+    with pytest.raises(Undecodable):
+        split_stored(b"sdg3 1 2 2592000000001 3 0\n")
 
 
 @pytest.mark.parametrize("key", OTHERS)
 def test_encoded_for_another_task_is_refused(key: TaskKey) -> None:
     """Neither a snapshot nor a failure is ever taken for another task's."""
     with pytest.raises(Undecodable):
-        decode_snapshot(encode_snapshot(SNAPSHOT), key, fetched_at=1.0, stamp=7)
+        read(stored(SNAPSHOT), key)
     with pytest.raises(Undecodable):
         decode_failure(encode_failure(KEY, FAILURE), key)
 
@@ -71,31 +188,98 @@ def test_encoded_for_another_task_is_refused(key: TaskKey) -> None:
     [
         FAILURE,
         UpstreamBusy("unwell"),
-        UpstreamError("?", detail=UpstreamDetail("1", "2", "3", "4", "5", "6"), retry_after=0.0),
-        UpstreamRejected("no", envelope=bytes(range(256)), detail=UpstreamDetail(err_code="E")),
+        UpstreamError("?", detail=UpstreamDetail("1", "2", "3", "4", "5", "无 　"), retry_after=0.0),
+        REJECTED,
     ],
 )
 def test_failure_is_read_as_it_was_written(failure: UpstreamError) -> None:
     """A failure comes back as what it was, with all it tells."""
-    read = decode_failure(encode_failure(KEY, failure), KEY)
-    assert type(read) is type(failure)
-    assert (str(read), vars(read)) == (str(failure), vars(failure))
+    found = decode_failure(encode_failure(KEY, failure), KEY)
+    assert type(found) is type(failure)
+    assert (str(found), vars(found)) == (str(failure), vars(failure))
+
+
+def test_failure_is_written_without_control_characters() -> None:
+    """An upstream's text may have line breaks, or an escape; what replicas share has none."""
+    failure = UpstreamTimeout("too late", detail=UpstreamDetail(err_message="a\r\nb\x1bc\x9b" + "x" * 600))
+    found = decode_failure(encode_failure(KEY, failure), KEY)
+    assert found.detail == UpstreamDetail(err_message=("a  b c " + "x" * 600)[:500])
 
 
 @pytest.mark.parametrize(
-    "change", [{"kind": "SystemExit"}, {"kind": None}, {"detail": {"x": 1}}, {"retryAfter": "x"}]
+    "change",
+    [
+        {"kind": "SystemExit"},
+        {"kind": "UpstreamRejected"},
+        {"kind": None},
+        {"detail": {"x": "1"}},
+        {"detail": {}},
+        {"detail": "x"},
+        {"retry_after": "x"},
+        {"retry_after": -1},
+        {"retry_after": 1e9},
+        {"retry_after": float("inf")},
+        {"retry_after": float("nan")},
+        {"message": "a\r\nSet-Cookie: a=b"},
+        {"message": "\x1b[2J"},
+        {"message": "x" * 501},
+        {"message": None},
+        {"more": 1},
+    ],
 )
 def test_failure_that_is_none_of_ours_is_refused(change: dict[str, object]) -> None:
     """Only the upstream's failures are read, and only with what belongs to them."""
-    value = json.loads(encode_failure(KEY, FAILURE)) | change
+    header, envelope = opened(encode_failure(KEY, FAILURE))
     with pytest.raises(Undecodable):
-        decode_failure(json.dumps(value).encode(), KEY)
+        decode_failure(sealed(header | change, envelope), KEY)
+
+
+@pytest.mark.parametrize("envelope", [b"", b"[]", b"{}", b'{"status":10}', b'{"status":"20"}', b"\xff", b"{"])
+def test_rejection_without_its_envelope_is_refused(envelope: bytes) -> None:
+    """What is passed on as the vendor's word is an envelope that says no."""
+    header, _ = opened(encode_failure(KEY, REJECTED))
+    with pytest.raises(Undecodable):
+        decode_failure(sealed(header, envelope), KEY)
+
+
+@given(st.data())
+def test_failure_that_is_damaged_is_refused_or_whole(draw: st.DataObject) -> None:
+    """Any byte changed, removed or added: the same failure, or none."""
+    for failure in (FAILURE, REJECTED):
+        value = encode_failure(KEY, failure)
+        start = draw.draw(st.integers(0, len(value)))
+        end = draw.draw(st.integers(start, min(start + 3, len(value))))
+        damaged = value[:start] + draw.draw(st.binary(max_size=3)) + value[end:]
+        try:
+            found = decode_failure(damaged, KEY)
+        except Undecodable:
+            continue
+        assert (type(found), str(found), vars(found)) == (type(failure), str(failure), vars(failure))
+
+
+@pytest.mark.parametrize("time", [b"", b"x", b"-1", b"1_0", b" 1", b"9" * 13, b"9" * 5000, -1, 10**12, 2**80])
+def test_failure_is_remembered_for_no_odd_time(time: bytes | int) -> None:
+    """What is no time within the settings' bounds is refused."""
+    with pytest.raises(Undecodable):
+        failure_seconds(time)
+
+
+def test_failure_is_remembered_for_its_time() -> None:
+    """Milliseconds are told, in a message or by the server."""
+    assert (failure_seconds(b"1500"), failure_seconds(1500)) == (1.5, 1.5)
 
 
 @pytest.mark.parametrize("garbage", [b"", b"null", b"[]", b"{}", b"[" * 100_000, b"\xff", b'"text"'])
 def test_garbage_is_refused(garbage: bytes) -> None:
     """Whatever else stands there is refused in one way."""
-    with pytest.raises(Undecodable):
-        decode_failure(garbage, KEY)
-    with pytest.raises(Undecodable):
-        decode_snapshot(garbage, KEY, fetched_at=1.0, stamp=7)
+    for value in (
+        garbage,
+        _digest(garbage) + b" " + garbage,
+        _digest(garbage + b"\n") + b" " + garbage + b"\n",
+    ):
+        with pytest.raises(Undecodable):
+            decode_failure(value, KEY)
+        with pytest.raises(Undecodable):
+            read(b"sdg3 7 11 2000000 12 0\n" + value)
+        with pytest.raises(Undecodable):
+            read(value)

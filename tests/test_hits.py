@@ -171,16 +171,19 @@ async def test_hits_find_the_newest_again(bench: Bench) -> None:
     assert bench.ask() is None
 
 
-async def test_hits_found_are_bounded_and_looked_up_again(bench: Bench) -> None:
-    """What is remembered of targets is no more than the store may hold, and is forgotten twice a minute."""
-    one = bench.keep()
-    for number in range(100):
-        bench.store.keep(replace(one, key=KEY._replace(task_id=f"other{number}")))
-        assert bench.ask(b"/v1/progress/other%d" % number)
-    assert 0 < len(bench.hits._found) <= 11
-    bench.now += 31
-    assert bench.ask(b"/v1/progress/other99")
-    assert len(bench.hits._found) == 1
+async def test_hits_hold_no_snapshots_beyond_their_bound(bench: Bench) -> None:
+    """Answers that are kept to be given again hold at most 8 MiB, whatever the store has dropped."""
+    one = bench.keep(body=b"x" * 878_000)
+    for number in range(40):
+        bench.store.keep(replace(one, key=KEY._replace(task_id=f"other{number}"), stamp=number))
+        for _ in range(3):
+            assert bench.ask(b"/v1/progress/other%d" % number)
+    kept = [hit for hit in bench.hits._made.values() if hit is not None]
+    assert 0 < sum(len(hit.reading.snapshot.body) + len(hit.rendered[1]) for hit in kept) <= 8_388_608
+    assert len(bench.store) == 10
+    larger = bench.keep(body=b"x" * 5_000_000)
+    assert [bench.ask() for _ in range(3)] == [bench.ask()] * 3
+    assert larger not in [hit.reading.snapshot for hit in bench.hits._made.values() if hit is not None]
 
 
 async def test_hits_are_counted_one_by_one(bench: Bench) -> None:

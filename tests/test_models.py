@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gateway.envelopes import read_envelope
 from gateway.exceptions import InvalidTaskId, UpstreamInvalid, UpstreamRejected
 from gateway.models import (
     Operation,
@@ -16,7 +17,6 @@ from gateway.models import (
     TaskKey,
     check_task_id,
     observe,
-    read_envelope,
     render_json,
     strict_json,
     vendor_status,
@@ -128,6 +128,18 @@ def seen(
     return observe(data, body, key, fetched_at=at, lifetimes=LIFETIMES, previous=previous, stamp=stamp)
 
 
+def of(body: bytes, previous: Snapshot | None = None) -> Snapshot:
+    """Return the snapshot of an envelope, read as it comes from upstream."""
+    return observe(
+        read_envelope(body, KEY, redact=same).data,
+        body,
+        KEY,
+        fetched_at=0.0,
+        lifetimes=LIFETIMES,
+        previous=previous,
+    )
+
+
 def shown(snapshot: Snapshot) -> dict[str, Any]:
     """Return what a caller is shown, parsed as strictly as can be."""
     body: dict[str, Any] = strict_json(snapshot.body)
@@ -208,8 +220,22 @@ def test_read_envelope_tells_the_vendors_id_of_the_call(given: Any, told: str | 
 
 @pytest.mark.parametrize(
     "body",
-    [b"<html>", b"", b"\xff\xfe", b'{"status":10,"data":NaN}', b'{"status":10,"data":1e999}', nested(50_000)],
-    ids=repr,
+    [
+        b"<html>",
+        b"",
+        b"\xff\xfe",
+        b'{"status":10,"data":NaN}',
+        b'{"status":10,"data":1e999}',
+        b'{"status":10,"data":{"taskId":"%b","state":{"a":[1,-1E+400]}}}' % TASK.encode(),
+        b'{"status":10,"data":%b.5}' % (b"9" * 400),
+        b'{"status":10,"data":{"state":{"a":"\xff"}}}',
+        b'{"status":10,"data":{"state":{"a":"\n"}}}',
+        b'{"status":10,"data":{"state":{"a":Infinity}}}',
+        b'{"status":10,"x":%b}' % nested(50_000),
+        b'{"status":10}{}',
+        b"\xef\xbb\xbf{}",
+    ],
+    ids=lambda body: repr(body[:40]),
 )
 def test_read_envelope_refuses_what_is_not_json(body: bytes) -> None:
     """An answer that is not strict JSON in UTF-8 is invalid."""
@@ -290,7 +316,7 @@ def test_read_envelope_redacts_a_rejection() -> None:
         assert (clean["status"], clean["apiInvokeId"], clean["subErrCode"]) == (20, "i_1", "S")
         detail = caught.value.detail
         assert detail is not None
-        assert detail.sub_err_message == f"['of {MASK}', 1]"
+        assert detail.sub_err_message == f'["of {MASK}", 1]'
         assert "LTAI" not in repr(detail)
 
 
@@ -344,12 +370,13 @@ def test_read_envelope_returns_data_or_raises_its_own(value: Any) -> None:
 
 @pytest.mark.parametrize(("spelling", "status"), SPELLINGS)
 def test_vendor_status_knows_each_spelling(spelling: str, status: Status) -> None:
-    """Both spellings of success and of canceled mean the same."""
-    assert vendor_status({"status": spelling}) is status
+    """Both spellings of success and of canceled mean the same, in whatever case."""
+    for written in (spelling, spelling.upper(), spelling.title()):
+        assert vendor_status({"status": written}) is status
 
 
 @pytest.mark.parametrize(
-    "status", ["", "paused", "RUNNING", " running", None, True, 10, [], {}, 1e308, "\ud800"]
+    "status", ["", "paused", " running", "running ", None, True, 10, [], {}, 1e308, "\ud800"]
 )
 def test_vendor_status_takes_anything_else_for_unknown(status: Any) -> None:
     """A status never seen before, of whatever type, is unknown and no error."""
@@ -420,14 +447,36 @@ def test_observe_gives_the_lifetime_of_the_status(spelling: str, status: Status)
 
 @pytest.mark.parametrize(
     ("raw", "progress"),
-    [(0, 0), (1, 1), (0.5, 0.5), (-1, 0), (1.5, 1), (10**30, 1), (-0.0, 0), (5e-324, 5e-324), (100, 1)],
+    [
+        (0, 0),
+        (1, 0.999),
+        (0.9995, 0.999),
+        (0.5, 0.5),
+        (-1, 0),
+        (1.5, 0.999),
+        (10**30, 0.999),
+        (-0.0, 0),
+        (5e-324, 5e-324),
+        (100, 0.999),
+        ("0.35", 0.35),
+        ("35e-2", 0.35),
+        ("-1", 0),
+        ("7", 0.999),
+    ],
 )
 def test_observe_clamps_progress(raw: float, progress: float) -> None:
-    """Progress is 0 to 1, whatever the vendor's number."""
-    assert shown(seen(status="running", progress=raw))["progress"] == progress
+    """Progress is 0 to 1, whatever the vendor's number, in a string or not; 1 only of what has succeeded."""
+    for status in ("waiting", "running", "paused", "failed", "canceled"):
+        assert shown(seen(status=status, progress=raw))["progress"] == progress
 
 
-@pytest.mark.parametrize("oddity", [value for value in ODDITIES if value != 1e308])
+@pytest.mark.parametrize(
+    "oddity",
+    [
+        *(value for value in ODDITIES if value not in (1e308, "0.5")),
+        *("٣", "0,5", " 0.5", "0x1", "1_0", "nan", "Infinity", "1e999", "9" * 401, "."),
+    ],
+)
 def test_observe_takes_an_odd_progress_for_0(oddity: Any) -> None:
     """What is no number, or beyond every float, is no progress."""
     assert seen(status="running", progress=oddity).progress == 0.0
@@ -479,6 +528,48 @@ def test_observe_never_lets_progress_fall_while_running() -> None:
     assert seen(low, status="running", progress=0.1).progress == 0.65
     assert seen(low, status="running", progress=0.7).progress == 0.7
     assert seen(seen(status="running", progress=0), status="running", progress=0.2).progress == 0.2
+
+
+def test_observe_stays_at_the_mark_in_a_second_pass() -> None:
+    """When the vendor's number begins anew near its end, the mark stays until the task has succeeded."""
+    shown_at = None
+    for number, mark in [(0.94, 0.94), (1.0, 0.999), (0.02, 0.999), (0.49, 0.999), (0.98, 0.999)]:
+        shown_at = seen(shown_at, status="running", progress=number)
+        assert shown_at.progress == shown(shown_at)["progress"] == mark
+    assert seen(shown_at, status="succeeded", progress=0.5).progress == 1.0
+
+
+def test_observe_reads_numbers_in_strings() -> None:
+    """A number in a string counts as one, for the queue and the time that is left too."""
+    assert shown(seen(status="waiting", lastQueueRemaining="3"))["queueRemaining"] == 3
+    assert shown(seen(status="running", etaRelative="12.5"))["etaSeconds"] == 12.5
+    assert shown(seen(status="running", etaRelative="0"))["etaSeconds"] is None
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        r'{{"big":{},"neg":-{}}}'.format("9" * 5000, "8" * 400),
+        r'{"a":1,"a":2,"x":1.0,"e":1E+2,"z":0.10000000000000000001}',
+        rf'{{"a":"\u00e9\/\n","deep":{nested(600).decode()}}}',
+        r'{"text":"1e999 and 0e000", "small":1e-999}',
+        "{}",
+    ],
+)
+def test_observe_shows_the_state_to_the_byte(state: str) -> None:
+    """The vendor's object is neither read nor written anew: integers of any size come out as they came."""
+    snapshot = of(b'{"status":10,"data":{"taskId":"%b","state":%b}}' % (TASK.encode(), state.encode()))
+    assert snapshot.body.endswith(b'"state":%b}' % state.encode())
+
+
+def test_observe_shows_the_state_on_one_line() -> None:
+    """A state that came with line breaks has none where a stream's event would end at them."""
+    body = b'{"status":10,"data":{"taskId":"%b",\r\n"state":{"a":\r[1,\n2],"b":"\\n"}}}' % TASK.encode()
+    snapshot = of(body)
+    assert b"\n" not in snapshot.body
+    assert b"\r" not in snapshot.body
+    assert shown(snapshot)["state"] == {"a": [1, 2], "b": "\n"}
+    assert snapshot.envelope == body
 
 
 @pytest.mark.parametrize("between", ["waiting", "paused"])
@@ -574,7 +665,27 @@ def test_observe_refuses_a_state_that_nests_too_deep() -> None:
 def test_render_json_escapes_half_a_surrogate_pair() -> None:
     """What has no UTF-8 is escaped as JSON does; all else is UTF-8, and compact."""
     assert render_json({"a": "\ud800", "b": "画", "c": "😀"}) == '{"a":"\\ud800","b":"画","c":"😀"}'.encode()
-    assert shown(seen(message="\udfff"))["message"] == "\udfff"
+
+
+@pytest.mark.parametrize(
+    ("escaped", "read"),
+    [
+        (r"\ud83d", "\ufffd"),
+        (r"\uDE00x", "\ufffdx"),
+        (r"\ud83d\ud83d\ude00", "\ufffd😀"),
+        (r"\ud83d\ude00\ude00", "😀\ufffd"),
+        (r"\\ud83d\ud83d\\", "\\ud83d\ufffd\\"),
+        (r"\ud83d\u0041", "\ufffdA"),
+    ],
+)
+def test_observe_shows_half_a_surrogate_pair_as_the_replacement_character(escaped: str, read: str) -> None:
+    """Text that was cut within an emoji is shown as every decoder can read it; the envelope stays."""
+    body = (
+        rf'{{"status":10,"data":{{"taskId":"{TASK}","message":"{escaped}","state":{{"job":"{escaped}"}}}}}}'
+    )
+    snapshot = of(body.encode())
+    assert (shown(snapshot)["message"], shown(snapshot)["state"]) == (read, {"job": read})
+    assert snapshot.envelope == body.encode()
 
 
 def test_render_json_writes_nothing_that_json_has_not() -> None:

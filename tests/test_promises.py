@@ -203,7 +203,7 @@ class FakeUpstream:
         now, story, status = self._loop.time(), self.stories[key], vendor_status(data)
         if status is not Status.RUNNING or now - (story.arrived or now) >= MEMORY_SECONDS:
             story.highest = 0.0
-        story.answers[data["mark"]] = story.arrived = now
+        story.answers[data["message"]] = story.arrived = now
         story.failing = False
         lifetime = self.lifetime(key, status)
         if story.shown is not None and story.shown.terminal:  # whatever was said: it stays as it ended
@@ -460,7 +460,7 @@ class Promises(RuleBasedStateMachine):
     def _answer(self, key: TaskKey, status: str, progress: float) -> None:
         mark = f"answer {next(self.marks)}"
         self.upstream.air[key].set_result(
-            {"taskId": key.task_id, "status": status, "progress": progress, "mark": mark}
+            {"taskId": key.task_id, "status": status, "progress": progress, "message": mark}
         )
         self.loop.settle()
 
@@ -523,10 +523,11 @@ class Promises(RuleBasedStateMachine):
     def _judge_content(self, key: TaskKey, snapshot: Snapshot) -> None:
         """Each shows what upstream said of this task, and takes back nothing that was shown before."""
         story, shown = self.upstream.stories[key], self.upstream.stories[key].shown
-        data = json.loads(snapshot.envelope)["data"]
+        # An update comes without its envelope.
+        data = json.loads(snapshot.envelope)["data"] if snapshot.envelope else json.loads(snapshot.body)
         assert snapshot.key == key
         assert data["taskId"] == key.task_id
-        came = story.answers[data["mark"]]
+        came = story.answers[data["message"]]
         assert snapshot.fetched_at == came or (snapshot.terminal and came < snapshot.fetched_at)
         assert snapshot.fetched_at <= self.loop.time()
         if shown is not None and abs(snapshot.fetched_at - shown.fetched_at) < MEMORY_SECONDS:

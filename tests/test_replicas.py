@@ -454,7 +454,7 @@ def place(server: StoreServer, task_id: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "garbage", [b"", b"garbage", b"sdg2 1 1 1 1 0\n{}", b"sdg2 9 9 99999999999999999 9 1\n"]
+    "garbage", [b"", b"garbage", b"sdg3 1 1 1 1 0\n{}", b"sdg3 9 9 99999999999999999 9 1\n"]
 )
 def test_replicas_overwrite_garbage(garbage: bytes, server: StoreServer, replicas: list[Gateway]) -> None:
     """Values that make no sense are as good as none, and sense takes their place."""

@@ -1235,7 +1235,8 @@ async def test_get_refreshes_nothing_ahead_that_was_renewed_meanwhile(bench: Ben
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
         await bench.get(KEY)
-    bench.store.keep(replace(first.snapshot, fetched_at=bench.clock.now, polls=0))
+    newer = replace(first.snapshot, fetched_at=bench.clock.now, stamp=first.snapshot.stamp + 1, polls=0)
+    bench.store.keep(newer)
     for _ in range(polls):
         await bench.get(KEY)
     due = asyncio.Event()

@@ -9,15 +9,22 @@ from uuid import uuid4
 import pytest
 from prometheus_client import CollectorRegistry
 
-from gateway.exceptions import GatewayError, UpstreamTimeout, UpstreamUnreachable
+from gateway.exceptions import (
+    GatewayError,
+    UpstreamDetail,
+    UpstreamRejected,
+    UpstreamTimeout,
+    UpstreamUnreachable,
+)
 from gateway.metrics import Metrics
 from gateway.models import Operation, Snapshot, Status, TaskKey
 from gateway.redaction import Redactor
 from gateway.settings import Store as StoreSettings
 from gateway.stores import Lease, Store
-from gateway.stores.memory import MEMORY_SECONDS, MemoryStore
+from gateway.stores.memory import ENTRY_BYTES, MEMORY_SECONDS, MemoryStore
 from gateway.stores.valkey import ValkeyStore
 from tests.harness import Json, eventually
+from tests.seen import said, seen
 from tests.storeserver import shared_by
 
 STALE_SECONDS = 60.0
@@ -60,8 +67,10 @@ async def make(shared: Json | None, clock: Clock) -> AsyncIterator[Make]:
     """Return a function that makes an empty store of the kind under test."""
     async with AsyncExitStack() as stack:
 
-        async def make(max_tasks: int = 100) -> Store:
-            memory = MemoryStore(max_tasks=max_tasks, stale_seconds=STALE_SECONDS, clock=clock)
+        async def make(max_tasks: int = 100, max_bytes: int = 1_000_000) -> Store:
+            memory = MemoryStore(
+                max_tasks=max_tasks, max_bytes=max_bytes, stale_seconds=STALE_SECONDS, clock=clock
+            )
             if shared is None:
                 return await stack.enter_async_context(memory)
             store = ValkeyStore(
@@ -107,9 +116,8 @@ def snapshot(clock: Clock) -> Callable[..., Snapshot]:
     """Return a function that makes a snapshot fetched at the clock's time."""
 
     def snapshot(key: TaskKey = KEY, *, age: float = 0.0, **values: Any) -> Snapshot:
-        values = {"envelope": b"{}", "lifetime": LIFETIME, "status": Status.RUNNING, "progress": 0.5} | values
         values.setdefault("stamp", int((clock.now - age) * 1_000_000))
-        return Snapshot(key, clock.now - age, **values)
+        return seen(key, at=clock.now - age, **({"lifetime": LIFETIME} | values))
 
     return snapshot
 
@@ -125,12 +133,12 @@ async def test_store_is_empty_at_first(store: Store) -> None:
 
 async def test_store_keeps_what_is_saved(store: Store, snapshot: Callable[..., Snapshot]) -> None:
     """A saved snapshot is handed out by peek, recall and take_off, with all that it holds."""
-    one = snapshot(envelope=b"envelope", body=b"body", etag='"tag"', eta_seconds=3.0)
+    one = snapshot(etaRelative=3.0, message="so far", state={"job": "a\nb"})
     assert await save(store, one) is one
     for kept in (await shown(store, KEY), store.recall(KEY), await store.take_off(KEY)):
         assert isinstance(kept, Snapshot)
         assert (kept.key, kept.fetched_at, kept.lifetime) == (KEY, one.fetched_at, LIFETIME)
-        assert (kept.envelope, kept.body, kept.etag) == (b"envelope", b"body", '"tag"')
+        assert (kept.envelope, kept.body, kept.etag) == (one.envelope, one.body, one.etag)
         assert (kept.status, kept.progress, kept.eta_seconds) == (Status.RUNNING, 0.5, 3.0)
     assert len(store) == 1
 
@@ -141,21 +149,21 @@ async def test_store_keeps_tasks_and_operations_apart(
     """A task's snapshot is found under its own operation and ID, and under no other."""
     keys = [TaskKey(operation, task_id) for operation in Operation for task_id in ("a", "b")]
     for key in keys:
-        await save(store, snapshot(key, envelope=repr(key).encode()))
+        await save(store, snapshot(key, message=repr(key)))
     assert len(store) == len(keys)
     for key in keys:
         kept = await shown(store, key)
         assert kept is not None
-        assert (kept.key, kept.envelope) == (key, repr(key).encode())
+        assert (kept.key, said(kept)) == (key, repr(key))
 
 
 async def test_store_goes_forward(store: Store, clock: Clock, snapshot: Callable[..., Snapshot]) -> None:
     """A newer snapshot takes the older one's place."""
-    await save(store, snapshot(envelope=b"older"))
+    await save(store, snapshot(message="older"))
     clock.now += 1
-    newer = await save(store, snapshot(envelope=b"newer"))
+    newer = await save(store, snapshot(message="newer"))
     assert newer is not None
-    assert newer.envelope == b"newer"
+    assert said(newer) == "newer"
     assert await shown(store, KEY) == newer
     assert len(store) == 1
 
@@ -182,9 +190,9 @@ async def test_store_says_what_it_shows_without_a_lookup(
 
 async def test_store_never_goes_back(store: Store, snapshot: Callable[..., Snapshot]) -> None:
     """An older snapshot does not take a newer one's place; whoever saves it is handed the newer."""
-    newer = await save(store, snapshot(envelope=b"newer"))
+    newer = await save(store, snapshot(message="newer"))
     assert newer is not None
-    assert await save(store, snapshot(age=1, envelope=b"older")) is newer
+    assert await save(store, snapshot(age=1, message="older")) is newer
     assert await shown(store, KEY) is newer
     assert await store.take_off(KEY) is newer
 
@@ -193,11 +201,11 @@ async def test_store_lets_what_has_ended_stay_ended(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
     """No later snapshot of a task that goes on replaces a terminal one; a later terminal one does."""
-    ended = await save(store, snapshot(status=Status.SUCCEEDED, lifetime=600.0))
+    ended = await save(store, snapshot(status="succeeded", lifetime=600.0))
     clock.now += 1
     assert await save(store, snapshot()) is ended
     assert await shown(store, KEY) is ended
-    again = snapshot(status=Status.SUCCEEDED, lifetime=600.0)
+    again = snapshot(status="succeeded", lifetime=600.0)
     assert await save(store, again) is again
 
 
@@ -276,7 +284,7 @@ async def test_store_drops_a_result_that_nobody_may_see(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
     """A result may be large and has no story: it goes as soon as it may not be shown even stale."""
-    await save(store, snapshot(RESULT, status=None, progress=None))
+    await save(store, snapshot(RESULT))
     clock.now += LIFETIME + STALE_SECONDS - 0.1
     assert await shown(store, RESULT) is not None
     clock.now += 0.2
@@ -295,6 +303,77 @@ async def test_store_is_bounded(make: Make, clock: Clock, snapshot: Callable[...
     await save(store, snapshot(keys[3]))
     assert len(store) == 3
     assert [await shown(store, key) is None for key in keys] == [False, True, False, False]
+
+
+async def test_store_is_bounded_in_bytes(make: Make, clock: Clock, snapshot: Callable[..., Snapshot]) -> None:
+    """Bodies, envelopes and failures together stay within max_bytes; the least recently used go first."""
+    store = await make(max_bytes=100_000)
+    keys = [TaskKey(Operation.SD_GET_PROGRESS, name) for name in "abcd"]
+    for key in keys[:3]:
+        clock.now += 0.1
+        kept = await save(store, snapshot(key, message="x" * 14_000))  # it stands in body and envelope
+        assert kept is not None
+    assert store.size() == 3 * (len(kept.body) + len(kept.envelope) + ENTRY_BYTES)
+    assert await shown(store, keys[0]) is not None  # read: now b is the least recently used
+    await save(store, snapshot(keys[3], message="x" * 14_000))
+    assert [await shown(store, key) is None for key in keys] == [False, True, False, False]
+    assert len(store) == 3
+    assert store.size() <= 100_000
+
+
+async def test_store_drops_failures_before_snapshots(
+    make: Make, clock: Clock, snapshot: Callable[..., Snapshot]
+) -> None:
+    """A failure may hold an envelope of a megabyte: it counts, and makes room before any snapshot does."""
+    store = await make(max_bytes=100_000)
+    await save(store, snapshot(message="x" * 14_000))
+    before = store.size()
+    keys = [TaskKey(Operation.SD_GET_PROGRESS, name) for name in "abc"]
+    for key in keys:
+        await fail(store, key, rejection(b'{"status":20,"x":"%b"}' % (b"x" * 30_000)), seconds=60)
+        assert before < store.size() <= 100_000
+    assert [store.failure(key) is None for key in keys] == [True, False, False]
+    await save(store, snapshot(OTHER, message="x" * 14_000))
+    assert [store.failure(key) is None for key in keys] == [True, True, False]
+    assert await shown(store, KEY) is not None
+    clock.now += 61
+    await fail(store, OTHER, UpstreamTimeout("too late"), seconds=0)
+    assert store.failure(keys[2]) is None
+
+
+async def test_store_serves_what_is_too_large_to_be_kept(
+    make: Make, clock: Clock, snapshot: Callable[..., Snapshot]
+) -> None:
+    """What alone exceeds the bound is handed to those who wait for it; what it follows is kept no longer."""
+    store = await make(max_bytes=100_000)
+    heard: list[Snapshot] = []
+    store.on_change(heard.append)
+    small = await save(store, snapshot())
+    clock.now += 1
+    large = snapshot(message="x" * 60_000)
+    assert await save(store, large) is large
+    assert small is not None
+    assert {stored.stamp for stored in heard} == {small.stamp, large.stamp}
+    assert await shown(store, KEY) is None
+    await fail(store, OTHER, rejection(b'{"status":20,"x":"%b"}' % (b"x" * 100_000)), seconds=60)
+    assert store.failure(OTHER) is None
+    assert (len(store), store.size()) == (0, 0)
+
+
+async def test_store_tells_its_size_and_changes_nothing(
+    store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
+) -> None:
+    """Whoever scrapes, on whatever thread, only reads: what has expired goes when a task is looked for."""
+    await save(store, snapshot())
+    clock.now += LIFETIME + MEMORY_SECONDS + 1
+    assert (len(store), store.size() > ENTRY_BYTES) == (1, True)
+    assert await shown(store, OTHER) is None
+    assert (len(store), store.size()) == (0, 0)
+
+
+def rejection(envelope: bytes) -> UpstreamRejected:
+    """Return the failure of a rejected query."""
+    return UpstreamRejected("the upstream rejected the query", envelope=envelope, detail=UpstreamDetail())
 
 
 async def test_store_remembers_a_failure_for_its_time(store: Store, clock: Clock) -> None:
@@ -369,15 +448,15 @@ async def test_store_tells_its_listeners_of_each_change(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
     """Every listener hears of each snapshot that is stored from then on, and finds it there."""
-    heard: list[tuple[bytes, bool]] = []
+    heard: list[tuple[str | None, bool]] = []
     also: list[Snapshot] = []
-    await save(store, snapshot(envelope=b"before"))
-    store.on_change(lambda stored: heard.append((stored.envelope, store.recall(stored.key) == stored)))
+    await save(store, snapshot(message="before"))
+    store.on_change(lambda stored: heard.append((said(stored), store.recall(stored.key) == stored)))
     store.on_change(also.append)
     clock.now += 1
-    await save(store, snapshot(envelope=b"one"))
-    await save(store, snapshot(OTHER, envelope=b"two"))
-    await save(store, snapshot(age=1, envelope=b"too old"))
+    await save(store, snapshot(message="one"))
+    await save(store, snapshot(OTHER, message="two"))
+    await save(store, snapshot(age=1, message="too old"))
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
-    assert heard == [(b"one", True), (b"two", True)]
-    assert [stored.envelope for stored in also] == [b"one", b"two"]
+    assert heard == [("one", True), ("two", True)]
+    assert [said(stored) for stored in also] == ["one", "two"]

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -25,13 +26,15 @@ from gateway.models import Operation, Snapshot, Status, TaskKey
 from gateway.redaction import MASK, Redactor
 from gateway.settings import Store as StoreSettings
 from gateway.stores import Lease
-from gateway.stores.encoding import split_stored
+from gateway.stores.encoding import encode_failure, encode_snapshot, split_stored
 from gateway.stores.feeds import NEWS_SECONDS
+from gateway.stores.link import slot_of
 from gateway.stores.memory import MemoryStore
 from gateway.stores.serverclock import MICROSECONDS
 from gateway.stores.servers import SLOTS, connected
 from gateway.stores.valkey import ValkeyStore
 from tests.harness import PATIENCE_SECONDS, Json, eventually, free_port
+from tests.seen import said, seen
 from tests.storeserver import StoreServer, binary, cluster, guarded, migrate, shared_by
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
@@ -88,8 +91,7 @@ async def other(opened: Open, settings: Json) -> ValkeyStore:
 
 def snapshot(lease: Lease, **values: Any) -> Snapshot:
     """Return a snapshot that was fetched just now."""
-    values = {"envelope": b"{}", "lifetime": 60.0, "status": Status.RUNNING, "progress": 0.5} | values
-    return Snapshot(lease.key, time.monotonic(), stamp=lease.stamp, **values)
+    return seen(lease.key, stamp=lease.stamp, **({"lifetime": 60.0} | values))
 
 
 async def shown(store: ValkeyStore, key: TaskKey = KEY) -> Snapshot | None:
@@ -108,7 +110,7 @@ async def leased(store: ValkeyStore, key: TaskKey = KEY, *, after: int | None = 
 
 async def waiting(store: ValkeyStore, key: TaskKey = KEY) -> asyncio.Task[Any]:
     """Begin to take off where another has the lease; return what goes on when the server has said so."""
-    asked = store._metrics.store_operation_duration.labels("take_off")
+    asked = store._link._metrics.store_operation_duration.labels("take_off")
     before = asked._sum.get()
     flight = asyncio.create_task(store.take_off(key))
     await eventually(lambda: asked._sum.get() > before, "the server was asked")
@@ -120,15 +122,13 @@ async def test_valkey_wakes_who_waits_with_the_answer(one: ValkeyStore, other: V
     """While one has the lease the other waits; what the one lands with is the other's answer, whole."""
     lease = await leased(one)
     flight = await waiting(other)
-    landed = await one.land(
-        lease, snapshot(lease, envelope=b"\xff\n", body=b"body", etag='"tag"', eta_seconds=2.5)
-    )
+    landed = await one.land(lease, snapshot(lease, etaRelative=2.5, message="so\nfar", state={"job": "x"}))
     found = await flight
     assert landed is not None
     assert isinstance(found, Snapshot)
     assert found is await shown(other, KEY)
     assert (found.key, found.stamp, found.lifetime) == (KEY, lease.stamp, 60.0)
-    assert (found.envelope, found.body, found.etag) == (b"\xff\n", b"body", '"tag"')
+    assert (found.envelope, found.body, found.etag) == (landed.envelope, landed.body, landed.etag)
     assert (found.status, found.progress, found.eta_seconds) == (Status.RUNNING, 0.5, 2.5)
     # Both clocks are the same one here: to the other it may look older, and never fresher.
     assert landed.fetched_at - 1 < found.fetched_at <= landed.fetched_at
@@ -139,7 +139,11 @@ async def test_valkey_wakes_who_waits_with_the_answer(one: ValkeyStore, other: V
     [
         UpstreamTimeout("too late"),
         UpstreamThrottled("slow down", retry_after=2.5, detail=UpstreamDetail(err_code="T429")),
-        UpstreamRejected("no", envelope=b'{"status":20}\xff', detail=UpstreamDetail(err_message="no")),
+        UpstreamRejected(
+            "the upstream rejected the query",
+            envelope=b'{"status": 20,\n"errMessage": "no"}',
+            detail=UpstreamDetail(err_message="no"),
+        ),
     ],
     ids=lambda failure: failure.code,
 )
@@ -178,26 +182,26 @@ async def test_valkey_passes_a_lease_on(end: str, one: ValkeyStore, other: Valke
 async def test_valkey_gives_late_comers_what_is_there(one: ValkeyStore, other: ValkeyStore) -> None:
     """Who was not there when it was published asks the server, and is given it."""
     lease = await leased(one)
-    await one.land(lease, snapshot(lease, envelope=b"answer"))
+    await one.land(lease, snapshot(lease, message="answer"))
     assert await shown(other, KEY) is None
     found = await other.take_off(KEY)
     assert isinstance(found, Snapshot)
-    assert found.envelope == b"answer"
+    assert said(found) == "answer"
 
 
 async def test_valkey_tells_every_replica_that_holds_the_task(one: ValkeyStore, other: ValkeyStore) -> None:
     """A change reaches whoever holds the task, and nobody else."""
     lease = await leased(one)
-    await one.land(lease, snapshot(lease, envelope=b"first"))
+    await one.land(lease, snapshot(lease, message="first"))
     await other.take_off(KEY)
     heard: list[Snapshot] = []
     other.on_change(heard.append)
     unheld = await leased(one, KEY._replace(task_id="unheld"))
     await one.land(unheld, snapshot(unheld))
     lease = await leased(one, after=lease.stamp)
-    await one.land(lease, snapshot(lease, envelope=b"second"))
+    await one.land(lease, snapshot(lease, message="second"))
     await eventually(lambda: heard, "the other hears of it")
-    assert [changed.envelope for changed in heard] == [b"second"]
+    assert [said(changed) for changed in heard] == ["second"]
     assert await shown(other, KEY) is heard[0]
     assert await shown(other, unheld.key) is None
 
@@ -208,17 +212,17 @@ async def test_valkey_refuses_a_late_answer(one: ValkeyStore, other: ValkeyStore
     # As if its holder had been paused for longer than a lease lasts.
     await one._end(late, 0, b"")
     lease = await leased(other)
-    assert await one.land(late, snapshot(late, envelope=b"late")) is None
-    await other.land(lease, snapshot(lease, envelope=b"newer"))
-    kept = await one.land(late, snapshot(late, envelope=b"late"))
+    assert await one.land(late, snapshot(late, message="late")) is None
+    await other.land(lease, snapshot(lease, message="newer"))
+    kept = await one.land(late, snapshot(late, message="late"))
     assert kept is not None
-    assert kept.envelope == b"newer"
+    assert said(kept) == "newer"
 
 
 async def test_valkey_lets_what_has_ended_stay_ended(one: ValkeyStore, other: ValkeyStore) -> None:
     """What one replica saw end goes on for no other, though it asks later."""
     lease = await leased(one)
-    await one.land(lease, snapshot(lease, status=Status.SUCCEEDED, progress=1.0))
+    await one.land(lease, snapshot(lease, status="succeeded"))
     lease = await leased(one, after=lease.stamp)
     kept = await other.land(lease, snapshot(lease))
     assert kept is not None
@@ -259,6 +263,49 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
     """Return a server to be harmed."""
     with StoreServer(binary("valkey"), tmp_path_factory.mktemp("server")) as server:
         yield server
+
+
+async def test_valkey_reads_on_after_whatever_is_published(opened: Open, server: StoreServer) -> None:
+    """No message ends the link or is believed beyond its bounds; the next one that makes sense is heard."""
+    store = await opened({"url": server.url})
+    heard: list[float | None] = []
+    store.on_slowed(heard.append)
+    lease = await leased(store)
+    known = snapshot(lease)
+    assert await store.land(lease, known) is known
+    subject = b"sd_get_progress/task\n"
+    future = time.time_ns() // 1000 + 7_200_000_000
+    encoded = encode_snapshot(replace(known, stamp=future))
+    failure = encode_failure(KEY, UpstreamTimeout("too late"))
+    head = b"sdg3 %d %d 60000000 %d 0\n" % (future, future, future)
+    messages = [
+        *(b"", b"\xff", b"S", b"T-1", b"T1e9", b"Tnan", b"S" + subject, b"Sno_operation/task\n"),
+        *(b"S" + subject + head, b"S" + subject + head + encoded, b"S" + subject + b"sdg3 " + b"9" * 9999),
+        *(b"F" + subject + time + b"\n" + failure for time in (b"", b"-1", b"1_0", b"9" * 99, b"9" * 9999)),
+        b"F" + subject + b"1000\n" + b"[" * 9999,
+    ]
+    channel = store._link.channel(slot_of(KEY))
+    for message in messages:
+        server.client.publish(channel, message)
+    server.client.publish(channel, b"T999999999")
+    server.client.publish(channel, b"T")
+    await eventually(lambda: len(heard) == 2, "the last message is heard")
+    assert heard == [3600.0, None]
+    assert store.trouble is None
+    assert store.failure(KEY) is None
+    assert await shown(store) is known
+
+
+@pytest.mark.parametrize("time_to_live", [0, 10**10])
+async def test_valkey_believes_no_failure_without_an_end(
+    opened: Open, server: StoreServer, time_to_live: int
+) -> None:
+    """A failure that is remembered for ever, or for longer than a setting says, is as good as none."""
+    store = await opened({"url": server.url})
+    name = f"{store._link.channel(slot_of(KEY))}:{KEY.operation}:{KEY.task_id}:f"
+    server.client.set(name, encode_failure(KEY, UpstreamTimeout("too late")), ex=time_to_live or None)
+    assert isinstance(await store.take_off(KEY), Lease)
+    assert not server.client.exists(name)
 
 
 async def test_valkey_asks_again_after_it_may_have_missed_something(
@@ -327,8 +374,8 @@ async def test_valkey_gives_back_a_lease_that_it_never_heard_of(opened: Open, se
     assert isinstance(alone, Lease)
     assert not alone.token
     server.thaw()
-    given_back = hasty._metrics.store_operation_duration.labels("fail")
-    failed = hasty._metrics.store_errors.labels("fail")
+    given_back = hasty._link._metrics.store_operation_duration.labels("fail")
+    failed = hasty._link._metrics.store_errors.labels("fail")
     await eventually(
         lambda: given_back._sum.get() > 0 and failed._value.get() == 0 and not hasty._leases._unheard,
         "it is given back",
@@ -425,7 +472,7 @@ async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:
         settings = {"url": servers.sentinel.url, "sentinel_service": "main"}
         one = await opened(settings)
         lease = await leased(one)
-        await one.land(lease, snapshot(lease, envelope=b"before"))
+        await one.land(lease, snapshot(lease, message="before"))
         assert servers.primary.client.wait(1, 5000) == 1
         servers.primary.kill()
         await eventually(lambda: one.trouble, "it is alone")
@@ -437,7 +484,7 @@ async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:
         other = await opened(settings)
         found = await other.take_off(KEY)
         assert isinstance(found, Snapshot)
-        assert found.envelope == b"before"
+        assert said(found) == "before"
 
 
 async def test_valkey_closes_a_cluster_though_cancelled(
@@ -477,7 +524,7 @@ async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> N
         await moving
         for each in (one, other):
             await eventually(lambda each=each: time.monotonic() < each._link.sure_until, "it follows again")  # type: ignore[misc]
-            assert each._metrics.store_errors.labels("subscribe")._value.get() == 0
+            assert each._link._metrics.store_errors.labels("subscribe")._value.get() == 0
         heard: list[Snapshot] = []
         other.on_change(heard.append)
         for task in range(number - 99, number + 1):  # in every shard, and no more than are kept

@@ -31,7 +31,7 @@ from gateway.api.requests import (
 )
 from gateway.api.tasks import PROGRESS, PlainTargets
 from gateway.metrics import Metrics
-from gateway.models import Operation, Snapshot
+from gateway.models import Operation
 from gateway.readings import Reading, Source
 from gateway.sampling import Kind, Sampler
 from gateway.service import ProgressService
@@ -40,9 +40,10 @@ from gateway.tallies import Count
 _ROUTE = f"{PROGRESS}/{{taskId}}"  # in metrics and log lines, the application's template of the path
 _HIT = Source.HIT
 _MOST_MADE = 16_384
+_MOST_BYTES = 8_388_608  # of snapshots and rendered answers: they may have had to make room in the store
+_MADE_SECONDS = 1.0  # then each task is looked up again, which the store takes for a sign of use
 _LONGEST_KNOWN = 64  # characters: more than our entity tags have, and a caller may send kilobytes of others
 _STALE_SECONDS = 0.01  # for which a stale answer is given again: then its refresh may have failed
-_FOUND_SECONDS = 30.0  # then each task is looked up again, which the cache takes for a sign of life
 # A body, or a wish for more than an answer at once.
 _MORE = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade", b"prefer"})
 
@@ -77,8 +78,8 @@ class Hits:
     """Answers hits, or leaves them to the routes.
 
     With `cross_origin` an answer may differ by the caller's origin, with a `limiter` by the address that
-    proxies vouch for: requests that tell these are left to the routes. `most_found` bounds the targets
-    whose snapshot is remembered. `clock` is that of the sampler and of the service.
+    proxies vouch for: requests that tell these are left to the routes. `clock` is that of the sampler and of
+    the service.
     """
 
     def __init__(
@@ -92,7 +93,6 @@ class Hits:
         limiter: RateLimiter | None,
         metrics: Metrics,
         sampler: Sampler,
-        most_found: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lookup = service.lookup
@@ -119,10 +119,7 @@ class Hits:
         # Of this second, for a crowd that asks for the same; None: asked for once.
         self._made: dict[tuple[bytes, str | None], Hit | None] = {}
         self._empty_at = 0.0
-        # Of half a minute: a target that was read, and a task that was looked up, need not be again.
-        self._found: dict[bytes, Snapshot] = {}
-        self._most_found = most_found
-        self._lose_at = 0.0
+        self._made_bytes = 0
 
     def wishes(self, headers: Headers) -> Wishes | None:
         """Return what these headers ask of a hit, or None when it is more than that."""
@@ -160,7 +157,8 @@ class Hits:
         return hit, request_id
 
     def _make(self, target: bytes, known: str | None, now: float) -> Hit | None:
-        reading = self._read(target, now)
+        key = self._task(target)
+        reading = None if key is None else self._lookup(key)
         if reading is None:
             return None
         status, values, body = answer(reading, known)
@@ -172,19 +170,6 @@ class Hits:
             self._keep(target, known, hit, now, until if fresh else min(until, now + _STALE_SECONDS))
         return hit
 
-    def _read(self, target: bytes, now: float) -> Reading | None:
-        if now >= self._lose_at or len(self._found) > self._most_found:
-            self._found.clear()
-            self._lose_at = now + _FOUND_SECONDS
-        found = self._found.get(target)
-        if found is not None and found.fresh(now) and self._repeat(found, now):
-            return Reading(found, now - found.fetched_at, _HIT)
-        key = self._task(target)
-        reading = None if key is None else self._lookup(key)
-        if reading is not None and reading.source is _HIT:
-            self._found[target] = reading.snapshot
-        return reading
-
     def _line(self, status: int, how: Verdict) -> Kind:
         return self._sampler.kind(kind(_ROUTE, status, None, how))
 
@@ -193,13 +178,23 @@ class Hits:
         if known is not None and len(known) > _LONGEST_KNOWN:
             return
         if now >= self._empty_at or len(self._made) >= _MOST_MADE:
-            self._made.clear()
-            self._empty_at = now + 1.0
-        if (target, known) in self._made:
+            self._forget(now)
+        if (target, known) not in self._made:
+            self._made[target, known] = None
+            return
+        snapshot = hit.reading.snapshot
+        size = 2 * len(snapshot.body) + len(snapshot.envelope)  # its body stands in the rendered one, too
+        if self._made_bytes + size > _MOST_BYTES:
+            self._forget(now)
+        if size <= _MOST_BYTES:
             hit.until = until
             self._made[target, known] = hit
-        else:
-            self._made[target, known] = None
+            self._made_bytes += size
+
+    def _forget(self, now: float) -> None:
+        self._made.clear()
+        self._made_bytes = 0
+        self._empty_at = now + _MADE_SECONDS
 
     def _tell(self, hit: Hit, wishes: Wishes, request_id: bytes, *, seconds: float, untold: int) -> None:
         state = {"request_id": request_id.decode(), "outcomes": (hit.reading,)}

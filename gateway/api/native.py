@@ -17,8 +17,9 @@ from gateway.api.connection import while_connected
 from gateway.api.ratelimit import client_of
 from gateway.api.requestlog import settled
 from gateway.api.requests import Headers, header, query_parameters, read_body
+from gateway.envelopes import read_task_id
 from gateway.exceptions import InvalidParameter, PathNotFound, UnsupportedMediaType, UpstreamRejected
-from gateway.models import Operation, TaskKey, check_task_id, strict_json
+from gateway.models import Operation, TaskKey, check_task_id
 from gateway.readings import Failed, Reading
 from gateway.service import ProgressService
 
@@ -82,12 +83,11 @@ def _is_encoded(headers: Headers) -> bool:
 
 def _task_id(body: bytes) -> str:
     try:
-        request = strict_json(body.removeprefix(BOM_UTF8))  # RFC 8259, 8.1: a parser may ignore it
+        task_id = read_task_id(body.removeprefix(BOM_UTF8))  # RFC 8259, 8.1: a parser may ignore it
     except ValueError as exc:
         raise InvalidParameter("the body is not JSON") from exc
-    if not isinstance(request, dict):
-        raise InvalidParameter("the body is not a JSON object")
-    task_id = request.get("taskId")
+    except TypeError as exc:
+        raise InvalidParameter("the body is not a JSON object") from exc
     if not isinstance(task_id, str):
         raise InvalidParameter("the body has no taskId that is a string")
     return check_task_id(task_id)

@@ -122,5 +122,9 @@ class Store(Protocol):
         ...
 
     def __len__(self) -> int:
-        """Return the number of snapshots held here."""
+        """Return the number of snapshots held here; like `size` it changes nothing: any thread may ask."""
+        ...
+
+    def size(self) -> int:
+        """Return the memory of what is held here, in bytes."""
         ...

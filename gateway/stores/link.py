@@ -31,6 +31,8 @@ from gateway.stores.servers import CONNECTIONS, ERRORS, SLOTS, Servers, connecte
 
 _FAILURES = 3  # one after the other
 _CONNECT_SECONDS = 2.0  # for all it takes to be up
+_END = 2**53  # microseconds, in the year 2255: a script's numbers are exact up to here
+_LONGEST_MOMENT = 16  # digits, as a snapshot's head has it
 _PAUSE_SECONDS = 0.5  # between two tries to connect, on average
 
 log = structlog.get_logger(__name__)
@@ -260,7 +262,7 @@ def slot_of(key: TaskKey) -> int:
 
 def moment(answer: bytes) -> int:
     """Return a moment that an answer has. Raises: StoreDown."""
-    if not answer.isdigit():
+    if not answer.isdigit() or len(answer) > _LONGEST_MOMENT:
         raise StoreDown("an answer that no script of ours gives")
     return int(answer)
 
@@ -280,7 +282,7 @@ async def ended(*tasks: asyncio.Task[Any]) -> None:
 
 
 def _checked(answer: Any) -> list[Any]:
-    if not isinstance(answer, list) or not answer or type(answer[0]) is not int:
+    if not isinstance(answer, list) or not answer or type(answer[0]) is not int or not 0 < answer[0] < _END:
         raise ValueError("no answer of a script of ours")
     return answer
 

@@ -8,17 +8,29 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import structlog
+
 from gateway.metrics import Metrics
 from gateway.models import Operation, TaskKey
+from gateway.sampling import Sampler
 from gateway.stores.copies import Copies
-from gateway.stores.encoding import Undecodable, decode_failure, decode_snapshot, split_stored
+from gateway.stores.encoding import (
+    Undecodable,
+    decode_failure,
+    decode_snapshot,
+    failure_seconds,
+    split_stored,
+)
 from gateway.stores.feeds import NEWS_SECONDS
 from gateway.stores.memory import MemoryStore
-from gateway.stores.serverclock import ServerClock
+from gateway.stores.serverclock import MICROSECONDS, ServerClock
 
 _SUBJECT = re.compile(rb"([SFR])([a-z_]+)/([A-Za-z0-9_-]{1,64})\n")
-_SLOWED = re.compile(rb"T(\d{0,9})")
-_MOST_DIGITS = 9  # of milliseconds: eleven days
+_SLOWED = re.compile(rb"T([0-9]{0,9})")
+_LONGEST_SLOWED_SECONDS = 3600.0  # what `calls.py` believes of upstream itself
+_FUTURE = 3600 * MICROSECONDS  # what is from further ahead is no snapshot for the scripts either
+
+log = structlog.get_logger(__name__)
 
 
 class News:
@@ -44,6 +56,7 @@ class News:
         self._server = server
         self._on_slowed = on_slowed
         self._clock = clock
+        self._sampler = Sampler(clock=clock)
         self._waiting: dict[TaskKey, asyncio.Future[None]] = {}
 
     @contextmanager
@@ -63,9 +76,11 @@ class News:
     def take_up(self, key: TaskKey, value: bytes) -> None:
         """Take up a stored snapshot. Raises: Undecodable."""
         head, encoded = split_stored(value)
+        server, now = self._server(key), self._clock()
+        if max(head.stamp, head.fetched, head.shown) > server.servers(now) + _FUTURE:
+            raise Undecodable("from the future")
         # Never from our future: there it would be fresh for longer than its lifetime.
-        fetched_at = min(self._server(key).ours(head.fetched), self._clock())
-        snapshot = decode_snapshot(encoded, key, fetched_at=fetched_at, stamp=head.stamp)
+        snapshot = decode_snapshot(encoded, key, head, fetched_at=min(server.ours(head.fetched), now))
         self._copies.take_up(snapshot, shown_at=self.shown_at(key, head.shown))
 
     def shown_at(self, key: TaskKey, moment: int) -> float:
@@ -77,7 +92,7 @@ class News:
         subject = _SUBJECT.match(message)
         if subject is None:
             if (slowed := _SLOWED.fullmatch(message)) is not None:
-                self._on_slowed(float(slowed[1]) if slowed[1] else None)
+                self._on_slowed(min(float(slowed[1]), _LONGEST_SLOWED_SECONDS) if slowed[1] else None)
             return  # else a probe, or nothing of ours
         try:
             key = TaskKey(Operation(subject[2].decode()), subject[3].decode())
@@ -91,13 +106,17 @@ class News:
                 self.take_up(key, rest)
             elif subject[1] == b"F":
                 milliseconds, _, encoded = rest.partition(b"\n")
-                if not milliseconds.isdigit() or len(milliseconds) > _MOST_DIGITS:
-                    raise Undecodable("no number of milliseconds")
-                failure = decode_failure(encoded, key)
-                self._memory.keep_failure(key, failure, seconds=int(milliseconds) / 1000)
-        except ValueError:
-            self._metrics.store_errors.labels("read").inc()
+                failure, seconds = decode_failure(encoded, key), failure_seconds(milliseconds)
+                self._memory.keep_failure(key, failure, seconds=seconds)
+        except Undecodable as exc:
+            self.note_senseless(exc)
         self._wake(key)
+
+    def note_senseless(self, why: Undecodable) -> None:
+        """Count a value that is as good as none, and tell of it."""
+        self._metrics.store_errors.labels("read").inc()
+        if (suppressed := self._sampler.take("read")) is not None:
+            log.warning("senseless value in the store", reason=str(why), suppressed=suppressed)
 
     def _wake(self, key: TaskKey) -> None:
         awaited = self._waiting.get(key)

@@ -2,7 +2,7 @@
 
 A task has three keys, all in one hash slot, and the slot has a channel:
 
-    KEYS[1] its snapshot    "sdg2 STAMP FETCHED LIFETIME SHOWN TERMINAL LF encoding", moments in microseconds:
+    KEYS[1] its snapshot    "sdg3 STAMP FETCHED LIFETIME SHOWN TERMINAL LF encoding", moments in microseconds:
                             when it was fetched, and from when on it is shown, by all
     KEYS[2] its failure     an encoding; it lives for as long as the failure is remembered
     KEYS[3] its lease       the token of who holds it
@@ -40,7 +40,7 @@ local now = time[1] * 1000000 + time[2]
 local function kept()
   local value = redis.pcall('GET', KEYS[1])
   if type(value) ~= 'string' then return nil end
-  local pattern = '^sdg2 (%d+) (%d+) (%d+) (%d+) ([01])\\n'
+  local pattern = '^sdg3 (%d+) (%d+) (%d+) (%d+) ([01])\\n'
   local stamp, fetched, lifetime, shown, terminal = string.match(value, pattern)
   if not stamp or #stamp > 16 or #fetched > 16 or #lifetime > 16 or #shown > 16 then return nil end
   local snapshot = {
@@ -118,7 +118,7 @@ if newest then
 end
 shown = string.format('%.0f', shown)
 local fetched = string.format('%.0f', math.min(tonumber(ARGV[3]), now))
-local value = table.concat({'sdg2', ARGV[2], fetched, ARGV[4], shown, ARGV[5]}, ' ') .. '\\n' .. ARGV[6]
+local value = table.concat({'sdg3', ARGV[2], fetched, ARGV[4], shown, ARGV[5]}, ' ') .. '\\n' .. ARGV[6]
 redis.call('SET', KEYS[1], value, 'PX', ARGV[7])
 redis.call('DEL', KEYS[2])
 if ours then redis.call('DEL', KEYS[3]) end

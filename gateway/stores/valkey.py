@@ -35,6 +35,8 @@ from gateway.stores.encoding import (
     decode_failure,
     encode_failure,
     encode_snapshot,
+    failure_seconds,
+    lifetime_of,
 )
 from gateway.stores.feeds import NEWS_SECONDS
 from gateway.stores.leases import LEASE_SECONDS, Leases
@@ -44,6 +46,7 @@ from gateway.stores.news import News
 from gateway.stores.scripts import DISCARD, FAIL, LAND, TAKE_OFF, TELL, TOKEN, Script
 from gateway.stores.serverclock import MICROSECONDS, ServerClock
 
+_LONGEST_RETRY_SECONDS = 3600.0
 _LEASE_MARGIN_SECONDS = 0.01  # the server counts in milliseconds, and its answer was under way
 
 
@@ -76,7 +79,6 @@ class ValkeyStore:
     ) -> None:
         self._memory = memory
         self._copies = Copies(memory, clock=clock)
-        self._metrics = metrics
         self._showing = [
             int(seconds * MICROSECONDS)
             for seconds in (NEWS_SECONDS, stale_seconds, max(stale_seconds, covering_seconds))
@@ -153,6 +155,10 @@ class ValkeyStore:
         """See `Store.__len__`."""
         return len(self._memory)
 
+    def size(self) -> int:
+        """See `Store.size`."""
+        return self._memory.size()
+
     async def catch_up(self) -> bool:
         """See `Store.catch_up`."""
         return await self._link.catch_up()
@@ -190,7 +196,7 @@ class ValkeyStore:
             lease.token,
             lease.stamp,
             max(self._link.clock(key).servers(snapshot.fetched_at), 0),
-            int(snapshot.lifetime * MICROSECONDS),
+            lifetime_of(snapshot),
             int(snapshot.terminal),
             encode_snapshot(snapshot),
             max(int(self._memory.keep_seconds(snapshot) * 1000), 1),
@@ -204,7 +210,7 @@ class ValkeyStore:
                 self._news.take_up(key, other)
         except (StoreDown, Undecodable) as exc:
             if isinstance(exc, Undecodable):
-                await self._discard(key)
+                await self._discard(key, exc)
             elif lease.token:
                 self._leases.doubt(lease)
             accepted = 1
@@ -240,8 +246,10 @@ class ValkeyStore:
             return 0.0
         seconds: float = wait / MICROSECONDS
         if not taken:
-            raise BudgetSpent("the budget of upstream calls is spent for now", retry_after=seconds)
-        return seconds
+            retry_after = min(max(seconds, 0.0), _LONGEST_RETRY_SECONDS)
+            raise BudgetSpent("the budget of upstream calls is spent for now", retry_after=retry_after)
+        # The script gives none that is to be waited for any longer.
+        return min(max(seconds, 0.0), max(patience_seconds, 0.0))
 
     async def tell_slowed(self, retry_after: float | None) -> None:
         """See `Store.tell_slowed`."""
@@ -294,8 +302,9 @@ class ValkeyStore:
             if answer.newer:
                 self._news.take_up(key, answer.newer)
             failure = decode_failure(answer.failure, key) if answer.failure else None
-        except Undecodable:
-            await self._discard(key)
+            seconds = failure_seconds(answer.number) if answer.kind == b"failure" else 0.0
+        except Undecodable as exc:
+            await self._discard(key, exc)
             return (
                 self._alone(key) if answer.kind != b"lease" else self._leases.hold(key, answer.number, token)
             )
@@ -308,11 +317,11 @@ class ValkeyStore:
                     return held
                 return 0.0  # it has gone stale on its way: the next question is about a newer one
             case b"failure" if failure is not None:
-                self._memory.keep_failure(key, failure, seconds=answer.number / 1000)
+                self._memory.keep_failure(key, failure, seconds=seconds)
                 return failure
             case b"taken":
-                return max(answer.number, 0) / 1000 + _LEASE_MARGIN_SECONDS
-            case b"lease":
+                return min(max(answer.number / 1000, 0.0), LEASE_SECONDS) + _LEASE_MARGIN_SECONDS
+            case b"lease" if answer.number > 0:
                 self._copies.confirm(key)
                 return self._leases.hold(key, answer.number, token)
         raise StoreDown("an answer that makes no sense")
@@ -333,9 +342,9 @@ class ValkeyStore:
             args = [*args, self._link.publish, self._link.channel(slot_of(key)), subject]
         return await self._link.run(script, key, args)
 
-    async def _discard(self, key: TaskKey) -> None:
+    async def _discard(self, key: TaskKey, why: Undecodable) -> None:
         """Remove what makes no sense, so that something sensible takes its place."""
-        self._metrics.store_errors.labels("read").inc()
+        self._news.note_senseless(why)
         with suppress(StoreDown):
             await self._run(DISCARD, key, [])
 

@@ -16,7 +16,8 @@ import uuid
 import httpx
 import uvloop
 
-from gateway.models import Operation, TaskKey, read_envelope
+from gateway.envelopes import read_envelope
+from gateway.models import Operation, TaskKey
 from gateway.signing import signed_headers
 
 _OPERATION = Operation.SD_GET_PROGRESS

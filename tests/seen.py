@@ -1,0 +1,43 @@
+"""Snapshots as they come of an upstream's answer, for tests that keep and send them."""
+
+import json
+import time
+from typing import Any
+
+from gateway.envelopes import read_envelope
+from gateway.models import Snapshot, Status, TaskKey, observe
+
+
+def answered(key: TaskKey, status: str = "running", **data: Any) -> bytes:
+    """Return the envelope of a successful call."""
+    data = {"taskId": key.task_id, "status": status, "progress": 0.5} | data
+    return json.dumps({"status": 10, "apiInvokeId": "i_1", "data": data}).encode()
+
+
+def seen(
+    key: TaskKey,
+    status: str = "running",
+    *,
+    at: float | None = None,
+    lifetime: float = 2.0,
+    stamp: int = 1,
+    **data: Any,
+) -> Snapshot:
+    """Return the snapshot of an answer with this data, fetched at a moment, else just now."""
+    envelope = answered(key, status, **data)
+    return observe(
+        read_envelope(envelope, key, redact=str).data,
+        envelope,
+        key,
+        fetched_at=time.monotonic() if at is None else at,
+        lifetimes=dict.fromkeys([None, *Status], lifetime),
+        previous=None,
+        stamp=stamp,
+    )
+
+
+def said(snapshot: Snapshot | None) -> str | None:
+    """Return the message of the answer that a snapshot was made of."""
+    assert snapshot is not None
+    message: str | None = json.loads(snapshot.envelope)["data"].get("message")
+    return message

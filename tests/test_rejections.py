@@ -1,0 +1,116 @@
+"""Envelopes that say no: byte for byte as they came, unless a secret is in them."""
+
+import asyncio
+import json
+from collections.abc import Callable
+
+import pytest
+
+from gateway.envelopes import read_envelope
+from gateway.exceptions import UpstreamRejected
+from gateway.models import Operation, TaskKey
+from gateway.redaction import MASK, Redactor
+from gateway.rejections import clean
+from tests.harness import SECRET, Gateway, RawUpstream, framed, fresh_id
+
+KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
+FIELDS = ["status", "apiInvokeId", "data", "errCode", "errMessage", "subErrCode", "subErrMessage"]
+HIDDEN = "secret-of-the-tests"
+
+
+@pytest.fixture
+def redactor() -> Redactor:
+    """Return a redactor that knows a secret."""
+    redactor = Redactor()
+    redactor.hide(HIDDEN)
+    return redactor
+
+
+def rejected(body: bytes, redact: Callable[[str], str]) -> UpstreamRejected:
+    """Return the failure that an envelope means."""
+    with pytest.raises(UpstreamRejected) as caught:
+        read_envelope(body, KEY, redact=redact)
+    return caught.value
+
+
+@pytest.mark.parametrize("size", [10_000, 1_000_000])
+def test_large_rejection_with_a_secret_keeps_the_known_fields(redactor: Redactor, size: int) -> None:
+    """It is not cleaned string by string: what callers know is kept, redacted, and nothing else."""
+    body = json.dumps(
+        {"status": 20, "errCode": "E", "errMessage": f"of {HIDDEN}", "more": ["x" * size, HIDDEN]}
+    ).encode()
+    failure = rejected(body, redactor)
+    envelope = json.loads(failure.envelope)
+    assert list(envelope) == FIELDS
+    assert (envelope["status"], envelope["errCode"], envelope["errMessage"]) == (20, "E", f"of {MASK}")
+    assert failure.detail is not None
+    assert failure.detail.err_message == f"of {MASK}"
+
+
+@pytest.mark.parametrize("escaped", [HIDDEN, r"\u0073ecret-of-the-test\u0073", r"secret-of\u002dthe-tests"])
+def test_escapes_hide_no_secret(redactor: Redactor, escaped: str) -> None:
+    """A secret is found in a name, in a list, behind escapes and after them."""
+    for body in (
+        f'{{"status":20,"x":["\\\\","\\"{escaped}"]}}',
+        f'{{"status":20,"{escaped}":null}}',
+        f'{{"status":20,"x":"\\ud83d{escaped}"}}',
+    ):
+        envelope = rejected(body.encode(), redactor).envelope
+        assert HIDDEN not in json.dumps(json.loads(envelope))
+        assert MASK in json.dumps(json.loads(envelope))
+
+
+def test_long_field_is_cut_where_no_half_of_a_secret_shows(redactor: Redactor) -> None:
+    """A field is cut before the place up to which it was searched."""
+    for before in range(16_384 - len(HIDDEN), 16_385):
+        body = json.dumps({"status": 20, "errMessage": " " * before + HIDDEN + "x" * 9000}).encode()
+        failure = rejected(body, lambda text: redactor(text).replace(" ", ""))
+        assert failure.detail is not None
+        assert failure.detail.err_message == ""
+
+
+@pytest.mark.parametrize("code", [7, 1.5, True, ["E", {"a": 1}], "E"])
+def test_codes_of_any_type_are_told(code: object) -> None:
+    """A code that is no string is told as JSON has it; null and absent are not."""
+    failure = rejected(json.dumps({"status": 20, "errCode": code, "errMessage": None}).encode(), str)
+    told = code if isinstance(code, str) else json.dumps(code)
+    assert failure.detail is not None
+    assert (failure.detail.err_code, failure.detail.err_message, failure.detail.sub_err_code) == (
+        told,
+        None,
+        None,
+    )
+
+
+async def test_clean_finds_a_secret_across_pieces(redactor: Redactor) -> None:
+    """A large envelope is searched in pieces that overlap, and other work goes on between them."""
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(others())
+    for place in range(30_600, 32_800, 100):
+        body = json.dumps({"status": 20, "x": "x" * place + HIDDEN + "x" * 40_000}).encode()
+        assert not await clean(body, redactor)
+    assert await clean(json.dumps({"status": 20, "x": "x" * 400_000}).encode(), redactor)
+    other.cancel()
+    assert turns > 10
+
+
+def test_large_rejection_is_passed_on_as_it_came(launch: Callable[..., Gateway]) -> None:
+    """However large, a rejection with nothing to redact reaches the SDK's path byte for byte."""
+    said = ["x" * 600_000]
+    body = b""
+
+    with RawUpstream(lambda connection, _: connection.sendall(framed(body))) as upstream:
+        gateway = launch(upstream.url)
+        body = b'{ "status": 20,\n "errMessage": "%b" }' % said[0].encode()
+        assert gateway.native(fresh_id()).content == body
+        body = body.replace(b"x" * 20, SECRET.encode(), 1)
+        envelope = gateway.native(fresh_id()).json()
+        assert list(envelope) == FIELDS
+        assert SECRET not in json.dumps(envelope)
