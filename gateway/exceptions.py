@@ -103,16 +103,16 @@ class MethodNotAllowed(RequestError):
     code = "method-not-allowed"
 
 
-class BodyTooLarge(RequestError):
-    """The request's body is over `limits.max_body_bytes`."""
-
-    code = "body-too-large"
-
-
 class CrossSiteRequest(RequestError):
     """A browser asks on behalf of another site's page, whose origin is not in `server.cors_origins`."""
 
     code = "cross-site-request"
+
+
+class BodyTooLarge(RequestError):
+    """The request's body is over `limits.max_body_bytes`."""
+
+    code = "body-too-large"
 
 
 class UnsupportedMediaType(RequestError):

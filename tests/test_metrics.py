@@ -16,13 +16,17 @@ PREFIX = "sd_gateway_"
 PROMISED: dict[str, tuple[str, tuple[str, ...]]] = {
     "http_requests": ("counter", ("route", "method", "status")),
     "http_request_duration_seconds": ("histogram", ("route",)),
+    "http_connections": ("gauge", ()),
+    "http_connections_refused": ("counter", ()),
     "cache_lookups": ("counter", ("operation", "result")),
     "answer_age_seconds": ("histogram", ("operation",)),
     "answers_overdue": ("counter", ("operation",)),
     "cache_entries": ("gauge", ()),
+    "cache_bytes": ("gauge", ()),
     "upstream_requests": ("counter", ("operation", "outcome")),
     "upstream_request_duration_seconds": ("histogram", ("operation",)),
     "upstream_in_flight": ("gauge", ()),
+    "upstream_abandoned": ("counter", ("operation",)),
     "upstream_certificate_errors": ("counter", ()),
     "upstream_retries": ("counter", ("operation", "reason")),
     "upstream_circuit_state": ("gauge", ("operation", "state")),
@@ -75,12 +79,13 @@ def test_metrics_tell_what_runs(metrics: Metrics) -> None:
 
 
 def test_metrics_ask_for_the_number_of_entries_when_scraped(metrics: Metrics) -> None:
-    """The gauge of kept snapshots is what the store says at the moment of the scrape."""
+    """The gauges of the cache are what the store says at the moment of the scrape."""
     kept = ["a"]
-    metrics.count_entries(kept.__len__)
+    metrics.measure_cache(entries=kept.__len__, size=lambda: 10 * len(kept))
     assert metrics.registry.get_sample_value("sd_gateway_cache_entries") == 1
     kept.append("b")
     assert metrics.registry.get_sample_value("sd_gateway_cache_entries") == 2
+    assert metrics.registry.get_sample_value("sd_gateway_cache_bytes") == 20
 
 
 def test_metrics_tell_of_the_process(metrics: Metrics) -> None:
