@@ -51,7 +51,7 @@ def problem(response: Any) -> tuple[int, str, str]:
         ),
         (
             {"status": "running", "progress": 7, "state": {"job": "a", "sampling_step": 7}},
-            {"status": "running", "progress": 1.0, "state": {"job": "a", "sampling_step": 7}},
+            {"status": "running", "progress": 0.999, "state": {"job": "a", "sampling_step": 7}},
         ),
         (
             {"status": "successed", "progress": 0.65, "etaRelative": 3},

@@ -363,7 +363,7 @@ async def test_store_serves_what_is_too_large_to_be_kept(
 async def test_store_tells_its_size_and_changes_nothing(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
-    """Whoever scrapes, on whatever thread, only reads: what has expired goes when a task is looked for."""
+    """A scrape, on any thread, only reads: what has expired goes when a task is looked for."""
     await save(store, snapshot())
     clock.now += LIFETIME + MEMORY_SECONDS + 1
     assert (len(store), store.size() > ENTRY_BYTES) == (1, True)
