@@ -39,7 +39,7 @@ class Stream:
     """An open stream that does nothing but wait in `take`."""
 
     def __init__(self, loop: TickedLoop) -> None:
-        self.watcher = Watcher([TaskKey(Operation.SD_GET_PROGRESS, "a")])
+        self.watcher = Watcher([TaskKey(Operation.SD_GET_PROGRESS, "a")], b"")
         self.watcher.outlet = self.paper = Paper(loop)
         self.taking: asyncio.Task[object] = loop.create_task(self.watcher.take())
         loop.settle()
