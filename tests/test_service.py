@@ -547,7 +547,8 @@ async def test_read_drops_no_refresh_that_the_gateway_wants_itself(bench: Bench,
         call.hold_up(7.0)
         assert (await asked).source is Source.STALE
     else:
-        bench.service._take_off(cast("Snapshot", bench.store.peek(KEY)))
+        known = cast("Snapshot", bench.store.peek(KEY))
+        bench.service._take_off(known.key, known.stamp)
         call = await bench.upstream.call()
         long_ago(bench)
     joined = asyncio.create_task(bench.service.get_fresh(KEY))
