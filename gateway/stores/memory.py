@@ -27,6 +27,7 @@ MEMORY_SECONDS = 3600.0
 # What an entry costs beside its bodies: its objects, keys and places in the caches, rounded up (tracemalloc
 # says 0.7 KB of a snapshot and 0.9 KB of a failure, under Python 3.11).
 ENTRY_BYTES = 1024
+_EXPIRE_SECONDS = 1.0  # between two removals of what has expired, unless something is stored
 
 
 class _Kept(TLRUCache[TaskKey, Any]):
@@ -86,6 +87,7 @@ class MemoryStore:
             getsizeof=lambda failure: _failure_bytes(failure[0]),
         )
         self._failures_end = -math.inf  # from when on none is remembered
+        self._expire_at = -math.inf
 
     async def __aenter__(self) -> Self:
         """See `Store`: nothing is to be opened."""
@@ -99,7 +101,10 @@ class MemoryStore:
         try:
             snapshot: Snapshot = self._snapshots[key]
         except KeyError:
-            self._snapshots.expire()
+            now = self._clock()
+            if now >= self._expire_at:  # each look at what is first to expire takes a microsecond
+                self._expire_at = now + _EXPIRE_SECONDS
+                self._snapshots.expire()
             return None
         return snapshot
 
