@@ -51,8 +51,8 @@ def test_exceptions_have_a_code_of_their_own_or_of_their_parent(kind: type[Gatew
 def test_exceptions_share_no_code_but_with_their_parent() -> None:
     """Two classes with one code are parent and child: what is counted under a code means one thing.
 
-    One pair is excepted. Callers cannot tell apart a refusal that names the credentials and one that does not,
-    so both have one code; only the first one pauses the credentials, so neither can be the other's parent.
+    One pair is excepted. To a caller a refusal that names the credentials and one that does not are the same,
+    so both have one code. Only the first one pauses the credentials, so neither is the other's parent.
     """
     owners = [kind for kind in KINDS if "code" in vars(kind) and kind is not UpstreamForbidden]
     assert len({kind.code for kind in owners}) == len(owners)
