@@ -128,6 +128,8 @@ class Upstream:
         self._budget = Budget(settings.requests_per_second)
         metrics.upstream_budget.set_function(lambda: self._budget.per_second)
         self._breakers = {operation: self._breaker(operation) for operation in Operation}
+        # From 0 on: a rate does not see the increase from no series to 1.
+        self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
         # Half an attempt's time. A silence that long, ended by the caller's deadline, speaks against
         # upstream: one that began just before the deadline was given no chance. And nobody queues for a turn
         # that leaves less: in a queue as long as the deadline every call would be given up once it is made.
@@ -199,7 +201,7 @@ class Upstream:
             raise query.late() from None
         except asyncio.CancelledError:
             if query.demand.dropped:
-                self._metrics.upstream_abandoned.labels(key.operation).inc()
+                self._abandoned[key.operation].inc()
             raise
 
     async def _ask(self, query: _Query) -> Answer:

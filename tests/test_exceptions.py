@@ -6,7 +6,15 @@ from collections.abc import Iterator
 import pytest
 
 from gateway import exceptions
-from gateway.exceptions import GatewayError, Overloaded, UpstreamDetail, UpstreamError, UpstreamTimeout
+from gateway.exceptions import (
+    GatewayError,
+    Overloaded,
+    UpstreamCredentials,
+    UpstreamDetail,
+    UpstreamError,
+    UpstreamForbidden,
+    UpstreamTimeout,
+)
 
 BRANCHES = {"GatewayError", "RequestError", "UpstreamError"}
 TRANSIENT = {"UpstreamBusy", "UpstreamNonce", "UpstreamTimeout", "UpstreamUnreachable"}
@@ -41,9 +49,15 @@ def test_exceptions_have_a_code_of_their_own_or_of_their_parent(kind: type[Gatew
 
 
 def test_exceptions_share_no_code_but_with_their_parent() -> None:
-    """Two classes with one code are parent and child: what is counted under a code means one thing."""
-    owners = [kind for kind in KINDS if "code" in vars(kind)]
+    """Two classes with one code are parent and child: what is counted under a code means one thing.
+
+    One pair is excepted. To a caller a refusal that names the credentials and one that does not are the same,
+    so both have one code. Only the first one pauses the credentials, so neither is the other's parent.
+    """
+    owners = [kind for kind in KINDS if "code" in vars(kind) and kind is not UpstreamForbidden]
     assert len({kind.code for kind in owners}) == len(owners)
+    assert UpstreamForbidden.code == UpstreamCredentials.code
+    assert not issubclass(UpstreamForbidden, UpstreamCredentials)
 
 
 def test_exceptions_say_which_may_pass() -> None:
