@@ -43,7 +43,7 @@ from gateway.edge.framing import (
     parse_head,
 )
 from gateway.edge.policy import Policy
-from gateway.exceptions import GatewayError, Overloaded
+from gateway.exceptions import GatewayError, InvalidParameter, Overloaded
 from gateway.models import render_json
 
 LINGER_SECONDS = 2.0  # for which a client may go on sending after the last response
@@ -59,6 +59,7 @@ class Connection(asyncio.Protocol):
     application: ASGIApp | None = None
 
     __slots__ = (
+        "_blank",  # bytes of empty lines before the request
         "_bodiless",  # the request that is parsed is a HEAD
         "_body",  # the decoder of the body that is arriving
         "_buffer",  # received, and not parsed
@@ -98,7 +99,7 @@ class Connection(asyncio.Protocol):
         self._state = app_state
         self.loop = _loop or asyncio.get_event_loop()
         self._buffer = bytearray()
-        self._scanned = self._lingered = self._unsent = 0
+        self._blank = self._scanned = self._lingered = self._unsent = 0
         self._body: BodyDecoder | None = None
         self._exchange: Exchange | None = None
         self._on_hang_up: dict[object, Any] = {}  # callables, and LOST
@@ -267,9 +268,12 @@ class Connection(asyncio.Protocol):
     def _take_head(self) -> bool:
         buffer = self._buffer
         if buffer.startswith((b"\r", b"\n")):
-            # Empty lines before a request are passed over (RFC 9112, 2.2); they are under its deadline.
+            # Empty lines before a request are passed over (RFC 9112, 2.2), within the bounds of its head.
             blank = len(buffer) - len(buffer.lstrip(b"\r\n"))
             del buffer[:blank]
+            self._blank += blank
+            if self._blank > self.policy.max_header_bytes:
+                raise BadRequest(InvalidParameter("the request does not begin"))
             self._begin_head()
         if not buffer:
             if not self._in_head:
@@ -283,7 +287,7 @@ class Connection(asyncio.Protocol):
             return False
         data = bytes(buffer[:length])
         del buffer[:length]
-        self._scanned = 0
+        self._scanned = self._blank = 0
         self._in_head = False
         self._begin(data, parse_head(data, max_fields=self.policy.max_header_count))
         return True
