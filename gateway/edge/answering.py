@@ -82,7 +82,7 @@ class AnsweringConnection(Connection):
                 target = data[len(_METHOD) : -len(rest)] if alike else b""
             if target and not self._closing and not self.write_paused and self._answer(target, wishes):
                 # The state is idle, as it was: only the deadline moves.
-                self._deadline = self.loop.time() + self.policy.keep_alive_seconds
+                self._deadline.at = self.loop.time() + self.policy.keep_alive_seconds
                 return
             self._last = None
         super().data_received(data)

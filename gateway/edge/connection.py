@@ -19,20 +19,17 @@ connections, the set of tasks and the default headers, which every one of its ow
 from __future__ import annotations
 
 import asyncio
-import math
-import os
 from typing import Any
-from urllib.parse import unquote
 
 import uvicorn
-from starlette.types import ASGIApp, Scope
+from starlette.types import ASGIApp
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
 from gateway.api.connection import LOST, ON_HANG_UP, OUTLET
-from gateway.api.problems import INTERNAL, document, lookup
-from gateway.api.requests import SECURITY_HEADERS
-from gateway.edge.exchange import STATUS_LINES, Exchange
+from gateway.api.problems import INTERNAL, lookup
+from gateway.edge.deadline import Deadline
+from gateway.edge.exchange import Exchange, scope_of
 from gateway.edge.framing import (
     BadRequest,
     BodyDecoder,
@@ -43,8 +40,8 @@ from gateway.edge.framing import (
     parse_head,
 )
 from gateway.edge.policy import Policy
+from gateway.edge.refusal import last_response
 from gateway.exceptions import GatewayError, InvalidParameter, Overloaded
-from gateway.models import render_json
 
 LINGER_SECONDS = 2.0  # for which a client may go on sending after the last response
 LINGER_BYTES = 262_144
@@ -65,7 +62,7 @@ class Connection(asyncio.Protocol):
         "_buffer",  # received, and not parsed
         "_closing",
         "_config",
-        "_deadline",  # of the current state, on the loop's clock
+        "_deadline",  # of the current state
         "_drained",  # set while the client reads
         "_exchange",
         "_in_head",  # a head has begun, and its deadline runs
@@ -78,7 +75,6 @@ class Connection(asyncio.Protocol):
         "_server",
         "_shutting_down",
         "_state",
-        "_timer",
         "_unsent",  # bytes that were not yet read by the client at the last look
         "client",
         "loop",
@@ -103,8 +99,7 @@ class Connection(asyncio.Protocol):
         self._body: BodyDecoder | None = None
         self._exchange: Exchange | None = None
         self._on_hang_up: dict[object, Any] = {}  # callables, and LOST
-        self._timer: asyncio.TimerHandle | None = None
-        self._deadline = math.inf
+        self._deadline = Deadline(self.loop, self._expired)
         self._drained: asyncio.Event | None = None
         self._reading = True
         self._bodiless = self._closing = self._in_head = self._over_limit = False
@@ -121,7 +116,7 @@ class Connection(asyncio.Protocol):
         self._server = get_local_addr(self.transport)
         self.server_state.connections.add(self)  # type: ignore[arg-type]  # uvicorn names its own protocols
         self._over_limit = not self.policy.opened()
-        self._expire_in(self.policy.head_seconds(over_limit=self._over_limit))
+        self._deadline.set(self.policy.head_seconds(over_limit=self._over_limit))
         if self._over_limit:
             self.policy.reserve(self, self._refuse_connection)
 
@@ -131,9 +126,7 @@ class Connection(asyncio.Protocol):
         self.policy.release(self)
         self.server_state.connections.discard(self)
         self._closing = True
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        self._deadline.close()
         self._buffer.clear()
         self._body = None
         self.write_paused = False
@@ -168,7 +161,7 @@ class Connection(asyncio.Protocol):
         if self._drained is not None:
             self._drained.clear()
         self._unsent = self.transport.get_write_buffer_size()
-        self._expire_in(self.policy.stall_seconds)
+        self._deadline.set(self.policy.stall_seconds)
 
     def resume_writing(self) -> None:
         """Go on: the client has read."""
@@ -180,9 +173,9 @@ class Connection(asyncio.Protocol):
         if self._exchange is None:
             self._process()
         elif self._body is None:
-            self._deadline = math.inf
+            self._deadline.clear()
         else:
-            self._expire_in(self.policy.header_seconds)
+            self._deadline.set(self.policy.header_seconds)
 
     # Called by uvicorn.
 
@@ -277,7 +270,7 @@ class Connection(asyncio.Protocol):
             self._begin_head()
         if not buffer:
             if not self._in_head:
-                self._expire_in(self.policy.keep_alive_seconds)
+                self._deadline.set(self.policy.keep_alive_seconds)
             return False
         self._bodiless = buffer.startswith(b"HEAD ")
         length = end_of_head(buffer, self._scanned, max_bytes=self.policy.max_header_bytes)
@@ -295,7 +288,7 @@ class Connection(asyncio.Protocol):
     def _begin_head(self) -> None:
         if not self._in_head:
             self._in_head = True
-            self._expire_in(self.policy.head_seconds(over_limit=self._over_limit))
+            self._deadline.set(self.policy.head_seconds(over_limit=self._over_limit))
 
     def _begin(self, data: bytes, head: Head) -> None:
         """Answer a request, whose head stood in `data`."""
@@ -305,7 +298,14 @@ class Connection(asyncio.Protocol):
                 self._refuse_connection()
                 return
         self._body = body_of(head, max_overhead=self.policy.max_header_bytes)
-        scope = self._scope(head)
+        scope = scope_of(
+            head,
+            root_path=self._config.root_path,
+            client=self.client,
+            server=self._server,
+            state=self._state.copy(),
+            extensions={ON_HANG_UP: self._on_hang_up, OUTLET: self._outlet},
+        )
         exchange = Exchange(
             self,
             scope,
@@ -316,9 +316,9 @@ class Connection(asyncio.Protocol):
         )
         self._exchange = exchange
         if self._body is None:
-            self._deadline = math.inf
+            self._deadline.clear()
         else:
-            self._expire_in(self.policy.header_seconds + _BODY_GRACE_SECONDS)
+            self._deadline.set(self.policy.header_seconds + _BODY_GRACE_SECONDS)
         application: ASGIApp = self.application or self._config.loaded_app
         task = self.loop.create_task(exchange.run(application))
         self.server_state.tasks.add(task)
@@ -331,31 +331,10 @@ class Connection(asyncio.Protocol):
         if body.complete:
             self._body = None
             if not self.write_paused:
-                self._deadline = math.inf
+                self._deadline.clear()
         if part or body.complete:
             exchange.body_received(part, complete=body.complete)
         return body.complete
-
-    def _scope(self, head: Head) -> Scope:
-        raw_path, _, query = head.target.partition(b"#")[0].partition(b"?")
-        root_path = self._config.root_path
-        path = raw_path.decode("ascii")
-        return {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": head.http_version,
-            "server": self._server,
-            "client": self.client,
-            "scheme": "http",
-            "method": head.method.decode("ascii"),
-            "root_path": root_path,
-            "path": root_path + (unquote(path) if "%" in path else path),
-            "raw_path": root_path.encode("ascii") + raw_path,
-            "query_string": query,
-            "headers": head.headers,
-            "state": self._state.copy(),
-            "extensions": {ON_HANG_UP: self._on_hang_up, OUTLET: self._outlet},
-        }
 
     def _outlet(self) -> asyncio.WriteTransport | None:
         """See `gateway.api.connection.OUTLET`."""
@@ -387,7 +366,7 @@ class Connection(asyncio.Protocol):
     def _refuse(self, error: GatewayError, *, linger: bool = True) -> None:
         """Answer with a problem document, the connection's last response; to HEAD without its body."""
         self.policy.count_refused_request(lookup(error)[0])
-        head, body = _last_response(error, self.server_state.default_headers)
+        head, body = last_response(error, self.server_state.default_headers)
         self.write(head if self._bodiless else head + body)
         self._close(linger=linger)
 
@@ -405,7 +384,7 @@ class Connection(asyncio.Protocol):
         if self.transport.is_closing():
             return
         self._unsent = self.transport.get_write_buffer_size()
-        self._expire_in(self.policy.stall_seconds if self._unsent else LINGER_SECONDS)
+        self._deadline.set(self.policy.stall_seconds if self._unsent else LINGER_SECONDS)
         if not linger:
             self.transport.close()
             return
@@ -414,23 +393,9 @@ class Connection(asyncio.Protocol):
             self.transport.resume_reading()
         self.transport.write_eof()
 
-    # The deadline. A timer for each state of each request would cost too much: one that fires early is set
-    # anew.
-
-    def _expire_in(self, seconds: float) -> None:
-        self._deadline = self.loop.time() + seconds
-        if self._timer is None or self._timer.when() > self._deadline:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer = self.loop.call_at(self._deadline, self._on_timer)
-
-    def _on_timer(self) -> None:
-        self._timer = None
-        if self._deadline == math.inf:
-            return
-        if self.loop.time() < self._deadline:
-            self._expire_in(self._deadline - self.loop.time())
-        elif self.write_paused or self._closing:
+    def _expired(self) -> None:
+        """End the state whose deadline has passed."""
+        if self.write_paused or self._closing:
             self._check_stall()
         elif self._exchange is not None:
             self.transport.abort()  # the body has not arrived, and its application does not time it
@@ -446,23 +411,4 @@ class Connection(asyncio.Protocol):
             self.transport.abort()
         else:
             self._unsent = unsent
-            self._expire_in(self.policy.stall_seconds)
-
-
-def _last_response(error: GatewayError, default_headers: list[tuple[bytes, bytes]]) -> tuple[bytes, bytes]:
-    status, title = lookup(error)
-    request_id = os.urandom(16).hex()
-    body = render_json(document(error, status, title, request_id=request_id))
-    retry = [] if error.retry_after is None else [(b"retry-after", b"%d" % math.ceil(error.retry_after))]
-    headers = [
-        *default_headers,
-        (b"content-type", b"application/problem+json"),
-        (b"content-length", b"%d" % len(body)),
-        (b"cache-control", b"no-store"),
-        *SECURITY_HEADERS,
-        *retry,
-        (b"x-request-id", request_id.encode()),
-        (b"connection", b"close"),
-    ]
-    fields = b"".join(b"%b: %b\r\n" % header for header in headers)
-    return b"%b%b\r\n" % (STATUS_LINES[status], fields), body
+            self._deadline.set(self.policy.stall_seconds)

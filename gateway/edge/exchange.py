@@ -14,12 +14,14 @@ import re
 from collections.abc import Sequence
 from copy import copy
 from http import HTTPStatus
-from typing import Protocol
+from typing import Any, Protocol
+from urllib.parse import unquote
 
 import structlog
 from starlette.types import ASGIApp, Message, Scope
 
 from gateway.api.connection import chunk
+from gateway.edge.framing import Head
 from gateway.exceptions import GatewayError
 
 MAX_BUFFERED_BODY = 65_536  # bytes of a body that the application has not taken yet
@@ -59,6 +61,36 @@ class Peer(Protocol):
 
     def response_complete(self, *, failed: bool) -> None:
         """Go on with the next request, or close; `failed`: the response is broken off."""
+
+
+def scope_of(
+    head: Head,
+    *,
+    root_path: str,
+    client: tuple[str, int] | None,
+    server: tuple[str, int | None] | None,
+    state: dict[str, Any],
+    extensions: dict[str, Any],
+) -> Scope:
+    """Return the ASGI scope of a request."""
+    raw_path, _, query = head.target.partition(b"#")[0].partition(b"?")
+    path = raw_path.decode("ascii")
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": head.http_version,
+        "server": server,
+        "client": client,
+        "scheme": "http",
+        "method": head.method.decode("ascii"),
+        "root_path": root_path,
+        "path": root_path + (unquote(path) if "%" in path else path),
+        "raw_path": root_path.encode("ascii") + raw_path,
+        "query_string": query,
+        "headers": head.headers,
+        "state": state,
+        "extensions": extensions,
+    }
 
 
 class Exchange:
