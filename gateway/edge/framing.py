@@ -10,6 +10,7 @@ a message cannot move a boundary. Everything that two servers in a row might rea
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import httptools
@@ -25,9 +26,10 @@ _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-
 _ABSOLUTE_FORM = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE)
 _LENGTH = re.compile(rb"[0-9]{1,19}")
 # RFC 9112, 7.1: a size, and extensions, which mean nothing here.
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})(?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
 _LONGEST_SIZE = 17  # bytes of a line with a size alone
-_TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*")
+_SMALL_CHUNK = 16  # bytes: what a chunk is short of counts as overhead, for each takes time
+_TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)+")
 
 
 class BadRequest(Exception):
@@ -235,77 +237,84 @@ class _LengthBody:
 
 
 class _ChunkedBody:
-    """A body in chunks (RFC 9112, 7.1). Extensions and trailers are checked, counted and dropped."""
+    """A body in chunks (RFC 9112, 7.1). Extensions and trailers are checked, counted and dropped.
+
+    Lines are matched in the buffer, and trailers all together: a loop in Python over tiny lines would hold up
+    the event loop for milliseconds.
+    """
 
     __slots__ = ("_left", "_overhead", "_state", "complete")
 
     def __init__(self, max_overhead: int) -> None:
-        self._overhead = max_overhead  # bytes that extensions and trailers may still take
+        self._overhead = max_overhead  # bytes that extensions, trailers and small chunks may still take
         self._left = 0  # bytes of the chunk that are still to come
-        self._state = self._size
+        self._state: Callable[[bytearray, int, bytearray], int | None] = self._size
         self.complete = False
 
     def feed(self, buffer: bytearray) -> bytes:
         content = bytearray()
-        while not self.complete and self._state(buffer, content):
-            pass
+        start: int | None = 0
+        taken = 0
+        while not self.complete and (start := self._state(buffer, taken, content)) is not None:
+            taken = start
+        if self._state == self._data:
+            taken += self._take(buffer, taken, content)
+        del buffer[:taken]
         return bytes(content)
 
-    # The states. Each takes what it can, and returns whether it went on to the next one.
+    # The states. Each returns where the next one begins, or None while what it needs is not all there.
 
-    def _size(self, buffer: bytearray, content: bytearray) -> bool:
-        line = self._line(buffer)
-        if line is None:
-            return False
-        match = _CHUNK_SIZE.fullmatch(line)
+    def _size(self, buffer: bytearray, start: int, _: bytearray) -> int | None:
+        match = _CHUNK_SIZE.match(buffer, start)
         if match is None:
-            raise BadRequest(InvalidParameter("the request's body is not in chunks"))
-        self._spend(len(line) - len(match[1]))
+            end = buffer.find(b"\n", start)
+            length = (end if end >= 0 else len(buffer)) - start
+            if length > self._overhead + _LONGEST_SIZE:  # too long, whatever it is
+                self._spend(length)
+            if end >= 0:
+                raise BadRequest(InvalidParameter("the request's body is not in chunks"))
+            return None
         self._left = int(match[1], 16)
-        self._state = self._data if self._left else self._trailer
-        return True
+        self._spend(len(match[2]) + (max(_SMALL_CHUNK - self._left, 0) if self._left else 0))
+        self._state = self._data if self._left else self._trailers
+        return match.end()
 
-    def _data(self, buffer: bytearray, content: bytearray) -> bool:
-        part = buffer[: self._left]
-        del buffer[: len(part)]
+    def _data(self, buffer: bytearray, start: int, content: bytearray) -> int | None:
+        if len(buffer) - start < self._left:
+            return None
+        start += self._take(buffer, start, content)
+        self._state = self._end_of_chunk
+        return start
+
+    def _end_of_chunk(self, buffer: bytearray, start: int, _: bytearray) -> int | None:
+        line_end = buffer[start : start + 2]
+        if not b"\r\n".startswith(line_end):
+            raise BadRequest(InvalidParameter("the request's body is not in chunks"))
+        if len(line_end) < len(b"\r\n"):
+            return None
+        self._state = self._size
+        return start + 2
+
+    def _trailers(self, buffer: bytearray, start: int, _: bytearray) -> int | None:
+        if buffer.startswith(b"\r\n", start):
+            self.complete = True
+            return start + 2
+        end = buffer.find(_END_OF_HEAD, start)
+        if end < 0:
+            if len(buffer) - start > self._overhead + 1:  # one byte may be half of an empty line
+                self._spend(len(buffer) - start)
+            return None
+        self._spend(end + len(_END_OF_HEAD) - start)
+        if not _TRAILERS.fullmatch(buffer, start, end + 2):
+            raise BadRequest(InvalidParameter("the request's trailers are not header fields"))
+        self.complete = True
+        return end + len(_END_OF_HEAD)
+
+    def _take(self, buffer: bytearray, start: int, content: bytearray) -> int:
+        part = buffer[start : start + self._left]
         content += part
         self._left -= len(part)
-        if self._left:
-            return False
-        self._state = self._end_of_chunk
-        return True
-
-    def _end_of_chunk(self, buffer: bytearray, content: bytearray) -> bool:
-        if not b"\r\n".startswith(buffer[:2]):
-            raise BadRequest(InvalidParameter("the request's body is not in chunks"))
-        if len(buffer) < len(b"\r\n"):
-            return False
-        del buffer[:2]
-        self._state = self._size
-        return True
-
-    def _trailer(self, buffer: bytearray, content: bytearray) -> bool:
-        line = self._line(buffer)
-        if line is None:
-            return False
-        if not line:
-            self.complete = True
-        elif not _TRAILER.fullmatch(line):
-            raise BadRequest(InvalidParameter("the request's trailers are not header fields"))
-        self._spend(len(line) + 2)
-        return True
-
-    def _line(self, buffer: bytearray) -> bytes | None:
-        end = buffer.find(b"\n")
-        if end < 0:
-            if len(buffer) > self._overhead + _LONGEST_SIZE:  # whatever follows, it is too long
-                self._spend(len(buffer))
-            return None
-        line = bytes(buffer[: end + 1])
-        del buffer[: end + 1]
-        if not line.endswith(b"\r\n"):
-            raise _invalid()
-        return line[:-2]
+        return len(part)
 
     def _spend(self, size: int) -> None:
         self._overhead -= size

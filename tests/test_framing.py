@@ -1,0 +1,101 @@
+"""Where requests end, without a socket: whatever the cuts, and at what cost."""
+
+import random
+import sys
+from types import FrameType
+
+import pytest
+
+from gateway.edge.framing import BadRequest, Head, body_of, parse_head
+
+CHUNKED = Head(b"POST", b"/", "1.1", [], keep_alive=True, content_length=None)
+BOUND = 32_768
+
+
+def decoded(pieces: list[bytes], *, max_overhead: int = BOUND) -> tuple[bool, bytes, str]:
+    """Return whether the body has ended, its content if so, and why it was refused."""
+    body = body_of(CHUNKED, max_overhead=max_overhead)
+    assert body is not None
+    buffer, content = bytearray(), b""
+    try:
+        for piece in pieces:
+            buffer += piece
+            content += body.feed(buffer)
+            if body.complete:
+                return True, content, ""
+    except BadRequest as refused:
+        return False, b"", str(refused)
+    return False, b"", ""
+
+
+def chunks(chance: random.Random) -> bytes:
+    """Make a body in chunks, which may be broken."""
+    made = b""
+    for _ in range(chance.randrange(5)):
+        size = chance.choice([1, 2, 5, 17, 300])
+        line_end = chance.choice([b"\r\n"] * 9 + [b"\n"])
+        made += b"%x%b%b" % (size, chance.choice([b"", b";a=b", b" ;x", b" "]), line_end)
+        made += b"q" * size + chance.choice([b"\r\n"] * 9 + [b"x\r\n", b"\n"])
+    trailers = [b"", b"A: b\r\n", b"A: b\r\nC:d\r\n", b"bad\r\n", b" f: x\r\n", b"a: %b\r\n" % (b"z" * 60)]
+    return made + b"0\r\n" + chance.choice(trailers) + b"\r\n"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_framing_of_chunks_depends_on_no_cut(seed: int) -> None:
+    """The same bytes are the same body or the same refusal, also where the bounds are just reached."""
+    chance = random.Random(seed)
+    for _ in range(1000):
+        whole, bound = chunks(chance), chance.choice([20, 60, 200, BOUND])
+        cuts = sorted(chance.randrange(len(whole)) for _ in range(chance.randrange(1, 6)))
+        cut = [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+        single = [whole[at : at + 1] for at in range(len(whole))]
+        expected = decoded([whole], max_overhead=bound)
+        assert decoded(cut, max_overhead=bound) == expected, (whole, cuts)
+        assert decoded(single, max_overhead=bound) == expected, whole
+
+
+@pytest.mark.parametrize(
+    ("hostile", "most"),
+    [
+        (b"0\r\n" + b"a: b\r\n" * 5000, 10),
+        (b"1\r\nx\r\n" * 10_000, 10_000),
+        (b"1;a=b\r\nx\r\n" * 9_000, 10_000),
+    ],
+    ids=["trailers", "tiny chunks", "extensions"],
+)
+def test_framing_holds_up_nothing_for_hostile_chunks(hostile: bytes, most: int) -> None:
+    """What one read can bring of trailers, extensions and tiny chunks takes a bounded number of calls."""
+    calls = 0
+
+    def note(_: FrameType, event: str, __: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(note)
+    try:
+        decoded([hostile])
+    finally:
+        sys.setprofile(None)
+    assert calls <= most
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "expected"),
+    [
+        (b"/v1/progress/a?api=sd", b"x", b"/v1/progress/a?api=sd"),
+        (b"http://x/v1/progress/a", b"x", b"/v1/progress/a"),
+        (b"http://X:80/a", b"x:80", b"/a"),
+        (b"http://x?b", b"x", b"/?b"),
+        (b"http://y/a", b"x", None),
+        (b"x:80", b"x:80", None),
+        (b"*", b"x", None),
+    ],
+)
+def test_framing_reads_targets(target: bytes, host: bytes, expected: bytes | None) -> None:
+    """An absolute target is a path when it names the host that Host names; any other form is refused."""
+    data = b"GET %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (target, host)
+    if expected is None:
+        with pytest.raises(BadRequest):
+            parse_head(data, max_fields=100)
+    else:
+        assert parse_head(data, max_fields=100).target == expected
