@@ -23,6 +23,7 @@ from gateway.app import Application
 from gateway.edge import edge_protocol
 from gateway.edge.connection import Connection
 from gateway.edge.policy import policy_of
+from gateway.heap import HeapTrim
 from gateway.settings import Settings
 
 _BACKLOG = 8192
@@ -124,6 +125,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._metrics = metrics
         self._watch_descriptors = descriptors.Exhaustion().look
+        self._trim_heap = HeapTrim().look
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to serve, on the second listener, too."""
@@ -141,6 +143,7 @@ class _Server(uvicorn.Server):
         self._wake = partial(asyncio.get_running_loop().call_soon_threadsafe, told.set)
         while not await self.on_tick(0):
             self._watch_descriptors()
+            self._trim_heap(len(self.server_state.connections))
             with suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
                     await told.wait()
