@@ -22,7 +22,7 @@ from gateway.jsontext import ABSENT, plain_text, without_half_pairs
 _STEP = 32_768
 _OVERLAP = 2048  # of two pieces: a secret may lie across their border
 _MOST_CLEANED = 8192  # bytes: string by string is some 100 times as slow as the search
-_LONGEST_FIELD = 16_384  # characters that are searched of a field
+_LONGEST_FIELD = 4096  # characters that are searched of a field
 _DETAIL_LIMIT = 500  # characters of an upstream's own text that are worth showing
 
 

@@ -166,9 +166,10 @@ def _listening(host: str, port: int, *, backlog: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(backlog)
-    except OSError as exc:
+    except (OSError, TypeError, ValueError) as exc:  # the latter two for what no name can be
         listener.close()
-        raise CannotListen(host, port, exc.strerror) from exc
+        reason = exc.strerror if isinstance(exc, OSError) else "not an address"
+        raise CannotListen(host, port, reason) from exc
     return listener
 
 

@@ -46,6 +46,8 @@ from gateway.upstream import Upstream
 _HOT = 2  # readers within one lifetime
 _HIT = Source.HIT  # needed at each hit, and an enum's member takes 50 ns to look up
 
+_LONGEST_STATUS = 4096  # characters that are searched for secrets, of which 100 are logged
+
 log = structlog.get_logger(__name__)
 
 
@@ -360,6 +362,6 @@ class ProgressService:
                 "status never seen before",
                 operation=snapshot.key.operation,
                 task_id=snapshot.key.task_id,
-                status=Excerpt(repr(raw_status), 100),
+                status=Excerpt(repr(raw_status)[:_LONGEST_STATUS], 100),
                 suppressed=suppressed,
             )

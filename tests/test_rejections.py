@@ -62,7 +62,7 @@ def test_escapes_hide_no_secret(redactor: Redactor, escaped: str) -> None:
 
 def test_long_field_is_cut_where_no_half_of_a_secret_shows(redactor: Redactor) -> None:
     """A field is cut before the place up to which it was searched."""
-    for before in range(16_384 - len(HIDDEN), 16_385):
+    for before in range(4096 - len(HIDDEN), 4097):
         body = json.dumps({"status": 20, "errMessage": " " * before + HIDDEN + "x" * 9000}).encode()
         failure = rejected(body, lambda text: redactor(text).replace(" ", ""))
         assert failure.detail is not None

@@ -18,6 +18,7 @@ import httptools
 from gateway.api.requests import Headers
 from gateway.exceptions import GatewayError, HeadersTooLarge, InvalidParameter
 
+_FORWARDED_FOR = b"x-forwarded-for"
 _END_OF_HEAD = b"\r\n\r\n"
 _REQUEST_LINE = re.compile(rb"[A-Z]{1,32} [\x21-\x7e]+ HTTP/1\.[01]")
 _FIRST_BYTE = re.compile(rb"[A-Z]")
@@ -109,7 +110,7 @@ def parse_head(data: bytes, *, max_fields: int) -> Head:
         raise _invalid()
     parser = _HeadParser()
     parser.parse(data)
-    method, headers, version = parser.method, parser.headers, parser.http_version
+    method, headers, version = parser.method, _joined(parser.headers), parser.http_version
     host = _host(headers, version)
     return Head(
         method,
@@ -153,6 +154,18 @@ class _HeadParser:
         self.method = self._parser.get_method()
         self.http_version = self._parser.get_http_version()
         self.keep_alive = self.http_version == "1.1" and self._parser.should_keep_alive()
+
+
+def _joined(headers: Headers) -> Headers:
+    """Return the headers with one X-Forwarded-For, in the order of several (RFC 9110, 5.3).
+
+    uvicorn would take the last one alone, and a client could put its own behind a proxy's.
+    """
+    values = [value for name, value in headers if name == _FORWARDED_FOR]
+    if len(values) < 2:  # noqa: PLR2004 - nothing to join
+        return headers
+    others = [pair for pair in headers if pair[0] != _FORWARDED_FOR]
+    return [*others, (_FORWARDED_FOR, b", ".join(values))]
 
 
 def _host(headers: Headers, version: str) -> bytes:

@@ -19,7 +19,15 @@ from typing import Any, NamedTuple
 import msgspec
 
 from gateway.envelopes import read_envelope, read_rejection
-from gateway.exceptions import GatewayError, UpstreamDetail, UpstreamError, UpstreamRejected
+from gateway.exceptions import (
+    BudgetSpent,
+    GatewayError,
+    UpstreamCredentials,
+    UpstreamDetail,
+    UpstreamError,
+    UpstreamOpen,
+    UpstreamRejected,
+)
 from gateway.models import Snapshot, TaskKey, observe_again, render_json
 from gateway.stores.serverclock import MICROSECONDS
 
@@ -205,7 +213,9 @@ def _kinds(kind: type[UpstreamError]) -> Iterator[type[UpstreamError]]:
         yield from _kinds(child)
 
 
-_KINDS = {kind.__name__: kind for kind in _kinds(UpstreamError)}
+# What is never shared is no value: our own limits, an open circuit, and refused credentials (`service.py`).
+_NEVER_SHARED = (UpstreamCredentials, BudgetSpent, UpstreamOpen)
+_KINDS = {kind.__name__: kind for kind in _kinds(UpstreamError) if not issubclass(kind, _NEVER_SHARED)}
 _DETAILS = {field.name for field in fields(UpstreamDetail)}
 _HEADER = msgspec.json.Decoder(_Header)
 _FAILURE = msgspec.json.Decoder(_Failure)
