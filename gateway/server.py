@@ -22,7 +22,7 @@ from gateway import descriptors
 from gateway.app import Application
 from gateway.edge import edge_protocol
 from gateway.edge.connection import Connection
-from gateway.edge.policy import policy_of
+from gateway.edge.policy import bound_buffers, policy_of
 from gateway.heap import HeapTrim
 from gateway.settings import Settings
 
@@ -164,6 +164,7 @@ def _listening(host: str, port: int, *, backlog: int) -> socket.socket:
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound_buffers(listener)
         listener.bind((host, port))
         listener.listen(backlog)
     except (OSError, TypeError, ValueError) as exc:  # the latter two for what no name can be

@@ -4,10 +4,12 @@ import json
 import re
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
-from tests.harness import Gateway, Simulator, drained
+from gateway.edge.policy import RESERVED_CONNECTIONS
+from tests.harness import Gateway, Simulator, drained, until
 
 Launch = Callable[..., Gateway]
 
@@ -287,3 +289,50 @@ def test_edge_old_http_is_answered(simulator: Simulator, launch: Launch) -> None
     received = launch(simulator.url).raw(b"GET /healthz HTTP/1.0\r\n\r\n")
     assert re.match(rb"HTTP/1\.[01] 200 ", received)
     assert received.endswith(b'{"status":"ok"}')
+
+
+# --- clients that leave, go on sending, or are too many ---------------------------------------------------
+
+
+def test_edge_client_that_leaves_behind_another_request_is_noticed(
+    simulator: Simulator, launch: Launch
+) -> None:
+    """Bytes of a further request hide no disconnect: the stream before them ends."""
+    gate = launch(simulator.url)
+    stream = b"GET /v1/progress/%s/events HTTP/1.1\r\nhost: x\r\n\r\n" % simulator.task().encode()
+    with gate.connect() as connection:
+        connection.sendall(stream + b"G")
+        until(lambda: gate.metric("watchers") == 1, "the stream is open")
+    until(lambda: gate.metric("watchers") == 0, "the client is gone")
+
+
+@pytest.mark.parametrize("version", [b"HTTP/1.1\r\nconnection: close", b"HTTP/1.0"])
+def test_edge_client_that_goes_on_sending_gets_its_answer(
+    simulator: Simulator, launch: Launch, version: bytes
+) -> None:
+    """A body that is refused before it has come is read for a while, so that the refusal is not lost."""
+    gate = launch(simulator.url)
+    with gate.connect() as connection:
+        connection.sendall(
+            b"POST /scc/sd_get_progress %s\r\nhost: x\r\ncontent-length: 150000\r\n\r\n" % version
+        )
+        first = connection.recv(12)
+        for _ in range(10):
+            connection.sendall(b"x" * 15_000)
+        received = first + drained(connection)
+    assert received.startswith(b"HTTP/1.1 413 ")
+    assert b"body-too-large" in received
+
+
+def test_edge_probes_beyond_the_limit_are_bounded(simulator: Simulator, launch: Launch) -> None:
+    """Probes that read nothing and close nothing make room for later ones, which are answered."""
+    gate = launch(simulator.url, server={"max_connections": 1})
+    with ExitStack() as stack:
+        for _ in range(60):
+            stack.enter_context(gate.connect()).sendall(WELL)
+        with gate.connect() as probe:
+            probe.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+            received = drained(probe).decode()
+    match = re.search(r"^sd_gateway_http_connections (\S+)$", received, re.MULTILINE)
+    assert match, received[:200]
+    assert float(match[1]) <= 2 + RESERVED_CONNECTIONS

@@ -46,6 +46,7 @@ from gateway.exceptions import GatewayError, InvalidParameter, Overloaded
 LINGER_SECONDS = 2.0  # for which a client may go on sending after the last response
 LINGER_BYTES = 262_144
 _BODY_GRACE_SECONDS = 2.0  # an application that times the body itself answers first
+_PIPELINED = 32_768  # bytes of later requests, after which reading pauses; one read brings as many at most
 _WRITE_BUFFER = 16_384  # bytes of responses that may wait for a reader before the writer has to
 
 
@@ -118,7 +119,7 @@ class Connection(asyncio.Protocol):
         self._over_limit = not self.policy.opened()
         self._deadline.set(self.policy.head_seconds(over_limit=self._over_limit))
         if self._over_limit:
-            self.policy.reserve(self, self._refuse_connection)
+            self.policy.reserve(self, self._make_room)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the connection; what was read and not answered goes with it."""
@@ -225,7 +226,8 @@ class Connection(asyncio.Protocol):
         elif failed:
             self.transport.abort()  # a body that breaks off must not look complete
         elif not exchange.keep_alive or self._closing:
-            self._close(linger=exchange.client_goes_on)
+            sending = exchange.client_goes_on or self._body is not None or bool(self._buffer)
+            self._close(linger=sending and not self._over_limit)
         else:
             self._process()
 
@@ -292,11 +294,9 @@ class Connection(asyncio.Protocol):
 
     def _begin(self, data: bytes, head: Head) -> None:
         """Answer a request, whose head stood in `data`."""
-        if self._over_limit:
-            self.policy.release(self)
-            if head.target.partition(b"?")[0].decode("latin-1") not in self.policy.probes:
-                self._refuse_connection()
-                return
+        if self._over_limit and head.target.partition(b"?")[0].decode("latin-1") not in self.policy.probes:
+            self._refuse_connection()
+            return
         self._body = body_of(head, max_overhead=self.policy.max_header_bytes)
         scope = scope_of(
             head,
@@ -344,8 +344,11 @@ class Connection(asyncio.Protocol):
         """Read, unless something waits in the buffer that cannot be taken now."""
         if self._exchange is None:
             wanted = not self.write_paused
+        elif self._body is not None:
+            wanted = not self._exchange.body_full
         else:
-            wanted = not self._buffer or (self._body is not None and not self._exchange.body_full)
+            # Reading goes on for a while, for only so does a client that leaves show.
+            wanted = len(self._buffer) < _PIPELINED
         if wanted != self._reading:
             self._reading = wanted
             if wanted:
@@ -355,8 +358,14 @@ class Connection(asyncio.Protocol):
 
     # Closing.
 
+    def _make_room(self) -> None:
+        """Leave the reserve to a later connection."""
+        if self._closing or self._exchange is not None:
+            self.transport.abort()
+        else:
+            self._refuse_connection()
+
     def _refuse_connection(self) -> None:
-        self.policy.release(self)
         self.policy.count_refused_connection()
         # Without lingering: descriptors are what there is too little of.
         self._refuse(

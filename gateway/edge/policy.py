@@ -12,9 +12,15 @@ from gateway.settings import Server
 
 RESERVED_CONNECTIONS = 16  # beyond the limit, each for a probe that may come
 _STALL_SECONDS = 60.0
-_RECEIVE_BUFFER = 32_768  # bytes; Linux doubles both for its own bookkeeping
+_RECEIVE_BUFFER = 16_384  # bytes; Linux doubles both for its own bookkeeping
 _SEND_BUFFER = 65_536
 _PROBE_SECONDS = 1.0  # for the head of a probe, beyond the limit
+
+
+def bound_buffers(connection: socket.socket) -> None:
+    """Bound the kernel's buffers of a connection; of a listener, of all that it accepts from their start."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
 
 
 @dataclass(slots=True)
@@ -41,8 +47,7 @@ class Policy:
         """
         if connection is None or connection.family == socket.AF_UNIX:
             return
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        bound_buffers(connection)
         if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
             milliseconds = max(int(self.stall_seconds * 1000), 1)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
@@ -53,16 +58,16 @@ class Policy:
         return self.connections <= self.max_connections
 
     def reserve(self, connection: object, refuse: Callable[[], None]) -> None:
-        """Let a connection beyond the limit send the head of a probe.
+        """Let a connection beyond the limit make one probe.
 
-        The one that has waited the longest is refused to make room: a probe comes at once, silence does not.
+        The oldest one makes room: a probe comes at once and is answered at once. `refuse` is called for that.
         """
         self._reserved[connection] = refuse
         if len(self._reserved) > RESERVED_CONNECTIONS:
             self._reserved.pop(next(iter(self._reserved)))()
 
     def release(self, connection: object) -> None:
-        """Note that a connection no longer waits for a probe."""
+        """Note that a connection of the reserve is gone."""
         self._reserved.pop(connection, None)
 
     def closed(self) -> None:
