@@ -3,7 +3,7 @@
     caller: join -> waits -> leave          background refresh: `background`
     the last caller has left -> a query that is still queued is dropped; one on the wire is completed
 
-A client is told apart by the address that it calls from; b"" stands for an address that is not known.
+A client is identified by its address; b"" stands for an unknown one.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Demand:
 
     Attributes:
         clients: The number of callers that wait, by client. The other attributes are the flight's.
-        flying: A flight is in the air.
+        flying: A flight is in progress.
         background: The gateway wants the answer though no caller waits.
         committed: A call is on the wire, or its answer has come: the flight runs to its end.
         drop: Called with the demand, ends a flight before that when nothing wants its answer any more.

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """Items in the lines of their clients. Items are told apart by identity or by their own equality."""
+    """Items in the lines of their clients. Items are compared with ==."""
 
     def __init__(self) -> None:
         self._lines: OrderedDict[bytes, OrderedDict[T, None]] = OrderedDict()  # the next client first

@@ -33,7 +33,7 @@ class Flights(Generic[K, T]):
         self._demands: dict[K, Demand] = {}  # of keys that have callers, subscribers or a flight
 
     def __contains__(self, key: K) -> bool:
-        """Tell whether a flight for this key is in the air."""
+        """Tell whether a flight for this key is in progress."""
         return key in self._flights
 
     @property
@@ -64,7 +64,7 @@ class Flights(Generic[K, T]):
             self._drop(key, demand)
 
     def start(self, key: K, *, background: bool = False, after: int | None = None) -> asyncio.Future[T]:
-        """Return the key's flight, begun now unless one is in the air. Await it through `shield`.
+        """Return the key's flight, begun now unless one is in progress. Await it through `shield`.
 
         `background`: it is wanted even without callers. After `aclose` it is cancelled before it begins.
         """

@@ -1,6 +1,6 @@
 """Keeps secrets out of everything that leaves the process: log lines, problems, envelopes.
 
-One Redactor is made at the start and is told every secret as it is loaded. It also knows what
+One Redactor is made at the start and receives every secret as it is loaded. It also knows what
 the vendor's API gateway leaks: its refusal of a signature quotes the whole string
 to sign, and with it the access key.
 

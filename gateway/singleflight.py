@@ -28,11 +28,11 @@ class SingleFlight(Generic[K, T]):
         return len(self._flights)
 
     def __contains__(self, key: K) -> bool:
-        """Tell whether a flight for this key is in the air."""
+        """Tell whether a flight for this key is in progress."""
         return key in self._flights
 
     def start(self, key: K, fn: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Future[T]:
-        """Return the key's flight, begun now unless one is in the air. Await it through `shield`.
+        """Return the key's flight, begun now unless one is in progress. Await it through `shield`.
 
         After `aclose` it is cancelled before it begins, like those that were in the air then.
         """

@@ -216,7 +216,7 @@ class _Connection(asyncio.Protocol):
     """One connection, with one call at a time.
 
     `idle_since` is the loop's time at which its last answer was whole; None while it cannot be used. `done`
-    is told of each call's end, whether its caller still waits or not; `over` is the present call's.
+    is called at the end of each call, even if its caller has left; `over` is the present call's.
     """
 
     def __init__(self, max_body_bytes: int, done: Callable[[_Connection], None]) -> None:

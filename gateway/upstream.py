@@ -166,7 +166,7 @@ class Upstream:
             renewal: An older answer is known.
             patience_seconds: The longest time that the answer is waited for.
             held_up: Called with the seconds when the query has to wait for the budget.
-            demand: Who wants the answer; it is told while a call is on the wire. None: the gateway itself.
+            demand: Who wants the answer; it records that a call is on the wire. None: the gateway itself.
 
         Raises:
             UpstreamError: There is no answer.

@@ -285,7 +285,7 @@ async def test_budget_refuses_only_the_client_that_queues_too_much(bench: Bench)
     await asyncio.gather(*new)
     outcomes = await asyncio.gather(*crowd, return_exceptions=True)
     served = [outcome is None for outcome in outcomes]
-    # Those that were admitted before the others came, and whose turn then came too late, are told so.
+    # Queries whose turn moved past their deadline are refused.
     assert served == [True] * 5 + [False] * 95
     refused = {type(outcome) for outcome in outcomes if outcome is not None}
     assert refused == {BudgetSpent}
@@ -308,7 +308,7 @@ async def test_budget_counts_a_query_in_the_newcomers_queue_too(bench: Bench) ->
 
 
 async def test_budget_query_keeps_a_place_while_a_client_waits(bench: Bench) -> None:
-    """When the client leaves that a query was queued for, it is in the queue of those who still wait."""
+    """A query stays queued for its remaining clients when one of them leaves."""
     demand = wanted_by(b"1", b"2")
     for number in range(3):
         bench.ask(f"crowd{number}", renewal=False, demand=wanted_by(b"3"))

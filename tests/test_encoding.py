@@ -265,7 +265,7 @@ def test_failure_is_remembered_for_no_odd_time(time: bytes | int) -> None:
 
 
 def test_failure_is_remembered_for_its_time() -> None:
-    """Milliseconds are told, in a message or by the server."""
+    """The time is in milliseconds, from a message or from the server."""
     assert (failure_seconds(b"1500"), failure_seconds(1500)) == (1.5, 1.5)
 
 

@@ -153,7 +153,7 @@ def test_longpoll_is_one_lookup(simulator: Simulator, launch: Launch) -> None:
     new = simulator.task(data={"status": "running", "progress": 0.25})
     assert gate.get(new, params={"wait": "20"}).status_code == 200
     assert (lookups(gate), gate.metric("cache_lookups_total", result="miss")) == (1, 1)
-    assert gate.get("nobody", params={"wait": "20"}).status_code == 502
+    assert gate.get("unknown", params={"wait": "20"}).status_code == 502
     assert lookups(gate) == 2
     done = simulator.finished()
     for number in (3, 4):
