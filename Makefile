@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Test processes: most tests wait for timers, so four keep two cores busy.
+WORKERS ?= 4
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -21,7 +23,7 @@ demo: .venv/project.stamp ## install and start the gateway with a simulated upst
 	@exec $(BIN)/sd-gateway demo $(ARGS)
 
 test: .venv/project.stamp .venv/dev.stamp sdk ## run the tests; ARGS='--no-cov -k NAME' for some of them
-	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 lint: .venv/project.stamp .venv/dev.stamp ## check style, types and the layers' imports
 	$(BIN)/ruff check
