@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import random
 import resource
 import statistics
 import subprocess
@@ -194,7 +195,8 @@ async def _crowd(port: int, *, attackers: int, seconds: float, kinds: Sequence[s
         while True:
             with suppress(OSError, asyncio.LimitOverrunError):
                 await _attack_once(port, KINDS[name], lambda: opened.update({name: opened[name] + 1}))
-            await asyncio.sleep(PAUSE_SECONDS * 5)
+            # At random, or all of them would come back in the same tenth of a second, again and again.
+            await asyncio.sleep(PAUSE_SECONDS * 10 * random.random())
 
     tasks: list[Awaitable[None]] = [
         asyncio.ensure_future(attack(name, number)) for name in kinds for number in range(attackers)
