@@ -52,13 +52,14 @@ class Application(NamedTuple):
     """The application, for any ASGI server, and what ours needs besides.
 
     `metrics_asgi` serves /metrics alone, for a port of its own. `hits` are what may be answered before the
-    application; None: nothing.
+    application; None: nothing. `drain` tells when the process has been told to stop.
     """
 
     asgi: Starlette
     metrics_asgi: ASGIApp
     metrics: Metrics
     hits: Hits | None
+    drain: Drain
 
 
 def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | None = None) -> Application:
@@ -153,7 +154,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     app.middleware_stack = tracing.around(surrounded, root_path=server.root_path)
     metrics_asgi = metrics_application(metrics.registry, problems=problems)
     if not isinstance(tracing, Untraced):  # a request's span is made around the whole of it
-        return Application(app, metrics_asgi, metrics, None)
+        return Application(app, metrics_asgi, metrics, None, drain)
     hits = Hits(
         service,
         operations=settings.upstream.operations,
@@ -165,7 +166,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         sampler=sampler,
     )
     app.middleware_stack = HitsFirst(app.middleware_stack, hits=hits)
-    return Application(app, metrics_asgi, metrics, hits if server.edge else None)
+    return Application(app, metrics_asgi, metrics, hits if server.edge else None, drain)
 
 
 def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 import structlog
@@ -28,6 +28,11 @@ class Drain:
 
     def __init__(self) -> None:
         self.begun = asyncio.Event()
+        self._listeners: list[Callable[[], None]] = []
+
+    def on_begin(self, listener: Callable[[], None]) -> None:
+        """Call `listener` on the event loop when draining begins."""
+        self._listeners.append(listener)
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
@@ -59,3 +64,5 @@ class Drain:
     def _begin(self) -> None:
         log.info("draining")
         self.begun.set()
+        for listener in self._listeners:
+            listener()

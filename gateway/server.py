@@ -50,6 +50,7 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
     limit = descriptors.raise_limit()
     max_connections = limit.connections(server.max_connections, outgoing=settings.upstream.max_in_flight)
     policy = policy_of(server, app.metrics, max_connections=max_connections)
+    app.drain.on_begin(policy.drain)
     config = uvicorn.Config(
         app.asgi,
         host=server.host,

@@ -37,6 +37,7 @@ from gateway.secretfiles import read_secret
 
 DEFAULT_FILE = Path("config/gateway.toml")
 PREFIX = "SD_GATEWAY_"
+_LONGEST_FILE = 1_048_576  # bytes; the complete config/gateway.toml has some 10,000
 SPEEDPIX = {
     "SPEEDPIX_APP_KEY": ("credentials", "access_key"),
     "SPEEDPIX_APP_SECRET": ("credentials", "secret_key"),
@@ -317,7 +318,11 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_bytes().decode())
+        with file.open("rb") as opened:  # maybe a pipe: `--config <(…)`
+            content = opened.read(_LONGEST_FILE + 1)
+        if len(content) > _LONGEST_FILE:
+            raise SettingsError([f"{file}: is larger than {_LONGEST_FILE} bytes"])
+        return tomllib.loads(content.decode())
     except OSError as exc:
         raise SettingsError([f"{file}: cannot be read: {exc.strerror}"]) from exc
     except UnicodeDecodeError as exc:

@@ -90,6 +90,33 @@ def test_drain_ends_idle_connections(tmp_path: Path, upstream: RawUpstream) -> N
     assert_clean(process.output)
 
 
+@pytest.mark.parametrize("edge", ["true", "false"])
+def test_drain_closes_connections_with_their_next_response(
+    tmp_path: Path, upstream: RawUpstream, released: threading.Event, edge: str
+) -> None:
+    """From the first signal on every response says that it is the connection's last, a hit's, too."""
+    env = {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url, "SD_GATEWAY_SERVER__EDGE": edge}
+    released.set()
+    with serving(tmp_path, env) as (process, gate):
+        hit = f"GET /v1/progress/{fresh_id()} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
+        health = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+        with gate.connect() as warm, gate.connect() as probe:
+            for connection, request in ((warm, hit), (warm, hit), (probe, health)):
+                connection.sendall(request)
+                answer = connection.recv(65536).lower()
+                assert answer.startswith(b"http/1.1 200")
+                assert b"connection: close" not in answer
+            process.signal()
+            until(lambda: unready(gate), "readyz says that we drain")
+            for connection, request in ((warm, hit), (probe, health)):
+                connection.sendall(request + request)
+                answers = drained(connection).lower()
+                assert answers.count(b"http/1.1 200") == 1
+                assert b"connection: close" in answers
+        assert process.exit_status() == 0
+    assert_clean(process.output)
+
+
 def test_drain_has_an_end(tmp_path: Path, upstream: RawUpstream) -> None:
     """After server.drain_seconds whoever still waits is told to go elsewhere; the process exits with 0."""
     env = {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url, "SD_GATEWAY_SERVER__DRAIN_SECONDS": "0.2"}

@@ -450,6 +450,13 @@ def test_load_tells_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert caught.value.mistakes == [f"{tmp_path}: cannot be read: Is a directory"]
 
 
+def test_load_reads_no_endless_file() -> None:
+    """A file without an end is refused once it is larger than any settings file."""
+    with pytest.raises(SettingsError) as caught:
+        load(Path("/dev/zero"), {})
+    assert caught.value.mistakes == ["/dev/zero: is larger than 1048576 bytes"]
+
+
 # Checks of meaning
 
 

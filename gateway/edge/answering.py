@@ -71,7 +71,7 @@ class AnsweringConnection(Connection):
 
     def data_received(self, data: bytes) -> None:
         """Answer a hit like the last one; frame all else."""
-        if self._last is not None:
+        if self._last is not None and not self.policy.draining:
             whole, target, rest, wishes = self._last
             if data != whole:
                 alike = (
@@ -90,7 +90,8 @@ class AnsweringConnection(Connection):
     def _begin(self, data: bytes, head: Head) -> None:
         """Answer a hit, and hand any other request on."""
         self._last = None
-        if not self._over_limit and head.method == b"GET" and head.keep_alive and head.content_length == 0:
+        plain = head.method == b"GET" and head.keep_alive and head.content_length == 0
+        if plain and not self._over_limit and not self.policy.draining:
             wishes = self.hits.wishes(head.headers)
             if wishes is not None and self._answer(head.target, wishes):
                 if not self._buffer:

@@ -209,7 +209,7 @@ class Connection(asyncio.Protocol):
 
     def response_started(self) -> None:
         """See `Peer.response_started`."""
-        if self._exchange is not None and (self._shutting_down or self._over_limit):
+        if self._exchange is not None and (self._shutting_down or self._over_limit or self.policy.draining):
             self._exchange.keep_alive = False
 
     def response_complete(self, *, failed: bool) -> None:

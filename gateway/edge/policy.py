@@ -35,6 +35,7 @@ class Policy:
     probes: frozenset[str] = PROBES
     count_refused_connection: Callable[[], None] = lambda: None
     count_refused_request: Callable[[int], None] = lambda _: None
+    draining: bool = field(default=False, init=False)  # every response is its connection's last one
     connections: int = field(default=0, init=False)
     _reserved: dict[object, Callable[[], None]] = field(default_factory=dict, init=False)
 
@@ -69,6 +70,10 @@ class Policy:
     def release(self, connection: object) -> None:
         """Note that a connection of the reserve is gone."""
         self._reserved.pop(connection, None)
+
+    def drain(self) -> None:
+        """Close each connection with its next response: clients reconnect, and reach another replica."""
+        self.draining = True
 
     def closed(self) -> None:
         """Count a connection that is gone."""
