@@ -18,8 +18,8 @@ import msgspec
 from gateway.exceptions import UpstreamDetail, UpstreamRejected
 from gateway.jsontext import ABSENT, plain_text, without_half_pairs
 
-# Characters that are searched in one step of the event loop: some 2 ms.
-_STEP = 32_768
+# Characters, or bytes, that are searched in one step of the event loop: some 2 ms.
+STEP = 32_768
 _OVERLAP = 2048  # of two pieces: a secret may lie across their border
 _MOST_CLEANED = 8192  # bytes: string by string is some 100 times as slow as the search
 _LONGEST_FIELD = 4096  # characters that are searched of a field
@@ -72,12 +72,21 @@ def rejected(envelope: bytes, said: UpstreamDetail) -> UpstreamRejected:
 async def clean(body: bytes, redact: Callable[[str], str]) -> bool:
     """Tell whether a rejected envelope of any size has nothing to redact; other work goes on meanwhile."""
     text = plain_text(body)
-    for start in range(0, len(text), _STEP - _OVERLAP):
-        piece = text[start : start + _STEP]
+    for start in range(0, len(text), STEP - _OVERLAP):
+        piece = text[start : start + STEP]
         if redact(piece) != piece:
             return False
         await asyncio.sleep(0)
     return True
+
+
+async def holds(body: bytes, found: Callable[[bytes], bool]) -> bool:
+    """Tell whether something is found in a body of any size; other work goes on meanwhile."""
+    for start in range(0, len(body), STEP - _OVERLAP):
+        if found(body[start : start + STEP]):
+            return True
+        await asyncio.sleep(0)
+    return False
 
 
 def shown(raw: msgspec.Raw, redact: Callable[[str], str]) -> str | None:
@@ -98,7 +107,7 @@ def shown(raw: msgspec.Raw, redact: Callable[[str], str]) -> str | None:
 
 def _safe(body: bytes, redact: Callable[[str], str]) -> bytes | None:
     """Return the envelope without secrets; None when that would take too long."""
-    if len(body) > _STEP:
+    if len(body) > STEP:
         return None
     text = plain_text(body)
     if redact(text) == text:
