@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from os.path import commonprefix
 from typing import Any
 
 import msgspec
@@ -98,10 +99,11 @@ def shown(raw: msgspec.Raw, redact: Callable[[str], str]) -> str | None:
         text: str = msgspec.json.decode(json_text)
     else:
         text = plain_text(json_text) if len(json_text) <= _LONGEST_FIELD else "[too long]"
-    # What is cut off may be half a secret: so nothing near the cut is shown.
     redacted = redact(text[:_LONGEST_FIELD])
     if len(text) > _LONGEST_FIELD:
-        redacted = redacted[:-_OVERLAP]
+        # A cut may leave half a secret. What is shown is the same wherever the cut is.
+        earlier = redact(text[: _LONGEST_FIELD - _OVERLAP])
+        redacted = commonprefix([redacted, earlier])  # noqa: RUF071  # of texts, not of paths
     return redacted[:_DETAIL_LIMIT]
 
 

@@ -69,6 +69,28 @@ def test_long_field_is_cut_where_no_half_of_a_secret_shows(redactor: Redactor) -
         assert failure.detail.err_message == ""
 
 
+@pytest.mark.parametrize("words", ["Server StringToSign:", "x-ca-key: "])
+def test_long_field_is_shown_up_to_its_mask(words: str) -> None:
+    """However much of a long field is hidden, what comes before is shown."""
+    body = json.dumps({"status": 20, "errMessage": f"Refused, {words}" + "k" * 9000}).encode()
+    failure = rejected(body, Redactor())
+    assert failure.detail is not None
+    assert failure.detail.err_message == f"Refused, {words}{MASK}"
+
+
+def test_long_field_is_shown_as_far_as_it_was_searched(redactor: Redactor) -> None:
+    """Where a secret lies across the earlier cut or the later one, no part of it is shown."""
+    for cut in (2048, 4096):
+        for before in range(cut - len(HIDDEN), cut + 1):
+            message = HIDDEN * 100 + "-" * (before - len(HIDDEN) * 100) + HIDDEN + "." * 9000
+            failure = rejected(json.dumps({"status": 20, "errMessage": message}).encode(), redactor)
+            assert failure.detail is not None
+            shown = failure.detail.err_message
+            assert shown is not None
+            assert shown.startswith(MASK)
+            assert shown.replace(MASK, "").strip("-.[redact") == ""
+
+
 @pytest.mark.parametrize("code", [7, 1.5, True, ["E", {"a": 1}], "E"])
 def test_codes_of_any_type_are_told(code: object) -> None:
     """A code that is no string is told as JSON has it; null and absent are not."""
