@@ -304,7 +304,7 @@ def test_redactor_hides_a_secret_without_ascii(encode: Callable[[str], str]) -> 
 def test_redactor_refuses_answers_with_credentials_alone() -> None:
     """A password of the store and what only looks like a signature may be in an answer."""
     redactor = Redactor()
-    redactor.hide("running")
+    redactor.hide("running", SECRET_KEY)
     redactor.hide_credentials(ACCESS_KEY, SECRET_KEY)
     for encode in ENCODINGS.values():
         body = f'{{"a":"{encode(SECRET_KEY)}"}}'.encode()

@@ -10,7 +10,7 @@ from gateway.envelopes import read_envelope
 from gateway.exceptions import UpstreamRejected
 from gateway.models import Operation, TaskKey
 from gateway.redaction import MASK, Redactor
-from gateway.rejections import clean
+from gateway.rejections import STEP, clean, holds
 from tests.harness import SECRET, Gateway, RawUpstream, framed, fresh_id
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
@@ -121,6 +121,30 @@ async def test_clean_finds_a_secret_across_pieces(redactor: Redactor) -> None:
     assert await clean(json.dumps({"status": 20, "x": "x" * 400_000}).encode(), redactor)
     other.cancel()
     assert turns > 10
+
+
+async def test_holds_finds_a_secret_across_pieces() -> None:
+    """A large answer is searched in pieces of 32 KiB that overlap, and other work goes on between them."""
+    redactor, sizes, turns = Redactor(), [], 0
+    redactor.hide_credentials(HIDDEN)
+
+    def found(piece: bytes) -> bool:
+        sizes.append(len(piece))
+        return redactor.refuses(piece)
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(others())
+    for place in range(30_600, 32_800, 100):
+        assert await holds(b"x" * place + HIDDEN.encode().hex().encode() + b"x" * 40_000, found)
+    assert not await holds(b"x" * 1_048_576, found)
+    other.cancel()
+    assert turns > 30
+    assert max(sizes) == STEP
 
 
 def test_large_rejection_is_passed_on_as_it_came(launch: Callable[..., Gateway]) -> None:
