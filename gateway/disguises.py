@@ -80,9 +80,13 @@ class Needle(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """What to look for: literals in a text in lower case, needles in its views. Heads begin needles."""
+    """What to look for: literals in a text in lower case, needles in its views. Heads begin needles.
+
+    `spaced` are the literals that are mostly white space: no view has them.
+    """
 
     literals: tuple[bytes, ...] = ()
+    spaced: tuple[bytes, ...] = ()
     needles: tuple[Needle, ...] = ()
     heads: tuple[tuple[int, bytes], ...] = ()
 
@@ -90,17 +94,37 @@ class Forms(NamedTuple):
         """Return these forms and those of more secrets."""
         secrets = [secret for secret in secrets if len(secret) >= SHORTEST]
         literals = dict.fromkeys([*self.literals, *(form for each in secrets for form in _literals(each))])
+        spaced = [literal for literal in literals if len(literal.translate(None, _DROPPED)) < SHORTEST]
         needles = dict.fromkeys([*self.needles, *(form for each in secrets for form in _needles(each))])
         heads = dict.fromkeys((needle.view, needle.head) for needle in needles)
-        return Forms(tuple(literals), tuple(needles), tuple(heads))
+        return Forms(tuple(literals), tuple(spaced), tuple(needles), tuple(heads))
 
     def may_be_in(self, data: bytes, more_heads: Iterable[tuple[int, bytes]] = ()) -> bool:
         """Tell whether the beginning of a form is in the data, or another head; False is sure."""
-        return _any_in(data, self.literals, (*self.heads, *more_heads))
+        return self._any_in(data, (*self.heads, *more_heads))
 
     def are_in(self, data: bytes) -> bool:
         """Tell whether a form is in the data."""
-        return _any_in(data, self.literals, [(needle.view, needle.form) for needle in self.needles])
+        return self._any_in(data, [(needle.view, needle.form) for needle in self.needles])
+
+    def _any_in(self, data: bytes, wanted: Collection[tuple[int, bytes]]) -> bool:
+        if not wanted:
+            return False
+        # Where nothing is to be decoded the folded view has every other literal.
+        plain = not (b"%" in data or b"\\" in data or b"&" in data) and data.isascii()
+        if literals := self.spaced if plain else self.literals:
+            low = data.lower()
+            if any(literal in low for literal in literals):
+                return True
+        if not plain:
+            if data.count(b"&#") > MOST_ENTITIES:
+                return True
+            data = decoded(data)
+        seen = views(data)
+        for view, form in wanted:  # noqa: SIM110  # `any` of a generator takes half as long again
+            if form in seen[view]:
+                return True
+        return False
 
 
 def heads_of_code(code: str) -> tuple[tuple[int, bytes], ...]:
@@ -113,22 +137,6 @@ def heads_of_code(code: str) -> tuple[tuple[int, bytes], ...]:
         (CODED, binascii.b2a_base64(b"\0" + raw)[2 : 2 + _SHORTEST_CODED].lower()),
         (CODED, binascii.b2a_base64(b"\0\0" + raw)[3 : 3 + _SHORTEST_CODED].lower()),
     )
-
-
-def _any_in(data: bytes, literals: Iterable[bytes], wanted: Collection[tuple[int, bytes]]) -> bool:
-    if not wanted:
-        return False
-    # Where nothing is to be decoded the folded view has every literal.
-    if b"%" in data or b"\\" in data or b"&" in data or not data.isascii():
-        low = data.lower()
-        if any(literal in low for literal in literals) or data.count(b"&#") > MOST_ENTITIES:
-            return True
-        data = decoded(data)
-    seen = views(data)
-    for view, form in wanted:  # noqa: SIM110  # `any` of a generator takes half as long again
-        if form in seen[view]:
-            return True
-    return False
 
 
 def utf8(text: str) -> bytes:

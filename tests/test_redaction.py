@@ -72,6 +72,16 @@ def test_redactor_takes_secrets_literally() -> None:
     assert redactor("a.c+e(g\\ abcdeg") == f"{MASK} abcdeg"
 
 
+@pytest.mark.parametrize("secret", ["a b c d", "a\tb\n\nc", "a\\\\\\\\b", "%41%42%43", "&#65;&#66;"])
+def test_redactor_hides_a_secret_of_which_no_view_is_long_enough(secret: str) -> None:
+    """What is mostly white space, or is decoded to little, is hidden as it is."""
+    redactor = Redactor()
+    redactor.hide(secret, "another-secret")
+    for text in ("in {} text", "in {} 100 % of \\ text", "in {} & text\u3000"):
+        assert redactor(text.format(secret)) == text.format(MASK)
+    assert redactor("abc d AB ABC") == "abc d AB ABC"
+
+
 @pytest.mark.parametrize("short", ["", "a", "12345"])
 def test_redactor_does_not_hide_short_strings(short: str) -> None:
     """What is under 6 characters cannot be told from ordinary text, and blanks nothing out."""
