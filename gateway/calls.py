@@ -35,13 +35,14 @@ from gateway.metrics import Metrics
 from gateway.models import Operation, TaskKey, render_json
 from gateway.redaction import Redactor
 from gateway.refusals import refusal
-from gateway.rejections import clean
+from gateway.rejections import STEP, clean, holds
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.signing import signed_headers
 from gateway.tracing import Mark, Tracing, Untraced
 from gateway.transport import HttpTransport, encode, untrusted
 
 _OK = 200
+_TELLS = "the upstream's answer contains a secret of the gateway"
 _LONGEST_DATE = 64  # characters; the longest form has 33
 _CLOCK_TOLERANCE_SECONDS = 2.0  # the Date header has whole seconds, and the answer was under way
 
@@ -185,22 +186,30 @@ class Calls:
         code = exchange.headers.get("x-ca-error-code", "")
         message = exchange.headers.get("x-ca-error-message", "")
         if not code and not message:
+            body, redact = exchange.body, self._redactor
+            # A larger one is searched in `_make`, step by step.
+            suspect = len(body) <= STEP and redact.suspects_answer(body, exchange.sent["x-ca-signature"])
+            if suspect or len(body) > STEP:
+                redact = self.redactor_of(exchange)
             try:
-                data, invoke_id = read_envelope(exchange.body, key, redact=self._redactor)
+                data, invoke_id = read_envelope(body, key, redact=redact)
             except UpstreamInvalid:
                 if exchange.status == _OK:
                     raise
             else:
+                if suspect and redact.refuses(body):
+                    raise UpstreamInvalid(_TELLS)
                 if exchange.status == _OK:
-                    return Answer(data, exchange.body, invoke_id)
+                    return Answer(data, body, invoke_id)
+        redact = self.redactor_of(exchange)
         raise refusal(
             exchange.status,
             code,
             message,
             detail=UpstreamDetail(
-                request_id=self._shown(exchange.headers.get("x-ca-request-id")),
-                err_code=self._shown(code or f"HTTP {exchange.status}"),
-                err_message=self._shown(message or None),
+                request_id=_shown(exchange.headers.get("x-ca-request-id"), redact),
+                err_code=_shown(code or f"HTTP {exchange.status}", redact),
+                err_message=_shown(message or None, redact),
             ),
             retry_after=_retry_after(exchange.headers.get("retry-after", ""), self._clock()),
         )
@@ -220,9 +229,11 @@ class Calls:
                 raise
             except UpstreamRejected as exc:
                 # Too large to be searched for secrets in one step: here there is time for it.
-                if exc.envelope != exchange.body and await clean(exchange.body, self._redactor):
+                if exc.envelope != exchange.body and await clean(exchange.body, self.redactor_of(exchange)):
                     exc.envelope = exchange.body
                 raise
+            if len(exchange.body) > STEP and await holds(exchange.body, self.redactor_of(exchange).refuses):
+                raise UpstreamInvalid(_TELLS)
         except UpstreamError as exc:
             outcome, mark.invoke_id = exc.code, exc.invoke_id
             raise
@@ -235,8 +246,9 @@ class Calls:
             self._count(operation, outcome)()
             self._time[operation](time.perf_counter() - started)
 
-    def _shown(self, text: str | None) -> str | None:
-        return None if text is None else self._redactor(text)[:500]
+    def redactor_of(self, exchange: Exchange) -> Redactor:
+        """Return a redactor that hides the signature of this call, too."""
+        return self._redactor.for_call(exchange.sent["x-ca-signature"])
 
     def _observe_clock(self, exchange: Exchange) -> float | None:
         """Return how far upstream's clock is ahead of ours, in seconds, when its answer tells."""
@@ -252,6 +264,10 @@ class Calls:
         if skew is not None and abs(skew - self.clock_offset) > _CLOCK_TOLERANCE_SECONDS:
             self.clock_offset = skew
             log.warning("clock corrected to the upstream's", offset_seconds=round(skew, 1))
+
+
+def _shown(text: str | None, redact: Redactor) -> str | None:
+    return None if text is None else redact(text)[:500]
 
 
 @lru_cache(maxsize=1024)

@@ -65,19 +65,20 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
                 why = explain(exc.__cause__) if isinstance(exc.__cause__, httpx.TransportError) else ""
                 network = f"{exc}; {why or 'is upstream.endpoint right?'}"
                 return Finding(well=False, lines=[*lines, f"network: {network}"])
-            finding = _judge(calls, key, exchange, redactor)
+            finding = _judge(calls, key, exchange)
             works[held.slot] = finding.well
             lines += finding.lines
     return Finding(well=all(works.values()), lines=[*lines, *_compare(works)])
 
 
-def _judge(calls: Calls, key: TaskKey, exchange: Exchange, redactor: Redactor) -> Finding:
+def _judge(calls: Calls, key: TaskKey, exchange: Exchange) -> Finding:
     try:
         calls.judge(exchange, key)
     except UpstreamRejected as exc:
         code = exc.detail.err_code if exc.detail else None
         return Finding(well=True, lines=[f"well: signature accepted; no such task, as expected ({code})"])
     except GatewayError as exc:
+        redactor = calls.redactor_of(exchange)
         return Finding(well=False, lines=list(_explain(exc, key.operation.path, exchange, redactor)))
     return Finding(well=True, lines=["well: signature accepted"])
 

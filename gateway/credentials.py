@@ -138,7 +138,7 @@ class Credentials:
         self._faults.pop(slot, None)
         if pair is None or (held is not None and held.pair == pair):
             return
-        self._redactor.hide(pair.access_key, pair.secret_key)
+        self._redactor.hide_credentials(pair.access_key, pair.secret_key)
         new = Held(slot, 1 if held is None else held.generation + 1, pair)
         self._held[slot] = new
         if source.watches:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable
+from os.path import commonprefix
 from typing import Any
 
 import msgspec
@@ -18,8 +19,8 @@ import msgspec
 from gateway.exceptions import UpstreamDetail, UpstreamRejected
 from gateway.jsontext import ABSENT, plain_text, without_half_pairs
 
-# Characters that are searched in one step of the event loop: some 2 ms.
-_STEP = 32_768
+# Characters, or bytes, that are searched in one step of the event loop: some 2 ms.
+STEP = 32_768
 _OVERLAP = 2048  # of two pieces: a secret may lie across their border
 _MOST_CLEANED = 8192  # bytes: string by string is some 100 times as slow as the search
 _LONGEST_FIELD = 4096  # characters that are searched of a field
@@ -72,12 +73,21 @@ def rejected(envelope: bytes, said: UpstreamDetail) -> UpstreamRejected:
 async def clean(body: bytes, redact: Callable[[str], str]) -> bool:
     """Tell whether a rejected envelope of any size has nothing to redact; other work goes on meanwhile."""
     text = plain_text(body)
-    for start in range(0, len(text), _STEP - _OVERLAP):
-        piece = text[start : start + _STEP]
+    for start in range(0, len(text), STEP - _OVERLAP):
+        piece = text[start : start + STEP]
         if redact(piece) != piece:
             return False
         await asyncio.sleep(0)
     return True
+
+
+async def holds(body: bytes, found: Callable[[bytes], bool]) -> bool:
+    """Tell whether something is found in a body of any size; other work goes on meanwhile."""
+    for start in range(0, len(body), STEP - _OVERLAP):
+        if found(body[start : start + STEP]):
+            return True
+        await asyncio.sleep(0)
+    return False
 
 
 def shown(raw: msgspec.Raw, redact: Callable[[str], str]) -> str | None:
@@ -89,16 +99,17 @@ def shown(raw: msgspec.Raw, redact: Callable[[str], str]) -> str | None:
         text: str = msgspec.json.decode(json_text)
     else:
         text = plain_text(json_text) if len(json_text) <= _LONGEST_FIELD else "[too long]"
-    # What is cut off may be half a secret: so nothing near the cut is shown.
     redacted = redact(text[:_LONGEST_FIELD])
     if len(text) > _LONGEST_FIELD:
-        redacted = redacted[:-_OVERLAP]
+        # A cut may leave half a secret. What is shown is the same wherever the cut is.
+        earlier = redact(text[: _LONGEST_FIELD - _OVERLAP])
+        redacted = commonprefix([redacted, earlier])  # noqa: RUF071  # of texts, not of paths
     return redacted[:_DETAIL_LIMIT]
 
 
 def _safe(body: bytes, redact: Callable[[str], str]) -> bytes | None:
     """Return the envelope without secrets; None when that would take too long."""
-    if len(body) > _STEP:
+    if len(body) > STEP:
         return None
     text = plain_text(body)
     if redact(text) == text:

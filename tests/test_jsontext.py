@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
@@ -57,6 +58,15 @@ HOSTILE = {
     "escapes": b'"' + b"\\u00e9" * (SIZE // 6) + b'"',
     "half pairs": b'"' + b"\\ud83d" * (SIZE // 6) + b'"',
     "white space": b" " * SIZE + b"1",
+    "half a pair and backslashes": b'"\\ud83d' + b"\\\\" * (SIZE // 2 - 9) + b'"',
+    "half a pair and pairs": b'"\\ud83d' + b"\\ud83d\\ude00" * (SIZE // 12 - 1) + b'"',
+    "half a pair and strings": b'["\\ud83d",' + many(b'"a"')[1 + 4 * 9 :],
+    "large integer and arrays": b"[%b," % (b"9" * 310) + many(b"[]")[1 + 3 * 200 :],
+    "large integer and objects": b"[%b," % (b"9" * 310) + many(b'{"a":1}')[1 + 8 * 50 :],
+    "exponents in text": b'"' + b"1e999 " * (SIZE // 6) + b'"',
+    "digits and exponents in text": b'"' + b"1e" * (SIZE // 2 - 9) + b'1e999 "',
+    "half pairs among escapes, numbers among items": b'["%b%b",1e100,%b"%b"]'
+    % (rb"\ud83dx" * 990, rb"\u00e9" * 29_000, b'{"a":1},' * 14_900, b"1" * (SIZE - 310_000)),
 }
 
 
@@ -111,6 +121,56 @@ def test_hostile_rejection_takes_few_steps(kind: str, secret: str) -> None:
 
     assert calls_of(work) < 3000  # a small one is cleaned string by string
     assert sum(searched) <= 65_536
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("status", [10, 20])
+def test_hostile_answer_stops_nothing_for_long(kind: str, status: int) -> None:
+    """An answer takes a few milliseconds, whatever it is: less than half of what the worst ones took."""
+    body = b'{"status":%d,"errMessage":%b,"data":{"taskId":"task"}}' % (status, HOSTILE[kind])
+    assert len(body) <= SIZE + 100
+    took = []
+    for _ in range(4):
+        started = time.thread_time()
+        with suppress(UpstreamError):
+            read_envelope(body, KEY, redact=str)
+        took.append(time.thread_time() - started)
+    assert min(took) < 0.025
+
+
+def test_large_numbers_are_looked_for_among_few_items() -> None:
+    """Among more items the answer is refused; digests, and what is in quotes, look like no large number."""
+    few, many_items = b"[%b 1]" % (b"1," * 29_000), b"[%b 1]" % (b"1," * 31_000)
+    for large in (b"1e100", b"9" * 400, b'"of 1e999 "'):
+        assert read_object(b'{"a":%b,"b":%b}' % (large, few), SHAPE) is not None
+        with pytest.raises(ValueError, match="too many items"):
+            read_object(b'{"a":%b,"b":%b}' % (large, many_items), SHAPE)
+    for other in (b'"1e999"', b'"d41e8cd98f00b204e9800998ecf8427e"', b"1.5e-300", b"9" * 300):
+        assert read_object(b'{"a":%b,"b":%b}' % (other, many_items), SHAPE) is not None
+    for gap in (b"", b" ", b"\n"):
+        with pytest.raises(ValueError, match="beyond every float"):
+            read_object(b'{"b":%b,"a":1e999%b}' % (few, gap), SHAPE)
+
+
+def test_half_pairs_are_looked_for_among_few_escapes() -> None:
+    """Text of more escapes, and half a pair among them, is refused; without one it is not."""
+    few, many_escapes = rb"\u00e9" * 29_000, rb"\u00e9" * 31_000
+    members = read_object(b'{"a":"%b"}' % (rb"\ud83d" + few), SHAPE)
+    assert members is not None
+    assert value(members.a) == "\ufffd" + "\xe9" * 29_000
+    with pytest.raises(ValueError, match="not JSON"):
+        read_object(b'{"a":"%b"}' % (rb"\ud83d" + many_escapes), SHAPE)
+    assert read_object(b'{"a":"%b"}' % many_escapes, SHAPE) is not None
+
+
+@given(st.lists(st.sampled_from([r"\ud83d", r"\uDE00", r"\u00e9", "x", "ude00", r"\\\\", r"\n", '\\"'])))
+def test_half_pairs_are_told_from_pairs(parts: list[str]) -> None:
+    """What Python reads as a half is U+FFFD, whatever stands before and after it."""
+    text = json.dumps("".join(json.loads(f'"{part}"') for part in parts))
+    members = read_object(b'{"a":%b}' % text.encode(), SHAPE)
+    assert members is not None
+    expected = json.loads(text).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert value(members.a) == expected
 
 
 def test_numbers_are_checked_by_their_size_alone() -> None:

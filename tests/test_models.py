@@ -482,6 +482,22 @@ def test_observe_takes_an_odd_progress_for_0(oddity: Any) -> None:
     assert seen(status="running", progress=oddity).progress == 0.0
 
 
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_observe_takes_an_endless_integer_for_none(sign: str) -> None:
+    """An integer of more digits than Python converts is no number, in whatever member."""
+    endless = sign + "9" * 5000
+    members = ("status", "progress", "lastQueueRemaining", "etaRelative", "message", "state")
+    text = ",".join(f'"{name}":{endless}' for name in members)
+    answer = shown(of(f'{{"status":10,"data":{{"taskId":"{TASK}",{text}}}}}'.encode()))
+    assert answer == shown(seen(**dict.fromkeys(members)))
+    for name, reason in (("status", "not an envelope"), ("data", "no data")):
+        body = f'{{"status":10,"data":{{"taskId":"{TASK}"}},"{name}":{endless}}}'.encode()
+        with pytest.raises(UpstreamInvalid, match=reason):
+            of(body)
+    with pytest.raises(UpstreamInvalid, match="another task"):
+        of(f'{{"status":10,"data":{{"taskId":{endless}}}}}'.encode())
+
+
 @pytest.mark.parametrize("oddity", ODDITIES)
 @pytest.mark.parametrize("status", ["waiting", "running", "succeeded", "paused"])
 def test_observe_survives_oddities_in_every_member(status: str, oddity: Any) -> None:

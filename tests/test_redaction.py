@@ -4,6 +4,8 @@ import base64
 import html
 import json
 import random
+import re
+import unicodedata
 from collections.abc import Callable
 from urllib.parse import quote
 
@@ -68,6 +70,16 @@ def test_redactor_takes_secrets_literally() -> None:
     redactor = Redactor()
     redactor.hide("a.c+e(g\\")
     assert redactor("a.c+e(g\\ abcdeg") == f"{MASK} abcdeg"
+
+
+@pytest.mark.parametrize("secret", ["a b c d", "a\tb\n\nc", "a\\\\\\\\b", "%41%42%43", "&#65;&#66;"])
+def test_redactor_hides_a_secret_of_which_no_view_is_long_enough(secret: str) -> None:
+    """What is mostly white space, or is decoded to little, is hidden as it is."""
+    redactor = Redactor()
+    redactor.hide(secret, "another-secret")
+    for text in ("in {} text", "in {} 100 % of \\ text", "in {} & text\u3000"):
+        assert redactor(text.format(secret)) == text.format(MASK)
+    assert redactor("abc d AB ABC") == "abc d AB ABC"
 
 
 @pytest.mark.parametrize("short", ["", "a", "12345"])
@@ -211,12 +223,24 @@ ENCODINGS: dict[str, Callable[[str], str]] = {
     "hex": lambda secret: secret.encode().hex(),
     "hex, upper": lambda secret: secret.encode().hex().upper(),
     "hex, colons": lambda secret: secret.encode().hex(":"),
+    "hex, points": lambda secret: secret.encode().hex("."),
+    "hex, underscores": lambda secret: secret.encode().hex("_"),
+    "hex, spaces": lambda secret: secret.encode().hex(" ").upper(),
+    "hex, list": lambda secret: ", ".join(f"0x{byte:02x}" for byte in secret.encode()),
+    "hex, list of upper case": lambda secret: ",".join(f"0X{byte:02X}" for byte in secret.encode()),
     "hex of upper case": lambda secret: secret.upper().encode().hex(),
     "hex, in lines": lambda secret: wrapped(secret.encode().hex()),
     "spaces": " ".join,
     "tabs": "\t".join,
     "a line break": lambda secret: f"{secret[:3]}\r\n  {secret[3:]}",
     "a wide space": lambda secret: f"{secret[:3]}\u3000{secret[3:]}",
+    "an em space": "\u2003".join,
+    "a thin space": lambda secret: f"{secret[:3]}\u2009{secret[3:]}",
+    "an escaped wide space": lambda secret: f"{secret[:3]}\\u2028{secret[3:4]}\\u200b\\ufeff{secret[4:]}",
+    "percent, a wide space": lambda secret: f"{secret[:3]}%E2%80%83{secret[3:]}",
+    "unit separators": "\x1f".join,
+    "soft hyphens": "\xad".join,
+    "word joiners": "\u2060".join,
     "an escaped line break": lambda secret: f"{secret[:3]}\\n{secret[3:]}",
     **{
         f"base64, {before} before{', URL-safe' * url_safe}{', padded' * padded}": (
@@ -226,6 +250,8 @@ ENCODINGS: dict[str, Callable[[str], str]] = {
         for url_safe in (False, True)
         for padded in (False, True)
     },
+    "base64, lower case": lambda secret: in_base64(1)(secret).lower(),
+    "base64, upper case": lambda secret: in_base64(2, url_safe=True)(secret).upper(),
     "base64, in lines": lambda secret: wrapped(in_base64(4)(secret)),
     "base64, percent": lambda secret: quote(in_base64(4)(secret), safe=""),
     "base64, alone": lambda secret: base64.b64encode(secret.encode()).decode(),
@@ -257,7 +283,60 @@ def test_redactor_hides_a_secret_in_every_encoding(encoding: str, secret: str) -
             assert clean.startswith("before, ")
             assert clean.endswith(", after")
         elif not long:
-            assert clean.replace("\\", "") == f"before, {MASK}, after"
+            assert re.sub(r"\\|0[xX]", "", clean) == f"before, {MASK}, after"
+
+
+INVISIBLE = [
+    char for char in map(chr, range(1, 0x11_0000)) if char.isspace() or unicodedata.category(char) == "Cf"
+]
+
+
+@pytest.mark.parametrize("secret", [SECRET_KEY, "p\u00e4ssw\u00f6rter"])
+def test_redactor_hides_a_secret_behind_what_is_not_seen(secret: str) -> None:
+    """Every white space and every format character of Unicode may stand between any two characters."""
+    redactor = Redactor()
+    redactor.hide(secret)
+    for char in INVISIBLE:
+        assert redactor(f"of {char.join(secret)}.") == f"of {MASK}."
+    assert len(INVISIBLE) > 100
+
+
+@pytest.mark.parametrize(
+    "encode", [quote, lambda secret: quote(secret).lower(), lambda s: json.dumps(s)[1:-1]]
+)
+def test_redactor_hides_a_secret_without_ascii(encode: Callable[[str], str]) -> None:
+    """What is not ASCII is in no view: its escapes are known."""
+    redactor, secret = Redactor(), "\u5bc6\u7801\u5bc6\u7801\u53e3\u4ee4"
+    redactor.hide(secret)
+    assert redactor(f"of {encode(secret)}.") == f"of {MASK}."
+
+
+def test_redactor_refuses_answers_with_credentials_alone() -> None:
+    """A password of the store and what only looks like a signature may be in an answer."""
+    redactor = Redactor()
+    redactor.hide("running", SECRET_KEY)
+    redactor.hide_credentials(ACCESS_KEY, SECRET_KEY)
+    for encode in ENCODINGS.values():
+        body = f'{{"a":"{encode(SECRET_KEY)}"}}'.encode()
+        assert redactor.suspects_answer(body, SIGNATURE)
+        assert redactor.refuses(body)
+    other = sign(SECRET_KEY, "another")
+    for text in ("running", other, f"x-ca-key: {other}", SECRET_KEY[:-1]):
+        assert not redactor.refuses(f'{{"a":"{text}"}}'.encode())
+
+
+@pytest.mark.parametrize("number", range(30))
+def test_redactor_of_a_call_hides_its_signature(redactor: Redactor, number: int) -> None:
+    """Whatever the signature is, each form of it is suspected, refused and hidden; others know it not."""
+    signature = sign(SECRET_KEY, str(number))
+    of_call = redactor.for_call(signature)
+    for name, encode in ENCODINGS.items():
+        text = f"before, {encode(signature)}, after"
+        assert redactor.suspects_answer(text.encode(), signature)
+        assert of_call.refuses(text.encode()), name
+        assert MASK in of_call(text), name
+    assert redactor.suspects_answer(signature[:6].encode(), signature)
+    assert not redactor.refuses(signature.encode())
 
 
 @pytest.mark.parametrize("encoding", ["{}", "{}...", "'{}'", "({}\u2026)", '"{}"}}'])

@@ -10,7 +10,7 @@ from gateway.envelopes import read_envelope
 from gateway.exceptions import UpstreamRejected
 from gateway.models import Operation, TaskKey
 from gateway.redaction import MASK, Redactor
-from gateway.rejections import clean
+from gateway.rejections import STEP, clean, holds
 from tests.harness import SECRET, Gateway, RawUpstream, framed, fresh_id
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
@@ -69,6 +69,28 @@ def test_long_field_is_cut_where_no_half_of_a_secret_shows(redactor: Redactor) -
         assert failure.detail.err_message == ""
 
 
+@pytest.mark.parametrize("words", ["Server StringToSign:", "x-ca-key: "])
+def test_long_field_is_shown_up_to_its_mask(words: str) -> None:
+    """However much of a long field is hidden, what comes before is shown."""
+    body = json.dumps({"status": 20, "errMessage": f"Refused, {words}" + "k" * 9000}).encode()
+    failure = rejected(body, Redactor())
+    assert failure.detail is not None
+    assert failure.detail.err_message == f"Refused, {words}{MASK}"
+
+
+def test_long_field_is_shown_as_far_as_it_was_searched(redactor: Redactor) -> None:
+    """Where a secret lies across the earlier cut or the later one, no part of it is shown."""
+    for cut in (2048, 4096):
+        for before in range(cut - len(HIDDEN), cut + 1):
+            message = HIDDEN * 100 + "-" * (before - len(HIDDEN) * 100) + HIDDEN + "." * 9000
+            failure = rejected(json.dumps({"status": 20, "errMessage": message}).encode(), redactor)
+            assert failure.detail is not None
+            shown = failure.detail.err_message
+            assert shown is not None
+            assert shown.startswith(MASK)
+            assert shown.replace(MASK, "").strip("-.[redact") == ""
+
+
 @pytest.mark.parametrize("code", [7, 1.5, True, ["E", {"a": 1}], "E"])
 def test_codes_of_any_type_are_told(code: object) -> None:
     """A code that is no string is told as JSON has it; null and absent are not."""
@@ -99,6 +121,30 @@ async def test_clean_finds_a_secret_across_pieces(redactor: Redactor) -> None:
     assert await clean(json.dumps({"status": 20, "x": "x" * 400_000}).encode(), redactor)
     other.cancel()
     assert turns > 10
+
+
+async def test_holds_finds_a_secret_across_pieces() -> None:
+    """A large answer is searched in pieces of 32 KiB that overlap, and other work goes on between them."""
+    redactor, sizes, turns = Redactor(), [], 0
+    redactor.hide_credentials(HIDDEN)
+
+    def found(piece: bytes) -> bool:
+        sizes.append(len(piece))
+        return redactor.refuses(piece)
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    other = asyncio.create_task(others())
+    for place in range(30_600, 32_800, 100):
+        assert await holds(b"x" * place + HIDDEN.encode().hex().encode() + b"x" * 40_000, found)
+    assert not await holds(b"x" * 1_048_576, found)
+    other.cancel()
+    assert turns > 30
+    assert max(sizes) == STEP
 
 
 def test_large_rejection_is_passed_on_as_it_came(launch: Callable[..., Gateway]) -> None:
