@@ -53,6 +53,6 @@ USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10s --retries=3 \
-  CMD ["/opt/gateway/bin/python", "-m", "gateway.healthcheck"]
+  CMD ["/opt/gateway/bin/python", "-m", "gateway.cli.health_check"]
 ENTRYPOINT ["/opt/gateway/bin/sd-gateway"]
 CMD ["serve"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry
@@ -14,52 +14,41 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from gateway import __version__
-from gateway.api import ops
+from gateway.api import operator_endpoints
 from gateway.api.batch import BatchEndpoint
+from gateway.api.cached_responses import Hits, HitsFirst
+from gateway.api.client_limits import Clients, RateLimit, RateLimiter
 from gateway.api.events import EventsEndpoint
-from gateway.api.hits import Hits, HitsFirst
-from gateway.api.hosts import TrustedHosts
-from gateway.api.middleware import Admission, Cors, SameSite, Telemetry
-from gateway.api.native import NativeEndpoint, NoSuchOperation
+from gateway.api.metrics_port import metrics_application
+from gateway.api.middleware.admission import Admission
+from gateway.api.middleware.cross_site import Cors, SameSite
+from gateway.api.middleware.telemetry import Telemetry
 from gateway.api.pages import page_routes
 from gateway.api.problems import Problems
 from gateway.api.progress import ProgressEndpoint
-from gateway.api.ratelimit import Clients, RateLimit, RateLimiter
-from gateway.api.scraping import metrics_application
-from gateway.api.tasks import Tasks
-from gateway.calls import Calls
-from gateway.credentials import Credentials
-from gateway.drain import Drain
-from gateway.metrics import Metrics
-from gateway.redaction import Redactor
-from gateway.rotation import Rotation
-from gateway.sampling import Sampler
-from gateway.service import ProgressService
-from gateway.settings import Limits, Server, Settings, SettingsError
-from gateway.stores import Store
+from gateway.api.task_parameters import Tasks
+from gateway.api.trusted_hosts import TrustedHosts
+from gateway.api.vendor_paths import NativeEndpoint, NoSuchOperation
+from gateway.progress.service import ProgressService
+from gateway.server.application import Application
+from gateway.server.graceful_shutdown import Drain
+from gateway.settings.model import Limits, Server, Settings, SettingsError
+from gateway.stores.base import Store
 from gateway.stores.memory import MemoryStore
-from gateway.tracing import Tracing, Untraced
-from gateway.upstream import Upstream
-from gateway.watch import Watch
+from gateway.telemetry.log_sampling import Sampler
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.redaction import Redactor
+from gateway.telemetry.tracing import Tracing, Untraced
+from gateway.upstream.client import Upstream
+from gateway.upstream.credential_rotation import Rotation
+from gateway.upstream.credentials import Credentials
+from gateway.upstream.signed_request import Calls
+from gateway.watch.hub import Watch
 
 USER_AGENT = f"sd-progress-gateway/{__version__}"
 _EVERYBODY = {"*", "0.0.0.0/0", "::/0"}  # among the trusted proxies
 
 log = structlog.get_logger(__name__)
-
-
-class Application(NamedTuple):
-    """The application, for any ASGI server, and what ours needs besides.
-
-    `metrics_asgi` serves /metrics alone, for a port of its own. `hits` are what may be answered before the
-    application; None: nothing. `drain` tells when the process has been told to stop.
-    """
-
-    asgi: Starlette
-    metrics_asgi: ASGIApp
-    metrics: Metrics
-    hits: Hits | None
-    drain: Drain
 
 
 def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | None = None) -> Application:
@@ -136,24 +125,28 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         routes=[
             *_task_routes(settings, service, watch, clients, metrics),
             *_native_routes(settings, service),
-            Route("/healthz", ops.healthz),
-            Route("/readyz", ops.readyz(why_not_ready, degraded, signing)),
-            *([] if settings.server.metrics_port else [Route("/metrics", ops.metrics(metrics.registry))]),
-            Route("/openapi.json", ops.openapi()),
+            Route("/healthz", operator_endpoints.healthz),
+            Route("/readyz", operator_endpoints.readyz(why_not_ready, degraded, signing)),
+            *(
+                []
+                if settings.server.metrics_port
+                else [Route("/metrics", operator_endpoints.metrics(metrics.registry))]
+            ),
+            Route("/openapi.json", operator_endpoints.openapi()),
             *page_routes(),
-            ops.OptionsRoute(),
+            operator_endpoints.OptionsRoute(),
         ],
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    server, sampler = settings.server, Sampler()
-    hosts = TrustedHosts(server.allowed_hosts)
+    server, sampler, hosts = settings.server, Sampler(), TrustedHosts(settings.server.allowed_hosts)
     surrounded = _surround(
         app.router, server, hosts=hosts, limiter=limiter, metrics=metrics, problems=problems, sampler=sampler
     )
-    app.middleware_stack = tracing.around(surrounded, root_path=server.root_path)
+    app.middleware_stack = surrounded
     metrics_asgi = metrics_application(metrics.registry, problems=problems)
-    if not isinstance(tracing, Untraced):  # a request's span is made around the whole of it
+    if not isinstance(tracing, Untraced):  # a request's span surrounds the whole of it
+        app.middleware_stack = _with_spans(surrounded, tracing, root_path=server.root_path)
         return Application(app, metrics_asgi, metrics, None, drain)
     hits = Hits(
         service,
@@ -169,6 +162,15 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     return Application(app, metrics_asgi, metrics, hits if server.edge else None, drain)
 
 
+def _with_spans(app: ASGIApp, tracing: Tracing, *, root_path: str) -> ASGIApp:
+    from gateway.api.middleware.request_spans import RequestSpans  # noqa: PLC0415  # its SDK is an extra
+    from gateway.telemetry.opentelemetry import OtelTracing  # noqa: PLC0415
+
+    if not isinstance(tracing, OtelTracing):
+        return app
+    return RequestSpans(app, tracer=tracing.tracer, root_path=root_path)
+
+
 def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
     """Make the store. Raises: SettingsError when it needs what is not installed, or not to be read."""
     cache = settings.cache
@@ -180,7 +182,7 @@ def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
     if not settings.store.url.get_secret_value():
         return memory
     try:
-        from gateway.stores.valkey import ValkeyStore  # noqa: PLC0415  # its client is an extra
+        from gateway.stores.valkey.store import ValkeyStore  # noqa: PLC0415  # its client is an extra
     except ModuleNotFoundError as exc:
         raise SettingsError(
             [f"store.url: needs {exc.name}: pip install 'sd-progress-gateway[valkey]'"]

@@ -8,7 +8,7 @@ import httpx
 import pytest
 from hypothesis import settings
 
-from gateway.tracing import Tracing
+from gateway.telemetry.tracing import Tracing
 from tests.harness import Gateway, Json, Simulator, Stage, gateway, plain_client, running
 
 settings.register_profile("thorough", max_examples=10_000)

@@ -27,13 +27,13 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.app import create_app
-from gateway.edge import edge_protocol
-from gateway.edge.policy import policy_of
-from gateway.redaction import Redactor
-from gateway.server import forwarders
-from gateway.settings import Settings
+from gateway.server.connection_limits import policy_of
+from gateway.server.protocol import edge_protocol
+from gateway.server.run import forwarders
+from gateway.settings.model import Settings
 from gateway.simulator import Life, create_simulator, new_task_id
-from gateway.tracing import Tracing
+from gateway.telemetry.redaction import Redactor
+from gateway.telemetry.tracing import Tracing
 
 KEY, SECRET = "harness-access-key", "harness-secret-key"
 COMMAND = Path(sys.executable).with_name("sd-gateway")

@@ -5,16 +5,16 @@ from typing import Any, cast
 
 from prometheus_client import CollectorRegistry
 
-from gateway.api.hits import Hits
-from gateway.api.hosts import TrustedHosts
-from gateway.edge.answering import Heads
-from gateway.metrics import Metrics
-from gateway.models import Operation, Snapshot, Status, TaskKey
-from gateway.sampling import Sampler
-from gateway.service import ProgressService
-from gateway.settings import Cache
+from gateway.api.cached_responses import Hits
+from gateway.api.trusted_hosts import TrustedHosts
+from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
+from gateway.progress.service import ProgressService
+from gateway.server.fast_path import Heads
+from gateway.settings.model import Cache
 from gateway.stores.memory import MemoryStore
-from gateway.upstream import Upstream
+from gateway.telemetry.log_sampling import Sampler
+from gateway.telemetry.metrics import Metrics
+from gateway.upstream.client import Upstream
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "abc")
 TARGET = b"/v1/progress/abc"

@@ -6,17 +6,17 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry
 from prometheus_client.metrics import MetricWrapperBase
 
-from gateway import exceptions
-from gateway.breaker import State
-from gateway.credentials import Slot
-from gateway.exceptions import GatewayError
-from gateway.metrics import Metrics
-from gateway.models import Status
-from gateway.readings import Source
-from gateway.tallies import Counts, Spreads
-from gateway.watch import Kind
+from gateway.domain import errors
+from gateway.domain.errors import GatewayError
+from gateway.domain.snapshot import Status
+from gateway.progress.results import Source
+from gateway.telemetry.counters import Counts, Spreads
+from gateway.telemetry.metrics import Metrics
+from gateway.upstream.circuit_breaker import State
+from gateway.upstream.credentials import Slot
+from gateway.watch.hub import Kind
 
-_ERRORS = [error for error in vars(exceptions).values() if isinstance(error, type)]
+_ERRORS = [error for error in vars(errors).values() if isinstance(error, type)]
 _CODES = {error.code for error in _ERRORS if issubclass(error, GatewayError)}
 _VALUES = {
     "event": {"progress", "problem", "end"},

@@ -4,8 +4,8 @@ import json
 import time
 from typing import Any
 
-from gateway.envelopes import read_envelope
-from gateway.models import Snapshot, Status, TaskKey, observe
+from gateway.domain.envelope import read_envelope
+from gateway.domain.snapshot import Snapshot, Status, TaskKey, observe
 
 
 def answered(key: TaskKey, status: str = "running", **data: Any) -> bytes:

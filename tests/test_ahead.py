@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway.ahead import RefreshAhead
-from gateway.models import Operation, Snapshot, Status, TaskKey
+from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
+from gateway.progress.refresh_ahead import RefreshAhead
 from tests.ticked import TickedLoop
 
 OPERATION = Operation.SD_GET_PROGRESS

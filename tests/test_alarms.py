@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from gateway.alarms import Alarms
+from gateway.watch.coalesced_timers import Alarms
 from tests.ticked import TickedLoop
 
 LATE = 0.05

@@ -11,9 +11,9 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from gateway.edge import edge_protocol
-from gateway.edge.answering import AnsweringConnection
-from gateway.edge.policy import Policy
+from gateway.server.connection_limits import Policy
+from gateway.server.fast_path import AnsweringConnection
+from gateway.server.protocol import edge_protocol
 from tests.hitting import Bench
 
 KEEP_ALIVE_SECONDS = 75

@@ -6,8 +6,7 @@ from contextlib import suppress
 import pytest
 from structlog.testing import capture_logs
 
-from gateway.breaker import ILL, Breaker, State
-from gateway.exceptions import (
+from gateway.domain.errors import (
     GatewayError,
     UpstreamBusy,
     UpstreamClock,
@@ -21,6 +20,7 @@ from gateway.exceptions import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
+from gateway.upstream.circuit_breaker import ILL, Breaker, State
 
 SICK = UpstreamBusy("unwell")
 REJECTED = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())

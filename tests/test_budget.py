@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from gateway.budget import Budget
-from gateway.demand import Demand
-from gateway.exceptions import (
+from gateway.domain.errors import (
     BudgetSpent,
     UpstreamBusy,
     UpstreamDetail,
@@ -21,6 +19,8 @@ from gateway.exceptions import (
     UpstreamRejected,
     UpstreamThrottled,
 )
+from gateway.upstream.demand import Demand
+from gateway.upstream.rate_limiter import Budget
 
 REJECTED = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from gateway import __version__
-from gateway.api.ops import PROBES
-from gateway.settings import Settings, load
+from gateway.api.operator_endpoints import PROBES
+from gateway.settings.model import Settings, load
 from tests.harness import Gateway, Simulator
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,7 @@ import pytest
 import trustme
 
 from gateway import __version__
-from gateway.cli import main
+from gateway.cli.main import main
 from tests.harness import (
     KEY,
     SECRET,

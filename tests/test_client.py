@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.client import LONGEST_PAUSE_SECONDS, Event, EventStream, Message, Problem, StreamRefused, follow
+from gateway.cli.watch_client import (
+    LONGEST_PAUSE_SECONDS,
+    Event,
+    EventStream,
+    Message,
+    Problem,
+    StreamRefused,
+    follow,
+)
 from tests.harness import RawUpstream, Request, answer, framed, free_port
 
 # --- the parser -------------------------------------------------------------------------------------------

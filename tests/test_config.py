@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from gateway.settings import Settings, load
+from gateway.settings.model import Settings, load
 
 FILE = Path(__file__).parent.parent / "config" / "gateway.toml"
 COMMENTED = re.compile(r"^# (?=\w+ = )", re.MULTILINE)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.models import Operation, Snapshot, Status, TaskKey
-from gateway.stores.copies import Copies
+from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
 from gateway.stores.memory import MemoryStore
+from gateway.stores.valkey.local_cache import Copies
 from tests.ticked import TickedLoop
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")

@@ -13,11 +13,11 @@ from prometheus_client import CollectorRegistry
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from gateway.credentials import POLL_SECONDS, Credentials, Slot
-from gateway.metrics import Metrics
-from gateway.redaction import MASK, Redactor
-from gateway.secretfiles import MOST_BYTES
-from gateway.settings import Credentials as CredentialSettings
+from gateway.settings.model import Credentials as CredentialSettings
+from gateway.settings.secret_files import MOST_BYTES
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.redaction import MASK, Redactor
+from gateway.upstream.credentials import POLL_SECONDS, Credentials, Slot
 from tests.harness import Mount
 
 

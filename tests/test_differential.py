@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from gateway.models import TaskKey
-from gateway.tracing import AsgiApp, Mark
+from gateway.domain.snapshot import TaskKey
+from gateway.telemetry.tracing import AsgiApp, Mark
 from tests.harness import Gateway, Json, RawUpstream, Request, framed, well
 from tests.requesting import Requests
 

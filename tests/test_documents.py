@@ -18,8 +18,8 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
-from gateway.cli import _parser
-from gateway.settings import PREFIX, Settings
+from gateway.cli.main import _parser
+from gateway.settings.model import PREFIX, Settings
 from tests.documents import tables
 from tests.documents.markdown import ROOT, Block, Command, Document, documents
 from tests.documents.session import Session, session

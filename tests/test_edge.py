@@ -8,7 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from gateway.edge.policy import RESERVED_CONNECTIONS
+from gateway.server.connection_limits import RESERVED_CONNECTIONS
 from tests.harness import Gateway, Simulator, drained, until
 
 Launch = Callable[..., Gateway]

@@ -7,9 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.exceptions import UpstreamBusy, UpstreamDetail, UpstreamError, UpstreamRejected, UpstreamTimeout
-from gateway.models import Operation, Snapshot, Status, TaskKey, observe
-from gateway.stores.encoding import (
+from gateway.domain.errors import (
+    UpstreamBusy,
+    UpstreamDetail,
+    UpstreamError,
+    UpstreamRejected,
+    UpstreamTimeout,
+)
+from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey, observe
+from gateway.stores.valkey.codec import (
     Head,
     Undecodable,
     _digest,

@@ -16,10 +16,10 @@ import pytest
 from starlette.types import Message
 from structlog.testing import capture_logs
 
-from gateway.api.connection import ON_HANG_UP
+from gateway.api.server_extensions import ON_HANG_UP
 from gateway.app import create_app
-from gateway.redaction import Redactor
-from gateway.settings import Settings
+from gateway.settings.model import Settings
+from gateway.telemetry.redaction import Redactor
 from tests.harness import KEY, PATIENCE_SECONDS, SECRET, Gateway, Simulator, drained, running, serving, until
 
 QUICK = {

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway import exceptions
-from gateway.exceptions import (
+from gateway.domain import errors
+from gateway.domain.errors import (
     GatewayError,
     Overloaded,
     UpstreamCredentials,
@@ -24,7 +24,7 @@ def tree(kind: type[GatewayError] = GatewayError, depth: int = 0) -> Iterator[tu
     """Yield every class with its depth, as the drawing has them."""
     yield depth, kind
     for child in kind.__subclasses__():
-        if child.__module__ == exceptions.__name__:
+        if child.__module__ == errors.__name__:
             yield from tree(child, depth + 1)
 
 
@@ -33,7 +33,7 @@ KINDS = [kind for _, kind in tree()]
 
 def test_exceptions_are_drawn_as_they_are() -> None:
     """The drawing in the module's docstring is the tree, in its order."""
-    drawing = exceptions.__doc__ or ""
+    drawing = errors.__doc__ or ""
     drawn = re.findall(r"^    ([│ ]*[├└]── |)(\w+)\b(?:  .*)?$", drawing, re.MULTILINE)
     names = {kind.__name__ for kind in KINDS}
     assert [(len(prefix) // 4, name) for prefix, name in drawn if name in names] == [

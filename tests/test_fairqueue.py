@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.fairqueue import FairQueue
+from gateway.upstream.fair_queue import FairQueue
 
 A, B, C = b"a", b"b", b"c"
 

@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from gateway.app import create_app
-from gateway.redaction import Redactor
-from gateway.settings import Settings
+from gateway.settings.model import Settings
+from gateway.telemetry.redaction import Redactor
 from tests.harness import (
     KEY,
     SECRET,

@@ -6,7 +6,7 @@ from types import FrameType
 
 import pytest
 
-from gateway.edge.framing import BadRequest, Head, body_of, parse_head
+from gateway.server.framing import BadRequest, Head, body_of, parse_head
 
 CHUNKED = Head(b"POST", b"/", "1.1", [], keep_alive=True, content_length=None)
 BOUND = 32_768

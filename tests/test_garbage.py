@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import gateway as package
-from gateway.exceptions import GatewayError
+from gateway.domain.errors import GatewayError
 from tests.harness import (
     Gateway,
     RawUpstream,

@@ -1,6 +1,6 @@
 """When memory is given back to the system."""
 
-from gateway.heap import HeapTrim
+from gateway.server.heap import HeapTrim
 
 
 def test_heap_is_trimmed_when_a_crowd_has_left() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from gateway.api.heartbeat import Pacemaker
-from gateway.models import Operation, TaskKey
-from gateway.watch import Watcher
+from gateway.api.heartbeats import Pacemaker
+from gateway.domain.snapshot import Operation, TaskKey
+from gateway.watch.hub import Watcher
 from tests.ticked import TickedLoop
 
 SECONDS = 17.0  # a turn each second, and one to wait for an event

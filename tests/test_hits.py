@@ -23,16 +23,16 @@ from structlog.testing import capture_logs
 from uvicorn.server import ServerState
 
 import gateway
-from gateway.api.answers import HEADER_NAMES, answer
-from gateway.api.ratelimit import RateLimiter
+from gateway.api.client_limits import RateLimiter
+from gateway.api.progress_response import HEADER_NAMES, answer
 from gateway.api.requests import SECURITY_HEADERS
 from gateway.app import create_app
-from gateway.edge import edge_protocol
-from gateway.edge.policy import policy_of
-from gateway.exceptions import UpstreamTimeout
-from gateway.readings import Reading, Source
-from gateway.redaction import Redactor
-from gateway.settings import Cache, Settings
+from gateway.domain.errors import UpstreamTimeout
+from gateway.progress.results import Reading, Source
+from gateway.server.connection_limits import policy_of
+from gateway.server.protocol import edge_protocol
+from gateway.settings.model import Cache, Settings
+from gateway.telemetry.redaction import Redactor
 from tests.harness import PATIENCE_SECONDS, RawUpstream, Simulator, serving, well
 from tests.hitting import KEY, Bench
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from gateway.models import Operation, TaskKey
-from gateway.stores.encoding import _digest
-from gateway.stores.link import slot_of
+from gateway.domain.snapshot import Operation, TaskKey
+from gateway.stores.valkey.codec import _digest
+from gateway.stores.valkey.connection import slot_of
 from tests.harness import PATIENCE_SECONDS, Gateway, RawUpstream, framed, fresh_id, until
 from tests.seen import answered
 from tests.storeserver import StoreServer, binary

@@ -109,7 +109,7 @@ def test_image_runs_without_root_and_without_a_shell() -> None:
         [command] = re.findall(rf"^{instruction} (.*)$", final, re.MULTILINE)
         assert isinstance(json.loads(command), list)
     [check] = re.findall(r"^HEALTHCHECK .*?CMD (.*)$", final, re.MULTILINE)
-    assert json.loads(check)[-2:] == ["-m", "gateway.healthcheck"]
+    assert json.loads(check)[-2:] == ["-m", "gateway.cli.health_check"]
     assert re.findall(r"^STOPSIGNAL (.*)$", final, re.MULTILINE) == ["SIGTERM"]
     assert "RUN" not in final  # which would need a shell, and leave the cache of something behind
 
@@ -140,7 +140,7 @@ def test_image_context_holds_no_bytecode() -> None:
 
 def checked(cwd: Path, **env: str) -> tuple[int, str]:
     """Run the health check as the container does; return its exit status and what it says."""
-    command = [sys.executable, "-m", "gateway.healthcheck"]
+    command = [sys.executable, "-m", "gateway.cli.health_check"]
     ran = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     return ran.returncode, ran.stdout + ran.stderr
 

@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.envelopes import read_envelope
-from gateway.exceptions import UpstreamError, UpstreamInvalid
-from gateway.jsontext import ABSENT, plain_text, read_object, value
-from gateway.models import Operation, TaskKey, observe
+from gateway.domain.envelope import read_envelope
+from gateway.domain.errors import UpstreamError, UpstreamInvalid
+from gateway.domain.json_text import ABSENT, plain_text, read_object, value
+from gateway.domain.snapshot import Operation, TaskKey, observe
 from tests.test_models import LIFETIMES
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")

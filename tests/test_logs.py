@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import structlog
 
-from gateway import logs
-from gateway.redaction import Excerpt, Redactor
-from gateway.settings import Log
+from gateway.settings.model import Log
+from gateway.telemetry import logs
+from gateway.telemetry.redaction import Excerpt, Redactor
 from tests.harness import KEY, SECRET, Simulator, serving
 
 SECRET_TEXT = "secret-in-a-log"

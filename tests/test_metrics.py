@@ -8,8 +8,8 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from gateway.metrics import Metrics
-from gateway.tallies import Counts, Spreads
+from gateway.telemetry.counters import Counts, Spreads
+from gateway.telemetry.metrics import Metrics
 from tests.promql import label_names
 
 PREFIX = "sd_gateway_"

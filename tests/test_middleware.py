@@ -8,12 +8,12 @@ from prometheus_client import CollectorRegistry
 from starlette.types import Message, Receive, Scope, Send
 from structlog.testing import capture_logs
 
-from gateway.api.hosts import TrustedHosts
-from gateway.api.middleware import Telemetry
+from gateway.api.middleware.telemetry import Telemetry
 from gateway.api.problems import Problems
-from gateway.exceptions import Overloaded
-from gateway.metrics import Metrics
-from gateway.sampling import Sampler
+from gateway.api.trusted_hosts import TrustedHosts
+from gateway.domain.errors import Overloaded
+from gateway.telemetry.log_sampling import Sampler
+from gateway.telemetry.metrics import Metrics
 from tests.harness import Gateway, Simulator, fresh_id
 
 Launch = Callable[..., Gateway]

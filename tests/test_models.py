@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gateway.envelopes import read_envelope
-from gateway.exceptions import InvalidTaskId, UpstreamInvalid, UpstreamRejected
-from gateway.models import (
+from gateway.domain.envelope import read_envelope
+from gateway.domain.errors import InvalidTaskId, UpstreamInvalid, UpstreamRejected
+from gateway.domain.snapshot import (
     Operation,
     Snapshot,
     Status,
@@ -21,7 +21,7 @@ from gateway.models import (
     strict_json,
     vendor_status,
 )
-from gateway.redaction import MASK, Redactor
+from gateway.telemetry.redaction import MASK, Redactor
 
 TASK = "01j5t2qx82323pswaqykz9eq4"
 KEY = TaskKey(Operation.SD_GET_PROGRESS, TASK)

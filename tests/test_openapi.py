@@ -15,9 +15,9 @@ from starlette.routing import Route
 import gateway
 from gateway.api.problems import PROBLEMS
 from gateway.app import create_app
-from gateway.models import Operation, Status
-from gateway.redaction import Redactor
-from gateway.settings import Settings
+from gateway.domain.snapshot import Operation, Status
+from gateway.settings.model import Settings
+from gateway.telemetry.redaction import Redactor
 from tests.harness import Gateway, RawUpstream, Request, framed
 
 DOCUMENT = json.loads((Path(gateway.__file__).parent / "api" / "openapi.json").read_text(encoding="utf-8"))

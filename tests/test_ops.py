@@ -13,8 +13,8 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as prometheus_text
 
 from gateway.app import create_app
-from gateway.redaction import Redactor
-from gateway.settings import Settings
+from gateway.settings.model import Settings
+from gateway.telemetry.redaction import Redactor
 from tests.harness import KEY, SECRET, Gateway, Simulator, free_port, plain_client, serving, until
 
 Launch = Callable[..., Gateway]

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway.otel import OtelTracing
+from gateway.telemetry.opentelemetry import OtelTracing
 from tests.harness import (
     KEY,
     SECRET,

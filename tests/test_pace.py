@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from gateway.pace import Pace
+from gateway.upstream.adaptive_limit import Pace
 
 
 def after(pace: Pace, accepted: int, *, until: float = 10.0) -> Pace:

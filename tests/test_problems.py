@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from starlette.exceptions import HTTPException
 
-from gateway import exceptions
 from gateway.api.problems import PROBLEMS, Problems, lookup
-from gateway.exceptions import (
+from gateway.domain import errors
+from gateway.domain.errors import (
     GatewayError,
     InvalidTaskId,
     Overloaded,
@@ -50,7 +50,7 @@ VENDOR_PATH = "/scc/sd_get_progress"
 def kinds(kind: type[GatewayError] = GatewayError) -> Iterator[type[GatewayError]]:
     yield kind
     for child in kind.__subclasses__():
-        if child.__module__ == exceptions.__name__:
+        if child.__module__ == errors.__name__:
             yield from kinds(child)
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from gateway.api.caching import cache_values
-from gateway.models import Snapshot, Status
-from gateway.readings import Reading, Source
+from gateway.api.progress_response import cache_values
+from gateway.domain.snapshot import Snapshot, Status
+from gateway.progress.results import Reading, Source
 from tests.harness import Gateway, Simulator, fresh_id, until
 from tests.hitting import KEY
 

@@ -23,9 +23,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from prometheus_client import CollectorRegistry, Gauge
 
-from gateway.calls import Answer
-from gateway.demand import Demand
-from gateway.exceptions import (
+from gateway.domain.errors import (
     GatewayError,
     Overloaded,
     UpstreamBusy,
@@ -39,15 +37,17 @@ from gateway.exceptions import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.metrics import Metrics
-from gateway.models import Operation, Snapshot, Status, TaskKey, vendor_status
-from gateway.readings import Failed, Reading, Source
-from gateway.service import ProgressService
-from gateway.settings import Cache
-from gateway.settings import Watch as WatchSettings
+from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey, vendor_status
+from gateway.progress.results import Failed, Reading, Source
+from gateway.progress.service import ProgressService
+from gateway.settings.model import Cache
+from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.memory import MEMORY_SECONDS, MemoryStore
-from gateway.upstream import Upstream
-from gateway.watch import Kind, Update, Watch, Watcher
+from gateway.telemetry.metrics import Metrics
+from gateway.upstream.client import Upstream
+from gateway.upstream.demand import Demand
+from gateway.upstream.signed_request import Answer
+from gateway.watch.hub import Kind, Update, Watch, Watcher
 from tests.ticked import TickedLoop
 
 pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests

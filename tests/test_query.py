@@ -7,15 +7,21 @@ from typing import Any, cast
 import pytest
 from prometheus_client import CollectorRegistry
 
-from gateway.calls import Answer, Calls
-from gateway.credentials import Pair
-from gateway.demand import Demand
-from gateway.exceptions import Overloaded, UpstreamBusy, UpstreamCredentials, UpstreamError, UpstreamTimeout
-from gateway.metrics import Metrics
-from gateway.models import Operation, TaskKey
-from gateway.rotation import Rotation
-from gateway.settings import Upstream as UpstreamSettings
-from gateway.upstream import Upstream
+from gateway.domain.errors import (
+    Overloaded,
+    UpstreamBusy,
+    UpstreamCredentials,
+    UpstreamError,
+    UpstreamTimeout,
+)
+from gateway.domain.snapshot import Operation, TaskKey
+from gateway.settings.model import Upstream as UpstreamSettings
+from gateway.telemetry.metrics import Metrics
+from gateway.upstream.client import Upstream
+from gateway.upstream.credential_rotation import Rotation
+from gateway.upstream.credentials import Pair
+from gateway.upstream.demand import Demand
+from gateway.upstream.signed_request import Answer, Calls
 from tests.ticked import TickedLoop
 
 PAIR = Pair("key", "secret")

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from gateway.api.ratelimit import RateLimiter, bucket_key
-from gateway.exceptions import TooManyRequests
-from gateway.server import forwarders
+from gateway.api.client_limits import RateLimiter, bucket_key
+from gateway.domain.errors import TooManyRequests
+from gateway.server.run import forwarders
 from tests.harness import Gateway, Simulator, serving, until
 
 Launch = Callable[..., Gateway]

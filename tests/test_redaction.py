@@ -13,8 +13,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gateway.redaction import MASK, Excerpt, Redactor
-from gateway.signing import sign, signed_headers
+from gateway.telemetry.redaction import MASK, Excerpt, Redactor
+from gateway.upstream.signing import sign, signed_headers
 
 ACCESS_KEY = "LTAI5tFakeForTests"
 SECRET_KEY = "fakeSecretForTests0123456789abcdef"

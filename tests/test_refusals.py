@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.exceptions import (
+from gateway.domain.errors import (
     UpstreamBusy,
     UpstreamClock,
     UpstreamCredentials,
@@ -19,7 +19,7 @@ from gateway.exceptions import (
     UpstreamThrottled,
     UpstreamTimeout,
 )
-from gateway.refusals import BY_CLASS, BY_CODE, BY_MESSAGE, BY_STATUS, refusal
+from gateway.upstream.vendor_errors import BY_CLASS, BY_CODE, BY_MESSAGE, BY_STATUS, refusal
 
 Kind = type[UpstreamError]
 

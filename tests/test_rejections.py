@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from gateway.envelopes import read_envelope
-from gateway.exceptions import UpstreamRejected
-from gateway.models import Operation, TaskKey
-from gateway.redaction import MASK, Redactor
-from gateway.rejections import STEP, clean, holds
+from gateway.domain.envelope import read_envelope
+from gateway.domain.errors import UpstreamRejected
+from gateway.domain.rejection import STEP, clean, holds
+from gateway.domain.snapshot import Operation, TaskKey
+from gateway.telemetry.redaction import MASK, Redactor
 from tests.harness import SECRET, Gateway, RawUpstream, framed, fresh_id
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")

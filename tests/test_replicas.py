@@ -268,7 +268,8 @@ def test_replicas_have_one_budget(upstream: RawUpstream, start: Callable[..., li
 def test_replicas_need_the_extra_to_share(tmp_path: Path) -> None:
     """Without the client installed, a store stops the start, with a line that says what to do."""
     without = (
-        "import sys; sys.modules['redis'] = None; from gateway.cli import main; sys.exit(main(['serve']))"
+        "import sys; sys.modules['redis'] = None\n"
+        "from gateway.cli.main import main; sys.exit(main(['serve']))"
     )
     told = subprocess.run(
         [sys.executable, "-c", without],

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from gateway.api.requestlog import RequestLog, settled
-from gateway.exceptions import UpstreamDetail, UpstreamRejected, UpstreamTimeout
-from gateway.models import Operation, Snapshot, TaskKey
-from gateway.readings import Failed, Landing, Reading, Source
-from gateway.sampling import Sampler
+from gateway.api.request_log import RequestLog, settled
+from gateway.domain.errors import UpstreamDetail, UpstreamRejected, UpstreamTimeout
+from gateway.domain.snapshot import Operation, Snapshot, TaskKey
+from gateway.progress.results import Failed, Landing, Reading, Source
+from gateway.telemetry.log_sampling import Sampler
 from tests.harness import Gateway, Json, Process, Simulator, fresh_id, serving, until
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "01j5t2qx82323pswaqykz9eq4")
@@ -28,8 +28,8 @@ MISS = Reading(SNAPSHOT, 0.0, Source.MISS, landing=Landing(SNAPSHOT, 0.25, "i_1"
 @pytest.fixture
 def loud(caplog: pytest.LogCaptureFixture) -> Callable[[int], None]:
     """Return what sets the level from which lines are written; it is info."""
-    caplog.set_level(logging.INFO, "gateway.api.requestlog")
-    return lambda level: caplog.set_level(level, "gateway.api.requestlog")
+    caplog.set_level(logging.INFO, "gateway.api.request_log")
+    return lambda level: caplog.set_level(level, "gateway.api.request_log")
 
 
 pytestmark = pytest.mark.usefixtures("loud")
@@ -226,7 +226,7 @@ def test_requestlog_of_a_gateway_at_work(tmp_path: Path, simulator: Simulator) -
             for name in ("miss", "hit", "lost", "native", "batch", "wrong", "nowhere")
         }
     miss, hit, gone, native, batch = (lines[name] for name in ("miss", "hit", "lost", "native", "batch"))
-    assert (miss["level"], miss["logger"]) == ("info", "gateway.api.requestlog")
+    assert (miss["level"], miss["logger"]) == ("info", "gateway.api.request_log")
     assert (miss["cache"], miss["task_id"], miss["status"]) == ("miss", task, 200)
     assert 0 < miss["upstream_seconds"] <= miss["seconds"]
     assert (miss["trace_id"], miss["parent_id"]) == (TRACE, SPAN)

@@ -8,8 +8,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from gateway.credentials import Credentials, Pair, Slot
-from gateway.exceptions import (
+from gateway.domain.errors import (
     UpstreamClock,
     UpstreamCredentials,
     UpstreamDetail,
@@ -19,11 +18,12 @@ from gateway.exceptions import (
     UpstreamRejected,
     UpstreamTimeout,
 )
-from gateway.metrics import Metrics
-from gateway.models import Operation
-from gateway.redaction import Redactor
-from gateway.rotation import KEPT_OUT_SECONDS, Rotation
-from gateway.settings import Credentials as CredentialSettings
+from gateway.domain.snapshot import Operation
+from gateway.settings.model import Credentials as CredentialSettings
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.redaction import Redactor
+from gateway.upstream.credential_rotation import KEPT_OUT_SECONDS, Rotation
+from gateway.upstream.credentials import Credentials, Pair, Slot
 
 REFUSAL_SECONDS = 1.0
 REJECTED = UpstreamRejected("rejected", envelope=b"{}", detail=UpstreamDetail())

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from gateway.settings import Settings
+from gateway.settings.model import Settings
 from tests.promql import check_names, series
 
 ROOT = Path(__file__).parent.parent

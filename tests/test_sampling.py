@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gateway.sampling import Sampler
+from gateway.telemetry.log_sampling import Sampler
 
 
 @dataclass

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import uvicorn
 
-from gateway.server import _Server
+from gateway.server.run import _Server
 from tests.ticked import TickedLoop
 
 

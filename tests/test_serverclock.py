@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.stores.serverclock import MICROSECONDS, ServerClock
+from gateway.stores.valkey.clock_sync import MICROSECONDS, ServerClock
 
 SERVER = 1_700_000_000 * MICROSECONDS
 

@@ -13,9 +13,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from gateway.calls import Answer
-from gateway.demand import Demand
-from gateway.exceptions import (
+from gateway.domain.errors import (
     BudgetSpent,
     GatewayError,
     Overloaded,
@@ -31,14 +29,16 @@ from gateway.exceptions import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.metrics import Metrics
-from gateway.models import Operation, Snapshot, Status, TaskKey
-from gateway.readings import Failed, Reading, Source
-from gateway.service import ProgressService
-from gateway.settings import Cache
-from gateway.stores import Lease
+from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
+from gateway.progress.results import Failed, Reading, Source
+from gateway.progress.service import ProgressService
+from gateway.settings.model import Cache
+from gateway.stores.base import Lease
 from gateway.stores.memory import MemoryStore
-from gateway.upstream import Upstream
+from gateway.telemetry.metrics import Metrics
+from gateway.upstream.client import Upstream
+from gateway.upstream.demand import Demand
+from gateway.upstream.signed_request import Answer
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "01j5t2qx82323pswaqykz9eq4")
 OTHER = TaskKey(Operation.SD_GET_PROGRESS, "another")

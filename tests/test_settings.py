@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, SecretStr
 
-from gateway.models import Operation
-from gateway.settings import Settings, SettingsError, load
+from gateway.domain.snapshot import Operation
+from gateway.settings.model import Settings, SettingsError, load
 
 Load = Callable[..., Settings]
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from gateway.signing import content_md5, sign, signed_headers, string_to_sign, verify
+from gateway.upstream.signing import content_md5, sign, signed_headers, string_to_sign, verify
 
 GOLDEN: dict[str, Any] = json.loads(
     (Path(__file__).parent / "data" / "signatures.json").read_text(encoding="utf-8")

@@ -16,9 +16,9 @@ import httpx
 import pytest
 from starlette.types import Message, Scope
 
-from gateway.signing import CONTENT_TYPE, sign, signed_headers, string_to_sign
 from gateway.simulator import ControlError, Life, create_simulator, new_task_id, parse_object
 from gateway.simulator.ledger import MAX_TASKS, MAX_TIMES, Ledger
+from gateway.upstream.signing import CONTENT_TYPE, sign, signed_headers, string_to_sign
 from tests.harness import Stage, running
 
 KEY, SECRET = "test-key", "test-secret"

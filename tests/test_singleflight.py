@@ -7,7 +7,7 @@ from contextvars import ContextVar
 
 import pytest
 
-from gateway.singleflight import SingleFlight
+from gateway.progress.single_flight import SingleFlight
 
 CALLERS = 50
 

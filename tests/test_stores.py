@@ -9,20 +9,20 @@ from uuid import uuid4
 import pytest
 from prometheus_client import CollectorRegistry
 
-from gateway.exceptions import (
+from gateway.domain.errors import (
     GatewayError,
     UpstreamDetail,
     UpstreamRejected,
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.metrics import Metrics
-from gateway.models import Operation, Snapshot, Status, TaskKey
-from gateway.redaction import Redactor
-from gateway.settings import Store as StoreSettings
-from gateway.stores import Lease, Store
+from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
+from gateway.settings.model import Store as StoreSettings
+from gateway.stores.base import Lease, Store
 from gateway.stores.memory import ENTRY_BYTES, MEMORY_SECONDS, MemoryStore
-from gateway.stores.valkey import ValkeyStore
+from gateway.stores.valkey.store import ValkeyStore
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.redaction import Redactor
 from tests.harness import Json, eventually
 from tests.seen import said, seen
 from tests.storeserver import shared_by

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
-from gateway.tallies import Counts, Spreads
+from gateway.telemetry.counters import Counts, Spreads
 
 BUCKETS = (0.001, 0.01, 0.1, 1.0)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gateway.api.tracecontext import TraceParent, trace_parent
+from gateway.api.trace_context import TraceParent, trace_parent
 from tests.harness import Gateway, Simulator
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.transport import HttpTransport, Reply, encode
+from gateway.upstream.http_transport import HttpTransport, Reply, encode
 from tests.harness import PATIENCE_SECONDS, RawUpstream, Request, answer, drained, framed, free_port
 
 BODY = b'{"taskId": "A"}'
@@ -272,7 +272,7 @@ def test_transport_deadline_holds_while_it_connects_and_while_it_waits(
             while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
                 await asyncio.sleep(0)
             never = asyncio.get_running_loop().create_future()
-            monkeypatch.setattr("gateway.transport.start_connection", lambda *_, **__: never)
+            monkeypatch.setattr("gateway.upstream.http_transport.start_connection", lambda *_, **__: never)
             with pytest.raises(TimeoutError):
                 await ask(over, seconds=0.05)
             assert never.cancelled()

@@ -23,8 +23,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from gateway.calls import _retry_after, unix_time
-from gateway.signing import verify
+from gateway.upstream.signed_request import _retry_after, unix_time
+from gateway.upstream.signing import verify
 from tests.harness import (
     KEY,
     SECRET,

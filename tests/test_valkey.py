@@ -14,25 +14,25 @@ import trustme
 from prometheus_client import CollectorRegistry
 from redis.asyncio.cluster import RedisCluster
 
-from gateway.exceptions import (
+from gateway.domain.errors import (
     BudgetSpent,
     UpstreamDetail,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamTimeout,
 )
-from gateway.metrics import Metrics
-from gateway.models import Operation, Snapshot, Status, TaskKey
-from gateway.redaction import MASK, Redactor
-from gateway.settings import Store as StoreSettings
-from gateway.stores import Lease
-from gateway.stores.encoding import encode_failure, encode_snapshot, split_stored
-from gateway.stores.feeds import NEWS_SECONDS
-from gateway.stores.link import slot_of
+from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
+from gateway.settings.model import Store as StoreSettings
+from gateway.stores.base import Lease
 from gateway.stores.memory import MemoryStore
-from gateway.stores.serverclock import MICROSECONDS
-from gateway.stores.servers import SLOTS, connected
-from gateway.stores.valkey import ValkeyStore
+from gateway.stores.valkey.backends import SLOTS, connected
+from gateway.stores.valkey.clock_sync import MICROSECONDS
+from gateway.stores.valkey.codec import encode_failure, encode_snapshot, split_stored
+from gateway.stores.valkey.connection import slot_of
+from gateway.stores.valkey.store import ValkeyStore
+from gateway.stores.valkey.subscription import NEWS_SECONDS
+from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.redaction import MASK, Redactor
 from tests.harness import PATIENCE_SECONDS, Json, eventually, free_port
 from tests.seen import said, seen
 from tests.storeserver import StoreServer, binary, cluster, guarded, migrate, shared_by

@@ -9,13 +9,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from gateway.exceptions import GatewayError, UpstreamThrottled, UpstreamTimeout
-from gateway.metrics import Metrics
-from gateway.models import Operation, Snapshot, Status, TaskKey
-from gateway.readings import Failed, Reading, Source
-from gateway.settings import Watch as WatchSettings
+from gateway.domain.errors import GatewayError, UpstreamThrottled, UpstreamTimeout
+from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
+from gateway.progress.results import Failed, Reading, Source
+from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.memory import MemoryStore
-from gateway.watch import Kind, Update, Watch, Watcher
+from gateway.telemetry.metrics import Metrics
+from gateway.watch.hub import Kind, Update, Watch, Watcher
 from tests.ticked import TickedLoop
 
 pytestmark = pytest.mark.anyio

@@ -21,9 +21,9 @@ import httpx
 import pytest
 from rich.console import Console
 
-from gateway.cli import main
-from gateway.client import Event, Problem, Progress
-from gateway.terminal import Board
+from gateway.cli.main import main
+from gateway.cli.watch_client import Event, Problem, Progress
+from gateway.cli.watch_display import Board
 from tests.harness import (
     COMMAND,
     KEY,

@@ -8,14 +8,14 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.connection import while_connected
+from gateway.api.client_limits import Clients, client_of
 from gateway.api.problems import document, lookup
-from gateway.api.ratelimit import Clients, client_of
 from gateway.api.requests import query_parameters
-from gateway.api.tasks import Tasks
-from gateway.models import Snapshot, Status, TaskKey, render_json
-from gateway.readings import Failed, Reading
-from gateway.service import ProgressService
+from gateway.api.server_extensions import while_connected
+from gateway.api.task_parameters import Tasks
+from gateway.domain.snapshot import Snapshot, Status, TaskKey, render_json
+from gateway.progress.results import Failed, Reading
+from gateway.progress.service import ProgressService
 
 
 class BatchEndpoint:

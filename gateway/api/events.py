@@ -16,16 +16,16 @@ from collections.abc import Collection, Iterable, Sequence
 
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.connection import HangUp, chunk, outlet_of
-from gateway.api.heartbeat import HEARTBEAT, Pacemaker
+from gateway.api.client_limits import Clients, client_of
+from gateway.api.heartbeats import HEARTBEAT, Pacemaker
 from gateway.api.problems import document, lookup
-from gateway.api.ratelimit import Clients, client_of
 from gateway.api.requests import header, query_parameters
-from gateway.api.tasks import Tasks
-from gateway.api.tracecontext import trace_parent
-from gateway.metrics import Metrics
-from gateway.models import Snapshot, TaskKey, render_json
-from gateway.watch import Kind, Update, Watch, Watcher
+from gateway.api.server_extensions import HangUp, chunk, outlet_of
+from gateway.api.task_parameters import Tasks
+from gateway.api.trace_context import trace_parent
+from gateway.domain.snapshot import Snapshot, TaskKey, render_json
+from gateway.telemetry.metrics import Metrics
+from gateway.watch.hub import Kind, Update, Watch, Watcher
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),

@@ -1,4 +1,4 @@
-"""The pages for people: what lies in `gateway/web`, read once, served as it is.
+"""The pages for people: what lies in `gateway/api/web`, read once, served as it is.
 
 The pages name everything relative to themselves, so that an ingress may serve them under a prefix.
 They load nothing from elsewhere and hold no script or style inline, which is what lets the policy
@@ -16,8 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway.api.caching import matches
-from gateway.exceptions import PathNotFound
+from gateway.api.progress_response import matches
+from gateway.domain.errors import PathNotFound
 
 _CONTENT_TYPES = {
     ".css": "text/css; charset=utf-8",
@@ -72,7 +72,7 @@ def page_routes() -> list[Route]:
 def _read_files() -> dict[str, _File]:
     return {
         item.name: _read(item.read_bytes(), _CONTENT_TYPES[PurePosixPath(item.name).suffix])
-        for item in files("gateway").joinpath("web").iterdir()
+        for item in files("gateway.api").joinpath("web").iterdir()
         if PurePosixPath(item.name).suffix in _CONTENT_TYPES
     }
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from gateway.api.requests import route_path
-from gateway.exceptions import (
+from gateway.domain.errors import (
     BodyTooLarge,
     CrossSiteRequest,
     GatewayError,
@@ -39,7 +39,7 @@ from gateway.exceptions import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.models import render_json
+from gateway.domain.snapshot import render_json
 
 # Looked up along the class's ancestors: a subclass without a row of its own is told as its parent.
 PROBLEMS: Mapping[type[GatewayError], tuple[int, str]] = {

@@ -13,18 +13,17 @@ from contextlib import suppress
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.answers import HEADER_NAMES, answer
-from gateway.api.caching import matches
-from gateway.api.connection import HangUp, while_connected
-from gateway.api.ratelimit import Clients, client_of
-from gateway.api.requestlog import settled
+from gateway.api.client_limits import Clients, client_of
+from gateway.api.progress_response import HEADER_NAMES, answer, matches
+from gateway.api.request_log import settled
 from gateway.api.requests import Headers, header, query_parameters
-from gateway.api.tasks import Tasks
-from gateway.exceptions import GatewayError, InvalidParameter
-from gateway.models import Snapshot, TaskKey
-from gateway.readings import Failed, Reading, Source
-from gateway.service import ProgressService
-from gateway.watch import Kind, Watch, Watcher
+from gateway.api.server_extensions import HangUp, while_connected
+from gateway.api.task_parameters import Tasks
+from gateway.domain.errors import GatewayError, InvalidParameter
+from gateway.domain.snapshot import Snapshot, TaskKey
+from gateway.progress.results import Failed, Reading, Source
+from gateway.progress.service import ProgressService
+from gateway.watch.hub import Kind, Watch, Watcher
 
 # RFC 7240, 4.3: `wait=10`, perhaps among other preferences.
 _PREFER_WAIT = re.compile(

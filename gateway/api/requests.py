@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
-from gateway.exceptions import BodyTooLarge, InvalidParameter
+from gateway.domain.errors import BodyTooLarge, InvalidParameter
 
 Headers = list[tuple[bytes, bytes]]
 

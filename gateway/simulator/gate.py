@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from cachetools import TTLCache
 from starlette.responses import Response
 
-from gateway.signing import verify
+from gateway.upstream.signing import verify
 
 WINDOW_SECONDS = 15 * 60
 MAX_NONCES = 100_000

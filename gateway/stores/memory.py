@@ -15,9 +15,9 @@ from typing import Any, Self
 
 from cachetools import Cache, TLRUCache
 
-from gateway.exceptions import GatewayError, UpstreamError, UpstreamRejected
-from gateway.models import Snapshot, TaskKey
-from gateway.stores import Lease
+from gateway.domain.errors import GatewayError, UpstreamError, UpstreamRejected
+from gateway.domain.snapshot import Snapshot, TaskKey
+from gateway.stores.base import Lease
 
 # For this long after its freshness a task's story is remembered: a caller who comes back within
 # the hour sees progress that fell, or a finished task that runs, never.

@@ -16,9 +16,9 @@ import uuid
 import httpx
 import uvloop
 
-from gateway.envelopes import read_envelope
-from gateway.models import Operation, TaskKey
-from gateway.signing import signed_headers
+from gateway.domain.envelope import read_envelope
+from gateway.domain.snapshot import Operation, TaskKey
+from gateway.upstream.signing import signed_headers
 
 _OPERATION = Operation.SD_GET_PROGRESS
 

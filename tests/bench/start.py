@@ -42,7 +42,7 @@ def run(bench: Bench) -> Iterator[Comparison]:
 def _gateway(bench: Bench, upstream: int, tree: Path | None) -> Figures:
     env = servers.environment(tree)
     # Without the tidying up at the end, which a server that becomes ready has not done either.
-    imports = "import os, gateway.cli; os._exit(0)"
+    imports = "import os, gateway.cli.main; os._exit(0)"
     began = time.perf_counter()
     with pinned(bench.cores.server):
         subprocess.run([sys.executable, "-c", imports], env=env, cwd=bench.folder, check=True)

@@ -15,10 +15,10 @@ from prometheus_client.metrics import MetricWrapperBase
 from pydantic import SecretStr
 
 from gateway.api.problems import PROBLEMS
-from gateway.exceptions import GatewayError, UpstreamRejected
-from gateway.metrics import Metrics
-from gateway.settings import Settings
-from gateway.tallies import Counts, Spreads
+from gateway.domain.errors import GatewayError, UpstreamRejected
+from gateway.settings.model import Settings
+from gateway.telemetry.counters import Counts, Spreads
+from gateway.telemetry.metrics import Metrics
 from tests.documents.markdown import ROOT, Document, documents
 from tests.promql import label_names
 

@@ -1,0 +1,93 @@
+"""POST /scc/...: drop-in paths for the vendor's SDKs.
+
+Same path, same body, same envelope, byte for byte, from the same cache and the same flights as
+the simplified API. A caller's signature and credentials are not even read.
+"""
+
+from __future__ import annotations
+
+from codecs import BOM_UTF8
+from collections.abc import Sequence
+
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from gateway.api.client_limits import client_of
+from gateway.api.progress_response import cache_headers
+from gateway.api.request_log import settled
+from gateway.api.requests import Headers, header, query_parameters, read_body
+from gateway.api.server_extensions import while_connected
+from gateway.domain.envelope import read_task_id
+from gateway.domain.errors import InvalidParameter, PathNotFound, UnsupportedMediaType, UpstreamRejected
+from gateway.domain.snapshot import Operation, TaskKey, check_task_id
+from gateway.progress.results import Failed, Reading
+from gateway.progress.service import ProgressService
+
+
+class NativeEndpoint:
+    """Answers one upstream operation with the upstream's own envelope."""
+
+    def __init__(
+        self, operation: Operation, service: ProgressService, *, max_body_bytes: int, body_seconds: float
+    ) -> None:
+        self._operation = operation
+        self._service = service
+        self._max_body_bytes = max_body_bytes
+        self._body_seconds = body_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 200 with the envelope; a rejection is passed on as it came."""
+        if scope["method"] != "POST":
+            # Said here, for the route's own refusal loses to the catch-all behind it.
+            raise HTTPException(405, headers={"Allow": "POST"})
+        query_parameters(scope)
+        if _is_encoded(scope["headers"]):
+            raise UnsupportedMediaType("the body has a content coding; send it as it is")
+        body = await read_body(scope, receive, limit=self._max_body_bytes, seconds=self._body_seconds)
+        key = TaskKey(self._operation, _task_id(body))
+        envelope, headers = await self._envelope(scope, receive, key)
+        headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(envelope))]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": envelope})
+
+    async def _envelope(self, scope: Scope, receive: Receive, key: TaskKey) -> tuple[bytes, Headers]:
+        outcome: Reading | Failed | None = self._service.lookup(key)
+        if outcome is None:
+            read = self._service.read(key, client=client_of(scope))
+            outcome = await while_connected(scope, receive, read)
+        try:
+            reading = settled(scope, outcome)
+        except UpstreamRejected as rejected:
+            return rejected.envelope, []
+        # A snapshot may cover a rejection on the simplified paths; here the vendor's word counts.
+        if isinstance(reading.failure, UpstreamRejected):
+            return reading.failure.envelope, []
+        return reading.snapshot.envelope, cache_headers(reading)
+
+
+class NoSuchOperation:
+    """Refuses every other path below /scc/, and names those that are allowed."""
+
+    def __init__(self, operations: Sequence[Operation]) -> None:
+        self._allowed = ", ".join(operation.path for operation in operations)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raise PathNotFound."""
+        raise PathNotFound(f"the gateway forwards only: {self._allowed}")
+
+
+def _is_encoded(headers: Headers) -> bool:
+    codings = (header(headers, b"content-encoding") or "").split(",")
+    return any(coding.strip().lower() not in {"", "identity"} for coding in codings)
+
+
+def _task_id(body: bytes) -> str:
+    try:
+        task_id = read_task_id(body.removeprefix(BOM_UTF8))  # RFC 8259, 8.1: a parser may ignore it
+    except ValueError as exc:
+        raise InvalidParameter("the body is not JSON") from exc
+    except TypeError as exc:
+        raise InvalidParameter("the body is not a JSON object") from exc
+    if not isinstance(task_id, str):
+        raise InvalidParameter("the body has no taskId that is a string")
+    return check_task_id(task_id)

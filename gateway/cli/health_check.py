@@ -1,0 +1,41 @@
+"""The HEALTHCHECK of the image: whether the gateway in this container answers, on the port of its settings.
+
+The image has no curl, and needs no shell. Settings are read as `sd-gateway serve` reads them without
+`--config`: from config/gateway.toml in the working directory, and the environment over it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import sys
+
+from gateway.domain.printable import printable
+from gateway.settings.model import SettingsError, load
+
+TIMEOUT_SECONDS = 3.0
+
+# Where one listens on all addresses, it is reached on the loopback one.
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # compared with, not bound
+
+
+def main() -> int:
+    """Ask /healthz once; return the exit status: 0 alive, 1 not."""
+    try:
+        server = load(None, os.environ).server
+        connection = http.client.HTTPConnection(
+            _LOOPBACK.get(server.host, server.host), server.port, timeout=TIMEOUT_SECONDS
+        )
+        connection.request("GET", "/healthz")
+        status = connection.getresponse().status
+    except (OSError, SettingsError, http.client.HTTPException) as exc:
+        sys.stderr.write(f"unhealthy: {printable(str(exc))}\n")
+        return 1
+    if status != http.client.OK:
+        sys.stderr.write(f"unhealthy: status {status}\n")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

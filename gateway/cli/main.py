@@ -1,0 +1,330 @@
+"""`sd-gateway`: the commands. Exit status 0 well, 1 failed, 2 wrong usage or settings."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import io
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import httpx
+import uvicorn
+
+from gateway import __version__
+from gateway.app import USER_AGENT, create_app
+from gateway.cli import demo
+from gateway.cli import watch_display as terminal
+from gateway.cli.check import check
+from gateway.cli.watch_client import StreamRefused
+from gateway.domain.errors import InvalidTaskId
+from gateway.domain.printable import printable
+from gateway.domain.snapshot import Operation, check_task_id
+from gateway.server import run as server
+from gateway.settings.model import Settings, SettingsError, load
+from gateway.simulator import create_simulator
+from gateway.simulator.faults import FAULTS
+from gateway.simulator.wire import ControlError, parse_object
+from gateway.telemetry import logs
+from gateway.telemetry.redaction import Redactor
+from gateway.telemetry.tracing import Tracing, Untraced, asked_for
+
+OK, FAILED, USAGE = 0, 1, 2
+_LAST_PORT = 65535
+_MOST_SECONDS = 1e9  # which any event loop can wait, and any calendar can show
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    _open_standard_streams()
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # at the interpreter's end it is too late to catch a closed pipe
+    except BrokenPipeError:
+        return _nobody_reads()
+    except OSError as exc:  # what a command expects is handled there; a full disk below standard output, say
+        _complain(str(exc))
+        return FAILED
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except SettingsError as exc:
+        for mistake in exc.mistakes:
+            _complain(mistake)
+        return USAGE
+    except KeyboardInterrupt:
+        return OK
+
+
+def _open_standard_streams() -> None:
+    """Put /dev/null in the place of standard streams that are closed.
+
+    Python has None for those, and the next file or socket that is opened would get their numbers.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # as standard error has it: no locale stops a command
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with arguments without repeating what a terminal would obey."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sd-gateway", description="Signs, coalesces, caches and measures progress queries.")
+    parser.add_argument("--version", action="version", version=f"sd-gateway {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    with_settings = _Parser(add_help=False)
+    with_settings.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings file (default: config/gateway.toml, when it exists)",
+    )
+    serve = commands.add_parser("serve", parents=[with_settings], help="run the gateway")
+    serve.set_defaults(run=_serve)
+
+    watch = commands.add_parser("watch", help="show how tasks get on, until all have ended")
+    watch.add_argument("task_ids", type=_task_id, nargs="+", metavar="TASK", help="a task's ID")
+    watch.add_argument(
+        "--gateway",
+        type=_gateway_url,
+        default="http://127.0.0.1:8080",
+        metavar="URL",
+        help="the gateway to ask (default: %(default)s)",
+    )
+    watch.add_argument(
+        "--api",
+        choices=sorted({operation.api for operation in Operation}),
+        default="sd",
+        help="whose tasks they are (default: %(default)s)",
+    )
+    watch.add_argument("--json", action="store_true", help="write one line of JSON per event, for scripts")
+    watch.set_defaults(run=_watch)
+
+    ask = commands.add_parser(
+        "check", parents=[with_settings], help="sign one real query and say what is wrong"
+    )
+    ask.set_defaults(run=_check)
+
+    show = commands.add_parser(
+        "demo",
+        parents=[with_settings],
+        help="run the gateway before a simulated upstream, with tasks in motion",
+    )
+    show.add_argument(
+        "--simulator-port",
+        type=_port,
+        default=8081,
+        metavar="PORT",
+        help="where the simulated upstream listens; 0: anywhere (default: %(default)s)",
+    )
+    show.set_defaults(run=_demo)
+
+    simulate = commands.add_parser("simulate", help="run a simulated upstream that verifies signatures")
+    simulate.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
+    simulate.add_argument("--port", type=_port, default=8081, help="0: any (default: %(default)s)")
+    simulate.add_argument(
+        "--key", default="simulated-key", help="the access key it accepts (default: %(default)s)"
+    )
+    secret = simulate.add_mutually_exclusive_group()
+    secret.add_argument(
+        "--secret", default="simulated-secret", help="and its secret key (default: %(default)s)"
+    )
+    secret.add_argument("--secret-stdin", action="store_true", help="read the secret key from standard input")
+    simulate.add_argument(
+        "--latency", type=_latency, default=0.0, metavar="SECONDS", help="every answer takes this long"
+    )
+    simulate.add_argument(
+        "--clock-offset", type=_seconds, default=0.0, metavar="SECONDS", help="its clock is ahead by so much"
+    )
+    simulate.add_argument(
+        "--limit",
+        type=_count,
+        default=0,
+        metavar="CALLS",
+        help="throttle what exceeds so many calls a second",
+    )
+    simulate.add_argument(
+        "--fault",
+        action="append",
+        default=[],
+        metavar="JSON",
+        help=f"put a fault in force: {', '.join(FAULTS)}",
+    )
+    simulate.set_defaults(run=_simulate)
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> tuple[Settings, Redactor]:
+    settings = load(options.config, os.environ)
+    redactor = Redactor()
+    logs.configure(settings.log, redactor=redactor)
+    return settings, redactor
+
+
+def _serve(options: argparse.Namespace) -> int:
+    settings, redactor = _settings(options)
+    server.run(create_app(settings, redactor=redactor, tracing=_tracing()), settings)
+    return OK
+
+
+def _tracing() -> Tracing:
+    if not asked_for(os.environ):
+        return Untraced()
+    try:
+        from gateway.telemetry import opentelemetry  # noqa: PLC0415  # takes a third of a second, and packages few have
+    except ImportError as exc:
+        raise SettingsError(
+            [f"OTEL_* asks for traces, and {exc.name} is missing: pip install 'sd-progress-gateway[otel]'"]
+        ) from exc
+    return opentelemetry.from_environment(os.environ)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    settings, redactor = _settings(options)
+    try:
+        demo.run(settings, redactor=redactor, simulator_port=options.simulator_port)
+    except RuntimeError as exc:
+        _complain(str(exc))
+        return FAILED
+    return OK
+
+
+def _watch(options: argparse.Namespace) -> int:
+    try:
+        well = terminal.watch(options.gateway, options.task_ids, api=options.api, as_json=options.json)
+    except StreamRefused as exc:
+        _complain(f"{terminal.name(options.gateway)}: {exc}")
+        return USAGE
+    except BrokenPipeError:
+        return _nobody_reads()
+    except KeyboardInterrupt:  # before all had succeeded
+        return FAILED
+    return OK if well else FAILED
+
+
+def _check(options: argparse.Namespace) -> int:
+    settings, redactor = _settings(options)
+    finding = asyncio.run(check(settings, redactor=redactor, user_agent=USER_AGENT))
+    for line in finding.lines:
+        sys.stdout.write(f"{printable(line)}\n")
+    return OK if finding.well else FAILED
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    secret = sys.stdin.readline().strip() if options.secret_stdin else options.secret
+    faults = [parse_object(text.encode()) for text in options.fault]
+    try:
+        app = create_simulator(
+            pairs={options.key: secret},
+            clock=lambda: time.time() + options.clock_offset,
+            latency_seconds=options.latency,
+            limit=options.limit,
+            faults=faults,
+        )
+    except ControlError as exc:
+        _complain(f"--fault: {exc}")
+        return USAGE
+    config = uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        log_level="warning",
+        access_log=False,
+        date_header=False,  # the simulator tells its own time
+        timeout_graceful_shutdown=1,
+    )
+    try:
+        server.serve(config, announce=_announce_simulator)
+    except server.CannotListen as exc:
+        _complain(str(exc))
+        return FAILED
+    except BrokenPipeError:  # whoever started us has left before we were up: the demo, told to stop
+        return _nobody_reads()
+    return OK
+
+
+def _announce_simulator(url: str) -> None:
+    sys.stdout.write(f"{demo.SIMULATOR_SAYS}{url}\n")
+    sys.stdout.flush()
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    port = _count(text)
+    if port > _LAST_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to {_LAST_PORT}")
+    return port
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text if text.isascii() and "_" not in text else "nan")
+    except ValueError:
+        seconds = math.nan
+    if not abs(seconds) <= _MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
+    return seconds
+
+
+def _latency(text: str) -> float:
+    seconds = _seconds(text)
+    if seconds < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is less than nothing")
+    return seconds
+
+
+def _task_id(text: str) -> str:
+    try:
+        return check_task_id(text)
+    except InvalidTaskId as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from None
+
+
+def _gateway_url(text: str) -> httpx.URL:
+    try:
+        url = httpx.URL(text)
+    except httpx.InvalidURL as exc:
+        raise argparse.ArgumentTypeError(f"not a URL: {exc}") from None
+    right = url.scheme in {"http", "https"} and url.host and not url.query and not url.fragment
+    if not right or not (url.port is None or 0 < url.port <= _LAST_PORT):
+        raise argparse.ArgumentTypeError("must be http://HOST[:PORT] or https://…, perhaps with a path")
+    return url
+
+
+def _nobody_reads() -> int:
+    # Whoever read our lines has left; the interpreter is not to flush what is left of them.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED
+
+
+def _complain(line: str) -> None:
+    sys.stderr.write(f"sd-gateway: {printable(line)}\n")

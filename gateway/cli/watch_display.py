@@ -1,0 +1,197 @@
+"""`sd-gateway watch`: the progress of tasks in a terminal, as lines in a pipe, or as JSON for scripts.
+
+    client.follow -> Board -> a live bar per task    in a terminal
+                           -> a line per change      anywhere else
+                  -> the event as one line of JSON   with --json
+
+Trouble with the connection is nobody's progress: it stands above the bars, or goes to standard error.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import httpx
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from gateway.cli.watch_client import Event, Problem, Progress, follow
+from gateway.domain.printable import json_text, printable
+
+_STYLES = {"succeeded": "green", "failed": "red", "canceled": "yellow"}
+_BAR_WIDTH = 8, 30  # columns: at least, at most
+_BESIDE = 45  # columns: status, percentage and what most tasks have to say
+_NARROW = 50  # columns: below, the words are worth more than the bars
+_FRAMES_PER_SECOND = 4
+_MINUTE, _HOUR = 60, 3600
+
+
+def watch(gateway: httpx.URL, task_ids: Sequence[str], *, api: str, as_json: bool) -> bool:
+    """Show these tasks on standard output until all have ended; tell whether all have succeeded.
+
+    Raises: StreamRefused.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # the vendor's words may be Chinese, the locale not
+    board = Board(gateway, task_ids)
+    console = Console()
+    # Not rich's own guess: FORCE_COLOR, as CI sets it, makes it take a pipe for a terminal.
+    is_live = sys.stdout.isatty() and not console.is_dumb_terminal and not as_json
+
+    def pause(seconds: float, reason: str) -> None:
+        if not is_live and reason != board.trouble:
+            sys.stderr.write(f"sd-gateway: {board.name}: {reason}; trying again\n")
+        board.trouble = reason
+        time.sleep(seconds)
+
+    frames = Live(
+        get_renderable=lambda: board.render(console.width),
+        console=console,
+        refresh_per_second=_FRAMES_PER_SECOND,
+    )
+    with frames if is_live else nullcontext():
+        for event in follow(gateway, board.task_ids, api=api, pause=pause):
+            line = board.note(event)
+            if as_json:
+                print(json_text(json.dumps({"event": event.name, **event.data})), flush=True)  # noqa: T201
+            elif line and not is_live:
+                print(line, flush=True)  # noqa: T201
+    return board.succeeded
+
+
+def name(gateway: httpx.URL) -> str:
+    """Return a gateway's URL as it may be shown: without the password in it."""
+    return printable(f"{gateway.scheme}://{gateway.netloc.decode()}{gateway.path.rstrip('/')}")
+
+
+class Board:
+    """What was last heard of each task, in words and as bars. `trouble`: why there is no connection."""
+
+    def __init__(
+        self, gateway: httpx.URL, task_ids: Sequence[str], *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.name = name(gateway)
+        self.task_ids = list(dict.fromkeys(task_ids))
+        self.trouble = ""
+        self._clock = clock
+        self._rows = {task_id: _Row() for task_id in self.task_ids}
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether every task has."""
+        return all(row.status == "succeeded" for row in self._rows.values())
+
+    def note(self, event: Event) -> str:
+        """Take in what is new; return it as a line, empty where that would repeat the one before."""
+        self.trouble = ""
+        if event.told is None or event.told.task_id not in self._rows:
+            return ""
+        row = self._rows[event.told.task_id]
+        before = row.line()
+        row.note(event.told, self._clock())
+        return "" if row.line() == before else f"{event.told.task_id}: {row.line()}"
+
+    def render(self, width: int) -> Group:
+        """Return all that is known as a renderable for a terminal of so many columns."""
+        ended = sum(row.ended for row in self._rows.values())
+        head = Text(f"{self.name}: {ended} of {len(self._rows)} ended", style="dim")
+        if self.trouble:
+            head = Text(f"{self.name}: {self.trouble}; trying again", style="yellow")
+        longest = max(len(task_id) for task_id in self._rows)
+        least, most = _BAR_WIDTH
+        bar_width = min(max(width - longest - _BESIDE, least), most)
+        table = Table.grid(padding=(0, 1), expand=True)
+        table.add_column(no_wrap=True, max_width=max(width // 3, least))
+        table.add_column(no_wrap=True)
+        if width >= _NARROW:
+            table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, justify="right")
+        table.add_column(ratio=1)
+        for task_id, row in self._rows.items():
+            bar = ProgressBar(
+                total=1.0,
+                completed=row.fraction,
+                width=bar_width,
+                complete_style=row.style or "cyan",
+                finished_style=row.style,
+            )
+            table.add_row(
+                Text(task_id, overflow="ellipsis"),
+                Text(row.state, style=row.style),
+                *([bar] if width >= _NARROW else []),
+                row.percent,
+                Text(row.details(self._clock() - row.heard_at)),
+            )
+        return Group(head, table)
+
+
+class _Row:
+    def __init__(self) -> None:
+        self.progress: Progress | None = None
+        self.problem: Problem | None = None
+        self.heard_at = 0.0
+
+    def note(self, told: Progress | Problem, now: float) -> None:
+        if isinstance(told, Problem):
+            self.problem = told
+        else:
+            self.progress, self.problem, self.heard_at = told, None, now
+
+    @property
+    def status(self) -> str:
+        return self.progress.status if self.progress else ""
+
+    @property
+    def ended(self) -> bool:
+        return self.progress is not None and self.progress.terminal
+
+    @property
+    def state(self) -> str:
+        return "error" if self.problem else self.status or "asking"
+
+    @property
+    def style(self) -> str:
+        return "red" if self.problem else _STYLES.get(self.status, "")
+
+    @property
+    def fraction(self) -> float:
+        return self.progress.progress if self.progress else 0.0
+
+    @property
+    def percent(self) -> str:
+        return f"{int(self.fraction * 100)} %" if self.progress else ""  # 100 % when it is, not before
+
+    def details(self, seconds_ago: float = 0.0) -> str:
+        if self.problem:
+            return self.problem.words
+        if self.progress is None:
+            return ""
+        words = []
+        if self.progress.queue_remaining is not None:
+            words.append(f"{self.progress.queue_remaining} in the queue")
+        if self.progress.eta_seconds and not self.ended:
+            words.append(_left(self.progress.eta_seconds - seconds_ago))
+        if self.progress.message:
+            words.append(self.progress.message)
+        return ", ".join(words)
+
+    def line(self) -> str:
+        return ", ".join(filter(None, (self.state, self.percent, self.details())))
+
+
+def _left(seconds: float) -> str:
+    if seconds < 1:
+        return "any moment now"
+    if seconds < _MINUTE:
+        return f"{int(seconds)} s left"
+    if seconds < _HOUR:
+        return f"{int(seconds // _MINUTE)} min {int(seconds % _MINUTE)} s left"
+    return f"{int(seconds // _HOUR)} h {int(seconds % _HOUR // _MINUTE)} min left"

@@ -1,0 +1,1 @@
+"""The service that answers queries: it joins store, single flight and upstream."""

@@ -1,0 +1,32 @@
+"""The response to what no application sees: a problem document, and the connection's end."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from gateway.api.problems import document, lookup
+from gateway.api.requests import SECURITY_HEADERS, Headers
+from gateway.domain.errors import GatewayError
+from gateway.domain.snapshot import render_json
+from gateway.server.exchange import STATUS_LINES
+
+
+def last_response(error: GatewayError, default_headers: Headers) -> tuple[bytes, bytes]:
+    """Return the head and the body of a problem document that closes its connection."""
+    status, title = lookup(error)
+    request_id = os.urandom(16).hex()
+    body = render_json(document(error, status, title, request_id=request_id))
+    retry = [] if error.retry_after is None else [(b"retry-after", b"%d" % math.ceil(error.retry_after))]
+    headers = [
+        *default_headers,
+        (b"content-type", b"application/problem+json"),
+        (b"content-length", b"%d" % len(body)),
+        (b"cache-control", b"no-store"),
+        *SECURITY_HEADERS,
+        *retry,
+        (b"x-request-id", request_id.encode()),
+        (b"connection", b"close"),
+    ]
+    fields = b"".join(b"%b: %b\r\n" % header for header in headers)
+    return b"%b%b\r\n" % (STATUS_LINES[status], fields), body

@@ -1,0 +1,339 @@
+"""Where a request's head and its body begin and end (RFC 9112, 2 to 7). No I/O.
+
+    bytes -> end_of_head -> parse_head -> Head -> body_of -> a decoder that takes exactly the body's bytes
+
+Only Content-Length and Transfer-Encoding say where a message ends. httptools parses each head by itself,
+complete and in its strict mode; it never sees a body, so what it makes of `Upgrade`, trailers or bytes behind
+a message cannot move a boundary. Everything that two servers in a row might read differently is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import httptools
+
+from gateway.api.requests import Headers
+from gateway.domain.errors import GatewayError, HeadersTooLarge, InvalidParameter
+
+_FORWARDED_FOR = b"x-forwarded-for"
+_END_OF_HEAD = b"\r\n\r\n"
+_REQUEST_LINE = re.compile(rb"[A-Z]{1,32} [\x21-\x7e]+ HTTP/1\.[01]")
+_FIRST_BYTE = re.compile(rb"[A-Z]")
+# RFC 9110, 4.2.1: a host name, an IPv4 address or an IPv6 one in brackets, and perhaps a port.
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]{0,5})?")
+_ABSOLUTE_FORM = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE)
+_LENGTH = re.compile(rb"[0-9]{1,19}")
+# RFC 9112, 7.1: a size, and extensions, which mean nothing here.
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
+_LONGEST_SIZE = 17  # bytes of a line with a size alone
+_SMALL_CHUNK = 16  # bytes: what a chunk is short of counts as overhead, for each takes time
+_TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)+")
+
+
+class BadRequest(Exception):
+    """A request that is refused before any application sees it; `error` says why."""
+
+    def __init__(self, error: GatewayError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class Head(NamedTuple):
+    """A request's head. Header names are in lower case; `target` is in origin form, or `*`.
+
+    `content_length` is None for a chunked body, and 0 where there is none.
+    """
+
+    method: bytes
+    target: bytes
+    http_version: str
+    headers: Headers
+    keep_alive: bool
+    content_length: int | None
+
+    @property
+    def expects_continue(self) -> bool:
+        """Whether the client waits for `100 Continue` before it sends the body (RFC 9110, 10.1.1)."""
+        return self.http_version == "1.1" and any(
+            name == b"expect" and value.lower() == b"100-continue" for name, value in self.headers
+        )
+
+
+class BodyDecoder(Protocol):
+    """Takes a body's bytes off the front of a buffer."""
+
+    complete: bool
+
+    def feed(self, buffer: bytearray) -> bytes:
+        """Remove what belongs to the body from `buffer`; return its content. Raises: BadRequest."""
+
+
+def end_of_head(buffer: bytearray, scanned: int, *, max_bytes: int) -> int:
+    """Return the length of the head that `buffer` begins with, or 0 while it is incomplete.
+
+    The first `scanned` bytes were looked through before. Raises: BadRequest for a head that is over
+    `max_bytes`, or that can no longer become a valid one.
+    """
+    found = buffer.find(_END_OF_HEAD, max(scanned - len(_END_OF_HEAD) + 1, 0))
+    length = found + len(_END_OF_HEAD) if found >= 0 else 0
+    if 0 < length <= max_bytes:
+        return length
+    _check_beginning(buffer[: length or len(buffer)][:max_bytes])
+    if length or len(buffer) > max_bytes:
+        raise BadRequest(HeadersTooLarge(f"the request's headers are larger than {max_bytes} bytes"))
+    return 0
+
+
+def _check_beginning(data: bytearray) -> None:
+    """Refuse at once what is no HTTP/1: the end of its head might never come.
+
+    The answer must be the same wherever the bytes were cut, so this comes before the size.
+    """
+    line, end, _ = data.partition(b"\r\n")
+    wrong_line = end and not _REQUEST_LINE.fullmatch(line)
+    if wrong_line or not _FIRST_BYTE.match(data) or data.count(b"\n") != data.count(b"\r\n"):
+        raise _invalid()
+
+
+def parse_head(data: bytes, *, max_fields: int) -> Head:
+    """Parse a complete head, its empty line included. Raises: BadRequest."""
+    line_ends = data.count(b"\r\n")
+    # A line folded by white space and a lone CR or LF mean different things to different servers.
+    if not line_ends == data.count(b"\n") == data.count(b"\r") or b"\r\n " in data or b"\r\n\t" in data:
+        raise _invalid()
+    if line_ends - 2 > max_fields:
+        raise BadRequest(HeadersTooLarge(f"the request has more than {max_fields} header fields"))
+    if not _REQUEST_LINE.match(data):
+        raise _invalid()
+    parser = _HeadParser()
+    parser.parse(data)
+    method, headers, version = parser.method, _joined(parser.headers), parser.http_version
+    host = _host(headers, version)
+    return Head(
+        method,
+        _origin_form(method, parser.target, host),
+        version,
+        headers,
+        parser.keep_alive,
+        _content_length(headers, version),
+    )
+
+
+class _HeadParser:
+    """httptools' callbacks for one head."""
+
+    def __init__(self) -> None:
+        self.method = self.target = b""
+        self.headers: Headers = []
+        self.http_version = ""
+        self.keep_alive = False
+
+    def parse(self, data: bytes) -> None:
+        self._parser = httptools.HttpRequestParser(self)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            pass  # we speak nothing else: the field is ignored (RFC 9110, 7.8)
+        except httptools.HttpParserError as exc:
+            raise _invalid() from exc
+        finally:
+            del self._parser  # it knows us, as we know it
+        if not self.http_version:
+            raise _invalid()
+
+    def on_url(self, part: bytes) -> None:
+        self.target += part
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers.append((name.lower(), value.rstrip(b" \t")))  # the parser leaves these
+
+    def on_headers_complete(self) -> None:
+        self.method = self._parser.get_method()
+        self.http_version = self._parser.get_http_version()
+        self.keep_alive = self.http_version == "1.1" and self._parser.should_keep_alive()
+
+
+def _joined(headers: Headers) -> Headers:
+    """Return the headers with one X-Forwarded-For, in the order of several (RFC 9110, 5.3).
+
+    uvicorn would take the last one alone, and a client could put its own behind a proxy's.
+    """
+    values = [value for name, value in headers if name == _FORWARDED_FOR]
+    if len(values) < 2:  # noqa: PLR2004 - nothing to join
+        return headers
+    others = [pair for pair in headers if pair[0] != _FORWARDED_FOR]
+    return [*others, (_FORWARDED_FOR, b", ".join(values))]
+
+
+def _host(headers: Headers, version: str) -> bytes:
+    """Return the value of the one Host field that a request must have (RFC 9112, 3.2)."""
+    values = [value for name, value in headers if name == b"host"]
+    if len(values) > 1 or (not values and version == "1.1"):
+        raise BadRequest(InvalidParameter("the request needs exactly one header 'Host'"))
+    host = values[0] if values else b""
+    if not _HOST.fullmatch(host):
+        raise BadRequest(InvalidParameter("header 'Host' is not a host and a port"))
+    return host
+
+
+def _origin_form(method: bytes, target: bytes, host: bytes) -> bytes:
+    """Return the target in origin form (RFC 9112, 3.2). An absolute one must name the same host as Host."""
+    if target.startswith(b"/") and method != b"CONNECT":
+        return target
+    if target == b"*" and method == b"OPTIONS":
+        return target
+    absolute = _ABSOLUTE_FORM.fullmatch(target)
+    if absolute is None or method == b"CONNECT":
+        raise BadRequest(InvalidParameter("the request's target is not a path"))
+    authority, rest = absolute.groups()
+    if authority.lower() != host.lower():
+        raise BadRequest(InvalidParameter("the request's target and header 'Host' name different hosts"))
+    if not rest and method == b"OPTIONS":
+        return b"*"
+    return rest if rest.startswith(b"/") else b"/" + rest
+
+
+def _content_length(headers: Headers, version: str) -> int | None:
+    """Return the body's length in bytes, None when it is chunked (RFC 9112, 6.3)."""
+    lengths = [value for name, value in headers if name == b"content-length"]
+    codings = [value for name, value in headers if name == b"transfer-encoding"]
+    if codings:
+        if lengths or version != "1.1" or len(codings) > 1 or codings[0].lower() != b"chunked":
+            raise BadRequest(InvalidParameter("the request's Transfer-Encoding is not 'chunked' alone"))
+        return None
+    if not lengths:
+        return 0
+    if len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0]):
+        raise BadRequest(InvalidParameter("the request's Content-Length is not one number"))
+    return int(lengths[0])
+
+
+def body_of(head: Head, *, max_overhead: int) -> BodyDecoder | None:
+    """Return the decoder of a request's body, or None when it has none.
+
+    `max_overhead` bounds the bytes of chunk extensions and trailers.
+    """
+    if head.content_length is None:
+        return _ChunkedBody(max_overhead)
+    return _LengthBody(head.content_length) if head.content_length else None
+
+
+class DiscardedBody:
+    """What follows a body that is broken: no end can be told."""
+
+    complete = False
+
+    def feed(self, buffer: bytearray) -> bytes:
+        """Drop all that has come."""
+        buffer.clear()
+        return b""
+
+
+class _LengthBody:
+    """A body of a known length."""
+
+    __slots__ = ("_left", "complete")
+
+    def __init__(self, length: int) -> None:
+        self._left = length
+        self.complete = False
+
+    def feed(self, buffer: bytearray) -> bytes:
+        part = bytes(buffer[: self._left])
+        del buffer[: self._left]
+        self._left -= len(part)
+        self.complete = not self._left
+        return part
+
+
+class _ChunkedBody:
+    """A body in chunks (RFC 9112, 7.1). Extensions and trailers are checked, counted and dropped.
+
+    Lines are matched in the buffer, and trailers all together: a loop in Python over tiny lines would hold up
+    the event loop for milliseconds.
+    """
+
+    __slots__ = ("_left", "_overhead", "_state", "complete")
+
+    def __init__(self, max_overhead: int) -> None:
+        self._overhead = max_overhead  # bytes that extensions, trailers and small chunks may still take
+        self._left = 0  # bytes of the chunk that are still to come
+        self._state: Callable[[bytearray, int, bytearray], int | None] = self._size
+        self.complete = False
+
+    def feed(self, buffer: bytearray) -> bytes:
+        content = bytearray()
+        start: int | None = 0
+        taken = 0
+        while not self.complete and (start := self._state(buffer, taken, content)) is not None:
+            taken = start
+        if self._state == self._data:
+            taken += self._take(buffer, taken, content)
+        del buffer[:taken]
+        return bytes(content)
+
+    # The states. Each returns where the next one begins, or None while what it needs is not all there.
+
+    def _size(self, buffer: bytearray, start: int, _: bytearray) -> int | None:
+        match = _CHUNK_SIZE.match(buffer, start)
+        if match is None:
+            end = buffer.find(b"\n", start)
+            length = (end if end >= 0 else len(buffer)) - start
+            if length > self._overhead + _LONGEST_SIZE:  # too long, whatever it is
+                self._spend(length)
+            if end >= 0:
+                raise BadRequest(InvalidParameter("the request's body is not in chunks"))
+            return None
+        self._left = int(match[1], 16)
+        self._spend(len(match[2]) + (max(_SMALL_CHUNK - self._left, 0) if self._left else 0))
+        self._state = self._data if self._left else self._trailers
+        return match.end()
+
+    def _data(self, buffer: bytearray, start: int, content: bytearray) -> int | None:
+        if len(buffer) - start < self._left:
+            return None
+        start += self._take(buffer, start, content)
+        self._state = self._end_of_chunk
+        return start
+
+    def _end_of_chunk(self, buffer: bytearray, start: int, _: bytearray) -> int | None:
+        line_end = buffer[start : start + 2]
+        if not b"\r\n".startswith(line_end):
+            raise BadRequest(InvalidParameter("the request's body is not in chunks"))
+        if len(line_end) < len(b"\r\n"):
+            return None
+        self._state = self._size
+        return start + 2
+
+    def _trailers(self, buffer: bytearray, start: int, _: bytearray) -> int | None:
+        if buffer.startswith(b"\r\n", start):
+            self.complete = True
+            return start + 2
+        end = buffer.find(_END_OF_HEAD, start)
+        if end < 0:
+            if len(buffer) - start > self._overhead + 1:  # one byte may be half of an empty line
+                self._spend(len(buffer) - start)
+            return None
+        self._spend(end + len(_END_OF_HEAD) - start)
+        if not _TRAILERS.fullmatch(buffer, start, end + 2):
+            raise BadRequest(InvalidParameter("the request's trailers are not header fields"))
+        self.complete = True
+        return end + len(_END_OF_HEAD)
+
+    def _take(self, buffer: bytearray, start: int, content: bytearray) -> int:
+        part = buffer[start : start + self._left]
+        content += part
+        self._left -= len(part)
+        return len(part)
+
+    def _spend(self, size: int) -> None:
+        self._overhead -= size
+        if self._overhead < 0:
+            raise BadRequest(HeadersTooLarge("the request's chunk extensions and trailers are too large"))
+
+
+def _invalid() -> BadRequest:
+    return BadRequest(InvalidParameter("the request is not valid HTTP/1.1"))

@@ -1,0 +1,1 @@
+"""The settings: their model, where they are read from, and the messages about mistakes in them."""

@@ -1,0 +1,1 @@
+"""What operators see of the process: metrics, logs and traces, all without secrets."""

@@ -1,0 +1,136 @@
+"""Structured logs: every line of the process, ours and the libraries', through one pipeline.
+
+Redaction is a step of the pipeline, not of the callers: whatever a message holds, no secret
+leaves. It works on the event's values, before they are rendered, so that a line stays JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from typing import Any
+
+import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+from gateway.domain.printable import json_text, printable
+from gateway.settings.model import Log
+from gateway.telemetry.redaction import Excerpt, Redactor
+
+# httpx tells every request at INFO; uvicorn every start and stop, and warns of each broken request;
+# OpenTelemetry warns of each attempt to reach a collector, and then of the spans that are lost.
+_QUIET = {
+    "httpx": logging.WARNING,
+    "httpcore": logging.WARNING,
+    "opentelemetry": logging.ERROR,
+    "uvicorn.error": logging.ERROR,
+}
+
+
+def configure(settings: Log, *, redactor: Redactor) -> None:
+    """Send every log line of the process to stderr, in the form and from the level that is set."""
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    console = settings.format == "console"
+    renderer: Processor = (
+        structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+        if console
+        else _render_json
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.StackInfoRenderer(),
+                structlog.processors.format_exc_info,
+                _Redaction(redactor),
+                *([_escape] if console else []),
+                renderer,
+            ],
+        )
+    )
+    level = settings.level.upper()
+    logging.basicConfig(handlers=[handler], level=level, force=True)
+    logging.captureWarnings(capture=True)
+    for name, least in _QUIET.items():
+        logging.getLogger(name).setLevel(least)
+    logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.PositionalArgumentsFormatter(),
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,  # tests configure more than once
+    )
+
+
+def _is_no_cancellation(record: logging.LogRecord) -> bool:
+    # When its time to drain is over uvicorn says how many requests it cancels, and then takes each for a bug.
+    return record.exc_info is None or record.exc_info[0] is not asyncio.CancelledError
+
+
+_as_json = structlog.processors.JSONRenderer(ensure_ascii=False)
+_LINES = {"exception", "stack"}  # their line breaks are wanted
+
+
+def _render_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
+    return json_text(str(_as_json(logger, method, event)))
+
+
+def _escape(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Escape what a terminal would take for a command: callers and upstream have their say in a line."""
+    return {printable(key): _escaped(value, lines=key in _LINES) for key, value in event.items()}
+
+
+def _escaped(value: Any, *, lines: bool = False) -> Any:
+    if isinstance(value, str):
+        return printable(value, keep="\n\t" if lines else "")
+    if isinstance(value, dict):
+        return {printable(str(key)): _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if isinstance(value, list) else value
+
+
+class _Redaction:
+    """A structlog processor that cleans every value of an event, however deep."""
+
+    def __init__(self, redactor: Redactor) -> None:
+        self._redactor = redactor
+
+    def __call__(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        # One look at all of a line costs less than one at each of its values. A NUL divides them: no secret's
+        # form, in any view, goes across it.
+        texts: list[str] = []
+        for key, value in event.items():
+            if type(value) is str:
+                texts.append(value)
+            elif not (value is None or isinstance(value, bool | int | float)):
+                break
+            texts.append(key)
+        else:
+            if not self._redactor.suspects("\0".join(texts)):
+                return event
+        return {self._redactor(key): self._clean(value) for key, value in event.items()}
+
+    def _clean(self, value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        if isinstance(value, dict):
+            return {self._redactor(str(key)): self._clean(item) for key, item in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            return [self._clean(item) for item in value]
+        if isinstance(value, Excerpt):
+            return self._redactor(str(value))[: value.limit]
+        return self._redactor(str(value))

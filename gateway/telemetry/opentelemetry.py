@@ -1,0 +1,127 @@
+"""Spans through OpenTelemetry, for installations with the extra `otel` (see `tracing.py`).
+
+Names and attributes come from enums, route templates and exception codes; a task ID is an
+attribute, never a name. Exceptions are told by their codes: a text or a trace may quote anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
+from opentelemetry.util.types import AttributeValue
+
+from gateway import __version__
+from gateway.domain.snapshot import TaskKey
+from gateway.settings.model import SettingsError
+from gateway.telemetry.tracing import Mark
+
+_OK = "ok"
+_FLUSH_SECONDS = 3.0  # at the end; well inside any grace period
+
+
+class OtelTracing:
+    """Makes the gateway's spans with a tracer of this provider, which it closes."""
+
+    def __init__(self, provider: TracerProvider, *, flush_seconds: float = _FLUSH_SECONDS) -> None:
+        self._provider = provider
+        self.tracer = provider.get_tracer("gateway", __version__)
+        self._flush_seconds = flush_seconds
+
+    @contextmanager
+    def flight(self, key: TaskKey) -> Iterator[Mark]:
+        """See `Tracing.flight`."""
+        attributes = {"sd_gateway.operation": key.operation.value, "sd_gateway.task_id": key.task_id}
+        with start_span(self.tracer, f"flight {key.operation}", SpanKind.INTERNAL, attributes) as span:
+            mark = Mark(span.get_span_context())
+            try:
+                yield mark
+            finally:
+                _conclude(span, mark)
+
+    @contextmanager
+    def call(self, key: TaskKey, *, number: int) -> Iterator[Mark]:
+        """See `Tracing.call`: named as the semantic conventions for HTTP clients have it."""
+        path = key.operation.path
+        attributes: dict[str, AttributeValue] = {"http.request.method": "POST", "url.template": path}
+        if number:
+            attributes["http.request.resend_count"] = number
+        with start_span(self.tracer, f"POST {path}", SpanKind.CLIENT, attributes) as span:
+            mark = Mark(span.get_span_context())
+            try:
+                yield mark
+            finally:
+                _conclude(span, mark)
+
+    async def aclose(self) -> None:
+        """See `Tracing.aclose`; a collector that takes too long over it is left."""
+        loop, sent = asyncio.get_running_loop(), asyncio.Event()
+
+        def flush() -> None:
+            self._provider.shutdown()
+            with suppress(RuntimeError):  # the loop may have closed meanwhile
+                loop.call_soon_threadsafe(sent.set)
+
+        # No thread of the loop's executor: the loop would wait for it, however long it takes.
+        threading.Thread(target=flush, daemon=True).start()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._flush_seconds):
+                await sent.wait()
+
+
+def from_environment(environ: Mapping[str, str]) -> OtelTracing:
+    """Return the tracing that `environ` asks for; the SDK reads the rest of it (sampler, headers, …) itself.
+
+    Raises: SettingsError for what it asks for and is not there.
+    """
+    if (exporter := environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()) not in {"", "otlp"}:
+        raise SettingsError([f"OTEL_TRACES_EXPORTER = {exporter!r}: must be otlp or none"])
+    for variable in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        if (protocol := environ.get(variable) or "http/protobuf") != "http/protobuf":
+            raise SettingsError([f"{variable} = {protocol!r}: must be http/protobuf"])
+    resource = Resource.create({SERVICE_VERSION: __version__})
+    if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):  # nobody named it
+        resource = resource.merge(Resource({SERVICE_NAME: "sd-progress-gateway"}))
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    return OtelTracing(provider)
+
+
+@contextmanager
+def start_span(
+    tracer: Tracer,
+    name: str,
+    kind: SpanKind,
+    attributes: Mapping[str, AttributeValue],
+    *,
+    context: Context | None = None,
+) -> Iterator[Span]:
+    """Start a span that records no exception: the text of one may quote anything."""
+    with tracer.start_as_current_span(
+        name,
+        context=context,
+        kind=kind,
+        attributes=attributes,
+        record_exception=False,
+        set_status_on_exception=False,
+    ) as span:
+        yield span
+
+
+def _conclude(span: Span, mark: Mark) -> None:
+    span.set_attribute("sd_gateway.outcome", mark.outcome)
+    if mark.status is not None:
+        span.set_attribute("http.response.status_code", mark.status)
+    if mark.invoke_id is not None:
+        span.set_attribute("sd_gateway.upstream.invoke_id", mark.invoke_id)
+    if mark.outcome != _OK:
+        span.set_attribute("error.type", mark.outcome)
+        span.set_status(StatusCode.ERROR)

@@ -1,0 +1,1 @@
+"""Calls to the vendor API: signing, credentials, limits, retries and the HTTP transport."""

@@ -1,0 +1,1 @@
+"""Subscriptions: one refresh schedule per watched task, however many subscribers it has."""
