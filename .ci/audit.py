@@ -34,8 +34,8 @@ class Session(requests.Session):
         if answer.status_code != requests.codes.not_found:
             return answer
         package, version, _ = str(url).rsplit("/", 2)
-        newest = super().get(f"{package}/json", **options)
-        return newest if newest.ok and newest.json()["info"]["version"] == version else answer
+        latest = super().get(f"{package}/json", **options)
+        return latest if latest.ok and latest.json()["info"]["version"] == version else answer
 
 
 def main(locks: list[str]) -> int:

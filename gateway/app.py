@@ -16,34 +16,34 @@ from starlette.types import ASGIApp
 from gateway import __version__
 from gateway.api import operator_endpoints
 from gateway.api.batch import BatchEndpoint
-from gateway.api.cached_responses import Hits, HitsFirst
-from gateway.api.client_limits import Clients, RateLimit, RateLimiter
+from gateway.api.cached_responses import CachedResponses, CachedResponsesFirst
+from gateway.api.client_limits import ClientLimits, ClientRateLimit, ClientRateLimiter
 from gateway.api.events import EventsEndpoint
 from gateway.api.metrics_port import metrics_application
 from gateway.api.middleware.admission import Admission
 from gateway.api.middleware.cross_site import Cors, SameSite
-from gateway.api.middleware.telemetry import Telemetry
+from gateway.api.middleware.telemetry import RequestTelemetry
 from gateway.api.pages import page_routes
 from gateway.api.problems import Problems
 from gateway.api.progress import ProgressEndpoint
 from gateway.api.task_parameters import Tasks
 from gateway.api.trusted_hosts import TrustedHosts
-from gateway.api.vendor_paths import NativeEndpoint, NoSuchOperation
+from gateway.api.vendor_paths import UnknownOperation, VendorEndpoint
 from gateway.progress.service import ProgressService
 from gateway.server.application import Application
-from gateway.server.graceful_shutdown import Drain
+from gateway.server.graceful_shutdown import GracefulShutdown
 from gateway.settings.model import Limits, Server, Settings, SettingsError
 from gateway.stores.base import Store
 from gateway.stores.memory import MemoryStore
-from gateway.telemetry.log_sampling import Sampler
+from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 from gateway.telemetry.tracing import Tracing, Untraced
-from gateway.upstream.client import Upstream
-from gateway.upstream.credential_rotation import Rotation
+from gateway.upstream.client import UpstreamClient
+from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import Credentials
-from gateway.upstream.signed_request import Calls
-from gateway.watch.hub import Watch
+from gateway.upstream.signed_request import SignedRequests
+from gateway.watch.hub import WatchHub
 
 USER_AGENT = f"sd-progress-gateway/{__version__}"
 _EVERYBODY = {"*", "0.0.0.0/0", "::/0"}  # among the trusted proxies
@@ -63,29 +63,29 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     store = _store(settings, redactor, metrics)
     metrics.measure_cache(entries=store.__len__, size=store.size)
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
-    calls = Calls(
+    calls = SignedRequests(
         settings.upstream, redactor=redactor, metrics=metrics, user_agent=USER_AGENT, tracing=tracing
     )
-    rotation = Rotation(credentials, refusal_seconds=cache.error_seconds)
-    upstream = Upstream(
+    rotation = CredentialRotation(credentials, refusal_seconds=cache.error_seconds)
+    upstream = UpstreamClient(
         settings.upstream,
         calls=calls,
         rotation=rotation,
         metrics=metrics,
         token=store.token,
-        tell_slowed=store.tell_slowed,
+        announce_throttling=store.announce_throttling,
     )
-    store.on_slowed(upstream.slow_down)
+    store.on_throttled(upstream.slow_down)
     service = ProgressService(
         cache,
         store=store,
         upstream=upstream,
         metrics=metrics,
-        patience_seconds=settings.upstream.timeout_seconds,
+        timeout_seconds=settings.upstream.timeout_seconds,
         tracing=tracing,
     )
-    watch = Watch(settings.watch, service=service, store=store, metrics=metrics)
-    drain = Drain()
+    watch = WatchHub(settings.watch, service=service, store=store, metrics=metrics)
+    drain = GracefulShutdown()
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -97,7 +97,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
             stack.push_async_callback(service.aclose)
             stack.push_async_callback(watch.aclose)
             await stack.enter_async_context(_running(credentials.follow()))
-            await stack.enter_async_context(_running(_say_farewell(drain, watch)))
+            await stack.enter_async_context(_running(_announce_shutdown(drain, watch)))
             log.info("started", version=__version__, endpoint=settings.upstream.endpoint)
             if not credentials.present:
                 log.warning("no credentials: not ready, and queries fail")
@@ -120,7 +120,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
 
     problems = Problems([operation.path for operation in settings.upstream.operations])
     limiter = _limiter(settings.limits)
-    clients = Clients(limiter, most_subscriptions=settings.limits.subscriptions_per_client)
+    clients = ClientLimits(limiter, most_subscriptions=settings.limits.subscriptions_per_client)
     app = Starlette(
         routes=[
             *_task_routes(settings, service, watch, clients, metrics),
@@ -139,16 +139,22 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         lifespan=lifespan,
     )
     app.router.redirect_slashes = False
-    server, sampler, hosts = settings.server, Sampler(), TrustedHosts(settings.server.allowed_hosts)
+    server, log_sampler, hosts = settings.server, LogSampler(), TrustedHosts(settings.server.allowed_hosts)
     surrounded = _surround(
-        app.router, server, hosts=hosts, limiter=limiter, metrics=metrics, problems=problems, sampler=sampler
+        app.router,
+        server,
+        hosts=hosts,
+        limiter=limiter,
+        metrics=metrics,
+        problems=problems,
+        log_sampler=log_sampler,
     )
     app.middleware_stack = surrounded
     metrics_asgi = metrics_application(metrics.registry, problems=problems)
     if not isinstance(tracing, Untraced):  # a request's span surrounds the whole of it
         app.middleware_stack = _with_spans(surrounded, tracing, root_path=server.root_path)
         return Application(app, metrics_asgi, metrics, None, drain)
-    hits = Hits(
+    hits = CachedResponses(
         service,
         operations=settings.upstream.operations,
         root_path=server.root_path,
@@ -156,17 +162,17 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         cross_origin=bool(server.cors_origins),
         limiter=limiter,
         metrics=metrics,
-        sampler=sampler,
+        log_sampler=log_sampler,
     )
-    app.middleware_stack = HitsFirst(app.middleware_stack, hits=hits)
+    app.middleware_stack = CachedResponsesFirst(app.middleware_stack, hits=hits)
     return Application(app, metrics_asgi, metrics, hits if server.edge else None, drain)
 
 
 def _with_spans(app: ASGIApp, tracing: Tracing, *, root_path: str) -> ASGIApp:
     from gateway.api.middleware.request_spans import RequestSpans  # noqa: PLC0415  # its SDK is an extra
-    from gateway.telemetry.opentelemetry import OtelTracing  # noqa: PLC0415
+    from gateway.telemetry.opentelemetry import OpenTelemetryTracing  # noqa: PLC0415
 
-    if not isinstance(tracing, OtelTracing):
+    if not isinstance(tracing, OpenTelemetryTracing):
         return app
     return RequestSpans(app, tracer=tracing.tracer, root_path=root_path)
 
@@ -197,8 +203,8 @@ def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
     )
 
 
-def _limiter(limits: Limits) -> RateLimiter | None:
-    return RateLimiter(limits.requests_per_second) if limits.requests_per_second else None
+def _limiter(limits: Limits) -> ClientRateLimiter | None:
+    return ClientRateLimiter(limits.requests_per_second) if limits.requests_per_second else None
 
 
 def _surround(
@@ -206,22 +212,22 @@ def _surround(
     server: Server,
     *,
     hosts: TrustedHosts,
-    limiter: RateLimiter | None,
+    limiter: ClientRateLimiter | None,
     metrics: Metrics,
     problems: Problems,
-    sampler: Sampler,
+    log_sampler: LogSampler,
 ) -> ASGIApp:
     if limiter is not None:
-        app = RateLimit(app, limiter=limiter)
+        app = ClientRateLimit(app, limiter=limiter)
     app = SameSite(app, origins=server.cors_origins)
     if server.cors_origins:
         app = Cors(app, origins=server.cors_origins, problems=problems)
     app = Admission(app, root_path=server.root_path, hosts=hosts)
-    return Telemetry(app, metrics=metrics, problems=problems, sampler=sampler)
+    return RequestTelemetry(app, metrics=metrics, problems=problems, log_sampler=log_sampler)
 
 
 def _task_routes(
-    settings: Settings, service: ProgressService, watch: Watch, clients: Clients, metrics: Metrics
+    settings: Settings, service: ProgressService, watch: WatchHub, clients: ClientLimits, metrics: Metrics
 ) -> list[BaseRoute]:
     tasks = Tasks(settings.upstream.operations, most=settings.limits.max_tasks_per_request)
     events = EventsEndpoint(
@@ -248,7 +254,7 @@ def _native_routes(settings: Settings, service: ProgressService) -> list[BaseRou
     native = [
         Route(
             operation.path,
-            NativeEndpoint(
+            VendorEndpoint(
                 operation,
                 service,
                 max_body_bytes=settings.limits.max_body_bytes,
@@ -257,12 +263,12 @@ def _native_routes(settings: Settings, service: ProgressService) -> list[BaseRou
         )
         for operation in operations
     ]
-    return [*native, Route("/scc/{path:path}", NoSuchOperation(operations))]
+    return [*native, Route("/scc/{path:path}", UnknownOperation(operations))]
 
 
-async def _say_farewell(drain: Drain, watch: Watch) -> None:
+async def _announce_shutdown(drain: GracefulShutdown, watch: WatchHub) -> None:
     await drain.begun.wait()
-    watch.say_farewell()
+    watch.announce_shutdown()
 
 
 @asynccontextmanager

@@ -27,8 +27,8 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.app import create_app
-from gateway.server.connection_limits import policy_of
-from gateway.server.protocol import edge_protocol
+from gateway.server.connection_limits import connection_limits
+from gateway.server.protocol import http_protocol
 from gateway.server.run import forwarders
 from gateway.settings.model import Settings
 from gateway.simulator import Life, create_simulator, new_task_id
@@ -249,12 +249,12 @@ class Gateway:
         """Open a connection of its own."""
         return socket.create_connection(self.address, timeout=PATIENCE_SECONDS)
 
-    def raw(self, data: bytes, *, hang_up: bool = False) -> bytes:
+    def raw(self, data: bytes, *, disconnect: bool = False) -> bytes:
         """Send these bytes, and nothing more; return all that comes until the gateway hangs up."""
         with self.connect() as connection:
             with suppress(OSError):  # it may have heard enough, and hung up
                 connection.sendall(data)
-                if hang_up:
+                if disconnect:
                     connection.shutdown(socket.SHUT_WR)
             return drained(connection)
 
@@ -284,7 +284,7 @@ def gateway(
     settings = Settings.model_validate(given)
     server = settings.server
     app = create_app(settings, redactor=Redactor(), tracing=tracing)
-    protocol = edge_protocol(policy_of(server, app.metrics), hits=app.hits)
+    protocol = http_protocol(connection_limits(server, app.metrics), hits=app.hits)
     with (
         running(
             app.asgi,

@@ -5,16 +5,16 @@ from typing import Any, cast
 
 from prometheus_client import CollectorRegistry
 
-from gateway.api.cached_responses import Hits
+from gateway.api.cached_responses import CachedResponses
 from gateway.api.trusted_hosts import TrustedHosts
 from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
 from gateway.progress.service import ProgressService
-from gateway.server.fast_path import Heads
+from gateway.server.fast_path import HeadRenderer
 from gateway.settings.model import Cache
 from gateway.stores.memory import MemoryStore
-from gateway.telemetry.log_sampling import Sampler
+from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.client import Upstream
+from gateway.upstream.client import UpstreamClient
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "abc")
 TARGET = b"/v1/progress/abc"
@@ -39,9 +39,9 @@ class Bench:
         self.service = ProgressService(
             Cache(),
             store=self.store,
-            upstream=cast("Upstream", Silence()),
+            upstream=cast("UpstreamClient", Silence()),
             metrics=metrics,
-            patience_seconds=10.0,
+            timeout_seconds=10.0,
             clock=self.clock,
         )
         options: dict[str, Any] = {
@@ -50,10 +50,10 @@ class Bench:
             "hosts": TrustedHosts(["*"]),
             "cross_origin": False,
             "limiter": None,
-            "sampler": Sampler(clock=self.clock),
+            "log_sampler": LogSampler(clock=self.clock),
         }
-        self.hits = Hits(self.service, metrics=metrics, clock=self.clock, **(options | given))
-        self.heads = Heads(self.hits.names)
+        self.hits = CachedResponses(self.service, metrics=metrics, clock=self.clock, **(options | given))
+        self.heads = HeadRenderer(self.hits.names)
 
     def clock(self) -> float:
         return self.now
@@ -71,8 +71,8 @@ class Bench:
         server_headers: list[tuple[bytes, bytes]] = SERVER_HEADERS,
     ) -> bytes | None:
         """Ask for an answer, and render it, as the edge does."""
-        wishes = self.hits.wishes([(b"x-request-id", b"mine"), *(headers or [])])
-        found = wishes and self.hits.answer(target, wishes, ("127.0.0.1", 1))
+        traits = self.hits.traits([(b"x-request-id", b"mine"), *(headers or [])])
+        found = traits and self.hits.answer(target, traits, ("127.0.0.1", 1))
         if not found:
             return None
         hit, request_id = found

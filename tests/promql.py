@@ -9,21 +9,21 @@ from prometheus_client.metrics import MetricWrapperBase
 from gateway.domain import errors
 from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Status
-from gateway.progress.results import Source
-from gateway.telemetry.counters import Counts, Spreads
+from gateway.progress.results import CacheStatus
+from gateway.telemetry.counters import FastCounters, FastHistograms
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.circuit_breaker import State
 from gateway.upstream.credentials import Slot
-from gateway.watch.hub import Kind
+from gateway.watch.hub import SubscriptionKind
 
 _ERRORS = [error for error in vars(errors).values() if isinstance(error, type)]
 _CODES = {error.code for error in _ERRORS if issubclass(error, GatewayError)}
 _VALUES = {
     "event": {"progress", "problem", "end"},
-    "kind": set(Kind),
+    "kind": set(SubscriptionKind),
     "outcome": {"ok"} | _CODES,
     "reason": _CODES,
-    "result": {"ok", "error"} | set(Source),
+    "result": {"ok", "error"} | set(CacheStatus),
     "slot": set(Slot),
     "state": set(State),
     "status": set(Status) | {"200", "500", "503"},
@@ -34,9 +34,11 @@ _METRIC = re.compile(r"((?:sd_gateway|process|python|namespace_job)_[\w:]+)(?:\{
 _MATCHER = re.compile(r'(\w+)[=!~]+"([^"]*)"')
 
 
-def label_names(metric: MetricWrapperBase | Counts | Spreads) -> tuple[str, ...]:
+def label_names(metric: MetricWrapperBase | FastCounters | FastHistograms) -> tuple[str, ...]:
     """Return the names of a metric's labels."""
-    return metric.label_names if isinstance(metric, Counts | Spreads) else tuple(metric._labelnames)
+    return (
+        metric.label_names if isinstance(metric, FastCounters | FastHistograms) else tuple(metric._labelnames)
+    )
 
 
 def series() -> dict[str, set[str]]:
@@ -45,7 +47,7 @@ def series() -> dict[str, set[str]]:
     samples = [sample for family in metrics.registry.collect() for sample in family.samples]
     known = {s.name: set(s.labels) for s in samples if not s.name.endswith("_created")}
     for metric in vars(metrics).values():
-        if isinstance(metric, MetricWrapperBase | Counts | Spreads):
+        if isinstance(metric, MetricWrapperBase | FastCounters | FastHistograms):
             family = next(iter(metric.describe()))
             for suffix in _SUFFIXES[family.type]:
                 known[family.name + suffix] = set(label_names(metric)) | {"le"}

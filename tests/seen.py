@@ -20,7 +20,7 @@ def seen(
     *,
     at: float | None = None,
     lifetime: float = 2.0,
-    stamp: int = 1,
+    version: int = 1,
     **data: Any,
 ) -> Snapshot:
     """Return the snapshot of an answer with this data, fetched at a moment, else just now."""
@@ -32,7 +32,7 @@ def seen(
         fetched_at=time.monotonic() if at is None else at,
         lifetimes=dict.fromkeys([None, *Status], lifetime),
         previous=None,
-        stamp=stamp,
+        version=version,
     )
 
 

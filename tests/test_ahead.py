@@ -74,7 +74,7 @@ def test_ahead_newer_plan_replaces_the_older_one(field: Field) -> None:
     field.loop.advance(1.0)
     field.plan(new)
     field.loop.advance(5.0)
-    assert [known for known, _, _ in field.gone] == [(new.key, new.stamp)]
+    assert [known for known, _, _ in field.gone] == [(new.key, new.version)]
     assert times(field) == [1.0 + LIFETIME]
 
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from gateway.watch.coalesced_timers import Alarms
+from gateway.watch.coalesced_timers import CoalescedTimers
 from tests.ticked import TickedLoop
 
 LATE = 0.05
@@ -24,7 +24,7 @@ def loop() -> Iterator[TickedLoop]:
 class Sleeper:
     """One who sleeps a second again and again, and notes when it wakes."""
 
-    def __init__(self, loop: TickedLoop, alarms: Alarms) -> None:
+    def __init__(self, loop: TickedLoop, alarms: CoalescedTimers) -> None:
         self._loop = loop
         self._alarms = alarms
         self.woke: list[float] = []
@@ -41,7 +41,7 @@ class Sleeper:
 @pytest.mark.parametrize("count", [1, 7, 100, 1000])
 def test_alarms_wake_a_few_together(loop: TickedLoop, count: int, spread: float) -> None:
     """However sleepers began, they soon wake in small groups, and never early or too late."""
-    alarms = Alarms()
+    alarms = CoalescedTimers()
     sleepers = []
     for _ in range(count):
         sleepers.append(Sleeper(loop, alarms))
@@ -62,7 +62,7 @@ def test_alarms_wake_a_few_together(loop: TickedLoop, count: int, spread: float)
 
 def test_alarms_groups_fill_up_and_wait_the_less_for_it(loop: TickedLoop) -> None:
     """A hundred who began at random soon wake in few groups, and little late."""
-    alarms = Alarms()
+    alarms = CoalescedTimers()
     chance = random.Random(1)
     sleepers = []
     for _ in range(100):
@@ -79,7 +79,7 @@ def test_alarms_groups_fill_up_and_wait_the_less_for_it(loop: TickedLoop) -> Non
 
 def test_alarms_who_is_alone_wakes_in_time(loop: TickedLoop) -> None:
     """Without company nobody sleeps longer."""
-    sleeper = Sleeper(loop, Alarms())
+    sleeper = Sleeper(loop, CoalescedTimers())
     loop.advance(3.5)
     assert sleeper.woke == [1000.0, 1001.0, 1002.0, 1003.0]
     sleeper.task.cancel()
@@ -88,7 +88,7 @@ def test_alarms_who_is_alone_wakes_in_time(loop: TickedLoop) -> None:
 
 def test_alarms_who_is_cancelled_leaves_room(loop: TickedLoop) -> None:
     """A sleeper that is cancelled is waited for no more, and the others wake as they would."""
-    alarms = Alarms()
+    alarms = CoalescedTimers()
     ends: list[float] = []
 
     async def sleep(seconds: float, late: float) -> None:

@@ -11,9 +11,9 @@ import uvicorn
 from starlette.types import Receive, Scope, Send
 from uvicorn.server import ServerState
 
-from gateway.server.connection_limits import Policy
-from gateway.server.fast_path import AnsweringConnection
-from gateway.server.protocol import edge_protocol
+from gateway.server.connection_limits import ConnectionLimits
+from gateway.server.fast_path import FastPathConnection
+from gateway.server.protocol import http_protocol
 from tests.hitting import Bench
 
 KEEP_ALIVE_SECONDS = 75
@@ -118,20 +118,20 @@ class Connection:
 
         bench = Bench()
         bench.keep()
-        policy = Policy(
+        policy = ConnectionLimits(
             header_seconds=10,
             keep_alive_seconds=KEEP_ALIVE_SECONDS,
             max_header_bytes=max_header_bytes,
             max_header_count=100,
             max_connections=10,
         )
-        kind = edge_protocol(policy, hits=bench.hits)
+        kind = http_protocol(policy, hits=bench.hits)
         config = uvicorn.Config(app, http=kind, log_config=None, access_log=False, lifespan="off")
         config.load()
         self.loop = Loop()
         self.wire = Wire()
         made = kind(config, ServerState(), {}, cast("asyncio.AbstractEventLoop", self.loop))
-        assert isinstance(made, AnsweringConnection)
+        assert isinstance(made, FastPathConnection)
         self.protocol = made
         self.protocol.connection_made(cast("asyncio.Transport", self.wire))
 

@@ -20,7 +20,7 @@ from gateway.domain.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.upstream.circuit_breaker import ILL, Breaker, State
+from gateway.upstream.circuit_breaker import ILL, CircuitBreaker, State
 
 SICK = UpstreamBusy("unwell")
 REJECTED = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
@@ -46,7 +46,7 @@ class Bench:
     def __init__(self) -> None:
         self.now = 1000.0
         self.states: list[State] = []
-        self.breaker = Breaker("op", on_change=self.states.append, clock=lambda: self.now)
+        self.breaker = CircuitBreaker("op", on_change=self.states.append, clock=lambda: self.now)
 
     def call(self, *outcomes: BaseException | None) -> None:
         """Make calls that end so, one after the other; None: well."""
@@ -228,7 +228,7 @@ def test_breaker_tells_each_transition_once() -> None:
 
 def test_breaker_needs_nobody_to_listen() -> None:
     """Told to nobody, the states are the same."""
-    breaker = Breaker("op")
+    breaker = CircuitBreaker("op")
     for _ in range(10):
         with suppress(UpstreamBusy), breaker.guard():
             raise SICK

@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from gateway.domain.errors import (
-    BudgetSpent,
+    RateLimiterExhausted,
     UpstreamBusy,
     UpstreamDetail,
     UpstreamError,
@@ -20,7 +20,7 @@ from gateway.domain.errors import (
     UpstreamThrottled,
 )
 from gateway.upstream.demand import Demand
-from gateway.upstream.rate_limiter import Budget
+from gateway.upstream.rate_limiter import RateLimiter
 
 REJECTED = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
 
@@ -92,9 +92,9 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def end(budget: Budget, outcome: UpstreamError, *, spend: bool = True) -> None:
+async def end(budget: RateLimiter, outcome: UpstreamError, *, spend: bool = True) -> None:
     """Make a call that ends so, its turn having come at once."""
-    with suppress(type(outcome)), await budget.turn(renewal=True, patience_seconds=0) as turn:
+    with suppress(type(outcome)), await budget.turn(renewal=True, timeout_seconds=0) as turn:
         if spend:
             turn.spend()
         raise outcome
@@ -105,9 +105,9 @@ class Bench:
 
     def __init__(self, clock: Clock, requests_per_second: float) -> None:
         self.clock = clock
-        self.budget = Budget(requests_per_second, clock=clock, call_later=clock.call_later)
+        self.budget = RateLimiter(requests_per_second, clock=clock, call_later=clock.call_later)
         self.went: list[str] = []
-        self.held_up: list[tuple[str, float]] = []
+        self.on_queued: list[tuple[str, float]] = []
 
     def ask(
         self,
@@ -123,8 +123,8 @@ class Bench:
         async def work() -> None:
             with await self.budget.turn(
                 renewal=renewal,
-                patience_seconds=patience,
-                held_up=lambda seconds: self.held_up.append((name, seconds)),
+                timeout_seconds=patience,
+                on_queued=lambda seconds: self.on_queued.append((name, seconds)),
                 demand=demand,
             ) as turn:
                 if spend:
@@ -163,7 +163,7 @@ async def test_budget_without_a_limit_makes_nobody_wait(clock: Clock) -> None:
     bench = Bench(clock, 0)
     await asyncio.gather(*(bench.ask(str(number), patience=0) for number in range(1000)))
     assert len(bench.went) == 1000
-    assert (bench.budget.per_second, bench.budget.slowed) == (float("inf"), False)
+    assert (bench.budget.per_second, bench.budget.throttled_now) == (float("inf"), False)
     assert bench.budget.expected_wait(renewal=True) == 0
     assert clock.alarms == 0
 
@@ -188,7 +188,7 @@ async def test_budget_saves_up_a_tenth_of_a_second(clock: Clock) -> None:
     asked = [bench.ask(str(number), patience=0) for number in range(10)]
     outcomes = await asyncio.gather(*asked, return_exceptions=True)
     assert len(bench.went) == 5
-    assert [type(outcome) for outcome in outcomes] == [type(None)] * 5 + [BudgetSpent] * 5
+    assert [type(outcome) for outcome in outcomes] == [type(None)] * 5 + [RateLimiterExhausted] * 5
 
 
 async def test_budget_refuses_at_once_who_would_come_too_late(bench: Bench) -> None:
@@ -196,7 +196,7 @@ async def test_budget_refuses_at_once_who_would_come_too_late(bench: Bench) -> N
     for name in "abc":
         bench.ask(name)
     await bench.clock.tick()
-    with pytest.raises(BudgetSpent) as refused:
+    with pytest.raises(RateLimiterExhausted) as refused:
         await bench.ask("late", patience=1.9)
     assert refused.value.retry_after == pytest.approx(2.0)
     assert refused.value.code == "upstream-throttled"
@@ -211,7 +211,7 @@ async def test_budget_tells_who_is_held_up(bench: Bench) -> None:
     bench.ask("a")
     bench.ask("b")
     await bench.clock.tick()
-    assert bench.held_up == [("b", pytest.approx(0.55))]
+    assert bench.on_queued == [("b", pytest.approx(0.55))]
 
 
 async def test_budget_expects_the_wait_that_comes(bench: Bench) -> None:
@@ -288,7 +288,7 @@ async def test_budget_refuses_only_the_client_that_queues_too_much(bench: Bench)
     # Queries whose turn moved past their deadline are refused.
     assert served == [True] * 5 + [False] * 95
     refused = {type(outcome) for outcome in outcomes if outcome is not None}
-    assert refused == {BudgetSpent}
+    assert refused == {RateLimiterExhausted}
     assert bench.clock.alarms == 0
 
 
@@ -381,8 +381,8 @@ async def test_budget_is_read_without_a_change(clock: Clock) -> None:
         await bench.throttled()
         await clock.tick(61)
         assert [bench.budget.per_second for _ in range(2)] == [50.0, 50.0]
-        assert bench.budget._pace.slowed
-        assert not bench.budget.slowed  # asked by the gateway itself, it lifts the limit
+        assert bench.budget._pace.throttled_now
+        assert not bench.budget.throttled_now  # asked by the gateway itself, it lifts the limit
     assert [line["event"] for line in lines] == [
         "slowed down by the upstream",
         "slowed down by the upstream no more",
@@ -395,14 +395,14 @@ async def test_budget_slows_down_when_upstream_throttles(clock: Clock) -> None:
     with capture_logs() as lines:
         await asyncio.gather(*(bench.ask(str(number)) for number in range(20)))
         await bench.throttled()
-        assert bench.budget.slowed
+        assert bench.budget.throttled_now
         assert bench.budget.per_second == pytest.approx(17.0)
         await clock.tick(1.5)
         await bench.throttled()
         await clock.tick(59.9)
-        assert bench.budget.slowed
+        assert bench.budget.throttled_now
         await clock.tick(0.2)
-        assert (bench.budget.slowed, bench.budget.per_second) == (False, float("inf"))
+        assert (bench.budget.throttled_now, bench.budget.per_second) == (False, float("inf"))
     assert [line["event"] for line in lines] == [
         "slowed down by the upstream",
         "slowed down by the upstream no more",
@@ -411,24 +411,24 @@ async def test_budget_slows_down_when_upstream_throttles(clock: Clock) -> None:
 
 async def test_budget_slows_down_for_what_another_replica_met_with(clock: Clock) -> None:
     """A refusal of another replica's call counts like one of ours, and pauses us for as long."""
-    budget = Budget(100, clock=clock, call_later=clock.call_later)
+    budget = RateLimiter(100, clock=clock, call_later=clock.call_later)
     budget.slow_down(retry_after=2.0)
-    assert budget.slowed
+    assert budget.throttled_now
     assert budget.per_second < 100
     assert budget.expected_wait(renewal=True) >= 2.0
 
 
 async def test_budget_takes_back_turns_that_were_given_without_a_limit(clock: Clock) -> None:
     """When upstream slows us down, turns not used yet are void, and no token comes back for them."""
-    budget = Budget(0, clock=clock, call_later=clock.call_later)
+    budget = RateLimiter(0, clock=clock, call_later=clock.call_later)
     with (
-        await budget.turn(renewal=True, patience_seconds=0) as waits,
-        await budget.turn(renewal=True, patience_seconds=0) as waits_too,
+        await budget.turn(renewal=True, timeout_seconds=0) as waits,
+        await budget.turn(renewal=True, timeout_seconds=0) as waits_too,
     ):
         assert not waits.void
         await end(budget, UpstreamThrottled("slowly"))
         assert (waits.void, waits_too.void) == (True, True)
-        with await budget.turn(renewal=True, patience_seconds=0) as again:
+        with await budget.turn(renewal=True, timeout_seconds=0) as again:
             again.spend()
             assert not again.void
     assert budget.expected_wait(renewal=True) == pytest.approx(1 / 0.85)
@@ -436,19 +436,19 @@ async def test_budget_takes_back_turns_that_were_given_without_a_limit(clock: Cl
 
 async def test_budget_learns_only_from_answers_that_passed_the_flow_control(clock: Clock) -> None:
     """A rejection was accepted; an upstream that is unwell says nothing of its limits; nor does no call."""
-    budget = Budget(0, clock=clock, call_later=clock.call_later)
+    budget = RateLimiter(0, clock=clock, call_later=clock.call_later)
     for outcome in (REJECTED, REJECTED, REJECTED, UpstreamBusy("unwell"), UpstreamThrottled("slowly")):
         await end(budget, outcome)
     assert budget.per_second == pytest.approx(0.85 * 3)
-    unmade = Budget(0, clock=clock, call_later=clock.call_later)
+    unmade = RateLimiter(0, clock=clock, call_later=clock.call_later)
     await end(unmade, UpstreamThrottled("slowly"), spend=False)
-    assert not unmade.slowed
+    assert not unmade.throttled_now
 
 
 async def test_budget_learns_nothing_new_from_calls_sent_before_it_slowed_down(clock: Clock) -> None:
     """Who was sent before the last decrease is refused for the same reason, however late that is told."""
-    budget = Budget(0, clock=clock, call_later=clock.call_later)
-    with suppress(UpstreamThrottled), await budget.turn(renewal=True, patience_seconds=0) as early:
+    budget = RateLimiter(0, clock=clock, call_later=clock.call_later)
+    with suppress(UpstreamThrottled), await budget.turn(renewal=True, timeout_seconds=0) as early:
         early.spend()
         await clock.tick(0.5)
         await end(budget, UpstreamThrottled("slowly"))
@@ -456,7 +456,7 @@ async def test_budget_learns_nothing_new_from_calls_sent_before_it_slowed_down(c
         await clock.tick(2.0)
         raise UpstreamThrottled("slowly")
     assert not budget._turns
-    same = Budget(0, clock=clock, call_later=clock.call_later)
+    same = RateLimiter(0, clock=clock, call_later=clock.call_later)
     clock.now = slowed_at
     await end(same, UpstreamThrottled("slowly"))
     clock.now = slowed_at + 2.0
@@ -469,7 +469,7 @@ async def test_budget_pauses_for_retry_after(clock: Clock) -> None:
     await bench.throttled(retry_after=3.0)
     assert bench.budget.expected_wait(renewal=False) == pytest.approx(3.0)
     waiting, refused = bench.ask("patient", patience=3.0), bench.ask("hasty", patience=2.9)
-    with pytest.raises(BudgetSpent):
+    with pytest.raises(RateLimiterExhausted):
         await refused
     await clock.tick(2.9)
     assert bench.went == []
@@ -484,7 +484,7 @@ async def test_budget_looks_again_at_those_who_wait_when_it_slows_down(clock: Cl
     throttling = asyncio.Event()
 
     async def call() -> None:
-        with await bench.budget.turn(renewal=True, patience_seconds=0) as turn:
+        with await bench.budget.turn(renewal=True, timeout_seconds=0) as turn:
             turn.spend()
             await throttling.wait()
             raise UpstreamThrottled("slowly", retry_after=2.0)
@@ -495,12 +495,12 @@ async def test_budget_looks_again_at_those_who_wait_when_it_slows_down(clock: Cl
     asked = {name: bench.ask(name, patience=seconds) for name, seconds in patience.items()}
     bench.ask("new", patience=10.0, renewal=False)
     await clock.tick()
-    bench.held_up.clear()
+    bench.on_queued.clear()
     asked["gone"].cancel()
     throttling.set()
     await asyncio.gather(calling, asked["hasty"], return_exceptions=True)
-    assert isinstance(asked["hasty"].exception(), BudgetSpent)
-    assert [name for name, _ in bench.held_up] == ["a", "new", "b"]
+    assert isinstance(asked["hasty"].exception(), RateLimiterExhausted)
+    assert [name for name, _ in bench.on_queued] == ["a", "new", "b"]
     assert clock.alarms == 1
     await clock.tick(1.9)
     assert bench.went == []
@@ -554,7 +554,7 @@ class Crowd:
         self.clock = clock
         self.upstream = upstream
         self.retry_after = retry_after
-        self.budget = Budget(0, clock=clock, call_later=clock.call_later)
+        self.budget = RateLimiter(0, clock=clock, call_later=clock.call_later)
         self.began = clock()
         self.calls: Counter[int] = Counter()  # by second
         self.refused = 0  # by upstream or by the budget
@@ -576,7 +576,7 @@ class Crowd:
 
     async def _fly(self, number: int) -> None:
         renewal = bool(self.answered[number])
-        with await self.budget.turn(renewal=renewal, patience_seconds=10) as turn:
+        with await self.budget.turn(renewal=renewal, timeout_seconds=10) as turn:
             turn.spend()
             await self.clock.sleep(0.02)
             self.calls[int(self.clock() - self.began)] += 1
@@ -617,4 +617,4 @@ async def test_budget_finds_a_limit_that_was_raised(clock: Clock) -> None:
     upstream._limit = 10_000
     await clock.tick(120)
     assert crowd.calls[149] == 200
-    assert not crowd.budget.slowed
+    assert not crowd.budget.throttled_now

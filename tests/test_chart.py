@@ -281,10 +281,10 @@ def test_chart_leaves_the_number_of_pods_to_the_autoscaler() -> None:
     assert "replicas" not in manifests["Deployment"]["spec"]
     spec = manifests["HorizontalPodAutoscaler"]["spec"]
     assert spec["scaleTargetRef"]["name"] == manifests["Deployment"]["metadata"]["name"]
-    cpu, watchers = spec["metrics"]
+    cpu, subscribers = spec["metrics"]
     assert cpu["resource"]["target"] == {"type": "Utilization", "averageUtilization": 70}
-    assert watchers["pods"]["metric"]["name"] == "sd_gateway_watchers"
-    assert watchers["pods"]["target"] == {"type": "AverageValue", "averageValue": "4000"}
+    assert subscribers["pods"]["metric"]["name"] == "sd_gateway_watchers"
+    assert subscribers["pods"]["target"] == {"type": "AverageValue", "averageValue": "4000"}
     assert minimal()["Deployment"]["spec"]["replicas"] == 1
 
 

@@ -383,15 +383,15 @@ def test_follow_goes_to_loopback_without_a_proxy(monkeypatch: pytest.MonkeyPatch
 
 def test_follow_hangs_up_when_its_reader_leaves() -> None:
     """A reader that stops in the middle leaves no connection behind."""
-    hung_up = threading.Event()
+    disconnected = threading.Event()
 
     def behave(connection: socket.socket, _: Request) -> None:
         connection.sendall(answer(progress(), *HEAD))
         assert connection.recv(1) == b""
-        hung_up.set()
+        disconnected.set()
 
     with RawUpstream(behave) as upstream:
         events = follow(httpx.URL(upstream.url), ["A"], api="sd", pause=Pauses())
         assert next(events).name == "progress"
         events.close()
-        assert hung_up.wait(20)
+        assert disconnected.wait(20)

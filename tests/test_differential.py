@@ -195,17 +195,17 @@ def test_differential_answers_and_counts_are_the_same(
         pieces = requests.pieces(asked)
         for talk in talks:
             talk.send(pieces)
-        hung_up = False
+        disconnected = False
         for number, request in enumerate(asked):
             answers = [talk.answer(request.method) for talk in talks]
             assert all(alike(answers[-1], other) for other in answers[:-1]), (
                 f"{answers}\n{number} of {[it.raw for it in asked]} in {len(pieces)} pieces"
             )
             made += 1
-            hung_up = answers[0] is None or ("connection", "close") in answers[0].headers
-            if hung_up:
+            disconnected = answers[0] is None or ("connection", "close") in answers[0].headers
+            if disconnected:
                 break
-        if hung_up:
+        if disconnected:
             for talk in talks:
                 talk.close()
             talks = [Talk(gate) for gate in gates]

@@ -97,7 +97,7 @@ def test_edge_body_shorter_than_its_length_is_nothing(
 ) -> None:
     """A caller who promises more than it sends and leaves has asked for nothing."""
     gate = launch(simulator.url)
-    gate.raw(POST + b"content-length: 50\r\n\r\n" + sent, hang_up=True)
+    gate.raw(POST + b"content-length: 50\r\n\r\n" + sent, disconnect=True)
     assert gate.client.get("/healthz").status_code == 200
     assert simulator.requests() == []
 

@@ -17,7 +17,7 @@ from gateway.domain.errors import (
 from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey, observe
 from gateway.stores.valkey.codec import (
     Head,
-    Undecodable,
+    InvalidStoredValue,
     _digest,
     decode_failure,
     decode_snapshot,
@@ -30,7 +30,9 @@ from tests.seen import answered, seen
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
 OTHERS = [KEY._replace(task_id="other"), KEY._replace(operation=Operation.SD_GET_RESULT)]
-SNAPSHOT = seen(KEY, at=1.0, lifetime=2.0, stamp=7, message="a\nb", etaRelative=3, state={"job": "x", "n": 1})
+SNAPSHOT = seen(
+    KEY, at=1.0, lifetime=2.0, version=7, message="a\nb", etaRelative=3, state={"job": "x", "n": 1}
+)
 FAILURE = UpstreamTimeout("too late", detail=UpstreamDetail(err_code="E"), retry_after=1.5)
 REJECTED = UpstreamRejected(
     "the upstream rejected the query",
@@ -55,7 +57,7 @@ statuses = st.sampled_from(["waiting", "running", "succeeded", "failed", "cancel
 
 def stored(snapshot: Snapshot) -> bytes:
     """Return a snapshot as it is stored."""
-    head = (snapshot.stamp, 11, round(snapshot.lifetime * 1e6), 12, int(snapshot.terminal))
+    head = (snapshot.version, 11, round(snapshot.lifetime * 1e6), 12, int(snapshot.terminal))
     return b"sdg3 %d %d %d %d %d\n%b" % (*head, encode_snapshot(snapshot))
 
 
@@ -82,10 +84,10 @@ def opened(encoded: bytes) -> tuple[dict[str, Any], bytes]:
 
 @given(statuses, data, st.sampled_from([KEY, *OTHERS]), st.floats(0, 1e6), st.integers(0, 2**53))
 def test_snapshot_is_read_as_it_was_written(
-    status: str, data: dict[str, Any], key: TaskKey, lifetime: float, stamp: int
+    status: str, data: dict[str, Any], key: TaskKey, lifetime: float, version: int
 ) -> None:
     """Every field comes back; those that travel beside it are what the reader says."""
-    snapshot = seen(key, status, at=1.0, lifetime=round(lifetime, 6), stamp=stamp, **data)
+    snapshot = seen(key, status, at=1.0, lifetime=round(lifetime, 6), version=version, **data)
     assert fields_of(read(stored(snapshot), key)) == fields_of(snapshot)
 
 
@@ -96,7 +98,9 @@ def test_snapshot_keeps_what_it_has_of_its_predecessors() -> None:
     def after(previous: Snapshot, **data: Any) -> Snapshot:
         envelope = answered(KEY, **data)
         given = json.loads(envelope)["data"]
-        return observe(given, envelope, KEY, fetched_at=1.0, lifetimes=lifetimes, previous=previous, stamp=8)
+        return observe(
+            given, envelope, KEY, fetched_at=1.0, lifetimes=lifetimes, previous=previous, version=8
+        )
 
     fallen = after(SNAPSHOT, status="running", progress=0.2)
     ended = after(seen(KEY, "failed", lifetime=2.0), status="running")
@@ -114,13 +118,13 @@ def test_snapshot_that_is_damaged_is_refused_or_whole(draw: st.DataObject) -> No
     damaged = value[:start] + draw.draw(st.binary(max_size=3)) + value[end:]
     try:
         snapshot = read(damaged)
-    except Undecodable:
+    except InvalidStoredValue:
         return
     assert fields_of(snapshot) == fields_of(SNAPSHOT)
 
 
 @given(
-    st.sampled_from(["operation", "task", "progress", "stamp", "lifetime", "more"]),
+    st.sampled_from(["operation", "task", "progress", "version", "lifetime", "more"]),
     st.booleans() | numbers | st.text() | st.lists(st.none()) | st.sampled_from([1e999, 0.5, 7]),
 )
 def test_snapshot_with_another_header_is_refused_or_whole(name: str, value: Any) -> None:
@@ -128,7 +132,7 @@ def test_snapshot_with_another_header_is_refused_or_whole(name: str, value: Any)
     header, envelope = opened(encode_snapshot(SNAPSHOT))
     try:
         snapshot = read(b"sdg3 7 11 2000000 12 0\n" + sealed(header | {name: value}, envelope))
-    except Undecodable:
+    except InvalidStoredValue:
         return
     if name == "progress":
         assert 0.5 <= (snapshot.progress or 0.0) <= 0.999
@@ -157,7 +161,7 @@ def test_snapshot_with_another_header_is_refused_or_whole(name: str, value: Any)
 def test_snapshot_of_another_envelope_is_refused(envelope: bytes) -> None:
     """An envelope that is none of this task's, or contradicts what stands before it, is no snapshot."""
     header, _ = opened(encode_snapshot(SNAPSHOT))
-    with pytest.raises(Undecodable):
+    with pytest.raises(InvalidStoredValue):
         read(b"sdg3 7 11 2000000 12 0\n" + sealed(header, envelope))
 
 
@@ -166,7 +170,7 @@ def test_snapshot_of_another_envelope_is_refused(envelope: bytes) -> None:
 )
 def test_snapshot_under_another_head_is_refused(head: str) -> None:
     """The head says the same as what it stands before."""
-    with pytest.raises(Undecodable):
+    with pytest.raises(InvalidStoredValue):
         read(f"sdg3 {head}\n".encode() + encode_snapshot(SNAPSHOT))
 
 
@@ -176,16 +180,16 @@ def test_lifetime_is_within_the_settings_bounds() -> None:
         Head(1, 2, 2_592_000_000_000, 3, terminal=False),
         b"",
     )
-    with pytest.raises(Undecodable):
+    with pytest.raises(InvalidStoredValue):
         split_stored(b"sdg3 1 2 2592000000001 3 0\n")
 
 
 @pytest.mark.parametrize("key", OTHERS)
 def test_encoded_for_another_task_is_refused(key: TaskKey) -> None:
     """Neither a snapshot nor a failure is ever taken for another task's."""
-    with pytest.raises(Undecodable):
+    with pytest.raises(InvalidStoredValue):
         read(stored(SNAPSHOT), key)
-    with pytest.raises(Undecodable):
+    with pytest.raises(InvalidStoredValue):
         decode_failure(encode_failure(KEY, FAILURE), key)
 
 
@@ -236,7 +240,7 @@ def test_failure_is_written_without_control_characters() -> None:
 def test_failure_that_is_none_of_ours_is_refused(change: dict[str, object]) -> None:
     """Only the upstream's failures are read, and only with what belongs to them."""
     header, envelope = opened(encode_failure(KEY, FAILURE))
-    with pytest.raises(Undecodable):
+    with pytest.raises(InvalidStoredValue):
         decode_failure(sealed(header | change, envelope), KEY)
 
 
@@ -244,7 +248,7 @@ def test_failure_that_is_none_of_ours_is_refused(change: dict[str, object]) -> N
 def test_rejection_without_its_envelope_is_refused(envelope: bytes) -> None:
     """What is passed on as the vendor's word is an envelope that says no."""
     header, _ = opened(encode_failure(KEY, REJECTED))
-    with pytest.raises(Undecodable):
+    with pytest.raises(InvalidStoredValue):
         decode_failure(sealed(header, envelope), KEY)
 
 
@@ -258,7 +262,7 @@ def test_failure_that_is_damaged_is_refused_or_whole(draw: st.DataObject) -> Non
         damaged = value[:start] + draw.draw(st.binary(max_size=3)) + value[end:]
         try:
             found = decode_failure(damaged, KEY)
-        except Undecodable:
+        except InvalidStoredValue:
             continue
         assert (type(found), str(found), vars(found)) == (type(failure), str(failure), vars(failure))
 
@@ -266,7 +270,7 @@ def test_failure_that_is_damaged_is_refused_or_whole(draw: st.DataObject) -> Non
 @pytest.mark.parametrize("time", [b"", b"x", b"-1", b"1_0", b" 1", b"9" * 13, b"9" * 5000, -1, 10**12, 2**80])
 def test_failure_is_remembered_for_no_odd_time(time: bytes | int) -> None:
     """What is no time within the settings' bounds is refused."""
-    with pytest.raises(Undecodable):
+    with pytest.raises(InvalidStoredValue):
         failure_seconds(time)
 
 
@@ -283,9 +287,9 @@ def test_garbage_is_refused(garbage: bytes) -> None:
         _digest(garbage) + b" " + garbage,
         _digest(garbage + b"\n") + b" " + garbage + b"\n",
     ):
-        with pytest.raises(Undecodable):
+        with pytest.raises(InvalidStoredValue):
             decode_failure(value, KEY)
-        with pytest.raises(Undecodable):
+        with pytest.raises(InvalidStoredValue):
             read(b"sdg3 7 11 2000000 12 0\n" + value)
-        with pytest.raises(Undecodable):
+        with pytest.raises(InvalidStoredValue):
             read(value)

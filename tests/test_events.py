@@ -16,7 +16,7 @@ import pytest
 from starlette.types import Message
 from structlog.testing import capture_logs
 
-from gateway.api.server_extensions import ON_HANG_UP
+from gateway.api.server_extensions import ON_DISCONNECT
 from gateway.app import create_app
 from gateway.settings.model import Settings
 from gateway.telemetry.redaction import Redactor
@@ -401,7 +401,7 @@ async def test_events_notice_a_hang_up_before_anything_is_sent(*, extension: boo
             "query_string": b"taskId=a",
             "headers": headers,
             "client": ("192.0.2.1", 1),
-            "extensions": {ON_HANG_UP: listeners} if extension else {},
+            "extensions": {ON_DISCONNECT: listeners} if extension else {},
         }
         streaming = asyncio.create_task(app.asgi(scope, receive, send))
         await full.wait()

@@ -78,7 +78,7 @@ def send(gate: Gateway, request: bytes) -> socket.socket:
     return connection
 
 
-def catch_up(gate: Gateway) -> None:
+def sync(gate: Gateway) -> None:
     """Return when the gateway has read what was sent: its event loop takes its sockets in turns."""
     for _ in range(2):
         assert gate.client.get("/healthz").status_code == 200
@@ -87,7 +87,7 @@ def catch_up(gate: Gateway) -> None:
 def ask(gate: Gateway, task_id: str) -> socket.socket:
     """Send a query on a connection of its own; when this returns, the gateway has read it."""
     connection = send(gate, query(task_id))
-    catch_up(gate)
+    sync(gate)
     return connection
 
 
@@ -115,7 +115,7 @@ def test_flights_are_shared_by_both_kinds_of_path(launch: Launch) -> None:
         task = fresh_id()
         simple = [callers.enter_context(send(gate, query(task))) for _ in range(100)]
         native = [callers.enter_context(send(gate, vendor_query(task))) for _ in range(100)]
-        catch_up(gate)
+        sync(gate)
         released.set()
         for kind in (simple, native):
             answers = [drained(connection) for connection in kind]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from gateway.api.heartbeats import Pacemaker
+from gateway.api.heartbeats import Heartbeats
 from gateway.domain.snapshot import Operation, TaskKey
-from gateway.watch.hub import Watcher
+from gateway.watch.hub import Subscriber
 from tests.ticked import TickedLoop
 
 SECONDS = 17.0  # a turn each second, and one to wait for an event
@@ -39,9 +39,9 @@ class Stream:
     """An open stream that does nothing but wait in `take`."""
 
     def __init__(self, loop: TickedLoop) -> None:
-        self.watcher = Watcher([TaskKey(Operation.SD_GET_PROGRESS, "a")], b"")
-        self.watcher.outlet = self.paper = Paper(loop)
-        self.taking: asyncio.Task[object] = loop.create_task(self.watcher.take())
+        self.subscriber = Subscriber([TaskKey(Operation.SD_GET_PROGRESS, "a")], b"")
+        self.subscriber.direct_transport = self.paper = Paper(loop)
+        self.taking: asyncio.Task[object] = loop.create_task(self.subscriber.take())
         loop.settle()
 
 
@@ -57,13 +57,13 @@ def loop() -> Iterator[TickedLoop]:
 @pytest.fixture
 def enter(loop: TickedLoop) -> Iterator[Open]:
     """Provide a way to open streams of one pacemaker; in the end it must have no timer left."""
-    pacemaker = loop.within(lambda: Pacemaker(SECONDS))
+    pacemaker = loop.within(lambda: Heartbeats(SECONDS))
     opened: list[Stream] = []
     with ExitStack() as stack:
 
         def enter() -> Stream:
             opened.append(Stream(loop))
-            loop.within(lambda: stack.enter_context(pacemaker.pacing(opened[-1].watcher)))
+            loop.within(lambda: stack.enter_context(pacemaker.pacing(opened[-1].subscriber)))
             return opened[-1]
 
         yield enter
@@ -92,9 +92,9 @@ def test_heartbeat_leaves_no_silence_longer_than_promised(loop: TickedLoop, ente
 def test_heartbeat_that_went_with_an_event_does_not_go_alone(loop: TickedLoop, enter: Open) -> None:
     """Who took the heartbeat that was due has had it: the next one is a whole round later."""
     stream = enter()
-    while not stream.watcher.heartbeat_due:
+    while not stream.subscriber.heartbeat_due:
         loop.advance(0.5)
-    stream.watcher.heartbeat_due = False
+    stream.subscriber.heartbeat_due = False
     loop.advance(SECONDS - 2)
     assert stream.paper.written == []
     loop.advance(3)
@@ -107,5 +107,5 @@ def test_heartbeat_is_left_to_a_stream_that_lags(loop: TickedLoop, enter: Open) 
     stream.paper.waiting = 1
     loop.advance(SECONDS + 1)
     assert stream.taking.done()
-    assert stream.watcher.heartbeat_due
+    assert stream.subscriber.heartbeat_due
     assert stream.paper.written == []

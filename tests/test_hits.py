@@ -23,14 +23,14 @@ from structlog.testing import capture_logs
 from uvicorn.server import ServerState
 
 import gateway
-from gateway.api.client_limits import RateLimiter
+from gateway.api.client_limits import ClientRateLimiter
 from gateway.api.progress_response import HEADER_NAMES, answer
 from gateway.api.requests import SECURITY_HEADERS
 from gateway.app import create_app
 from gateway.domain.errors import UpstreamTimeout
-from gateway.progress.results import Reading, Source
-from gateway.server.connection_limits import policy_of
-from gateway.server.protocol import edge_protocol
+from gateway.progress.results import CacheResult, CacheStatus
+from gateway.server.connection_limits import connection_limits
+from gateway.server.protocol import http_protocol
 from gateway.settings.model import Cache, Settings
 from gateway.telemetry.redaction import Redactor
 from tests.harness import PATIENCE_SECONDS, RawUpstream, Simulator, serving, well
@@ -53,9 +53,9 @@ async def bench() -> AsyncIterator[Bench]:
 # --- given again ------------------------------------------------------------------------------------------
 
 
-def wire(reading: Reading, known: str | None) -> bytes:
+def wire(result: CacheResult, known: str | None) -> bytes:
     """Return what a reading is answered with, put together anew."""
-    status, values, body = answer(reading, known)
+    status, values, body = answer(result, known)
     lines = [b"HTTP/1.1 " + {200: b"200 OK", 304: b"304 Not Modified"}[status], b"server: 100 %d"]
     pairs = [*zip(HEADER_NAMES[status], values, strict=True), *SECURITY_HEADERS]
     lines += [b"%b: %b" % pair for pair in pairs]
@@ -79,7 +79,7 @@ def test_hits_tell_the_time_of_each_asking(lifetime: float, ticks: list[float], 
             age = bench.now - snapshot.fetched_at
             if age >= lifetime:
                 break
-            assert bench.ask(headers=headers) == wire(Reading(snapshot, age, Source.HIT), known)
+            assert bench.ask(headers=headers) == wire(CacheResult(snapshot, age, CacheStatus.HIT), known)
         await bench.service.aclose()
 
     asyncio.run(play())
@@ -99,7 +99,7 @@ def test_hits_that_are_stale_are_given_again_for_a_moment(ticks: list[float]) ->
             if age >= 1.0 + Cache().stale_while_revalidate_seconds:
                 assert shown is None
                 break
-            assert shown == wire(Reading(snapshot, age, Source.STALE), None)
+            assert shown == wire(CacheResult(snapshot, age, CacheStatus.STALE), None)
             assert bench.count("cache_lookups_total", operation="sd_get_progress", result="stale") == asked
             bench.now += tick
         bench.keep(body=b"newer")
@@ -117,7 +117,7 @@ async def test_hits_that_are_stale_tell_of_a_failure_soon(bench: Bench) -> None:
         assert b"detail" not in (bench.ask() or b"detail")
     bench.store.keep_failure(KEY, UpstreamTimeout("no answer"), seconds=1)
     bench.now += 0.011
-    failed = Reading(snapshot, 1.511, Source.STALE, failure=UpstreamTimeout("no answer"))
+    failed = CacheResult(snapshot, 1.511, CacheStatus.STALE, failure=UpstreamTimeout("no answer"))
     for _ in range(3):
         assert bench.ask() == wire(failed, None)
 
@@ -162,12 +162,12 @@ async def test_hits_find_the_newest_again(bench: Bench) -> None:
     assert b"older" in (bench.ask() or b"")
     bench.now += 2  # beyond the second in which a whole answer is given again
     assert b"older" in (bench.ask() or b"")
-    newest = bench.keep(lifetime=10, etag='"two"', body=b'"newer"')
+    latest = bench.keep(lifetime=10, etag='"two"', body=b'"newer"')
     assert b"newer" in (bench.ask() or b"")
     bench.now += 9.5
     assert b"newer" in (bench.ask() or b"")
     for number in range(10):  # the store has room for ten
-        bench.store.keep(replace(newest, key=KEY._replace(task_id=f"other{number}")))
+        bench.store.keep(replace(latest, key=KEY._replace(task_id=f"other{number}")))
     assert bench.ask() is None
 
 
@@ -175,15 +175,15 @@ async def test_hits_hold_no_snapshots_beyond_their_bound(bench: Bench) -> None:
     """Answers that are kept to be given again hold at most 8 MiB, whatever the store has dropped."""
     one = bench.keep(body=b"x" * 878_000)
     for number in range(40):
-        bench.store.keep(replace(one, key=KEY._replace(task_id=f"other{number}"), stamp=number))
+        bench.store.keep(replace(one, key=KEY._replace(task_id=f"other{number}"), version=number))
         for _ in range(3):
             assert bench.ask(b"/v1/progress/other%d" % number)
     kept = [hit for hit in bench.hits._made.values() if hit is not None]
-    assert 0 < sum(len(hit.reading.snapshot.body) + len(hit.rendered[1]) for hit in kept) <= 8_388_608
+    assert 0 < sum(len(hit.result.snapshot.body) + len(hit.rendered[1]) for hit in kept) <= 8_388_608
     assert len(bench.store) == 10
     larger = bench.keep(body=b"x" * 5_000_000)
     assert [bench.ask() for _ in range(3)] == [bench.ask()] * 3
-    assert larger not in [hit.reading.snapshot for hit in bench.hits._made.values() if hit is not None]
+    assert larger not in [hit.result.snapshot for hit in bench.hits._made.values() if hit is not None]
 
 
 async def test_hits_are_counted_one_by_one(bench: Bench) -> None:
@@ -227,7 +227,7 @@ async def test_hits_are_told_as_any_request(bench: Bench) -> None:
 
 async def test_hits_over_the_rate_are_left_to_the_application() -> None:
     """A client without a token gets no answer here, and each hit takes one token."""
-    limiter = RateLimiter(2, clock=lambda: 0.0)
+    limiter = ClientRateLimiter(2, clock=lambda: 0.0)
     bench = Bench(limiter=limiter)
     bench.keep()
     assert bench.ask(b"/v1/progress/unknown") is None  # takes none
@@ -268,7 +268,7 @@ async def test_hits_take_no_task_no_json_and_few_calls(
         }
     )
     app = create_app(settings, redactor=Redactor())
-    protocol = edge_protocol(policy_of(settings.server, app.metrics), hits=app.hits)
+    protocol = http_protocol(connection_limits(settings.server, app.metrics), hits=app.hits)
     config = uvicorn.Config(app.asgi, http=protocol, log_config=None, access_log=False)
     config.load()
     loop = asyncio.get_running_loop()

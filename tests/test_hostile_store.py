@@ -70,7 +70,7 @@ def hostile(kind: str, task_id: str) -> bytes:
         "operation": "sd_get_progress",
         "task": task_id,
         "progress": 0.5,
-        "stamp": now,
+        "version": now,
         "lifetime": 60_000_000,
     }
     if kind in HEADERS:

@@ -8,7 +8,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from gateway.telemetry.counters import Counts, Spreads
+from gateway.telemetry.counters import FastCounters, FastHistograms
 from gateway.telemetry.metrics import Metrics
 from tests.promql import label_names
 
@@ -53,7 +53,9 @@ def metrics() -> Metrics:
 
 def test_metrics_have_the_promised_names_types_and_labels(metrics: Metrics) -> None:
     """Names, types and labels are the promised ones, and no metric of ours is without a promise."""
-    ours = [m for m in vars(metrics).values() if isinstance(m, MetricWrapperBase | Counts | Spreads)]
+    ours = [
+        m for m in vars(metrics).values() if isinstance(m, MetricWrapperBase | FastCounters | FastHistograms)
+    ]
     described = [(next(iter(metric.describe())), metric) for metric in ours]
     assert {
         family.name.removeprefix(PREFIX): (family.type, label_names(metric)) for family, metric in described

@@ -8,11 +8,11 @@ from prometheus_client import CollectorRegistry
 from starlette.types import Message, Receive, Scope, Send
 from structlog.testing import capture_logs
 
-from gateway.api.middleware.telemetry import Telemetry
+from gateway.api.middleware.telemetry import RequestTelemetry
 from gateway.api.problems import Problems
 from gateway.api.trusted_hosts import TrustedHosts
 from gateway.domain.errors import Overloaded
-from gateway.telemetry.log_sampling import Sampler
+from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 from tests.harness import Gateway, Simulator, fresh_id
 
@@ -292,11 +292,13 @@ def test_middleware_options_answer_load_balancers(simulator: Simulator, launch: 
 
 
 def telemetry(
-    app: Callable[[Scope, Receive, Send], object], sampler: Sampler | None = None
+    app: Callable[[Scope, Receive, Send], object], log_sampler: LogSampler | None = None
 ) -> tuple[httpx.AsyncClient, Metrics]:
     """Return a client of `app` under Telemetry alone, and the metrics that it counts in."""
     metrics = Metrics(CollectorRegistry(), gateway_version="test")
-    around = Telemetry(app, metrics=metrics, problems=Problems(["/scc/sd_get_progress"]), sampler=sampler)  # type: ignore[arg-type]
+    around = RequestTelemetry(
+        app, metrics=metrics, problems=Problems(["/scc/sd_get_progress"]), log_sampler=log_sampler
+    )  # type: ignore[arg-type]
     transport = httpx.ASGITransport(around, raise_app_exceptions=True)  # type: ignore[arg-type]
     return httpx.AsyncClient(transport=transport, base_url="http://test"), metrics
 
@@ -329,7 +331,7 @@ async def test_middleware_bugs_by_the_thousand_are_sampled() -> None:
     async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
         raise ValueError if scope["path"] == "/other" else KeyError
 
-    client, _ = telemetry(app, Sampler(first=1, every=3, clock=lambda: 0.0))
+    client, _ = telemetry(app, LogSampler(first=1, every=3, clock=lambda: 0.0))
     headers = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
     with capture_logs() as lines:
         async with client:
@@ -378,5 +380,7 @@ async def test_middleware_leaves_other_protocols_alone() -> None:
         return {}
 
     metrics = Metrics(CollectorRegistry(), gateway_version="test")
-    await Telemetry(app, metrics=metrics, problems=Problems([]))({"type": "lifespan"}, nothing, nothing)  # type: ignore[arg-type]
+    await RequestTelemetry(app, metrics=metrics, problems=Problems([]))(
+        {"type": "lifespan"}, nothing, nothing
+    )  # type: ignore[arg-type]
     assert seen == ["lifespan"]

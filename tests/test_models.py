@@ -120,12 +120,12 @@ def read(body: bytes, key: TaskKey = KEY) -> dict[str, Any]:
 
 
 def seen(
-    previous: Snapshot | None = None, *, key: TaskKey = KEY, at: float = 0.0, stamp: int = 0, **data: Any
+    previous: Snapshot | None = None, *, key: TaskKey = KEY, at: float = 0.0, version: int = 0, **data: Any
 ) -> Snapshot:
     """Return the snapshot of an answer that has `data`."""
     data = {"taskId": key.task_id} | data
     body = envelope(data)
-    return observe(data, body, key, fetched_at=at, lifetimes=LIFETIMES, previous=previous, stamp=stamp)
+    return observe(data, body, key, fetched_at=at, lifetimes=LIFETIMES, previous=previous, version=version)
 
 
 def of(body: bytes, previous: Snapshot | None = None) -> Snapshot:
@@ -650,11 +650,11 @@ def test_observe_keeps_a_result_as_it_came() -> None:
 
 def test_observe_stamps_all_that_it_makes() -> None:
     """Of a result, of a task under way and of one that stays as it ended: the later the larger."""
-    ended = seen(status="failed", stamp=1)
-    assert seen(key=RESULT, stamp=2).stamp == 2
-    assert seen(status="running", stamp=3).stamp == 3
-    assert seen(ended, status="running", stamp=4).stamp == 4
-    assert seen(ended, status="failed", stamp=5).stamp == 5
+    ended = seen(status="failed", version=1)
+    assert seen(key=RESULT, version=2).version == 2
+    assert seen(status="running", version=3).version == 3
+    assert seen(ended, status="running", version=4).version == 4
+    assert seen(ended, status="failed", version=5).version == 5
 
 
 def test_snapshot_is_fresh_for_its_lifetime() -> None:

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway.telemetry.opentelemetry import OtelTracing
+from gateway.telemetry.opentelemetry import OpenTelemetryTracing
 from tests.harness import (
     KEY,
     SECRET,
@@ -47,7 +47,7 @@ class Traced:
         self._exporter = InMemorySpanExporter()
         provider = TracerProvider(shutdown_on_exit=False)
         provider.add_span_processor(SimpleSpanProcessor(self._exporter))
-        self.gate = launch(endpoint, tracing=OtelTracing(provider), **sections)
+        self.gate = launch(endpoint, tracing=OpenTelemetryTracing(provider), **sections)
 
     def spans(self, name: str, count: int) -> list[ReadableSpan]:
         """Wait until so many spans of this name have ended; return them."""
@@ -229,9 +229,9 @@ def test_otel_batch_is_linked_to_each_flight(simulator: Simulator, traced: Trace
     """A batch is linked to the flights of all its tasks, also of those that failed."""
     tasks = [simulator.task(), simulator.task(), fresh_id()]
     traced.gate.client.get("/v1/progress", params={"taskId": tasks})
-    flights = traced.spans(FLIGHT, 3)
+    in_flight = traced.spans(FLIGHT, 3)
     batch = traced.span("GET /v1/progress")
-    assert sorted(linked(batch)) == sorted(map(id_of, flights))
+    assert sorted(linked(batch)) == sorted(map(id_of, in_flight))
     assert "sd_gateway.task_id" not in attributes(batch)
 
 
@@ -372,6 +372,6 @@ class Stubborn(TracerProvider):
 async def test_otel_aclose_leaves_a_collector_that_takes_too_long() -> None:
     """The end does not wait for a collector longer than it was told to."""
     provider = Stubborn()
-    await OtelTracing(provider, flush_seconds=0).aclose()
+    await OpenTelemetryTracing(provider, flush_seconds=0).aclose()
     provider.released.set()
     assert await asyncio.to_thread(provider.asked.wait, 30)

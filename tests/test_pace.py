@@ -4,19 +4,19 @@ import math
 
 import pytest
 
-from gateway.upstream.adaptive_limit import Pace
+from gateway.upstream.adaptive_limit import AdaptiveLimit
 
 
-def after(pace: Pace, accepted: int, *, until: float = 10.0) -> Pace:
+def after(pace: AdaptiveLimit, accepted: int, *, until: float = 10.0) -> AdaptiveLimit:
     """Let upstream accept so many calls within the last second before `until`."""
     for number in range(accepted):
         pace.accepted(until - 0.9 + 0.8 * number / accepted, sent_at=until - 1.0)
     return pace
 
 
-def steady(ceiling: int = 20) -> Pace:
+def steady(ceiling: int = 20) -> AdaptiveLimit:
     """Return a pace whose ceiling was found by a search that went to its double, at 20 seconds."""
-    pace = after(Pace(math.inf), ceiling, until=18.0)
+    pace = after(AdaptiveLimit(math.inf), ceiling, until=18.0)
     pace.throttled(18.0, sent_at=17.9, retry_after=None)
     after(pace, ceiling, until=20.0)
     pace.throttled(20.0, sent_at=19.9, retry_after=None)
@@ -26,16 +26,16 @@ def steady(ceiling: int = 20) -> Pace:
 @pytest.mark.parametrize("most", [5.0, math.inf])
 def test_pace_is_ours_until_upstream_refuses(most: float) -> None:
     """Accepted calls, however many, change nothing; `most` stays the bound for ever."""
-    pace = after(Pace(most), 50)
-    assert (pace.per_second(10.0), pace.slowed) == (most, False)
+    pace = after(AdaptiveLimit(most), 50)
+    assert (pace.per_second(10.0), pace.throttled_now) == (most, False)
     assert pace.throttled(10.0, sent_at=9.9, retry_after=None)
-    assert (pace.per_second(10.0), pace.slowed) == (min(most, 0.85 * min(most, 50)), True)
+    assert (pace.per_second(10.0), pace.throttled_now) == (min(most, 0.85 * min(most, 50)), True)
     assert pace.per_second(1e6) >= min(most, 1e9)
 
 
 def test_pace_falls_below_what_was_accepted_lately() -> None:
     """The first refusal sets the ceiling to what the last second brought, not to what was asked for."""
-    pace = after(Pace(math.inf), 30, until=8.0)
+    pace = after(AdaptiveLimit(math.inf), 30, until=8.0)
     after(pace, 20)
     pace.throttled(10.0, sent_at=9.9, retry_after=None)
     assert pace.per_second(10.0) == pytest.approx(17.0)
@@ -43,7 +43,7 @@ def test_pace_falls_below_what_was_accepted_lately() -> None:
 
 def test_pace_searches_from_the_first_guess() -> None:
     """What was accepted before the first refusal is a guess: from there it doubles every two seconds."""
-    pace = after(Pace(math.inf), 5)
+    pace = after(AdaptiveLimit(math.inf), 5)
     pace.throttled(10.0, sent_at=9.9, retry_after=None)
     assert [pace.per_second(10.0 + s) for s in (0, 2, 4)] == pytest.approx([4.25, 8.5, 17.0])
 
@@ -79,7 +79,7 @@ def test_pace_halves_a_known_ceiling_at_most() -> None:
 
 def test_pace_learns_from_answers_that_a_refusal_overtook() -> None:
     """Calls sent before the decrease and accepted raise the ceiling, to no more than the limit before it."""
-    pace = Pace(math.inf)
+    pace = AdaptiveLimit(math.inf)
     pace.throttled(10.0, sent_at=9.9, retry_after=None)
     assert pace.per_second(10.0) == pytest.approx(0.85)
     for _ in range(20):
@@ -96,7 +96,7 @@ def test_pace_learns_from_answers_that_a_refusal_overtook() -> None:
 @pytest.mark.parametrize(("told", "kept"), [(1.0, 1.0), (5.0, 5.0), (3600.0, 5.0)])
 def test_pace_pauses_for_as_long_as_it_is_told(told: float, kept: float) -> None:
     """Retry-After is kept, up to five seconds, and the growth begins when it is over."""
-    pace = after(Pace(math.inf), 20)
+    pace = after(AdaptiveLimit(math.inf), 20)
     assert pace.throttled(10.0, sent_at=9.9, retry_after=told)
     assert pace.resumes_at == 10.0 + kept
     assert pace.per_second(10.0 + kept) == pytest.approx(17.0)
@@ -110,5 +110,5 @@ def test_pace_relaxes_after_a_minute_of_peace() -> None:
     pace = steady()
     assert not pace.relax(79.9)
     assert pace.relax(80.0)
-    assert (pace.slowed, pace.per_second(80.0)) == (False, math.inf)
+    assert (pace.throttled_now, pace.per_second(80.0)) == (False, math.inf)
     assert not pace.relax(81.0)

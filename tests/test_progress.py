@@ -8,7 +8,7 @@ import pytest
 
 from gateway.api.progress_response import cache_values
 from gateway.domain.snapshot import Snapshot, Status
-from gateway.progress.results import Reading, Source
+from gateway.progress.results import CacheResult, CacheStatus
 from tests.harness import Gateway, Simulator, fresh_id, until
 from tests.hitting import KEY
 
@@ -193,7 +193,7 @@ def test_progress_if_none_match_through_a_compressing_proxy(
 def test_progress_max_age_is_the_whole_lifetime(lifetime: float, age: float, told: tuple[int, int]) -> None:
     """`max-age` is the whole lifetime and `Age` what has passed; a fresh snapshot has a second at least."""
     snapshot = Snapshot(KEY, 0.0, lifetime, b"", Status.RUNNING, 0.5, None, b"{}", '"one"')
-    control, seconds, _ = cache_values(Reading(snapshot, age, Source.HIT))
+    control, seconds, _ = cache_values(CacheResult(snapshot, age, CacheStatus.HIT))
     assert (control, seconds) == (b"max-age=%d" % told[0], b"%d" % told[1])
 
 

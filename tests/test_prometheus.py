@@ -78,8 +78,8 @@ class Callers:
         for gate in self.gateways:
             ids = "&".join(f"taskId={task}" for task in [*self.tasks, "nobody"])
             for path in (f"/v1/events?{ids}", f"/v1/progress/{self.tasks[0]}?wait=60"):
-                watcher = stack.enter_context(gate.connect())
-                watcher.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+                subscriber = stack.enter_context(gate.connect())
+                subscriber.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
 
     def ask(self) -> None:
         """Ask once for every task, in every way, and for what is not there."""

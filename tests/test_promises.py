@@ -38,16 +38,16 @@ from gateway.domain.errors import (
     UpstreamUnreachable,
 )
 from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey, vendor_status
-from gateway.progress.results import Failed, Reading, Source
+from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.memory import MEMORY_SECONDS, MemoryStore
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.client import Upstream
+from gateway.upstream.client import UpstreamClient
 from gateway.upstream.demand import Demand
-from gateway.upstream.signed_request import Answer
-from gateway.watch.hub import Kind, Update, Watch, Watcher
+from gateway.upstream.signed_request import ParsedResponse
+from gateway.watch.hub import Subscriber, SubscriptionKind, Update, WatchHub
 from tests.ticked import TickedLoop
 
 pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
@@ -123,7 +123,7 @@ class Story:
 
 
 class FakeUpstream:
-    """Stands at the network's edge, and keeps what `Upstream.query` promises: an end within the deadline."""
+    """Stands at the network's edge, and keeps the promise of `UpstreamClient.query`: an end in time."""
 
     def __init__(self, loop: TickedLoop, cache: Cache) -> None:
         self.air: dict[TaskKey, asyncio.Future[dict[str, Any]]] = {}  # queries, queued or on the wire
@@ -136,7 +136,7 @@ class FakeUpstream:
         self._cache = cache
         self._longest = dict.fromkeys(Operation, 0.0)  # call so far
 
-    async def query(self, key: TaskKey, *, demand: Demand, **_: object) -> Answer:
+    async def query(self, key: TaskKey, *, demand: Demand, **_: object) -> ParsedResponse:
         """Wait until the machine answers."""
         story, began = self.stories[key], self._loop.time()
         if key in self.air:
@@ -174,7 +174,7 @@ class FakeUpstream:
         else:
             self._longest[key.operation] = max(self._longest[key.operation], self._loop.time() - began)
             self._note_answer(key, data, prompted=prompted)
-            return Answer(data, json.dumps({"status": 10, "data": data}).encode())
+            return ParsedResponse(data, json.dumps({"status": 10, "data": data}).encode())
         finally:
             del self.air[key]
 
@@ -218,9 +218,9 @@ class FakeUpstream:
 class Viewer:
     """An open stream or long poll, and what it was told last of each task."""
 
-    watcher: Watcher
+    subscriber: Subscriber
     leave: ExitStack
-    reading: asyncio.Task[None] | None = None
+    result: asyncio.Task[None] | None = None
     told: dict[TaskKey, Update] = field(default_factory=dict)
 
 
@@ -246,12 +246,12 @@ class Promises(RuleBasedStateMachine):
         self.service = ProgressService(
             cache,
             store=self.store,
-            upstream=cast("Upstream", self.upstream),
+            upstream=cast("UpstreamClient", self.upstream),
             metrics=self.metrics,
-            patience_seconds=10.0,
+            timeout_seconds=10.0,
             clock=self.loop.time,
         )
-        self.watch = Watch(
+        self.watch = WatchHub(
             WatchSettings(),
             service=self.service,
             store=self.store,
@@ -271,10 +271,10 @@ class Promises(RuleBasedStateMachine):
         """Take what can be had without waiting, perhaps so often that the task is hot."""
         self.upstream.stories[key].prompted = True
         for _ in range(times):
-            reading = self.loop.within(partial(self.service.lookup, key))
-            if reading is not None:
-                self._judge(key, reading)
-                self.found[key] = reading.snapshot
+            result = self.loop.within(partial(self.service.lookup, key))
+            if result is not None:
+                self._judge(key, result)
+                self.found[key] = result.snapshot
 
     @precondition(lambda self: self.found)
     @rule(number=which)
@@ -284,33 +284,36 @@ class Promises(RuleBasedStateMachine):
         self.upstream.stories[key].prompted = True
         now = self.loop.time()
         if self.loop.within(partial(self.service.repeat, snapshot, now)):
-            source = Source.HIT if snapshot.fresh(now) else Source.STALE
-            self._judge(key, Reading(snapshot, now - snapshot.fetched_at, source))
+            source = CacheStatus.HIT if snapshot.fresh(now) else CacheStatus.STALE
+            self._judge(key, CacheResult(snapshot, now - snapshot.fetched_at, source))
 
     @rule(key=keys)
     def look_on(self, key: TaskKey) -> None:
         """Take what is held, as one does whom a schedule serves."""
-        reading = self.service.current(key)
-        if reading is not None:
-            self._judge(key, reading)
+        result = self.service.current(key)
+        if result is not None:
+            self._judge(key, result)
 
     @precondition(lambda self: self.callers)
     @rule(number=which)
-    def hang_up(self, number: int) -> None:
+    def disconnect(self, number: int) -> None:
         """Let a caller leave, the first or a later one."""
         _, caller = self.callers.pop(number % len(self.callers))
         caller.cancel()
         self.loop.settle()
 
-    @rule(watched=st.lists(st.sampled_from(WATCHED), min_size=1, unique=True), kind=st.sampled_from(Kind))
-    def begin_watching(self, watched: list[TaskKey], kind: Kind) -> None:
+    @rule(
+        watched=st.lists(st.sampled_from(WATCHED), min_size=1, unique=True),
+        kind=st.sampled_from(SubscriptionKind),
+    )
+    def begin_watching(self, watched: list[TaskKey], kind: SubscriptionKind) -> None:
         """Open a stream or a long poll."""
         for key in watched:
             self.upstream.stories[key].prompted = True
         stack = ExitStack()
         watching = self.watch.watching(watched, kind)
         viewer = Viewer(self.loop.within(lambda: stack.enter_context(watching)), stack)
-        viewer.reading = self.loop.create_task(self._read(viewer))
+        viewer.result = self.loop.create_task(self._read(viewer))
         self.viewers.append(viewer)
         self.loop.settle()
 
@@ -386,10 +389,10 @@ class Promises(RuleBasedStateMachine):
         """Watchers know the newest there is, and a schedule goes on for as long as its task does."""
         now = self.loop.time()
         for viewer in self.viewers:
-            assert viewer.reading is not None
-            if viewer.reading.done():
-                viewer.reading.result()
-            for key in viewer.watcher.keys:
+            assert viewer.result is not None
+            if viewer.result.done():
+                viewer.result.result()
+            for key in viewer.subscriber.keys:
                 told, story, held = viewer.told.get(key), self.upstream.stories[key], self.store.peek(key)
                 if told is None:
                     assert key in self.upstream.air
@@ -404,9 +407,9 @@ class Promises(RuleBasedStateMachine):
     @invariant()
     def gauges_tell_who_watches(self) -> None:
         """Count the watchers who are there, and the tasks they watch."""
-        watched = {key for viewer in self.viewers for key in viewer.watcher.keys}
+        watched = {key for viewer in self.viewers for key in viewer.subscriber.keys}
         assert total(self.metrics.watched_tasks) == len(watched)
-        assert total(self.metrics.watchers) == len(self.viewers)
+        assert total(self.metrics.subscribers) == len(self.viewers)
 
     def teardown(self) -> None:
         """Close with callers and watchers inside: nobody waits any more, and nothing is left."""
@@ -418,19 +421,19 @@ class Promises(RuleBasedStateMachine):
 
     def _close(self) -> None:
         self.upstream.closing = True
-        self.watch.say_farewell()
+        self.watch.announce_shutdown()
         for part in (self.watch, self.service):
             closing = self.loop.create_task(part.aclose())
             self.loop.settle()
             closing.result()
         assert all(caller.done() for _, caller in self.callers)
-        assert all(viewer.watcher.leaving for viewer in self.viewers)
+        assert all(viewer.subscriber.leaving for viewer in self.viewers)
         late: list[asyncio.Task[Any]] = []
         for key in KEYS:
             late.append(self.loop.create_task(self.service.read(key)))
             for _ in range(3):
                 self.loop.within(partial(self.service.lookup, key))
-        self.begin_watching(WATCHED, Kind.EVENTS)
+        self.begin_watching(WATCHED, SubscriptionKind.EVENTS)
         while self.viewers:
             self._leave(self.viewers.pop())
         self.loop.settle()
@@ -469,21 +472,21 @@ class Promises(RuleBasedStateMachine):
         self.loop.settle()
 
     def _leave(self, viewer: Viewer) -> None:
-        assert viewer.reading is not None
-        viewer.reading.cancel()
+        assert viewer.result is not None
+        viewer.result.cancel()
         self.loop.within(viewer.leave.close)
 
     async def _ask(self, key: TaskKey, how: str) -> None:
         outcome = await getattr(self.service, how)(key)
-        if isinstance(outcome, Failed):
+        if isinstance(outcome, FetchFailure):
             self._judge_failure(key, outcome.failure)
         else:
             self._judge(key, outcome)
 
     async def _read(self, viewer: Viewer) -> None:
         while True:
-            for update in await viewer.watcher.take():
-                assert update.key in viewer.watcher.keys
+            for update in await viewer.subscriber.take():
+                assert update.key in viewer.subscriber.keys
                 told, viewer.told[update.key] = viewer.told.get(update.key), update
                 assert not update.says_the_same(told)
                 if update.snapshot is not None:
@@ -491,17 +494,17 @@ class Promises(RuleBasedStateMachine):
 
     # How it is judged
 
-    def _judge(self, key: TaskKey, reading: Reading) -> None:
+    def _judge(self, key: TaskKey, result: CacheResult) -> None:
         """Hold an answer against the freshness promise and, when it covers a failure, its bound."""
         now, story = self.loop.time(), self.upstream.stories[key]
-        self._judge_content(key, reading.snapshot)
-        assert reading.age == now - reading.snapshot.fetched_at
-        if reading.failure is None:
-            assert self._is_young(reading.snapshot)
+        self._judge_content(key, result.snapshot)
+        assert result.age == now - result.snapshot.fetched_at
+        if result.failure is None:
+            assert self._is_young(result.snapshot)
         else:
-            assert reading.source is Source.STALE
-            assert reading.age <= self.cache.stale_if_error_seconds
-            self._judge_failure_is_recent(story, reading.failure)
+            assert result.source is CacheStatus.STALE
+            assert result.age <= self.cache.stale_if_error_seconds
+            self._judge_failure_is_recent(story, result.failure)
 
     def _judge_failure(self, key: TaskKey, failure: GatewayError) -> None:
         """Hold a failure against how long it is remembered, and against what might have covered it."""

@@ -17,14 +17,14 @@ from gateway.domain.errors import (
 from gateway.domain.snapshot import Operation, TaskKey
 from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.client import Upstream
-from gateway.upstream.credential_rotation import Rotation
-from gateway.upstream.credentials import Pair
+from gateway.upstream.client import UpstreamClient
+from gateway.upstream.credential_rotation import CredentialRotation
+from gateway.upstream.credentials import KeyPair
 from gateway.upstream.demand import Demand
-from gateway.upstream.signed_request import Answer, Calls
+from gateway.upstream.signed_request import ParsedResponse, SignedRequests
 from tests.ticked import TickedLoop
 
-PAIR = Pair("key", "secret")
+PAIR = KeyPair("key", "secret")
 
 
 def key_of(number: int) -> TaskKey:
@@ -43,7 +43,9 @@ class FakeCalls:
         self.failures: list[UpstreamError] = []
         self.under_way = 0
 
-    async def make(self, key: TaskKey, _pair: Pair, *, number: int, over: Callable[[], None]) -> Answer:
+    async def make(
+        self, key: TaskKey, _pair: KeyPair, *, number: int, over: Callable[[], None]
+    ) -> ParsedResponse:
         """Make a call."""
         assert number <= len(self.made)
         self.made.append(key.task_id)
@@ -57,7 +59,7 @@ class FakeCalls:
         await asyncio.sleep(self.seconds)
         if self.failures:
             raise self.failures.pop(0)
-        return Answer({}, b"{}")
+        return ParsedResponse({}, b"{}")
 
 
 class FakeRotation:
@@ -66,7 +68,9 @@ class FakeRotation:
     async def settled(self, _operation: Operation) -> None:
         """Nothing is on trial."""
 
-    async def use(self, _operation: Operation, call: Callable[[Pair], Awaitable[Answer]]) -> Answer:
+    async def use(
+        self, _operation: Operation, call: Callable[[KeyPair], Awaitable[ParsedResponse]]
+    ) -> ParsedResponse:
         """Make a call, and another one when it was refused."""
         try:
             return await call(PAIR)
@@ -85,22 +89,22 @@ class Bench:
         async def token(*_: object, **__: object) -> float:
             return 0.0
 
-        async def tell_slowed(_: float | None) -> None:
+        async def announce_throttling(_: float | None) -> None:
             return
 
         settings = UpstreamSettings(timeout_seconds=10.0, attempt_timeout_seconds=10.0, max_in_flight=1)
         self.upstream = self.loop.within(
-            lambda: Upstream(
+            lambda: UpstreamClient(
                 settings,
-                calls=cast("Calls", self.calls),
-                rotation=cast("Rotation", FakeRotation()),
+                calls=cast("SignedRequests", self.calls),
+                rotation=cast("CredentialRotation", FakeRotation()),
                 metrics=self.metrics,
                 token=token,
-                tell_slowed=tell_slowed,
+                announce_throttling=announce_throttling,
             )
         )
 
-    def ask(self, number: int, **more: Any) -> asyncio.Task[Answer]:
+    def ask(self, number: int, **more: Any) -> asyncio.Task[ParsedResponse]:
         """Begin a query."""
         task = self.loop.create_task(self.upstream.query(key_of(number), **more))
         self.loop.settle()
@@ -140,7 +144,7 @@ def test_query_is_not_sent_with_less_time_left_than_an_answer_takes(bench: Bench
 
 def test_query_is_sent_however_little_is_known_of_upstream(bench: Bench) -> None:
     """Until an answer has come there is no telling how long one takes."""
-    asked = bench.ask(0, patience_seconds=0.5)
+    asked = bench.ask(0, timeout_seconds=0.5)
     bench.loop.advance(0.5)
     assert isinstance(asked.exception(), UpstreamTimeout)
     assert bench.calls.made == ["task0"]
@@ -148,7 +152,7 @@ def test_query_is_sent_however_little_is_known_of_upstream(bench: Bench) -> None
 
 def test_query_whose_deadline_strikes_keeps_its_slot_for_its_call(bench: Bench) -> None:
     """Upstream works on the call until it has answered: no other is made in its place."""
-    first = bench.ask(0, patience_seconds=1.0)
+    first = bench.ask(0, timeout_seconds=1.0)
     bench.loop.advance(1.0)
     assert isinstance(first.exception(), UpstreamTimeout)
     second = bench.ask(1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from gateway.api.client_limits import RateLimiter, bucket_key
+from gateway.api.client_limits import ClientRateLimiter, bucket_key
 from gateway.domain.errors import TooManyRequests
 from gateway.server.run import forwarders
 from tests.harness import Gateway, Simulator, serving, until
@@ -33,7 +33,7 @@ class Clock:
         return self.now
 
 
-def admitted(limiter: RateLimiter, host: str = ONE, *, tries: int = 1) -> int:
+def admitted(limiter: ClientRateLimiter, host: str = ONE, *, tries: int = 1) -> int:
     """Return how many of so many requests are let through."""
     through = 0
     for _ in range(tries):
@@ -51,7 +51,7 @@ def admitted(limiter: RateLimiter, host: str = ONE, *, tries: int = 1) -> int:
 def test_ratelimit_admits_a_second_at_once_and_then_the_rate() -> None:
     """A full bucket holds what a second brings; it fills at the rate, and never over the brim."""
     clock = Clock()
-    limiter = RateLimiter(5, clock=clock)
+    limiter = ClientRateLimiter(5, clock=clock)
     assert admitted(limiter, tries=20) == 5
     clock.now += 0.2
     assert admitted(limiter, tries=20) == 1
@@ -64,7 +64,7 @@ def test_ratelimit_admits_a_second_at_once_and_then_the_rate() -> None:
 def test_ratelimit_below_one_a_second_admits_the_first() -> None:
     """A rate of one in ten seconds admits one, then one in ten seconds."""
     clock = Clock()
-    limiter = RateLimiter(0.1, clock=clock)
+    limiter = ClientRateLimiter(0.1, clock=clock)
     assert admitted(limiter, tries=3) == 1
     clock.now += 9.9
     assert admitted(limiter, tries=3) == 0
@@ -75,7 +75,7 @@ def test_ratelimit_below_one_a_second_admits_the_first() -> None:
 def test_ratelimit_says_when_to_come_back() -> None:
     """Who waits as long as told is let through, however often it knocked; who comes earlier is not."""
     clock = Clock()
-    limiter = RateLimiter(2, clock=clock)
+    limiter = ClientRateLimiter(2, clock=clock)
     assert admitted(limiter, tries=50) == 2
     with pytest.raises(TooManyRequests) as refused:
         limiter.admit(ONE)
@@ -88,7 +88,7 @@ def test_ratelimit_says_when_to_come_back() -> None:
 
 def test_ratelimit_keeps_clients_apart() -> None:
     """One client's crowd takes nothing from another."""
-    limiter = RateLimiter(3, clock=Clock())
+    limiter = ClientRateLimiter(3, clock=Clock())
     assert admitted(limiter, ONE, tries=100) == 3
     assert admitted(limiter, OTHER, tries=100) == 3
 
@@ -96,7 +96,7 @@ def test_ratelimit_keeps_clients_apart() -> None:
 def test_ratelimit_charges_in_advance() -> None:
     """A request of more tasks than the bucket holds is admitted, and paid for before the next one."""
     clock = Clock()
-    limiter = RateLimiter(20, clock=clock)
+    limiter = ClientRateLimiter(20, clock=clock)
     limiter.admit(ONE)
     limiter.charge(ONE, 100)
     with pytest.raises(TooManyRequests) as refused:
@@ -119,7 +119,7 @@ def test_ratelimit_never_admits_more_tasks_than_rate_burst_and_one_request(
 ) -> None:
     """Whatever requests cost, the tasks over any time keep to rate x time + burst + one request."""
     clock = Clock()
-    limiter = RateLimiter(rate, clock=clock)
+    limiter = ClientRateLimiter(rate, clock=clock)
     started, total, largest = clock.now, 0, 0
     for pause, tasks in steps:
         clock.now += pause
@@ -136,7 +136,7 @@ def test_ratelimit_never_admits_more_tasks_than_rate_burst_and_one_request(
 def test_ratelimit_never_admits_more_than_rate_and_burst(rate: float, steps: list[tuple[float, int]]) -> None:
     """Whatever the pattern, no stretch of time from the start sees more than its rate and one bucket."""
     clock = Clock()
-    limiter = RateLimiter(rate, clock=clock)
+    limiter = ClientRateLimiter(rate, clock=clock)
     started, total = clock.now, 0
     for pause, tries in steps:
         clock.now += pause
@@ -146,7 +146,7 @@ def test_ratelimit_never_admits_more_than_rate_and_burst(rate: float, steps: lis
 
 def test_ratelimit_memory_is_bounded() -> None:
     """Clients that come by the ten thousand push out the least recent; each bucket is a few bytes."""
-    limiter = RateLimiter(1, clock=Clock())
+    limiter = ClientRateLimiter(1, clock=Clock())
     limiter.admit("10.0.0.0")
     for number in range(20_000):
         limiter.admit(f"10.1.{number >> 8}.{number & 255}")

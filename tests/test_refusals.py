@@ -19,7 +19,7 @@ from gateway.domain.errors import (
     UpstreamThrottled,
     UpstreamTimeout,
 )
-from gateway.upstream.vendor_errors import BY_CLASS, BY_CODE, BY_MESSAGE, BY_STATUS, refusal
+from gateway.upstream.vendor_errors import BY_CLASS, BY_CODE, BY_MESSAGE, BY_STATUS, classify
 
 Kind = type[UpstreamError]
 
@@ -63,7 +63,7 @@ MESSAGES: list[tuple[int, str, Kind]] = [
 
 
 def kind(status: int = 400, code: str = "", message: str = "") -> Kind:
-    return type(refusal(status, code, message, detail=UpstreamDetail(), retry_after=None))
+    return type(classify(status, code, message, detail=UpstreamDetail(), retry_after=None))
 
 
 @pytest.mark.parametrize(("code", "expected"), CODES.items())
@@ -184,7 +184,7 @@ def test_refusal_blames_the_pair_only_where_it_is_named(status: int, message: st
 def test_refusal_carries_detail_and_retry_after() -> None:
     """What upstream said of itself and when to come back go along; the text is a fixed one of ours."""
     detail = UpstreamDetail(request_id="r-1", err_code="T429ID", err_message="slowly")
-    error = refusal(429, "T429ID", "what upstream said", detail=detail, retry_after=7.0)
+    error = classify(429, "T429ID", "what upstream said", detail=detail, retry_after=7.0)
     assert (error.detail, error.retry_after) == (detail, 7.0)
     assert str(error) == "the upstream asks to slow down"
 
@@ -192,9 +192,9 @@ def test_refusal_carries_detail_and_retry_after() -> None:
 def test_refusal_has_a_text_for_each_kind() -> None:
     """Every kind that a table can name has a text of its own."""
     for status, code in ((0, code) for code in BY_CODE):
-        assert str(refusal(status, code, "", detail=UpstreamDetail(), retry_after=None))
+        assert str(classify(status, code, "", detail=UpstreamDetail(), retry_after=None))
     for part, expected in BY_MESSAGE:
-        assert isinstance(refusal(400, "", part, detail=UpstreamDetail(), retry_after=None), expected)
+        assert isinstance(classify(400, "", part, detail=UpstreamDetail(), retry_after=None), expected)
     for table in (BY_CLASS, BY_STATUS):
         assert set(table.values()) <= {
             UpstreamForbidden,

@@ -439,11 +439,11 @@ def test_replicas_are_slowed_down_together(upstream: RawUpstream, replicas: list
     )
     assert replicas[0].get(fresh_id()).json()["code"] == "upstream-throttled"
     for replica in replicas:
-        until(lambda replica=replica: slowed(replica), "it holds back")  # type: ignore[misc]
+        until(lambda replica=replica: throttled_now(replica), "it holds back")  # type: ignore[misc]
     assert len(upstream.requests) == 1
 
 
-def slowed(gateway: Gateway) -> bool:
+def throttled_now(gateway: Gateway) -> bool:
     """Tell whether a replica holds back for its upstream."""
     return "upstream: upstream-throttled" in gateway.client.get("/readyz").json()["degraded"]
 

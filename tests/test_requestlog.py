@@ -12,8 +12,8 @@ from structlog.testing import capture_logs
 from gateway.api.request_log import RequestLog, settled
 from gateway.domain.errors import UpstreamDetail, UpstreamRejected, UpstreamTimeout
 from gateway.domain.snapshot import Operation, Snapshot, TaskKey
-from gateway.progress.results import Failed, Landing, Reading, Source
-from gateway.telemetry.log_sampling import Sampler
+from gateway.progress.results import CacheResult, CacheStatus, FetchFailure, FetchResult
+from gateway.telemetry.log_sampling import LogSampler
 from tests.harness import Gateway, Json, Process, Simulator, fresh_id, serving, until
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "01j5t2qx82323pswaqykz9eq4")
@@ -21,8 +21,8 @@ SNAPSHOT = Snapshot(KEY, 0.0, 1.0, b"{}")
 ROUTE = "/v1/progress/{taskId}"
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TIMEOUT = UpstreamTimeout("too late")
-HIT = Reading(SNAPSHOT, 0.1, Source.HIT)
-MISS = Reading(SNAPSHOT, 0.0, Source.MISS, landing=Landing(SNAPSHOT, 0.25, "i_1"))
+HIT = CacheResult(SNAPSHOT, 0.1, CacheStatus.HIT)
+MISS = CacheResult(SNAPSHOT, 0.0, CacheStatus.MISS, fetch=FetchResult(SNAPSHOT, 0.25, "i_1"))
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def loud(caplog: pytest.LogCaptureFixture) -> Callable[[int], None]:
 pytestmark = pytest.mark.usefixtures("loud")
 
 
-def scope(*outcomes: Reading | Failed, **state: Any) -> dict[str, Any]:
+def scope(*outcomes: CacheResult | FetchFailure, **state: Any) -> dict[str, Any]:
     made: dict[str, Any] = {"headers": [], "state": {"request_id": "r-1"} | state}
     if outcomes:
         made["state"]["outcomes"] = outcomes
@@ -46,7 +46,7 @@ def told(
     request: dict[str, Any], *, status: int = 200, route: str = ROUTE, log: RequestLog | None = None
 ) -> list[dict[str, Any]]:
     """Return the lines written for this request: one or none."""
-    log = log or RequestLog(Sampler())
+    log = log or RequestLog(LogSampler())
     with capture_logs() as lines:
         log.tell(request, method="GET", route=route, status=status, seconds=0.0123456789)
     return [dict(line) for line in lines]
@@ -72,8 +72,8 @@ def test_requestlog_line_of_a_hit() -> None:
     ]
 
 
-@pytest.mark.parametrize("source", [Source.MISS, Source.COLLAPSED])
-def test_requestlog_line_of_one_that_waited_for_upstream(source: Source) -> None:
+@pytest.mark.parametrize("source", [CacheStatus.MISS, CacheStatus.COLLAPSED])
+def test_requestlog_line_of_one_that_waited_for_upstream(source: CacheStatus) -> None:
     """Who began a flight or joined it is told how long upstream took, and the vendor's id of the call."""
     [line] = told(scope(MISS._replace(source=source)))
     assert (line["cache"], line["upstream_seconds"], line["upstream_invoke_id"]) == (source, 0.25, "i_1")
@@ -81,13 +81,13 @@ def test_requestlog_line_of_one_that_waited_for_upstream(source: Source) -> None
 
 def test_requestlog_line_of_a_flight_that_asked_nobody() -> None:
     """A flight that found what another had stored has no call to tell of."""
-    [line] = told(scope(MISS._replace(landing=Landing(SNAPSHOT))))
+    [line] = told(scope(MISS._replace(fetch=FetchResult(SNAPSHOT))))
     assert not [name for name in line if name.startswith("upstream")]
 
 
 def test_requestlog_line_of_a_covered_failure() -> None:
     """A stale answer that covers a failure names it, and the call that failed."""
-    covered = Reading(SNAPSHOT, 9.0, Source.STALE, failure=TIMEOUT, landing=Landing(TIMEOUT, 10.0))
+    covered = CacheResult(SNAPSHOT, 9.0, CacheStatus.STALE, failure=TIMEOUT, fetch=FetchResult(TIMEOUT, 10.0))
     [line] = told(scope(covered))
     assert (line["cache"], line["detail"], line["status"]) == ("stale", "upstream-timeout", 200)
     assert line["upstream_seconds"] == 10.0
@@ -97,7 +97,7 @@ def test_requestlog_line_of_a_covered_failure() -> None:
 
 def test_requestlog_line_of_a_failure() -> None:
     """A failure is a warning with its code, and says whether it was remembered."""
-    failed = Failed(KEY, TIMEOUT, Source.NEGATIVE)
+    failed = FetchFailure(KEY, TIMEOUT, CacheStatus.NEGATIVE)
     [line] = told(scope(failed, code="upstream-timeout"), status=504)
     assert (line["log_level"], line["status"], line["code"]) == ("warning", 504, "upstream-timeout")
     assert (line["cache"], line["detail"], line["task_id"]) == ("negative", "upstream-timeout", KEY.task_id)
@@ -105,8 +105,10 @@ def test_requestlog_line_of_a_failure() -> None:
 
 def test_requestlog_line_of_a_batch() -> None:
     """Many tasks are a number, their verdicts are counted, and upstream's time is the longest."""
-    slow = MISS._replace(landing=Landing(SNAPSHOT, 0.75, "i_2"))
-    [line] = told(scope(HIT, MISS, slow, Failed(KEY, TIMEOUT, Source.MISS, Landing(TIMEOUT, 0.5))))
+    slow = MISS._replace(fetch=FetchResult(SNAPSHOT, 0.75, "i_2"))
+    [line] = told(
+        scope(HIT, MISS, slow, FetchFailure(KEY, TIMEOUT, CacheStatus.MISS, FetchResult(TIMEOUT, 0.5)))
+    )
     assert (line["tasks"], line["cache"]) == (4, {"hit": 1, "miss": 3})
     assert (line["upstream_seconds"], line["upstream_invoke_id"]) == (0.75, "i_1, i_2")
     assert "task_id" not in line
@@ -160,13 +162,13 @@ def test_requestlog_below_the_level_says_nothing(loud: Callable[[int], None]) ->
 
 def test_requestlog_samples_a_crowd_of_a_kind() -> None:
     """Lines of one route, class of status and verdict are sampled together; others are not held up."""
-    log = RequestLog(Sampler(first=2, every=100, clock=lambda: 0.0))
+    log = RequestLog(LogSampler(first=2, every=100, clock=lambda: 0.0))
     crowd = [line for _ in range(102) for line in told(scope(HIT), log=log)]
     assert [line.get("suppressed") for line in crowd] == [None, None, 99]
     for request, status in [
         (scope(MISS), 200),
         (scope(HIT._replace(failure=TIMEOUT)), 200),
-        (scope(Failed(KEY, TIMEOUT, Source.MISS)), 504),
+        (scope(FetchFailure(KEY, TIMEOUT, CacheStatus.MISS)), 504),
         (scope(code="not-found"), 404),
         (scope(code="too-many-requests"), 429),
     ]:
@@ -179,7 +181,9 @@ def test_settled_leaves_the_outcome_and_raises_the_failure() -> None:
     request = scope()
     assert settled(request, HIT) is HIT
     assert request["state"]["outcomes"] == (HIT,)
-    failed = Failed(KEY, UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail()), Source.MISS)
+    failed = FetchFailure(
+        KEY, UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail()), CacheStatus.MISS
+    )
     with pytest.raises(UpstreamRejected) as raised:
         settled(request, failed)
     assert raised.value is not failed.failure  # which others may share

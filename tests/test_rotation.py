@@ -22,8 +22,8 @@ from gateway.domain.snapshot import Operation
 from gateway.settings.model import Credentials as CredentialSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
-from gateway.upstream.credential_rotation import KEPT_OUT_SECONDS, Rotation
-from gateway.upstream.credentials import Credentials, Pair, Slot
+from gateway.upstream.credential_rotation import KEPT_OUT_SECONDS, CredentialRotation
+from gateway.upstream.credentials import Credentials, KeyPair, Slot
 
 REFUSAL_SECONDS = 1.0
 REJECTED = UpstreamRejected("rejected", envelope=b"{}", detail=UpstreamDetail())
@@ -55,9 +55,11 @@ class Bench:
         }
         settings = CredentialSettings.model_validate(files)
         self.credentials = Credentials(settings, redactor=Redactor(), metrics=self.metrics)
-        self.rotation = Rotation(self.credentials, refusal_seconds=REFUSAL_SECONDS, clock=lambda: self.now)
+        self.rotation = CredentialRotation(
+            self.credentials, refusal_seconds=REFUSAL_SECONDS, clock=lambda: self.now
+        )
 
-    async def answer(self, pair: Pair) -> str:
+    async def answer(self, pair: KeyPair) -> str:
         """Be the upstream: answer who signed with a known key, refuse others."""
         self.calls.append(pair.access_key)
         if pair.access_key not in self.known or pair.secret_key != f"secret of {pair.access_key}":
@@ -120,7 +122,7 @@ async def test_rotation_promotes_the_next_pair(bench: Bench) -> None:
 async def test_rotation_takes_any_envelope_for_acceptance(bench: Bench) -> None:
     """An envelope that says no proves the pair as well as one that says yes."""
 
-    async def reject(pair: Pair) -> str:
+    async def reject(pair: KeyPair) -> str:
         await bench.answer(pair)
         raise REJECTED
 
@@ -136,7 +138,7 @@ async def test_rotation_has_many_wait_for_one_trial(bench: Bench) -> None:
     bench.known = {"two"}
     refuse, accept, on_trial = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    async def slowly(pair: Pair) -> str:
+    async def slowly(pair: KeyPair) -> str:
         if pair.access_key == "one":
             await refuse.wait()
         elif not accept.is_set():
@@ -166,7 +168,7 @@ async def test_rotation_tries_a_refused_next_pair_once_for_many(bench: Bench) ->
     bench.known = set()
     refuse = asyncio.Event()
 
-    async def slowly(pair: Pair) -> str:
+    async def slowly(pair: KeyPair) -> str:
         await refuse.wait()
         return await bench.answer(pair)
 
@@ -312,7 +314,7 @@ async def test_rotation_does_not_override_what_was_read_during_a_trial(bench: Be
     """New content that the active slot got while the next pair was on trial signs: it is newer."""
     bench.known = {"two", "three"}
 
-    async def meanwhile(pair: Pair) -> str:
+    async def meanwhile(pair: KeyPair) -> str:
         if pair.access_key == "two":
             bench.mount(active="three")
             bench.credentials.reload()
@@ -327,7 +329,7 @@ async def test_rotation_learns_nothing_from_calls_that_were_in_the_air(bench: Be
     """An answer to a call that was sent before the refusal does not bring the refused pair back."""
     late = asyncio.Event()
 
-    async def early(pair: Pair) -> str:
+    async def early(pair: KeyPair) -> str:
         await late.wait()
         return pair.access_key
 
@@ -346,7 +348,7 @@ async def test_rotation_is_not_begun_by_what_says_nothing_of_the_pair(
 ) -> None:
     """Clock, nonce, time-out: the pair is not to blame, does not rest, and no other one is tried."""
 
-    async def fail(pair: Pair) -> str:
+    async def fail(pair: KeyPair) -> str:
         await bench.answer(pair)
         raise passing("passes")
 
@@ -361,7 +363,7 @@ async def test_rotation_repeats_a_trial_that_told_nothing(bench: Bench) -> None:
     """A trial that ran into a time-out fails its own query only; the next query has a trial of its own."""
     bench.known = {"two"}
 
-    async def late(pair: Pair) -> str:
+    async def late(pair: KeyPair) -> str:
         if pair.access_key == "two":
             raise UpstreamTimeout("late")
         return await bench.answer(pair)
@@ -377,7 +379,7 @@ async def test_rotation_hands_the_trial_on_when_its_query_is_given_up(bench: Ben
     bench.known = {"two"}
     on_trial = asyncio.Event()
 
-    async def never(pair: Pair) -> str:
+    async def never(pair: KeyPair) -> str:
         if pair.access_key == "two":
             on_trial.set()
             await asyncio.Event().wait()
@@ -403,7 +405,7 @@ async def test_rotation_holds_refusals_against_their_operation_only(bench: Bench
 async def test_rotation_leaves_quotas_to_people(bench: Bench) -> None:
     """A spent quota rests the pair, and does not move the load onto the next pair's account."""
 
-    def spent(pair: Pair) -> Awaitable[str]:
+    def spent(pair: KeyPair) -> Awaitable[str]:
         bench.calls.append(pair.access_key)
         raise UpstreamQuota("spent")
 

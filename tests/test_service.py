@@ -14,9 +14,9 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from gateway.domain.errors import (
-    BudgetSpent,
     GatewayError,
     Overloaded,
+    RateLimiterExhausted,
     UpstreamBusy,
     UpstreamClock,
     UpstreamCredentials,
@@ -30,15 +30,15 @@ from gateway.domain.errors import (
     UpstreamUnreachable,
 )
 from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
-from gateway.progress.results import Failed, Reading, Source
+from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
 from gateway.stores.base import Lease
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.client import Upstream
+from gateway.upstream.client import UpstreamClient
 from gateway.upstream.demand import Demand
-from gateway.upstream.signed_request import Answer
+from gateway.upstream.signed_request import ParsedResponse
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "01j5t2qx82323pswaqykz9eq4")
 OTHER = TaskKey(Operation.SD_GET_PROGRESS, "another")
@@ -68,7 +68,7 @@ FAILURES: list[GatewayError] = [
 # pair's affair.
 NOT_THE_TASKS: list[GatewayError] = [
     Overloaded("full"),
-    BudgetSpent("full"),
+    RateLimiterExhausted("full"),
     UpstreamOpen("resting"),
     UpstreamCredentials("refused"),
     UpstreamClock("refused"),
@@ -111,16 +111,16 @@ class Call:
         key: TaskKey,
         *,
         renewal: bool,
-        patience_seconds: float,
+        timeout_seconds: float,
         hold_up: Callable[[float], None],
         demand: Demand,
     ) -> None:
         self.key = key
         self.renewal = renewal
-        self.patience_seconds = patience_seconds
+        self.timeout_seconds = timeout_seconds
         self.hold_up = hold_up
         self.demand = demand
-        self.outcome: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.outcome: asyncio.Future[ParsedResponse] = asyncio.get_running_loop().create_future()
 
     def answer(self, status: str = "running", **data: Any) -> None:
         """Answer the query."""
@@ -131,9 +131,9 @@ class Call:
         self.outcome.set_exception(error)
 
 
-def answer(key: TaskKey, status: str, **data: Any) -> Answer:
+def answer(key: TaskKey, status: str, **data: Any) -> ParsedResponse:
     data = {"taskId": key.task_id, "status": status, "progress": 0.5} | data
-    return Answer(data, json.dumps({"status": 10, "data": data}).encode())
+    return ParsedResponse(data, json.dumps({"status": 10, "data": data}).encode())
 
 
 class FakeUpstream:
@@ -149,14 +149,14 @@ class FakeUpstream:
         key: TaskKey,
         *,
         renewal: bool,
-        patience_seconds: float,
-        held_up: Callable[[float], None],
+        timeout_seconds: float,
+        on_queued: Callable[[float], None],
         demand: Demand,
-    ) -> Answer:
+    ) -> ParsedResponse:
         """Wait until the test answers; until then the query is queued, or on the wire."""
         self.keys.append(key)
         demand.committed = not self.queues
-        call = Call(key, renewal=renewal, patience_seconds=patience_seconds, hold_up=held_up, demand=demand)
+        call = Call(key, renewal=renewal, timeout_seconds=timeout_seconds, hold_up=on_queued, demand=demand)
         self._calls.put_nowait(call)
         return await call.outcome
 
@@ -184,32 +184,32 @@ class Bench:
         self.service = ProgressService(
             cache,
             store=self.store,
-            upstream=cast("Upstream", self.upstream),
+            upstream=cast("UpstreamClient", self.upstream),
             metrics=self.metrics,
-            patience_seconds=10.0,
+            timeout_seconds=10.0,
             clock=self.clock,
         )
         self._stored: asyncio.Queue[Snapshot] = asyncio.Queue()
         self.store.on_change(self._stored.put_nowait)
 
-    def begin(self, key: TaskKey = KEY) -> asyncio.Task[Reading]:
+    def begin(self, key: TaskKey = KEY) -> asyncio.Task[CacheResult]:
         """Begin to ask, and return the task that waits."""
         return asyncio.create_task(self.get(key))
 
-    async def get(self, key: TaskKey = KEY) -> Reading:
+    async def get(self, key: TaskKey = KEY) -> CacheResult:
         """Ask; return the reading, or raise the failure."""
         outcome = await self.service.read(key)
-        if isinstance(outcome, Failed):
+        if isinstance(outcome, FetchFailure):
             raise outcome.raised()
         return outcome
 
-    async def learn(self, status: str = "running", key: TaskKey = KEY, **data: Any) -> Reading:
+    async def learn(self, status: str = "running", key: TaskKey = KEY, **data: Any) -> CacheResult:
         """Ask once, and let the upstream answer."""
         asked = self.begin(key)
         (await self.upstream.call()).answer(status, **data)
         return await asked
 
-    async def fail(self, error: BaseException, key: TaskKey = KEY) -> Reading | BaseException:
+    async def fail(self, error: BaseException, key: TaskKey = KEY) -> CacheResult | BaseException:
         """Ask once, let the upstream fail, and return what the caller got."""
         asked = self.begin(key)
         (await self.upstream.call()).fail(error)
@@ -228,7 +228,7 @@ class Bench:
             source.value: self.metrics.registry.get_sample_value(
                 "sd_gateway_cache_lookups_total", {"operation": KEY.operation, "result": source}
             )
-            for source in Source
+            for source in CacheStatus
         }
         return {result: int(count) for result, count in counted.items() if count}
 
@@ -260,8 +260,8 @@ async def bench() -> AsyncIterator[Bench]:
     await bench.service.aclose()
 
 
-def data_of(reading: Reading) -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(reading.snapshot.body)
+def data_of(result: CacheResult) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(result.snapshot.body)
     return data
 
 
@@ -270,14 +270,14 @@ def data_of(reading: Reading) -> dict[str, Any]:
 
 async def test_get_asks_upstream_for_what_is_not_known(bench: Bench) -> None:
     """The first caller waits for upstream, and is told so."""
-    reading = await bench.learn(progress=0.35)
-    assert (reading.source, reading.age, reading.replaced_stale, reading.failure) == (
-        Source.MISS,
+    result = await bench.learn(progress=0.35)
+    assert (result.source, result.age, result.replaced_stale, result.failure) == (
+        CacheStatus.MISS,
         0.0,
         False,
         None,
     )
-    assert data_of(reading)["progress"] == 0.35
+    assert data_of(result)["progress"] == 0.35
     assert bench.upstream.keys == [KEY]
     assert bench.lookups() == {"miss": 1}
 
@@ -286,10 +286,10 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
     """While the snapshot is fresh nobody asks upstream, and its age is told."""
     first = await bench.learn()
     bench.clock.now += CACHE.running_seconds - 0.1
-    reading = await bench.get(KEY)
-    assert reading.snapshot is first.snapshot
-    assert (reading.source, reading.failure, reading.replaced_stale) == (Source.HIT, None, False)
-    assert reading.age == pytest.approx(CACHE.running_seconds - 0.1)
+    result = await bench.get(KEY)
+    assert result.snapshot is first.snapshot
+    assert (result.source, result.failure, result.replaced_stale) == (CacheStatus.HIT, None, False)
+    assert result.age == pytest.approx(CACHE.running_seconds - 0.1)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1, "hit": 1}
 
@@ -304,7 +304,7 @@ async def test_repeat_answers_for_as_long_as_a_lookup(bench: Bench) -> None:
     assert bench.lookups() == counted
     assert bench.ages() == (5, sum(ages), 0)
     assert not bench.service.repeat(snapshot, snapshot.fetched_at + promised)
-    bench.store.keep(replace(snapshot, stamp=snapshot.stamp + 1))
+    bench.store.keep(replace(snapshot, version=snapshot.version + 1))
     assert not any(bench.service.repeat(snapshot, snapshot.fetched_at + age) for age in ages)
     assert bench.lookups() == counted
 
@@ -325,29 +325,31 @@ async def test_get_takes_the_lifetime_from_the_status(bench: Bench, status: str,
     """A snapshot is fresh for as long as its status says, and stale from then on."""
     await bench.learn(status)
     bench.clock.now += seconds - 0.01
-    assert (await bench.get(KEY)).source is Source.HIT
+    assert (await bench.get(KEY)).source is CacheStatus.HIT
     bench.clock.now += 0.02
-    assert (await bench.get(KEY)).source is Source.STALE
+    assert (await bench.get(KEY)).source is CacheStatus.STALE
 
 
 async def test_get_takes_the_lifetime_of_results(bench: Bench) -> None:
     """Results are kept by the lifetime of results, envelope and all."""
     first = await bench.learn("succeeded", RESULT, images=["u"])
     bench.clock.now += CACHE.result_seconds - 0.01
-    reading = await bench.get(RESULT)
-    assert (reading.source, reading.snapshot) == (Source.HIT, first.snapshot)
-    assert json.loads(reading.snapshot.envelope)["data"]["images"] == ["u"]
+    result = await bench.get(RESULT)
+    assert (result.source, result.snapshot) == (CacheStatus.HIT, first.snapshot)
+    assert json.loads(result.snapshot.envelope)["data"]["images"] == ["u"]
     bench.clock.now += 0.02
-    assert (await bench.get(RESULT)).source is Source.STALE
+    assert (await bench.get(RESULT)).source is CacheStatus.STALE
 
 
 async def test_get_shares_one_call_among_a_crowd(bench: Bench) -> None:
     """Fifty callers at once cost one call: one of them made it, the others joined."""
     crowd = [bench.begin() for _ in range(CALLERS)]
     (await bench.upstream.call()).answer()
-    readings = await asyncio.gather(*crowd)
-    assert {id(reading.snapshot) for reading in readings} == {id(readings[0].snapshot)}
-    assert [reading.source for reading in readings] == [Source.MISS] + [Source.COLLAPSED] * (CALLERS - 1)
+    results = await asyncio.gather(*crowd)
+    assert {id(result.snapshot) for result in results} == {id(results[0].snapshot)}
+    assert [result.source for result in results] == [CacheStatus.MISS] + [CacheStatus.COLLAPSED] * (
+        CALLERS - 1
+    )
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1, "collapsed": CALLERS - 1}
 
@@ -358,7 +360,7 @@ async def test_get_keeps_tasks_and_operations_apart(bench: Bench) -> None:
     asked = [bench.begin(key) for key in keys]
     for call in reversed([await bench.upstream.call() for _ in keys]):
         call.answer()
-    assert [reading.snapshot.key for reading in await asyncio.gather(*asked)] == keys
+    assert [result.snapshot.key for result in await asyncio.gather(*asked)] == keys
     assert sorted(bench.upstream.keys) == sorted(keys)
 
 
@@ -372,7 +374,7 @@ async def test_get_survives_a_caller_who_hangs_up(bench: Bench, leaver: int) -> 
     with pytest.raises(asyncio.CancelledError):
         await gone
     call.answer()
-    assert [reading.age for reading in await asyncio.gather(*crowd)] == [0.0, 0.0]
+    assert [result.age for result in await asyncio.gather(*crowd)] == [0.0, 0.0]
     assert bench.upstream.count == 1
 
 
@@ -386,8 +388,8 @@ async def test_get_stores_an_answer_that_nobody_waits_for(bench: Bench) -> None:
     assert not call.outcome.cancelled()
     next_one = bench.begin()
     call.answer()
-    assert (await next_one).source is Source.COLLAPSED
-    assert (await bench.get(KEY)).source is Source.HIT
+    assert (await next_one).source is CacheStatus.COLLAPSED
+    assert (await bench.get(KEY)).source is CacheStatus.HIT
     assert bench.upstream.count == 1
 
 
@@ -408,10 +410,10 @@ async def test_get_does_not_wait_for_a_flight_that_is_held_up(bench: Bench) -> N
     assert call.renewal
     call.hold_up(7.0)
     call.hold_up(6.0)
-    for reading in await asyncio.gather(*crowd, bench.get(KEY)):
-        assert (reading.snapshot, reading.source) == (first.snapshot, Source.STALE)
-        assert reading.failure == Alike(
-            BudgetSpent("the query waits for the budget of upstream calls", retry_after=7.0)
+    for result in await asyncio.gather(*crowd, bench.get(KEY)):
+        assert (result.snapshot, result.source) == (first.snapshot, CacheStatus.STALE)
+        assert result.failure == Alike(
+            RateLimiterExhausted("the query waits for the budget of upstream calls", retry_after=7.0)
         )
     assert bench.lookups() == {"miss": 1, "stale": 4}
     call.answer(progress=0.9)
@@ -427,10 +429,10 @@ async def test_get_waits_for_a_flight_that_is_not_held_up(bench: Bench) -> None:
         long_ago(bench)
         asked = bench.begin()
         (await bench.upstream.call()).answer(progress=0.9)
-        reading = await asked
-        assert (reading.source, reading.replaced_stale, reading.failure) == (Source.MISS, True, None)
+        result = await asked
+        assert (result.source, result.replaced_stale, result.failure) == (CacheStatus.MISS, True, None)
         long_ago(bench)
-        assert not bench.service._flights._demands
+        assert not bench.service._in_flight._demands
 
 
 async def test_get_waits_for_a_held_up_flight_without_a_snapshot(bench: Bench) -> None:
@@ -442,7 +444,7 @@ async def test_get_waits_for_a_held_up_flight_without_a_snapshot(bench: Bench) -
         await bench.learn(key=meanwhile)
         assert not asked.done()
         call.answer()
-        assert (await asked).source is Source.MISS
+        assert (await asked).source is CacheStatus.MISS
         bench.clock.now += CACHE.stale_if_error_seconds + CACHE.running_seconds
 
 
@@ -456,8 +458,8 @@ async def test_get_fresh_waits_for_a_held_up_flight(bench: Bench) -> None:
     await bench.learn(key=OTHER)  # whoever waits no longer would have been answered meanwhile
     assert not asked.done()
     call.answer(progress=0.9)
-    reading = await asked
-    assert (reading.source, reading.failure) == (Source.MISS, None)
+    result = await asked
+    assert (result.source, result.failure) == (CacheStatus.MISS, None)
 
 
 async def test_get_joins_a_flight_that_has_just_landed(bench: Bench) -> None:
@@ -468,11 +470,11 @@ async def test_get_joins_a_flight_that_has_just_landed(bench: Bench) -> None:
     call = await bench.upstream.call()
     call.fail(Overloaded("no slot"))  # which is not remembered, so only the flight tells it
     late = bench.begin()
-    for reading in await asyncio.gather(early, late):
-        assert (reading.snapshot, reading.source) == (first.snapshot, Source.STALE)
-        assert isinstance(reading.failure, Overloaded)
+    for result in await asyncio.gather(early, late):
+        assert (result.snapshot, result.source) == (first.snapshot, CacheStatus.STALE)
+        assert isinstance(result.failure, Overloaded)
     assert bench.upstream.count == 2
-    assert not bench.service._flights._demands
+    assert not bench.service._in_flight._demands
 
 
 # Callers that leave
@@ -502,19 +504,19 @@ async def test_read_drops_a_queued_query_when_its_last_caller_leaves(bench: Benc
     assert bench.upstream.count == 2
     fourth = bench.begin()
     await asyncio.sleep(0)
-    assert len(bench.service._flights._demands) == 1
+    assert len(bench.service._in_flight._demands) == 1
     await left(third)
     await left(fourth)
 
 
 async def test_read_leaves_no_trace_of_a_flight_that_was_dropped_before_it_began(bench: Bench) -> None:
     """A caller may leave in the very turn of the loop in which it came."""
-    waiting = bench.service._flights.start(KEY)
+    waiting = bench.service._in_flight.start(KEY)
     bench.service.join(KEY, b"1")
     bench.service.leave(KEY, b"1")
     await asyncio.wait([waiting])
     assert waiting.cancelled()
-    assert (KEY in bench.service._flights, bench.service._flights._demands) == (False, {})
+    assert (KEY in bench.service._in_flight, bench.service._in_flight._demands) == (False, {})
     assert bench.upstream.count == 0
     await bench.learn()
 
@@ -525,10 +527,10 @@ async def test_read_completes_and_stores_what_is_on_the_wire(bench: Bench) -> No
     call = await bench.upstream.call()
     await left(caller)
     call.answer()
-    reading = await bench.get()
-    assert (reading.source, bench.upstream.count) == (Source.COLLAPSED, 1)
-    assert (await bench.get()).source is Source.HIT
-    assert not bench.service._flights._demands
+    result = await bench.get()
+    assert (result.source, bench.upstream.count) == (CacheStatus.COLLAPSED, 1)
+    assert (await bench.get()).source is CacheStatus.HIT
+    assert not bench.service._in_flight._demands
 
 
 @pytest.mark.parametrize("how", ["stale", "held up", "hot"])
@@ -538,17 +540,17 @@ async def test_read_drops_no_refresh_that_the_gateway_wants_itself(bench: Bench,
     bench.upstream.queues = True
     if how == "stale":
         bench.clock.now += CACHE.running_seconds
-        assert (await bench.get()).source is Source.STALE
+        assert (await bench.get()).source is CacheStatus.STALE
         call = await bench.upstream.call()
     elif how == "held up":
         long_ago(bench)
         asked = bench.begin()
         call = await bench.upstream.call()
         call.hold_up(7.0)
-        assert (await asked).source is Source.STALE
+        assert (await asked).source is CacheStatus.STALE
     else:
         known = cast("Snapshot", bench.store.peek(KEY))
-        bench.service._take_off(known.key, known.stamp)
+        bench.service._take_off(known.key, known.version)
         call = await bench.upstream.call()
         long_ago(bench)
     joined = asyncio.create_task(bench.service.get_fresh(KEY))
@@ -556,7 +558,7 @@ async def test_read_drops_no_refresh_that_the_gateway_wants_itself(bench: Bench,
     await left(joined)
     assert not call.outcome.done()
     call.answer(progress=0.9)
-    await bench.renewed(after=cast("Snapshot", bench.store.recall(KEY)))
+    await bench.renewed(after=cast("Snapshot", bench.store.peek_stale(KEY)))
 
 
 async def test_subscribers_want_the_flights_that_a_schedule_begins(bench: Bench) -> None:
@@ -572,7 +574,7 @@ async def test_subscribers_want_the_flights_that_a_schedule_begins(bench: Bench)
     bench.service.leave(KEY, b"2")
     await asyncio.wait([ticking])
     assert call.outcome.cancelled()
-    assert not bench.service._flights._demands
+    assert not bench.service._in_flight._demands
 
 
 async def test_read_tells_whose_query_it_is(bench: Bench) -> None:
@@ -594,14 +596,14 @@ async def test_get_answers_a_young_stale_snapshot_at_once(bench: Bench) -> None:
     """Stale but young: answered at once, while exactly one refresh runs behind, whoever else comes."""
     first = await bench.learn(progress=0.1)
     bench.clock.now += CACHE.running_seconds
-    readings = [await bench.get(KEY) for _ in range(CALLERS)]
-    assert {reading.source for reading in readings} == {Source.STALE}
-    assert all(reading.snapshot is first.snapshot and reading.failure is None for reading in readings)
-    assert readings[0].age == CACHE.running_seconds
+    results = [await bench.get(KEY) for _ in range(CALLERS)]
+    assert {result.source for result in results} == {CacheStatus.STALE}
+    assert all(result.snapshot is first.snapshot and result.failure is None for result in results)
+    assert results[0].age == CACHE.running_seconds
     (await bench.upstream.call()).answer(progress=0.9)
     await bench.renewed(after=first.snapshot)
-    reading = await bench.get(KEY)
-    assert (reading.source, reading.age, data_of(reading)["progress"]) == (Source.HIT, 0.0, 0.9)
+    result = await bench.get(KEY)
+    assert (result.source, result.age, data_of(result)["progress"]) == (CacheStatus.HIT, 0.0, 0.9)
     assert bench.upstream.count == 2
     assert bench.lookups() == {"miss": 1, "stale": CALLERS, "hit": 1}
 
@@ -612,9 +614,9 @@ async def test_get_waits_when_a_stale_snapshot_is_too_old(bench: Bench) -> None:
     bench.clock.now += CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
     crowd = [bench.begin() for _ in range(3)]
     (await bench.upstream.call()).answer(progress=0.9)
-    for reading, source in zip(await asyncio.gather(*crowd), ["miss", "collapsed", "collapsed"], strict=True):
-        assert (reading.source, reading.age, reading.replaced_stale) == (source, 0.0, True)
-        assert data_of(reading)["progress"] == 0.9
+    for result, source in zip(await asyncio.gather(*crowd), ["miss", "collapsed", "collapsed"], strict=True):
+        assert (result.source, result.age, result.replaced_stale) == (source, 0.0, True)
+        assert data_of(result)["progress"] == 0.9
     assert bench.upstream.count == 2
 
 
@@ -629,7 +631,7 @@ async def test_get_joins_the_refresh_that_runs_behind(bench: Bench) -> None:
     await bench.learn(key=OTHER)
     assert not late.done()
     call.answer()
-    assert (await late).source is Source.COLLAPSED
+    assert (await late).source is CacheStatus.COLLAPSED
     assert bench.upstream.keys == [KEY, KEY, OTHER]
 
 
@@ -639,8 +641,8 @@ async def test_get_counts_age_from_the_answers_arrival(bench: Bench) -> None:
     call = await bench.upstream.call()
     bench.clock.now += 8.0
     call.answer()
-    reading = await asked
-    assert (reading.age, reading.snapshot.fetched_at) == (0.0, bench.clock.now)
+    result = await asked
+    assert (result.age, result.snapshot.fetched_at) == (0.0, bench.clock.now)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -663,10 +665,10 @@ async def test_get_keeps_the_freshness_promise(steps: list[tuple[float, str]]) -
     try:
         for seconds, status in steps:  # noqa: B007  # what the upstream says from now on
             bench.clock.now += seconds
-            reading = await bench.get(KEY)
-            assert reading.age == bench.clock.now - reading.snapshot.fetched_at
-            assert reading.age < reading.snapshot.lifetime + CACHE.stale_while_revalidate_seconds
-            assert (reading.source is Source.HIT) <= (reading.age < reading.snapshot.lifetime)
+            result = await bench.get(KEY)
+            assert result.age == bench.clock.now - result.snapshot.fetched_at
+            assert result.age < result.snapshot.lifetime + CACHE.stale_while_revalidate_seconds
+            assert (result.source is CacheStatus.HIT) <= (result.age < result.snapshot.lifetime)
     finally:
         answering.cancel()
         await asyncio.wait([answering])
@@ -697,15 +699,15 @@ async def test_get_remembers_a_failure_for_a_while(bench: Bench, failure: Gatewa
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1, "negative": 3}
     bench.clock.now += 0.02
-    assert (await bench.learn()).source is Source.MISS
+    assert (await bench.learn()).source is CacheStatus.MISS
     assert bench.upstream.count == 2
 
 
 async def test_get_remembers_a_failure_against_its_task_only(bench: Bench) -> None:
     """One task's failure keeps nobody from asking for another."""
     await bench.fail(UpstreamTimeout("too late"))
-    assert (await bench.learn(key=OTHER)).source is Source.MISS
-    assert (await bench.learn(key=RESULT)).source is Source.MISS
+    assert (await bench.learn(key=OTHER)).source is CacheStatus.MISS
+    assert (await bench.learn(key=RESULT)).source is CacheStatus.MISS
 
 
 @pytest.mark.parametrize("failure", NOT_THE_TASKS, ids=name_of)
@@ -715,7 +717,7 @@ async def test_get_holds_no_failure_against_a_task_that_is_not_its_own(
     """Our own limits and refused credentials are not remembered: the next caller asks again at once."""
     await bench.fail(failure)
     assert bench.store.failure(KEY) is None
-    assert (await bench.learn()).source is Source.MISS
+    assert (await bench.learn()).source is CacheStatus.MISS
     assert bench.upstream.count == 2
     assert bench.lookups() == {"miss": 2}
 
@@ -727,10 +729,10 @@ async def test_get_covers_a_failure_with_a_stale_snapshot(bench: Bench, failure:
     bench.clock.now += CACHE.stale_if_error_seconds
     crowd = [bench.begin() for _ in range(2)]
     (await bench.upstream.call()).fail(failure)
-    for reading in await asyncio.gather(*crowd):
-        assert reading.snapshot is first.snapshot
-        assert (reading.source, reading.failure) == (Source.STALE, Alike(failure))
-        assert reading.age == CACHE.stale_if_error_seconds
+    for result in await asyncio.gather(*crowd):
+        assert result.snapshot is first.snapshot
+        assert (result.source, result.failure) == (CacheStatus.STALE, Alike(failure))
+        assert result.age == CACHE.stale_if_error_seconds
     assert bench.lookups() == {"miss": 1, "stale": 2}
 
 
@@ -741,8 +743,8 @@ async def test_get_covers_a_remembered_failure(bench: Bench) -> None:
     failure = UpstreamTimeout("too late")
     await bench.fail(failure)
     for _ in range(3):
-        reading = await bench.get(KEY)
-        assert (reading.source, reading.failure, reading.age) == (Source.STALE, Alike(failure), 20.0)
+        result = await bench.get(KEY)
+        assert (result.source, result.failure, result.age) == (CacheStatus.STALE, Alike(failure), 20.0)
     assert bench.upstream.count == 2
     assert bench.lookups() == {"miss": 1, "stale": 4}
 
@@ -769,9 +771,9 @@ async def test_get_tells_of_a_refresh_that_failed(bench: Bench) -> None:
     (await bench.upstream.call()).fail(failure)
     assert (await joined).failure == Alike(failure)
     for _ in range(3):
-        reading = await bench.get(KEY)
-        assert (reading.snapshot, reading.source) == (first.snapshot, Source.STALE)
-        assert reading.failure == Alike(failure)
+        result = await bench.get(KEY)
+        assert (result.snapshot, result.source) == (first.snapshot, CacheStatus.STALE)
+        assert result.failure == Alike(failure)
     assert bench.upstream.count == 2
     bench.clock.now += CACHE.error_seconds + 0.01
     assert (await bench.get(KEY)).failure is None
@@ -788,7 +790,7 @@ async def test_get_covers_no_failure_beyond_its_bound_however_young_the_snapshot
     joined = asyncio.create_task(bench.service.get_fresh(KEY))
     (await bench.upstream.call()).fail(UpstreamTimeout("too late"))
     for outcome in (await joined, await bench.service.read(KEY)):
-        assert isinstance(outcome, Failed)
+        assert isinstance(outcome, FetchFailure)
         assert isinstance(outcome.failure, UpstreamTimeout)
     assert bench.lookups() == {"miss": 1, "stale": 1, "negative": 1}
     await bench.service.aclose()
@@ -800,10 +802,10 @@ async def test_get_asks_nobody_behind_an_answer_that_covers_a_failure(bench: Ben
     bench.clock.now += 20.0
     await bench.fail(UpstreamTimeout("too late"))
     for _ in range(3):
-        reading = await bench.get(KEY)
-        assert (reading.snapshot, reading.source) == (first.snapshot, Source.STALE)
-        assert isinstance(reading.failure, UpstreamTimeout)
-        assert KEY not in bench.service._flights
+        result = await bench.get(KEY)
+        assert (result.snapshot, result.source) == (first.snapshot, CacheStatus.STALE)
+        assert isinstance(result.failure, UpstreamTimeout)
+        assert KEY not in bench.service._in_flight
     await bench.learn(key=OTHER)  # a refresh begun before would have asked before
     assert bench.upstream.keys == [KEY, KEY, OTHER]
 
@@ -816,10 +818,10 @@ async def test_read_tells_of_the_call_behind_a_covered_failure(bench: Bench) -> 
     call = await bench.upstream.call()
     bench.clock.now += 0.5
     call.fail(UpstreamInvalid("nonsense", detail=UpstreamDetail(request_id="r-1")))
-    reading = await asked
-    assert reading.source is Source.STALE
-    assert reading.landing is not None
-    assert (reading.landing.upstream_seconds, reading.landing.invoke_id) == (pytest.approx(0.5), "r-1")
+    result = await asked
+    assert result.source is CacheStatus.STALE
+    assert result.fetch is not None
+    assert (result.fetch.upstream_seconds, result.fetch.invoke_id) == (pytest.approx(0.5), "r-1")
 
 
 async def test_get_recovers(bench: Bench) -> None:
@@ -828,8 +830,8 @@ async def test_get_recovers(bench: Bench) -> None:
     bench.clock.now += 20.0
     await bench.fail(UpstreamTimeout("too late"))
     bench.clock.now += CACHE.error_seconds + 0.01
-    reading = await bench.learn(progress=0.8)
-    assert (reading.source, reading.failure, reading.replaced_stale) == (Source.MISS, None, True)
+    result = await bench.learn(progress=0.8)
+    assert (result.source, result.failure, result.replaced_stale) == (CacheStatus.MISS, None, True)
     assert (await bench.get(KEY)).failure is None
 
 
@@ -858,7 +860,7 @@ async def test_get_shares_a_bug_and_does_not_remember_it(bench: Bench) -> None:
     (await bench.upstream.call()).fail(bug)
     assert await asyncio.gather(*crowd, return_exceptions=True) == [bug] * 3
     assert bench.store.failure(KEY) is None
-    assert (await bench.learn()).source is Source.MISS
+    assert (await bench.learn()).source is CacheStatus.MISS
 
 
 async def test_get_fails_on_a_state_that_nests_too_deep(bench: Bench) -> None:
@@ -868,7 +870,9 @@ async def test_get_fails_on_a_state_that_nests_too_deep(bench: Bench) -> None:
         deep = {"state": deep}
     asked = bench.begin()
     call = await bench.upstream.call()
-    call.outcome.set_result(Answer({"taskId": KEY.task_id, "status": "running", "state": deep}, b"{}"))
+    call.outcome.set_result(
+        ParsedResponse({"taskId": KEY.task_id, "status": "running", "state": deep}, b"{}")
+    )
     with pytest.raises(UpstreamInvalid):
         await asked
     assert bench.store.failure(KEY) is not None
@@ -887,9 +891,9 @@ async def test_get_folds_each_answer_into_the_story(bench: Bench) -> None:
     bench.clock.now += 10.0
     assert data_of(await bench.learn("succeeded"))["progress"] == 1.0
     bench.clock.now += CACHE.terminal_seconds + 10.0
-    reading = await bench.learn("running", progress=0.1)
-    assert (data_of(reading)["status"], data_of(reading)["terminal"]) == ("succeeded", True)
-    assert (reading.source, reading.age) == (Source.MISS, 0.0)
+    result = await bench.learn("running", progress=0.1)
+    assert (data_of(result)["status"], data_of(result)["terminal"]) == ("succeeded", True)
+    assert (result.source, result.age) == (CacheStatus.MISS, 0.0)
 
 
 async def test_get_counts_each_transition_once(bench: Bench) -> None:
@@ -909,17 +913,17 @@ class LeaseBook(MemoryStore):
         super().__init__(max_tasks=100, stale_seconds=60.0)
         self.out: set[Lease] = set()
 
-    async def take_off(
-        self, key: TaskKey, *, after: int | None = None, patience_seconds: float = math.inf
+    async def acquire(
+        self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
-        outcome = await super().take_off(key, after=after, patience_seconds=patience_seconds)
+        outcome = await super().acquire(key, after=after, timeout_seconds=timeout_seconds)
         if isinstance(outcome, Lease):
             self.out.add(outcome)
         return outcome
 
-    async def land(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
+    async def commit(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
         self.out.remove(lease)
-        return await super().land(lease, snapshot)
+        return await super().commit(lease, snapshot)
 
     async def fail(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
         self.out.remove(lease)
@@ -1023,10 +1027,10 @@ async def test_read_tells_every_waiter_of_the_call(bench: Bench) -> None:
     bench.clock.now += 0.25
     call.outcome.set_result(answer(KEY, "running")._replace(invoke_id="i_7"))
     for asked in (first, second):
-        landing = (await asked).landing
-        assert landing is not None
-        assert (landing.upstream_seconds, landing.invoke_id) == (pytest.approx(0.25), "i_7")
-    assert (await bench.get()).landing is None
+        fetch = (await asked).fetch
+        assert fetch is not None
+        assert (fetch.upstream_seconds, fetch.invoke_id) == (pytest.approx(0.25), "i_7")
+    assert (await bench.get()).fetch is None
 
 
 @pytest.mark.parametrize(
@@ -1047,13 +1051,13 @@ async def test_read_tells_every_waiter_of_the_call_that_failed(
     bench.clock.now += 0.5
     call.fail(UpstreamInvalid("nonsense", detail=detail))
     failed = await asked
-    assert isinstance(failed, Failed)
-    assert failed.landing is not None
-    assert (failed.key, failed.source) == (KEY, Source.MISS)
-    assert (failed.landing.upstream_seconds, failed.landing.invoke_id) == (pytest.approx(0.5), told)
+    assert isinstance(failed, FetchFailure)
+    assert failed.fetch is not None
+    assert (failed.key, failed.source) == (KEY, CacheStatus.MISS)
+    assert (failed.fetch.upstream_seconds, failed.fetch.invoke_id) == (pytest.approx(0.5), told)
     again = await bench.service.read(KEY)
-    assert isinstance(again, Failed)
-    assert (again.source, again.landing) == (Source.NEGATIVE, None)
+    assert isinstance(again, FetchFailure)
+    assert (again.source, again.fetch) == (CacheStatus.NEGATIVE, None)
 
 
 async def test_get_measures_the_age_of_what_it_answers(bench: Bench) -> None:
@@ -1089,9 +1093,9 @@ async def test_read_tells_of_no_call_where_none_was_made(bench: Bench) -> None:
     asked = asyncio.create_task(bench.service.read(KEY))
     (await bench.upstream.call()).fail(Overloaded("full"))
     failed = await asked
-    assert isinstance(failed, Failed)
-    assert failed.landing is not None
-    assert failed.landing.invoke_id is None
+    assert isinstance(failed, FetchFailure)
+    assert failed.fetch is not None
+    assert failed.fetch.invoke_id is None
 
 
 async def test_get_makes_no_series_per_task(bench: Bench) -> None:
@@ -1115,13 +1119,13 @@ class SharedStore(MemoryStore):
 
     elsewhere: Snapshot | None = None
 
-    async def take_off(
-        self, key: TaskKey, *, after: int | None = None, patience_seconds: float = math.inf
+    async def acquire(
+        self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
         """Find the other replica's snapshot, if it is of this task."""
         if self.elsewhere is not None and self.elsewhere.key == key:
             self.keep(self.elsewhere)
-        return await super().take_off(key, after=after, patience_seconds=patience_seconds)
+        return await super().acquire(key, after=after, timeout_seconds=timeout_seconds)
 
 
 async def test_fetch_looks_again_before_it_asks() -> None:
@@ -1129,14 +1133,14 @@ async def test_fetch_looks_again_before_it_asks() -> None:
     store = SharedStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
     store.elsewhere = Snapshot(KEY, bench.clock.now - 0.5, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5)
-    readings = await asyncio.gather(bench.begin(), bench.begin())
-    assert [reading.snapshot for reading in readings] == [store.elsewhere] * 2
-    assert [reading.age for reading in readings] == [0.5, 0.5]
-    assert [reading.key for reading in readings] == [KEY, KEY]
-    for reading in readings:  # waited for a flight, which made no call
-        assert reading.landing is not None
-        assert (reading.landing.upstream_seconds, reading.landing.invoke_id) == (None, None)
-        assert reading.landing.span is None
+    results = await asyncio.gather(bench.begin(), bench.begin())
+    assert [result.snapshot for result in results] == [store.elsewhere] * 2
+    assert [result.age for result in results] == [0.5, 0.5]
+    assert [result.key for result in results] == [KEY, KEY]
+    for result in results:  # waited for a flight, which made no call
+        assert result.fetch is not None
+        assert (result.fetch.upstream_seconds, result.fetch.invoke_id) == (None, None)
+        assert result.fetch.span is None
     assert bench.upstream.count == 0
 
 
@@ -1154,10 +1158,10 @@ class ContestedStore(MemoryStore):
 
     late = True
 
-    async def land(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
+    async def commit(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
         """Come too late, once."""
         late, self.late = self.late, False
-        return None if late else await super().land(lease, snapshot)
+        return None if late else await super().commit(lease, snapshot)
 
 
 async def test_fetch_that_comes_too_late_begins_again() -> None:
@@ -1176,7 +1180,7 @@ async def test_fetch_folds_its_answer_into_what_came_meanwhile(bench: Bench) -> 
     long_ago(bench)
     asked = bench.begin()
     call = await bench.upstream.call()
-    bench.store.keep(replace(known, progress=0.8, stamp=known.stamp + 1))
+    bench.store.keep(replace(known, progress=0.8, version=known.version + 1))
     call.answer(progress=0.3)
     assert data_of(await asked)["progress"] == 0.8
 
@@ -1189,14 +1193,14 @@ async def test_get_refreshes_a_hot_task_ahead(bench: Bench) -> None:
     first = await bench.learn()
     bench.clock.now += CACHE.running_seconds - 1e-6
     for _ in range(5):
-        assert (await bench.get(KEY)).source is Source.HIT
+        assert (await bench.get(KEY)).source is CacheStatus.HIT
     call = await bench.upstream.call()
-    assert (await bench.get(KEY)).source is Source.HIT
+    assert (await bench.get(KEY)).source is CacheStatus.HIT
     call.answer(progress=0.9)
     await bench.renewed(after=first.snapshot)
     bench.clock.now += CACHE.running_seconds - 1e-6
-    reading = await bench.get(KEY)
-    assert (reading.source, data_of(reading)["progress"]) == (Source.HIT, 0.9)
+    result = await bench.get(KEY)
+    assert (result.source, data_of(result)["progress"]) == (CacheStatus.HIT, 0.9)
     assert bench.upstream.count == 2
 
 
@@ -1217,8 +1221,8 @@ async def test_get_refreshes_a_hot_task_so_early_that_the_answer_comes_in_time()
 @pytest.mark.parametrize(("status", "polls"), [("running", 1), ("succeeded", 5)])
 async def test_get_refreshes_nothing_ahead_without_need(bench: Bench, status: str, polls: int) -> None:
     """A task read once is not hot, and one that has ended has nothing new to tell."""
-    reading = await bench.learn(status)
-    bench.clock.now += reading.snapshot.lifetime - 1e-6
+    result = await bench.learn(status)
+    bench.clock.now += result.snapshot.lifetime - 1e-6
     for _ in range(polls):
         await bench.get(KEY)
     hot = await bench.learn(key=OTHER)
@@ -1236,7 +1240,7 @@ async def test_get_refreshes_nothing_ahead_that_was_renewed_meanwhile(bench: Ben
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
         await bench.get(KEY)
-    newer = replace(first.snapshot, fetched_at=bench.clock.now, stamp=first.snapshot.stamp + 1, polls=0)
+    newer = replace(first.snapshot, fetched_at=bench.clock.now, version=first.snapshot.version + 1, polls=0)
     bench.store.keep(newer)
     for _ in range(polls):
         await bench.get(KEY)
@@ -1268,13 +1272,13 @@ async def test_get_fresh_waits_where_others_take_the_stale_answer(bench: Bench) 
     asked = asyncio.create_task(bench.service.get_fresh(KEY))
     (await bench.upstream.call()).answer(progress=0.1)
     first = await asked
-    assert first.source is Source.MISS
+    assert first.source is CacheStatus.MISS
     assert (await bench.service.get_fresh(KEY)).snapshot is first.snapshot
     bench.clock.now += CACHE.running_seconds
     waiting = asyncio.create_task(bench.service.get_fresh(KEY))
     (await bench.upstream.call()).answer(progress=0.9)
-    reading = await waiting
-    assert (reading.age, data_of(reading)["progress"]) == (0.0, 0.9)
+    result = await waiting
+    assert (result.age, data_of(result)["progress"]) == (0.0, 0.9)
     assert bench.lookups() == {}, "no caller has asked"
 
 
@@ -1282,11 +1286,11 @@ async def test_current_begins_nothing(bench: Bench) -> None:
     """Looking at what is held asks nobody and counts nothing."""
     assert bench.service.current(KEY) is None
     first = await bench.learn()
-    for age, source in [(0.0, Source.HIT), (CACHE.running_seconds, Source.STALE)]:
+    for age, source in [(0.0, CacheStatus.HIT), (CACHE.running_seconds, CacheStatus.STALE)]:
         bench.clock.now = first.snapshot.fetched_at + age
-        reading = bench.service.current(KEY)
-        assert reading is not None
-        assert (reading.snapshot, reading.age, reading.source) == (first.snapshot, age, source)
+        result = bench.service.current(KEY)
+        assert result is not None
+        assert (result.snapshot, result.age, result.source) == (first.snapshot, age, source)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1}
 
@@ -1298,9 +1302,9 @@ async def test_current_shows_nothing_that_is_too_old(bench: Bench) -> None:
     assert bench.service.current(KEY) is None
     failure = UpstreamTimeout("too late")
     await bench.fail(failure)
-    reading = bench.service.current(KEY)
-    assert reading is not None
-    assert (reading.snapshot, reading.failure) == (first.snapshot, Alike(failure))
+    result = bench.service.current(KEY)
+    assert result is not None
+    assert (result.snapshot, result.failure) == (first.snapshot, Alike(failure))
     bench.clock.now = first.snapshot.fetched_at + CACHE.stale_if_error_seconds
     bench.store.keep_failure(KEY, failure, seconds=1.0)
     assert bench.service.current(KEY) is not None
@@ -1338,12 +1342,12 @@ async def test_aclose_lets_nothing_begin(bench: Bench) -> None:
     """After closing the store still answers, and nothing is refreshed: neither ahead nor behind."""
     await bench.learn()
     await bench.service.aclose()
-    for age, source in [(0.0, Source.HIT), (CACHE.running_seconds, Source.STALE)]:
+    for age, source in [(0.0, CacheStatus.HIT), (CACHE.running_seconds, CacheStatus.STALE)]:
         bench.clock.now = 1000.0 + age
         for _ in range(3):
-            reading = bench.service.lookup(KEY)
-            assert reading is not None
-            assert reading.source is source
+            result = bench.service.lookup(KEY)
+            assert result is not None
+            assert result.source is source
     with pytest.raises(asyncio.CancelledError):
         await bench.get(OTHER)
     assert bench.upstream.count == 1
@@ -1355,13 +1359,13 @@ class SlowStore(MemoryStore):
     clock = Clock()
     patience: float = 0.0
 
-    async def take_off(
-        self, key: TaskKey, *, after: int | None = None, patience_seconds: float = math.inf
+    async def acquire(
+        self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
         """Give the lease after four seconds."""
-        self.patience = patience_seconds
+        self.patience = timeout_seconds
         self.clock.now += 4.0
-        return await super().take_off(key, after=after, patience_seconds=patience_seconds)
+        return await super().acquire(key, after=after, timeout_seconds=timeout_seconds)
 
 
 async def test_fetch_has_one_deadline_whomever_it_waits_for() -> None:
@@ -1372,7 +1376,7 @@ async def test_fetch_has_one_deadline_whomever_it_waits_for() -> None:
     task = bench.begin()
     call = await bench.upstream.call()
     assert store.patience == 10.0
-    assert call.patience_seconds == 6.0
+    assert call.timeout_seconds == 6.0
     call.answer()
     await task
 
@@ -1388,7 +1392,7 @@ class LaggingStore(MemoryStore):
         """Show nothing while it is behind."""
         return None if self.behind else super().peek(key)
 
-    async def catch_up(self) -> bool:
+    async def sync(self) -> bool:
         """Catch up, if it can."""
         self.caught_up += 1
         self.behind = not self.whole
@@ -1397,10 +1401,10 @@ class LaggingStore(MemoryStore):
 
 @pytest.mark.parametrize(
     ("age", "source"),
-    [(0.5, Source.HIT), (CACHE.running_seconds + 0.5, Source.STALE)],
+    [(0.5, CacheStatus.HIT), (CACHE.running_seconds + 0.5, CacheStatus.STALE)],
     ids=["fresh", "stale"],
 )
-async def test_read_catches_up_before_it_asks(age: float, source: Source) -> None:
+async def test_read_catches_up_before_it_asks(age: float, source: CacheStatus) -> None:
     """A replica that may have missed something waits for that, and then shows what it holds, stale or not."""
     store = LaggingStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
@@ -1408,8 +1412,8 @@ async def test_read_catches_up_before_it_asks(age: float, source: Source) -> Non
     store.keep(held)
     assert bench.service.lookup(KEY) is None
     for _ in range(2):
-        reading = await bench.get(KEY)
-        assert (reading.snapshot, reading.source) == (held, source)
+        result = await bench.get(KEY)
+        assert (result.snapshot, result.source) == (held, source)
     assert store.caught_up == 1  # who is shown something does not wait
     assert bench.lookups() == {source: 2}
     await bench.service.aclose()

@@ -97,12 +97,12 @@ async def store(make: Make) -> Store:
 
 async def save(store: Store, snapshot: Snapshot) -> Snapshot | None:
     """Land with a snapshot, by a lease that nobody else could take."""
-    return await store.land(Lease(snapshot.key, snapshot.stamp), snapshot)
+    return await store.commit(Lease(snapshot.key, snapshot.version), snapshot)
 
 
 async def shown(store: Store, key: TaskKey) -> Snapshot | None:
     """Peek once nothing may have been missed."""
-    await store.catch_up()
+    await store.sync()
     return store.peek(key)
 
 
@@ -116,7 +116,7 @@ def snapshot(clock: Clock) -> Callable[..., Snapshot]:
     """Return a function that makes a snapshot fetched at the clock's time."""
 
     def snapshot(key: TaskKey = KEY, *, age: float = 0.0, **values: Any) -> Snapshot:
-        values.setdefault("stamp", int((clock.now - age) * 1_000_000))
+        values.setdefault("version", int((clock.now - age) * 1_000_000))
         return seen(key, at=clock.now - age, **({"lifetime": LIFETIME} | values))
 
     return snapshot
@@ -125,7 +125,7 @@ def snapshot(clock: Clock) -> Callable[..., Snapshot]:
 async def test_store_is_empty_at_first(store: Store) -> None:
     """An empty store has no snapshot and no failure for any task."""
     assert await shown(store, KEY) is None
-    assert store.recall(KEY) is None
+    assert store.peek_stale(KEY) is None
     assert store.failure(KEY) is None
     assert store.trouble is None
     assert len(store) == 0
@@ -135,7 +135,7 @@ async def test_store_keeps_what_is_saved(store: Store, snapshot: Callable[..., S
     """A saved snapshot is handed out by peek, recall and take_off, with all that it holds."""
     one = snapshot(etaRelative=3.0, message="so far", state={"job": "a\nb"})
     assert await save(store, one) is one
-    for kept in (await shown(store, KEY), store.recall(KEY), await store.take_off(KEY)):
+    for kept in (await shown(store, KEY), store.peek_stale(KEY), await store.acquire(KEY)):
         assert isinstance(kept, Snapshot)
         assert (kept.key, kept.fetched_at, kept.lifetime) == (KEY, one.fetched_at, LIFETIME)
         assert (kept.envelope, kept.body, kept.etag) == (one.envelope, one.body, one.etag)
@@ -176,16 +176,16 @@ async def test_store_says_what_it_shows_without_a_lookup(
     older = await save(store, snapshot())
     assert older is not None
     await shown(store, KEY)
-    assert store.shows(older, clock())
+    assert store.is_current(older, clock())
     clock.now += 1
     newer = await save(store, snapshot())
     assert newer is not None
     assert await shown(store, KEY) is newer
-    assert (store.shows(older, clock()), store.shows(newer, clock())) == (False, True)
+    assert (store.is_current(older, clock()), store.is_current(newer, clock())) == (False, True)
     for other in ("a", "b"):
         await save(store, snapshot(KEY._replace(task_id=other)))
     assert await shown(store, KEY) is None
-    assert not store.shows(newer, clock())
+    assert not store.is_current(newer, clock())
 
 
 async def test_store_never_goes_back(store: Store, snapshot: Callable[..., Snapshot]) -> None:
@@ -194,7 +194,7 @@ async def test_store_never_goes_back(store: Store, snapshot: Callable[..., Snaps
     assert newer is not None
     assert await save(store, snapshot(age=1, message="older")) is newer
     assert await shown(store, KEY) is newer
-    assert await store.take_off(KEY) is newer
+    assert await store.acquire(KEY) is newer
 
 
 async def test_store_lets_what_has_ended_stay_ended(
@@ -213,16 +213,16 @@ async def test_store_gives_the_lease_where_nothing_is_fresh(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
     """A flight that finds nothing, or something stale, may ask upstream, with a stamp above all before."""
-    first = await store.take_off(KEY)
+    first = await store.acquire(KEY)
     assert isinstance(first, Lease)
     assert first.key == KEY
-    landed = await store.land(first, snapshot(stamp=first.stamp))
+    landed = await store.commit(first, snapshot(version=first.version))
     assert landed is not None
-    assert await store.take_off(KEY) is landed
+    assert await store.acquire(KEY) is landed
     clock.now += LIFETIME
-    second = await store.take_off(KEY)
+    second = await store.acquire(KEY)
     assert isinstance(second, Lease)
-    assert second.stamp > first.stamp
+    assert second.version > first.version
 
 
 async def test_store_gives_the_lease_to_whoever_wants_a_newer_one(
@@ -231,28 +231,28 @@ async def test_store_gives_the_lease_to_whoever_wants_a_newer_one(
     """Who names the stamp that is known gets the lease though that one is fresh, or a newer one."""
     landed = await save(store, snapshot(age=1))
     assert landed is not None
-    lease = await store.take_off(KEY, after=landed.stamp)
+    lease = await store.acquire(KEY, after=landed.version)
     assert isinstance(lease, Lease)
-    newer = await store.land(lease, snapshot(stamp=lease.stamp))
+    newer = await store.commit(lease, snapshot(version=lease.version))
     assert newer is not None
-    assert await store.take_off(KEY, after=landed.stamp) is newer
+    assert await store.acquire(KEY, after=landed.version) is newer
 
 
 async def test_store_gives_the_lease_again_when_it_is_given_back(store: Store) -> None:
     """An abandoned lease is there for the next one at once, and nothing is remembered of it."""
-    lease = await store.take_off(KEY)
+    lease = await store.acquire(KEY)
     assert isinstance(lease, Lease)
     await store.abandon(lease)
-    assert isinstance(await store.take_off(KEY), Lease)
+    assert isinstance(await store.acquire(KEY), Lease)
 
 
 async def test_store_ends_a_flight_with_the_failure(store: Store) -> None:
     """A failure that is remembered is what the next flight ends with."""
-    lease = await store.take_off(KEY)
+    lease = await store.acquire(KEY)
     assert isinstance(lease, Lease)
     failure = UpstreamTimeout("too late")
     await store.fail(lease, failure, seconds=1.0)
-    assert await store.take_off(KEY) is failure
+    assert await store.acquire(KEY) is failure
 
 
 async def test_store_hands_out_stale_snapshots(
@@ -276,7 +276,7 @@ async def test_store_remembers_a_tasks_story_for_an_hour(
     assert await shown(store, KEY) is not None
     clock.now += 0.2
     assert await shown(store, KEY) is None
-    assert store.recall(KEY) is None
+    assert store.peek_stale(KEY) is None
     assert len(store) == 0
 
 
@@ -353,7 +353,7 @@ async def test_store_serves_what_is_too_large_to_be_kept(
     large = snapshot(message="x" * 60_000)
     assert await save(store, large) is large
     assert small is not None
-    assert {stored.stamp for stored in heard} == {small.stamp, large.stamp}
+    assert {stored.version for stored in heard} == {small.version, large.version}
     assert await shown(store, KEY) is None
     await fail(store, OTHER, rejection(b'{"status":20,"x":"%b"}' % (b"x" * 100_000)), seconds=60)
     assert store.failure(OTHER) is None
@@ -435,7 +435,7 @@ async def test_store_forgets_the_failure_when_an_answer_comes(
 
 async def test_store_gives_a_token_at_once_where_none_was_taken(store: Store) -> None:
     """Nobody waits for a budget that is whole."""
-    assert await store.token(10.0, saved=1, patience_seconds=0) == 0
+    assert await store.token(10.0, saved=1, timeout_seconds=0) == 0
 
 
 async def test_store_counts_no_failures(store: Store) -> None:
@@ -451,7 +451,7 @@ async def test_store_tells_its_listeners_of_each_change(
     heard: list[tuple[str | None, bool]] = []
     also: list[Snapshot] = []
     await save(store, snapshot(message="before"))
-    store.on_change(lambda stored: heard.append((said(stored), store.recall(stored.key) == stored)))
+    store.on_change(lambda stored: heard.append((said(stored), store.peek_stale(stored.key) == stored)))
     store.on_change(also.append)
     clock.now += 1
     await save(store, snapshot(message="one"))

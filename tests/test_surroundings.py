@@ -129,8 +129,8 @@ def test_surroundings_may_have_no_standard_streams(closed: tuple[int, ...], comm
 @pytest.mark.parametrize("command", COMMANDS)
 def test_surroundings_may_have_no_reader(command: str) -> None:
     """A reader that has left is a failure, without a word about it at the interpreter's end."""
-    reading, writing = os.pipe()
-    os.close(reading)
+    result, writing = os.pipe()
+    os.close(result)
     done = subprocess.run(
         [COMMAND, *COMMANDS[command]],
         env=ENVIRONMENT,

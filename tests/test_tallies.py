@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
-from gateway.telemetry.counters import Counts, Spreads
+from gateway.telemetry.counters import FastCounters, FastHistograms
 
 BUCKETS = (0.001, 0.01, 0.1, 1.0)
 
@@ -21,7 +21,7 @@ def without_times(registry: CollectorRegistry) -> list[str]:
 def test_tallies_count_as_the_library_does(labels: list[str]) -> None:
     """A counter is scraped as prometheus-client's is, whatever the labels."""
     ours, theirs = CollectorRegistry(), CollectorRegistry()
-    counts = Counts("things_total", "Things.", ["kind"], registry=ours)
+    counts = FastCounters("things_total", "Things.", ["kind"], registry=ours)
     counter = Counter("things_total", "Things.", ["kind"], registry=theirs)
     for label in labels:
         counts.labels(label).inc()
@@ -33,7 +33,7 @@ def test_tallies_count_as_the_library_does(labels: list[str]) -> None:
 def test_tallies_spread_as_the_library_does(amounts: list[float]) -> None:
     """A histogram is scraped as prometheus-client's is, amounts on a bucket's bound included."""
     ours, theirs = CollectorRegistry(), CollectorRegistry()
-    spreads = Spreads("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=ours)
+    spreads = FastHistograms("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=ours)
     histogram = Histogram("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=theirs)
     for amount in amounts:
         spreads.labels("a").observe(amount)
@@ -43,7 +43,7 @@ def test_tallies_spread_as_the_library_does(amounts: list[float]) -> None:
 
 def test_tallies_give_a_series_once() -> None:
     """The same label values are the same series, of whatever type they were given."""
-    counts = Counts("things_total", "Things.", ["status"], registry=CollectorRegistry())
+    counts = FastCounters("things_total", "Things.", ["status"], registry=CollectorRegistry())
     assert counts.labels(200) is counts.labels("200")
     with pytest.raises(ValueError, match="status"):
         counts.labels("200", "GET")
@@ -52,20 +52,20 @@ def test_tallies_give_a_series_once() -> None:
 def test_tallies_are_found_by_name() -> None:
     """A scrape of some names finds them, and a name is taken but once."""
     registry = CollectorRegistry()
-    counts = Counts("things_total", "Things.", ["kind"], registry=registry)
-    Spreads("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=registry)
+    counts = FastCounters("things_total", "Things.", ["kind"], registry=registry)
+    FastHistograms("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=registry)
     counts.labels("a").inc()
     text = generate_latest(registry.restricted_registry(["things_total"])).decode()
     assert 'things_total{kind="a"} 1.0' in text
     assert "seconds" not in text
     with pytest.raises(ValueError, match="Duplicated"):
-        Spreads("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=registry)
+        FastHistograms("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=registry)
 
 
 def test_tallies_are_exact_while_threads_scrape() -> None:
     """Who counts and who scrapes at the same time lose nothing, and no scrape goes back."""
     registry = CollectorRegistry()
-    count = Counts("things_total", "Things.", ["kind"], registry=registry).labels("a")
+    count = FastCounters("things_total", "Things.", ["kind"], registry=registry).labels("a")
     seen: list[float] = []
     done = threading.Event()
 

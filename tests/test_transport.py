@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.upstream.http_transport import HttpTransport, Reply, encode
+from gateway.upstream.http_transport import HttpResponse, HttpTransport, encode
 from tests.harness import PATIENCE_SECONDS, RawUpstream, Request, answer, drained, framed, free_port
 
 BODY = b'{"taskId": "A"}'
@@ -38,16 +38,16 @@ async def transport(
         await opened.aclose()
 
 
-async def ask(over: HttpTransport, *, seconds: float = PATIENCE_SECONDS, fresh: bool = False) -> Reply:
+async def ask(over: HttpTransport, *, seconds: float = PATIENCE_SECONDS, fresh: bool = False) -> HttpResponse:
     """Send a request."""
     headers = {"host": "upstream.example", "x-ca-key": "k"}
     return await over.exchange(encode("/scc/x", headers, BODY), seconds=seconds, fresh=fresh)
 
 
-def once(url: str, **bounds: int) -> Reply:
+def once(url: str, **bounds: int) -> HttpResponse:
     """Ask over a transport of its own."""
 
-    async def run() -> Reply:
+    async def run() -> HttpResponse:
         async with transport(url, **bounds) as over:
             return await ask(over)
 

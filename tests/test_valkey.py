@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from redis.asyncio.cluster import RedisCluster
 
 from gateway.domain.errors import (
-    BudgetSpent,
+    RateLimiterExhausted,
     UpstreamDetail,
     UpstreamRejected,
     UpstreamThrottled,
@@ -91,18 +91,18 @@ async def other(opened: Open, settings: Json) -> ValkeyStore:
 
 def snapshot(lease: Lease, **values: Any) -> Snapshot:
     """Return a snapshot that was fetched just now."""
-    return seen(lease.key, stamp=lease.stamp, **({"lifetime": 60.0} | values))
+    return seen(lease.key, version=lease.version, **({"lifetime": 60.0} | values))
 
 
 async def shown(store: ValkeyStore, key: TaskKey = KEY) -> Snapshot | None:
     """Peek once nothing may have been missed."""
-    await store.catch_up()
+    await store.sync()
     return store.peek(key)
 
 
 async def leased(store: ValkeyStore, key: TaskKey = KEY, *, after: int | None = None) -> Lease:
     """Take off with a lease."""
-    lease = await store.take_off(key, after=after)
+    lease = await store.acquire(key, after=after)
     assert isinstance(lease, Lease)
     assert lease.token
     return lease
@@ -112,7 +112,7 @@ async def waiting(store: ValkeyStore, key: TaskKey = KEY) -> asyncio.Task[Any]:
     """Begin to take off where another has the lease; return what goes on when the server has said so."""
     asked = store._link._metrics.store_operation_duration.labels("take_off")
     before = asked._sum.get()
-    flight = asyncio.create_task(store.take_off(key))
+    flight = asyncio.create_task(store.acquire(key))
     await eventually(lambda: asked._sum.get() > before, "the server was asked")
     assert not flight.done()
     return flight
@@ -122,12 +122,12 @@ async def test_valkey_wakes_who_waits_with_the_answer(one: ValkeyStore, other: V
     """While one has the lease the other waits; what the one lands with is the other's answer, whole."""
     lease = await leased(one)
     flight = await waiting(other)
-    landed = await one.land(lease, snapshot(lease, etaRelative=2.5, message="so\nfar", state={"job": "x"}))
+    landed = await one.commit(lease, snapshot(lease, etaRelative=2.5, message="so\nfar", state={"job": "x"}))
     found = await flight
     assert landed is not None
     assert isinstance(found, Snapshot)
     assert found is await shown(other, KEY)
-    assert (found.key, found.stamp, found.lifetime) == (KEY, lease.stamp, 60.0)
+    assert (found.key, found.version, found.lifetime) == (KEY, lease.version, 60.0)
     assert (found.envelope, found.body, found.etag) == (landed.envelope, landed.body, landed.etag)
     assert (found.status, found.progress, found.eta_seconds) == (Status.RUNNING, 0.5, 2.5)
     # Both clocks are the same one here: to the other it may look older, and never fresher.
@@ -176,15 +176,15 @@ async def test_valkey_passes_a_lease_on(end: str, one: ValkeyStore, other: Valke
         await one.fail(lease, UpstreamTimeout("ours alone"), seconds=0)
     found = await flight
     assert isinstance(found, Lease)
-    assert found.stamp > lease.stamp
+    assert found.version > lease.version
 
 
 async def test_valkey_gives_late_comers_what_is_there(one: ValkeyStore, other: ValkeyStore) -> None:
     """Who was not there when it was published asks the server, and is given it."""
     lease = await leased(one)
-    await one.land(lease, snapshot(lease, message="answer"))
+    await one.commit(lease, snapshot(lease, message="answer"))
     assert await shown(other, KEY) is None
-    found = await other.take_off(KEY)
+    found = await other.acquire(KEY)
     assert isinstance(found, Snapshot)
     assert said(found) == "answer"
 
@@ -192,14 +192,14 @@ async def test_valkey_gives_late_comers_what_is_there(one: ValkeyStore, other: V
 async def test_valkey_tells_every_replica_that_holds_the_task(one: ValkeyStore, other: ValkeyStore) -> None:
     """A change reaches whoever holds the task, and nobody else."""
     lease = await leased(one)
-    await one.land(lease, snapshot(lease, message="first"))
-    await other.take_off(KEY)
+    await one.commit(lease, snapshot(lease, message="first"))
+    await other.acquire(KEY)
     heard: list[Snapshot] = []
     other.on_change(heard.append)
     unheld = await leased(one, KEY._replace(task_id="unheld"))
-    await one.land(unheld, snapshot(unheld))
-    lease = await leased(one, after=lease.stamp)
-    await one.land(lease, snapshot(lease, message="second"))
+    await one.commit(unheld, snapshot(unheld))
+    lease = await leased(one, after=lease.version)
+    await one.commit(lease, snapshot(lease, message="second"))
     await eventually(lambda: heard, "the other hears of it")
     assert [said(changed) for changed in heard] == ["second"]
     assert await shown(other, KEY) is heard[0]
@@ -212,9 +212,9 @@ async def test_valkey_refuses_a_late_answer(one: ValkeyStore, other: ValkeyStore
     # As if its holder had been paused for longer than a lease lasts.
     await one._end(late, 0, b"")
     lease = await leased(other)
-    assert await one.land(late, snapshot(late, message="late")) is None
-    await other.land(lease, snapshot(lease, message="newer"))
-    kept = await one.land(late, snapshot(late, message="late"))
+    assert await one.commit(late, snapshot(late, message="late")) is None
+    await other.commit(lease, snapshot(lease, message="newer"))
+    kept = await one.commit(late, snapshot(late, message="late"))
     assert kept is not None
     assert said(kept) == "newer"
 
@@ -222,9 +222,9 @@ async def test_valkey_refuses_a_late_answer(one: ValkeyStore, other: ValkeyStore
 async def test_valkey_lets_what_has_ended_stay_ended(one: ValkeyStore, other: ValkeyStore) -> None:
     """What one replica saw end goes on for no other, though it asks later."""
     lease = await leased(one)
-    await one.land(lease, snapshot(lease, status="succeeded"))
-    lease = await leased(one, after=lease.stamp)
-    kept = await other.land(lease, snapshot(lease))
+    await one.commit(lease, snapshot(lease, status="succeeded"))
+    lease = await leased(one, after=lease.version)
+    kept = await other.commit(lease, snapshot(lease))
     assert kept is not None
     assert kept.status is Status.SUCCEEDED
 
@@ -232,28 +232,28 @@ async def test_valkey_lets_what_has_ended_stay_ended(one: ValkeyStore, other: Va
 async def test_valkey_waits_no_longer_than_a_caller_would(one: ValkeyStore, other: ValkeyStore) -> None:
     """A flight that another's takes too long for ends with a time-out."""
     await leased(one)
-    assert isinstance(await other.take_off(KEY, patience_seconds=0.05), UpstreamTimeout)
+    assert isinstance(await other.acquire(KEY, timeout_seconds=0.05), UpstreamTimeout)
 
 
 async def test_valkey_rations_tokens_over_all(one: ValkeyStore, other: ValkeyStore) -> None:
     """Tokens come at the pace whoever takes them; who would wait for too long takes none."""
     waits = [
-        await store.token(0.01, saved=2, patience_seconds=1000) for store in (one, other, one, other, one)
+        await store.token(0.01, saved=2, timeout_seconds=1000) for store in (one, other, one, other, one)
     ]
     assert waits[:2] == [0, 0]
     assert waits[2:] == pytest.approx([100, 200, 300], abs=60)
-    with pytest.raises(BudgetSpent) as spent:
-        await other.token(0.01, saved=2, patience_seconds=100)
+    with pytest.raises(RateLimiterExhausted) as spent:
+        await other.token(0.01, saved=2, timeout_seconds=100)
     assert spent.value.retry_after == pytest.approx(400, abs=60)
-    assert await other.token(0.01, saved=2, patience_seconds=1000) == pytest.approx(400, abs=60)
+    assert await other.token(0.01, saved=2, timeout_seconds=1000) == pytest.approx(400, abs=60)
 
 
 async def test_valkey_tells_the_others_of_a_slow_upstream(one: ValkeyStore, other: ValkeyStore) -> None:
     """What slowed one down reaches every replica, with the whole seconds to wait, if upstream said any."""
     heard: list[float | None] = []
-    other.on_slowed(heard.append)
-    await one.tell_slowed(2.5)
-    await one.tell_slowed(None)
+    other.on_throttled(heard.append)
+    await one.announce_throttling(2.5)
+    await one.announce_throttling(None)
     await eventually(lambda: len(heard) == 2, "the other hears of both")
     assert heard == [3.0, None]
 
@@ -269,13 +269,13 @@ async def test_valkey_reads_on_after_whatever_is_published(opened: Open, server:
     """No message ends the link or is believed beyond its bounds; the next one that makes sense is heard."""
     store = await opened({"url": server.url})
     heard: list[float | None] = []
-    store.on_slowed(heard.append)
+    store.on_throttled(heard.append)
     lease = await leased(store)
     known = snapshot(lease)
-    assert await store.land(lease, known) is known
+    assert await store.commit(lease, known) is known
     subject = b"sd_get_progress/task\n"
     future = time.time_ns() // 1000 + 7_200_000_000
-    encoded = encode_snapshot(replace(known, stamp=future))
+    encoded = encode_snapshot(replace(known, version=future))
     failure = encode_failure(KEY, UpstreamTimeout("too late"))
     head = b"sdg3 %d %d 60000000 %d 0\n" % (future, future, future)
     messages = [
@@ -304,7 +304,7 @@ async def test_valkey_believes_no_failure_without_an_end(
     store = await opened({"url": server.url})
     name = f"{store._link.channel(slot_of(KEY))}:{KEY.operation}:{KEY.task_id}:f"
     server.client.set(name, encode_failure(KEY, UpstreamTimeout("too late")), ex=time_to_live or None)
-    assert isinstance(await store.take_off(KEY), Lease)
+    assert isinstance(await store.acquire(KEY), Lease)
     assert not server.client.exists(name)
 
 
@@ -314,11 +314,11 @@ async def test_valkey_asks_again_after_it_may_have_missed_something(
     """What was held when the subscription broke is not shown before the server has confirmed it."""
     one = await opened({"url": server.url})
     lease = await leased(one)
-    landed = await one.land(lease, snapshot(lease))
+    landed = await one.commit(lease, snapshot(lease))
     server.client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
     await eventually(lambda: one.peek(KEY) is None, "it is up again, and doubts")
-    assert one.recall(KEY) is landed
-    assert await one.take_off(KEY) is landed
+    assert one.peek_stale(KEY) is landed
+    assert await one.acquire(KEY) is landed
     assert await shown(one, KEY) is landed
 
 
@@ -339,12 +339,12 @@ async def test_valkey_shows_a_change_to_all_at_one_moment(opened: Open, server: 
     under_way, known = [], None
     for _ in range(2):
         lease = await leased(one, key, after=known)
-        landed = await one.land(lease, snapshot(lease))
-        assert one.recall(key) is landed
+        landed = await one.commit(lease, snapshot(lease))
+        assert one.peek_stale(key) is landed
         [name] = server.client.keys("*:together:s")  # type: ignore[misc]
         head, _ = split_stored(server.client.get(name))  # type: ignore[arg-type]
         under_way.append(head.shown - head.fetched)
-        known = lease.stamp
+        known = lease.version
     assert under_way[1] >= NEWS_SECONDS * MICROSECONDS
 
 
@@ -355,7 +355,7 @@ async def test_valkey_asks_twice_for_a_miss(opened: Open, server: StoreServer) -
     for number in range(2):  # the first one brings the scripts, too
         before = commands(server)
         lease = await leased(one, KEY._replace(task_id=f"miss-{number}"))
-        await one.land(lease, snapshot(lease))
+        await one.commit(lease, snapshot(lease))
         asked.append(commands(server) - before)
     assert asked[1] == 2
 
@@ -370,7 +370,7 @@ async def test_valkey_gives_back_a_lease_that_it_never_heard_of(opened: Open, se
     """Whose question was answered too late does not leave the others waiting for a lease that nobody has."""
     hasty = await opened({"url": server.url, "timeout_seconds": 0.05})
     server.freeze()
-    alone = await hasty.take_off(KEY._replace(task_id="unheard"))
+    alone = await hasty.acquire(KEY._replace(task_id="unheard"))
     assert isinstance(alone, Lease)
     assert not alone.token
     server.thaw()
@@ -387,11 +387,11 @@ async def test_valkey_waits_no_longer_for_news_than_for_an_answer(opened: Open, 
     """While a server is silent a replica waits for a moment, and then shows what it holds."""
     hasty = await opened({"url": server.url, "timeout_seconds": 0.05})
     lease = await leased(hasty, KEY._replace(task_id="silent"))
-    landed = await hasty.land(lease, snapshot(lease))
+    landed = await hasty.commit(lease, snapshot(lease))
     server.freeze()
     try:
         await eventually(lambda: hasty.trouble, "it goes on alone, though nobody asks")
-        assert not await hasty.catch_up()
+        assert not await hasty.sync()
         assert hasty.peek(lease.key) is landed
     finally:
         server.thaw()
@@ -472,17 +472,17 @@ async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:
         settings = {"url": servers.sentinel.url, "sentinel_service": "main"}
         one = await opened(settings)
         lease = await leased(one)
-        await one.land(lease, snapshot(lease, message="before"))
+        await one.commit(lease, snapshot(lease, message="before"))
         assert servers.primary.client.wait(1, 5000) == 1
         servers.primary.kill()
         await eventually(lambda: one.trouble, "it is alone")
-        alone = await one.take_off(KEY, after=lease.stamp)
+        alone = await one.acquire(KEY, after=lease.version)
         assert isinstance(alone, Lease)
         assert not alone.token
-        assert alone.stamp > lease.stamp
+        assert alone.version > lease.version
         await eventually(lambda: one.trouble is None, "it has found the new one")
         other = await opened(settings)
-        found = await other.take_off(KEY)
+        found = await other.acquire(KEY)
         assert isinstance(found, Snapshot)
         assert said(found) == "before"
 
@@ -519,8 +519,8 @@ async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> N
             number += 1
             key = KEY._replace(task_id=f"task-{number}")
             lease = await leased(one, key)
-            await one.land(lease, snapshot(lease))
-            assert isinstance(await other.take_off(key), Snapshot)
+            await one.commit(lease, snapshot(lease))
+            assert isinstance(await other.acquire(key), Snapshot)
         await moving
         for each in (one, other):
             await eventually(lambda each=each: time.monotonic() < each._link.sure_until, "it follows again")  # type: ignore[misc]
@@ -529,8 +529,8 @@ async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> N
         other.on_change(heard.append)
         for task in range(number - 99, number + 1):  # in every shard, and no more than are kept
             key = KEY._replace(task_id=f"task-{task}")
-            lease = await leased(one, key, after=one.newest(key).stamp)  # type: ignore[union-attr]
-            await one.land(lease, snapshot(lease))
+            lease = await leased(one, key, after=one.latest(key).version)  # type: ignore[union-attr]
+            await one.commit(lease, snapshot(lease))
         await eventually(lambda: len(heard) == 100, "the other hears of every change")
 
 
@@ -551,12 +551,12 @@ async def test_valkey_goes_on_alone_with_a_server_that_lies(opened: Open, says: 
         host, port = liar.sockets[0].getsockname()
         store = await opened({"url": f"valkey://{host}:{port}"}, well=False)
         await eventually(lambda: store.trouble != "not reached yet", "it has found out")
-        lease = await store.take_off(KEY)
+        lease = await store.acquire(KEY)
         assert isinstance(lease, Lease)
         landed = snapshot(lease)
-        assert await store.land(lease, landed) is landed
+        assert await store.commit(lease, landed) is landed
         assert store.peek(KEY) is landed
-        assert await store.token(1.0, saved=1, patience_seconds=0) == 0
+        assert await store.token(1.0, saved=1, timeout_seconds=0) == 0
         await store.__aexit__()
 
 

@@ -11,11 +11,11 @@ from structlog.testing import capture_logs
 
 from gateway.domain.errors import GatewayError, UpstreamThrottled, UpstreamTimeout
 from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
-from gateway.progress.results import Failed, Reading, Source
+from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
-from gateway.watch.hub import Kind, Update, Watch, Watcher
+from gateway.watch.hub import Subscriber, SubscriptionKind, Update, WatchHub
 from tests.ticked import TickedLoop
 
 pytestmark = pytest.mark.anyio
@@ -33,9 +33,9 @@ def etags(updates: Iterable[Update]) -> list[str | None]:
     return [update.snapshot and update.snapshot.etag for update in updates]
 
 
-async def taken(watcher: Watcher) -> list[Update]:
+async def taken(subscriber: Subscriber) -> list[Update]:
     """Take what the watcher is told within a few turns of the loop; fail at once when that is nothing."""
-    taking = asyncio.ensure_future(watcher.take())
+    taking = asyncio.ensure_future(subscriber.take())
     await turns(taking.done)
     if not taking.done():
         taking.cancel()
@@ -51,11 +51,11 @@ async def turns(enough: Callable[[], bool]) -> None:
         await asyncio.sleep(0)
 
 
-def listen(watch: Watch) -> list[str | None]:
+def listen(watch: WatchHub) -> list[str | None]:
     """Return a list that gets the ETag of whatever is told from now on; nothing is left for the slots."""
     told: list[str | None] = []
 
-    def deliver(update: Update, _watchers: Collection[Watcher]) -> Iterable[Watcher]:
+    def deliver(update: Update, _subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
         told.extend(etags([update]))
         return ()
 
@@ -72,8 +72,8 @@ class HandService:
         self.answers: asyncio.Queue[Snapshot | Exception] = asyncio.Queue()
         self.demand: Counter[tuple[TaskKey, bytes]] = Counter()
 
-    def lookup(self, _key: TaskKey) -> Reading | None:
-        return Reading(self.known, 0.0, Source.HIT) if self.known is not None else None
+    def lookup(self, _key: TaskKey) -> CacheResult | None:
+        return CacheResult(self.known, 0.0, CacheStatus.HIT) if self.known is not None else None
 
     current = lookup
 
@@ -83,16 +83,16 @@ class HandService:
     def leave(self, key: TaskKey, client: bytes) -> None:
         self.demand[key, client] -= 1
 
-    async def get_fresh(self, key: TaskKey, *, client: bytes | None) -> Reading | Failed:
+    async def get_fresh(self, key: TaskKey, *, client: bytes | None) -> CacheResult | FetchFailure:
         assert client is None, "its watchers have joined"
         assert +self.demand
         self.asked.set()
         answer = await self.answers.get()
         if isinstance(answer, GatewayError):
-            return Failed(key, answer, Source.MISS)
+            return FetchFailure(key, answer, CacheStatus.MISS)
         if isinstance(answer, Exception):
             raise answer
-        return Reading(answer, 0.0, Source.MISS)
+        return CacheResult(answer, 0.0, CacheStatus.MISS)
 
 
 async def asked(service: HandService) -> None:
@@ -112,14 +112,14 @@ def store() -> MemoryStore:
 
 
 @pytest.fixture
-def watch(service: HandService, store: MemoryStore) -> Watch:
+def watch(service: HandService, store: MemoryStore) -> WatchHub:
     return hand_watch(service, store)
 
 
-def hand_watch(service: HandService, store: MemoryStore) -> Watch:
+def hand_watch(service: HandService, store: MemoryStore) -> WatchHub:
     metrics = Metrics(CollectorRegistry(), gateway_version="test")
     clock: Callable[[], float] = lambda: 0.0  # noqa: E731 - the clock stands
-    return Watch(WatchSettings(), service=service, store=store, metrics=metrics, clock=clock)  # type: ignore[arg-type]
+    return WatchHub(WatchSettings(), service=service, store=store, metrics=metrics, clock=clock)  # type: ignore[arg-type]
 
 
 async def nobody_waits(service: HandService) -> bool:
@@ -133,59 +133,59 @@ async def nobody_waits(service: HandService) -> bool:
     return left
 
 
-async def test_watch_offers_what_is_known_at_once(service: HandService, watch: Watch) -> None:
+async def test_watch_offers_what_is_known_at_once(service: HandService, watch: WatchHub) -> None:
     """A watcher is told what is known already, before the first tick has an answer."""
     service.known = snapshot("1")
-    with watch.watching([KEY], Kind.EVENTS) as watcher:
-        [update] = await taken(watcher)
+    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
+        [update] = await taken(subscriber)
         assert update.snapshot is service.known
     await watch.aclose()
 
 
-async def test_watch_slot_holds_the_newest_only(watch: Watch, store: MemoryStore) -> None:
+async def test_watch_slot_holds_the_newest_only(watch: WatchHub, store: MemoryStore) -> None:
     """A watcher that was busy finds the newest update, not those before it."""
-    with watch.watching([KEY], Kind.EVENTS) as watcher:
+    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
         for etag in "123":
             store.keep(snapshot(etag))
             await asyncio.sleep(0)  # it is told in the loop's next turn
-        [update] = await taken(watcher)
+        [update] = await taken(subscriber)
         assert update.snapshot is not None
         assert update.snapshot.etag == "3"
     await watch.aclose()
 
 
-async def test_watch_delivers_past_the_slot_only_to_who_waits(watch: Watch, store: MemoryStore) -> None:
+async def test_watch_delivers_past_the_slot_only_to_who_waits(watch: WatchHub, store: MemoryStore) -> None:
     """Nothing overtakes: an update is handed over at once only when all before it was taken."""
     delivered: list[str] = []
 
-    def deliver(update: Update, watchers: Collection[Watcher]) -> Iterable[Watcher]:
+    def deliver(update: Update, subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
         assert update.snapshot is not None
-        [told] = watchers
-        if told.idle_outlet is not outlet or update.snapshot.etag == "3":
-            return watchers  # it is busy, or its reader does not keep up
+        [told] = subscribers
+        if told.idle_transport is not direct_transport or update.snapshot.etag == "3":
+            return subscribers  # it is busy, or its reader does not keep up
         delivered.append(update.snapshot.etag)
         return []
 
     watch.deliver = deliver
-    outlet = asyncio.WriteTransport()
-    with watch.watching([KEY], Kind.EVENTS) as watcher:
-        watcher.outlet = outlet
+    direct_transport = asyncio.WriteTransport()
+    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
+        subscriber.direct_transport = direct_transport
         store.keep(snapshot("1"))
         await asyncio.sleep(0)  # told while nobody waits yet
-        assert etags(await taken(watcher)) == ["1"]
-        waiting = asyncio.create_task(watcher.take())
+        assert etags(await taken(subscriber)) == ["1"]
+        waiting = asyncio.create_task(subscriber.take())
         await asyncio.sleep(0)
         for etag in "23":  # of which the third wakes the watcher
             store.keep(snapshot(etag))
             await asyncio.sleep(0)
         assert etags(await waiting) == ["3"]
-        waiting = asyncio.create_task(watcher.take())
+        waiting = asyncio.create_task(subscriber.take())
         await asyncio.sleep(0)
         store.keep(snapshot("4"))
-        watcher.ring()  # when the change is told it is awake, and has not looked yet
+        subscriber.ring()  # when the change is told it is awake, and has not looked yet
         assert etags(await waiting) == ["4"]
         assert delivered == ["2"]
-        gone = asyncio.create_task(watcher.take())
+        gone = asyncio.create_task(subscriber.take())
         await asyncio.sleep(0)
         gone.cancel()
         await asyncio.wait([gone])
@@ -200,28 +200,28 @@ def of(task_id: str, etag: str, status: Status = Status.RUNNING) -> Snapshot:
     return replace(snapshot(etag, status), key=TaskKey(Operation.SD_GET_PROGRESS, task_id))
 
 
-async def test_watch_tells_a_few_tasks_a_turn(watch: Watch, store: MemoryStore) -> None:
+async def test_watch_tells_a_few_tasks_a_turn(watch: WatchHub, store: MemoryStore) -> None:
     """Of many tasks' changes one is told, then whoever else is ready runs, then the next; each the newest."""
     changes = [of(task_id, etag) for etag in "12" for task_id in "abc"]
-    with watch.watching([change.key for change in changes[:3]], Kind.EVENTS) as watcher:
+    with watch.watching([change.key for change in changes[:3]], SubscriptionKind.EVENTS) as subscriber:
         for change in changes:
             store.keep(change)
         told = []
         for _ in range(4):
             await asyncio.sleep(0)
-            watcher.ring()
-            told.append([(update.key.task_id, *etags([update])) for update in await watcher.take()])
+            subscriber.ring()
+            told.append([(update.key.task_id, *etags([update])) for update in await subscriber.take()])
         assert told == [[("a", "2")], [("b", "2")], [("c", "2")], []]
     await watch.aclose()
 
 
-async def test_watch_tells_the_more_the_more_wait(watch: Watch, store: MemoryStore) -> None:
+async def test_watch_tells_the_more_the_more_wait(watch: WatchHub, store: MemoryStore) -> None:
     """However many tasks change in every turn of a busy loop, none is forgotten, and none waits for long."""
     told: list[int] = []
     watch.deliver = lambda update, _: told.append(int(update.key.task_id)) or ()  # type: ignore[func-returns-value]
     waiting = set[int]()
     most = 0
-    with watch.watching([of(str(number), "0").key for number in range(1000)], Kind.EVENTS):
+    with watch.watching([of(str(number), "0").key for number in range(1000)], SubscriptionKind.EVENTS):
         for turn in range(300):
             for number in range(turn * 10, turn * 10 + 10):  # of 1,000 tasks, ten change a turn
                 waiting.add(number % 1000)
@@ -237,11 +237,11 @@ async def test_watch_tells_the_more_the_more_wait(watch: Watch, store: MemorySto
     await watch.aclose()
 
 
-async def test_watch_change_of_a_task_nobody_watches_any_more(watch: Watch, store: MemoryStore) -> None:
+async def test_watch_change_of_a_task_nobody_watches_any_more(watch: WatchHub, store: MemoryStore) -> None:
     """Who has left is told nothing, and holds nobody up."""
     told = listen(watch)
-    with watch.watching([KEY], Kind.EVENTS):
-        with watch.watching([of("b", "0").key], Kind.EVENTS):
+    with watch.watching([KEY], SubscriptionKind.EVENTS):
+        with watch.watching([of("b", "0").key], SubscriptionKind.EVENTS):
             store.keep(of("b", "1"))
         store.keep(snapshot("2"))
         for _ in range(2):
@@ -250,18 +250,18 @@ async def test_watch_change_of_a_task_nobody_watches_any_more(watch: Watch, stor
     await watch.aclose()
 
 
-async def test_watch_goes_on_after_a_fault_in_delivery(watch: Watch, store: MemoryStore) -> None:
+async def test_watch_goes_on_after_a_fault_in_delivery(watch: WatchHub, store: MemoryStore) -> None:
     """One event that cannot be delivered costs that event; it is told, and all others come."""
     faults: list[BaseException] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context["exception"]))
     told: list[str | None] = []
 
-    def deliver(update: Update, _watchers: Collection[Watcher]) -> Iterable[Watcher]:
+    def deliver(update: Update, _subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
         told.extend(etags([update]))
         raise ZeroDivisionError
 
     watch.deliver = deliver
-    with watch.watching([KEY, of("b", "0").key], Kind.EVENTS):
+    with watch.watching([KEY, of("b", "0").key], SubscriptionKind.EVENTS):
         for change in (snapshot("1"), of("b", "2")):
             store.keep(change)
         for _ in range(2):
@@ -273,44 +273,44 @@ async def test_watch_goes_on_after_a_fault_in_delivery(watch: Watch, store: Memo
     await watch.aclose()
 
 
-async def test_watch_tells_all_before_the_farewell(watch: Watch, store: MemoryStore) -> None:
+async def test_watch_tells_all_before_the_farewell(watch: WatchHub, store: MemoryStore) -> None:
     """What was stored before the gateway leaves is in its last word."""
     ends = [of(task_id, "1", Status.SUCCEEDED) for task_id in "abc"]
-    with watch.watching([end.key for end in ends], Kind.EVENTS) as watcher:
+    with watch.watching([end.key for end in ends], SubscriptionKind.EVENTS) as subscriber:
         for end in ends:
             store.keep(end)
-        watch.say_farewell()
-        assert [update.snapshot for update in await taken(watcher)] == ends
-        assert watcher.leaving
+        watch.announce_shutdown()
+        assert [update.snapshot for update in await taken(subscriber)] == ends
+        assert subscriber.leaving
     await watch.aclose()
 
 
 async def test_watch_tells_who_joins_what_is_due_by_then(
-    service: HandService, watch: Watch, store: MemoryStore
+    service: HandService, watch: WatchHub, store: MemoryStore
 ) -> None:
     """A change that arrives in the store only when it is looked at is not missed by who makes it look."""
     service.known = snapshot("1")
 
-    def current(key: TaskKey) -> Reading | None:
+    def current(key: TaskKey) -> CacheResult | None:
         if service.known is not None and service.known.etag == "1":
             service.known = snapshot("2")
             store.keep(service.known)
         return service.lookup(key)
 
-    with watch.watching([KEY], Kind.EVENTS):
+    with watch.watching([KEY], SubscriptionKind.EVENTS):
         service.current = current  # type: ignore[method-assign]
-        with watch.watching([KEY], Kind.LONGPOLL) as late:
+        with watch.watching([KEY], SubscriptionKind.LONGPOLL) as late:
             assert etags(await taken(late)) == ["2"]
     await watch.aclose()
 
 
 async def test_watch_schedule_leaves_changes_in_their_place(
-    service: HandService, watch: Watch, store: MemoryStore
+    service: HandService, watch: WatchHub, store: MemoryStore
 ) -> None:
     """Of what a schedule fetched it tells nothing itself that waits to be told already; else it does."""
     mine, other = snapshot("1"), of("b", "2")
     told = listen(watch)
-    with watch.watching([mine.key, other.key], Kind.EVENTS):
+    with watch.watching([mine.key, other.key], SubscriptionKind.EVENTS):
         await asked(service)
         service.answers.put_nowait(mine)
         store.keep(other)
@@ -323,11 +323,11 @@ async def test_watch_schedule_leaves_changes_in_their_place(
 
 
 async def test_watch_schedule_tells_what_is_not_stored(
-    service: HandService, watch: Watch, store: MemoryStore
+    service: HandService, watch: WatchHub, store: MemoryStore
 ) -> None:
     """What a schedule got beside a change that waits is told, too, and after it."""
     told = listen(watch)
-    with watch.watching([KEY], Kind.EVENTS):
+    with watch.watching([KEY], SubscriptionKind.EVENTS):
         await asked(service)
         service.answers.put_nowait(snapshot("2"))
         store.keep(snapshot("1"))
@@ -338,16 +338,16 @@ async def test_watch_schedule_tells_what_is_not_stored(
 
 
 async def test_watch_tells_changes_in_their_order(
-    service: HandService, watch: Watch, store: MemoryStore
+    service: HandService, watch: WatchHub, store: MemoryStore
 ) -> None:
     """What waits to be told is told before who joins, and before a failure that came later."""
     service.known = snapshot("0")
-    with watch.watching([KEY], Kind.EVENTS) as early:
+    with watch.watching([KEY], SubscriptionKind.EVENTS) as early:
         store.keep(snapshot("1"))
         store.keep(snapshot("2"))
-        with watch.watching([KEY], Kind.EVENTS) as late:
-            for watcher in (early, late):
-                assert etags(await taken(watcher)) == ["2"]
+        with watch.watching([KEY], SubscriptionKind.EVENTS) as late:
+            for subscriber in (early, late):
+                assert etags(await taken(subscriber)) == ["2"]
         told = listen(watch)
         await asked(service)
         service.answers.put_nowait(UpstreamTimeout("late"))  # which the schedule hears of before it
@@ -358,29 +358,29 @@ async def test_watch_tells_changes_in_their_order(
 
 
 async def test_watch_end_that_waits_to_be_told_stands(
-    watch: Watch, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+    watch: WatchHub, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An end that waits to be told is not overwritten by what a forgetful store lets run again."""
-    with watch.watching([KEY], Kind.EVENTS) as watcher:
+    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
         store.keep(snapshot("1", Status.SUCCEEDED))
         monkeypatch.setattr(store, "peek", lambda _: None)
         store.keep(snapshot("2"))
-        assert etags(await taken(watcher)) == ["1"]
+        assert etags(await taken(subscriber)) == ["1"]
         for etag in "34":
             store.keep(snapshot(etag, Status.SUCCEEDED))
-        assert etags(await taken(watcher)) == ["4"]
+        assert etags(await taken(subscriber)) == ["4"]
     await watch.aclose()
 
 
-async def test_watch_says_nothing_twice(service: HandService, watch: Watch, store: MemoryStore) -> None:
+async def test_watch_says_nothing_twice(service: HandService, watch: WatchHub, store: MemoryStore) -> None:
     """The same representation, stored again, rings nobody; nor does the same failure."""
-    with watch.watching([KEY], Kind.EVENTS) as watcher:
+    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
         service.answers.put_nowait(snapshot("1"))
-        assert len(await taken(watcher)) == 1
+        assert len(await taken(subscriber)) == 1
         store.keep(snapshot("1"))
         await asyncio.sleep(0)
-        watcher.ring()
-        assert await taken(watcher) == []
+        subscriber.ring()
+        assert await taken(subscriber) == []
     await watch.aclose()
     first = Update(KEY, failure=UpstreamTimeout("late"))
     assert Update(KEY, failure=UpstreamTimeout("late")).says_the_same(first)
@@ -388,38 +388,38 @@ async def test_watch_says_nothing_twice(service: HandService, watch: Watch, stor
     assert not Update(KEY, snapshot("1")).says_the_same(first)
 
 
-async def test_watch_tells_late_comers_the_latest(service: HandService, watch: Watch) -> None:
+async def test_watch_tells_late_comers_the_latest(service: HandService, watch: WatchHub) -> None:
     """Who joins a schedule gets its latest update, a failure too, without a new tick."""
-    with watch.watching([KEY], Kind.EVENTS) as early:
+    with watch.watching([KEY], SubscriptionKind.EVENTS) as early:
         service.answers.put_nowait(UpstreamTimeout("late"))
         await taken(early)
-        with watch.watching([KEY], Kind.LONGPOLL) as late:
+        with watch.watching([KEY], SubscriptionKind.LONGPOLL) as late:
             [update] = await taken(late)
             assert isinstance(update.failure, UpstreamTimeout)
     await watch.aclose()
 
 
 async def test_watch_tells_late_comers_nothing_too_old(
-    service: HandService, watch: Watch, store: MemoryStore
+    service: HandService, watch: WatchHub, store: MemoryStore
 ) -> None:
     """Who joins while the latest is too old to show gets what upstream says now, changed or not."""
-    with watch.watching([KEY], Kind.EVENTS) as early:
+    with watch.watching([KEY], SubscriptionKind.EVENTS) as early:
         service.answers.put_nowait(snapshot("1"))
         await taken(early)
         service.asked.clear()
-        with watch.watching([KEY], Kind.EVENTS) as late:
-            with watch.watching([KEY], Kind.EVENTS) as gone:
+        with watch.watching([KEY], SubscriptionKind.EVENTS) as late:
+            with watch.watching([KEY], SubscriptionKind.EVENTS) as gone:
                 await asked(service)  # at once, although the schedule sleeps for an hour
-            for watcher in (early, late, gone):
-                watcher.ring()
-                assert await taken(watcher) == []
+            for subscriber in (early, late, gone):
+                subscriber.ring()
+                assert await taken(subscriber) == []
             service.answers.put_nowait(snapshot("1"))
             [update] = await taken(late)
             assert update.snapshot is not None
             assert update.snapshot.etag == "1"
-            for watcher in (early, gone):
-                watcher.ring()
-                assert await taken(watcher) == []
+            for subscriber in (early, gone):
+                subscriber.ring()
+                assert await taken(subscriber) == []
             store.keep(snapshot("1"))
             await asyncio.sleep(0)
             late.ring()
@@ -428,18 +428,18 @@ async def test_watch_tells_late_comers_nothing_too_old(
 
 
 async def test_watch_asks_again_once_somebody_got_an_answer(
-    service: HandService, watch: Watch, store: MemoryStore
+    service: HandService, watch: WatchHub, store: MemoryStore
 ) -> None:
     """A schedule that rests after a failure goes on when a query, or another replica, brought a snapshot."""
-    with watch.watching([KEY], Kind.EVENTS) as watcher:
+    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
         for _ in range(2):
             service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=3600.0))
-            [update] = await taken(watcher)
+            [update] = await taken(subscriber)
             assert isinstance(update.failure, UpstreamThrottled)
             service.asked.clear()
             store.keep(snapshot("1"))
             await asked(service)
-            [update] = await taken(watcher)
+            [update] = await taken(subscriber)
             assert update.snapshot is not None
     await watch.aclose()
 
@@ -451,7 +451,7 @@ def test_watch_backs_off_for_half_a_minute_at_most() -> None:
     try:
         service, store = HandService(), MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time)
         watch = loop.within(lambda: hand_watch(service, store))
-        watching = watch.watching([KEY], Kind.EVENTS)
+        watching = watch.watching([KEY], SubscriptionKind.EVENTS)
         loop.within(watching.__enter__)
         for told in (None, None, None, 12.0, None, None, 3600.0, *[1.0] * 1100):  # an outage of hours
             service.asked.clear()
@@ -469,38 +469,40 @@ def test_watch_backs_off_for_half_a_minute_at_most() -> None:
     assert pauses == [1.0, 2.0, 4.0, 12.0, 16.0, 30.0, 30.0, *[30.0] * 1100]
 
 
-async def test_watch_takes_nothing_final_back(service: HandService, watch: Watch, store: MemoryStore) -> None:
+async def test_watch_takes_nothing_final_back(
+    service: HandService, watch: WatchHub, store: MemoryStore
+) -> None:
     """A task that ended under its watchers stays so for them, and for who joins, whatever is stored later."""
-    with watch.watching([KEY], Kind.EVENTS) as early:
+    with watch.watching([KEY], SubscriptionKind.EVENTS) as early:
         service.answers.put_nowait(snapshot("1", Status.SUCCEEDED))
         await taken(early)
         store.keep(snapshot("2"))
         await asyncio.sleep(0)
         early.ring()
         assert await taken(early) == []
-        with watch.watching([KEY], Kind.EVENTS) as late:
+        with watch.watching([KEY], SubscriptionKind.EVENTS) as late:
             [update] = await taken(late)
             assert update.snapshot is not None
             assert update.snapshot.terminal
     await watch.aclose()
 
 
-async def test_watch_schedule_ends_with_its_last_watcher(service: HandService, watch: Watch) -> None:
+async def test_watch_schedule_ends_with_its_last_watcher(service: HandService, watch: WatchHub) -> None:
     """When the last watcher leaves, nobody asks for the task any more; the next one begins anew."""
-    with watch.watching([KEY], Kind.EVENTS), watch.watching([KEY], Kind.EVENTS):
+    with watch.watching([KEY], SubscriptionKind.EVENTS), watch.watching([KEY], SubscriptionKind.EVENTS):
         await asked(service)
     assert await nobody_waits(service)
     service.asked.clear()
-    with watch.watching([KEY], Kind.EVENTS):
+    with watch.watching([KEY], SubscriptionKind.EVENTS):
         await asked(service)
     await watch.aclose()
 
 
-async def test_watch_schedule_ends_with_its_task(service: HandService, watch: Watch) -> None:
+async def test_watch_schedule_ends_with_its_task(service: HandService, watch: WatchHub) -> None:
     """A task that has ended is not asked for again, though it is still watched."""
-    with watch.watching([KEY], Kind.EVENTS) as watcher:
+    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
         service.answers.put_nowait(snapshot("1", Status.SUCCEEDED))
-        [update] = await taken(watcher)
+        [update] = await taken(subscriber)
         assert update.snapshot is not None
         assert update.snapshot.terminal
         service.asked.clear()
@@ -509,35 +511,35 @@ async def test_watch_schedule_ends_with_its_task(service: HandService, watch: Wa
     await watch.aclose()
 
 
-async def test_watch_farewell_reaches_late_comers(watch: Watch) -> None:
+async def test_watch_farewell_reaches_late_comers(watch: WatchHub) -> None:
     """Once the gateway is leaving, everybody knows, and so does who comes after."""
-    with watch.watching([KEY], Kind.EVENTS) as watcher:
-        watch.say_farewell()
-        assert await taken(watcher) == []
-        assert watcher.leaving
-        with watch.watching([KEY], Kind.EVENTS) as late:
+    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
+        watch.announce_shutdown()
+        assert await taken(subscriber) == []
+        assert subscriber.leaving
+        with watch.watching([KEY], SubscriptionKind.EVENTS) as late:
             assert late.leaving
             assert await taken(late) == []
     await watch.aclose()
 
 
-async def test_watch_closes_with_watchers_inside(service: HandService, watch: Watch) -> None:
+async def test_watch_closes_with_watchers_inside(service: HandService, watch: WatchHub) -> None:
     """Closing ends every schedule, watched or not, and waits for them."""
-    with watch.watching([KEY], Kind.EVENTS):
+    with watch.watching([KEY], SubscriptionKind.EVENTS):
         await asked(service)
         await watch.aclose()
         assert await nobody_waits(service)
 
 
-async def test_watch_closed_begins_nothing(service: HandService, watch: Watch, store: MemoryStore) -> None:
+async def test_watch_closed_begins_nothing(service: HandService, watch: WatchHub, store: MemoryStore) -> None:
     """A change that waits to be told while the watch closes wakes no schedule that rests."""
-    with watch.watching([KEY], Kind.EVENTS) as watcher:
+    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
         service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=3600.0))
-        await taken(watcher)
+        await taken(subscriber)
         service.asked.clear()
         store.keep(snapshot("1"))
         await watch.aclose()
-        assert etags(await taken(watcher)) == ["1"]
+        assert etags(await taken(subscriber)) == ["1"]
         assert await nobody_waits(service)
         assert not service.asked.is_set()
 
@@ -548,39 +550,39 @@ async def test_watch_goes_on_after_a_bug_in_a_tick(service: HandService, fault: 
     store = MemoryStore(max_tasks=10, stale_seconds=60)
     watch = hand_watch(service, store)
 
-    def broken(update: Update, watchers: Collection[Watcher]) -> Iterable[Watcher]:
+    def broken(update: Update, subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
         if update.failure is None:
             raise ZeroDivisionError
-        return watchers
+        return subscribers
 
-    with capture_logs() as lines, watch.watching([KEY], Kind.EVENTS) as watcher:
+    with capture_logs() as lines, watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
         if fault == "asking":
             service.answers.put_nowait(ZeroDivisionError())
         else:
             watch.deliver = broken
             service.answers.put_nowait(snapshot("0"))
-        [update] = await taken(watcher)
+        [update] = await taken(subscriber)
         assert update.failure is not None
         assert update.failure.code == "internal"
-        with watch.watching([KEY], Kind.LONGPOLL) as late:
+        with watch.watching([KEY], SubscriptionKind.LONGPOLL) as late:
             [update] = await taken(late)
             assert update.failure is not None
-        watch.deliver = lambda _, watchers: watchers
+        watch.deliver = lambda _, subscribers: subscribers
         service.asked.clear()
         store.keep(snapshot("1"))  # what ends every rest: somebody got an answer
-        assert etags(await taken(watcher)) == ["1"]
+        assert etags(await taken(subscriber)) == ["1"]
         await asked(service)
     assert [(line["event"], line["log_level"]) for line in lines] == [("bug in a schedule", "error")]
     assert not +service.demand
     await watch.aclose()
 
 
-async def test_watch_counts_its_watchers_clients_in(service: HandService, watch: Watch) -> None:
+async def test_watch_counts_its_watchers_clients_in(service: HandService, watch: WatchHub) -> None:
     """Each watcher's client is part of the demand for its tasks, for as long as it watches."""
-    with watch.watching([KEY], Kind.EVENTS, client=b"1"):
+    with watch.watching([KEY], SubscriptionKind.EVENTS, client=b"1"):
         with (
-            watch.watching([KEY, of("b", "0").key], Kind.LONGPOLL, client=b"2"),
-            watch.watching([KEY], Kind.EVENTS, client=b"2"),
+            watch.watching([KEY, of("b", "0").key], SubscriptionKind.LONGPOLL, client=b"2"),
+            watch.watching([KEY], SubscriptionKind.EVENTS, client=b"2"),
         ):
             told = {(key.task_id, client): count for (key, client), count in service.demand.items()}
             assert told == {("a", b"1"): 1, ("a", b"2"): 2, ("b", b"2"): 1}

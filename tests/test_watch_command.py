@@ -23,7 +23,7 @@ from rich.console import Console
 
 from gateway.cli.main import main
 from gateway.cli.watch_client import Event, Problem, Progress
-from gateway.cli.watch_display import Board
+from gateway.cli.watch_display import ProgressDisplay
 from tests.harness import (
     COMMAND,
     KEY,
@@ -335,7 +335,7 @@ class Terminal:
         """All that was shown so far, without colours and cursor movements."""
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.raw).replace("\r\n", "\n")
 
-    def shows(self, text: str) -> None:
+    def is_current(self, text: str) -> None:
         """Wait until this is shown."""
         while text not in self.text:
             assert self._read(), f"never {text!r} in {self.text}"
@@ -382,15 +382,15 @@ def test_watch_draws_a_live_bar_per_task(simulated: Simulator, served: str, tmp_
     one, other = "task-one", "task-two"
     simulated.script(one, **WAITING)
     with terminal("watch", one, other, "--gateway", served, cwd=tmp_path) as screen:
-        screen.shows(f"{served}: 0 of 2 ended")
-        screen.shows("3 in the queue")
-        screen.shows("the upstream rejected the query")
+        screen.is_current(f"{served}: 0 of 2 ended")
+        screen.is_current("3 in the queue")
+        screen.is_current("the upstream rejected the query")
         simulated.script(one, **RUNNING)
-        screen.shows("╸")  # a bar's moving end
-        screen.shows("25 % step 5 of 20")
+        screen.is_current("╸")  # a bar's moving end
+        screen.is_current("25 % step 5 of 20")
         simulated.script(other, **FAILURE)
-        screen.shows("75 % out of memory")
-        screen.shows("1 of 2 ended")
+        screen.is_current("75 % out of memory")
+        screen.is_current("1 of 2 ended")
         simulated.script(one, **SUCCESS)
         assert screen.exit_status() == 1
     last = screen.text[screen.text.rindex(served) :]
@@ -407,7 +407,7 @@ def test_watch_leaves_a_terminal_in_order(simulated: Simulator, served: str, tmp
     """Ctrl-C gives the cursor back, and ends it with exit status 1 and no traceback."""
     task_id = simulated.task()
     with terminal("watch", task_id, "--gateway", served, cwd=tmp_path) as screen:
-        screen.shows("running")
+        screen.is_current("running")
         screen.signal(signal.SIGINT)
         assert screen.exit_status() == 1
     assert screen.raw.rstrip().endswith("\x1b[?25h")
@@ -418,7 +418,7 @@ def test_watch_shows_trouble_above_the_bars(tmp_path: Path) -> None:
     """A gateway that cannot be reached is told on the screen, not between the bars."""
     url = f"http://127.0.0.1:{free_port()}"
     with terminal("watch", "A", "--gateway", url, cwd=tmp_path) as screen:
-        screen.shows(f"{url}: it cannot be reached (Connection refused); trying again\n")
+        screen.is_current(f"{url}: it cannot be reached (Connection refused); trying again\n")
         assert "sd-gateway:" not in screen.text
 
 
@@ -464,16 +464,16 @@ def heard(status: str = "running", **more: Any) -> Event:
     return Event("progress", {}, Progress.model_validate(data(status, **more)))
 
 
-def drawn(board: Board, width: int = 80) -> list[str]:
+def drawn(board: ProgressDisplay, width: int = 80) -> list[str]:
     """Return the lines of a board on a terminal of so many columns."""
     out = StringIO()
     Console(file=out, width=width).print(board.render(width))
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
-def board(*task_ids: str, clock: Callable[[], float] = lambda: 0.0) -> Board:
+def board(*task_ids: str, clock: Callable[[], float] = lambda: 0.0) -> ProgressDisplay:
     """Return a board of some gateway."""
-    return Board(httpx.URL("http://user:hush@host:8080/prefix/"), task_ids or ["A"], clock=clock)
+    return ProgressDisplay(httpx.URL("http://user:hush@host:8080/prefix/"), task_ids or ["A"], clock=clock)
 
 
 def test_board_counts_the_time_left_down() -> None:

@@ -8,20 +8,20 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.client_limits import Clients, client_of
+from gateway.api.client_limits import ClientLimits, client_of
 from gateway.api.problems import document, lookup
 from gateway.api.requests import query_parameters
 from gateway.api.server_extensions import while_connected
 from gateway.api.task_parameters import Tasks
 from gateway.domain.snapshot import Snapshot, Status, TaskKey, render_json
-from gateway.progress.results import Failed, Reading
+from gateway.progress.results import CacheResult, FetchFailure
 from gateway.progress.service import ProgressService
 
 
 class BatchEndpoint:
     """Answers for several tasks; what each is allowed to cost is the service's business."""
 
-    def __init__(self, service: ProgressService, *, tasks: Tasks, clients: Clients) -> None:
+    def __init__(self, service: ProgressService, *, tasks: Tasks, clients: ClientLimits) -> None:
         self._service = service
         self._tasks = tasks
         self._clients = clients
@@ -34,13 +34,13 @@ class BatchEndpoint:
         scope["state"]["outcomes"] = outcomes  # for the request's log line
         items: list[bytes] = []
         for outcome in outcomes:
-            if isinstance(outcome, Reading):
+            if isinstance(outcome, CacheResult):
                 items.append(outcome.snapshot.body)
             else:
                 status, title = lookup(outcome.failure)
                 problem = document(outcome.failure, status, title, request_id=scope["state"]["request_id"])
                 items.append(render_json({"taskId": outcome.key.task_id, "error": problem}))
-        snapshots = [outcome.snapshot for outcome in outcomes if isinstance(outcome, Reading)]
+        snapshots = [outcome.snapshot for outcome in outcomes if isinstance(outcome, CacheResult)]
         summary = render_json(summarize(snapshots, errors=len(outcomes) - len(snapshots)))
         body = b'{"items":[%s],"summary":%s}' % (b",".join(items), summary)
         headers = [
@@ -51,12 +51,14 @@ class BatchEndpoint:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
-    async def _read(self, scope: Scope, receive: Receive, keys: Sequence[TaskKey]) -> list[Reading | Failed]:
+    async def _read(
+        self, scope: Scope, receive: Receive, keys: Sequence[TaskKey]
+    ) -> list[CacheResult | FetchFailure]:
         """Return the tasks' outcomes. Raises: ClientDisconnect, when the caller leaves before."""
         found = {key: self._service.lookup(key) for key in keys}
-        missing = [key for key, reading in found.items() if reading is None]
+        missing = [key for key, result in found.items() if result is None]
         if not missing:
-            return [reading for reading in found.values() if reading is not None]
+            return [result for result in found.values() if result is not None]
         client = client_of(scope)
         # All at once is bounded: by the tasks of a request, and upstream by its slots.
         reads = asyncio.gather(*(self._service.read(key, client=client) for key in missing))

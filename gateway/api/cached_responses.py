@@ -4,7 +4,7 @@ Only the plainest requests are answered: GET, a target without anything odd in i
 for more than a hit can give. There is no answer for any other, and the routes give it: whatever is refused,
 waited for or read from a body is their affair alone. What is answered is counted, timed and logged as
 `middleware.Telemetry` does. Whoever has a request asks: the edge, which renders a hit for the wire, or else
-`HitsFirst`, which sends it as ASGI has it.
+`CachedResponsesFirst`, which sends it as ASGI has it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.api.client_limits import RateLimiter
+from gateway.api.client_limits import ClientRateLimiter
 from gateway.api.progress_response import HEADER_NAMES, answer, unchanged_until
 from gateway.api.request_log import RequestLog, Verdict, kind, verdict
 from gateway.api.requests import (
@@ -30,14 +30,14 @@ from gateway.api.requests import (
 from gateway.api.task_parameters import PROGRESS, PlainTargets
 from gateway.api.trusted_hosts import TrustedHosts
 from gateway.domain.snapshot import Operation
-from gateway.progress.results import Reading, Source
+from gateway.progress.results import CacheResult, CacheStatus
 from gateway.progress.service import ProgressService
-from gateway.telemetry.counters import Count
-from gateway.telemetry.log_sampling import Kind, Sampler
+from gateway.telemetry.counters import FastCounter
+from gateway.telemetry.log_sampling import LogSampler, LogSeries
 from gateway.telemetry.metrics import Metrics
 
 _ROUTE = f"{PROGRESS}/{{taskId}}"  # in metrics and log lines, the application's template of the path
-_HIT = Source.HIT
+_HIT = CacheStatus.HIT
 _MOST_MADE = 16_384
 _MOST_BYTES = 8_388_608  # of snapshots and rendered answers: they may have had to make room in the store
 _MADE_SECONDS = 1.0  # then each task is looked up again, which the store takes for a sign of use
@@ -47,7 +47,7 @@ _STALE_SECONDS = 0.01  # for which a stale answer is given again: then its refre
 _MORE = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade", b"prefer"})
 
 
-class Wishes(NamedTuple):
+class RequestTraits(NamedTuple):
     """What a request's headers ask of a hit: `known` is If-None-Match, `request_id` the caller's own."""
 
     known: str | None
@@ -56,24 +56,24 @@ class Wishes(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Hit:
+class CachedResponse:
     """An answer, which can be given again `until` then, while its snapshot is the newest.
 
-    `values` are those of the headers that `Hits.names` has for the status; the request's id comes behind
-    them. `count` counts it, `line` is the kind of its log line. `rendered` is kept by whoever renders it.
+    `values` are those of the headers that `CachedResponses.names` has for the status; the request's id comes
+    behind them. `count` counts it, `line` is the kind of its log line. `rendered` is kept by whoever renders it.
     """
 
-    reading: Reading
+    result: CacheResult
     status: int
     values: tuple[bytes, ...]
     body: bytes
-    count: Count
-    line: Kind
+    count: FastCounter
+    line: LogSeries
     until: float = 0.0
     rendered: tuple[object, bytes] = (None, b"")
 
 
-class Hits:
+class CachedResponses:
     """Answers hits, or leaves them to the routes.
 
     With `cross_origin` an answer may differ by the caller's origin, with a `limiter` by the address that
@@ -89,9 +89,9 @@ class Hits:
         root_path: str,
         hosts: TrustedHosts,
         cross_origin: bool,
-        limiter: RateLimiter | None,
+        limiter: ClientRateLimiter | None,
         metrics: Metrics,
-        sampler: Sampler,
+        log_sampler: LogSampler,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lookup = service.lookup
@@ -111,16 +111,16 @@ class Hits:
             status: metrics.http_requests.labels(_ROUTE, "GET", status) for status in HEADER_NAMES
         }
         self._durations = metrics.http_request_duration.labels(_ROUTE)
-        self._request_log = RequestLog(sampler)
-        self._sampler = sampler
+        self._request_log = RequestLog(log_sampler)
+        self._log_sampler = log_sampler
         self._lines = {status: self._line(status, (_HIT, None)) for status in HEADER_NAMES}
         self._clock = clock
         # Of this second, for a crowd that asks for the same; None: asked for once.
-        self._made: dict[tuple[bytes, str | None], Hit | None] = {}
+        self._made: dict[tuple[bytes, str | None], CachedResponse | None] = {}
         self._empty_at = 0.0
         self._made_bytes = 0
 
-    def wishes(self, headers: Headers) -> Wishes | None:
+    def traits(self, headers: Headers) -> RequestTraits | None:
         """Return what these headers ask of a hit, or None when it is more than that."""
         names = {name for name, _ in headers}
         if not names.isdisjoint(self._more) or not self._hosts.trust(headers):
@@ -129,50 +129,50 @@ class Hits:
             return None
         known = header(headers, b"if-none-match") if b"if-none-match" in names else None
         request_id = given_request_id(headers) if b"x-request-id" in names else None
-        return Wishes(known, request_id, headers)
+        return RequestTraits(known, request_id, headers)
 
     def answer(
-        self, target: bytes, wishes: Wishes, client: tuple[str, int] | None
-    ) -> tuple[Hit, bytes] | None:
+        self, target: bytes, traits: RequestTraits, client: tuple[str, int] | None
+    ) -> tuple[CachedResponse, bytes] | None:
         """Return the answer to a GET for `target`, which is as it came, and the request's id; or None."""
         began = self._clock()
         limiter = self._limiter
         if limiter is not None and not limiter.would_admit(_host(client)):
             return None
-        hit = self._made.get((target, wishes.known))
-        if hit is None or began >= hit.until or not self._repeat(hit.reading.snapshot, began):
-            hit = self._make(target, wishes.known, began)
+        hit = self._made.get((target, traits.known))
+        if hit is None or began >= hit.until or not self._repeat(hit.result.snapshot, began):
+            hit = self._make(target, traits.known, began)
             if hit is None:
                 return None
         if limiter is not None:
             limiter.admit(_host(client))
-        request_id = wishes.request_id or new_request_id()
+        request_id = traits.request_id or new_request_id()
         now = self._clock()
         hit.count.value += 1
         self._durations.observe(now - began)
-        untold = hit.line.take(now)
-        if untold is not None:
-            self._tell(hit, wishes, request_id, seconds=now - began, untold=untold)
+        unnotified = hit.line.take(now)
+        if unnotified is not None:
+            self._tell(hit, traits, request_id, seconds=now - began, unnotified=unnotified)
         return hit, request_id
 
-    def _make(self, target: bytes, known: str | None, now: float) -> Hit | None:
+    def _make(self, target: bytes, known: str | None, now: float) -> CachedResponse | None:
         key = self._task(target)
-        reading = None if key is None else self._lookup(key)
-        if reading is None:
+        result = None if key is None else self._lookup(key)
+        if result is None:
             return None
-        status, values, body = answer(reading, known)
-        fresh = reading.source is _HIT
-        line = self._lines[status] if fresh else self._line(status, verdict(reading))
-        hit = Hit(reading, status, values + self._added, body, self._counts[status], line)
-        if reading.failure is None:
-            until = unchanged_until(reading)
+        status, values, body = answer(result, known)
+        fresh = result.source is _HIT
+        line = self._lines[status] if fresh else self._line(status, verdict(result))
+        hit = CachedResponse(result, status, values + self._added, body, self._counts[status], line)
+        if result.failure is None:
+            until = unchanged_until(result)
             self._keep(target, known, hit, now, until if fresh else min(until, now + _STALE_SECONDS))
         return hit
 
-    def _line(self, status: int, how: Verdict) -> Kind:
-        return self._sampler.kind(kind(_ROUTE, status, None, how))
+    def _line(self, status: int, how: Verdict) -> LogSeries:
+        return self._log_sampler.kind(kind(_ROUTE, status, None, how))
 
-    def _keep(self, target: bytes, known: str | None, hit: Hit, now: float, until: float) -> None:
+    def _keep(self, target: bytes, known: str | None, hit: CachedResponse, now: float, until: float) -> None:
         """Keep an answer that is made for a second time within a second."""
         if known is not None and len(known) > _LONGEST_KNOWN:
             return
@@ -181,7 +181,7 @@ class Hits:
         if (target, known) not in self._made:
             self._made[target, known] = None
             return
-        snapshot = hit.reading.snapshot
+        snapshot = hit.result.snapshot
         size = 2 * len(snapshot.body) + len(snapshot.envelope)  # its body stands in the rendered one, too
         if self._made_bytes + size > _MOST_BYTES:
             self._forget(now)
@@ -195,22 +195,30 @@ class Hits:
         self._made_bytes = 0
         self._empty_at = now + _MADE_SECONDS
 
-    def _tell(self, hit: Hit, wishes: Wishes, request_id: bytes, *, seconds: float, untold: int) -> None:
-        state = {"request_id": request_id.decode(), "outcomes": (hit.reading,)}
+    def _tell(
+        self,
+        hit: CachedResponse,
+        traits: RequestTraits,
+        request_id: bytes,
+        *,
+        seconds: float,
+        unnotified: int,
+    ) -> None:
+        state = {"request_id": request_id.decode(), "outcomes": (hit.result,)}
         self._request_log.write(
-            {"headers": wishes.headers, "state": state},
+            {"headers": traits.headers, "state": state},
             method="GET",
             route=_ROUTE,
             status=hit.status,
             seconds=seconds,
-            untold=untold,
+            unnotified=unnotified,
         )
 
 
-class HitsFirst:
+class CachedResponsesFirst:
     """Answers hits under any ASGI server, before the application does anything."""
 
-    def __init__(self, app: ASGIApp, *, hits: Hits) -> None:
+    def __init__(self, app: ASGIApp, *, hits: CachedResponses) -> None:
         self._app = app
         self._hits = hits
 
@@ -219,20 +227,20 @@ class HitsFirst:
         found = self._find(scope)
         return self._app(scope, receive, send) if found is None else self._answer(*found, send)
 
-    async def _answer(self, hit: Hit, request_id: bytes, send: Send) -> None:
+    async def _answer(self, hit: CachedResponse, request_id: bytes, send: Send) -> None:
         names = self._hits.names[hit.status]
         headers = [*zip(names, hit.values, strict=True), (b"x-request-id", request_id)]
         await send({"type": "http.response.start", "status": hit.status, "headers": headers})
         await send({"type": "http.response.body", "body": hit.body})
 
-    def _find(self, scope: Scope) -> tuple[Hit, bytes] | None:
+    def _find(self, scope: Scope) -> tuple[CachedResponse, bytes] | None:
         if scope["type"] != "http" or scope["method"] != "GET" or not scope.get("raw_path"):
             return None
-        wishes = self._hits.wishes(scope["headers"])
-        if wishes is None:
+        traits = self._hits.traits(scope["headers"])
+        if traits is None:
             return None
         target, query = scope["raw_path"], scope["query_string"]
-        return self._hits.answer(b"%b?%b" % (target, query) if query else target, wishes, scope.get("client"))
+        return self._hits.answer(b"%b?%b" % (target, query) if query else target, traits, scope.get("client"))
 
 
 def _host(client: tuple[str, int] | None) -> str:

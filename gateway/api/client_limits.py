@@ -34,7 +34,7 @@ _SUBSCRIBE_AGAIN_SECONDS = 5.0
 _NO_LIMIT = nullcontext()
 
 
-class RateLimiter:
+class ClientRateLimiter:
     """Lets each client ask for `tasks_per_second` tasks, and for as many at once as a second brings.
 
     Over any time a client gets at most rate x time + burst + one request. `clock` is monotonic, in seconds.
@@ -76,13 +76,13 @@ class RateLimiter:
         return full_at, wait if wait > _INEXACT else 0.0
 
 
-class Clients:
+class ClientLimits:
     """What endpoints ask about the client of a request, once they know what the request costs.
 
     `limiter`: None without `limits.requests_per_second`. `most_subscriptions`: of one client; 0: no limit.
     """
 
-    def __init__(self, limiter: RateLimiter | None, *, most_subscriptions: int) -> None:
+    def __init__(self, limiter: ClientRateLimiter | None, *, most_subscriptions: int) -> None:
         self._limiter = limiter
         self._most_subscriptions = most_subscriptions
         self._subscriptions: Counter[bytes] = Counter()
@@ -139,10 +139,10 @@ def client_of(scope: Scope) -> bytes:
     return bucket_key(client[0]) if client else b""
 
 
-class RateLimit:
+class ClientRateLimit:
     """Refuses requests of clients over their rate; probes and scrapes are exempt."""
 
-    def __init__(self, app: ASGIApp, *, limiter: RateLimiter) -> None:
+    def __init__(self, app: ASGIApp, *, limiter: ClientRateLimiter) -> None:
         self._app = app
         self._limiter = limiter
 

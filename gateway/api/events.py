@@ -16,16 +16,16 @@ from collections.abc import Collection, Iterable, Sequence
 
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.client_limits import Clients, client_of
-from gateway.api.heartbeats import HEARTBEAT, Pacemaker
+from gateway.api.client_limits import ClientLimits, client_of
+from gateway.api.heartbeats import HEARTBEAT, Heartbeats
 from gateway.api.problems import document, lookup
 from gateway.api.requests import header, query_parameters
-from gateway.api.server_extensions import HangUp, chunk, outlet_of
+from gateway.api.server_extensions import DisconnectListener, chunk, direct_transport_of
 from gateway.api.task_parameters import Tasks
 from gateway.api.trace_context import trace_parent
 from gateway.domain.snapshot import Snapshot, TaskKey, render_json
 from gateway.telemetry.metrics import Metrics
-from gateway.watch.hub import Kind, Update, Watch, Watcher
+from gateway.watch.hub import Subscriber, SubscriptionKind, Update, WatchHub
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -40,14 +40,20 @@ class EventsEndpoint:
     """Streams the progress of the tasks that a request names."""
 
     def __init__(
-        self, watch: Watch, *, tasks: Tasks, clients: Clients, metrics: Metrics, heartbeat_seconds: float
+        self,
+        watch: WatchHub,
+        *,
+        tasks: Tasks,
+        clients: ClientLimits,
+        metrics: Metrics,
+        heartbeat_seconds: float,
     ) -> None:
         self._watch = watch
         self._tasks = tasks
         self._clients = clients
         self._sent = {name: metrics.events_sent.labels(name) for name in ("progress", "problem", "end")}
         watch.deliver = self._deliver
-        self._pacemaker = Pacemaker(heartbeat_seconds)
+        self._pacemaker = Heartbeats(heartbeat_seconds)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until every task has ended, the reader leaves or the gateway does."""
@@ -65,47 +71,47 @@ class EventsEndpoint:
             return
         with (
             self._clients.subscribed(scope),
-            self._watch.watching(keys, Kind.EVENTS, client=client_of(scope)) as watcher,
+            self._watch.watching(keys, SubscriptionKind.EVENTS, client=client_of(scope)) as subscriber,
         ):
             self._clients.charge(scope, len(keys))
             # Before the first `send`, which waits while the socket is full: the reader may leave meanwhile.
-            async with HangUp(scope, receive, watcher.hang_up):
+            async with DisconnectListener(scope, receive, subscriber.disconnect):
                 await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
                 _forget_request(scope)
                 await send(_part(b"retry: %d\n\n" % _RETRY_MS))
-                watcher.outlet = outlet_of(scope)
-                with self._pacemaker.pacing(watcher):
-                    await self._stream(scope, watcher, end_id, send)
+                subscriber.direct_transport = direct_transport_of(scope)
+                with self._pacemaker.pacing(subscriber):
+                    await self._stream(scope, subscriber, end_id, send)
 
     def _keys(self, scope: Scope) -> Sequence[TaskKey]:
         if "taskId" in scope["path_params"]:
             return [self._tasks.in_path(scope, query_parameters(scope, "api"))]
         return self._tasks.in_query(query_parameters(scope, "api", repeated="taskId"))
 
-    async def _stream(self, scope: Scope, watcher: Watcher, end_id: str, send: Send) -> None:
-        running = set(watcher.keys)
-        while not watcher.hung_up:
+    async def _stream(self, scope: Scope, subscriber: Subscriber, end_id: str, send: Send) -> None:
+        running = set(subscriber.keys)
+        while not subscriber.disconnected:
             parts = []
-            for update in await watcher.take():
+            for update in await subscriber.take():
                 parts.append(self._encode(update, scope))
                 if update.snapshot is not None and update.snapshot.terminal:
                     running.discard(update.key)
-            if watcher.heartbeat_due:
-                watcher.heartbeat_due = False
+            if subscriber.heartbeat_due:
+                subscriber.heartbeat_due = False
                 parts.append(HEARTBEAT)
             if not running:
                 self._sent["end"].inc()
                 parts.append(b"event: end\nid: %s\ndata: {}\n\n" % end_id.encode())
-            elif watcher.leaving:
+            elif subscriber.leaving:
                 spread = random.randint(*_FAREWELL_MS)  # noqa: S311  # spreads load, hides nothing
                 parts.append(b": the gateway restarts\nretry: %d\n\n" % spread)
-            if not running or watcher.leaving:
+            if not running or subscriber.leaving:
                 await send(_part(b"".join(parts), last=True))
                 return
             if parts:
                 await send(_part(b"".join(parts)))
 
-    def _deliver(self, update: Update, watchers: Collection[Watcher]) -> Iterable[Watcher]:
+    def _deliver(self, update: Update, subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
         """Write an event to those whose readers keep up, and return the others: their streams will send it.
 
         What belongs to one of thousands of readers is in none of the processor's caches: so the loop asks
@@ -114,20 +120,20 @@ class EventsEndpoint:
         snapshot = update.snapshot
         # Ends and problems are the stream's: the one closes it, the other names its request.
         if snapshot is None or snapshot.terminal:
-            return watchers
+            return subscribers
         event = _progress(update, snapshot)
         plain, with_heartbeat = chunk(event), chunk(HEARTBEAT + event)
         others = []
-        for watcher in watchers:
-            outlet = watcher.idle_outlet
-            if outlet is None or outlet.get_write_buffer_size():
-                others.append(watcher)
-            elif watcher.heartbeat_due:
-                watcher.heartbeat_due = False
-                outlet.write(with_heartbeat)
+        for subscriber in subscribers:
+            direct_transport = subscriber.idle_transport
+            if direct_transport is None or direct_transport.get_write_buffer_size():
+                others.append(subscriber)
+            elif subscriber.heartbeat_due:
+                subscriber.heartbeat_due = False
+                direct_transport.write(with_heartbeat)
             else:
-                outlet.write(plain)
-        self._sent["progress"].value += len(watchers) - len(others)
+                direct_transport.write(plain)
+        self._sent["progress"].value += len(subscribers) - len(others)
         return others
 
     def _encode(self, update: Update, scope: Scope) -> bytes:

@@ -12,14 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gateway.api.server_extensions import chunk
-from gateway.watch.hub import Watcher
+from gateway.watch.hub import Subscriber
 
 HEARTBEAT = b": still here\n\n"
 _CHUNK = chunk(HEARTBEAT)
 _TURNS = 16
 
 
-class Pacemaker:
+class Heartbeats:
     """Sees to it that no stream goes without a heartbeat for longer than so many seconds.
 
     The streams take turns: thousands that wrote at one moment would hold up everybody else's answer. A
@@ -28,21 +28,21 @@ class Pacemaker:
 
     def __init__(self, seconds: float) -> None:
         self._pause = seconds / (_TURNS + 1)  # due in every turn of its own, sent by the next one
-        self._turns: list[set[Watcher]] = [set() for _ in range(_TURNS)]
+        self._turns: list[set[Subscriber]] = [set() for _ in range(_TURNS)]
         self._turn = 0
         self._timer: asyncio.TimerHandle | None = None
 
     @contextmanager
-    def pacing(self, watcher: Watcher) -> Iterator[None]:
+    def pacing(self, subscriber: Subscriber) -> Iterator[None]:
         """Keep the heartbeat of this watcher's stream while the context is open."""
         turn = self._turns[self._turn - 1]  # the one just past: its next is a whole round away
-        turn.add(watcher)
+        turn.add(subscriber)
         if self._timer is None:
             self._wait()
         try:
             yield
         finally:
-            turn.discard(watcher)
+            turn.discard(subscriber)
             if self._timer is not None and not any(self._turns):
                 self._timer.cancel()
                 self._timer = None
@@ -51,19 +51,19 @@ class Pacemaker:
         self._timer = asyncio.get_running_loop().call_later(self._pause, self._beat)
 
     def _beat(self) -> None:
-        for watcher in self._turns[self._turn - 1]:
-            if watcher.heartbeat_due:
-                _send_heartbeat(watcher)
-        for watcher in self._turns[self._turn]:
-            watcher.heartbeat_due = True
+        for subscriber in self._turns[self._turn - 1]:
+            if subscriber.heartbeat_due:
+                _send_heartbeat(subscriber)
+        for subscriber in self._turns[self._turn]:
+            subscriber.heartbeat_due = True
         self._turn = (self._turn + 1) % _TURNS
         self._wait()
 
 
-def _send_heartbeat(watcher: Watcher) -> None:
-    outlet = watcher.idle_outlet
-    if outlet is None or outlet.get_write_buffer_size():
-        watcher.ring()  # its stream does, when it can
+def _send_heartbeat(subscriber: Subscriber) -> None:
+    direct_transport = subscriber.idle_transport
+    if direct_transport is None or direct_transport.get_write_buffer_size():
+        subscriber.ring()  # its stream does, when it can
     else:
-        watcher.heartbeat_due = False
-        outlet.write(_CHUNK)
+        subscriber.heartbeat_due = False
+        direct_transport.write(_CHUNK)

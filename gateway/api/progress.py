@@ -13,17 +13,17 @@ from contextlib import suppress
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.client_limits import Clients, client_of
+from gateway.api.client_limits import ClientLimits, client_of
 from gateway.api.progress_response import HEADER_NAMES, answer, matches
 from gateway.api.request_log import settled
 from gateway.api.requests import Headers, header, query_parameters
-from gateway.api.server_extensions import HangUp, while_connected
+from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import Tasks
 from gateway.domain.errors import GatewayError, InvalidParameter
 from gateway.domain.snapshot import Snapshot, TaskKey
-from gateway.progress.results import Failed, Reading, Source
+from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.progress.service import ProgressService
-from gateway.watch.hub import Kind, Watch, Watcher
+from gateway.watch.hub import Subscriber, SubscriptionKind, WatchHub
 
 # RFC 7240, 4.3: `wait=10`, perhaps among other preferences.
 _PREFER_WAIT = re.compile(
@@ -38,10 +38,10 @@ class ProgressEndpoint:
     def __init__(
         self,
         service: ProgressService,
-        watch: Watch,
+        watch: WatchHub,
         *,
         tasks: Tasks,
-        clients: Clients,
+        clients: ClientLimits,
         max_wait_seconds: float,
     ) -> None:
         self._service = service
@@ -65,7 +65,7 @@ class ProgressEndpoint:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
-    async def _read(self, scope: Scope, receive: Receive, key: TaskKey) -> Reading | Failed:
+    async def _read(self, scope: Scope, receive: Receive, key: TaskKey) -> CacheResult | FetchFailure:
         """Ask, for as long as the caller waits. Raises: ClientDisconnect."""
         return await while_connected(scope, receive, self._service.read(key, client=client_of(scope)))
 
@@ -85,7 +85,7 @@ class ProgressEndpoint:
 
     async def _changed(
         self, scope: Scope, receive: Receive, key: TaskKey, known: str | None, wait: float
-    ) -> Reading | Failed:
+    ) -> CacheResult | FetchFailure:
         """Watch until the task differs from what the caller knows, has ended, or `wait` has passed.
 
         All that goes upstream meanwhile goes by the watch's schedule, and the whole is counted as one lookup.
@@ -96,16 +96,16 @@ class ProgressEndpoint:
         failure: GatewayError | None = None
         with (
             self._clients.subscribed(scope),
-            self._watch.watching([key], Kind.LONGPOLL, client=client_of(scope)) as watcher,
+            self._watch.watching([key], SubscriptionKind.LONGPOLL, client=client_of(scope)) as subscriber,
         ):
-            async with HangUp(scope, receive, watcher.hang_up):
+            async with DisconnectListener(scope, receive, subscriber.disconnect):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
-                        failure = await _until_news(watcher, known)
+                        failure = await _until_news(subscriber, known)
         if failure is not None:
-            outcome: Reading | Failed = Failed(key, failure, Source.NEGATIVE)
-        elif (reading := self._service.current(key)) is not None:
-            outcome = reading if on_arrival is not None else reading._replace(source=Source.MISS)
+            outcome: CacheResult | FetchFailure = FetchFailure(key, failure, CacheStatus.NEGATIVE)
+        elif (result := self._service.current(key)) is not None:
+            outcome = result if on_arrival is not None else result._replace(source=CacheStatus.MISS)
         else:
             # Nothing may be shown. As any query, it waits for the flight that the schedule has begun, or asks
             # anew where the schedule backs off after a failure.
@@ -114,19 +114,19 @@ class ProgressEndpoint:
         return outcome
 
 
-async def _until_news(watcher: Watcher, known: str) -> GatewayError | None:
+async def _until_news(subscriber: Subscriber, known: str) -> GatewayError | None:
     """Return when there is something to answer: the failure, if it is one. Raises: ClientDisconnect.
 
     A failure that is there on arrival is not returned: it may be as old as the pause of the schedule.
     """
-    new = not watcher.rung
-    while not watcher.leaving:
-        for update in await watcher.take():
+    new = not subscriber.woken
+    while not subscriber.leaving:
+        for update in await subscriber.take():
             if update.failure is not None:
                 return update.failure if new else None
             if _is_news(update.snapshot, known):
                 return None
-        if watcher.hung_up:
+        if subscriber.disconnected:
             raise ClientDisconnect
         new = True
     return None

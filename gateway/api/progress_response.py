@@ -9,9 +9,9 @@ import re
 from collections.abc import Mapping
 
 from gateway.api.requests import Headers
-from gateway.progress.results import Reading, Source
+from gateway.progress.results import CacheResult, CacheStatus
 
-_HELD = frozenset({Source.HIT, Source.STALE})
+_HELD = frozenset({CacheStatus.HIT, CacheStatus.STALE})
 # Apache's mod_deflate and mod_brotli append "-gzip" and "-br", Jetty "--gzip", others ";gzip".
 _CODING = re.compile(r'(?:--?|;)(?:gzip|br|zstd|deflate)"$')
 CACHE_NAMES = (b"cache-control", b"age", b"cache-status")
@@ -24,12 +24,12 @@ HEADER_NAMES: Mapping[int, tuple[bytes, ...]] = {
 }
 
 
-def cache_headers(reading: Reading) -> Headers:
+def cache_headers(result: CacheResult) -> Headers:
     """Return Cache-Control, Age and Cache-Status of an answer made from this reading."""
-    return list(zip(CACHE_NAMES, cache_values(reading), strict=True))
+    return list(zip(CACHE_NAMES, cache_values(result), strict=True))
 
 
-def cache_values(reading: Reading) -> tuple[bytes, bytes, bytes]:
+def cache_values(result: CacheResult) -> tuple[bytes, bytes, bytes]:
     """Return the values of `CACHE_NAMES` for an answer made from this reading.
 
     `max-age` is the whole lifetime, in whole seconds, and `Age` is what has passed of it: a cache downstream
@@ -37,16 +37,16 @@ def cache_values(reading: Reading) -> tuple[bytes, bytes, bytes]:
     snapshot is fresh. A stale answer that is given while a refresh runs behind it was not forwarded:
     RFC 9211 (2.1, 2.4) calls it a hit with a negative ttl.
     """
-    ttl = _ttl(reading)
-    lifetime = reading.snapshot.lifetime
-    least = 1 if reading.age < lifetime else 0
-    return b"max-age=%d" % max(least, lifetime), b"%d" % reading.age, _cache_status(reading, ttl)
+    ttl = _ttl(result)
+    lifetime = result.snapshot.lifetime
+    least = 1 if result.age < lifetime else 0
+    return b"max-age=%d" % max(least, lifetime), b"%d" % result.age, _cache_status(result, ttl)
 
 
-def unchanged_until(reading: Reading) -> float:
+def unchanged_until(result: CacheResult) -> float:
     """Return when `cache_values` of this reading would be others, on the clock of its snapshot."""
-    snapshot = reading.snapshot
-    return snapshot.fetched_at + min(int(reading.age) + 1, snapshot.lifetime - _ttl(reading))
+    snapshot = result.snapshot
+    return snapshot.fetched_at + min(int(result.age) + 1, snapshot.lifetime - _ttl(result))
 
 
 def matches(known: str, etag: str) -> bool:
@@ -60,30 +60,30 @@ def matches(known: str, etag: str) -> bool:
     return etag in candidates or candidates == ["*"]
 
 
-def _ttl(reading: Reading) -> int:
-    left = reading.snapshot.lifetime - reading.age
+def _ttl(result: CacheResult) -> int:
+    left = result.snapshot.lifetime - result.age
     return int(left) if left >= 0 else int(left) - 1  # whole seconds; once stale, never 0
 
 
-def _cache_status(reading: Reading, ttl: int) -> bytes:
-    if reading.failure is not None:
-        return b"sd-gateway; fwd=stale; ttl=%d; detail=%s" % (ttl, reading.failure.code.encode())
-    source = reading.source
+def _cache_status(result: CacheResult, ttl: int) -> bytes:
+    if result.failure is not None:
+        return b"sd-gateway; fwd=stale; ttl=%d; detail=%s" % (ttl, result.failure.code.encode())
+    source = result.source
     if source in _HELD:
         return b"sd-gateway; hit; ttl=%d" % ttl
-    forward = b"stale" if reading.replaced_stale else b"miss"
-    collapsed = b"; collapsed" if source is Source.COLLAPSED else b""
+    forward = b"stale" if result.replaced_stale else b"miss"
+    collapsed = b"; collapsed" if source is CacheStatus.COLLAPSED else b""
     return b"sd-gateway; fwd=%s%s; ttl=%d" % (forward, collapsed, ttl)
 
 
-def answer(reading: Reading, known: str | None) -> tuple[int, tuple[bytes, ...], bytes]:
+def answer(result: CacheResult, known: str | None) -> tuple[int, tuple[bytes, ...], bytes]:
     """Answer 200 with the task's progress, or 304 when `known`, which is If-None-Match, has it already.
 
     Return the status, the values of its `HEADER_NAMES`, and the body.
     """
-    snapshot = reading.snapshot
+    snapshot = result.snapshot
     etag, body = snapshot.etag, snapshot.body
-    values = (*cache_values(reading), etag.encode())
+    values = (*cache_values(result), etag.encode())
     if known is not None and matches(known, etag):
         return _NOT_MODIFIED, values, b""
     return _OK, (*values, b"application/json", b"%d" % len(body)), body

@@ -16,8 +16,8 @@ from starlette.types import Scope
 
 from gateway.api import operator_endpoints
 from gateway.api.trace_context import TraceParent, trace_parent
-from gateway.progress.results import Failed, Reading
-from gateway.telemetry.log_sampling import Sampler
+from gateway.progress.results import CacheResult, FetchFailure
+from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.redaction import Excerpt
 
 Verdict = tuple[str, str | None]
@@ -29,10 +29,10 @@ _SHOWN = 64  # characters of a task ID, which may be none
 log = structlog.get_logger(__name__)
 
 
-def settled(scope: Scope, outcome: Reading | Failed) -> Reading:
+def settled(scope: Scope, outcome: CacheResult | FetchFailure) -> CacheResult:
     """Leave a request's only outcome for its line; return the reading. Raises: the failure."""
     scope["state"]["outcomes"] = (outcome,)
-    if isinstance(outcome, Failed):
+    if isinstance(outcome, FetchFailure):
         raise outcome.raised()
     return outcome
 
@@ -40,8 +40,8 @@ def settled(scope: Scope, outcome: Reading | Failed) -> Reading:
 class RequestLog:
     """Writes the lines."""
 
-    def __init__(self, sampler: Sampler) -> None:
-        self._sampler = sampler
+    def __init__(self, log_sampler: LogSampler) -> None:
+        self._log_sampler = log_sampler
         self._logger = logging.getLogger(__name__)
 
     def tell(self, scope: Scope, *, method: str, route: str, status: int, seconds: float) -> None:
@@ -49,18 +49,20 @@ class RequestLog:
         if not self._logger.isEnabledFor(_level(route, status)):
             return
         state = scope["state"]
-        outcomes: Sequence[Reading | Failed] = state.get("outcomes", ())
+        outcomes: Sequence[CacheResult | FetchFailure] = state.get("outcomes", ())
         only = verdict(outcomes[0]) if len(outcomes) == 1 else None
-        untold = self._sampler.take(kind(route, status, state.get("code"), only))
-        if untold is not None:
-            self.write(scope, method=method, route=route, status=status, seconds=seconds, untold=untold)
+        unnotified = self._log_sampler.take(kind(route, status, state.get("code"), only))
+        if unnotified is not None:
+            self.write(
+                scope, method=method, route=route, status=status, seconds=seconds, unnotified=unnotified
+            )
 
     def write(
-        self, scope: Scope, *, method: str, route: str, status: int, seconds: float, untold: int
+        self, scope: Scope, *, method: str, route: str, status: int, seconds: float, unnotified: int
     ) -> None:
-        """Write this request's line; `untold` are those of its kind that were not."""
+        """Write this request's line; `unnotified` are those of its kind that were not."""
         state = scope["state"]
-        outcomes: Sequence[Reading | Failed] = state.get("outcomes", ())
+        outcomes: Sequence[CacheResult | FetchFailure] = state.get("outcomes", ())
         line: dict[str, Any] = {
             "request_id": state["request_id"],
             "method": method,
@@ -72,7 +74,7 @@ class RequestLog:
             **_cache(outcomes),
             **_upstream(outcomes),
             **trace_fields(scope),
-            "suppressed": untold or None,
+            "suppressed": unnotified or None,
         }
         told = {name: value for name, value in line.items() if value is not None}
         log.log(_level(route, status), "request", **told)
@@ -83,7 +85,7 @@ def kind(route: str, status: int, code: str | None, verdict: Verdict | None) -> 
     return route, status // 100, code, verdict
 
 
-def verdict(outcome: Reading | Failed) -> Verdict:
+def verdict(outcome: CacheResult | FetchFailure) -> Verdict:
     """Return how an answer came about, and the code of the failure that it tells or covers."""
     return outcome.source, outcome.failure.code if outcome.failure is not None else None
 
@@ -102,7 +104,7 @@ def _level(route: str, status: int) -> int:
     return logging.DEBUG if route in operator_endpoints.PROBES else logging.INFO
 
 
-def _tasks(scope: Scope, outcomes: Sequence[Reading | Failed]) -> dict[str, Any]:
+def _tasks(scope: Scope, outcomes: Sequence[CacheResult | FetchFailure]) -> dict[str, Any]:
     if len(outcomes) == 1:
         return {"task_id": outcomes[0].key.task_id}
     if outcomes:
@@ -113,18 +115,18 @@ def _tasks(scope: Scope, outcomes: Sequence[Reading | Failed]) -> dict[str, Any]
     return {} if task_id is None else {"task_id": Excerpt(task_id, _SHOWN)}
 
 
-def _cache(outcomes: Sequence[Reading | Failed]) -> dict[str, Any]:
+def _cache(outcomes: Sequence[CacheResult | FetchFailure]) -> dict[str, Any]:
     if len(outcomes) != 1:
         return {"cache": dict(Counter(str(outcome.source) for outcome in outcomes)) or None}
     source, detail = verdict(outcomes[0])
     return {"cache": str(source), "detail": detail}
 
 
-def _upstream(outcomes: Sequence[Reading | Failed]) -> dict[str, Any]:
+def _upstream(outcomes: Sequence[CacheResult | FetchFailure]) -> dict[str, Any]:
     """Tell of the calls that this request made or waited for."""
-    landings = [outcome.landing for outcome in outcomes if outcome.landing is not None]
-    seconds = [landing.upstream_seconds for landing in landings if landing.upstream_seconds is not None]
+    fetches = [outcome.fetch for outcome in outcomes if outcome.fetch is not None]
+    seconds = [fetch.upstream_seconds for fetch in fetches if fetch.upstream_seconds is not None]
     if not seconds:
         return {}
-    invoke_ids = [landing.invoke_id for landing in landings if landing.invoke_id is not None]
+    invoke_ids = [fetch.invoke_id for fetch in fetches if fetch.invoke_id is not None]
     return {"upstream_seconds": round(max(seconds), 6), "upstream_invoke_id": ", ".join(invoke_ids) or None}

@@ -16,21 +16,23 @@ from starlette.types import Receive, Scope
 
 # A dictionary: its values are called, without arguments, when the connection is lost. From then on LOST is
 # among its keys: what comes later is never called.
-ON_HANG_UP = "gateway.on_hang_up"
-LOST = "lost"
+ON_DISCONNECT = "gateway.on_hang_up"
+DISCONNECTED = "lost"
 # A callable: returns the connection's transport, on which chunks of a streamed body may be written between
 # two that are sent; None where the body that is being sent is not one of chunks.
-OUTLET = "gateway.outlet"
+DIRECT_TRANSPORT = "gateway.outlet"
 
 T = TypeVar("T")
 
 
-def outlet_of(scope: Scope) -> asyncio.WriteTransport | None:
+def direct_transport_of(scope: Scope) -> asyncio.WriteTransport | None:
     """Return where chunks of this request's answer may be written, if the server lets us.
 
     To be asked once a part of the body was sent: until then the head may be held back.
     """
-    find: Callable[[], asyncio.WriteTransport | None] | None = scope.get("extensions", {}).get(OUTLET)
+    find: Callable[[], asyncio.WriteTransport | None] | None = scope.get("extensions", {}).get(
+        DIRECT_TRANSPORT
+    )
     return None if find is None else find()
 
 
@@ -39,7 +41,7 @@ def chunk(part: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(part), part)
 
 
-class HangUp:
+class DisconnectListener:
     """Calls `notice` when the caller leaves while the context is open.
 
     An ASGI server tells a disconnect to whoever receives, and a handler that only waits never
@@ -49,7 +51,7 @@ class HangUp:
     __slots__ = ("_listening", "_notice", "_receive", "_subscribers")
 
     def __init__(self, scope: Scope, receive: Receive, notice: Callable[[], None]) -> None:
-        self._subscribers: dict[object, object] | None = scope.get("extensions", {}).get(ON_HANG_UP)
+        self._subscribers: dict[object, object] | None = scope.get("extensions", {}).get(ON_DISCONNECT)
         self._receive = receive
         self._notice = notice
         self._listening: asyncio.Task[None] | None = None
@@ -57,7 +59,7 @@ class HangUp:
     async def __aenter__(self) -> None:
         if self._subscribers is not None:
             self._subscribers[self] = self._notice
-            if LOST in self._subscribers:
+            if DISCONNECTED in self._subscribers:
                 self._notice()
         else:
             self._listening = asyncio.create_task(self._listen())
@@ -85,7 +87,7 @@ async def while_connected(scope: Scope, receive: Receive, answer: Awaitable[T]) 
     try:
         # A time-out that is set off by hand: it cancels this task, and knows that cancellation from others.
         async with asyncio.timeout(None) as patience:
-            async with HangUp(scope, receive, lambda: patience.reschedule(loop.time())):
+            async with DisconnectListener(scope, receive, lambda: patience.reschedule(loop.time())):
                 return await answer
     except TimeoutError:
         if patience.expired():

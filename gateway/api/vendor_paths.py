@@ -20,11 +20,11 @@ from gateway.api.server_extensions import while_connected
 from gateway.domain.envelope import read_task_id
 from gateway.domain.errors import InvalidParameter, PathNotFound, UnsupportedMediaType, UpstreamRejected
 from gateway.domain.snapshot import Operation, TaskKey, check_task_id
-from gateway.progress.results import Failed, Reading
+from gateway.progress.results import CacheResult, FetchFailure
 from gateway.progress.service import ProgressService
 
 
-class NativeEndpoint:
+class VendorEndpoint:
     """Answers one upstream operation with the upstream's own envelope."""
 
     def __init__(
@@ -51,21 +51,21 @@ class NativeEndpoint:
         await send({"type": "http.response.body", "body": envelope})
 
     async def _envelope(self, scope: Scope, receive: Receive, key: TaskKey) -> tuple[bytes, Headers]:
-        outcome: Reading | Failed | None = self._service.lookup(key)
+        outcome: CacheResult | FetchFailure | None = self._service.lookup(key)
         if outcome is None:
             read = self._service.read(key, client=client_of(scope))
             outcome = await while_connected(scope, receive, read)
         try:
-            reading = settled(scope, outcome)
+            result = settled(scope, outcome)
         except UpstreamRejected as rejected:
             return rejected.envelope, []
         # A snapshot may cover a rejection on the simplified paths; here the vendor's word counts.
-        if isinstance(reading.failure, UpstreamRejected):
-            return reading.failure.envelope, []
-        return reading.snapshot.envelope, cache_headers(reading)
+        if isinstance(result.failure, UpstreamRejected):
+            return result.failure.envelope, []
+        return result.snapshot.envelope, cache_headers(result)
 
 
-class NoSuchOperation:
+class UnknownOperation:
     """Refuses every other path below /scc/, and names those that are allowed."""
 
     def __init__(self, operations: Sequence[Operation]) -> None:

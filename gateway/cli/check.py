@@ -27,7 +27,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import MASK, Redactor
 from gateway.upstream.credentials import Credentials, Slot
 from gateway.upstream.http_transport import explain
-from gateway.upstream.signed_request import Calls, Exchange, unix_time
+from gateway.upstream.signed_request import RawResponse, SignedRequests, unix_time
 from gateway.upstream.signing import string_to_sign
 
 PROBE_TASK = "0" * 26  # the shape of a task ID, and no task's
@@ -50,7 +50,7 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
         none = "credentials: none; set credentials.access_key and .secret_key (or *_file)"
         return Finding(well=False, lines=[*lines, none])
     key = TaskKey(settings.upstream.operations[0], PROBE_TASK)
-    calls = Calls(settings.upstream, redactor=redactor, metrics=metrics, user_agent=user_agent)
+    calls = SignedRequests(settings.upstream, redactor=redactor, metrics=metrics, user_agent=user_agent)
     lines.append(f"asking {settings.upstream.endpoint}{key.operation.path}")
     works = dict.fromkeys(credentials.faults(), False)
     async with calls:
@@ -71,7 +71,7 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
     return Finding(well=all(works.values()), lines=[*lines, *_compare(works)])
 
 
-def _judge(calls: Calls, key: TaskKey, exchange: Exchange) -> Finding:
+def _judge(calls: SignedRequests, key: TaskKey, exchange: RawResponse) -> Finding:
     try:
         calls.judge(exchange, key)
     except UpstreamRejected as exc:
@@ -96,7 +96,7 @@ def _compare(works: dict[Slot, bool]) -> Iterator[str]:
                 yield "neither pair works"
 
 
-def _explain(exc: GatewayError, path: str, exchange: Exchange, redactor: Redactor) -> Iterator[str]:
+def _explain(exc: GatewayError, path: str, exchange: RawResponse, redactor: Redactor) -> Iterator[str]:
     message = exchange.headers.get("x-ca-error-message", "")
     code = exchange.headers.get("x-ca-error-code", "")
     said = redactor(f"{exchange.status} {code} {message}".strip())
@@ -113,7 +113,7 @@ def _explain(exc: GatewayError, path: str, exchange: Exchange, redactor: Redacto
     yield f"upstream said: {said}"
 
 
-def _clock_words(exchange: Exchange) -> str:
+def _clock_words(exchange: RawResponse) -> str:
     theirs = unix_time(exchange.headers.get("date", ""))
     if theirs is None:
         return "our timestamp was refused, and the upstream did not tell its own time"
@@ -121,7 +121,7 @@ def _clock_words(exchange: Exchange) -> str:
     return f"our clock is {abs(ahead):.0f} seconds {'ahead' if ahead > 0 else 'behind'}"
 
 
-def _explain_signature(message: str, path: str, exchange: Exchange, redactor: Redactor) -> Iterator[str]:
+def _explain_signature(message: str, path: str, exchange: RawResponse, redactor: Redactor) -> Iterator[str]:
     names = exchange.sent["x-ca-signature-headers"].split(",")
     ours = string_to_sign("POST", path, exchange.sent, names).split("\n")
     match = _SERVER_TEXT.search(message)

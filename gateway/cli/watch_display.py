@@ -41,7 +41,7 @@ def watch(gateway: httpx.URL, task_ids: Sequence[str], *, api: str, as_json: boo
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # the vendor's words may be Chinese, the locale not
-    board = Board(gateway, task_ids)
+    board = ProgressDisplay(gateway, task_ids)
     console = Console()
     # Not rich's own guess: FORCE_COLOR, as CI sets it, makes it take a pipe for a terminal.
     is_live = sys.stdout.isatty() and not console.is_dumb_terminal and not as_json
@@ -72,7 +72,7 @@ def name(gateway: httpx.URL) -> str:
     return printable(f"{gateway.scheme}://{gateway.netloc.decode()}{gateway.path.rstrip('/')}")
 
 
-class Board:
+class ProgressDisplay:
     """What was last heard of each task, in words and as bars. `trouble`: why there is no connection."""
 
     def __init__(

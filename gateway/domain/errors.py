@@ -20,7 +20,7 @@
         │   └── UpstreamQuota       quota spent, or a bill open
         ├── UpstreamForbidden       one task's query refused, and the credentials not named
         ├── UpstreamThrottled       told to slow down
-        │   └── BudgetSpent         ... by our own budget: the call was not made
+        │   └── RateLimiterExhausted         ... by our own budget: the call was not made
         ├── UpstreamOpen            the circuit breaker is open: the call was not made
         ├── UpstreamInvalid         an answer that is not an envelope
         │   └── UpstreamBusy        ... because the upstream is unwell; passes
@@ -198,7 +198,7 @@ class UpstreamThrottled(UpstreamError):
     code = "upstream-throttled"
 
 
-class BudgetSpent(UpstreamThrottled):
+class RateLimiterExhausted(UpstreamThrottled):
     """Our own budget of upstream calls leaves no room within the caller's deadline."""
 
 

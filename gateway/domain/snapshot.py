@@ -93,7 +93,7 @@ class Snapshot:
     """One upstream answer for one task, which never changes.
 
     `fetched_at` is when the answer had arrived, in seconds on the process's monotonic clock;
-    `lifetime` is how many seconds it counts as fresh. `stamp` orders the snapshots of a task: of two
+    `lifetime` is how many seconds it counts as fresh. `version` orders the snapshots of a task: of two
     the one that was asked for later has the larger. `envelope` is the body as it came.
     For results `status`, `progress` and `eta_seconds` are None and `body` and `etag` empty. `terminal`, which
     follows from the status: no later answer can change it.
@@ -111,7 +111,7 @@ class Snapshot:
     eta_seconds: float | None = None
     body: bytes = b""
     etag: str = ""
-    stamp: int = 0
+    version: int = 0
     polls: int = 0
     shown_until: float = math.inf
     terminal: bool = field(init=False)
@@ -150,7 +150,7 @@ def observe(
     fetched_at: float,
     lifetimes: Mapping[Status | None, float],
     previous: Snapshot | None,
-    stamp: int = 0,
+    version: int = 0,
 ) -> Snapshot:
     """Make the snapshot that follows `previous`. `lifetimes` has results under None.
 
@@ -161,13 +161,19 @@ def observe(
     Raises: UpstreamInvalid when `data` nests too deep to be rendered.
     """
     if key.operation.is_result:
-        return Snapshot(key, fetched_at, lifetimes[None], envelope, stamp=stamp)
+        return Snapshot(key, fetched_at, lifetimes[None], envelope, version=version)
     status = vendor_status(data)
     if previous is not None and previous.terminal and previous.status is not status:
-        return replace(previous, fetched_at=fetched_at, stamp=stamp, polls=0, shown_until=math.inf)
+        return replace(previous, fetched_at=fetched_at, version=version, polls=0, shown_until=math.inf)
     mark = previous.progress if previous is not None and previous.status is Status.RUNNING else None
     return _see(
-        data, envelope, key, mark=mark or 0.0, fetched_at=fetched_at, lifetime=lifetimes[status], stamp=stamp
+        data,
+        envelope,
+        key,
+        mark=mark or 0.0,
+        fetched_at=fetched_at,
+        lifetime=lifetimes[status],
+        version=version,
     )
 
 
@@ -179,13 +185,13 @@ def observe_again(
     progress: float | None,
     fetched_at: float,
     lifetime: float,
-    stamp: int,
+    version: int,
 ) -> Snapshot:
     """Make anew the snapshot of an envelope that was observed before, and was at `progress` then."""
     if key.operation.is_result:
-        return Snapshot(key, fetched_at, lifetime, envelope, stamp=stamp)
+        return Snapshot(key, fetched_at, lifetime, envelope, version=version)
     return _see(
-        data, envelope, key, mark=progress or 0.0, fetched_at=fetched_at, lifetime=lifetime, stamp=stamp
+        data, envelope, key, mark=progress or 0.0, fetched_at=fetched_at, lifetime=lifetime, version=version
     )
 
 
@@ -197,7 +203,7 @@ def _see(
     mark: float,
     fetched_at: float,
     lifetime: float,
-    stamp: int,
+    version: int,
 ) -> Snapshot:
     """Make a snapshot of `data`. `mark`: the progress below which it does not fall while it runs."""
     status = vendor_status(data)
@@ -221,7 +227,7 @@ def _see(
     )
     body = b'%b,"state":%b}' % (head[:-1], _state(data.get("state")))
     etag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
-    return Snapshot(key, fetched_at, lifetime, envelope, status, progress, eta, body, etag, stamp)
+    return Snapshot(key, fetched_at, lifetime, envelope, status, progress, eta, body, etag, version)
 
 
 def vendor_status(data: Mapping[str, Any]) -> Status:

@@ -21,7 +21,7 @@ K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
 
-class Flights(Generic[K, T]):
+class InFlightRequests(Generic[K, T]):
     """Flies once at a time per key, for as long as anything wants the answer.
 
     `fly` is the flight; its `after` is that of `start`.
@@ -29,17 +29,17 @@ class Flights(Generic[K, T]):
 
     def __init__(self, fly: Callable[[K, Demand, int | None], Coroutine[Any, Any, T]]) -> None:
         self._fly = fly
-        self._flights: SingleFlight[K, T] = SingleFlight()
+        self._in_flight: SingleFlight[K, T] = SingleFlight()
         self._demands: dict[K, Demand] = {}  # of keys that have callers, subscribers or a flight
 
     def __contains__(self, key: K) -> bool:
         """Tell whether a flight for this key is in progress."""
-        return key in self._flights
+        return key in self._in_flight
 
     @property
     def closed(self) -> bool:
         """Tell whether no flight can begin any more."""
-        return self._flights.closed
+        return self._in_flight.closed
 
     def demand(self, key: K) -> Demand:
         """Return the key's demand, new if there is none."""
@@ -71,16 +71,16 @@ class Flights(Generic[K, T]):
         demand = self.demand(key)
         if demand.flying:
             demand.background |= background
-            return self._flights.start(key, partial(self._run, key, demand, after))
+            return self._in_flight.start(key, partial(self._run, key, demand, after))
         demand.begin(background=background, drop=partial(self._drop, key))
-        flight = self._flights.start(key, partial(self._run, key, demand, after))
+        flight = self._in_flight.start(key, partial(self._run, key, demand, after))
         if flight.done():  # in this very turn of the loop, or it is closed
             self._end(key, demand)
         return flight
 
     async def aclose(self) -> None:
         """End every flight, and begin none any more."""
-        await self._flights.aclose()
+        await self._in_flight.aclose()
 
     async def _run(self, key: K, demand: Demand, after: int | None) -> T:
         try:
@@ -91,7 +91,7 @@ class Flights(Generic[K, T]):
     def _drop(self, key: K, demand: Demand) -> None:
         demand.dropped = True
         self._end(key, demand)
-        self._flights.drop(key)
+        self._in_flight.drop(key)
 
     def _end(self, key: K, demand: Demand) -> None:
         demand.flying = False

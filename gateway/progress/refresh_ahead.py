@@ -22,12 +22,12 @@ _AT_ONCE = 4  # flights that begin in one turn of the loop: each takes some 0.1 
 class RefreshAhead:
     """Plans the flights of hot tasks.
 
-    `take_off` begins one, unless the snapshot with this stamp was renewed meanwhile. No plan holds a
+    `acquire` begins one, unless the snapshot with this stamp was renewed meanwhile. No plan holds a
     snapshot, which may have had to make room.
     """
 
-    def __init__(self, take_off: Callable[[TaskKey, int], None]) -> None:
-        self._take_off = take_off
+    def __init__(self, acquire: Callable[[TaskKey, int], None]) -> None:
+        self._take_off = acquire
         self._latency = dict.fromkeys(Operation, 0.0)  # moving averages, in seconds
         self._timers: dict[TaskKey, asyncio.TimerHandle] = {}
         self._runway: deque[tuple[TaskKey, int]] = deque()
@@ -43,7 +43,7 @@ class RefreshAhead:
         delay = snapshot.lifetime - age - self._latency[snapshot.key.operation]
         loop = asyncio.get_running_loop()
         self._timers[snapshot.key] = loop.call_later(
-            max(delay, 0.0), self._queue, snapshot.key, snapshot.stamp
+            max(delay, 0.0), self._queue, snapshot.key, snapshot.version
         )
 
     def close(self) -> None:
@@ -53,9 +53,9 @@ class RefreshAhead:
         self._timers.clear()
         self._runway.clear()
 
-    def _queue(self, key: TaskKey, stamp: int) -> None:
+    def _queue(self, key: TaskKey, version: int) -> None:
         del self._timers[key]
-        self._runway.append((key, stamp))
+        self._runway.append((key, version))
         if len(self._runway) == 1:
             asyncio.get_running_loop().call_soon(self._let_go)
 

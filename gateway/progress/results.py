@@ -10,7 +10,7 @@ from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Snapshot, TaskKey
 
 
-class Source(StrEnum):
+class CacheStatus(StrEnum):
     """How an answer came about; the `result` of `cache_lookups_total`."""
 
     HIT = "hit"
@@ -20,7 +20,7 @@ class Source(StrEnum):
     NEGATIVE = "negative"
 
 
-class Landing(NamedTuple):
+class FetchResult(NamedTuple):
     """What a flight brings to all who wait for it.
 
     `upstream_seconds`: how long the upstream took, every attempt included; None when it was not asked.
@@ -34,19 +34,19 @@ class Landing(NamedTuple):
     span: Any = None
 
 
-class Reading(NamedTuple):
+class CacheResult(NamedTuple):
     """A snapshot as one caller gets it.
 
     `age` is in seconds. `replaced_stale`: a snapshot was there, too old to show. `failure` is set
-    when this stale snapshot covers one. `landing` is that of the flight which this caller waited for.
+    when this stale snapshot covers one. `fetch` is that of the flight which this caller waited for.
     """
 
     snapshot: Snapshot
     age: float
-    source: Source
+    source: CacheStatus
     replaced_stale: bool = False
     failure: GatewayError | None = None
-    landing: Landing | None = None
+    fetch: FetchResult | None = None
 
     @property
     def key(self) -> TaskKey:
@@ -54,13 +54,13 @@ class Reading(NamedTuple):
         return self.snapshot.key
 
 
-class Failed(NamedTuple):
-    """What one caller gets when there is no snapshot to show; as `Reading` otherwise."""
+class FetchFailure(NamedTuple):
+    """What one caller gets when there is no snapshot to show; as `CacheResult` otherwise."""
 
     key: TaskKey
     failure: GatewayError
-    source: Source
-    landing: Landing | None = None
+    source: CacheStatus
+    fetch: FetchResult | None = None
 
     def raised(self) -> GatewayError:
         """Return the failure to raise, for this caller alone: many may share it."""

@@ -19,17 +19,17 @@ class SingleFlight(Generic[K, T]):
     """Runs `fn` at most once at a time per key and shares what it returns or raises."""
 
     def __init__(self) -> None:
-        self._flights: dict[K, asyncio.Task[T]] = {}
+        self._in_flight: dict[K, asyncio.Task[T]] = {}
         self._dropped: set[asyncio.Task[T]] = set()
         self.closed = False
 
     def __len__(self) -> int:
         """Return the number of flights in the air."""
-        return len(self._flights)
+        return len(self._in_flight)
 
     def __contains__(self, key: K) -> bool:
         """Tell whether a flight for this key is in progress."""
-        return key in self._flights
+        return key in self._in_flight
 
     def start(self, key: K, fn: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Future[T]:
         """Return the key's flight, begun now unless one is in progress. Await it through `shield`.
@@ -40,11 +40,11 @@ class SingleFlight(Generic[K, T]):
             grounded: asyncio.Future[T] = asyncio.get_running_loop().create_future()
             grounded.cancel()
             return grounded
-        flight = self._flights.get(key)
+        flight = self._in_flight.get(key)
         if flight is None:
             # An empty context: what the first caller's request carries (its trace, say) is not the others'.
             flight = asyncio.get_running_loop().create_task(fn(), context=Context())
-            self._flights[key] = flight
+            self._in_flight[key] = flight
             flight.add_done_callback(lambda done: self._land(key, done))
         return flight
 
@@ -54,7 +54,7 @@ class SingleFlight(Generic[K, T]):
 
     def drop(self, key: K) -> None:
         """Cancel the key's flight, which must have no waiters. At once the next caller begins a new one."""
-        flight = self._flights.pop(key, None)
+        flight = self._in_flight.pop(key, None)
         if flight is not None and flight.cancel():
             self._dropped.add(flight)
             flight.add_done_callback(self._dropped.discard)
@@ -62,14 +62,14 @@ class SingleFlight(Generic[K, T]):
     async def aclose(self) -> None:
         """Cancel every flight, wait until all have ended, and let none begin any more."""
         self.closed = True
-        flights = [*self._flights.values(), *self._dropped]
-        for flight in flights:
+        in_flight = [*self._in_flight.values(), *self._dropped]
+        for flight in in_flight:
             flight.cancel()
-        await asyncio.gather(*flights, return_exceptions=True)
+        await asyncio.gather(*in_flight, return_exceptions=True)
 
     def _land(self, key: K, flight: asyncio.Task[T]) -> None:
-        if self._flights.get(key) is flight:  # else it was dropped, and the key may have a new one
-            del self._flights[key]
+        if self._in_flight.get(key) is flight:  # else it was dropped, and the key may have a new one
+            del self._in_flight[key]
         # When every caller has hung up nobody else looks at the exception, and asyncio complains.
         if not flight.cancelled():
             flight.exception()

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from starlette.applications import Starlette
 from starlette.types import ASGIApp
 
-from gateway.api.cached_responses import Hits
-from gateway.server.graceful_shutdown import Drain
+from gateway.api.cached_responses import CachedResponses
+from gateway.server.graceful_shutdown import GracefulShutdown
 from gateway.telemetry.metrics import Metrics
 
 
@@ -22,5 +22,5 @@ class Application(NamedTuple):
     asgi: Starlette
     metrics_asgi: ASGIApp
     metrics: Metrics
-    hits: Hits | None
-    drain: Drain
+    hits: CachedResponses | None
+    drain: GracefulShutdown

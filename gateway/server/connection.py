@@ -27,9 +27,9 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
 from gateway.api.problems import INTERNAL, lookup
-from gateway.api.server_extensions import LOST, ON_HANG_UP, OUTLET
+from gateway.api.server_extensions import DIRECT_TRANSPORT, DISCONNECTED, ON_DISCONNECT
 from gateway.domain.errors import GatewayError, InvalidParameter, Overloaded
-from gateway.server.connection_limits import Policy
+from gateway.server.connection_limits import ConnectionLimits
 from gateway.server.deadline import Deadline
 from gateway.server.error_response import last_response
 from gateway.server.exchange import Exchange, scope_of
@@ -53,7 +53,7 @@ _WRITE_BUFFER = 16_384  # bytes of responses that may wait for a reader before t
 class Connection(asyncio.Protocol):
     """One connection. `policy` has the bounds; `application` replaces uvicorn's own when it is set."""
 
-    policy: Policy
+    policy: ConnectionLimits
     application: ASGIApp | None = None
 
     __slots__ = (
@@ -68,7 +68,7 @@ class Connection(asyncio.Protocol):
         "_exchange",
         "_in_head",  # a head has begun, and its deadline runs
         "_lingered",  # bytes dropped while closing
-        "_on_hang_up",
+        "_on_disconnect",
         "_over_limit",  # beyond max_connections: for probes only
         "_processing",
         "_reading",
@@ -99,7 +99,7 @@ class Connection(asyncio.Protocol):
         self._blank = self._scanned = self._lingered = self._unsent = 0
         self._body: BodyDecoder | None = None
         self._exchange: Exchange | None = None
-        self._on_hang_up: dict[object, Any] = {}  # callables, and LOST
+        self._on_disconnect: dict[object, Any] = {}  # callables, and LOST
         self._deadline = Deadline(self.loop, self._expired)
         self._drained: asyncio.Event | None = None
         self._reading = True
@@ -136,12 +136,12 @@ class Connection(asyncio.Protocol):
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.disconnect()
-            for notice in tuple(self._on_hang_up.values()):
+            for notice in tuple(self._on_disconnect.values()):
                 notice()
-            self._on_hang_up[LOST] = None
+            self._on_disconnect[DISCONNECTED] = None
             # The scope's way to our transport leads back to us: a cycle that only the garbage collector could
             # open.
-            exchange.scope["extensions"].pop(OUTLET, None)
+            exchange.scope["extensions"].pop(DIRECT_TRANSPORT, None)
 
     def eof_received(self) -> None:
         """Close: a client that has closed its side is gone."""
@@ -217,9 +217,9 @@ class Connection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is None:
             return
-        exchange.scope["extensions"].pop(OUTLET, None)
+        exchange.scope["extensions"].pop(DIRECT_TRANSPORT, None)
         self._exchange = None
-        self._on_hang_up = {}
+        self._on_disconnect = {}
         self.server_state.total_requests += 1
         if failed and not exchange.started:
             self._refuse(INTERNAL)
@@ -304,7 +304,7 @@ class Connection(asyncio.Protocol):
             client=self.client,
             server=self._server,
             state=self._state.copy(),
-            extensions={ON_HANG_UP: self._on_hang_up, OUTLET: self._outlet},
+            extensions={ON_DISCONNECT: self._on_disconnect, DIRECT_TRANSPORT: self._direct_transport},
         )
         exchange = Exchange(
             self,
@@ -336,8 +336,8 @@ class Connection(asyncio.Protocol):
             exchange.body_received(part, complete=body.complete)
         return body.complete
 
-    def _outlet(self) -> asyncio.WriteTransport | None:
-        """See `gateway.api.server_extensions.OUTLET`."""
+    def _direct_transport(self) -> asyncio.WriteTransport | None:
+        """See `gateway.api.server_extensions.DIRECT_TRANSPORT`."""
         return self.transport if self._exchange is not None and self._exchange.streams_chunks else None
 
     def _see_to_reading(self) -> None:

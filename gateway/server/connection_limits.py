@@ -24,7 +24,7 @@ def bound_buffers(connection: socket.socket) -> None:
 
 
 @dataclass(slots=True)
-class Policy:
+class ConnectionLimits:
     """Bounds in seconds, bytes and counts. `probes` are the paths served beyond `max_connections`."""
 
     header_seconds: float
@@ -89,9 +89,11 @@ class Policy:
         return min(_PROBE_SECONDS, self.header_seconds) if over_limit else self.header_seconds
 
 
-def policy_of(settings: Server, metrics: Metrics, *, max_connections: int | None = None) -> Policy:
+def connection_limits(
+    settings: Server, metrics: Metrics, *, max_connections: int | None = None
+) -> ConnectionLimits:
     """Return the policy that the settings ask for; `max_connections` replaces theirs if it is given."""
-    policy = Policy(
+    policy = ConnectionLimits(
         header_seconds=settings.header_seconds,
         keep_alive_seconds=settings.keep_alive_seconds,
         max_header_bytes=settings.max_header_bytes,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 
-from gateway.api.cached_responses import Hit, Hits, Wishes
+from gateway.api.cached_responses import CachedResponse, CachedResponses, RequestTraits
 from gateway.api.requests import Headers
 from gateway.server.connection import Connection
 from gateway.server.exchange import STATUS_LINES
@@ -23,7 +23,7 @@ _LONGEST_LEARNT = 2048  # bytes of a request: of thousands of connections each o
 _METHOD, _VERSION = b"GET ", b" HTTP/1.1\r\n"
 
 
-class Heads:
+class HeadRenderer:
     """Renders the heads of hits up to the request's id."""
 
     def __init__(self, names: Mapping[int, Sequence[bytes]]) -> None:
@@ -31,7 +31,7 @@ class Heads:
         self._server_headers: Headers = []
         self._formats: dict[int, bytes] = {}
 
-    def render(self, hit: Hit, server_headers: Headers) -> bytes:
+    def render(self, hit: CachedResponse, server_headers: Headers) -> bytes:
         """Return a hit's head. uvicorn makes another list of its headers when they change: each second.
 
         Raises: ValueError for a value with a line break.
@@ -52,17 +52,17 @@ class Heads:
         return STATUS_LINES[status] + b"\r\n".join([*lines, b"x-request-id: "])
 
 
-class AnsweringConnection(Connection):
+class FastPathConnection(Connection):
     """A connection that answers hits."""
 
-    hits: Hits
-    heads: Heads
+    hits: CachedResponses
+    heads: HeadRenderer
 
     __slots__ = (
         "_last",
     )  # the last request, if a hit that came alone: whole, its target, all behind it, its wishes
 
-    _last: tuple[bytes, bytes, bytes, Wishes] | None
+    _last: tuple[bytes, bytes, bytes, RequestTraits] | None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Begin to wait for a first request."""
@@ -72,7 +72,7 @@ class AnsweringConnection(Connection):
     def data_received(self, data: bytes) -> None:
         """Answer a hit like the last one; frame all else."""
         if self._last is not None and not self.policy.draining:
-            whole, target, rest, wishes = self._last
+            whole, target, rest, traits = self._last
             if data != whole:
                 alike = (
                     data.startswith(_METHOD)
@@ -80,7 +80,7 @@ class AnsweringConnection(Connection):
                     and len(data) <= self.policy.max_header_bytes
                 )
                 target = data[len(_METHOD) : -len(rest)] if alike else b""
-            if target and not self._closing and not self.write_paused and self._answer(target, wishes):
+            if target and not self._closing and not self.write_paused and self._answer(target, traits):
                 # The state is idle, as it was: only the deadline moves.
                 self._deadline.at = self.loop.time() + self.policy.keep_alive_seconds
                 return
@@ -92,16 +92,16 @@ class AnsweringConnection(Connection):
         self._last = None
         plain = head.method == b"GET" and head.keep_alive and head.content_length == 0
         if plain and not self._over_limit and not self.policy.draining:
-            wishes = self.hits.wishes(head.headers)
-            if wishes is not None and self._answer(head.target, wishes):
+            traits = self.hits.traits(head.headers)
+            if traits is not None and self._answer(head.target, traits):
                 if not self._buffer:
-                    self._learn(data, head.target, wishes)
+                    self._learn(data, head.target, traits)
                 return
         super()._begin(data, head)
 
-    def _answer(self, target: bytes, wishes: Wishes) -> bool:
+    def _answer(self, target: bytes, traits: RequestTraits) -> bool:
         """Answer if it is a hit, and tell whether it was."""
-        found = self.hits.answer(target, wishes, self.client)
+        found = self.hits.answer(target, traits, self.client)
         if found is None:
             return False
         hit, request_id = found
@@ -113,7 +113,7 @@ class AnsweringConnection(Connection):
         state.total_requests += 1
         return True
 
-    def _learn(self, data: bytes, target: bytes, wishes: Wishes) -> None:
+    def _learn(self, data: bytes, target: bytes, traits: RequestTraits) -> None:
         """Remember the last request, a hit, if nothing came behind it.
 
         Another that differs in its target alone then need not be parsed: it is one request, complete and
@@ -121,4 +121,4 @@ class AnsweringConnection(Connection):
         """
         start = _METHOD + target
         if len(data) <= _LONGEST_LEARNT and data.startswith(start + _VERSION):
-            self._last = data, target, data[len(start) :], wishes
+            self._last = data, target, data[len(start) :], traits

@@ -23,7 +23,7 @@ HANDOVER_SECONDS = 0.5
 log = structlog.get_logger(__name__)
 
 
-class Drain:
+class GracefulShutdown:
     """The process's way out: `begun` is set once, and never cleared."""
 
     def __init__(self) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp
 
-from gateway.api.cached_responses import Hits
+from gateway.api.cached_responses import CachedResponses
 from gateway.server.connection import Connection
-from gateway.server.connection_limits import Policy
-from gateway.server.fast_path import AnsweringConnection, Heads
+from gateway.server.connection_limits import ConnectionLimits
+from gateway.server.fast_path import FastPathConnection, HeadRenderer
 
 
-def edge_protocol(
-    policy: Policy, *, hits: Hits | None = None, application: ASGIApp | None = None
+def http_protocol(
+    policy: ConnectionLimits, *, hits: CachedResponses | None = None, application: ASGIApp | None = None
 ) -> type[Connection]:
     """Return the protocol class to give to uvicorn, which makes one for each connection.
 
@@ -22,5 +22,7 @@ def edge_protocol(
     if hits is None:
         return type("BoundedConnection", (Connection,), attributes)
     return type(
-        "HitsConnection", (AnsweringConnection,), attributes | {"hits": hits, "heads": Heads(hits.names)}
+        "HitsConnection",
+        (FastPathConnection,),
+        attributes | {"hits": hits, "heads": HeadRenderer(hits.names)},
     )

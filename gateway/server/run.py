@@ -21,9 +21,9 @@ import uvicorn
 from gateway.server import file_descriptors as descriptors
 from gateway.server.application import Application
 from gateway.server.connection import Connection
-from gateway.server.connection_limits import bound_buffers, policy_of
+from gateway.server.connection_limits import bound_buffers, connection_limits
 from gateway.server.heap import HeapTrim
-from gateway.server.protocol import edge_protocol
+from gateway.server.protocol import http_protocol
 from gateway.settings.model import Settings
 
 _BACKLOG = 8192
@@ -49,13 +49,13 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
     server = settings.server
     limit = descriptors.raise_limit()
     max_connections = limit.connections(server.max_connections, outgoing=settings.upstream.max_in_flight)
-    policy = policy_of(server, app.metrics, max_connections=max_connections)
+    policy = connection_limits(server, app.metrics, max_connections=max_connections)
     app.drain.on_begin(policy.drain)
     config = uvicorn.Config(
         app.asgi,
         host=server.host,
         port=server.port,
-        http=edge_protocol(policy, hits=app.hits),
+        http=http_protocol(policy, hits=app.hits),
         loop="uvloop",
         ws="none",
         lifespan="on",
@@ -83,7 +83,7 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
         metrics = None
         if server.metrics_port:
             listener = _listening(server.host, server.metrics_port, backlog=_BACKLOG)
-            metrics = MetricsListener(listener, edge_protocol(policy, application=app.metrics_asgi))
+            metrics = MetricsListener(listener, http_protocol(policy, application=app.metrics_asgi))
         serve(config, announce=tell, metrics=metrics)
     except CannotListen as exc:
         log.error("cannot listen", host=exc.host, port=exc.port, reason=exc.reason)  # noqa: TRY400 - no bug

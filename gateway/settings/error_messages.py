@@ -21,7 +21,7 @@ _WORDS: Mapping[str, str] = {
 }
 
 
-def in_words(error: ErrorDetails, settings: type[BaseModel], *, of_all: str) -> str:
+def describe_errors(error: ErrorDetails, settings: type[BaseModel], *, of_all: str) -> str:
     """Return one mistake in these settings as a line; `of_all` names what has no name of its own."""
     path = [str(part) for part in error["loc"]]
     message = _WORDS.get(error["type"], error["msg"].removeprefix("Value error, "))

@@ -32,7 +32,7 @@ from pydantic import (
 
 from gateway.domain.printable import printable
 from gateway.domain.snapshot import Operation
-from gateway.settings.error_messages import in_words
+from gateway.settings.error_messages import describe_errors
 from gateway.settings.secret_files import read_secret
 
 DEFAULT_FILE = Path("config/gateway.toml")
@@ -313,7 +313,7 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
         return Settings.model_validate(values)
     except ValidationError as exc:
         mistakes = exc.errors(include_url=False)
-        raise SettingsError([in_words(each, Settings, of_all=PREFIX) for each in mistakes]) from None
+        raise SettingsError([describe_errors(each, Settings, of_all=PREFIX) for each in mistakes]) from None
 
 
 def _read_toml(file: Path) -> dict[str, Any]:

@@ -16,20 +16,20 @@ from gateway.domain.snapshot import Snapshot, TaskKey
 
 
 class Lease(NamedTuple):
-    """The right to ask upstream about a task, over all replicas. `stamp` is for the answer's snapshot.
+    """The right to ask upstream about a task, over all replicas. `version` is for the answer's snapshot.
 
     `token` proves whose lease it is; it is empty where nobody else could take it.
     """
 
     key: TaskKey
-    stamp: int
+    version: int
     token: str = ""
 
 
 class Store(Protocol):
     """Keeps the newest snapshot of each task, and for a moment the failures to get one.
 
-    `peek`, `shows`, `recall`, `newest` and `failure` never wait: they answer from what this process holds.
+    `peek`, `is_current`, `peek_stale`, `latest` and `failure` never wait: they answer from this process's memory.
     The others may ask a server, and never raise when it is gone: each replica then goes on alone. Open it
     with `async with`.
     """
@@ -51,18 +51,18 @@ class Store(Protocol):
         """Return the snapshot held here, fresh or not, unless a newer one may have been missed."""
         ...
 
-    def shows(self, snapshot: Snapshot, now: float) -> bool:
+    def is_current(self, snapshot: Snapshot, now: float) -> bool:
         """Tell whether `peek`, which has returned this snapshot, would surely do so again `now`.
 
         Asked at every repeated hit, so no look-up: whoever only asks this keeps nothing in the cache.
         """
         ...
 
-    def recall(self, key: TaskKey) -> Snapshot | None:
+    def peek_stale(self, key: TaskKey) -> Snapshot | None:
         """Return the snapshot held here even then: to cover a failure."""
         ...
 
-    def newest(self, key: TaskKey) -> Snapshot | None:
+    def latest(self, key: TaskKey) -> Snapshot | None:
         """Return the newest snapshot known here, be it shown yet or not: for what follows it."""
         ...
 
@@ -70,12 +70,12 @@ class Store(Protocol):
         """Return the failure that is remembered against a task, while it is."""
         ...
 
-    async def catch_up(self) -> bool:
+    async def sync(self) -> bool:
         """Wait for a moment until nothing may have been missed; tell whether `peek` may know more now."""
         ...
 
-    async def take_off(
-        self, key: TaskKey, *, after: int | None = None, patience_seconds: float = math.inf
+    async def acquire(
+        self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
         """Return what ends a flight before it asks upstream, or the lease to ask.
 
@@ -84,7 +84,7 @@ class Store(Protocol):
         """
         ...
 
-    async def land(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
+    async def commit(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
         """Store a snapshot unless a newer one is there, and end the lease; return the one that is kept.
 
         What has ended stays ended: no snapshot of a task that goes on replaces a terminal one. It returns
@@ -101,19 +101,19 @@ class Store(Protocol):
         """End the lease without an outcome."""
         ...
 
-    async def token(self, per_second: float, *, saved: float, patience_seconds: float) -> float:
+    async def token(self, per_second: float, *, saved: float, timeout_seconds: float) -> float:
         """Take one upstream call out of the replicas' common budget; return the seconds to wait for it.
 
         `saved`: how many calls a silence saves up. Raises: BudgetSpent, when that exceeds
-        `patience_seconds`.
+        `timeout_seconds`.
         """
         ...
 
-    async def tell_slowed(self, retry_after: float | None) -> None:
+    async def announce_throttling(self, retry_after: float | None) -> None:
         """Tell the other replicas that upstream has slowed this one down, and for how long, if it said so."""
         ...
 
-    def on_slowed(self, listener: Callable[[float | None], None]) -> None:
+    def on_throttled(self, listener: Callable[[float | None], None]) -> None:
         """Call `listener` when upstream has slowed a replica down, perhaps this one."""
         ...
 

@@ -108,16 +108,16 @@ class MemoryStore:
             return None
         return snapshot
 
-    def shows(self, snapshot: Snapshot, now: float) -> bool:
-        """See `Store.shows`."""
+    def is_current(self, snapshot: Snapshot, now: float) -> bool:
+        """See `Store.is_current`."""
         return now < snapshot.shown_until
 
-    def recall(self, key: TaskKey) -> Snapshot | None:
-        """See `Store.recall`."""
+    def peek_stale(self, key: TaskKey) -> Snapshot | None:
+        """See `Store.peek_stale`."""
         return self.peek(key)
 
-    def newest(self, key: TaskKey) -> Snapshot | None:
-        """See `Store.newest`."""
+    def latest(self, key: TaskKey) -> Snapshot | None:
+        """See `Store.latest`."""
         return self.peek(key)
 
     def failure(self, key: TaskKey) -> GatewayError | None:
@@ -127,25 +127,25 @@ class MemoryStore:
         failure = self._failures.get(key)
         return None if failure is None else failure[0]
 
-    async def catch_up(self) -> bool:
-        """See `Store.catch_up`: it is never behind."""
+    async def sync(self) -> bool:
+        """See `Store.sync`: it is never behind."""
         return False
 
-    async def take_off(
-        self, key: TaskKey, *, after: int | None = None, patience_seconds: float = math.inf
+    async def acquire(
+        self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
-        """See `Store.take_off`: the lease is always ours, for a task has one flight at a time."""
+        """See `Store.acquire`: the lease is always ours, for a task has one flight at a time."""
         snapshot = self.peek(key)
         if (
             snapshot is not None
             and snapshot.fresh(self._clock())
-            and (after is None or snapshot.stamp > after)
+            and (after is None or snapshot.version > after)
         ):
             return snapshot
-        return self.failure(key) or Lease(key, 1 if snapshot is None else snapshot.stamp + 1)
+        return self.failure(key) or Lease(key, 1 if snapshot is None else snapshot.version + 1)
 
-    async def land(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
-        """See `Store.land`."""
+    async def commit(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
+        """See `Store.commit`."""
         return self.keep(snapshot)
 
     async def fail(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
@@ -155,24 +155,26 @@ class MemoryStore:
     async def abandon(self, lease: Lease) -> None:
         """See `Store.abandon`: there is nobody who would wait for it."""
 
-    async def token(self, per_second: float, *, saved: float, patience_seconds: float) -> float:
+    async def token(self, per_second: float, *, saved: float, timeout_seconds: float) -> float:
         """See `Store.token`: nobody else takes any."""
         return 0.0
 
-    async def tell_slowed(self, retry_after: float | None) -> None:
-        """See `Store.tell_slowed`: there is nobody to tell."""
+    async def announce_throttling(self, retry_after: float | None) -> None:
+        """See `Store.announce_throttling`: there is nobody to tell."""
 
-    def on_slowed(self, listener: Callable[[float | None], None]) -> None:
-        """See `Store.on_slowed`: there is nobody who would tell."""
+    def on_throttled(self, listener: Callable[[float | None], None]) -> None:
+        """See `Store.on_throttled`: there is nobody who would tell."""
 
     def on_change(self, listener: Callable[[Snapshot], None]) -> None:
         """See `Store.on_change`."""
         self._listeners.append(listener)
 
     def keep(self, snapshot: Snapshot) -> Snapshot:
-        """Keep a snapshot as `land` does, without a lease."""
+        """Keep a snapshot as `commit` does, without a lease."""
         kept = self.peek(snapshot.key)
-        if kept is not None and (kept.stamp > snapshot.stamp or (kept.terminal and not snapshot.terminal)):
+        if kept is not None and (
+            kept.version > snapshot.version or (kept.terminal and not snapshot.terminal)
+        ):
             return kept
         if kept is not None:
             kept.shown_until = -math.inf

@@ -20,7 +20,7 @@ from prometheus_client.utils import INF, floatToGoString
 Series = TypeVar("Series")
 
 
-class Count:
+class FastCounter:
     """One series of a counter. Who counts at every request may add to `value` himself."""
 
     __slots__ = ("value",)
@@ -33,7 +33,7 @@ class Count:
         self.value += 1
 
 
-class Spread:
+class FastHistogram:
     """One series of a histogram. `bounds` are the buckets' upper ones, the last of them infinite."""
 
     __slots__ = ("bounds", "counts", "total")
@@ -74,13 +74,13 @@ class _Labelled(Collector, Generic[Series]):
         return list(self._series.items())  # in one step: another may be made while a thread scrapes
 
 
-class Counts(_Labelled[Count]):
+class FastCounters(_Labelled[FastCounter]):
     """A counter by labels."""
 
     def __init__(
         self, name: str, documentation: str, labels: Sequence[str], *, registry: CollectorRegistry
     ) -> None:
-        super().__init__(name, documentation, labels, Count)
+        super().__init__(name, documentation, labels, FastCounter)
         registry.register(self)
 
     def describe(self) -> Iterator[Metric]:
@@ -95,7 +95,7 @@ class Counts(_Labelled[Count]):
         yield family
 
 
-class Spreads(_Labelled[Spread]):
+class FastHistograms(_Labelled[FastHistogram]):
     """A histogram by labels."""
 
     def __init__(
@@ -108,7 +108,7 @@ class Spreads(_Labelled[Spread]):
         registry: CollectorRegistry,
     ) -> None:
         bounds = (*buckets, INF)
-        super().__init__(name, documentation, labels, lambda: Spread(bounds))
+        super().__init__(name, documentation, labels, lambda: FastHistogram(bounds))
         self._bounds = tuple(map(floatToGoString, bounds))
         registry.register(self)
 

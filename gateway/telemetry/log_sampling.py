@@ -15,29 +15,29 @@ _WINDOW_SECONDS = 1.0
 
 
 @dataclass(slots=True)
-class Kind:
+class LogSeries:
     """The lines of one kind: `first` in each second are written, then every `every`th."""
 
     first: int
     every: int
     until: float = 0.0
     count: int = 0  # within this second
-    untold: int = 0
+    unnotified: int = 0
 
     def take(self, now: float) -> int | None:
-        """Do as `Sampler.take`; `now` is on its clock."""
+        """Do as `LogSampler.take`; `now` is on its clock."""
         if now >= self.until:
             self.until = now + _WINDOW_SECONDS
             self.count = 0
         self.count += 1
         if self.count > self.first and (self.count - self.first) % self.every:
-            self.untold += 1
+            self.unnotified += 1
             return None
-        untold, self.untold = self.untold, 0
-        return untold
+        unnotified, self.unnotified = self.unnotified, 0
+        return unnotified
 
 
-class Sampler:
+class LogSampler:
     """Decides line by line. Kinds are kept for ever: take them from bounded sets. `clock` is monotonic."""
 
     def __init__(
@@ -46,15 +46,15 @@ class Sampler:
         self._first = first
         self._every = every
         self._clock = clock
-        self._kinds: dict[Hashable, Kind] = {}
+        self._kinds: dict[Hashable, LogSeries] = {}
 
     def take(self, kind: Hashable) -> int | None:
         """Return how many of this kind went untold since the last line, or None: this one does too."""
         return self.kind(kind).take(self._clock())
 
-    def kind(self, kind: Hashable) -> Kind:
+    def kind(self, kind: Hashable) -> LogSeries:
         """Return a kind, for those who take of it too often to look it up."""
         found = self._kinds.get(kind)
         if found is None:
-            found = self._kinds[kind] = Kind(self._first, self._every)
+            found = self._kinds[kind] = LogSeries(self._first, self._every)
         return found

@@ -12,7 +12,7 @@ from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Histogram, ProcessCollector
 
-from gateway.telemetry.counters import Counts, Spreads
+from gateway.telemetry.counters import FastCounters, FastHistograms
 
 _FAST = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -30,13 +30,13 @@ class Metrics:
         self.registry = registry
         ProcessCollector(registry=registry)
         GCCollector(registry=registry)
-        self.http_requests = Counts(
+        self.http_requests = FastCounters(
             "sd_gateway_http_requests_total",
             "Requests answered.",
             ["route", "method", "status"],
             registry=registry,
         )
-        self.http_request_duration = Spreads(
+        self.http_request_duration = FastHistograms(
             "sd_gateway_http_request_duration_seconds",
             "From a request's headers to its answer's end.",
             ["route"],
@@ -51,13 +51,13 @@ class Metrics:
             "Number of client connections refused at server.max_connections.",
             registry=registry,
         )
-        self.cache_lookups = Counts(
+        self.cache_lookups = FastCounters(
             "sd_gateway_cache_lookups_total",
             "Lookups by result: hit stale miss collapsed negative.",
             ["operation", "result"],
             registry=registry,
         )
-        self.answer_age = Spreads(
+        self.answer_age = FastHistograms(
             "sd_gateway_answer_age_seconds",
             "Age of what queries were answered with; answers about tasks that have ended do not age.",
             ["operation"],
@@ -76,13 +76,13 @@ class Metrics:
             "Memory of all cached bodies and envelopes, in bytes.",
             registry=registry,
         )
-        self.upstream_requests = Counts(
+        self.upstream_requests = FastCounters(
             "sd_gateway_upstream_requests_total",
             "Upstream calls by outcome: ok or a problem code.",
             ["operation", "outcome"],
             registry=registry,
         )
-        self.upstream_request_duration = Spreads(
+        self.upstream_request_duration = FastHistograms(
             "sd_gateway_upstream_request_duration_seconds",
             "One upstream call, from sending to the answer's end.",
             ["operation"],
@@ -131,13 +131,13 @@ class Metrics:
             ["operation", "status"],
             registry=registry,
         )
-        self.watchers = Gauge(
+        self.subscribers = Gauge(
             "sd_gateway_watchers", "Open event streams and long polls.", ["kind"], registry=registry
         )
         self.watched_tasks = Gauge(
             "sd_gateway_watched_tasks", "Tasks that somebody watches.", registry=registry
         )
-        self.events_sent = Counts(
+        self.events_sent = FastCounters(
             "sd_gateway_events_sent_total",
             "Events written to streams: progress problem end.",
             ["event"],

@@ -28,7 +28,7 @@ _OK = "ok"
 _FLUSH_SECONDS = 3.0  # at the end; well inside any grace period
 
 
-class OtelTracing:
+class OpenTelemetryTracing:
     """Makes the gateway's spans with a tracer of this provider, which it closes."""
 
     def __init__(self, provider: TracerProvider, *, flush_seconds: float = _FLUSH_SECONDS) -> None:
@@ -77,7 +77,7 @@ class OtelTracing:
                 await sent.wait()
 
 
-def from_environment(environ: Mapping[str, str]) -> OtelTracing:
+def from_environment(environ: Mapping[str, str]) -> OpenTelemetryTracing:
     """Return the tracing that `environ` asks for; the SDK reads the rest of it (sampler, headers, …) itself.
 
     Raises: SettingsError for what it asks for and is not there.
@@ -92,7 +92,7 @@ def from_environment(environ: Mapping[str, str]) -> OtelTracing:
         resource = resource.merge(Resource({SERVICE_NAME: "sd-progress-gateway"}))
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
-    return OtelTracing(provider)
+    return OpenTelemetryTracing(provider)
 
 
 @contextmanager

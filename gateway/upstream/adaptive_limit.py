@@ -33,7 +33,7 @@ _LONGEST_PAUSE_SECONDS = 5.0
 _PEACE_SECONDS = 60.0
 
 
-class Pace:
+class AdaptiveLimit:
     """The upstream's limit as far as it is known; `most` is ours: calls a second, or `inf`."""
 
     def __init__(self, most: float) -> None:
@@ -46,13 +46,13 @@ class Pace:
         self.resumes_at = -math.inf  # no call before: upstream asked for a pause
 
     @property
-    def slowed(self) -> bool:
+    def throttled_now(self) -> bool:
         """Tell whether the upstream's refusals limit us now."""
         return self._ceiling < math.inf
 
     def per_second(self, now: float) -> float:
         """Return how many calls a second may be made now; `inf`: any number."""
-        if not self.slowed:
+        if not self.throttled_now:
             return self._most
         since = max(now - max(self._slowed_at, self.resumes_at), 0.0)
         if self._searching:
@@ -65,7 +65,7 @@ class Pace:
         """Note that the upstream took a call."""
         self._accepted.append(now)
         lately = self._accepted_lately(now)
-        if self.slowed and sent_at < self._slowed_at:
+        if self.throttled_now and sent_at < self._slowed_at:
             # Refusals are made in front of the service and overtake its answers: when the first one
             # came we knew too little of what was accepted beside it.
             self._ceiling = max(self._ceiling, min(lately, self._before))
@@ -91,7 +91,7 @@ class Pace:
 
     def at_peace(self, now: float) -> bool:
         """Tell whether `relax` would lift the limit."""
-        return self.slowed and now - max(self._slowed_at, self.resumes_at) >= _PEACE_SECONDS
+        return self.throttled_now and now - max(self._slowed_at, self.resumes_at) >= _PEACE_SECONDS
 
     @property
     def most(self) -> float:
@@ -101,10 +101,10 @@ class Pace:
     def _decrease(self, now: float) -> None:
         self._before = self.per_second(now)
         accepted = self._accepted_lately(now)
-        least = _LEAST_SHARE * self._ceiling if self.slowed and not self._searching else 0.0
+        least = _LEAST_SHARE * self._ceiling if self.throttled_now and not self._searching else 0.0
         # The first refusal may come before a second's worth was accepted, and one who accepts nothing
         # counts by longer than a second, maybe: then there is more to be had than that.
-        self._searching = not self.slowed or accepted == 0
+        self._searching = not self.throttled_now or accepted == 0
         self._ceiling = max(min(self._before, accepted), least, _LEAST_PER_SECOND)
         self._slowed_at = now
 

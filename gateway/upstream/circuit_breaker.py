@@ -55,7 +55,7 @@ class State(StrEnum):
     HALF_OPEN = "half-open"
 
 
-class Breaker:
+class CircuitBreaker:
     """The circuit of one operation. `clock` is monotonic, in seconds; `on_change` is told every new state."""
 
     def __init__(

@@ -21,9 +21,9 @@ from itertools import count
 from typing import Protocol
 
 from gateway.domain.errors import (
-    BudgetSpent,
     GatewayError,
     Overloaded,
+    RateLimiterExhausted,
     UpstreamClock,
     UpstreamError,
     UpstreamOpen,
@@ -33,12 +33,12 @@ from gateway.domain.errors import (
 from gateway.domain.snapshot import Operation, TaskKey
 from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.circuit_breaker import Breaker, State
-from gateway.upstream.credential_rotation import Rotation
-from gateway.upstream.credentials import Pair
+from gateway.upstream.circuit_breaker import CircuitBreaker, State
+from gateway.upstream.credential_rotation import CredentialRotation
+from gateway.upstream.credentials import KeyPair
 from gateway.upstream.demand import Demand
-from gateway.upstream.rate_limiter import NOTICEABLE_SECONDS, Budget, Turn, saved_up
-from gateway.upstream.signed_request import Answer, Calls
+from gateway.upstream.rate_limiter import NOTICEABLE_SECONDS, Permit, RateLimiter, burst_size
+from gateway.upstream.signed_request import ParsedResponse, SignedRequests
 
 _BACKOFF_SECONDS = 0.1  # doubled by each retry, then taken at random between 0 and that
 _RETRY_SHARE = 0.2  # of recent calls that may be retries: a sick upstream is not asked threefold
@@ -46,15 +46,15 @@ _RETRY_RESERVE = 10.0
 _USUAL_WEIGHT = 0.3  # of the newest answer in the moving average of how long they take
 
 
-def _no_turn() -> GatewayError:
-    return BudgetSpent("the budget of upstream calls is spent for now", retry_after=1.0)
+def _no_permit() -> GatewayError:
+    return RateLimiterExhausted("the budget of upstream calls is spent for now", retry_after=1.0)
 
 
 def _no_slot() -> GatewayError:
     return Overloaded("the gateway makes as many upstream calls as it may", retry_after=1.0)
 
 
-def _no_answer() -> GatewayError:
+def _no_response() -> GatewayError:
     return UpstreamTimeout("the upstream did not answer in time")
 
 
@@ -68,14 +68,14 @@ class _Query:
 
     key: TaskKey
     renewal: bool
-    held_up: Callable[[float], None]
+    on_queued: Callable[[float], None]
     deadline: float
     demand: Demand
-    late: Callable[[], GatewayError] = _no_turn
+    late: Callable[[], GatewayError] = _no_permit
     numbers: Iterator[int] = field(default_factory=count)
 
 
-class _Void(Exception):
+class _PermitRevoked(Exception):
     """The turn was taken back before the call was made."""
 
 
@@ -97,35 +97,35 @@ class _Slot:
 class Token(Protocol):
     """Takes one call out of the budget that all replicas have in common; see `Store.token`."""
 
-    async def __call__(self, per_second: float, *, saved: float, patience_seconds: float) -> float:
+    async def __call__(self, per_second: float, *, saved: float, timeout_seconds: float) -> float:
         """Return the seconds to wait for it. Raises: BudgetSpent."""
 
 
-class Upstream:
+class UpstreamClient:
     """Asks the upstream, by way of `calls`.
 
-    `token`: the other replicas' say in the budget. `tell_slowed`: lets them know of a refusal; see `Store`.
+    `token`: the other replicas' share of the rate limit. `announce_throttling`: tells them of a refusal; see `Store`.
     """
 
     def __init__(
         self,
         settings: UpstreamSettings,
         *,
-        calls: Calls,
-        rotation: Rotation,
+        calls: SignedRequests,
+        rotation: CredentialRotation,
         metrics: Metrics,
         token: Token,
-        tell_slowed: Callable[[float | None], Awaitable[None]],
+        announce_throttling: Callable[[float | None], Awaitable[None]],
     ) -> None:
         self._token = token
-        self._tell_slowed = tell_slowed
+        self._tell_slowed = announce_throttling
         self._settings = settings
         self._calls = calls
         self._rotation = rotation
         self._metrics = metrics
         self._slots = asyncio.Semaphore(settings.max_in_flight)
         self._retry_tokens = _RETRY_RESERVE
-        self._budget = Budget(settings.requests_per_second)
+        self._budget = RateLimiter(settings.requests_per_second)
         metrics.upstream_budget.set_function(lambda: self._budget.per_second)
         self._breakers = {operation: self._breaker(operation) for operation in Operation}
         # From 0 on: a rate does not see the increase from no series to 1.
@@ -142,7 +142,7 @@ class Upstream:
         codes = [self._calls.trouble] if self._calls.trouble else []
         if any(breaker.state is not State.CLOSED for breaker in self._breakers.values()):
             codes.append(UpstreamOpen.code)
-        if self._budget.slowed:
+        if self._budget.throttled_now:
             codes.append(UpstreamThrottled.code)
         return list(dict.fromkeys(codes))
 
@@ -155,10 +155,10 @@ class Upstream:
         key: TaskKey,
         *,
         renewal: bool = False,
-        patience_seconds: float = math.inf,
-        held_up: Callable[[float], None] = lambda _: None,
+        timeout_seconds: float = math.inf,
+        on_queued: Callable[[float], None] = lambda _: None,
         demand: Demand | None = None,
-    ) -> Answer:
+    ) -> ParsedResponse:
         """Ask, again if that may help, until `upstream.timeout_seconds` or the patience have passed.
 
         Args:
@@ -172,9 +172,9 @@ class Upstream:
             UpstreamError: There is no answer.
             Overloaded: No slot became free in time.
         """
-        most = min(self._settings.timeout_seconds, patience_seconds)
+        most = min(self._settings.timeout_seconds, timeout_seconds)
         deadline = asyncio.get_running_loop().time() + most
-        query = _Query(key, renewal, held_up, deadline, demand or Demand(background=True))
+        query = _Query(key, renewal, on_queued, deadline, demand or Demand(background=True))
         self._retry_tokens = min(self._retry_tokens + _RETRY_SHARE, _RETRY_RESERVE)
         attempt = 0
         failure: UpstreamError | None = None
@@ -183,7 +183,7 @@ class Upstream:
                 while True:
                     try:
                         return await self._ask(query)
-                    except (BudgetSpent, Overloaded, UpstreamOpen) as refused:
+                    except (RateLimiterExhausted, Overloaded, UpstreamOpen) as refused:
                         # No call was made: what the one before met with says more.
                         raise copy(failure or refused) from None
                     except UpstreamError as exc:
@@ -204,25 +204,25 @@ class Upstream:
                 self._abandoned[key.operation].inc()
             raise
 
-    async def _ask(self, query: _Query) -> Answer:
+    async def _ask(self, query: _Query) -> ParsedResponse:
         operation = query.key.operation
         while True:
             self._breakers[operation].check()  # nobody queues for a call that will not be made
-            query.late = _no_answer
+            query.late = _no_response
             await self._rotation.settled(operation)
-            query.late = _no_turn
+            query.late = _no_permit
             # The turn first: who waits for it holds no slot.
             with await self._budget.turn(
                 renewal=query.renewal,
-                patience_seconds=self._left_to_queue(query),
-                held_up=query.held_up,
+                timeout_seconds=self._left_to_queue(query),
+                on_queued=query.on_queued,
                 demand=query.demand,
             ) as turn:
                 await self._take_token(query)
-                query.late = _no_answer
+                query.late = _no_response
                 try:
                     return await self._rotation.use(operation, partial(self._attempt, query, turn))
-                except _Void:
+                except _PermitRevoked:
                     continue
 
     def _left_to_queue(self, query: _Query) -> float:
@@ -240,13 +240,13 @@ class Upstream:
         if not per_second:
             return
         left = self._left_to_queue(query)
-        wait = await self._token(per_second, saved=saved_up(per_second), patience_seconds=left)
+        wait = await self._token(per_second, saved=burst_size(per_second), timeout_seconds=left)
         if wait >= NOTICEABLE_SECONDS:
-            query.held_up(wait)
+            query.on_queued(wait)
         if wait:
             await asyncio.sleep(wait)
 
-    async def _attempt(self, query: _Query, turn: Turn, pair: Pair) -> Answer:
+    async def _attempt(self, query: _Query, turn: Permit, pair: KeyPair) -> ParsedResponse:
         offset = self._calls.clock_offset
         try:
             return await self._call(query, turn, pair)
@@ -258,7 +258,7 @@ class Upstream:
             self._metrics.upstream_retries.labels(query.key.operation, exc.code).inc()
         return await self._call(query, turn, pair)
 
-    async def _call(self, query: _Query, turn: Turn, pair: Pair) -> Answer:
+    async def _call(self, query: _Query, turn: Permit, pair: KeyPair) -> ParsedResponse:
         operation, demand = query.key.operation, query.demand
         demand.committed = False
         if not demand.wanted:
@@ -285,7 +285,7 @@ class Upstream:
         self._learn(operation, asyncio.get_running_loop().time() - began)
         return answer
 
-    def _clear_to_send(self, query: _Query, turn: Turn) -> float:
+    def _clear_to_send(self, query: _Query, turn: Permit) -> float:
         """Return the loop's time, now that there is a slot.
 
         Raises:
@@ -293,7 +293,7 @@ class Upstream:
             GatewayError: Less time is left than an answer usually takes.
         """
         if turn.void and turn.sent_at is None:
-            raise _Void
+            raise _PermitRevoked
         now = asyncio.get_running_loop().time()
         if query.deadline - now < self._usual_seconds[query.key.operation]:
             raise query.late()
@@ -318,7 +318,7 @@ class Upstream:
         self._retry_tokens -= 1
         return delay
 
-    def _breaker(self, operation: Operation) -> Breaker:
+    def _breaker(self, operation: Operation) -> CircuitBreaker:
         gauges = {state: self._metrics.upstream_circuit_state.labels(operation, state) for state in State}
 
         def show(now: State) -> None:
@@ -326,4 +326,4 @@ class Upstream:
                 gauge.set(state is now)
 
         show(State.CLOSED)
-        return Breaker(operation, on_change=show)
+        return CircuitBreaker(operation, on_change=show)

@@ -40,14 +40,14 @@ from gateway.domain.errors import (
     UpstreamRejected,
 )
 from gateway.domain.snapshot import Operation
-from gateway.upstream.credentials import Credentials, Held, Pair
+from gateway.upstream.credentials import Credentials, CredentialVersion, KeyPair
 
 KEPT_OUT_SECONDS = 30.0  # a pair that was refused on trial
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-_Tried = dict[Pair, UpstreamCredentials]
+_Tried = dict[KeyPair, UpstreamCredentials]
 
 
 class _Refusal(NamedTuple):
@@ -55,15 +55,15 @@ class _Refusal(NamedTuple):
     error: UpstreamCredentials
 
 
-class _Turn(NamedTuple):
+class _Use(NamedTuple):
     """A pair for one call, and the one that signs for everybody. One turn at a time is on trial."""
 
-    held: Held
-    signing: Held | None
+    held: CredentialVersion
+    signing: CredentialVersion | None
     on_trial: bool
 
 
-class Rotation:
+class CredentialRotation:
     """Gives calls their pair, and learns from what becomes of them.
 
     `refusal_seconds`: how long the pair that signs rests after a refusal. `clock`: monotonic seconds.
@@ -80,10 +80,10 @@ class Rotation:
         self._refusal_seconds = refusal_seconds
         self._clock = clock
         self._trial = asyncio.Lock()
-        self._refused: dict[tuple[Operation, Pair], _Refusal] = {}
-        self._proven: Held | None = None
+        self._refused: dict[tuple[Operation, KeyPair], _Refusal] = {}
+        self._proven: CredentialVersion | None = None
 
-    async def use(self, operation: Operation, call: Callable[[Pair], Awaitable[T]]) -> T:
+    async def use(self, operation: Operation, call: Callable[[KeyPair], Awaitable[T]]) -> T:
         """Make a call with the pair that signs, and once again with each other one if it is refused.
 
         Raises: what `call` raises; UpstreamCredentials, without a call, while every pair rests.
@@ -91,13 +91,13 @@ class Rotation:
         tried: _Tried = {}
         while True:
             if (held := self._trusted(operation, tried)) is not None:
-                outcome = await self._make(operation, _Turn(held, held, on_trial=False), call)
+                outcome = await self._make(operation, _Use(held, held, on_trial=False), call)
             else:
                 async with self._trial:
                     if self._trusted(operation, tried) is not None:
                         continue  # the trial that we waited for has brought one
                     held = self._suspect(operation, tried)
-                    trial = _Turn(held, self._credentials.signing, on_trial=True)
+                    trial = _Use(held, self._credentials.signing, on_trial=True)
                     outcome = await self._make(operation, trial, call)
             if not isinstance(outcome, UpstreamCredentials):
                 return outcome
@@ -110,7 +110,7 @@ class Rotation:
                 pass
 
     async def _make(
-        self, operation: Operation, turn: _Turn, call: Callable[[Pair], Awaitable[T]]
+        self, operation: Operation, turn: _Use, call: Callable[[KeyPair], Awaitable[T]]
     ) -> T | UpstreamCredentials:
         """Make a call, and return the refusal if another pair may do better."""
         try:
@@ -128,13 +128,13 @@ class Rotation:
         self._accept(operation, turn)
         return answer
 
-    def _trusted(self, operation: Operation, tried: _Tried) -> Held | None:
+    def _trusted(self, operation: Operation, tried: _Tried) -> CredentialVersion | None:
         signing = self._credentials.signing
         if signing is None or signing.pair in tried or (operation, signing.pair) in self._refused:
             return None
         return signing
 
-    def _suspect(self, operation: Operation, tried: _Tried) -> Held:
+    def _suspect(self, operation: Operation, tried: _Tried) -> CredentialVersion:
         now = self._clock()
         errors = []
         for held in self._candidates():
@@ -151,11 +151,11 @@ class Rotation:
             raise UpstreamCredentials("the gateway has no credentials")
         raise copy(errors[0])  # for this caller alone: many may share it
 
-    def _candidates(self) -> list[Held]:
+    def _candidates(self) -> list[CredentialVersion]:
         known = (self._credentials.signing, *self._credentials.held(), self._proven)
         return [held for held in known if held is not None]
 
-    def _refuse(self, operation: Operation, held: Held, error: UpstreamCredentials) -> None:
+    def _refuse(self, operation: Operation, held: CredentialVersion, error: UpstreamCredentials) -> None:
         now = self._clock()
         before = self._refused.get((operation, held.pair))
         if before is not None and now < before.until:
@@ -170,7 +170,7 @@ class Rotation:
         kept = {candidate.pair for candidate in self._candidates()}
         self._refused = {key: refusal for key, refusal in self._refused.items() if key[1] in kept}
 
-    def _accept(self, operation: Operation, turn: _Turn) -> None:
+    def _accept(self, operation: Operation, turn: _Use) -> None:
         # Only a trial clears a refusal: a call that was in the air before it proves nothing any more.
         held = turn.held
         if turn.on_trial:
@@ -179,7 +179,7 @@ class Rotation:
         if held is self._credentials.signing and (operation, held.pair) not in self._refused:
             self._proven = held
 
-    def _promote(self, operation: Operation, turn: _Turn) -> None:
+    def _promote(self, operation: Operation, turn: _Use) -> None:
         held, signing = turn.held, turn.signing
         if signing is not None and signing.pair == held.pair:
             log.info("credentials accepted again", operation=operation, **_shown(held))
@@ -188,5 +188,5 @@ class Rotation:
             log.warning("credentials promoted", operation=operation, **_shown(held))
 
 
-def _shown(held: Held) -> dict[str, Any]:
+def _shown(held: CredentialVersion) -> dict[str, Any]:
     return {"slot": held.slot, "generation": held.generation}

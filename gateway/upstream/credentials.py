@@ -43,7 +43,7 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class KeyPair:
     """An access key and its secret; neither shows in a repr."""
 
     access_key: str = field(repr=False)
@@ -57,12 +57,12 @@ class Slot(StrEnum):
     NEXT = "next"
 
 
-class Held(NamedTuple):
+class CredentialVersion(NamedTuple):
     """A pair and where it came from; `generation` counts the contents that its slot has had, from 1."""
 
     slot: Slot
     generation: int
-    pair: Pair
+    pair: KeyPair
 
 
 class Credentials:
@@ -81,15 +81,15 @@ class Credentials:
                 _Place(settings.next_secret_key_file, settings.next_secret_key.get_secret_value()),
             ),
         }
-        self._held: dict[Slot, Held] = {}
+        self._held: dict[Slot, CredentialVersion] = {}
         self._faults: dict[Slot, str] = {}
-        self._signing: Held | None = None
+        self._signing: CredentialVersion | None = None
         for slot in Slot:
             metrics.credentials_active_slot.labels(slot).set(0)
         self.reload()
 
     @property
-    def signing(self) -> Held | None:
+    def signing(self) -> CredentialVersion | None:
         """The pair that signs; None while there is none, or only a next one that nobody has tried yet."""
         return self._signing
 
@@ -98,7 +98,7 @@ class Credentials:
         """Whether there is any pair to sign with."""
         return bool(self._held)
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[CredentialVersion]:
         """Return what the slots hold, the active one first."""
         return [self._held[slot] for slot in Slot if slot in self._held]
 
@@ -106,7 +106,7 @@ class Credentials:
         """Return why slots could not be read at the last look; no secret is in it."""
         return self._faults
 
-    def sign_with(self, held: Held) -> None:
+    def sign_with(self, held: CredentialVersion) -> None:
         """Let this pair sign from now on, until another does or the active slot has new content."""
         self._signing = held
         for slot in Slot:
@@ -139,7 +139,7 @@ class Credentials:
         if pair is None or (held is not None and held.pair == pair):
             return
         self._redactor.hide_credentials(pair.access_key, pair.secret_key)
-        new = Held(slot, 1 if held is None else held.generation + 1, pair)
+        new = CredentialVersion(slot, 1 if held is None else held.generation + 1, pair)
         self._held[slot] = new
         if source.watches:
             self._metrics.credentials_reloads.labels("ok").inc()
@@ -168,7 +168,7 @@ class _Source(NamedTuple):
     def watches(self) -> bool:
         return self.access_key.file is not None or self.secret_key.file is not None
 
-    def read(self) -> Pair | None:
+    def read(self) -> KeyPair | None:
         """Return a pair that can sign, or None where none is set. Raises: OSError, ValueError."""
         before = self._read_once()
         for _ in range(_READINGS):
@@ -187,5 +187,5 @@ class _Source(NamedTuple):
             raise ValueError("access key has characters that no header can carry")
         return after
 
-    def _read_once(self) -> Pair:
-        return Pair(self.access_key.read(), self.secret_key.read())
+    def _read_once(self) -> KeyPair:
+        return KeyPair(self.access_key.read(), self.secret_key.read())

@@ -15,7 +15,7 @@ from typing import Protocol
 from gateway.domain.errors import GatewayError
 
 
-class Place(Protocol):
+class QueueEntry(Protocol):
     """A queued query's place, which depends on the clients that wait for it."""
 
     def join(self, client: bytes) -> None:
@@ -39,7 +39,7 @@ class Demand:
         held_up: Why callers that have another answer should not wait for this one.
     """
 
-    __slots__ = ("background", "clients", "committed", "drop", "dropped", "flying", "held_up", "place")
+    __slots__ = ("background", "clients", "committed", "drop", "dropped", "flying", "on_queued", "place")
 
     def __init__(self, *, background: bool = False) -> None:
         self.clients: dict[bytes, int] = {}
@@ -53,8 +53,8 @@ class Demand:
         self.background = background
         self.committed = False
         self.dropped = False
-        self.place: Place | None = None
-        self.held_up: asyncio.Future[GatewayError] | None = None
+        self.place: QueueEntry | None = None
+        self.on_queued: asyncio.Future[GatewayError] | None = None
 
     @property
     def wanted(self) -> bool:

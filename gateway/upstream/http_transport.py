@@ -34,7 +34,7 @@ _FRAMING = frozenset({"content-length", "transfer-encoding"})
 _MOST_OVERHEAD = 262_144  # bytes of an answer that are not its body: headers, chunk sizes, trailers
 
 
-class Reply:
+class HttpResponse:
     """An answer, as far as it has come. Headers have lower-case names; of a repeated one the last counts."""
 
     __slots__ = ("body", "headers", "keep_alive", "status", "whole")
@@ -78,7 +78,7 @@ class HttpTransport:
 
     async def exchange(
         self, message: bytes, *, seconds: float, fresh: bool = False, over: Callable[[], None] = lambda: None
-    ) -> Reply:
+    ) -> HttpResponse:
         """Send a request, and return the answer when all of it has come.
 
         Args:
@@ -228,19 +228,19 @@ class _Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._made_at = self._loop.time()
         self._parser: HttpResponseParser | None = HttpResponseParser(self)
-        self._waiter: asyncio.Future[Reply] | None = None
+        self._waiter: asyncio.Future[HttpResponse] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._answer = Reply()
+        self._answer = HttpResponse()
         self._overhead = 0
         self._readable = select.poll()
 
-    def ask(self, message: bytes, deadline: float) -> asyncio.Future[Reply]:
+    def ask(self, message: bytes, deadline: float) -> asyncio.Future[HttpResponse]:
         """Send a request; the future gets the answer, an httpx.TransportError or a TimeoutError.
 
         A future that is cancelled changes nothing: the answer is read, or its deadline awaited.
         """
         self.idle_since = None
-        self._answer = Reply()
+        self._answer = HttpResponse()
         self._overhead = 0
         self._waiter = self._loop.create_future()
         self._timer = self._loop.call_at(deadline, self.give_up)  # a fraction of what asyncio.timeout costs

@@ -23,8 +23,8 @@ from typing import Protocol, Self
 
 import structlog
 
-from gateway.domain.errors import BudgetSpent, UpstreamRejected, UpstreamThrottled
-from gateway.upstream.adaptive_limit import Pace
+from gateway.domain.errors import RateLimiterExhausted, UpstreamRejected, UpstreamThrottled
+from gateway.upstream.adaptive_limit import AdaptiveLimit
 from gateway.upstream.demand import Demand
 from gateway.upstream.fair_queue import FairQueue
 
@@ -46,7 +46,7 @@ class Timer(Protocol):
         """Call nothing."""
 
 
-class Turn:
+class Permit:
     """One call's place in the budget: to be entered at once; given back at its end unless the call was made.
 
     `learn` is told of the end, and of the error that it ended with. `void`: upstream has slowed us down since
@@ -57,7 +57,7 @@ class Turn:
     __slots__ = ("_clock", "_learn", "sent_at", "void")
 
     def __init__(
-        self, clock: Callable[[], float], learn: Callable[[Turn, BaseException | None], None]
+        self, clock: Callable[[], float], learn: Callable[[Permit, BaseException | None], None]
     ) -> None:
         self._clock = clock
         self._learn = learn
@@ -83,14 +83,14 @@ class _Waiter:
     In the queue of first questions it is the `Place` of its demand.
     """
 
-    __slots__ = ("_queue", "deadline", "future", "held_up")
+    __slots__ = ("_queue", "deadline", "future", "on_queued")
 
     def __init__(
-        self, deadline: float, held_up: Callable[[float], None], queue: FairQueue[_Waiter] | None
+        self, deadline: float, on_queued: Callable[[float], None], queue: FairQueue[_Waiter] | None
     ) -> None:
         self.future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self.deadline = deadline
-        self.held_up = held_up
+        self.on_queued = on_queued
         self._queue = queue
 
     @property
@@ -109,7 +109,7 @@ class _Waiter:
             self._queue.leave(self, client, others)
 
 
-class Budget:
+class RateLimiter:
     """Gives turns at `requests_per_second` (0: as many as the upstream bears). `clock` is monotonic."""
 
     def __init__(
@@ -119,13 +119,13 @@ class Budget:
         clock: Callable[[], float] = time.monotonic,
         call_later: Callable[[float, Callable[[], None]], Timer] | None = None,
     ) -> None:
-        self._pace = Pace(requests_per_second or math.inf)
+        self._pace = AdaptiveLimit(requests_per_second or math.inf)
         self._clock = clock
         self._call_later = call_later
         self._renewals: OrderedDict[_Waiter, None] = OrderedDict()
         self._first: FairQueue[_Waiter] = FairQueue()  # questions about tasks of which no answer is known
         self._next = True  # whether a renewal is served next
-        self._turns: set[Turn] = set()  # given, and not over
+        self._turns: set[Permit] = set()  # given, and not over
         self._level = 1.0  # tokens
         self._filled_at = clock()
         self._timer: Timer | None = None
@@ -138,10 +138,10 @@ class Budget:
         return self._pace.most if relaxed else self._pace.per_second(now)
 
     @property
-    def slowed(self) -> bool:
+    def throttled_now(self) -> bool:
         """Tell whether the upstream's refusals slow us now."""
         self._relax()
-        return self._pace.slowed
+        return self._pace.throttled_now
 
     def expected_wait(self, *, renewal: bool, client: bytes = b"") -> float:
         """Return for how many seconds a call that asked now, for this client, would wait."""
@@ -156,10 +156,10 @@ class Budget:
         self,
         *,
         renewal: bool,
-        patience_seconds: float,
-        held_up: Callable[[float], None] = lambda _: None,
+        timeout_seconds: float,
+        on_queued: Callable[[float], None] = lambda _: None,
         demand: Demand | None = None,
-    ) -> Turn:
+    ) -> Permit:
         """Wait for a turn: `with await budget.turn(...) as turn`. Who makes the call says `turn.spend()`.
 
         Args:
@@ -177,14 +177,14 @@ class Budget:
         wait = self.expected_wait(renewal=renewal, client=client)
         if wait == 0 and not self._anybody_waits():
             self._level -= 1
-        elif wait > patience_seconds:
-            raise _spent(wait)
+        elif wait > timeout_seconds:
+            raise _exhausted(wait)
         else:
             if wait >= NOTICEABLE_SECONDS:
-                held_up(wait)
-            deadline = self._clock() + patience_seconds
-            await self._queue(_Waiter(deadline, held_up, None if renewal else self._first), client, demand)
-        turn = Turn(self._clock, self._end)
+                on_queued(wait)
+            deadline = self._clock() + timeout_seconds
+            await self._queue(_Waiter(deadline, on_queued, None if renewal else self._first), client, demand)
+        turn = Permit(self._clock, self._end)
         self._turns.add(turn)
         return turn
 
@@ -213,13 +213,13 @@ class Budget:
         finally:
             demand.place = None
         if refused:
-            raise _spent(refused)
+            raise _exhausted(refused)
 
     def _discard(self, waiter: _Waiter) -> None:
         self._renewals.pop(waiter, None)
         self._first.discard(waiter)
 
-    def _end(self, turn: Turn, error: BaseException | None) -> None:
+    def _end(self, turn: Permit, error: BaseException | None) -> None:
         self._turns.discard(turn)
         if turn.sent_at is None:
             if not turn.void:
@@ -266,7 +266,7 @@ class Budget:
 
     def _slow_down(self, sent_at: float, retry_after: float | None) -> None:
         self._fill()
-        now, before = self._clock(), self._pace.slowed
+        now, before = self._clock(), self._pace.throttled_now
         if not self._pace.throttled(now, sent_at=sent_at, retry_after=retry_after):
             return
         if not before:
@@ -288,7 +288,7 @@ class Budget:
                     waiter.future.set_result(wait)
             else:
                 ahead += 1
-                waiter.held_up(wait)
+                waiter.on_queued(wait)
 
     def _in_order(self) -> Iterator[_Waiter]:
         queues = (self._renewals, self._first) if self._next else (self._first, self._renewals)
@@ -314,7 +314,7 @@ class Budget:
             self._level = max(self._level, 1.0)
         else:
             gained = max(now - max(self._filled_at, self._pace.resumes_at), 0.0) * per_second
-            full = saved_up(per_second)
+            full = burst_size(per_second)
             # What was given back may lie above the brim: it is not lost.
             self._level = max(self._level, min(self._level + gained, full))
         self._filled_at = now
@@ -325,10 +325,10 @@ class Budget:
             log.info("slowed down by the upstream no more")
 
 
-def saved_up(per_second: float) -> float:
+def burst_size(per_second: float) -> float:
     """Return how many calls a silence saves up at that pace."""
     return max(per_second * _BURST_SECONDS, 1.0)
 
 
-def _spent(wait: float) -> BudgetSpent:
-    return BudgetSpent("the budget of upstream calls is spent for now", retry_after=wait)
+def _exhausted(wait: float) -> RateLimiterExhausted:
+    return RateLimiterExhausted("the budget of upstream calls is spent for now", retry_after=wait)

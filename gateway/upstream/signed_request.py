@@ -36,10 +36,10 @@ from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 from gateway.telemetry.tracing import Mark, Tracing, Untraced
-from gateway.upstream.credentials import Pair
+from gateway.upstream.credentials import KeyPair
 from gateway.upstream.http_transport import HttpTransport, encode, untrusted
 from gateway.upstream.signing import signed_headers
-from gateway.upstream.vendor_errors import refusal
+from gateway.upstream.vendor_errors import classify
 
 _OK = 200
 _TELLS = "the upstream's answer contains a secret of the gateway"
@@ -49,7 +49,7 @@ _CLOCK_TOLERANCE_SECONDS = 2.0  # the Date header has whole seconds, and the ans
 log = structlog.get_logger(__name__)
 
 
-class Answer(NamedTuple):
+class ParsedResponse(NamedTuple):
     """A successful envelope: its `data`, the body as it came, and the vendor's id of the call."""
 
     data: dict[str, Any]
@@ -57,7 +57,7 @@ class Answer(NamedTuple):
     invoke_id: str | None = None
 
 
-class Exchange(NamedTuple):
+class RawResponse(NamedTuple):
     """One call over HTTP, whatever its answer means. `sent` are the signed headers, lower case.
 
     `headers` are the answer's, their names in lower case.
@@ -75,7 +75,7 @@ def random_uuid() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
-class Calls:
+class SignedRequests:
     """Makes calls. Open it with `async with`. `clock` is Unix time."""
 
     def __init__(
@@ -130,8 +130,8 @@ class Calls:
         await self._transport.aclose()
 
     async def make(
-        self, key: TaskKey, pair: Pair, *, number: int, over: Callable[[], None] = lambda: None
-    ) -> Answer:
+        self, key: TaskKey, pair: KeyPair, *, number: int, over: Callable[[], None] = lambda: None
+    ) -> ParsedResponse:
         """Make one call within `upstream.attempt_timeout_seconds`, the query's `number`-th, from 0.
 
         `over`: see `exchange`. Raises: UpstreamError.
@@ -140,8 +140,8 @@ class Calls:
             return await self._make(key, pair, mark, over)
 
     async def exchange(
-        self, key: TaskKey, pair: Pair, *, over: Callable[[], None] = lambda: None
-    ) -> Exchange:
+        self, key: TaskKey, pair: KeyPair, *, over: Callable[[], None] = lambda: None
+    ) -> RawResponse:
         """Make one signed call within `upstream.attempt_timeout_seconds`.
 
         What its answer means is not judged. `over` is called when nothing of the call is under way any more:
@@ -179,9 +179,9 @@ class Calls:
             answer.headers.get("content-encoding", ""),
             limit=self._settings.max_response_bytes,
         )
-        return Exchange(sent, answer.status, answer.headers, content)
+        return RawResponse(sent, answer.status, answer.headers, content)
 
-    def judge(self, exchange: Exchange, key: TaskKey) -> Answer:
+    def judge(self, exchange: RawResponse, key: TaskKey) -> ParsedResponse:
         """Return a successful answer. Raises: UpstreamError for any other."""
         code = exchange.headers.get("x-ca-error-code", "")
         message = exchange.headers.get("x-ca-error-message", "")
@@ -200,9 +200,9 @@ class Calls:
                 if suspect and redact.refuses(body):
                     raise UpstreamInvalid(_TELLS)
                 if exchange.status == _OK:
-                    return Answer(data, body, invoke_id)
+                    return ParsedResponse(data, body, invoke_id)
         redact = self.redactor_of(exchange)
-        raise refusal(
+        raise classify(
             exchange.status,
             code,
             message,
@@ -214,7 +214,9 @@ class Calls:
             retry_after=_retry_after(exchange.headers.get("retry-after", ""), self._clock()),
         )
 
-    async def _make(self, key: TaskKey, pair: Pair, mark: Mark, over: Callable[[], None]) -> Answer:
+    async def _make(
+        self, key: TaskKey, pair: KeyPair, mark: Mark, over: Callable[[], None]
+    ) -> ParsedResponse:
         operation = key.operation
         outcome = UpstreamTimeout.code  # also when the caller's deadline cancels us
         started = time.perf_counter()
@@ -246,11 +248,11 @@ class Calls:
             self._count(operation, outcome)()
             self._time[operation](time.perf_counter() - started)
 
-    def redactor_of(self, exchange: Exchange) -> Redactor:
+    def redactor_of(self, exchange: RawResponse) -> Redactor:
         """Return a redactor that hides the signature of this call, too."""
         return self._redactor.for_call(exchange.sent["x-ca-signature"])
 
-    def _observe_clock(self, exchange: Exchange) -> float | None:
+    def _observe_clock(self, exchange: RawResponse) -> float | None:
         """Return how far upstream's clock is ahead of ours, in seconds, when its answer tells."""
         now = unix_time(exchange.headers.get("date", ""))
         if now is None:

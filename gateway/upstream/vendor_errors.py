@@ -100,7 +100,7 @@ _TEXT: Mapping[_Kind, str] = {
 }
 
 
-def refusal(
+def classify(
     http_status: int, code: str, message: str, *, detail: UpstreamDetail, retry_after: float | None
 ) -> UpstreamError:
     """Return the exception for an answer that is no envelope; `code` and `message` may be empty.

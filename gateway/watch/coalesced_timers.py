@@ -22,7 +22,7 @@ _CONTENTMENT = 0.9  # the share of its patience that a full group has lost
 _moment = attrgetter("moment")
 
 
-class _Wake:
+class _WakeUp:
     """A moment on the loop's clock, and who sleeps until then: one timer for all."""
 
     __slots__ = ("moment", "sleepers", "timer")
@@ -33,11 +33,11 @@ class _Wake:
         self.timer: asyncio.TimerHandle
 
 
-class Alarms:
+class CoalescedTimers:
     """The wakes of one event loop's sleepers. For that loop's thread only."""
 
     def __init__(self) -> None:
-        self._with_room: list[_Wake] = []  # in order
+        self._with_room: list[_WakeUp] = []  # in order
         self._moments: set[float] = set()  # of all wakes to come
         self._count = 0
 
@@ -64,7 +64,7 @@ class Alarms:
         finally:
             self._count -= 1
 
-    def _join(self, due: float, seconds: float, late: float, company: int) -> _Wake:
+    def _join(self, due: float, seconds: float, late: float, company: int) -> _WakeUp:
         place = bisect_left(self._with_room, due, key=_moment)
         if place < len(self._with_room) and self._with_room[place].moment <= due + late:
             return self._with_room[place]
@@ -75,19 +75,19 @@ class Alarms:
             moment += min(patience, _TOGETHER * seconds / self._count)
         if moment in self._moments:  # a crowd that is due at one moment would stay together for ever
             moment = random.uniform(due, due + late)  # noqa: S311  # guards nothing
-        wake = _Wake(moment)
+        wake = _WakeUp(moment)
         wake.timer = asyncio.get_running_loop().call_at(moment, self._ring, wake)
         self._moments.add(moment)
         insort(self._with_room, wake, key=_moment)
         return wake
 
-    def _ring(self, wake: _Wake) -> None:
+    def _ring(self, wake: _WakeUp) -> None:
         self._forget(wake)
         for sleeper in wake.sleepers:
             if not sleeper.done():  # else it was cancelled, and its task has not run since
                 sleeper.set_result(len(wake.sleepers))
 
-    def _forget(self, wake: _Wake) -> None:
+    def _forget(self, wake: _WakeUp) -> None:
         self._moments.discard(wake.moment)
         if wake in self._with_room:
             self._with_room.remove(wake)

@@ -29,13 +29,13 @@ import structlog
 
 from gateway.domain.errors import GatewayError, Overloaded, UpstreamRejected
 from gateway.domain.snapshot import Snapshot, TaskKey
-from gateway.progress.results import Failed
+from gateway.progress.results import FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.base import Store
-from gateway.telemetry.log_sampling import Sampler
+from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
-from gateway.watch.coalesced_timers import Alarms
+from gateway.watch.coalesced_timers import CoalescedTimers
 
 _LEAST_SECONDS = 0.2  # between two ticks, whatever the lifetimes say
 # The loop's clock counts in milliseconds and may wake a sleeper that much early: a tick that finds
@@ -50,7 +50,7 @@ _BUG = GatewayError("the gateway has a bug; its log says more")
 log = structlog.get_logger(__name__)
 
 
-class Kind(StrEnum):
+class SubscriptionKind(StrEnum):
     """The two ways to watch."""
 
     EVENTS = "events"
@@ -89,37 +89,37 @@ class Update:
         )
 
 
-class Watcher:
+class Subscriber:
     """One open stream or long poll: a slot for each task, and a bell.
 
-    `outlet`: where its reader may be written to past whoever waits in `take`. `idle_outlet`: the same
-    as long as somebody does wait there, for then nothing older is under way.
+    `direct_transport` bypasses the task that waits in `take`. `idle_transport` is the same while that task waits:
+    then nothing older is being sent.
     """
 
     __slots__ = (
         "_slots",
         "_waiter",
         "client",
+        "direct_transport",
+        "disconnected",
         "heartbeat_due",
-        "hung_up",
-        "idle_outlet",
+        "idle_transport",
         "keys",
         "leaving",
-        "outlet",
-        "rung",
+        "woken",
     )
 
     def __init__(self, keys: Sequence[TaskKey], client: bytes) -> None:
         self.keys = keys
         self.client = client
         self.leaving = False  # the gateway is: say farewell
-        self.hung_up = False  # the reader is gone
+        self.disconnected = False  # the reader is gone
         self._slots: dict[TaskKey, Update] = {}
         self.heartbeat_due = False
-        self.outlet: asyncio.WriteTransport | None = None
-        self.idle_outlet: asyncio.WriteTransport | None = None
+        self.direct_transport: asyncio.WriteTransport | None = None
+        self.idle_transport: asyncio.WriteTransport | None = None
         # A future in place of an asyncio.Event, whose queue alone takes 0.7 KB: one task waits here.
-        self.rung = False
+        self.woken = False
         self._waiter: asyncio.Future[None] | None = None
 
     def offer(self, update: Update) -> None:
@@ -129,26 +129,26 @@ class Watcher:
 
     def ring(self) -> None:
         """Wake the watcher: it is to look around."""
-        self.rung = True
-        self.idle_outlet = None
+        self.woken = True
+        self.idle_transport = None
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def hang_up(self) -> None:
+    def disconnect(self) -> None:
         """Note that the reader is gone, and wake the watcher to its end."""
-        self.hung_up = True
+        self.disconnected = True
         self.ring()
 
     async def take(self) -> list[Update]:
         """Wait until the bell rings; return the updates since the last time, maybe none."""
-        if not self.rung:
+        if not self.woken:
             self._waiter = asyncio.get_running_loop().create_future()
-            self.idle_outlet = self.outlet
+            self.idle_transport = self.direct_transport
             try:
                 await self._waiter
             finally:
-                self._waiter = self.idle_outlet = None
-        self.rung = False
+                self._waiter = self.idle_transport = None
+        self.woken = False
         updates = list(self._slots.values())
         self._slots.clear()
         return updates
@@ -158,12 +158,12 @@ class Watcher:
 class _Schedule:
     """A watched task: who watches it, what they were told last, and the task that ticks.
 
-    `untold` came when that was too old to be shown. `pending`: stored, and to be told in a moment.
+    `unnotified` came when that was too old to be shown. `pending`: stored, and to be told in a moment.
     `backing_off`: the tick rests after a failure.
     """
 
-    watchers: set[Watcher] = field(default_factory=set)
-    untold: set[Watcher] = field(default_factory=set)
+    subscribers: set[Subscriber] = field(default_factory=set)
+    unnotified: set[Subscriber] = field(default_factory=set)
     latest: Update | None = None
     pending: Snapshot | None = None
     ticking: asyncio.Task[None] | None = None
@@ -171,10 +171,10 @@ class _Schedule:
 
 
 # Hands an update to those whom it can tell at once, and returns the others.
-Deliver = Callable[[Update, Collection[Watcher]], Iterable[Watcher]]
+Deliver = Callable[[Update, Collection[Subscriber]], Iterable[Subscriber]]
 
 
-class Watch:
+class WatchHub:
     """Holds every watcher and every schedule. `clock` is the snapshots' clock.
 
     `deliver` goes before the slots; until somebody sets another it tells nobody.
@@ -193,49 +193,51 @@ class Watch:
         self._service = service
         self._clock = clock
         self._schedules: dict[TaskKey, _Schedule] = {}
-        self._watchers: set[Watcher] = set()
-        self._alarms = Alarms()
+        self._subscribers: set[Subscriber] = set()
+        self._alarms = CoalescedTimers()
         self._to_tell: deque[TaskKey] = deque()  # whose changes wait
         self._ended: set[asyncio.Task[None]] = set()
         self._leaving = False
-        self._sampler = Sampler()
-        self.deliver: Deliver = lambda _, watchers: watchers
-        self._gauges = {kind: metrics.watchers.labels(kind) for kind in Kind}
+        self._log_sampler = LogSampler()
+        self.deliver: Deliver = lambda _, subscribers: subscribers
+        self._gauges = {kind: metrics.subscribers.labels(kind) for kind in SubscriptionKind}
         metrics.watched_tasks.set_function(self._schedules.__len__)
         store.on_change(self._note_change)
 
     @contextmanager
-    def watching(self, keys: Sequence[TaskKey], kind: Kind, *, client: bytes = b"") -> Iterator[Watcher]:
+    def watching(
+        self, keys: Sequence[TaskKey], kind: SubscriptionKind, *, client: bytes = b""
+    ) -> Iterator[Subscriber]:
         """Watch these tasks while the context is open; the first updates are what is known now.
 
         `client` tells on whose behalf schedules ask. Raises: Overloaded at `watch.max_watchers`.
         """
-        if len(self._watchers) >= self._settings.max_watchers:
+        if len(self._subscribers) >= self._settings.max_watchers:
             raise Overloaded("the gateway has as many watchers as it may", retry_after=5.0)
-        watcher = Watcher(keys, client)
-        watcher.leaving = self._leaving
+        subscriber = Subscriber(keys, client)
+        subscriber.leaving = self._leaving
         if self._leaving:
-            watcher.ring()
-        self._watchers.add(watcher)
+            subscriber.ring()
+        self._subscribers.add(subscriber)
         self._gauges[kind].inc()
         try:
             for key in keys:
-                self._join(key, watcher)
-            yield watcher
+                self._join(key, subscriber)
+            yield subscriber
         finally:
             for key in keys:
-                self._leave(key, watcher)
-            self._watchers.discard(watcher)
+                self._leave(key, subscriber)
+            self._subscribers.discard(subscriber)
             self._gauges[kind].dec()
 
-    def say_farewell(self) -> None:
+    def announce_shutdown(self) -> None:
         """Tell every watcher, and every one still to come, that the gateway is leaving."""
         self._leaving = True
         for key in tuple(self._schedules):
             self._tell(key)
-        for watcher in self._watchers:
-            watcher.leaving = True
-            watcher.ring()
+        for subscriber in self._subscribers:
+            subscriber.leaving = True
+            subscriber.ring()
 
     async def aclose(self) -> None:
         """End every schedule, and wait until all have ended."""
@@ -243,39 +245,39 @@ class Watch:
             self._stop(schedule)
         await asyncio.gather(*self._ended, return_exceptions=True)
 
-    def _join(self, key: TaskKey, watcher: Watcher) -> None:
+    def _join(self, key: TaskKey, subscriber: Subscriber) -> None:
         schedule = self._schedules.get(key)
         if schedule is None:
             schedule = self._schedules[key] = _Schedule()
             # Known already, maybe: then the watcher is told at once, before the first tick.
-            reading = self._service.current(key)
-            schedule.latest = Update(key, reading.snapshot) if reading is not None else None
+            result = self._service.current(key)
+            schedule.latest = Update(key, result.snapshot) if result is not None else None
             self._start(key, schedule)
         # Looked for first, for what is due in the store arrives with that; then told to the others: whoever
         # joins may have read it elsewhere, and is to hear of nothing older.
         current = self._service.current(key)
         self._tell(key)
         # Registered first, told second: a change between the two would be lost the other way round.
-        schedule.watchers.add(watcher)
-        self._service.join(key, watcher.client)
+        schedule.subscribers.add(subscriber)
+        self._service.join(key, subscriber.client)
         if schedule.latest is None:
             return  # the first tick is under way
         if current is not None or schedule.latest.snapshot is None or _is_final(schedule.latest):
-            watcher.offer(schedule.latest)
+            subscriber.offer(schedule.latest)
             return
         # Upstream takes its time, or fails and the schedule has backed off for longer than a snapshot may
         # cover that. Whoever comes now gets what a query would: the answer of one call, all together.
-        schedule.untold.add(watcher)
+        schedule.unnotified.add(subscriber)
         self._restart(key, schedule)
 
-    def _leave(self, key: TaskKey, watcher: Watcher) -> None:
+    def _leave(self, key: TaskKey, subscriber: Subscriber) -> None:
         schedule = self._schedules.get(key)
-        if schedule is None or watcher not in schedule.watchers:
+        if schedule is None or subscriber not in schedule.subscribers:
             return
-        schedule.watchers.discard(watcher)
-        schedule.untold.discard(watcher)
-        self._service.leave(key, watcher.client)
-        if not schedule.watchers:
+        schedule.subscribers.discard(subscriber)
+        schedule.unnotified.discard(subscriber)
+        self._service.leave(key, subscriber.client)
+        if not schedule.subscribers:
             del self._schedules[key]
             self._stop(schedule)
 
@@ -321,7 +323,7 @@ class Watch:
         """
         try:
             outcome = await self._service.get_fresh(key, client=None)
-            if isinstance(outcome, Failed):
+            if isinstance(outcome, FetchFailure):
                 self._tell(key)  # what came before it
                 self._publish(Update(key, failure=outcome.failure))
                 return None, outcome.failure
@@ -329,7 +331,7 @@ class Watch:
                 self._tell(key)
                 self._publish(Update(key, outcome.snapshot))
         except Exception as exc:
-            if (suppressed := self._sampler.take(type(exc).__name__)) is not None:
+            if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
                 log.exception(
                     "bug in a schedule", operation=key.operation, task_id=key.task_id, suppressed=suppressed
                 )
@@ -373,11 +375,11 @@ class Watch:
         schedule = self._schedules.get(update.key)
         if schedule is None or (_is_final(schedule.latest) and not _is_final(update)):
             return  # a store forgets, and might let a task run again whose schedule has ended
-        audience = schedule.untold if update.says_the_same(schedule.latest) else schedule.watchers
+        audience = schedule.unnotified if update.says_the_same(schedule.latest) else schedule.subscribers
         schedule.latest = update
-        for watcher in self.deliver(update, audience):
-            watcher.offer(update)
-        schedule.untold.clear()
+        for subscriber in self.deliver(update, audience):
+            subscriber.offer(update)
+        schedule.unnotified.clear()
 
 
 def _is_final(update: Update | None) -> bool:

@@ -21,7 +21,7 @@ from client import Connection, fetch
 from measuring import Bench, Comparison, Figures, new_prefix, per_cpu_second, prime, wrk
 from processes import many_files
 from servers import Server
-from watchers import see
+from subscribers import see
 
 from tests.storeserver import StoreServer, binary
 

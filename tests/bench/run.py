@@ -34,8 +34,8 @@ import rush
 import slow_readers
 import soak
 import start
+import subscribers
 import throttle
-import watchers
 from measuring import Bench, Comparison
 from processes import choose_cores, pinned
 from servers import NGINX_MODULE
@@ -47,7 +47,7 @@ SCENARIOS = {
     "rush": rush,
     "start": start,
     "misses": misses,
-    "watchers": watchers,
+    "watchers": subscribers,
     "slow_readers": slow_readers,
     "dawdlers": dawdlers,
     "rotation": rotation,

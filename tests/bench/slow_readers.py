@@ -9,7 +9,7 @@ from functools import partial
 import servers
 from measuring import Bench, Comparison, Figures, prime
 from processes import many_files
-from watchers import see
+from subscribers import see
 
 NEEDS = ()
 

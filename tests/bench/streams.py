@@ -179,18 +179,18 @@ async def watch(
         path = paths[number % len(paths)]
         await asyncio.sleep(began + begins[number % len(paths)] - time.monotonic())
         sampled = number // len(paths) % _SAMPLED == 0  # of every task some
-        _, watcher = await loop.create_connection(
+        _, subscriber = await loop.create_connection(
             lambda: kind(tally, path, sampled=sampled), "127.0.0.1", port
         )
-        return watcher
+        return subscriber
 
     with ExitStack() as stack:
         for number in range(slow):
             stack.enter_context(_never_reading(port, paths[number % len(paths)]))
-        watchers = await asyncio.gather(*map(begin, range(count)))
+        subscribers = await asyncio.gather(*map(begin, range(count)))
         pace = []
         if kind is Poller:
-            pace.append(asyncio.create_task(_ask_in_turn(watchers, _PERIOD)))
+            pace.append(asyncio.create_task(_ask_in_turn(subscribers, _PERIOD)))
         if poked:
             _, poker = await loop.create_connection(
                 lambda: Poller(Tally(1), poked, sampled=False), "127.0.0.1", port
@@ -235,12 +235,12 @@ async def watch(
     )
 
 
-async def _ask_in_turn(watchers: Sequence[Watcher], period: float) -> None:
+async def _ask_in_turn(subscribers: Sequence[Watcher], period: float) -> None:
     """Let each ask once a period; ends when it is cancelled."""
     began, asked = time.monotonic(), 0
     while True:
-        while asked < (time.monotonic() - began) / period * len(watchers):
-            watchers[asked % len(watchers)].ask()
+        while asked < (time.monotonic() - began) / period * len(subscribers):
+            subscribers[asked % len(subscribers)].ask()
             asked += 1
         await asyncio.sleep(_LOOK_SECONDS)
 

@@ -20,7 +20,7 @@ from gateway.api.requests import (
     new_request_id,
 )
 from gateway.domain.errors import GatewayError, Overloaded
-from gateway.telemetry.log_sampling import Sampler
+from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -29,17 +29,17 @@ _HUNG_UP = 499  # nginx's word for a caller that left before its answer
 log = structlog.get_logger(__name__)
 
 
-class Telemetry:
+class RequestTelemetry:
     """Gives every request an id, counts and times its answer, and answers for bugs."""
 
     def __init__(
-        self, app: ASGIApp, *, metrics: Metrics, problems: Problems, sampler: Sampler | None = None
+        self, app: ASGIApp, *, metrics: Metrics, problems: Problems, log_sampler: LogSampler | None = None
     ) -> None:
         self._app = app
         self._metrics = metrics
         self._problems = problems
-        self._sampler = sampler or Sampler()
-        self._request_log = RequestLog(self._sampler)
+        self._log_sampler = log_sampler or LogSampler()
+        self._request_log = RequestLog(self._log_sampler)
         self._bound: dict[tuple[str, str, int], tuple[Callable[[], None], Callable[[float], None]]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,7 +94,7 @@ class Telemetry:
         self._request_log.tell(scope, method=method, route=route, status=status, seconds=seconds)
 
     def _tell_of_bug(self, scope: Scope, exc: Exception) -> None:
-        if (suppressed := self._sampler.take(type(exc).__name__)) is not None:
+        if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
             log.error(
                 "bug",
                 exc_info=exc,

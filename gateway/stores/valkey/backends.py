@@ -1,6 +1,6 @@
 """The servers behind `store.url`, through redis-py: one, a pair under Sentinel, or a cluster.
 
-What differs between them ends here. Whoever is handed `Servers` runs scripts on the keys of a
+What differs between them ends here. Whoever is handed `RedisBackends` runs scripts on the keys of a
 slot, and subscribes to the slots' channels: on a cluster those are sharded, and live with their
 slot's keys, so that a script may publish; elsewhere they are ordinary ones, which Redis 6.2 has.
 
@@ -43,7 +43,7 @@ _WARM_CONNECTIONS = 8
 _CLUSTER_RETRIES = 1  # asks another node of the cluster where the slot has gone
 
 
-class Servers:
+class RedisBackends:
     """Connections to the servers."""
 
     def __init__(self, client: Redis | RedisCluster, settings: Store, options: dict[str, Any]) -> None:
@@ -118,7 +118,7 @@ class Servers:
 
 
 @asynccontextmanager
-async def connected(settings: Store, *, redactor: Redactor) -> AsyncIterator[Servers]:
+async def connected(settings: Store, *, redactor: Redactor) -> AsyncIterator[RedisBackends]:
     """Connect to whatever the settings say; files of secrets are read anew. Raises: ERRORS."""
     username, password = settings.login()
     _, sentinel_password = settings.sentinel_login()
@@ -162,7 +162,7 @@ async def connected(settings: Store, *, redactor: Redactor) -> AsyncIterator[Ser
             [(host, port)] = settings.hosts
             client = Redis(host=host, port=port, db=settings.database, **options)
             stack.push_async_callback(client.aclose)
-        yield Servers(client, settings, options)
+        yield RedisBackends(client, settings, options)
 
 
 async def _primary(settings: Store, transport: dict[str, Any]) -> Address:

@@ -20,8 +20,8 @@ import msgspec
 
 from gateway.domain.envelope import read_envelope, read_rejection
 from gateway.domain.errors import (
-    BudgetSpent,
     GatewayError,
+    RateLimiterExhausted,
     UpstreamCredentials,
     UpstreamDetail,
     UpstreamError,
@@ -41,14 +41,14 @@ _LONGEST_HEADER = 16_384
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-class Undecodable(ValueError):
+class InvalidStoredValue(ValueError):
     """Bytes that no gateway of this version wrote for this task."""
 
 
 class Head(NamedTuple):
     """What stands before a stored snapshot; times are the server's, in microseconds."""
 
-    stamp: int
+    version: int
     fetched: int
     lifetime: int
     shown: int
@@ -58,13 +58,13 @@ class Head(NamedTuple):
 class _Header(msgspec.Struct, forbid_unknown_fields=True):
     """What stands before an envelope. `progress` is the mark below which a running task's never falls.
 
-    `stamp` and `lifetime` are those of the head, which is not sealed.
+    `version` and `lifetime` are those of the head, which is not sealed.
     """
 
     operation: str
     task: str
     progress: float | None
-    stamp: int
+    version: int
     lifetime: int
 
 
@@ -81,11 +81,11 @@ def split_stored(value: bytes) -> tuple[Head, bytes]:
     """Part a stored snapshot's head from its encoding. Raises: Undecodable."""
     head = _HEAD.match(value)
     if head is None:
-        raise Undecodable("no head")
-    stamp, fetched, lifetime, shown, terminal = map(int, head.groups())
+        raise InvalidStoredValue("no head")
+    version, fetched, lifetime, shown, terminal = map(int, head.groups())
     if lifetime > _LONGEST_LIFETIME:
-        raise Undecodable("a lifetime beyond every setting")
-    return Head(stamp, fetched, lifetime, shown, bool(terminal)), value[head.end() :]
+        raise InvalidStoredValue("a lifetime beyond every setting")
+    return Head(version, fetched, lifetime, shown, bool(terminal)), value[head.end() :]
 
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:
@@ -94,7 +94,7 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
         "operation": snapshot.key.operation,
         "task": snapshot.key.task_id,
         "progress": snapshot.progress,
-        "stamp": snapshot.stamp,
+        "version": snapshot.version,
         "lifetime": lifetime_of(snapshot),
     }
     return _sealed(header, snapshot.envelope)
@@ -109,9 +109,9 @@ def decode_snapshot(encoded: bytes, key: TaskKey, head: Head, *, fetched_at: flo
     """Decode a snapshot of this very task. Raises: Undecodable."""
     header, envelope = _opened(encoded, _HEADER)
     if header.operation != key.operation or header.task != key.task_id:
-        raise Undecodable("not this task's")
-    if header.stamp != head.stamp or header.lifetime != head.lifetime:
-        raise Undecodable("under another's head")
+        raise InvalidStoredValue("not this task's")
+    if header.version != head.version or header.lifetime != head.lifetime:
+        raise InvalidStoredValue("under another's head")
     try:
         snapshot = observe_again(
             read_envelope(envelope, key, redact=str).data,
@@ -120,12 +120,12 @@ def decode_snapshot(encoded: bytes, key: TaskKey, head: Head, *, fetched_at: flo
             progress=header.progress,
             fetched_at=fetched_at,
             lifetime=head.lifetime / MICROSECONDS,
-            stamp=head.stamp,
+            version=head.version,
         )
     except GatewayError as exc:
-        raise Undecodable("not an envelope of this task") from exc
+        raise InvalidStoredValue("not an envelope of this task") from exc
     if snapshot.terminal is not head.terminal or snapshot.progress != header.progress:
-        raise Undecodable("contradicts itself")
+        raise InvalidStoredValue("contradicts itself")
     return snapshot
 
 
@@ -150,20 +150,20 @@ def decode_failure(encoded: bytes, key: TaskKey) -> UpstreamError:
     header, envelope = _opened(encoded, _FAILURE)
     kind = _KINDS.get(header.kind)
     if header.operation != key.operation or header.task != key.task_id or kind is None:
-        raise Undecodable("not this task's")
+        raise InvalidStoredValue("not this task's")
     if kind is UpstreamRejected:
         try:
             return read_rejection(envelope)
         except GatewayError as exc:
-            raise Undecodable("not a rejected envelope") from exc
+            raise InvalidStoredValue("not a rejected envelope") from exc
     detail = header.detail
     texts = [header.message, *(text for text in (detail or {}).values() if text is not None)]
     if envelope or any(len(text) > _LONGEST_TEXT or _CONTROL.search(text) for text in texts):
-        raise Undecodable("not what an upstream's failure says")
+        raise InvalidStoredValue("not what an upstream's failure says")
     if detail is not None and detail.keys() != _DETAILS:
-        raise Undecodable("not what an upstream's failure says")
+        raise InvalidStoredValue("not what an upstream's failure says")
     if header.retry_after is not None and not 0 <= header.retry_after <= _LONGEST_RETRY_SECONDS:
-        raise Undecodable("a time beyond every setting")
+        raise InvalidStoredValue("a time beyond every setting")
     return kind(
         header.message,
         detail=None if detail is None else UpstreamDetail(**detail),
@@ -177,7 +177,7 @@ def failure_seconds(milliseconds: bytes | int) -> float:
         milliseconds = int(milliseconds) if re.fullmatch(rb"\d{1,12}", milliseconds) else -1
     seconds = milliseconds / 1000
     if not 0 <= seconds <= _LONGEST_FAILURE_SECONDS:
-        raise Undecodable("a time beyond every setting")
+        raise InvalidStoredValue("a time beyond every setting")
     return seconds
 
 
@@ -189,14 +189,14 @@ def _sealed(header: dict[str, Any], envelope: bytes) -> bytes:
 def _opened(encoded: bytes, shape: msgspec.json.Decoder[Any]) -> tuple[Any, bytes]:
     digest, _, content = encoded.partition(b" ")
     if digest != _digest(content):
-        raise Undecodable("damaged")
+        raise InvalidStoredValue("damaged")
     header, _, envelope = content.partition(b"\n")
     if len(header) > _LONGEST_HEADER:
-        raise Undecodable("a header beyond every size")
+        raise InvalidStoredValue("a header beyond every size")
     try:
         return shape.decode(header), envelope
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise Undecodable("not a header") from exc
+        raise InvalidStoredValue("not a header") from exc
 
 
 def _digest(content: bytes) -> bytes:
@@ -214,7 +214,7 @@ def _kinds(kind: type[UpstreamError]) -> Iterator[type[UpstreamError]]:
 
 
 # What is never shared is no value: our own limits, an open circuit, and refused credentials (`service.py`).
-_NEVER_SHARED = (UpstreamCredentials, BudgetSpent, UpstreamOpen)
+_NEVER_SHARED = (UpstreamCredentials, RateLimiterExhausted, UpstreamOpen)
 _KINDS = {kind.__name__: kind for kind in _kinds(UpstreamError) if not issubclass(kind, _NEVER_SHARED)}
 _DETAILS = {field.name for field in fields(UpstreamDetail)}
 _HEADER = msgspec.json.Decoder(_Header)

@@ -22,10 +22,10 @@ import structlog
 
 from gateway.domain.snapshot import TaskKey
 from gateway.settings.model import Store
-from gateway.stores.valkey.backends import CONNECTIONS, ERRORS, SLOTS, Servers, connected
+from gateway.stores.valkey.backends import CONNECTIONS, ERRORS, SLOTS, RedisBackends, connected
 from gateway.stores.valkey.clock_sync import ServerClock
 from gateway.stores.valkey.scripts import PROBE, Script
-from gateway.stores.valkey.subscription import Feeds
+from gateway.stores.valkey.subscription import Subscriptions
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
@@ -38,7 +38,7 @@ _PAUSE_SECONDS = 0.5  # between two tries to connect, on average
 log = structlog.get_logger(__name__)
 
 
-class StoreDown(Exception):
+class StoreUnavailable(Exception):
     """The store did not do it: it is down, was too slow, or refused. `asked`: it may have done it unheard."""
 
     def __init__(self, reason: str, *, asked: bool = False) -> None:
@@ -55,7 +55,7 @@ class _Question(NamedTuple):
     args: list[Any]
 
 
-class Link:
+class StoreConnection:
     """Runs scripts while it is up. `follow` keeps it; the callbacks are told what comes and changes.
 
     `on_gap` is told the slots of which something may have been missed; when it comes up, all. `clock` is
@@ -88,7 +88,7 @@ class Link:
         # The servers of a cluster have a clock each, and a slot has one server.
         clocks = SLOTS if settings.cluster else 1
         self._clocks = [ServerClock(ahead_seconds=clock() - time.time()) for _ in range(clocks)]
-        self._servers: Servers | None = None
+        self._servers: RedisBackends | None = None
         self._turns = asyncio.Semaphore(CONNECTIONS)
         self._failures = 0
         self._failed_at = -math.inf
@@ -124,7 +124,7 @@ class Link:
         """Run a script on a key that is no task's; return as `run` does. Raises: StoreDown."""
         return await self._run(_Question(script, 0, [f"{self.channel(0)}:{name}"], args))
 
-    async def catch_up(self) -> bool:
+    async def sync(self) -> bool:
         """Wait until what was published is read; tell whether there was anything to wait for, and it is."""
         if not self.up or time.monotonic() < self.sure_until:
             return False
@@ -152,22 +152,22 @@ class Link:
             if not was_up:
                 await asyncio.sleep(_PAUSE_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311  # spreads load
 
-    async def _use(self, servers: Servers) -> bool:
-        feeds = Feeds(
+    async def _use(self, servers: RedisBackends) -> bool:
+        subscriptions = Subscriptions(
             servers,
-            patience_seconds=self._settings.timeout_seconds,
+            timeout_seconds=self._settings.timeout_seconds,
             on_message=self._on_message,
             on_sure=self._be_sure,
             on_gap=self._on_gap,
         )
-        async with asyncio.timeout(_CONNECT_SECONDS) as connecting, feeds:
+        async with asyncio.timeout(_CONNECT_SECONDS) as connecting, subscriptions:
             await servers.warm_up()
             await self._ask(servers, _Question(PROBE, 0, *servers.probe()), _CONNECT_SECONDS)
             connecting.reschedule(None)
             self._come_up(servers)
-            self._lost = feeds.lost
+            self._lost = subscriptions.lost
             try:
-                await feeds.lost
+                await subscriptions.lost
             except ERRORS as exc:
                 self._metrics.store_errors.labels("subscribe").inc()
                 self._down(_reason(exc))
@@ -195,11 +195,11 @@ class Link:
                     self._failed_at = time.monotonic()
                 if self._failures >= _FAILURES:
                     self._give_up(servers, _reason(exc))
-                raise StoreDown(_reason(exc), asked=True) from exc
+                raise StoreUnavailable(_reason(exc), asked=True) from exc
             self._failures = 0
             return answer
 
-    async def _ask(self, servers: Servers, question: _Question, seconds: float) -> list[Any]:
+    async def _ask(self, servers: RedisBackends, question: _Question, seconds: float) -> list[Any]:
         script, slot, keys, args = question
         sent = self._clock()
         try:
@@ -217,9 +217,9 @@ class Link:
     def _clock_of(self, slot: int) -> ServerClock:
         return self._clocks[slot % len(self._clocks)]
 
-    def _up(self) -> Servers:
+    def _up(self) -> RedisBackends:
         if self._servers is None:
-            raise StoreDown(self.trouble or "")
+            raise StoreUnavailable(self.trouble or "")
         return self._servers
 
     def _be_sure(self, until: float) -> None:
@@ -228,7 +228,7 @@ class Link:
         if not self.up or until > time.monotonic():
             self._sure.set()
 
-    def _come_up(self, servers: Servers) -> None:
+    def _come_up(self, servers: RedisBackends) -> None:
         self._servers = servers
         self._failures = 0
         self.trouble = None
@@ -237,7 +237,7 @@ class Link:
         self._on_gap(range(SLOTS))
         log.info("store up: snapshots are shared")
 
-    def _give_up(self, servers: Servers, reason: str) -> None:
+    def _give_up(self, servers: RedisBackends, reason: str) -> None:
         if self._servers is servers:
             self._down(reason)
             if self._lost is not None and not self._lost.done():
@@ -263,14 +263,14 @@ def slot_of(key: TaskKey) -> int:
 def moment(answer: bytes) -> int:
     """Return a moment that an answer has. Raises: StoreDown."""
     if not answer.isdigit() or len(answer) > _LONGEST_MOMENT:
-        raise StoreDown("an answer that no script of ours gives")
+        raise StoreUnavailable("an answer that no script of ours gives")
     return int(answer)
 
 
 def shaped(answer: list[Any], *kinds: type) -> list[Any]:
     """Return an answer that has this shape. Raises: StoreDown."""
     if [type(part) for part in answer] != list(kinds):
-        raise StoreDown("an answer that no script of ours gives")
+        raise StoreUnavailable("an answer that no script of ours gives")
     return answer
 
 

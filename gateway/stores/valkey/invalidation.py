@@ -14,15 +14,15 @@ from gateway.domain.snapshot import Operation, TaskKey
 from gateway.stores.memory import MemoryStore
 from gateway.stores.valkey.clock_sync import MICROSECONDS, ServerClock
 from gateway.stores.valkey.codec import (
-    Undecodable,
+    InvalidStoredValue,
     decode_failure,
     decode_snapshot,
     failure_seconds,
     split_stored,
 )
-from gateway.stores.valkey.local_cache import Copies
+from gateway.stores.valkey.local_cache import LocalCache
 from gateway.stores.valkey.subscription import NEWS_SECONDS
-from gateway.telemetry.log_sampling import Sampler
+from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 
 _SUBJECT = re.compile(rb"([SFR])([a-z_]+)/([A-Za-z0-9_-]{1,64})\n")
@@ -33,30 +33,30 @@ _FUTURE = 3600 * MICROSECONDS  # what is from further ahead is no snapshot for t
 log = structlog.get_logger(__name__)
 
 
-class News:
+class InvalidationMessages:
     """Takes up what comes of the tasks that are held here or waited for.
 
-    `server` returns the clock of the server that has a task. `on_slowed` is told of an upstream that has
+    `server` returns the clock of the server that has a task. `on_throttled` is told of an upstream that has
     slowed a replica down, and for how many seconds, if it said so.
     """
 
     def __init__(
         self,
-        copies: Copies,
+        local_cache: LocalCache,
         *,
         memory: MemoryStore,
         metrics: Metrics,
         server: Callable[[TaskKey], ServerClock],
-        on_slowed: Callable[[float | None], None],
+        on_throttled: Callable[[float | None], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._copies = copies
+        self._local_cache = local_cache
         self._memory = memory
         self._metrics = metrics
         self._server = server
-        self._on_slowed = on_slowed
+        self._on_slowed = on_throttled
         self._clock = clock
-        self._sampler = Sampler(clock=clock)
+        self._log_sampler = LogSampler(clock=clock)
         self._waiting: dict[TaskKey, asyncio.Future[None]] = {}
 
     @contextmanager
@@ -77,11 +77,11 @@ class News:
         """Take up a stored snapshot. Raises: Undecodable."""
         head, encoded = split_stored(value)
         server, now = self._server(key), self._clock()
-        if max(head.stamp, head.fetched, head.shown) > server.servers(now) + _FUTURE:
-            raise Undecodable("from the future")
+        if max(head.version, head.fetched, head.shown) > server.servers(now) + _FUTURE:
+            raise InvalidStoredValue("from the future")
         # Never from our future: there it would be fresh for longer than its lifetime.
         snapshot = decode_snapshot(encoded, key, head, fetched_at=min(server.ours(head.fetched), now))
-        self._copies.take_up(snapshot, shown_at=self.shown_at(key, head.shown))
+        self._local_cache.take_up(snapshot, shown_at=self.shown_at(key, head.shown))
 
     def shown_at(self, key: TaskKey, moment: int) -> float:
         """Return when a snapshot is shown here, by the server's moment; never later than news may be."""
@@ -91,14 +91,16 @@ class News:
         """Take up what a replica, perhaps this one, has published."""
         subject = _SUBJECT.match(message)
         if subject is None:
-            if (slowed := _SLOWED.fullmatch(message)) is not None:
-                self._on_slowed(min(float(slowed[1]), _LONGEST_SLOWED_SECONDS) if slowed[1] else None)
+            if (throttled_now := _SLOWED.fullmatch(message)) is not None:
+                self._on_slowed(
+                    min(float(throttled_now[1]), _LONGEST_SLOWED_SECONDS) if throttled_now[1] else None
+                )
             return  # else a probe, or nothing of ours
         try:
             key = TaskKey(Operation(subject[2].decode()), subject[3].decode())
         except ValueError:  # an operation of a later version
             return
-        if key not in self._waiting and self._copies.newest(key) is None:
+        if key not in self._waiting and self._local_cache.latest(key) is None:
             return
         rest = message[subject.end() :]
         try:
@@ -108,14 +110,14 @@ class News:
                 milliseconds, _, encoded = rest.partition(b"\n")
                 failure, seconds = decode_failure(encoded, key), failure_seconds(milliseconds)
                 self._memory.keep_failure(key, failure, seconds=seconds)
-        except Undecodable as exc:
+        except InvalidStoredValue as exc:
             self.note_senseless(exc)
         self._wake(key)
 
-    def note_senseless(self, why: Undecodable) -> None:
+    def note_senseless(self, why: InvalidStoredValue) -> None:
         """Count a value that is as good as none, and tell of it."""
         self._metrics.store_errors.labels("read").inc()
-        if (suppressed := self._sampler.take("read")) is not None:
+        if (suppressed := self._log_sampler.take("read")) is not None:
             log.warning("senseless value in the store", reason=str(why), suppressed=suppressed)
 
     def _wake(self, key: TaskKey) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from gateway.domain.snapshot import TaskKey
 from gateway.stores.base import Lease
-from gateway.stores.valkey.connection import StoreDown
+from gateway.stores.valkey.connection import StoreUnavailable
 from gateway.stores.valkey.scripts import FAIL, RENEW
 
 # A holder that dies is replaced after so long. Those alive renew, however long their query takes.
@@ -29,9 +29,9 @@ class Leases:
         self._unheard: OrderedDict[Lease, None] = OrderedDict()
         self._doubts = asyncio.Event()
 
-    def hold(self, key: TaskKey, stamp: int, token: str) -> Lease:
+    def hold(self, key: TaskKey, version: int, token: str) -> Lease:
         """Return a lease that was given, and keep it from ending."""
-        lease = Lease(key, stamp, token)
+        lease = Lease(key, version, token)
         self._held.add(lease)
         return lease
 
@@ -54,9 +54,9 @@ class Leases:
                     await self._doubts.wait()
             self._doubts.clear()
             for lease in list(self._unheard):
-                with suppress(StoreDown):
+                with suppress(StoreUnavailable):
                     await self._run(FAIL, lease.key, [lease.token, 0, b""], told=True)
                     self._unheard.pop(lease, None)
             for lease in list(self._held):
-                with suppress(StoreDown):
+                with suppress(StoreUnavailable):
                     await self._run(RENEW, lease.key, [lease.token, int(LEASE_SECONDS * 1000)])

@@ -32,7 +32,7 @@ class _Arrival(NamedTuple):
     timer: asyncio.TimerHandle
 
 
-class _Coming:
+class _PendingActivations:
     """A task's snapshots to come, oldest first; `over` when all have."""
 
     def __init__(self) -> None:
@@ -40,23 +40,23 @@ class _Coming:
         self.over = asyncio.Event()
 
 
-class Copies:
+class LocalCache:
     """Holds copies in `memory`. `clock` is the snapshots' clock."""
 
     def __init__(self, memory: MemoryStore, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._memory = memory
         self._clock = clock
-        self._coming: dict[TaskKey, _Coming] = {}
+        self._coming: dict[TaskKey, _PendingActivations] = {}
         self._doubted: dict[TaskKey, int] = {}  # the newest stamp known when something may have been missed
 
     def peek(self, key: TaskKey) -> Snapshot | None:
         """Return the snapshot to be shown now, unless it is doubted."""
-        snapshot = self.recall(key)
-        if self._doubted and snapshot is not None and snapshot.stamp <= self._doubted.get(key, -1):
+        snapshot = self.peek_stale(key)
+        if self._doubted and snapshot is not None and snapshot.version <= self._doubted.get(key, -1):
             return None
         return snapshot
 
-    def recall(self, key: TaskKey) -> Snapshot | None:
+    def peek_stale(self, key: TaskKey) -> Snapshot | None:
         """Return the snapshot to be shown now, doubted or not."""
         if self._coming and (coming := self._coming.get(key)) is not None:
             now = self._clock()
@@ -64,7 +64,7 @@ class Copies:
                 self._arrive(key, coming)
         return self._memory.peek(key)
 
-    def newest(self, key: TaskKey) -> Snapshot | None:
+    def latest(self, key: TaskKey) -> Snapshot | None:
         """Return the newest snapshot known, which may be still to come."""
         coming = self._coming.get(key)
         return coming.arrivals[-1].snapshot if coming is not None else self._memory.peek(key)
@@ -76,9 +76,11 @@ class Copies:
     def doubt(self, concerned: Callable[[TaskKey], bool]) -> None:
         """Doubt whatever is known of these tasks: something newer may have been missed."""
         held = {snapshot.key: snapshot for snapshot in self._memory.snapshots()}
-        newest = held | {key: coming.arrivals[-1].snapshot for key, coming in self._coming.items()}
+        latest = held | {key: coming.arrivals[-1].snapshot for key, coming in self._coming.items()}
         self._doubted = {
-            key: snapshot.stamp for key, snapshot in newest.items() if concerned(key) or key in self._doubted
+            key: snapshot.version
+            for key, snapshot in latest.items()
+            if concerned(key) or key in self._doubted
         }
         for key in self._doubted.keys() & held.keys():
             held[key].shown_until = -math.inf
@@ -92,14 +94,14 @@ class Copies:
     def take_up(self, snapshot: Snapshot, *, shown_at: float) -> None:
         """Hold a snapshot from a moment on, unless this one or a newer one is known."""
         key = snapshot.key
-        newest = self.newest(key)
-        if newest is not None and (
-            newest.stamp > snapshot.stamp or (newest.terminal and not snapshot.terminal)
+        latest = self.latest(key)
+        if latest is not None and (
+            latest.version > snapshot.version or (latest.terminal and not snapshot.terminal)
         ):
             return
         if self._doubted:
             self.confirm(key)
-        if newest is not None and newest.stamp == snapshot.stamp:
+        if latest is not None and latest.version == snapshot.version:
             return
         wait = shown_at - self._clock()
         if wait <= 0:
@@ -107,8 +109,8 @@ class Copies:
             return
         coming = self._coming.get(key)
         if coming is None:
-            coming = self._coming[key] = _Coming()
-        for earlier in (newest, self._memory.peek(key)):
+            coming = self._coming[key] = _PendingActivations()
+        for earlier in (latest, self._memory.peek(key)):
             if earlier is not None:
                 earlier.shown_until = min(earlier.shown_until, shown_at)
         timer = asyncio.get_running_loop().call_later(
@@ -127,7 +129,7 @@ class Copies:
             for arrival in coming.arrivals:
                 arrival.timer.cancel()
 
-    def _arrive(self, key: TaskKey, coming: _Coming, last: Snapshot | None = None) -> None:
+    def _arrive(self, key: TaskKey, coming: _PendingActivations, last: Snapshot | None = None) -> None:
         """Hold the next to come; those up to `last`, where it is given."""
         while coming.arrivals:
             arrival = coming.arrivals.popleft()

@@ -6,7 +6,7 @@
     taken  -> wait for what its holder publishes, or for the lease's end; then ask again
 
 What is published reaches every replica; those that hold the task, or wait for it, take it up
-(`feeds.py`, `news.py`, `copies.py`). So answers asked from replicas in turn do not go back. That ends with a
+(`subscription.py`, `invalidation.py`, `local_cache.py`). So answers asked from replicas in turn do not go back. That ends with a
 lost link: from then on each replica is alone, a MemoryStore and no more, until the link is up again. What it
 held by then may be behind, and is shown again only after the server was asked.
 
@@ -23,24 +23,24 @@ from collections.abc import Callable, Collection
 from contextlib import AsyncExitStack, suppress
 from typing import Any, NamedTuple, Self
 
-from gateway.domain.errors import BudgetSpent, GatewayError, UpstreamTimeout
+from gateway.domain.errors import GatewayError, RateLimiterExhausted, UpstreamTimeout
 from gateway.domain.snapshot import Snapshot, TaskKey
 from gateway.settings.model import Store as StoreSettings
 from gateway.stores.base import Lease
 from gateway.stores.memory import MemoryStore
 from gateway.stores.valkey.clock_sync import MICROSECONDS, ServerClock
 from gateway.stores.valkey.codec import (
-    Undecodable,
+    InvalidStoredValue,
     decode_failure,
     encode_failure,
     encode_snapshot,
     failure_seconds,
     lifetime_of,
 )
-from gateway.stores.valkey.connection import Link, StoreDown, ended, moment, shaped, slot_of
-from gateway.stores.valkey.invalidation import News
+from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable, ended, moment, shaped, slot_of
+from gateway.stores.valkey.invalidation import InvalidationMessages
 from gateway.stores.valkey.leases import LEASE_SECONDS, Leases
-from gateway.stores.valkey.local_cache import Copies
+from gateway.stores.valkey.local_cache import LocalCache
 from gateway.stores.valkey.scripts import DISCARD, FAIL, LAND, TAKE_OFF, TELL, TOKEN, Script
 from gateway.stores.valkey.subscription import NEWS_SECONDS
 from gateway.telemetry.metrics import Metrics
@@ -78,21 +78,21 @@ class ValkeyStore:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._memory = memory
-        self._copies = Copies(memory, clock=clock)
+        self._local_cache = LocalCache(memory, clock=clock)
         self._showing = [
             int(seconds * MICROSECONDS)
             for seconds in (NEWS_SECONDS, stale_seconds, max(stale_seconds, covering_seconds))
         ]
         self._clock = clock
-        self._news = News(
-            self._copies,
+        self._news = InvalidationMessages(
+            self._local_cache,
             memory=memory,
             metrics=metrics,
             server=self._server,
-            on_slowed=self._on_slowed,
+            on_throttled=self._on_slowed,
             clock=clock,
         )
-        self._link = Link(
+        self._link = StoreConnection(
             settings,
             redactor=redactor,
             metrics=metrics,
@@ -112,7 +112,7 @@ class ValkeyStore:
 
     async def __aenter__(self) -> Self:
         """Begin to connect."""
-        self._tasks.callback(self._copies.close)
+        self._tasks.callback(self._local_cache.close)
         for work in (self._link.follow(), self._leases.follow()):
             self._tasks.push_async_callback(ended, asyncio.create_task(work))
         return self
@@ -124,20 +124,20 @@ class ValkeyStore:
     def peek(self, key: TaskKey) -> Snapshot | None:
         """See `Store.peek`."""
         if time.monotonic() < self._link.sure_until:
-            return self._copies.peek(key)
-        return None if self._link.up else self._copies.recall(key)
+            return self._local_cache.peek(key)
+        return None if self._link.up else self._local_cache.peek_stale(key)
 
-    def shows(self, snapshot: Snapshot, now: float) -> bool:
-        """See `Store.shows`."""
+    def is_current(self, snapshot: Snapshot, now: float) -> bool:
+        """See `Store.is_current`."""
         return now < snapshot.shown_until and (time.monotonic() < self._link.sure_until or not self._link.up)
 
-    def recall(self, key: TaskKey) -> Snapshot | None:
-        """See `Store.recall`."""
-        return self._copies.recall(key)
+    def peek_stale(self, key: TaskKey) -> Snapshot | None:
+        """See `Store.peek_stale`."""
+        return self._local_cache.peek_stale(key)
 
-    def newest(self, key: TaskKey) -> Snapshot | None:
-        """See `Store.newest`."""
-        return self._copies.newest(key)
+    def latest(self, key: TaskKey) -> Snapshot | None:
+        """See `Store.latest`."""
+        return self._local_cache.latest(key)
 
     def failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.failure`."""
@@ -147,8 +147,8 @@ class ValkeyStore:
         """See `Store.on_change`."""
         self._memory.on_change(listener)
 
-    def on_slowed(self, listener: Callable[[float | None], None]) -> None:
-        """See `Store.on_slowed`."""
+    def on_throttled(self, listener: Callable[[float | None], None]) -> None:
+        """See `Store.on_throttled`."""
         self._slowed.append(listener)
 
     def __len__(self) -> int:
@@ -159,17 +159,17 @@ class ValkeyStore:
         """See `Store.size`."""
         return self._memory.size()
 
-    async def catch_up(self) -> bool:
-        """See `Store.catch_up`."""
-        return await self._link.catch_up()
+    async def sync(self) -> bool:
+        """See `Store.sync`."""
+        return await self._link.sync()
 
-    async def take_off(
-        self, key: TaskKey, *, after: int | None = None, patience_seconds: float = math.inf
+    async def acquire(
+        self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
-        """See `Store.take_off`."""
-        deadline = self._clock() + patience_seconds
+        """See `Store.acquire`."""
+        deadline = self._clock() + timeout_seconds
         while True:
-            await self._copies.arrived(key)
+            await self._local_cache.arrived(key)
             # Before the question: what is published between it and its answer must not be missed.
             with self._news.awaited(key) as news:
                 known = self._known(key, after)
@@ -177,7 +177,7 @@ class ValkeyStore:
                     return known
                 try:
                     outcome = await self._ask(key, after)
-                except StoreDown:
+                except StoreUnavailable:
                     return self._alone(key)
                 if not isinstance(outcome, float):
                     return outcome
@@ -188,13 +188,13 @@ class ValkeyStore:
                     async with asyncio.timeout(min(outcome, left)):
                         await news
 
-    async def land(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
-        """See `Store.land`."""
+    async def commit(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
+        """See `Store.commit`."""
         self._leases.drop(lease)
         key = lease.key
         args = [
             lease.token,
-            lease.stamp,
+            lease.version,
             max(self._link.clock(key).servers(snapshot.fetched_at), 0),
             lifetime_of(snapshot),
             int(snapshot.terminal),
@@ -205,18 +205,18 @@ class ValkeyStore:
         try:
             accepted, other = shaped(await self._run(LAND, key, args, told=True), int, bytes)
             if accepted == 1:
-                self._copies.take_up(snapshot, shown_at=self._news.shown_at(key, moment(other)))
+                self._local_cache.take_up(snapshot, shown_at=self._news.shown_at(key, moment(other)))
             elif other:
                 self._news.take_up(key, other)
-        except (StoreDown, Undecodable) as exc:
-            if isinstance(exc, Undecodable):
+        except (StoreUnavailable, InvalidStoredValue) as exc:
+            if isinstance(exc, InvalidStoredValue):
                 await self._discard(key, exc)
             elif lease.token:
                 self._leases.doubt(lease)
             accepted = 1
-            self._copies.take_up(snapshot, shown_at=-math.inf)
-        await self._copies.arrived(key)
-        kept = self._copies.recall(key)
+            self._local_cache.take_up(snapshot, shown_at=-math.inf)
+        await self._local_cache.arrived(key)
+        kept = self._local_cache.peek_stale(key)
         if accepted == 1:
             return kept or snapshot
         return kept if kept is not None and kept.fresh(self._clock()) else None
@@ -232,29 +232,31 @@ class ValkeyStore:
         """See `Store.abandon`."""
         await self._end(lease, 0, b"")
 
-    async def token(self, per_second: float, *, saved: float, patience_seconds: float) -> float:
+    async def token(self, per_second: float, *, saved: float, timeout_seconds: float) -> float:
         """See `Store.token`."""
         interval = MICROSECONDS / per_second
         args = [
             math.ceil(interval),
             int((saved - 1) * interval),
-            int(max(patience_seconds, 0) * MICROSECONDS),
+            int(max(timeout_seconds, 0) * MICROSECONDS),
         ]
         try:
             taken, wait = shaped(await self._link.run_for_all(TOKEN, "budget", args), int, int)
-        except StoreDown:
+        except StoreUnavailable:
             return 0.0
         seconds: float = wait / MICROSECONDS
         if not taken:
             retry_after = min(max(seconds, 0.0), _LONGEST_RETRY_SECONDS)
-            raise BudgetSpent("the budget of upstream calls is spent for now", retry_after=retry_after)
+            raise RateLimiterExhausted(
+                "the budget of upstream calls is spent for now", retry_after=retry_after
+            )
         # The script gives none that is to be waited for any longer.
-        return min(max(seconds, 0.0), max(patience_seconds, 0.0))
+        return min(max(seconds, 0.0), max(timeout_seconds, 0.0))
 
-    async def tell_slowed(self, retry_after: float | None) -> None:
-        """See `Store.tell_slowed`."""
+    async def announce_throttling(self, retry_after: float | None) -> None:
+        """See `Store.announce_throttling`."""
         seconds = "" if retry_after is None else math.ceil(retry_after)
-        with suppress(StoreDown):
+        with suppress(StoreUnavailable):
             channel = self._link.channel(0)
             await self._link.run_for_all(TELL, "told", [self._link.publish, channel, f"T{seconds}"])
 
@@ -263,38 +265,38 @@ class ValkeyStore:
         if lease.token:
             try:
                 await self._run(FAIL, lease.key, [lease.token, milliseconds, encoded], told=True)
-            except StoreDown:
+            except StoreUnavailable:
                 self._leases.doubt(lease)
 
     def _known(self, key: TaskKey, after: int | None) -> Snapshot | GatewayError | None:
         """Return what is known here and ends a flight."""
         held = self.peek(key)
-        if held is not None and held.fresh(self._clock()) and (after is None or held.stamp > after):
+        if held is not None and held.fresh(self._clock()) and (after is None or held.version > after):
             return held
         return self._memory.failure(key)
 
     def _alone(self, key: TaskKey) -> Lease:
         """Return a lease that nobody has given: each replica for itself."""
-        newest = self._copies.newest(key)
+        latest = self._local_cache.latest(key)
         now = self._link.clock(key).servers(self._clock())
-        return Lease(key, max(now, 0 if newest is None else newest.stamp + 1))
+        return Lease(key, max(now, 0 if latest is None else latest.version + 1))
 
     async def _ask(self, key: TaskKey, after: int | None) -> Snapshot | GatewayError | Lease | float:
         """Ask the server; a number is the seconds to wait before the next look: another has the lease.
 
         Raises: StoreDown.
         """
-        newest = self._copies.newest(key)
+        latest = self._local_cache.latest(key)
         token = uuid.uuid4().hex
         args = [
-            0 if newest is None else newest.stamp,
-            self._least(key, newest, after),
+            0 if latest is None else latest.version,
+            self._least(key, latest, after),
             token,
             int(LEASE_SECONDS * 1000),
         ]
         try:
             answer = _Answer(*shaped(await self._run(TAKE_OFF, key, args), bytes, int, bytes, bytes))
-        except StoreDown as down:
+        except StoreUnavailable as down:
             if down.asked:
                 self._leases.doubt(Lease(key, 0, token))
             raise
@@ -303,16 +305,16 @@ class ValkeyStore:
                 self._news.take_up(key, answer.newer)
             failure = decode_failure(answer.failure, key) if answer.failure else None
             seconds = failure_seconds(answer.number) if answer.kind == b"failure" else 0.0
-        except Undecodable as exc:
+        except InvalidStoredValue as exc:
             await self._discard(key, exc)
             return (
                 self._alone(key) if answer.kind != b"lease" else self._leases.hold(key, answer.number, token)
             )
         match answer.kind:
             case b"fresh":
-                self._copies.confirm(key)
-                await self._copies.arrived(key)
-                held = self._copies.recall(key)
+                self._local_cache.confirm(key)
+                await self._local_cache.arrived(key)
+                held = self._local_cache.peek_stale(key)
                 if held is not None and (held.terminal or held.fresh(self._clock())):
                     return held
                 return 0.0  # it has gone stale on its way: the next question is about a newer one
@@ -322,18 +324,18 @@ class ValkeyStore:
             case b"taken":
                 return min(max(answer.number / 1000, 0.0), LEASE_SECONDS) + _LEASE_MARGIN_SECONDS
             case b"lease" if answer.number > 0:
-                self._copies.confirm(key)
+                self._local_cache.confirm(key)
                 return self._leases.hold(key, answer.number, token)
-        raise StoreDown("an answer that makes no sense")
+        raise StoreUnavailable("an answer that makes no sense")
 
-    def _least(self, key: TaskKey, newest: Snapshot | None, after: int | None) -> int:
+    def _least(self, key: TaskKey, latest: Snapshot | None, after: int | None) -> int:
         """Return the stamp from which on a fresh snapshot of the server's is an answer."""
         least = 0 if after is None else after + 1
-        if newest is None:
+        if latest is None:
             return least
         # What is known here was found stale, whatever the server's clock says; or it only wants confirming.
-        confirming = self._copies.doubted(key) or newest.fresh(self._clock())
-        return max(least, newest.stamp if confirming else newest.stamp + 1)
+        confirming = self._local_cache.doubted(key) or latest.fresh(self._clock())
+        return max(least, latest.version if confirming else latest.version + 1)
 
     async def _run(self, script: Script, key: TaskKey, args: list[Any], *, told: bool = False) -> list[Any]:
         """Run a script; `told`: it publishes."""
@@ -342,17 +344,17 @@ class ValkeyStore:
             args = [*args, self._link.publish, self._link.channel(slot_of(key)), subject]
         return await self._link.run(script, key, args)
 
-    async def _discard(self, key: TaskKey, why: Undecodable) -> None:
+    async def _discard(self, key: TaskKey, why: InvalidStoredValue) -> None:
         """Remove what makes no sense, so that something sensible takes its place."""
         self._news.note_senseless(why)
-        with suppress(StoreDown):
+        with suppress(StoreUnavailable):
             await self._run(DISCARD, key, [])
 
     def _server(self, key: TaskKey) -> ServerClock:
         return self._link.clock(key)
 
     def _on_gap(self, slots: Collection[int]) -> None:
-        self._copies.doubt(lambda key: slot_of(key) in slots)
+        self._local_cache.doubt(lambda key: slot_of(key) in slots)
 
     def _on_slowed(self, retry_after: float | None) -> None:
         for listener in self._slowed:

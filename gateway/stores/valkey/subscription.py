@@ -19,7 +19,7 @@ from typing import Any, Self
 from redis.asyncio.client import PubSub
 from redis.exceptions import ResponseError
 
-from gateway.stores.valkey.backends import SLOTS, Address, Servers
+from gateway.stores.valkey.backends import SLOTS, Address, RedisBackends
 
 # How long news may be under way to every replica. It costs the change of a task so much; a replica whose
 # loop, server or network stood still for longer asks before it shows anything.
@@ -31,7 +31,7 @@ _MOVE_SECONDS = 2.0  # for a slot that has moved to be found
 _LOOK_SECONDS = 0.02
 
 
-class _Feed:
+class _Subscription:
     """A connection that is subscribed."""
 
     def __init__(self, subscription: PubSub) -> None:
@@ -41,7 +41,7 @@ class _Feed:
         self.pong = asyncio.Event()
 
 
-class Feeds:
+class Subscriptions:
     """Reads what is published. Open it with `async with`; then it follows by itself until `lost` is done.
 
     `on_message` gets what is published, `on_sure` the moment until which nothing was missed, on the
@@ -50,20 +50,20 @@ class Feeds:
 
     def __init__(
         self,
-        servers: Servers,
+        servers: RedisBackends,
         *,
-        patience_seconds: float,
+        timeout_seconds: float,
         on_message: Callable[[bytes], None],
         on_sure: Callable[[float], None],
         on_gap: Callable[[Collection[int]], None],
     ) -> None:
         self._servers = servers
-        self._patience_seconds = patience_seconds
+        self._patience_seconds = timeout_seconds
         self._on_message = on_message
         self._on_sure = on_sure
         self._on_gap = on_gap
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._feeds: dict[Address, _Feed] = {}
+        self._subscriptions: dict[Address, _Subscription] = {}
         self._slots = {servers.channel(slot).encode(): slot for slot in range(SLOTS)}
         self._missing = set(range(SLOTS))  # slots whose channels are not subscribed to
         self._gap: set[int] = set()  # slots of which something may have been missed
@@ -105,9 +105,9 @@ class Feeds:
         while self._missing:
             self._moved.clear()
             for address, slots in self._servers.owners(self._missing).items():
-                feed = self._feeds.get(address)
+                feed = self._subscriptions.get(address)
                 if feed is None:
-                    feed = self._feeds[address] = _Feed(
+                    feed = self._subscriptions[address] = _Subscription(
                         await self._servers.subscription(address, self._stack)
                     )
                     await self._servers.subscribe(feed.subscription, slots)
@@ -130,7 +130,7 @@ class Feeds:
                 await self._servers.look_around()
         self._moved.clear()
 
-    async def _read(self, feed: _Feed) -> None:
+    async def _read(self, feed: _Subscription) -> None:
         while True:
             try:
                 message = await feed.subscription.get_message(timeout=None)
@@ -156,7 +156,7 @@ class Feeds:
                     self._moved.set()
                     self._reckon()
 
-    async def _ping(self, feed: _Feed) -> None:
+    async def _ping(self, feed: _Subscription) -> None:
         connection: Any = feed.subscription.connection  # its type says that it never has one
         while True:
             feed.pong.clear()
@@ -174,7 +174,7 @@ class Feeds:
 
     def _reckon(self) -> None:
         whole = not self._missing and not self._gap
-        self._on_sure(min(feed.sure_until for feed in self._feeds.values()) if whole else -math.inf)
+        self._on_sure(min(feed.sure_until for feed in self._subscriptions.values()) if whole else -math.inf)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
