@@ -10,7 +10,7 @@ import pytest
 
 from gateway.api.heartbeat import Pacemaker
 from gateway.models import Operation, TaskKey
-from gateway.watch import Watcher
+from gateway.watchers import Watcher
 from tests.ticked import TickedLoop
 
 SECONDS = 17.0  # a turn each second, and one to wait for an event

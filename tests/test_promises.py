@@ -47,7 +47,8 @@ from gateway.settings import Cache
 from gateway.settings import Watch as WatchSettings
 from gateway.stores.memory import MEMORY_SECONDS, MemoryStore
 from gateway.upstream import Upstream
-from gateway.watch import Kind, Update, Watch, Watcher
+from gateway.watch import Kind, Watch
+from gateway.watchers import Update, Watcher
 from tests.ticked import TickedLoop
 
 pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests

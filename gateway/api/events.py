@@ -2,10 +2,9 @@
 
     open -> retry -> one event per task -> one per change -> end      (the WHATWG's event-stream format)
 
-An update is encoded once and the same bytes go to every watcher of its task: straight to its connection,
-where the reader keeps up and the server lets us, else through the stream's own task. A reader that is slow
-finds the newest state when it is back: `send` waits while its socket is full, and the slots keep
-no backlog.
+An update is encoded once and the same bytes go straight to the connection of every watcher of its task whose
+reader keeps up, where the server lets us. The others' streams write it themselves, a part at a time, and take
+up nothing while the socket is full. So a reader that is slow finds the newest state when it is back.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from gateway.api.tasks import Tasks
 from gateway.api.tracecontext import trace_parent
 from gateway.metrics import Metrics
 from gateway.models import Snapshot, TaskKey, render_json
-from gateway.watch import Kind, Update, Watch, Watcher
+from gateway.watch import Kind, Watch
+from gateway.watchers import Update, Watcher
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -33,6 +33,7 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx, and what descends from it, would hold events back
 ]
 _RETRY_MS = 2000
+_PART_BYTES = 16_384  # of events that are written together; one event may be larger
 _FAREWELL_MS = (500, 5000)  # reconnects of a whole gateway's streams, spread out
 
 
@@ -85,25 +86,37 @@ class EventsEndpoint:
     async def _stream(self, scope: Scope, watcher: Watcher, end_id: str, send: Send) -> None:
         running = set(watcher.keys)
         while not watcher.hung_up:
-            parts = []
-            for update in await watcher.take():
-                parts.append(self._encode(update, scope))
-                if update.snapshot is not None and update.snapshot.terminal:
-                    running.discard(update.key)
-            if watcher.heartbeat_due:
-                watcher.heartbeat_due = False
-                parts.append(HEARTBEAT)
-            if not running:
-                self._sent["end"].inc()
-                parts.append(b"event: end\nid: %s\ndata: {}\n\n" % end_id.encode())
-            elif watcher.leaving:
-                spread = random.randint(*_FAREWELL_MS)  # noqa: S311  # spreads load, hides nothing
-                parts.append(b": the gateway restarts\nretry: %d\n\n" % spread)
-            if not running or watcher.leaving:
-                await send(_part(b"".join(parts), last=True))
+            await watcher.rings()
+            await send(_part(b""))  # waits until the reader has read
+            part, last = self._due(scope, watcher, running, end_id)
+            if part:
+                await send(_part(part, last=last))
+            del part
+            if last:
                 return
-            if parts:
-                await send(_part(b"".join(parts)))
+
+    def _due(self, scope: Scope, watcher: Watcher, running: set[TaskKey], end_id: str) -> tuple[bytes, bool]:
+        """Return what to write next, and whether the stream ends with it; `running` have not ended."""
+        parts, size = [], 0
+        for update in watcher.updates():
+            parts.append(self._encode(update, scope))
+            size += len(parts[-1])
+            if update.snapshot is not None and update.snapshot.terminal:
+                running.discard(update.key)
+            if size >= _PART_BYTES:
+                break
+        if watcher.heartbeat_due:
+            watcher.heartbeat_due = False
+            parts.append(HEARTBEAT)
+        last = not running
+        if last:
+            self._sent["end"].inc()
+            parts.append(b"event: end\nid: %s\ndata: {}\n\n" % end_id.encode())
+        elif watcher.leaving and watcher.empty:
+            last = True
+            spread = random.randint(*_FAREWELL_MS)  # noqa: S311  # spreads load, hides nothing
+            parts.append(b": the gateway restarts\nretry: %d\n\n" % spread)
+        return b"".join(parts), last
 
     def _deliver(self, update: Update, watchers: Collection[Watcher]) -> Iterable[Watcher]:
         """Write an event to those whose readers keep up, and return the others: their streams will send it.
@@ -115,7 +128,7 @@ class EventsEndpoint:
         # Ends and problems are the stream's: the one closes it, the other names its request.
         if snapshot is None or snapshot.terminal:
             return watchers
-        event = _progress(update, snapshot)
+        event = _progress(snapshot)
         plain, with_heartbeat = chunk(event), chunk(HEARTBEAT + event)
         others = []
         for watcher in watchers:
@@ -133,7 +146,7 @@ class EventsEndpoint:
     def _encode(self, update: Update, scope: Scope) -> bytes:
         if update.snapshot is not None:
             self._sent["progress"].inc()
-            return _progress(update, update.snapshot)
+            return _progress(update.snapshot)
         assert update.failure is not None  # noqa: S101  # an update has one or the other
         self._sent["problem"].inc()
         status, title = lookup(update.failure)
@@ -152,11 +165,8 @@ def _forget_request(scope: Scope) -> None:
     scope["query_string"] = b""
 
 
-def _progress(update: Update, snapshot: Snapshot) -> bytes:
-    if not update.encoded:
-        etag = snapshot.etag.strip('"').encode()
-        update.encoded = b"event: progress\nid: %s\ndata: %s\n\n" % (etag, snapshot.body)
-    return update.encoded
+def _progress(snapshot: Snapshot) -> bytes:
+    return b"event: progress\nid: %s\ndata: %s\n\n" % (snapshot.etag.strip('"').encode(), snapshot.body)
 
 
 def _part(body: bytes, *, last: bool = False) -> dict[str, object]:

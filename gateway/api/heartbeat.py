@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gateway.api.connection import chunk
-from gateway.watch import Watcher
+from gateway.watchers import Watcher
 
 HEARTBEAT = b": still here\n\n"
 _CHUNK = chunk(HEARTBEAT)

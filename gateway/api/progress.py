@@ -24,7 +24,8 @@ from gateway.exceptions import GatewayError, InvalidParameter
 from gateway.models import Snapshot, TaskKey
 from gateway.readings import Failed, Reading, Source
 from gateway.service import ProgressService
-from gateway.watch import Kind, Watch, Watcher
+from gateway.watch import Kind, Watch
+from gateway.watchers import Watcher
 
 # RFC 7240, 4.3: `wait=10`, perhaps among other preferences.
 _PREFER_WAIT = re.compile(
