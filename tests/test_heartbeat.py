@@ -10,7 +10,7 @@ import pytest
 
 from gateway.api.heartbeats import Heartbeats
 from gateway.domain.snapshot import Operation, TaskKey
-from gateway.watch.hub import Subscriber
+from gateway.watch.subscriber import Subscriber
 from tests.ticked import TickedLoop
 
 SECONDS = 17.0  # a turn each second, and one to wait for an event

@@ -70,6 +70,9 @@ HOSTILE = {
 }
 
 
+ORDINARY = many(b'{"step":1,"name":"a"}')
+
+
 def calls_of(work: Callable[[], Any]) -> int:
     """Return how many functions of Python and of C were called: each takes well under a millisecond here."""
     calls = 0
@@ -100,6 +103,7 @@ def test_hostile_answer_takes_few_steps(kind: str, member: str) -> None:
             data = read_envelope(body, KEY, redact=str).data
             observe(data, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=None)
 
+    work()  # what is made once is made now
     assert calls_of(work) < 300
 
 
@@ -126,16 +130,19 @@ def test_hostile_rejection_takes_few_steps(kind: str, secret: str) -> None:
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("status", [10, 20])
 def test_hostile_answer_stops_nothing_for_long(kind: str, status: int) -> None:
-    """An answer takes a few milliseconds, whatever it is: less than half of what the worst ones took."""
+    """No answer takes longer to read than an ordinary one of its size takes the standard library."""
     body = b'{"status":%d,"errMessage":%b,"data":{"taskId":"task"}}' % (status, HOSTILE[kind])
     assert len(body) <= SIZE + 100
-    took = []
+    took, ordinary = [], []
     for _ in range(4):
         started = time.thread_time()
+        json.loads(ORDINARY)
+        between = time.thread_time()
         with suppress(UpstreamError):
             read_envelope(body, KEY, redact=str)
-        took.append(time.thread_time() - started)
-    assert min(took) < 0.025
+        took.append(time.thread_time() - between)
+        ordinary.append(between - started)
+    assert min(took) < min(ordinary)
 
 
 def test_large_numbers_are_looked_for_among_few_items() -> None:

@@ -47,7 +47,8 @@ from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.demand import Demand
 from gateway.upstream.signed_request import ParsedResponse
-from gateway.watch.hub import Subscriber, SubscriptionKind, Update, WatchHub
+from gateway.watch.hub import SubscriptionKind, WatchHub
+from gateway.watch.subscriber import Subscriber, Update
 from tests.ticked import TickedLoop
 
 pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests

@@ -1,6 +1,7 @@
 """The watch by itself: a service played by hand, and nothing that waits for time."""
 
 import asyncio
+import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
@@ -15,7 +16,8 @@ from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
-from gateway.watch.hub import Subscriber, SubscriptionKind, Update, WatchHub
+from gateway.watch.hub import SubscriptionKind, WatchHub
+from gateway.watch.subscriber import Subscriber, Update
 from tests.ticked import TickedLoop
 
 pytestmark = pytest.mark.anyio
@@ -108,7 +110,7 @@ def service() -> HandService:
 
 @pytest.fixture
 def store() -> MemoryStore:
-    return MemoryStore(max_tasks=10, stale_seconds=60)
+    return MemoryStore(max_tasks=10, stale_seconds=60, clock=lambda: 0.0)
 
 
 @pytest.fixture
@@ -484,6 +486,75 @@ async def test_watch_takes_nothing_final_back(
             [update] = await taken(late)
             assert update.snapshot is not None
             assert update.snapshot.terminal
+    await watch.aclose()
+
+
+def large(task_id: str, etag: str, status: Status = Status.RUNNING) -> Snapshot:
+    """Return a snapshot of which three fit into the small store."""
+    return replace(of(task_id, etag, status), body=etag.encode() * 20_000)
+
+
+@pytest.fixture
+def small_store() -> MemoryStore:
+    return MemoryStore(max_tasks=10, max_bytes=65_536, stale_seconds=60, clock=lambda: 0.0)
+
+
+async def test_watch_holds_no_large_bodies(service: HandService, small_store: MemoryStore) -> None:
+    """Of ten tasks whose watcher is busy the bodies are the store's; but for one, which is told next."""
+    watch = hand_watch(service, small_store)
+    stored = [large(str(number), "1") for number in range(10)]
+    bodies = [each.body for each in stored]
+    with watch.watching([each.key for each in stored], SubscriptionKind.EVENTS) as subscriber:
+        while stored:
+            small_store.keep(stored.pop())
+            await asyncio.sleep(0)
+        [alone] = [sys.getrefcount(body) for body in [large("a", "1").body]]
+        assert sum(sys.getrefcount(body) > alone for body in bodies) == 3 + 1
+        assert [update.key.task_id for update in await taken(subscriber)] == ["9", "2", "1", "0"]
+    await watch.aclose()
+
+
+async def test_watch_tells_again_what_has_made_room(service: HandService, small_store: MemoryStore) -> None:
+    """An end whose body is gone when its watcher comes to it is asked for again, and told."""
+    watch = hand_watch(service, small_store)
+    ends = [large(task_id, "1", Status.SUCCEEDED) for task_id in "ab"]
+    with watch.watching([end.key for end in ends], SubscriptionKind.EVENTS) as subscriber:
+        for end in ends:
+            service.answers.put_nowait(end)
+        await turns(lambda: subscriber.is_offered(ends[1].key))
+        assert [update.key.task_id for update in await taken(subscriber)] == ["a"]
+        service.answers.put_nowait(ends[1])
+        [update] = await taken(subscriber)
+        assert update.snapshot is not None
+        assert (update.key.task_id, update.snapshot.body) == ("b", large("b", "1").body)
+    await watch.aclose()
+
+
+async def test_watch_tells_of_what_is_larger_than_the_store(service: HandService) -> None:
+    """A watcher that waits is told of a task that the store has no room for, once for each change."""
+    store = MemoryStore(max_tasks=10, max_bytes=8_192, stale_seconds=60, clock=lambda: 0.0)
+    watch = hand_watch(service, store)
+    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
+        for etag in "123":
+            store.keep(large("a", etag))
+            assert etags(await taken(subscriber)) == [etag]
+        assert len(store) == 0
+        assert subscriber.empty
+    await watch.aclose()
+
+
+async def test_watch_takes_up_one_update_at_a_time(watch: WatchHub, store: MemoryStore) -> None:
+    """A reader that is slow over one task finds the newest of the next, and once only."""
+    with watch.watching([large(task_id, "1").key for task_id in "ab"], SubscriptionKind.EVENTS) as subscriber:
+        for task_id in "ab":
+            store.keep(large(task_id, "1"))
+            await asyncio.sleep(0)
+        updates = subscriber.updates()
+        assert etags([next(updates)]) == ["1"]
+        store.keep(replace(large("b", "2"), version=1))  # stored, and not told yet
+        assert etags(updates) == ["2"]
+        await turns(lambda: False)
+        assert subscriber.empty
     await watch.aclose()
 
 

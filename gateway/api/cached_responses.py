@@ -60,7 +60,7 @@ class CachedResponse:
     """An answer, which can be given again `until` then, while its snapshot is the newest.
 
     `values` are those of the headers that `CachedResponses.names` has for the status; the request's id comes
-    behind them. `count` counts it, `line` is the kind of its log line. `rendered` is kept by whoever renders it.
+    behind them. `count` counts it, `line` is the series of its log line. The renderer keeps `rendered`.
     """
 
     result: CacheResult

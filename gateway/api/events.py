@@ -2,10 +2,9 @@
 
     open -> retry -> one event per task -> one per change -> end      (the WHATWG's event-stream format)
 
-An update is encoded once and the same bytes go to every watcher of its task: straight to its connection,
-where the reader keeps up and the server lets us, else through the stream's own task. A reader that is slow
-finds the newest state when it is back: `send` waits while its socket is full, and the slots keep
-no backlog.
+An update is encoded once and the same bytes go straight to the connection of every watcher of its task whose
+reader keeps up, where the server lets us. The others' streams write it themselves, a part at a time, and take
+up nothing while the socket is full. So a reader that is slow finds the newest state when it is back.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ from gateway.api.task_parameters import Tasks
 from gateway.api.trace_context import trace_parent
 from gateway.domain.snapshot import Snapshot, TaskKey, render_json
 from gateway.telemetry.metrics import Metrics
-from gateway.watch.hub import Subscriber, SubscriptionKind, Update, WatchHub
+from gateway.watch.hub import SubscriptionKind, WatchHub
+from gateway.watch.subscriber import Subscriber, Update
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -33,6 +33,7 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx, and what descends from it, would hold events back
 ]
 _RETRY_MS = 2000
+_PART_BYTES = 16_384  # of events that are written together; one event may be larger
 _FAREWELL_MS = (500, 5000)  # reconnects of a whole gateway's streams, spread out
 
 
@@ -91,25 +92,39 @@ class EventsEndpoint:
     async def _stream(self, scope: Scope, subscriber: Subscriber, end_id: str, send: Send) -> None:
         running = set(subscriber.keys)
         while not subscriber.disconnected:
-            parts = []
-            for update in await subscriber.take():
-                parts.append(self._encode(update, scope))
-                if update.snapshot is not None and update.snapshot.terminal:
-                    running.discard(update.key)
-            if subscriber.heartbeat_due:
-                subscriber.heartbeat_due = False
-                parts.append(HEARTBEAT)
-            if not running:
-                self._sent["end"].inc()
-                parts.append(b"event: end\nid: %s\ndata: {}\n\n" % end_id.encode())
-            elif subscriber.leaving:
-                spread = random.randint(*_FAREWELL_MS)  # noqa: S311  # spreads load, hides nothing
-                parts.append(b": the gateway restarts\nretry: %d\n\n" % spread)
-            if not running or subscriber.leaving:
-                await send(_part(b"".join(parts), last=True))
+            await subscriber.rings()
+            await send(_part(b""))  # waits until the reader has read
+            part, last = self._due(scope, subscriber, running, end_id)
+            if part:
+                await send(_part(part, last=last))
+            del part
+            if last:
                 return
-            if parts:
-                await send(_part(b"".join(parts)))
+
+    def _due(
+        self, scope: Scope, subscriber: Subscriber, running: set[TaskKey], end_id: str
+    ) -> tuple[bytes, bool]:
+        """Return what to write next, and whether the stream ends with it; `running` have not ended."""
+        parts, size = [], 0
+        for update in subscriber.updates():
+            parts.append(self._encode(update, scope))
+            size += len(parts[-1])
+            if update.snapshot is not None and update.snapshot.terminal:
+                running.discard(update.key)
+            if size >= _PART_BYTES:
+                break
+        if subscriber.heartbeat_due:
+            subscriber.heartbeat_due = False
+            parts.append(HEARTBEAT)
+        last = not running
+        if last:
+            self._sent["end"].inc()
+            parts.append(b"event: end\nid: %s\ndata: {}\n\n" % end_id.encode())
+        elif subscriber.leaving and subscriber.empty:
+            last = True
+            spread = random.randint(*_FAREWELL_MS)  # noqa: S311  # spreads load, hides nothing
+            parts.append(b": the gateway restarts\nretry: %d\n\n" % spread)
+        return b"".join(parts), last
 
     def _deliver(self, update: Update, subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
         """Write an event to those whose readers keep up, and return the others: their streams will send it.
@@ -121,7 +136,7 @@ class EventsEndpoint:
         # Ends and problems are the stream's: the one closes it, the other names its request.
         if snapshot is None or snapshot.terminal:
             return subscribers
-        event = _progress(update, snapshot)
+        event = _progress(snapshot)
         plain, with_heartbeat = chunk(event), chunk(HEARTBEAT + event)
         others = []
         for subscriber in subscribers:
@@ -139,7 +154,7 @@ class EventsEndpoint:
     def _encode(self, update: Update, scope: Scope) -> bytes:
         if update.snapshot is not None:
             self._sent["progress"].inc()
-            return _progress(update, update.snapshot)
+            return _progress(update.snapshot)
         assert update.failure is not None  # noqa: S101  # an update has one or the other
         self._sent["problem"].inc()
         status, title = lookup(update.failure)
@@ -158,11 +173,8 @@ def _forget_request(scope: Scope) -> None:
     scope["query_string"] = b""
 
 
-def _progress(update: Update, snapshot: Snapshot) -> bytes:
-    if not update.encoded:
-        etag = snapshot.etag.strip('"').encode()
-        update.encoded = b"event: progress\nid: %s\ndata: %s\n\n" % (etag, snapshot.body)
-    return update.encoded
+def _progress(snapshot: Snapshot) -> bytes:
+    return b"event: progress\nid: %s\ndata: %s\n\n" % (snapshot.etag.strip('"').encode(), snapshot.body)
 
 
 def _part(body: bytes, *, last: bool = False) -> dict[str, object]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gateway.api.server_extensions import chunk
-from gateway.watch.hub import Subscriber
+from gateway.watch.subscriber import Subscriber
 
 HEARTBEAT = b": still here\n\n"
 _CHUNK = chunk(HEARTBEAT)

@@ -23,7 +23,8 @@ from gateway.domain.errors import GatewayError, InvalidParameter
 from gateway.domain.snapshot import Snapshot, TaskKey
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.progress.service import ProgressService
-from gateway.watch.hub import Subscriber, SubscriptionKind, WatchHub
+from gateway.watch.hub import SubscriptionKind, WatchHub
+from gateway.watch.subscriber import Subscriber
 
 # RFC 7240, 4.3: `wait=10`, perhaps among other preferences.
 _PREFER_WAIT = re.compile(

@@ -29,9 +29,9 @@ class Lease(NamedTuple):
 class Store(Protocol):
     """Keeps the newest snapshot of each task, and for a moment the failures to get one.
 
-    `peek`, `is_current`, `peek_stale`, `latest` and `failure` never wait: they answer from this process's memory.
-    The others may ask a server, and never raise when it is gone: each replica then goes on alone. Open it
-    with `async with`.
+    `peek`, `is_current`, `peek_stale`, `latest` and `failure` never wait: they answer from this process's
+    memory. The others may ask a server, and never raise when it is gone: each replica then goes on alone.
+    Open it with `async with`.
     """
 
     @property

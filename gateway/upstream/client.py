@@ -104,7 +104,8 @@ class Token(Protocol):
 class UpstreamClient:
     """Asks the upstream, by way of `calls`.
 
-    `token`: the other replicas' share of the rate limit. `announce_throttling`: tells them of a refusal; see `Store`.
+    `token`: the other replicas' share of the rate limit. `announce_throttling`: tells them of a refusal; see
+    `Store`.
     """
 
     def __init__(

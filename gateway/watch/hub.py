@@ -6,8 +6,9 @@
                                                            -> else the slot -> its stream or long poll
     last watcher gone, or the task has ended -> the schedule ends
 
-A slot holds the newest update of each task and no backlog: a reader that is slow skips what
-it missed, and a watcher's memory is bounded by the tasks it named.
+A slot holds the newest update of each task and no backlog: a reader that is slow skips what it missed. The
+bodies are the store's, which counts them. Schedules and slots hold notes (`subscriber.py`). A body is
+looked up when it is written. If it has made room, the watcher is told with the schedule's next tick.
 
 A change waits to be told until the event loop's next turns, each of which tells a few. Those of schedules
 that woke together come together, too: so all their answers are read first, with what that takes in the
@@ -21,13 +22,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import structlog
 
-from gateway.domain.errors import GatewayError, Overloaded, UpstreamRejected
+from gateway.domain.errors import GatewayError, Overloaded
 from gateway.domain.snapshot import Snapshot, TaskKey
 from gateway.progress.results import FetchFailure
 from gateway.progress.service import ProgressService
@@ -36,6 +36,7 @@ from gateway.stores.base import Store
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 from gateway.watch.coalesced_timers import CoalescedTimers
+from gateway.watch.subscriber import Subscriber, Update
 
 _LEAST_SECONDS = 0.2  # between two ticks, whatever the lifetimes say
 # The loop's clock counts in milliseconds and may wake a sleeper that much early: a tick that finds
@@ -58,107 +59,11 @@ class SubscriptionKind(StrEnum):
 
 
 @dataclass(slots=True, eq=False)
-class Update:
-    """What there is to tell about one task: its snapshot, or why there is none; both without their envelopes.
-
-    Of a watched task it is held, uncounted by the store. `encoded` is shared by all who are sent it.
-    """
-
-    key: TaskKey
-    snapshot: Snapshot | None = None
-    failure: GatewayError | None = None
-    encoded: bytes = b""
-
-    def __post_init__(self) -> None:
-        if self.snapshot is not None and self.snapshot.envelope:
-            self.snapshot = replace(self.snapshot, envelope=b"")
-        if isinstance(self.failure, UpstreamRejected):
-            self.failure = copy(self.failure)
-            self.failure.envelope = b""
-
-    def says_the_same(self, other: Update | None) -> bool:
-        """Tell whether a watcher who knows `other` learns nothing from this."""
-        if other is None:
-            return False
-        if self.snapshot is not None and other.snapshot is not None:
-            return self.snapshot.etag == other.snapshot.etag
-        return (
-            self.failure is not None
-            and other.failure is not None
-            and (self.failure.code, str(self.failure)) == (other.failure.code, str(other.failure))
-        )
-
-
-class Subscriber:
-    """One open stream or long poll: a slot for each task, and a bell.
-
-    `direct_transport` bypasses the task that waits in `take`. `idle_transport` is the same while that task waits:
-    then nothing older is being sent.
-    """
-
-    __slots__ = (
-        "_slots",
-        "_waiter",
-        "client",
-        "direct_transport",
-        "disconnected",
-        "heartbeat_due",
-        "idle_transport",
-        "keys",
-        "leaving",
-        "woken",
-    )
-
-    def __init__(self, keys: Sequence[TaskKey], client: bytes) -> None:
-        self.keys = keys
-        self.client = client
-        self.leaving = False  # the gateway is: say farewell
-        self.disconnected = False  # the reader is gone
-        self._slots: dict[TaskKey, Update] = {}
-        self.heartbeat_due = False
-        self.direct_transport: asyncio.WriteTransport | None = None
-        self.idle_transport: asyncio.WriteTransport | None = None
-        # A future in place of an asyncio.Event, whose queue alone takes 0.7 KB: one task waits here.
-        self.woken = False
-        self._waiter: asyncio.Future[None] | None = None
-
-    def offer(self, update: Update) -> None:
-        """Put an update into its slot, over one that was not taken yet."""
-        self._slots[update.key] = update
-        self.ring()
-
-    def ring(self) -> None:
-        """Wake the watcher: it is to look around."""
-        self.woken = True
-        self.idle_transport = None
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def disconnect(self) -> None:
-        """Note that the reader is gone, and wake the watcher to its end."""
-        self.disconnected = True
-        self.ring()
-
-    async def take(self) -> list[Update]:
-        """Wait until the bell rings; return the updates since the last time, maybe none."""
-        if not self.woken:
-            self._waiter = asyncio.get_running_loop().create_future()
-            self.idle_transport = self.direct_transport
-            try:
-                await self._waiter
-            finally:
-                self._waiter = self.idle_transport = None
-        self.woken = False
-        updates = list(self._slots.values())
-        self._slots.clear()
-        return updates
-
-
-@dataclass(slots=True, eq=False)
 class _Schedule:
-    """A watched task: who watches it, what they were told last, and the task that ticks.
+    """A watched task: who watches it, the note of what they were told last, and the task that ticks.
 
-    `unnotified` came when that was too old to be shown. `pending`: stored, and to be told in a moment.
+    `unnotified` came when that was too old to be shown, or would be told it now that its body has made room.
+    `pending`: stored, and to be told in a moment.
     `backing_off`: the tick rests after a failure.
     """
 
@@ -191,6 +96,7 @@ class WatchHub:
     ) -> None:
         self._settings = settings
         self._service = service
+        self._recall = store.peek_stale
         self._clock = clock
         self._schedules: dict[TaskKey, _Schedule] = {}
         self._subscribers: set[Subscriber] = set()
@@ -214,7 +120,7 @@ class WatchHub:
         """
         if len(self._subscribers) >= self._settings.max_watchers:
             raise Overloaded("the gateway has as many watchers as it may", retry_after=5.0)
-        subscriber = Subscriber(keys, client)
+        subscriber = Subscriber(keys, client, self._whole)
         subscriber.leaving = self._leaving
         if self._leaving:
             subscriber.ring()
@@ -251,7 +157,7 @@ class WatchHub:
             schedule = self._schedules[key] = _Schedule()
             # Known already, maybe: then the watcher is told at once, before the first tick.
             result = self._service.current(key)
-            schedule.latest = Update(key, result.snapshot) if result is not None else None
+            schedule.latest = Update(key, result.snapshot).note() if result is not None else None
             self._start(key, schedule)
         # Looked for first, for what is due in the store arrives with that; then told to the others: whoever
         # joins may have read it elsewhere, and is to hear of nothing older.
@@ -260,10 +166,12 @@ class WatchHub:
         # Registered first, told second: a change between the two would be lost the other way round.
         schedule.subscribers.add(subscriber)
         self._service.join(key, subscriber.client)
-        if schedule.latest is None:
+        latest = schedule.latest
+        if latest is None:
             return  # the first tick is under way
-        if current is not None or schedule.latest.snapshot is None or _is_final(schedule.latest):
-            subscriber.offer(schedule.latest)
+        if current is not None or latest.snapshot is None or _is_final(latest):
+            known = latest if current is None else Update(key, current.snapshot)
+            subscriber.offer(known if known.says_the_same(latest) else latest, latest)
             return
         # Upstream takes its time, or fails and the schedule has backed off for longer than a snapshot may
         # cover that. Whoever comes now gets what a query would: the answer of one call, all together.
@@ -304,13 +212,17 @@ class WatchHub:
             snapshot, failure = await self._ask(key, schedule)
             if snapshot is not None and snapshot.terminal:
                 return
+            fine = snapshot is not None and failure is None
             if snapshot is not None and failure is None:
-                backoff = _BACKOFF_SECONDS
                 left = snapshot.lifetime - (self._clock() - snapshot.fetched_at)
                 pause = max(left + _TIMER_SECONDS, _LEAST_SECONDS)
-                company = await self._alarms.sleep(pause, late=_LATE_SHARE * pause, company=company)
             else:
                 pause = max(backoff, (failure or _BUG).retry_after or 0.0)
+            del snapshot, failure  # a pause holds no bodies
+            if fine:
+                backoff = _BACKOFF_SECONDS
+                company = await self._alarms.sleep(pause, late=_LATE_SHARE * pause, company=company)
+            else:
                 backoff = min(2 * backoff, _LONGEST_BACKOFF_SECONDS)
                 schedule.backing_off = True
                 await asyncio.sleep(min(pause, _LONGEST_BACKOFF_SECONDS))
@@ -376,10 +288,26 @@ class WatchHub:
         if schedule is None or (_is_final(schedule.latest) and not _is_final(update)):
             return  # a store forgets, and might let a task run again whose schedule has ended
         audience = schedule.unnotified if update.says_the_same(schedule.latest) else schedule.subscribers
-        schedule.latest = update
+        schedule.latest = note = update.note()
         for subscriber in self.deliver(update, audience):
-            subscriber.offer(update)
+            subscriber.offer(update, note)
         schedule.unnotified.clear()
+
+    def _whole(self, note: Update, subscriber: Subscriber) -> Update | None:
+        """Return what a note is of, or see to it that the watcher is told again; None: it will be."""
+        key = note.key
+        snapshot = self._recall(key)
+        self._tell(key)  # as in `_join`
+        if subscriber.is_offered(key):
+            return None
+        if snapshot is not None and (snapshot.terminal or not _is_final(note)):
+            return Update(key, snapshot)
+        schedule = self._schedules.get(key)
+        if schedule is not None and subscriber in schedule.subscribers:
+            schedule.unnotified.add(subscriber)
+            if schedule.ticking is None or schedule.ticking.done():
+                self._start(key, schedule)  # the task has ended: nothing else would ask for it
+        return None
 
 
 def _is_final(update: Update | None) -> bool:

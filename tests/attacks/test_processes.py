@@ -1,6 +1,7 @@
 """What attacks cost the process: memory, descriptors, threads. Each has a gateway of its own."""
 
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -8,7 +9,20 @@ from pathlib import Path
 import pytest
 
 from tests.attacks.wire import Line, lines, request, settle
-from tests.harness import COMMAND, KEY, SECRET, Gateway, Process, Simulator, free_port, plain_client, until
+from tests.harness import (
+    COMMAND,
+    KEY,
+    SECRET,
+    Gateway,
+    Process,
+    RawUpstream,
+    Request,
+    Simulator,
+    framed,
+    free_port,
+    plain_client,
+    until,
+)
 
 MEGABYTE = 1_048_576
 CHUNKED = request("/nothing", "Transfer-Encoding: chunked", method="POST")
@@ -213,3 +227,29 @@ def test_processes_bound_the_metrics_port(simulator: Simulator, tmp_path: Path, 
             answers = line.rest()
             assert [answer.status in {400, 431} for answer in answers] == [True]
             assert answers[0].header("content-type") == "application/problem+json"
+
+
+def test_processes_hold_large_tasks_within_a_bound(tmp_path: Path, edge: str) -> None:
+    """Streams of 300 tasks of 700 KB that are not read hold no bodies beside the cache's 32 MiB."""
+    life = {"number": 0}
+
+    def behaviour(connection: socket.socket, asked: Request) -> None:
+        life["number"] += 1
+        state = {"job": f"{life['number']:07d}" * 100_000}
+        connection.sendall(framed(asked.envelope(state=state)))
+
+    limits = {"CACHE__MAX_BYTES": str(32 * MEGABYTE)}
+    with (
+        RawUpstream(behaviour) as upstream,
+        serving(tmp_path, upstream.url, SERVER__EDGE=edge, **limits) as (process, gate),
+    ):
+        before = warmed(process, gate)
+        with lines(gate, 3) as readers:
+            for name, reader in enumerate(readers):
+                tasks = "&".join(f"taskId=large-{name}-{number}" for number in range(100))
+                reader.send(request(f"/v1/events?{tasks}"))
+                reader.until(b"event: p")  # progress, or a problem
+            until(lambda: life["number"] > 900, "each task has changed a few times")
+            # The cache, and 64 calls under way with some 4 copies each. The bodies would take 420 MB more.
+            assert process.resident_bytes() - before < 450 * MEGABYTE
+        until(lambda: gate.metric("watchers") == 0, "the streams have ended")

@@ -6,9 +6,9 @@
     taken  -> wait for what its holder publishes, or for the lease's end; then ask again
 
 What is published reaches every replica; those that hold the task, or wait for it, take it up
-(`subscription.py`, `invalidation.py`, `local_cache.py`). So answers asked from replicas in turn do not go back. That ends with a
-lost link: from then on each replica is alone, a MemoryStore and no more, until the link is up again. What it
-held by then may be behind, and is shown again only after the server was asked.
+(`subscription.py`, `invalidation.py`, `local_cache.py`). So answers asked from replicas in turn do not go
+back. That ends with a lost link: from then on each replica is alone, a MemoryStore and no more, until the
+link is up again. What it held by then may be behind, and is shown again only after the server was asked.
 
 Moments travel in the server's time and are converted to the safe side: to look older, never fresher.
 """
