@@ -447,7 +447,7 @@ def test_redactor_hides_base64_wherever_it_begins(secret: bytes, before: bytes, 
     redactor = Redactor()
     redactor.hide(text)
     coded = base64.b64encode(before + text.encode() + after).decode()
-    assume(len(coded) != 44)  # the shape of a signature
+    assume(not re.search(r"(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{43}=|^.{43}=", coded))  # the shape of a signature
     clean = redactor(f"Basic {coded}")
     first, last = len(before) * 8 // 6, -(-(len(before) + len(text)) * 8 // 6)
     assert clean == f"Basic {coded[:first]}{MASK}{coded[last:]}"
