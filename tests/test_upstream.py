@@ -1060,7 +1060,9 @@ async def test_upstream_that_throttles_is_asked_less(simulator: Simulator, launc
     assert {answer.status_code for answer in known} == {200}
     assert {answer.status_code for answer in strangers} == {200, 503}
     told = {answer.json()["code"] for answer in strangers if answer.status_code == 503}
-    assert told == {"upstream-throttled"}
+    # On a busy machine a query's deadline may come while it waits for one of the 8 slots.
+    assert "upstream-throttled" in told
+    assert told <= {"upstream-throttled", "overloaded"}
     stats = simulator.stats()
     assert simulator.calls() - stats["throttled"] == 20
     assert stats["throttled"] < 100
