@@ -25,7 +25,15 @@ demo: .venv/project.stamp ## install and start the gateway with a simulated upst
 test: .venv/project.stamp .venv/dev.stamp sdk ## run the tests; ARGS='--no-cov -k NAME' for some of them
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-lint: .venv/project.stamp .venv/dev.stamp ## check style, types and the layers' imports
+.PHONY: check matrix
+check: lint ## style, types and the unit tests, in less than a minute
+	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --no-cov -q tests/unit $(ARGS)
+
+matrix: ## run the unit tests on every Python from 3.11 to 3.14 that is installed
+	@.ci/matrix
+
+lint: .venv/project.stamp .venv/dev.stamp ## check style, types, the layers' imports and the words
+	@.ci/words
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
