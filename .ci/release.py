@@ -100,9 +100,7 @@ class Build:
             check=False,
         )
         if ran.returncode:
-            sys.exit(
-                f"{' '.join(map(str, command))} failed with {ran.returncode}:\n{ran.stdout}{ran.stderr}"
-            )
+            sys.exit(f"{' '.join(map(str, command))} failed with {ran.returncode}:\n{ran.stdout}{ran.stderr}")
         return ran.stdout
 
 
