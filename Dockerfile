@@ -1,11 +1,11 @@
-# The image that runs the gateway: the wheel and what requirements-image.lock names, nothing else above the base.
-# Both extras are in it: a shared store and traces are a matter of settings.
+# The image contains the project's wheel and the packages of requirements-image.lock, nothing else above the base.
+# Both extras are installed, so a shared store and traces only need settings.
 #
 #     docker build --tag sd-progress-gateway .        or: buildah bud --format docker --tag sd-progress-gateway .
 #     docker run --publish 8080:8080 --read-only --cap-drop ALL \
 #       --env SPEEDPIX_APP_KEY --env SPEEDPIX_APP_SECRET sd-progress-gateway
 #
-# The base is the Python that CI tests with, fixed to the byte. This tells the digest to renew it with:
+# The base is the Python that CI tests with, pinned by digest. This command prints the current digest:
 #
 #     docker buildx imagetools inspect python:3.11-slim-bookworm --format '{{.Manifest.Digest}}'
 ARG BASE=python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
@@ -14,8 +14,8 @@ FROM ${BASE} AS build
 WORKDIR /build
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore
 
-# Two environments: one that builds, and one without pip, which is what ships. The locks before the code, so
-# that a change of code fetches nothing.
+# Two environments: one with the build tools, and one without pip, which is copied into the final image. The lock
+# files are copied before the code, so that a change of code downloads nothing.
 COPY requirements-image.lock requirements-package.lock ./
 RUN python -m venv tools \
  && tools/bin/pip install --require-hashes --only-binary :all: -r requirements-package.lock \
@@ -40,14 +40,14 @@ LABEL org.opencontainers.image.title="sd-progress-gateway" \
 
 COPY --from=build /opt/gateway /opt/gateway
 
-# Nothing is written at run time: the bytecode was, when pip installed it. Within a container the world is
-# what the container publishes, so the gateway listens on all of its addresses.
+# Nothing is written at run time: pip compiled the bytecode at installation. A container decides which ports it
+# publishes, so the gateway listens on all addresses.
 ENV PATH=/opt/gateway/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     SD_GATEWAY_SERVER__HOST=0.0.0.0
 
-# Settings are read from config/gateway.toml below, when a file is mounted there.
+# Settings are read from config/gateway.toml in this directory, if a file is mounted there.
 WORKDIR /etc/sd-gateway
 USER 10001:10001
 EXPOSE 8080

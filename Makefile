@@ -1,8 +1,8 @@
-# Everything is installed into .venv, from the lock files, hashes checked. Nothing else is fetched.
+# All packages are installed into .venv from the lock files, with hashes checked.
 
 PYTHON ?= python3
 ARGS ?=
-# Test processes: most tests wait for timers, so four keep two cores busy.
+# Number of test processes. Most tests wait for timers, so four processes keep two cores busy.
 WORKERS ?= 4
 
 BIN := .venv/bin
@@ -16,23 +16,23 @@ LOCKS := requirements.lock requirements-package.lock
 .NOTPARALLEL:
 .PHONY: help demo test lint format bench lock chart clean
 
-help: ## say what there is to make
+help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: .venv/project.stamp ## install and start the gateway with a simulated upstream
+demo: .venv/project.stamp ## install and start the gateway in front of a simulated upstream
 	@exec $(BIN)/sd-gateway demo $(ARGS)
 
-test: .venv/project.stamp .venv/dev.stamp sdk ## run the tests; ARGS='--no-cov -k NAME' for some of them
+test: .venv/project.stamp .venv/dev.stamp sdk ## run all tests; ARGS='--no-cov -k NAME' selects some
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 .PHONY: check matrix
-check: lint ## style, types and the unit tests, in less than a minute
+check: lint ## run lint and the unit tests, in less than a minute
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --no-cov -q tests/unit $(ARGS)
 
 matrix: ## run the unit tests on every Python from 3.11 to 3.14 that is installed
 	@.ci/matrix
 
-lint: .venv/project.stamp .venv/dev.stamp ## check style, types, the layers' imports and the words
+lint: .venv/project.stamp .venv/dev.stamp ## check words, style, types and the import order of the packages
 	@.ci/words
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -40,36 +40,36 @@ lint: .venv/project.stamp .venv/dev.stamp ## check style, types, the layers' imp
 	$(BIN)/lint-imports --no-logo
 
 .PHONY: audit
-audit: .venv/project.stamp .venv/dev.stamp ## look for insecure code, and for known vulnerabilities of what is locked
+audit: .venv/project.stamp .venv/dev.stamp ## look for insecure code and for known vulnerabilities of the locked packages
 	$(BIN)/python .ci/bandit.py
 	$(BIN)/python .ci/audit.py requirements*.lock
 
-format: .venv/dev.stamp ## sort the imports, mend what ruff can, format
+format: .venv/dev.stamp ## sort imports, apply ruff's fixes, format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: .venv/project.stamp .venv/dev.stamp .venv/bench.stamp ## measure; ARGS=--help tells what
+bench: .venv/project.stamp .venv/dev.stamp .venv/bench.stamp ## run the benchmarks; ARGS=--help lists them
 	@$(BIN)/python tests/bench/run.py $(ARGS)
 
 .PHONY: docs docs-check pictures release
-docs: .venv/project.stamp .venv/dev.stamp ## write what the documents have from the code: settings, metrics, alerts
+docs: .venv/project.stamp .venv/dev.stamp ## write the generated tables of the documents: settings, metrics, alerts
 	@$(BIN)/python -m tests.documents.tables
 
-docs-check: .venv/project.stamp .venv/dev.stamp ## run the documents' commands and programs, follow their links
+docs-check: .venv/project.stamp .venv/dev.stamp ## run the documents' commands and programs, check their links
 	@PATH="$(TOOLS):$$PATH" $(BIN)/python -m pytest --no-cov tests/test_documents.py tests/test_snippets.py $(ARGS)
 
-pictures: .venv/project.stamp .venv/dev.stamp ## take the documents' pictures anew, with the system's Chromium
+pictures: .venv/project.stamp .venv/dev.stamp ## take the documents' pictures again, with the system's Chromium
 	@$(BIN)/python -m tests.documents.pictures
 
-release: .venv/project.stamp .venv/dev.stamp ## build wheel, sdist, chart and bill of materials into dist, twice
+release: .venv/project.stamp .venv/dev.stamp ## build wheel, sdist, chart and bill of materials twice, into dist
 	@PATH="$(TOOLS):$$PATH" $(BIN)/python .ci/release.py dist
 
-# The widest file first: the others are its subsets, at the same versions. Extras stay in the lines, for pip
-# looks for the hashes of coverage[toml] there, and not below coverage.
+# requirements-dev.lock is written first: the others are subsets of it, with the same versions. Extras stay in
+# the lines, because pip looks for the hashes of coverage[toml] under that name, not under coverage.
 COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
   --no-emit-index-url --no-strip-extras --custom-compile-command 'make lock' $(ARGS)
 
-lock: .venv/dev.stamp ## write the lock files anew from pyproject.toml; ARGS=--upgrade for newer versions
+lock: .venv/dev.stamp ## write the lock files from pyproject.toml; ARGS=--upgrade takes newer versions
 	$(COMPILE) --group dev --all-extras pyproject.toml --output-file requirements-dev.lock
 	$(COMPILE) --constraints requirements-dev.lock pyproject.toml --output-file requirements.lock
 	$(COMPILE) --constraints requirements-dev.lock --all-extras pyproject.toml --output-file requirements-image.lock
@@ -80,20 +80,20 @@ lock: .venv/dev.stamp ## write the lock files anew from pyproject.toml; ARGS=--u
 	  --ignore-scripts --no-audit --no-fund --silent
 	@! grep -n '://' requirements*.lock .ci/checkov.lock $(SDK)/package-lock.json
 
-chart: .venv/dev.stamp ## write the table of values in the chart's README anew
+chart: .venv/dev.stamp ## write the table of values in the chart's README
 	@$(BIN)/python helm/readme.py
 
-clean: ## remove all that make and the tools have made
+clean: ## remove all files that make and the tools created
 	rm -rf .venv .cache .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache \
 	  .ruff_cache .schemathesis build dist $(SDK)/node_modules
 	find .ci gateway helm tests -name __pycache__ -prune -exec rm -rf {} +
 
-# What the targets above stand on.
+# Prerequisites of the targets above.
 
 PYTHON_FITS = $(shell $(PYTHON) -c 'import sys; print("yes" if sys.version_info >= (3, 11) else "")' 2>/dev/null)
 
 $(BIN)/python:
-	$(if $(filter yes,$(PYTHON_FITS)),,$(error Python 3.11 or newer is needed, and $(PYTHON) is not: name one with make PYTHON=python3.11))
+	$(if $(filter yes,$(PYTHON_FITS)),,$(error Python 3.11 or newer is required and $(PYTHON) is not: select another with make PYTHON=python3.11))
 	@$(PYTHON) -m venv --clear .venv || { rm -rf .venv; exit 1; }
 
 .venv/runtime.stamp: $(LOCKS) | $(BIN)/python
@@ -115,11 +115,11 @@ $(BIN)/python:
 	@$(PIP) install --require-hashes -r requirements-bench.lock
 	@touch $@
 
-# The vendor's own client, which some tests run. They are skipped where there is no npm.
+# Some tests run the vendor's own client. They are skipped without npm.
 .PHONY: sdk
 ifeq ($(shell command -v npm 2>/dev/null),)
 sdk:
-	@echo 'No npm here: the tests that run the vendor'\''s npm client will be skipped.' >&2
+	@echo 'npm is not installed: the tests that run the vendor'\''s npm client will be skipped.' >&2
 else
 sdk: .venv/sdk.stamp
 endif

@@ -1,4 +1,4 @@
-"""Let bandit look for insecure code, and compare what it finds with bandit.toml, which has the reasons."""
+"""Run bandit, and compare its findings with the accepted ones in bandit.toml."""
 
 import json
 import subprocess
@@ -8,39 +8,39 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-LOOKED_AT = ("gateway", ".ci", "helm")
+SCANNED = ("gateway", ".ci", "helm")
 
 Finding = tuple[str, str]  # the check, and the file
 
 
 def findings() -> dict[Finding, str]:
-    """Return what bandit has to say, and in what words."""
+    """Return bandit's findings and their messages."""
     bandit = Path(sys.executable).with_name("bandit")
     ran = subprocess.run(  # noqa: S603  # our own arguments
-        [bandit, "--quiet", "--recursive", *LOOKED_AT, "--ignore-nosec", "--format", "json"],
+        [bandit, "--quiet", "--recursive", *SCANNED, "--ignore-nosec", "--format", "json"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         check=False,
     )
-    told = json.loads(ran.stdout)
-    if told["errors"] or not told["metrics"]["_totals"]["loc"]:
-        sys.exit(f"bandit could not look at everything: {told['errors']}")
+    report = json.loads(ran.stdout)
+    if report["errors"] or not report["metrics"]["_totals"]["loc"]:
+        sys.exit(f"bandit could not scan every file: {report['errors']}")
     return {
         (one["test_id"], str(Path(one["filename"]))): f"line {one['line_number']}: {one['issue_text']}"
-        for one in told["results"]
+        for one in report["results"]
     }
 
 
 def main() -> int:
-    """Compare; return the exit status."""
+    """Compare the findings with the accepted ones; return the exit status."""
     accepted: dict[str, dict[str, str]] = tomllib.loads((HERE / "bandit.toml").read_text())
-    excused = {(check, file) for check, files in accepted.items() for file in files}
+    expected = {(check, file) for check, files in accepted.items() for file in files}
     found = findings()
-    for check, file in sorted(found.keys() - excused):
+    for check, file in sorted(found.keys() - expected):
         sys.stderr.write(f"{file}: {check}: {found[check, file]}\n")
-    for check, file in sorted(excused - found.keys()):
-        sys.stderr.write(f"{file}: {check} is not found any more: take it out of .ci/bandit.toml\n")
-    return int(found.keys() != excused)
+    for check, file in sorted(expected - found.keys()):
+        sys.stderr.write(f"{file}: {check} is no longer found: remove it from .ci/bandit.toml\n")
+    return int(found.keys() != expected)
 
 
 if __name__ == "__main__":

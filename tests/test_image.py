@@ -1,4 +1,4 @@
-"""The image, as far as it can be tried without building it: the Dockerfile, its context, its health check."""
+"""The parts of the image that can be tested without building it: Dockerfile, context, health check."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from tests.harness import Gateway, free_port
 ROOT = Path(__file__).parent.parent
 HADOLINT = Path(sys.executable).with_name("hadolint")
 
-# A line that ends with a backslash goes on in the next one.
+# A line that ends with a backslash continues in the next one.
 DOCKERFILE = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text(encoding="utf-8"))
 
 
@@ -30,7 +30,7 @@ def stages() -> list[str]:
 
 
 def copied() -> list[str]:
-    """Return every path that is copied out of the build context."""
+    """Return every path that is copied from the build context."""
     sources: list[str] = []
     for arguments in instructions("COPY"):
         if "--from=" not in arguments:
@@ -39,7 +39,7 @@ def copied() -> list[str]:
 
 
 def ignored() -> tuple[list[str], list[str]]:
-    """Return the patterns of .dockerignore that leave out, and those that let in again, each in order."""
+    """Return the patterns of .dockerignore that exclude, and those that include again, in order."""
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     patterns = [line for line in lines if line and not line.startswith("#")]
     return [p for p in patterns if not p.startswith("!")], [p[1:] for p in patterns if p.startswith("!")]
@@ -48,10 +48,10 @@ def ignored() -> tuple[list[str], list[str]]:
 # --- the Dockerfile ---------------------------------------------------------------------------------------
 
 
-def test_image_dockerfile_pleases_hadolint() -> None:
-    """Hadolint finds nothing to say, not even by the way."""
+def test_image_dockerfile_passes_hadolint() -> None:
+    """Hadolint has no finding of any severity."""
     if not HADOLINT.exists():
-        pytest.skip("hadolint is not here: it is installed on Linux only")
+        pytest.skip("hadolint is not installed: it is available on Linux only")
     linted = subprocess.run(
         [HADOLINT, "--no-color", "--failure-threshold", "style", ROOT / "Dockerfile"],
         capture_output=True,
@@ -61,19 +61,21 @@ def test_image_dockerfile_pleases_hadolint() -> None:
     assert (linted.returncode, linted.stdout + linted.stderr) == (0, "")
 
 
-def test_image_stands_on_one_base_of_a_named_version() -> None:
-    """Both stages have the same base, fixed to the byte: what is built in one runs in the other."""
+def test_image_has_one_pinned_base() -> None:
+    """Both stages use the same base, pinned by digest, so the built environment runs in the final stage."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     oldest = project["requires-python"].removeprefix(">=")
     assert re.fullmatch(
         f"BASE=python:{re.escape(oldest)}-slim-bookworm@sha256:[0-9a-f]{{64}}", instructions("ARG")[0]
     )
-    assert "imagetools inspect python:3.11-slim-bookworm" in DOCKERFILE  # the command that renews the digest
+    assert (
+        "imagetools inspect python:3.11-slim-bookworm" in DOCKERFILE
+    )  # the command that prints the current digest
     assert instructions("FROM") == ["${BASE} AS build", "${BASE}"]
 
 
-def test_image_installs_only_what_has_a_known_hash() -> None:
-    """Every installation is from a lock file with hashes, or of the project's own wheel without an index."""
+def test_image_installs_only_packages_with_a_known_hash() -> None:
+    """Every installation uses a lock file with hashes, or the project's own wheel without an index."""
     pips = [
         command
         for run in instructions("RUN")
@@ -91,8 +93,8 @@ def test_image_installs_only_what_has_a_known_hash() -> None:
     ]
 
 
-def test_image_has_the_versions_that_are_tested() -> None:
-    """What the image installs is locked as what the tests run with, the extras included."""
+def test_image_has_the_tested_versions() -> None:
+    """The image has the versions that the tests use, including those of the extras."""
 
     def pins(lock: str) -> set[str]:
         return set(re.findall(r"^[^#\s].*==[^ ;]+", (ROOT / lock).read_text(encoding="utf-8"), re.MULTILINE))
@@ -101,7 +103,7 @@ def test_image_has_the_versions_that_are_tested() -> None:
 
 
 def test_image_runs_without_root_and_without_a_shell() -> None:
-    """The user is a number, which Kubernetes can tell from root; what is run gets its signals itself."""
+    """The user is a number, so that Kubernetes can check it; the process receives signals directly."""
     final = stages()[-1]
     [user] = re.findall(r"^USER (\d+):(\d+)$", final, re.MULTILINE)
     assert all(int(number) >= 10_000 for number in user)
@@ -111,27 +113,27 @@ def test_image_runs_without_root_and_without_a_shell() -> None:
     [check] = re.findall(r"^HEALTHCHECK .*?CMD (.*)$", final, re.MULTILINE)
     assert json.loads(check)[-2:] == ["-m", "gateway.cli.health_check"]
     assert re.findall(r"^STOPSIGNAL (.*)$", final, re.MULTILINE) == ["SIGTERM"]
-    assert "RUN" not in final  # which would need a shell, and leave the cache of something behind
+    assert "RUN" not in final  # it would need a shell, and might leave a cache behind
 
 
 def test_image_is_labelled_with_its_version() -> None:
-    """The label tells the version that the package has."""
+    """The label has the package's version."""
     assert re.findall(r'image\.version="([^"]*)"', DOCKERFILE) == [__version__]
 
 
 # --- the context ------------------------------------------------------------------------------------------
 
 
-def test_image_copies_what_exists_and_nothing_is_let_in_for_nothing() -> None:
-    """Every source is in the tree, .dockerignore lets it through, and lets nothing else through."""
+def test_image_context_holds_exactly_what_is_copied() -> None:
+    """Every copied path exists, and .dockerignore includes these paths and no others."""
     assert all((ROOT / source).exists() for source in copied())
-    out, let_in = ignored()
-    assert sorted(let_in) == sorted(copied())
-    assert out[0] == "*"  # so nothing that lies about, a secret, a .venv or the tests, is sent
+    excluded, included = ignored()
+    assert sorted(included) == sorted(copied())
+    assert excluded[0] == "*"  # so no secret, no .venv and no test is sent
 
 
 def test_image_context_holds_no_bytecode() -> None:
-    """What was compiled elsewhere stays out of the package that is let in."""
+    """Bytecode of this machine is excluded from the package."""
     assert ignored()[0][1:] == ["**/__pycache__", "**/*.pyc"]
 
 
@@ -139,7 +141,7 @@ def test_image_context_holds_no_bytecode() -> None:
 
 
 def checked(cwd: Path, **env: str) -> tuple[int, str]:
-    """Run the health check as the container does; return its exit status and what it says."""
+    """Run the health check as the container does; return its exit status and output."""
     command = [sys.executable, "-m", "gateway.cli.health_check"]
     ran = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
     return ran.returncode, ran.stdout + ran.stderr
@@ -147,35 +149,35 @@ def checked(cwd: Path, **env: str) -> tuple[int, str]:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
 def test_image_is_healthy_while_the_gateway_answers(gate: Gateway, tmp_path: Path, host: str) -> None:
-    """The port is the one of the settings, and all addresses are reached on the loopback one."""
+    """It uses the port of the settings, and the loopback address if the gateway listens on all addresses."""
     port = str(gate.address[1])
     env = {"SD_GATEWAY_SERVER__HOST": host, "SD_GATEWAY_SERVER__PORT": port}
     assert checked(tmp_path, **env) == (0, "")
 
 
 def test_image_is_healthy_on_the_port_of_the_settings_file(gate: Gateway, tmp_path: Path) -> None:
-    """A mounted config/gateway.toml counts, as it does for `serve`."""
+    """It reads a mounted config/gateway.toml, as `serve` does."""
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "gateway.toml").write_text(f"[server]\nport = {gate.address[1]}\n")
     assert checked(tmp_path) == (0, "")
 
 
-def test_image_is_unhealthy_where_nobody_listens(tmp_path: Path) -> None:
-    """A gateway that is gone is told in one line, without a traceback."""
-    status, says = checked(tmp_path, SD_GATEWAY_SERVER__PORT=str(free_port()))
+def test_image_is_unhealthy_when_the_port_is_closed(tmp_path: Path) -> None:
+    """A stopped gateway is reported in one line, without a traceback."""
+    status, output = checked(tmp_path, SD_GATEWAY_SERVER__PORT=str(free_port()))
     assert status == 1
-    assert says.startswith("unhealthy: ")
-    assert says.count("\n") == 1
+    assert output.startswith("unhealthy: ")
+    assert output.count("\n") == 1
 
 
 def test_image_is_unhealthy_with_wrong_settings(tmp_path: Path) -> None:
-    """Settings that stop the start make no healthy container."""
-    status, says = checked(tmp_path, SD_GATEWAY_SERVER__PORT="high")
+    """Settings that stop the start make the container unhealthy."""
+    status, output = checked(tmp_path, SD_GATEWAY_SERVER__PORT="high")
     assert status == 1
-    assert "server.port" in says
+    assert "server.port" in output
 
 
-def test_image_is_unhealthy_when_another_answers(simulator_url: str, tmp_path: Path) -> None:
-    """Whatever answers there without knowing /healthz is not the gateway."""
+def test_image_is_unhealthy_when_another_server_responds(simulator_url: str, tmp_path: Path) -> None:
+    """A server without /healthz is not the gateway."""
     port = simulator_url.rpartition(":")[2]
     assert checked(tmp_path, SD_GATEWAY_SERVER__PORT=port) == (1, "unhealthy: status 404\n")

@@ -1,4 +1,4 @@
-"""`make release`: what it builds is equal twice, whole, and can be used. It is run as it stands, once."""
+"""`make release`: both builds are identical, complete and usable. The unchanged script runs once."""
 
 import gzip
 import hashlib
@@ -19,7 +19,7 @@ import pytest
 from gateway import __version__
 from tests.documents.markdown import ROOT
 
-pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+pytestmark = pytest.mark.timeout(600)  # builds and starts more than other tests
 
 
 SCRIPT = ROOT / ".ci" / "release.py"
@@ -30,7 +30,7 @@ BILL = f"sd-progress-gateway-{__version__}.cdx.json"
 
 
 def git(*arguments: str) -> str:
-    """Return what git says."""
+    """Return the output of a git command."""
     return subprocess.check_output(["git", *arguments], cwd=ROOT, text=True)
 
 
@@ -41,51 +41,51 @@ def script() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass asks for it
+    sys.modules[spec.name] = module  # dataclasses look the module up here
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a release of the commit that is checked out; return its folder."""
+    """Make a release of the checked-out commit; return its folder."""
     if not (ROOT / ".git").exists():
-        pytest.skip("no git clone here, but an sdist: a release is made of a commit")
+        pytest.skip("not a git clone: a release is made from a commit")
     if shutil.which("helm") is None:
-        pytest.skip("helm is not here: .ci/run fetches it")
+        pytest.skip("helm is not installed: .ci/run installs it")
     folder = tmp_path_factory.mktemp("release") / "dist"
     ran = subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "built twice, the same" in ran.stdout
+    assert "built twice, identical" in ran.stdout
     return folder
 
 
-def test_release_is_whole_and_its_sums_are_right(released: Path) -> None:
-    """Wheel, sdist, chart and bill of materials are there, and the sums are theirs."""
+def test_release_is_complete_and_its_checksums_match(released: Path) -> None:
+    """Wheel, sdist, chart and bill of materials exist, and match their checksums."""
     lines = (released / "SHA256SUMS").read_text().splitlines()
-    told = {name: digest for digest, name in (line.split("  ") for line in lines)}
-    assert set(told) == {WHEEL, SDIST, CHART, BILL}
-    assert {path.name for path in released.iterdir()} == {*told, "SHA256SUMS"}
-    for name, digest in told.items():
+    listed = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    assert set(listed) == {WHEEL, SDIST, CHART, BILL}
+    assert {path.name for path in released.iterdir()} == {*listed, "SHA256SUMS"}
+    for name, digest in listed.items():
         assert hashlib.sha256((released / name).read_bytes()).hexdigest() == digest
 
 
 def test_release_sdist_holds_the_repository(released: Path) -> None:
-    """Every file of the commit is in the sdist, so its tests can be run; and nothing else is."""
+    """The sdist contains every file of the commit, so its tests can run, and no other file."""
     with tarfile.open(released / SDIST) as packed:
         names = {member.name.partition("/")[2] for member in packed if member.isfile()}
     assert names - {"PKG-INFO"} == set(git("ls-tree", "-r", "--name-only", "HEAD").split())
 
 
 def test_release_wheel_holds_the_package(released: Path) -> None:
-    """Every file of the package is in the wheel, the pages and the OpenAPI document among them."""
+    """The wheel contains every file of the package, including the pages and the OpenAPI document."""
     with zipfile.ZipFile(released / WHEEL) as packed:
         names = {name for name in packed.namelist() if ".dist-info/" not in name}
     assert names == set(git("ls-tree", "-r", "--name-only", "HEAD", "gateway").split())
 
 
-def test_release_bears_the_commits_time(released: Path) -> None:
-    """Whatever tells a time tells the commit's."""
+def test_release_has_the_commits_time(released: Path) -> None:
+    """Every timestamp in the archives is the commit's."""
     epoch = int(git("log", "-1", "--format=%ct"))
     for name in (SDIST, CHART):
         with tarfile.open(released / name) as packed:
@@ -95,8 +95,8 @@ def test_release_bears_the_commits_time(released: Path) -> None:
             assert zipped.mtime == epoch
 
 
-def test_release_bill_lists_what_the_image_holds(released: Path, script: ModuleType) -> None:
-    """Every package that the lock file installs is listed, with version and licence, and nothing of here."""
+def test_release_bill_lists_the_packages_of_the_image(released: Path, script: ModuleType) -> None:
+    """It lists every package of the lock file, with version and licence, and no path of this machine."""
     text = (released / BILL).read_text()
     bill = json.loads(text)
     pins = dict(
@@ -111,14 +111,14 @@ def test_release_bill_lists_what_the_image_holds(released: Path, script: ModuleT
     assert all(part["licenses"] for part in listed.values())
     root = bill["metadata"]["component"]
     assert (root["name"], root["version"]) == ("sd-progress-gateway", __version__)
-    [needs] = [entry["dependsOn"] for entry in bill["dependencies"] if entry["ref"] == root["bom-ref"]]
-    assert any(need.startswith("starlette==") for need in needs)
+    [dependencies] = [entry["dependsOn"] for entry in bill["dependencies"] if entry["ref"] == root["bom-ref"]]
+    assert any(name.startswith("starlette==") for name in dependencies)
     assert "file:" not in text
     assert str(Path.home()) not in text
 
 
-def test_release_chart_is_helms(released: Path) -> None:
-    """What was packed anew is a chart as before: helm renders it."""
+def test_release_chart_renders(released: Path) -> None:
+    """Helm renders the chart that was packed again."""
     ran = subprocess.run(
         ["helm", "template", "release", released / CHART, "--set", "credentials.existingSecret=pair"],
         capture_output=True,
@@ -129,18 +129,18 @@ def test_release_chart_is_helms(released: Path) -> None:
     assert "kind: Deployment" in ran.stdout
 
 
-# --- what would go wrong ----------------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------------------
 
 
-def test_release_tells_builds_apart(script: ModuleType) -> None:
-    """Another content, and a file that only one build has, are differences; they end a release."""
+def test_release_detects_differences(script: ModuleType) -> None:
+    """Different contents, and files that only one build has, are differences."""
     one, another = {"a": "1", "b": "2", "c": "3"}, {"a": "1", "b": "4", "d": "3"}
     assert script.differences(one, another) == ["b", "c", "d"]
     assert script.differences(one, dict(one)) == []
 
 
-def test_release_chart_forgets_who_packed_it(script: ModuleType) -> None:
-    """Charts that were packed at other times, in another order, by other people are the same."""
+def test_release_chart_does_not_depend_on_its_packing(script: ModuleType) -> None:
+    """Charts that differ in time, order and user of their packing become identical."""
 
     def packed(order: list[str], mtime: int, user: str) -> bytes:
         tar = io.BytesIO()
@@ -154,8 +154,8 @@ def test_release_chart_forgets_who_packed_it(script: ModuleType) -> None:
     one = packed(["Chart.yaml", "values.yaml", "README.md"], 1, "one")
     another = packed(["values.yaml", "README.md", "Chart.yaml"], 2, "another")
     assert one != another
-    assert script.settled(one, 1_000_000_000) == script.settled(another, 1_000_000_000)
-    with tarfile.open(fileobj=io.BytesIO(script.settled(one, 5))) as package:
+    assert script.normalized(one, 1_000_000_000) == script.normalized(another, 1_000_000_000)
+    with tarfile.open(fileobj=io.BytesIO(script.normalized(one, 5))) as package:
         assert [member.name for member in package] == [
             "chart/Chart.yaml",
             "chart/README.md",
@@ -163,8 +163,8 @@ def test_release_chart_forgets_who_packed_it(script: ModuleType) -> None:
         ]
 
 
-def test_release_says_what_is_missing(tmp_path: Path) -> None:
-    """Without helm nothing is built, and it is said why."""
+def test_release_reports_what_is_missing(tmp_path: Path) -> None:
+    """Without helm nothing is built, and the error names helm."""
     for program in ("git", "env"):
         (tmp_path / program).symlink_to(str(shutil.which(program)))
     ran = subprocess.run(
@@ -175,5 +175,5 @@ def test_release_says_what_is_missing(tmp_path: Path) -> None:
         check=False,
     )
     assert ran.returncode == 1
-    assert ran.stderr.startswith("make release needs helm, which is not here: ")
+    assert ran.stderr.startswith("make release needs helm, which is not installed: ")
     assert not (tmp_path / "dist").exists()

@@ -1,9 +1,9 @@
-"""What was measured, as pictures for README: bars of medians, with lines from the least to the most.
+"""Draws the README's benchmark charts: bars of medians, with lines from the minimum to the maximum.
 
     python plots.py RESULTS.json FOLDER
 
-draws FOLDER/bench-light.svg and bench-dark.svg; RESULTS is what `run.py --json` wrote. What was not
-measured is left out.
+draws FOLDER/bench-light.svg and bench-dark.svg. RESULTS is the output of `run.py --json`. Charts without
+results are left out.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from matplotlib.figure import Figure
 
 
 class Chart(NamedTuple):
-    """One figure of one comparison, which is known by how its title begins."""
+    """One figure of one comparison, which is identified by the start of its title."""
 
     comparison: str
     figure: str
     title: str
+    better: str  # "higher" or "lower"
 
 
 class Theme(NamedTuple):
-    """Colours: of what is written, of our bars and of the others'."""
+    """Colours of the text, of the gateway's bars and of the other bars."""
 
     ink: str
     ours: str
@@ -36,27 +37,27 @@ class Theme(NamedTuple):
 
 
 CHARTS = (
-    Chart("hits: one hot task", "hits per CPU-second", "Hits per CPU-second, one hot task"),
-    Chart("hits: 1,000", "hits per CPU-second", "Hits per CPU-second, 1,000 tasks of 1 s lifetime"),
-    Chart("herd", "age, p99, s", "200 pollers: age of the answers, p99, s"),
-    Chart("herd", "upstream calls", "200 pollers: upstream calls"),
-    Chart("rush", "late, p99, ms", "5,000 queries a second: how late, p99, ms"),
-    Chart("misses", "signed upstream calls per CPU-second", "Signed upstream calls per CPU-second"),
-    Chart("watchers", "server CPU per 1,000 changes, s", "5,000 watchers: CPU s per 1,000 changes"),
-    Chart("watchers", "late, p99, ms", "5,000 watchers: how late a change comes, p99, ms"),
-    Chart("curve: by cached tasks", "CPU time of a hit, µs", "CPU time of a hit by cached tasks, µs"),
-    Chart("curve: by connections", "CPU time of a hit, µs", "CPU time of a hit by connections, µs"),
+    Chart("hits: one hot task", "hits per CPU-second", "Hits per CPU-second, one hot task", "higher"),
+    Chart("hits: 1,000", "hits per CPU-second", "Hits per CPU-second, 1,000 tasks", "higher"),
+    Chart("herd", "age, p99, s", "200 pollers: age of responses, p99, s", "lower"),
+    Chart("herd", "upstream calls", "200 pollers: upstream calls", "lower"),
+    Chart("rush", "late, p99, ms", "5,000 queries a second: delay, p99, ms", "lower"),
+    Chart("misses", "signed upstream calls per CPU-second", "Signed upstream calls per CPU-second", "higher"),
+    Chart("watchers", "server CPU per 1,000 changes, s", "5,000 watchers: CPU s per 1,000 changes", "lower"),
+    Chart("watchers", "late, p99, ms", "5,000 watchers: delay, p99, ms", "lower"),
+    Chart("curve: by cached tasks", "CPU time of a hit, µs", "CPU µs per hit, by cached tasks", "lower"),
+    Chart("curve: by connections", "CPU time of a hit, µs", "CPU µs per hit, by connections", "lower"),
 )
 THEMES = {"light": Theme("#24292f", "#0969da", "#afb8c1"), "dark": Theme("#e6edf3", "#4493f8", "#57606a")}
-_WHOLE = 100  # from here on no digits after the point
+_WHOLE = 100  # larger numbers have no decimals
 _COLUMNS = 2
-_INCHES = (11.0, 1.9)  # of the whole width, and of a row's height
-# Text stays text, and equal figures make equal files.
+_INCHES = (11.0, 1.9)  # width of the figure, height of a row
+# Text is stored as text, and equal results give equal files.
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 9}
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw what there is of the charts, once for each theme; return the files."""
+    """Draw the charts that have results, once per theme; return the files."""
     found = [(chart, samples) for chart in CHARTS if (samples := _samples(results, chart))]
     if not found:
         return []
@@ -108,7 +109,7 @@ def _bars(axes: Any, chart: Chart, samples: Mapping[str, Sequence[float]], theme
     )
     axes.bar_label(bars, labels=[f"  {_number(median)}" for median in medians], color=theme.ink)
     axes.invert_yaxis()
-    axes.set_title(chart.title, loc="left", fontsize=10)
+    axes.set_title(f"{chart.title} ({chart.better} is better)", loc="left", fontsize=10)
     axes.set_xticks([])
     axes.margins(x=0.2)
     for side in axes.spines.values():

@@ -1,4 +1,4 @@
-"""The project's documents, read as Markdown: what they show to be run, and where they point."""
+"""The project's documents, parsed as Markdown: their code blocks, links and headings."""
 
 import re
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ _PROMPT = "$ "
 
 @dataclass(frozen=True)
 class Command:
-    """A command as a reader would type it, and what the document says it prints."""
+    """A command as a reader types it, and the output that the document shows."""
 
     text: str
     shown: str
@@ -25,7 +25,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. Behind the language stands the name of the file that it is, if it is one."""
+    """A fenced block. `name` is the file name after the language, if there is one."""
 
     document: str
     line: int
@@ -42,10 +42,10 @@ class Block:
         lines = iter(self.text.splitlines())
         for line in lines:
             if line.startswith(_PROMPT):
-                typed = [line.removeprefix(_PROMPT)]
-                while typed[-1].endswith("\\"):
-                    typed.append(next(lines))
-                found.append(Command("\n".join(typed), ""))
+                lines_of_command = [line.removeprefix(_PROMPT)]
+                while lines_of_command[-1].endswith("\\"):
+                    lines_of_command.append(next(lines))
+                found.append(Command("\n".join(lines_of_command), ""))
             else:
                 command = found.pop()
                 found.append(Command(command.text, f"{command.shown}{line}\n"))
@@ -67,7 +67,7 @@ class Document:
         return self.path.read_text(encoding="utf-8")
 
     def blocks(self, language: str = "") -> list[Block]:
-        """Return its fenced blocks, all or those in a language."""
+        """Return the fenced blocks, all or those in one language."""
         found = []
         for token in _tokens(self.text):
             if token.type == "fence":
@@ -77,12 +77,12 @@ class Document:
         return [block for block in found if language in {"", block.language}]
 
     def block(self, name: str) -> Block:
-        """Return the block that is this file."""
+        """Return the block with this file name."""
         [found] = [block for block in self.blocks() if block.name == name]
         return found
 
     def targets(self) -> list[str]:
-        """Return where its links and pictures point, those in HTML among them."""
+        """Return the targets of links and pictures, including those in HTML."""
         markdown = [
             str(token.attrs[key]) for token in self._inline() for key in ("href", "src") if key in token.attrs
         ]
@@ -94,11 +94,11 @@ class Document:
         return markdown + re.findall(r'(?:href|src|srcset)="([^"]+)"', html)
 
     def code(self) -> list[str]:
-        """Return what stands in backticks within its text."""
+        """Return the inline code of the text."""
         return [token.content for token in self._inline() if token.type == "code_inline"]
 
     def anchors(self) -> set[str]:
-        """Return the fragments under which its headings are found, as GitHub makes them."""
+        """Return the fragments of the headings, as GitHub generates them."""
         tokens = _tokens(self.text)
         titles = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
         return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

@@ -1,4 +1,4 @@
-"""A shell into which a document's commands are typed, and what is shown compared with what it prints."""
+"""A shell that runs a document's commands and compares their output with what the document shows."""
 
 import os
 import re
@@ -19,13 +19,13 @@ _BASH = Path("bash")
 _SERVERS = ("make demo", "sd-gateway serve", "sd-gateway demo")  # commands that run until they are stopped
 _LISTENS = r'"url": "(http://[^"]+)"'
 _CURL_SAW_AN_ERROR = 22
-_ENOUGH = 2  # events of a stream that would go on
+_ENOUGH = 2  # events of a stream that does not end
 
 
 class Session:
-    """Runs commands one after the other; what they export stays.
+    """Runs commands one after the other; exported variables persist.
 
-    `instead` maps what stands in a document to what stands for it here: an address, a secret.
+    `replacements` maps texts of a document to their values here, for example an address or a secret.
     """
 
     def __init__(
@@ -34,21 +34,21 @@ class Session:
         *,
         scratch: Path,
         env: Mapping[str, str],
-        instead: Mapping[str, str],
+        replacements: Mapping[str, str],
         server: ExitStack,
     ) -> None:
         self._cwd = cwd
         self._exported = scratch / "exported"
-        # curl shows its meter to whoever is no terminal, and a reader has one. An error is one that is shown.
+        # Without a terminal curl prints a progress meter, which a reader does not see. Errors stay visible.
         (scratch / ".curlrc").write_text("silent\nshow-error\nfail-with-body\n")
         ours = {"PATH": f"{_BIN}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8", "CURL_HOME": str(scratch)}
         self._env = neutral_environment() | ours | dict(env)
-        self._instead = dict(instead)
+        self._replacements = dict(replacements)
         self._server = server
 
     def run(self, command: Command) -> None:
-        """Run a command, which must end well and print what the document says, if it says anything."""
-        text = self.here(command.text)
+        """Run a command, which must succeed and print the output that the document shows, if any."""
+        text = self.localized(command.text)
         if text.startswith(_SERVERS):
             self._serve(text)
             return
@@ -57,15 +57,15 @@ class Session:
         else:
             printed = self._run(text, refused="urn:sd-gateway:problem:" in command.shown)
         if command.shown:
-            pattern = shape(self.here(command.shown))
+            pattern = shape(self.localized(command.shown))
             assert re.fullmatch(pattern, printed.strip()), (
-                f"{text}\nprinted\n{printed}\nbut shown is\n{command.shown}"
+                f"{text}\nprinted\n{printed}\nbut the document shows\n{command.shown}"
             )
 
-    def here(self, text: str) -> str:
-        """Return a command as it is run here."""
-        for written, meant in self._instead.items():
-            text = text.replace(written, meant)
+    def localized(self, text: str) -> str:
+        """Return a text of the document with the values of this session."""
+        for written, replacement in self._replacements.items():
+            text = text.replace(written, replacement)
         return text
 
     def _run(self, text: str, *, refused: bool) -> str:
@@ -74,7 +74,9 @@ class Session:
         printed = process.communicate()[0]
         if refused and process.returncode == _CURL_SAW_AN_ERROR:
             return re.sub(r"^curl: \(22\) .*\n", "", printed)
-        assert process.returncode == 0, f"{text}\nended with {process.returncode}, and printed\n{printed}"
+        assert process.returncode == 0, (
+            f"{text}\nfailed with status {process.returncode}, and printed\n{printed}"
+        )
         pairs = (
             line.partition("=") for line in self._exported.read_text(encoding="utf-8").split("\0") if line
         )
@@ -82,7 +84,7 @@ class Session:
         return printed
 
     def _stream(self, text: str) -> str:
-        """Read a stream until it ends, or is seen to go on."""
+        """Read a stream until it ends, or until it has sent enough events."""
         process = self._start(f"exec {text}")
         assert process.stdout is not None
         printed = ""
@@ -102,25 +104,25 @@ class Session:
             env=self._env,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,  # a header's CR LF becomes LF, too
+            text=True,  # converts the CR LF of headers to LF
         )
 
     def _serve(self, text: str) -> None:
-        self._server.close()  # the one before, which has the address
+        self._server.close()  # stops the previous server, which uses the same address
         process = Process("-c", f"exec {text}", program=_BASH, cwd=self._cwd, env=self._env)
         self._server.enter_context(process)
         url = process.says(_LISTENS)
-        if "demo" in text:  # a reader types the next command a little later
+        if "demo" in text:  # a reader types the next command later
             until(lambda: _status(f"{url}/v1/progress/demo-1") == "running", "the demo's first task runs")
 
 
 @contextmanager
 def session(
-    cwd: Path, *, scratch: Path, env: Mapping[str, str], instead: Mapping[str, str]
+    cwd: Path, *, scratch: Path, env: Mapping[str, str], replacements: Mapping[str, str]
 ) -> Iterator[Session]:
-    """Give a session; what it started is stopped in the end. Nothing of its own is left but in `scratch`."""
+    """Return a session that stops its servers at the end. It writes files of its own only to `scratch`."""
     with ExitStack() as server:
-        yield Session(cwd, scratch=scratch, env=env, instead=instead, server=server)
+        yield Session(cwd, scratch=scratch, env=env, replacements=replacements, server=server)
 
 
 def _status(url: str) -> str:
@@ -129,7 +131,7 @@ def _status(url: str) -> str:
 
 
 def shape(shown: str) -> str:
-    """Return a pattern for what is shown: an ellipsis is anything, a number is any number."""
+    """Return a pattern for shown output: an ellipsis matches anything, a number matches any number."""
     parts = re.split(r"(…|\d+(?:\.\d+)?)", shown.strip())
     return "".join(
         re.escape(part) if index % 2 == 0 else r"[\s\S]*?" if part == "…" else r"\d+(?:\.\d+)?(?:e-\d+)?"

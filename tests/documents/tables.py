@@ -1,4 +1,4 @@
-"""`make docs`: writes those parts of the documents that the code tells, between their marks.
+"""`make docs`: writes the generated parts of the documents, between their markers.
 
 <!-- made by `make docs`: NAME -->
 …
@@ -30,7 +30,7 @@ _MARKED = re.compile(
     re.DOTALL,
 )
 _SETTING = re.compile(r"# (?P<name>\w+) = .*?(?:\s+# (?P<meaning>.*))?")
-_AGAIN = {429: "yes, after", 500: "no: tell the operators", 502: "yes", 503: "yes, after", 504: "yes"}
+_RETRY = {429: "yes, after", 500: "no: tell the operators", 502: "yes", 503: "yes, after", 504: "yes"}
 
 Rows = Iterator[tuple[str, ...]]
 
@@ -49,10 +49,10 @@ def table(heads: tuple[str, ...], rows: Rows) -> str:
 
 
 def settings() -> str:
-    """Return the table of settings: from the model, and their meanings from config/gateway.toml."""
+    """Return the table of settings: the model, with the meanings from config/gateway.toml."""
 
     def rows() -> Rows:
-        told = meanings()
+        descriptions = meanings()
         for section, field in Settings.model_fields.items():
             properties = field.annotation.model_json_schema()["properties"]  # type: ignore[union-attr]
             defaults = getattr(Settings(), section)
@@ -61,14 +61,14 @@ def settings() -> str:
                     f"`{section}.{name}`",
                     _default(getattr(defaults, name)),
                     _allowed(schema),
-                    told[section, name],
+                    descriptions[section, name],
                 )
 
     return table(("setting", "default", "allowed", "meaning"), rows())
 
 
 def meanings() -> dict[tuple[str, str], str]:
-    """Return what config/gateway.toml says behind each setting, by section and name."""
+    """Return the comment of each setting in config/gateway.toml, by section and name."""
     found: dict[tuple[str, str], str] = {}
     section, name = "", ""
     for line in CONFIG.read_text(encoding="utf-8").splitlines():
@@ -93,7 +93,7 @@ def _default(value: Any) -> str:
 
 
 def _allowed(schema: Mapping[str, Any]) -> str:
-    if "anyOf" in schema:  # a path, or nothing
+    if "anyOf" in schema:  # an optional path
         return "a file"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])
@@ -114,15 +114,15 @@ def _allowed(schema: Mapping[str, Any]) -> str:
 
 
 def problems() -> str:
-    """Return the table of problem codes, and whether to ask again."""
+    """Return the table of problem codes, and whether a client should retry."""
 
     def rows() -> Rows:
         for kind, (status, title) in PROBLEMS.items():
-            again = "no" if kind is UpstreamRejected else _AGAIN.get(status, "no")
+            retry = "no" if kind is UpstreamRejected else _RETRY.get(status, "no")
             words = (
                 f"{title}: a bug." if kind is GatewayError else re.split(r"(?<=\.)\s", str(kind.__doc__))[0]
             )
-            yield f"`{kind.code}`", str(status), again, words
+            yield f"`{kind.code}`", str(status), retry, words
 
     return table(("code", "HTTP", "ask again?", "what it is"), rows())
 
@@ -146,7 +146,7 @@ def metrics() -> str:
 
 def alerts() -> str:
     """Return the alerts, each with its runbook."""
-    told = []
+    sections = []
     for group in yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]:
         for rule in group["rules"]:
             if "alert" in rule:
@@ -155,12 +155,12 @@ def alerts() -> str:
                     f"{rule['labels']['severity']}, {'after ' + rule['for'] if 'for' in rule else 'at once'}"
                 )
                 summary = re.sub(r"\{\{ \$labels\.(\w+) \}\}", r"*\1*", texts["summary"])
-                told.append(f"#### {rule['alert']}\n\n{summary} ({when})\n\n{_code(texts['runbook'])}\n")
-    return "\n" + "\n".join(told) + "\n"
+                sections.append(f"#### {rule['alert']}\n\n{summary} ({when})\n\n{_code(texts['runbook'])}\n")
+    return "\n" + "\n".join(sections) + "\n"
 
 
 def _code(words: str) -> str:
-    # Names of metrics, settings and codes, where they do not stand in backticks already.
+    # Puts names of metrics, settings and codes into backticks, unless they already are.
     parts = words.split("`")
     name = r"(?<![\w`])((?:sd_gateway_|process_)\w+|(?:upstream|cache|store|server|watch)\.[a-z_]+\b(?!\.))"
     parts[::2] = [re.sub(name, r"`\1`", part) for part in parts[::2]]
@@ -178,19 +178,17 @@ TABLES: Mapping[str, Callable[[], str]] = {
 
 
 def current(document: Document) -> str:
-    """Return the document's text with what is made in it made anew."""
-    return _MARKED.sub(
-        lambda marked: marked["begin"] + TABLES[marked["name"]]() + marked["end"], document.text
-    )
+    """Return the document's text with its generated parts updated."""
+    return _MARKED.sub(lambda part: part["begin"] + TABLES[part["name"]]() + part["end"], document.text)
 
 
-def made(document: Document) -> list[str]:
-    """Return the names of what is made in a document."""
-    return [marked["name"] for marked in _MARKED.finditer(document.text)]
+def generated(document: Document) -> list[str]:
+    """Return the names of a document's generated parts."""
+    return [part["name"] for part in _MARKED.finditer(document.text)]
 
 
 def main() -> None:
-    """Write every document anew."""
+    """Update every document."""
     for document in documents():
         document.path.write_text(current(document), encoding="utf-8")
 
