@@ -8,7 +8,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from gateway.domain import errors
 from gateway.domain.errors import GatewayError
-from gateway.domain.snapshot import Status
+from gateway.domain.task import Status
 from gateway.progress.results import CacheStatus
 from gateway.telemetry.counters import FastCounters, FastHistograms
 from gateway.telemetry.metrics import Metrics

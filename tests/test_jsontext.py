@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from gateway.domain.envelope import read_envelope
 from gateway.domain.errors import UpstreamError, UpstreamInvalid
 from gateway.domain.json_text import ABSENT, plain_text, read_object, value
-from gateway.domain.snapshot import Operation, TaskKey, observe
+from gateway.domain.snapshot import observe
+from gateway.domain.task import Operation, TaskKey
 from tests.test_models import LIFETIMES
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")

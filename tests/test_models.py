@@ -10,17 +10,8 @@ from hypothesis import strategies as st
 
 from gateway.domain.envelope import read_envelope
 from gateway.domain.errors import InvalidTaskId, UpstreamInvalid, UpstreamRejected
-from gateway.domain.snapshot import (
-    Operation,
-    Snapshot,
-    Status,
-    TaskKey,
-    check_task_id,
-    observe,
-    render_json,
-    strict_json,
-    vendor_status,
-)
+from gateway.domain.snapshot import Snapshot, observe, render_json, strict_json, vendor_status
+from gateway.domain.task import Operation, Status, TaskKey, check_task_id
 from gateway.telemetry.redaction import MASK, Redactor
 
 TASK = "01j5t2qx82323pswaqykz9eq4"

@@ -9,7 +9,7 @@ import pytest
 from gateway.domain.envelope import read_envelope
 from gateway.domain.errors import UpstreamRejected
 from gateway.domain.rejection import STEP, clean, holds
-from gateway.domain.snapshot import Operation, TaskKey
+from gateway.domain.task import Operation, TaskKey
 from gateway.telemetry.redaction import MASK, Redactor
 from tests.harness import SECRET, Gateway, RawUpstream, framed, fresh_id
 

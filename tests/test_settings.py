@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, SecretStr
 
-from gateway.domain.snapshot import Operation
+from gateway.domain.task import Operation
 from gateway.settings.model import Settings, SettingsError, load
 
 Load = Callable[..., Settings]

@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from gateway.domain.printable import printable
-from gateway.domain.snapshot import Operation
+from gateway.domain.task import Operation
 from gateway.settings.error_messages import describe_errors
 from gateway.settings.secret_files import read_secret
 

@@ -20,7 +20,7 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
 
 from gateway import __version__
-from gateway.domain.snapshot import TaskKey
+from gateway.domain.task import TaskKey
 from gateway.settings.model import SettingsError
 from gateway.telemetry.tracing import Mark
 

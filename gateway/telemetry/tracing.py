@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gateway.domain.snapshot import TaskKey
+from gateway.domain.task import TaskKey
 
 
 @dataclass(slots=True)
