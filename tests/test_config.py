@@ -5,7 +5,8 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from gateway.settings.model import Settings, load
+from gateway.settings.loading import load
+from gateway.settings.model import Settings
 
 FILE = Path(__file__).parent.parent / "config" / "gateway.toml"
 COMMENTED = re.compile(r"^# (?=\w+ = )", re.MULTILINE)

@@ -9,7 +9,8 @@ import pytest
 from pydantic import BaseModel, SecretStr
 
 from gateway.domain.task import Operation
-from gateway.settings.model import Settings, SettingsError, load
+from gateway.settings.loading import load
+from gateway.settings.model import Settings, SettingsError
 
 Load = Callable[..., Settings]
 
@@ -489,18 +490,18 @@ def test_load_accepts_an_endpoint(read: Load, endpoint: str) -> None:
         ("https://host:port", "must be an http or https URL"),
         ("https://host:65536", "must be an http or https URL"),
         ("https://host name", "must be an http or https URL"),
-        ("https://host/path", "must be a scheme, a host and maybe a port, nothing more"),
-        ("https://host?query", "must be a scheme, a host and maybe a port, nothing more"),
-        ("https://host#fragment", "must be a scheme, a host and maybe a port, nothing more"),
-        ("http://host", "plain http only to loopback, unless upstream.allow_insecure = true"),
-        ("http://10.0.0.1", "plain http only to loopback, unless upstream.allow_insecure = true"),
+        ("https://host/path", "must be a scheme and a host, with an optional port and nothing else"),
+        ("https://host?query", "must be a scheme and a host, with an optional port and nothing else"),
+        ("https://host#fragment", "must be a scheme and a host, with an optional port and nothing else"),
+        ("http://host", "plain http needs a loopback address or upstream.allow_insecure = true"),
+        ("http://10.0.0.1", "plain http needs a loopback address or upstream.allow_insecure = true"),
         (
             "http://localhost.example.com",
-            "plain http only to loopback, unless upstream.allow_insecure = true",
+            "plain http needs a loopback address or upstream.allow_insecure = true",
         ),
         (
             "http://127.0.0.1.example.com",
-            "plain http only to loopback, unless upstream.allow_insecure = true",
+            "plain http needs a loopback address or upstream.allow_insecure = true",
         ),
     ],
 )
@@ -616,12 +617,12 @@ def test_store_url_is_never_shown(read: Load) -> None:
         ({"url": "valkey://"}, "store.url = 'valkey://': must be valkey://"),
         ({"url": "valkey://u:s3cret@v:x"}, "store.url = (hidden): must be valkey://"),
         ({"url": "valkey://v?db=1"}, "store.url = 'valkey://v?db=1': must be valkey://"),
-        ({"url": "valkey://v/a"}, "store.url = 'valkey://v/a': its path may be"),
-        ({"url": "valkey://v/1", "cluster": "true"}, "store.url = 'valkey://v/1': its path may be"),
-        ({"url": "valkey://v,w"}, "store.url = 'valkey://v,w': several hosts only"),
+        ({"url": "valkey://v/a"}, "store.url = 'valkey://v/a': the path must be"),
+        ({"url": "valkey://v/1", "cluster": "true"}, "store.url = 'valkey://v/1': the path must be"),
+        ({"url": "valkey://v,w"}, "store.url = 'valkey://v,w': several hosts require"),
         (
             {"url": "valkey://v", "cluster": "true", "sentinel_service": "s"},
-            "store.cluster = 'true': not together with",
+            "store.cluster = 'true': cannot be combined with",
         ),
         ({"key_prefix": "{x}"}, "store.key_prefix = '{x}': string should match"),
         ({"timeout_seconds": "2"}, "store.timeout_seconds = '2': input should be less"),
