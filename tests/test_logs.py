@@ -21,7 +21,7 @@ SECRET_TEXT = "secret-in-a-log"
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
     """Return what tells all that was written to stderr; put logging back in the end."""
-    root, quiet = logging.getLogger(), [logging.getLogger(name) for name in logs._QUIET]
+    root, quiet = logging.getLogger(), [logging.getLogger(name) for name in logs._LIBRARY_LEVELS]
     handlers = root.handlers[:]
     before = [(logger, logger.level, logger.filters[:]) for logger in (root, *quiet)]
     yield lambda: capsys.readouterr().err
