@@ -1,7 +1,7 @@
-"""sd-progress-gateway: how far is my image? Asked a thousand times, fetched once.
+"""sd-progress-gateway: signs, caches and pushes progress queries to the vendor's image generation API.
 
-Start reading at `service.py`, where the cache, the flights and the upstream meet;
-ARCHITECTURE.md draws the layers around it.
+`progress/service.py` is the place to start reading: it joins the cache, the in-flight requests and the
+upstream client. ARCHITECTURE.md describes the packages around it.
 """
 
 __version__ = "0.1.0"

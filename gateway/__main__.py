@@ -1,4 +1,4 @@
-"""`python -m gateway` is `sd-gateway`."""
+"""Runs the `sd-gateway` command: `python -m gateway`."""
 
 import sys
 

@@ -7,7 +7,8 @@ from prometheus_client import CollectorRegistry
 
 from gateway.api.cached_responses import CachedResponses
 from gateway.api.trusted_hosts import TrustedHosts
-from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import Operation, Status, TaskKey
 from gateway.progress.service import ProgressService
 from gateway.server.fast_path import HeadRenderer
 from gateway.settings.model import Cache

@@ -1,4 +1,4 @@
-"""What queries for Prometheus may name: the gateway's metrics, their labels, and the labels' values."""
+"""Checks Prometheus queries against the gateway's metrics, their labels and the values of labels."""
 
 import re
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 from gateway.domain import errors
 from gateway.domain.errors import GatewayError
-from gateway.domain.snapshot import Status
+from gateway.domain.task import Status
 from gateway.progress.results import CacheStatus
 from gateway.telemetry.counters import FastCounters, FastHistograms
 from gateway.telemetry.metrics import Metrics
@@ -29,20 +29,20 @@ _VALUES = {
     "status": set(Status) | {"200", "500", "503"},
 }
 _SUFFIXES = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"], "gauge": [""]}
-_EVERYWHERE = {"namespace", "job", "instance"}  # which Prometheus adds
+_EVERYWHERE = {"namespace", "job", "instance"}  # added by Prometheus
 _METRIC = re.compile(r"((?:sd_gateway|process|python|namespace_job)_[\w:]+)(?:\{([^}]*)\})?")
 _MATCHER = re.compile(r'(\w+)[=!~]+"([^"]*)"')
 
 
 def label_names(metric: MetricWrapperBase | FastCounters | FastHistograms) -> tuple[str, ...]:
-    """Return the names of a metric's labels."""
+    """Return the label names of a metric."""
     return (
         metric.label_names if isinstance(metric, FastCounters | FastHistograms) else tuple(metric._labelnames)
     )
 
 
 def series() -> dict[str, set[str]]:
-    """Return the labels of every series that a gateway may have, by its name."""
+    """Return the label names of every series of the gateway, by name of the series."""
     metrics = Metrics(CollectorRegistry(), gateway_version="1.2.3")
     samples = [sample for family in metrics.registry.collect() for sample in family.samples]
     known = {s.name: set(s.labels) for s in samples if not s.name.endswith("_created")}
@@ -55,16 +55,16 @@ def series() -> dict[str, set[str]]:
 
 
 def check_names(expression: str, *, recorded: Iterable[str]) -> None:
-    """Check that the metrics, labels and labels' values of an expression exist, or are `recorded`."""
+    """Check that the metrics, labels and label values in an expression exist, or are in `recorded`."""
     known = series()
     found = _METRIC.findall(expression)
     assert found, "an expression without a metric"
     for name, matchers in found:
         assert name in known or name in recorded, name
         allowed = set(_EVERYWHERE)
-        if family := re.search(r"sd_gateway_[a-z_]+", name):  # what is recorded keeps labels of its origin
+        if family := re.search(r"sd_gateway_[a-z_]+", name):  # recorded series keep labels of their origin
             allowed.update(*(labels for each, labels in known.items() if each.startswith(family[0])))
         for label, quoted in _MATCHER.findall(matchers):
-            if not quoted.startswith("$"):  # one of a dashboard's variables
+            if not quoted.startswith("$"):  # not a variable of a dashboard
                 assert label in allowed, (name, label)
                 assert label not in _VALUES or set(quoted.split("|")) <= _VALUES[label], (name, quoted)

@@ -5,7 +5,8 @@ import time
 from typing import Any
 
 from gateway.domain.envelope import read_envelope
-from gateway.domain.snapshot import Snapshot, Status, TaskKey, observe
+from gateway.domain.snapshot import Snapshot, observe
+from gateway.domain.task import Status, TaskKey
 
 
 def answered(key: TaskKey, status: str = "running", **data: Any) -> bytes:

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import Operation, Status, TaskKey
 from gateway.progress.refresh_ahead import RefreshAhead
 from tests.ticked import TickedLoop
 

@@ -18,7 +18,8 @@ import yaml
 
 from gateway import __version__
 from gateway.api.operator_endpoints import PROBES
-from gateway.settings.model import Settings, load
+from gateway.settings.loading import load
+from gateway.settings.model import Settings
 from tests.harness import Gateway, Simulator
 
 ROOT = Path(__file__).parent.parent

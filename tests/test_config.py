@@ -1,28 +1,29 @@
-"""The settings file that comes with the project: a list of the defaults, and complete."""
+"""The shipped settings file is complete and lists the defaults."""
 
 import re
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from gateway.settings.model import Settings, load
+from gateway.settings.loading import load
+from gateway.settings.model import Settings
 
 FILE = Path(__file__).parent.parent / "config" / "gateway.toml"
 COMMENTED = re.compile(r"^# (?=\w+ = )", re.MULTILINE)
 
 
 def uncommented() -> dict[str, dict[str, Any]]:
-    """Return the file's content with each commented setting taken for set."""
+    """Return the content of the file with all settings uncommented."""
     return tomllib.loads(COMMENTED.sub("", FILE.read_text(encoding="utf-8")))
 
 
 def test_config_sets_nothing() -> None:
-    """As it comes the file changes no setting."""
+    """The shipped file changes no setting."""
     assert load(FILE, {}) == Settings()
 
 
-def test_config_tells_the_defaults() -> None:
-    """With every line uncommented it is the defaults, but for files of secrets, which have none."""
+def test_config_lists_the_defaults() -> None:
+    """With every line uncommented the settings are the defaults, except for files, which have none."""
     values = uncommented()
     for section in ("credentials", "store"):
         for name in [name for name in values[section] if name.endswith("_file")]:
@@ -31,13 +32,11 @@ def test_config_tells_the_defaults() -> None:
     defaults = Settings().model_dump(mode="json")
     for section, settings in values.items():
         for name, value in settings.items():
-            assert type(value) is type(defaults[section][name]), (
-                f"{section}.{name} is written in another type"
-            )
+            assert type(value) is type(defaults[section][name]), f"{section}.{name} has a different type"
 
 
 def test_config_names_every_setting() -> None:
-    """Every setting of the model stands in the file, in the model's order."""
+    """The file has every setting of the model, in the model's order."""
     values = uncommented()
     assert list(values) == list(Settings.model_fields)
     for section, settings in values.items():

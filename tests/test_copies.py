@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import Operation, Status, TaskKey
 from gateway.stores.memory import MemoryStore
 from gateway.stores.valkey.local_cache import LocalCache
 from tests.ticked import TickedLoop

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from gateway.domain.snapshot import TaskKey
+from gateway.domain.task import TaskKey
 from gateway.telemetry.tracing import AsgiApp, Mark
 from tests.harness import Gateway, Json, RawUpstream, Request, framed, well
 from tests.requesting import Requests

@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from gateway.cli.main import _parser
-from gateway.settings.model import PREFIX, Settings
+from gateway.settings.loading import PREFIX
+from gateway.settings.model import Settings
 from tests.documents import tables
 from tests.documents.markdown import ROOT, Block, Command, Document, documents
 from tests.documents.session import Session, session

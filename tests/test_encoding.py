@@ -14,7 +14,8 @@ from gateway.domain.errors import (
     UpstreamRejected,
     UpstreamTimeout,
 )
-from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey, observe
+from gateway.domain.snapshot import Snapshot, observe
+from gateway.domain.task import Operation, Status, TaskKey
 from gateway.stores.valkey.codec import (
     Head,
     InvalidStoredValue,

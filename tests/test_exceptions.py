@@ -1,4 +1,4 @@
-"""The exception tree: its drawing, its codes, and what may pass by itself."""
+"""The exception hierarchy: its drawing, its codes, and its transient errors."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ TRANSIENT = {"UpstreamBusy", "UpstreamNonce", "UpstreamTimeout", "UpstreamUnreac
 
 
 def tree(kind: type[GatewayError] = GatewayError, depth: int = 0) -> Iterator[tuple[int, type[GatewayError]]]:
-    """Yield every class with its depth, as the drawing has them."""
+    """Yield every class with its depth, in the order of the drawing."""
     yield depth, kind
     for child in kind.__subclasses__():
         if child.__module__ == errors.__name__:
@@ -31,8 +31,8 @@ def tree(kind: type[GatewayError] = GatewayError, depth: int = 0) -> Iterator[tu
 KINDS = [kind for _, kind in tree()]
 
 
-def test_exceptions_are_drawn_as_they_are() -> None:
-    """The drawing in the module's docstring is the tree, in its order."""
+def test_exceptions_match_their_drawing() -> None:
+    """The drawing in the module's docstring has every class, in order."""
     drawing = errors.__doc__ or ""
     drawn = re.findall(r"^    ([│ ]*[├└]── |)(\w+)\b(?:  .*)?$", drawing, re.MULTILINE)
     names = {kind.__name__ for kind in KINDS}
@@ -43,16 +43,16 @@ def test_exceptions_are_drawn_as_they_are() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_exceptions_have_a_code_of_their_own_or_of_their_parent(kind: type[GatewayError]) -> None:
-    """A code is a few lower-case words, and only a branch that nobody raises is without one."""
+    """A code is lower-case words; only classes that are never raised have none of their own."""
     assert re.fullmatch(r"[a-z]+(-[a-z]+)*", kind.code)
     assert (kind.code == "internal") == (kind.__name__ in BRANCHES)
 
 
-def test_exceptions_share_no_code_but_with_their_parent() -> None:
-    """Two classes with one code are parent and child: what is counted under a code means one thing.
+def test_exceptions_share_codes_only_with_their_parent() -> None:
+    """Two classes with one code are parent and child, so that a code has one meaning in metrics.
 
-    One pair is excepted. To a caller a refusal that names the credentials and one that does not are the same,
-    so both have one code. Only the first one pauses the credentials, so neither is the other's parent.
+    There is one exception. To a caller, a rejection that names the credentials and one that does not are the
+    same, so both have one code. Only the first pauses the credentials, so neither is the parent of the other.
     """
     owners = [kind for kind in KINDS if "code" in vars(kind) and kind is not UpstreamForbidden]
     assert len({kind.code for kind in owners}) == len(owners)
@@ -60,14 +60,14 @@ def test_exceptions_share_no_code_but_with_their_parent() -> None:
     assert not issubclass(UpstreamForbidden, UpstreamCredentials)
 
 
-def test_exceptions_say_which_may_pass() -> None:
-    """Transient is what the same call, signed afresh, may get past; the rest is not tried again."""
+def test_exceptions_are_transient_if_a_retry_may_succeed() -> None:
+    """Only errors that a retry with a new signature may avoid are transient."""
     upstream = [kind for kind in KINDS if issubclass(kind, UpstreamError)]
     assert {kind.__name__ for kind in upstream if kind.transient} == TRANSIENT
 
 
-def test_exceptions_carry_what_is_known() -> None:
-    """An error has its text, and where they are known a detail and a time to come back."""
+def test_exceptions_have_message_detail_and_retry_after() -> None:
+    """An error has its message, and optionally a detail and a time to retry."""
     detail = UpstreamDetail(request_id="r-1")
     error = UpstreamTimeout("too late", detail=detail, retry_after=3.0)
     assert (str(error), error.detail, error.retry_after) == ("too late", detail, 3.0)

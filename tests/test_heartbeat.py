@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gateway.api.heartbeats import Heartbeats
-from gateway.domain.snapshot import Operation, TaskKey
+from gateway.domain.task import Operation, TaskKey
 from gateway.watch.subscriber import Subscriber
 from tests.ticked import TickedLoop
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.domain.snapshot import Operation, TaskKey
+from gateway.domain.task import Operation, TaskKey
 from gateway.stores.valkey.codec import _digest
 from gateway.stores.valkey.connection import slot_of
 from tests.harness import PATIENCE_SECONDS, Gateway, RawUpstream, framed, fresh_id, until

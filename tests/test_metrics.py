@@ -1,4 +1,4 @@
-"""The metrics: names, types and labels that dashboards rely on."""
+"""Metrics: the names, types and labels that dashboards depend on."""
 
 import platform
 
@@ -13,7 +13,7 @@ from gateway.telemetry.metrics import Metrics
 from tests.promql import label_names
 
 PREFIX = "sd_gateway_"
-PROMISED: dict[str, tuple[str, tuple[str, ...]]] = {
+PUBLISHED: dict[str, tuple[str, tuple[str, ...]]] = {
     "http_requests": ("counter", ("route", "method", "status")),
     "http_request_duration_seconds": ("histogram", ("route",)),
     "http_connections": ("gauge", ()),
@@ -51,28 +51,28 @@ def metrics() -> Metrics:
     return Metrics(CollectorRegistry(), gateway_version="1.2.3")
 
 
-def test_metrics_have_the_promised_names_types_and_labels(metrics: Metrics) -> None:
-    """Names, types and labels are the promised ones, and no metric of ours is without a promise."""
+def test_metrics_have_the_published_names_types_and_labels(metrics: Metrics) -> None:
+    """The metrics are exactly the published ones."""
     ours = [
         m for m in vars(metrics).values() if isinstance(m, MetricWrapperBase | FastCounters | FastHistograms)
     ]
     described = [(next(iter(metric.describe())), metric) for metric in ours]
     assert {
         family.name.removeprefix(PREFIX): (family.type, label_names(metric)) for family, metric in described
-    } == PROMISED
+    } == PUBLISHED
     exposed = {family.name for family in metrics.registry.collect() if family.name.startswith(PREFIX)}
-    assert exposed == {PREFIX + name for name in PROMISED}
+    assert exposed == {PREFIX + name for name in PUBLISHED}
 
 
-def test_metrics_are_all_explained(metrics: Metrics) -> None:
-    """Every metric says in its help text, in a sentence, what it means."""
+def test_metrics_have_help_texts(metrics: Metrics) -> None:
+    """The help text of every metric is a sentence."""
     for family in metrics.registry.collect():
         if family.name.startswith(PREFIX):
             assert family.documentation.endswith(".")
 
 
-def test_metrics_tell_what_runs(metrics: Metrics) -> None:
-    """build_info is 1, and names the versions of the gateway, of Python and of the server."""
+def test_metrics_include_build_info(metrics: Metrics) -> None:
+    """build_info is 1, with the versions of the gateway, Python and the server as labels."""
     [sample] = [s for f in metrics.registry.collect() for s in f.samples if s.name == "sd_gateway_build_info"]
     assert sample.value == 1
     assert sample.labels["version"] == "1.2.3"
@@ -80,35 +80,35 @@ def test_metrics_tell_what_runs(metrics: Metrics) -> None:
     assert sample.labels["server"].startswith("uvicorn ")
 
 
-def test_metrics_ask_for_the_number_of_entries_when_scraped(metrics: Metrics) -> None:
-    """The gauges of the cache are what the store says at the moment of the scrape."""
-    kept = ["a"]
-    metrics.measure_cache(entries=kept.__len__, size=lambda: 10 * len(kept))
+def test_metrics_read_the_size_of_the_cache_when_scraped(metrics: Metrics) -> None:
+    """The gauges of the cache call their functions at each scrape."""
+    entries = ["a"]
+    metrics.measure_cache(entries=entries.__len__, size=lambda: 10 * len(entries))
     assert metrics.registry.get_sample_value("sd_gateway_cache_entries") == 1
-    kept.append("b")
+    entries.append("b")
     assert metrics.registry.get_sample_value("sd_gateway_cache_entries") == 2
     assert metrics.registry.get_sample_value("sd_gateway_cache_bytes") == 20
 
 
-def test_metrics_tell_of_the_process(metrics: Metrics) -> None:
-    """Memory, CPU and the garbage collector are told beside the gateway's own metrics."""
+def test_metrics_include_the_process(metrics: Metrics) -> None:
+    """Memory, CPU and garbage collector metrics are included."""
     text = generate_latest(metrics.registry).decode()
     for name in ("process_resident_memory_bytes", "process_cpu_seconds_total", "python_gc_collections_total"):
         assert f"\n{name}" in text
 
 
 def test_metrics_are_valid_openmetrics(metrics: Metrics) -> None:
-    """What is told is OpenMetrics to the letter, with series in it."""
+    """A scrape with series parses as OpenMetrics."""
     metrics.http_requests.labels("/healthz", "GET", "200").inc()
     metrics.http_request_duration.labels("/healthz").observe(0.01)
     families = {
         f.name for f in text_string_to_metric_families(generate_openmetrics(metrics.registry).decode())
     }
-    assert {PREFIX + name for name in PROMISED} <= families
+    assert {PREFIX + name for name in PUBLISHED} <= families
 
 
-def test_metrics_stand_on_their_own_registry() -> None:
-    """Two gateways in one process count apart: nothing is registered globally."""
+def test_metrics_use_their_own_registry() -> None:
+    """Two gateways in one process have separate metrics: nothing is registered globally."""
     one, other = (Metrics(CollectorRegistry(), gateway_version="1") for _ in range(2))
     one.upstream_in_flight.inc()
     assert one.registry.get_sample_value("sd_gateway_upstream_in_flight") == 1

@@ -1,4 +1,4 @@
-"""From an envelope's bytes to a snapshot: what is refused, what is folded, what is shown."""
+"""Task IDs, envelopes, statuses and snapshots."""
 
 import json
 import math
@@ -10,17 +10,8 @@ from hypothesis import strategies as st
 
 from gateway.domain.envelope import read_envelope
 from gateway.domain.errors import InvalidTaskId, UpstreamInvalid, UpstreamRejected
-from gateway.domain.snapshot import (
-    Operation,
-    Snapshot,
-    Status,
-    TaskKey,
-    check_task_id,
-    observe,
-    render_json,
-    strict_json,
-    vendor_status,
-)
+from gateway.domain.snapshot import Snapshot, observe, render_json, strict_json, vendor_status
+from gateway.domain.task import Operation, Status, TaskKey, check_task_id
 from gateway.telemetry.redaction import MASK, Redactor
 
 TASK = "01j5t2qx82323pswaqykz9eq4"
@@ -46,8 +37,8 @@ MEMBERS = [
     "terminal",
     "state",
 ]
-# What JSON can hold where a number, a text or an object was meant.
-ODDITIES = [
+# Values of unexpected types for a number, a text or an object.
+UNEXPECTED = [
     None,
     True,
     False,
@@ -122,14 +113,14 @@ def read(body: bytes, key: TaskKey = KEY) -> dict[str, Any]:
 def seen(
     previous: Snapshot | None = None, *, key: TaskKey = KEY, at: float = 0.0, version: int = 0, **data: Any
 ) -> Snapshot:
-    """Return the snapshot of an answer that has `data`."""
+    """Return the snapshot of a response with `data`."""
     data = {"taskId": key.task_id} | data
     body = envelope(data)
     return observe(data, body, key, fetched_at=at, lifetimes=LIFETIMES, previous=previous, version=version)
 
 
 def of(body: bytes, previous: Snapshot | None = None) -> Snapshot:
-    """Return the snapshot of an envelope, read as it comes from upstream."""
+    """Return the snapshot of an envelope, parsed as it arrives from the upstream."""
     return observe(
         read_envelope(body, KEY, redact=same).data,
         body,
@@ -141,7 +132,7 @@ def of(body: bytes, previous: Snapshot | None = None) -> Snapshot:
 
 
 def shown(snapshot: Snapshot) -> dict[str, Any]:
-    """Return what a caller is shown, parsed as strictly as can be."""
+    """Return the simplified JSON, parsed strictly."""
     body: dict[str, Any] = strict_json(snapshot.body)
     return body
 
@@ -155,19 +146,19 @@ def nested(depth: int) -> bytes:
 
 @pytest.mark.parametrize("task_id", ["a", "A-Z_09", "x" * 64, TASK])
 def test_check_task_id_accepts_1_to_64_plain_characters(task_id: str) -> None:
-    """A task ID of 1 to 64 letters, digits, underscores and hyphens is returned as it is."""
+    """A task ID of 1 to 64 letters, digits, underscores and hyphens is returned unchanged."""
     assert check_task_id(task_id) == task_id
 
 
 @pytest.mark.parametrize("task_id", ["", "x" * 65, "a b", "a/b", "a\n", "ä", "²", "a%", ".."])
-def test_check_task_id_refuses_anything_else(task_id: str) -> None:
-    """Whatever is empty, longer or has another character is refused, a line's end included."""
+def test_check_task_id_rejects_anything_else(task_id: str) -> None:
+    """An empty or longer ID, or one with another character such as a line break, is invalid."""
     with pytest.raises(InvalidTaskId, match=r"^a task ID is 1 to 64 characters of A-Z a-z 0-9 _ -$"):
         check_task_id(task_id)
 
 
-def test_operation_knows_path_api_and_kind() -> None:
-    """Each operation has its path, its api and whether it asks for a result."""
+def test_operation_has_path_api_and_kind() -> None:
+    """Each operation has its path, its API name and whether it returns a result."""
     assert [(operation.path, operation.api, operation.is_result) for operation in Operation] == [
         ("/scc/sd_get_progress", "sd", False),
         ("/scc/comfy_get_progress", "comfy", False),
@@ -198,24 +189,26 @@ def test_operation_knows_path_api_and_kind() -> None:
     ],
     ids=repr,
 )
-def test_strict_json_refuses_what_rfc_8259_does_not_have(body: bytes) -> None:
-    """Not JSON, not UTF-8, not finite or nested beyond the stack: always a ValueError, never another."""
-    with pytest.raises(ValueError):  # noqa: PT011  # any kind of it: that is the promise
+def test_strict_json_rejects_what_rfc_8259_does_not_allow(body: bytes) -> None:
+    """Text that is not JSON, not UTF-8, not finite or nested too deep raises ValueError and nothing else."""
+    with pytest.raises(ValueError):  # noqa: PT011  # any message
         strict_json(body)
 
 
 def test_read_envelope_returns_the_data() -> None:
-    """The documented answer's data comes back as it is."""
+    """The data of the documented response is returned unchanged."""
     data = {"etaRelative": 0, "lastQueueRemaining": 1, "progress": 0, "taskId": TASK, "status": "waiting"}
     assert read(envelope(data)) == data
 
 
-@pytest.mark.parametrize(("given", "told"), [("i_1", "i_1"), (None, None), (7, "7"), ("i" * 9999, "i" * 500)])
-def test_read_envelope_tells_the_vendors_id_of_the_call(given: Any, told: str | None) -> None:
-    """The vendor's id is text of bounded length, if it is there at all."""
+@pytest.mark.parametrize(
+    ("given", "expected"), [("i_1", "i_1"), (None, None), (7, "7"), ("i" * 9999, "i" * 500)]
+)
+def test_read_envelope_returns_the_vendors_id_of_the_call(given: Any, expected: str | None) -> None:
+    """The vendor's ID of the call is a text of bounded length, or None."""
     body = envelope({"taskId": TASK}, apiInvokeId=given)
-    assert read_envelope(body, KEY, redact=same).invoke_id == told
-    assert read_envelope(body, KEY, redact=str.upper).invoke_id == (told and told.upper())
+    assert read_envelope(body, KEY, redact=same).invoke_id == expected
+    assert read_envelope(body, KEY, redact=str.upper).invoke_id == (expected and expected.upper())
 
 
 @pytest.mark.parametrize(
@@ -237,29 +230,29 @@ def test_read_envelope_tells_the_vendors_id_of_the_call(given: Any, told: str | 
     ],
     ids=lambda body: repr(body[:40]),
 )
-def test_read_envelope_refuses_what_is_not_json(body: bytes) -> None:
-    """An answer that is not strict JSON in UTF-8 is invalid."""
+def test_read_envelope_rejects_what_is_not_json(body: bytes) -> None:
+    """A response that is not strict JSON in UTF-8 is invalid."""
     with pytest.raises(UpstreamInvalid, match=r"^the upstream's answer is not JSON$"):
         read(body)
 
 
 @pytest.mark.parametrize("status", ["10", True, None, 10.0, [10], {}])
-def test_read_envelope_refuses_a_status_that_is_no_integer(status: Any) -> None:
-    """Without a status that is an integer an answer is no envelope."""
+def test_read_envelope_rejects_a_status_that_is_not_an_integer(status: Any) -> None:
+    """Without an integer status a response is not an envelope."""
     with pytest.raises(UpstreamInvalid, match=r"^the upstream's answer is not an envelope$"):
         read(envelope({"taskId": TASK}, status=status))
 
 
 @pytest.mark.parametrize("body", [b"[]", b'"text"', b"10", b"null", b"{}"])
-def test_read_envelope_refuses_json_that_is_no_envelope(body: bytes) -> None:
-    """JSON that is no object with a status is no envelope."""
+def test_read_envelope_rejects_json_that_is_not_an_envelope(body: bytes) -> None:
+    """JSON that is not an object with a status is not an envelope."""
     with pytest.raises(UpstreamInvalid, match=r"^the upstream's answer is not an envelope$"):
         read(body)
 
 
 @pytest.mark.parametrize("data", [None, [], "text", 1, True])
-def test_read_envelope_refuses_missing_data(data: Any) -> None:
-    """Success without an object as data is invalid, for results too."""
+def test_read_envelope_rejects_missing_data(data: Any) -> None:
+    """A successful envelope whose data is not an object is invalid, for results too."""
     for key in (KEY, RESULT):
         with pytest.raises(UpstreamInvalid, match=r"^the upstream's envelope has no data$"):
             read(envelope(data), key)
@@ -268,8 +261,8 @@ def test_read_envelope_refuses_missing_data(data: Any) -> None:
 
 
 @pytest.mark.parametrize("task_id", ["another", TASK.upper(), "", 1, True, [TASK], {}])
-def test_read_envelope_refuses_another_tasks_data(task_id: Any) -> None:
-    """An answer for any other task is refused, for progress and for results."""
+def test_read_envelope_rejects_another_tasks_data(task_id: Any) -> None:
+    """A response for a different task is invalid, for progress and for results."""
     for key in (KEY, RESULT):
         with pytest.raises(UpstreamInvalid, match=r"^the upstream answered for another task$"):
             read(envelope({"taskId": task_id}), key)
@@ -277,14 +270,14 @@ def test_read_envelope_refuses_another_tasks_data(task_id: Any) -> None:
 
 @pytest.mark.parametrize("data", [{}, {"taskId": None}])
 def test_read_envelope_needs_the_task_for_progress_only(data: Any) -> None:
-    """Progress must name its task; a result need not, for its reference lists no task ID."""
+    """Progress must name its task. A result need not, because its reference lists no task ID."""
     assert read(envelope(data), RESULT) == data
     with pytest.raises(UpstreamInvalid, match=r"^the upstream answered for another task$"):
         read(envelope(data))
 
 
-def test_read_envelope_passes_a_rejection_on_as_it_came() -> None:
-    """A rejection keeps its bytes, spaces and all, and tells the vendor's codes."""
+def test_read_envelope_keeps_a_rejection_byte_for_byte() -> None:
+    """A rejection keeps its bytes, including spaces, and its detail has the vendor's codes."""
     body = (
         b'{ "status": 20, "apiInvokeId": "i_2",\n "data": null, "errCode": "E1", "errMessage": "\xe6\x97\xa0"'
         b', "subErrCode": 7, "subErrMessage": null }'
@@ -299,7 +292,7 @@ def test_read_envelope_passes_a_rejection_on_as_it_came() -> None:
 
 
 def test_read_envelope_redacts_a_rejection() -> None:
-    """A rejection that quotes a secret stays JSON, and neither envelope nor detail has the secret."""
+    """A rejection that quotes a secret stays JSON; neither envelope nor detail contains the secret."""
     redactor = Redactor()
     redactor.hide("LTAI-fake-access-key")
     quoted = "Invalid Signature, Server StringToSign:`POST#x-ca-key:LTAI-fake-access-key#`"
@@ -320,8 +313,8 @@ def test_read_envelope_redacts_a_rejection() -> None:
         assert "LTAI" not in repr(detail)
 
 
-def test_read_envelope_bounds_what_it_shows_of_a_rejection() -> None:
-    """At most 500 characters of an upstream's text are shown, cut after its secrets were hidden."""
+def test_read_envelope_truncates_the_texts_of_a_rejection() -> None:
+    """An upstream text is truncated to 500 characters, after its secrets are redacted."""
     redactor = Redactor()
     redactor.hide("secret-of-the-tests")
     message = "x" * 490 + "secret-of-the-tests" + "x" * 2000
@@ -334,7 +327,7 @@ def test_read_envelope_bounds_what_it_shows_of_a_rejection() -> None:
 
 @pytest.mark.parametrize("depth", [100, 300, 500, 700, 900, 960, 990])
 def test_read_envelope_survives_a_rejection_of_any_depth(depth: int) -> None:
-    """However deep a rejection nests it is a rejection or invalid: never a bug of the gateway's."""
+    """A rejection of any depth is a rejection or invalid, and causes no internal error."""
     body = b'{"status":20,"errMessage":' + nested(depth) + b"}"
     with pytest.raises((UpstreamRejected, UpstreamInvalid)) as refused:
         read(body)
@@ -350,8 +343,8 @@ def test_read_envelope_survives_a_rejection_of_any_depth(depth: int) -> None:
     st.dictionaries(st.sampled_from(["status", "data", "errCode", "errMessage", "apiInvokeId"]), json_values)
     | json_values
 )
-def test_read_envelope_returns_data_or_raises_its_own(value: Any) -> None:
-    """Any JSON gives this task's data or one of the two exceptions, and a rejection's envelope is JSON."""
+def test_read_envelope_returns_data_or_raises_upstream_errors(value: Any) -> None:
+    """Any JSON gives the task's data or one of two exceptions; the envelope of a rejection is unchanged."""
     body = json.dumps(value).encode()
     try:
         data = read(body)
@@ -369,8 +362,8 @@ def test_read_envelope_returns_data_or_raises_its_own(value: Any) -> None:
 
 
 @pytest.mark.parametrize(("spelling", "status"), SPELLINGS)
-def test_vendor_status_knows_each_spelling(spelling: str, status: Status) -> None:
-    """Both spellings of success and of canceled mean the same, in whatever case."""
+def test_vendor_status_accepts_each_spelling(spelling: str, status: Status) -> None:
+    """Both spellings of success and of canceled mean the same, in any case."""
     for written in (spelling, spelling.upper(), spelling.title()):
         assert vendor_status({"status": written}) is status
 
@@ -378,19 +371,19 @@ def test_vendor_status_knows_each_spelling(spelling: str, status: Status) -> Non
 @pytest.mark.parametrize(
     "status", ["", "paused", " running", "running ", None, True, 10, [], {}, 1e308, "\ud800"]
 )
-def test_vendor_status_takes_anything_else_for_unknown(status: Any) -> None:
-    """A status never seen before, of whatever type, is unknown and no error."""
+def test_vendor_status_maps_anything_else_to_unknown(status: Any) -> None:
+    """An unfamiliar status of any type is unknown and not an error."""
     assert vendor_status({"status": status}) is Status.UNKNOWN
     assert vendor_status({}) is Status.UNKNOWN
 
 
-def test_status_has_the_contracts_words() -> None:
-    """What callers and dashboards are told is one of these."""
+def test_status_has_the_published_values() -> None:
+    """Callers and dashboards depend on these values."""
     words = ["waiting", "running", "succeeded", "failed", "canceled", "unknown"]
     assert [str(status) for status in Status] == words
 
 
-def test_status_is_terminal_when_the_story_ends() -> None:
+def test_status_is_terminal_at_the_end() -> None:
     """Succeeded, failed and canceled are terminal, and no other status is."""
     assert {status for status in Status if status.terminal} == {
         Status.SUCCEEDED,
@@ -402,8 +395,8 @@ def test_status_is_terminal_when_the_story_ends() -> None:
 # Snapshots
 
 
-def test_observe_shows_what_the_contract_shows() -> None:
-    """A running task's answer becomes the simplified body, members in their order, and its own envelope."""
+def test_observe_renders_the_published_members() -> None:
+    """The simplified body has its members in order, and the envelope is kept."""
     state = {"job": "txt2img", "job_timestamp": "20260101", "sampling_step": 7}
     snapshot = seen(
         status="running", progress=0.35, lastQueueRemaining=3, etaRelative=12.3, message="…", state=state
@@ -425,13 +418,13 @@ def test_observe_shows_what_the_contract_shows() -> None:
     assert json.loads(snapshot.envelope)["data"]["state"] == state
 
 
-def test_observe_tells_the_api() -> None:
-    """A ComfyUI task is shown as one."""
+def test_observe_renders_the_api() -> None:
+    """A ComfyUI task has the API name comfy."""
     assert shown(seen(key=TaskKey(Operation.COMFY_GET_PROGRESS, TASK)))["api"] == "comfy"
 
 
-def test_observe_shows_a_bare_answer() -> None:
-    """An answer with nothing but its task is unknown, at 0, and not terminal."""
+def test_observe_renders_a_response_without_members() -> None:
+    """A response with only a task ID is unknown, at 0, and not terminal."""
     assert shown(seen()) == dict(
         zip(MEMBERS, [TASK, "sd", "unknown", 0.0, None, None, None, False, None], strict=True)
     )
@@ -439,7 +432,7 @@ def test_observe_shows_a_bare_answer() -> None:
 
 @pytest.mark.parametrize(("spelling", "status"), [*SPELLINGS, ("paused", Status.UNKNOWN)])
 def test_observe_gives_the_lifetime_of_the_status(spelling: str, status: Status) -> None:
-    """A snapshot is fresh for as long as its status says, from the moment of its fetching."""
+    """The status determines the lifetime of a snapshot, which begins when it is fetched."""
     snapshot = seen(status=spelling, at=5.0)
     assert (snapshot.lifetime, snapshot.fetched_at, snapshot.key) == (LIFETIMES[status], 5.0, KEY)
     assert snapshot.terminal is shown(snapshot)["terminal"] is status.terminal
@@ -465,26 +458,26 @@ def test_observe_gives_the_lifetime_of_the_status(spelling: str, status: Status)
     ],
 )
 def test_observe_clamps_progress(raw: float, progress: float) -> None:
-    """Progress is 0 to 1, whatever the vendor's number, in a string or not; 1 only of what has succeeded."""
+    """Progress is within 0 to 1 for any vendor number, also in a string, and 1 only for a succeeded task."""
     for status in ("waiting", "running", "paused", "failed", "canceled"):
         assert shown(seen(status=status, progress=raw))["progress"] == progress
 
 
 @pytest.mark.parametrize(
-    "oddity",
+    "unexpected",
     [
-        *(value for value in ODDITIES if value not in (1e308, "0.5")),
+        *(value for value in UNEXPECTED if value not in (1e308, "0.5")),
         *("٣", "0,5", " 0.5", "0x1", "1_0", "nan", "Infinity", "1e999", "9" * 401, "."),
     ],
 )
-def test_observe_takes_an_odd_progress_for_0(oddity: Any) -> None:
-    """What is no number, or beyond every float, is no progress."""
-    assert seen(status="running", progress=oddity).progress == 0.0
+def test_observe_maps_an_invalid_progress_to_0(unexpected: Any) -> None:
+    """A value that is not a number, or is too large for a float, counts as no progress."""
+    assert seen(status="running", progress=unexpected).progress == 0.0
 
 
 @pytest.mark.parametrize("sign", ["", "-"])
-def test_observe_takes_an_endless_integer_for_none(sign: str) -> None:
-    """An integer of more digits than Python converts is no number, in whatever member."""
+def test_observe_ignores_an_integer_that_python_does_not_convert(sign: str) -> None:
+    """In every member, an integer with more digits than Python converts counts as no number."""
     endless = sign + "9" * 5000
     members = ("status", "progress", "lastQueueRemaining", "etaRelative", "message", "state")
     text = ",".join(f'"{name}":{endless}' for name in members)
@@ -498,12 +491,12 @@ def test_observe_takes_an_endless_integer_for_none(sign: str) -> None:
         of(f'{{"status":10,"data":{{"taskId":{endless}}}}}'.encode())
 
 
-@pytest.mark.parametrize("oddity", ODDITIES)
+@pytest.mark.parametrize("unexpected", UNEXPECTED)
 @pytest.mark.parametrize("status", ["waiting", "running", "succeeded", "paused"])
-def test_observe_survives_oddities_in_every_member(status: str, oddity: Any) -> None:
-    """Wrong types in every other member give a body of the right types."""
+def test_observe_accepts_unexpected_types_in_every_member(status: str, unexpected: Any) -> None:
+    """Unexpected types in the vendor's members give a body with the correct types."""
     names = ("progress", "lastQueueRemaining", "etaRelative", "message", "state")
-    body = shown(seen(status=status, **dict.fromkeys(names, oddity)))
+    body = shown(seen(status=status, **dict.fromkeys(names, unexpected)))
     assert list(body) == MEMBERS
     assert isinstance(body["progress"], float)
     assert body["queueRemaining"] is None or (
@@ -515,8 +508,8 @@ def test_observe_survives_oddities_in_every_member(status: str, oddity: Any) -> 
 
 
 @pytest.mark.parametrize("status", ENDINGS)
-def test_observe_shows_an_eta_of_0_at_the_end_only(status: str) -> None:
-    """An eta of 0 means "not known" before the end; at the end it is 0 whatever upstream says."""
+def test_observe_renders_an_eta_of_0_only_at_the_end(status: str) -> None:
+    """Before the end an ETA of 0 means "unknown"; at the end the ETA is always 0."""
     assert shown(seen(status=status, etaRelative=7))["etaSeconds"] == 0.0
     assert shown(seen(status="running", etaRelative=0.5))["etaSeconds"] == 0.5
     for eta in (0, 0.0, -0.0, -3):
@@ -524,8 +517,8 @@ def test_observe_shows_an_eta_of_0_at_the_end_only(status: str) -> None:
             assert shown(seen(status=before, etaRelative=eta))["etaSeconds"] is None
 
 
-def test_observe_shows_the_queue_only_while_waiting() -> None:
-    """The queue is an integer while the task waits, 0 included, and null ever after."""
+def test_observe_renders_the_queue_only_while_waiting() -> None:
+    """The queue length is an integer while the task waits, and null afterwards."""
     assert shown(seen(status="waiting", lastQueueRemaining=3))["queueRemaining"] == 3
     assert shown(seen(status="waiting", lastQueueRemaining=0))["queueRemaining"] == 0
     assert shown(seen(status="waiting", lastQueueRemaining=2.0))["queueRemaining"] == 2
@@ -535,7 +528,7 @@ def test_observe_shows_the_queue_only_while_waiting() -> None:
         assert shown(seen(status=status, lastQueueRemaining=3))["queueRemaining"] is None
 
 
-def test_observe_never_lets_progress_fall_while_running() -> None:
+def test_observe_never_decreases_progress_while_running() -> None:
     """Progress keeps its high-water mark while the task runs; the envelope keeps the vendor's number."""
     high = seen(status="running", progress=0.65)
     low = seen(high, status="running", progress=0.2)
@@ -546,8 +539,8 @@ def test_observe_never_lets_progress_fall_while_running() -> None:
     assert seen(seen(status="running", progress=0), status="running", progress=0.2).progress == 0.2
 
 
-def test_observe_stays_at_the_mark_in_a_second_pass() -> None:
-    """When the vendor's number begins anew near its end, the mark stays until the task has succeeded."""
+def test_observe_keeps_the_high_water_mark_in_a_second_pass() -> None:
+    """If the vendor's number restarts near its end, the mark stays until the task succeeds."""
     shown_at = None
     for number, mark in [(0.94, 0.94), (1.0, 0.999), (0.02, 0.999), (0.49, 0.999), (0.98, 0.999)]:
         shown_at = seen(shown_at, status="running", progress=number)
@@ -556,7 +549,7 @@ def test_observe_stays_at_the_mark_in_a_second_pass() -> None:
 
 
 def test_observe_reads_numbers_in_strings() -> None:
-    """A number in a string counts as one, for the queue and the time that is left too."""
+    """A number in a string is accepted, also for the queue length and the ETA."""
     assert shown(seen(status="waiting", lastQueueRemaining="3"))["queueRemaining"] == 3
     assert shown(seen(status="running", etaRelative="12.5"))["etaSeconds"] == 12.5
     assert shown(seen(status="running", etaRelative="0"))["etaSeconds"] is None
@@ -572,14 +565,14 @@ def test_observe_reads_numbers_in_strings() -> None:
         "{}",
     ],
 )
-def test_observe_shows_the_state_to_the_byte(state: str) -> None:
-    """The vendor's object is neither read nor written anew: integers of any size come out as they came."""
+def test_observe_keeps_the_state_byte_for_byte(state: str) -> None:
+    """The vendor's state object is neither parsed nor rendered: integers of any size stay unchanged."""
     snapshot = of(b'{"status":10,"data":{"taskId":"%b","state":%b}}' % (TASK.encode(), state.encode()))
     assert snapshot.body.endswith(b'"state":%b}' % state.encode())
 
 
-def test_observe_shows_the_state_on_one_line() -> None:
-    """A state that came with line breaks has none where a stream's event would end at them."""
+def test_observe_renders_the_state_on_one_line() -> None:
+    """Line breaks in the state are removed, because they would end an event of a stream."""
     body = b'{"status":10,"data":{"taskId":"%b",\r\n"state":{"a":\r[1,\n2],"b":"\\n"}}}' % TASK.encode()
     snapshot = of(body)
     assert b"\n" not in snapshot.body
@@ -589,8 +582,8 @@ def test_observe_shows_the_state_on_one_line() -> None:
 
 
 @pytest.mark.parametrize("between", ["waiting", "paused"])
-def test_observe_lets_progress_fall_when_the_status_changes(between: str) -> None:
-    """The high-water mark holds while a task stays running, and no longer."""
+def test_observe_decreases_progress_when_the_status_changes(between: str) -> None:
+    """The high-water mark applies only while a task stays running."""
     high = seen(status="running", progress=0.65)
     assert seen(high, status=between, progress=0.1).progress == 0.1
     assert seen(seen(high, status=between, progress=0.9), status="running", progress=0.2).progress == 0.2
@@ -598,20 +591,20 @@ def test_observe_lets_progress_fall_when_the_status_changes(between: str) -> Non
 
 @pytest.mark.parametrize("spelling", ["succeeded", "successed"])
 @pytest.mark.parametrize("progress", [0, 0.65, None, "x", 5])
-def test_observe_shows_success_as_1(spelling: str, progress: Any) -> None:
-    """Trust the status over the number: what has succeeded is at 1."""
+def test_observe_renders_success_as_1(spelling: str, progress: Any) -> None:
+    """A succeeded task has progress 1, whatever the vendor's number is."""
     assert shown(seen(status=spelling, progress=progress))["progress"] == 1.0
 
 
-def test_observe_leaves_the_progress_of_a_failed_task() -> None:
-    """A task that failed shows how far it came."""
+def test_observe_keeps_the_progress_of_a_failed_task() -> None:
+    """A failed task keeps its last progress."""
     assert shown(seen(status="failed", progress=0.4))["progress"] == 0.4
 
 
 @pytest.mark.parametrize("first", ENDINGS)
 @pytest.mark.parametrize("later", ["waiting", "running", "paused", *ENDINGS])
-def test_observe_lets_no_answer_undo_a_terminal_one(first: str, later: str) -> None:
-    """The first terminal status wins for ever; the same one again takes the newer answer."""
+def test_observe_keeps_a_terminal_status(first: str, later: str) -> None:
+    """The first terminal status is final. The same status again takes over the newer response."""
     ended = seen(status=first, progress=0.4, message="first", at=1.0)
     ended.polls, ended.shown_until = 2, -math.inf
     snapshot = seen(ended, status=later, progress=0.7, message="later", at=2.0)
@@ -629,7 +622,7 @@ def test_observe_lets_no_answer_undo_a_terminal_one(first: str, later: str) -> N
 def test_observe_gives_equal_bodies_equal_etags() -> None:
     """The ETag is strong: it changes with the body and with nothing else."""
     one = seen(status="running", progress=0.5, at=1.0)
-    again = seen(one, status="running", progress=0.3, at=2.0)  # the high-water mark hides the fall
+    again = seen(one, status="running", progress=0.3, at=2.0)  # the high-water mark hides the decrease
     other = seen(status="running", progress=0.51)
     assert (one.body, one.etag) == (again.body, again.etag)
     assert one.body != other.body
@@ -639,7 +632,7 @@ def test_observe_gives_equal_bodies_equal_etags() -> None:
     assert all(0x21 <= ord(character) <= 0x7E and character != '"' for character in one.etag[1:-1])
 
 
-def test_observe_keeps_a_result_as_it_came() -> None:
+def test_observe_keeps_a_result_unchanged() -> None:
     """A result has the lifetime of results and its envelope: no status, no progress, no body."""
     snapshot = seen(seen(key=RESULT), key=RESULT, status="succeeded", images=["u"], at=3.0)
     assert (snapshot.lifetime, snapshot.fetched_at) == (30.0, 3.0)
@@ -648,8 +641,8 @@ def test_observe_keeps_a_result_as_it_came() -> None:
     assert json.loads(snapshot.envelope)["data"]["images"] == ["u"]
 
 
-def test_observe_stamps_all_that_it_makes() -> None:
-    """Of a result, of a task under way and of one that stays as it ended: the later the larger."""
+def test_observe_sets_the_version_of_every_snapshot() -> None:
+    """Results, running tasks and tasks that stay terminal get the given version."""
     ended = seen(status="failed", version=1)
     assert seen(key=RESULT, version=2).version == 2
     assert seen(status="running", version=3).version == 3
@@ -658,15 +651,15 @@ def test_observe_stamps_all_that_it_makes() -> None:
 
 
 def test_snapshot_is_fresh_for_its_lifetime() -> None:
-    """From its arrival until just before its lifetime has passed."""
+    """A snapshot is fresh from its arrival until its lifetime has passed."""
     snapshot = seen(status="running", at=100.0)
     assert snapshot.lifetime == LIFETIMES[Status.RUNNING]
     assert [snapshot.fresh(100.0 + age) for age in (0.0, snapshot.lifetime - 0.01)] == [True, True]
     assert not snapshot.fresh(100.0 + snapshot.lifetime)
 
 
-def test_observe_refuses_a_state_that_nests_too_deep() -> None:
-    """A state too deep to be rendered is invalid, and no bug of the gateway's."""
+def test_observe_rejects_a_state_that_nests_too_deep() -> None:
+    """A state too deep to be rendered is invalid, and causes no internal error."""
     deep: Any = {}
     for _ in range(50_000):
         deep = {"state": deep}
@@ -674,12 +667,12 @@ def test_observe_refuses_a_state_that_nests_too_deep() -> None:
     data = {"taskId": TASK, "status": "running", "state": deep}
     with pytest.raises(UpstreamInvalid, match=r"^the upstream's answer nests too deep$"):
         observe(data, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=None)
-    while deep:  # taken apart by hand: the interpreter would do it by recursion
+    while deep:  # released iteratively: the interpreter would recurse
         deep = deep.pop("state")
 
 
-def test_render_json_escapes_half_a_surrogate_pair() -> None:
-    """What has no UTF-8 is escaped as JSON does; all else is UTF-8, and compact."""
+def test_render_json_escapes_a_lone_surrogate() -> None:
+    """A lone surrogate becomes a JSON escape; the rest is compact UTF-8."""
     assert render_json({"a": "\ud800", "b": "画", "c": "😀"}) == '{"a":"\\ud800","b":"画","c":"😀"}'.encode()
 
 
@@ -694,8 +687,8 @@ def test_render_json_escapes_half_a_surrogate_pair() -> None:
         (r"\ud83d\u0041", "\ufffdA"),
     ],
 )
-def test_observe_shows_half_a_surrogate_pair_as_the_replacement_character(escaped: str, read: str) -> None:
-    """Text that was cut within an emoji is shown as every decoder can read it; the envelope stays."""
+def test_observe_renders_a_lone_surrogate_as_the_replacement_character(escaped: str, read: str) -> None:
+    """Text truncated within an emoji is rendered as valid UTF-8; the envelope stays unchanged."""
     body = (
         rf'{{"status":10,"data":{{"taskId":"{TASK}","message":"{escaped}","state":{{"job":"{escaped}"}}}}}}'
     )
@@ -704,8 +697,8 @@ def test_observe_shows_half_a_surrogate_pair_as_the_replacement_character(escape
     assert snapshot.envelope == body.encode()
 
 
-def test_render_json_writes_nothing_that_json_has_not() -> None:
-    """A number that JSON cannot hold is an error of ours, and never sent."""
+def test_render_json_rejects_what_json_cannot_represent() -> None:
+    """A number that JSON cannot represent raises ValueError."""
     with pytest.raises(ValueError, match="not JSON compliant"):
         render_json({"progress": float("nan")})
 
@@ -715,7 +708,7 @@ def test_render_json_writes_nothing_that_json_has_not() -> None:
 def test_any_data_is_invalid_or_gives_a_valid_body(
     data: dict[str, Any], before: dict[str, Any] | None
 ) -> None:
-    """Any data either is invalid or gives strict JSON with the contract's members and progress in 0..1."""
+    """Any data is invalid or gives strict JSON with the published members and progress in 0..1."""
     previous = None if before is None else seen(**(before | {"taskId": TASK}))
     body = envelope(data)
     try:

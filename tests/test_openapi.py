@@ -15,7 +15,7 @@ from starlette.routing import Route
 import gateway
 from gateway.api.problems import PROBLEMS
 from gateway.app import create_app
-from gateway.domain.snapshot import Operation, Status
+from gateway.domain.task import Operation, Status
 from gateway.settings.model import Settings
 from gateway.telemetry.redaction import Redactor
 from tests.harness import Gateway, RawUpstream, Request, framed

@@ -1,4 +1,4 @@
-"""Spans: what is in them, how they hang together, and how they get to a collector."""
+"""Spans: their content, their relations, and their export to a collector."""
 
 import asyncio
 import threading
@@ -41,7 +41,7 @@ FLIGHT, CALL = "flight sd_get_progress", "POST /scc/sd_get_progress"
 
 
 class Traced:
-    """A gateway that makes spans, and the spans."""
+    """A gateway with tracing, and its spans."""
 
     def __init__(self, launch: Launch, endpoint: str, **sections: Any) -> None:
         self._exporter = InMemorySpanExporter()
@@ -50,7 +50,7 @@ class Traced:
         self.gate = launch(endpoint, tracing=OpenTelemetryTracing(provider), **sections)
 
     def spans(self, name: str, count: int) -> list[ReadableSpan]:
-        """Wait until so many spans of this name have ended; return them."""
+        """Wait until `count` spans of this name have ended; return them."""
 
         def ended() -> list[ReadableSpan]:
             found = [span for span in self.all() if span.name == name]
@@ -78,7 +78,7 @@ def attributes(span: ReadableSpan) -> dict[str, Any]:
 
 
 def linked(span: ReadableSpan) -> list[int]:
-    """Return the spans that this one is linked to."""
+    """Return the IDs of the spans that this one is linked to."""
     return [link.context.span_id for link in span.links]
 
 
@@ -92,11 +92,11 @@ def trace_of(span: ReadableSpan) -> str:
     return f"{span.context.trace_id:032x}"
 
 
-# What is in them
+# Content
 
 
 def test_otel_request_span(simulator: Simulator, traced: Traced) -> None:
-    """A request's span is named after its route, and tells its answer and the cache's verdict."""
+    """The span of a request has the name of its route, and the response and cache status as attributes."""
     task = simulator.task()
     answer = traced.gate.get(task)
     span = traced.span(PROGRESS)
@@ -115,7 +115,7 @@ def test_otel_request_span(simulator: Simulator, traced: Traced) -> None:
 
 
 def test_otel_flight_and_call_spans(simulator: Simulator, traced: Traced) -> None:
-    """A flight is a trace of its own, with the upstream call in it; the request is linked to it."""
+    """An in-flight request has its own trace with the upstream request in it; callers are linked to it."""
     task = simulator.task()
     traced.gate.get(task)
     request, flight, call = traced.span(PROGRESS), traced.span(FLIGHT), traced.span(CALL)
@@ -128,9 +128,9 @@ def test_otel_flight_and_call_spans(simulator: Simulator, traced: Traced) -> Non
     assert call.kind is SpanKind.CLIENT
     assert call.parent is not None
     assert call.parent.span_id == id_of(flight)
-    told = attributes(call)
-    assert told.pop("sd_gateway.upstream.invoke_id").startswith("i_")
-    assert told == {
+    values = attributes(call)
+    assert values.pop("sd_gateway.upstream.invoke_id").startswith("i_")
+    assert values == {
         "http.request.method": "POST",
         "url.template": "/scc/sd_get_progress",
         "http.response.status_code": 200,
@@ -141,7 +141,7 @@ def test_otel_flight_and_call_spans(simulator: Simulator, traced: Traced) -> Non
 
 
 def test_otel_attempts_are_numbered(simulator: Simulator, traced: Traced) -> None:
-    """Each attempt is a span with its number and what it failed by; the flight's is the last word."""
+    """Each attempt is a span with its number and outcome; the in-flight request has the final outcome."""
     simulator.fault("status", status=503, times=1)
     traced.gate.get(simulator.task())
     calls = traced.spans(CALL, 2)
@@ -153,8 +153,8 @@ def test_otel_attempts_are_numbered(simulator: Simulator, traced: Traced) -> Non
     assert traced.span(FLIGHT).status.status_code is StatusCode.UNSET
 
 
-def test_otel_calls_that_no_retry_made_are_numbered_too(simulator: Simulator, traced: Traced) -> None:
-    """The call that is signed anew with the corrected clock is a second one, whatever the retries count."""
+def test_otel_repeated_calls_without_a_retry_are_numbered(simulator: Simulator, traced: Traced) -> None:
+    """A request signed again with the corrected clock has a number, although it is not a retry."""
     simulator.ahead_seconds = 3600
     assert traced.gate.get(simulator.task()).status_code == 200
     calls = traced.spans(CALL, 2)
@@ -163,7 +163,7 @@ def test_otel_calls_that_no_retry_made_are_numbered_too(simulator: Simulator, tr
 
 
 def test_otel_failures(traced: Traced) -> None:
-    """A failure has its code on every span, the vendor's id on the call, and no text or trace anywhere."""
+    """Every span has the code of a failure, the call has the vendor's ID, and none has a message."""
     assert traced.gate.get(fresh_id()).status_code == 502
     for name in (PROGRESS, FLIGHT, CALL):
         span = traced.span(name)
@@ -173,15 +173,15 @@ def test_otel_failures(traced: Traced) -> None:
         assert span.events == ()
     assert attributes(traced.span(CALL))["sd_gateway.upstream.invoke_id"].startswith("i_")
     assert traced.gate.client.get("/nothing").status_code == 404
-    lost = traced.span("GET")
-    assert lost.status.status_code is StatusCode.UNSET
-    assert "http.route" not in attributes(lost)
+    unrouted = traced.span("GET")
+    assert unrouted.status.status_code is StatusCode.UNSET
+    assert "http.route" not in attributes(unrouted)
     traced.gate.client.request("PROPFIND", "/nothing")
     assert attributes(traced.span("HTTP"))["http.request.method"] == "_OTHER"
 
 
-def test_otel_spans_hold_no_secret(simulator: Simulator, traced: Traced) -> None:
-    """Not even where the upstream's refusal quotes the access key; no name holds a task's ID."""
+def test_otel_spans_contain_no_secret(simulator: Simulator, traced: Traced) -> None:
+    """Spans contain no access key, even if the upstream quotes it; no span name contains a task ID."""
     simulator.fault("refuse", code="A403IS", message=f"Invalid Signature, Server StringToSign:`POST#{KEY}`")
     task = simulator.task()
     assert traced.gate.get(task).status_code == 502
@@ -194,8 +194,8 @@ def test_otel_spans_hold_no_secret(simulator: Simulator, traced: Traced) -> None
         assert "StringToSign" not in span.to_json()
 
 
-def test_otel_request_whose_caller_left(simulator: Simulator, traced: Traced) -> None:
-    """A request that got no answer, for nobody was there any more, has a span without a status."""
+def test_otel_abandoned_request(simulator: Simulator, traced: Traced) -> None:
+    """A request whose client has disconnected has a span without a status code."""
     request = f"GET /v1/progress/{simulator.task()}?wait=60 HTTP/1.1\r\nhost: x\r\nif-none-match: *\r\n\r\n"
     with traced.gate.connect() as connection:
         connection.sendall(request.encode())
@@ -203,11 +203,11 @@ def test_otel_request_whose_caller_left(simulator: Simulator, traced: Traced) ->
     assert "http.response.status_code" not in attributes(traced.span(PROGRESS))
 
 
-# How they hang together
+# Relations
 
 
-def test_otel_waiters_are_linked_to_their_flight(launch: Launch) -> None:
-    """Everybody who waited for a flight is linked to the one flight there was; a hit is linked to none."""
+def test_otel_waiters_are_linked_to_their_in_flight_request(launch: Launch) -> None:
+    """All requests that share an in-flight request are linked to it; a cache hit has no link."""
     with held_upstream() as (upstream, released), ExitStack() as callers:
         traced = Traced(launch, upstream.url, cache={"running_seconds": 600})
         task = fresh_id()
@@ -218,15 +218,15 @@ def test_otel_waiters_are_linked_to_their_flight(launch: Launch) -> None:
         flight = traced.span(FLIGHT)
         requests = traced.spans(PROGRESS, 3)
         assert [linked(request) for request in requests] == [[id_of(flight)]] * 3
-        verdicts = sorted(attributes(request)["sd_gateway.cache"] for request in requests)
-        assert verdicts == ["collapsed", "collapsed", "miss"]
+        cache_statuses = sorted(attributes(request)["sd_gateway.cache"] for request in requests)
+        assert cache_statuses == ["collapsed", "collapsed", "miss"]
         assert len({trace_of(span) for span in [flight, *requests]}) == 4
         traced.gate.get(task)
         assert linked(traced.spans(PROGRESS, 4)[-1]) == []
 
 
-def test_otel_batch_is_linked_to_each_flight(simulator: Simulator, traced: Traced) -> None:
-    """A batch is linked to the flights of all its tasks, also of those that failed."""
+def test_otel_batch_is_linked_to_each_in_flight_request(simulator: Simulator, traced: Traced) -> None:
+    """A batch is linked to the in-flight requests of all its tasks, including failed ones."""
     tasks = [simulator.task(), simulator.task(), fresh_id()]
     traced.gate.client.get("/v1/progress", params={"taskId": tasks})
     in_flight = traced.spans(FLIGHT, 3)
@@ -235,8 +235,8 @@ def test_otel_batch_is_linked_to_each_flight(simulator: Simulator, traced: Trace
     assert "sd_gateway.task_id" not in attributes(batch)
 
 
-def test_otel_takes_the_callers_trace_over(simulator: Simulator, traced: Traced) -> None:
-    """A request is in its caller's trace; its flight is not, and the upstream hears of neither."""
+def test_otel_continues_the_callers_trace(simulator: Simulator, traced: Traced) -> None:
+    """A request is in its caller's trace, its in-flight request is not, and the upstream gets no trace."""
     headers = {"traceparent": f"00-{TRACE}-{SPAN}-01", "tracestate": "congo=t61rcWkgMzE"}
     traced.gate.get(simulator.task(), headers=headers)
     request, flight = traced.span(PROGRESS), traced.span(FLIGHT)
@@ -253,25 +253,25 @@ def test_otel_takes_the_callers_trace_over(simulator: Simulator, traced: Traced)
 
 
 @pytest.mark.parametrize("parent", ["00-junk", f"00-{TRACE}-{'0' * 16}-01"])
-def test_otel_follows_no_invalid_parent(simulator: Simulator, traced: Traced, parent: str) -> None:
-    """An invalid parent is as good as none: a new trace begins."""
+def test_otel_ignores_an_invalid_parent(simulator: Simulator, traced: Traced, parent: str) -> None:
+    """With an invalid parent a new trace begins."""
     traced.gate.get(simulator.task(), headers={"traceparent": parent})
     span = traced.span(PROGRESS)
     assert span.parent is None
     assert trace_of(span) != TRACE
 
 
-def test_otel_follows_a_parent_that_is_not_sampled(simulator: Simulator, traced: Traced) -> None:
-    """Who does not sample is followed; the flight, which serves others too, is not bound by it."""
+def test_otel_respects_a_parent_that_is_not_sampled(simulator: Simulator, traced: Traced) -> None:
+    """An unsampled parent is respected, except for the in-flight request, which serves other callers too."""
     traced.gate.get(simulator.task(), headers={"traceparent": f"00-{TRACE}-{SPAN}-00"})
     traced.span(FLIGHT)
-    traced.gate.get(simulator.task())  # the next request's span is the first
+    traced.gate.get(simulator.task())  # the span of this request is the first
     assert trace_of(traced.span(PROGRESS)) != TRACE
 
 
 @pytest.mark.parametrize("prefix", ["", "/prefix"])
-def test_otel_leaves_probes_and_scrapes_alone(simulator: Simulator, launch: Launch, prefix: str) -> None:
-    """Machines that ask all day make no spans; a task that is called like one does."""
+def test_otel_ignores_probes_and_scrapes(simulator: Simulator, launch: Launch, prefix: str) -> None:
+    """Probes and scrapes create no spans; a task whose ID is `metrics` does."""
     traced = Traced(launch, simulator.url, server={"root_path": "/prefix"})
     for path in ("/healthz", "/readyz", "/metrics"):
         assert traced.gate.client.get(prefix + path).status_code == 200
@@ -280,23 +280,23 @@ def test_otel_leaves_probes_and_scrapes_alone(simulator: Simulator, launch: Laun
     assert {span.name for span in traced.all() if span.kind is SpanKind.SERVER} == {PROGRESS}
 
 
-# How they get to a collector
+# Export
 
 
 class Collector:
-    """Takes spans as a collector does, over HTTP."""
+    """A collector that receives spans over HTTP."""
 
     def __init__(self) -> None:
         self.requests: list[ExportTraceServiceRequest] = []
-        self.app = Starlette(routes=[Route("/v1/traces", self._take, methods=["POST"])])
+        self.app = Starlette(routes=[Route("/v1/traces", self._receive, methods=["POST"])])
 
-    async def _take(self, request: Request) -> Response:
+    async def _receive(self, request: Request) -> Response:
         assert request.headers["content-type"] == "application/x-protobuf"
         self.requests.append(ExportTraceServiceRequest.FromString(await request.body()))
         return Response(b"", media_type="application/x-protobuf")
 
     def names(self) -> set[str]:
-        """Return the names of all spans that came."""
+        """Return the names of all received spans."""
         return {
             span.name
             for request in self.requests
@@ -306,14 +306,14 @@ class Collector:
         }
 
     def resource(self) -> dict[str, str]:
-        """Return who sent them, as it says."""
+        """Return the resource attributes of the sender."""
         sent = self.requests[0].resource_spans[0].resource.attributes
         return {attribute.key: attribute.value.string_value for attribute in sent}
 
 
 @contextmanager
 def collecting() -> Iterator[tuple[Collector, str]]:
-    """Run a collector; give it and its URL."""
+    """Run a collector; yield it and its URL."""
     collector = Collector()
     with running(collector.app, lifespan="off") as url:
         yield collector, url
@@ -321,12 +321,12 @@ def collecting() -> Iterator[tuple[Collector, str]]:
 
 @pytest.mark.parametrize("named", [{}, {"OTEL_SERVICE_NAME": "progress"}])
 def test_otel_sends_spans_to_a_collector(tmp_path: Path, simulator: Simulator, named: dict[str, str]) -> None:
-    """The command sends its spans where OTEL_EXPORTER_OTLP_ENDPOINT says, the last ones as it ends."""
+    """The command sends its spans to OTEL_EXPORTER_OTLP_ENDPOINT, the last ones at shutdown."""
     with collecting() as (collector, url):
         env = {
             "SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url,
             "OTEL_EXPORTER_OTLP_ENDPOINT": url,
-            "OTEL_BSP_SCHEDULE_DELAY": "600000",  # none goes out before the end
+            "OTEL_BSP_SCHEDULE_DELAY": "600000",  # no span is sent before shutdown
         } | named
         with serving(tmp_path, env) as (process, gate):
             headers = {"traceparent": f"00-{TRACE}-{SPAN}-01", "x-request-id": "find-me"}
@@ -342,8 +342,8 @@ def test_otel_sends_spans_to_a_collector(tmp_path: Path, simulator: Simulator, n
     assert "Traceback" not in process.output
 
 
-def test_otel_without_its_collector_answers_all_the_same(tmp_path: Path, simulator: Simulator) -> None:
-    """Where nobody collects, requests are answered, and the end comes well, with no word for each attempt."""
+def test_otel_without_a_collector_still_responds(tmp_path: Path, simulator: Simulator) -> None:
+    """Without a collector, requests succeed, shutdown is clean, and export attempts are not logged."""
     env = {
         "SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url,
         "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{free_port()}",
@@ -357,21 +357,21 @@ def test_otel_without_its_collector_answers_all_the_same(tmp_path: Path, simulat
     assert "Transient" not in process.output
 
 
-class Stubborn(TracerProvider):
-    """A provider whose collector does not answer."""
+class BlockedProvider(TracerProvider):
+    """A provider whose collector does not respond."""
 
     def __init__(self) -> None:
         super().__init__(shutdown_on_exit=False)
-        self.asked, self.released = threading.Event(), threading.Event()
+        self.called, self.released = threading.Event(), threading.Event()
 
     def shutdown(self) -> None:
-        self.asked.set()
+        self.called.set()
         self.released.wait()
 
 
-async def test_otel_aclose_leaves_a_collector_that_takes_too_long() -> None:
-    """The end does not wait for a collector longer than it was told to."""
-    provider = Stubborn()
+async def test_otel_aclose_does_not_wait_for_a_slow_collector() -> None:
+    """`aclose` returns after `flush_seconds` even if the collector does not respond."""
+    provider = BlockedProvider()
     await OpenTelemetryTracing(provider, flush_seconds=0).aclose()
     provider.released.set()
-    assert await asyncio.to_thread(provider.asked.wait, 30)
+    assert await asyncio.to_thread(provider.called.wait, 30)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from gateway.api.progress_response import cache_values
-from gateway.domain.snapshot import Snapshot, Status
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import Status
 from gateway.progress.results import CacheResult, CacheStatus
 from tests.harness import Gateway, Simulator, fresh_id, until
 from tests.hitting import KEY

@@ -37,7 +37,8 @@ from gateway.domain.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey, vendor_status
+from gateway.domain.snapshot import Snapshot, vendor_status
+from gateway.domain.task import Operation, Status, TaskKey
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache

@@ -14,7 +14,7 @@ from gateway.domain.errors import (
     UpstreamError,
     UpstreamTimeout,
 )
-from gateway.domain.snapshot import Operation, TaskKey
+from gateway.domain.task import Operation, TaskKey
 from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient

@@ -1,4 +1,4 @@
-"""What the redactor hides, and what it leaves alone."""
+"""Redaction: what is masked, and what is left unchanged."""
 
 import base64
 import html
@@ -21,20 +21,20 @@ SECRET_KEY = "fakeSecretForTests0123456789abcdef"
 SIGNATURE = sign(SECRET_KEY, "whatever")
 
 relaxed = settings(max_examples=60, deadline=None)
-# No brackets, as in every credential: with one, a secret's rest could join the mask and be whole again.
+# Without brackets, as every credential: a bracket of the mask could complete the rest of a secret.
 secrets = st.text(st.characters(exclude_characters="[]", exclude_categories=["Cs"]), min_size=6, max_size=40)
 
 
 @pytest.fixture
 def redactor() -> Redactor:
-    """Return a redactor that knows a pair of credentials."""
+    """Return a redactor with a key pair."""
     redactor = Redactor()
     redactor.hide(ACCESS_KEY, SECRET_KEY)
     return redactor
 
 
-def test_redactor_leaves_ordinary_text_alone(redactor: Redactor) -> None:
-    """Text without a secret comes back as it was, names of headers and digests of bodies included."""
+def test_redactor_keeps_ordinary_text(redactor: Redactor) -> None:
+    """Text without a secret is unchanged, including header names and digests of bodies."""
     text = (
         "POST /scc/sd_get_progress task 01j5t2qx82323pswaqykz9eq4 Content-MD5: O7/gf6myPVMrJBZE40B3Vw== "
         "x-ca-signature-headers: x-ca-key,x-ca-nonce,x-ca-timestamp i_66c5ad0babc5ab0023d2e1f6"
@@ -44,37 +44,37 @@ def test_redactor_leaves_ordinary_text_alone(redactor: Redactor) -> None:
     assert redactor("") == ""
 
 
-def test_redactor_hides_secrets_anywhere(redactor: Redactor) -> None:
-    """A known secret is hidden at the start, in the middle, at the end, in a word and twice over."""
+def test_redactor_masks_secrets_anywhere(redactor: Redactor) -> None:
+    """A secret is masked at the start, in the middle, at the end, within a word and when repeated."""
     text = f"{SECRET_KEY} and x{ACCESS_KEY}y and {SECRET_KEY}{SECRET_KEY}\n{ACCESS_KEY}"
     assert redactor(text) == f"{MASK} and x{MASK}y and {MASK}{MASK}\n{MASK}"
 
 
-def test_redactor_hides_each_secret_from_the_moment_it_learns_it(redactor: Redactor) -> None:
-    """A new pair is hidden from then on, and the old one still is: it may be valid yet."""
+def test_redactor_masks_each_secret_once_it_is_added(redactor: Redactor) -> None:
+    """A new secret is masked once it is added, and the old one still is: it may be valid."""
     assert redactor("the-next-secret") == "the-next-secret"
     redactor.hide("the-next-secret")
     assert redactor(f"the-next-secret {SECRET_KEY}") == f"{MASK} {MASK}"
 
 
-def test_redactor_hides_the_longer_of_two_secrets_that_begin_alike() -> None:
-    """Where one secret begins with another nothing of the longer one remains."""
+def test_redactor_masks_the_longer_of_two_secrets_with_one_prefix() -> None:
+    """If one secret begins with another, nothing of the longer one remains."""
     redactor = Redactor()
     redactor.hide("abcdef")
     redactor.hide("abcdef-and-more")
     assert redactor("abcdef-and-more abcdef") == f"{MASK} {MASK}"
 
 
-def test_redactor_takes_secrets_literally() -> None:
-    """Characters that mean something in a pattern mean themselves in a secret."""
+def test_redactor_matches_secrets_literally() -> None:
+    """Characters with a meaning in regular expressions are matched literally."""
     redactor = Redactor()
     redactor.hide("a.c+e(g\\")
     assert redactor("a.c+e(g\\ abcdeg") == f"{MASK} abcdeg"
 
 
 @pytest.mark.parametrize("secret", ["a b c d", "a\tb\n\nc", "a\\\\\\\\b", "%41%42%43", "&#65;&#66;"])
-def test_redactor_hides_a_secret_of_which_no_view_is_long_enough(secret: str) -> None:
-    """What is mostly white space, or is decoded to little, is hidden as it is."""
+def test_redactor_masks_a_secret_that_no_view_contains(secret: str) -> None:
+    """A secret that is mostly white space, or decodes to few characters, is masked literally."""
     redactor = Redactor()
     redactor.hide(secret, "another-secret")
     for text in ("in {} text", "in {} 100 % of \\ text", "in {} & text\u3000"):
@@ -83,8 +83,8 @@ def test_redactor_hides_a_secret_of_which_no_view_is_long_enough(secret: str) ->
 
 
 @pytest.mark.parametrize("short", ["", "a", "12345"])
-def test_redactor_does_not_hide_short_strings(short: str) -> None:
-    """What is under 6 characters cannot be told from ordinary text, and blanks nothing out."""
+def test_redactor_ignores_short_strings(short: str) -> None:
+    """Strings shorter than 6 characters occur in ordinary text and are not masked."""
     redactor = Redactor()
     redactor.hide(short)
     assert redactor("a cat, 12345 times") == "a cat, 12345 times"
@@ -100,8 +100,8 @@ def test_redactor_does_not_hide_short_strings(short: str) -> None:
         '{"string_to_sign": "POST\\nx-ca-key:24000001"}',
     ],
 )
-def test_redactor_hides_a_string_to_sign_to_its_end(message: str) -> None:
-    """The API gateway's refusal of a signature quotes a key that we may not know: all of it goes."""
+def test_redactor_masks_a_string_to_sign_to_its_end(message: str) -> None:
+    """The API gateway's rejection of a signature may quote an unknown key: the whole quote is masked."""
     clean = Redactor()(message)
     assert "24000001" not in clean
     assert "/scc/x" not in clean
@@ -125,14 +125,14 @@ def test_redactor_hides_a_string_to_sign_to_its_end(message: str) -> None:
         "{}:not-known-yet\r\nHost: h",
     ],
 )
-def test_redactor_hides_headers_that_authenticate(shape: str, name: str) -> None:
-    """Key, signature and nonce are hidden by their headers' names, however headers are dumped."""
+def test_redactor_masks_authentication_headers(shape: str, name: str) -> None:
+    """Key, signature and nonce are recognized by header name, in any representation of headers."""
     text = shape.format(name)
     assert Redactor()(text) == text.replace("not-known-yet", MASK)
 
 
-def test_redactor_hides_a_whole_dump_of_a_signed_request() -> None:
-    """Nothing that authenticates is left of a signed request, whoever signed it."""
+def test_redactor_masks_dumps_of_a_signed_request() -> None:
+    """No credential of a signed request remains, even if the redactor does not know its key pair."""
     headers = signed_headers(
         "/p", b"{}", access_key=ACCESS_KEY, secret_key=SECRET_KEY, timestamp_ms=1, nonce="nonce-of-this-call"
     )
@@ -145,21 +145,21 @@ def test_redactor_hides_a_whole_dump_of_a_signed_request() -> None:
 
 
 @pytest.mark.parametrize("shape", ["{}", "got {}.", "'{}'", "a={};b", "({})"])
-def test_redactor_hides_signatures_by_their_shape(shape: str) -> None:
-    """Base64 of 32 bytes is a signature wherever it stands."""
+def test_redactor_masks_signatures_by_their_pattern(shape: str) -> None:
+    """Base64 of 32 bytes is masked as a signature anywhere."""
     assert Redactor()(shape.format(SIGNATURE)) == shape.format(MASK)
 
 
 @pytest.mark.parametrize("text", ["A" * 43, "A" * 44 + "=", "A" * 43 + "==", "A" * 42 + "="])
-def test_redactor_leaves_other_base64_alone(text: str) -> None:
-    """Base64 of any other length is no signature."""
+def test_redactor_keeps_other_base64(text: str) -> None:
+    """Base64 of any other length is not a signature."""
     assert Redactor()(text) == text
 
 
 @relaxed
 @given(secret=secrets, text=st.lists(st.text() | st.none(), max_size=6))
-def test_redactor_lets_no_hidden_secret_through(secret: str, text: list[str | None]) -> None:
-    """Whatever surrounds a hidden secret, and however often it occurs, the outcome does not hold it."""
+def test_redactor_leaves_no_known_secret(secret: str, text: list[str | None]) -> None:
+    """The result does not contain the secret, in any surroundings and for any number of occurrences."""
     assume(secret not in MASK)
     redactor = Redactor()
     redactor.hide(secret)
@@ -168,8 +168,8 @@ def test_redactor_lets_no_hidden_secret_through(secret: str, text: list[str | No
 
 @relaxed
 @given(known=st.lists(secrets, max_size=4), secret=secrets)
-def test_redactor_hides_each_of_many_secrets(known: list[str], secret: str) -> None:
-    """However many secrets it knows, and in whatever order it learnt them, each alone is hidden whole."""
+def test_redactor_masks_each_of_many_secrets(known: list[str], secret: str) -> None:
+    """Each of many secrets is masked as a whole, independent of the order in which they were added."""
     assume(all(one not in MASK for one in [*known, secret]))
     redactor = Redactor()
     redactor.hide(*known)
@@ -187,7 +187,7 @@ def percent(text: str, form: str = "%{:02X}") -> str:
 
 
 def in_base64(before: int, *, url_safe: bool = False, padded: bool = True) -> Callable[[str], str]:
-    """Return what encodes a secret that begins at this place of a group."""
+    """Return an encoder for a secret that starts after `before` bytes."""
 
     def encode(secret: str) -> str:
         encoder = base64.urlsafe_b64encode if url_safe else base64.b64encode
@@ -258,7 +258,7 @@ ENCODINGS: dict[str, Callable[[str], str]] = {
 }
 
 
-NOT_FOR_ALL = ("JSON", "percent, half", "percent, of", "Python", "HTML", "hex of")  # for ASCII alone
+NOT_FOR_ALL = ("JSON", "percent, half", "percent, of", "Python", "HTML", "hex of")  # only for ASCII
 
 
 @pytest.mark.parametrize(
@@ -270,8 +270,8 @@ NOT_FOR_ALL = ("JSON", "percent, half", "percent, of", "Python", "HTML", "hex of
         if secret.isascii() or not encoding.startswith(NOT_FOR_ALL)
     ],
 )
-def test_redactor_hides_a_secret_in_every_encoding(encoding: str, secret: str) -> None:
-    """No form of the secret is left, and what stands around it is."""
+def test_redactor_masks_a_secret_in_every_encoding(encoding: str, secret: str) -> None:
+    """No form of the secret remains, and the surrounding text does."""
     redactor = Redactor()
     redactor.hide(secret)
     encoded = ENCODINGS[encoding](secret)
@@ -279,7 +279,7 @@ def test_redactor_hides_a_secret_in_every_encoding(encoding: str, secret: str) -
         clean = redactor(f"before, {encoded}, after{long}")
         assert encoded not in clean
         assert MASK in clean
-        if not long and "base64" in encoding:  # which may go on before and behind the secret
+        if not long and "base64" in encoding:  # which may extend before and after the secret
             assert clean.startswith("before, ")
             assert clean.endswith(", after")
         elif not long:
@@ -292,8 +292,8 @@ INVISIBLE = [
 
 
 @pytest.mark.parametrize("secret", [SECRET_KEY, "p\u00e4ssw\u00f6rter"])
-def test_redactor_hides_a_secret_behind_what_is_not_seen(secret: str) -> None:
-    """Every white space and every format character of Unicode may stand between any two characters."""
+def test_redactor_masks_a_secret_with_invisible_characters(secret: str) -> None:
+    """Any white space or format character of Unicode may separate the characters of a secret."""
     redactor = Redactor()
     redactor.hide(secret)
     for char in INVISIBLE:
@@ -304,15 +304,15 @@ def test_redactor_hides_a_secret_behind_what_is_not_seen(secret: str) -> None:
 @pytest.mark.parametrize(
     "encode", [quote, lambda secret: quote(secret).lower(), lambda s: json.dumps(s)[1:-1]]
 )
-def test_redactor_hides_a_secret_without_ascii(encode: Callable[[str], str]) -> None:
-    """What is not ASCII is in no view: its escapes are known."""
+def test_redactor_masks_a_secret_without_ascii(encode: Callable[[str], str]) -> None:
+    """Views contain only ASCII, so the escapes of other characters are searched literally."""
     redactor, secret = Redactor(), "\u5bc6\u7801\u5bc6\u7801\u53e3\u4ee4"
     redactor.hide(secret)
     assert redactor(f"of {encode(secret)}.") == f"of {MASK}."
 
 
-def test_redactor_refuses_answers_with_credentials_alone() -> None:
-    """A password of the store and what only looks like a signature may be in an answer."""
+def test_redactor_rejects_responses_only_for_credentials() -> None:
+    """A response may contain a store password, and text that only looks like a signature."""
     redactor = Redactor()
     redactor.hide("running", SECRET_KEY)
     redactor.hide_credentials(ACCESS_KEY, SECRET_KEY)
@@ -326,8 +326,8 @@ def test_redactor_refuses_answers_with_credentials_alone() -> None:
 
 
 @pytest.mark.parametrize("number", range(30))
-def test_redactor_of_a_call_hides_its_signature(redactor: Redactor, number: int) -> None:
-    """Whatever the signature is, each form of it is suspected, refused and hidden; others know it not."""
+def test_redactor_of_a_request_masks_its_signature(redactor: Redactor, number: int) -> None:
+    """Each form of the signature is suspected, rejected and masked; other redactors do not know it."""
     signature = sign(SECRET_KEY, str(number))
     of_call = redactor.for_call(signature)
     for name, encode in ENCODINGS.items():
@@ -341,10 +341,8 @@ def test_redactor_of_a_call_hides_its_signature(redactor: Redactor, number: int)
 
 @pytest.mark.parametrize("encoding", ["{}", "{}...", "'{}'", "({}\u2026)", '"{}"}}'])
 @pytest.mark.parametrize("length", [6, 9, len(SECRET_KEY) - 1])
-def test_redactor_hides_a_secret_that_the_text_cuts_off(
-    redactor: Redactor, length: int, encoding: str
-) -> None:
-    """The beginning of a secret at the end of a text goes, in any encoding; 5 characters may stay."""
+def test_redactor_masks_a_truncated_secret(redactor: Redactor, length: int, encoding: str) -> None:
+    """The beginning of a secret at the end of a text is masked in any encoding, from 6 characters on."""
     cut = SECRET_KEY[:length]
     assert redactor(f"Wrong key {encoding.format(cut)}") == f"Wrong key {encoding.format(MASK)}"
     for coded in (cut.encode().hex(), percent(cut), " ".join(cut), f"{cut[:3]}\\u{ord(cut[3]):04x}{cut[4:]}"):
@@ -366,8 +364,8 @@ def test_redactor_hides_a_secret_that_the_text_cuts_off(
         "a" * 50_000,
     ],
 )
-def test_redactor_leaves_text_that_looks_encoded_alone(redactor: Redactor, text: str) -> None:
-    """Escapes, base64, hexadecimal and numbers without a secret come back as they were."""
+def test_redactor_keeps_text_that_looks_encoded(redactor: Redactor, text: str) -> None:
+    """Escapes, base64, hexadecimal and numbers without a secret are unchanged."""
     assert redactor(text) == text
 
 
@@ -397,16 +395,16 @@ ADVERSARIAL = {
 
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize("name", ADVERSARIAL)
-def test_redactor_takes_time_in_proportion_to_the_text(redactor: Redactor, name: str) -> None:
-    """A mebibyte made to be slow is not: anything quadratic would take minutes."""
+def test_redactor_takes_linear_time(redactor: Redactor, name: str) -> None:
+    """An adversarial mebibyte takes little time; a quadratic algorithm would take minutes."""
     for _ in range(5):
         assert SECRET_KEY not in redactor(ADVERSARIAL[name])
 
 
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize("rest", [" ", "\\", "%25", "&#0000", "\\n", "&#x", "fakese", "f "])
-def test_redactor_takes_little_time_to_find_the_place(redactor: Redactor, rest: str) -> None:
-    """A text that is read byte by byte, for it seems to hold a secret, is read once."""
+def test_redactor_locates_matches_in_little_time(redactor: Redactor, rest: str) -> None:
+    """A text that may contain a secret is read byte by byte only once."""
     text = (SECRET_KEY[:6] + rest * 16_000)[:16_000]
     for _ in range(20):
         redactor(text)
@@ -421,10 +419,8 @@ gaps = st.sampled_from(["", "", "", " ", "\n", "\t\t", "\\n", "\u3000", "%20"])
 
 @relaxed
 @given(data=st.data(), secret=ascii_secrets, before=st.text(), after=st.text())
-def test_redactor_hides_mixtures_of_encodings(
-    data: st.DataObject, secret: str, before: str, after: str
-) -> None:
-    """Each character may have another escape and case, and white space may stand between any two."""
+def test_redactor_masks_mixed_encodings(data: st.DataObject, secret: str, before: str, after: str) -> None:
+    """Each character may have a different escape and case, with white space between any two."""
     pieces = []
     for char in secret:
         shown = data.draw(st.sampled_from([char, char.swapcase()]))
@@ -441,19 +437,21 @@ def test_redactor_hides_mixtures_of_encodings(
 
 @relaxed
 @given(secret=st.binary(min_size=6, max_size=30), before=st.binary(), after=st.binary())
-def test_redactor_hides_base64_wherever_it_begins(secret: bytes, before: bytes, after: bytes) -> None:
-    """At any of the three places of a group, no digit of base64 that has bits of the secret is left."""
+def test_redactor_masks_base64_at_any_offset(secret: bytes, before: bytes, after: bytes) -> None:
+    """At any of the three offsets in a group, no base64 digit with bits of the secret remains."""
     text = f"Sec{secret.hex()}"
     redactor = Redactor()
     redactor.hide(text)
     coded = base64.b64encode(before + text.encode() + after).decode()
-    assume(not re.search(r"(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{43}=|^.{43}=", coded))  # the shape of a signature
+    assume(
+        not re.search(r"(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{43}=|^.{43}=", coded)
+    )  # the pattern of a signature
     clean = redactor(f"Basic {coded}")
     first, last = len(before) * 8 // 6, -(-(len(before) + len(text)) * 8 // 6)
     assert clean == f"Basic {coded[:first]}{MASK}{coded[last:]}"
 
 
 def test_excerpts_are_texts_with_a_limit() -> None:
-    """Where nothing knows of excerpts they are texts like any other."""
+    """An excerpt is a string, also for code that does not know excerpts."""
     excerpt = Excerpt("abc", 2)
     assert (excerpt, excerpt.limit, json.dumps(excerpt)) == ("abc", 2, '"abc"')

@@ -1,4 +1,4 @@
-"""Envelopes that say no: byte for byte as they came, unless a secret is in them."""
+"""Redaction of rejections: byte for byte as received, unless they contain a secret."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ import pytest
 from gateway.domain.envelope import read_envelope
 from gateway.domain.errors import UpstreamRejected
 from gateway.domain.rejection import STEP, clean, holds
-from gateway.domain.snapshot import Operation, TaskKey
+from gateway.domain.task import Operation, TaskKey
 from gateway.telemetry.redaction import MASK, Redactor
 from tests.harness import SECRET, Gateway, RawUpstream, framed, fresh_id
 
@@ -27,7 +27,7 @@ def redactor() -> Redactor:
 
 
 def rejected(body: bytes, redact: Callable[[str], str]) -> UpstreamRejected:
-    """Return the failure that an envelope means."""
+    """Return the exception for an envelope."""
     with pytest.raises(UpstreamRejected) as caught:
         read_envelope(body, KEY, redact=redact)
     return caught.value
@@ -35,7 +35,7 @@ def rejected(body: bytes, redact: Callable[[str], str]) -> UpstreamRejected:
 
 @pytest.mark.parametrize("size", [10_000, 1_000_000])
 def test_large_rejection_with_a_secret_keeps_the_known_fields(redactor: Redactor, size: int) -> None:
-    """It is not cleaned string by string: what callers know is kept, redacted, and nothing else."""
+    """It is not redacted string by string: only the known fields are kept, redacted."""
     body = json.dumps(
         {"status": 20, "errCode": "E", "errMessage": f"of {HIDDEN}", "more": ["x" * size, HIDDEN]}
     ).encode()
@@ -49,7 +49,7 @@ def test_large_rejection_with_a_secret_keeps_the_known_fields(redactor: Redactor
 
 @pytest.mark.parametrize("escaped", [HIDDEN, r"\u0073ecret-of-the-test\u0073", r"secret-of\u002dthe-tests"])
 def test_escapes_hide_no_secret(redactor: Redactor, escaped: str) -> None:
-    """A secret is found in a name, in a list, behind escapes and after them."""
+    """A secret is found in a name, in a list, after escapes and when it is escaped itself."""
     for body in (
         f'{{"status":20,"x":["\\\\","\\"{escaped}"]}}',
         f'{{"status":20,"{escaped}":null}}',
@@ -60,8 +60,8 @@ def test_escapes_hide_no_secret(redactor: Redactor, escaped: str) -> None:
         assert MASK in json.dumps(json.loads(envelope))
 
 
-def test_long_field_is_cut_where_no_half_of_a_secret_shows(redactor: Redactor) -> None:
-    """A field is cut before the place up to which it was searched."""
+def test_truncated_field_shows_no_part_of_a_secret(redactor: Redactor) -> None:
+    """A field is truncated before the end of the searched text."""
     for before in range(4096 - len(HIDDEN), 4097):
         body = json.dumps({"status": 20, "errMessage": " " * before + HIDDEN + "x" * 9000}).encode()
         failure = rejected(body, lambda text: redactor(text).replace(" ", ""))
@@ -71,15 +71,15 @@ def test_long_field_is_cut_where_no_half_of_a_secret_shows(redactor: Redactor) -
 
 @pytest.mark.parametrize("words", ["Server StringToSign:", "x-ca-key: "])
 def test_long_field_is_shown_up_to_its_mask(words: str) -> None:
-    """However much of a long field is hidden, what comes before is shown."""
+    """The text before the mask is shown, even if the mask covers most of a long field."""
     body = json.dumps({"status": 20, "errMessage": f"Refused, {words}" + "k" * 9000}).encode()
     failure = rejected(body, Redactor())
     assert failure.detail is not None
     assert failure.detail.err_message == f"Refused, {words}{MASK}"
 
 
-def test_long_field_is_shown_as_far_as_it_was_searched(redactor: Redactor) -> None:
-    """Where a secret lies across the earlier cut or the later one, no part of it is shown."""
+def test_long_field_is_shown_as_far_as_it_is_searched(redactor: Redactor) -> None:
+    """No part of a secret is shown if it lies across either of the two cuts."""
     for cut in (2048, 4096):
         for before in range(cut - len(HIDDEN), cut + 1):
             message = HIDDEN * 100 + "-" * (before - len(HIDDEN) * 100) + HIDDEN + "." * 9000
@@ -92,26 +92,26 @@ def test_long_field_is_shown_as_far_as_it_was_searched(redactor: Redactor) -> No
 
 
 @pytest.mark.parametrize("code", [7, 1.5, True, ["E", {"a": 1}], "E"])
-def test_codes_of_any_type_are_told(code: object) -> None:
-    """A code that is no string is told as JSON has it; null and absent are not."""
+def test_codes_of_any_type_are_returned(code: object) -> None:
+    """A code that is not a string is returned as JSON text; null and missing codes are None."""
     failure = rejected(json.dumps({"status": 20, "errCode": code, "errMessage": None}).encode(), str)
-    told = code if isinstance(code, str) else json.dumps(code)
+    expected = code if isinstance(code, str) else json.dumps(code)
     assert failure.detail is not None
     assert (failure.detail.err_code, failure.detail.err_message, failure.detail.sub_err_code) == (
-        told,
+        expected,
         None,
         None,
     )
 
 
 async def test_clean_finds_a_secret_across_pieces(redactor: Redactor) -> None:
-    """A large envelope is searched in pieces that overlap, and other work goes on between them."""
-    turns = 0
+    """A large envelope is searched in overlapping pieces, and other tasks run between them."""
+    yields = 0
 
     async def others() -> None:
-        nonlocal turns
+        nonlocal yields
         while True:
-            turns += 1
+            yields += 1
             await asyncio.sleep(0)
 
     other = asyncio.create_task(others())
@@ -120,12 +120,12 @@ async def test_clean_finds_a_secret_across_pieces(redactor: Redactor) -> None:
         assert not await clean(body, redactor)
     assert await clean(json.dumps({"status": 20, "x": "x" * 400_000}).encode(), redactor)
     other.cancel()
-    assert turns > 10
+    assert yields > 10
 
 
 async def test_holds_finds_a_secret_across_pieces() -> None:
-    """A large answer is searched in pieces of 32 KiB that overlap, and other work goes on between them."""
-    redactor, sizes, turns = Redactor(), [], 0
+    """A large body is searched in overlapping pieces of 32 KiB, and other tasks run between them."""
+    redactor, sizes, yields = Redactor(), [], 0
     redactor.hide_credentials(HIDDEN)
 
     def found(piece: bytes) -> bool:
@@ -133,9 +133,9 @@ async def test_holds_finds_a_secret_across_pieces() -> None:
         return redactor.refuses(piece)
 
     async def others() -> None:
-        nonlocal turns
+        nonlocal yields
         while True:
-            turns += 1
+            yields += 1
             await asyncio.sleep(0)
 
     other = asyncio.create_task(others())
@@ -143,18 +143,18 @@ async def test_holds_finds_a_secret_across_pieces() -> None:
         assert await holds(b"x" * place + HIDDEN.encode().hex().encode() + b"x" * 40_000, found)
     assert not await holds(b"x" * 1_048_576, found)
     other.cancel()
-    assert turns > 30
+    assert yields > 30
     assert max(sizes) == STEP
 
 
-def test_large_rejection_is_passed_on_as_it_came(launch: Callable[..., Gateway]) -> None:
-    """However large, a rejection with nothing to redact reaches the SDK's path byte for byte."""
-    said = ["x" * 600_000]
+def test_large_rejection_is_passed_on_unchanged(launch: Callable[..., Gateway]) -> None:
+    """A large rejection without a secret reaches the vendor-compatible path byte for byte."""
+    message = b"x" * 600_000
     body = b""
 
     with RawUpstream(lambda connection, _: connection.sendall(framed(body))) as upstream:
         gateway = launch(upstream.url)
-        body = b'{ "status": 20,\n "errMessage": "%b" }' % said[0].encode()
+        body = b'{ "status": 20,\n "errMessage": "%b" }' % message
         assert gateway.native(fresh_id()).content == body
         body = body.replace(b"x" * 20, SECRET.encode(), 1)
         envelope = gateway.native(fresh_id()).json()

@@ -11,7 +11,8 @@ from structlog.testing import capture_logs
 
 from gateway.api.request_log import RequestLog, settled
 from gateway.domain.errors import UpstreamDetail, UpstreamRejected, UpstreamTimeout
-from gateway.domain.snapshot import Operation, Snapshot, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import Operation, TaskKey
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure, FetchResult
 from gateway.telemetry.log_sampling import LogSampler
 from tests.harness import Gateway, Json, Process, Simulator, fresh_id, serving, until

@@ -18,7 +18,7 @@ from gateway.domain.errors import (
     UpstreamRejected,
     UpstreamTimeout,
 )
-from gateway.domain.snapshot import Operation
+from gateway.domain.task import Operation
 from gateway.settings.model import Credentials as CredentialSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor

@@ -1,4 +1,4 @@
-"""The Prometheus rules: what they name exists, what they say is enough, and when each one fires."""
+"""The Prometheus rules: their names exist, their texts are complete, and they fire when they should."""
 
 import re
 import shutil
@@ -24,39 +24,39 @@ CASES: list[dict[str, Any]] = yaml.safe_load((Path(__file__).parent / "data" / "
 
 
 def promtool(*arguments: str | Path) -> None:
-    """Run promtool, which must be content."""
+    """Run promtool, which must succeed."""
     program = shutil.which("promtool")
     if program is None:
-        pytest.skip("promtool is not here: it comes with Prometheus")
+        pytest.skip("promtool is not installed: it comes with Prometheus")
     ran = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def tested(tmp_path: Path, **test: Any) -> None:
-    """Have promtool run one unit test of the rules."""
+def run_unit_test(tmp_path: Path, **test: Any) -> None:
+    """Run one unit test of the rules with promtool."""
     file = tmp_path / "test.yaml"
     content = {"rule_files": [str(FILE)], "evaluation_interval": "1m", "tests": [{"interval": "1m"} | test]}
     file.write_text(yaml.safe_dump(content), encoding="utf-8")
     promtool("test", "rules", file)
 
 
-# --- what they name ---------------------------------------------------------------------------------------
+# --- names ------------------------------------------------------------------------------------------------
 
 
-def test_rules_please_promtool() -> None:
-    """Promtool finds no fault, and its linter none either."""
+def test_rules_pass_promtool() -> None:
+    """The rules pass promtool and its linter."""
     promtool("check", "rules", "--lint=all", "--lint-fatal", FILE)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("alert") or rule["record"])
-def test_rules_name_what_exists(rule: dict[str, Any]) -> None:
-    """Every metric, label and label's value in an expression is one of the gateway's, or recorded above."""
+def test_rules_use_existing_names(rule: dict[str, Any]) -> None:
+    """Every metric, label and label value in an expression belongs to the gateway or a recording rule."""
     check_names(rule["expr"], recorded=RECORDED)
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_rules_tell_what_is_wrong_and_what_to_do(name: str) -> None:
-    """Every alert has a severity, a summary, a description and a runbook, in sentences."""
+def test_alerts_have_complete_annotations(name: str) -> None:
+    """Every alert has a severity, and a summary, a description and a runbook in sentences."""
     alert = ALERTS[name]
     assert alert["labels"]["severity"] in {"warning", "critical"}
     assert set(alert["annotations"]) == {"summary", "description", "runbook"}
@@ -65,32 +65,32 @@ def test_rules_tell_what_is_wrong_and_what_to_do(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALERTS)
-def test_rules_explain_with_what_exists(name: str) -> None:
-    """Metrics and settings that the words mention are the gateway's, and so are other alerts."""
-    words = " ".join(ALERTS[name]["annotations"].values())
+def test_alerts_mention_existing_names(name: str) -> None:
+    """Metrics, settings and alerts that the annotations mention exist."""
+    text = " ".join(ALERTS[name]["annotations"].values())
     known = set(series())
-    for metric in re.findall(r"sd_gateway_\w+", words):
+    for metric in re.findall(r"sd_gateway_\w+", text):
         assert {metric, f"{metric}_bucket"} & known
-    for section, setting in re.findall(rf"\b({'|'.join(Settings.model_fields)})\.([a-z_]+)", words):
+    for section, setting in re.findall(rf"\b({'|'.join(Settings.model_fields)})\.([a-z_]+)", text):
         model = Settings.model_fields[section].annotation
         assert isinstance(model, type)
         assert issubclass(model, BaseModel)
         assert setting in model.model_fields
-    assert set(re.findall(r"SdGateway\w+", words)) <= set(ALERTS)
+    assert set(re.findall(r"SdGateway\w+", text)) <= set(ALERTS)
 
 
-# --- when they fire ---------------------------------------------------------------------------------------
+# --- alerts -----------------------------------------------------------------------------------------------
 
 
-def test_rules_are_tried_both_ways() -> None:
-    """Every alert has a case in which it fires, and one in which it does not."""
-    tried = {(case["alert"], bool(case["exp_alerts"])) for case in CASES}
-    assert tried == {(name, fires) for name in ALERTS for fires in (True, False)}
+def test_alerts_have_positive_and_negative_cases() -> None:
+    """Every alert has a case in which it fires and a case in which it does not."""
+    covered = {(case["alert"], bool(case["exp_alerts"])) for case in CASES}
+    assert covered == {(name, fires) for name in ALERTS for fires in (True, False)}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['alert']}: {case['case']}")
-def test_rules_fire_when_they_should(tmp_path: Path, case: dict[str, Any]) -> None:
-    """What fires, with which labels and words, is what the case says."""
+def test_alerts_fire_when_they_should(tmp_path: Path, case: dict[str, Any]) -> None:
+    """The firing alerts have the labels and annotations of the case."""
     runbook = {"runbook": ALERTS[case["alert"]]["annotations"]["runbook"]}
     expected = [
         {
@@ -100,23 +100,23 @@ def test_rules_fire_when_they_should(tmp_path: Path, case: dict[str, Any]) -> No
         for alert in case["exp_alerts"]
     ]
     rule_test = {"eval_time": case["eval_time"], "alertname": case["alert"], "exp_alerts": expected}
-    tested(tmp_path, input_series=case["input_series"], alert_rule_test=[rule_test])
+    run_unit_test(tmp_path, input_series=case["input_series"], alert_rule_test=[rule_test])
 
 
-# --- what they record -------------------------------------------------------------------------------------
+# --- recording rules --------------------------------------------------------------------------------------
 
 GATEWAY = 'namespace="n", job="g"'
 RESULT = 'operation="sd_get_result"'
 
 
 def calls(instance: str, outcome: str) -> str:
-    """Return the series of a replica's calls."""
+    """Return the series of a replica's requests to the upstream."""
     labels = f'{GATEWAY}, instance="{instance}", {RESULT}, outcome="{outcome}"'
     return f"sd_gateway_upstream_requests_total{{{labels}}}"
 
 
 def lookups(instance: str, result: str) -> str:
-    """Return the series of a replica's lookups."""
+    """Return the series of a replica's cache lookups."""
     labels = f'{GATEWAY}, instance="{instance}", {RESULT}, result="{result}"'
     return f"sd_gateway_cache_lookups_total{{{labels}}}"
 
@@ -133,9 +133,11 @@ def lookups(instance: str, result: str) -> str:
     ],
     ids=["by-outcome", "calls", "failures", "no-failures", "lookups", "hits-alone"],
 )
-def test_rules_record(tmp_path: Path, series: dict[str, int], record: str, labels: str, value: float) -> None:
-    """What is recorded adds replicas up; a share of nothing is told as 0, not left out."""
-    tested(
+def test_recording_rules(
+    tmp_path: Path, series: dict[str, int], record: str, labels: str, value: float
+) -> None:
+    """Recording rules sum over replicas; a ratio without events is 0 and not missing."""
+    run_unit_test(
         tmp_path,
         input_series=[{"series": name, "values": f"0+{each}x20"} for name, each in series.items()],
         promql_expr_test=[

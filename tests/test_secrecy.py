@@ -1,4 +1,4 @@
-"""No secret leaves the process: everything it says is searched while every fault runs."""
+"""No secret leaves the process: all its output is searched during every fault."""
 
 import base64
 import hashlib
@@ -24,7 +24,7 @@ from tests.harness import (
     serving,
 )
 
-# The caller's own credentials, in the vendor SDKs' places: they are nobody's business either.
+# The caller's own credentials, as the vendor's SDKs send them: they must not leak either.
 CALLER = {
     "x-ca-key": "callers-access-key",
     "x-ca-signature": base64.b64encode(hashlib.sha256(b"callers").digest()).decode(),
@@ -86,11 +86,11 @@ FAULTS: list[dict[str, Any]] = [
 ]
 
 
-class Heard:
-    """Everything that a gateway was heard to say, and what must not be in it."""
+class Output:
+    """All output of a gateway, and the secrets that must not be in it."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.texts: list[str] = []
         self.secrets: set[str] = {
             KEY,
             SECRET,
@@ -100,8 +100,8 @@ class Heard:
             *FRAGMENTS,
         }
 
-    def ask(self, gate: Gateway) -> None:
-        """Ask in every way for a task, and keep the answers whole."""
+    def query(self, gate: Gateway) -> None:
+        """Query a task in every way, and keep the whole responses."""
         task = fresh_id()
         for response in (
             gate.get(task, headers=CALLER),
@@ -110,45 +110,49 @@ class Heard:
             gate.native(task, "comfy_get_result"),
             gate.client.get("/readyz"),
         ):
-            self.said += [f"{name}: {value}" for name, value in response.headers.items()] + [response.text]
+            self.texts += [f"{name}: {value}" for name, value in response.headers.items()] + [response.text]
 
-    def learn(self, headers: dict[str, str]) -> None:
-        """Add what a request upstream was signed with to what must not be heard."""
+    def add_secrets(self, headers: dict[str, str]) -> None:
+        """Add the signature and nonce of a request to the secrets."""
         self.secrets |= {headers["x-ca-signature"], headers["x-ca-nonce"]}
 
     def leaks(self) -> list[str]:
-        """Return what was heard of the secrets, with its surroundings."""
+        """Return each secret found in the output, with its surroundings."""
         pattern = "|".join(map(re.escape, self.secrets))
-        said = "\n".join(self.said)
-        return [said[max(m.start() - 80, 0) : m.end() + 20] for m in re.finditer(pattern, said)]
+        text = "\n".join(self.texts)
+        return [text[max(m.start() - 80, 0) : m.end() + 20] for m in re.finditer(pattern, text)]
 
 
 @pytest.fixture
-def heard() -> Heard:
-    """Return an ear that has heard nothing yet."""
-    return Heard()
+def output() -> Output:
+    """Return an empty output."""
+    return Output()
 
 
-def test_secrecy_under_every_fault(tmp_path: Path, simulator: Simulator, heard: Heard) -> None:
-    """Key, secret, signature and string to sign are in no log line, answer or metric, whatever goes wrong."""
+def test_secrecy_during_every_fault(tmp_path: Path, simulator: Simulator, output: Output) -> None:
+    """No log line, response or metric contains key, secret, signature or string to sign during any fault."""
     with serving(tmp_path, {**QUICK, "SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url}) as (process, gate):
         for fault in FAULTS:
             simulator.control("PUT", "/faults", **fault)
-            heard.ask(gate)
+            output.query(gate)
             simulator.heal()
-        for pairs in ({}, {KEY: "another-secret"}, {KEY: SECRET}):  # refused key, refused signature, well
+        for pairs in (
+            {},
+            {KEY: "another-secret"},
+            {KEY: SECRET},
+        ):  # rejected key, rejected signature, accepted
             simulator.pairs.clear()
             simulator.pairs.update(pairs)
-            heard.ask(gate)
+            output.query(gate)
         for request in simulator.requests():
-            heard.learn(request["headers"])
-        heard.said.append(gate.client.get("/metrics").text)
+            output.add_secrets(request["headers"])
+        output.texts.append(gate.client.get("/metrics").text)
         process.signal()
         assert process.exit_status() == 0
-    heard.said.append(process.output)
-    assert len(heard.secrets) > 100
+    output.texts.append(process.output)
+    assert len(output.secrets) > 100
     assert '"level": "debug"' in process.output
-    assert heard.leaks() == []
+    assert output.leaks() == []
 
 
 def _echoes() -> Iterator[tuple[str, Any]]:
@@ -177,10 +181,10 @@ def _echoes() -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("name", dict(_echoes()))
-def test_secrecy_of_what_upstream_sends_back(tmp_path: Path, heard: Heard, name: str) -> None:
-    """An upstream that sends our own request back, in whatever place, does not make us repeat it."""
+def test_secrecy_of_an_echoing_upstream(tmp_path: Path, output: Output, name: str) -> None:
+    """If the upstream echoes the request in any part of its response, the gateway does not repeat it."""
     echo = dict(_echoes())[name]
-    heard.secrets -= set(FRAGMENTS)  # a name without its value tells nothing
+    output.secrets -= set(FRAGMENTS)  # a name without its value is not secret
 
     def behaviour(connection: socket.socket, request: Request) -> None:
         connection.sendall(echo(request))
@@ -190,14 +194,14 @@ def test_secrecy_of_what_upstream_sends_back(tmp_path: Path, heard: Heard, name:
         RawUpstream(behaviour) as upstream,
         serving(tmp_path, {**QUICK, "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
     ):
-        heard.ask(gate)
+        output.query(gate)
         for request in upstream.requests:
-            heard.learn(request.headers)
-        heard.said.append(gate.client.get("/metrics").text)
+            output.add_secrets(request.headers)
+        output.texts.append(gate.client.get("/metrics").text)
         process.signal()
         assert process.exit_status() == 0
-    heard.said.append(process.output)
-    assert heard.leaks() == []
+    output.texts.append(process.output)
+    assert output.leaks() == []
 
 
 CODINGS = {
@@ -251,15 +255,15 @@ def _places() -> Iterator[tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("place", dict(_places()))
-def test_secrecy_of_what_upstream_encodes(tmp_path: Path, heard: Heard, place: str) -> None:
-    """The call's signature and our keys are not repeated, wherever and however upstream sends them back."""
-    behave, told = dict(_places())[place], (str, "")
-    heard.secrets.clear()
+def test_secrecy_of_an_encoding_upstream(tmp_path: Path, output: Output, place: str) -> None:
+    """The signature and the key pair are not repeated, in whatever place and encoding upstream sends them."""
+    behave, sent = dict(_places())[place], (str, "")
+    output.secrets.clear()
 
     def behaviour(connection: socket.socket, request: Request) -> None:
-        encode, secret = told
+        encode, secret = sent
         text = encode(secret or request.headers["x-ca-signature"])
-        heard.secrets.add(text)
+        output.secrets.add(text)
         connection.sendall(behave(request, text))
 
     with (
@@ -269,24 +273,24 @@ def test_secrecy_of_what_upstream_encodes(tmp_path: Path, heard: Heard, place: s
         for coding, encode in CODINGS.items():
             for secret in ("", SECRET, KEY):
                 if coding == "cut" and (secret or "answer" in place or "invoke" in place):
-                    continue  # a beginning is hidden at the end of a text alone; of a key it is in words
-                told = (encode, secret)
+                    continue  # a prefix is masked only at the end of a text; a key's prefix is in words
+                sent = (encode, secret)
                 task = fresh_id()
                 for response in (gate.get(task), gate.native(task)):
-                    heard.said += [f"{name}: {value}" for name, value in response.headers.items()]
-                    heard.said.append(response.text)
+                    output.texts += [f"{name}: {value}" for name, value in response.headers.items()]
+                    output.texts.append(response.text)
                     if "answer" in place or "invoke" in place:
                         assert "contains a secret of the gateway" in response.text
         process.signal()
         assert process.exit_status() == 0
-    heard.said.append(process.output)
-    assert len(heard.secrets) > 20
-    assert heard.leaks() == []
+    output.texts.append(process.output)
+    assert len(output.secrets) > 20
+    assert output.leaks() == []
 
 
 @pytest.mark.parametrize("size", [10, 90_000])
-def test_secrecy_takes_no_shape_for_a_secret_of_ours(tmp_path: Path, size: int) -> None:
-    """An answer whose text only looks like a signature is passed on byte for byte."""
+def test_secrecy_accepts_text_that_looks_like_a_signature(tmp_path: Path, size: int) -> None:
+    """A response whose text only looks like a signature is passed on byte for byte."""
     token = base64.b64encode(hashlib.sha256(b"image").digest()).decode()
     sent: list[bytes] = []
 
@@ -302,8 +306,8 @@ def test_secrecy_takes_no_shape_for_a_secret_of_ours(tmp_path: Path, size: int) 
 
 
 @pytest.mark.parametrize("before", range(99 - len(SECRET), 99, 3))
-def test_secrecy_of_texts_that_are_cut(tmp_path: Path, before: int) -> None:
-    """Wherever a log line or an answer cuts a text short, no part of a secret is left before the cut."""
+def test_secrecy_of_truncated_texts(tmp_path: Path, before: int) -> None:
+    """If a log line or response truncates a text, no part of a secret remains before the cut."""
 
     def behaviour(connection: socket.socket, _: Request) -> None:
         words = "." * (500 - 100 + before) + SECRET
@@ -314,22 +318,22 @@ def test_secrecy_of_texts_that_are_cut(tmp_path: Path, before: int) -> None:
         RawUpstream(behaviour) as upstream,
         serving(tmp_path, {**QUICK, "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
     ):
-        said = gate.get(fresh_id()).text
+        problem = gate.get(fresh_id()).text
         gate.client.get(f"/v1/progress/{'.' * (before % 64)}{SECRET}")
         process.signal()
         assert process.exit_status() == 0
-    assert "upstream-rejected" in said
-    assert SECRET[:6] not in said
+    assert "upstream-rejected" in problem
+    assert SECRET[:6] not in problem
     assert SECRET[:6] not in process.output
 
 
-def test_secrecy_test_can_fail(simulator: Simulator, heard: Heard) -> None:
-    """What the simulated upstream says in its refusals would be found: it does hold our key."""
+def test_secrecy_test_can_fail(simulator: Simulator, output: Output) -> None:
+    """The rejections of the simulated upstream contain the key, and the search finds it."""
     simulator.pairs[KEY] = "another-secret"
     task, body = fresh_id(), b"{}"
     headers = {"x-ca-key": KEY, "content-type": "application/json", "x-ca-signature-headers": "x-ca-key"}
     refused = simulator.client.post(
         "/scc/sd_get_progress", content=body, headers=headers | {"x-ca-nonce": task}
     )
-    heard.said.append(str(refused.headers))
-    assert any(KEY in leak for leak in heard.leaks())
+    output.texts.append(str(refused.headers))
+    assert any(KEY in leak for leak in output.leaks())

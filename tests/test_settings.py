@@ -1,4 +1,4 @@
-"""The settings: what they are by default, where they come from, and how every mistake is told."""
+"""The settings: defaults, sources, and messages for configuration errors."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, SecretStr
 
-from gateway.domain.snapshot import Operation
-from gateway.settings.model import Settings, SettingsError, load
+from gateway.domain.task import Operation
+from gateway.settings.loading import load
+from gateway.settings.model import Settings, SettingsError
 
 Load = Callable[..., Settings]
 
-# The published defaults. What a test here pins, a release notes' line has to announce.
+# The published defaults. A change here must be announced in the release notes.
 DEFAULTS: dict[str, Any] = {
     "server.host": "127.0.0.1",
     "server.port": 8080,
@@ -99,13 +100,13 @@ def read(tmp_path: Path) -> Load:
 
 @pytest.fixture
 def mistakes(read: Load) -> Callable[..., list[str]]:
-    """Return a function that loads settings which are wrong, and returns the lines that say so."""
+    """Return a function that loads invalid settings and returns the lines of the error."""
 
     def mistakes(toml: str = "", **environ: str) -> list[str]:
         with pytest.raises(SettingsError) as caught:
             read(toml, **environ)
         lines = caught.value.mistakes
-        assert str(caught.value).splitlines() == lines, "each mistake has one line"
+        assert str(caught.value).splitlines() == lines, "each error has one line"
         return lines
 
     return mistakes
@@ -115,32 +116,32 @@ def mistakes(read: Load) -> Callable[..., list[str]]:
 
 
 def test_settings_have_the_published_defaults() -> None:
-    """Each setting but the credentials has its published default, and there is none besides."""
+    """Except for the credentials, the settings and their defaults are the published ones."""
     assert {n: v for n, v in leaves(Settings()) if not n.startswith("credentials.")} == DEFAULTS
 
 
 def test_settings_have_no_credentials_by_default() -> None:
-    """By default there are no credentials, and no file to read them from."""
+    """By default there are no credentials and no credential files."""
     credentials = Settings().credentials
     assert [getattr(credentials, name).get_secret_value() for name in SECRETS] == [""] * 4
     assert [getattr(credentials, f"{name}_file") for name in SECRETS] == [None] * 4
 
 
-def test_load_takes_an_empty_file_and_environment_for_the_defaults(read: Load) -> None:
-    """Nothing set is everything by default, whatever else is in the environment."""
+def test_load_returns_the_defaults_for_an_empty_file_and_environment(read: Load) -> None:
+    """Without settings the defaults apply; other environment variables are ignored."""
     assert read() == Settings()
     assert read(PATH="/bin", HOME="/root", SD_GATEWAYX="1", sd_gateway_foo="1") == Settings()
 
 
 def test_load_needs_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a file named, and without the default one, the environment alone counts."""
+    """Without a file and without the default file, only the environment is used."""
     monkeypatch.chdir(tmp_path)
     assert load(None, {}) == Settings()
     assert load(None, {"SD_GATEWAY_SERVER__PORT": "1"}).server.port == 1
 
 
 def test_load_reads_the_default_file_when_it_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a file named config/gateway.toml is read; with one named it is not."""
+    """config/gateway.toml is read only if no other file is given."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "gateway.toml").write_text("[server]\nport = 1\n")
@@ -150,14 +151,14 @@ def test_load_reads_the_default_file_when_it_exists(tmp_path: Path, monkeypatch:
     assert (load(other, {}).server.port, load(other, {}).server.host) == (8080, "h")
 
 
-def test_load_puts_the_environment_over_the_file(read: Load) -> None:
-    """A variable wins over the file, key by key: the section's other keys stay."""
+def test_load_prefers_the_environment_to_the_file(read: Load) -> None:
+    """A variable overrides the file key by key: other keys of the section stay."""
     settings = read("[server]\nport = 1\nhost = 'file'\n[log]\nlevel = 'debug'", SD_GATEWAY_SERVER__PORT="2")
     assert (settings.server.port, settings.server.host, settings.log.level) == (2, "file", "debug")
 
 
-def test_load_puts_the_sdks_variables_between(read: Load) -> None:
-    """SPEEDPIX_* wins over the file, SD_GATEWAY_* over both; an empty SPEEDPIX_* says nothing."""
+def test_load_ranks_the_sdks_variables_between(read: Load) -> None:
+    """SPEEDPIX_* overrides the file, SD_GATEWAY_* overrides both; an empty SPEEDPIX_* is ignored."""
     credentials = "[credentials]\naccess_key = 'file-key'\nsecret_key = 'file-secret'"
     toml = f"{credentials}\n[upstream]\nendpoint = 'https://file'"
     speedpix = {
@@ -166,7 +167,7 @@ def test_load_puts_the_sdks_variables_between(read: Load) -> None:
         "SPEEDPIX_ENDPOINT": "https://sdk",
     }
 
-    def told(settings: Settings) -> tuple[str, str, str]:
+    def values(settings: Settings) -> tuple[str, str, str]:
         pair = settings.credentials
         return (
             settings.upstream.endpoint,
@@ -174,10 +175,10 @@ def test_load_puts_the_sdks_variables_between(read: Load) -> None:
             pair.secret_key.get_secret_value(),
         )
 
-    assert told(read(toml, **dict.fromkeys(speedpix, ""))) == ("https://file", "file-key", "file-secret")
-    assert told(read(toml, **speedpix)) == ("https://sdk", "sdk-key", "sdk-secret")
+    assert values(read(toml, **dict.fromkeys(speedpix, ""))) == ("https://file", "file-key", "file-secret")
+    assert values(read(toml, **speedpix)) == ("https://sdk", "sdk-key", "sdk-secret")
     ours = {"SD_GATEWAY_UPSTREAM__ENDPOINT": "https://ours", "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": "our-key"}
-    assert told(read(toml, **speedpix, **ours)) == ("https://ours", "our-key", "sdk-secret")
+    assert values(read(toml, **speedpix, **ours)) == ("https://ours", "our-key", "sdk-secret")
 
 
 @pytest.mark.parametrize(
@@ -185,14 +186,14 @@ def test_load_puts_the_sdks_variables_between(read: Load) -> None:
     [("a", ["a"]), ("a,b", ["a", "b"]), (" a , b ,", ["a", "b"]), ("", []), (",", []), ("*", ["*"])],
 )
 def test_load_splits_lists_in_the_environment(read: Load, value: str, items: list[str]) -> None:
-    """A list in the environment is comma separated, spaces round an item mean nothing."""
+    """A list in the environment is comma separated; spaces around an item are ignored."""
     origins = re.sub(r"\w", r"https://\g<0>", value)
-    told = read(SD_GATEWAY_SERVER__CORS_ORIGINS=origins).server.cors_origins
-    assert told == [item.replace("a", "https://a").replace("b", "https://b") for item in items]
+    loaded = read(SD_GATEWAY_SERVER__CORS_ORIGINS=origins).server.cors_origins
+    assert loaded == [item.replace("a", "https://a").replace("b", "https://b") for item in items]
 
 
 def test_load_reads_every_kind_of_value_from_the_environment(read: Load) -> None:
-    """Numbers, truth, operations and paths come from text as they come from TOML."""
+    """Numbers, booleans, operations and paths are parsed from text."""
     settings = read(
         SD_GATEWAY_UPSTREAM__OPERATIONS="sd_get_progress,sd_get_result",
         SD_GATEWAY_UPSTREAM__ALLOW_INSECURE="true",
@@ -207,7 +208,7 @@ def test_load_reads_every_kind_of_value_from_the_environment(read: Load) -> None
 
 
 def test_settings_cannot_be_changed() -> None:
-    """Settings are read once and stay as they are."""
+    """Settings are immutable."""
     with pytest.raises(ValueError, match="frozen"):
         Settings().server.port = 1  # type: ignore[misc]
 
@@ -216,8 +217,8 @@ def test_settings_cannot_be_changed() -> None:
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_load_takes_the_stronger_source_of_a_secret_in_either_form(read: Load, name: str) -> None:
-    """A secret's value and its file are one setting: the stronger source replaces both forms."""
+def test_load_overrides_a_secret_in_either_form(read: Load, name: str) -> None:
+    """The value and the file of a secret are one setting: the source with precedence replaces both."""
     value = f"[credentials]\n{name} = 'value'"
     file = f"[credentials]\n{name}_file = 'file'"
     by_file = read(value, **{f"SD_GATEWAY_CREDENTIALS__{name}_file".upper(): "/f"}).credentials
@@ -226,8 +227,8 @@ def test_load_takes_the_stronger_source_of_a_secret_in_either_form(read: Load, n
     assert (getattr(by_value, name).get_secret_value(), getattr(by_value, f"{name}_file")) == ("v", None)
 
 
-def test_load_takes_a_blank_file_for_none(read: Load) -> None:
-    """A variable that was left blank names no file, and stands in nobody's way."""
+def test_load_ignores_an_empty_file_name(read: Load) -> None:
+    """An empty variable sets no file, and does not conflict with a value."""
     names = ("CREDENTIALS__ACCESS_KEY", "CREDENTIALS__NEXT_SECRET_KEY", "STORE__PASSWORD", "STORE__CA")
     blank = {f"SD_GATEWAY_{name}_FILE": "" for name in names}
     assert read(**blank) == Settings()
@@ -235,8 +236,8 @@ def test_load_takes_a_blank_file_for_none(read: Load) -> None:
     assert read(**blank, **value).credentials.access_key.get_secret_value() == "key"
 
 
-def test_load_lets_an_sdks_variable_replace_a_file(read: Load) -> None:
-    """SPEEDPIX_APP_KEY replaces the file that the TOML names, and a file of ours the variable."""
+def test_load_overrides_a_file_with_an_sdks_variable(read: Load) -> None:
+    """SPEEDPIX_APP_KEY replaces the file in the TOML; a file in an SD_GATEWAY_* variable replaces both."""
     toml = "[credentials]\naccess_key_file = 'file'"
     assert read(toml, SPEEDPIX_APP_KEY="v").credentials.access_key_file is None
     environ = {"SPEEDPIX_APP_KEY": "v", "SD_GATEWAY_CREDENTIALS__ACCESS_KEY_FILE": "/f"}
@@ -244,10 +245,10 @@ def test_load_lets_an_sdks_variable_replace_a_file(read: Load) -> None:
 
 
 @pytest.mark.parametrize("name", SECRETS)
-def test_load_refuses_a_secret_and_its_file_in_one_source(
+def test_load_rejects_a_secret_and_its_file_in_one_source(
     mistakes: Callable[..., list[str]], name: str
 ) -> None:
-    """A value and a file for the same secret, in one and the same source, is a mistake."""
+    """A value and a file for the same secret in one source is an error."""
     line = f"credentials.{name} = (hidden): set the value or the file, not both"
     assert mistakes(f"[credentials]\n{name} = 'hush-hush'\n{name}_file = 'file'") == [line]
     variable = f"SD_GATEWAY_CREDENTIALS__{name}".upper()
@@ -255,13 +256,13 @@ def test_load_refuses_a_secret_and_its_file_in_one_source(
 
 
 def test_settings_show_no_secret(read: Load) -> None:
-    """Neither repr nor str nor a dump of settings shows a secret."""
+    """repr, str and dumps of settings show no secret."""
     settings = read("[credentials]\naccess_key = 'hush-key'\nsecret_key = 'hush-secret'")
     for shown in (repr(settings), str(settings), repr(settings.model_dump()), settings.model_dump_json()):
         assert "hush" not in shown
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -317,10 +318,10 @@ def test_settings_show_no_secret(read: Load) -> None:
         ),
     ],
 )
-def test_load_tells_a_bad_value(mistakes: Callable[..., list[str]], toml: str, line: str) -> None:
-    """A bad value's one line names the key, the value and what is allowed."""
-    [told] = mistakes(toml)
-    assert told.startswith(line)
+def test_load_reports_a_bad_value(mistakes: Callable[..., list[str]], toml: str, line: str) -> None:
+    """The line for a bad value has the key, the value and the allowed values."""
+    [message] = mistakes(toml)
+    assert message.startswith(line)
 
 
 @pytest.mark.parametrize(
@@ -343,12 +344,12 @@ def test_load_tells_a_bad_value(mistakes: Callable[..., list[str]], toml: str, l
         ("SD_GATEWAY_", "1", "SD_GATEWAY_: unknown setting; known: server, "),
     ],
 )
-def test_load_tells_a_mistake_in_the_environment(
+def test_load_reports_an_error_in_the_environment(
     mistakes: Callable[..., list[str]], variable: str, value: str, line: str
 ) -> None:
-    """A variable with a bad value, and one that no setting has, is told like a line of the file."""
-    [told] = mistakes(**{variable: value})
-    assert told.startswith(line)
+    """A variable with a bad value or for an unknown setting is reported like an error in the file."""
+    [message] = mistakes(**{variable: value})
+    assert message.startswith(line)
 
 
 @pytest.mark.parametrize(
@@ -364,21 +365,21 @@ def test_load_tells_a_mistake_in_the_environment(
         ("[credentials]\nsecret_kye = 'hush'", "credentials.secret_kye: unknown setting; did you mean cred"),
     ],
 )
-def test_load_tells_an_unknown_key(mistakes: Callable[..., list[str]], toml: str, line: str) -> None:
-    """An unknown key is told with the one that was meant, or with all that there are; its value is not."""
-    [told] = mistakes(toml)
-    assert told.startswith(line)
-    assert "hush" not in told
+def test_load_reports_an_unknown_key(mistakes: Callable[..., list[str]], toml: str, line: str) -> None:
+    """The line for an unknown key suggests a similar one or lists all; its value is not shown."""
+    [message] = mistakes(toml)
+    assert message.startswith(line)
+    assert "hush" not in message
 
 
-def test_load_tells_a_section_that_is_no_table(mistakes: Callable[..., list[str]]) -> None:
-    """A section that is a number in the file is told as such, though the environment has keys for it."""
-    [told] = mistakes("server = 5", SD_GATEWAY_SERVER__PORT="1")
-    assert told.startswith("server = 5: must be a section")
+def test_load_reports_a_section_that_is_not_a_table(mistakes: Callable[..., list[str]]) -> None:
+    """A section that is a number is reported even if the environment has keys for it."""
+    [message] = mistakes("server = 5", SD_GATEWAY_SERVER__PORT="1")
+    assert message.startswith("server = 5: must be a section")
 
 
-def test_load_tells_all_mistakes_at_once(mistakes: Callable[..., list[str]]) -> None:
-    """Mistakes of the file and of the environment are told together, a line for each."""
+def test_load_reports_all_errors_at_once(mistakes: Callable[..., list[str]]) -> None:
+    """Errors in the file and in the environment are reported together, one line each."""
     lines = mistakes(
         "[server]\nport = 'x'\nprot = 1\n[upstream]\nendpoint = 'ftp://x'\n[cash]\na = 1",
         SD_GATEWAY_LOG__LEVEL="loud",
@@ -414,8 +415,8 @@ def test_load_tells_all_mistakes_at_once(mistakes: Callable[..., list[str]]) -> 
         "[credentials]\nsecret_key = 'hush-hush",
     ],
 )
-def test_load_tells_no_secret(mistakes: Callable[..., list[str]], toml: str) -> None:
-    """However wrong the settings are, no line that says so has a secret."""
+def test_load_shows_no_secret_in_errors(mistakes: Callable[..., list[str]], toml: str) -> None:
+    """No error message contains a secret."""
     assert "hush" not in "\n".join(mistakes(toml))
 
 
@@ -429,19 +430,19 @@ def test_load_tells_no_secret(mistakes: Callable[..., list[str]], toml: str) -> 
     ],
     ids=["syntax", "twice", "not UTF-8", "deep"],
 )
-def test_load_tells_a_file_that_is_not_toml(tmp_path: Path, content: bytes, line: str) -> None:
-    """A file that is not TOML, or not UTF-8, is one line with the file's name."""
+def test_load_reports_a_file_that_is_not_toml(tmp_path: Path, content: bytes, line: str) -> None:
+    """A file that is not TOML or not UTF-8 is one line with the name of the file."""
     file = tmp_path / "broken.toml"
     file.write_bytes(content)
     with pytest.raises(SettingsError) as caught:
         load(file, {})
-    [told] = caught.value.mistakes
-    assert told.startswith(f"{file}: {line}")
-    assert "\n" not in told
+    [message] = caught.value.mistakes
+    assert message.startswith(f"{file}: {line}")
+    assert "\n" not in message
 
 
-def test_load_tells_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    """A file that was named and is not there, or is a directory, is one line with the reason."""
+def test_load_reports_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    """A given file that is missing or a directory is one line with the reason."""
     with pytest.raises(SettingsError) as caught:
         load(tmp_path / "none.toml", {})
     assert caught.value.mistakes == [f"{tmp_path / 'none.toml'}: cannot be read: No such file or directory"]
@@ -450,14 +451,14 @@ def test_load_tells_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     assert caught.value.mistakes == [f"{tmp_path}: cannot be read: Is a directory"]
 
 
-def test_load_reads_no_endless_file() -> None:
-    """A file without an end is refused once it is larger than any settings file."""
+def test_load_rejects_an_endless_file() -> None:
+    """An endless file is rejected once it exceeds the maximum size."""
     with pytest.raises(SettingsError) as caught:
         load(Path("/dev/zero"), {})
     assert caught.value.mistakes == ["/dev/zero: is larger than 1048576 bytes"]
 
 
-# Checks of meaning
+# Semantic checks
 
 
 @pytest.mark.parametrize(
@@ -473,7 +474,7 @@ def test_load_reads_no_endless_file() -> None:
     ],
 )
 def test_load_accepts_an_endpoint(read: Load, endpoint: str) -> None:
-    """An endpoint may be anywhere over https, on loopback over plain http."""
+    """An endpoint may have any host over https, and a loopback host over plain http."""
     assert read(f"[upstream]\nendpoint = '{endpoint}'").upstream.endpoint == endpoint
 
 
@@ -489,30 +490,30 @@ def test_load_accepts_an_endpoint(read: Load, endpoint: str) -> None:
         ("https://host:port", "must be an http or https URL"),
         ("https://host:65536", "must be an http or https URL"),
         ("https://host name", "must be an http or https URL"),
-        ("https://host/path", "must be a scheme, a host and maybe a port, nothing more"),
-        ("https://host?query", "must be a scheme, a host and maybe a port, nothing more"),
-        ("https://host#fragment", "must be a scheme, a host and maybe a port, nothing more"),
-        ("http://host", "plain http only to loopback, unless upstream.allow_insecure = true"),
-        ("http://10.0.0.1", "plain http only to loopback, unless upstream.allow_insecure = true"),
+        ("https://host/path", "must be a scheme and a host, with an optional port and nothing else"),
+        ("https://host?query", "must be a scheme and a host, with an optional port and nothing else"),
+        ("https://host#fragment", "must be a scheme and a host, with an optional port and nothing else"),
+        ("http://host", "plain http needs a loopback address or upstream.allow_insecure = true"),
+        ("http://10.0.0.1", "plain http needs a loopback address or upstream.allow_insecure = true"),
         (
             "http://localhost.example.com",
-            "plain http only to loopback, unless upstream.allow_insecure = true",
+            "plain http needs a loopback address or upstream.allow_insecure = true",
         ),
         (
             "http://127.0.0.1.example.com",
-            "plain http only to loopback, unless upstream.allow_insecure = true",
+            "plain http needs a loopback address or upstream.allow_insecure = true",
         ),
     ],
 )
-def test_load_refuses_an_endpoint(mistakes: Callable[..., list[str]], endpoint: str, allowed: str) -> None:
-    """An endpoint with anything but scheme, host and port, or over plain http to elsewhere, is refused."""
+def test_load_rejects_an_endpoint(mistakes: Callable[..., list[str]], endpoint: str, allowed: str) -> None:
+    """An endpoint with more than scheme, host and port, or with plain http to another host, is an error."""
     assert mistakes(f"[upstream]\nendpoint = '{endpoint}'") == [
         f"upstream.endpoint = {endpoint!r}: {allowed}"
     ]
 
 
-def test_load_allows_plain_http_when_told_to(read: Load) -> None:
-    """upstream.allow_insecure lets plain http go anywhere."""
+def test_load_allows_plain_http_if_configured(read: Load) -> None:
+    """upstream.allow_insecure permits plain http to any host."""
     toml = "[upstream]\nendpoint = 'http://10.0.0.1'\nallow_insecure = true"
     assert read(toml).upstream.endpoint == "http://10.0.0.1"
 
@@ -521,41 +522,41 @@ def test_load_allows_plain_http_when_told_to(read: Load) -> None:
     "host", ["*", "a", "a.example.com", "*.example.com", "10.0.0.1", "[::1]", "画.example"]
 )
 def test_load_accepts_a_host_to_trust(read: Load, host: str) -> None:
-    """A host, all below one, an address, or any."""
+    """A host name, all its subdomains, an address, or any host."""
     assert read(SD_GATEWAY_SERVER__TRUSTED_HOSTS=host).server.trusted_hosts == [host]
 
 
 @pytest.mark.parametrize("host", ["https://a", "a:8080", "a/b", "*a", "a.*", "[::1]:80", "a b"])
-def test_load_refuses_a_host_that_no_request_names(mistakes: Callable[..., list[str]], host: str) -> None:
-    """What could be no Host header's, its port left away, is a mistake: nobody would ever be let in by it."""
-    [told] = mistakes(SD_GATEWAY_SERVER__TRUSTED_HOSTS=host)
-    assert told.startswith(f"server.trusted_hosts.0 = {host!r}: string should match pattern")
+def test_load_rejects_a_host_that_matches_no_request(mistakes: Callable[..., list[str]], host: str) -> None:
+    """A value that no Host header has, without its port, is an error: it would never match."""
+    [message] = mistakes(SD_GATEWAY_SERVER__TRUSTED_HOSTS=host)
+    assert message.startswith(f"server.trusted_hosts.0 = {host!r}: string should match pattern")
 
 
 @pytest.mark.parametrize("origin", ["*", "null", "https://a.example.com", "http://127.0.0.1:8080", "app://a"])
 def test_load_accepts_an_origin(read: Load, origin: str) -> None:
-    """A scheme, a host and maybe a port, or any."""
+    """A scheme and a host with an optional port, or any origin."""
     assert read(SD_GATEWAY_SERVER__CORS_ORIGINS=origin).server.cors_origins == [origin]
 
 
 @pytest.mark.parametrize("origin", ["a.example.com", "https://a/", "https://A", "https://*.a", "https://"])
-def test_load_refuses_an_origin_that_no_browser_sends(
+def test_load_rejects_an_origin_that_no_browser_sends(
     mistakes: Callable[..., list[str]], origin: str
 ) -> None:
-    """What no browser sends as its page's origin is a mistake: no page would ever be let in by it."""
-    [told] = mistakes(SD_GATEWAY_SERVER__CORS_ORIGINS=origin)
-    assert told.startswith(f"server.cors_origins.0 = {origin!r}: string should match pattern")
+    """A value that no browser sends as an origin is an error: it would never match."""
+    [message] = mistakes(SD_GATEWAY_SERVER__CORS_ORIGINS=origin)
+    assert message.startswith(f"server.cors_origins.0 = {origin!r}: string should match pattern")
 
 
 @pytest.mark.parametrize("path", ["", "/progress", "/a/b"])
 def test_load_accepts_a_root_path(read: Load, path: str) -> None:
-    """A prefix begins with a slash and does not end with one; none is none."""
+    """A prefix begins with a slash and does not end with one; an empty one means no prefix."""
     assert read(SD_GATEWAY_SERVER__ROOT_PATH=path).server.root_path == path
 
 
 @pytest.mark.parametrize("path", ["/", "progress", "/progress/", "http://host/progress"])
-def test_load_refuses_a_root_path(mistakes: Callable[..., list[str]], path: str) -> None:
-    """Any other prefix is refused."""
+def test_load_rejects_a_root_path(mistakes: Callable[..., list[str]], path: str) -> None:
+    """Any other prefix is an error."""
     line = f'server.root_path = {path!r}: must be empty, or begin with "/" and not end with it'
     assert mistakes(SD_GATEWAY_SERVER__ROOT_PATH=path) == [line]
 
@@ -572,28 +573,28 @@ def test_load_refuses_a_root_path(mistakes: Callable[..., list[str]], path: str)
         ("rediss://[::1]:7", [("::1", 7)], True, 0),
     ],
 )
-def test_store_is_named_by_its_url(
+def test_store_url_has_hosts_tls_and_database(
     read: Load,
     url: str,
     hosts: list[tuple[str, int]],
     tls: bool,  # noqa: FBT001
     database: int,
 ) -> None:
-    """The URL says who, whether encrypted, and which database."""
+    """The URL determines the server, TLS and the database."""
     store = read(SD_GATEWAY_STORE__URL=url).store
     assert (store.hosts, store.tls, store.database) == (hosts, tls, database)
 
 
 @pytest.mark.parametrize(("more", "port"), [({"CLUSTER": "true"}, 6379), ({"SENTINEL_SERVICE": "s"}, 26379)])
 def test_store_may_have_several_hosts(read: Load, more: dict[str, str], port: int) -> None:
-    """A cluster's nodes, or Sentinels, stand in the URL one after the other."""
+    """The URL lists the nodes of a cluster or the Sentinels, separated by commas."""
     environment = {f"SD_GATEWAY_STORE__{name}": value for name, value in more.items()}
     store = read(SD_GATEWAY_STORE__URL="valkey://u@a,b:1", **environment).store
     assert store.hosts == [("a", port), ("b", 1)]
 
 
 def test_store_login_comes_from_the_url_or_from_files(read: Load, tmp_path: Path) -> None:
-    """What stands in a file goes over what stands in the URL, and is read when it is needed."""
+    """A file overrides the URL, and is read when it is needed."""
     url = "valkey://us%40er:p%3Aw@v"
     assert read().store.login() == (None, None)
     assert read(SD_GATEWAY_STORE__URL="valkey://:p@v").store.login() == (None, "p")
@@ -605,7 +606,7 @@ def test_store_login_comes_from_the_url_or_from_files(read: Load, tmp_path: Path
 
 
 def test_store_url_is_never_shown(read: Load) -> None:
-    """The URL may hold a password: settings that are printed do not tell it."""
+    """The URL may contain a password, so printed settings do not show it."""
     assert "s3cret" not in repr(read(SD_GATEWAY_STORE__URL="valkey://u:s3cret@v"))
 
 
@@ -616,20 +617,20 @@ def test_store_url_is_never_shown(read: Load) -> None:
         ({"url": "valkey://"}, "store.url = 'valkey://': must be valkey://"),
         ({"url": "valkey://u:s3cret@v:x"}, "store.url = (hidden): must be valkey://"),
         ({"url": "valkey://v?db=1"}, "store.url = 'valkey://v?db=1': must be valkey://"),
-        ({"url": "valkey://v/a"}, "store.url = 'valkey://v/a': its path may be"),
-        ({"url": "valkey://v/1", "cluster": "true"}, "store.url = 'valkey://v/1': its path may be"),
-        ({"url": "valkey://v,w"}, "store.url = 'valkey://v,w': several hosts only"),
+        ({"url": "valkey://v/a"}, "store.url = 'valkey://v/a': the path must be"),
+        ({"url": "valkey://v/1", "cluster": "true"}, "store.url = 'valkey://v/1': the path must be"),
+        ({"url": "valkey://v,w"}, "store.url = 'valkey://v,w': several hosts require"),
         (
             {"url": "valkey://v", "cluster": "true", "sentinel_service": "s"},
-            "store.cluster = 'true': not together with",
+            "store.cluster = 'true': cannot be combined with",
         ),
         ({"key_prefix": "{x}"}, "store.key_prefix = '{x}': string should match"),
         ({"timeout_seconds": "2"}, "store.timeout_seconds = '2': input should be less"),
     ],
 )
-def test_store_settings_that_are_wrong_are_named(
+def test_store_reports_errors_in_its_settings(
     mistakes: Callable[..., list[str]], store: dict[str, str], mistake: str
 ) -> None:
-    """Every mistake is told in one line, and no password in any."""
+    """Every error is one line without a password."""
     [line] = mistakes(**{f"SD_GATEWAY_STORE__{name.upper()}": value for name, value in store.items()})
     assert line.startswith(mistake)

@@ -16,7 +16,8 @@ from gateway.domain.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import Operation, Status, TaskKey
 from gateway.settings.model import Store as StoreSettings
 from gateway.stores.base import Lease, Store
 from gateway.stores.memory import ENTRY_BYTES, MEMORY_SECONDS, MemoryStore

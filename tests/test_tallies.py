@@ -1,4 +1,4 @@
-"""Counters and histograms without locks: what a scrape finds, beside prometheus-client's own."""
+"""Counters and histograms without locks: scrapes equal those of prometheus-client."""
 
 import threading
 
@@ -13,13 +13,13 @@ BUCKETS = (0.001, 0.01, 0.1, 1.0)
 
 
 def without_times(registry: CollectorRegistry) -> list[str]:
-    """Return a scrape's lines, but for those that tell when a series was made."""
+    """Return the lines of a scrape without creation times."""
     return [line for line in generate_latest(registry).decode().splitlines() if "_created" not in line]
 
 
 @given(st.lists(st.sampled_from(["a", 'q"uote', "line\nbreak", "ü"])))
-def test_tallies_count_as_the_library_does(labels: list[str]) -> None:
-    """A counter is scraped as prometheus-client's is, whatever the labels."""
+def test_counters_equal_those_of_the_library(labels: list[str]) -> None:
+    """A counter with any labels is scraped like one of prometheus-client."""
     ours, theirs = CollectorRegistry(), CollectorRegistry()
     counts = FastCounters("things_total", "Things.", ["kind"], registry=ours)
     counter = Counter("things_total", "Things.", ["kind"], registry=theirs)
@@ -30,27 +30,27 @@ def test_tallies_count_as_the_library_does(labels: list[str]) -> None:
 
 
 @given(st.lists(st.sampled_from([*BUCKETS, 0.0, 0.0005, 0.5, 7.25, 1000.0])))
-def test_tallies_spread_as_the_library_does(amounts: list[float]) -> None:
-    """A histogram is scraped as prometheus-client's is, amounts on a bucket's bound included."""
+def test_histograms_equal_those_of_the_library(amounts: list[float]) -> None:
+    """A histogram is scraped like one of prometheus-client, also with amounts on a bucket's bound."""
     ours, theirs = CollectorRegistry(), CollectorRegistry()
-    spreads = FastHistograms("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=ours)
+    histograms = FastHistograms("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=ours)
     histogram = Histogram("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=theirs)
     for amount in amounts:
-        spreads.labels("a").observe(amount)
+        histograms.labels("a").observe(amount)
         histogram.labels("a").observe(amount)
     assert without_times(ours) == without_times(theirs)
 
 
-def test_tallies_give_a_series_once() -> None:
-    """The same label values are the same series, of whatever type they were given."""
+def test_counters_return_the_same_series_for_the_same_labels() -> None:
+    """Label values of different types with the same text give the same series."""
     counts = FastCounters("things_total", "Things.", ["status"], registry=CollectorRegistry())
     assert counts.labels(200) is counts.labels("200")
     with pytest.raises(ValueError, match="status"):
         counts.labels("200", "GET")
 
 
-def test_tallies_are_found_by_name() -> None:
-    """A scrape of some names finds them, and a name is taken but once."""
+def test_counters_are_found_by_name() -> None:
+    """A scrape can be restricted to names, and a name can be registered only once."""
     registry = CollectorRegistry()
     counts = FastCounters("things_total", "Things.", ["kind"], registry=registry)
     FastHistograms("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=registry)
@@ -62,8 +62,8 @@ def test_tallies_are_found_by_name() -> None:
         FastHistograms("seconds", "Seconds.", ["kind"], buckets=BUCKETS, registry=registry)
 
 
-def test_tallies_are_exact_while_threads_scrape() -> None:
-    """Who counts and who scrapes at the same time lose nothing, and no scrape goes back."""
+def test_counters_are_exact_while_threads_scrape() -> None:
+    """Counting during scrapes on another thread loses nothing, and no scrape decreases."""
     registry = CollectorRegistry()
     count = FastCounters("things_total", "Things.", ["kind"], registry=registry).labels("a")
     seen: list[float] = []

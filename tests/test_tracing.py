@@ -1,4 +1,4 @@
-"""When spans are asked for, and what it costs when they are not."""
+"""When tracing is enabled, and what happens when it is not."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.domain.snapshot import Operation, TaskKey
+from gateway.domain.task import Operation, TaskKey
 from gateway.telemetry.tracing import Mark, Untraced, asked_for
 from tests.harness import run
 
@@ -22,8 +22,8 @@ ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
         {"OTEL_TRACES_EXPORTER": "otlp"},
     ],
 )
-def test_tracing_is_asked_for_by_the_standard_variables(environ: dict[str, str]) -> None:
-    """A place to send spans to, or a form to send them in, is enough."""
+def test_tracing_is_enabled_by_the_standard_variables(environ: dict[str, str]) -> None:
+    """An endpoint or an exporter is enough."""
     assert asked_for(environ)
 
 
@@ -39,13 +39,13 @@ def test_tracing_is_asked_for_by_the_standard_variables(environ: dict[str, str])
         ENDPOINT | {"OTEL_SDK_DISABLED": " TRUE "},
     ],
 )
-def test_tracing_is_off_otherwise(environ: dict[str, str]) -> None:
-    """Other variables ask for nothing, and two switch it off."""
+def test_tracing_is_disabled_otherwise(environ: dict[str, str]) -> None:
+    """Other variables do not enable tracing, and two disable it."""
     assert not asked_for(environ)
 
 
-async def test_untraced_makes_nothing() -> None:
-    """Without tracing, marks have nothing to link to."""
+async def test_untraced_creates_no_spans() -> None:
+    """Without tracing, marks have no span context."""
     tracing = Untraced()
     for span in (tracing.flight(KEY), tracing.call(KEY, number=0)):
         with span as mark:
@@ -53,13 +53,13 @@ async def test_untraced_makes_nothing() -> None:
     await tracing.aclose()
 
 
-def test_tracing_imports_nothing_unless_asked() -> None:
-    """The gateway's modules bring no module of OpenTelemetry with them."""
-    look = (
+def test_tracing_imports_nothing_unless_enabled() -> None:
+    """The gateway's modules import no module of OpenTelemetry."""
+    script = (
         "import sys, gateway.cli.main\n"
         "sys.exit(any(name.startswith('opentelemetry') for name in sys.modules))"
     )
-    assert subprocess.run([sys.executable, "-c", look], check=False).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -73,25 +73,25 @@ def test_tracing_imports_nothing_unless_asked() -> None:
         ),
     ],
 )
-def test_tracing_that_cannot_be_had_stops_the_start(
+def test_unsupported_tracing_prevents_the_start(
     tmp_path: Path, environ: dict[str, str], words: list[str]
 ) -> None:
-    """What is asked for and not there is a mistake like any other in the settings: one line, status 2."""
-    status, said = run("serve", cwd=tmp_path, env=environ)
+    """An unsupported exporter or protocol is a configuration error: one line, exit status 2."""
+    status, output = run("serve", cwd=tmp_path, env=environ)
     assert status == 2
-    [line] = said.splitlines()
+    [line] = output.splitlines()
     assert all(word in line for word in words), line
 
 
-def test_tracing_without_the_extra_stops_the_start(tmp_path: Path) -> None:
-    """Asked for where the packages are not installed, it says what to install."""
-    # A module that cannot be imported stands for packages that are missing.
+def test_tracing_without_the_extra_prevents_the_start(tmp_path: Path) -> None:
+    """If tracing is enabled and its packages are missing, the error says what to install."""
+    # A module that cannot be imported simulates missing packages.
     (tmp_path / "opentelemetry").mkdir()
     (tmp_path / "opentelemetry" / "__init__.py").write_text(
         "raise ModuleNotFoundError('no', name='opentelemetry')"
     )
-    status, said = run("serve", cwd=tmp_path, env=ENDPOINT | {"PYTHONPATH": str(tmp_path)})
+    status, output = run("serve", cwd=tmp_path, env=ENDPOINT | {"PYTHONPATH": str(tmp_path)})
     assert status == 2
-    [line] = said.splitlines()
+    [line] = output.splitlines()
     assert "pip install 'sd-progress-gateway[otel]'" in line
     assert "opentelemetry is missing" in line

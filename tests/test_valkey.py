@@ -21,7 +21,8 @@ from gateway.domain.errors import (
     UpstreamThrottled,
     UpstreamTimeout,
 )
-from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import Operation, Status, TaskKey
 from gateway.settings.model import Store as StoreSettings
 from gateway.stores.base import Lease
 from gateway.stores.memory import MemoryStore

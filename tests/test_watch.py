@@ -11,7 +11,8 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from gateway.domain.errors import GatewayError, UpstreamThrottled, UpstreamTimeout
-from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import Operation, Status, TaskKey
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.memory import MemoryStore

@@ -13,7 +13,8 @@ from gateway.api.problems import document, lookup
 from gateway.api.requests import query_parameters
 from gateway.api.server_extensions import while_connected
 from gateway.api.task_parameters import Tasks
-from gateway.domain.snapshot import Snapshot, Status, TaskKey, render_json
+from gateway.domain.snapshot import Snapshot, render_json
+from gateway.domain.task import Status, TaskKey
 from gateway.progress.results import CacheResult, FetchFailure
 from gateway.progress.service import ProgressService
 

@@ -29,7 +29,7 @@ from gateway.api.requests import (
 )
 from gateway.api.task_parameters import PROGRESS, PlainTargets
 from gateway.api.trusted_hosts import TrustedHosts
-from gateway.domain.snapshot import Operation
+from gateway.domain.task import Operation
 from gateway.progress.results import CacheResult, CacheStatus
 from gateway.progress.service import ProgressService
 from gateway.telemetry.counters import FastCounter

@@ -22,7 +22,8 @@ from gateway.api.requests import header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, chunk, direct_transport_of
 from gateway.api.task_parameters import Tasks
 from gateway.api.trace_context import trace_parent
-from gateway.domain.snapshot import Snapshot, TaskKey, render_json
+from gateway.domain.snapshot import Snapshot, render_json
+from gateway.domain.task import TaskKey
 from gateway.telemetry.metrics import Metrics
 from gateway.watch.hub import SubscriptionKind, WatchHub
 from gateway.watch.subscriber import Subscriber, Update

@@ -9,7 +9,7 @@ from urllib.parse import quote, unquote
 from starlette.types import Scope
 
 from gateway.domain.errors import InvalidParameter, PathNotFound
-from gateway.domain.snapshot import Operation, TaskKey, check_task_id
+from gateway.domain.task import Operation, TaskKey, check_task_id
 
 PROGRESS = "/v1/progress"  # the path of many tasks, and of each one below it
 

@@ -19,7 +19,7 @@ from gateway.api.requests import Headers, header, query_parameters, read_body
 from gateway.api.server_extensions import while_connected
 from gateway.domain.envelope import read_task_id
 from gateway.domain.errors import InvalidParameter, PathNotFound, UnsupportedMediaType, UpstreamRejected
-from gateway.domain.snapshot import Operation, TaskKey, check_task_id
+from gateway.domain.task import Operation, TaskKey, check_task_id
 from gateway.progress.results import CacheResult, FetchFailure
 from gateway.progress.service import ProgressService
 

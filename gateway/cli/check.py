@@ -21,7 +21,7 @@ from gateway.domain.errors import (
     UpstreamRejected,
     UpstreamTimeout,
 )
-from gateway.domain.snapshot import TaskKey
+from gateway.domain.task import TaskKey
 from gateway.settings.model import Settings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import MASK, Redactor

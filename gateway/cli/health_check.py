@@ -11,7 +11,8 @@ import os
 import sys
 
 from gateway.domain.printable import printable
-from gateway.settings.model import SettingsError, load
+from gateway.settings.loading import load
+from gateway.settings.model import SettingsError
 
 TIMEOUT_SECONDS = 3.0
 

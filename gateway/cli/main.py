@@ -24,9 +24,10 @@ from gateway.cli.check import check
 from gateway.cli.watch_client import StreamRefused
 from gateway.domain.errors import InvalidTaskId
 from gateway.domain.printable import printable
-from gateway.domain.snapshot import Operation, check_task_id
+from gateway.domain.task import Operation, check_task_id
 from gateway.server import run as server
-from gateway.settings.model import Settings, SettingsError, load
+from gateway.settings.loading import load
+from gateway.settings.model import Settings, SettingsError
 from gateway.simulator import create_simulator
 from gateway.simulator.faults import FAULTS
 from gateway.simulator.wire import ControlError, parse_object

@@ -1,1 +1,4 @@
-"""What a task is: the vendor's JSON, a snapshot of a task, and the errors. No I/O, no state."""
+"""The domain model: tasks, the vendor's JSON envelopes, snapshots, and the exception hierarchy.
+
+No I/O, and no mutable module state.
+"""

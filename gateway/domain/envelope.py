@@ -1,6 +1,6 @@
-"""Reads an envelope: from its bytes to the data of the very task that was asked for.
+"""Parses the envelope of an upstream response and checks that it is for the requested task.
 
-`jsontext.py` reads the bytes, `rejections.py` makes what says no safe to show.
+`json_text.py` parses the bytes; `rejection.py` redacts envelopes that report a failure.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ import msgspec
 from gateway.domain.errors import UpstreamInvalid, UpstreamRejected
 from gateway.domain.json_text import ABSENT, read_object, value
 from gateway.domain.rejection import Envelope as EnvelopeText
-from gateway.domain.rejection import detail, rejected, rejection, shown
-from gateway.domain.snapshot import TaskKey
+from gateway.domain.rejection import detail, displayable, rejected, rejection
+from gateway.domain.task import TaskKey
 
-_SUCCESS = 10  # the envelope's verdict on the call; not on the task
+_SUCCESS = 10  # the call succeeded; says nothing about the task
 
 
 class Envelope(NamedTuple):
-    """What a successful envelope holds: the task's `data`, and the vendor's id of the call, redacted.
+    """The content of a successful envelope.
 
-    `data` has the members that say how far the task is, if they are there; objects and arrays as JSON text.
+    Attributes:
+        data: The members of the envelope's `data` that describe progress, as far as they are present; objects
+            and arrays as JSON text.
+        invoke_id: The vendor's ID of the call, redacted.
     """
 
     data: dict[str, Any]
@@ -30,7 +33,7 @@ class Envelope(NamedTuple):
 
 
 class _Data(msgspec.Struct, rename="camel"):
-    """The members of `data` that say how far a task is, as JSON text."""
+    """The members of `data` that describe progress, as JSON text."""
 
     task_id: msgspec.Raw = ABSENT
     status: msgspec.Raw = ABSENT
@@ -42,10 +45,16 @@ class _Data(msgspec.Struct, rename="camel"):
 
 
 def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) -> Envelope:
-    """Return what is in a successful envelope for the task that was asked for.
+    """Return the content of a successful envelope for the requested task.
 
-    `redact` cleans whatever of a refusal may be shown. Raises: UpstreamRejected for an envelope
-    whose `status` is not 10, UpstreamInvalid for anything else.
+    Args:
+        body: The response body.
+        key: The requested operation and task.
+        redact: Removes secrets from the texts of a rejection.
+
+    Raises:
+        UpstreamRejected: The envelope's `status` is not 10.
+        UpstreamInvalid: The body is not an envelope, or is for another task.
     """
     try:
         envelope = read_object(body, _ENVELOPE)
@@ -59,30 +68,31 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
         raise UpstreamInvalid("the upstream's answer is not JSON") from exc
     if data is None:
         raise UpstreamInvalid("the upstream's envelope has no data")
-    # The reference lists no taskId for results: there it may be absent, but never another one.
-    absent_is_fine = key.operation.is_result and data.get("taskId") is None
-    if data.get("taskId") != key.task_id and not absent_is_fine:
+    # The vendor's reference lists no taskId for results: it may be absent there, but never a different one.
+    may_be_absent = key.operation.is_result and data.get("taskId") is None
+    if data.get("taskId") != key.task_id and not may_be_absent:
         raise UpstreamInvalid("the upstream answered for another task")
-    return Envelope(data, shown(envelope.api_invoke_id, redact))
+    return Envelope(data, displayable(envelope.api_invoke_id, redact))
 
 
 def read_rejection(body: bytes) -> UpstreamRejected:
-    """Return the failure that a rejected envelope means, which was made safe to show before.
+    """Return the exception for the envelope of a rejection; the envelope is already redacted.
 
-    Raises: UpstreamInvalid when it is none.
+    Raises:
+        UpstreamInvalid: The body is not the envelope of a rejection.
     """
     try:
         envelope = read_object(body, _ENVELOPE)
         status = None if envelope is None else value(envelope.status)
         if envelope is None or type(status) is not int or status == _SUCCESS:
-            raise UpstreamInvalid("the envelope is not one that says no")
+            raise UpstreamInvalid("the envelope is not a rejection")
         return rejected(body, detail(envelope, str))
     except ValueError as exc:
         raise UpstreamInvalid("the envelope is not JSON") from exc
 
 
 def _read_data(text: msgspec.Raw) -> dict[str, Any] | None:
-    # Its whole is checked already, as a part of the envelope.
+    # The text is valid JSON: it was checked as a part of the envelope.
     try:
         members = _DATA.decode(text) if text is not ABSENT else None
     except msgspec.ValidationError:
@@ -94,9 +104,11 @@ def _read_data(text: msgspec.Raw) -> dict[str, Any] | None:
 
 
 def read_task_id(body: bytes) -> Any:
-    """Return the `taskId` of a request's body, whatever it is.
+    """Return the `taskId` of a request body, of any type.
 
-    Raises: ValueError for what is not JSON, TypeError for what is not an object.
+    Raises:
+        ValueError: The body is not JSON.
+        TypeError: The body is not an object.
     """
     members = read_object(body, _DATA)
     if members is None:

@@ -1,7 +1,7 @@
-"""The exception tree: what can go wrong, in the gateway's own words.
+"""The exception hierarchy of the gateway.
 
     GatewayError
-    ├── RequestError                the caller must change something
+    ├── RequestError                the caller must change the request or its rate
     │   ├── InvalidTaskId
     │   ├── InvalidParameter
     │   ├── PathNotFound
@@ -12,25 +12,24 @@
     │   ├── HeadersTooLarge
     │   └── TooManyRequests
     ├── Overloaded                  one of the gateway's own limits is reached
-    └── UpstreamError               the upstream, or the way to it
-        ├── UpstreamRejected        an envelope that says no
-        ├── UpstreamCredentials     key, signature or right refused
-        │   ├── UpstreamClock       our timestamp refused
-        │   ├── UpstreamNonce       our nonce refused; signed afresh it passes
-        │   └── UpstreamQuota       quota spent, or a bill open
-        ├── UpstreamForbidden       one task's query refused, and the credentials not named
-        ├── UpstreamThrottled       told to slow down
-        │   └── RateLimiterExhausted         ... by our own budget: the call was not made
-        ├── UpstreamOpen            the circuit breaker is open: the call was not made
-        ├── UpstreamInvalid         an answer that is not an envelope
-        │   └── UpstreamBusy        ... because the upstream is unwell; passes
-        ├── UpstreamUnreachable     DNS, connect, TLS, reset
-        └── UpstreamTimeout         a deadline passed
+    └── UpstreamError               the upstream or the connection to it failed
+        ├── UpstreamRejected        an envelope that reports a failure
+        ├── UpstreamCredentials     key, signature or permission rejected
+        │   ├── UpstreamClock       timestamp rejected
+        │   ├── UpstreamNonce       nonce rejected; a retry with a new one succeeds
+        │   └── UpstreamQuota       quota exhausted, or a bill unpaid
+        ├── UpstreamForbidden       query of one task rejected, credentials not named
+        ├── UpstreamThrottled       rate limit of the upstream reached
+        │   └── RateLimiterExhausted    our own rate limiter: no request was sent
+        ├── UpstreamOpen            circuit breaker open: no request was sent
+        ├── UpstreamInvalid         the response is not a valid envelope
+        │   └── UpstreamBusy        temporary failure of the upstream
+        ├── UpstreamUnreachable     DNS, connect, TLS or reset
+        └── UpstreamTimeout         deadline exceeded
 
-Each class has the `code` under which it is told and counted. No HTTP status stands here:
-`api/problems.py` maps the tree to answers. The text of an
-error is a fixed string that may be shown to a caller; what an upstream said goes into
-`UpstreamDetail`, already redacted.
+Problem responses and metrics use the `code` of each class. The classes have no HTTP status:
+`api/problems.py` maps them to responses. The text of an error is a fixed string that callers may see. Texts
+from the upstream go into `UpstreamDetail`, already redacted.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class UpstreamDetail:
-    """What an upstream answer said of itself, safe to show: redacted before it gets here."""
+    """IDs, codes and messages of an upstream response, already redacted."""
 
     invoke_id: str | None = None
     request_id: str | None = None
@@ -52,9 +51,11 @@ class UpstreamDetail:
 
 
 class GatewayError(Exception):
-    """Base of every error that the gateway means to raise.
+    """Base class of all errors that the gateway raises on purpose.
 
-    `retry_after`: seconds after which asking again may help, or None when unknown.
+    Attributes:
+        code: The problem code; stable, and part of the API.
+        retry_after: Seconds after which a retry may succeed, or None if unknown.
     """
 
     code = "internal"
@@ -64,19 +65,19 @@ class GatewayError(Exception):
         self.retry_after = retry_after
 
     def __copy__(self) -> Self:
-        """Return the error without its history: to be kept, or to be raised for one more caller.
+        """Return the error without traceback, context and cause, to be cached or raised for another caller.
 
-        An error that was raised holds every frame it came through, with all that was in hand there: a body
-        of a megabyte, a request. Where a frame holds the error as well the two go round in a circle, which
-        only the garbage collector can open.
+        The traceback of a raised error references every frame on its way and the objects in it, such as a
+        request or a body of a megabyte. If a frame references the error too, that is a reference cycle, which
+        only the garbage collector can free.
         """
-        twin = self.__new__(type(self), *self.args)
-        vars(twin).update(vars(self))
-        return twin
+        copied = self.__new__(type(self), *self.args)
+        vars(copied).update(vars(self))
+        return copied
 
 
 class RequestError(GatewayError):
-    """The caller must change something: the request, or how often it comes."""
+    """The caller must change the request or its rate."""
 
 
 class InvalidTaskId(RequestError):
@@ -86,7 +87,7 @@ class InvalidTaskId(RequestError):
 
 
 class InvalidParameter(RequestError):
-    """Anything else wrong in the query, a header or the body; the text names it."""
+    """Any other error in the query, a header or the body; the message names it."""
 
     code = "invalid-parameter"
 
@@ -98,37 +99,37 @@ class PathNotFound(RequestError):
 
 
 class MethodNotAllowed(RequestError):
-    """The path exists, the method does not."""
+    """The path does not support this method."""
 
     code = "method-not-allowed"
 
 
 class CrossSiteRequest(RequestError):
-    """A browser asks on behalf of another site's page, whose origin is not in `server.cors_origins`."""
+    """A browser sent the request for another site's page, whose origin is not in `server.cors_origins`."""
 
     code = "cross-site-request"
 
 
 class BodyTooLarge(RequestError):
-    """The request's body is over `limits.max_body_bytes`."""
+    """The request body is larger than `limits.max_body_bytes`."""
 
     code = "body-too-large"
 
 
 class UnsupportedMediaType(RequestError):
-    """The request's body is compressed."""
+    """The request body is compressed."""
 
     code = "unsupported-media-type"
 
 
 class HeadersTooLarge(RequestError):
-    """The request's headers are over `server.max_header_bytes` or `server.max_header_count`."""
+    """The request headers exceed `server.max_header_bytes` or `server.max_header_count`."""
 
     code = "headers-too-large"
 
 
 class TooManyRequests(RequestError):
-    """The client is over `limits.requests_per_second` or `limits.subscriptions_per_client`."""
+    """The client exceeds `limits.requests_per_second` or `limits.subscriptions_per_client`."""
 
     code = "too-many-requests"
 
@@ -140,7 +141,12 @@ class Overloaded(GatewayError):
 
 
 class UpstreamError(GatewayError):
-    """A call that did not bring the answer. `transient`: the same call, signed afresh, may succeed."""
+    """A query of the upstream that failed.
+
+    Attributes:
+        transient: Whether a retry with a new signature may succeed.
+        detail: What the response said, redacted; None without a response that says anything.
+    """
 
     transient = False
 
@@ -152,12 +158,12 @@ class UpstreamError(GatewayError):
 
     @property
     def invoke_id(self) -> str | None:
-        """What the vendor's support asks for: the service's id of the call, or its API gateway's."""
+        """The ID of the call for the vendor's support: from the service, or else from its API gateway."""
         return None if self.detail is None else self.detail.invoke_id or self.detail.request_id
 
 
 class UpstreamRejected(UpstreamError):
-    """An envelope whose `status` is not 10. `envelope` is the body as it came, redacted."""
+    """An envelope whose `status` is not 10. `envelope` is the response body, redacted."""
 
     code = "upstream-rejected"
 
@@ -167,68 +173,68 @@ class UpstreamRejected(UpstreamError):
 
 
 class UpstreamCredentials(UpstreamError):
-    """The API gateway in front refused our key, our signature or our right to call."""
+    """The vendor's API gateway rejected the key, the signature or the permission to call."""
 
     code = "upstream-credentials"
 
 
 class UpstreamClock(UpstreamCredentials):
-    """The API gateway refused our timestamp: one of the two clocks is off."""
+    """The vendor's API gateway rejected the timestamp: one of the two clocks is wrong."""
 
 
 class UpstreamNonce(UpstreamCredentials):
-    """The API gateway has seen our nonce before: the request reached it twice."""
+    """The vendor's API gateway has seen the nonce before: the request reached it twice."""
 
     transient = True
 
 
 class UpstreamQuota(UpstreamCredentials):
-    """The API gateway knows us, and refuses for our quota or account: a person must act."""
+    """The vendor's API gateway rejected the account: its quota is exhausted or a bill is unpaid."""
 
 
 class UpstreamForbidden(UpstreamError):
-    """A refusal (401, 403) that does not name the credentials: it fails its task alone."""
+    """A 401 or 403 that does not name the credentials. It affects only its own task."""
 
     code = "upstream-credentials"
 
 
 class UpstreamThrottled(UpstreamError):
-    """The upstream said: slow down."""
+    """The upstream's rate limit is reached."""
 
     code = "upstream-throttled"
 
 
 class RateLimiterExhausted(UpstreamThrottled):
-    """Our own budget of upstream calls leaves no room within the caller's deadline."""
+    """The gateway's rate limiter grants no permit before the caller's deadline."""
 
 
 class UpstreamOpen(UpstreamError):
-    """The circuit breaker is open: the upstream was ill a moment ago and is left alone."""
+    """The circuit breaker is open: the upstream has been failing."""
 
     code = "upstream-open"
 
 
 class UpstreamInvalid(UpstreamError):
-    """The answer is not JSON, not an envelope, for another task, or too large."""
+    """The response is not JSON, not an envelope, for another task, or too large."""
 
     code = "upstream-invalid"
 
 
 class UpstreamBusy(UpstreamInvalid):
-    """No envelope but a passing fault: the service or the API gateway is unwell."""
+    """A temporary failure of the service or of the vendor's API gateway, without an envelope."""
 
     transient = True
 
 
 class UpstreamUnreachable(UpstreamError):
-    """No answer: DNS, connect, TLS, or a connection that broke."""
+    """No response: DNS, connect or TLS failed, or the connection broke."""
 
     code = "upstream-unreachable"
     transient = True
 
 
 class UpstreamTimeout(UpstreamError):
-    """A deadline passed, ours or one of the upstream's own."""
+    """A deadline was exceeded: the gateway's or one of the upstream's."""
 
     code = "upstream-timeout"
     transient = True

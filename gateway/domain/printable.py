@@ -1,13 +1,13 @@
-"""Texts of others, as they may be shown in a terminal: there a control character is a command."""
+"""Escapes control characters in untrusted text, because a terminal executes them."""
 
 from __future__ import annotations
 
 import re
 
-# C0, DEL and C1, and what changes the direction of text, or the line, without being seen.
+# C0, DEL, C1, and the invisible characters that change the text direction or break the line.
 _SET = r"\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
 _CONTROLS = re.compile(f"[{_SET}]")
-_UNPRINTABLE = re.compile(rf"[{_SET}\ud800-\udfff]")  # half a surrogate pair has no UTF-8
+_UNPRINTABLE = re.compile(rf"[{_SET}\ud800-\udfff]")  # a lone surrogate has no UTF-8 encoding
 
 
 def printable(text: str, *, keep: str = "") -> str:
@@ -16,7 +16,7 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 def json_text(text: str) -> str:
-    """Return JSON with those control characters escaped that JSON does not forbid in a string."""
+    """Return JSON text with the control characters escaped that JSON permits unescaped in a string."""
     return _CONTROLS.sub(lambda m: f"\\u{ord(m[0]):04x}", text)
 
 

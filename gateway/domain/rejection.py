@@ -1,9 +1,9 @@
-"""An envelope that says no, made safe to show: byte for byte as it came, unless a secret is in it.
+"""Redacts the envelope of a rejection. It stays byte for byte as received unless it contains a secret.
 
-nothing found in the whole text   -> as it came
-found, in a small envelope        -> string by string: all but the secrets stays
-found, in a larger one            -> an envelope with the known fields, redacted
-too large to be searched in one step -> the same, until `clean` has searched it piece by piece
+no secret in the text                 -> unchanged
+a secret in a small envelope          -> redacted string by string; everything else stays
+a secret in a larger envelope         -> an envelope with only the known fields, redacted
+too large to search in one step       -> the same, until `clean` has searched it piece by piece
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import msgspec
 
 from gateway.domain.errors import UpstreamDetail, UpstreamRejected
-from gateway.domain.json_text import ABSENT, plain_text, without_half_pairs
+from gateway.domain.json_text import ABSENT, plain_text, replace_lone_surrogates
 
-# Characters, or bytes, that are searched in one step of the event loop: some 2 ms.
+# Characters, or bytes, that are searched without yielding to the event loop: about 2 ms.
 STEP = 32_768
-_OVERLAP = 2048  # of two pieces: a secret may lie across their border
-_MOST_CLEANED = 8192  # bytes: string by string is some 100 times as slow as the search
-_LONGEST_FIELD = 4096  # characters that are searched of a field
-_DETAIL_LIMIT = 500  # characters of an upstream's own text that are worth showing
+_OVERLAP = 2048  # of adjacent pieces: a secret may lie across their boundary
+_MAX_CLEANED = 8192  # bytes: redaction string by string is about 100 times as slow as the search
+_MAX_FIELD = 4096  # characters of a field that are searched
+_DETAIL_LIMIT = 500  # characters of an upstream text that are shown
 
 
 class Envelope(msgspec.Struct, rename="camel"):
@@ -40,38 +40,41 @@ class Envelope(msgspec.Struct, rename="camel"):
 
 
 def rejection(body: bytes, envelope: Envelope, status: int, redact: Callable[[str], str]) -> UpstreamRejected:
-    """Return the failure that a rejected envelope means, safe to show."""
-    said = detail(envelope, redact)
+    """Return the exception for the envelope of a rejection, redacted."""
+    redacted = detail(envelope, redact)
     known = {
         "status": status,
-        "apiInvokeId": said.invoke_id,
+        "apiInvokeId": redacted.invoke_id,
         "data": None,
-        "errCode": said.err_code,
-        "errMessage": said.err_message,
-        "subErrCode": said.sub_err_code,
-        "subErrMessage": said.sub_err_message,
+        "errCode": redacted.err_code,
+        "errMessage": redacted.err_message,
+        "subErrCode": redacted.sub_err_code,
+        "subErrMessage": redacted.sub_err_message,
     }
-    return rejected(_safe(body, redact) or _rendered(known), said)
+    return rejected(_safe(body, redact) or _rendered(known), redacted)
 
 
 def detail(envelope: Envelope, redact: Callable[[str], str]) -> UpstreamDetail:
-    """Return what a rejected envelope says of itself, safe to show."""
+    """Return the vendor's IDs, codes and messages of a rejection, redacted."""
     return UpstreamDetail(
-        invoke_id=shown(envelope.api_invoke_id, redact),
-        err_code=shown(envelope.err_code, redact),
-        err_message=shown(envelope.err_message, redact),
-        sub_err_code=shown(envelope.sub_err_code, redact),
-        sub_err_message=shown(envelope.sub_err_message, redact),
+        invoke_id=displayable(envelope.api_invoke_id, redact),
+        err_code=displayable(envelope.err_code, redact),
+        err_message=displayable(envelope.err_message, redact),
+        sub_err_code=displayable(envelope.sub_err_code, redact),
+        sub_err_message=displayable(envelope.sub_err_message, redact),
     )
 
 
-def rejected(envelope: bytes, said: UpstreamDetail) -> UpstreamRejected:
-    """Return the failure that a rejected envelope means."""
-    return UpstreamRejected("the upstream rejected the query", envelope=envelope, detail=said)
+def rejected(envelope: bytes, redacted: UpstreamDetail) -> UpstreamRejected:
+    """Return the exception for an envelope and detail that are already redacted."""
+    return UpstreamRejected("the upstream rejected the query", envelope=envelope, detail=redacted)
 
 
 async def clean(body: bytes, redact: Callable[[str], str]) -> bool:
-    """Tell whether a rejected envelope of any size has nothing to redact; other work goes on meanwhile."""
+    """Return whether the envelope of a rejection contains no secret.
+
+    The body may have any size: it is searched in pieces, with a yield to the event loop after each.
+    """
     text = plain_text(body)
     for start in range(0, len(text), STEP - _OVERLAP):
         piece = text[start : start + STEP]
@@ -81,57 +84,61 @@ async def clean(body: bytes, redact: Callable[[str], str]) -> bool:
     return True
 
 
-async def holds(body: bytes, found: Callable[[bytes], bool]) -> bool:
-    """Tell whether something is found in a body of any size; other work goes on meanwhile."""
+async def holds(body: bytes, matches: Callable[[bytes], bool]) -> bool:
+    """Return whether `matches` is true for any piece of the body.
+
+    The body may have any size: it is searched in overlapping pieces, with a yield to the event loop after
+    each.
+    """
     for start in range(0, len(body), STEP - _OVERLAP):
-        if found(body[start : start + STEP]):
+        if matches(body[start : start + STEP]):
             return True
         await asyncio.sleep(0)
     return False
 
 
-def shown(raw: msgspec.Raw, redact: Callable[[str], str]) -> str | None:
-    """Return what may be shown of a member: its text, redacted and cut, or None where it is null."""
+def displayable(raw: msgspec.Raw, redact: Callable[[str], str]) -> str | None:
+    """Return a member as text, redacted and truncated to 500 characters; None if it is null or absent."""
     json_text = bytes(raw)
     if json_text in {b"", b"null"}:
         return None
     if json_text.startswith(b'"'):
         text: str = msgspec.json.decode(json_text)
     else:
-        text = plain_text(json_text) if len(json_text) <= _LONGEST_FIELD else "[too long]"
-    redacted = redact(text[:_LONGEST_FIELD])
-    if len(text) > _LONGEST_FIELD:
-        # A cut may leave half a secret. What is shown is the same wherever the cut is.
-        earlier = redact(text[: _LONGEST_FIELD - _OVERLAP])
-        redacted = commonprefix([redacted, earlier])  # noqa: RUF071  # of texts, not of paths
+        text = plain_text(json_text) if len(json_text) <= _MAX_FIELD else "[too long]"
+    redacted = redact(text[:_MAX_FIELD])
+    if len(text) > _MAX_FIELD:
+        # Truncation may leave part of a secret. Only text that is the same for two cuts is shown.
+        shorter = redact(text[: _MAX_FIELD - _OVERLAP])
+        redacted = commonprefix([redacted, shorter])  # noqa: RUF071  # texts, not paths
     return redacted[:_DETAIL_LIMIT]
 
 
 def _safe(body: bytes, redact: Callable[[str], str]) -> bytes | None:
-    """Return the envelope without secrets; None when that would take too long."""
+    """Return the envelope without secrets; None if that would take too long."""
     if len(body) > STEP:
         return None
     text = plain_text(body)
     if redact(text) == text:
         return body
-    if len(body) > _MOST_CLEANED:
+    if len(body) > _MAX_CLEANED:
         return None
     try:
-        envelope = msgspec.json.decode(without_half_pairs(body))
+        envelope = msgspec.json.decode(replace_lone_surrogates(body))
         cleaned = _cleaned(envelope, redact)
     except (msgspec.DecodeError, RecursionError):
         return None
     return body if cleaned == envelope else _rendered(cleaned)
 
 
-def _cleaned(said: Any, redact: Callable[[str], str]) -> Any:
-    # String by string: a mask over the raw text would miss a secret behind JSON's escapes, and would
-    # take the closing quotes and braces with it.
-    if isinstance(said, str):
-        return redact(said)
-    if isinstance(said, dict):
-        return {redact(name): _cleaned(item, redact) for name, item in said.items()}
-    return [_cleaned(item, redact) for item in said] if isinstance(said, list) else said
+def _cleaned(value: Any, redact: Callable[[str], str]) -> Any:
+    # String by string: redaction of the raw text would miss a secret that contains JSON escapes, and could
+    # remove closing quotes and braces.
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, dict):
+        return {redact(name): _cleaned(item, redact) for name, item in value.items()}
+    return [_cleaned(item, redact) for item in value] if isinstance(value, list) else value
 
 
 def _rendered(envelope: Any) -> bytes:

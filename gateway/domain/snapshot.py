@@ -1,13 +1,10 @@
-"""What an upstream answer means: from the envelope's data to an immutable Snapshot.
+"""Converts the data of an upstream envelope into an immutable Snapshot.
 
-    bytes -> read_envelope (is it one, and for this very task?) -> data -> observe -> Snapshot
+    bytes -> `envelope.read_envelope`: valid, and for the requested task? -> data -> `observe` -> Snapshot
 
-The first step is `envelopes.py`.
-
-A Snapshot carries everything a caller may be sent as bytes that were rendered once: the
-envelope as it came for the drop-in paths, and the simplified JSON with its ETag. The
-vendor's wire names (`taskId`, `etaRelative`, ...) are known here, in `api/` and in the
-simulator, nowhere else.
+A Snapshot holds every response body as bytes that are rendered once: the envelope as received for the
+vendor-compatible paths, and the simplified JSON with its ETag. Only this module, `envelope.py`, `api/` and
+the simulator know the vendor's member names (`taskId`, `etaRelative`, ...).
 """
 
 from __future__ import annotations
@@ -18,58 +15,21 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from enum import StrEnum
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 
-from gateway.domain.errors import InvalidTaskId, UpstreamInvalid
+from gateway.domain.errors import UpstreamInvalid
 from gateway.domain.json_text import one_line
+from gateway.domain.task import Status, TaskKey
 
-_TASK_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_MOST_UNFINISHED = 0.999  # only success is 1
-# A number in a string, as some JSON libraries write it.
+_MAX_UNFINISHED = 0.999  # 1 means that the task has succeeded
+# A number in a string: some JSON libraries write numbers so.
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,400}(?:\.[0-9]{1,400})?(?:[eE][+-]?[0-9]{1,9})?")
 
 
-class Operation(StrEnum):
-    """The upstream operations that the gateway may call; the value is the path's last segment.
-
-    `path` is the same upstream and on the gateway's drop-in side, `api` that of the simplified paths:
-    `sd` or `comfy`. `is_result`: it answers with a result, which has no progress to fold.
-    """
-
-    SD_GET_PROGRESS = "sd_get_progress"
-    COMFY_GET_PROGRESS = "comfy_get_progress"
-    SD_GET_RESULT = "sd_get_result"
-    COMFY_GET_RESULT = "comfy_get_result"
-
-    def __init__(self, name: str) -> None:
-        self.path = f"/scc/{name}"
-        self.api = name.partition("_")[0]
-        self.is_result = name.endswith("_result")
-
-
-class Status(StrEnum):
-    """A task's status in the gateway's words."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    SUCCEEDED = "succeeded"
-    FAILED = "failed"
-    CANCELED = "canceled"
-    UNKNOWN = "unknown"
-
-    @property
-    def terminal(self) -> bool:
-        """Whether the task's story ends here."""
-        return self in _TERMINAL
-
-
-_TERMINAL = frozenset({Status.SUCCEEDED, Status.FAILED, Status.CANCELED})
-
-# The sd reference spells success `successed`, the comfy reference and the SDKs `succeeded`;
-# the SDKs know both spellings of canceled.
+# The vendor's sd reference spells success `successed`; its comfy reference and SDKs spell it `succeeded`.
+# The SDKs accept both spellings of canceled.
 _VENDOR_STATUS = {
     "waiting": Status.WAITING,
     "running": Status.RUNNING,
@@ -81,25 +41,27 @@ _VENDOR_STATUS = {
 }
 
 
-class TaskKey(NamedTuple):
-    """What a snapshot, a flight or a remembered failure is about."""
-
-    operation: Operation
-    task_id: str
-
-
 @dataclass(slots=True, eq=False)
 class Snapshot:
-    """One upstream answer for one task, which never changes.
+    """One upstream response for one task.
 
-    `fetched_at` is when the answer had arrived, in seconds on the process's monotonic clock;
-    `lifetime` is how many seconds it counts as fresh. `version` orders the snapshots of a task: of two
-    the one that was asked for later has the larger. `envelope` is the body as it came.
-    For results `status`, `progress` and `eta_seconds` are None and `body` and `etag` empty. `terminal`, which
-    follows from the status: no later answer can change it.
+    Immutable except for the bookkeeping fields `polls` and `shown_until`.
 
-    Two fields are notes on it: `polls` counts its readers, and the store sets `shown_until`, the moment on
-    the clock of `fetched_at` from which on it must be looked up again: its successor may be there.
+    Attributes:
+        key: The operation and task ID.
+        fetched_at: When the response had arrived, in seconds on the process's monotonic clock.
+        lifetime: How long the snapshot is fresh, in seconds.
+        envelope: The upstream response body as received.
+        status: The status of the task; None for results.
+        progress: 0 to 1; None for results.
+        eta_seconds: Estimated time left, in seconds; None if unknown, and for results.
+        body: The simplified JSON; empty for results.
+        etag: The strong ETag of `body`; empty for results.
+        version: Orders the snapshots of a task: a query that was sent later has a larger version.
+        polls: Number of requests that this snapshot has answered.
+        shown_until: Set by the store, on the clock of `fetched_at`. From this moment on the store must be
+            asked again, because a newer snapshot may be visible.
+        terminal: Whether the status is final: no later response changes the task.
     """
 
     key: TaskKey
@@ -117,24 +79,18 @@ class Snapshot:
     terminal: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.terminal = self.status in _TERMINAL
+        self.terminal = self.status is not None and self.status.terminal
 
     def fresh(self, now: float) -> bool:
-        """Tell whether it still counts as fresh. `now` is on the clock of `fetched_at`."""
+        """Return whether the snapshot is still fresh. `now` is on the clock of `fetched_at`."""
         return now - self.fetched_at < self.lifetime
 
 
-def check_task_id(task_id: str) -> str:
-    """Return the task ID. Raises: InvalidTaskId."""
-    if not _TASK_ID.fullmatch(task_id):
-        raise InvalidTaskId("a task ID is 1 to 64 characters of A-Z a-z 0-9 _ -")
-    return task_id
-
-
 def strict_json(body: bytes) -> Any:
-    """Parse JSON as RFC 8259 has it: UTF-8, finite numbers, nesting that fits the stack.
+    """Parse JSON as RFC 8259 defines it: UTF-8, finite numbers, no NaN or Infinity.
 
-    Raises: ValueError, whatever is wrong.
+    Raises:
+        ValueError: The text is not such JSON, or it nests too deep for the stack.
     """
     try:
         return _DECODER.decode(body.decode())
@@ -152,25 +108,34 @@ def observe(
     previous: Snapshot | None,
     version: int = 0,
 ) -> Snapshot:
-    """Make the snapshot that follows `previous`. `lifetimes` has results under None.
+    """Return the snapshot of an upstream response, given the previous snapshot of the task.
 
-    `data`: as `envelopes.Envelope` has it.
+    Two guarantees depend on `previous`: a terminal status is final, and progress never decreases while a task
+    stays running. (The vendor's number does decrease: it may jump back at 65 %.)
 
-    Two promises need the predecessor: a terminal answer is final, and progress never falls
-    while a task stays running (the vendor's number does: it may jump back at 65 %).
-    Raises: UpstreamInvalid when `data` nests too deep to be rendered.
+    Args:
+        data: The `data` member of the response, as in `envelope.Envelope`.
+        envelope: The response body as received.
+        key: The operation and task ID.
+        fetched_at: When the response had arrived, in seconds on the monotonic clock.
+        lifetimes: How long a snapshot is fresh, in seconds, by status; results are under None.
+        previous: The latest known snapshot of the task, or None.
+        version: The version of the new snapshot.
+
+    Raises:
+        UpstreamInvalid: `data` nests too deep to be rendered.
     """
     if key.operation.is_result:
         return Snapshot(key, fetched_at, lifetimes[None], envelope, version=version)
     status = vendor_status(data)
     if previous is not None and previous.terminal and previous.status is not status:
         return replace(previous, fetched_at=fetched_at, version=version, polls=0, shown_until=math.inf)
-    mark = previous.progress if previous is not None and previous.status is Status.RUNNING else None
-    return _see(
+    floor = previous.progress if previous is not None and previous.status is Status.RUNNING else None
+    return _build(
         data,
         envelope,
         key,
-        mark=mark or 0.0,
+        progress_floor=floor or 0.0,
         fetched_at=fetched_at,
         lifetime=lifetimes[status],
         version=version,
@@ -187,30 +152,42 @@ def observe_again(
     lifetime: float,
     version: int,
 ) -> Snapshot:
-    """Make anew the snapshot of an envelope that was observed before, and was at `progress` then."""
+    """Return the snapshot of a stored envelope; `progress` is the progress that was stored with it.
+
+    The other arguments are those of `observe`.
+
+    Raises:
+        UpstreamInvalid: `data` nests too deep to be rendered.
+    """
     if key.operation.is_result:
         return Snapshot(key, fetched_at, lifetime, envelope, version=version)
-    return _see(
-        data, envelope, key, mark=progress or 0.0, fetched_at=fetched_at, lifetime=lifetime, version=version
+    return _build(
+        data,
+        envelope,
+        key,
+        progress_floor=progress or 0.0,
+        fetched_at=fetched_at,
+        lifetime=lifetime,
+        version=version,
     )
 
 
-def _see(
+def _build(
     data: Mapping[str, Any],
     envelope: bytes,
     key: TaskKey,
     *,
-    mark: float,
+    progress_floor: float,
     fetched_at: float,
     lifetime: float,
     version: int,
 ) -> Snapshot:
-    """Make a snapshot of `data`. `mark`: the progress below which it does not fall while it runs."""
+    """Render `data`. `progress_floor` is the minimum progress of a running task."""
     status = vendor_status(data)
     progress = 1.0
     if status is not Status.SUCCEEDED:
-        least = mark if status is Status.RUNNING else 0.0
-        progress = min(max(_number(data.get("progress")) or 0.0, least), _MOST_UNFINISHED)
+        least = progress_floor if status is Status.RUNNING else 0.0
+        progress = min(max(_number(data.get("progress")) or 0.0, least), _MAX_UNFINISHED)
     eta = 0.0 if status.terminal else _eta(data.get("etaRelative"))
     message = data.get("message")
     head = render_json(
@@ -231,23 +208,27 @@ def _see(
 
 
 def vendor_status(data: Mapping[str, Any]) -> Status:
-    """Return the status in the gateway's words, whatever its case; UNKNOWN for what was never seen before."""
+    """Return the status, ignoring case; UNKNOWN for a missing or unfamiliar one."""
     status = data.get("status")
     return _VENDOR_STATUS.get(status.lower(), Status.UNKNOWN) if isinstance(status, str) else Status.UNKNOWN
 
 
 def render_json(value: Any) -> bytes:
-    """Encode compact UTF-8 JSON. Raises: UpstreamInvalid when the value nests too deep."""
+    """Encode compact JSON in UTF-8.
+
+    Raises:
+        UpstreamInvalid: The value nests too deep.
+    """
     try:
         text = _ENCODER.encode(value)
     except RecursionError as exc:
         raise UpstreamInvalid("the upstream's answer nests too deep") from exc
-    # Half a surrogate pair has no UTF-8; its backslash form is JSON's own escape.
+    # A lone surrogate has no UTF-8 encoding; the handler writes it as a JSON escape.
     return text.encode(errors="backslashreplace")
 
 
 def _state(state: Any) -> bytes:
-    """Return the vendor's object as it came, but on one line; null for anything else."""
+    """Return the vendor's object with its line breaks removed; null for anything that is not an object."""
     if isinstance(state, msgspec.Raw):
         return one_line(state) if bytes(state).startswith(b"{") else b"null"
     return render_json(state if isinstance(state, dict) else None)
@@ -265,7 +246,7 @@ def _number(number: Any) -> float | None:
 
 
 def _eta(value: Any) -> float | None:
-    # 0 before the end means "not known": the documented waiting task has it.
+    # 0 before the end means "unknown": the vendor's documented waiting task has it.
     number = _number(value)
     return number if number is not None and number > 0 else None
 
@@ -278,7 +259,7 @@ def _queue(value: Any) -> int | None:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError("a number beyond every float")
+        raise ValueError("a number is too large for a float")
     return number
 
 
@@ -286,6 +267,6 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-# Made once: json.loads and json.dumps make new ones at every call that has options.
+# Module level: json.loads and json.dumps create a new decoder or encoder for each call with options.
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))

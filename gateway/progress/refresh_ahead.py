@@ -13,7 +13,8 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from gateway.domain.snapshot import Operation, Snapshot, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import Operation, TaskKey
 
 _LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
 _AT_ONCE = 4  # flights that begin in one turn of the loop: each takes some 0.1 ms until it waits

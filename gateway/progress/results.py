@@ -7,7 +7,8 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from gateway.domain.errors import GatewayError
-from gateway.domain.snapshot import Snapshot, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import TaskKey
 
 
 class CacheStatus(StrEnum):

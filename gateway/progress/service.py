@@ -30,7 +30,8 @@ from gateway.domain.errors import (
     UpstreamError,
     UpstreamOpen,
 )
-from gateway.domain.snapshot import Operation, Snapshot, Status, TaskKey, observe
+from gateway.domain.snapshot import Snapshot, observe
+from gateway.domain.task import Operation, Status, TaskKey
 from gateway.progress.in_flight import InFlightRequests
 from gateway.progress.refresh_ahead import RefreshAhead
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure, FetchResult

@@ -1,1 +1,4 @@
-"""The settings: their model, where they are read from, and the messages about mistakes in them."""
+"""The settings: their model, how they are loaded, and the messages for configuration errors.
+
+Secrets in files are read here too.
+"""

@@ -1,7 +1,7 @@
-"""Reads files of secrets and of certificates: small regular files, and nothing that may hang.
+"""Reads secret files and certificate bundles, and accepts only small regular files.
 
-Opening a FIFO waits for a writer, and a device may go on for ever. A mistake in a mount can put either
-where a secret is expected.
+Opening a FIFO blocks until there is a writer, and a device may be endless. A wrong mount can put either in
+the place of a secret.
 """
 
 from __future__ import annotations
@@ -11,25 +11,29 @@ import stat
 from pathlib import Path
 
 MOST_BYTES = 65_536
-_MOST_CERTIFICATE_BYTES = 4 * 1024 * 1024  # a bundle of all public authorities has 300 KB
+_MOST_CERTIFICATE_BYTES = 4 * 1024 * 1024  # a bundle of all public certificate authorities has 300 KB
 
 
 def read_secret(file: Path) -> str:
-    """Return the file's text, without white space around it.
+    """Return the text of a secret file, without surrounding white space.
 
-    Raises: OSError, and ValueError for what is no regular file, too large or not UTF-8; both name the file.
+    Raises:
+        OSError: The file cannot be read; the error names it.
+        ValueError: The file is not a regular file, too large or not UTF-8; the message names it.
     """
     content = _read(file, most=MOST_BYTES)
     try:
         return content.decode().strip()
     except UnicodeDecodeError:
-        raise ValueError(f"{file}: is not UTF-8") from None  # the codec's own words quote the content
+        raise ValueError(f"{file}: is not UTF-8") from None  # the codec's message quotes the content
 
 
 def check_bundle(file: Path) -> None:
-    """Make sure that a file of certificates can be read at once.
+    """Check that a certificate bundle can be read without blocking.
 
-    Raises: OSError, ValueError; both name the file.
+    Raises:
+        OSError: The file cannot be read; the error names it.
+        ValueError: The file is not a regular file or too large; the message names it.
     """
     _read(file, most=_MOST_CERTIFICATE_BYTES)
 
@@ -38,7 +42,7 @@ def _read(file: Path, *, most: int) -> bytes:
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
     except ValueError as exc:  # a NUL in the name
-        raise ValueError(f"{str(file)!r}: is not a file's name") from exc
+        raise ValueError(f"{str(file)!r}: is not a file name") from exc
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise ValueError(f"{file}: is not a regular file")

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol, Self
 
 from gateway.domain.errors import GatewayError
-from gateway.domain.snapshot import Snapshot, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import TaskKey
 
 
 class Lease(NamedTuple):

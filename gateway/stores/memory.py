@@ -16,7 +16,8 @@ from typing import Any, Self
 from cachetools import Cache, TLRUCache
 
 from gateway.domain.errors import GatewayError, UpstreamError, UpstreamRejected
-from gateway.domain.snapshot import Snapshot, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import TaskKey
 from gateway.stores.base import Lease
 
 # For this long after its freshness a task's story is remembered: a caller who comes back within

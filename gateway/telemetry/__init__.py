@@ -1,1 +1,4 @@
-"""What operators see of the process: metrics, logs and traces, all without secrets."""
+"""Metrics, logs and traces, and the redaction of secrets in all output.
+
+Modules here know no HTTP endpoint and no store; other packages report to them.
+"""

@@ -1,8 +1,8 @@
-"""Counters and histograms for what happens at every request: plain numbers, read when they are scraped.
+"""Counters and histograms without locks, for events that occur with every request.
 
-prometheus-client takes a lock at each count, so that threads may count; on a hit these locks would
-cost as much as the answer. Here only the event loop's thread counts. Numbers only grow, so whichever
-thread scrapes them finds every count that was made before.
+prometheus-client takes a lock for each increment, so that any thread may count. On a cache hit these locks
+would cost as much as the response. Here only the event loop's thread counts. The numbers only grow, and a
+scrape on any thread sees every earlier increment.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Series = TypeVar("Series")
 
 
 class FastCounter:
-    """One series of a counter. Who counts at every request may add to `value` himself."""
+    """One series of a counter. A hot path may increment `value` directly."""
 
     __slots__ = ("value",)
 
@@ -29,12 +29,12 @@ class FastCounter:
         self.value = 0
 
     def inc(self) -> None:
-        """Count one more."""
+        """Increment the counter by one."""
         self.value += 1
 
 
 class FastHistogram:
-    """One series of a histogram. `bounds` are the buckets' upper ones, the last of them infinite."""
+    """One series of a histogram. `bounds` are the upper bounds of the buckets; the last one is infinite."""
 
     __slots__ = ("bounds", "counts", "total")
 
@@ -44,13 +44,13 @@ class FastHistogram:
         self.total = 0.0
 
     def observe(self, amount: float) -> None:
-        """Count it in the one bucket where it belongs."""
+        """Count an observation in its bucket. Buckets become cumulative when they are scraped."""
         self.counts[bisect_left(self.bounds, amount)] += 1
         self.total += amount
 
 
 class _Labelled(Collector, Generic[Series]):
-    """Hands out a series for each set of label values, and knows them all."""
+    """A metric with labels: one series for each combination of label values."""
 
     def __init__(
         self, name: str, documentation: str, labels: Sequence[str], make: Callable[[], Series]
@@ -62,7 +62,11 @@ class _Labelled(Collector, Generic[Series]):
         self._series: dict[tuple[str, ...], Series] = {}
 
     def labels(self, *values: object) -> Series:
-        """Return the series of these label values, always the same."""
+        """Return the series of these label values. Equal values return the same object.
+
+        Raises:
+            ValueError: The number of values is not that of the labels.
+        """
         key = tuple(map(str, values))
         if len(key) != len(self.label_names):
             raise ValueError(f"{self.name} has the labels {self.label_names}")
@@ -71,11 +75,13 @@ class _Labelled(Collector, Generic[Series]):
         return self._series[key]
 
     def _all(self) -> list[tuple[tuple[str, ...], Series]]:
-        return list(self._series.items())  # in one step: another may be made while a thread scrapes
+        return list(
+            self._series.items()
+        )  # a copy in one step: the event loop may add a series during a scrape
 
 
 class FastCounters(_Labelled[FastCounter]):
-    """A counter by labels."""
+    """A counter with labels."""
 
     def __init__(
         self, name: str, documentation: str, labels: Sequence[str], *, registry: CollectorRegistry
@@ -84,19 +90,19 @@ class FastCounters(_Labelled[FastCounter]):
         registry.register(self)
 
     def describe(self) -> Iterator[Metric]:
-        """Name what is collected."""
+        """Yield the metric without samples, for registration."""
         yield CounterMetricFamily(self.name, self._documentation, labels=self.label_names)
 
     def collect(self) -> Iterator[Metric]:
-        """Return every series as it is now."""
+        """Yield the metric with the current value of every series."""
         family = CounterMetricFamily(self.name, self._documentation, labels=self.label_names)
-        for values, count in self._all():
-            family.add_metric(values, count.value)
+        for values, counter in self._all():
+            family.add_metric(values, counter.value)
         yield family
 
 
 class FastHistograms(_Labelled[FastHistogram]):
-    """A histogram by labels."""
+    """A histogram with labels."""
 
     def __init__(
         self,
@@ -113,13 +119,13 @@ class FastHistograms(_Labelled[FastHistogram]):
         registry.register(self)
 
     def describe(self) -> Iterator[Metric]:
-        """Name what is collected."""
+        """Yield the metric without samples, for registration."""
         yield HistogramMetricFamily(self.name, self._documentation, labels=self.label_names)
 
     def collect(self) -> Iterator[Metric]:
-        """Return every series as it is now."""
+        """Yield the metric with the current value of every series."""
         family = HistogramMetricFamily(self.name, self._documentation, labels=self.label_names)
-        for values, spread in self._all():
-            counts = accumulate(spread.counts)
-            family.add_metric(values, list(zip(self._bounds, counts, strict=True)), spread.total)
+        for values, histogram in self._all():
+            counts = accumulate(histogram.counts)
+            family.add_metric(values, list(zip(self._bounds, counts, strict=True)), histogram.total)
         yield family

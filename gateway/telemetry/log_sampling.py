@@ -1,8 +1,7 @@
-"""Which log lines are written when there are too many of a kind.
+"""Samples log lines, so that logging under load costs little and rare lines are always written.
 
-In each second the first few of a kind are written, then every so many-th, with the number of
-those that went untold before it: as zap's sampler does, so that a hot process spends its time on
-answers, and what is rare is always told.
+As in zap's sampler, the first lines of a kind in each second are written, and then every n-th line. Each
+written line carries the number of lines suppressed before it.
 """
 
 from __future__ import annotations
@@ -16,29 +15,32 @@ _WINDOW_SECONDS = 1.0
 
 @dataclass(slots=True)
 class LogSeries:
-    """The lines of one kind: `first` in each second are written, then every `every`th."""
+    """The lines of one kind: `first` lines in each second are written, then every `every`-th line."""
 
     first: int
     every: int
     until: float = 0.0
     count: int = 0  # within this second
-    unnotified: int = 0
+    suppressed: int = 0
 
     def take(self, now: float) -> int | None:
-        """Do as `LogSampler.take`; `now` is on its clock."""
+        """Decide about one line, as `LogSampler.take` does. `now` is on the sampler's clock, in seconds."""
         if now >= self.until:
             self.until = now + _WINDOW_SECONDS
             self.count = 0
         self.count += 1
         if self.count > self.first and (self.count - self.first) % self.every:
-            self.unnotified += 1
+            self.suppressed += 1
             return None
-        unnotified, self.unnotified = self.unnotified, 0
-        return unnotified
+        suppressed, self.suppressed = self.suppressed, 0
+        return suppressed
 
 
 class LogSampler:
-    """Decides line by line. Kinds are kept for ever: take them from bounded sets. `clock` is monotonic."""
+    """Decides for each log line whether it is written.
+
+    Kinds are never removed, so they must come from a bounded set. `clock` is monotonic, in seconds.
+    """
 
     def __init__(
         self, *, first: int = 10, every: int = 1000, clock: Callable[[], float] = time.monotonic
@@ -49,11 +51,15 @@ class LogSampler:
         self._kinds: dict[Hashable, LogSeries] = {}
 
     def take(self, kind: Hashable) -> int | None:
-        """Return how many of this kind went untold since the last line, or None: this one does too."""
+        """Decide about one line of a kind.
+
+        Returns:
+            The number of lines suppressed since the last written one; None if this line is suppressed too.
+        """
         return self.kind(kind).take(self._clock())
 
     def kind(self, kind: Hashable) -> LogSeries:
-        """Return a kind, for those who take of it too often to look it up."""
+        """Return the series of a kind, for hot paths that keep it to save the lookup."""
         found = self._kinds.get(kind)
         if found is None:
             found = self._kinds[kind] = LogSeries(self._first, self._every)

@@ -1,7 +1,7 @@
-"""Structured logs: every line of the process, ours and the libraries', through one pipeline.
+"""Structured logs: one pipeline for the lines of the gateway and of its libraries.
 
-Redaction is a step of the pipeline, not of the callers: whatever a message holds, no secret
-leaves. It works on the event's values, before they are rendered, so that a line stays JSON.
+The pipeline redacts every event, so callers need not. Redaction precedes rendering and works on the event's
+values, so that a line stays valid JSON.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from gateway.domain.printable import json_text, printable
 from gateway.settings.model import Log
 from gateway.telemetry.redaction import Excerpt, Redactor
 
-# httpx tells every request at INFO; uvicorn every start and stop, and warns of each broken request;
-# OpenTelemetry warns of each attempt to reach a collector, and then of the spans that are lost.
-_QUIET = {
+# httpx logs every request at INFO. uvicorn logs every start and stop, and warns about each invalid request.
+# OpenTelemetry warns about each failed attempt to reach a collector, and about lost spans.
+_LIBRARY_LEVELS = {
     "httpx": logging.WARNING,
     "httpcore": logging.WARNING,
     "opentelemetry": logging.ERROR,
@@ -29,7 +29,7 @@ _QUIET = {
 
 
 def configure(settings: Log, *, redactor: Redactor) -> None:
-    """Send every log line of the process to stderr, in the form and from the level that is set."""
+    """Write the log lines of the whole process to stderr, in the configured format and level."""
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_logger_name,
@@ -61,8 +61,8 @@ def configure(settings: Log, *, redactor: Redactor) -> None:
     level = settings.level.upper()
     logging.basicConfig(handlers=[handler], level=level, force=True)
     logging.captureWarnings(capture=True)
-    for name, least in _QUIET.items():
-        logging.getLogger(name).setLevel(least)
+    for name, library_level in _LIBRARY_LEVELS.items():
+        logging.getLogger(name).setLevel(library_level)
     logging.getLogger("uvicorn.error").addFilter(_is_no_cancellation)
     structlog.configure(
         processors=[
@@ -78,12 +78,12 @@ def configure(settings: Log, *, redactor: Redactor) -> None:
 
 
 def _is_no_cancellation(record: logging.LogRecord) -> bool:
-    # When its time to drain is over uvicorn says how many requests it cancels, and then takes each for a bug.
+    # At the end of the grace period uvicorn logs how many requests it cancels, and then an error for each.
     return record.exc_info is None or record.exc_info[0] is not asyncio.CancelledError
 
 
 _as_json = structlog.processors.JSONRenderer(ensure_ascii=False)
-_LINES = {"exception", "stack"}  # their line breaks are wanted
+_LINES = {"exception", "stack"}  # fields that keep their line breaks
 
 
 def _render_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
@@ -91,7 +91,7 @@ def _render_json(logger: WrappedLogger, method: str, event: EventDict) -> str:
 
 
 def _escape(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Escape what a terminal would take for a command: callers and upstream have their say in a line."""
+    """Escape control characters, because a line may quote callers or the upstream."""
     return {printable(key): _escaped(value, lines=key in _LINES) for key, value in event.items()}
 
 
@@ -104,14 +104,14 @@ def _escaped(value: Any, *, lines: bool = False) -> Any:
 
 
 class _Redaction:
-    """A structlog processor that cleans every value of an event, however deep."""
+    """A structlog processor that redacts every key and value of an event, nested ones included."""
 
     def __init__(self, redactor: Redactor) -> None:
         self._redactor = redactor
 
     def __call__(self, _logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-        # One look at all of a line costs less than one at each of its values. A NUL divides them: no secret's
-        # form, in any view, goes across it.
+        # One check of the whole line costs less than a check of each value. NUL joins the values, because no
+        # form of a secret contains it.
         texts: list[str] = []
         for key, value in event.items():
             if type(value) is str:
@@ -122,15 +122,15 @@ class _Redaction:
         else:
             if not self._redactor.suspects("\0".join(texts)):
                 return event
-        return {self._redactor(key): self._clean(value) for key, value in event.items()}
+        return {self._redactor(key): self._redact(value) for key, value in event.items()}
 
-    def _clean(self, value: Any) -> Any:
+    def _redact(self, value: Any) -> Any:
         if value is None or isinstance(value, bool | int | float):
             return value
         if isinstance(value, dict):
-            return {self._redactor(str(key)): self._clean(item) for key, item in value.items()}
+            return {self._redactor(str(key)): self._redact(item) for key, item in value.items()}
         if isinstance(value, list | tuple | set | frozenset):
-            return [self._clean(item) for item in value]
+            return [self._redact(item) for item in value]
         if isinstance(value, Excerpt):
             return self._redactor(str(value))[: value.limit]
         return self._redactor(str(value))

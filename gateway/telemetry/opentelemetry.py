@@ -1,7 +1,8 @@
-"""Spans through OpenTelemetry, for installations with the extra `otel` (see `tracing.py`).
+"""Spans with OpenTelemetry, for installations with the extra `otel` (see `tracing.py`).
 
-Names and attributes come from enums, route templates and exception codes; a task ID is an
-attribute, never a name. Exceptions are told by their codes: a text or a trace may quote anything.
+Span names and attributes come from enums, route templates and exception codes. A task ID is an attribute,
+never part of a name. Exceptions are recorded by their code only, because a message or traceback may contain
+a secret.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
 
 from gateway import __version__
-from gateway.domain.snapshot import TaskKey
+from gateway.domain.task import TaskKey
 from gateway.settings.model import SettingsError
 from gateway.telemetry.tracing import Mark
 
 _OK = "ok"
-_FLUSH_SECONDS = 3.0  # at the end; well inside any grace period
+_FLUSH_SECONDS = 3.0  # at shutdown; shorter than any usual grace period
 
 
 class OpenTelemetryTracing:
-    """Makes the gateway's spans with a tracer of this provider, which it closes."""
+    """Creates spans with a tracer of this provider, and owns the provider."""
 
     def __init__(self, provider: TracerProvider, *, flush_seconds: float = _FLUSH_SECONDS) -> None:
         self._provider = provider
@@ -45,11 +46,11 @@ class OpenTelemetryTracing:
             try:
                 yield mark
             finally:
-                _conclude(span, mark)
+                _record_outcome(span, mark)
 
     @contextmanager
     def call(self, key: TaskKey, *, number: int) -> Iterator[Mark]:
-        """See `Tracing.call`: named as the semantic conventions for HTTP clients have it."""
+        """See `Tracing.call`. The span follows the semantic conventions for HTTP clients."""
         path = key.operation.path
         attributes: dict[str, AttributeValue] = {"http.request.method": "POST", "url.template": path}
         if number:
@@ -59,28 +60,31 @@ class OpenTelemetryTracing:
             try:
                 yield mark
             finally:
-                _conclude(span, mark)
+                _record_outcome(span, mark)
 
     async def aclose(self) -> None:
-        """See `Tracing.aclose`; a collector that takes too long over it is left."""
-        loop, sent = asyncio.get_running_loop(), asyncio.Event()
+        """See `Tracing.aclose`. Returns after `flush_seconds` even if the collector has not responded."""
+        loop, flushed = asyncio.get_running_loop(), asyncio.Event()
 
         def flush() -> None:
             self._provider.shutdown()
-            with suppress(RuntimeError):  # the loop may have closed meanwhile
-                loop.call_soon_threadsafe(sent.set)
+            with suppress(RuntimeError):  # the event loop may be closed by now
+                loop.call_soon_threadsafe(flushed.set)
 
-        # No thread of the loop's executor: the loop would wait for it, however long it takes.
+        # A daemon thread, not the event loop's executor: closing the loop would wait for the executor.
         threading.Thread(target=flush, daemon=True).start()
         with suppress(TimeoutError):
             async with asyncio.timeout(self._flush_seconds):
-                await sent.wait()
+                await flushed.wait()
 
 
 def from_environment(environ: Mapping[str, str]) -> OpenTelemetryTracing:
-    """Return the tracing that `environ` asks for; the SDK reads the rest of it (sampler, headers, …) itself.
+    """Return the tracing that the standard OpenTelemetry variables in `environ` configure.
 
-    Raises: SettingsError for what it asks for and is not there.
+    The SDK reads the other variables (sampler, headers, …) from the process environment.
+
+    Raises:
+        SettingsError: A variable selects an unsupported exporter or protocol.
     """
     if (exporter := environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()) not in {"", "otlp"}:
         raise SettingsError([f"OTEL_TRACES_EXPORTER = {exporter!r}: must be otlp or none"])
@@ -88,7 +92,7 @@ def from_environment(environ: Mapping[str, str]) -> OpenTelemetryTracing:
         if (protocol := environ.get(variable) or "http/protobuf") != "http/protobuf":
             raise SettingsError([f"{variable} = {protocol!r}: must be http/protobuf"])
     resource = Resource.create({SERVICE_VERSION: __version__})
-    if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):  # nobody named it
+    if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):  # no configured name
         resource = resource.merge(Resource({SERVICE_NAME: "sd-progress-gateway"}))
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
@@ -104,7 +108,7 @@ def start_span(
     *,
     context: Context | None = None,
 ) -> Iterator[Span]:
-    """Start a span that records no exception: the text of one may quote anything."""
+    """Start a span that records no exception, because its message may contain a secret."""
     with tracer.start_as_current_span(
         name,
         context=context,
@@ -116,7 +120,7 @@ def start_span(
         yield span
 
 
-def _conclude(span: Span, mark: Mark) -> None:
+def _record_outcome(span: Span, mark: Mark) -> None:
     span.set_attribute("sd_gateway.outcome", mark.outcome)
     if mark.status is not None:
         span.set_attribute("http.response.status_code", mark.status)

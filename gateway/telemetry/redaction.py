@@ -1,15 +1,15 @@
-"""Keeps secrets out of everything that leaves the process: log lines, problems, envelopes.
+"""Redacts secrets in all output of the process: log lines, problems and envelopes.
 
-One Redactor is made at the start and receives every secret as it is loaded. It also knows what
-the vendor's API gateway leaks: its refusal of a signature quotes the whole string
-to sign, and with it the access key.
+The process creates one Redactor at startup, and every secret is added to it when it is loaded. The Redactor
+also finds what the vendor's API gateway leaks: when it rejects a signature, its message quotes the string to
+sign, which contains the access key.
 
-    text -> bytes -> views (`disguises.py`): does the beginning of a secret's form occur? | no -> as it is
-                     shapes: string to sign, X-Ca-* headers, signatures           | yes -> find the places,
-                                                                                    put a mask there
+    1. Search the text's views (see `secret_encodings.py`) for the beginning of any form of a secret, and the
+       text for known patterns: a string to sign, X-Ca-* headers, signatures.
+    2. If nothing matches, return the text unchanged.
+    3. Otherwise decode the text byte by byte, locate the matches and replace them with a mask.
 
-10 ms for 1 MiB, 6 us for a log line, with two pairs to hide. Only a text that seems to hold a secret is read
-byte by byte.
+The first step takes 10 ms for 1 MiB and 6 us for a log line, with two key pairs to hide.
 """
 
 from __future__ import annotations
@@ -21,160 +21,164 @@ from typing import Self
 
 from gateway.telemetry.secret_encodings import (
     DIGITS,
-    SHORTEST,
+    MIN_SECRET,
     Forms,
-    heads_of_code,
-    kept_digits,
-    mapped,
+    base64_prefixes,
+    decode_with_positions,
+    hex_positions,
     utf8,
     views,
 )
 
 MASK = "[redacted]"
 
-_EXACT_BYTES = 16_384  # a larger text with an encoded secret is masked whole
-_MOST_PLACES = 1000  # a text with more of them is masked whole
+_MAX_DECODED = 16_384  # bytes; a larger text that contains an encoded secret is masked as a whole
+_MAX_MATCHES = 1000  # a text with as many matches is masked as a whole
 
-# What the vendor's API gateway says, in lower case. A string to sign reaches to the text's end.
-_TO_SIGN = re.compile(rb"string(?:[-_\s]|%20){0,2}to(?:[-_\s]|%20){0,2}sign\b[^:`%]{0,3}(?::|%3a)")
-_NAMED = re.compile(  # in a line, a dict, pairs; bytes or not, quoted as often as it may be
+# The text of the vendor's API gateway, in lower case. A string to sign extends to the end of the text.
+_STRING_TO_SIGN = re.compile(rb"string(?:[-_\s]|%20){0,2}to(?:[-_\s]|%20){0,2}sign\b[^:`%]{0,3}(?::|%3a)")
+_HEADER = re.compile(  # as a header line, in a dict or a list of pairs; str or bytes, with nested quotes
     rb"""(?x) x-ca-(?:signature|key|nonce) \\{0,8} ["']? \s{0,8}
     (?: (?: [:=] | %3[ad] ) (?:\s|%20){0,8} (?: b? \\{0,8} ["'] )? | , \s{0,8} b? \\{0,8} ["'] )
     ([^\s"',;\#\\]+)"""
 )
-# Base64 of 32 bytes, with "/" as JSON may have it; or its URL-safe form.
+# Base64 of 32 bytes, where JSON may escape "/"; or its URL-safe form.
 _SIGNATURE = re.compile(
     rb"""(?x) (?<![A-Za-z0-9+/]) (?: [A-Za-z0-9+] | \\?/ ){43} = (?![A-Za-z0-9+/=])
     | (?<![A-Za-z0-9_-]) [A-Za-z0-9_-]{43} = (?![A-Za-z0-9_=-])"""
 )
 _ALPHANUMERIC = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
-_ANY_CLASS, *_CLASSES = (
+# Tables that translate base64 digits to "a", keep "=", and translate everything else to a space.
+_ANY_ALPHABET, *_ALPHABETS = (
     bytes(ord("a") if byte in alphabet else byte if byte in b"=" else ord(" ") for byte in range(256))
     for alphabet in (_ALPHANUMERIC + b"+/-_", _ALPHANUMERIC + b"+/", _ALPHANUMERIC + b"-_")
 )
-_SIGNATURE_CLASSES = b" " + b"a" * 43 + b"= ", b"=" + b"a" * 43 + b"= "
+_TRANSLATED_SIGNATURES = b" " + b"a" * 43 + b"= ", b"=" + b"a" * 43 + b"= "
 
-_AFTER_CUT = b"\1.\"'`)]}>,;:"  # what may follow a text that was cut off: quotes, dots
+_AFTER_CUT = b"\1.\"'`)]}>,;:"  # characters that may follow truncated text: quotes, dots
 
 Span = tuple[int, int]
 
 
 class Excerpt(str):
-    """A text of which a log line shows the first `limit` characters, cut after it was redacted.
+    """A text of which a log line shows the first `limit` characters, truncated after redaction.
 
-    A secret that a cut divides could not be told any more.
+    Truncation before redaction could leave a part of a secret that is no longer recognized.
     """
 
     __slots__ = ("limit",)
     limit: int
 
     def __new__(cls, text: str, limit: int) -> Self:
-        """Make an excerpt. `limit` is in characters."""
-        made = super().__new__(cls, text)
-        made.limit = limit
-        return made
+        """Create an excerpt. `limit` is in characters."""
+        excerpt = super().__new__(cls, text)
+        excerpt.limit = limit
+        return excerpt
 
 
 class Redactor:
-    """Replaces every known secret, in every common encoding, and every known shape of one, with a mask."""
+    """Masks known secrets in every common encoding, and text with the pattern of a credential."""
 
     def __init__(self) -> None:
         self._secrets: set[str] = set()
         self._forms = Forms()
-        self._credentials = Forms()  # of these secrets, those that no answer may have in it
+        self._credentials = Forms()  # the secrets that no upstream response may contain
 
     def hide(self, *secrets: str) -> None:
-        """Hide these strings from now on; strings under 6 characters cannot be told from text."""
+        """Add secrets. Strings shorter than 6 characters are ignored: they occur in ordinary text."""
         new = set(secrets) - self._secrets
         self._secrets |= new
-        self._forms = self._forms.plus(new)  # the whole at once: another thread may be logging
+        self._forms = self._forms.plus(new)  # replaced in one step: another thread may be logging
 
     def hide_credentials(self, *secrets: str) -> None:
-        """Hide these strings from now on, and refuse answers of the upstream that have one of them."""
+        """Add secrets that, in addition, no upstream response may contain."""
         self._credentials = self._credentials.plus(secrets)
         self.hide(*secrets)
 
     def for_call(self, signature: str) -> Redactor:
-        """Return a redactor that knows the signature of one call, too: made in 40 us."""
-        signature = signature.rstrip("=")  # a base64 decoder needs no padding
-        made = Redactor()
-        made._secrets = {*self._secrets, signature}
-        made._forms = self._forms.plus([signature])
-        made._credentials = self._credentials.plus([signature])
-        return made
+        """Return a redactor that also hides the signature of one request. Takes 40 us."""
+        signature = signature.rstrip("=")  # the padding may be missing
+        redactor = Redactor()
+        redactor._secrets = {*self._secrets, signature}
+        redactor._forms = self._forms.plus([signature])
+        redactor._credentials = self._credentials.plus([signature])
+        return redactor
 
     def __call__(self, text: str) -> str:
-        """Return the text without secrets; of one that its end cuts off, 5 characters may be left."""
-        if len(text) < SHORTEST:
+        """Return the text with all secrets masked.
+
+        Of a secret that is truncated at the end of the text, up to 5 characters may remain.
+        """
+        if len(text) < MIN_SECRET:
             return text
         data = utf8(text)
         if not self._suspects(data):
             return text
-        places = list(islice(self._places(data), _MOST_PLACES))
-        cleaned = _masked(data, places)
-        # In a large text, and where an escape is ambiguous, a secret may be left whose place is not known.
-        return MASK if len(places) == _MOST_PLACES or self._forms.are_in(utf8(cleaned)) else cleaned
+        spans = list(islice(self._spans(data), _MAX_MATCHES))
+        masked = _mask(data, spans)
+        # A secret may remain in a large text or next to an ambiguous escape, because its position is unknown.
+        return MASK if len(spans) == _MAX_MATCHES or self._forms.are_in(utf8(masked)) else masked
 
     def suspects(self, text: str) -> bool:
-        """Tell whether a text may hold a secret, or the beginning of one; False is sure."""
+        """Return whether a text may contain a secret or the beginning of one. False is certain."""
         return self._suspects(utf8(text))
 
     def suspects_answer(self, body: bytes, signature: str) -> bool:
-        """Tell whether an answer may hold a credential or its call's signature; False is sure.
+        """Return whether a response may contain a credential or the request's signature. False is certain.
 
-        What is only shaped like a signature may be a part of an image's URL.
+        Other text with the pattern of a signature does not count: it may be part of an image URL.
         """
-        return self._credentials.may_be_in(body, heads_of_code(signature))
+        return self._credentials.may_be_in(body, base64_prefixes(signature))
 
     def refuses(self, body: bytes) -> bool:
-        """Tell whether an answer holds a credential, in whatever form."""
+        """Return whether a response contains a credential, in any encoding."""
         return self._credentials.are_in(body)
 
     def _suspects(self, data: bytes) -> bool:
         low = data.lower()
         return (
             b"x-ca-" in low
-            or (b"string" in low and _TO_SIGN.search(low) is not None)
+            or (b"string" in low and _STRING_TO_SIGN.search(low) is not None)
             or _has_signature(data)
             or self._forms.may_be_in(data)
         )
 
-    def _places(self, data: bytes) -> Iterator[Span]:
-        """Find what is to be masked."""
+    def _spans(self, data: bytes) -> Iterator[Span]:
+        """Yield the spans to mask; they may overlap."""
         low = data.lower()
-        told = _TO_SIGN.search(low)
-        if told is not None:
-            yield told.end(), len(data)
-        yield from (match.span(1) for match in _NAMED.finditer(low))
+        string_to_sign = _STRING_TO_SIGN.search(low)
+        if string_to_sign is not None:
+            yield string_to_sign.end(), len(data)
+        yield from (match.span(1) for match in _HEADER.finditer(low))
         if _has_signature(data):
             yield from (match.span() for match in _SIGNATURE.finditer(data))
         for literal in self._forms.literals:
             yield from _occurrences(literal, low)
         if not self._forms.needles:
             return
-        if len(data) <= _EXACT_BYTES:
-            yield from self._decoded_places(data, 0)
-        else:  # the text's end alone: whether the rest holds an encoded secret is seen when this is done
-            offset = len(data) - _EXACT_BYTES
-            yield from self._decoded_places(data[offset:], offset)
+        if len(data) <= _MAX_DECODED:
+            yield from self._decoded_spans(data, 0)
+        else:  # only the end of the text; `__call__` checks the rest for remaining secrets
+            offset = len(data) - _MAX_DECODED
+            yield from self._decoded_spans(data[offset:], offset)
 
-    def _decoded_places(self, data: bytes, offset: int) -> Iterator[Span]:
-        plain, starts, ends = mapped(data)
-        seen_in = views(plain)
-        kept = kept_digits(seen_in.folded)
-        for view, form, head, before, after in self._forms.needles:
-            seen = seen_in[view]
-            found = list(_occurrences(form, seen))
-            # A text that was cut off: its end is the beginning of a secret.
-            uncut = len(seen.rstrip(_AFTER_CUT))
+    def _decoded_spans(self, data: bytes, offset: int) -> Iterator[Span]:
+        plain, starts, ends = decode_with_positions(data)
+        all_views = views(plain)
+        hex_digits = hex_positions(all_views.folded)
+        for view, form, prefix, before, after in self._forms.needles:
+            viewed = all_views[view]
+            found = list(_occurrences(form, viewed))
+            # Truncated text: its end may be the beginning of a secret.
+            cut = len(viewed.rstrip(_AFTER_CUT))
             found += [
-                (at, uncut)
-                for at, _ in _occurrences(head, seen[max(uncut - len(form), 0) : uncut])
-                for at in [at + max(uncut - len(form), 0)]
-                if form.startswith(seen[at:uncut])
+                (at, cut)
+                for at, _ in _occurrences(prefix, viewed[max(cut - len(form), 0) : cut])
+                for at in [at + max(cut - len(form), 0)]
+                if form.startswith(viewed[at:cut])
             ]
             for first, end in found:
-                at, last = (kept[first], kept[end - 1]) if view == DIGITS else (first, end - 1)
+                at, last = (hex_digits[first], hex_digits[end - 1]) if view == DIGITS else (first, end - 1)
                 at -= before and at > 0
                 last += after and end - first == len(form) and last + 1 < len(plain)
                 yield offset + starts[at], offset + ends[last]
@@ -183,11 +187,11 @@ class Redactor:
 def _has_signature(data: bytes) -> bool:
     if b"=" not in data:
         return False
-    shown = data.replace(b"\\/", b"/") if b"\\" in data else data
-    if b"a" * 43 + b"=" not in shown.translate(_ANY_CLASS):
+    unescaped = data.replace(b"\\/", b"/") if b"\\" in data else data
+    if b"a" * 43 + b"=" not in unescaped.translate(_ANY_ALPHABET):
         return False
-    classes = [b" %b " % shown.translate(each) for each in _CLASSES]
-    return any(signature in each for each in classes for signature in _SIGNATURE_CLASSES)
+    texts = [b" %b " % unescaped.translate(alphabet) for alphabet in _ALPHABETS]
+    return any(signature in text for text in texts for signature in _TRANSLATED_SIGNATURES)
 
 
 def _occurrences(form: bytes, data: bytes) -> Iterator[Span]:
@@ -197,11 +201,11 @@ def _occurrences(form: bytes, data: bytes) -> Iterator[Span]:
         at = data.find(form, at + 1)
 
 
-def _masked(data: bytes, places: Iterable[Span]) -> str:
-    """Put a mask in each place; those that overlap have one."""
+def _mask(data: bytes, spans: Iterable[Span]) -> str:
+    """Replace each span with a mask; overlapping spans share one."""
     pieces: list[bytes] = []
     done = 0
-    for start, end in sorted(places):
+    for start, end in sorted(spans):
         if pieces and start < done:
             done = max(done, end)
             continue

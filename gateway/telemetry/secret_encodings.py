@@ -1,11 +1,11 @@
-"""The forms that a secret may have in a text, and the views of a text in which each is found.
+"""The encoded forms of a secret, and the normalized views of a text in which they are searched.
 
-    text -> folded: escapes decoded, white space and all that is not ASCII removed, lower case
-            coded:  the same with the digits of base64, for its two alphabets
-            digits: the same without separators, for hexadecimal
+    text -> folded: escapes decoded, white space and non-ASCII removed, lower case
+            coded:  folded, with both alphabets of base64 mapped to one
+            digits: folded, without the separators of hexadecimal
 
-A form is looked for in one view. The views are made by a few passes of C code. Only `mapped` reads a text
-byte by byte: it tells where in the text each byte of a view stands.
+Each form is searched in one view. A few passes of C code create the views. Only `decode_with_positions` reads
+a text byte by byte: it returns the position in the text of each byte of a view.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 from urllib.parse import quote
 
-SHORTEST = 6  # characters; a shorter "secret" would stand in ordinary words and numbers
-_SHORTEST_CODED = 8  # digits of base64 for 6 bytes; hexadecimal takes 12
-_SHORTEST_DIGITS = 12
-MOST_ENTITIES = 10_000  # of HTML; decoding more of them takes too long
-_LAYERS = 3  # of escapes: a percent sign may be percent-encoded itself
+MIN_SECRET = 6  # characters; shorter strings occur in ordinary words and numbers
+_MIN_BASE64 = 8  # digits of base64 for 6 bytes
+_MIN_HEX = 12  # digits of hexadecimal for 6 bytes
+MAX_ENTITIES = 10_000  # HTML entities; decoding more takes too long
+_LAYERS = 3  # of escapes; for example, a percent sign may itself be percent-encoded
 
-# A NUL stays: no form goes across it.
+# NUL is kept, so that it separates texts: no form contains it.
 _GAPS = bytes(byte for byte in range(2, 256) if byte <= ord(" ") or byte > ord("~"))
 _DROPPED = _GAPS + b"\\"
-# "=" is \1 in every view: so a decoder of quoted-printable text, the one in C that leaves alone what is no
-# escape, can decode percent signs.
+# The quoted-printable decoder decodes percent escapes, because it is written in C and ignores invalid ones.
+# Its escape character is "=", so every view has \1 in the place of "=".
 _FOLD = bytes.maketrans(b"=ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"\1abcdefghijklmnopqrstuvwxyz")
 _CODE = bytes.maketrans(b"-_", b"+/")
 _TO_QUOTED = bytes.maketrans(b"%=", b"=\1")
 _FROM_QUOTED = bytes.maketrans(b"=", b"%")
 _RUN = re.compile(b"={2,}")
 _SEPARATORS = b":-,._"
-# A letter's upper and lower case differ in the first hexadecimal digit: 4 and 6, 5 and 7 are one.
+# The hexadecimal codes of upper and lower case differ in the first digit: 4 or 6, 5 or 7. Map them to one.
 _DIGITS = bytes.maketrans(b"67", b"45")
 _DIGIT = re.compile(rb"(?s)0x|[:,._-]|(.)")
 
-# A wide space in JSON becomes bytes beyond ASCII, which are dropped.
+# Escaped wide spaces become non-ASCII bytes, which are dropped.
 _WIDE_SPACES = (
     *((b"\\u20%d" % row, b"%80%8") for row in (0, 2, 5, 6)),
     *((b"\\u" + wide, b"") for wide in (b"3000", b"feff", b"FEFF")),
@@ -59,7 +59,7 @@ FOLDED, CODED, DIGITS = range(3)
 
 
 class Views(NamedTuple):
-    """A text as it is searched."""
+    """The normalized views of a text."""
 
     folded: bytes
     coded: bytes
@@ -67,87 +67,96 @@ class Views(NamedTuple):
 
 
 class Needle(NamedTuple):
-    """A form of a secret, the number of its view, and the shortest beginning that a cut may leave.
+    """A form of a secret to search for.
 
-    `before` and `after` tell whether digits of base64 on either side have bits of it, too.
+    Attributes:
+        view: The index of the view in which the form occurs.
+        form: The form, as it appears in that view.
+        prefix: The shortest beginning that is recognized in truncated text.
+        before: Whether the base64 digit before the form also encodes bits of the secret.
+        after: Whether the base64 digit after the form also encodes bits of the secret.
     """
 
     view: int
     form: bytes
-    head: bytes
+    prefix: bytes
     before: bool = False
     after: bool = False
 
 
 class Forms(NamedTuple):
-    """What to look for: literals in a text in lower case, needles in its views. Heads begin needles.
+    """All forms of a set of secrets.
 
-    `spaced` are the literals that are mostly white space: no view has them.
+    Attributes:
+        literals: Searched in the text in lower case.
+        spaced: The literals that are mostly white space, which the views lack.
+        needles: Searched in the views.
+        prefixes: View and prefix of each needle.
     """
 
     literals: tuple[bytes, ...] = ()
     spaced: tuple[bytes, ...] = ()
     needles: tuple[Needle, ...] = ()
-    heads: tuple[tuple[int, bytes], ...] = ()
+    prefixes: tuple[tuple[int, bytes], ...] = ()
 
     def plus(self, secrets: Iterable[str]) -> Forms:
-        """Return these forms and those of more secrets."""
-        secrets = [secret for secret in secrets if len(secret) >= SHORTEST]
+        """Return these forms together with those of more secrets."""
+        secrets = [secret for secret in secrets if len(secret) >= MIN_SECRET]
         literals = dict.fromkeys([*self.literals, *(form for each in secrets for form in _literals(each))])
-        spaced = [literal for literal in literals if len(literal.translate(None, _DROPPED)) < SHORTEST]
+        spaced = [literal for literal in literals if len(literal.translate(None, _DROPPED)) < MIN_SECRET]
         needles = dict.fromkeys([*self.needles, *(form for each in secrets for form in _needles(each))])
-        heads = dict.fromkeys((needle.view, needle.head) for needle in needles)
-        return Forms(tuple(literals), tuple(spaced), tuple(needles), tuple(heads))
+        prefixes = dict.fromkeys((needle.view, needle.prefix) for needle in needles)
+        return Forms(tuple(literals), tuple(spaced), tuple(needles), tuple(prefixes))
 
-    def may_be_in(self, data: bytes, more_heads: Iterable[tuple[int, bytes]] = ()) -> bool:
-        """Tell whether the beginning of a form is in the data, or another head; False is sure."""
-        return self._any_in(data, (*self.heads, *more_heads))
+    def may_be_in(self, data: bytes, more_prefixes: Iterable[tuple[int, bytes]] = ()) -> bool:
+        """Return whether the data contains a prefix of a form or of `more_prefixes`. False is certain."""
+        return self._any_in(data, (*self.prefixes, *more_prefixes))
 
     def are_in(self, data: bytes) -> bool:
-        """Tell whether a form is in the data."""
+        """Return whether the data contains a form."""
         return self._any_in(data, [(needle.view, needle.form) for needle in self.needles])
 
-    def _any_in(self, data: bytes, wanted: Collection[tuple[int, bytes]]) -> bool:
-        if not wanted:
+    def _any_in(self, data: bytes, targets: Collection[tuple[int, bytes]]) -> bool:
+        if not targets:
             return False
-        # Where nothing is to be decoded the folded view has every other literal.
+        # If nothing needs decoding, the folded view finds every literal that is not spaced.
         plain = not (b"%" in data or b"\\" in data or b"&" in data) and data.isascii()
         if literals := self.spaced if plain else self.literals:
             low = data.lower()
             if any(literal in low for literal in literals):
                 return True
         if not plain:
-            if data.count(b"&#") > MOST_ENTITIES:
+            if data.count(b"&#") > MAX_ENTITIES:
                 return True
             data = decoded(data)
-        seen = views(data)
-        for view, form in wanted:  # noqa: SIM110  # `any` of a generator takes half as long again
-            if form in seen[view]:
+        all_views = views(data)
+        for view, form in targets:  # noqa: SIM110  # `any` with a generator is 50 % slower
+            if form in all_views[view]:
                 return True
         return False
 
 
-def heads_of_code(code: str) -> tuple[tuple[int, bytes], ...]:
-    """Return the heads of the forms of base64 text, in 1 us: those of any secret take 40."""
-    raw = code.encode()[:9]
+def base64_prefixes(text: str) -> tuple[tuple[int, bytes], ...]:
+    """Return the prefixes of the forms of a base64 text. Takes 1 us; the forms of a secret take 40 us."""
+    raw = text.encode()[:9]
     return (
-        (FOLDED, raw[:SHORTEST].translate(_FOLD)),
-        (DIGITS, raw[:SHORTEST].hex().encode().translate(_DIGITS)),
-        (CODED, binascii.b2a_base64(raw)[:_SHORTEST_CODED].lower()),
-        (CODED, binascii.b2a_base64(b"\0" + raw)[2 : 2 + _SHORTEST_CODED].lower()),
-        (CODED, binascii.b2a_base64(b"\0\0" + raw)[3 : 3 + _SHORTEST_CODED].lower()),
+        (FOLDED, raw[:MIN_SECRET].translate(_FOLD)),
+        (DIGITS, raw[:MIN_SECRET].hex().encode().translate(_DIGITS)),
+        (CODED, binascii.b2a_base64(raw)[:_MIN_BASE64].lower()),
+        (CODED, binascii.b2a_base64(b"\0" + raw)[2 : 2 + _MIN_BASE64].lower()),
+        (CODED, binascii.b2a_base64(b"\0\0" + raw)[3 : 3 + _MIN_BASE64].lower()),
     )
 
 
 def utf8(text: str) -> bytes:
-    """Return the text's bytes, halves of surrogate pairs included."""
+    """Encode text as UTF-8; lone surrogates are encoded too."""
     return text.encode("utf-8", "surrogatepass")
 
 
 def _literals(secret: str) -> Iterator[bytes]:
     for form in (secret, secret.lower(), secret.upper()):
         yield utf8(form).lower()
-        if not form.isascii():  # what is not ASCII is in no view
+        if not form.isascii():  # the views have only ASCII
             yield quote(utf8(form), safe="").lower().encode()
             yield json.dumps(form)[1:-1].lower().encode()
 
@@ -156,22 +165,22 @@ def _needles(secret: str) -> Iterator[Needle]:
     raw = utf8(secret)
     for form in (*_literals(secret), utf8(html.escape(secret)), json.dumps(secret)[1:-1].encode()):
         folded = views(decoded(form)).folded
-        if len(folded) >= SHORTEST:
-            yield Needle(FOLDED, folded, folded[:SHORTEST])
+        if len(folded) >= MIN_SECRET:
+            yield Needle(FOLDED, folded, folded[:MIN_SECRET])
     digits = raw.hex().encode().translate(_DIGITS)
-    yield Needle(DIGITS, digits, digits[:_SHORTEST_DIGITS])
-    # Of base64, the digits that depend on the secret alone: it may begin at each of three places of a group.
+    yield Needle(DIGITS, digits, digits[:_MIN_HEX])
+    # The base64 digits that depend only on the secret, for each of the three positions in a group of 3 bytes.
     for before in range(3):
         coded = base64.b64encode(b"\0" * before + raw)
         first, end = -(-before * 8 // 6), (before + len(raw)) * 8 // 6
         core = coded[first:end].lower()
-        if len(core) >= _SHORTEST_CODED - 1:
-            head = core[:_SHORTEST_CODED]
-            yield Needle(CODED, core, head, before > 0, (before + len(raw)) % 3 > 0)
+        if len(core) >= _MIN_BASE64 - 1:
+            prefix = core[:_MIN_BASE64]
+            yield Needle(CODED, core, prefix, before > 0, (before + len(raw)) % 3 > 0)
 
 
 def decoded(data: bytes) -> bytes:
-    """Decode percent signs, JSON's and HTML's escapes; what is none stays. White space may be lost."""
+    """Decode percent, JSON and HTML escapes. Invalid escapes stay; white space may be lost."""
     if b"&" in data:
         data = _ENTITY.sub(lambda m: b"%" + (m[1] or b"%02x" % (int(m[2]) & 0xFF)), data)
     if b"\\u" in data:
@@ -184,7 +193,8 @@ def decoded(data: bytes) -> bytes:
         if b"%" not in data:
             break
         data = data.replace(b"%3d", b"\1").replace(b"%3D", b"\1")
-        # Without white space: an "=" before a line's end would take it away. "==" is an "=" to the decoder.
+        # White space is removed first, because the decoder removes a line break after "=". It reads "==" as
+        # "=", so runs are collapsed first.
         quoted = _RUN.sub(b"=", data.translate(_TO_QUOTED, _DROPPED))
         before, data = data, binascii.a2b_qp(quoted).translate(_FROM_QUOTED)
         if len(data) == len(before):
@@ -193,19 +203,19 @@ def decoded(data: bytes) -> bytes:
 
 
 def views(data: bytes) -> Views:
-    """Return the views of a text that is decoded."""
+    """Return the views of a decoded text."""
     folded = data.translate(_FOLD, _DROPPED)
     digits = folded.replace(b"0x", b"") if b"0x" in folded else folded
     return Views(folded, folded.translate(_CODE), digits.translate(_DIGITS, _SEPARATORS))
 
 
-def kept_digits(folded: bytes) -> list[int]:
-    """Return where in the folded view each byte of the view for hexadecimal stands."""
+def hex_positions(folded: bytes) -> list[int]:
+    """Return the position in the folded view of each byte of the `digits` view."""
     return [match.start() for match in _DIGIT.finditer(folded) if match[1]]
 
 
-def mapped(data: bytes) -> tuple[bytes, list[int], list[int]]:
-    """Decode as `decoded` does; return what is left, and where each byte of it begins and ends."""
+def decode_with_positions(data: bytes) -> tuple[bytes, list[int], list[int]]:
+    """Decode as `decoded` does. Return the result, and the start and end of each of its bytes in `data`."""
     index = [at for at, byte in enumerate(data) if byte not in _GAPS]
     plain, starts, ends = bytearray(), [], []
     for token in _TOKEN.finditer(data.translate(None, _GAPS)):

@@ -1,11 +1,10 @@
-"""What the gateway tells of its work as spans, to whoever collects them; by itself, nothing.
+"""The interface for spans, and the default implementation, which creates none.
 
-    request (server)   in the caller's trace, or in a new one; linked to the flights that it waited for
-    flight             a trace of its own: it serves many requests, and belongs to none
-      call (client)    one call upstream, with its number and outcome
+    request (server)   in the caller's trace or a new one; linked to the in-flight requests that it waited for
+    flight             one in-flight request, in a trace of its own, because it serves many callers
+      call (client)    one request to the upstream, with its number and outcome
 
-Who asks for spans gets them from `otel.py`, which needs packages that few installations want:
-nothing of them is imported here.
+`opentelemetry.py` creates real spans. It needs optional packages, so nothing of it is imported here.
 """
 
 from __future__ import annotations
@@ -15,14 +14,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gateway.domain.snapshot import TaskKey
+from gateway.domain.task import TaskKey
 
 
 @dataclass(slots=True)
 class Mark:
-    """What a span's work leaves to be told at its end, and the context by which others link to it.
+    """The result of the work in a span; it is recorded when the span ends.
 
-    `outcome` is "ok" or a problem code; `status` and `invoke_id` are those of an upstream answer.
+    Attributes:
+        context: The span context, for links from other spans; None without tracing.
+        outcome: "ok" or a problem code.
+        status: The HTTP status of the upstream response, if there is one.
+        invoke_id: The vendor's ID of the call, if the response has one.
     """
 
     context: Any = None
@@ -32,43 +35,43 @@ class Mark:
 
 
 class Tracing(Protocol):
-    """Makes spans."""
+    """Creates spans. Each span ends with its context manager."""
 
     def flight(self, key: TaskKey) -> AbstractContextManager[Mark]:
-        """Return the span of a flight."""
+        """Return the span of an in-flight request."""
         ...
 
     def call(self, key: TaskKey, *, number: int) -> AbstractContextManager[Mark]:
-        """Return the span of one call upstream; `number` counts a query's calls from 0."""
+        """Return the span of one request to the upstream; `number` counts the requests of a query from 0."""
         ...
 
     async def aclose(self) -> None:
-        """Send what is left to be sent."""
+        """Send the remaining spans."""
         ...
 
 
 class Untraced:
-    """Makes none: what is noted on its mark, one for all, nobody reads."""
+    """Creates no spans. All work shares one mark, which is never read."""
 
     def __init__(self) -> None:
-        self._nothing = nullcontext(Mark())
+        self._shared = nullcontext(Mark())
 
     def flight(self, key: TaskKey) -> AbstractContextManager[Mark]:
         """See `Tracing.flight`."""
-        return self._nothing
+        return self._shared
 
     def call(self, key: TaskKey, *, number: int) -> AbstractContextManager[Mark]:
         """See `Tracing.call`."""
-        return self._nothing
+        return self._shared
 
     async def aclose(self) -> None:
         """See `Tracing.aclose`."""
 
 
 def asked_for(environ: Mapping[str, str]) -> bool:
-    """Tell whether OpenTelemetry's own variables ask for spans: they name a place or a form for them."""
+    """Return whether the standard OpenTelemetry variables enable traces: an exporter or endpoint is set."""
     exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
     if exporter == "none" or environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return False
-    places = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
-    return bool(exporter) or any(environ.get(place) for place in places)
+    endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    return bool(exporter) or any(environ.get(name) for name in endpoints)

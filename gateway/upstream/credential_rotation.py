@@ -39,7 +39,7 @@ from gateway.domain.errors import (
     UpstreamQuota,
     UpstreamRejected,
 )
-from gateway.domain.snapshot import Operation
+from gateway.domain.task import Operation
 from gateway.upstream.credentials import Credentials, CredentialVersion, KeyPair
 
 KEPT_OUT_SECONDS = 30.0  # a pair that was refused on trial

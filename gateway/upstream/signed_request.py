@@ -31,7 +31,8 @@ from gateway.domain.errors import (
     UpstreamUnreachable,
 )
 from gateway.domain.rejection import STEP, clean, holds
-from gateway.domain.snapshot import Operation, TaskKey, render_json
+from gateway.domain.snapshot import render_json
+from gateway.domain.task import Operation, TaskKey
 from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor

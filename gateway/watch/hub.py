@@ -28,7 +28,8 @@ from enum import StrEnum
 import structlog
 
 from gateway.domain.errors import GatewayError, Overloaded
-from gateway.domain.snapshot import Snapshot, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import TaskKey
 from gateway.progress.results import FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Watch as WatchSettings

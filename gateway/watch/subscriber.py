@@ -15,7 +15,8 @@ from copy import copy
 from dataclasses import dataclass, replace
 
 from gateway.domain.errors import GatewayError, UpstreamRejected
-from gateway.domain.snapshot import Snapshot, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import TaskKey
 
 _SMALL_BODY = 1024  # bytes, little beside what a schedule takes
 

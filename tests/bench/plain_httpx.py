@@ -17,7 +17,7 @@ import httpx
 import uvloop
 
 from gateway.domain.envelope import read_envelope
-from gateway.domain.snapshot import Operation, TaskKey
+from gateway.domain.task import Operation, TaskKey
 from gateway.upstream.signing import signed_headers
 
 _OPERATION = Operation.SD_GET_PROGRESS

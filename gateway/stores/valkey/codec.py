@@ -28,7 +28,8 @@ from gateway.domain.errors import (
     UpstreamOpen,
     UpstreamRejected,
 )
-from gateway.domain.snapshot import Snapshot, TaskKey, observe_again, render_json
+from gateway.domain.snapshot import Snapshot, observe_again, render_json
+from gateway.domain.task import TaskKey
 from gateway.stores.valkey.clock_sync import MICROSECONDS
 
 _DIGEST_BYTES = 12

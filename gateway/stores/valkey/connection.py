@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from gateway.domain.snapshot import TaskKey
+from gateway.domain.task import TaskKey
 from gateway.settings.model import Store
 from gateway.stores.valkey.backends import CONNECTIONS, ERRORS, SLOTS, RedisBackends, connected
 from gateway.stores.valkey.clock_sync import ServerClock

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import structlog
 
-from gateway.domain.snapshot import Operation, TaskKey
+from gateway.domain.task import Operation, TaskKey
 from gateway.stores.memory import MemoryStore
 from gateway.stores.valkey.clock_sync import MICROSECONDS, ServerClock
 from gateway.stores.valkey.codec import (

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from gateway.domain.snapshot import TaskKey
+from gateway.domain.task import TaskKey
 from gateway.stores.base import Lease
 from gateway.stores.valkey.connection import StoreUnavailable
 from gateway.stores.valkey.scripts import FAIL, RENEW

@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gateway.domain.snapshot import Snapshot, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import TaskKey
 from gateway.stores.memory import MemoryStore
 
 _TIMER_SECONDS = (

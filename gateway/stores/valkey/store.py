@@ -24,7 +24,8 @@ from contextlib import AsyncExitStack, suppress
 from typing import Any, NamedTuple, Self
 
 from gateway.domain.errors import GatewayError, RateLimiterExhausted, UpstreamTimeout
-from gateway.domain.snapshot import Snapshot, TaskKey
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import TaskKey
 from gateway.settings.model import Store as StoreSettings
 from gateway.stores.base import Lease
 from gateway.stores.memory import MemoryStore
