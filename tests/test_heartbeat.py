@@ -41,7 +41,7 @@ class Stream:
     def __init__(self, loop: TickedLoop) -> None:
         self.subscriber = Subscriber([TaskKey(Operation.SD_GET_PROGRESS, "a")], b"")
         self.subscriber.direct_transport = self.paper = Paper(loop)
-        self.taking: asyncio.Task[object] = loop.create_task(self.subscriber.take())
+        self.taking: asyncio.Task[object] = loop.create_task(self.subscriber.next_updates())
         loop.settle()
 
 
@@ -56,14 +56,14 @@ def loop() -> Iterator[TickedLoop]:
 
 @pytest.fixture
 def enter(loop: TickedLoop) -> Iterator[Open]:
-    """Provide a way to open streams of one pacemaker; in the end it must have no timer left."""
-    pacemaker = loop.within(lambda: Heartbeats(SECONDS))
+    """Provide a way to open streams of one heartbeats; in the end it must have no timer left."""
+    heartbeats = loop.within(lambda: Heartbeats(SECONDS))
     opened: list[Stream] = []
     with ExitStack() as stack:
 
         def enter() -> Stream:
             opened.append(Stream(loop))
-            loop.within(lambda: stack.enter_context(pacemaker.pacing(opened[-1].subscriber)))
+            loop.within(lambda: stack.enter_context(heartbeats.sending_to(opened[-1].subscriber)))
             return opened[-1]
 
         yield enter

@@ -24,7 +24,7 @@ from uvicorn.server import ServerState
 
 import gateway
 from gateway.api.client_limits import ClientRateLimiter
-from gateway.api.progress_response import HEADER_NAMES, answer
+from gateway.api.progress_response import HEADER_NAMES, build_response
 from gateway.api.requests import SECURITY_HEADERS
 from gateway.app import create_app
 from gateway.domain.errors import UpstreamTimeout
@@ -55,7 +55,7 @@ async def bench() -> AsyncIterator[Bench]:
 
 def wire(result: CacheResult, known: str | None) -> bytes:
     """Return what a reading is answered with, put together anew."""
-    status, values, body = answer(result, known)
+    status, values, body = build_response(result, known)
     lines = [b"HTTP/1.1 " + {200: b"200 OK", 304: b"304 Not Modified"}[status], b"server: 100 %d"]
     pairs = [*zip(HEADER_NAMES[status], values, strict=True), *SECURITY_HEADERS]
     lines += [b"%b: %b" % pair for pair in pairs]
@@ -145,7 +145,7 @@ async def test_hits_made_are_bounded(bench: Bench) -> None:
     bench.keep()
     for number in range(20_000):
         assert bench.ask(headers=[(b"if-none-match", b'"%d"' % number)])
-    assert len(bench.hits._made) <= 16_384
+    assert len(bench.hits._entries) <= 16_384
 
 
 async def test_hits_of_a_long_entity_tag_are_not_kept(bench: Bench) -> None:
@@ -153,7 +153,7 @@ async def test_hits_of_a_long_entity_tag_are_not_kept(bench: Bench) -> None:
     bench.keep()
     for _ in range(3):
         assert b" 200 " in (bench.ask(headers=[(b"if-none-match", b'"%b"' % (b"x" * 5000))]) or b"")
-    assert not bench.hits._made
+    assert not bench.hits._entries
 
 
 async def test_hits_find_the_newest_again(bench: Bench) -> None:
@@ -178,12 +178,12 @@ async def test_hits_hold_no_snapshots_beyond_their_bound(bench: Bench) -> None:
         bench.store.keep(replace(one, key=KEY._replace(task_id=f"other{number}"), version=number))
         for _ in range(3):
             assert bench.ask(b"/v1/progress/other%d" % number)
-    kept = [hit for hit in bench.hits._made.values() if hit is not None]
+    kept = [hit for hit in bench.hits._entries.values() if hit is not None]
     assert 0 < sum(len(hit.result.snapshot.body) + len(hit.rendered[1]) for hit in kept) <= 8_388_608
     assert len(bench.store) == 10
     larger = bench.keep(body=b"x" * 5_000_000)
     assert [bench.ask() for _ in range(3)] == [bench.ask()] * 3
-    assert larger not in [hit.result.snapshot for hit in bench.hits._made.values() if hit is not None]
+    assert larger not in [hit.result.snapshot for hit in bench.hits._entries.values() if hit is not None]
 
 
 async def test_hits_are_counted_one_by_one(bench: Bench) -> None:

@@ -178,7 +178,7 @@ async def test_middleware_hosts_remembered_are_bounded() -> None:
         assert not hosts.trust([(b"host", b"%d.invalid" % number)])
     assert not hosts.trust([(b"host", b"x" * 10_000)])
     assert hosts.trust([(b"host", b"gate.example.com")])
-    assert len(hosts._judged) <= 256
+    assert len(hosts._cache) <= 256
     assert not hosts.trust([])
     assert TrustedHosts(["*"]).trust([])
 
@@ -337,7 +337,7 @@ async def test_middleware_bugs_by_the_thousand_are_sampled() -> None:
         async with client:
             for path in ["/bug"] * 5 + ["/other"]:
                 assert (await client.get(path, headers=headers)).status_code == 500
-    bugs = [line for line in lines if line["event"] == "bug"]
+    bugs = [line for line in lines if line["event"] == "bug_in_request"]
     assert [(line["path"], line["suppressed"]) for line in bugs] == [("/bug", 0), ("/bug", 2), ("/other", 0)]
     assert isinstance(bugs[0]["exc_info"], KeyError)
     assert bugs[0]["trace_id"] == "0af7651916cd43dd8448eb211c80319c"

@@ -65,7 +65,7 @@ def make(kind: type[GatewayError], **known: Any) -> GatewayError:
 
 def answer(error: Exception, path: str = "/v1/progress/x") -> tuple[int, dict[str, str], dict[str, Any]]:
     scope = {"type": "http", "path": path, "state": {"request_id": "the-request"}}
-    response = Problems([VENDOR_PATH]).answer(scope, error)
+    response = Problems([VENDOR_PATH]).response(scope, error)
     return response.status_code, dict(response.headers), json.loads(bytes(response.body))
 
 
@@ -158,7 +158,7 @@ def test_problems_tell_nothing_of_a_bug() -> None:
     """An exception that nobody meant is a 500 with a text of ours, that sends the reader to the log."""
     status, _, problem = answer(ZeroDivisionError("division by zero in gateway/x.py"))
     assert (status, problem["code"], problem["title"]) == (500, "internal", "Internal error")
-    assert "its log says more" in problem["detail"]
+    assert "see the log" in problem["detail"]
     assert "division" not in str(problem)
 
 

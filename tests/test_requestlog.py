@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from gateway.api.request_log import RequestLog, settled
+from gateway.api.request_log import RequestLog, record_outcome
 from gateway.domain.errors import UpstreamDetail, UpstreamRejected, UpstreamTimeout
 from gateway.domain.snapshot import Operation, Snapshot, TaskKey
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure, FetchResult
@@ -48,7 +48,7 @@ def told(
     """Return the lines written for this request: one or none."""
     log = log or RequestLog(LogSampler())
     with capture_logs() as lines:
-        log.tell(request, method="GET", route=route, status=status, seconds=0.0123456789)
+        log.log(request, method="GET", route=route, status=status, seconds=0.0123456789)
     return [dict(line) for line in lines]
 
 
@@ -179,13 +179,13 @@ def test_requestlog_samples_a_crowd_of_a_kind() -> None:
 def test_settled_leaves_the_outcome_and_raises_the_failure() -> None:
     """A reading is returned, a failure raised, and either is left in the scope."""
     request = scope()
-    assert settled(request, HIT) is HIT
+    assert record_outcome(request, HIT) is HIT
     assert request["state"]["outcomes"] == (HIT,)
     failed = FetchFailure(
         KEY, UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail()), CacheStatus.MISS
     )
     with pytest.raises(UpstreamRejected) as raised:
-        settled(request, failed)
+        record_outcome(request, failed)
     assert raised.value is not failed.failure  # which others may share
     assert vars(raised.value) == vars(failed.failure)
     assert request["state"]["outcomes"] == (failed,)
