@@ -8,10 +8,10 @@ from tests.harness import Gateway, Simulator
 def test_batch_keeps_order_and_removes_duplicates(simulator: Simulator, gate: Gateway) -> None:
     """Items are in the order of the query, each task once, with the body of a single query."""
     tasks = [simulator.task(data={"status": "running", "progress": n / 4, "etaRelative": n}) for n in (2, 1)]
-    answer = gate.client.get("/v1/progress", params={"taskId": [*tasks, tasks[0]]})
-    assert answer.status_code == 200
-    assert answer.headers["content-type"] == "application/json"
-    body = answer.json()
+    response = gate.client.get("/v1/progress", params={"taskId": [*tasks, tasks[0]]})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
     assert [item["taskId"] for item in body["items"]] == tasks
     assert body["items"] == [gate.get(task).json() for task in tasks]
     assert body["summary"] == {
@@ -72,14 +72,14 @@ def test_batch_refuses_invalid_requests(
     simulator: Simulator, gate: Gateway, query: str, code: str, named: str
 ) -> None:
     """An invalid request is a problem that names the fault, without an upstream call."""
-    answer = gate.client.get(f"/v1/progress{query}")
-    assert (answer.status_code, answer.json()["code"]) == (400, code)
-    assert named in answer.json()["detail"]
+    response = gate.client.get(f"/v1/progress{query}")
+    assert (response.status_code, response.json()["code"]) == (400, code)
+    assert named in response.json()["detail"]
     assert simulator.calls() == 0
 
 
 def test_batch_head_has_no_body(simulator: Simulator, gate: Gateway) -> None:
     """HEAD responds like GET, without the body."""
-    answer = gate.client.head("/v1/progress", params={"taskId": simulator.finished()})
-    assert (answer.status_code, answer.content) == (200, b"")
-    assert int(answer.headers["content-length"]) > 0
+    response = gate.client.head("/v1/progress", params={"taskId": simulator.finished()})
+    assert (response.status_code, response.content) == (200, b"")
+    assert int(response.headers["content-length"]) > 0

@@ -295,16 +295,16 @@ def test_events_refuse_invalid_requests(simulator: Simulator, gate: Gateway) -> 
         ("?taskId=a&wait=3", "invalid-parameter"),
         ("?taskId=a&api=dall-e", "invalid-parameter"),
     ):
-        answer = gate.client.get(f"/v1/events{query}")
-        assert (answer.status_code, answer.json()["code"]) == (400, code), query
+        response = gate.client.get(f"/v1/events{query}")
+        assert (response.status_code, response.json()["code"]) == (400, code), query
     assert simulator.calls() == 0
 
 
 def test_events_head_answers_without_a_stream(simulator: Simulator, gate: Gateway) -> None:
     """HEAD responds with a stream's headers, without a subscription or an upstream call."""
-    answer = gate.client.head("/v1/events?taskId=a")
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("text/event-stream")
+    response = gate.client.head("/v1/events?taskId=a")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
     assert simulator.calls() == 0
 
 

@@ -300,10 +300,10 @@ async def test_hits_cost_no_task_no_json_and_few_calls(
                 for number in range(1, 51):
                     calls.clear()
                     sys.setprofile(note)
-                    answer = await asyncio.to_thread(ask, number)
+                    response = await asyncio.to_thread(ask, number)
                     sys.setprofile(None)
                     hits.append(calls.copy())
-                    assert b"sd-gateway; hit" in answer
+                    assert b"sd-gateway; hit" in response
             finally:
                 sys.setprofile(None)
                 loop.set_task_factory(None)

@@ -30,9 +30,9 @@ def test_longpoll_waits_for_the_change(simulator: Simulator, launch: Launch) -> 
         poll = polled(pool, gate, task, params={"wait": "20"}, headers={"If-None-Match": etag})
         assert not poll.done()
         simulator.script(task, status="running", progress=0.5)
-        answer = poll.result()
-    assert (answer.status_code, answer.json()["progress"]) == (200, 0.5)
-    assert answer.headers["etag"] != etag
+        response = poll.result()
+    assert (response.status_code, response.json()["progress"]) == (200, 0.5)
+    assert response.headers["etag"] != etag
 
 
 def test_longpoll_without_etag_waits_for_what_differs_from_arrival(
@@ -59,17 +59,17 @@ def test_longpoll_ends_with_304_when_nothing_changes(simulator: Simulator, launc
     gate = launch(simulator.url, cache=QUICK)
     task = simulator.task(data={"status": "running", "progress": 0.25})
     etag = gate.get(task).headers["etag"]
-    answer = gate.get(task, params={"wait": "0.3"}, headers={"If-None-Match": etag})
-    assert (answer.status_code, answer.content) == (304, b"")
+    response = gate.get(task, params={"wait": "0.3"}, headers={"If-None-Match": etag})
+    assert (response.status_code, response.content) == (304, b"")
 
 
 def test_longpoll_returns_nothing_too_old_when_its_time_is_up(launch: Launch) -> None:
     """If the snapshot is too old and a refresh is in flight, a long poll waits for it like any query."""
     asked, released = threading.Event(), threading.Event()
-    answers = iter([0.25, 0.5])
+    responses = iter([0.25, 0.5])
 
     def delayed(connection: socket.socket, request: Request) -> None:
-        progress = next(answers)
+        progress = next(responses)
         if progress > 0.25:
             asked.set()
             released.wait(30)
@@ -84,9 +84,9 @@ def test_longpoll_returns_nothing_too_old_when_its_time_is_up(launch: Launch) ->
         assert asked.wait(30)
         until(lambda: gate.metric("watchers", kind="longpoll") == 0, "its time is up")
         released.set()
-        answer = poll.result()
-    assert (answer.status_code, answer.headers["age"]) == (200, "0")
-    assert answer.json()["progress"] == 0.5
+        response = poll.result()
+    assert (response.status_code, response.headers["age"]) == (200, "0")
+    assert response.json()["progress"] == 0.5
 
 
 def test_longpoll_of_an_ended_task_does_not_wait(simulator: Simulator, gate: Gateway) -> None:
@@ -105,10 +105,10 @@ def test_longpoll_preference_is_applied_and_confirmed(simulator: Simulator, laun
     task = simulator.task(data={"status": "running", "progress": 0.25})
     etag = gate.get(task).headers["etag"]
     headers = {"If-None-Match": etag, "Prefer": "respond-async, wait=300"}
-    answer = gate.get(task, headers=headers)
-    assert answer.status_code == 304
-    assert answer.headers["preference-applied"] == "wait=1"
-    assert answer.headers["vary"] == "Prefer"
+    response = gate.get(task, headers=headers)
+    assert response.status_code == 304
+    assert response.headers["preference-applied"] == "wait=1"
+    assert response.headers["vary"] == "Prefer"
     odd = gate.get(task, headers={"Prefer": "wait=soon"})
     assert odd.status_code == 200
     assert "preference-applied" not in odd.headers
@@ -116,8 +116,8 @@ def test_longpoll_preference_is_applied_and_confirmed(simulator: Simulator, laun
 
 def test_longpoll_failure_is_a_problem(gate: Gateway) -> None:
     """A failure to fetch the task ends the long poll at once."""
-    answer = gate.get("missing", params={"wait": "20"})
-    assert (answer.status_code, answer.json()["code"]) == (502, "upstream-rejected")
+    response = gate.get("missing", params={"wait": "20"})
+    assert (response.status_code, response.json()["code"]) == (502, "upstream-rejected")
 
 
 @pytest.mark.parametrize(
@@ -125,9 +125,9 @@ def test_longpoll_failure_is_a_problem(gate: Gateway) -> None:
 )
 def test_longpoll_refuses_an_invalid_wait(gate: Gateway, wait: str) -> None:
     """A `wait` that is not a number of seconds is an error that names the parameter."""
-    answer = gate.get("a", params={"wait": wait})
-    assert (answer.status_code, answer.json()["code"]) == (400, "invalid-parameter")
-    assert "wait" in answer.json()["detail"]
+    response = gate.get("a", params={"wait": wait})
+    assert (response.status_code, response.json()["code"]) == (400, "invalid-parameter")
+    assert "wait" in response.json()["detail"]
 
 
 def test_longpoll_disconnect_ends_the_subscription(simulator: Simulator, launch: Launch) -> None:
@@ -187,6 +187,6 @@ def test_longpoll_causes_no_call_beyond_its_schedule(simulator: Simulator, launc
 def test_longpoll_of_a_failing_task_makes_one_call(simulator: Simulator, launch: Launch) -> None:
     """The schedule's failure is the response; the task is not fetched again."""
     gate = launch(simulator.url, cache=QUICK | {"error_seconds": 0}, upstream={"retries": 0})
-    answer = gate.get("missing", params={"wait": "20"})
-    assert (answer.status_code, answer.json()["code"]) == (502, "upstream-rejected")
+    response = gate.get("missing", params={"wait": "20"})
+    assert (response.status_code, response.json()["code"]) == (502, "upstream-rejected")
     assert simulator.calls("missing") == 1

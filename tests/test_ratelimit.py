@@ -244,10 +244,10 @@ def test_ratelimit_counts_the_tasks_of_batches(simulator: Simulator, launch: Lau
     assert gate.client.get("/v1/progress?taskId=a").status_code == 429
     gate = launch(simulator.url, limits={"requests_per_second": 20})
     before = simulator.calls()
-    answers = [gate.client.get(f"/v1/progress?{many(f'n{number}-')}") for number in range(20)]
-    assert [answer.status_code for answer in answers].count(200) <= 2  # a second one if this takes 4 s
+    responses = [gate.client.get(f"/v1/progress?{many(f'n{number}-')}") for number in range(20)]
+    assert [response.status_code for response in responses].count(200) <= 2  # a second one if this takes 4 s
     assert simulator.calls() - before <= 200
-    refused = answers[1]
+    refused = responses[1]
     assert refused.json()["code"] == "too-many-requests"
     assert 1 <= int(refused.headers["retry-after"]) <= 5
     assert gate.get("n0-0").status_code == 429  # a hit is refused, too, until the debt is paid
