@@ -6,7 +6,7 @@ one is close enough and has room. Otherwise it starts a new timer, late enough t
 
 Tasks that wake together are due together again. If every group accepted the same delay, half-full groups
 would follow each other at a constant distance and never merge. The accepted delay therefore shrinks with the
-size of the group, so that groups of different sizes meet.
+size of the group, so that large groups catch up with those that wait longer.
 """
 
 from __future__ import annotations
