@@ -1,4 +1,4 @@
-"""The composition root: every part is made here, wired here, opened and closed here."""
+"""The composition root: creates, connects, opens and closes all components."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gateway.api.middleware.telemetry import RequestTelemetry
 from gateway.api.pages import page_routes
 from gateway.api.problems import Problems
 from gateway.api.progress import ProgressEndpoint
-from gateway.api.task_parameters import Tasks
+from gateway.api.task_parameters import TaskParameters
 from gateway.api.trusted_hosts import TrustedHosts
 from gateway.api.vendor_paths import UnknownOperation, VendorEndpoint
 from gateway.progress.service import ProgressService
@@ -46,16 +46,18 @@ from gateway.upstream.signed_request import SignedRequests
 from gateway.watch.hub import WatchHub
 
 USER_AGENT = f"sd-progress-gateway/{__version__}"
-_EVERYBODY = {"*", "0.0.0.0/0", "::/0"}  # among the trusted proxies
+_ANY_ADDRESS = {"*", "0.0.0.0/0", "::/0"}  # in server.trusted_proxies
 
 log = structlog.get_logger(__name__)
 
 
 def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | None = None) -> Application:
-    """Make the application; it opens what it needs in its lifespan.
+    """Create the application, which opens its resources in its lifespan.
 
-    `redactor` learns the secrets as they are loaded: give the same one to the logs. `tracing`, which
-    makes spans, is closed with the application.
+    `redactor` learns the secrets when they are loaded; the log configuration must use the same one. `tracing`
+    is closed with the application.
+
+    Raises: SettingsError when an optional package is missing, or a secret file cannot be read.
     """
     tracing = tracing or Untraced()
     metrics = Metrics(CollectorRegistry(), gateway_version=__version__)
@@ -63,13 +65,13 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     store = _store(settings, redactor, metrics)
     metrics.measure_cache(entries=store.__len__, size=store.size)
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
-    calls = SignedRequests(
+    signed_requests = SignedRequests(
         settings.upstream, redactor=redactor, metrics=metrics, user_agent=USER_AGENT, tracing=tracing
     )
     rotation = CredentialRotation(credentials, refusal_seconds=cache.error_seconds)
     upstream = UpstreamClient(
         settings.upstream,
-        calls=calls,
+        calls=signed_requests,
         rotation=rotation,
         metrics=metrics,
         token=store.token,
@@ -84,49 +86,53 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         timeout_seconds=settings.upstream.timeout_seconds,
         tracing=tracing,
     )
-    watch = WatchHub(settings.watch, service=service, store=store, metrics=metrics)
-    drain = GracefulShutdown()
+    hub = WatchHub(settings.watch, service=service, store=store, metrics=metrics)
+    shutdown = GracefulShutdown()
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(tracing.aclose)
-            stack.enter_context(drain.on_signals())
+            stack.enter_context(shutdown.on_signals())
             await stack.enter_async_context(store)
-            await stack.enter_async_context(calls)
+            await stack.enter_async_context(signed_requests)
             stack.push_async_callback(service.aclose)
-            stack.push_async_callback(watch.aclose)
+            stack.push_async_callback(hub.aclose)
             await stack.enter_async_context(_running(credentials.follow()))
-            await stack.enter_async_context(_running(_announce_shutdown(drain, watch)))
+            await stack.enter_async_context(_running(_announce_shutdown(shutdown, hub)))
             log.info("started", version=__version__, endpoint=settings.upstream.endpoint)
             if not credentials.present:
-                log.warning("no credentials: not ready, and queries fail")
-            if settings.limits.requests_per_second and _EVERYBODY & {*settings.server.trusted_proxies}:
-                log.warning("a client may evade limits.requests_per_second: its own X-Forwarded-For counts")
+                log.warning("credentials_missing", effect="the gateway is not ready and queries fail")
+            if settings.limits.requests_per_second and _ANY_ADDRESS & {*settings.server.trusted_proxies}:
+                log.warning(
+                    "client_rate_limit_evadable",
+                    setting="server.trusted_proxies",
+                    effect="any client can choose its address by X-Forwarded-For",
+                )
             yield
         log.info("stopped")
 
     def why_not_ready() -> list[str]:
-        draining = ["draining"] if drain.begun.is_set() else []
-        return draining + ([] if credentials.present else ["no credentials"])
+        reasons = ["draining"] if shutdown.begun.is_set() else []
+        return reasons + ([] if credentials.present else ["no credentials"])
 
     def degraded() -> list[str]:
-        alone = [f"store: {store.trouble}"] if store.trouble else []
-        return [*(f"upstream: {code}" for code in upstream.troubles), *alone]
+        store_trouble = [f"store: {store.trouble}"] if store.trouble else []
+        return [*(f"upstream: {code}" for code in upstream.troubles), *store_trouble]
 
-    def signing() -> dict[str, Any] | None:
-        held = credentials.signing
-        return None if held is None else {"slot": held.slot, "generation": held.generation}
+    def signing_key_pair() -> dict[str, Any] | None:
+        version = credentials.signing
+        return None if version is None else {"slot": version.slot, "generation": version.generation}
 
     problems = Problems([operation.path for operation in settings.upstream.operations])
     limiter = _limiter(settings.limits)
-    clients = ClientLimits(limiter, most_subscriptions=settings.limits.subscriptions_per_client)
+    clients = ClientLimits(limiter, max_subscriptions=settings.limits.subscriptions_per_client)
     app = Starlette(
         routes=[
-            *_task_routes(settings, service, watch, clients, metrics),
-            *_native_routes(settings, service),
+            *_task_routes(settings, service, hub, clients, metrics),
+            *_vendor_routes(settings, service),
             Route("/healthz", operator_endpoints.healthz),
-            Route("/readyz", operator_endpoints.readyz(why_not_ready, degraded, signing)),
+            Route("/readyz", operator_endpoints.readyz(why_not_ready, degraded, signing_key_pair)),
             *(
                 []
                 if settings.server.metrics_port
@@ -140,7 +146,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     )
     app.router.redirect_slashes = False
     server, log_sampler, hosts = settings.server, LogSampler(), TrustedHosts(settings.server.allowed_hosts)
-    surrounded = _surround(
+    with_middleware = _add_middleware(
         app.router,
         server,
         hosts=hosts,
@@ -149,11 +155,11 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         problems=problems,
         log_sampler=log_sampler,
     )
-    app.middleware_stack = surrounded
+    app.middleware_stack = with_middleware
     metrics_asgi = metrics_application(metrics.registry, problems=problems)
-    if not isinstance(tracing, Untraced):  # a request's span surrounds the whole of it
-        app.middleware_stack = _with_spans(surrounded, tracing, root_path=server.root_path)
-        return Application(app, metrics_asgi, metrics, None, drain)
+    if not isinstance(tracing, Untraced):  # the request's span is the outermost layer, and records hits, too
+        app.middleware_stack = _with_spans(with_middleware, tracing, root_path=server.root_path)
+        return Application(app, metrics_asgi, metrics, None, shutdown)
     hits = CachedResponses(
         service,
         operations=settings.upstream.operations,
@@ -165,7 +171,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         log_sampler=log_sampler,
     )
     app.middleware_stack = CachedResponsesFirst(app.middleware_stack, hits=hits)
-    return Application(app, metrics_asgi, metrics, hits if server.edge else None, drain)
+    return Application(app, metrics_asgi, metrics, hits if server.edge else None, shutdown)
 
 
 def _with_spans(app: ASGIApp, tracing: Tracing, *, root_path: str) -> ASGIApp:
@@ -178,7 +184,7 @@ def _with_spans(app: ASGIApp, tracing: Tracing, *, root_path: str) -> ASGIApp:
 
 
 def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
-    """Make the store. Raises: SettingsError when it needs what is not installed, or not to be read."""
+    """Create the store. Raises: SettingsError when its client is not installed, or a file cannot be read."""
     cache = settings.cache
     memory = MemoryStore(
         max_tasks=cache.max_tasks,
@@ -207,7 +213,7 @@ def _limiter(limits: Limits) -> ClientRateLimiter | None:
     return ClientRateLimiter(limits.requests_per_second) if limits.requests_per_second else None
 
 
-def _surround(
+def _add_middleware(
     app: ASGIApp,
     server: Server,
     *,
@@ -227,18 +233,18 @@ def _surround(
 
 
 def _task_routes(
-    settings: Settings, service: ProgressService, watch: WatchHub, clients: ClientLimits, metrics: Metrics
+    settings: Settings, service: ProgressService, hub: WatchHub, clients: ClientLimits, metrics: Metrics
 ) -> list[BaseRoute]:
-    tasks = Tasks(settings.upstream.operations, most=settings.limits.max_tasks_per_request)
+    tasks = TaskParameters(settings.upstream.operations, max_tasks=settings.limits.max_tasks_per_request)
     events = EventsEndpoint(
-        watch,
+        hub,
         tasks=tasks,
         clients=clients,
         metrics=metrics,
         heartbeat_seconds=settings.watch.heartbeat_seconds,
     )
     one = ProgressEndpoint(
-        service, watch, tasks=tasks, clients=clients, max_wait_seconds=settings.watch.max_wait_seconds
+        service, hub, tasks=tasks, clients=clients, max_wait_seconds=settings.watch.max_wait_seconds
     )
     return [
         Route("/v1/progress/{taskId}", one, methods=["GET"]),
@@ -249,9 +255,9 @@ def _task_routes(
     ]
 
 
-def _native_routes(settings: Settings, service: ProgressService) -> list[BaseRoute]:
+def _vendor_routes(settings: Settings, service: ProgressService) -> list[BaseRoute]:
     operations = settings.upstream.operations
-    native = [
+    routes = [
         Route(
             operation.path,
             VendorEndpoint(
@@ -263,12 +269,12 @@ def _native_routes(settings: Settings, service: ProgressService) -> list[BaseRou
         )
         for operation in operations
     ]
-    return [*native, Route("/scc/{path:path}", UnknownOperation(operations))]
+    return [*routes, Route("/scc/{path:path}", UnknownOperation(operations))]
 
 
-async def _announce_shutdown(drain: GracefulShutdown, watch: WatchHub) -> None:
-    await drain.begun.wait()
-    watch.announce_shutdown()
+async def _announce_shutdown(shutdown: GracefulShutdown, hub: WatchHub) -> None:
+    await shutdown.begun.wait()
+    hub.announce_shutdown()
 
 
 @asynccontextmanager

@@ -1,4 +1,4 @@
-"""Sleeping in company, on a clock that is turned by hand."""
+"""Coalesced timers, on a clock that the test advances."""
 
 import random
 from collections import Counter
@@ -10,7 +10,7 @@ import pytest
 from gateway.watch.coalesced_timers import CoalescedTimers
 from tests.ticked import TickedLoop
 
-LATE = 0.05
+MAX_DELAY = 0.05
 
 
 @pytest.fixture
@@ -22,63 +22,63 @@ def loop() -> Iterator[TickedLoop]:
 
 
 class Sleeper:
-    """One who sleeps a second again and again, and notes when it wakes."""
+    """A task that sleeps for a second again and again, and records when it wakes."""
 
-    def __init__(self, loop: TickedLoop, alarms: CoalescedTimers) -> None:
+    def __init__(self, loop: TickedLoop, timers: CoalescedTimers) -> None:
         self._loop = loop
-        self._alarms = alarms
+        self._timers = timers
         self.woke: list[float] = []
-        self.task = loop.create_task(self._live())
+        self.task = loop.create_task(self._run())
 
-    async def _live(self) -> None:
-        company = 1
+    async def _run(self) -> None:
+        group_size = 1
         while True:
             self.woke.append(self._loop.time())
-            company = await self._alarms.sleep(1.0, late=LATE, company=company)
+            group_size = await self._timers.sleep(1.0, max_delay=MAX_DELAY, group_size=group_size)
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.01, 0.0])
 @pytest.mark.parametrize("count", [1, 7, 100, 1000])
-def test_alarms_wake_a_few_together(loop: TickedLoop, count: int, spread: float) -> None:
-    """However sleepers began, they soon wake in small groups, and never early or too late."""
-    alarms = CoalescedTimers()
+def test_timers_wake_small_groups(loop: TickedLoop, count: int, spread: float) -> None:
+    """Tasks soon wake in small groups, never early and never more than the accepted delay late."""
+    timers = CoalescedTimers()
     sleepers = []
     for _ in range(count):
-        sleepers.append(Sleeper(loop, alarms))
+        sleepers.append(Sleeper(loop, timers))
         loop.advance(spread / count)
     loop.advance(8.0)
     for sleeper in sleepers:
         pauses = [later - earlier for earlier, later in pairwise(sleeper.woke)]
-        assert all(1.0 - 1e-9 <= pause <= 1.0 + LATE + 1e-9 for pause in pauses)
+        assert all(1.0 - 1e-9 <= pause <= 1.0 + MAX_DELAY + 1e-9 for pause in pauses)
     groups = Counter(sleeper.woke[-1] for sleeper in sleepers)
     assert max(groups.values()) <= 20
-    assert len(groups) <= max(2 * count / 20, 1 / LATE + 1)  # alone, until there is company to be had
+    assert len(groups) <= max(2 * count / 20, 1 / MAX_DELAY + 1)  # single tasks until groups form
     for sleeper in sleepers:
         sleeper.task.cancel()
     loop.settle()
-    assert not alarms._with_room
-    assert not alarms._moments
+    assert not timers._with_room
+    assert not timers._times
 
 
-def test_alarms_groups_fill_up_and_wait_the_less_for_it(loop: TickedLoop) -> None:
-    """A hundred who began at random soon wake in few groups, and little late."""
-    alarms = CoalescedTimers()
-    chance = random.Random(1)
+def test_timers_large_groups_accept_less_delay(loop: TickedLoop) -> None:
+    """A hundred tasks that started at random soon wake in few groups, with little delay."""
+    timers = CoalescedTimers()
+    generator = random.Random(1)
     sleepers = []
     for _ in range(100):
-        sleepers.append(Sleeper(loop, alarms))
-        loop.advance(chance.expovariate(100))
+        sleepers.append(Sleeper(loop, timers))
+        loop.advance(generator.expovariate(100))
     loop.advance(40.0)
-    late = [sleeper.woke[-1] - sleeper.woke[-2] - 1.0 for sleeper in sleepers]
-    assert len({sleeper.woke[-1] for sleeper in sleepers}) <= 8  # 18 where all wait alike; at best 5
-    assert sum(late) / len(late) < LATE / 2
+    delays = [sleeper.woke[-1] - sleeper.woke[-2] - 1.0 for sleeper in sleepers]
+    assert len({sleeper.woke[-1] for sleeper in sleepers}) <= 8  # 18 with equal delays; at best 5
+    assert sum(delays) / len(delays) < MAX_DELAY / 2
     for sleeper in sleepers:
         sleeper.task.cancel()
     loop.settle()
 
 
-def test_alarms_who_is_alone_wakes_in_time(loop: TickedLoop) -> None:
-    """Without company nobody sleeps longer."""
+def test_timers_single_task_wakes_on_time(loop: TickedLoop) -> None:
+    """A task without others is not delayed."""
     sleeper = Sleeper(loop, CoalescedTimers())
     loop.advance(3.5)
     assert sleeper.woke == [1000.0, 1001.0, 1002.0, 1003.0]
@@ -86,13 +86,13 @@ def test_alarms_who_is_alone_wakes_in_time(loop: TickedLoop) -> None:
     loop.settle()
 
 
-def test_alarms_who_is_cancelled_leaves_room(loop: TickedLoop) -> None:
-    """A sleeper that is cancelled is waited for no more, and the others wake as they would."""
-    alarms = CoalescedTimers()
+def test_timers_cancelled_task_leaves_its_group(loop: TickedLoop) -> None:
+    """A cancelled task leaves its group, and the others wake at the same time as before."""
+    timers = CoalescedTimers()
     ends: list[float] = []
 
-    async def sleep(seconds: float, late: float) -> None:
-        await alarms.sleep(seconds, late=late)
+    async def sleep(seconds: float, max_delay: float) -> None:
+        await timers.sleep(seconds, max_delay=max_delay)
         ends.append(loop.time())
 
     first = loop.create_task(sleep(1.0, 0.0))

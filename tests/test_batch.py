@@ -1,17 +1,17 @@
-"""GET /v1/progress?taskId=A&taskId=B: many tasks in one answer."""
+"""GET /v1/progress?taskId=A&taskId=B: many tasks in one response."""
 
 import pytest
 
 from tests.harness import Gateway, Simulator
 
 
-def test_batch_keeps_order_and_folds_duplicates(simulator: Simulator, gate: Gateway) -> None:
-    """Items come in the order asked for, each task once, each as the single query has it."""
+def test_batch_keeps_order_and_removes_duplicates(simulator: Simulator, gate: Gateway) -> None:
+    """Items are in the order of the query, each task once, with the body of a single query."""
     tasks = [simulator.task(data={"status": "running", "progress": n / 4, "etaRelative": n}) for n in (2, 1)]
-    answer = gate.client.get("/v1/progress", params={"taskId": [*tasks, tasks[0]]})
-    assert answer.status_code == 200
-    assert answer.headers["content-type"] == "application/json"
-    body = answer.json()
+    response = gate.client.get("/v1/progress", params={"taskId": [*tasks, tasks[0]]})
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
     assert [item["taskId"] for item in body["items"]] == tasks
     assert body["items"] == [gate.get(task).json() for task in tasks]
     assert body["summary"] == {
@@ -29,12 +29,12 @@ def test_batch_keeps_order_and_folds_duplicates(simulator: Simulator, gate: Gate
     }
 
 
-def test_batch_failure_of_one_spares_the_others(simulator: Simulator, gate: Gateway) -> None:
-    """A task that cannot be read is an item with a problem; the answer is 200 and counts it."""
+def test_batch_failure_of_one_task_is_an_item(simulator: Simulator, gate: Gateway) -> None:
+    """A failing task is an item with a problem; the response is 200 and counts it."""
     done = simulator.finished()
-    body = gate.client.get("/v1/progress", params={"taskId": ["nobody", done]}).json()
+    body = gate.client.get("/v1/progress", params={"taskId": ["missing", done]}).json()
     problem = body["items"][0]["error"]
-    assert body["items"][0]["taskId"] == "nobody"
+    assert body["items"][0]["taskId"] == "missing"
     assert (problem["status"], problem["code"]) == (502, "upstream-rejected")
     assert body["items"][1]["status"] == "succeeded"
     summary = body["summary"]
@@ -43,13 +43,13 @@ def test_batch_failure_of_one_spares_the_others(simulator: Simulator, gate: Gate
 
 
 def test_batch_of_failures_has_no_mean(gate: Gateway) -> None:
-    """Where no item is without error, the mean and the largest are not known."""
-    summary = gate.client.get("/v1/progress", params={"taskId": "nobody"}).json()["summary"]
+    """If all items failed, mean and maximum are null."""
+    summary = gate.client.get("/v1/progress", params={"taskId": "missing"}).json()["summary"]
     assert (summary["progress"], summary["etaSeconds"], summary["errors"]) == (None, None, 1)
 
 
-def test_batch_shares_cache_and_flights(simulator: Simulator, gate: Gateway) -> None:
-    """A batch costs one call for each task that is not fresh, and none for one that is."""
+def test_batch_shares_cache_and_in_flight_requests(simulator: Simulator, gate: Gateway) -> None:
+    """A batch makes one upstream call for each task that is not fresh, and none for fresh ones."""
     tasks = [simulator.finished() for _ in range(20)]
     gate.get(tasks[0])
     for _ in range(2):
@@ -68,18 +68,18 @@ def test_batch_shares_cache_and_flights(simulator: Simulator, gate: Gateway) -> 
         ("?" + "&".join(f"taskId=t{number}" for number in range(101)), "invalid-parameter", "100"),
     ],
 )
-def test_batch_refuses_what_is_wrong(
+def test_batch_refuses_invalid_requests(
     simulator: Simulator, gate: Gateway, query: str, code: str, named: str
 ) -> None:
-    """A wrong request is a problem that names what is wrong, and nothing goes upstream."""
-    answer = gate.client.get(f"/v1/progress{query}")
-    assert (answer.status_code, answer.json()["code"]) == (400, code)
-    assert named in answer.json()["detail"]
+    """An invalid request is a problem that names the fault, without an upstream call."""
+    response = gate.client.get(f"/v1/progress{query}")
+    assert (response.status_code, response.json()["code"]) == (400, code)
+    assert named in response.json()["detail"]
     assert simulator.calls() == 0
 
 
 def test_batch_head_has_no_body(simulator: Simulator, gate: Gateway) -> None:
-    """HEAD answers as GET does, without the body."""
-    answer = gate.client.head("/v1/progress", params={"taskId": simulator.finished()})
-    assert (answer.status_code, answer.content) == (200, b"")
-    assert int(answer.headers["content-length"]) > 0
+    """HEAD responds like GET, without the body."""
+    response = gate.client.head("/v1/progress", params={"taskId": simulator.finished()})
+    assert (response.status_code, response.content) == (200, b"")
+    assert int(response.headers["content-length"]) > 0

@@ -201,10 +201,7 @@ def test_cli_serve_without_credentials_is_not_ready(tmp_path: Path) -> None:
     """Without credentials the gateway runs, says that it is not ready, and why."""
     none = {"SD_GATEWAY_CREDENTIALS__ACCESS_KEY": "", "SD_GATEWAY_CREDENTIALS__SECRET_KEY": ""}
     with serving(tmp_path, none) as (process, gate):
-        assert (
-            process.says('"event": "(no credentials: [^"]+)"')
-            == "no credentials: not ready, and queries fail"
-        )
+        assert process.says('"event": "(credentials_missing)"')
         response = gate.client.get("/readyz")
         assert response.status_code == 503
         assert response.json()["reasons"] == ["no credentials"]

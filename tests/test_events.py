@@ -44,7 +44,7 @@ class Event:
 
 
 def blocks(lines: Iterator[str]) -> Iterator[Event]:
-    """Give the blocks of an event stream, as the WHATWG's specification divides it."""
+    """Yield the blocks of an event stream, as divided by the WHATWG's specification."""
     event = Event()
     for line in lines:
         if not line:
@@ -63,19 +63,19 @@ def blocks(lines: Iterator[str]) -> Iterator[Event]:
             case "retry":
                 event.retry = int(value)
             case "data":
-                assert event.data is None, "the JSON stands on one line"
+                assert event.data is None, "the JSON is on one line"
                 event.data = json.loads(value)
 
 
 @contextmanager
 def stream(gate: Gateway, path: str, **headers: str) -> Iterator[tuple[httpx.Response, Iterator[Event]]]:
-    """Open a stream; give its response and its blocks."""
+    """Open a stream; yield its response and its blocks."""
     with gate.client.stream("GET", path, headers=headers) as response:
         yield response, blocks(response.iter_lines())
 
 
 def dechunked(body: bytes) -> bytes:
-    """Return what whole chunks hold (RFC 9112, 7.1); of the last one a part may be missing."""
+    """Return the content of complete chunks (RFC 9112, 7.1); the last chunk may be incomplete."""
     parts = []
     while b"\r\n" in body:
         size, _, rest = body.partition(b"\r\n")
@@ -89,12 +89,12 @@ def dechunked(body: bytes) -> bytes:
 
 
 def named(events: Iterator[Event], name: str) -> Event:
-    """Return the next event of this name."""
+    """Return the next event with this name."""
     return next(event for event in events if event.name == name)
 
 
-def test_events_tell_a_life_exactly(simulator: Simulator, launch: Launch) -> None:
-    """A scripted life arrives as exactly its events, then the end, and the stream closes."""
+def test_events_follow_a_task_to_its_end(simulator: Simulator, launch: Launch) -> None:
+    """Each change of a task is one event; then the end event follows and the stream closes."""
     gate = launch(simulator.url, cache=QUICK)
     task = simulator.task(data={"status": "waiting", "progress": 0, "lastQueueRemaining": 2})
     with stream(gate, f"/v1/progress/{task}/events") as (response, events):
@@ -122,13 +122,13 @@ def test_events_tell_a_life_exactly(simulator: Simulator, launch: Launch) -> Non
     assert len({event.id for event in seen}) == 4
     assert seen[-1].data == gate.get(task).json()
     again = gate.client.get(f"/v1/progress/{task}/events", headers={"Last-Event-ID": end.id})
-    assert again.status_code == 204, "the reconnect after the end is told to stop"
+    assert again.status_code == 204, "204 stops the reconnects after the end"
     assert gate.metric("events_sent_total", event="progress") == 4
     assert gate.metric("events_sent_total", event="end") == 1
 
 
-def test_events_end_of_other_tasks_is_not_this_end(simulator: Simulator, gate: Gateway) -> None:
-    """The end of one stream's tasks does not stop a stream of others."""
+def test_events_end_is_specific_to_its_tasks(simulator: Simulator, gate: Gateway) -> None:
+    """The end event ID of one stream does not stop a stream of other tasks."""
     first, second = simulator.finished(), simulator.finished()
     with stream(gate, f"/v1/events?taskId={first}") as (_, events):
         end = named(events, "end")
@@ -138,7 +138,7 @@ def test_events_end_of_other_tasks_is_not_this_end(simulator: Simulator, gate: G
 
 
 def test_events_of_many_tasks_end_with_the_last(simulator: Simulator, launch: Launch) -> None:
-    """Several tasks share a stream: one event each at once, and the end when every one has ended."""
+    """Several tasks share a stream: one event each at once, and the end event when all have ended."""
     gate = launch(simulator.url, cache=QUICK)
     done, going = simulator.finished(), simulator.task(data={"status": "running", "progress": 0.5})
     with stream(gate, f"/v1/events?taskId={done}&taskId={going}&taskId={done}") as (_, events):
@@ -149,25 +149,25 @@ def test_events_of_many_tasks_end_with_the_last(simulator: Simulator, launch: La
         assert next(events).name == "end"
 
 
-def test_events_problem_is_told_once_until_it_changes(simulator: Simulator, launch: Launch) -> None:
-    """A task that cannot be read is one problem event, however often it is tried, until it changes."""
+def test_events_problem_is_sent_once_until_it_changes(simulator: Simulator, launch: Launch) -> None:
+    """A failing task is one problem event, for any number of attempts, until the failure changes."""
     gate = launch(simulator.url, cache=QUICK, upstream={"retries": 0})
-    with stream(gate, "/v1/events?taskId=nobody") as (_, events):
+    with stream(gate, "/v1/events?taskId=missing") as (_, events):
         problem = named(events, "problem")
-        assert problem.data["taskId"] == "nobody"
+        assert problem.data["taskId"] == "missing"
         assert problem.data["code"] == "upstream-rejected"
         assert problem.data["upstream"]["errCode"] == "TASK_NOT_FOUND"
-        calls = simulator.calls("nobody")
-        until(lambda: simulator.calls("nobody") > calls, "it is tried again")
+        calls = simulator.calls("missing")
+        until(lambda: simulator.calls("missing") > calls, "the gateway retries")
         simulator.fault("status", status=503)
         assert next(event for event in events if event.name).data["code"] == "upstream-invalid"
         simulator.heal()
-        simulator.task("nobody", data={"status": "running", "progress": 0.5})
+        simulator.task("missing", data={"status": "running", "progress": 0.5})
         assert next(event for event in events if event.name).name == "progress"
 
 
 def test_events_heartbeat_is_a_comment(simulator: Simulator, launch: Launch) -> None:
-    """A stream in which nothing changes has a comment line every heartbeat."""
+    """A stream without changes has a comment at every heartbeat."""
     gate = launch(simulator.url, watch={"heartbeat_seconds": 0.05})
     task = simulator.task(data={"status": "running", "progress": 0.5})
     with stream(gate, f"/v1/progress/{task}/events") as (_, events):
@@ -176,8 +176,8 @@ def test_events_heartbeat_is_a_comment(simulator: Simulator, launch: Launch) -> 
         assert next(events).comments
 
 
-def test_events_heartbeat_goes_with_an_event(simulator: Simulator, launch: Launch) -> None:
-    """Where something changes the heartbeat costs no write of its own: it stands in an event's chunk."""
+def test_events_heartbeat_is_sent_with_an_event(simulator: Simulator, launch: Launch) -> None:
+    """With frequent changes a heartbeat needs no write of its own: it is in the chunk of an event."""
     gate = launch(simulator.url, cache=QUICK, watch={"heartbeat_seconds": 1.7})
     task = simulator.task()
     with gate.connect() as connection:
@@ -195,12 +195,12 @@ def test_events_heartbeat_goes_with_an_event(simulator: Simulator, launch: Launc
     assert all(
         block.startswith((b"retry: ", b": still here", b"event: progress\nid: ")) or not block
         for block in text.split(b"\n\n")
-    ), "every chunk says its length, and nothing stands between"
+    ), "the chunk lengths are right, with nothing in between"
 
 
 def test_events_share_one_schedule(simulator: Simulator, launch: Launch) -> None:
-    """Forty streams and thirty long polls cost what one schedule costs, and nothing once they left."""
-    # Whatever the upstream's answers take here: to a long poll that comes meanwhile the task is known.
+    """Forty streams and thirty long polls share one schedule, which ends when all have left."""
+    # Long enough that a long poll always finds a snapshot, even while the upstream responds slowly.
     lifetimes = {"running_seconds": 0.3, "stale_while_revalidate_seconds": 60}
     gate = launch(simulator.url, cache=QUICK | lifetimes)
     task = simulator.task(data={"status": "running", "progress": 0.5})
@@ -219,54 +219,54 @@ def test_events_share_one_schedule(simulator: Simulator, launch: Launch) -> None
         started = time.monotonic()
         before = simulator.calls(task)
 
-        def ticked() -> int:
+        def refreshes() -> int:
             made = simulator.calls(task) - before
             return made if made >= 5 else 0
 
-        made: int = until(ticked, "the schedule ticks")
+        made: int = until(refreshes, "the schedule refreshes")
         elapsed = time.monotonic() - started
-        # One on the edge, and one ahead: the long polls made the task hot as they came.
+        # One more at the interval's edge, and one refresh-ahead: the arriving long polls made the task hot.
         assert made <= elapsed / 0.3 + 2
-    until(lambda: gate.metric("watchers") == 0, "every watcher has left")
+    until(lambda: gate.metric("watchers") == 0, "every subscriber has left")
     assert gate.metric("watched_tasks") == 0
-    until(lambda: gate.metric("upstream_in_flight") == 0, "the last flight lands")
+    until(lambda: gate.metric("upstream_in_flight") == 0, "the last in-flight request is done")
     after = simulator.calls(task)
-    # Two lifetimes pass by the upstream's own account of another task's watch.
+    # Wait for two lifetimes, measured by the upstream's calls for another task.
     other = simulator.task(data={"status": "running", "progress": 0.1})
     with stream(gate, f"/v1/progress/{other}/events"):
-        until(lambda: simulator.calls(other) >= 3, "other watches go on")
+        until(lambda: simulator.calls(other) >= 3, "the other task is refreshed")
     assert simulator.calls(task) == after
 
 
-def test_events_slow_reader_gets_the_newest(simulator: Simulator, launch: Launch) -> None:
-    """A reader that never reads holds up nobody, and finds the newest state instead of a backlog."""
+def test_events_slow_reader_receives_the_latest(simulator: Simulator, launch: Launch) -> None:
+    """A reader that stops reading delays no other stream, and then receives the latest state, no backlog."""
     gate = launch(simulator.url, cache=QUICK, server={"keep_alive_seconds": 60})
     big = "x" * 600_000
     steps = 24
     task = simulator.task(data={"status": "running", "progress": 0.0, "message": big})
-    with socket.socket() as lazy, stream(gate, f"/v1/progress/{task}/events") as (_, events):
-        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # what the kernel holds is not ours
-        lazy.settimeout(PATIENCE_SECONDS)
-        lazy.connect(gate.address)
-        lazy.sendall(
+    with socket.socket() as slow, stream(gate, f"/v1/progress/{task}/events") as (_, events):
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # keep little in the kernel's buffers
+        slow.settimeout(PATIENCE_SECONDS)
+        slow.connect(gate.address)
+        slow.sendall(
             b"GET /v1/progress/%s/events HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n" % task.encode()
         )
-        until(lambda: gate.metric("watchers", kind="events") == 2, "the lazy reader is there")
+        until(lambda: gate.metric("watchers", kind="events") == 2, "the slow reader is there")
         for step in range(1, steps + 1):
             simulator.script(task, status="running", progress=step / 100, message=big)
             while named(events, "progress").data["progress"] < step / 100:
                 pass
         simulator.script(task, status="failed", progress=0.6, message="over")
         named(events, "end")
-        received = drained(lazy)
+        received = drained(slow)
     assert received.count(b"event: progress") < steps
     assert b'"status":"failed"' in received
     assert b"event: end" in received
 
 
 @pytest.mark.parametrize("protocol", [b"HTTP/1.0", b"HTTP/1.1"])
-def test_events_of_any_framing_arrive_whole(simulator: Simulator, launch: Launch, protocol: bytes) -> None:
-    """Without chunks, or with another request behind it on the connection, a stream is the same."""
+def test_events_are_the_same_with_any_framing(simulator: Simulator, launch: Launch, protocol: bytes) -> None:
+    """A stream is the same without chunks, and with another request pipelined behind it."""
     gate = launch(simulator.url, cache=QUICK)
     task = simulator.task(data={"status": "running", "progress": 0.1})
     with socket.create_connection(gate.address, timeout=PATIENCE_SECONDS) as connection:
@@ -285,8 +285,8 @@ def test_events_of_any_framing_arrive_whole(simulator: Simulator, launch: Launch
     assert received.count(b"HTTP/1.1 200 OK") == (2 if protocol == b"HTTP/1.1" else 1)
 
 
-def test_events_refuse_what_is_wrong(simulator: Simulator, gate: Gateway) -> None:
-    """No task, too many, a bad one, an unknown parameter: a problem each, and no stream."""
+def test_events_refuse_invalid_requests(simulator: Simulator, gate: Gateway) -> None:
+    """No task, too many, an invalid one, an unknown parameter: each is a problem, without a stream."""
     many = "&".join(f"taskId=t{number}" for number in range(101))
     for query, code in (
         ("", "invalid-parameter"),
@@ -295,21 +295,21 @@ def test_events_refuse_what_is_wrong(simulator: Simulator, gate: Gateway) -> Non
         ("?taskId=a&wait=3", "invalid-parameter"),
         ("?taskId=a&api=dall-e", "invalid-parameter"),
     ):
-        answer = gate.client.get(f"/v1/events{query}")
-        assert (answer.status_code, answer.json()["code"]) == (400, code), query
+        response = gate.client.get(f"/v1/events{query}")
+        assert (response.status_code, response.json()["code"]) == (400, code), query
     assert simulator.calls() == 0
 
 
 def test_events_head_answers_without_a_stream(simulator: Simulator, gate: Gateway) -> None:
-    """HEAD tells a stream's headers and ends; nobody watches, nothing is asked upstream."""
-    answer = gate.client.head("/v1/events?taskId=a")
-    assert answer.status_code == 200
-    assert answer.headers["content-type"].startswith("text/event-stream")
+    """HEAD responds with a stream's headers, without a subscription or an upstream call."""
+    response = gate.client.head("/v1/events?taskId=a")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
     assert simulator.calls() == 0
 
 
-def test_events_watchers_are_bounded(simulator: Simulator, launch: Launch) -> None:
-    """Beyond `watch.max_watchers` a stream is refused as overloaded, with a Retry-After."""
+def test_events_subscriptions_are_bounded(simulator: Simulator, launch: Launch) -> None:
+    """Above `watch.max_watchers` a stream is refused as `overloaded`, with Retry-After."""
     gate = launch(simulator.url, watch={"max_watchers": 1})
     task = simulator.task()
     with stream(gate, f"/v1/progress/{task}/events") as (_, events):
@@ -322,12 +322,12 @@ def test_events_watchers_are_bounded(simulator: Simulator, launch: Launch) -> No
         assert response.status_code == 200
 
 
-def test_events_farewell_when_the_gateway_leaves(simulator: Simulator, tmp_path: Path) -> None:
-    """On SIGTERM readyz is 503 at once, every stream and long poll is told, and the exit status is 0."""
+def test_events_end_at_graceful_shutdown(simulator: Simulator, tmp_path: Path) -> None:
+    """On SIGTERM readyz is 503 at once, every stream and long poll is ended, and the exit status is 0."""
     task = simulator.task(data={"status": "running", "progress": 0.5})
     environment = {"SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url, "SD_GATEWAY_CACHE__RUNNING_SECONDS": "600"}
     with serving(tmp_path, environment) as (process, gate), ExitStack() as stack:
-        gate.get(task)  # a long poll of a task that nobody knows does not wait
+        gate.get(task)  # a long poll of a task that is not cached does not wait
         streams, polls = [], []
         for target, opened in ((b"/events", streams), (b"?wait=60", polls)):
             for _ in range(20):
@@ -335,20 +335,20 @@ def test_events_farewell_when_the_gateway_leaves(simulator: Simulator, tmp_path:
                 request = b"GET /v1/progress/%s%s HTTP/1.1\r\nhost: x\r\n\r\n"
                 connection.sendall(request % (task.encode(), target))
                 opened.append(connection)
-        until(lambda: gate.metric("watchers") == 40, "everybody watches")
+        until(lambda: gate.metric("watchers") == 40, "all are subscribed")
         process.signal(signal.SIGTERM)
         until(lambda: gate.client.get("/readyz").status_code == 503, "the gateway is unready")
-        farewells = [drained(connection) for connection in streams]
-        assert all(farewell.count(b"retry: ") == 2 for farewell in farewells)
-        assert len({farewell.rpartition(b"retry: ")[2] for farewell in farewells}) > 1, "spread out"
+        endings = [drained(connection) for connection in streams]
+        assert all(ending.count(b"retry: ") == 2 for ending in endings)
+        assert len({ending.rpartition(b"retry: ")[2] for ending in endings}) > 1, "the reconnects are spread"
         assert all(b'"progress":0.5' in drained(connection) for connection in polls)
         assert process.exit_status() == 0
         assert "Traceback" not in process.output
         assert KEY not in process.output
 
 
-def test_events_notice_a_hang_up_under_any_server(simulator: Simulator) -> None:
-    """Under a server that does not call back, a reader that leaves is noticed all the same."""
+def test_events_notice_a_disconnect_under_any_server(simulator: Simulator) -> None:
+    """Under a server without the disconnect extension, a disconnect is noticed as well."""
     settings = Settings.model_validate(
         {
             "upstream": {"endpoint": simulator.url},
@@ -364,12 +364,12 @@ def test_events_notice_a_hang_up_under_any_server(simulator: Simulator) -> None:
         with stream(gate, f"/v1/progress/{task}/events") as (_, events):
             named(events, "progress")
             assert gate.metric("watchers", kind="events") == 1
-        until(lambda: gate.metric("watchers", kind="events") == 0, "the reader is forgotten")
+        until(lambda: gate.metric("watchers", kind="events") == 0, "the subscription is closed")
 
 
 @pytest.mark.parametrize("extension", [True, False], ids=["ours", "any"])
-async def test_events_notice_a_hang_up_before_anything_is_sent(*, extension: bool) -> None:
-    """A reader that leaves while the head waits for a full socket is forgotten, and so is its request."""
+async def test_events_notice_a_disconnect_before_the_response(*, extension: bool) -> None:
+    """After a disconnect while the head waits for a full socket, subscription and request are freed."""
     settings = Settings.model_validate(
         {
             "server": {"trusted_hosts": ["*"]},
@@ -388,7 +388,7 @@ async def test_events_notice_a_hang_up_before_anything_is_sent(*, extension: boo
         full.set()
         await writable.wait()
 
-    for _ in range(2):  # the second is let in, so the first one's subscription was freed
+    for _ in range(2):  # the second is admitted only if the first one's subscription was freed
         for event in (gone, full, writable):
             event.clear()
         listeners: dict[object, Callable[[], None]] = {}
@@ -416,28 +416,28 @@ async def test_events_notice_a_hang_up_before_anything_is_sent(*, extension: boo
 
 
 @pytest.mark.parametrize("edge", [True, False])
-def test_events_behind_answers_that_nobody_reads_are_forgotten(
+def test_events_behind_unread_responses_are_closed(
     simulator: Simulator, launch: Launch, *, edge: bool
 ) -> None:
-    """Streams pipelined behind unread answers leave no watcher when their connections close."""
+    """Streams that are pipelined behind unread responses leave no subscriber when the connections close."""
     gate = launch(simulator.url, server={"edge": edge})
     task = simulator.task(data={"status": "running", "progress": 0.5})
     stream = b"GET /v1/events?taskId=%b HTTP/1.1\r\nhost: x\r\n\r\n" % task.encode()
-    with capture_logs(), ExitStack() as stack:  # a traceback of each connection takes long to render
-        for count in range(100):  # with some of these the socket is full when the stream is due
+    with capture_logs(), ExitStack() as stack:  # rendering a traceback for each connection takes long
+        for count in range(100):  # with some of these counts the socket is full when the stream begins
             connection = stack.enter_context(socket.socket())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(gate.address)
             connection.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * count + stream)
         until(lambda: gate.metric("watchers") > 1, "the first streams are open")
-        settled = [gate.metric("http_requests_total", route="/openapi.json") for _ in range(3)]
+        counts = [gate.metric("http_requests_total", route="/openapi.json") for _ in range(3)]
         until(
             lambda: (
-                settled.append(gate.metric("http_requests_total", route="/openapi.json"))
-                or len(set(settled[-5:])) == 1
+                counts.append(gate.metric("http_requests_total", route="/openapi.json"))
+                or len(set(counts[-5:])) == 1
             ),
-            "no more is answered",
+            "no more responses are sent",
         )
         stack.close()
-        until(lambda: gate.metric("watchers") == 0, "every reader is forgotten")
+        until(lambda: gate.metric("watchers") == 0, "every subscription is closed")
     assert gate.metric("watched_tasks") == 0

@@ -1,4 +1,4 @@
-"""Hits: made once and given again while they stand, for next to nothing, and to nobody who does not read."""
+"""Cached responses: built once, reused while valid, at little cost, and with backpressure."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ from uvicorn.server import ServerState
 
 import gateway
 from gateway.api.client_limits import ClientRateLimiter
-from gateway.api.progress_response import HEADER_NAMES, answer
+from gateway.api.progress_response import HEADER_NAMES, build_response
 from gateway.api.requests import SECURITY_HEADERS
 from gateway.app import create_app
 from gateway.domain.errors import UpstreamTimeout
@@ -44,18 +44,18 @@ OF_A_HIT = tuple(
 
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
-    """Return hits to ask for."""
+    """Provide cached responses over a memory store."""
     bench = Bench()
     yield bench
     await bench.service.aclose()
 
 
-# --- given again ------------------------------------------------------------------------------------------
+# --- reuse ------------------------------------------------------------------------------------------------
 
 
 def wire(result: CacheResult, known: str | None) -> bytes:
-    """Return what a reading is answered with, put together anew."""
-    status, values, body = answer(result, known)
+    """Return the response to a result as a newly built one."""
+    status, values, body = build_response(result, known)
     lines = [b"HTTP/1.1 " + {200: b"200 OK", 304: b"304 Not Modified"}[status], b"server: 100 %d"]
     pairs = [*zip(HEADER_NAMES[status], values, strict=True), *SECURITY_HEADERS]
     lines += [b"%b: %b" % pair for pair in pairs]
@@ -67,8 +67,8 @@ def wire(result: CacheResult, known: str | None) -> bytes:
     ticks=st.lists(st.one_of(st.floats(0, 1.5), st.sampled_from([0.0, 0.5, 1.0])), min_size=2, max_size=12),
     known=st.sampled_from([None, '"one"', '"other"']),
 )
-def test_hits_tell_the_time_of_each_asking(lifetime: float, ticks: list[float], known: str | None) -> None:
-    """An answer that is given again tells age and freshness as one that is made anew, until it is stale."""
+def test_hits_have_the_age_of_each_request(lifetime: float, ticks: list[float], known: str | None) -> None:
+    """A reused response has the same age and freshness as a newly built one, until it is stale."""
 
     async def play() -> None:
         bench = Bench()
@@ -86,8 +86,8 @@ def test_hits_tell_the_time_of_each_asking(lifetime: float, ticks: list[float], 
 
 
 @given(ticks=st.lists(st.one_of(st.floats(0, 0.02), st.floats(0, 1)), min_size=1, max_size=12))
-def test_hits_that_are_stale_are_given_again_for_a_moment(ticks: list[float]) -> None:
-    """A stale answer tells its age, counts as stale, and is given neither too old nor once followed."""
+def test_hits_that_are_stale_are_reused_briefly(ticks: list[float]) -> None:
+    """A stale response has its age, counts as stale, and ends at its maximum age or with a new snapshot."""
 
     async def play() -> None:
         bench = Bench()
@@ -109,8 +109,8 @@ def test_hits_that_are_stale_are_given_again_for_a_moment(ticks: list[float]) ->
     asyncio.run(play())
 
 
-async def test_hits_that_are_stale_tell_of_a_failure_soon(bench: Bench) -> None:
-    """Once a refresh has failed, a stale answer says so within a hundredth of a second."""
+async def test_hits_that_are_stale_report_a_failure_soon(bench: Bench) -> None:
+    """After a failed refresh a stale response reports the failure within a hundredth of a second."""
     snapshot = bench.keep(lifetime=1.0)
     bench.now += 1.5
     for _ in range(3):
@@ -122,8 +122,8 @@ async def test_hits_that_are_stale_tell_of_a_failure_soon(bench: Bench) -> None:
         assert bench.ask() == wire(failed, None)
 
 
-async def test_hits_are_of_the_newest_snapshot(bench: Bench) -> None:
-    """As soon as another snapshot is stored the old one's answer is given no more."""
+async def test_hits_are_of_the_latest_snapshot(bench: Bench) -> None:
+    """As soon as a new snapshot is stored, the response of the old one is not used any more."""
     bench.keep(body=b"old")
     assert (bench.ask() or b"").endswith(b"old")
     bench.keep(body=b"new", etag='"two"')
@@ -133,34 +133,34 @@ async def test_hits_are_of_the_newest_snapshot(bench: Bench) -> None:
 
 
 async def test_hits_follow_the_headers_of_the_server(bench: Bench) -> None:
-    """When the server's headers change, so do those of an answer that is given again."""
+    """When the server's headers change, reused responses have the new ones."""
     bench.keep()
     bench.ask()
     for moment in (b"now", b"then"):
         assert b"\r\ndate: %b\r\n" % moment in (bench.ask(server_headers=[(b"date", moment)]) or b"")
 
 
-async def test_hits_made_are_bounded(bench: Bench) -> None:
-    """However many entity tags callers make up, few answers are kept."""
+async def test_hits_stored_are_bounded(bench: Bench) -> None:
+    """The number of stored responses is bounded, whatever entity tags clients invent."""
     bench.keep()
     for number in range(20_000):
         assert bench.ask(headers=[(b"if-none-match", b'"%d"' % number)])
-    assert len(bench.hits._made) <= 16_384
+    assert len(bench.hits._entries) <= 16_384
 
 
-async def test_hits_of_a_long_entity_tag_are_not_kept(bench: Bench) -> None:
-    """A tag that cannot be ours is answered like any other, and not kept: it may have kilobytes."""
+async def test_hits_of_a_long_entity_tag_are_not_stored(bench: Bench) -> None:
+    """The response to a tag that cannot be ours is not stored: the tag may have kilobytes."""
     bench.keep()
     for _ in range(3):
         assert b" 200 " in (bench.ask(headers=[(b"if-none-match", b'"%b"' % (b"x" * 5000))]) or b"")
-    assert not bench.hits._made
+    assert not bench.hits._entries
 
 
-async def test_hits_find_the_newest_again(bench: Bench) -> None:
-    """A target that was looked up is answered from whatever is shown now: the newest, or nothing any more."""
+async def test_hits_look_up_the_latest_again(bench: Bench) -> None:
+    """A known target gets the latest snapshot, and no response after its eviction."""
     bench.keep(lifetime=10, body=b'"older"')
     assert b"older" in (bench.ask() or b"")
-    bench.now += 2  # beyond the second in which a whole answer is given again
+    bench.now += 2  # after the second in which responses are reused
     assert b"older" in (bench.ask() or b"")
     latest = bench.keep(lifetime=10, etag='"two"', body=b'"newer"')
     assert b"newer" in (bench.ask() or b"")
@@ -171,23 +171,23 @@ async def test_hits_find_the_newest_again(bench: Bench) -> None:
     assert bench.ask() is None
 
 
-async def test_hits_hold_no_snapshots_beyond_their_bound(bench: Bench) -> None:
-    """Answers that are kept to be given again hold at most 8 MiB, whatever the store has dropped."""
+async def test_hits_memory_is_bounded(bench: Bench) -> None:
+    """Stored responses use at most 8 MiB, including snapshots that the store has evicted."""
     one = bench.keep(body=b"x" * 878_000)
     for number in range(40):
         bench.store.keep(replace(one, key=KEY._replace(task_id=f"other{number}"), version=number))
         for _ in range(3):
             assert bench.ask(b"/v1/progress/other%d" % number)
-    kept = [hit for hit in bench.hits._made.values() if hit is not None]
-    assert 0 < sum(len(hit.result.snapshot.body) + len(hit.rendered[1]) for hit in kept) <= 8_388_608
+    stored = [hit for hit in bench.hits._entries.values() if hit is not None]
+    assert 0 < sum(len(hit.result.snapshot.body) + len(hit.rendered[1]) for hit in stored) <= 8_388_608
     assert len(bench.store) == 10
     larger = bench.keep(body=b"x" * 5_000_000)
     assert [bench.ask() for _ in range(3)] == [bench.ask()] * 3
-    assert larger not in [hit.result.snapshot for hit in bench.hits._made.values() if hit is not None]
+    assert larger not in [hit.result.snapshot for hit in bench.hits._entries.values() if hit is not None]
 
 
-async def test_hits_are_counted_one_by_one(bench: Bench) -> None:
-    """Each answer counts once as a request, with its time, and as a lookup; what is left alone does not."""
+async def test_hits_are_counted(bench: Bench) -> None:
+    """Each response counts as a request, with its duration, and as a lookup; others do not count here."""
     bench.keep()
     for _ in range(5):
         bench.ask()
@@ -202,16 +202,16 @@ async def test_hits_are_counted_one_by_one(bench: Bench) -> None:
     assert bench.count("cache_lookups_total", operation="sd_get_progress", result="hit") == 6
 
 
-async def test_hits_are_told_as_any_request(bench: Bench) -> None:
-    """A hit's line in the log has what the application's would, and a crowd's are sampled."""
+async def test_hits_are_logged_like_any_request(bench: Bench) -> None:
+    """A hit's log line has the same fields as the application's, and is sampled at high rates."""
     bench.keep()
     traced = [(b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")]
     with capture_logs() as lines:
         for _ in range(1020):
             bench.ask(headers=traced)
-    told = [line for line in lines if line["event"] == "request"]
-    assert [line.get("suppressed") for line in told] == [None] * 10 + [999]
-    assert {name: told[0][name] for name in told[0] if name != "seconds"} == {
+    written = [line for line in lines if line["event"] == "request"]
+    assert [line.get("suppressed") for line in written] == [None] * 10 + [999]
+    assert {name: written[0][name] for name in written[0] if name != "seconds"} == {
         "event": "request",
         "log_level": "info",
         "request_id": "mine",
@@ -226,23 +226,23 @@ async def test_hits_are_told_as_any_request(bench: Bench) -> None:
 
 
 async def test_hits_over_the_rate_are_left_to_the_application() -> None:
-    """A client without a token gets no answer here, and each hit takes one token."""
+    """A client without a token gets no response here, and each hit takes one token."""
     limiter = ClientRateLimiter(2, clock=lambda: 0.0)
     bench = Bench(limiter=limiter)
     bench.keep()
-    assert bench.ask(b"/v1/progress/unknown") is None  # takes none
+    assert bench.ask(b"/v1/progress/unknown") is None  # takes no token
     assert [bench.ask() is not None for _ in range(4)] == [True, True, False, False]
     assert bench.ask(headers=[(b"x-forwarded-for", b"10.0.0.1")]) is None
     assert bench.count("cache_lookups_total", operation="sd_get_progress", result="hit") == 2
     await bench.service.aclose()
 
 
-# --- what a hit costs -------------------------------------------------------------------------------------
+# --- cost of a hit ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def upstream() -> Iterator[RawUpstream]:
-    """Return an upstream that knows every task."""
+    """Provide an upstream with a snapshot of every task."""
     with RawUpstream(well) as upstream:
         yield upstream
 
@@ -252,13 +252,13 @@ def upstream() -> Iterator[RawUpstream]:
     [(True, b"", 12), (True, b"X-Request-Id: %d\r\n", 40), (False, b"", 75)],
     ids=["alike", "parsed", "application"],
 )
-async def test_hits_take_no_task_no_json_and_few_calls(
+async def test_hits_cost_no_task_no_json_and_few_calls(
     upstream: RawUpstream,
     edge: bool,  # noqa: FBT001 - pytest passes by name
     headers: bytes,
     most: int,
 ) -> None:
-    """On a hit nothing is encoded, few functions are called, and no task is made but the application's."""
+    """A hit encodes no JSON, calls few functions, and creates no task except the application's."""
     settings = Settings.model_validate(
         {
             "server": {"edge": edge, "trusted_hosts": ["*"]},
@@ -280,7 +280,7 @@ async def test_hits_take_no_task_no_json_and_few_calls(
         return asyncio.Task(coroutine, loop=loop, **options)
 
     def note(frame: FrameType, event: str, _: object) -> None:
-        # The loop is asyncio's here, and threads serve the test: neither is the hit's.
+        # Neither asyncio's loop nor the test's threads are part of a hit.
         if event == "call" and frame.f_code.co_filename.startswith(OF_A_HIT):
             calls[f"{frame.f_code.co_filename}:{frame.f_code.co_name}"] += 1
 
@@ -289,8 +289,8 @@ async def test_hits_take_no_task_no_json_and_few_calls(
         with socket.create_connection(server.sockets[0].getsockname()) as connection:
 
             def ask(number: int) -> bytes:
-                given = headers % number if headers else b""
-                connection.sendall(b"GET /v1/progress/a HTTP/1.1\r\nHost: x\r\n%b\r\n" % given)
+                more = headers % number if headers else b""
+                connection.sendall(b"GET /v1/progress/a HTTP/1.1\r\nHost: x\r\n%b\r\n" % more)
                 return connection.recv(65536)
 
             await asyncio.to_thread(ask, 0)
@@ -300,23 +300,23 @@ async def test_hits_take_no_task_no_json_and_few_calls(
                 for number in range(1, 51):
                     calls.clear()
                     sys.setprofile(note)
-                    answer = await asyncio.to_thread(ask, number)
+                    response = await asyncio.to_thread(ask, number)
                     sys.setprofile(None)
                     hits.append(calls.copy())
-                    assert b"sd-gateway; hit" in answer
+                    assert b"sd-gateway; hit" in response
             finally:
                 sys.setprofile(None)
                 loop.set_task_factory(None)
         server.close()
         await server.wait_closed()
     assert len(tasks) == (0 if edge else len(hits))
-    fewest = min(hits, key=Counter.total)  # of each second's first a line is written
+    fewest = min(hits, key=Counter.total)  # the first hits of each second write a log line
     assert not any("json" in Path(name).parts for name in fewest)
     assert 5 < fewest.total() <= most, fewest
 
 
-async def test_hits_of_a_reader_who_never_reads_are_held_back(simulator: Simulator, tmp_path: Path) -> None:
-    """Who sends requests for ever and reads nothing is not read any more; all that was taken is answered."""
+async def test_hits_apply_backpressure(simulator: Simulator, tmp_path: Path) -> None:
+    """A client that sends without reading is not read from any more; all accepted requests get a response."""
     task = simulator.task()
     request = b"GET /v1/progress/%b HTTP/1.1\r\nHost: x\r\n\r\n" % task.encode()
     environment = {

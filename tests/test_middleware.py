@@ -1,4 +1,4 @@
-"""What surrounds every request: prefixes, hosts, browsers of other origins, the net under bugs."""
+"""ASGI middleware: prefixes, hosts, cross-site requests, common headers and unexpected exceptions."""
 
 from collections.abc import Callable
 
@@ -23,7 +23,7 @@ ORIGIN = "https://studio.example.com"
 
 @pytest.mark.parametrize("prefix", ["", "/progress-gateway"])
 def test_middleware_root_path_stripped_or_not(simulator: Simulator, launch: Launch, prefix: str) -> None:
-    """Behind an ingress every path works with the prefix and without it."""
+    """Behind an ingress every path works with and without the prefix."""
     gate = launch(simulator.url, server={"root_path": "/progress-gateway"})
     task = simulator.task()
     for path in (f"/v1/progress/{task}", "/healthz", "/readyz", "/metrics", "/openapi.json"):
@@ -36,7 +36,7 @@ def test_middleware_root_path_stripped_or_not(simulator: Simulator, launch: Laun
 
 
 def test_middleware_trusted_hosts(simulator: Simulator, launch: Launch) -> None:
-    """Only the allowed Host values are served; probes may use the address."""
+    """Only the allowed Host values are served; probes may use an IP address."""
     gate = launch(simulator.url, server={"trusted_hosts": ["gate.example.com", "*.internal"]})
     task = simulator.task()
     path = f"/v1/progress/{task}"
@@ -61,7 +61,7 @@ def test_middleware_trusted_hosts(simulator: Simulator, launch: Launch) -> None:
 
 
 def test_middleware_cors_on_the_simplified_paths_only(simulator: Simulator, launch: Launch) -> None:
-    """Browsers of the named origins may read /v1, and what they need of its headers; nothing else."""
+    """Pages of the allowed origins can read /v1 and its relevant headers, and no other path."""
     gate = launch(simulator.url, server={"cors_origins": [ORIGIN]})
     task = simulator.task()
     allowed = gate.get(task, headers={"origin": ORIGIN})
@@ -71,8 +71,8 @@ def test_middleware_cors_on_the_simplified_paths_only(simulator: Simulator, laun
     assert "access-control-allow-credentials" not in allowed.headers
     problem = gate.get("no!", headers={"origin": ORIGIN})
     assert problem.headers["access-control-allow-origin"] == ORIGIN
-    stranger = gate.get(task, headers={"origin": "https://evil.invalid"})
-    assert "access-control-allow-origin" not in stranger.headers
+    other_origin = gate.get(task, headers={"origin": "https://evil.invalid"})
+    assert "access-control-allow-origin" not in other_origin.headers
     for other in (
         gate.native(task, headers={"origin": ORIGIN}),
         gate.client.get("/readyz", headers={"origin": ORIGIN}),
@@ -82,7 +82,7 @@ def test_middleware_cors_on_the_simplified_paths_only(simulator: Simulator, laun
 
 
 def test_middleware_cors_preflight(simulator: Simulator, launch: Launch) -> None:
-    """A browser that asks first is told what it may send."""
+    """A CORS preflight responds with the allowed methods and headers."""
     gate = launch(simulator.url, server={"cors_origins": [ORIGIN]})
     asks = {
         "origin": ORIGIN,
@@ -94,13 +94,13 @@ def test_middleware_cors_preflight(simulator: Simulator, launch: Launch) -> None
     assert response.headers["access-control-allow-origin"] == ORIGIN
     assert "GET" in response.headers["access-control-allow-methods"]
     assert gate.client.options("/scc/sd_get_progress", headers=asks).status_code == 405
-    stranger = gate.client.options("/v1/progress/abc", headers=asks | {"origin": "https://evil.invalid"})
-    assert "access-control-allow-origin" not in stranger.headers
+    other_origin = gate.client.options("/v1/progress/abc", headers=asks | {"origin": "https://evil.invalid"})
+    assert "access-control-allow-origin" not in other_origin.headers
     assert simulator.requests() == []
 
 
 def test_middleware_without_origins_has_no_cors(gate: Gateway) -> None:
-    """By default no other origin may read anything."""
+    """By default no other origin can read responses."""
     response = gate.get(fresh_id(), headers={"origin": ORIGIN})
     assert not [name for name in response.headers if name.startswith("access-control")]
 
@@ -115,7 +115,7 @@ def test_middleware_without_origins_has_no_cors(gate: Gateway) -> None:
 def test_middleware_host_is_compared_as_a_name(
     simulator: Simulator, launch: Launch, trusted: list[str], *, edge: bool
 ) -> None:
-    """On loopback only loopback names are served; case, port and final dot do not count; malformed is 400."""
+    """On loopback only loopback names are served; case, port and final dot are ignored; malformed is 400."""
     gate = launch(simulator.url, server={"trusted_hosts": trusted, "edge": edge})
     path = f"/v1/progress/{simulator.task()}"
     for host in (
@@ -130,7 +130,7 @@ def test_middleware_host_is_compared_as_a_name(
         "[::1]:8080",
         "[0:0:0:0:0:0:0:1]",
     ):
-        for _ in range(2):  # by the routes, then as a hit
+        for _ in range(2):  # first by the routes, then as a cached response
             assert gate.client.get(path, headers={"host": host}).status_code == 200, host
     for host in (
         "attacker.example",
@@ -145,7 +145,7 @@ def test_middleware_host_is_compared_as_a_name(
         refused = gate.client.get(path, headers={"host": host})
         assert (refused.status_code, refused.json()["code"]) == (400, "invalid-parameter"), host
     probe = gate.client.get("/healthz", headers={"host": "attacker.example"})
-    assert probe.status_code == 200  # a kubelet asks by the pod's address
+    assert probe.status_code == 200  # a kubelet uses the pod's address
 
 
 MALFORMED = (
@@ -163,27 +163,27 @@ MALFORMED = (
 )
 
 
-def test_middleware_any_host_is_a_well_formed_one(gate: Gateway) -> None:
-    """A gateway that serves any host still refuses what is none."""
+def test_middleware_any_host_must_be_well_formed(gate: Gateway) -> None:
+    """A gateway that serves any host still refuses malformed values."""
     for host in ("x", "my_service:8080", "a.example.com", "", "xn--bcher-kva.example", "a" * 300):
         assert gate.client.get("/openapi.json", headers={"host": host}).status_code == 200, host
     for host in MALFORMED:
         assert gate.client.get("/openapi.json", headers={"host": host}).status_code == 400, host
 
 
-async def test_middleware_hosts_remembered_are_bounded() -> None:
-    """Hosts that callers make up do not pile up, and are judged all the same."""
+async def test_middleware_host_cache_is_bounded() -> None:
+    """Invented hosts do not fill the memory, and are checked nevertheless."""
     hosts = TrustedHosts(["gate.example.com"])
     for number in range(2000):
         assert not hosts.trust([(b"host", b"%d.invalid" % number)])
     assert not hosts.trust([(b"host", b"x" * 10_000)])
     assert hosts.trust([(b"host", b"gate.example.com")])
-    assert len(hosts._judged) <= 256
+    assert len(hosts._cache) <= 256
     assert not hosts.trust([])
     assert TrustedHosts(["*"]).trust([])
 
 
-# --- pages of other sites ---------------------------------------------------------------------------------
+# --- cross-site requests --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("edge", [True, False])
@@ -191,7 +191,7 @@ async def test_middleware_hosts_remembered_are_bounded() -> None:
 def test_middleware_refuses_pages_of_other_sites(
     simulator: Simulator, launch: Launch, root_path: str, *, edge: bool
 ) -> None:
-    """What a browser asks for another site's page costs no call and no token, not even for what is held."""
+    """Cross-site requests are refused before they cost an upstream call or a token, even on a hit."""
     gate = launch(
         simulator.url,
         server={"edge": edge, "root_path": root_path},
@@ -225,10 +225,10 @@ def test_middleware_refuses_pages_of_other_sites(
 
 
 @pytest.mark.parametrize("origins", [[ORIGIN], ["*"]])
-def test_middleware_lets_pages_of_allowed_origins_ask(
+def test_middleware_allows_pages_of_allowed_origins(
     simulator: Simulator, launch: Launch, origins: list[str]
 ) -> None:
-    """Where CORS allows the origin its pages ask from any site, and are told what CORS tells them."""
+    """Pages of origins that CORS allows can send requests from any site, and get the CORS headers."""
     gate = launch(simulator.url, server={"cors_origins": origins})
     task = simulator.task()
     asks = {"sec-fetch-site": "cross-site", "origin": ORIGIN}
@@ -237,18 +237,18 @@ def test_middleware_lets_pages_of_allowed_origins_ask(
         f"/v1/progress/{task}", headers=asks | {"access-control-request-method": "GET"}
     )
     assert preflight.status_code == 200
-    stranger = gate.get(task, headers=asks | {"origin": "https://evil.invalid"})
-    assert stranger.status_code == (403 if origins == [ORIGIN] else 200)
+    other_origin = gate.get(task, headers=asks | {"origin": "https://evil.invalid"})
+    assert other_origin.status_code == (403 if origins == [ORIGIN] else 200)
 
 
-# --- what every response has ------------------------------------------------------------------------------
+# --- common headers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("edge", [True, False])
 def test_middleware_security_headers_are_on_every_response(
     simulator: Simulator, launch: Launch, *, edge: bool
 ) -> None:
-    """No browser guesses a content type or embeds a response elsewhere; each header is there once."""
+    """Every response has each security header exactly once."""
     gate = launch(simulator.url, server={"edge": edge, "cors_origins": [ORIGIN]})
     task = simulator.task()
     etag = gate.get(task).headers["etag"]
@@ -275,8 +275,8 @@ def test_middleware_security_headers_are_on_every_response(
 # --- OPTIONS ----------------------------------------------------------------------------------------------
 
 
-def test_middleware_options_answer_load_balancers(simulator: Simulator, launch: Launch) -> None:
-    """`OPTIONS *` and `OPTIONS /` are 204 with Allow, by whatever name and however often they are asked."""
+def test_middleware_options_for_load_balancers(simulator: Simulator, launch: Launch) -> None:
+    """`OPTIONS *` and `OPTIONS /` are 204 with Allow, for any Host and without a rate limit."""
     limits = {"requests_per_second": 0.001}
     gate = launch(simulator.url, limits=limits, server={"trusted_hosts": ["a.example"], "root_path": "/p"})
     for target, version in (("*", "1.1"), ("/", "1.1"), ("/p/", "1.1"), ("*", "1.0")):
@@ -288,23 +288,23 @@ def test_middleware_options_answer_load_balancers(simulator: Simulator, launch: 
     assert gate.client.post("/", headers={"host": "a.example"}).status_code == 405
 
 
-# --- the net under bugs -----------------------------------------------------------------------------------
+# --- unexpected exceptions --------------------------------------------------------------------------------
 
 
 def telemetry(
     app: Callable[[Scope, Receive, Send], object], log_sampler: LogSampler | None = None
 ) -> tuple[httpx.AsyncClient, Metrics]:
-    """Return a client of `app` under Telemetry alone, and the metrics that it counts in."""
+    """Return a client of `app` within RequestTelemetry, and its metrics."""
     metrics = Metrics(CollectorRegistry(), gateway_version="test")
-    around = RequestTelemetry(
+    wrapped = RequestTelemetry(
         app, metrics=metrics, problems=Problems(["/scc/sd_get_progress"]), log_sampler=log_sampler
     )  # type: ignore[arg-type]
-    transport = httpx.ASGITransport(around, raise_app_exceptions=True)  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(wrapped, raise_app_exceptions=True)  # type: ignore[arg-type]
     return httpx.AsyncClient(transport=transport, base_url="http://test"), metrics
 
 
-async def test_middleware_bug_is_a_problem_without_a_trace() -> None:
-    """An exception that nobody meant is 500 `internal`, with an id to look for in the log and no more."""
+async def test_middleware_bug_is_a_problem_without_details() -> None:
+    """An unexpected exception is 500 `internal` with a request ID, and without further details."""
 
     async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
         raise KeyError("very-private")
@@ -325,8 +325,8 @@ async def test_middleware_bug_is_a_problem_without_a_trace() -> None:
     assert counted == 1
 
 
-async def test_middleware_bugs_by_the_thousand_are_sampled() -> None:
-    """Each bug is answered; of a crowd of one kind only some leave a trace in the log, with the count."""
+async def test_middleware_bugs_are_sampled() -> None:
+    """Every bug gets a response; the log lines of one exception type are sampled, with a count."""
 
     async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
         raise ValueError if scope["path"] == "/other" else KeyError
@@ -337,14 +337,14 @@ async def test_middleware_bugs_by_the_thousand_are_sampled() -> None:
         async with client:
             for path in ["/bug"] * 5 + ["/other"]:
                 assert (await client.get(path, headers=headers)).status_code == 500
-    bugs = [line for line in lines if line["event"] == "bug"]
+    bugs = [line for line in lines if line["event"] == "bug_in_request"]
     assert [(line["path"], line["suppressed"]) for line in bugs] == [("/bug", 0), ("/bug", 2), ("/other", 0)]
     assert isinstance(bugs[0]["exc_info"], KeyError)
     assert bugs[0]["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
 
 
-async def test_middleware_error_meant_is_told_from_anywhere() -> None:
-    """An error of ours that is raised above the router is answered like any other."""
+async def test_middleware_handles_errors_above_the_router() -> None:
+    """A GatewayError that is raised above the router is a problem like any other."""
 
     async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
         raise Overloaded("too much", retry_after=2.5)
@@ -356,8 +356,8 @@ async def test_middleware_error_meant_is_told_from_anywhere() -> None:
     assert response.headers["retry-after"] == "3"
 
 
-async def test_middleware_half_an_answer_is_broken_off() -> None:
-    """A bug in the middle of an answer closes the connection: nothing is added to what is out."""
+async def test_middleware_bug_after_the_head_closes_the_connection() -> None:
+    """A bug in the middle of a response closes the connection; nothing more is sent."""
 
     async def app(_scope: Scope, _receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": []})
@@ -370,7 +370,7 @@ async def test_middleware_half_an_answer_is_broken_off() -> None:
 
 
 async def test_middleware_leaves_other_protocols_alone() -> None:
-    """What is not HTTP passes through untouched."""
+    """Scopes other than HTTP are passed on unchanged."""
     seen: list[str] = []
 
     async def app(scope: Scope, _receive: Receive, _send: Send) -> None:

@@ -1,4 +1,4 @@
-"""POST /scc/…: the vendor's own paths, on the gateway."""
+"""POST /scc/…: the vendor's own paths on the gateway."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ SENT = {
 
 
 def failure(response: object) -> tuple[int, str]:
-    """Return HTTP status and code of a failure of the gateway's own, told as the vendor's envelope."""
+    """Return HTTP status and code of a failure of the gateway in the form of the vendor's envelope."""
     assert response.headers["content-type"] == "application/json"  # type: ignore[attr-defined]
     envelope = response.json()  # type: ignore[attr-defined]
     assert envelope["status"] == 20
@@ -51,7 +51,7 @@ def failure(response: object) -> tuple[int, str]:
 
 
 def test_native_envelope_is_passed_on_byte_for_byte(launch: Launch) -> None:
-    """Order, spaces, spelling, numbers, escapes, unknown members: what upstream sent is what comes out."""
+    """The envelope is passed on unchanged: order, spaces, numbers, escapes and unknown members."""
 
     def body(request: Request) -> bytes:
         return (
@@ -74,8 +74,8 @@ def test_native_envelope_is_passed_on_byte_for_byte(launch: Launch) -> None:
         assert fresh in upstream.requests[0].body.decode()
 
 
-def test_native_shows_the_vendors_raw_number(simulator: Simulator, launch: Launch) -> None:
-    """Progress that jumps back does so here: only the simplified path smooths it."""
+def test_native_passes_on_the_raw_progress(simulator: Simulator, launch: Launch) -> None:
+    """Progress can jump back on this path; only the simplified path prevents it."""
     gate = launch(simulator.url, cache={"running_seconds": 0, "stale_while_revalidate_seconds": 0})
     task = fresh_id()
     for number in (0.65, 0.35):
@@ -83,33 +83,33 @@ def test_native_shows_the_vendors_raw_number(simulator: Simulator, launch: Launc
         assert gate.native(task).json()["data"]["progress"] == number
 
 
-def test_native_callers_headers_stay_outside(simulator: Simulator, gate: Gateway) -> None:
-    """Upstream gets the headers that the gateway means to send, and nothing of a caller's."""
+def test_native_client_headers_are_not_forwarded(simulator: Simulator, gate: Gateway) -> None:
+    """The upstream gets only the gateway's own headers, and none of the client's."""
     task = simulator.task()
     headers = {
-        "x-ca-key": "callers",
-        "x-ca-signature": "callers",
-        "x-ca-nonce": "callers",
+        "x-ca-key": "clients",
+        "x-ca-signature": "clients",
+        "x-ca-nonce": "clients",
         "x-ca-stage": "TEST",
-        "authorization": "Bearer callers",
-        "cookie": "session=callers",
+        "authorization": "Bearer clients",
+        "cookie": "session=clients",
         "x-forwarded-for": "192.0.2.7",
         "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
-        "user-agent": "callers",
-        "x-sp-resource-config-id": "callers",
+        "user-agent": "clients",
+        "x-sp-resource-config-id": "clients",
     }
     assert gate.native(task, headers=headers).status_code == 200
     assert gate.get(simulator.task(), headers=headers).status_code == 200
     for request in simulator.requests():
         assert set(request["headers"]) == SENT
-        assert "callers" not in str(request)
+        assert "clients" not in str(request)
         assert request["headers"]["user-agent"].startswith("sd-progress-gateway/")
     assert simulator.requests()[0]["target"] == "/scc/sd_get_progress"
     assert simulator.requests()[0]["body"] == json.dumps({"taskId": task}, separators=(",", ":"))
 
 
 def test_native_rejection_is_passed_on(simulator: Simulator, gate: Gateway) -> None:
-    """An envelope that says no comes as it came, with HTTP 200, and is remembered as a failure."""
+    """A rejection is passed on unchanged with HTTP 200, and enters the negative cache."""
     simulator.fault("reject", errCode="E1", errMessage="no", subErrCode="E2", subErrMessage="still no")
     first, again = gate.native("abc"), gate.native("abc")
     assert first.status_code == again.status_code == 200
@@ -121,10 +121,10 @@ def test_native_rejection_is_passed_on(simulator: Simulator, gate: Gateway) -> N
     assert gate.get("abc").json()["code"] == "upstream-rejected"
 
 
-def test_native_rejection_counts_though_a_snapshot_is_there(simulator: Simulator, launch: Launch) -> None:
-    """Where the simplified path covers a rejection with a stale answer, the vendor's word stands here."""
-    nothing = {"running_seconds": 0, "stale_while_revalidate_seconds": 0}
-    gate = launch(simulator.url, cache=nothing)
+def test_native_rejection_takes_precedence_over_a_snapshot(simulator: Simulator, launch: Launch) -> None:
+    """The simplified path serves a stale snapshot after a rejection; this path passes on the rejection."""
+    never_fresh = {"running_seconds": 0, "stale_while_revalidate_seconds": 0}
+    gate = launch(simulator.url, cache=never_fresh)
     task = simulator.task()
     assert gate.native(task).json()["status"] == 10
     simulator.fault("reject", errCode="GONE")
@@ -133,7 +133,7 @@ def test_native_rejection_counts_though_a_snapshot_is_there(simulator: Simulator
 
 
 def test_native_and_simplified_paths_share_a_cache(simulator: Simulator, launch: Launch) -> None:
-    """One upstream call serves both, whichever comes first."""
+    """One upstream call serves both, in either order."""
     gate = launch(simulator.url, cache={"running_seconds": 600})
     one, two = simulator.task(), simulator.task()
     assert gate.native(one).headers["cache-status"].startswith("sd-gateway; fwd=miss")
@@ -143,7 +143,7 @@ def test_native_and_simplified_paths_share_a_cache(simulator: Simulator, launch:
 
 
 def test_native_results_are_cached(simulator: Simulator, launch: Launch) -> None:
-    """Results are kept for cache.result_seconds."""
+    """Results are cached for cache.result_seconds."""
     gate = launch(simulator.url, cache={"result_seconds": 600})
     task = simulator.finished()
     first, again = gate.native(task, "sd_get_result"), gate.native(task, "sd_get_result")
@@ -155,15 +155,15 @@ def test_native_results_are_cached(simulator: Simulator, launch: Launch) -> None
 
 @pytest.mark.parametrize("fault", ["status", "cut", "body"])
 def test_native_failure_is_an_envelope(simulator: Simulator, launch: Launch, fault: str) -> None:
-    """The gateway's own failures are told in the form that the SDKs parse, with the problem's status."""
+    """The gateway's own failures have the form that the SDKs parse, and the problem's status."""
     gate = launch(simulator.url, upstream={"retries": 0})
     simulator.fault(fault)
     code = "upstream-unreachable" if fault == "cut" else "upstream-invalid"
     assert failure(gate.native(fresh_id())) == (502, code)
 
 
-def test_native_throttle_says_when_to_come_back(simulator: Simulator, gate: Gateway) -> None:
-    """A 503 on these paths has its Retry-After too."""
+def test_native_throttling_has_retry_after(simulator: Simulator, gate: Gateway) -> None:
+    """A 503 on these paths has Retry-After, too."""
     simulator.fault("refuse", code="T429PA", message="Throttled by APP Flow Control", retryAfter=5)
     response = gate.native(fresh_id())
     assert failure(response) == (503, "upstream-throttled")
@@ -172,8 +172,8 @@ def test_native_throttle_says_when_to_come_back(simulator: Simulator, gate: Gate
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("method", ["GET", "HEAD", "PUT", "DELETE", "OPTIONS"])
-def test_native_takes_only_posts(simulator: Simulator, gate: Gateway, operation: str, method: str) -> None:
-    """Any other method is 405, and says so."""
+def test_native_accepts_only_post(simulator: Simulator, gate: Gateway, operation: str, method: str) -> None:
+    """Any other method is 405 with Allow."""
     response = gate.client.request(method, f"/scc/{operation}")
     assert response.headers["allow"] == "POST"
     assert response.status_code == 405
@@ -195,10 +195,10 @@ def test_native_takes_only_posts(simulator: Simulator, gate: Gateway, operation:
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
-def test_native_other_paths_name_those_that_are_allowed(
+def test_native_other_paths_are_not_forwarded(
     simulator: Simulator, gate: Gateway, path: str, method: str
 ) -> None:
-    """What costs money is never forwarded: every other path is a problem that names the four."""
+    """Operations that cost money are never forwarded: every other path is a problem that lists the four."""
     response = gate.client.request(method, f"/scc/{path}")
     assert response.status_code == 404
     assert response.headers["content-type"] == "application/problem+json"
@@ -234,8 +234,8 @@ BAD_BODIES = {
 
 
 @pytest.mark.parametrize("name", BAD_BODIES)
-def test_native_body_that_is_wrong_is_refused(simulator: Simulator, gate: Gateway, name: str) -> None:
-    """Each wrong body has a clear error in an envelope, no stack trace, and nothing is sent upstream."""
+def test_native_invalid_body_is_refused(simulator: Simulator, gate: Gateway, name: str) -> None:
+    """Each invalid body has a clear error in an envelope, without a traceback or an upstream call."""
     body, code = BAD_BODIES[name]
     response = gate.client.post("/scc/sd_get_progress", content=body)
     assert failure(response) == (413 if code == "body-too-large" else 400, code)
@@ -243,23 +243,23 @@ def test_native_body_that_is_wrong_is_refused(simulator: Simulator, gate: Gatewa
     assert simulator.requests() == []
 
 
-def test_native_query_that_is_wrong_is_named(simulator: Simulator, gate: Gateway) -> None:
-    """These paths have no query parameters: one is refused by name."""
+def test_native_query_parameters_are_refused(simulator: Simulator, gate: Gateway) -> None:
+    """These paths have no query parameters; the error names an unknown one."""
     response = gate.client.post("/scc/sd_get_progress?debug=1", json={"taskId": "a"})
     assert failure(response) == (400, "invalid-parameter")
     assert "'debug'" in response.json()["errMessage"]
     assert simulator.requests() == []
 
 
-def test_native_body_may_hold_more_and_fill_the_limit(simulator: Simulator, gate: Gateway) -> None:
-    """Other members are ignored, and a body of limits.max_body_bytes is taken."""
+def test_native_body_may_have_other_members_and_the_maximum_size(simulator: Simulator, gate: Gateway) -> None:
+    """Other members are ignored, and a body of limits.max_body_bytes is accepted."""
     task = simulator.task()
     body = json.dumps({"other": [1], "taskId": task}).encode().ljust(65_536)
     assert gate.client.post("/scc/sd_get_progress", content=body).json()["data"]["taskId"] == task
 
 
 def test_native_chunked_body_over_the_limit_is_refused(simulator: Simulator, gate: Gateway) -> None:
-    """A body that does not tell its length is counted as it comes."""
+    """The size limit applies to a body without Content-Length as it arrives."""
     pieces = (b" " * 10_000 for _ in range(10))
     assert failure(gate.client.post("/scc/sd_get_progress", content=pieces)) == (413, "body-too-large")
     assert simulator.requests() == []
@@ -267,7 +267,7 @@ def test_native_chunked_body_over_the_limit_is_refused(simulator: Simulator, gat
 
 @pytest.mark.parametrize("coding", ["gzip", "identity, gzip", "BR", "x-gzip", "aes128gcm"])
 def test_native_refuses_a_compressed_body(gate: Gateway, coding: str) -> None:
-    """A body with a content coding is 415, told as such, and never read as if it had none."""
+    """A body with a content coding is 415, and is never read without decoding."""
     body = gzip.compress(b'{"taskId": "abc"}')
     response = gate.client.post("/scc/sd_get_progress", content=body, headers={"content-encoding": coding})
     assert failure(response) == (415, "unsupported-media-type")
@@ -275,14 +275,14 @@ def test_native_refuses_a_compressed_body(gate: Gateway, coding: str) -> None:
 
 
 @pytest.mark.parametrize("coding", ["identity", "", "Identity, identity"])
-def test_native_takes_a_body_as_it_is(simulator: Simulator, gate: Gateway, coding: str) -> None:
-    """No coding at all may be named."""
+def test_native_accepts_identity(simulator: Simulator, gate: Gateway, coding: str) -> None:
+    """The coding `identity` is accepted."""
     task = simulator.task()
     assert gate.native(task, headers={"content-encoding": coding}).json()["status"] == 10
 
 
 def test_native_skips_a_byte_order_mark(simulator: Simulator, gate: Gateway) -> None:
-    """A UTF-8 BOM before the JSON is no part of it; one is."""
+    """One UTF-8 BOM before the JSON is ignored; a second one is an error."""
     task = simulator.task()
     for marks, status in ((1, 200), (2, 400)):
         body = b"\xef\xbb\xbf" * marks + json.dumps({"taskId": task}).encode()

@@ -1,4 +1,4 @@
-"""The OpenAPI document: true to the routes, and held against the started gateway by schemathesis."""
+"""The OpenAPI document: it matches the routes, and schemathesis tests a running gateway against it."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from gateway.telemetry.redaction import Redactor
 from tests.harness import Gateway, RawUpstream, Request, framed
 
 DOCUMENT = json.loads((Path(gateway.__file__).parent / "api" / "openapi.json").read_text(encoding="utf-8"))
-# Paths for a browser's eyes, and the catch-all that refuses.
+# Paths of the web pages, and the catch-all route for refusals.
 UNDOCUMENTED = {"/", "/docs", "/web/{file}", "/scc/{path}"}
 
 
@@ -40,7 +40,7 @@ def test_openapi_names_every_path() -> None:
 
 
 def test_openapi_names_every_code_and_status() -> None:
-    """Problem codes, task statuses and the drop-in paths are those of the code, and the version too."""
+    """Problem codes, task statuses, drop-in paths and version are those of the code."""
     schemas = DOCUMENT["components"]["schemas"]
     assert set(schemas["Problem"]["properties"]["code"]["enum"]) == {error.code for error in PROBLEMS}
     assert schemas["Status"]["enum"] == list(Status)
@@ -49,13 +49,13 @@ def test_openapi_names_every_code_and_status() -> None:
 
 
 def succeed(connection: socket, request: Request) -> None:
-    """Answer for whatever task: it has succeeded. So every stream comes to its end."""
+    """Respond that any task has succeeded, so that every stream ends."""
     connection.sendall(framed(request.envelope(status="succeeded")))
 
 
 @pytest.mark.parametrize("root_path", ["", "/prefix"])
-def test_openapi_holds_against_the_started_gateway(launch: Callable[..., Gateway], root_path: str) -> None:
-    """schemathesis, with every check on, finds no answer that the document does not allow."""
+def test_openapi_matches_a_running_gateway(launch: Callable[..., Gateway], root_path: str) -> None:
+    """Schemathesis with all checks finds no response that violates the document."""
     with RawUpstream(succeed) as upstream:
         gate = launch(upstream.url, server={"root_path": root_path})
         base = f"{gate.url}{root_path}"

@@ -1,4 +1,4 @@
-"""What operators and their tools ask of a running gateway."""
+"""Endpoints for operators: liveness, readiness, metrics and the OpenAPI document."""
 
 import shutil
 import subprocess
@@ -29,7 +29,7 @@ def samples(gate: Gateway) -> list[tuple[str, dict[str, str]]]:
 
 
 def use(simulator: Simulator, gate: Gateway) -> None:
-    """Let the gateway count something of everything."""
+    """Cause at least one sample of every kind."""
     task = simulator.task()
     for _ in range(2):
         gate.get(task)
@@ -41,14 +41,14 @@ def use(simulator: Simulator, gate: Gateway) -> None:
 
 
 def test_ops_healthz_answers(gate: Gateway) -> None:
-    """The process can answer, and says so to GET and HEAD."""
+    """/healthz responds 200 to GET and HEAD."""
     assert gate.client.get("/healthz").json() == {"status": "ok"}
     assert gate.client.head("/healthz").status_code == 200
     assert gate.client.post("/healthz").status_code == 405
 
 
 def test_ops_readyz_answers(gate: Gateway) -> None:
-    """Ready is 200 with nothing against it, and never from a cache."""
+    """A ready gateway responds 200 without reasons, and the response is not cacheable."""
     response = gate.client.get("/readyz")
     assert response.json() == {
         "ready": True,
@@ -59,8 +59,8 @@ def test_ops_readyz_answers(gate: Gateway) -> None:
     assert response.headers["cache-control"] == "no-store"
 
 
-def test_ops_readyz_tells_an_outage_as_degraded(simulator: Simulator, launch: Launch) -> None:
-    """An upstream that fails does not make the gateway unready; a rejection is no outage."""
+def test_ops_readyz_reports_an_outage_as_degraded(simulator: Simulator, launch: Launch) -> None:
+    """A failing upstream does not make the gateway unready, and a rejection is not an outage."""
     gate = launch(simulator.url, cache={"error_seconds": 0})
     simulator.fault("status", status=404)
     gate.get("abc")
@@ -72,7 +72,7 @@ def test_ops_readyz_tells_an_outage_as_degraded(simulator: Simulator, launch: La
 
 
 def test_ops_readyz_without_credentials(simulator: Simulator, launch: Launch) -> None:
-    """Without a pair the gateway is not ready; with mounted files it is as soon as they are there."""
+    """Without a key pair the gateway is not ready."""
     gate = launch(simulator.url, credentials={"access_key": "", "secret_key": ""})
     response = gate.client.get("/readyz")
     assert response.status_code == 503
@@ -86,8 +86,8 @@ def test_ops_readyz_without_credentials(simulator: Simulator, launch: Launch) ->
     assert simulator.requests() == []
 
 
-def test_ops_credentials_come_with_their_files(simulator: Simulator, launch: Launch, tmp_path: Path) -> None:
-    """Mounted files that appear later make the gateway ready, without a restart."""
+def test_ops_credential_files_may_appear_later(simulator: Simulator, launch: Launch, tmp_path: Path) -> None:
+    """Mounted files that appear later make the gateway ready without a restart."""
     key, secret = tmp_path / "key", tmp_path / "secret"
     files = {"access_key": "", "secret_key": "", "access_key_file": key, "secret_key_file": secret}
     gate = launch(simulator.url, credentials=files)
@@ -100,7 +100,7 @@ def test_ops_credentials_come_with_their_files(simulator: Simulator, launch: Lau
 
 
 def test_ops_openapi_answers(gate: Gateway) -> None:
-    """The document is there, as JSON."""
+    """The OpenAPI document is served as JSON."""
     response = gate.client.get("/openapi.json")
     assert response.status_code == 200
     assert response.headers["content-type"] == "application/json"
@@ -111,10 +111,10 @@ def test_ops_openapi_answers(gate: Gateway) -> None:
 
 
 def test_ops_metrics_please_promtool(simulator: Simulator, gate: Gateway) -> None:
-    """Prometheus' own linter has nothing against the names, types and help texts."""
+    """Prometheus' own linter accepts names, types and help texts."""
     promtool = shutil.which("promtool")
     if promtool is None:
-        pytest.skip("promtool is not here: it comes with Prometheus")
+        pytest.skip("promtool is not installed; it is part of Prometheus")
     use(simulator, gate)
     text = gate.client.get("/metrics").text
     done = subprocess.run(
@@ -124,7 +124,7 @@ def test_ops_metrics_please_promtool(simulator: Simulator, gate: Gateway) -> Non
 
 
 def test_ops_metrics_as_openmetrics(simulator: Simulator, gate: Gateway) -> None:
-    """Who asks for OpenMetrics gets it, whole; others get Prometheus' text."""
+    """OpenMetrics is served if requested, and complete; the default is Prometheus' text format."""
     use(simulator, gate)
     response = gate.client.get("/metrics", headers={"accept": OPENMETRICS})
     assert response.headers["content-type"].startswith("application/openmetrics-text")
@@ -156,7 +156,7 @@ def test_ops_metrics_as_openmetrics(simulator: Simulator, gate: Gateway) -> None
 def test_ops_metrics_are_compressed_when_accepted(
     gate: Gateway, accept: str, accepts: str, *, coded: bool
 ) -> None:
-    """Metrics of either format come in gzip where Accept-Encoding prefers it, and say what they vary by."""
+    """Both formats are compressed with gzip if Accept-Encoding prefers it, and have Vary."""
     headers = {"accept": accept, "accept-encoding": accepts}
     response = gate.client.get("/metrics", headers=headers)
     assert response.headers.get("content-encoding") == ("gzip" if coded else None)
@@ -167,29 +167,29 @@ def test_ops_metrics_are_compressed_when_accepted(
 
 
 async def test_ops_metrics_are_the_same_on_both_ports() -> None:
-    """The metrics port answers as the callers' port does, and has nothing but the metrics."""
+    """The metrics port serves the same metrics as the main port, and no other path."""
     app = create_app(Settings(), redactor=Redactor())
 
     def client(asgi: Any) -> httpx.AsyncClient:
         return httpx.AsyncClient(transport=httpx.ASGITransport(asgi), base_url="http://metrics.invalid")
 
-    async with client(app.asgi) as callers, client(app.metrics_asgi) as scrapers:
+    async with client(app.asgi) as main, client(app.metrics_asgi) as metrics_port:
         for accept in ("", OPENMETRICS):
             for coding in ("gzip", "identity"):
                 headers = {"accept": accept, "accept-encoding": coding, "x-request-id": "mine"}
-                one, other = [await asked.get("/metrics", headers=headers) for asked in (scrapers, callers)]
+                one, other = [await each.get("/metrics", headers=headers) for each in (metrics_port, main)]
                 for response in (one, other):
-                    del response.headers["content-length"]  # of the counted request
+                    del response.headers["content-length"]  # differs: one of the requests is counted
                 assert one.headers == other.headers
                 assert one.text.splitlines()[0] == other.text.splitlines()[0]
-        head = await scrapers.head("/metrics")
+        head = await metrics_port.head("/metrics")
         assert head.status_code == 200
         for method, path, status in (
             ("GET", "/v1/progress/a", 404),
             ("GET", "/", 404),
             ("POST", "/metrics", 405),
         ):
-            refused = await scrapers.request(method, path)
+            refused = await metrics_port.request(method, path)
             assert refused.status_code == refused.json()["status"] == status
             assert refused.headers["content-type"] == "application/problem+json"
             assert refused.json()["requestId"] == refused.headers["x-request-id"]
@@ -198,7 +198,7 @@ async def test_ops_metrics_are_the_same_on_both_ports() -> None:
 
 
 def test_ops_metrics_count_what_happened(simulator: Simulator, gate: Gateway) -> None:
-    """Requests, lookups, calls and transitions are counted under the promised names and labels."""
+    """Requests, lookups, upstream calls and transitions are counted under the documented names and labels."""
     task = simulator.task()
     for _ in range(3):
         gate.get(task)
@@ -218,7 +218,7 @@ def test_ops_metrics_count_what_happened(simulator: Simulator, gate: Gateway) ->
 
 
 def test_ops_metrics_labels_are_bounded(gate: Gateway) -> None:
-    """Two hundred paths and methods that nobody thought of add no more than a handful of series."""
+    """Two hundred random paths and methods add only a few series."""
     random = Random(7)
     methods = ["GET", "POST", "PUT", "PROPFIND", "MKCOL", "LOCK", "REPORT", "M-SEARCH", "PURGE", "TRACE"]
     letters = "abcdefghij/%.-_~"
@@ -247,8 +247,8 @@ def test_ops_metrics_labels_are_bounded(gate: Gateway) -> None:
     }
 
 
-def test_ops_metrics_may_have_a_port_of_their_own(tmp_path: Path) -> None:
-    """With server.metrics_port set, metrics are there and nowhere else."""
+def test_ops_metrics_may_have_their_own_port(tmp_path: Path) -> None:
+    """With server.metrics_port, metrics are served on that port only."""
     port = free_port()
     env = {"SD_GATEWAY_SERVER__METRICS_PORT": str(port)}
     with serving(tmp_path, env) as (process, gate), plain_client(f"http://127.0.0.1:{port}") as client:

@@ -1,4 +1,4 @@
-"""The table from the exception tree to what a caller is told."""
+"""The mapping of exceptions to HTTP error responses."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from gateway.domain.errors import (
     UpstreamThrottled,
 )
 
-# What callers were promised: a code, and the HTTP status that comes with it.
+# Public contract: each problem code and its HTTP status.
 PROMISED = {
     "invalid-task-id": 400,
     "invalid-parameter": 400,
@@ -43,7 +43,7 @@ PROMISED = {
     "internal": 500,
 }
 NOT_YET: set[str] = set()
-BRANCHES = {GatewayError, RequestError, UpstreamError}  # nobody raises these
+BRANCHES = {GatewayError, RequestError, UpstreamError}  # never raised themselves
 VENDOR_PATH = "/scc/sd_get_progress"
 
 
@@ -57,21 +57,21 @@ def kinds(kind: type[GatewayError] = GatewayError) -> Iterator[type[GatewayError
 KINDS = list(kinds())
 
 
-def make(kind: type[GatewayError], **known: Any) -> GatewayError:
+def make(kind: type[GatewayError], **options: Any) -> GatewayError:
     if kind is UpstreamRejected:
         return UpstreamRejected("a fixed text", envelope=b"{}", detail=UpstreamDetail())
-    return kind("a fixed text", **known)
+    return kind("a fixed text", **options)
 
 
-def answer(error: Exception, path: str = "/v1/progress/x") -> tuple[int, dict[str, str], dict[str, Any]]:
+def respond(error: Exception, path: str = "/v1/progress/x") -> tuple[int, dict[str, str], dict[str, Any]]:
     scope = {"type": "http", "path": path, "state": {"request_id": "the-request"}}
-    response = Problems([VENDOR_PATH]).answer(scope, error)
+    response = Problems([VENDOR_PATH]).response(scope, error)
     return response.status_code, dict(response.headers), json.loads(bytes(response.body))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_problems_map_every_exception(kind: type[GatewayError]) -> None:
-    """Each class has a row, its own or an ancestor's, with the promised status; only a branch is a bug."""
+    """Each class has its own or an ancestor's row with its status; only abstract classes are 500."""
     status, title = lookup(make(kind))
     assert status == PROMISED[kind.code]
     assert title
@@ -79,21 +79,21 @@ def test_problems_map_every_exception(kind: type[GatewayError]) -> None:
 
 
 def test_problems_have_a_row_for_every_promised_code() -> None:
-    """Each promised code is told by some exception, but for those whose feature is yet to come."""
+    """Each promised code has an exception, except those of future features."""
     assert {kind.code for kind in KINDS} == set(PROMISED) - NOT_YET
     assert {kind.code: status for kind, (status, _) in PROBLEMS.items()} == {
         code: status for code, status in PROMISED.items() if code not in NOT_YET
     }
 
 
-def test_problems_tell_a_subclass_as_its_parent() -> None:
-    """A class without a row of its own is told by its nearest ancestor's."""
+def test_problems_map_a_subclass_like_its_parent() -> None:
+    """A class without its own row uses that of its nearest ancestor."""
     assert lookup(UpstreamBusy("x")) == PROBLEMS[UpstreamBusy.__bases__[0]]
 
 
 def test_problems_answer_with_a_problem_document() -> None:
-    """Outside the drop-in paths an error is a problem of RFC 9457 with the request's id, not to be stored."""
-    status, headers, problem = answer(InvalidTaskId("a fixed text"))
+    """Outside the drop-in paths an error is an uncacheable problem (RFC 9457) with the request ID."""
+    status, headers, problem = respond(InvalidTaskId("a fixed text"))
     assert status == 400
     assert headers["content-type"] == "application/problem+json"
     assert headers["cache-control"] == "no-store"
@@ -107,14 +107,14 @@ def test_problems_answer_with_a_problem_document() -> None:
     }
 
 
-def test_problems_show_what_upstream_said() -> None:
-    """Where an upstream answer exists the problem has its six members, null where it said nothing."""
+def test_problems_include_the_upstream_details() -> None:
+    """The problem of an upstream response has its six details, null where they are missing."""
     error = UpstreamRejected(
         "a fixed text",
         envelope=b"{}",
         detail=UpstreamDetail(invoke_id="i_1", err_code="E", sub_err_message="why"),
     )
-    assert answer(error)[2]["upstream"] == {
+    assert respond(error)[2]["upstream"] == {
         "invokeId": "i_1",
         "requestId": None,
         "errCode": "E",
@@ -127,7 +127,7 @@ def test_problems_show_what_upstream_said() -> None:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in BRANCHES])
 def test_problems_come_as_envelopes_on_the_drop_in_paths(kind: type[GatewayError]) -> None:
     """On the drop-in paths the HTTP status is the same and the body is the vendor's envelope."""
-    status, headers, envelope = answer(make(kind), VENDOR_PATH)
+    status, headers, envelope = respond(make(kind), VENDOR_PATH)
     assert status == PROMISED[kind.code]
     assert headers["content-type"] == "application/json"
     assert set(envelope) == {
@@ -141,24 +141,24 @@ def test_problems_come_as_envelopes_on_the_drop_in_paths(kind: type[GatewayError
         "startTime",
         "endTime",
     }
-    told = (envelope["status"], envelope["data"], envelope["errCode"], envelope["errMessage"])
-    assert told == (20, None, kind.code, "a fixed text")
+    values = (envelope["status"], envelope["data"], envelope["errCode"], envelope["errMessage"])
+    assert values == (20, None, kind.code, "a fixed text")
 
 
 @pytest.mark.parametrize("path", ["/v1/progress/x", VENDOR_PATH])
-@pytest.mark.parametrize(("seconds", "told"), [(None, "1"), (0.2, "1"), (7.0, "7"), (7.1, "8")])
-def test_problems_say_when_to_come_back(path: str, seconds: float | None, told: str) -> None:
+@pytest.mark.parametrize(("seconds", "expected"), [(None, "1"), (0.2, "1"), (7.0, "7"), (7.1, "8")])
+def test_problems_have_retry_after(path: str, seconds: float | None, expected: str) -> None:
     """Each 503 has Retry-After in whole seconds, rounded up, at least 1; other errors have none."""
     for kind in (Overloaded, UpstreamThrottled):
-        assert answer(make(kind, retry_after=seconds), path)[1]["retry-after"] == told
-    assert "retry-after" not in answer(make(UpstreamBusy, retry_after=seconds), path)[1]
+        assert respond(make(kind, retry_after=seconds), path)[1]["retry-after"] == expected
+    assert "retry-after" not in respond(make(UpstreamBusy, retry_after=seconds), path)[1]
 
 
-def test_problems_tell_nothing_of_a_bug() -> None:
-    """An exception that nobody meant is a 500 with a text of ours, that sends the reader to the log."""
-    status, _, problem = answer(ZeroDivisionError("division by zero in gateway/x.py"))
+def test_problems_reveal_nothing_about_a_bug() -> None:
+    """An unexpected exception is a 500 with a fixed text that refers to the log."""
+    status, _, problem = respond(ZeroDivisionError("division by zero in gateway/x.py"))
     assert (status, problem["code"], problem["title"]) == (500, "internal", "Internal error")
-    assert "its log says more" in problem["detail"]
+    assert "see the log" in problem["detail"]
     assert "division" not in str(problem)
 
 
@@ -169,8 +169,8 @@ def test_problems_tell_nothing_of_a_bug() -> None:
         (HTTPException(405, headers={"Allow": "GET, HEAD"}), "method-not-allowed"),
     ],
 )
-def test_problems_tell_what_the_router_refused(refused: HTTPException, code: str) -> None:
-    """The router's own refusals are problems like the others, and keep their headers."""
-    status, headers, problem = answer(refused)
+def test_problems_map_refusals_of_the_router(refused: HTTPException, code: str) -> None:
+    """Refusals by the router are problems, too, and keep their headers."""
+    status, headers, problem = respond(refused)
     assert (status, problem["status"], problem["code"]) == (refused.status_code, refused.status_code, code)
     assert headers.get("allow") == (refused.headers or {}).get("Allow")

@@ -1,4 +1,4 @@
-"""GET /v1/progress/{taskId}: the simplified answer, its headers, and what is refused unasked."""
+"""GET /v1/progress/{taskId}: response body, headers and refused requests."""
 
 import re
 from collections.abc import Callable
@@ -19,15 +19,15 @@ FOR_EVER = {"running_seconds": 600, "waiting_seconds": 600}
 
 
 def problem(response: Any) -> tuple[int, str, str]:
-    """Return status, code and detail of a problem document, whose other members are right."""
+    """Check a problem document; return its status, code and detail."""
     assert response.headers["content-type"] == "application/problem+json"
     assert response.headers["cache-control"] == "no-store"
-    told = response.json()
-    assert told["type"] == f"urn:sd-gateway:problem:{told['code']}"
-    assert told["status"] == response.status_code
-    assert told["requestId"] == response.headers["x-request-id"]
-    assert told["title"]
-    return response.status_code, told["code"], told["detail"]
+    body = response.json()
+    assert body["type"] == f"urn:sd-gateway:problem:{body['code']}"
+    assert body["status"] == response.status_code
+    assert body["requestId"] == response.headers["x-request-id"]
+    assert body["title"]
+    return response.status_code, body["code"], body["detail"]
 
 
 # --- the body ---------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def problem(response: Any) -> tuple[int, str, str]:
 def test_progress_body_is_the_simplified_one(
     simulator: Simulator, gate: Gateway, data: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    """Whatever the vendor says of a task is told in the gateway's members, all of them, always."""
+    """The response always has all members of the simplified format."""
     task = fresh_id()
     simulator.script(task, **data)
     rest = {
@@ -91,7 +91,7 @@ def test_progress_body_is_the_simplified_one(
 
 
 def test_progress_of_comfy_is_another_task(simulator: Simulator, gate: Gateway) -> None:
-    """`api` chooses the upstream operation, and the answer says which it was."""
+    """`api` selects the upstream operation, and is in the response."""
     task = simulator.task()
     assert gate.get(f"{task}?api=comfy").json()["api"] == "comfy"
     assert gate.get(f"{task}?api=sd").json()["api"] == "sd"
@@ -100,7 +100,7 @@ def test_progress_of_comfy_is_another_task(simulator: Simulator, gate: Gateway) 
 
 
 def test_progress_never_falls_while_running(simulator: Simulator, launch: Launch) -> None:
-    """The vendor's number jumps back; the one shown does not, until the status changes."""
+    """Progress does not decrease while the task is running, although the vendor's number does."""
     gate = launch(simulator.url, cache={"running_seconds": 0, "stale_while_revalidate_seconds": 0})
     task = fresh_id()
     seen = []
@@ -113,7 +113,7 @@ def test_progress_never_falls_while_running(simulator: Simulator, launch: Launch
 
 
 def test_progress_terminal_is_final(simulator: Simulator, launch: Launch) -> None:
-    """No later answer undoes a task's end."""
+    """A later upstream response does not change an ended task."""
     gate = launch(simulator.url, cache={"terminal_seconds": 0, "stale_while_revalidate_seconds": 0})
     task = fresh_id()
     simulator.script(task, status="successed")
@@ -127,7 +127,7 @@ def test_progress_terminal_is_final(simulator: Simulator, launch: Launch) -> Non
 
 
 def test_progress_etag_follows_the_body(simulator: Simulator, launch: Launch) -> None:
-    """The ETag is strong, the same for the same body, another for another."""
+    """The ETag is strong, and differs exactly when the body differs."""
     gate = launch(simulator.url, cache={"running_seconds": 0, "stale_while_revalidate_seconds": 0})
     task = fresh_id()
     simulator.script(task, status="running", progress=0.1)
@@ -152,7 +152,7 @@ def test_progress_etag_follows_the_body(simulator: Simulator, launch: Launch) ->
     ],
 )
 def test_progress_if_none_match(simulator: Simulator, launch: Launch, header: str, status: int) -> None:
-    """A caller who has the representation is told so without a body, however it names it."""
+    """If-None-Match with the current entity tag is 304 without a body, in all its forms."""
     gate = launch(simulator.url, cache=FOR_EVER)
     task = simulator.task()
     etag = gate.get(task).headers["etag"]
@@ -169,7 +169,7 @@ def test_progress_if_none_match(simulator: Simulator, launch: Launch, header: st
 def test_progress_if_none_match_through_a_compressing_proxy(
     simulator: Simulator, launch: Launch, mark: str, form: str
 ) -> None:
-    """An entity tag that a proxy has marked with its content coding still matches; with more it does not."""
+    """An entity tag with the content-coding suffix of a proxy matches; other changed tags do not."""
     gate = launch(simulator.url, cache=FOR_EVER)
     task = simulator.task()
     tag = gate.get(task).headers["etag"].strip('"')
@@ -179,7 +179,7 @@ def test_progress_if_none_match_through_a_compressing_proxy(
 
 
 @pytest.mark.parametrize(
-    ("lifetime", "age", "told"),
+    ("lifetime", "age", "expected"),
     [
         (10.0, 0.0, (10, 0)),
         (10.0, 3.7, (10, 3)),
@@ -191,15 +191,17 @@ def test_progress_if_none_match_through_a_compressing_proxy(
         (0.0, 0.0, (0, 0)),
     ],
 )
-def test_progress_max_age_is_the_whole_lifetime(lifetime: float, age: float, told: tuple[int, int]) -> None:
-    """`max-age` is the whole lifetime and `Age` what has passed; a fresh snapshot has a second at least."""
+def test_progress_max_age_is_the_whole_lifetime(
+    lifetime: float, age: float, expected: tuple[int, int]
+) -> None:
+    """`max-age` is the whole lifetime and `Age` the elapsed part; it is at least 1 while fresh."""
     snapshot = Snapshot(KEY, 0.0, lifetime, b"", Status.RUNNING, 0.5, None, b"{}", '"one"')
     control, seconds, _ = cache_values(CacheResult(snapshot, age, CacheStatus.HIT))
-    assert (control, seconds) == (b"max-age=%d" % told[0], b"%d" % told[1])
+    assert (control, seconds) == (b"max-age=%d" % expected[0], b"%d" % expected[1])
 
 
 def test_progress_head_is_get_without_a_body(simulator: Simulator, launch: Launch) -> None:
-    """HEAD answers with GET's headers, for problems too."""
+    """HEAD responds with GET's headers, for problems, too."""
     gate = launch(simulator.url, cache=FOR_EVER)
     task = simulator.task()
     for path in (f"/v1/progress/{task}", "/v1/progress/no!", f"/v1/progress/{task}?x=1"):
@@ -209,11 +211,11 @@ def test_progress_head_is_get_without_a_body(simulator: Simulator, launch: Launc
         assert head.headers["content-length"] == got.headers["content-length"] == str(len(got.content))
         assert head.headers["content-type"] == got.headers["content-type"]
         assert head.headers.get("etag") == got.headers.get("etag")
-    assert gate.client.get("/healthz").status_code == 200  # the connection has not lost step
+    assert gate.client.get("/healthz").status_code == 200  # the connection is still in a valid state
 
 
 def test_progress_cache_headers_of_miss_and_hit(simulator: Simulator, launch: Launch) -> None:
-    """A first answer is a miss, the second a hit; both tell the whole lifetime, and what has passed of it."""
+    """The first response is a miss, the second a hit; both have the lifetime and the age."""
     gate = launch(simulator.url, cache=FOR_EVER)
     task = simulator.task()
     miss, hit = gate.get(task), gate.get(task)
@@ -231,8 +233,8 @@ def test_progress_cache_headers_of_miss_and_hit(simulator: Simulator, launch: La
     assert gate.metric("cache_entries") == 1
 
 
-def test_progress_stale_answer_while_it_is_renewed(simulator: Simulator, launch: Launch) -> None:
-    """A stale answer that is young enough is given at once, as a hit of negative ttl, and renewed behind."""
+def test_progress_stale_while_revalidate(simulator: Simulator, launch: Launch) -> None:
+    """A stale snapshot is served at once, as a hit with a negative ttl, and refreshed in the background."""
     gate = launch(simulator.url, cache={"running_seconds": 0, "stale_while_revalidate_seconds": 600})
     task = fresh_id()
     simulator.script(task, status="running", progress=0.1)
@@ -242,12 +244,12 @@ def test_progress_stale_answer_while_it_is_renewed(simulator: Simulator, launch:
     assert stale.json()["progress"] == 0.1
     assert re.fullmatch(r"sd-gateway; hit; ttl=-\d+", stale.headers["cache-status"])
     assert stale.headers["cache-control"] == "max-age=0"
-    until(lambda: gate.get(task).json()["progress"] == 0.2, "the answer is renewed")
+    until(lambda: gate.get(task).json()["progress"] == 0.2, "the snapshot is refreshed")
     assert gate.metric("cache_lookups_total", result="stale") >= 1
 
 
-def test_progress_answer_too_old_is_fetched_anew(simulator: Simulator, launch: Launch) -> None:
-    """A snapshot that is past stale_while_revalidate is waited for, and the header says why."""
+def test_progress_too_old_snapshot_is_fetched_again(simulator: Simulator, launch: Launch) -> None:
+    """Past stale_while_revalidate the request waits for a new snapshot, as the header reports."""
     gate = launch(simulator.url, cache={"running_seconds": 0, "stale_while_revalidate_seconds": 0})
     task = simulator.task()
     gate.get(task)
@@ -255,21 +257,21 @@ def test_progress_answer_too_old_is_fetched_anew(simulator: Simulator, launch: L
     assert simulator.calls(task) == 2
 
 
-# --- requests that are refused ----------------------------------------------------------------------------
+# --- refused requests -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sane", ["abc-123", "a" * 128, "01:2.3/4+5=6_7"])
-def test_progress_request_id_is_taken_when_sane(gate: Gateway, sane: str) -> None:
-    """A caller's X-Request-Id comes back, in the header and in problems."""
-    response = gate.get("no!", headers={"x-request-id": sane})
-    assert response.headers.get_list("x-request-id") == [sane]
-    assert response.json()["requestId"] == sane
+@pytest.mark.parametrize("valid", ["abc-123", "a" * 128, "01:2.3/4+5=6_7"])
+def test_progress_request_id_is_kept_if_valid(gate: Gateway, valid: str) -> None:
+    """A valid X-Request-Id is returned, in the header and in problems."""
+    response = gate.get("no!", headers={"x-request-id": valid})
+    assert response.headers.get_list("x-request-id") == [valid]
+    assert response.json()["requestId"] == valid
 
 
-@pytest.mark.parametrize("insane", ["", "a" * 129, "two words", 'quote"', "{}", "caf\xe9", "<script>"])
-def test_progress_request_id_is_made_when_insane(gate: Gateway, insane: str) -> None:
-    """What could not be an id is replaced, and never comes back."""
-    made = gate.get("no!", headers={"x-request-id": insane.encode("latin-1")}).headers["x-request-id"]
+@pytest.mark.parametrize("invalid", ["", "a" * 129, "two words", 'quote"', "{}", "caf\xe9", "<script>"])
+def test_progress_request_id_is_generated_if_invalid(gate: Gateway, invalid: str) -> None:
+    """An invalid X-Request-Id is replaced, and never returned."""
+    made = gate.get("no!", headers={"x-request-id": invalid.encode("latin-1")}).headers["x-request-id"]
     assert re.fullmatch(r"[0-9a-f]{32}", made)
     assert gate.get("no!").headers["x-request-id"] != made
 
@@ -291,15 +293,15 @@ def test_progress_request_id_is_made_when_insane(gate: Gateway, insane: str) -> 
         "a:b",
     ],
 )
-def test_progress_task_id_that_is_none_is_refused(simulator: Simulator, gate: Gateway, task_id: str) -> None:
-    """A task ID that cannot be one is a clear problem, and nothing is sent upstream."""
+def test_progress_invalid_task_id_is_refused(simulator: Simulator, gate: Gateway, task_id: str) -> None:
+    """An invalid task ID is a clear problem, without an upstream call."""
     assert problem(gate.get(task_id))[:2] == (400, "invalid-task-id")
     assert simulator.calls() == 0
 
 
 @pytest.mark.parametrize("task_id", ["a", "A_b-9", "a" * 64])
-def test_progress_task_id_may_be_any_within_bounds(simulator: Simulator, gate: Gateway, task_id: str) -> None:
-    """The shortest and the longest task ID are asked for."""
+def test_progress_task_id_of_any_valid_length(simulator: Simulator, gate: Gateway, task_id: str) -> None:
+    """The shortest and the longest task ID are accepted."""
     assert gate.get(task_id).json()["code"] == "upstream-rejected"
     assert simulator.calls(task_id) == 1
 
@@ -320,24 +322,24 @@ def test_progress_task_id_may_be_any_within_bounds(simulator: Simulator, gate: G
         ("&".join(f"a{n}=1" for n in range(1500)), "'a0'"),
     ],
 )
-def test_progress_query_that_is_wrong_is_named(
+def test_progress_invalid_query_is_refused(
     simulator: Simulator, gate: Gateway, query: str, names: str
 ) -> None:
-    """An unknown, repeated or impossible query parameter is a problem that names it."""
+    """An unknown, repeated or invalid query parameter is a problem that names it."""
     status, code, detail = problem(gate.client.get(f"/v1/progress/abc?{query}"))
     assert (status, code) == (400, "invalid-parameter")
     assert names in detail
     assert simulator.calls() == 0
 
 
-def test_progress_query_text_comes_back_short(gate: Gateway) -> None:
-    """A caller's own text is not repeated at length."""
+def test_progress_long_parameter_names_are_not_repeated(gate: Gateway) -> None:
+    """An error does not repeat a long parameter name."""
     assert len(gate.client.get(f"/v1/progress/abc?{'x' * 5000}=1").content) < 1000
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS"])
-def test_progress_method_that_is_wrong_is_refused(simulator: Simulator, gate: Gateway, method: str) -> None:
-    """Any other method is 405, with those that are allowed."""
+def test_progress_other_methods_are_refused(simulator: Simulator, gate: Gateway, method: str) -> None:
+    """Any other method is 405 with Allow."""
     response = gate.client.request(method, "/v1/progress/abc")
     assert problem(response)[:2] == (405, "method-not-allowed")
     assert set(response.headers["allow"].split(", ")) == {"GET", "HEAD"}
@@ -347,15 +349,15 @@ def test_progress_method_that_is_wrong_is_refused(simulator: Simulator, gate: Ga
 @pytest.mark.parametrize(
     "path", ["/v1/progress/", "/v1/progress/a/b", "/v2", "/v1/progress/a/b/events", "/healthz/"]
 )
-def test_progress_path_that_is_none_is_not_found(simulator: Simulator, gate: Gateway, path: str) -> None:
-    """Where nothing is, the problem says so, and nobody is sent elsewhere."""
+def test_progress_unknown_path_is_not_found(simulator: Simulator, gate: Gateway, path: str) -> None:
+    """An unknown path is a problem, without a redirect."""
     response = gate.client.get(path)
     assert problem(response)[:2] in {(404, "not-found"), (400, "invalid-task-id")}
     assert simulator.calls() == 0
 
 
-def test_progress_operation_can_be_switched_off(simulator: Simulator, launch: Launch) -> None:
-    """An api whose operation is off is no value of `api`, and its drop-in path no path."""
+def test_progress_operation_can_be_disabled(simulator: Simulator, launch: Launch) -> None:
+    """A disabled operation is an invalid value of `api`, and its drop-in path does not exist."""
     gate = launch(simulator.url, upstream={"operations": ["sd_get_progress"]})
     assert gate.get(simulator.task()).status_code == 200
     assert problem(gate.get("abc?api=comfy"))[1] == "invalid-parameter"

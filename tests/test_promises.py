@@ -313,7 +313,7 @@ class Promises(RuleBasedStateMachine):
         for key in watched:
             self.upstream.stories[key].prompted = True
         stack = ExitStack()
-        watching = self.watch.watching(watched, kind)
+        watching = self.watch.subscribe(watched, kind)
         viewer = Viewer(self.loop.within(lambda: stack.enter_context(watching)), stack)
         viewer.result = self.loop.create_task(self._read(viewer))
         self.viewers.append(viewer)
@@ -429,7 +429,7 @@ class Promises(RuleBasedStateMachine):
             self.loop.settle()
             closing.result()
         assert all(caller.done() for _, caller in self.callers)
-        assert all(viewer.subscriber.leaving for viewer in self.viewers)
+        assert all(viewer.subscriber.shutting_down for viewer in self.viewers)
         late: list[asyncio.Task[Any]] = []
         for key in KEYS:
             late.append(self.loop.create_task(self.service.read(key)))
@@ -487,10 +487,10 @@ class Promises(RuleBasedStateMachine):
 
     async def _read(self, viewer: Viewer) -> None:
         while True:
-            for update in await viewer.subscriber.take():
+            for update in await viewer.subscriber.next_updates():
                 assert update.key in viewer.subscriber.keys
                 told, viewer.told[update.key] = viewer.told.get(update.key), update
-                assert not update.says_the_same(told)
+                assert not update.same_content(told)
                 if update.snapshot is not None:
                     self._judge_update(update.key, update.snapshot)
 

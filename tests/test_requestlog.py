@@ -1,4 +1,4 @@
-"""One line a request: what it says, how loud, and how many of a crowd's are written."""
+"""The request log: fields, levels and sampling."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from gateway.api.request_log import RequestLog, settled
+from gateway.api.request_log import RequestLog, record_outcome
 from gateway.domain.errors import UpstreamDetail, UpstreamRejected, UpstreamTimeout
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
@@ -27,38 +27,38 @@ MISS = CacheResult(SNAPSHOT, 0.0, CacheStatus.MISS, fetch=FetchResult(SNAPSHOT, 
 
 
 @pytest.fixture
-def loud(caplog: pytest.LogCaptureFixture) -> Callable[[int], None]:
-    """Return what sets the level from which lines are written; it is info."""
+def set_level(caplog: pytest.LogCaptureFixture) -> Callable[[int], None]:
+    """Return a function that sets the log level, which is info initially."""
     caplog.set_level(logging.INFO, "gateway.api.request_log")
     return lambda level: caplog.set_level(level, "gateway.api.request_log")
 
 
-pytestmark = pytest.mark.usefixtures("loud")
+pytestmark = pytest.mark.usefixtures("set_level")
 
 
 def scope(*outcomes: CacheResult | FetchFailure, **state: Any) -> dict[str, Any]:
-    made: dict[str, Any] = {"headers": [], "state": {"request_id": "r-1"} | state}
+    scope: dict[str, Any] = {"headers": [], "state": {"request_id": "r-1"} | state}
     if outcomes:
-        made["state"]["outcomes"] = outcomes
-    return made
+        scope["state"]["outcomes"] = outcomes
+    return scope
 
 
-def told(
+def written(
     request: dict[str, Any], *, status: int = 200, route: str = ROUTE, log: RequestLog | None = None
 ) -> list[dict[str, Any]]:
-    """Return the lines written for this request: one or none."""
+    """Return the lines that are written for this request: one or none."""
     log = log or RequestLog(LogSampler())
     with capture_logs() as lines:
-        log.tell(request, method="GET", route=route, status=status, seconds=0.0123456789)
+        log.log(request, method="GET", route=route, status=status, seconds=0.0123456789)
     return [dict(line) for line in lines]
 
 
-# What it says
+# Fields
 
 
 def test_requestlog_line_of_a_hit() -> None:
-    """A hit has its task and verdict, and nothing of upstream."""
-    assert told(scope(HIT)) == [
+    """A hit has its task and cache status, and no upstream fields."""
+    assert written(scope(HIT)) == [
         {
             "event": "request",
             "log_level": "info",
@@ -74,22 +74,22 @@ def test_requestlog_line_of_a_hit() -> None:
 
 
 @pytest.mark.parametrize("source", [CacheStatus.MISS, CacheStatus.COLLAPSED])
-def test_requestlog_line_of_one_that_waited_for_upstream(source: CacheStatus) -> None:
-    """Who began a flight or joined it is told how long upstream took, and the vendor's id of the call."""
-    [line] = told(scope(MISS._replace(source=source)))
+def test_requestlog_line_of_a_request_that_waited_for_the_upstream(source: CacheStatus) -> None:
+    """A request that started or joined a fetch has the upstream's duration and the vendor's call ID."""
+    [line] = written(scope(MISS._replace(source=source)))
     assert (line["cache"], line["upstream_seconds"], line["upstream_invoke_id"]) == (source, 0.25, "i_1")
 
 
-def test_requestlog_line_of_a_flight_that_asked_nobody() -> None:
-    """A flight that found what another had stored has no call to tell of."""
-    [line] = told(scope(MISS._replace(fetch=FetchResult(SNAPSHOT))))
+def test_requestlog_line_of_a_fetch_without_an_upstream_call() -> None:
+    """A fetch that found a snapshot in the store has no upstream fields."""
+    [line] = written(scope(MISS._replace(fetch=FetchResult(SNAPSHOT))))
     assert not [name for name in line if name.startswith("upstream")]
 
 
-def test_requestlog_line_of_a_covered_failure() -> None:
-    """A stale answer that covers a failure names it, and the call that failed."""
-    covered = CacheResult(SNAPSHOT, 9.0, CacheStatus.STALE, failure=TIMEOUT, fetch=FetchResult(TIMEOUT, 10.0))
-    [line] = told(scope(covered))
+def test_requestlog_line_of_a_stale_response_after_a_failure() -> None:
+    """A stale response after a failure has the failure's code and the failed call."""
+    stale = CacheResult(SNAPSHOT, 9.0, CacheStatus.STALE, failure=TIMEOUT, fetch=FetchResult(TIMEOUT, 10.0))
+    [line] = written(scope(stale))
     assert (line["cache"], line["detail"], line["status"]) == ("stale", "upstream-timeout", 200)
     assert line["upstream_seconds"] == 10.0
     assert "upstream_invoke_id" not in line
@@ -97,17 +97,17 @@ def test_requestlog_line_of_a_covered_failure() -> None:
 
 
 def test_requestlog_line_of_a_failure() -> None:
-    """A failure is a warning with its code, and says whether it was remembered."""
+    """A failure is a warning with its code, and shows whether it was in the negative cache."""
     failed = FetchFailure(KEY, TIMEOUT, CacheStatus.NEGATIVE)
-    [line] = told(scope(failed, code="upstream-timeout"), status=504)
+    [line] = written(scope(failed, code="upstream-timeout"), status=504)
     assert (line["log_level"], line["status"], line["code"]) == ("warning", 504, "upstream-timeout")
     assert (line["cache"], line["detail"], line["task_id"]) == ("negative", "upstream-timeout", KEY.task_id)
 
 
 def test_requestlog_line_of_a_batch() -> None:
-    """Many tasks are a number, their verdicts are counted, and upstream's time is the longest."""
+    """A batch has the number of tasks, counts of cache statuses, and the longest upstream duration."""
     slow = MISS._replace(fetch=FetchResult(SNAPSHOT, 0.75, "i_2"))
-    [line] = told(
+    [line] = written(
         scope(HIT, MISS, slow, FetchFailure(KEY, TIMEOUT, CacheStatus.MISS, FetchResult(TIMEOUT, 0.5)))
     )
     assert (line["tasks"], line["cache"]) == (4, {"hit": 1, "miss": 3})
@@ -116,56 +116,56 @@ def test_requestlog_line_of_a_batch() -> None:
 
 
 def test_requestlog_line_of_a_stream() -> None:
-    """A stream has the number of its tasks and no verdict."""
-    [line] = told(scope(tasks=7), route="/v1/events")
+    """A stream has the number of its tasks and no cache status."""
+    [line] = written(scope(tasks=7), route="/v1/events")
     assert line["tasks"] == 7
     assert "cache" not in line
 
 
-def test_requestlog_line_of_a_wrong_request_is_bounded() -> None:
-    """What a caller sent as a task ID is cut short, by the log, after it has been redacted."""
+def test_requestlog_line_of_an_invalid_request_is_bounded() -> None:
+    """An invalid task ID is truncated by the log, after redaction."""
     request = scope(code="invalid-task-id") | {"path_params": {"taskId": "x" * 30_000}}
-    [line] = told(request, status=400)
+    [line] = written(request, status=400)
     assert line["task_id"].limit == 64
     assert (line["code"], line["log_level"]) == ("invalid-task-id", "info")
 
 
-def test_requestlog_line_has_the_callers_trace() -> None:
-    """A valid traceparent is taken over; an invalid one leaves no mark."""
+def test_requestlog_line_has_the_trace_context() -> None:
+    """A valid traceparent is logged; an invalid one is ignored."""
     request = scope(HIT) | {"headers": [(b"traceparent", f"00-{TRACE}-{SPAN}-01".encode())]}
-    [line] = told(request)
+    [line] = written(request)
     assert (line["trace_id"], line["parent_id"]) == (TRACE, SPAN)
     request = scope(HIT) | {"headers": [(b"traceparent", b"00-junk")]}
-    assert not {"trace_id", "parent_id"} & set(told(request)[0])
+    assert not {"trace_id", "parent_id"} & set(written(request)[0])
 
 
-# How loud
+# Levels
 
 
-def test_requestlog_probes_are_quiet(loud: Callable[[int], None]) -> None:
-    """Probes and scrapes that go well are told at debug only; one that fails is a warning."""
-    assert told(scope(), route="/healthz") == []
-    assert told(scope(), route="/metrics") == []
-    assert [line["log_level"] for line in told(scope(), route="/readyz", status=503)] == ["warning"]
-    loud(logging.DEBUG)
-    assert [line["log_level"] for line in told(scope(), route="/healthz")] == ["debug"]
+def test_requestlog_probes_are_quiet(set_level: Callable[[int], None]) -> None:
+    """Successful probes and scrapes are logged at debug level; a failing one is a warning."""
+    assert written(scope(), route="/healthz") == []
+    assert written(scope(), route="/metrics") == []
+    assert [line["log_level"] for line in written(scope(), route="/readyz", status=503)] == ["warning"]
+    set_level(logging.DEBUG)
+    assert [line["log_level"] for line in written(scope(), route="/healthz")] == ["debug"]
 
 
-def test_requestlog_below_the_level_says_nothing(loud: Callable[[int], None]) -> None:
-    """With log.level = warning only failures are told."""
-    loud(logging.WARNING)
-    assert told(scope(HIT)) == []
-    assert len(told(scope(), status=500)) == 1
+def test_requestlog_respects_the_level(set_level: Callable[[int], None]) -> None:
+    """With log.level = warning only failures are logged."""
+    set_level(logging.WARNING)
+    assert written(scope(HIT)) == []
+    assert len(written(scope(), status=500)) == 1
 
 
-# Crowds
+# Sampling
 
 
-def test_requestlog_samples_a_crowd_of_a_kind() -> None:
-    """Lines of one route, class of status and verdict are sampled together; others are not held up."""
+def test_requestlog_samples_similar_lines() -> None:
+    """Lines of one route, status class and cache status are sampled together; others are separate."""
     log = RequestLog(LogSampler(first=2, every=100, clock=lambda: 0.0))
-    crowd = [line for _ in range(102) for line in told(scope(HIT), log=log)]
-    assert [line.get("suppressed") for line in crowd] == [None, None, 99]
+    similar = [line for _ in range(102) for line in written(scope(HIT), log=log)]
+    assert [line.get("suppressed") for line in similar] == [None, None, 99]
     for request, status in [
         (scope(MISS), 200),
         (scope(HIT._replace(failure=TIMEOUT)), 200),
@@ -173,26 +173,26 @@ def test_requestlog_samples_a_crowd_of_a_kind() -> None:
         (scope(code="not-found"), 404),
         (scope(code="too-many-requests"), 429),
     ]:
-        assert len(told(request, status=status, log=log)) == 1
-    assert len(told(scope(HIT), route="/v1/progress", log=log)) == 1
+        assert len(written(request, status=status, log=log)) == 1
+    assert len(written(scope(HIT), route="/v1/progress", log=log)) == 1
 
 
-def test_settled_leaves_the_outcome_and_raises_the_failure() -> None:
-    """A reading is returned, a failure raised, and either is left in the scope."""
+def test_requestlog_outcome_is_recorded_or_raised() -> None:
+    """A cache result is returned, a failure is raised, and either is stored in the scope."""
     request = scope()
-    assert settled(request, HIT) is HIT
+    assert record_outcome(request, HIT) is HIT
     assert request["state"]["outcomes"] == (HIT,)
     failed = FetchFailure(
         KEY, UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail()), CacheStatus.MISS
     )
     with pytest.raises(UpstreamRejected) as raised:
-        settled(request, failed)
-    assert raised.value is not failed.failure  # which others may share
+        record_outcome(request, failed)
+    assert raised.value is not failed.failure  # which other requests may share
     assert vars(raised.value) == vars(failed.failure)
     assert request["state"]["outcomes"] == (failed,)
 
 
-# The whole, as a process
+# A running gateway
 
 
 def line_of(process: Process, request_id: str) -> Json:
@@ -205,8 +205,8 @@ def line_of(process: Process, request_id: str) -> Json:
     return dict(line)
 
 
-def test_requestlog_of_a_gateway_at_work(tmp_path: Path, simulator: Simulator) -> None:
-    """By default each request is a line, with what became of it at upstream, and no secret."""
+def test_requestlog_of_a_running_gateway(tmp_path: Path, simulator: Simulator) -> None:
+    """By default each request is one line with its upstream fields, and without secrets."""
     task, lost = simulator.task(), fresh_id()
     trace = {"traceparent": f"00-{TRACE}-{SPAN}-01"}
 

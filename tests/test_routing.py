@@ -1,4 +1,4 @@
-"""Hash-by-task routing: the annotations that the chart makes of it, in the words of real proxies."""
+"""Hash-by-task routing: the annotations of the chart, applied to real proxies."""
 
 import shutil
 import socket
@@ -19,10 +19,10 @@ Proxy = Callable[[Path, list[Gateway], int, dict[str, str]], Process]
 
 
 def program(name: str) -> Path:
-    """Return a program; skip the test where it is not installed."""
+    """Return the path of a program; skip the test if it is not installed."""
     found = shutil.which(name) or shutil.which(name, path="/usr/sbin")
     if found is None:
-        pytest.skip(f"no {name} here")
+        pytest.skip(f"{name} is not installed")
     return Path(found)
 
 
@@ -32,11 +32,11 @@ def annotations() -> dict[str, str]:
     values = CHART / "ci" / "hash-by-task.yaml"
     command = [program("helm"), "template", "release", CHART, "-f", values, "-s", "templates/ingress.yaml"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
-    told: dict[str, str] = yaml.safe_load(ran.stdout)["metadata"]["annotations"]
-    return told
+    annotations: dict[str, str] = yaml.safe_load(ran.stdout)["metadata"]["annotations"]
+    return annotations
 
 
-def haproxy(folder: Path, replicas: list[Gateway], port: int, words: dict[str, str]) -> Process:
+def haproxy(folder: Path, replicas: list[Gateway], port: int, annotations: dict[str, str]) -> Process:
     """Start HAProxy as its ingress controllers would configure it."""
     servers = [
         f"server r{number} {gate.address[0]}:{gate.address[1]}" for number, gate in enumerate(replicas)
@@ -46,13 +46,13 @@ def haproxy(folder: Path, replicas: list[Gateway], port: int, words: dict[str, s
         "mode http",
         "timeout connect 5s",
         "timeout client 60s",
-        f"timeout server {words['haproxy.org/timeout-server']}",
+        f"timeout server {annotations['haproxy.org/timeout-server']}",
         "frontend all",
         f"bind 127.0.0.1:{port}",
         "default_backend replicas",
         "backend replicas",
-        f"balance {words['haproxy.org/load-balance']}",
-        *words["haproxy.org/backend-config-snippet"].splitlines(),
+        f"balance {annotations['haproxy.org/load-balance']}",
+        *annotations["haproxy.org/backend-config-snippet"].splitlines(),
         *servers,
     ]
     file = folder / "haproxy.cfg"
@@ -60,7 +60,7 @@ def haproxy(folder: Path, replicas: list[Gateway], port: int, words: dict[str, s
     return Process("-db", "-f", str(file), cwd=folder, program=program("haproxy"))
 
 
-def nginx(folder: Path, replicas: list[Gateway], port: int, words: dict[str, str]) -> Process:
+def nginx(folder: Path, replicas: list[Gateway], port: int, annotations: dict[str, str]) -> Process:
     """Start NGINX as its ingress controller would configure it."""
     servers = " ".join(f"server {gate.address[0]}:{gate.address[1]};" for gate in replicas)
     file = folder / "nginx.conf"
@@ -71,13 +71,13 @@ def nginx(folder: Path, replicas: list[Gateway], port: int, words: dict[str, str
         http {{
           access_log off; client_body_temp_path {folder}; proxy_temp_path {folder};
           fastcgi_temp_path {folder}; scgi_temp_path {folder}; uwsgi_temp_path {folder};
-          upstream replicas {{ {words["nginx.org/lb-method"]}; {servers} }}
+          upstream replicas {{ {annotations["nginx.org/lb-method"]}; {servers} }}
           server {{
             listen 127.0.0.1:{port};
             location / {{
               proxy_pass http://replicas;
               proxy_buffering off;
-              proxy_read_timeout {words["nginx.org/proxy-read-timeout"]};
+              proxy_read_timeout {annotations["nginx.org/proxy-read-timeout"]};
             }}
           }}
         }}
@@ -88,11 +88,13 @@ def nginx(folder: Path, replicas: list[Gateway], port: int, words: dict[str, str
 
 
 @contextmanager
-def routed(proxy: Proxy, folder: Path, replicas: list[Gateway], words: dict[str, str]) -> Iterator[Gateway]:
-    """Run a proxy in front of the replicas; give a client for it."""
+def routed(
+    proxy: Proxy, folder: Path, replicas: list[Gateway], annotations: dict[str, str]
+) -> Iterator[Gateway]:
+    """Run a proxy in front of the replicas; yield a client of it."""
     port = free_port()
     with (
-        proxy(folder, replicas, port, words) as process,
+        proxy(folder, replicas, port, annotations) as process,
         plain_client(f"http://127.0.0.1:{port}") as client,
     ):
 
@@ -107,27 +109,27 @@ def routed(proxy: Proxy, folder: Path, replicas: list[Gateway], words: dict[str,
 
 @pytest.fixture
 def replicas(simulator: Simulator, launch: Callable[..., Gateway]) -> list[Gateway]:
-    """Return replicas that share nothing, and whose snapshots stay fresh."""
+    """Return replicas without a shared store, whose snapshots stay fresh."""
     return [launch(simulator.url, cache={"running_seconds": 600}) for _ in range(REPLICAS)]
 
 
 def ask(gate: Gateway, task: str) -> None:
-    """Ask for a task in every way that has it in the path, and look at a first event."""
-    for way in ("", "?api=sd", "?wait=0"):
-        assert gate.client.get(f"/v1/progress/{task}{way}").status_code == 200
+    """Query a task in each way that has the task in the path."""
+    for query in ("", "?api=sd", "?wait=0"):
+        assert gate.client.get(f"/v1/progress/{task}{query}").status_code == 200
 
 
-def see(gate: Gateway, task: str) -> None:
+def read_event(gate: Gateway, task: str) -> None:
     """Read the first event of a task's stream."""
     with gate.client.stream("GET", f"/v1/progress/{task}/events") as stream:
         assert any("event: progress" in line for line in stream.iter_lines())
 
 
 @pytest.mark.parametrize("proxy", [haproxy, nginx])
-def test_routing_asks_once_for_a_task(
+def test_routing_makes_one_call_per_task(
     tmp_path: Path, simulator: Simulator, replicas: list[Gateway], annotations: dict[str, str], proxy: Proxy
 ) -> None:
-    """However a task is asked for by its path, one replica asks upstream, and every replica has its share."""
+    """All queries of a task by path reach one replica, and every replica gets a share of the tasks."""
     tasks = [simulator.task() for _ in range(TASKS)]
     with routed(proxy, tmp_path, replicas, annotations) as gate:
         for task in tasks:
@@ -136,41 +138,41 @@ def test_routing_asks_once_for_a_task(
     assert all(gate.metric("upstream_requests_total") for gate in replicas)
 
 
-def test_routing_keeps_streams_with_polls(
+def test_routing_sends_streams_and_polls_to_the_same_replica(
     tmp_path: Path, simulator: Simulator, replicas: list[Gateway], annotations: dict[str, str]
 ) -> None:
-    """HAProxy looks at the path up to the task, so that its stream goes where its polls go."""
+    """HAProxy hashes the path up to the task, so that streams and polls reach the same replica."""
     tasks = [simulator.task() for _ in range(TASKS)]
     with routed(haproxy, tmp_path, replicas, annotations) as gate:
         for task in tasks:
             ask(gate, task)
-            see(gate, task)
+            read_event(gate, task)
     assert [simulator.calls(task) for task in tasks] == [1] * TASKS
 
 
 @pytest.mark.parametrize("proxy", [haproxy, nginx])
-def test_routing_moves_only_the_tasks_of_a_replica_that_left(
+def test_routing_moves_only_the_tasks_of_a_removed_replica(
     tmp_path: Path, simulator: Simulator, replicas: list[Gateway], annotations: dict[str, str], proxy: Proxy
 ) -> None:
-    """When a replica is gone its tasks are asked for anew, and nobody else's."""
+    """After the removal of a replica only its tasks are fetched again."""
     tasks = [simulator.task() for _ in range(TASKS)]
     with routed(proxy, tmp_path, replicas, annotations) as gate:
         for task in tasks:
             ask(gate, task)
-    gone = replicas[-1].metric("upstream_requests_total")
+    removed = replicas[-1].metric("upstream_requests_total")
     with routed(proxy, tmp_path, replicas[:-1], annotations) as gate:
         for task in tasks:
             ask(gate, task)
-    assert 0 < gone < TASKS
-    assert simulator.calls() == TASKS + gone
+    assert 0 < removed < TASKS
+    assert simulator.calls() == TASKS + removed
 
 
-def test_routing_without_hashing_asks_everywhere(
+def test_routing_without_hashing_reaches_all_replicas(
     tmp_path: Path, simulator: Simulator, replicas: list[Gateway], annotations: dict[str, str]
 ) -> None:
-    """In turn, which is a proxy's own way, every replica is asked, and asks."""
-    words = annotations | {"haproxy.org/load-balance": "roundrobin"}
+    """With round robin, the default of proxies, every replica makes an upstream call."""
+    annotations = annotations | {"haproxy.org/load-balance": "roundrobin"}
     task = simulator.task()
-    with routed(haproxy, tmp_path, replicas, words) as gate:
+    with routed(haproxy, tmp_path, replicas, annotations) as gate:
         ask(gate, task)
     assert simulator.calls(task) == REPLICAS

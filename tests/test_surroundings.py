@@ -1,4 +1,4 @@
-"""Commands in odd surroundings: they work, or end in a line that says why."""
+"""Commands in unusual environments: they work, or end with one line that gives the reason."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 from tests.harness import KEY, SECRET
 
 COMMAND = str(Path(sys.executable).with_name("sd-gateway"))
-# Each ends by itself: nothing listens where they ask, and the port is not ours to listen on.
+# Each ends by itself: no server listens at the endpoint, and the address to listen on is not local.
 COMMANDS = {
     "none": [],
     "version": ["--version"],
@@ -38,7 +38,7 @@ def ran(
     prefix: tuple[str, ...] = (),
     **env: str,
 ) -> tuple[int, str]:
-    """Run a command; return its exit status and what it says."""
+    """Run a command; return its exit status and output."""
     done = subprocess.run(
         [*prefix, COMMAND, *arguments],
         env=ENVIRONMENT | env,
@@ -52,17 +52,17 @@ def ran(
     return done.returncode, done.stdout.decode(errors="replace")
 
 
-def is_told_well(status: int, says: str) -> None:
-    """Make sure that a command worked, or said in lines what is wrong."""
-    assert status in {0, 1, 2}, says
-    assert "Traceback" not in says
-    assert "Exception ignored" not in says
-    assert not set("\x1b\x9b\ufffd") & set(says)
-    assert SECRET not in says
+def assert_clean_end(status: int, output: str) -> None:
+    """Check that a command succeeded, or printed an error without traceback and control characters."""
+    assert status in {0, 1, 2}, output
+    assert "Traceback" not in output
+    assert "Exception ignored" not in output
+    assert not set("\x1b\x9b\ufffd") & set(output)
+    assert SECRET not in output
 
 
 def deleted(folder: Path) -> Callable[[], None]:
-    """Return what goes into a folder and deletes it."""
+    """Return a function that enters a folder and deletes it."""
 
     def go() -> None:
         (folder / "gone").mkdir()
@@ -73,7 +73,7 @@ def deleted(folder: Path) -> Callable[[], None]:
 
 
 def unreadable(folder: Path) -> Callable[[], None]:
-    """Return what goes into a folder that may not be read."""
+    """Return a function that enters an unreadable folder."""
 
     def go() -> None:
         os.chdir(folder)
@@ -85,7 +85,7 @@ def unreadable(folder: Path) -> Callable[[], None]:
 
 
 def oddly_named(folder: Path) -> Callable[[], None]:
-    """Return what goes into a folder whose name is no text, and would be obeyed by a terminal."""
+    """Return a function that enters a folder whose name is not UTF-8 and has terminal control characters."""
 
     def go() -> None:
         name = folder / "od\udcffd \n\x1b[31m"
@@ -100,15 +100,15 @@ def oddly_named(folder: Path) -> Callable[[], None]:
 def test_surroundings_may_be_any_folder(
     tmp_path: Path, where: Callable[[Path], Callable[[], None]], command: str
 ) -> None:
-    """A working directory that is gone, may not be read or has an odd name is no bug of ours."""
-    # Root may read everything, but for what it gives up.
+    """The working directory may be deleted, unreadable or have an unusual name."""
+    # Root can read every folder unless it drops its capabilities.
     prefix = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.geteuid() == 0 else ()
-    status, says = ran(
+    status, output = ran(
         COMMANDS[command], before=where(tmp_path), prefix=prefix if where is unreadable else ()
     )
-    is_told_well(status, says)
+    assert_clean_end(status, output)
     if where is unreadable and command in {"check", "serve"}:
-        assert (status, says) == (
+        assert (status, output) == (
             2,
             "sd-gateway: config/gateway.toml: cannot be looked for: Permission denied\n",
         )
@@ -117,18 +117,18 @@ def test_surroundings_may_be_any_folder(
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
 def test_surroundings_may_have_no_standard_streams(closed: tuple[int, ...], command: str) -> None:
-    """A stream that is closed swallows what is written, and no socket takes its number."""
+    """Output to a closed stream is discarded, and no socket gets its file descriptor."""
 
     def close() -> None:
         for number in closed:
             os.close(number)
 
-    is_told_well(*ran(COMMANDS[command], before=close))
+    assert_clean_end(*ran(COMMANDS[command], before=close))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_surroundings_may_have_no_reader(command: str) -> None:
-    """A reader that has left is a failure, without a word about it at the interpreter's end."""
+    """A closed pipe is a failure, without an exception message at interpreter shutdown."""
     result, writing = os.pipe()
     os.close(result)
     done = subprocess.run(
@@ -141,7 +141,7 @@ def test_surroundings_may_have_no_reader(command: str) -> None:
         check=False,
     )
     os.close(writing)
-    is_told_well(done.returncode, done.stderr.decode())
+    assert_clean_end(done.returncode, done.stderr.decode())
     if command in {"version", "help", "check"}:
         assert done.returncode == 1
 
@@ -169,46 +169,46 @@ def test_surroundings_may_have_no_reader(command: str) -> None:
     ids=lambda env: "-".join(env).encode("ascii", "replace").decode(),
 )
 def test_surroundings_may_have_any_environment(env: dict[str, str], command: str) -> None:
-    """Locales, proxies, certificates, and variables that are no text."""
-    status, says = ran(COMMANDS[command], **env)
-    is_told_well(status, says)
+    """Locales, proxies, certificates, and variables that are not UTF-8."""
+    status, output = ran(COMMANDS[command], **env)
+    assert_clean_end(status, output)
     if any(name.startswith("SD_GATEWAY_") and "\udce9" in value for name, value in env.items()):
-        told = (2, f"sd-gateway: {next(iter(env))}: is not UTF-8\n")
-        assert command == "watch" or (status, says) == told
+        expected = (2, f"sd-gateway: {next(iter(env))}: is not UTF-8\n")
+        assert command == "watch" or (status, output) == expected
 
 
 @pytest.mark.parametrize(
     "env",
     [{"ALL_PROXY": "socks5://127.0.0.1:9"}, {"HTTP_PROXY": "garbage://x"}, {"SSL_CERT_FILE": "/nonexistent"}],
 )
-def test_surroundings_that_watch_cannot_use_are_told(env: dict[str, str]) -> None:
-    """A proxy that is not supported, or certificates that are not there, are told in a line."""
-    status, says = ran(["watch", "--gateway", "https://gateway.invalid", "task"], **env)
-    is_told_well(status, says)
+def test_surroundings_that_watch_cannot_use_are_reported(env: dict[str, str]) -> None:
+    """An unsupported proxy, or missing certificates, are reported in one line."""
+    status, output = ran(["watch", "--gateway", "https://gateway.invalid", "task"], **env)
+    assert_clean_end(status, output)
     assert status == 2
-    assert says.startswith("sd-gateway: https://gateway.invalid: ")
-    assert says.count("\n") == 1
+    assert output.startswith("sd-gateway: https://gateway.invalid: ")
+    assert output.count("\n") == 1
 
 
 @pytest.mark.parametrize("root_path", ["/caf\u00e9", "/a b", "/a\x1b[31m", "/a?b", "/a%20b", "/\u0663"])
-def test_surroundings_root_path_is_of_ascii(root_path: str) -> None:
-    """What no path of a URL has as it stands would match no request."""
-    status, says = ran(["serve"], SD_GATEWAY_SERVER__ROOT_PATH=root_path)
-    is_told_well(status, says)
+def test_surroundings_root_path_is_ascii(root_path: str) -> None:
+    """A root path that needs percent-encoding is refused: it would match no request."""
+    status, output = ran(["serve"], SD_GATEWAY_SERVER__ROOT_PATH=root_path)
+    assert_clean_end(status, output)
     assert status == 2
-    assert says.startswith("sd-gateway: server.root_path = ")
+    assert output.startswith("sd-gateway: server.root_path = ")
 
 
 @pytest.mark.parametrize("argument", ["\x1b[31m", "caf\udce9", "--\x9b31m", "\u202e"])
-def test_surroundings_arguments_are_shown_harmless(argument: str) -> None:
-    """What is wrong with an argument is told without what a terminal would obey."""
+def test_surroundings_arguments_are_escaped(argument: str) -> None:
+    """An error about an argument contains no terminal control characters."""
     for command in (
         [argument],
         ["check", argument],
         ["watch", argument],
         ["watch", "--gateway", argument, "t"],
     ):
-        status, says = ran(command)
-        is_told_well(status, says)
+        status, output = ran(command)
+        assert_clean_end(status, output)
         assert status == 2
-        assert "\u202e" not in says
+        assert "\u202e" not in output

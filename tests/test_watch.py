@@ -1,4 +1,4 @@
-"""The watch by itself: a service played by hand, and nothing that waits for time."""
+"""The watch hub, with a service that the test controls and a clock that stands still."""
 
 import asyncio
 import sys
@@ -32,22 +32,22 @@ def snapshot(etag: str, status: Status = Status.RUNNING) -> Snapshot:
 
 
 def etags(updates: Iterable[Update]) -> list[str | None]:
-    """Return the ETags of what a watcher was told, None for a failure."""
+    """Return the ETags of updates, None for a failure."""
     return [update.snapshot and update.snapshot.etag for update in updates]
 
 
-async def taken(subscriber: Subscriber) -> list[Update]:
-    """Take what the watcher is told within a few turns of the loop; fail at once when that is nothing."""
-    taking = asyncio.ensure_future(subscriber.take())
-    await turns(taking.done)
-    if not taking.done():
-        taking.cancel()
-        pytest.fail("the watcher is told nothing")
-    return taking.result()
+async def received(subscriber: Subscriber) -> list[Update]:
+    """Return the updates that arrive within a few turns of the loop; fail if there is none."""
+    task = asyncio.ensure_future(subscriber.next_updates())
+    await turns(task.done)
+    if not task.done():
+        task.cancel()
+        pytest.fail("the subscriber receives nothing")
+    return task.result()
 
 
 async def turns(enough: Callable[[], bool]) -> None:
-    """Let the loop take turns until it is enough, a hundred at most: nothing here waits for time."""
+    """Let the loop run until `enough` holds, for at most a hundred turns."""
     for _ in range(100):
         if enough():
             return
@@ -55,19 +55,19 @@ async def turns(enough: Callable[[], bool]) -> None:
 
 
 def listen(watch: WatchHub) -> list[str | None]:
-    """Return a list that gets the ETag of whatever is told from now on; nothing is left for the slots."""
-    told: list[str | None] = []
+    """Return a list that receives the ETag of every update from now on; the slots receive none."""
+    published: list[str | None] = []
 
     def deliver(update: Update, _subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
-        told.extend(etags([update]))
+        published.extend(etags([update]))
         return ()
 
-    watch.deliver = deliver
-    return told
+    watch.direct_delivery = deliver
+    return published
 
 
-class HandService:
-    """A service whose fresh answers the test gives."""
+class ManualService:
+    """A service whose fresh results are set by the test."""
 
     def __init__(self) -> None:
         self.known: Snapshot | None = None
@@ -87,7 +87,7 @@ class HandService:
         self.demand[key, client] -= 1
 
     async def get_fresh(self, key: TaskKey, *, client: bytes | None) -> CacheResult | FetchFailure:
-        assert client is None, "its watchers have joined"
+        assert client is None, "the subscribers have joined already"
         assert +self.demand
         self.asked.set()
         answer = await self.answers.get()
@@ -98,15 +98,15 @@ class HandService:
         return CacheResult(answer, 0.0, CacheStatus.MISS)
 
 
-async def asked(service: HandService) -> None:
-    """Let the schedule run until it asks; fail at once when it does not."""
+async def asked(service: ManualService) -> None:
+    """Let the schedule run until it refreshes; fail if it does not."""
     await turns(service.asked.is_set)
-    assert service.asked.is_set(), "no schedule asks"
+    assert service.asked.is_set(), "no schedule refreshes"
 
 
 @pytest.fixture
-def service() -> HandService:
-    return HandService()
+def service() -> ManualService:
+    return ManualService()
 
 
 @pytest.fixture
@@ -115,19 +115,19 @@ def store() -> MemoryStore:
 
 
 @pytest.fixture
-def watch(service: HandService, store: MemoryStore) -> WatchHub:
-    return hand_watch(service, store)
+def watch(service: ManualService, store: MemoryStore) -> WatchHub:
+    return manual_watch(service, store)
 
 
-def hand_watch(service: HandService, store: MemoryStore) -> WatchHub:
+def manual_watch(service: ManualService, store: MemoryStore) -> WatchHub:
     metrics = Metrics(CollectorRegistry(), gateway_version="test")
-    clock: Callable[[], float] = lambda: 0.0  # noqa: E731 - the clock stands
+    clock: Callable[[], float] = lambda: 0.0  # noqa: E731 - the clock stands still
     return WatchHub(WatchSettings(), service=service, store=store, metrics=metrics, clock=clock)  # type: ignore[arg-type]
 
 
-async def nobody_waits(service: HandService) -> bool:
-    """Tell whether an answer is left lying, by whoever asked for it; it is taken back."""
-    service.answers.put_nowait(snapshot("of nobody's"))
+async def nothing_waits(service: ManualService) -> bool:
+    """Tell whether no schedule awaits a result of the service."""
+    service.answers.put_nowait(snapshot("unclaimed"))
     for _ in range(10):  # turns of the loop, of which one would do
         await asyncio.sleep(0)
     left = not service.answers.empty()
@@ -136,162 +136,166 @@ async def nobody_waits(service: HandService) -> bool:
     return left
 
 
-async def test_watch_offers_what_is_known_at_once(service: HandService, watch: WatchHub) -> None:
-    """A watcher is told what is known already, before the first tick has an answer."""
+async def test_watch_sends_the_cached_snapshot_at_once(service: ManualService, watch: WatchHub) -> None:
+    """A subscriber receives the cached snapshot before the first refresh has a result."""
     service.known = snapshot("1")
-    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
-        [update] = await taken(subscriber)
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        [update] = await received(subscriber)
         assert update.snapshot is service.known
     await watch.aclose()
 
 
-async def test_watch_slot_holds_the_newest_only(watch: WatchHub, store: MemoryStore) -> None:
-    """A watcher that was busy finds the newest update, not those before it."""
-    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
+async def test_watch_slot_holds_only_the_latest_update(watch: WatchHub, store: MemoryStore) -> None:
+    """A subscriber that was busy receives the latest update, not those before it."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         for etag in "123":
             store.keep(snapshot(etag))
-            await asyncio.sleep(0)  # it is told in the loop's next turn
-        [update] = await taken(subscriber)
+            await asyncio.sleep(0)  # it is published in the next turn of the loop
+        [update] = await received(subscriber)
         assert update.snapshot is not None
         assert update.snapshot.etag == "3"
     await watch.aclose()
 
 
-async def test_watch_delivers_past_the_slot_only_to_who_waits(watch: WatchHub, store: MemoryStore) -> None:
-    """Nothing overtakes: an update is handed over at once only when all before it was taken."""
+async def test_watch_delivers_directly_only_to_idle_subscribers(watch: WatchHub, store: MemoryStore) -> None:
+    """Updates stay in order: one is delivered directly only when all earlier ones were taken."""
     delivered: list[str] = []
 
     def deliver(update: Update, subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
         assert update.snapshot is not None
-        [told] = subscribers
-        if told.idle_transport is not direct_transport or update.snapshot.etag == "3":
-            return subscribers  # it is busy, or its reader does not keep up
+        [only] = subscribers
+        if only.idle_transport is not direct_transport or update.snapshot.etag == "3":
+            return subscribers  # busy, or its reader does not keep up
         delivered.append(update.snapshot.etag)
         return []
 
-    watch.deliver = deliver
+    watch.direct_delivery = deliver
     direct_transport = asyncio.WriteTransport()
-    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         subscriber.direct_transport = direct_transport
         store.keep(snapshot("1"))
-        await asyncio.sleep(0)  # told while nobody waits yet
-        assert etags(await taken(subscriber)) == ["1"]
-        waiting = asyncio.create_task(subscriber.take())
+        await asyncio.sleep(0)  # published while no task waits yet
+        assert etags(await received(subscriber)) == ["1"]
+        waiting = asyncio.create_task(subscriber.next_updates())
         await asyncio.sleep(0)
-        for etag in "23":  # of which the third wakes the watcher
+        for etag in "23":  # only "3" wakes the subscriber
             store.keep(snapshot(etag))
             await asyncio.sleep(0)
         assert etags(await waiting) == ["3"]
-        waiting = asyncio.create_task(subscriber.take())
+        waiting = asyncio.create_task(subscriber.next_updates())
         await asyncio.sleep(0)
         store.keep(snapshot("4"))
-        subscriber.ring()  # when the change is told it is awake, and has not looked yet
+        subscriber.wake()  # when the change is published it is awake, but has not drained its slots
         assert etags(await waiting) == ["4"]
         assert delivered == ["2"]
-        gone = asyncio.create_task(subscriber.take())
+        gone = asyncio.create_task(subscriber.next_updates())
         await asyncio.sleep(0)
         gone.cancel()
         await asyncio.wait([gone])
         store.keep(snapshot("5"))
         await asyncio.sleep(0)
-        assert delivered == ["2"], "nobody waits any more"
+        assert delivered == ["2"], "no task waits any more"
     await watch.aclose()
 
 
 def of(task_id: str, etag: str, status: Status = Status.RUNNING) -> Snapshot:
-    """Return a snapshot of a certain task."""
+    """Return a snapshot of this task."""
     return replace(snapshot(etag, status), key=TaskKey(Operation.SD_GET_PROGRESS, task_id))
 
 
-async def test_watch_tells_a_few_tasks_a_turn(watch: WatchHub, store: MemoryStore) -> None:
-    """Of many tasks' changes one is told, then whoever else is ready runs, then the next; each the newest."""
+async def test_watch_publishes_a_few_tasks_per_turn(watch: WatchHub, store: MemoryStore) -> None:
+    """Each turn of the loop publishes the latest change of one task; other work runs in between."""
     changes = [of(task_id, etag) for etag in "12" for task_id in "abc"]
-    with watch.watching([change.key for change in changes[:3]], SubscriptionKind.EVENTS) as subscriber:
+    with watch.subscribe([change.key for change in changes[:3]], SubscriptionKind.EVENTS) as subscriber:
         for change in changes:
             store.keep(change)
-        told = []
+        published = []
         for _ in range(4):
             await asyncio.sleep(0)
-            subscriber.ring()
-            told.append([(update.key.task_id, *etags([update])) for update in await subscriber.take()])
-        assert told == [[("a", "2")], [("b", "2")], [("c", "2")], []]
+            subscriber.wake()
+            published.append(
+                [(update.key.task_id, *etags([update])) for update in await subscriber.next_updates()]
+            )
+        assert published == [[("a", "2")], [("b", "2")], [("c", "2")], []]
     await watch.aclose()
 
 
-async def test_watch_tells_the_more_the_more_wait(watch: WatchHub, store: MemoryStore) -> None:
-    """However many tasks change in every turn of a busy loop, none is forgotten, and none waits for long."""
-    told: list[int] = []
-    watch.deliver = lambda update, _: told.append(int(update.key.task_id)) or ()  # type: ignore[func-returns-value]
+async def test_watch_publishes_more_per_turn_when_the_backlog_grows(
+    watch: WatchHub, store: MemoryStore
+) -> None:
+    """With changes in every turn of a busy loop, none is lost and none waits for long."""
+    published: list[int] = []
+    watch.direct_delivery = lambda update, _: published.append(int(update.key.task_id)) or ()  # type: ignore[func-returns-value]
     waiting = set[int]()
     most = 0
-    with watch.watching([of(str(number), "0").key for number in range(1000)], SubscriptionKind.EVENTS):
+    with watch.subscribe([of(str(number), "0").key for number in range(1000)], SubscriptionKind.EVENTS):
         for turn in range(300):
             for number in range(turn * 10, turn * 10 + 10):  # of 1,000 tasks, ten change a turn
                 waiting.add(number % 1000)
                 store.keep(of(str(number % 1000), str(number)))
             await asyncio.sleep(0)
-            waiting.difference_update(told)
-            told.clear()
+            waiting.difference_update(published)
+            published.clear()
             most = max(most, len(waiting))
         assert most < 100
         for _ in range(40):
             await asyncio.sleep(0)
-        assert waiting == set(told)
+        assert waiting == set(published)
     await watch.aclose()
 
 
-async def test_watch_change_of_a_task_nobody_watches_any_more(watch: WatchHub, store: MemoryStore) -> None:
-    """Who has left is told nothing, and holds nobody up."""
-    told = listen(watch)
-    with watch.watching([KEY], SubscriptionKind.EVENTS):
-        with watch.watching([of("b", "0").key], SubscriptionKind.EVENTS):
+async def test_watch_drops_changes_of_unwatched_tasks(watch: WatchHub, store: MemoryStore) -> None:
+    """A subscriber that has left receives nothing, and does not delay others."""
+    published = listen(watch)
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS):
+        with watch.subscribe([of("b", "0").key], SubscriptionKind.EVENTS):
             store.keep(of("b", "1"))
         store.keep(snapshot("2"))
         for _ in range(2):
             await asyncio.sleep(0)
-    assert told == ["2"]
+    assert published == ["2"]
     await watch.aclose()
 
 
-async def test_watch_goes_on_after_a_fault_in_delivery(watch: WatchHub, store: MemoryStore) -> None:
-    """One event that cannot be delivered costs that event; it is told, and all others come."""
+async def test_watch_continues_after_an_error_in_delivery(watch: WatchHub, store: MemoryStore) -> None:
+    """An exception in delivery loses that event only; it is reported, and all other events arrive."""
     faults: list[BaseException] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context["exception"]))
-    told: list[str | None] = []
+    published: list[str | None] = []
 
     def deliver(update: Update, _subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
-        told.extend(etags([update]))
+        published.extend(etags([update]))
         raise ZeroDivisionError
 
-    watch.deliver = deliver
-    with watch.watching([KEY, of("b", "0").key], SubscriptionKind.EVENTS):
+    watch.direct_delivery = deliver
+    with watch.subscribe([KEY, of("b", "0").key], SubscriptionKind.EVENTS):
         for change in (snapshot("1"), of("b", "2")):
             store.keep(change)
         for _ in range(2):
             await asyncio.sleep(0)
         store.keep(snapshot("3"))
         await asyncio.sleep(0)
-        assert told == ["1", "2", "3"]
+        assert published == ["1", "2", "3"]
         assert [type(fault) for fault in faults] == [ZeroDivisionError] * 3
     await watch.aclose()
 
 
-async def test_watch_tells_all_before_the_farewell(watch: WatchHub, store: MemoryStore) -> None:
-    """What was stored before the gateway leaves is in its last word."""
+async def test_watch_publishes_pending_changes_before_shutdown(watch: WatchHub, store: MemoryStore) -> None:
+    """Changes that were stored before the shutdown are in the last updates."""
     ends = [of(task_id, "1", Status.SUCCEEDED) for task_id in "abc"]
-    with watch.watching([end.key for end in ends], SubscriptionKind.EVENTS) as subscriber:
+    with watch.subscribe([end.key for end in ends], SubscriptionKind.EVENTS) as subscriber:
         for end in ends:
             store.keep(end)
         watch.announce_shutdown()
-        assert [update.snapshot for update in await taken(subscriber)] == ends
-        assert subscriber.leaving
+        assert [update.snapshot for update in await received(subscriber)] == ends
+        assert subscriber.shutting_down
     await watch.aclose()
 
 
-async def test_watch_tells_who_joins_what_is_due_by_then(
-    service: HandService, watch: WatchHub, store: MemoryStore
+async def test_watch_new_subscriber_receives_a_change_that_its_lookup_activates(
+    service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """A change that arrives in the store only when it is looked at is not missed by who makes it look."""
+    """A change that the store activates on lookup reaches the subscriber whose lookup activated it."""
     service.known = snapshot("1")
 
     def current(key: TaskKey) -> CacheResult | None:
@@ -300,191 +304,195 @@ async def test_watch_tells_who_joins_what_is_due_by_then(
             store.keep(service.known)
         return service.lookup(key)
 
-    with watch.watching([KEY], SubscriptionKind.EVENTS):
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS):
         service.current = current  # type: ignore[method-assign]
-        with watch.watching([KEY], SubscriptionKind.LONGPOLL) as late:
-            assert etags(await taken(late)) == ["2"]
+        with watch.subscribe([KEY], SubscriptionKind.LONGPOLL) as second:
+            assert etags(await received(second)) == ["2"]
     await watch.aclose()
 
 
-async def test_watch_schedule_leaves_changes_in_their_place(
-    service: HandService, watch: WatchHub, store: MemoryStore
+async def test_watch_schedule_does_not_publish_pending_changes_early(
+    service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """Of what a schedule fetched it tells nothing itself that waits to be told already; else it does."""
+    """A snapshot that is pending keeps its place in the queue when its schedule gets it as a result."""
     mine, other = snapshot("1"), of("b", "2")
-    told = listen(watch)
-    with watch.watching([mine.key, other.key], SubscriptionKind.EVENTS):
+    published = listen(watch)
+    with watch.subscribe([mine.key, other.key], SubscriptionKind.EVENTS):
         await asked(service)
         service.answers.put_nowait(mine)
         store.keep(other)
         store.keep(mine)
         await asyncio.sleep(0)
-        assert told == ["2"]
+        assert published == ["2"]
         await asyncio.sleep(0)
-        assert told == ["2", "1"]
+        assert published == ["2", "1"]
     await watch.aclose()
 
 
-async def test_watch_schedule_tells_what_is_not_stored(
-    service: HandService, watch: WatchHub, store: MemoryStore
+async def test_watch_schedule_publishes_results_that_are_not_stored(
+    service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """What a schedule got beside a change that waits is told, too, and after it."""
-    told = listen(watch)
-    with watch.watching([KEY], SubscriptionKind.EVENTS):
+    """A result other than the pending snapshot is published after it."""
+    published = listen(watch)
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS):
         await asked(service)
         service.answers.put_nowait(snapshot("2"))
         store.keep(snapshot("1"))
         for _ in range(2):
             await asyncio.sleep(0)
-        assert told == ["1", "2"]
+        assert published == ["1", "2"]
     await watch.aclose()
 
 
-async def test_watch_tells_changes_in_their_order(
-    service: HandService, watch: WatchHub, store: MemoryStore
+async def test_watch_publishes_changes_in_order(
+    service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """What waits to be told is told before who joins, and before a failure that came later."""
+    """A pending change is published before a new subscriber joins, and before a later failure."""
     service.known = snapshot("0")
-    with watch.watching([KEY], SubscriptionKind.EVENTS) as early:
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as first:
         store.keep(snapshot("1"))
         store.keep(snapshot("2"))
-        with watch.watching([KEY], SubscriptionKind.EVENTS) as late:
-            for subscriber in (early, late):
-                assert etags(await taken(subscriber)) == ["2"]
-        told = listen(watch)
+        with watch.subscribe([KEY], SubscriptionKind.EVENTS) as second:
+            for subscriber in (first, second):
+                assert etags(await received(subscriber)) == ["2"]
+        published = listen(watch)
         await asked(service)
-        service.answers.put_nowait(UpstreamTimeout("late"))  # which the schedule hears of before it
+        service.answers.put_nowait(UpstreamTimeout("late"))  # arrives before the change is published
         store.keep(snapshot("3"))
         await asyncio.sleep(0)
-        assert told == ["3", None]
+        assert published == ["3", None]
     await watch.aclose()
 
 
-async def test_watch_end_that_waits_to_be_told_stands(
+async def test_watch_pending_end_is_not_overwritten(
     watch: WatchHub, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An end that waits to be told is not overwritten by what a forgetful store lets run again."""
-    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
+    """A running snapshot, stored after an eviction, does not overwrite a pending terminal one."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         store.keep(snapshot("1", Status.SUCCEEDED))
         monkeypatch.setattr(store, "peek", lambda _: None)
         store.keep(snapshot("2"))
-        assert etags(await taken(subscriber)) == ["1"]
+        assert etags(await received(subscriber)) == ["1"]
         for etag in "34":
             store.keep(snapshot(etag, Status.SUCCEEDED))
-        assert etags(await taken(subscriber)) == ["4"]
+        assert etags(await received(subscriber)) == ["4"]
     await watch.aclose()
 
 
-async def test_watch_says_nothing_twice(service: HandService, watch: WatchHub, store: MemoryStore) -> None:
-    """The same representation, stored again, rings nobody; nor does the same failure."""
-    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
+async def test_watch_publishes_nothing_twice(
+    service: ManualService, watch: WatchHub, store: MemoryStore
+) -> None:
+    """The same representation, stored again, wakes no subscriber; nor does the same failure."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         service.answers.put_nowait(snapshot("1"))
-        assert len(await taken(subscriber)) == 1
+        assert len(await received(subscriber)) == 1
         store.keep(snapshot("1"))
         await asyncio.sleep(0)
-        subscriber.ring()
-        assert await taken(subscriber) == []
+        subscriber.wake()
+        assert await received(subscriber) == []
     await watch.aclose()
     first = Update(KEY, failure=UpstreamTimeout("late"))
-    assert Update(KEY, failure=UpstreamTimeout("late")).says_the_same(first)
-    assert not Update(KEY, failure=UpstreamTimeout("later")).says_the_same(first)
-    assert not Update(KEY, snapshot("1")).says_the_same(first)
+    assert Update(KEY, failure=UpstreamTimeout("late")).same_content(first)
+    assert not Update(KEY, failure=UpstreamTimeout("later")).same_content(first)
+    assert not Update(KEY, snapshot("1")).same_content(first)
 
 
-async def test_watch_tells_late_comers_the_latest(service: HandService, watch: WatchHub) -> None:
-    """Who joins a schedule gets its latest update, a failure too, without a new tick."""
-    with watch.watching([KEY], SubscriptionKind.EVENTS) as early:
+async def test_watch_new_subscriber_receives_the_latest_update(
+    service: ManualService, watch: WatchHub
+) -> None:
+    """A subscriber that joins a schedule receives its latest update or failure without a refresh."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as first:
         service.answers.put_nowait(UpstreamTimeout("late"))
-        await taken(early)
-        with watch.watching([KEY], SubscriptionKind.LONGPOLL) as late:
-            [update] = await taken(late)
+        await received(first)
+        with watch.subscribe([KEY], SubscriptionKind.LONGPOLL) as second:
+            [update] = await received(second)
             assert isinstance(update.failure, UpstreamTimeout)
     await watch.aclose()
 
 
-async def test_watch_tells_late_comers_nothing_too_old(
-    service: HandService, watch: WatchHub, store: MemoryStore
+async def test_watch_new_subscriber_receives_nothing_too_old(
+    service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """Who joins while the latest is too old to show gets what upstream says now, changed or not."""
-    with watch.watching([KEY], SubscriptionKind.EVENTS) as early:
+    """If the latest snapshot is too old to send, a new subscriber receives a fresh one, changed or not."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as first:
         service.answers.put_nowait(snapshot("1"))
-        await taken(early)
+        await received(first)
         service.asked.clear()
-        with watch.watching([KEY], SubscriptionKind.EVENTS) as late:
-            with watch.watching([KEY], SubscriptionKind.EVENTS) as gone:
+        with watch.subscribe([KEY], SubscriptionKind.EVENTS) as second:
+            with watch.subscribe([KEY], SubscriptionKind.EVENTS) as gone:
                 await asked(service)  # at once, although the schedule sleeps for an hour
-            for subscriber in (early, late, gone):
-                subscriber.ring()
-                assert await taken(subscriber) == []
+            for subscriber in (first, second, gone):
+                subscriber.wake()
+                assert await received(subscriber) == []
             service.answers.put_nowait(snapshot("1"))
-            [update] = await taken(late)
+            [update] = await received(second)
             assert update.snapshot is not None
             assert update.snapshot.etag == "1"
-            for subscriber in (early, gone):
-                subscriber.ring()
-                assert await taken(subscriber) == []
+            for subscriber in (first, gone):
+                subscriber.wake()
+                assert await received(subscriber) == []
             store.keep(snapshot("1"))
             await asyncio.sleep(0)
-            late.ring()
-            assert await taken(late) == []
+            second.wake()
+            assert await received(second) == []
     await watch.aclose()
 
 
-async def test_watch_asks_again_once_somebody_got_an_answer(
-    service: HandService, watch: WatchHub, store: MemoryStore
+async def test_watch_backoff_ends_with_a_stored_snapshot(
+    service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """A schedule that rests after a failure goes on when a query, or another replica, brought a snapshot."""
-    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
+    """A schedule that backs off resumes when a query, or another replica, stores a snapshot."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         for _ in range(2):
             service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=3600.0))
-            [update] = await taken(subscriber)
+            [update] = await received(subscriber)
             assert isinstance(update.failure, UpstreamThrottled)
             service.asked.clear()
             store.keep(snapshot("1"))
             await asked(service)
-            [update] = await taken(subscriber)
+            [update] = await received(subscriber)
             assert update.snapshot is not None
     await watch.aclose()
 
 
-def test_watch_backs_off_for_half_a_minute_at_most() -> None:
-    """After failures a schedule asks less and less often, as told to, but never leaves its watchers alone."""
+def test_watch_backs_off_for_at_most_half_a_minute() -> None:
+    """The backoff doubles and respects Retry-After, up to 30 seconds, for as long as failures last."""
     loop = TickedLoop()
     pauses = []
     try:
-        service, store = HandService(), MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time)
-        watch = loop.within(lambda: hand_watch(service, store))
-        watching = watch.watching([KEY], SubscriptionKind.EVENTS)
-        loop.within(watching.__enter__)
-        for told in (None, None, None, 12.0, None, None, 3600.0, *[1.0] * 1100):  # an outage of hours
+        service, store = ManualService(), MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time)
+        watch = loop.within(lambda: manual_watch(service, store))
+        subscription = watch.subscribe([KEY], SubscriptionKind.EVENTS)
+        loop.within(subscription.__enter__)
+        for retry_after in (None, None, None, 12.0, None, None, 3600.0, *[1.0] * 1100):  # an outage of hours
             service.asked.clear()
-            service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=told))
+            service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=retry_after))
             loop.settle()
             failed_at = loop.time()
             while not service.asked.is_set():
                 assert loop.next_timer is not None
                 loop.advance(loop.next_timer - loop.time())
             pauses.append(loop.time() - failed_at)
-        loop.within(lambda: watching.__exit__(None, None, None))
+        loop.within(lambda: subscription.__exit__(None, None, None))
         loop.run_until_complete(watch.aclose())
     finally:
         loop.close()
     assert pauses == [1.0, 2.0, 4.0, 12.0, 16.0, 30.0, 30.0, *[30.0] * 1100]
 
 
-async def test_watch_takes_nothing_final_back(
-    service: HandService, watch: WatchHub, store: MemoryStore
+async def test_watch_ended_tasks_stay_ended(
+    service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """A task that ended under its watchers stays so for them, and for who joins, whatever is stored later."""
-    with watch.watching([KEY], SubscriptionKind.EVENTS) as early:
+    """A task that has ended stays so for old and new subscribers, whatever is stored later."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as first:
         service.answers.put_nowait(snapshot("1", Status.SUCCEEDED))
-        await taken(early)
+        await received(first)
         store.keep(snapshot("2"))
         await asyncio.sleep(0)
-        early.ring()
-        assert await taken(early) == []
-        with watch.watching([KEY], SubscriptionKind.EVENTS) as late:
-            [update] = await taken(late)
+        first.wake()
+        assert await received(first) == []
+        with watch.subscribe([KEY], SubscriptionKind.EVENTS) as second:
+            [update] = await received(second)
             assert update.snapshot is not None
             assert update.snapshot.terminal
     await watch.aclose()
@@ -500,81 +508,83 @@ def small_store() -> MemoryStore:
     return MemoryStore(max_tasks=10, max_bytes=65_536, stale_seconds=60, clock=lambda: 0.0)
 
 
-async def test_watch_holds_no_large_bodies(service: HandService, small_store: MemoryStore) -> None:
-    """Of ten tasks whose watcher is busy the bodies are the store's; but for one, which is told next."""
-    watch = hand_watch(service, small_store)
+async def test_watch_keeps_no_large_bodies(service: ManualService, small_store: MemoryStore) -> None:
+    """A busy subscriber keeps one body; those of its other tasks are only in the store."""
+    watch = manual_watch(service, small_store)
     stored = [large(str(number), "1") for number in range(10)]
     bodies = [each.body for each in stored]
-    with watch.watching([each.key for each in stored], SubscriptionKind.EVENTS) as subscriber:
+    with watch.subscribe([each.key for each in stored], SubscriptionKind.EVENTS) as subscriber:
         while stored:
             small_store.keep(stored.pop())
             await asyncio.sleep(0)
         [alone] = [sys.getrefcount(body) for body in [large("a", "1").body]]
         assert sum(sys.getrefcount(body) > alone for body in bodies) == 3 + 1
-        assert [update.key.task_id for update in await taken(subscriber)] == ["9", "2", "1", "0"]
+        assert [update.key.task_id for update in await received(subscriber)] == ["9", "2", "1", "0"]
     await watch.aclose()
 
 
-async def test_watch_tells_again_what_has_made_room(service: HandService, small_store: MemoryStore) -> None:
-    """An end whose body is gone when its watcher comes to it is asked for again, and told."""
-    watch = hand_watch(service, small_store)
+async def test_watch_refreshes_evicted_bodies(service: ManualService, small_store: MemoryStore) -> None:
+    """A terminal snapshot whose body was evicted before it was sent is fetched again and sent."""
+    watch = manual_watch(service, small_store)
     ends = [large(task_id, "1", Status.SUCCEEDED) for task_id in "ab"]
-    with watch.watching([end.key for end in ends], SubscriptionKind.EVENTS) as subscriber:
+    with watch.subscribe([end.key for end in ends], SubscriptionKind.EVENTS) as subscriber:
         for end in ends:
             service.answers.put_nowait(end)
-        await turns(lambda: subscriber.is_offered(ends[1].key))
-        assert [update.key.task_id for update in await taken(subscriber)] == ["a"]
+        await turns(lambda: subscriber.has_pending(ends[1].key))
+        assert [update.key.task_id for update in await received(subscriber)] == ["a"]
         service.answers.put_nowait(ends[1])
-        [update] = await taken(subscriber)
+        [update] = await received(subscriber)
         assert update.snapshot is not None
         assert (update.key.task_id, update.snapshot.body) == ("b", large("b", "1").body)
     await watch.aclose()
 
 
-async def test_watch_tells_of_what_is_larger_than_the_store(service: HandService) -> None:
-    """A watcher that waits is told of a task that the store has no room for, once for each change."""
+async def test_watch_sends_bodies_larger_than_the_store(service: ManualService) -> None:
+    """An idle subscriber receives each change of a task that does not fit into the store, once."""
     store = MemoryStore(max_tasks=10, max_bytes=8_192, stale_seconds=60, clock=lambda: 0.0)
-    watch = hand_watch(service, store)
-    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
+    watch = manual_watch(service, store)
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         for etag in "123":
             store.keep(large("a", etag))
-            assert etags(await taken(subscriber)) == [etag]
+            assert etags(await received(subscriber)) == [etag]
         assert len(store) == 0
         assert subscriber.empty
     await watch.aclose()
 
 
-async def test_watch_takes_up_one_update_at_a_time(watch: WatchHub, store: MemoryStore) -> None:
-    """A reader that is slow over one task finds the newest of the next, and once only."""
-    with watch.watching([large(task_id, "1").key for task_id in "ab"], SubscriptionKind.EVENTS) as subscriber:
+async def test_watch_looks_up_one_body_at_a_time(watch: WatchHub, store: MemoryStore) -> None:
+    """After a slow write the next task's update has the latest body, and is sent once."""
+    with watch.subscribe(
+        [large(task_id, "1").key for task_id in "ab"], SubscriptionKind.EVENTS
+    ) as subscriber:
         for task_id in "ab":
             store.keep(large(task_id, "1"))
             await asyncio.sleep(0)
-        updates = subscriber.updates()
+        updates = subscriber.drain()
         assert etags([next(updates)]) == ["1"]
-        store.keep(replace(large("b", "2"), version=1))  # stored, and not told yet
+        store.keep(replace(large("b", "2"), version=1))  # stored, but not published yet
         assert etags(updates) == ["2"]
         await turns(lambda: False)
         assert subscriber.empty
     await watch.aclose()
 
 
-async def test_watch_schedule_ends_with_its_last_watcher(service: HandService, watch: WatchHub) -> None:
-    """When the last watcher leaves, nobody asks for the task any more; the next one begins anew."""
-    with watch.watching([KEY], SubscriptionKind.EVENTS), watch.watching([KEY], SubscriptionKind.EVENTS):
+async def test_watch_schedule_ends_with_its_last_subscriber(service: ManualService, watch: WatchHub) -> None:
+    """When the last subscriber leaves, the task is not refreshed any more; the next one starts anew."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS), watch.subscribe([KEY], SubscriptionKind.EVENTS):
         await asked(service)
-    assert await nobody_waits(service)
+    assert await nothing_waits(service)
     service.asked.clear()
-    with watch.watching([KEY], SubscriptionKind.EVENTS):
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS):
         await asked(service)
     await watch.aclose()
 
 
-async def test_watch_schedule_ends_with_its_task(service: HandService, watch: WatchHub) -> None:
-    """A task that has ended is not asked for again, though it is still watched."""
-    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
+async def test_watch_schedule_ends_with_its_task(service: ManualService, watch: WatchHub) -> None:
+    """An ended task is not refreshed again, although it still has subscribers."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         service.answers.put_nowait(snapshot("1", Status.SUCCEEDED))
-        [update] = await taken(subscriber)
+        [update] = await received(subscriber)
         assert update.snapshot is not None
         assert update.snapshot.terminal
         service.asked.clear()
@@ -583,81 +593,83 @@ async def test_watch_schedule_ends_with_its_task(service: HandService, watch: Wa
     await watch.aclose()
 
 
-async def test_watch_farewell_reaches_late_comers(watch: WatchHub) -> None:
-    """Once the gateway is leaving, everybody knows, and so does who comes after."""
-    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
+async def test_watch_shutdown_reaches_new_subscribers(watch: WatchHub) -> None:
+    """At shutdown all subscribers are woken and flagged, including those that join later."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         watch.announce_shutdown()
-        assert await taken(subscriber) == []
-        assert subscriber.leaving
-        with watch.watching([KEY], SubscriptionKind.EVENTS) as late:
-            assert late.leaving
-            assert await taken(late) == []
+        assert await received(subscriber) == []
+        assert subscriber.shutting_down
+        with watch.subscribe([KEY], SubscriptionKind.EVENTS) as second:
+            assert second.shutting_down
+            assert await received(second) == []
     await watch.aclose()
 
 
-async def test_watch_closes_with_watchers_inside(service: HandService, watch: WatchHub) -> None:
-    """Closing ends every schedule, watched or not, and waits for them."""
-    with watch.watching([KEY], SubscriptionKind.EVENTS):
+async def test_watch_closes_with_open_subscriptions(service: ManualService, watch: WatchHub) -> None:
+    """Closing ends every schedule, and waits for its end."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS):
         await asked(service)
         await watch.aclose()
-        assert await nobody_waits(service)
+        assert await nothing_waits(service)
 
 
-async def test_watch_closed_begins_nothing(service: HandService, watch: WatchHub, store: MemoryStore) -> None:
-    """A change that waits to be told while the watch closes wakes no schedule that rests."""
-    with watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
+async def test_watch_closed_starts_no_schedule(
+    service: ManualService, watch: WatchHub, store: MemoryStore
+) -> None:
+    """A change that is pending while the hub closes restarts no schedule."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=3600.0))
-        await taken(subscriber)
+        await received(subscriber)
         service.asked.clear()
         store.keep(snapshot("1"))
         await watch.aclose()
-        assert etags(await taken(subscriber)) == ["1"]
-        assert await nobody_waits(service)
+        assert etags(await received(subscriber)) == ["1"]
+        assert await nothing_waits(service)
         assert not service.asked.is_set()
 
 
-@pytest.mark.parametrize("fault", ["asking", "telling"])
-async def test_watch_goes_on_after_a_bug_in_a_tick(service: HandService, fault: str) -> None:
-    """An unexpected exception is logged and told as a problem; the schedule backs off, and goes on."""
+@pytest.mark.parametrize("fault", ["fetching", "publishing"])
+async def test_watch_continues_after_a_bug_in_a_refresh(service: ManualService, fault: str) -> None:
+    """An unexpected exception is logged and published as a problem; the schedule backs off and continues."""
     store = MemoryStore(max_tasks=10, stale_seconds=60)
-    watch = hand_watch(service, store)
+    watch = manual_watch(service, store)
 
     def broken(update: Update, subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
         if update.failure is None:
             raise ZeroDivisionError
         return subscribers
 
-    with capture_logs() as lines, watch.watching([KEY], SubscriptionKind.EVENTS) as subscriber:
-        if fault == "asking":
+    with capture_logs() as lines, watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        if fault == "fetching":
             service.answers.put_nowait(ZeroDivisionError())
         else:
-            watch.deliver = broken
+            watch.direct_delivery = broken
             service.answers.put_nowait(snapshot("0"))
-        [update] = await taken(subscriber)
+        [update] = await received(subscriber)
         assert update.failure is not None
         assert update.failure.code == "internal"
-        with watch.watching([KEY], SubscriptionKind.LONGPOLL) as late:
-            [update] = await taken(late)
+        with watch.subscribe([KEY], SubscriptionKind.LONGPOLL) as second:
+            [update] = await received(second)
             assert update.failure is not None
-        watch.deliver = lambda _, subscribers: subscribers
+        watch.direct_delivery = lambda _, subscribers: subscribers
         service.asked.clear()
-        store.keep(snapshot("1"))  # what ends every rest: somebody got an answer
-        assert etags(await taken(subscriber)) == ["1"]
+        store.keep(snapshot("1"))  # ends the backoff
+        assert etags(await received(subscriber)) == ["1"]
         await asked(service)
-    assert [(line["event"], line["log_level"]) for line in lines] == [("bug in a schedule", "error")]
+    assert [(line["event"], line["log_level"]) for line in lines] == [("bug_in_schedule", "error")]
     assert not +service.demand
     await watch.aclose()
 
 
-async def test_watch_counts_its_watchers_clients_in(service: HandService, watch: WatchHub) -> None:
-    """Each watcher's client is part of the demand for its tasks, for as long as it watches."""
-    with watch.watching([KEY], SubscriptionKind.EVENTS, client=b"1"):
+async def test_watch_counts_the_clients_of_its_subscribers(service: ManualService, watch: WatchHub) -> None:
+    """A subscriber's client is part of the demand for its tasks while the subscription is open."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS, client=b"1"):
         with (
-            watch.watching([KEY, of("b", "0").key], SubscriptionKind.LONGPOLL, client=b"2"),
-            watch.watching([KEY], SubscriptionKind.EVENTS, client=b"2"),
+            watch.subscribe([KEY, of("b", "0").key], SubscriptionKind.LONGPOLL, client=b"2"),
+            watch.subscribe([KEY], SubscriptionKind.EVENTS, client=b"2"),
         ):
-            told = {(key.task_id, client): count for (key, client), count in service.demand.items()}
-            assert told == {("a", b"1"): 1, ("a", b"2"): 2, ("b", b"2"): 1}
+            published = {(key.task_id, client): count for (key, client), count in service.demand.items()}
+            assert published == {("a", b"1"): 1, ("a", b"2"): 2, ("b", b"2"): 1}
         assert +service.demand == {(KEY, b"1"): 1}
     assert not +service.demand
     await watch.aclose()

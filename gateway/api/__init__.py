@@ -1,1 +1,1 @@
-"""What callers see: HTTP in, HTTP out. Everything below speaks in readings and exceptions."""
+"""The HTTP API: endpoints, problem documents, request parameters, response headers and middleware."""

@@ -1,4 +1,4 @@
-"""GET /v1/progress?taskId=A&taskId=B: many tasks in one answer, each with its own fate."""
+"""GET /v1/progress?taskId=A&taskId=B: many tasks in one response, each with its own snapshot or problem."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.client_limits import ClientLimits, client_of
+from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.problems import document, lookup
 from gateway.api.requests import query_parameters
 from gateway.api.server_extensions import while_connected
-from gateway.api.task_parameters import Tasks
+from gateway.api.task_parameters import TaskParameters
 from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import Status, TaskKey
 from gateway.progress.results import CacheResult, FetchFailure
@@ -20,19 +20,19 @@ from gateway.progress.service import ProgressService
 
 
 class BatchEndpoint:
-    """Answers for several tasks; what each is allowed to cost is the service's business."""
+    """Responds with the progress of several tasks."""
 
-    def __init__(self, service: ProgressService, *, tasks: Tasks, clients: ClientLimits) -> None:
+    def __init__(self, service: ProgressService, *, tasks: TaskParameters, clients: ClientLimits) -> None:
         self._service = service
         self._tasks = tasks
         self._clients = clients
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 200 with items in the order asked for, and their summary."""
+        """Respond 200 with the items in the order of the query, and a summary."""
         keys = self._tasks.in_query(query_parameters(scope, "api", repeated="taskId"))
         self._clients.charge(scope, len(keys))
         outcomes = await self._read(scope, receive, keys)
-        scope["state"]["outcomes"] = outcomes  # for the request's log line
+        scope["state"]["outcomes"] = outcomes  # for the request log
         items: list[bytes] = []
         for outcome in outcomes:
             if isinstance(outcome, CacheResult):
@@ -55,20 +55,20 @@ class BatchEndpoint:
     async def _read(
         self, scope: Scope, receive: Receive, keys: Sequence[TaskKey]
     ) -> list[CacheResult | FetchFailure]:
-        """Return the tasks' outcomes. Raises: ClientDisconnect, when the caller leaves before."""
-        found = {key: self._service.lookup(key) for key in keys}
-        missing = [key for key, result in found.items() if result is None]
+        """Return the result of each task. Raises: ClientDisconnect when the client disconnects first."""
+        cached = {key: self._service.lookup(key) for key in keys}
+        missing = [key for key, result in cached.items() if result is None]
         if not missing:
-            return [result for result in found.values() if result is not None]
-        client = client_of(scope)
-        # All at once is bounded: by the tasks of a request, and upstream by its slots.
+            return [result for result in cached.values() if result is not None]
+        client = client_key(scope)
+        # Concurrency is bounded by the maximum number of tasks per request and by the upstream's slots.
         reads = asyncio.gather(*(self._service.read(key, client=client) for key in missing))
-        outcomes = found | dict(zip(missing, await while_connected(scope, receive, reads), strict=True))
+        outcomes = cached | dict(zip(missing, await while_connected(scope, receive, reads), strict=True))
         return [outcome for outcome in outcomes.values() if outcome is not None]
 
 
 def summarize(snapshots: list[Snapshot], *, errors: int) -> dict[str, Any]:
-    """Return the batch's summary: `progress` is the mean, `etaSeconds` the largest that is known."""
+    """Return the summary of a batch: `progress` is the mean, `etaSeconds` the largest known value."""
     counts: dict[str, int] = dict.fromkeys(Status, 0)
     for snapshot in snapshots:
         counts[snapshot.status or Status.UNKNOWN] += 1

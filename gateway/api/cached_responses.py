@@ -1,10 +1,9 @@
-"""Hits: answers that are there already, and are given before anything is made of a request.
+"""Cached responses: a cache hit is served before the application handles the request.
 
-Only the plainest requests are answered: GET, a target without anything odd in it, and no header that asks
-for more than a hit can give. There is no answer for any other, and the routes give it: whatever is refused,
-waited for or read from a body is their affair alone. What is answered is counted, timed and logged as
-`middleware.Telemetry` does. Whoever has a request asks: the edge, which renders a hit for the wire, or else
-`CachedResponsesFirst`, which sends it as ASGI has it.
+Only simple requests are served: GET, a target of one task without percent-encoding, and no header that needs
+more than a cached response. All others go to the routes, which alone refuse, wait and read bodies. Cached
+responses are counted, timed and logged as in `middleware.RequestTelemetry`. The server's fast path writes
+them to the socket; under other servers `CachedResponsesFirst` sends them.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from typing import NamedTuple
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.api.client_limits import ClientRateLimiter
-from gateway.api.progress_response import HEADER_NAMES, answer, unchanged_until
-from gateway.api.request_log import RequestLog, Verdict, kind, verdict
+from gateway.api.progress_response import HEADER_NAMES, build_response, unchanged_until
+from gateway.api.request_log import OutcomeLabels, RequestLog, outcome_labels, sampling_key
 from gateway.api.requests import (
     SECURITY_HEADERS,
     Headers,
-    given_request_id,
+    client_request_id,
     header,
     is_cross_site,
     new_request_id,
 )
-from gateway.api.task_parameters import PROGRESS, PlainTargets
+from gateway.api.task_parameters import PROGRESS, SimpleTargetParser
 from gateway.api.trusted_hosts import TrustedHosts
 from gateway.domain.task import Operation
 from gateway.progress.results import CacheResult, CacheStatus
@@ -36,49 +35,50 @@ from gateway.telemetry.counters import FastCounter
 from gateway.telemetry.log_sampling import LogSampler, LogSeries
 from gateway.telemetry.metrics import Metrics
 
-_ROUTE = f"{PROGRESS}/{{taskId}}"  # in metrics and log lines, the application's template of the path
+_ROUTE = f"{PROGRESS}/{{taskId}}"  # the route template, for metrics and log lines
 _HIT = CacheStatus.HIT
-_MOST_MADE = 16_384
-_MOST_BYTES = 8_388_608  # of snapshots and rendered answers: they may have had to make room in the store
-_MADE_SECONDS = 1.0  # then each task is looked up again, which the store takes for a sign of use
-_LONGEST_KNOWN = 64  # characters: more than our entity tags have, and a caller may send kilobytes of others
-_STALE_SECONDS = 0.01  # for which a stale answer is given again: then its refresh may have failed
-# A body, or a wish for more than an answer at once.
-_MORE = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade", b"prefer"})
+_MAX_ENTRIES = 16_384
+_MAX_BYTES = 8_388_608  # of snapshots, possibly evicted from the store already, and rendered responses
+_CLEAR_SECONDS = 1.0  # then each task is looked up in the store again, whose eviction order follows use
+_MAX_ETAG_CHARS = 64  # longer than our entity tags; clients may send kilobytes
+_STALE_REUSE_SECONDS = 0.01  # for a stale response: its background refresh may have failed since
+# Headers of a body, or of a request that needs more than an immediate response.
+_UNSUPPORTED_HEADERS = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade", b"prefer"})
 
 
 class RequestTraits(NamedTuple):
-    """What a request's headers ask of a hit: `known` is If-None-Match, `request_id` the caller's own."""
+    """The headers that matter to a cached response; `request_id` is the client's X-Request-Id, if valid."""
 
-    known: str | None
+    if_none_match: str | None
     request_id: bytes | None
     headers: Headers
 
 
 @dataclass(slots=True, eq=False)
 class CachedResponse:
-    """An answer, which can be given again `until` then, while its snapshot is the newest.
+    """A response that can be reused until `expires_at`, while its snapshot is the latest.
 
-    `values` are those of the headers that `CachedResponses.names` has for the status; the request's id comes
-    behind them. `count` counts it, `line` is the series of its log line. The renderer keeps `rendered`.
+    `values` are the values of the headers in `CachedResponses.names` for the status; the request ID follows
+    them. `counter` counts the responses, `log_series` samples their log lines. `rendered` is for the
+    renderer: the server's headers, and the rendered head.
     """
 
     result: CacheResult
     status: int
     values: tuple[bytes, ...]
     body: bytes
-    count: FastCounter
-    line: LogSeries
-    until: float = 0.0
+    counter: FastCounter
+    log_series: LogSeries
+    expires_at: float = 0.0
     rendered: tuple[object, bytes] = (None, b"")
 
 
 class CachedResponses:
-    """Answers hits, or leaves them to the routes.
+    """Serves cached responses, or leaves requests to the routes.
 
-    With `cross_origin` an answer may differ by the caller's origin, with a `limiter` by the address that
-    proxies vouch for: requests that tell these are left to the routes. `clock` is that of the sampler and of
-    the service.
+    With `cross_origin` a response depends on the client's origin, with a `limiter` on the address reported by
+    trusted proxies. Requests with these headers are left to the routes. `clock` is the clock of the log
+    sampler and the service.
     """
 
     def __init__(
@@ -96,113 +96,121 @@ class CachedResponses:
     ) -> None:
         self._lookup = service.lookup
         self._repeat = service.repeat
-        self._task = PlainTargets(operations, root_path=root_path).task
+        self._parse_target = SimpleTargetParser(operations, root_path=root_path).parse
         self._hosts = hosts
         self._limiter = limiter
-        added = [*([(b"vary", b"Origin")] if cross_origin else []), *SECURITY_HEADERS]
-        self._added = tuple(value for _, value in added)
+        common = [*([(b"vary", b"Origin")] if cross_origin else []), *SECURITY_HEADERS]
+        self._common_values = tuple(value for _, value in common)
         self.names = {
-            status: (*names, *(name for name, _ in added)) for status, names in HEADER_NAMES.items()
+            status: (*names, *(name for name, _ in common)) for status, names in HEADER_NAMES.items()
         }
-        self._more = _MORE.union(
+        self._unsupported_headers = _UNSUPPORTED_HEADERS.union(
             [b"origin"] if cross_origin else (), [b"x-forwarded-for"] if limiter is not None else ()
         )
-        self._counts = {
+        self._counters = {
             status: metrics.http_requests.labels(_ROUTE, "GET", status) for status in HEADER_NAMES
         }
         self._durations = metrics.http_request_duration.labels(_ROUTE)
         self._request_log = RequestLog(log_sampler)
         self._log_sampler = log_sampler
-        self._lines = {status: self._line(status, (_HIT, None)) for status in HEADER_NAMES}
+        self._hit_log_series = {status: self._log_series(status, (_HIT, None)) for status in HEADER_NAMES}
         self._clock = clock
-        # Of this second, for a crowd that asks for the same; None: asked for once.
-        self._made: dict[tuple[bytes, str | None], CachedResponse | None] = {}
-        self._empty_at = 0.0
-        self._made_bytes = 0
+        # By target and If-None-Match, for the current second. None: requested once so far.
+        self._entries: dict[tuple[bytes, str | None], CachedResponse | None] = {}
+        self._clear_at = 0.0
+        self._entry_bytes = 0
 
     def traits(self, headers: Headers) -> RequestTraits | None:
-        """Return what these headers ask of a hit, or None when it is more than that."""
+        """Return the traits of a request with these headers, or None if it must be handled by the routes."""
         names = {name for name, _ in headers}
-        if not names.isdisjoint(self._more) or not self._hosts.trust(headers):
+        if not names.isdisjoint(self._unsupported_headers) or not self._hosts.trust(headers):
             return None
         if b"sec-fetch-site" in names and is_cross_site(headers):
             return None
-        known = header(headers, b"if-none-match") if b"if-none-match" in names else None
-        request_id = given_request_id(headers) if b"x-request-id" in names else None
-        return RequestTraits(known, request_id, headers)
+        if_none_match = header(headers, b"if-none-match") if b"if-none-match" in names else None
+        request_id = client_request_id(headers) if b"x-request-id" in names else None
+        return RequestTraits(if_none_match, request_id, headers)
 
     def answer(
         self, target: bytes, traits: RequestTraits, client: tuple[str, int] | None
     ) -> tuple[CachedResponse, bytes] | None:
-        """Return the answer to a GET for `target`, which is as it came, and the request's id; or None."""
+        """Return the response to GET `target`, a raw request target, and the request ID; or None."""
         began = self._clock()
         limiter = self._limiter
         if limiter is not None and not limiter.would_admit(_host(client)):
             return None
-        hit = self._made.get((target, traits.known))
-        if hit is None or began >= hit.until or not self._repeat(hit.result.snapshot, began):
-            hit = self._make(target, traits.known, began)
+        hit = self._entries.get((target, traits.if_none_match))
+        if hit is None or began >= hit.expires_at or not self._repeat(hit.result.snapshot, began):
+            hit = self._build(target, traits.if_none_match, began)
             if hit is None:
                 return None
         if limiter is not None:
             limiter.admit(_host(client))
         request_id = traits.request_id or new_request_id()
         now = self._clock()
-        hit.count.value += 1
+        hit.counter.value += 1
         self._durations.observe(now - began)
-        unnotified = hit.line.take(now)
-        if unnotified is not None:
-            self._tell(hit, traits, request_id, seconds=now - began, unnotified=unnotified)
+        suppressed = hit.log_series.take(now)
+        if suppressed is not None:
+            self._log(hit, traits, request_id, seconds=now - began, suppressed=suppressed)
         return hit, request_id
 
-    def _make(self, target: bytes, known: str | None, now: float) -> CachedResponse | None:
-        key = self._task(target)
+    def _build(self, target: bytes, if_none_match: str | None, now: float) -> CachedResponse | None:
+        key = self._parse_target(target)
         result = None if key is None else self._lookup(key)
         if result is None:
             return None
-        status, values, body = answer(result, known)
+        status, values, body = build_response(result, if_none_match)
         fresh = result.source is _HIT
-        line = self._lines[status] if fresh else self._line(status, verdict(result))
-        hit = CachedResponse(result, status, values + self._added, body, self._counts[status], line)
+        log_series = (
+            self._hit_log_series[status] if fresh else self._log_series(status, outcome_labels(result))
+        )
+        hit = CachedResponse(
+            result, status, values + self._common_values, body, self._counters[status], log_series
+        )
         if result.failure is None:
-            until = unchanged_until(result)
-            self._keep(target, known, hit, now, until if fresh else min(until, now + _STALE_SECONDS))
+            expires_at = unchanged_until(result)
+            if not fresh:
+                expires_at = min(expires_at, now + _STALE_REUSE_SECONDS)
+            self._store(target, if_none_match, hit, now, expires_at)
         return hit
 
-    def _line(self, status: int, how: Verdict) -> LogSeries:
-        return self._log_sampler.kind(kind(_ROUTE, status, None, how))
+    def _log_series(self, status: int, labels: OutcomeLabels) -> LogSeries:
+        return self._log_sampler.kind(sampling_key(_ROUTE, status, None, labels))
 
-    def _keep(self, target: bytes, known: str | None, hit: CachedResponse, now: float, until: float) -> None:
-        """Keep an answer that is made for a second time within a second."""
-        if known is not None and len(known) > _LONGEST_KNOWN:
+    def _store(
+        self, target: bytes, if_none_match: str | None, hit: CachedResponse, now: float, expires_at: float
+    ) -> None:
+        """Store a response that is built for the second time within the current second."""
+        if if_none_match is not None and len(if_none_match) > _MAX_ETAG_CHARS:
             return
-        if now >= self._empty_at or len(self._made) >= _MOST_MADE:
-            self._forget(now)
-        if (target, known) not in self._made:
-            self._made[target, known] = None
+        if now >= self._clear_at or len(self._entries) >= _MAX_ENTRIES:
+            self._clear(now)
+        if (target, if_none_match) not in self._entries:
+            self._entries[target, if_none_match] = None
             return
         snapshot = hit.result.snapshot
-        size = 2 * len(snapshot.body) + len(snapshot.envelope)  # its body stands in the rendered one, too
-        if self._made_bytes + size > _MOST_BYTES:
-            self._forget(now)
-        if size <= _MOST_BYTES:
-            hit.until = until
-            self._made[target, known] = hit
-            self._made_bytes += size
+        size = 2 * len(snapshot.body) + len(snapshot.envelope)  # the rendered response has a copy of the body
+        if self._entry_bytes + size > _MAX_BYTES:
+            self._clear(now)
+        if size <= _MAX_BYTES:
+            hit.expires_at = expires_at
+            self._entries[target, if_none_match] = hit
+            self._entry_bytes += size
 
-    def _forget(self, now: float) -> None:
-        self._made.clear()
-        self._made_bytes = 0
-        self._empty_at = now + _MADE_SECONDS
+    def _clear(self, now: float) -> None:
+        self._entries.clear()
+        self._entry_bytes = 0
+        self._clear_at = now + _CLEAR_SECONDS
 
-    def _tell(
+    def _log(
         self,
         hit: CachedResponse,
         traits: RequestTraits,
         request_id: bytes,
         *,
         seconds: float,
-        unnotified: int,
+        suppressed: int,
     ) -> None:
         state = {"request_id": request_id.decode(), "outcomes": (hit.result,)}
         self._request_log.write(
@@ -211,23 +219,23 @@ class CachedResponses:
             route=_ROUTE,
             status=hit.status,
             seconds=seconds,
-            unnotified=unnotified,
+            suppressed=suppressed,
         )
 
 
 class CachedResponsesFirst:
-    """Answers hits under any ASGI server, before the application does anything."""
+    """Middleware that serves cached responses under any ASGI server."""
 
     def __init__(self, app: ASGIApp, *, hits: CachedResponses) -> None:
         self._app = app
         self._hits = hits
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Answer a hit, or pass the request on, without a frame that would live as long as a stream."""
-        found = self._find(scope)
-        return self._app(scope, receive, send) if found is None else self._answer(*found, send)
+        """Serve a cached response, or pass the request on without a frame that lives as long as a stream."""
+        cached = self._find(scope)
+        return self._app(scope, receive, send) if cached is None else self._send(*cached, send)
 
-    async def _answer(self, hit: CachedResponse, request_id: bytes, send: Send) -> None:
+    async def _send(self, hit: CachedResponse, request_id: bytes, send: Send) -> None:
         names = self._hits.names[hit.status]
         headers = [*zip(names, hit.values, strict=True), (b"x-request-id", request_id)]
         await send({"type": "http.response.start", "status": hit.status, "headers": headers})

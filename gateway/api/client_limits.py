@@ -1,13 +1,13 @@
-"""What one client may cost: so many tasks a second, and so many open subscriptions.
+"""Limits per client: tasks per second and open subscriptions.
 
-A bucket of tokens is one float, as the generic cell rate algorithm keeps it (ITU-T I.371, "virtual
-scheduling"): the moment at which it will be full again. A request is admitted when a token is there, and
-takes one. A batch or a stream takes the rest of its cost, one token for each further task, once it is parsed.
-The bucket may owe these tokens: so a request may cost more than a full bucket holds, and its client then
-waits until the debt is paid.
+Each client has a token bucket, stored as one float as in the generic cell rate algorithm (ITU-T I.371,
+"virtual scheduling"): the time at which the bucket will be full again. A request is admitted when a token is
+available, and takes it. A batch or a stream takes one more token for each further task once its query is
+parsed. The bucket can go into debt for these tokens: a request may cost more than a full bucket holds, and
+its client is then refused until the debt is paid.
 
-The client's address is settled before: the server has put what a trusted proxy says into the scope (uvicorn's
-proxy headers).
+The client's address is the one in the scope. The server has already applied the headers of trusted proxies
+(uvicorn's proxy headers).
 """
 
 from __future__ import annotations
@@ -26,85 +26,86 @@ from gateway.api import operator_endpoints
 from gateway.api.requests import client_host
 from gateway.domain.errors import TooManyRequests
 
-# About 5 MB of buckets. A client with more addresses than this is not held by a limit on each of them.
-_MOST_CLIENTS = 16_384
-_INEXACT = 1e-9  # seconds by which sums of intervals may be wrong
-_NETWORK_BYTES = 8  # a /64: what one subscriber gets, and may number as it likes (RFC 6177, RFC 4291)
-_SUBSCRIBE_AGAIN_SECONDS = 5.0
+# About 5 MB of buckets. A client with more addresses than this can evade the limit.
+_MAX_CLIENTS = 16_384
+_TOLERANCE_SECONDS = 1e-9  # rounding error of sums of intervals
+_NETWORK_BYTES = 8  # a /64, in which one customer can use any address (RFC 6177, RFC 4291)
+_SUBSCRIPTION_RETRY_SECONDS = 5.0
 _NO_LIMIT = nullcontext()
 
 
 class ClientRateLimiter:
-    """Lets each client ask for `tasks_per_second` tasks, and for as many at once as a second brings.
+    """Limits each client to `tasks_per_second` tasks, with a burst of one second's tasks, at least one.
 
-    Over any time a client gets at most rate x time + burst + one request. `clock` is monotonic, in seconds.
+    In any period a client gets at most rate x time + burst + one request. `clock` is monotonic, in seconds.
     """
 
     def __init__(self, tasks_per_second: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._interval = 1 / tasks_per_second
-        self._depth = max(1.0, self._interval)  # seconds that an empty bucket takes to be full
+        self._fill_seconds = max(1.0, self._interval)  # from empty to full
         self._clock = clock
-        self._full_at: LRUCache[bytes, float] = LRUCache(_MOST_CLIENTS)
+        self._full_at: LRUCache[bytes, float] = LRUCache(_MAX_CLIENTS)
 
     def __len__(self) -> int:
-        """Return the number of clients that are known."""
+        """Return the number of clients with a bucket."""
         return len(self._full_at)
 
     def admit(self, host: str) -> None:
-        """Take a token from the bucket of this client. Raises: TooManyRequests when there is none."""
+        """Take a token from the client's bucket. Raises: TooManyRequests when it has none."""
         full_at, wait = self._next(host)
-        # A refused request takes nothing: a client that asks too early is admitted when its token is due.
+        # A refused request takes no token: a client that retries early is still admitted at the same time.
         if wait > 0:
-            raise TooManyRequests("this client asks for more tasks than it may", retry_after=wait)
+            raise TooManyRequests("this client exceeds its limit of tasks per second", retry_after=wait)
         self._full_at[bucket_key(host)] = full_at
 
     def would_admit(self, host: str) -> bool:
-        """Tell whether there is a token for this client, and take none."""
+        """Tell whether the client's bucket has a token, without taking it."""
         return self._next(host)[1] <= 0
 
     def charge(self, host: str, tasks: int) -> None:
-        """Take a token for each of these tasks but the first, whose token `admit` has taken."""
+        """Take a token for each task but the first, whose token `admit` has taken."""
         key = bucket_key(host)
         now = self._clock()
         self._full_at[key] = max(self._full_at.get(key, now), now) + self._interval * (tasks - 1)
 
     def _next(self, host: str) -> tuple[float, float]:
-        """Return when the bucket will be full after a token is taken, and for how long there is none."""
+        """Return when the bucket will be full after taking a token, and the seconds until it has one."""
         now = self._clock()
         full_at = max(self._full_at.get(bucket_key(host), now), now) + self._interval
-        wait = full_at - now - self._depth
-        return full_at, wait if wait > _INEXACT else 0.0
+        wait = full_at - now - self._fill_seconds
+        return full_at, wait if wait > _TOLERANCE_SECONDS else 0.0
 
 
 class ClientLimits:
-    """What endpoints ask about the client of a request, once they know what the request costs.
+    """Applies the limits that depend on the content of a request.
 
-    `limiter`: None without `limits.requests_per_second`. `most_subscriptions`: of one client; 0: no limit.
+    `limiter` is None without `limits.requests_per_second`. `max_subscriptions` is the maximum number of open
+    streams and long polls of one client; 0 means no limit.
     """
 
-    def __init__(self, limiter: ClientRateLimiter | None, *, most_subscriptions: int) -> None:
+    def __init__(self, limiter: ClientRateLimiter | None, *, max_subscriptions: int) -> None:
         self._limiter = limiter
-        self._most_subscriptions = most_subscriptions
+        self._max_subscriptions = max_subscriptions
         self._subscriptions: Counter[bytes] = Counter()
 
     def charge(self, scope: Scope, tasks: int) -> None:
-        """Let the client of an admitted request pay for so many tasks."""
+        """Take the tokens of an admitted request for `tasks` tasks."""
         if self._limiter is not None and tasks > 1:
             self._limiter.charge(client_host(scope), tasks)
 
-    def subscribed(self, scope: Scope) -> AbstractContextManager[None]:
+    def subscription(self, scope: Scope) -> AbstractContextManager[None]:
         """Count a stream or long poll of the client while the context is open.
 
-        Raises: TooManyRequests, on entering, when the client has as many as it may.
+        Raises: TooManyRequests on entering, when the client has reached its maximum.
         """
-        return self._counted(bucket_key(client_host(scope))) if self._most_subscriptions else _NO_LIMIT
+        return self._counted(bucket_key(client_host(scope))) if self._max_subscriptions else _NO_LIMIT
 
     @contextmanager
     def _counted(self, key: bytes) -> Iterator[None]:
-        if self._subscriptions[key] >= self._most_subscriptions:
+        if self._subscriptions[key] >= self._max_subscriptions:
             raise TooManyRequests(
-                "this client has as many open streams and long polls as it may",
-                retry_after=_SUBSCRIBE_AGAIN_SECONDS,
+                "this client has reached its limit of open streams and long polls",
+                retry_after=_SUBSCRIPTION_RETRY_SECONDS,
             )
         self._subscriptions[key] += 1
         try:
@@ -115,12 +116,12 @@ class ClientLimits:
                 del self._subscriptions[key]
 
 
-@lru_cache(maxsize=4096)  # parsing an address takes longer than all the rest of an admission
+@lru_cache(maxsize=4096)  # parsing an address takes longer than the rest of the admission
 def bucket_key(host: str) -> bytes:
-    """Return what tells clients apart: an IPv4 address, or the /64 of an IPv6 one.
+    """Return the key that identifies a client: an IPv4 address, or the /64 of an IPv6 address.
 
-    IPv4 within IPv6, as a dual-stack listener names it, is IPv4. Whatever is no address shares one
-    key: it cannot be had by the thousand.
+    An IPv4-mapped IPv6 address, as seen by a dual-stack listener, counts as IPv4. All values that are no
+    address share one key, so that invented names do not get a bucket each.
     """
     try:
         address = ip_address(host)
@@ -133,21 +134,21 @@ def bucket_key(host: str) -> bytes:
     return address.packed
 
 
-def client_of(scope: Scope) -> bytes:
-    """Return what tells this request's client apart from others: see `bucket_key`."""
+def client_key(scope: Scope) -> bytes:
+    """Return the key of the request's client; see `bucket_key`. Empty if the address is unknown."""
     client = scope.get("client")
     return bucket_key(client[0]) if client else b""
 
 
 class ClientRateLimit:
-    """Refuses requests of clients over their rate; probes and scrapes are exempt."""
+    """Middleware that refuses requests of clients over their rate; probes and scrapes are exempt."""
 
     def __init__(self, app: ASGIApp, *, limiter: ClientRateLimiter) -> None:
         self._app = app
         self._limiter = limiter
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Pass the request on. Raises: TooManyRequests, before anything is awaited."""
+        """Pass the request on. Raises: TooManyRequests before anything is awaited."""
         if scope["type"] == "http" and not operator_endpoints.is_probe(scope):
             self._limiter.admit(client_host(scope))
         return self._app(scope, receive, send)

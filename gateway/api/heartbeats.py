@@ -1,8 +1,8 @@
-"""Heartbeats: a line in every event stream, so that nobody on the way takes it for dead and hangs up.
+"""Heartbeats of event streams, which keep proxies and clients from closing a quiet connection.
 
-    due -> goes with the next event -> or alone, when none comes in time
+    due -> sent with the next event, or alone if there is none in time
 
-The lines are comments of the event-stream format: readers pass over them.
+A heartbeat is a comment of the event-stream format, which clients ignore.
 """
 
 from __future__ import annotations
@@ -16,54 +16,55 @@ from gateway.watch.subscriber import Subscriber
 
 HEARTBEAT = b": still here\n\n"
 _CHUNK = chunk(HEARTBEAT)
-_TURNS = 16
+_GROUPS = 16
 
 
 class Heartbeats:
-    """Sees to it that no stream goes without a heartbeat for longer than so many seconds.
+    """Sends a heartbeat on every stream at least every `seconds` seconds.
 
-    The streams take turns: thousands that wrote at one moment would hold up everybody else's answer. A
-    heartbeat that is due goes with the next event; only if none comes until the next turn it goes alone.
+    Streams are divided into groups that are served in rotation: thousands of simultaneous writes would delay
+    other responses. A due heartbeat is sent with the next event. If there is no event within one step of the
+    rotation, it is sent alone.
     """
 
     def __init__(self, seconds: float) -> None:
-        self._pause = seconds / (_TURNS + 1)  # due in every turn of its own, sent by the next one
-        self._turns: list[set[Subscriber]] = [set() for _ in range(_TURNS)]
-        self._turn = 0
+        self._pause = seconds / (_GROUPS + 1)  # due at one step of the rotation, sent by the next one
+        self._groups: list[set[Subscriber]] = [set() for _ in range(_GROUPS)]
+        self._current = 0
         self._timer: asyncio.TimerHandle | None = None
 
     @contextmanager
-    def pacing(self, subscriber: Subscriber) -> Iterator[None]:
-        """Keep the heartbeat of this watcher's stream while the context is open."""
-        turn = self._turns[self._turn - 1]  # the one just past: its next is a whole round away
-        turn.add(subscriber)
+    def sending_to(self, subscriber: Subscriber) -> Iterator[None]:
+        """Send heartbeats on this subscriber's stream while the context is open."""
+        group = self._groups[self._current - 1]  # served last: its next step is a whole rotation away
+        group.add(subscriber)
         if self._timer is None:
-            self._wait()
+            self._schedule_next()
         try:
             yield
         finally:
-            turn.discard(subscriber)
-            if self._timer is not None and not any(self._turns):
+            group.discard(subscriber)
+            if self._timer is not None and not any(self._groups):
                 self._timer.cancel()
                 self._timer = None
 
-    def _wait(self) -> None:
-        self._timer = asyncio.get_running_loop().call_later(self._pause, self._beat)
+    def _schedule_next(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(self._pause, self._step)
 
-    def _beat(self) -> None:
-        for subscriber in self._turns[self._turn - 1]:
+    def _step(self) -> None:
+        for subscriber in self._groups[self._current - 1]:
             if subscriber.heartbeat_due:
                 _send_heartbeat(subscriber)
-        for subscriber in self._turns[self._turn]:
+        for subscriber in self._groups[self._current]:
             subscriber.heartbeat_due = True
-        self._turn = (self._turn + 1) % _TURNS
-        self._wait()
+        self._current = (self._current + 1) % _GROUPS
+        self._schedule_next()
 
 
 def _send_heartbeat(subscriber: Subscriber) -> None:
     direct_transport = subscriber.idle_transport
     if direct_transport is None or direct_transport.get_write_buffer_size():
-        subscriber.ring()  # its stream does, when it can
+        subscriber.wake()  # its stream sends it when the reader has caught up
     else:
         subscriber.heartbeat_due = False
         direct_transport.write(_CHUNK)

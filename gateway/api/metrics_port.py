@@ -1,4 +1,4 @@
-"""The application of the metrics port: /metrics, as on the callers' port, and nothing else."""
+"""The application of the separate metrics port: /metrics and nothing else."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api import operator_endpoints
-from gateway.api.middleware.telemetry import completed, identify
+from gateway.api.middleware.telemetry import assign_request_id, with_common_headers
 from gateway.api.problems import Problems
 from gateway.domain.errors import GatewayError
 
 
 def metrics_application(registry: CollectorRegistry, *, problems: Problems) -> ASGIApp:
-    """Return an ASGI application that answers GET and HEAD /metrics, and problems to all else.
+    """Return an ASGI application that serves GET and HEAD /metrics, and responds with problems otherwise.
 
-    Its requests are neither counted nor logged: a scrape is not to show in what it reads.
+    Its requests are neither counted nor logged: a scrape must not change the values that it reads.
     """
     app = Starlette(routes=[Route("/metrics", operator_endpoints.metrics(registry))])
     app.router.redirect_slashes = False
-    app.middleware_stack = _Surroundings(app.router, problems=problems)
+    app.middleware_stack = _ErrorHandling(app.router, problems=problems)
     return app
 
 
-class _Surroundings:
-    """Gives every request an id, and answers errors; a bug is the server's to log."""
+class _ErrorHandling:
+    """Assigns request IDs and turns errors into problems. The server logs unexpected exceptions."""
 
     def __init__(self, app: ASGIApp, *, problems: Problems) -> None:
         self._app = app
@@ -36,17 +36,17 @@ class _Surroundings:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        sending = _completing(send, identify(scope))
+        send_with_headers = _with_headers(send, assign_request_id(scope))
         try:
-            await self._app(scope, receive, sending)
+            await self._app(scope, receive, send_with_headers)
         except (GatewayError, HTTPException) as exc:
-            await self._problems.answer(scope, exc)(scope, receive, sending)
+            await self._problems.response(scope, exc)(scope, receive, send_with_headers)
 
 
-def _completing(send: Send, request_id: bytes) -> Send:
-    async def completing(message: Message) -> None:
+def _with_headers(send: Send, request_id: bytes) -> Send:
+    async def send_with_headers(message: Message) -> None:
         if message["type"] == "http.response.start":
-            message["headers"] = completed(message.get("headers", ()), request_id)
+            message["headers"] = with_common_headers(message.get("headers", ()), request_id)
         await send(message)
 
-    return completing
+    return send_with_headers

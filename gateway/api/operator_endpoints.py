@@ -1,4 +1,4 @@
-"""What operators and their tools ask: alive, ready, how is it going, what is there."""
+"""Endpoints for operators: liveness, readiness, metrics and the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from starlette.types import Scope
 
 from gateway.api.requests import accepts_gzip, route_path
 
-# Asked by machines, as often as they are set to, and by address alone: a kubelet asks for the pod's IP.
+# Requested periodically by machines, with an IP address as Host: a kubelet uses the pod's address.
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 
-# What load balancers ask with OPTIONS: the server as a whole (RFC 9110, 7.1), or its root.
+# Targets of OPTIONS requests by load balancers: the server as a whole (RFC 9110, 7.1), or its root.
 _ALLOWED = {"*": "GET, HEAD, OPTIONS, POST", "/": "GET, HEAD, OPTIONS"}
-_GZIP_LEVEL = 1  # a fifth of the text; 9 would make it a sixth, in five times the time
+_GZIP_LEVEL = 1  # compresses to a fifth; level 9 to a sixth, in five times the time
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 def is_probe(scope: Scope) -> bool:
-    """Tell whether a request is one of those that machines make by address, as often as they are set to."""
+    """Tell whether a request is a periodic one of a load balancer, kubelet or Prometheus."""
     path = route_path(scope)
     return path in PROBES or (path in _ALLOWED and scope["method"] == "OPTIONS")
 
@@ -42,14 +42,14 @@ class OptionsRoute(Route):
         super().__init__("/", endpoint, methods=["OPTIONS"])
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """See `Route.matches`; a path of "*" is no pattern that Starlette knows."""
+        """See `Route.matches`. Starlette's path patterns cannot express "*"."""
         if scope["type"] == "http" and scope["method"] == "OPTIONS" and route_path(scope) in _ALLOWED:
             return Match.FULL, {"endpoint": self.endpoint, "path_params": {}}
         return Match.NONE, {}
 
 
 async def healthz(_: Request) -> Response:
-    """Answer 200: the process can answer."""
+    """Respond 200: the process is alive."""
     return JSONResponse({"status": "ok"})
 
 
@@ -58,26 +58,26 @@ def readyz(
     degraded: Callable[[], list[str]],
     credentials: Callable[[], dict[str, Any] | None],
 ) -> Endpoint:
-    """Return an endpoint that answers 200 when traffic should come, else 503 with the reasons.
+    """Return an endpoint that responds 200 when the gateway is ready for traffic, else 503 with the reasons.
 
-    `credentials` tells which pair signs, by its slot and generation.
+    `credentials` returns the slot and generation of the key pair in use.
     """
 
     async def endpoint(_: Request) -> Response:
-        why_not = reasons()
+        unready_reasons = reasons()
         body = {
-            "ready": not why_not,
-            "reasons": why_not,
+            "ready": not unready_reasons,
+            "reasons": unready_reasons,
             "degraded": degraded(),
             "credentials": credentials(),
         }
-        return JSONResponse(body, 503 if why_not else 200, {"Cache-Control": "no-store"})
+        return JSONResponse(body, 503 if unready_reasons else 200, {"Cache-Control": "no-store"})
 
     return endpoint
 
 
 def metrics(registry: CollectorRegistry) -> Endpoint:
-    """Return an endpoint that answers in Prometheus text or, if asked for, OpenMetrics; gzip if accepted."""
+    """Return an endpoint for the metrics: Prometheus text or OpenMetrics as requested, gzip if accepted."""
 
     async def endpoint(request: Request) -> Response:
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
@@ -92,7 +92,7 @@ def metrics(registry: CollectorRegistry) -> Endpoint:
 
 
 def openapi() -> Endpoint:
-    """Return an endpoint that answers with the OpenAPI document."""
+    """Return an endpoint that serves the OpenAPI document."""
     document = files("gateway.api").joinpath("openapi.json").read_bytes()
 
     async def endpoint(_: Request) -> Response:

@@ -1,8 +1,7 @@
-"""The pages for people: what lies in `gateway/api/web`, read once, served as it is.
+"""The web pages: the files of `gateway/api/web`, read once at startup and served unchanged.
 
-The pages name everything relative to themselves, so that an ingress may serve them under a prefix.
-They load nothing from elsewhere and hold no script or style inline, which is what lets the policy
-be this strict.
+The pages use relative URLs only, so that an ingress can serve them below a prefix. They load nothing from
+other origins and contain no inline script or style, which allows a strict Content-Security-Policy.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway.api.progress_response import matches
+from gateway.api.progress_response import etag_matches
 from gateway.domain.errors import PathNotFound
 
 _CONTENT_TYPES = {
@@ -26,12 +25,12 @@ _CONTENT_TYPES = {
     ".svg": "image/svg+xml",
 }
 _HEADERS = {
-    "Cache-Control": "no-cache",  # kept, but asked for anew: a page never runs with another version's script
+    "Cache-Control": "no-cache",  # always revalidated: a page never runs with the script of another version
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
         "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
     ),
-    "Referrer-Policy": "no-referrer",  # the page's address names tasks
+    "Referrer-Policy": "no-referrer",  # the page's URL contains task IDs
 }
 
 
@@ -43,14 +42,14 @@ class _File:
 
     def response(self, request: Request) -> Response:
         headers = {**_HEADERS, "ETag": self.etag}
-        known = request.headers.get("if-none-match")
-        if known is not None and matches(known, self.etag):
+        if_none_match = request.headers.get("if-none-match")
+        if if_none_match is not None and etag_matches(if_none_match, self.etag):
             return Response(status_code=304, headers=headers)
         return Response(self.body, headers={**headers, "Content-Type": self.content_type})
 
 
 def page_routes() -> list[Route]:
-    """Return the routes of the pages; their files are read now, and never again."""
+    """Return the routes of the pages; their files are read once, now."""
     served = _read_files()
 
     async def index(request: Request) -> Response:
@@ -60,11 +59,11 @@ def page_routes() -> list[Route]:
         return served["docs.html"].response(request)
 
     async def file(request: Request) -> Response:
-        # A name is looked up and never becomes a path: what is not in the table does not exist.
-        found = served.get(request.path_params["file"])
-        if found is None:
+        # The name is a key of the table and never a file path.
+        known_file = served.get(request.path_params["file"])
+        if known_file is None:
             raise PathNotFound("no such path; /openapi.json lists those that exist")
-        return found.response(request)
+        return known_file.response(request)
 
     return [Route("/", index), Route("/docs", docs), Route("/web/{file}", file)]
 

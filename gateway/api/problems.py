@@ -1,7 +1,7 @@
-"""From the exception tree to what a caller is told: the one table with HTTP statuses.
+"""Maps exceptions to HTTP error responses: the only table of HTTP statuses.
 
-Outside the drop-in paths an error is a problem document (RFC 9457). On them it is the vendor's
-envelope, for that is what its SDKs parse.
+An error is a problem document (RFC 9457). On the vendor's own paths it is the vendor's envelope, which the
+vendor's SDKs parse.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import render_json
 
-# Looked up along the class's ancestors: a subclass without a row of its own is told as its parent.
+# A subclass without its own row uses the row of its nearest ancestor.
 PROBLEMS: Mapping[type[GatewayError], tuple[int, str]] = {
     InvalidTaskId: (400, "Invalid task ID"),
     InvalidParameter: (400, "Invalid parameter"),
@@ -55,54 +55,54 @@ PROBLEMS: Mapping[type[GatewayError], tuple[int, str]] = {
     UpstreamRejected: (502, "The upstream rejected the query"),
     UpstreamCredentials: (502, "The upstream refused the gateway's credentials"),
     UpstreamForbidden: (502, "The upstream refused the gateway's credentials"),
-    UpstreamInvalid: (502, "The upstream's answer makes no sense"),
-    UpstreamUnreachable: (502, "The upstream cannot be reached"),
-    UpstreamThrottled: (503, "The upstream asks to slow down"),
-    UpstreamOpen: (503, "The upstream is unwell and is not asked for now"),
-    Overloaded: (503, "The gateway is overloaded"),
-    UpstreamTimeout: (504, "The upstream did not answer in time"),
+    UpstreamInvalid: (502, "Invalid response from the upstream"),
+    UpstreamUnreachable: (502, "Upstream unreachable"),
+    UpstreamThrottled: (503, "Rate limited by the upstream"),
+    UpstreamOpen: (503, "Circuit breaker open: the upstream has been failing"),
+    Overloaded: (503, "Gateway overloaded"),
+    UpstreamTimeout: (504, "Upstream timeout"),
     GatewayError: (500, "Internal error"),
 }
 
-_COME_BACK = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})  # and say when
-_RETRY_AFTER_SECONDS = 1.0  # when nobody knows better
-_FAILURE = 20  # the vendor's word for it, in an envelope
-INTERNAL = GatewayError("the gateway has a bug; its log says more under this request's id")
+_WITH_RETRY_AFTER = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
+_RETRY_AFTER_SECONDS = 1.0  # if the error has no value
+_FAILURE = 20  # the envelope's `status` of a failed call
+INTERNAL = GatewayError("internal error; see the log of the gateway for this request ID")
 
 
 class Problems:
-    """Turns exceptions into answers. `vendor_paths` are those whose callers parse envelopes."""
+    """Turns exceptions into responses. `vendor_paths` are the paths whose clients parse envelopes."""
 
     def __init__(self, vendor_paths: Collection[str]) -> None:
         self._vendor_paths = frozenset(vendor_paths)
 
-    def answer(self, scope: Scope, exc: Exception) -> Response:
-        """Return the answer to a request that met this exception; one that nobody meant is `internal`."""
-        all_headers: dict[str, str] = {}
+    def response(self, scope: Scope, exc: Exception) -> Response:
+        """Return the response for this exception; an unexpected exception has the code `internal`."""
+        headers: dict[str, str] = {}
         if isinstance(exc, HTTPException):
-            all_headers.update(exc.headers or {})
+            headers.update(exc.headers or {})
             exc = _from_router(exc)
         error = exc if isinstance(exc, GatewayError) else INTERNAL
-        scope["state"]["code"] = error.code  # for the request's log line
+        scope["state"]["code"] = error.code  # for the request log
         status, title = lookup(error)
-        if status in _COME_BACK:
-            all_headers["Retry-After"] = str(math.ceil(error.retry_after or _RETRY_AFTER_SECONDS))
-        all_headers["Cache-Control"] = "no-store"
+        if status in _WITH_RETRY_AFTER:
+            headers["Retry-After"] = str(math.ceil(error.retry_after or _RETRY_AFTER_SECONDS))
+        headers["Cache-Control"] = "no-store"
         if status == HTTPStatus.UNSUPPORTED_MEDIA_TYPE:
-            all_headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
+            headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
         if route_path(scope) in self._vendor_paths:
-            return Response(render_json(_envelope(error)), status, all_headers, "application/json")
+            return Response(render_json(_envelope(error)), status, headers, "application/json")
         problem = document(error, status, title, request_id=scope["state"]["request_id"])
-        return Response(render_json(problem), status, all_headers, "application/problem+json")
+        return Response(render_json(problem), status, headers, "application/problem+json")
 
 
 def lookup(error: GatewayError) -> tuple[int, str]:
-    """Return an error's HTTP status and title."""
+    """Return the HTTP status and title of an error."""
     return next(PROBLEMS[kind] for kind in type(error).__mro__ if kind in PROBLEMS)
 
 
 def document(error: GatewayError, status: int, title: str, *, request_id: str) -> dict[str, Any]:
-    """Return the problem document of RFC 9457, with our members `code`, `requestId` and `upstream`."""
+    """Return the problem document (RFC 9457), with the extensions `code`, `requestId` and `upstream`."""
     problem: dict[str, Any] = {
         "type": f"urn:sd-gateway:problem:{error.code}",
         "title": title,
@@ -143,5 +143,5 @@ def _envelope(error: GatewayError) -> dict[str, Any]:
 
 def _from_router(exc: HTTPException) -> GatewayError:
     if exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        return MethodNotAllowed("this path does not answer to this method")
+        return MethodNotAllowed("this path does not support this method")
     return PathNotFound("no such path; /openapi.json lists those that exist")

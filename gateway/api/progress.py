@@ -1,7 +1,7 @@
-"""GET /v1/progress/{taskId}: one task, at once or as a long poll.
+"""GET /v1/progress/{taskId}: the progress of one task, immediately or as a long poll.
 
-A plain ASGI endpoint, for this is the hot path: on a hit the body and the ETag are the bytes
-that were rendered when the snapshot was stored, and nothing is awaited but `send`.
+This is the hot path, hence a plain ASGI endpoint. On a hit, body and ETag were rendered when the snapshot was
+stored, and nothing but `send` is awaited.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from contextlib import suppress
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.client_limits import ClientLimits, client_of
-from gateway.api.progress_response import HEADER_NAMES, answer, matches
-from gateway.api.request_log import settled
+from gateway.api.client_limits import ClientLimits, client_key
+from gateway.api.progress_response import HEADER_NAMES, build_response, etag_matches
+from gateway.api.request_log import record_outcome
 from gateway.api.requests import Headers, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, while_connected
-from gateway.api.task_parameters import Tasks
+from gateway.api.task_parameters import TaskParameters
 from gateway.domain.errors import GatewayError, InvalidParameter
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
@@ -35,44 +35,44 @@ _SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 class ProgressEndpoint:
-    """Answers for one task."""
+    """Responds with the progress of one task."""
 
     def __init__(
         self,
         service: ProgressService,
-        watch: WatchHub,
+        hub: WatchHub,
         *,
-        tasks: Tasks,
+        tasks: TaskParameters,
         clients: ClientLimits,
         max_wait_seconds: float,
     ) -> None:
         self._service = service
-        self._watch = watch
+        self._hub = hub
         self._tasks = tasks
         self._clients = clients
         self._max_wait_seconds = max_wait_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 200 with the task's progress, or 304 when the caller has it already."""
+        """Respond 200 with the task's progress, or 304 when the client has the current representation."""
         parameters = query_parameters(scope, "api", "wait")
         key = self._tasks.in_path(scope, parameters)
-        known = header(scope["headers"], b"if-none-match")
+        if_none_match = header(scope["headers"], b"if-none-match")
         wait, headers = self._wait(scope, parameters)
         if wait:
-            outcome = await self._changed(scope, receive, key, known, wait)
+            outcome = await self._wait_for_change(scope, receive, key, if_none_match, wait)
         else:
             outcome = self._service.lookup(key) or await self._read(scope, receive, key)
-        status, values, body = answer(settled(scope, outcome), known)
+        status, values, body = build_response(record_outcome(scope, outcome), if_none_match)
         headers += zip(HEADER_NAMES[status], values, strict=True)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
     async def _read(self, scope: Scope, receive: Receive, key: TaskKey) -> CacheResult | FetchFailure:
-        """Ask, for as long as the caller waits. Raises: ClientDisconnect."""
-        return await while_connected(scope, receive, self._service.read(key, client=client_of(scope)))
+        """Query the task through the service. Raises: ClientDisconnect when the client disconnects first."""
+        return await while_connected(scope, receive, self._service.read(key, client=client_key(scope)))
 
     def _wait(self, scope: Scope, parameters: dict[str, list[str]]) -> tuple[float, Headers]:
-        """Return how many seconds the caller wants to wait, 0 for not at all, and how that is told."""
+        """Return the requested wait in seconds, 0 for none, and the response headers that confirm it."""
         if "wait" in parameters:
             value = parameters["wait"][0]
             if not _SECONDS.fullmatch(value):
@@ -81,58 +81,58 @@ class ProgressEndpoint:
         prefer = header(scope["headers"], b"prefer")
         match = _PREFER_WAIT.search(prefer) if prefer is not None else None
         if match is None:
-            return 0.0, []  # a preference that is not understood is ignored (RFC 7240, 2)
+            return 0.0, []  # an unknown preference is ignored (RFC 7240, 2)
         wait = min(float(match[1]), self._max_wait_seconds)
         return wait, [(b"preference-applied", b"wait=%d" % wait), (b"vary", b"Prefer")]
 
-    async def _changed(
-        self, scope: Scope, receive: Receive, key: TaskKey, known: str | None, wait: float
+    async def _wait_for_change(
+        self, scope: Scope, receive: Receive, key: TaskKey, if_none_match: str | None, wait: float
     ) -> CacheResult | FetchFailure:
-        """Watch until the task differs from what the caller knows, has ended, or `wait` has passed.
+        """Wait until the task differs from the client's representation or has ended, up to `wait` seconds.
 
-        All that goes upstream meanwhile goes by the watch's schedule, and the whole is counted as one lookup.
+        Only the hub's schedule calls the upstream meanwhile, and the long poll counts as one lookup.
         """
         on_arrival = self._service.current(key)
-        if known is None:
-            known = on_arrival.snapshot.etag if on_arrival is not None else ""
+        if if_none_match is None:
+            if_none_match = on_arrival.snapshot.etag if on_arrival is not None else ""
         failure: GatewayError | None = None
         with (
-            self._clients.subscribed(scope),
-            self._watch.watching([key], SubscriptionKind.LONGPOLL, client=client_of(scope)) as subscriber,
+            self._clients.subscription(scope),
+            self._hub.subscribe([key], SubscriptionKind.LONGPOLL, client=client_key(scope)) as subscriber,
         ):
             async with DisconnectListener(scope, receive, subscriber.disconnect):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
-                        failure = await _until_news(subscriber, known)
+                        failure = await _next_change(subscriber, if_none_match)
         if failure is not None:
             outcome: CacheResult | FetchFailure = FetchFailure(key, failure, CacheStatus.NEGATIVE)
         elif (result := self._service.current(key)) is not None:
             outcome = result if on_arrival is not None else result._replace(source=CacheStatus.MISS)
         else:
-            # Nothing may be shown. As any query, it waits for the flight that the schedule has begun, or asks
-            # anew where the schedule backs off after a failure.
+            # There is no current snapshot. Like any query, join the schedule's in-flight request, or start
+            # one if the schedule backs off after a failure.
             return await self._read(scope, receive, key)
         self._service.count(outcome)
         return outcome
 
 
-async def _until_news(subscriber: Subscriber, known: str) -> GatewayError | None:
-    """Return when there is something to answer: the failure, if it is one. Raises: ClientDisconnect.
+async def _next_change(subscriber: Subscriber, if_none_match: str) -> GatewayError | None:
+    """Return when there is a change, with the failure if it is one. Raises: ClientDisconnect.
 
-    A failure that is there on arrival is not returned: it may be as old as the pause of the schedule.
+    A failure that is already known on arrival is not returned: it may be as old as the schedule's backoff.
     """
-    new = not subscriber.woken
-    while not subscriber.leaving:
-        for update in await subscriber.take():
+    awaited = not subscriber.woken
+    while not subscriber.shutting_down:
+        for update in await subscriber.next_updates():
             if update.failure is not None:
-                return update.failure if new else None
-            if _is_news(update.snapshot, known):
+                return update.failure if awaited else None
+            if _is_change(update.snapshot, if_none_match):
                 return None
         if subscriber.disconnected:
             raise ClientDisconnect
-        new = True
+        awaited = True
     return None
 
 
-def _is_news(snapshot: Snapshot | None, known: str) -> bool:
-    return snapshot is not None and (snapshot.terminal or not matches(known, snapshot.etag))
+def _is_change(snapshot: Snapshot | None, if_none_match: str) -> bool:
+    return snapshot is not None and (snapshot.terminal or not etag_matches(if_none_match, snapshot.etag))

@@ -1,7 +1,7 @@
-"""One log line a request: who asked for what, how it was answered, and what upstream had to do with it.
+"""The request log: one line per request, with its route, status, cache status and upstream calls.
 
-A crowd's lines are sampled by kind (route, class of status, problem, verdict), and a line that is not
-written costs a look into a dictionary. Endpoints only leave their outcomes in the scope.
+At high rates lines are sampled by route, status class, problem code and cache status. A line that is not
+written costs one dictionary lookup. Endpoints only store their results in the scope.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from gateway.progress.results import CacheResult, FetchFailure
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.redaction import Excerpt
 
-Verdict = tuple[str, str | None]
+# A cache status, and the code of the failure that was returned or replaced by a stale snapshot.
+OutcomeLabels = tuple[str, str | None]
 
-SPAN = "span"  # in the scope's state: the TraceParent that is the request's own, where spans are made
+SPAN = "span"  # key in the scope's state: the TraceParent of the request's own span, with tracing on
 _SERVER_ERROR = 500
-_SHOWN = 64  # characters of a task ID, which may be none
+_LOGGED_ID_CHARS = 64  # of a task ID in the path, which may be invalid
 
 log = structlog.get_logger(__name__)
 
 
-def settled(scope: Scope, outcome: CacheResult | FetchFailure) -> CacheResult:
-    """Leave a request's only outcome for its line; return the reading. Raises: the failure."""
+def record_outcome(scope: Scope, outcome: CacheResult | FetchFailure) -> CacheResult:
+    """Record the result of a request for its log line, and return it. Raises: the failure, if it is one."""
     scope["state"]["outcomes"] = (outcome,)
     if isinstance(outcome, FetchFailure):
         raise outcome.raised()
@@ -38,29 +39,29 @@ def settled(scope: Scope, outcome: CacheResult | FetchFailure) -> CacheResult:
 
 
 class RequestLog:
-    """Writes the lines."""
+    """Writes the request log."""
 
     def __init__(self, log_sampler: LogSampler) -> None:
         self._log_sampler = log_sampler
         self._logger = logging.getLogger(__name__)
 
-    def tell(self, scope: Scope, *, method: str, route: str, status: int, seconds: float) -> None:
-        """Write this request's line, unless enough of its kind are written."""
+    def log(self, scope: Scope, *, method: str, route: str, status: int, seconds: float) -> None:
+        """Write the line of a request, unless it is sampled out."""
         if not self._logger.isEnabledFor(_level(route, status)):
             return
         state = scope["state"]
         outcomes: Sequence[CacheResult | FetchFailure] = state.get("outcomes", ())
-        only = verdict(outcomes[0]) if len(outcomes) == 1 else None
-        unnotified = self._log_sampler.take(kind(route, status, state.get("code"), only))
-        if unnotified is not None:
+        labels = outcome_labels(outcomes[0]) if len(outcomes) == 1 else None
+        suppressed = self._log_sampler.take(sampling_key(route, status, state.get("code"), labels))
+        if suppressed is not None:
             self.write(
-                scope, method=method, route=route, status=status, seconds=seconds, unnotified=unnotified
+                scope, method=method, route=route, status=status, seconds=seconds, suppressed=suppressed
             )
 
     def write(
-        self, scope: Scope, *, method: str, route: str, status: int, seconds: float, unnotified: int
+        self, scope: Scope, *, method: str, route: str, status: int, seconds: float, suppressed: int
     ) -> None:
-        """Write this request's line; `unnotified` are those of its kind that were not."""
+        """Write the line of a request; `suppressed` is the number of similar lines that were not written."""
         state = scope["state"]
         outcomes: Sequence[CacheResult | FetchFailure] = state.get("outcomes", ())
         line: dict[str, Any] = {
@@ -74,24 +75,24 @@ class RequestLog:
             **_cache(outcomes),
             **_upstream(outcomes),
             **trace_fields(scope),
-            "suppressed": unnotified or None,
+            "suppressed": suppressed or None,
         }
-        told = {name: value for name, value in line.items() if value is not None}
-        log.log(_level(route, status), "request", **told)
+        fields = {name: value for name, value in line.items() if value is not None}
+        log.log(_level(route, status), "request", **fields)
 
 
-def kind(route: str, status: int, code: str | None, verdict: Verdict | None) -> Hashable:
-    """Return what kind of line a request's is, to be sampled with its like; `verdict` is its outcome's."""
-    return route, status // 100, code, verdict
+def sampling_key(route: str, status: int, code: str | None, labels: OutcomeLabels | None) -> Hashable:
+    """Return the key under which a request's line is sampled; `labels` are those of its only result."""
+    return route, status // 100, code, labels
 
 
-def verdict(outcome: CacheResult | FetchFailure) -> Verdict:
-    """Return how an answer came about, and the code of the failure that it tells or covers."""
+def outcome_labels(outcome: CacheResult | FetchFailure) -> OutcomeLabels:
+    """Return the cache status, and the code of the failure, whether returned or replaced by a snapshot."""
     return outcome.source, outcome.failure.code if outcome.failure is not None else None
 
 
 def trace_fields(scope: Scope) -> dict[str, str]:
-    """Return what a log line says of a request's trace: the caller's span, and ours if there is one."""
+    """Return the trace fields of a log line: the client's span, and our own if there is one."""
     parent: TraceParent | None = trace_parent(scope)
     own: TraceParent | None = scope["state"].get(SPAN)
     fields = {} if parent is None else {"trace_id": parent.trace_id, "parent_id": parent.span_id}
@@ -111,19 +112,19 @@ def _tasks(scope: Scope, outcomes: Sequence[CacheResult | FetchFailure]) -> dict
         return {"tasks": len(outcomes)}
     if "tasks" in scope["state"]:
         return {"tasks": scope["state"]["tasks"]}
-    task_id = scope.get("path_params", {}).get("taskId")  # of a request that came to nothing
-    return {} if task_id is None else {"task_id": Excerpt(task_id, _SHOWN)}
+    task_id = scope.get("path_params", {}).get("taskId")  # of a request without a result
+    return {} if task_id is None else {"task_id": Excerpt(task_id, _LOGGED_ID_CHARS)}
 
 
 def _cache(outcomes: Sequence[CacheResult | FetchFailure]) -> dict[str, Any]:
     if len(outcomes) != 1:
         return {"cache": dict(Counter(str(outcome.source) for outcome in outcomes)) or None}
-    source, detail = verdict(outcomes[0])
+    source, detail = outcome_labels(outcomes[0])
     return {"cache": str(source), "detail": detail}
 
 
 def _upstream(outcomes: Sequence[CacheResult | FetchFailure]) -> dict[str, Any]:
-    """Tell of the calls that this request made or waited for."""
+    """Return the log fields of the upstream calls that this request waited for."""
     fetches = [outcome.fetch for outcome in outcomes if outcome.fetch is not None]
     seconds = [fetch.upstream_seconds for fetch in fetches if fetch.upstream_seconds is not None]
     if not seconds:

@@ -1,4 +1,4 @@
-"""What is read from a request, strictly: query parameters, headers and bounded bodies."""
+"""Strict reading of requests: query parameters, headers and bodies of bounded size."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from gateway.domain.errors import BodyTooLarge, InvalidParameter
 
 Headers = list[tuple[bytes, bytes]]
 
-# On every response. A browser must not guess another content type, nor embed it in another site's page.
+# On every response: a browser must not guess another content type or embed it in another site's page.
 SECURITY_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"cross-origin-resource-policy", b"same-site"),
 )
 
-_OWN_SITES = frozenset({"same-origin", "same-site", "none"})  # "none": the user asks, not a page
-_SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
-_MOST_PARAMETERS = 10_100
+_OWN_SITES = frozenset({"same-origin", "same-site", "none"})  # "none": a user action, not a page
+_VALID_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
+_MAX_PARAMETERS = 10_100
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
-_SHOWN = 64  # characters of a parameter's name that an error repeats: whole, or not at all
+_MAX_SHOWN_CHARS = 64  # a longer parameter name is not repeated in the error
 
 
 def route_path(scope: Scope) -> str:
-    """Return the path below the root path, as Starlette routes: an ingress may have stripped it."""
+    """Return the path below the root path, as Starlette routes it; an ingress may have stripped the root."""
     path: str = scope["path"]
     root: str = scope.get("root_path", "")
     if not root or not path.startswith(root) or path[len(root) : len(root) + 1] not in {"", "/"}:
@@ -37,15 +37,15 @@ def route_path(scope: Scope) -> str:
 
 
 def client_host(scope: Scope) -> str:
-    """Return the address of the request's client, as trusted proxies tell it; empty where there is none."""
+    """Return the address of the request's client, as reported by trusted proxies; empty if unknown."""
     client = scope.get("client")
     return client[0] if client else ""
 
 
 def query_parameters(scope: Scope, *allowed: str, repeated: str = "") -> dict[str, list[str]]:
-    """Return the query's parameters, each with its values; `repeated` may have more than one.
+    """Return the values of each query parameter; only `repeated` may have more than one value.
 
-    Raises: InvalidParameter for an unknown parameter, or one that is given twice.
+    Raises: InvalidParameter for an unknown or repeated parameter.
     """
     if not scope["query_string"]:
         return {}
@@ -54,15 +54,15 @@ def query_parameters(scope: Scope, *allowed: str, repeated: str = "") -> dict[st
             scope["query_string"].decode("ascii"),
             keep_blank_values=True,
             errors="strict",
-            max_num_fields=_MOST_PARAMETERS,
+            max_num_fields=_MAX_PARAMETERS,
         )
     except ValueError as exc:
         raise InvalidParameter("the query string cannot be read") from exc
     values: dict[str, list[str]] = {}
     for name, value in pairs:
         if name not in allowed and name != repeated:
-            known = ", ".join(filter(None, (*allowed, repeated))) or "there are none here"
-            shown = ascii(name) if len(name) <= _SHOWN else f"of {len(name)} characters"
+            known = ", ".join(filter(None, (*allowed, repeated))) or "none on this path"
+            shown = ascii(name) if len(name) <= _MAX_SHOWN_CHARS else f"of {len(name)} characters"
             raise InvalidParameter(f"unknown query parameter {shown}; known: {known}")
         if name in values and name != repeated:
             raise InvalidParameter(f"query parameter {name!r} is given twice")
@@ -74,10 +74,10 @@ async def read_body(scope: Scope, receive: Receive, *, limit: int, seconds: floa
     """Return the request's body.
 
     Raises: BodyTooLarge over `limit` bytes, InvalidParameter when it takes longer than `seconds`,
-    ClientDisconnect when the caller is gone.
+    ClientDisconnect when the client has disconnected.
     """
     for name, value in scope["headers"]:
-        if name == b"content-length" and int(value) > limit:  # the server has checked that it is a number
+        if name == b"content-length" and int(value) > limit:  # the server has validated the number
             raise BodyTooLarge(f"the body is larger than {limit} bytes")
     body = bytearray()
     try:
@@ -96,37 +96,37 @@ async def read_body(scope: Scope, receive: Receive, *, limit: int, seconds: floa
 
 
 def header(headers: Headers, name: bytes) -> str | None:
-    """Return a header's value, repeated ones joined as RFC 9110 (5.3) has it, or None."""
+    """Return a header's value or None; the values of repeated headers are joined (RFC 9110, 5.3)."""
     values = [value for key, value in headers if key == name]
     return b", ".join(values).decode("latin-1") if values else None
 
 
 def accepts_gzip(headers: Headers) -> bool:
-    """Tell whether Accept-Encoding allows gzip, and does not prefer the body as it is (RFC 9110, 12.5.3)."""
+    """Tell whether Accept-Encoding allows gzip, and does not prefer identity (RFC 9110, 12.5.3)."""
     weights: dict[str, float] = {}
     for part in (header(headers, b"accept-encoding") or "").split(","):
         coding, *parameters = (piece.strip().lower() for piece in part.split(";"))
         weight = next((piece[2:].strip() for piece in parameters if piece.startswith("q=")), "1")
-        # A weight that is none makes the coding unacceptable: the body as it is can always be read.
+        # An invalid weight makes the coding unacceptable: identity is always a safe choice.
         weights[coding] = float(weight) if _WEIGHT.fullmatch(weight) else 0.0
     gzip = weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0)))
     return gzip > 0 and gzip >= weights.get("identity", 0.0)
 
 
 def is_cross_site(headers: Headers) -> bool:
-    """Tell whether a browser says that a page of another site asks (Fetch Metadata, Sec-Fetch-Site)."""
+    """Tell whether a browser sent the request for a page of another site (Fetch Metadata, Sec-Fetch-Site)."""
     site = header(headers, b"sec-fetch-site")
     return site is not None and site.lower() not in _OWN_SITES
 
 
-def given_request_id(headers: Headers) -> bytes | None:
-    """Return the caller's X-Request-Id, when it is sane."""
+def client_request_id(headers: Headers) -> bytes | None:
+    """Return the client's X-Request-Id, if it is valid."""
     for name, value in headers:
-        if name == b"x-request-id" and _SANE_REQUEST_ID.fullmatch(value):
+        if name == b"x-request-id" and _VALID_REQUEST_ID.fullmatch(value):
             return value
     return None
 
 
 def new_request_id() -> bytes:
-    """Return an id that no other request has; it is no secret."""
+    """Return a unique request ID. It is not a secret."""
     return random.getrandbits(128).to_bytes(16).hex().encode()

@@ -1,7 +1,7 @@
-"""What our own server (`edge/`) offers for a request beyond ASGI; on any other, ASGI must do.
+"""ASGI extensions of our own server (`gateway/server`), with fallbacks for other servers.
 
-It stands in the scope's `extensions`, and is worth its place with thousands of open streams: a
-call when the caller leaves in place of a task that receives, and a way to send that wakes nobody.
+They are in the scope's `extensions`, and save memory and time with thousands of open streams: a callback on
+disconnect instead of a task that awaits `receive`, and a way to send without waking a task.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from typing import TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
-# A dictionary: its values are called, without arguments, when the connection is lost. From then on LOST is
-# among its keys: what comes later is never called.
-ON_DISCONNECT = "gateway.on_hang_up"
-DISCONNECTED = "lost"
-# A callable: returns the connection's transport, on which chunks of a streamed body may be written between
-# two that are sent; None where the body that is being sent is not one of chunks.
-DIRECT_TRANSPORT = "gateway.outlet"
+# A dictionary whose values are called without arguments when the connection is lost. From then on
+# DISCONNECTED is one of its keys, and values that are added later are never called.
+ON_DISCONNECT = "gateway.on_disconnect"
+DISCONNECTED = "disconnected"
+# A callable that returns the connection's transport, to which chunks of a streamed body may be written
+# between two calls of `send`. It returns None if the body is not sent with the chunked transfer coding.
+DIRECT_TRANSPORT = "gateway.direct_transport"
 
 T = TypeVar("T")
 
 
 def direct_transport_of(scope: Scope) -> asyncio.WriteTransport | None:
-    """Return where chunks of this request's answer may be written, if the server lets us.
+    """Return the transport to which chunks of this response may be written directly, if there is one.
 
-    To be asked once a part of the body was sent: until then the head may be held back.
+    Call it after a part of the body was sent: until then the server may not have written the head.
     """
     find: Callable[[], asyncio.WriteTransport | None] | None = scope.get("extensions", {}).get(
         DIRECT_TRANSPORT
@@ -37,59 +37,60 @@ def direct_transport_of(scope: Scope) -> asyncio.WriteTransport | None:
 
 
 def chunk(part: bytes) -> bytes:
-    """Return a part of a body as it stands on the wire (RFC 9112, 7.1)."""
+    """Return a part of a body as a chunk of the chunked transfer coding (RFC 9112, 7.1)."""
     return b"%x\r\n%b\r\n" % (len(part), part)
 
 
 class DisconnectListener:
-    """Calls `notice` when the caller leaves while the context is open.
+    """Calls `callback` when the client disconnects while the context is open.
 
-    An ASGI server tells a disconnect to whoever receives, and a handler that only waits never
-    would: without the extension, a task of its own receives.
+    An ASGI server reports a disconnect through `receive`. A handler that waits for something else would not
+    notice it. Without the extension, a separate task awaits `receive`.
     """
 
-    __slots__ = ("_listening", "_notice", "_receive", "_subscribers")
+    __slots__ = ("_callback", "_callbacks", "_listener", "_receive")
 
-    def __init__(self, scope: Scope, receive: Receive, notice: Callable[[], None]) -> None:
-        self._subscribers: dict[object, object] | None = scope.get("extensions", {}).get(ON_DISCONNECT)
+    def __init__(self, scope: Scope, receive: Receive, callback: Callable[[], None]) -> None:
+        self._callbacks: dict[object, object] | None = scope.get("extensions", {}).get(ON_DISCONNECT)
         self._receive = receive
-        self._notice = notice
-        self._listening: asyncio.Task[None] | None = None
+        self._callback = callback
+        self._listener: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> None:
-        if self._subscribers is not None:
-            self._subscribers[self] = self._notice
-            if DISCONNECTED in self._subscribers:
-                self._notice()
+        if self._callbacks is not None:
+            self._callbacks[self] = self._callback
+            if DISCONNECTED in self._callbacks:
+                self._callback()
         else:
-            self._listening = asyncio.create_task(self._listen())
+            self._listener = asyncio.create_task(self._listen())
 
     async def __aexit__(self, *exc_info: object) -> None:
-        if self._subscribers is not None:
-            self._subscribers.pop(self, None)
-        if self._listening is not None:
-            self._listening.cancel()
+        if self._callbacks is not None:
+            self._callbacks.pop(self, None)
+        if self._listener is not None:
+            self._listener.cancel()
             with suppress(asyncio.CancelledError):
-                await self._listening
+                await self._listener
 
     async def _listen(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":
-            pass  # a GET's body says nothing
-        self._notice()
+            pass  # the body of a GET request is ignored
+        self._callback()
 
 
-async def while_connected(scope: Scope, receive: Receive, answer: Awaitable[T]) -> T:
-    """Return an answer that has to be waited for, as long as its caller does.
+async def while_connected(scope: Scope, receive: Receive, result: Awaitable[T]) -> T:
+    """Await `result` for as long as the client stays connected.
 
-    Raises: ClientDisconnect, when the caller leaves; `answer` is cancelled.
+    Raises: ClientDisconnect when the client disconnects; `result` is cancelled.
     """
     loop = asyncio.get_running_loop()
     try:
-        # A time-out that is set off by hand: it cancels this task, and knows that cancellation from others.
-        async with asyncio.timeout(None) as patience:
-            async with DisconnectListener(scope, receive, lambda: patience.reschedule(loop.time())):
-                return await answer
+        # The callback triggers this timeout, which cancels the task, and distinguishes its own cancellation
+        # from any other.
+        async with asyncio.timeout(None) as timeout:
+            async with DisconnectListener(scope, receive, lambda: timeout.reschedule(loop.time())):
+                return await result
     except TimeoutError:
-        if patience.expired():
+        if timeout.expired():
             raise ClientDisconnect from None
         raise

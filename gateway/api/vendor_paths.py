@@ -1,7 +1,7 @@
 """POST /scc/...: drop-in paths for the vendor's SDKs.
 
-Same path, same body, same envelope, byte for byte, from the same cache and the same flights as
-the simplified API. A caller's signature and credentials are not even read.
+Paths, request bodies and response envelopes are those of the vendor, byte for byte. Cache and in-flight
+requests are shared with the simplified API. The client's signature and credentials are ignored.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.client_limits import client_of
+from gateway.api.client_limits import client_key
 from gateway.api.progress_response import cache_headers
-from gateway.api.request_log import settled
+from gateway.api.request_log import record_outcome
 from gateway.api.requests import Headers, header, query_parameters, read_body
 from gateway.api.server_extensions import while_connected
 from gateway.domain.envelope import read_task_id
@@ -25,7 +25,7 @@ from gateway.progress.service import ProgressService
 
 
 class VendorEndpoint:
-    """Answers one upstream operation with the upstream's own envelope."""
+    """Responds to one operation with the upstream's own envelope."""
 
     def __init__(
         self, operation: Operation, service: ProgressService, *, max_body_bytes: int, body_seconds: float
@@ -36,13 +36,13 @@ class VendorEndpoint:
         self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 200 with the envelope; a rejection is passed on as it came."""
+        """Respond 200 with the envelope; a rejection by the vendor is passed on unchanged."""
         if scope["method"] != "POST":
-            # Said here, for the route's own refusal loses to the catch-all behind it.
+            # Checked here: with a method in the route, the catch-all route behind it would respond 404.
             raise HTTPException(405, headers={"Allow": "POST"})
         query_parameters(scope)
         if _is_encoded(scope["headers"]):
-            raise UnsupportedMediaType("the body has a content coding; send it as it is")
+            raise UnsupportedMediaType("the body has a content coding; send it without Content-Encoding")
         body = await read_body(scope, receive, limit=self._max_body_bytes, seconds=self._body_seconds)
         key = TaskKey(self._operation, _task_id(body))
         envelope, headers = await self._envelope(scope, receive, key)
@@ -53,27 +53,27 @@ class VendorEndpoint:
     async def _envelope(self, scope: Scope, receive: Receive, key: TaskKey) -> tuple[bytes, Headers]:
         outcome: CacheResult | FetchFailure | None = self._service.lookup(key)
         if outcome is None:
-            read = self._service.read(key, client=client_of(scope))
+            read = self._service.read(key, client=client_key(scope))
             outcome = await while_connected(scope, receive, read)
         try:
-            result = settled(scope, outcome)
+            result = record_outcome(scope, outcome)
         except UpstreamRejected as rejected:
             return rejected.envelope, []
-        # A snapshot may cover a rejection on the simplified paths; here the vendor's word counts.
+        # The simplified paths serve a stale snapshot after a rejection; this path passes the rejection on.
         if isinstance(result.failure, UpstreamRejected):
             return result.failure.envelope, []
         return result.snapshot.envelope, cache_headers(result)
 
 
 class UnknownOperation:
-    """Refuses every other path below /scc/, and names those that are allowed."""
+    """Refuses every other path below /scc/, with a list of the allowed ones."""
 
     def __init__(self, operations: Sequence[Operation]) -> None:
         self._allowed = ", ".join(operation.path for operation in operations)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raise PathNotFound."""
-        raise PathNotFound(f"the gateway forwards only: {self._allowed}")
+        raise PathNotFound(f"no such operation; the gateway forwards only: {self._allowed}")
 
 
 def _is_encoded(headers: Headers) -> bool:

@@ -1,1 +1,1 @@
-"""Subscriptions: one refresh schedule per watched task, however many subscribers it has."""
+"""Subscriptions to tasks: one refresh schedule per watched task, shared by all its subscribers."""

@@ -1,12 +1,12 @@
-"""Sleeping in company: who has to wake at about the same time wakes together, a few at a time.
+"""Coalesced timers: sleeping tasks that are due at about the same time wake together, in small groups.
 
-Work that comes bit by bit finds a process asleep and its caches cold each time, and costs double. Work
-that comes all at once holds up everybody else. So a sleeper joins the next wake that others have set, if
-that is near enough and has room; else it sets one, so late that a few others are likely to join.
+Work that arrives piece by piece finds the process asleep and its caches cold each time, and costs twice as
+much. Work that arrives all at once delays every other task. A task therefore joins an existing timer if that
+one is close enough and has room. Otherwise it starts a new timer, late enough that a few others can join.
 
-Groups stay together, for who wakes together is soon due together. Were all of them equally patient, they
-would come to follow each other just out of reach, half full for ever; so the more slept together, the less
-they wait for more, and catch up with those who wait.
+Tasks that wake together are due together again. If every group accepted the same delay, half-full groups
+would follow each other at a constant distance and never merge. The accepted delay therefore shrinks with the
+size of the group, so that large groups catch up with those that wait longer.
 """
 
 from __future__ import annotations
@@ -16,78 +16,79 @@ import random
 from bisect import bisect_left, insort
 from operator import attrgetter
 
-_TOGETHER = 20  # more gain nothing, and what the last of them brings comes the later
-_CONTENTMENT = 0.9  # the share of its patience that a full group has lost
+_MAX_GROUP = 20  # larger groups gain nothing and delay their last member
+_FULL_GROUP_REDUCTION = 0.9  # the share of the accepted delay that a full group gives up
 
-_moment = attrgetter("moment")
+_when = attrgetter("when")
 
 
-class _WakeUp:
-    """A moment on the loop's clock, and who sleeps until then: one timer for all."""
+class _Timer:
+    """A time on the loop's clock, and the tasks that sleep until then."""
 
-    __slots__ = ("moment", "sleepers", "timer")
+    __slots__ = ("handle", "sleepers", "when")
 
-    def __init__(self, moment: float) -> None:
-        self.moment = moment
+    def __init__(self, when: float) -> None:
+        self.when = when
         self.sleepers: list[asyncio.Future[int]] = []
-        self.timer: asyncio.TimerHandle
+        self.handle: asyncio.TimerHandle
 
 
 class CoalescedTimers:
-    """The wakes of one event loop's sleepers. For that loop's thread only."""
+    """The coalesced timers of one event loop. Use it on that loop's thread only."""
 
     def __init__(self) -> None:
-        self._with_room: list[_WakeUp] = []  # in order
-        self._moments: set[float] = set()  # of all wakes to come
-        self._count = 0
+        self._with_room: list[_Timer] = []  # sorted by time
+        self._times: set[float] = set()  # of all pending timers
+        self._sleeper_count = 0
 
-    async def sleep(self, seconds: float, *, late: float, company: int = 1) -> int:
-        """Sleep for so many seconds, or up to `late` longer where others wake then; return how many did.
+    async def sleep(self, seconds: float, *, max_delay: float, group_size: int = 1) -> int:
+        """Sleep for `seconds`, and for up to `max_delay` seconds longer to wake together with other tasks.
 
-        `company`: what the last sleep returned.
+        `group_size` is the result of the caller's previous `sleep`. Return the number of tasks that woke.
         """
         loop = asyncio.get_running_loop()
-        wake = self._join(loop.time() + seconds, seconds, late, company)
+        timer = self._timer_for(loop.time() + seconds, seconds, max_delay, group_size)
         sleeper: asyncio.Future[int] = loop.create_future()
-        wake.sleepers.append(sleeper)
-        if len(wake.sleepers) == _TOGETHER:
-            self._with_room.remove(wake)
-        self._count += 1
+        timer.sleepers.append(sleeper)
+        if len(timer.sleepers) == _MAX_GROUP:
+            self._with_room.remove(timer)
+        self._sleeper_count += 1
         try:
             return await sleeper
         except asyncio.CancelledError:
-            wake.sleepers.remove(sleeper)
-            if not wake.sleepers:
-                wake.timer.cancel()
-                self._forget(wake)
+            timer.sleepers.remove(sleeper)
+            if not timer.sleepers:
+                timer.handle.cancel()
+                self._remove(timer)
             raise
         finally:
-            self._count -= 1
+            self._sleeper_count -= 1
 
-    def _join(self, due: float, seconds: float, late: float, company: int) -> _WakeUp:
-        place = bisect_left(self._with_room, due, key=_moment)
-        if place < len(self._with_room) and self._with_room[place].moment <= due + late:
-            return self._with_room[place]
-        moment = due
-        # If all sleep for as long, so many are due within a moment's reach, and it takes so long for enough.
-        if self._count * late / seconds >= 1:
-            patience = late * (1 - _CONTENTMENT * min(company / _TOGETHER, 1))
-            moment += min(patience, _TOGETHER * seconds / self._count)
-        if moment in self._moments:  # a crowd that is due at one moment would stay together for ever
-            moment = random.uniform(due, due + late)  # noqa: S311  # guards nothing
-        wake = _WakeUp(moment)
-        wake.timer = asyncio.get_running_loop().call_at(moment, self._ring, wake)
-        self._moments.add(moment)
-        insort(self._with_room, wake, key=_moment)
-        return wake
+    def _timer_for(self, due: float, seconds: float, max_delay: float, group_size: int) -> _Timer:
+        position = bisect_left(self._with_room, due, key=_when)
+        if position < len(self._with_room) and self._with_room[position].when <= due + max_delay:
+            return self._with_room[position]
+        when = due
+        # If all tasks sleep for `seconds`, this many are due within `max_delay`. A delay only pays when at
+        # least one other task is expected. `_MAX_GROUP * seconds / count` is the time until a group is full.
+        if self._sleeper_count * max_delay / seconds >= 1:
+            delay = max_delay * (1 - _FULL_GROUP_REDUCTION * min(group_size / _MAX_GROUP, 1))
+            when += min(delay, _MAX_GROUP * seconds / self._sleeper_count)
+        if when in self._times:  # two groups with the same time would stay together for ever
+            when = random.uniform(due, due + max_delay)  # noqa: S311  # not security-relevant
+        timer = _Timer(when)
+        timer.handle = asyncio.get_running_loop().call_at(when, self._wake, timer)
+        self._times.add(when)
+        insort(self._with_room, timer, key=_when)
+        return timer
 
-    def _ring(self, wake: _WakeUp) -> None:
-        self._forget(wake)
-        for sleeper in wake.sleepers:
-            if not sleeper.done():  # else it was cancelled, and its task has not run since
-                sleeper.set_result(len(wake.sleepers))
+    def _wake(self, timer: _Timer) -> None:
+        self._remove(timer)
+        for sleeper in timer.sleepers:
+            if not sleeper.done():  # a cancelled sleeper stays in the list until its task has run
+                sleeper.set_result(len(timer.sleepers))
 
-    def _forget(self, wake: _WakeUp) -> None:
-        self._moments.discard(wake.moment)
-        if wake in self._with_room:
-            self._with_room.remove(wake)
+    def _remove(self, timer: _Timer) -> None:
+        self._times.discard(timer.when)
+        if timer in self._with_room:
+            self._with_room.remove(timer)

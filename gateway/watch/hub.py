@@ -1,18 +1,19 @@
-"""Watching: one schedule per watched task, however many watch it.
+"""The watch hub: schedules the refreshes of watched tasks, and publishes changes to their subscribers.
 
-    first watcher -> schedule: get_fresh, sleep for the snapshot's lifetime, again
-    a failure -> back off, until a stored change tells that upstream answers
-    a stored change, whoever fetched it -> wait -> publish -> straight to those who keep up,
-                                                           -> else the slot -> its stream or long poll
-    last watcher gone, or the task has ended -> the schedule ends
+    first subscriber -> start the task's schedule (`schedule.py`), which refreshes its snapshot
+    a stored change, fetched by any request or replica -> pending -> publish
+        -> written directly to subscribers whose readers keep up
+        -> else put into the slot -> sent by the subscriber's stream or long poll
+    last subscriber has left, or the task has ended -> the schedule ends
 
-A slot holds the newest update of each task and no backlog: a reader that is slow skips what it missed. The
-bodies are the store's, which counts them. Schedules and slots hold notes (`subscriber.py`). A body is
-looked up when it is written. If it has made room, the watcher is told with the schedule's next tick.
+A slot holds the latest update of a task and no backlog: a slow reader skips intermediate states. The store
+owns and counts the bodies. Schedules and slots keep updates without large bodies (`subscriber.py`), and the
+body is looked up when an update is sent. If the store has evicted it, the subscriber receives the next
+refresh.
 
-A change waits to be told until the event loop's next turns, each of which tells a few. Those of schedules
-that woke together come together, too: so all their answers are read first, with what that takes in the
-processor's caches, and callers who ask meanwhile are answered in between.
+Stored changes are published a few at a time in the next turns of the event loop. Schedules that woke together
+receive their responses together: all are parsed first, while that code is in the processor's caches, and
+other requests are served in between.
 """
 
 from __future__ import annotations
@@ -21,69 +22,38 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from enum import StrEnum
 
-import structlog
-
-from gateway.domain.errors import GatewayError, Overloaded
+from gateway.domain.errors import Overloaded
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
-from gateway.progress.results import FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.base import Store
-from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
-from gateway.watch.coalesced_timers import CoalescedTimers
+from gateway.watch.schedule import Refresher, Schedule
 from gateway.watch.subscriber import Subscriber, Update
 
-_LEAST_SECONDS = 0.2  # between two ticks, whatever the lifetimes say
-# The loop's clock counts in milliseconds and may wake a sleeper that much early: a tick that finds
-# its snapshot still fresh would bring nothing, and the next one would come late.
-_TIMER_SECONDS = 0.002
-_LATE_SHARE = 0.05  # of a pause between two ticks, for schedules to wake together
-_BACKLOG_TURNS = 8  # of the event loop, in which about two thirds of the changes that wait are told
-_BACKOFF_SECONDS = 1.0  # after a failure; doubled up to
-_LONGEST_BACKOFF_SECONDS = 30.0  # whatever upstream wishes: a stream is to notice that it is back
-_BUG = GatewayError("the gateway has a bug; its log says more")
-
-log = structlog.get_logger(__name__)
+_BACKLOG_TURNS = 8  # turns of the event loop in which about two thirds of a backlog are published
 
 
 class SubscriptionKind(StrEnum):
-    """The two ways to watch."""
+    """How a client follows a task: by an event stream or by a long poll."""
 
     EVENTS = "events"
     LONGPOLL = "longpoll"
 
 
-@dataclass(slots=True, eq=False)
-class _Schedule:
-    """A watched task: who watches it, the note of what they were told last, and the task that ticks.
-
-    `unnotified` came when that was too old to be shown, or would be told it now that its body has made room.
-    `pending`: stored, and to be told in a moment.
-    `backing_off`: the tick rests after a failure.
-    """
-
-    subscribers: set[Subscriber] = field(default_factory=set)
-    unnotified: set[Subscriber] = field(default_factory=set)
-    latest: Update | None = None
-    pending: Snapshot | None = None
-    ticking: asyncio.Task[None] | None = None
-    backing_off: bool = False
-
-
-# Hands an update to those whom it can tell at once, and returns the others.
-Deliver = Callable[[Update, Collection[Subscriber]], Iterable[Subscriber]]
+# Writes an update to the subscribers that can receive it at once, and returns the others.
+DirectDelivery = Callable[[Update, Collection[Subscriber]], Iterable[Subscriber]]
 
 
 class WatchHub:
-    """Holds every watcher and every schedule. `clock` is the snapshots' clock.
+    """Holds every subscriber, and one schedule for each watched task.
 
-    `deliver` goes before the slots; until somebody sets another it tells nobody.
+    `direct_delivery` is tried before an update is put into slots. By default it delivers nothing. `clock` is
+    the clock of `Snapshot.fetched_at`.
     """
 
     def __init__(
@@ -97,34 +67,36 @@ class WatchHub:
     ) -> None:
         self._settings = settings
         self._service = service
-        self._recall = store.peek_stale
-        self._clock = clock
-        self._schedules: dict[TaskKey, _Schedule] = {}
+        self._peek_stale = store.peek_stale
+        self._schedules: dict[TaskKey, Schedule] = {}
         self._subscribers: set[Subscriber] = set()
-        self._alarms = CoalescedTimers()
-        self._to_tell: deque[TaskKey] = deque()  # whose changes wait
-        self._ended: set[asyncio.Task[None]] = set()
-        self._leaving = False
-        self._log_sampler = LogSampler()
-        self.deliver: Deliver = lambda _, subscribers: subscribers
+        self._refresher = Refresher(
+            service, publish_pending=self._publish_pending, publish=self._publish, clock=clock
+        )
+        self._pending_keys: deque[TaskKey] = deque()  # tasks whose schedule has a pending snapshot
+        self._shutting_down = False
+        self.direct_delivery: DirectDelivery = lambda _, subscribers: subscribers
         self._gauges = {kind: metrics.subscribers.labels(kind) for kind in SubscriptionKind}
         metrics.watched_tasks.set_function(self._schedules.__len__)
-        store.on_change(self._note_change)
+        store.on_change(self._add_pending)
 
     @contextmanager
-    def watching(
+    def subscribe(
         self, keys: Sequence[TaskKey], kind: SubscriptionKind, *, client: bytes = b""
     ) -> Iterator[Subscriber]:
-        """Watch these tasks while the context is open; the first updates are what is known now.
+        """Subscribe to these tasks while the context is open; the first updates are the current snapshots.
 
-        `client` tells on whose behalf schedules ask. Raises: Overloaded at `watch.max_watchers`.
+        `client` is the client on whose behalf the schedules call the upstream. Raises: Overloaded when
+        `watch.max_watchers` subscriptions are open.
         """
         if len(self._subscribers) >= self._settings.max_watchers:
-            raise Overloaded("the gateway has as many watchers as it may", retry_after=5.0)
-        subscriber = Subscriber(keys, client, self._whole)
-        subscriber.leaving = self._leaving
-        if self._leaving:
-            subscriber.ring()
+            raise Overloaded(
+                "the gateway has reached its limit of open streams and long polls", retry_after=5.0
+            )
+        subscriber = Subscriber(keys, client, self._with_body)
+        subscriber.shutting_down = self._shutting_down
+        if self._shutting_down:
+            subscriber.wake()
         self._subscribers.add(subscriber)
         self._gauges[kind].inc()
         try:
@@ -138,46 +110,49 @@ class WatchHub:
             self._gauges[kind].dec()
 
     def announce_shutdown(self) -> None:
-        """Tell every watcher, and every one still to come, that the gateway is leaving."""
-        self._leaving = True
+        """Publish all pending snapshots, then tell current and future subscribers that they must end."""
+        self._shutting_down = True
         for key in tuple(self._schedules):
-            self._tell(key)
+            self._publish_pending(key)
         for subscriber in self._subscribers:
-            subscriber.leaving = True
-            subscriber.ring()
+            subscriber.shutting_down = True
+            subscriber.wake()
 
     async def aclose(self) -> None:
         """End every schedule, and wait until all have ended."""
         for schedule in self._schedules.values():
-            self._stop(schedule)
-        await asyncio.gather(*self._ended, return_exceptions=True)
+            self._refresher.stop(schedule)
+        await self._refresher.wait_stopped()
 
     def _join(self, key: TaskKey, subscriber: Subscriber) -> None:
         schedule = self._schedules.get(key)
         if schedule is None:
-            schedule = self._schedules[key] = _Schedule()
-            # Known already, maybe: then the watcher is told at once, before the first tick.
+            schedule = self._schedules[key] = Schedule(key)
+            # A cached snapshot is sent at once, before the first refresh.
             result = self._service.current(key)
-            schedule.latest = Update(key, result.snapshot).note() if result is not None else None
-            self._start(key, schedule)
-        # Looked for first, for what is due in the store arrives with that; then told to the others: whoever
-        # joins may have read it elsewhere, and is to hear of nothing older.
+            schedule.latest = (
+                Update(key, result.snapshot).without_large_body() if result is not None else None
+            )
+            self._refresher.start(schedule)
+        # The lookup comes first, because it can deliver a change that is due in the store. That change is
+        # then published before this subscriber is added: its client may have read it elsewhere already, and
+        # must not receive anything older.
         current = self._service.current(key)
-        self._tell(key)
-        # Registered first, told second: a change between the two would be lost the other way round.
+        self._publish_pending(key)
+        # Add the subscriber before it gets the current snapshot: a change in between would be lost otherwise.
         schedule.subscribers.add(subscriber)
         self._service.join(key, subscriber.client)
         latest = schedule.latest
         if latest is None:
-            return  # the first tick is under way
+            return  # the first refresh is in progress
         if current is not None or latest.snapshot is None or _is_final(latest):
-            known = latest if current is None else Update(key, current.snapshot)
-            subscriber.offer(known if known.says_the_same(latest) else latest, latest)
+            update = latest if current is None else Update(key, current.snapshot)
+            subscriber.put(update if update.same_content(latest) else latest, latest)
             return
-        # Upstream takes its time, or fails and the schedule has backed off for longer than a snapshot may
-        # cover that. Whoever comes now gets what a query would: the answer of one call, all together.
+        # The latest snapshot is too old to send: the upstream is slow, or it fails and the schedule backs off
+        # for longer than stale-if-error. Refresh now; one call serves all subscribers that joined meanwhile.
         schedule.unnotified.add(subscriber)
-        self._restart(key, schedule)
+        self._refresher.restart(schedule)
 
     def _leave(self, key: TaskKey, subscriber: Subscriber) -> None:
         schedule = self._schedules.get(key)
@@ -188,126 +163,63 @@ class WatchHub:
         self._service.leave(key, subscriber.client)
         if not schedule.subscribers:
             del self._schedules[key]
-            self._stop(schedule)
+            self._refresher.stop(schedule)
 
-    def _start(self, key: TaskKey, schedule: _Schedule) -> None:
-        schedule.ticking = asyncio.create_task(self._tick(key, schedule))
-
-    def _restart(self, key: TaskKey, schedule: _Schedule) -> None:
-        self._stop(schedule)
-        self._start(key, schedule)
-
-    def _stop(self, schedule: _Schedule) -> None:
-        if schedule.ticking is not None:
-            schedule.ticking.cancel()
-            self._ended.add(schedule.ticking)
-            schedule.ticking.add_done_callback(self._ended.discard)
-            schedule.ticking = None  # a cancelled task holds its frames, and they the schedule
-            schedule.backing_off = False
-
-    async def _tick(self, key: TaskKey, schedule: _Schedule) -> None:
-        """Keep a watched task's snapshot fresh until it has ended; being cancelled is the normal end."""
-        backoff = _BACKOFF_SECONDS
-        company = 1
-        while True:
-            snapshot, failure = await self._ask(key, schedule)
-            if snapshot is not None and snapshot.terminal:
-                return
-            fine = snapshot is not None and failure is None
-            if snapshot is not None and failure is None:
-                left = snapshot.lifetime - (self._clock() - snapshot.fetched_at)
-                pause = max(left + _TIMER_SECONDS, _LEAST_SECONDS)
-            else:
-                pause = max(backoff, (failure or _BUG).retry_after or 0.0)
-            del snapshot, failure  # a pause holds no bodies
-            if fine:
-                backoff = _BACKOFF_SECONDS
-                company = await self._alarms.sleep(pause, late=_LATE_SHARE * pause, company=company)
-            else:
-                backoff = min(2 * backoff, _LONGEST_BACKOFF_SECONDS)
-                schedule.backing_off = True
-                await asyncio.sleep(min(pause, _LONGEST_BACKOFF_SECONDS))
-                schedule.backing_off = False
-
-    async def _ask(self, key: TaskKey, schedule: _Schedule) -> tuple[Snapshot | None, GatewayError | None]:
-        """Ask once, and tell the watchers; return the snapshot, and the failure that it covers or meets.
-
-        A bug is a failure like another: one that ended the schedule would leave its watchers without a word.
-        """
-        try:
-            outcome = await self._service.get_fresh(key, client=None)
-            if isinstance(outcome, FetchFailure):
-                self._tell(key)  # what came before it
-                self._publish(Update(key, failure=outcome.failure))
-                return None, outcome.failure
-            if outcome.snapshot is not schedule.pending:  # else it waits to be told
-                self._tell(key)
-                self._publish(Update(key, outcome.snapshot))
-        except Exception as exc:
-            if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
-                log.exception(
-                    "bug in a schedule", operation=key.operation, task_id=key.task_id, suppressed=suppressed
-                )
-            with suppress(Exception):  # what failed may have been the publishing
-                self._publish(Update(key, failure=_BUG))
-            return None, _BUG
-        return outcome.snapshot, outcome.failure
-
-    def _note_change(self, snapshot: Snapshot) -> None:
+    def _add_pending(self, snapshot: Snapshot) -> None:
         schedule = self._schedules.get(snapshot.key)
         if schedule is None:
             return
         if schedule.pending is None:
-            if not self._to_tell:
-                asyncio.get_running_loop().call_soon(self._tell_some)
-            self._to_tell.append(snapshot.key)
+            if not self._pending_keys:
+                asyncio.get_running_loop().call_soon(self._publish_some)
+            self._pending_keys.append(snapshot.key)
         elif schedule.pending.terminal and not snapshot.terminal:
             return
         schedule.pending = snapshot
 
-    def _tell_some(self) -> None:
-        """Tell a few of the changes that wait, one at least; the more wait, the more."""
+    def _publish_some(self) -> None:
+        """Publish a few of the pending snapshots: at least one, and more when the backlog is longer."""
         try:
-            for _ in range(1 + len(self._to_tell) // _BACKLOG_TURNS):
-                self._tell(self._to_tell.popleft())
+            for _ in range(1 + len(self._pending_keys) // _BACKLOG_TURNS):
+                self._publish_pending(self._pending_keys.popleft())
         finally:
-            if self._to_tell:
-                asyncio.get_running_loop().call_soon(self._tell_some)
+            if self._pending_keys:
+                asyncio.get_running_loop().call_soon(self._publish_some)
 
-    def _tell(self, key: TaskKey) -> None:
-        """Tell the change of a task that waits to be told, if there is one."""
+    def _publish_pending(self, key: TaskKey) -> None:
+        """Publish the pending snapshot of a task, if there is one."""
         schedule = self._schedules.get(key)
         if schedule is None or schedule.pending is None:
             return
         snapshot, schedule.pending = schedule.pending, None
         self._publish(Update(key, snapshot))
         if schedule.backing_off:
-            self._restart(key, schedule)  # a query, or another replica, got an answer
+            self._refresher.restart(schedule)  # the upstream has answered a query, or another replica
 
     def _publish(self, update: Update) -> None:
         schedule = self._schedules.get(update.key)
         if schedule is None or (_is_final(schedule.latest) and not _is_final(update)):
-            return  # a store forgets, and might let a task run again whose schedule has ended
-        audience = schedule.unnotified if update.says_the_same(schedule.latest) else schedule.subscribers
-        schedule.latest = note = update.note()
-        for subscriber in self.deliver(update, audience):
-            subscriber.offer(update, note)
+            return  # after an eviction the store may accept a running snapshot of an ended task
+        audience = schedule.unnotified if update.same_content(schedule.latest) else schedule.subscribers
+        schedule.latest = reduced = update.without_large_body()
+        for subscriber in self.direct_delivery(update, audience):
+            subscriber.put(update, reduced)
         schedule.unnotified.clear()
 
-    def _whole(self, note: Update, subscriber: Subscriber) -> Update | None:
-        """Return what a note is of, or see to it that the watcher is told again; None: it will be."""
-        key = note.key
-        snapshot = self._recall(key)
-        self._tell(key)  # as in `_join`
-        if subscriber.is_offered(key):
+    def _with_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
+        """Return an update with its latest body. None: the update will be put into the slot again."""
+        key = reduced.key
+        snapshot = self._peek_stale(key)
+        self._publish_pending(key)  # the lookup may have delivered a change, as in `_join`
+        if subscriber.has_pending(key):
             return None
-        if snapshot is not None and (snapshot.terminal or not _is_final(note)):
+        if snapshot is not None and (snapshot.terminal or not _is_final(reduced)):
             return Update(key, snapshot)
         schedule = self._schedules.get(key)
         if schedule is not None and subscriber in schedule.subscribers:
             schedule.unnotified.add(subscriber)
-            if schedule.ticking is None or schedule.ticking.done():
-                self._start(key, schedule)  # the task has ended: nothing else would ask for it
+            if not schedule.running:
+                self._refresher.start(schedule)  # the task has ended: there is no further refresh otherwise
         return None
 
 

@@ -1,10 +1,10 @@
-"""Who watches: one open stream or long poll each, and what there is to tell it.
+"""A subscriber: one open event stream or long poll, and the updates that wait for it.
 
-    offered -> the slot of its task -> taken, one at a time, each as it is then
+    put -> the slot of the update's task -> drain, one update at a time, with the latest body
 
-A slot holds a note of the newest update and no large body: readers that do not read keep none that the store
-has let go. One slot of each watcher may hold a body. So a watcher that waits is told of a task whose body is
-larger than the store.
+Each task has one slot, which holds the latest update only. A slot holds no large body: otherwise slow readers
+would keep bodies in memory that the store has already evicted. One slot of each subscriber may hold a body,
+so that a waiting subscriber also receives a task whose body is larger than the store.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 
-_SMALL_BODY = 1024  # bytes, little beside what a schedule takes
+_SMALL_BODY = 1024  # bytes; small compared with the size of a schedule
 
 
 @dataclass(slots=True, eq=False)
 class Update:
-    """What there is to tell about one task: its snapshot, or why there is none; both without envelopes."""
+    """An update of one task: its snapshot, or the failure to fetch one. Neither has a vendor envelope."""
 
     key: TaskKey
     snapshot: Snapshot | None = None
@@ -36,19 +36,19 @@ class Update:
             self.failure = copy(self.failure)
             self.failure.envelope = b""
 
-    def note(self) -> Update:
-        """Return the same without the snapshot's body, if that is large."""
+    def without_large_body(self) -> Update:
+        """Return this update, without the snapshot's body if that is larger than 1 KiB."""
         if self.snapshot is None or len(self.snapshot.body) <= _SMALL_BODY:
             return self
         return Update(self.key, replace(self.snapshot, body=b""))
 
     @property
-    def whole(self) -> bool:
-        """Whether it can be told: it has the body, or is a failure."""
+    def is_complete(self) -> bool:
+        """Whether the update can be sent: it is a failure, or it has its body."""
         return self.snapshot is None or bool(self.snapshot.body)
 
-    def says_the_same(self, other: Update | None) -> bool:
-        """Tell whether a watcher who knows `other` learns nothing from this."""
+    def same_content(self, other: Update | None) -> bool:
+        """Tell whether this update is no news to a subscriber that has received `other`."""
         if other is None:
             return False
         if self.snapshot is not None and other.snapshot is not None:
@@ -61,16 +61,16 @@ class Update:
 
 
 class Subscriber:
-    """One open stream or long poll: a slot for each task, and a bell.
+    """One open stream or long poll, with a slot for each of its tasks and a wake-up signal.
 
-    `find` returns what a note in a slot is of; None: it is offered again later. `direct_transport` bypasses
-    the task that waits in `rings`. `idle_transport` is the same while that task waits: then nothing older
-    is being sent.
+    `complete` returns an update from a slot with its body, or None if it will be put into the slot again.
+    `direct_transport` accepts writes that bypass the task which awaits `wait`. `idle_transport` is the same
+    transport while that task waits, and None otherwise: a write in between could overtake an older update.
     """
 
     __slots__ = (
-        "_find",
-        "_held",
+        "_complete",
+        "_key_with_body",
         "_slots",
         "_waiter",
         "client",
@@ -79,7 +79,7 @@ class Subscriber:
         "heartbeat_due",
         "idle_transport",
         "keys",
-        "leaving",
+        "shutting_down",
         "woken",
     )
 
@@ -87,54 +87,54 @@ class Subscriber:
         self,
         keys: Sequence[TaskKey],
         client: bytes,
-        find: Callable[[Update, Subscriber], Update | None] = lambda _note, _watcher: None,
+        complete: Callable[[Update, Subscriber], Update | None] = lambda _update, _subscriber: None,
     ) -> None:
         self.keys = keys
         self.client = client
-        self.leaving = False  # the gateway is: say farewell
-        self.disconnected = False  # the reader is gone
-        self._find = find
+        self.shutting_down = False  # the gateway shuts down: end the stream
+        self.disconnected = False  # the client has closed the connection
+        self._complete = complete
         self._slots: dict[TaskKey, Update] = {}
-        self._held: TaskKey | None = None  # whose slot has a body
+        self._key_with_body: TaskKey | None = None  # the only slot that may hold a large body
         self.heartbeat_due = False
         self.direct_transport: asyncio.WriteTransport | None = None
         self.idle_transport: asyncio.WriteTransport | None = None
-        # A future in place of an asyncio.Event, whose queue alone takes 0.7 KB: one task waits here.
+        # A future instead of an asyncio.Event, whose queue alone takes 0.7 KB: only one task waits here.
         self.woken = False
         self._waiter: asyncio.Future[None] | None = None
 
-    def offer(self, update: Update, note: Update) -> None:
-        """Put an update, or its note, into its slot, over one that was not taken yet."""
-        if self._held is None or self._held == update.key:
-            self._held = update.key
+    def put(self, update: Update, reduced: Update) -> None:
+        """Replace the content of the task's slot by `update`, or by `reduced`, its form without a body."""
+        if self._key_with_body is None or self._key_with_body == update.key:
+            self._key_with_body = update.key
             self._slots[update.key] = update
         else:
-            self._slots[update.key] = note
-        self.ring()
+            self._slots[update.key] = reduced
+        self.wake()
 
-    def is_offered(self, key: TaskKey) -> bool:
-        """Tell whether a task's slot holds anything."""
+    def has_pending(self, key: TaskKey) -> bool:
+        """Tell whether the slot of this task holds an update."""
         return key in self._slots
 
     @property
     def empty(self) -> bool:
-        """Whether no slot holds anything."""
+        """Whether every slot is empty."""
         return not self._slots
 
-    def ring(self) -> None:
-        """Wake the watcher: it is to look around."""
+    def wake(self) -> None:
+        """Wake the waiting task, which then checks slots and flags."""
         self.woken = True
         self.idle_transport = None
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def disconnect(self) -> None:
-        """Note that the reader is gone, and wake the watcher to its end."""
+        """Record that the client has disconnected, and wake the waiting task."""
         self.disconnected = True
-        self.ring()
+        self.wake()
 
-    async def rings(self) -> None:
-        """Wait until the bell rings, unless something is left to be taken."""
+    async def wait(self) -> None:
+        """Wait until `wake` is called; return at once if a slot holds an update."""
         if not self.woken and not self._slots:
             self._waiter = asyncio.get_running_loop().create_future()
             self.idle_transport = self.direct_transport
@@ -144,19 +144,19 @@ class Subscriber:
                 self._waiter = self.idle_transport = None
         self.woken = False
 
-    def updates(self) -> Iterator[Update]:
-        """Give what the slots hold, and empty each as it comes to it."""
+    def drain(self) -> Iterator[Update]:
+        """Yield the updates in the slots; each slot is emptied when its update is reached."""
         while self._slots:
             key = next(iter(self._slots))
             update: Update | None = self._slots.pop(key)
-            if key == self._held:
-                self._held = None
-            if update is not None and not update.whole:
-                update = self._find(update, self)
+            if key == self._key_with_body:
+                self._key_with_body = None
+            if update is not None and not update.is_complete:
+                update = self._complete(update, self)
             if update is not None:
                 yield update
 
-    async def take(self) -> list[Update]:
-        """Wait until the bell rings; return the updates since the last time, maybe none."""
-        await self.rings()
-        return list(self.updates())
+    async def next_updates(self) -> list[Update]:
+        """Wait until `wake` is called; return the updates since the previous call, possibly none."""
+        await self.wait()
+        return list(self.drain())

@@ -1,4 +1,4 @@
-"""Which requests are served at all: those for an allowed host, below the configured path prefix."""
+"""Admission of requests: the allowed Host values, and the path prefix of an ingress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.domain.errors import InvalidParameter
 
 
 class Admission:
-    """Sets the root path, and refuses requests for a Host that is not ours."""
+    """Middleware that sets the root path, and refuses requests with another Host than the allowed ones."""
 
     def __init__(self, app: ASGIApp, *, root_path: str, hosts: TrustedHosts) -> None:
         self._app = app
@@ -20,10 +20,10 @@ class Admission:
         self._hosts = hosts
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        """Pass the request on. Raises: InvalidParameter, before anything is awaited."""
+        """Pass the request on. Raises: InvalidParameter before anything is awaited."""
         if scope["type"] == "http":
-            # With the prefix in the path or stripped from it by the ingress: Starlette takes either.
+            # Starlette accepts the path with the prefix, and without it if the ingress has stripped it.
             scope["root_path"] = self._root_path
             if not self._hosts.trust(scope["headers"]) and not operator_endpoints.is_probe(scope):
-                raise InvalidParameter("header 'Host' names a host that is not served here")
+                raise InvalidParameter("header 'Host' is not an allowed host; see server.trusted_hosts")
         return self._app(scope, receive, send)

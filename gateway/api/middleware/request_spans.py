@@ -21,7 +21,7 @@ _SERVER_ERROR = 500
 
 
 class RequestSpans:
-    """Makes a span of each request, around all that answers it; probes and scrapes have none."""
+    """Middleware that creates a span for each request, except for probes and scrapes."""
 
     def __init__(self, app: ASGIApp, *, tracer: Tracer, root_path: str) -> None:
         self._app = app
@@ -39,7 +39,7 @@ class RequestSpans:
             return
         status = 0
 
-        async def send_noted(message: Message) -> None:
+        async def send_recording_status(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -50,7 +50,7 @@ class RequestSpans:
             state = scope.setdefault("state", {})
             state[SPAN] = TraceParent(f"{context.trace_id:032x}", f"{context.span_id:016x}")
             try:
-                await self._app(scope, receive, send_noted)
+                await self._app(scope, receive, send_recording_status)
             finally:
                 _describe(span, scope, status)
 
@@ -58,15 +58,15 @@ class RequestSpans:
         if trace_parent(scope) is None:
             return Context()
         names = ("traceparent", "tracestate")
-        given = {name: header(scope["headers"], name.encode()) for name in names}
-        return self._propagator.extract(given, context=Context())
+        headers = {name: header(scope["headers"], name.encode()) for name in names}
+        return self._propagator.extract(headers, context=Context())
 
 
 def _describe(span: Span, scope: Scope, status: int) -> None:
-    """Tell of a request what is known at its end, and link it to the flights that it waited for."""
+    """Set the span's attributes at the end of a request, and link it to the fetches that it waited for."""
     state = scope["state"]
     route = scope["route"].path_format if "route" in scope else ""
-    known = scope["method"] in METHODS  # the conventions' words for the others: HTTP and _OTHER
+    known = scope["method"] in METHODS  # the semantic conventions use HTTP and _OTHER otherwise
     span.update_name(f"{scope['method'] if known else 'HTTP'} {route}".rstrip())
     span.set_attribute("http.request.method", scope["method"] if known else "_OTHER")
     span.set_attribute("url.scheme", scope["scheme"])

@@ -16,7 +16,7 @@ from gateway.api.request_log import RequestLog, trace_fields
 from gateway.api.requests import (
     SECURITY_HEADERS,
     Headers,
-    given_request_id,
+    client_request_id,
     new_request_id,
 )
 from gateway.domain.errors import GatewayError, Overloaded
@@ -24,13 +24,13 @@ from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_HUNG_UP = 499  # nginx's word for a caller that left before its answer
+_CLIENT_CLOSED_REQUEST = 499  # nginx's code for a client that disconnects before its response
 
 log = structlog.get_logger(__name__)
 
 
 class RequestTelemetry:
-    """Gives every request an id, counts and times its answer, and answers for bugs."""
+    """Middleware for request IDs, metrics, log lines and unexpected exceptions."""
 
     def __init__(
         self, app: ASGIApp, *, metrics: Metrics, problems: Problems, log_sampler: LogSampler | None = None
@@ -40,63 +40,63 @@ class RequestTelemetry:
         self._problems = problems
         self._log_sampler = log_sampler or LogSampler()
         self._request_log = RequestLog(self._log_sampler)
-        self._bound: dict[tuple[str, str, int], tuple[Callable[[], None], Callable[[float], None]]] = {}
+        self._recorders: dict[tuple[str, str, int], tuple[Callable[[], None], Callable[[float], None]]] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, and see its answer through."""
+        """Pass the request on, and record its response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         started = time.perf_counter()
-        request_id = identify(scope)
+        request_id = assign_request_id(scope)
         status = 0
 
-        async def send_counted(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = completed(message.get("headers", ()), request_id)
+                message["headers"] = with_common_headers(message.get("headers", ()), request_id)
             await send(message)
 
         try:
-            await self._app(scope, receive, send_counted)
+            await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
-            status = status or _HUNG_UP
+            status = status or _CLIENT_CLOSED_REQUEST
         except asyncio.CancelledError:
-            # By our server, when its time to drain is over: the caller may find another that has time.
+            # Cancelled by our server at the end of the shutdown grace period: the client can retry elsewhere.
             if not status:
-                late = Overloaded("the gateway is leaving, and cannot wait for the answer any longer")
-                await self._problems.answer(scope, late)(scope, receive, send_counted)
+                shutdown = Overloaded("the gateway is shutting down and cannot complete the request")
+                await self._problems.response(scope, shutdown)(scope, receive, send_with_headers)
             raise
         except Exception as exc:
             if not isinstance(exc, GatewayError | HTTPException):
-                self._tell_of_bug(scope, exc)
+                self._log_bug(scope, exc)
             if status:
-                raise  # half an answer is out: only closing the connection tells the caller
-            await self._problems.answer(scope, exc)(scope, receive, send_counted)
+                raise  # the response has begun: only closing the connection reports the error
+            await self._problems.response(scope, exc)(scope, receive, send_with_headers)
         finally:
             self._record(scope, status, time.perf_counter() - started)
 
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
-        # The route's template is bounded; a path is not.
+        # The number of route templates is bounded, that of paths is not.
         route = scope["route"].path_format if "route" in scope else "other"
         method = scope["method"] if scope["method"] in METHODS else "other"
-        bound = self._bound.get((route, method, status))
-        if bound is None:  # looking labels up costs more than counting; all three are bounded
-            bound = (
+        recorders = self._recorders.get((route, method, status))
+        if recorders is None:  # looking up labels costs more than counting; all three labels have few values
+            recorders = (
                 self._metrics.http_requests.labels(route, method, status).inc,
                 self._metrics.http_request_duration.labels(route).observe,
             )
-            self._bound[route, method, status] = bound
-        count, observe = bound
+            self._recorders[route, method, status] = recorders
+        count, observe = recorders
         count()
         observe(seconds)
-        self._request_log.tell(scope, method=method, route=route, status=status, seconds=seconds)
+        self._request_log.log(scope, method=method, route=route, status=status, seconds=seconds)
 
-    def _tell_of_bug(self, scope: Scope, exc: Exception) -> None:
+    def _log_bug(self, scope: Scope, exc: Exception) -> None:
         if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
             log.error(
-                "bug",
+                "bug_in_request",
                 exc_info=exc,
                 request_id=scope["state"]["request_id"],
                 path=scope["path"],
@@ -105,16 +105,16 @@ class RequestTelemetry:
             )
 
 
-def identify(scope: Scope) -> bytes:
-    """Give a request its id: its caller's, if that is sane, or a new one."""
-    request_id = given_request_id(scope["headers"]) or new_request_id()
+def assign_request_id(scope: Scope) -> bytes:
+    """Assign a request ID: the client's X-Request-Id if it is valid, else a new one."""
+    request_id = client_request_id(scope["headers"]) or new_request_id()
     scope.setdefault("state", {})["request_id"] = request_id.decode()
     return request_id
 
 
-def completed(headers: Iterable[tuple[bytes, bytes]], request_id: bytes) -> Headers:
-    """Return the headers of a response with those that each one has; its own security headers stay."""
-    given = list(headers)
-    names = {name for name, _ in given}
+def with_common_headers(headers: Iterable[tuple[bytes, bytes]], request_id: bytes) -> Headers:
+    """Return response headers with the common ones added; the response's own values take precedence."""
+    own_headers = list(headers)
+    names = {name for name, _ in own_headers}
     added = [pair for pair in SECURITY_HEADERS if pair[0] not in names]
-    return [*given, *added, (b"x-request-id", request_id)]
+    return [*own_headers, *added, (b"x-request-id", request_id)]
