@@ -1,7 +1,7 @@
 """A real Prometheus scrapes real gateways: firing alerts and the queries of the dashboard.
 
-Two replicas share a store and first work without faults; then upstream fails. A third gateway has wrong settings
-from the start: upstream refuses its key pair, and its store does not exist.
+Two replicas share a store and first work without faults; then upstream fails. A third gateway has wrong
+settings from the start: upstream refuses its key pair, and its store does not exist.
 """
 
 import re

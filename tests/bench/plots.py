@@ -1,9 +1,9 @@
-"""What was measured, as pictures for README: bars of medians, with lines from the least to the most.
+"""Charts of the results for README: bars of medians, with lines from minimum to maximum.
 
     python plots.py RESULTS.json FOLDER
 
-draws FOLDER/bench-light.svg and bench-dark.svg; RESULTS is what `run.py --json` wrote. What was not
-measured is left out.
+writes FOLDER/bench-light.svg and bench-dark.svg. RESULTS is the output of `run.py --json`. Missing results
+are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 
 class Chart(NamedTuple):
-    """One figure of one comparison, which is known by how its title begins."""
+    """One figure of one comparison, which is identified by the start of its title."""
 
     comparison: str
     figure: str
@@ -28,7 +28,7 @@ class Chart(NamedTuple):
 
 
 class Theme(NamedTuple):
-    """Colours: of what is written, of our bars and of the others'."""
+    """Colors of text, of the gateway's bars and of other bars."""
 
     ink: str
     ours: str
@@ -38,25 +38,25 @@ class Theme(NamedTuple):
 CHARTS = (
     Chart("hits: one hot task", "hits per CPU-second", "Hits per CPU-second, one hot task"),
     Chart("hits: 1,000", "hits per CPU-second", "Hits per CPU-second, 1,000 tasks of 1 s lifetime"),
-    Chart("herd", "age, p99, s", "200 pollers: age of the answers, p99, s"),
+    Chart("herd", "age, p99, s", "200 pollers: age of responses, p99, s"),
     Chart("herd", "upstream calls", "200 pollers: upstream calls"),
-    Chart("rush", "late, p99, ms", "5,000 queries a second: how late, p99, ms"),
+    Chart("rush", "late, p99, ms", "5,000 queries/s: delay, p99, ms"),
     Chart("misses", "signed upstream calls per CPU-second", "Signed upstream calls per CPU-second"),
-    Chart("watchers", "server CPU per 1,000 changes, s", "5,000 watchers: CPU s per 1,000 changes"),
-    Chart("watchers", "late, p99, ms", "5,000 watchers: how late a change comes, p99, ms"),
+    Chart("watchers", "server CPU per 1,000 changes, s", "5,000 subscribers: CPU s per 1,000 changes"),
+    Chart("watchers", "late, p99, ms", "5,000 subscribers: delay of a change, p99, ms"),
     Chart("curve: by cached tasks", "CPU time of a hit, µs", "CPU time of a hit by cached tasks, µs"),
     Chart("curve: by connections", "CPU time of a hit, µs", "CPU time of a hit by connections, µs"),
 )
 THEMES = {"light": Theme("#24292f", "#0969da", "#afb8c1"), "dark": Theme("#e6edf3", "#4493f8", "#57606a")}
-_WHOLE = 100  # from here on no digits after the point
+_WHOLE = 100  # no decimals from here on
 _COLUMNS = 2
-_INCHES = (11.0, 1.9)  # of the whole width, and of a row's height
-# Text stays text, and equal figures make equal files.
+_INCHES = (11.0, 1.9)  # total width and height of a row
+# Text is not converted to paths, and equal figures give equal files.
 _STYLE = {"svg.fonttype": "none", "svg.hashsalt": "bench", "font.size": 9}
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw what there is of the charts, once for each theme; return the files."""
+    """Draw the available charts once for each theme; return the files."""
     found = [(chart, samples) for chart in CHARTS if (samples := _samples(results, chart))]
     if not found:
         return []
@@ -71,7 +71,7 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 
 def _samples(results: Mapping[str, Any], chart: Chart) -> dict[str, list[float]]:
-    """Return the figure's samples of each contestant."""
+    """Return the samples of a figure for each server."""
     for comparison in results["comparisons"]:
         if comparison["title"].startswith(chart.comparison):
             rounds = comparison["samples"].items()
