@@ -1,7 +1,7 @@
-"""Write the table of values in the chart's README from the comments in values.yaml: python helm/readme.py.
+"""Generate the table of values in the chart's README from the comments in values.yaml: python helm/readme.py.
 
-A value's comment stands above it, or behind it and below that, in the same column. What a blank line parts
-from the next value is about none. Values that the schema leaves to the user (labels, resources) are one row.
+The comment of a value is above it, or behind it with continuation lines in the same column. A comment
+followed by a blank line belongs to no value. Values with a free structure (labels, resources) are one row.
 """
 
 import json
@@ -16,7 +16,7 @@ import yaml
 CHART = Path(__file__).parent / "sd-progress-gateway"
 BEGIN, END = "<!-- values: make chart -->\n", "<!-- end of values -->\n"
 
-_THE_USERS = {"settings", "resources"}  # though the schema knows their keys
+_FREE_FORM = {"settings", "resources"}  # one row, although the schema lists their keys
 
 _KEY = re.compile(
     r"^(?P<indent> *)(?P<key>[A-Za-z]\w*):(?P<value>(?: +[^#\s][^#]*| *))(?:# ?(?P<comment>.*))?$"
@@ -27,9 +27,9 @@ _COMMENT = re.compile(r"^(?P<indent> *)# ?(?P<comment>.*)$")
 def comments(text: str) -> dict[str, str]:
     """Return the comment of each value in values.yaml, by its dotted path."""
     found: dict[str, list[str]] = {}
-    path: list[tuple[int, str]] = []  # the keys that the line is below, with their columns
+    path: list[tuple[int, str]] = []  # enclosing keys with their columns
     above: list[str] = []
-    behind = (0, "")  # the column of the comment behind the last value, and that value
+    behind = (0, "")  # column of the comment behind the last value, and the path of that value
     for line in text.splitlines():
         if comment := _COMMENT.match(line):
             column = len(comment["indent"])
@@ -49,10 +49,10 @@ def comments(text: str) -> dict[str, str]:
 
 
 def rows(values: dict[str, Any], schema: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Tell every value by its dotted path, with its default; None for one that only holds others."""
+    """Yield the dotted path and the default of each value; the default of a section is None."""
     for name, value in values.items():
         inner = schema["properties"][name]
-        if inner.get("additionalProperties") is False and path + name not in _THE_USERS:
+        if inner.get("additionalProperties") is False and path + name not in _FREE_FORM:
             yield path + name, None
             yield from rows(value, inner, f"{path}{name}.")
         else:
@@ -63,16 +63,16 @@ def table() -> str:
     """Return the table of all values."""
     text = (CHART / "values.yaml").read_text(encoding="utf-8")
     schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
-    said = comments(text)
+    meanings = comments(text)
     lines = ["| value | default | meaning |", "| --- | --- | --- |"]
     for path, value in rows(yaml.safe_load(text), schema):
         default = "" if value is None else f"`{json.dumps(value)}`"
-        lines.append(f"| `{path}` | {default} | {said.get(path, '')} |")
+        lines.append(f"| `{path}` | {default} | {meanings.get(path, '')} |")
     return "\n".join(lines) + "\n"
 
 
-def renewed(readme: str) -> str:
-    """Return the README with the table as it should be."""
+def updated(readme: str) -> str:
+    """Return the README with the current table."""
     before, _, rest = readme.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}{table()}{END}{after}"
@@ -80,5 +80,5 @@ def renewed(readme: str) -> str:
 
 if __name__ == "__main__":
     file = CHART / "README.md"
-    file.write_text(renewed(file.read_text(encoding="utf-8")), encoding="utf-8")
+    file.write_text(updated(file.read_text(encoding="utf-8")), encoding="utf-8")
     sys.stdout.write(f"wrote {file}\n")

@@ -1,4 +1,4 @@
-"""The Grafana dashboard's queries, for the tests of its shape and those with a real Prometheus."""
+"""The queries of the Grafana dashboard, for the structural tests and those with a real Prometheus."""
 
 import json
 from pathlib import Path
@@ -22,8 +22,8 @@ VARIABLES: dict[str, str] = {
 }
 
 
-def filled_in(query: str, *, job: str) -> str:
-    """Put in what Grafana would, for all namespaces."""
+def substituted(query: str, *, job: str) -> str:
+    """Substitute the variables as Grafana does, for all namespaces."""
     for variable, value in {"namespace": ".*", "job": job, "__rate_interval": "5m", "__range": "5m"}.items():
         query = query.replace(f"${variable}", value)
     return query

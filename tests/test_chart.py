@@ -1,4 +1,4 @@
-"""The Helm chart: what it renders, what it refuses, and that the gateway takes the settings it writes."""
+"""The Helm chart: rendered manifests, rejected values, and settings that the gateway accepts."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ ASK = CHART / "files" / "ask.py"
 VALUES = sorted((CHART / "ci").glob("*.yaml"))
 MINIMAL, FULL = CHART / "ci" / "minimal.yaml", CHART / "ci" / "full.yaml"
 OLDEST, NEWEST = "1.25", "1.37"
-# Of which Kubernetes has no schema.
+# Kinds without a schema in Kubernetes.
 CUSTOM = {"DestinationRule", "HTTPRoute", "PodMonitor", "PrometheusRule", "ServiceMonitor"}
 
 Manifest = dict[str, Any]
@@ -38,15 +38,15 @@ each_values = pytest.mark.parametrize("values", VALUES, ids=lambda file: file.st
 
 
 def helm(*arguments: str | Path, program: str = "helm") -> subprocess.CompletedProcess[str]:
-    """Run helm to its end."""
+    """Run helm and return its result."""
     found = shutil.which(program)
     if found is None:
-        pytest.skip(f"{program} is not here: .ci/run fetches helm 4 as helm and 3 as helm3")
+        pytest.skip(f"{program} is not installed; .ci/run fetches helm 4 as helm and 3 as helm3")
     return subprocess.run([found, *arguments], capture_output=True, text=True, check=False)
 
 
 def rendered(*arguments: str | Path, program: str = "helm", chart: Path = CHART) -> dict[str, Manifest]:
-    """Return what the chart makes of these arguments, by kind; the dashboard's ConfigMap as Dashboard."""
+    """Return the rendered manifests by kind; the ConfigMap of the dashboard is under Dashboard."""
     ran = helm("template", "release", chart, *arguments, program=program)
     assert ran.returncode == 0, ran.stderr
     manifests = [manifest for manifest in yaml.safe_load_all(ran.stdout) if manifest]
@@ -59,12 +59,12 @@ def rendered(*arguments: str | Path, program: str = "helm", chart: Path = CHART)
 
 
 def minimal(*settings: str) -> dict[str, Manifest]:
-    """Return what the chart makes of the least values and these."""
+    """Return the rendered manifests of the minimal values plus these settings."""
     return rendered("-f", MINIMAL, *(part for setting in settings for part in ("--set-json", setting)))
 
 
 def pod(manifests: dict[str, Manifest]) -> Manifest:
-    """Return the Deployment's pod template."""
+    """Return the pod template of the Deployment."""
     template: Manifest = manifests["Deployment"]["spec"]["template"]
     return template
 
@@ -77,7 +77,7 @@ def container(manifests: dict[str, Manifest]) -> Manifest:
 
 
 def settings_of(manifests: dict[str, Manifest], tmp_path: Path) -> Settings:
-    """Return the settings that the gateway reads out of the ConfigMap and the container's environment."""
+    """Return the settings that the gateway loads from the ConfigMap and the environment of the container."""
     file = tmp_path / "gateway.toml"
     file.write_text(manifests["ConfigMap"]["data"]["gateway.toml"], encoding="utf-8")
     environ = {variable["name"]: variable["value"] for variable in container(manifests)["env"]}
@@ -85,12 +85,12 @@ def settings_of(manifests: dict[str, Manifest], tmp_path: Path) -> Settings:
 
 
 def ports(manifests: dict[str, Manifest]) -> dict[str, int]:
-    """Return the container's ports by name."""
+    """Return the ports of the container by name."""
     return {port["name"]: port["containerPort"] for port in container(manifests)["ports"]}
 
 
-def test_chart_is_tried_with_the_values_that_matter() -> None:
-    """There is a values file for each of the ways to deploy that differ."""
+def test_chart_has_example_values() -> None:
+    """There is a values file for each kind of deployment."""
     expected = {"minimal", "full", "gateway-api", "monitoring-off", "existing-secret"}
     assert expected <= {file.stem for file in VALUES}
 
@@ -100,8 +100,8 @@ def test_chart_is_tried_with_the_values_that_matter() -> None:
 
 @each_helm
 @each_values
-def test_chart_pleases_helm(program: str, values: Path) -> None:
-    """Helm's linter finds nothing, strictly."""
+def test_chart_passes_helm_lint(program: str, values: Path) -> None:
+    """Helm's linter reports nothing in strict mode."""
     ran = helm("lint", "--strict", CHART, "-f", values, program=program)
     assert ran.returncode == 0, ran.stdout
     assert "[ERROR]" not in ran.stdout
@@ -110,14 +110,14 @@ def test_chart_pleases_helm(program: str, values: Path) -> None:
 
 @each_values
 def test_chart_is_the_same_with_both_helms(values: Path) -> None:
-    """Helm 3 and 4 make the same of it."""
+    """Helm 3 and Helm 4 render the same manifests."""
     assert rendered("-f", values, program="helm") == rendered("-f", values, program="helm3")
 
 
 @each_values
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
 def test_chart_is_valid_kubernetes(values: Path, version: str) -> None:
-    """Every manifest fits the schema of the oldest and the newest Kubernetes that the chart supports."""
+    """Every manifest matches the schema of the oldest and the newest supported Kubernetes."""
     manifests = rendered("-f", values, "--kube-version", version)
     assert {"ConfigMap", "Deployment", "Pod", "Service"} <= set(manifests)
     for kind, manifest in manifests.items():
@@ -126,8 +126,8 @@ def test_chart_is_valid_kubernetes(values: Path, version: str) -> None:
 
 
 @each_values
-def test_chart_writes_settings_that_the_gateway_takes(values: Path, tmp_path: Path) -> None:
-    """The ConfigMap's TOML is settings as the gateway checks them, those of the values among them."""
+def test_chart_writes_valid_settings(values: Path, tmp_path: Path) -> None:
+    """The gateway accepts the TOML of the ConfigMap, which contains the settings of the values."""
     manifests = rendered("-f", values)
     settings = settings_of(manifests, tmp_path)
     written = tomllib.loads(manifests["ConfigMap"]["data"]["gateway.toml"])
@@ -140,8 +140,8 @@ def test_chart_writes_settings_that_the_gateway_takes(values: Path, tmp_path: Pa
 
 
 @each_values
-def test_chart_gives_the_drain_its_time(values: Path, tmp_path: Path) -> None:
-    """The grace period is longer than preStop and the drain together."""
+def test_chart_grace_period_covers_the_drain(values: Path, tmp_path: Path) -> None:
+    """The termination grace period is longer than preStop plus the drain."""
     manifests = rendered("-f", values)
     grace = pod(manifests)["spec"]["terminationGracePeriodSeconds"]
     hook = container(manifests).get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["0"])
@@ -150,8 +150,8 @@ def test_chart_gives_the_drain_its_time(values: Path, tmp_path: Path) -> None:
 
 
 @each_values
-def test_chart_asks_where_the_gateway_answers(values: Path, tmp_path: Path) -> None:
-    """Probes are the gateway's own; ports are those of its settings, and those asked for exist."""
+def test_chart_probes_and_ports_are_the_gateways(values: Path, tmp_path: Path) -> None:
+    """Probes use paths of the gateway; ports are those of its settings, and every referenced port exists."""
     manifests = rendered("-f", values)
     settings = settings_of(manifests, tmp_path).server
     known = {"http": settings.port} | ({"metrics": settings.metrics_port} if settings.metrics_port else {})
@@ -163,16 +163,14 @@ def test_chart_asks_where_the_gateway_answers(values: Path, tmp_path: Path) -> N
         paths[probe] = asked["path"]
     assert set(paths.values()) <= PROBES
     assert paths["readinessProbe"] == "/readyz"
-    assert (
-        paths["livenessProbe"] == "/healthz"
-    )  # a pod is not killed for draining, or for want of credentials
+    assert paths["livenessProbe"] == "/healthz"  # a pod is not killed while it drains or lacks credentials
     targets = {port["targetPort"] for port in manifests["Service"]["spec"]["ports"]}
     assert targets == set(known)
 
 
 @each_values
 def test_chart_is_restricted(values: Path) -> None:
-    """Every pod keeps to Kubernetes' "restricted" standard, writes nowhere, and has no token."""
+    """Every pod meets the "restricted" standard, has a read-only file system and no token."""
     manifests = rendered("-f", values)
     for spec in (pod(manifests)["spec"], manifests["Pod"]["spec"]):
         assert spec["automountServiceAccountToken"] is False
@@ -190,8 +188,8 @@ def test_chart_is_restricted(values: Path) -> None:
 
 
 @each_values
-def test_chart_selects_its_pods_by_what_never_changes(values: Path) -> None:
-    """Everything selects the gateway's pods and not the test's, by labels without a version."""
+def test_chart_selectors_use_immutable_labels(values: Path) -> None:
+    """Selectors match the pods of the gateway and not the test pod, by labels without a version."""
     manifests = rendered("-f", values)
     selector = manifests["Deployment"]["spec"]["selector"]["matchLabels"]
     assert set(selector) == {f"app.kubernetes.io/{label}" for label in ("name", "instance", "component")}
@@ -205,11 +203,11 @@ def test_chart_selects_its_pods_by_what_never_changes(values: Path) -> None:
         assert manifests["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == selector
 
 
-# --- what it makes ----------------------------------------------------------------------------------------
+# --- manifests --------------------------------------------------------------------------------------------
 
 
-def test_chart_is_of_the_gateways_version() -> None:
-    """The image's default tag is this version, and the oldest Kubernetes that it names the oldest tried."""
+def test_chart_has_the_version_of_the_gateway() -> None:
+    """The default image tag is this version, and kubeVersion is the oldest tested Kubernetes."""
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     assert chart["kubeVersion"] == f">={OLDEST}.0-0"
     assert f"Kubernetes {OLDEST} or newer" in (CHART / "README.md").read_text()
@@ -217,14 +215,14 @@ def test_chart_is_of_the_gateways_version() -> None:
     assert container(minimal())["image"] == f"sd-progress-gateway:{__version__}"
 
 
-def test_chart_rolls_without_a_gap() -> None:
-    """No pod goes before its successor is ready."""
+def test_chart_updates_without_downtime() -> None:
+    """No pod is removed before its replacement is ready."""
     strategy = minimal()["Deployment"]["spec"]["strategy"]["rollingUpdate"]
     assert strategy == {"maxSurge": 1, "maxUnavailable": 0}
 
 
-def test_chart_rolls_when_settings_change() -> None:
-    """The sum in the pod's annotations follows the settings, and nothing else."""
+def test_chart_restarts_pods_when_settings_change() -> None:
+    """The checksum annotation depends on the settings only."""
 
     def checksum(*settings: str) -> str:
         annotations: dict[str, str] = pod(minimal(*settings))["metadata"]["annotations"]
@@ -235,7 +233,7 @@ def test_chart_rolls_when_settings_change() -> None:
 
 
 def test_chart_mounts_secrets_as_directories(tmp_path: Path) -> None:
-    """Secrets are whole directories, so that a rotation arrives, and the settings' files lie in them."""
+    """Secrets are mounted as directories, so that rotations arrive, and contain the files of the settings."""
     manifests = rendered("-f", FULL)
     mounts = {mount["mountPath"]: mount for mount in container(manifests)["volumeMounts"]}
     assert all("subPath" not in mount and mount["readOnly"] for mount in mounts.values())
@@ -256,15 +254,15 @@ def test_chart_mounts_secrets_as_directories(tmp_path: Path) -> None:
     assert str(Path(config).parent) in mounts
 
 
-def test_chart_names_no_file_that_the_secret_does_not_have(tmp_path: Path) -> None:
-    """Without a next pair, or a store's secret, the settings name no file for it."""
+def test_chart_names_only_files_of_the_secret(tmp_path: Path) -> None:
+    """Without a next key pair or a store secret, the settings name no file for it."""
     settings = settings_of(minimal(), tmp_path)
     assert settings.credentials.next_access_key_file is None
     assert (settings.store.username_file, settings.store.password_file, settings.store.ca_file) == (None,) * 3
 
 
-def test_chart_keeps_the_pair_out_of_everything_but_its_secret() -> None:
-    """A pair that comes with the values is in the Secret alone; a secret that exists is not made."""
+def test_chart_keeps_the_key_pair_in_its_secret() -> None:
+    """A key pair in the values is in the Secret only; with an existing secret, none is created."""
     manifests = rendered("-f", CHART / "ci" / "values-pair.yaml")
     assert manifests["Secret"]["stringData"] == {"access_key": "an-access-key", "secret_key": "a-secret-key"}
     assert (
@@ -277,7 +275,7 @@ def test_chart_keeps_the_pair_out_of_everything_but_its_secret() -> None:
 
 
 def test_chart_leaves_the_number_of_pods_to_the_autoscaler() -> None:
-    """With an autoscaler the Deployment names no number; it counts CPU and watchers, as asked."""
+    """With an autoscaler the Deployment has no replicas; the configured measures are used."""
     manifests = rendered("-f", FULL)
     assert "replicas" not in manifests["Deployment"]["spec"]
     spec = manifests["HorizontalPodAutoscaler"]["spec"]
@@ -289,8 +287,8 @@ def test_chart_leaves_the_number_of_pods_to_the_autoscaler() -> None:
     assert minimal()["Deployment"]["spec"]["replicas"] == 1
 
 
-def test_chart_routes_by_the_root_path_and_bounds_no_stream() -> None:
-    """Ingress and HTTPRoute lead to the service, below server.root_path; no time-out ends a stream."""
+def test_chart_routes_the_root_path_without_timeouts() -> None:
+    """Ingress and HTTPRoute route server.root_path to the service; no timeout ends a stream."""
     manifests = rendered("-f", CHART / "ci" / "gateway-api.yaml")
     [rule] = manifests["HTTPRoute"]["spec"]["rules"]
     assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/progress"}}]
@@ -313,8 +311,8 @@ def test_chart_routes_by_the_root_path_and_bounds_no_stream() -> None:
     assert annotations["haproxy.org/timeout-server"] == "1h"
 
 
-def test_chart_hashes_by_the_part_of_the_path_that_is_the_task() -> None:
-    """HAProxy counts the parts of the path, those of server.root_path too; own annotations go first."""
+def test_chart_hashes_the_path_of_the_task() -> None:
+    """HAProxy counts path segments, including server.root_path; annotations of the user take precedence."""
     hashing = ["ingress.enabled=true", "ingress.hashByTask=true", 'ingress.hosts=["a.example.com"]']
 
     def annotations(*settings: str) -> dict[str, str]:
@@ -333,8 +331,8 @@ def test_chart_hashes_by_the_part_of_the_path_that_is_the_task() -> None:
     assert not {"haproxy.org/load-balance", "nginx.org/lb-method"} & set(plain)
 
 
-def test_chart_serves_the_names_by_which_it_is_reached(tmp_path: Path) -> None:
-    """With an ingress, trusted_hosts are its hosts, the service's and localhost; a given list stands."""
+def test_chart_trusts_the_names_of_its_routes(tmp_path: Path) -> None:
+    """With an ingress, trusted_hosts are its hosts, the service names and localhost, unless set."""
     ingress = ["ingress.enabled=true", 'ingress.hosts=["a.example.com", "*.b.example.com"]']
 
     def hosts(*settings: str) -> list[str]:
@@ -347,7 +345,7 @@ def test_chart_serves_the_names_by_which_it_is_reached(tmp_path: Path) -> None:
     assert settings_of(manifests, tmp_path).server.trusted_hosts == told
     assert (
         manifests["Pod"]["spec"]["containers"][0]["args"][-1] == "a.example.com"
-    )  # what `helm test` asks by
+    )  # Host header of `helm test`
     assert hosts(*ingress, 'settings.server.trusted_hosts=["c.example.com"]') == ["c.example.com"]
     route = ["httpRoute.enabled=true", 'httpRoute.parentRefs=[{"name": "public"}]']
     assert "d.example.com" in hosts(*ingress, *route, 'httpRoute.hostnames=["d.example.com"]')
@@ -355,8 +353,8 @@ def test_chart_serves_the_names_by_which_it_is_reached(tmp_path: Path) -> None:
     assert hosts() == ["*"]
 
 
-def test_chart_brings_along_what_it_has_no_value_for() -> None:
-    """Objects of the user's are made as they stand, braces and all."""
+def test_chart_adds_extra_objects() -> None:
+    """Extra objects are created unchanged, including braces."""
     extra = {
         "apiVersion": "v1",
         "kind": "Extra",
@@ -366,8 +364,8 @@ def test_chart_brings_along_what_it_has_no_value_for() -> None:
     assert minimal(f"extraObjects={json.dumps([extra])}")["Extra"] == extra
 
 
-def test_chart_lets_in_and_out_only_what_is_needed() -> None:
-    """In: callers and Prometheus, each on its port. Out: names, upstream, the store."""
+def test_chart_network_policy_is_minimal() -> None:
+    """Ingress: clients and Prometheus, each on its port. Egress: DNS, upstream and the store."""
     spec = rendered("-f", FULL)["NetworkPolicy"]["spec"]
     assert spec["policyTypes"] == ["Ingress", "Egress"]
     callers, prometheus = spec["ingress"]
@@ -399,14 +397,14 @@ def test_chart_lets_in_and_out_only_what_is_needed() -> None:
     ],
     ids=["default", "plain", "port", "store", "cluster"],
 )
-def test_chart_lets_out_where_the_settings_lead(settings: list[str], out: list[list[int]]) -> None:
-    """The ports of upstream and of the store are those of their URLs, or the usual ones."""
+def test_chart_egress_follows_the_settings(settings: list[str], out: list[list[int]]) -> None:
+    """The ports of upstream and of the store are those of their URLs, or the default ports."""
     egress = minimal(*settings)["NetworkPolicy"]["spec"]["egress"]
     assert [[port["port"] for port in rule["ports"]] for rule in egress] == out
 
 
-def test_chart_is_scraped_where_the_metrics_are() -> None:
-    """A monitor asks on the metrics' own port; where they have none, on the callers'."""
+def test_chart_monitors_the_metrics_port() -> None:
+    """A monitor scrapes the metrics port; without one, the port of the clients."""
     manifests = rendered("-f", FULL)
     [endpoint] = manifests["ServiceMonitor"]["spec"]["endpoints"]
     assert (endpoint["port"], endpoint["path"]) == ("metrics", "/metrics")
@@ -416,8 +414,8 @@ def test_chart_is_scraped_where_the_metrics_are() -> None:
     assert endpoint["port"] == "http"
 
 
-def test_chart_has_the_rules_as_they_are() -> None:
-    """The PrometheusRule is the file that promtool tests, its templates untouched."""
+def test_chart_contains_the_rules() -> None:
+    """The PrometheusRule equals the file that promtool tests, with its templates unchanged."""
     manifests = rendered("-f", FULL)
     assert manifests["PrometheusRule"]["spec"] == yaml.safe_load(
         (CHART / "rules" / "gateway.yaml").read_text()
@@ -425,8 +423,8 @@ def test_chart_has_the_rules_as_they_are() -> None:
     assert "PrometheusRule" not in minimal()
 
 
-def test_chart_has_the_dashboard_as_it_is() -> None:
-    """The ConfigMap that Grafana's sidecar finds holds the dashboard that is tested, braces and all."""
+def test_chart_contains_the_dashboard() -> None:
+    """The ConfigMap for the Grafana sidecar contains the tested dashboard unchanged, including braces."""
     manifest = rendered("-f", FULL)["Dashboard"]
     assert manifest["metadata"]["labels"]["grafana_dashboard"] == "1"
     assert manifest["metadata"]["annotations"] == {"grafana_folder": "Images"}
@@ -439,34 +437,34 @@ def test_chart_has_the_dashboard_as_it_is() -> None:
     ("values", "more", "warnings"),
     [
         ("minimal", "replicas=1", []),
-        ("minimal", "replicas=2", ["without settings.store.url each replica asks upstream for itself"]),
+        ("minimal", "replicas=2", ["without settings.store.url each replica makes its own upstream calls"]),
         (
             "minimal",
             "autoscaling.enabled=true",
-            ["without settings.store.url each replica asks upstream for itself"],
+            ["without settings.store.url each replica makes its own upstream calls"],
         ),
         ("full", "replicas=2", []),
         (
             "values-pair",
             "replicas=1",
-            ["the access-key pair came with the values", "without a NetworkPolicy"],
+            ["the key pair is part of the values", "without a NetworkPolicy"],
         ),
     ],
 )
-def test_chart_warns_of_what_is_unwise(tmp_path: Path, values: str, more: str, warnings: list[str]) -> None:
-    """The notes tell the next command, and warn where there is something to warn of."""
+def test_chart_notes_have_warnings(tmp_path: Path, values: str, more: str, warnings: list[str]) -> None:
+    """The notes contain the next command, and warnings about risky values."""
     file = CHART / "ci" / f"{values}.yaml"
-    # Without a cluster helm shows no notes: a manifest that quotes them has to.
+    # Helm prints no notes without a cluster, so a manifest quotes them.
     chart = shutil.copytree(CHART, tmp_path / CHART.name)
     notes = '{{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}'
     quoting = f"kind: Notes\nmetadata: {{name: notes}}\ntext: {notes}\n"
     (chart / "templates" / "quoting.yaml").write_text(quoting, encoding="utf-8")
     notes = rendered("-f", file, "--set", more, chart=chart)["Notes"]["text"]
     assert "helm test release --namespace default --logs" in notes
-    assert re.findall(r"WARNING: (.*?)(?:,| whoever)", notes) == warnings
+    assert re.findall(r"WARNING: (.*?)(?:,| and a client| every pod)", notes) == warnings
 
 
-# --- what it refuses --------------------------------------------------------------------------------------
+# --- rejected values --------------------------------------------------------------------------------------
 
 
 @each_helm
@@ -495,8 +493,8 @@ def test_chart_warns_of_what_is_unwise(tmp_path: Path, values: str, more: str, w
         ("extraObjects[0].kind=Secret", "apiVersion"),
     ],
 )
-def test_chart_refuses_wrong_values(program: str, wrong: str, named: str) -> None:
-    """The schema refuses what no template reads or the gateway would refuse, and says where it stands."""
+def test_chart_rejects_invalid_values(program: str, wrong: str, named: str) -> None:
+    """The schema rejects unknown keys and invalid settings; the error names the key."""
     ran = helm("template", "release", CHART, "-f", MINIMAL, "--set", wrong, program=program)
     assert ran.returncode != 0
     assert "schema" in ran.stderr
@@ -506,25 +504,25 @@ def test_chart_refuses_wrong_values(program: str, wrong: str, named: str) -> Non
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "name an existingSecret"),
-        (["credentials.accessKey=a"], "name an existingSecret"),
+        ([], "set existingSecret"),
+        (["credentials.accessKey=a"], "set existingSecret"),
         (["credentials.existingSecret=s", "credentials.accessKey=a", "credentials.secretKey=s"], "not both"),
         (
             ["credentials.existingSecret=s", "autoscaling.enabled=true", "autoscaling.cpuPercent=0"],
-            "autoscaling: by cpuPercent, by watchers, or by both",
+            "autoscaling: set cpuPercent, watchers, or both",
         ),
     ],
     ids=["no-pair", "half-a-pair", "two-pairs", "no-measure"],
 )
-def test_chart_refuses_values_that_do_not_go_together(arguments: list[str], says: str) -> None:
-    """What the schema cannot see, the templates refuse in words."""
+def test_chart_rejects_contradictory_values(arguments: list[str], says: str) -> None:
+    """Templates reject combinations that the schema cannot check."""
     ran = helm("template", "release", CHART, *(part for each in arguments for part in ("--set", each)))
     assert ran.returncode != 0
     assert says in ran.stderr
 
 
-def test_chart_knows_the_settings_that_the_gateway_knows() -> None:
-    """The schema has the gateway's own bounds for every setting, but for those that the chart itself sets."""
+def test_chart_schema_has_the_settings_of_the_gateway() -> None:
+    """The schema has the bounds of the gateway for every setting, except those that the chart sets."""
     model = Settings.model_json_schema()
 
     def plain(node: Any) -> Any:
@@ -548,19 +546,19 @@ def test_chart_knows_the_settings_that_the_gateway_knows() -> None:
     sections["store"]["properties"]["url"] = {
         "type": "string",
         "pattern": "^[^@]*$",
-    }  # no password in a ConfigMap
-    sections["server"]["properties"]["port"]["minimum"] = 1  # the Service has to know it
+    }  # a ConfigMap must not contain a password
+    sections["server"]["properties"]["port"]["minimum"] = 1  # the Service needs a fixed port
     schema = json.loads((CHART / "values.schema.json").read_text())
     assert schema["properties"]["settings"] == expected
 
 
-def test_chart_explains_every_value() -> None:
-    """The schema and values.yaml have the same keys, all the way down to what the user fills."""
+def test_chart_schema_and_values_have_the_same_keys() -> None:
+    """The schema and values.yaml have the same keys, down to values with a free structure."""
 
     def compare(values: Any, schema: Any, path: str) -> None:
         if path == "settings" or schema.get("additionalProperties") is not False:
             return
-        optional = {"global", "claims"}  # Helm's own; and what few resources have
+        optional = {"global", "claims"}  # Helm's own key, and a rare one of resources
         assert set(schema["properties"]) - optional == set(values), path
         for name, value in values.items():
             compare(value, schema["properties"][name], name)
@@ -569,29 +567,29 @@ def test_chart_explains_every_value() -> None:
     compare(values, json.loads((CHART / "values.schema.json").read_text()), "values")
 
 
-def test_chart_readme_is_made_of_the_values() -> None:
-    """The README's table is the current one, and has a word for every value that is to be set."""
+def test_chart_readme_is_current() -> None:
+    """The table in the README is current and describes every value."""
     spec = importlib.util.spec_from_file_location("readme", CHART.parent / "readme.py")
     assert spec is not None
     assert spec.loader is not None
     readme = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(readme)
     text = (CHART / "README.md").read_text(encoding="utf-8")
-    assert readme.renewed(text) == text, "make chart"
+    assert readme.updated(text) == text, "make chart"
     assert re.findall(r"^\| `([\w.]+)` \| `.*` \|  \|$", text, re.MULTILINE) == []
 
 
 # --- helm test --------------------------------------------------------------------------------------------
 
 
-def asked(gate: Gateway, host: str = "helm-test") -> tuple[int, str]:
-    """Run the test pod's program; return its exit status and what it says."""
+def run_test(gate: Gateway, host: str = "helm-test") -> tuple[int, str]:
+    """Run the program of the test pod; return its exit status and its output."""
     ran = subprocess.run([sys.executable, ASK, gate.url, host], capture_output=True, text=True, check=False)
     return ran.returncode, ran.stdout + ran.stderr
 
 
-def test_chart_test_is_what_the_pod_runs() -> None:
-    """The pod has the program whole, the service's address, and a name that trusted_hosts lets in."""
+def test_chart_test_pod_runs_the_program() -> None:
+    """The pod has the program, the address of the service, and a host name that trusted_hosts allows."""
     manifests = rendered("-f", FULL)
     [only] = manifests["Pod"]["spec"]["containers"]
     assert only["args"] == [
@@ -603,23 +601,23 @@ def test_chart_test_is_what_the_pod_runs() -> None:
     assert only["image"] == container(manifests)["image"]
 
 
-def test_chart_test_passes_where_upstream_accepts_the_signature(
+def test_chart_test_passes_with_an_accepted_signature(
     simulator: Simulator, launch: Callable[..., Gateway]
 ) -> None:
-    """A ready gateway whose pair upstream accepts passes, though there is no such task."""
+    """A ready gateway with an accepted key pair passes, although the test task does not exist."""
     gate = launch(simulator.url, server={"trusted_hosts": ["progress.example.com"]})
-    status, says = asked(gate, "progress.example.com")
-    assert status == 0, says
+    status, output = run_test(gate, "progress.example.com")
+    assert status == 0, output
     assert simulator.calls("helm-test") == 1
 
 
 @pytest.mark.parametrize("pair", [("", ""), ("wrong", "pair")], ids=["none", "refused"])
-def test_chart_test_fails_without_a_pair_that_works(
+def test_chart_test_fails_without_a_valid_key_pair(
     simulator: Simulator, launch: Callable[..., Gateway], pair: tuple[str, str]
 ) -> None:
-    """Without a pair, or with one that upstream refuses, it fails and shows why."""
+    """Without a key pair, or with a refused one, the test fails and prints the reason."""
     gate = launch(simulator.url, credentials=dict(zip(("access_key", "secret_key"), pair, strict=True)))
-    status, says = asked(gate)
+    status, output = run_test(gate)
     assert status == 1
-    assert "upstream-credentials" in says or "no credentials" in says
-    assert "Traceback" not in says
+    assert "upstream-credentials" in output or "no credentials" in output
+    assert "Traceback" not in output

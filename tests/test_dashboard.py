@@ -1,4 +1,4 @@
-"""The Grafana dashboard: its shape, as Grafana's own types have it, and what its queries name."""
+"""The Grafana dashboard: its structure, checked with Grafana's own types, and its queries."""
 
 import json
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from tests.dashboard import ANNOTATIONS, DASHBOARD, PANELS, QUERIES, VARIABLES
 from tests.promql import check_names, series
 
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
-NARROWED = 'namespace=~"$namespace", job=~"$job"'
+SELECTOR = 'namespace=~"$namespace", job=~"$job"'
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Tell every leaf of some JSON, and where it is."""
+    """Yield the path and the value of every leaf of a JSON document."""
     if isinstance(value, dict) and value:
         for name, inner in value.items():
             yield from leaves(inner, f"{path}.{name}")
@@ -29,15 +29,15 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
         yield path, json.dumps(value)
 
 
-def test_dashboard_is_what_grafana_reads() -> None:
-    """Nothing of it is lost on the way through Grafana's own types, which drop what they do not know."""
+def test_dashboard_matches_grafanas_types() -> None:
+    """A round trip through Grafana's types, which drop unknown fields, keeps every field."""
     register_default_plugins()
     read = json.loads(JSONEncoder().encode(Dashboard.from_json(DASHBOARD)))
     assert set(leaves(DASHBOARD)) - set(leaves(read)) == set()
 
 
-def test_dashboard_has_its_panels_side_by_side() -> None:
-    """Panels have numbers of their own, fit the 24 columns, and do not lie upon one another."""
+def test_dashboard_panels_do_not_overlap() -> None:
+    """Panels have unique IDs, fit into 24 columns, and do not overlap."""
     panels = DASHBOARD["panels"]
     assert len({panel["id"] for panel in panels}) == len(panels)
     places = [panel["gridPos"] for panel in panels]
@@ -49,8 +49,8 @@ def test_dashboard_has_its_panels_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
-def test_dashboard_asks_the_chosen_prometheus(panel: dict[str, Any]) -> None:
-    """Every panel asks the source that is chosen above, each of its queries under another letter."""
+def test_dashboard_uses_the_selected_data_source(panel: dict[str, Any]) -> None:
+    """Every panel uses the selected data source, and its queries have unique letters."""
     assert panel["datasource"] == SOURCE
     letters = [target["refId"] for target in panel["targets"]]
     assert len(set(letters)) == len(letters)
@@ -60,14 +60,14 @@ def test_dashboard_asks_the_chosen_prometheus(panel: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_dashboard_asks_for_what_exists(query: str) -> None:
-    """Metrics, labels and values are the gateway's, and every one is narrowed by the variables."""
+def test_dashboard_queries_existing_metrics(query: str) -> None:
+    """Metrics, labels and values exist, and every selector uses the variables."""
     check_names(query, recorded=())
-    assert query.count(NARROWED) == sum(query.count(f"{name}{{") for name in series())
+    assert query.count(SELECTOR) == sum(query.count(f"{name}{{") for name in series())
 
 
-def test_dashboard_offers_what_exists() -> None:
-    """The variables come from the one metric that every gateway always has."""
+def test_dashboard_variables_and_annotations_exist() -> None:
+    """Variables use a metric that every gateway has; annotations use the alerts."""
     assert list(VARIABLES) == ["job", "namespace"]
     for query in VARIABLES.values():
         check_names(query, recorded=())
@@ -75,7 +75,7 @@ def test_dashboard_offers_what_exists() -> None:
 
 
 def test_dashboard_shows_every_metric() -> None:
-    """No metric of ours is missing."""
+    """Every metric of the gateway is in a panel."""
     shown = " ".join(query.values[0] for query in QUERIES)
     ours = {name for name in series() if name.startswith("sd_gateway_")}
     families = {name.removesuffix("_count").removesuffix("_sum").removesuffix("_bucket") for name in ours}

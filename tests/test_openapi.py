@@ -42,7 +42,9 @@ def test_openapi_names_every_path() -> None:
 def test_openapi_names_every_code_and_status() -> None:
     """Problem codes, task statuses, drop-in paths and version are those of the code."""
     schemas = DOCUMENT["components"]["schemas"]
-    assert set(schemas["Problem"]["properties"]["code"]["enum"]) == {error.code for error in PROBLEMS}
+    code = schemas["Problem"]["properties"]["code"]
+    assert code["x-problem-codes"] == {error.code: status for error, (status, _) in PROBLEMS.items()}
+    assert set(code["enum"]) == set(code["x-problem-codes"])
     assert schemas["Status"]["enum"] == list(Status)
     assert {path for path in DOCUMENT["paths"] if path.startswith("/scc/")} == {op.path for op in Operation}
     assert DOCUMENT["info"]["version"] == gateway.__version__

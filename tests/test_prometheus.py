@@ -1,7 +1,7 @@
-"""A real Prometheus that scrapes real gateways: the alerts that fire, and the dashboard's queries.
+"""A real Prometheus scrapes real gateways: firing alerts and the queries of the dashboard.
 
-Two replicas share a store, and get a fault upstream once they have been seen well. A third one goes astray
-from the start: its pair is refused, and its store is not there.
+Two replicas share a store and first work without faults; then upstream fails. A third gateway has wrong
+settings from the start: upstream refuses its key pair, and its store does not exist.
 """
 
 import re
@@ -17,72 +17,72 @@ import httpx
 import pytest
 import yaml
 
-from tests.dashboard import ANNOTATIONS, QUERIES, VARIABLES, filled_in
+from tests.dashboard import ANNOTATIONS, QUERIES, VARIABLES, substituted
 from tests.harness import Gateway, Mount, Process, Simulator, Stage, free_port, plain_client, serving, until
 from tests.storeserver import StoreServer, binary
 
-pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+pytestmark = pytest.mark.timeout(600)  # starts Prometheus, a store and several gateways
 
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "config" / "prometheus.yaml"
-JOB, ASTRAY = "sd-gateway", "astray"
+JOB, MISCONFIGURED = "sd-gateway", "misconfigured"
 
 Json = dict[str, Any]
 
 
 def program(name: str) -> Path:
-    """Return one of Prometheus's programs; skip the test where it is not installed."""
+    """Return a program of Prometheus; skip the test if it is not installed."""
     found = shutil.which(name)
     if found is None:
-        pytest.skip(f"no {name} here")
+        pytest.skip(f"{name} is not installed")
     return Path(found)
 
 
 @dataclass
 class Prometheus:
-    """A Prometheus, by its API."""
+    """Client of the API of a Prometheus."""
 
     client: httpx.Client
 
-    def ask(self, path: str, **parameters: str) -> Any:
-        """Ask; return the data of the answer."""
-        answer = self.client.get(f"/api/v1/{path}", params=parameters).json()
-        assert answer["status"] == "success", answer
-        return answer["data"]
+    def get(self, path: str, **parameters: str) -> Any:
+        """Send a request; return the data of the response."""
+        response = self.client.get(f"/api/v1/{path}", params=parameters).json()
+        assert response["status"] == "success", response
+        return response["data"]
 
     def query(self, expression: str) -> list[Json]:
-        """Return what an expression is now: labels and value of each series, but for those that are NaN."""
-        result = self.ask("query", query=expression)["result"]
+        """Return the current labels and value of each series of an expression, without NaN values."""
+        result = self.get("query", query=expression)["result"]
         return [sample for sample in result if sample["value"][1] != "NaN"]
 
     def evaluations(self) -> set[str]:
-        """Return when each group of rules was evaluated last."""
-        return {group["lastEvaluation"] for group in self.ask("rules")["groups"]}
+        """Return the times of the last evaluation of the rule groups."""
+        return {group["lastEvaluation"] for group in self.get("rules")["groups"]}
 
     def firing(self, job: str) -> dict[str, Json]:
-        """Return the alerts of a job that fire, by name."""
-        alerts = [alert for alert in self.ask("alerts")["alerts"] if alert["labels"].get("job") == job]
+        """Return the firing alerts of a job, by name."""
+        alerts = [alert for alert in self.get("alerts")["alerts"] if alert["labels"].get("job") == job]
         return {alert["labels"]["alertname"]: alert for alert in alerts if alert["state"] == "firing"}
 
 
 @dataclass
-class Callers:
-    """Those who ask, each replica alike."""
+class Clients:
+    """Clients that send the same requests to each replica."""
 
     gateways: list[Gateway]
     tasks: list[str] = field(default_factory=list)
 
-    def watch(self, stack: ExitStack) -> None:
-        """Open a stream and a long poll at each replica, until the end."""
+    def subscribe(self, stack: ExitStack) -> None:
+        """Open a stream and a long poll at each replica until the stack is closed."""
         for gate in self.gateways:
-            ids = "&".join(f"taskId={task}" for task in [*self.tasks, "nobody"])
+            ids = "&".join(f"taskId={task}" for task in [*self.tasks, "no-such-task"])
             for path in (f"/v1/events?{ids}", f"/v1/progress/{self.tasks[0]}?wait=60"):
                 subscriber = stack.enter_context(gate.connect())
                 subscriber.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
 
-    def ask(self) -> None:
-        """Ask once for every task, in every way, and for what is not there."""
+    def query(self) -> None:
+        """Query every task once on every kind of path, and one path that does not exist."""
         for gate in self.gateways:
             for task in self.tasks:
                 gate.get(task)
@@ -92,17 +92,17 @@ class Callers:
 
 
 @dataclass
-class Story:
-    """What happened, and the Prometheus that saw it. `calm` are the alerts that fired while all was well."""
+class Scenario:
+    """The alerts that fired, and the Prometheus. `healthy` has those that fired before the faults."""
 
     prometheus: Prometheus
-    calm: dict[str, Json]
+    healthy: dict[str, Json]
     fired: dict[str, Json]
-    astray: dict[str, Json]
+    misconfigured: dict[str, Json]
 
 
-def hurried(folder: Path, jobs: dict[str, list[Gateway]]) -> Path:
-    """Write the example's configuration and rules for these gateways, in a hurry: without any `for`."""
+def fast_configuration(folder: Path, jobs: dict[str, list[Gateway]]) -> Path:
+    """Write the example configuration and rules with short intervals and without `for`."""
     config = yaml.safe_load(EXAMPLE.read_text(encoding="utf-8"))
     [rules] = config["rule_files"]
     groups = yaml.safe_load((EXAMPLE.parent / rules).read_text(encoding="utf-8"))
@@ -130,7 +130,7 @@ def hurried(folder: Path, jobs: dict[str, list[Gateway]]) -> Path:
 
 
 def variables(endpoint: str, store: str, pair: Mount) -> dict[str, str]:
-    """Return the settings of a replica, which lets nothing live long."""
+    """Return the settings of a replica, with short lifetimes."""
     return {
         "SD_GATEWAY_UPSTREAM__ENDPOINT": endpoint,
         "SD_GATEWAY_UPSTREAM__REQUESTS_PER_SECOND": "1000",
@@ -147,8 +147,8 @@ def variables(endpoint: str, store: str, pair: Mount) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
-    """Let everything run, each part a process of its own; first well, then with faults."""
+def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
+    """Run every part in a process of its own: first without faults, then with faults."""
     server = program("prometheus")
     folder = tmp_path_factory.mktemp("prometheus")
     pair, other = Mount(tmp_path_factory.mktemp("pair")), Mount(tmp_path_factory.mktemp("other"))
@@ -160,12 +160,12 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         simulator = Simulator(Stage(), stack.enter_context(plain_client(url)))
         store = stack.enter_context(StoreServer(binary("valkey"), folder))
 
-        well = variables(url, store.url, pair)
-        replicas = [stack.enter_context(serving(folder, well))[1] for _ in range(2)]
-        lost = variables(url, f"valkey://127.0.0.1:{free_port()}", other)
-        astray = stack.enter_context(serving(folder, lost))[1]
+        settings = variables(url, store.url, pair)
+        replicas = [stack.enter_context(serving(folder, settings))[1] for _ in range(2)]
+        wrong_settings = variables(url, f"valkey://127.0.0.1:{free_port()}", other)
+        misconfigured = stack.enter_context(serving(folder, wrong_settings))[1]
 
-        config = hurried(folder, {JOB: replicas, ASTRAY: [astray]})
+        config = fast_configuration(folder, {JOB: replicas, MISCONFIGURED: [misconfigured]})
         address = f"127.0.0.1:{free_port()}"
         arguments = [f"--config.file={config}", f"--storage.tsdb.path={folder}/data"]
         process = Process(*arguments, f"--web.listen-address={address}", cwd=folder, program=server)
@@ -173,33 +173,33 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         prometheus = Prometheus(stack.enter_context(plain_client(f"http://{address}")))
 
         states = ("waiting", "running", "failed", "succeeded", "paused")
-        callers = Callers(replicas, [simulator.task(data={"status": status}) for status in states])
-        callers.tasks.append(simulator.task())  # which moves
-        callers.watch(stack)
+        clients = Clients(replicas, [simulator.task(data={"status": status}) for status in states])
+        clients.tasks.append(simulator.task())  # its progress changes
+        clients.subscribe(stack)
 
-        def meanwhile(condition: Callable[[], Any], what: str) -> Any:
-            """Wait until Prometheus has seen it, while callers ask."""
+        def wait_for(condition: Callable[[], Any], what: str) -> Any:
+            """Send queries until the condition is true."""
 
-            def asked() -> Any:
-                callers.ask()
-                astray.get(callers.tasks[0])
+            def poll() -> Any:
+                clients.query()
+                misconfigured.get(clients.tasks[0])
                 return condition()
 
-            return until(asked, what)
+            return until(poll, what)
 
         calls = f'rate(sd_gateway_upstream_requests_total{{job="{JOB}", outcome="ok"}}[5m]) > 0'
-        meanwhile(
-            lambda: len(prometheus.query(f"sum by (instance) ({calls})")) == 2, "calls of both replicas"
+        wait_for(lambda: len(prometheus.query(f"sum by (instance) ({calls})")) == 2, "calls of both replicas")
+        before = prometheus.evaluations()  # an evaluation before the first call may report a silent replica
+        wait_for(lambda: not before & prometheus.evaluations(), "another evaluation")
+        expected = {"SdGatewayCredentialsRefused", "SdGatewayStoreDown"}
+        wait_for(
+            lambda: expected <= set(prometheus.firing(MISCONFIGURED)), "alerts of the misconfigured gateway"
         )
-        before = prometheus.evaluations()  # by which a replica without a call yet was a silent one
-        meanwhile(lambda: not before & prometheus.evaluations(), "another evaluation")
-        told = {"SdGatewayCredentialsRefused", "SdGatewayStoreDown"}
-        meanwhile(lambda: told <= set(prometheus.firing(ASTRAY)), "alerts of the one that goes astray")
-        calm = prometheus.firing(JOB)
+        healthy = prometheus.firing(JOB)
 
         simulator.fault("status", status=502)
-        told = {"SdGatewayUpstreamFailures", "SdGatewayAnswersOverdue"}
-        meanwhile(lambda: told <= set(prometheus.firing(JOB)), "alerts of the fault")
+        expected = {"SdGatewayUpstreamFailures", "SdGatewayAnswersOverdue"}
+        wait_for(lambda: expected <= set(prometheus.firing(JOB)), "alerts of the fault")
         fired = prometheus.firing(JOB)
 
         simulator.heal()
@@ -209,12 +209,12 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Story]:
         reloads, errors = "sd_gateway_credentials_reloads_total", "sd_gateway_store_errors_total"
         for name in (reloads, errors):
             query = f'rate({name}{{job="{JOB}"}}[5m])'
-            meanwhile(lambda query=query: prometheus.query(query), f"{query} has samples")
-        yield Story(prometheus, calm, fired, prometheus.firing(ASTRAY))
+            wait_for(lambda query=query: prometheus.query(query), f"{query} has samples")
+        yield Scenario(prometheus, healthy, fired, prometheus.firing(MISCONFIGURED))
 
 
-def test_prometheus_takes_the_example() -> None:
-    """Promtool finds no fault with the example, nor with the rules that it names."""
+def test_prometheus_accepts_the_example() -> None:
+    """Promtool accepts the example and its rules."""
     ran = subprocess.run(
         [program("promtool"), "check", "config", EXAMPLE], capture_output=True, text=True, check=False
     )
@@ -222,51 +222,53 @@ def test_prometheus_takes_the_example() -> None:
     assert re.search(r"SUCCESS: [1-9]\d* rules found", ran.stdout)
 
 
-def test_prometheus_is_calm_while_all_is_well(story: Story) -> None:
-    """No alert fires for replicas that are well, though every `for` was taken away."""
-    assert story.calm == {}
+def test_prometheus_fires_nothing_without_faults(scenario: Scenario) -> None:
+    """No alert fires for healthy replicas, although every `for` was removed."""
+    assert scenario.healthy == {}
 
 
-def test_prometheus_fires_when_upstream_fails(story: Story) -> None:
-    """A fault upstream fires the alerts of failures and of old answers, which say what it is about."""
-    failures = story.fired["SdGatewayUpstreamFailures"]
+def test_prometheus_fires_when_upstream_fails(scenario: Scenario) -> None:
+    """An upstream fault fires the alerts for failures and for old responses, with the operation."""
+    failures = scenario.fired["SdGatewayUpstreamFailures"]
     assert failures["labels"] == {
         "alertname": "SdGatewayUpstreamFailures",
         "job": JOB,
         "operation": "sd_get_progress",
         "severity": "warning",
     }
-    assert failures["annotations"]["summary"] == "Upstream fails for sd_get_progress."
+    assert failures["annotations"]["summary"] == "Upstream calls fail for sd_get_progress."
     assert re.match(r"\d+(\.\d+)?% of the calls of sd_get_progress", failures["annotations"]["description"])
     assert "sd-gateway check" in failures["annotations"]["runbook"]
-    assert "SdGatewayAnswersOverdue" in story.fired
+    assert "SdGatewayAnswersOverdue" in scenario.fired
 
 
-def test_prometheus_tells_one_job_from_another(story: Story) -> None:
-    """What is wrong with one gateway is told of that one: a refused pair, a store that is not there."""
-    assert {"SdGatewayCredentialsRefused", "SdGatewayStoreDown"} <= set(story.astray)
-    assert not {"SdGatewayCredentialsRefused", "SdGatewayStoreDown"} & set(story.fired)
+def test_prometheus_separates_jobs(scenario: Scenario) -> None:
+    """Alerts about a refused key pair and a missing store fire for the misconfigured gateway only."""
+    assert {"SdGatewayCredentialsRefused", "SdGatewayStoreDown"} <= set(scenario.misconfigured)
+    assert not {"SdGatewayCredentialsRefused", "SdGatewayStoreDown"} & set(scenario.fired)
 
 
 @pytest.mark.parametrize("query", QUERIES)
-def test_prometheus_answers_the_dashboard(story: Story, query: str) -> None:
-    """Every panel's query brings numbers."""
-    assert story.prometheus.query(filled_in(query, job=JOB))
+def test_prometheus_answers_the_dashboard(scenario: Scenario, query: str) -> None:
+    """Every query of a panel returns numbers."""
+    assert scenario.prometheus.query(substituted(query, job=JOB))
 
 
-def test_prometheus_knows_the_dashboards_variables(story: Story) -> None:
-    """The job is among what its variable offers; a namespace is only where Kubernetes gave one."""
-    offered = {}
+def test_prometheus_knows_the_dashboards_variables(scenario: Scenario) -> None:
+    """The variable `job` offers both jobs; `namespace` is empty outside Kubernetes."""
+    values = {}
     for name, query in VARIABLES.items():
         [(selector, label)] = re.findall(r"^label_values\((.*), (\w+)\)$", query)
-        match = {"match[]": filled_in(selector, job=JOB)}
-        offered[name] = story.prometheus.ask(f"label/{label}/values", **match)
-    assert set(offered["job"]) == {JOB, ASTRAY}
-    assert offered["namespace"] == []
+        match = {"match[]": substituted(selector, job=JOB)}
+        values[name] = scenario.prometheus.get(f"label/{label}/values", **match)
+    assert set(values["job"]) == {JOB, MISCONFIGURED}
+    assert values["namespace"] == []
 
 
 @pytest.mark.parametrize("query", ANNOTATIONS)
-def test_prometheus_marks_alerts_on_the_dashboard(story: Story, query: str) -> None:
-    """The alerts that fire are drawn into the panels."""
-    names = {sample["metric"]["alertname"] for sample in story.prometheus.query(filled_in(query, job=JOB))}
+def test_prometheus_marks_alerts_on_the_dashboard(scenario: Scenario, query: str) -> None:
+    """Firing alerts appear as annotations."""
+    names = {
+        sample["metric"]["alertname"] for sample in scenario.prometheus.query(substituted(query, job=JOB))
+    }
     assert "SdGatewayUpstreamFailures" in names

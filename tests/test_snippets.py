@@ -1,4 +1,4 @@
-"""The programs of the callers' guide, as they stand there, against a gateway: what they promise, they do."""
+"""The example programs of the callers' guide, run as they are against a gateway."""
 
 import importlib.util
 import json
@@ -20,7 +20,9 @@ from starlette.applications import Starlette
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from tests.documents.markdown import Document
+from gateway.api.problems import PROBLEMS
+from gateway.domain.errors import UpstreamRejected
+from tests.documents.markdown import ROOT, Document
 from tests.harness import (
     PATIENCE_SECONDS,
     Gateway,
@@ -35,26 +37,25 @@ from tests.harness import (
 )
 from tests.test_page import ARGUMENTS, CHROMIUM
 
-pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+pytestmark = pytest.mark.timeout(600)  # compiles programs, starts processes and a browser
 
 
 GUIDE = Document("gateway/api/CALLING.md")
-GSON = Path("/usr/share/java/gson.jar")  # where Debian's libgoogle-gson-java has it
+EXAMPLES = ROOT / "gateway" / "api" / "examples"
+GSON = Path("/usr/share/java/gson.jar")  # installed by Debian's libgoogle-gson-java
 QUICK = {"waiting_seconds": 0.1, "running_seconds": 0.1, "stale_while_revalidate_seconds": 0.2}
 LONG = 600
-TWO_PAUSES = (
-    4.5  # seconds: the first two pauses of those who back off, and are told nothing, are over by then
-)
+TWO_PAUSES = 4.5  # seconds: longer than the first two backoff pauses without a Retry-After
 
 Launch = Callable[..., Gateway]
 
-# What calls the guide's programs. Each takes what to call, the gateway, seconds, wait, silence and
-# tasks; it writes a line of JSON for whatever it is told, then one with what became of it.
+# Drivers of the example programs. Arguments: function, gateway, seconds, wait, silence and tasks. A driver
+# writes one line of JSON for each event, then one with the outcome: "ok", "refused" or "timeout".
 PYTHON = """
 import json, sys
 import httpx
 what, url, seconds, wait, silence, *tasks = sys.argv[1:]
-say = lambda *said: print(json.dumps(said), flush=True)
+say = lambda *event: print(json.dumps(event), flush=True)
 try:
     with httpx.Client(base_url=url, trust_env=False) as gateway:
         if what == "finished":
@@ -64,25 +65,25 @@ try:
             from follow import Refused, follow
             for event, data in follow(gateway, tasks, seconds=float(seconds), silence=float(silence)):
                 say(event, data)
-    say("well")
+    say("ok")
 except Refused as exc:
     say("refused", str(exc))
 except TimeoutError as exc:
-    say("late", str(exc))
+    say("timeout", str(exc))
 """
 JAVASCRIPT = """
 import { Refused as NotFinished, finished } from "./progress.mjs";
 import { Refused as NotFollowed, follow } from "./follow.mjs";
 const [what, url, seconds, wait, silence, ...tasks] = process.argv.slice(2);
-const say = (...said) => console.log(JSON.stringify(said));
+const say = (...event) => console.log(JSON.stringify(event));
 try {
   const within = { seconds: Number(seconds), wait: Number(wait), silence: Number(silence) };
   if (what === "finished") say("progress", await finished(url, tasks[0], within));
   else for await (const { event, data } of follow(url, tasks, within)) say(event, data);
-  say("well");
+  say("ok");
 } catch (error) {
   const refused = error instanceof NotFinished || error instanceof NotFollowed;
-  say(refused ? "refused" : "late", error.message);
+  say(refused ? "refused" : "timeout", error.message);
 }
 """
 JAVA = """
@@ -94,8 +95,8 @@ import java.util.List;
 import java.util.concurrent.TimeoutException;
 
 class Call {
-    static void say(Object... said) {
-        System.out.println(new Gson().toJson(said));
+    static void say(Object... event) {
+        System.out.println(new Gson().toJson(event));
     }
 
     static Duration duration(String seconds) {
@@ -115,11 +116,11 @@ class Call {
                     follow.follow(tasks, within, (event, data) -> say(event, data));
                 }
             }
-            say("well");
+            say("ok");
         } catch (Progress.Refused e) {
             say("refused", e.getMessage());
         } catch (TimeoutException e) {
-            say("late", e.getMessage());
+            say("timeout", e.getMessage());
         }
     }
 }
@@ -128,23 +129,23 @@ class Call {
 
 @dataclass(frozen=True)
 class Call:
-    """A call under way, in a process of its own."""
+    """A running driver, in a process of its own."""
 
     process: Process
 
-    def said(self) -> list[list[Any]]:
-        """Return what it has been told so far."""
+    def lines(self) -> list[list[Any]]:
+        """Return the lines written so far."""
         return [json.loads(line) for line in self.process.lines if line.startswith("[")]
 
     def outcome(self) -> list[list[Any]]:
-        """Return all that it was told, when it is over."""
+        """Wait for the end; return every line."""
         assert self.process.exit_status() == 0, self.process.output
-        return self.said()
+        return self.lines()
 
 
 @dataclass(frozen=True)
 class Program:
-    """The guide's programs in one language, and what calls them, in a folder."""
+    """The example programs in one language and their driver, in one folder."""
 
     program: Path
     arguments: tuple[str, ...]
@@ -153,15 +154,15 @@ class Program:
     def call(
         self, what: str, url: str, *tasks: str, seconds: float = LONG, wait: int = 30, silence: float = 45
     ) -> Process:
-        """Begin a call."""
+        """Start the driver."""
         arguments = (*self.arguments, what, f"{url}/", str(seconds), str(wait), str(silence), *tasks)
         return Process(*arguments, program=self.program, cwd=self.folder)
 
 
 def written(folder: Path, *names: str, **more: str) -> None:
-    """Write files of the guide, and more."""
+    """Copy example files to a folder, and write more files."""
     for name in names:
-        (folder / name).write_text(GUIDE.block(name).text, encoding="utf-8")
+        shutil.copy(EXAMPLES / name, folder)
     for name, text in more.items():
         (folder / name.replace("_", ".")).write_text(text, encoding="utf-8")
 
@@ -174,7 +175,7 @@ def python(folder: Path) -> tuple[str, ...]:
 def javascript(folder: Path) -> tuple[str, ...]:
     node = shutil.which("node")
     if node is None:
-        pytest.skip("node is not here: .ci/run installs it")
+        pytest.skip("node is not installed; .ci/run installs it")
     written(folder, "progress.mjs", "follow.mjs", call_mjs=JAVASCRIPT)
     return node, "call.mjs"
 
@@ -182,7 +183,7 @@ def javascript(folder: Path) -> tuple[str, ...]:
 def java(folder: Path) -> tuple[str, ...]:
     compiler = shutil.which("javac")
     if compiler is None or not GSON.exists():
-        pytest.skip("a JDK or Gson is not here: .ci/run installs them")
+        pytest.skip("a JDK or Gson is not installed; .ci/run installs them")
     written(folder, "Progress.java", "Follow.java", Call_java=JAVA)
     sources = sorted(path.name for path in folder.glob("*.java"))
     compiled = subprocess.run(
@@ -196,145 +197,159 @@ def java(folder: Path) -> tuple[str, ...]:
     return "java", "-Xshare:auto", "-XX:TieredStopAtLevel=1", "-cp", f"{GSON}:.", "Call"
 
 
-@pytest.fixture(scope="module", params=[python, javascript, java], ids=lambda made: made.__name__)
+@pytest.fixture(scope="module", params=[python, javascript, java], ids=lambda prepare: prepare.__name__)
 def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Program:
-    """Return the programs in each language."""
+    """Return the programs of one language."""
     folder = tmp_path_factory.mktemp(request.param.__name__)
     program, *arguments = request.param(folder)
     return Program(Path(program), tuple(arguments), folder)
 
 
-# --- until it is finished ---------------------------------------------------------------------------------
+def test_guide_shows_the_example_files() -> None:
+    """A program in the guide is equal to its file, and the guide links to every file."""
+    for block in GUIDE.blocks():
+        if block.name:
+            assert block.text == (EXAMPLES / block.name).read_text(encoding="utf-8")
+    files = {f"examples/{path.name}" for path in EXAMPLES.iterdir() if path.is_file()}
+    assert files == {target for target in GUIDE.targets() if target.startswith("examples/")}
+
+
+# --- wait for the end -------------------------------------------------------------------------------------
 
 
 def test_snippets_wait_by_long_polls(program: Program, simulator: Simulator, launch: Launch) -> None:
-    """A long poll waits while nothing changes, and brings the end."""
+    """A long poll waits while nothing changes and returns the final progress."""
     gate = launch(simulator.url, cache=QUICK)
     task = simulator.task()
     simulator.script(task, status="running", progress=0.5)
     with program.call("finished", gate.url, task) as process:
-        until(lambda: gate.metric("watchers", kind="longpoll") == 1, "it waits")
+        until(lambda: gate.metric("watchers", kind="longpoll") == 1, "the long poll is open")
         simulator.script(task, status="succeeded", progress=1)
-        [told, well] = Call(process).outcome()
-    assert told[0] == "progress"
-    assert told[1]["status"] == "succeeded"
-    assert well == ["well"]
+        [event, outcome] = Call(process).outcome()
+    assert event[0] == "progress"
+    assert event[1]["status"] == "succeeded"
+    assert outcome == ["ok"]
 
 
 def test_snippets_wait_by_polls(program: Program, simulator: Simulator, launch: Launch) -> None:
-    """A poll sends the ETag back, so what has not changed is a 304; and no long poll is made."""
+    """With wait=0 the program polls with If-None-Match, and an unchanged task gives 304."""
     gate = launch(simulator.url, cache=QUICK)
     task = simulator.task()
     simulator.script(task, status="running", progress=0.5)
     with program.call("finished", gate.url, task, wait=0) as process:
-        until(lambda: gate.metric("http_requests_total", status="304"), "it is told that nothing has changed")
+        until(lambda: gate.metric("http_requests_total", status="304"), "a 304 is sent")
         simulator.script(task, status="failed", progress=0.5)
-        [told, _] = Call(process).outcome()
-    assert told[1]["status"] == "failed"
+        [event, _] = Call(process).outcome()
+    assert event[1]["status"] == "failed"
     assert gate.metric("http_requests_total", status="304") <= gate.metric("http_requests_total") / 2
 
 
-def test_snippets_refuse_what_stays_wrong(program: Program, simulator: Simulator, launch: Launch) -> None:
-    """A task that upstream does not know is told at once, in the gateway's words, and not asked for again."""
+def test_snippets_do_not_retry_permanent_errors(
+    program: Program, simulator: Simulator, launch: Launch
+) -> None:
+    """An unknown task fails at once with the detail of the problem, and is not queried again."""
     gate = launch(simulator.url)
-    with program.call("finished", gate.url, "nobody") as process:
-        [told] = Call(process).outcome()
-    assert told[0] == "refused"
-    assert re.match(r"upstream-rejected: .+ \(\w+\)$", str(told[1]))
-    assert simulator.calls("nobody") == 1
+    with program.call("finished", gate.url, "no-such-task") as process:
+        [event] = Call(process).outcome()
+    assert event[0] == "refused"
+    assert re.match(r"upstream-rejected: .+ \(\w+\)$", str(event[1]))
+    assert simulator.calls("no-such-task") == 1
 
 
-def test_snippets_come_back_when_told_to(program: Program, simulator: Simulator, launch: Launch) -> None:
-    """What may pass is tried again: a throttled call after Retry-After, a failing upstream after a while."""
+def test_snippets_retry_after_throttling(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """A throttled query is repeated after Retry-After."""
     gate = launch(simulator.url, cache=QUICK | {"error_seconds": 0}, upstream={"retries": 0})
     task = simulator.finished()
     simulator.fault("refuse", code="T429ID", message="Throttled", retryAfter=1, times=1)
     with program.call("finished", gate.url, task) as process:
-        [told, _] = Call(process).outcome()
-    assert told[1]["status"] == "succeeded"
+        [event, _] = Call(process).outcome()
+    assert event[1]["status"] == "succeeded"
     assert gate.metric("upstream_requests_total", outcome="upstream-throttled") == 1
 
 
 def test_snippets_obey_retry_after(program: Program, simulator: Simulator, launch: Launch) -> None:
-    """Who is told to come back in an hour does not ask before, though a back-off would be over."""
+    """With Retry-After of one hour there is no second request, even when the backoff pause is over."""
     gate = launch(simulator.url)
     simulator.fault("refuse", code="T429ID", message="Throttled", retryAfter=3600)
     with program.call("finished", gate.url, simulator.task(), seconds=TWO_PAUSES) as process:
-        [told] = Call(process).outcome()
-    assert told[0] == "late"
-    assert "upstream-throttled" in told[1]
+        [event] = Call(process).outcome()
+    assert event[0] == "timeout"
+    assert "upstream-throttled" in event[1]
     assert gate.metric("http_requests_total", status="503") == 1
 
 
-def test_snippets_give_up_in_time(program: Program, simulator: Simulator, launch: Launch) -> None:
-    """When the time is over while the task goes on, the caller is told so."""
+def test_snippets_time_out(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """The timeout error says that the task is still running."""
     gate = launch(simulator.url, cache=QUICK)
     with program.call("finished", gate.url, simulator.task(), seconds=1.5, wait=1) as process:
-        [told] = Call(process).outcome()
-    assert told[0] == "late"
-    assert str(told[1]).endswith("s: it goes on")
+        [event] = Call(process).outcome()
+    assert event[0] == "timeout"
+    assert str(event[1]).endswith("s: still running")
 
 
-def test_snippets_say_why_nothing_came(program: Program) -> None:
-    """When nobody answers until the time is over, the caller is told that."""
+def test_snippets_report_the_last_error(program: Program) -> None:
+    """Without any response, the timeout error contains the connection error."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with program.call("finished", f"http://127.0.0.1:{port}", "task", seconds=0.5) as process:
-        [told] = Call(process).outcome()
-    assert told[0] == "late"
-    assert "it goes on" not in str(told[1])
+        [event] = Call(process).outcome()
+    assert event[0] == "timeout"
+    assert "still running" not in str(event[1])
 
 
-# --- as it changes ----------------------------------------------------------------------------------------
+# --- follow changes ---------------------------------------------------------------------------------------
 
 
 def test_snippets_follow_to_the_end(program: Program, simulator: Simulator, launch: Launch) -> None:
-    """Every change is told, for each task, and a problem of one does not end the others' stream."""
+    """Every change of each task is reported; a problem with one task does not end the stream."""
     gate = launch(simulator.url, cache=QUICK)
     odd = "a line separator\u2028, a next line\x85, and 進捗"
     one, other = simulator.task(), simulator.task()
     simulator.script(one, status="running", progress=0.25, message=odd)
-    with program.call("follow", gate.url, one, other, "nobody") as process:
+    with program.call("follow", gate.url, one, other, "no-such-task") as process:
         call = Call(process)
         until(
-            lambda: {str(said[1]["taskId"]) for said in call.said()} == {one, other, "nobody"}, "all are told"
+            lambda: {str(line[1]["taskId"]) for line in call.lines()} == {one, other, "no-such-task"},
+            "every task has an event",
         )
         simulator.script(one, status="succeeded", progress=1)
         simulator.script(other, status="failed", progress=0.5)
-        simulator.script("nobody", status="canceled")
-        *told, well = call.outcome()
-    assert well == ["well"]
-    assert {event for event, _ in told} == {"progress", "problem"}
-    assert odd in [data.get("message") for _, data in told]
-    last = {data["taskId"]: data.get("status") for _, data in told}
-    assert last == {one: "succeeded", other: "failed", "nobody": "canceled"}
+        simulator.script("no-such-task", status="canceled")
+        *events, outcome = call.outcome()
+    assert outcome == ["ok"]
+    assert {event for event, _ in events} == {"progress", "problem"}
+    assert odd in [data.get("message") for _, data in events]
+    last = {data["taskId"]: data.get("status") for _, data in events}
+    assert last == {one: "succeeded", other: "failed", "no-such-task": "canceled"}
 
 
 class BrokenOnce:
-    """A proxy before a gateway: the first stream is reset as soon as its first event was heard."""
+    """A proxy in front of a gateway that resets the first stream after its first event."""
 
     def __init__(self, gate: Gateway) -> None:
         self._gate = gate
-        self.heard = threading.Event()
+        self.received = threading.Event()
         self.last_id = ""
 
     def __call__(self, connection: socket.socket, request: Request) -> None:
-        """Pass a request on, and its answer back."""
+        """Forward a request and its response."""
         with self._gate.connect() as onward:
             onward.sendall(request.head + b"\r\n\r\n")
-            received = b""
+            data = b""
             while part := onward.recv(65536):
                 connection.sendall(part)
-                received += part
-                if not self.last_id and (event := re.search(rb"\nid: (\w+)\ndata: .*\n\n", received)):
-                    self.heard.wait(PATIENCE_SECONDS)
+                data += part
+                if not self.last_id and (event := re.search(rb"\nid: (\w+)\ndata: .*\n\n", data)):
+                    self.received.wait(PATIENCE_SECONDS)
                     self.last_id = event[1].decode()
                     reset(connection)
                     return
 
 
-def test_snippets_reconnect_where_they_were(program: Program, simulator: Simulator, launch: Launch) -> None:
-    """A stream that breaks is opened again, with the last event's id, and goes on to the end."""
+def test_snippets_reconnect_with_last_event_id(
+    program: Program, simulator: Simulator, launch: Launch
+) -> None:
+    """A broken stream is opened again with Last-Event-ID and continues to the end."""
     gate = launch(simulator.url, cache=QUICK)
     task = simulator.task()
     simulator.script(task, status="running", progress=0.25)
@@ -344,42 +359,40 @@ def test_snippets_reconnect_where_they_were(program: Program, simulator: Simulat
         program.call("follow", between.url, task) as process,
     ):
         call = Call(process)
-        until(call.said, "it is told the first event")
-        broken.heard.set()
-        until(lambda: len(between.requests) == 2, "it comes back")
+        until(call.lines, "the first event arrives")
+        broken.received.set()
+        until(lambda: len(between.requests) == 2, "it reconnects")
         simulator.script(task, status="succeeded", progress=1)
-        assert call.outcome()[-1] == ["well"]
+        assert call.outcome()[-1] == ["ok"]
     first, second = between.requests
     assert "last-event-id" not in first.headers
     assert second.headers["last-event-id"] == broken.last_id
 
 
-def test_snippets_are_refused_a_stream_that_cannot_be(
+def test_snippets_do_not_retry_an_invalid_stream(
     program: Program, simulator: Simulator, launch: Launch
 ) -> None:
-    """A request that is wrong is told at once, and not made again."""
+    """An invalid request fails at once and is not repeated."""
     gate = launch(simulator.url)
     with program.call("follow", gate.url, "no.task") as process:
-        [told] = Call(process).outcome()
-    assert told[0] == "refused"
-    assert "invalid-task-id" in str(told[1])
+        [event] = Call(process).outcome()
+    assert event[0] == "refused"
+    assert "invalid-task-id" in str(event[1])
     assert gate.metric("http_requests_total", status="400") == 1
 
 
-def test_snippets_follow_in_time(program: Program, simulator: Simulator, launch: Launch) -> None:
-    """When the time is over while the tasks go on, the caller is told so, though nothing happens."""
+def test_snippets_time_out_on_a_stream(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """The timeout also applies while no event arrives."""
     gate = launch(simulator.url, cache=QUICK, watch={"heartbeat_seconds": 0.3})
     task = simulator.task()
     simulator.script(task, status="waiting", lastQueueRemaining=1)
     with program.call("follow", gate.url, task, seconds=1.5) as process:
-        told = Call(process).outcome()
-    assert told[-1][0] == "late"
+        events = Call(process).outcome()
+    assert events[-1][0] == "timeout"
 
 
-def test_snippets_come_back_to_a_stream_when_told_to(
-    program: Program, simulator: Simulator, launch: Launch
-) -> None:
-    """A gateway that is full for the moment is asked again after Retry-After."""
+def test_snippets_retry_a_stream_after_503(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """A stream refused with 503 is opened again after Retry-After."""
     gate = launch(simulator.url, cache=QUICK, watch={"max_watchers": 1})
     task = simulator.finished()
     busy = simulator.task()
@@ -387,14 +400,14 @@ def test_snippets_come_back_to_a_stream_when_told_to(
         with gate.client.stream("GET", f"/v1/progress/{busy}/events"):
             until(lambda: gate.metric("watchers", kind="events") == 1, "the gateway is full")
             process = stack.enter_context(program.call("follow", gate.url, task))
-            until(lambda: gate.metric("http_requests_total", status="503"), "it is turned away")
-        [told, well] = Call(process).outcome()
-    assert told[1]["status"] == "succeeded"
-    assert well == ["well"]
+            until(lambda: gate.metric("http_requests_total", status="503"), "the stream is refused")
+        [event, outcome] = Call(process).outcome()
+    assert event[1]["status"] == "succeeded"
+    assert outcome == ["ok"]
 
 
 def test_snippets_obey_a_streams_retry_after(program: Program) -> None:
-    """Who is refused a stream for an hour does not ask again before."""
+    """With Retry-After of one hour the stream is not opened a second time."""
 
     def refuse(connection: socket.socket, _: Request) -> None:
         connection.sendall(framed(b"{}", "Retry-After: 3600", status="HTTP/1.1 503 Service Unavailable"))
@@ -403,21 +416,21 @@ def test_snippets_obey_a_streams_retry_after(program: Program) -> None:
         RawUpstream(refuse) as between,
         program.call("follow", between.url, "task", seconds=TWO_PAUSES) as process,
     ):
-        [told] = Call(process).outcome()
-    assert told[0] == "late"
+        [event] = Call(process).outcome()
+    assert event[0] == "timeout"
     assert len(between.requests) == 1
 
 
-def test_snippets_take_silence_for_loss(program: Program, simulator: Simulator, launch: Launch) -> None:
-    """A connection on which not even heartbeats come is given up, and made anew."""
+def test_snippets_reconnect_after_silence(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """A connection without heartbeats is closed and opened again."""
     gate = launch(simulator.url, cache=QUICK, watch={"heartbeat_seconds": 60})
     task = simulator.task()
     simulator.script(task, status="running", progress=0.25)
     with program.call("follow", gate.url, task, silence=0.5) as process:
         route = "/v1/events"
-        until(lambda: gate.metric("http_requests_total", route=route) >= 1, "the first stream is given up")
+        until(lambda: gate.metric("http_requests_total", route=route) >= 1, "the first stream is closed")
         simulator.script(task, status="succeeded", progress=1)
-        assert Call(process).outcome()[-1] == ["well"]
+        assert Call(process).outcome()[-1] == ["ok"]
 
 
 # --- in a browser -----------------------------------------------------------------------------------------
@@ -425,9 +438,9 @@ def test_snippets_take_silence_for_loss(program: Program, simulator: Simulator, 
 
 @pytest.fixture(scope="module")
 def browser_page() -> Iterator[Page]:
-    """Return a page of the system's Chromium."""
+    """Return a page in the system's Chromium."""
     if CHROMIUM is None:
-        pytest.skip("no Chromium here")
+        pytest.skip("Chromium is not installed")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         yield browser.new_page()
@@ -436,9 +449,9 @@ def browser_page() -> Iterator[Page]:
 
 @pytest.fixture
 def origin() -> Iterator[str]:
-    """Return where the guide's page and module are served, which is not where the gateway is."""
-    page = HTMLResponse(GUIDE.block("page.html").text)
-    module = Response(GUIDE.block("progress.mjs").text, media_type="text/javascript")
+    """Serve the example page and module from an origin other than the gateway's; return it."""
+    page = HTMLResponse((EXAMPLES / "page.html").read_text(encoding="utf-8"))
+    module = Response((EXAMPLES / "progress.mjs").read_text(encoding="utf-8"), media_type="text/javascript")
     routes = [Route("/", lambda _: page), Route("/progress.mjs", lambda _: module)]
     with running(Starlette(routes=routes)) as url:
         yield url
@@ -447,7 +460,7 @@ def origin() -> Iterator[str]:
 def test_snippets_wait_in_a_browser(
     browser_page: Page, origin: str, simulator: Simulator, launch: Launch
 ) -> None:
-    """The module for Node is one for browsers, too, of an origin that may read: it sees ETag and 304."""
+    """The module for Node also works in a browser on an allowed origin, with ETag and 304."""
     gate = launch(simulator.url, cache=QUICK, server={"cors_origins": [origin]})
     task = simulator.task()
     simulator.script(task, status="running", progress=0.5)
@@ -459,7 +472,7 @@ def test_snippets_wait_in_a_browser(
         }""",
         [f"{gate.url}/", task],
     )
-    until(lambda: gate.metric("http_requests_total", status="304"), "it is told that nothing has changed")
+    until(lambda: gate.metric("http_requests_total", status="304"), "a 304 is sent")
     simulator.script(task, status="canceled", progress=0.5)
     assert browser_page.evaluate("window.over")["status"] == "canceled"
 
@@ -467,31 +480,31 @@ def test_snippets_wait_in_a_browser(
 def test_snippets_page_shows_progress_from_another_origin(
     browser_page: Page, origin: str, simulator: Simulator, launch: Launch
 ) -> None:
-    """The page shows every task, follows it, and leaves the stream when all have ended."""
+    """The page shows and follows every task, and closes the stream when all have ended."""
     gate = launch(simulator.url, cache=QUICK, server={"cors_origins": [origin]})
     task = simulator.task()
     simulator.script(task, status="running", progress=0.256)
-    browser_page.goto(f"{origin}/?gateway={gate.url}/&taskId={task}&taskId=nobody")
+    browser_page.goto(f"{origin}/?gateway={gate.url}/&taskId={task}&taskId=no-such-task")
     rows = browser_page.locator("#tasks")
     expect(rows).to_contain_text(f"{task}: running, 25 %")
-    expect(rows).to_contain_text("nobody: The upstream rejected the query")
+    expect(rows).to_contain_text(f"no-such-task: {PROBLEMS[UpstreamRejected][1]}")
     simulator.script(task, status="succeeded", progress=1)
-    simulator.script("nobody", status="failed", progress=0.5)
+    simulator.script("no-such-task", status="failed", progress=0.5)
     expect(rows).to_contain_text(f"{task}: succeeded, 100 %")
-    expect(rows).to_contain_text("nobody: failed, 50 %")
-    until(lambda: gate.metric("watchers", kind="events") == 0, "the stream is left")
+    expect(rows).to_contain_text("no-such-task: failed, 50 %")
+    until(lambda: gate.metric("watchers", kind="events") == 0, "the stream is closed")
 
 
-def test_snippets_page_comes_back_to_a_full_gateway(
+def test_snippets_page_retries_a_full_gateway(
     browser_page: Page, origin: str, simulator: Simulator, launch: Launch
 ) -> None:
-    """EventSource gives up on an error's status; the page does not."""
+    """EventSource does not retry after an HTTP error; the page does."""
     gate = launch(simulator.url, cache=QUICK, watch={"max_watchers": 1}, server={"cors_origins": [origin]})
     task, busy = simulator.finished(), simulator.task()
     with gate.client.stream("GET", f"/v1/progress/{busy}/events"):
         until(lambda: gate.metric("watchers", kind="events") == 1, "the gateway is full")
         browser_page.goto(f"{origin}/?gateway={gate.url}/&taskId={task}")
-        until(lambda: gate.metric("http_requests_total", status="503"), "it is turned away")
+        until(lambda: gate.metric("http_requests_total", status="503"), "the stream is refused")
     expect(browser_page.locator("#tasks")).to_contain_text(
         f"{task}: succeeded, 100 %", timeout=PATIENCE_SECONDS * 1000
     )
@@ -500,8 +513,8 @@ def test_snippets_page_comes_back_to_a_full_gateway(
 # --- with the vendor's SDK --------------------------------------------------------------------------------
 
 
-def test_snippets_sdk_asks_through_the_gateway(simulator: Simulator, gate: Gateway, tmp_path: Path) -> None:
-    """The vendor's SDK needs no pair: the status comes in the vendor's spelling."""
+def test_snippets_sdk_queries_the_gateway(simulator: Simulator, gate: Gateway, tmp_path: Path) -> None:
+    """The vendor's SDK works without a key pair and returns the vendor's spelling of the status."""
     written(tmp_path, "speedpix_progress.py")
     spec = importlib.util.spec_from_file_location("speedpix_progress", tmp_path / "speedpix_progress.py")
     assert spec is not None

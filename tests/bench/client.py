@@ -1,4 +1,4 @@
-"""A bare HTTP/1.1 client: one keep-alive connection, one request at a time, as little CPU as can be."""
+"""A minimal HTTP/1.1 client: one keep-alive connection, one request at a time, little CPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DEADLINE_SECONDS = 30.0
 
 
 class Reply(NamedTuple):
-    """An answer: `head` is its status line and headers in lower case."""
+    """A response; `head` has the status line and the headers in lower case."""
 
     status: int
     head: bytes
@@ -33,18 +33,18 @@ class Connection:
         self._writer.close()
 
     async def get(self, path: str, headers: str = "") -> Reply:
-        """Ask, and read the answer; `headers` are whole lines.
+        """Send a GET request and return the response; `headers` are complete lines.
 
         Raises: TimeoutError, OSError, asyncio.IncompleteReadError.
         """
         return await self.ask("GET", path, headers)
 
     async def post(self, path: str, body: bytes) -> Reply:
-        """Ask with a body, and read the answer. Raises: as `get`."""
+        """Send a POST request and return the response. Raises: as `get`."""
         return await self.ask("POST", path, f"Content-Length: {len(body)}\r\n", body)
 
     async def ask(self, method: str, path: str, headers: str = "", body: bytes = b"") -> Reply:
-        """Make any request, and read its answer. Raises: as `get`."""
+        """Send a request and return the response. Raises: as `get`."""
         self.send(method, path, headers, body)
         async with asyncio.timeout(_DEADLINE_SECONDS):
             head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
@@ -52,17 +52,17 @@ class Connection:
             return Reply(int(head[9:12]), head, await self._reader.readexactly(length))
 
     def send(self, method: str, path: str, headers: str = "", body: bytes = b"") -> None:
-        """Send a request, and leave its answer."""
+        """Send a request without reading the response."""
         request = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n{headers}\r\n"
         self._writer.write(request.encode() + body)
 
     async def read(self) -> bytes:
-        """Return what came next of an answer; nothing when it is over. Raises: OSError."""
+        """Return the next bytes of the response; empty at its end. Raises: OSError."""
         return await self._reader.read(65536)
 
 
 async def fetch_all(port: int, paths: Iterable[str], *, connections: int) -> None:
-    """Get every path once, over so many connections. Raises: RuntimeError for an answer that is no 200."""
+    """Get every path once, over `connections`. Raises: RuntimeError for a status other than 200."""
     waiting = iter(paths)
 
     async def work() -> None:
@@ -78,6 +78,6 @@ async def fetch_all(port: int, paths: Iterable[str], *, connections: int) -> Non
 
 
 async def fetch(port: int, path: str, headers: str = "") -> Reply:
-    """Get one path, over a connection of its own."""
+    """Get one path over a new connection."""
     async with Connection(port) as connection:
         return await connection.get(path, headers)

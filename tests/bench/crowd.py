@@ -1,10 +1,10 @@
-"""Connections that never finish their headers, and come again when they are closed.
+"""Connections that never finish their headers, and reconnect when they are closed.
 
     python crowd.py PORT SLOW IDLE SECONDS
 
-The slow ones send a byte a second, the idle ones nothing. They come one after the other, within so
-many seconds, and so they are closed and come again. "open" is said when all are connected; a line
-on standard input ends them, and what they saw is said as JSON.
+Slow connections send one byte per second, idle ones nothing. They are opened evenly over SECONDS, so they are
+also closed and opened again evenly. The program prints "open" when all are connected. A line on standard
+input ends it; it then prints its counts as JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BYTE_SECONDS = 1.0
 
 
 class Crowd:
-    """The connections, and how long each slow one was borne."""
+    """The connections, and the lifetime of each slow one."""
 
     def __init__(self, port: int, number: int) -> None:
         self._port = port
@@ -30,10 +30,10 @@ class Crowd:
         self.complete = asyncio.Event()
         self.open = 0
         self.refused = 0
-        self.borne: list[float] = []
+        self.lifetimes: list[float] = []
 
-    async def dawdle(self, *, after: float, slowly: bool) -> None:
-        """Connect, send slowly or nothing, connect again when closed; until cancelled."""
+    async def hold(self, *, after: float, slowly: bool) -> None:
+        """Connect, send slowly or nothing, and reconnect when closed, until cancelled."""
         await asyncio.sleep(after)
         loop = asyncio.get_running_loop()
         while True:
@@ -52,7 +52,7 @@ class Crowd:
                 with suppress(OSError):
                     await reader.read()  # until it is closed
                 if slowly:
-                    self.borne.append(loop.time() - began)
+                    self.lifetimes.append(loop.time() - began)
             finally:
                 self.open -= 1
                 if sending is not None:
@@ -66,32 +66,32 @@ async def _send(writer: asyncio.StreamWriter) -> None:
         await asyncio.sleep(_BYTE_SECONDS)
 
 
-async def come(port: int, slow: int, idle: int, opening_seconds: float) -> None:
-    """Connect them all, stay until a line comes in, and tell."""
+async def run(port: int, slow: int, idle: int, opening_seconds: float) -> None:
+    """Open all connections, wait for a line of input, and print the counts."""
     number = slow + idle
     crowd = Crowd(port, number)
     loop = asyncio.get_running_loop()
-    # The slow ones evenly among the idle.
+    # Slow connections are spread evenly among the idle ones.
     kinds = [(place + 1) * slow // number > place * slow // number for place in range(number)]
     members = [
-        loop.create_task(crowd.dawdle(after=place / number * opening_seconds, slowly=slowly))
+        loop.create_task(crowd.hold(after=place / number * opening_seconds, slowly=slowly))
         for place, slowly in enumerate(kinds)
     ]
     await crowd.complete.wait()
-    _say("open")
+    _print("open")
     await asyncio.to_thread(sys.stdin.readline)
-    seen = {"open": crowd.open, "refused": crowd.refused, "borne": crowd.borne}
+    seen = {"open": crowd.open, "refused": crowd.refused, "lifetimes": crowd.lifetimes}
     for member in members:
         member.cancel()
     await asyncio.gather(*members, return_exceptions=True)
-    _say(json.dumps(seen))
+    _print(json.dumps(seen))
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    os.nice(19)  # it shares a core with the healthy client, and must not hold that up itself
-    uvloop.run(come(*map(int, sys.argv[1:4]), float(sys.argv[4])))
+    os.nice(19)  # low priority, because it shares a core with the healthy client
+    uvloop.run(run(*map(int, sys.argv[1:4]), float(sys.argv[4])))

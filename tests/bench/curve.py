@@ -1,4 +1,4 @@
-"""What a hit costs as there is more of everything: 1 to 100,000 cached tasks, 1 to 1,000 connections."""
+"""CPU time of a hit with 1 to 100,000 cached tasks and 1 to 1,000 connections."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ NEEDS = ("wrk", "nginx", "njs")
 
 _TASKS = (1, 100, 10_000, 100_000)
 _CONNECTIONS = (1, 100, 1000)
-_USUAL = 32  # connections, while tasks vary
-# All are hits: nothing is refreshed, for the price of that grows with the tasks, and is another.
+_DEFAULT = 32  # connections, while tasks vary
+# Long lifetime, so that there are only hits: the cost of refreshing also grows with the tasks.
 _FRESH = {"CACHE__MAX_TASKS": "200000", "CACHE__RUNNING_SECONDS": "86400"}
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Measure both; nginx, which cannot keep a task for longer than its second, by connections alone."""
+    """Measure both. nginx keeps a task for one second only, so it is measured by connections."""
     with (
         servers.fast_upstream(bench.cores, bench.folder) as upstream,
         servers.nginx(bench.cores, bench.folder, upstream=upstream) as nginx,
@@ -34,18 +34,18 @@ def _by_tasks(bench: Bench, gateway: Server) -> Comparison:
     turns: dict[str, Callable[[], Figures]] = {}
     for count in _TASKS:
         prime(gateway, [f"{prefix}{number}" for number in range(1, count + 1)])
-        turns[f"{count:,} tasks"] = partial(_cost, bench, gateway, prefix, tasks=count, connections=_USUAL)
+        turns[f"{count:,} tasks"] = partial(_cost, bench, gateway, prefix, tasks=count, connections=_DEFAULT)
     return Comparison(
-        title=f"curve: by cached tasks, {_USUAL} connections",
+        title=f"curve: by cached tasks, {_DEFAULT} connections",
         samples=bench.take_turns(turns),
         baseline=next(iter(turns)),
     )
 
 
-def _by_connections(bench: Bench, contestants: list[Server]) -> Comparison:
+def _by_connections(bench: Bench, servers_under_test: list[Server]) -> Comparison:
     path = f"{new_prefix()}1"
     turns: dict[str, Callable[[], Figures]] = {}
-    for server in contestants:
+    for server in servers_under_test:
         prime(server, [path])
         for count in _CONNECTIONS:
             turns[f"{server.name}, {count:,} connections"] = partial(
@@ -55,12 +55,12 @@ def _by_connections(bench: Bench, contestants: list[Server]) -> Comparison:
         title="curve: by connections, one hot task",
         samples=bench.take_turns(turns),
         baseline=next(iter(turns)),
-        notes=["On a single connection nothing is ever ready together: each request is a turn of the loop."],
+        notes=["On a single connection each request needs its own iteration of the event loop."],
     )
 
 
 def _cost(bench: Bench, server: Server, path: str, *, tasks: int | None, connections: int) -> Figures:
-    wrk(server, seconds=1, path=path, tasks=tasks, connections=connections)  # connections and caches warm up
+    wrk(server, seconds=1, path=path, tasks=tasks, connections=connections)  # warms up connections and caches
     figures = per_cpu_second(
         server, seconds=bench.seconds, path=path, tasks=tasks, connections=connections, what="hits"
     )

@@ -1,4 +1,4 @@
-"""200 connections that dawdle over their headers and 2,000 idle ones: what they cost a healthy client."""
+"""A healthy client next to 200 connections with slow headers and 2,000 idle ones."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ NEEDS = ()
 _SLOW, _IDLE = 200, 2000
 _RATE, _CONNECTIONS = 500, 8
 _OTHER_FILES = 500
-_HEADERS, _LONGER = 2.5, 4  # times the seconds of a measurement: what headers may take, and we
+_HEADERS, _LONGER = 2.5, 4  # multiples of the measurement: header timeout and duration
 _OK = 200
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Measure a healthy client by itself and in bad company."""
+    """Measure a healthy client alone and next to slow and idle connections."""
     seconds, header_seconds = _LONGER * bench.seconds, _HEADERS * bench.seconds
     with (
         many_files(_SLOW + _IDLE + _OTHER_FILES),
@@ -43,16 +43,17 @@ def run(bench: Bench) -> Iterator[Comparison]:
             prime(server, [path])
             turns[f"{server.name}, 0 + 0"] = partial(_alone, server, path, seconds)
             turns[f"{server.name}, {_SLOW} + {_IDLE}"] = partial(
-                _in_company, server, path, seconds, opening_seconds=bench.seconds
+                _with_crowd, server, path, seconds, opening_seconds=bench.seconds
             )
         yield Comparison(
-            title=f"dawdlers: {_RATE} hits a second, beside {_SLOW} slow headers and {_IDLE:,} idle, "
+            title=f"dawdlers: {_RATE} hits a second, next to {_SLOW} slow headers and {_IDLE:,} idle, "
             f"for {seconds:g} s",
             samples=bench.take_turns(turns),
             baseline=f"{gateways[0].name}, 0 + 0",
             notes=[
-                "Slow: a byte of its headers a second. Idle: nothing at all. Who is closed comes again.",
-                f"Late: from a query's being due to its answer's end. Headers may take {header_seconds:g} s.",
+                "Slow: one byte of headers per second. Idle: no bytes. Closed connections are opened again.",
+                "Late: from the due time of a query to the end of its response.",
+                f"Header timeout: {header_seconds:g} s.",
             ],
         )
 
@@ -71,31 +72,31 @@ def _alone(server: Server, path: str, seconds: float) -> Figures:
     }
 
 
-def _in_company(server: Server, path: str, seconds: float, *, opening_seconds: float) -> Figures:
+def _with_crowd(server: Server, path: str, seconds: float, *, opening_seconds: float) -> Figures:
     with _crowd(server.port, opening_seconds) as crowd:
         figures = _alone(server, path, seconds)
-        said, _ = crowd.communicate("enough\n")
+        said, _ = crowd.communicate("stop\n")
     seen = json.loads(said)
-    if not seen["borne"]:
+    if not seen["lifetimes"]:
         raise RuntimeError("no slow connection was closed")
     return figures | {
-        "others open at the end": seen["open"],
-        "others not let in": seen["refused"],
-        "slow ones closed": len(seen["borne"]),
-        "closed after, median, s": statistics.median(seen["borne"]),
-        "closed after, max, s": max(seen["borne"]),
+        "other connections open at the end": seen["open"],
+        "other connections refused": seen["refused"],
+        "slow connections closed": len(seen["lifetimes"]),
+        "closed after, median, s": statistics.median(seen["lifetimes"]),
+        "closed after, max, s": max(seen["lifetimes"]),
     }
 
 
 @contextmanager
 def _crowd(port: int, opening_seconds: float) -> Iterator[subprocess.Popen[str]]:
-    """Have the crowd connect, from a process of its own: in ours it would delay the healthy client itself."""
+    """Open the crowd from a separate process, because in this one it would delay the healthy client."""
     command = [sys.executable, servers.HERE / "crowd.py", *map(str, (port, _SLOW, _IDLE, opening_seconds))]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as crowd:
         assert crowd.stdout is not None
         try:
             if crowd.stdout.readline() != "open\n":
-                raise RuntimeError("the crowd did not come in")
+                raise RuntimeError("the crowd did not connect")
             yield crowd
         finally:
             crowd.terminate()

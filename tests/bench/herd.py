@@ -1,4 +1,4 @@
-"""200 pollers of one task at 1 Hz before an upstream of 300 ms: upstream calls, waits, ages."""
+"""200 pollers of one task at 1 Hz, upstream latency 300 ms: upstream calls, wait times, ages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import servers
 from measuring import Bench, Comparison, Figures
-from pollers import Seen
+from pollers import Response
 from processes import cpu_seconds
 from servers import Server
 
@@ -22,29 +22,29 @@ NEEDS = ("nginx", "njs")
 
 _POLLERS = 200
 _LATENCY_SECONDS = 0.3
-_LONGER = 5  # times the seconds of a measurement: one call a second has to become a count
+_LONGER = 5  # multiple of the measurement, so that there are enough upstream calls at one per second
 _LIFE: dict[str, Any] = {"waitingSeconds": 0, "runningSeconds": 3600, "jumpBack": False}
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Measure the gateway beside nginx, at its best and with the lock alone."""
+    """Compare the gateway with nginx in its best configuration and with the cache lock only."""
     seconds = _LONGER * bench.seconds
     with (
         servers.simulator(bench.cores, bench.folder, latency_seconds=_LATENCY_SECONDS) as upstream,
         servers.peers(bench.cores, bench.folder, upstream=upstream) as peers,
         bench.gateways(upstream=upstream) as gateways,
     ):
-        contestants = [*gateways, peers.nginx.cached, peers.nginx.locked, *peers.varnish]
+        compared = [*gateways, peers.nginx.cached, peers.nginx.locked, *peers.varnish]
         yield Comparison(
             title=f"herd: {_POLLERS} pollers of one task at 1 Hz for {seconds:g} s, "
             f"upstream {_LATENCY_SECONDS * 1000:g} ms, lifetime 1 s",
             samples=bench.take_turns(
-                {server.name: partial(_measured, server, upstream, seconds) for server in contestants}
+                {server.name: partial(_measured, server, upstream, seconds) for server in compared}
             ),
             baseline="nginx",
             notes=[
-                "Ages count from the moment at which upstream made the answer, its latency included.",
-                "Warm: asked for after the first answer had come. Cold: before.",
+                "Age: time since upstream created the response, including its latency.",
+                "Warm: requests after the first response had arrived. Cold: earlier requests.",
             ],
         )
 
@@ -62,20 +62,20 @@ def _measured(server: Server, upstream: int, seconds: float) -> Figures:
         "seconds": seconds,
         "ends": born + _LIFE["runningSeconds"],
     }
-    # It inherits our cores: those of the load.
+    # The process inherits the load cores.
     command = [sys.executable, servers.HERE / "pollers.py", json.dumps(crowd)]
     result = subprocess.run(command, check=True, capture_output=True)
     cpu = cpu_seconds(server.pids) - cpu
     calls = servers.upstream_calls(upstream, task_id)
-    return _figures([Seen(*row) for row in json.loads(result.stdout)], calls, seconds) | {
+    return _figures([Response(*row) for row in json.loads(result.stdout)], calls, seconds) | {
         "server CPU per answer, ms": cpu / (_POLLERS * seconds) * 1000
     }
 
 
-def _figures(seen: list[Seen], calls: int, seconds: float) -> Figures:
-    first = min(one.came for one in seen)
-    cold = [one.came - one.asked for one in seen if one.asked < first]
-    warm = [one.came - one.asked for one in seen if one.asked >= first]
+def _figures(seen: list[Response], calls: int, seconds: float) -> Figures:
+    first = min(one.arrived for one in seen)
+    cold = [one.arrived - one.requested for one in seen if one.requested < first]
+    warm = [one.arrived - one.requested for one in seen if one.requested >= first]
     return {
         "upstream calls": calls,
         "upstream calls a lifetime": calls / seconds,

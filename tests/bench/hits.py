@@ -1,6 +1,6 @@
-"""Answers from the cache, per second of the server's CPU time: one hot task, 304, 1,000 tasks of 1 s.
+"""Cache hits per second of server CPU time: one hot task, 304, and 1,000 tasks with a lifetime of 1 s.
 
-The gateway answers as it does by default, and with `server.edge` off: Starlette alone.
+The gateway runs with its defaults, and with `server.edge` off, where Starlette serves all requests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NOT_MODIFIED = 304
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Measure the three."""
+    """Measure the three cases."""
     without_edge = {"SERVER__EDGE": "false"}
     with (
         servers.fast_upstream(bench.cores, bench.folder) as upstream,
@@ -31,20 +31,20 @@ def run(bench: Bench) -> Iterator[Comparison]:
         servers.gateway(bench.cores, bench.folder, upstream=upstream, settings=without_edge) as alone,
     ):
         gateways.append(alone._replace(name="gateway, edge off"))
-        contestants = [*gateways, peers.nginx.cached, *peers.varnish]
-        yield _one(bench, contestants)
+        compared = [*gateways, peers.nginx.cached, *peers.varnish]
+        yield _one(bench, compared)
         yield _unchanged(bench, gateways)
-        yield _many(bench, contestants)
+        yield _many(bench, compared)
 
 
-def _one(bench: Bench, contestants: list[Server]) -> Comparison:
+def _one(bench: Bench, compared: list[Server]) -> Comparison:
     path = f"{new_prefix()}1"
-    for server in contestants:
+    for server in compared:
         prime(server, [path])
     measure = partial(per_cpu_second, seconds=bench.seconds, path=path, what="hits")
     return Comparison(
         title="hits: one hot task",
-        samples=bench.take_turns({server.name: partial(measure, server) for server in contestants}),
+        samples=bench.take_turns({server.name: partial(measure, server) for server in compared}),
         baseline="nginx",
     )
 
@@ -58,7 +58,7 @@ def _unchanged(bench: Bench, gateways: list[Server]) -> Comparison:
         turns[f"{server.name}, 200"] = measure
         turns[f"{server.name}, 304"] = partial(measure, headers={"If-None-Match": etag})
     return Comparison(
-        title="hits: 304 beside 200, one hot task",
+        title="hits: 304 and 200, one hot task",
         samples=bench.take_turns(turns),
         baseline=f"{gateways[0].name}, 200",
     )
@@ -69,25 +69,25 @@ async def _etag(server: Server, path: str) -> str:
     etag = first.head.partition(b"etag: ")[2].partition(b"\r\n")[0].decode()
     again = await fetch(server.port, path, f"If-None-Match: {etag}\r\n")
     if again.status != _NOT_MODIFIED:
-        raise RuntimeError(f"{server.name} answers {again.status} to If-None-Match: {etag}")
+        raise RuntimeError(f"{server.name} returned {again.status} for If-None-Match: {etag}")
     return etag
 
 
-def _many(bench: Bench, contestants: list[Server]) -> Comparison:
+def _many(bench: Bench, compared: list[Server]) -> Comparison:
     prefix = new_prefix()
     paths = [f"{prefix}{number}" for number in range(1, _MANY + 1)]
-    for server in contestants:
+    for server in compared:
         prime(server, paths)
     measure = partial(per_cpu_second, seconds=bench.seconds, path=prefix, tasks=_MANY, what="hits")
 
     def warm(server: Server) -> dict[str, float]:
-        # While the others had their turn this one's tasks went stale: its first second is theirs.
+        # The tasks became stale while other servers were measured: one second of warm-up.
         wrk(server, seconds=1, path=prefix, tasks=_MANY)
         return measure(server)
 
     return Comparison(
         title=f"hits: {_MANY:,} tasks with a lifetime of 1 s",
-        samples=bench.take_turns({server.name: partial(warm, server) for server in contestants}),
+        samples=bench.take_turns({server.name: partial(warm, server) for server in compared}),
         baseline="nginx",
         notes=["The CPU time includes the upstream calls that keep the tasks fresh."],
     )

@@ -1,12 +1,12 @@
--- What wrk asks for, and its result as one line of JSON.
+-- The requests of wrk, and its result as one line of JSON.
 --
--- TASKS empty: the URL as it is. TASKS=0: a task nobody asked for before, every time.
--- TASKS=N: N tasks in turn. Their paths are the URL's with a number behind it.
+-- TASKS empty: the URL unchanged. TASKS=0: a new task for every request.
+-- TASKS=N: N tasks in turn. A path is the URL with a number appended.
 
 local tasks = tonumber(os.getenv("TASKS") or "")
 local turn = 0
 
--- Only where tasks differ: wrk sends one ready request over and over as long as there is no such function.
+-- Defined only if tasks differ: without a request function, wrk repeats one prepared request.
 if tasks == 0 then
   function request()
     turn = turn + 1

@@ -1,4 +1,4 @@
-"""What scenarios share: whom they measure and for how long, one load by wrk, and turns of A B A B."""
+"""Shared by scenarios: servers and durations, load by wrk, and interleaved measurements."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _FAILURES = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """One run: `seconds` a measurement, `rounds` turns for each contestant.
+    """One run: `seconds` per measurement, `rounds` measurements of each server.
 
     `trees` are other source trees of the gateway, measured beside this one: a before and an after.
     `folder` is for whatever the servers write.
@@ -40,7 +40,7 @@ class Bench:
 
     @contextmanager
     def gateways(self, *, upstream: int, settings: Mapping[str, str] | None = None) -> Iterator[list[Server]]:
-        """Run the gateway of this tree, and of each other one."""
+        """Run the gateway of this source tree and of each other tree."""
         with ExitStack() as stack:
             yield [
                 stack.enter_context(
@@ -49,11 +49,11 @@ class Bench:
                 for tree in (None, *self.trees)
             ]
 
-    def take_turns(self, contestants: Mapping[str, Callable[[], Figures]]) -> dict[str, list[Figures]]:
-        """Measure A B A B: neighbours in time share the machine's moods."""
-        samples: dict[str, list[Figures]] = {name: [] for name in contestants}
+    def take_turns(self, compared: Mapping[str, Callable[[], Figures]]) -> dict[str, list[Figures]]:
+        """Measure in the order A B A B, so that adjacent measurements share the load of the machine."""
+        samples: dict[str, list[Figures]] = {name: [] for name in compared}
         for number in range(1, self.rounds + 1):
-            for name, measure in contestants.items():
+            for name, measure in compared.items():
                 sys.stderr.write(f"  round {number} of {self.rounds}: {name}\n")
                 samples[name].append(measure())
         return samples
@@ -61,7 +61,7 @@ class Bench:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What came out: for each contestant one set of figures a round. Ratios are to `baseline`."""
+    """The results: one set of figures per server and round. Ratios refer to `baseline`."""
 
     title: str
     samples: dict[str, list[Figures]]
@@ -70,7 +70,7 @@ class Comparison:
 
 
 class Load(NamedTuple):
-    """What wrk did."""
+    """Result of wrk."""
 
     requests: int
     failed: int
@@ -86,7 +86,7 @@ def wrk(
     connections: int = 32,
     headers: Mapping[str, str] | None = None,
 ) -> Load:
-    """Load a server from one thread; see load.lua for `tasks`.
+    """Load a server from one wrk thread; load.lua describes `tasks`.
 
     Raises: RuntimeError when more requests fail than a burst of refreshes could explain.
     """
@@ -123,7 +123,7 @@ def per_cpu_second(
     connections: int = 32,
     headers: Mapping[str, str] | None = None,
 ) -> Figures:
-    """Return how many requests a server answers in a second of its own CPU time."""
+    """Return the number of requests that a server handles per second of its CPU time."""
     before = cpu_seconds(server.pids)
     load = wrk(server, seconds=seconds, path=path, tasks=tasks, connections=connections, headers=headers)
     used = cpu_seconds(server.pids) - before
@@ -135,10 +135,10 @@ def per_cpu_second(
 
 
 def prime(server: Server, paths: list[str]) -> None:
-    """Have a server fetch these tasks, so that what follows finds them there."""
+    """Query these tasks once, so that they are cached."""
     asyncio.run(fetch_all(server.port, paths, connections=16))
 
 
 def new_prefix() -> str:
-    """Return the path of tasks that nobody has asked for; numbers go behind it."""
+    """Return a path prefix of unused task IDs; append a number."""
     return f"/v1/progress/{uuid.uuid4().hex[:20]}-"

@@ -1,4 +1,4 @@
-"""Signed upstream calls per second of the server's CPU time: nothing but cold tasks, 32 in flight."""
+"""Signed upstream calls per second of server CPU time: cold tasks only, 32 in flight."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from servers import Server
 NEEDS = ("wrk", "nginx", "njs")
 
 _CALLS = "signed upstream calls"
-_IN_FLIGHT = 32  # wrk's connections: each has one request under way
+_IN_FLIGHT = 32  # connections of wrk, each with one request in flight
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Measure the gateway beside nginx, which only signs, or keeps the answer as well."""
+    """Compare the gateway with nginx, which signs only, or also caches."""
     with (
         servers.fast_upstream(bench.cores, bench.folder) as upstream,
         servers.nginx(bench.cores, bench.folder, upstream=upstream) as nginx,
@@ -34,8 +34,8 @@ def run(bench: Bench) -> Iterator[Comparison]:
             samples=bench.take_turns(turns),
             baseline=nginx.signer.name,
             notes=[
-                "nginx, uncached, looks nothing up and keeps nothing. httpx alone: its client in a",
-                "program that serves nobody; the gateway answers a caller with every call besides.",
+                "nginx, uncached: no cache lookup and no caching. httpx alone: its client in a",
+                "program without clients; the gateway also responds to a client for every call.",
             ],
         )
 

@@ -1,10 +1,10 @@
-"""A mixed crowd for the soak: everything that clients do, also what they should not.
+"""A mixed load for the soak: all kinds of requests, valid and invalid.
 
-    polls of many tasks, long polls, streams that come and go, batches, drop-in queries, wrong requests,
-    unknown tasks, callers who hang up
+    polls of many tasks, long polls, short streams, batches, drop-in queries, invalid requests,
+    unknown tasks, clients that disconnect
 
-Who fails is counted, reconnects and goes on. The tasks themselves are made here, a few a second, and
-run through their lives in the simulator.
+A worker with a broken connection counts it, reconnects and continues. Tasks are created here, a few per
+second, and run to their ends in the simulator.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from typing import Any
 from client import Connection, Reply
 
 _TASKS = 200
-_MADE = 4.0  # a second
-_POLLERS, _POLLS = 50, 120.0  # the latter, and those that follow, a second over all
+_CREATED = 4.0  # tasks per second
+_POLLERS, _POLLS = 50, 120.0  # rates: polls per second of all pollers; the same below
 _LONG_POLLERS, _WAIT_SECONDS = 25, 5
 _STREAMS, _STREAM_SECONDS, _STREAM_TASKS = 40, 8.0, 5
 _BATCHES, _BATCH_TASKS = 3.0, 20
 _NATIVE, _RESULTS = 20.0, 5.0
 _WRONG, _UNKNOWN = 10.0, 3.0
 _HANG_UPS = 8.0
-_MISTAKE = 400
+_CLIENT_ERROR = 400
 _DETAIL = re.compile(rb"detail=([a-z-]+)")
 _CODE = re.compile(rb'"(?:code|errCode)":"([^"]*)"')
 _PROBLEM = b"event: problem\n"
@@ -49,31 +49,31 @@ _WRONG_REQUESTS: tuple[tuple[str, str, bytes], ...] = (
 
 
 class Tally:
-    """What the crowd counts."""
+    """Counters of the load."""
 
     def __init__(self) -> None:
         self.statuses: Counter[int] = Counter()
-        self.codes: Counter[str] = Counter()  # of problems, and of envelopes that say no
-        self.covered: Counter[str] = Counter()  # failures that a stale answer covered
-        self.broken: Counter[str] = Counter()  # connections, by what broke them
+        self.codes: Counter[str] = Counter()  # of problems and of rejecting envelopes
+        self.covered: Counter[str] = Counter()  # failures replaced by a stale response
+        self.broken: Counter[str] = Counter()  # broken connections by cause
 
     def note(self, reply: Reply) -> None:
-        """Count an answer."""
+        """Count a response."""
         self.statuses[reply.status] += 1
-        if reply.status >= _MISTAKE:
+        if reply.status >= _CLIENT_ERROR:
             found = _CODE.search(reply.body)
             self.codes[found[1].decode() if found else "no code"] += 1
         elif found := _DETAIL.search(reply.head):
             self.covered[found[1].decode()] += 1
 
     def add(self, other: Tally) -> None:
-        """Add up."""
+        """Add the counts of another tally."""
         for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True):
             mine.update(theirs)
 
 
 class Crowd:
-    """Loads the gateway on `port`, with tasks made in the simulator on `simulator`."""
+    """Loads the gateway on `port` with tasks of the simulator on `simulator`."""
 
     def __init__(self, port: int, *, simulator: int, chance: random.Random) -> None:
         self._port = port
@@ -83,12 +83,12 @@ class Crowd:
         self.tally = Tally()
 
     async def run(self, seconds: float) -> Tally:
-        """Load it for so long, and return what was seen; every connection is closed then."""
+        """Load the gateway for this time, close all connections, and return the counts."""
         self.tally = Tally()
         async with Connection(self._simulator) as control:
             for _ in range(_TASKS if not self._tasks else 0):
                 await self._make(control)
-        work = [self._each(self._simulator, 1, _MADE, self._make)]
+        work = [self._each(self._simulator, 1, _CREATED, self._make)]
         work.append(self._each(self._port, _POLLERS, _POLLS, self._poll))
         work.append(self._each(self._port, 1, _BATCHES, self._batch))
         work.append(self._each(self._port, 4, _NATIVE, self._native))
@@ -106,7 +106,7 @@ class Crowd:
     async def _each(
         self, port: int, workers: int, rate: float | None, act: Callable[[Connection], Awaitable[Any]]
     ) -> None:
-        """Let so many workers act, `rate` times a second together; None: as soon as they can."""
+        """Run this number of workers with a total rate of `rate` per second; None for no pause."""
         await asyncio.gather(
             *(self._work(port, None if rate is None else workers / rate, act) for _ in range(workers))
         )
@@ -175,7 +175,7 @@ class Crowd:
                             self.tally.codes[f"{found[1].decode()} (event)"] += 1
 
     async def _hang_up(self, connection: Connection) -> None:
-        # Of a task that nobody knows yet: the gateway has to ask for it, and is left with that.
+        # An unknown task needs an upstream call; the client disconnects before the response.
         connection.send("GET", f"/v1/progress/{uuid.uuid4().hex}")
         await asyncio.sleep(self._chance.choice([0.0, 0.0, 0.01, 0.1]))
 

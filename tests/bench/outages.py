@@ -1,4 +1,4 @@
-"""What becomes of three replicas under load while their store is killed, stopped, filled, and so on."""
+"""Three replicas under load while their store is killed, stopped, filled, and so on."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ NEEDS = ()
 _RATE, _TASKS = 150, 60
 _FIRST_SECONDS = 1.0
 _OVERWRITE_SECONDS = 0.05
-_BEYOND_SECONDS = 0.1  # promised
+_BEYOND_SECONDS = 0.1  # maximum additional delay
 _OK = 200
 
 
 class _Outage(NamedTuple):
-    """Something that happens to a store, and how it ends."""
+    """A store failure: how it starts and how it ends."""
 
     settings: dict[str, str]
-    harm: Callable[[], None]
-    heal: Callable[[], None]
+    cause: Callable[[], None]
+    repair: Callable[[], None]
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Do harm to a store of each kind. Raises: RuntimeError when a query failed."""
+    """Cause each failure. Raises: RuntimeError if a query failed."""
     samples: dict[str, list[Figures]] = {}
     for number in range(1, bench.rounds + 1):
         for name, outage in _OUTAGES.items():
@@ -49,9 +49,9 @@ def run(bench: Bench) -> Iterator[Comparison]:
         samples=samples,
         baseline=next(iter(samples)),
         notes=[
-            f"Late, by p99: {bench.seconds:g} s before, the first second, {bench.seconds:g} s after it,",
-            f"and {bench.seconds:g} s when all is well again. Promised, but for the first second: at most",
-            f"{_BEYOND_SECONDS * 1000:g} ms beyond that of before.",
+            f"Late, p99: {bench.seconds:g} s before the failure, its first second, {bench.seconds:g} s",
+            f"after that, and {bench.seconds:g} s after the repair. Expected, except in the first second:",
+            f"at most {_BEYOND_SECONDS * 1000:g} ms more than before.",
         ],
     )
     if failed := [
@@ -64,36 +64,35 @@ def _measured(bench: Bench, outage: Callable[[Path], Iterator[_Outage]]) -> Figu
     folder = bench.folder / uuid.uuid4().hex
     folder.mkdir()
     with (
-        contextmanager(outage)(folder) as happens,
+        contextmanager(outage)(folder) as started,
         servers.fast_upstream(bench.cores, bench.folder, changing=True) as upstream,
-        sharing(bench, upstream=upstream, settings=happens.settings) as replicas,
+        sharing(bench, upstream=upstream, settings=started.settings) as replicas,
     ):
-        return asyncio.run(_under_load(replicas, happens, bench.seconds))
+        return asyncio.run(_under_load(replicas, started, bench.seconds))
 
 
 async def _under_load(replicas: list[Server], outage: _Outage, seconds: float) -> Figures:
     paths = [f"/v1/progress/{uuid.uuid4().hex}" for _ in range(_TASKS)]
-    await _asked(replicas, paths, seconds / 2)
-    before = await _asked(replicas, paths, seconds)
-    harming = asyncio.create_task(asyncio.to_thread(outage.harm))
-    first = await _asked(replicas, paths, _FIRST_SECONDS)
-    during = await _asked(replicas, paths, seconds)
-    await harming
-    await asyncio.to_thread(outage.heal)
-    again, after = await asyncio.gather(until_shared(replicas), _asked(replicas, paths, seconds))
+    await _query(replicas, paths, seconds / 2)
+    before = await _query(replicas, paths, seconds)
+    causing = asyncio.create_task(asyncio.to_thread(outage.cause))
+    first = await _query(replicas, paths, _FIRST_SECONDS)
+    during = await _query(replicas, paths, seconds)
+    await causing
+    await asyncio.to_thread(outage.repair)
+    again, after = await asyncio.gather(until_shared(replicas), _query(replicas, paths, seconds))
     return {
         "queries": len(before + first + during + after),
         "queries that failed": sum(query.status != _OK for query in before + first + during + after),
         "late before, ms": steady.percentile(before, 99) * 1000,
         "late in the first second, ms": steady.percentile(first, 99) * 1000,
-        "late beyond that of before, ms": (steady.percentile(during, 99) - steady.percentile(before, 99))
-        * 1000,
-        "late when well again, ms": steady.percentile(after, 99) * 1000,
-        "seconds until all share again": again,
+        "additional delay, ms": (steady.percentile(during, 99) - steady.percentile(before, 99)) * 1000,
+        "late after the repair, ms": steady.percentile(after, 99) * 1000,
+        "seconds until all replicas share again": again,
     }
 
 
-async def _asked(replicas: list[Server], paths: list[str], seconds: float) -> list[steady.Query]:
+async def _query(replicas: list[Server], paths: list[str], seconds: float) -> list[steady.Query]:
     rate = _RATE / len(replicas)
     asked = await asyncio.gather(
         *(steady.ask(replica.port, paths, rate=rate, seconds=seconds) for replica in replicas)
@@ -106,11 +105,11 @@ def _nothing() -> None:
 
 
 def _one(
-    harm: Callable[[StoreServer], None], heal: Callable[[StoreServer], None]
+    cause: Callable[[StoreServer], None], repair: Callable[[StoreServer], None]
 ) -> Callable[[Path], Iterator[_Outage]]:
     def outage(folder: Path) -> Iterator[_Outage]:
         with StoreServer(binary("valkey"), folder) as server:
-            yield _Outage({"STORE__URL": server.url}, lambda: harm(server), lambda: heal(server))
+            yield _Outage({"STORE__URL": server.url}, lambda: cause(server), lambda: repair(server))
 
     return outage
 

@@ -1,9 +1,9 @@
-"""Queries that are due at their times, whatever becomes of those before them: an open loop.
+"""Open-loop load: queries have fixed due times, independent of earlier responses.
 
     python pacer.py '{"port": 1234, "prefix": "/…-", "tasks": 1000, "rate": 5000, "seconds": 12}'
 
-asks for the tasks in a random order, and prints as JSON by how many seconds each answer was late: its
-end less the moment at which its query was due. A query that finds every connection busy waits for one.
+queries the tasks in random order, and prints the delay of each response as JSON: the time from the due
+time of its query to its end, in seconds. If every connection is busy, a query waits for one.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import uvloop
 
 _OK = b"HTTP/1.1 200 "
 _CONNECTIONS = 256
-_LOOK_SECONDS = 0.001
-_PATIENCE_SECONDS = 30.0
+_TICK_SECONDS = 0.001
+_TIMEOUT_SECONDS = 30.0
 
 
 class Pacer:
-    """The queries that wait for a connection, the connections that wait for a query, and what was seen."""
+    """Due queries, idle connections, and the measured delays."""
 
     def __init__(self, prefix: str, tasks: int) -> None:
         self._requests = [
             f"GET {prefix}{number} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode() for number in range(tasks)
         ]
-        self._chance = random.Random(1)
+        self._random = random.Random(1)
         self._due: deque[float] = deque()
         self._idle: list[Line] = []
         self.late: list[float] = []
@@ -38,17 +38,17 @@ class Pacer:
         self.all_idle = asyncio.Event()
 
     def ask(self, due: float) -> None:
-        """Ask for some task, now or when a connection is free."""
+        """Query a random task, now or when a connection is free."""
         self.all_idle.clear()
         if self._idle:
-            self._idle.pop().send(self._chance.choice(self._requests), due)
+            self._idle.pop().send(self._random.choice(self._requests), due)
         else:
             self._due.append(due)
 
     def free(self, line: Line) -> None:
-        """Give a connection its next query, or let it wait for one."""
+        """Send the next due query on a connection, or mark it idle."""
         if self._due:
-            line.send(self._chance.choice(self._requests), self._due.popleft())
+            line.send(self._random.choice(self._requests), self._due.popleft())
         else:
             self._idle.append(line)
             if len(self._idle) == _CONNECTIONS:
@@ -68,7 +68,7 @@ class Line(asyncio.Protocol):
         self._pacer.free(self)
 
     def send(self, request: bytes, due: float) -> None:
-        """Send a query that was due at that time."""
+        """Send a query with this due time."""
         self._due = due
         self._transport.write(request)
 
@@ -85,7 +85,7 @@ class Line(asyncio.Protocol):
 
 
 async def ask(*, port: int, prefix: str, tasks: int, rate: int, seconds: float) -> list[float]:
-    """Ask for so long, and return how late the answers were. Raises: RuntimeError when one is no 200."""
+    """Send queries for this time and return the delays. Raises: RuntimeError for a status other than 200."""
     loop = asyncio.get_running_loop()
     pacer = Pacer(prefix, tasks)
     for _ in range(_CONNECTIONS):
@@ -95,11 +95,11 @@ async def ask(*, port: int, prefix: str, tasks: int, rate: int, seconds: float) 
         while asked < min((time.monotonic() - began) * rate, all_of_them):
             pacer.ask(began + asked / rate)
             asked += 1
-        await asyncio.sleep(_LOOK_SECONDS)
-    async with asyncio.timeout(_PATIENCE_SECONDS):
+        await asyncio.sleep(_TICK_SECONDS)
+    async with asyncio.timeout(_TIMEOUT_SECONDS):
         await pacer.all_idle.wait()
     if pacer.refused:
-        raise RuntimeError(f"{pacer.refused} of {asked} answers were no 200")
+        raise RuntimeError(f"{pacer.refused} of {asked} responses were not 200")
     return pacer.late
 
 

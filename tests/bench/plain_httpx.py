@@ -1,8 +1,8 @@
-"""What a service does that asks by itself: httpx's client, each call signed, so many in flight.
+"""A service without a gateway: the httpx client with signed calls, a fixed number in flight.
 
     python plain_httpx.py PORT IN_FLIGHT SECONDS
 
-prints, as JSON, how many calls it made and the CPU seconds that took.
+prints the number of calls and the CPU seconds used, as JSON.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _OPERATION = Operation.SD_GET_PROGRESS
 
 
 async def call(port: int, in_flight: int, seconds: float) -> tuple[int, float]:
-    """Make calls for so long; return their number and their price."""
-    made = 0
+    """Make calls for this time; return their number and their CPU seconds."""
+    calls = 0
     limits = httpx.Limits(max_connections=in_flight, max_keepalive_connections=in_flight)
     async with httpx.AsyncClient(
         base_url=f"http://127.0.0.1:{port}", limits=limits, trust_env=False
@@ -34,7 +34,7 @@ async def call(port: int, in_flight: int, seconds: float) -> tuple[int, float]:
         used = time.process_time()
 
         async def work() -> None:
-            nonlocal made
+            nonlocal calls
             while time.monotonic() < ends:
                 task_id = uuid.uuid4().hex
                 body = json.dumps({"taskId": task_id}).encode()
@@ -48,12 +48,12 @@ async def call(port: int, in_flight: int, seconds: float) -> tuple[int, float]:
                 )
                 response = await client.post(_OPERATION.path, content=body, headers=headers)
                 read_envelope(response.content, TaskKey(_OPERATION, task_id), redact=str)
-                made += 1
+                calls += 1
 
         async with asyncio.TaskGroup() as group:
             for _ in range(in_flight):
                 group.create_task(work())
-        return made, time.process_time() - used
+        return calls, time.process_time() - used
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""A crowd that asks for one task, each once a second, their phases spread evenly.
+"""Pollers of one task: each polls once a second, with evenly spread phases.
 
     python pollers.py '{"port": 1234, "path": "/…", "count": 200, "seconds": 20, "ends": 1234567890.1}'
 
-prints what they saw, as JSON. A poller that still waits when its next turn comes asks again as soon
-as it can, and its wait counts from the turn.
+prints the responses as JSON. If a response is late, the poller sends its next request as soon as it has
+arrived, and the wait time counts from the due time.
 
-How old an answer is, its own estimate of the time left tells: the task runs at an even pace and
-ends at the Unix time `ends`, so the estimate names the moment at which it was made.
+The age of a response follows from its estimate of the time left: the task runs at a constant speed and
+ends at the Unix time `ends`, so the estimate gives the time at which upstream created it.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ _OK = 200
 _PERIOD = 1.0
 
 
-class Seen(NamedTuple):
-    """One answer: when it was asked for and when it came, in seconds from the start; its age then."""
+class Response(NamedTuple):
+    """One response: due and arrival times in seconds from the start, and its age at arrival."""
 
-    asked: float
-    came: float
+    requested: float
+    arrived: float
     age: float
 
 
-async def poll(*, port: int, path: str, count: int, seconds: float, ends: float) -> list[Seen]:
-    """Let the crowd ask for so long, and return what it saw.
+async def poll(*, port: int, path: str, count: int, seconds: float, ends: float) -> list[Response]:
+    """Poll for this time and return the responses.
 
-    Raises: RuntimeError for an answer that is no 200, within an ExceptionGroup.
+    Raises: RuntimeError for a status other than 200, in an ExceptionGroup.
     """
-    seen: list[Seen] = []
-    began = time.monotonic() + _PERIOD  # by then all are connected
+    seen: list[Response] = []
+    began = time.monotonic() + _PERIOD  # all are connected by then
 
     async def one(phase: float) -> None:
         turn = phase
@@ -47,12 +47,12 @@ async def poll(*, port: int, path: str, count: int, seconds: float, ends: float)
                 early = began + turn - time.monotonic()
                 if early > 0:
                     await asyncio.sleep(early)
-                asked = time.monotonic() - began if early > 0 else turn
+                requested = time.monotonic() - began if early > 0 else turn
                 reply = await connection.get(path)
-                came, now = time.monotonic() - began, time.time()
+                arrived, now = time.monotonic() - began, time.time()
                 if reply.status != _OK:
                     raise RuntimeError(f"{reply.status} {reply.body[:300]!r}")
-                seen.append(Seen(asked, came, now - ends + _left(reply.body)))
+                seen.append(Response(requested, arrived, now - ends + _left(reply.body)))
                 turn += _PERIOD
 
     async with asyncio.TaskGroup() as group:

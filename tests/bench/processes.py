@@ -1,4 +1,4 @@
-"""Processes under measurement: pinned to a core, counted by the kernel, ended by whoever began them."""
+"""Processes under measurement: CPU affinity, kernel counters, start and stop."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ _UTIME = 11  # fields of /proc/PID/stat after the command's name; see proc(5)
 
 
 class Cores(NamedTuple):
-    """One core for whatever is measured; the others for load, upstream and this process."""
+    """One core for the measured server; the others for load, upstream and this process."""
 
     server: set[int]
     load: set[int]
 
 
 def choose_cores() -> Cores:
-    """Divide the cores that we may use. Raises: RuntimeError when there is but one."""
+    """Divide the available cores. Raises: RuntimeError if there is only one."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) == 1:
         raise RuntimeError("a server and its load need a core each, and there is only one")
-    # The lowest is left to the load: that is where most machines take their interrupts.
+    # The load uses the lowest core, which handles the interrupts on most machines.
     return Cores({cores[-1]}, set(cores[:-1]))
 
 
 @contextmanager
 def pinned(cores: Collection[int]) -> Iterator[None]:
-    """Run on these cores: whatever is started within inherits them, from its first instruction on."""
+    """Run on these cores. Processes started inside inherit them from the start."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cores)
     try:
@@ -46,9 +46,9 @@ def pinned(cores: Collection[int]) -> Iterator[None]:
 
 @contextmanager
 def many_files(count: int) -> Iterator[None]:
-    """Let whatever is started within open as many files as the hard limit allows.
+    """Raise the limit of open files to the hard limit, for processes started inside.
 
-    Raises: RuntimeError when that is less than `count`.
+    Raises: RuntimeError if the hard limit is below `count`.
     """
     before, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < count:
@@ -64,7 +64,7 @@ def many_files(count: int) -> Iterator[None]:
 def started(
     command: Sequence[str | Path], *, cores: Collection[int], folder: Path, env: Mapping[str, str]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a process in `folder`, where its output goes to a log, and end it on the way out."""
+    """Start a process in `folder`, log its output there, and end it on exit."""
     with (folder / f"{Path(command[0]).name}.log").open("ab") as output, pinned(cores):
         process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output)
     try:
@@ -79,7 +79,7 @@ def started(
 
 
 def free_ports(count: int) -> list[int]:
-    """Return ports of 127.0.0.1 that nobody listened on a moment ago, each another."""
+    """Return different free ports of 127.0.0.1."""
     probes = [socket.socket() for _ in range(count)]
     try:
         for probe in probes:
@@ -91,23 +91,23 @@ def free_ports(count: int) -> list[int]:
 
 
 def cpu_seconds(pids: Iterable[int]) -> float:
-    """Return the CPU time that processes have used, user and system, in all their threads."""
+    """Return the CPU time of processes, user and system, of all threads."""
     stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
     return sum(int(fields[_UTIME]) + int(fields[_UTIME + 1]) for fields in stats) / _TICKS
 
 
 def resident_bytes(pids: Iterable[int]) -> int:
-    """Return the memory of processes that lies in RAM, shared pages included."""
+    """Return the resident memory of processes, including shared pages."""
     return sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids) * _PAGE
 
 
 def descriptors(pids: Iterable[int]) -> int:
-    """Return how many files processes hold open, sockets included."""
+    """Return the number of open files of processes, including sockets."""
     return sum(len(list(Path(f"/proc/{pid}/fd").iterdir())) for pid in pids)
 
 
 def connections_to(port: int, pids: Iterable[int]) -> int:
-    """Return how many sockets of processes are connected to this TCP port, or were until it hung up."""
+    """Return the number of sockets connected to this TCP port, including those closed by the peer."""
     files = [file for pid in pids for file in Path(f"/proc/{pid}/fd").iterdir()]
     held = {str(file.readlink()) for file in files if file.is_symlink()}
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
@@ -115,5 +115,5 @@ def connections_to(port: int, pids: Iterable[int]) -> int:
 
 
 def children(pid: int) -> list[int]:
-    """Return the processes that a process has forked and not yet reaped."""
+    """Return the child processes of a process that it has not yet reaped."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]

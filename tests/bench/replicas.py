@@ -1,4 +1,4 @@
-"""Three replicas that share a Valkey, beside one alone: hits, a crowd's upstream calls, answers in turn."""
+"""Three replicas with a shared Valkey, compared with one: hits, upstream calls, order of responses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from client import Connection, fetch
 from measuring import Bench, Comparison, Figures, new_prefix, per_cpu_second, prime, wrk
 from processes import many_files
 from servers import Server
-from subscribers import see
+from watchers import see
 
 from tests.storeserver import StoreServer, binary
 
@@ -30,19 +30,19 @@ NEEDS = ("wrk",)
 REPLICAS = 3
 _MANY = 1000
 _WATCHERS, _WATCHED = 3000, 100
-_LONGER = 3  # times the seconds of a measurement: watchers
-_MUCH_LONGER = 15  # answers in turn
+_LONGER = 3  # multiple of the measurement: subscribers
+_MUCH_LONGER = 15  # order of responses
 _TASKS, _CLIENTS, _PAUSE_SECONDS = 10, 30, 0.05
 _LIFETIME, _STALE, _LATENCY_SECONDS = 0.2, 2.0, 0.05
 _LIFE = {"waitingSeconds": 0, "runningSeconds": 3600, "jumpBack": False, "steps": 360_000}
 _SHARING_SECONDS = 20.0
-# On a machine that others load as well: who waits in vain goes on alone, and that is another measurement.
+# Long timeout: on a loaded machine a replica would otherwise continue without the store.
 _PATIENT = {"STORE__TIMEOUT_SECONDS": "1"}
 _OK = 200
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Measure the three."""
+    """Measure the three cases."""
     yield from _hits(bench)
     yield _watched(bench)
     yield _in_turn(bench)
@@ -50,14 +50,14 @@ def run(bench: Bench) -> Iterator[Comparison]:
 
 @contextmanager
 def store(bench: Bench) -> Iterator[StoreServer]:
-    """Run a Valkey, on the cores of the load."""
+    """Run a Valkey on the load cores."""
     with StoreServer(binary("valkey"), bench.folder) as server:
         yield server
 
 
 @contextmanager
 def sharing(bench: Bench, *, upstream: int, settings: dict[str, str]) -> Iterator[list[Server]]:
-    """Run replicas, and wait until they share."""
+    """Run replicas and wait until all use the store."""
     with ExitStack() as stack:
         replicas = [
             stack.enter_context(
@@ -70,7 +70,7 @@ def sharing(bench: Bench, *, upstream: int, settings: dict[str, str]) -> Iterato
 
 
 async def until_shared(replicas: list[Server]) -> float:
-    """Wait until all replicas share; return the seconds that took. Raises: RuntimeError."""
+    """Wait until all replicas use the store; return the seconds. Raises: RuntimeError."""
     began = time.monotonic()
     for replica in replicas:
         while await metric(replica, "store_up") != 1:
@@ -81,7 +81,7 @@ async def until_shared(replicas: list[Server]) -> float:
 
 
 async def metric(server: Server, name: str) -> float:
-    """Return a metric, its samples added up."""
+    """Return the sum of the samples of a metric."""
     text = (await fetch(server.port, "/metrics")).body.decode()
     return sum(
         float(value) for value in re.findall(rf"^sd_gateway_{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
@@ -142,11 +142,12 @@ def _watched(bench: Bench) -> Comparison:
                 return _seen(replicas, seconds)
 
         return Comparison(
-            title=f"replicas: {_WATCHERS:,} watch {_WATCHED} tasks that change every second, {seconds:g} s",
+            title=f"replicas: {_WATCHERS:,} subscribers of {_WATCHED} tasks that change every second, "
+            f"{seconds:g} s",
             samples=bench.take_turns({"one": alone, "three": together}),
             baseline="one",
             notes=[
-                "Calls: from the crowd's first connection to its last look, opening and settling included."
+                "Calls: from the first connection to the last measurement, including opening and settling."
             ],
         )
 
@@ -173,15 +174,15 @@ def _seen(replicas: list[Server], seconds: float) -> Figures:
     elapsed = time.monotonic() - began
     calls = sum(asyncio.run(metric(replica, "upstream_requests_total")) for replica in replicas)
     return {
-        "upstream calls a task and second": calls / _WATCHED / elapsed,
-        "changes a watcher and second": sum(sight.delivered for sight in sights) / _WATCHERS / seconds,
+        "upstream calls per task and second": calls / _WATCHED / elapsed,
+        "changes per subscriber and second": sum(sight.delivered for sight in sights) / _WATCHERS / seconds,
         "late, p50, ms": max(sight.late_p50 for sight in sights) * 1000,
         "late, p99, ms": max(sight.late_p99 for sight in sights) * 1000,
     }
 
 
 class _Shown(NamedTuple):
-    """What a client was shown: when upstream made it, the progress, how old it was."""
+    """A response: the time upstream created it, its progress and its age."""
 
     made: float
     progress: float
@@ -197,16 +198,16 @@ def _in_turn(bench: Bench) -> Comparison:
         sharing(bench, upstream=upstream, settings=settings | {"STORE__URL": shared.url}) as replicas,
     ):
         figures = asyncio.run(_polled(replicas, upstream, seconds))
-    if figures["answers that went back"]:
-        raise RuntimeError(f"{figures['answers that went back']:g} answers were older than the one before")
+    if figures["responses that went back"]:
+        raise RuntimeError(f"{figures['responses that went back']:g} answers were older than the one before")
     return Comparison(
-        title=f"replicas: {_CLIENTS} clients ask {REPLICAS} replicas in turn for {seconds:g} s",
+        title=f"replicas: {_CLIENTS} clients query {REPLICAS} replicas in turn for {seconds:g} s",
         samples={"three": [figures]},
         baseline="three",
         notes=[
-            f"{_TASKS} tasks, lifetime {_LIFETIME} s, then shown for {_STALE:g} s. Upstream takes",
-            f"{_LATENCY_SECONDS} s. Back: made earlier than the one before, or with less",
-            "progress. Ages count from upstream's making the answer, its way included.",
+            f"{_TASKS} tasks, lifetime {_LIFETIME} s, then stale for {_STALE:g} s. Upstream latency:",
+            f"{_LATENCY_SECONDS} s. Went back: older than the previous response, or with less",
+            "progress. Age: time since upstream created the response, including transfer.",
         ],
     )
 
@@ -251,7 +252,7 @@ async def _polled(replicas: list[Server], upstream: int, seconds: float) -> Figu
         sys.stderr.write(f"  went back from {last} to {now}\n")
     return {
         "answers": len(shown),
-        "answers that went back": len(back),
+        "responses that went back": len(back),
         "changes of a task a second": len({one.made for one in shown}) / _TASKS / seconds,
         "age, p50, s": ages[len(ages) // 2],
         "age, p99, s": ages[int(len(ages) * 0.99)],

@@ -1,4 +1,4 @@
-"""What was measured, as text for people and as JSON for whatever draws it."""
+"""Results as text for people and as JSON for the charts."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NAME_WIDTH, _WIDTH = 36, 10
 
 
 def text(comparison: Comparison) -> str:
-    """Return a table: each figure of each contestant, and its ratio to the baseline's.
+    """Return a table of the figures of each server and their ratios to the baseline.
 
-    Ratios are made round by round, of neighbours in time; shown are their median and their extremes.
+    Ratios are computed per round, from adjacent measurements; the table has their median and extremes.
     """
     samples = comparison.samples
     lines = [comparison.title, _line(*_HEADINGS)]
@@ -39,7 +39,7 @@ def text(comparison: Comparison) -> str:
 def document(
     comparisons: Sequence[Comparison], *, skipped: Mapping[str, str], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return everything as JSON can hold it: every sample, and what it was measured on."""
+    """Return all samples and a description of the machine, for JSON."""
     return {
         "system": platform.platform(),
         "python": platform.python_version(),
@@ -52,7 +52,7 @@ def document(
 
 def _ratios(rounds: list[Figures], base: list[Figures], figure: str) -> list[str]:
     pairs = [(mine[figure], other.get(figure, 0.0)) for mine, other in zip(rounds, base, strict=True)]
-    if any(other <= 0 for _, other in pairs):  # the baseline lacks the figure, or a ratio to it says nothing
+    if any(other <= 0 for _, other in pairs):  # the baseline lacks the figure, or it is zero
         return []
     return [f"{ratio:.3f}" for ratio in _spread([mine / other for mine, other in pairs])]
 
@@ -62,7 +62,7 @@ def _spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"  # three digits suffice
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"  # three significant digits
 
 
 def _line(name: str, *cells: str) -> str:

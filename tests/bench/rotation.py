@@ -1,4 +1,4 @@
-"""Credentials rotated under 200 queries a second: a mounted secret swapped, a next pair promoted."""
+"""Credential rotation at 200 queries per second: a mounted secret replaced, a next key pair promoted."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from measuring import Bench, Comparison, Figures, prime
 NEEDS = ()
 
 _RATE, _TASKS = 200, 400
-_LATENCY_SECONDS = 0.05  # so that there are ten calls in the air whenever a pair is revoked
-_LONGER = 5  # times the seconds of a measurement: the files are looked at every two
+_LATENCY_SECONDS = 0.05  # ten calls are in flight whenever a key pair is revoked
+_LONGER = 5  # multiple of the measurement: the gateway checks the files every two seconds
 _OK = 200
 _FILES = ("access_key", "secret_key", "next_access_key", "next_secret_key")
 _SETTINGS = {
     "CREDENTIALS__ACCESS_KEY": "",
     "CREDENTIALS__SECRET_KEY": "",
-    # Every query goes upstream, once, and no stale answer covers a failure.
+    # Every query makes one upstream call, and no stale response replaces a failure.
     "UPSTREAM__RETRIES": "0",
     "CACHE__RUNNING_SECONDS": "0",
     "CACHE__STALE_WHILE_REVALIDATE_SECONDS": "0",
@@ -33,34 +33,34 @@ _SETTINGS = {
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Rotate under load."""
+    """Rotate credentials under load."""
     seconds = _LONGER * bench.seconds
     yield Comparison(
         title=f"rotation: {_RATE} queries a second over {_TASKS} tasks, for {seconds:g} s",
         samples=bench.take_turns({"gateway": partial(_measured, bench, seconds)}),
         baseline="gateway",
         notes=[
-            f"Upstream takes {_LATENCY_SECONDS * 1000:g} ms. No retries, nothing stale: failures would show.",
-            "Swapped: old and new pair count for a fifth of the time. At once: the old one is revoked",
-            "with the swap. Promoted: the active one is revoked without warning. Refused calls were in the",
-            "air, as upstream counts them; they are signed again.",
+            f"Upstream latency {_LATENCY_SECONDS * 1000:g} ms. No retries or stale responses hide failures.",
+            "Swapped: both pairs are valid for a fifth of the time. At once: the old one is revoked",
+            "with the swap. Promoted: the active one is revoked without warning. Refused calls were in",
+            "flight; they are signed again.",
         ],
     )
 
 
 class _Rotation:
-    """The operator's part: a mounted secret, and what upstream lets in. All blocks."""
+    """The operator: replaces the mounted secret and sets the accepted key pairs. All methods block."""
 
     def __init__(self, folder: Path, upstream: int) -> None:
-        self.token = uuid.uuid4().hex  # in every key and secret: what must stand in no output
+        self.token = uuid.uuid4().hex  # part of every key and secret; no output may contain it
         self.folder = folder
         self._upstream = upstream
 
-    def let_in(self, *numbers: int) -> None:
-        servers.let_in(self._upstream, {self._key(number): self._secret(number) for number in numbers})
+    def accept(self, *numbers: int) -> None:
+        servers.accept(self._upstream, {self._key(number): self._secret(number) for number in numbers})
 
     def mount(self, active: int, following: int) -> None:
-        """Swap the mounted files as Kubernetes does: through one link to a directory."""
+        """Replace the mounted files like Kubernetes: by renaming a link to a directory."""
         data = self.folder / f"..{active}-{following}"
         data.mkdir()
         contents = (self._key(active), self._secret(active), self._key(following), self._secret(following))
@@ -71,7 +71,7 @@ class _Rotation:
         link.rename(self.folder / "..data")
 
     def play(self, seconds: float) -> Figures:
-        """Rotate three times within so many seconds; return how many calls were refused each time."""
+        """Rotate three times within this time; return the number of refused calls for each."""
         began = time.monotonic()
 
         def at(share: float) -> int:
@@ -79,16 +79,16 @@ class _Rotation:
             return servers.refused_calls(self._upstream)
 
         at(0.15)
-        self.let_in(0, 1)
+        self.accept(0, 1)
         self.mount(1, 2)
         at(0.35)
-        self.let_in(1)
+        self.accept(1)
         swapped = at(0.5)
-        self.let_in(1, 3)
+        self.accept(1, 3)
         self.mount(3, 4)
-        self.let_in(3)
+        self.accept(3)
         at_once = at(0.7)
-        self.let_in(4)
+        self.accept(4)
         promoted = at(0.85)
         self.mount(4, 5)
         return {
@@ -112,7 +112,7 @@ def _measured(bench: Bench, seconds: float) -> Figures:
             servers.create_task(upstream, taskId=task, life={"waitingSeconds": 0, "runningSeconds": 1e6})
         rotation = _Rotation(bench.folder / uuid.uuid4().hex, upstream)
         rotation.folder.mkdir()
-        rotation.let_in(0)
+        rotation.accept(0)
         rotation.mount(0, 9)
         for name in _FILES:
             (rotation.folder / name).symlink_to(Path("..data") / name)

@@ -1,10 +1,10 @@
-"""`make bench`: the gateway beside what people would use instead, on this machine, in one run.
+"""`make bench`: compares the gateway with its alternatives, on this machine, in one run.
 
     load cores:   wrk, pollers ──> server core:  gateway, nginx, gateway, nginx …
                   upstream     <──
 
-Times on one machine say nothing about another, and little about its own next minute: look at the
-ratios. Each is made of turns that lie side by side, one server at a time.
+Absolute times depend on the machine and its current load, so compare the ratios. Each ratio uses adjacent
+measurements, with one server under load at a time.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ import rush
 import slow_readers
 import soak
 import start
-import subscribers
 import throttle
+import watchers
 from measuring import Bench, Comparison
 from processes import choose_cores, pinned
 from servers import NGINX_MODULE
@@ -47,7 +47,7 @@ SCENARIOS = {
     "rush": rush,
     "start": start,
     "misses": misses,
-    "watchers": subscribers,
+    "watchers": watchers,
     "slow_readers": slow_readers,
     "dawdlers": dawdlers,
     "rotation": rotation,
@@ -59,11 +59,11 @@ SCENARIOS = {
 PACKAGES = {"wrk": "wrk", "nginx": "nginx", "njs": "libnginx-mod-http-js", "varnishd": "varnish"}
 OPTIONAL = frozenset({"varnishd"})
 
-_MEMORY = Path("/dev/shm")  # noqa: S108  # nginx's cache is files: on no disk is it faster than here
+_MEMORY = Path("/dev/shm")  # noqa: S108  # nginx caches in files; a RAM disk is its fastest place
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure; return the exit status."""
+    """Run the scenarios; return the exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.scenarios if name not in SCENARIOS]:
@@ -93,7 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="make bench", description="Measure the gateway beside its peers.")
+    parser = argparse.ArgumentParser(
+        prog="make bench", description="Compare the gateway with its alternatives."
+    )
     parser.add_argument(
         "scenarios", nargs="*", metavar="SCENARIO", help=f"{', '.join(SCENARIOS)}; default: all"
     )
@@ -101,24 +103,28 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds",
         type=float,
         default=4.0,
-        help="of one measurement (default 4; of some, several times that)",
+        help="duration of a measurement (default 4; some scenarios use a multiple)",
     )
-    parser.add_argument("--rounds", type=int, default=3, help="turns for each contestant (default 3)")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="number of measurements of each server (default 3)"
+    )
     parser.add_argument(
         "--tree",
         type=Path,
         action="append",
         default=[],
         metavar="DIR",
-        help="another source tree of the gateway, to be measured beside this one: a before and an after",
+        help="another source tree of the gateway to compare with, for example an older version",
     )
-    parser.add_argument("--list", action="store_true", help="say what there is to measure")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every sample there as well")
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw it there, as SVG for light and dark")
+    parser.add_argument("--list", action="store_true", help="list the scenarios")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all samples to this file")
+    parser.add_argument(
+        "--plots", type=Path, metavar="DIR", help="write charts to this folder, as SVG for light and dark"
+    )
     parser.add_argument(
         "--install",
         action="store_true",
-        help="first install what is missing with apt-get, as root; Debian may start services of it",
+        help="first install missing programs with apt-get, as root; Debian may start their services",
     )
     return parser
 
@@ -129,7 +135,7 @@ def _measure(options: argparse.Namespace, names: Sequence[str]) -> tuple[list[Co
     failed: list[str] = []
     in_memory = _MEMORY if os.access(_MEMORY, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="sd-gateway-bench-", dir=in_memory) as folder, pinned(cores.load):
-        Path(folder).chmod(0o755)  # started by root, nginx's worker is somebody else
+        Path(folder).chmod(0o755)  # nginx started by root runs its worker as another user
         bench = Bench(
             cores=cores,
             seconds=options.seconds,
@@ -153,7 +159,7 @@ def _keep(results: dict[str, Any], *, file: Path | None, plots_folder: Path | No
     if file is not None:
         file.write_text(json.dumps(results, indent=1))
     if plots_folder is not None:
-        import plots  # noqa: PLC0415  # its library is installed for `make bench` alone
+        import plots  # noqa: PLC0415  # matplotlib is installed for `make bench` only
 
         for drawn in plots.draw(results, plots_folder):
             _say(f"drawn: {drawn}")

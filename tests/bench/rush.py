@@ -1,4 +1,4 @@
-"""5,000 queries a second for 1,000 tasks of 1 s lifetime, upstream 50 ms: how long they wait."""
+"""5,000 queries per second for 1,000 tasks with a lifetime of 1 s, upstream latency 50 ms: delays."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ NEEDS = ("nginx", "njs")
 
 _TASKS, _RATE = 1000, 5000
 _LATENCY_SECONDS = 0.05
-# A thousand calls a second of 50 ms are fifty in the air; with 64 every delay would make a queue.
+# 1,000 calls per second of 50 ms are fifty in flight; with the default of 64 every delay would cause a queue.
 _ROOM = {"UPSTREAM__MAX_IN_FLIGHT": "256"}
-_LONGER = 3  # times the seconds of a measurement: every task is to be refreshed several times
+_LONGER = 3  # multiple of the measurement, so that every task is refreshed several times
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Measure the gateway beside nginx."""
+    """Compare the gateway with nginx."""
     seconds = _LONGER * bench.seconds
     with (
         servers.fast_upstream(bench.cores, bench.folder, latency_seconds=_LATENCY_SECONDS) as upstream,
@@ -37,9 +37,7 @@ def run(bench: Bench) -> Iterator[Comparison]:
             f"upstream {_LATENCY_SECONDS * 1000:g} ms, for {seconds:g} s",
             samples=bench.take_turns(turns),
             baseline=nginx.cached.name,
-            notes=[
-                "Late: from a query's being due, whatever became of those before it, to its answer's end."
-            ],
+            notes=["Late: from the due time of a query to the end of its response."],
         )
 
 
@@ -48,7 +46,7 @@ def _measured(server: Server, seconds: float) -> Figures:
     prime(server, [f"{prefix}{number}" for number in range(_TASKS)])
     crowd = {"port": server.port, "prefix": prefix, "tasks": _TASKS, "rate": _RATE, "seconds": seconds}
     before = cpu_seconds(server.pids)
-    # It inherits our cores: those of the load.
+    # The process inherits the load cores.
     command = [sys.executable, servers.HERE / "pacer.py", json.dumps(crowd)]
     result = subprocess.run(command, check=True, capture_output=True)
     late: list[float] = json.loads(result.stdout)

@@ -1,4 +1,4 @@
-"""The servers that are compared, and what stands behind them: each ready when it is handed over.
+"""The compared servers and their upstreams; each is ready when its context is entered.
 
 All answer GET /v1/progress/TASK, count a running task's answer as fresh for a second, and sign
 with the pair that the simulator knows.
@@ -29,11 +29,11 @@ _KEY, _SECRET = "bench-key", "bench-secret"
 _START_SECONDS = 20.0
 _LOOK_SECONDS = 0.002
 _OK, _CREATED, _NO_CONTENT = 200, 201, 204
-_NGINX_NAMES = {"cached": "nginx", "locked": "nginx, lock alone", "signer": "nginx, uncached"}
+_NGINX_NAMES = {"cached": "nginx", "locked": "nginx, lock only", "signer": "nginx, uncached"}
 
 
 class Server(NamedTuple):
-    """Something that answers; `pids` are the processes whose CPU time and memory are the answers' price."""
+    """A server; `pids` are the processes whose CPU time and memory are measured."""
 
     name: str
     port: int
@@ -41,7 +41,7 @@ class Server(NamedTuple):
 
 
 class Nginx(NamedTuple):
-    """One nginx, by its ports: stale while updating, the lock alone, uncached."""
+    """One nginx with three ports: stale while updating, cache lock only, uncached."""
 
     cached: Server
     locked: Server
@@ -49,7 +49,7 @@ class Nginx(NamedTuple):
 
 
 class Peers(NamedTuple):
-    """What the gateway is measured beside; no Varnish where it is not installed."""
+    """The alternatives to the gateway; without Varnish if it is not installed."""
 
     nginx: Nginx
     varnish: list[Server]
@@ -64,7 +64,7 @@ def gateway(
     tree: Path | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """Run `sd-gateway serve` before the upstream on this port: ours, or that of another source tree.
+    """Run `sd-gateway serve` for the upstream on this port, from this or another source tree.
 
     `settings` are environment variables without their prefix.
     """
@@ -77,7 +77,7 @@ def gateway(
         **(settings or {}),
     }
     env = environment(tree) | {f"SD_GATEWAY_{name}": value for name, value in given.items()}
-    # In a folder of its own it finds no settings file.
+    # A separate folder contains no settings file.
     folder = _own(folder)
     command = [sys.executable, "-m", "gateway", "serve"]
     with started(command, cores=cores.server, folder=folder, env=env) as process:
@@ -87,7 +87,7 @@ def gateway(
 
 @contextmanager
 def nginx(cores: Cores, folder: Path, *, upstream: int) -> Iterator[Nginx]:
-    """Run nginx before the upstream on this port."""
+    """Run nginx for the upstream on this port."""
     ports = dict(zip(Nginx._fields, free_ports(3), strict=True))
     folder = _own(folder)
     for name in ("sign.js", "signed.inc"):
@@ -99,14 +99,14 @@ def nginx(cores: Cores, folder: Path, *, upstream: int) -> Iterator[Nginx]:
     command = ["nginx", "-p", folder, "-e", folder / "nginx.err", "-c", config]
     with started(command, cores=cores.server, folder=folder, env=env) as process:
         _wait(process, folder, lambda: _ask(ports["cached"], "GET", "/")[0] > 0)
-        # The cache's loader and manager are children as well, and their names say so.
+        # The cache loader and manager are child processes, too; their names tell them apart.
         (worker,) = [pid for pid in children(process.pid) if "worker" in _title(pid)]
         yield Nginx(*(Server(_NGINX_NAMES[name], port, (worker,)) for name, port in ports.items()))
 
 
 @contextmanager
 def varnish(cores: Cores, folder: Path, *, signer: Server) -> Iterator[Server]:
-    """Run Varnish before nginx's uncached server, whose price is part of its own."""
+    """Run Varnish in front of the uncached nginx server, whose CPU time is included."""
     (port,) = free_ports(1)
     folder = _own(folder)
     config = _filled("varnish.vcl.in", folder, {"SIGNER": signer.port})
@@ -117,7 +117,7 @@ def varnish(cores: Cores, folder: Path, *, signer: Server) -> Iterator[Server]:
         "thread_pools=1",
         "-p",
         "thread_pool_min=200",
-    ]  # it has one core; threads ready for a burst
+    ]  # one core, with threads ready for a burst
     with started(command, cores=cores.server, folder=folder, env=environment()) as process:
         _wait(process, folder, lambda: _ask(port, "GET", "/")[0] > 0)
         (worker,) = children(process.pid)
@@ -126,7 +126,7 @@ def varnish(cores: Cores, folder: Path, *, signer: Server) -> Iterator[Server]:
 
 @contextmanager
 def peers(cores: Cores, folder: Path, *, upstream: int) -> Iterator[Peers]:
-    """Run nginx, and Varnish before it if there is one."""
+    """Run nginx, and Varnish in front of it if it is installed."""
     with ExitStack() as stack:
         first = stack.enter_context(nginx(cores, folder, upstream=upstream))
         found = shutil.which("varnishd")
@@ -150,7 +150,7 @@ def simulator(cores: Cores, folder: Path, *, latency_seconds: float = 0.0) -> It
 def fast_upstream(
     cores: Cores, folder: Path, *, changing: bool = False, latency_seconds: float = 0.0
 ) -> Iterator[int]:
-    """Run the upstream that costs next to nothing; yield its port. `changing`: no two answers are alike."""
+    """Run the minimal upstream; yield its port. With `changing`, all responses differ."""
     (port,) = free_ports(1)
     folder = _own(folder)
     command = [sys.executable, HERE / "upstream.py", str(port), str(latency_seconds)]
@@ -161,12 +161,12 @@ def fast_upstream(
 
 
 def gateway_name(tree: Path | None) -> str:
-    """Return what the gateway of this source tree is called in tables; None: of our own."""
+    """Return the name of the gateway of a source tree in tables; None for this tree."""
     return "gateway" if tree is None else f"gateway ({tree.name})"
 
 
 def environment(tree: Path | None = None) -> dict[str, str]:
-    """Return our environment, without the settings and keys of whoever runs this.
+    """Return the environment without gateway settings and keys of the user.
 
     Python imports the gateway from `tree` there; None: the one that is installed.
     """
@@ -175,26 +175,26 @@ def environment(tree: Path | None = None) -> dict[str, str]:
 
 
 def create_task(simulator_port: int, **task: Any) -> None:
-    """Make a task, as the simulator's control API describes it. Raises: RuntimeError."""
+    """Create a task with the control API of the simulator. Raises: RuntimeError."""
     status, text = _ask(simulator_port, "POST", "/_simulator/tasks", json.dumps(task))
     if status != _CREATED:
         raise RuntimeError(f"the simulator refused a task: {status} {text!r}")
 
 
-def let_in(simulator_port: int, pairs: Mapping[str, str]) -> None:
-    """Have the simulator know these access keys and their secrets, and no others. Raises: RuntimeError."""
+def accept(simulator_port: int, pairs: Mapping[str, str]) -> None:
+    """Set the key pairs that the simulator accepts. Raises: RuntimeError."""
     status, text = _ask(simulator_port, "PUT", "/_simulator/pairs", json.dumps({"pairs": pairs}))
     if status != _NO_CONTENT:
         raise RuntimeError(f"the simulator refused the pairs: {status} {text!r}")
 
 
 def refused_calls(simulator_port: int) -> int:
-    """Return how many calls the simulator has refused."""
+    """Return the number of calls that the simulator has refused."""
     return int(json.loads(_ask(simulator_port, "GET", "/_simulator/stats")[1])["refused"])
 
 
 def limit_calls(simulator_port: int, calls: int, *, retry_after: int | None = None) -> None:
-    """Let the simulator throttle what exceeds so many calls a second. Raises: RuntimeError."""
+    """Let the simulator throttle calls above this rate per second. Raises: RuntimeError."""
     told = {} if retry_after is None else {"retryAfter": retry_after}
     status, text = _ask(simulator_port, "PUT", "/_simulator/limit", json.dumps({"calls": calls} | told))
     if status != _OK:
@@ -202,7 +202,7 @@ def limit_calls(simulator_port: int, calls: int, *, retry_after: int | None = No
 
 
 def upstream_calls(simulator_port: int, task_id: str) -> int:
-    """Return how often the simulator was asked about a task. Raises: RuntimeError if it refused a call."""
+    """Return the number of calls for a task. Raises: RuntimeError if the simulator refused a call."""
     _, text = _ask(simulator_port, "GET", "/_simulator/stats")
     stats = json.loads(text)
     if stats["refused"]:
@@ -221,7 +221,7 @@ def _filled(name: str, folder: Path, values: Mapping[str, object]) -> Path:
 
 def _own(folder: Path) -> Path:
     own = Path(tempfile.mkdtemp(dir=folder))
-    own.chmod(0o755)  # started by root, nginx's worker is somebody else
+    own.chmod(0o755)  # nginx started by root runs its worker as another user
     return own
 
 

@@ -1,4 +1,4 @@
-"""100 streams that nobody reads: what they cost the gateway's memory, and those who do read."""
+"""100 streams without a reader: their effect on the memory of the gateway and on other streams."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from functools import partial
 import servers
 from measuring import Bench, Comparison, Figures, prime
 from processes import many_files
-from subscribers import see
+from watchers import see
 
 NEEDS = ()
 
 _SLOW, _READERS = 100, 50
-_CHANGES = 20  # a second
+_CHANGES = 20  # per second
 _OTHER_FILES = 500
-_LONGER = 7.5  # times the seconds of a measurement: what piles up needs time to do so
-_SETTINGS = {"CACHE__RUNNING_SECONDS": str(0.5 / _CHANGES)}  # gone by when the next poke comes
+_LONGER = 7.5  # multiple of the measurement, so that unsent data can accumulate
+_SETTINGS = {"CACHE__RUNNING_SECONDS": str(0.5 / _CHANGES)}  # shorter than the interval between two queries
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Measure the gateway with and without streams that nobody reads."""
+    """Measure the gateway with and without unread streams."""
     seconds = _LONGER * bench.seconds
     with (
         many_files(_SLOW + _READERS + _OTHER_FILES),
@@ -35,7 +35,7 @@ def run(bench: Bench) -> Iterator[Comparison]:
             f"for {seconds:g} s",
             samples=bench.take_turns(turns),
             baseline="0 never read",
-            notes=["Late: as for watchers. The sockets of those who never read are as small as can be."],
+            notes=["Late: as in the scenario watchers. Unread sockets have the smallest possible buffers."],
         )
 
 

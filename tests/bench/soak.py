@@ -1,4 +1,4 @@
-"""Ten minutes of mixed load with upstream faults switched on and off: no 500, nothing that piles up."""
+"""Ten minutes of mixed load with upstream faults switched on and off: no 500 and no leaks."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from servers import Server
 
 NEEDS = ()
 
-_LONGER = 150  # times the seconds of a measurement
+_LONGER = 150  # multiple of the measurement
 _QUARTERS = 4
-_REST_SECONDS = 10.0  # longer than a call, and then the upstream's patience with an idle connection
-_SLACK = 4  # descriptors that come and go
-# Of memory at rest, from one half to the other. What malloc keeps in hand comes and goes by 3 %.
+_REST_SECONDS = 10.0  # longer than a call plus the idle timeout of the upstream
+_SLACK = 4  # tolerance for short-lived descriptors
+# Maximum ratio of memory at rest between the halves. The allocator's reserve varies by 3 %.
 _GROWTH = 1.05
 _BUG = 500
-# Few tasks are kept, so that the store is full, and the memory flat, within the first quarter. Deadlines
-# are short, so that an upstream that is silent for some seconds is noticed.
+# Few cached tasks, so that the cache is full and memory constant within the first quarter. Short timeouts, so
+# that an upstream that is silent for some seconds causes failures.
 _SETTINGS = {
     "CACHE__MAX_TASKS": "300",
     "UPSTREAM__TIMEOUT_SECONDS": "2",
@@ -56,9 +56,9 @@ _FAULTS: tuple[dict[str, Any], ...] = (
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Load the gateway, and look at it at rest between the quarters.
+    """Load the gateway and measure it at rest between the quarters.
 
-    Raises: RuntimeError for a 500, an error in the log, or anything that piled up.
+    Raises: RuntimeError for a 500, an error in the log, or a leak.
     """
     seconds = _LONGER * bench.seconds
     with (
@@ -76,23 +76,25 @@ def run(bench: Bench) -> Iterator[Comparison]:
             notes=[*_notes(tally), f"errors in the log: {bugs}"],
         )
     for moments, tally in soaked:
-        _judge(moments, tally, bugs)
+        _check(moments, tally, bugs)
 
 
 async def _soak(server: Server, simulator: int, seconds: float) -> tuple[dict[str, Figures], Tally]:
     crowd = Crowd(server.port, simulator=simulator, chance=random.Random(1))
     faults = itertools.cycle(_FAULTS)
-    turn = seconds / _QUARTERS / len(_FAULTS) / 2  # each fault strikes in each quarter, and rests as long
-    # What is loaded at first use is no leak: one short round goes before.
+    turn = (
+        seconds / _QUARTERS / len(_FAULTS) / 2
+    )  # each fault is on and then off for this time, in each quarter
+    # Warm up: memory that is allocated on first use is not a leak.
     await crowd.run(min(2.0, seconds / 4))
     moments = {"at the start": await _at_rest(server, simulator)}
     tally = Tally()
     for quarter in range(1, _QUARTERS + 1):
-        misbehaving = asyncio.create_task(_misbehave(simulator, faults, turn))
+        switching = asyncio.create_task(_switch_faults(simulator, faults, turn))
         seen = await crowd.run(seconds / _QUARTERS)
-        misbehaving.cancel()
+        switching.cancel()
         with suppress(asyncio.CancelledError):
-            await misbehaving
+            await switching
         tally.add(seen)
         figures = await _at_rest(server, simulator)
         figures["answers a second"] = seen.statuses.total() / (seconds / _QUARTERS)
@@ -100,7 +102,7 @@ async def _soak(server: Server, simulator: int, seconds: float) -> tuple[dict[st
     return moments, tally
 
 
-async def _misbehave(simulator: int, faults: Iterator[Mapping[str, Any]], turn: float) -> None:
+async def _switch_faults(simulator: int, faults: Iterator[Mapping[str, Any]], turn: float) -> None:
     while True:
         await asyncio.sleep(turn)
         await _control(simulator, "PUT", json.dumps(next(faults)).encode())
@@ -116,7 +118,7 @@ async def _control(simulator: int, method: str, body: bytes = b"") -> None:
 
 
 async def _at_rest(server: Server, simulator: int) -> Figures:
-    """Look at a server that nobody asks anything, once what was under way is over."""
+    """Measure a server without load, after all requests have ended."""
     await _control(simulator, "DELETE")
     await asyncio.sleep(_REST_SECONDS)
     upstream = connections_to(simulator, server.pids)
@@ -142,7 +144,7 @@ def _counts(counter: Counter[Any]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counter.most_common()) or "none"
 
 
-def _judge(moments: Mapping[str, Figures], tally: Tally, bugs: int) -> None:
+def _check(moments: Mapping[str, Figures], tally: Tally, bugs: int) -> None:
     start, *quarters = moments.values()
     end = quarters[-1]
     memory = [figures["memory at rest, MB"] for figures in quarters]

@@ -1,4 +1,4 @@
-"""From nothing to ready, and the memory that an idle server and a cached task take."""
+"""Time from start to ready, and memory of an idle server and of a cached task."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from servers import Server
 NEEDS = ("nginx", "njs", "wrk")
 
 _WARM, _TASKS = 1000, 10_000
-_HOT_SECONDS = 3.0  # of hits on all tasks: each is asked for many times
+_HOT_SECONDS = 3.0  # duration of hits on all tasks; each is queried many times
 _FRESH = {"CACHE__MAX_TASKS": str(2 * _TASKS), "CACHE__RUNNING_SECONDS": "86400"}
 _KIB, _MIB = 1 << 10, 1 << 20
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Measure the gateway, and nginx."""
+    """Measure the gateway and nginx."""
     with servers.fast_upstream(bench.cores, bench.folder) as upstream:
         gateways = {servers.gateway_name(tree): tree for tree in (None, *bench.trees)}
         turns: dict[str, Callable[[], Figures]] = {
@@ -35,13 +35,13 @@ def run(bench: Bench) -> Iterator[Comparison]:
             title=f"start: to ready, memory idle and for {_TASKS} tasks",
             samples=bench.take_turns(turns),
             baseline="nginx",
-            notes=["nginx: its worker alone, and what it keeps of a body is a file."],
+            notes=["nginx: its worker only, which caches bodies in files."],
         )
 
 
 def _gateway(bench: Bench, upstream: int, tree: Path | None) -> Figures:
     env = servers.environment(tree)
-    # Without the tidying up at the end, which a server that becomes ready has not done either.
+    # Excludes interpreter shutdown, which is not part of the start of a server.
     imports = "import os, gateway.cli.main; os._exit(0)"
     began = time.perf_counter()
     with pinned(bench.cores.server):
@@ -51,8 +51,8 @@ def _gateway(bench: Bench, upstream: int, tree: Path | None) -> Figures:
         servers.gateway(bench.cores, bench.folder, upstream=upstream, tree=tree, settings=_FRESH)
     )
     return figures | {
-        "interpreter and imports alone, ms": imports_ms,
-        "start to ready beyond those, ms": figures["start to ready, ms"] - imports_ms,
+        "interpreter and imports, ms": imports_ms,
+        "start to ready without those, ms": figures["start to ready, ms"] - imports_ms,
     }
 
 
@@ -67,7 +67,7 @@ def _measured(starting: AbstractContextManager[Server]) -> Figures:
     with starting as server:
         ready_ms = (time.perf_counter() - began) * 1000
         idle = resident_bytes(server.pids)
-        # Connections, buffers and the allocator's first arenas are not the tasks' price.
+        # Excludes connections, buffers and the first arenas of the allocator.
         prime(server, _paths(new_prefix(), _WARM))
         warm = resident_bytes(server.pids)
         prefix = new_prefix()

@@ -1,4 +1,4 @@
-"""A steady load: so many queries a second, each due at its time whatever became of those before it."""
+"""A constant open-loop load: queries have fixed due times, independent of earlier responses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PERCENTS = 100
 
 
 class Query(NamedTuple):
-    """What became of a query: `late` are the seconds from its being due; status 0 is no answer."""
+    """Result of a query: `late` is the time from its due time in seconds; status 0 means no response."""
 
     status: int
     late: float
@@ -25,9 +25,9 @@ class Query(NamedTuple):
 async def ask(
     port: int, paths: Sequence[str], *, rate: float, seconds: float, connections: int = 32
 ) -> list[Query]:
-    """Ask for the paths in turn, `rate` times a second; return all queries.
+    """Query the paths in turn, `rate` times per second; return all queries.
 
-    A query that finds every connection busy is asked later, and is late by that much.
+    If every connection is busy, a query is sent later; its delay includes that time.
     """
     loop = asyncio.get_running_loop()
     numbers = iter(range(round(rate * seconds)))
@@ -36,7 +36,7 @@ async def ask(
 
     async def work() -> None:
         while True:
-            # A connection is new after it broke, and given up with the last query.
+            # A broken connection is replaced.
             with suppress(OSError, EOFError, TimeoutError):
                 async with Connection(port) as connection:
                     for number in numbers:
@@ -57,5 +57,5 @@ async def ask(
 
 
 def percentile(queries: Sequence[Query], percent: int) -> float:
-    """Return by how many seconds this share of the queries, or fewer, were late; more the others."""
+    """Return this percentile of the delays, in seconds."""
     return statistics.quantiles((query.late for query in queries), n=_PERCENTS)[percent - 1]

@@ -1,11 +1,11 @@
-"""A crowd that watches: by event streams that stay open, or by polling once a second, phases spread.
+"""Subscribers: event streams, or polling once a second with random phases.
 
     python streams.py '{"port": 1234, "paths": ["/…", …], "how": "events", "count": 5000, …}'
 
-prints what it saw, as JSON. Every change carries the Unix time at which upstream sent it, as `message`:
-how late it came is the time it was read less that. Only every tenth reader looks at it, for the
-crowd must cost less than whom it loads. The server's CPU time and memory are read here, because only
-the crowd knows when all are watching.
+prints the results as JSON. The `message` of every change is the Unix time at which upstream sent it; the
+delay is the time from then until it is read. Only every tenth subscriber measures it, to keep the cost of the
+load low. The CPU time and memory of the server are read here, because only this process knows when all are
+subscribed.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from processes import cpu_seconds, resident_bytes
 _EVENT = b"event: progress\n"
 _MESSAGE = b'"message":"'
 _OK = b"HTTP/1.1 200 "
-_SAMPLED = 10  # one reader in so many looks at the time
-_PATIENCE_SECONDS = 60.0
+_SAMPLED = 10  # one subscriber of this number measures delays
+_TIMEOUT_SECONDS = 60.0
 _SETTLE_SECONDS = 2.0
 _PERIOD = 1.0
-_LOOK_SECONDS = 0.002
-_SMALL_BYTES, _SMALL_SEGMENT = 4096, 536  # the kernel holds little for one who does not read
+_TICK_SECONDS = 0.002
+_SMALL_BYTES, _SMALL_SEGMENT = 4096, 536  # small kernel buffers for unread sockets
 
 
 class Sight(NamedTuple):
-    """What a crowd saw within `seconds`, and what that cost the server."""
+    """Results within `seconds`, and the resources of the server."""
 
     seconds: float
     delivered: int
@@ -53,45 +53,45 @@ class Sight(NamedTuple):
 
 
 class Tally:
-    """What all readers, `count` of them, count together."""
+    """Shared counters of all `count` subscribers."""
 
     def __init__(self, count: int) -> None:
         self._count = count
-        self.watching = 0
-        self.all_watching = asyncio.Event()
+        self.subscribed_count = 0
+        self.all_subscribed = asyncio.Event()
         self.lost = 0
-        self.skipped = 0  # turns at which the last answer had not come yet
+        self.skipped = 0  # polls skipped because the last response had not arrived
         self.delivered = 0
         self.late: list[float] = []
 
     def clear(self) -> None:
-        """Count anew."""
+        """Reset the counters."""
         self.skipped = self.delivered = 0
         self.late.clear()
 
-    def welcome(self) -> None:
-        """Note that one more has been told something."""
-        self.watching += 1
-        if self.watching == self._count:
-            self.all_watching.set()
+    def subscribed(self) -> None:
+        """Count a subscriber that has received its first event."""
+        self.subscribed_count += 1
+        if self.subscribed_count == self._count:
+            self.all_subscribed.set()
 
     def note(self, count: int, text: bytes, *, sampled: bool) -> None:
-        """Note changes that came just now."""
+        """Count changes that have just arrived."""
         self.delivered += count
         if sampled:
             now = time.time()
             self.late += [now - float(part[: part.index(b'"')]) for part in text.split(_MESSAGE)[1:]]
 
 
-class Watcher(asyncio.Protocol):
-    """A connection that watches one task."""
+class Subscriber(asyncio.Protocol):
+    """A connection that is subscribed to one task."""
 
     def __init__(self, tally: Tally, path: str, *, sampled: bool) -> None:
         self._tally = tally
         self._request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
         self._sampled = sampled
         self._unread = b""
-        self._watching = False
+        self._subscribed = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -105,13 +105,13 @@ class Watcher(asyncio.Protocol):
         self._transport.write(self._request)
 
     def _note(self, count: int, text: bytes) -> None:
-        if not self._watching:
-            self._watching = True
-            self._tally.welcome()
+        if not self._subscribed:
+            self._subscribed = True
+            self._tally.subscribed()
         self._tally.note(count, text, sampled=self._sampled)
 
 
-class Reader(Watcher):
+class Reader(Subscriber):
     """Reads a stream of events."""
 
     def data_received(self, data: bytes) -> None:
@@ -120,14 +120,14 @@ class Reader(Watcher):
             self._note(count, whole)
 
 
-class Poller(Watcher):
-    """Asks again and again; an answer unlike the last one is a change."""
+class Poller(Subscriber):
+    """Polls a task; a response that differs from the last one is a change."""
 
     _last = b""
     _waiting = False
 
     def ask(self) -> None:
-        """Send the request, unless the last one is still to be answered."""
+        """Send the request, unless the last response has not arrived yet."""
         if self._waiting:
             self._tally.skipped += 1
         else:
@@ -142,7 +142,7 @@ class Poller(Watcher):
             return
         self._unread, self._waiting = b"", False
         if not head.startswith(_OK):
-            self._transport.close()  # which is noticed
+            self._transport.close()  # counted as lost
         elif body != self._last:
             self._last = body
             self._note(1, body)
@@ -161,11 +161,11 @@ async def watch(
     poked: str = "",
     pokes: float = 0.0,
 ) -> Sight:
-    """Let the crowd watch for so long, once all do, and return what it saw.
+    """Subscribe, measure for this time once all are subscribed, and return the results.
 
-    The watchers of a task come together, the tasks at times drawn evenly from `opening_seconds`.
-    `slow` more never read what they asked for. `poked` is asked for so many times a second besides.
-    Raises: RuntimeError when connections are refused or lost; OSError.
+    All subscribers of a task connect together, at a random time within `opening_seconds`. `slow` more
+    subscribers never read. `poked` is queried `pokes` times per second. Raises: OSError, and RuntimeError if
+    connections are refused or lost.
     """
     loop = asyncio.get_running_loop()
     tally = Tally(count)
@@ -175,10 +175,10 @@ async def watch(
     idle = resident_bytes(pids)
     began = time.monotonic()
 
-    async def begin(number: int) -> Watcher:
+    async def begin(number: int) -> Subscriber:
         path = paths[number % len(paths)]
         await asyncio.sleep(began + begins[number % len(paths)] - time.monotonic())
-        sampled = number // len(paths) % _SAMPLED == 0  # of every task some
+        sampled = number // len(paths) % _SAMPLED == 0  # some of every task
         _, subscriber = await loop.create_connection(
             lambda: kind(tally, path, sampled=sampled), "127.0.0.1", port
         )
@@ -190,14 +190,14 @@ async def watch(
         subscribers = await asyncio.gather(*map(begin, range(count)))
         pace = []
         if kind is Poller:
-            pace.append(asyncio.create_task(_ask_in_turn(subscribers, _PERIOD)))
+            pace.append(asyncio.create_task(_poll_in_turn(subscribers, _PERIOD)))
         if poked:
             _, poker = await loop.create_connection(
                 lambda: Poller(Tally(1), poked, sampled=False), "127.0.0.1", port
             )
-            pace.append(asyncio.create_task(_ask_in_turn([poker], 1 / pokes)))
-        with suppress(TimeoutError):  # which is told below, with numbers
-            await asyncio.wait_for(tally.all_watching.wait(), _PATIENCE_SECONDS)
+            pace.append(asyncio.create_task(_poll_in_turn([poker], 1 / pokes)))
+        with suppress(TimeoutError):  # reported below, with counts
+            await asyncio.wait_for(tally.all_subscribed.wait(), _TIMEOUT_SECONDS)
         await asyncio.sleep(_SETTLE_SECONDS)
         opened, cpu, own, start = (
             resident_bytes(pids),
@@ -216,8 +216,10 @@ async def watch(
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-    if tally.lost or tally.watching < count:
-        raise RuntimeError(f"{tally.watching} of {count} were watching, {tally.lost} connections were lost")
+    if tally.lost or tally.subscribed_count < count:
+        raise RuntimeError(
+            f"{tally.subscribed_count} of {count} were subscribed, {tally.lost} connections were lost"
+        )
     p99 = statistics.quantiles(late, n=100, method="inclusive")[-1]
     return Sight(
         seconds=elapsed,
@@ -235,21 +237,21 @@ async def watch(
     )
 
 
-async def _ask_in_turn(subscribers: Sequence[Watcher], period: float) -> None:
-    """Let each ask once a period; ends when it is cancelled."""
+async def _poll_in_turn(subscribers: Sequence[Subscriber], period: float) -> None:
+    """Let each subscriber poll once per period, until cancelled."""
     began, asked = time.monotonic(), 0
     while True:
         while asked < (time.monotonic() - began) / period * len(subscribers):
             subscribers[asked % len(subscribers)].ask()
             asked += 1
-        await asyncio.sleep(_LOOK_SECONDS)
+        await asyncio.sleep(_TICK_SECONDS)
 
 
 def _never_reading(port: int, path: str) -> socket.socket:
     reader = socket.socket()
     reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _SMALL_BYTES)
     reader.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, _SMALL_SEGMENT)
-    reader.settimeout(_PATIENCE_SECONDS)
+    reader.settimeout(_TIMEOUT_SECONDS)
     reader.connect(("127.0.0.1", port))
     reader.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode())
     return reader

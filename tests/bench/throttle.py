@@ -1,4 +1,4 @@
-"""200 tasks wanted each second before an upstream that takes 20 calls a second: how the calls settle."""
+"""200 tasks queried every second with an upstream limit of 20 calls per second: how the call rate settles."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ NEEDS = ()
 
 _LIMIT, _LATENCY_SECONDS = 20, 0.05
 _TASKS, _HOT, _HOT_POLLERS = 200, 10, 5
-_LONGER = 15  # times the seconds of a measurement: three cycles of the budget's growth
-_SETTLING = 0.25  # of the time, not looked at
+_LONGER = 15  # multiple of the measurement: three growth cycles of the rate limit
+_SETTLING = 0.25  # share of the time, not measured
 _PERIOD = 1.0
 _OK, _UNAVAILABLE = 200, 503
 
 
-class Seen(NamedTuple):
-    """One answer: its status and what the cache said; when it came, after how long, how old: in seconds."""
+class Response(NamedTuple):
+    """One response: status, Cache-Status, and arrival time, wait time and age in seconds."""
 
     status: int
-    verdict: str
+    cache_status: str
     came: float
     waited: float
     age: float
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Measure the gateway alone: nothing beside it learns a limit."""
+    """Measure the gateway only; the alternatives do not learn a limit."""
     seconds = _LONGER * bench.seconds
     series: list[str] = []
     samples: dict[str, list[Figures]] = {}
@@ -70,13 +70,13 @@ async def _measured(
     for task_id in tasks:
         servers.create_task(upstream, taskId=task_id, life={"waitingSeconds": 0, "runningSeconds": 36_000})
     servers.limit_calls(upstream, _LIMIT, retry_after=retry_after)
-    seen: list[Seen] = []
-    hot: list[Seen] = []
+    seen: list[Response] = []
+    hot: list[Response] = []
     began = time.monotonic() + _PERIOD
     calls: list[int] = []
     refused: list[int] = []
 
-    async def poll(task_id: str, phase: float, into: list[Seen]) -> None:
+    async def poll(task_id: str, phase: float, into: list[Response]) -> None:
         async with Connection(server.port) as connection:
             for turn in itertools.count():
                 at = began + phase + turn * _PERIOD
@@ -84,13 +84,15 @@ async def _measured(
                     return
                 early = at - time.monotonic()
                 if early < -_PERIOD:
-                    continue  # still waiting for the one before: nobody asks twice at a time
+                    continue  # the previous response has not arrived: one request at a time
                 await asyncio.sleep(max(early, 0.0))
                 asked = time.monotonic()
                 reply = await connection.get(f"/v1/progress/{task_id}")
                 came = time.monotonic()
                 into.append(
-                    Seen(reply.status, _verdict(reply.head), came - began, came - asked, _age(reply.head))
+                    Response(
+                        reply.status, _cache_status(reply.head), came - began, came - asked, _age(reply.head)
+                    )
                 )
 
     async def count() -> None:
@@ -111,7 +113,9 @@ async def _measured(
     return _figures(by_second[settling:], refused[-1] - refused[settling], seen, hot, settling), by_second
 
 
-def _figures(calls: list[int], refused: int, seen: list[Seen], hot: list[Seen], settling: float) -> Figures:
+def _figures(
+    calls: list[int], refused: int, seen: list[Response], hot: list[Response], settling: float
+) -> Figures:
     figures: Figures = {
         "settled calls a second, mean": statistics.mean(calls),
         "settled calls a second, min": min(calls),
@@ -120,16 +124,16 @@ def _figures(calls: list[int], refused: int, seen: list[Seen], hot: list[Seen], 
     }
     for name, answers in (("", seen), ("hot, ", hot)):
         settled = [one for one in answers if one.came >= settling]
-        told = Counter(one.verdict if one.status == _OK else str(one.status) for one in settled)
-        for verdict in ("hit", "fetched", "stale, throttled", str(_UNAVAILABLE)):
-            figures[f"{name}answers: {verdict}, %"] = told.pop(verdict, 0) / len(settled) * 100
+        told = Counter(one.cache_status if one.status == _OK else str(one.status) for one in settled)
+        for cache_status in ("hit", "fetched", "stale, throttled", str(_UNAVAILABLE)):
+            figures[f"{name}answers: {cache_status}, %"] = told.pop(cache_status, 0) / len(settled) * 100
         figures[f"{name}answers: other, %"] = told.total() / len(settled) * 100
         figures[f"{name}wait, p99, ms"] = _p99([one.waited for one in settled]) * 1000
         figures[f"{name}age, p99, s"] = _p99([one.age for one in settled if one.status == _OK])
     return figures
 
 
-def _verdict(head: bytes) -> str:
+def _cache_status(head: bytes) -> str:
     status = re.search(rb"\r\ncache-status: ([^\r]*)", head)
     told = status[1] if status else b""
     if b"detail=upstream-throttled" in told:

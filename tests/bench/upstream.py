@@ -1,13 +1,12 @@
-"""An upstream that costs next to nothing: it answers every call at once, for whatever task it names.
+"""A minimal upstream that responds to every call at once, for any task.
 
-The simulator verifies every signature, in Python, and is slower than what it would have to feed
-when thousands of calls a second are measured. Whether the calls are signed well is the
-simulator's affair, in the scenarios that it carries and in the tests.
+The simulator verifies every signature in Python and is too slow for thousands of calls per second. Signatures
+are checked in the scenarios that use the simulator, and in the tests.
 
     python upstream.py PORT SECONDS [changing]
 
-An answer takes so many seconds. With `changing` no two answers are the same: each one's `message`
-is the Unix time at which it was sent.
+SECONDS is the latency of a response. With `changing` all responses differ: `message` is the Unix time at
+which the response was sent.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ _BEFORE, _, _AFTER = json.dumps(_ENVELOPE, separators=(",", ":")).encode().parti
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
 
 
-class Answerer(asyncio.Protocol):
-    """Answers the requests of one connection, in turn."""
+class Responder(asyncio.Protocol):
+    """Responds to the requests of one connection in order."""
 
     def __init__(self, *, latency_seconds: float, changing: bool) -> None:
         self._latency_seconds = latency_seconds
@@ -75,8 +74,8 @@ class Answerer(asyncio.Protocol):
 
 
 async def serve(port: int, **behaviour: Any) -> None:
-    """Answer until the process is ended."""
-    answerer = partial(Answerer, **behaviour)
+    """Serve until the process is terminated."""
+    answerer = partial(Responder, **behaviour)
     server = await asyncio.get_running_loop().create_server(answerer, "127.0.0.1", port, backlog=1024)
     await server.serve_forever()
 

@@ -1,4 +1,4 @@
-"""5,000 watch 100 tasks that change every second: event streams, beside polling nginx at 1 Hz."""
+"""5,000 subscribers of 100 tasks that change every second: event streams, and polling nginx at 1 Hz."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from streams import Sight
 NEEDS = ("nginx", "njs")
 
 _WATCHERS, _TASKS = 5000, 100
-_OTHER_FILES = 500  # of a server, beside its watchers' connections
+_OTHER_FILES = 500  # open files of a server in addition to its subscribers
 _OPENING_SECONDS = 8.0
-_LONGER = 3  # times the seconds of a measurement: a change comes but once a second
+_LONGER = 3  # multiple of the measurement, because there is one change per second
 _SETTINGS = {"CACHE__RUNNING_SECONDS": "1"}
 _NOTES = [
-    "gateway: streams. nginx: keep-alive polls at 1 Hz, phases spread; answers unlike the last one count.",
-    "Late: from upstream's sending a change to its being read, upstream to server included; of every",
-    "tenth watcher. Memory: all watching, less none watching, over their number; a new server each turn.",
+    "gateway: streams. nginx: keep-alive polls at 1 Hz with spread phases; changed responses count.",
+    "Late: from the time upstream sends a change until a subscriber reads it, for every tenth subscriber.",
+    "Memory: difference with and without subscribers, per subscriber; a new server for each measurement.",
 ]
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Measure the gateway's event streams beside nginx, which has to be polled."""
+    """Compare the event streams of the gateway with polling of nginx."""
     seconds = _LONGER * bench.seconds
     with (
         many_files(_WATCHERS + _OTHER_FILES),
@@ -44,7 +44,8 @@ def run(bench: Bench) -> Iterator[Comparison]:
         }
         turns["nginx"] = partial(_polling, bench, upstream, seconds)
         yield Comparison(
-            title=f"watchers: {_WATCHERS:,} watch {_TASKS} tasks that change every second, for {seconds:g} s",
+            title=f"watchers: {_WATCHERS:,} subscribers of {_TASKS} tasks that change every second, "
+            f"for {seconds:g} s",
             samples=bench.take_turns(turns),
             baseline="nginx",
             notes=_NOTES,
@@ -52,8 +53,8 @@ def run(bench: Bench) -> Iterator[Comparison]:
 
 
 def see(**crowd: Any) -> Sight:
-    """Let a crowd watch, in a process of its own; see streams.watch."""
-    # It inherits our cores: those of the load.
+    """Run subscribers in a separate process; see streams.watch."""
+    # The process inherits the load cores.
     command = [sys.executable, servers.HERE / "streams.py", json.dumps(crowd)]
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     if result.returncode:
@@ -87,13 +88,13 @@ def _measured(server: Server, how: str, path: str, seconds: float) -> Figures:
     )
     return {
         "changes delivered": sight.delivered,
-        "changes a watcher and second": sight.delivered / _WATCHERS / sight.seconds,
+        "changes per subscriber and second": sight.delivered / _WATCHERS / sight.seconds,
         "server CPU per 1,000 changes, s": sight.server_cpu / sight.delivered * 1000,
         "server CPU used, of one core": sight.server_cpu / sight.seconds,
         "late, p50, ms": sight.late_p50 * 1000,
         "late, p99, ms": sight.late_p99 * 1000,
         "late, max, ms": sight.late_max * 1000,
-        "memory a watcher, KB": (sight.open_bytes - sight.idle_bytes) / _WATCHERS / 1000,
-        "polls skipped, last one unanswered": sight.skipped,
+        "memory per subscriber, KB": (sight.open_bytes - sight.idle_bytes) / _WATCHERS / 1000,
+        "polls skipped, last response missing": sight.skipped,
         "CPU used by the load, of one core": sight.own_cpu / sight.seconds,
     }

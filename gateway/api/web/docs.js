@@ -1,12 +1,12 @@
-// Shows openapi.json to people: operations by tag, then the problem codes, then the schemas.
+// Renders openapi.json: operations by tag, then problem codes, then schemas.
 
-import { element, problemWords } from "./dom.js";
+import { element, describeProblem } from "./dom.js";
 
 const METHODS = ["get", "post", "put", "patch", "delete"];
 const at = (id) => document.getElementById(id);
 let openapi = {};
 
-/** Follow local references: "#/components/schemas/Progress" to what stands there. */
+/** Resolve local references such as "#/components/schemas/Progress". */
 function resolve(node) {
   let found = node;
   for (let hops = 0; found?.$ref && hops < 10; hops += 1) {
@@ -16,7 +16,7 @@ function resolve(node) {
   return found ?? {};
 }
 
-/** Text with `code` in backticks, as the document writes it. */
+/** Turn `code` in backticks into code elements. */
 function prose(text = "") {
   return text.split("`").map((part, index) => (index % 2 ? element("code", {}, part) : part));
 }
@@ -27,16 +27,16 @@ function slug(text) {
 
 // --- schemas -------------------------------------------------------------------------------------
 
-/** A schema in a few words; a named one is a link to where it is shown whole. */
-function typeWords(schema = {}) {
+/** Return a short description of a schema; a named schema becomes a link. */
+function describeType(schema = {}) {
   const name = schema.$ref?.match(/^#\/components\/schemas\/(.+)$/)?.[1];
   if (name) return [element("a", { href: `#schema-${slug(name)}` }, name)];
   const resolved = resolve(schema);
   const choices = resolved.anyOf ?? resolved.oneOf;
-  if (choices) return choices.flatMap((choice, index) => [index ? " or " : "", ...typeWords(choice)]);
+  if (choices) return choices.flatMap((choice, index) => [index ? " or " : "", ...describeType(choice)]);
   if (resolved.const !== undefined) return [element("code", {}, JSON.stringify(resolved.const))];
   if (resolved.enum) return resolved.enum.flatMap((value, index) => [index ? ", " : "", element("code", {}, String(value))]);
-  if (resolved.items) return ["list of ", ...typeWords(resolved.items)];
+  if (resolved.items) return ["list of ", ...describeType(resolved.items)];
   return [[resolved.type ?? "anything"].flat().join(" or ")];
 }
 
@@ -49,7 +49,7 @@ function limits(...sources) {
   const schema = Object.assign({}, ...sources);
   if (schema.examples?.length) schema.example ??= schema.examples[0];
   return LIMITS.filter(([key]) => schema[key] !== undefined)
-    .flatMap(([key, words]) => [`; ${words} `, element("code", {}, asText(schema[key]))]);
+    .flatMap(([key, label]) => [`; ${label} `, element("code", {}, asText(schema[key]))]);
 }
 
 function member(name, schema, { description, needed, where, example } = {}) {
@@ -58,13 +58,13 @@ function member(name, schema, { description, needed, where, example } = {}) {
   return element("div", {},
     element("dt", {}, element("code", {}, name), needed ? element("span", { class: "needed" }, "required") : ""),
     element("dd", {},
-      element("p", { class: "type" }, where ? `${where}: ` : "", ...typeWords(schema),
+      element("p", { class: "type" }, where ? `${where}: ` : "", ...describeType(schema),
         ...limits(schema.$ref ? {} : resolved, example === undefined ? {} : { example })),
       text ? element("p", {}, ...prose(text)) : "",
       schema.$ref ? "" : nested(resolved)));
 }
 
-/** The members of the objects in a schema, however deep; named schemas are links instead. */
+/** Return the members of all nested objects of a schema; named schemas are links instead. */
 function nested(schema) {
   if (schema.properties) return members(schema);
   const inner = [schema.items, ...(schema.anyOf ?? schema.oneOf ?? [])].filter((one) => one && !one.$ref);
@@ -94,7 +94,7 @@ function content(bodies = {}) {
     const { example: general, examples: [first] = [] } = resolve(schema);
     const shown = one ?? Object.values(examples ?? {})[0]?.value ?? general ?? first;
     return [
-      element("p", {}, element("code", {}, type), ": ", ...typeWords(schema)),
+      element("p", {}, element("code", {}, type), ": ", ...describeType(schema)),
       schema.$ref ? "" : nested(schema),
       shown === undefined ? "" : example(shown),
     ];
@@ -126,7 +126,7 @@ function operation({ path, method, head, details }) {
       member(one.name, one.schema ?? {}, { ...one, needed: one.required, where: one.in }))) : "",
     body ? element("h4", {}, "Body") : "",
     ...(body ? content(body.content) : []),
-    element("h4", {}, "Answers"),
+    element("h4", {}, "Responses"),
     ...Object.entries(details.responses ?? {}).map(([status, given]) => response(status, given)));
 }
 
@@ -134,54 +134,47 @@ function operations() {
   return Object.entries(openapi.paths).flatMap(([path, item]) =>
     METHODS.filter((method) => item[method]).map((method) => ({
       path, method, details: item[method],
-      head: method === "get" && Boolean(item.head), // it is the same without a body: no entry of its own
+      head: method === "get" && Boolean(item.head), // HEAD is the same without a body and has no entry of its own
     })));
 }
 
-/** Problem codes with the HTTP statuses whose descriptions name them. */
+/** List the problem codes with their HTTP statuses, from the extension `x-problem-codes`. */
 function problemCodes() {
-  const statuses = new Map((resolve({ $ref: "#/components/schemas/Problem/properties/code" }).enum ?? [])
-    .map((code) => [code, new Set()]));
-  for (const { details } of operations()) {
-    for (const [status, given] of Object.entries(details.responses ?? {})) {
-      for (const [, code] of (resolve(given).description ?? "").matchAll(/`([a-z-]+)`/g)) statuses.get(code)?.add(status);
-    }
-  }
-  return element("dl", { class: "members" }, ...[...statuses].map(([code, where]) =>
-    element("div", {}, element("dt", {}, element("code", {}, code)),
-      element("dd", {}, where.size ? `HTTP ${[...where].sort().join(", ")}` : "on any path"))));
+  const { "x-problem-codes": codes = {} } = resolve({ $ref: "#/components/schemas/Problem/properties/code" });
+  return element("dl", { class: "members" }, ...Object.entries(codes).map(([code, status]) =>
+    element("div", {}, element("dt", {}, element("code", {}, code)), element("dd", {}, `HTTP ${status}`))));
 }
 
 // --- the page ------------------------------------------------------------------------------------
 
-function section(title, words, ...children) {
+function section(title, text, ...children) {
   const id = slug(title);
   return element("section", { id, "aria-labelledby": `${id}-heading` },
-    element("h2", { id: `${id}-heading` }, title), words ? element("p", {}, ...prose(words)) : "", ...children);
+    element("h2", { id: `${id}-heading` }, title), text ? element("p", {}, ...prose(text)) : "", ...children);
 }
 
-function link(target, ...words) {
-  return element("li", {}, element("a", { href: `#${target}` }, ...words));
+function link(target, ...children) {
+  return element("li", {}, element("a", { href: `#${target}` }, ...children));
 }
 
 function render() {
   const all = operations();
   const named = (openapi.tags ?? []).map(({ name }) => name);
-  const tagOf = ({ details }) => details.tags?.[0] ?? "Others";
+  const tagOf = ({ details }) => details.tags?.[0] ?? "Other";
   const tags = [...new Set([...named, ...all.map(tagOf)])].filter((tag) => all.some((one) => tagOf(one) === tag));
   const schemas = Object.entries(openapi.components?.schemas ?? {});
   const contents = element("ul");
   for (const tag of tags) {
     const mine = all.filter((one) => tagOf(one) === tag);
-    const words = openapi.tags?.find(({ name }) => name === tag)?.description;
-    at("operations").append(section(tag, words, ...mine.map(operation)));
+    const text = openapi.tags?.find(({ name }) => name === tag)?.description;
+    at("operations").append(section(tag, text, ...mine.map(operation)));
     const group = link(slug(tag), tag);
     group.append(element("ul", {}, ...mine.map(({ path, method }) => link(`operation-${slug(`${method} ${path}`)}`, path))));
     contents.append(group);
   }
   const codes = problemCodes();
   if (codes.childElementCount) {
-    at("operations").append(section("Problem codes", "The `code` of a problem, and where it occurs.",
+    at("operations").append(section("Problem codes", "Values of `code` in a problem, with the HTTP status.",
       element("div", { class: "schema" }, codes)));
     contents.append(link("Problem-codes", "Problem codes"));
   }
@@ -189,7 +182,7 @@ function render() {
     at("operations").append(section("Schemas", "", ...schemas.map(([name, schema]) =>
       element("article", { class: "schema", id: `schema-${slug(name)}` }, element("h3", {}, name),
         schema.description ? element("p", {}, ...prose(schema.description)) : "",
-        schema.properties ? members(schema) : element("p", {}, ...typeWords(schema), ...limits(schema))))));
+        schema.properties ? members(schema) : element("p", {}, ...describeType(schema), ...limits(schema))))));
     contents.append(link("Schemas", "Schemas"));
   }
   at("contents").replaceChildren(contents);
@@ -199,18 +192,18 @@ function render() {
 
 async function load() {
   try {
-    const answer = await fetch("openapi.json");
-    if (!answer.ok) throw new Error(`The gateway answered with HTTP ${answer.status}.`);
-    openapi = await answer.json();
+    const response = await fetch("openapi.json");
+    if (!response.ok) throw new Error(`The gateway responded with HTTP ${response.status}.`);
+    openapi = await response.json();
     if (!openapi.paths) throw new Error("The document is empty.");
     render();
     at("docs").hidden = false;
     at("status").textContent = "";
-    // The browser looked for the address's fragment before there was anything to find.
+    // The browser looked up the fragment of the address before the content existed.
     if (location.hash) document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
   } catch (error) {
     at("status").className = "problem";
-    at("status").replaceChildren(...problemWords({ title: "The API's description cannot be shown", detail: error.message }));
+    at("status").replaceChildren(...describeProblem({ title: "The API description cannot be shown", detail: error.message }));
   }
 }
 

@@ -1,47 +1,46 @@
-// The little that is needed to build elements. Text is always set as text: what an upstream
-// says can never become markup.
+// Helpers that build DOM elements. Text is always set as text, so upstream messages cannot become markup.
 
 export function element(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  made.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
-  return made;
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
+  return node;
 }
 
 export function svg(tag, attributes = {}) {
-  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
-  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
-  return made;
+  const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  return node;
 }
 
-/** Set text only where it differs: an untouched node costs neither layout nor a screen reader's breath. */
-export function say(node, text) {
+/** Set the text of a node if it differs. An unchanged node causes no layout and no announcement. */
+export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
 
-/** Fill a progress bar; null: not known. The style is set by script, which the policy allows. */
-export function fill(bar, percent, words) {
+/** Set a progress bar; null means unknown. Setting a style from a script is allowed by the content policy. */
+export function setBar(bar, percent, label) {
   const known = percent !== null;
-  // A little further than it is wide when empty, or its edge would shimmer through.
+  // An empty bar is moved by 101 %, because at 100 % its edge stays visible.
   bar.firstElementChild.style.transform = `translateX(${percent ? percent - 100 : -101}%)`;
   if (known) bar.setAttribute("aria-valuenow", percent);
   else bar.removeAttribute("aria-valuenow");
-  bar.setAttribute("aria-valuetext", words);
+  bar.setAttribute("aria-valuetext", label);
 }
 
-/** The words of a problem document: its title, its detail, and what the upstream said. */
-export function problemWords(problem) {
+/** Return elements for a problem document: title, detail and the errors of the upstream. */
+export function describeProblem(problem) {
   const upstream = problem.upstream ?? {};
-  const said = [
+  const errors = [
     [upstream.errMessage, upstream.errCode],
     [upstream.subErrMessage, upstream.subErrCode],
   ].filter(([message, code]) => message || code);
   return [
     element("strong", {}, problem.title ?? "Something went wrong"),
-    // A detail that says the title once more says nothing.
+    // A detail equal to the title is not repeated.
     same(problem.detail, problem.title) ? null : element("p", {}, sentence(problem.detail)),
-    ...said.map(([message, code]) =>
-      element("p", { class: "said" }, "Upstream said: ", element("q", {}, message || code),
+    ...errors.map(([message, code]) =>
+      element("p", { class: "upstream-error" }, "Upstream error: ", element("q", {}, message || code),
         message && code ? element("code", {}, code) : null)),
   ].filter(Boolean);
 }

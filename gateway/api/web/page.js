@@ -1,8 +1,8 @@
-// The page: which tasks its address names, a card for each, one stream for all.
+// The page: reads task IDs from its address and shows a card for each task, fed by one stream.
 //
 //   form or link -> address -> show() -> cards + Stream -> cards, summary, announcements
 
-import { fill, problemWords, say } from "./dom.js";
+import { describeProblem, setBar, setText } from "./dom.js";
 import { Stream } from "./stream.js";
 import { TaskCard } from "./task.js";
 import { STATUS, percent, timeLeft } from "./words.js";
@@ -16,17 +16,17 @@ const CONNECTION = {
   connecting: "Connecting",
   live: "Live",
   reconnecting: "Connection lost, reconnecting",
-  retrying: "Connection lost, trying again",
-  ended: "Ended: nothing more will come",
-  refused: "Not accepted",
+  retrying: "Connection lost, retrying",
+  ended: "All tasks ended",
+  refused: "Request rejected",
 };
 
 const at = (id) => document.getElementById(id);
 const form = at("form");
-const cards = new Map(); // by task ID, in the address's order
+const cards = new Map(); // by task ID, in the order of the address
 let stream = null;
-let query = ""; // what the stream was opened with
-let shownApi = ""; // what the cards belong to
+let query = ""; // query of the open stream
+let shownApi = ""; // API of the cards
 
 // --- the address ---------------------------------------------------------------------------------
 
@@ -36,7 +36,7 @@ function parseIds(text) {
 
 function fromAddress() {
   const given = new URLSearchParams(location.search);
-  // A form sent without this script puts all IDs into one parameter.
+  // Without this script, the form sends all IDs in one parameter.
   return { taskIds: parseIds(given.getAll("taskId").join(" ")), api: given.get("api") || "sd" };
 }
 
@@ -50,26 +50,26 @@ function go(wanted) {
   show();
 }
 
-// --- what is shown -------------------------------------------------------------------------------
+// --- cards ---------------------------------------------------------------------------------------
 
-/** Make the page show what its address names. `again`: ask once more, though it is the same. */
+/** Show the tasks of the address. `again` opens a new stream even if the tasks are the same. */
 function show({ again = false } = {}) {
   const wanted = fromAddress();
   form.elements.taskId.value = wanted.taskIds.join(" ");
   if (wanted.api === "sd" || wanted.api === "comfy") form.elements.api.value = wanted.api;
-  refuse(null);
+  showRequestError(null);
   matchCards(wanted);
   at("empty").hidden = cards.size > 0;
 
   const wantedQuery = cards.size ? toQuery(wanted) : "";
-  const settled = cards.size > 0 && [...cards.values()].every((card) => card.ended);
-  if (settled && !again) {
-    // What is left after a removal has ended: there is nothing to ask.
-    leave();
+  const allEnded = cards.size > 0 && [...cards.values()].every((card) => card.ended);
+  if (allEnded && !again) {
+    // All remaining tasks have ended: no stream is needed.
+    closeStream();
     connection("ended");
   } else if (wantedQuery !== query || again) {
-    leave();
-    if (wantedQuery) listen(wantedQuery);
+    closeStream();
+    if (wantedQuery) openStream(wantedQuery);
     else connection("idle");
   }
   summarize();
@@ -79,11 +79,11 @@ function matchCards({ taskIds, api }) {
   if (api !== shownApi) removeCards([...cards.keys()]); // the same ID on another API is another task
   shownApi = api;
   removeCards([...cards.keys()].filter((id) => !taskIds.includes(id)));
-  const made = taskIds.map((id) => [id, cards.get(id) ?? new TaskCard(id, { onRemove: remove })]);
+  const wantedCards = taskIds.map((id) => [id, cards.get(id) ?? new TaskCard(id, { onRemove: remove })]);
   cards.clear();
-  for (const [id, card] of made) {
+  for (const [id, card] of wantedCards) {
     cards.set(id, card);
-    // Only what is not in its place is moved: moving a node takes its focus away.
+    // Only misplaced cards are moved, because a moved node loses the focus.
     const place = at("cards").children[cards.size - 1];
     if (place !== card.node) at("cards").insertBefore(card.node, place ?? null);
   }
@@ -108,27 +108,27 @@ function remove(taskId) {
 
 // --- the stream ----------------------------------------------------------------------------------
 
-function leave() {
+function closeStream() {
   stream?.close();
   stream = null;
   query = "";
 }
 
-function listen(wantedQuery) {
+function openStream(wantedQuery) {
   query = wantedQuery;
   stream = new Stream(wantedQuery, {
-    state: (name, problem) => (name === "refused" ? refuse(problem) : connection(name, problem)),
-    progress: (report) => hear(report.taskId, (card) => card.hearProgress(report)),
-    problem: (problem) => hear(problem.taskId, (card) => card.hearProblem(problem)),
+    state: (name, problem) => (name === "refused" ? showRequestError(problem) : connection(name, problem)),
+    progress: (report) => update(report.taskId, (card) => card.onProgress(report)),
+    problem: (problem) => update(problem.taskId, (card) => card.onProblem(problem)),
   });
 }
 
-function hear(taskId, tell) {
+function update(taskId, apply) {
   const card = cards.get(taskId);
   if (!card) return;
   const before = card.look;
-  tell(card);
-  if (card.look !== before && before !== "asking") {
+  apply(card);
+  if (card.look !== before && before !== "loading") {
     announce(`${taskId}: ${card.problem ? card.problem.title : STATUS[card.look]}`);
   }
   summarize();
@@ -137,20 +137,20 @@ function hear(taskId, tell) {
 function connection(name, problem) {
   const shown = at("connection");
   shown.dataset.state = name;
-  say(at("connection-words"), problem?.title ? `${CONNECTION[name]}: ${problem.title}` : CONNECTION[name]);
+  setText(at("connection-words"), problem?.title ? `${CONNECTION[name]}: ${problem.title}` : CONNECTION[name]);
 }
 
-/** Show why the request itself was refused; null: it was not. */
-function refuse(problem) {
-  const shown = at("refusal");
+/** Show why the gateway rejected the request; null hides the error. */
+function showRequestError(problem) {
+  const shown = at("request-error");
   shown.hidden = !problem;
-  shown.replaceChildren(...(problem ? problemWords(problem) : []));
+  shown.replaceChildren(...(problem ? describeProblem(problem) : []));
   if (!problem) return;
-  // The gateway judges; the page helps to find the culprit in a long list.
-  const odd = [...cards.keys()].filter((id) => !/^[A-Za-z0-9_-]{1,64}$/.test(id));
-  if (problem.code === "invalid-task-id" && odd.length) {
+  // The gateway validates; the page points out the invalid IDs of a long list.
+  const invalid = [...cards.keys()].filter((id) => !/^[A-Za-z0-9_-]{1,64}$/.test(id));
+  if (problem.code === "invalid-task-id" && invalid.length) {
     const paragraph = document.createElement("p");
-    paragraph.textContent = `Look at: ${odd.join(", ")}`;
+    paragraph.textContent = `Invalid: ${invalid.join(", ")}`;
     shown.append(paragraph);
   }
   removeCards([...cards.keys()]);
@@ -166,7 +166,7 @@ function summarize() {
   const bar = at("summary-bar");
   bar.hidden = all.length === 0;
   if (all.length === 0) {
-    say(at("summary"), "");
+    setText(at("summary"), "");
     document.title = TITLE;
     return;
   }
@@ -176,21 +176,21 @@ function summarize() {
     : null;
   const done = all.filter((card) => card.ended).length;
   const failed = all.filter((card) => card.look === "failed").length;
-  const troubled = all.filter((card) => card.problem).length;
+  const withErrors = all.filter((card) => card.problem).length;
   const eta = Math.max(...all.map((card) => card.etaSeconds ?? -1));
-  const words = [
+  const parts = [
     `${done} of ${all.length} done`,
     failed ? `${failed} failed` : "",
-    troubled ? `${troubled} without an answer` : "",
+    withErrors ? `${withErrors} with errors` : "",
     mean === null ? "" : `${mean}\u00a0% on average`,
     eta >= 0 ? timeLeft(eta) : "",
   ];
-  say(at("summary"), words.filter(Boolean).join(" · "));
-  fill(bar, mean, at("summary").textContent);
+  setText(at("summary"), parts.filter(Boolean).join(" · "));
+  setBar(bar, mean, at("summary").textContent);
   document.title = `${done} of ${all.length} done · ${TITLE}`;
 }
 
-// --- announcements, for those who listen ---------------------------------------------------------
+// --- announcements for screen readers ------------------------------------------------------------
 
 let pending = [];
 let announcing = 0;
@@ -202,7 +202,7 @@ function announce(text) {
 
 function flush() {
   const log = at("announcements");
-  // A crowd of changes is told as what it comes to.
+  // Many changes are summarized.
   const text = pending.length > 3 ? `${pending.length} changes. ${at("summary").textContent}` : pending.join(". ");
   if (text) {
     const line = document.createElement("span");
@@ -213,25 +213,25 @@ function flush() {
   pending = [];
 }
 
-// --- beginning -----------------------------------------------------------------------------------
+// --- start ---------------------------------------------------------------------------------------
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   const wanted = { taskIds: parseIds(form.elements.taskId.value), api: form.elements.api.value };
   if (wanted.taskIds.length === 0) form.elements.taskId.focus();
-  query = ""; // whoever asks again wants a new answer, of the same tasks too
+  query = ""; // a submit queries again, even for the same tasks
   go(wanted);
 });
 
 form.elements.taskId.addEventListener("keydown", (event) => {
-  // While a character is being composed, Enter belongs to the input method.
+  // While an input method composes a character, Enter belongs to it.
   if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
   event.preventDefault();
   form.requestSubmit();
 });
 
 at("example").addEventListener("click", (event) => {
-  if (event.ctrlKey || event.metaKey || event.shiftKey) return; // wanted elsewhere
+  if (event.ctrlKey || event.metaKey || event.shiftKey) return; // the link opens in a new tab or window
   event.preventDefault();
   history.pushState(null, "", event.currentTarget.href);
   show();
@@ -239,7 +239,7 @@ at("example").addEventListener("click", (event) => {
 });
 
 addEventListener("popstate", () => show());
-// A page that comes back out of the browser's memory has lost its connection.
+// A page restored from the back-forward cache has lost its connection.
 addEventListener("pageshow", (event) => event.persisted && show({ again: true }));
 
 setInterval(() => {

@@ -1,10 +1,10 @@
-// Progress over time, as a small line: from when the page first heard of the task until now.
+// A small line chart of progress over time, from the first event of the task until now.
 
-import { say, svg } from "./dom.js";
+import { setText, svg } from "./dom.js";
 import { duration, percent } from "./words.js";
 
 const MOST_POINTS = 240;
-const HEIGHT = 40; // in units of the view box; strokes do not scale, see the style sheet
+const HEIGHT = 40; // in units of the view box; the style sheet keeps strokes from scaling
 
 export class Plot {
   #points = []; // {at: seconds, progress}
@@ -28,7 +28,7 @@ export class Plot {
   add(at, progress, ended) {
     this.#points.push({ at, progress });
     this.#ended = ended;
-    // Bounded: when full, every second point goes, and the shape stays.
+    // When the list is full, every second point is dropped; the shape of the line stays.
     if (this.#points.length > MOST_POINTS) {
       const last = this.#points.length - 1;
       this.#points = this.#points.filter((_, index) => index % 2 === 0 || index === last);
@@ -37,7 +37,7 @@ export class Plot {
 
   draw(now) {
     const points = this.#points;
-    // One point of a task that was over when first heard of is no course.
+    // A task that had ended before its first event has a single point: there is no line to draw.
     if (points.length === 0 || (this.#ended && points.length === 1)) {
       this.#figure.classList.add("plot-empty");
       return;
@@ -49,12 +49,12 @@ export class Plot {
     const span = Math.max(until - first.at, 1);
     const x = (at) => (((at - first.at) / span) * 100).toFixed(2);
     const y = (progress) => (HEIGHT - 1 - progress * (HEIGHT - 2)).toFixed(2);
-    const course = points.map(({ at, progress }) => `${x(at)} ${y(progress)}`).join("L");
-    const line = `M${course}H${x(until)}`; // nothing newer is known: it holds until now
+    const path = points.map(({ at, progress }) => `${x(at)} ${y(progress)}`).join("L");
+    const line = `M${path}H${x(until)}`; // the last value is valid until now
     this.#line.setAttribute("d", line);
     this.#area.setAttribute("d", `${line}V${HEIGHT}H0Z`);
     this.#dot.setAttribute("d", `M${x(until)} ${y(last.progress)}h0`); // a round cap makes the dot
-    say(this.#caption, this.#ended ? `within ${duration(span)}` : `last ${duration(span)}`);
+    setText(this.#caption, this.#ended ? `within ${duration(span)}` : `last ${duration(span)}`);
     this.#svg.setAttribute("aria-label",
       `Progress over ${duration(span)}: from ${percent(first.progress)} % to ${percent(last.progress)} %`);
   }

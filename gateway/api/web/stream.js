@@ -1,42 +1,42 @@
-// The one connection of the page: an EventSource that never gives up without a reason.
+// The connection of the page: an EventSource that is opened again after HTTP errors.
 //
-//   connecting -> live -> ended                       every task is over
-//                  |-> reconnecting -> live           the connection dropped: EventSource comes back by itself
-//                  |-> retrying -> connecting         EventSource gave up (it does on any HTTP error): we begin anew
-//                  '-> refused                        the request itself is wrong: asking again is useless
+//   connecting -> live -> ended                       every task has ended
+//                  |-> reconnecting -> live           the connection broke: EventSource reconnects
+//                  |-> retrying -> connecting         EventSource stopped, as after every HTTP error: open a new one
+//                  '-> refused                        the request is invalid: a retry would not help
 //
-// An EventSource cannot read an error's body. When it has given up, one ordinary request for the
-// same tasks finds out why, or finds their progress.
+// An EventSource cannot read the body of an error. When it has stopped, one request to the batch path with the same
+// tasks returns either the error or their progress.
 
 const FIRST_RETRY_MS = 1000;
 const LONGEST_RETRY_MS = 30_000;
-const ASK_MS = 15_000;
-// Heartbeats are comments, which EventSource hides. A connection that has died without a word looks
-// just like tasks that do not change, so after so long a silence it is made anew.
+const QUERY_TIMEOUT_MS = 15_000;
+// EventSource hides heartbeats, because they are comments. A dead connection therefore looks like tasks that do not
+// change. After this time without an event the connection is opened again.
 const SILENCE_MS = 60_000;
 
 export class Stream {
   #query;
-  #hear;
+  #handlers;
   #source = null;
   #failures = 0;
-  #heard = 0;
-  #over = new AbortController(); // aborted by close(): of listeners, requests and timers
+  #lastEventAt = 0;
+  #closed = new AbortController(); // aborted by close(); ends listeners and requests
   #retry = 0;
   #watchdog = 0;
 
-  /** `hear` has state(name, problem), progress(report), problem(problem with a taskId). */
-  constructor(query, hear) {
+  /** `handlers` has state(name, problem), progress(report), problem(problem with a taskId). */
+  constructor(query, handlers) {
     this.#query = query;
-    this.#hear = hear;
-    addEventListener("online", () => this.#retry && this.#open(), { signal: this.#over.signal });
-    this.#watchdog = setInterval(() => this.#mindSilence(), SILENCE_MS / 6);
-    this.#hear.state("connecting");
+    this.#handlers = handlers;
+    addEventListener("online", () => this.#retry && this.#open(), { signal: this.#closed.signal });
+    this.#watchdog = setInterval(() => this.#checkSilence(), SILENCE_MS / 6);
+    this.#handlers.state("connecting");
     this.#open();
   }
 
   close() {
-    this.#over.abort();
+    this.#closed.abort();
     this.#source?.close();
     clearTimeout(this.#retry);
     clearInterval(this.#watchdog);
@@ -46,71 +46,71 @@ export class Stream {
     clearTimeout(this.#retry);
     this.#retry = 0;
     this.#source?.close();
-    this.#heard = Date.now();
+    this.#lastEventAt = Date.now();
     const source = new EventSource(`v1/events?${this.#query}`);
     this.#source = source;
     source.addEventListener("open", () => this.#live());
-    source.addEventListener("progress", (event) => this.#told("progress", event));
-    source.addEventListener("problem", (event) => this.#told("problem", event));
+    source.addEventListener("progress", (event) => this.#receive("progress", event));
+    source.addEventListener("problem", (event) => this.#receive("problem", event));
     source.addEventListener("end", () => this.#end());
     source.addEventListener("error", () => {
       if (source !== this.#source) return;
-      if (source.readyState === EventSource.CONNECTING) this.#hear.state("reconnecting");
-      else this.#askWhy();
+      if (source.readyState === EventSource.CONNECTING) this.#handlers.state("reconnecting");
+      else this.#diagnose();
     });
   }
 
   #live() {
-    this.#heard = Date.now();
-    this.#hear.state("live");
+    this.#lastEventAt = Date.now();
+    this.#handlers.state("live");
   }
 
-  #told(kind, event) {
-    this.#heard = Date.now();
+  #receive(kind, event) {
+    this.#lastEventAt = Date.now();
     this.#failures = 0;
-    this.#hear[kind](JSON.parse(event.data));
+    this.#handlers[kind](JSON.parse(event.data));
   }
 
   #end() {
     this.close();
-    this.#hear.state("ended");
+    this.#handlers.state("ended");
   }
 
-  #mindSilence() {
-    if (this.#source?.readyState === EventSource.OPEN && Date.now() - this.#heard > SILENCE_MS) this.#open();
+  #checkSilence() {
+    if (this.#source?.readyState === EventSource.OPEN && Date.now() - this.#lastEventAt > SILENCE_MS) this.#open();
   }
 
-  async #askWhy() {
-    this.#hear.state("retrying");
-    const { batch, problem } = await this.#ask();
-    if (this.#over.signal.aborted) return;
+  async #diagnose() {
+    this.#handlers.state("retrying");
+    const { batch, problem } = await this.#queryBatch();
+    if (this.#closed.signal.aborted) return;
     for (const item of batch?.items ?? []) {
-      if (item.error) this.#hear.problem({ taskId: item.taskId, ...item.error });
-      else this.#hear.progress(item);
+      if (item.error) this.#handlers.problem({ taskId: item.taskId, ...item.error });
+      else this.#handlers.progress(item);
     }
     if (batch?.summary.terminal) {
       this.#end();
     } else if (problem && problem.status >= 400 && problem.status < 500 && problem.status !== 429) {
       this.close();
-      this.#hear.state("refused", problem);
+      this.#handlers.state("refused", problem);
     } else {
-      this.#hear.state("retrying", problem);
+      this.#handlers.state("retrying", problem);
       const longest = Math.min(FIRST_RETRY_MS * 2 ** this.#failures, LONGEST_RETRY_MS);
       this.#failures += 1;
-      // By chance, so that a restarted gateway does not meet all its pages at once.
+      // Jitter: after a restart of the gateway the pages do not reconnect all at once.
       this.#retry = setTimeout(() => this.#open(), longest * (0.5 + Math.random() / 2));
     }
   }
 
-  /** Return {batch}, {problem}, or nothing when there was no answer that can be read. */
-  async #ask() {
+  /** Return {batch} or {problem}; an empty object if there is no readable response. */
+  async #queryBatch() {
     try {
-      const signal = AbortSignal.any([this.#over.signal, AbortSignal.timeout(ASK_MS)]);
-      const answer = await fetch(`v1/progress?${this.#query}`, { signal, cache: "no-store" });
-      const body = await answer.json();
-      return answer.ok ? { batch: body } : { problem: { status: answer.status, ...body } };
+      const signal = AbortSignal.any([this.#closed.signal, AbortSignal.timeout(QUERY_TIMEOUT_MS)]);
+      const response = await fetch(`v1/progress?${this.#query}`, { signal, cache: "no-store" });
+      const body = await response.json();
+      return response.ok ? { batch: body } : { problem: { status: response.status, ...body } };
     } catch {
-      return {}; // no connection, or some proxy's page in place of an answer
+      return {}; // no connection, or a response from a proxy
     }
   }
 }

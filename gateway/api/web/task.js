@@ -1,6 +1,6 @@
-// A card: all that is shown of one task.
+// The card of one task.
 
-import { element, fill, problemWords, say } from "./dom.js";
+import { element, setBar, describeProblem, setText } from "./dom.js";
 import { Plot } from "./plot.js";
 import { STATUS, ago, percent, timeLeft } from "./words.js";
 
@@ -9,9 +9,9 @@ const template = document.getElementById("card");
 export class TaskCard {
   taskId;
   node;
-  report = null; // the last progress heard
-  problem = null; // what stands in the way of a newer one
-  #heard = null; // when, in seconds
+  report = null; // the last progress received
+  problem = null; // the current problem, if the last query failed
+  #updatedAt = null; // time of the last event, in seconds
   #parts = {};
   #plot;
 
@@ -20,7 +20,7 @@ export class TaskCard {
     this.node = template.content.firstElementChild.cloneNode(true);
     for (const part of this.node.querySelectorAll("[data-part]")) this.#parts[part.dataset.part] = part;
     const { id, bar, remove, plot, span } = this.#parts;
-    say(id, taskId);
+    setText(id, taskId);
     bar.setAttribute("aria-label", `Progress of ${taskId}`);
     remove.setAttribute("aria-label", `Stop watching ${taskId}`);
     remove.title = "Stop watching";
@@ -30,7 +30,7 @@ export class TaskCard {
   }
 
   get look() {
-    return this.problem ? "problem" : this.report?.status ?? "asking";
+    return this.problem ? "problem" : this.report?.status ?? "loading";
   }
 
   get ended() {
@@ -39,31 +39,31 @@ export class TaskCard {
 
   get etaSeconds() {
     if (this.problem || this.ended || this.report?.etaSeconds == null) return null;
-    return Math.max(this.report.etaSeconds - (seconds() - this.#heard), 0);
+    return Math.max(this.report.etaSeconds - (seconds() - this.#updatedAt), 0);
   }
 
-  hearProgress(report) {
+  onProgress(report) {
     this.report = report;
     this.problem = null;
-    this.#heard = seconds();
-    this.#plot.add(this.#heard, Math.min(Math.max(report.progress, 0), 1), report.terminal);
-    this.#render(this.#heard);
+    this.#updatedAt = seconds();
+    this.#plot.add(this.#updatedAt, Math.min(Math.max(report.progress, 0), 1), report.terminal);
+    this.#render(this.#updatedAt);
   }
 
-  hearProblem(problem) {
+  onProblem(problem) {
     this.problem = problem;
-    this.#heard = seconds();
-    this.#render(this.#heard);
+    this.#updatedAt = seconds();
+    this.#render(this.#updatedAt);
   }
 
   focusRemove() {
     this.#parts.remove.focus();
   }
 
-  /** Renew what changes with time alone. */
+  /** Update the parts that change with time. */
   tick(now = seconds()) {
-    say(this.#parts.heard, this.#heard === null ? "" : ago(now - this.#heard));
-    say(this.#parts.outlook, this.#outlook());
+    setText(this.#parts.updated, this.#updatedAt === null ? "" : ago(now - this.#updatedAt));
+    setText(this.#parts.outlook, this.#outlook());
     this.#plot.draw(now);
   }
 
@@ -72,25 +72,25 @@ export class TaskCard {
     const whole = this.report ? percent(this.report.progress) : null;
     this.node.dataset.look = this.look;
     this.node.querySelector(".status use").setAttribute("href", `#icon-${this.look}`);
-    say(status, STATUS[this.look] ?? STATUS.unknown);
-    say(number, whole === null ? "–" : `${whole} %`);
-    fill(bar, whole, `${whole === null ? "not known" : `${whole} %`}, ${STATUS[this.look]}`);
+    setText(status, STATUS[this.look] ?? STATUS.unknown);
+    setText(number, whole === null ? "–" : `${whole} %`);
+    setBar(bar, whole, `${whole === null ? "unknown" : `${whole} %`}, ${STATUS[this.look]}`);
     details.replaceChildren(...this.#details());
     problem.hidden = !this.problem;
-    problem.replaceChildren(...(this.problem ? problemWords(this.problem) : []));
+    problem.replaceChildren(...(this.problem ? describeProblem(this.problem) : []));
     this.tick(now);
   }
 
   #outlook() {
-    if (!this.report) return this.problem ? "Nothing is known of this task" : "Asking the gateway";
+    if (!this.report) return this.problem ? "No data for this task" : "Waiting for the first response";
     const { status, queueRemaining, progress } = this.report;
     if (this.problem) return `Last known: ${STATUS[status].toLowerCase()} at ${percent(progress)} %`;
     if (status === "succeeded") return "Finished";
     if (this.ended) return `${STATUS[status]} at ${percent(progress)} %`;
     const eta = this.etaSeconds;
     const place = queueRemaining === null ? "" : queueRemaining === 0 ? "next in the queue" : `${queueRemaining} ahead in the queue`;
-    const words = [place, eta === null ? "" : timeLeft(eta)].filter(Boolean).join(", ") || "time left not known";
-    return words.charAt(0).toUpperCase() + words.slice(1);
+    const text = [place, eta === null ? "" : timeLeft(eta)].filter(Boolean).join(", ") || "time left unknown";
+    return text.charAt(0).toUpperCase() + text.slice(1);
   }
 
   #details() {
@@ -103,7 +103,7 @@ export class TaskCard {
     ];
     return known
       .filter(([, value]) => typeof value === "string" && value !== "")
-      // The vendor's message often says the same as its state.
+      // The vendor's message often repeats its state.
       .filter(([, value], index, all) => all.findIndex(([, other]) => other === value) === index)
       .map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)));
   }

@@ -1,17 +1,17 @@
-// How numbers and statuses are said to people.
+// Display texts for statuses, numbers and durations.
 
 export const STATUS = {
-  asking: "Asking",
+  loading: "Loading",
   waiting: "Waiting",
   running: "Running",
   succeeded: "Succeeded",
   failed: "Failed",
   canceled: "Canceled",
   unknown: "Unknown",
-  problem: "No answer",
+  problem: "Error",
 };
 
-/** Whole percent, never above 100, and never 100 before it is reached. */
+/** Return whole percent, rounded down, so 100 % appears only at the end. */
 export function percent(progress) {
   return Math.floor(Math.min(Math.max(progress, 0), 1) * 100 + 1e-6);
 }
@@ -19,7 +19,7 @@ export function percent(progress) {
 export function duration(seconds) {
   const whole = Math.max(0, Math.round(seconds));
   if (whole < 60) return `${whole} s`;
-  // Beyond a few minutes nobody wants the seconds.
+  // From five minutes on, seconds are left out.
   if (whole < 300) return whole % 60 ? `${Math.floor(whole / 60)} min ${whole % 60} s` : `${whole / 60} min`;
   const minutes = Math.round(whole / 60);
   if (minutes < 60) return `${minutes} min`;

@@ -5,7 +5,7 @@
 {{- else }}{{ printf "%s-%s" .Release.Name $name | trunc 63 | trimSuffix "-" }}{{ end }}{{ end }}
 {{- end }}
 
-{{/* What selects the pods. A Deployment's selector cannot be changed: nothing goes in here that may. */}}
+{{/* Labels that select the pods. The selector of a Deployment is immutable, so these labels must never change. */}}
 {{- define "gateway.selector" -}}
 app.kubernetes.io/name: {{ default .Chart.Name .Values.nameOverride }}
 app.kubernetes.io/instance: {{ .Release.Name }}
@@ -36,10 +36,10 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "gateway.credentialsSecret" -}}
 {{- $given := or .Values.credentials.accessKey .Values.credentials.secretKey }}
 {{- if and .Values.credentials.existingSecret $given }}
-{{- fail "credentials: existingSecret, or accessKey and secretKey, not both" }}
+{{- fail "credentials: set either existingSecret or accessKey and secretKey, not both" }}
 {{- else if .Values.credentials.existingSecret }}{{ .Values.credentials.existingSecret }}
 {{- else if and .Values.credentials.accessKey .Values.credentials.secretKey }}{{ include "gateway.fullname" . }}
-{{- else }}{{ fail "credentials: name an existingSecret with access_key and secret_key, or give accessKey and secretKey" }}{{ end }}
+{{- else }}{{ fail "credentials: set existingSecret to the name of a secret with access_key and secret_key, or set accessKey and secretKey" }}{{ end }}
 {{- end }}
 
 {{- define "gateway.port" -}}
@@ -54,7 +54,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{ dig "server" "root_path" "" .Values.settings | default "/" }}
 {{- end }}
 
-{{/* Annotations by which an ingress hashes the path. HAProxy counts its parts, so up to the task's: /v1/progress/T. */}}
+{{/* Annotations that make an ingress hash the path. HAProxy counts path segments, up to the task: /v1/progress/T. */}}
 {{- define "gateway.hashByTask" -}}
 {{- $uri := printf "uri depth %d" (add 3 (include "gateway.path" . | splitList "/" | compact | len)) -}}
 haproxy.org/load-balance: {{ $uri }}
@@ -69,8 +69,8 @@ nginx.org/lb-method: hash $uri consistent
 {{ dig "store" "url" "" .Values.settings }}
 {{- end }}
 
-{{/* server.trusted_hosts, as JSON: the setting, or the names by which the ingress, the cluster and `kubectl port-forward`
-     reach the gateway. [] where any name may lead here: without an ingress, or with a route for every name. */}}
+{{/* server.trusted_hosts as JSON: the setting, or the names that the ingress, the cluster and `kubectl port-forward` use.
+     [] allows any name: without an ingress, or with a route for all names. */}}
 {{- define "gateway.trustedHosts" -}}
 {{- $given := dig "server" "trusted_hosts" list .Values.settings }}
 {{- $anyName := and .Values.httpRoute.enabled (not .Values.httpRoute.hostnames) }}
@@ -84,7 +84,7 @@ nginx.org/lb-method: hash $uri consistent
 {{- end }}
 {{- end }}
 
-{{/* The TOML file: a JSON scalar or list of strings is TOML as well. */}}
+{{/* The TOML file. A JSON scalar or list of strings is valid TOML. */}}
 {{- define "gateway.toml" -}}
 {{- $files := dict "access_key_file" "/run/secrets/sd-gateway/access_key" "secret_key_file" "/run/secrets/sd-gateway/secret_key" }}
 {{- if .Values.credentials.next }}

@@ -1,0 +1,69 @@
+"""Wait until a task has ended, by long polls or by polls."""
+
+import random
+import time
+
+import httpx
+
+
+class Refused(Exception):
+    """The request failed, and a retry would fail in the same way."""
+
+
+def finished(gateway: httpx.Client, task_id: str, *, seconds: float, wait: int = 30) -> dict:
+    """Return the final progress of a task.
+
+    `seconds` bounds the whole wait. `wait` is the length of a long poll in seconds; 0 polls instead.
+    Raises: Refused, TimeoutError.
+    """
+    deadline = time.monotonic() + seconds
+    etag, failures, last_error = "", 0, "still running"
+    while (left := deadline - time.monotonic()) > 0:
+        response = None
+        try:
+            response = gateway.get(
+                f"/v1/progress/{task_id}",
+                params={"wait": f"{min(wait, left):.1f}"} if etag else {},
+                headers={"If-None-Match": etag} if etag else {},
+                timeout=wait + 15,
+            )
+        except httpx.TransportError as exc:
+            last_error = repr(exc)
+        if response is not None and response.status_code in (200, 304):
+            if response.status_code == 200:
+                progress = response.json()
+                if progress["terminal"]:
+                    return progress
+                etag = response.headers["etag"]
+            failures, last_error = 0, "still running"
+            pause = 0.5 if wait else lifetime(response)
+        else:
+            failures += 1
+            pause = min(2.0**failures, 30.0) * random.uniform(0.5, 1)
+            if response is not None:
+                last_error = problem(response)
+                pause = max(pause, seconds_in(response.headers.get("retry-after", "")))
+        time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
+    raise TimeoutError(f"{task_id} did not end within {seconds:g} s: {last_error}")
+
+
+def lifetime(response: httpx.Response) -> float:
+    """Return the lifetime of a response in seconds, at least 1."""
+    return max(1.0, seconds_in(response.headers.get("cache-control", "").partition("max-age=")[2]))
+
+
+def problem(response: httpx.Response) -> str:
+    """Return the error message. Raises: Refused if a retry would not help."""
+    try:
+        body = response.json()
+        code, message = body["code"], f"{body['code']}: {body['detail']} ({body['requestId']})"
+    except (ValueError, KeyError, TypeError):  # the response is from a proxy, not from the gateway
+        code, message = "", f"HTTP status {response.status_code}"
+    if code == "upstream-rejected" or (response.status_code < 500 and response.status_code != 429):
+        raise Refused(message)
+    return message
+
+
+def seconds_in(text: str) -> float:
+    """Return the number of seconds in a header value; 0 if it is missing or a date."""
+    return float(text) if text.isascii() and text.isdigit() else 0.0
