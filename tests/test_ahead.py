@@ -28,7 +28,7 @@ class Field:
 
     def plan(self, *snapshots: Snapshot, age: float = 0.0) -> None:
         """Plan for snapshots of one age."""
-        self.loop.within(lambda: [self.ahead.plan(known, age) for known in snapshots])
+        self.loop.within(lambda: [self.ahead.schedule(known, age) for known in snapshots])
 
     def count_turns(self, turns: int) -> None:
         """Count so many turns of the loop, from now on."""
@@ -52,8 +52,8 @@ def times(field: Field) -> list[float]:
 
 def test_ahead_takes_off_when_a_usual_flight_lands_in_time(field: Field) -> None:
     """Flights take as long as the moving average of those before, each operation's for itself."""
-    field.ahead.learn(OPERATION, 0.5)  # each moves the average by 0.3 of the difference: 0.15
-    field.ahead.learn(OPERATION, 1.0)  # 0.405
+    field.ahead.observe_latency(OPERATION, 0.5)  # each moves the average by 0.3 of the difference: 0.15
+    field.ahead.observe_latency(OPERATION, 1.0)  # 0.405
     field.plan(snapshot(), snapshot("b", Operation.COMFY_GET_PROGRESS), age=0.25)
     field.loop.advance(LIFETIME)
     assert times(field) == [LIFETIME - 0.25 - 0.405, LIFETIME - 0.25]
@@ -62,7 +62,7 @@ def test_ahead_takes_off_when_a_usual_flight_lands_in_time(field: Field) -> None
 def test_ahead_is_never_late_for_slow_flights(field: Field) -> None:
     """Where flights take longer than a lifetime the next one takes off at once."""
     for _ in range(20):
-        field.ahead.learn(OPERATION, 2 * LIFETIME)
+        field.ahead.observe_latency(OPERATION, 2 * LIFETIME)
     field.plan(snapshot())
     assert times(field) == [0.0]
 

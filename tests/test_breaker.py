@@ -20,7 +20,7 @@ from gateway.domain.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.upstream.circuit_breaker import ILL, CircuitBreaker, State
+from gateway.upstream.circuit_breaker import FAILURES, CircuitBreaker, State
 
 SICK = UpstreamBusy("unwell")
 REJECTED = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
@@ -76,7 +76,7 @@ def opened(bench: Bench) -> Bench:
     return bench
 
 
-@pytest.mark.parametrize("kind", ILL)
+@pytest.mark.parametrize("kind", FAILURES)
 def test_breaker_opens_when_upstream_is_ill(bench: Bench, kind: type[GatewayError]) -> None:
     """The tenth ill outcome within the window opens it; from then on calls are refused."""
     bench.call(*[kind("ill")] * 9)
@@ -88,7 +88,7 @@ def test_breaker_opens_when_upstream_is_ill(bench: Bench, kind: type[GatewayErro
 
 def test_breaker_judges_the_kinds_that_pass_by_themselves() -> None:
     """Busy, late and out of reach are illness; a nonce that came twice passes too, and is our affair."""
-    assert set(ILL) == {UpstreamBusy, UpstreamTimeout, UpstreamUnreachable}
+    assert set(FAILURES) == {UpstreamBusy, UpstreamTimeout, UpstreamUnreachable}
 
 
 @pytest.mark.parametrize("outcome", NO_VERDICT, ids=name_of)
@@ -168,7 +168,7 @@ def test_breaker_counts_a_long_silence_that_the_caller_ended(bench: Bench) -> No
     """A cancelled call that had its time is ill; one that had less says nothing."""
 
     def cancelled(after: float) -> None:
-        with suppress(asyncio.CancelledError), bench.breaker.guard(silence_seconds=0.5):
+        with suppress(asyncio.CancelledError), bench.breaker.guard(no_response_seconds=0.5):
             bench.now += after
             raise asyncio.CancelledError
 

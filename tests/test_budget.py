@@ -94,9 +94,9 @@ async def settle() -> None:
 
 async def end(budget: RateLimiter, outcome: UpstreamError, *, spend: bool = True) -> None:
     """Make a call that ends so, its turn having come at once."""
-    with suppress(type(outcome)), await budget.turn(renewal=True, timeout_seconds=0) as turn:
+    with suppress(type(outcome)), await budget.acquire(renewal=True, timeout_seconds=0) as turn:
         if spend:
-            turn.spend()
+            turn.consume()
         raise outcome
 
 
@@ -121,14 +121,14 @@ class Bench:
         """Begin to wait for a turn."""
 
         async def work() -> None:
-            with await self.budget.turn(
+            with await self.budget.acquire(
                 renewal=renewal,
                 timeout_seconds=patience,
                 on_queued=lambda seconds: self.on_queued.append((name, seconds)),
                 demand=demand,
             ) as turn:
                 if spend:
-                    turn.spend()
+                    turn.consume()
                 self.went.append(name)
 
         return self.clock.start(work())
@@ -304,7 +304,7 @@ async def test_budget_counts_a_query_in_the_newcomers_queue_too(bench: Bench) ->
     await bench.clock.tick(1.0)
     assert bench.went == ["crowd0", "shared"]
     await asked
-    assert demand.place is None
+    assert demand.queue_entry is None
 
 
 async def test_budget_query_keeps_a_place_while_a_client_waits(bench: Bench) -> None:
@@ -381,11 +381,11 @@ async def test_budget_is_read_without_a_change(clock: Clock) -> None:
         await bench.throttled()
         await clock.tick(61)
         assert [bench.budget.per_second for _ in range(2)] == [50.0, 50.0]
-        assert bench.budget._pace.throttled_now
+        assert bench.budget._limit.throttled_now
         assert not bench.budget.throttled_now  # asked by the gateway itself, it lifts the limit
     assert [line["event"] for line in lines] == [
-        "slowed down by the upstream",
-        "slowed down by the upstream no more",
+        "upstream_throttled",
+        "upstream_throttling_ended",
     ]
 
 
@@ -404,8 +404,8 @@ async def test_budget_slows_down_when_upstream_throttles(clock: Clock) -> None:
         await clock.tick(0.2)
         assert (bench.budget.throttled_now, bench.budget.per_second) == (False, float("inf"))
     assert [line["event"] for line in lines] == [
-        "slowed down by the upstream",
-        "slowed down by the upstream no more",
+        "upstream_throttled",
+        "upstream_throttling_ended",
     ]
 
 
@@ -422,15 +422,15 @@ async def test_budget_takes_back_turns_that_were_given_without_a_limit(clock: Cl
     """When upstream slows us down, turns not used yet are void, and no token comes back for them."""
     budget = RateLimiter(0, clock=clock, call_later=clock.call_later)
     with (
-        await budget.turn(renewal=True, timeout_seconds=0) as waits,
-        await budget.turn(renewal=True, timeout_seconds=0) as waits_too,
+        await budget.acquire(renewal=True, timeout_seconds=0) as waits,
+        await budget.acquire(renewal=True, timeout_seconds=0) as waits_too,
     ):
-        assert not waits.void
+        assert not waits.revoked
         await end(budget, UpstreamThrottled("slowly"))
-        assert (waits.void, waits_too.void) == (True, True)
-        with await budget.turn(renewal=True, timeout_seconds=0) as again:
-            again.spend()
-            assert not again.void
+        assert (waits.revoked, waits_too.revoked) == (True, True)
+        with await budget.acquire(renewal=True, timeout_seconds=0) as again:
+            again.consume()
+            assert not again.revoked
     assert budget.expected_wait(renewal=True) == pytest.approx(1 / 0.85)
 
 
@@ -448,14 +448,14 @@ async def test_budget_learns_only_from_answers_that_passed_the_flow_control(cloc
 async def test_budget_learns_nothing_new_from_calls_sent_before_it_slowed_down(clock: Clock) -> None:
     """Who was sent before the last decrease is refused for the same reason, however late that is told."""
     budget = RateLimiter(0, clock=clock, call_later=clock.call_later)
-    with suppress(UpstreamThrottled), await budget.turn(renewal=True, timeout_seconds=0) as early:
-        early.spend()
+    with suppress(UpstreamThrottled), await budget.acquire(renewal=True, timeout_seconds=0) as early:
+        early.consume()
         await clock.tick(0.5)
         await end(budget, UpstreamThrottled("slowly"))
         slowed_at = clock.now
         await clock.tick(2.0)
         raise UpstreamThrottled("slowly")
-    assert not budget._turns
+    assert not budget._permits
     same = RateLimiter(0, clock=clock, call_later=clock.call_later)
     clock.now = slowed_at
     await end(same, UpstreamThrottled("slowly"))
@@ -484,8 +484,8 @@ async def test_budget_looks_again_at_those_who_wait_when_it_slows_down(clock: Cl
     throttling = asyncio.Event()
 
     async def call() -> None:
-        with await bench.budget.turn(renewal=True, timeout_seconds=0) as turn:
-            turn.spend()
+        with await bench.budget.acquire(renewal=True, timeout_seconds=0) as turn:
+            turn.consume()
             await throttling.wait()
             raise UpstreamThrottled("slowly", retry_after=2.0)
 
@@ -576,8 +576,8 @@ class Crowd:
 
     async def _fly(self, number: int) -> None:
         renewal = bool(self.answered[number])
-        with await self.budget.turn(renewal=renewal, timeout_seconds=10) as turn:
-            turn.spend()
+        with await self.budget.acquire(renewal=renewal, timeout_seconds=10) as turn:
+            turn.consume()
             await self.clock.sleep(0.02)
             self.calls[int(self.clock() - self.began)] += 1
             taken = self.upstream.takes()

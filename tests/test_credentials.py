@@ -88,7 +88,7 @@ def test_credentials_come_from_files(bench: Bench) -> None:
         credentials.reload()
     assert told(credentials) == ("the-key", "the-secret")
     assert bench.reloads() == (1, 0)
-    assert [line["event"] for line in lines] == ["credentials read"]
+    assert [line["event"] for line in lines] == ["credentials_loaded"]
 
 
 @pytest.mark.parametrize("mixed", ["access_key", "secret_key"])
@@ -122,7 +122,7 @@ def test_credentials_refuse_half_a_pair(bench: Bench, half: str) -> None:
     assert not credentials.present
     assert bench.reloads() == (0, 1)
     [line] = lines
-    assert (line["event"], line["log_level"], line["in_use"]) == ("credentials unreadable", "warning", False)
+    assert (line["event"], line["log_level"], line["in_use"]) == ("credentials_unreadable", "warning", False)
     assert "half-a-pair" not in str(line)
 
 
@@ -191,7 +191,7 @@ def test_credentials_keep_the_pair_when_files_are_spoilt(
     assert told(credentials) == ("first-key", "first-secret")
     assert bench.reloads() == (1, 1)
     [line] = lines
-    assert (line["event"], line["in_use"]) == ("credentials unreadable", True)
+    assert (line["event"], line["in_use"]) == ("credentials_unreadable", True)
     assert not {"first-key", "first-secret", "half-secret", "marked-key"} & set(str(line).split("'"))
 
 
@@ -209,7 +209,7 @@ def test_credentials_tell_each_fault_once(bench: Bench) -> None:
         credentials.reload()
         bench.write("next-key", "next-secret")
         credentials.reload()
-    assert [line["event"] for line in lines] == ["credentials unreadable"] * 3 + ["credentials read"]
+    assert [line["event"] for line in lines] == ["credentials_unreadable"] * 3 + ["credentials_loaded"]
     assert bench.reloads() == (2, 3)
     assert told(credentials) == ("next-key", "next-secret")
 
@@ -256,8 +256,8 @@ def test_credentials_follow_the_files_of_the_next_pair(bench: Bench) -> None:
         bench.write("newer-key", "newer-secret")
         credentials.reload()
     assert [(line["event"], line["slot"]) for line in lines] == [
-        ("credentials unreadable", "next"),
-        ("credentials read", "next"),
+        ("credentials_unreadable", "next"),
+        ("credentials_loaded", "next"),
     ]
     assert [(held.slot, held.generation) for held in credentials.held()] == [("active", 1), ("next", 2)]
     assert told(credentials) == ("the-key", "the-secret")

@@ -37,7 +37,7 @@ def test_fairqueue_newcomer_waits_one_round() -> None:
     """However much is queued, a client without items is served after one item of each other client."""
     queue = filled(a=100, b=100)
     queue.pop()
-    assert queue.ahead(C) == 2
+    assert queue.count_ahead(C) == 2
     queue.add("c0", C)
     assert list(queue)[:4] == ["b0", "a1", "c0", "b1"]
 
@@ -55,7 +55,7 @@ def test_fairqueue_shared_item_counts_in_the_place_that_is_reached_first() -> No
     queue = filled(a=4)
     queue.join("a3", B)
     queue.join("a3", B)
-    assert queue.ahead(C) == 2
+    assert queue.count_ahead(C) == 2
     assert emptied(queue) == ["a0", "a3", "a1", "a2"]
 
 
@@ -64,7 +64,7 @@ def test_fairqueue_shared_item_keeps_the_better_place() -> None:
     queue = filled(a=3)
     queue.join("a0", B)
     queue.join("gone", B)
-    assert queue.ahead(B) == 1
+    assert queue.count_ahead(B) == 1
     queue.add("b0", B)
     assert emptied(queue) == ["a0", "b0", "a1", "a2"]
 
@@ -101,7 +101,7 @@ def test_fairqueue_loses_and_repeats_nothing(moves: list[tuple[str, int, bytes]]
     for move, item, client in moves:
         clients = waiting.get(item)
         if move == "add" and clients is None:
-            ahead = queue.ahead(client)
+            ahead = queue.count_ahead(client)
             queue.add(item, client)
             waiting[item] = {client}
             # No later than told; sooner where items ahead stand in several lines.

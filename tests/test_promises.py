@@ -262,7 +262,7 @@ class Promises(RuleBasedStateMachine):
 
     # What callers do
 
-    @rule(key=keys, how=st.sampled_from(["read", "read", "get_fresh"]))
+    @rule(key=keys, how=st.sampled_from(["get", "get", "get_fresh"]))
     def ask(self, key: TaskKey, how: str) -> None:
         """Ask, and wait if there is something to wait for."""
         self._begin(key, how)
@@ -284,14 +284,14 @@ class Promises(RuleBasedStateMachine):
         key, snapshot = list(self.found.items())[number % len(self.found)]
         self.upstream.stories[key].prompted = True
         now = self.loop.time()
-        if self.loop.within(partial(self.service.repeat, snapshot, now)):
+        if self.loop.within(partial(self.service.still_current, snapshot, now)):
             source = CacheStatus.HIT if snapshot.fresh(now) else CacheStatus.STALE
             self._judge(key, CacheResult(snapshot, now - snapshot.fetched_at, source))
 
     @rule(key=keys)
     def look_on(self, key: TaskKey) -> None:
         """Take what is held, as one does whom a schedule serves."""
-        result = self.service.current(key)
+        result = self.service.peek(key)
         if result is not None:
             self._judge(key, result)
 
@@ -359,7 +359,7 @@ class Promises(RuleBasedStateMachine):
     @rule(key=keys, failure=failures)
     def ask_in_vain(self, key: TaskKey, failure: GatewayError) -> None:
         """Ask, and let that fail."""
-        self._begin(key, "read")
+        self._begin(key, "get")
         if key in self.upstream.air and key not in self.upstream.queue:
             self._fail(key, failure)
 
@@ -431,7 +431,7 @@ class Promises(RuleBasedStateMachine):
         assert all(viewer.subscriber.leaving for viewer in self.viewers)
         late: list[asyncio.Task[Any]] = []
         for key in KEYS:
-            late.append(self.loop.create_task(self.service.read(key)))
+            late.append(self.loop.create_task(self.service.get(key)))
             for _ in range(3):
                 self.loop.within(partial(self.service.lookup, key))
         self.begin_watching(WATCHED, SubscriptionKind.EVENTS)

@@ -41,19 +41,19 @@ class FakeCalls:
         self.seconds = 4.0
         self.made: list[str] = []
         self.failures: list[UpstreamError] = []
-        self.under_way = 0
+        self.in_flight = 0
 
-    async def make(
-        self, key: TaskKey, _pair: KeyPair, *, number: int, over: Callable[[], None]
+    async def send(
+        self, key: TaskKey, _pair: KeyPair, *, number: int, on_complete: Callable[[], None]
     ) -> ParsedResponse:
         """Make a call."""
         assert number <= len(self.made)
         self.made.append(key.task_id)
-        self.under_way += 1
+        self.in_flight += 1
 
         def end() -> None:
-            self.under_way -= 1
-            over()
+            self.in_flight -= 1
+            on_complete()
 
         asyncio.get_running_loop().call_later(self.seconds, end)
         await asyncio.sleep(self.seconds)
@@ -65,7 +65,7 @@ class FakeCalls:
 class FakeRotation:
     """One pair, which signs; the query that was refused tries it again."""
 
-    async def settled(self, _operation: Operation) -> None:
+    async def wait_for_probe(self, _operation: Operation) -> None:
         """Nothing is on trial."""
 
     async def use(
@@ -157,9 +157,9 @@ def test_query_whose_deadline_strikes_keeps_its_slot_for_its_call(bench: Bench) 
     assert isinstance(first.exception(), UpstreamTimeout)
     second = bench.ask(1)
     bench.loop.advance(2.9)
-    assert (bench.calls.made, bench.calls.under_way) == (["task0"], 1)
+    assert (bench.calls.made, bench.calls.in_flight) == (["task0"], 1)
     bench.loop.advance(0.1)
-    assert (bench.calls.made, bench.calls.under_way) == (["task0", "task1"], 1)
+    assert (bench.calls.made, bench.calls.in_flight) == (["task0", "task1"], 1)
     bench.loop.advance(4.0)
     assert second.exception() is None
 

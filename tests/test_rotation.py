@@ -22,7 +22,7 @@ from gateway.domain.snapshot import Operation
 from gateway.settings.model import Credentials as CredentialSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
-from gateway.upstream.credential_rotation import KEPT_OUT_SECONDS, CredentialRotation
+from gateway.upstream.credential_rotation import FAILED_PROBE_PAUSE_SECONDS, CredentialRotation
 from gateway.upstream.credentials import Credentials, KeyPair, Slot
 
 REFUSAL_SECONDS = 1.0
@@ -115,7 +115,7 @@ async def test_rotation_promotes_the_next_pair(bench: Bench) -> None:
     assert bench.calls == ["one", "one", "two", "two", "two"]
     assert bench.signing() == ("next", 1)
     told = [(line["event"], line["slot"], line["generation"]) for line in lines]
-    assert told == [("credentials refused", "active", 1), ("credentials promoted", "next", 1)]
+    assert told == [("credentials_refused", "active", 1), ("credentials_promoted", "next", 1)]
     assert not [line for line in lines if "secret of" in str(line)]
 
 
@@ -188,9 +188,9 @@ async def test_rotation_lets_refused_pairs_rest(bench: Bench) -> None:
     assert await bench.refused() == []
     bench.now += REFUSAL_SECONDS
     assert await bench.refused() == ["one"]
-    bench.now += KEPT_OUT_SECONDS
+    bench.now += FAILED_PROBE_PAUSE_SECONDS
     assert await bench.refused() == ["one", "two"]
-    bench.now += KEPT_OUT_SECONDS
+    bench.now += FAILED_PROBE_PAUSE_SECONDS
     bench.known = {"two"}
     assert await bench.ask() == "two"
 
@@ -208,7 +208,7 @@ async def test_rotation_tries_a_rested_pair_one_query_at_a_time(bench: Bench) ->
     bench.now += REFUSAL_SECONDS
     with capture_logs() as lines:
         assert await asyncio.gather(*(bench.ask() for _ in range(10))) == ["one"] * 10
-    assert [line["event"] for line in lines] == ["credentials accepted again"]
+    assert [line["event"] for line in lines] == ["credentials_accepted_again"]
     assert bench.signing() == ("active", 1)
 
 

@@ -157,7 +157,7 @@ def test_rotation_process_promotes_the_next_pair(scene: Scene) -> None:
     scene.callers.more()
     assert scene.signing() == "next"
     assert 0 < scene.refused() <= CALLERS
-    assert scene.process.output.count("credentials promoted") == 1
+    assert scene.process.output.count("credentials_promoted") == 1
     scene.mount(active=1, following=2)
     scene.reloaded(4)
     scene.callers.more()

@@ -198,7 +198,7 @@ class Bench:
 
     async def get(self, key: TaskKey = KEY) -> CacheResult:
         """Ask; return the reading, or raise the failure."""
-        outcome = await self.service.read(key)
+        outcome = await self.service.get(key)
         if isinstance(outcome, FetchFailure):
             raise outcome.raised()
         return outcome
@@ -299,13 +299,13 @@ async def test_repeat_answers_for_as_long_as_a_lookup(bench: Bench) -> None:
     snapshot = (await bench.learn()).snapshot
     promised = CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
     ages = [0.5, CACHE.running_seconds - 0.25, CACHE.running_seconds, promised - 0.25]
-    assert all(bench.service.repeat(snapshot, snapshot.fetched_at + age) for age in ages)
+    assert all(bench.service.still_current(snapshot, snapshot.fetched_at + age) for age in ages)
     counted = {"miss": 1, "hit": 2, "stale": 2}
     assert bench.lookups() == counted
     assert bench.ages() == (5, sum(ages), 0)
-    assert not bench.service.repeat(snapshot, snapshot.fetched_at + promised)
+    assert not bench.service.still_current(snapshot, snapshot.fetched_at + promised)
     bench.store.keep(replace(snapshot, version=snapshot.version + 1))
-    assert not any(bench.service.repeat(snapshot, snapshot.fetched_at + age) for age in ages)
+    assert not any(bench.service.still_current(snapshot, snapshot.fetched_at + age) for age in ages)
     assert bench.lookups() == counted
 
 
@@ -413,7 +413,9 @@ async def test_get_does_not_wait_for_a_flight_that_is_held_up(bench: Bench) -> N
     for result in await asyncio.gather(*crowd, bench.get(KEY)):
         assert (result.snapshot, result.source) == (first.snapshot, CacheStatus.STALE)
         assert result.failure == Alike(
-            RateLimiterExhausted("the query waits for the budget of upstream calls", retry_after=7.0)
+            RateLimiterExhausted(
+                "the query is queued by the rate limiter for upstream calls", retry_after=7.0
+            )
         )
     assert bench.lookups() == {"miss": 1, "stale": 4}
     call.answer(progress=0.9)
@@ -550,7 +552,7 @@ async def test_read_drops_no_refresh_that_the_gateway_wants_itself(bench: Bench,
         assert (await asked).source is CacheStatus.STALE
     else:
         known = cast("Snapshot", bench.store.peek(KEY))
-        bench.service._take_off(known.key, known.version)
+        bench.service._refresh(known.key, known.version)
         call = await bench.upstream.call()
         long_ago(bench)
     joined = asyncio.create_task(bench.service.get_fresh(KEY))
@@ -579,7 +581,7 @@ async def test_subscribers_want_the_flights_that_a_schedule_begins(bench: Bench)
 
 async def test_read_tells_whose_query_it_is(bench: Bench) -> None:
     """The budget is fair to clients: a flight knows those that wait for it, each once."""
-    callers = [asyncio.create_task(bench.service.read(KEY, client=client)) for client in (b"1", b"1", b"2")]
+    callers = [asyncio.create_task(bench.service.get(KEY, client=client)) for client in (b"1", b"1", b"2")]
     call = await bench.upstream.call()
     assert call.demand.clients == {b"1": 2, b"2": 1}
     await left(callers[0])
@@ -789,7 +791,7 @@ async def test_get_covers_no_failure_beyond_its_bound_however_young_the_snapshot
     assert (await bench.get(KEY)).failure is None
     joined = asyncio.create_task(bench.service.get_fresh(KEY))
     (await bench.upstream.call()).fail(UpstreamTimeout("too late"))
-    for outcome in (await joined, await bench.service.read(KEY)):
+    for outcome in (await joined, await bench.service.get(KEY)):
         assert isinstance(outcome, FetchFailure)
         assert isinstance(outcome.failure, UpstreamTimeout)
     assert bench.lookups() == {"miss": 1, "stale": 1, "negative": 1}
@@ -990,7 +992,7 @@ async def test_get_logs_a_status_never_seen_before(bench: Bench) -> None:
         await bench.learn("pausing" * 100)
         bench.clock.now += 10.0
         await bench.learn("pausing" * 100)
-    [line] = [line for line in lines if line["event"] == "status never seen before"]
+    [line] = [line for line in lines if line["event"] == "unknown_task_status"]
     assert (line["log_level"], line["task_id"], line["operation"]) == ("warning", KEY.task_id, KEY.operation)
     assert line["status"].startswith("'pausingpausing")
     assert line["status"].limit == 100  # cut by the log, after it has redacted all of it
@@ -1004,7 +1006,7 @@ async def test_get_logs_a_crowd_of_new_statuses_by_samples(bench: Bench) -> None
             await bench.learn("pausing", TaskKey(KEY.operation, f"task-{number}"))
         bench.clock.now += 10.0
         await bench.learn("pausing", OTHER)
-    told = [line["suppressed"] for line in lines if line["event"] == "status never seen before"]
+    told = [line["suppressed"] for line in lines if line["event"] == "unknown_task_status"]
     assert told == [0] * 10 + [20]
     assert bench.transitions() == {"unknown": 31}
 
@@ -1014,7 +1016,7 @@ async def test_read_logs_a_crowd_of_bugs_by_samples(bench: Bench) -> None:
     with capture_logs() as lines:
         for _ in range(30):
             assert isinstance(await bench.fail(KeyError("bug")), KeyError)
-    told = [line for line in lines if line["event"] == "bug in a flight"]
+    told = [line for line in lines if line["event"] == "fetch_crashed"]
     assert [line["suppressed"] for line in told] == [0] * 10
     assert (told[0]["log_level"], told[0]["exc_info"]) == ("error", True)
     assert (told[0]["operation"], told[0]["task_id"]) == KEY
@@ -1046,7 +1048,7 @@ async def test_read_tells_every_waiter_of_the_call_that_failed(
     bench: Bench, detail: UpstreamDetail | None, told: str | None
 ) -> None:
     """A failure comes with its time and whichever id upstream gave; one that is remembered has no call."""
-    asked = asyncio.create_task(bench.service.read(KEY))
+    asked = asyncio.create_task(bench.service.get(KEY))
     call = await bench.upstream.call()
     bench.clock.now += 0.5
     call.fail(UpstreamInvalid("nonsense", detail=detail))
@@ -1055,7 +1057,7 @@ async def test_read_tells_every_waiter_of_the_call_that_failed(
     assert failed.fetch is not None
     assert (failed.key, failed.source) == (KEY, CacheStatus.MISS)
     assert (failed.fetch.upstream_seconds, failed.fetch.invoke_id) == (pytest.approx(0.5), told)
-    again = await bench.service.read(KEY)
+    again = await bench.service.get(KEY)
     assert isinstance(again, FetchFailure)
     assert (again.source, again.fetch) == (CacheStatus.NEGATIVE, None)
 
@@ -1090,7 +1092,7 @@ async def test_get_measures_no_age_of_what_does_not_age(bench: Bench) -> None:
 
 async def test_read_tells_of_no_call_where_none_was_made(bench: Bench) -> None:
     """One of our own limits has no id of upstream's."""
-    asked = asyncio.create_task(bench.service.read(KEY))
+    asked = asyncio.create_task(bench.service.get(KEY))
     (await bench.upstream.call()).fail(Overloaded("full"))
     failed = await asked
     assert isinstance(failed, FetchFailure)
@@ -1284,11 +1286,11 @@ async def test_get_fresh_waits_where_others_take_the_stale_answer(bench: Bench) 
 
 async def test_current_begins_nothing(bench: Bench) -> None:
     """Looking at what is held asks nobody and counts nothing."""
-    assert bench.service.current(KEY) is None
+    assert bench.service.peek(KEY) is None
     first = await bench.learn()
     for age, source in [(0.0, CacheStatus.HIT), (CACHE.running_seconds, CacheStatus.STALE)]:
         bench.clock.now = first.snapshot.fetched_at + age
-        result = bench.service.current(KEY)
+        result = bench.service.peek(KEY)
         assert result is not None
         assert (result.snapshot, result.age, result.source) == (first.snapshot, age, source)
     assert bench.upstream.count == 1
@@ -1299,17 +1301,17 @@ async def test_current_shows_nothing_that_is_too_old(bench: Bench) -> None:
     """The freshness promise holds for those whom a schedule serves, and so does the bound of a failure."""
     first = await bench.learn()
     bench.clock.now += CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
-    assert bench.service.current(KEY) is None
+    assert bench.service.peek(KEY) is None
     failure = UpstreamTimeout("too late")
     await bench.fail(failure)
-    result = bench.service.current(KEY)
+    result = bench.service.peek(KEY)
     assert result is not None
     assert (result.snapshot, result.failure) == (first.snapshot, Alike(failure))
     bench.clock.now = first.snapshot.fetched_at + CACHE.stale_if_error_seconds
     bench.store.keep_failure(KEY, failure, seconds=1.0)
-    assert bench.service.current(KEY) is not None
+    assert bench.service.peek(KEY) is not None
     bench.clock.now += 0.01
-    assert bench.service.current(KEY) is None
+    assert bench.service.peek(KEY) is None
 
 
 # The end

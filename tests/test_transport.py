@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.upstream.http_transport import HttpResponse, HttpTransport, encode
+from gateway.upstream.http_transport import HttpResponse, HttpTransport, encode_request
 from tests.harness import PATIENCE_SECONDS, RawUpstream, Request, answer, drained, framed, free_port
 
 BODY = b'{"taskId": "A"}'
@@ -41,7 +41,8 @@ async def transport(
 async def ask(over: HttpTransport, *, seconds: float = PATIENCE_SECONDS, fresh: bool = False) -> HttpResponse:
     """Send a request."""
     headers = {"host": "upstream.example", "x-ca-key": "k"}
-    return await over.exchange(encode("/scc/x", headers, BODY), seconds=seconds, fresh=fresh)
+    request = encode_request("/scc/x", headers, BODY)
+    return await over.send(request, timeout_seconds=seconds, new_connection=fresh)
 
 
 def once(url: str, **bounds: int) -> HttpResponse:
@@ -250,7 +251,7 @@ def test_transport_sends_no_line_that_it_was_not_given() -> None:
     """A line break within a header would be a header of somebody else's making."""
     for line_break in ("\r\n", "\n", "\r"):
         with pytest.raises(httpx.LocalProtocolError):
-            encode("/scc/x", {"x-ca-key": f"a{line_break}b: c"}, BODY)
+            encode_request("/scc/x", {"x-ca-key": f"a{line_break}b: c"}, BODY)
 
 
 def test_transport_refused_connection_is_a_connect_error() -> None:
@@ -288,8 +289,8 @@ def test_transport_deadline_that_strikes_too_late_harms_nobody() -> None:
         async with transport(url) as over:
             await ask(over)
             [connection] = over._idle
-            message = encode("/scc/x", {"host": "x"}, BODY)
-            await over.exchange(message, seconds=PATIENCE_SECONDS, over=connection.give_up)
+            message = encode_request("/scc/x", {"host": "x"}, BODY)
+            await over.send(message, timeout_seconds=PATIENCE_SECONDS, on_complete=connection.time_out)
             await asyncio.sleep(0)
             await ask(over)
             assert list(over._idle) == [connection], "it was not aborted"
@@ -313,28 +314,28 @@ def test_transport_cancelled_call_leaves_no_socket() -> None:
             await asyncio.gather(*calls, return_exceptions=True)
             while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
                 await asyncio.sleep(0)
-            assert over.under_way == 0
+            assert over.in_flight == 0
 
     with silent() as url:
         asyncio.run(asyncio.wait_for(run(url), PATIENCE_SECONDS))
 
 
-def test_transport_closes_what_is_under_way() -> None:
+def test_transport_closes_what_is_in_flight() -> None:
     """Closing ends calls that were cancelled and those that were not; nothing is left open."""
 
     async def run(url: str) -> None:
         async with transport(url) as over:
             before = open_sockets()
             cancelled, waiting = (asyncio.create_task(ask(over)) for _ in range(2))
-            while len(over._asking) < 2:  # noqa: ASYNC110  # they connect
+            while len(over._busy) < 2:  # noqa: ASYNC110  # they connect
                 await asyncio.sleep(0)
             cancelled.cancel()
             await asyncio.wait([cancelled])
-            assert over.under_way == 2
+            assert over.in_flight == 2
             await over.aclose()
             with pytest.raises(TimeoutError):
                 await waiting
-            assert over.under_way == 0
+            assert over.in_flight == 0
             while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
                 await asyncio.sleep(0)
 
@@ -354,19 +355,19 @@ def test_transport_cancelled_call_is_over_when_upstream_has_done_with_it(end: st
     async def run(upstream: RawUpstream) -> None:
         async with transport(upstream.url) as over:
             ended = asyncio.Event()
-            message = encode("/scc/x", {"host": "x"}, BODY)
+            message = encode_request("/scc/x", {"host": "x"}, BODY)
             seconds = PATIENCE_SECONDS if end == "answer" else 0.5
-            call = asyncio.create_task(over.exchange(message, seconds=seconds, over=ended.set))
+            call = asyncio.create_task(over.send(message, timeout_seconds=seconds, on_complete=ended.set))
             while not upstream.requests:  # noqa: ASYNC110  # another thread reads it
                 await asyncio.sleep(0.001)
             call.cancel()
             await asyncio.wait([call])
             assert call.cancelled()
-            assert (ended.is_set(), over.under_way) == (False, 1)
+            assert (ended.is_set(), over.in_flight) == (False, 1)
             if end == "answer":
                 released.set()
             await ended.wait()
-            assert over.under_way == 0
+            assert over.in_flight == 0
             assert len(over._idle) == (end == "answer"), "an answer that was read leaves a clean connection"
             released.set()
             assert (await ask(over)).body == b"late"
@@ -416,7 +417,7 @@ def test_transport_fresh_call_has_a_connection_of_its_own() -> None:
     async def run(url: str) -> None:
         async with transport(url) as over:
             for fresh in (False, True, False):
-                await ask(over, fresh=fresh)
+                await ask(over, new_connection=fresh)
 
     with RawUpstream(answers) as upstream:
         asyncio.run(run(upstream.url))
@@ -471,7 +472,7 @@ def test_transport_closes_idle_connections_by_itself(bound: str) -> None:
             await ask(over)
             while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
                 await asyncio.sleep(0.001)
-            assert over._sweeping is None
+            assert over._sweep_timer is None
 
     with RawUpstream(answers) as upstream:
         asyncio.run(asyncio.wait_for(run(upstream.url), PATIENCE_SECONDS))

@@ -77,7 +77,7 @@ class HandService:
     def lookup(self, _key: TaskKey) -> CacheResult | None:
         return CacheResult(self.known, 0.0, CacheStatus.HIT) if self.known is not None else None
 
-    current = lookup
+    peek = lookup
 
     def join(self, key: TaskKey, client: bytes) -> None:
         self.demand[key, client] += 1
@@ -300,7 +300,7 @@ async def test_watch_tells_who_joins_what_is_due_by_then(
         return service.lookup(key)
 
     with watch.watching([KEY], SubscriptionKind.EVENTS):
-        service.current = current  # type: ignore[method-assign]
+        service.peek = current  # type: ignore[method-assign]
         with watch.watching([KEY], SubscriptionKind.LONGPOLL) as late:
             assert etags(await taken(late)) == ["2"]
     await watch.aclose()

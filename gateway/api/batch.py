@@ -61,7 +61,7 @@ class BatchEndpoint:
             return [result for result in found.values() if result is not None]
         client = client_of(scope)
         # All at once is bounded: by the tasks of a request, and upstream by its slots.
-        reads = asyncio.gather(*(self._service.read(key, client=client) for key in missing))
+        reads = asyncio.gather(*(self._service.get(key, client=client) for key in missing))
         outcomes = found | dict(zip(missing, await while_connected(scope, receive, reads), strict=True))
         return [outcome for outcome in outcomes.values() if outcome is not None]
 

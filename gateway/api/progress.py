@@ -68,7 +68,7 @@ class ProgressEndpoint:
 
     async def _read(self, scope: Scope, receive: Receive, key: TaskKey) -> CacheResult | FetchFailure:
         """Ask, for as long as the caller waits. Raises: ClientDisconnect."""
-        return await while_connected(scope, receive, self._service.read(key, client=client_of(scope)))
+        return await while_connected(scope, receive, self._service.get(key, client=client_of(scope)))
 
     def _wait(self, scope: Scope, parameters: dict[str, list[str]]) -> tuple[float, Headers]:
         """Return how many seconds the caller wants to wait, 0 for not at all, and how that is told."""
@@ -91,7 +91,7 @@ class ProgressEndpoint:
 
         All that goes upstream meanwhile goes by the watch's schedule, and the whole is counted as one lookup.
         """
-        on_arrival = self._service.current(key)
+        on_arrival = self._service.peek(key)
         if known is None:
             known = on_arrival.snapshot.etag if on_arrival is not None else ""
         failure: GatewayError | None = None
@@ -105,7 +105,7 @@ class ProgressEndpoint:
                         failure = await _until_news(subscriber, known)
         if failure is not None:
             outcome: CacheResult | FetchFailure = FetchFailure(key, failure, CacheStatus.NEGATIVE)
-        elif (result := self._service.current(key)) is not None:
+        elif (result := self._service.peek(key)) is not None:
             outcome = result if on_arrival is not None else result._replace(source=CacheStatus.MISS)
         else:
             # Nothing may be shown. As any query, it waits for the flight that the schedule has begun, or asks

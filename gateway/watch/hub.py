@@ -156,12 +156,12 @@ class WatchHub:
         if schedule is None:
             schedule = self._schedules[key] = _Schedule()
             # Known already, maybe: then the watcher is told at once, before the first tick.
-            result = self._service.current(key)
+            result = self._service.peek(key)
             schedule.latest = Update(key, result.snapshot).note() if result is not None else None
             self._start(key, schedule)
         # Looked for first, for what is due in the store arrives with that; then told to the others: whoever
         # joins may have read it elsewhere, and is to hear of nothing older.
-        current = self._service.current(key)
+        current = self._service.peek(key)
         self._tell(key)
         # Registered first, told second: a change between the two would be lost the other way round.
         schedule.subscribers.add(subscriber)
