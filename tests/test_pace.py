@@ -1,4 +1,4 @@
-"""How refusals become a limit: decrease, search, plateau, pause, and the end of it all; times by hand."""
+"""The adaptive limit on manual times: decrease, probing, plateau, pause, and lifting."""
 
 import math
 
@@ -8,14 +8,14 @@ from gateway.upstream.adaptive_limit import AdaptiveLimit
 
 
 def after(pace: AdaptiveLimit, accepted: int, *, until: float = 10.0) -> AdaptiveLimit:
-    """Let upstream accept so many calls within the last second before `until`."""
+    """Record so many accepted calls within the last second before `until`."""
     for number in range(accepted):
         pace.on_accepted(until - 0.9 + 0.8 * number / accepted, sent_at=until - 1.0)
     return pace
 
 
 def steady(ceiling: int = 20) -> AdaptiveLimit:
-    """Return a pace whose ceiling was found by a search that went to its double, at 20 seconds."""
+    """Return a limit whose ceiling was found by probing up to its double, at 20 seconds."""
     pace = after(AdaptiveLimit(math.inf), ceiling, until=18.0)
     pace.on_throttled(18.0, sent_at=17.9, retry_after=None)
     after(pace, ceiling, until=20.0)
@@ -24,8 +24,8 @@ def steady(ceiling: int = 20) -> AdaptiveLimit:
 
 
 @pytest.mark.parametrize("most", [5.0, math.inf])
-def test_pace_is_ours_until_upstream_refuses(most: float) -> None:
-    """Accepted calls, however many, change nothing; `most` stays the bound for ever."""
+def test_adaptive_limit_is_the_configured_one_until_throttled(most: float) -> None:
+    """Accepted calls change nothing; `max_per_second` remains the upper bound."""
     pace = after(AdaptiveLimit(most), 50)
     assert (pace.per_second(10.0), pace.throttled_now) == (most, False)
     assert pace.on_throttled(10.0, sent_at=9.9, retry_after=None)
@@ -33,30 +33,30 @@ def test_pace_is_ours_until_upstream_refuses(most: float) -> None:
     assert pace.per_second(1e6) >= min(most, 1e9)
 
 
-def test_pace_falls_below_what_was_accepted_lately() -> None:
-    """The first refusal sets the ceiling to what the last second brought, not to what was asked for."""
+def test_adaptive_limit_drops_below_the_recently_accepted_rate() -> None:
+    """The first throttling sets the ceiling to the calls accepted in the last second, not to the demand."""
     pace = after(AdaptiveLimit(math.inf), 30, until=8.0)
     after(pace, 20)
     pace.on_throttled(10.0, sent_at=9.9, retry_after=None)
     assert pace.per_second(10.0) == pytest.approx(17.0)
 
 
-def test_pace_searches_from_the_first_guess() -> None:
-    """What was accepted before the first refusal is a guess: from there it doubles every two seconds."""
+def test_adaptive_limit_probes_from_the_first_estimate() -> None:
+    """The first ceiling is an estimate: the limit doubles every two seconds from there."""
     pace = after(AdaptiveLimit(math.inf), 5)
     pace.on_throttled(10.0, sent_at=9.9, retry_after=None)
     assert [pace.per_second(10.0 + s) for s in (0, 2, 4)] == pytest.approx([4.25, 8.5, 17.0])
 
 
-def test_pace_lingers_below_a_known_ceiling() -> None:
-    """Quickly to 95 %, slowly over the ceiling after 27 seconds, ever faster beyond it."""
+def test_adaptive_limit_has_a_plateau_below_a_known_ceiling() -> None:
+    """The limit reaches 95 % quickly, the ceiling after 27 seconds, and then rises ever faster."""
     pace = steady()
     shares = [round(pace.per_second(20.0 + s) / 20, 2) for s in (0, 5, 10, 15, 20, 25, 30, 45, 60)]
     assert shares == [0.85, 0.92, 0.95, 0.95, 0.95, 0.98, 1.05, 1.75, 3.65]
 
 
-def test_pace_decreases_once_a_round() -> None:
-    """Neither another refusal of the same second nor one of a call sent before the decrease counts."""
+def test_adaptive_limit_decreases_once_per_round() -> None:
+    """Another throttled call of the same second does not count, nor one sent before the decrease."""
     pace = steady()
     assert not pace.on_throttled(20.9, sent_at=20.5, retry_after=None)
     assert not pace.on_throttled(25.0, sent_at=19.95, retry_after=None)
@@ -66,8 +66,8 @@ def test_pace_decreases_once_a_round() -> None:
     assert pace.per_second(25.0) == pytest.approx(0.85 * 18)
 
 
-def test_pace_halves_a_known_ceiling_at_most() -> None:
-    """An upstream that suddenly accepts nothing is asked half as often, then once a second."""
+def test_adaptive_limit_halves_a_known_ceiling_at_most() -> None:
+    """If the upstream suddenly accepts nothing, the rate halves, down to one call per second."""
     pace = steady(ceiling=8)
     limits = []
     for second in (21.0, 22.0, 23.0):
@@ -77,8 +77,8 @@ def test_pace_halves_a_known_ceiling_at_most() -> None:
     assert pace.per_second(29.0) == pytest.approx(0.85 * 8)
 
 
-def test_pace_learns_from_answers_that_a_refusal_overtook() -> None:
-    """Calls sent before the decrease and accepted raise the ceiling, to no more than the limit before it."""
+def test_adaptive_limit_counts_responses_that_throttling_overtook() -> None:
+    """Accepted calls sent before the decrease raise the ceiling, up to the limit before the decrease."""
     pace = AdaptiveLimit(math.inf)
     pace.on_throttled(10.0, sent_at=9.9, retry_after=None)
     assert pace.per_second(10.0) == pytest.approx(0.85)
@@ -94,8 +94,8 @@ def test_pace_learns_from_answers_that_a_refusal_overtook() -> None:
 
 
 @pytest.mark.parametrize(("told", "kept"), [(1.0, 1.0), (5.0, 5.0), (3600.0, 5.0)])
-def test_pace_pauses_for_as_long_as_it_is_told(told: float, kept: float) -> None:
-    """Retry-After is kept, up to five seconds, and the growth begins when it is over."""
+def test_adaptive_limit_pauses_for_retry_after(told: float, kept: float) -> None:
+    """Retry-After sets a pause of up to five seconds, and growth begins after it."""
     pace = after(AdaptiveLimit(math.inf), 20)
     assert pace.on_throttled(10.0, sent_at=9.9, retry_after=told)
     assert pace.resumes_at == 10.0 + kept
@@ -105,8 +105,8 @@ def test_pace_pauses_for_as_long_as_it_is_told(told: float, kept: float) -> None
     assert pace.resumes_at == 10.0 + kept
 
 
-def test_pace_relaxes_after_a_minute_of_peace() -> None:
-    """A limit that nothing has hit for a minute is lifted, once."""
+def test_adaptive_limit_is_lifted_after_an_idle_minute() -> None:
+    """A limit is lifted once after a minute without throttling."""
     pace = steady()
     assert not pace.lift_if_idle(79.9)
     assert pace.lift_if_idle(80.0)
