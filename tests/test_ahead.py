@@ -22,19 +22,19 @@ class Field:
 
     def __init__(self, loop: TickedLoop) -> None:
         self.loop = loop
-        self.gone: list[tuple[tuple[TaskKey, int], float, int]] = []
-        self.ahead = RefreshAhead(lambda *known: self.gone.append((known, loop.time(), self.turn)))
-        self.turn = 0
+        self.started: list[tuple[tuple[TaskKey, int], float, int]] = []
+        self.ahead = RefreshAhead(lambda *known: self.started.append((known, loop.time(), self.iteration)))
+        self.iteration = 0
 
     def plan(self, *snapshots: Snapshot, age: float = 0.0) -> None:
         """Schedule refreshes for snapshots of one age."""
         self.loop.within(lambda: [self.ahead.schedule(known, age) for known in snapshots])
 
-    def count_turns(self, turns: int) -> None:
+    def count_iterations(self, iterations: int) -> None:
         """Count the next iterations of the event loop."""
-        self.turn += 1
-        if turns:
-            self.loop.call_soon(self.count_turns, turns - 1)
+        self.iteration += 1
+        if iterations:
+            self.loop.call_soon(self.count_iterations, iterations - 1)
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def field() -> Iterator[Field]:
 
 def times(field: Field) -> list[float]:
     """Return when refreshes started, in seconds since the loop began."""
-    return [round(when - 1000.0, 6) for _, when, _ in field.gone]
+    return [round(when - 1000.0, 6) for _, when, _ in field.started]
 
 
 def test_ahead_starts_early_enough_for_the_average_latency(field: Field) -> None:
@@ -74,7 +74,7 @@ def test_ahead_newer_schedule_replaces_the_older_one(field: Field) -> None:
     field.loop.advance(1.0)
     field.plan(new)
     field.loop.advance(5.0)
-    assert [known for known, _, _ in field.gone] == [(new.key, new.version)]
+    assert [known for known, _, _ in field.started] == [(new.key, new.version)]
     assert times(field) == [1.0 + LIFETIME]
 
 
@@ -82,12 +82,12 @@ def test_ahead_starts_a_few_per_iteration(field: Field) -> None:
     """Other callbacks run between the batches, and all refreshes start in the end."""
     crowd = [snapshot(str(number)) for number in range(10)]
     field.plan(*crowd)
-    field.loop.call_later(LIFETIME, field.count_turns, 20)
+    field.loop.call_later(LIFETIME, field.count_iterations, 20)
     field.loop.advance(LIFETIME)
-    assert sorted(key for (key, _), _, _ in field.gone) == [known.key for known in crowd]
-    turns = [turn for _, _, turn in field.gone]
-    assert max(turns.count(turn) for turn in turns) <= 4
-    assert turns == sorted(turns)
+    assert sorted(key for (key, _), _, _ in field.started) == [known.key for known in crowd]
+    iterations = [iteration for _, _, iteration in field.started]
+    assert max(iterations.count(iteration) for iteration in iterations) <= 4
+    assert iterations == sorted(iterations)
 
 
 def test_ahead_closed_starts_nothing(field: Field) -> None:
@@ -97,9 +97,9 @@ def test_ahead_closed_starts_nothing(field: Field) -> None:
         LIFETIME, lambda: field.loop.call_soon(lambda: field.loop.call_soon(field.ahead.close))
     )
     field.loop.advance(LIFETIME + 1)
-    assert 0 < len(field.gone) < 10
-    before = len(field.gone)
+    assert 0 < len(field.started) < 10
+    before = len(field.started)
     field.plan(snapshot("late"))
     field.ahead.close()
     field.loop.advance(LIFETIME + 1)
-    assert len(field.gone) == before
+    assert len(field.started) == before

@@ -22,7 +22,7 @@ from gateway.domain.errors import (
 )
 from gateway.upstream.circuit_breaker import FAILURES, CircuitBreaker, State
 
-SICK = UpstreamBusy("unwell")
+BUSY = UpstreamBusy("busy")
 REJECTED = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
 # Outcomes that say nothing about whether the upstream is failing.
 NO_VERDICT: list[BaseException] = [
@@ -71,7 +71,7 @@ def bench() -> Bench:
 @pytest.fixture
 def opened(bench: Bench) -> Bench:
     """Return a circuit breaker that has just opened."""
-    bench.call(*[SICK] * 10)
+    bench.call(*[BUSY] * 10)
     assert bench.states == [State.OPEN]
     return bench
 
@@ -79,9 +79,9 @@ def opened(bench: Bench) -> Bench:
 @pytest.mark.parametrize("kind", FAILURES)
 def test_breaker_opens_when_upstream_fails(bench: Bench, kind: type[GatewayError]) -> None:
     """The tenth failure within the window opens the circuit; from then on calls are refused."""
-    bench.call(*[kind("ill")] * 9)
+    bench.call(*[kind("failed")] * 9)
     assert bench.breaker.state is State.CLOSED
-    bench.call(kind("ill"))
+    bench.call(kind("failed"))
     assert bench.breaker.state is State.OPEN
     assert bench.refusal() == 1.0
 
@@ -94,32 +94,32 @@ def test_breaker_counts_transient_errors_but_nonces() -> None:
 @pytest.mark.parametrize("outcome", NO_VERDICT, ids=name_of)
 def test_breaker_ignores_unrelated_errors(bench: Bench, outcome: BaseException) -> None:
     """Credentials, throttling, invalid responses and bugs open nothing, and do not dilute failures."""
-    bench.call(*[outcome] * 100, *[SICK] * 9)
+    bench.call(*[outcome] * 100, *[BUSY] * 9)
     assert bench.breaker.state is State.CLOSED
-    bench.call(outcome, SICK)
+    bench.call(outcome, BUSY)
     assert bench.breaker.state is State.OPEN
 
 
-@pytest.mark.parametrize("well", [None, REJECTED], ids=name_of)
-def test_breaker_stays_closed_while_most_calls_succeed(bench: Bench, well: BaseException | None) -> None:
+@pytest.mark.parametrize("success", [None, REJECTED], ids=name_of)
+def test_breaker_stays_closed_while_most_calls_succeed(bench: Bench, success: BaseException | None) -> None:
     """An upstream that mostly responds stays in use; a rejection is a response."""
-    bench.call(well, well, *[SICK, SICK, well, well, well] * 20)
+    bench.call(success, success, *[BUSY, BUSY, success, success, success] * 20)
     assert bench.breaker.state is State.CLOSED
-    bench.call(*[SICK] * 22)
+    bench.call(*[BUSY] * 22)
     assert bench.breaker.state is State.OPEN
 
 
 def test_breaker_forgets_old_outcomes(bench: Bench) -> None:
     """Outcomes count for ten seconds: a past outage opens nothing."""
-    bench.call(*[SICK] * 9)
+    bench.call(*[BUSY] * 9)
     bench.now += 10
-    bench.call(SICK, *[None] * 50)
+    bench.call(BUSY, *[None] * 50)
     assert bench.breaker.state is State.CLOSED
     bench.now += 9
-    bench.call(*[SICK] * 9)
+    bench.call(*[BUSY] * 9)
     assert bench.breaker.state is State.CLOSED
     bench.now += 1
-    bench.call(SICK)
+    bench.call(BUSY)
     assert bench.breaker.state is State.OPEN
 
 
@@ -144,9 +144,9 @@ def test_breaker_closes_after_a_successful_probe(opened: Bench, outcome: BaseExc
     opened.now += 1
     opened.call(outcome)
     assert opened.states == [State.OPEN, State.HALF_OPEN, State.CLOSED]
-    opened.call(*[SICK] * 9)
+    opened.call(*[BUSY] * 9)
     assert opened.breaker.state is State.CLOSED
-    opened.call(SICK)
+    opened.call(BUSY)
     assert opened.refusal() == 1.0
 
 
@@ -155,12 +155,12 @@ def test_breaker_stays_open_longer_after_each_failed_probe(opened: Bench) -> Non
     rests = []
     for _ in range(7):
         opened.now += opened.refusal() or 0.0
-        opened.call(SICK)
+        opened.call(BUSY)
         rests.append(opened.refusal())
     assert rests == [2.0, 4.0, 8.0, 16.0, 30.0, 30.0, 30.0]
     opened.now += 30.0
     opened.call(None)
-    opened.call(*[SICK] * 10)
+    opened.call(*[BUSY] * 10)
     assert opened.refusal() == 1.0
 
 
@@ -192,16 +192,16 @@ def test_breaker_probe_without_outcome_is_repeated(opened: Bench, outcome: BaseE
 
 def test_breaker_ignores_calls_of_an_earlier_state(bench: Bench) -> None:
     """A call from before the circuit opened neither closes it, nor counts after it has closed again."""
-    late_and_well, late_and_ill = bench.breaker.guard(), bench.breaker.guard()
+    late_and_well, late_failure = bench.breaker.guard(), bench.breaker.guard()
     late_and_well.__enter__()
-    late_and_ill.__enter__()
-    bench.call(*[SICK] * 10)
+    late_failure.__enter__()
+    bench.call(*[BUSY] * 10)
     late_and_well.__exit__(None, None, None)
     assert bench.breaker.state is State.OPEN
     bench.now += 1
     bench.call(None)
-    assert not late_and_ill.__exit__(UpstreamBusy, SICK, None)
-    bench.call(*[SICK] * 9)
+    assert not late_failure.__exit__(UpstreamBusy, BUSY, None)
+    bench.call(*[BUSY] * 9)
     assert bench.breaker.state is State.CLOSED
 
 
@@ -209,14 +209,14 @@ def test_breaker_logs_each_transition_once() -> None:
     """There is one log line per transition, and none per failure or refusal."""
     bench = Bench()
     with capture_logs() as lines:
-        bench.call(*[SICK] * 10)
+        bench.call(*[BUSY] * 10)
         bench.refusal()
         bench.now += 1
-        bench.call(SICK)
+        bench.call(BUSY)
         bench.now += 2
         bench.call(None, None)
-    told = [(line["log_level"], line["state"], line.get("seconds")) for line in lines]
-    assert told == [
+    logged = [(line["log_level"], line["state"], line.get("seconds")) for line in lines]
+    assert logged == [
         ("warning", "open", 1.0),
         ("warning", "half-open", None),
         ("warning", "open", 2.0),
@@ -231,5 +231,5 @@ def test_breaker_works_without_listener() -> None:
     breaker = CircuitBreaker("op")
     for _ in range(10):
         with suppress(UpstreamBusy), breaker.guard():
-            raise SICK
+            raise BUSY
     assert breaker.state is State.OPEN

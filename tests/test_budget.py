@@ -92,11 +92,11 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def end(budget: RateLimiter, outcome: UpstreamError, *, spend: bool = True) -> None:
+async def end(limiter: RateLimiter, outcome: UpstreamError, *, consume: bool = True) -> None:
     """Make a call with this outcome; its permit is available at once."""
-    with suppress(type(outcome)), await budget.acquire(renewal=True, timeout_seconds=0) as turn:
-        if spend:
-            turn.consume()
+    with suppress(type(outcome)), await limiter.acquire(renewal=True, timeout_seconds=0) as permit:
+        if consume:
+            permit.consume()
         raise outcome
 
 
@@ -105,7 +105,7 @@ class Bench:
 
     def __init__(self, clock: Clock, requests_per_second: float) -> None:
         self.clock = clock
-        self.budget = RateLimiter(requests_per_second, clock=clock, call_later=clock.call_later)
+        self.limiter = RateLimiter(requests_per_second, clock=clock, call_later=clock.call_later)
         self.went: list[str] = []
         self.on_queued: list[tuple[str, float]] = []
 
@@ -114,28 +114,28 @@ class Bench:
         name: str,
         *,
         renewal: bool = True,
-        patience: float = 100.0,
-        spend: bool = True,
+        timeouts: float = 100.0,
+        consume: bool = True,
         demand: Demand | None = None,
     ) -> asyncio.Task[None]:
         """Start to wait for a permit."""
 
         async def work() -> None:
-            with await self.budget.acquire(
+            with await self.limiter.acquire(
                 renewal=renewal,
-                timeout_seconds=patience,
+                timeout_seconds=timeouts,
                 on_queued=lambda seconds: self.on_queued.append((name, seconds)),
                 demand=demand,
-            ) as turn:
-                if spend:
-                    turn.consume()
+            ) as permit:
+                if consume:
+                    permit.consume()
                 self.went.append(name)
 
         return self.clock.start(work())
 
     async def throttled(self, retry_after: float | None = None) -> None:
         """Make a call that the upstream throttles."""
-        await end(self.budget, UpstreamThrottled("slowly", retry_after=retry_after))
+        await end(self.limiter, UpstreamThrottled("slowly", retry_after=retry_after))
 
 
 @pytest.fixture
@@ -155,16 +155,16 @@ async def bench(clock: Clock) -> Bench:
     return bench
 
 
-# --- turns ------------------------------------------------------------------------------------------------
+# --- permits ----------------------------------------------------------------------------------------------
 
 
 async def test_rate_limiter_without_limit_issues_permits_at_once(clock: Clock) -> None:
     """With requests_per_second = 0 and no throttling, every call receives a permit at once."""
     bench = Bench(clock, 0)
-    await asyncio.gather(*(bench.ask(str(number), patience=0) for number in range(1000)))
+    await asyncio.gather(*(bench.ask(str(number), timeouts=0) for number in range(1000)))
     assert len(bench.went) == 1000
-    assert (bench.budget.per_second, bench.budget.throttled_now) == (float("inf"), False)
-    assert bench.budget.expected_wait(renewal=True) == 0
+    assert (bench.limiter.per_second, bench.limiter.throttled_now) == (float("inf"), False)
+    assert bench.limiter.expected_wait(renewal=True) == 0
     assert clock.alarms == 0
 
 
@@ -185,7 +185,7 @@ async def test_rate_limiter_bucket_holds_a_tenth_of_a_second(clock: Clock) -> No
     """After an idle period a few calls may be made at once, but not a full second's worth."""
     bench = Bench(clock, 50)
     await clock.tick(60)
-    asked = [bench.ask(str(number), patience=0) for number in range(10)]
+    asked = [bench.ask(str(number), timeouts=0) for number in range(10)]
     outcomes = await asyncio.gather(*asked, return_exceptions=True)
     assert len(bench.went) == 5
     assert [type(outcome) for outcome in outcomes] == [type(None)] * 5 + [RateLimiterExhausted] * 5
@@ -197,10 +197,10 @@ async def test_rate_limiter_refuses_at_once_beyond_the_timeout(bench: Bench) -> 
         bench.ask(name)
     await bench.clock.tick()
     with pytest.raises(RateLimiterExhausted) as refused:
-        await bench.ask("late", patience=1.9)
+        await bench.ask("late", timeouts=1.9)
     assert refused.value.retry_after == pytest.approx(2.0)
     assert refused.value.code == "upstream-throttled"
-    bench.ask("in time", patience=2.0)
+    bench.ask("in time", timeouts=2.0)
     await bench.clock.tick(2.0)
     assert bench.went == ["a", "b", "c", "in time"]
 
@@ -220,7 +220,7 @@ async def test_rate_limiter_expected_wait_is_the_actual_wait(bench: Bench) -> No
         bench.ask(f"r{number}")
     bench.ask("f0", renewal=False)
     await bench.clock.tick()
-    expected = {kind: bench.budget.expected_wait(renewal=kind) for kind in (True, False)}
+    expected = {kind: bench.limiter.expected_wait(renewal=kind) for kind in (True, False)}
     assert expected == {True: pytest.approx(3.0), False: pytest.approx(2.0)}
     bench.ask("new", renewal=False)
     await bench.clock.tick(2.0)
@@ -257,9 +257,9 @@ async def test_rate_limiter_first_queries_are_fair_to_clients(bench: Bench) -> N
         bench.ask(f"crowd{number}", renewal=False, demand=wanted_by(b"1"))
     bench.ask("renewal")
     await bench.clock.tick()
-    assert bench.budget.expected_wait(renewal=False, client=b"2") == pytest.approx(1.5)
+    assert bench.limiter.expected_wait(renewal=False, client=b"2") == pytest.approx(1.5)
     newcomers = [
-        bench.ask(f"new{number}", renewal=False, patience=2.0, demand=wanted_by(b"%d" % number))
+        bench.ask(f"new{number}", renewal=False, timeouts=2.0, demand=wanted_by(b"%d" % number))
         for number in (2, 3)
     ]
     await bench.clock.tick(2.0)
@@ -270,7 +270,7 @@ async def test_rate_limiter_first_queries_are_fair_to_clients(bench: Bench) -> N
 async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: Bench) -> None:
     """If a client queues more than can be served in time, only queries of that client are refused."""
     crowd = [
-        bench.ask(f"crowd{number}", renewal=False, patience=5.0, demand=wanted_by(b"1"))
+        bench.ask(f"crowd{number}", renewal=False, timeouts=5.0, demand=wanted_by(b"1"))
         for number in range(100)
     ]
     await bench.clock.tick()
@@ -278,7 +278,7 @@ async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: 
     new = []
     for second in range(5):
         new.append(
-            bench.ask(f"new{second}", renewal=False, patience=5.0, demand=wanted_by(b"%d" % (second + 2)))
+            bench.ask(f"new{second}", renewal=False, timeouts=5.0, demand=wanted_by(b"%d" % (second + 2)))
         )
         await bench.clock.tick(1.0)
     await bench.clock.tick(5.0)
@@ -342,7 +342,7 @@ async def test_rate_limiter_waiter_cancelled_when_served_returns_its_token(clock
     unlucky, _ = bench.ask("unlucky"), bench.ask("next")
     await clock.tick()
     clock.now += 0.5
-    bench.budget._serve()
+    bench.limiter._serve()
     unlucky.cancel()
     await clock.tick()
     assert bench.went == ["holder", "next"]
@@ -355,7 +355,7 @@ async def test_rate_limiter_skips_a_cancelled_waiter_that_has_not_run(bench: Ben
     await bench.clock.tick()
     bench.clock.now += 0.5
     gone.cancel()
-    bench.budget._serve()
+    bench.limiter._serve()
     await bench.clock.tick()
     assert bench.went == ["next"]
 
@@ -363,7 +363,7 @@ async def test_rate_limiter_skips_a_cancelled_waiter_that_has_not_run(bench: Ben
 async def test_rate_limiter_takes_back_an_unused_permit(bench: Bench) -> None:
     """A permit without a call, after the circuit breaker opened for example, returns its token at once."""
     for name in "abc":
-        bench.ask(name, spend=name == "c")
+        bench.ask(name, consume=name == "c")
     bench.ask("d")
     await bench.clock.tick(0.5)
     assert bench.went == ["a", "b", "c"]
@@ -380,9 +380,9 @@ async def test_rate_limiter_reading_the_rate_changes_nothing(clock: Clock) -> No
     with capture_logs() as lines:
         await bench.throttled()
         await clock.tick(61)
-        assert [bench.budget.per_second for _ in range(2)] == [50.0, 50.0]
-        assert bench.budget._limit.throttled_now
-        assert not bench.budget.throttled_now  # The property of the gateway itself lifts the limit.
+        assert [bench.limiter.per_second for _ in range(2)] == [50.0, 50.0]
+        assert bench.limiter._limit.throttled_now
+        assert not bench.limiter.throttled_now  # this property lifts the limit
     assert [line["event"] for line in lines] == [
         "upstream_throttled",
         "upstream_throttling_ended",
@@ -395,14 +395,14 @@ async def test_rate_limiter_slows_down_when_throttled(clock: Clock) -> None:
     with capture_logs() as lines:
         await asyncio.gather(*(bench.ask(str(number)) for number in range(20)))
         await bench.throttled()
-        assert bench.budget.throttled_now
-        assert bench.budget.per_second == pytest.approx(17.0)
+        assert bench.limiter.throttled_now
+        assert bench.limiter.per_second == pytest.approx(17.0)
         await clock.tick(1.5)
         await bench.throttled()
         await clock.tick(59.9)
-        assert bench.budget.throttled_now
+        assert bench.limiter.throttled_now
         await clock.tick(0.2)
-        assert (bench.budget.throttled_now, bench.budget.per_second) == (False, float("inf"))
+        assert (bench.limiter.throttled_now, bench.limiter.per_second) == (False, float("inf"))
     assert [line["event"] for line in lines] == [
         "upstream_throttled",
         "upstream_throttling_ended",
@@ -411,64 +411,64 @@ async def test_rate_limiter_slows_down_when_throttled(clock: Clock) -> None:
 
 async def test_rate_limiter_slows_down_when_another_replica_is_throttled(clock: Clock) -> None:
     """Throttling of another replica has the same effect as throttling of this one, with the same pause."""
-    budget = RateLimiter(100, clock=clock, call_later=clock.call_later)
-    budget.slow_down(retry_after=2.0)
-    assert budget.throttled_now
-    assert budget.per_second < 100
-    assert budget.expected_wait(renewal=True) >= 2.0
+    limiter = RateLimiter(100, clock=clock, call_later=clock.call_later)
+    limiter.slow_down(retry_after=2.0)
+    assert limiter.throttled_now
+    assert limiter.per_second < 100
+    assert limiter.expected_wait(renewal=True) >= 2.0
 
 
 async def test_rate_limiter_revokes_permits_issued_without_a_limit(clock: Clock) -> None:
     """Throttling revokes unused permits, and no token is returned for them."""
-    budget = RateLimiter(0, clock=clock, call_later=clock.call_later)
+    limiter = RateLimiter(0, clock=clock, call_later=clock.call_later)
     with (
-        await budget.acquire(renewal=True, timeout_seconds=0) as waits,
-        await budget.acquire(renewal=True, timeout_seconds=0) as waits_too,
+        await limiter.acquire(renewal=True, timeout_seconds=0) as waits,
+        await limiter.acquire(renewal=True, timeout_seconds=0) as waits_too,
     ):
         assert not waits.revoked
-        await end(budget, UpstreamThrottled("slowly"))
+        await end(limiter, UpstreamThrottled("slowly"))
         assert (waits.revoked, waits_too.revoked) == (True, True)
-        with await budget.acquire(renewal=True, timeout_seconds=0) as again:
+        with await limiter.acquire(renewal=True, timeout_seconds=0) as again:
             again.consume()
             assert not again.revoked
-    assert budget.expected_wait(renewal=True) == pytest.approx(1 / 0.85)
+    assert limiter.expected_wait(renewal=True) == pytest.approx(1 / 0.85)
 
 
 async def test_rate_limiter_learns_only_from_accepted_calls(clock: Clock) -> None:
     """A rejection counts as accepted; a failing upstream or a call that was not made does not count."""
-    budget = RateLimiter(0, clock=clock, call_later=clock.call_later)
+    limiter = RateLimiter(0, clock=clock, call_later=clock.call_later)
     for outcome in (REJECTED, REJECTED, REJECTED, UpstreamBusy("unwell"), UpstreamThrottled("slowly")):
-        await end(budget, outcome)
-    assert budget.per_second == pytest.approx(0.85 * 3)
+        await end(limiter, outcome)
+    assert limiter.per_second == pytest.approx(0.85 * 3)
     unmade = RateLimiter(0, clock=clock, call_later=clock.call_later)
-    await end(unmade, UpstreamThrottled("slowly"), spend=False)
+    await end(unmade, UpstreamThrottled("slowly"), consume=False)
     assert not unmade.throttled_now
 
 
 async def test_rate_limiter_ignores_throttled_calls_sent_before_the_decrease(clock: Clock) -> None:
     """A call sent before the last decrease was throttled for the same reason, however late it returns."""
-    budget = RateLimiter(0, clock=clock, call_later=clock.call_later)
-    with suppress(UpstreamThrottled), await budget.acquire(renewal=True, timeout_seconds=0) as early:
+    limiter = RateLimiter(0, clock=clock, call_later=clock.call_later)
+    with suppress(UpstreamThrottled), await limiter.acquire(renewal=True, timeout_seconds=0) as early:
         early.consume()
         await clock.tick(0.5)
-        await end(budget, UpstreamThrottled("slowly"))
+        await end(limiter, UpstreamThrottled("slowly"))
         slowed_at = clock.now
         await clock.tick(2.0)
         raise UpstreamThrottled("slowly")
-    assert not budget._permits
+    assert not limiter._permits
     same = RateLimiter(0, clock=clock, call_later=clock.call_later)
     clock.now = slowed_at
     await end(same, UpstreamThrottled("slowly"))
     clock.now = slowed_at + 2.0
-    assert budget.per_second == same.per_second
+    assert limiter.per_second == same.per_second
 
 
 async def test_rate_limiter_pauses_for_retry_after(clock: Clock) -> None:
     """No call is made during the pause; queries that cannot wait that long are refused at once."""
     bench = Bench(clock, 0)
     await bench.throttled(retry_after=3.0)
-    assert bench.budget.expected_wait(renewal=False) == pytest.approx(3.0)
-    waiting, refused = bench.ask("patient", patience=3.0), bench.ask("hasty", patience=2.9)
+    assert bench.limiter.expected_wait(renewal=False) == pytest.approx(3.0)
+    waiting, refused = bench.ask("patient", timeouts=3.0), bench.ask("hasty", timeouts=2.9)
     with pytest.raises(RateLimiterExhausted):
         await refused
     await clock.tick(2.9)
@@ -484,16 +484,16 @@ async def test_rate_limiter_rechecks_waiters_when_it_slows_down(clock: Clock) ->
     throttling = asyncio.Event()
 
     async def call() -> None:
-        with await bench.budget.acquire(renewal=True, timeout_seconds=0) as turn:
-            turn.consume()
+        with await bench.limiter.acquire(renewal=True, timeout_seconds=0) as permit:
+            permit.consume()
             await throttling.wait()
             raise UpstreamThrottled("slowly", retry_after=2.0)
 
     calling = clock.start(call())
     await clock.tick()
-    patience = {"a": 10.0, "gone": 10.0, "hasty": 1.0, "b": 10.0}
-    asked = {name: bench.ask(name, patience=seconds) for name, seconds in patience.items()}
-    bench.ask("new", patience=10.0, renewal=False)
+    timeouts = {"a": 10.0, "gone": 10.0, "hasty": 1.0, "b": 10.0}
+    asked = {name: bench.ask(name, timeouts=seconds) for name, seconds in timeouts.items()}
+    bench.ask("new", timeouts=10.0, renewal=False)
     await clock.tick()
     bench.on_queued.clear()
     asked["gone"].cancel()
@@ -554,7 +554,7 @@ class Crowd:
         self.clock = clock
         self.upstream = upstream
         self.retry_after = retry_after
-        self.budget = RateLimiter(0, clock=clock, call_later=clock.call_later)
+        self.limiter = RateLimiter(0, clock=clock, call_later=clock.call_later)
         self.began = clock()
         self.calls: Counter[int] = Counter()  # by second
         self.refused = 0  # by the upstream or by the rate limiter
@@ -567,17 +567,17 @@ class Crowd:
         while True:
             asked = self.clock()
             try:
-                await self._fly(number)
+                await self._query(number)
             except UpstreamThrottled:
                 self.refused += 1
             else:
                 self.answered[number].append(self.clock() - self.began)
             await self.clock.sleep(1 - (self.clock() - asked) % 1)
 
-    async def _fly(self, number: int) -> None:
+    async def _query(self, number: int) -> None:
         renewal = bool(self.answered[number])
-        with await self.budget.acquire(renewal=renewal, timeout_seconds=10) as turn:
-            turn.consume()
+        with await self.limiter.acquire(renewal=renewal, timeout_seconds=10) as permit:
+            permit.consume()
             await self.clock.sleep(0.02)
             self.calls[int(self.clock() - self.began)] += 1
             taken = self.upstream.takes()
@@ -617,4 +617,4 @@ async def test_rate_limiter_finds_a_raised_limit(clock: Clock) -> None:
     upstream._limit = 10_000
     await clock.tick(120)
     assert crowd.calls[149] == 200
-    assert not crowd.budget.throttled_now
+    assert not crowd.limiter.throttled_now

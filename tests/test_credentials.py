@@ -66,7 +66,7 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-def told(credentials: Credentials) -> tuple[str, str]:
+def signing_pair(credentials: Credentials) -> tuple[str, str]:
     assert credentials.signing is not None
     pair = credentials.signing.pair
     return pair.access_key, pair.secret_key
@@ -76,7 +76,7 @@ def test_credentials_come_from_values(bench: Bench) -> None:
     """A pair in the settings is used as it is; no reload is counted."""
     credentials = bench.of(access_key="the-key", secret_key="the-secret")
     assert credentials.present
-    assert told(credentials) == ("the-key", "the-secret")
+    assert signing_pair(credentials) == ("the-key", "the-secret")
     assert bench.reloads() == (0, 0)
 
 
@@ -86,7 +86,7 @@ def test_credentials_come_from_files(bench: Bench) -> None:
     with capture_logs() as lines:
         credentials = bench.of_files()
         credentials.reload()
-    assert told(credentials) == ("the-key", "the-secret")
+    assert signing_pair(credentials) == ("the-key", "the-secret")
     assert bench.reloads() == (1, 0)
     assert [line["event"] for line in lines] == ["credentials_loaded"]
 
@@ -97,10 +97,10 @@ def test_credentials_come_from_a_value_and_a_file(bench: Bench, mixed: str) -> N
     bench.write("file-key", "file-secret")
     file = {"access_key": "secret_key_file", "secret_key": "access_key_file"}[mixed]
     credentials = bench.of(**{mixed: "a-value", file: getattr(bench, file)})
-    assert "a-value" in told(credentials)
+    assert "a-value" in signing_pair(credentials)
     bench.write("next-key", "next-secret")
     credentials.reload()
-    assert {"a-value", "next-key", "next-secret"} > set(told(credentials)) > {"a-value"}
+    assert {"a-value", "next-key", "next-secret"} > set(signing_pair(credentials)) > {"a-value"}
 
 
 def test_credentials_may_be_absent(bench: Bench) -> None:
@@ -134,7 +134,7 @@ def test_credentials_follow_changed_files(bench: Bench) -> None:
         bench.write("next-key", "next-secret")
         credentials.reload()
         credentials.reload()
-    assert told(credentials) == ("next-key", "next-secret")
+    assert signing_pair(credentials) == ("next-key", "next-secret")
     assert bench.reloads() == (2, 0)
     assert len(lines) == 1
 
@@ -145,10 +145,10 @@ def test_credentials_follow_a_mounted_secret(tmp_path: Path) -> None:
     mount.publish(access_key="first-key", secret_key="first-secret")
     bench = Bench(tmp_path)
     credentials = bench.of_files()
-    assert told(credentials) == ("first-key", "first-secret")
+    assert signing_pair(credentials) == ("first-key", "first-secret")
     mount.publish(access_key="next-key", secret_key="next-secret")
     credentials.reload()
-    assert told(credentials) == ("next-key", "next-secret")
+    assert signing_pair(credentials) == ("next-key", "next-secret")
 
 
 def spoil_key(bench: Bench) -> None:
@@ -188,7 +188,7 @@ def test_credentials_keep_the_pair_when_files_are_unreadable(
         spoil(bench)
         for _ in range(3):
             credentials.reload()
-    assert told(credentials) == ("first-key", "first-secret")
+    assert signing_pair(credentials) == ("first-key", "first-secret")
     assert bench.reloads() == (1, 1)
     [line] = lines
     assert (line["event"], line["in_use"]) == ("credentials_unreadable", True)
@@ -211,7 +211,7 @@ def test_credentials_log_each_fault_once(bench: Bench) -> None:
         credentials.reload()
     assert [line["event"] for line in lines] == ["credentials_unreadable"] * 3 + ["credentials_loaded"]
     assert bench.reloads() == (2, 3)
-    assert told(credentials) == ("next-key", "next-secret")
+    assert signing_pair(credentials) == ("next-key", "next-secret")
 
 
 def test_credentials_appear_when_their_files_do(bench: Bench) -> None:
@@ -220,7 +220,7 @@ def test_credentials_appear_when_their_files_do(bench: Bench) -> None:
     assert not credentials.present
     bench.write("late-key", "late-secret")
     credentials.reload()
-    assert told(credentials) == ("late-key", "late-secret")
+    assert signing_pair(credentials) == ("late-key", "late-secret")
 
 
 # The next slot
@@ -234,7 +234,7 @@ def test_credentials_hold_a_next_pair(bench: Bench) -> None:
         next_access_key="next-key",
         next_secret_key="next-secret",
     )
-    assert told(credentials) == ("the-key", "the-secret")
+    assert signing_pair(credentials) == ("the-key", "the-secret")
     assert [(held.slot, held.generation) for held in credentials.held()] == [("active", 1), ("next", 1)]
     assert bench.redactor("next-key next-secret") == f"{MASK} {MASK}"
     assert (bench.slot("active"), bench.slot("next")) == (1, 0)
@@ -260,7 +260,7 @@ def test_credentials_follow_the_files_of_the_next_pair(bench: Bench) -> None:
         ("credentials_loaded", "next"),
     ]
     assert [(held.slot, held.generation) for held in credentials.held()] == [("active", 1), ("next", 2)]
-    assert told(credentials) == ("the-key", "the-secret")
+    assert signing_pair(credentials) == ("the-key", "the-secret")
     assert bench.reloads() == (2, 1)
 
 
@@ -280,7 +280,7 @@ def test_credentials_sign_with_a_selected_pair(bench: Bench) -> None:
     assert (bench.slot("active"), bench.slot("next")) == (0, 1)
     bench.write("second-key", "second-secret")
     credentials.reload()
-    assert told(credentials) == ("second-key", "second-secret")
+    assert signing_pair(credentials) == ("second-key", "second-secret")
     assert (bench.slot("active"), bench.slot("next")) == (1, 0)
 
 
@@ -322,7 +322,7 @@ def of_readings(
 def test_credentials_take_both_halves_of_one_generation(bench: Bench, tmp_path: Path) -> None:
     """A swap between reading key and secret does not mix two generations."""
     credentials = of_readings(bench, tmp_path, ["old-key", "new-key", "new-key"], ["new-secret"] * 3)
-    assert told(credentials) == ("new-key", "new-secret")
+    assert signing_pair(credentials) == ("new-key", "new-secret")
 
 
 def test_credentials_give_up_on_files_that_keep_changing(bench: Bench, tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_follow_reloads_until_cancelled(bench: Bench) -> None:
         assert bench.reloads() == (1, 1)
         bench.write("next-key", "next-secret")
         await asyncio.sleep(POLL_SECONDS)
-        assert told(credentials) == ("next-key", "next-secret")
+        assert signing_pair(credentials) == ("next-key", "next-secret")
         following.cancel()
         with pytest.raises(asyncio.CancelledError):
             await following
@@ -448,5 +448,5 @@ def test_credentials_of_no_regular_file_are_a_fault_that_names_it(
     following.unlink()
     following.symlink_to(file)
     credentials.reload()
-    assert told(credentials) == ("key", "the-secret")
+    assert signing_pair(credentials) == ("key", "the-secret")
     assert credentials.faults()

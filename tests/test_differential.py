@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from gateway.domain.snapshot import TaskKey
-from gateway.telemetry.tracing import AsgiApp, Mark
+from gateway.telemetry.tracing import Mark
 from tests.harness import Gateway, Json, RawUpstream, Request, framed, well
 from tests.requesting import Requests
 
@@ -66,9 +66,6 @@ class Answer:
 
 class Unseen:
     """Tracing without spans; like any tracing, it sends every request through the routes."""
-
-    def around(self, app: AsgiApp, *, root_path: str) -> AsgiApp:
-        return app
 
     def flight(self, key: TaskKey) -> AbstractContextManager[Mark]:
         return nullcontext(Mark())

@@ -102,8 +102,8 @@ def test_flights_fifty_callers_of_a_cold_task_cost_one_call(launch: Launch) -> N
         assert len(upstream.requests) == 1
     assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in answers)
     assert len({answer.partition(b"\r\n\r\n")[2] for answer in answers}) == 1
-    told = Counter(re.findall(rb"cache-status: ([^\r]*); ttl", answer)[0] for answer in answers)
-    assert told == {b"sd-gateway; fwd=miss": 1, b"sd-gateway; fwd=miss; collapsed": 49}
+    statuses = Counter(re.findall(rb"cache-status: ([^\r]*); ttl", answer)[0] for answer in answers)
+    assert statuses == {b"sd-gateway; fwd=miss": 1, b"sd-gateway; fwd=miss; collapsed": 49}
     assert gate.metric("cache_lookups_total", result="miss") == 1
     assert gate.metric("cache_lookups_total", result="collapsed") == 49
 
@@ -164,7 +164,7 @@ def test_flights_on_the_wire_complete_without_callers(launch: Launch) -> None:
         ask(gate, task).close()
         until(lambda: upstream.requests, "the call is in flight")
         released.set()
-        until(lambda: gate.metric("upstream_requests_total", outcome="ok") == 1, "the flight lands")
+        until(lambda: gate.metric("upstream_requests_total", outcome="ok") == 1, "the call completes")
         assert gate.get(task).headers["cache-status"].startswith("sd-gateway; hit")
         assert len(upstream.requests) == 1
 
@@ -196,7 +196,7 @@ def test_flights_of_abandoned_requests_leave_nothing_behind(simulator: Simulator
         with gate.connect() as caller:
             caller.sendall(f"GET /v1/progress/{fresh_id()} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
     until(lambda: gate.metric("http_requests_total", status="499") == 600, "every caller has left")
-    until(lambda: gate.metric("upstream_in_flight") == 0, "every flight has landed")
+    until(lambda: gate.metric("upstream_in_flight") == 0, "no call is in flight")
     stats = simulator.stats()
     assert stats["inFlight"] == 0
     assert stats["maxInFlight"] <= 16

@@ -127,7 +127,7 @@ class FakeUpstream:
     """Replaces the upstream client, and keeps the promise of `UpstreamClient.query`: it ends in time."""
 
     def __init__(self, loop: TickedLoop, cache: Cache) -> None:
-        self.air: dict[TaskKey, asyncio.Future[dict[str, Any]]] = {}  # queries, queued or on the wire
+        self.in_flight: dict[TaskKey, asyncio.Future[dict[str, Any]]] = {}  # queries, queued or on the wire
         self.queue: dict[TaskKey, asyncio.Future[None]] = {}
         self.full = False
         self.closing = False
@@ -140,7 +140,7 @@ class FakeUpstream:
     async def query(self, key: TaskKey, *, demand: Demand, **_: object) -> ParsedResponse:
         """Wait until the state machine responds."""
         story, began = self.stories[key], self._loop.time()
-        if key in self.air:
+        if key in self.in_flight:
             self.broken.append(f"two calls in flight for {key}")
         # A refresh ahead starts early by the average latency of earlier calls.
         early = 0.0 if story.failing else self._longest[key.operation]
@@ -149,7 +149,7 @@ class FakeUpstream:
         if not story.prompted and began < story.tick_due - ROUNDING_SECONDS:
             self.broken.append(f"the schedule asked for {key} {story.tick_due - began} s early")
         prompted, story.prompted = story.prompted, False
-        outcome = self.air[key] = self._loop.create_future()
+        outcome = self.in_flight[key] = self._loop.create_future()
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
                 if self.full:  # the query is queued until there is a slot
@@ -177,7 +177,7 @@ class FakeUpstream:
             self._note_answer(key, data, prompted=prompted)
             return ParsedResponse(data, json.dumps({"status": 10, "data": data}).encode())
         finally:
-            del self.air[key]
+            del self.in_flight[key]
 
     def lifetime(self, key: TaskKey, status: Status | None) -> float:
         """Return for how long a response counts as fresh, by the settings."""
@@ -222,7 +222,7 @@ class Viewer:
     subscriber: Subscriber
     leave: ExitStack
     result: asyncio.Task[None] | None = None
-    told: dict[TaskKey, Update] = field(default_factory=dict)
+    received: dict[TaskKey, Update] = field(default_factory=dict)
 
 
 class Promises(RuleBasedStateMachine):
@@ -335,13 +335,13 @@ class Promises(RuleBasedStateMachine):
                 slot.set_result(None)
             self.loop.settle()
 
-    @precondition(lambda self: self.upstream.air)
+    @precondition(lambda self: self.upstream.in_flight)
     @rule(number=which, status=statuses, progress=progresses)
     def answer(self, number: int, status: str, progress: float) -> None:
         """Respond to a call; the response may contradict earlier ones."""
         self._answer(self._in_flight_key(number), status, progress)
 
-    @precondition(lambda self: self.upstream.air)
+    @precondition(lambda self: self.upstream.in_flight)
     @rule(number=which, failure=failures)
     def fail(self, number: int, failure: GatewayError) -> None:
         """Let a call fail."""
@@ -353,14 +353,14 @@ class Promises(RuleBasedStateMachine):
     def learn(self, key: TaskKey, progress: float) -> None:
         """Query, and let the task progress, or go back."""
         self._begin(key, "get_fresh")
-        if key in self.upstream.air and key not in self.upstream.queue:
+        if key in self.upstream.in_flight and key not in self.upstream.queue:
             self._answer(key, "running", progress)
 
     @rule(key=keys, failure=failures)
     def ask_in_vain(self, key: TaskKey, failure: GatewayError) -> None:
         """Query, and let that fail."""
         self._begin(key, "get")
-        if key in self.upstream.air and key not in self.upstream.queue:
+        if key in self.upstream.in_flight and key not in self.upstream.queue:
             self._fail(key, failure)
 
     @rule(seconds=st.sampled_from([1.0, 0.1, 0.5, 2.5, 5.0, 20.0, 61.0, 700.0, 4000.0]))
@@ -383,7 +383,7 @@ class Promises(RuleBasedStateMachine):
             if caller.done():
                 caller.result()
         self.callers = [(key, caller) for key, caller in self.callers if not caller.done()]
-        assert {key for key, _ in self.callers} <= self.upstream.air.keys()
+        assert {key for key, _ in self.callers} <= self.upstream.in_flight.keys()
 
     @invariant()
     def every_subscriber_is_current(self) -> None:
@@ -394,16 +394,17 @@ class Promises(RuleBasedStateMachine):
             if viewer.result.done():
                 viewer.result.result()
             for key in viewer.subscriber.keys:
-                told, story, held = viewer.told.get(key), self.upstream.stories[key], self.store.peek(key)
-                if told is None:
-                    assert key in self.upstream.air
+                last = viewer.received.get(key)
+                story, stored = self.upstream.stories[key], self.store.peek(key)
+                if last is None:
+                    assert key in self.upstream.in_flight
                     continue
-                if told.snapshot is None:
+                if last.snapshot is None:
                     assert story.failing
-                elif held is not None and not told.snapshot.terminal:
-                    assert told.snapshot.etag == held.etag
-                if told.snapshot is None or not told.snapshot.terminal:
-                    assert key in self.upstream.air or now <= story.patience + ROUNDING_SECONDS
+                elif stored is not None and not last.snapshot.terminal:
+                    assert last.snapshot.etag == stored.etag
+                if last.snapshot is None or not last.snapshot.terminal:
+                    assert key in self.upstream.in_flight or now <= story.patience + ROUNDING_SECONDS
 
     @invariant()
     def gauges_count_subscribers(self) -> None:
@@ -442,7 +443,7 @@ class Promises(RuleBasedStateMachine):
         for task in late:
             if not task.cancelled():
                 task.exception()  # retrieve the exception, or asyncio logs it
-        assert not self.upstream.air
+        assert not self.upstream.in_flight
         assert not asyncio.all_tasks(self.loop)
         assert self.loop.next_timer is None
         self.nothing_was_broken()
@@ -456,20 +457,20 @@ class Promises(RuleBasedStateMachine):
         self.loop.settle()
 
     def _in_flight_key(self, number: int) -> TaskKey:
-        key = list(self.upstream.air)[number % len(self.upstream.air)]
+        key = list(self.upstream.in_flight)[number % len(self.upstream.in_flight)]
         if key in self.upstream.queue:
             self.upstream.queue[key].set_result(None)
         return key
 
     def _answer(self, key: TaskKey, status: str, progress: float) -> None:
         mark = f"answer {next(self.marks)}"
-        self.upstream.air[key].set_result(
+        self.upstream.in_flight[key].set_result(
             {"taskId": key.task_id, "status": status, "progress": progress, "message": mark}
         )
         self.loop.settle()
 
     def _fail(self, key: TaskKey, failure: GatewayError) -> None:
-        self.upstream.air[key].set_exception(failure)
+        self.upstream.in_flight[key].set_exception(failure)
         self.loop.settle()
 
     def _leave(self, viewer: Viewer) -> None:
@@ -488,8 +489,8 @@ class Promises(RuleBasedStateMachine):
         while True:
             for update in await viewer.subscriber.take():
                 assert update.key in viewer.subscriber.keys
-                told, viewer.told[update.key] = viewer.told.get(update.key), update
-                assert not update.says_the_same(told)
+                last, viewer.received[update.key] = viewer.received.get(update.key), update
+                assert not update.says_the_same(last)
                 if update.snapshot is not None:
                     self._judge_update(update.key, update.snapshot)
 

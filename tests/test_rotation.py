@@ -114,8 +114,8 @@ async def test_rotation_promotes_the_next_pair(bench: Bench) -> None:
         assert [await bench.ask() for _ in range(3)] == ["two"] * 3
     assert bench.calls == ["one", "one", "two", "two", "two"]
     assert bench.signing() == ("next", 1)
-    told = [(line["event"], line["slot"], line["generation"]) for line in lines]
-    assert told == [("credentials_refused", "active", 1), ("credentials_promoted", "next", 1)]
+    logged = [(line["event"], line["slot"], line["generation"]) for line in lines]
+    assert logged == [("credentials_refused", "active", 1), ("credentials_promoted", "next", 1)]
     assert not [line for line in lines if "secret of" in str(line)]
 
 

@@ -112,13 +112,13 @@ class Call:
         *,
         renewal: bool,
         timeout_seconds: float,
-        hold_up: Callable[[float], None],
+        on_queued: Callable[[float], None],
         demand: Demand,
     ) -> None:
         self.key = key
         self.renewal = renewal
         self.timeout_seconds = timeout_seconds
-        self.hold_up = hold_up
+        self.on_queued = on_queued
         self.demand = demand
         self.outcome: asyncio.Future[ParsedResponse] = asyncio.get_running_loop().create_future()
 
@@ -156,7 +156,7 @@ class FakeUpstream:
         """Wait until the test responds; until then the query is queued, or on the wire."""
         self.keys.append(key)
         demand.committed = not self.queues
-        call = Call(key, renewal=renewal, timeout_seconds=timeout_seconds, hold_up=on_queued, demand=demand)
+        call = Call(key, renewal=renewal, timeout_seconds=timeout_seconds, on_queued=on_queued, demand=demand)
         self._calls.put_nowait(call)
         return await call.outcome
 
@@ -408,8 +408,8 @@ async def test_get_does_not_wait_for_a_queued_request(bench: Bench) -> None:
     crowd = [bench.begin() for _ in range(3)]
     call = await bench.upstream.call()
     assert call.renewal
-    call.hold_up(7.0)
-    call.hold_up(6.0)
+    call.on_queued(7.0)
+    call.on_queued(6.0)
     for result in await asyncio.gather(*crowd, bench.get(KEY)):
         assert (result.snapshot, result.source) == (first.snapshot, CacheStatus.STALE)
         assert result.failure == Alike(
@@ -442,7 +442,7 @@ async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -
     for meanwhile in (OTHER, RESULT):
         asked = bench.begin()
         call = await bench.upstream.call()
-        call.hold_up(7.0)
+        call.on_queued(7.0)
         await bench.learn(key=meanwhile)
         assert not asked.done()
         call.answer()
@@ -456,7 +456,7 @@ async def test_get_fresh_waits_for_a_queued_request(bench: Bench) -> None:
     long_ago(bench)
     asked = asyncio.create_task(bench.service.get_fresh(KEY))
     call = await bench.upstream.call()
-    call.hold_up(7.0)
+    call.on_queued(7.0)
     await bench.learn(key=OTHER)  # a caller that does not wait would have its result by now
     assert not asked.done()
     call.answer(progress=0.9)
@@ -535,7 +535,7 @@ async def test_get_completes_and_stores_a_query_on_the_wire(bench: Bench) -> Non
     assert not bench.service._in_flight._demands
 
 
-@pytest.mark.parametrize("how", ["stale", "held up", "hot"])
+@pytest.mark.parametrize("how", ["stale", "queued", "hot"])
 async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
     """A background refresh needs no callers: callers that join and leave change nothing."""
     await bench.learn()
@@ -544,11 +544,11 @@ async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
         bench.clock.now += CACHE.running_seconds
         assert (await bench.get()).source is CacheStatus.STALE
         call = await bench.upstream.call()
-    elif how == "held up":
+    elif how == "queued":
         long_ago(bench)
         asked = bench.begin()
         call = await bench.upstream.call()
-        call.hold_up(7.0)
+        call.on_queued(7.0)
         assert (await asked).source is CacheStatus.STALE
     else:
         known = cast("Snapshot", bench.store.peek(KEY))
@@ -1004,8 +1004,8 @@ async def test_get_samples_the_log_of_unknown_statuses(bench: Bench) -> None:
             await bench.learn("pausing", TaskKey(KEY.operation, f"task-{number}"))
         bench.clock.now += 10.0
         await bench.learn("pausing", OTHER)
-    told = [line["suppressed"] for line in lines if line["event"] == "unknown_task_status"]
-    assert told == [0] * 10 + [20]
+    logged = [line["suppressed"] for line in lines if line["event"] == "unknown_task_status"]
+    assert logged == [0] * 10 + [20]
     assert bench.transitions() == {"unknown": 31}
 
 
@@ -1014,10 +1014,10 @@ async def test_get_samples_the_log_of_unexpected_errors(bench: Bench) -> None:
     with capture_logs() as lines:
         for _ in range(30):
             assert isinstance(await bench.fail(KeyError("bug")), KeyError)
-    told = [line for line in lines if line["event"] == "fetch_crashed"]
-    assert [line["suppressed"] for line in told] == [0] * 10
-    assert (told[0]["log_level"], told[0]["exc_info"]) == ("error", True)
-    assert (told[0]["operation"], told[0]["task_id"]) == KEY
+    logged = [line for line in lines if line["event"] == "fetch_crashed"]
+    assert [line["suppressed"] for line in logged] == [0] * 10
+    assert (logged[0]["log_level"], logged[0]["exc_info"]) == ("error", True)
+    assert (logged[0]["operation"], logged[0]["task_id"]) == KEY
 
 
 async def test_get_returns_the_fetch_to_every_waiting_caller(bench: Bench) -> None:
@@ -1034,7 +1034,7 @@ async def test_get_returns_the_fetch_to_every_waiting_caller(bench: Bench) -> No
 
 
 @pytest.mark.parametrize(
-    ("detail", "told"),
+    ("detail", "invoke_id"),
     [
         (None, None),
         (UpstreamDetail(), None),
@@ -1043,7 +1043,7 @@ async def test_get_returns_the_fetch_to_every_waiting_caller(bench: Bench) -> No
     ],
 )
 async def test_get_returns_the_failed_fetch_to_every_waiting_caller(
-    bench: Bench, detail: UpstreamDetail | None, told: str | None
+    bench: Bench, detail: UpstreamDetail | None, invoke_id: str | None
 ) -> None:
     """A failure has its duration and the id that the upstream returned; a cached one has none."""
     asked = asyncio.create_task(bench.service.get(KEY))
@@ -1054,7 +1054,7 @@ async def test_get_returns_the_failed_fetch_to_every_waiting_caller(
     assert isinstance(failed, FetchFailure)
     assert failed.fetch is not None
     assert (failed.key, failed.source) == (KEY, CacheStatus.MISS)
-    assert (failed.fetch.upstream_seconds, failed.fetch.invoke_id) == (pytest.approx(0.5), told)
+    assert (failed.fetch.upstream_seconds, failed.fetch.invoke_id) == (pytest.approx(0.5), invoke_id)
     again = await bench.service.get(KEY)
     assert isinstance(again, FetchFailure)
     assert (again.source, again.fetch) == (CacheStatus.NEGATIVE, None)

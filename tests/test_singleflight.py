@@ -36,7 +36,7 @@ class Call:
             raise
 
 
-def board(
+def join(
     in_flight: SingleFlight[str, str],
     call: Callable[[], Awaitable[str]],
     *,
@@ -56,7 +56,7 @@ async def disconnect(*callers: asyncio.Task[str]) -> None:
 async def test_do_makes_one_call_for_many_callers() -> None:
     """Fifty callers of one key share one call and its result."""
     in_flight, call = SingleFlight[str, str](), Call()
-    callers = board(in_flight, call)
+    callers = join(in_flight, call)
     await call.started.wait()
     assert "k" in in_flight
     assert len(in_flight) == 1
@@ -70,9 +70,9 @@ async def test_do_makes_one_call_for_many_callers() -> None:
 async def test_do_joins_late_callers() -> None:
     """A caller that arrives while the call is in flight joins it."""
     in_flight, call = SingleFlight[str, str](), Call()
-    early = board(in_flight, call, callers=1)
+    early = join(in_flight, call, callers=1)
     await call.started.wait()
-    late = board(in_flight, call, callers=CALLERS)
+    late = join(in_flight, call, callers=CALLERS)
     call.fetch.set_result("answer")
     assert await asyncio.gather(*early, *late) == ["answer"] * (CALLERS + 1)
     assert call.count == 1
@@ -81,7 +81,7 @@ async def test_do_joins_late_callers() -> None:
 async def test_do_survives_the_first_caller() -> None:
     """The caller that started the call may disconnect: the others receive the result of the same call."""
     in_flight, call = SingleFlight[str, str](), Call()
-    first, *others = board(in_flight, call)
+    first, *others = join(in_flight, call)
     await call.started.wait()
     await disconnect(first)
     call.fetch.set_result("answer")
@@ -92,11 +92,11 @@ async def test_do_survives_the_first_caller() -> None:
 async def test_do_completes_a_call_without_callers() -> None:
     """When all callers have left, the call completes, and a new caller joins it meanwhile."""
     in_flight, call = SingleFlight[str, str](), Call()
-    await_start = board(in_flight, call)
+    await_start = join(in_flight, call)
     await call.started.wait()
     await disconnect(*await_start)
     assert "k" in in_flight
-    joined = board(in_flight, call, callers=1)
+    joined = join(in_flight, call, callers=1)
     call.fetch.set_result("answer")
     assert await asyncio.gather(*joined) == ["answer"]
     assert (call.count, call.cancelled) == (1, 0)
@@ -108,14 +108,14 @@ async def test_start_logs_no_unretrieved_exception(callers: int) -> None:
     complaints: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     in_flight, call = SingleFlight[str, str](), Call()
-    flight = in_flight.start("k", call)
-    boarded = board(in_flight, call, callers=callers)
+    task = in_flight.start("k", call)
+    joined = join(in_flight, call, callers=callers)
     await call.started.wait()
-    await disconnect(*boarded)
+    await disconnect(*joined)
     call.fetch.set_exception(Boom())
-    await asyncio.wait([flight])
+    await asyncio.wait([task])
     assert len(in_flight) == 0
-    del call, flight, boarded
+    del call, task, joined
     gc.collect()
     assert complaints == []
 
@@ -123,7 +123,7 @@ async def test_start_logs_no_unretrieved_exception(callers: int) -> None:
 async def test_do_shares_an_exception() -> None:
     """Every caller gets the exception that the one call raised."""
     in_flight, call = SingleFlight[str, str](), Call()
-    callers = board(in_flight, call)
+    callers = join(in_flight, call)
     await call.started.wait()
     boom = Boom()
     call.fetch.set_exception(boom)
@@ -161,12 +161,12 @@ async def test_do_starts_again_after_the_end() -> None:
 async def test_do_keeps_keys_apart() -> None:
     """Two keys have two calls, and neither waits for the other."""
     in_flight, one, other = SingleFlight[str, str](), Call(), Call()
-    [waits] = board(in_flight, one, key="one", callers=1)
-    [lands] = board(in_flight, other, key="other", callers=1)
+    [waits] = join(in_flight, one, key="one", callers=1)
+    [ends] = join(in_flight, other, key="other", callers=1)
     await asyncio.gather(one.started.wait(), other.started.wait())
     assert len(in_flight) == 2
     other.fetch.set_result("other")
-    assert await lands == "other"
+    assert await ends == "other"
     assert "one" in in_flight
     assert "other" not in in_flight
     assert not waits.done()
@@ -177,13 +177,13 @@ async def test_do_keeps_keys_apart() -> None:
 async def test_start_needs_no_waiter() -> None:
     """A call can be started without a waiter; later callers join it while it is in flight."""
     in_flight, call = SingleFlight[str, str](), Call()
-    flight = in_flight.start("k", call)
-    assert in_flight.start("k", call) is flight
+    task = in_flight.start("k", call)
+    assert in_flight.start("k", call) is task
     await call.started.wait()
-    [caller] = board(in_flight, call, callers=1)
+    [caller] = join(in_flight, call, callers=1)
     call.fetch.set_result("answer")
     assert await caller == "answer"
-    assert flight.result() == "answer"
+    assert task.result() == "answer"
     assert call.count == 1
 
 
@@ -202,7 +202,7 @@ async def test_start_uses_an_empty_context() -> None:
 async def test_aclose_cancels_every_call() -> None:
     """Closing cancels all calls, waits until they have ended, and leaves no caller waiting."""
     in_flight, one, other = SingleFlight[str, str](), Call(), Call()
-    callers = board(in_flight, one, key="one", callers=3) + board(in_flight, other, key="other", callers=3)
+    callers = join(in_flight, one, key="one", callers=3) + join(in_flight, other, key="other", callers=3)
     await asyncio.gather(one.started.wait(), other.started.wait())
     await in_flight.aclose()
     assert (one.cancelled, other.cancelled) == (1, 1)

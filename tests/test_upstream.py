@@ -60,7 +60,7 @@ IMPATIENT = QUICK | {"upstream": QUICK["upstream"] | {"attempt_timeout_seconds":
 LIFE = {"started", "stopped"}  # also of the gateways of earlier tests, which stop in the background
 
 
-class Told(NamedTuple):
+class Outcome(NamedTuple):
     """The problem that a caller receives, the number of upstream calls, and the side effects.
 
     `log`: the log events besides the request's own line. `log_after`: the events after the next success.
@@ -74,18 +74,18 @@ class Told(NamedTuple):
     log_after: tuple[str, ...] = ()
 
 
-INVALID = Told(502, "upstream-invalid")
-BUSY = Told(502, "upstream-invalid", ATTEMPTS)
-UNREACHABLE = Told(502, "upstream-unreachable", ATTEMPTS)
-TIMEOUT = Told(504, "upstream-timeout", ATTEMPTS)
-REJECTED = Told(502, "upstream-rejected")
-CREDENTIALS = Told(
+INVALID = Outcome(502, "upstream-invalid")
+BUSY = Outcome(502, "upstream-invalid", ATTEMPTS)
+UNREACHABLE = Outcome(502, "upstream-unreachable", ATTEMPTS)
+TIMEOUT = Outcome(504, "upstream-timeout", ATTEMPTS)
+REJECTED = Outcome(502, "upstream-rejected")
+CREDENTIALS = Outcome(
     502, "upstream-credentials", log=("credentials_refused",), log_after=("credentials_accepted_again",)
 )
-FORBIDDEN = Told(502, "upstream-credentials")  # the response does not name the key pair
-CLOCK = Told(502, "upstream-credentials")  # like the nonce, not a failure of the key pair
+FORBIDDEN = Outcome(502, "upstream-credentials")  # the response does not name the key pair
+CLOCK = Outcome(502, "upstream-credentials")  # like the nonce, not a failure of the key pair
 NONCE = CLOCK._replace(calls=ATTEMPTS)
-THROTTLED = Told(503, "upstream-throttled", 1, "1", log=("upstream_throttled",))
+THROTTLED = Outcome(503, "upstream-throttled", 1, "1", log=("upstream_throttled",))
 
 
 @pytest.fixture(autouse=True)
@@ -106,27 +106,27 @@ def counts(gate: Gateway, code: str) -> tuple[float, float, float]:
     )
 
 
-def assert_reported(gate: Gateway, task_id: str, told: Told, *, in_flight: int = 0) -> httpx.Response:
+def assert_reported(gate: Gateway, task_id: str, outcome: Outcome, *, in_flight: int = 0) -> httpx.Response:
     """Query a task; the response and the metrics must report the same failure."""
-    before = counts(gate, told.code)
+    before = counts(gate, outcome.code)
     response = gate.get(task_id)
     problem = response.json()
-    assert (response.status_code, problem["code"]) == (told.status, told.code), problem
+    assert (response.status_code, problem["code"]) == (outcome.status, outcome.code), problem
     assert response.headers["content-type"] == "application/problem+json"
-    assert response.headers.get("retry-after") == told.retry_after
-    after = counts(gate, told.code)
+    assert response.headers.get("retry-after") == outcome.retry_after
+    after = counts(gate, outcome.code)
     assert [now - then for now, then in zip(after, before, strict=True)] == [
-        told.calls,
-        told.calls,
-        told.calls - 1,
+        outcome.calls,
+        outcome.calls,
+        outcome.calls - 1,
     ]
     assert gate.metric("upstream_in_flight") == in_flight
     return response
 
 
-def patience(told: Told | None) -> dict[str, Json]:
+def patience(outcome: Outcome | None) -> dict[str, Json]:
     """Return the settings for this case."""
-    return IMPATIENT if told == TIMEOUT else QUICK
+    return IMPATIENT if outcome == TIMEOUT else QUICK
 
 
 def assert_success(gate: Gateway, task_id: str) -> httpx.Response:
@@ -141,12 +141,12 @@ def assert_logged(lines: list[Json], response: httpx.Response, *events: str) -> 
     """Check that the log has these events and the answered request since the last check, and no more."""
     request_id = response.headers["x-request-id"]
     until(lambda: any(line.get("request_id") == request_id for line in list(lines)), "the line is written")
-    told = [lines.pop(0) for _ in list(lines)]
-    told = [line for line in told if line["event"] not in LIFE]
-    assert [line["event"] for line in told] == [*events, "request"]
-    text = repr(told)
+    outcome = [lines.pop(0) for _ in list(lines)]
+    outcome = [line for line in outcome if line["event"] not in LIFE]
+    assert [line["event"] for line in outcome] == [*events, "request"]
+    text = repr(outcome)
     assert not re.search(rf"exc_info|Traceback|{KEY}|{SECRET}|x-ca-|StringToSign", text), text
-    line = told[-1]
+    line = outcome[-1]
     # Each limit contains the next: the caller's deadline, the request, the calls made for it.
     assert DEADLINE_SECONDS > line.pop("seconds") >= line.pop("upstream_seconds") > 0
     answer = response.json()
@@ -225,19 +225,19 @@ def test_upstream_error_response_is_reported(
     legacy: bool,  # noqa: FBT001 - pytest passes by name
 ) -> None:
     """Each documented error response, with its code or in the older form, becomes its problem."""
-    message, told = CODES[code]
+    message, outcome = CODES[code]
     gate = launch(simulator.url, **QUICK)
     simulator.fault("refuse", code=code, message=message, legacy=legacy)
     task = simulator.task()
-    response = assert_reported(gate, task, told)
+    response = assert_reported(gate, task, outcome)
     upstream = response.json()["upstream"]
     assert upstream["errCode"].startswith("HTTP " if legacy else code)
     assert upstream["errMessage"].startswith(message[:17])
     assert upstream["requestId"]
-    assert simulator.calls(task) == told.calls
-    assert_logged(lines, response, *told.log)
+    assert simulator.calls(task) == outcome.calls
+    assert_logged(lines, response, *outcome.log)
     simulator.heal()
-    assert_logged(lines, assert_success(gate, simulator.task()), *told.log_after)
+    assert_logged(lines, assert_success(gate, simulator.task()), *outcome.log_after)
 
 
 @pytest.mark.parametrize("code", ["T429ZZ", "X503ZZ", "A403ZZ", "D504ZZ", "Z418ZZ"])
@@ -248,17 +248,17 @@ def test_upstream_unknown_code_is_classified_by_its_status(
     expected = {"T": THROTTLED, "X": BUSY, "A": CREDENTIALS, "D": TIMEOUT, "Z": INVALID}
     gate = launch(simulator.url, **QUICK)
     simulator.fault("refuse", code=code, message="something new")
-    told = expected[code[0]]
-    assert_logged(lines, assert_reported(gate, simulator.task(), told), *told.log)
+    outcome = expected[code[0]]
+    assert_logged(lines, assert_reported(gate, simulator.task(), outcome), *outcome.log)
     simulator.heal()
-    assert_logged(lines, assert_success(gate, simulator.task()), *told.log_after)
+    assert_logged(lines, assert_success(gate, simulator.task()), *outcome.log_after)
 
 
 # --- faults of the simulator ------------------------------------------------------------------------------
 
 LEAST = '{"status": 10, "data": {"taskId": "TASK"}}'  # a successful body; TASK stands for the task's ID
 
-FAULTS: dict[str, tuple[dict[str, Any], Told]] = {
+FAULTS: dict[str, tuple[dict[str, Any], Outcome]] = {
     "500": ({"name": "status", "status": 500}, BUSY),
     "502": ({"name": "status", "status": 502}, BUSY),
     "503": ({"name": "status", "status": 503}, BUSY),
@@ -357,17 +357,17 @@ def test_upstream_fault_is_reported(
     simulator: Simulator, launch: Launch, lines: list[Json], name: str
 ) -> None:
     """For every fault of the upstream the caller receives its problem, and the next query succeeds."""
-    fault, told = FAULTS[name]
-    gate = launch(simulator.url, **patience(told))
+    fault, outcome = FAULTS[name]
+    gate = launch(simulator.url, **patience(outcome))
     task = simulator.task()
     if "body" in fault:
         fault = fault | {"body": fault["body"].replace("TASK", task)}
     simulator.control("PUT", "/faults", **fault)
-    response = assert_reported(gate, task, told)
-    assert simulator.calls(task) == told.calls
-    assert_logged(lines, response, *told.log)
+    response = assert_reported(gate, task, outcome)
+    assert simulator.calls(task) == outcome.calls
+    assert_logged(lines, response, *outcome.log)
     simulator.heal()
-    assert_logged(lines, assert_success(gate, simulator.task()), *told.log_after)
+    assert_logged(lines, assert_success(gate, simulator.task()), *outcome.log_after)
 
 
 def test_upstream_minimal_response_is_accepted(simulator: Simulator, gate: Gateway) -> None:
@@ -480,7 +480,7 @@ def _chunked(body: bytes) -> bytes:
     return answer(b"%x\r\n%s\r\n" % (len(body), body), "transfer-encoding: chunked")
 
 
-WIRE: dict[str, tuple[Behaviour, Told | None]] = {
+WIRE: dict[str, tuple[Behaviour, Outcome | None]] = {
     "reset-before": (lambda connection, _: reset(connection), UNREACHABLE),
     "closed-before": (lambda connection, _: connection.close(), UNREACHABLE),
     "reset-inside": (_reset_inside, UNREACHABLE),
@@ -530,16 +530,16 @@ WIRE: dict[str, tuple[Behaviour, Told | None]] = {
 @pytest.mark.parametrize("name", WIRE)
 def test_upstream_fault_on_the_wire_is_reported(launch: Launch, lines: list[Json], name: str) -> None:
     """Invalid HTTP becomes its problem, unusual HTTP is accepted; the next query works."""
-    behaviour, told = WIRE[name]
+    behaviour, outcome = WIRE[name]
     with RawUpstream(behaviour) as upstream:
-        gate = launch(upstream.url, **patience(told))
-        if told is None:
+        gate = launch(upstream.url, **patience(outcome))
+        if outcome is None:
             response = assert_success(gate, fresh_id())
             assert gate.metric("upstream_requests_total") == 1
             assert gate.metric("upstream_requests_total", outcome="ok") == 1
         else:
-            response = assert_reported(gate, fresh_id(), told)
-        assert len(upstream.requests) == (told.calls if told else 1)
+            response = assert_reported(gate, fresh_id(), outcome)
+        assert len(upstream.requests) == (outcome.calls if outcome else 1)
         assert_logged(lines, response)
         upstream.behaviour = well
         assert_logged(lines, assert_success(gate, fresh_id()))
@@ -938,14 +938,14 @@ def test_upstream_is_probed_by_one_query(launch: Launch) -> None:
     """After the open period one query is sent; the others are refused until its outcome is known."""
     released = threading.Event()
 
-    def ill(connection: socket.socket, _: Request) -> None:
+    def failing(connection: socket.socket, _: Request) -> None:
         connection.sendall(framed(b"", status="HTTP/1.1 500 Internal Server Error"))
 
     def held(connection: socket.socket, request: Request) -> None:
         released.wait(30)
         well(connection, request)
 
-    with RawUpstream(ill) as upstream, ThreadPoolExecutor() as pool:
+    with RawUpstream(failing) as upstream, ThreadPoolExecutor() as pool:
         gate = launch(upstream.url, upstream={"retries": 0}, cache={"error_seconds": 0})
         break_circuit(gate)
         upstream.behaviour = held
@@ -1032,7 +1032,7 @@ def test_upstream_rate_limit_serves_stale_snapshots_at_once(simulator: Simulator
         status = response.headers["cache-status"]
         assert status.startswith("sd-gateway; fwd=stale; ttl=-"), status
         assert status.endswith("; detail=upstream-throttled")
-    until(lambda: simulator.calls(task) == 2, "the flight's turn comes")
+    until(lambda: simulator.calls(task) == 2, "the request receives its permit")
 
 
 def crowded(gate: Gateway) -> httpx.AsyncClient:
@@ -1060,10 +1060,10 @@ async def test_upstream_throttling_reduces_calls(simulator: Simulator, launch: L
     strangers, known = answers[::2], answers[1::2]
     assert {answer.status_code for answer in known} == {200}
     assert {answer.status_code for answer in strangers} == {200, 503}
-    told = {answer.json()["code"] for answer in strangers if answer.status_code == 503}
+    outcome = {answer.json()["code"] for answer in strangers if answer.status_code == 503}
     # On a busy machine the deadline of a query may pass while it waits for one of the 8 slots.
-    assert "upstream-throttled" in told
-    assert told <= {"upstream-throttled", "overloaded"}
+    assert "upstream-throttled" in outcome
+    assert outcome <= {"upstream-throttled", "overloaded"}
     stats = simulator.stats()
     assert simulator.calls() - stats["throttled"] == 20
     assert stats["throttled"] < 100
@@ -1079,13 +1079,13 @@ def test_upstream_failure_serves_stale_if_error(simulator: Simulator, launch: La
     gate = launch(simulator.url, cache=lifetimes)
     task = simulator.task()
     body = gate.get(task).content
-    for fault, told in (FAULTS["404"], FAULTS["rejected"], FAULTS["cut"], FAULTS["403"], FAULTS["429"]):
+    for fault, outcome in (FAULTS["404"], FAULTS["rejected"], FAULTS["cut"], FAULTS["403"], FAULTS["429"]):
         simulator.control("PUT", "/faults", **fault)
         response = gate.get(task)
         assert (response.status_code, response.content) == (200, body)
         status = response.headers["cache-status"]
         assert status.startswith("sd-gateway; fwd=stale; ttl=-"), status
-        assert status.endswith(f"; detail={told.code}")
+        assert status.endswith(f"; detail={outcome.code}")
         assert response.headers["cache-control"] == "max-age=0"
         simulator.heal()
     assert "detail" not in gate.get(task).headers["cache-status"]
@@ -1105,12 +1105,12 @@ def test_upstream_failure_serves_no_older_snapshot(simulator: Simulator, launch:
 def test_upstream_failure_is_cached_for_its_task(simulator: Simulator, launch: Launch, name: str) -> None:
     """Within cache.error_seconds a failed task is answered from memory; other tasks are not affected."""
     gate = launch(simulator.url, cache={"error_seconds": 60})
-    fault, told = FAULTS[name]
+    fault, outcome = FAULTS[name]
     task, other = simulator.task(), simulator.task()
     simulator.control("PUT", "/faults", **fault, taskId=task)
     for _ in range(3):
-        assert gate.get(task).json()["code"] == told.code
-    assert simulator.calls(task) == told.calls
+        assert gate.get(task).json()["code"] == outcome.code
+    assert simulator.calls(task) == outcome.calls
     assert gate.metric("cache_lookups_total", result="negative") == 2
     assert_success(gate, other)
 
