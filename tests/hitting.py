@@ -1,4 +1,4 @@
-"""Hits over a store whose clock is turned by hand, for the tests that ask them."""
+"""Cached responses over a store with a manual clock, for tests."""
 
 import asyncio
 from typing import Any, cast
@@ -23,14 +23,14 @@ SERVER_HEADERS = [(b"Server", b"100 %d")]
 
 
 class Silence:
-    """An upstream that never answers."""
+    """An upstream that never responds."""
 
     async def query(self, *_: object, **__: object) -> None:
         await asyncio.Event().wait()
 
 
 class Bench:
-    """Hits over a memory store and a hand-ticked clock; upstream never answers."""
+    """Cached responses over a memory store and a manual clock; the upstream never responds."""
 
     def __init__(self, **given: Any) -> None:
         self.now = 1000.0
@@ -60,7 +60,7 @@ class Bench:
         return self.now
 
     def keep(self, *, lifetime: float = 600.0, etag: str = '"one"', body: bytes = b"{}") -> Snapshot:
-        """Store a snapshot that has come just now."""
+        """Store a snapshot that has just arrived."""
         self.store.keep(Snapshot(KEY, self.now, lifetime, b"", Status.RUNNING, 0.5, None, body, etag))
         return self.store.snapshots()[0]
 
@@ -71,7 +71,7 @@ class Bench:
         *,
         server_headers: list[tuple[bytes, bytes]] = SERVER_HEADERS,
     ) -> bytes | None:
-        """Ask for an answer, and render it, as the edge does."""
+        """Request a response and render it, as the server's fast path does."""
         traits = self.hits.traits([(b"x-request-id", b"mine"), *(headers or [])])
         found = traits and self.hits.answer(target, traits, ("127.0.0.1", 1))
         if not found:

@@ -1,4 +1,4 @@
-"""Refreshing ahead, on a clock that is turned by hand."""
+"""Refresh-ahead on a manual clock."""
 
 from collections.abc import Iterator
 
@@ -19,23 +19,23 @@ def snapshot(task_id: str = "a", operation: Operation = OPERATION) -> Snapshot:
 
 
 class Field:
-    """A plan, and what has taken off: each with the time and the turn of the loop in which it did."""
+    """A schedule, and the refreshes it started, each with its time and its iteration of the event loop."""
 
     def __init__(self, loop: TickedLoop) -> None:
         self.loop = loop
-        self.gone: list[tuple[tuple[TaskKey, int], float, int]] = []
-        self.ahead = RefreshAhead(lambda *known: self.gone.append((known, loop.time(), self.turn)))
-        self.turn = 0
+        self.started: list[tuple[tuple[TaskKey, int], float, int]] = []
+        self.ahead = RefreshAhead(lambda *known: self.started.append((known, loop.time(), self.iteration)))
+        self.iteration = 0
 
     def plan(self, *snapshots: Snapshot, age: float = 0.0) -> None:
-        """Plan for snapshots of one age."""
-        self.loop.within(lambda: [self.ahead.plan(known, age) for known in snapshots])
+        """Schedule refreshes for snapshots of one age."""
+        self.loop.within(lambda: [self.ahead.schedule(known, age) for known in snapshots])
 
-    def count_turns(self, turns: int) -> None:
-        """Count so many turns of the loop, from now on."""
-        self.turn += 1
-        if turns:
-            self.loop.call_soon(self.count_turns, turns - 1)
+    def count_iterations(self, iterations: int) -> None:
+        """Count the next iterations of the event loop."""
+        self.iteration += 1
+        if iterations:
+            self.loop.call_soon(self.count_iterations, iterations - 1)
 
 
 @pytest.fixture
@@ -47,60 +47,60 @@ def field() -> Iterator[Field]:
 
 
 def times(field: Field) -> list[float]:
-    """Return when flights took off, in seconds from the loop's beginning."""
-    return [round(when - 1000.0, 6) for _, when, _ in field.gone]
+    """Return when refreshes started, in seconds since the loop began."""
+    return [round(when - 1000.0, 6) for _, when, _ in field.started]
 
 
-def test_ahead_takes_off_when_a_usual_flight_lands_in_time(field: Field) -> None:
-    """Flights take as long as the moving average of those before, each operation's for itself."""
-    field.ahead.learn(OPERATION, 0.5)  # each moves the average by 0.3 of the difference: 0.15
-    field.ahead.learn(OPERATION, 1.0)  # 0.405
+def test_ahead_starts_early_enough_for_the_average_latency(field: Field) -> None:
+    """The lead time is the moving average of the latency, for each operation separately."""
+    field.ahead.observe_latency(OPERATION, 0.5)  # each moves the average by 0.3 of the difference: 0.15
+    field.ahead.observe_latency(OPERATION, 1.0)  # 0.405
     field.plan(snapshot(), snapshot("b", Operation.COMFY_GET_PROGRESS), age=0.25)
     field.loop.advance(LIFETIME)
     assert times(field) == [LIFETIME - 0.25 - 0.405, LIFETIME - 0.25]
 
 
-def test_ahead_is_never_late_for_slow_flights(field: Field) -> None:
-    """Where flights take longer than a lifetime the next one takes off at once."""
+def test_ahead_starts_at_once_when_the_latency_exceeds_the_lifetime(field: Field) -> None:
+    """If the latency exceeds the lifetime, the next refresh starts at once."""
     for _ in range(20):
-        field.ahead.learn(OPERATION, 2 * LIFETIME)
+        field.ahead.observe_latency(OPERATION, 2 * LIFETIME)
     field.plan(snapshot())
     assert times(field) == [0.0]
 
 
-def test_ahead_newer_plan_replaces_the_older_one(field: Field) -> None:
-    """A task has one plan: that of its newest snapshot."""
+def test_ahead_newer_schedule_replaces_the_older_one(field: Field) -> None:
+    """A task has one schedule: that of its newest snapshot."""
     old, new = snapshot(), snapshot()
     field.plan(old)
     field.loop.advance(1.0)
     field.plan(new)
     field.loop.advance(5.0)
-    assert [known for known, _, _ in field.gone] == [(new.key, new.version)]
+    assert [known for known, _, _ in field.started] == [(new.key, new.version)]
     assert times(field) == [1.0 + LIFETIME]
 
 
-def test_ahead_lets_a_crowd_go_a_few_at_a_time(field: Field) -> None:
-    """Others have their turn of the loop between one few and the next, and all of them go."""
+def test_ahead_starts_a_few_per_iteration(field: Field) -> None:
+    """Other callbacks run between the batches, and all refreshes start in the end."""
     crowd = [snapshot(str(number)) for number in range(10)]
     field.plan(*crowd)
-    field.loop.call_later(LIFETIME, field.count_turns, 20)
+    field.loop.call_later(LIFETIME, field.count_iterations, 20)
     field.loop.advance(LIFETIME)
-    assert sorted(key for (key, _), _, _ in field.gone) == [known.key for known in crowd]
-    turns = [turn for _, _, turn in field.gone]
-    assert max(turns.count(turn) for turn in turns) <= 4
-    assert turns == sorted(turns)
+    assert sorted(key for (key, _), _, _ in field.started) == [known.key for known in crowd]
+    iterations = [iteration for _, _, iteration in field.started]
+    assert max(iterations.count(iteration) for iteration in iterations) <= 4
+    assert iterations == sorted(iterations)
 
 
-def test_ahead_closed_forgets_all_plans(field: Field) -> None:
-    """Neither what is planned nor what is due takes off any more."""
+def test_ahead_closed_starts_nothing(field: Field) -> None:
+    """After closing, neither scheduled nor due refreshes start."""
     field.plan(*(snapshot(str(number)) for number in range(10)))
     field.loop.call_later(
         LIFETIME, lambda: field.loop.call_soon(lambda: field.loop.call_soon(field.ahead.close))
     )
     field.loop.advance(LIFETIME + 1)
-    assert 0 < len(field.gone) < 10
-    before = len(field.gone)
+    assert 0 < len(field.started) < 10
+    before = len(field.started)
     field.plan(snapshot("late"))
     field.ahead.close()
     field.loop.advance(LIFETIME + 1)
-    assert len(field.gone) == before
+    assert len(field.started) == before

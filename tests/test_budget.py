@@ -1,4 +1,4 @@
-"""The budget of upstream calls on a hand-ticked clock: turns, fairness, and what throttling makes of it."""
+"""The rate limiter on a manual clock: permits, fairness, and the effect of throttling."""
 
 import asyncio
 import heapq
@@ -36,7 +36,7 @@ class Alarm:
 
 
 class Clock:
-    """A clock with timers, both turned by hand; what is due runs in order, and tasks run in between."""
+    """A manual clock with timers. Due timers fire in order, and tasks run in between."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -77,7 +77,7 @@ class Clock:
 
     @property
     def alarms(self) -> int:
-        """How many timers run."""
+        """Return the number of running timers."""
         return sum(alarm.callback is not None for _, _, alarm in self._alarms)
 
     async def aclose(self) -> None:
@@ -87,25 +87,25 @@ class Clock:
 
 
 async def settle() -> None:
-    """Let every task run that can."""
+    """Run all tasks until none can proceed."""
     for _ in range(4):
         await asyncio.sleep(0)
 
 
-async def end(budget: RateLimiter, outcome: UpstreamError, *, spend: bool = True) -> None:
-    """Make a call that ends so, its turn having come at once."""
-    with suppress(type(outcome)), await budget.turn(renewal=True, timeout_seconds=0) as turn:
-        if spend:
-            turn.spend()
+async def end(limiter: RateLimiter, outcome: UpstreamError, *, consume: bool = True) -> None:
+    """Make a call with this outcome; its permit is available at once."""
+    with suppress(type(outcome)), await limiter.acquire(renewal=True, timeout_seconds=0) as permit:
+        if consume:
+            permit.consume()
         raise outcome
 
 
 class Bench:
-    """A budget, its clock, and the calls that got their turn."""
+    """A rate limiter, its clock, and the calls that have received permits."""
 
     def __init__(self, clock: Clock, requests_per_second: float) -> None:
         self.clock = clock
-        self.budget = RateLimiter(requests_per_second, clock=clock, call_later=clock.call_later)
+        self.limiter = RateLimiter(requests_per_second, clock=clock, call_later=clock.call_later)
         self.went: list[str] = []
         self.on_queued: list[tuple[str, float]] = []
 
@@ -114,33 +114,33 @@ class Bench:
         name: str,
         *,
         renewal: bool = True,
-        patience: float = 100.0,
-        spend: bool = True,
+        timeouts: float = 100.0,
+        consume: bool = True,
         demand: Demand | None = None,
     ) -> asyncio.Task[None]:
-        """Begin to wait for a turn."""
+        """Start to wait for a permit."""
 
         async def work() -> None:
-            with await self.budget.turn(
+            with await self.limiter.acquire(
                 renewal=renewal,
-                timeout_seconds=patience,
+                timeout_seconds=timeouts,
                 on_queued=lambda seconds: self.on_queued.append((name, seconds)),
                 demand=demand,
-            ) as turn:
-                if spend:
-                    turn.spend()
+            ) as permit:
+                if consume:
+                    permit.consume()
                 self.went.append(name)
 
         return self.clock.start(work())
 
     async def throttled(self, retry_after: float | None = None) -> None:
-        """Make a call that upstream throttles."""
-        await end(self.budget, UpstreamThrottled("slowly", retry_after=retry_after))
+        """Make a call that the upstream throttles."""
+        await end(self.limiter, UpstreamThrottled("slowly", retry_after=retry_after))
 
 
 @pytest.fixture
 async def clock() -> AsyncIterator[Clock]:
-    """Return a clock; whatever waits for it in the end is cancelled."""
+    """Return a clock; tasks that still wait at the end are cancelled."""
     clock = Clock()
     yield clock
     await clock.aclose()
@@ -148,28 +148,28 @@ async def clock() -> AsyncIterator[Clock]:
 
 @pytest.fixture
 async def bench(clock: Clock) -> Bench:
-    """Return a budget of two calls a second, its first token spent."""
+    """Return a rate limiter of two calls per second without tokens."""
     bench = Bench(clock, 2)
     await bench.ask("first")
     bench.went.clear()
     return bench
 
 
-# --- turns ------------------------------------------------------------------------------------------------
+# --- permits ----------------------------------------------------------------------------------------------
 
 
-async def test_budget_without_a_limit_makes_nobody_wait(clock: Clock) -> None:
-    """With requests_per_second = 0 and no refusal every call has its turn at once."""
+async def test_rate_limiter_without_limit_issues_permits_at_once(clock: Clock) -> None:
+    """With requests_per_second = 0 and no throttling, every call receives a permit at once."""
     bench = Bench(clock, 0)
-    await asyncio.gather(*(bench.ask(str(number), patience=0) for number in range(1000)))
+    await asyncio.gather(*(bench.ask(str(number), timeouts=0) for number in range(1000)))
     assert len(bench.went) == 1000
-    assert (bench.budget.per_second, bench.budget.throttled_now) == (float("inf"), False)
-    assert bench.budget.expected_wait(renewal=True) == 0
+    assert (bench.limiter.per_second, bench.limiter.throttled_now) == (float("inf"), False)
+    assert bench.limiter.expected_wait(renewal=True) == 0
     assert clock.alarms == 0
 
 
-async def test_budget_gives_turns_at_its_rate_in_order(bench: Bench) -> None:
-    """A waiter is woken when its token is there, first come, first served, by one timer."""
+async def test_rate_limiter_issues_permits_at_its_rate_in_order(bench: Bench) -> None:
+    """Waiters are woken when a token is available, first in, first out, by one timer."""
     for name in "abcd":
         bench.ask(name)
     went = []
@@ -181,32 +181,32 @@ async def test_budget_gives_turns_at_its_rate_in_order(bench: Bench) -> None:
     assert bench.clock.alarms == 0
 
 
-async def test_budget_saves_up_a_tenth_of_a_second(clock: Clock) -> None:
-    """After a silence a few calls may go together, not a second's worth."""
+async def test_rate_limiter_bucket_holds_a_tenth_of_a_second(clock: Clock) -> None:
+    """After an idle period a few calls may be made at once, but not a full second's worth."""
     bench = Bench(clock, 50)
     await clock.tick(60)
-    asked = [bench.ask(str(number), patience=0) for number in range(10)]
+    asked = [bench.ask(str(number), timeouts=0) for number in range(10)]
     outcomes = await asyncio.gather(*asked, return_exceptions=True)
     assert len(bench.went) == 5
     assert [type(outcome) for outcome in outcomes] == [type(None)] * 5 + [RateLimiterExhausted] * 5
 
 
-async def test_budget_refuses_at_once_who_would_come_too_late(bench: Bench) -> None:
-    """Whoever would wait beyond its patience is told the seconds instead, and those behind are not held."""
+async def test_rate_limiter_refuses_at_once_beyond_the_timeout(bench: Bench) -> None:
+    """A query that would wait beyond its timeout is refused with the wait, and does not delay others."""
     for name in "abc":
         bench.ask(name)
     await bench.clock.tick()
     with pytest.raises(RateLimiterExhausted) as refused:
-        await bench.ask("late", patience=1.9)
+        await bench.ask("late", timeouts=1.9)
     assert refused.value.retry_after == pytest.approx(2.0)
     assert refused.value.code == "upstream-throttled"
-    bench.ask("in time", patience=2.0)
+    bench.ask("in time", timeouts=2.0)
     await bench.clock.tick(2.0)
     assert bench.went == ["a", "b", "c", "in time"]
 
 
-async def test_budget_tells_who_is_held_up(bench: Bench) -> None:
-    """A wait that can be noticed is told at once, before it is waited for."""
+async def test_rate_limiter_reports_a_noticeable_wait(bench: Bench) -> None:
+    """A noticeable wait is reported before it begins."""
     await bench.clock.tick(0.45)
     bench.ask("a")
     bench.ask("b")
@@ -214,13 +214,13 @@ async def test_budget_tells_who_is_held_up(bench: Bench) -> None:
     assert bench.on_queued == [("b", pytest.approx(0.55))]
 
 
-async def test_budget_expects_the_wait_that_comes(bench: Bench) -> None:
-    """What is expected is what happens, whichever queue is asked for."""
+async def test_rate_limiter_expected_wait_is_the_actual_wait(bench: Bench) -> None:
+    """The expected wait is the actual wait, for both queues."""
     for number in range(4):
         bench.ask(f"r{number}")
     bench.ask("f0", renewal=False)
     await bench.clock.tick()
-    expected = {kind: bench.budget.expected_wait(renewal=kind) for kind in (True, False)}
+    expected = {kind: bench.limiter.expected_wait(renewal=kind) for kind in (True, False)}
     assert expected == {True: pytest.approx(3.0), False: pytest.approx(2.0)}
     bench.ask("new", renewal=False)
     await bench.clock.tick(2.0)
@@ -231,8 +231,8 @@ async def test_budget_expects_the_wait_that_comes(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("crowd", [True, False], ids=["of renewals", "of first questions"])
-async def test_budget_serves_both_queues_in_turn(bench: Bench, crowd: bool) -> None:  # noqa: FBT001 - by name
-    """A crowd of the one kind does not keep the other waiting: every second turn is theirs."""
+async def test_rate_limiter_alternates_between_queues(bench: Bench, crowd: bool) -> None:  # noqa: FBT001 - by name
+    """Many queries of one kind do not starve the other kind: every second permit goes to each queue."""
     for number in range(20):
         bench.ask(f"crowd{number}", renewal=crowd)
     for number in range(3):
@@ -244,22 +244,22 @@ async def test_budget_serves_both_queues_in_turn(bench: Bench, crowd: bool) -> N
 
 
 def wanted_by(*clients: bytes) -> Demand:
-    """Return the demand of these clients, a caller each."""
+    """Return the demand of these clients, with one caller each."""
     demand = Demand()
     for client in clients:
         demand.join(client)
     return demand
 
 
-async def test_budget_first_questions_are_fair_to_clients(bench: Bench) -> None:
-    """A newcomer waits about one round, whatever another client has queued, and is not refused for it."""
+async def test_rate_limiter_first_queries_are_fair_to_clients(bench: Bench) -> None:
+    """A new client waits about one round, however many queries another client has queued."""
     for number in range(100):
         bench.ask(f"crowd{number}", renewal=False, demand=wanted_by(b"1"))
     bench.ask("renewal")
     await bench.clock.tick()
-    assert bench.budget.expected_wait(renewal=False, client=b"2") == pytest.approx(1.5)
+    assert bench.limiter.expected_wait(renewal=False, client=b"2") == pytest.approx(1.5)
     newcomers = [
-        bench.ask(f"new{number}", renewal=False, patience=2.0, demand=wanted_by(b"%d" % number))
+        bench.ask(f"new{number}", renewal=False, timeouts=2.0, demand=wanted_by(b"%d" % number))
         for number in (2, 3)
     ]
     await bench.clock.tick(2.0)
@@ -267,10 +267,10 @@ async def test_budget_first_questions_are_fair_to_clients(bench: Bench) -> None:
     await asyncio.gather(*newcomers)
 
 
-async def test_budget_refuses_only_the_client_that_queues_too_much(bench: Bench) -> None:
-    """Of a client that asks for more than can be served in time the surplus is refused, and no other's."""
+async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: Bench) -> None:
+    """If a client queues more than can be served in time, only queries of that client are refused."""
     crowd = [
-        bench.ask(f"crowd{number}", renewal=False, patience=5.0, demand=wanted_by(b"1"))
+        bench.ask(f"crowd{number}", renewal=False, timeouts=5.0, demand=wanted_by(b"1"))
         for number in range(100)
     ]
     await bench.clock.tick()
@@ -278,22 +278,22 @@ async def test_budget_refuses_only_the_client_that_queues_too_much(bench: Bench)
     new = []
     for second in range(5):
         new.append(
-            bench.ask(f"new{second}", renewal=False, patience=5.0, demand=wanted_by(b"%d" % (second + 2)))
+            bench.ask(f"new{second}", renewal=False, timeouts=5.0, demand=wanted_by(b"%d" % (second + 2)))
         )
         await bench.clock.tick(1.0)
     await bench.clock.tick(5.0)
     await asyncio.gather(*new)
     outcomes = await asyncio.gather(*crowd, return_exceptions=True)
     served = [outcome is None for outcome in outcomes]
-    # Queries whose turn moved past their deadline are refused.
+    # Queries whose permit would now come after their deadline are refused.
     assert served == [True] * 5 + [False] * 95
     refused = {type(outcome) for outcome in outcomes if outcome is not None}
     assert refused == {RateLimiterExhausted}
     assert bench.clock.alarms == 0
 
 
-async def test_budget_counts_a_query_in_the_newcomers_queue_too(bench: Bench) -> None:
-    """A query far back in another client's queue moves up when a newcomer waits for it as well."""
+async def test_rate_limiter_queues_a_shared_query_for_the_new_client_too(bench: Bench) -> None:
+    """A query far back in one client's queue moves up when a new client waits for it, too."""
     demand = wanted_by(b"1")
     for number in range(10):
         bench.ask(f"crowd{number}", renewal=False, demand=wanted_by(b"1"))
@@ -304,10 +304,10 @@ async def test_budget_counts_a_query_in_the_newcomers_queue_too(bench: Bench) ->
     await bench.clock.tick(1.0)
     assert bench.went == ["crowd0", "shared"]
     await asked
-    assert demand.place is None
+    assert demand.queue_entry is None
 
 
-async def test_budget_query_keeps_a_place_while_a_client_waits(bench: Bench) -> None:
+async def test_rate_limiter_keeps_a_query_while_a_client_waits(bench: Bench) -> None:
     """A query stays queued for its remaining clients when one of them leaves."""
     demand = wanted_by(b"1", b"2")
     for number in range(3):
@@ -323,8 +323,8 @@ async def test_budget_query_keeps_a_place_while_a_client_waits(bench: Bench) -> 
     assert bench.went == ["renewal", "crowd0", "shared"]
 
 
-async def test_budget_cancelled_waiter_leaves_no_hole(bench: Bench) -> None:
-    """Those behind one that gave up move up, and its token is theirs."""
+async def test_rate_limiter_cancelled_waiter_frees_its_token(bench: Bench) -> None:
+    """Waiters behind a cancelled one move up, and receive its token."""
     asked = {name: bench.ask(name) for name in "abc"}
     await bench.clock.tick()
     asked["a"].cancel()
@@ -334,36 +334,36 @@ async def test_budget_cancelled_waiter_leaves_no_hole(bench: Bench) -> None:
     assert bench.clock.alarms == 0
 
 
-async def test_budget_waiter_cancelled_at_its_turn_passes_it_on(clock: Clock) -> None:
-    """A turn that comes in the very moment of the cancellation goes to the next one."""
+async def test_rate_limiter_waiter_cancelled_when_served_returns_its_token(clock: Clock) -> None:
+    """A waiter that is served and cancelled in the same iteration passes its token to the next one."""
     bench = Bench(clock, 2)
     bench.ask("holder")
     await clock.tick()
     unlucky, _ = bench.ask("unlucky"), bench.ask("next")
     await clock.tick()
     clock.now += 0.5
-    bench.budget._serve()
+    bench.limiter._serve()
     unlucky.cancel()
     await clock.tick()
     assert bench.went == ["holder", "next"]
 
 
-async def test_budget_skips_one_whose_cancellation_is_under_way(bench: Bench) -> None:
-    """A waiter that was cancelled and has not run since gets no token."""
+async def test_rate_limiter_skips_a_cancelled_waiter_that_has_not_run(bench: Bench) -> None:
+    """A waiter that was cancelled and has not run since receives no token."""
     gone = bench.ask("gone")
     bench.ask("next")
     await bench.clock.tick()
     bench.clock.now += 0.5
     gone.cancel()
-    bench.budget._serve()
+    bench.limiter._serve()
     await bench.clock.tick()
     assert bench.went == ["next"]
 
 
-async def test_budget_takes_back_a_turn_that_was_not_used(bench: Bench) -> None:
-    """Whoever makes no call, for the breaker has opened, say, leaves its token to the next at once."""
+async def test_rate_limiter_takes_back_an_unused_permit(bench: Bench) -> None:
+    """A permit without a call, after the circuit breaker opened for example, returns its token at once."""
     for name in "abc":
-        bench.ask(name, spend=name == "c")
+        bench.ask(name, consume=name == "c")
     bench.ask("d")
     await bench.clock.tick(0.5)
     assert bench.went == ["a", "b", "c"]
@@ -374,101 +374,101 @@ async def test_budget_takes_back_a_turn_that_was_not_used(bench: Bench) -> None:
 # --- throttling -------------------------------------------------------------------------------------------
 
 
-async def test_budget_is_read_without_a_change(clock: Clock) -> None:
-    """Reading the pace lifts no limit, and tells what it will be when the next call asks."""
+async def test_rate_limiter_reading_the_rate_changes_nothing(clock: Clock) -> None:
+    """Reading the rate lifts no limit, and returns the value that the next call will see."""
     bench = Bench(clock, 50)
     with capture_logs() as lines:
         await bench.throttled()
         await clock.tick(61)
-        assert [bench.budget.per_second for _ in range(2)] == [50.0, 50.0]
-        assert bench.budget._pace.throttled_now
-        assert not bench.budget.throttled_now  # asked by the gateway itself, it lifts the limit
+        assert [bench.limiter.per_second for _ in range(2)] == [50.0, 50.0]
+        assert bench.limiter._limit.throttled_now
+        assert not bench.limiter.throttled_now  # this property lifts the limit
     assert [line["event"] for line in lines] == [
-        "slowed down by the upstream",
-        "slowed down by the upstream no more",
+        "upstream_throttled",
+        "upstream_throttling_ended",
     ]
 
 
-async def test_budget_slows_down_when_upstream_throttles(clock: Clock) -> None:
-    """A refusal limits what had no limit, and is told in one line; when peace lasts that is lifted again."""
+async def test_rate_limiter_slows_down_when_throttled(clock: Clock) -> None:
+    """Throttling sets a limit where there was none, with one log line; after an idle minute it is lifted."""
     bench = Bench(clock, 0)
     with capture_logs() as lines:
         await asyncio.gather(*(bench.ask(str(number)) for number in range(20)))
         await bench.throttled()
-        assert bench.budget.throttled_now
-        assert bench.budget.per_second == pytest.approx(17.0)
+        assert bench.limiter.throttled_now
+        assert bench.limiter.per_second == pytest.approx(17.0)
         await clock.tick(1.5)
         await bench.throttled()
         await clock.tick(59.9)
-        assert bench.budget.throttled_now
+        assert bench.limiter.throttled_now
         await clock.tick(0.2)
-        assert (bench.budget.throttled_now, bench.budget.per_second) == (False, float("inf"))
+        assert (bench.limiter.throttled_now, bench.limiter.per_second) == (False, float("inf"))
     assert [line["event"] for line in lines] == [
-        "slowed down by the upstream",
-        "slowed down by the upstream no more",
+        "upstream_throttled",
+        "upstream_throttling_ended",
     ]
 
 
-async def test_budget_slows_down_for_what_another_replica_met_with(clock: Clock) -> None:
-    """A refusal of another replica's call counts like one of ours, and pauses us for as long."""
-    budget = RateLimiter(100, clock=clock, call_later=clock.call_later)
-    budget.slow_down(retry_after=2.0)
-    assert budget.throttled_now
-    assert budget.per_second < 100
-    assert budget.expected_wait(renewal=True) >= 2.0
+async def test_rate_limiter_slows_down_when_another_replica_is_throttled(clock: Clock) -> None:
+    """Throttling of another replica has the same effect as throttling of this one, with the same pause."""
+    limiter = RateLimiter(100, clock=clock, call_later=clock.call_later)
+    limiter.slow_down(retry_after=2.0)
+    assert limiter.throttled_now
+    assert limiter.per_second < 100
+    assert limiter.expected_wait(renewal=True) >= 2.0
 
 
-async def test_budget_takes_back_turns_that_were_given_without_a_limit(clock: Clock) -> None:
-    """When upstream slows us down, turns not used yet are void, and no token comes back for them."""
-    budget = RateLimiter(0, clock=clock, call_later=clock.call_later)
+async def test_rate_limiter_revokes_permits_issued_without_a_limit(clock: Clock) -> None:
+    """Throttling revokes unused permits, and no token is returned for them."""
+    limiter = RateLimiter(0, clock=clock, call_later=clock.call_later)
     with (
-        await budget.turn(renewal=True, timeout_seconds=0) as waits,
-        await budget.turn(renewal=True, timeout_seconds=0) as waits_too,
+        await limiter.acquire(renewal=True, timeout_seconds=0) as waits,
+        await limiter.acquire(renewal=True, timeout_seconds=0) as waits_too,
     ):
-        assert not waits.void
-        await end(budget, UpstreamThrottled("slowly"))
-        assert (waits.void, waits_too.void) == (True, True)
-        with await budget.turn(renewal=True, timeout_seconds=0) as again:
-            again.spend()
-            assert not again.void
-    assert budget.expected_wait(renewal=True) == pytest.approx(1 / 0.85)
+        assert not waits.revoked
+        await end(limiter, UpstreamThrottled("slowly"))
+        assert (waits.revoked, waits_too.revoked) == (True, True)
+        with await limiter.acquire(renewal=True, timeout_seconds=0) as again:
+            again.consume()
+            assert not again.revoked
+    assert limiter.expected_wait(renewal=True) == pytest.approx(1 / 0.85)
 
 
-async def test_budget_learns_only_from_answers_that_passed_the_flow_control(clock: Clock) -> None:
-    """A rejection was accepted; an upstream that is unwell says nothing of its limits; nor does no call."""
-    budget = RateLimiter(0, clock=clock, call_later=clock.call_later)
+async def test_rate_limiter_learns_only_from_accepted_calls(clock: Clock) -> None:
+    """A rejection counts as accepted; a failing upstream or a call that was not made does not count."""
+    limiter = RateLimiter(0, clock=clock, call_later=clock.call_later)
     for outcome in (REJECTED, REJECTED, REJECTED, UpstreamBusy("unwell"), UpstreamThrottled("slowly")):
-        await end(budget, outcome)
-    assert budget.per_second == pytest.approx(0.85 * 3)
+        await end(limiter, outcome)
+    assert limiter.per_second == pytest.approx(0.85 * 3)
     unmade = RateLimiter(0, clock=clock, call_later=clock.call_later)
-    await end(unmade, UpstreamThrottled("slowly"), spend=False)
+    await end(unmade, UpstreamThrottled("slowly"), consume=False)
     assert not unmade.throttled_now
 
 
-async def test_budget_learns_nothing_new_from_calls_sent_before_it_slowed_down(clock: Clock) -> None:
-    """Who was sent before the last decrease is refused for the same reason, however late that is told."""
-    budget = RateLimiter(0, clock=clock, call_later=clock.call_later)
-    with suppress(UpstreamThrottled), await budget.turn(renewal=True, timeout_seconds=0) as early:
-        early.spend()
+async def test_rate_limiter_ignores_throttled_calls_sent_before_the_decrease(clock: Clock) -> None:
+    """A call sent before the last decrease was throttled for the same reason, however late it returns."""
+    limiter = RateLimiter(0, clock=clock, call_later=clock.call_later)
+    with suppress(UpstreamThrottled), await limiter.acquire(renewal=True, timeout_seconds=0) as early:
+        early.consume()
         await clock.tick(0.5)
-        await end(budget, UpstreamThrottled("slowly"))
+        await end(limiter, UpstreamThrottled("slowly"))
         slowed_at = clock.now
         await clock.tick(2.0)
         raise UpstreamThrottled("slowly")
-    assert not budget._turns
+    assert not limiter._permits
     same = RateLimiter(0, clock=clock, call_later=clock.call_later)
     clock.now = slowed_at
     await end(same, UpstreamThrottled("slowly"))
     clock.now = slowed_at + 2.0
-    assert budget.per_second == same.per_second
+    assert limiter.per_second == same.per_second
 
 
-async def test_budget_pauses_for_retry_after(clock: Clock) -> None:
-    """Nothing goes before the time upstream asked for; who cannot wait that long is refused at once."""
+async def test_rate_limiter_pauses_for_retry_after(clock: Clock) -> None:
+    """No call is made during the pause; queries that cannot wait that long are refused at once."""
     bench = Bench(clock, 0)
     await bench.throttled(retry_after=3.0)
-    assert bench.budget.expected_wait(renewal=False) == pytest.approx(3.0)
-    waiting, refused = bench.ask("patient", patience=3.0), bench.ask("hasty", patience=2.9)
+    assert bench.limiter.expected_wait(renewal=False) == pytest.approx(3.0)
+    waiting, refused = bench.ask("patient", timeouts=3.0), bench.ask("hasty", timeouts=2.9)
     with pytest.raises(RateLimiterExhausted):
         await refused
     await clock.tick(2.9)
@@ -478,22 +478,22 @@ async def test_budget_pauses_for_retry_after(clock: Clock) -> None:
     await waiting
 
 
-async def test_budget_looks_again_at_those_who_wait_when_it_slows_down(clock: Clock) -> None:
-    """A pause refuses those whose turn now comes too late, and tells the others; the order stays."""
+async def test_rate_limiter_rechecks_waiters_when_it_slows_down(clock: Clock) -> None:
+    """A pause refuses waiters that would be too late, and notifies the others; the order stays."""
     bench = Bench(clock, 4)
     throttling = asyncio.Event()
 
     async def call() -> None:
-        with await bench.budget.turn(renewal=True, timeout_seconds=0) as turn:
-            turn.spend()
+        with await bench.limiter.acquire(renewal=True, timeout_seconds=0) as permit:
+            permit.consume()
             await throttling.wait()
             raise UpstreamThrottled("slowly", retry_after=2.0)
 
     calling = clock.start(call())
     await clock.tick()
-    patience = {"a": 10.0, "gone": 10.0, "hasty": 1.0, "b": 10.0}
-    asked = {name: bench.ask(name, patience=seconds) for name, seconds in patience.items()}
-    bench.ask("new", patience=10.0, renewal=False)
+    timeouts = {"a": 10.0, "gone": 10.0, "hasty": 1.0, "b": 10.0}
+    asked = {name: bench.ask(name, timeouts=seconds) for name, seconds in timeouts.items()}
+    bench.ask("new", timeouts=10.0, renewal=False)
     await clock.tick()
     bench.on_queued.clear()
     asked["gone"].cancel()
@@ -512,7 +512,7 @@ async def test_budget_looks_again_at_those_who_wait_when_it_slows_down(clock: Cl
 
 
 class Window:
-    """An upstream that takes so many calls in each second of its clock."""
+    """An upstream that accepts a fixed number of calls in each second of its clock."""
 
     def __init__(self, limit: int, clock: Clock) -> None:
         self._limit = limit
@@ -525,7 +525,7 @@ class Window:
 
 
 class Bucket:
-    """An upstream that fills a token bucket, of a second's worth or less."""
+    """An upstream with a token bucket that holds a second's worth or less."""
 
     def __init__(self, limit: int, clock: Clock, *, size: int) -> None:
         self._limit, self._clock, self._size = limit, clock, size
@@ -548,16 +548,16 @@ UPSTREAMS: dict[str, Callable[[Clock], Window | Bucket]] = {
 
 
 class Crowd:
-    """200 tasks, each asked for once a second, a flight at a time, before a throttling upstream."""
+    """200 tasks, each queried once per second, one query at a time, at a throttling upstream."""
 
     def __init__(self, clock: Clock, upstream: Window | Bucket, retry_after: float | None) -> None:
         self.clock = clock
         self.upstream = upstream
         self.retry_after = retry_after
-        self.budget = RateLimiter(0, clock=clock, call_later=clock.call_later)
+        self.limiter = RateLimiter(0, clock=clock, call_later=clock.call_later)
         self.began = clock()
         self.calls: Counter[int] = Counter()  # by second
-        self.refused = 0  # by upstream or by the budget
+        self.refused = 0  # by the upstream or by the rate limiter
         self.answered: dict[int, list[float]] = {number: [] for number in range(200)}
         for number in self.answered:
             clock.start(self._poll(number))
@@ -567,17 +567,17 @@ class Crowd:
         while True:
             asked = self.clock()
             try:
-                await self._fly(number)
+                await self._query(number)
             except UpstreamThrottled:
                 self.refused += 1
             else:
                 self.answered[number].append(self.clock() - self.began)
             await self.clock.sleep(1 - (self.clock() - asked) % 1)
 
-    async def _fly(self, number: int) -> None:
+    async def _query(self, number: int) -> None:
         renewal = bool(self.answered[number])
-        with await self.budget.turn(renewal=renewal, timeout_seconds=10) as turn:
-            turn.spend()
+        with await self.limiter.acquire(renewal=renewal, timeout_seconds=10) as permit:
+            permit.consume()
             await self.clock.sleep(0.02)
             self.calls[int(self.clock() - self.began)] += 1
             taken = self.upstream.takes()
@@ -588,10 +588,10 @@ class Crowd:
 
 @pytest.mark.parametrize("retry_after", [None, 1.0], ids=["silent", "retry-after"])
 @pytest.mark.parametrize("kind", UPSTREAMS)
-async def test_budget_settles_at_the_upstreams_limit(
+async def test_rate_limiter_settles_at_the_upstreams_limit(
     clock: Clock, kind: str, retry_after: float | None
 ) -> None:
-    """Under demand for 200 a second before a limit of 20: 15 to 25 calls a second, every task answered."""
+    """At 200 queries per second and a limit of 20, 15 to 25 calls are made, and every task is answered."""
     crowd = Crowd(clock, UPSTREAMS[kind](clock), retry_after)
     settled, end = 20, 80
     await clock.tick(end)
@@ -599,7 +599,7 @@ async def test_budget_settles_at_the_upstreams_limit(
     if retry_after is None:
         assert min(seconds) >= 15
     else:
-        # A pause that upstream asks for is kept, each within two of these seconds; they are few.
+        # Each pause that the upstream asks for falls into two of these seconds; there are few.
         assert sum(calls < 15 for calls in seconds) <= 2 * 4
         assert all(sum(pair) > 0 for pair in itertools.pairwise(seconds))
     assert max(seconds) <= 25
@@ -609,12 +609,12 @@ async def test_budget_settles_at_the_upstreams_limit(
         assert max(later - earlier for earlier, later in itertools.pairwise([settled, *times, end])) < 40
 
 
-async def test_budget_finds_a_limit_that_was_raised(clock: Clock) -> None:
-    """When upstream throttles no more the demand is met in full again, within two minutes."""
+async def test_rate_limiter_finds_a_raised_limit(clock: Clock) -> None:
+    """When the upstream stops throttling, the full demand is met again within two minutes."""
     upstream = Window(20, clock)
     crowd = Crowd(clock, upstream, None)
     await clock.tick(30)
     upstream._limit = 10_000
     await clock.tick(120)
     assert crowd.calls[149] == 200
-    assert not crowd.budget.throttled_now
+    assert not crowd.limiter.throttled_now

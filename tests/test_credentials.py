@@ -1,4 +1,4 @@
-"""The pair of credentials: where it is read, when it changes, and that it shows nowhere."""
+"""Credentials: sources, changes, and secrecy."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ from tests.harness import Mount
 
 
 class Bench:
-    """Credentials over a directory of files, with what they tell their surroundings."""
+    """Credentials over a directory of files, with their metrics."""
 
     def __init__(self, folder: Path) -> None:
         self.access_key_file = folder / "access_key"
@@ -40,15 +40,15 @@ class Bench:
         return self.of(access_key_file=self.access_key_file, secret_key_file=self.secret_key_file)
 
     def of(self, **settings: Any) -> Credentials:
-        """Return credentials by these settings."""
+        """Return credentials with these settings."""
         return self.by(CredentialSettings(**settings))
 
     def by(self, settings: CredentialSettings) -> Credentials:
-        """Return credentials by settings that are made already."""
+        """Return credentials with a settings object."""
         return Credentials(settings, redactor=self.redactor, metrics=self.metrics)
 
     def reloads(self) -> tuple[float, float]:
-        """Return how many readings were counted: good ones and bad ones."""
+        """Return how many reloads were counted: successful and failed ones."""
         good, bad = (
             self.metrics.registry.get_sample_value("sd_gateway_credentials_reloads_total", {"result": result})
             for result in ("ok", "error")
@@ -56,7 +56,7 @@ class Bench:
         return good or 0, bad or 0
 
     def slot(self, slot: str) -> float | None:
-        """Return what the metric says of a slot."""
+        """Return the value of the metric for a slot."""
         return self.metrics.registry.get_sample_value("sd_gateway_credentials_active_slot", {"slot": slot})
 
 
@@ -66,45 +66,45 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
-def told(credentials: Credentials) -> tuple[str, str]:
+def signing_pair(credentials: Credentials) -> tuple[str, str]:
     assert credentials.signing is not None
     pair = credentials.signing.pair
     return pair.access_key, pair.secret_key
 
 
 def test_credentials_come_from_values(bench: Bench) -> None:
-    """A pair that stands in the settings is used as it is; no reading of files is counted."""
+    """A pair in the settings is used as it is; no reload is counted."""
     credentials = bench.of(access_key="the-key", secret_key="the-secret")
     assert credentials.present
-    assert told(credentials) == ("the-key", "the-secret")
+    assert signing_pair(credentials) == ("the-key", "the-secret")
     assert bench.reloads() == (0, 0)
 
 
 def test_credentials_come_from_files(bench: Bench) -> None:
-    """A pair in two files is used without white space round it; it is counted and logged once."""
+    """A pair in two files is stripped of white space, counted once and logged once."""
     bench.write("the-key\n", " the-secret\r\n")
     with capture_logs() as lines:
         credentials = bench.of_files()
         credentials.reload()
-    assert told(credentials) == ("the-key", "the-secret")
+    assert signing_pair(credentials) == ("the-key", "the-secret")
     assert bench.reloads() == (1, 0)
-    assert [line["event"] for line in lines] == ["credentials read"]
+    assert [line["event"] for line in lines] == ["credentials_loaded"]
 
 
 @pytest.mark.parametrize("mixed", ["access_key", "secret_key"])
 def test_credentials_come_from_a_value_and_a_file(bench: Bench, mixed: str) -> None:
-    """One half may stand in the settings and the other in a file."""
+    """One half of a pair may be in the settings and the other in a file."""
     bench.write("file-key", "file-secret")
     file = {"access_key": "secret_key_file", "secret_key": "access_key_file"}[mixed]
     credentials = bench.of(**{mixed: "a-value", file: getattr(bench, file)})
-    assert "a-value" in told(credentials)
+    assert "a-value" in signing_pair(credentials)
     bench.write("next-key", "next-secret")
     credentials.reload()
-    assert {"a-value", "next-key", "next-secret"} > set(told(credentials)) > {"a-value"}
+    assert {"a-value", "next-key", "next-secret"} > set(signing_pair(credentials)) > {"a-value"}
 
 
 def test_credentials_may_be_absent(bench: Bench) -> None:
-    """Without credentials there is no pair to sign with, and that is no fault."""
+    """Without credentials there is no pair to sign with, and no fault."""
     with capture_logs() as lines:
         credentials = bench.of()
     assert not credentials.present
@@ -116,39 +116,39 @@ def test_credentials_may_be_absent(bench: Bench) -> None:
 
 @pytest.mark.parametrize("half", ["access_key", "secret_key"])
 def test_credentials_refuse_half_a_pair(bench: Bench, half: str) -> None:
-    """A key without its secret, or a secret without its key, is a fault, and no pair."""
+    """A key without its secret, or a secret without its key, is a fault and not a pair."""
     with capture_logs() as lines:
         credentials = bench.of(**{half: "half-a-pair"})
     assert not credentials.present
     assert bench.reloads() == (0, 1)
     [line] = lines
-    assert (line["event"], line["log_level"], line["in_use"]) == ("credentials unreadable", "warning", False)
+    assert (line["event"], line["log_level"], line["in_use"]) == ("credentials_unreadable", "warning", False)
     assert "half-a-pair" not in str(line)
 
 
 def test_credentials_follow_changed_files(bench: Bench) -> None:
-    """When both files have changed the new pair is in use, counted and logged once per change."""
+    """When both files have changed, the new pair is used, with one count and one log line per change."""
     bench.write("first-key", "first-secret")
     credentials = bench.of_files()
     with capture_logs() as lines:
         bench.write("next-key", "next-secret")
         credentials.reload()
         credentials.reload()
-    assert told(credentials) == ("next-key", "next-secret")
+    assert signing_pair(credentials) == ("next-key", "next-secret")
     assert bench.reloads() == (2, 0)
     assert len(lines) == 1
 
 
 def test_credentials_follow_a_mounted_secret(tmp_path: Path) -> None:
-    """A directory that is swapped through a symlink, as Kubernetes does it, is read as the new pair."""
+    """A directory that Kubernetes swaps through a symlink is read as the new pair."""
     mount = Mount(tmp_path)
     mount.publish(access_key="first-key", secret_key="first-secret")
     bench = Bench(tmp_path)
     credentials = bench.of_files()
-    assert told(credentials) == ("first-key", "first-secret")
+    assert signing_pair(credentials) == ("first-key", "first-secret")
     mount.publish(access_key="next-key", secret_key="next-secret")
     credentials.reload()
-    assert told(credentials) == ("next-key", "next-secret")
+    assert signing_pair(credentials) == ("next-key", "next-secret")
 
 
 def spoil_key(bench: Bench) -> None:
@@ -178,25 +178,25 @@ def spoil_file(bench: Bench) -> None:
 @pytest.mark.parametrize(
     "spoil", [spoil_key, spoil_secret, spoil_encoding, spoil_header, spoil_lines, spoil_file]
 )
-def test_credentials_keep_the_pair_when_files_are_spoilt(
+def test_credentials_keep_the_pair_when_files_are_unreadable(
     bench: Bench, spoil: Callable[[Bench], None]
 ) -> None:
-    """A file that is gone, empty or unreadable leaves the pair in use; one count and one line tell of it."""
+    """A missing, empty or unreadable file leaves the pair in use, with one count and one log line."""
     bench.write("first-key", "first-secret")
     credentials = bench.of_files()
     with capture_logs() as lines:
         spoil(bench)
         for _ in range(3):
             credentials.reload()
-    assert told(credentials) == ("first-key", "first-secret")
+    assert signing_pair(credentials) == ("first-key", "first-secret")
     assert bench.reloads() == (1, 1)
     [line] = lines
-    assert (line["event"], line["in_use"]) == ("credentials unreadable", True)
+    assert (line["event"], line["in_use"]) == ("credentials_unreadable", True)
     assert not {"first-key", "first-secret", "half-secret", "marked-key"} & set(str(line).split("'"))
 
 
-def test_credentials_tell_each_fault_once(bench: Bench) -> None:
-    """Another fault is told again, the same one after a good reading too, and the good one takes over."""
+def test_credentials_log_each_fault_once(bench: Bench) -> None:
+    """Another fault is logged again, as is the same one after a success; a valid pair is used again."""
     bench.write("first-key", "first-secret")
     credentials = bench.of_files()
     with capture_logs() as lines:
@@ -209,39 +209,39 @@ def test_credentials_tell_each_fault_once(bench: Bench) -> None:
         credentials.reload()
         bench.write("next-key", "next-secret")
         credentials.reload()
-    assert [line["event"] for line in lines] == ["credentials unreadable"] * 3 + ["credentials read"]
+    assert [line["event"] for line in lines] == ["credentials_unreadable"] * 3 + ["credentials_loaded"]
     assert bench.reloads() == (2, 3)
-    assert told(credentials) == ("next-key", "next-secret")
+    assert signing_pair(credentials) == ("next-key", "next-secret")
 
 
 def test_credentials_appear_when_their_files_do(bench: Bench) -> None:
-    """Files that are not there at the start are no pair, until they are."""
+    """Files that are missing at the start are no pair until they exist."""
     credentials = bench.of_files()
     assert not credentials.present
     bench.write("late-key", "late-secret")
     credentials.reload()
-    assert told(credentials) == ("late-key", "late-secret")
+    assert signing_pair(credentials) == ("late-key", "late-secret")
 
 
 # The next slot
 
 
 def test_credentials_hold_a_next_pair(bench: Bench) -> None:
-    """A next pair is held beside the active one, hidden as well, and does not sign by itself."""
+    """A next pair is held and hidden like the active one, and does not sign by itself."""
     credentials = bench.of(
         access_key="the-key",
         secret_key="the-secret",
         next_access_key="next-key",
         next_secret_key="next-secret",
     )
-    assert told(credentials) == ("the-key", "the-secret")
+    assert signing_pair(credentials) == ("the-key", "the-secret")
     assert [(held.slot, held.generation) for held in credentials.held()] == [("active", 1), ("next", 1)]
     assert bench.redactor("next-key next-secret") == f"{MASK} {MASK}"
     assert (bench.slot("active"), bench.slot("next")) == (1, 0)
 
 
 def test_credentials_follow_the_files_of_the_next_pair(bench: Bench) -> None:
-    """The next slot's files are read again as well; its faults and generations are its own."""
+    """The next slot's files are polled, too; its faults and generations are its own."""
     bench.write("next-key", "next-secret")
     credentials = bench.of(
         access_key="the-key",
@@ -256,16 +256,16 @@ def test_credentials_follow_the_files_of_the_next_pair(bench: Bench) -> None:
         bench.write("newer-key", "newer-secret")
         credentials.reload()
     assert [(line["event"], line["slot"]) for line in lines] == [
-        ("credentials unreadable", "next"),
-        ("credentials read", "next"),
+        ("credentials_unreadable", "next"),
+        ("credentials_loaded", "next"),
     ]
     assert [(held.slot, held.generation) for held in credentials.held()] == [("active", 1), ("next", 2)]
-    assert told(credentials) == ("the-key", "the-secret")
+    assert signing_pair(credentials) == ("the-key", "the-secret")
     assert bench.reloads() == (2, 1)
 
 
-def test_credentials_sign_with_the_pair_they_are_told(bench: Bench) -> None:
-    """Whoever is told to sign does so, and the metric says so, until the active slot has new content."""
+def test_credentials_sign_with_a_selected_pair(bench: Bench) -> None:
+    """A selected pair signs, and the metric shows it, until the active slot has new content."""
     bench.write("first-key", "first-secret")
     credentials = bench.of(
         access_key_file=bench.access_key_file,
@@ -280,25 +280,25 @@ def test_credentials_sign_with_the_pair_they_are_told(bench: Bench) -> None:
     assert (bench.slot("active"), bench.slot("next")) == (0, 1)
     bench.write("second-key", "second-secret")
     credentials.reload()
-    assert told(credentials) == ("second-key", "second-secret")
+    assert signing_pair(credentials) == ("second-key", "second-secret")
     assert (bench.slot("active"), bench.slot("next")) == (1, 0)
 
 
 def test_credentials_metric_knows_both_slots_before_there_is_a_pair(bench: Bench) -> None:
-    """Without a pair no slot signs, and both series are there all the same."""
+    """Without a pair no slot signs, and both series exist."""
     bench.of()
     assert [bench.slot(slot) for slot in Slot] == [0, 0]
 
 
 class Readings(os.PathLike[str]):
-    """A file whose content is another at each reading: it is written anew when its name is asked for."""
+    """A file with different content at each reading: it is written when its name is requested."""
 
     def __init__(self, file: Path, contents: Iterable[str]) -> None:
         self._file = file
         self._contents = iter(contents)
 
     def __fspath__(self) -> str:
-        """Write what is there at this reading, and return the file's name."""
+        """Write the content of this reading, and return the file's name."""
         self._file.write_text(next(self._contents))
         return str(self._file)
 
@@ -320,13 +320,13 @@ def of_readings(
 
 
 def test_credentials_take_both_halves_of_one_generation(bench: Bench, tmp_path: Path) -> None:
-    """A swap between the reading of key and of secret does not mix two generations."""
+    """A swap between reading key and secret does not mix two generations."""
     credentials = of_readings(bench, tmp_path, ["old-key", "new-key", "new-key"], ["new-secret"] * 3)
-    assert told(credentials) == ("new-key", "new-secret")
+    assert signing_pair(credentials) == ("new-key", "new-secret")
 
 
 def test_credentials_give_up_on_files_that_keep_changing(bench: Bench, tmp_path: Path) -> None:
-    """Files that are others at each reading are a fault, and no pair."""
+    """Files that differ at each reading are a fault and not a pair."""
     with capture_logs() as lines:
         credentials = of_readings(bench, tmp_path, map(str, range(100)), map(str, range(100)))
     assert not credentials.present
@@ -334,7 +334,7 @@ def test_credentials_give_up_on_files_that_keep_changing(bench: Bench, tmp_path:
 
 
 def test_credentials_are_hidden_from_logs(bench: Bench) -> None:
-    """Each pair is known to the redactor before it is used, and the former one still is."""
+    """The redactor knows each pair before it is used, and still knows the previous one."""
     bench.write("first-key", "first-secret")
     credentials = bench.of_files()
     bench.write("next-key", "next-secret")
@@ -345,8 +345,8 @@ def test_credentials_are_hidden_from_logs(bench: Bench) -> None:
     assert other.redactor("value-key value-secret") == f"{MASK} {MASK}"
 
 
-def test_pair_shows_nothing(bench: Bench) -> None:
-    """Neither a pair nor its holder shows a secret in its repr."""
+def test_pair_repr_contains_no_secret(bench: Bench) -> None:
+    """Neither a pair nor its version contains a secret in its repr."""
     credentials = bench.of(access_key="hush-key", secret_key="hush-secret")
     [held] = credentials.held()
     for shown in (repr(held.pair), str(held.pair), repr(held), repr(credentials)):
@@ -354,7 +354,7 @@ def test_pair_shows_nothing(bench: Bench) -> None:
 
 
 class LeapingSelector(selectors.SelectSelector):
-    """Never waits, and keeps account of how long it would have."""
+    """Never waits, and sums up how long it would have waited."""
 
     leapt = 0.0
 
@@ -365,19 +365,19 @@ class LeapingSelector(selectors.SelectSelector):
 
 
 class LeapingLoop(asyncio.SelectorEventLoop):
-    """An event loop on which sleeping takes no time: its clock leaps to the next timer."""
+    """An event loop in which sleeping takes no time: its clock jumps to the next timer."""
 
     def __init__(self) -> None:
         self._leaps = LeapingSelector()
         super().__init__(self._leaps)
 
     def time(self) -> float:
-        """Return the real time and all the leaps."""
+        """Return the real time plus all jumps."""
         return super().time() + self._leaps.leapt
 
 
 def test_follow_reloads_until_cancelled(bench: Bench) -> None:
-    """Following looks at the files every few seconds, faults or not, until it is cancelled."""
+    """`follow` reads the files every few seconds, with or without faults, until it is cancelled."""
     bench.write("first-key", "first-secret")
     credentials = bench.of_files()
 
@@ -390,7 +390,7 @@ def test_follow_reloads_until_cancelled(bench: Bench) -> None:
         assert bench.reloads() == (1, 1)
         bench.write("next-key", "next-secret")
         await asyncio.sleep(POLL_SECONDS)
-        assert told(credentials) == ("next-key", "next-secret")
+        assert signing_pair(credentials) == ("next-key", "next-secret")
         following.cancel()
         with pytest.raises(asyncio.CancelledError):
             await following
@@ -400,7 +400,7 @@ def test_follow_reloads_until_cancelled(bench: Bench) -> None:
 
 
 async def test_follow_returns_when_there_is_no_file(bench: Bench) -> None:
-    """Where no file is named there is nothing to follow."""
+    """Without files `follow` returns at once."""
     await bench.of(access_key="the-key", secret_key="the-secret").follow()
 
 
@@ -408,7 +408,7 @@ async def test_follow_returns_when_there_is_no_file(bench: Bench) -> None:
 
 
 def odd_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Return what may stand where a secret is expected, and what is said of it."""
+    """Return paths that are not regular files, each with its expected error."""
     fifo, large, latin, listening = (folder / name for name in ("fifo", "large", "latin", "socket"))
     os.mkfifo(fifo)
     large.write_bytes(b"x" * (MOST_BYTES + 1))
@@ -431,7 +431,7 @@ def odd_files(folder: Path) -> dict[str, tuple[Path, str]]:
 def test_credentials_of_no_regular_file_are_a_fault_that_names_it(
     bench: Bench, tmp_path: Path, kind: str
 ) -> None:
-    """A FIFO does not hang, a device is not read, and the file is named; at a reload, too."""
+    """A FIFO does not block, a device is not read, and the error names the file; at a reload, too."""
     file, says = odd_files(tmp_path)[kind]
     secret = tmp_path / "secret"
     secret.write_text("the-secret\n")
@@ -448,5 +448,5 @@ def test_credentials_of_no_regular_file_are_a_fault_that_names_it(
     following.unlink()
     following.symlink_to(file)
     credentials.reload()
-    assert told(credentials) == ("key", "the-secret")
+    assert signing_pair(credentials) == ("key", "the-secret")
     assert credentials.faults()

@@ -1,4 +1,4 @@
-"""Hits at the edge, before the routes, and by the routes: the same answers, whatever is asked and however."""
+"""Hits by the server's fast path and hits by the routes return the same responses for any request."""
 
 import re
 import socket
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from gateway.domain.task import TaskKey
-from gateway.telemetry.tracing import AsgiApp, Mark
+from gateway.telemetry.tracing import Mark
 from tests.harness import Gateway, Json, RawUpstream, Request, framed, well
 from tests.requesting import Requests
 
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than ot
 Launch = Callable[..., Gateway]
 
 TASKS = ["a", "0123456789abcdef-1", "UPPER_lower-9", "x" * 64]
-REJECTED = "nobody"  # a task that upstream does not know
-REQUESTS = 1500  # of each seed
+REJECTED = "unknown"  # a task that the upstream does not know
+REQUESTS = 1500  # per seed
 FROZEN: Json = {"running_seconds": 3000, "error_seconds": 600}
 CONFIGURATIONS: dict[str, dict[str, Json]] = {
     "plain": {},
@@ -40,7 +40,7 @@ _NUMBER = re.compile(r"(?<=ttl=)-?\d+|(?<=max-age=)\d+|^\d+$")
 
 
 def frozen(connection: socket.socket, request: Request) -> None:
-    """Answer the same for ever, and refuse to know one task."""
+    """Send the same response at all times, and know all tasks but one."""
     if request.task_id == REJECTED:
         connection.sendall(framed(b'{"status": 20, "errCode": "B404", "errMessage": "no such task"}'))
     else:
@@ -49,14 +49,14 @@ def frozen(connection: socket.socket, request: Request) -> None:
 
 @pytest.fixture
 def upstream() -> Iterator[RawUpstream]:
-    """Return an upstream where no time passes."""
+    """Return an upstream whose tasks do not progress."""
     with RawUpstream(frozen) as upstream:
         yield upstream
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer as it came, but for what may differ between two: its number of seconds, its made id."""
+    """A response without the parts that may differ: its number of seconds and its generated id."""
 
     status: int
     headers: list[tuple[str, str]]
@@ -65,10 +65,7 @@ class Answer:
 
 
 class Unseen:
-    """Tracing that makes no spans; as with any, every request must come by its routes."""
-
-    def around(self, app: AsgiApp, *, root_path: str) -> AsgiApp:
-        return app
+    """Tracing without spans; like any tracing, it sends every request through the routes."""
 
     def flight(self, key: TaskKey) -> AbstractContextManager[Mark]:
         return nullcontext(Mark())
@@ -81,7 +78,7 @@ class Unseen:
 
 
 class Talk:
-    """One connection, on which requests are sent and their answers read."""
+    """One connection for requests and their responses."""
 
     def __init__(self, gate: Gateway) -> None:
         self._socket = gate.connect()
@@ -93,7 +90,7 @@ class Talk:
             self._socket.sendall(piece)
 
     def answer(self, method: str) -> Answer | None:
-        """Read the answer to a request with this method; None when the gateway has hung up."""
+        """Read the response to a request with this method; None when the gateway has disconnected."""
         try:
             line = self._reader.readline()
         except ConnectionResetError:
@@ -140,11 +137,11 @@ def _normalized(status: int, headers: list[tuple[str, str]], body: bytes) -> Ans
     return Answer(status, shown, body, tuple(seconds))
 
 
-# --- the edge beside the application ----------------------------------------------------------------------
+# --- the fast path beside the application -----------------------------------------------------------------
 
 
 def gateways(upstream: RawUpstream, launch: Launch, sections: dict[str, Json]) -> list[Gateway]:
-    """Run three gateways that hold the same snapshots: with the edge, without it, and with routes alone."""
+    """Run three gateways with the same snapshots: with the fast path, without it, and with routes alone."""
     gates = []
     for edge, tracing in ((True, None), (False, None), (False, Unseen())):
         given = {"cache": FROZEN} | sections | {"server": sections.get("server", {}) | {"edge": edge}}
@@ -156,7 +153,7 @@ def gateways(upstream: RawUpstream, launch: Launch, sections: dict[str, Json]) -
 
 
 def alike(one: Answer | None, other: Answer | None) -> bool:
-    """Tell whether two answers are the same, given a moment apart."""
+    """Tell whether two responses are the same, sent a moment apart."""
     if one is None or other is None:
         return one is other
     if replace(one, seconds=()) != replace(other, seconds=()):
@@ -165,7 +162,7 @@ def alike(one: Answer | None, other: Answer | None) -> bool:
 
 
 def counts(gate: Gateway) -> dict[str, float]:
-    """Return what was counted, by series that are not 0."""
+    """Return the counters that are not 0, by series."""
     names = "http_requests_total|http_request_duration_seconds_count|cache_lookups_total"
     text = gate.client.get("/metrics", headers={"host": "x"}).text
     found = re.findall(rf"^sd_gateway_((?:{names}){{.*}}) (\S+)$", text, re.MULTILINE)
@@ -177,7 +174,7 @@ def counts(gate: Gateway) -> dict[str, float]:
 def test_differential_answers_and_counts_are_the_same(
     upstream: RawUpstream, launch: Launch, name: str, seed: int
 ) -> None:
-    """Whatever is asked, in whatever pieces: hits before the routes change no answer and no count."""
+    """For any request in any segments, the fast path changes no response and no counter."""
     sections = CONFIGURATIONS[name]
     gates = gateways(upstream, launch, sections)
     query = "?api=comfy" if "upstream" in sections else ""

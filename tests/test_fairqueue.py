@@ -1,4 +1,4 @@
-"""The fair queue: one item of each client in turn, and items that several clients wait for."""
+"""The fair queue: round robin over clients, and items that several clients wait for."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +9,7 @@ A, B, C = b"a", b"b", b"c"
 
 
 def filled(**lines: int) -> FairQueue[str]:
-    """Return a queue in which each client has added so many items."""
+    """Return a queue in which each client has added a number of items."""
     queue = FairQueue[str]()
     for client, count in lines.items():
         for number in range(count):
@@ -18,7 +18,7 @@ def filled(**lines: int) -> FairQueue[str]:
 
 
 def emptied(queue: FairQueue[str]) -> list[str]:
-    """Pop everything."""
+    """Pop all items."""
     popped = []
     while (item := queue.pop()) is not None:
         popped.append(item)
@@ -26,51 +26,51 @@ def emptied(queue: FairQueue[str]) -> list[str]:
     return popped
 
 
-def test_fairqueue_serves_clients_in_turn() -> None:
-    """A long line delays another client by one item a round; within a line the order stays."""
+def test_fairqueue_serves_clients_round_robin() -> None:
+    """A client with many items delays another by one item per round; its own items stay in order."""
     queue = filled(a=4, b=2, c=1)
     assert (len(queue), list(queue)) == (7, ["a0", "b0", "c0", "a1", "b1", "a2", "a3"])
     assert emptied(queue) == ["a0", "b0", "c0", "a1", "b1", "a2", "a3"]
 
 
 def test_fairqueue_newcomer_waits_one_round() -> None:
-    """However much is queued, a client without items is served after one item of each other client."""
+    """A client without queued items is served after one item of each other client."""
     queue = filled(a=100, b=100)
     queue.pop()
-    assert queue.ahead(C) == 2
+    assert queue.count_ahead(C) == 2
     queue.add("c0", C)
     assert list(queue)[:4] == ["b0", "a1", "c0", "b1"]
 
 
-def test_fairqueue_client_that_comes_back_waits_for_its_next_turn() -> None:
-    """A client that adds one item at a time is not served out of turn."""
+def test_fairqueue_returning_client_waits_for_the_next_round() -> None:
+    """A client that adds one item at a time is not preferred."""
     queue = filled(a=1, b=3)
     assert queue.pop() == "a0"
     queue.add("a1", A)
     assert emptied(queue) == ["b0", "a1", "b1", "b2"]
 
 
-def test_fairqueue_shared_item_counts_in_the_place_that_is_reached_first() -> None:
-    """A newcomer's item that another client has far back in its line moves up, and is popped once."""
+def test_fairqueue_shared_item_is_popped_at_its_first_position() -> None:
+    """An item far back in one queue moves up when a new client joins it, and is popped once."""
     queue = filled(a=4)
     queue.join("a3", B)
     queue.join("a3", B)
-    assert queue.ahead(C) == 2
+    assert queue.count_ahead(C) == 2
     assert emptied(queue) == ["a0", "a3", "a1", "a2"]
 
 
-def test_fairqueue_shared_item_keeps_the_better_place() -> None:
-    """Joining takes nothing from a newcomer whose own place would be no better."""
+def test_fairqueue_shared_item_keeps_the_better_position() -> None:
+    """Joining does not enter an item into a queue in which it would be reached no sooner."""
     queue = filled(a=3)
     queue.join("a0", B)
     queue.join("gone", B)
-    assert queue.ahead(B) == 1
+    assert queue.count_ahead(B) == 1
     queue.add("b0", B)
     assert emptied(queue) == ["a0", "b0", "a1", "a2"]
 
 
-def test_fairqueue_item_stays_for_those_who_still_wait() -> None:
-    """When a client leaves, its places go; an item that others wait for keeps theirs, or gets one."""
+def test_fairqueue_item_stays_for_remaining_clients() -> None:
+    """When a client leaves, an item that others wait for stays queued for one of them."""
     queue = filled(a=3)
     queue.join("a2", B)
     queue.leave("a2", B, [A])
@@ -96,15 +96,15 @@ def test_fairqueue_item_stays_for_those_who_still_wait() -> None:
     )
 )
 def test_fairqueue_loses_and_repeats_nothing(moves: list[tuple[str, int, bytes]]) -> None:
-    """Whatever is done in whichever order, each item is popped once, in the order that was told."""
+    """After any sequence of operations, each item is popped once, in the predicted order."""
     queue, waiting = FairQueue[int](), dict[int, set[bytes]]()
     for move, item, client in moves:
         clients = waiting.get(item)
         if move == "add" and clients is None:
-            ahead = queue.ahead(client)
+            ahead = queue.count_ahead(client)
             queue.add(item, client)
             waiting[item] = {client}
-            # No later than told; sooner where items ahead stand in several lines.
+            # No later than predicted; sooner if items ahead are in several queues.
             assert list(queue).index(item) <= ahead
         elif move == "join" and clients is not None:
             before = list(queue).index(item)

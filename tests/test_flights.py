@@ -1,4 +1,4 @@
-"""Many callers of one task, and what they cost: the promises about concurrency."""
+"""Many callers of one task, and the number of upstream calls: the promises about concurrency."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ def crowd(url: str, *, timeout: float | None = 30) -> httpx.AsyncClient:
 
 @contextmanager
 def held_upstream() -> Iterator[tuple[RawUpstream, threading.Event]]:
-    """Run an upstream that answers when the event is set, and not before."""
+    """Run an upstream that responds only once the event is set."""
     released = threading.Event()
 
     def behaviour(connection: socket.socket, request: Request) -> None:
@@ -79,20 +79,20 @@ def send(gate: Gateway, request: bytes) -> socket.socket:
 
 
 def sync(gate: Gateway) -> None:
-    """Return when the gateway has read what was sent: its event loop takes its sockets in turns."""
+    """Return once the gateway has read what was sent: its event loop serves sockets round robin."""
     for _ in range(2):
         assert gate.client.get("/healthz").status_code == 200
 
 
 def ask(gate: Gateway, task_id: str) -> socket.socket:
-    """Send a query on a connection of its own; when this returns, the gateway has read it."""
+    """Send a query on its own connection; it is read when this returns."""
     connection = send(gate, query(task_id))
     sync(gate)
     return connection
 
 
 def test_flights_fifty_callers_of_a_cold_task_cost_one_call(launch: Launch) -> None:
-    """Concurrent callers of a task that nobody asked for before share one upstream call."""
+    """Concurrent callers of a task that is not cached share one upstream call."""
     with held_upstream() as (upstream, released), ExitStack() as callers:
         gate = launch(upstream.url)
         task = fresh_id()
@@ -102,14 +102,14 @@ def test_flights_fifty_callers_of_a_cold_task_cost_one_call(launch: Launch) -> N
         assert len(upstream.requests) == 1
     assert all(answer.startswith(b"HTTP/1.1 200 ") for answer in answers)
     assert len({answer.partition(b"\r\n\r\n")[2] for answer in answers}) == 1
-    told = Counter(re.findall(rb"cache-status: ([^\r]*); ttl", answer)[0] for answer in answers)
-    assert told == {b"sd-gateway; fwd=miss": 1, b"sd-gateway; fwd=miss; collapsed": 49}
+    statuses = Counter(re.findall(rb"cache-status: ([^\r]*); ttl", answer)[0] for answer in answers)
+    assert statuses == {b"sd-gateway; fwd=miss": 1, b"sd-gateway; fwd=miss; collapsed": 49}
     assert gate.metric("cache_lookups_total", result="miss") == 1
     assert gate.metric("cache_lookups_total", result="collapsed") == 49
 
 
 def test_flights_are_shared_by_both_kinds_of_path(launch: Launch) -> None:
-    """Two hundred callers, half of them vendor SDKs, share one call and one answer."""
+    """Two hundred callers, half of them vendor SDKs, share one call and one response."""
     with held_upstream() as (upstream, released), ExitStack() as callers:
         gate = launch(upstream.url)
         task = fresh_id()
@@ -127,7 +127,7 @@ def test_flights_are_shared_by_both_kinds_of_path(launch: Launch) -> None:
 
 
 async def test_flights_of_different_operations_are_different(simulator: Simulator, launch: Launch) -> None:
-    """The operation is part of a task's identity: each of the four is asked for once."""
+    """The operation is part of the task's key: each of the four causes its own call."""
     simulator.reset(latency_seconds=0.1)
     task = simulator.finished()
     gate = launch(simulator.url)
@@ -139,13 +139,13 @@ async def test_flights_of_different_operations_are_different(simulator: Simulato
     assert simulator.stats()["calls"] == dict.fromkeys(operations, 1)
 
 
-def test_flights_survive_the_first_callers_hanging_up(launch: Launch) -> None:
-    """A caller who leaves, the first one included, cancels nothing for those who wait."""
+def test_flights_survive_the_disconnect_of_the_first_caller(launch: Launch) -> None:
+    """A caller that disconnects, even the first one, cancels nothing for the others."""
     with held_upstream() as (upstream, released):
         gate = launch(upstream.url)
         task = fresh_id()
         with ask(gate, task) as first:
-            until(lambda: upstream.requests, "the flight is in the air")
+            until(lambda: upstream.requests, "the call is in flight")
             with ask(gate, task) as second:
                 first.close()
                 assert gate.client.get("/healthz").status_code == 200
@@ -156,21 +156,21 @@ def test_flights_survive_the_first_callers_hanging_up(launch: Launch) -> None:
         assert len(upstream.requests) == 1
 
 
-def test_flights_land_though_nobody_waits(launch: Launch) -> None:
-    """A flight whose every caller has left ends well, and the next caller finds its answer."""
+def test_flights_on_the_wire_complete_without_callers(launch: Launch) -> None:
+    """A request on the wire completes after all callers have left, and the next caller gets its result."""
     with held_upstream() as (upstream, released):
         gate = launch(upstream.url, cache={"running_seconds": 60})
         task = fresh_id()
         ask(gate, task).close()
-        until(lambda: upstream.requests, "the flight is in the air")
+        until(lambda: upstream.requests, "the call is in flight")
         released.set()
-        until(lambda: gate.metric("upstream_requests_total", outcome="ok") == 1, "the flight lands")
+        until(lambda: gate.metric("upstream_requests_total", outcome="ok") == 1, "the call completes")
         assert gate.get(task).headers["cache-status"].startswith("sd-gateway; hit")
         assert len(upstream.requests) == 1
 
 
 def test_flights_failures_are_shared(launch: Launch) -> None:
-    """Those who wait for a flight that fails all hear of it, and upstream is asked no more than once."""
+    """All waiting callers receive the failure of their shared request, and there is one call only."""
     released = threading.Event()
 
     def behaviour(connection: socket.socket, _: Request) -> None:
@@ -178,7 +178,7 @@ def test_flights_failures_are_shared(launch: Launch) -> None:
         connection.sendall(framed(b"", status="HTTP/1.1 404 Not Found"))
 
     with RawUpstream(behaviour) as upstream, ExitStack() as callers:
-        gate = launch(upstream.url, cache={"error_seconds": 0})  # nothing but the flight tells of it
+        gate = launch(upstream.url, cache={"error_seconds": 0})  # only the in-flight request returns it
         task = fresh_id()
         waiting = [callers.enter_context(ask(gate, task)) for _ in range(20)]
         released.set()
@@ -187,8 +187,8 @@ def test_flights_failures_are_shared(launch: Launch) -> None:
         assert len(upstream.requests) == 1
 
 
-def test_flights_of_impatient_callers_leave_nothing_behind(simulator: Simulator, launch: Launch) -> None:
-    """Six hundred callers who leave before their answers leave no call in the air; the gateway serves on."""
+def test_flights_of_abandoned_requests_leave_nothing_behind(simulator: Simulator, launch: Launch) -> None:
+    """Six hundred callers that disconnect early leave no call in flight, and the gateway still serves."""
     simulator.reset(latency_seconds=0.05)
     patient = {"timeout_seconds": 30, "attempt_timeout_seconds": 30, "max_in_flight": 16}
     gate = launch(simulator.url, upstream=patient)
@@ -196,7 +196,7 @@ def test_flights_of_impatient_callers_leave_nothing_behind(simulator: Simulator,
         with gate.connect() as caller:
             caller.sendall(f"GET /v1/progress/{fresh_id()} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
     until(lambda: gate.metric("http_requests_total", status="499") == 600, "every caller has left")
-    until(lambda: gate.metric("upstream_in_flight") == 0, "every flight has landed")
+    until(lambda: gate.metric("upstream_in_flight") == 0, "no call is in flight")
     stats = simulator.stats()
     assert stats["inFlight"] == 0
     assert stats["maxInFlight"] <= 16
@@ -205,7 +205,7 @@ def test_flights_of_impatient_callers_leave_nothing_behind(simulator: Simulator,
 
 @contextmanager
 def plain_gateway(endpoint: str, **upstream: float) -> Iterator[Gateway]:
-    """Run a gateway under a server that offers nothing beyond ASGI."""
+    """Run a gateway under a server without extensions to ASGI."""
     settings = Settings.model_validate(
         {
             "server": {"trusted_hosts": ["*"]},
@@ -225,7 +225,7 @@ def batch_query(task_id: str) -> bytes:
 
 
 def long_poll(task_id: str) -> bytes:
-    """Return a request that waits for news."""
+    """Return a long poll request."""
     return f"GET /v1/progress/{task_id}?wait=30 HTTP/1.1\r\nhost: x\r\n\r\n".encode()
 
 
@@ -236,10 +236,10 @@ def stream(task_id: str) -> bytes:
 
 @pytest.mark.parametrize("request_for", [query, vendor_query, batch_query, long_poll, stream])
 @pytest.mark.parametrize("edge", [True, False], ids=["extension", "plain ASGI"])
-def test_flights_nobody_waits_for_are_not_made(
+def test_flights_without_callers_are_dropped_while_queued(
     launch: Launch, request_for: Callable[[str], bytes], *, edge: bool
 ) -> None:
-    """Of the queries of callers that leave only those are made that were on the wire already."""
+    """Of the queries of callers that leave, only those on the wire are completed."""
     callers, slots = 100, 8
     with held_upstream() as (upstream, released), ExitStack() as stack:
         bounds = {"max_in_flight": slots, "timeout_seconds": 60, "attempt_timeout_seconds": 60}
@@ -261,14 +261,14 @@ def test_flights_nobody_waits_for_are_not_made(
 
 
 async def test_flights_keep_the_freshness_promise_under_polling(simulator: Simulator, launch: Launch) -> None:
-    """Pollers see no answer older than lifetime + stale_while_revalidate, upstream one call a lifetime."""
+    """No poller sees a response older than lifetime + stale_while_revalidate, at one call per lifetime."""
     lifetime, tolerated, latency = 0.4, 0.4, 0.05
     simulator.reset(latency_seconds=latency)
-    # A step of this task's progress is a millisecond of its life, so that an answer tells when it was true.
+    # The task's progress advances once per millisecond, so a response shows when it was true.
     task = simulator.task(
         life={"waitingSeconds": 0, "runningSeconds": 1000, "steps": 1_000_000, "jumpBack": False}
     )
-    born = time.time()  # it was a little earlier, so that no answer looks older than it is
+    born = time.time()  # Rounded down, so that no response looks older than it is.
     gate = launch(
         simulator.url, cache={"running_seconds": lifetime, "stale_while_revalidate_seconds": tolerated}
     )
@@ -280,13 +280,13 @@ async def test_flights_keep_the_freshness_promise_under_polling(simulator: Simul
             asked = time.time()
             response = await client.get(f"/v1/progress/{task}")
             ages.append(asked - born - response.json()["state"]["sampling_step"] / 1000)
-            await asyncio.sleep(0.05)  # the pollers' own rhythm
+            await asyncio.sleep(0.05)  # the interval of the pollers
 
     async with crowd(gate.url) as client:
         await asyncio.gather(*(poll(client) for _ in range(20)))
     elapsed = time.monotonic() - began
-    # Freshness counts from an answer's arrival, and what it says was true when upstream was asked: no more
-    # than all calls together took may lie between, however busy the machine is.
+    # Freshness counts from the arrival of a response, whose content was true when the call was sent: the
+    # difference is at most the duration of all calls, however busy the machine is.
     called = gate.metric("upstream_request_duration_seconds_sum")
     assert max(ages) < lifetime + tolerated + called
     assert simulator.calls(task) <= 1 + elapsed / lifetime

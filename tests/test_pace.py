@@ -1,4 +1,4 @@
-"""How refusals become a limit: decrease, search, plateau, pause, and the end of it all; times by hand."""
+"""The adaptive limit on manual times: decrease, probing, plateau, pause, and lifting."""
 
 import math
 
@@ -7,108 +7,108 @@ import pytest
 from gateway.upstream.adaptive_limit import AdaptiveLimit
 
 
-def after(pace: AdaptiveLimit, accepted: int, *, until: float = 10.0) -> AdaptiveLimit:
-    """Let upstream accept so many calls within the last second before `until`."""
+def after(limit: AdaptiveLimit, accepted: int, *, until: float = 10.0) -> AdaptiveLimit:
+    """Record so many accepted calls within the last second before `until`."""
     for number in range(accepted):
-        pace.accepted(until - 0.9 + 0.8 * number / accepted, sent_at=until - 1.0)
-    return pace
+        limit.on_accepted(until - 0.9 + 0.8 * number / accepted, sent_at=until - 1.0)
+    return limit
 
 
 def steady(ceiling: int = 20) -> AdaptiveLimit:
-    """Return a pace whose ceiling was found by a search that went to its double, at 20 seconds."""
-    pace = after(AdaptiveLimit(math.inf), ceiling, until=18.0)
-    pace.throttled(18.0, sent_at=17.9, retry_after=None)
-    after(pace, ceiling, until=20.0)
-    pace.throttled(20.0, sent_at=19.9, retry_after=None)
-    return pace
+    """Return a limit whose ceiling was found by probing up to its double, at 20 seconds."""
+    limit = after(AdaptiveLimit(math.inf), ceiling, until=18.0)
+    limit.on_throttled(18.0, sent_at=17.9, retry_after=None)
+    after(limit, ceiling, until=20.0)
+    limit.on_throttled(20.0, sent_at=19.9, retry_after=None)
+    return limit
 
 
 @pytest.mark.parametrize("most", [5.0, math.inf])
-def test_pace_is_ours_until_upstream_refuses(most: float) -> None:
-    """Accepted calls, however many, change nothing; `most` stays the bound for ever."""
-    pace = after(AdaptiveLimit(most), 50)
-    assert (pace.per_second(10.0), pace.throttled_now) == (most, False)
-    assert pace.throttled(10.0, sent_at=9.9, retry_after=None)
-    assert (pace.per_second(10.0), pace.throttled_now) == (min(most, 0.85 * min(most, 50)), True)
-    assert pace.per_second(1e6) >= min(most, 1e9)
+def test_adaptive_limit_is_the_configured_one_until_throttled(most: float) -> None:
+    """Accepted calls change nothing; `max_per_second` remains the upper bound."""
+    limit = after(AdaptiveLimit(most), 50)
+    assert (limit.per_second(10.0), limit.throttled_now) == (most, False)
+    assert limit.on_throttled(10.0, sent_at=9.9, retry_after=None)
+    assert (limit.per_second(10.0), limit.throttled_now) == (min(most, 0.85 * min(most, 50)), True)
+    assert limit.per_second(1e6) >= min(most, 1e9)
 
 
-def test_pace_falls_below_what_was_accepted_lately() -> None:
-    """The first refusal sets the ceiling to what the last second brought, not to what was asked for."""
-    pace = after(AdaptiveLimit(math.inf), 30, until=8.0)
-    after(pace, 20)
-    pace.throttled(10.0, sent_at=9.9, retry_after=None)
-    assert pace.per_second(10.0) == pytest.approx(17.0)
+def test_adaptive_limit_drops_below_the_recently_accepted_rate() -> None:
+    """The first throttling sets the ceiling to the calls accepted in the last second, not to the demand."""
+    limit = after(AdaptiveLimit(math.inf), 30, until=8.0)
+    after(limit, 20)
+    limit.on_throttled(10.0, sent_at=9.9, retry_after=None)
+    assert limit.per_second(10.0) == pytest.approx(17.0)
 
 
-def test_pace_searches_from_the_first_guess() -> None:
-    """What was accepted before the first refusal is a guess: from there it doubles every two seconds."""
-    pace = after(AdaptiveLimit(math.inf), 5)
-    pace.throttled(10.0, sent_at=9.9, retry_after=None)
-    assert [pace.per_second(10.0 + s) for s in (0, 2, 4)] == pytest.approx([4.25, 8.5, 17.0])
+def test_adaptive_limit_probes_from_the_first_estimate() -> None:
+    """The first ceiling is an estimate: the limit doubles every two seconds from there."""
+    limit = after(AdaptiveLimit(math.inf), 5)
+    limit.on_throttled(10.0, sent_at=9.9, retry_after=None)
+    assert [limit.per_second(10.0 + s) for s in (0, 2, 4)] == pytest.approx([4.25, 8.5, 17.0])
 
 
-def test_pace_lingers_below_a_known_ceiling() -> None:
-    """Quickly to 95 %, slowly over the ceiling after 27 seconds, ever faster beyond it."""
-    pace = steady()
-    shares = [round(pace.per_second(20.0 + s) / 20, 2) for s in (0, 5, 10, 15, 20, 25, 30, 45, 60)]
+def test_adaptive_limit_has_a_plateau_below_a_known_ceiling() -> None:
+    """The limit reaches 95 % quickly, the ceiling after 27 seconds, and then rises ever faster."""
+    limit = steady()
+    shares = [round(limit.per_second(20.0 + s) / 20, 2) for s in (0, 5, 10, 15, 20, 25, 30, 45, 60)]
     assert shares == [0.85, 0.92, 0.95, 0.95, 0.95, 0.98, 1.05, 1.75, 3.65]
 
 
-def test_pace_decreases_once_a_round() -> None:
-    """Neither another refusal of the same second nor one of a call sent before the decrease counts."""
-    pace = steady()
-    assert not pace.throttled(20.9, sent_at=20.5, retry_after=None)
-    assert not pace.throttled(25.0, sent_at=19.95, retry_after=None)
-    assert pace.per_second(35.0) == pytest.approx(19.0)
-    after(pace, 18, until=25.0)
-    assert pace.throttled(25.0, sent_at=24.9, retry_after=None)
-    assert pace.per_second(25.0) == pytest.approx(0.85 * 18)
+def test_adaptive_limit_decreases_once_per_round() -> None:
+    """Another throttled call of the same second does not count, nor one sent before the decrease."""
+    limit = steady()
+    assert not limit.on_throttled(20.9, sent_at=20.5, retry_after=None)
+    assert not limit.on_throttled(25.0, sent_at=19.95, retry_after=None)
+    assert limit.per_second(35.0) == pytest.approx(19.0)
+    after(limit, 18, until=25.0)
+    assert limit.on_throttled(25.0, sent_at=24.9, retry_after=None)
+    assert limit.per_second(25.0) == pytest.approx(0.85 * 18)
 
 
-def test_pace_halves_a_known_ceiling_at_most() -> None:
-    """An upstream that suddenly accepts nothing is asked half as often, then once a second."""
-    pace = steady(ceiling=8)
+def test_adaptive_limit_halves_a_known_ceiling_at_most() -> None:
+    """If the upstream suddenly accepts nothing, the rate halves, down to one call per second."""
+    limit = steady(ceiling=8)
     limits = []
     for second in (21.0, 22.0, 23.0):
-        assert pace.throttled(second, sent_at=second - 0.1, retry_after=None)
-        limits.append(pace.per_second(second))
+        assert limit.on_throttled(second, sent_at=second - 0.1, retry_after=None)
+        limits.append(limit.per_second(second))
     assert limits == pytest.approx([0.85 * 4, 0.85, 0.85])
-    assert pace.per_second(29.0) == pytest.approx(0.85 * 8)
+    assert limit.per_second(29.0) == pytest.approx(0.85 * 8)
 
 
-def test_pace_learns_from_answers_that_a_refusal_overtook() -> None:
-    """Calls sent before the decrease and accepted raise the ceiling, to no more than the limit before it."""
-    pace = AdaptiveLimit(math.inf)
-    pace.throttled(10.0, sent_at=9.9, retry_after=None)
-    assert pace.per_second(10.0) == pytest.approx(0.85)
+def test_adaptive_limit_counts_responses_that_throttling_overtook() -> None:
+    """Accepted calls sent before the decrease raise the ceiling, up to the limit before the decrease."""
+    limit = AdaptiveLimit(math.inf)
+    limit.on_throttled(10.0, sent_at=9.9, retry_after=None)
+    assert limit.per_second(10.0) == pytest.approx(0.85)
     for _ in range(20):
-        pace.accepted(10.2, sent_at=9.95)
-    assert pace.per_second(10.0) == pytest.approx(17.0)
+        limit.on_accepted(10.2, sent_at=9.95)
+    assert limit.per_second(10.0) == pytest.approx(17.0)
     bounded = steady()
     for _ in range(100):
-        bounded.accepted(20.2, sent_at=19.95)
+        bounded.on_accepted(20.2, sent_at=19.95)
     assert bounded.per_second(20.0) == pytest.approx(0.85 * 34)
-    pace.accepted(10.3, sent_at=10.25)
-    assert pace.per_second(10.0) == pytest.approx(17.0)
+    limit.on_accepted(10.3, sent_at=10.25)
+    assert limit.per_second(10.0) == pytest.approx(17.0)
 
 
-@pytest.mark.parametrize(("told", "kept"), [(1.0, 1.0), (5.0, 5.0), (3600.0, 5.0)])
-def test_pace_pauses_for_as_long_as_it_is_told(told: float, kept: float) -> None:
-    """Retry-After is kept, up to five seconds, and the growth begins when it is over."""
-    pace = after(AdaptiveLimit(math.inf), 20)
-    assert pace.throttled(10.0, sent_at=9.9, retry_after=told)
-    assert pace.resumes_at == 10.0 + kept
-    assert pace.per_second(10.0 + kept) == pytest.approx(17.0)
-    assert pace.per_second(12.0 + kept) == pytest.approx(34.0)
-    assert pace.throttled(10.5, sent_at=9.9, retry_after=0.1)
-    assert pace.resumes_at == 10.0 + kept
+@pytest.mark.parametrize(("retry_after", "kept"), [(1.0, 1.0), (5.0, 5.0), (3600.0, 5.0)])
+def test_adaptive_limit_pauses_for_retry_after(retry_after: float, kept: float) -> None:
+    """Retry-After sets a pause of up to five seconds, and growth begins after it."""
+    limit = after(AdaptiveLimit(math.inf), 20)
+    assert limit.on_throttled(10.0, sent_at=9.9, retry_after=retry_after)
+    assert limit.resumes_at == 10.0 + kept
+    assert limit.per_second(10.0 + kept) == pytest.approx(17.0)
+    assert limit.per_second(12.0 + kept) == pytest.approx(34.0)
+    assert limit.on_throttled(10.5, sent_at=9.9, retry_after=0.1)
+    assert limit.resumes_at == 10.0 + kept
 
 
-def test_pace_relaxes_after_a_minute_of_peace() -> None:
-    """A limit that nothing has hit for a minute is lifted, once."""
-    pace = steady()
-    assert not pace.relax(79.9)
-    assert pace.relax(80.0)
-    assert (pace.throttled_now, pace.per_second(80.0)) == (False, math.inf)
-    assert not pace.relax(81.0)
+def test_adaptive_limit_is_lifted_after_an_idle_minute() -> None:
+    """A limit is lifted once after a minute without throttling."""
+    limit = steady()
+    assert not limit.lift_if_idle(79.9)
+    assert limit.lift_if_idle(80.0)
+    assert (limit.throttled_now, limit.per_second(80.0)) == (False, math.inf)
+    assert not limit.lift_if_idle(81.0)

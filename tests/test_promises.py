@@ -1,12 +1,12 @@
-"""The promises about flights, freshness and watching, under whatever comes in whichever order.
+"""The promises about single flight, freshness and subscriptions, for any sequence of events.
 
-Hypothesis plays callers, watchers, the upstream and the clock over the real service, store, flights
-and watch. Nothing is checked against a second implementation, only against what was promised: each
-thing shown is judged by what the upstream had said, and when.
+Hypothesis plays callers, subscribers, the upstream and the clock over the real service, store, single flight
+and watch hub. The results are not compared with a second implementation. Each result is checked against the
+promises, with the responses of the upstream and their times.
 
     make test ARGS='--no-cov --hypothesis-profile=thorough tests/test_promises.py'
 
-plays 10,000 games in place of a hundred.
+runs 10,000 sequences instead of a hundred.
 """
 
 import asyncio
@@ -61,13 +61,13 @@ WATCHED = [
     TaskKey(Operation.COMFY_GET_PROGRESS, "a"),
 ]
 KEYS = [*WATCHED, TaskKey(Operation.SD_GET_RESULT, "a")]
-DEADLINE_SECONDS = 10.0  # of upstream.timeout_seconds: no call is longer in the air
+DEADLINE_SECONDS = 10.0  # of upstream.timeout_seconds: no call is in flight for longer
 LEAST_PAUSE_SECONDS = 0.2  # of a schedule, whatever the lifetimes say
-LATE_SHARE = 0.05  # of a pause: schedules wait for each other
+LATE_SHARE = 0.05  # of a pause: schedules are coalesced
 LEAST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 1.0, 30.0  # of a schedule whose upstream fails
 ROUNDING_SECONDS = 0.01
-# A failure of none of these kinds is remembered: our limits pass by themselves, and credentials are
-# the pair's affair.
+# None of these failures is cached: the gateway's own limits, an open circuit, and refused
+# credentials.
 NOT_REMEMBERED = (Overloaded, UpstreamCredentials)
 
 caches = st.builds(
@@ -100,60 +100,60 @@ failures = st.one_of(
     ),
     st.builds(UpstreamRejected, st.just("no"), envelope=st.just(b"{}"), detail=st.just(UpstreamDetail())),
 )
-progresses = st.sampled_from([0.5, 0.2, 0.9])  # few: an answer may say the same as the last one
+progresses = st.sampled_from([0.5, 0.2, 0.9])  # few values: a response may repeat the last one
 statuses = st.sampled_from(
     ["running", "running", "waiting", "succeeded", "successed", "failed", "canceled", "paused"]
 )
-keys = st.sampled_from([*KEYS[:1] * 4, *KEYS])  # stories need a task that comes up often
+keys = st.sampled_from([*KEYS[:1] * 4, *KEYS])  # few tasks, so that each comes up often
 which = st.integers(0, 9)
 
 
 @dataclass(slots=True)
 class Story:
-    """What happened to one task: what upstream said, what was shown of it, and what may come next."""
+    """The history of one task: the responses, what was served of them, and what may come next."""
 
-    answers: dict[str, float] = field(default_factory=dict)  # each answer's mark, and when it came
-    arrived: float | None = None  # the last answer
-    failures: list[float] = field(default_factory=list)  # when each was met; it bears its number
-    failing: bool = False  # the last call brought no answer
+    answers: dict[str, float] = field(default_factory=dict)  # the progress of each response, and when it came
+    arrived: float | None = None  # the last response
+    failures: list[float] = field(default_factory=list)  # when each numbered failure occurred
+    failing: bool = False  # the last call returned no response
     shown: Snapshot | None = None  # the last one
-    highest: float = 0.0  # progress shown while the task stayed running
-    prompted: bool = False  # somebody asked since the last call took off
-    due: float = 0.0  # no call may begin before
-    tick_due: float = 0.0  # nor one that nobody asked for, but a schedule
-    patience: float = 0.0  # a schedule asks again until then
+    highest: float = 0.0  # progress served while the task stayed running
+    prompted: bool = False  # a caller has queried since the last call started
+    due: float = 0.0  # no call may start before
+    tick_due: float = 0.0  # nor one without a caller, but by a schedule
+    patience: float = 0.0  # a schedule queries again until then
 
 
 class FakeUpstream:
-    """Stands at the network's edge, and keeps the promise of `UpstreamClient.query`: an end in time."""
+    """Replaces the upstream client, and keeps the promise of `UpstreamClient.query`: it ends in time."""
 
     def __init__(self, loop: TickedLoop, cache: Cache) -> None:
-        self.air: dict[TaskKey, asyncio.Future[dict[str, Any]]] = {}  # queries, queued or on the wire
+        self.in_flight: dict[TaskKey, asyncio.Future[dict[str, Any]]] = {}  # queries, queued or on the wire
         self.queue: dict[TaskKey, asyncio.Future[None]] = {}
         self.full = False
         self.closing = False
         self.stories = {key: Story() for key in KEYS}
-        self.broken: list[str] = []  # an exception here would look like one of the upstream's
+        self.broken: list[str] = []  # an exception here would look like one of the upstream
         self._loop = loop
         self._cache = cache
         self._longest = dict.fromkeys(Operation, 0.0)  # call so far
 
     async def query(self, key: TaskKey, *, demand: Demand, **_: object) -> ParsedResponse:
-        """Wait until the machine answers."""
+        """Wait until the state machine responds."""
         story, began = self.stories[key], self._loop.time()
-        if key in self.air:
-            self.broken.append(f"two calls in the air for {key}")
-        # A refresh ahead takes off as early as calls have taken.
+        if key in self.in_flight:
+            self.broken.append(f"two calls in flight for {key}")
+        # A refresh ahead starts early by the average latency of earlier calls.
         early = 0.0 if story.failing else self._longest[key.operation]
         if began < story.due - early - ROUNDING_SECONDS:
             self.broken.append(f"{key} was asked for {story.due - began} s before it was due")
         if not story.prompted and began < story.tick_due - ROUNDING_SECONDS:
             self.broken.append(f"the schedule asked for {key} {story.tick_due - began} s early")
         prompted, story.prompted = story.prompted, False
-        outcome = self.air[key] = self._loop.create_future()
+        outcome = self.in_flight[key] = self._loop.create_future()
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
-                if self.full:  # it is queued until there is a slot
+                if self.full:  # the query is queued until there is a slot
                     slot = self.queue[key] = self._loop.create_future()
                     try:
                         await slot
@@ -166,7 +166,7 @@ class FakeUpstream:
         except asyncio.CancelledError:
             if (demand.committed or demand.wanted) and not self.closing:
                 self.broken.append(f"{key} was given up while it was wanted, or on the wire")
-            # No call was made: whatever prompted it prompts the next one.
+            # No call was made: the reason for this one is also a reason for the next one.
             story.prompted = story.prompted or prompted
             raise
         except (TimeoutError, GatewayError) as exc:
@@ -178,10 +178,10 @@ class FakeUpstream:
             self._note_answer(key, data, prompted=prompted)
             return ParsedResponse(data, json.dumps({"status": 10, "data": data}).encode())
         finally:
-            del self.air[key]
+            del self.in_flight[key]
 
     def lifetime(self, key: TaskKey, status: Status | None) -> float:
-        """Return for how long an answer counts as fresh, as the settings say."""
+        """Return for how long a response counts as fresh, by the settings."""
         cache = self._cache
         if key.operation.is_result:
             return cache.result_seconds
@@ -208,7 +208,7 @@ class FakeUpstream:
         story.answers[data["message"]] = story.arrived = now
         story.failing = False
         lifetime = self.lifetime(key, status)
-        if story.shown is not None and story.shown.terminal:  # whatever was said: it stays as it ended
+        if story.shown is not None and story.shown.terminal:  # terminal tasks stay as they ended
             lifetime = min(lifetime, self._cache.terminal_seconds)
         story.due = now + lifetime
         pause = max(lifetime, LEAST_PAUSE_SECONDS)
@@ -218,16 +218,16 @@ class FakeUpstream:
 
 @dataclass(slots=True, eq=False)
 class Viewer:
-    """An open stream or long poll, and what it was told last of each task."""
+    """An open stream or long poll, and the last update of each task."""
 
     subscriber: Subscriber
     leave: ExitStack
     result: asyncio.Task[None] | None = None
-    told: dict[TaskKey, Update] = field(default_factory=dict)
+    received: dict[TaskKey, Update] = field(default_factory=dict)
 
 
 class Promises(RuleBasedStateMachine):
-    """Plays callers, watchers, upstream and time; what is promised of them stands in the invariants."""
+    """Plays callers, subscribers, upstream and time; the invariants check the promises."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,16 +261,16 @@ class Promises(RuleBasedStateMachine):
             clock=self.loop.time,
         )
 
-    # What callers do
+    # Callers
 
-    @rule(key=keys, how=st.sampled_from(["read", "read", "get_fresh"]))
+    @rule(key=keys, how=st.sampled_from(["get", "get", "get_fresh"]))
     def ask(self, key: TaskKey, how: str) -> None:
-        """Ask, and wait if there is something to wait for."""
+        """Query, and wait if there is something to wait for."""
         self._begin(key, how)
 
     @rule(key=keys, times=st.integers(1, 3))
     def look(self, key: TaskKey, times: int) -> None:
-        """Take what can be had without waiting, perhaps so often that the task is hot."""
+        """Use the lookup, perhaps often enough to start refresh-ahead."""
         self.upstream.stories[key].prompted = True
         for _ in range(times):
             result = self.loop.within(partial(self.service.lookup, key))
@@ -280,19 +280,19 @@ class Promises(RuleBasedStateMachine):
 
     @precondition(lambda self: self.found)
     @rule(number=which)
-    def look_again(self, number: int) -> None:
-        """Take what was had without waiting before, if the service says that it will still do."""
+    def repeat_lookup(self, number: int) -> None:
+        """Serve an earlier snapshot again, if the service says that it is still current."""
         key, snapshot = list(self.found.items())[number % len(self.found)]
         self.upstream.stories[key].prompted = True
         now = self.loop.time()
-        if self.loop.within(partial(self.service.repeat, snapshot, now)):
+        if self.loop.within(partial(self.service.still_current, snapshot, now)):
             source = CacheStatus.HIT if snapshot.fresh(now) else CacheStatus.STALE
             self._judge(key, CacheResult(snapshot, now - snapshot.fetched_at, source))
 
     @rule(key=keys)
-    def look_on(self, key: TaskKey) -> None:
-        """Take what is held, as one does whom a schedule serves."""
-        result = self.service.current(key)
+    def peek(self, key: TaskKey) -> None:
+        """Use `peek`, as callers do that a schedule serves."""
+        result = self.service.peek(key)
         if result is not None:
             self._judge(key, result)
 
@@ -322,101 +322,102 @@ class Promises(RuleBasedStateMachine):
     @precondition(lambda self: self.viewers)
     @rule(number=which)
     def end_watching(self, number: int) -> None:
-        """Let a watcher leave; with the last one the schedule ends."""
+        """Let a subscriber leave; the last one ends the schedule."""
         self._leave(self.viewers.pop(number % len(self.viewers)))
 
-    # What upstream and time do
+    # Upstream and time
 
     @rule(full=st.booleans())
     def fill(self, full: bool) -> None:  # noqa: FBT001 - Hypothesis passes by name
-        """Let queries queue for a slot from now on, or send those that do."""
+        """Queue queries for a slot from now on, or send the queued ones."""
         self.upstream.full = full
         if not full:
             for slot in self.upstream.queue.values():
                 slot.set_result(None)
             self.loop.settle()
 
-    @precondition(lambda self: self.upstream.air)
+    @precondition(lambda self: self.upstream.in_flight)
     @rule(number=which, status=statuses, progress=progresses)
     def answer(self, number: int, status: str, progress: float) -> None:
-        """Answer a call: whatever it says may contradict what was said before."""
-        self._answer(self._in_the_air(number), status, progress)
+        """Respond to a call; the response may contradict earlier ones."""
+        self._answer(self._in_flight_key(number), status, progress)
 
-    @precondition(lambda self: self.upstream.air)
+    @precondition(lambda self: self.upstream.in_flight)
     @rule(number=which, failure=failures)
     def fail(self, number: int, failure: GatewayError) -> None:
         """Let a call fail."""
-        self._fail(self._in_the_air(number), failure)
+        self._fail(self._in_flight_key(number), failure)
 
-    # Two moves in one, for it takes many to get far: an upstream that answers, or fails, at once.
+    # Two moves in one, because long histories need many moves: an upstream that responds, or fails, at once.
 
     @rule(key=keys, progress=progresses)
     def learn(self, key: TaskKey, progress: float) -> None:
-        """Ask, and let the task run on, or back."""
+        """Query, and let the task progress, or go back."""
         self._begin(key, "get_fresh")
-        if key in self.upstream.air and key not in self.upstream.queue:
+        if key in self.upstream.in_flight and key not in self.upstream.queue:
             self._answer(key, "running", progress)
 
     @rule(key=keys, failure=failures)
     def ask_in_vain(self, key: TaskKey, failure: GatewayError) -> None:
-        """Ask, and let that fail."""
-        self._begin(key, "read")
-        if key in self.upstream.air and key not in self.upstream.queue:
+        """Query, and let that fail."""
+        self._begin(key, "get")
+        if key in self.upstream.in_flight and key not in self.upstream.queue:
             self._fail(key, failure)
 
     @rule(seconds=st.sampled_from([1.0, 0.1, 0.5, 2.5, 5.0, 20.0, 61.0, 700.0, 4000.0]))
     def pass_time(self, seconds: float) -> None:
-        """Let time pass: a call that nobody answers meets its deadline."""
+        """Let time pass: a call without a response meets its deadline."""
         self.loop.advance(seconds)
 
-    # What is promised
+    # Promises
 
     @invariant()
     def nothing_was_broken(self) -> None:
-        """One call in the air per task, and no more calls than the lifetimes allow."""
+        """There is one call in flight per task, and no more calls than the lifetimes allow."""
         assert not self.upstream.broken, self.upstream.broken
         assert not self.loop.faults, self.loop.faults
 
     @invariant()
-    def nobody_is_left_behind(self) -> None:
-        """Whoever waits, waits for a call that is in the air; the others have got something right."""
+    def no_caller_is_left_behind(self) -> None:
+        """Each waiting caller has a call in flight; all others have received a correct result."""
         for _, caller in self.callers:
             if caller.done():
                 caller.result()
         self.callers = [(key, caller) for key, caller in self.callers if not caller.done()]
-        assert {key for key, _ in self.callers} <= self.upstream.air.keys()
+        assert {key for key, _ in self.callers} <= self.upstream.in_flight.keys()
 
     @invariant()
-    def every_watcher_knows(self) -> None:
-        """Watchers know the newest there is, and a schedule goes on for as long as its task does."""
+    def every_subscriber_is_current(self) -> None:
+        """Check that subscribers have the latest snapshot, and that schedules of running tasks go on."""
         now = self.loop.time()
         for viewer in self.viewers:
             assert viewer.result is not None
             if viewer.result.done():
                 viewer.result.result()
             for key in viewer.subscriber.keys:
-                told, story, held = viewer.told.get(key), self.upstream.stories[key], self.store.peek(key)
-                if told is None:
-                    assert key in self.upstream.air
+                last = viewer.received.get(key)
+                story, stored = self.upstream.stories[key], self.store.peek(key)
+                if last is None:
+                    assert key in self.upstream.in_flight
                     continue
-                if told.snapshot is None:
+                if last.snapshot is None:
                     assert story.failing
-                elif held is not None and not told.snapshot.terminal:
-                    assert told.snapshot.etag == held.etag
-                if told.snapshot is None or not told.snapshot.terminal:
-                    assert key in self.upstream.air or now <= story.patience + ROUNDING_SECONDS
+                elif stored is not None and not last.snapshot.terminal:
+                    assert last.snapshot.etag == stored.etag
+                if last.snapshot is None or not last.snapshot.terminal:
+                    assert key in self.upstream.in_flight or now <= story.patience + ROUNDING_SECONDS
 
     @invariant()
-    def gauges_tell_who_watches(self) -> None:
-        """Count the watchers who are there, and the tasks they watch."""
+    def gauges_count_subscribers(self) -> None:
+        """Check the number of subscribers and of watched tasks."""
         watched = {key for viewer in self.viewers for key in viewer.subscriber.keys}
         assert total(self.metrics.watched_tasks) == len(watched)
         assert total(self.metrics.subscribers) == len(self.viewers)
 
     def teardown(self) -> None:
-        """Close with callers and watchers inside: nobody waits any more, and nothing is left."""
+        """Close with callers and subscribers inside: none waits any more, and nothing is left."""
         try:
-            if hasattr(self, "service"):  # Hypothesis may give a game up before it has begun
+            if hasattr(self, "service"):  # Hypothesis may discard a run before it has begun
                 self._close()
         finally:
             self.loop.close()
@@ -432,7 +433,7 @@ class Promises(RuleBasedStateMachine):
         assert all(viewer.subscriber.shutting_down for viewer in self.viewers)
         late: list[asyncio.Task[Any]] = []
         for key in KEYS:
-            late.append(self.loop.create_task(self.service.read(key)))
+            late.append(self.loop.create_task(self.service.get(key)))
             for _ in range(3):
                 self.loop.within(partial(self.service.lookup, key))
         self.begin_watching(WATCHED, SubscriptionKind.EVENTS)
@@ -442,35 +443,35 @@ class Promises(RuleBasedStateMachine):
         assert all(task.done() for task in late)
         for task in late:
             if not task.cancelled():
-                task.exception()  # looked at, or asyncio complains
-        assert not self.upstream.air
+                task.exception()  # retrieve the exception, or asyncio logs it
+        assert not self.upstream.in_flight
         assert not asyncio.all_tasks(self.loop)
         assert self.loop.next_timer is None
         self.nothing_was_broken()
-        self.gauges_tell_who_watches()
+        self.gauges_count_subscribers()
 
-    # How it is played
+    # Actions
 
     def _begin(self, key: TaskKey, how: str) -> None:
         self.upstream.stories[key].prompted = True
         self.callers.append((key, self.loop.create_task(self._ask(key, how))))
         self.loop.settle()
 
-    def _in_the_air(self, number: int) -> TaskKey:
-        key = list(self.upstream.air)[number % len(self.upstream.air)]
+    def _in_flight_key(self, number: int) -> TaskKey:
+        key = list(self.upstream.in_flight)[number % len(self.upstream.in_flight)]
         if key in self.upstream.queue:
             self.upstream.queue[key].set_result(None)
         return key
 
     def _answer(self, key: TaskKey, status: str, progress: float) -> None:
         mark = f"answer {next(self.marks)}"
-        self.upstream.air[key].set_result(
+        self.upstream.in_flight[key].set_result(
             {"taskId": key.task_id, "status": status, "progress": progress, "message": mark}
         )
         self.loop.settle()
 
     def _fail(self, key: TaskKey, failure: GatewayError) -> None:
-        self.upstream.air[key].set_exception(failure)
+        self.upstream.in_flight[key].set_exception(failure)
         self.loop.settle()
 
     def _leave(self, viewer: Viewer) -> None:
@@ -489,15 +490,15 @@ class Promises(RuleBasedStateMachine):
         while True:
             for update in await viewer.subscriber.next_updates():
                 assert update.key in viewer.subscriber.keys
-                told, viewer.told[update.key] = viewer.told.get(update.key), update
-                assert not update.same_content(told)
+                last, viewer.received[update.key] = viewer.received.get(update.key), update
+                assert not update.same_content(last)
                 if update.snapshot is not None:
                     self._judge_update(update.key, update.snapshot)
 
-    # How it is judged
+    # Checks
 
     def _judge(self, key: TaskKey, result: CacheResult) -> None:
-        """Hold an answer against the freshness promise and, when it covers a failure, its bound."""
+        """Check a result against the freshness promise and, after a failure, against stale-if-error."""
         now, story = self.loop.time(), self.upstream.stories[key]
         self._judge_content(key, result.snapshot)
         assert result.age == now - result.snapshot.fetched_at
@@ -509,7 +510,7 @@ class Promises(RuleBasedStateMachine):
             self._judge_failure_is_recent(story, result.failure)
 
     def _judge_failure(self, key: TaskKey, failure: GatewayError) -> None:
-        """Hold a failure against how long it is remembered, and against what might have covered it."""
+        """Check how long a failure is cached, and that no snapshot could have been served instead."""
         story = self.upstream.stories[key]
         self._judge_failure_is_recent(story, failure)
         if story.arrived is not None:
@@ -526,9 +527,9 @@ class Promises(RuleBasedStateMachine):
         assert snapshot.terminal or covers or self._is_young(snapshot)
 
     def _judge_content(self, key: TaskKey, snapshot: Snapshot) -> None:
-        """Each shows what upstream said of this task, and takes back nothing that was shown before."""
+        """Each snapshot is what the upstream said about this task, and takes back nothing served before."""
         story, shown = self.upstream.stories[key], self.upstream.stories[key].shown
-        # An update comes without its envelope.
+        # An update contains no envelope.
         data = json.loads(snapshot.envelope)["data"] if snapshot.envelope else json.loads(snapshot.body)
         assert snapshot.key == key
         assert data["taskId"] == key.task_id
@@ -556,7 +557,7 @@ def total(gauge: Gauge) -> float:
 
 TestPromises = Promises.TestCase
 TestPromises.settings = settings(
-    # Wiring a game's parts takes as long as playing it.
+    # Wiring the parts takes as long as a run.
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )

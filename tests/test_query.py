@@ -1,4 +1,4 @@
-"""Queries by a clock that is turned by hand: slots, deadlines, and queries that nothing wants any more."""
+"""Queries on a manual clock: slots, deadlines, and queries without demand."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -32,7 +32,7 @@ def key_of(number: int) -> TaskKey:
 
 
 class FakeCalls:
-    """Calls that take `seconds`, or bring `failures` first; cancelled they stay under way, as on the wire."""
+    """Calls that take `seconds`, or raise `failures` first. Cancelled ones stay in flight."""
 
     trouble = None
     clock_offset = 0.0
@@ -41,19 +41,19 @@ class FakeCalls:
         self.seconds = 4.0
         self.made: list[str] = []
         self.failures: list[UpstreamError] = []
-        self.under_way = 0
+        self.in_flight = 0
 
-    async def make(
-        self, key: TaskKey, _pair: KeyPair, *, number: int, over: Callable[[], None]
+    async def send(
+        self, key: TaskKey, _pair: KeyPair, *, number: int, on_complete: Callable[[], None]
     ) -> ParsedResponse:
         """Make a call."""
         assert number <= len(self.made)
         self.made.append(key.task_id)
-        self.under_way += 1
+        self.in_flight += 1
 
         def end() -> None:
-            self.under_way -= 1
-            over()
+            self.in_flight -= 1
+            on_complete()
 
         asyncio.get_running_loop().call_later(self.seconds, end)
         await asyncio.sleep(self.seconds)
@@ -63,10 +63,10 @@ class FakeCalls:
 
 
 class FakeRotation:
-    """One pair, which signs; the query that was refused tries it again."""
+    """A rotation with one pair; a refused query tries it again."""
 
-    async def settled(self, _operation: Operation) -> None:
-        """Nothing is on trial."""
+    async def wait_for_probe(self, _operation: Operation) -> None:
+        """Return: there is no probe."""
 
     async def use(
         self, _operation: Operation, call: Callable[[KeyPair], Awaitable[ParsedResponse]]
@@ -79,7 +79,7 @@ class FakeRotation:
 
 
 class Bench:
-    """An upstream with ten seconds for a query, one slot, and a loop whose time stands."""
+    """An upstream client with ten seconds per query and one slot, on a manual clock."""
 
     def __init__(self) -> None:
         self.loop = TickedLoop()
@@ -105,20 +105,20 @@ class Bench:
         )
 
     def ask(self, number: int, **more: Any) -> asyncio.Task[ParsedResponse]:
-        """Begin a query."""
+        """Start a query."""
         task = self.loop.create_task(self.upstream.query(key_of(number), **more))
         self.loop.settle()
         return task
 
     def abandoned(self) -> float:
-        """Return how many queries were dropped."""
+        """Return the number of dropped queries."""
         labels = {"operation": Operation.SD_GET_PROGRESS}
         return self.metrics.registry.get_sample_value("sd_gateway_upstream_abandoned_total", labels) or 0.0
 
 
 @pytest.fixture
 def bench() -> Iterator[Bench]:
-    """Return an upstream; its loop is closed in the end, and must have nothing to complain of."""
+    """Return a bench; at the end its loop is closed and must have no unretrieved exceptions."""
     bench = Bench()
     yield bench
     bench.loop.advance(60.0)
@@ -127,13 +127,13 @@ def bench() -> Iterator[Bench]:
 
 
 def test_query_is_not_sent_with_less_time_left_than_an_answer_takes(bench: Bench) -> None:
-    """Its slot comes too late: it is told so, in place of a call that would be cut off."""
+    """The slot comes too late: the query fails without a call that would be cut off."""
     asked = [bench.ask(number) for number in range(3)]
     bench.loop.advance(8.0)
     assert [task.done() for task in asked] == [True, True, True]
     assert isinstance(asked[2].exception(), Overloaded)
     assert bench.calls.made == ["task0", "task1"]
-    bench.calls.seconds = 1.0  # upstream has become quicker, and that is learnt
+    bench.calls.seconds = 1.0  # the upstream has become faster, and the client learns that
     for number in range(3, 20):
         bench.ask(number)
         bench.loop.advance(1.0)
@@ -142,30 +142,30 @@ def test_query_is_not_sent_with_less_time_left_than_an_answer_takes(bench: Bench
     assert [task.exception() for task in asked] == [None] * 7
 
 
-def test_query_is_sent_however_little_is_known_of_upstream(bench: Bench) -> None:
-    """Until an answer has come there is no telling how long one takes."""
+def test_query_is_sent_while_the_latency_is_unknown(bench: Bench) -> None:
+    """Before the first response the latency is unknown, and every query is sent."""
     asked = bench.ask(0, timeout_seconds=0.5)
     bench.loop.advance(0.5)
     assert isinstance(asked.exception(), UpstreamTimeout)
     assert bench.calls.made == ["task0"]
 
 
-def test_query_whose_deadline_strikes_keeps_its_slot_for_its_call(bench: Bench) -> None:
-    """Upstream works on the call until it has answered: no other is made in its place."""
+def test_query_past_its_deadline_keeps_its_slot_for_its_call(bench: Bench) -> None:
+    """The upstream works on the call until it has responded: until then the slot is not free."""
     first = bench.ask(0, timeout_seconds=1.0)
     bench.loop.advance(1.0)
     assert isinstance(first.exception(), UpstreamTimeout)
     second = bench.ask(1)
     bench.loop.advance(2.9)
-    assert (bench.calls.made, bench.calls.under_way) == (["task0"], 1)
+    assert (bench.calls.made, bench.calls.in_flight) == (["task0"], 1)
     bench.loop.advance(0.1)
-    assert (bench.calls.made, bench.calls.under_way) == (["task0", "task1"], 1)
+    assert (bench.calls.made, bench.calls.in_flight) == (["task0", "task1"], 1)
     bench.loop.advance(4.0)
     assert second.exception() is None
 
 
 def test_query_that_is_cancelled_keeps_its_slot_for_its_call(bench: Bench) -> None:
-    """So does a query that is cancelled while its call is on the wire; one that waits for a slot has none."""
+    """A query cancelled with a call on the wire keeps its slot; one that waits for a slot has none."""
     sent, waiting, last = (bench.ask(number) for number in range(3))
     for task in (sent, waiting):
         task.cancel()
@@ -175,8 +175,8 @@ def test_query_that_is_cancelled_keeps_its_slot_for_its_call(bench: Bench) -> No
     assert (bench.calls.made, last.exception()) == (["task0", "task2"], None)
 
 
-def test_query_that_nothing_wants_is_not_asked_again(bench: Bench) -> None:
-    """A failure that would be got over by a second call is the end when all callers have left meanwhile."""
+def test_query_without_demand_is_not_retried(bench: Bench) -> None:
+    """A transient failure is final if all callers have left meanwhile."""
     demand = Demand()
     demand.begin()
     demand.join(b"1")
@@ -189,8 +189,8 @@ def test_query_that_nothing_wants_is_not_asked_again(bench: Bench) -> None:
     assert bench.calls.made == ["task0"]
 
 
-def test_query_that_nothing_wants_is_dropped_before_another_call(bench: Bench) -> None:
-    """All callers left while a refused call was on the wire: with another pair it would be for nothing."""
+def test_query_without_demand_is_dropped_before_another_call(bench: Bench) -> None:
+    """If all callers left while a refused call was on the wire, no other pair is tried."""
     demand = Demand()
 
     def drop(dropped: Demand) -> None:
@@ -211,7 +211,7 @@ def test_query_that_nothing_wants_is_dropped_before_another_call(bench: Bench) -
 
 
 def test_query_that_is_queued_may_be_dropped(bench: Bench) -> None:
-    """While it waits for a slot, and between two attempts, a query is not committed."""
+    """A query is not committed while it waits for a slot or between two attempts."""
     first, demand = bench.ask(0), Demand()
     demand.begin()
     demand.join(b"1")

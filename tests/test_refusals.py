@@ -1,4 +1,4 @@
-"""What the API gateway's refusals mean: by message, by code, by class, by status."""
+"""Classification of vendor errors: by message, by code, by class, by HTTP status."""
 
 import re
 
@@ -34,7 +34,7 @@ MEANINGS: list[tuple[Kind, list[str]]] = [
 ]
 CODES = {code: kind for kind, codes in MEANINGS for code in codes}
 
-# As older deployments send them: no code, and 400 or 403 for nearly everything.
+# As older deployments send them: without code, and with 400 or 403 for nearly everything.
 MESSAGES: list[tuple[int, str, Kind]] = [
     (400, "Invalid AppKey", UpstreamCredentials),
     (403, "Invalid AppKey", UpstreamCredentials),
@@ -67,27 +67,27 @@ def kind(status: int = 400, code: str = "", message: str = "") -> Kind:
 
 
 @pytest.mark.parametrize(("code", "expected"), CODES.items())
-def test_refusal_knows_each_documented_code(code: str, expected: Kind) -> None:
-    """A documented code means what the table says, whatever HTTP status comes with it."""
+def test_classify_documented_codes(code: str, expected: Kind) -> None:
+    """A documented code is classified by the table, with any HTTP status."""
     assert kind(int(code[1:4]), code) is expected
     assert kind(200, code) is expected
     assert kind(int(code[1:4]), code, "some other words") is expected
 
 
-def test_refusal_knows_no_code_that_is_not_documented() -> None:
-    """The table of codes is complete, and holds nothing that the documentation does not."""
+def test_classify_has_no_undocumented_code() -> None:
+    """The table of codes is complete, and contains only documented codes."""
     assert BY_CODE == CODES
 
 
 @pytest.mark.parametrize(("status", "message", "expected"), MESSAGES)
-def test_refusal_knows_each_message_of_older_deployments(status: int, message: str, expected: Kind) -> None:
-    """A message alone is enough, in any case and amid other words: older deployments send nothing else."""
+def test_classify_messages_of_older_deployments(status: int, message: str, expected: Kind) -> None:
+    """A message alone is enough, in any case and with other words: older deployments send nothing else."""
     assert kind(status, message=message) is expected
     assert kind(status, message=f"[API] {message.upper()} !") is expected
 
 
-def test_refusal_has_a_test_for_every_message() -> None:
-    """Each row of the table of messages is met by a documented message, and none hides another."""
+def test_classify_has_a_test_for_every_message() -> None:
+    """Each row of the table of messages matches a documented message, and none hides another."""
     met = {next(part for part, _ in BY_MESSAGE if part in message.lower()) for _, message, _ in MESSAGES}
     assert met == {part for part, _ in BY_MESSAGE}
 
@@ -101,8 +101,8 @@ def test_refusal_has_a_test_for_every_message() -> None:
         ("I400NC", "Invalid Timestamp", UpstreamClock),
     ],
 )
-def test_refusal_trusts_the_message_over_the_code(code: str, message: str, expected: Kind) -> None:
-    """For clock and nonce the messages are surer than the codes."""
+def test_classify_prefers_the_message_to_the_code(code: str, message: str, expected: Kind) -> None:
+    """For clock and nonce the messages are more reliable than the codes."""
     assert kind(400, code, message) is expected
 
 
@@ -124,16 +124,16 @@ def test_refusal_trusts_the_message_over_the_code(code: str, message: str, expec
         ("N504ZZ", UpstreamTimeout),
     ],
 )
-def test_refusal_reads_an_unknown_code_by_class_and_status(code: str, expected: Kind) -> None:
-    """A code that is not in the table still tells its class and its HTTP status, over the answer's own."""
+def test_classify_unknown_codes_by_class_and_status(code: str, expected: Kind) -> None:
+    """The class and the status in an unknown code take precedence over the HTTP status."""
     assert kind(200, code) is expected
 
 
 @pytest.mark.parametrize(
     "code", ["nonsense", "A", "A4", "A503", "A503ZZZ", "a503zz", "A5\u00b23ZZ", "\u00b2" * 6]
 )
-def test_refusal_passes_over_what_is_no_code(code: str) -> None:
-    """What has not a code's form says nothing: the HTTP status counts."""
+def test_classify_ignores_malformed_codes(code: str) -> None:
+    """A malformed code is ignored: the HTTP status counts."""
     assert kind(503, code) is UpstreamBusy
     assert kind(418, code) is UpstreamInvalid
 
@@ -154,8 +154,8 @@ def test_refusal_passes_over_what_is_no_code(code: str) -> None:
         (504, UpstreamTimeout),
     ],
 )
-def test_refusal_falls_back_to_the_http_status(status: int, expected: Kind) -> None:
-    """Without code and message the HTTP status is what there is."""
+def test_classify_falls_back_to_the_http_status(status: int, expected: Kind) -> None:
+    """Without code and message the HTTP status counts."""
     assert kind(status) is expected
 
 
@@ -175,22 +175,22 @@ def test_refusal_falls_back_to_the_http_status(status: int, expected: Kind) -> N
     ],
 )
 @pytest.mark.parametrize("status", [401, 403])
-def test_refusal_blames_the_pair_only_where_it_is_named(status: int, message: str, expected: Kind) -> None:
-    """A 401 or 403 that does not speak of key, signature, authorisation or quota is one task's affair."""
+def test_classify_as_credentials_only_if_named(status: int, message: str, expected: Kind) -> None:
+    """A 401 or 403 that does not name key, signature, authorisation or quota fails one task only."""
     assert kind(status, "", message) is expected
     assert kind(status, f"I{status}ZZ", message) is expected
 
 
-def test_refusal_carries_detail_and_retry_after() -> None:
-    """What upstream said of itself and when to come back go along; the text is a fixed one of ours."""
+def test_classify_keeps_detail_and_retry_after() -> None:
+    """The exception has the detail and the delay of the response; its text is fixed."""
     detail = UpstreamDetail(request_id="r-1", err_code="T429ID", err_message="slowly")
     error = classify(429, "T429ID", "what upstream said", detail=detail, retry_after=7.0)
     assert (error.detail, error.retry_after) == (detail, 7.0)
     assert str(error) == "the upstream asks to slow down"
 
 
-def test_refusal_has_a_text_for_each_kind() -> None:
-    """Every kind that a table can name has a text of its own."""
+def test_classify_has_a_text_for_each_type() -> None:
+    """Every exception type in the tables has its own text."""
     for status, code in ((0, code) for code in BY_CODE):
         assert str(classify(status, code, "", detail=UpstreamDetail(), retry_after=None))
     for part, expected in BY_MESSAGE:
@@ -210,6 +210,6 @@ def test_refusal_has_a_text_for_each_kind() -> None:
     code=st.text(max_size=8) | st.from_regex(re.compile(r"[A-Z][0-9]{3}[A-Z0-9]{2}"), fullmatch=True),
     message=st.text(max_size=30),
 )
-def test_refusal_always_finds_a_meaning(status: int, code: str, message: str) -> None:
-    """Whatever an upstream puts into its headers becomes one of the tree, and never an error of ours."""
+def test_classify_never_fails(status: int, code: str, message: str) -> None:
+    """Any header values lead to an exception of the tree, and to no other error."""
     assert issubclass(kind(status, code, message), UpstreamError)

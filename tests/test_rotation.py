@@ -1,4 +1,4 @@
-"""Which pair signs: refusals, trials, promotions, and who waits for whom."""
+"""Credential rotation: refusals, probes, promotions, and waiting queries."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -22,7 +22,7 @@ from gateway.domain.task import Operation
 from gateway.settings.model import Credentials as CredentialSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
-from gateway.upstream.credential_rotation import KEPT_OUT_SECONDS, CredentialRotation
+from gateway.upstream.credential_rotation import FAILED_PROBE_PAUSE_SECONDS, CredentialRotation
 from gateway.upstream.credentials import Credentials, KeyPair, Slot
 
 REFUSAL_SECONDS = 1.0
@@ -30,7 +30,7 @@ REJECTED = UpstreamRejected("rejected", envelope=b"{}", detail=UpstreamDetail())
 
 
 class Bench:
-    """A rotation over two mounted slots, and an upstream that knows some keys; time is turned by hand."""
+    """A rotation over two mounted slots, and an upstream that knows some keys, on a manual clock."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -46,7 +46,7 @@ class Bench:
             (self.folder / f"{slot}_secret").write_text(f"secret of {key}")
 
     def begin(self) -> None:
-        """Read the slots; one whose files were never written has none."""
+        """Read the slots; one without files has no pair."""
         files = {
             f"{prefix}{half}_key_file": self.folder / f"{slot}_{name}"
             for slot, prefix in (("active", ""), ("next", "next_"))
@@ -60,14 +60,14 @@ class Bench:
         )
 
     async def answer(self, pair: KeyPair) -> str:
-        """Be the upstream: answer who signed with a known key, refuse others."""
+        """Act as the upstream: accept known keys, refuse others."""
         self.calls.append(pair.access_key)
         if pair.access_key not in self.known or pair.secret_key != f"secret of {pair.access_key}":
             raise UpstreamCredentials(f"refused {pair.access_key}")
         return pair.access_key
 
     async def ask(self, operation: Operation = Operation.SD_GET_PROGRESS) -> str:
-        """Make one call; return whose key brought the answer."""
+        """Make one call; return the key that was accepted."""
         return await self.rotation.use(operation, self.answer)
 
     async def refused(self) -> list[str]:
@@ -78,7 +78,7 @@ class Bench:
         return self.calls[before:]
 
     def signing(self) -> tuple[str, int] | None:
-        """Return slot and generation of the pair that signs, and hold the metric against it."""
+        """Return slot and generation of the signing pair, and check the metric."""
         held = self.credentials.signing
         shown = {
             slot: self.metrics.registry.get_sample_value("sd_gateway_credentials_active_slot", {"slot": slot})
@@ -99,7 +99,7 @@ def bench(tmp_path: Path) -> Bench:
 
 
 async def test_rotation_signs_with_the_active_pair(bench: Bench) -> None:
-    """While upstream accepts the active pair nobody tries the next one."""
+    """While the upstream accepts the active pair, the next one is not tried."""
     bench.known = {"one", "two"}
     assert [await bench.ask() for _ in range(3)] == ["one"] * 3
     assert bench.calls == ["one"] * 3
@@ -107,20 +107,20 @@ async def test_rotation_signs_with_the_active_pair(bench: Bench) -> None:
 
 
 async def test_rotation_promotes_the_next_pair(bench: Bench) -> None:
-    """When the active pair is refused that very query is signed with the next one, as are all after it."""
+    """A query with a refused active pair is signed with the next one, and so are all later queries."""
     await bench.ask()
     bench.known = {"two"}
     with capture_logs() as lines:
         assert [await bench.ask() for _ in range(3)] == ["two"] * 3
     assert bench.calls == ["one", "one", "two", "two", "two"]
     assert bench.signing() == ("next", 1)
-    told = [(line["event"], line["slot"], line["generation"]) for line in lines]
-    assert told == [("credentials refused", "active", 1), ("credentials promoted", "next", 1)]
+    logged = [(line["event"], line["slot"], line["generation"]) for line in lines]
+    assert logged == [("credentials_refused", "active", 1), ("credentials_promoted", "next", 1)]
     assert not [line for line in lines if "secret of" in str(line)]
 
 
-async def test_rotation_takes_any_envelope_for_acceptance(bench: Bench) -> None:
-    """An envelope that says no proves the pair as well as one that says yes."""
+async def test_rotation_accepts_any_envelope(bench: Bench) -> None:
+    """An envelope with a rejection proves the pair as well as a successful one."""
 
     async def reject(pair: KeyPair) -> str:
         await bench.answer(pair)
@@ -133,8 +133,8 @@ async def test_rotation_takes_any_envelope_for_acceptance(bench: Bench) -> None:
     assert bench.signing() == ("next", 1)
 
 
-async def test_rotation_has_many_wait_for_one_trial(bench: Bench) -> None:
-    """Of many queries whose pair is refused one tries the next; the others, and later ones, wait."""
+async def test_rotation_makes_one_probe_for_many_queries(bench: Bench) -> None:
+    """One of many refused queries probes the next pair; the others, and later ones, wait."""
     bench.known = {"two"}
     refuse, accept, on_trial = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -163,8 +163,8 @@ async def test_rotation_has_many_wait_for_one_trial(bench: Bench) -> None:
     assert (bench.calls.count("one"), bench.calls.count("two")) == (20, 40)
 
 
-async def test_rotation_tries_a_refused_next_pair_once_for_many(bench: Bench) -> None:
-    """A next pair that is refused is not tried by each query that waited: all are told the first refusal."""
+async def test_rotation_probes_a_refused_next_pair_once_for_many(bench: Bench) -> None:
+    """A refused next pair is not tried by each waiting query: all receive the first refusal."""
     bench.known = set()
     refuse = asyncio.Event()
 
@@ -181,22 +181,22 @@ async def test_rotation_tries_a_refused_next_pair_once_for_many(bench: Bench) ->
     assert bench.signing() == ("active", 1)
 
 
-async def test_rotation_lets_refused_pairs_rest(bench: Bench) -> None:
-    """The pair that signs rests a little, one refused on trial longer; then each is tried again."""
+async def test_rotation_pauses_refused_pairs(bench: Bench) -> None:
+    """The signing pair pauses for a short time, a refused probe for longer; then each is tried again."""
     bench.known = set()
     assert await bench.refused() == ["one", "two"]
     assert await bench.refused() == []
     bench.now += REFUSAL_SECONDS
     assert await bench.refused() == ["one"]
-    bench.now += KEPT_OUT_SECONDS
+    bench.now += FAILED_PROBE_PAUSE_SECONDS
     assert await bench.refused() == ["one", "two"]
-    bench.now += KEPT_OUT_SECONDS
+    bench.now += FAILED_PROBE_PAUSE_SECONDS
     bench.known = {"two"}
     assert await bench.ask() == "two"
 
 
-async def test_rotation_tries_a_rested_pair_one_query_at_a_time(bench: Bench) -> None:
-    """When the rest is over one query tries the pair; when upstream accepts it again, it signs for all."""
+async def test_rotation_probes_a_paused_pair_with_one_query(bench: Bench) -> None:
+    """After the pause one query probes the pair; if the upstream accepts it, it signs for all queries."""
     bench.known = set()
     await bench.refused()
     bench.now += REFUSAL_SECONDS
@@ -208,12 +208,12 @@ async def test_rotation_tries_a_rested_pair_one_query_at_a_time(bench: Bench) ->
     bench.now += REFUSAL_SECONDS
     with capture_logs() as lines:
         assert await asyncio.gather(*(bench.ask() for _ in range(10))) == ["one"] * 10
-    assert [line["event"] for line in lines] == ["credentials accepted again"]
+    assert [line["event"] for line in lines] == ["credentials_accepted_again"]
     assert bench.signing() == ("active", 1)
 
 
 async def test_rotation_tries_new_content_of_the_next_slot_at_once(bench: Bench) -> None:
-    """A pair is kept out, not its slot: new content is tried by the next query."""
+    """The pause belongs to a pair, not to its slot: new content is probed by the next query."""
     bench.known = {"three"}
     await bench.refused()
     bench.mount(next="three")
@@ -223,7 +223,7 @@ async def test_rotation_tries_new_content_of_the_next_slot_at_once(bench: Bench)
 
 
 async def test_rotation_reads_the_files_again_on_a_refusal(bench: Bench) -> None:
-    """A refused pair whose files have changed since is replaced within the query: no poll is waited for."""
+    """A refused pair whose files have changed is replaced within the query, before the next poll."""
     await bench.ask()
     bench.mount(active="three")
     bench.known = {"three"}
@@ -233,7 +233,7 @@ async def test_rotation_reads_the_files_again_on_a_refusal(bench: Bench) -> None
 
 
 async def test_rotation_survives_a_pair_read_half_and_half(bench: Bench) -> None:
-    """Files written one after the other: upstream refuses the mixture, the last accepted pair goes on."""
+    """If files are read half and half, the upstream refuses the mixture and the last good pair signs."""
     await bench.ask()
     bench.known = {"one", "three"}
     (bench.folder / "active_key").write_text("three")
@@ -249,7 +249,7 @@ async def test_rotation_survives_a_pair_read_half_and_half(bench: Bench) -> None
 
 
 async def test_rotation_forgets_the_former_pair_once_the_new_one_is_accepted(bench: Bench) -> None:
-    """A replaced pair is not tried any more when its successor, accepted once, is refused."""
+    """A replaced pair is not tried any more after its successor was accepted once."""
     await bench.ask()
     bench.mount(active="three")
     bench.known = {"one", "three"}
@@ -260,7 +260,7 @@ async def test_rotation_forgets_the_former_pair_once_the_new_one_is_accepted(ben
 
 
 async def test_rotation_keeps_the_promoted_pair_when_it_moves_to_the_active_slot(bench: Bench) -> None:
-    """The promoted pair in the active slot changes the name of the slot: nothing is tried anew."""
+    """Moving the promoted pair to the active slot changes the name of the slot, and causes no probe."""
     bench.known = {"two"}
     await bench.ask()
     bench.mount(active="two", next="three")
@@ -272,7 +272,7 @@ async def test_rotation_keeps_the_promoted_pair_when_it_moves_to_the_active_slot
 
 
 async def test_rotation_prefers_new_content_of_the_active_slot(bench: Bench) -> None:
-    """After a promotion a new pair in the active slot signs: it is newer. Refused, it gives way again."""
+    """New content in the active slot signs after a promotion; if it is refused, the promoted pair signs."""
     bench.known = {"two", "three"}
     await bench.ask()
     bench.mount(active="three")
@@ -286,7 +286,7 @@ async def test_rotation_prefers_new_content_of_the_active_slot(bench: Bench) -> 
 
 
 async def test_rotation_keeps_a_promoted_pair_that_left_its_slot(bench: Bench) -> None:
-    """A promoted pair signs although its slot has new content by now; that is tried when it is refused."""
+    """A promoted pair signs although its slot has new content, which is probed when the pair is refused."""
     bench.known = {"two"}
     await bench.ask()
     bench.mount(next="three")
@@ -300,7 +300,7 @@ async def test_rotation_keeps_a_promoted_pair_that_left_its_slot(bench: Bench) -
 
 
 async def test_rotation_goes_back_when_the_promoted_pair_is_refused(bench: Bench) -> None:
-    """The active pair is what is left when the next one is refused later, after a rest."""
+    """When the promoted pair is refused later, the active pair is probed after its pause."""
     bench.known = {"two"}
     await bench.ask()
     bench.known = {"one"}
@@ -310,8 +310,8 @@ async def test_rotation_goes_back_when_the_promoted_pair_is_refused(bench: Bench
     assert bench.signing() == ("active", 1)
 
 
-async def test_rotation_does_not_override_what_was_read_during_a_trial(bench: Bench) -> None:
-    """New content that the active slot got while the next pair was on trial signs: it is newer."""
+async def test_rotation_keeps_content_that_was_read_during_a_probe(bench: Bench) -> None:
+    """New content of the active slot that is read during a probe signs: it is newer."""
     bench.known = {"two", "three"}
 
     async def meanwhile(pair: KeyPair) -> str:
@@ -325,8 +325,8 @@ async def test_rotation_does_not_override_what_was_read_during_a_trial(bench: Be
     assert await bench.ask() == "three"
 
 
-async def test_rotation_learns_nothing_from_calls_that_were_in_the_air(bench: Bench) -> None:
-    """An answer to a call that was sent before the refusal does not bring the refused pair back."""
+async def test_rotation_ignores_calls_sent_before_the_refusal(bench: Bench) -> None:
+    """A success of a call that was sent before the refusal does not restore the refused pair."""
     late = asyncio.Event()
 
     async def early(pair: KeyPair) -> str:
@@ -343,10 +343,8 @@ async def test_rotation_learns_nothing_from_calls_that_were_in_the_air(bench: Be
 
 
 @pytest.mark.parametrize("passing", [UpstreamClock, UpstreamNonce, UpstreamTimeout])
-async def test_rotation_is_not_begun_by_what_says_nothing_of_the_pair(
-    bench: Bench, passing: type[UpstreamError]
-) -> None:
-    """Clock, nonce, time-out: the pair is not to blame, does not rest, and no other one is tried."""
+async def test_rotation_ignores_unrelated_errors(bench: Bench, passing: type[UpstreamError]) -> None:
+    """After a clock error, a nonce error or a timeout the pair does not pause, and no other is tried."""
 
     async def fail(pair: KeyPair) -> str:
         await bench.answer(pair)
@@ -359,8 +357,8 @@ async def test_rotation_is_not_begun_by_what_says_nothing_of_the_pair(
     assert bench.calls == ["one"] * 2
 
 
-async def test_rotation_repeats_a_trial_that_told_nothing(bench: Bench) -> None:
-    """A trial that ran into a time-out fails its own query only; the next query has a trial of its own."""
+async def test_rotation_repeats_a_probe_without_outcome(bench: Bench) -> None:
+    """A probe that times out fails its own query only; the next query makes its own probe."""
     bench.known = {"two"}
 
     async def late(pair: KeyPair) -> str:
@@ -374,8 +372,8 @@ async def test_rotation_repeats_a_trial_that_told_nothing(bench: Bench) -> None:
     assert await bench.ask() == "two"
 
 
-async def test_rotation_hands_the_trial_on_when_its_query_is_given_up(bench: Bench) -> None:
-    """A query that is cancelled on trial leaves the trial to one that waits."""
+async def test_rotation_passes_on_a_cancelled_probe(bench: Bench) -> None:
+    """When the query of a probe is cancelled, a waiting query makes the probe."""
     bench.known = {"two"}
     on_trial = asyncio.Event()
 
@@ -394,7 +392,7 @@ async def test_rotation_hands_the_trial_on_when_its_query_is_given_up(bench: Ben
 
 
 async def test_rotation_holds_refusals_against_their_operation_only(bench: Bench) -> None:
-    """A pair without a right to one operation goes on signing the others, and they do not wait."""
+    """A pair that is refused for one operation keeps signing the others, and they do not wait."""
     bench.known = set()
     assert await bench.refused() == ["one", "two"]
     bench.known = {"one"}
@@ -402,8 +400,8 @@ async def test_rotation_holds_refusals_against_their_operation_only(bench: Bench
     assert await bench.refused() == []
 
 
-async def test_rotation_leaves_quotas_to_people(bench: Bench) -> None:
-    """A spent quota rests the pair, and does not move the load onto the next pair's account."""
+async def test_rotation_does_not_change_pairs_for_quotas(bench: Bench) -> None:
+    """An exhausted quota pauses the pair, and does not move the load to the next pair's account."""
 
     def spent(pair: KeyPair) -> Awaitable[str]:
         bench.calls.append(pair.access_key)
@@ -418,7 +416,7 @@ async def test_rotation_leaves_quotas_to_people(bench: Bench) -> None:
 
 
 async def test_rotation_begins_with_the_next_pair_where_there_is_no_other(tmp_path: Path) -> None:
-    """With a next pair alone it is tried, and signs; the active one takes over when it comes."""
+    """A next pair alone is probed and signs; the active one takes over once it exists."""
     bench = Bench(tmp_path)
     bench.mount(active="", next="two")
     bench.known = {"one", "two"}
@@ -433,8 +431,8 @@ async def test_rotation_begins_with_the_next_pair_where_there_is_no_other(tmp_pa
 
 
 @pytest.mark.parametrize("same", [True, False])
-async def test_rotation_without_another_pair_tells_the_refusal(tmp_path: Path, *, same: bool) -> None:
-    """Where there is no next pair, or it is the same, the refusal is told after one call."""
+async def test_rotation_without_another_pair_returns_the_refusal(tmp_path: Path, *, same: bool) -> None:
+    """Without a different next pair, the refusal is returned after one call."""
     bench = Bench(tmp_path)
     bench.mount(active="one", **({"next": "one"} if same else {}))
     bench.begin()
@@ -443,7 +441,7 @@ async def test_rotation_without_another_pair_tells_the_refusal(tmp_path: Path, *
 
 
 async def test_rotation_without_any_pair_makes_no_call(tmp_path: Path) -> None:
-    """Without credentials the callers are told so, and upstream is not asked."""
+    """Without credentials callers receive an error, and no call is made."""
     bench = Bench(tmp_path)
     bench.begin()
     with pytest.raises(UpstreamCredentials, match="no credentials"):

@@ -1,4 +1,4 @@
-"""Credentials that change under a started gateway with queries in the air: nobody notices."""
+"""Credentials that change under a running gateway with queries in flight, without a failed query."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ NAMES = ("access_key", "secret_key", "next_access_key", "next_secret_key")
 SETTINGS = {
     "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": "",
     "SD_GATEWAY_CREDENTIALS__SECRET_KEY": "",
-    # Every query goes upstream, once, and no stale answer covers a failure.
+    # Every query makes one call, and no stale response hides a failure.
     "SD_GATEWAY_UPSTREAM__RETRIES": "0",
     "SD_GATEWAY_CACHE__RUNNING_SECONDS": "0",
     "SD_GATEWAY_CACHE__STALE_WHILE_REVALIDATE_SECONDS": "0",
@@ -28,7 +28,7 @@ CALLERS, TASKS, ENOUGH = 6, 10, 60
 
 
 class Callers:
-    """Clients that ask without a pause, each about tasks of its own, until they are told to stop."""
+    """Clients that query without a pause, each with its own tasks, until they are stopped."""
 
     def __init__(self, gate: Gateway, tasks: list[str]) -> None:
         self._gate = gate
@@ -38,7 +38,7 @@ class Callers:
 
     @contextmanager
     def asking(self) -> Iterator[None]:
-        """Ask for as long as the context is open."""
+        """Query for as long as the context is open."""
         with ThreadPoolExecutor(CALLERS) as pool:
             share = len(self._tasks) // CALLERS
             asked = [pool.submit(self._ask, self._tasks[n * share : (n + 1) * share]) for n in range(CALLERS)]
@@ -50,7 +50,7 @@ class Callers:
             one.result()
 
     def more(self) -> None:
-        """Wait until many more queries have been answered than were in the air."""
+        """Wait until many more queries have been answered than were in flight."""
         wanted = len(self.answers) + ENOUGH
         until(lambda: len(self.answers) >= wanted, "the callers are answered")
 
@@ -64,7 +64,7 @@ class Callers:
 
 
 class Scene:
-    """A started gateway over a mounted secret, callers, and an upstream that lets in whom it is told to."""
+    """A running gateway over a mounted secret, clients, and an upstream with selectable keys."""
 
     def __init__(self, simulator: Simulator, mount: Mount, process: Process, gate: Gateway) -> None:
         self._simulator = simulator
@@ -75,25 +75,25 @@ class Scene:
         self.callers = Callers(gate, tasks)
 
     def let_in(self, *numbers: int) -> None:
-        """Have upstream know these pairs, and no other."""
+        """Make the upstream accept these pairs, and no other."""
         keys = [f"mounted-key-{number}" for number in numbers]
         self._simulator.control("PUT", "/pairs", pairs={key: PAIRS[key] for key in keys})
 
     def mount(self, active: int, following: int) -> None:
-        """Swap the secret for one with these pairs."""
+        """Replace the secret with these pairs."""
         publish(self._mount, active, following)
 
     def reloaded(self, times: int) -> None:
-        """Wait until so many pairs have been read."""
+        """Wait until this number of pairs has been read."""
         until(lambda: self.gate.metric("credentials_reloads_total", result="ok") == times, "files are read")
 
     def signing(self) -> str:
-        """Return which slot signs."""
+        """Return the slot that signs."""
         slot: str = self.gate.client.get("/readyz").json()["credentials"]["slot"]
         return slot
 
     def refused(self) -> int:
-        """Return how many calls upstream has refused."""
+        """Return how many calls the upstream has refused."""
         refused: int = self._simulator.stats()["refused"]
         return refused
 
@@ -109,7 +109,7 @@ def publish(mount: Mount, active: int, following: int) -> None:
 
 @pytest.fixture
 def scene(simulator: Simulator, tmp_path: Path) -> Iterator[Scene]:
-    """Return a scene with pair 0 active and pair 1 to follow, and callers who ask; see that all went well."""
+    """Return a scene with pair 0 active, pair 1 next, and running clients; check at the end for failures."""
     folder = tmp_path / "secret"
     folder.mkdir()
     mount = Mount(folder)
@@ -130,7 +130,7 @@ def scene(simulator: Simulator, tmp_path: Path) -> Iterator[Scene]:
 
 
 def test_rotation_process_follows_a_swap_while_both_pairs_count(scene: Scene) -> None:
-    """Old and new pair count for a while, the secret is swapped, then only the new one counts: no refusal."""
+    """With both pairs valid the secret is swapped, then only the new one is valid: no call is refused."""
     scene.let_in(0, 2)
     scene.mount(active=2, following=3)
     scene.reloaded(4)
@@ -141,8 +141,8 @@ def test_rotation_process_follows_a_swap_while_both_pairs_count(scene: Scene) ->
     assert scene.refused() == 0
 
 
-def test_rotation_process_does_not_wait_for_the_next_look_at_the_files(scene: Scene) -> None:
-    """The old pair is revoked just as the secret is swapped: refused calls are signed again at once."""
+def test_rotation_process_does_not_wait_for_the_next_poll(scene: Scene) -> None:
+    """The old pair is revoked while the secret is swapped: refused calls are signed again at once."""
     scene.let_in(0, 2)
     scene.mount(active=2, following=3)
     scene.let_in(2)
@@ -152,12 +152,12 @@ def test_rotation_process_does_not_wait_for_the_next_look_at_the_files(scene: Sc
 
 
 def test_rotation_process_promotes_the_next_pair(scene: Scene) -> None:
-    """The active pair is revoked without warning: the next one signs, until a newer active one is mounted."""
+    """The active pair is revoked without warning: the next one signs until a new active one is mounted."""
     scene.let_in(1)
     scene.callers.more()
     assert scene.signing() == "next"
     assert 0 < scene.refused() <= CALLERS
-    assert scene.process.output.count("credentials promoted") == 1
+    assert scene.process.output.count("credentials_promoted") == 1
     scene.mount(active=1, following=2)
     scene.reloaded(4)
     scene.callers.more()

@@ -1,4 +1,4 @@
-"""The service over a memory store and a hand-ticked clock, with an upstream that answers when told to."""
+"""The progress service over a memory store and a manual clock, with an upstream that the test controls."""
 
 import asyncio
 import json
@@ -65,8 +65,8 @@ FAILURES: list[GatewayError] = [
     UpstreamThrottled("slowly"),
     UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail()),
 ]
-# None of these is the task's own: our limits and an open circuit pass by themselves, and credentials are the
-# pair's affair.
+# None of these says anything about the task: the gateway's own limits, an open circuit, and refused
+# credentials.
 NOT_THE_TASKS: list[GatewayError] = [
     Overloaded("full"),
     RateLimiterExhausted("full"),
@@ -83,7 +83,7 @@ def name_of(value: object) -> str:
 
 @dataclass(eq=False)
 class Alike:
-    """Equals every copy of an error: of what is shared each caller gets one."""
+    """Equals every copy of an error: each caller receives a copy."""
 
     error: GatewayError
 
@@ -96,7 +96,7 @@ class Alike:
 
 @dataclass
 class Clock:
-    """A clock that a test turns by hand."""
+    """A clock that the test advances."""
 
     now: float = 1000.0
 
@@ -105,7 +105,7 @@ class Clock:
 
 
 class Call:
-    """One query that the upstream got, and the test answers."""
+    """One query that the upstream received, and the test answers."""
 
     def __init__(
         self,
@@ -113,22 +113,22 @@ class Call:
         *,
         renewal: bool,
         timeout_seconds: float,
-        hold_up: Callable[[float], None],
+        on_queued: Callable[[float], None],
         demand: Demand,
     ) -> None:
         self.key = key
         self.renewal = renewal
         self.timeout_seconds = timeout_seconds
-        self.hold_up = hold_up
+        self.on_queued = on_queued
         self.demand = demand
         self.outcome: asyncio.Future[ParsedResponse] = asyncio.get_running_loop().create_future()
 
     def answer(self, status: str = "running", **data: Any) -> None:
-        """Answer the query."""
+        """Complete the query with a response."""
         self.outcome.set_result(answer(self.key, status, **data))
 
     def fail(self, error: BaseException) -> None:
-        """Let the query fail."""
+        """Fail the query."""
         self.outcome.set_exception(error)
 
 
@@ -138,7 +138,7 @@ def answer(key: TaskKey, status: str, **data: Any) -> ParsedResponse:
 
 
 class FakeUpstream:
-    """Stands at the network's edge: takes note of each query, and leaves the answer to the test."""
+    """Replaces the upstream client: records each query, and leaves the response to the test."""
 
     def __init__(self) -> None:
         self.queues = False
@@ -154,26 +154,26 @@ class FakeUpstream:
         on_queued: Callable[[float], None],
         demand: Demand,
     ) -> ParsedResponse:
-        """Wait until the test answers; until then the query is queued, or on the wire."""
+        """Wait until the test responds; until then the query is queued, or on the wire."""
         self.keys.append(key)
         demand.committed = not self.queues
-        call = Call(key, renewal=renewal, timeout_seconds=timeout_seconds, hold_up=on_queued, demand=demand)
+        call = Call(key, renewal=renewal, timeout_seconds=timeout_seconds, on_queued=on_queued, demand=demand)
         self._calls.put_nowait(call)
         return await call.outcome
 
     async def call(self) -> Call:
-        """Return the next query that has not been seen yet, as soon as there is one."""
+        """Return the next query, once there is one."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             return await self._calls.get()
 
     @property
     def count(self) -> int:
-        """How many queries there were."""
+        """Return the number of queries."""
         return len(self.keys)
 
 
 class Bench:
-    """A service with all that surrounds it."""
+    """A service with its dependencies."""
 
     def __init__(self, cache: Cache = CACHE, store: MemoryStore | None = None) -> None:
         self.clock = Clock()
@@ -194,31 +194,31 @@ class Bench:
         self.store.on_change(self._stored.put_nowait)
 
     def begin(self, key: TaskKey = KEY) -> asyncio.Task[CacheResult]:
-        """Begin to ask, and return the task that waits."""
+        """Start a query, and return its task."""
         return asyncio.create_task(self.get(key))
 
     async def get(self, key: TaskKey = KEY) -> CacheResult:
-        """Ask; return the reading, or raise the failure."""
-        outcome = await self.service.read(key)
+        """Query; return the result, or raise the failure."""
+        outcome = await self.service.get(key)
         if isinstance(outcome, FetchFailure):
             raise outcome.raised()
         return outcome
 
     async def learn(self, status: str = "running", key: TaskKey = KEY, **data: Any) -> CacheResult:
-        """Ask once, and let the upstream answer."""
+        """Query once, and let the upstream respond."""
         asked = self.begin(key)
         (await self.upstream.call()).answer(status, **data)
         return await asked
 
     async def fail(self, error: BaseException, key: TaskKey = KEY) -> CacheResult | BaseException:
-        """Ask once, let the upstream fail, and return what the caller got."""
+        """Query once, let the upstream fail, and return what the caller received."""
         asked = self.begin(key)
         (await self.upstream.call()).fail(error)
         [outcome] = await asyncio.gather(asked, return_exceptions=True)
         return outcome
 
     async def renewed(self, *, after: Snapshot) -> None:
-        """Wait until a newer snapshot than `after` has been stored."""
+        """Wait until a newer snapshot than `after` is stored."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             while (await self._stored.get()).fetched_at <= after.fetched_at:
                 pass
@@ -234,7 +234,7 @@ class Bench:
         return {result: int(count) for result, count in counted.items() if count}
 
     def ages(self) -> tuple[float, float, float]:
-        """Return of how many answers the age was measured, their sum, and how many were overdue."""
+        """Return the number of observed ages, their sum, and how many were overdue."""
         names = ("answer_age_seconds_count", "answer_age_seconds_sum", "answers_overdue_total")
         count, total, overdue = (
             self.metrics.registry.get_sample_value(f"sd_gateway_{name}", {"operation": KEY.operation}) or 0.0
@@ -255,7 +255,7 @@ class Bench:
 
 @pytest.fixture
 async def bench() -> AsyncIterator[Bench]:
-    """Return a service with an empty store, closed in the end."""
+    """Return a service with an empty store; it is closed at the end."""
     bench = Bench()
     yield bench
     await bench.service.aclose()
@@ -269,8 +269,8 @@ def data_of(result: CacheResult) -> dict[str, Any]:
 # Miss, hit, collapsed
 
 
-async def test_get_asks_upstream_for_what_is_not_known(bench: Bench) -> None:
-    """The first caller waits for upstream, and is told so."""
+async def test_get_queries_the_upstream_on_a_miss(bench: Bench) -> None:
+    """The first caller waits for the upstream, and its result is a miss."""
     result = await bench.learn(progress=0.35)
     assert (result.source, result.age, result.replaced_stale, result.failure) == (
         CacheStatus.MISS,
@@ -284,7 +284,7 @@ async def test_get_asks_upstream_for_what_is_not_known(bench: Bench) -> None:
 
 
 async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
-    """While the snapshot is fresh nobody asks upstream, and its age is told."""
+    """While the snapshot is fresh no query is made, and the result has its age."""
     first = await bench.learn()
     bench.clock.now += CACHE.running_seconds - 0.1
     result = await bench.get(KEY)
@@ -295,18 +295,18 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
     assert bench.lookups() == {"miss": 1, "hit": 1}
 
 
-async def test_repeat_answers_for_as_long_as_a_lookup(bench: Bench) -> None:
-    """A snapshot is given again while it keeps the freshness promise, and each time counts as looked up."""
+async def test_still_current_for_as_long_as_a_lookup_succeeds(bench: Bench) -> None:
+    """A snapshot is current while it keeps the freshness promise, and each check counts as a lookup."""
     snapshot = (await bench.learn()).snapshot
     promised = CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
     ages = [0.5, CACHE.running_seconds - 0.25, CACHE.running_seconds, promised - 0.25]
-    assert all(bench.service.repeat(snapshot, snapshot.fetched_at + age) for age in ages)
+    assert all(bench.service.still_current(snapshot, snapshot.fetched_at + age) for age in ages)
     counted = {"miss": 1, "hit": 2, "stale": 2}
     assert bench.lookups() == counted
     assert bench.ages() == (5, sum(ages), 0)
-    assert not bench.service.repeat(snapshot, snapshot.fetched_at + promised)
+    assert not bench.service.still_current(snapshot, snapshot.fetched_at + promised)
     bench.store.keep(replace(snapshot, version=snapshot.version + 1))
-    assert not any(bench.service.repeat(snapshot, snapshot.fetched_at + age) for age in ages)
+    assert not any(bench.service.still_current(snapshot, snapshot.fetched_at + age) for age in ages)
     assert bench.lookups() == counted
 
 
@@ -323,7 +323,7 @@ async def test_repeat_answers_for_as_long_as_a_lookup(bench: Bench) -> None:
     ],
 )
 async def test_get_takes_the_lifetime_from_the_status(bench: Bench, status: str, seconds: float) -> None:
-    """A snapshot is fresh for as long as its status says, and stale from then on."""
+    """A snapshot is fresh for the lifetime of its status, and stale after that."""
     await bench.learn(status)
     bench.clock.now += seconds - 0.01
     assert (await bench.get(KEY)).source is CacheStatus.HIT
@@ -332,7 +332,7 @@ async def test_get_takes_the_lifetime_from_the_status(bench: Bench, status: str,
 
 
 async def test_get_takes_the_lifetime_of_results(bench: Bench) -> None:
-    """Results are kept by the lifetime of results, envelope and all."""
+    """Results have their own lifetime, and contain the envelope."""
     first = await bench.learn("succeeded", RESULT, images=["u"])
     bench.clock.now += CACHE.result_seconds - 0.01
     result = await bench.get(RESULT)
@@ -342,8 +342,8 @@ async def test_get_takes_the_lifetime_of_results(bench: Bench) -> None:
     assert (await bench.get(RESULT)).source is CacheStatus.STALE
 
 
-async def test_get_shares_one_call_among_a_crowd(bench: Bench) -> None:
-    """Fifty callers at once cost one call: one of them made it, the others joined."""
+async def test_get_shares_one_query_among_callers(bench: Bench) -> None:
+    """Fifty concurrent callers cause one query: one of them started it, the others joined."""
     crowd = [bench.begin() for _ in range(CALLERS)]
     (await bench.upstream.call()).answer()
     results = await asyncio.gather(*crowd)
@@ -356,7 +356,7 @@ async def test_get_shares_one_call_among_a_crowd(bench: Bench) -> None:
 
 
 async def test_get_keeps_tasks_and_operations_apart(bench: Bench) -> None:
-    """Other tasks and other operations are other calls, and each caller gets its own task's answer."""
+    """Other tasks and other operations are other queries, and each caller gets its own task's snapshot."""
     keys = [KEY, OTHER, RESULT, TaskKey(Operation.COMFY_GET_PROGRESS, KEY.task_id)]
     asked = [bench.begin(key) for key in keys]
     for call in reversed([await bench.upstream.call() for _ in keys]):
@@ -366,8 +366,8 @@ async def test_get_keeps_tasks_and_operations_apart(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("leaver", [0, 1, -1])
-async def test_get_survives_a_caller_who_hangs_up(bench: Bench, leaver: int) -> None:
-    """A caller that hangs up, the first one included, cancels nobody, and no call is made twice."""
+async def test_get_survives_a_caller_that_disconnects(bench: Bench, leaver: int) -> None:
+    """A caller that disconnects, even the first one, cancels nothing for the others."""
     crowd = [bench.begin() for _ in range(3)]
     call = await bench.upstream.call()
     gone = crowd.pop(leaver)
@@ -379,8 +379,8 @@ async def test_get_survives_a_caller_who_hangs_up(bench: Bench, leaver: int) -> 
     assert bench.upstream.count == 1
 
 
-async def test_get_stores_an_answer_that_nobody_waits_for(bench: Bench) -> None:
-    """When every caller has hung up the answer still lands, and the next one finds it."""
+async def test_get_stores_a_response_without_callers(bench: Bench) -> None:
+    """When every caller has disconnected, the response is stored, and the next caller gets it."""
     asked = bench.begin()
     call = await bench.upstream.call()
     asked.cancel()
@@ -394,27 +394,29 @@ async def test_get_stores_an_answer_that_nobody_waits_for(bench: Bench) -> None:
     assert bench.upstream.count == 1
 
 
-# Held up by the budget
+# Queued by the rate limiter
 
 
 def long_ago(bench: Bench) -> None:
-    """Let so much time pass that a snapshot is too old to be shown, and young enough to cover a failure."""
+    """Let a snapshot become too old to revalidate, and young enough for stale-if-error."""
     bench.clock.now += CACHE.running_seconds + CACHE.stale_while_revalidate_seconds + 1
 
 
-async def test_get_does_not_wait_for_a_flight_that_is_held_up(bench: Bench) -> None:
-    """Who has a snapshot to fall back on is told why it is old, at once; the flight goes on and lands."""
+async def test_get_does_not_wait_for_a_queued_request(bench: Bench) -> None:
+    """A caller with a stale snapshot gets it at once with the reason; the request completes later."""
     first = await bench.learn(progress=0.1)
     long_ago(bench)
     crowd = [bench.begin() for _ in range(3)]
     call = await bench.upstream.call()
     assert call.renewal
-    call.hold_up(7.0)
-    call.hold_up(6.0)
+    call.on_queued(7.0)
+    call.on_queued(6.0)
     for result in await asyncio.gather(*crowd, bench.get(KEY)):
         assert (result.snapshot, result.source) == (first.snapshot, CacheStatus.STALE)
         assert result.failure == Alike(
-            RateLimiterExhausted("the query waits for the budget of upstream calls", retry_after=7.0)
+            RateLimiterExhausted(
+                "the query is queued by the rate limiter for upstream calls", retry_after=7.0
+            )
         )
     assert bench.lookups() == {"miss": 1, "stale": 4}
     call.answer(progress=0.9)
@@ -423,8 +425,8 @@ async def test_get_does_not_wait_for_a_flight_that_is_held_up(bench: Bench) -> N
     assert bench.upstream.count == 2
 
 
-async def test_get_waits_for_a_flight_that_is_not_held_up(bench: Bench) -> None:
-    """A snapshot to fall back on is no reason not to wait for a flight that is in the air."""
+async def test_get_waits_for_a_request_that_is_not_queued(bench: Bench) -> None:
+    """A stale snapshot is not served while the request for a new one is in flight."""
     for _ in range(2):
         await bench.learn()
         long_ago(bench)
@@ -436,12 +438,12 @@ async def test_get_waits_for_a_flight_that_is_not_held_up(bench: Bench) -> None:
         assert not bench.service._in_flight._demands
 
 
-async def test_get_waits_for_a_held_up_flight_without_a_snapshot(bench: Bench) -> None:
-    """Who has nothing to fall back on, or nothing young enough, waits for its turn."""
+async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -> None:
+    """A caller without a snapshot that is young enough waits for the queued request."""
     for meanwhile in (OTHER, RESULT):
         asked = bench.begin()
         call = await bench.upstream.call()
-        call.hold_up(7.0)
+        call.on_queued(7.0)
         await bench.learn(key=meanwhile)
         assert not asked.done()
         call.answer()
@@ -449,27 +451,27 @@ async def test_get_waits_for_a_held_up_flight_without_a_snapshot(bench: Bench) -
         bench.clock.now += CACHE.stale_if_error_seconds + CACHE.running_seconds
 
 
-async def test_get_fresh_waits_for_a_held_up_flight(bench: Bench) -> None:
-    """A schedule that nobody waits for keeps its place in the queue and brings the fresh snapshot."""
+async def test_get_fresh_waits_for_a_queued_request(bench: Bench) -> None:
+    """A schedule waits for the queued request and gets the fresh snapshot."""
     await bench.learn()
     long_ago(bench)
     asked = asyncio.create_task(bench.service.get_fresh(KEY))
     call = await bench.upstream.call()
-    call.hold_up(7.0)
-    await bench.learn(key=OTHER)  # whoever waits no longer would have been answered meanwhile
+    call.on_queued(7.0)
+    await bench.learn(key=OTHER)  # a caller that does not wait would have its result by now
     assert not asked.done()
     call.answer(progress=0.9)
     result = await asked
     assert (result.source, result.failure) == (CacheStatus.MISS, None)
 
 
-async def test_get_joins_a_flight_that_has_just_landed(bench: Bench) -> None:
-    """A caller that comes between a flight's end and its being cleared away gets what it brought."""
+async def test_get_joins_a_request_that_has_just_ended(bench: Bench) -> None:
+    """A caller that arrives between the end of a request and its removal gets its result."""
     first = await bench.learn()
     long_ago(bench)
     early = bench.begin()
     call = await bench.upstream.call()
-    call.fail(Overloaded("no slot"))  # which is not remembered, so only the flight tells it
+    call.fail(Overloaded("no slot"))  # it is not cached, so only the request returns it
     late = bench.begin()
     for result in await asyncio.gather(early, late):
         assert (result.snapshot, result.source) == (first.snapshot, CacheStatus.STALE)
@@ -488,8 +490,8 @@ async def left(caller: asyncio.Task[Any]) -> None:
     assert caller.cancelled()
 
 
-async def test_read_drops_a_queued_query_when_its_last_caller_leaves(bench: Bench) -> None:
-    """While one waits nothing changes; when all have left, the next caller gets a flight of its own."""
+async def test_get_drops_a_queued_query_when_its_last_caller_leaves(bench: Bench) -> None:
+    """The query stays while one caller waits; when all have left, the next caller starts a new request."""
     bench.upstream.queues = True
     first, second = bench.begin(), bench.begin()
     queued = await bench.upstream.call()
@@ -497,7 +499,7 @@ async def test_read_drops_a_queued_query_when_its_last_caller_leaves(bench: Benc
     assert not queued.outcome.done()
     await left(second)
     bench.upstream.queues = False
-    third = bench.begin()  # before the dropped flight has run to its end
+    third = bench.begin()  # before the dropped request has ended
     assert (await bench.upstream.call()) is not queued
     assert queued.outcome.cancelled()
     assert not third.done()
@@ -510,8 +512,8 @@ async def test_read_drops_a_queued_query_when_its_last_caller_leaves(bench: Benc
     await left(fourth)
 
 
-async def test_read_leaves_no_trace_of_a_flight_that_was_dropped_before_it_began(bench: Bench) -> None:
-    """A caller may leave in the very turn of the loop in which it came."""
+async def test_get_cleans_up_a_request_dropped_before_it_began(bench: Bench) -> None:
+    """A caller may leave in the same iteration of the event loop in which it came."""
     waiting = bench.service._in_flight.start(KEY)
     bench.service.join(KEY, b"1")
     bench.service.leave(KEY, b"1")
@@ -522,8 +524,8 @@ async def test_read_leaves_no_trace_of_a_flight_that_was_dropped_before_it_began
     await bench.learn()
 
 
-async def test_read_completes_and_stores_what_is_on_the_wire(bench: Bench) -> None:
-    """A query that was sent is completed though every caller has left, and stored for the next one."""
+async def test_get_completes_and_stores_a_query_on_the_wire(bench: Bench) -> None:
+    """A query that was sent is completed although every caller has left, and its result is stored."""
     caller = bench.begin()
     call = await bench.upstream.call()
     await left(caller)
@@ -534,24 +536,24 @@ async def test_read_completes_and_stores_what_is_on_the_wire(bench: Bench) -> No
     assert not bench.service._in_flight._demands
 
 
-@pytest.mark.parametrize("how", ["stale", "held up", "hot"])
-async def test_read_drops_no_refresh_that_the_gateway_wants_itself(bench: Bench, how: str) -> None:
-    """A refresh behind a stale answer is wanted in itself; callers that join and leave change nothing."""
+@pytest.mark.parametrize("how", ["stale", "queued", "hot"])
+async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
+    """A background refresh needs no callers: callers that join and leave change nothing."""
     await bench.learn()
     bench.upstream.queues = True
     if how == "stale":
         bench.clock.now += CACHE.running_seconds
         assert (await bench.get()).source is CacheStatus.STALE
         call = await bench.upstream.call()
-    elif how == "held up":
+    elif how == "queued":
         long_ago(bench)
         asked = bench.begin()
         call = await bench.upstream.call()
-        call.hold_up(7.0)
+        call.on_queued(7.0)
         assert (await asked).source is CacheStatus.STALE
     else:
         known = cast("Snapshot", bench.store.peek(KEY))
-        bench.service._take_off(known.key, known.version)
+        bench.service._refresh(known.key, known.version)
         call = await bench.upstream.call()
         long_ago(bench)
     joined = asyncio.create_task(bench.service.get_fresh(KEY))
@@ -562,8 +564,8 @@ async def test_read_drops_no_refresh_that_the_gateway_wants_itself(bench: Bench,
     await bench.renewed(after=cast("Snapshot", bench.store.peek_stale(KEY)))
 
 
-async def test_subscribers_want_the_flights_that_a_schedule_begins(bench: Bench) -> None:
-    """A schedule's query goes with the last subscriber, and is each subscriber's client's."""
+async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) -> None:
+    """A schedule's query is dropped with the last subscriber, and counts for each subscriber's client."""
     bench.upstream.queues = True
     for client in (b"1", b"2"):
         bench.service.join(KEY, client)
@@ -578,9 +580,9 @@ async def test_subscribers_want_the_flights_that_a_schedule_begins(bench: Bench)
     assert not bench.service._in_flight._demands
 
 
-async def test_read_tells_whose_query_it_is(bench: Bench) -> None:
-    """The budget is fair to clients: a flight knows those that wait for it, each once."""
-    callers = [asyncio.create_task(bench.service.read(KEY, client=client)) for client in (b"1", b"1", b"2")]
+async def test_get_passes_the_clients_of_a_query(bench: Bench) -> None:
+    """The rate limiter is fair to clients: the demand has the clients of all waiting callers."""
+    callers = [asyncio.create_task(bench.service.get(KEY, client=client)) for client in (b"1", b"1", b"2")]
     call = await bench.upstream.call()
     assert call.demand.clients == {b"1": 2, b"2": 1}
     await left(callers[0])
@@ -593,8 +595,8 @@ async def test_read_tells_whose_query_it_is(bench: Bench) -> None:
 # Stale
 
 
-async def test_get_answers_a_young_stale_snapshot_at_once(bench: Bench) -> None:
-    """Stale but young: answered at once, while exactly one refresh runs behind, whoever else comes."""
+async def test_get_serves_stale_while_revalidate(bench: Bench) -> None:
+    """A stale snapshot that is young enough is served at once, and one background refresh runs."""
     first = await bench.learn(progress=0.1)
     bench.clock.now += CACHE.running_seconds
     results = [await bench.get(KEY) for _ in range(CALLERS)]
@@ -609,8 +611,8 @@ async def test_get_answers_a_young_stale_snapshot_at_once(bench: Bench) -> None:
     assert bench.lookups() == {"miss": 1, "stale": CALLERS, "hit": 1}
 
 
-async def test_get_waits_when_a_stale_snapshot_is_too_old(bench: Bench) -> None:
-    """Stale and no longer young: all wait for the one call, and are told that it replaced something."""
+async def test_get_waits_beyond_stale_while_revalidate(bench: Bench) -> None:
+    """When the stale snapshot is too old, all callers wait for one query, and the result says so."""
     await bench.learn(progress=0.1)
     bench.clock.now += CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
     crowd = [bench.begin() for _ in range(3)]
@@ -621,8 +623,8 @@ async def test_get_waits_when_a_stale_snapshot_is_too_old(bench: Bench) -> None:
     assert bench.upstream.count == 2
 
 
-async def test_get_joins_the_refresh_that_runs_behind(bench: Bench) -> None:
-    """Who comes when the snapshot has grown too old joins the refresh that is in the air already."""
+async def test_get_joins_a_background_refresh(bench: Bench) -> None:
+    """A caller that arrives when the snapshot is too old joins the background refresh in flight."""
     await bench.learn()
     bench.clock.now += CACHE.running_seconds
     await bench.get(KEY)
@@ -636,8 +638,8 @@ async def test_get_joins_the_refresh_that_runs_behind(bench: Bench) -> None:
     assert bench.upstream.keys == [KEY, KEY, OTHER]
 
 
-async def test_get_counts_age_from_the_answers_arrival(bench: Bench) -> None:
-    """An answer that took long is as old as its arrival, and no caller waits for another one."""
+async def test_get_counts_age_from_the_arrival_of_the_response(bench: Bench) -> None:
+    """The age of a slow response counts from its arrival, and no caller waits for another one."""
     asked = bench.begin()
     call = await bench.upstream.call()
     bench.clock.now += 8.0
@@ -654,7 +656,7 @@ async def test_get_counts_age_from_the_answers_arrival(bench: Bench) -> None:
     )
 )
 async def test_get_keeps_the_freshness_promise(steps: list[tuple[float, str]]) -> None:
-    """While upstream answers nobody gets a snapshot older than its lifetime + stale_while_revalidate."""
+    """While the upstream responds, no caller gets a snapshot older than lifetime + stale_while_revalidate."""
     bench = Bench()
     status = "waiting"
 
@@ -680,8 +682,8 @@ async def test_get_keeps_the_freshness_promise(steps: list[tuple[float, str]]) -
 
 
 @pytest.mark.parametrize("failure", FAILURES + NOT_THE_TASKS, ids=name_of)
-async def test_get_raises_a_failure_that_nothing_covers(bench: Bench, failure: GatewayError) -> None:
-    """Without a snapshot every caller of the one call gets the failure."""
+async def test_get_returns_a_failure_without_a_snapshot(bench: Bench, failure: GatewayError) -> None:
+    """Without a snapshot every caller of the query receives the failure."""
     crowd = [bench.begin() for _ in range(3)]
     (await bench.upstream.call()).fail(failure)
     assert await asyncio.gather(*crowd, return_exceptions=True) == [Alike(failure)] * 3
@@ -690,8 +692,8 @@ async def test_get_raises_a_failure_that_nothing_covers(bench: Bench, failure: G
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=name_of)
-async def test_get_remembers_a_failure_for_a_while(bench: Bench, failure: GatewayError) -> None:
-    """A failure is answered from memory for error_seconds; then upstream is asked again."""
+async def test_get_caches_a_failure(bench: Bench, failure: GatewayError) -> None:
+    """A failure is served from memory for error_seconds; then the upstream is queried again."""
     await bench.fail(failure)
     bench.clock.now += CACHE.error_seconds - 0.01
     for _ in range(3):
@@ -704,18 +706,16 @@ async def test_get_remembers_a_failure_for_a_while(bench: Bench, failure: Gatewa
     assert bench.upstream.count == 2
 
 
-async def test_get_remembers_a_failure_against_its_task_only(bench: Bench) -> None:
-    """One task's failure keeps nobody from asking for another."""
+async def test_get_caches_a_failure_for_its_task_only(bench: Bench) -> None:
+    """The failure of one task does not affect another."""
     await bench.fail(UpstreamTimeout("too late"))
     assert (await bench.learn(key=OTHER)).source is CacheStatus.MISS
     assert (await bench.learn(key=RESULT)).source is CacheStatus.MISS
 
 
 @pytest.mark.parametrize("failure", NOT_THE_TASKS, ids=name_of)
-async def test_get_holds_no_failure_against_a_task_that_is_not_its_own(
-    bench: Bench, failure: GatewayError
-) -> None:
-    """Our own limits and refused credentials are not remembered: the next caller asks again at once."""
+async def test_get_caches_no_failure_unrelated_to_the_task(bench: Bench, failure: GatewayError) -> None:
+    """The gateway's own limits and refused credentials are not cached: the next caller makes a query."""
     await bench.fail(failure)
     assert bench.store.failure(KEY) is None
     assert (await bench.learn()).source is CacheStatus.MISS
@@ -724,8 +724,8 @@ async def test_get_holds_no_failure_against_a_task_that_is_not_its_own(
 
 
 @pytest.mark.parametrize("failure", FAILURES + NOT_THE_TASKS, ids=name_of)
-async def test_get_covers_a_failure_with_a_stale_snapshot(bench: Bench, failure: GatewayError) -> None:
-    """A snapshot no older than stale_if_error is answered in a failure's place, and the failure is told."""
+async def test_get_serves_stale_if_error(bench: Bench, failure: GatewayError) -> None:
+    """A snapshot up to stale_if_error old is served instead of a failure, and contains the failure."""
     first = await bench.learn()
     bench.clock.now += CACHE.stale_if_error_seconds
     crowd = [bench.begin() for _ in range(2)]
@@ -737,8 +737,8 @@ async def test_get_covers_a_failure_with_a_stale_snapshot(bench: Bench, failure:
     assert bench.lookups() == {"miss": 1, "stale": 2}
 
 
-async def test_get_covers_a_remembered_failure(bench: Bench) -> None:
-    """While the failure is remembered it is covered at once, without another call."""
+async def test_get_serves_stale_if_error_from_memory(bench: Bench) -> None:
+    """While the failure is cached, the stale snapshot is served at once, without another query."""
     await bench.learn()
     bench.clock.now += 20.0
     failure = UpstreamTimeout("too late")
@@ -750,8 +750,8 @@ async def test_get_covers_a_remembered_failure(bench: Bench) -> None:
     assert bench.lookups() == {"miss": 1, "stale": 4}
 
 
-async def test_get_raises_when_the_snapshot_is_too_old_to_cover(bench: Bench) -> None:
-    """Beyond stale_if_error no snapshot is shown: the failure is raised, and again from memory."""
+async def test_get_returns_the_failure_beyond_stale_if_error(bench: Bench) -> None:
+    """Beyond stale_if_error no snapshot is served: the failure is returned, and again from memory."""
     await bench.learn()
     bench.clock.now += CACHE.stale_if_error_seconds + 0.01
     failure = UpstreamTimeout("too late")
@@ -762,8 +762,8 @@ async def test_get_raises_when_the_snapshot_is_too_old_to_cover(bench: Bench) ->
     assert bench.lookups() == {"miss": 2, "negative": 1}
 
 
-async def test_get_tells_of_a_refresh_that_failed(bench: Bench) -> None:
-    """When the refresh behind failed the stale answers tell it, and no other refresh begins meanwhile."""
+async def test_get_reports_a_failed_background_refresh(bench: Bench) -> None:
+    """After a failed background refresh, stale results contain the failure, and no refresh starts."""
     first = await bench.learn()
     bench.clock.now += CACHE.running_seconds
     assert (await bench.get(KEY)).failure is None
@@ -782,23 +782,23 @@ async def test_get_tells_of_a_refresh_that_failed(bench: Bench) -> None:
     assert bench.upstream.count == 3
 
 
-async def test_get_covers_no_failure_beyond_its_bound_however_young_the_snapshot() -> None:
-    """Where stale_if_error is the narrower bound, one young enough to be revalidated covers nothing."""
+async def test_get_respects_a_short_stale_if_error() -> None:
+    """If stale_if_error is shorter than stale-while-revalidate, it limits the age after a failure."""
     bench = Bench(CACHE.model_copy(update={"stale_if_error_seconds": 0.0}))
     await bench.learn()
     bench.clock.now += CACHE.running_seconds
     assert (await bench.get(KEY)).failure is None
     joined = asyncio.create_task(bench.service.get_fresh(KEY))
     (await bench.upstream.call()).fail(UpstreamTimeout("too late"))
-    for outcome in (await joined, await bench.service.read(KEY)):
+    for outcome in (await joined, await bench.service.get(KEY)):
         assert isinstance(outcome, FetchFailure)
         assert isinstance(outcome.failure, UpstreamTimeout)
     assert bench.lookups() == {"miss": 1, "stale": 1, "negative": 1}
     await bench.service.aclose()
 
 
-async def test_get_asks_nobody_behind_an_answer_that_covers_a_failure(bench: Bench) -> None:
-    """While a failure is remembered the stale answers that cover it begin no refresh."""
+async def test_get_starts_no_refresh_while_a_failure_is_cached(bench: Bench) -> None:
+    """While a failure is cached, stale results start no refresh."""
     first = await bench.learn()
     bench.clock.now += 20.0
     await bench.fail(UpstreamTimeout("too late"))
@@ -807,12 +807,12 @@ async def test_get_asks_nobody_behind_an_answer_that_covers_a_failure(bench: Ben
         assert (result.snapshot, result.source) == (first.snapshot, CacheStatus.STALE)
         assert isinstance(result.failure, UpstreamTimeout)
         assert KEY not in bench.service._in_flight
-    await bench.learn(key=OTHER)  # a refresh begun before would have asked before
+    await bench.learn(key=OTHER)  # a refresh would have made its query by now
     assert bench.upstream.keys == [KEY, KEY, OTHER]
 
 
-async def test_read_tells_of_the_call_behind_a_covered_failure(bench: Bench) -> None:
-    """Who waited for a call that failed is told of it beside the stale answer."""
+async def test_get_returns_the_fetch_behind_stale_if_error(bench: Bench) -> None:
+    """A caller that waited for a failed query gets its details with the stale result."""
     await bench.learn()
     bench.clock.now += 20.0
     asked = bench.begin()
@@ -826,7 +826,7 @@ async def test_read_tells_of_the_call_behind_a_covered_failure(bench: Bench) -> 
 
 
 async def test_get_recovers(bench: Bench) -> None:
-    """The first good answer ends a failure: nothing of it is told any more."""
+    """The first successful response ends a failure, and results contain it no more."""
     await bench.learn()
     bench.clock.now += 20.0
     await bench.fail(UpstreamTimeout("too late"))
@@ -836,8 +836,8 @@ async def test_get_recovers(bench: Bench) -> None:
     assert (await bench.get(KEY)).failure is None
 
 
-async def test_get_keeps_of_a_failure_nothing_but_what_it_says(bench: Bench) -> None:
-    """A failure that is remembered holds no frame that it came through; each caller is raised a copy."""
+async def test_get_caches_no_traceback_of_a_failure(bench: Bench) -> None:
+    """A cached failure has no traceback; each caller raises a copy."""
     failure = UpstreamTimeout("too late", detail=UpstreamDetail(request_id="r-1"), retry_after=2.0)
     failure.__cause__ = OSError("a cause")
     failure.__context__ = OSError("a context")
@@ -854,8 +854,8 @@ async def test_get_keeps_of_a_failure_nothing_but_what_it_says(bench: Bench) -> 
     assert (kept.__traceback__, kept.__cause__, kept.__context__) == (None, None, None)
 
 
-async def test_get_shares_a_bug_and_does_not_remember_it(bench: Bench) -> None:
-    """An exception that is none of the tree reaches whoever waits; the next caller asks again."""
+async def test_get_shares_an_unexpected_error_and_does_not_cache_it(bench: Bench) -> None:
+    """An unexpected exception reaches every waiting caller; the next caller makes a query."""
     bug = ZeroDivisionError("a bug")
     crowd = [bench.begin() for _ in range(3)]
     (await bench.upstream.call()).fail(bug)
@@ -865,7 +865,7 @@ async def test_get_shares_a_bug_and_does_not_remember_it(bench: Bench) -> None:
 
 
 async def test_get_fails_on_a_state_that_nests_too_deep(bench: Bench) -> None:
-    """An answer that cannot be rendered is a failure of the upstream's, remembered like any other."""
+    """A response that cannot be rendered is a failure of the upstream, cached like any other."""
     deep: dict[str, Any] = {}
     for _ in range(50_000):
         deep = {"state": deep}
@@ -877,15 +877,15 @@ async def test_get_fails_on_a_state_that_nests_too_deep(bench: Bench) -> None:
     with pytest.raises(UpstreamInvalid):
         await asked
     assert bench.store.failure(KEY) is not None
-    while deep:  # taken apart by hand: the interpreter would do it by recursion
+    while deep:  # taken apart step by step: the interpreter would do it by recursion
         deep = deep.pop("state")
 
 
-# What is observed
+# Observed metrics and logs
 
 
-async def test_get_folds_each_answer_into_the_story(bench: Bench) -> None:
-    """Progress does not fall while the task runs, and no answer undoes a terminal one."""
+async def test_get_merges_each_response_with_the_previous_snapshot(bench: Bench) -> None:
+    """Progress does not fall while the task runs, and no response replaces a terminal one."""
     await bench.learn("running", progress=0.65)
     bench.clock.now += 10.0
     assert data_of(await bench.learn("running", progress=0.2))["progress"] == 0.65
@@ -898,7 +898,7 @@ async def test_get_folds_each_answer_into_the_story(bench: Bench) -> None:
 
 
 async def test_get_counts_each_transition_once(bench: Bench) -> None:
-    """A status is counted when a task comes to it, not each time that it is seen; results have none."""
+    """A status is counted when a task reaches it, not each time it is seen; results have none."""
     for status in ["waiting", "waiting", "running", "running", "waiting", "successed", "running", "failed"]:
         await bench.learn(status)
         bench.clock.now += CACHE.terminal_seconds + 10.0
@@ -908,7 +908,7 @@ async def test_get_counts_each_transition_once(bench: Bench) -> None:
 
 
 class LeaseBook(MemoryStore):
-    """A store that notes which leases are out."""
+    """A store that records its outstanding leases."""
 
     def __init__(self) -> None:
         super().__init__(max_tasks=100, stale_seconds=60.0)
@@ -939,13 +939,13 @@ class LeaseBook(MemoryStore):
     "error",
     [
         None,
-        UpstreamTimeout("late"),  # remembered
-        Overloaded("full"),  # not remembered
+        UpstreamTimeout("late"),  # cached
+        Overloaded("full"),  # not cached
         RuntimeError("a bug"),
     ],
 )
-async def test_get_lets_go_of_its_lease(error: Exception | None) -> None:
-    """However a flight ends, other replicas need not wait for its lease to run out."""
+async def test_get_releases_its_lease(error: Exception | None) -> None:
+    """However a request ends, other replicas need not wait for its lease to expire."""
     book = LeaseBook()
     bench = Bench(store=book)
     asked = bench.begin()
@@ -959,8 +959,8 @@ async def test_get_lets_go_of_its_lease(error: Exception | None) -> None:
     assert not book.out
 
 
-async def test_close_lets_go_of_leases() -> None:
-    """Nor when the gateway leaves in the middle of a query."""
+async def test_close_releases_leases() -> None:
+    """Closing during a query releases the lease, too."""
     book = LeaseBook()
     bench = Bench(store=book)
     asked = bench.begin()
@@ -971,7 +971,7 @@ async def test_close_lets_go_of_leases() -> None:
 
 
 async def test_get_logs_no_known_status_and_counts_no_result(bench: Bench) -> None:
-    """Transitions are of tasks: a result has none, and a word of the vendor's that is known is no news."""
+    """A result has no transitions, and a known status of the vendor is not logged."""
     with capture_logs() as logs:
         await bench.learn("waiting")
         await bench.learn("succeeded", key=TaskKey(Operation.SD_GET_RESULT, KEY.task_id))
@@ -985,44 +985,44 @@ async def test_get_logs_no_known_status_and_counts_no_result(bench: Bench) -> No
     assert observed == [{"operation": KEY.operation, "status": "waiting"}]
 
 
-async def test_get_logs_a_status_never_seen_before(bench: Bench) -> None:
-    """A new status is counted as unknown and logged with its words, once per transition and cut short."""
+async def test_get_logs_an_unknown_status(bench: Bench) -> None:
+    """An unknown status is counted as such and logged, once per transition and shortened."""
     with capture_logs() as lines:
         await bench.learn("pausing" * 100)
         bench.clock.now += 10.0
         await bench.learn("pausing" * 100)
-    [line] = [line for line in lines if line["event"] == "status never seen before"]
+    [line] = [line for line in lines if line["event"] == "unknown_task_status"]
     assert (line["log_level"], line["task_id"], line["operation"]) == ("warning", KEY.task_id, KEY.operation)
     assert line["status"].startswith("'pausingpausing")
-    assert line["status"].limit == 100  # cut by the log, after it has redacted all of it
+    assert line["status"].limit == 100  # the log shortens it after redacting all of it
     assert bench.transitions() == {"unknown": 1}
 
 
-async def test_get_logs_a_crowd_of_new_statuses_by_samples(bench: Bench) -> None:
-    """A new word of the vendor's comes with every task at once: a few are logged, the rest counted."""
+async def test_get_samples_the_log_of_unknown_statuses(bench: Bench) -> None:
+    """If every task has an unknown status at once, a few are logged and the rest counted."""
     with capture_logs() as lines:
         for number in range(30):
             await bench.learn("pausing", TaskKey(KEY.operation, f"task-{number}"))
         bench.clock.now += 10.0
         await bench.learn("pausing", OTHER)
-    told = [line["suppressed"] for line in lines if line["event"] == "status never seen before"]
-    assert told == [0] * 10 + [20]
+    logged = [line["suppressed"] for line in lines if line["event"] == "unknown_task_status"]
+    assert logged == [0] * 10 + [20]
     assert bench.transitions() == {"unknown": 31}
 
 
-async def test_read_logs_a_crowd_of_bugs_by_samples(bench: Bench) -> None:
-    """A bug that every flight meets is raised to each caller, and logged with its trace a few times."""
+async def test_get_samples_the_log_of_unexpected_errors(bench: Bench) -> None:
+    """An error that every request raises reaches each caller, and is logged with traceback a few times."""
     with capture_logs() as lines:
         for _ in range(30):
             assert isinstance(await bench.fail(KeyError("bug")), KeyError)
-    told = [line for line in lines if line["event"] == "bug in a flight"]
-    assert [line["suppressed"] for line in told] == [0] * 10
-    assert (told[0]["log_level"], told[0]["exc_info"]) == ("error", True)
-    assert (told[0]["operation"], told[0]["task_id"]) == KEY
+    logged = [line for line in lines if line["event"] == "fetch_crashed"]
+    assert [line["suppressed"] for line in logged] == [0] * 10
+    assert (logged[0]["log_level"], logged[0]["exc_info"]) == ("error", True)
+    assert (logged[0]["operation"], logged[0]["task_id"]) == KEY
 
 
-async def test_read_tells_every_waiter_of_the_call(bench: Bench) -> None:
-    """Who began the flight and who joined it get the time that upstream took and its id; a hit does not."""
+async def test_get_returns_the_fetch_to_every_waiting_caller(bench: Bench) -> None:
+    """All callers of a request get the duration and the id of the upstream's call; a hit does not."""
     first, second = bench.begin(), bench.begin()
     call = await bench.upstream.call()
     bench.clock.now += 0.25
@@ -1035,7 +1035,7 @@ async def test_read_tells_every_waiter_of_the_call(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("detail", "told"),
+    ("detail", "invoke_id"),
     [
         (None, None),
         (UpstreamDetail(), None),
@@ -1043,11 +1043,11 @@ async def test_read_tells_every_waiter_of_the_call(bench: Bench) -> None:
         (UpstreamDetail(invoke_id="i_1", request_id="r-1"), "i_1"),
     ],
 )
-async def test_read_tells_every_waiter_of_the_call_that_failed(
-    bench: Bench, detail: UpstreamDetail | None, told: str | None
+async def test_get_returns_the_failed_fetch_to_every_waiting_caller(
+    bench: Bench, detail: UpstreamDetail | None, invoke_id: str | None
 ) -> None:
-    """A failure comes with its time and whichever id upstream gave; one that is remembered has no call."""
-    asked = asyncio.create_task(bench.service.read(KEY))
+    """A failure has its duration and the id that the upstream returned; a cached one has none."""
+    asked = asyncio.create_task(bench.service.get(KEY))
     call = await bench.upstream.call()
     bench.clock.now += 0.5
     call.fail(UpstreamInvalid("nonsense", detail=detail))
@@ -1055,14 +1055,14 @@ async def test_read_tells_every_waiter_of_the_call_that_failed(
     assert isinstance(failed, FetchFailure)
     assert failed.fetch is not None
     assert (failed.key, failed.source) == (KEY, CacheStatus.MISS)
-    assert (failed.fetch.upstream_seconds, failed.fetch.invoke_id) == (pytest.approx(0.5), told)
-    again = await bench.service.read(KEY)
+    assert (failed.fetch.upstream_seconds, failed.fetch.invoke_id) == (pytest.approx(0.5), invoke_id)
+    again = await bench.service.get(KEY)
     assert isinstance(again, FetchFailure)
     assert (again.source, again.fetch) == (CacheStatus.NEGATIVE, None)
 
 
-async def test_get_measures_the_age_of_what_it_answers(bench: Bench) -> None:
-    """The age is measured on every way to an answer, and those beyond the freshness promise are counted."""
+async def test_get_observes_the_age_of_results(bench: Bench) -> None:
+    """The age of each result is observed, and those beyond the freshness promise are counted."""
     first = await bench.learn()
     assert bench.ages() == (1, 0.0, 0)
     bench.clock.now += 1.0
@@ -1077,21 +1077,21 @@ async def test_get_measures_the_age_of_what_it_answers(bench: Bench) -> None:
     bench.clock.now += promised
     await bench.fail(UpstreamTimeout("too late"))
     assert bench.ages() == (4, 1.0 + CACHE.running_seconds + promised, 1)
-    await bench.get(KEY)  # covered, while the failure is remembered
+    await bench.get(KEY)  # stale-if-error, while the failure is cached
     assert bench.ages() == (5, 1.0 + CACHE.running_seconds + 2 * promised, 2)
 
 
-async def test_get_measures_no_age_of_what_does_not_age(bench: Bench) -> None:
-    """Answers about a task that has ended are as good as new, however old, and whatever upstream does."""
+async def test_get_observes_no_age_of_terminal_snapshots(bench: Bench) -> None:
+    """Snapshots of ended tasks do not become outdated, whatever the upstream does."""
     await bench.learn("succeeded")
     bench.clock.now += 10.0
     await bench.get(KEY)
     assert bench.ages() == (0, 0.0, 0)
 
 
-async def test_read_tells_of_no_call_where_none_was_made(bench: Bench) -> None:
-    """One of our own limits has no id of upstream's."""
-    asked = asyncio.create_task(bench.service.read(KEY))
+async def test_get_returns_no_id_without_a_call(bench: Bench) -> None:
+    """A failure by one of the gateway's own limits has no id of the upstream."""
+    asked = asyncio.create_task(bench.service.get(KEY))
     (await bench.upstream.call()).fail(Overloaded("full"))
     failed = await asked
     assert isinstance(failed, FetchFailure)
@@ -1100,7 +1100,7 @@ async def test_read_tells_of_no_call_where_none_was_made(bench: Bench) -> None:
 
 
 async def test_get_makes_no_series_per_task(bench: Bench) -> None:
-    """However many tasks are asked for, no series is made for any of them."""
+    """The number of metric series does not depend on the number of tasks."""
 
     def series() -> set[str]:
         return {f"{s.name}{s.labels}" for family in bench.metrics.registry.collect() for s in family.samples}
@@ -1116,21 +1116,21 @@ async def test_get_makes_no_series_per_task(bench: Bench) -> None:
 
 
 class SharedStore(MemoryStore):
-    """A store in which another replica's snapshot is found only when it is asked for."""
+    """A store in which another replica's snapshot becomes visible during `acquire`."""
 
     elsewhere: Snapshot | None = None
 
     async def acquire(
         self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
-        """Find the other replica's snapshot, if it is of this task."""
+        """Return the other replica's snapshot, if it is of this task."""
         if self.elsewhere is not None and self.elsewhere.key == key:
             self.keep(self.elsewhere)
         return await super().acquire(key, after=after, timeout_seconds=timeout_seconds)
 
 
-async def test_fetch_looks_again_before_it_asks() -> None:
-    """When another replica has landed meanwhile its answer is taken, and upstream is not asked."""
+async def test_fetch_checks_the_store_before_it_queries() -> None:
+    """When another replica has stored a snapshot meanwhile, it is used, and no query is made."""
     store = SharedStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
     store.elsewhere = Snapshot(KEY, bench.clock.now - 0.5, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5)
@@ -1138,15 +1138,15 @@ async def test_fetch_looks_again_before_it_asks() -> None:
     assert [result.snapshot for result in results] == [store.elsewhere] * 2
     assert [result.age for result in results] == [0.5, 0.5]
     assert [result.key for result in results] == [KEY, KEY]
-    for result in results:  # waited for a flight, which made no call
+    for result in results:  # waited for a request, which made no call
         assert result.fetch is not None
         assert (result.fetch.upstream_seconds, result.fetch.invoke_id) == (None, None)
         assert result.fetch.span is None
     assert bench.upstream.count == 0
 
 
-async def test_fetch_asks_when_the_other_replicas_snapshot_is_stale() -> None:
-    """Another replica's snapshot that is stale is no reason not to ask."""
+async def test_fetch_queries_when_the_other_replicas_snapshot_is_stale() -> None:
+    """A stale snapshot of another replica does not prevent a query."""
     store = SharedStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
     store.elsewhere = Snapshot(KEY, bench.clock.now - 50.0, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5)
@@ -1155,18 +1155,18 @@ async def test_fetch_asks_when_the_other_replicas_snapshot_is_stale() -> None:
 
 
 class ContestedStore(MemoryStore):
-    """A store in which another replica has asked since, the first time somebody lands."""
+    """A store in which another replica has taken over the lease at the first commit."""
 
     late = True
 
     async def commit(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
-        """Come too late, once."""
+        """Refuse the first commit."""
         late, self.late = self.late, False
         return None if late else await super().commit(lease, snapshot)
 
 
-async def test_fetch_that_comes_too_late_begins_again() -> None:
-    """An answer that others have overtaken is shown to nobody: the flight takes off once more."""
+async def test_fetch_whose_commit_is_refused_begins_again() -> None:
+    """A snapshot whose commit is refused is served to no caller: the request starts again."""
     clock = Clock()
     bench = Bench(store=ContestedStore(max_tasks=10, stale_seconds=60.0, clock=clock))
     waiting = bench.begin()
@@ -1175,8 +1175,8 @@ async def test_fetch_that_comes_too_late_begins_again() -> None:
     assert data_of(await waiting)["progress"] == 0.2
 
 
-async def test_fetch_folds_its_answer_into_what_came_meanwhile(bench: Bench) -> None:
-    """What another replica has shown while the call was in the air is not undone by its answer."""
+async def test_fetch_merges_its_response_with_a_newer_snapshot(bench: Bench) -> None:
+    """A snapshot that another replica stored during the call is not undone by the response."""
     known = (await bench.learn(progress=0.1)).snapshot
     long_ago(bench)
     asked = bench.begin()
@@ -1186,11 +1186,11 @@ async def test_fetch_folds_its_answer_into_what_came_meanwhile(bench: Bench) -> 
     assert data_of(await asked)["progress"] == 0.8
 
 
-# Hot tasks
+# Refresh-ahead
 
 
-async def test_get_refreshes_a_hot_task_ahead(bench: Bench) -> None:
-    """A task read twice within a lifetime is asked for again before it goes stale: its readers never wait."""
+async def test_refresh_ahead_of_a_task_that_is_read_twice(bench: Bench) -> None:
+    """A task that is read twice in a lifetime is refreshed before it becomes stale: readers never wait."""
     first = await bench.learn()
     bench.clock.now += CACHE.running_seconds - 1e-6
     for _ in range(5):
@@ -1205,8 +1205,8 @@ async def test_get_refreshes_a_hot_task_ahead(bench: Bench) -> None:
     assert bench.upstream.count == 2
 
 
-async def test_get_refreshes_a_hot_task_so_early_that_the_answer_comes_in_time() -> None:
-    """How long upstream took for the answers before is how long before it goes stale a task is asked for."""
+async def test_refresh_ahead_uses_the_average_latency() -> None:
+    """A refresh starts before the end of the lifetime by the average latency of earlier queries."""
     bench = Bench(CACHE.model_copy(update={"running_seconds": 600.0}))
     asked = bench.begin()
     call = await bench.upstream.call()
@@ -1215,13 +1215,13 @@ async def test_get_refreshes_a_hot_task_so_early_that_the_answer_comes_in_time()
     await asked
     for _ in range(2):
         assert (await bench.get(KEY)).age == 0.0
-    assert (await bench.upstream.call()).key == KEY  # else it would be asked for in ten minutes
+    assert (await bench.upstream.call()).key == KEY  # without it the next query would be due in ten minutes
     await bench.service.aclose()
 
 
 @pytest.mark.parametrize(("status", "polls"), [("running", 1), ("succeeded", 5)])
-async def test_get_refreshes_nothing_ahead_without_need(bench: Bench, status: str, polls: int) -> None:
-    """A task read once is not hot, and one that has ended has nothing new to tell."""
+async def test_refresh_ahead_only_of_running_tasks_read_twice(bench: Bench, status: str, polls: int) -> None:
+    """A task that is read once, or has ended, is not refreshed."""
     result = await bench.learn(status)
     bench.clock.now += result.snapshot.lifetime - 1e-6
     for _ in range(polls):
@@ -1230,13 +1230,13 @@ async def test_get_refreshes_nothing_ahead_without_need(bench: Bench, status: st
     bench.clock.now += hot.snapshot.lifetime - 1e-6
     for _ in range(2):
         await bench.get(OTHER)
-    assert (await bench.upstream.call()).key == OTHER  # a refresh ahead of the first would have come before
+    assert (await bench.upstream.call()).key == OTHER  # refresh-ahead would have made its query by now
     assert bench.upstream.keys == [KEY, OTHER, OTHER]
 
 
 @pytest.mark.parametrize("polls", [0, 2])
-async def test_get_refreshes_nothing_ahead_that_was_renewed_meanwhile(bench: Bench, polls: int) -> None:
-    """When somebody else has renewed a hot task before the refresh was due the refresh is not made."""
+async def test_refresh_ahead_is_skipped_for_a_replaced_snapshot(bench: Bench, polls: int) -> None:
+    """If the snapshot was replaced before the refresh was due, the refresh is not made."""
     first = await bench.learn()
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
@@ -1251,8 +1251,8 @@ async def test_get_refreshes_nothing_ahead_that_was_renewed_meanwhile(bench: Ben
     assert bench.upstream.count == 1
 
 
-async def test_get_refreshes_nothing_ahead_while_a_failure_is_remembered(bench: Bench) -> None:
-    """When another replica's call has failed before the refresh was due upstream has its rest."""
+async def test_refresh_ahead_is_skipped_while_a_failure_is_cached(bench: Bench) -> None:
+    """If another replica's query failed before the refresh was due, the refresh is not made."""
     await bench.learn()
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
@@ -1261,15 +1261,15 @@ async def test_get_refreshes_nothing_ahead_while_a_failure_is_remembered(bench: 
     due = asyncio.Event()
     asyncio.get_running_loop().call_later(2e-3, due.set)
     await due.wait()
-    await bench.learn(key=OTHER)  # a refresh begun before would have asked before
+    await bench.learn(key=OTHER)  # a refresh would have made its query by now
     assert bench.upstream.keys == [KEY, OTHER]
 
 
 # For schedules
 
 
-async def test_get_fresh_waits_where_others_take_the_stale_answer(bench: Bench) -> None:
-    """A schedule gets the fresh snapshot there is, or waits for one however young the stale one is."""
+async def test_get_fresh_does_not_return_a_stale_snapshot(bench: Bench) -> None:
+    """A schedule gets a fresh snapshot, or waits for one however young the stale one is."""
     asked = asyncio.create_task(bench.service.get_fresh(KEY))
     (await bench.upstream.call()).answer(progress=0.1)
     first = await asked
@@ -1283,41 +1283,41 @@ async def test_get_fresh_waits_where_others_take_the_stale_answer(bench: Bench) 
     assert bench.lookups() == {}, "no caller has asked"
 
 
-async def test_current_begins_nothing(bench: Bench) -> None:
-    """Looking at what is held asks nobody and counts nothing."""
-    assert bench.service.current(KEY) is None
+async def test_peek_starts_nothing(bench: Bench) -> None:
+    """`peek` makes no query and counts no lookup."""
+    assert bench.service.peek(KEY) is None
     first = await bench.learn()
     for age, source in [(0.0, CacheStatus.HIT), (CACHE.running_seconds, CacheStatus.STALE)]:
         bench.clock.now = first.snapshot.fetched_at + age
-        result = bench.service.current(KEY)
+        result = bench.service.peek(KEY)
         assert result is not None
         assert (result.snapshot, result.age, result.source) == (first.snapshot, age, source)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1}
 
 
-async def test_current_shows_nothing_that_is_too_old(bench: Bench) -> None:
-    """The freshness promise holds for those whom a schedule serves, and so does the bound of a failure."""
+async def test_peek_returns_nothing_too_old(bench: Bench) -> None:
+    """The freshness promise and stale-if-error also apply to `peek`."""
     first = await bench.learn()
     bench.clock.now += CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
-    assert bench.service.current(KEY) is None
+    assert bench.service.peek(KEY) is None
     failure = UpstreamTimeout("too late")
     await bench.fail(failure)
-    result = bench.service.current(KEY)
+    result = bench.service.peek(KEY)
     assert result is not None
     assert (result.snapshot, result.failure) == (first.snapshot, Alike(failure))
     bench.clock.now = first.snapshot.fetched_at + CACHE.stale_if_error_seconds
     bench.store.keep_failure(KEY, failure, seconds=1.0)
-    assert bench.service.current(KEY) is not None
+    assert bench.service.peek(KEY) is not None
     bench.clock.now += 0.01
-    assert bench.service.current(KEY) is None
+    assert bench.service.peek(KEY) is None
 
 
-# The end
+# Closing
 
 
-async def test_aclose_ends_every_flight(bench: Bench) -> None:
-    """Closing cancels the calls in the air and leaves nobody waiting."""
+async def test_aclose_cancels_every_request(bench: Bench) -> None:
+    """Closing cancels all requests in flight and leaves no caller waiting."""
     crowd = [bench.begin(), bench.begin(OTHER)]
     calls = [await bench.upstream.call() for _ in crowd]
     await bench.service.aclose()
@@ -1326,8 +1326,8 @@ async def test_aclose_ends_every_flight(bench: Bench) -> None:
         assert isinstance(outcome, asyncio.CancelledError)
 
 
-async def test_aclose_takes_back_what_was_to_be_refreshed_ahead(bench: Bench) -> None:
-    """After closing no refresh begins that was planned before."""
+async def test_aclose_cancels_scheduled_refreshes(bench: Bench) -> None:
+    """After closing no scheduled refresh starts."""
     await bench.learn()
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
@@ -1339,8 +1339,8 @@ async def test_aclose_takes_back_what_was_to_be_refreshed_ahead(bench: Bench) ->
     assert bench.upstream.count == 1
 
 
-async def test_aclose_lets_nothing_begin(bench: Bench) -> None:
-    """After closing the store still answers, and nothing is refreshed: neither ahead nor behind."""
+async def test_aclose_starts_no_refresh(bench: Bench) -> None:
+    """After closing the store still serves snapshots, and no refresh starts, ahead or in the background."""
     await bench.learn()
     await bench.service.aclose()
     for age, source in [(0.0, CacheStatus.HIT), (CACHE.running_seconds, CacheStatus.STALE)]:
@@ -1355,7 +1355,7 @@ async def test_aclose_lets_nothing_begin(bench: Bench) -> None:
 
 
 class SlowStore(MemoryStore):
-    """A store in which another replica has the lease for a while."""
+    """A store in which another replica holds the lease for a while."""
 
     clock = Clock()
     patience: float = 0.0
@@ -1363,14 +1363,14 @@ class SlowStore(MemoryStore):
     async def acquire(
         self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
-        """Give the lease after four seconds."""
+        """Return the lease after four seconds."""
         self.patience = timeout_seconds
         self.clock.now += 4.0
         return await super().acquire(key, after=after, timeout_seconds=timeout_seconds)
 
 
-async def test_fetch_has_one_deadline_whomever_it_waits_for() -> None:
-    """What a flight waited for another replica's is not given to its own query once more."""
+async def test_fetch_has_one_deadline() -> None:
+    """The time that a request waited for another replica's lease is not added to its own query."""
     store = SlowStore(max_tasks=10, stale_seconds=60.0)
     bench = Bench(store=store)
     store.clock = bench.clock
@@ -1383,18 +1383,18 @@ async def test_fetch_has_one_deadline_whomever_it_waits_for() -> None:
 
 
 class LaggingStore(MemoryStore):
-    """A store that has missed something until it has caught up."""
+    """A store that is behind the other replicas until `sync`."""
 
     behind = True
     whole = True
     caught_up = 0
 
     def peek(self, key: TaskKey) -> Snapshot | None:
-        """Show nothing while it is behind."""
+        """Return nothing while the store is behind."""
         return None if self.behind else super().peek(key)
 
     async def sync(self) -> bool:
-        """Catch up, if it can."""
+        """Catch up, if possible."""
         self.caught_up += 1
         self.behind = not self.whole
         return self.whole
@@ -1405,8 +1405,8 @@ class LaggingStore(MemoryStore):
     [(0.5, CacheStatus.HIT), (CACHE.running_seconds + 0.5, CacheStatus.STALE)],
     ids=["fresh", "stale"],
 )
-async def test_read_catches_up_before_it_asks(age: float, source: CacheStatus) -> None:
-    """A replica that may have missed something waits for that, and then shows what it holds, stale or not."""
+async def test_get_syncs_before_it_queries(age: float, source: CacheStatus) -> None:
+    """A replica that may be behind synchronises first, then serves its snapshot, stale or not."""
     store = LaggingStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
     held = Snapshot(KEY, bench.clock.now - age, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5)
@@ -1415,13 +1415,13 @@ async def test_read_catches_up_before_it_asks(age: float, source: CacheStatus) -
     for _ in range(2):
         result = await bench.get(KEY)
         assert (result.snapshot, result.source) == (held, source)
-    assert store.caught_up == 1  # who is shown something does not wait
+    assert store.caught_up == 1  # a caller with a result does not wait
     assert bench.lookups() == {source: 2}
     await bench.service.aclose()
 
 
-async def test_read_asks_where_it_cannot_catch_up() -> None:
-    """Where it cannot catch up it flies, and the store finds out what is to be shown."""
+async def test_get_queries_when_it_cannot_sync() -> None:
+    """If it cannot synchronise, it starts a request, and the store decides what is served."""
     store = LaggingStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
     store.whole = False
     bench = Bench(store=store)

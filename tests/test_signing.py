@@ -1,4 +1,4 @@
-"""The signature: what SDKs sent, and what any change does to it."""
+"""The request signature: requests of vendor SDKs, and changes to any part."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ SECRET = "a-secret-for-tests"
 golden = pytest.mark.parametrize("request_", GOLDEN["requests"], ids=lambda made: made["made_by"])
 relaxed = settings(max_examples=60, deadline=None)
 visible = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=40)
-# No "?": what a query does to the signature has tests of its own.
+# No "?": queries have tests of their own.
 paths = st.text(
     st.characters(min_codepoint=0x21, max_codepoint=0x7E, exclude_characters="?"), max_size=40
 ).map("/{}".format)
@@ -48,28 +48,28 @@ def headers(target: str = PATH, body: bytes = BODY, **changes: Any) -> dict[str,
 
 
 def resigned(sent: dict[str, str], names: list[str]) -> dict[str, str]:
-    """Return the request's headers with another list of signed ones, and the signature that fits it."""
+    """Return the request's headers with another list of signed ones, and a matching signature."""
     sent = sent | {"x-ca-signature-headers": ",".join(names)}
     return sent | {"x-ca-signature": sign(SECRET, string_to_sign("POST", PATH, sent, names))}
 
 
 @golden
 def test_string_to_sign_is_what_an_sdk_signed(request_: dict[str, Any]) -> None:
-    """The string to sign is, line by line, the one of a request that an SDK of the vendor sent."""
+    """The string to sign equals, line by line, that of a vendor SDK's request."""
     text = string_to_sign(request_["method"], request_["target"], request_["headers"], listed(request_))
     assert text.split("\n") == request_["expected_string_to_sign"]
 
 
 @golden
-def test_sign_gives_an_sdks_signature(request_: dict[str, Any]) -> None:
-    """The signature, and the digest of the body, are those that an SDK of the vendor sent."""
+def test_sign_returns_the_signature_of_an_sdk(request_: dict[str, Any]) -> None:
+    """The signature and the digest of the body equal those of a vendor SDK's request."""
     signature = sign(GOLDEN["secret_key"], "\n".join(request_["expected_string_to_sign"]))
     assert signature == request_["expected_signature"] == request_["headers"]["x-ca-signature"]
     assert content_md5(request_["body"].encode()) == request_["headers"]["content-md5"]
 
 
-def test_content_md5_is_to_be_had_where_md5_secures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A system under FIPS 140 refuses MD5, except to who says that nothing is secured by it."""
+def test_content_md5_works_under_fips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system under FIPS 140 allows MD5 only with usedforsecurity=False."""
     md5 = hashlib.md5
 
     def approved(data: bytes, *, usedforsecurity: bool = True) -> Any:
@@ -83,7 +83,7 @@ def test_content_md5_is_to_be_had_where_md5_secures_nothing(monkeypatch: pytest.
 
 @golden
 def test_verify_accepts_an_sdks_request(request_: dict[str, Any]) -> None:
-    """What an SDK of the vendor sends verifies, and under no other secret."""
+    """A vendor SDK's request verifies, and with no other secret."""
     parts = (request_["method"], request_["target"], request_["headers"], request_["body"].encode())
     assert verify(*parts, secret=GOLDEN["secret_key"]).fault is None
     assert verify(*parts, secret="another").fault == "signature mismatch"
@@ -102,7 +102,7 @@ def test_verify_accepts_an_sdks_request(request_: dict[str, Any]) -> None:
 def test_signed_headers_verify(
     target: str, body: bytes, access_key: str, secret: str, timestamp_ms: int, nonce: str, stage: str
 ) -> None:
-    """Whatever is signed verifies, and every x-ca- header but the signature's own two is covered."""
+    """Signed headers verify, and every x-ca- header but the two of the signature is signed."""
     sent = signed_headers(
         target,
         body,
@@ -124,7 +124,7 @@ def test_signed_headers_verify(
 @relaxed
 @given(data=st.data(), stage=stages)
 def test_verify_refuses_a_changed_header(data: st.DataObject, stage: str) -> None:
-    """One other character in any header that the signature covers, or in the signature, is refused."""
+    """Another character in a signed header or in the signature is refused."""
     sent = headers(stage=stage)
     name = data.draw(st.sampled_from(sorted(sent)))
     at = data.draw(st.integers(0, len(sent[name]) - 1))
@@ -132,7 +132,7 @@ def test_verify_refuses_a_changed_header(data: st.DataObject, stage: str) -> Non
     assume(other != sent[name][at])
     changed = sent | {name: sent[name][:at] + other + sent[name][at + 1 :]}
     if name == "x-ca-signature-headers":
-        # Spaces round a name mean nothing, and the order of names is the verifier's own.
+        # Spaces around a name have no meaning, and the verifier sorts the names.
         names = sorted(part.strip() for part in changed[name].split(","))
         assume(names != sorted(sent[name].split(",")))
     assert verify("POST", PATH, changed, BODY, secret=SECRET).fault is not None
@@ -141,7 +141,7 @@ def test_verify_refuses_a_changed_header(data: st.DataObject, stage: str) -> Non
 @relaxed
 @given(at=st.integers(0, len(BODY) - 1), byte=st.integers(0, 255))
 def test_verify_refuses_a_changed_body(at: int, byte: int) -> None:
-    """One other byte in the body is refused, for Content-MD5 covers it."""
+    """Another byte in the body is refused, because Content-MD5 is signed."""
     assume(BODY[at] != byte)
     changed = BODY[:at] + bytes([byte]) + BODY[at + 1 :]
     assert (
@@ -152,7 +152,7 @@ def test_verify_refuses_a_changed_body(at: int, byte: int) -> None:
 @relaxed
 @given(at=st.integers(0, len(PATH) - 1), other=st.characters(min_codepoint=0x21, max_codepoint=0x7E))
 def test_verify_refuses_a_changed_path(at: int, other: str) -> None:
-    """One other character in the path is refused."""
+    """Another character in the path is refused."""
     assume(other != PATH[at])
     changed = PATH[:at] + other + PATH[at + 1 :]
     assert verify("POST", changed, headers(), BODY, secret=SECRET).fault == "signature mismatch"
@@ -161,21 +161,21 @@ def test_verify_refuses_a_changed_path(at: int, other: str) -> None:
 @relaxed
 @given(at=st.integers(0, len(SECRET) - 1), other=st.characters(exclude_categories=["Cs"]))
 def test_verify_refuses_another_secret(at: int, other: str) -> None:
-    """One other character in the secret is refused."""
+    """Another character in the secret is refused."""
     assume(other != SECRET[at])
     changed = SECRET[:at] + other + SECRET[at + 1 :]
     assert verify("POST", PATH, headers(), BODY, secret=changed).fault == "signature mismatch"
 
 
 def test_verify_refuses_another_method() -> None:
-    """The method is signed too, whatever its case."""
+    """The method is signed, in upper case."""
     assert verify("post", PATH, headers(), BODY, secret=SECRET).fault is None
     assert verify("PUT", PATH, headers(), BODY, secret=SECRET).fault == "signature mismatch"
 
 
 @pytest.mark.parametrize("changes", [{}, {"x-ca-signature": ""}, {"x-ca-signature": "žluťoučký"}])
 def test_verify_refuses_a_missing_or_strange_signature(changes: dict[str, str]) -> None:
-    """A request without a signature, or with one that is no base64, is refused and never an error."""
+    """A request without a signature, or with one that is not base64, is refused without an exception."""
     sent = headers()
     del sent["x-ca-signature"]
     assert verify("POST", PATH, sent | changes, BODY, secret=SECRET).fault == "signature mismatch"
@@ -183,20 +183,20 @@ def test_verify_refuses_a_missing_or_strange_signature(changes: dict[str, str]) 
 
 @pytest.mark.parametrize("name", ["x-ca-key", "x-ca-nonce", "x-ca-timestamp"])
 def test_verify_refuses_what_is_not_signed(name: str) -> None:
-    """Key, nonce and timestamp must be among the signed headers, even where the signature fits without."""
+    """Key, nonce and timestamp must be among the signed headers, even if the signature is valid without."""
     sent = headers()
     names = [n for n in sent["x-ca-signature-headers"].split(",") if n != name]
     assert verify("POST", PATH, resigned(sent, names), BODY, secret=SECRET).fault == f"not signed: {name}"
 
 
 def test_verify_names_everything_that_is_not_signed() -> None:
-    """All three missing names are told at once, in order."""
+    """All three missing names are reported at once, in order."""
     verdict = verify("POST", PATH, resigned(headers(), []), BODY, secret=SECRET)
     assert verdict.fault == "not signed: x-ca-key, x-ca-nonce, x-ca-timestamp"
 
 
 def test_verify_refuses_a_body_without_content_md5() -> None:
-    """A body that no Content-MD5 covers is refused although the signature fits; no body needs none."""
+    """A body without Content-MD5 is refused although the signature is valid; an empty body needs none."""
     sent = {name: value for name, value in headers().items() if name != "content-md5"}
     sent = resigned(sent, sent["x-ca-signature-headers"].split(","))
     assert verify("POST", PATH, sent, BODY, secret=SECRET).fault == "body not covered by Content-MD5"
@@ -204,7 +204,7 @@ def test_verify_refuses_a_body_without_content_md5() -> None:
 
 
 def test_verify_refuses_another_signature_method() -> None:
-    """Only HmacSHA256 is known, and where no method is named it is meant."""
+    """Only HmacSHA256 is supported, and it is the default."""
     sent = headers() | {"x-ca-signature-method": "HmacSHA1"}
     names = sent["x-ca-signature-headers"].split(",")
     assert (
@@ -216,22 +216,22 @@ def test_verify_refuses_another_signature_method() -> None:
     assert verify("POST", PATH, resigned(sent, names), BODY, secret=SECRET).fault is None
 
 
-def test_verify_tells_the_string_that_it_built() -> None:
-    """The verdict holds the verifier's own string to sign, as the real API gateway's refusal does."""
+def test_verify_returns_its_string_to_sign() -> None:
+    """The result contains the verifier's string to sign, as the real API gateway's error response does."""
     sent = headers()
     verdict = verify("POST", PATH, sent, BODY, secret="another")
     assert verdict.text == string_to_sign("POST", PATH, sent, sent["x-ca-signature-headers"].split(","))
 
 
 def test_string_to_sign_leaves_an_absent_headers_line_empty() -> None:
-    """An absent Accept, Content-MD5, Content-Type or Date leaves its line empty, a listed one its value."""
+    """An absent Accept, Content-MD5, Content-Type or Date leaves its line empty."""
     assert string_to_sign("get", "/path", {}, ["x-ca-key"]) == "GET\n\n\n\n\nx-ca-key:\n/path"
     sent = {"accept": "text/plain", "content-md5": "digest", "content-type": "text/html", "date": "today"}
     assert string_to_sign("GET", "/path", sent, []) == "GET\ntext/plain\ndigest\ntext/html\ntoday\n/path"
 
 
-def test_string_to_sign_sorts_the_listed_headers_and_passes_over_those_with_lines_of_their_own() -> None:
-    """Listed headers come sorted by name; the four with lines of their own and the signature's two do not."""
+def test_string_to_sign_sorts_the_listed_headers() -> None:
+    """Listed headers are sorted by name; headers with their own lines and the signature's are omitted."""
     own = ["Accept", "content-md5", "Content-Type", "date", "X-Ca-Signature", "x-ca-signature-headers"]
     sent = {"x-ca-stage": "TEST", "x-ca-key": "24000001"}
     text = string_to_sign("POST", "/path", sent, ["x-ca-stage", *own, "x-ca-key"])
@@ -239,7 +239,7 @@ def test_string_to_sign_sorts_the_listed_headers_and_passes_over_those_with_line
 
 
 def test_string_to_sign_has_a_name_as_it_is_listed() -> None:
-    """A listed name keeps its case in its line; its value is found whatever that is."""
+    """A listed name keeps its case in its line; its value is found in any case."""
     text = string_to_sign("POST", "/path", {"x-ca-key": "24000001"}, ["X-Ca-Key"])
     assert text == "POST\n\n\n\n\nX-Ca-Key:24000001\n/path"
 
@@ -258,20 +258,20 @@ def test_string_to_sign_has_a_name_as_it_is_listed() -> None:
     ],
 )
 def test_string_to_sign_takes_the_query_sorted_and_decoded(target: str, signed: str) -> None:
-    """The query is signed decoded, sorted by key; of a repeated key the first value counts."""
+    """The query is signed decoded and sorted by key; of a repeated key the first value counts."""
     assert resource(target) == signed
 
 
 @pytest.mark.parametrize("between", [", ", " ,", ",,", ", ,"])
 def test_verify_reads_the_list_of_signed_headers_as_a_list(between: str) -> None:
-    """Spaces round a name, empty members (RFC 9110, 5.6.1) and the case of a name mean nothing."""
+    """Spaces around a name, empty list members (RFC 9110, 5.6.1) and the case of a name have no meaning."""
     names = ["X-Ca-Key", "X-Ca-Nonce", "X-Ca-Timestamp"]
     sent = resigned(headers(), names) | {"x-ca-signature-headers": between.join(names)}
     assert verify("POST", PATH, sent, BODY, secret=SECRET).fault is None
 
 
 def test_verify_takes_a_missing_list_for_an_empty_one() -> None:
-    """A request that lists nothing has a signature of its fixed lines, and is told what it left out."""
+    """A request without a list is signed with the fixed lines only, and the missing names are reported."""
     sent = resigned(headers(), [])
     del sent["x-ca-signature-headers"]
     fault = verify("POST", PATH, sent, BODY, secret=SECRET).fault
@@ -279,7 +279,7 @@ def test_verify_takes_a_missing_list_for_an_empty_one() -> None:
 
 
 def test_signed_headers_are_these_and_no_more() -> None:
-    """What is sent beside the signature is what an SDK sends; a stage only where one is set."""
+    """The headers are those of an SDK; the stage is sent only if it is set."""
     sent = headers()
     assert len(sent.pop("x-ca-signature")) == 44
     assert sent == {
@@ -298,5 +298,5 @@ def test_signed_headers_are_these_and_no_more() -> None:
 
 
 def test_signed_headers_differ_with_every_nonce() -> None:
-    """Two calls that differ in nothing but the nonce have two signatures."""
+    """Two calls that differ in the nonce only have two signatures."""
     assert headers(nonce="n-1")["x-ca-signature"] != headers(nonce="n-2")["x-ca-signature"]

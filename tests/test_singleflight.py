@@ -1,4 +1,4 @@
-"""One call in the air per key: who shares it, who cannot end it, and how it lands."""
+"""Single flight: sharing, cancellation, exceptions and closing."""
 
 import asyncio
 import gc
@@ -13,11 +13,11 @@ CALLERS = 50
 
 
 class Boom(Exception):
-    """What a flight raises here."""
+    """An exception of a call in these tests."""
 
 
 class Call:
-    """A call that lands when told to, and counts how often it took off."""
+    """A call that ends when told to, and counts how often it started."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -26,7 +26,7 @@ class Call:
         self.fetch: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     async def __call__(self) -> str:
-        """Wait for the landing."""
+        """Wait until the test ends the call."""
         self.count += 1
         self.started.set()
         try:
@@ -36,7 +36,7 @@ class Call:
             raise
 
 
-def board(
+def join(
     in_flight: SingleFlight[str, str],
     call: Callable[[], Awaitable[str]],
     *,
@@ -56,7 +56,7 @@ async def disconnect(*callers: asyncio.Task[str]) -> None:
 async def test_do_makes_one_call_for_many_callers() -> None:
     """Fifty callers of one key share one call and its result."""
     in_flight, call = SingleFlight[str, str](), Call()
-    callers = board(in_flight, call)
+    callers = join(in_flight, call)
     await call.started.wait()
     assert "k" in in_flight
     assert len(in_flight) == 1
@@ -67,21 +67,21 @@ async def test_do_makes_one_call_for_many_callers() -> None:
     assert len(in_flight) == 0
 
 
-async def test_do_takes_late_callers_aboard() -> None:
-    """Who comes while the flight is in the air joins it."""
+async def test_do_joins_late_callers() -> None:
+    """A caller that arrives while the call is in flight joins it."""
     in_flight, call = SingleFlight[str, str](), Call()
-    early = board(in_flight, call, callers=1)
+    early = join(in_flight, call, callers=1)
     await call.started.wait()
-    late = board(in_flight, call, callers=CALLERS)
+    late = join(in_flight, call, callers=CALLERS)
     call.fetch.set_result("answer")
     assert await asyncio.gather(*early, *late) == ["answer"] * (CALLERS + 1)
     assert call.count == 1
 
 
 async def test_do_survives_the_first_caller() -> None:
-    """The caller who began the flight may hang up: the others get the answer, from the same call."""
+    """The caller that started the call may disconnect: the others receive the result of the same call."""
     in_flight, call = SingleFlight[str, str](), Call()
-    first, *others = board(in_flight, call)
+    first, *others = join(in_flight, call)
     await call.started.wait()
     await disconnect(first)
     call.fetch.set_result("answer")
@@ -89,33 +89,33 @@ async def test_do_survives_the_first_caller() -> None:
     assert (call.count, call.cancelled) == (1, 0)
 
 
-async def test_do_lands_a_flight_that_everybody_left() -> None:
-    """When all callers have hung up the flight still lands, and a new caller meanwhile joins it."""
+async def test_do_completes_a_call_without_callers() -> None:
+    """When all callers have left, the call completes, and a new caller joins it meanwhile."""
     in_flight, call = SingleFlight[str, str](), Call()
-    await_start = board(in_flight, call)
+    await_start = join(in_flight, call)
     await call.started.wait()
     await disconnect(*await_start)
     assert "k" in in_flight
-    joined = board(in_flight, call, callers=1)
+    joined = join(in_flight, call, callers=1)
     call.fetch.set_result("answer")
     assert await asyncio.gather(*joined) == ["answer"]
     assert (call.count, call.cancelled) == (1, 0)
 
 
 @pytest.mark.parametrize("callers", [0, 3])
-async def test_start_complains_of_no_exception_that_nobody_awaits(callers: int) -> None:
-    """A failed flight that nobody joined, or everybody left, makes asyncio complain of nothing."""
+async def test_start_logs_no_unretrieved_exception(callers: int) -> None:
+    """A failed call without callers causes no "exception was never retrieved" log of asyncio."""
     complaints: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     in_flight, call = SingleFlight[str, str](), Call()
-    flight = in_flight.start("k", call)
-    boarded = board(in_flight, call, callers=callers)
+    task = in_flight.start("k", call)
+    joined = join(in_flight, call, callers=callers)
     await call.started.wait()
-    await disconnect(*boarded)
+    await disconnect(*joined)
     call.fetch.set_exception(Boom())
-    await asyncio.wait([flight])
+    await asyncio.wait([task])
     assert len(in_flight) == 0
-    del call, flight, boarded
+    del call, task, joined
     gc.collect()
     assert complaints == []
 
@@ -123,7 +123,7 @@ async def test_start_complains_of_no_exception_that_nobody_awaits(callers: int) 
 async def test_do_shares_an_exception() -> None:
     """Every caller gets the exception that the one call raised."""
     in_flight, call = SingleFlight[str, str](), Call()
-    callers = board(in_flight, call)
+    callers = join(in_flight, call)
     await call.started.wait()
     boom = Boom()
     call.fetch.set_exception(boom)
@@ -132,8 +132,8 @@ async def test_do_shares_an_exception() -> None:
     assert call.count == 1
 
 
-async def test_do_raises_what_fn_raises_at_once() -> None:
-    """A call that fails before it waits for anything is a failed flight like any other."""
+async def test_do_raises_an_immediate_exception() -> None:
+    """A call that fails before its first await is a failed call like any other."""
     in_flight: SingleFlight[str, str] = SingleFlight()
 
     def fail() -> Awaitable[str]:
@@ -144,8 +144,8 @@ async def test_do_raises_what_fn_raises_at_once() -> None:
     assert len(in_flight) == 0
 
 
-async def test_do_begins_anew_after_a_landing() -> None:
-    """Nothing is remembered: after a result as after a failure the next caller takes off again."""
+async def test_do_starts_again_after_the_end() -> None:
+    """Nothing is remembered: after a result or a failure, the next caller starts a new call."""
     in_flight: SingleFlight[str, str] = SingleFlight()
     first, failing, second = Call(), Call(), Call()
     first.fetch.set_result("first")
@@ -159,14 +159,14 @@ async def test_do_begins_anew_after_a_landing() -> None:
 
 
 async def test_do_keeps_keys_apart() -> None:
-    """Two keys are two flights, and neither waits for the other."""
+    """Two keys have two calls, and neither waits for the other."""
     in_flight, one, other = SingleFlight[str, str](), Call(), Call()
-    [waits] = board(in_flight, one, key="one", callers=1)
-    [lands] = board(in_flight, other, key="other", callers=1)
+    [waits] = join(in_flight, one, key="one", callers=1)
+    [ends] = join(in_flight, other, key="other", callers=1)
     await asyncio.gather(one.started.wait(), other.started.wait())
     assert len(in_flight) == 2
     other.fetch.set_result("other")
-    assert await lands == "other"
+    assert await ends == "other"
     assert "one" in in_flight
     assert "other" not in in_flight
     assert not waits.done()
@@ -174,35 +174,35 @@ async def test_do_keeps_keys_apart() -> None:
     assert await waits == "one"
 
 
-async def test_start_begins_a_flight_that_nobody_awaits() -> None:
-    """A flight may be started for later: whoever asks while it is in the air joins it."""
+async def test_start_needs_no_waiter() -> None:
+    """A call can be started without a waiter; later callers join it while it is in flight."""
     in_flight, call = SingleFlight[str, str](), Call()
-    flight = in_flight.start("k", call)
-    assert in_flight.start("k", call) is flight
+    task = in_flight.start("k", call)
+    assert in_flight.start("k", call) is task
     await call.started.wait()
-    [caller] = board(in_flight, call, callers=1)
+    [caller] = join(in_flight, call, callers=1)
     call.fetch.set_result("answer")
     assert await caller == "answer"
-    assert flight.result() == "answer"
+    assert task.result() == "answer"
     assert call.count == 1
 
 
-async def test_start_takes_nothing_of_the_first_callers_context() -> None:
-    """What a caller's context carries, its trace for example, is neither the flight's nor the others'."""
-    mine: ContextVar[str] = ContextVar("mine", default="nobody's")
+async def test_start_uses_an_empty_context() -> None:
+    """The context variables of the first caller, such as its trace, are not visible to the call."""
+    mine: ContextVar[str] = ContextVar("mine", default="default")
     in_flight: SingleFlight[str, str] = SingleFlight()
 
     async def look() -> str:
         return mine.get()
 
     mine.set("the first caller's")
-    assert await in_flight.do("k", look) == "nobody's"
+    assert await in_flight.do("k", look) == "default"
 
 
-async def test_aclose_cancels_every_flight() -> None:
-    """Closing cancels all flights, waits until they have ended, and leaves no caller waiting."""
+async def test_aclose_cancels_every_call() -> None:
+    """Closing cancels all calls, waits until they have ended, and leaves no caller waiting."""
     in_flight, one, other = SingleFlight[str, str](), Call(), Call()
-    callers = board(in_flight, one, key="one", callers=3) + board(in_flight, other, key="other", callers=3)
+    callers = join(in_flight, one, key="one", callers=3) + join(in_flight, other, key="other", callers=3)
     await asyncio.gather(one.started.wait(), other.started.wait())
     await in_flight.aclose()
     assert (one.cancelled, other.cancelled) == (1, 1)
@@ -211,8 +211,8 @@ async def test_aclose_cancels_every_flight() -> None:
     assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
 
 
-async def test_aclose_leaves_nothing_to_complain_of() -> None:
-    """A flight that was cancelled has no exception to look at, and asyncio hears of none."""
+async def test_aclose_logs_no_unretrieved_exception() -> None:
+    """A cancelled call has no exception, and asyncio logs nothing."""
     complaints: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     in_flight, call = SingleFlight[str, str](), Call()
@@ -222,8 +222,8 @@ async def test_aclose_leaves_nothing_to_complain_of() -> None:
     assert complaints == []
 
 
-async def test_aclose_waits_for_a_flight_that_cleans_up() -> None:
-    """Closing waits while a cancelled flight puts things in order, and takes its failure as its end."""
+async def test_aclose_waits_for_cleanup() -> None:
+    """Closing waits while a cancelled call cleans up; a failure in the cleanup is ignored."""
     in_flight: SingleFlight[str, str] = SingleFlight()
     started, cleaning, clean = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
@@ -248,8 +248,8 @@ async def test_aclose_waits_for_a_flight_that_cleans_up() -> None:
 
 
 @pytest.mark.parametrize("cleaned", [True, False])
-async def test_aclose_lets_no_flight_begin(*, cleaned: bool) -> None:
-    """Once closing has begun nothing takes off: who asks is cancelled like those who waited."""
+async def test_aclose_starts_no_call(*, cleaned: bool) -> None:
+    """Once closing has begun no call starts: new callers are cancelled like the waiting ones."""
     in_flight, call = SingleFlight[str, str](), Call()
     clean = asyncio.Event()
 
@@ -279,7 +279,7 @@ async def test_aclose_lets_no_flight_begin(*, cleaned: bool) -> None:
 
 
 async def test_aclose_of_nothing_does_nothing() -> None:
-    """With nothing in the air closing is done at once, and may be repeated."""
+    """Without calls in flight, closing returns at once and may be repeated."""
     in_flight: SingleFlight[str, str] = SingleFlight()
     await in_flight.aclose()
     await in_flight.aclose()

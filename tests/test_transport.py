@@ -1,4 +1,4 @@
-"""The connections to the upstream: framing, reuse, deadlines, and what may be taken for an answer."""
+"""The HTTP transport: framing, connection reuse, timeouts, and unexpected bytes."""
 
 import asyncio
 import socket
@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.upstream.http_transport import HttpResponse, HttpTransport, encode
+from gateway.upstream.http_transport import HttpResponse, HttpTransport, encode_request
 from tests.harness import PATIENCE_SECONDS, RawUpstream, Request, answer, drained, framed, free_port
 
 BODY = b'{"taskId": "A"}'
@@ -24,7 +24,7 @@ async def transport(
     keep_alive_seconds: float = 60.0,
     max_age_seconds: float = 60.0,
 ) -> AsyncIterator[HttpTransport]:
-    """Open a transport, and close it when done with."""
+    """Open a transport, and close it at the end."""
     opened = HttpTransport(
         httpx.URL(url),
         verify=httpx.create_ssl_context(trust_env=False),
@@ -38,14 +38,17 @@ async def transport(
         await opened.aclose()
 
 
-async def ask(over: HttpTransport, *, seconds: float = PATIENCE_SECONDS, fresh: bool = False) -> HttpResponse:
+async def ask(
+    over: HttpTransport, *, seconds: float = PATIENCE_SECONDS, new_connection: bool = False
+) -> HttpResponse:
     """Send a request."""
     headers = {"host": "upstream.example", "x-ca-key": "k"}
-    return await over.exchange(encode("/scc/x", headers, BODY), seconds=seconds, fresh=fresh)
+    request = encode_request("/scc/x", headers, BODY)
+    return await over.send(request, timeout_seconds=seconds, new_connection=new_connection)
 
 
 def once(url: str, **bounds: int) -> HttpResponse:
-    """Ask over a transport of its own."""
+    """Send one request over a new transport."""
 
     async def run() -> HttpResponse:
         async with transport(url, **bounds) as over:
@@ -56,13 +59,13 @@ def once(url: str, **bounds: int) -> HttpResponse:
 
 @contextmanager
 def silent() -> Iterator[str]:
-    """Listen, and let nobody's connection be accepted."""
+    """Listen without accepting connections."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
 def framed_only(connection: socket.socket, _: Request) -> None:
-    """Reply, whatever was asked."""
+    """Send the same response to any request."""
     connection.sendall(framed(b"{}"))
 
 
@@ -72,8 +75,8 @@ def open_sockets() -> int:
     return sum(link.is_symlink() and link.readlink().name.startswith("socket:") for link in links)
 
 
-def test_transport_sends_what_it_was_given_and_no_more() -> None:
-    """No user agent, cookie or encoding of the client's own goes out."""
+def test_transport_adds_no_headers() -> None:
+    """The transport adds no user agent, cookie or encoding of its own."""
     seen: list[Request] = []
 
     def remembers(connection: socket.socket, received: Request) -> None:
@@ -90,7 +93,7 @@ def test_transport_sends_what_it_was_given_and_no_more() -> None:
 
 
 def test_transport_keeps_connections_and_no_cookies() -> None:
-    """A second request goes over the first one's connection, without the cookie that came with it."""
+    """A second request uses the first one's connection, without the cookie of the response."""
     connections: list[socket.socket] = []
     heads: list[bytes] = []
 
@@ -111,7 +114,7 @@ def test_transport_keeps_connections_and_no_cookies() -> None:
 
 
 def test_transport_follows_no_redirect_and_decodes_nothing() -> None:
-    """An answer is handed on as it came off the wire, wherever it points to."""
+    """A response is returned as received, even if it is a redirect."""
 
     def redirects(connection: socket.socket, _: Request) -> None:
         head = ("location: http://127.0.0.1:1/", "content-encoding: gzip")
@@ -130,7 +133,7 @@ def test_transport_follows_no_redirect_and_decodes_nothing() -> None:
         (b"garbage\r\n\r\n", httpx.RemoteProtocolError),
         (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc", httpx.RemoteProtocolError),
         (framed(b"{}") + b"garbage", httpx.RemoteProtocolError),
-        # Two well-formed answers in one segment: the second one is nobody's.
+        # Two valid responses in one segment: the second one has no request.
         (framed(b"{}") + framed(b"[]"), httpx.RemoteProtocolError),
         (framed(b"{}") + framed(b""), httpx.RemoteProtocolError),
         (framed(b"{}") + b"HTTP/1.1 103 Early Hints\r\n\r\n", httpx.RemoteProtocolError),
@@ -144,8 +147,8 @@ def test_transport_follows_no_redirect_and_decodes_nothing() -> None:
         (b"HTTP/1.1 200 OK\r\n" + b"x: garbage\r\n" * 100_000, httpx.RemoteProtocolError),
     ],
 )
-def test_transport_failure_is_told_in_httpx_terms(raw: bytes, error: type[httpx.TransportError]) -> None:
-    """What was received is no part of the text: it might hold anything."""
+def test_transport_failure_is_an_httpx_exception(raw: bytes, error: type[httpx.TransportError]) -> None:
+    """The text of the exception contains nothing that was received: that may be anything."""
 
     def sends(connection: socket.socket, _: Request) -> None:
         connection.sendall(raw)
@@ -168,10 +171,10 @@ def test_transport_failure_is_told_in_httpx_terms(raw: bytes, error: type[httpx.
     ],
 )
 def test_transport_framing_is_that_of_http(raw: bytes, body: bytes) -> None:
-    """Whatever ends a body, it comes whole, with its own headers alone."""
+    """Each way to end a body is supported, and headers do not leak between responses."""
 
     def sends(connection: socket.socket, _: Request) -> None:
-        for byte in range(len(raw)):  # the parser meets every seam
+        for byte in range(len(raw)):  # the parser meets every split
             connection.sendall(raw[byte : byte + 1])
         connection.close()
 
@@ -182,8 +185,8 @@ def test_transport_framing_is_that_of_http(raw: bytes, body: bytes) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["content-length: 5000", "transfer-encoding: chunked"])
-def test_transport_reads_no_more_than_shows_that_it_is_too_much(encoding: str) -> None:
-    """What is longer than it may be is cut, but not to where it would pass, and its connection closed."""
+def test_transport_stops_reading_oversized_bodies(encoding: str) -> None:
+    """A body over the limit is cut above the limit, and its connection is closed."""
     closed = threading.Event()
 
     def sends(connection: socket.socket, _: Request) -> None:
@@ -198,8 +201,8 @@ def test_transport_reads_no_more_than_shows_that_it_is_too_much(encoding: str) -
     assert len(got.body) > 1000
 
 
-def test_transport_uses_no_connection_that_was_idle_for_long() -> None:
-    """Somebody on the way may have forgotten it."""
+def test_transport_reuses_no_expired_connection() -> None:
+    """The upstream or a proxy may have closed it."""
     connections: list[socket.socket] = []
 
     def answers(connection: socket.socket, _: Request) -> None:
@@ -217,8 +220,8 @@ def test_transport_uses_no_connection_that_was_idle_for_long() -> None:
 
 
 @pytest.mark.parametrize("surplus", [b"", framed(b"[]")])
-def test_transport_uses_no_connection_on_which_something_came_unasked(surplus: bytes) -> None:
-    """Bytes nobody asked for would answer the next task's call; a lost connection is no use either."""
+def test_transport_reuses_no_connection_with_unexpected_bytes(surplus: bytes) -> None:
+    """Unexpected bytes could answer the next task's call; a lost connection is not used either."""
     read = threading.Event()
     connections: list[socket.socket] = []
 
@@ -246,23 +249,23 @@ def test_transport_uses_no_connection_on_which_something_came_unasked(surplus: b
         assert asyncio.run(asyncio.wait_for(twice(upstream.url), PATIENCE_SECONDS)) == [b"{}", b"{}"]
 
 
-def test_transport_sends_no_line_that_it_was_not_given() -> None:
-    """A line break within a header would be a header of somebody else's making."""
+def test_transport_refuses_line_breaks_in_headers() -> None:
+    """A line break in a header could inject another header."""
     for line_break in ("\r\n", "\n", "\r"):
         with pytest.raises(httpx.LocalProtocolError):
-            encode("/scc/x", {"x-ca-key": f"a{line_break}b: c"}, BODY)
+            encode_request("/scc/x", {"x-ca-key": f"a{line_break}b: c"}, BODY)
 
 
 def test_transport_refused_connection_is_a_connect_error() -> None:
-    """Nobody listens: the kind tells it."""
+    """A refused connection raises httpx.ConnectError."""
     with pytest.raises(httpx.ConnectError):
         once(f"http://127.0.0.1:{free_port()}")
 
 
-def test_transport_deadline_holds_while_it_connects_and_while_it_waits(
+def test_transport_times_out_while_connecting_and_while_waiting(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever takes too long, the call ends in time, and its connection with it."""
+    """The call ends in time, whatever takes too long, and its connection is closed."""
 
     async def run(url: str) -> None:
         async with transport(url) as over:
@@ -281,15 +284,15 @@ def test_transport_deadline_holds_while_it_connects_and_while_it_waits(
         asyncio.run(asyncio.wait_for(run(url), PATIENCE_SECONDS))
 
 
-def test_transport_deadline_that_strikes_too_late_harms_nobody() -> None:
-    """Once an answer is whole the deadline has nothing to say, though the caller has not run yet."""
+def test_transport_timeout_after_the_response_has_no_effect() -> None:
+    """A timeout after a complete response has no effect, even before the caller has run."""
 
     async def run(url: str) -> None:
         async with transport(url) as over:
             await ask(over)
             [connection] = over._idle
-            message = encode("/scc/x", {"host": "x"}, BODY)
-            await over.exchange(message, seconds=PATIENCE_SECONDS, over=connection.give_up)
+            message = encode_request("/scc/x", {"host": "x"}, BODY)
+            await over.send(message, timeout_seconds=PATIENCE_SECONDS, on_complete=connection.time_out)
             await asyncio.sleep(0)
             await ask(over)
             assert list(over._idle) == [connection], "it was not aborted"
@@ -300,7 +303,7 @@ def test_transport_deadline_that_strikes_too_late_harms_nobody() -> None:
 
 
 def test_transport_cancelled_call_leaves_no_socket() -> None:
-    """A call may be cancelled while it connects, sends or waits: its connection ends with its time."""
+    """A call may be cancelled while it connects, sends or waits: its connection is closed by the timeout."""
 
     async def run(url: str) -> None:
         async with transport(url) as over:
@@ -313,28 +316,28 @@ def test_transport_cancelled_call_leaves_no_socket() -> None:
             await asyncio.gather(*calls, return_exceptions=True)
             while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
                 await asyncio.sleep(0)
-            assert over.under_way == 0
+            assert over.in_flight == 0
 
     with silent() as url:
         asyncio.run(asyncio.wait_for(run(url), PATIENCE_SECONDS))
 
 
-def test_transport_closes_what_is_under_way() -> None:
-    """Closing ends calls that were cancelled and those that were not; nothing is left open."""
+def test_transport_closes_what_is_in_flight() -> None:
+    """Closing ends all calls, cancelled or not, and leaves no socket open."""
 
     async def run(url: str) -> None:
         async with transport(url) as over:
             before = open_sockets()
             cancelled, waiting = (asyncio.create_task(ask(over)) for _ in range(2))
-            while len(over._asking) < 2:  # noqa: ASYNC110  # they connect
+            while len(over._busy) < 2:  # noqa: ASYNC110  # they connect
                 await asyncio.sleep(0)
             cancelled.cancel()
             await asyncio.wait([cancelled])
-            assert over.under_way == 2
+            assert over.in_flight == 2
             await over.aclose()
             with pytest.raises(TimeoutError):
                 await waiting
-            assert over.under_way == 0
+            assert over.in_flight == 0
             while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
                 await asyncio.sleep(0)
 
@@ -343,8 +346,8 @@ def test_transport_closes_what_is_under_way() -> None:
 
 
 @pytest.mark.parametrize("end", ["answer", "time"])
-def test_transport_cancelled_call_is_over_when_upstream_has_done_with_it(end: str) -> None:
-    """A call that was sent stays under way until its answer has come, or its time has passed."""
+def test_transport_cancelled_call_completes_with_the_response(end: str) -> None:
+    """A call that was sent stays in flight until its response has arrived or its timeout has passed."""
     released = threading.Event()
 
     def answers_late(connection: socket.socket, _: Request) -> None:
@@ -354,19 +357,19 @@ def test_transport_cancelled_call_is_over_when_upstream_has_done_with_it(end: st
     async def run(upstream: RawUpstream) -> None:
         async with transport(upstream.url) as over:
             ended = asyncio.Event()
-            message = encode("/scc/x", {"host": "x"}, BODY)
+            message = encode_request("/scc/x", {"host": "x"}, BODY)
             seconds = PATIENCE_SECONDS if end == "answer" else 0.5
-            call = asyncio.create_task(over.exchange(message, seconds=seconds, over=ended.set))
+            call = asyncio.create_task(over.send(message, timeout_seconds=seconds, on_complete=ended.set))
             while not upstream.requests:  # noqa: ASYNC110  # another thread reads it
                 await asyncio.sleep(0.001)
             call.cancel()
             await asyncio.wait([call])
             assert call.cancelled()
-            assert (ended.is_set(), over.under_way) == (False, 1)
+            assert (ended.is_set(), over.in_flight) == (False, 1)
             if end == "answer":
                 released.set()
             await ended.wait()
-            assert over.under_way == 0
+            assert over.in_flight == 0
             assert len(over._idle) == (end == "answer"), "an answer that was read leaves a clean connection"
             released.set()
             assert (await ask(over)).body == b"late"
@@ -375,8 +378,8 @@ def test_transport_cancelled_call_is_over_when_upstream_has_done_with_it(end: st
         asyncio.run(asyncio.wait_for(run(upstream), PATIENCE_SECONDS))
 
 
-def test_transport_takes_no_late_answer_for_the_next_one() -> None:
-    """A repeated answer that lies in the socket, unread, when the next call begins, is not that one's."""
+def test_transport_takes_no_late_response_for_the_next_one() -> None:
+    """An unread repeated response in the socket is not taken for the response to the next call."""
     answers = iter([b"first", b"second"])
     connections: list[socket.socket] = []
 
@@ -387,7 +390,7 @@ def test_transport_takes_no_late_answer_for_the_next_one() -> None:
     async def run(url: str) -> list[bytearray]:
         async with transport(url) as over:
             first = await ask(over)
-            # Between two turns of the event loop, which reads nothing meanwhile: the bytes lie in our socket.
+            # The event loop reads nothing between these calls: the bytes stay in the socket.
             [connection] = over._idle
             connections[0].sendall(framed(b"first"))
             while not connection._readable.poll(1000):
@@ -400,14 +403,14 @@ def test_transport_takes_no_late_answer_for_the_next_one() -> None:
     assert connections[0] is not connections[1]
 
 
-def test_transport_fresh_call_has_a_connection_of_its_own() -> None:
-    """It takes none that was used, and none is left for the next call."""
+def test_transport_new_connection_is_not_shared() -> None:
+    """It takes no idle connection, and leaves none for the next call."""
     connections: list[socket.socket] = []
     closed = threading.Event()
 
     def answers(connection: socket.socket, _: Request) -> None:
         connections.append(connection)
-        second = len(connections) == 2  # the third may come as soon as this is answered
+        second = len(connections) == 2  # the third request may arrive as soon as this one is answered
         connection.sendall(framed(b"{}"))
         if second:
             drained(connection)
@@ -415,8 +418,8 @@ def test_transport_fresh_call_has_a_connection_of_its_own() -> None:
 
     async def run(url: str) -> None:
         async with transport(url) as over:
-            for fresh in (False, True, False):
-                await ask(over, fresh=fresh)
+            for new_connection in (False, True, False):
+                await ask(over, new_connection=new_connection)
 
     with RawUpstream(answers) as upstream:
         asyncio.run(run(upstream.url))
@@ -426,7 +429,7 @@ def test_transport_fresh_call_has_a_connection_of_its_own() -> None:
     assert second is not first
 
 
-def test_transport_uses_no_connection_for_longer_than_its_age() -> None:
+def test_transport_closes_connections_at_their_maximum_age() -> None:
     """However busy it is, a connection that is too old is closed after its call."""
     connections: list[socket.socket] = []
 
@@ -439,13 +442,13 @@ def test_transport_uses_no_connection_for_longer_than_its_age() -> None:
             await ask(over)
             await ask(over)
             [connection] = over._idle
-            connection._made_at -= 61.0  # a minute passes
+            connection._opened_at -= 61.0  # a minute passes
             await ask(over)
             [young] = over._idle
             assert young is not connection
             ending = asyncio.create_task(ask(over))
             await asyncio.sleep(0)
-            young._made_at -= 61.0  # while its call is under way
+            young._opened_at -= 61.0  # while its call is in flight
             await ending
             assert not over._idle
 
@@ -457,8 +460,8 @@ def test_transport_uses_no_connection_for_longer_than_its_age() -> None:
 
 
 @pytest.mark.parametrize("bound", ["keep_alive_seconds", "max_age_seconds"])
-def test_transport_closes_idle_connections_by_itself(bound: str) -> None:
-    """A connection that no call looks at any more is closed when it has been idle, or open, for too long."""
+def test_transport_closes_idle_connections_without_new_calls(bound: str) -> None:
+    """A connection is closed when it has been idle, or open, for too long, also without new calls."""
 
     def answers(connection: socket.socket, _: Request) -> None:
         connection.sendall(framed(b"{}"))
@@ -471,7 +474,7 @@ def test_transport_closes_idle_connections_by_itself(bound: str) -> None:
             await ask(over)
             while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
                 await asyncio.sleep(0.001)
-            assert over._sweeping is None
+            assert over._sweep_timer is None
 
     with RawUpstream(answers) as upstream:
         asyncio.run(asyncio.wait_for(run(upstream.url), PATIENCE_SECONDS))

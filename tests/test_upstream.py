@@ -1,4 +1,4 @@
-"""The way to the upstream: every failure of it, rehearsed over real sockets."""
+"""Failures on the way to the upstream, over real sockets."""
 
 import asyncio
 import gzip
@@ -48,23 +48,22 @@ from tests.harness import (
 
 Launch = Callable[..., Gateway]
 
-ATTEMPTS = 3  # the first, and upstream.retries more
+ATTEMPTS = 3  # the first call, and upstream.retries more
 DEADLINE_SECONDS = 30
-# A failure is forgotten at once, so that the query after it is a query.
+# A failure is forgotten at once, so that the next query makes a call.
 QUICK: dict[str, Json] = {
     "upstream": {"timeout_seconds": DEADLINE_SECONDS},
     "cache": {"error_seconds": 0},
 }
-# For silence alone: a busy machine may let any attempt take this long.
+# For responses that never come: on a busy machine any attempt may take this long.
 IMPATIENT = QUICK | {"upstream": QUICK["upstream"] | {"attempt_timeout_seconds": 0.3}}
-LIFE = {"started", "stopped"}  # also of the gateways of tests before: they stop behind the next one's back
+LIFE = {"started", "stopped"}  # also of the gateways of earlier tests, which stop in the background
 
 
-class Told(NamedTuple):
-    """What a caller is told, how often upstream was asked for it, and what else changed.
+class Outcome(NamedTuple):
+    """The problem that a caller receives, the number of upstream calls, and the side effects.
 
-    `log` are the events that the log has of it besides the request's own line: what the gateway changed
-    in its ways, told once. `log_after`: those that the next good answer brings.
+    `log`: the log events besides the request's own line. `log_after`: the events after the next success.
     """
 
     status: int
@@ -75,23 +74,23 @@ class Told(NamedTuple):
     log_after: tuple[str, ...] = ()
 
 
-INVALID = Told(502, "upstream-invalid")
-BUSY = Told(502, "upstream-invalid", ATTEMPTS)
-UNREACHABLE = Told(502, "upstream-unreachable", ATTEMPTS)
-TIMEOUT = Told(504, "upstream-timeout", ATTEMPTS)
-REJECTED = Told(502, "upstream-rejected")
-CREDENTIALS = Told(
-    502, "upstream-credentials", log=("credentials refused",), log_after=("credentials accepted again",)
+INVALID = Outcome(502, "upstream-invalid")
+BUSY = Outcome(502, "upstream-invalid", ATTEMPTS)
+UNREACHABLE = Outcome(502, "upstream-unreachable", ATTEMPTS)
+TIMEOUT = Outcome(504, "upstream-timeout", ATTEMPTS)
+REJECTED = Outcome(502, "upstream-rejected")
+CREDENTIALS = Outcome(
+    502, "upstream-credentials", log=("credentials_refused",), log_after=("credentials_accepted_again",)
 )
-FORBIDDEN = Told(502, "upstream-credentials")  # the pair is not named
-CLOCK = Told(502, "upstream-credentials")  # like the nonce no fault of the pair's
+FORBIDDEN = Outcome(502, "upstream-credentials")  # the response does not name the key pair
+CLOCK = Outcome(502, "upstream-credentials")  # like the nonce, not a failure of the key pair
 NONCE = CLOCK._replace(calls=ATTEMPTS)
-THROTTLED = Told(503, "upstream-throttled", 1, "1", log=("slowed down by the upstream",))
+THROTTLED = Outcome(503, "upstream-throttled", 1, "1", log=("upstream_throttled",))
 
 
 @pytest.fixture(autouse=True)
 def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[Json]]:
-    """Return the log lines of every gateway here, before redaction; libraries must have nothing to say."""
+    """Return the log lines of every gateway here, before redaction; libraries must log nothing."""
     caplog.set_level(logging.INFO, "gateway")
     with capture_logs() as captured:
         yield captured  # type: ignore[misc]  # they are dicts
@@ -107,31 +106,31 @@ def counts(gate: Gateway, code: str) -> tuple[float, float, float]:
     )
 
 
-def assert_told(gate: Gateway, task_id: str, told: Told, *, in_flight: int = 0) -> httpx.Response:
-    """Ask for a task; the answer and the metrics must say the same failure."""
-    before = counts(gate, told.code)
+def assert_reported(gate: Gateway, task_id: str, outcome: Outcome, *, in_flight: int = 0) -> httpx.Response:
+    """Query a task; the response and the metrics must report the same failure."""
+    before = counts(gate, outcome.code)
     response = gate.get(task_id)
     problem = response.json()
-    assert (response.status_code, problem["code"]) == (told.status, told.code), problem
+    assert (response.status_code, problem["code"]) == (outcome.status, outcome.code), problem
     assert response.headers["content-type"] == "application/problem+json"
-    assert response.headers.get("retry-after") == told.retry_after
-    after = counts(gate, told.code)
+    assert response.headers.get("retry-after") == outcome.retry_after
+    after = counts(gate, outcome.code)
     assert [now - then for now, then in zip(after, before, strict=True)] == [
-        told.calls,
-        told.calls,
-        told.calls - 1,
+        outcome.calls,
+        outcome.calls,
+        outcome.calls - 1,
     ]
     assert gate.metric("upstream_in_flight") == in_flight
     return response
 
 
-def patience(told: Told | None) -> dict[str, Json]:
-    """Return the settings under which this is to be tried."""
-    return IMPATIENT if told == TIMEOUT else QUICK
+def patience(outcome: Outcome | None) -> dict[str, Json]:
+    """Return the settings for this case."""
+    return IMPATIENT if outcome == TIMEOUT else QUICK
 
 
-def assert_well(gate: Gateway, task_id: str) -> httpx.Response:
-    """Ask for a task; the answer must be its progress."""
+def assert_success(gate: Gateway, task_id: str) -> httpx.Response:
+    """Query a task; the response must be its progress."""
     response = gate.get(task_id)
     assert response.status_code == 200, response.text
     assert response.json()["taskId"] == task_id
@@ -139,16 +138,16 @@ def assert_well(gate: Gateway, task_id: str) -> httpx.Response:
 
 
 def assert_logged(lines: list[Json], response: httpx.Response, *events: str) -> None:
-    """Check that since the last look the log has these events and the answered request, in time; no more."""
+    """Check that the log has these events and the answered request since the last check, and no more."""
     request_id = response.headers["x-request-id"]
     until(lambda: any(line.get("request_id") == request_id for line in list(lines)), "the line is written")
-    told = [lines.pop(0) for _ in list(lines)]
-    told = [line for line in told if line["event"] not in LIFE]
-    assert [line["event"] for line in told] == [*events, "request"]
-    text = repr(told)
+    outcome = [lines.pop(0) for _ in list(lines)]
+    outcome = [line for line in outcome if line["event"] not in LIFE]
+    assert [line["event"] for line in outcome] == [*events, "request"]
+    text = repr(outcome)
     assert not re.search(rf"exc_info|Traceback|{KEY}|{SECRET}|x-ca-|StringToSign", text), text
-    line = told[-1]
-    # Each bound contains the next: the caller's deadline, the request, the calls made for it.
+    line = outcome[-1]
+    # Each limit contains the next: the caller's deadline, the request, the calls made for it.
     assert DEADLINE_SECONDS > line.pop("seconds") >= line.pop("upstream_seconds") > 0
     answer = response.json()
     expected = {
@@ -170,7 +169,7 @@ def assert_logged(lines: list[Json], response: httpx.Response, *events: str) -> 
     assert line == expected | ({"upstream_invoke_id": invoke_id} if invoke_id else {})
 
 
-# --- what the API gateway in front refuses ----------------------------------------------------------------
+# --- error responses of the API gateway ------------------------------------------------------------------
 
 CODES = {
     "A400IK": ("Invalid AppKey", CREDENTIALS),
@@ -218,48 +217,48 @@ CODES = {
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["code", "legacy"])
 @pytest.mark.parametrize("code", CODES)
-def test_upstream_refusal_is_told(
+def test_upstream_error_response_is_reported(
     simulator: Simulator,
     launch: Launch,
     lines: list[Json],
     code: str,
     legacy: bool,  # noqa: FBT001 - pytest passes by name
 ) -> None:
-    """Each documented refusal, with its code or as older deployments say it, has its problem."""
-    message, told = CODES[code]
+    """Each documented error response, with its code or in the older form, becomes its problem."""
+    message, outcome = CODES[code]
     gate = launch(simulator.url, **QUICK)
     simulator.fault("refuse", code=code, message=message, legacy=legacy)
     task = simulator.task()
-    response = assert_told(gate, task, told)
+    response = assert_reported(gate, task, outcome)
     upstream = response.json()["upstream"]
     assert upstream["errCode"].startswith("HTTP " if legacy else code)
     assert upstream["errMessage"].startswith(message[:17])
     assert upstream["requestId"]
-    assert simulator.calls(task) == told.calls
-    assert_logged(lines, response, *told.log)
+    assert simulator.calls(task) == outcome.calls
+    assert_logged(lines, response, *outcome.log)
     simulator.heal()
-    assert_logged(lines, assert_well(gate, simulator.task()), *told.log_after)
+    assert_logged(lines, assert_success(gate, simulator.task()), *outcome.log_after)
 
 
 @pytest.mark.parametrize("code", ["T429ZZ", "X503ZZ", "A403ZZ", "D504ZZ", "Z418ZZ"])
-def test_upstream_refusal_of_an_unknown_code_is_told_by_its_status(
+def test_upstream_unknown_code_is_classified_by_its_status(
     simulator: Simulator, launch: Launch, lines: list[Json], code: str
 ) -> None:
-    """A code that nobody documented still tells its HTTP status."""
+    """A code that is not documented still contains its HTTP status."""
     expected = {"T": THROTTLED, "X": BUSY, "A": CREDENTIALS, "D": TIMEOUT, "Z": INVALID}
     gate = launch(simulator.url, **QUICK)
     simulator.fault("refuse", code=code, message="something new")
-    told = expected[code[0]]
-    assert_logged(lines, assert_told(gate, simulator.task(), told), *told.log)
+    outcome = expected[code[0]]
+    assert_logged(lines, assert_reported(gate, simulator.task(), outcome), *outcome.log)
     simulator.heal()
-    assert_logged(lines, assert_well(gate, simulator.task()), *told.log_after)
+    assert_logged(lines, assert_success(gate, simulator.task()), *outcome.log_after)
 
 
-# --- faults that a server can play ------------------------------------------------------------------------
+# --- faults of the simulator ------------------------------------------------------------------------------
 
-LEAST = '{"status": 10, "data": {"taskId": "TASK"}}'  # that is an answer; TASK stands for the task's ID
+LEAST = '{"status": 10, "data": {"taskId": "TASK"}}'  # a successful body; TASK stands for the task's ID
 
-FAULTS: dict[str, tuple[dict[str, Any], Told]] = {
+FAULTS: dict[str, tuple[dict[str, Any], Outcome]] = {
     "500": ({"name": "status", "status": 500}, BUSY),
     "502": ({"name": "status", "status": 502}, BUSY),
     "503": ({"name": "status", "status": 503}, BUSY),
@@ -354,35 +353,37 @@ FAULTS: dict[str, tuple[dict[str, Any], Told]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_upstream_fault_is_told(simulator: Simulator, launch: Launch, lines: list[Json], name: str) -> None:
-    """Whatever the upstream does, the caller gets its problem, and the next query its answer."""
-    fault, told = FAULTS[name]
-    gate = launch(simulator.url, **patience(told))
+def test_upstream_fault_is_reported(
+    simulator: Simulator, launch: Launch, lines: list[Json], name: str
+) -> None:
+    """For every fault of the upstream the caller receives its problem, and the next query succeeds."""
+    fault, outcome = FAULTS[name]
+    gate = launch(simulator.url, **patience(outcome))
     task = simulator.task()
     if "body" in fault:
         fault = fault | {"body": fault["body"].replace("TASK", task)}
     simulator.control("PUT", "/faults", **fault)
-    response = assert_told(gate, task, told)
-    assert simulator.calls(task) == told.calls
-    assert_logged(lines, response, *told.log)
+    response = assert_reported(gate, task, outcome)
+    assert simulator.calls(task) == outcome.calls
+    assert_logged(lines, response, *outcome.log)
     simulator.heal()
-    assert_logged(lines, assert_well(gate, simulator.task()), *told.log_after)
+    assert_logged(lines, assert_success(gate, simulator.task()), *outcome.log_after)
 
 
-def test_upstream_least_answer_is_taken(simulator: Simulator, gate: Gateway) -> None:
-    """What the wrong shapes above are a step away from is an answer."""
+def test_upstream_minimal_response_is_accepted(simulator: Simulator, gate: Gateway) -> None:
+    """The minimal valid body, which the invalid ones above almost match, is accepted."""
     task = simulator.task()
     simulator.fault("body", body=LEAST.replace("TASK", task))
-    assert_well(gate, task)
+    assert_success(gate, task)
 
 
 @pytest.mark.parametrize("name", ["cut", "500", "503", "silence", "504"])
-def test_upstream_transient_fault_is_got_over(simulator: Simulator, launch: Launch, name: str) -> None:
-    """A fault that passes costs a second call, signed afresh, and the caller notices nothing."""
+def test_upstream_transient_fault_is_retried(simulator: Simulator, launch: Launch, name: str) -> None:
+    """A transient fault causes a second call with a new signature; the caller sees only success."""
     gate = launch(simulator.url, **patience(FAULTS[name][1]))
     simulator.control("PUT", "/faults", **FAULTS[name][0], times=1)
     task = simulator.task()
-    assert_well(gate, task)
+    assert_success(gate, task)
     first, second = simulator.requests()
     assert first["headers"]["x-ca-nonce"] != second["headers"]["x-ca-nonce"]
     assert first["headers"]["x-ca-signature"] != second["headers"]["x-ca-signature"]
@@ -394,23 +395,23 @@ def test_upstream_transient_fault_is_got_over(simulator: Simulator, launch: Laun
 def test_upstream_redirect_is_not_followed(
     simulator: Simulator, launch: Launch, lines: list[Json], status: int
 ) -> None:
-    """A redirect is an answer that makes no sense; the other host gets nothing."""
+    """A redirect is an invalid response; the other host receives no request."""
     gate = launch(simulator.url, **QUICK)
     with RawUpstream(well) as other:
         simulator.fault("redirect", location=f"{other.url}/scc/sd_get_progress", status=status)
-        response = assert_told(gate, simulator.task(), INVALID)
+        response = assert_reported(gate, simulator.task(), INVALID)
         assert other.requests == []
     assert "location" not in response.headers
     assert simulator.calls() == 1
     assert_logged(lines, response)
     simulator.heal()
-    assert_logged(lines, assert_well(gate, simulator.task()))
+    assert_logged(lines, assert_success(gate, simulator.task()))
 
 
-def test_upstream_cookies_and_odd_headers_go_nowhere(
+def test_upstream_cookies_and_odd_headers_are_ignored(
     simulator: Simulator, launch: Launch, lines: list[Json]
 ) -> None:
-    """Nothing that upstream says in headers reaches the caller or the log, and no cookie goes back."""
+    """Response headers reach neither the caller nor the log, and no cookie is sent back."""
     gate = launch(simulator.url, **QUICK)
     simulator.fault("cookie")
     responses = [ask(simulator.task()) for ask in (gate.get, gate.native, gate.get)]
@@ -429,14 +430,14 @@ def test_upstream_cookies_and_odd_headers_go_nowhere(
     [
         "yesterday",
         "",
-        "Thu, 99999999999999999999 Jan 2026 00:00:00 GMT",  # a number that fits into no integer of C
+        "Thu, 99999999999999999999 Jan 2026 00:00:00 GMT",  # a number that exceeds every C integer
         "Thu, 01 Jan 2026 99999999999:00:00 GMT",
         "Fri, 31 Dec 9999 23:59:59 -2359",
         "Mon, 01 Jan 0001 00:00:00 +2359",
     ],
 )
-def test_upstream_date_that_is_none_is_no_failure(launch: Launch, date: str) -> None:
-    """A clock that makes no sense says nothing of ours; the answer counts."""
+def test_upstream_invalid_date_is_no_failure(launch: Launch, date: str) -> None:
+    """An invalid Date header is ignored; the response counts."""
 
     def answers(connection: socket.socket, request: Request) -> None:
         connection.sendall(framed(request.envelope(), f"date: {date}"))
@@ -445,16 +446,16 @@ def test_upstream_date_that_is_none_is_no_failure(launch: Launch, date: str) -> 
         assert launch(upstream.url).get(fresh_id()).status_code == 200
 
 
-def test_upstream_answer_may_be_large_and_packed_within_bounds(simulator: Simulator, launch: Launch) -> None:
-    """An answer under upstream.max_response_bytes is taken, as it is or gzipped."""
+def test_upstream_large_or_compressed_response_is_accepted(simulator: Simulator, launch: Launch) -> None:
+    """A response up to upstream.max_response_bytes is accepted, plain or with gzip."""
     gate = launch(simulator.url, **QUICK)
     for name in ("large", "gzip_bomb"):
         simulator.fault(name, bytes=900_000)
-        assert_well(gate, simulator.task())
+        assert_success(gate, simulator.task())
         simulator.heal()
 
 
-# --- faults that need a socket ----------------------------------------------------------------------------
+# --- faults that need a raw socket ------------------------------------------------------------------------
 
 
 def _reset_inside(connection: socket.socket, request: Request) -> None:
@@ -479,7 +480,7 @@ def _chunked(body: bytes) -> bytes:
     return answer(b"%x\r\n%s\r\n" % (len(body), body), "transfer-encoding: chunked")
 
 
-WIRE: dict[str, tuple[Behaviour, Told | None]] = {
+WIRE: dict[str, tuple[Behaviour, Outcome | None]] = {
     "reset-before": (lambda connection, _: reset(connection), UNREACHABLE),
     "closed-before": (lambda connection, _: connection.close(), UNREACHABLE),
     "reset-inside": (_reset_inside, UNREACHABLE),
@@ -518,7 +519,7 @@ WIRE: dict[str, tuple[Behaviour, Told | None]] = {
     ),
     "close-delimited": (_sends(lambda r: answer(r.envelope(), "connection: close")), None),
     "interim": (_sends(lambda r: b"HTTP/1.1 100 Continue\r\n\r\n" + framed(r.envelope())), None),
-    # Bytes beyond an answer's end might be taken for the next one's, that is for another task's.
+    # Bytes after the end of a response could be taken for the response to another task.
     "trailing-garbage": (
         _sends(lambda r: framed(r.envelope()) + b"more", then_close=False),
         UNREACHABLE,
@@ -527,44 +528,44 @@ WIRE: dict[str, tuple[Behaviour, Told | None]] = {
 
 
 @pytest.mark.parametrize("name", WIRE)
-def test_upstream_fault_on_the_wire_is_told(launch: Launch, lines: list[Json], name: str) -> None:
-    """Broken HTTP has its problem, unusual HTTP its answer; the next query works."""
-    behaviour, told = WIRE[name]
+def test_upstream_fault_on_the_wire_is_reported(launch: Launch, lines: list[Json], name: str) -> None:
+    """Invalid HTTP becomes its problem, unusual HTTP is accepted; the next query works."""
+    behaviour, outcome = WIRE[name]
     with RawUpstream(behaviour) as upstream:
-        gate = launch(upstream.url, **patience(told))
-        if told is None:
-            response = assert_well(gate, fresh_id())
+        gate = launch(upstream.url, **patience(outcome))
+        if outcome is None:
+            response = assert_success(gate, fresh_id())
             assert gate.metric("upstream_requests_total") == 1
             assert gate.metric("upstream_requests_total", outcome="ok") == 1
         else:
-            response = assert_told(gate, fresh_id(), told)
-        assert len(upstream.requests) == (told.calls if told else 1)
+            response = assert_reported(gate, fresh_id(), outcome)
+        assert len(upstream.requests) == (outcome.calls if outcome else 1)
         assert_logged(lines, response)
         upstream.behaviour = well
-        assert_logged(lines, assert_well(gate, fresh_id()))
+        assert_logged(lines, assert_success(gate, fresh_id()))
 
 
 def test_upstream_that_refuses_connections_is_unreachable(launch: Launch, lines: list[Json]) -> None:
-    """Where nobody listens the problem says so; once somebody does, queries work."""
+    """A refused connection is reported; queries work once the upstream listens."""
     port = free_port()
     gate = launch(f"http://127.0.0.1:{port}", **QUICK)
-    assert_logged(lines, assert_told(gate, fresh_id(), UNREACHABLE))
+    assert_logged(lines, assert_reported(gate, fresh_id(), UNREACHABLE))
     with RawUpstream(well, port=port):
-        assert_logged(lines, assert_well(gate, fresh_id()))
+        assert_logged(lines, assert_success(gate, fresh_id()))
 
 
 def test_upstream_without_an_address_is_unreachable(launch: Launch, lines: list[Json]) -> None:
-    """A name that does not resolve is told as unreachable."""
+    """A host name that does not resolve is reported as unreachable."""
     upstream = {"allow_insecure": True, "attempt_timeout_seconds": 10}
-    gate = launch("http://nobody.invalid", upstream=upstream, cache={"error_seconds": 0})
-    assert_logged(lines, assert_told(gate, fresh_id(), UNREACHABLE))
+    gate = launch("http://unknown.invalid", upstream=upstream, cache={"error_seconds": 0})
+    assert_logged(lines, assert_reported(gate, fresh_id(), UNREACHABLE))
     assert gate.metric("upstream_certificate_errors_total") == 0
 
 
 def test_upstream_with_an_untrusted_certificate_gets_nothing(
     simulator: Simulator, launch: Launch, lines: list[Json]
 ) -> None:
-    """A certificate of nobody's known authority ends the talk before anything is sent."""
+    """An unknown certificate authority ends the connection before anything is sent."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority = trustme.CA()
     authority.issue_cert("127.0.0.1").configure_cert(context)
@@ -572,18 +573,18 @@ def test_upstream_with_an_untrusted_certificate_gets_nothing(
         simulator.stage, lifespan="off", date_header=False, ssl_context_factory=lambda *_: context
     ) as url:
         gate = launch(url, **QUICK)
-        assert_logged(lines, assert_told(gate, fresh_id(), UNREACHABLE))
+        assert_logged(lines, assert_reported(gate, fresh_id(), UNREACHABLE))
         assert gate.metric("upstream_certificate_errors_total") == ATTEMPTS
     assert simulator.requests() == []
 
 
-# --- retries, clocks, pairs -------------------------------------------------------------------------------
+# --- retries, clocks, key pairs ---------------------------------------------------------------------------
 
 
 def test_upstream_idle_connection_that_was_dropped_is_no_failure(
     simulator: Simulator, launch: Launch
 ) -> None:
-    """A kept connection that dies under the next query is replaced, and the query signed afresh."""
+    """An idle connection that was closed by the upstream is replaced, and the query is signed again."""
     seen: set[socket.socket] = set()
 
     def drops_the_second(connection: socket.socket, request: Request) -> None:
@@ -596,8 +597,8 @@ def test_upstream_idle_connection_that_was_dropped_is_no_failure(
 
     with RawUpstream(drops_the_second) as upstream:
         gate = launch(upstream.url, **QUICK)
-        assert_well(gate, simulator.task())
-        assert_well(gate, simulator.task())
+        assert_success(gate, simulator.task())
+        assert_success(gate, simulator.task())
         _, dropped, again = upstream.requests
         assert dropped.body == again.body
         assert dropped.headers["x-ca-nonce"] != again.headers["x-ca-nonce"]
@@ -609,13 +610,13 @@ def test_upstream_idle_connection_that_was_dropped_is_no_failure(
 
 
 def test_upstream_retries_have_a_budget(simulator: Simulator, launch: Launch) -> None:
-    """A sick upstream is asked little more often than it is queried, not three times as often."""
+    """A failing upstream receives few more calls than there are queries, not three times as many."""
     gate = launch(simulator.url, **QUICK)
     sick = simulator.task()
     simulator.fault("status", status=500, taskId=sick)
     for _ in range(30):
-        for _ in range(5):  # most calls end well, or the circuit would open
-            assert_well(gate, simulator.task())
+        for _ in range(5):  # most calls succeed, or the circuit would open
+            assert_success(gate, simulator.task())
         assert gate.get(sick).status_code == 502
     assert 30 < simulator.calls(sick) <= 30 + 10 + 30 * 6 * 0.2
 
@@ -624,7 +625,7 @@ def test_upstream_retries_can_be_switched_off(simulator: Simulator, launch: Laun
     """With upstream.retries = 0 a query is one call."""
     gate = launch(simulator.url, upstream={"retries": 0})
     simulator.fault("status", status=500)
-    assert_told(gate, fresh_id(), BUSY._replace(calls=1))
+    assert_reported(gate, fresh_id(), BUSY._replace(calls=1))
 
 
 @pytest.mark.parametrize(
@@ -633,36 +634,36 @@ def test_upstream_retries_can_be_switched_off(simulator: Simulator, launch: Laun
 def test_upstream_deadline_bounds_all_attempts(
     simulator: Simulator, launch: Launch, lines: list[Json], fault: dict[str, Any]
 ) -> None:
-    """upstream.timeout_seconds ends a query though more attempts were due; bytes that drip gain no time."""
+    """upstream.timeout_seconds ends a query before its last attempt; a slow body does not extend it."""
     gate = launch(simulator.url, upstream={"attempt_timeout_seconds": 60, "timeout_seconds": 0.2})
     simulator.control("PUT", "/faults", **fault)
-    # Unless the deadline ends it, silence lasts an attempt, a minute, and a body at a byte a second longer.
-    # Upstream works on the call all the while, so it still counts.
-    assert_logged(lines, assert_told(gate, fresh_id(), TIMEOUT._replace(calls=1), in_flight=1))
+    # Without the deadline, a missing response takes a minute, and a body at one byte per second longer.
+    # The upstream works on the call all the while, so it still counts as in flight.
+    assert_logged(lines, assert_reported(gate, fresh_id(), TIMEOUT._replace(calls=1), in_flight=1))
 
 
 async def test_upstream_without_a_free_slot_is_overload(simulator: Simulator, launch: Launch) -> None:
-    """A query that gets none of upstream.max_in_flight slots in time is told to come back."""
+    """A query that gets none of the upstream.max_in_flight slots in time receives Retry-After."""
     bounds = {"max_in_flight": 1, "timeout_seconds": 0.2, "attempt_timeout_seconds": 0.2, "retries": 0}
     gate = launch(simulator.url, upstream=bounds)
     simulator.fault("silent")
     seen: set[tuple[str, str | None]] = set()
     async with httpx.AsyncClient(base_url=gate.url, trust_env=False, verify=False, timeout=30) as client:  # noqa: S501
-        for _ in range(50):  # those who share a deadline with the slot's holder never get it
+        for _ in range(50):  # those with the same deadline as the slot's holder never get it
             burst = [client.get(f"/v1/progress/{fresh_id()}") for _ in range(30)]
             for response in await asyncio.gather(*burst):
                 seen.add((response.json()["code"], response.headers.get("retry-after")))
             if ("overloaded", "1") in seen:
                 break
     assert seen - {("upstream-timeout", None)} == {("overloaded", "1")}
-    # A call that is given up may be heard to have ended only after the next one has come.
+    # The end of an abandoned call may be noticed only after the next one has arrived.
     assert 1 <= simulator.stats()["maxInFlight"] <= 2
     simulator.heal()
-    assert_well(gate, simulator.task())
+    assert_success(gate, simulator.task())
 
 
 def test_upstream_counts_no_more_running_calls_than_there_are_slots(launch: Launch) -> None:
-    """A call that a query's deadline cuts off holds its slot until upstream has done with it."""
+    """A call that is cut off by its query's deadline holds its slot until the upstream has finished it."""
     released = threading.Event()
 
     def held(connection: socket.socket, request: Request) -> None:
@@ -683,13 +684,13 @@ def test_upstream_counts_no_more_running_calls_than_there_are_slots(launch: Laun
         finally:
             released.set()
         until(lambda: gate.metric("upstream_in_flight") == 0, "the answers have come")
-        assert_well(gate, fresh_id())
+        assert_success(gate, fresh_id())
 
 
-def test_upstream_refusal_that_names_no_pair_fails_its_task_alone(
+def test_upstream_refusal_without_credentials_fails_one_task(
     simulator: Simulator, launch: Launch, lines: list[Json]
 ) -> None:
-    """A bare 401 or 403 is remembered against its task; the pair signs on, and no other is tried."""
+    """A bare 401 or 403 is a failure of its task; the pair keeps signing, and no other is tried."""
     gate = launch(simulator.url, cache={"error_seconds": 60}, credentials=NEXT)
     for status in (401, 403):
         refused = simulator.task()
@@ -698,14 +699,14 @@ def test_upstream_refusal_that_names_no_pair_fails_its_task_alone(
             response = gate.get(refused)
             assert (response.status_code, response.json()["code"]) == (502, "upstream-credentials")
         assert simulator.calls(refused) == 1
-        assert_well(gate, simulator.task())
+        assert_success(gate, simulator.task())
     assert {request["headers"]["x-ca-key"] for request in simulator.requests()} == {KEY}
     assert gate.client.get("/readyz").json()["degraded"] == []
     assert not [line for line in lines if line["event"].startswith("credentials")]
 
 
-def test_upstream_trial_of_a_pair_leaves_the_slots_to_others(launch: Launch) -> None:
-    """Queries that wait for the outcome of a trial hold none: another operation's are made."""
+def test_upstream_probe_leaves_the_slots_to_others(launch: Launch) -> None:
+    """Queries that wait for a probe hold no slot: calls of another operation are made."""
     released = threading.Event()
 
     def behaviour(connection: socket.socket, request: Request) -> None:
@@ -734,12 +735,12 @@ def test_upstream_trial_of_a_pair_leaves_the_slots_to_others(launch: Launch) -> 
 
 
 @pytest.mark.parametrize("operation", ["sd_get_result", "comfy_get_result", "sd_get_progress"])
-def test_upstream_answer_that_is_repeated_late_is_no_other_tasks(launch: Launch, operation: str) -> None:
-    """A result does not name its task: it is fetched over a connection that carried no other call."""
+def test_upstream_repeated_response_is_not_taken_for_another_task(launch: Launch, operation: str) -> None:
+    """A result contains no task ID: it is fetched over a connection that carried no other call."""
     last: dict[socket.socket, bytes] = {}
 
     def repeats(connection: socket.socket, request: Request) -> None:
-        connection.sendall(last.get(connection, b""))  # late: what the call before was answered
+        connection.sendall(last.get(connection, b""))  # late: the response to the previous call
         data = {"images": [request.task_id], "result": {"of": request.task_id}, "status": "succeeded"}
         named = {} if "result" in operation else {"taskId": request.task_id}
         last[connection] = framed(json.dumps({"status": 10, "data": data | named}).encode())
@@ -759,22 +760,22 @@ def test_upstream_answer_that_is_repeated_late_is_no_other_tasks(launch: Launch,
 
 
 @pytest.mark.parametrize("ahead", [3600, -3600])
-def test_upstream_clock_an_hour_off_is_learnt(simulator: Simulator, launch: Launch, ahead: int) -> None:
-    """The first refusal teaches the offset: its retry is answered, later queries need none."""
+def test_upstream_clock_offset_is_corrected(simulator: Simulator, launch: Launch, ahead: int) -> None:
+    """The first refusal corrects the clock: its repeat succeeds, and later queries need none."""
     simulator.ahead_seconds = ahead
     gate = launch(simulator.url, **QUICK)
-    assert_well(gate, simulator.task())
+    assert_success(gate, simulator.task())
     assert simulator.calls() == 2
     assert abs(gate.metric("upstream_clock_skew_seconds") - ahead) < 10
-    assert_well(gate, simulator.task())
+    assert_success(gate, simulator.task())
     assert simulator.calls() == 3
     assert simulator.stats()["refused"] == 1
 
 
-async def test_upstream_clock_is_learnt_for_all_that_are_in_the_air(
+async def test_upstream_clock_is_corrected_for_all_calls_in_flight(
     simulator: Simulator, launch: Launch
 ) -> None:
-    """Of many first queries at a time each is answered: the clock is corrected once, retries or not."""
+    """Concurrent first queries all succeed: the clock is corrected once, with or without retries."""
     simulator.reset(latency_seconds=0.1)
     simulator.ahead_seconds = 3600
     gate = launch(simulator.url, upstream={"retries": 0})
@@ -787,21 +788,21 @@ async def test_upstream_clock_is_learnt_for_all_that_are_in_the_air(
 
 
 @pytest.mark.parametrize("ahead", [3600, -3600])
-def test_upstream_clock_an_hour_off_is_learnt_by_the_command(
+def test_upstream_clock_offset_is_corrected_by_the_command(
     simulator: Simulator, tmp_path: Path, ahead: int
 ) -> None:
-    """`sd-gateway serve` before an upstream an hour ahead or behind: even the first query is answered."""
+    """The first query of `sd-gateway serve` succeeds although the upstream's clock is an hour off."""
     simulator.ahead_seconds = ahead
     with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url}) as (process, gate):
         for _ in range(3):
             assert gate.get(simulator.task()).status_code == 200
         assert abs(gate.metric("upstream_clock_skew_seconds") - ahead) < 10
     assert (simulator.calls(), simulator.stats()["refused"]) == (4, 1)
-    assert process.output.count("clock corrected to the upstream's") == 1
+    assert process.output.count("clock_corrected") == 1
 
 
-def test_upstream_refused_pair_rests(simulator: Simulator, launch: Launch) -> None:
-    """A refused pair is not tried again for cache.error_seconds, whatever the task; then it is."""
+def test_upstream_refused_pair_pauses(simulator: Simulator, launch: Launch) -> None:
+    """A refused pair is not used for cache.error_seconds, for any task; then it is tried again."""
     del simulator.pairs["harness-access-key"]
     gate = launch(simulator.url, cache={"error_seconds": 60})
     for _ in range(3):
@@ -817,7 +818,7 @@ def test_upstream_refused_pair_rests(simulator: Simulator, launch: Launch) -> No
 
 
 def test_upstream_pair_that_is_accepted_again_works(simulator: Simulator, launch: Launch) -> None:
-    """When the rest is over a pair that upstream knows again brings answers: no task is to blame."""
+    """After the pause a pair that the upstream knows again works, and no task has a failure."""
     del simulator.pairs["harness-access-key"]
     gate = launch(simulator.url, cache={"error_seconds": 0.2})
     task = simulator.task()
@@ -831,13 +832,13 @@ NEXT = {"next_access_key": "next-key", "next_secret_key": "next-secret"}
 
 
 def test_upstream_promotes_the_next_pair(simulator: Simulator, launch: Launch) -> None:
-    """A query that meets the revocation of the active pair is answered all the same, and not as a retry."""
+    """A query that is refused because of a revoked pair succeeds with the next pair, not as a retry."""
     gate = launch(simulator.url, credentials=NEXT, upstream={"retries": 0})
-    assert_well(gate, simulator.task())
+    assert_success(gate, simulator.task())
     assert gate.metric("credentials_active_slot", slot="active") == 1
     simulator.control("PUT", "/pairs", pairs={"next-key": "next-secret"})
     for _ in range(2):
-        assert_well(gate, simulator.task())
+        assert_success(gate, simulator.task())
     assert (simulator.calls(), simulator.stats()["refused"]) == (4, 1)
     assert gate.metric("upstream_retries_total") == 0
     assert gate.metric("credentials_active_slot", slot="active") == 0
@@ -855,10 +856,10 @@ def test_upstream_promotes_the_next_pair(simulator: Simulator, launch: Launch) -
         ("Throttled by USER Flow Control", 1),
     ],
 )
-def test_upstream_tries_the_next_pair_where_that_can_help(
+def test_upstream_tries_the_next_pair_for_key_errors_only(
     simulator: Simulator, launch: Launch, message: str, tried: int
 ) -> None:
-    """Key and right are the pair's; quota, clock and throttles are not, and the next pair is left alone."""
+    """Refused keys lead to the next pair; quota, clock and throttling do not."""
     simulator.control("PUT", "/pairs", pairs={KEY: SECRET, "next-key": "next-secret"})
     simulator.fault("refuse", message=message, status=403)
     gate = launch(simulator.url, credentials=NEXT, upstream={"retries": 0})
@@ -867,13 +868,13 @@ def test_upstream_tries_the_next_pair_where_that_can_help(
     assert signed == [KEY, "next-key"][:tried]
 
 
-def test_upstream_wrong_secret_is_told_without_the_string_to_sign(
+def test_upstream_wrong_secret_is_reported_without_the_string_to_sign(
     simulator: Simulator, launch: Launch
 ) -> None:
-    """A refused signature is told by code and request ID; what upstream quotes stays inside."""
+    """A refused signature is reported with code and request ID, without the text that the upstream quotes."""
     simulator.pairs["harness-access-key"] = "another-secret"
     gate = launch(simulator.url)
-    response = assert_told(gate, simulator.task(), CREDENTIALS)
+    response = assert_reported(gate, simulator.task(), CREDENTIALS)
     upstream = response.json()["upstream"]
     assert upstream["errCode"] == "A403IS"
     assert upstream["requestId"]
@@ -886,7 +887,7 @@ def test_upstream_wrong_secret_is_told_without_the_string_to_sign(
 
 
 def circuit(gate: Gateway, operation: str = "sd_get_progress") -> dict[str, float]:
-    """Return what the metric says of each state."""
+    """Return the value of the metric for each state."""
     states = ("closed", "open", "half-open")
     return {
         state: gate.metric("upstream_circuit_state", operation=operation, state=state) for state in states
@@ -894,13 +895,13 @@ def circuit(gate: Gateway, operation: str = "sd_get_progress") -> dict[str, floa
 
 
 def break_circuit(gate: Gateway) -> None:
-    """Ask until the circuit is open."""
+    """Query until the circuit is open."""
     until(lambda: gate.get(fresh_id()).json()["code"] == "upstream-open", "the circuit opens")
     assert circuit(gate) == {"closed": 0, "open": 1, "half-open": 0}
 
 
-def test_upstream_that_is_ill_is_left_alone(simulator: Simulator, launch: Launch) -> None:
-    """An open circuit is told with Retry-After and costs no call; readiness stays, other operations too."""
+def test_upstream_open_circuit_makes_no_calls(simulator: Simulator, launch: Launch) -> None:
+    """An open circuit makes no call and returns Retry-After; readiness and other operations stay."""
     gate = launch(simulator.url, upstream={"retries": 0}, cache={"error_seconds": 0})
     assert circuit(gate) == {"closed": 1, "open": 0, "half-open": 0}
     simulator.fault("status", status=500)
@@ -919,8 +920,8 @@ def test_upstream_that_is_ill_is_left_alone(simulator: Simulator, launch: Launch
     assert circuit(gate, "comfy_get_progress") == {"closed": 1, "open": 0, "half-open": 0}
 
 
-def test_upstream_open_circuit_is_covered_by_a_stale_answer(simulator: Simulator, launch: Launch) -> None:
-    """While the circuit is open a snapshot that is not too old is the answer, and says why."""
+def test_upstream_open_circuit_serves_stale_if_error(simulator: Simulator, launch: Launch) -> None:
+    """While the circuit is open, a snapshot that is young enough is served, with the reason."""
     lifetimes = {"running_seconds": 0, "stale_while_revalidate_seconds": 0, "error_seconds": 0}
     gate = launch(simulator.url, upstream={"retries": 0}, cache=lifetimes)
     task = simulator.task()
@@ -933,18 +934,18 @@ def test_upstream_open_circuit_is_covered_by_a_stale_answer(simulator: Simulator
     assert simulator.calls(task) == 1
 
 
-def test_upstream_is_probed_by_one_query_alone(launch: Launch) -> None:
-    """When its time has come one query is let through, the others wait for its outcome elsewhere."""
+def test_upstream_is_probed_by_one_query(launch: Launch) -> None:
+    """After the open period one query is sent; the others are refused until its outcome is known."""
     released = threading.Event()
 
-    def ill(connection: socket.socket, _: Request) -> None:
+    def failing(connection: socket.socket, _: Request) -> None:
         connection.sendall(framed(b"", status="HTTP/1.1 500 Internal Server Error"))
 
     def held(connection: socket.socket, request: Request) -> None:
         released.wait(30)
         well(connection, request)
 
-    with RawUpstream(ill) as upstream, ThreadPoolExecutor() as pool:
+    with RawUpstream(failing) as upstream, ThreadPoolExecutor() as pool:
         gate = launch(upstream.url, upstream={"retries": 0}, cache={"error_seconds": 0})
         break_circuit(gate)
         upstream.behaviour = held
@@ -959,7 +960,7 @@ def test_upstream_is_probed_by_one_query_alone(launch: Launch) -> None:
 
         probing = pool.submit(probe)
         try:
-            until(lambda: len(upstream.requests) == 11, "the probe is in the air")
+            until(lambda: len(upstream.requests) == 11, "the probe is in flight")
             for _ in range(5):
                 response = gate.get(fresh_id())
                 assert (response.json()["code"], response.headers["retry-after"]) == ("upstream-open", "1")
@@ -972,8 +973,8 @@ def test_upstream_is_probed_by_one_query_alone(launch: Launch) -> None:
         assert len(upstream.requests) == 12
 
 
-def test_upstream_that_stays_ill_is_probed_again_later(simulator: Simulator, launch: Launch) -> None:
-    """A probe that fails opens the circuit for longer, and one that is answered closes it."""
+def test_upstream_that_keeps_failing_is_probed_again_later(simulator: Simulator, launch: Launch) -> None:
+    """A failed probe opens the circuit for longer, and a successful one closes it."""
     gate = launch(simulator.url, upstream={"retries": 0}, cache={"error_seconds": 0})
     simulator.fault("status", status=500, times=11)
     break_circuit(gate)
@@ -985,10 +986,10 @@ def test_upstream_that_stays_ill_is_probed_again_later(simulator: Simulator, lau
 
 
 @pytest.mark.parametrize("attempt_seconds", [0.05, 10], ids=["attempts", "deadline"])
-def test_upstream_silence_opens_the_circuit(
+def test_upstream_missing_responses_open_the_circuit(
     simulator: Simulator, launch: Launch, attempt_seconds: float
 ) -> None:
-    """Silence is illness, whether the attempt's time or the caller's deadline ends it."""
+    """A missing response is a failure, if the timeout of the attempt or the deadline of the query ends it."""
     upstream = {"retries": 0, "attempt_timeout_seconds": attempt_seconds, "timeout_seconds": 0.1}
     gate = launch(simulator.url, upstream=upstream, cache={"error_seconds": 0})
     simulator.fault("silent")
@@ -996,14 +997,14 @@ def test_upstream_silence_opens_the_circuit(
     assert codes == ["upstream-timeout"] * 10 + ["upstream-open"]
 
 
-# --- the budget -------------------------------------------------------------------------------------------
+# --- the rate limiter -------------------------------------------------------------------------------------
 
 
-def test_upstream_budget_that_is_spent_is_told(simulator: Simulator, launch: Launch) -> None:
-    """Beyond upstream.requests_per_second no call is made; who asks for a new task is told when to return."""
+def test_upstream_exhausted_rate_limit_is_reported(simulator: Simulator, launch: Launch) -> None:
+    """Beyond upstream.requests_per_second no call is made; a query for a new task gets Retry-After."""
     gate = launch(simulator.url, upstream={"requests_per_second": 0.01}, cache={"error_seconds": 0})
     assert gate.metric("upstream_budget_per_second") == 0.01
-    assert_well(gate, simulator.task())
+    assert_success(gate, simulator.task())
     response = gate.get(fresh_id())
     assert (response.status_code, response.json()["code"]) == (503, "upstream-throttled")
     assert 0 < int(response.headers["retry-after"]) <= 100
@@ -1011,16 +1012,16 @@ def test_upstream_budget_that_is_spent_is_told(simulator: Simulator, launch: Lau
     assert gate.client.get("/readyz").json()["degraded"] == []
 
 
-def test_upstream_budget_makes_new_tasks_wait(simulator: Simulator, launch: Launch) -> None:
-    """A query whose turn comes before its deadline waits for it."""
+def test_upstream_rate_limit_queues_new_tasks(simulator: Simulator, launch: Launch) -> None:
+    """A query whose permit comes before its deadline waits for it."""
     gate = launch(simulator.url, upstream={"requests_per_second": 5})
     for _ in range(3):
-        assert_well(gate, simulator.task())
+        assert_success(gate, simulator.task())
     assert simulator.calls() == 3
 
 
-def test_upstream_budget_does_not_keep_known_tasks_waiting(simulator: Simulator, launch: Launch) -> None:
-    """Who could have a snapshot has it at once, while the flight keeps its place in the queue."""
+def test_upstream_rate_limit_serves_stale_snapshots_at_once(simulator: Simulator, launch: Launch) -> None:
+    """A stale snapshot is served at once, while the request stays in the queue."""
     lifetimes = {"running_seconds": 0, "stale_while_revalidate_seconds": 0}
     gate = launch(simulator.url, upstream={"requests_per_second": 0.5}, cache=lifetimes)
     task = simulator.task()
@@ -1031,7 +1032,7 @@ def test_upstream_budget_does_not_keep_known_tasks_waiting(simulator: Simulator,
         status = response.headers["cache-status"]
         assert status.startswith("sd-gateway; fwd=stale; ttl=-"), status
         assert status.endswith("; detail=upstream-throttled")
-    until(lambda: simulator.calls(task) == 2, "the flight's turn comes")
+    until(lambda: simulator.calls(task) == 2, "the request receives its permit")
 
 
 def crowded(gate: Gateway) -> httpx.AsyncClient:
@@ -1040,15 +1041,15 @@ def crowded(gate: Gateway) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=gate.url, trust_env=False, verify=False, timeout=30, limits=limits)  # noqa: S501
 
 
-async def test_upstream_that_throttles_is_asked_less(simulator: Simulator, launch: Launch) -> None:
-    """Under demand beyond its limit every known task stays answered, and few calls are made to be refused."""
-    frozen = time.time()  # its second never ends: the limit is a count
+async def test_upstream_throttling_reduces_calls(simulator: Simulator, launch: Launch) -> None:
+    """Under demand beyond the upstream's limit, known tasks stay answered, and few calls are throttled."""
+    frozen = time.time()  # its second never ends: the limit is a total count
     simulator.reset(clock=lambda: frozen)
     lifetimes = {"running_seconds": 0, "stale_while_revalidate_seconds": 0}
     gate = launch(simulator.url, upstream={"timeout_seconds": 2, "max_in_flight": 8}, cache=lifetimes)
     hot = [simulator.task() for _ in range(10)]
     for task in hot:
-        assert_well(gate, task)
+        assert_success(gate, task)
     simulator.control("PUT", "/limit", calls=20)
     crowd = [simulator.task() for _ in range(200)]
     async with crowded(gate) as client:
@@ -1059,65 +1060,63 @@ async def test_upstream_that_throttles_is_asked_less(simulator: Simulator, launc
     strangers, known = answers[::2], answers[1::2]
     assert {answer.status_code for answer in known} == {200}
     assert {answer.status_code for answer in strangers} == {200, 503}
-    told = {answer.json()["code"] for answer in strangers if answer.status_code == 503}
-    # On a busy machine a query's deadline may come while it waits for one of the 8 slots.
-    assert "upstream-throttled" in told
-    assert told <= {"upstream-throttled", "overloaded"}
+    outcome = {answer.json()["code"] for answer in strangers if answer.status_code == 503}
+    # On a busy machine the deadline of a query may pass while it waits for one of the 8 slots.
+    assert "upstream-throttled" in outcome
+    assert outcome <= {"upstream-throttled", "overloaded"}
     stats = simulator.stats()
     assert simulator.calls() - stats["throttled"] == 20
     assert stats["throttled"] < 100
     assert gate.client.get("/readyz").json()["degraded"] == ["upstream: upstream-throttled"]
 
 
-# --- stale and negative answers ---------------------------------------------------------------------------
+# --- stale-if-error and negative cache --------------------------------------------------------------------
 
 
-def test_upstream_failure_is_covered_by_a_stale_answer(simulator: Simulator, launch: Launch) -> None:
-    """While a snapshot is no older than cache.stale_if_error_seconds, it is the answer to a failure."""
+def test_upstream_failure_serves_stale_if_error(simulator: Simulator, launch: Launch) -> None:
+    """A snapshot up to cache.stale_if_error_seconds old is served instead of a failure."""
     lifetimes = {"running_seconds": 0, "stale_while_revalidate_seconds": 0, "error_seconds": 0}
     gate = launch(simulator.url, cache=lifetimes)
     task = simulator.task()
     body = gate.get(task).content
-    for fault, told in (FAULTS["404"], FAULTS["rejected"], FAULTS["cut"], FAULTS["403"], FAULTS["429"]):
+    for fault, outcome in (FAULTS["404"], FAULTS["rejected"], FAULTS["cut"], FAULTS["403"], FAULTS["429"]):
         simulator.control("PUT", "/faults", **fault)
         response = gate.get(task)
         assert (response.status_code, response.content) == (200, body)
         status = response.headers["cache-status"]
         assert status.startswith("sd-gateway; fwd=stale; ttl=-"), status
-        assert status.endswith(f"; detail={told.code}")
+        assert status.endswith(f"; detail={outcome.code}")
         assert response.headers["cache-control"] == "max-age=0"
         simulator.heal()
     assert "detail" not in gate.get(task).headers["cache-status"]
 
 
-def test_upstream_failure_is_not_covered_by_an_old_answer(simulator: Simulator, launch: Launch) -> None:
-    """A snapshot older than cache.stale_if_error_seconds is no answer any more."""
+def test_upstream_failure_serves_no_older_snapshot(simulator: Simulator, launch: Launch) -> None:
+    """A snapshot older than cache.stale_if_error_seconds is not served."""
     nothing = {"running_seconds": 0, "stale_while_revalidate_seconds": 0, "stale_if_error_seconds": 0}
     gate = launch(simulator.url, cache=nothing)
     task = simulator.task()
-    assert_well(gate, task)
+    assert_success(gate, task)
     simulator.fault("status", status=404)
     assert gate.get(task).json()["code"] == "upstream-invalid"
 
 
 @pytest.mark.parametrize("name", ["rejected", "404", "429", "cut"])
-def test_upstream_failure_is_remembered_against_its_task(
-    simulator: Simulator, launch: Launch, name: str
-) -> None:
-    """Within cache.error_seconds a failed task is answered from memory; other tasks are asked for."""
+def test_upstream_failure_is_cached_for_its_task(simulator: Simulator, launch: Launch, name: str) -> None:
+    """Within cache.error_seconds a failed task is answered from memory; other tasks are not affected."""
     gate = launch(simulator.url, cache={"error_seconds": 60})
-    fault, told = FAULTS[name]
+    fault, outcome = FAULTS[name]
     task, other = simulator.task(), simulator.task()
     simulator.control("PUT", "/faults", **fault, taskId=task)
     for _ in range(3):
-        assert gate.get(task).json()["code"] == told.code
-    assert simulator.calls(task) == told.calls
+        assert gate.get(task).json()["code"] == outcome.code
+    assert simulator.calls(task) == outcome.calls
     assert gate.metric("cache_lookups_total", result="negative") == 2
-    assert_well(gate, other)
+    assert_success(gate, other)
 
 
 def test_upstream_failure_is_forgotten(simulator: Simulator, launch: Launch) -> None:
-    """After cache.error_seconds the task is asked for again."""
+    """After cache.error_seconds the task is queried again."""
     gate = launch(simulator.url, cache={"error_seconds": 0.1})
     task = simulator.task()
     simulator.fault("status", status=404, times=1)
@@ -1126,17 +1125,17 @@ def test_upstream_failure_is_forgotten(simulator: Simulator, launch: Launch) -> 
     assert simulator.calls(task) == 2
 
 
-def test_upstream_is_asked_with_the_stage_that_is_set(simulator: Simulator, launch: Launch) -> None:
+def test_upstream_receives_the_configured_stage(simulator: Simulator, launch: Launch) -> None:
     """upstream.stage is sent, and signed."""
     gate = launch(simulator.url, upstream={"stage": "PRE"})
-    assert_well(gate, simulator.task())
+    assert_success(gate, simulator.task())
     headers = simulator.requests()[0]["headers"]
     assert headers["x-ca-stage"] == "PRE"
     assert "x-ca-stage" in headers["x-ca-signature-headers"].split(",")
 
 
-def test_upstream_rejection_tells_what_upstream_said(simulator: Simulator, gate: Gateway) -> None:
-    """The vendor's codes and ids are in the problem: support asks for them."""
+def test_upstream_rejection_contains_the_vendors_codes(simulator: Simulator, gate: Gateway) -> None:
+    """The vendor's codes and ids are in the problem, because its support asks for them."""
     simulator.fault("reject", errCode="E1", errMessage="no", subErrCode="E2", subErrMessage="still no")
     upstream = gate.get(simulator.task()).json()["upstream"]
     assert upstream.pop("invokeId").startswith("i_")
@@ -1150,13 +1149,13 @@ def test_upstream_rejection_tells_what_upstream_said(simulator: Simulator, gate:
 
 
 def test_upstream_body_is_compact_json(simulator: Simulator, gate: Gateway) -> None:
-    """What is signed and sent is the task ID and nothing else."""
+    """The signed body is the task ID and nothing else."""
     task = simulator.task()
-    assert_well(gate, task)
+    assert_success(gate, task)
     assert json.loads(simulator.requests()[0]["body"]) == {"taskId": task}
 
 
-# --- dates and numbers of upstream ------------------------------------------------------------------------
+# --- dates and numbers in response headers ----------------------------------------------------------------
 
 ODD_DATES = [
     "",
@@ -1179,8 +1178,8 @@ ODD_DATES = [
 
 
 @pytest.mark.parametrize("date", ODD_DATES)
-def test_upstream_dates_that_do_not_exist_are_none(date: str) -> None:
-    """An absurd Date or Retry-After is as if there were none, or a moment; it is never a failure."""
+def test_upstream_invalid_dates_are_ignored(date: str) -> None:
+    """An invalid Date or Retry-After is read as absent or as a time; it is never an error."""
     moment = unix_time(date)
     assert moment is None or (math.isfinite(moment) and date.endswith(("-2359", "+2359", "GMT")))
     assert _retry_after(date, 0.0) is None or moment is not None
@@ -1189,8 +1188,8 @@ def test_upstream_dates_that_do_not_exist_are_none(date: str) -> None:
 @given(
     st.text() | st.from_regex(r"[A-Z][a-z]{2}, -?[0-9]{1,5} [A-Z][a-z]{2} -?[0-9]{1,6} [0-9:]{1,9} .{0,6}")
 )
-def test_upstream_dates_may_be_anything(date: str) -> None:
-    """Whatever stands in the header, there is a finite moment or none."""
+def test_upstream_dates_are_finite_or_none(date: str) -> None:
+    """Any header value is read as a finite time or None."""
     moment = unix_time(date)
     assert moment is None or math.isfinite(moment)
 
@@ -1206,7 +1205,7 @@ def test_upstream_dates_may_be_anything(date: str) -> None:
     ],
 )
 def test_upstream_dates_are_read_in_gmt(date: str, moment: float) -> None:
-    """All three forms of RFC 9110 count, and a zone that is none is GMT, wherever this machine stands."""
+    """All three forms of RFC 9110 are accepted, and a date without zone is GMT, in any local time zone."""
     assert unix_time(date) == moment
 
 
@@ -1223,5 +1222,5 @@ def test_upstream_dates_are_read_in_gmt(date: str, moment: float) -> None:
     ],
 )
 def test_upstream_retry_after_is_ascii_digits(value: str, seconds: float | None) -> None:
-    """A number of seconds is digits of ASCII, and an hour at most."""
+    """A number of seconds consists of ASCII digits, and is limited to an hour."""
     assert _retry_after(value, 0.0) == seconds

@@ -1,4 +1,4 @@
-"""An event loop whose clock stands until a test turns it, and whose timers follow that clock alone."""
+"""An event loop with a manual clock; its timers follow that clock."""
 
 import asyncio
 import selectors
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class _Standstill(selectors.SelectSelector):
-    """Waits for nothing: a loop that would wait has nothing left to do now, and is stopped."""
+    """Never waits: a loop that would wait has nothing left to do now, and is stopped."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -17,7 +17,7 @@ class _Standstill(selectors.SelectSelector):
         self.until_timer: float | None = None
 
     def select(self, timeout: float | None = None) -> list[Any]:
-        """Note how long the loop would wait: None where no timer is set."""
+        """Record how long the loop would wait: None without a timer."""
         if timeout is None or timeout > 0:
             self.until_timer = timeout
             self.stop()
@@ -25,10 +25,10 @@ class _Standstill(selectors.SelectSelector):
 
 
 class TickedLoop(asyncio.SelectorEventLoop):
-    """Runs what there is to run now, and nothing else; there is no I/O. Close it in the end.
+    """Runs what can run now, and nothing else; there is no I/O. Close it at the end.
 
-    `faults` are what asyncio would have logged: an exception that nobody looked at, a task left to
-    the garbage collector.
+    `faults` are the errors that asyncio would have logged: an exception that was never retrieved, or a
+    pending task that was destroyed.
     """
 
     def __init__(self, now: float = 1000.0) -> None:
@@ -40,21 +40,21 @@ class TickedLoop(asyncio.SelectorEventLoop):
         self.set_exception_handler(lambda _loop, context: self.faults.append(context))
 
     def time(self) -> float:
-        """Return the clock, in seconds."""
+        """Return the time of the clock, in seconds."""
         return self._now
 
     @property
     def next_timer(self) -> float | None:
-        """When the next timer is due, as of the last standstill; None where none is set."""
+        """When the next timer is due, as of the last stop; None without a timer."""
         wait = self._standstill.until_timer
         return None if wait is None else self._now + wait
 
     def settle(self) -> None:
-        """Run until nothing is left that could run without time passing."""
+        """Run until nothing can proceed without time passing."""
         self.run_forever()
 
     def advance(self, seconds: float) -> None:
-        """Let time pass: each timer on the way fires at its own moment."""
+        """Let time pass: each timer on the way fires at its own time."""
         end = self._now + seconds
         self.settle()
         while (due := self.next_timer) is not None and due <= end:
@@ -64,7 +64,7 @@ class TickedLoop(asyncio.SelectorEventLoop):
         self.settle()
 
     def within(self, act: Callable[[], T]) -> T:
-        """Call what needs a running loop, then settle; return its result, or raise what it raised."""
+        """Call a function within the running loop, then settle; return its result or raise its exception."""
 
         async def acted() -> T:
             return act()

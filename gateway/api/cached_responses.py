@@ -95,7 +95,7 @@ class CachedResponses:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lookup = service.lookup
-        self._repeat = service.repeat
+        self._still_current = service.still_current
         self._parse_target = SimpleTargetParser(operations, root_path=root_path).parse
         self._hosts = hosts
         self._limiter = limiter
@@ -140,7 +140,7 @@ class CachedResponses:
         if limiter is not None and not limiter.would_admit(_host(client)):
             return None
         hit = self._entries.get((target, traits.if_none_match))
-        if hit is None or began >= hit.expires_at or not self._repeat(hit.result.snapshot, began):
+        if hit is None or began >= hit.expires_at or not self._still_current(hit.result.snapshot, began):
             hit = self._build(target, traits.if_none_match, began)
             if hit is None:
                 return None

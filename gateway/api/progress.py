@@ -69,7 +69,7 @@ class ProgressEndpoint:
 
     async def _read(self, scope: Scope, receive: Receive, key: TaskKey) -> CacheResult | FetchFailure:
         """Query the task through the service. Raises: ClientDisconnect when the client disconnects first."""
-        return await while_connected(scope, receive, self._service.read(key, client=client_key(scope)))
+        return await while_connected(scope, receive, self._service.get(key, client=client_key(scope)))
 
     def _wait(self, scope: Scope, parameters: dict[str, list[str]]) -> tuple[float, Headers]:
         """Return the requested wait in seconds, 0 for none, and the response headers that confirm it."""
@@ -92,7 +92,7 @@ class ProgressEndpoint:
 
         Only the hub's schedule calls the upstream meanwhile, and the long poll counts as one lookup.
         """
-        on_arrival = self._service.current(key)
+        on_arrival = self._service.peek(key)
         if if_none_match is None:
             if_none_match = on_arrival.snapshot.etag if on_arrival is not None else ""
         failure: GatewayError | None = None
@@ -106,7 +106,7 @@ class ProgressEndpoint:
                         failure = await _next_change(subscriber, if_none_match)
         if failure is not None:
             outcome: CacheResult | FetchFailure = FetchFailure(key, failure, CacheStatus.NEGATIVE)
-        elif (result := self._service.current(key)) is not None:
+        elif (result := self._service.peek(key)) is not None:
             outcome = result if on_arrival is not None else result._replace(source=CacheStatus.MISS)
         else:
             # There is no current snapshot. Like any query, join the schedule's in-flight request, or start

@@ -57,7 +57,7 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
         for held in credentials.held():
             lines.append(f"with the {held.slot} pair (generation {held.generation}):")
             try:
-                exchange = await calls.exchange(key, held.pair)
+                exchange = await calls.send_unparsed(key, held.pair)
             except UpstreamTimeout:
                 network = "no answer in time; is upstream.endpoint right, or a firewall between?"
                 return Finding(well=False, lines=[*lines, f"network: {network}"])
@@ -73,7 +73,7 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
 
 def _judge(calls: SignedRequests, key: TaskKey, exchange: RawResponse) -> Finding:
     try:
-        calls.judge(exchange, key)
+        calls.parse_response(exchange, key)
     except UpstreamRejected as exc:
         code = exc.detail.err_code if exc.detail else None
         return Finding(well=True, lines=[f"well: signature accepted; no such task, as expected ({code})"])

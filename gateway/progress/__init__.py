@@ -1,1 +1,1 @@
-"""The service that answers queries: it joins store, single flight and upstream."""
+"""The service that answers progress queries from the store or from the upstream, with single flight."""

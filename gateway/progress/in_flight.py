@@ -1,10 +1,10 @@
-"""The flights of tasks, and who wants them: single flight (`singleflight.py`) with a count of demand.
+"""In-flight requests: single flight (`single_flight.py`) that counts the callers of each request.
 
-    join -> start -> the flight -> leave
-    the last caller leaves -> still queued: dropped, at once   on the wire: completed
+    join -> start -> the request -> leave
+    the last caller leaves -> a queued request is dropped at once; one on the wire is completed
 
-A dropped flight is out of the way before it has ended: the next caller begins a new one, and is never told of
-the other's end.
+A dropped request is removed before it has ended. The next caller starts a new one, and does not see the end
+of the dropped one.
 """
 
 from __future__ import annotations
@@ -22,69 +22,70 @@ T = TypeVar("T")
 
 
 class InFlightRequests(Generic[K, T]):
-    """Flies once at a time per key, for as long as anything wants the answer.
+    """Runs one request at a time per key, for as long as its response is wanted.
 
-    `fly` is the flight; its `after` is that of `start`.
+    `fetch` makes the request from the key, its demand and the `after` argument of `start`.
     """
 
-    def __init__(self, fly: Callable[[K, Demand, int | None], Coroutine[Any, Any, T]]) -> None:
-        self._fly = fly
+    def __init__(self, fetch: Callable[[K, Demand, int | None], Coroutine[Any, Any, T]]) -> None:
+        self._fetch = fetch
         self._in_flight: SingleFlight[K, T] = SingleFlight()
-        self._demands: dict[K, Demand] = {}  # of keys that have callers, subscribers or a flight
+        self._demands: dict[K, Demand] = {}  # of keys with callers, subscribers or a request in flight
 
     def __contains__(self, key: K) -> bool:
-        """Tell whether a flight for this key is in progress."""
+        """Tell whether a request for this key is in flight."""
         return key in self._in_flight
 
     @property
     def closed(self) -> bool:
-        """Tell whether no flight can begin any more."""
+        """Tell whether `aclose` was called: no request can start any more."""
         return self._in_flight.closed
 
     def demand(self, key: K) -> Demand:
-        """Return the key's demand, new if there is none."""
+        """Return the demand of a key; create it if there is none."""
         demand = self._demands.get(key)
         if demand is None:
             demand = self._demands[key] = Demand()
         return demand
 
     def join(self, key: K, client: bytes) -> None:
-        """Count in a caller or subscriber of this client: until it leaves, flights are for it, too."""
+        """Add a caller or subscriber of this client. Until it leaves, requests are made for it, too."""
         self.demand(key).join(client)
 
     def leave(self, key: K, client: bytes) -> None:
-        """Count out what joined. Without demand a flight is dropped, unless it is committed to its end."""
+        """Remove a caller or subscriber. An unwanted request is dropped unless it is committed."""
         demand = self._demands[key]
         demand.leave(client)
         if demand.clients:
             return
-        if not demand.flying:
+        if not demand.in_flight:
             del self._demands[key]
         elif not demand.background and not demand.committed:
             self._drop(key, demand)
 
     def start(self, key: K, *, background: bool = False, after: int | None = None) -> asyncio.Future[T]:
-        """Return the key's flight, begun now unless one is in progress. Await it through `shield`.
+        """Return the request in flight for the key, or start one. Await it through `asyncio.shield`.
 
-        `background`: it is wanted even without callers. After `aclose` it is cancelled before it begins.
+        `background`: the response is wanted even without callers. After `aclose` the future is cancelled,
+        and no request starts.
         """
         demand = self.demand(key)
-        if demand.flying:
+        if demand.in_flight:
             demand.background |= background
             return self._in_flight.start(key, partial(self._run, key, demand, after))
         demand.begin(background=background, drop=partial(self._drop, key))
-        flight = self._in_flight.start(key, partial(self._run, key, demand, after))
-        if flight.done():  # in this very turn of the loop, or it is closed
+        request = self._in_flight.start(key, partial(self._run, key, demand, after))
+        if request.done():  # closed, or it ended in this iteration of the event loop
             self._end(key, demand)
-        return flight
+        return request
 
     async def aclose(self) -> None:
-        """End every flight, and begin none any more."""
+        """Cancel every request, and start no more."""
         await self._in_flight.aclose()
 
     async def _run(self, key: K, demand: Demand, after: int | None) -> T:
         try:
-            return await self._fly(key, demand, after)
+            return await self._fetch(key, demand, after)
         finally:
             self._end(key, demand)
 
@@ -94,7 +95,7 @@ class InFlightRequests(Generic[K, T]):
         self._in_flight.drop(key)
 
     def _end(self, key: K, demand: Demand) -> None:
-        demand.flying = False
-        # After a drop the key's demand, if there is one, is another flight's.
+        demand.in_flight = False
+        # After a drop the key may have a new demand, which belongs to another request.
         if not demand.clients and self._demands.get(key) is demand:
             del self._demands[key]

@@ -1,4 +1,4 @@
-"""What one caller gets of a query: a snapshot, or why there is none, and how that came about."""
+"""The result types of a query: a snapshot or a failure, with its cache status."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gateway.domain.task import TaskKey
 
 
 class CacheStatus(StrEnum):
-    """How an answer came about; the `result` of `cache_lookups_total`."""
+    """How a query was answered; the `result` label of `cache_lookups_total`."""
 
     HIT = "hit"
     STALE = "stale"
@@ -22,11 +22,11 @@ class CacheStatus(StrEnum):
 
 
 class FetchResult(NamedTuple):
-    """What a flight brings to all who wait for it.
+    """The result of an in-flight request, shared by all waiting callers.
 
-    `upstream_seconds`: how long the upstream took, every attempt included; None when it was not asked.
-    `invoke_id`: the vendor's id of the last call, which its support asks for. `span`: the flight's, to
-    link to, where spans are made.
+    `upstream_seconds`: duration of the upstream query with all attempts; None if the upstream was not
+    queried. `invoke_id`: the vendor's id of the last call, which its support asks for. `span`: the span
+    context of the request, for links from other spans; None without tracing.
     """
 
     outcome: Snapshot | GatewayError
@@ -36,10 +36,11 @@ class FetchResult(NamedTuple):
 
 
 class CacheResult(NamedTuple):
-    """A snapshot as one caller gets it.
+    """A snapshot as the result of one caller's query.
 
-    `age` is in seconds. `replaced_stale`: a snapshot was there, too old to show. `failure` is set
-    when this stale snapshot covers one. `fetch` is that of the flight which this caller waited for.
+    `age` is in seconds. `replaced_stale`: the fetched snapshot replaces one that was too old to serve.
+    `failure`: the error that this stale snapshot is served instead of (stale-if-error). `fetch`: the result
+    of the in-flight request, if the caller waited for one.
     """
 
     snapshot: Snapshot
@@ -51,12 +52,12 @@ class CacheResult(NamedTuple):
 
     @property
     def key(self) -> TaskKey:
-        """Which task it is about."""
+        """The task of the snapshot."""
         return self.snapshot.key
 
 
 class FetchFailure(NamedTuple):
-    """What one caller gets when there is no snapshot to show; as `CacheResult` otherwise."""
+    """The failure of one caller's query. The fields are those of `CacheResult`."""
 
     key: TaskKey
     failure: GatewayError
@@ -64,5 +65,5 @@ class FetchFailure(NamedTuple):
     fetch: FetchResult | None = None
 
     def raised(self) -> GatewayError:
-        """Return the failure to raise, for this caller alone: many may share it."""
+        """Return a copy of the failure to raise: many callers may share the original."""
         return copy(self.failure)

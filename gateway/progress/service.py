@@ -1,15 +1,15 @@
-"""The one place where store, flight and upstream meet.
+"""The progress service: answers queries from the store, or from the upstream through single flight.
 
-    fresh                 -> the store's snapshot, at once
-    stale, young enough   -> the same, and one refresh begins behind it
-    else                  -> everybody waits for the one flight: upstream -> store -> all waiters
-    the flight failed     -> a snapshot not older than stale_if_error, else the failure
-    ... is held up by the budget -> the same at once, while the flight keeps its place in the queue
-    every caller has left -> a flight whose query is still queued is dropped
-    read twice while fresh -> hot: refreshed ahead, so that the next reader finds it fresh
+    fresh snapshot                  -> answer at once
+    stale-while-revalidate          -> answer at once, and start one background refresh
+    else                            -> all callers wait for one in-flight request to the upstream
+    the request fails               -> stale-if-error: a snapshot that is young enough, else the failure
+    the rate limiter queues it      -> the same at once; the request stays in the queue
+    all callers have left           -> a request that is still queued is dropped
+    a fresh snapshot is read twice  -> refresh-ahead: the next reader finds a fresh snapshot
 
-Freshness promise: while upstream answers, nobody is handed a snapshot older than its
-lifetime + stale_while_revalidate.
+Freshness promise: while the upstream responds, no caller receives a snapshot older than its lifetime +
+`cache.stale_while_revalidate_seconds`.
 """
 
 from __future__ import annotations
@@ -44,18 +44,19 @@ from gateway.telemetry.tracing import Tracing, Untraced
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.demand import Demand
 
-_HOT = 2  # readers within one lifetime
-_HIT = CacheStatus.HIT  # needed at each hit, and an enum's member takes 50 ns to look up
+_HOT_READS = 2  # reads within one lifetime that start refresh-ahead
+_HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes 50 ns at each hit
 
-_LONGEST_STATUS = 4096  # characters that are searched for secrets, of which 100 are logged
+_MAX_STATUS_LENGTH = 4096  # characters that are searched for secrets; the log shows 100 of them
 
 log = structlog.get_logger(__name__)
 
 
 class ProgressService:
-    """Answers queries. `clock` is the monotonic clock that `Snapshot.fetched_at` is read from.
+    """Answers queries.
 
-    `timeout_seconds`: how long a flight may take, whomever it waits for.
+    `timeout_seconds`: limit for an in-flight request, with waiting for another replica and for the upstream.
+    `clock` is the monotonic clock of `Snapshot.fetched_at`.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class ProgressService:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cache = cache
-        self._patience_seconds = timeout_seconds
+        self._timeout_seconds = timeout_seconds
         self._store = store
         self._upstream = upstream
         self._metrics = metrics
@@ -84,19 +85,22 @@ class ProgressService:
             Status.UNKNOWN: cache.unknown_seconds,
             **{status: cache.terminal_seconds for status in Status if status.terminal},
         }
-        self._log_sampler = LogSampler(clock=clock)  # a vendor's new word, or a bug, may come with every task
-        self._ahead = RefreshAhead(self._take_off)
-        self._count = {
+        self._log_sampler = LogSampler(clock=clock)  # an unknown status, or a bug, may occur with every task
+        self._refresh_ahead = RefreshAhead(self._refresh)
+        self._count_lookup = {
             (operation, source): metrics.cache_lookups.labels(operation, source).inc
             for operation in Operation
             for source in CacheStatus
         }
         self._hits = {operation: metrics.cache_lookups.labels(operation, _HIT) for operation in Operation}
-        self._age = {operation: metrics.answer_age.labels(operation).observe for operation in Operation}
+        self._ages = {operation: metrics.answer_age.labels(operation).observe for operation in Operation}
         self._overdue = {operation: metrics.answers_overdue.labels(operation).inc for operation in Operation}
 
     def lookup(self, key: TaskKey) -> CacheResult | None:
-        """Answer from the store, without waiting, or return None: the hot path."""
+        """Return a result from the store without waiting, or None. This is the hot path.
+
+        A stale result starts a background refresh.
+        """
         snapshot = self._store.peek(key)
         if snapshot is None:
             return None
@@ -109,14 +113,14 @@ class ProgressService:
             return None
         if result.failure is None:
             self._in_flight.start(key, background=True)
-        self._count[key.operation, CacheStatus.STALE]()
-        self._note_age(snapshot, age)
+        self._count_lookup[key.operation, CacheStatus.STALE]()
+        self._record_age(snapshot, age)
         return result
 
-    def repeat(self, snapshot: Snapshot, now: float) -> bool:
-        """Tell whether this snapshot, which a lookup found, may be the answer `now`; then it counts as one.
+    def still_current(self, snapshot: Snapshot, now: float) -> bool:
+        """Tell whether a snapshot that `lookup` returned may be served again `now`; if so, count a lookup.
 
-        Of a stale one that is true for a moment only: nobody looks whether its refresh has failed.
+        Call it only for a short time with a stale snapshot: it does not check whether the refresh has failed.
         """
         age = now - snapshot.fetched_at
         if not self._store.is_current(snapshot, now):
@@ -126,15 +130,15 @@ class ProgressService:
             return True
         if age >= snapshot.lifetime + self._cache.stale_while_revalidate_seconds:
             return False
-        self._count[snapshot.key.operation, CacheStatus.STALE]()
-        self._note_age(snapshot, age)
+        self._count_lookup[snapshot.key.operation, CacheStatus.STALE]()
+        self._record_age(snapshot, age)
         return True
 
-    async def read(self, key: TaskKey, *, client: bytes = b"") -> CacheResult | FetchFailure:
-        """Answer, from the store or from upstream; Failed when no snapshot is young enough to cover it.
+    async def get(self, key: TaskKey, *, client: bytes = b"") -> CacheResult | FetchFailure:
+        """Return a result from the store or the upstream, or the failure if stale-if-error does not apply.
 
-        `client` tells whose query it is: the budget is fair to clients. Once it is cancelled, a query that
-        nothing else wants is dropped, unless it is on the wire.
+        `client` identifies the caller: the rate limiter is fair to clients. If this is cancelled, an upstream
+        query that has no other callers is dropped, unless it is on the wire.
         """
         result = self.lookup(key)
         if result is None and await self._store.sync():
@@ -142,28 +146,28 @@ class ProgressService:
         if result is not None:
             return result
         outcome = await self._wait(key, client)
-        self._count[key.operation, outcome.source]()
+        self._count_lookup[key.operation, outcome.source]()
         return outcome
 
     def count(self, outcome: CacheResult | FetchFailure) -> None:
-        """Count one lookup with this outcome: of a caller that a schedule has served."""
-        self._count[outcome.key.operation, outcome.source]()
+        """Count one lookup with this outcome, for a caller that received the result of a watch's schedule."""
+        self._count_lookup[outcome.key.operation, outcome.source]()
         if isinstance(outcome, CacheResult):
-            self._note_age(outcome.snapshot, outcome.age)
+            self._record_age(outcome.snapshot, outcome.age)
 
     async def get_fresh(self, key: TaskKey, *, client: bytes | None = b"") -> CacheResult | FetchFailure:
-        """Answer as `read`, but wait for a fresh snapshot and count no lookup: a schedule asks, no caller.
+        """Return a fresh snapshot, and wait for it if necessary. It counts no lookup: schedules use it.
 
-        `client`: None on behalf of what has joined.
+        `client`: as in `get`; None if the request is made for the subscribers that have joined.
         """
         snapshot = self._store.peek(key)
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime:
-            return await self._wait(key, client, patient=True)
+            return await self._wait(key, client, wait_while_queued=True)
         return CacheResult(snapshot, age, CacheStatus.HIT)
 
-    def current(self, key: TaskKey) -> CacheResult | None:
-        """Return what the store holds and may be shown, and begin nothing: for those a schedule serves."""
+    def peek(self, key: TaskKey) -> CacheResult | None:
+        """Return a result from the store or None, as `lookup`, but count no lookup and start no refresh."""
         snapshot = self._store.peek(key)
         if snapshot is None:
             return None
@@ -175,32 +179,32 @@ class ProgressService:
         )
 
     def join(self, key: TaskKey, client: bytes) -> None:
-        """Count in a subscriber: until it leaves, the task's flights are for its client, too."""
+        """Add a subscriber. Until it leaves, requests for the task are made on behalf of its client, too."""
         self._in_flight.join(key, client)
 
     def leave(self, key: TaskKey, client: bytes) -> None:
-        """Count out a subscriber that has joined."""
+        """Remove a subscriber that has joined."""
         self._in_flight.leave(key, client)
 
     async def aclose(self) -> None:
-        """End every flight, and begin none any more."""
-        self._ahead.close()
+        """Cancel every in-flight request, and start no more."""
+        self._refresh_ahead.close()
         await self._in_flight.aclose()
 
     def _count_hit(self, snapshot: Snapshot, age: float) -> None:
         operation = snapshot.key.operation
         snapshot.polls += 1
-        if snapshot.polls == _HOT and not snapshot.terminal and not self._in_flight.closed:
-            self._ahead.plan(snapshot, age)
+        if snapshot.polls == _HOT_READS and not snapshot.terminal and not self._in_flight.closed:
+            self._refresh_ahead.schedule(snapshot, age)
         self._hits[operation].value += 1
         if not snapshot.terminal:
-            self._age[operation](age)
+            self._ages[operation](age)
 
     def _stale(self, snapshot: Snapshot, age: float) -> CacheResult | None:
-        """Return a stale snapshot as an answer, unless it is too old for that.
+        """Return a result with a stale snapshot, or None if it is too old.
 
-        While upstream answers the freshness promise sets the bound. A failure has a bound of its own,
-        which may be the narrower one: then nothing younger is to be had, and that must be told.
+        Stale-while-revalidate sets the maximum age. After a remembered failure, stale-if-error sets it,
+        which may be the shorter one; then the result contains the failure.
         """
         failure = self._store.failure(snapshot.key)
         if failure is None:
@@ -209,124 +213,127 @@ class ProgressService:
             too_old = age > self._cache.stale_if_error_seconds
         return None if too_old else CacheResult(snapshot, age, CacheStatus.STALE, failure=failure)
 
-    def _take_off(self, key: TaskKey, version: int) -> None:
+    def _refresh(self, key: TaskKey, version: int) -> None:
         known = self._store.peek(key)
-        # A watch or another replica may have renewed it meanwhile; then its own readers count.
+        # A watch or another replica may have replaced the snapshot meanwhile. The reads of the new one
+        # count then.
         if known is not None and known.version == version and self._store.failure(key) is None:
             self._in_flight.start(key, background=True, after=version)
 
     async def _wait(
-        self, key: TaskKey, client: bytes | None, *, patient: bool = False
+        self, key: TaskKey, client: bytes | None, *, wait_while_queued: bool = False
     ) -> CacheResult | FetchFailure:
-        """Wait for the key's flight; `patient`: even while it is held up by the budget."""
+        """Wait for the in-flight request; `wait_while_queued`: even while the rate limiter queues it."""
         failure = self._store.failure(key)
         if failure is not None:
-            return self._cover(key, failure, CacheStatus.NEGATIVE)
+            return self._stale_if_error(key, failure, CacheStatus.NEGATIVE)
         source = CacheStatus.COLLAPSED if key in self._in_flight else CacheStatus.MISS
         known = self._store.peek_stale(key)
         if client is not None:
             self._in_flight.join(key, client)
         try:
-            fetch = await self._board(key, patient=patient or not self._covers(known))
+            wait_while_queued = wait_while_queued or not self._within_stale_if_error(known)
+            fetch = await self._join_request(key, wait_while_queued=wait_while_queued)
         finally:
             if client is not None:
                 self._in_flight.leave(key, client)
         outcome = fetch.outcome
         if isinstance(outcome, GatewayError):
-            return self._cover(key, outcome, source, fetch)
+            return self._stale_if_error(key, outcome, source, fetch)
         age = self._clock() - outcome.fetched_at
-        self._note_age(outcome, age)
+        self._record_age(outcome, age)
         return CacheResult(outcome, age, source, replaced_stale=known is not None, fetch=fetch)
 
-    async def _board(self, key: TaskKey, *, patient: bool) -> FetchResult:
-        flight = self._in_flight.start(key)
-        if patient:
-            return await asyncio.shield(flight)
-        if flight.done():  # in this very turn of the loop
-            return flight.result()
+    async def _join_request(self, key: TaskKey, *, wait_while_queued: bool) -> FetchResult:
+        """Wait for the in-flight request, or start one; return early with an error if it is queued."""
+        request = self._in_flight.start(key)
+        if wait_while_queued:
+            return await asyncio.shield(request)
+        if request.done():  # it ended in this iteration of the event loop
+            return request.result()
         demand = self._in_flight.demand(key)
-        if demand.on_queued is None:
-            demand.on_queued = asyncio.get_running_loop().create_future()
-        on_queued = demand.on_queued
-        await asyncio.wait((flight, on_queued), return_when=asyncio.FIRST_COMPLETED)
-        if flight.done():
-            return flight.result()
-        demand.background = True  # it keeps its place in the queue
-        return FetchResult(on_queued.result())
+        if demand.queued_error is None:
+            demand.queued_error = asyncio.get_running_loop().create_future()
+        queued_error = demand.queued_error
+        await asyncio.wait((request, queued_error), return_when=asyncio.FIRST_COMPLETED)
+        if request.done():
+            return request.result()
+        demand.background = True  # the request stays in the queue
+        return FetchResult(queued_error.result())
 
-    def _cover(
+    def _stale_if_error(
         self, key: TaskKey, failure: GatewayError, source: CacheStatus, fetch: FetchResult | None = None
     ) -> CacheResult | FetchFailure:
-        """Answer a failure with a snapshot, unless it is too old."""
+        """Return a stale snapshot instead of the failure, unless it is too old (stale-if-error)."""
         snapshot = self._store.peek_stale(key)
-        if snapshot is None or not self._covers(snapshot):
+        if snapshot is None or not self._within_stale_if_error(snapshot):
             return FetchFailure(key, failure, source, fetch)
         age = self._clock() - snapshot.fetched_at
-        self._note_age(snapshot, age)
+        self._record_age(snapshot, age)
         return CacheResult(snapshot, age, CacheStatus.STALE, failure=failure, fetch=fetch)
 
-    def _note_age(self, snapshot: Snapshot, age: float) -> None:
+    def _record_age(self, snapshot: Snapshot, age: float) -> None:
         if snapshot.terminal:
             return
-        self._age[snapshot.key.operation](age)
+        self._ages[snapshot.key.operation](age)
         if age >= snapshot.lifetime + self._cache.stale_while_revalidate_seconds:
             self._overdue[snapshot.key.operation]()
 
-    def _covers(self, snapshot: Snapshot | None) -> bool:
-        """Tell whether this snapshot may stand in for a failure."""
+    def _within_stale_if_error(self, snapshot: Snapshot | None) -> bool:
+        """Tell whether this snapshot may be served instead of a failure."""
         return (
             snapshot is not None and self._clock() - snapshot.fetched_at <= self._cache.stale_if_error_seconds
         )
 
     async def _fetch(self, key: TaskKey, demand: Demand, after: int | None) -> FetchResult:
-        """Fly: a failure is returned, not raised, for it is shared as data.
+        """Run an in-flight request. It returns failures and does not raise them, because callers share them.
 
-        `after`: fly although the snapshot with this stamp is still fresh.
+        `after`: fetch even if the snapshot of this version is still fresh.
         """
         try:
             with self._tracing.flight(key) as mark:
-                fetch = await self._fly(key, demand, after=after)
+                fetch = await self._fetch_with_lease(key, demand, after=after)
                 mark.outcome = fetch.outcome.code if isinstance(fetch.outcome, GatewayError) else "ok"
                 return fetch if mark.context is None else fetch._replace(span=mark.context)
         except Exception as exc:
-            # Behind a stale answer nobody waits who would tell of a bug.
+            # A background refresh may have no waiting caller: then only the log shows an unexpected error.
             if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
                 log.exception(
-                    "bug in a flight", operation=key.operation, task_id=key.task_id, suppressed=suppressed
+                    "fetch_crashed", operation=key.operation, task_id=key.task_id, suppressed=suppressed
                 )
             raise
 
-    async def _fly(self, key: TaskKey, demand: Demand, *, after: int | None) -> FetchResult:
-        deadline = self._clock() + self._patience_seconds
+    async def _fetch_with_lease(self, key: TaskKey, demand: Demand, *, after: int | None) -> FetchResult:
+        deadline = self._clock() + self._timeout_seconds
         while True:
-            # Look again. Between the look that sent us here and our taking off, another replica may
-            # have landed with the same answer; asking twice would break the one-call promise.
+            # `acquire` looks for a snapshot again. Another replica may have stored one since the lookup of
+            # the caller, and a second query would break the promise of one upstream query.
             lease = await self._store.acquire(key, after=after, timeout_seconds=deadline - self._clock())
             if not isinstance(lease, Lease):
                 return FetchResult(lease)
-            fetch = await self._ask(lease, demand, deadline)
+            fetch = await self._query_upstream(lease, demand, deadline)
             if fetch is not None:
                 return fetch
 
-    async def _ask(self, lease: Lease, demand: Demand, deadline: float) -> FetchResult | None:
-        """Ask upstream, and store what comes of it. None: too late, for others have asked since."""
+    async def _query_upstream(self, lease: Lease, demand: Demand, deadline: float) -> FetchResult | None:
+        """Query the upstream and store the outcome. None: the lease was lost; acquire it again."""
         key = lease.key
         previous = self._store.latest(key)
         started = self._clock()
         try:
-            answer = await self._upstream.query(
+            response = await self._upstream.query(
                 key,
                 renewal=previous is not None,
                 timeout_seconds=deadline - started,
-                on_queued=partial(self._hold_up, demand),
+                on_queued=partial(self._on_queued, demand),
                 demand=demand,
             )
             demand.committed = True
-            self._ahead.learn(key.operation, self._clock() - started)
+            self._refresh_ahead.observe_latency(key.operation, self._clock() - started)
             previous = self._store.latest(key)
             snapshot = observe(
-                answer.data,
-                answer.envelope,
+                response.data,
+                response.envelope,
                 key,
                 fetched_at=self._clock(),
                 lifetimes=self._lifetimes,
@@ -336,8 +343,8 @@ class ProgressService:
         except GatewayError as exc:
             failure = copy(exc)
             demand.committed = True
-            # Our own limits and an open circuit pass by themselves, and refused credentials are the pair's
-            # affair: none of them is the task's.
+            # The gateway's own limits, an open circuit and refused credentials say nothing about this task,
+            # so they are not stored as its failure (negative cache).
             if isinstance(failure, Overloaded | RateLimiterExhausted | UpstreamOpen | UpstreamCredentials):
                 await self._store.abandon(lease)
             else:
@@ -348,29 +355,29 @@ class ProgressService:
             await self._store.abandon(lease)
             raise
         upstream_seconds = snapshot.fetched_at - started
-        self._note_transition(previous, snapshot, answer.data.get("status"))
+        self._record_transition(previous, snapshot, response.data.get("status"))
         kept = await self._store.commit(lease, snapshot)
-        return None if kept is None else FetchResult(kept, upstream_seconds, answer.invoke_id)
+        return None if kept is None else FetchResult(kept, upstream_seconds, response.invoke_id)
 
-    def _hold_up(self, demand: Demand, seconds: float) -> None:
-        if demand.on_queued is None:
-            demand.on_queued = asyncio.get_running_loop().create_future()
-        if not demand.on_queued.done():
+    def _on_queued(self, demand: Demand, seconds: float) -> None:
+        if demand.queued_error is None:
+            demand.queued_error = asyncio.get_running_loop().create_future()
+        if not demand.queued_error.done():
             failure = RateLimiterExhausted(
-                "the query waits for the budget of upstream calls", retry_after=seconds
+                "the query is queued by the rate limiter for upstream calls", retry_after=seconds
             )
-            demand.on_queued.set_result(failure)
+            demand.queued_error.set_result(failure)
 
-    def _note_transition(self, previous: Snapshot | None, snapshot: Snapshot, raw_status: object) -> None:
+    def _record_transition(self, previous: Snapshot | None, snapshot: Snapshot, raw_status: object) -> None:
         status = snapshot.status
         if status is None or (previous is not None and previous.status is status):
             return
         self._metrics.tasks_observed.labels(snapshot.key.operation, status).inc()
         if status is Status.UNKNOWN and (suppressed := self._log_sampler.take("status")) is not None:
             log.warning(
-                "status never seen before",
+                "unknown_task_status",
                 operation=snapshot.key.operation,
                 task_id=snapshot.key.task_id,
-                status=Excerpt(repr(raw_status)[:_LONGEST_STATUS], 100),
+                status=Excerpt(repr(raw_status)[:_MAX_STATUS_LENGTH], 100),
                 suppressed=suppressed,
             )

@@ -1,7 +1,7 @@
-"""One call in the air per key, however many wait for it.
+"""Single flight: at most one call in flight per key, shared by all callers that wait for it.
 
-A flight is a task of its own. Nobody who waits for it owns it: a caller that hangs up, the
-first one included, changes nothing for the others. The module knows nothing of caches.
+Each call runs in a task of its own, which no caller owns: a caller that disconnects, even the first one,
+does not affect the others. The module knows nothing about caches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class SingleFlight(Generic[K, T]):
-    """Runs `fn` at most once at a time per key and shares what it returns or raises."""
+    """Runs `fn` at most once at a time per key, and shares its result or exception."""
 
     def __init__(self) -> None:
         self._in_flight: dict[K, asyncio.Task[T]] = {}
@@ -24,52 +24,52 @@ class SingleFlight(Generic[K, T]):
         self.closed = False
 
     def __len__(self) -> int:
-        """Return the number of flights in the air."""
+        """Return the number of calls in flight."""
         return len(self._in_flight)
 
     def __contains__(self, key: K) -> bool:
-        """Tell whether a flight for this key is in progress."""
+        """Tell whether a call for this key is in flight."""
         return key in self._in_flight
 
     def start(self, key: K, fn: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Future[T]:
-        """Return the key's flight, begun now unless one is in progress. Await it through `shield`.
+        """Return the call in flight for the key, or start one. Await it through `asyncio.shield`.
 
-        After `aclose` it is cancelled before it begins, like those that were in the air then.
+        After `aclose` the returned future is cancelled, and no call starts.
         """
         if self.closed:
-            grounded: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-            grounded.cancel()
-            return grounded
-        flight = self._in_flight.get(key)
-        if flight is None:
-            # An empty context: what the first caller's request carries (its trace, say) is not the others'.
-            flight = asyncio.get_running_loop().create_task(fn(), context=Context())
-            self._in_flight[key] = flight
-            flight.add_done_callback(lambda done: self._land(key, done))
-        return flight
+            cancelled: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+            cancelled.cancel()
+            return cancelled
+        task = self._in_flight.get(key)
+        if task is None:
+            # An empty context: the first caller's context variables, such as its trace, are not the others'.
+            task = asyncio.get_running_loop().create_task(fn(), context=Context())
+            self._in_flight[key] = task
+            task.add_done_callback(lambda done: self._on_done(key, done))
+        return task
 
     async def do(self, key: K, fn: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Wait for the key's flight and return its result, or raise what it raised."""
+        """Wait for the key's call and return its result, or raise its exception."""
         return await asyncio.shield(self.start(key, fn))
 
     def drop(self, key: K) -> None:
-        """Cancel the key's flight, which must have no waiters. At once the next caller begins a new one."""
-        flight = self._in_flight.pop(key, None)
-        if flight is not None and flight.cancel():
-            self._dropped.add(flight)
-            flight.add_done_callback(self._dropped.discard)
+        """Cancel the key's call, which must have no waiters. The next caller starts a new one at once."""
+        task = self._in_flight.pop(key, None)
+        if task is not None and task.cancel():
+            self._dropped.add(task)
+            task.add_done_callback(self._dropped.discard)
 
     async def aclose(self) -> None:
-        """Cancel every flight, wait until all have ended, and let none begin any more."""
+        """Cancel every call, wait until all have ended, and start no more."""
         self.closed = True
-        in_flight = [*self._in_flight.values(), *self._dropped]
-        for flight in in_flight:
-            flight.cancel()
-        await asyncio.gather(*in_flight, return_exceptions=True)
+        tasks = [*self._in_flight.values(), *self._dropped]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _land(self, key: K, flight: asyncio.Task[T]) -> None:
-        if self._in_flight.get(key) is flight:  # else it was dropped, and the key may have a new one
+    def _on_done(self, key: K, task: asyncio.Task[T]) -> None:
+        if self._in_flight.get(key) is task:  # else it was dropped, and the key may have a new call
             del self._in_flight[key]
-        # When every caller has hung up nobody else looks at the exception, and asyncio complains.
-        if not flight.cancelled():
-            flight.exception()
+        # Retrieve the exception: asyncio logs an error if no caller is left to do so.
+        if not task.cancelled():
+            task.exception()

@@ -1,14 +1,15 @@
-"""How many calls a second the upstream bears, learnt from its refusals.
+"""The adaptive rate limit: learns from throttling responses how many calls per second the upstream accepts.
 
-    refused    -> a ceiling: what it accepted in the last second; from there 15 % down
-    searching  -> the ceiling is a guess: up again, twice as much every two seconds
-    steady     -> up again, quickly at first, slowly near the ceiling, ever faster beyond it
-    at peace for a minute -> `relax`: no limit any more
+    throttled          -> the ceiling is what was accepted in the last second; the limit drops to 85 % of it
+    probing            -> the ceiling is a guess: the limit doubles every two seconds
+    recovering         -> the limit rises quickly at first, slowly near the ceiling, faster beyond it
+    no throttling for a minute and no queue -> `lift_if_idle` removes the limit
 
-The decrease is multiplicative, the search a slow start, the steady growth that of CUBIC (RFC 9438, 4.2),
-in calls a second instead of a window: limit = ceiling x (0.95 + 0.1 x (t / 15 s - 1)^3). It spends most of
-its time just below the ceiling, so that refusals are rare, and finds a limit that was raised within a
-minute or two; a constant increase would do one or the other. All times are of one monotonic clock.
+The decrease is multiplicative, probing is a slow start, and recovery follows CUBIC (RFC 9438, 4.2), with
+calls per second instead of a window: limit = ceiling x (0.95 + 0.1 x (t / 15 s - 1)^3). The limit stays
+just below the ceiling most of the time, so throttling is rare, and it finds a raised upstream limit within
+a minute or two. A constant increase would do only one of both. All times are in seconds of one monotonic
+clock.
 """
 
 from __future__ import annotations
@@ -19,96 +20,101 @@ from collections import deque
 _DECREASE = 0.85
 _PLATEAU = 0.95
 _DOUBLING_SECONDS = 2.0
-_SEARCH_SECONDS = 60.0  # there is no such upstream
-_PLATEAU_SECONDS = 15.0  # from the decrease to the plateau's middle
-# Flow control mostly counts by the second: after one refusal the rest of that second is refused too, and
-# says nothing new. It is also more than a round trip.
+_MAX_PROBING_SECONDS = 60.0  # bounds the exponent; the limit is 2^30 times the ceiling by then
+_PLATEAU_SECONDS = 15.0  # from the decrease to the middle of the plateau
+# Most upstreams count per second: after one throttled call they refuse the rest of that second, too, and
+# those responses carry no new information. A second is also longer than a round trip.
 _ROUND_SECONDS = 1.0
-# Of a ceiling that was found: what was accepted in one second of few calls is a rough guess.
-_LEAST_SHARE = 0.5
-_LEAST_PER_SECOND = 1.0  # a ceiling: somebody has to find out that upstream takes calls again
-# Half of a caller's default deadline: whoever asks for a new task in a pause is answered, not refused. An
-# upstream that asked for more silence is asked once in so many seconds, and says so again.
-_LONGEST_PAUSE_SECONDS = 5.0
-_PEACE_SECONDS = 60.0
+# Lower bound of a new ceiling, as a share of the known one: the calls accepted in a single second are a rough
+# estimate.
+_MIN_CEILING_SHARE = 0.5
+_MIN_CEILING_PER_SECOND = 1.0  # some calls must pass, or the gateway never learns that the upstream recovered
+# Half of the default deadline of a query: a new task that is requested during a pause is still answered. An
+# upstream that asks for a longer pause receives one call per this interval and can repeat its request.
+_MAX_PAUSE_SECONDS = 5.0
+_IDLE_SECONDS = 60.0
 
 
 class AdaptiveLimit:
-    """The upstream's limit as far as it is known; `most` is ours: calls a second, or `inf`."""
+    """The upstream's limit, as far as it is known.
 
-    def __init__(self, most: float) -> None:
-        self._most = most
+    `max_per_second` is the configured limit in calls per second, or `inf`.
+    """
+
+    def __init__(self, max_per_second: float) -> None:
+        self._max_per_second = max_per_second
         self._ceiling = math.inf
-        self._before = math.inf  # the limit before the last decrease
-        self._slowed_at = -math.inf
-        self._searching = False
-        self._accepted: deque[float] = deque()  # when, within the last round
-        self.resumes_at = -math.inf  # no call before: upstream asked for a pause
+        self._limit_before_decrease = math.inf
+        self._decreased_at = -math.inf
+        self._probing = False
+        self._accepted_at: deque[float] = deque()  # within the last round
+        self.resumes_at = -math.inf  # end of the pause that the upstream asked for
 
     @property
     def throttled_now(self) -> bool:
-        """Tell whether the upstream's refusals limit us now."""
+        """Tell whether a learned limit is in force."""
         return self._ceiling < math.inf
 
+    @property
+    def max_per_second(self) -> float:
+        """The configured limit in calls per second, or `inf`."""
+        return self._max_per_second
+
     def per_second(self, now: float) -> float:
-        """Return how many calls a second may be made now; `inf`: any number."""
+        """Return the present limit in calls per second, or `inf`."""
         if not self.throttled_now:
-            return self._most
-        since = max(now - max(self._slowed_at, self.resumes_at), 0.0)
-        if self._searching:
-            growth = _DECREASE * 2 ** (min(since, _SEARCH_SECONDS) / _DOUBLING_SECONDS)
+            return self._max_per_second
+        elapsed = max(now - max(self._decreased_at, self.resumes_at), 0.0)
+        if self._probing:
+            growth = _DECREASE * 2 ** (min(elapsed, _MAX_PROBING_SECONDS) / _DOUBLING_SECONDS)
         else:
-            growth = _PLATEAU + (_PLATEAU - _DECREASE) * (since / _PLATEAU_SECONDS - 1) ** 3
-        return min(self._ceiling * growth, self._most)
+            growth = _PLATEAU + (_PLATEAU - _DECREASE) * (elapsed / _PLATEAU_SECONDS - 1) ** 3
+        return min(self._ceiling * growth, self._max_per_second)
 
-    def accepted(self, now: float, *, sent_at: float) -> None:
-        """Note that the upstream took a call."""
-        self._accepted.append(now)
-        lately = self._accepted_lately(now)
-        if self.throttled_now and sent_at < self._slowed_at:
-            # Refusals are made in front of the service and overtake its answers: when the first one
-            # came we knew too little of what was accepted beside it.
-            self._ceiling = max(self._ceiling, min(lately, self._before))
+    def on_accepted(self, now: float, *, sent_at: float) -> None:
+        """Record that the upstream accepted a call."""
+        self._accepted_at.append(now)
+        recent = self._recently_accepted(now)
+        if self.throttled_now and sent_at < self._decreased_at:
+            # A throttling response comes from the API gateway in front and overtakes responses of the
+            # service. At the decrease, the calls accepted beside the throttled one were not all known yet.
+            self._ceiling = max(self._ceiling, min(recent, self._limit_before_decrease))
 
-    def throttled(self, now: float, *, sent_at: float, retry_after: float | None) -> bool:
-        """Note that the upstream refused a call; tell whether that slows us further.
+    def on_throttled(self, now: float, *, sent_at: float, retry_after: float | None) -> bool:
+        """Record that the upstream throttled a call; tell whether this lowers the limit or sets a pause.
 
-        One decrease a round, and none for a call that was sent before the last one.
+        The limit drops at most once per round, and not for a call that was sent before the last drop.
         """
-        slows = sent_at >= self._slowed_at and now - self._slowed_at >= _ROUND_SECONDS
-        if slows:
+        decreases = sent_at >= self._decreased_at and now - self._decreased_at >= _ROUND_SECONDS
+        if decreases:
             self._decrease(now)
         if retry_after is not None:
-            self.resumes_at = max(self.resumes_at, now + min(retry_after, _LONGEST_PAUSE_SECONDS))
-        return slows or retry_after is not None
+            self.resumes_at = max(self.resumes_at, now + min(retry_after, _MAX_PAUSE_SECONDS))
+        return decreases or retry_after is not None
 
-    def relax(self, now: float) -> bool:
-        """Lift the limit if the upstream has refused nothing for long; tell whether it was lifted now."""
-        if not self.at_peace(now):
+    def lift_if_idle(self, now: float) -> bool:
+        """Remove the learned limit if the upstream has not throttled for a minute; tell whether it did."""
+        if not self.can_lift(now):
             return False
         self._ceiling = math.inf
         return True
 
-    def at_peace(self, now: float) -> bool:
-        """Tell whether `relax` would lift the limit."""
-        return self.throttled_now and now - max(self._slowed_at, self.resumes_at) >= _PEACE_SECONDS
-
-    @property
-    def most(self) -> float:
-        """How many calls a second may be made where the upstream sets no limit."""
-        return self._most
+    def can_lift(self, now: float) -> bool:
+        """Tell whether `lift_if_idle` would remove the learned limit."""
+        return self.throttled_now and now - max(self._decreased_at, self.resumes_at) >= _IDLE_SECONDS
 
     def _decrease(self, now: float) -> None:
-        self._before = self.per_second(now)
-        accepted = self._accepted_lately(now)
-        least = _LEAST_SHARE * self._ceiling if self.throttled_now and not self._searching else 0.0
-        # The first refusal may come before a second's worth was accepted, and one who accepts nothing
-        # counts by longer than a second, maybe: then there is more to be had than that.
-        self._searching = not self.throttled_now or accepted == 0
-        self._ceiling = max(min(self._before, accepted), least, _LEAST_PER_SECOND)
-        self._slowed_at = now
+        self._limit_before_decrease = self.per_second(now)
+        accepted = self._recently_accepted(now)
+        minimum = _MIN_CEILING_SHARE * self._ceiling if self.throttled_now and not self._probing else 0.0
+        # The count of accepted calls is a lower bound in two cases: the first throttling response may come
+        # before a full second was counted, and an upstream that accepts nothing in a second may count over a
+        # longer period. In both cases the limit probes upwards.
+        self._probing = not self.throttled_now or accepted == 0
+        self._ceiling = max(min(self._limit_before_decrease, accepted), minimum, _MIN_CEILING_PER_SECOND)
+        self._decreased_at = now
 
-    def _accepted_lately(self, now: float) -> float:
-        while self._accepted and self._accepted[0] <= now - _ROUND_SECONDS:
-            self._accepted.popleft()
-        return len(self._accepted) / _ROUND_SECONDS
+    def _recently_accepted(self, now: float) -> float:
+        while self._accepted_at and self._accepted_at[0] <= now - _ROUND_SECONDS:
+            self._accepted_at.popleft()
+        return len(self._accepted_at) / _ROUND_SECONDS

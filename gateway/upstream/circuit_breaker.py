@@ -1,12 +1,12 @@
-"""The circuit breaker: an upstream that is ill is left alone, and asked now and then whether it is better.
+"""The circuit breaker: stops calls to a failing upstream, and probes now and then whether it has recovered.
 
-    closed     calls pass; when too many of the recent ones ended ill -> open
+    closed     calls pass; when too many recent calls failed -> open
     open       every call is refused, for a second at first -> half-open
-    half-open  one call passes, the probe; the others are refused
-                   it ends well -> closed        it ends ill -> open, for twice as long as the last time
+    half-open  one call passes, the probe; all others are refused
+                   the probe succeeds -> closed        it fails -> open, for twice as long as before
 
-One breaker per operation: they are different services behind one API gateway. For the event loop's
-thread only.
+There is one circuit breaker per operation, because the operations are different services behind one API
+gateway. Use it on the event loop's thread only.
 """
 
 from __future__ import annotations
@@ -29,26 +29,27 @@ from gateway.domain.errors import (
     UpstreamUnreachable,
 )
 
-# What says that the upstream is ill, whatever was asked. Not among them: refused credentials and
-# throttling, which are handled elsewhere, and answers that make no sense: those a task ID of a caller's
-# own making might provoke, and no caller is to open the circuit for all. They say nothing either way.
-ILL = (UpstreamBusy, UpstreamTimeout, UpstreamUnreachable)
+# Errors that mean that the upstream is failing, whatever the request was. Refused credentials and throttling
+# are not among them: the credential rotation and the rate limiter handle those. Nor are invalid responses: a
+# client may be able to provoke one with a made-up task ID, and no client may open the circuit for all. Such
+# errors count neither as a success nor as a failure.
+FAILURES = (UpstreamBusy, UpstreamTimeout, UpstreamUnreachable)
 
-# Ten seconds see an outage while its first callers still wait (the default deadline), and forget one
-# that has passed. Ten outcomes: a few unlucky queries with their retries are no outage. Half of them:
-# an upstream that answers more often than not is worth the retries, which then mostly succeed.
+# A window of ten seconds detects an outage while its first callers still wait (the default deadline), and
+# forgets an outage that has passed. At least ten outcomes: a few failed queries with their retries are no
+# outage. Half of them: an upstream that mostly responds is worth the retries, which then mostly succeed.
 _WINDOW_SECONDS = 10
-_LEAST_OUTCOMES = 10
-_ILL_SHARE = 0.5
+_MIN_OUTCOMES = 10
+_FAILURE_SHARE = 0.5
 _OPEN_SECONDS = 1.0
-_LONGEST_OPEN_SECONDS = 30.0
-_PROBE_SECONDS = 1.0  # to come back after, while a probe is in the air
+_MAX_OPEN_SECONDS = 30.0
+_PROBE_RETRY_AFTER_SECONDS = 1.0  # `retry_after` of calls that are refused while a probe is in flight
 
 log = structlog.get_logger(__name__)
 
 
 class State(StrEnum):
-    """Where a circuit stands; the `state` of `upstream_circuit_state`."""
+    """The state of a circuit; the `state` label of `upstream_circuit_state`."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -56,7 +57,10 @@ class State(StrEnum):
 
 
 class CircuitBreaker:
-    """The circuit of one operation. `clock` is monotonic, in seconds; `on_change` is told every new state."""
+    """The circuit of one operation.
+
+    `clock` returns monotonic seconds. `on_change` is called with every new state.
+    """
 
     def __init__(
         self,
@@ -69,82 +73,82 @@ class CircuitBreaker:
         self._on_change = on_change
         self._clock = clock
         self._state = State.CLOSED
-        # Counts the transitions: a call's outcome matters only to the state in which it took off.
-        self._era = 0
-        self._seconds: deque[_Second] = deque()
+        # Counts the transitions. The outcome of a call counts only in the state in which the call began.
+        self._transitions = 0
+        self._seconds: deque[_SecondCounts] = deque()
         self._open_seconds = _OPEN_SECONDS
         self._open_until = 0.0
         self._probing = False
 
     @property
     def state(self) -> State:
-        """Where the circuit stands. Half-open it becomes by the first call after its time."""
+        """The state of the circuit. The first call after the open period makes it half-open."""
         return self._state
 
     def check(self) -> None:
         """Refuse a call that could not pass now, before it queues for anything. Raises: UpstreamOpen."""
         if self._state is State.OPEN and (left := self._open_until - self._clock()) > 0:
-            raise UpstreamOpen(_REFUSAL, retry_after=left)
+            raise UpstreamOpen(_OPEN_MESSAGE, retry_after=left)
         if self._probing:
-            raise UpstreamOpen(_REFUSAL, retry_after=_PROBE_SECONDS)
+            raise UpstreamOpen(_OPEN_MESSAGE, retry_after=_PROBE_RETRY_AFTER_SECONDS)
 
     @contextmanager
-    def guard(self, *, silence_seconds: float = math.inf) -> Iterator[None]:
-        """Let one call through and learn from how it ends. Raises: UpstreamOpen, before it begins.
+    def guard(self, *, no_response_seconds: float = math.inf) -> Iterator[None]:
+        """Let one call pass and record its outcome. Raises: UpstreamOpen, before the call begins.
 
-        No exception and UpstreamRejected: well. `ILL`, and a call that is cancelled after
-        `silence_seconds` without an answer: ill. Anything else says nothing; a probe that ends so
-        leaves its place to the next call.
+        No exception and UpstreamRejected count as success. `FAILURES` count as failure, and so does a call
+        that is cancelled after `no_response_seconds` without a response. Other exceptions do not count; after
+        a probe that ends with one, the next call becomes the probe.
         """
         self.check()
         if self._state is State.OPEN:
             self._enter(State.HALF_OPEN)
         self._probing = self._state is State.HALF_OPEN
-        era, began = self._era, self._clock()
-        well: bool | None = None
+        transitions, began = self._transitions, self._clock()
+        success: bool | None = None
         try:
             yield
-            well = True
+            success = True
         except UpstreamRejected:
-            well = True
+            success = True
             raise
-        except ILL:
-            well = False
+        except FAILURES:
+            success = False
             raise
         except asyncio.CancelledError:
-            if self._clock() - began >= silence_seconds:
-                well = False
+            if self._clock() - began >= no_response_seconds:
+                success = False
             raise
         finally:
-            if era == self._era:
-                self._learn(well)
+            if transitions == self._transitions:
+                self._record(success)
 
-    def _learn(self, well: bool | None) -> None:  # noqa: FBT001  # three verdicts: well, ill, none
-        if self._state is State.HALF_OPEN:  # and this was the probe: nobody else took off in this era
+    def _record(self, success: bool | None) -> None:  # noqa: FBT001  # success, failure or no outcome
+        if self._state is State.HALF_OPEN:  # only the probe can begin and end in one half-open period
             self._probing = False
-            if well:
+            if success:
                 self._open_seconds = _OPEN_SECONDS
                 self._enter(State.CLOSED)
-            elif well is not None:
-                self._open_seconds = min(2 * self._open_seconds, _LONGEST_OPEN_SECONDS)
+            elif success is not None:
+                self._open_seconds = min(2 * self._open_seconds, _MAX_OPEN_SECONDS)
                 self._open()
-        elif well is not None and self._too_ill(well=well):
+        elif success is not None and self._reaches_threshold(success=success):
             self._open()
 
-    def _too_ill(self, *, well: bool) -> bool:
-        """Count an outcome; tell whether the circuit is to open."""
+    def _reaches_threshold(self, *, success: bool) -> bool:
+        """Count an outcome; tell whether the circuit must open."""
         now = int(self._clock())
-        while self._seconds and self._seconds[0].number <= now - _WINDOW_SECONDS:
+        while self._seconds and self._seconds[0].second <= now - _WINDOW_SECONDS:
             self._seconds.popleft()
-        if not self._seconds or self._seconds[-1].number != now:
-            self._seconds.append(_Second(now))
+        if not self._seconds or self._seconds[-1].second != now:
+            self._seconds.append(_SecondCounts(now))
         self._seconds[-1].outcomes += 1
-        if well:
+        if success:
             return False
-        self._seconds[-1].ill += 1
-        outcomes = sum(second.outcomes for second in self._seconds)
-        ill = sum(second.ill for second in self._seconds)
-        return outcomes >= _LEAST_OUTCOMES and ill >= _ILL_SHARE * outcomes
+        self._seconds[-1].failures += 1
+        outcomes = sum(counts.outcomes for counts in self._seconds)
+        failures = sum(counts.failures for counts in self._seconds)
+        return outcomes >= _MIN_OUTCOMES and failures >= _FAILURE_SHARE * outcomes
 
     def _open(self) -> None:
         self._open_until = self._clock() + self._open_seconds
@@ -152,23 +156,23 @@ class CircuitBreaker:
 
     def _enter(self, state: State) -> None:
         self._state = state
-        self._era += 1
+        self._transitions += 1
         self._seconds.clear()
         self._on_change(state)
         seconds = {"seconds": self._open_seconds} if state is State.OPEN else {}
         level = log.info if state is State.CLOSED else log.warning
-        level("circuit breaker", operation=self._operation, state=state, **seconds)
+        level("circuit_breaker_changed", operation=self._operation, state=state, **seconds)
 
 
-class _Second:
-    """The outcomes of one second of the clock: a window of seconds is bounded, one of outcomes is not."""
+class _SecondCounts:
+    """The outcomes of one second. Counts per second need bounded memory; a list of outcomes would not."""
 
-    __slots__ = ("ill", "number", "outcomes")
+    __slots__ = ("failures", "outcomes", "second")
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, second: int) -> None:
+        self.second = second
         self.outcomes = 0
-        self.ill = 0
+        self.failures = 0
 
 
-_REFUSAL = "the upstream is unwell and is left alone for a while"
+_OPEN_MESSAGE = "circuit breaker open: the upstream has been failing"

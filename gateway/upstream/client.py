@@ -1,18 +1,17 @@
-"""One question to the upstream: asked in its turn, again if that may help, and no longer than its deadline.
+"""The upstream client: runs one query with its deadline and retries, within all limits for upstream calls.
 
-    query -> deadline, retries -> breaker -> budget -> rotation: which pair -> slot -> calls.make -> answer
+    deadline, retries -> circuit breaker -> rate limiter -> credential rotation -> slot -> signed request
 
-Detached flights ask, never a caller's own task; the slots alone bound the calls in the air, so
-nothing ever queues for a connection. A slot is taken for as long as upstream works on the call, also when
-the query that made it has met its deadline. No call is made that nothing wants any more (`demand.py`), nor
-one that has less time left than upstream usually takes.
+A query runs in the task of an in-flight request, not in a caller's task. Slots alone bound the concurrent
+calls; the transport has no queue for connections. A call keeps its slot for as long as the upstream works
+on it, even after the deadline of the query. A call is not made if its response is not wanted any more
+(`demand.py`), or if less time is left than the upstream usually takes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-import random
 from collections.abc import Awaitable, Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
@@ -38,20 +37,18 @@ from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.demand import Demand
 from gateway.upstream.rate_limiter import NOTICEABLE_SECONDS, Permit, RateLimiter, burst_size
+from gateway.upstream.retry_policy import RetryPolicy
 from gateway.upstream.signed_request import ParsedResponse, SignedRequests
 
-_BACKOFF_SECONDS = 0.1  # doubled by each retry, then taken at random between 0 and that
-_RETRY_SHARE = 0.2  # of recent calls that may be retries: a sick upstream is not asked threefold
-_RETRY_RESERVE = 10.0
-_USUAL_WEIGHT = 0.3  # of the newest answer in the moving average of how long they take
+_LATENCY_WEIGHT = 0.3  # of the latest response in the moving average of the latency
 
 
-def _no_permit() -> GatewayError:
-    return RateLimiterExhausted("the budget of upstream calls is spent for now", retry_after=1.0)
+def _rate_limited() -> GatewayError:
+    return RateLimiterExhausted("the rate limit for upstream calls is exhausted", retry_after=1.0)
 
 
-def _no_slot() -> GatewayError:
-    return Overloaded("the gateway makes as many upstream calls as it may", retry_after=1.0)
+def _no_free_slot() -> GatewayError:
+    return Overloaded("the limit of concurrent upstream calls is reached", retry_after=1.0)
 
 
 def _no_response() -> GatewayError:
@@ -60,10 +57,10 @@ def _no_response() -> GatewayError:
 
 @dataclass(slots=True)
 class _Query:
-    """A query under way. `late` makes what to tell if its deadline strikes now.
+    """A running query. `make_timeout_error` makes the error to raise if the deadline passes now.
 
-    `numbers` counts its calls: more than attempts, for another pair or the clock's correction may
-    bring one more.
+    `call_numbers` counts the calls from 0. There may be more calls than attempts: one more after a clock
+    correction, and one for each other key pair.
     """
 
     key: TaskKey
@@ -71,41 +68,41 @@ class _Query:
     on_queued: Callable[[float], None]
     deadline: float
     demand: Demand
-    late: Callable[[], GatewayError] = _no_permit
-    numbers: Iterator[int] = field(default_factory=count)
+    make_timeout_error: Callable[[], GatewayError] = _rate_limited
+    call_numbers: Iterator[int] = field(default_factory=count)
 
 
 class _PermitRevoked(Exception):
-    """The turn was taken back before the call was made."""
+    """The upstream throttled another call before this one was sent."""
 
 
 class _Slot:
-    """One of the slots, given back once."""
+    """A place among the concurrent calls; releasing it twice has no effect."""
 
     __slots__ = ("_slots",)
 
     def __init__(self, slots: asyncio.Semaphore) -> None:
         self._slots: asyncio.Semaphore | None = slots
 
-    def free(self) -> None:
-        """Give it back, unless it was already."""
+    def release(self) -> None:
+        """Release the slot, unless it was released before."""
         slots, self._slots = self._slots, None
         if slots is not None:
             slots.release()
 
 
-class Token(Protocol):
-    """Takes one call out of the budget that all replicas have in common; see `Store.token`."""
+class TakeSharedToken(Protocol):
+    """Takes one call out of the rate limit that all replicas share; see `Store.token`."""
 
     async def __call__(self, per_second: float, *, saved: float, timeout_seconds: float) -> float:
-        """Return the seconds to wait for it. Raises: BudgetSpent."""
+        """Return the seconds to wait before the call. Raises: RateLimiterExhausted."""
 
 
 class UpstreamClient:
-    """Asks the upstream, by way of `calls`.
+    """Queries the upstream through `calls`.
 
-    `token`: the other replicas' share of the rate limit. `announce_throttling`: tells them of a refusal; see
-    `Store`.
+    `token` takes a call out of the rate limit that replicas share. `announce_throttling` informs the other
+    replicas of a throttling response. See `Store` for both.
     """
 
     def __init__(
@@ -115,41 +112,43 @@ class UpstreamClient:
         calls: SignedRequests,
         rotation: CredentialRotation,
         metrics: Metrics,
-        token: Token,
+        token: TakeSharedToken,
         announce_throttling: Callable[[float | None], Awaitable[None]],
     ) -> None:
-        self._token = token
-        self._tell_slowed = announce_throttling
+        self._take_shared_token = token
+        self._announce_throttling = announce_throttling
         self._settings = settings
-        self._calls = calls
+        self._signed_requests = calls
         self._rotation = rotation
         self._metrics = metrics
         self._slots = asyncio.Semaphore(settings.max_in_flight)
-        self._retry_tokens = _RETRY_RESERVE
-        self._budget = RateLimiter(settings.requests_per_second)
-        metrics.upstream_budget.set_function(lambda: self._budget.per_second)
-        self._breakers = {operation: self._breaker(operation) for operation in Operation}
-        # From 0 on: a rate does not see the increase from no series to 1.
+        self._retry_policy = RetryPolicy(settings.retries)
+        self._rate_limiter = RateLimiter(settings.requests_per_second)
+        metrics.upstream_budget.set_function(lambda: self._rate_limiter.per_second)
+        self._breakers = {operation: self._make_breaker(operation) for operation in Operation}
+        # The series start at 0: `rate()` does not see an increase from an absent series to 1.
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
-        # Half an attempt's time. A silence that long, ended by the caller's deadline, speaks against
-        # upstream: one that began just before the deadline was given no chance. And nobody queues for a turn
-        # that leaves less: in a queue as long as the deadline every call would be given up once it is made.
-        self._silence_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
-        self._usual_seconds = dict.fromkeys(Operation, 0.0)  # that an answer takes: moving averages
+        # Half the time of an attempt. A call that is cancelled by the query's deadline counts against the
+        # upstream only after this time: a call sent just before the deadline had no chance. A query does
+        # not queue for a permit that would leave less time: in a queue as long as the deadline every call
+        # would be cancelled right after it is sent.
+        self._min_response_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
+        self._latency_seconds = dict.fromkeys(Operation, 0.0)  # moving averages
 
     @property
     def troubles(self) -> list[str]:
-        """The problem codes that describe how the upstream is doing; none: well."""
-        codes = [self._calls.trouble] if self._calls.trouble else []
+        """The problem codes that describe the state of the upstream; empty if it works."""
+        last_error = self._signed_requests.last_error_code
+        codes = [last_error] if last_error else []
         if any(breaker.state is not State.CLOSED for breaker in self._breakers.values()):
             codes.append(UpstreamOpen.code)
-        if self._budget.throttled_now:
+        if self._rate_limiter.throttled_now:
             codes.append(UpstreamThrottled.code)
         return list(dict.fromkeys(codes))
 
     def slow_down(self, retry_after: float | None) -> None:
-        """Do as if upstream had just refused a call of ours: it has one of another replica's."""
-        self._budget.slow_down(retry_after=retry_after)
+        """Lower the rate limit because the upstream throttled a call of another replica."""
+        self._rate_limiter.slow_down(retry_after=retry_after)
 
     async def query(
         self,
@@ -160,171 +159,172 @@ class UpstreamClient:
         on_queued: Callable[[float], None] = lambda _: None,
         demand: Demand | None = None,
     ) -> ParsedResponse:
-        """Ask, again if that may help, until `upstream.timeout_seconds` or the patience have passed.
+        """Query a task, with retries, within `upstream.timeout_seconds` and `timeout_seconds`.
 
         Args:
             key: The task.
-            renewal: An older answer is known.
-            patience_seconds: The longest time that the answer is waited for.
-            held_up: Called with the seconds when the query has to wait for the budget.
-            demand: Who wants the answer; it records that a call is on the wire. None: the gateway itself.
+            renewal: An older snapshot of the task is known.
+            timeout_seconds: The longest time for the whole query.
+            on_queued: Called with the expected wait in seconds if the rate limiter queues the query.
+            demand: The callers that wait. The client sets `committed` while a call is on the wire. None: the
+                gateway itself needs the response.
 
         Raises:
-            UpstreamError: There is no answer.
-            Overloaded: No slot became free in time.
+            UpstreamError: There is no response, or it is an error.
+            Overloaded: No slot was released in time.
         """
-        most = min(self._settings.timeout_seconds, timeout_seconds)
-        deadline = asyncio.get_running_loop().time() + most
+        seconds = min(self._settings.timeout_seconds, timeout_seconds)
+        deadline = asyncio.get_running_loop().time() + seconds
         query = _Query(key, renewal, on_queued, deadline, demand or Demand(background=True))
-        self._retry_tokens = min(self._retry_tokens + _RETRY_SHARE, _RETRY_RESERVE)
-        attempt = 0
+        self._retry_policy.on_query()
+        retries = 0
         failure: UpstreamError | None = None
         try:
             async with asyncio.timeout_at(deadline):
                 while True:
                     try:
-                        return await self._ask(query)
+                        return await self._attempt(query)
                     except (RateLimiterExhausted, Overloaded, UpstreamOpen) as refused:
-                        # No call was made: what the one before met with says more.
+                        # No call was made. The error of the call before, if there was one, says more.
                         raise copy(failure or refused) from None
                     except UpstreamError as exc:
                         if isinstance(exc, UpstreamThrottled):
-                            await self._tell_slowed(exc.retry_after)
-                        delay = self._delay(exc, attempt, query)
+                            await self._announce_throttling(exc.retry_after)
+                        delay = self._retry_delay(exc, retries, query)
                         if delay is None:
                             raise
                         query.demand.committed = False
                         failure = copy(exc)
                     self._metrics.upstream_retries.labels(key.operation, failure.code).inc()
-                    attempt += 1
+                    retries += 1
                     await asyncio.sleep(delay)
         except TimeoutError:
-            raise query.late() from None
+            raise query.make_timeout_error() from None
         except asyncio.CancelledError:
             if query.demand.dropped:
                 self._abandoned[key.operation].inc()
             raise
 
-    async def _ask(self, query: _Query) -> ParsedResponse:
+    async def _attempt(self, query: _Query) -> ParsedResponse:
         operation = query.key.operation
         while True:
-            self._breakers[operation].check()  # nobody queues for a call that will not be made
-            query.late = _no_response
-            await self._rotation.settled(operation)
-            query.late = _no_permit
-            # The turn first: who waits for it holds no slot.
-            with await self._budget.turn(
+            self._breakers[operation].check()  # do not queue for a call that will not be made
+            query.make_timeout_error = _no_response
+            await self._rotation.wait_for_probe(operation)
+            query.make_timeout_error = _rate_limited
+            # The permit comes before the slot: a query that waits for a permit must not occupy a slot.
+            with await self._rate_limiter.acquire(
                 renewal=query.renewal,
-                timeout_seconds=self._left_to_queue(query),
+                timeout_seconds=self._seconds_left_to_queue(query),
                 on_queued=query.on_queued,
                 demand=query.demand,
-            ) as turn:
-                await self._take_token(query)
-                query.late = _no_response
+            ) as permit:
+                await self._wait_for_shared_token(query)
+                query.make_timeout_error = _no_response
                 try:
-                    return await self._rotation.use(operation, partial(self._attempt, query, turn))
+                    return await self._rotation.use(
+                        operation, partial(self._call_with_clock_correction, query, permit)
+                    )
                 except _PermitRevoked:
                     continue
 
-    def _left_to_queue(self, query: _Query) -> float:
-        """Return for how many seconds a query may queue: then its call has time enough to be answered."""
-        needed = max(self._silence_seconds, self._usual_seconds[query.key.operation])
+    def _seconds_left_to_queue(self, query: _Query) -> float:
+        """Return how long a query may queue so that enough time for a response is left."""
+        needed = max(self._min_response_seconds, self._latency_seconds[query.key.operation])
         return query.deadline - needed - asyncio.get_running_loop().time()
 
-    async def _take_token(self, query: _Query) -> None:
-        """Wait for the replicas' common budget, too, where there is one. Raises: BudgetSpent.
+    async def _wait_for_shared_token(self, query: _Query) -> None:
+        """Wait for the configured rate limit, which replicas share. Raises: RateLimiterExhausted.
 
-        A limit that was learnt is a replica's own, what upstream lets through of its calls; but each
-        refusal lowers it for all (`slow_down`).
+        A learned limit belongs to one replica: it is what the upstream accepts of that replica's calls. But
+        every throttling response lowers it in all replicas (`slow_down`).
         """
         per_second = self._settings.requests_per_second
         if not per_second:
             return
-        left = self._left_to_queue(query)
-        wait = await self._token(per_second, saved=burst_size(per_second), timeout_seconds=left)
+        left = self._seconds_left_to_queue(query)
+        wait = await self._take_shared_token(per_second, saved=burst_size(per_second), timeout_seconds=left)
         if wait >= NOTICEABLE_SECONDS:
             query.on_queued(wait)
         if wait:
             await asyncio.sleep(wait)
 
-    async def _attempt(self, query: _Query, turn: Permit, pair: KeyPair) -> ParsedResponse:
-        offset = self._calls.clock_offset
+    async def _call_with_clock_correction(
+        self, query: _Query, permit: Permit, pair: KeyPair
+    ) -> ParsedResponse:
+        offset = self._signed_requests.clock_offset
         try:
-            return await self._call(query, turn, pair)
+            return await self._call(query, permit, pair)
         except UpstreamClock as exc:
-            # Of many calls in the air the first one's refusal corrects the clock for all: each is signed
-            # again, once, and not out of the retries' budget, which is smaller than such a crowd.
-            if self._calls.clock_offset == offset:
+            # The first refusal corrects the clock for all calls in flight, and each is signed and sent again
+            # once. This does not use the retry budget, which may be smaller than the number of such calls.
+            if self._signed_requests.clock_offset == offset:
                 raise
             self._metrics.upstream_retries.labels(query.key.operation, exc.code).inc()
-        return await self._call(query, turn, pair)
+        return await self._call(query, permit, pair)
 
-    async def _call(self, query: _Query, turn: Permit, pair: KeyPair) -> ParsedResponse:
+    async def _call(self, query: _Query, permit: Permit, pair: KeyPair) -> ParsedResponse:
         operation, demand = query.key.operation, query.demand
         demand.committed = False
         if not demand.wanted:
             demand.drop(demand)
-            await asyncio.sleep(0)  # which is cancelled
-        late = query.late
-        query.late = _no_slot if turn.sent_at is None else late
+            await asyncio.sleep(0)  # `drop` cancels this task: the cancellation is raised here
+        make_timeout_error = query.make_timeout_error
+        query.make_timeout_error = _no_free_slot if permit.sent_at is None else make_timeout_error
         await self._slots.acquire()
         slot = _Slot(self._slots)
         try:
-            began = self._clear_to_send(query, turn)
-            query.late = late
-            with self._breakers[operation].guard(silence_seconds=self._silence_seconds):
-                turn.spend()
+            began = self._check_before_sending(query, permit)
+            query.make_timeout_error = make_timeout_error
+            with self._breakers[operation].guard(no_response_seconds=self._min_response_seconds):
+                permit.consume()
                 demand.committed = True
-                answer = await self._calls.make(query.key, pair, number=next(query.numbers), over=slot.free)
+                response = await self._signed_requests.send(
+                    query.key, pair, number=next(query.call_numbers), on_complete=slot.release
+                )
         except asyncio.CancelledError:
-            if not demand.committed:  # else it is on the wire, and upstream works on it
-                slot.free()
+            # A committed call is still in flight upstream: `on_complete` releases its slot.
+            if not demand.committed:
+                slot.release()
             raise
         except BaseException:
-            slot.free()
+            slot.release()
             raise
-        self._learn(operation, asyncio.get_running_loop().time() - began)
-        return answer
+        self._update_latency(operation, asyncio.get_running_loop().time() - began)
+        return response
 
-    def _clear_to_send(self, query: _Query, turn: Permit) -> float:
+    def _check_before_sending(self, query: _Query, permit: Permit) -> float:
         """Return the loop's time, now that there is a slot.
 
         Raises:
-            _Void: Upstream has slowed us down since the turn was given.
-            GatewayError: Less time is left than an answer usually takes.
+            _PermitRevoked: The upstream has throttled a call since the permit was issued.
+            GatewayError: Less time is left than a response usually takes.
         """
-        if turn.void and turn.sent_at is None:
+        if permit.revoked and permit.sent_at is None:
             raise _PermitRevoked
         now = asyncio.get_running_loop().time()
-        if query.deadline - now < self._usual_seconds[query.key.operation]:
-            raise query.late()
+        if query.deadline - now < self._latency_seconds[query.key.operation]:
+            raise query.make_timeout_error()
         return now
 
-    def _learn(self, operation: Operation, seconds: float) -> None:
-        """Note how long an answer took."""
-        usual = self._usual_seconds[operation] or seconds
-        self._usual_seconds[operation] = usual + _USUAL_WEIGHT * (seconds - usual)
+    def _update_latency(self, operation: Operation, seconds: float) -> None:
+        average = self._latency_seconds[operation] or seconds
+        self._latency_seconds[operation] = average + _LATENCY_WEIGHT * (seconds - average)
 
-    def _delay(self, failure: UpstreamError, attempt: int, query: _Query) -> float | None:
-        """Return how long to wait before the next attempt, or None when none is due."""
-        if not failure.transient or attempt >= self._settings.retries or self._retry_tokens < 1:
-            return None
+    def _retry_delay(self, error: UpstreamError, retries: int, query: _Query) -> float | None:
+        """Return the delay before the next attempt, or None if the query must fail with `error`."""
         if not query.demand.wanted:
             return None
-        jittered = random.uniform(0, _BACKOFF_SECONDS * 2**attempt)  # noqa: S311  # spreads load, hides nothing
-        delay = max(jittered, failure.retry_after or 0.0)
-        needed = self._usual_seconds[query.key.operation]
-        if asyncio.get_running_loop().time() + delay + needed >= query.deadline:
-            return None
-        self._retry_tokens -= 1
-        return delay
+        latest_start = query.deadline - self._latency_seconds[query.key.operation]
+        seconds_left = latest_start - asyncio.get_running_loop().time()
+        return self._retry_policy.delay(error, retries=retries, seconds_left=seconds_left)
 
-    def _breaker(self, operation: Operation) -> CircuitBreaker:
+    def _make_breaker(self, operation: Operation) -> CircuitBreaker:
         gauges = {state: self._metrics.upstream_circuit_state.labels(operation, state) for state in State}
 
-        def show(now: State) -> None:
+        def update_gauges(now: State) -> None:
             for state, gauge in gauges.items():
                 gauge.set(state is now)
 
-        show(State.CLOSED)
-        return CircuitBreaker(operation, on_change=show)
+        update_gauges(State.CLOSED)
+        return CircuitBreaker(operation, on_change=update_gauges)

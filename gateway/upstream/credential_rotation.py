@@ -1,25 +1,25 @@
-"""Which pair signs a call, and which one does when upstream refuses it.
+"""Credential rotation: which key pair signs a call, and which one replaces it when the upstream refuses it.
 
-    use -> the pair that signs ──refused──> read the files again -> one trial at a time -> refused
-                                                                          └─accepted─> it signs
+    use -> the signing pair ──refused──> reload the files -> one probe at a time -> refused
+                                                                       └─accepted─> this pair signs
 
-A refusal belongs to a pair and an operation, not to a task: an account may be authorised for one
-operation and not for another. A pair that was refused is used on trial only: by one query at a time,
-while all others wait for the outcome, and after a rest. Three pairs can be tried:
+A refusal applies to a pair and an operation, not to a task: an account may be authorised for one operation
+only. A refused pair is used as a probe only: after a pause, and by one query at a time, while all others
+wait for the outcome. Three pairs are candidates:
 
-    the active slot's     new content is read at once on a refusal, and used without trial
-    the next slot's       rotation without a gap
-    the last one that upstream accepted, still in memory: files that were written one after the
-                          other may be read half and half, or hold a slip of the pen
+    the active slot      new content is read at once after a refusal, and signs without a probe
+    the next slot        for rotation without a gap
+    the last good pair   the last one that the upstream accepted, kept in memory: files that are written one
+                         after the other may be read half and half, or may contain an error
 
-A trial is a real query, signed again inside its own deadline. An envelope, whatever its status,
-promotes the pair. A refusal keeps it out for a while, so that it is not asked with every query; not
-for ever, for upstream may learn of a key later than we do. Anything else (a time-out, a
-throttle) says nothing about the pair: the next query tries it.
+A probe is a real query, signed again within its own deadline. An envelope promotes the pair, whatever its
+status. A refusal excludes the pair for a while, so that it is not tried with every query. It does not
+exclude the pair for good, because the upstream may learn of a key later than the gateway. Any other outcome
+(a timeout, a throttling response) says nothing about the pair, and the next query probes it.
 
-Spent quotas and open bills rest the pair too, but nobody else's pair is tried: the key is known and
-right, a person must act, and moving on to another account's quota is not for a gateway to
-decide. Refused clocks and nonces pass, and are no verdict on the pair.
+An exhausted quota or an overdue account pauses the pair, too, but no other pair is tried: the key is valid,
+an operator must act, and the gateway must not move on to the quota of another account by itself. Refused
+timestamps and nonces are transient and say nothing about the pair.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from gateway.domain.errors import (
 from gateway.domain.task import Operation
 from gateway.upstream.credentials import Credentials, CredentialVersion, KeyPair
 
-KEPT_OUT_SECONDS = 30.0  # a pair that was refused on trial
+FAILED_PROBE_PAUSE_SECONDS = 30.0
 
 log = structlog.get_logger(__name__)
 
@@ -56,17 +56,17 @@ class _Refusal(NamedTuple):
 
 
 class _Use(NamedTuple):
-    """A pair for one call, and the one that signs for everybody. One turn at a time is on trial."""
+    """The credentials of one call, and those that signed when it began. One call at a time is a probe."""
 
-    held: CredentialVersion
+    version: CredentialVersion
     signing: CredentialVersion | None
-    on_trial: bool
+    is_probe: bool
 
 
 class CredentialRotation:
-    """Gives calls their pair, and learns from what becomes of them.
+    """Selects the key pair of each call, and learns from the outcome.
 
-    `refusal_seconds`: how long the pair that signs rests after a refusal. `clock`: monotonic seconds.
+    `refusal_seconds`: how long the signing pair pauses after a refusal. `clock` returns monotonic seconds.
     """
 
     def __init__(
@@ -79,114 +79,120 @@ class CredentialRotation:
         self._credentials = credentials
         self._refusal_seconds = refusal_seconds
         self._clock = clock
-        self._trial = asyncio.Lock()
-        self._refused: dict[tuple[Operation, KeyPair], _Refusal] = {}
-        self._proven: CredentialVersion | None = None
+        self._probe_lock = asyncio.Lock()
+        self._refusals: dict[tuple[Operation, KeyPair], _Refusal] = {}
+        self._last_good: CredentialVersion | None = None
 
     async def use(self, operation: Operation, call: Callable[[KeyPair], Awaitable[T]]) -> T:
-        """Make a call with the pair that signs, and once again with each other one if it is refused.
+        """Make a call with the signing pair, and repeat it with each other candidate while it is refused.
 
-        Raises: what `call` raises; UpstreamCredentials, without a call, while every pair rests.
+        Raises:
+            UpstreamCredentials: Every candidate was refused. If all are paused, no call is made.
+            Exception: What `call` raises.
         """
         tried: _Tried = {}
         while True:
-            if (held := self._trusted(operation, tried)) is not None:
-                outcome = await self._make(operation, _Use(held, held, on_trial=False), call)
+            if (version := self._usable_signing(operation, tried)) is not None:
+                outcome = await self._call(operation, _Use(version, version, is_probe=False), call)
             else:
-                async with self._trial:
-                    if self._trusted(operation, tried) is not None:
-                        continue  # the trial that we waited for has brought one
-                    held = self._suspect(operation, tried)
-                    trial = _Use(held, self._credentials.signing, on_trial=True)
-                    outcome = await self._make(operation, trial, call)
+                async with self._probe_lock:
+                    if self._usable_signing(operation, tried) is not None:
+                        continue  # the probe of another query has found a usable pair
+                    version = self._next_candidate(operation, tried)
+                    probe = _Use(version, self._credentials.signing, is_probe=True)
+                    outcome = await self._call(operation, probe, call)
             if not isinstance(outcome, UpstreamCredentials):
                 return outcome
-            tried[held.pair] = outcome
+            tried[version.pair] = outcome
 
-    async def settled(self, operation: Operation) -> None:
-        """Wait while another query tries a pair: a query that waits here holds neither a turn nor a slot."""
-        while self._trial.locked() and self._trusted(operation, {}) is None:
-            async with self._trial:
+    async def wait_for_probe(self, operation: Operation) -> None:
+        """Wait while another query probes a pair. A waiting query holds neither a permit nor a slot."""
+        while self._probe_lock.locked() and self._usable_signing(operation, {}) is None:
+            async with self._probe_lock:
                 pass
 
-    async def _make(
-        self, operation: Operation, turn: _Use, call: Callable[[KeyPair], Awaitable[T]]
+    async def _call(
+        self, operation: Operation, use: _Use, call: Callable[[KeyPair], Awaitable[T]]
     ) -> T | UpstreamCredentials:
-        """Make a call, and return the refusal if another pair may do better."""
+        """Make a call; return the refusal if another pair may be accepted."""
         try:
-            answer = await call(turn.held.pair)
+            result = await call(use.version.pair)
         except (UpstreamClock, UpstreamNonce):
             raise
         except UpstreamCredentials as exc:
-            self._refuse(operation, turn.held, exc)
+            self._on_refused(operation, use.version, exc)
             if isinstance(exc, UpstreamQuota):
                 raise
             return copy(exc)
         except UpstreamRejected:
-            self._accept(operation, turn)
+            self._on_accepted(operation, use)
             raise
-        self._accept(operation, turn)
-        return answer
+        self._on_accepted(operation, use)
+        return result
 
-    def _trusted(self, operation: Operation, tried: _Tried) -> CredentialVersion | None:
+    def _usable_signing(self, operation: Operation, tried: _Tried) -> CredentialVersion | None:
+        """Return the signing credentials, or None while they are refused."""
         signing = self._credentials.signing
-        if signing is None or signing.pair in tried or (operation, signing.pair) in self._refused:
+        if signing is None or signing.pair in tried or (operation, signing.pair) in self._refusals:
             return None
         return signing
 
-    def _suspect(self, operation: Operation, tried: _Tried) -> CredentialVersion:
+    def _next_candidate(self, operation: Operation, tried: _Tried) -> CredentialVersion:
+        """Return the next candidate for a probe. Raises: UpstreamCredentials, if there is none."""
         now = self._clock()
         errors = []
-        for held in self._candidates():
-            if held.pair in tried:
-                errors.append(tried[held.pair])
+        for version in self._candidates():
+            if version.pair in tried:
+                errors.append(tried[version.pair])
                 continue
-            refusal = self._refused.get((operation, held.pair))
+            refusal = self._refusals.get((operation, version.pair))
             if refusal is None or refusal.until <= now:
-                return held
+                return version
             errors.append(refusal.error)
-            if held is self._credentials.signing and isinstance(refusal.error, UpstreamQuota):
+            if version is self._credentials.signing and isinstance(refusal.error, UpstreamQuota):
                 break
         if not errors:
             raise UpstreamCredentials("the gateway has no credentials")
-        raise copy(errors[0])  # for this caller alone: many may share it
+        raise copy(errors[0])  # a copy for this caller: many may share the error
 
     def _candidates(self) -> list[CredentialVersion]:
-        known = (self._credentials.signing, *self._credentials.held(), self._proven)
-        return [held for held in known if held is not None]
+        known = (self._credentials.signing, *self._credentials.held(), self._last_good)
+        return [version for version in known if version is not None]
 
-    def _refuse(self, operation: Operation, held: CredentialVersion, error: UpstreamCredentials) -> None:
+    def _on_refused(
+        self, operation: Operation, version: CredentialVersion, error: UpstreamCredentials
+    ) -> None:
         now = self._clock()
-        before = self._refused.get((operation, held.pair))
+        before = self._refusals.get((operation, version.pair))
         if before is not None and now < before.until:
-            return  # one of many calls that were in the air when the first was refused
+            return  # one of several calls that were in flight at the first refusal
         signing = self._credentials.signing
-        signs = signing is not None and signing.pair == held.pair
-        seconds = self._refusal_seconds if signs else KEPT_OUT_SECONDS
-        self._refused[operation, held.pair] = _Refusal(now + seconds, copy(error))
+        signs = signing is not None and signing.pair == version.pair
+        seconds = self._refusal_seconds if signs else FAILED_PROBE_PAUSE_SECONDS
+        self._refusals[operation, version.pair] = _Refusal(now + seconds, copy(error))
         if before is None:
-            log.warning("credentials refused", operation=operation, reason=str(error), **_shown(held))
-        self._credentials.reload()  # the files may be newer than our last look
-        kept = {candidate.pair for candidate in self._candidates()}
-        self._refused = {key: refusal for key, refusal in self._refused.items() if key[1] in kept}
+            log.warning("credentials_refused", operation=operation, reason=str(error), **_log_fields(version))
+        self._credentials.reload()  # the files may have changed since the last poll
+        known = {candidate.pair for candidate in self._candidates()}
+        self._refusals = {key: refusal for key, refusal in self._refusals.items() if key[1] in known}
 
-    def _accept(self, operation: Operation, turn: _Use) -> None:
-        # Only a trial clears a refusal: a call that was in the air before it proves nothing any more.
-        held = turn.held
-        if turn.on_trial:
-            self._refused.pop((operation, held.pair), None)
-            self._promote(operation, turn)
-        if held is self._credentials.signing and (operation, held.pair) not in self._refused:
-            self._proven = held
+    def _on_accepted(self, operation: Operation, use: _Use) -> None:
+        # Only a probe clears a refusal: a call that was in flight before the refusal proves nothing any more.
+        version = use.version
+        if use.is_probe:
+            self._refusals.pop((operation, version.pair), None)
+            self._promote(operation, use)
+        if version is self._credentials.signing and (operation, version.pair) not in self._refusals:
+            self._last_good = version
 
-    def _promote(self, operation: Operation, turn: _Use) -> None:
-        held, signing = turn.held, turn.signing
-        if signing is not None and signing.pair == held.pair:
-            log.info("credentials accepted again", operation=operation, **_shown(held))
-        elif signing is self._credentials.signing:  # else the active slot got newer content meanwhile
-            self._credentials.sign_with(held)
-            log.warning("credentials promoted", operation=operation, **_shown(held))
+    def _promote(self, operation: Operation, use: _Use) -> None:
+        version, signing = use.version, use.signing
+        if signing is not None and signing.pair == version.pair:
+            log.info("credentials_accepted_again", operation=operation, **_log_fields(version))
+        elif signing is self._credentials.signing:  # else the active slot has received new content meanwhile
+            self._credentials.sign_with(version)
+            log.warning("credentials_promoted", operation=operation, **_log_fields(version))
 
 
-def _shown(held: CredentialVersion) -> dict[str, Any]:
-    return {"slot": held.slot, "generation": held.generation}
+def _log_fields(version: CredentialVersion) -> dict[str, Any]:
+    return {"slot": version.slot, "generation": version.generation}

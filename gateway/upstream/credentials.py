@@ -1,23 +1,22 @@
-"""The access-key pairs, in two slots: from the settings, or from mounted files that may change.
+"""The key pairs, in two slots, from the settings or from mounted files that may change.
 
     active   the pair that signs
-    next     a second one, which signs after it was promoted (`rotation.py` decides that)
+    next     a second pair, which signs after `credential_rotation.py` has promoted it
 
-                      refused; the next pair is accepted
+                      refused, and the next pair is accepted
     active signs  ─────────────────────────────────────────>  next signs
                   <─────────────────────────────────────────
-                      the active slot reads new content (it is newer, whatever it holds);
-                      or: refused; the active pair is accepted again
+                      the active slot reads new content, whatever it is;
+                      or: refused, and the active pair is accepted again
 
-New content in the next slot changes nothing by itself: a promoted pair goes on signing although
-its file holds another by now. All is compared by content, so an operator who moves the promoted
-pair into the active slot changes a name and nothing else.
+New content in the next slot changes nothing by itself: a promoted pair keeps signing even if its file has new
+content by then. Pairs are compared by content. An operator who moves the promoted pair into the active slot
+changes the slot's name in logs and metrics, and nothing else.
 
-Kubernetes swaps a mounted secret through a symlink, without telling anybody and between any
-two reads. So the files are compared by content, by polling, and a pair counts only when two
-readings of both files agree: then both are of one generation. Files that are written in place, one
-after the other, may be read half and half all the same; upstream refuses such a pair, and what
-happens then is `rotation.py`'s affair.
+Kubernetes replaces a mounted secret through a symlink, without notice and between any two reads. So the
+files are polled and compared by content, and a pair counts only if two consecutive readings of both files
+agree: then both belong to one generation. Files that are written in place, one after the other, may still
+be read half and half. The upstream refuses such a pair, and `credential_rotation.py` handles that.
 """
 
 from __future__ import annotations
@@ -37,28 +36,28 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
 POLL_SECONDS = 2.0
-_READINGS = 5
+_MAX_READINGS = 5
 
 log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class KeyPair:
-    """An access key and its secret; neither shows in a repr."""
+    """An access key and its secret key; neither appears in the repr."""
 
     access_key: str = field(repr=False)
     secret_key: str = field(repr=False)
 
 
 class Slot(StrEnum):
-    """Where a pair is set."""
+    """Where a pair is configured."""
 
     ACTIVE = "active"
     NEXT = "next"
 
 
 class CredentialVersion(NamedTuple):
-    """A pair and where it came from; `generation` counts the contents that its slot has had, from 1."""
+    """A pair and its origin; `generation` counts the contents that the slot has had, from 1."""
 
     slot: Slot
     generation: int
@@ -66,22 +65,22 @@ class CredentialVersion(NamedTuple):
 
 
 class Credentials:
-    """Holds the pairs, keeps them as new as their files, and knows which one signs."""
+    """Holds the pairs of both slots, follows their files, and knows which pair signs."""
 
     def __init__(self, settings: CredentialSettings, *, redactor: Redactor, metrics: Metrics) -> None:
         self._redactor = redactor
         self._metrics = metrics
         self._sources = {
             Slot.ACTIVE: _Source(
-                _Place(settings.access_key_file, settings.access_key.get_secret_value()),
-                _Place(settings.secret_key_file, settings.secret_key.get_secret_value()),
+                _Value(settings.access_key_file, settings.access_key.get_secret_value()),
+                _Value(settings.secret_key_file, settings.secret_key.get_secret_value()),
             ),
             Slot.NEXT: _Source(
-                _Place(settings.next_access_key_file, settings.next_access_key.get_secret_value()),
-                _Place(settings.next_secret_key_file, settings.next_secret_key.get_secret_value()),
+                _Value(settings.next_access_key_file, settings.next_access_key.get_secret_value()),
+                _Value(settings.next_secret_key_file, settings.next_secret_key.get_secret_value()),
             ),
         }
-        self._held: dict[Slot, CredentialVersion] = {}
+        self._versions: dict[Slot, CredentialVersion] = {}
         self._faults: dict[Slot, str] = {}
         self._signing: CredentialVersion | None = None
         for slot in Slot:
@@ -90,66 +89,66 @@ class Credentials:
 
     @property
     def signing(self) -> CredentialVersion | None:
-        """The pair that signs; None while there is none, or only a next one that nobody has tried yet."""
+        """The credentials that sign; None if there are none, or only next ones that were not probed yet."""
         return self._signing
 
     @property
     def present(self) -> bool:
-        """Whether there is any pair to sign with."""
-        return bool(self._held)
+        """Whether any slot has a pair."""
+        return bool(self._versions)
 
     def held(self) -> list[CredentialVersion]:
-        """Return what the slots hold, the active one first."""
-        return [self._held[slot] for slot in Slot if slot in self._held]
+        """Return the contents of the slots, the active one first."""
+        return [self._versions[slot] for slot in Slot if slot in self._versions]
 
     def faults(self) -> Mapping[Slot, str]:
-        """Return why slots could not be read at the last look; no secret is in it."""
+        """Return why slots could not be read at the last attempt; the texts contain no secrets."""
         return self._faults
 
-    def sign_with(self, held: CredentialVersion) -> None:
-        """Let this pair sign from now on, until another does or the active slot has new content."""
-        self._signing = held
+    def sign_with(self, version: CredentialVersion) -> None:
+        """Make this pair sign until another one is promoted or the active slot reads new content."""
+        self._signing = version
         for slot in Slot:
-            self._metrics.credentials_active_slot.labels(slot).set(slot is held.slot)
+            self._metrics.credentials_active_slot.labels(slot).set(slot is version.slot)
 
     def reload(self) -> None:
-        """Read both slots again; a pair that cannot be read leaves the one in use in place."""
+        """Read both slots again. If a pair cannot be read, the previous one stays in use."""
         for slot in Slot:
             self._reload(slot)
 
     async def follow(self) -> None:
-        """Reload for ever; returns at once when no file is named."""
-        while any(source.watches for source in self._sources.values()):
+        """Reload every `POLL_SECONDS`, without end; return at once if no slot is read from files."""
+        while any(source.has_files for source in self._sources.values()):
             await asyncio.sleep(POLL_SECONDS)
             self.reload()
 
     def _reload(self, slot: Slot) -> None:
-        source, held = self._sources[slot], self._held.get(slot)
+        source, previous = self._sources[slot], self._versions.get(slot)
         try:
             pair = source.read()
         except (OSError, ValueError) as exc:
-            # One line and one count per change of fault: a poll sees the same one every time.
+            # Log and count only changes: each poll finds the same fault again.
             fault = f"{type(exc).__name__}: {exc}"
             if fault != self._faults.get(slot):
                 self._faults[slot] = fault
                 self._metrics.credentials_reloads.labels("error").inc()
-                log.warning("credentials unreadable", slot=slot, fault=fault, in_use=held is not None)
+                log.warning("credentials_unreadable", slot=slot, fault=fault, in_use=previous is not None)
             return
         self._faults.pop(slot, None)
-        if pair is None or (held is not None and held.pair == pair):
+        if pair is None or (previous is not None and previous.pair == pair):
             return
         self._redactor.hide_credentials(pair.access_key, pair.secret_key)
-        new = CredentialVersion(slot, 1 if held is None else held.generation + 1, pair)
-        self._held[slot] = new
-        if source.watches:
+        version = CredentialVersion(slot, 1 if previous is None else previous.generation + 1, pair)
+        self._versions[slot] = version
+        if source.has_files:
             self._metrics.credentials_reloads.labels("ok").inc()
-            log.info("credentials read", slot=slot, generation=new.generation)
+            log.info("credentials_loaded", slot=slot, generation=version.generation)
         if slot is Slot.ACTIVE:
-            self.sign_with(new)
+            self.sign_with(version)
 
 
-class _Place(NamedTuple):
-    """Where one half of a pair stands."""
+class _Value(NamedTuple):
+    """The source of one half of a pair: a file, or else a value."""
 
     file: Path | None
     value: str
@@ -159,32 +158,33 @@ class _Place(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """Where a slot's pair stands."""
+    """The source of a slot's pair."""
 
-    access_key: _Place
-    secret_key: _Place
+    access_key: _Value
+    secret_key: _Value
 
     @property
-    def watches(self) -> bool:
+    def has_files(self) -> bool:
         return self.access_key.file is not None or self.secret_key.file is not None
 
     def read(self) -> KeyPair | None:
-        """Return a pair that can sign, or None where none is set. Raises: OSError, ValueError."""
+        """Return a pair that can sign, or None if none is configured. Raises: OSError, ValueError."""
         before = self._read_once()
-        for _ in range(_READINGS):
+        for _ in range(_MAX_READINGS):
             after = self._read_once()
             if after == before:
                 break
             before = after
         else:
             raise ValueError("the files keep changing")
-        if not after.access_key and not after.secret_key and not self.watches:
+        if not after.access_key and not after.secret_key and not self.has_files:
             return None
         if not after.access_key or not after.secret_key:
             raise ValueError("access key or secret key is empty")
-        # It goes into a header: a byte order mark, say, would fail in every query instead of here.
+        # The access key becomes a header value. A byte order mark, for example, is reported here and not as a
+        # failure of every query.
         if not (after.access_key.isascii() and after.access_key.isprintable()):
-            raise ValueError("access key has characters that no header can carry")
+            raise ValueError("access key has characters that are not allowed in an HTTP header")
         return after
 
     def _read_once(self) -> KeyPair:

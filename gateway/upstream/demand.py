@@ -1,9 +1,9 @@
-"""Who wants a task's answer: the callers that wait for it, by client, and the gateway itself.
+"""Demand for the response of one task: the waiting callers, counted per client, and the gateway itself.
 
-    caller: join -> waits -> leave          background refresh: `background`
-    the last caller has left -> a query that is still queued is dropped; one on the wire is completed
+    caller: join -> wait -> leave          background refresh: `background`
+    the last caller leaves -> a queued query is dropped; a query on the wire is completed
 
-A client is identified by its address; b"" stands for an unknown one.
+A client is identified by its address; b"" stands for an unknown client.
 """
 
 from __future__ import annotations
@@ -16,64 +16,74 @@ from gateway.domain.errors import GatewayError
 
 
 class QueueEntry(Protocol):
-    """A queued query's place, which depends on the clients that wait for it."""
+    """The entry of a queued query; its position depends on the clients that wait for the query."""
 
     def join(self, client: bytes) -> None:
-        """Note that a caller of a further client waits."""
+        """Record that another client waits."""
 
     def leave(self, client: bytes, others: Iterable[bytes]) -> None:
-        """Note that a client's last caller has left, while these others wait."""
+        """Record that the last caller of a client has left, while `others` still wait."""
 
 
 class Demand:
-    """The demand for one task's answer, over the flights that bring it.
+    """The demand for the response of one task. It outlives a single in-flight request.
 
     Attributes:
-        clients: The number of callers that wait, by client. The other attributes are the flight's.
-        flying: A flight is in progress.
-        background: The gateway wants the answer though no caller waits.
-        committed: A call is on the wire, or its answer has come: the flight runs to its end.
-        drop: Called with the demand, ends a flight before that when nothing wants its answer any more.
-        dropped: It was ended so.
-        place: Where its query is queued.
-        held_up: Why callers that have another answer should not wait for this one.
+        clients: Number of waiting callers, by client. All other attributes belong to the in-flight request.
+        in_flight: A request is in flight.
+        background: The gateway needs the response even if no caller waits.
+        committed: A call is on the wire or its response has arrived, so the request runs to its end.
+        drop: Called with the demand to cancel a request that is not committed and not wanted any more.
+        dropped: The request was cancelled by `drop`.
+        queue_entry: Where the query is queued, or None.
+        queued_error: Resolves to an error once the query is queued by the rate limiter. Callers that can
+            serve a stale snapshot then stop waiting.
     """
 
-    __slots__ = ("background", "clients", "committed", "drop", "dropped", "flying", "on_queued", "place")
+    __slots__ = (
+        "background",
+        "clients",
+        "committed",
+        "drop",
+        "dropped",
+        "in_flight",
+        "queue_entry",
+        "queued_error",
+    )
 
     def __init__(self, *, background: bool = False) -> None:
         self.clients: dict[bytes, int] = {}
         self.begin(background=background)
-        self.flying = False
+        self.in_flight = False
 
     def begin(self, *, background: bool = False, drop: Callable[[Demand], None] = lambda _: None) -> None:
-        """Begin with a new flight."""
+        """Reset everything but `clients` for a new in-flight request."""
         self.drop = drop
-        self.flying = True
+        self.in_flight = True
         self.background = background
         self.committed = False
         self.dropped = False
-        self.place: QueueEntry | None = None
-        self.on_queued: asyncio.Future[GatewayError] | None = None
+        self.queue_entry: QueueEntry | None = None
+        self.queued_error: asyncio.Future[GatewayError] | None = None
 
     @property
     def wanted(self) -> bool:
-        """Tell whether the flight's answer is wanted by a caller or by the gateway."""
+        """Tell whether a caller or the gateway needs the response."""
         return bool(self.clients) or self.background
 
     def join(self, client: bytes) -> None:
-        """Count a caller of this client in."""
+        """Add a caller of this client."""
         count = self.clients.get(client, 0)
         self.clients[client] = count + 1
-        if not count and self.place is not None:
-            self.place.join(client)
+        if not count and self.queue_entry is not None:
+            self.queue_entry.join(client)
 
     def leave(self, client: bytes) -> None:
-        """Count a caller of this client out."""
+        """Remove a caller of this client."""
         count = self.clients[client] - 1
         if count:
             self.clients[client] = count
             return
         del self.clients[client]
-        if self.clients and self.place is not None:
-            self.place.leave(client, self.clients)
+        if self.clients and self.queue_entry is not None:
+            self.queue_entry.leave(client, self.clients)

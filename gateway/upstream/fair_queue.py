@@ -1,10 +1,10 @@
-"""A queue that is fair to clients: one item of each in turn (round robin), each client's in order.
+"""A fair queue: round robin over clients, first in first out for each client.
 
-    add -> the client's line, last -> pop: the next client's first item
+    add -> the end of the client's own queue -> pop: the first item of the next client
 
-One client's long line delays another client by one item a round. An item that several clients wait for stands
-in the lines of those that would reach it sooner, and leaves all of them together: the first place that is
-reached counts.
+A client with many items delays another client by one item per round. An item that several clients wait for
+can be in several client queues: it joins a queue in which it is reached sooner. `pop` removes it from all
+of them.
 """
 
 from __future__ import annotations
@@ -18,101 +18,101 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """Items in the lines of their clients. Items are compared with ==."""
+    """Items in one queue per client. Items are hashable and compared with ==."""
 
     def __init__(self) -> None:
-        self._lines: OrderedDict[bytes, OrderedDict[T, None]] = OrderedDict()  # the next client first
-        self._places: dict[T, set[bytes]] = {}
+        self._queues: OrderedDict[bytes, OrderedDict[T, None]] = OrderedDict()  # the next client first
+        self._queued_for: dict[T, set[bytes]] = {}  # the clients whose queues hold the item
 
     def __len__(self) -> int:
         """Return the number of items, each counted once."""
-        return len(self._places)
+        return len(self._queued_for)
 
     def __iter__(self) -> Iterator[T]:
-        """Yield the items in the order in which they would be popped."""
+        """Yield the items in the order in which `pop` would return them."""
         seen: set[T] = set()
-        lines = [iter(line) for line in self._lines.values()]
-        while lines:
-            for line in tuple(lines):
-                item = next((item for item in line if item not in seen), None)
+        queues = [iter(queue) for queue in self._queues.values()]
+        while queues:
+            for queue in tuple(queues):
+                item = next((item for item in queue if item not in seen), None)
                 if item is None:
-                    lines.remove(line)
+                    queues.remove(queue)
                 else:
                     seen.add(item)
                     yield item
 
-    def nearest(self, clients: Iterable[bytes]) -> bytes:
-        """Return that one of these clients whose line is the shortest; b"" where there are none."""
+    def shortest(self, clients: Iterable[bytes]) -> bytes:
+        """Return the client with the shortest queue, or b"" if there are no clients."""
         return min(clients, key=self._length, default=b"")
 
-    def ahead(self, client: bytes) -> int:
-        """Return how many items would be popped before one that this client adds now."""
+    def count_ahead(self, client: bytes) -> int:
+        """Return how many items `pop` would return before an item that this client adds now."""
         own = self._length(client)
         if not own:
-            return min(len(self._lines), len(self))
+            return min(len(self._queues), len(self))
         count, before = own, True
-        for other, line in self._lines.items():
+        for other, queue in self._queues.items():
             if other == client:
                 before = False
             else:
-                count += min(len(line), own + before)
+                count += min(len(queue), own + before)
         return min(count, len(self))
 
     def add(self, item: T, client: bytes) -> None:
-        """Put a new item at the end of this client's line."""
-        self._places[item] = set()
-        self._put(item, client)
+        """Append a new item to this client's queue."""
+        self._queued_for[item] = set()
+        self._append(item, client)
 
     def join(self, item: T, client: bytes) -> None:
-        """Let a further client wait for an item: in its own line, too, if it is reached sooner there."""
-        places = self._places.get(item)
-        if places is None or client in places:
+        """Record that a further client waits: append the item to its queue if that is reached sooner."""
+        clients = self._queued_for.get(item)
+        if clients is None or client in clients:
             return
         rounds = self._length(client) + 1
-        if not any(item in islice(self._lines[other], rounds) for other in places):
-            self._put(item, client)
+        if not any(item in islice(self._queues[other], rounds) for other in clients):
+            self._append(item, client)
 
     def leave(self, item: T, client: bytes, others: Iterable[bytes]) -> None:
-        """Take an item out of the line of a client that left; `others` still wait for it."""
-        places = self._places.get(item)
-        if places is None or client not in places:
+        """Remove an item from the queue of a client that left; `others` still wait for the item."""
+        clients = self._queued_for.get(item)
+        if clients is None or client not in clients:
             return
-        self._take(item, client)
-        if places:
-            self.join(item, self.nearest(others))
+        self._remove(item, client)
+        if clients:
+            self.join(item, self.shortest(others))
         else:
-            self._put(item, self.nearest(others))
+            self._append(item, self.shortest(others))
 
     def discard(self, item: T) -> None:
-        """Remove an item, if it is there."""
-        for client in tuple(self._places.get(item, ())):
-            self._take(item, client)
-        self._places.pop(item, None)
+        """Remove an item, if it is queued."""
+        for client in tuple(self._queued_for.get(item, ())):
+            self._remove(item, client)
+        self._queued_for.pop(item, None)
 
     def pop(self) -> T | None:
-        """Remove and return the next item; the client whose it was comes last in the next round."""
-        if not self._lines:
+        """Remove and return the next item, or None; its client becomes the last one in the round."""
+        if not self._queues:
             return None
-        client, line = next(iter(self._lines.items()))
-        item = next(iter(line))
-        self._lines.move_to_end(client)
+        client, queue = next(iter(self._queues.items()))
+        item = next(iter(queue))
+        self._queues.move_to_end(client)
         self.discard(item)
         return item
 
     def _length(self, client: bytes) -> int:
-        line = self._lines.get(client)
-        return 0 if line is None else len(line)
+        queue = self._queues.get(client)
+        return 0 if queue is None else len(queue)
 
-    def _put(self, item: T, client: bytes) -> None:
-        line = self._lines.get(client)
-        if line is None:
-            line = self._lines[client] = OrderedDict()
-        line[item] = None
-        self._places[item].add(client)
+    def _append(self, item: T, client: bytes) -> None:
+        queue = self._queues.get(client)
+        if queue is None:
+            queue = self._queues[client] = OrderedDict()
+        queue[item] = None
+        self._queued_for[item].add(client)
 
-    def _take(self, item: T, client: bytes) -> None:
-        line = self._lines[client]
-        del line[item]
-        self._places[item].discard(client)
-        if not line:
-            del self._lines[client]
+    def _remove(self, item: T, client: bytes) -> None:
+        queue = self._queues[client]
+        del queue[item]
+        self._queued_for[item].discard(client)
+        if not queue:
+            del self._queues[client]

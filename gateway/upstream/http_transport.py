@@ -1,18 +1,19 @@
-"""The connections to the upstream, over httptools' parser; what goes wrong is told in httpx's terms.
+"""The HTTP transport: connections to the upstream, with httptools' parser and httpx's exceptions.
 
-    encode -> exchange: an idle connection, or a new one -> written at once -> the whole answer, bounded
+    encode_request -> send: take an idle connection or open one -> write -> read the whole response, bounded
 
-httpx's own pool looks through all of its connections, for each of them, at every call's start and end:
-what a call costs grows with the square of the calls in the air. aiohttp's does not, but a call passes
-through so many objects of its client that this costs more than all the rest of a query. Here a connection
-is one protocol with one call at a time, and nothing is awaited but its answer.
+At the start and end of each call, httpx's pool iterates over all connections once per connection: the cost
+of a call grows with the square of the concurrent calls. aiohttp's pool does not, but a call passes through
+so many objects of its client that this costs more than the rest of a query. Here a connection is one
+asyncio protocol with one call at a time, and a call awaits nothing but its response.
 
-A call that is cancelled under way stays under way for the upstream: its connection waits for the answer and
-throws it away, until the call's time is over. `over` tells when nothing of a call is under way any more.
+The upstream keeps working on a call that is cancelled. So the connection waits for the response and
+discards it, until the timeout of the call. `on_complete` is called when the upstream does not work on the
+call any more.
 
-What the gateway must never do, this cannot do: it follows no redirect, keeps no cookie, reads no proxy
-or netrc from the environment, decodes no body, calls no host but one, and sends no header that it was
-not given. Message framing is the parser's affair, in its strict mode (RFC 9112, 6).
+By design this client follows no redirects, keeps no cookies, reads no proxy or netrc from the environment,
+decodes no bodies, calls a single host, and sends only the headers that it was given. The parser checks
+message framing, in its strict mode (RFC 9112, 6).
 """
 
 from __future__ import annotations
@@ -29,30 +30,30 @@ import httpx
 from aiohappyeyeballs import start_connection
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
-_OTHER_ADDRESS_SECONDS = 0.25  # before the next one of a host's addresses is tried beside (RFC 8305, 8)
-_FRAMING = frozenset({"content-length", "transfer-encoding"})
-_MOST_OVERHEAD = 262_144  # bytes of an answer that are not its body: headers, chunk sizes, trailers
+_HAPPY_EYEBALLS_SECONDS = 0.25  # delay before the next address of a host is tried in parallel (RFC 8305, 8)
+_FRAMING_HEADERS = frozenset({"content-length", "transfer-encoding"})
+_MAX_OVERHEAD = 262_144  # bytes of a response outside its body: headers, chunk sizes, trailers
 
 
 class HttpResponse:
-    """An answer, as far as it has come. Headers have lower-case names; of a repeated one the last counts."""
+    """A response as far as it is read. Header names are lower case; the last of repeated headers counts."""
 
-    __slots__ = ("body", "headers", "keep_alive", "status", "whole")
+    __slots__ = ("body", "complete", "headers", "keep_alive", "status")
 
     def __init__(self) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
         self.body = bytearray()
         self.keep_alive = False
-        self.whole = False
+        self.complete = False
 
 
 class HttpTransport:
-    """Carries requests to one origin over HTTP/1.1, on as many connections as there are calls.
+    """Sends requests to one origin over HTTP/1.1, with one connection per concurrent call.
 
-    Of a body longer than `max_body_bytes` it reads no more than shows that it is. A connection that was
-    idle for `keep_alive_seconds` is used no more: an upstream, or what lies between, may have forgotten it.
-    Nor is one that was made `max_age_seconds` ago: the host's name may lead elsewhere by now.
+    It reads only as much of a body as shows that the body exceeds `max_body_bytes`. It does not reuse a
+    connection that was idle for `keep_alive_seconds`, because the upstream or a proxy may have closed it,
+    nor one that is `max_age_seconds` old, because the host name may resolve to another address by now.
     """
 
     def __init__(
@@ -70,107 +71,112 @@ class HttpTransport:
         self._max_body_bytes = max_body_bytes
         self._keep_alive_seconds = keep_alive_seconds
         self._max_age_seconds = max_age_seconds
-        # The one used last lies on top: in quiet times those below go unused, and are let go.
+        # Used from the right end: under low load the connections at the left end stay unused and are closed.
         self._idle: deque[_Connection] = deque()
-        self._asking: set[_Connection] = set()
-        self._sweeping: asyncio.TimerHandle | None = None
-        self.under_way = 0  # calls whose answer the upstream may still be working on
+        self._busy: set[_Connection] = set()
+        self._sweep_timer: asyncio.TimerHandle | None = None
+        self.in_flight = 0  # calls that the upstream may still work on
 
-    async def exchange(
-        self, message: bytes, *, seconds: float, fresh: bool = False, over: Callable[[], None] = lambda: None
+    async def send(
+        self,
+        request: bytes,
+        *,
+        timeout_seconds: float,
+        new_connection: bool = False,
+        on_complete: Callable[[], None] = lambda: None,
     ) -> HttpResponse:
-        """Send a request, and return the answer when all of it has come.
+        """Send a request, and return the response when it is complete.
 
         Args:
-            message: The request, as `encode` makes it.
-            seconds: The longest time for all of it, connecting included.
-            fresh: Use a new connection, and use it for nothing else.
-            over: Called once, when nothing of the call is under way any more: usually before this returns.
-                When it is cancelled, that is when the answer has come or the time has passed.
+            request: The request, as made by `encode_request`.
+            timeout_seconds: Limit for the whole call, with connecting.
+            new_connection: Open a new connection, and close it after the call.
+            on_complete: Called once, when the upstream does not work on the call any more: usually before
+                this returns. After a cancellation, when the response has arrived or the timeout has passed.
 
         Raises:
-            httpx.TransportError: The answer cannot be had.
-            TimeoutError: It took too long.
+            httpx.TransportError: There is no valid response.
+            TimeoutError: The timeout has passed.
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
-        connection = None if fresh else self._take_idle(now)
-        self.under_way += 1
+        connection = None if new_connection else self._take_idle(now)
+        self.in_flight += 1
         if connection is None:
             try:
-                async with asyncio.timeout_at(now + seconds):
+                async with asyncio.timeout_at(now + timeout_seconds):
                     connection = await self._connect()
             except BaseException:
-                self.under_way -= 1
-                over()
+                self.in_flight -= 1
+                on_complete()
                 raise
-        connection.over = over
-        connection.max_age_seconds = 0.0 if fresh else self._max_age_seconds
-        self._asking.add(connection)
-        return await connection.ask(message, now + seconds)
+        connection.on_complete = on_complete
+        connection.max_age_seconds = 0.0 if new_connection else self._max_age_seconds
+        self._busy.add(connection)
+        return await connection.send(request, now + timeout_seconds)
 
     async def aclose(self) -> None:
-        """Close every connection, with whatever is under way on it."""
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-            self._sweeping = None
+        """Close every connection and fail the calls in flight."""
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+            self._sweep_timer = None
         while self._idle:
             self._idle.pop().close()
-        for connection in tuple(self._asking):
-            connection.give_up()
+        for connection in tuple(self._busy):
+            connection.time_out()
 
     def _take_idle(self, now: float) -> _Connection | None:
-        self._let_go(now)
+        self._close_expired(now)
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable(now):
+            if connection.reusable(now):
                 return connection
             connection.close()
         return None
 
-    def _take_back(self, connection: _Connection) -> None:
-        """Keep a connection whose call is over, if it may be used again."""
-        self._asking.discard(connection)
-        self.under_way -= 1
+    def _on_call_end(self, connection: _Connection) -> None:
+        """Keep the connection of a completed call if it is reusable, else close it."""
+        self._busy.discard(connection)
+        self.in_flight -= 1
         now = asyncio.get_running_loop().time()
-        if connection.idle_since is None or connection.old(now):
+        if connection.idle_since is None or connection.too_old(now):
             connection.close()
         else:
             self._idle.append(connection)
-            if self._sweeping is None:
-                self._sweep_later()
-        connection.over()
+            if self._sweep_timer is None:
+                self._schedule_sweep()
+        connection.on_complete()
 
-    def _let_go(self, now: float) -> None:
-        """Close what has been idle for long, and forget what was lost meanwhile."""
+    def _close_expired(self, now: float) -> None:
+        """Close connections that were idle for too long, and remove those that were lost."""
         oldest = now - self._keep_alive_seconds
         while self._idle and (self._idle[0].idle_since or 0.0) < oldest:
             self._idle.popleft().close()
 
-    def _sweep_later(self) -> None:
+    def _schedule_sweep(self) -> None:
         seconds = min(self._keep_alive_seconds, self._max_age_seconds)
-        self._sweeping = asyncio.get_running_loop().call_later(seconds, self._sweep)
+        self._sweep_timer = asyncio.get_running_loop().call_later(seconds, self._sweep)
 
     def _sweep(self) -> None:
-        """Close idle connections that no call has looked at."""
-        self._sweeping = None
+        """Close expired connections, also without new calls."""
+        self._sweep_timer = None
         now = asyncio.get_running_loop().time()
-        self._let_go(now)
+        self._close_expired(now)
         for connection in tuple(self._idle):
-            if connection.old(now):
+            if connection.too_old(now):
                 self._idle.remove(connection)
                 connection.close()
         if self._idle:
-            self._sweep_later()
+            self._schedule_sweep()
 
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
         try:
             addresses = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
-            sock = await start_connection(addresses, happy_eyeballs_delay=_OTHER_ADDRESS_SECONDS)
+            sock = await start_connection(addresses, happy_eyeballs_delay=_HAPPY_EYEBALLS_SECONDS)
             try:
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(self._max_body_bytes, self._take_back),
+                    lambda: _Connection(self._max_body_bytes, self._on_call_end),
                     sock=sock,
                     ssl=self._tls,
                     server_hostname=self._host if self._tls else None,
@@ -178,94 +184,95 @@ class HttpTransport:
             except BaseException:
                 sock.close()
                 raise
-        except (OSError, UnicodeError) as exc:  # DNS, connect, TLS; a name that IDNA refuses
+        except (OSError, UnicodeError) as exc:  # DNS, connect or TLS; UnicodeError: IDNA refuses the name
             raise httpx.ConnectError(type(exc).__name__) from exc
         return connection
 
 
-def encode(target: str, headers: Mapping[str, str], body: bytes) -> bytes:
-    """Return a POST as it stands on the wire. Raises: httpx.LocalProtocolError, for a break in a header."""
+def encode_request(target: str, headers: Mapping[str, str], body: bytes) -> bytes:
+    """Return a POST request in wire format. Raises: httpx.LocalProtocolError for a line break in a header."""
     lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
     head = "".join(lines)
     if not head.count("\r") == head.count("\n") == len(lines):
-        raise httpx.LocalProtocolError("a header with a line break")
+        raise httpx.LocalProtocolError("a header contains a line break")
     return f"POST {target} HTTP/1.1\r\n{head}content-length: {len(body)}\r\n\r\n".encode("ascii") + body
 
 
-def untrusted(error: httpx.TransportError) -> bool:
-    """Tell whether a call failed because nobody known vouches for the upstream's certificate."""
+def is_certificate_error(error: httpx.TransportError) -> bool:
+    """Tell whether a call failed because the upstream's certificate could not be verified."""
     return isinstance(error.__cause__, ssl.SSLCertVerificationError)
 
 
 def explain(error: httpx.TransportError) -> str:
-    """Say in plain words what kept a call from being made; "" when it was something later."""
+    """Return why no connection could be made, for an operator; "" if the error came later."""
     if not isinstance(error, httpx.ConnectError):
         return ""
     match error.__cause__:
         case ssl.SSLCertVerificationError() as why:
-            return f"its certificate is not to be trusted ({why.verify_message})"
+            return f"the certificate could not be verified ({why.verify_message})"
         case ssl.SSLError():
-            return "it does not speak TLS as we do"
+            return "TLS handshake failed"
         case socket.gaierror() | UnicodeError():
-            return "its name leads to no address"
+            return "host name not found"
         case _:
-            return "nobody listens there, or a firewall says no"
+            return "connection refused, or blocked by a firewall"
 
 
 class _Connection(asyncio.Protocol):
     """One connection, with one call at a time.
 
-    `idle_since` is the loop's time at which its last answer was whole; None while it cannot be used. `done`
-    is called at the end of each call, even if its caller has left; `over` is the present call's.
+    `idle_since` is the loop's time when the last response was complete, or None while the connection is not
+    reusable. `on_call_end` is called at the end of each call, even if the call was cancelled. `on_complete`
+    is that of the present call.
     """
 
-    def __init__(self, max_body_bytes: int, done: Callable[[_Connection], None]) -> None:
+    def __init__(self, max_body_bytes: int, on_call_end: Callable[[_Connection], None]) -> None:
         self.idle_since: float | None = None
-        self.over: Callable[[], None] = lambda: None
+        self.on_complete: Callable[[], None] = lambda: None
         self.max_age_seconds = 0.0
         self._max_body_bytes = max_body_bytes
-        self._done = done
+        self._on_call_end = on_call_end
         self._loop = asyncio.get_running_loop()
-        self._made_at = self._loop.time()
+        self._opened_at = self._loop.time()
         self._parser: HttpResponseParser | None = HttpResponseParser(self)
         self._waiter: asyncio.Future[HttpResponse] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._answer = HttpResponse()
+        self._response = HttpResponse()
         self._overhead = 0
         self._readable = select.poll()
 
-    def ask(self, message: bytes, deadline: float) -> asyncio.Future[HttpResponse]:
-        """Send a request; the future gets the answer, an httpx.TransportError or a TimeoutError.
+    def send(self, request: bytes, deadline: float) -> asyncio.Future[HttpResponse]:
+        """Send a request; the future receives the response, an httpx.TransportError or a TimeoutError.
 
-        A future that is cancelled changes nothing: the answer is read, or its deadline awaited.
+        Cancelling the future has no effect on the call: the connection reads the response or times out.
         """
         self.idle_since = None
-        self._answer = HttpResponse()
+        self._response = HttpResponse()
         self._overhead = 0
         self._waiter = self._loop.create_future()
-        self._timer = self._loop.call_at(deadline, self.give_up)  # a fraction of what asyncio.timeout costs
-        self._transport.write(message)
+        self._timer = self._loop.call_at(deadline, self.time_out)  # much cheaper than asyncio.timeout
+        self._transport.write(request)
         return self._waiter
 
-    def old(self, now: float) -> bool:
-        """Tell whether it was made too long ago to be used again."""
-        return now - self._made_at >= self.max_age_seconds
+    def too_old(self, now: float) -> bool:
+        """Tell whether the connection has reached its maximum age."""
+        return now - self._opened_at >= self.max_age_seconds
 
-    def usable(self, now: float) -> bool:
-        """Tell whether a call may be made on it: alive, not old, and nothing came that was not asked for.
+    def reusable(self, now: float) -> bool:
+        """Tell whether a call may use the connection: it is open, not too old, and has no unread bytes.
 
-        The last is asked of the system: bytes may have arrived that the event loop has not read yet, and
-        would be taken for the start of the next answer.
+        `poll` asks the operating system for bytes that the event loop has not read yet. They would be taken
+        for the start of the next response.
         """
-        return self.idle_since is not None and not self.old(now) and not self._readable.poll(0)
+        return self.idle_since is not None and not self.too_old(now) and not self._readable.poll(0)
 
-    def give_up(self) -> None:
-        """Tell who waits for an answer, if a call is under way, that it comes too late."""
+    def time_out(self) -> None:
+        """Fail the call in flight, if there is one, with a TimeoutError."""
         if self._waiter is not None:
             self._fail(TimeoutError())
 
     def close(self) -> None:
-        """Let go of the connection at once; whatever was to be sent or read is lost."""
+        """Close the connection at once and discard its buffers."""
         self.idle_since = None
         self._transport.abort()
 
@@ -277,7 +284,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._parser is None or self._waiter is None:
-            # Nobody asked: kept, it might be read as the answer to the next task's call.
+            # Bytes without a call in flight: they could be taken for the response to the next task's call.
             self.idle_since = None
             self._transport.abort()
             return
@@ -287,73 +294,73 @@ class _Connection(asyncio.Protocol):
         except (HttpParserError, HttpParserUpgrade) as exc:
             self._fail(httpx.RemoteProtocolError(type(exc).__name__))
             return
-        if self._overhead > _MOST_OVERHEAD:
-            self._fail(httpx.RemoteProtocolError("headers without end"))
-        elif self._answer.whole:  # and nothing came behind it, which the parser would have refused
+        if self._overhead > _MAX_OVERHEAD:
+            self._fail(httpx.RemoteProtocolError("the response headers are too large"))
+        elif self._response.complete:  # the parser would have refused bytes behind the response
             self._finish()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.idle_since = None
-        self._parser = None  # it knows us, as we know it
-        answer = self._answer
+        self._parser = None  # breaks the reference cycle
+        response = self._response
         if exc is not None:
             self._fail(httpx.ReadError(type(exc).__name__))
-        elif answer.status and not _FRAMING & answer.headers.keys():
-            self._finish()  # the connection's end is the answer's (RFC 9112, 6.3)
+        elif response.status and not _FRAMING_HEADERS & response.headers.keys():
+            self._finish()  # the end of the connection ends the response (RFC 9112, 6.3)
         else:
-            self._fail(httpx.RemoteProtocolError("the connection was closed before the answer's end"))
+            self._fail(httpx.RemoteProtocolError("the connection was closed before the end of the response"))
 
     # Called by the parser.
 
     def on_message_begin(self) -> None:
-        if self._answer.whole:
-            raise ValueError("bytes beyond the answer's end")
+        if self._response.complete:
+            raise ValueError("bytes after the end of the response")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._answer.status:  # else it is a trailer, which is nothing to us
-            self._answer.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        if not self._response.status:  # else it is a trailer, which is ignored
+            self._response.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
-        assert self._parser is not None  # noqa: S101  # it calls
+        assert self._parser is not None  # noqa: S101  # the parser makes this call
         status = self._parser.get_status_code()
         if status >= HTTPStatus.OK:
-            self._answer.status = status
-            self._answer.keep_alive = self._parser.should_keep_alive()
+            self._response.status = status
+            self._response.keep_alive = self._parser.should_keep_alive()
         else:
-            self._answer.headers.clear()  # of an interim answer; the final one follows (RFC 9110, 15.2)
+            self._response.headers.clear()  # of an interim response; the final one follows (RFC 9110, 15.2)
 
     def on_body(self, part: bytes) -> None:
-        answer = self._answer
+        response = self._response
         self._overhead -= len(part)
-        answer.body += part
-        if len(answer.body) > self._max_body_bytes:
-            answer.keep_alive = False
+        response.body += part
+        if len(response.body) > self._max_body_bytes:
+            response.keep_alive = False
             self._finish()
 
     def on_message_complete(self) -> None:
-        self._answer.whole = self._answer.status != 0
+        self._response.complete = self._response.status != 0
 
     def _finish(self) -> None:
         waiter = self._waiter
         if waiter is None:
             return
-        if self._answer.keep_alive and self._parser is not None:
+        if self._response.keep_alive and self._parser is not None:
             self.idle_since = self._loop.time()
         if not waiter.done():
-            waiter.set_result(self._answer)
-        self._end()
+            waiter.set_result(self._response)
+        self._end_call()
 
     def _fail(self, error: httpx.TransportError | TimeoutError) -> None:
         waiter = self._waiter
         if waiter is not None:
             if not waiter.done():
                 waiter.set_exception(error)
-            self._end()
+            self._end_call()
         self._transport.abort()
 
-    def _end(self) -> None:
+    def _end_call(self) -> None:
         self._waiter = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._done(self)
+        self._on_call_end(self)

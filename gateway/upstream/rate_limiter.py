@@ -1,14 +1,17 @@
-"""The budget of upstream calls: whose turn it is, over all operations and tasks.
+"""The rate limiter: hands out permits for upstream calls, over all operations and tasks.
 
-    turn -> a token is there, nobody queues -> go
-         -> it would come after the caller's deadline -> BudgetSpent, at once
-         -> else queue: renewals | first questions, served in turn -> go
+    acquire -> a token is available and no query is queued -> permit
+            -> the token would come after the deadline -> RateLimiterExhausted, at once
+            -> else queue: renewals | first queries, served alternately -> permit
 
-A token bucket, filled at the pace (`pace.py`) that the settings and the upstream's refusals allow. Renewals
-are served in order: a task has one flight at a time, so that is a round robin of the known tasks. First
-questions are served round robin over clients (`fairqueue.py`): a client may name any number of new tasks, and
-delays another client by one call a round. The two queues take turns, so that neither starves the other.
-Waiters are woken, never polled: one timer runs to the next token. For the event loop's thread only.
+It is a token bucket. `AdaptiveLimit` sets its rate from the settings and from throttling responses. A
+renewal is a query for a task whose older snapshot is known; a first query is any other one.
+
+Renewals are served first in, first out. A task has one query at a time, so this is a round robin over the
+known tasks. First queries are served round robin over clients (`FairQueue`): a client may name any number
+of new tasks and still delays another client by one call per round. The two queues alternate, so that
+neither starves. Waiting queries are woken, never polled: one timer runs until the next token. Use it on the
+event loop's thread only.
 """
 
 from __future__ import annotations
@@ -28,13 +31,13 @@ from gateway.upstream.adaptive_limit import AdaptiveLimit
 from gateway.upstream.demand import Demand
 from gateway.upstream.fair_queue import FairQueue
 
-NOTICEABLE_SECONDS = 0.1  # a wait that somebody who has another answer should be spared
+NOTICEABLE_SECONDS = 0.1  # callers that can serve a stale snapshot do not wait longer than this
 
-# What a silence saves up. An upstream that counts by the second refuses what exceeds its count, so there is
-# no second's worth; but a page's few tasks need not come one by one either.
+# Size of the bucket. An upstream that counts per second refuses calls beyond its count, so the bucket does
+# not hold a full second. It holds more than one token, so that the few tasks of a page need not queue.
 _BURST_SECONDS = 0.1
-_ROUNDING = 1e-9  # of a token
-_TIMER_SECONDS = 0.001  # timers have that resolution: sooner than this the token is not there either
+_ROUNDING = 1e-9  # tolerance in tokens
+_TIMER_SECONDS = 0.001  # resolution of the event loop's timers; an earlier timer would find no token yet
 
 log = structlog.get_logger(__name__)
 
@@ -43,44 +46,45 @@ class Timer(Protocol):
     """What `call_later` returns."""
 
     def cancel(self) -> None:
-        """Call nothing."""
+        """Cancel the callback."""
 
 
 class Permit:
-    """One call's place in the budget: to be entered at once; given back at its end unless the call was made.
+    """The right to make one call: a context manager. A permit that was not consumed returns its token.
 
-    `learn` is told of the end, and of the error that it ended with. `void`: upstream has slowed us down since
-    it was given. Whoever still waits, for a connection say, is to ask again: given without a limit, turns
-    might be any number.
+    `on_end` is called when the context exits, with the exception or None. `revoked`: the upstream has
+    throttled a call since the permit was issued. A revoked permit that is not consumed yet, because the
+    query still waits for a slot for example, must be acquired again: without a rate limit any number of
+    permits may be outstanding.
     """
 
-    __slots__ = ("_clock", "_learn", "sent_at", "void")
+    __slots__ = ("_clock", "_on_end", "revoked", "sent_at")
 
     def __init__(
-        self, clock: Callable[[], float], learn: Callable[[Permit, BaseException | None], None]
+        self, clock: Callable[[], float], on_end: Callable[[Permit, BaseException | None], None]
     ) -> None:
         self._clock = clock
-        self._learn = learn
+        self._on_end = on_end
         self.sent_at: float | None = None
-        self.void = False
+        self.revoked = False
 
     def __enter__(self) -> Self:
-        """Do nothing: it is open since it was given."""
+        """Return the permit, which is valid since it was issued."""
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """End it; how the call ended says what upstream bears."""
-        self._learn(self, error)
+        """Report the outcome of the call to the rate limiter."""
+        self._on_end(self, error)
 
-    def spend(self) -> None:
-        """Note that the call is being made, now."""
+    def consume(self) -> None:
+        """Record that the call is sent now."""
         self.sent_at = self._clock()
 
 
 class _Waiter:
-    """A query that waits for its turn. `future` gets 0 for its turn, or the seconds for which it is refused.
+    """A queued query. `future` resolves to 0.0 for a permit, or to the `retry_after` of a refusal in seconds.
 
-    In the queue of first questions it is the `Place` of its demand.
+    In the queue of first queries it implements `QueueEntry`.
     """
 
     __slots__ = ("_queue", "deadline", "future", "on_queued")
@@ -94,23 +98,26 @@ class _Waiter:
         self._queue = queue
 
     @property
-    def first(self) -> bool:
-        """Tell whether it is a first question."""
-        return self._queue is not None
+    def renewal(self) -> bool:
+        """Tell whether an older snapshot of the task is known."""
+        return self._queue is None
 
     def join(self, client: bytes) -> None:
-        """See `Place`."""
+        """See `QueueEntry`."""
         if self._queue is not None:
             self._queue.join(self, client)
 
     def leave(self, client: bytes, others: Iterable[bytes]) -> None:
-        """See `Place`."""
+        """See `QueueEntry`."""
         if self._queue is not None:
             self._queue.leave(self, client, others)
 
 
 class RateLimiter:
-    """Gives turns at `requests_per_second` (0: as many as the upstream bears). `clock` is monotonic."""
+    """Issues permits at `requests_per_second`; 0: limited by throttling responses only.
+
+    `clock` returns monotonic seconds.
+    """
 
     def __init__(
         self,
@@ -119,40 +126,40 @@ class RateLimiter:
         clock: Callable[[], float] = time.monotonic,
         call_later: Callable[[float, Callable[[], None]], Timer] | None = None,
     ) -> None:
-        self._pace = AdaptiveLimit(requests_per_second or math.inf)
+        self._limit = AdaptiveLimit(requests_per_second or math.inf)
         self._clock = clock
         self._call_later = call_later
         self._renewals: OrderedDict[_Waiter, None] = OrderedDict()
-        self._first: FairQueue[_Waiter] = FairQueue()  # questions about tasks of which no answer is known
-        self._next = True  # whether a renewal is served next
-        self._turns: set[Permit] = set()  # given, and not over
-        self._level = 1.0  # tokens
-        self._filled_at = clock()
+        self._first_queries: FairQueue[_Waiter] = FairQueue()
+        self._renewal_next = True  # which queue is served next
+        self._permits: set[Permit] = set()  # outstanding
+        self._tokens = 1.0
+        self._refilled_at = clock()
         self._timer: Timer | None = None
 
     @property
     def per_second(self) -> float:
-        """How many calls a second may be made now; `inf`: any number. Reading it changes nothing."""
+        """The present limit in calls per second, or `inf`. Reading it changes nothing."""
         now = self._clock()
-        relaxed = not self._anybody_waits() and self._pace.at_peace(now)
-        return self._pace.most if relaxed else self._pace.per_second(now)
+        liftable = not self._any_queued() and self._limit.can_lift(now)
+        return self._limit.max_per_second if liftable else self._limit.per_second(now)
 
     @property
     def throttled_now(self) -> bool:
-        """Tell whether the upstream's refusals slow us now."""
-        self._relax()
-        return self._pace.throttled_now
+        """Tell whether throttling by the upstream limits the rate now."""
+        self._lift_if_idle()
+        return self._limit.throttled_now
 
     def expected_wait(self, *, renewal: bool, client: bytes = b"") -> float:
-        """Return for how many seconds a call that asked now, for this client, would wait."""
-        self._fill()
-        own, other = len(self._renewals), len(self._first)
+        """Return how many seconds a query of this client would wait if it called `acquire` now."""
+        self._refill()
+        own, other = len(self._renewals), len(self._first_queries)
         if not renewal:
-            own, other = self._first.ahead(client), own
-        # The other queue is served as often as ours while we wait, once more if it is its turn.
-        return self._wait_behind(own + min(other, own + (self._next is not renewal)))
+            own, other = self._first_queries.count_ahead(client), own
+        # The other queue is served as often as this one meanwhile, and once more if it is next.
+        return self._wait_behind(own + min(other, own + (self._renewal_next is not renewal)))
 
-    async def turn(
+    async def acquire(
         self,
         *,
         renewal: bool,
@@ -160,125 +167,127 @@ class RateLimiter:
         on_queued: Callable[[float], None] = lambda _: None,
         demand: Demand | None = None,
     ) -> Permit:
-        """Wait for a turn: `with await budget.turn(...) as turn`. Who makes the call says `turn.spend()`.
+        """Wait for a permit: `with await limiter.acquire(...) as permit`, then `permit.consume()` to send.
 
         Args:
             renewal: An older snapshot of the task is known.
-            patience_seconds: The longest wait.
-            held_up: Called with the seconds to wait as soon as they are noticeable.
-            demand: The clients that a first question is asked for; others may join while it is queued.
+            timeout_seconds: The longest wait.
+            on_queued: Called with the expected wait in seconds if it is noticeable.
+            demand: The clients that wait for a first query. More clients may join while it is queued.
 
         Raises:
-            BudgetSpent: The wait would exceed the patience, or did, because other clients came.
+            RateLimiterExhausted: The expected wait exceeds the timeout, or queries of other clients have
+                extended the wait beyond it.
         """
-        self._relax()
+        self._lift_if_idle()
         demand = demand or Demand(background=True)
-        client = b"" if renewal else self._first.nearest(demand.clients)
+        client = b"" if renewal else self._first_queries.shortest(demand.clients)
         wait = self.expected_wait(renewal=renewal, client=client)
-        if wait == 0 and not self._anybody_waits():
-            self._level -= 1
+        if wait == 0 and not self._any_queued():
+            self._tokens -= 1
         elif wait > timeout_seconds:
             raise _exhausted(wait)
         else:
             if wait >= NOTICEABLE_SECONDS:
                 on_queued(wait)
             deadline = self._clock() + timeout_seconds
-            await self._queue(_Waiter(deadline, on_queued, None if renewal else self._first), client, demand)
-        turn = Permit(self._clock, self._end)
-        self._turns.add(turn)
-        return turn
+            queue = None if renewal else self._first_queries
+            await self._wait_in_queue(_Waiter(deadline, on_queued, queue), client, demand)
+        permit = Permit(self._clock, self._on_permit_end)
+        self._permits.add(permit)
+        return permit
 
     def slow_down(self, *, retry_after: float | None) -> None:
-        """Learn from a refusal that another met with, just now."""
+        """Lower the limit because the upstream has just throttled a call of another replica."""
         self._slow_down(self._clock(), retry_after)
 
-    async def _queue(self, waiter: _Waiter, client: bytes, demand: Demand) -> None:
+    async def _wait_in_queue(self, waiter: _Waiter, client: bytes, demand: Demand) -> None:
         future = waiter.future
-        if waiter.first:
-            self._first.add(waiter, client)
-        else:
+        if waiter.renewal:
             self._renewals[waiter] = None
-        demand.place = waiter
+        else:
+            self._first_queries.add(waiter, client)
+        demand.queue_entry = waiter
         self._serve()
         try:
             refused = await future
         except asyncio.CancelledError:
             self._discard(waiter)
             if future.cancelled():
-                self._serve()  # the timer may have been this one's
+                self._serve()  # the timer may have been set for this waiter
             elif future.result() == 0:
-                # Its turn came in the very turn of the loop in which it was cancelled: the next one's now.
-                self._give_back()
+                # It was served and cancelled in the same iteration of the event loop: the token is not used.
+                self._return_token()
             raise
         finally:
-            demand.place = None
+            demand.queue_entry = None
         if refused:
             raise _exhausted(refused)
 
     def _discard(self, waiter: _Waiter) -> None:
         self._renewals.pop(waiter, None)
-        self._first.discard(waiter)
+        self._first_queries.discard(waiter)
 
-    def _end(self, turn: Permit, error: BaseException | None) -> None:
-        self._turns.discard(turn)
-        if turn.sent_at is None:
-            if not turn.void:
-                self._give_back()
+    def _on_permit_end(self, permit: Permit, error: BaseException | None) -> None:
+        self._permits.discard(permit)
+        if permit.sent_at is None:
+            if not permit.revoked:
+                self._return_token()
         elif error is None or isinstance(error, UpstreamRejected):
-            self._pace.accepted(self._clock(), sent_at=turn.sent_at)
+            self._limit.on_accepted(self._clock(), sent_at=permit.sent_at)
         elif isinstance(error, UpstreamThrottled):
-            self._slow_down(turn.sent_at, error.retry_after)
+            self._slow_down(permit.sent_at, error.retry_after)
 
-    def _give_back(self) -> None:
-        self._level += 1
+    def _return_token(self) -> None:
+        self._tokens += 1
         self._serve()
 
     def _serve(self) -> None:
-        """Give turns to as many waiters as there are tokens, and set the timer for the next one."""
-        self._fill()
+        """Wake as many waiters as there are tokens, and set the timer for the next token."""
+        self._refill()
         while self._wait_behind(0) == 0 and (waiter := self._pop()) is not None:
-            self._level -= 1
+            self._tokens -= 1
             waiter.future.set_result(0.0)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._anybody_waits():
+        if self._any_queued():
             call_later = self._call_later or asyncio.get_running_loop().call_later
             self._timer = call_later(max(self._wait_behind(0), _TIMER_SECONDS), self._serve)
 
     def _pop(self) -> _Waiter | None:
-        for renewal in (self._next, not self._next):
+        for renewal in (self._renewal_next, not self._renewal_next):
             while (waiter := self._pop_one(renewal=renewal)) is not None:
                 if waiter.future.done():
                     continue  # it was cancelled, and its task has not run since
                 if self._clock() > waiter.deadline + NOTICEABLE_SECONDS:
-                    # Admitted before other clients came, whose first questions went before.
+                    # It was admitted before other clients came, whose first queries were served before.
                     waiter.future.set_result(max(self._wait_behind(0), _TIMER_SECONDS))
                     continue
-                self._next = not renewal
+                self._renewal_next = not renewal
                 return waiter
         return None
 
     def _pop_one(self, *, renewal: bool) -> _Waiter | None:
         if not renewal:
-            return self._first.pop()
+            return self._first_queries.pop()
         return self._renewals.popitem(last=False)[0] if self._renewals else None
 
     def _slow_down(self, sent_at: float, retry_after: float | None) -> None:
-        self._fill()
-        now, before = self._clock(), self._pace.throttled_now
-        if not self._pace.throttled(now, sent_at=sent_at, retry_after=retry_after):
+        self._refill()
+        now, was_throttled = self._clock(), self._limit.throttled_now
+        if not self._limit.on_throttled(now, sent_at=sent_at, retry_after=retry_after):
             return
-        if not before:
-            log.warning("slowed down by the upstream", per_second=round(self._pace.per_second(now), 1))
-        for turn in self._turns:
-            turn.void = True
-        self._level = min(self._level, 1.0)
-        self._look_again(now)
+        if not was_throttled:
+            log.warning("upstream_throttled", per_second=round(self._limit.per_second(now), 1))
+        for permit in self._permits:
+            permit.revoked = True
+        self._tokens = min(self._tokens, 1.0)
+        self._recheck_deadlines(now)
         self._serve()
 
-    def _look_again(self, now: float) -> None:
-        """Refuse those whose turn would now come too late, and tell the others what they are in for."""
+    def _recheck_deadlines(self, now: float) -> None:
+        """Refuse the waiters that would be served after their deadline; tell the others their new wait."""
         ahead = 0
         for waiter in list(self._in_order()):
             wait = self._wait_behind(ahead)
@@ -291,44 +300,45 @@ class RateLimiter:
                 waiter.on_queued(wait)
 
     def _in_order(self) -> Iterator[_Waiter]:
-        queues = (self._renewals, self._first) if self._next else (self._first, self._renewals)
-        for pair in zip_longest(*queues):
+        """Yield the waiters in the order in which they will be served."""
+        queues = (self._renewals, self._first_queries)
+        for pair in zip_longest(*(queues if self._renewal_next else reversed(queues))):
             for waiter in pair:
                 if waiter is not None:
                     yield waiter
 
-    def _anybody_waits(self) -> bool:
-        return bool(self._renewals) or bool(self._first)
+    def _any_queued(self) -> bool:
+        return bool(self._renewals) or bool(self._first_queries)
 
     def _wait_behind(self, ahead: int) -> float:
-        """Return the seconds until there is a token beyond those for so many others."""
+        """Return the seconds until a token is available for a query behind `ahead` others."""
         now = self._clock()
-        missing = ahead + 1 - self._level
-        tokens = missing / self._pace.per_second(now) if missing > _ROUNDING else 0.0
-        return max(self._pace.resumes_at - now, 0.0) + tokens
+        missing = ahead + 1 - self._tokens
+        tokens = missing / self._limit.per_second(now) if missing > _ROUNDING else 0.0
+        return max(self._limit.resumes_at - now, 0.0) + tokens
 
-    def _fill(self) -> None:
+    def _refill(self) -> None:
         now = self._clock()
-        per_second = self._pace.per_second(now)
+        per_second = self._limit.per_second(now)
         if per_second == math.inf:
-            self._level = max(self._level, 1.0)
+            self._tokens = max(self._tokens, 1.0)
         else:
-            gained = max(now - max(self._filled_at, self._pace.resumes_at), 0.0) * per_second
-            full = burst_size(per_second)
-            # What was given back may lie above the brim: it is not lost.
-            self._level = max(self._level, min(self._level + gained, full))
-        self._filled_at = now
+            gained = max(now - max(self._refilled_at, self._limit.resumes_at), 0.0) * per_second
+            size = burst_size(per_second)
+            # Returned tokens may exceed the size of the bucket; they are kept.
+            self._tokens = max(self._tokens, min(self._tokens + gained, size))
+        self._refilled_at = now
 
-    def _relax(self) -> None:
-        # While somebody waits the limit is not idle: it grows, and is lifted when it is out of the way.
-        if not self._anybody_waits() and self._pace.relax(self._clock()):
-            log.info("slowed down by the upstream no more")
+    def _lift_if_idle(self) -> None:
+        # With queued queries the limit is in use: it keeps growing, and is lifted once the queue is empty.
+        if not self._any_queued() and self._limit.lift_if_idle(self._clock()):
+            log.info("upstream_throttling_ended")
 
 
 def burst_size(per_second: float) -> float:
-    """Return how many calls a silence saves up at that pace."""
+    """Return the size of the bucket, in tokens, at this rate."""
     return max(per_second * _BURST_SECONDS, 1.0)
 
 
 def _exhausted(wait: float) -> RateLimiterExhausted:
-    return RateLimiterExhausted("the budget of upstream calls is spent for now", retry_after=wait)
+    return RateLimiterExhausted("the rate limit for upstream calls is exhausted", retry_after=wait)

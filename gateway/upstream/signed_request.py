@@ -1,9 +1,9 @@
-"""One call upstream: signed, sent, read within bounds, and judged.
+"""One signed call: sign, send, read a bounded response, and parse it.
 
-    make -> exchange: sign, send, read -> judge -> an answer, or a named failure
+    send -> send_unparsed: sign, send, read -> parse_response -> a ParsedResponse, or an UpstreamError
 
-httpx's types stay behind this module, and what carries them behind `transport.py`. The clock we sign
-by is corrected here, by what upstream's answers say of its own.
+No other module of this package but `http_transport.py` sees httpx's types. This module also corrects the
+clock that requests are signed with, by the `Date` header of responses.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 from gateway.telemetry.tracing import Mark, Tracing, Untraced
 from gateway.upstream.credentials import KeyPair
-from gateway.upstream.http_transport import HttpTransport, encode, untrusted
+from gateway.upstream.http_transport import HttpTransport, encode_request, is_certificate_error
 from gateway.upstream.signing import signed_headers
 from gateway.upstream.vendor_errors import classify
 
 _OK = 200
-_TELLS = "the upstream's answer contains a secret of the gateway"
-_LONGEST_DATE = 64  # characters; the longest form has 33
-_CLOCK_TOLERANCE_SECONDS = 2.0  # the Date header has whole seconds, and the answer was under way
+_LEAK = "the upstream's answer contains a secret of the gateway"
+_MAX_DATE_LENGTH = 64  # characters; the longest valid form has 33
+_CLOCK_TOLERANCE_SECONDS = 2.0  # the Date header has whole seconds, and the response takes time to arrive
 
 log = structlog.get_logger(__name__)
 
 
 class ParsedResponse(NamedTuple):
-    """A successful envelope: its `data`, the body as it came, and the vendor's id of the call."""
+    """A successful envelope: its `data`, the body as received, and the vendor's id of the call."""
 
     data: dict[str, Any]
     envelope: bytes
@@ -59,9 +59,10 @@ class ParsedResponse(NamedTuple):
 
 
 class RawResponse(NamedTuple):
-    """One call over HTTP, whatever its answer means. `sent` are the signed headers, lower case.
+    """The response to one call, not parsed yet.
 
-    `headers` are the answer's, their names in lower case.
+    `sent` are the signed headers of the request. `headers` are those of the response. All names are lower
+    case.
     """
 
     sent: Mapping[str, str]
@@ -71,13 +72,13 @@ class RawResponse(NamedTuple):
 
 
 def random_uuid() -> str:
-    """Return a random UUID (RFC 9562, 5.4): at a quarter of what the way through `uuid.UUID` costs."""
+    """Return a random UUID (RFC 9562, 5.4). It takes a quarter of the time that `uuid.uuid4` takes."""
     digits = os.urandom(16).hex()
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
 class SignedRequests:
-    """Makes calls. Open it with `async with`. `clock` is Unix time."""
+    """Sends signed calls. Open it with `async with`. `clock` returns Unix time in seconds."""
 
     def __init__(
         self,
@@ -105,51 +106,58 @@ class SignedRequests:
         self._targets = {
             operation: endpoint.join(operation.path).raw_path.decode("ascii") for operation in Operation
         }
-        # Looking labels up costs more than counting; both are bounded.
-        self._count = cache(
+        # Cached, because looking up labels takes longer than counting. Operations and outcomes are few.
+        self._counter = cache(
             lambda operation, outcome: metrics.upstream_requests.labels(operation, outcome).inc
         )
-        self._time = {
+        self._observe_duration = {
             operation: metrics.upstream_request_duration.labels(operation).observe for operation in Operation
         }
-        self.clock_offset = 0.0  # seconds to add to our clock when signing
-        self.trouble: str | None = None  # the problem code of the last call, unless it brought an envelope
+        self.clock_offset = 0.0  # seconds to add to the gateway's clock when signing
+        self.last_error_code: str | None = None  # of the last call; None if it returned an envelope
 
     async def __aenter__(self) -> Self:
-        """Make ready for calls; a connection is opened when a call needs one."""
+        """Create the transport; a connection is opened when a call needs one."""
         transport = self._transport = HttpTransport(
             httpx.URL(self._settings.endpoint),
             verify=httpx.create_ssl_context(trust_env=False),
             max_body_bytes=self._settings.max_response_bytes,
             max_age_seconds=self._settings.connection_max_age_seconds,
         )
-        self._metrics.upstream_in_flight.set_function(lambda: transport.under_way)
+        self._metrics.upstream_in_flight.set_function(lambda: transport.in_flight)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Close every connection."""
         await self._transport.aclose()
 
-    async def make(
-        self, key: TaskKey, pair: KeyPair, *, number: int, over: Callable[[], None] = lambda: None
+    async def send(
+        self, key: TaskKey, pair: KeyPair, *, number: int, on_complete: Callable[[], None] = lambda: None
     ) -> ParsedResponse:
-        """Make one call within `upstream.attempt_timeout_seconds`, the query's `number`-th, from 0.
+        """Make one call within `upstream.attempt_timeout_seconds`, and return its parsed response.
 
-        `over`: see `exchange`. Raises: UpstreamError.
+        Args:
+            key: The task to query.
+            pair: The key pair to sign with.
+            number: The number of this call within its query, from 0; for tracing.
+            on_complete: See `send_unparsed`.
+
+        Raises:
+            UpstreamError: The call failed, or its response is not a successful envelope.
         """
         with self._tracing.call(key, number=number) as mark:
-            return await self._make(key, pair, mark, over)
+            return await self._send(key, pair, mark, on_complete)
 
-    async def exchange(
-        self, key: TaskKey, pair: KeyPair, *, over: Callable[[], None] = lambda: None
+    async def send_unparsed(
+        self, key: TaskKey, pair: KeyPair, *, on_complete: Callable[[], None] = lambda: None
     ) -> RawResponse:
-        """Make one signed call within `upstream.attempt_timeout_seconds`.
+        """Make one call within `upstream.attempt_timeout_seconds`, and return its response as received.
 
-        What its answer means is not judged. `over` is called when nothing of the call is under way any more:
-        after a cancellation, when the answer has come or the attempt's time has passed. If the call is not
-        even begun, it is not called. Raises: UpstreamError for what happened on the way.
+        `on_complete` is called when the upstream does not work on the call any more. After a cancellation,
+        that is when the response has arrived or the time of the attempt has passed. It is not called if the
+        call fails before it begins. Raises: UpstreamError if there is no response.
         """
-        body = _question(key.task_id)
+        body = _request_body(key.task_id)
         sent = signed_headers(
             key.operation.path,
             body,
@@ -160,102 +168,103 @@ class SignedRequests:
             stage=self._settings.stage,
         )
         try:
-            message = encode(self._targets[key.operation], self._fixed_headers | sent, body)
-            # A result does not name its task: only a connection that carried no other call can tell whose
-            # answer it is.
-            answer = await self._transport.exchange(
-                message,
-                seconds=self._settings.attempt_timeout_seconds,
-                fresh=key.operation.is_result,
-                over=over,
+            request = encode_request(self._targets[key.operation], self._fixed_headers | sent, body)
+            # A result does not contain its task ID. Only a connection that carried no other call proves
+            # that the response belongs to this call.
+            response = await self._transport.send(
+                request,
+                timeout_seconds=self._settings.attempt_timeout_seconds,
+                new_connection=key.operation.is_result,
+                on_complete=on_complete,
             )
         except TimeoutError:
             raise UpstreamTimeout("the upstream did not answer in time") from None
         except httpx.TransportError as exc:
-            if untrusted(exc):
+            if is_certificate_error(exc):
                 self._metrics.upstream_certificate_errors.inc()
             raise UpstreamUnreachable(f"the upstream could not be reached ({type(exc).__name__})") from exc
-        content = _decoded(
-            bytes(answer.body),
-            answer.headers.get("content-encoding", ""),
+        content = _decompress(
+            bytes(response.body),
+            response.headers.get("content-encoding", ""),
             limit=self._settings.max_response_bytes,
         )
-        return RawResponse(sent, answer.status, answer.headers, content)
+        return RawResponse(sent, response.status, response.headers, content)
 
-    def judge(self, exchange: RawResponse, key: TaskKey) -> ParsedResponse:
-        """Return a successful answer. Raises: UpstreamError for any other."""
-        code = exchange.headers.get("x-ca-error-code", "")
-        message = exchange.headers.get("x-ca-error-message", "")
+    def parse_response(self, response: RawResponse, key: TaskKey) -> ParsedResponse:
+        """Return the parsed response if it is a successful envelope. Raises: UpstreamError if it is not."""
+        code = response.headers.get("x-ca-error-code", "")
+        message = response.headers.get("x-ca-error-message", "")
         if not code and not message:
-            body, redact = exchange.body, self._redactor
-            # A larger one is searched in `_make`, step by step.
-            suspect = len(body) <= STEP and redact.suspects_answer(body, exchange.sent["x-ca-signature"])
+            body, redact = response.body, self._redactor
+            # `_send` searches larger bodies for secrets, in steps.
+            suspect = len(body) <= STEP and redact.suspects_answer(body, response.sent["x-ca-signature"])
             if suspect or len(body) > STEP:
-                redact = self.redactor_of(exchange)
+                redact = self.redactor_of(response)
             try:
                 data, invoke_id = read_envelope(body, key, redact=redact)
             except UpstreamInvalid:
-                if exchange.status == _OK:
+                if response.status == _OK:
                     raise
             else:
                 if suspect and redact.refuses(body):
-                    raise UpstreamInvalid(_TELLS)
-                if exchange.status == _OK:
+                    raise UpstreamInvalid(_LEAK)
+                if response.status == _OK:
                     return ParsedResponse(data, body, invoke_id)
-        redact = self.redactor_of(exchange)
+        redact = self.redactor_of(response)
         raise classify(
-            exchange.status,
+            response.status,
             code,
             message,
             detail=UpstreamDetail(
-                request_id=_shown(exchange.headers.get("x-ca-request-id"), redact),
-                err_code=_shown(code or f"HTTP {exchange.status}", redact),
-                err_message=_shown(message or None, redact),
+                request_id=_redacted(response.headers.get("x-ca-request-id"), redact),
+                err_code=_redacted(code or f"HTTP {response.status}", redact),
+                err_message=_redacted(message or None, redact),
             ),
-            retry_after=_retry_after(exchange.headers.get("retry-after", ""), self._clock()),
+            retry_after=_retry_after(response.headers.get("retry-after", ""), self._clock()),
         )
 
-    async def _make(
-        self, key: TaskKey, pair: KeyPair, mark: Mark, over: Callable[[], None]
+    async def _send(
+        self, key: TaskKey, pair: KeyPair, mark: Mark, on_complete: Callable[[], None]
     ) -> ParsedResponse:
         operation = key.operation
-        outcome = UpstreamTimeout.code  # also when the caller's deadline cancels us
+        outcome = UpstreamTimeout.code  # also if the query's deadline cancels the call
         started = time.perf_counter()
         try:
-            exchange = await self.exchange(key, pair, over=over)
-            mark.status = exchange.status
-            skew = self._observe_clock(exchange)
+            response = await self.send_unparsed(key, pair, on_complete=on_complete)
+            mark.status = response.status
+            skew = self._observe_clock(response)
             try:
-                answer = self.judge(exchange, key)
+                parsed = self.parse_response(response, key)
             except UpstreamClock:
                 self._correct_clock(skew)
                 raise
             except UpstreamRejected as exc:
-                # Too large to be searched for secrets in one step: here there is time for it.
-                if exc.envelope != exchange.body and await clean(exchange.body, self.redactor_of(exchange)):
-                    exc.envelope = exchange.body
+                # The body was too large to be searched for secrets in one step. Here it is searched in
+                # several.
+                if exc.envelope != response.body and await clean(response.body, self.redactor_of(response)):
+                    exc.envelope = response.body
                 raise
-            if len(exchange.body) > STEP and await holds(exchange.body, self.redactor_of(exchange).refuses):
-                raise UpstreamInvalid(_TELLS)
+            if len(response.body) > STEP and await holds(response.body, self.redactor_of(response).refuses):
+                raise UpstreamInvalid(_LEAK)
         except UpstreamError as exc:
             outcome, mark.invoke_id = exc.code, exc.invoke_id
             raise
         else:
-            outcome, mark.invoke_id = "ok", answer.invoke_id
-            return answer
+            outcome, mark.invoke_id = "ok", parsed.invoke_id
+            return parsed
         finally:
             mark.outcome = outcome
-            self.trouble = None if outcome in {"ok", UpstreamRejected.code} else outcome
-            self._count(operation, outcome)()
-            self._time[operation](time.perf_counter() - started)
+            self.last_error_code = None if outcome in {"ok", UpstreamRejected.code} else outcome
+            self._counter(operation, outcome)()
+            self._observe_duration[operation](time.perf_counter() - started)
 
-    def redactor_of(self, exchange: RawResponse) -> Redactor:
-        """Return a redactor that hides the signature of this call, too."""
-        return self._redactor.for_call(exchange.sent["x-ca-signature"])
+    def redactor_of(self, response: RawResponse) -> Redactor:
+        """Return a redactor that also hides the signature of this call."""
+        return self._redactor.for_call(response.sent["x-ca-signature"])
 
-    def _observe_clock(self, exchange: RawResponse) -> float | None:
-        """Return how far upstream's clock is ahead of ours, in seconds, when its answer tells."""
-        now = unix_time(exchange.headers.get("date", ""))
+    def _observe_clock(self, response: RawResponse) -> float | None:
+        """Return by how many seconds the upstream's clock is ahead, or None without a valid date."""
+        now = unix_time(response.headers.get("date", ""))
         if now is None:
             return None
         skew = now - self._clock()
@@ -263,33 +272,33 @@ class SignedRequests:
         return skew
 
     def _correct_clock(self, skew: float | None) -> None:
-        """Sign with upstream's time from now on, if that changes anything."""
+        """Sign with the upstream's time from now on, if it differs noticeably."""
         if skew is not None and abs(skew - self.clock_offset) > _CLOCK_TOLERANCE_SECONDS:
             self.clock_offset = skew
-            log.warning("clock corrected to the upstream's", offset_seconds=round(skew, 1))
+            log.warning("clock_corrected", offset_seconds=round(skew, 1))
 
 
-def _shown(text: str | None, redact: Redactor) -> str | None:
+def _redacted(text: str | None, redact: Redactor) -> str | None:
     return None if text is None else redact(text)[:500]
 
 
 @lru_cache(maxsize=1024)
-def _question(task_id: str) -> bytes:
+def _request_body(task_id: str) -> bytes:
     return render_json({"taskId": task_id})
 
 
-def _decoded(body: bytes, encoding: str, *, limit: int) -> bytes:
-    """Return the decoded body, of at most `limit` bytes: a gzip bomb is inflated no further.
+def _decompress(body: bytes, encoding: str, *, limit: int) -> bytes:
+    """Return the decoded body, of at most `limit` bytes. A decompression bomb is inflated no further.
 
     Raises: UpstreamInvalid.
     """
     encoding = encoding.lower()
     if encoding in {"gzip", "deflate"}:
-        inflate = zlib.decompressobj(wbits=47)  # 47: gzip or zlib, whichever it is
+        inflate = zlib.decompressobj(wbits=47)  # 47: detect gzip or zlib
         try:
             body = inflate.decompress(body, limit + 1)
         except zlib.error as exc:
-            raise UpstreamInvalid("the upstream's answer is not what its content encoding says") from exc
+            raise UpstreamInvalid("the upstream's answer does not match its content encoding") from exc
     elif encoding not in {"identity", ""}:
         raise UpstreamInvalid("the upstream's answer has an unknown content encoding")
     if len(body) > limit:
@@ -298,21 +307,22 @@ def _decoded(body: bytes, encoding: str, *, limit: int) -> bytes:
 
 
 def _retry_after(value: str, now: float) -> float | None:
-    """Return the seconds of a Retry-After header (RFC 9110, 10.2.3): a number, or a date."""
+    """Return the seconds of a Retry-After header (RFC 9110, 10.2.3), given as a number or a date."""
     if value.isascii() and value.isdigit():
         return min(float(value), 3600.0)
     then = unix_time(value)
     return None if then is None else min(max(then - now, 0.0), 3600.0)
 
 
-@lru_cache(maxsize=2)  # a second's answers all have the same date
+@lru_cache(maxsize=2)  # all responses within a second have the same date
 def unix_time(date: str) -> float | None:
-    """Return the moment of an HTTP date (RFC 9110, 5.6.7) as Unix time, or None when it is none."""
-    if len(date) > _LONGEST_DATE or not date.isascii() or "_" in date:  # of which int makes numbers, too
+    """Return an HTTP date (RFC 9110, 5.6.7) as Unix time, or None if it is not valid."""
+    if len(date) > _MAX_DATE_LENGTH or not date.isascii() or "_" in date:  # `int` accepts digits with "_"
         return None
     try:
         moment = parsedate_to_datetime(date)
-        # HTTP dates are in GMT, whatever zone they name or leave out; without one, Python takes ours.
+        # HTTP dates are in GMT, whatever zone they contain. Python would take a date without one as local
+        # time.
         return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError, TypeError, IndexError):  # what numbers that fit into no date lead to
+    except (ValueError, OverflowError, TypeError, IndexError):  # raised for numbers that do not form a date
         return None

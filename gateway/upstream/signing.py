@@ -1,8 +1,7 @@
 """The vendor's request signature ("digest" authentication of Alibaba Cloud API Gateway).
 
-Pure functions: the clock and the nonce are arguments. `signed_headers` is what the gateway
-sends, `verify` what the simulated upstream (and the tests) hold requests against. The string
-that is signed, line by line:
+Pure functions: the clock and the nonce are arguments. The gateway sends the result of `signed_headers`. The
+simulated upstream and the tests check requests with `verify`. The string to sign, line by line:
 
     METHOD
     Accept
@@ -29,10 +28,10 @@ from urllib.parse import parse_qsl
 CONTENT_TYPE = "application/json; charset=utf-8"
 METHOD = "HmacSHA256"
 
-# What `signed_headers` has signed, in the order of the lines. The stage, where there is one, is signed, too.
+# The headers that `signed_headers` signs, in the order of the lines. The stage is signed if it is set.
 _SIGNED = ("x-ca-key", "x-ca-nonce", "x-ca-signature-method", "x-ca-timestamp")
 _SIGNED_WITH_STAGE = tuple(sorted((*_SIGNED, "x-ca-stage")))
-# These have lines of their own, or carry the signature itself: never among the name:value lines.
+# Never among the name:value lines: these headers have lines of their own, or carry the signature.
 _NOT_LISTED = frozenset(
     {"x-ca-signature", "x-ca-signature-headers", "accept", "content-md5", "content-type", "date"}
 )
@@ -44,8 +43,9 @@ def content_md5(body: bytes) -> str:
     return base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
 
 
-# Of what we send: a task's question is the same every time, and short. What is verified may be anything.
-_own_md5 = lru_cache(maxsize=1024)(content_md5)
+# Only for bodies that the gateway sends: they are short, and the same for every query of a task. `verify`
+# is not cached: it may receive any body.
+_cached_content_md5 = lru_cache(maxsize=1024)(content_md5)
 
 
 def sign(secret: str, text: str) -> str:
@@ -87,14 +87,15 @@ def signed_headers(
     nonce: str,
     stage: str = "",
 ) -> dict[str, str]:
-    """Return the headers, names in lower case, that make a POST of `body` to `target` acceptable.
+    """Return the headers of a signed POST of `body` to `target`, with lower-case names.
 
-    `timestamp_ms` is Unix time in milliseconds. A nonce serves one request: a retry is signed anew.
+    `timestamp_ms` is Unix time in milliseconds. A nonce is valid for one request: a retry needs a new
+    signature.
     """
     headers = {
         "accept": CONTENT_TYPE,
         "content-type": CONTENT_TYPE,
-        "content-md5": _own_md5(body),
+        "content-md5": _cached_content_md5(body),
         "x-ca-key": access_key,
         "x-ca-nonce": nonce,
         "x-ca-signature-method": METHOD,
@@ -110,9 +111,9 @@ def signed_headers(
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """The verdict on one request: `fault` is None when the signature holds, else says what does not.
+    """The result of `verify`: `fault` is None if the signature is valid, else the reason why it is not.
 
-    `text` is the string to sign as the verifier built it.
+    `text` is the string to sign that the verifier built.
     """
 
     fault: str | None
@@ -120,9 +121,9 @@ class Verification:
 
 
 def verify(method: str, target: str, headers: Mapping[str, str], body: bytes, *, secret: str) -> Verification:
-    """Check a request's signature, the cover of its body, and that what must be signed is.
+    """Check the signature of a request, the digest of its body, and that all mandatory headers are signed.
 
-    `headers` has lower-case names. Key, age and reuse of the nonce are the caller's to check.
+    `headers` has lower-case names. The caller checks the access key, the timestamp and the nonce.
     """
     listed = [name.strip() for name in headers.get("x-ca-signature-headers", "").split(",") if name.strip()]
     text = string_to_sign(method, target, headers, listed)
@@ -143,6 +144,6 @@ def _resource(target: str) -> str:
     path, _, query = target.partition("?")
     if not query:
         return path
-    # Of a repeated key the vendor signs the first value: reversed, for the last assignment stays.
+    # The vendor signs the first value of a repeated key. `dict` keeps the last one, hence `reversed`.
     values = dict(reversed(parse_qsl(query, keep_blank_values=True)))
     return path + "?" + "&".join(f"{key}={values[key]}" if values[key] else key for key in sorted(values))

@@ -1,9 +1,12 @@
-"""What the API gateway in front of the upstream means by its refusals.
+"""Classification of the vendor's error responses: which exception each one becomes.
 
-One table from (HTTP status, X-Ca-Error-Code, X-Ca-Error-Message) to the exception tree.
-A code is a class letter, the HTTP status and two letters; older deployments send the
-message alone, and 400 or 403 where newer ones send 401 or 429. Source: the vendor's API
-Gateway documentation, "error codes".
+    message (X-Ca-Error-Message) -> code (X-Ca-Error-Code) -> class letter of the code -> HTTP status
+    first match wins; an unspecific 401 or 403 is then searched for words about quota or key pair
+
+Every error response that is not an envelope is classified here, by the tables below. The message is looked
+up first: for a response that has both, a change of the code's row has no effect. A code is a class letter,
+the HTTP status and two letters. Older deployments send the message alone, and 400 or 403 where newer ones
+send 401 or 429. Source: the vendor's API Gateway documentation, "error codes".
 """
 
 from __future__ import annotations
@@ -25,11 +28,11 @@ from gateway.domain.errors import (
     UpstreamTimeout,
 )
 
-_Kind = type[UpstreamError]
+_ErrorType = type[UpstreamError]
 
-# Messages first: for clock and nonce they are surer than the codes, and older deployments
-# have nothing else. Matched anywhere in the text, first match wins.
-BY_MESSAGE: tuple[tuple[str, _Kind], ...] = (
+# Messages come first: for clock and nonce they are more reliable than the codes, and older deployments send
+# nothing else. A row matches anywhere in the lower-case message; the first match wins.
+BY_MESSAGE: tuple[tuple[str, _ErrorType], ...] = (
     ("timestamp expired", UpstreamClock),
     ("invalid timestamp", UpstreamClock),
     ("nonce used", UpstreamNonce),
@@ -48,7 +51,7 @@ BY_MESSAGE: tuple[tuple[str, _Kind], ...] = (
     ("async service", UpstreamTimeout),
 )
 
-BY_CODE: Mapping[str, _Kind] = {
+BY_CODE: Mapping[str, _ErrorType] = {
     **dict.fromkeys(
         ("A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"), UpstreamCredentials
     ),
@@ -62,16 +65,17 @@ BY_CODE: Mapping[str, _Kind] = {
     "I400NC": UpstreamNonce,
 }
 
-# The class letter of a code that is not in the table. The other classes mean what their status does.
-BY_CLASS: Mapping[str, _Kind] = {
+# By the class letter of a code that is not in `BY_CODE`. Codes of other classes are classified by their
+# status.
+BY_CLASS: Mapping[str, _ErrorType] = {
     "A": UpstreamCredentials,
     "B": UpstreamQuota,
     "T": UpstreamThrottled,
 }
 
-# A bare 401 or 403, or one whose code is of no class about the pair, may be a firewall's or the service's own
-# word about one task: only a refusal that names the credentials pauses them.
-BY_STATUS: Mapping[int, _Kind] = {
+# A 401 or 403 without a code, or with a code of another class, may come from a firewall, or from the service
+# about one task. Only a refusal that names the credentials pauses them, so these are UpstreamForbidden.
+BY_STATUS: Mapping[int, _ErrorType] = {
     401: UpstreamForbidden,
     403: UpstreamForbidden,
     429: UpstreamThrottled,
@@ -81,52 +85,57 @@ BY_STATUS: Mapping[int, _Kind] = {
     504: UpstreamTimeout,
 }
 
-# In messages that are in no table: what they say of the credentials.
+# Words about the credentials in messages that match no row.
 _NAMES_QUOTA = re.compile(r"quota|arrears|overdue")
 _NAMES_PAIR = re.compile(r"app ?key|access ?key|secret|signature|authori[sz]")
 
 _CODE = re.compile(r"(?P<letter>[A-Z])(?P<status>[0-9]{3})[A-Z0-9]{2}")
 
-_TEXT: Mapping[_Kind, str] = {
-    UpstreamBusy: "the upstream is unwell",
+_TEXT: Mapping[_ErrorType, str] = {
+    UpstreamBusy: "the upstream is temporarily unavailable",
     UpstreamClock: "the upstream refused the request's timestamp",
     UpstreamCredentials: "the upstream refused the gateway's credentials",
-    UpstreamForbidden: "the upstream refused this query, and did not say why",
-    UpstreamInvalid: "the upstream refused the request's form",
-    UpstreamNonce: "the upstream saw the request's nonce before",
-    UpstreamQuota: "the upstream refused the gateway's quota or account",
+    UpstreamForbidden: "the upstream refused this query without a reason",
+    UpstreamInvalid: "the upstream refused the format of the request",
+    UpstreamNonce: "the upstream refused the request's nonce as used before",
+    UpstreamQuota: "the upstream refused the call because of the gateway's quota or account",
     UpstreamThrottled: "the upstream asks to slow down",
-    UpstreamTimeout: "the upstream ran into a time-out of its own",
+    UpstreamTimeout: "the upstream reported a timeout of its own",
 }
 
 
 def classify(
     http_status: int, code: str, message: str, *, detail: UpstreamDetail, retry_after: float | None
 ) -> UpstreamError:
-    """Return the exception for an answer that is no envelope; `code` and `message` may be empty.
+    """Return the exception for a response that is not an envelope.
 
-    `retry_after`: what upstream asked for, in seconds.
+    Args:
+        http_status: The HTTP status of the response.
+        code: The value of `X-Ca-Error-Code`, or "".
+        message: The value of `X-Ca-Error-Message`, or "".
+        detail: The redacted detail that the exception carries.
+        retry_after: The delay that the upstream asked for, in seconds.
     """
-    kind = _kind(http_status, code, message.lower())
-    return kind(_TEXT[kind], detail=detail, retry_after=retry_after)
+    error_type = _error_type(http_status, code, message.lower())
+    return error_type(_TEXT[error_type], detail=detail, retry_after=retry_after)
 
 
-def _kind(http_status: int, code: str, message: str) -> _Kind:
-    kind = _listed(http_status, code, message)
-    if kind is not UpstreamForbidden:
-        return kind
+def _error_type(http_status: int, code: str, message: str) -> _ErrorType:
+    error_type = _look_up(http_status, code, message)
+    if error_type is not UpstreamForbidden:
+        return error_type
     if _NAMES_QUOTA.search(message):
         return UpstreamQuota
-    return UpstreamCredentials if _NAMES_PAIR.search(message) else kind
+    return UpstreamCredentials if _NAMES_PAIR.search(message) else error_type
 
 
-def _listed(http_status: int, code: str, message: str) -> _Kind:
-    for part, kind in BY_MESSAGE:
+def _look_up(http_status: int, code: str, message: str) -> _ErrorType:
+    for part, error_type in BY_MESSAGE:
         if part in message:
-            return kind
+            return error_type
     if code in BY_CODE:
         return BY_CODE[code]
-    # A code that is not in the table still tells its class and its HTTP status: T429xx is a throttle.
-    if told := _CODE.fullmatch(code):
-        return BY_CLASS.get(told["letter"]) or BY_STATUS.get(int(told["status"]), UpstreamInvalid)
+    # A code that is not in the table still contains its class and its HTTP status: T429xx means throttling.
+    if parts := _CODE.fullmatch(code):
+        return BY_CLASS.get(parts["letter"]) or BY_STATUS.get(int(parts["status"]), UpstreamInvalid)
     return BY_STATUS.get(http_status, UpstreamInvalid)

@@ -129,7 +129,7 @@ class WatchHub:
         if schedule is None:
             schedule = self._schedules[key] = Schedule(key)
             # A cached snapshot is sent at once, before the first refresh.
-            result = self._service.current(key)
+            result = self._service.peek(key)
             schedule.latest = (
                 Update(key, result.snapshot).without_large_body() if result is not None else None
             )
@@ -137,7 +137,7 @@ class WatchHub:
         # The lookup comes first, because it can deliver a change that is due in the store. That change is
         # then published before this subscriber is added: its client may have read it elsewhere already, and
         # must not receive anything older.
-        current = self._service.current(key)
+        current = self._service.peek(key)
         self._publish_pending(key)
         # Add the subscriber before it gets the current snapshot: a change in between would be lost otherwise.
         schedule.subscribers.add(subscriber)
