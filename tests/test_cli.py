@@ -169,7 +169,7 @@ def test_cli_serve_where_somebody_listens_exits_with_1(tmp_path: Path) -> None:
     assert status == 1
     [line] = output.splitlines()
     told = json.loads(line)
-    assert (told["event"], told["reason"]) == ("cannot listen", "Address already in use")
+    assert (told["event"], told["reason"]) == ("listen_failed", "Address already in use")
     assert (told["host"], told["port"], told["level"]) == ("127.0.0.1", port, "error")
 
 
@@ -178,7 +178,7 @@ def test_cli_serve_at_an_address_that_is_none_exits_with_1(tmp_path: Path) -> No
     status, output = run("serve", cwd=tmp_path, env={"SD_GATEWAY_SERVER__HOST": "nobody.invalid"})
     assert status == 1
     told = json.loads(output)
-    assert (told["event"], told["host"]) == ("cannot listen", "nobody.invalid")
+    assert (told["event"], told["host"]) == ("listen_failed", "nobody.invalid")
     assert told["reason"]
 
 
@@ -193,7 +193,7 @@ def test_cli_serve_where_metrics_cannot_listen_exits_with_1(tmp_path: Path) -> N
     assert status == 1
     [line] = output.splitlines()
     told = json.loads(line)
-    assert (told["event"], told["reason"]) == ("cannot listen", "Address already in use")
+    assert (told["event"], told["reason"]) == ("listen_failed", "Address already in use")
     assert str(told["port"]) == env["SD_GATEWAY_SERVER__METRICS_PORT"]
 
 
@@ -461,7 +461,7 @@ def test_cli_demo_where_somebody_listens_shows_nothing(tmp_path: Path) -> None:
         status, output = run("demo", "--simulator-port", "0", cwd=tmp_path, env=env)
     assert status == 1
     told = json.loads(output)
-    assert (told["event"], told["reason"]) == ("cannot listen", "Address already in use")
+    assert (told["event"], told["reason"]) == ("listen_failed", "Address already in use")
 
 
 def test_cli_demo_shows_where_it_listens(tmp_path: Path) -> None:

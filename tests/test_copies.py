@@ -37,15 +37,15 @@ def snapshot(version: int, key: TaskKey = KEY, *, status: Status = Status.RUNNIN
 def test_copies_show_what_is_due_at_once(local_cache: LocalCache) -> None:
     """What is shown by now is held, and nothing waits for it."""
     one = snapshot(1)
-    local_cache.take_up(one, shown_at=1000.0)
+    local_cache.apply(one, shown_at=1000.0)
     assert local_cache.peek(KEY) is local_cache.peek_stale(KEY) is local_cache.latest(KEY) is one
 
 
 def test_copies_change_over_at_their_moment(loop: TickedLoop, local_cache: LocalCache) -> None:
     """Until its moment a copy is known but not shown; at that moment it is, before any timer has fired."""
     one, two = snapshot(1), snapshot(2)
-    local_cache.take_up(one, shown_at=0)
-    loop.within(lambda: local_cache.take_up(two, shown_at=1000.0 + LATER))
+    local_cache.apply(one, shown_at=0)
+    loop.within(lambda: local_cache.apply(two, shown_at=1000.0 + LATER))
     assert local_cache.peek(KEY) is local_cache.peek_stale(KEY) is one
     assert local_cache.latest(KEY) is two
     loop._now += LATER
@@ -59,8 +59,8 @@ def test_copies_tell_listeners_though_nobody_asks(loop: TickedLoop, local_cache:
     """When its moment has come listeners are told of a copy, and of each of several in order."""
     heard: list[int] = []
     local_cache._memory.on_change(lambda stored: heard.append(stored.version))
-    loop.within(lambda: local_cache.take_up(snapshot(1), shown_at=1000.0 + LATER))
-    loop.within(lambda: local_cache.take_up(snapshot(2), shown_at=1000.0 + 2 * LATER))
+    loop.within(lambda: local_cache.apply(snapshot(1), shown_at=1000.0 + LATER))
+    loop.within(lambda: local_cache.apply(snapshot(2), shown_at=1000.0 + 2 * LATER))
     loop.advance(LATER + 0.01)
     assert heard == [1]
     loop.advance(LATER)
@@ -69,23 +69,23 @@ def test_copies_tell_listeners_though_nobody_asks(loop: TickedLoop, local_cache:
 
 def test_copies_wake_who_waits_for_all_to_come(loop: TickedLoop, local_cache: LocalCache) -> None:
     """Who waits until everything has come goes on with the last of it; with nothing to come, at once."""
-    loop.within(lambda: local_cache.take_up(snapshot(1), shown_at=1000.0 + LATER))
-    loop.within(lambda: local_cache.take_up(snapshot(2), shown_at=1000.0 + 2 * LATER))
-    waiting, idle = loop.create_task(local_cache.arrived(KEY)), loop.create_task(local_cache.arrived(OTHER))
+    loop.within(lambda: local_cache.apply(snapshot(1), shown_at=1000.0 + LATER))
+    loop.within(lambda: local_cache.apply(snapshot(2), shown_at=1000.0 + 2 * LATER))
+    waiting, idle = loop.create_task(local_cache.activated(KEY)), loop.create_task(local_cache.activated(OTHER))
     loop.advance(LATER + 0.01)
     assert idle.done()
     assert not waiting.done()
     loop.advance(LATER)
     assert waiting.done()
-    assert loop.run_until_complete(local_cache.arrived(KEY)) is None  # type: ignore[func-returns-value]
+    assert loop.run_until_complete(local_cache.activated(KEY)) is None  # type: ignore[func-returns-value]
 
 
 def test_copies_take_up_nothing_older(loop: TickedLoop, local_cache: LocalCache) -> None:
     """What is older than what is known, the same, or goes on where a task has ended, is let go."""
     ended = snapshot(3, status=Status.SUCCEEDED)
-    loop.within(lambda: local_cache.take_up(ended, shown_at=1000.0 + LATER))
+    loop.within(lambda: local_cache.apply(ended, shown_at=1000.0 + LATER))
     for late in (snapshot(2), snapshot(3), snapshot(4)):
-        local_cache.take_up(late, shown_at=0)
+        local_cache.apply(late, shown_at=0)
     assert local_cache.peek(KEY) is None
     loop.advance(LATER + 0.01)
     assert local_cache.peek(KEY) is ended
@@ -94,18 +94,18 @@ def test_copies_take_up_nothing_older(loop: TickedLoop, local_cache: LocalCache)
 def test_copies_show_nothing_that_is_doubted(local_cache: LocalCache) -> None:
     """A doubted copy covers failures and is followed, but not shown until it is confirmed, or replaced."""
     one, other = snapshot(1), snapshot(1, OTHER)
-    local_cache.take_up(one, shown_at=0)
-    local_cache.take_up(other, shown_at=0)
-    local_cache.doubt(lambda key: key == KEY)
+    local_cache.apply(one, shown_at=0)
+    local_cache.apply(other, shown_at=0)
+    local_cache.invalidate(lambda key: key == KEY)
     assert local_cache.peek(KEY) is None
     assert local_cache.peek_stale(KEY) is local_cache.latest(KEY) is one
-    assert local_cache.doubted(KEY)
+    assert local_cache.invalidated(KEY)
     assert local_cache.peek(OTHER) is other
-    local_cache.doubt(lambda key: key == OTHER)
+    local_cache.invalidate(lambda key: key == OTHER)
     assert (local_cache.peek(KEY), local_cache.peek(OTHER)) == (None, None)
-    local_cache.confirm(KEY)
+    local_cache.revalidate(KEY)
     assert local_cache.peek(KEY) is one
-    local_cache.take_up(snapshot(2, OTHER), shown_at=0)
+    local_cache.apply(snapshot(2, OTHER), shown_at=0)
     assert local_cache.peek(OTHER) is not None
 
 
@@ -113,19 +113,19 @@ def test_copies_doubted_are_not_the_more_recently_used(local_cache: LocalCache) 
     """To doubt some, or all, is no sign of life: what makes room is still what nobody asked for longest."""
     keys = [KEY._replace(task_id=str(number)) for number in range(15)]
     for key in keys[:10]:
-        local_cache.take_up(snapshot(1, key), shown_at=0)
+        local_cache.apply(snapshot(1, key), shown_at=0)
     local_cache.peek(keys[0])
-    local_cache.doubt(lambda key: int(key.task_id) % 3 == 1)
-    local_cache.doubt(lambda _: True)
+    local_cache.invalidate(lambda key: int(key.task_id) % 3 == 1)
+    local_cache.invalidate(lambda _: True)
     for key in keys[10:]:
-        local_cache.take_up(snapshot(1, key), shown_at=0)
+        local_cache.apply(snapshot(1, key), shown_at=0)
     assert {key for key in keys if local_cache.latest(key) is not None} == {keys[0], *keys[6:]}
 
 
 def test_copies_doubt_what_is_still_to_come(loop: TickedLoop, local_cache: LocalCache) -> None:
     """What was to come when something may have been missed is doubted, too, once it has come."""
-    loop.within(lambda: local_cache.take_up(snapshot(1), shown_at=1000.0 + LATER))
-    local_cache.doubt(lambda _: True)
+    loop.within(lambda: local_cache.apply(snapshot(1), shown_at=1000.0 + LATER))
+    local_cache.invalidate(lambda _: True)
     loop.advance(LATER + 0.01)
     assert local_cache.peek_stale(KEY) is not None
     assert local_cache.peek(KEY) is None
@@ -133,7 +133,7 @@ def test_copies_doubt_what_is_still_to_come(loop: TickedLoop, local_cache: Local
 
 def test_copies_leave_no_timer_behind(loop: TickedLoop, local_cache: LocalCache) -> None:
     """Closed, nothing comes any more."""
-    loop.within(lambda: local_cache.take_up(snapshot(1), shown_at=1000.0 + LATER))
+    loop.within(lambda: local_cache.apply(snapshot(1), shown_at=1000.0 + LATER))
     local_cache.close()
     loop.advance(1)
     assert len(local_cache._memory) == 0
@@ -155,11 +155,11 @@ def test_copies_note_until_when_each_is_shown(steps: list[tuple[str, int, float]
     for step, version, wait in steps:
         match step:
             case "take up":
-                loop.within(lambda: local_cache.take_up(snapshot(version), shown_at=loop.time() + wait))  # noqa: B023  # called at once
+                loop.within(lambda: local_cache.apply(snapshot(version), shown_at=loop.time() + wait))  # noqa: B023  # called at once
             case "doubt":
-                local_cache.doubt(lambda _: True)
+                local_cache.invalidate(lambda _: True)
             case "confirm":
-                local_cache.confirm(KEY)
+                local_cache.revalidate(KEY)
             case "wait":
                 loop._now += LATER  # and no timer has fired yet
         noted = [one for one in seen if memory.is_current(one, loop.time())]
@@ -174,12 +174,12 @@ def test_copies_note_until_when_each_is_shown(steps: list[tuple[str, int, float]
 def test_copies_are_noted_as_shown_again_once_confirmed(loop: TickedLoop, local_cache: LocalCache) -> None:
     """Doubted and confirmed, a copy is shown as before: for good, or until its successor's moment."""
     one = snapshot(1)
-    local_cache.take_up(one, shown_at=0)
+    local_cache.apply(one, shown_at=0)
     for until in (float("inf"), 1000.0 + LATER):
-        local_cache.doubt(lambda _: True)
+        local_cache.invalidate(lambda _: True)
         assert one.shown_until == float("-inf")
-        local_cache.confirm(KEY)
+        local_cache.revalidate(KEY)
         if until > one.fetched_at + LATER:
             assert one.shown_until == until
-            loop.within(lambda: local_cache.take_up(snapshot(2), shown_at=1000.0 + LATER))
+            loop.within(lambda: local_cache.apply(snapshot(2), shown_at=1000.0 + LATER))
     assert one.shown_until == 1000.0 + LATER

@@ -74,7 +74,7 @@ def test_drain_lets_requests_in_flight_finish(
         response = in_flight.result()
         assert (response.status_code, response.json()["status"]) == (200, "running")
         assert process.exit_status() == 0
-    assert '"event": "draining"' in process.output
+    assert '"event": "shutdown_started"' in process.output
     assert '"event": "stopped"' in process.output
     assert_clean(process.output)
 

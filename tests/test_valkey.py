@@ -110,7 +110,7 @@ async def leased(store: ValkeyStore, key: TaskKey = KEY, *, after: int | None = 
 
 async def waiting(store: ValkeyStore, key: TaskKey = KEY) -> asyncio.Task[Any]:
     """Begin to take off where another has the lease; return what goes on when the server has said so."""
-    asked = store._link._metrics.store_operation_duration.labels("take_off")
+    asked = store._connection._metrics.store_operation_duration.labels("take_off")
     before = asked._sum.get()
     flight = asyncio.create_task(store.acquire(key))
     await eventually(lambda: asked._sum.get() > before, "the server was asked")
@@ -284,7 +284,7 @@ async def test_valkey_reads_on_after_whatever_is_published(opened: Open, server:
         *(b"F" + subject + time + b"\n" + failure for time in (b"", b"-1", b"1_0", b"9" * 99, b"9" * 9999)),
         b"F" + subject + b"1000\n" + b"[" * 9999,
     ]
-    channel = store._link.channel(slot_of(KEY))
+    channel = store._connection.channel(slot_of(KEY))
     for message in messages:
         server.client.publish(channel, message)
     server.client.publish(channel, b"T999999999")
@@ -302,7 +302,7 @@ async def test_valkey_believes_no_failure_without_an_end(
 ) -> None:
     """A failure that is remembered for ever, or for longer than a setting says, is as good as none."""
     store = await opened({"url": server.url})
-    name = f"{store._link.channel(slot_of(KEY))}:{KEY.operation}:{KEY.task_id}:f"
+    name = f"{store._connection.channel(slot_of(KEY))}:{KEY.operation}:{KEY.task_id}:f"
     server.client.set(name, encode_failure(KEY, UpstreamTimeout("too late")), ex=time_to_live or None)
     assert isinstance(await store.acquire(KEY), Lease)
     assert not server.client.exists(name)
@@ -374,10 +374,10 @@ async def test_valkey_gives_back_a_lease_that_it_never_heard_of(opened: Open, se
     assert isinstance(alone, Lease)
     assert not alone.token
     server.thaw()
-    given_back = hasty._link._metrics.store_operation_duration.labels("fail")
-    failed = hasty._link._metrics.store_errors.labels("fail")
+    given_back = hasty._connection._metrics.store_operation_duration.labels("fail")
+    failed = hasty._connection._metrics.store_errors.labels("fail")
     await eventually(
-        lambda: given_back._sum.get() > 0 and failed._value.get() == 0 and not hasty._leases._unheard,
+        lambda: given_back._sum.get() > 0 and failed._value.get() == 0 and not hasty._leases._unconfirmed,
         "it is given back",
     )
     assert not server.client.keys("*:unheard:l")
@@ -523,8 +523,8 @@ async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> N
             assert isinstance(await other.acquire(key), Snapshot)
         await moving
         for each in (one, other):
-            await eventually(lambda each=each: time.monotonic() < each._link.sure_until, "it follows again")  # type: ignore[misc]
-            assert each._link._metrics.store_errors.labels("subscribe")._value.get() == 0
+            await eventually(lambda each=each: time.monotonic() < each._connection.sure_until, "it follows again")  # type: ignore[misc]
+            assert each._connection._metrics.store_errors.labels("subscribe")._value.get() == 0
         heard: list[Snapshot] = []
         other.on_change(heard.append)
         for task in range(number - 99, number + 1):  # in every shard, and no more than are kept

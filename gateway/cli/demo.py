@@ -44,7 +44,7 @@ def run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
 
     Raises: RuntimeError when the simulated upstream does not start; see `server.run` for the rest.
     """
-    server.exit_well_when_told()  # from here on, so that no simulator is left behind
+    server.exit_cleanly_on_signals()  # from here on, so that no simulator is left behind
     secret = secrets.token_hex(16)
     with (
         _simulator(simulator_port, secret) as endpoint,
