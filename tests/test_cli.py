@@ -228,7 +228,7 @@ def test_cli_check_finds_all_well(tmp_path: Path, simulator: Simulator) -> None:
     """With the right pair `check` says so, and exits with 0."""
     status, output = checked(tmp_path, pair(simulator.url))
     assert status == 0
-    assert "well: signature accepted" in output
+    assert "OK: key, signature and clock accepted" in output
     assert simulator.calls() == 1
 
 
@@ -241,8 +241,8 @@ def test_cli_check_finds_all_well_where_the_probe_is_a_task(tmp_path: Path, simu
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"CREDENTIALS__ACCESS_KEY": "wrong-key"}, "access key: the upstream does not know it"),
-        ({"CREDENTIALS__SECRET_KEY": "wrong-secret"}, "secret key: wrong; both sides signed the same text"),
+        ({"CREDENTIALS__ACCESS_KEY": "wrong-key"}, "access key: unknown to the upstream"),
+        ({"CREDENTIALS__SECRET_KEY": "wrong-secret"}, "secret key: wrong; both sides signed the same string"),
         ({"CREDENTIALS__SECRET_KEY": ""}, "credentials: none"),
     ],
     ids=["wrong-key", "wrong-secret", "none"],
@@ -259,10 +259,10 @@ def test_cli_check_explains_a_wrong_pair(
 @pytest.mark.parametrize(
     ("known", "says"),
     [
-        ({KEY, "next-key"}, "both pairs work"),
-        ({KEY}, "the active pair works, the next one does not"),
-        ({"next-key"}, "the active pair does not work, the next one does"),
-        ({}, "neither pair works"),
+        ({KEY, "next-key"}, "both key pairs work"),
+        ({KEY}, "only the active key pair works"),
+        ({"next-key"}, "only the next key pair works"),
+        ({}, "neither key pair works"),
     ],
     ids=["both", "active", "next", "neither"],
 )
@@ -274,11 +274,11 @@ def test_cli_check_tries_both_pairs(tmp_path: Path, simulator: Simulator, known:
     status, output = checked(tmp_path, pair(simulator.url, **following))
     assert status == (0 if len(known) == 2 else 1)
     assert output.splitlines()[-1].startswith(says)
-    assert [line for line in output.splitlines() if line.startswith("with the")] == [
-        "with the active pair (generation 1):",
-        "with the next pair (generation 1):",
+    assert [line for line in output.splitlines() if "(generation" in line] == [
+        "active key pair (generation 1):",
+        "next key pair (generation 1):",
     ]
-    assert output.count("well: signature accepted") == len(known)
+    assert output.count("OK: key, signature and clock accepted") == len(known)
     assert simulator.calls() == 2
 
 
@@ -286,9 +286,9 @@ def test_cli_check_tells_of_a_pair_that_cannot_be_read(tmp_path: Path, simulator
     """Half a next pair is no pair: `check` fails and says so, although the active one works."""
     status, output = checked(tmp_path, pair(simulator.url, CREDENTIALS__NEXT_ACCESS_KEY="next-key"))
     assert status == 1
-    assert "the next pair cannot be read: ValueError: access key or secret key is empty" in output
-    assert "well: signature accepted" in output
-    assert output.splitlines()[-1].startswith("the active pair works, the next one does not")
+    assert "next key pair: cannot be read: ValueError: access key or secret key is empty" in output
+    assert "OK: key, signature and clock accepted" in output
+    assert output.splitlines()[-1].startswith("only the active key pair works")
 
 
 @pytest.mark.parametrize(("ahead", "word"), [(3600, "behind"), (-3600, "ahead")])
@@ -299,16 +299,16 @@ def test_cli_check_explains_a_wrong_clock(
     simulator.ahead_seconds = ahead
     status, output = checked(tmp_path, pair(simulator.url))
     assert status == 1
-    told = re.search(rf"clock: our clock is (\d+) seconds {word}", output)
+    told = re.search(rf"clock: the local clock is (\d+) seconds {word}", output)
     assert told, output
     assert abs(int(told[1]) - 3600) < 60
 
 
 REFUSED = {
-    "quota": ({"code": "B403MQ", "message": "Quota Exhausted"}, "account: the key is known"),
+    "quota": ({"code": "B403MQ", "message": "Quota Exhausted"}, "account: the access key is known"),
     "throttled": ({"code": "T429PA", "message": "Throttled by APP Flow Control"}, "upstream: "),
     "request": ({"status": 400, "message": "Invalid Url"}, "upstream: "),
-    "bare-signature": ({"status": 403, "message": "Invalid Signature"}, "secret key: wrong, or the request"),
+    "bare-signature": ({"status": 403, "message": "Invalid Signature"}, "secret key: wrong, or a proxy"),
 }
 
 
@@ -320,7 +320,7 @@ def test_cli_check_explains_a_refusal(tmp_path: Path, simulator: Simulator, name
     status, output = checked(tmp_path, pair(simulator.url))
     assert status == 1
     assert says in output
-    assert f"upstream said: {fault.get('status') or fault['code'][1:4]}" in output
+    assert f"response of the upstream: {fault.get('status') or fault['code'][1:4]}" in output
 
 
 def test_cli_check_explains_an_answer_that_is_none(tmp_path: Path, simulator: Simulator) -> None:
@@ -336,10 +336,10 @@ def test_cli_check_explains_silence_and_absence(tmp_path: Path, simulator: Simul
     simulator.fault("silent")
     status, output = checked(tmp_path, pair(simulator.url, UPSTREAM__ATTEMPT_TIMEOUT_SECONDS="0.2"))
     assert status == 1
-    assert "network: no answer in time" in output
+    assert "network: no response in time" in output
     status, output = checked(tmp_path, pair(f"http://127.0.0.1:{free_port()}"))
     assert status == 1
-    assert "network: the upstream could not be reached (ConnectError); nobody listens there" in output
+    assert "network: the upstream could not be reached (ConnectError); connection refused" in output
 
 
 def test_cli_check_tells_names_and_certificates_apart(tmp_path: Path, simulator: Simulator) -> None:
@@ -352,10 +352,10 @@ def test_cli_check_tells_names_and_certificates_apart(tmp_path: Path, simulator:
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
-    assert "its name leads to no address" in told("https://nobody.invalid")
-    assert "it does not speak TLS" in told(simulator.url.replace("http:", "https:"))
+    assert "host name not found" in told("https://nobody.invalid")
+    assert "TLS handshake failed" in told(simulator.url.replace("http:", "https:"))
     with running(simulator.stage, lifespan="off", ssl_context_factory=lambda *_: context) as url:
-        assert "its certificate is not to be trusted (unable to get local issuer certificate)" in told(url)
+        assert "the certificate could not be verified (unable to get local issuer certificate)" in told(url)
 
 
 def checked_past_a_meddler(tmp_path: Path, simulator: Simulator, header: bytes, value: bytes) -> str:

@@ -71,7 +71,10 @@ def test_copies_wake_who_waits_for_all_to_come(loop: TickedLoop, local_cache: Lo
     """Who waits until everything has come goes on with the last of it; with nothing to come, at once."""
     loop.within(lambda: local_cache.apply(snapshot(1), shown_at=1000.0 + LATER))
     loop.within(lambda: local_cache.apply(snapshot(2), shown_at=1000.0 + 2 * LATER))
-    waiting, idle = loop.create_task(local_cache.activated(KEY)), loop.create_task(local_cache.activated(OTHER))
+    waiting, idle = (
+        loop.create_task(local_cache.activated(KEY)),
+        loop.create_task(local_cache.activated(OTHER)),
+    )
     loop.advance(LATER + 0.01)
     assert idle.done()
     assert not waiting.done()

@@ -523,7 +523,9 @@ async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> N
             assert isinstance(await other.acquire(key), Snapshot)
         await moving
         for each in (one, other):
-            await eventually(lambda each=each: time.monotonic() < each._connection.sure_until, "it follows again")  # type: ignore[misc]
+            await eventually(
+                lambda each=each: time.monotonic() < each._connection.sure_until, "it follows again"
+            )  # type: ignore[misc]
             assert each._connection._metrics.store_errors.labels("subscribe")._value.get() == 0
         heard: list[Snapshot] = []
         other.on_change(heard.append)

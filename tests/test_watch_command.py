@@ -167,7 +167,7 @@ def test_watch_carries_on_against_a_new_process(
         process.says('"progress": 0.25')
         first.signal(signal.SIGTERM)
         assert first.exit_status() == 0
-        process.says(f"sd-gateway: {gateway.url}: the stream ended; trying again")
+        process.says(f"sd-gateway: {gateway.url}: stream ended; reconnecting")
         with serve(gateway.address[1]) as (_, second):
             until(lambda: second.metric("watchers", kind="events"), "the command is back")
             simulated.script(task_id, **SUCCESS)
@@ -310,11 +310,11 @@ def test_watch_says_why_it_waits_once(tmp_path: Path) -> None:
     assert status == 1
     assert sorted(output.splitlines()) == sorted(
         [
-            f"{complaint}the stream ended; trying again",
-            f"{complaint}503 Service Unavailable; trying again",
+            f"{complaint}stream ended; reconnecting",
+            f"{complaint}503 Service Unavailable; reconnecting",
             "A: failed, 25 %",
-            f"{complaint}the stream ended; trying again",
-            f"{complaint}503 Service Unavailable; trying again",
+            f"{complaint}stream ended; reconnecting",
+            f"{complaint}503 Service Unavailable; reconnecting",
         ]
     )
 
@@ -335,7 +335,7 @@ class Terminal:
         """All that was shown so far, without colours and cursor movements."""
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.raw).replace("\r\n", "\n")
 
-    def is_current(self, text: str) -> None:
+    def wait_for(self, text: str) -> None:
         """Wait until this is shown."""
         while text not in self.text:
             assert self._read(), f"never {text!r} in {self.text}"
@@ -382,15 +382,15 @@ def test_watch_draws_a_live_bar_per_task(simulated: Simulator, served: str, tmp_
     one, other = "task-one", "task-two"
     simulated.script(one, **WAITING)
     with terminal("watch", one, other, "--gateway", served, cwd=tmp_path) as screen:
-        screen.is_current(f"{served}: 0 of 2 ended")
-        screen.is_current("3 in the queue")
-        screen.is_current("the upstream rejected the query")
+        screen.wait_for(f"{served}: 0 of 2 ended")
+        screen.wait_for("3 in the queue")
+        screen.wait_for("the upstream rejected the query")
         simulated.script(one, **RUNNING)
-        screen.is_current("╸")  # a bar's moving end
-        screen.is_current("25 % step 5 of 20")
+        screen.wait_for("╸")  # a bar's moving end
+        screen.wait_for("25 % step 5 of 20")
         simulated.script(other, **FAILURE)
-        screen.is_current("75 % out of memory")
-        screen.is_current("1 of 2 ended")
+        screen.wait_for("75 % out of memory")
+        screen.wait_for("1 of 2 ended")
         simulated.script(one, **SUCCESS)
         assert screen.exit_status() == 1
     last = screen.text[screen.text.rindex(served) :]
@@ -407,7 +407,7 @@ def test_watch_leaves_a_terminal_in_order(simulated: Simulator, served: str, tmp
     """Ctrl-C gives the cursor back, and ends it with exit status 1 and no traceback."""
     task_id = simulated.task()
     with terminal("watch", task_id, "--gateway", served, cwd=tmp_path) as screen:
-        screen.is_current("running")
+        screen.wait_for("running")
         screen.signal(signal.SIGINT)
         assert screen.exit_status() == 1
     assert screen.raw.rstrip().endswith("\x1b[?25h")
@@ -418,7 +418,7 @@ def test_watch_shows_trouble_above_the_bars(tmp_path: Path) -> None:
     """A gateway that cannot be reached is told on the screen, not between the bars."""
     url = f"http://127.0.0.1:{free_port()}"
     with terminal("watch", "A", "--gateway", url, cwd=tmp_path) as screen:
-        screen.is_current(f"{url}: it cannot be reached (Connection refused); trying again\n")
+        screen.wait_for(f"{url}: connection failed (Connection refused); reconnecting\n")
         assert "sd-gateway:" not in screen.text
 
 
@@ -480,7 +480,7 @@ def test_board_counts_the_time_left_down() -> None:
     """Between two events the time left goes down with the clock, and is never below nothing."""
     clock = Clock()
     shown = board(clock=clock)
-    shown.note(heard(etaSeconds=3725))
+    shown.update(heard(etaSeconds=3725))
     left = []
     for _ in range(4):
         left.append(drawn(shown)[1].partition("%")[2].strip())
@@ -491,28 +491,28 @@ def test_board_counts_the_time_left_down() -> None:
 def test_board_rounds_down() -> None:
     """100 % means that it is."""
     shown = board()
-    assert shown.note(heard(progress=0.999)) == "A: running, 99 %"
+    assert shown.update(heard(progress=0.999)) == "A: running, 99 %"
 
 
 def test_board_has_a_line_for_what_changed_in_words() -> None:
     """The same words are no line, nor is a task that nobody asked for, nor the end."""
     shown = board()
     problem = Problem.model_validate({"taskId": "A", "title": "It broke"})
-    assert shown.note(Event("problem", {}, problem)) == "A: error, It broke"
-    assert shown.note(heard()) == "A: running, 25 %"
-    assert shown.note(heard()) == ""
-    assert shown.note(heard(taskId="B")) == ""
-    assert shown.note(Event("end", {})) == ""
+    assert shown.update(Event("problem", {}, problem)) == "A: error, It broke"
+    assert shown.update(heard()) == "A: running, 25 %"
+    assert shown.update(heard()) == ""
+    assert shown.update(heard(taskId="B")) == ""
+    assert shown.update(Event("end", {})) == ""
     assert not shown.succeeded
-    assert shown.note(heard("succeeded")) == "A: succeeded, 25 %"
+    assert shown.update(heard("succeeded")) == "A: succeeded, 25 %"
     assert shown.succeeded
 
 
 def test_board_keeps_the_bar_beside_a_problem() -> None:
     """A task that cannot be read any more still shows how far it was."""
     shown = board()
-    shown.note(heard())
-    assert shown.note(Event("problem", {}, Problem(taskId="A", detail="no"))) == "A: error, 25 %, no"
+    shown.update(heard())
+    assert shown.update(Event("problem", {}, Problem(taskId="A", detail="no"))) == "A: error, 25 %, no"
     assert drawn(shown)[1].split() == ["A", "error", "━━━━━━━╸", "25", "%", "no"]
 
 
@@ -521,8 +521,8 @@ def test_board_shows_trouble_until_something_is_heard() -> None:
     shown = board("A", "B")
     assert drawn(shown)[0] == "http://host:8080/prefix: 0 of 2 ended"
     shown.trouble = "it broke"
-    assert drawn(shown)[0] == "http://host:8080/prefix: it broke; trying again"
-    shown.note(heard("failed"))
+    assert drawn(shown)[0] == "http://host:8080/prefix: it broke; reconnecting"
+    shown.update(heard("failed"))
     assert drawn(shown)[0] == "http://host:8080/prefix: 1 of 2 ended"
 
 
@@ -530,7 +530,7 @@ def test_board_shows_trouble_until_something_is_heard() -> None:
 def test_board_fits_any_terminal(width: int) -> None:
     """Long IDs and words neither overflow nor push status and percentage away; narrow ones lose the bar."""
     shown = board("A", "x" * 64)
-    shown.note(heard(message="[bold]word[/bold] " * 9))
+    shown.update(heard(message="[bold]word[/bold] " * 9))
     lines = drawn(shown, width)
     assert all(len(line) <= width for line in lines)
     assert "running" in "".join(lines)

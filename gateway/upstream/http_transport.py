@@ -198,18 +198,18 @@ def untrusted(error: httpx.TransportError) -> bool:
 
 
 def explain(error: httpx.TransportError) -> str:
-    """Say in plain words what kept a call from being made; "" when it was something later."""
+    """Return why no connection could be made, for an operator; "" if the error came later."""
     if not isinstance(error, httpx.ConnectError):
         return ""
     match error.__cause__:
         case ssl.SSLCertVerificationError() as why:
-            return f"its certificate is not to be trusted ({why.verify_message})"
+            return f"the certificate could not be verified ({why.verify_message})"
         case ssl.SSLError():
-            return "it does not speak TLS as we do"
+            return "TLS handshake failed"
         case socket.gaierror() | UnicodeError():
-            return "its name leads to no address"
+            return "host name not found"
         case _:
-            return "nobody listens there, or a firewall says no"
+            return "connection refused, or blocked by a firewall"
 
 
 class _Connection(asyncio.Protocol):

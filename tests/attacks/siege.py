@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.attacks.wire import request
-from tests.harness import KEY, SECRET, Gateway, Process, plain_client, until
+from tests.harness import KEY, SECRET, Gateway, Process, plain_client, serving, until
 
 TASK = "besieged"
 PAUSE_SECONDS = 0.1
@@ -109,17 +109,8 @@ def besiege(*, attackers: int, seconds: float, kinds: Sequence[str], folder: Pat
         with plain_client(upstream) as control:
             life = {"waitingSeconds": 0, "runningSeconds": 3600}
             control.post("/_simulator/tasks", json={"taskId": TASK, "life": life}).raise_for_status()
-        env = {
-            "SD_GATEWAY_SERVER__PORT": "0",
-            "SD_GATEWAY_SERVER__TRUSTED_HOSTS": "*",
-            "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
-            "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
-            "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream,
-        }
-        with Process("serve", cwd=folder, env=env) as process:
-            url = process.says(r'"url": "(http://[^"]+)"')
-            with plain_client(url) as client:
-                _play(report, process, Gateway(client), attackers=attackers, seconds=seconds, kinds=kinds)
+        with serving(folder, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream}) as (process, gate):
+            _play(report, process, gate, attackers=attackers, seconds=seconds, kinds=kinds)
     return report
 
 

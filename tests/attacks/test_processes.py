@@ -2,17 +2,14 @@
 
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests import harness
 from tests.attacks.wire import Line, lines, request, settle
 from tests.harness import (
-    COMMAND,
-    KEY,
-    SECRET,
     Gateway,
     Process,
     RawUpstream,
@@ -20,7 +17,6 @@ from tests.harness import (
     Simulator,
     framed,
     free_port,
-    plain_client,
     until,
 )
 
@@ -29,27 +25,13 @@ CHUNKED = request("/nothing", "Transfer-Encoding: chunked", method="POST")
 STREAM = request("/v1/events?taskId=own-task")
 
 
-@contextmanager
 def serving(
     folder: Path, upstream: str, *, descriptors: str = "", **settings: str
-) -> Iterator[tuple[Process, Gateway]]:
-    """Run `sd-gateway serve` with these settings, and with these limits of descriptors, SOFT:HARD."""
-    env = {
-        "SD_GATEWAY_SERVER__PORT": "0",
-        "SD_GATEWAY_SERVER__TRUSTED_HOSTS": "*",
-        "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
-        "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
-        "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream,
-    } | {f"SD_GATEWAY_{name}": value for name, value in settings.items()}
-    if descriptors:
-        command = (f"--nofile={descriptors}", str(COMMAND), "serve")
-        started = Process(*command, cwd=folder, env=env, program=Path(shutil.which("prlimit") or "prlimit"))
-    else:
-        started = Process("serve", cwd=folder, env=env)
-    with started as process:
-        url = process.says(r'"url": "(http://[^"]+)"')
-        with plain_client(url) as client:
-            yield process, Gateway(client)
+) -> AbstractContextManager[tuple[Process, Gateway]]:
+    """Run `sd-gateway serve` with these settings, and with these limits of open files, SOFT:HARD."""
+    env = {f"SD_GATEWAY_{name}": value for name, value in settings.items()}
+    env["SD_GATEWAY_UPSTREAM__ENDPOINT"] = upstream
+    return harness.serving(folder, env, descriptors=descriptors)
 
 
 def threads(process: Process) -> int:
