@@ -1,8 +1,8 @@
 """No error leaves a reference cycle of frames to the garbage collector.
 
-A full collection stops everybody, among thousands of streams for a fifth of a second, so the gateway
-collects rarely. A circle would keep until then whatever was in hand when an error was met: bodies of a
-megabyte, requests, connections.
+A full collection blocks the event loop, with thousands of streams for a fifth of a second, so the gateway
+collects rarely. Until then, a reference cycle would keep everything that the frames of an error refer to:
+bodies of a megabyte, requests, connections.
 """
 
 import gc

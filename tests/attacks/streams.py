@@ -1,4 +1,4 @@
-"""Byte streams for the fuzzer: valid, odd and broken requests, one behind the other."""
+"""Byte streams for the fuzzer: valid, unusual and malformed requests in a row."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _INNER = b"\r\n\r\nGET /v1/progress/UPPER_lower-9 HTTP/1.1\r\nHost: x\r\n\r\n"
 
 @dataclass(frozen=True)
 class Stream:
-    """Bytes, and the methods of the requests that are meant."""
+    """Bytes, and the methods of the intended requests."""
 
     data: bytes
     methods: tuple[str, ...]
@@ -23,7 +23,7 @@ class Stream:
 def stream(seed: int, number: int) -> Stream:
     """Return the stream with this number."""
     chance = random.Random(f"{seed}:{number}")
-    # What is broken on purpose may shift which request an answer is for: it has no HEAD.
+    # Malformed bytes may change which request a response belongs to, so such streams have no HEAD.
     broken = chance.random() < 0.25
     parts, methods = [], []
     for _ in range(chance.choice((1, 1, 2, 2, 3, 5))):

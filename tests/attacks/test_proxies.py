@@ -1,6 +1,6 @@
 """The framing attack through real proxies that share connections: no answer reaches another client.
 
-And clients that ask for an upgrade in good faith: their answers reach them.
+Clients that request an upgrade legitimately get their responses.
 """
 
 import os
@@ -25,7 +25,7 @@ from tests.harness import Gateway, RawUpstream, neutral_environment, well
 ROUNDS = 200
 ATTACKERS = 8
 VICTIMS = 2
-# The attack: the body comes in a segment of its own, after the head went through the proxy.
+# The attack: the body is sent in a separate segment, after the proxy has forwarded the head.
 BETWEEN_SECONDS = 0.05
 
 Proxy = Callable[[Path, str], AbstractContextManager[tuple[str, int]]]
