@@ -1,4 +1,4 @@
-"""Fixtures that the tests share: one simulated upstream, fresh for each test, and gateways in front of it."""
+"""Shared fixtures: a simulated upstream, reset for each test, and gateways in front of it."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ settings.register_profile("thorough", max_examples=10_000)
 
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
-    """Run asynchronous tests on asyncio only: it is what the gateway runs on."""
+    """Run asynchronous tests on asyncio only, like the gateway."""
     return "asyncio"
 
 
@@ -32,13 +32,13 @@ def _simulator_server() -> Iterator[tuple[Stage, httpx.Client]]:
 
 @pytest.fixture(scope="session")
 def simulator_url(_simulator_server: tuple[Stage, httpx.Client]) -> str:
-    """Return where the simulated upstream of every test listens."""
+    """Return the URL of the shared simulated upstream."""
     return str(_simulator_server[1].base_url).rstrip("/")
 
 
 @pytest.fixture
 def simulator(_simulator_server: tuple[Stage, httpx.Client]) -> Simulator:
-    """Return a fresh simulated upstream."""
+    """Return the simulated upstream, reset to its initial state."""
     return Simulator(*_simulator_server)
 
 
@@ -52,7 +52,7 @@ def _leftovers() -> Iterator[list[threading.Thread]]:
 
 @pytest.fixture
 def launch(_leftovers: list[threading.Thread]) -> Iterator[Callable[..., Gateway]]:
-    """Return a function that runs a gateway with given settings until the test ends."""
+    """Return a function that runs a gateway with the given settings until the test ends."""
     with ExitStack() as stack:
 
         def run(endpoint: str, *, tracing: Tracing | None = None, **sections: Json) -> Gateway:

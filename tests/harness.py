@@ -1,6 +1,6 @@
-"""Real sockets for the tests: servers in threads, the command as a process, a TCP upstream that misbehaves.
+"""Test support with real sockets: servers in threads, the command as a process, a faulty TCP upstream.
 
-Nothing here waits for time to pass: everything waits for an event, or asks for a condition until it holds.
+No helper sleeps for a fixed time: each waits for an event, or polls a condition until it holds.
 """
 
 import asyncio
@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -43,7 +44,7 @@ Json = dict[str, Any]
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
-    """Return what `condition` returns as soon as it is true; `what` is said when it never is."""
+    """Poll `condition` until it is true, and return its value; `what` describes it if the wait times out."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not (value := condition()):
         assert time.monotonic() < deadline, f"never: {what}"
@@ -52,7 +53,7 @@ def until(condition: Callable[[], Any], what: str) -> Any:
 
 
 async def eventually(condition: Callable[[], Any], what: str) -> Any:
-    """Do as `until` does, and let the event loop go on meanwhile."""
+    """Like `until`, without blocking the event loop."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not (value := condition()):
         assert time.monotonic() < deadline, f"never: {what}"
@@ -61,10 +62,10 @@ async def eventually(condition: Callable[[], Any], what: str) -> Any:
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on.
+    """Return an unused port.
 
-    It is none of those that the system gives to connections, which might take it before a server does;
-    nor is the one 10,000 above, which nodes of a cluster use as well.
+    It is outside of the range of ephemeral ports, so that no outgoing connection takes it before the
+    server. The port 10,000 above it, which cluster nodes use as well, is outside of that range, too.
     """
     while True:
         port = random.randint(12_000, 22_000)
@@ -73,22 +74,22 @@ def free_port() -> int:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which stops when it is told to, not at its next tick."""
+    """uvicorn's server, which stops immediately instead of at its next tick."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
-        self._told = threading.Event()
+        self._started = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop = asyncio.Event()
 
     async def main_loop(self) -> None:
         self._loop = asyncio.get_running_loop()
         await self.on_tick(0)  # sets the Date header
-        self._told.set()
+        self._started.set()
         await self._stop.wait()
 
     def wait_until_started(self) -> None:
-        assert self._told.wait(PATIENCE_SECONDS), "the server did not start"
+        assert self._started.wait(PATIENCE_SECONDS), "the server did not start"
 
     def stop(self) -> None:
         assert self._loop is not None
@@ -99,9 +100,9 @@ class _Server(uvicorn.Server):
 def running(
     app: ASGIApp, *, leftovers: list[threading.Thread] | None = None, **options: Any
 ) -> Iterator[str]:
-    """Run a server for `app` on a port of the system's choice; give its URL, and stop it in the end.
+    """Run a server for `app` on a free port; yield its URL, and stop it at the end.
 
-    uvicorn takes a tenth of a second over stopping: who gives `leftovers` is left to join the thread.
+    uvicorn takes a tenth of a second to stop: with `leftovers`, the caller joins the thread later.
     """
     defaults = {
         "loop": "uvloop",
@@ -130,13 +131,13 @@ def running(
 
 
 def plain_client(url: str) -> httpx.Client:
-    """Return a client for plain HTTP; a context for TLS would cost each test 25 ms."""
+    """Return a client for plain HTTP; creating a TLS context would take 25 ms in each test."""
     return httpx.Client(base_url=url, trust_env=False, verify=False, timeout=30)  # noqa: S501 - nothing to verify
 
 
 @dataclass
 class Stage:
-    """What a running server serves: it stays up while the application changes."""
+    """A replaceable application, so that the server keeps running between tests."""
 
     app: ASGIApp | None = None
 
@@ -147,7 +148,7 @@ class Stage:
 
 @dataclass
 class Simulator:
-    """A simulated upstream and its control API. `ahead_seconds` turns its clock."""
+    """A simulated upstream and its control API. `ahead_seconds` moves its clock."""
 
     stage: Stage
     client: httpx.Client
@@ -162,7 +163,7 @@ class Simulator:
         return str(self.client.base_url).rstrip("/")
 
     def reset(self, **options: Any) -> None:
-        """Begin anew, with `options` of create_simulator."""
+        """Replace the simulator by a new one with these `options` of create_simulator."""
         life = Life(waiting_seconds=0, running_seconds=1000)
         defaults = {"pairs": self.pairs, "clock": self.now, "life": life}
         self.stage.app = create_simulator(**(defaults | options))
@@ -171,31 +172,31 @@ class Simulator:
         return time.time() + self.ahead_seconds
 
     def control(self, method: str, path: str, **given: Any) -> Any:
-        """Make a control request that must succeed; return its JSON, if any."""
+        """Send a control request that must succeed; return its JSON, if any."""
         answer = self.client.request(method, f"/_simulator{path}", json=given)
         assert answer.is_success, answer.text
         return answer.json() if answer.content else None
 
     def task(self, task_id: str = "", **more: Any) -> str:
-        """Make a task (running, unless `life` or `data` say more); return its ID."""
+        """Create a task (running, unless `life` or `data` are given); return its ID."""
         given = {"taskId": task_id} if task_id else {}
-        made: str = self.control("POST", "/tasks", **given, **more)["taskId"]
-        return made
+        created: str = self.control("POST", "/tasks", **given, **more)["taskId"]
+        return created
 
     def finished(self) -> str:
-        """Make a task that has succeeded."""
+        """Create a task that has succeeded."""
         return self.task(life={"waitingSeconds": 0, "runningSeconds": 0})
 
     def script(self, task_id: str, **data: Any) -> None:
-        """Let a task answer this `data` from now on."""
+        """Set the `data` of a task's responses."""
         self.control("PUT", f"/tasks/{task_id}", data=data)
 
     def fault(self, name: str, **given: Any) -> None:
-        """Put a fault in force."""
+        """Activate a fault."""
         self.control("PUT", "/faults", name=name, **given)
 
     def heal(self) -> None:
-        """Clear every fault."""
+        """Clear all faults."""
         self.control("DELETE", "/faults")
 
     def stats(self) -> Json:
@@ -203,13 +204,13 @@ class Simulator:
         return stats
 
     def calls(self, task_id: str | None = None) -> int:
-        """Return how many calls came in, for this task or in all."""
+        """Return the number of calls, for this task or in total."""
         stats = self.stats()
         counts = stats["calls"].values() if task_id is None else [stats["callsByTask"].get(task_id, 0)]
         return sum(counts)
 
     def requests(self) -> list[Json]:
-        """Return the last vendor requests, their headers as a dict."""
+        """Return the last vendor requests, with their headers as a dict."""
         return [
             request | {"headers": {name: value for name, value in request["headers"]}}  # noqa: C416 - pairs
             for request in self.control("GET", "/requests")
@@ -231,28 +232,28 @@ class Gateway:
         return self.client.base_url.host, self.client.base_url.port or 80
 
     def get(self, task_id: str, **more: Any) -> httpx.Response:
-        """Ask for a task's progress on the simplified path."""
+        """Query the progress of a task through the simplified API."""
         return self.client.get(f"/v1/progress/{task_id}", **more)
 
     def native(self, task_id: str, operation: str = "sd_get_progress", **more: Any) -> httpx.Response:
-        """Ask for a task on a drop-in path."""
+        """Query a task through the vendor-compatible API."""
         return self.client.post(f"/scc/{operation}", json={"taskId": task_id}, **more)
 
     def metric(self, name: str, **labels: str) -> float:
-        """Return a sample of `sd_gateway_{name}`; samples with more labels are added up."""
+        """Return the sum of the samples of `sd_gateway_{name}` with these labels."""
         wanted = {f'{key}="{value}"' for key, value in labels.items()}
         text = self.client.get("/metrics").text
         found = re.findall(rf"^sd_gateway_{name}(?:{{(.*)}})? (\S+)$", text, re.MULTILINE)
         return sum(float(value) for given, value in found if wanted <= set(given.split(",")))
 
     def connect(self) -> socket.socket:
-        """Open a connection of its own."""
+        """Open a TCP connection."""
         return socket.create_connection(self.address, timeout=PATIENCE_SECONDS)
 
     def raw(self, data: bytes, *, disconnect: bool = False) -> bytes:
-        """Send these bytes, and nothing more; return all that comes until the gateway hangs up."""
+        """Send these bytes on a new connection; return everything received until the gateway closes it."""
         with self.connect() as connection:
-            with suppress(OSError):  # it may have heard enough, and hung up
+            with suppress(OSError):  # the gateway may close the connection before it has read everything
                 connection.sendall(data)
                 if disconnect:
                     connection.shutdown(socket.SHUT_WR)
@@ -267,13 +268,13 @@ def gateway(
     tracing: Tracing | None = None,
     **sections: Json,
 ) -> Iterator[Gateway]:
-    """Run a gateway in front of `endpoint`; `sections` are settings over quick ones."""
+    """Run a gateway in front of `endpoint`; `sections` override the default settings."""
     given: dict[str, Json] = {
-        # Most raw requests here name the host "x", and wait for the end of their connection.
+        # Most raw requests have the host "x", and wait for the end of their connection.
         "server": {"trusted_hosts": ["*"], "keep_alive_seconds": 5},
         "upstream": {
             "endpoint": endpoint,
-            # Long beside any answer here: an attempt that a busy machine lets time out is another test.
+            # Long, so that no attempt times out on a busy machine.
             "timeout_seconds": 30,
             "attempt_timeout_seconds": 15,
         },
@@ -299,7 +300,7 @@ def gateway(
 
 
 def drained(connection: socket.socket) -> bytes:
-    """Return everything that comes until the other side hangs up."""
+    """Return everything received until the peer closes the connection."""
     received = bytearray()
     with suppress(ConnectionResetError):
         while part := connection.recv(65536):
@@ -312,7 +313,7 @@ def drained(connection: socket.socket) -> bytes:
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it came over the wire."""
+    """A request as received."""
 
     head: bytes
     body: bytes
@@ -328,7 +329,7 @@ class Request:
         return task_id
 
     def envelope(self, **data: Any) -> bytes:
-        """Return a right answer's body."""
+        """Return the body of a valid response."""
         return json.dumps(
             {"status": 10, "data": {"taskId": self.task_id, "status": "running", "progress": 0.5} | data}
         ).encode()
@@ -338,7 +339,7 @@ Behaviour = Callable[[socket.socket, Request], None]
 
 
 class RawUpstream:
-    """An upstream made of bytes: each request of each connection is given to `behaviour`."""
+    """An upstream at the level of TCP: `behaviour` handles each request of each connection."""
 
     def __init__(self, behaviour: Behaviour, *, port: int = 0) -> None:
         self.requests: list[Request] = []
@@ -385,7 +386,7 @@ class RawUpstream:
 
 
 def read_request(connection: socket.socket) -> Request | None:
-    """Read one request with a Content-Length; None when the other side hung up instead."""
+    """Read one request with a Content-Length; return None if the peer closes the connection instead."""
     received = b""
     while b"\r\n\r\n" not in received:
         part = connection.recv(65536)
@@ -400,28 +401,28 @@ def read_request(connection: socket.socket) -> Request | None:
 
 
 def answer(body: bytes, *headers: str, status: str = "HTTP/1.1 200 OK") -> bytes:
-    """Return an answer's bytes; nothing is added to the headers."""
+    """Return the bytes of a response with exactly these headers."""
     return "\r\n".join([status, *headers, "", ""]).encode() + body
 
 
 def framed(body: bytes, *headers: str, status: str = "HTTP/1.1 200 OK") -> bytes:
-    """Return an answer's bytes with their right length."""
+    """Return the bytes of a response with Content-Length."""
     return answer(body, f"content-length: {len(body)}", *headers, status=status)
 
 
 def reset(connection: socket.socket) -> None:
-    """Hang up with a TCP reset."""
+    """Close a connection with a TCP reset."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     connection.close()
 
 
 def well(connection: socket.socket, request: Request) -> None:
-    """Behave: answer rightly."""
+    """Send a valid response."""
     connection.sendall(framed(request.envelope()))
 
 
 def relay(url: str, request: Request, head: bytes | None = None) -> bytes:
-    """Pass a request on, its head perhaps changed; return the answer."""
+    """Forward a request, optionally with another head; return the response."""
     target = httpx.URL(url)
     with socket.create_connection((target.host, target.port or 80), timeout=PATIENCE_SECONDS) as onward:
         onward.sendall((head or request.head) + b"\r\nconnection: close\r\n\r\n" + request.body)
@@ -432,13 +433,13 @@ def relay(url: str, request: Request, head: bytes | None = None) -> bytes:
 
 
 def neutral_environment() -> dict[str, str]:
-    """Return our environment without the gateway's settings, and what `make test` tells other makes."""
+    """Return the environment without settings of the gateway, OpenTelemetry and make."""
     theirs = ("SD_GATEWAY_", "SPEEDPIX_", "OTEL_", "MAKE", "MFLAGS", "ARGS")
     return {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
 
 
 class Process:
-    """A command, the project's own unless told otherwise, as a process; all it says is kept."""
+    """A command in a process, by default `sd-gateway`; its output is recorded."""
 
     def __init__(
         self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None, program: Path = COMMAND
@@ -470,7 +471,7 @@ class Process:
 
     @property
     def output(self) -> str:
-        """What it said so far, on both streams."""
+        """The output so far, of both streams."""
         return "\n".join(self.lines)
 
     @property
@@ -478,17 +479,17 @@ class Process:
         return self._process.poll() is None
 
     def resident_bytes(self) -> int:
-        """Return its memory that lies in RAM."""
+        """Return the resident memory of the process."""
         pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def children(self) -> list[int]:
-        """Return the processes that it started."""
+        """Return the process IDs of the children."""
         pid = self._process.pid
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
     def says(self, pattern: str) -> str:
-        """Wait for a line with this pattern; return its first group, or all that matched."""
+        """Wait until the output matches this pattern; return the first group, or the match."""
 
         def found() -> re.Match[str] | None:
             return re.search(pattern, self.output)
@@ -502,11 +503,11 @@ class Process:
         return match[1] if match.re.groups else match[0]
 
     def signal(self, number: int = signal.SIGTERM) -> None:
-        """Send it a signal."""
+        """Send a signal."""
         self._process.send_signal(number)
 
     def exit_status(self) -> int:
-        """Wait for its end; return its exit status."""
+        """Wait for the end of the process; return its exit status."""
         status = self._process.wait(PATIENCE_SECONDS)
         self._reader.join()
         return status
@@ -518,18 +519,18 @@ class Process:
 
 
 class Mount:
-    """A secret as Kubernetes mounts it: files through a link to a directory that is swapped as a whole."""
+    """A secret mounted as in Kubernetes: files are links through one directory link, swapped atomically."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._generation = 0
 
     def file(self, name: str) -> Path:
-        """Return where a file of the secret is, or will be."""
+        """Return the path of a file of the secret."""
         return self._folder / name
 
     def publish(self, **files: str) -> None:
-        """Replace all files at once."""
+        """Replace all files atomically."""
         self._generation += 1
         data = self._folder / f"..{self._generation}"
         data.mkdir()
@@ -543,27 +544,37 @@ class Mount:
 
 
 @contextmanager
-def serving(cwd: Path, env: Mapping[str, str]) -> Iterator[tuple[Process, Gateway]]:
-    """Run `sd-gateway serve` with these variables; give the process, once it listens, and a gateway."""
+def serving(cwd: Path, env: Mapping[str, str], *, descriptors: str = "") -> Iterator[tuple[Process, Gateway]]:
+    """Run `sd-gateway serve` with these variables; yield the process, once it listens, and a gateway.
+
+    `descriptors`: soft and hard limit of open files, as SOFT:HARD.
+    """
     variables = {
         "SD_GATEWAY_SERVER__PORT": "0",
         "SD_GATEWAY_SERVER__TRUSTED_HOSTS": "*",
         "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
         "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
-    }
-    with Process("serve", cwd=cwd, env=variables | dict(env)) as process:
+    } | dict(env)
+    if descriptors:
+        command = (f"--nofile={descriptors}", str(COMMAND), "serve")
+        started = Process(
+            *command, cwd=cwd, env=variables, program=Path(shutil.which("prlimit") or "prlimit")
+        )
+    else:
+        started = Process("serve", cwd=cwd, env=variables)
+    with started as process:
         url = process.says(r'"url": "(http://[^"]+)"')
         with plain_client(url) as client:
             yield process, Gateway(client)
 
 
 def run(*arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> tuple[int, str]:
-    """Run a command to its end; return its exit status and all it said."""
+    """Run a command to its end; return its exit status and its output."""
     with Process(*arguments, cwd=cwd, env=env) as process:
         status = process.exit_status()
     return status, process.output
 
 
 def fresh_id() -> str:
-    """Return a task ID that no task has."""
+    """Return an unused task ID."""
     return new_task_id(time.time, SystemRandom())

@@ -1,4 +1,4 @@
-"""Requests by the thousand for one resource: plain, odd and wrong ones, and how they come over the wire."""
+"""Generates random requests: ordinary, unusual and malformed ones, cut into random pieces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 BODY = b'{"taskId": "a"}'
 _CHUNKED = b"f\r\n" + BODY + b"\r\n0\r\n\r\n"
-_BROKEN = (
+# Malformed requests, each of which is refused and ends its connection.
+MALFORMED = (
     b"GET /v1/progress/a\xe9 HTTP/1.1\r\nHost: x\r\n\r\n",
     b"GET /v1/progress/a b HTTP/1.1\r\nHost: x\r\n\r\n",
     b"GET /v1/progress/a HTTP/1.1\r\nHost : x\r\n\r\n",
@@ -21,14 +22,17 @@ _BROKEN = (
     b" GET /v1/progress/a HTTP/1.1\r\nHost: x\r\n\r\n",
     b"GET  /v1/progress/a HTTP/1.1\r\nHost: x\r\n\r\n",
     b"GET /v1/progress/a HTTP/1.1 \r\nHost: x\r\n\r\n",
+)
+_MALFORMED = (
+    *MALFORMED,
     b"GET /v1/progress/a HTTP/1.1\r\nHost: x\r\nContent-Length: a\r\n\r\n",
     b"GET /v1/progress/a HTTP/1.1\r\nContent-Length: 1\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
 )
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One request. `last`: the connection is closed behind its answer."""
+class GeneratedRequest:
+    """One request. `last`: the connection is closed after its response."""
 
     method: str
     raw: bytes
@@ -36,60 +40,60 @@ class Asked:
 
 
 class Requests:
-    """Makes requests about these tasks, whose entity tags are known; the same ones for the same seed.
+    """Generates requests about these tasks with known ETags; the same sequence for the same seed.
 
-    Plain ones have `prefix` before their path and `query` behind it.
+    Ordinary requests have `prefix` before the path and `query` after it.
     """
 
     def __init__(self, seed: int, *, etags: dict[str, str], prefix: str, query: str) -> None:
-        self._chance = random.Random(seed)
+        self._rng = random.Random(seed)
         self._etags = etags
         self._prefix = prefix
         self._query = query
 
-    def burst(self) -> list[Asked]:
-        """Make the requests that are sent together, before any of their answers is read."""
-        if self._chance.random() < 0.03:  # alone: it ends what is under way on its connection
-            return [Asked("GET", self._chance.choice(_BROKEN), last=True)]
-        count = self._chance.choice((1, 1, 1, 2, 3, 8))
-        asked = []
-        while len(asked) < count and not (asked and asked[-1].last):
-            asked.append(self.one())
-            if asked[-1].method == "GET" and not asked[-1].last and self._chance.random() < 0.4:
-                asked += [asked[-1]] * self._chance.randrange(1, 4)  # as a poller does
-        return asked
+    def burst(self) -> list[GeneratedRequest]:
+        """Return requests that are sent together, before any response is read."""
+        if self._rng.random() < 0.03:  # alone, because it ends the connection
+            return [GeneratedRequest("GET", self._rng.choice(_MALFORMED), last=True)]
+        count = self._rng.choice((1, 1, 1, 2, 3, 8))
+        requests = []
+        while len(requests) < count and not (requests and requests[-1].last):
+            requests.append(self.one())
+            if requests[-1].method == "GET" and not requests[-1].last and self._rng.random() < 0.4:
+                requests += [requests[-1]] * self._rng.randrange(1, 4)  # repeated, as by a polling client
+        return requests
 
-    def pieces(self, asked: list[Asked]) -> list[bytes]:
-        """Cut what is sent together into the pieces in which it is sent."""
-        whole = b"".join(request.raw for request in asked)
-        kind = self._chance.random()
-        if kind < 0.5 or whole in _BROKEN:
+    def pieces(self, requests: list[GeneratedRequest]) -> list[bytes]:
+        """Split requests into the pieces in which they are sent."""
+        whole = b"".join(request.raw for request in requests)
+        kind = self._rng.random()
+        if kind < 0.5 or whole in _MALFORMED:
             return [whole]
         if kind < 0.7:
-            return [request.raw for request in asked]
+            return [request.raw for request in requests]
         if kind < 0.75:
             return [bytes((value,)) for value in whole]
-        cuts = sorted(self._chance.randrange(len(whole)) for _ in range(self._chance.randrange(1, 5)))
+        cuts = sorted(self._rng.randrange(len(whole)) for _ in range(self._rng.randrange(1, 5)))
         return [whole[start:end] for start, end in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
 
-    def one(self) -> Asked:
-        """Make a request."""
-        chance = self._chance
-        plain = chance.random() < 0.4
-        method = "GET" if plain else chance.choice(("GET",) * 12 + ("HEAD", "HEAD", "POST", "OPTIONS", "PUT"))
-        task = chance.choice(list(self._etags))
+    def one(self) -> GeneratedRequest:
+        """Return one request."""
+        rng = self._rng
+        plain = rng.random() < 0.4
+        method = "GET" if plain else rng.choice(("GET",) * 12 + ("HEAD", "HEAD", "POST", "OPTIONS", "PUT"))
+        task = rng.choice(list(self._etags))
         target = self._prefix + (f"/v1/progress/{task}{self._query}" if plain else self._target(task))
         headers = [self._host(plain=plain)]
         body = b""
-        # A body whose request closes the connection may come too late: what is answered before it is lost.
-        closes = not plain and chance.random() < 0.07
-        version = "1.0" if closes and chance.random() < 0.4 else "1.1"
-        if chance.random() < 0.3:
+        # No body on a request that closes the connection: if it arrives late, a reset may lose the response.
+        closes = not plain and rng.random() < 0.07
+        version = "1.0" if closes and rng.random() < 0.4 else "1.1"
+        if rng.random() < 0.3:
             headers += self._condition(task)
         if not plain:
-            headers += [chance.choice(self._odd()) for _ in range(chance.choice((0, 0, 1, 2, 5)))]
-            if not closes and (method == "POST" or chance.random() < 0.1):
-                framing, body = chance.choice(
+            headers += [rng.choice(self._odd()) for _ in range(rng.choice((0, 0, 1, 2, 5)))]
+            if not closes and (method == "POST" or rng.random() < 0.1):
+                framing, body = rng.choice(
                     (
                         (b"Content-Length: 0", b""),
                         (b"Content-Length: %d" % len(BODY), BODY),
@@ -98,14 +102,14 @@ class Requests:
                 )
                 headers.append(framing)
             if closes and version == "1.1":
-                headers.append(chance.choice((b"Connection: close", b"connection: Keep-Alive, CLOSE")))
-        chance.shuffle(headers)
+                headers.append(rng.choice((b"Connection: close", b"connection: Keep-Alive, CLOSE")))
+        rng.shuffle(headers)
         head = b"\r\n".join((f"{method} {target} HTTP/{version}".encode("latin-1"), *headers, b"", b""))
-        return Asked(method, head + body, last=closes)
+        return GeneratedRequest(method, head + body, last=closes)
 
     def _target(self, task: str) -> str:
         half = f"%{ord(task[0]):02x}{task[1:]}"
-        return self._chance.choice(
+        return self._rng.choice(
             (
                 f"/v1/progress/{task}?api=sd",
                 f"/v1/progress/{task}?api=comfy",
@@ -155,7 +159,7 @@ class Requests:
     def _host(self, *, plain: bool) -> bytes:
         if plain:
             return b"Host: x"
-        return self._chance.choice(
+        return self._rng.choice(
             (
                 b"Host: x",
                 b"Host: x",
@@ -174,8 +178,8 @@ class Requests:
 
     def _condition(self, task: str) -> list[bytes]:
         etag = self._etags[task].encode()
-        other = self._etags[self._chance.choice(list(self._etags))].encode()
-        return self._chance.choice(
+        other = self._etags[self._rng.choice(list(self._etags))].encode()
+        return self._rng.choice(
             (
                 [b"If-None-Match: " + etag],
                 [b"If-None-Match: " + etag],
@@ -194,7 +198,7 @@ class Requests:
 
     def _odd(self) -> tuple[bytes, ...]:
         return (
-            b"X-Request-Id: mine-%d" % self._chance.randrange(1000),
+            b"X-Request-Id: mine-%d" % self._rng.randrange(1000),
             b"x-request-id: " + b"i" * 128,
             b"X-Request-Id: not sane",
             b"X-Request-Id:",

@@ -1,4 +1,4 @@
-"""Snapshots as they come of an upstream's answer, for tests that keep and send them."""
+"""Builds snapshots from responses of the upstream."""
 
 import json
 import time
@@ -10,7 +10,7 @@ from gateway.domain.task import Status, TaskKey
 
 
 def answered(key: TaskKey, status: str = "running", **data: Any) -> bytes:
-    """Return the envelope of a successful call."""
+    """Return the envelope of a successful response."""
     data = {"taskId": key.task_id, "status": status, "progress": 0.5} | data
     return json.dumps({"status": 10, "apiInvokeId": "i_1", "data": data}).encode()
 
@@ -24,7 +24,7 @@ def seen(
     version: int = 1,
     **data: Any,
 ) -> Snapshot:
-    """Return the snapshot of an answer with this data, fetched at a moment, else just now."""
+    """Return the snapshot of a response with this data, fetched at `at` or now."""
     envelope = answered(key, status, **data)
     return observe(
         read_envelope(envelope, key, redact=str).data,
@@ -38,7 +38,7 @@ def seen(
 
 
 def said(snapshot: Snapshot | None) -> str | None:
-    """Return the message of the answer that a snapshot was made of."""
+    """Return the message in the envelope of a snapshot."""
     assert snapshot is not None
     message: str | None = json.loads(snapshot.envelope)["data"].get("message")
     return message

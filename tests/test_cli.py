@@ -1,4 +1,4 @@
-"""The commands, run as an operator runs them."""
+"""The commands, as an operator runs them."""
 
 import json
 import re
@@ -34,7 +34,7 @@ from tests.harness import (
 
 
 def pair(simulator_url: str, **more: str) -> dict[str, str]:
-    """Return the environment of a gateway that has the right pair."""
+    """Return the environment of a gateway with the right key pair."""
     return {
         "SD_GATEWAY_UPSTREAM__ENDPOINT": simulator_url,
         "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
@@ -45,13 +45,13 @@ def pair(simulator_url: str, **more: str) -> dict[str, str]:
 # --- usage and settings -----------------------------------------------------------------------------------
 
 
-def test_cli_version_is_told(tmp_path: Path) -> None:
-    """`--version` says which one this is."""
+def test_cli_prints_its_version(tmp_path: Path) -> None:
+    """`--version` prints the version."""
     assert run("--version", cwd=tmp_path) == (0, f"sd-gateway {__version__}")
 
 
 def test_cli_runs_as_a_module(capsys: pytest.CaptureFixture[str]) -> None:
-    """What the command does, `main` does."""
+    """`python -m gateway` runs the same `main`."""
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0
@@ -78,7 +78,7 @@ def test_cli_runs_as_a_module(capsys: pytest.CaptureFixture[str]) -> None:
     ids=" ".join,
 )
 def test_cli_wrong_usage_exits_with_2(tmp_path: Path, arguments: list[str]) -> None:
-    """A command that makes no sense is explained, and the exit status says wrong usage."""
+    """Invalid usage is explained, with exit status 2."""
     status, output = run(*arguments, cwd=tmp_path)
     assert status == 2
     assert "sd-gateway" in output
@@ -94,8 +94,8 @@ def test_cli_wrong_usage_exits_with_2(tmp_path: Path, arguments: list[str]) -> N
         ('{"name": "slow", "seconds": "long"}', "seconds: "),
     ],
 )
-def test_cli_simulate_refuses_faults_that_make_no_sense(tmp_path: Path, fault: str, says: str) -> None:
-    """A wrong --fault stops the start, and says what is wrong with it."""
+def test_cli_simulate_refuses_invalid_faults(tmp_path: Path, fault: str, says: str) -> None:
+    """An invalid --fault stops the start with a message."""
     status, output = run("simulate", "--port", "0", "--fault", fault, cwd=tmp_path)
     assert status == 2
     assert output.startswith("sd-gateway: --fault: ")
@@ -103,8 +103,8 @@ def test_cli_simulate_refuses_faults_that_make_no_sense(tmp_path: Path, fault: s
 
 
 @pytest.mark.parametrize("command", ["serve", "check", "demo"])
-def test_cli_tells_every_mistake_in_the_settings_at_once(tmp_path: Path, command: str) -> None:
-    """Wrong settings stop the start with one line each, which names key, value and what is allowed."""
+def test_cli_reports_all_invalid_settings_at_once(tmp_path: Path, command: str) -> None:
+    """Invalid settings stop the start, with one line each that has key, value and what is allowed."""
     file = tmp_path / "wrong.toml"
     file.write_text(
         '[server]\nport = 70000\n[cache]\nmax_task = 1\n[credentials]\nsecret_key = ["very-secret"]\n'
@@ -130,8 +130,8 @@ def test_cli_tells_every_mistake_in_the_settings_at_once(tmp_path: Path, command
     assert "very-secret" not in output
 
 
-def test_cli_settings_file_that_is_not_there_exits_with_2(tmp_path: Path) -> None:
-    """A file that was named and cannot be read is a mistake; so is one that is not TOML."""
+def test_cli_missing_settings_file_exits_with_2(tmp_path: Path) -> None:
+    """A named settings file that cannot be read, or is not TOML, is an error."""
     status, output = run("serve", "--config", "absent.toml", cwd=tmp_path)
     assert (status, output.count("\n")) == (2, 0)
     assert "absent.toml: cannot be read" in output
@@ -145,7 +145,7 @@ def test_cli_settings_file_that_is_not_there_exits_with_2(tmp_path: Path) -> Non
 
 
 def test_cli_serve_reads_file_and_environment(tmp_path: Path, simulator: Simulator) -> None:
-    """The default settings file is read where it lies, the vendor's variables and ours go over it."""
+    """The default settings file is loaded, and overridden by the vendor's variables and the gateway's own."""
     (tmp_path / "config").mkdir()
     (tmp_path / "config" / "gateway.toml").write_text(
         f'[upstream]\nendpoint = "http://127.0.0.1:9"\n[credentials]\nsecret_key = "{SECRET}"\n'
@@ -161,29 +161,29 @@ def test_cli_serve_reads_file_and_environment(tmp_path: Path, simulator: Simulat
         assert process.exit_status() == 0
 
 
-def test_cli_serve_where_somebody_listens_exits_with_1(tmp_path: Path) -> None:
-    """An address that is taken is told in the log, in one line that names it, and the exit status is 1."""
+def test_cli_serve_on_an_address_in_use_exits_with_1(tmp_path: Path) -> None:
+    """An address in use is logged in one line with the address, and the exit status is 1."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         status, output = run("serve", cwd=tmp_path, env={"SD_GATEWAY_SERVER__PORT": str(port)})
     assert status == 1
     [line] = output.splitlines()
     told = json.loads(line)
-    assert (told["event"], told["reason"]) == ("cannot listen", "Address already in use")
+    assert (told["event"], told["reason"]) == ("listen_failed", "Address already in use")
     assert (told["host"], told["port"], told["level"]) == ("127.0.0.1", port, "error")
 
 
-def test_cli_serve_at_an_address_that_is_none_exits_with_1(tmp_path: Path) -> None:
-    """A host that leads nowhere is told likewise."""
+def test_cli_serve_on_an_unknown_host_exits_with_1(tmp_path: Path) -> None:
+    """A host name that cannot be resolved is logged in the same way."""
     status, output = run("serve", cwd=tmp_path, env={"SD_GATEWAY_SERVER__HOST": "nobody.invalid"})
     assert status == 1
     told = json.loads(output)
-    assert (told["event"], told["host"]) == ("cannot listen", "nobody.invalid")
+    assert (told["event"], told["host"]) == ("listen_failed", "nobody.invalid")
     assert told["reason"]
 
 
 def test_cli_serve_where_metrics_cannot_listen_exits_with_1(tmp_path: Path) -> None:
-    """A taken metrics port stops the start likewise, and is named."""
+    """A metrics port in use stops the start in the same way, and is named."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         env = {
             "SD_GATEWAY_SERVER__PORT": "0",
@@ -193,12 +193,12 @@ def test_cli_serve_where_metrics_cannot_listen_exits_with_1(tmp_path: Path) -> N
     assert status == 1
     [line] = output.splitlines()
     told = json.loads(line)
-    assert (told["event"], told["reason"]) == ("cannot listen", "Address already in use")
+    assert (told["event"], told["reason"]) == ("listen_failed", "Address already in use")
     assert str(told["port"]) == env["SD_GATEWAY_SERVER__METRICS_PORT"]
 
 
 def test_cli_serve_without_credentials_is_not_ready(tmp_path: Path) -> None:
-    """Without credentials the gateway runs, says that it is not ready, and why."""
+    """Without credentials the gateway runs, but is not ready, and reports why."""
     none = {"SD_GATEWAY_CREDENTIALS__ACCESS_KEY": "", "SD_GATEWAY_CREDENTIALS__SECRET_KEY": ""}
     with serving(tmp_path, none) as (process, gate):
         assert process.says('"event": "(credentials_missing)"')
@@ -213,7 +213,7 @@ def test_cli_serve_without_credentials_is_not_ready(tmp_path: Path) -> None:
 
 
 def checked(tmp_path: Path, env: dict[str, str]) -> tuple[int, str]:
-    """Run `check`; none of the keys may show."""
+    """Run `check`; its output must contain no key."""
     status, output = run("check", cwd=tmp_path, env=env)
     for secret in (KEY, SECRET, "wrong-key", "wrong-secret", "next-key", "next-secret"):
         assert secret not in output
@@ -221,16 +221,16 @@ def checked(tmp_path: Path, env: dict[str, str]) -> tuple[int, str]:
     return status, output
 
 
-def test_cli_check_finds_all_well(tmp_path: Path, simulator: Simulator) -> None:
-    """With the right pair `check` says so, and exits with 0."""
+def test_cli_check_succeeds(tmp_path: Path, simulator: Simulator) -> None:
+    """With the right key pair `check` reports success and exits with 0."""
     status, output = checked(tmp_path, pair(simulator.url))
     assert status == 0
-    assert "well: signature accepted" in output
+    assert "OK: key, signature and clock accepted" in output
     assert simulator.calls() == 1
 
 
-def test_cli_check_finds_all_well_where_the_probe_is_a_task(tmp_path: Path, simulator: Simulator) -> None:
-    """Whatever envelope comes, it proves that the signature was accepted."""
+def test_cli_check_succeeds_if_the_test_task_exists(tmp_path: Path, simulator: Simulator) -> None:
+    """Any envelope proves that the signature was accepted."""
     simulator.task("0" * 26)
     assert checked(tmp_path, pair(simulator.url))[0] == 0
 
@@ -238,8 +238,8 @@ def test_cli_check_finds_all_well_where_the_probe_is_a_task(tmp_path: Path, simu
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"CREDENTIALS__ACCESS_KEY": "wrong-key"}, "access key: the upstream does not know it"),
-        ({"CREDENTIALS__SECRET_KEY": "wrong-secret"}, "secret key: wrong; both sides signed the same text"),
+        ({"CREDENTIALS__ACCESS_KEY": "wrong-key"}, "access key: unknown to the upstream"),
+        ({"CREDENTIALS__SECRET_KEY": "wrong-secret"}, "secret key: wrong; both sides signed the same string"),
         ({"CREDENTIALS__SECRET_KEY": ""}, "credentials: none"),
     ],
     ids=["wrong-key", "wrong-secret", "none"],
@@ -247,7 +247,7 @@ def test_cli_check_finds_all_well_where_the_probe_is_a_task(tmp_path: Path, simu
 def test_cli_check_explains_a_wrong_pair(
     tmp_path: Path, simulator: Simulator, changes: dict[str, str], says: str
 ) -> None:
-    """Key or secret: `check` says which of them is wrong."""
+    """`check` reports whether the access key or the secret key is wrong."""
     status, output = checked(tmp_path, pair(simulator.url, **changes))
     assert status == 1
     assert says in output
@@ -256,91 +256,91 @@ def test_cli_check_explains_a_wrong_pair(
 @pytest.mark.parametrize(
     ("known", "says"),
     [
-        ({KEY, "next-key"}, "both pairs work"),
-        ({KEY}, "the active pair works, the next one does not"),
-        ({"next-key"}, "the active pair does not work, the next one does"),
-        ({}, "neither pair works"),
+        ({KEY, "next-key"}, "both key pairs work"),
+        ({KEY}, "only the active key pair works"),
+        ({"next-key"}, "only the next key pair works"),
+        ({}, "neither key pair works"),
     ],
     ids=["both", "active", "next", "neither"],
 )
 def test_cli_check_tries_both_pairs(tmp_path: Path, simulator: Simulator, known: set[str], says: str) -> None:
-    """With a next pair set `check` asks with each, and says which works; one that does not is a failure."""
+    """`check` tries the active and the next key pair; one that does not work makes it fail."""
     both = {KEY: SECRET, "next-key": "next-secret"}
     simulator.reset(pairs={key: secret for key, secret in both.items() if key in known})
     following = {"CREDENTIALS__NEXT_ACCESS_KEY": "next-key", "CREDENTIALS__NEXT_SECRET_KEY": "next-secret"}
     status, output = checked(tmp_path, pair(simulator.url, **following))
     assert status == (0 if len(known) == 2 else 1)
     assert output.splitlines()[-1].startswith(says)
-    assert [line for line in output.splitlines() if line.startswith("with the")] == [
-        "with the active pair (generation 1):",
-        "with the next pair (generation 1):",
+    assert [line for line in output.splitlines() if "(generation" in line] == [
+        "active key pair (generation 1):",
+        "next key pair (generation 1):",
     ]
-    assert output.count("well: signature accepted") == len(known)
+    assert output.count("OK: key, signature and clock accepted") == len(known)
     assert simulator.calls() == 2
 
 
-def test_cli_check_tells_of_a_pair_that_cannot_be_read(tmp_path: Path, simulator: Simulator) -> None:
-    """Half a next pair is no pair: `check` fails and says so, although the active one works."""
+def test_cli_check_reports_an_incomplete_pair(tmp_path: Path, simulator: Simulator) -> None:
+    """An incomplete next key pair makes `check` fail, although the active one works."""
     status, output = checked(tmp_path, pair(simulator.url, CREDENTIALS__NEXT_ACCESS_KEY="next-key"))
     assert status == 1
-    assert "the next pair cannot be read: ValueError: access key or secret key is empty" in output
-    assert "well: signature accepted" in output
-    assert output.splitlines()[-1].startswith("the active pair works, the next one does not")
+    assert "next key pair: cannot be read: ValueError: access key or secret key is empty" in output
+    assert "OK: key, signature and clock accepted" in output
+    assert output.splitlines()[-1].startswith("only the active key pair works")
 
 
 @pytest.mark.parametrize(("ahead", "word"), [(3600, "behind"), (-3600, "ahead")])
 def test_cli_check_explains_a_wrong_clock(
     tmp_path: Path, simulator: Simulator, ahead: int, word: str
 ) -> None:
-    """A refused timestamp is told as the seconds by which our clock is off."""
+    """A refused timestamp is reported with the offset of the local clock in seconds."""
     simulator.ahead_seconds = ahead
     status, output = checked(tmp_path, pair(simulator.url))
     assert status == 1
-    told = re.search(rf"clock: our clock is (\d+) seconds {word}", output)
+    told = re.search(rf"clock: the local clock is (\d+) seconds {word}", output)
     assert told, output
     assert abs(int(told[1]) - 3600) < 60
 
 
 REFUSED = {
-    "quota": ({"code": "B403MQ", "message": "Quota Exhausted"}, "account: the key is known"),
+    "quota": ({"code": "B403MQ", "message": "Quota Exhausted"}, "account: the access key is known"),
     "throttled": ({"code": "T429PA", "message": "Throttled by APP Flow Control"}, "upstream: "),
     "request": ({"status": 400, "message": "Invalid Url"}, "upstream: "),
-    "bare-signature": ({"status": 403, "message": "Invalid Signature"}, "secret key: wrong, or the request"),
+    "bare-signature": ({"status": 403, "message": "Invalid Signature"}, "secret key: wrong, or a proxy"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_cli_check_explains_a_refusal(tmp_path: Path, simulator: Simulator, name: str) -> None:
-    """Whatever the API gateway refuses for, `check` tells it in words, and what upstream said."""
+    """`check` explains each refusal of the API gateway, and quotes it."""
     fault, says = REFUSED[name]
     simulator.fault("refuse", **fault)
     status, output = checked(tmp_path, pair(simulator.url))
     assert status == 1
     assert says in output
-    assert f"upstream said: {fault.get('status') or fault['code'][1:4]}" in output
+    assert f"response of the upstream: {fault.get('status') or fault['code'][1:4]}" in output
 
 
-def test_cli_check_explains_an_answer_that_is_none(tmp_path: Path, simulator: Simulator) -> None:
-    """A page where an envelope should be is told as what it is."""
+def test_cli_check_explains_an_invalid_response(tmp_path: Path, simulator: Simulator) -> None:
+    """A response that is no envelope is reported as such."""
     simulator.fault("body")
     status, output = checked(tmp_path, pair(simulator.url))
     assert status == 1
     assert "upstream: the upstream's answer is not JSON" in output
 
 
-def test_cli_check_explains_silence_and_absence(tmp_path: Path, simulator: Simulator) -> None:
-    """An upstream that does not answer, or is not there, is a matter of the network."""
+def test_cli_check_explains_network_errors(tmp_path: Path, simulator: Simulator) -> None:
+    """An upstream that does not respond, or does not listen, is reported as a network error."""
     simulator.fault("silent")
     status, output = checked(tmp_path, pair(simulator.url, UPSTREAM__ATTEMPT_TIMEOUT_SECONDS="0.2"))
     assert status == 1
-    assert "network: no answer in time" in output
+    assert "network: no response in time" in output
     status, output = checked(tmp_path, pair(f"http://127.0.0.1:{free_port()}"))
     assert status == 1
     assert "network: the upstream could not be reached (ConnectError); connection refused" in output
 
 
-def test_cli_check_tells_names_and_certificates_apart(tmp_path: Path, simulator: Simulator) -> None:
-    """What keeps a connection from being made has many causes, and each its own words."""
+def test_cli_check_explains_each_connection_error(tmp_path: Path, simulator: Simulator) -> None:
+    """Each cause of a failed connection has its own message."""
 
     def told(endpoint: str) -> str:
         status, output = checked(tmp_path, pair(endpoint))
@@ -356,7 +356,7 @@ def test_cli_check_tells_names_and_certificates_apart(tmp_path: Path, simulator:
 
 
 def checked_past_a_meddler(tmp_path: Path, simulator: Simulator, header: bytes, value: bytes) -> str:
-    """Run `check` past a proxy that changes the value of a header; return what it says."""
+    """Run `check` through a proxy that changes the value of a header; return its output."""
 
     def meddle(connection: socket.socket, request: Request) -> None:
         head = re.sub(rb"(?i)\n%s: [^\r]*" % header, rb"\n%s: %s" % (header, value), request.head)
@@ -369,24 +369,24 @@ def checked_past_a_meddler(tmp_path: Path, simulator: Simulator, header: bytes, 
     return output
 
 
-def test_cli_check_shows_what_was_changed_on_the_way(tmp_path: Path, simulator: Simulator) -> None:
-    """Where a proxy changed the request, `check` shows the lines that differ, and no key."""
+def test_cli_check_shows_what_a_proxy_changed(tmp_path: Path, simulator: Simulator) -> None:
+    """If a proxy changes the request, `check` shows the lines that differ, without a key."""
     output = checked_past_a_meddler(tmp_path, simulator, b"accept", b"*/*")
-    assert "signature: the request was changed on its way" in output
-    assert "ours   application/json" in output
-    assert "theirs */*" in output
+    assert "signature: a proxy changed the request" in output
+    assert "- application/json" in output
+    assert "+ */*" in output
 
 
 def test_cli_check_shows_a_changed_key_masked(tmp_path: Path, simulator: Simulator) -> None:
-    """Where the very key was changed on the way, the lines differ in what is not shown."""
+    """If the key itself was changed, its values are masked in the lines that differ."""
     output = checked_past_a_meddler(tmp_path, simulator, b"x-ca-nonce", b"another")
-    assert "theirs x-ca-nonce:[redacted]" in output
+    assert "+ x-ca-nonce:[redacted]" in output
     assert "another" not in output
 
 
 @pytest.mark.parametrize("date", ["Fri, 31 Dec 99999 23:59:59 GMT", "Fri, 31 Dec 9999 23:59:60 GMT", "soon"])
-def test_cli_check_explains_a_clock_that_cannot_be(tmp_path: Path, date: str) -> None:
-    """A date that does not exist is one that upstream did not tell."""
+def test_cli_check_explains_an_invalid_date(tmp_path: Path, date: str) -> None:
+    """An invalid Date counts as missing."""
     message = "x-ca-error-message: Timestamp Expired \x9b31m"
 
     def behaviour(connection: socket.socket, _: Request) -> None:
@@ -396,13 +396,13 @@ def test_cli_check_explains_a_clock_that_cannot_be(tmp_path: Path, date: str) ->
     with RawUpstream(behaviour) as upstream:
         status, output = checked(tmp_path, pair(upstream.url))
     assert status == 1
-    assert "the upstream did not tell its own time" in output
+    assert "the response has no valid Date" in output
     assert "Traceback" not in output
     assert "\x9b" not in output
 
 
-def test_cli_check_explains_a_clock_that_upstream_does_not_tell(tmp_path: Path) -> None:
-    """A refused timestamp without a Date is told without a number."""
+def test_cli_check_explains_a_missing_date(tmp_path: Path) -> None:
+    """A refused timestamp without a Date is reported without an offset."""
 
     def behaviour(connection: socket.socket, _: Request) -> None:
         message = "x-ca-error-message: Timestamp Expired"
@@ -411,17 +411,17 @@ def test_cli_check_explains_a_clock_that_upstream_does_not_tell(tmp_path: Path) 
     with RawUpstream(behaviour) as upstream:
         status, output = checked(tmp_path, pair(upstream.url))
     assert status == 1
-    assert "did not tell its own time" in output
+    assert "has no valid Date" in output
 
 
 # --- simulate and demo ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_cli_simulate_runs_as_told(
+def test_cli_simulate_uses_its_options(
     tmp_path: Path, launch: Callable[..., Gateway], number: signal.Signals
 ) -> None:
-    """`simulate` accepts its pair, plays its faults, believes in its own time, and stops with 0."""
+    """`simulate` accepts its key pair, applies its faults, uses its own clock, and stops with 0."""
     arguments = ["--port", "0", "--key", KEY, "--secret", SECRET, "--clock-offset", "7200", "--limit", "7"]
     fault = json.dumps({"name": "reject", "errCode": "E1", "operation": "comfy_get_progress"})
     with (
@@ -440,8 +440,8 @@ def test_cli_simulate_runs_as_told(
     assert "Traceback" not in process.output
 
 
-def test_cli_simulate_where_somebody_listens_exits_with_1(tmp_path: Path) -> None:
-    """An address that is taken is named, with the reason, and nothing else is said."""
+def test_cli_simulate_on_an_address_in_use_exits_with_1(tmp_path: Path) -> None:
+    """An address in use is reported with the reason, and nothing else."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         told = run("simulate", "--port", str(port), cwd=tmp_path)
@@ -451,18 +451,18 @@ def test_cli_simulate_where_somebody_listens_exits_with_1(tmp_path: Path) -> Non
     )
 
 
-def test_cli_demo_where_somebody_listens_shows_nothing(tmp_path: Path) -> None:
-    """Where the gateway's address is taken no URL is shown, for a stranger would answer there."""
+def test_cli_demo_on_an_address_in_use_prints_no_url(tmp_path: Path) -> None:
+    """If the gateway's address is in use no URL is printed, because another program would answer there."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         env = {"SD_GATEWAY_SERVER__PORT": str(taken.getsockname()[1])}
         status, output = run("demo", "--simulator-port", "0", cwd=tmp_path, env=env)
     assert status == 1
     told = json.loads(output)
-    assert (told["event"], told["reason"]) == ("cannot listen", "Address already in use")
+    assert (told["event"], told["reason"]) == ("listen_failed", "Address already in use")
 
 
-def test_cli_demo_shows_where_it_listens(tmp_path: Path) -> None:
-    """What it shows is where it listens, whatever port the system chose, prefix and all."""
+def test_cli_demo_prints_its_urls(tmp_path: Path) -> None:
+    """The printed URLs have the actual port and the prefix."""
     env = {
         "SD_GATEWAY_SERVER__HOST": "::1",
         "SD_GATEWAY_SERVER__PORT": "0",
@@ -474,8 +474,8 @@ def test_cli_demo_shows_where_it_listens(tmp_path: Path) -> None:
             assert client.get(url).json()["status"] == "succeeded"
 
 
-def test_cli_demo_shows_a_task_moving_and_leaves_nothing(tmp_path: Path) -> None:
-    """`demo` brings up both halves; what it prints works; told to stop, it stops both."""
+def test_cli_demo_runs_and_stops_both_processes(tmp_path: Path) -> None:
+    """`demo` starts both processes, prints working URLs, and stops both on a signal."""
     port, simulator_port = free_port(), free_port()
     env = {"SD_GATEWAY_SERVER__PORT": str(port)}
     with Process("demo", "--simulator-port", str(simulator_port), cwd=tmp_path, env=env) as process:
@@ -492,8 +492,8 @@ def test_cli_demo_shows_a_task_moving_and_leaves_nothing(tmp_path: Path) -> None
             socket.create_connection(("127.0.0.1", gone))
 
 
-def test_cli_demo_does_not_use_a_strangers_simulator(tmp_path: Path, simulator: Simulator) -> None:
-    """Where somebody else listens on the simulator's port the demo says so, and exits with 1."""
+def test_cli_demo_does_not_use_another_simulator(tmp_path: Path, simulator: Simulator) -> None:
+    """If the simulator's port is in use, the demo reports it and exits with 1."""
     port = str(simulator.client.base_url.port)
     status, output = run("demo", "--simulator-port", port, cwd=tmp_path)
     assert status == 1
@@ -503,8 +503,10 @@ def test_cli_demo_does_not_use_a_strangers_simulator(tmp_path: Path, simulator: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_cli_demo_stopped_at_its_start_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    """A demo that is told to stop before it is up takes its simulator with it."""
+def test_cli_demo_stopped_during_its_start_stops_its_simulator(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """A demo that is stopped during its start stops its simulator, too."""
     port, simulator_port = free_port(), free_port()
     env = {"SD_GATEWAY_SERVER__PORT": str(port)}
     with Process("demo", "--simulator-port", str(simulator_port), cwd=tmp_path, env=env) as process:

@@ -1,4 +1,4 @@
-"""The event-stream reader, against streams made of bytes over a loopback socket."""
+"""The event-stream reader, with recorded streams over a loopback socket."""
 
 import json
 import socket
@@ -25,7 +25,7 @@ from tests.harness import RawUpstream, Request, answer, framed, free_port
 
 # --- the parser -------------------------------------------------------------------------------------------
 
-# What each stream says: its messages, and the id to reconnect with. The first five are the standard's own.
+# The messages of each stream, and the ID to reconnect with. The first five are from the standard.
 STREAMS: dict[str, tuple[bytes, list[tuple[str, str]], str]] = {
     "several lines of data": (b"data: YHOO\ndata: +2\ndata: 10\n\n", [("message", "YHOO\n+2\n10")], ""),
     "comment, ids, and an end without a blank line": (
@@ -71,15 +71,15 @@ STREAMS: dict[str, tuple[bytes, list[tuple[str, str]], str]] = {
 
 
 def heard(pieces: list[bytes]) -> tuple[list[tuple[str, str]], str]:
-    """Return what a stream that comes in these pieces says."""
+    """Return the messages and the last event ID of a stream that arrives in these pieces."""
     stream = EventStream()
     messages = [(message.event, message.data) for piece in pieces for message in stream.feed(piece)]
     return messages, stream.last_event_id
 
 
 @pytest.mark.parametrize("name", STREAMS)
-def test_parser_reads_as_the_standard_has_it(name: str) -> None:
-    """Every rule of the WHATWG's event-stream format holds, wherever the bytes are cut."""
+def test_parser_follows_the_standard(name: str) -> None:
+    """Every rule of the WHATWG's event-stream format holds, in any segmentation."""
     stream, messages, last_event_id = STREAMS[name]
     ways = [[stream], [bytes([byte]) for byte in stream]]
     ways += [[stream[:cut], b"", stream[cut:]] for cut in range(len(stream))]
@@ -90,14 +90,14 @@ def test_parser_reads_as_the_standard_has_it(name: str) -> None:
 @given(
     st.lists(st.lists(st.sampled_from([b"data", b":", b" ", b"\r", b"\n", b"id", b"\xc3", b"\xa9", b"x"])))
 )
-def test_parser_does_not_care_how_bytes_are_cut(chunks: list[list[bytes]]) -> None:
-    """Any stream says the same in any pieces."""
+def test_parser_accepts_any_segmentation(chunks: list[list[bytes]]) -> None:
+    """Any stream gives the same messages in any segmentation."""
     pieces = [b"".join(chunk) for chunk in chunks]
     assert heard(pieces) == heard([b"".join(pieces)])
 
 
 def test_parser_waits_for_nothing_after_a_cr() -> None:
-    """An event that ends in CR is there at once, though an LF may still follow."""
+    """An event that ends in CR is complete immediately, although an LF may follow."""
     stream = EventStream()
     assert stream.feed(b"data: a\r\r") == [Message("message", "a")]
     assert stream.feed(b"\ndata: b\r\r") == [Message("message", "b")]
@@ -108,15 +108,15 @@ def test_parser_waits_for_nothing_after_a_cr() -> None:
     [("1500", 1.5), ("0", 0), ("9" * 5000, float("inf"))]
     + [(odd, None) for odd in ("", "-1", "+1", "1.5", "1_0", "1 ", "٣", "soon")],
 )
-def test_parser_takes_a_retry_of_digits_only(value: str, seconds: float | None) -> None:
-    """`retry` is a number of milliseconds in ASCII digits, at once, or it is ignored."""
+def test_parser_accepts_a_retry_of_digits_only(value: str, seconds: float | None) -> None:
+    """`retry` is a number of milliseconds in ASCII digits, or it is ignored."""
     stream = EventStream()
     stream.feed(f"retry:{value}\n".encode())
     assert stream.retry_seconds == seconds
 
 
-def test_parser_bounds_what_it_holds() -> None:
-    """A stream that never ends its event is refused instead of remembered."""
+def test_parser_limits_the_size_of_an_event() -> None:
+    """An event that never ends is refused when it exceeds the limit."""
     for chunk in (b"x" * 2**20, b"data: " + b"x" * 2**20 + b"\n"):
         stream = EventStream()
         for _ in range(15):
@@ -153,18 +153,18 @@ def problem(**more: Any) -> bytes:
 
 
 def stream(*parts: bytes) -> bytes:
-    """Return an answer that streams these parts and ends."""
+    """Return a response that streams these parts and ends."""
     return answer(b"".join(parts), *HEAD)
 
 
 def closing(body: bytes, *headers: str, status: str = "HTTP/1.1 200 OK") -> bytes:
-    """Return a whole answer, after which the connection is closed."""
+    """Return a complete response that closes the connection."""
     return framed(body, "connection: close", *headers, status=status)
 
 
 @contextmanager
 def playing(*answers: bytes, port: int = 0) -> Iterator[RawUpstream]:
-    """Run a gateway made of bytes: the first request gets the first answer, and so on; then it hangs up."""
+    """Run a scripted gateway: each request gets the next response, then the connection closes."""
     left = iter(answers)
 
     def behave(connection: socket.socket, _: Request) -> None:
@@ -176,7 +176,7 @@ def playing(*answers: bytes, port: int = 0) -> Iterator[RawUpstream]:
 
 
 class Pauses(list[tuple[float, str]]):
-    """Takes the place of waiting, and remembers for how long and why."""
+    """Replaces the wait, and records its duration and reason."""
 
     def __call__(self, seconds: float, reason: str) -> None:
         self.append((seconds, reason))
@@ -189,19 +189,19 @@ class Pauses(list[tuple[float, str]]):
 def told(
     url: str, *task_ids: str, pause: Callable[[float, str], None], **more: Any
 ) -> list[tuple[str, float | str | None]]:
-    """Follow to the end; return each event's name, and the progress or the words it came with."""
+    """Follow to the end; return each event's name, and its progress or text."""
 
     def gist(event: Event) -> float | str | None:
-        if isinstance(event.told, Problem):
-            return event.told.words
-        return event.told.progress if event.told else None
+        if isinstance(event.content, Problem):
+            return event.content.text
+        return event.content.progress if event.content else None
 
     events = follow(httpx.URL(url), task_ids or ["A"], api="sd", pause=pause, **more)
     return [(event.name, gist(event)) for event in events]
 
 
 def test_follow_asks_for_the_tasks_and_stops_at_the_end() -> None:
-    """One request names every task and the api; after `end` there is no other."""
+    """One request names all tasks and the API; none follows after `end`."""
     pauses = Pauses()
     with playing(stream(progress("A"), progress("B"), END)) as upstream:
         events = told(f"{upstream.url}/behind/", "A", "B", pause=pauses)
@@ -214,7 +214,7 @@ def test_follow_asks_for_the_tasks_and_stops_at_the_end() -> None:
 
 
 def test_follow_reads_a_stream_that_comes_byte_by_byte() -> None:
-    """Chunks may end anywhere, inside a character, too."""
+    """Chunks may end anywhere, also within a character."""
     told_all = b"\xef\xbb\xbf: hello\r\n\r\nretry: 100\n\n" + progress(message="画 🙂") + END
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in told_all) + b"0\r\n\r\n"
     with playing(answer(chunks, HEAD[0], "transfer-encoding: chunked")) as upstream:
@@ -224,7 +224,7 @@ def test_follow_reads_a_stream_that_comes_byte_by_byte() -> None:
 
 
 def test_follow_resumes_after_the_delay_the_gateway_asked_for() -> None:
-    """A stream that ends is taken up again after its last `retry:`, from its last id; the delay stays."""
+    """A stream that ends is resumed after its last `retry:`, with its last ID; the delay stays in effect."""
     pauses = Pauses()
     with playing(
         stream(b"retry: 2000\n\n", progress(), b": the gateway restarts\nretry: 700\n\n"),
@@ -233,21 +233,21 @@ def test_follow_resumes_after_the_delay_the_gateway_asked_for() -> None:
     ) as upstream:
         events = told(upstream.url, pause=pauses)
     assert events == [("progress", 0.25), ("progress", 0.5), ("progress", 1), ("end", None)]
-    assert pauses == [(0.7, "the stream ended")] * 2
+    assert pauses == [(0.7, "stream ended")] * 2
     ids = [request.headers.get("last-event-id") for request in upstream.requests]
     assert ids == [None, "A-0.25", "A-0.5"]
 
 
 def test_follow_stops_at_204() -> None:
-    """204 says that all was told."""
+    """Status 204 means that all tasks have ended."""
     pauses = Pauses()
     with playing(stream(progress()), answer(b"", HEAD[1], status="HTTP/1.1 204 No Content")) as upstream:
         assert told(upstream.url, pause=pauses) == [("progress", 0.25), ("end", None)]
     assert len(pauses) == 1
 
 
-def test_follow_leaves_out_what_a_reconnect_repeats() -> None:
-    """What is known already is no news, nor is a problem under another request's id; a change is."""
+def test_follow_leaves_out_repetitions() -> None:
+    """Repeated progress is left out, also the same problem with another request ID; changes are not."""
     with playing(
         stream(progress("A"), progress("B")),
         stream(progress("A"), progress("B", progress=0.5), problem(requestId="1")),
@@ -258,18 +258,18 @@ def test_follow_leaves_out_what_a_reconnect_repeats() -> None:
     assert [gist for _, gist in events] == [0.25, 0.25, 0.5, "no", 0.25, None]
 
 
-def test_follow_notices_a_connection_that_broke() -> None:
-    """A stream that breaks off in an event is resumed from the last whole one."""
+def test_follow_resumes_a_broken_connection() -> None:
+    """A stream that breaks off within an event is resumed from the last complete one."""
     pauses = Pauses()
     broken = answer(progress() + b"id: 9\ndata: {", HEAD[0], "content-length: 9999")
     with playing(broken, stream(END)) as upstream:
         assert told(upstream.url, pause=pauses) == [("progress", 0.25), ("end", None)]
-    assert pauses == [(2, "the connection broke")]
+    assert pauses == [(2, "connection lost")]
     assert upstream.requests[1].headers["last-event-id"] == "A-0.25"
 
 
-def test_follow_notices_a_connection_that_is_silent() -> None:
-    """A connection that gives no sign of life, not even a heartbeat, counts as lost."""
+def test_follow_times_out_a_silent_connection() -> None:
+    """A connection without data or heartbeats counts as lost."""
     pauses = Pauses()
     silent = iter([True, False])
 
@@ -278,11 +278,11 @@ def test_follow_notices_a_connection_that_is_silent() -> None:
 
     with RawUpstream(behave) as upstream:
         assert told(upstream.url, pause=pauses, silence_seconds=0.1) == [("end", None)]
-    assert pauses == [(2, "nothing was heard for 0.1 s")]
+    assert pauses == [(2, "no data for 0.1 s")]
 
 
-def test_follow_waits_for_a_gateway_that_is_not_there() -> None:
-    """A refused connection is tried again, and taken up as soon as somebody listens."""
+def test_follow_retries_a_refused_connection() -> None:
+    """A refused connection is retried until the gateway listens."""
     port = free_port()
     pauses = Pauses()
     with ExitStack() as stack:
@@ -293,11 +293,11 @@ def test_follow_waits_for_a_gateway_that_is_not_there() -> None:
                 stack.enter_context(playing(stream(END), port=port))
 
         assert told(f"http://127.0.0.1:{port}", pause=pause) == [("end", None)]
-    assert pauses == [(2, "it cannot be reached (Connection refused)"), (4, pauses[0][1])]
+    assert pauses == [(2, "connection failed (Connection refused)"), (4, pauses[0][1])]
 
 
 def test_follow_backs_off_while_there_is_no_event() -> None:
-    """Waits double up to a bound while nothing is heard, and are short again once something was."""
+    """Delays double up to a limit while no event arrives, and are short again after one."""
     pauses = Pauses()
     unwell = closing(b"", status="HTTP/1.1 502 Bad Gateway")
     with playing(unwell, *[stream()] * 5, stream(progress()), stream(END)) as upstream:
@@ -315,7 +315,7 @@ def test_follow_backs_off_while_there_is_no_event() -> None:
     ],
 )
 def test_follow_bounds_the_delay(asked: str, seconds: float) -> None:
-    """No `retry:` makes it hammer the gateway, or sleep for ever."""
+    """The delay of `retry:` has a lower and an upper limit."""
     pauses = Pauses()
     with playing(stream(asked.encode()), stream(END)) as upstream:
         told(upstream.url, pause=pauses)
@@ -327,8 +327,8 @@ def test_follow_bounds_the_delay(asked: str, seconds: float) -> None:
     ("after", "seconds"),
     [("7", 7), ("1", 2), ("900", LONGEST_PAUSE_SECONDS), ("Wed, 21 Oct 2026 07:28:00 GMT", 2)],
 )
-def test_follow_heeds_retry_after(status: str, after: str, seconds: float) -> None:
-    """A gateway that is busy is asked again no sooner than it says, within bounds, and quoted."""
+def test_follow_obeys_retry_after(status: str, after: str, seconds: float) -> None:
+    """Retry-After is obeyed within limits, and the problem is quoted."""
     pauses = Pauses()
     busy = closing(b'{"detail": "too many"}', f"retry-after: {after}", status=f"HTTP/1.1 {status}")
     with playing(busy, stream(END)) as upstream:
@@ -346,13 +346,19 @@ def test_follow_heeds_retry_after(status: str, after: str, seconds: float) -> No
         (closing(b'{"title": "No"}', status="HTTP/1.1 404 Not Found"), "404 Not Found: No"),
         (closing(b"<html>", status="HTTP/1.1 403 Forbidden"), "403 Forbidden"),
         (closing(b"", "location: /elsewhere", status="HTTP/1.1 302 Found"), "302 Found"),
-        (closing(b"<html>", "content-type: text/html"), "it answers with no event stream; is it a gateway?"),
-        (stream(b"event: progress\ndata: {}\n\n"), "its progress events are not a gateway's"),
-        (stream(b"event: problem\ndata: {\n\n"), "its problem events are not a gateway's"),
+        (
+            closing(b"<html>", "content-type: text/html"),
+            "the response is not an event stream; check the URL of the gateway",
+        ),
+        (
+            stream(b"event: progress\ndata: {}\n\n"),
+            "invalid progress event; check the URL of the gateway",
+        ),
+        (stream(b"event: problem\ndata: {\n\n"), "invalid problem event; check the URL of the gateway"),
     ],
 )
-def test_follow_gives_up_where_asking_again_is_useless(refusal: bytes, words: str) -> None:
-    """What will never be a stream is an error, in the words of whoever refused, and asked for once."""
+def test_follow_raises_permanent_errors(refusal: bytes, words: str) -> None:
+    """A permanent error is raised with the gateway's message, without a second request."""
     pauses = Pauses()
     with playing(refusal) as upstream, pytest.raises(StreamRefused) as refused:
         told(upstream.url, pause=pauses)
@@ -360,29 +366,29 @@ def test_follow_gives_up_where_asking_again_is_useless(refusal: bytes, words: st
     assert pauses == []
 
 
-def test_follow_makes_words_safe_to_show() -> None:
-    """Escape sequences in what others say do not reach a terminal as such; the data stays as it came."""
+def test_follow_removes_escape_sequences() -> None:
+    """Escape sequences in received texts are removed for the terminal; the JSON data is unchanged."""
     evil = "a\x1b[2Jb\u202ec\nd"
     upstream_said = {"errMessage": evil, "subErrMessage": "unheard"}
     with playing(stream(progress(message=evil), problem(upstream=upstream_said), END)) as upstream:
         first, second, _ = follow(httpx.URL(upstream.url), ["A"], api="sd", pause=Pauses())
     assert first.data["message"] == evil
-    assert first.told
-    assert not isinstance(first.told, Problem)
-    assert first.told.message == "a [2Jb c d"
-    assert isinstance(second.told, Problem)
-    assert second.told.words == "no: a [2Jb c d"
+    assert first.content
+    assert not isinstance(first.content, Problem)
+    assert first.content.message == "a [2Jb c d"
+    assert isinstance(second.content, Problem)
+    assert second.content.text == "no: a [2Jb c d"
 
 
-def test_follow_goes_to_loopback_without_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment's proxy is for other hosts."""
+def test_follow_uses_no_proxy_for_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proxy of the environment is not used for loopback."""
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
     with playing(stream(END)) as upstream:
         assert told(upstream.url, pause=Pauses()) == [("end", None)]
 
 
-def test_follow_hangs_up_when_its_reader_leaves() -> None:
-    """A reader that stops in the middle leaves no connection behind."""
+def test_follow_closes_its_connection() -> None:
+    """A reader that stops early closes its connection."""
     disconnected = threading.Event()
 
     def behave(connection: socket.socket, _: Request) -> None:

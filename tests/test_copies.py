@@ -1,4 +1,4 @@
-"""What a replica holds: from when each copy is shown, and what is doubted; on a clock turned by hand."""
+"""The local cache of a replica: when each copy becomes visible, and invalidation; on a simulated clock."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ LATER = 0.05
 
 @pytest.fixture
 def loop() -> Iterator[TickedLoop]:
-    """Return a loop whose clock stands."""
+    """Return a loop with a simulated clock."""
     loop = TickedLoop()
     yield loop
     loop.close()
@@ -27,7 +27,7 @@ def loop() -> Iterator[TickedLoop]:
 
 @pytest.fixture
 def local_cache(loop: TickedLoop) -> LocalCache:
-    """Return copies on that clock."""
+    """Return a local cache on that clock."""
     return LocalCache(MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time), clock=loop.time)
 
 
@@ -35,18 +35,18 @@ def snapshot(version: int, key: TaskKey = KEY, *, status: Status = Status.RUNNIN
     return Snapshot(key, 1000.0, 10.0, b"{}", status, version=version)
 
 
-def test_copies_show_what_is_due_at_once(local_cache: LocalCache) -> None:
-    """What is shown by now is held, and nothing waits for it."""
+def test_cache_activates_a_due_copy_immediately(local_cache: LocalCache) -> None:
+    """A snapshot with a past activation time is active immediately."""
     one = snapshot(1)
-    local_cache.take_up(one, shown_at=1000.0)
+    local_cache.apply(one, shown_at=1000.0)
     assert local_cache.peek(KEY) is local_cache.peek_stale(KEY) is local_cache.latest(KEY) is one
 
 
-def test_copies_change_over_at_their_moment(loop: TickedLoop, local_cache: LocalCache) -> None:
-    """Until its moment a copy is known but not shown; at that moment it is, before any timer has fired."""
+def test_cache_activates_a_copy_at_its_time(loop: TickedLoop, local_cache: LocalCache) -> None:
+    """Before its activation time a copy is known but not visible; then it is, even before a timer fires."""
     one, two = snapshot(1), snapshot(2)
-    local_cache.take_up(one, shown_at=0)
-    loop.within(lambda: local_cache.take_up(two, shown_at=1000.0 + LATER))
+    local_cache.apply(one, shown_at=0)
+    loop.within(lambda: local_cache.apply(two, shown_at=1000.0 + LATER))
     assert local_cache.peek(KEY) is local_cache.peek_stale(KEY) is one
     assert local_cache.latest(KEY) is two
     loop._now += LATER
@@ -56,85 +56,88 @@ def test_copies_change_over_at_their_moment(loop: TickedLoop, local_cache: Local
     assert loop.next_timer is None
 
 
-def test_copies_tell_listeners_though_nobody_asks(loop: TickedLoop, local_cache: LocalCache) -> None:
-    """When its moment has come listeners are told of a copy, and of each of several in order."""
+def test_cache_notifies_listeners_without_a_request(loop: TickedLoop, local_cache: LocalCache) -> None:
+    """Listeners receive each copy at its activation time, in order, without any request."""
     heard: list[int] = []
     local_cache._memory.on_change(lambda stored: heard.append(stored.version))
-    loop.within(lambda: local_cache.take_up(snapshot(1), shown_at=1000.0 + LATER))
-    loop.within(lambda: local_cache.take_up(snapshot(2), shown_at=1000.0 + 2 * LATER))
+    loop.within(lambda: local_cache.apply(snapshot(1), shown_at=1000.0 + LATER))
+    loop.within(lambda: local_cache.apply(snapshot(2), shown_at=1000.0 + 2 * LATER))
     loop.advance(LATER + 0.01)
     assert heard == [1]
     loop.advance(LATER)
     assert heard == [1, 2]
 
 
-def test_copies_wake_who_waits_for_all_to_come(loop: TickedLoop, local_cache: LocalCache) -> None:
-    """Who waits until everything has come goes on with the last of it; with nothing to come, at once."""
-    loop.within(lambda: local_cache.take_up(snapshot(1), shown_at=1000.0 + LATER))
-    loop.within(lambda: local_cache.take_up(snapshot(2), shown_at=1000.0 + 2 * LATER))
-    waiting, idle = loop.create_task(local_cache.arrived(KEY)), loop.create_task(local_cache.arrived(OTHER))
+def test_cache_wakes_waiters_after_the_last_activation(loop: TickedLoop, local_cache: LocalCache) -> None:
+    """A waiter for all pending copies continues after the last one; immediately if none is pending."""
+    loop.within(lambda: local_cache.apply(snapshot(1), shown_at=1000.0 + LATER))
+    loop.within(lambda: local_cache.apply(snapshot(2), shown_at=1000.0 + 2 * LATER))
+    waiting, idle = (
+        loop.create_task(local_cache.activated(KEY)),
+        loop.create_task(local_cache.activated(OTHER)),
+    )
     loop.advance(LATER + 0.01)
     assert idle.done()
     assert not waiting.done()
     loop.advance(LATER)
     assert waiting.done()
-    assert loop.run_until_complete(local_cache.arrived(KEY)) is None  # type: ignore[func-returns-value]
+    assert loop.run_until_complete(local_cache.activated(KEY)) is None  # type: ignore[func-returns-value]
 
 
-def test_copies_take_up_nothing_older(loop: TickedLoop, local_cache: LocalCache) -> None:
-    """What is older than what is known, the same, or goes on where a task has ended, is let go."""
+def test_cache_ignores_older_copies(loop: TickedLoop, local_cache: LocalCache) -> None:
+    """A copy is ignored if it is older, the same, or not terminal after a terminal one."""
     ended = snapshot(3, status=Status.SUCCEEDED)
-    loop.within(lambda: local_cache.take_up(ended, shown_at=1000.0 + LATER))
+    loop.within(lambda: local_cache.apply(ended, shown_at=1000.0 + LATER))
     for late in (snapshot(2), snapshot(3), snapshot(4)):
-        local_cache.take_up(late, shown_at=0)
+        local_cache.apply(late, shown_at=0)
     assert local_cache.peek(KEY) is None
     loop.advance(LATER + 0.01)
     assert local_cache.peek(KEY) is ended
 
 
-def test_copies_show_nothing_that_is_doubted(local_cache: LocalCache) -> None:
-    """A doubted copy covers failures and is followed, but not shown until it is confirmed, or replaced."""
+def test_cache_hides_invalidated_copies(local_cache: LocalCache) -> None:
+    """An invalidated copy serves stale-if-error, but is not visible until it is revalidated or replaced."""
     one, other = snapshot(1), snapshot(1, OTHER)
-    local_cache.take_up(one, shown_at=0)
-    local_cache.take_up(other, shown_at=0)
-    local_cache.doubt(lambda key: key == KEY)
+    local_cache.apply(one, shown_at=0)
+    local_cache.apply(other, shown_at=0)
+    local_cache.invalidate(lambda key: key == KEY)
     assert local_cache.peek(KEY) is None
     assert local_cache.peek_stale(KEY) is local_cache.latest(KEY) is one
-    assert local_cache.doubted(KEY)
+    assert local_cache.invalidated(KEY)
     assert local_cache.peek(OTHER) is other
-    local_cache.doubt(lambda key: key == OTHER)
+    local_cache.invalidate(lambda key: key == OTHER)
     assert (local_cache.peek(KEY), local_cache.peek(OTHER)) == (None, None)
-    local_cache.confirm(KEY)
+    local_cache.revalidate(KEY)
     assert local_cache.peek(KEY) is one
-    local_cache.take_up(snapshot(2, OTHER), shown_at=0)
+    local_cache.apply(snapshot(2, OTHER), shown_at=0)
     assert local_cache.peek(OTHER) is not None
 
 
-def test_copies_doubted_are_not_the_more_recently_used(local_cache: LocalCache) -> None:
-    """To doubt some, or all, is no sign of life: what makes room is still what nobody asked for longest."""
+def test_cache_invalidation_is_not_a_use(local_cache: LocalCache) -> None:
+    """Invalidation does not count as use: the least recently used copies are still evicted first."""
     keys = [KEY._replace(task_id=str(number)) for number in range(15)]
     for key in keys[:10]:
-        local_cache.take_up(snapshot(1, key), shown_at=0)
+        local_cache.apply(snapshot(1, key), shown_at=0)
     local_cache.peek(keys[0])
-    local_cache.doubt(lambda key: int(key.task_id) % 3 == 1)
-    local_cache.doubt(lambda _: True)
+    local_cache.invalidate(lambda key: int(key.task_id) % 3 == 1)
+    local_cache.invalidate(lambda _: True)
     for key in keys[10:]:
-        local_cache.take_up(snapshot(1, key), shown_at=0)
+        local_cache.apply(snapshot(1, key), shown_at=0)
     assert {key for key in keys if local_cache.latest(key) is not None} == {keys[0], *keys[6:]}
 
 
-def test_copies_doubt_what_is_still_to_come(loop: TickedLoop, local_cache: LocalCache) -> None:
-    """What was to come when something may have been missed is doubted, too, once it has come."""
-    loop.within(lambda: local_cache.take_up(snapshot(1), shown_at=1000.0 + LATER))
-    local_cache.doubt(lambda _: True)
+def test_cache_invalidates_pending_copies(loop: TickedLoop, local_cache: LocalCache) -> None:
+    """A copy that was pending at the invalidation is invalidated as well, also after its activation."""
+    loop.within(lambda: local_cache.apply(snapshot(1), shown_at=1000.0 + LATER))
+    local_cache.invalidate(lambda _: True)
     loop.advance(LATER + 0.01)
     assert local_cache.peek_stale(KEY) is not None
     assert local_cache.peek(KEY) is None
 
 
-def test_copies_leave_no_timer_behind(loop: TickedLoop, local_cache: LocalCache) -> None:
-    """Closed, nothing comes any more."""
-    loop.within(lambda: local_cache.take_up(snapshot(1), shown_at=1000.0 + LATER))
+def test_cache_cancels_its_timers(loop: TickedLoop, local_cache: LocalCache) -> None:
+    """After the close, no activation happens."""
+    loop.within(lambda: local_cache.apply(snapshot(1), shown_at=1000.0 + LATER))
     local_cache.close()
     loop.advance(1)
     assert len(local_cache._memory) == 0
@@ -147,8 +150,8 @@ _STEPS = st.one_of(
 
 
 @given(steps=st.lists(_STEPS, max_size=20))
-def test_copies_note_until_when_each_is_shown(steps: list[tuple[str, int, float]]) -> None:
-    """Whatever happens, a copy that was shown and whose note does not end is still the one that is."""
+def test_cache_knows_until_when_a_copy_is_current(steps: list[tuple[str, int, float]]) -> None:
+    """A visible copy that counts as current is always the one that `peek` returns."""
     loop = TickedLoop()
     memory = MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time)
     local_cache = LocalCache(memory, clock=loop.time)
@@ -156,11 +159,11 @@ def test_copies_note_until_when_each_is_shown(steps: list[tuple[str, int, float]
     for step, version, wait in steps:
         match step:
             case "take up":
-                loop.within(lambda: local_cache.take_up(snapshot(version), shown_at=loop.time() + wait))  # noqa: B023  # called at once
+                loop.within(lambda: local_cache.apply(snapshot(version), shown_at=loop.time() + wait))  # noqa: B023  # called at once
             case "doubt":
-                local_cache.doubt(lambda _: True)
+                local_cache.invalidate(lambda _: True)
             case "confirm":
-                local_cache.confirm(KEY)
+                local_cache.revalidate(KEY)
             case "wait":
                 loop._now += LATER  # and no timer has fired yet
         noted = [one for one in seen if memory.is_current(one, loop.time())]
@@ -172,15 +175,15 @@ def test_copies_note_until_when_each_is_shown(steps: list[tuple[str, int, float]
     loop.close()
 
 
-def test_copies_are_noted_as_shown_again_once_confirmed(loop: TickedLoop, local_cache: LocalCache) -> None:
-    """Doubted and confirmed, a copy is shown as before: for good, or until its successor's moment."""
+def test_cache_marks_revalidated_copies_as_current(loop: TickedLoop, local_cache: LocalCache) -> None:
+    """After revalidation a copy is current as before: without limit, or until its successor's activation."""
     one = snapshot(1)
-    local_cache.take_up(one, shown_at=0)
+    local_cache.apply(one, shown_at=0)
     for until in (float("inf"), 1000.0 + LATER):
-        local_cache.doubt(lambda _: True)
+        local_cache.invalidate(lambda _: True)
         assert one.shown_until == float("-inf")
-        local_cache.confirm(KEY)
+        local_cache.revalidate(KEY)
         if until > one.fetched_at + LATER:
             assert one.shown_until == until
-            loop.within(lambda: local_cache.take_up(snapshot(2), shown_at=1000.0 + LATER))
+            loop.within(lambda: local_cache.apply(snapshot(2), shown_at=1000.0 + LATER))
     assert one.shown_until == 1000.0 + LATER

@@ -1,4 +1,4 @@
-"""The process's way out: what happens to callers when it is told to stop."""
+"""Graceful shutdown: what clients experience after SIGTERM."""
 
 import json
 import re
@@ -27,13 +27,13 @@ from tests.harness import (
 
 @pytest.fixture
 def released() -> threading.Event:
-    """Return the event that the upstream waits for before it answers."""
+    """Return the event that the upstream waits for before it responds."""
     return threading.Event()
 
 
 @pytest.fixture
 def upstream(released: threading.Event) -> Iterator[RawUpstream]:
-    """Run an upstream that answers when it is released."""
+    """Run an upstream that responds when the event is set."""
 
     def behaviour(connection: socket.socket, request: Request) -> None:
         released.wait(PATIENCE_SECONDS)
@@ -45,22 +45,22 @@ def upstream(released: threading.Event) -> Iterator[RawUpstream]:
 
 
 def unready(gate: Gateway) -> bool:
-    """Ask for readiness on a new connection, as a load balancer does."""
+    """Query /readyz on a new connection, as a load balancer does."""
     with plain_client(gate.url) as probe:
         response = probe.get("/readyz")
     return response.status_code == 503 and response.json()["reasons"] == ["draining"]
 
 
 def assert_clean(output: str) -> None:
-    """Check that nothing was thrown."""
+    """Check that no error was logged."""
     assert not re.search(r"Traceback|\"level\": \"error\"|Exception", output), output
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_drain_lets_requests_in_flight_finish(
+def test_shutdown_completes_in_flight_requests(
     tmp_path: Path, upstream: RawUpstream, released: threading.Event, number: signal.Signals
 ) -> None:
-    """Told to stop, the gateway is unready at once, answers whom it owes an answer, and exits with 0."""
+    """After a signal the gateway is not ready, completes its in-flight requests, and exits with 0."""
     with (
         serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
         ThreadPoolExecutor(1) as pool,
@@ -74,13 +74,13 @@ def test_drain_lets_requests_in_flight_finish(
         response = in_flight.result()
         assert (response.status_code, response.json()["status"]) == (200, "running")
         assert process.exit_status() == 0
-    assert '"event": "draining"' in process.output
+    assert '"event": "shutdown_started"' in process.output
     assert '"event": "stopped"' in process.output
     assert_clean(process.output)
 
 
-def test_drain_ends_idle_connections(tmp_path: Path, upstream: RawUpstream) -> None:
-    """Kept connections that ask for nothing do not hold the process."""
+def test_shutdown_closes_idle_connections(tmp_path: Path, upstream: RawUpstream) -> None:
+    """Idle kept-alive connections do not delay the shutdown."""
     with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate):
         assert gate.client.get("/healthz").status_code == 200
         with gate.connect() as silent:
@@ -91,10 +91,10 @@ def test_drain_ends_idle_connections(tmp_path: Path, upstream: RawUpstream) -> N
 
 
 @pytest.mark.parametrize("edge", ["true", "false"])
-def test_drain_closes_connections_with_their_next_response(
+def test_shutdown_closes_connections_after_their_next_response(
     tmp_path: Path, upstream: RawUpstream, released: threading.Event, edge: str
 ) -> None:
-    """From the first signal on every response says that it is the connection's last, a hit's, too."""
+    """After the first signal every response closes its connection, including hits of the fast path."""
     env = {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url, "SD_GATEWAY_SERVER__EDGE": edge}
     released.set()
     with serving(tmp_path, env) as (process, gate):
@@ -117,8 +117,8 @@ def test_drain_closes_connections_with_their_next_response(
     assert_clean(process.output)
 
 
-def test_drain_has_an_end(tmp_path: Path, upstream: RawUpstream) -> None:
-    """After server.drain_seconds whoever still waits is told to go elsewhere; the process exits with 0."""
+def test_shutdown_has_a_timeout(tmp_path: Path, upstream: RawUpstream) -> None:
+    """After server.drain_seconds waiting requests receive an error; the process exits with 0."""
     env = {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url, "SD_GATEWAY_SERVER__DRAIN_SECONDS": "0.2"}
     with (
         serving(tmp_path, env) as (process, gate),
@@ -127,7 +127,7 @@ def test_drain_has_an_end(tmp_path: Path, upstream: RawUpstream) -> None:
     ):
         caller.sendall(f"GET /v1/progress/{fresh_id()} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
         until(lambda: upstream.requests, "the request is in flight")
-        # A reader who never reads: an answer that is half out can only be cut off.
+        # A client that never reads: its partly sent response can only be cut off.
         deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 1000)
         process.signal()
         assert process.exit_status() == 0
@@ -140,10 +140,10 @@ def test_drain_has_an_end(tmp_path: Path, upstream: RawUpstream) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_drain_told_twice_still_exits_well(
+def test_shutdown_on_two_signals_exits_with_0(
     tmp_path: Path, upstream: RawUpstream, released: threading.Event, number: signal.Signals
 ) -> None:
-    """A second signal neither breaks the way out nor its exit status."""
+    """A second signal changes neither the shutdown nor the exit status."""
     with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate):
         assert gate.client.get("/readyz").status_code == 200
         process.signal(number)

@@ -1,4 +1,4 @@
-"""What the server takes from a socket before any application runs, and what it makes of the rest."""
+"""The connection class, over real sockets: refusals, limits and timeouts before the application is called."""
 
 import json
 import re
@@ -19,7 +19,7 @@ POST = b"POST /scc/sd_get_progress HTTP/1.1\r\nhost: x\r\ncontent-type: applicat
 
 
 def refused(received: bytes, status: str = "400 bad request", code: str = "invalid-parameter") -> str:
-    """Check that the one answer is a complete problem, and the last; return its detail."""
+    """Check that the only response is a complete problem that closes the connection; return its detail."""
     head, _, body = received.partition(b"\r\n\r\n")
     lines = head.decode().lower().split("\r\n")
     assert lines[0] == f"http/1.1 {status}"
@@ -36,7 +36,7 @@ def refused(received: bytes, status: str = "400 bad request", code: str = "inval
 
 
 def answered(connection: socket.socket) -> bytes:
-    """Read one healthy answer."""
+    """Read the response to a valid request."""
     received = b""
     while b'{"status":"ok"}' not in received:
         part = connection.recv(65536)
@@ -64,8 +64,8 @@ def answered(connection: socket.socket) -> bytes:
         POST + b"content-length: 2\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
     ],
 )
-def test_edge_junk_is_refused_as_a_problem(simulator: Simulator, launch: Launch, junk: bytes) -> None:
-    """What is not HTTP gets a clear problem and a closed connection, and nothing is sent upstream."""
+def test_edge_refuses_junk_with_a_problem(simulator: Simulator, launch: Launch, junk: bytes) -> None:
+    """Input that is not HTTP gets a problem and a closed connection, without an upstream call."""
     gate = launch(simulator.url)
     assert refused(gate.raw(junk)) == "the request is not valid HTTP/1.1"
     assert gate.client.get("/healthz").status_code == 200
@@ -81,8 +81,8 @@ def test_edge_junk_is_refused_as_a_problem(simulator: Simulator, launch: Launch,
         b"transfer-encoding: chunked\r\n\r\nfffffffffffffffff\r\n",
     ],
 )
-def test_edge_chunks_that_are_none_are_refused(simulator: Simulator, launch: Launch, body: bytes) -> None:
-    """Garbage where a chunk should be ends the connection with an error, without a call upstream."""
+def test_edge_refuses_malformed_chunks(simulator: Simulator, launch: Launch, body: bytes) -> None:
+    """A malformed chunk ends the connection with an error, without an upstream call."""
     gate = launch(simulator.url)
     received = gate.raw(POST + body)
     assert received.startswith(b"HTTP/1.1 400 ")
@@ -92,18 +92,16 @@ def test_edge_chunks_that_are_none_are_refused(simulator: Simulator, launch: Lau
 
 
 @pytest.mark.parametrize("sent", [b"", b'{"taskId": "a"', b'{"taskId": "a"}'])
-def test_edge_body_shorter_than_its_length_is_nothing(
-    simulator: Simulator, launch: Launch, sent: bytes
-) -> None:
-    """A caller who promises more than it sends and leaves has asked for nothing."""
+def test_edge_ignores_an_incomplete_body(simulator: Simulator, launch: Launch, sent: bytes) -> None:
+    """A client that disconnects before its body is complete has sent no request."""
     gate = launch(simulator.url)
     gate.raw(POST + b"content-length: 50\r\n\r\n" + sent, disconnect=True)
     assert gate.client.get("/healthz").status_code == 200
     assert simulator.requests() == []
 
 
-def test_edge_body_that_never_ends_is_given_up(simulator: Simulator, launch: Launch) -> None:
-    """A caller who dawdles over a body is told so after server.header_seconds."""
+def test_edge_times_out_a_slow_body(simulator: Simulator, launch: Launch) -> None:
+    """A slow body is answered with an error after server.header_seconds."""
     gate = launch(simulator.url, server={"header_seconds": 0.2})
     with gate.connect() as connection:
         connection.sendall(POST + b'connection: close\r\ncontent-length: 50\r\n\r\n{"taskId"')
@@ -114,7 +112,7 @@ def test_edge_body_that_never_ends_is_given_up(simulator: Simulator, launch: Lau
 
 
 def test_edge_body_longer_than_its_length_is_the_next_request(simulator: Simulator, launch: Launch) -> None:
-    """What comes after a body is a request of its own, and refused when it is none."""
+    """Bytes after a body are the next request, and refused if they are malformed."""
     gate = launch(simulator.url)
     with gate.connect() as connection:
         connection.sendall(POST + b'content-length: 14\r\n\r\n{"taskId":"a"}rubbish\r\n\r\n')
@@ -124,10 +122,10 @@ def test_edge_body_longer_than_its_length_is_the_next_request(simulator: Simulat
 
 
 @pytest.mark.parametrize("length", [b"70000", b"9223372036854775807"])
-def test_edge_body_that_is_told_to_be_too_large_is_not_awaited(
+def test_edge_refuses_a_large_content_length_early(
     simulator: Simulator, launch: Launch, length: bytes
 ) -> None:
-    """A length over limits.max_body_bytes is refused before the body comes."""
+    """A Content-Length over limits.max_body_bytes is refused before the body arrives."""
     gate = launch(simulator.url)
     with gate.connect() as connection:
         connection.sendall(POST + b"connection: close\r\ncontent-length: %s\r\n\r\n" % length)
@@ -152,7 +150,7 @@ def test_edge_body_that_is_told_to_be_too_large_is_not_awaited(
 def test_edge_odd_targets_are_answered(
     simulator: Simulator, launch: Launch, target: bytes, status: int | None
 ) -> None:
-    """A target in an unusual form is answered as what it is, and no other host is asked."""
+    """Unusual forms of targets are handled correctly, and no other host is contacted."""
     gate = launch(simulator.url)
     received = gate.raw(b"GET %s HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n" % target)
     match = re.match(rb"HTTP/1\.1 (\d+) ", received)
@@ -167,7 +165,7 @@ def test_edge_odd_targets_are_answered(
 
 @pytest.mark.parametrize("start", [b"", b"GET /healthz HT", b"GET /healthz HTTP/1.1\r\nhost: x\r\nx: y"])
 def test_edge_slow_headers_are_closed(simulator: Simulator, launch: Launch, start: bytes) -> None:
-    """A connection that has not brought its headers in server.header_seconds is closed, without a word."""
+    """A connection whose head is incomplete after server.header_seconds is closed without a response."""
     gate = launch(simulator.url, server={"header_seconds": 0.2})
     with gate.connect() as connection:
         connection.sendall(start)
@@ -176,7 +174,7 @@ def test_edge_slow_headers_are_closed(simulator: Simulator, launch: Launch, star
 
 
 def test_edge_slow_headers_are_closed_on_a_kept_connection(simulator: Simulator, launch: Launch) -> None:
-    """The timer counts for every request of a connection, and an idle one is left alone."""
+    """The timeout applies to every request of a connection; an idle connection is not affected."""
     gate = launch(simulator.url, server={"header_seconds": 0.3})
     with gate.connect() as connection, gate.connect() as witness:
         for _ in range(3):
@@ -190,7 +188,7 @@ def test_edge_slow_headers_are_closed_on_a_kept_connection(simulator: Simulator,
 
 
 def test_edge_dripping_headers_are_closed(simulator: Simulator, launch: Launch) -> None:
-    """Bytes that go on coming do not prolong the time for headers."""
+    """Bytes that keep arriving do not extend the timeout of a head."""
     gate = launch(simulator.url, server={"header_seconds": 0.3})
     with gate.connect() as connection:
         connection.sendall(WELL[:-2])
@@ -224,7 +222,7 @@ def test_edge_large_headers_are_refused(
     headers: bytes,
     finished: bool,  # noqa: FBT001 - pytest passes by name
 ) -> None:
-    """Headers over server.max_header_bytes are refused, ended or not, and the connection is closed."""
+    """A head over server.max_header_bytes is refused, complete or not, and the connection is closed."""
     gate = launch(simulator.url, server={"max_header_bytes": 2048})
     with gate.connect() as connection:
         connection.sendall(WELL)
@@ -239,7 +237,7 @@ def test_edge_large_headers_are_refused(
 
 
 def test_edge_headers_within_bounds_are_taken(simulator: Simulator, launch: Launch) -> None:
-    """The bound is for one request's headers: many requests on a connection may have more together."""
+    """The limit applies to each request: several requests on a connection may exceed it together."""
     gate = launch(simulator.url, server={"max_header_bytes": 2048})
     with gate.connect() as connection:
         for _ in range(5):
@@ -248,7 +246,7 @@ def test_edge_headers_within_bounds_are_taken(simulator: Simulator, launch: Laun
 
 
 def test_edge_body_does_not_count_as_headers(simulator: Simulator, launch: Launch) -> None:
-    """A body larger than server.max_header_bytes is no header."""
+    """A body larger than server.max_header_bytes is accepted."""
     gate = launch(simulator.url, server={"max_header_bytes": 2048})
     task = simulator.task()
     body = json.dumps({"taskId": task}).encode().ljust(60_000)
@@ -260,7 +258,7 @@ def test_edge_body_does_not_count_as_headers(simulator: Simulator, launch: Launc
 
 
 def test_edge_requests_may_be_pipelined(simulator: Simulator, launch: Launch) -> None:
-    """Requests sent at once are answered in their order."""
+    """Pipelined requests are answered in order."""
     gate = launch(simulator.url)
     paths = [b"/healthz", b"/v1/progress/no!", b"/readyz", b"/nothing"] * 5
     together = b"".join(b"GET %s HTTP/1.1\r\nhost: x\r\n\r\n" % path for path in paths)
@@ -270,7 +268,7 @@ def test_edge_requests_may_be_pipelined(simulator: Simulator, launch: Launch) ->
 
 
 def test_edge_request_may_come_byte_by_byte(simulator: Simulator, launch: Launch) -> None:
-    """However a request is cut into pieces, it is the same request."""
+    """A request is the same in any segmentation."""
     gate = launch(simulator.url)
     task = simulator.task()
     body = json.dumps({"taskId": task}).encode()
@@ -285,7 +283,7 @@ def test_edge_request_may_come_byte_by_byte(simulator: Simulator, launch: Launch
 
 
 def test_edge_old_http_is_answered(simulator: Simulator, launch: Launch) -> None:
-    """HTTP/1.0 gets its answer, and its connection is closed."""
+    """HTTP/1.0 gets its response, and the connection is closed."""
     received = launch(simulator.url).raw(b"GET /healthz HTTP/1.0\r\n\r\n")
     assert re.match(rb"HTTP/1\.[01] 200 ", received)
     assert received.endswith(b'{"status":"ok"}')
@@ -297,7 +295,7 @@ def test_edge_old_http_is_answered(simulator: Simulator, launch: Launch) -> None
 def test_edge_client_that_leaves_behind_another_request_is_noticed(
     simulator: Simulator, launch: Launch
 ) -> None:
-    """Bytes of a further request hide no disconnect: the stream before them ends."""
+    """Bytes of a further request do not hide a disconnect: the stream before them ends."""
     gate = launch(simulator.url)
     stream = b"GET /v1/progress/%s/events HTTP/1.1\r\nhost: x\r\n\r\n" % simulator.task().encode()
     with gate.connect() as connection:
@@ -310,7 +308,7 @@ def test_edge_client_that_leaves_behind_another_request_is_noticed(
 def test_edge_client_that_goes_on_sending_gets_its_answer(
     simulator: Simulator, launch: Launch, version: bytes
 ) -> None:
-    """A body that is refused before it has come is read for a while, so that the refusal is not lost."""
+    """A refused body is read for a while, so that a reset does not destroy the response."""
     gate = launch(simulator.url)
     with gate.connect() as connection:
         connection.sendall(
@@ -325,7 +323,7 @@ def test_edge_client_that_goes_on_sending_gets_its_answer(
 
 
 def test_edge_probes_beyond_the_limit_are_bounded(simulator: Simulator, launch: Launch) -> None:
-    """Probes that read nothing and close nothing make room for later ones, which are answered."""
+    """Probes that never read or close are replaced by later probes, which are answered."""
     gate = launch(simulator.url, server={"max_connections": 1})
     with ExitStack() as stack:
         for _ in range(60):

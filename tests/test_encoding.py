@@ -1,4 +1,4 @@
-"""What replicas write for each other: read back whole, or refused."""
+"""Values that replicas write for each other: decoded completely, or refused."""
 
 import json
 from typing import Any
@@ -63,7 +63,7 @@ def stored(snapshot: Snapshot) -> bytes:
 
 
 def read(value: bytes, key: TaskKey = KEY) -> Snapshot:
-    """Read what is stored. Raises: Undecodable."""
+    """Decode a stored value. Raises: InvalidStoredValue."""
     head, encoded = split_stored(value)
     return decode_snapshot(encoded, key, head, fetched_at=1.0)
 
@@ -73,7 +73,7 @@ def fields_of(snapshot: Snapshot) -> list[Any]:
 
 
 def sealed(header: dict[str, Any], envelope: bytes) -> bytes:
-    """Return what a hand that knows the way would write."""
+    """Return a forged value with a valid digest."""
     content = json.dumps(header).encode() + b"\n" + envelope
     return _digest(content) + b" " + content
 
@@ -84,16 +84,16 @@ def opened(encoded: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 @given(statuses, data, st.sampled_from([KEY, *OTHERS]), st.floats(0, 1e6), st.integers(0, 2**53))
-def test_snapshot_is_read_as_it_was_written(
+def test_snapshot_round_trip(
     status: str, data: dict[str, Any], key: TaskKey, lifetime: float, version: int
 ) -> None:
-    """Every field comes back; those that travel beside it are what the reader says."""
+    """Every field is decoded; the times come from the head."""
     snapshot = seen(key, status, at=1.0, lifetime=round(lifetime, 6), version=version, **data)
     assert fields_of(read(stored(snapshot), key)) == fields_of(snapshot)
 
 
-def test_snapshot_keeps_what_it_has_of_its_predecessors() -> None:
-    """The mark of a running task, and the end of a task that has ended, survive the way through the store."""
+def test_snapshot_keeps_progress_and_end() -> None:
+    """The progress mark of a running task, and the end of a finished task, survive the store."""
     lifetimes: dict[Status | None, float] = dict.fromkeys([None, *Status], 2.0)
 
     def after(previous: Snapshot, **data: Any) -> Snapshot:
@@ -112,7 +112,7 @@ def test_snapshot_keeps_what_it_has_of_its_predecessors() -> None:
 
 @given(st.data())
 def test_snapshot_that_is_damaged_is_refused_or_whole(draw: st.DataObject) -> None:
-    """Any byte changed, removed or added, anywhere: the same snapshot, or none. Only times are the head's."""
+    """Any byte changed, removed or added gives the same snapshot or none. Only times depend on the head."""
     value = stored(SNAPSHOT)
     start = draw.draw(st.integers(0, len(value)))
     end = draw.draw(st.integers(start, min(start + 3, len(value))))
@@ -129,7 +129,7 @@ def test_snapshot_that_is_damaged_is_refused_or_whole(draw: st.DataObject) -> No
     st.booleans() | numbers | st.text() | st.lists(st.none()) | st.sampled_from([1e999, 0.5, 7]),
 )
 def test_snapshot_with_another_header_is_refused_or_whole(name: str, value: Any) -> None:
-    """Any field changed by a hand that knows the digest: the same snapshot or none, or a mark that may be."""
+    """Any field changed with a valid digest gives the same snapshot, none, or another valid progress mark."""
     header, envelope = opened(encode_snapshot(SNAPSHOT))
     try:
         snapshot = read(b"sdg3 7 11 2000000 12 0\n" + sealed(header | {name: value}, envelope))
@@ -151,8 +151,8 @@ def test_snapshot_with_another_header_is_refused_or_whole(name: str, value: Any)
         b'{"status":10,"data":null}',
         b'{"status":20,"data":{"taskId":"task"}}',
         answered(KEY._replace(task_id="other")),
-        answered(KEY, "succeeded"),  # under the head of one that runs
-        answered(KEY, progress=0.6),  # beyond the mark
+        answered(KEY, "succeeded"),  # under the head of a running task
+        answered(KEY, progress=0.6),  # beyond the progress mark
         answered(KEY).replace(b"0.5", b"NaN"),
         answered(KEY).replace(b"0.5", b"1e999"),
         answered(KEY) + b"x",
@@ -160,7 +160,7 @@ def test_snapshot_with_another_header_is_refused_or_whole(name: str, value: Any)
     ],
 )
 def test_snapshot_of_another_envelope_is_refused(envelope: bytes) -> None:
-    """An envelope that is none of this task's, or contradicts what stands before it, is no snapshot."""
+    """An envelope of another task, or one that contradicts its header, is refused."""
     header, _ = opened(encode_snapshot(SNAPSHOT))
     with pytest.raises(InvalidStoredValue):
         read(b"sdg3 7 11 2000000 12 0\n" + sealed(header, envelope))
@@ -170,13 +170,13 @@ def test_snapshot_of_another_envelope_is_refused(envelope: bytes) -> None:
     "head", ["7 11 2000001 12 0", "8 11 2000000 12 0", "7 11 2000000 12 1", "7 11 9999999999999 12 0", "7"]
 )
 def test_snapshot_under_another_head_is_refused(head: str) -> None:
-    """The head says the same as what it stands before."""
+    """Head and header must agree."""
     with pytest.raises(InvalidStoredValue):
         read(f"sdg3 {head}\n".encode() + encode_snapshot(SNAPSHOT))
 
 
 def test_lifetime_is_within_the_settings_bounds() -> None:
-    """No snapshot is fresh for longer than a setting can say."""
+    """No lifetime exceeds the maximum of the settings."""
     assert split_stored(b"sdg3 1 2 2592000000000 3 0\n") == (
         Head(1, 2, 2_592_000_000_000, 3, terminal=False),
         b"",
@@ -187,7 +187,7 @@ def test_lifetime_is_within_the_settings_bounds() -> None:
 
 @pytest.mark.parametrize("key", OTHERS)
 def test_encoded_for_another_task_is_refused(key: TaskKey) -> None:
-    """Neither a snapshot nor a failure is ever taken for another task's."""
+    """A snapshot or failure is never accepted for another task."""
     with pytest.raises(InvalidStoredValue):
         read(stored(SNAPSHOT), key)
     with pytest.raises(InvalidStoredValue):
@@ -203,15 +203,15 @@ def test_encoded_for_another_task_is_refused(key: TaskKey) -> None:
         REJECTED,
     ],
 )
-def test_failure_is_read_as_it_was_written(failure: UpstreamError) -> None:
-    """A failure comes back as what it was, with all it tells."""
+def test_failure_round_trip(failure: UpstreamError) -> None:
+    """A failure is decoded with its type and all its details."""
     found = decode_failure(encode_failure(KEY, failure), KEY)
     assert type(found) is type(failure)
     assert (str(found), vars(found)) == (str(failure), vars(failure))
 
 
 def test_failure_is_written_without_control_characters() -> None:
-    """An upstream's text may have line breaks, or an escape; what replicas share has none."""
+    """Control characters in a text of the upstream are replaced before it is stored."""
     failure = UpstreamTimeout("too late", detail=UpstreamDetail(err_message="a\r\nb\x1bc\x9b" + "x" * 600))
     found = decode_failure(encode_failure(KEY, failure), KEY)
     assert found.detail == UpstreamDetail(err_message=("a  b c " + "x" * 600)[:500])
@@ -238,8 +238,8 @@ def test_failure_is_written_without_control_characters() -> None:
         {"more": 1},
     ],
 )
-def test_failure_that_is_none_of_ours_is_refused(change: dict[str, object]) -> None:
-    """Only the upstream's failures are read, and only with what belongs to them."""
+def test_failure_with_invalid_fields_is_refused(change: dict[str, object]) -> None:
+    """Only upstream failures are accepted, and only with valid fields."""
     header, envelope = opened(encode_failure(KEY, FAILURE))
     with pytest.raises(InvalidStoredValue):
         decode_failure(sealed(header | change, envelope), KEY)
@@ -247,7 +247,7 @@ def test_failure_that_is_none_of_ours_is_refused(change: dict[str, object]) -> N
 
 @pytest.mark.parametrize("envelope", [b"", b"[]", b"{}", b'{"status":10}', b'{"status":"20"}', b"\xff", b"{"])
 def test_rejection_without_its_envelope_is_refused(envelope: bytes) -> None:
-    """What is passed on as the vendor's word is an envelope that says no."""
+    """A rejection is accepted only with an envelope that rejects."""
     header, _ = opened(encode_failure(KEY, REJECTED))
     with pytest.raises(InvalidStoredValue):
         decode_failure(sealed(header, envelope), KEY)
@@ -255,7 +255,7 @@ def test_rejection_without_its_envelope_is_refused(envelope: bytes) -> None:
 
 @given(st.data())
 def test_failure_that_is_damaged_is_refused_or_whole(draw: st.DataObject) -> None:
-    """Any byte changed, removed or added: the same failure, or none."""
+    """Any byte changed, removed or added gives the same failure or none."""
     for failure in (FAILURE, REJECTED):
         value = encode_failure(KEY, failure)
         start = draw.draw(st.integers(0, len(value)))
@@ -269,20 +269,20 @@ def test_failure_that_is_damaged_is_refused_or_whole(draw: st.DataObject) -> Non
 
 
 @pytest.mark.parametrize("time", [b"", b"x", b"-1", b"1_0", b" 1", b"9" * 13, b"9" * 5000, -1, 10**12, 2**80])
-def test_failure_is_remembered_for_no_odd_time(time: bytes | int) -> None:
-    """What is no time within the settings' bounds is refused."""
+def test_failure_with_an_invalid_lifetime_is_refused(time: bytes | int) -> None:
+    """A lifetime outside of the bounds of the settings is refused."""
     with pytest.raises(InvalidStoredValue):
         failure_seconds(time)
 
 
-def test_failure_is_remembered_for_its_time() -> None:
-    """The time is in milliseconds, from a message or from the server."""
+def test_failure_lifetime_is_in_milliseconds() -> None:
+    """The lifetime is in milliseconds, from a message or from the server."""
     assert (failure_seconds(b"1500"), failure_seconds(1500)) == (1.5, 1.5)
 
 
 @pytest.mark.parametrize("garbage", [b"", b"null", b"[]", b"{}", b"[" * 100_000, b"\xff", b'"text"'])
 def test_garbage_is_refused(garbage: bytes) -> None:
-    """Whatever else stands there is refused in one way."""
+    """Any other bytes are refused with the same exception."""
     for value in (
         garbage,
         _digest(garbage) + b" " + garbage,

@@ -1,4 +1,4 @@
-"""Where requests end, without a socket: whatever the cuts, and at what cost."""
+"""Message framing without a socket: independent of the segmentation, at bounded cost."""
 
 import random
 import sys
@@ -29,7 +29,7 @@ def decoded(pieces: list[bytes], *, max_overhead: int = BOUND) -> tuple[bool, by
 
 
 def chunks(chance: random.Random) -> bytes:
-    """Make a body in chunks, which may be broken."""
+    """Create a chunked body, possibly malformed."""
     made = b""
     for _ in range(chance.randrange(5)):
         size = chance.choice([1, 2, 5, 17, 300])
@@ -42,7 +42,7 @@ def chunks(chance: random.Random) -> bytes:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_framing_of_chunks_depends_on_no_cut(seed: int) -> None:
-    """The same bytes are the same body or the same refusal, also where the bounds are just reached."""
+    """The same bytes give the same body or the same refusal, also close to the limits."""
     chance = random.Random(seed)
     for _ in range(1000):
         whole, bound = chunks(chance), chance.choice([20, 60, 200, BOUND])
@@ -63,8 +63,8 @@ def test_framing_of_chunks_depends_on_no_cut(seed: int) -> None:
     ],
     ids=["trailers", "tiny chunks", "extensions"],
 )
-def test_framing_holds_up_nothing_for_hostile_chunks(hostile: bytes, most: int) -> None:
-    """What one read can bring of trailers, extensions and tiny chunks takes a bounded number of calls."""
+def test_framing_of_hostile_chunks_takes_bounded_time(hostile: bytes, most: int) -> None:
+    """The largest read of trailers, extensions and tiny chunks takes a bounded number of calls."""
     calls = 0
 
     def note(_: FrameType, event: str, __: object) -> None:
@@ -92,7 +92,7 @@ def test_framing_holds_up_nothing_for_hostile_chunks(hostile: bytes, most: int) 
     ],
 )
 def test_framing_reads_targets(target: bytes, host: bytes, expected: bytes | None) -> None:
-    """An absolute target is a path when it names the host that Host names; any other form is refused."""
+    """An absolute target is a path if its host equals Host; any other form is refused."""
     data = b"GET %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (target, host)
     if expected is None:
         with pytest.raises(BadRequest):
@@ -101,8 +101,8 @@ def test_framing_reads_targets(target: bytes, host: bytes, expected: bytes | Non
         assert parse_head(data, max_fields=100).target == expected
 
 
-def test_framing_joins_what_proxies_forward_for() -> None:
-    """Of several X-Forwarded-For fields all count, in their order: a client's own hides no proxy's."""
+def test_framing_joins_x_forwarded_for() -> None:
+    """Several X-Forwarded-For fields are joined in order, so that a client cannot hide the proxy's."""
     fields = b"X-Forwarded-For: 10.0.0.1\r\nA: b\r\nX-FORWARDED-FOR: 10.0.0.2, 10.0.0.3\r\n"
     headers = parse_head(b"GET / HTTP/1.1\r\nHost: x\r\n%b\r\n" % fields, max_fields=100).headers
     forwarded = [value for name, value in headers if name == b"x-forwarded-for"]

@@ -1,8 +1,8 @@
-"""What was met and told is gone at once: no error leaves a circle of frames to the garbage collector.
+"""No error leaves a reference cycle of frames to the garbage collector.
 
-A full collection stops everybody, among thousands of streams for a fifth of a second, so the gateway
-collects rarely. A circle would keep until then whatever was in hand when an error was met: bodies of a
-megabyte, requests, connections.
+A full collection blocks the event loop, with thousands of streams for a fifth of a second, so the gateway
+collects rarely. Until then, a reference cycle would keep everything that the frames of an error refer to:
+bodies of a megabyte, requests, connections.
 """
 
 import gc
@@ -62,14 +62,14 @@ NOT_OURS = f"{OURS}/simulator"
 
 @pytest.fixture(autouse=True)
 def _alone(_leftovers: list[threading.Thread]) -> None:
-    """Wait until gateways of other tests are gone: what a closing leaves behind is none of this."""
+    """Wait until the gateways of other tests have stopped, so that their objects are not counted."""
     for thread in _leftovers:
         thread.join()
 
 
 @contextmanager
 def circles() -> Iterator[Counter[str]]:
-    """Count what of the gateway is left in circles by what happens in the context; it is full afterwards."""
+    """Count objects of the gateway in reference cycles that are created in the context."""
     found: Counter[str] = Counter()
     gc.collect()
     gc.disable()
@@ -85,7 +85,7 @@ def circles() -> Iterator[Counter[str]]:
 
 
 def trace_of(thing: object) -> str:
-    """Name a thing that tells of the gateway's doing; nothing for one of the test's own."""
+    """Return a description of an object of the gateway; "" for one of the test."""
     if isinstance(thing, GatewayError):
         return repr(thing)
     if isinstance(thing, FrameType):
@@ -112,8 +112,8 @@ def ask_in_every_way(gate: Gateway, task: str) -> None:
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: "-".join(map(str, fault.values()))[:30])
-def test_no_failure_of_upstream_leaves_a_circle(simulator: Simulator, fault: dict[str, Any]) -> None:
-    """Whatever fault upstream has, and whoever is told of it."""
+def test_no_upstream_failure_leaves_a_cycle(simulator: Simulator, fault: dict[str, Any]) -> None:
+    """No fault of the upstream leaves a reference cycle."""
     with gateway(simulator.url, **QUICK) as gate:
         task = simulator.task()
         assert gate.get(task).status_code == 200
@@ -125,8 +125,8 @@ def test_no_failure_of_upstream_leaves_a_circle(simulator: Simulator, fault: dic
 
 
 @pytest.mark.parametrize("sent", [b"", b"no HTTP\r\n\r\n", answer(b"{", "content-length: 9"), None])
-def test_no_broken_connection_leaves_a_circle(sent: bytes | None) -> None:
-    """A connection that ends before, or inside, an answer, brings no HTTP, or is reset."""
+def test_no_broken_connection_leaves_a_cycle(sent: bytes | None) -> None:
+    """A connection that ends before or within a response, sends no HTTP, or is reset."""
 
     def behaviour(connection: socket.socket, _request: Request) -> None:
         if sent is None:
@@ -142,8 +142,8 @@ def test_no_broken_connection_leaves_a_circle(sent: bytes | None) -> None:
         assert not found
 
 
-def test_no_mistake_of_a_caller_leaves_a_circle(simulator: Simulator) -> None:
-    """Requests that are refused, broken off or no HTTP at all."""
+def test_no_invalid_request_leaves_a_cycle(simulator: Simulator) -> None:
+    """Requests that are refused, aborted or not HTTP."""
     with gateway(simulator.url) as gate:
         gate.client.get("/readyz")
         with circles() as found:

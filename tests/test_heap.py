@@ -1,22 +1,22 @@
-"""When memory is given back to the system."""
+"""Memory is returned to the system after many connections have closed."""
 
 from gateway.server.heap import HeapTrim
 
 
-def test_heap_is_trimmed_when_a_crowd_has_left() -> None:
-    """Many connections that close give their memory back, once in a while; a few do not."""
+def test_heap_is_trimmed_after_many_connections_have_closed() -> None:
+    """The heap is trimmed after many connections have closed, at most once per interval; not after a few."""
     now, trimmed = 0.0, []
     heap = HeapTrim(trim=lambda: trimmed.append(now), clock=lambda: now)
-    assert [heap.look(connections) for connections in (0, 400, 0, 100)] == [False] * 4
-    assert [heap.look(connections) for connections in (1000, 600, 500, 0)] == [False, False, True, False]
+    assert [heap.observe(connections) for connections in (0, 400, 0, 100)] == [False] * 4
+    assert [heap.observe(connections) for connections in (1000, 600, 500, 0)] == [False, False, True, False]
     now = 10.0
-    assert heap.look(0)
-    assert not heap.look(0)
+    assert heap.observe(0)
+    assert not heap.observe(0)
     assert trimmed == [0.0, 10.0]
 
 
 def test_heap_of_this_system_can_be_trimmed() -> None:
-    """The C library's function is called, where it has one."""
+    """The C library's function is called, if it exists."""
     heap = HeapTrim()
-    heap.look(5000)
-    assert heap.look(0)
+    heap.observe(5000)
+    assert heap.observe(0)

@@ -1,4 +1,4 @@
-"""A store that is written by a hand that means harm: no caller is sent what it made up."""
+"""A store with forged values: no client receives forged content."""
 
 import json
 import threading
@@ -18,7 +18,7 @@ from tests.storeserver import StoreServer, binary
 Launch = Callable[..., Gateway]
 EVIL = b"evil"
 
-# What stands in the place of a header's field, or of the envelope. Each is sealed as a replica would.
+# Replaces a field of the header, or the envelope. Each value has a valid digest.
 HEADERS = {
     "etag": {"etag": '"a"\r\nSet-Cookie: evil=1\r\n\r\nHTTP/1.1 200 OK\r\n'},
     "operation": {"operation": "sd_get_progress\r\nevil: 1"},
@@ -52,7 +52,7 @@ def server(tmp_path: Path, _leftovers: list[threading.Thread]) -> Iterator[Store
 
 @pytest.fixture
 def upstream() -> Iterator[RawUpstream]:
-    """Return an upstream that answers."""
+    """Return an upstream that responds."""
     with RawUpstream(lambda connection, request: connection.sendall(framed(request.envelope()))) as upstream:
         yield upstream
 
@@ -63,7 +63,7 @@ def slot(task_id: str) -> int:
 
 
 def hostile(kind: str, task_id: str) -> bytes:
-    """Return a value of this kind for a task, as fresh as can be."""
+    """Return a forged value of this kind for a task, fresh."""
     now = time.time_ns() // 1000
     body = answered(TaskKey(Operation.SD_GET_PROGRESS, task_id)).decode()
     header = {
@@ -86,7 +86,7 @@ def hostile(kind: str, task_id: str) -> bytes:
 def test_hostile_value_reaches_no_caller(
     kind: str, edge: str, server: StoreServer, upstream: RawUpstream, launch: Launch
 ) -> None:
-    """Neither a hit, nor a batch, nor a stream has a header, an event or a word that the store made up."""
+    """No hit, batch or stream has a forged header, event or text."""
     gateway = launch(
         upstream.url,
         store={"url": server.url, "timeout_seconds": 1.0},
@@ -97,9 +97,9 @@ def test_hostile_value_reaches_no_caller(
     assert gateway.get(known).json()["taskId"] == known
     [name] = server.client.keys(f"*:{known}:s")
     channel = name.decode().partition(":sd_get_progress:")[0]
-    # Another task of the same slot has its name in the same place.
+    # A task of the same slot has its ID at the same place.
     unknown = next(filter(lambda task: slot(task) == slot(known), iter(fresh_id, "")))
-    # Stored for the one before it is asked for; published of the other, which is held.
+    # Stored for the first task before it is requested; published for the other, which is in the cache.
     server.client.set(name.decode().replace(known, unknown), hostile(kind, unknown))
     subject = f"Ssd_get_progress/{known}\n".encode()
     server.client.publish(channel, subject + hostile(kind, known))
@@ -118,13 +118,13 @@ def test_hostile_value_reaches_no_caller(
         assert names == [b"event", b"id", b"data", b""]
         data = json.loads(events.partition(b"data: ")[2].partition(b"\n\n")[0])
         assert (data["taskId"], 0 <= data["progress"] <= 0.999) == (task_id, True)
-    # Two were read; those whose envelope is one, whatever its white space, are answers like others.
+    # Two were read. A value whose envelope is valid, whatever its white space, is an answer like others.
     refused = 0 if kind in {"white-space", "escaped"} else 2
     assert gateway.metric("store_errors_total", operation="read") == refused
 
 
 def first_event(gateway: Gateway, task_id: str) -> bytes:
-    """Return a stream up to its first event's end."""
+    """Return a stream up to the end of its first event."""
     got = b""
     with gateway.client.stream("GET", f"/v1/progress/{task_id}/events", timeout=PATIENCE_SECONDS) as stream:
         for part in stream.iter_raw():

@@ -1,4 +1,4 @@
-"""Replicas and their store: what they promise together, over real sockets, on a real server."""
+"""The guarantees of several replicas with a shared store, over real sockets, on a real server."""
 
 import itertools
 import json
@@ -35,13 +35,13 @@ from tests.storeserver import StoreServer, binary, cluster, guarded, migrate
 
 Launch = Callable[..., Gateway]
 REPLICAS = 3
-# A busy machine that needs longer than a replica would wait is another test.
+# Long enough for a busy machine: lease timeouts are tested elsewhere.
 STORE: Json = {"timeout_seconds": 1.0}
 
 
 @pytest.fixture
 def server(tmp_path: Path, _leftovers: list[threading.Thread]) -> Iterator[StoreServer]:
-    """Return a server for the replicas' store, which outlives them: its end while they go is another test."""
+    """Return a server for the replicas' store. It outlives them: its failure is tested elsewhere."""
     with StoreServer(binary("valkey"), tmp_path) as server:
         yield server
         for thread in _leftovers:
@@ -49,7 +49,7 @@ def server(tmp_path: Path, _leftovers: list[threading.Thread]) -> Iterator[Store
 
 
 class Held:
-    """What an upstream does that answers one question after the other, each as it is told to.
+    """An upstream that answers one query after the other, each when it is released.
 
     Question number N is answered with a progress of N thousandths. While `closed`, none is.
     """
@@ -67,13 +67,13 @@ class Held:
 
 @pytest.fixture
 def held() -> Held:
-    """Return what the upstream does."""
+    """Return the behaviour of the upstream."""
     return Held()
 
 
 @pytest.fixture
 def upstream(held: Held) -> Iterator[RawUpstream]:
-    """Return an upstream whose answers are counted, and can be held."""
+    """Return an upstream that counts its responses and can delay them."""
     with RawUpstream(held) as upstream:
         try:
             yield upstream
@@ -83,7 +83,7 @@ def upstream(held: Held) -> Iterator[RawUpstream]:
 
 @pytest.fixture
 def start(server: StoreServer, upstream: RawUpstream, launch: Launch) -> Callable[..., list[Gateway]]:
-    """Return a function that starts replicas and returns them once they share."""
+    """Return a function that starts replicas and returns them once they are connected."""
 
     def start(**sections: Json) -> list[Gateway]:
         sections["store"] = {**STORE, "url": server.url, **sections.get("store", {})}
@@ -96,17 +96,17 @@ def start(server: StoreServer, upstream: RawUpstream, launch: Launch) -> Callabl
 
 @pytest.fixture
 def replicas(start: Callable[..., list[Gateway]]) -> list[Gateway]:
-    """Return replicas that share."""
+    """Return replicas that share a store."""
     return start()
 
 
 def shares(gateway: Gateway) -> bool:
-    """Tell whether a replica shares."""
+    """Return whether a replica is connected to the store."""
     return gateway.metric("store_up") == 1
 
 
 def shown(gateway: Gateway, task_id: str) -> Json:
-    """Return what a replica answers for a task."""
+    """Return a replica's response for a task."""
     answer = gateway.get(task_id)
     assert answer.status_code == httpx.codes.OK, answer.text
     body: Json = answer.json()
@@ -114,26 +114,28 @@ def shown(gateway: Gateway, task_id: str) -> Json:
 
 
 def progress(gateway: Gateway, task_id: str) -> float:
-    """Return the progress that a replica shows."""
+    """Return the progress that a replica serves."""
     value: float = shown(gateway, task_id)["progress"]
     return value
 
 
 def events(gateway: Gateway, task_id: str) -> Iterator[Json]:
-    """Follow a task's stream; yield what its events say."""
+    """Follow the stream of a task; yield the data of its events."""
     with gateway.client.stream("GET", f"/v1/progress/{task_id}/events") as answer:
         for line in answer.iter_lines():
             if line.startswith("data:"):
                 yield json.loads(line.removeprefix("data:"))
 
 
-def test_replicas_call_once_for_a_crowd(held: Held, upstream: RawUpstream, replicas: list[Gateway]) -> None:
-    """Sixty callers who come at once to replicas that know nothing cost one upstream call."""
+def test_replicas_make_one_call_for_simultaneous_clients(
+    held: Held, upstream: RawUpstream, replicas: list[Gateway]
+) -> None:
+    """Sixty simultaneous clients of replicas with empty caches cause one upstream call."""
     held.open.clear()
     task_id = fresh_id()
     with ThreadPoolExecutor(60) as pool:
         asking = [pool.submit(progress, replica, task_id) for replica in replicas for _ in range(20)]
-        until(lambda: upstream.requests, "somebody asks")
+        until(lambda: upstream.requests, "a query arrives")
         until(
             lambda: all(taken_off(replica) for replica in replicas), "every replica has asked for the lease"
         )
@@ -143,14 +145,14 @@ def test_replicas_call_once_for_a_crowd(held: Held, upstream: RawUpstream, repli
 
 
 def taken_off(gateway: Gateway) -> float:
-    """Return how often a replica has asked for a lease."""
+    """Return how often a replica has tried to acquire a lease."""
     return gateway.metric("store_operation_duration_seconds_count", operation="take_off")
 
 
-def test_replicas_call_once_a_lifetime_for_pollers_of_all(
+def test_replicas_make_one_call_per_lifetime(
     upstream: RawUpstream, start: Callable[..., list[Gateway]]
 ) -> None:
-    """Polled in turn, whatever falls upon which of them, they ask as often as one would: once a lifetime."""
+    """Replicas polled in turn query the upstream as often as one replica: once per lifetime."""
     lifetime = 0.3
     replicas = start(cache={"running_seconds": lifetime})
     task_id = fresh_id()
@@ -159,14 +161,12 @@ def test_replicas_call_once_a_lifetime_for_pollers_of_all(
         shown(replica, task_id)
         if len(upstream.requests) >= 6:
             break
-    # Refreshed ahead of its end, a lifetime is shorter by a flight: one call more, at most.
+    # Refresh-ahead shortens a lifetime by the duration of a request: at most one more call.
     assert len(upstream.requests) <= 2 + (time.monotonic() - began) / lifetime
 
 
-def test_replicas_asked_in_turn_never_go_back(
-    upstream: RawUpstream, start: Callable[..., list[Gateway]]
-) -> None:
-    """Whichever replica is asked next shows what the one before it has shown, or something newer."""
+def test_replicas_never_go_back(upstream: RawUpstream, start: Callable[..., list[Gateway]]) -> None:
+    """Each replica serves the same snapshot as the one queried before, or a newer one."""
     replicas = start(cache={"running_seconds": 0.1})
     task_id = fresh_id()
     last = 0.0
@@ -180,10 +180,10 @@ def test_replicas_asked_in_turn_never_go_back(
 
 
 @pytest.mark.usefixtures("upstream")
-def test_replicas_that_stood_still_do_not_go_back(
+def test_replicas_do_not_go_back_after_a_suspension(
     processes: Callable[..., Any], start: Callable[..., list[Gateway]]
 ) -> None:
-    """A change that came while a replica stood still is not overtaken by the requests that wait beside it.
+    """A change that is published while a replica is suspended is visible to the requests that waited there.
 
     Both lie in its sockets when it goes on. It reads the requests first, for they had begun before.
     """
@@ -208,15 +208,15 @@ def test_replicas_that_stood_still_do_not_go_back(
 
 
 def newer_than(gateway: Gateway, task_id: str, known: float) -> float | None:
-    """Return the progress that a replica shows if it is more than that."""
+    """Return the progress that a replica serves, if it is above a value."""
     now = progress(gateway, task_id)
     return now if now > known else None
 
 
-def test_replicas_streams_show_what_another_fetched(
+def test_replicas_streams_share_a_schedule(
     upstream: RawUpstream, start: Callable[..., list[Gateway]]
 ) -> None:
-    """Streams of one task on all replicas follow one schedule: each shows every answer, whoever asked."""
+    """Streams of one task on all replicas share one schedule: each receives every result of any replica."""
     replicas = start(cache={"running_seconds": 0.4})
     task_id = fresh_id()
     with ExitStack() as stack:
@@ -226,13 +226,13 @@ def test_replicas_streams_show_what_another_fetched(
             one.extend(next(stream)["progress"] for _ in range(5))
     for one in told:
         assert one == sorted(one)
-        # With a schedule each, every third answer would be its own.
+        # With one schedule per replica, every third result would be its own.
         assert one[-1] - one[0] <= 0.008
     assert all(replica.metric("upstream_requests_total") < len(upstream.requests) for replica in replicas)
 
 
 def test_replicas_share_a_failure(upstream: RawUpstream, start: Callable[..., list[Gateway]]) -> None:
-    """What one replica failed at the others do not try for as long as the failure is remembered."""
+    """A failure of one replica is cached in all others."""
     upstream.behaviour = lambda connection, _request: connection.sendall(framed(b"no envelope"))
     replicas = start(cache={"error_seconds": 60})
     task_id = fresh_id()
@@ -241,8 +241,8 @@ def test_replicas_share_a_failure(upstream: RawUpstream, start: Callable[..., li
     assert len(upstream.requests) == 1
 
 
-def test_replicas_tell_what_has_ended(upstream: RawUpstream, replicas: list[Gateway]) -> None:
-    """What one replica saw end has ended on all of them, and is not asked for again."""
+def test_replicas_share_the_end_of_a_task(upstream: RawUpstream, replicas: list[Gateway]) -> None:
+    """A task that ended on one replica has ended on all, and is not queried again."""
     upstream.behaviour = lambda connection, request: connection.sendall(
         framed(request.envelope(status="succeeded", progress=1))
     )
@@ -251,8 +251,8 @@ def test_replicas_tell_what_has_ended(upstream: RawUpstream, replicas: list[Gate
     assert len(upstream.requests) == 1
 
 
-def test_replicas_have_one_budget(upstream: RawUpstream, start: Callable[..., list[Gateway]]) -> None:
-    """Ten calls a second are ten for all of them together, however many callers come to each."""
+def test_replicas_share_the_rate_limit(upstream: RawUpstream, start: Callable[..., list[Gateway]]) -> None:
+    """A limit of ten calls per second applies to all replicas together."""
     per_second, calls = 10, 24
     replicas = start(upstream={"requests_per_second": per_second, "timeout_seconds": 60})
     began = time.monotonic()
@@ -260,13 +260,13 @@ def test_replicas_have_one_budget(upstream: RawUpstream, start: Callable[..., li
         asked = itertools.islice(itertools.cycle(replicas), calls)
         answers = list(pool.map(lambda replica: replica.get(fresh_id()).status_code, asked))
     assert answers == [httpx.codes.OK] * calls
-    # A busy machine takes longer, never shorter; each with a budget of its own would take a third.
+    # A busy machine takes longer, never shorter; with separate limits it would take a third.
     assert time.monotonic() - began >= (calls - 2) / per_second
     assert len(upstream.requests) == calls
 
 
 def test_replicas_need_the_extra_to_share(tmp_path: Path) -> None:
-    """Without the client installed, a store stops the start, with a line that says what to do."""
+    """Without the client library, a configured store stops the start; the message says what to install."""
     without = (
         "import sys; sys.modules['redis'] = None\n"
         "from gateway.cli.main import main; sys.exit(main(['serve']))"
@@ -289,7 +289,7 @@ def test_replicas_need_the_extra_to_share(tmp_path: Path) -> None:
 
 
 def alone(gateway: Gateway) -> bool:
-    """Tell whether a replica knows that it is alone, and says so, though it stays ready."""
+    """Return whether a replica reports that it works without the store, while it stays ready."""
     answer = gateway.client.get("/readyz")
     assert answer.status_code == httpx.codes.OK
     told = any(line.startswith("store: ") for line in answer.json()["degraded"])
@@ -305,7 +305,7 @@ def freeze(server: StoreServer) -> None:
 
 
 def forbid(server: StoreServer) -> None:
-    # A replica of nobody: read-only, as a server is that a failover has demoted.
+    # A replica without a primary: read-only, like a server that a failover has demoted.
     server.client.replicaof("127.0.0.1", "1")
 
 
@@ -331,7 +331,7 @@ def empty(server: StoreServer) -> None:
 
 @contextmanager
 def polled(replicas: list[Gateway], task_ids: list[str]) -> Iterator[list[int]]:
-    """Have a few callers ask every replica, over and over, until it is over; give the statuses told."""
+    """Query every replica from a few clients until the context ends; yield the statuses received."""
     over = threading.Event()
     statuses: list[int] = []
 
@@ -353,14 +353,14 @@ def polled(replicas: list[Gateway], task_ids: list[str]) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize(("harm", "heal"), [(kill, restart), (freeze, thaw), (forbid, permit), (fill, empty)])
-def test_replicas_go_on_without_the_store_and_share_again(
+def test_replicas_work_without_the_store(
     harm: Callable[[StoreServer], None],
     heal: Callable[[StoreServer], None],
     server: StoreServer,
     upstream: RawUpstream,
     start: Callable[..., list[Gateway]],
 ) -> None:
-    """Whatever becomes of the server, no answer fails; each replica asks for itself until it is well."""
+    """If the server fails in any way, no response fails; each replica queries for itself until it is back."""
     replicas = start(cache={"terminal_seconds": 600}, store={"timeout_seconds": 0.2})
     old = fresh_id()
     assert len({progress(replica, old) for replica in replicas}) == 1
@@ -387,7 +387,7 @@ def test_replicas_go_on_without_the_store_and_share_again(
 
 @pytest.fixture
 def sharing(upstream: RawUpstream, launch: Launch) -> Callable[[Json], list[Gateway]]:
-    """Return a function that starts replicas on a store of any kind."""
+    """Return a function that starts replicas with a store of any kind."""
 
     def start(store: Json) -> list[Gateway]:
         replicas = [launch(upstream.url, store={**STORE, **store}) for _ in range(REPLICAS)]
@@ -398,7 +398,7 @@ def sharing(upstream: RawUpstream, launch: Launch) -> Callable[[Json], list[Gate
 
 
 def test_replicas_follow_a_failover(sharing: Callable[[Json], list[Gateway]], tmp_path: Path) -> None:
-    """While Sentinel promotes another server no answer fails, and then all share again."""
+    """While Sentinel promotes another server no response fails; then all replicas share again."""
     with guarded(tmp_path) as servers:
         replicas = sharing({"url": servers.sentinel.url, "sentinel_service": "main", "timeout_seconds": 0.2})
         with polled(replicas, [fresh_id() for _ in range(5)]) as statuses:
@@ -409,10 +409,10 @@ def test_replicas_follow_a_failover(sharing: Callable[[Json], list[Gateway]], tm
         assert set(statuses) == {httpx.codes.OK}
 
 
-def test_replicas_share_on_while_slots_move(
+def test_replicas_share_while_slots_move(
     sharing: Callable[[Json], list[Gateway]], upstream: RawUpstream, tmp_path: Path
 ) -> None:
-    """While a cluster's slots move no answer fails, no replica goes on alone, and none goes back."""
+    """While slots of a cluster move no response fails, no replica works alone, none goes back."""
     with cluster(tmp_path) as nodes:
         replicas = sharing({"url": nodes[0].url, "cluster": True})
         tasks = [fresh_id() for _ in range(8)]
@@ -432,8 +432,8 @@ def test_replicas_share_on_while_slots_move(
         assert all(replica.metric("store_errors_total") == 0 for replica in replicas)
 
 
-def test_replicas_are_slowed_down_together(upstream: RawUpstream, replicas: list[Gateway]) -> None:
-    """When upstream slows one replica down the others hold back, too, before they are told so themselves."""
+def test_replicas_are_throttled_together(upstream: RawUpstream, replicas: list[Gateway]) -> None:
+    """When the upstream throttles one replica the others slow down, before they are throttled themselves."""
     upstream.behaviour = lambda connection, _: connection.sendall(
         framed(b"", "retry-after: 5", status="HTTP/1.1 429 Too Many Requests")
     )
@@ -444,12 +444,12 @@ def test_replicas_are_slowed_down_together(upstream: RawUpstream, replicas: list
 
 
 def throttled_now(gateway: Gateway) -> bool:
-    """Tell whether a replica holds back for its upstream."""
+    """Return whether a replica is throttled."""
     return "upstream: upstream-throttled" in gateway.client.get("/readyz").json()["degraded"]
 
 
 def place(server: StoreServer, task_id: str) -> str:
-    """Return the name under which a task's snapshot is stored."""
+    """Return the key of a task's snapshot."""
     [name] = server.client.keys(f"*:{task_id}:s")  # type: ignore[misc]
     return str(name.decode())
 
@@ -457,20 +457,22 @@ def place(server: StoreServer, task_id: str) -> str:
 @pytest.mark.parametrize(
     "garbage", [b"", b"garbage", b"sdg3 1 1 1 1 0\n{}", b"sdg3 9 9 99999999999999999 9 1\n"]
 )
-def test_replicas_overwrite_garbage(garbage: bytes, server: StoreServer, replicas: list[Gateway]) -> None:
-    """Values that make no sense are as good as none, and sense takes their place."""
+def test_replicas_replace_invalid_values(
+    garbage: bytes, server: StoreServer, replicas: list[Gateway]
+) -> None:
+    """Invalid stored values are ignored and replaced by valid ones."""
     task_id = fresh_id()
     shown(replicas[0], task_id)
     name = place(server, task_id)
     server.client.set(name, garbage)
     server.client.lpush(f"{name.removesuffix('s')}f", "of another type")
-    server.client.set(f"{name.removesuffix('s')}l", garbage)  # a lease that nobody holds, without an end
+    server.client.set(f"{name.removesuffix('s')}l", garbage)  # a lease without a holder and without an expiry
     assert [shown(replica, task_id)["taskId"] for replica in replicas[1:]] == [task_id] * 2
     assert str(server.client.get(name)).count(task_id) > 1
 
 
-def test_replicas_believe_nothing_that_is_another_tasks(server: StoreServer, replicas: list[Gateway]) -> None:
-    """A value that stands in another task's place is not that task's."""
+def test_replicas_ignore_values_of_another_task(server: StoreServer, replicas: list[Gateway]) -> None:
+    """A value of another task is not accepted."""
     one, other = fresh_id(), fresh_id()
     shown(replicas[0], one)
     shown(replicas[0], other)
@@ -484,7 +486,7 @@ def test_replicas_believe_nothing_that_is_another_tasks(server: StoreServer, rep
 
 @pytest.fixture
 def processes(server: StoreServer, upstream: RawUpstream, tmp_path: Path) -> Iterator[Callable[..., Any]]:
-    """Return a function that starts a replica as a process of its own."""
+    """Return a function that starts a replica as a process."""
     environment = {
         "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url,
         "SD_GATEWAY_UPSTREAM__TIMEOUT_SECONDS": "60",
@@ -504,14 +506,14 @@ def processes(server: StoreServer, upstream: RawUpstream, tmp_path: Path) -> Ite
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_replicas_replace_a_holder_that_dies(
+def test_replicas_replace_a_failed_lease_holder(
     number: signal.Signals,
     held: Held,
     upstream: RawUpstream,
     processes: Callable[[], Any],
     replicas: list[Gateway],
 ) -> None:
-    """When the one that asks is killed or stopped, another asks, and what comes late is not shown."""
+    """When the lease holder is killed or suspended another replica queries; the late result is ignored."""
     process, holder = processes()
     task_id = fresh_id()
     held.open.clear()

@@ -1,4 +1,4 @@
-"""The vendor's own clients, unchanged: through the gateway, and straight to the simulated upstream."""
+"""The vendor's own clients, unchanged: through the gateway, and directly against the simulated upstream."""
 
 import json
 import shutil
@@ -27,12 +27,12 @@ REFUSALS = [
 
 
 def python_client(endpoint: str, key: str, secret: str) -> speedpix.Client:
-    """Return the vendor's Python client; its surroundings' proxies are none of the test's business."""
+    """Return the vendor's Python client, without the proxies of the environment."""
     return speedpix.Client(endpoint=endpoint, app_key=key, app_secret=secret, trust_env=False)
 
 
 def node_query(endpoint: str, key: str, secret: str, task_id: str) -> Json:
-    """Ask with the vendor's npm client; return what it printed."""
+    """Query with the vendor's npm client; return its output."""
     url = f"{endpoint}/scc/sd_get_progress"
     command = [str(NODE), "query.cjs", url, key, secret, task_id]
     done = subprocess.run(command, cwd=SDK, capture_output=True, text=True, timeout=30, check=True)
@@ -41,7 +41,7 @@ def node_query(endpoint: str, key: str, secret: str, task_id: str) -> Json:
 
 
 def assert_finished(prediction: speedpix.Prediction, task: str) -> None:
-    """Check that the prediction is done and its output names the image, which nobody downloads."""
+    """Check that the prediction is done and its output names the image; the image is not downloaded."""
     assert prediction.status == "succeeded"
     assert prediction.error is None
     output = prediction.output["images"]["url"]
@@ -50,7 +50,7 @@ def assert_finished(prediction: speedpix.Prediction, task: str) -> None:
 
 
 def test_sdk_speedpix_gets_a_finished_task(simulator: Simulator, gate: Gateway) -> None:
-    """The Python SDK gets status and output through the gateway, with credentials that mean nothing."""
+    """The Python SDK gets status and output through the gateway, with arbitrary credentials."""
     task = simulator.finished()
     with python_client(gate.url, "x", "x") as client:
         assert_finished(client.predictions.get(task), task)
@@ -59,14 +59,14 @@ def test_sdk_speedpix_gets_a_finished_task(simulator: Simulator, gate: Gateway) 
 
 
 async def test_sdk_speedpix_gets_a_finished_task_asynchronously(simulator: Simulator, gate: Gateway) -> None:
-    """The Python SDK's asynchronous half gets the same."""
+    """The same for the asynchronous Python SDK."""
     task = simulator.finished()
     async with python_client(gate.url, "x", "x") as client:
         assert_finished(await client.predictions.async_get(task), task)
 
 
 def test_sdk_speedpix_sees_a_running_and_an_unknown_task(simulator: Simulator, gate: Gateway) -> None:
-    """A task under way has its status; one that upstream does not know is failed, as with the vendor."""
+    """A running task has its status; a task unknown to the upstream has failed, as with the vendor."""
     with python_client(gate.url, "x", "x") as client:
         assert client.predictions.get(simulator.task()).status == "running"
         unknown = client.predictions.get("nobody")
@@ -74,7 +74,7 @@ def test_sdk_speedpix_sees_a_running_and_an_unknown_task(simulator: Simulator, g
 
 
 def test_sdk_speedpix_is_accepted_by_the_simulator(simulator: Simulator) -> None:
-    """The simulated upstream takes the Python SDK's signature for the right pair."""
+    """The simulated upstream accepts the Python SDK's signature with the right key pair."""
     task = simulator.finished()
     with python_client(simulator.url, KEY, SECRET) as client:
         assert_finished(client.predictions.get(task), task)
@@ -84,7 +84,7 @@ def test_sdk_speedpix_is_accepted_by_the_simulator(simulator: Simulator) -> None
 def test_sdk_speedpix_is_refused_by_the_simulator(
     simulator: Simulator, key: str, secret: str, status: int, code: str
 ) -> None:
-    """The simulated upstream refuses the Python SDK with a wrong pair, by the right code."""
+    """The simulated upstream refuses the Python SDK with a wrong key pair, with the right code."""
     with python_client(simulator.url, key, secret) as client, pytest.raises(httpx.HTTPStatusError) as refused:
         client.predictions.get(simulator.finished())
     response = refused.value.response
@@ -104,7 +104,7 @@ def test_sdk_npm_gets_the_progress_envelope(simulator: Simulator, gate: Gateway)
 
 @with_node
 def test_sdk_npm_is_accepted_by_the_simulator(simulator: Simulator) -> None:
-    """The simulated upstream takes the npm SDK's signature for the right pair."""
+    """The simulated upstream accepts the npm SDK's signature with the right key pair."""
     task = simulator.task()
     assert node_query(simulator.url, KEY, SECRET, task)["answer"]["data"]["taskId"] == task
 
@@ -114,16 +114,16 @@ def test_sdk_npm_is_accepted_by_the_simulator(simulator: Simulator) -> None:
 def test_sdk_npm_is_refused_by_the_simulator(
     simulator: Simulator, key: str, secret: str, status: int, code: str
 ) -> None:
-    """The simulated upstream refuses the npm SDK with a wrong pair, by the right code."""
+    """The simulated upstream refuses the npm SDK with a wrong key pair, with the right code."""
     printed = node_query(simulator.url, key, secret, simulator.task())
     assert (printed["status"], printed["headers"]["x-ca-error-code"]) == (status, code)
 
 
 @pytest.mark.parametrize(("key", "secret", "status", "code"), REFUSALS)
-def test_sdk_of_our_own_is_refused_likewise(
+def test_sdk_gateway_with_a_wrong_pair_is_refused(
     simulator: Simulator, launch: Callable[..., Gateway], key: str, secret: str, status: int, code: str
 ) -> None:
-    """The gateway with a wrong pair tells its callers so, with upstream's code, on both kinds of path."""
+    """A gateway with a wrong key pair passes the upstream's code on to its clients, in both APIs."""
     gate = launch(simulator.url, credentials={"access_key": key, "secret_key": secret})
     task = simulator.task()
     response = gate.get(task)

@@ -1,4 +1,4 @@
-"""The server's own loop, in time that stands until it is turned; what it serves is tested elsewhere."""
+"""The main loop of the server, on a simulated clock. The connections are tested elsewhere."""
 
 import signal
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from tests.ticked import TickedLoop
 
 
 async def nothing(_scope: object, _receive: object, _send: object) -> None:
-    """Answer nobody."""
+    """Send no response."""
 
 
 @pytest.fixture
 def loop() -> Iterator[TickedLoop]:
-    """Provide a loop whose clock stands."""
+    """Return a loop with a simulated clock."""
     loop = TickedLoop()
     yield loop
     loop.close()
@@ -30,8 +30,8 @@ def server() -> _Server:
     return _Server(config)
 
 
-def test_server_makes_its_headers_anew_each_second(loop: TickedLoop, server: _Server) -> None:
-    """The Date header is no older than a second, and in between nothing wakes the process."""
+def test_server_updates_its_headers_each_second(loop: TickedLoop, server: _Server) -> None:
+    """The Date header is at most a second old, and nothing wakes the process in between."""
     running = loop.create_task(server.main_loop())
     made = []
     for _ in range(4):
@@ -47,8 +47,8 @@ def test_server_makes_its_headers_anew_each_second(loop: TickedLoop, server: _Se
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_server_stops_the_moment_it_is_told(loop: TickedLoop, server: _Server, number: int) -> None:
-    """A signal ends the loop without any time passing."""
+def test_server_stops_immediately_on_a_signal(loop: TickedLoop, server: _Server, number: int) -> None:
+    """A signal ends the main loop immediately."""
     running = loop.create_task(server.main_loop())
     loop.settle()
     assert not running.done()
@@ -57,8 +57,8 @@ def test_server_stops_the_moment_it_is_told(loop: TickedLoop, server: _Server, n
     assert running.done()
 
 
-def test_server_that_was_told_while_it_started_does_not_begin(loop: TickedLoop, server: _Server) -> None:
-    """A signal that came before the loop is not forgotten."""
+def test_server_stops_on_a_signal_during_startup(loop: TickedLoop, server: _Server) -> None:
+    """A signal that arrives before the main loop starts is not lost."""
     server.handle_exit(signal.SIGTERM, None)
     running = loop.create_task(server.main_loop())
     loop.settle()

@@ -31,7 +31,7 @@ FOR_EVER = 86_400.0
 
 @dataclass
 class Clock:
-    """A clock that a test turns by hand."""
+    """A simulated clock."""
 
     now: float = BIRTH
 
@@ -41,7 +41,7 @@ class Clock:
 
 @dataclass
 class Bench:
-    """A simulator, its clock and keys, and a client that signs."""
+    """A simulator with its clock and keys, and a client that signs."""
 
     stage: Stage
     client: httpx.Client
@@ -49,7 +49,7 @@ class Bench:
     pairs: dict[str, str] = field(default_factory=lambda: {KEY: SECRET})
 
     def simulate(self, latency_seconds: float = 0.0) -> None:
-        """Put a fresh simulator on the stage."""
+        """Replace the simulator by a new one."""
         self.stage.app = create_simulator(
             pairs=self.pairs,
             clock=self.clock,
@@ -59,7 +59,7 @@ class Bench:
         )
 
     def headers(self, target: str, body: bytes, **changes: Any) -> dict[str, str]:
-        """Return the headers of an acceptable call, or of one with other things signed."""
+        """Return the headers of a valid call, or of one signed with other values."""
         values: dict[str, Any] = {
             "access_key": KEY,
             "secret_key": SECRET,
@@ -69,29 +69,29 @@ class Bench:
         return signed_headers(target, body, **(values | changes))
 
     def call(self, task_id: str = TASK, operation: str = "sd_get_progress", **changes: Any) -> httpx.Response:
-        """Ask for a task, acceptably signed unless told otherwise."""
+        """Query a task, with a valid signature by default."""
         return self.send(f"/scc/{operation}", json.dumps({"taskId": task_id}).encode(), **changes)
 
     def send(self, target: str, body: bytes, **changes: Any) -> httpx.Response:
-        """Send a body, acceptably signed unless told otherwise."""
+        """Send a body, with a valid signature by default."""
         return self.client.post(target, content=body, headers=self.headers(target, body, **changes))
 
     def control(self, method: str, path: str, **given: Any) -> Any:
-        """Make a control request that must succeed; return its JSON, if any."""
+        """Send a control request that must succeed; return its JSON, if any."""
         answer = self.client.request(method, f"/_simulator{path}", json=given)
         assert answer.is_success, answer.text
         return answer.json() if answer.content else None
 
     def fault(self, name: str, **given: Any) -> None:
-        """Put a fault in force."""
+        """Activate a fault."""
         self.control("PUT", "/faults", name=name, **given)
 
     def data(self, operation: str = "sd_get_progress") -> Any:
-        """Return the `data` of the task's answer."""
+        """Return the `data` of the task's response."""
         return self.call(operation=operation).json()["data"]
 
     def in_flight(self, number: int) -> None:
-        """Return as soon as so many vendor calls are in flight."""
+        """Wait until this number of vendor calls is in flight."""
         for _ in range(20_000):
             if self.control("GET", "/stats")["inFlight"] == number:
                 return
@@ -111,7 +111,7 @@ def served() -> Iterator[tuple[Stage, httpx.Client]]:
 
 @pytest.fixture
 def bench(served: tuple[Stage, httpx.Client]) -> Bench:
-    """Return a fresh simulator that knows one task, just born."""
+    """Return a new simulator with one task, just created."""
     stage, client = served
     client.cookies.clear()
     bench = Bench(stage, client)
@@ -121,7 +121,7 @@ def bench(served: tuple[Stage, httpx.Client]) -> Bench:
 
 
 def raw_request(bench: Bench, *, missing: int = 0) -> socket.socket:
-    """Send a signed call on a socket of its own, short of its last bytes, and leave it open."""
+    """Send a signed call except for its last bytes on a new connection, and leave it open."""
     body = json.dumps({"taskId": TASK}).encode()
     headers = bench.headers("/scc/sd_get_progress", body) | {"host": "test", "content-length": str(len(body))}
     lines = ["POST /scc/sd_get_progress HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
@@ -132,7 +132,7 @@ def raw_request(bench: Bench, *, missing: int = 0) -> socket.socket:
 
 
 def resigned(headers: dict[str, str], *names: str) -> dict[str, str]:
-    """Sign headers anew, listing only these names."""
+    """Sign headers again, listing only these names."""
     text = string_to_sign("POST", "/scc/sd_get_progress", headers, names)
     return headers | {"x-ca-signature-headers": ",".join(names), "x-ca-signature": sign(SECRET, text)}
 
@@ -148,8 +148,8 @@ def error_of(answer: httpx.Response) -> tuple[int, str | None, str | None]:
 
 
 @pytest.mark.parametrize("stage", ["", "RELEASE"])
-def test_gate_accepts_what_is_signed_right(bench: Bench, stage: str) -> None:
-    """A call signed with a known pair is answered with the documented envelope and a request ID."""
+def test_gate_accepts_a_valid_signature(bench: Bench, stage: str) -> None:
+    """A call signed with a known key pair gets the documented envelope and a request ID."""
     answer = bench.call(stage=stage)
     assert answer.status_code == 200
     assert answer.headers["x-ca-request-id"]
@@ -173,32 +173,32 @@ def test_gate_accepts_what_is_signed_right(bench: Bench, stage: str) -> None:
     }
 
 
-def test_gate_gives_every_call_ids_of_its_own(bench: Bench) -> None:
-    """No two answers share an invoke ID or a request ID."""
+def test_gate_gives_every_call_unique_ids(bench: Bench) -> None:
+    """No two responses share an invoke ID or a request ID."""
     answers = [bench.call() for _ in range(3)]
     assert len({answer.json()["apiInvokeId"] for answer in answers}) == 3
     assert len({answer.headers["x-ca-request-id"] for answer in answers}) == 3
 
 
 def test_gate_reads_the_query_as_it_was_signed(bench: Bench) -> None:
-    """A target with a query is verified as sent."""
+    """A target with a query string is verified as sent."""
     assert bench.send("/scc/sd_get_progress?b=%20&a", b'{"taskId": "x"}').json()["status"] == 20
 
 
 def test_gate_refuses_an_unknown_key(bench: Bench) -> None:
-    """A key that nobody has is refused as such."""
+    """An unknown access key is refused."""
     assert error_of(bench.call(access_key="nobody")) == (400, "A400IK", "Invalid AppKey")
 
 
 def test_gate_follows_a_revoked_key(bench: Bench) -> None:
-    """A key taken out of the mapping is unknown from then on."""
+    """A key removed from the mapping is refused from then on."""
     assert bench.call().is_success
     del bench.pairs[KEY]
     assert error_of(bench.call()) == (400, "A400IK", "Invalid AppKey")
 
 
 def test_gate_refuses_a_wrong_secret_and_shows_the_string_to_sign(bench: Bench) -> None:
-    """A signature that does not hold is refused with the server's string to sign, newlines as `#`."""
+    """An invalid signature is refused with the server's string to sign, newlines as `#`."""
     body = json.dumps({"taskId": TASK}).encode()
     headers = bench.headers("/scc/sd_get_progress", body, secret_key="other")
     answer = bench.client.post("/scc/sd_get_progress", content=body, headers=headers)
@@ -210,8 +210,8 @@ def test_gate_refuses_a_wrong_secret_and_shows_the_string_to_sign(bench: Bench) 
     assert error_of(answer) == (403, "A403IS", f"Invalid Signature, Server StringToSign:`{text}`")
 
 
-def test_gate_keeps_its_message_a_header(bench: Bench) -> None:
-    """A string to sign that no header can hold is shown with `?` in its place."""
+def test_gate_sends_a_valid_header(bench: Bench) -> None:
+    """Characters that a header cannot hold are shown as `?` in the string to sign."""
     _, code, message = error_of(bench.send("/scc/sd_get_progress?a=%0D%E4%BD%A0", b"{}", secret_key="other"))
     assert code == "A403IS"
     assert message is not None
@@ -219,14 +219,14 @@ def test_gate_keeps_its_message_a_header(bench: Bench) -> None:
 
 
 def test_gate_refuses_a_body_that_is_not_the_signed_one(bench: Bench) -> None:
-    """A body that its Content-MD5 does not cover is refused."""
+    """A body that does not match its Content-MD5 is refused."""
     headers = bench.headers("/scc/sd_get_progress", b"{}")
     answer = bench.client.post("/scc/sd_get_progress", content=b"[]", headers=headers)
     assert error_of(answer) == (400, "I400MH", "Invalid Content-MD5")
 
 
 def test_gate_refuses_a_body_without_md5(bench: Bench) -> None:
-    """A body without any Content-MD5 is refused, however well the rest is signed."""
+    """A body without Content-MD5 is refused, even if the signature is valid."""
     headers = bench.headers("/scc/sd_get_progress", b"{}")
     del headers["content-md5"]
     headers = resigned(headers, *headers["x-ca-signature-headers"].split(","))
@@ -235,7 +235,7 @@ def test_gate_refuses_a_body_without_md5(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("left_out", ["x-ca-key", "x-ca-timestamp", "x-ca-nonce"])
-def test_gate_refuses_what_is_not_listed(bench: Bench, left_out: str) -> None:
+def test_gate_refuses_unsigned_headers(bench: Bench, left_out: str) -> None:
     """Key, timestamp and nonce must each be among the signed headers."""
     headers = bench.headers("/scc/sd_get_progress", b"{}")
     names = [name for name in headers["x-ca-signature-headers"].split(",") if name != left_out]
@@ -245,7 +245,7 @@ def test_gate_refuses_what_is_not_listed(bench: Bench, left_out: str) -> None:
 
 @pytest.mark.parametrize("change", [{"x-ca-stage": "TEST"}, {"x-ca-signature-method": "HmacSHA1"}])
 def test_gate_refuses_unsigned_stage_and_other_methods(bench: Bench, change: dict[str, str]) -> None:
-    """A stage that is not signed, and a method that is not HmacSHA256, are refused."""
+    """An unsigned stage, and a method other than HmacSHA256, are refused."""
     headers = bench.headers("/scc/sd_get_progress", b"{}") | change
     headers = resigned(headers, *headers["x-ca-signature-headers"].split(","))
     answer = bench.client.post("/scc/sd_get_progress", content=b"{}", headers=headers)
@@ -253,20 +253,20 @@ def test_gate_refuses_unsigned_stage_and_other_methods(bench: Bench, change: dic
 
 
 def test_gate_refuses_an_empty_nonce(bench: Bench) -> None:
-    """A nonce that is listed and empty is none."""
+    """An empty nonce is refused, although it is signed."""
     assert error_of(bench.call(nonce=""))[:2] == (403, "A403IS")
 
 
 @pytest.mark.parametrize("minutes", [-16, 16])
 def test_gate_refuses_a_timestamp_too_far_off(bench: Bench, minutes: int) -> None:
-    """A clock sixteen minutes off, either way, is refused."""
+    """A timestamp sixteen minutes off, in either direction, is refused."""
     answer = bench.call(timestamp_ms=int((BIRTH + minutes * 60) * 1000))
     assert error_of(answer) == (400, None, "Timestamp Expired")
 
 
 @pytest.mark.parametrize("minutes", [-15, 15])
 def test_gate_accepts_a_timestamp_at_the_edge(bench: Bench, minutes: int) -> None:
-    """A clock fifteen minutes off, to the second, will do."""
+    """A timestamp exactly fifteen minutes off is accepted."""
     assert bench.call(timestamp_ms=int((BIRTH + minutes * 60) * 1000)).is_success
 
 
@@ -277,7 +277,7 @@ def test_gate_refuses_a_timestamp_that_is_no_number(bench: Bench, timestamp: str
 
 
 def test_gate_refuses_a_nonce_for_fifteen_minutes(bench: Bench) -> None:
-    """A nonce may not come twice within fifteen minutes, and may afterwards."""
+    """A nonce is refused within fifteen minutes, and accepted afterwards."""
     assert bench.call(nonce="once").is_success
     bench.clock.now += QUARTER - 1
     assert error_of(bench.call(nonce="once")) == (400, "I400NC", "Nonce Used")
@@ -285,8 +285,8 @@ def test_gate_refuses_a_nonce_for_fifteen_minutes(bench: Bench) -> None:
     assert bench.call(nonce="once").is_success
 
 
-def test_gate_spends_no_nonce_on_refused_calls(bench: Bench) -> None:
-    """Only an accepted call spends its nonce: nobody can burn another's."""
+def test_gate_uses_up_no_nonce_for_refused_calls(bench: Bench) -> None:
+    """Only an accepted call uses up its nonce, so that an attacker cannot block another client's."""
     assert bench.call(nonce="mine", secret_key="other").status_code == 403
     assert bench.call(nonce="mine").is_success
 
@@ -304,14 +304,14 @@ def test_gate_takes_only_posts(bench: Bench, method: str) -> None:
     assert error_of(answer)[:2] == (405, "I405UM")
 
 
-def test_gate_answers_head_without_losing_step(bench: Bench) -> None:
-    """A HEAD is refused as well, and the connection stays in step."""
+def test_gate_refuses_head(bench: Bench) -> None:
+    """A HEAD is refused as well, and the connection stays usable."""
     assert bench.client.head("/scc/sd_get_progress").status_code == 405
     assert bench.call().is_success
 
 
 def test_gate_of_an_older_deployment_sends_no_codes(bench: Bench) -> None:
-    """Older deployments say the message alone, with 400 or 403, until the switch is turned back."""
+    """Older deployments send the message only, with 400 or 403, until the switch is turned back."""
     assert bench.control("PUT", "/legacy", enabled=True) == {"enabled": True}
     assert error_of(bench.call(access_key="nobody")) == (400, None, "Invalid AppKey")
     assert error_of(bench.call(nonce="x", secret_key="other"))[:2] == (403, None)
@@ -321,15 +321,15 @@ def test_gate_of_an_older_deployment_sends_no_codes(bench: Bench) -> None:
     assert error_of(bench.call(access_key="nobody"))[1] == "A400IK"
 
 
-def test_gate_lets_in_the_pairs_that_it_is_told(bench: Bench) -> None:
-    """Pairs can be revoked and added while the simulator runs; what it answers shows none of them."""
+def test_gate_accepts_replaced_pairs(bench: Bench) -> None:
+    """Key pairs can be replaced at run time; no response contains them."""
     assert bench.control("PUT", "/pairs", pairs={"new-key": "new-secret"}) is None
     assert error_of(bench.call())[1] == "A400IK"
     assert bench.call(access_key="new-key", secret_key="new-secret").is_success
 
 
 def test_answers_are_dated_by_the_simulators_clock(bench: Bench) -> None:
-    """`Date` says what the simulator believes is now, on answers and refusals."""
+    """`Date` has the simulator's own time, in responses and refusals."""
     bench.clock.now += 3600
     expected = formatdate(BIRTH + 3600, usegmt=True)
     assert bench.call().headers.get_list("date") == [expected]
@@ -340,23 +340,25 @@ def test_answers_are_dated_by_the_simulators_clock(bench: Bench) -> None:
 
 
 def test_task_id_is_a_ulid_in_lower_case() -> None:
-    """An ID is 26 characters of Crockford's base32, the first ten the time: IDs sort by it."""
+    """An ID has 26 characters of Crockford's base32, the first ten from the time, so IDs sort by time."""
     random = Random(1)
     early, late = new_task_id(lambda: BIRTH, random), new_task_id(lambda: BIRTH + 1, random)
     assert re.fullmatch(r"[0-9a-hjkmnp-tv-z]{26}", early)
     assert early < late
-    assert new_task_id(lambda: 1469918176.385, random).startswith("01aryz6s41")  # the ULID specification's
+    assert new_task_id(lambda: 1469918176.385, random).startswith(
+        "01aryz6s41"
+    )  # the ULID specification's example
 
 
 def test_task_gets_an_id_where_none_is_given(bench: Bench) -> None:
-    """A task made without an ID has a new one, and is known by it."""
+    """A task created without an ID gets a new one."""
     task_id = bench.control("POST", "/tasks")["taskId"]
     assert bench.call(task_id).json()["data"]["taskId"] == task_id
 
 
 @pytest.mark.parametrize(("api", "success"), [("sd", "successed"), ("comfy", "succeeded")])
 def test_task_goes_through_its_phases(bench: Bench, api: str, success: str) -> None:
-    """A task waits, runs and succeeds by the clock; each API spells success its own way."""
+    """A task waits, runs and succeeds by the clock; each API has its own spelling of success."""
     seen = []
     for age in (0, 9.5, 10, 60, 109, 110, 1000):
         bench.clock.now = BIRTH + age
@@ -374,7 +376,7 @@ def test_task_goes_through_its_phases(bench: Bench, api: str, success: str) -> N
 
 
 def test_task_shows_its_state_to_sd_only(bench: Bench) -> None:
-    """The native detail comes with sd once the task runs, with the documented fields."""
+    """The native state is sent for sd only, once the task runs, with the documented fields."""
     bench.clock.now += 60
     data = bench.data()
     assert data["message"] == "step 50 of 100"
@@ -393,7 +395,7 @@ def test_task_shows_its_state_to_sd_only(bench: Bench) -> None:
 
 @pytest.mark.parametrize(("jump_back", "expected"), [(True, [0.6, 0.4, 0.8]), (False, [0.6, 0.7, 0.8])])
 def test_task_progress_jumps_back(bench: Bench, jump_back: bool, expected: list[float]) -> None:  # noqa: FBT001 - pytest passes by name
-    """Progress falls back past 65 % and recovers, unless the life is smooth."""
+    """Progress falls at 65 % and recovers, unless `jump_back` is off."""
     life = {"waitingSeconds": 0, "runningSeconds": 100, "steps": 10, "jumpBack": jump_back}
     bench.control("POST", "/tasks", taskId=TASK, life=life)
     seen = []
@@ -405,7 +407,7 @@ def test_task_progress_jumps_back(bench: Bench, jump_back: bool, expected: list[
 
 @pytest.mark.parametrize("outcome", ["failed", "canceled"])
 def test_task_may_end_without_success(bench: Bench, outcome: str) -> None:
-    """A task that fails or is canceled says so, short of its last step, and has no result."""
+    """A failed or canceled task says so, before its last step, and has no result."""
     bench.control("POST", "/tasks", taskId=TASK, life={"outcome": outcome, "steps": 4})
     bench.clock.now += 1000
     data = bench.data()
@@ -415,7 +417,7 @@ def test_task_may_end_without_success(bench: Bench, outcome: str) -> None:
 
 
 def test_result_comes_at_the_end(bench: Bench) -> None:
-    """Both result operations give the status alone before the end, and URLs that expire after it."""
+    """Both result operations have only the status before the end, and URLs that expire after it."""
     assert bench.data("sd_get_result") == {"status": "waiting"}
     bench.clock.now += 20
     assert bench.data("comfy_get_result") == {"taskId": TASK, "status": "running"}
@@ -435,7 +437,7 @@ def test_result_comes_at_the_end(bench: Bench) -> None:
 
 
 def test_task_vanishes(bench: Bench) -> None:
-    """A task that vanishes is answered until then, and unknown from then on."""
+    """A task that vanishes is unknown from then on."""
     bench.control("POST", "/tasks", taskId=TASK, life={"vanishesAfterSeconds": 30})
     bench.clock.now += 29
     assert bench.call().json()["status"] == 10
@@ -444,7 +446,7 @@ def test_task_vanishes(bench: Bench) -> None:
 
 
 def test_unknown_and_forgotten_tasks_are_refused_in_an_envelope(bench: Bench) -> None:
-    """A task never made, or forgotten, is HTTP 200 with status 20, a code, and no data."""
+    """An unknown or deleted task gives HTTP 200 with status 20, a code, and no data."""
     bench.control("DELETE", f"/tasks/{TASK}")
     bench.control("DELETE", "/tasks/never-made")
     for task_id in (TASK, "never-made"):
@@ -457,14 +459,14 @@ def test_unknown_and_forgotten_tasks_are_refused_in_an_envelope(bench: Bench) ->
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"{}", b'{"taskId": 1}', b'{"taskId": ""}', b"\xff"])
 def test_body_without_a_task_is_refused_in_an_envelope(bench: Bench, body: bytes) -> None:
-    """A signed body that names no task is HTTP 200 with status 20 and a code."""
+    """A signed body without a task ID gives HTTP 200 with status 20 and a code."""
     envelope = bench.send("/scc/sd_get_progress", body).json()
     assert (envelope["status"], envelope["data"]) == (20, None)
     assert (envelope["errCode"], bool(envelope["errMessage"])) == ("INVALID_PARAMETER", True)
 
 
-def test_scripted_task_answers_what_it_is_told(bench: Bench) -> None:
-    """A scripted task answers the data at hand on every operation, its own ID filled in."""
+def test_scripted_task_has_the_given_data(bench: Bench) -> None:
+    """A scripted task has the given data for every operation, with its own ID filled in."""
     bench.control("POST", "/tasks", taskId="scripted", data={"status": "paused"})
     assert bench.call("scripted").json()["data"] == {"taskId": "scripted", "status": "paused"}
     bench.control("PUT", "/tasks/scripted", data={"progress": 0.4, "message": "进度"})
@@ -474,13 +476,13 @@ def test_scripted_task_answers_what_it_is_told(bench: Bench) -> None:
 
 
 def test_scripted_task_may_answer_for_another(bench: Bench) -> None:
-    """A script that names another task gives that task's answer; scripting makes the task."""
+    """A script may name another task; scripting creates the task."""
     bench.control("PUT", "/tasks/new", data={"taskId": "another", "status": "running"})
     assert bench.call("new").json()["data"]["taskId"] == "another"
 
 
-def test_scripted_data_need_not_be_sound(bench: Bench) -> None:
-    """NaN and lone surrogates in a script are sent on without breaking anything."""
+def test_scripted_data_may_be_invalid(bench: Bench) -> None:
+    """NaN and lone surrogates in a script are sent unchanged."""
     script = b'{"data": {"progress": NaN, "message": "\\ud800"}}'
     assert bench.client.put(f"/_simulator/tasks/{TASK}", content=script).is_success
     answer = bench.call()
@@ -510,7 +512,7 @@ def test_scripted_data_need_not_be_sound(bench: Bench) -> None:
 def test_fault_refuse(
     bench: Bench, given: dict[str, Any], expected: tuple[int, str | None, str], retry_after: str | None
 ) -> None:
-    """`refuse` gives any refusal of the API gateway, in the new form and the old."""
+    """`refuse` sends any refusal of the API gateway, in the new and the older style."""
     bench.fault("refuse", **given)
     answer = bench.call()
     assert error_of(answer) == expected
@@ -518,7 +520,7 @@ def test_fault_refuse(
 
 
 def test_fault_refuse_follows_the_deployment(bench: Bench) -> None:
-    """`refuse` speaks as older deployments do while the switch is on, unless told otherwise."""
+    """`refuse` uses the deployment's style unless it is given."""
     bench.control("PUT", "/legacy", enabled=True)
     bench.fault("refuse", code="A401AC", message="Unauthorized")
     assert error_of(bench.call()) == (403, None, "Unauthorized")
@@ -527,7 +529,7 @@ def test_fault_refuse_follows_the_deployment(bench: Bench) -> None:
 
 
 def test_fault_status(bench: Bench) -> None:
-    """`status` gives a bare HTTP status with a page of HTML."""
+    """`status` sends an HTTP status with an HTML page."""
     bench.fault("status")
     answer = bench.call()
     assert (answer.status_code, "retry-after" in answer.headers) == (502, False)
@@ -539,7 +541,7 @@ def test_fault_status(bench: Bench) -> None:
 
 
 def test_fault_reject(bench: Bench) -> None:
-    """`reject` gives an envelope with status 20 and the codes asked for."""
+    """`reject` sends an envelope with status 20 and the given codes."""
     bench.fault("reject", errCode="E1", errMessage="no", subErrCode="S1", subErrMessage="nor this")
     answer = bench.call()
     envelope = answer.json()
@@ -549,15 +551,15 @@ def test_fault_reject(bench: Bench) -> None:
 
 
 def test_fault_body(bench: Bench) -> None:
-    """`body` gives the very text, content type and status."""
+    """`body` sends the given text, content type and status."""
     bench.fault("body", body='{"status": NaN}', contentType="text/plain", status=201)
     answer = bench.call()
     assert (answer.status_code, answer.headers["content-type"]) == (201, "text/plain")
     assert answer.content == b'{"status": NaN}'
 
 
-def test_fault_slow_gives_way_to_the_next(bench: Bench) -> None:
-    """`slow` only takes its time: what follows is the next fault's answer, or the right one."""
+def test_fault_slow_is_followed_by_the_next(bench: Bench) -> None:
+    """`slow` only waits: the next fault's response, or the normal one, follows."""
     bench.fault("slow", seconds=0.001)
     assert bench.data()["taskId"] == TASK
     bench.fault("status")
@@ -566,7 +568,7 @@ def test_fault_slow_gives_way_to_the_next(bench: Bench) -> None:
 
 @pytest.mark.parametrize("name", ["slow", "silent", None])
 def test_waiting_ends_when_the_client_leaves(bench: Bench, name: str | None) -> None:
-    """`slow`, `silent` and the latency keep a call in flight until its client leaves, and no longer."""
+    """`slow`, `silent` and the latency keep a call in flight until its client disconnects."""
     if name is None:
         bench.simulate(latency_seconds=FOR_EVER)
     else:
@@ -577,7 +579,7 @@ def test_waiting_ends_when_the_client_leaves(bench: Bench, name: str | None) -> 
 
 
 def test_silence_ends_with_the_server() -> None:
-    """A server that stops, its grace over, ends a silent call whose client would stay."""
+    """A stopping server ends a silent call after its grace period."""
     stage = Stage()
     with ExitStack() as clients:
         with running(stage, lifespan="off", date_header=False, timeout_graceful_shutdown=0) as url:
@@ -591,14 +593,14 @@ def test_silence_ends_with_the_server() -> None:
 
 
 def test_latency_ends(bench: Bench) -> None:
-    """With a latency, answers and refusals still come."""
+    """With a latency, responses and refusals still arrive."""
     bench.simulate(latency_seconds=0.001)
     assert bench.call().json()["status"] == 20
     assert bench.call(access_key="nobody").status_code == 400
 
 
-def test_answer_is_as_of_the_calls_arrival(bench: Bench) -> None:
-    """An answer that comes late tells what was true when its call came."""
+def test_response_has_the_state_at_the_calls_arrival(bench: Bench) -> None:
+    """A delayed response has the state at the arrival of its call."""
     bench.simulate(latency_seconds=FOR_EVER)
     bench.control("PUT", f"/tasks/{TASK}", data={"status": "early"})
     body = json.dumps({"taskId": TASK}).encode()
@@ -632,7 +634,7 @@ def test_answer_is_as_of_the_calls_arrival(bench: Bench) -> None:
 
 
 def test_fault_drip_sends_the_headers_first(bench: Bench) -> None:
-    """`drip` sends headers at once, though the body will take for ever."""
+    """`drip` sends the headers immediately, although the body takes very long."""
     bench.fault("drip", interval=FOR_EVER)
     body = b'{"taskId": "x"}'
     headers = bench.headers("/scc/sd_get_progress", body)
@@ -644,12 +646,12 @@ def test_fault_drip_sends_the_headers_first(bench: Bench) -> None:
 
 
 def test_fault_drip_sends_the_right_answer(bench: Bench) -> None:
-    """`drip` ends with the right answer, whole."""
+    """`drip` ends with the complete normal response."""
     bench.fault("drip", interval=0)
     assert bench.data()["taskId"] == TASK
 
 
-def test_fault_cut_hangs_up_in_the_middle(bench: Bench) -> None:
+def test_fault_cut_closes_in_the_middle(bench: Bench) -> None:
     """`cut` announces a whole body, sends half of it and closes the connection."""
     bench.fault("cut", times=1)
     with pytest.raises(httpx.RemoteProtocolError, match="complete message body"):
@@ -658,7 +660,7 @@ def test_fault_cut_hangs_up_in_the_middle(bench: Bench) -> None:
 
 
 def test_fault_large(bench: Bench) -> None:
-    """`large` gives the right envelope in exactly the size asked for, never in less than it needs."""
+    """`large` sends the normal envelope in exactly the given size, but at least its own."""
     bench.fault("large", bytes=1_000_000)
     answer = bench.call()
     assert len(answer.content) == 1_000_000
@@ -668,7 +670,7 @@ def test_fault_large(bench: Bench) -> None:
 
 
 def test_fault_gzip_bomb(bench: Bench) -> None:
-    """`gzip_bomb` is small on the wire and as large as asked for when decoded."""
+    """`gzip_bomb` is small when compressed, and has the given size when decoded."""
     bench.fault("gzip_bomb", bytes=1_000_000)
     answer = bench.call()
     assert answer.headers["content-encoding"] == "gzip"
@@ -678,14 +680,14 @@ def test_fault_gzip_bomb(bench: Bench) -> None:
 
 
 def test_fault_redirect(bench: Bench) -> None:
-    """`redirect` points elsewhere."""
+    """`redirect` sends a redirect."""
     bench.fault("redirect", location="http://elsewhere.invalid/")
     answer = bench.call()
     assert (answer.status_code, answer.headers["location"]) == (302, "http://elsewhere.invalid/")
 
 
 def test_fault_cookie(bench: Bench) -> None:
-    """`cookie` gives the right answer with a cookie and odd headers."""
+    """`cookie` sends the normal response with a cookie and unusual headers."""
     bench.fault("cookie")
     answer = bench.call()
     assert answer.json()["data"]["taskId"] == TASK
@@ -694,13 +696,13 @@ def test_fault_cookie(bench: Bench) -> None:
 
 
 def test_fault_deep(bench: Bench) -> None:
-    """`deep` opens 200,000 brackets and closes none."""
+    """`deep` sends 200,000 opening brackets."""
     bench.fault("deep")
     assert bench.call().content == b"[" * 200_000
 
 
-def test_fault_strikes_so_many_times(bench: Bench) -> None:
-    """A fault with `times` strikes so often and is gone; the list tells what is left."""
+def test_fault_applies_a_number_of_times(bench: Bench) -> None:
+    """A fault with `times` applies that often; the list has the remaining number."""
     bench.fault("status", times=2)
     assert bench.call().status_code == 502
     assert bench.control("GET", "/faults") == [{"name": "status", "times": 1}]
@@ -710,8 +712,8 @@ def test_fault_strikes_so_many_times(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("aim", [{"operation": "sd_get_result"}, {"taskId": "other"}, {"probability": 0}])
-def test_fault_strikes_where_it_aims(bench: Bench, aim: dict[str, Any]) -> None:
-    """A fault aimed at an operation, a task or a chance leaves the rest alone, and its `times` with it."""
+def test_fault_applies_to_matching_calls(bench: Bench, aim: dict[str, Any]) -> None:
+    """A fault for an operation, a task or a probability ignores other calls, which do not use its `times`."""
     bench.fault("status", times=1, **aim)
     assert bench.call().is_success
     bench.fault("status", operation="sd_get_progress", taskId=TASK, probability=1)
@@ -719,7 +721,7 @@ def test_fault_strikes_where_it_aims(bench: Bench, aim: dict[str, Any]) -> None:
 
 
 def test_fault_is_replaced_by_name(bench: Bench) -> None:
-    """Setting a fault again replaces it, as it goes in force anew, behind the others."""
+    """Setting a fault again replaces it, and moves it to the end of the order."""
     bench.fault("status", status=500)
     bench.fault("redirect")
     bench.fault("status", status=503)
@@ -728,7 +730,7 @@ def test_fault_is_replaced_by_name(bench: Bench) -> None:
 
 
 def test_faults_are_cleared(bench: Bench) -> None:
-    """Clearing ends them all."""
+    """Clearing removes all faults."""
     bench.fault("status")
     bench.fault("deep")
     bench.control("DELETE", "/faults")
@@ -736,8 +738,8 @@ def test_faults_are_cleared(bench: Bench) -> None:
     assert bench.data()["taskId"] == TASK
 
 
-def test_fault_spent_during_a_delay_strikes_no_more(bench: Bench) -> None:
-    """A call that was held up does not meet a fault which others have spent meanwhile."""
+def test_fault_used_up_during_a_delay_does_not_apply(bench: Bench) -> None:
+    """A delayed call does not meet a fault that other calls have used up meanwhile."""
     bench.fault("slow", seconds=FOR_EVER, times=1)
     bench.fault("status", times=1)
     with raw_request(bench):
@@ -747,8 +749,8 @@ def test_fault_spent_during_a_delay_strikes_no_more(bench: Bench) -> None:
     bench.in_flight(0)
 
 
-def test_faults_may_be_in_force_from_the_start(bench: Bench) -> None:
-    """A simulator may be made with faults, in the words of a control request."""
+def test_faults_may_be_active_from_the_start(bench: Bench) -> None:
+    """A simulator may be created with faults, in the form of control requests."""
     faults = [{"name": "status", "status": 503, "times": 1}]
     bench.stage.app = create_simulator(pairs=bench.pairs, clock=bench.clock, faults=faults)
     assert bench.call().status_code == 503
@@ -756,14 +758,14 @@ def test_faults_may_be_in_force_from_the_start(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(("text", "says"), [(b"[]", "JSON object"), (b'{"name": "sloth"}', "unknown fault")])
-def test_fault_that_makes_no_sense_stops_the_start(text: bytes, says: str) -> None:
-    """A simulator is not made with a fault that makes no sense."""
+def test_invalid_fault_stops_the_start(text: bytes, says: str) -> None:
+    """An invalid fault is refused when the simulator is created."""
     with pytest.raises(ControlError, match=says):
         create_simulator(pairs={}, faults=[parse_object(text)])
 
 
 def test_faults_hide_no_refusal(bench: Bench) -> None:
-    """A call that is signed wrong is refused whatever fault is in force, and spends none."""
+    """An invalid signature is refused in spite of any fault, and uses up none."""
     bench.fault("status", times=1)
     assert error_of(bench.call(access_key="nobody"))[1] == "A400IK"
     assert bench.call().status_code == 502
@@ -807,10 +809,10 @@ def test_faults_hide_no_refusal(bench: Bench) -> None:
         ("PUT", "/tasks/x", {}, "missing: data"),
     ],
 )
-def test_control_explains_what_makes_no_sense(
+def test_control_explains_invalid_requests(
     bench: Bench, method: str, path: str, given: dict[str, Any], text: str
 ) -> None:
-    """A control request that makes no sense is a 400 that says why, and changes nothing."""
+    """An invalid control request gets status 400 with the reason, and changes nothing."""
     answer = bench.client.request(method, f"/_simulator{path}", json=given)
     assert answer.status_code == 400
     assert answer.text.startswith(text)
@@ -819,8 +821,8 @@ def test_control_explains_what_makes_no_sense(
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b"\xff", b"[" * 100_000])
-def test_control_wants_json_objects(bench: Bench, body: bytes) -> None:
-    """A control request whose body is no JSON object is a 400."""
+def test_control_requires_json_objects(bench: Bench, body: bytes) -> None:
+    """A control request whose body is no JSON object gets status 400."""
     answer = bench.client.put("/_simulator/faults", content=body)
     assert (answer.status_code, answer.text) == (400, "the body is not a JSON object")
 
@@ -832,7 +834,7 @@ def test_control_survives_text_that_is_not_unicode(bench: Bench) -> None:
 
 
 def test_control_works_under_every_fault(bench: Bench) -> None:
-    """No fault touches the control API, and the last one can be cleared."""
+    """No fault affects the control API, which can always clear them."""
     for name in ("silent", "cut", "deep", "redirect", "status"):
         bench.fault(name)
     assert len(bench.control("GET", "/faults")) == 5
@@ -842,7 +844,7 @@ def test_control_works_under_every_fault(bench: Bench) -> None:
 
 
 def test_limit_throttles_what_exceeds_it_in_a_second(bench: Bench) -> None:
-    """So many calls a second are taken, the rest throttled, until the next second."""
+    """Calls above the limit are throttled until the next second."""
     assert bench.control("PUT", "/limit", calls=2) == {"calls": 2, "retryAfter": None}
     assert [bench.call().status_code for _ in range(4)] == [200, 200, 429, 429]
     refused = bench.call()
@@ -864,7 +866,7 @@ def test_limit_throttles_what_exceeds_it_in_a_second(bench: Bench) -> None:
 
 
 def test_stats_count_calls(bench: Bench) -> None:
-    """The stats count calls by operation and task, refusals, flights, and when each call came."""
+    """The stats count calls by operation and task, refusals, calls in flight, and record arrival times."""
     bench.call()
     bench.clock.now += 5
     bench.call(operation="comfy_get_result")
@@ -882,7 +884,7 @@ def test_stats_count_calls(bench: Bench) -> None:
 
 
 def test_stats_are_reset_but_for_what_is_in_flight(bench: Bench) -> None:
-    """A reset starts from nothing, except that calls in flight still are."""
+    """A reset clears all counters except the calls in flight."""
     bench.fault("silent")
     with raw_request(bench), raw_request(bench):
         bench.in_flight(2)
@@ -900,7 +902,7 @@ def test_stats_are_reset_but_for_what_is_in_flight(bench: Bench) -> None:
 
 
 def test_client_that_leaves_in_its_body_is_not_a_call(bench: Bench) -> None:
-    """A client that hangs up before its body is complete leaves nothing behind."""
+    """A client that disconnects before its body is complete leaves nothing behind."""
     with raw_request(bench, missing=1):
         bench.in_flight(1)
     bench.in_flight(0)
@@ -908,7 +910,7 @@ def test_client_that_leaves_in_its_body_is_not_a_call(bench: Bench) -> None:
 
 
 def test_stats_stay_bounded() -> None:
-    """However many calls and tasks come, the stats keep the latest and forget the oldest."""
+    """With any number of calls and tasks, the stats keep the latest and drop the oldest."""
     ledger = Ledger()
     for number in range(MAX_TASKS + 1):
         ledger.count("sd_get_progress", f"task-{number}", float(number))
@@ -919,7 +921,7 @@ def test_stats_stay_bounded() -> None:
 
 
 def test_requests_are_kept_as_they_came(bench: Bench) -> None:
-    """The last 200 vendor requests are kept with method, target, headers and body."""
+    """The last 200 vendor requests are recorded with method, target, headers and body."""
     body = b'{"taskId": "\xff"}'
     sent = bench.headers("/scc/sd_get_progress?x=%41", body)
     bench.client.post("/scc/sd_get_progress?x=%41", content=body, headers=sent)
@@ -934,8 +936,8 @@ def test_requests_are_kept_as_they_came(bench: Bench) -> None:
     ]
 
 
-def test_simulator_lives_without_a_random_of_the_callers(bench: Bench) -> None:
-    """Without a source of chance the simulator uses the system's."""
+def test_simulator_has_a_default_random_source(bench: Bench) -> None:
+    """Without a random source of its own, the simulator uses the system's."""
     bench.stage.app = create_simulator(pairs=bench.pairs, clock=bench.clock)
     first, second = (bench.control("POST", "/tasks")["taskId"] for _ in range(2))
     assert first != second

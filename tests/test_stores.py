@@ -1,4 +1,4 @@
-"""What every store promises: one suite, run over each of them, on a clock that is turned by hand."""
+"""The contract of every store: one suite for all implementations, on a simulated clock."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
@@ -39,7 +39,7 @@ Make = Callable[..., Awaitable[Store]]
 
 @dataclass
 class Clock:
-    """A clock that a test turns by hand."""
+    """A simulated clock."""
 
     now: float = 1000.0
 
@@ -49,7 +49,7 @@ class Clock:
 
 @pytest.fixture
 def clock() -> Clock:
-    """Return the clock that the stores look at."""
+    """Return the clock of the stores."""
     return Clock()
 
 
@@ -65,7 +65,7 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture
 async def make(shared: Json | None, clock: Clock) -> AsyncIterator[Make]:
-    """Return a function that makes an empty store of the kind under test."""
+    """Return a function that creates an empty store of the kind under test."""
     async with AsyncExitStack() as stack:
 
         async def make(max_tasks: int = 100, max_bytes: int = 1_000_000) -> Store:
@@ -97,24 +97,24 @@ async def store(make: Make) -> Store:
 
 
 async def save(store: Store, snapshot: Snapshot) -> Snapshot | None:
-    """Land with a snapshot, by a lease that nobody else could take."""
+    """Commit a snapshot with a lease that no other replica can have taken."""
     return await store.commit(Lease(snapshot.key, snapshot.version), snapshot)
 
 
 async def shown(store: Store, key: TaskKey) -> Snapshot | None:
-    """Peek once nothing may have been missed."""
+    """Peek behind the read barrier."""
     await store.sync()
     return store.peek(key)
 
 
 async def fail(store: Store, key: TaskKey, error: GatewayError, *, seconds: float) -> None:
-    """Land with a failure."""
+    """Record a failure with a lease."""
     await store.fail(Lease(key, 1), error, seconds=seconds)
 
 
 @pytest.fixture
 def snapshot(clock: Clock) -> Callable[..., Snapshot]:
-    """Return a function that makes a snapshot fetched at the clock's time."""
+    """Return a function that creates a snapshot fetched at the current simulated time."""
 
     def snapshot(key: TaskKey = KEY, *, age: float = 0.0, **values: Any) -> Snapshot:
         values.setdefault("version", int((clock.now - age) * 1_000_000))
@@ -132,8 +132,8 @@ async def test_store_is_empty_at_first(store: Store) -> None:
     assert len(store) == 0
 
 
-async def test_store_keeps_what_is_saved(store: Store, snapshot: Callable[..., Snapshot]) -> None:
-    """A saved snapshot is handed out by peek, recall and take_off, with all that it holds."""
+async def test_store_returns_a_committed_snapshot(store: Store, snapshot: Callable[..., Snapshot]) -> None:
+    """A committed snapshot is returned by peek, peek_stale and acquire, with all its fields."""
     one = snapshot(etaRelative=3.0, message="so far", state={"job": "a\nb"})
     assert await save(store, one) is one
     for kept in (await shown(store, KEY), store.peek_stale(KEY), await store.acquire(KEY)):
@@ -147,7 +147,7 @@ async def test_store_keeps_what_is_saved(store: Store, snapshot: Callable[..., S
 async def test_store_keeps_tasks_and_operations_apart(
     store: Store, snapshot: Callable[..., Snapshot]
 ) -> None:
-    """A task's snapshot is found under its own operation and ID, and under no other."""
+    """A snapshot is found only under its own operation and task ID."""
     keys = [TaskKey(operation, task_id) for operation in Operation for task_id in ("a", "b")]
     for key in keys:
         await save(store, snapshot(key, message=repr(key)))
@@ -158,8 +158,10 @@ async def test_store_keeps_tasks_and_operations_apart(
         assert (kept.key, said(kept)) == (key, repr(key))
 
 
-async def test_store_goes_forward(store: Store, clock: Clock, snapshot: Callable[..., Snapshot]) -> None:
-    """A newer snapshot takes the older one's place."""
+async def test_store_replaces_older_snapshots(
+    store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
+) -> None:
+    """A newer snapshot replaces an older one."""
     await save(store, snapshot(message="older"))
     clock.now += 1
     newer = await save(store, snapshot(message="newer"))
@@ -169,10 +171,10 @@ async def test_store_goes_forward(store: Store, clock: Clock, snapshot: Callable
     assert len(store) == 1
 
 
-async def test_store_says_what_it_shows_without_a_lookup(
+async def test_store_is_current_needs_no_lookup(
     make: Make, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
-    """What peek has returned is shown until a newer one takes its place, or it has to make room."""
+    """A snapshot is current until a newer one replaces it, or it is evicted."""
     store = await make(max_tasks=2)
     older = await save(store, snapshot())
     assert older is not None
@@ -190,7 +192,7 @@ async def test_store_says_what_it_shows_without_a_lookup(
 
 
 async def test_store_never_goes_back(store: Store, snapshot: Callable[..., Snapshot]) -> None:
-    """An older snapshot does not take a newer one's place; whoever saves it is handed the newer."""
+    """An older snapshot does not replace a newer one; `commit` returns the newer one."""
     newer = await save(store, snapshot(message="newer"))
     assert newer is not None
     assert await save(store, snapshot(age=1, message="older")) is newer
@@ -198,10 +200,10 @@ async def test_store_never_goes_back(store: Store, snapshot: Callable[..., Snaps
     assert await store.acquire(KEY) is newer
 
 
-async def test_store_lets_what_has_ended_stay_ended(
+async def test_store_keeps_terminal_snapshots(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
-    """No later snapshot of a task that goes on replaces a terminal one; a later terminal one does."""
+    """A terminal snapshot is replaced only by a later terminal one."""
     ended = await save(store, snapshot(status="succeeded", lifetime=600.0))
     clock.now += 1
     assert await save(store, snapshot()) is ended
@@ -210,10 +212,10 @@ async def test_store_lets_what_has_ended_stay_ended(
     assert await save(store, again) is again
 
 
-async def test_store_gives_the_lease_where_nothing_is_fresh(
+async def test_store_grants_a_lease_without_a_fresh_snapshot(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
-    """A flight that finds nothing, or something stale, may ask upstream, with a stamp above all before."""
+    """Without a fresh snapshot `acquire` returns a lease, with a version above all earlier ones."""
     first = await store.acquire(KEY)
     assert isinstance(first, Lease)
     assert first.key == KEY
@@ -226,10 +228,10 @@ async def test_store_gives_the_lease_where_nothing_is_fresh(
     assert second.version > first.version
 
 
-async def test_store_gives_the_lease_to_whoever_wants_a_newer_one(
+async def test_store_grants_a_lease_for_a_newer_snapshot(
     store: Store, snapshot: Callable[..., Snapshot]
 ) -> None:
-    """Who names the stamp that is known gets the lease though that one is fresh, or a newer one."""
+    """With `after`, `acquire` returns a lease although a snapshot is fresh, or a newer snapshot."""
     landed = await save(store, snapshot(age=1))
     assert landed is not None
     lease = await store.acquire(KEY, after=landed.version)
@@ -239,16 +241,16 @@ async def test_store_gives_the_lease_to_whoever_wants_a_newer_one(
     assert await store.acquire(KEY, after=landed.version) is newer
 
 
-async def test_store_gives_the_lease_again_when_it_is_given_back(store: Store) -> None:
-    """An abandoned lease is there for the next one at once, and nothing is remembered of it."""
+async def test_store_grants_an_abandoned_lease_again(store: Store) -> None:
+    """An abandoned lease is available immediately, and leaves no failure."""
     lease = await store.acquire(KEY)
     assert isinstance(lease, Lease)
     await store.abandon(lease)
     assert isinstance(await store.acquire(KEY), Lease)
 
 
-async def test_store_ends_a_flight_with_the_failure(store: Store) -> None:
-    """A failure that is remembered is what the next flight ends with."""
+async def test_store_returns_a_cached_failure(store: Store) -> None:
+    """A cached failure is the result of the next `acquire`."""
     lease = await store.acquire(KEY)
     assert isinstance(lease, Lease)
     failure = UpstreamTimeout("too late")
@@ -256,10 +258,10 @@ async def test_store_ends_a_flight_with_the_failure(store: Store) -> None:
     assert await store.acquire(KEY) is failure
 
 
-async def test_store_hands_out_stale_snapshots(
+async def test_store_returns_stale_snapshots(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
-    """Freshness is the snapshot's own business: a stale one is handed out, with its moment unchanged."""
+    """A stale snapshot is returned unchanged: the snapshot determines its own freshness."""
     saved = await save(store, snapshot())
     assert saved is not None
     clock.now += LIFETIME + STALE_SECONDS - 0.1
@@ -268,10 +270,10 @@ async def test_store_hands_out_stale_snapshots(
     assert kept is saved
 
 
-async def test_store_remembers_a_tasks_story_for_an_hour(
+async def test_store_keeps_progress_for_an_hour(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
-    """A task's snapshot outlives its freshness by an hour, counted from its fetching, and then goes."""
+    """A progress snapshot is kept for an hour after its freshness, counted from its fetch."""
     await save(store, snapshot(age=1))
     clock.now += LIFETIME + MEMORY_SECONDS - 1.1
     assert await shown(store, KEY) is not None
@@ -281,10 +283,10 @@ async def test_store_remembers_a_tasks_story_for_an_hour(
     assert len(store) == 0
 
 
-async def test_store_drops_a_result_that_nobody_may_see(
+async def test_store_drops_an_expired_result(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
-    """A result may be large and has no story: it goes as soon as it may not be shown even stale."""
+    """A result, which may be large, is dropped when it may no longer be served stale."""
     await save(store, snapshot(RESULT))
     clock.now += LIFETIME + STALE_SECONDS - 0.1
     assert await shown(store, RESULT) is not None
@@ -294,28 +296,28 @@ async def test_store_drops_a_result_that_nobody_may_see(
 
 
 async def test_store_is_bounded(make: Make, clock: Clock, snapshot: Callable[..., Snapshot]) -> None:
-    """No more than max_tasks snapshots are kept here; the least recently read or written go first."""
+    """At most max_tasks snapshots are kept; the least recently used are evicted first."""
     store = await make(max_tasks=3)
     keys = [TaskKey(Operation.SD_GET_PROGRESS, name) for name in "abcd"]
     for key in keys[:3]:
         clock.now += 0.1
         await save(store, snapshot(key))
-    assert await shown(store, keys[0]) is not None  # read: now b is the least recently used
+    assert await shown(store, keys[0]) is not None  # read: b is the least recently used now
     await save(store, snapshot(keys[3]))
     assert len(store) == 3
     assert [await shown(store, key) is None for key in keys] == [False, True, False, False]
 
 
 async def test_store_is_bounded_in_bytes(make: Make, clock: Clock, snapshot: Callable[..., Snapshot]) -> None:
-    """Bodies, envelopes and failures together stay within max_bytes; the least recently used go first."""
+    """Bodies, envelopes and failures together obey max_bytes; the least recently used go first."""
     store = await make(max_bytes=100_000)
     keys = [TaskKey(Operation.SD_GET_PROGRESS, name) for name in "abcd"]
     for key in keys[:3]:
         clock.now += 0.1
-        kept = await save(store, snapshot(key, message="x" * 14_000))  # it stands in body and envelope
+        kept = await save(store, snapshot(key, message="x" * 14_000))  # in body and envelope
         assert kept is not None
     assert store.size() == 3 * (len(kept.body) + len(kept.envelope) + ENTRY_BYTES)
-    assert await shown(store, keys[0]) is not None  # read: now b is the least recently used
+    assert await shown(store, keys[0]) is not None  # read: b is the least recently used now
     await save(store, snapshot(keys[3], message="x" * 14_000))
     assert [await shown(store, key) is None for key in keys] == [False, True, False, False]
     assert len(store) == 3
@@ -325,7 +327,7 @@ async def test_store_is_bounded_in_bytes(make: Make, clock: Clock, snapshot: Cal
 async def test_store_drops_failures_before_snapshots(
     make: Make, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
-    """A failure may hold an envelope of a megabyte: it counts, and makes room before any snapshot does."""
+    """Failures count towards the limit with their envelopes, and are evicted before snapshots."""
     store = await make(max_bytes=100_000)
     await save(store, snapshot(message="x" * 14_000))
     before = store.size()
@@ -345,7 +347,7 @@ async def test_store_drops_failures_before_snapshots(
 async def test_store_serves_what_is_too_large_to_be_kept(
     make: Make, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
-    """What alone exceeds the bound is handed to those who wait for it; what it follows is kept no longer."""
+    """A snapshot above the limit is returned to waiting requests but not kept, nor is its predecessor."""
     store = await make(max_bytes=100_000)
     heard: list[Snapshot] = []
     store.on_change(heard.append)
@@ -361,10 +363,8 @@ async def test_store_serves_what_is_too_large_to_be_kept(
     assert (len(store), store.size()) == (0, 0)
 
 
-async def test_store_tells_its_size_and_changes_nothing(
-    store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
-) -> None:
-    """A scrape, on any thread, only reads: what has expired goes when a task is looked for."""
+async def test_store_size_is_read_only(store: Store, clock: Clock, snapshot: Callable[..., Snapshot]) -> None:
+    """The size can be read on any thread without changes; expired entries are removed at a lookup."""
     await save(store, snapshot())
     clock.now += LIFETIME + MEMORY_SECONDS + 1
     assert (len(store), store.size() > ENTRY_BYTES) == (1, True)
@@ -377,8 +377,8 @@ def rejection(envelope: bytes) -> UpstreamRejected:
     return UpstreamRejected("the upstream rejected the query", envelope=envelope, detail=UpstreamDetail())
 
 
-async def test_store_remembers_a_failure_for_its_time(store: Store, clock: Clock) -> None:
-    """A failure is remembered for as many seconds as were said, and no longer."""
+async def test_store_caches_a_failure_for_its_lifetime(store: Store, clock: Clock) -> None:
+    """A failure is cached for exactly the given seconds."""
     failure = UpstreamTimeout("too late")
     await fail(store, KEY, failure, seconds=1.0)
     clock.now += 0.9
@@ -387,8 +387,8 @@ async def test_store_remembers_a_failure_for_its_time(store: Store, clock: Clock
     assert store.failure(KEY) is None
 
 
-async def test_store_remembers_the_latest_failure(store: Store, clock: Clock) -> None:
-    """A later failure takes the earlier one's place, and its time begins anew."""
+async def test_store_caches_the_latest_failure(store: Store, clock: Clock) -> None:
+    """A later failure replaces an earlier one, and restarts its lifetime."""
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
     clock.now += 0.5
     later = UpstreamUnreachable("gone")
@@ -397,8 +397,8 @@ async def test_store_remembers_the_latest_failure(store: Store, clock: Clock) ->
     assert store.failure(KEY) is later
 
 
-async def test_store_remembers_no_failure_for_no_time(store: Store) -> None:
-    """A failure for 0 seconds is not remembered, and ends the memory of an earlier one."""
+async def test_store_caches_no_failure_for_0_seconds(store: Store) -> None:
+    """A failure for 0 seconds is not cached, and removes an earlier one."""
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=0.0)
     assert store.failure(KEY) is None
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
@@ -406,8 +406,8 @@ async def test_store_remembers_no_failure_for_no_time(store: Store) -> None:
     assert store.failure(KEY) is None
 
 
-async def test_store_remembers_failures_by_task(store: Store) -> None:
-    """One task's failure is not another's, nor that of its result."""
+async def test_store_caches_failures_by_task(store: Store) -> None:
+    """The failure of one task does not affect another, nor the result of the same task."""
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
     assert store.failure(OTHER) is None
     assert store.failure(RESULT) is None
@@ -416,17 +416,15 @@ async def test_store_remembers_failures_by_task(store: Store) -> None:
 async def test_store_keeps_the_snapshot_of_a_failing_task(
     store: Store, snapshot: Callable[..., Snapshot]
 ) -> None:
-    """A failure leaves the snapshot in place: it is what may cover the failure."""
+    """A failure keeps the snapshot, which may be served as stale-if-error."""
     kept = await save(store, snapshot())
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
     assert await shown(store, KEY) == kept
     assert store.failure(KEY) is not None
 
 
-async def test_store_forgets_the_failure_when_an_answer_comes(
-    store: Store, snapshot: Callable[..., Snapshot]
-) -> None:
-    """A stored answer ends the memory of a failure, before its time."""
+async def test_store_removes_the_failure_on_commit(store: Store, snapshot: Callable[..., Snapshot]) -> None:
+    """A committed snapshot removes a cached failure."""
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
     await fail(store, OTHER, UpstreamTimeout("too late"), seconds=1.0)
     await save(store, snapshot())
@@ -434,21 +432,21 @@ async def test_store_forgets_the_failure_when_an_answer_comes(
     assert store.failure(OTHER) is not None
 
 
-async def test_store_gives_a_token_at_once_where_none_was_taken(store: Store) -> None:
-    """Nobody waits for a budget that is whole."""
+async def test_store_grants_the_first_permit_immediately(store: Store) -> None:
+    """The first permit is available immediately."""
     assert await store.token(10.0, saved=1, timeout_seconds=0) == 0
 
 
 async def test_store_counts_no_failures(store: Store) -> None:
-    """The number of entries is that of snapshots."""
+    """The number of entries counts snapshots only."""
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
     assert len(store) == 0
 
 
-async def test_store_tells_its_listeners_of_each_change(
+async def test_store_notifies_listeners_of_each_change(
     store: Store, clock: Clock, snapshot: Callable[..., Snapshot]
 ) -> None:
-    """Every listener hears of each snapshot that is stored from then on, and finds it there."""
+    """Every listener receives each snapshot stored from then on, which is then visible."""
     heard: list[tuple[str | None, bool]] = []
     also: list[Snapshot] = []
     await save(store, snapshot(message="before"))

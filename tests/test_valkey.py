@@ -1,4 +1,4 @@
-"""Two stores on one server: what one does and the other learns of it, on every kind of server."""
+"""Two stores on one server: what one stores and the other receives, on every kind of server."""
 
 import asyncio
 import time
@@ -51,7 +51,7 @@ def settings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.fixture
 async def opened() -> AsyncIterator[Open]:
-    """Return a function that opens a store and returns it once it shares."""
+    """Return a function that opens a store and returns it once it is connected."""
     prefix = uuid4().hex
     async with AsyncExitStack() as stack:
 
@@ -85,7 +85,7 @@ async def one(opened: Open, settings: Json) -> ValkeyStore:
 
 @pytest.fixture
 async def other(opened: Open, settings: Json) -> ValkeyStore:
-    """Return another store that shares with it."""
+    """Return another store that shares its entries."""
     store: ValkeyStore = await opened(settings)
     return store
 
@@ -96,13 +96,13 @@ def snapshot(lease: Lease, **values: Any) -> Snapshot:
 
 
 async def shown(store: ValkeyStore, key: TaskKey = KEY) -> Snapshot | None:
-    """Peek once nothing may have been missed."""
+    """Peek behind the read barrier."""
     await store.sync()
     return store.peek(key)
 
 
 async def leased(store: ValkeyStore, key: TaskKey = KEY, *, after: int | None = None) -> Lease:
-    """Take off with a lease."""
+    """Acquire a lease."""
     lease = await store.acquire(key, after=after)
     assert isinstance(lease, Lease)
     assert lease.token
@@ -110,8 +110,8 @@ async def leased(store: ValkeyStore, key: TaskKey = KEY, *, after: int | None = 
 
 
 async def waiting(store: ValkeyStore, key: TaskKey = KEY) -> asyncio.Task[Any]:
-    """Begin to take off where another has the lease; return what goes on when the server has said so."""
-    asked = store._link._metrics.store_operation_duration.labels("take_off")
+    """Start to acquire while another store has the lease; return the task once the server has replied."""
+    asked = store._connection._metrics.store_operation_duration.labels("take_off")
     before = asked._sum.get()
     flight = asyncio.create_task(store.acquire(key))
     await eventually(lambda: asked._sum.get() > before, "the server was asked")
@@ -119,8 +119,8 @@ async def waiting(store: ValkeyStore, key: TaskKey = KEY) -> asyncio.Task[Any]:
     return flight
 
 
-async def test_valkey_wakes_who_waits_with_the_answer(one: ValkeyStore, other: ValkeyStore) -> None:
-    """While one has the lease the other waits; what the one lands with is the other's answer, whole."""
+async def test_valkey_wakes_a_waiter_with_the_snapshot(one: ValkeyStore, other: ValkeyStore) -> None:
+    """While one store has the lease the other waits; the committed snapshot is its result, unchanged."""
     lease = await leased(one)
     flight = await waiting(other)
     landed = await one.commit(lease, snapshot(lease, etaRelative=2.5, message="so\nfar", state={"job": "x"}))
@@ -148,10 +148,10 @@ async def test_valkey_wakes_who_waits_with_the_answer(one: ValkeyStore, other: V
     ],
     ids=lambda failure: failure.code,
 )
-async def test_valkey_wakes_who_waits_with_the_failure(
+async def test_valkey_wakes_a_waiter_with_the_failure(
     failure: Any, one: ValkeyStore, other: ValkeyStore
 ) -> None:
-    """What the one failed at is the other's failure, too, with all that is told of it."""
+    """The failure of one store is the result of the other, with all its details."""
     lease = await leased(one)
     flight = await waiting(other)
     await one.fail(lease, failure, seconds=60)
@@ -168,7 +168,7 @@ async def test_valkey_wakes_who_waits_with_the_failure(
 
 @pytest.mark.parametrize("end", ["abandon", "fail"])
 async def test_valkey_passes_a_lease_on(end: str, one: ValkeyStore, other: ValkeyStore) -> None:
-    """A lease that ends with nothing to tell is the next one's at once."""
+    """A lease that ends without a result passes to the next store immediately."""
     lease = await leased(one)
     flight = await waiting(other)
     if end == "abandon":
@@ -180,8 +180,8 @@ async def test_valkey_passes_a_lease_on(end: str, one: ValkeyStore, other: Valke
     assert found.version > lease.version
 
 
-async def test_valkey_gives_late_comers_what_is_there(one: ValkeyStore, other: ValkeyStore) -> None:
-    """Who was not there when it was published asks the server, and is given it."""
+async def test_valkey_returns_the_stored_snapshot(one: ValkeyStore, other: ValkeyStore) -> None:
+    """A store that missed the message gets the snapshot from the server."""
     lease = await leased(one)
     await one.commit(lease, snapshot(lease, message="answer"))
     assert await shown(other, KEY) is None
@@ -190,8 +190,8 @@ async def test_valkey_gives_late_comers_what_is_there(one: ValkeyStore, other: V
     assert said(found) == "answer"
 
 
-async def test_valkey_tells_every_replica_that_holds_the_task(one: ValkeyStore, other: ValkeyStore) -> None:
-    """A change reaches whoever holds the task, and nobody else."""
+async def test_valkey_notifies_every_replica_with_the_task(one: ValkeyStore, other: ValkeyStore) -> None:
+    """A change reaches every store that has the task in its cache, and no other."""
     lease = await leased(one)
     await one.commit(lease, snapshot(lease, message="first"))
     await other.acquire(KEY)
@@ -207,8 +207,8 @@ async def test_valkey_tells_every_replica_that_holds_the_task(one: ValkeyStore, 
     assert await shown(other, unheld.key) is None
 
 
-async def test_valkey_refuses_a_late_answer(one: ValkeyStore, other: ValkeyStore) -> None:
-    """Whose lease has ended meanwhile cannot overwrite what another has asked for since."""
+async def test_valkey_refuses_a_commit_after_the_lease(one: ValkeyStore, other: ValkeyStore) -> None:
+    """A holder whose lease has expired cannot overwrite the result of a later holder."""
     late = await leased(one)
     # As if its holder had been paused for longer than a lease lasts.
     await one._end(late, 0, b"")
@@ -220,8 +220,8 @@ async def test_valkey_refuses_a_late_answer(one: ValkeyStore, other: ValkeyStore
     assert said(kept) == "newer"
 
 
-async def test_valkey_lets_what_has_ended_stay_ended(one: ValkeyStore, other: ValkeyStore) -> None:
-    """What one replica saw end goes on for no other, though it asks later."""
+async def test_valkey_keeps_terminal_snapshots(one: ValkeyStore, other: ValkeyStore) -> None:
+    """A terminal snapshot is not replaced by a later snapshot of another replica."""
     lease = await leased(one)
     await one.commit(lease, snapshot(lease, status="succeeded"))
     lease = await leased(one, after=lease.version)
@@ -230,14 +230,14 @@ async def test_valkey_lets_what_has_ended_stay_ended(one: ValkeyStore, other: Va
     assert kept.status is Status.SUCCEEDED
 
 
-async def test_valkey_waits_no_longer_than_a_caller_would(one: ValkeyStore, other: ValkeyStore) -> None:
-    """A flight that another's takes too long for ends with a time-out."""
+async def test_valkey_acquire_times_out(one: ValkeyStore, other: ValkeyStore) -> None:
+    """A request that waits too long for another replica's lease ends with a timeout."""
     await leased(one)
     assert isinstance(await other.acquire(KEY, timeout_seconds=0.05), UpstreamTimeout)
 
 
-async def test_valkey_rations_tokens_over_all(one: ValkeyStore, other: ValkeyStore) -> None:
-    """Tokens come at the pace whoever takes them; who would wait for too long takes none."""
+async def test_valkey_shares_the_rate_limit(one: ValkeyStore, other: ValkeyStore) -> None:
+    """Permits have the same rate for all replicas together; none is taken if the wait would be too long."""
     waits = [
         await store.token(0.01, saved=2, timeout_seconds=1000) for store in (one, other, one, other, one)
     ]
@@ -249,8 +249,8 @@ async def test_valkey_rations_tokens_over_all(one: ValkeyStore, other: ValkeySto
     assert await other.token(0.01, saved=2, timeout_seconds=1000) == pytest.approx(400, abs=60)
 
 
-async def test_valkey_tells_the_others_of_a_slow_upstream(one: ValkeyStore, other: ValkeyStore) -> None:
-    """What slowed one down reaches every replica, with the whole seconds to wait, if upstream said any."""
+async def test_valkey_announces_throttling(one: ValkeyStore, other: ValkeyStore) -> None:
+    """Throttling is announced to every replica, with the rounded seconds of Retry-After, if known."""
     heard: list[float | None] = []
     other.on_throttled(heard.append)
     await one.announce_throttling(2.5)
@@ -261,13 +261,13 @@ async def test_valkey_tells_the_others_of_a_slow_upstream(one: ValkeyStore, othe
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StoreServer]:
-    """Return a server to be harmed."""
+    """Return a server that tests may disturb."""
     with StoreServer(binary("valkey"), tmp_path_factory.mktemp("server")) as server:
         yield server
 
 
-async def test_valkey_reads_on_after_whatever_is_published(opened: Open, server: StoreServer) -> None:
-    """No message ends the link or is believed beyond its bounds; the next one that makes sense is heard."""
+async def test_valkey_ignores_invalid_messages(opened: Open, server: StoreServer) -> None:
+    """No invalid message ends the connection or has an effect; the next valid one is applied."""
     store = await opened({"url": server.url})
     heard: list[float | None] = []
     store.on_throttled(heard.append)
@@ -285,7 +285,7 @@ async def test_valkey_reads_on_after_whatever_is_published(opened: Open, server:
         *(b"F" + subject + time + b"\n" + failure for time in (b"", b"-1", b"1_0", b"9" * 99, b"9" * 9999)),
         b"F" + subject + b"1000\n" + b"[" * 9999,
     ]
-    channel = store._link.channel(slot_of(KEY))
+    channel = store._connection.channel(slot_of(KEY))
     for message in messages:
         server.client.publish(channel, message)
     server.client.publish(channel, b"T999999999")
@@ -298,21 +298,19 @@ async def test_valkey_reads_on_after_whatever_is_published(opened: Open, server:
 
 
 @pytest.mark.parametrize("time_to_live", [0, 10**10])
-async def test_valkey_believes_no_failure_without_an_end(
+async def test_valkey_ignores_a_failure_without_an_expiry(
     opened: Open, server: StoreServer, time_to_live: int
 ) -> None:
-    """A failure that is remembered for ever, or for longer than a setting says, is as good as none."""
+    """A stored failure without an expiry, or with one beyond the settings, is ignored."""
     store = await opened({"url": server.url})
-    name = f"{store._link.channel(slot_of(KEY))}:{KEY.operation}:{KEY.task_id}:f"
+    name = f"{store._connection.channel(slot_of(KEY))}:{KEY.operation}:{KEY.task_id}:f"
     server.client.set(name, encode_failure(KEY, UpstreamTimeout("too late")), ex=time_to_live or None)
     assert isinstance(await store.acquire(KEY), Lease)
     assert not server.client.exists(name)
 
 
-async def test_valkey_asks_again_after_it_may_have_missed_something(
-    opened: Open, server: StoreServer
-) -> None:
-    """What was held when the subscription broke is not shown before the server has confirmed it."""
+async def test_valkey_revalidates_after_a_lost_subscription(opened: Open, server: StoreServer) -> None:
+    """After the subscription was lost, cached snapshots are revalidated before they are visible."""
     one = await opened({"url": server.url})
     lease = await leased(one)
     landed = await one.commit(lease, snapshot(lease))
@@ -323,10 +321,8 @@ async def test_valkey_asks_again_after_it_may_have_missed_something(
     assert await shown(one, KEY) is landed
 
 
-async def test_valkey_keeps_a_lease_for_as_long_as_its_holder_lives(
-    opened: Open, server: StoreServer
-) -> None:
-    """A query may take longer than a lease: it is renewed."""
+async def test_valkey_renews_a_lease(opened: Open, server: StoreServer) -> None:
+    """A lease is renewed while its holder is alive."""
     one = await opened({"url": server.url})
     await leased(one)
     [name] = server.client.keys("*:l")  # type: ignore[misc]
@@ -334,8 +330,8 @@ async def test_valkey_keeps_a_lease_for_as_long_as_its_holder_lives(
     await eventually(lambda: int(server.client.pttl(name)) > 2000, "it is renewed")  # type: ignore[arg-type]
 
 
-async def test_valkey_shows_a_change_to_all_at_one_moment(opened: Open, server: StoreServer) -> None:
-    """What follows a snapshot that may still be shown is shown from a moment on at which all have it."""
+async def test_valkey_activates_a_change_everywhere_at_once(opened: Open, server: StoreServer) -> None:
+    """A replacement becomes visible at a time when all replicas have it."""
     one, key = await opened({"url": server.url}), KEY._replace(task_id="together")
     under_way, known = [], None
     for _ in range(2):
@@ -349,8 +345,8 @@ async def test_valkey_shows_a_change_to_all_at_one_moment(opened: Open, server: 
     assert under_way[1] >= NEWS_SECONDS * MICROSECONDS
 
 
-async def test_valkey_asks_twice_for_a_miss(opened: Open, server: StoreServer) -> None:
-    """A miss costs the server two commands: one to take off, one to land."""
+async def test_valkey_runs_two_scripts_for_a_miss(opened: Open, server: StoreServer) -> None:
+    """A miss costs the server two commands: acquire and commit."""
     one = await opened({"url": server.url})
     asked = []
     for number in range(2):  # the first one brings the scripts, too
@@ -362,36 +358,36 @@ async def test_valkey_asks_twice_for_a_miss(opened: Open, server: StoreServer) -
 
 
 def commands(server: StoreServer) -> int:
-    """Return how many scripts a server was asked to run."""
+    """Return how many scripts a server has run."""
     told = server.client.info("commandstats")
     return sum(stats["calls"] for name, stats in told.items() if name.startswith("cmdstat_eval"))  # type: ignore[union-attr]
 
 
-async def test_valkey_gives_back_a_lease_that_it_never_heard_of(opened: Open, server: StoreServer) -> None:
-    """Whose question was answered too late does not leave the others waiting for a lease that nobody has."""
+async def test_valkey_releases_an_unconfirmed_lease(opened: Open, server: StoreServer) -> None:
+    """A lease whose reply was lost is released, so that other replicas do not wait for it."""
     hasty = await opened({"url": server.url, "timeout_seconds": 0.05})
     server.freeze()
     alone = await hasty.acquire(KEY._replace(task_id="unheard"))
     assert isinstance(alone, Lease)
     assert not alone.token
     server.thaw()
-    given_back = hasty._link._metrics.store_operation_duration.labels("fail")
-    failed = hasty._link._metrics.store_errors.labels("fail")
+    given_back = hasty._connection._metrics.store_operation_duration.labels("fail")
+    failed = hasty._connection._metrics.store_errors.labels("fail")
     await eventually(
-        lambda: given_back._sum.get() > 0 and failed._value.get() == 0 and not hasty._leases._unheard,
+        lambda: given_back._sum.get() > 0 and failed._value.get() == 0 and not hasty._leases._unconfirmed,
         "it is given back",
     )
     assert not server.client.keys("*:unheard:l")
 
 
-async def test_valkey_waits_no_longer_for_news_than_for_an_answer(opened: Open, server: StoreServer) -> None:
-    """While a server is silent a replica waits for a moment, and then shows what it holds."""
+async def test_valkey_sync_times_out(opened: Open, server: StoreServer) -> None:
+    """While the server does not reply a store waits until its timeout, and then serves from its cache."""
     hasty = await opened({"url": server.url, "timeout_seconds": 0.05})
     lease = await leased(hasty, KEY._replace(task_id="silent"))
     landed = await hasty.commit(lease, snapshot(lease))
     server.freeze()
     try:
-        await eventually(lambda: hasty.trouble, "it goes on alone, though nobody asks")
+        await eventually(lambda: hasty.trouble, "it works alone, without any request")
         assert not await hasty.sync()
         assert hasty.peek(lease.key) is landed
     finally:
@@ -399,7 +395,7 @@ async def test_valkey_waits_no_longer_for_news_than_for_an_answer(opened: Open, 
 
 
 async def test_valkey_logs_in_with_files(opened: Open, tmp_path: Path) -> None:
-    """User and password come from files, or from the URL; neither is ever shown."""
+    """User and password come from files, or from the URL; neither is ever logged."""
     with StoreServer(binary("valkey"), tmp_path) as server:
         server.client.execute_command("ACL", "SETUSER", "gateway", "on", ">pass:word/1", "~*", "&*", "+@all")
         server.client.execute_command("ACL", "SETUSER", "default", "off")
@@ -419,7 +415,7 @@ async def test_valkey_logs_in_with_files(opened: Open, tmp_path: Path) -> None:
 
 
 async def test_valkey_verifies_the_servers_certificate(opened: Open, tmp_path: Path) -> None:
-    """Under valkeys:// connections are encrypted, and the server is one that the CA vouches for."""
+    """Connections to valkeys:// are encrypted, and the certificate is verified with the CA."""
     authority = trustme.CA()
     certificate = authority.issue_cert("127.0.0.1")
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
@@ -448,7 +444,7 @@ async def test_valkey_verifies_the_servers_certificate(opened: Open, tmp_path: P
 
 
 async def test_valkey_logs_in_with_sentinels(opened: Open, tmp_path: Path) -> None:
-    """Sentinels may have a login of their own, which comes from files and is never shown."""
+    """Sentinels may have their own login, which comes from files and is never logged."""
     (tmp_path / "username").write_text("asker\n")
     (tmp_path / "password").write_text("s3ntinel/pass\n")
     with guarded(tmp_path) as servers:
@@ -468,7 +464,7 @@ async def test_valkey_logs_in_with_sentinels(opened: Open, tmp_path: Path) -> No
 
 
 async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:
-    """When Sentinel has promoted the replica the store is there, and what was shared still is."""
+    """After Sentinel has promoted the replica the store reconnects, and its entries are still there."""
     with guarded(tmp_path) as servers:
         settings = {"url": servers.sentinel.url, "sentinel_service": "main"}
         one = await opened(settings)
@@ -491,7 +487,7 @@ async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:
 async def test_valkey_closes_a_cluster_though_cancelled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Who is cancelled while he closes his connections leaves none open."""
+    """A cancellation during the close leaves no connection open."""
 
     async def cancelled(client: RedisCluster) -> None:
         client._initialize = True  # as aclose does at once
@@ -510,7 +506,7 @@ async def test_valkey_closes_a_cluster_though_cancelled(
 
 
 async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> None:
-    """While a cluster's slots move all share on, and what is shared then reaches the other."""
+    """While slots of a cluster move all replicas share entries, and messages reach the others."""
     with cluster(tmp_path) as nodes:
         settings = {"url": nodes[0].url, "cluster": True}
         one, other = await opened(settings), await opened(settings)
@@ -524,8 +520,10 @@ async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> N
             assert isinstance(await other.acquire(key), Snapshot)
         await moving
         for each in (one, other):
-            await eventually(lambda each=each: time.monotonic() < each._link.sure_until, "it follows again")  # type: ignore[misc]
-            assert each._link._metrics.store_errors.labels("subscribe")._value.get() == 0
+            await eventually(
+                lambda each=each: time.monotonic() < each._connection.sure_until, "it follows again"
+            )  # type: ignore[misc]
+            assert each._connection._metrics.store_errors.labels("subscribe")._value.get() == 0
         heard: list[Snapshot] = []
         other.on_change(heard.append)
         for task in range(number - 99, number + 1):  # in every shard, and no more than are kept
@@ -538,8 +536,8 @@ async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "says", [b"+OK\r\n", b"*1\r\n:1\r\n", b"$-1\r\n", b"HTTP/1.1 400 Bad Request\r\n\r\n", b""]
 )
-async def test_valkey_goes_on_alone_with_a_server_that_lies(opened: Open, says: bytes) -> None:
-    """Whatever listens where the server should be, it costs nothing but the sharing."""
+async def test_valkey_works_alone_with_an_invalid_server(opened: Open, says: bytes) -> None:
+    """A server that sends invalid replies costs only the sharing: the store works from its memory."""
 
     async def lie(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionResetError):
@@ -563,7 +561,7 @@ async def test_valkey_goes_on_alone_with_a_server_that_lies(opened: Open, says: 
 
 @pytest.mark.parametrize("turns", range(8))
 async def test_servers_lose_no_cancellation(turns: int, server: StoreServer) -> None:
-    """Whenever it comes, a cancellation ends whoever is sending: with redis-py's own time-out it would not.
+    """A cancellation always ends a task that is sending: with redis-py's own timeout it would not.
 
     It sends within asyncio.wait_for then, which on Python 3.11 returns instead of raising when what it waits
     for ends in the very turn of the loop in which it is cancelled.

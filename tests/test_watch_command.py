@@ -1,4 +1,4 @@
-"""`sd-gateway watch`, run as a person or a script runs it, against a real gateway and simulator."""
+"""`sd-gateway watch`, as a person or a script runs it, with a real gateway and simulator."""
 
 import fcntl
 import json
@@ -87,14 +87,14 @@ def serve(simulated: Simulator, tmp_path_factory: pytest.TempPathFactory) -> Ser
 
 @pytest.fixture(scope="module")
 def served(serve: Serve) -> Iterator[str]:
-    """Return the URL of a gateway that stays up."""
+    """Return the URL of a running gateway."""
     with serve() as (_, gateway):
         yield gateway.url
 
 
 @pytest.fixture
 def watch(served: str, tmp_path: Path) -> Callable[..., Process]:
-    """Return a function that starts the command, its output in a pipe."""
+    """Return a function that starts the command with its output in a pipe."""
 
     def start(*arguments: str, url: str = served, **env: str) -> Process:
         return Process("watch", *arguments, "--gateway", url, cwd=tmp_path, env=env)
@@ -103,7 +103,7 @@ def watch(served: str, tmp_path: Path) -> Callable[..., Process]:
 
 
 def events(process: Process) -> list[tuple[Any, ...]]:
-    """Return what it said in JSON: event, task, status, progress."""
+    """Return its JSON output as tuples: event, task, status, progress."""
     said = [json.loads(line) for line in process.lines if line.startswith("{")]
     return [tuple(map(one.get, ("event", "taskId", "status", "progress"))) for one in said]
 
@@ -111,10 +111,8 @@ def events(process: Process) -> list[tuple[Any, ...]]:
 # --- for scripts ------------------------------------------------------------------------------------------
 
 
-def test_watch_tells_a_life_as_exactly_its_events(
-    simulated: Simulator, watch: Callable[..., Process]
-) -> None:
-    """Waiting, running at two points and success are one JSON line each, then `end`, then exit status 0."""
+def test_watch_prints_one_json_line_per_event(simulated: Simulator, watch: Callable[..., Process]) -> None:
+    """Waiting, running at two points and success are one JSON line each, then `end` and exit status 0."""
     task_id = fresh_id()
     simulated.script(task_id, **WAITING)
     with watch(task_id, "--json") as process:
@@ -135,8 +133,8 @@ def test_watch_tells_a_life_as_exactly_its_events(
     assert len(process.lines) == 5
 
 
-def test_watch_asks_for_the_api_it_was_told(simulated: Simulator, watch: Callable[..., Process]) -> None:
-    """`--api comfy` watches comfy tasks; a task that is named twice is watched once."""
+def test_watch_uses_the_given_api(simulated: Simulator, watch: Callable[..., Process]) -> None:
+    """`--api comfy` watches comfy tasks; a task that is given twice is watched once."""
     task_id = simulated.finished()
     with watch(task_id, task_id, "--json", "--api", "comfy") as process:
         assert process.exit_status() == 0
@@ -147,7 +145,7 @@ def test_watch_asks_for_the_api_it_was_told(simulated: Simulator, watch: Callabl
 def test_watch_fails_when_one_task_does(
     status: str, simulated: Simulator, watch: Callable[..., Process]
 ) -> None:
-    """One task that failed or was canceled makes exit status 1, whatever the others did."""
+    """One failed or canceled task makes exit status 1."""
     bad, good = fresh_id(), simulated.finished()
     simulated.script(bad, **(FAILURE | {"status": status}))
     with watch(good, bad) as process:
@@ -157,17 +155,17 @@ def test_watch_fails_when_one_task_does(
     )
 
 
-def test_watch_carries_on_against_a_new_process(
+def test_watch_resumes_after_a_restart(
     simulated: Simulator, serve: Serve, watch: Callable[..., Process]
 ) -> None:
-    """A gateway that restarts is waited for; what it repeats is told once; exit status 0 in the end."""
+    """The command waits for a restarting gateway; repetitions are left out; exit status 0 at the end."""
     task_id = fresh_id()
     simulated.script(task_id, **RUNNING)
     with serve() as (first, gateway), watch(task_id, "--json", url=gateway.url) as process:
         process.says('"progress": 0.25')
         first.signal(signal.SIGTERM)
         assert first.exit_status() == 0
-        process.says(f"sd-gateway: {gateway.url}: the stream ended; trying again")
+        process.says(f"sd-gateway: {gateway.url}: stream ended; reconnecting")
         with serve(gateway.address[1]) as (_, second):
             until(lambda: second.metric("watchers", kind="events"), "the command is back")
             simulated.script(task_id, **SUCCESS)
@@ -180,7 +178,7 @@ def test_watch_carries_on_against_a_new_process(
 
 
 def test_watch_interrupted_has_not_succeeded(simulated: Simulator, watch: Callable[..., Process]) -> None:
-    """Ctrl-C before the end is exit status 1, without a word."""
+    """Ctrl-C before the end gives exit status 1, without a message."""
     task_id = simulated.task()
     with watch(task_id) as process:
         process.says("running")
@@ -189,8 +187,8 @@ def test_watch_interrupted_has_not_succeeded(simulated: Simulator, watch: Callab
     assert [line for line in process.lines if not line.startswith(task_id)] == []
 
 
-def test_watch_ends_when_nobody_reads_its_lines(simulated: Simulator, served: str, tmp_path: Path) -> None:
-    """A reader that has left (`| head -1`) ends it, without a traceback."""
+def test_watch_ends_on_a_closed_pipe(simulated: Simulator, served: str, tmp_path: Path) -> None:
+    """A closed pipe (`| head -1`) ends the command without a traceback."""
     task_id = fresh_id()
     simulated.script(task_id, **RUNNING)
     with subprocess.Popen(
@@ -236,15 +234,15 @@ def test_watch_ends_when_nobody_reads_its_lines(simulated: Simulator, served: st
 def test_watch_refuses_wrong_usage(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A bad task ID, api or URL is exit status 2, and the mistake is named."""
+    """An invalid task ID, API or URL gives exit status 2 and a message."""
     with pytest.raises(SystemExit) as ended:
         main(["watch", *arguments])
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
 
 
-def test_watch_quotes_a_gateway_that_refuses(served: str, watch: Callable[..., Process]) -> None:
-    """A 4xx is wrong usage too, in the gateway's words, and the URL's password is not told."""
+def test_watch_prints_a_refusal(served: str, watch: Callable[..., Process]) -> None:
+    """A 4xx response gives exit status 2 and the gateway's message; the URL's password is not printed."""
     with watch(*map(str, range(101))) as process:
         assert process.exit_status() == 2
     detail = "query parameter 'taskId' must be given 1 to 100 times"
@@ -258,7 +256,7 @@ def test_watch_quotes_a_gateway_that_refuses(served: str, watch: Callable[..., P
 
 
 def test_watch_writes_plain_lines_into_a_pipe(simulated: Simulator, watch: Callable[..., Process]) -> None:
-    """Without a terminal there is one line per change, no escape sequence, and a problem in words."""
+    """Without a terminal there is one line per change, without escape sequences, and problems as text."""
     task_id = fresh_id()
     with watch(task_id, FORCE_COLOR="1", TTY_COMPATIBLE="1") as process:
         process.says("does not exist")
@@ -279,8 +277,8 @@ def test_watch_writes_plain_lines_into_a_pipe(simulated: Simulator, watch: Calla
     ]
 
 
-def test_watch_speaks_in_any_locale(simulated: Simulator, watch: Callable[..., Process]) -> None:
-    """Words that the locale cannot write do not stop it."""
+def test_watch_works_in_any_locale(simulated: Simulator, watch: Callable[..., Process]) -> None:
+    """Characters that the locale cannot encode do not stop the command."""
     task_id = fresh_id()
     simulated.script(task_id, **(FAILURE | {"message": "内存不足 é"}))
     with watch(task_id, PYTHONIOENCODING="ascii", PYTHONUTF8="0") as process:
@@ -288,8 +286,8 @@ def test_watch_speaks_in_any_locale(simulated: Simulator, watch: Callable[..., P
     assert process.lines == [f"{task_id}: failed, 75 %, ???? ?"]
 
 
-def test_watch_says_why_it_waits_once(tmp_path: Path) -> None:
-    """Trouble with the connection is told on its first occurrence, and again after it was over."""
+def test_watch_reports_a_connection_error_once(tmp_path: Path) -> None:
+    """A connection error is reported once, and again after a recovery."""
     busy = framed(b"", "connection: close", status="HTTP/1.1 503 Service Unavailable")
     said = json.dumps(data("failed")).encode()
     told = framed(
@@ -310,11 +308,11 @@ def test_watch_says_why_it_waits_once(tmp_path: Path) -> None:
     assert status == 1
     assert sorted(output.splitlines()) == sorted(
         [
-            f"{complaint}the stream ended; trying again",
-            f"{complaint}503 Service Unavailable; trying again",
+            f"{complaint}stream ended; reconnecting",
+            f"{complaint}503 Service Unavailable; reconnecting",
             "A: failed, 25 %",
-            f"{complaint}the stream ended; trying again",
-            f"{complaint}503 Service Unavailable; trying again",
+            f"{complaint}stream ended; reconnecting",
+            f"{complaint}503 Service Unavailable; reconnecting",
         ]
     )
 
@@ -332,16 +330,16 @@ class Terminal:
 
     @property
     def text(self) -> str:
-        """All that was shown so far, without colours and cursor movements."""
+        """The whole output so far, without colours and cursor movements."""
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.raw).replace("\r\n", "\n")
 
-    def is_current(self, text: str) -> None:
-        """Wait until this is shown."""
+    def wait_for(self, text: str) -> None:
+        """Wait until the output contains this text."""
         while text not in self.text:
             assert self._read(), f"never {text!r} in {self.text}"
 
     def exit_status(self) -> int:
-        """Wait for the command's end; return its exit status."""
+        """Wait for the end of the command; return its exit status."""
         while self._read():
             pass
         return self._process.wait(PATIENCE_SECONDS)
@@ -352,7 +350,7 @@ class Terminal:
     def _read(self) -> bool:
         try:
             part = os.read(self._screen, 65536)
-        except OSError:  # Linux's way of saying that the other end is closed
+        except OSError:  # Linux reports the closed other end like this
             part = b""
         self.raw += part.decode(errors="replace")
         return bool(part)
@@ -378,19 +376,19 @@ def terminal(*arguments: str, cwd: Path, term: str = "xterm-256color") -> Iterat
 
 
 def test_watch_draws_a_live_bar_per_task(simulated: Simulator, served: str, tmp_path: Path) -> None:
-    """In a terminal each task has a bar that moves, its status, and what went wrong in words."""
+    """In a terminal each task has a moving bar, its status, and its problem as text."""
     one, other = "task-one", "task-two"
     simulated.script(one, **WAITING)
     with terminal("watch", one, other, "--gateway", served, cwd=tmp_path) as screen:
-        screen.is_current(f"{served}: 0 of 2 ended")
-        screen.is_current("3 in the queue")
-        screen.is_current("the upstream rejected the query")
+        screen.wait_for(f"{served}: 0 of 2 ended")
+        screen.wait_for("3 in the queue")
+        screen.wait_for("the upstream rejected the query")
         simulated.script(one, **RUNNING)
-        screen.is_current("╸")  # a bar's moving end
-        screen.is_current("25 % step 5 of 20")
+        screen.wait_for("╸")  # the moving end of a bar
+        screen.wait_for("25 % step 5 of 20")
         simulated.script(other, **FAILURE)
-        screen.is_current("75 % out of memory")
-        screen.is_current("1 of 2 ended")
+        screen.wait_for("75 % out of memory")
+        screen.wait_for("1 of 2 ended")
         simulated.script(one, **SUCCESS)
         assert screen.exit_status() == 1
     last = screen.text[screen.text.rindex(served) :]
@@ -400,25 +398,25 @@ def test_watch_draws_a_live_bar_per_task(simulated: Simulator, served: str, tmp_
         r"task-two failed    ━+╸?━+  75 % out of memory +\n",
         last,
     ), last
-    assert screen.raw.index("\x1b[?25l") < screen.raw.rindex("\x1b[?25h")  # the cursor is back
+    assert screen.raw.index("\x1b[?25l") < screen.raw.rindex("\x1b[?25h")  # the cursor is visible again
 
 
-def test_watch_leaves_a_terminal_in_order(simulated: Simulator, served: str, tmp_path: Path) -> None:
-    """Ctrl-C gives the cursor back, and ends it with exit status 1 and no traceback."""
+def test_watch_restores_the_terminal(simulated: Simulator, served: str, tmp_path: Path) -> None:
+    """Ctrl-C restores the cursor, with exit status 1 and no traceback."""
     task_id = simulated.task()
     with terminal("watch", task_id, "--gateway", served, cwd=tmp_path) as screen:
-        screen.is_current("running")
+        screen.wait_for("running")
         screen.signal(signal.SIGINT)
         assert screen.exit_status() == 1
     assert screen.raw.rstrip().endswith("\x1b[?25h")
     assert "Traceback" not in screen.text
 
 
-def test_watch_shows_trouble_above_the_bars(tmp_path: Path) -> None:
-    """A gateway that cannot be reached is told on the screen, not between the bars."""
+def test_watch_shows_connection_errors_above_the_bars(tmp_path: Path) -> None:
+    """A connection error is shown above the bars."""
     url = f"http://127.0.0.1:{free_port()}"
     with terminal("watch", "A", "--gateway", url, cwd=tmp_path) as screen:
-        screen.is_current(f"{url}: it cannot be reached (Connection refused); trying again\n")
+        screen.wait_for(f"{url}: connection failed (Connection refused); reconnecting\n")
         assert "sd-gateway:" not in screen.text
 
 
@@ -437,7 +435,7 @@ def test_watch_writes_plain_lines_on_a_dumb_terminal(
 
 @dataclass
 class Clock:
-    """A clock that a test turns by hand."""
+    """A simulated clock."""
 
     now: float = 1000.0
 
@@ -446,7 +444,7 @@ class Clock:
 
 
 def data(status: str = "running", **more: Any) -> dict[str, Any]:
-    """Return what the gateway tells of task A."""
+    """Return the gateway's JSON for task A."""
     ended = status in {"succeeded", "failed", "canceled"}
     return {
         "taskId": "A",
@@ -465,22 +463,22 @@ def heard(status: str = "running", **more: Any) -> Event:
 
 
 def drawn(board: ProgressDisplay, width: int = 80) -> list[str]:
-    """Return the lines of a board on a terminal of so many columns."""
+    """Return the lines of a display on a terminal of this width."""
     out = StringIO()
     Console(file=out, width=width).print(board.render(width))
     return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
 def board(*task_ids: str, clock: Callable[[], float] = lambda: 0.0) -> ProgressDisplay:
-    """Return a board of some gateway."""
+    """Return a display for some gateway."""
     return ProgressDisplay(httpx.URL("http://user:hush@host:8080/prefix/"), task_ids or ["A"], clock=clock)
 
 
-def test_board_counts_the_time_left_down() -> None:
-    """Between two events the time left goes down with the clock, and is never below nothing."""
+def test_display_counts_the_time_left_down() -> None:
+    """The time left counts down between two events, but not below zero."""
     clock = Clock()
     shown = board(clock=clock)
-    shown.note(heard(etaSeconds=3725))
+    shown.update(heard(etaSeconds=3725))
     left = []
     for _ in range(4):
         left.append(drawn(shown)[1].partition("%")[2].strip())
@@ -488,49 +486,49 @@ def test_board_counts_the_time_left_down() -> None:
     assert left == ["1 h 2 min left", "31 min 15 s left", "25 s left", "any moment now"]
 
 
-def test_board_rounds_down() -> None:
-    """100 % means that it is."""
+def test_display_rounds_down() -> None:
+    """100 % is shown only at the end."""
     shown = board()
-    assert shown.note(heard(progress=0.999)) == "A: running, 99 %"
+    assert shown.update(heard(progress=0.999)) == "A: running, 99 %"
 
 
-def test_board_has_a_line_for_what_changed_in_words() -> None:
-    """The same words are no line, nor is a task that nobody asked for, nor the end."""
+def test_display_has_a_line_for_each_change() -> None:
+    """A line is printed only for a change of a watched task."""
     shown = board()
     problem = Problem.model_validate({"taskId": "A", "title": "It broke"})
-    assert shown.note(Event("problem", {}, problem)) == "A: error, It broke"
-    assert shown.note(heard()) == "A: running, 25 %"
-    assert shown.note(heard()) == ""
-    assert shown.note(heard(taskId="B")) == ""
-    assert shown.note(Event("end", {})) == ""
+    assert shown.update(Event("problem", {}, problem)) == "A: error, It broke"
+    assert shown.update(heard()) == "A: running, 25 %"
+    assert shown.update(heard()) == ""
+    assert shown.update(heard(taskId="B")) == ""
+    assert shown.update(Event("end", {})) == ""
     assert not shown.succeeded
-    assert shown.note(heard("succeeded")) == "A: succeeded, 25 %"
+    assert shown.update(heard("succeeded")) == "A: succeeded, 25 %"
     assert shown.succeeded
 
 
-def test_board_keeps_the_bar_beside_a_problem() -> None:
-    """A task that cannot be read any more still shows how far it was."""
+def test_display_keeps_the_bar_beside_a_problem() -> None:
+    """A task with a problem still shows its last progress."""
     shown = board()
-    shown.note(heard())
-    assert shown.note(Event("problem", {}, Problem(taskId="A", detail="no"))) == "A: error, 25 %, no"
+    shown.update(heard())
+    assert shown.update(Event("problem", {}, Problem(taskId="A", detail="no"))) == "A: error, 25 %, no"
     assert drawn(shown)[1].split() == ["A", "error", "━━━━━━━╸", "25", "%", "no"]
 
 
-def test_board_shows_trouble_until_something_is_heard() -> None:
-    """The first line says how many have ended, or why nothing comes; the URL's password never shows."""
+def test_display_shows_a_connection_error_until_the_next_event() -> None:
+    """The first line shows how many tasks have ended, or the connection error, without the password."""
     shown = board("A", "B")
     assert drawn(shown)[0] == "http://host:8080/prefix: 0 of 2 ended"
     shown.trouble = "it broke"
-    assert drawn(shown)[0] == "http://host:8080/prefix: it broke; trying again"
-    shown.note(heard("failed"))
+    assert drawn(shown)[0] == "http://host:8080/prefix: it broke; reconnecting"
+    shown.update(heard("failed"))
     assert drawn(shown)[0] == "http://host:8080/prefix: 1 of 2 ended"
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
-def test_board_fits_any_terminal(width: int) -> None:
-    """Long IDs and words neither overflow nor push status and percentage away; narrow ones lose the bar."""
+def test_display_fits_any_terminal(width: int) -> None:
+    """Long IDs and texts neither overflow nor hide status and percentage; narrow terminals have no bar."""
     shown = board("A", "x" * 64)
-    shown.note(heard(message="[bold]word[/bold] " * 9))
+    shown.update(heard(message="[bold]word[/bold] " * 9))
     lines = drawn(shown, width)
     assert all(len(line) <= width for line in lines)
     assert "running" in "".join(lines)

@@ -1,6 +1,7 @@
-"""`sd-gateway demo`: a simulated upstream, a gateway in front of it, and tasks in motion.
+"""`sd-gateway demo`: runs a gateway in front of a simulated upstream with running tasks.
 
-The simulator is a process of its own and is asked over HTTP, signed, like the real one.
+The simulator is a separate process. The gateway queries it over HTTP with signed requests, like the
+vendor's API.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from gateway.server import run as server
 from gateway.settings.model import Settings
 from gateway.telemetry.redaction import Redactor
 
-SIMULATOR_SAYS = "simulated upstream on "  # and its URL, once it takes connections
+SIMULATOR_PREFIX = "simulated upstream on "  # followed by its URL, once it accepts connections
 _KEY = "demo-access-key"
-_EVERY_SECONDS = 5.0
+_INTERVAL_SECONDS = 5.0
 
-# demo-1 moves for ten minutes; the others show each way in which a task may go. The one that vanishes
-# is shown as it was for cache.stale_if_error_seconds, and only then as the problem that it is.
-_CAST: tuple[dict[str, Any], ...] = (
+# demo-1 runs for ten minutes; the others show the possible outcomes. The task that vanishes is served stale
+# for cache.stale_if_error_seconds, and then as a problem.
+_LIVES: tuple[dict[str, Any], ...] = (
     {"waitingSeconds": 3, "runningSeconds": 600, "steps": 1200},
     {"waitingSeconds": 20, "runningSeconds": 40},
     {"waitingSeconds": 600},
@@ -40,37 +41,37 @@ _CAST: tuple[dict[str, Any], ...] = (
 
 
 def run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
-    """Run both until SIGTERM or SIGINT.
+    """Run the simulator and the gateway until SIGTERM or SIGINT.
 
-    Raises: RuntimeError when the simulated upstream does not start; see `server.run` for the rest.
+    Raises: RuntimeError if the simulated upstream does not start; see also `server.run`.
     """
-    server.exit_well_when_told()  # from here on, so that no simulator is left behind
+    server.exit_cleanly_on_signals()  # before the simulator starts, so that it is always stopped
     secret = secrets.token_hex(16)
     with (
         _simulator(simulator_port, secret) as endpoint,
         httpx.Client(base_url=endpoint, trust_env=False) as control,
     ):
-        cast = list(_make_cast(control))
+        task_ids = list(_create_tasks(control))
 
         def announce(url: str) -> None:
-            at = f"{url}{settings.server.root_path}"
-            _say(f"  {at}/?{urlencode({'taskId': cast, 'api': 'sd'}, doseq=True)}")
-            for task_id in cast:
-                _say(f"  curl {at}/v1/progress/{task_id}")
+            base = f"{url}{settings.server.root_path}"
+            _print(f"  {base}/?{urlencode({'taskId': task_ids, 'api': 'sd'}, doseq=True)}")
+            for task_id in task_ids:
+                _print(f"  curl {base}/v1/progress/{task_id}")
 
-        threading.Thread(target=_keep_making, args=(control,), daemon=True).start()
-        wired = settings.model_copy(
+        threading.Thread(target=_keep_creating_tasks, args=(control,), daemon=True).start()
+        demo_settings = settings.model_copy(
             update={
                 "upstream": settings.upstream.model_copy(update={"endpoint": endpoint}),
                 "credentials": type(settings.credentials)(access_key=_KEY, secret_key=secret),
             }
         )
-        server.run(create_app(wired, redactor=redactor), wired, announce=announce)
+        server.run(create_app(demo_settings, redactor=redactor), demo_settings, announce=announce)
 
 
 @contextlib.contextmanager
 def _simulator(port: int, secret: str) -> Iterator[str]:
-    """Run the simulated upstream; give its URL, which it says itself: a stranger may listen on the port."""
+    """Run the simulated upstream; yield the URL that it prints: another program may listen on the port."""
     command = [
         sys.executable,
         "-m",
@@ -91,27 +92,28 @@ def _simulator(port: int, secret: str) -> Iterator[str]:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(f"{secret}\n")
                 process.stdin.close()
-            said = process.stdout.readline()
-            if not said.startswith(SIMULATOR_SAYS):
+            line = process.stdout.readline()
+            if not line.startswith(SIMULATOR_PREFIX):
                 raise RuntimeError(
-                    f"the simulated upstream did not start on port {port}; --simulator-port 0 takes any"
+                    f"the simulated upstream did not start on port {port}; "
+                    "--simulator-port 0 uses any free port"
                 )
-            yield said.removeprefix(SIMULATOR_SAYS).strip()
+            yield line.removeprefix(SIMULATOR_PREFIX).strip()
         finally:
             process.terminate()
-            process.wait()  # before its pipes are closed: it may be about to say something
+            process.wait()  # before its pipes are closed: it may still write to them
 
 
-def _make_cast(control: httpx.Client) -> Iterator[str]:
-    for number, life in enumerate(_CAST, start=1):
+def _create_tasks(control: httpx.Client) -> Iterator[str]:
+    for number, life in enumerate(_LIVES, start=1):
         task_id = f"demo-{number}"
         control.post("/_simulator/tasks", json={"taskId": task_id, "life": life}).raise_for_status()
         yield task_id
 
 
-def _keep_making(control: httpx.Client) -> None:
-    for number in itertools.count(len(_CAST) + 1):
-        time.sleep(_EVERY_SECONDS)
+def _keep_creating_tasks(control: httpx.Client) -> None:
+    for number in itertools.count(len(_LIVES) + 1):
+        time.sleep(_INTERVAL_SECONDS)
         life = {"waitingSeconds": 4, "runningSeconds": 20 + number % 20}
         try:
             control.post("/_simulator/tasks", json={"taskId": f"demo-{number}", "life": life})
@@ -119,6 +121,6 @@ def _keep_making(control: httpx.Client) -> None:
             return
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()

@@ -1,7 +1,7 @@
-"""The HEALTHCHECK of the image: whether the gateway in this container answers, on the port of its settings.
+"""The HEALTHCHECK of the image: queries the gateway in this container on the port of its settings.
 
-The image has no curl, and needs no shell. Settings are read as `sd-gateway serve` reads them without
-`--config`: from config/gateway.toml in the working directory, and the environment over it.
+The image has no curl and no shell. Settings are loaded as by `sd-gateway serve` without `--config`: from
+config/gateway.toml in the working directory, overridden by the environment.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from gateway.settings.model import SettingsError
 
 TIMEOUT_SECONDS = 3.0
 
-# Where one listens on all addresses, it is reached on the loopback one.
+# A server that listens on all addresses is reached on loopback.
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # compared with, not bound
 
 
 def main() -> int:
-    """Ask /healthz once; return the exit status: 0 alive, 1 not."""
+    """Query /healthz once; return the exit status: 0 healthy, 1 unhealthy."""
     try:
         server = load(None, os.environ).server
         connection = http.client.HTTPConnection(

@@ -1,4 +1,4 @@
-"""`sd-gateway`: the commands. Exit status 0 well, 1 failed, 2 wrong usage or settings."""
+"""The `sd-gateway` command. Exit status: 0 success, 1 failure, 2 invalid usage or settings."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ import uvicorn
 
 from gateway import __version__
 from gateway.app import USER_AGENT, create_app
-from gateway.cli import demo
-from gateway.cli import watch_display as terminal
+from gateway.cli import demo, watch_display
 from gateway.cli.check import check
 from gateway.cli.watch_client import StreamRefused
 from gateway.domain.errors import InvalidTaskId
@@ -36,8 +35,8 @@ from gateway.telemetry.redaction import Redactor
 from gateway.telemetry.tracing import Tracing, Untraced, asked_for
 
 OK, FAILED, USAGE = 0, 1, 2
-_LAST_PORT = 65535
-_MOST_SECONDS = 1e9  # which any event loop can wait, and any calendar can show
+_MAX_PORT = 65535
+_MAX_SECONDS = 1e9  # valid for every event loop and as a date
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(arguments)
         finally:
-            sys.stdout.flush()  # at the interpreter's end it is too late to catch a closed pipe
+            sys.stdout.flush()  # at interpreter exit, a closed pipe could not be handled any more
     except BrokenPipeError:
-        return _nobody_reads()
-    except OSError as exc:  # what a command expects is handled there; a full disk below standard output, say
-        _complain(str(exc))
+        return _output_closed()
+    except OSError as exc:  # not handled by the command, for example a full disk behind standard output
+        _print_error(str(exc))
         return FAILED
 
 
@@ -61,32 +60,31 @@ def _run(arguments: Sequence[str] | None) -> int:
         return int(options.run(options))
     except SettingsError as exc:
         for mistake in exc.mistakes:
-            _complain(mistake)
+            _print_error(mistake)
         return USAGE
     except KeyboardInterrupt:
         return OK
 
 
 def _open_standard_streams() -> None:
-    """Put /dev/null in the place of standard streams that are closed.
+    """Open /dev/null for standard streams that are closed.
 
-    Python has None for those, and the next file or socket that is opened would get their numbers.
+    Python sets those to None, and the next opened file or socket would get their file descriptors.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # as standard error has it: no locale stops a command
+        # Like standard error: a character outside of the locale's encoding must not end a command.
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with arguments without repeating what a terminal would obey."""
+    """Removes control characters of arguments from error messages, because terminals interpret them."""
 
     def error(self, message: str) -> NoReturn:
         super().error(printable(message))
@@ -107,73 +105,79 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", parents=[with_settings], help="run the gateway")
     serve.set_defaults(run=_serve)
 
-    watch = commands.add_parser("watch", help="show how tasks get on, until all have ended")
-    watch.add_argument("task_ids", type=_task_id, nargs="+", metavar="TASK", help="a task's ID")
+    watch = commands.add_parser("watch", help="show the progress of tasks until all have ended")
+    watch.add_argument("task_ids", type=_task_id, nargs="+", metavar="TASK", help="ID of a task")
     watch.add_argument(
         "--gateway",
         type=_gateway_url,
         default="http://127.0.0.1:8080",
         metavar="URL",
-        help="the gateway to ask (default: %(default)s)",
+        help="URL of the gateway (default: %(default)s)",
     )
     watch.add_argument(
         "--api",
         choices=sorted({operation.api for operation in Operation}),
         default="sd",
-        help="whose tasks they are (default: %(default)s)",
+        help="API that the tasks belong to (default: %(default)s)",
     )
     watch.add_argument("--json", action="store_true", help="write one line of JSON per event, for scripts")
     watch.set_defaults(run=_watch)
 
-    ask = commands.add_parser(
-        "check", parents=[with_settings], help="sign one real query and say what is wrong"
+    check_parser = commands.add_parser(
+        "check", parents=[with_settings], help="send one signed query and report what is wrong"
     )
-    ask.set_defaults(run=_check)
+    check_parser.set_defaults(run=_check)
 
-    show = commands.add_parser(
+    demo_parser = commands.add_parser(
         "demo",
         parents=[with_settings],
-        help="run the gateway before a simulated upstream, with tasks in motion",
+        help="run the gateway with a simulated upstream and running tasks",
     )
-    show.add_argument(
+    demo_parser.add_argument(
         "--simulator-port",
         type=_port,
         default=8081,
         metavar="PORT",
-        help="where the simulated upstream listens; 0: anywhere (default: %(default)s)",
+        help="port of the simulated upstream; 0: any free port (default: %(default)s)",
     )
-    show.set_defaults(run=_demo)
+    demo_parser.set_defaults(run=_demo)
 
     simulate = commands.add_parser("simulate", help="run a simulated upstream that verifies signatures")
-    simulate.add_argument("--host", default="127.0.0.1", help="where to listen (default: %(default)s)")
-    simulate.add_argument("--port", type=_port, default=8081, help="0: any (default: %(default)s)")
+    simulate.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     simulate.add_argument(
-        "--key", default="simulated-key", help="the access key it accepts (default: %(default)s)"
+        "--port", type=_port, default=8081, help="port to listen on; 0: any free port (default: %(default)s)"
+    )
+    simulate.add_argument(
+        "--key", default="simulated-key", help="access key to accept (default: %(default)s)"
     )
     secret = simulate.add_mutually_exclusive_group()
     secret.add_argument(
-        "--secret", default="simulated-secret", help="and its secret key (default: %(default)s)"
+        "--secret", default="simulated-secret", help="secret key of the access key (default: %(default)s)"
     )
     secret.add_argument("--secret-stdin", action="store_true", help="read the secret key from standard input")
     simulate.add_argument(
-        "--latency", type=_latency, default=0.0, metavar="SECONDS", help="every answer takes this long"
+        "--latency", type=_latency, default=0.0, metavar="SECONDS", help="duration of every response"
     )
     simulate.add_argument(
-        "--clock-offset", type=_seconds, default=0.0, metavar="SECONDS", help="its clock is ahead by so much"
+        "--clock-offset",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="offset of the simulator's clock; positive: ahead",
     )
     simulate.add_argument(
         "--limit",
         type=_count,
         default=0,
         metavar="CALLS",
-        help="throttle what exceeds so many calls a second",
+        help="maximum calls per second, others are throttled; 0: no limit (default: %(default)s)",
     )
     simulate.add_argument(
         "--fault",
         action="append",
         default=[],
         metavar="JSON",
-        help=f"put a fault in force: {', '.join(FAULTS)}",
+        help=f"activate a fault; may be repeated; names: {', '.join(FAULTS)}",
     )
     simulate.set_defaults(run=_simulate)
     return parser
@@ -196,10 +200,11 @@ def _tracing() -> Tracing:
     if not asked_for(os.environ):
         return Untraced()
     try:
-        from gateway.telemetry import opentelemetry  # noqa: PLC0415  # takes a third of a second, and packages few have
+        # Imported on demand: it takes a third of a second and needs optional packages.
+        from gateway.telemetry import opentelemetry  # noqa: PLC0415
     except ImportError as exc:
         raise SettingsError(
-            [f"OTEL_* asks for traces, and {exc.name} is missing: pip install 'sd-progress-gateway[otel]'"]
+            [f"OTEL_* enables traces, but {exc.name} is missing: pip install 'sd-progress-gateway[otel]'"]
         ) from exc
     return opentelemetry.from_environment(os.environ)
 
@@ -209,22 +214,24 @@ def _demo(options: argparse.Namespace) -> int:
     try:
         demo.run(settings, redactor=redactor, simulator_port=options.simulator_port)
     except RuntimeError as exc:
-        _complain(str(exc))
+        _print_error(str(exc))
         return FAILED
     return OK
 
 
 def _watch(options: argparse.Namespace) -> int:
     try:
-        well = terminal.watch(options.gateway, options.task_ids, api=options.api, as_json=options.json)
+        succeeded = watch_display.watch(
+            options.gateway, options.task_ids, api=options.api, as_json=options.json
+        )
     except StreamRefused as exc:
-        _complain(f"{terminal.name(options.gateway)}: {exc}")
+        _print_error(f"{watch_display.name(options.gateway)}: {exc}")
         return USAGE
     except BrokenPipeError:
-        return _nobody_reads()
-    except KeyboardInterrupt:  # before all had succeeded
+        return _output_closed()
+    except KeyboardInterrupt:  # before all tasks have succeeded
         return FAILED
-    return OK if well else FAILED
+    return OK if succeeded else FAILED
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -232,7 +239,7 @@ def _check(options: argparse.Namespace) -> int:
     finding = asyncio.run(check(settings, redactor=redactor, user_agent=USER_AGENT))
     for line in finding.lines:
         sys.stdout.write(f"{printable(line)}\n")
-    return OK if finding.well else FAILED
+    return OK if finding.ok else FAILED
 
 
 def _simulate(options: argparse.Namespace) -> int:
@@ -247,7 +254,7 @@ def _simulate(options: argparse.Namespace) -> int:
             faults=faults,
         )
     except ControlError as exc:
-        _complain(f"--fault: {exc}")
+        _print_error(f"--fault: {exc}")
         return USAGE
     config = uvicorn.Config(
         app,
@@ -255,34 +262,34 @@ def _simulate(options: argparse.Namespace) -> int:
         port=options.port,
         log_level="warning",
         access_log=False,
-        date_header=False,  # the simulator tells its own time
+        date_header=False,  # the simulator sends the time of its own clock
         timeout_graceful_shutdown=1,
     )
     try:
         server.serve(config, announce=_announce_simulator)
     except server.CannotListen as exc:
-        _complain(str(exc))
+        _print_error(str(exc))
         return FAILED
-    except BrokenPipeError:  # whoever started us has left before we were up: the demo, told to stop
-        return _nobody_reads()
+    except BrokenPipeError:  # the parent process exited before the start, for example the demo on a signal
+        return _output_closed()
     return OK
 
 
 def _announce_simulator(url: str) -> None:
-    sys.stdout.write(f"{demo.SIMULATOR_SAYS}{url}\n")
+    sys.stdout.write(f"{demo.SIMULATOR_PREFIX}{url}\n")
     sys.stdout.flush()
 
 
 def _count(text: str) -> int:
     if not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a count")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number without a sign")
     return int(text)
 
 
 def _port(text: str) -> int:
     port = _count(text)
-    if port > _LAST_PORT:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a port: 0 to {_LAST_PORT}")
+    if port > _MAX_PORT:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to {_MAX_PORT})")
     return port
 
 
@@ -291,7 +298,7 @@ def _seconds(text: str) -> float:
         seconds = float(text if text.isascii() and "_" not in text else "nan")
     except ValueError:
         seconds = math.nan
-    if not abs(seconds) <= _MOST_SECONDS:
+    if not abs(seconds) <= _MAX_SECONDS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds")
     return seconds
 
@@ -299,7 +306,7 @@ def _seconds(text: str) -> float:
 def _latency(text: str) -> float:
     seconds = _seconds(text)
     if seconds < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is less than nothing")
+        raise argparse.ArgumentTypeError(f"{text!r} is negative")
     return seconds
 
 
@@ -316,16 +323,16 @@ def _gateway_url(text: str) -> httpx.URL:
     except httpx.InvalidURL as exc:
         raise argparse.ArgumentTypeError(f"not a URL: {exc}") from None
     right = url.scheme in {"http", "https"} and url.host and not url.query and not url.fragment
-    if not right or not (url.port is None or 0 < url.port <= _LAST_PORT):
-        raise argparse.ArgumentTypeError("must be http://HOST[:PORT] or https://…, perhaps with a path")
+    if not right or not (url.port is None or 0 < url.port <= _MAX_PORT):
+        raise argparse.ArgumentTypeError("must be http://HOST[:PORT] or https://…, optionally with a path")
     return url
 
 
-def _nobody_reads() -> int:
-    # Whoever read our lines has left; the interpreter is not to flush what is left of them.
+def _output_closed() -> int:
+    # The reader has closed the pipe: the interpreter must not flush the rest of the output at exit.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return FAILED
 
 
-def _complain(line: str) -> None:
+def _print_error(line: str) -> None:
     sys.stderr.write(f"sd-gateway: {printable(line)}\n")

@@ -1,10 +1,10 @@
-"""Reads a gateway's event streams: what is new about some tasks, across reconnects, until all have ended.
+"""Reads the event stream of a gateway: the changes of some tasks, across reconnections, until all have ended.
 
-    follow: connect -> EventStream.feed -> Event -> … -> the stream ends -> pause -> connect, Last-Event-ID
-            an `end` event or a 204: done        a 4xx, or no event stream at all: StreamRefused
+    follow: connect -> EventStream.feed -> Event -> … -> end of the stream -> pause -> connect, Last-Event-ID
+            an `end` event or status 204: done        status 4xx, or no event stream: StreamRefused
 
-The parser is our own. httpx-sse 0.4.3, the alternative, makes events of comments (its issue 35),
-keeps a byte order mark, and holds an event that ends in CR back until more comes.
+This module has its own parser. The alternative, httpx-sse 0.4.3, turns comments into events (its issue 35),
+keeps a byte order mark, and delays an event that ends in CR until more bytes arrive.
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ from pydantic.alias_generators import to_camel
 from gateway import __version__
 from gateway.domain.snapshot import strict_json
 
-SILENCE_SECONDS = 45.0  # three of the gateway's heartbeats: a connection that quiet is dead
-LONGEST_PAUSE_SECONDS = 15.0  # somebody is watching
+SILENCE_SECONDS = 45.0  # three heartbeats of the gateway, after which the connection counts as lost
+LONGEST_PAUSE_SECONDS = 15.0  # short, because a person is watching
 _SHORTEST_PAUSE_SECONDS = 0.1
-_FIRST_RETRY_SECONDS = 2.0  # until the gateway has said `retry:`
+_FIRST_RETRY_SECONDS = 2.0  # until the stream has a `retry:` field
 _CONNECT_SECONDS = 10.0
-_MOST_DOUBLINGS = 10
-_MOST_BYTES = 16 * 1024 * 1024  # of one event
-_MOST_PROBLEM_BYTES = 65536
+_MAX_DOUBLINGS = 10
+_MAX_EVENT_BYTES = 16 * 1024 * 1024
+_MAX_PROBLEM_BYTES = 65536
 
-_LINE_END = re.compile(rb"\r\n|\r|\n")  # and nothing else: U+2028 is text
+_LINE_END = re.compile(rb"\r\n|\r|\n")  # no others: U+2028 is text
 _BOM = b"\xef\xbb\xbf"
 _HEADERS = {
     "accept": "text/event-stream",
-    "accept-encoding": "identity",  # a proxy that compresses holds events back
+    "accept-encoding": "identity",  # a compressing proxy would delay events
     "cache-control": "no-store",
     "user-agent": f"sd-gateway-watch/{__version__}",
 }
-# The environment's proxy, if any, is for other hosts.
+# The proxy of the environment is not used for loopback.
 _NO_PROXY = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 class StreamRefused(Exception):
-    """The gateway, or whatever answers in its place, will not stream this however often it is asked."""
+    """A permanent error: repeating the request would not help."""
 
 
-class _Unwell(Exception):
-    """No stream now, maybe later. `seconds`: what Retry-After asks for."""
+class _Unavailable(Exception):
+    """A temporary error. `seconds`: the value of Retry-After."""
 
     def __init__(self, reason: str, *, seconds: float) -> None:
         super().__init__(reason)
@@ -56,22 +56,22 @@ class _Unwell(Exception):
 
 
 class Message(NamedTuple):
-    """One message of an event stream, as the WHATWG's MessageEvent has it."""
+    """One message of an event stream, as in the WHATWG's MessageEvent."""
 
     event: str
     data: str
 
 
 class EventStream:
-    """Parses one event stream, whose bytes may come in any pieces (WHATWG HTML, section 9.2.6).
+    """Parses one event stream from chunks of any size (WHATWG HTML, section 9.2.6).
 
-    `last_event_id` is the one to reconnect with, `retry_seconds` None until the stream says it.
+    `last_event_id` is sent on reconnection. `retry_seconds` is None until the stream has a `retry:` field.
     """
 
     def __init__(self, last_event_id: str = "") -> None:
         self.last_event_id = last_event_id
         self.retry_seconds: float | None = None
-        self._line = bytearray()  # its beginning, while the rest is on the way
+        self._line = bytearray()  # the incomplete last line
         self._at_start = True
         self._after_cr = False
         self._id = last_event_id
@@ -80,26 +80,27 @@ class EventStream:
         self._size = 0
 
     def feed(self, chunk: bytes) -> list[Message]:
-        """Return the messages that this chunk completes. Raises: StreamRefused for one without measure."""
+        """Return the messages that this chunk completes. Raises: StreamRefused for an oversized one."""
         if not chunk:
             return []
-        # A CR ends its line at once, for nothing more may come; an LF right after it belongs to it.
+        # A CR ends its line immediately, because no more bytes may follow. An LF after it is part of the
+        # line end.
         if self._after_cr:
             chunk = chunk.removeprefix(b"\n")
         self._after_cr = chunk.endswith(b"\r")
         *pieces, rest = _LINE_END.split(chunk)
         messages = []
         for piece in pieces:
-            message = self._take(bytes(self._line + piece))
+            message = self._parse_line(bytes(self._line + piece))
             self._line.clear()
             if message is not None:
                 messages.append(message)
         self._line += rest
-        if self._size + len(self._line) > _MOST_BYTES:
-            raise StreamRefused(f"an event is larger than {_MOST_BYTES} bytes")
+        if self._size + len(self._line) > _MAX_EVENT_BYTES:
+            raise StreamRefused(f"an event is larger than {_MAX_EVENT_BYTES} bytes")
         return messages
 
-    def _take(self, line: bytes) -> Message | None:
+    def _parse_line(self, line: bytes) -> Message | None:
         if self._at_start:
             self._at_start = False
             line = line.removeprefix(_BOM)
@@ -116,11 +117,11 @@ class EventStream:
             case "id" if "\0" not in value:
                 self._id = value
             case "retry" if value.isascii() and value.isdigit():
-                self.retry_seconds = float(value) / 1000  # int would refuse thousands of digits
+                self.retry_seconds = float(value) / 1000  # int() refuses thousands of digits
         return None
 
     def _dispatch(self) -> Message | None:
-        self.last_event_id = self._id  # not before: a message that broke off was not heard
+        self.last_event_id = self._id  # not earlier: an incomplete message was not received
         message = Message(self._event or "message", "\n".join(self._data)) if self._data else None
         self._event = ""
         self._data = []
@@ -129,11 +130,11 @@ class EventStream:
 
 
 def _printable(text: str) -> str:
-    # Others' words may end up in a terminal, where escape sequences are commands.
+    # These texts may be written to a terminal, which interprets escape sequences.
     return "".join(char if char.isprintable() else " " for char in text)
 
 
-_Words = Annotated[str, AfterValidator(_printable)]
+_PrintableText = Annotated[str, AfterValidator(_printable)]
 
 
 class _Wire(BaseModel):
@@ -141,44 +142,44 @@ class _Wire(BaseModel):
 
 
 class Progress(_Wire):
-    """What the gateway knows of a task; `eta_seconds` None when not known."""
+    """The progress of a task; `eta_seconds` is None if unknown."""
 
-    task_id: _Words
-    status: _Words
+    task_id: _PrintableText
+    status: _PrintableText
     progress: Annotated[float, Field(ge=0, le=1)]
     queue_remaining: int | None
     eta_seconds: Annotated[float, Field(ge=0, le=1e12)] | None
-    message: _Words | None
+    message: _PrintableText | None
     terminal: bool
 
 
 class _Upstream(_Wire):
-    err_message: _Words | None = None
-    sub_err_message: _Words | None = None
+    err_message: _PrintableText | None = None
+    sub_err_message: _PrintableText | None = None
 
 
 class Problem(_Wire):
-    """Why a task cannot be read, or a request not be answered."""
+    """The error of a task or of a request."""
 
-    task_id: _Words = ""
-    title: _Words = ""
-    detail: _Words = ""
+    task_id: _PrintableText = ""
+    title: _PrintableText = ""
+    detail: _PrintableText = ""
     upstream: _Upstream | None = None
 
     @property
-    def words(self) -> str:
-        """The problem in words: the gateway's, and the upstream's where it said something."""
-        words = self.detail or self.title
-        said = self.upstream and (self.upstream.err_message or self.upstream.sub_err_message)
-        return f"{words}: {said}" if said else words
+    def text(self) -> str:
+        """The description of the gateway, and the message of the upstream, if any."""
+        text = self.detail or self.title
+        message = self.upstream and (self.upstream.err_message or self.upstream.sub_err_message)
+        return f"{text}: {message}" if message else text
 
 
 class Event(NamedTuple):
-    """Something new: `told` is None for `end`. `data` is the JSON as it came, for machines only."""
+    """A change. `content` is None for the event `end`. `data` is the JSON as received, for programs only."""
 
     name: str
     data: dict[str, Any]
-    told: Progress | Problem | None = None
+    content: Progress | Problem | None = None
 
 
 _KINDS: Mapping[str, type[Progress | Problem] | None] = {
@@ -196,63 +197,63 @@ def follow(
     pause: Callable[[float, str], None],
     silence_seconds: float = SILENCE_SECONDS,
 ) -> Generator[Event, None, None]:
-    """Yield what is new about these tasks until all have ended; what a reconnect repeats is left out.
+    """Yield the changes of these tasks until all have ended; repetitions after a reconnection are left out.
 
-    `pause` waits for so many seconds before a reconnect, and is told why in words. A connection
-    without a sign of life for `silence_seconds` counts as lost. Raises: StreamRefused.
+    `pause` is called before a reconnection with the seconds to wait and the reason as text. A connection
+    without any data for `silence_seconds` counts as lost. Raises: StreamRefused.
     """
     url = gateway.copy_with(
         path=f"{gateway.path.rstrip('/')}/v1/events",
         params=[*(("taskId", task_id) for task_id in task_ids), ("api", api)],
     )
     timeout = httpx.Timeout(_CONNECT_SECONDS, read=silence_seconds)
-    told: dict[str, Any] = {}
+    last_contents: dict[str, Any] = {}
     stream = EventStream()
     retry_seconds, failures = _FIRST_RETRY_SECONDS, 0
     with _client(gateway, timeout) as client:
         while True:
             stream = EventStream(stream.last_event_id)
-            asked_seconds, reason = 0.0, "the stream ended"
+            retry_after, reason = 0.0, "stream ended"
             try:
                 for event in _read(client, url, stream):
                     failures = 0
-                    if _is_news(event, told):
+                    if _is_change(event, last_contents):
                         yield event
                     if event.name == "end":
                         return
-            except _Unwell as exc:
-                asked_seconds, reason = exc.seconds, str(exc)
+            except _Unavailable as exc:
+                retry_after, reason = exc.seconds, str(exc)
             except httpx.RequestError as exc:
                 reason = _reason(exc, silence_seconds)
             if stream.retry_seconds is not None:
                 retry_seconds = max(stream.retry_seconds, _SHORTEST_PAUSE_SECONDS)
-            # Doubling keeps the spread which a gateway that restarts has dealt out to its readers.
-            backoff_seconds = retry_seconds * 2 ** min(failures, _MOST_DOUBLINGS)
+            # Doubling keeps the spread of the delays that a restarting gateway has assigned to its clients.
+            backoff_seconds = retry_seconds * 2 ** min(failures, _MAX_DOUBLINGS)
             failures += 1
-            pause(min(max(backoff_seconds, asked_seconds), LONGEST_PAUSE_SECONDS), reason)
+            pause(min(max(backoff_seconds, retry_after), LONGEST_PAUSE_SECONDS), reason)
 
 
 def _client(gateway: httpx.URL, timeout: httpx.Timeout) -> httpx.Client:
-    # A gateway on loopback, without TLS, needs no proxy and no certificates from the environment.
+    # A gateway on loopback without TLS needs no proxy and no certificates from the environment.
     is_here = gateway.scheme == "http" and gateway.host in _LOOPBACK
     try:
         return httpx.Client(headers=_HEADERS, timeout=timeout, mounts=_NO_PROXY, trust_env=not is_here)
     except ImportError as exc:
-        raise StreamRefused("a SOCKS proxy of the environment needs: pip install 'httpx[socks]'") from exc
-    except (ValueError, OSError, httpx.InvalidURL) as exc:  # SSL_CERT_FILE, too
-        raise StreamRefused("a proxy or the certificates that the environment names cannot be used") from exc
+        raise StreamRefused("the environment's SOCKS proxy requires: pip install 'httpx[socks]'") from exc
+    except (ValueError, OSError, httpx.InvalidURL) as exc:  # also an invalid SSL_CERT_FILE
+        raise StreamRefused("the proxy or the certificates of the environment are invalid") from exc
 
 
 def _read(client: httpx.Client, url: httpx.URL, stream: EventStream) -> Iterator[Event]:
     resume = {b"last-event-id": stream.last_event_id.encode()} if stream.last_event_id else {}
     with client.stream("GET", url, headers=resume) as response:
         if response.status_code == HTTPStatus.NO_CONTENT:
-            yield Event("end", {})  # and the end was heard before
+            yield Event("end", {})  # the `end` event was received before
         else:
             _check(response)
             for chunk in response.iter_bytes():
                 for message in stream.feed(chunk):
-                    if message.event in _KINDS:  # a later gateway may say more
+                    if message.event in _KINDS:  # a newer gateway may send other events
                         yield _event(message)
 
 
@@ -261,18 +262,18 @@ def _check(response: httpx.Response) -> None:
     if status == HTTPStatus.OK:
         kind = response.headers.get("content-type", "")
         if kind.partition(";")[0].strip().lower() != "text/event-stream":
-            raise StreamRefused("it answers with no event stream; is it a gateway?")
+            raise StreamRefused("the response is not an event stream; check the URL of the gateway")
         return
     try:
-        body = next(response.iter_bytes(_MOST_PROBLEM_BYTES), b"")
-        words = Problem.model_validate_json(body).words
+        body = next(response.iter_bytes(_MAX_PROBLEM_BYTES), b"")
+        text = Problem.model_validate_json(body).text
     except ValidationError:
-        words = ""
-    reason = _printable(f"{status} {response.reason_phrase}".strip()) + (f": {words}" if words else "")
+        text = ""
+    reason = _printable(f"{status} {response.reason_phrase}".strip()) + (f": {text}" if text else "")
     if status == HTTPStatus.TOO_MANY_REQUESTS or response.is_server_error:
         after = response.headers.get("retry-after", "")
-        seconds = float(after) if after.isascii() and after.isdigit() else 0.0  # its other form is a date
-        raise _Unwell(reason, seconds=seconds)
+        seconds = float(after) if after.isascii() and after.isdigit() else 0.0  # the other form is a date
+        raise _Unavailable(reason, seconds=seconds)
     raise StreamRefused(reason)
 
 
@@ -283,23 +284,23 @@ def _event(message: Message) -> Event:
     try:
         data = strict_json(message.data.encode())
         return Event(message.event, data, kind.model_validate(data))
-    except ValueError as exc:  # pydantic's is one, too
-        raise StreamRefused(f"its {message.event} events are not a gateway's") from exc
+    except ValueError as exc:  # includes pydantic's ValidationError
+        raise StreamRefused(f"invalid {message.event} event; check the URL of the gateway") from exc
 
 
-def _is_news(event: Event, told: dict[str, Any]) -> bool:
-    if event.told is None:
+def _is_change(event: Event, last_contents: dict[str, Any]) -> bool:
+    if event.content is None:
         return True
-    # A problem is the same problem under another request's id.
-    said = (event.name, {name: value for name, value in event.data.items() if name != "requestId"})
-    known, told[event.told.task_id] = told.get(event.told.task_id), said
-    return known != said
+    # The same problem may be repeated with another request ID.
+    content = (event.name, {name: value for name, value in event.data.items() if name != "requestId"})
+    last, last_contents[event.content.task_id] = last_contents.get(event.content.task_id), content
+    return last != content
 
 
 def _reason(exc: httpx.RequestError, silence_seconds: float) -> str:
     if isinstance(exc, httpx.ReadTimeout):
-        return f"nothing was heard for {silence_seconds:g} s"
+        return f"no data for {silence_seconds:g} s"
     if isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout):
-        words = _printable(str(exc).rpartition("] ")[2])  # after the number of the error
-        return f"it cannot be reached ({words or 'no answer'})"
-    return "the connection broke"
+        text = _printable(str(exc).rpartition("] ")[2])  # the message after the error number
+        return f"connection failed ({text or 'no response'})"
+    return "connection lost"

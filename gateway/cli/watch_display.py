@@ -1,10 +1,10 @@
-"""`sd-gateway watch`: the progress of tasks in a terminal, as lines in a pipe, or as JSON for scripts.
+"""`sd-gateway watch`: shows the progress of tasks as bars in a terminal, as lines in a pipe, or as JSON.
 
-    client.follow -> Board -> a live bar per task    in a terminal
-                           -> a line per change      anywhere else
-                  -> the event as one line of JSON   with --json
+    follow -> ProgressDisplay -> a live bar per task    in a terminal
+                              -> a line per change      otherwise
+           -> the event as one line of JSON             with --json
 
-Trouble with the connection is nobody's progress: it stands above the bars, or goes to standard error.
+Connection errors are shown above the bars, or written to standard error.
 """
 
 from __future__ import annotations
@@ -27,53 +27,53 @@ from gateway.cli.watch_client import Event, Problem, Progress, follow
 from gateway.domain.printable import json_text, printable
 
 _STYLES = {"succeeded": "green", "failed": "red", "canceled": "yellow"}
-_BAR_WIDTH = 8, 30  # columns: at least, at most
-_BESIDE = 45  # columns: status, percentage and what most tasks have to say
-_NARROW = 50  # columns: below, the words are worth more than the bars
+_BAR_WIDTH = 8, 30  # columns: minimum, maximum
+_BESIDE = 45  # columns for status, percentage and details of most tasks
+_NARROW = 50  # columns: narrower terminals show no bars, to leave room for the details
 _FRAMES_PER_SECOND = 4
 _MINUTE, _HOUR = 60, 3600
 
 
 def watch(gateway: httpx.URL, task_ids: Sequence[str], *, api: str, as_json: bool) -> bool:
-    """Show these tasks on standard output until all have ended; tell whether all have succeeded.
+    """Show these tasks on standard output until all have ended; return whether all have succeeded.
 
     Raises: StreamRefused.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # the vendor's words may be Chinese, the locale not
-    board = ProgressDisplay(gateway, task_ids)
+        sys.stdout.reconfigure(errors="replace")  # the locale may not support the vendor's Chinese messages
+    display = ProgressDisplay(gateway, task_ids)
     console = Console()
-    # Not rich's own guess: FORCE_COLOR, as CI sets it, makes it take a pipe for a terminal.
+    # Not console.is_terminal: with FORCE_COLOR, as in CI, rich treats a pipe as a terminal.
     is_live = sys.stdout.isatty() and not console.is_dumb_terminal and not as_json
 
     def pause(seconds: float, reason: str) -> None:
-        if not is_live and reason != board.trouble:
-            sys.stderr.write(f"sd-gateway: {board.name}: {reason}; trying again\n")
-        board.trouble = reason
+        if not is_live and reason != display.trouble:
+            sys.stderr.write(f"sd-gateway: {display.name}: {reason}; reconnecting\n")
+        display.trouble = reason
         time.sleep(seconds)
 
     frames = Live(
-        get_renderable=lambda: board.render(console.width),
+        get_renderable=lambda: display.render(console.width),
         console=console,
         refresh_per_second=_FRAMES_PER_SECOND,
     )
     with frames if is_live else nullcontext():
-        for event in follow(gateway, board.task_ids, api=api, pause=pause):
-            line = board.note(event)
+        for event in follow(gateway, display.task_ids, api=api, pause=pause):
+            line = display.update(event)
             if as_json:
                 print(json_text(json.dumps({"event": event.name, **event.data})), flush=True)  # noqa: T201
             elif line and not is_live:
                 print(line, flush=True)  # noqa: T201
-    return board.succeeded
+    return display.succeeded
 
 
 def name(gateway: httpx.URL) -> str:
-    """Return a gateway's URL as it may be shown: without the password in it."""
+    """Return the URL of a gateway for display: without its password."""
     return printable(f"{gateway.scheme}://{gateway.netloc.decode()}{gateway.path.rstrip('/')}")
 
 
 class ProgressDisplay:
-    """What was last heard of each task, in words and as bars. `trouble`: why there is no connection."""
+    """The last known state of each task, as text and as bars. `trouble`: why there is no connection."""
 
     def __init__(
         self, gateway: httpx.URL, task_ids: Sequence[str], *, clock: Callable[[], float] = time.monotonic
@@ -86,25 +86,25 @@ class ProgressDisplay:
 
     @property
     def succeeded(self) -> bool:
-        """Whether every task has."""
+        """Whether every task has succeeded."""
         return all(row.status == "succeeded" for row in self._rows.values())
 
-    def note(self, event: Event) -> str:
-        """Take in what is new; return it as a line, empty where that would repeat the one before."""
+    def update(self, event: Event) -> str:
+        """Record a change; return it as a line, or "" if that would repeat the previous one."""
         self.trouble = ""
-        if event.told is None or event.told.task_id not in self._rows:
+        if event.content is None or event.content.task_id not in self._rows:
             return ""
-        row = self._rows[event.told.task_id]
+        row = self._rows[event.content.task_id]
         before = row.line()
-        row.note(event.told, self._clock())
-        return "" if row.line() == before else f"{event.told.task_id}: {row.line()}"
+        row.update(event.content, self._clock())
+        return "" if row.line() == before else f"{event.content.task_id}: {row.line()}"
 
     def render(self, width: int) -> Group:
-        """Return all that is known as a renderable for a terminal of so many columns."""
+        """Return the display as a renderable for a terminal of `width` columns."""
         ended = sum(row.ended for row in self._rows.values())
         head = Text(f"{self.name}: {ended} of {len(self._rows)} ended", style="dim")
         if self.trouble:
-            head = Text(f"{self.name}: {self.trouble}; trying again", style="yellow")
+            head = Text(f"{self.name}: {self.trouble}; reconnecting", style="yellow")
         longest = max(len(task_id) for task_id in self._rows)
         least, most = _BAR_WIDTH
         bar_width = min(max(width - longest - _BESIDE, least), most)
@@ -128,7 +128,7 @@ class ProgressDisplay:
                 Text(row.state, style=row.style),
                 *([bar] if width >= _NARROW else []),
                 row.percent,
-                Text(row.details(self._clock() - row.heard_at)),
+                Text(row.details(self._clock() - row.received_at)),
             )
         return Group(head, table)
 
@@ -137,13 +137,13 @@ class _Row:
     def __init__(self) -> None:
         self.progress: Progress | None = None
         self.problem: Problem | None = None
-        self.heard_at = 0.0
+        self.received_at = 0.0
 
-    def note(self, told: Progress | Problem, now: float) -> None:
-        if isinstance(told, Problem):
-            self.problem = told
+    def update(self, content: Progress | Problem, now: float) -> None:
+        if isinstance(content, Problem):
+            self.problem = content
         else:
-            self.progress, self.problem, self.heard_at = told, None, now
+            self.progress, self.problem, self.received_at = content, None, now
 
     @property
     def status(self) -> str:
@@ -155,7 +155,7 @@ class _Row:
 
     @property
     def state(self) -> str:
-        return "error" if self.problem else self.status or "asking"
+        return "error" if self.problem else self.status or "loading"
 
     @property
     def style(self) -> str:
@@ -167,27 +167,27 @@ class _Row:
 
     @property
     def percent(self) -> str:
-        return f"{int(self.fraction * 100)} %" if self.progress else ""  # 100 % when it is, not before
+        return f"{int(self.fraction * 100)} %" if self.progress else ""  # rounded down: 100 % only at the end
 
     def details(self, seconds_ago: float = 0.0) -> str:
         if self.problem:
-            return self.problem.words
+            return self.problem.text
         if self.progress is None:
             return ""
-        words = []
+        parts = []
         if self.progress.queue_remaining is not None:
-            words.append(f"{self.progress.queue_remaining} in the queue")
+            parts.append(f"{self.progress.queue_remaining} in the queue")
         if self.progress.eta_seconds and not self.ended:
-            words.append(_left(self.progress.eta_seconds - seconds_ago))
+            parts.append(_time_left(self.progress.eta_seconds - seconds_ago))
         if self.progress.message:
-            words.append(self.progress.message)
-        return ", ".join(words)
+            parts.append(self.progress.message)
+        return ", ".join(parts)
 
     def line(self) -> str:
         return ", ".join(filter(None, (self.state, self.percent, self.details())))
 
 
-def _left(seconds: float) -> str:
+def _time_left(seconds: float) -> str:
     if seconds < 1:
         return "any moment now"
     if seconds < _MINUTE:

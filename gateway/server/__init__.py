@@ -1,4 +1,4 @@
-"""How the gateway is served: uvicorn, with our own connection class in front of the application.
+"""Runs the gateway under uvicorn, with its own connection class in front of the application.
 
-The connection finds where messages end, bounds what a client may take, and answers cached responses itself.
+The connection class frames messages, limits the resources of each client, and serves cached responses.
 """

@@ -13,10 +13,10 @@ from gateway.telemetry.metrics import Metrics
 
 
 class Application(NamedTuple):
-    """The application, for any ASGI server, and what ours needs besides.
+    """The ASGI application, and the parts that the gateway's own server needs besides.
 
-    `metrics_asgi` serves /metrics alone, for a port of its own. `hits` are what may be answered before the
-    application; None: nothing. `drain` tells when the process has been told to stop.
+    `metrics_asgi` serves /metrics alone, on its own port. The server answers `hits` before the application
+    is called; None disables this. `drain` starts the graceful shutdown.
     """
 
     asgi: Starlette

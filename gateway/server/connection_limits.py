@@ -1,4 +1,4 @@
-"""The bounds that all connections of a server share, and how many there are."""
+"""Limits that all connections of a server share, and the number of open connections."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from gateway.api.operator_endpoints import PROBES
 from gateway.settings.model import Server
 from gateway.telemetry.metrics import Metrics
 
-RESERVED_CONNECTIONS = 16  # beyond the limit, each for a probe that may come
+RESERVED_CONNECTIONS = 16  # beyond the limit, for probes
 _STALL_SECONDS = 60.0
-_RECEIVE_BUFFER = 16_384  # bytes; Linux doubles both for its own bookkeeping
+_RECEIVE_BUFFER = 16_384  # bytes; Linux doubles both values for its own bookkeeping
 _SEND_BUFFER = 65_536
-_PROBE_SECONDS = 1.0  # for the head of a probe, beyond the limit
+_PROBE_SECONDS = 1.0  # timeout for the head of a probe on a connection beyond the limit
 
 
 def bound_buffers(connection: socket.socket) -> None:
-    """Bound the kernel's buffers of a connection; of a listener, of all that it accepts from their start."""
+    """Limit the kernel's buffers of a connection. Accepted connections inherit them from the listener."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _RECEIVE_BUFFER)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
 
 
 @dataclass(slots=True)
 class ConnectionLimits:
-    """Bounds in seconds, bytes and counts. `probes` are the paths served beyond `max_connections`."""
+    """Limits in seconds, bytes and counts. `probes` are the paths served beyond `max_connections`."""
 
     header_seconds: float
     keep_alive_seconds: float
@@ -35,16 +35,16 @@ class ConnectionLimits:
     probes: frozenset[str] = PROBES
     count_refused_connection: Callable[[], None] = lambda: None
     count_refused_request: Callable[[int], None] = lambda _: None
-    draining: bool = field(default=False, init=False)  # every response is its connection's last one
+    draining: bool = field(default=False, init=False)  # each connection closes after its next response
     connections: int = field(default=0, init=False)
     _reserved: dict[object, Callable[[], None]] = field(default_factory=dict, init=False)
 
     def bound_socket(self, connection: socket.socket | None) -> None:
-        """Bound what the kernel holds for a connection, and for how long.
+        """Limit the kernel memory of a connection, and how long sent data may stay unacknowledged.
 
-        What a client has sent, or does not read, takes the kernel's memory, which counts against the
-        container's limit: left alone, the buffers grow to some 6 MB each. A client that takes nothing at all
-        is given up by the kernel, which alone knows it while the buffer is not full.
+        Socket buffers count against the container's memory limit and grow to about 6 MB each by default.
+        TCP_USER_TIMEOUT ends connections whose peer acknowledges nothing: while the send buffer is not full,
+        only the kernel can see this.
         """
         if connection is None or connection.family == socket.AF_UNIX:
             return
@@ -54,46 +54,47 @@ class ConnectionLimits:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
     def opened(self) -> bool:
-        """Count a new connection; tell whether it is within the limit."""
+        """Count a new connection; return whether it is within the limit."""
         self.connections += 1
         return self.connections <= self.max_connections
 
     def reserve(self, connection: object, refuse: Callable[[], None]) -> None:
-        """Let a connection beyond the limit make one probe.
+        """Let a connection beyond the limit send one probe.
 
-        The oldest one makes room: a probe comes at once and is answered at once. `refuse` is called for that.
+        When the reserve is full, its oldest connection is closed through its `refuse` callback: a real probe
+        is sent and answered immediately.
         """
         self._reserved[connection] = refuse
         if len(self._reserved) > RESERVED_CONNECTIONS:
             self._reserved.pop(next(iter(self._reserved)))()
 
     def release(self, connection: object) -> None:
-        """Note that a connection of the reserve is gone."""
+        """Remove a connection from the reserve."""
         self._reserved.pop(connection, None)
 
     def drain(self) -> None:
-        """Close each connection with its next response: clients reconnect, and reach another replica."""
+        """Close each connection after its next response, so that clients reconnect to another replica."""
         self.draining = True
 
     def closed(self) -> None:
-        """Count a connection that is gone."""
+        """Count a closed connection."""
         self.connections -= 1
 
     @property
     def stall_seconds(self) -> float:
-        """How long a client may read nothing that is written for it: no longer than an idle one may wait."""
+        """Timeout for a client that does not read: at most the keep-alive timeout."""
         return min(_STALL_SECONDS, self.keep_alive_seconds)
 
     def head_seconds(self, *, over_limit: bool) -> float:
-        """Return for how long the head of a request may take."""
+        """Return the timeout for the head of a request."""
         return min(_PROBE_SECONDS, self.header_seconds) if over_limit else self.header_seconds
 
 
 def connection_limits(
     settings: Server, metrics: Metrics, *, max_connections: int | None = None
 ) -> ConnectionLimits:
-    """Return the policy that the settings ask for; `max_connections` replaces theirs if it is given."""
-    policy = ConnectionLimits(
+    """Return the limits of the settings; `max_connections`, if given, overrides the setting."""
+    limits = ConnectionLimits(
         header_seconds=settings.header_seconds,
         keep_alive_seconds=settings.keep_alive_seconds,
         max_header_bytes=settings.max_header_bytes,
@@ -103,5 +104,5 @@ def connection_limits(
         count_refused_connection=metrics.http_connections_refused.inc,
         count_refused_request=lambda status: metrics.http_requests.labels("other", "other", status).inc(),
     )
-    metrics.http_connections.set_function(lambda: policy.connections)
-    return policy
+    metrics.http_connections.set_function(lambda: limits.connections)
+    return limits

@@ -1,4 +1,4 @@
-"""The deadline of a connection's state."""
+"""The timeout of a connection's current state."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable
 
 
 class Deadline:
-    """Calls `passed` when the deadline that was set last has passed.
+    """Calls `on_expired` when the most recently set deadline has passed.
 
-    A timer for each state of each request would cost too much: moving the deadline later only notes it, and a
-    timer that fires early is set anew. `at` is on the loop's clock.
+    A new timer for each state of each request would cost too much. Moving the deadline later only stores it;
+    a timer that fires too early is rescheduled. `at` is a time of the loop's clock, in seconds.
     """
 
-    __slots__ = ("_loop", "_passed", "_timer", "at")
+    __slots__ = ("_loop", "_on_expired", "_timer", "at")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, passed: Callable[[], None]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_expired: Callable[[], None]) -> None:
         self._loop = loop
-        self._passed = passed
+        self._on_expired = on_expired
         self._timer: asyncio.TimerHandle | None = None
         self.at = math.inf
 
@@ -31,19 +31,19 @@ class Deadline:
             self._timer = self._loop.call_at(self.at, self._fire)
 
     def clear(self) -> None:
-        """Have no deadline."""
+        """Remove the deadline."""
         self.at = math.inf
 
     def close(self) -> None:
-        """Have none any more, and let go of what would have been called."""
+        """Cancel the timer and release the callback."""
         if self._timer is not None:
             self._timer.cancel()
-        del self._passed
+        del self._on_expired
 
     def _fire(self) -> None:
         self._timer = None
         left = self.at - self._loop.time()
         if left <= 0:
-            self._passed()
+            self._on_expired()
         elif left < math.inf:
             self._timer = self._loop.call_at(self.at, self._fire)

@@ -1,4 +1,4 @@
-"""The response to what no application sees: a problem document, and the connection's end."""
+"""The response to a request that does not reach the application: a problem document, then a close."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """One request and its response, as an ASGI application sees them.
 
-    head -> scope -> the application's task: receive <- the body's parts
-                                             send    -> status line, headers, body -> one write
+    head -> scope -> application task: receive <- parts of the body
+                                       send    -> status line, headers, body -> one write
 
-The response's head waits for the first part of its body: both go out in one write. A body without a known
-length is sent in chunks, to an HTTP/1.0 client up to the connection's end.
+The head of a response is held back until the first part of its body: both are sent in one write. A body of
+unknown length is sent in chunks; an HTTP/1.0 client reads it until the connection closes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gateway.api.server_extensions import chunk
 from gateway.domain.errors import GatewayError
 from gateway.server.framing import Head
 
-MAX_BUFFERED_BODY = 65_536  # bytes of a body that the application has not taken yet
+MAX_BUFFERED_BODY = 65_536  # bytes of a request body that the application has not received yet
 
 _FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*\r\n)*")
 _WITHOUT_BODY = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
@@ -43,24 +43,24 @@ STATUS_LINES = {status: _status_line(status) for status in range(200, 600)}
 
 
 class Peer(Protocol):
-    """What an exchange needs of its connection."""
+    """The interface of a connection that an exchange uses."""
 
-    write_paused: bool  # the client has not read enough of what was written
+    write_paused: bool  # the write buffer is full: the client does not read fast enough
 
     def write(self, data: bytes) -> None:
-        """Send bytes to the client, unless it is gone."""
+        """Send bytes to the client, unless it has disconnected."""
 
     async def drain(self) -> None:
-        """Wait until the client has read enough, or is gone."""
+        """Wait until the client has read enough, or has disconnected."""
 
-    def body_taken(self) -> None:
-        """Go on reading the request's body."""
+    def body_consumed(self) -> None:
+        """Continue to read the request body."""
 
     def response_started(self) -> None:
-        """Note that the response's head is about to be sent."""
+        """Decide about keep-alive; called before the head of the response is rendered."""
 
     def response_complete(self, *, failed: bool) -> None:
-        """Go on with the next request, or close; `failed`: the response is broken off."""
+        """Continue with the next request, or close. `failed`: the response is incomplete."""
 
 
 def scope_of(
@@ -94,22 +94,22 @@ def scope_of(
 
 
 class Exchange:
-    """A request under way. `default_headers` come first in every response."""
+    """One request and its response. `default_headers` come first in every response."""
 
     __slots__ = (
         "_body",
         "_body_complete",
+        "_body_delivered",
         "_body_error",
         "_chunked",
         "_default_headers",
-        "_delivered",
-        "_empty_due",
+        "_empty_message_due",
         "_expects_continue",
         "_head",
-        "_left",
+        "_length_left",
         "_peer",
         "_waiter",
-        "client_goes_on",
+        "client_keeps_alive",
         "complete",
         "disconnected",
         "keep_alive",
@@ -129,76 +129,78 @@ class Exchange:
         default_headers: Sequence[tuple[bytes, bytes]],
     ) -> None:
         self.scope = scope
-        self.client_goes_on = keep_alive  # it may send another request before it has read this response
+        self.client_keeps_alive = (
+            keep_alive  # the client may send another request before it reads the response
+        )
         self.keep_alive = keep_alive
-        self.disconnected = False  # the client is gone
+        self.disconnected = False
         self.started = False  # the application has sent the response's head
-        self.complete = False  # ... and all of its body
-        self.streams_chunks = False  # the head is on the wire, and chunks follow
+        self.complete = False  # the application has sent the whole response
+        self.streams_chunks = False  # the head is sent, and chunks follow
         self._peer = peer
         self._default_headers = default_headers
         self._expects_continue = expects_continue and has_body
         self._body = bytearray()
         self._body_complete = not has_body
         self._body_error: GatewayError | None = None
-        self._delivered = not has_body  # to its end
-        self._empty_due = not has_body  # the one empty message that an application gets for no body
+        self._body_delivered = not has_body  # the application has received the end of the body
+        self._empty_message_due = not has_body  # ASGI: one empty message for a request without a body
         self._waiter: asyncio.Future[None] | None = None
         self._head = b""
         self._chunked = False
-        self._left: int | None = None  # bytes that Content-Length promises; None: any number
+        self._length_left: int | None = None  # bytes until Content-Length is reached; None: no Content-Length
 
     @property
     def body_full(self) -> bool:
-        """Whether no more of the body should be read before the application takes some."""
+        """Whether the connection should stop reading until the application receives a part of the body."""
         return len(self._body) >= MAX_BUFFERED_BODY
 
     def body_received(self, part: bytes, *, complete: bool) -> None:
-        """Hand a part of the body to the application; it is dropped once the response is complete."""
+        """Buffer a part of the body for the application; drop it if the response is complete."""
         self._body_complete = complete
         if not self.complete:
             self._body += part
             self._wake()
 
     def body_failed(self, error: GatewayError) -> None:
-        """Note that the body is broken: an application that wants it gets the error instead."""
+        """Mark the body as invalid: `receive` raises the error."""
         self._body_error = error
         self._wake()
 
     def disconnect(self) -> None:
-        """Note that the client is gone; what the application still sends is lost."""
+        """Mark the client as disconnected; further sends are ignored."""
         self.disconnected = True
         self._wake()
 
     async def run(self, app: ASGIApp) -> None:
-        """Run the application; a response that it leaves unfinished closes the connection."""
+        """Run the application; an unfinished response closes the connection."""
         if self.disconnected:
-            return  # nothing would tell the application any more that the client is gone
+            return  # the disconnect came first: its callbacks would never reach the application
         try:
             await app(self.scope, self.receive, self.send)
         except asyncio.CancelledError:
-            pass  # the server has waited long enough; the application has answered what it could
+            pass  # the grace period of the shutdown is over
         except Exception as exc:
-            log.exception("application failed", exc_info=exc)
+            log.exception("application_failed", exc_info=exc)
         finally:
             if not self.complete and not self.disconnected:
                 self.complete = True
                 self._peer.response_complete(failed=True)
 
     async def receive(self) -> Message:
-        """Return the next part of the body, or wait for the disconnect (ASGI).
+        """Return the next part of the body, then wait for the disconnect (ASGI).
 
-        Raises: GatewayError, a new one each time, where the body is broken.
+        Raises: GatewayError, a new one each time, if the body is invalid.
         """
         while not self.disconnected and not self.complete:
             if self._body_error is not None:
                 raise copy(self._body_error)
-            if self._body or self._empty_due or (self._body_complete and not self._delivered):
+            if self._body or self._empty_message_due or (self._body_complete and not self._body_delivered):
                 body = bytes(self._body)
                 self._body.clear()
-                self._delivered = self._body_complete
-                self._empty_due = False
-                self._peer.body_taken()
+                self._body_delivered = self._body_complete
+                self._empty_message_due = False
+                self._peer.body_consumed()
                 return {"type": "http.request", "body": body, "more_body": not self._body_complete}
             if self._expects_continue:
                 self._expects_continue = False
@@ -211,7 +213,7 @@ class Exchange:
         return {"type": "http.disconnect"}
 
     async def send(self, message: Message) -> None:
-        """Send the response's head or a part of its body (ASGI). Raises: RuntimeError when it is wrong."""
+        """Send the head or a part of the body (ASGI). Raises: RuntimeError for an invalid message."""
         if self.disconnected:
             return
         if message["type"] == "http.response.start" and not self.started:
@@ -226,8 +228,8 @@ class Exchange:
 
     def _start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self._peer.response_started()
-        if not self._delivered:
-            # The client may still send the body, or may never do it: the next request could be taken for it.
+        if not self._body_delivered:
+            # It is unknown whether the client will still send the body, so the next bytes are ambiguous.
             self.keep_alive = False
         self._expects_continue = False
         bodiless = self.scope["method"] == "HEAD" or status in _WITHOUT_BODY
@@ -235,12 +237,12 @@ class Exchange:
         for name, value in (*self._default_headers, *headers):
             lower = name.lower()
             if lower == b"content-length":
-                self._left = int(value)
+                self._length_left = int(value)
             elif lower == b"connection":
                 self.keep_alive = self.keep_alive and value.lower() != b"close"
                 continue
             lines.append(b"%b: %b\r\n" % (lower, value))
-        if self._left is None and not bodiless:
+        if self._length_left is None and not bodiless:
             self._chunked = self.scope["http_version"] == "1.1"
             self.keep_alive = self.keep_alive and self._chunked
             if self._chunked:
@@ -248,9 +250,9 @@ class Exchange:
         if not self.keep_alive:
             lines.append(b"connection: close\r\n")
         if bodiless:
-            self._left = None
+            self._length_left = None
         fields = b"".join(lines)
-        # A line break in a value would be another header, or another response.
+        # A line break in a value would inject another header, or another response.
         if not _FIELDS.fullmatch(fields) or fields.count(b"\r\n") != len(lines):
             raise RuntimeError("the response has an invalid header")
         self._head = b"%b%b\r\n" % (STATUS_LINES[status], fields)
@@ -259,10 +261,10 @@ class Exchange:
     def _send_body(self, body: bytes, *, last: bool) -> None:
         if self.scope["method"] == "HEAD":
             body = b""
-        if self._left is not None:
-            self._left -= len(body)
-            if self._left < 0 or (last and self._left):
-                raise RuntimeError("the response's body is not as long as its Content-Length")
+        if self._length_left is not None:
+            self._length_left -= len(body)
+            if self._length_left < 0 or (last and self._length_left):
+                raise RuntimeError("the response body does not match its Content-Length")
         if self._chunked:
             body = (chunk(body) if body else b"") + (_LAST_CHUNK if last else b"")
         head, self._head = self._head, b""

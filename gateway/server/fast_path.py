@@ -1,10 +1,10 @@
-"""Hits, answered by the connection: no scope, no task, one write.
+"""Serves cached responses directly from the connection: no ASGI scope, no task, one write.
 
-    bytes -> a request like the connection's last one -> a hit? -> out
-          -> a complete head                          -> a hit? -> out
-                                                      -> an exchange with the application
+    bytes -> same request as the last one, or another target -> cached? -> write
+          -> parsed head                                     -> cached? -> write
+                                                             -> otherwise: exchange with the application
 
-What a hit is, and what it is answered with, `api.hits` decides.
+`api.cached_responses` decides whether a request is a hit, and renders the response.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from gateway.server.connection import Connection
 from gateway.server.exchange import STATUS_LINES
 from gateway.server.framing import Head
 
-_LONGEST_LEARNT = 2048  # bytes of a request: of thousands of connections each one's last is remembered
+_MAX_REMEMBERED = 2048  # bytes of a request: each of thousands of connections may remember its last one
 
 _METHOD, _VERSION = b"GET ", b" HTTP/1.1\r\n"
 
 
 class HeadRenderer:
-    """Renders the heads of hits up to the request's id."""
+    """Renders the heads of cached responses up to the request ID."""
 
     def __init__(self, names: Mapping[int, Sequence[bytes]]) -> None:
         self._names = names
@@ -32,9 +32,9 @@ class HeadRenderer:
         self._formats: dict[int, bytes] = {}
 
     def render(self, hit: CachedResponse, server_headers: Headers) -> bytes:
-        """Return a hit's head. uvicorn makes another list of its headers when they change: each second.
+        """Return the head of a hit. uvicorn replaces its list of headers each second, for the Date header.
 
-        Raises: ValueError for a value with a line break.
+        Raises: ValueError if a value contains a line break.
         """
         if server_headers is not self._server_headers or not self._formats:
             self._server_headers = server_headers
@@ -53,72 +53,72 @@ class HeadRenderer:
 
 
 class FastPathConnection(Connection):
-    """A connection that answers hits."""
+    """A connection that serves cached responses without the application."""
 
     hits: CachedResponses
     heads: HeadRenderer
 
-    __slots__ = (
-        "_last",
-    )  # the last request, if a hit that came alone: whole, its target, all behind it, its wishes
+    __slots__ = ("_last",)
 
+    # The last request, if it was a hit and no other bytes followed: all of it, its target, the bytes after
+    # the target, its traits.
     _last: tuple[bytes, bytes, bytes, RequestTraits] | None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin to wait for a first request."""
+        """Wait for the first request."""
         self._last = None
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        """Answer a hit like the last one; frame all else."""
-        if self._last is not None and not self.policy.draining:
+        """Serve a hit that differs from the last request in its target only; parse everything else."""
+        if self._last is not None and not self.limits.draining:
             whole, target, rest, traits = self._last
             if data != whole:
-                alike = (
+                same_form = (
                     data.startswith(_METHOD)
                     and data.endswith(rest)
-                    and len(data) <= self.policy.max_header_bytes
+                    and len(data) <= self.limits.max_header_bytes
                 )
-                target = data[len(_METHOD) : -len(rest)] if alike else b""
+                target = data[len(_METHOD) : -len(rest)] if same_form else b""
             if target and not self._closing and not self.write_paused and self._answer(target, traits):
-                # The state is idle, as it was: only the deadline moves.
-                self._deadline.at = self.loop.time() + self.policy.keep_alive_seconds
+                # The connection stays idle: only the deadline moves.
+                self._deadline.at = self.loop.time() + self.limits.keep_alive_seconds
                 return
             self._last = None
         super().data_received(data)
 
     def _begin(self, data: bytes, head: Head) -> None:
-        """Answer a hit, and hand any other request on."""
+        """Serve a hit; pass any other request on to the application."""
         self._last = None
         plain = head.method == b"GET" and head.keep_alive and head.content_length == 0
-        if plain and not self._over_limit and not self.policy.draining:
+        if plain and not self._over_limit and not self.limits.draining:
             traits = self.hits.traits(head.headers)
             if traits is not None and self._answer(head.target, traits):
                 if not self._buffer:
-                    self._learn(data, head.target, traits)
+                    self._remember(data, head.target, traits)
                 return
         super()._begin(data, head)
 
     def _answer(self, target: bytes, traits: RequestTraits) -> bool:
-        """Answer if it is a hit, and tell whether it was."""
-        found = self.hits.answer(target, traits, self.client)
-        if found is None:
+        """Serve the request if it is a hit; return whether it was."""
+        answer = self.hits.answer(target, traits, self.client)
+        if answer is None:
             return False
-        hit, request_id = found
+        hit, request_id = answer
         state = self.server_state
-        made_for, head = hit.rendered
-        if made_for is not state.default_headers:
+        rendered_for, head = hit.rendered
+        if rendered_for is not state.default_headers:
             head = self.heads.render(hit, state.default_headers)
         self.transport.write(b"%b%b\r\n\r\n%b" % (head, request_id, hit.body))
         state.total_requests += 1
         return True
 
-    def _learn(self, data: bytes, target: bytes, traits: RequestTraits) -> None:
-        """Remember the last request, a hit, if nothing came behind it.
+    def _remember(self, data: bytes, target: bytes, traits: RequestTraits) -> None:
+        """Remember a hit that was the only request received.
 
-        Another that differs in its target alone then need not be parsed: it is one request, complete and
-        without a body, and it asks for the same.
+        A later request that differs from it in the target only need not be parsed: it is one complete request
+        without a body, and has the same traits.
         """
         start = _METHOD + target
-        if len(data) <= _LONGEST_LEARNT and data.startswith(start + _VERSION):
+        if len(data) <= _MAX_REMEMBERED and data.startswith(start + _VERSION):
             self._last = data, target, data[len(start) :], traits

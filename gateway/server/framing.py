@@ -1,10 +1,10 @@
-"""Where a request's head and its body begin and end (RFC 9112, 2 to 7). No I/O.
+"""Finds where the head and the body of a request begin and end (RFC 9112, 2 to 7). No I/O.
 
-    bytes -> end_of_head -> parse_head -> Head -> body_of -> a decoder that takes exactly the body's bytes
+    bytes -> end_of_head -> parse_head -> Head -> body_of -> a decoder that consumes exactly the body
 
-Only Content-Length and Transfer-Encoding say where a message ends. httptools parses each head by itself,
-complete and in its strict mode; it never sees a body, so what it makes of `Upgrade`, trailers or bytes behind
-a message cannot move a boundary. Everything that two servers in a row might read differently is refused.
+Only Content-Length and Transfer-Encoding determine where a message ends. httptools parses each complete head
+separately, in its strict mode. It never receives a body, so its handling of `Upgrade`, trailers or trailing
+bytes cannot move a message boundary. Input that a proxy and this server might read differently is refused.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _FORWARDED_FOR = b"x-forwarded-for"
 _END_OF_HEAD = b"\r\n\r\n"
 _REQUEST_LINE = re.compile(rb"[A-Z]{1,32} [\x21-\x7e]+ HTTP/1\.[01]")
 _FIRST_BYTE = re.compile(rb"[A-Z]")
-# RFC 9110, 4.2.1: a host name, an IPv4 address or an IPv6 one in brackets, and perhaps a port.
+# RFC 9110, 4.2.1: a host name, an IPv4 address or an IPv6 address in brackets, and an optional port.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]{0,5})?")
 _ABSOLUTE_FORM = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE)
 _LENGTH = re.compile(rb"[0-9]{1,19}")
-# RFC 9112, 7.1: a size, and extensions, which mean nothing here.
+# RFC 9112, 7.1: a size, and extensions, which are ignored.
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
-_LONGEST_SIZE = 17  # bytes of a line with a size alone
-_SMALL_CHUNK = 16  # bytes: what a chunk is short of counts as overhead, for each takes time
+_LONGEST_SIZE = 17  # bytes of a line that has a size only
+_SMALL_CHUNK = 16  # bytes; the shortfall of a smaller chunk counts as overhead, because each chunk takes time
 _TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)+")
 
 
 class BadRequest(Exception):
-    """A request that is refused before any application sees it; `error` says why."""
+    """A request that is refused before it reaches the application; `error` has the reason."""
 
     def __init__(self, error: GatewayError) -> None:
         super().__init__(str(error))
@@ -42,9 +42,9 @@ class BadRequest(Exception):
 
 
 class Head(NamedTuple):
-    """A request's head. Header names are in lower case; `target` is in origin form, or `*`.
+    """The head of a request. Header names are in lower case; `target` is in origin form, or `*`.
 
-    `content_length` is None for a chunked body, and 0 where there is none.
+    `content_length` is None for a chunked body, and 0 for a request without a body.
     """
 
     method: bytes
@@ -63,19 +63,19 @@ class Head(NamedTuple):
 
 
 class BodyDecoder(Protocol):
-    """Takes a body's bytes off the front of a buffer."""
+    """Consumes the bytes of a body from the front of a buffer."""
 
     complete: bool
 
     def feed(self, buffer: bytearray) -> bytes:
-        """Remove what belongs to the body from `buffer`; return its content. Raises: BadRequest."""
+        """Remove the bytes of the body from `buffer`; return their content. Raises: BadRequest."""
 
 
 def end_of_head(buffer: bytearray, scanned: int, *, max_bytes: int) -> int:
-    """Return the length of the head that `buffer` begins with, or 0 while it is incomplete.
+    """Return the length of the head at the start of `buffer`, or 0 while it is incomplete.
 
-    The first `scanned` bytes were looked through before. Raises: BadRequest for a head that is over
-    `max_bytes`, or that can no longer become a valid one.
+    The first `scanned` bytes were searched before. Raises: BadRequest for a head that is larger than
+    `max_bytes`, or that can no longer become valid.
     """
     found = buffer.find(_END_OF_HEAD, max(scanned - len(_END_OF_HEAD) + 1, 0))
     length = found + len(_END_OF_HEAD) if found >= 0 else 0
@@ -88,9 +88,9 @@ def end_of_head(buffer: bytearray, scanned: int, *, max_bytes: int) -> int:
 
 
 def _check_beginning(data: bytearray) -> None:
-    """Refuse at once what is no HTTP/1: the end of its head might never come.
+    """Refuse early what is not HTTP/1: the end of its head might never arrive.
 
-    The answer must be the same wherever the bytes were cut, so this comes before the size.
+    The response must not depend on how the bytes were split, so this check precedes the size check.
     """
     line, end, _ = data.partition(b"\r\n")
     wrong_line = end and not _REQUEST_LINE.fullmatch(line)
@@ -101,7 +101,7 @@ def _check_beginning(data: bytearray) -> None:
 def parse_head(data: bytes, *, max_fields: int) -> Head:
     """Parse a complete head, its empty line included. Raises: BadRequest."""
     line_ends = data.count(b"\r\n")
-    # A line folded by white space and a lone CR or LF mean different things to different servers.
+    # Servers disagree on folded lines and on a lone CR or LF.
     if not line_ends == data.count(b"\n") == data.count(b"\r") or b"\r\n " in data or b"\r\n\t" in data:
         raise _invalid()
     if line_ends - 2 > max_fields:
@@ -123,7 +123,7 @@ def parse_head(data: bytes, *, max_fields: int) -> Head:
 
 
 class _HeadParser:
-    """httptools' callbacks for one head."""
+    """Callbacks of httptools for one head."""
 
     def __init__(self) -> None:
         self.method = self.target = b""
@@ -136,11 +136,11 @@ class _HeadParser:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            pass  # we speak nothing else: the field is ignored (RFC 9110, 7.8)
+            pass  # no other protocol is supported: the field is ignored (RFC 9110, 7.8)
         except httptools.HttpParserError as exc:
             raise _invalid() from exc
         finally:
-            del self._parser  # it knows us, as we know it
+            del self._parser  # breaks the reference cycle
         if not self.http_version:
             raise _invalid()
 
@@ -148,7 +148,7 @@ class _HeadParser:
         self.target += part
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self.headers.append((name.lower(), value.rstrip(b" \t")))  # the parser leaves these
+        self.headers.append((name.lower(), value.rstrip(b" \t")))  # the parser keeps trailing white space
 
     def on_headers_complete(self) -> None:
         self.method = self._parser.get_method()
@@ -157,9 +157,9 @@ class _HeadParser:
 
 
 def _joined(headers: Headers) -> Headers:
-    """Return the headers with one X-Forwarded-For, in the order of several (RFC 9110, 5.3).
+    """Return the headers with all X-Forwarded-For fields joined into one, in order (RFC 9110, 5.3).
 
-    uvicorn would take the last one alone, and a client could put its own behind a proxy's.
+    uvicorn would use the last one only, and a client could place its own after the proxy's.
     """
     values = [value for name, value in headers if name == _FORWARDED_FOR]
     if len(values) < 2:  # noqa: PLR2004 - nothing to join
@@ -169,7 +169,7 @@ def _joined(headers: Headers) -> Headers:
 
 
 def _host(headers: Headers, version: str) -> bytes:
-    """Return the value of the one Host field that a request must have (RFC 9112, 3.2)."""
+    """Return the value of the single required Host field (RFC 9112, 3.2)."""
     values = [value for name, value in headers if name == b"host"]
     if len(values) > 1 or (not values and version == "1.1"):
         raise BadRequest(InvalidParameter("the request needs exactly one header 'Host'"))
@@ -180,7 +180,7 @@ def _host(headers: Headers, version: str) -> bytes:
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes) -> bytes:
-    """Return the target in origin form (RFC 9112, 3.2). An absolute one must name the same host as Host."""
+    """Return the target in origin form (RFC 9112, 3.2). The host of an absolute one must match Host."""
     if target.startswith(b"/") and method != b"CONNECT":
         return target
     if target == b"*" and method == b"OPTIONS":
@@ -197,7 +197,7 @@ def _origin_form(method: bytes, target: bytes, host: bytes) -> bytes:
 
 
 def _content_length(headers: Headers, version: str) -> int | None:
-    """Return the body's length in bytes, None when it is chunked (RFC 9112, 6.3)."""
+    """Return the length of the body in bytes, or None if it is chunked (RFC 9112, 6.3)."""
     lengths = [value for name, value in headers if name == b"content-length"]
     codings = [value for name, value in headers if name == b"transfer-encoding"]
     if codings:
@@ -212,9 +212,9 @@ def _content_length(headers: Headers, version: str) -> int | None:
 
 
 def body_of(head: Head, *, max_overhead: int) -> BodyDecoder | None:
-    """Return the decoder of a request's body, or None when it has none.
+    """Return the decoder of the body, or None for a request without a body.
 
-    `max_overhead` bounds the bytes of chunk extensions and trailers.
+    `max_overhead` limits the bytes of chunk extensions and trailers.
     """
     if head.content_length is None:
         return _ChunkedBody(max_overhead)
@@ -222,12 +222,12 @@ def body_of(head: Head, *, max_overhead: int) -> BodyDecoder | None:
 
 
 class DiscardedBody:
-    """What follows a body that is broken: no end can be told."""
+    """The rest of an invalid body: its end is unknown."""
 
     complete = False
 
     def feed(self, buffer: bytearray) -> bytes:
-        """Drop all that has come."""
+        """Drop all received bytes."""
         buffer.clear()
         return b""
 
@@ -250,52 +250,52 @@ class _LengthBody:
 
 
 class _ChunkedBody:
-    """A body in chunks (RFC 9112, 7.1). Extensions and trailers are checked, counted and dropped.
+    """A chunked body (RFC 9112, 7.1). Extensions and trailers are checked, counted and dropped.
 
-    Lines are matched in the buffer, and trailers all together: a loop in Python over tiny lines would hold up
+    Lines are matched within the buffer, and all trailers at once: a Python loop over tiny lines would block
     the event loop for milliseconds.
     """
 
     __slots__ = ("_left", "_overhead", "_state", "complete")
 
     def __init__(self, max_overhead: int) -> None:
-        self._overhead = max_overhead  # bytes that extensions, trailers and small chunks may still take
-        self._left = 0  # bytes of the chunk that are still to come
+        self._overhead = max_overhead  # bytes left for extensions, trailers and small chunks
+        self._left = 0  # bytes left of the current chunk
         self._state: Callable[[bytearray, int, bytearray], int | None] = self._size
         self.complete = False
 
     def feed(self, buffer: bytearray) -> bytes:
         content = bytearray()
         start: int | None = 0
-        taken = 0
-        while not self.complete and (start := self._state(buffer, taken, content)) is not None:
-            taken = start
+        consumed = 0
+        while not self.complete and (start := self._state(buffer, consumed, content)) is not None:
+            consumed = start
         if self._state == self._data:
-            taken += self._take(buffer, taken, content)
-        del buffer[:taken]
+            consumed += self._copy(buffer, consumed, content)
+        del buffer[:consumed]
         return bytes(content)
 
-    # The states. Each returns where the next one begins, or None while what it needs is not all there.
+    # States. Each returns the offset of the next state, or None while its input is incomplete.
 
     def _size(self, buffer: bytearray, start: int, _: bytearray) -> int | None:
         match = _CHUNK_SIZE.match(buffer, start)
         if match is None:
             end = buffer.find(b"\n", start)
             length = (end if end >= 0 else len(buffer)) - start
-            if length > self._overhead + _LONGEST_SIZE:  # too long, whatever it is
-                self._spend(length)
+            if length > self._overhead + _LONGEST_SIZE:  # too long, valid or not
+                self._count_overhead(length)
             if end >= 0:
                 raise BadRequest(InvalidParameter("the request's body is not in chunks"))
             return None
         self._left = int(match[1], 16)
-        self._spend(len(match[2]) + (max(_SMALL_CHUNK - self._left, 0) if self._left else 0))
+        self._count_overhead(len(match[2]) + (max(_SMALL_CHUNK - self._left, 0) if self._left else 0))
         self._state = self._data if self._left else self._trailers
         return match.end()
 
     def _data(self, buffer: bytearray, start: int, content: bytearray) -> int | None:
         if len(buffer) - start < self._left:
             return None
-        start += self._take(buffer, start, content)
+        start += self._copy(buffer, start, content)
         self._state = self._end_of_chunk
         return start
 
@@ -314,22 +314,22 @@ class _ChunkedBody:
             return start + 2
         end = buffer.find(_END_OF_HEAD, start)
         if end < 0:
-            if len(buffer) - start > self._overhead + 1:  # one byte may be half of an empty line
-                self._spend(len(buffer) - start)
+            if len(buffer) - start > self._overhead + 1:  # one byte may be the CR of the final empty line
+                self._count_overhead(len(buffer) - start)
             return None
-        self._spend(end + len(_END_OF_HEAD) - start)
+        self._count_overhead(end + len(_END_OF_HEAD) - start)
         if not _TRAILERS.fullmatch(buffer, start, end + 2):
             raise BadRequest(InvalidParameter("the request's trailers are not header fields"))
         self.complete = True
         return end + len(_END_OF_HEAD)
 
-    def _take(self, buffer: bytearray, start: int, content: bytearray) -> int:
+    def _copy(self, buffer: bytearray, start: int, content: bytearray) -> int:
         part = buffer[start : start + self._left]
         content += part
         self._left -= len(part)
         return len(part)
 
-    def _spend(self, size: int) -> None:
+    def _count_overhead(self, size: int) -> None:
         self._overhead -= size
         if self._overhead < 0:
             raise BadRequest(HeadersTooLarge("the request's chunk extensions and trailers are too large"))

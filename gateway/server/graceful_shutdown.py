@@ -1,9 +1,9 @@
-"""Knows when this process is on its way out.
+"""Starts the graceful shutdown on SIGTERM or SIGINT.
 
-uvicorn, told to stop, closes its listeners at once and then waits for open connections; nothing
-in it tells the application. So the first SIGTERM or SIGINT is ours: it sets the event that readyz
-and every long answer look at, and after a moment, in which load balancers see us unready
-while we still answer, it is handed on to uvicorn.
+On a signal, uvicorn closes its listeners immediately and then waits for open connections; it does not notify
+the application. Therefore the first SIGTERM or SIGINT is handled here. It sets an event that /readyz and all
+streams observe, and is passed on to uvicorn `HANDOVER_SECONDS` later. Until then, load balancers see that the
+gateway is not ready while it still answers.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from types import FrameType
 
 import structlog
 
-# Long enough for readyz to be asked and streams to be told, short beside any grace period.
+# Long enough for a readiness probe and for the last events of streams, short compared with any grace period.
 HANDOVER_SECONDS = 0.5
 
 log = structlog.get_logger(__name__)
 
 
 class GracefulShutdown:
-    """The process's way out: `begun` is set once, and never cleared."""
+    """State of the shutdown: `begun` is set once, and never cleared."""
 
     def __init__(self) -> None:
         self.begun = asyncio.Event()
         self._listeners: list[Callable[[], None]] = []
 
     def on_begin(self, listener: Callable[[], None]) -> None:
-        """Call `listener` on the event loop when draining begins."""
+        """Call `listener` on the event loop when the shutdown begins."""
         self._listeners.append(listener)
 
     @contextlib.contextmanager
     def on_signals(self) -> Iterator[None]:
-        """Begin to drain on SIGTERM or SIGINT, then call the handlers that were there before."""
+        """Begin the shutdown on SIGTERM or SIGINT, then call the previously installed handlers."""
         if threading.current_thread() is not threading.main_thread():
-            yield  # signals belong to the main thread; whoever runs us elsewhere stops us otherwise
+            yield  # Python handles signals in the main thread only; other threads are stopped in other ways
             return
         loop = asyncio.get_running_loop()
         previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -48,7 +48,7 @@ class GracefulShutdown:
             if not callable(before):
                 before = signal.default_int_handler
             if self.begun.is_set():
-                before(number, frame)  # asked twice: no more waiting
+                before(number, frame)  # the second signal is passed on immediately
                 return
             loop.call_soon_threadsafe(self._begin)
             loop.call_soon_threadsafe(loop.call_later, HANDOVER_SECONDS, before, number, frame)
@@ -62,7 +62,7 @@ class GracefulShutdown:
                 signal.signal(number, before)
 
     def _begin(self) -> None:
-        log.info("draining")
+        log.info("shutdown_started")
         self.begun.set()
         for listener in self._listeners:
             listener()

@@ -1,8 +1,8 @@
-"""Gives memory back to the system when many connections have closed.
+"""Returns free memory to the system after many connections have closed.
 
-glibc keeps what was freed below something that still lives, and connections' buffers lie mixed: of 4,000
-unfinished heads of 16 KB, 70 MB, 8 MB were given back by themselves. `malloc_trim` gives back the rest
-(`python -m tests.attacks.siege` shows it). It takes some milliseconds, so it is not called often.
+glibc keeps freed memory that lies below a live allocation, and the buffers of connections are interleaved:
+of 70 MB for 4,000 unfinished heads of 16 KB, only 8 MB were returned. `malloc_trim` returns the rest
+(measured with `python -m tests.attacks.siege`). It takes some milliseconds, so it is called rarely.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import ctypes
 import time
 from collections.abc import Callable
 
-_CROWD = 500  # connections
-_SECONDS = 10.0
+_MIN_CLOSED = 500  # connections
+_INTERVAL_SECONDS = 10.0
 
 
 def _malloc_trim() -> Callable[[], object]:
@@ -24,22 +24,22 @@ def _malloc_trim() -> Callable[[], object]:
 
 
 class HeapTrim:
-    """Trims the heap when `_CROWD` connections have closed since the last time, at most every `_SECONDS`."""
+    """Trims the heap after `_MIN_CLOSED` connections have closed, at most once per `_INTERVAL_SECONDS`."""
 
     def __init__(
         self, *, trim: Callable[[], object] | None = None, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._trim = trim or _malloc_trim()
         self._clock = clock
-        self._most = 0  # connections since the last time
+        self._peak = 0  # connections since the last trim
         self._next = 0.0
 
-    def look(self, connections: int) -> bool:
-        """Note how many connections there are now; tell whether the heap was trimmed."""
-        self._most = max(self._most, connections)
-        if self._most - connections < _CROWD or self._clock() < self._next:
+    def observe(self, connections: int) -> bool:
+        """Record the current number of connections; return whether the heap was trimmed."""
+        self._peak = max(self._peak, connections)
+        if self._peak - connections < _MIN_CLOSED or self._clock() < self._next:
             return False
-        self._most = connections
-        self._next = self._clock() + _SECONDS
+        self._peak = connections
+        self._next = self._clock() + _INTERVAL_SECONDS
         self._trim()
         return True

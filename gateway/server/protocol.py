@@ -1,4 +1,4 @@
-"""The protocol class that uvicorn makes one instance of for each connection."""
+"""Creates the protocol class that uvicorn instantiates for each connection."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from gateway.server.fast_path import FastPathConnection, HeadRenderer
 
 
 def http_protocol(
-    policy: ConnectionLimits, *, hits: CachedResponses | None = None, application: ASGIApp | None = None
+    limits: ConnectionLimits, *, hits: CachedResponses | None = None, application: ASGIApp | None = None
 ) -> type[Connection]:
-    """Return the protocol class to give to uvicorn, which makes one for each connection.
+    """Return the protocol class for uvicorn, which instantiates it for each connection.
 
-    `hits`: what is answered without the application; None: nothing. `application`: served in place of the one
-    that uvicorn is configured with.
+    `hits`: responses that are served without the application; None disables this. `application`: replaces
+    the one that uvicorn is configured with.
     """
-    attributes: dict[str, object] = {"policy": policy, "application": application}
+    attributes: dict[str, object] = {"limits": limits, "application": application}
     if hits is None:
         return type("BoundedConnection", (Connection,), attributes)
     return type(

@@ -1,4 +1,4 @@
-"""Runs applications under uvicorn: the gateway as it needs to be run, and whatever else serves."""
+"""Runs applications under uvicorn: the gateway with its own connection class, or any other application."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ log = structlog.get_logger(__name__)
 
 
 class CannotListen(Exception):
-    """An address is taken, or not ours; the text names it, and says why."""
+    """An address cannot be used to listen on; the message has the address and the reason."""
 
     def __init__(self, host: str, port: int, reason: str | None) -> None:
         super().__init__(f"cannot listen on {url_of(host, port)}: {reason}")
@@ -40,22 +40,22 @@ class CannotListen(Exception):
 
 
 def run(app: Application, settings: Settings, *, announce: Callable[[str], None] = lambda _: None) -> None:
-    """Run the gateway, as `create_app` makes it, until SIGTERM or SIGINT.
+    """Run the gateway, as created by `create_app`, until SIGTERM or SIGINT.
 
-    `announce` is told the URL once it takes connections. Raises: SystemExit, as `serve` does; status 1
-    also where it cannot listen, which the log tells.
+    `announce` is called with the URL once connections are accepted. Raises: SystemExit as `serve` does, also
+    with status 1 if the gateway cannot listen; the reason is logged.
     """
-    _collect_rarely()
+    _configure_garbage_collection()
     server = settings.server
     limit = descriptors.raise_limit()
     max_connections = limit.connections(server.max_connections, outgoing=settings.upstream.max_in_flight)
-    policy = connection_limits(server, app.metrics, max_connections=max_connections)
-    app.drain.on_begin(policy.drain)
+    limits = connection_limits(server, app.metrics, max_connections=max_connections)
+    app.drain.on_begin(limits.drain)
     config = uvicorn.Config(
         app.asgi,
         host=server.host,
         port=server.port,
-        http=http_protocol(policy, hits=app.hits),
+        http=http_protocol(limits, hits=app.hits),
         loop="uvloop",
         ws="none",
         lifespan="on",
@@ -67,13 +67,13 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
         backlog=_BACKLOG,
     )
 
-    def tell(url: str) -> None:
+    def log_start(url: str) -> None:
         log.info("listening", url=url)
         if limit.now != limit.before:
-            log.info("limit of open files raised", before=limit.before, limit=limit.now)
+            log.info("open_file_limit_raised", before=limit.before, limit=limit.now)
         if max_connections < server.max_connections:
             log.warning(
-                "the limit of open files allows fewer connections than server.max_connections",
+                "max_connections_reduced_by_open_file_limit",
                 limit=limit.now,
                 max_connections=max_connections,
             )
@@ -82,11 +82,11 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
     try:
         metrics = None
         if server.metrics_port:
-            listener = _listening(server.host, server.metrics_port, backlog=_BACKLOG)
-            metrics = MetricsListener(listener, http_protocol(policy, application=app.metrics_asgi))
-        serve(config, announce=tell, metrics=metrics)
+            listener = _listen(server.host, server.metrics_port, backlog=_BACKLOG)
+            metrics = MetricsListener(listener, http_protocol(limits, application=app.metrics_asgi))
+        serve(config, announce=log_start, metrics=metrics)
     except CannotListen as exc:
-        log.error("cannot listen", host=exc.host, port=exc.port, reason=exc.reason)  # noqa: TRY400 - no bug
+        log.error("listen_failed", host=exc.host, port=exc.port, reason=exc.reason)  # noqa: TRY400 - no bug
         sys.exit(1)
 
 
@@ -100,24 +100,27 @@ class MetricsListener(NamedTuple):
 def serve(
     config: uvicorn.Config, *, announce: Callable[[str], None], metrics: MetricsListener | None = None
 ) -> None:
-    """Serve until SIGTERM or SIGINT; `announce` is told the URL once it takes connections.
+    """Serve until SIGTERM or SIGINT; `announce` is called with the URL once connections are accepted.
 
-    Raises: CannotListen; SystemExit: 0 when told to stop, 1 when the application does not start.
+    Raises: CannotListen; SystemExit with status 0 after a signal, 1 if the application does not start.
     """
-    exit_well_when_told()
-    listener = _listening(config.host, config.port, backlog=config.backlog)
-    announce(url_of(*listener.getsockname()[:2]))  # a client may connect from now on, and waits for the start
+    exit_cleanly_on_signals()
+    listener = _listen(config.host, config.port, backlog=config.backlog)
+    announce(
+        url_of(*listener.getsockname()[:2])
+    )  # clients can connect now, and wait until the start is complete
     try:
         _Server(config, metrics).run(sockets=[listener])
     except SystemExit as exc:
-        sys.exit(1 if exc.code else 0)  # uvicorn's word for a failed start is 3
+        sys.exit(1 if exc.code else 0)  # uvicorn's status for a failed start is 3
 
 
 class _Server(uvicorn.Server):
     """uvicorn's server, with a second listener for metrics.
 
-    It looks around once a second and when a signal comes, not ten times a second: each look may wake a
-    process that has nothing else to do. Ten cost an idle gateway 1.9 ms of CPU a second, one costs 0.3.
+    Its main loop runs once a second and on a signal, instead of ten times a second, because each iteration
+    wakes an otherwise idle process. In an idle gateway, ten iterations cost 1.9 ms of CPU per second, one
+    costs 0.3 ms.
     """
 
     _wake: Callable[[], object] = staticmethod(lambda: None)
@@ -125,32 +128,32 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, metrics: MetricsListener | None = None) -> None:
         super().__init__(config)
         self._metrics = metrics
-        self._watch_descriptors = descriptors.Exhaustion().look
-        self._trim_heap = HeapTrim().look
+        self._check_descriptors = descriptors.Exhaustion().check
+        self._trim_heap = HeapTrim().observe
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start to serve, on the second listener, too."""
+        """Start to serve, also on the second listener."""
         await super().startup(sockets)
         if self._metrics is None:
             return
         loop = asyncio.get_running_loop()
         protocol = partial(self._metrics.protocol, self.config, self.server_state, {}, loop)
         server = await loop.create_server(protocol, sock=self._metrics.socket, backlog=_BACKLOG)
-        self.servers.append(server)  # uvicorn closes it with its own
+        self.servers.append(server)  # uvicorn closes it with its other listeners
 
     async def main_loop(self) -> None:
-        """Tick until it is time to stop. Tick 0 is uvicorn's for what is due each second, the Date header."""
-        told = asyncio.Event()
-        self._wake = partial(asyncio.get_running_loop().call_soon_threadsafe, told.set)
+        """Tick until a signal arrives. Tick 0 makes uvicorn do what is due each second: the Date header."""
+        signalled = asyncio.Event()
+        self._wake = partial(asyncio.get_running_loop().call_soon_threadsafe, signalled.set)
         while not await self.on_tick(0):
-            self._watch_descriptors()
+            self._check_descriptors()
             self._trim_heap(len(self.server_state.connections))
             with suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
-                    await told.wait()
+                    await signalled.wait()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Note a signal, at whatever point it interrupts us."""
+        """Record a signal and wake the main loop. Called at an arbitrary point of the program."""
         super().handle_exit(sig, frame)
         self._wake()
 
@@ -160,15 +163,15 @@ def url_of(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _listening(host: str, port: int, *, backlog: int) -> socket.socket:
-    # uvicorn's own bind_socket would tell the reason without the address, and end the process.
+def _listen(host: str, port: int, *, backlog: int) -> socket.socket:
+    # uvicorn's bind_socket would log the reason without the address, and exit.
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound_buffers(listener)
         listener.bind((host, port))
         listener.listen(backlog)
-    except (OSError, TypeError, ValueError) as exc:  # the latter two for what no name can be
+    except (OSError, TypeError, ValueError) as exc:  # the latter two for strings that cannot be host names
         listener.close()
         reason = exc.strerror if isinstance(exc, OSError) else "not an address"
         raise CannotListen(host, port, reason) from exc
@@ -176,10 +179,10 @@ def _listening(host: str, port: int, *, backlog: int) -> socket.socket:
 
 
 def forwarders(trusted_proxies: Sequence[str]) -> list[str]:
-    """Return whose X-Forwarded-For counts, in uvicorn's terms.
+    """Return the hosts whose X-Forwarded-For is trusted, in uvicorn's notation.
 
-    A listener on `::` names IPv4 peers as `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2), which uvicorn takes
-    for other addresses: each one of IPv4 stands there in both forms.
+    A listener on `::` reports IPv4 peers as `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2), which uvicorn treats as
+    different addresses. Therefore the result has each IPv4 network in both forms.
     """
     hosts = list(trusted_proxies)
     for host in trusted_proxies:
@@ -189,19 +192,19 @@ def forwarders(trusted_proxies: Sequence[str]) -> list[str]:
     return hosts
 
 
-def _collect_rarely() -> None:
-    # A full collection walks all that lives, 140 ms of CPU with 5,000 streams open, and everybody waits. The
-    # gateway leaves no circles behind, of errors neither (tests/test_garbage.py): what there is to find is a
-    # library's, and may lie until there are 600,000 objects more. The middle generation is kept small: when
-    # thousands of streams are opened its collections walk them, 5 ms at a time; ten times the size takes 36.
+def _configure_garbage_collection() -> None:
+    # A full collection visits every live object and blocks the event loop: 140 ms of CPU with 5,000 streams.
+    # The gateway creates no reference cycles, not even with exceptions (tests/test_garbage.py). Cycles come
+    # from libraries only, and may wait until 600,000 more objects exist. The middle generation is small: when
+    # thousands of streams open, each of its collections takes 5 ms; with ten times the size it takes 36 ms.
     gc.freeze()
     gc.set_threshold(2_000, 5, 50)
 
 
-def exit_well_when_told() -> None:
-    """Let SIGTERM and SIGINT end the process by SystemExit, with status 0: stopping when told is success.
+def exit_cleanly_on_signals() -> None:
+    """Make SIGTERM and SIGINT end the process by SystemExit with status 0: a requested stop is a success.
 
-    uvicorn raises the signal that stopped it once more when it is done, to die of it.
+    uvicorn raises the signal again after its shutdown, which would otherwise kill the process.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))

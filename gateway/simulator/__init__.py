@@ -1,28 +1,29 @@
-"""A simulated upstream: verifies signatures as the vendor does, plays tasks, misbehaves on demand.
+"""A simulated upstream: it verifies signatures like the vendor, runs simulated tasks, and injects faults.
 
-`sd-gateway simulate`, the demo and the tests use it. A call goes through the gate (`gate.py`), is
-answered from its task (`tasks.py`), and the answer through the faults in force (`faults.py`);
-`app.py` wires and counts. All that it remembers is bounded and in memory.
+`sd-gateway simulate`, the demo and the tests use it. A call is authenticated (`gate.py`) and answered from
+its task (`tasks.py`); then the active faults are applied to the response (`faults.py`). `app.py` connects
+these parts and counts calls. All state is bounded and in memory.
 
-The control API speaks JSON, unsigned: let the simulator listen on loopback only. Under `/_simulator`:
+The control API uses JSON without signatures, so the simulator should listen on loopback only. Paths under
+`/_simulator`:
 
     POST   /tasks       {"taskId"?, "life"?, "data"?}   -> 201 {"taskId"}; data: a scripted task
-    PUT    /tasks/{id}  {"data"}   the scripted `data` from now on (makes the task); taskId is filled in
-    DELETE /tasks/{id}             forget it
+    PUT    /tasks/{id}  {"data"}   set the scripted `data` (creates the task); taskId is filled in
+    DELETE /tasks/{id}             delete the task
     PUT    /faults      {"name", …parameters, "times"?, "operation"?, "taskId"?, "probability"?}
-    GET    /faults                 those in force            DELETE: clear all
-    PUT    /legacy      {"enabled"}   refuse as older deployments do
-    PUT    /pairs       {"pairs"}   from now on let in who signs with these: access keys to secrets
-    PUT    /limit       {"calls", "retryAfter"?}   throttle what exceeds so many calls a second; 0: nothing
+    GET    /faults                 the active faults         DELETE: clear all
+    PUT    /legacy      {"enabled"}   send refusals like older deployments
+    PUT    /pairs       {"pairs"}   replace the accepted key pairs: a map of access keys to secrets
+    PUT    /limit       {"calls", "retryAfter"?}   maximum calls per second, others are throttled; 0: no limit
     GET    /stats                  calls, callsByTask, refused (by the gate), throttled (by the limit),
                                    inFlight, maxInFlight, times                     DELETE: reset
     GET    /requests               the last 200 vendor requests: method, target, headers, body
 
-`life` has the fields of `Life`, faults the parameters of the functions in `faults.py`, both in
-camelCase. A control request that makes no sense is a 400 which says why, in plain text.
+`life` has the fields of `Life`; faults have the parameters of the functions in `faults.py`; both in
+camelCase. An invalid control request is answered with status 400 and the reason as plain text.
 
-Answers carry a `Date` of the simulator's own clock: serve with uvicorn's `date_header=False`. A
-silent answer outlasts a graceful stop: give uvicorn a `timeout_graceful_shutdown`.
+Responses have a `Date` of the simulator's own clock, so uvicorn must run with `date_header=False`. The fault
+`silent` blocks a graceful shutdown, so uvicorn needs a `timeout_graceful_shutdown`.
 """
 
 from gateway.simulator.app import create_simulator

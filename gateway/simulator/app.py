@@ -41,35 +41,35 @@ def create_simulator(
 ) -> Starlette:
     """Return the simulated upstream as an ASGI application.
 
-    `pairs` maps access keys to secrets and is looked up at each request. `clock` gives Unix seconds:
-    what the simulator believes is now, and says in `Date`. Every answer of a vendor operation takes
-    `latency_seconds`; a task made without a life of its own has `life`. `limit` is how many calls a
-    second are taken, the others being throttled; 0: all. `faults` are in force from the start, each
-    as a control request would set it. `random` draws task IDs and the chance of faults.
+    `pairs` maps access keys to secrets and is looked up at each request. `clock` returns Unix seconds: the
+    simulator's time, also in `Date`. Every response of a vendor operation takes `latency_seconds`. `life` is
+    the default life of tasks. `limit`: maximum calls per second, others are throttled; 0: no limit. `faults`
+    are active from the start, in the form of control requests. `random` generates task IDs and decides the
+    probability of faults.
 
-    Raises: ControlError for a fault that makes no sense, or None where there was no JSON object.
+    Raises: ControlError for an invalid fault; None among `faults` stands for text that was no JSON object.
     """
     random = random or SystemRandom()
-    gate, played, ledger = Gate(pairs, clock=clock), Faults(random), Ledger()
-    flow = Limit(gate, clock=clock)
-    flow.calls = limit
+    gate, active_faults, ledger = Gate(pairs, clock=clock), Faults(random), Ledger()
+    flow_limit = Limit(gate, clock=clock)
+    flow_limit.calls = limit
     for given in faults:
-        played.put(given)
+        active_faults.put(given)
     tasks: FIFOCache[str, Task] = FIFOCache(MAX_TASKS)
     vendor = Vendor(
         gate=gate,
-        limit=flow,
+        limit=flow_limit,
         tasks=tasks,
-        faults=played,
+        faults=active_faults,
         ledger=ledger,
         clock=clock,
         latency_seconds=latency_seconds,
     )
     control = Control(
         gate=gate,
-        limit=flow,
+        limit=flow_limit,
         tasks=tasks,
-        faults=played,
+        faults=active_faults,
         ledger=ledger,
         clock=clock,
         random=random,
@@ -83,7 +83,7 @@ def create_simulator(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vendor:
-    """`/scc/…`, as bare ASGI: faults need the protocol, and every answer is stamped."""
+    """`/scc/…` as a plain ASGI application: faults need access to the protocol."""
 
     gate: Gate
     limit: Limit
@@ -96,16 +96,16 @@ class Vendor:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
 
-        async def stamped(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:  # Date and X-Ca-Request-Id in every response
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers["date"] = formatdate(self.clock(), usegmt=True)
                 headers["x-ca-request-id"] = str(uuid.uuid4()).upper()
             await send(message)
 
-        with suppress(ClientDisconnect), self.ledger.flight():
+        with suppress(ClientDisconnect), self.ledger.in_flight():
             answer = await self._answer(Request(scope, receive))
-            await answer(scope, receive, stamped)
+            await answer(scope, receive, send_with_headers)
 
     async def _answer(self, request: Request) -> ASGIApp:
         operation, target = request.path_params["operation"], _target(request.scope)
@@ -122,28 +122,29 @@ class Vendor:
         if operation in OPERATIONS:
             self.ledger.count(operation, task_id, now)
         refusal = self._refusal(request, operation, target, body)
-        # An answer is as of its call's arrival, however late it is sent: so answers can overtake.
-        throttled = None if refusal else self.limit.judge()
-        answer = refusal or throttled or self._right_answer(operation, task_id, now)
+        # A response has the state at the arrival of its call, however late it is sent: so responses can
+        # overtake.
+        throttled = None if refusal else self.limit.check()
+        answer = refusal or throttled or self._normal_response(operation, task_id, now)
         call = Call(operation, task_id, answer, self.gate.legacy, request.receive)
         if self.latency_seconds:
             await call.pause(self.latency_seconds)
         if refusal:
             self.ledger.refused += 1
-            return refusal  # faults play on accepted calls only: none may hide a wrong signature
+            return refusal  # faults apply to accepted calls only: none may hide a wrong signature
         if throttled:
             return throttled
-        return await self.faults.play(call)
+        return await self.faults.apply(call)
 
     def _refusal(self, request: Request, operation: str, target: str, body: bytes) -> Response | None:
         if operation not in OPERATIONS:
             return self.gate.refuse(404, "API Not Found")
         if request.method != "POST":
             return self.gate.refuse(405, "Unsupported Method", "I405UM")
-        return self.gate.judge(request.method, target, request.headers, body)
+        return self.gate.check(request.method, target, request.headers, body)
 
-    def _right_answer(self, operation: str, task_id: str | None, now: float) -> Response:
-        # The vendor documents no error codes: these two are the simulator's own.
+    def _normal_response(self, operation: str, task_id: str | None, now: float) -> Response:
+        # The vendor documents no error codes; the simulator defines these two.
         if task_id is None:
             return envelope(None, err_code="INVALID_PARAMETER", err_message="taskId is missing")
         task = self.tasks.get(task_id)
@@ -153,7 +154,7 @@ class Vendor:
 
 
 def _target(scope: Scope) -> str:
-    # As sent, undecoded: that is what was signed.
+    # As sent, not decoded: this text is signed.
     path, query = scope["raw_path"].decode("latin-1"), scope["query_string"].decode("latin-1")
     return f"{path}?{query}" if query else path
 

@@ -1,4 +1,4 @@
-"""The control API, `/_simulator/…`: how tests and the demo drive the simulated upstream."""
+"""The control API, `/_simulator/…`: tests and the demo control the simulated upstream with it."""
 
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from gateway.simulator.wire import ControlError, Count, arguments, json_response
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Control:
-    """The control API over the simulator's parts; `life` is that of tasks without their own."""
+    """The control API. `life` is the default life of new tasks."""
 
     gate: Gate
     limit: Limit
@@ -31,7 +31,7 @@ class Control:
     life: Life
 
     def routes(self) -> list[Route]:
-        """Return the routes; what they do is said in the package's docstring."""
+        """Return the routes; the docstring of the package describes them."""
         table = (
             ("POST", "/tasks", self._create_task),
             ("PUT", "/tasks/{task_id}", self._script_task),
@@ -67,10 +67,10 @@ class Control:
 
     async def _put_fault(self, request: Request) -> Response:
         self.faults.put(await _object(request))
-        return json_response(self.faults.in_force())
+        return json_response(self.faults.active())
 
     async def _list_faults(self, _request: Request) -> Response:
-        return json_response(self.faults.in_force())
+        return json_response(self.faults.active())
 
     async def _clear_faults(self, _request: Request) -> Response:
         self.faults.clear()
@@ -82,7 +82,7 @@ class Control:
 
     async def _set_pairs(self, request: Request) -> Response:
         self.gate.pairs = arguments(_pairs, await _object(request))["pairs"]
-        return Response(status_code=204)  # secrets go in, and never out
+        return Response(status_code=204)  # never return secrets
 
     async def _set_limit(self, request: Request) -> Response:
         given = arguments(_limit, await _object(request))
@@ -113,7 +113,7 @@ async def _object(request: Request) -> dict[str, Any]:
     return given
 
 
-# What the bodies of control requests may hold, as signatures for `arguments`.
+# The members of control requests, as signatures for `arguments`.
 def _new_task(*, task_id: str = "", life: dict[str, Any] = ..., data: dict[str, Any] = ...) -> None: ...
 def _script(*, data: dict[str, Any]) -> None: ...
 def _legacy(*, enabled: bool) -> None: ...

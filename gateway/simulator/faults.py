@@ -1,8 +1,8 @@
-"""Faults on demand: the ways in which the simulated vendor misbehaves, one small function each.
+"""Fault injection: one function for each fault of the simulated vendor.
 
-A fault gets a call that was accepted and its right answer. It returns what is sent instead, or
-None when it only took its time: the next fault that strikes, or the right answer, follows.
-The keyword parameters of the functions are the members of `PUT /_simulator/faults`, in camelCase.
+A fault receives an accepted call with its normal response. It returns the response to send instead, or None
+if it only waits: then the next matching fault, or the normal response, follows. The keyword parameters of
+the functions are the members of `PUT /_simulator/faults`, in camelCase.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ _JSON = "application/json;charset=UTF-8"
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """An accepted call of a vendor operation; `legacy` is the style of the deployment."""
+    """An accepted call of a vendor operation. `legacy`: the deployment sends refusals in the older style."""
 
     operation: str
     task_id: str | None
@@ -38,14 +38,14 @@ class Call:
     receive: Receive
 
     async def pause(self, seconds: float | None) -> None:
-        """Wait so long (None: for ever), or until the client has left."""
+        """Wait for `seconds` (None: no limit), or until the client disconnects."""
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                await self.receive()  # the body has been read: all that can come is the disconnect
+                await self.receive()  # the body has been read: the next message is the disconnect
 
     @property
     def body(self) -> bytes:
-        """The right answer's body: an envelope."""
+        """The body of the normal response: an envelope."""
         return bytes(self.answer.body)
 
 
@@ -59,7 +59,7 @@ async def refuse(
     legacy: bool | None = None,
     retry_after: int | HeaderText | None = None,
 ) -> ASGIApp:
-    """Refuse as the API gateway; a code holds its status, and `legacy` unset follows the deployment."""
+    """Refuse like the API gateway. A code includes its status; `legacy` defaults to the deployment."""
     if status is None:
         status = int(code[1:4]) if code else 503
     legacy = call.legacy if legacy is None else legacy
@@ -69,7 +69,7 @@ async def refuse(
 async def status(
     _call: Call, /, *, status: HttpStatus = 502, retry_after: int | HeaderText | None = None
 ) -> ASGIApp:
-    """Answer with a bare HTTP status and a page, as some proxy on the way would."""
+    """Answer with an HTTP status and an HTML page, like a proxy in between."""
     headers = {} if retry_after is None else {"retry-after": str(retry_after)}
     page = f"<html><head><title>{status}</title></head><body><h1>{status}</h1></body></html>"
     return Response(page, status, headers, "text/html")
@@ -102,7 +102,7 @@ async def body(
     content_type: HeaderText = "application/json;charset=UTF-8",
     status: HttpStatus = 200,
 ) -> ASGIApp:
-    """Answer with this very text: HTML, NaN, any wrong shape."""
+    """Answer with the given text: HTML, NaN, or any invalid structure."""
     return Response(body.encode(errors="replace"), status, {"content-type": content_type})
 
 
@@ -112,12 +112,12 @@ async def slow(call: Call, /, *, seconds: Seconds = 1.0) -> None:
 
 
 async def silent(call: Call, /) -> None:
-    """Never answer; what is "sent" once the client has left reaches nobody."""
+    """Never answer; the response that follows the client's disconnect is not sent."""
     await call.pause(None)
 
 
 async def drip(call: Call, /, *, interval: Seconds = 0.1) -> ASGIApp:
-    """Send the headers at once and the right body byte by byte."""
+    """Send the headers immediately and the normal body byte by byte."""
 
     async def drops() -> AsyncIterator[bytes]:
         for value in call.body:
@@ -128,10 +128,11 @@ async def drip(call: Call, /, *, interval: Seconds = 0.1) -> ASGIApp:
 
 
 async def cut(call: Call, /) -> ASGIApp:
-    """Stop in the middle of the body and hang up."""
+    """Stop in the middle of the body and close the connection."""
 
     async def half(_scope: Scope, _receive: Receive, send: Send) -> None:
-        # The length announced is that of the whole: a server that sees it unmet closes the connection.
+        # Content-Length is that of the whole body: the server closes the connection because it is not
+        # reached.
         await send({"type": "http.response.start", "status": 200, "headers": call.answer.raw_headers})
         part = call.body[: len(call.body) // 2]
         await send({"type": "http.response.body", "body": part, "more_body": True})
@@ -140,32 +141,32 @@ async def cut(call: Call, /) -> ASGIApp:
 
 
 async def large(call: Call, /, *, bytes_: Bytes = 16_777_216) -> ASGIApp:
-    """Answer with the right envelope, blown up to so many bytes."""
-    return StreamingResponse(_in_turns(_padded(call.body, bytes_)), media_type=_JSON)
+    """Answer with the normal envelope, padded to this size."""
+    return StreamingResponse(_cooperative(_padded(call.body, bytes_)), media_type=_JSON)
 
 
 async def gzip_bomb(call: Call, /, *, bytes_: Bytes = 1_073_741_824) -> ASGIApp:
-    """Answer with the right envelope, small on the wire and so many bytes when decoded."""
-    chunks = _in_turns(_packed(_padded(call.body, bytes_)))
+    """Answer with the normal envelope, padded to this size and compressed."""
+    chunks = _cooperative(_compressed(_padded(call.body, bytes_)))
     return StreamingResponse(chunks, headers={"content-encoding": "gzip"}, media_type=_JSON)
 
 
 async def redirect(
     _call: Call, /, *, location: HeaderText = "https://example.invalid/", status: HttpStatus = 302
 ) -> ASGIApp:
-    """Send the client elsewhere."""
+    """Answer with a redirect."""
     return Response(status_code=status, headers={"location": location})
 
 
 async def cookie(call: Call, /) -> ASGIApp:
-    """Give the right answer among headers that are nobody's business."""
+    """Send the normal response with a cookie and headers that must not be passed on."""
     call.answer.set_cookie("acw_tc", "simulated", httponly=True)
     call.answer.headers.update({"server": "Tengine", "x-powered-by": "PHP/4", "x-odd": "caf\xe9, \xbf"})
     return call.answer
 
 
 async def deep(_call: Call, /) -> ASGIApp:
-    """Answer with more open brackets than a recursive parser survives."""
+    """Answer with deeply nested brackets that overflow a recursive parser."""
     return Response(b"[" * _DEPTH, media_type=_JSON)
 
 
@@ -188,15 +189,15 @@ FAULTS: Mapping[str, Callable[..., Awaitable[ASGIApp | None]]] = {
 
 @dataclass(slots=True)
 class Aim:
-    """Which calls a fault strikes, and how often: all of them and for ever, unless told otherwise."""
+    """The calls that a fault applies to, and how often. The default is all calls, without limit."""
 
     times: Annotated[int, Field(ge=1)] | None = None
     operation: Operation | None = None
     task_id: str | None = None
     probability: Annotated[float, Field(ge=0, le=1)] = 1.0
 
-    def meets(self, call: Call, random: Random) -> bool:
-        """Say whether the call is a target; where chance decides, it is asked now."""
+    def matches(self, call: Call, random: Random) -> bool:
+        """Return whether the fault applies to the call; this draws the random number."""
         return (
             self.operation in {None, call.operation}
             and self.task_id in {None, call.task_id}
@@ -205,16 +206,16 @@ class Aim:
 
 
 class Faults:
-    """The faults in force, by name, in the order in which they were set."""
+    """The active faults by name, in the order in which they were set."""
 
     def __init__(self, random: Random) -> None:
         self._random = random
         self._faults: dict[str, tuple[dict[str, Any], Aim, dict[str, Any]]] = {}
 
     def put(self, given: Mapping[str, Any] | None) -> None:
-        """Set a fault as a control request describes it, in place of one of that name.
+        """Set a fault from a control request; it replaces one of the same name.
 
-        Raises: ControlError, also for None: what `parse_object` makes of anything but an object.
+        Raises: ControlError, also for None, which `parse_object` returns for anything but an object.
         """
         if given is None:
             raise ControlError("a fault is a JSON object")
@@ -224,24 +225,24 @@ class Faults:
         aimed = {key: value for key, value in given.items() if key in _AIM}
         rest = {key: value for key, value in given.items() if key not in _AIM and key != "name"}
         fault = dict(given), Aim(**arguments(Aim, aimed)), arguments(FAULTS[name], rest)
-        self._faults.pop(name, None)  # the new one takes its place at the end
+        self._faults.pop(name, None)  # the new fault is appended at the end
         self._faults[name] = fault
 
-    def in_force(self) -> list[dict[str, Any]]:
-        """Return the faults as they were given, `times` being those left."""
+    def active(self) -> list[dict[str, Any]]:
+        """Return the faults as they were set, with the remaining `times`."""
         left = ((given, aim.times) for given, aim, _ in self._faults.values())
         return [given if times is None else given | {"times": times} for given, times in left]
 
     def clear(self) -> None:
-        """Forget every fault; one that is under way runs to its end."""
+        """Remove all faults; a running one continues to its end."""
         self._faults.clear()
 
-    async def play(self, call: Call) -> ASGIApp:
-        """Return what answers the call: the first fault's own answer, or else the right one."""
+    async def apply(self, call: Call) -> ASGIApp:
+        """Return the response of the first fault that has one, or the normal response."""
         for name, fault in tuple(self._faults.items()):
             _, aim, parameters = fault
-            # While an earlier fault took its time, this one may have been spent, replaced or cleared.
-            if self._faults.get(name) is not fault or not aim.meets(call, self._random):
+            # While an earlier fault was waiting, this one may have been used up, replaced or cleared.
+            if self._faults.get(name) is not fault or not aim.matches(call, self._random):
                 continue
             if aim.times is not None:
                 aim.times -= 1
@@ -261,13 +262,13 @@ def _padded(answer: bytes, size: int) -> Iterator[bytes]:
     yield tail
 
 
-def _packed(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    packer = zlib.compressobj(wbits=31)  # 31: with gzip's header
-    yield from map(packer.compress, chunks)
-    yield packer.flush()
+def _compressed(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    compressor = zlib.compressobj(wbits=31)  # 31: with gzip's header
+    yield from map(compressor.compress, chunks)
+    yield compressor.flush()
 
 
-async def _in_turns(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
+async def _cooperative(chunks: Iterator[bytes]) -> AsyncIterator[bytes]:
     for chunk in chunks:
         yield chunk
-        await asyncio.sleep(0)  # a large answer must not keep the control API waiting
+        await asyncio.sleep(0)  # a large response must not block the control API

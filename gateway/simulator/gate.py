@@ -1,8 +1,8 @@
-"""The API gateway in front of the simulated vendor: it lets signed requests in and refuses the rest.
+"""The API gateway in front of the simulated vendor: it accepts signed requests and refuses all others.
 
-A refusal is an HTTP status with `X-Ca-Error-Code` and `X-Ca-Error-Message`, and no body. Codes
-stand only where the vendor's documentation ties one to the message. `legacy` answers as older
-deployments do: with the message alone, and 400 or 403 where newer ones use other 4xx.
+A refusal is an HTTP status with `X-Ca-Error-Code` and `X-Ca-Error-Message`, and no body. It has a code only
+if the vendor's documentation gives one for the message. `legacy` selects the style of older deployments:
+the message only, and status 400 or 403 instead of other 4xx.
 """
 
 import re
@@ -23,7 +23,7 @@ _LEGACY_STATUS = {401: 403, 404: 400, 405: 400, 429: 403}
 def refusal(
     status: int, message: str, code: str = "", *, legacy: bool = False, retry_after: int | str | None = None
 ) -> Response:
-    """Return an answer of the API gateway itself; `legacy` drops the code and maps the status."""
+    """Return a refusal of the API gateway; `legacy` drops the code and maps the status."""
     headers = {"x-ca-error-message": message}
     if code and not legacy:
         headers["x-ca-error-code"] = code
@@ -33,9 +33,9 @@ def refusal(
 
 
 class Gate:
-    """Judges requests, and remembers nonces for as long as they must not come again.
+    """Authenticates requests, and remembers each nonce for as long as it must not be reused.
 
-    `pairs` is looked up at each request: who changes the mapping, or sets another, revokes or adds a key.
+    `pairs` is looked up at each request: changing or replacing the mapping adds or revokes keys.
     """
 
     def __init__(self, pairs: Mapping[str, str], *, clock: Callable[[], float]) -> None:
@@ -45,11 +45,11 @@ class Gate:
         self._nonces: TTLCache[str, None] = TTLCache(MAX_NONCES, WINDOW_SECONDS, timer=clock)
 
     def refuse(self, status: int, message: str, code: str = "") -> Response:
-        """Return a refusal in the style of the present deployment."""
+        """Return a refusal in the current style."""
         return refusal(status, message, code, legacy=self.legacy)
 
-    def judge(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Response | None:
-        """Return a refusal, or None for a request that may pass; its nonce is then spent."""
+    def check(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Response | None:
+        """Return a refusal, or None for an accepted request; its nonce is then used up."""
         secret = self.pairs.get(headers.get("x-ca-key", ""))
         if secret is None:
             return self.refuse(400, "Invalid AppKey", "A400IK")
@@ -57,8 +57,8 @@ class Gate:
         if verdict.fault is not None and "Content-MD5" in verdict.fault:
             return self.refuse(400, "Invalid Content-MD5", "I400MH")
         nonce = headers.get("x-ca-nonce")
-        if verdict.fault is not None or not nonce or not _stage_signed(headers):
-            # Like the vendor's, the message shows the string to sign, key and all, newlines as "#".
+        if verdict.fault is not None or not nonce or not _is_stage_signed(headers):
+            # Like the vendor's, the message has the whole string to sign, with newlines as "#".
             text = re.sub(r"[^\x20-\x7e]", "?", verdict.text.replace("\n", "#"))
             return self.refuse(403, f"Invalid Signature, Server StringToSign:`{text}`", "A403IS")
         if fault := _timestamp_fault(headers.get("x-ca-timestamp", ""), self._clock()):
@@ -69,7 +69,7 @@ class Gate:
         return None
 
 
-def _stage_signed(headers: Mapping[str, str]) -> bool:
+def _is_stage_signed(headers: Mapping[str, str]) -> bool:
     return "x-ca-stage" not in headers or "x-ca-stage" in headers["x-ca-signature-headers"].lower()
 
 

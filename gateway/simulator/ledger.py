@@ -1,4 +1,4 @@
-"""What the simulated vendor's operations have seen; bounded, however long it runs."""
+"""A bounded record of the calls of the simulated vendor's operations."""
 
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ MAX_REQUESTS = 200
 
 
 class Ledger:
-    """Counts calls, and keeps the last requests as they came."""
+    """Counts calls, and keeps the last requests as received."""
 
     def __init__(self) -> None:
         self.requests: deque[dict[str, Any]] = deque(maxlen=MAX_REQUESTS)
@@ -21,7 +21,7 @@ class Ledger:
         self.reset()
 
     def reset(self) -> None:
-        """Start counting anew; calls that are in flight still are."""
+        """Reset the counters, except the number of calls in flight."""
         self.refused = 0
         self._calls: Counter[str] = Counter()
         self._calls_by_task: LRUCache[str, int] = LRUCache(MAX_TASKS)
@@ -29,8 +29,8 @@ class Ledger:
         self._times: deque[float] = deque(maxlen=MAX_TIMES)
 
     @contextmanager
-    def flight(self) -> Iterator[None]:
-        """Count a request as in flight until its answer is sent, or its client gone."""
+    def in_flight(self) -> Iterator[None]:
+        """Count a request as in flight until its response is sent or its client disconnects."""
         self._in_flight += 1
         self._max_in_flight = max(self._max_in_flight, self._in_flight)
         try:
@@ -46,7 +46,7 @@ class Ledger:
             self._calls_by_task[task_id] = self._calls_by_task.get(task_id, 0) + 1
 
     def stats(self) -> dict[str, Any]:
-        """Return the counts as `GET /_simulator/stats` shows them."""
+        """Return the counters as served by `GET /_simulator/stats`."""
         return {
             "calls": dict(self._calls),
             "callsByTask": dict(self._calls_by_task),

@@ -1,4 +1,4 @@
-"""The flow control of the API gateway in front of the simulated vendor: so many calls in each second."""
+"""The flow control of the API gateway in front of the simulated vendor: a limit of calls per second."""
 
 from collections.abc import Callable
 
@@ -8,10 +8,10 @@ from gateway.simulator.gate import Gate, refusal
 
 
 class Limit:
-    """Takes `calls` in each second of the clock, 0: any number, and throttles the rest.
+    """Accepts `calls` in each second of the clock (0: no limit), and throttles the rest.
 
-    The vendor documents limits by the second, minute, hour or day, counted for an app over all its
-    calls; whether its refusals tell a `Retry-After` it does not say: `retry_after` in seconds, or None.
+    The vendor documents limits per second, minute, hour or day, for all calls of an app. It does not document
+    whether its refusals have a `Retry-After`: `retry_after` is in seconds, or None.
     """
 
     def __init__(self, gate: Gate, *, clock: Callable[[], float]) -> None:
@@ -21,15 +21,15 @@ class Limit:
         self._gate = gate
         self._clock = clock
         self._second = 0
-        self._taken = 0
+        self._count = 0
 
-    def judge(self) -> Response | None:
-        """Count a call; return a refusal if it is one too many."""
+    def check(self) -> Response | None:
+        """Count a call; return a refusal if it exceeds the limit."""
         second = int(self._clock())
         if second != self._second:
-            self._second, self._taken = second, 0
-        self._taken += 1
-        if not self.calls or self._taken <= self.calls:
+            self._second, self._count = second, 0
+        self._count += 1
+        if not self.calls or self._count <= self.calls:
             return None
         self.throttled += 1
         return refusal(

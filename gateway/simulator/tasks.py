@@ -1,7 +1,7 @@
-"""The simulated vendor's tasks: what each of them would answer at a given moment.
+"""The simulated vendor's tasks: the response for each task at a given time.
 
-A task's state is a pure function of its life, its birth and now: nothing runs in the background,
-and a test that holds the clock holds every task.
+The state of a task is a pure function of its life, its creation time and the current time. Nothing runs in
+the background, so a test that stops the clock stops every task.
 """
 
 import math
@@ -24,10 +24,10 @@ _URL_SECONDS = 3600
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """The schedule of a task from its birth on.
+    """The schedule of a task, relative to its creation.
 
-    `steps` is the grain of its progress. With `jump_back` the number falls near 65 % and recovers at
-    75 %, as the vendor's does. A task that vanishes is unknown from then on.
+    `steps` is the resolution of its progress. With `jump_back`, progress falls at 65 % and recovers at 75
+    %, as observed with the vendor. After `vanishes_after_seconds` the task is unknown.
     """
 
     waiting_seconds: Seconds = 2.0
@@ -46,12 +46,12 @@ class _Moment:
     status: str
     step: int = 0
     queue: int = 0
-    eta_seconds: float = 0.0  # before the end 0 means "not known", as in the documented example
+    eta_seconds: float = 0.0  # 0 means "unknown" while the task runs, as in the documented example
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One task; `script`, where given, is the `data` it answers whatever its life says."""
+    """One task. `script`, if given, replaces the `data` that its life determines."""
 
     task_id: str
     born: float
@@ -59,12 +59,12 @@ class Task:
     script: Mapping[str, Any] | None = None
 
     def known(self, now: float) -> bool:
-        """Say whether the vendor still knows the task."""
+        """Return whether the vendor still knows the task."""
         limit = self.life.vanishes_after_seconds
         return limit is None or now - self.born < limit
 
     def data(self, operation: str, now: float) -> dict[str, Any]:
-        """Return the `data` of the envelope that answers `operation`."""
+        """Return the `data` of the envelope for `operation`."""
         if self.script is not None:
             return {"taskId": self.task_id, **self.script}
         api, _, wanted = operation.partition("_get_")
@@ -79,7 +79,7 @@ class Task:
             "lastQueueRemaining": moment.queue,
             "etaRelative": moment.eta_seconds,
         }
-        if moment.status == "waiting":  # the documented example has neither message nor state
+        if moment.status == "waiting":  # the documented example has no message and no state
             return data
         data["message"] = f"step {moment.step} of {self.life.steps}"
         if api == "sd":
@@ -97,7 +97,7 @@ class Task:
 
     def _result(self, api: str, moment: _Moment, now: float) -> dict[str, Any]:
         data: dict[str, Any] = {"status": _spelled(api, moment.status)}
-        if api == "comfy":  # the vendor's Python client cannot read a comfy result without it
+        if api == "comfy":  # the vendor's Python client cannot parse a comfy result without it
             data["taskId"] = self.task_id
         if moment.status == "succeeded":
             url = f"https://example.invalid/{self.task_id}.png?Expires={int(now) + _URL_SECONDS}"
@@ -109,7 +109,7 @@ class Task:
 
 
 def new_task_id(clock: Callable[[], float], random: Random) -> str:
-    """Return an ID like the vendor's: a ULID (48 bits of milliseconds, 80 of chance) in lower case."""
+    """Return an ID like the vendor's: a ULID (48 bits of milliseconds, 80 random bits) in lower case."""
     number = int(clock() * 1000) << 80 | random.getrandbits(80)
     return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
 
@@ -121,11 +121,11 @@ def _moment(life: Life, age: float) -> _Moment:
     if ran >= life.running_seconds:
         return _Moment(life.outcome, step=life.steps - (life.outcome != "succeeded"))
     part = ran / life.running_seconds
-    if life.jump_back and 0.65 <= part < 0.75:  # noqa: PLR2004 - where the vendor's number falls
+    if life.jump_back and 0.65 <= part < 0.75:  # noqa: PLR2004 - see Life
         part -= 0.3
     return _Moment("running", step=int(part * life.steps), eta_seconds=round(life.running_seconds - ran, 3))
 
 
 def _spelled(api: str, status: str) -> str:
-    # The sd reference spells success "successed", the comfy reference "succeeded".
+    # The vendor's sd reference spells it "successed", its comfy reference "succeeded".
     return "successed" if (api, status) == ("sd", "succeeded") else status

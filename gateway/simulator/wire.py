@@ -1,4 +1,4 @@
-"""JSON in and out of the simulator: what control requests may say, and how bodies are written."""
+"""JSON of the simulator: validation of control requests, and rendering of responses."""
 
 import inspect
 import json
@@ -10,25 +10,25 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 from starlette.responses import Response
 
-Seconds = Annotated[float, Field(ge=0, le=1e9)]  # so that every event loop can wait as long
+Seconds = Annotated[float, Field(ge=0, le=1e9)]  # a timeout that every event loop supports
 Bytes = Annotated[int, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
 HttpStatus = Annotated[int, Field(ge=200, le=599)]
-# What a header can carry: Latin-1 without control characters. Refused here, or the answer would break.
+# Valid in a header: Latin-1 without control characters. Anything else would make the response fail.
 HeaderText = Annotated[str, Field(pattern=r"^[\x20-\x7e\xa0-\xff]*$")]
 
 
 class ControlError(ValueError):
-    """A control request that makes no sense; its text is for whoever sent it."""
+    """An invalid control request; the message is sent to the client."""
 
 
 def arguments(target: Callable[..., object], given: Mapping[str, object]) -> dict[str, Any]:
     """Return JSON members as keyword arguments of `target`, checked against its annotations.
 
-    Members are in camelCase, without the underscore that ends `bytes_`; those with a default may be
-    left out. Positional-only parameters are the caller's own affair.
+    Members are in camelCase, without a trailing underscore as in `bytes_`; those with a default are optional.
+    Positional-only parameters are ignored.
 
-    Raises: ControlError, which names the member and what is allowed.
+    Raises: ControlError with the name of the member and what is allowed.
     """
     parameters = {
         to_camel(name.rstrip("_")): parameter
@@ -43,7 +43,7 @@ def arguments(target: Callable[..., object], given: Mapping[str, object]) -> dic
 
 
 def parse_object(text: bytes) -> dict[str, Any] | None:
-    """Return a JSON object, or None where `text` is not one."""
+    """Return a JSON object, or None if `text` is not one."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -52,7 +52,7 @@ def parse_object(text: bytes) -> dict[str, Any] | None:
 
 
 def json_response(content: object, status: int = 200) -> Response:
-    """Return a JSON answer; unlike Starlette's own, NaN and lone surrogates do not break it."""
+    """Return a JSON response. Unlike Starlette's, it accepts NaN and lone surrogates."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return Response(text.encode(errors="replace"), status, media_type="application/json;charset=UTF-8")
 
@@ -65,7 +65,7 @@ def envelope(
     sub_err_code: str | None = None,
     sub_err_message: str | None = None,
 ) -> Response:
-    """Return the vendor's envelope: status 10 with `data`, 20 without; always HTTP 200."""
+    """Return an envelope of the vendor: status 10 with `data`, 20 without; always HTTP 200."""
     return json_response(
         {
             "status": 20 if data is None else 10,

@@ -1,1 +1,1 @@
-"""Where snapshots are kept: the Store protocol, a store in memory, and one shared through Valkey."""
+"""Storage of snapshots: the Store protocol, an in-memory store, and a store shared through Valkey."""

@@ -1,8 +1,8 @@
-"""Where snapshots live. The service knows this Protocol and never which store is behind it.
+"""The interface of a store of snapshots. The service uses it without knowing the implementation.
 
-take_off -> a fresh snapshot, whoever fetched it   -> the flight ends with it
-         -> a failure, whoever met it              -> the flight ends with it
-         -> a lease: ask upstream, then            -> land | fail | abandon
+acquire -> a fresh snapshot, fetched by any replica   -> the result of the in-flight request
+        -> a failure, met by any replica              -> the result of the in-flight request
+        -> a lease: query the upstream, then          -> commit | fail | abandon
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from gateway.domain.task import TaskKey
 
 
 class Lease(NamedTuple):
-    """The right to ask upstream about a task, over all replicas. `version` is for the answer's snapshot.
+    """The exclusive right, among all replicas, to query the upstream about a task.
 
-    `token` proves whose lease it is; it is empty where nobody else could take it.
+    `version` is the version of the resulting snapshot: a fencing token. `token` identifies the holder; it is
+    empty if no other replica can take the lease.
     """
 
     key: TaskKey
@@ -28,104 +29,103 @@ class Lease(NamedTuple):
 
 
 class Store(Protocol):
-    """Keeps the newest snapshot of each task, and for a moment the failures to get one.
+    """Keeps the latest snapshot of each task, and for a short time the failures to fetch one.
 
-    `peek`, `is_current`, `peek_stale`, `latest` and `failure` never wait: they answer from this process's
-    memory. The others may ask a server, and never raise when it is gone: each replica then goes on alone.
-    Open it with `async with`.
+    `peek`, `is_current`, `peek_stale`, `latest` and `failure` read this process's memory and never wait. The
+    other methods may query a server. They do not raise if it is unavailable: each replica then works with its
+    own memory. Open a store with `async with`.
     """
 
     @property
     def trouble(self) -> str | None:
-        """Why it does less than it should, in a word."""
+        """The reason why the store is degraded, in one word; None if it is not."""
         ...
 
     async def __aenter__(self) -> Self:
-        """Make ready; it need not wait until a server is reached."""
+        """Open the store; this need not wait for a connection to a server."""
         ...
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Let go of whatever is held open."""
+        """Close all connections."""
         ...
 
     def peek(self, key: TaskKey) -> Snapshot | None:
-        """Return the snapshot held here, fresh or not, unless a newer one may have been missed."""
+        """Return the snapshot in memory, fresh or not, unless a newer one may have been missed."""
         ...
 
     def is_current(self, snapshot: Snapshot, now: float) -> bool:
-        """Tell whether `peek`, which has returned this snapshot, would surely do so again `now`.
+        """Return whether `peek`, which has returned this snapshot, would certainly return it again `now`.
 
-        Asked at every repeated hit, so no look-up: whoever only asks this keeps nothing in the cache.
+        Called for each repeated hit, so it does no look-up and does not count as a use of the cache entry.
         """
         ...
 
     def peek_stale(self, key: TaskKey) -> Snapshot | None:
-        """Return the snapshot held here even then: to cover a failure."""
+        """Return the snapshot in memory even if a newer one may have been missed: for stale-if-error."""
         ...
 
     def latest(self, key: TaskKey) -> Snapshot | None:
-        """Return the newest snapshot known here, be it shown yet or not: for what follows it."""
+        """Return the latest snapshot known, visible yet or not: the one that a new snapshot follows."""
         ...
 
     def failure(self, key: TaskKey) -> GatewayError | None:
-        """Return the failure that is remembered against a task, while it is."""
+        """Return the cached failure of a task, if any (negative cache)."""
         ...
 
     async def sync(self) -> bool:
-        """Wait for a moment until nothing may have been missed; tell whether `peek` may know more now."""
+        """Wait briefly for the read barrier; return whether `peek` may return a newer snapshot now."""
         ...
 
     async def acquire(
         self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
-        """Return what ends a flight before it asks upstream, or the lease to ask.
+        """Return a result that makes an upstream query unnecessary, or the lease for one.
 
-        `after`: a fresh snapshot will do only if its stamp is larger. Where another replica holds
-        the lease, this waits until that one has landed, failed or died, or patience has run out.
+        `after`: only a fresh snapshot with a larger version is a result. If another replica holds the lease,
+        this waits until that replica commits, fails or dies, at most `timeout_seconds`.
         """
         ...
 
     async def commit(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
-        """Store a snapshot unless a newer one is there, and end the lease; return the one that is kept.
+        """Store a snapshot unless a newer one is stored, and end the lease; return the stored one.
 
-        What has ended stays ended: no snapshot of a task that goes on replaces a terminal one. It returns
-        when what is kept is shown, by every replica. None: too late, and what is kept is not fresh, or
-        another replica is asking: take off again.
+        A terminal snapshot is never replaced by a non-terminal one. This returns when the stored snapshot
+        is visible in every replica. None: the lease has expired, and the stored snapshot is not fresh, or
+        another replica holds the lease. Call `acquire` again.
         """
         ...
 
     async def fail(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
-        """Remember a failure for so many seconds, and end the lease."""
+        """Cache a failure for `seconds`, and end the lease."""
         ...
 
     async def abandon(self, lease: Lease) -> None:
-        """End the lease without an outcome."""
+        """End the lease without a result."""
         ...
 
     async def token(self, per_second: float, *, saved: float, timeout_seconds: float) -> float:
-        """Take one upstream call out of the replicas' common budget; return the seconds to wait for it.
+        """Take one permit from the replicas' shared rate limiter; return the seconds to wait for it.
 
-        `saved`: how many calls a silence saves up. Raises: BudgetSpent, when that exceeds
-        `timeout_seconds`.
+        `saved`: the burst size, in calls. Raises: RateLimiterExhausted if the wait exceeds `timeout_seconds`.
         """
         ...
 
     async def announce_throttling(self, retry_after: float | None) -> None:
-        """Tell the other replicas that upstream has slowed this one down, and for how long, if it said so."""
+        """Notify the other replicas that the upstream throttles, and for how long, if known."""
         ...
 
     def on_throttled(self, listener: Callable[[float | None], None]) -> None:
-        """Call `listener` when upstream has slowed a replica down, perhaps this one."""
+        """Call `listener` when the upstream throttles any replica, including this one."""
         ...
 
     def on_change(self, listener: Callable[[Snapshot], None]) -> None:
-        """Call `listener`, on the event loop, with each snapshot stored from now on, by whichever replica."""
+        """Call `listener`, on the event loop, with each snapshot that any replica stores from now on."""
         ...
 
     def __len__(self) -> int:
-        """Return the number of snapshots held here; like `size` it changes nothing: any thread may ask."""
+        """Return the number of snapshots in memory. Like `size`, read-only and safe in any thread."""
         ...
 
     def size(self) -> int:
-        """Return the memory of what is held here, in bytes."""
+        """Return the memory of all entries, in bytes."""
         ...

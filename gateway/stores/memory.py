@@ -1,8 +1,8 @@
-"""The store of a single process: two caches, bounded together in bytes; least recently used go first.
+"""The store of a single process: two LRU caches with a common limit in bytes.
 
-Items outlive their freshness on purpose: a stale snapshot covers upstream failures, keeps the
-high-water mark of a running task's progress, and remembers that a task has ended. Freshness
-is the snapshot's own business. Event-loop thread only: cachetools takes no locks.
+Entries are kept beyond their freshness: a stale snapshot is served when the upstream fails (stale-if-error),
+keeps the high-water mark of a running task's progress, and records that a task has ended. Each snapshot
+determines its own freshness. Use it on the event-loop thread only: cachetools takes no locks.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.stores.base import Lease
 
-# For this long after its freshness a task's story is remembered: a caller who comes back within
-# the hour sees progress that fell, or a finished task that runs, never.
+# How long the last progress snapshot of a task is kept after its freshness. Within this hour, clients never
+# see progress that falls, or a finished task that runs again.
 MEMORY_SECONDS = 3600.0
 
 
-# What an entry costs beside its bodies: its objects, keys and places in the caches, rounded up (tracemalloc
-# says 0.7 KB of a snapshot and 0.9 KB of a failure, under Python 3.11).
+# Memory of an entry besides its bodies: objects, keys and cache slots, rounded up (measured with tracemalloc
+# under Python 3.11: 0.7 KB for a snapshot, 0.9 KB for a failure).
 ENTRY_BYTES = 1024
-_EXPIRE_SECONDS = 1.0  # between two removals of what has expired, unless something is stored
+_EXPIRE_SECONDS = 1.0  # interval between removals of expired entries while nothing is stored
 
 
-class _Kept(TLRUCache[TaskKey, Any]):
-    """Entries whose sizes are in bytes. `entries` and `bytes` change nothing: any thread may ask."""
+class _ByteSizedCache(TLRUCache[TaskKey, Any]):
+    """A cache with sizes in bytes. `entries` and `bytes` are read-only and safe in any thread."""
 
     def entries(self) -> int:
-        """Return the number of entries, those included that have expired since the last change."""
+        """Return the number of entries, including those that have expired since the last change."""
         return Cache.__len__(self)
 
     def bytes(self) -> int:
@@ -44,26 +44,26 @@ class _Kept(TLRUCache[TaskKey, Any]):
         return size
 
 
-class _Snapshots(_Kept):
-    """Notes on a snapshot that has to make room that it is shown no more."""
+class _SnapshotCache(_ByteSizedCache):
+    """Marks evicted snapshots as no longer current."""
 
     def untouched(self) -> list[Snapshot]:
-        """Return all, none of which is the more recently used for it."""
+        """Return all snapshots without marking them as used."""
         return [Cache.__getitem__(self, key) for key in self]
 
     def popitem(self) -> tuple[TaskKey, Snapshot]:
-        """Remove the least recently used one."""
+        """Remove the least recently used snapshot."""
         key, snapshot = super().popitem()
         snapshot.shown_until = -math.inf
         return key, snapshot
 
 
 class MemoryStore:
-    """Keeps up to `max_tasks` snapshots, each until its staleness is of no more use, and as many failures.
+    """Keeps up to `max_tasks` snapshots, each as long as it may be served stale, and as many failures.
 
-    `max_bytes` bounds bodies and envelopes of all together, and `ENTRY_BYTES` for each; failures, which are
-    remembered for a moment, make room first. What is larger by itself is not kept. `stale_seconds`: how long
-    after its freshness a snapshot may still be shown.
+    `max_bytes` limits the sum of all bodies and envelopes plus `ENTRY_BYTES` for each entry. Failures are
+    short-lived and evicted first. An entry that is larger than the limit is not kept. `stale_seconds`: how
+    long a snapshot may be served after its freshness.
     """
 
     def __init__(
@@ -80,30 +80,30 @@ class MemoryStore:
         self._stale_seconds = stale_seconds
         self._clock = clock
         self._listeners: list[Callable[[Snapshot], None]] = []
-        self._snapshots = _Snapshots(max_bytes, self._forget_at, timer=clock, getsizeof=_snapshot_bytes)
-        self._failures = _Kept(
+        self._snapshots = _SnapshotCache(max_bytes, self._expires_at, timer=clock, getsizeof=_snapshot_bytes)
+        self._failures = _ByteSizedCache(
             max_bytes,
             lambda _key, failure, now: now + failure[1],
             timer=clock,
             getsizeof=lambda failure: _failure_bytes(failure[0]),
         )
-        self._failures_end = -math.inf  # from when on none is remembered
+        self._failures_until = -math.inf  # no failure is cached after this moment
         self._expire_at = -math.inf
 
     async def __aenter__(self) -> Self:
-        """See `Store`: nothing is to be opened."""
+        """See `Store`: there is nothing to open."""
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """See `Store`: nothing is open."""
+        """See `Store`: there is nothing to close."""
 
     def peek(self, key: TaskKey) -> Snapshot | None:
-        """See `Store.peek`: nobody else stores anything, so there is none to miss."""
+        """See `Store.peek`: no other process stores snapshots, so none can be missed."""
         try:
             snapshot: Snapshot = self._snapshots[key]
         except KeyError:
             now = self._clock()
-            if now >= self._expire_at:  # each look at what is first to expire takes a microsecond
+            if now >= self._expire_at:  # each check for expired entries takes a microsecond
                 self._expire_at = now + _EXPIRE_SECONDS
                 self._snapshots.expire()
             return None
@@ -123,19 +123,19 @@ class MemoryStore:
 
     def failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.failure`."""
-        if self._clock() >= self._failures_end:  # the rule, at a tenth of the cost
+        if self._clock() >= self._failures_until:  # the common case, at a tenth of the cost
             return None
         failure = self._failures.get(key)
         return None if failure is None else failure[0]
 
     async def sync(self) -> bool:
-        """See `Store.sync`: it is never behind."""
+        """See `Store.sync`: memory is never behind."""
         return False
 
     async def acquire(
         self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
-        """See `Store.acquire`: the lease is always ours, for a task has one flight at a time."""
+        """See `Store.acquire`: the lease is always available, since a task has one in-flight request."""
         snapshot = self.peek(key)
         if (
             snapshot is not None
@@ -154,24 +154,24 @@ class MemoryStore:
         self.keep_failure(lease.key, error, seconds=seconds)
 
     async def abandon(self, lease: Lease) -> None:
-        """See `Store.abandon`: there is nobody who would wait for it."""
+        """See `Store.abandon`: no other process waits for the lease."""
 
     async def token(self, per_second: float, *, saved: float, timeout_seconds: float) -> float:
-        """See `Store.token`: nobody else takes any."""
+        """See `Store.token`: there is no shared rate limiter."""
         return 0.0
 
     async def announce_throttling(self, retry_after: float | None) -> None:
-        """See `Store.announce_throttling`: there is nobody to tell."""
+        """See `Store.announce_throttling`: there are no other replicas."""
 
     def on_throttled(self, listener: Callable[[float | None], None]) -> None:
-        """See `Store.on_throttled`: there is nobody who would tell."""
+        """See `Store.on_throttled`: there are no other replicas."""
 
     def on_change(self, listener: Callable[[Snapshot], None]) -> None:
         """See `Store.on_change`."""
         self._listeners.append(listener)
 
     def keep(self, snapshot: Snapshot) -> Snapshot:
-        """Keep a snapshot as `commit` does, without a lease."""
+        """Store a snapshot as `commit` does, without a lease."""
         kept = self.peek(snapshot.key)
         if kept is not None and (
             kept.version > snapshot.version or (kept.terminal and not snapshot.terminal)
@@ -182,26 +182,26 @@ class MemoryStore:
             del self._snapshots[snapshot.key]
         if self._make_room(self._snapshots, _snapshot_bytes(snapshot)):
             self._snapshots[snapshot.key] = snapshot
-        if self._clock() < self._failures_end:
+        if self._clock() < self._failures_until:
             self._failures.pop(snapshot.key, None)
         for listener in self._listeners:
             listener(snapshot)
         return snapshot
 
     def keep_failure(self, key: TaskKey, error: GatewayError, *, seconds: float) -> None:
-        """Remember a failure as `fail` does, without a lease."""
+        """Cache a failure as `fail` does, without a lease."""
         self._failures.pop(key, None)
         if self._make_room(self._failures, _failure_bytes(error)):
             self._failures[key] = (error, seconds)
-        self._failures_end = max(self._failures_end, self._clock() + seconds)
+        self._failures_until = max(self._failures_until, self._clock() + seconds)
 
     def snapshots(self) -> list[Snapshot]:
-        """Return all snapshots; which of them are used is not touched."""
+        """Return all snapshots without marking them as used."""
         return self._snapshots.untouched()
 
     def keep_seconds(self, snapshot: Snapshot) -> float:
-        """Return for how long after its fetching a snapshot is kept."""
-        # A result may be a megabyte and has no story to remember.
+        """Return how long a snapshot is kept after it was fetched, in seconds."""
+        # A result may have a megabyte, and has no progress to remember.
         result = snapshot.key.operation.is_result
         return snapshot.lifetime + (
             self._stale_seconds if result else max(self._stale_seconds, MEMORY_SECONDS)
@@ -215,8 +215,8 @@ class MemoryStore:
         """See `Store.size`."""
         return self._snapshots.bytes() + self._failures.bytes()
 
-    def _make_room(self, cache: _Kept, size: int) -> bool:
-        """Remove what is in the way of one more entry; tell whether there is room for it."""
+    def _make_room(self, cache: _ByteSizedCache, size: int) -> bool:
+        """Evict entries until one more of this size fits; return whether it can fit."""
         if size > self._max_bytes:
             return False
         self._failures.expire()
@@ -227,7 +227,7 @@ class MemoryStore:
             (self._failures if self._failures.entries() else self._snapshots).popitem()
         return True
 
-    def _forget_at(self, _key: TaskKey, snapshot: Snapshot, _now: float) -> float:
+    def _expires_at(self, _key: TaskKey, snapshot: Snapshot, _now: float) -> float:
         return snapshot.fetched_at + self.keep_seconds(snapshot)
 
 
@@ -236,7 +236,7 @@ def _snapshot_bytes(snapshot: Snapshot) -> int:
 
 
 def _failure_bytes(error: GatewayError) -> int:
-    said = error.detail if isinstance(error, UpstreamError) else None
-    texts = 0 if said is None else sum(len(text) for text in astuple(said) if text is not None)
+    detail = error.detail if isinstance(error, UpstreamError) else None
+    texts = 0 if detail is None else sum(len(text) for text in astuple(detail) if text is not None)
     envelope = error.envelope if isinstance(error, UpstreamRejected) else b""
     return len(envelope) + texts + ENTRY_BYTES

@@ -1,4 +1,4 @@
-"""What the attacks share: a gateway to attack, once with hits answered at the edge and once without."""
+"""The gateway under attack: once with the server's fast path for hits, once without."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from tests.harness import Gateway, Json, Simulator
 def target(
     request: pytest.FixtureRequest, simulator: Simulator, launch: Callable[..., Gateway]
 ) -> Callable[..., Gateway]:
-    """Return a function that runs a gateway, in front of the simulator unless told otherwise."""
+    """Return a function that runs a gateway, by default in front of the simulator."""
     edge = request.param == "edge"
 
     def run(endpoint: str = "", *, server: Json | None = None, **sections: Any) -> Gateway:

@@ -1,14 +1,14 @@
-"""A differential fuzzer: one byte stream, cut at different places, edge on and off, gives the same answers.
+"""A differential fuzzer: the same byte stream gets the same responses, with any segmentation.
 
-Streams are made of valid and broken requests: pipelined, with bodies, with chunks, extensions and trailers,
-with garbage between them. Each is sent to two gateways, one with `server.edge` and one without, whole and in
-pieces, over a connection of its own. The answers are parsed strictly and compared, dates, ages and ids aside,
-and so is whether the gateway has ended the connection.
+Streams consist of valid and malformed requests: pipelined, with bodies, chunks, extensions and trailers, and
+garbage in between. Each is sent to two gateways, one with `server.edge` and one without, whole and in pieces,
+each time on a new connection. The responses are parsed strictly and compared, except for dates, ages and IDs.
+So is whether the gateway has closed the connection.
 
     python -m tests.attacks.fuzz --streams 50000
-    python -m tests.attacks.fuzz --seed 3 --only 1234      # one stream again, with what came
+    python -m tests.attacks.fuzz --seed 3 --only 1234      # one stream again, with its responses
 
-A stream depends on the seed and its number alone.
+A stream depends on the seed and its number only.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from tests.attacks.streams import TASKS, Stream, stream
 from tests.attacks.wire import Answer, Line, MalformedAnswer, parse
 from tests.harness import Gateway, RawUpstream, gateway, reset, well
 
-BATCH = 40  # streams that are under way at once
+BATCH = 40  # concurrent streams
 _SETTINGS = {
-    # Long: what ends a connection here is what was sent, never a timer.
+    # Long: connections must end because of the bytes sent, never because of a timeout.
     "server": {"header_seconds": 600, "keep_alive_seconds": 600},
     "cache": {"running_seconds": 86_400, "error_seconds": 86_400},
     "upstream": {"timeout_seconds": 600, "attempt_timeout_seconds": 300},
 }
-# Cache-Status: a task whose name was broken is a miss for the stream that asks first, and then a hit.
+# Cache-Status: a task with a damaged ID is a miss for the first stream, and then a hit.
 _VOLATILE = frozenset({"date", "age", "cache-status"})
 _SECONDS = re.compile(r"(?<=max-age=)\d+")
 _MADE_ID = re.compile(r"[0-9a-f]{32}")
@@ -46,7 +46,7 @@ _QUIET_TURNS = 2
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came back on a connection: comparable answers, what was no answer, and whether it was ended."""
+    """The result of a connection: comparable responses, unparsable bytes, and whether it was closed."""
 
     answers: tuple[tuple[int, tuple[tuple[str, str], ...], bytes, str], ...]
     fault: str
@@ -55,7 +55,7 @@ class Outcome:
 
 @dataclass
 class Run:
-    """A stream on its way to one gateway, in pieces."""
+    """A stream that is being sent to one gateway, in pieces."""
 
     name: str
     pieces: list[bytes]
@@ -65,14 +65,14 @@ class Run:
     ended: bool = False
 
     def step(self) -> None:
-        """Send the next piece, if there is one and the gateway still listens."""
+        """Send the next piece, if there is one and the gateway still reads."""
         if self.pieces:
             piece = self.pieces.pop(0)
             with suppress(ConnectionError):
                 self.line.socket.sendall(piece)
 
     def read(self) -> bool:
-        """Take what has come; tell whether there was anything new."""
+        """Read received bytes; return whether there were any."""
         if self.ended:
             return False
         news = False
@@ -91,7 +91,7 @@ class Run:
             return True
 
     def outcome(self) -> Outcome:
-        """Parse what came."""
+        """Parse the received bytes."""
         answers: list[Answer] = []
         rest, fault = bytes(self.received), ""
         try:
@@ -103,7 +103,7 @@ class Run:
                     break
                 refused = found[0].status == _REFUSED and found[0].closes
                 if method == "HEAD" and refused and found[1] < len(rest):
-                    # The head could not be read, and so neither its method: the refusal has a body.
+                    # The head could not be parsed, so the method is unknown: the refusal has a body.
                     found = parse(rest, ended=self.ended) or found
                 answer, size = found
                 rest = rest[size:]
@@ -116,7 +116,7 @@ class Run:
 
 @dataclass
 class Summary:
-    """What a run of the fuzzer has seen."""
+    """The results of a run of the fuzzer."""
 
     streams: int = 0
     connections: int = 0
@@ -136,7 +136,7 @@ class Summary:
 
 
 class Fuzzer:
-    """Sends streams to two gateways, and compares."""
+    """Sends streams to two gateways, and compares the responses."""
 
     def __init__(self, gates: dict[str, Gateway]) -> None:
         self._gates = gates
@@ -148,7 +148,7 @@ class Fuzzer:
             witness.socket.close()
 
     def play(self, seed: int, numbers: Sequence[int], summary: Summary) -> None:
-        """Send these streams at once, and add what came to the summary."""
+        """Send these streams concurrently, and add the results to the summary."""
         played = []
         for number in numbers:
             made = stream(seed, number)
@@ -170,16 +170,16 @@ class Fuzzer:
             news = sum(run.read() for run in every)  # each is read
             quiet = 0 if news or (quiet and self._asking()) else quiet + 1
         for run in every:
-            reset(run.line.socket)  # a port that waits for late segments could not be used again
+            reset(run.line.socket)  # closed by a reset: a port in TIME_WAIT could not be reused
         for number, made, runs in played:
             _judge(seed, number, made, runs, summary)
 
     def _asking(self) -> bool:
-        """Tell whether a gateway waits for its upstream: a task's name was broken, and is new."""
+        """Return whether a gateway waits for its upstream: a damaged ID is a new task."""
         return any(gate.metric("upstream_in_flight") for gate in self._gates.values())
 
     def _turn(self) -> None:
-        """Let both event loops take what was sent."""
+        """Let both event loops process the sent bytes."""
         for witness in self._witnesses.values():
             witness.ping()
 
@@ -198,7 +198,7 @@ def _pieces(made: Stream, chance: random.Random) -> Iterator[tuple[str, list[byt
         if len(whole) > 1
         else []
     )
-    # The places where a reader's state changes are worth more than any others.
+    # Cuts where the state of a parser changes are the most valuable.
     edges = [found.end() - chance.randrange(2) for found in re.finditer(rb"\r\n\r\n|\r\n|: ", whole)]
     at += chance.sample(edges, min(len(edges), chance.choice((0, 1, 2))))
     at = sorted({cut for cut in at if 0 < cut < len(whole)})
@@ -244,7 +244,7 @@ def _shown(outcome: Outcome) -> str:
 
 @contextmanager
 def gateways() -> Iterator[dict[str, Gateway]]:
-    """Run two gateways that have all answers in their caches."""
+    """Run two gateways with all responses in their caches."""
     with ExitStack() as stack:
         upstream = stack.enter_context(RawUpstream(well))
         gates = {}
@@ -259,7 +259,7 @@ def gateways() -> Iterator[dict[str, Gateway]]:
 
 
 def fuzz(gates: dict[str, Gateway], *, seed: int, numbers: range, tell: bool = False) -> Summary:
-    """Send the streams with these numbers; return what came."""
+    """Send the streams with these numbers; return the summary."""
     summary = Summary()
     started = told = time.monotonic()
     fuzzer = Fuzzer(gates)
@@ -277,7 +277,7 @@ def fuzz(gates: dict[str, Gateway], *, seed: int, numbers: range, tell: bool = F
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the fuzzer from a command line; return 1 when answers differed."""
+    """Run the fuzzer from the command line; return 1 if responses differed."""
     parser = argparse.ArgumentParser(description="Compare answers to byte streams, edge on and off.")
     parser.add_argument("--streams", type=int, default=5000, help="number of streams (default: %(default)s)")
     parser.add_argument(

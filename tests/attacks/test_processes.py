@@ -1,18 +1,15 @@
-"""What attacks cost the process: memory, descriptors, threads. Each has a gateway of its own."""
+"""The cost of attacks for the process: memory, descriptors, threads. Each test has its own gateway."""
 
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests import harness
 from tests.attacks.wire import Line, lines, request, settle
 from tests.harness import (
-    COMMAND,
-    KEY,
-    SECRET,
     Gateway,
     Process,
     RawUpstream,
@@ -20,7 +17,6 @@ from tests.harness import (
     Simulator,
     framed,
     free_port,
-    plain_client,
     until,
 )
 
@@ -29,27 +25,13 @@ CHUNKED = request("/nothing", "Transfer-Encoding: chunked", method="POST")
 STREAM = request("/v1/events?taskId=own-task")
 
 
-@contextmanager
 def serving(
     folder: Path, upstream: str, *, descriptors: str = "", **settings: str
-) -> Iterator[tuple[Process, Gateway]]:
-    """Run `sd-gateway serve` with these settings, and with these limits of descriptors, SOFT:HARD."""
-    env = {
-        "SD_GATEWAY_SERVER__PORT": "0",
-        "SD_GATEWAY_SERVER__TRUSTED_HOSTS": "*",
-        "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
-        "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
-        "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream,
-    } | {f"SD_GATEWAY_{name}": value for name, value in settings.items()}
-    if descriptors:
-        command = (f"--nofile={descriptors}", str(COMMAND), "serve")
-        started = Process(*command, cwd=folder, env=env, program=Path(shutil.which("prlimit") or "prlimit"))
-    else:
-        started = Process("serve", cwd=folder, env=env)
-    with started as process:
-        url = process.says(r'"url": "(http://[^"]+)"')
-        with plain_client(url) as client:
-            yield process, Gateway(client)
+) -> AbstractContextManager[tuple[Process, Gateway]]:
+    """Run `sd-gateway serve` with these settings, and with these limits of open files, SOFT:HARD."""
+    env = {f"SD_GATEWAY_{name}": value for name, value in settings.items()}
+    env["SD_GATEWAY_UPSTREAM__ENDPOINT"] = upstream
+    return harness.serving(folder, env, descriptors=descriptors)
 
 
 def threads(process: Process) -> int:
@@ -59,7 +41,7 @@ def threads(process: Process) -> int:
 
 
 def warmed(process: Process, gate: Gateway) -> int:
-    """Return the memory of a gateway that has answered a little."""
+    """Return the memory of a gateway that has answered some requests."""
     for path in ("/openapi.json", "/healthz", "/nothing", "/v1/progress/own-task", "/metrics"):
         gate.client.get(path)
     with Line(gate) as line:
@@ -77,7 +59,7 @@ def edge(request: pytest.FixtureRequest) -> str:
 
 @pytest.mark.parametrize("trailers", [b"a: b\r\n" * 10_000, b"a" * 60_000], ids=["many", "endless"])
 def test_processes_hold_no_trailers(simulator: Simulator, tmp_path: Path, edge: str, trailers: bytes) -> None:
-    """Ten clients that send trailers without end, 3 MB each, cost next to nothing."""
+    """Ten clients that send endless trailers, 3 MB each, cost almost no memory."""
     simulator.task("own-task")
     with serving(tmp_path, simulator.url, SERVER__EDGE=edge) as (process, gate):
         before = warmed(process, gate)
@@ -93,7 +75,7 @@ def test_processes_hold_no_trailers(simulator: Simulator, tmp_path: Path, edge: 
 
 
 def test_processes_hold_no_pipelined_requests(simulator: Simulator, tmp_path: Path, edge: str) -> None:
-    """250 KB of requests behind a stream are not read: 64 KB are, and forgotten with the connection."""
+    """Of 250 KB of requests behind a stream 64 KB are read, and freed with the connection."""
     simulator.task("own-task")
     pipelined = request("/v1/progress/own-task") * 5_000
     with serving(tmp_path, simulator.url, SERVER__EDGE=edge) as (process, gate):
@@ -111,9 +93,9 @@ def test_processes_hold_no_pipelined_requests(simulator: Simulator, tmp_path: Pa
 
 
 def test_processes_hold_no_heads(simulator: Simulator, tmp_path: Path, edge: str) -> None:
-    """A stream keeps none of its request's headers, however many it may have."""
+    """A stream keeps none of its request's headers."""
     simulator.task("own-task")
-    fields = [b"X-%d: %s" % (number, b"a" * 300) for number in range(90)]  # 27 KB, within the bounds
+    fields = [b"X-%d: %s" % (number, b"a" * 300) for number in range(90)]  # 27 KB, within the limits
     with serving(tmp_path, simulator.url, SERVER__EDGE=edge) as (process, gate):
         before = warmed(process, gate)
         with lines(gate, 200) as streams:
@@ -124,7 +106,9 @@ def test_processes_hold_no_heads(simulator: Simulator, tmp_path: Path, edge: str
         assert grown / 200 < 32_768
 
 
-def test_processes_keep_nothing_of_who_has_left(simulator: Simulator, tmp_path: Path, edge: str) -> None:
+def test_processes_free_everything_of_closed_connections(
+    simulator: Simulator, tmp_path: Path, edge: str
+) -> None:
     """Hundreds of connections in every state leave neither descriptor nor subscriber behind."""
     simulator.task("own-task")
     states = (
@@ -154,7 +138,7 @@ def test_processes_keep_nothing_of_who_has_left(simulator: Simulator, tmp_path: 
 
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="there is no prlimit here")
 def test_processes_raise_their_limit_of_descriptors(simulator: Simulator, tmp_path: Path) -> None:
-    """The soft limit becomes the hard one at the start, and the log says so."""
+    """The soft limit is raised to the hard limit at the start, and logged."""
     with serving(tmp_path, simulator.url, descriptors="128:4000") as (process, _):
         limits = Path(f"/proc/{process._process.pid}/limits").read_text()
         (row,) = [line for line in limits.splitlines() if line.startswith("Max open files")]
@@ -164,7 +148,7 @@ def test_processes_raise_their_limit_of_descriptors(simulator: Simulator, tmp_pa
 
 @pytest.mark.skipif(shutil.which("prlimit") is None, reason="there is no prlimit here")
 def test_processes_out_of_descriptors_answer_probes(simulator: Simulator, tmp_path: Path) -> None:
-    """With every descriptor taken, /healthz is answered, the log has a line, and it recovers by itself."""
+    """With all descriptors in use, /healthz is answered, the error is logged, and the gateway recovers."""
     with serving(tmp_path, simulator.url, descriptors="96:96") as (process, gate), ExitStack() as stack:
         gate.client.close()
         for _ in range(200):
@@ -180,21 +164,19 @@ def test_processes_out_of_descriptors_answer_probes(simulator: Simulator, tmp_pa
                 line.socket.sendall(request("/openapi.json"))
                 return line.answer().status == 200
 
-        until(recovered, "connections are taken again")
+        until(recovered, "connections are accepted again")
         process.signal()
         assert process.exit_status() == 0
     assert process.output.count("Traceback") == 0
-    told = [
-        line for line in process.lines if "descriptor" in line or "EMFILE" in line or "open files" in line
-    ]
+    told = [line for line in process.lines if "descriptor" in line or "EMFILE" in line or "open_file" in line]
     assert 1 <= len(told) <= 4, process.output
 
 
 # The metrics port
 
 
-def test_processes_serve_metrics_to_whom_asks(simulator: Simulator, tmp_path: Path) -> None:
-    """Silent connections to the metrics port cost no thread, are given up, and scrapes go on."""
+def test_processes_serve_metrics_besides_silent_connections(simulator: Simulator, tmp_path: Path) -> None:
+    """Silent connections to the metrics port cost no thread and time out, while scrapes work."""
     port = free_port()
     settings = {"SERVER__METRICS_PORT": str(port), "SERVER__HEADER_SECONDS": "0.5"}
     with serving(tmp_path, simulator.url, **settings) as (process, gate):
@@ -218,7 +200,7 @@ def test_processes_serve_metrics_to_whom_asks(simulator: Simulator, tmp_path: Pa
     "sent", [b"GET /metrics HTTP/1.1\r\n" + b"a:\r\n" * 6_500 + b"\r\n", b"garbage\r\n\r\n"]
 )
 def test_processes_bound_the_metrics_port(simulator: Simulator, tmp_path: Path, sent: bytes) -> None:
-    """The metrics port has the bounds of the other one."""
+    """The metrics port has the same limits as the main port."""
     port = free_port()
     with serving(tmp_path, simulator.url, SERVER__METRICS_PORT=str(port)) as (_, gate):
         gate.client.get("/healthz")
@@ -230,7 +212,7 @@ def test_processes_bound_the_metrics_port(simulator: Simulator, tmp_path: Path, 
 
 
 def test_processes_hold_large_tasks_within_a_bound(tmp_path: Path, edge: str) -> None:
-    """Streams of 300 tasks of 700 KB that are not read hold no bodies beside the cache's 32 MiB."""
+    """Unread streams of 300 tasks of 700 KB hold no bodies besides the cache's 32 MiB."""
     life = {"number": 0}
 
     def behaviour(connection: socket.socket, asked: Request) -> None:
@@ -248,8 +230,8 @@ def test_processes_hold_large_tasks_within_a_bound(tmp_path: Path, edge: str) ->
             for name, reader in enumerate(readers):
                 tasks = "&".join(f"taskId=large-{name}-{number}" for number in range(100))
                 reader.send(request(f"/v1/events?{tasks}"))
-                reader.until(b"event: p")  # progress, or a problem
+                reader.until(b"event: p")  # progress or problem
             until(lambda: life["number"] > 900, "each task has changed a few times")
-            # The cache, and 64 calls under way with some 4 copies each. The bodies would take 420 MB more.
+            # The cache, and 64 calls in flight with about 4 copies each. The bodies would take 420 MB more.
             assert process.resident_bytes() - before < 450 * MEGABYTE
         until(lambda: gate.metric("watchers") == 0, "the streams have ended")

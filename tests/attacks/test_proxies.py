@@ -1,6 +1,6 @@
 """The framing attack through real proxies that share connections: no answer reaches another client.
 
-And clients that ask for an upgrade in good faith: their answers reach them.
+Clients that request an upgrade legitimately get their responses.
 """
 
 import os
@@ -25,7 +25,7 @@ from tests.harness import Gateway, RawUpstream, neutral_environment, well
 ROUNDS = 200
 ATTACKERS = 8
 VICTIMS = 2
-# The attack: the body comes in a segment of its own, after the head went through the proxy.
+# The attack: the body is sent in a separate segment, after the proxy has forwarded the head.
 BETWEEN_SECONDS = 0.05
 
 Proxy = Callable[[Path, str], AbstractContextManager[tuple[str, int]]]
@@ -58,7 +58,7 @@ public class Ask {
 
 @dataclass
 class Seen:
-    """What came back, and which of it was not for its receiver."""
+    """The responses of a client, and those that belong to another."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     foreign: list[str] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Seen:
     answers: int = 0
 
     def check(self, who: str, received: bytes, own: str) -> None:
-        """Note every task in what came that is not its receiver's own."""
+        """Record every task in the received bytes that is not the client's own."""
         tasks = {name.decode() for name in re.findall(rb'"taskId": ?"([^"]+)"', received)}
         with self.lock:
             self.foreign += [f"{who} received {task}" for task in tasks - {own}]
@@ -91,9 +91,9 @@ def gate(target: Target) -> Iterator[Gateway]:
 
 
 def attack(address: tuple[str, int], number: int, seen: Seen) -> None:
-    """Send a request inside a body, in one of several forms, and look at all that comes."""
+    """Send a request inside a body, in several forms, and check all responses."""
     own = f"attacker-{number}"
-    # A large body goes through a file of the proxy's, and so in other segments than its head.
+    # A proxy buffers a large body in a file, and so forwards it in other segments than its head.
     inner = b"\r\n" * (1, 10_000)[number // 2 % 2] + b"\r\n" + request(f"/v1/progress/{own}")
     upgrade = ("Connection: Upgrade", ("Upgrade: x", "Upgrade: websocket", "Upgrade: h2c")[number % 3])
     if number % 4:
@@ -103,7 +103,7 @@ def attack(address: tuple[str, int], number: int, seen: Seen) -> None:
     path = ("/scc/sd_get_progress", "/nothing")[number % 2]
     with Line(address) as line:
         line.socket.sendall(request(path, *fields, method="POST"))
-        # An event or a time: a gateway that answers before the body has come has been fooled already.
+        # An event or a timeout: a gateway that responds before the body arrives has already been fooled.
         select.select([line.socket], [], [], BETWEEN_SECONDS)
         with suppress(ConnectionError):
             line.socket.sendall(body)
@@ -120,7 +120,7 @@ def attack(address: tuple[str, int], number: int, seen: Seen) -> None:
 
 
 def suffer(address: tuple[str, int], name: str, done: threading.Event, seen: Seen) -> int:
-    """Ask for tasks of its own until the attack is over; return how often it was answered."""
+    """Query its own tasks until the attack is over; return the number of responses."""
     number = answered = 0
     while not done.is_set():
         with suppress(ConnectionError), Line(address) as line:
@@ -142,7 +142,7 @@ def suffer(address: tuple[str, int], name: str, done: threading.Event, seen: See
 
 
 def test_proxies_keep_clients_apart(proxy: Proxy, gate: Gateway, tmp_path: Path) -> None:
-    """Through a proxy that shares connections, each client gets its own task's answer and no other."""
+    """Through a proxy that shares connections, each client gets the response for its own task only."""
     seen, done = Seen(), threading.Event()
     address = f"{gate.address[0]}:{gate.address[1]}"
     with (
@@ -164,7 +164,7 @@ def test_proxies_keep_clients_apart(proxy: Proxy, gate: Gateway, tmp_path: Path)
 
 
 def test_proxies_pass_an_honest_upgrade_on(proxy: Proxy, gate: Gateway, tmp_path: Path) -> None:
-    """A client that offers HTTP/2 through a proxy gets its answer."""
+    """A client that offers HTTP/2 through a proxy gets its response."""
     with proxy(tmp_path, f"{gate.address[0]}:{gate.address[1]}") as front, Line(front) as line:
         head, _, body = query(
             "own", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAM"
@@ -175,7 +175,7 @@ def test_proxies_pass_an_honest_upgrade_on(proxy: Proxy, gate: Gateway, tmp_path
 
 @pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java here")
 def test_proxies_are_not_needed_by_javas_client(gate: Gateway, tmp_path: Path) -> None:
-    """Java's own HttpClient, which offers h2c with its first request, gets its answers."""
+    """Java's HttpClient, which offers h2c with its first request, gets its responses."""
     program = tmp_path / "Ask.java"
     program.write_text(JAVA)
     ran = subprocess.run(
@@ -194,7 +194,7 @@ def test_proxies_are_not_needed_by_javas_client(gate: Gateway, tmp_path: Path) -
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
 @pytest.mark.parametrize("body", [b'{"taskId": "curl-task"}', b'{"taskId": "curl-task"}'.ljust(3000)])
 def test_proxies_are_not_needed_by_curl(gate: Gateway, body: bytes) -> None:
-    """`curl --http2`, which offers h2c, gets its answer on the path that has a body."""
+    """`curl --http2`, which offers h2c, gets its response on a path with a body."""
     ran = subprocess.run(
         [
             "curl",

@@ -6,7 +6,7 @@ from tests.attacks.siege import KINDS, MEGABYTE, besiege
 
 
 def test_siege_costs_little_and_leaves_nothing(tmp_path: Path) -> None:
-    """A few attackers of each kind cost a bounded amount, and no healthy query fails."""
+    """A few attackers of each kind cost bounded resources, and no healthy query fails."""
     report = besiege(attackers=5, seconds=4, kinds=list(KINDS), folder=tmp_path)
     assert report.failures == 0, report
     assert set(report.opened) == set(KINDS)

@@ -1,7 +1,7 @@
-"""Connections whose every byte a test controls, and a strict reader of what comes back.
+"""Connections with full control over every byte, and a strict parser of responses.
 
-No test here waits for time to pass. Between two pieces of a request another connection asks `/healthz`:
-its answer shows that the gateway's event loop has read the piece. The end of a connection is waited for.
+No test sleeps. Between two pieces of a request another connection queries `/healthz`: its response proves
+that the event loop of the gateway has read the piece.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Literal, Self
 
 from tests.harness import Gateway
 
-PATIENCE_SECONDS = 20.0  # far beyond every timer that these tests set
+PATIENCE_SECONDS = 20.0  # much longer than all timeouts in these tests
 
 Target = Callable[..., Gateway]
 Framing = Literal["length", "chunked", "close", "none"]
@@ -33,7 +33,7 @@ _BIND_ADDRESS_NO_PORT = 24  # <linux/in.h>: Python 3.11 has no name for it
 
 
 class MalformedAnswer(AssertionError):
-    """The bytes that came are no well-formed HTTP/1.1 response."""
+    """The received bytes are no well-formed HTTP/1.1 response."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Answer:
     framing: Framing
 
     def header(self, name: str) -> str | None:
-        """Return the value of a field that may be there once, or None."""
+        """Return the value of a field that may occur once, or None."""
         values = [value for key, value in self.headers if key == name]
         assert len(values) <= 1, (name, values)
         return values[0] if values else None
@@ -63,7 +63,7 @@ class Answer:
 
     @property
     def code(self) -> str | None:
-        """The problem's code, in a problem document or in the vendor's envelope."""
+        """The code of the problem, in a problem document or in the vendor's envelope."""
         found: str | None = self.json.get("code") or self.json.get("errCode")
         return found
 
@@ -107,7 +107,7 @@ def parse(received: bytes, method: str = "GET", *, ended: bool = False) -> tuple
 
 
 def parse_all(received: bytes, *methods: str) -> list[Answer]:
-    """Read all responses of a connection that has ended, to requests with these methods and then to GET.
+    """Parse all responses of a closed connection, to requests with these methods and then to GET.
 
     Raises: MalformedAnswer, also when the last response is not complete.
     """
@@ -139,7 +139,7 @@ class Line:
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.settimeout(PATIENCE_SECONDS)
         if source:
-            # The port is chosen when the other end is known: it may be one that is used to another end.
+            # The port is chosen on connect, so that one in use with another peer may be reused.
             self.socket.setsockopt(socket.IPPROTO_IP, _BIND_ADDRESS_NO_PORT, 1)
             self.socket.bind((source, 0))
         self.socket.connect(self._address)
@@ -153,7 +153,7 @@ class Line:
         self.socket.close()
 
     def send(self, *pieces: bytes) -> None:
-        """Send each piece once the gateway has read the one before; it may have hung up meanwhile."""
+        """Send each piece after the gateway has read the previous one, unless it closes the connection."""
         with suppress(ConnectionError):
             self.socket.sendall(pieces[0])
             if len(pieces) > 1:
@@ -163,16 +163,16 @@ class Line:
                         self.socket.sendall(piece)
 
     def ping(self, times: int = 2) -> None:
-        """Ask `/healthz`, and read the answer: what other connections sent before has been read then.
+        """Query `/healthz`: with its response, everything that other connections sent before has been read.
 
-        Twice, for the first time the event loop may come to this connection before it comes to them.
+        Twice, because the event loop may handle the first query before those connections.
         """
         for _ in range(times):
             self.socket.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert self.answer().status == _OK
 
     def offer(self, data: bytes) -> int:
-        """Send as much as is taken without waiting; return how much that was."""
+        """Send as much as possible without blocking; return how much."""
         taken = 0
         self.socket.setblocking(False)  # noqa: FBT003 - the socket's own signature
         with suppress(BlockingIOError, ConnectionError):
@@ -182,7 +182,7 @@ class Line:
         return taken
 
     def answer(self, method: str = "GET") -> Answer:
-        """Read one response, and not more."""
+        """Read exactly one response."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
             found = parse(self._received, method)
@@ -194,7 +194,7 @@ class Line:
                 return found[0]
 
     def until(self, pattern: bytes) -> bytes:
-        """Read until these bytes have come; return all that came, and keep it."""
+        """Read until these bytes arrive; return everything received, and keep it."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while pattern not in self._received:
             self._take_more(deadline)
@@ -205,7 +205,7 @@ class Line:
         assert time.monotonic() < deadline, f"no end of {self._received[:500]!r}"
 
     def _took_more(self) -> bool:
-        """Wait for bytes; tell whether any came, or the connection has ended."""
+        """Wait for bytes; return whether any arrived, or the connection was closed."""
         try:
             part = self.socket.recv(65536)
         except ConnectionResetError:
@@ -214,8 +214,8 @@ class Line:
         return bool(part)
 
     def rest(self, *methods: str) -> list[Answer]:
-        """Read until the gateway hangs up; return the responses to requests with these methods, then GET."""
-        deadline = time.monotonic() + PATIENCE_SECONDS  # of all: a stream that goes on is no end either
+        """Read until the gateway closes; return the responses to requests with these methods, then GET."""
+        deadline = time.monotonic() + PATIENCE_SECONDS  # for all responses: an endless stream must not block
         ended = False
         with suppress(TimeoutError):
             while not ended and time.monotonic() < deadline:
@@ -225,7 +225,7 @@ class Line:
         return parse_all(received, *methods)
 
     def held(self) -> bool:
-        """Tell whether the gateway still holds its end: a socket that it has closed has no inode."""
+        """Return whether the gateway still has its socket open: a closed socket has no inode."""
         wanted = f":{self._address[1]:04X}", f":{self._own_port:04X}"
         for file in _ESTABLISHED_ROWS:
             for row in Path(file).read_text().splitlines()[1:]:
@@ -237,7 +237,7 @@ class Line:
 
 @contextmanager
 def lines(gate: Gateway, count: int, **options: Any) -> Iterator[list[Line]]:
-    """Open so many connections; close them in the end."""
+    """Open a number of connections; close them at the end."""
     opened: list[Line] = []
     try:
         opened.extend(Line(gate, **options) for _ in range(count))
@@ -248,7 +248,7 @@ def lines(gate: Gateway, count: int, **options: Any) -> Iterator[list[Line]]:
 
 
 def settle(gate: Gateway) -> None:
-    """Return when the gateway has read all that was sent to it before."""
+    """Wait until the gateway has read everything sent to it before."""
     with Line(gate) as witness:
         witness.ping()
 
@@ -261,14 +261,14 @@ def request(
     host: str | None = "x",
     body: bytes = b"",
 ) -> bytes:
-    """Return a request's bytes; nothing is added to the fields but Host."""
+    """Return the bytes of a request; only Host is added to the fields."""
     first = [f"{method} {target} HTTP/{version}"] + ([] if host is None else [f"Host: {host}"])
     encoded = [line if isinstance(line, bytes) else line.encode() for line in [*first, *fields]]
     return b"\r\n".join([*encoded, b"", b""]) + body
 
 
 def query(task_id: str, *fields: str | bytes, **more: Any) -> bytes:
-    """Return a drop-in query with its length, unless `fields` frame it."""
+    """Return a vendor-compatible query with its length, unless `fields` frame it."""
     body = more.pop("body", json.dumps({"taskId": task_id}).encode())
     framed = more.pop("framed", True)
     length = [f"Content-Length: {len(body)}"] if framed else []

@@ -1,1 +1,1 @@
-"""The store that replicas share through Valkey or Redis, with a local cache in each of them."""
+"""A store that replicas share through Valkey or Redis, with a local cache in each replica."""

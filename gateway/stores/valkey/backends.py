@@ -1,11 +1,11 @@
-"""The servers behind `store.url`, through redis-py: one, a pair under Sentinel, or a cluster.
+"""Connections to the servers of `store.url` with redis-py: a single server, Sentinel, or a cluster.
 
-What differs between them ends here. Whoever is handed `RedisBackends` runs scripts on the keys of a
-slot, and subscribes to the slots' channels: on a cluster those are sharded, and live with their
-slot's keys, so that a script may publish; elsewhere they are ordinary ones, which Redis 6.2 has.
+This module hides the differences between them. `RedisBackends` runs scripts on the keys of a slot and
+subscribes to the channels of slots. On a cluster these are sharded channels, on the same node as the keys
+of their slot, so that a script can publish. Elsewhere they are ordinary channels, which Redis 6.2 supports.
 
-redis-py neither retries nor reconnects for us: an operation has milliseconds, and a subscription
-that came back by itself would hide that messages were lost.
+The retries and reconnections of redis-py are disabled: an operation has milliseconds, and a subscription that
+is restored silently would hide lost messages.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from gateway.settings.secret_files import check_bundle
 from gateway.stores.valkey.scripts import PROBE, SCRIPTS, Script
 from gateway.telemetry.redaction import Redactor
 
-# TimeoutError is asyncio's, too: an OSError.
+# TimeoutError, also asyncio's, is an OSError.
 ERRORS = (RedisError, RedisClusterException, OSError, ValueError)
-CONNECTIONS = 32  # to each server; one more operation waits for its turn
-SLOTS = 64  # hash tags, and channels: enough to spread over any cluster, few enough to subscribe to
+CONNECTIONS = 32  # to each server; further operations wait
+SLOTS = 64  # hash tags and channels: enough to spread over a cluster, few enough to subscribe to all
 
 Address = tuple[str, int]
 
-_THE_ONE: Address = ("", 0)
+_SINGLE_SERVER: Address = ("", 0)
 _CONNECT_SECONDS = 2.0
 _RETRIES = 0
 _WARM_CONNECTIONS = 8
-_CLUSTER_RETRIES = 1  # asks another node of the cluster where the slot has gone
+_CLUSTER_RETRIES = 1  # asks another node of the cluster for the new owner of a slot
 
 
 class RedisBackends:
@@ -49,17 +49,18 @@ class RedisBackends:
     def __init__(self, client: Redis | RedisCluster, settings: Store, options: dict[str, Any]) -> None:
         self._client = client
         self._options = options
-        # Channels know no databases: without its number two gateways' would be one.
+        # Channels are shared by all databases of a server: the number separates gateways on different
+        # databases.
         self._prefix = f"{settings.key_prefix}:{settings.database}"
         self._sharded = isinstance(client, RedisCluster)
         self.publish = "SPUBLISH" if self._sharded else "PUBLISH"
 
     def channel(self, slot: int) -> str:
-        """Return the name of a slot's channel, which is also its keys' common beginning."""
+        """Return the name of a slot's channel, which is also the common prefix of its keys."""
         return f"{self._prefix}:{{{slot}}}"
 
     def probe(self) -> tuple[list[str], list[Any]]:
-        """Return the keys and arguments to probe the servers with."""
+        """Return the keys and arguments of the PROBE script."""
         return [f"{self.channel(0)}:probe"], [self.publish, self.channel(0)]
 
     async def run(self, script: Script, keys: list[str], args: list[Any]) -> list[Any]:
@@ -67,23 +68,23 @@ class RedisBackends:
         parts = (str(len(keys)), *keys, *args)
         try:
             return await self._client.execute_command("EVALSHA", script.sha, *parts)  # type: ignore[no-any-return]
-        except NoScriptError:  # this server's first time
+        except NoScriptError:  # not loaded on this server yet
             return await self._client.execute_command("EVAL", script.text, *parts)  # type: ignore[no-any-return]
 
     async def warm_up(self) -> None:
-        """Bring the scripts, open a few connections: a crowd of questions is to come. Raises: ERRORS."""
+        """Load the scripts and open a few connections before the first requests. Raises: ERRORS."""
         for script in SCRIPTS:
             await self._client.script_load(script.text)
         probes = [self.run(PROBE, *self.probe()) for _ in range(_WARM_CONNECTIONS)]
-        # Each to its end: one that is left alone would open its connection after the rest are closed.
+        # Wait for every probe: a pending one could open its connection after the others are closed.
         for outcome in await asyncio.gather(*probes, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
 
     def owners(self, slots: Iterable[int]) -> dict[Address, list[int]]:
-        """Return which server has which of these slots, as far as is known. Raises: ERRORS."""
+        """Return the slots by the address of their server, as far as known. Raises: ERRORS."""
         if not isinstance(self._client, RedisCluster):
-            return {_THE_ONE: list(slots)}
+            return {_SINGLE_SERVER: list(slots)}
         owners: dict[Address, list[int]] = defaultdict(list)
         for slot in slots:
             node = self._client.get_node_from_key(self.channel(slot))
@@ -92,13 +93,13 @@ class RedisBackends:
             owners[node.host, int(node.port)].append(slot)
         return owners
 
-    async def look_around(self) -> None:
-        """Find out anew which server has which slot. Raises: ERRORS."""
+    async def refresh_topology(self) -> None:
+        """Reload the slot map of the cluster. Raises: ERRORS."""
         if isinstance(self._client, RedisCluster):
             await self._client.nodes_manager.initialize()
 
     async def subscription(self, address: Address, stack: AsyncExitStack) -> PubSub:
-        """Return a connection to subscribe with, which `stack` closes."""
+        """Return a connection for subscriptions; `stack` closes it."""
         client = self._client
         if isinstance(client, RedisCluster):
             host, port = address
@@ -108,10 +109,10 @@ class RedisBackends:
         return subscription
 
     async def subscribe(self, subscription: PubSub, slots: Iterable[int]) -> None:
-        """Ask for the channels of slots; the server confirms each, or refuses. Raises: ERRORS."""
+        """Subscribe to the channels of slots; the server confirms or refuses each. Raises: ERRORS."""
         channels = [self.channel(slot) for slot in slots]
         if self._sharded:
-            for channel in channels:  # one command may name channels of one slot only
+            for channel in channels:  # all channels of one command must be in one slot
                 await subscription.ssubscribe(channel)
         else:
             await subscription.subscribe(*channels)
@@ -119,7 +120,7 @@ class RedisBackends:
 
 @asynccontextmanager
 async def connected(settings: Store, *, redactor: Redactor) -> AsyncIterator[RedisBackends]:
-    """Connect to whatever the settings say; files of secrets are read anew. Raises: ERRORS."""
+    """Connect to the servers of the settings; secret files are read again. Raises: ERRORS."""
     username, password = settings.login()
     _, sentinel_password = settings.sentinel_login()
     url = settings.url.get_secret_value() if password else ""
@@ -128,8 +129,8 @@ async def connected(settings: Store, *, redactor: Redactor) -> AsyncIterator[Red
         "protocol": 2,
         "retry": Retry(NoBackoff(), _RETRIES),
         "socket_connect_timeout": _CONNECT_SECONDS,
-        # Whoever asks has a deadline. With one of redis-py's own it sends each command within wait_for, which
-        # on Python 3.11 loses a cancellation that comes as the sending ends.
+        # Callers have their own timeouts. With a socket_timeout, redis-py sends each command within wait_for,
+        # which on Python 3.11 loses a cancellation that arrives at the moment the sending ends.
         "socket_timeout": None,
     }
     if settings.tls:
@@ -143,12 +144,12 @@ async def connected(settings: Store, *, redactor: Redactor) -> AsyncIterator[Red
         if settings.cluster:
             hosts = [ClusterNode(host, port) for host, port in settings.hosts]
             cluster = options | {"retry": Retry(NoBackoff(), _CLUSTER_RETRIES)}
-            # A slot that moves is noted; told anew of all of them, redis-py would close every connection.
+            # redis-py updates a single moved slot; a reinitialisation would close every connection.
             client = RedisCluster(
                 startup_nodes=hosts, max_connections=CONNECTIONS + 1, reinitialize_steps=0, **cluster
             )
-            # One by one: whoever is cancelled as he closes still closes the rest. And while the topology is
-            # to be read anew, redis-py's aclose does nothing.
+            # Separate callbacks, so that a cancellation during one does not skip the others. While the
+            # topology is due to be reloaded, aclose of redis-py does nothing.
             for nodes in ("startup_nodes", "nodes_cache"):
                 stack.push_async_callback(client.nodes_manager.aclose, nodes)
             stack.push_async_callback(client.aclose)
@@ -166,10 +167,10 @@ async def connected(settings: Store, *, redactor: Redactor) -> AsyncIterator[Red
 
 
 async def _primary(settings: Store, transport: dict[str, Any]) -> Address:
-    """Ask the Sentinels for the address of the server that is written to. Raises: ERRORS."""
+    """Ask the Sentinels for the address of the primary. Raises: ERRORS."""
     username, password = settings.sentinel_login()
     login = {"username": username, "password": password}
-    # In any order: a silent one takes all the time there is to connect, and must not always be first.
+    # Shuffled: a Sentinel that does not answer uses up the connect timeout, and must not always be first.
     hosts = random.sample(settings.hosts, len(settings.hosts))
     sentinel = Sentinel(hosts, sentinel_kwargs=transport | login)  # type: ignore[no-untyped-call]
     async with AsyncExitStack() as stack, asyncio.timeout(_CONNECT_SECONDS):

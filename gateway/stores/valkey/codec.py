@@ -1,11 +1,11 @@
-"""Snapshots and failures as bytes that another replica reads, of whatever version it is.
+"""Encodes snapshots and failures for other replicas, possibly of other versions of the gateway.
 
-    stored: head LF snapshot        snapshot, failure: DIGEST SP header LF envelope
+    stored value: head LF snapshot        snapshot, failure: DIGEST SP header LF envelope
 
-What is read may be anything: another version's, another task's, cut off, or written by hand to do harm. So it
-is checked to the last byte, and nothing that a caller is sent is taken from it but the vendor's envelope:
-body and tag are made anew from that, in the same way as when it came from upstream. The head has what
-the server compares, in its own time; `scripts.py` writes it.
+Stored values are untrusted input: they may come from another version, belong to another task, be truncated,
+or be forged. Every byte is checked. Only the vendor's envelope reaches clients: body and ETag are rendered
+from it again, as for a response from the upstream. The head has the fields that the scripts compare, with
+times of the server's clock; `commit.lua` writes it.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from gateway.stores.valkey.clock_sync import MICROSECONDS
 
 _DIGEST_BYTES = 12
 _HEAD = re.compile(rb"sdg3 (\d{1,16}) (\d{1,16}) (\d{1,16}) (\d{1,16}) ([01])\n")
-_LONGEST_LIFETIME = 2_592_000_000_000  # microseconds: what `cache` allows
-_LONGEST_FAILURE_SECONDS = 2_592_000.0  # the same
-_LONGEST_RETRY_SECONDS = 3600.0  # what `calls.py` believes of upstream
+_LONGEST_LIFETIME = 2_592_000_000_000  # microseconds: the maximum of the `cache` settings
+_LONGEST_FAILURE_SECONDS = 2_592_000.0  # the same maximum
+_LONGEST_RETRY_SECONDS = 3600.0  # the maximum that `signed_request.py` accepts from the upstream
 _LONGEST_TEXT = 500
 _LONGEST_HEADER = 16_384
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class InvalidStoredValue(ValueError):
-    """Bytes that no gateway of this version wrote for this task."""
+    """A value that no gateway of this version wrote for this task."""
 
 
 class Head(NamedTuple):
-    """What stands before a stored snapshot; times are the server's, in microseconds."""
+    """The head of a stored snapshot; times of the server's clock, in microseconds."""
 
     version: int
     fetched: int
@@ -57,9 +57,9 @@ class Head(NamedTuple):
 
 
 class _Header(msgspec.Struct, forbid_unknown_fields=True):
-    """What stands before an envelope. `progress` is the mark below which a running task's never falls.
+    """The header of a snapshot's envelope. `progress` is the minimum for later snapshots of a running task.
 
-    `version` and `lifetime` are those of the head, which is not sealed.
+    `version` and `lifetime` repeat the head, which the digest does not cover.
     """
 
     operation: str
@@ -79,18 +79,18 @@ class _Failure(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def split_stored(value: bytes) -> tuple[Head, bytes]:
-    """Part a stored snapshot's head from its encoding. Raises: Undecodable."""
+    """Split a stored snapshot into head and encoding. Raises: InvalidStoredValue."""
     head = _HEAD.match(value)
     if head is None:
         raise InvalidStoredValue("no head")
     version, fetched, lifetime, shown, terminal = map(int, head.groups())
     if lifetime > _LONGEST_LIFETIME:
-        raise InvalidStoredValue("a lifetime beyond every setting")
+        raise InvalidStoredValue("lifetime out of range")
     return Head(version, fetched, lifetime, shown, bool(terminal)), value[head.end() :]
 
 
 def encode_snapshot(snapshot: Snapshot) -> bytes:
-    """Encode what the head does not have: the envelope, and how far the task was before."""
+    """Encode the envelope and the progress; the head has the rest."""
     header = {
         "operation": snapshot.key.operation,
         "task": snapshot.key.task_id,
@@ -107,12 +107,12 @@ def lifetime_of(snapshot: Snapshot) -> int:
 
 
 def decode_snapshot(encoded: bytes, key: TaskKey, head: Head, *, fetched_at: float) -> Snapshot:
-    """Decode a snapshot of this very task. Raises: Undecodable."""
-    header, envelope = _opened(encoded, _HEADER)
+    """Decode a snapshot of this task. Raises: InvalidStoredValue."""
+    header, envelope = _unsealed(encoded, _HEADER)
     if header.operation != key.operation or header.task != key.task_id:
-        raise InvalidStoredValue("not this task's")
+        raise InvalidStoredValue("value of another task")
     if header.version != head.version or header.lifetime != head.lifetime:
-        raise InvalidStoredValue("under another's head")
+        raise InvalidStoredValue("head and header differ")
     try:
         snapshot = observe_again(
             read_envelope(envelope, key, redact=str).data,
@@ -126,32 +126,32 @@ def decode_snapshot(encoded: bytes, key: TaskKey, head: Head, *, fetched_at: flo
     except GatewayError as exc:
         raise InvalidStoredValue("not an envelope of this task") from exc
     if snapshot.terminal is not head.terminal or snapshot.progress != header.progress:
-        raise InvalidStoredValue("contradicts itself")
+        raise InvalidStoredValue("contradictory fields")
     return snapshot
 
 
 def encode_failure(key: TaskKey, error: GatewayError) -> bytes:
-    """Encode an upstream's failure to answer for a task; of a rejection the envelope says it all."""
+    """Encode an upstream failure for a task. For a rejection, the envelope is sufficient."""
     detail = error.detail if isinstance(error, UpstreamError) else None
     envelope = error.envelope if isinstance(error, UpstreamRejected) else b""
-    said = None if detail is None or envelope else {n: _plain(text) for n, text in asdict(detail).items()}
+    texts = None if detail is None or envelope else {n: _plain(text) for n, text in asdict(detail).items()}
     header = {
         "operation": key.operation,
         "task": key.task_id,
         "kind": type(error).__name__,
         "message": str(error),
         "retry_after": error.retry_after,
-        "detail": said,
+        "detail": texts,
     }
     return _sealed(header, envelope)
 
 
 def decode_failure(encoded: bytes, key: TaskKey) -> UpstreamError:
-    """Decode a failure of this very task. Raises: Undecodable."""
-    header, envelope = _opened(encoded, _FAILURE)
+    """Decode a failure of this task. Raises: InvalidStoredValue."""
+    header, envelope = _unsealed(encoded, _FAILURE)
     kind = _KINDS.get(header.kind)
     if header.operation != key.operation or header.task != key.task_id or kind is None:
-        raise InvalidStoredValue("not this task's")
+        raise InvalidStoredValue("value of another task, or of an unknown kind")
     if kind is UpstreamRejected:
         try:
             return read_rejection(envelope)
@@ -160,11 +160,11 @@ def decode_failure(encoded: bytes, key: TaskKey) -> UpstreamError:
     detail = header.detail
     texts = [header.message, *(text for text in (detail or {}).values() if text is not None)]
     if envelope or any(len(text) > _LONGEST_TEXT or _CONTROL.search(text) for text in texts):
-        raise InvalidStoredValue("not what an upstream's failure says")
+        raise InvalidStoredValue("invalid texts of a failure")
     if detail is not None and detail.keys() != _DETAILS:
-        raise InvalidStoredValue("not what an upstream's failure says")
+        raise InvalidStoredValue("invalid details of a failure")
     if header.retry_after is not None and not 0 <= header.retry_after <= _LONGEST_RETRY_SECONDS:
-        raise InvalidStoredValue("a time beyond every setting")
+        raise InvalidStoredValue("retry_after out of range")
     return kind(
         header.message,
         detail=None if detail is None else UpstreamDetail(**detail),
@@ -173,12 +173,12 @@ def decode_failure(encoded: bytes, key: TaskKey) -> UpstreamError:
 
 
 def failure_seconds(milliseconds: bytes | int) -> float:
-    """Return for how long a failure is remembered. Raises: Undecodable."""
+    """Return how long a failure is cached, in seconds. Raises: InvalidStoredValue."""
     if isinstance(milliseconds, bytes):
         milliseconds = int(milliseconds) if re.fullmatch(rb"\d{1,12}", milliseconds) else -1
     seconds = milliseconds / 1000
     if not 0 <= seconds <= _LONGEST_FAILURE_SECONDS:
-        raise InvalidStoredValue("a time beyond every setting")
+        raise InvalidStoredValue("lifetime of a failure out of range")
     return seconds
 
 
@@ -187,17 +187,17 @@ def _sealed(header: dict[str, Any], envelope: bytes) -> bytes:
     return b"%b %b" % (_digest(content), content)
 
 
-def _opened(encoded: bytes, shape: msgspec.json.Decoder[Any]) -> tuple[Any, bytes]:
+def _unsealed(encoded: bytes, decoder: msgspec.json.Decoder[Any]) -> tuple[Any, bytes]:
     digest, _, content = encoded.partition(b" ")
     if digest != _digest(content):
-        raise InvalidStoredValue("damaged")
+        raise InvalidStoredValue("wrong digest")
     header, _, envelope = content.partition(b"\n")
     if len(header) > _LONGEST_HEADER:
-        raise InvalidStoredValue("a header beyond every size")
+        raise InvalidStoredValue("header too large")
     try:
-        return shape.decode(header), envelope
+        return decoder.decode(header), envelope
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-        raise InvalidStoredValue("not a header") from exc
+        raise InvalidStoredValue("invalid header") from exc
 
 
 def _digest(content: bytes) -> bytes:
@@ -214,7 +214,7 @@ def _kinds(kind: type[UpstreamError]) -> Iterator[type[UpstreamError]]:
         yield from _kinds(child)
 
 
-# What is never shared is no value: our own limits, an open circuit, and refused credentials (`service.py`).
+# Failures of this replica are never shared: rate limits, an open circuit, refused credentials (`service.py`).
 _NEVER_SHARED = (UpstreamCredentials, RateLimiterExhausted, UpstreamOpen)
 _KINDS = {kind.__name__: kind for kind in _kinds(UpstreamError) if not issubclass(kind, _NEVER_SHARED)}
 _DETAILS = {field.name for field in fields(UpstreamDetail)}

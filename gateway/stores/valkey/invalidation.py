@@ -1,4 +1,4 @@
-"""What is stored and published: from the server's bytes to a copy, and to whoever waits for it."""
+"""Applies stored and published values to the local cache, and wakes the requests that wait for them."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 
 _SUBJECT = re.compile(rb"([SFR])([a-z_]+)/([A-Za-z0-9_-]{1,64})\n")
-_SLOWED = re.compile(rb"T([0-9]{0,9})")
-_LONGEST_SLOWED_SECONDS = 3600.0  # what `calls.py` believes of upstream itself
-_FUTURE = 3600 * MICROSECONDS  # what is from further ahead is no snapshot for the scripts either
+_THROTTLED = re.compile(rb"T([0-9]{0,9})")
+_LONGEST_THROTTLED_SECONDS = 3600.0  # the maximum that `signed_request.py` accepts from the upstream
+_FUTURE = 3600 * MICROSECONDS  # the scripts, too, ignore snapshots from further in the future
 
 log = structlog.get_logger(__name__)
 
 
 class InvalidationMessages:
-    """Takes up what comes of the tasks that are held here or waited for.
+    """Applies messages about tasks that are in the local cache or awaited.
 
-    `server` returns the clock of the server that has a task. `on_throttled` is told of an upstream that has
-    slowed a replica down, and for how many seconds, if it said so.
+    `server` returns the clock of a task's server. `on_throttled` is called when the upstream throttles a
+    replica, with the seconds of Retry-After, if known.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class InvalidationMessages:
         self._memory = memory
         self._metrics = metrics
         self._server = server
-        self._on_slowed = on_throttled
+        self._on_throttled = on_throttled
         self._clock = clock
         self._log_sampler = LogSampler(clock=clock)
         self._waiting: dict[TaskKey, asyncio.Future[None]] = {}
 
     @contextmanager
     def awaited(self, key: TaskKey) -> Iterator[asyncio.Future[None]]:
-        """Give a future that is done as soon as there is news of a task; it has one flight at a time."""
+        """Return a future that completes with the next message about a task. One per task at a time."""
         awaited = self._waiting[key] = asyncio.get_running_loop().create_future()
         try:
             yield awaited
@@ -69,56 +69,56 @@ class InvalidationMessages:
             del self._waiting[key]
 
     def wake_all(self) -> None:
-        """Let nobody wait any more: no news will come."""
+        """Complete all futures: no more messages will arrive."""
         for key in list(self._waiting):
             self._wake(key)
 
-    def take_up(self, key: TaskKey, value: bytes) -> None:
-        """Take up a stored snapshot. Raises: Undecodable."""
+    def apply(self, key: TaskKey, value: bytes) -> None:
+        """Apply a stored snapshot. Raises: InvalidStoredValue."""
         head, encoded = split_stored(value)
         server, now = self._server(key), self._clock()
         if max(head.version, head.fetched, head.shown) > server.servers(now) + _FUTURE:
-            raise InvalidStoredValue("from the future")
-        # Never from our future: there it would be fresh for longer than its lifetime.
+            raise InvalidStoredValue("time in the future")
+        # Not in the local future: the snapshot would be fresh for longer than its lifetime.
         snapshot = decode_snapshot(encoded, key, head, fetched_at=min(server.ours(head.fetched), now))
-        self._local_cache.take_up(snapshot, shown_at=self.shown_at(key, head.shown))
+        self._local_cache.apply(snapshot, shown_at=self.shown_at(key, head.shown))
 
     def shown_at(self, key: TaskKey, moment: int) -> float:
-        """Return when a snapshot is shown here, by the server's moment; never later than news may be."""
+        """Convert the server time of activation to a local time, at most `NEWS_SECONDS` from now."""
         return min(self._server(key).ours(moment), self._clock() + NEWS_SECONDS)
 
     def receive(self, message: bytes) -> None:
-        """Take up what a replica, perhaps this one, has published."""
+        """Apply a message that a replica, possibly this one, has published."""
         subject = _SUBJECT.match(message)
         if subject is None:
-            if (throttled_now := _SLOWED.fullmatch(message)) is not None:
-                self._on_slowed(
-                    min(float(throttled_now[1]), _LONGEST_SLOWED_SECONDS) if throttled_now[1] else None
+            if (throttled := _THROTTLED.fullmatch(message)) is not None:
+                self._on_throttled(
+                    min(float(throttled[1]), _LONGEST_THROTTLED_SECONDS) if throttled[1] else None
                 )
-            return  # else a probe, or nothing of ours
+            return  # otherwise a probe, or a foreign message
         try:
             key = TaskKey(Operation(subject[2].decode()), subject[3].decode())
-        except ValueError:  # an operation of a later version
+        except ValueError:  # an operation that only a later version knows
             return
         if key not in self._waiting and self._local_cache.latest(key) is None:
             return
         rest = message[subject.end() :]
         try:
             if subject[1] == b"S":
-                self.take_up(key, rest)
+                self.apply(key, rest)
             elif subject[1] == b"F":
                 milliseconds, _, encoded = rest.partition(b"\n")
                 failure, seconds = decode_failure(encoded, key), failure_seconds(milliseconds)
                 self._memory.keep_failure(key, failure, seconds=seconds)
         except InvalidStoredValue as exc:
-            self.note_senseless(exc)
+            self.record_invalid(exc)
         self._wake(key)
 
-    def note_senseless(self, why: InvalidStoredValue) -> None:
-        """Count a value that is as good as none, and tell of it."""
+    def record_invalid(self, reason: InvalidStoredValue) -> None:
+        """Count and log a value that is treated as missing."""
         self._metrics.store_errors.labels("read").inc()
         if (suppressed := self._log_sampler.take("read")) is not None:
-            log.warning("senseless value in the store", reason=str(why), suppressed=suppressed)
+            log.warning("invalid_stored_value", reason=str(reason), suppressed=suppressed)
 
     def _wake(self, key: TaskKey) -> None:
         awaited = self._waiting.get(key)

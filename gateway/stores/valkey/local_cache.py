@@ -1,10 +1,11 @@
-"""What this replica holds of what all share, and from when to when each copy may be shown.
+"""The local cache of a replica: copies of shared snapshots, and when each copy becomes visible.
 
-    taken up -> coming, until every replica has it -> held: shown in its predecessor's place
-    something may have been missed -> doubted: not shown before the server has confirmed it
+    apply      -> pending until every replica has the snapshot -> active: replaces its predecessor
+    invalidate -> a message may have been missed: not visible until `revalidate`
 
-What follows a snapshot that may still be shown says from which moment on it is. So the replicas change
-over together, however soon each of them has it; whoever asks them in turn is never shown the older one again.
+A snapshot that may still be visible is replaced at an activation time. All replicas switch at that time,
+independent of when each of them receives the replacement, so a client that queries several replicas never
+sees an older snapshot again.
 """
 
 from __future__ import annotations
@@ -20,13 +21,12 @@ from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.stores.memory import MemoryStore
 
-_TIMER_SECONDS = (
-    0.002  # the loop's clock counts in milliseconds: a timer never comes before the moment itself
-)
+# The loop's clock counts in milliseconds: without the margin, a timer could fire before the activation time.
+_TIMER_SECONDS = 0.002
 
 
-class _Arrival(NamedTuple):
-    """A snapshot to come, and the timer that lets those know who wait and do not ask."""
+class _Activation(NamedTuple):
+    """A pending snapshot, and the timer that notifies subscribers and waiters even if no request comes."""
 
     shown_at: float
     snapshot: Snapshot
@@ -34,110 +34,111 @@ class _Arrival(NamedTuple):
 
 
 class _PendingActivations:
-    """A task's snapshots to come, oldest first; `over` when all have."""
+    """The pending snapshots of a task, oldest first; `done` is set when all are active."""
 
     def __init__(self) -> None:
-        self.arrivals: deque[_Arrival] = deque()
-        self.over = asyncio.Event()
+        self.activations: deque[_Activation] = deque()
+        self.done = asyncio.Event()
 
 
 class LocalCache:
-    """Holds copies in `memory`. `clock` is the snapshots' clock."""
+    """Keeps active copies in `memory`. `clock` is the clock of the snapshots."""
 
     def __init__(self, memory: MemoryStore, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._memory = memory
         self._clock = clock
-        self._coming: dict[TaskKey, _PendingActivations] = {}
-        self._doubted: dict[TaskKey, int] = {}  # the newest stamp known when something may have been missed
+        self._pending: dict[TaskKey, _PendingActivations] = {}
+        # The latest version known of a task when a message about it may have been missed.
+        self._invalidated: dict[TaskKey, int] = {}
 
     def peek(self, key: TaskKey) -> Snapshot | None:
-        """Return the snapshot to be shown now, unless it is doubted."""
+        """Return the active snapshot, unless it is invalidated."""
         snapshot = self.peek_stale(key)
-        if self._doubted and snapshot is not None and snapshot.version <= self._doubted.get(key, -1):
+        if self._invalidated and snapshot is not None and snapshot.version <= self._invalidated.get(key, -1):
             return None
         return snapshot
 
     def peek_stale(self, key: TaskKey) -> Snapshot | None:
-        """Return the snapshot to be shown now, doubted or not."""
-        if self._coming and (coming := self._coming.get(key)) is not None:
+        """Return the active snapshot, invalidated or not."""
+        if self._pending and (pending := self._pending.get(key)) is not None:
             now = self._clock()
-            while coming.arrivals and coming.arrivals[0].shown_at <= now:
-                self._arrive(key, coming)
+            while pending.activations and pending.activations[0].shown_at <= now:
+                self._activate(key, pending)
         return self._memory.peek(key)
 
     def latest(self, key: TaskKey) -> Snapshot | None:
-        """Return the newest snapshot known, which may be still to come."""
-        coming = self._coming.get(key)
-        return coming.arrivals[-1].snapshot if coming is not None else self._memory.peek(key)
+        """Return the latest snapshot known, which may be pending."""
+        pending = self._pending.get(key)
+        return pending.activations[-1].snapshot if pending is not None else self._memory.peek(key)
 
-    def doubted(self, key: TaskKey) -> bool:
-        """Tell whether the server is to be asked before what is held is shown."""
-        return key in self._doubted
+    def invalidated(self, key: TaskKey) -> bool:
+        """Return whether the active snapshot is not visible until the server has been queried."""
+        return key in self._invalidated
 
-    def doubt(self, concerned: Callable[[TaskKey], bool]) -> None:
-        """Doubt whatever is known of these tasks: something newer may have been missed."""
-        held = {snapshot.key: snapshot for snapshot in self._memory.snapshots()}
-        latest = held | {key: coming.arrivals[-1].snapshot for key, coming in self._coming.items()}
-        self._doubted = {
+    def invalidate(self, concerned: Callable[[TaskKey], bool]) -> None:
+        """Invalidate the snapshots of these tasks: a newer one may have been missed."""
+        active = {snapshot.key: snapshot for snapshot in self._memory.snapshots()}
+        latest = active | {key: pending.activations[-1].snapshot for key, pending in self._pending.items()}
+        self._invalidated = {
             key: snapshot.version
             for key, snapshot in latest.items()
-            if concerned(key) or key in self._doubted
+            if concerned(key) or key in self._invalidated
         }
-        for key in self._doubted.keys() & held.keys():
-            held[key].shown_until = -math.inf
+        for key in self._invalidated.keys() & active.keys():
+            active[key].shown_until = -math.inf
 
-    def confirm(self, key: TaskKey) -> None:
-        """Doubt no more: the server knows nothing newer."""
-        if self._doubted.pop(key, None) is not None and (held := self._memory.peek(key)) is not None:
-            coming = self._coming.get(key)
-            held.shown_until = math.inf if coming is None else coming.arrivals[0].shown_at
+    def revalidate(self, key: TaskKey) -> None:
+        """Make a task visible again: the server has no newer snapshot."""
+        if self._invalidated.pop(key, None) is not None and (active := self._memory.peek(key)) is not None:
+            pending = self._pending.get(key)
+            active.shown_until = math.inf if pending is None else pending.activations[0].shown_at
 
-    def take_up(self, snapshot: Snapshot, *, shown_at: float) -> None:
-        """Hold a snapshot from a moment on, unless this one or a newer one is known."""
+    def apply(self, snapshot: Snapshot, *, shown_at: float) -> None:
+        """Activate a snapshot at `shown_at`, unless this one or a newer one is known."""
         key = snapshot.key
         latest = self.latest(key)
         if latest is not None and (
             latest.version > snapshot.version or (latest.terminal and not snapshot.terminal)
         ):
             return
-        if self._doubted:
-            self.confirm(key)
+        if self._invalidated:
+            self.revalidate(key)
         if latest is not None and latest.version == snapshot.version:
             return
         wait = shown_at - self._clock()
         if wait <= 0:
             self._memory.keep(snapshot)
             return
-        coming = self._coming.get(key)
-        if coming is None:
-            coming = self._coming[key] = _PendingActivations()
+        pending = self._pending.get(key)
+        if pending is None:
+            pending = self._pending[key] = _PendingActivations()
         for earlier in (latest, self._memory.peek(key)):
             if earlier is not None:
                 earlier.shown_until = min(earlier.shown_until, shown_at)
         timer = asyncio.get_running_loop().call_later(
-            wait + _TIMER_SECONDS, self._arrive, key, coming, snapshot
+            wait + _TIMER_SECONDS, self._activate, key, pending, snapshot
         )
-        coming.arrivals.append(_Arrival(shown_at, snapshot, timer))
+        pending.activations.append(_Activation(shown_at, snapshot, timer))
 
-    async def arrived(self, key: TaskKey) -> None:
-        """Wait until nothing of a task is still to come."""
-        while (coming := self._coming.get(key)) is not None:
-            await coming.over.wait()
+    async def activated(self, key: TaskKey) -> None:
+        """Wait until no snapshot of a task is pending."""
+        while (pending := self._pending.get(key)) is not None:
+            await pending.done.wait()
 
     def close(self) -> None:
-        """Let nothing come any more."""
-        for coming in self._coming.values():
-            for arrival in coming.arrivals:
-                arrival.timer.cancel()
+        """Cancel all pending activations."""
+        for pending in self._pending.values():
+            for activation in pending.activations:
+                activation.timer.cancel()
 
-    def _arrive(self, key: TaskKey, coming: _PendingActivations, last: Snapshot | None = None) -> None:
-        """Hold the next to come; those up to `last`, where it is given."""
-        while coming.arrivals:
-            arrival = coming.arrivals.popleft()
-            arrival.timer.cancel()
-            if not coming.arrivals:
-                del self._coming[key]
-                coming.over.set()
-            self._memory.keep(arrival.snapshot)
-            if last is None or arrival.snapshot is last:
+    def _activate(self, key: TaskKey, pending: _PendingActivations, last: Snapshot | None = None) -> None:
+        """Activate the next pending snapshot, or all up to `last`."""
+        while pending.activations:
+            activation = pending.activations.popleft()
+            activation.timer.cancel()
+            if not pending.activations:
+                del self._pending[key]
+                pending.done.set()
+            self._memory.keep(activation.snapshot)
+            if last is None or activation.snapshot is last:
                 return

@@ -1,16 +1,16 @@
-"""The store of many replicas: a server shares what each of them holds in its memory.
+"""The shared store of several replicas: each keeps a local cache, and a server synchronises them.
 
-    hit    -> the copy held here: no question asked
-    miss   -> one question: a fresh snapshot, a failure, the lease, or for how long another has it
-    landed -> one more: the snapshot stored, published, the lease ended
-    taken  -> wait for what its holder publishes, or for the lease's end; then ask again
+    hit     -> the copy in the local cache: no operation
+    acquire -> one operation: returns a fresh snapshot, a failure, the lease, or the rest of another's lease
+    commit  -> one operation: stores and publishes the snapshot, ends the lease
+    taken   -> another replica has the lease: wait for its message or the lease's expiry, then acquire again
 
-What is published reaches every replica; those that hold the task, or wait for it, take it up
-(`subscription.py`, `invalidation.py`, `local_cache.py`). So answers asked from replicas in turn do not go
-back. That ends with a lost link: from then on each replica is alone, a MemoryStore and no more, until the
-link is up again. What it held by then may be behind, and is shown again only after the server was asked.
+Messages reach every replica; replicas with the task in their cache, or with a waiting request, apply them
+(`subscription.py`, `invalidation.py`, `local_cache.py`). So progress never goes back between replicas.
+Without a connection, this guarantee is suspended: each replica works like a MemoryStore until the
+connection is up again. Its cache may then be behind, and is revalidated with the server before it is used.
 
-Moments travel in the server's time and are converted to the safe side: to look older, never fresher.
+Times are stored in the server's clock, and converted so that snapshots look older, never fresher.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable, 
 from gateway.stores.valkey.invalidation import InvalidationMessages
 from gateway.stores.valkey.leases import LEASE_SECONDS, Leases
 from gateway.stores.valkey.local_cache import LocalCache
-from gateway.stores.valkey.scripts import DISCARD, FAIL, LAND, TAKE_OFF, TELL, TOKEN, Script
+from gateway.stores.valkey.scripts import ACQUIRE, COMMIT, DISCARD, FAIL, PUBLISH, TOKEN, Script
 from gateway.stores.valkey.subscription import NEWS_SECONDS
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
 _LONGEST_RETRY_SECONDS = 3600.0
-_LEASE_MARGIN_SECONDS = 0.01  # the server counts in milliseconds, and its answer was under way
+_LEASE_MARGIN_SECONDS = 0.01  # the server counts in milliseconds, and its reply takes time
 
 
-class _Answer(NamedTuple):
-    """What the server says to a flight that wants to take off."""
+class _AcquireReply(NamedTuple):
+    """The reply of `acquire.lua`."""
 
     kind: bytes
     number: int
@@ -61,10 +61,10 @@ class _Answer(NamedTuple):
 
 
 class ValkeyStore:
-    """Shares what `memory` holds.
+    """Shares the entries of `memory` with other replicas.
 
-    `stale_seconds`: for how long after its lifetime a snapshot may be shown; `covering_seconds`: the same
-    while it covers a failure.
+    `stale_seconds`: how long a snapshot may be served after its lifetime. `covering_seconds`: the same for
+    stale-if-error.
     """
 
     def __init__(
@@ -80,41 +80,41 @@ class ValkeyStore:
     ) -> None:
         self._memory = memory
         self._local_cache = LocalCache(memory, clock=clock)
-        self._showing = [
+        self._visibility = [
             int(seconds * MICROSECONDS)
             for seconds in (NEWS_SECONDS, stale_seconds, max(stale_seconds, covering_seconds))
         ]
         self._clock = clock
-        self._news = InvalidationMessages(
+        self._messages = InvalidationMessages(
             self._local_cache,
             memory=memory,
             metrics=metrics,
             server=self._server,
-            on_throttled=self._on_slowed,
+            on_throttled=self._on_throttled,
             clock=clock,
         )
-        self._link = StoreConnection(
+        self._connection = StoreConnection(
             settings,
             redactor=redactor,
             metrics=metrics,
-            on_message=self._news.receive,
+            on_message=self._messages.receive,
             on_gap=self._on_gap,
-            on_down=self._news.wake_all,
+            on_down=self._messages.wake_all,
             clock=clock,
         )
         self._leases = Leases(self._run)
-        self._slowed: list[Callable[[float | None], None]] = []
+        self._throttled: list[Callable[[float | None], None]] = []
         self._tasks = AsyncExitStack()
 
     @property
     def trouble(self) -> str | None:
         """See `Store`."""
-        return self._link.trouble
+        return self._connection.trouble
 
     async def __aenter__(self) -> Self:
-        """Begin to connect."""
+        """Start to connect in the background."""
         self._tasks.callback(self._local_cache.close)
-        for work in (self._link.follow(), self._leases.follow()):
+        for work in (self._connection.follow(), self._leases.follow()):
             self._tasks.push_async_callback(ended, asyncio.create_task(work))
         return self
 
@@ -124,13 +124,15 @@ class ValkeyStore:
 
     def peek(self, key: TaskKey) -> Snapshot | None:
         """See `Store.peek`."""
-        if time.monotonic() < self._link.sure_until:
+        if time.monotonic() < self._connection.sure_until:
             return self._local_cache.peek(key)
-        return None if self._link.up else self._local_cache.peek_stale(key)
+        return None if self._connection.up else self._local_cache.peek_stale(key)
 
     def is_current(self, snapshot: Snapshot, now: float) -> bool:
         """See `Store.is_current`."""
-        return now < snapshot.shown_until and (time.monotonic() < self._link.sure_until or not self._link.up)
+        return now < snapshot.shown_until and (
+            time.monotonic() < self._connection.sure_until or not self._connection.up
+        )
 
     def peek_stale(self, key: TaskKey) -> Snapshot | None:
         """See `Store.peek_stale`."""
@@ -150,7 +152,7 @@ class ValkeyStore:
 
     def on_throttled(self, listener: Callable[[float | None], None]) -> None:
         """See `Store.on_throttled`."""
-        self._slowed.append(listener)
+        self._throttled.append(listener)
 
     def __len__(self) -> int:
         """See `Store.__len__`."""
@@ -162,7 +164,7 @@ class ValkeyStore:
 
     async def sync(self) -> bool:
         """See `Store.sync`."""
-        return await self._link.sync()
+        return await self._connection.sync()
 
     async def acquire(
         self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
@@ -170,16 +172,17 @@ class ValkeyStore:
         """See `Store.acquire`."""
         deadline = self._clock() + timeout_seconds
         while True:
-            await self._local_cache.arrived(key)
-            # Before the question: what is published between it and its answer must not be missed.
-            with self._news.awaited(key) as news:
+            await self._local_cache.activated(key)
+            # Registered before the operation: a message between the operation and its reply must not be
+            # missed.
+            with self._messages.awaited(key) as message:
                 known = self._known(key, after)
                 if known is not None:
                     return known
                 try:
                     outcome = await self._ask(key, after)
                 except StoreUnavailable:
-                    return self._alone(key)
+                    return self._local_lease(key)
                 if not isinstance(outcome, float):
                     return outcome
                 left = deadline - self._clock()
@@ -187,7 +190,7 @@ class ValkeyStore:
                     return UpstreamTimeout("another replica's query did not end in time")
                 with suppress(TimeoutError):
                     async with asyncio.timeout(min(outcome, left)):
-                        await news
+                        await message
 
     async def commit(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
         """See `Store.commit`."""
@@ -196,27 +199,27 @@ class ValkeyStore:
         args = [
             lease.token,
             lease.version,
-            max(self._link.clock(key).servers(snapshot.fetched_at), 0),
+            max(self._connection.clock(key).servers(snapshot.fetched_at), 0),
             lifetime_of(snapshot),
             int(snapshot.terminal),
             encode_snapshot(snapshot),
             max(int(self._memory.keep_seconds(snapshot) * 1000), 1),
-            *self._showing,
+            *self._visibility,
         ]
         try:
-            accepted, other = shaped(await self._run(LAND, key, args, told=True), int, bytes)
+            accepted, other = shaped(await self._run(COMMIT, key, args, publish=True), int, bytes)
             if accepted == 1:
-                self._local_cache.take_up(snapshot, shown_at=self._news.shown_at(key, moment(other)))
+                self._local_cache.apply(snapshot, shown_at=self._messages.shown_at(key, moment(other)))
             elif other:
-                self._news.take_up(key, other)
+                self._messages.apply(key, other)
         except (StoreUnavailable, InvalidStoredValue) as exc:
             if isinstance(exc, InvalidStoredValue):
                 await self._discard(key, exc)
             elif lease.token:
-                self._leases.doubt(lease)
+                self._leases.release(lease)
             accepted = 1
-            self._local_cache.take_up(snapshot, shown_at=-math.inf)
-        await self._local_cache.arrived(key)
+            self._local_cache.apply(snapshot, shown_at=-math.inf)
+        await self._local_cache.activated(key)
         kept = self._local_cache.peek_stale(key)
         if accepted == 1:
             return kept or snapshot
@@ -242,7 +245,7 @@ class ValkeyStore:
             int(max(timeout_seconds, 0) * MICROSECONDS),
         ]
         try:
-            taken, wait = shaped(await self._link.run_for_all(TOKEN, "budget", args), int, int)
+            taken, wait = shaped(await self._connection.run_for_all(TOKEN, "budget", args), int, int)
         except StoreUnavailable:
             return 0.0
         seconds: float = wait / MICROSECONDS
@@ -258,105 +261,112 @@ class ValkeyStore:
         """See `Store.announce_throttling`."""
         seconds = "" if retry_after is None else math.ceil(retry_after)
         with suppress(StoreUnavailable):
-            channel = self._link.channel(0)
-            await self._link.run_for_all(TELL, "told", [self._link.publish, channel, f"T{seconds}"])
+            channel = self._connection.channel(0)
+            await self._connection.run_for_all(
+                PUBLISH, "told", [self._connection.publish, channel, f"T{seconds}"]
+            )
 
     async def _end(self, lease: Lease, milliseconds: int, encoded: bytes) -> None:
         self._leases.drop(lease)
         if lease.token:
             try:
-                await self._run(FAIL, lease.key, [lease.token, milliseconds, encoded], told=True)
+                await self._run(FAIL, lease.key, [lease.token, milliseconds, encoded], publish=True)
             except StoreUnavailable:
-                self._leases.doubt(lease)
+                self._leases.release(lease)
 
     def _known(self, key: TaskKey, after: int | None) -> Snapshot | GatewayError | None:
-        """Return what is known here and ends a flight."""
-        held = self.peek(key)
-        if held is not None and held.fresh(self._clock()) and (after is None or held.version > after):
-            return held
+        """Return a result from the local cache that makes an upstream query unnecessary."""
+        cached = self.peek(key)
+        if cached is not None and cached.fresh(self._clock()) and (after is None or cached.version > after):
+            return cached
         return self._memory.failure(key)
 
-    def _alone(self, key: TaskKey) -> Lease:
-        """Return a lease that nobody has given: each replica for itself."""
+    def _local_lease(self, key: TaskKey) -> Lease:
+        """Return a lease without a server: each replica queries for itself."""
         latest = self._local_cache.latest(key)
-        now = self._link.clock(key).servers(self._clock())
+        now = self._connection.clock(key).servers(self._clock())
         return Lease(key, max(now, 0 if latest is None else latest.version + 1))
 
     async def _ask(self, key: TaskKey, after: int | None) -> Snapshot | GatewayError | Lease | float:
-        """Ask the server; a number is the seconds to wait before the next look: another has the lease.
+        """Run `acquire.lua`. A number: another replica has the lease, try again after so many seconds.
 
-        Raises: StoreDown.
+        Raises: StoreUnavailable.
         """
         latest = self._local_cache.latest(key)
         token = uuid.uuid4().hex
         args = [
             0 if latest is None else latest.version,
-            self._least(key, latest, after),
+            self._min_version(key, latest, after),
             token,
             int(LEASE_SECONDS * 1000),
         ]
         try:
-            answer = _Answer(*shaped(await self._run(TAKE_OFF, key, args), bytes, int, bytes, bytes))
+            answer = _AcquireReply(*shaped(await self._run(ACQUIRE, key, args), bytes, int, bytes, bytes))
         except StoreUnavailable as down:
             if down.asked:
-                self._leases.doubt(Lease(key, 0, token))
+                self._leases.release(Lease(key, 0, token))
             raise
         try:
             if answer.newer:
-                self._news.take_up(key, answer.newer)
+                self._messages.apply(key, answer.newer)
             failure = decode_failure(answer.failure, key) if answer.failure else None
             seconds = failure_seconds(answer.number) if answer.kind == b"failure" else 0.0
         except InvalidStoredValue as exc:
             await self._discard(key, exc)
             return (
-                self._alone(key) if answer.kind != b"lease" else self._leases.hold(key, answer.number, token)
+                self._local_lease(key)
+                if answer.kind != b"lease"
+                else self._leases.hold(key, answer.number, token)
             )
         match answer.kind:
             case b"fresh":
-                self._local_cache.confirm(key)
-                await self._local_cache.arrived(key)
-                held = self._local_cache.peek_stale(key)
-                if held is not None and (held.terminal or held.fresh(self._clock())):
-                    return held
-                return 0.0  # it has gone stale on its way: the next question is about a newer one
+                self._local_cache.revalidate(key)
+                await self._local_cache.activated(key)
+                cached = self._local_cache.peek_stale(key)
+                if cached is not None and (cached.terminal or cached.fresh(self._clock())):
+                    return cached
+                return 0.0  # it became stale in transit: acquire a newer one
             case b"failure" if failure is not None:
                 self._memory.keep_failure(key, failure, seconds=seconds)
                 return failure
             case b"taken":
                 return min(max(answer.number / 1000, 0.0), LEASE_SECONDS) + _LEASE_MARGIN_SECONDS
             case b"lease" if answer.number > 0:
-                self._local_cache.confirm(key)
+                self._local_cache.revalidate(key)
                 return self._leases.hold(key, answer.number, token)
-        raise StoreUnavailable("an answer that makes no sense")
+        raise StoreUnavailable("invalid reply of a script")
 
-    def _least(self, key: TaskKey, latest: Snapshot | None, after: int | None) -> int:
-        """Return the stamp from which on a fresh snapshot of the server's is an answer."""
+    def _min_version(self, key: TaskKey, latest: Snapshot | None, after: int | None) -> int:
+        """Return the smallest version of a fresh stored snapshot that is a result."""
         least = 0 if after is None else after + 1
         if latest is None:
             return least
-        # What is known here was found stale, whatever the server's clock says; or it only wants confirming.
-        confirming = self._local_cache.doubted(key) or latest.fresh(self._clock())
-        return max(least, latest.version if confirming else latest.version + 1)
+        # The latest known snapshot is either invalidated, and only has to be confirmed, or stale by the local
+        # clock, whatever the server's clock says.
+        confirm = self._local_cache.invalidated(key) or latest.fresh(self._clock())
+        return max(least, latest.version if confirm else latest.version + 1)
 
-    async def _run(self, script: Script, key: TaskKey, args: list[Any], *, told: bool = False) -> list[Any]:
-        """Run a script; `told`: it publishes."""
-        if told:
+    async def _run(
+        self, script: Script, key: TaskKey, args: list[Any], *, publish: bool = False
+    ) -> list[Any]:
+        """Run a script; with `publish`, pass the arguments that it publishes with."""
+        if publish:
             subject = f"{key.operation}/{key.task_id}\n"
-            args = [*args, self._link.publish, self._link.channel(slot_of(key)), subject]
-        return await self._link.run(script, key, args)
+            args = [*args, self._connection.publish, self._connection.channel(slot_of(key)), subject]
+        return await self._connection.run(script, key, args)
 
-    async def _discard(self, key: TaskKey, why: InvalidStoredValue) -> None:
-        """Remove what makes no sense, so that something sensible takes its place."""
-        self._news.note_senseless(why)
+    async def _discard(self, key: TaskKey, reason: InvalidStoredValue) -> None:
+        """Remove an invalid value, so that a valid one can be stored."""
+        self._messages.record_invalid(reason)
         with suppress(StoreUnavailable):
             await self._run(DISCARD, key, [])
 
     def _server(self, key: TaskKey) -> ServerClock:
-        return self._link.clock(key)
+        return self._connection.clock(key)
 
     def _on_gap(self, slots: Collection[int]) -> None:
-        self._local_cache.doubt(lambda key: slot_of(key) in slots)
+        self._local_cache.invalidate(lambda key: slot_of(key) in slots)
 
-    def _on_slowed(self, retry_after: float | None) -> None:
-        for listener in self._slowed:
+    def _on_throttled(self, retry_after: float | None) -> None:
+        for listener in self._throttled:
             listener(retry_after)

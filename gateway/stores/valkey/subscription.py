@@ -1,10 +1,10 @@
-"""What the servers publish: read as it comes, and known to be whole up to a moment.
+"""Subscriptions to the servers' channels, and the read barrier up to which they are complete.
 
-    subscribe -> PING, and what was published before it is read once its PONG is -> `sure_until`
-    a slot has moved -> subscribe where it is now; what was published in between is missed: `on_gap`
+    subscribe -> PING; with its PONG, everything published before has been read -> `sure_until`
+    a slot has moved -> subscribe at its new server; messages in between are missed: `on_gap`
 
-A server answers in order. So its PONG says, without a question for each task, that nothing published before
-the PING is still under way; and what is published later is not shown for `NEWS_SECONDS`.
+A server sends in order. So a PONG proves, without a query for each task, that all messages published before
+the PING have arrived. Messages published later are not visible for `NEWS_SECONDS`.
 """
 
 from __future__ import annotations
@@ -21,31 +21,32 @@ from redis.exceptions import ResponseError
 
 from gateway.stores.valkey.backends import SLOTS, Address, RedisBackends
 
-# How long news may be under way to every replica. It costs the change of a task so much; a replica whose
-# loop, server or network stood still for longer asks before it shows anything.
+# Maximum time for a message to reach every replica. Each change of a task becomes visible after this delay.
+# A replica whose event loop, server or network stalls for longer queries the server before it serves a
+# snapshot.
 NEWS_SECONDS = 0.05
-_SURE_SECONDS = 0.9 * NEWS_SECONDS  # the rest is for what is not known of the clocks
+_SURE_SECONDS = 0.9 * NEWS_SECONDS  # the rest is a margin for clock uncertainty
 _PING_SECONDS = 0.02
-_PINGS_LATE = 3  # times the patience mean that the connection is dead
-_MOVE_SECONDS = 2.0  # for a slot that has moved to be found
-_LOOK_SECONDS = 0.02
+_PINGS_LATE = 3  # the connection is dead after this many timeouts without a PONG
+_MOVE_SECONDS = 2.0  # timeout to find a slot that has moved
+_RETRY_SECONDS = 0.02
 
 
 class _Subscription:
-    """A connection that is subscribed."""
+    """A subscribed connection."""
 
-    def __init__(self, subscription: PubSub) -> None:
-        self.subscription = subscription
+    def __init__(self, pubsub: PubSub) -> None:
+        self.pubsub = pubsub
         self.pinged_at = -math.inf
         self.sure_until = -math.inf
         self.pong = asyncio.Event()
 
 
 class Subscriptions:
-    """Reads what is published. Open it with `async with`; then it follows by itself until `lost` is done.
+    """Reads published messages. Opened with `async with`, it runs until `lost` is done.
 
-    `on_message` gets what is published, `on_sure` the moment until which nothing was missed, on the
-    monotonic clock, and `on_gap` the slots of which something may have been.
+    `on_message` receives the messages, `on_sure` the read barrier (monotonic clock), and `on_gap` the slots
+    whose messages may have been missed.
     """
 
     def __init__(
@@ -58,16 +59,16 @@ class Subscriptions:
         on_gap: Callable[[Collection[int]], None],
     ) -> None:
         self._servers = servers
-        self._patience_seconds = timeout_seconds
+        self._timeout_seconds = timeout_seconds
         self._on_message = on_message
         self._on_sure = on_sure
         self._on_gap = on_gap
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._subscriptions: dict[Address, _Subscription] = {}
         self._slots = {servers.channel(slot).encode(): slot for slot in range(SLOTS)}
-        self._missing = set(range(SLOTS))  # slots whose channels are not subscribed to
-        self._gap: set[int] = set()  # slots of which something may have been missed
-        self._found = asyncio.Event()  # when none is missing
+        self._missing = set(range(SLOTS))  # slots without a subscription
+        self._gap: set[int] = set()  # slots whose messages may have been missed
+        self._found = asyncio.Event()  # set while no slot is missing
         self._moved = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._stack = AsyncExitStack()
@@ -75,7 +76,7 @@ class Subscriptions:
     async def __aenter__(self) -> Self:
         """Subscribe to the channels of all slots. Raises: servers.ERRORS."""
         try:
-            await self._find()
+            await self._subscribe_missing()
         except BaseException:
             await self.__aexit__()
             raise
@@ -88,33 +89,33 @@ class Subscriptions:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if not self.lost.cancel() and not self.lost.cancelled():
-            self.lost.exception()  # looked at, or asyncio complains
+            self.lost.exception()  # mark the exception as retrieved, or asyncio logs it
         await self._stack.aclose()
 
     async def _follow(self) -> None:
         while True:
             await self._moved.wait()
             async with asyncio.timeout(_MOVE_SECONDS):
-                await self._find()
+                await self._subscribe_missing()
             gap, self._gap = self._gap, set()
             self._on_gap(gap)
-            self._reckon()
+            self._update_barrier()
 
-    async def _find(self) -> None:
-        """Subscribe to the channels that are missing, wherever their slots are by now."""
+    async def _subscribe_missing(self) -> None:
+        """Subscribe to the missing channels at the current servers of their slots."""
         while self._missing:
             self._moved.clear()
             for address, slots in self._servers.owners(self._missing).items():
-                feed = self._subscriptions.get(address)
-                if feed is None:
-                    feed = self._subscriptions[address] = _Subscription(
+                subscription = self._subscriptions.get(address)
+                if subscription is None:
+                    subscription = self._subscriptions[address] = _Subscription(
                         await self._servers.subscription(address, self._stack)
                     )
-                    await self._servers.subscribe(feed.subscription, slots)
-                    self._start(self._read(feed))
-                    self._start(self._ping(feed))
+                    await self._servers.subscribe(subscription.pubsub, slots)
+                    self._start(self._read(subscription))
+                    self._start(self._ping(subscription))
                 else:
-                    await self._servers.subscribe(feed.subscription, slots)
+                    await self._servers.subscribe(subscription.pubsub, slots)
             events = [asyncio.create_task(event.wait()) for event in (self._found, self._moved)]
             try:
                 waiting: set[asyncio.Future[Any]] = {*events, self.lost}
@@ -125,25 +126,25 @@ class Subscriptions:
             if self.lost.done():
                 self.lost.result()
             if self._missing:
-                # Servers learn of a move one after the other: whoever was asked may not know yet.
-                await asyncio.sleep(_LOOK_SECONDS)
-                await self._servers.look_around()
+                # The nodes learn of a moved slot one after the other: retry until all agree.
+                await asyncio.sleep(_RETRY_SECONDS)
+                await self._servers.refresh_topology()
         self._moved.clear()
 
-    async def _read(self, feed: _Subscription) -> None:
+    async def _read(self, subscription: _Subscription) -> None:
         while True:
             try:
-                message = await feed.subscription.get_message(timeout=None)
-            except ResponseError:  # a slot was asked for where it is not, or no more
+                message = await subscription.pubsub.get_message(timeout=None)
+            except ResponseError:  # the server does not own the slot
                 self._moved.set()
                 continue
             match message["type"]:
                 case "message" | "smessage":
                     self._on_message(message["data"])
                 case "pong":
-                    feed.sure_until = feed.pinged_at + _SURE_SECONDS
-                    feed.pong.set()
-                    self._reckon()
+                    subscription.sure_until = subscription.pinged_at + _SURE_SECONDS
+                    subscription.pong.set()
+                    self._update_barrier()
                 case "subscribe" | "ssubscribe":
                     self._missing.discard(self._slots[message["channel"]])
                     if not self._missing:
@@ -154,27 +155,30 @@ class Subscriptions:
                     self._gap.add(slot)
                     self._found.clear()
                     self._moved.set()
-                    self._reckon()
+                    self._update_barrier()
 
-    async def _ping(self, feed: _Subscription) -> None:
-        connection: Any = feed.subscription.connection  # its type says that it never has one
+    async def _ping(self, subscription: _Subscription) -> None:
+        connection: Any = subscription.pubsub.connection  # redis-py types it as None
         while True:
-            feed.pong.clear()
-            feed.pinged_at = time.monotonic()
+            subscription.pong.clear()
+            subscription.pinged_at = time.monotonic()
             try:
-                # Fifty times a second: the subscription's own way, which would connect again and try again,
-                # costs a third more.
+                # Fifty times a second: PubSub.ping, which also reconnects and retries, costs a third more.
                 await connection.send_command("PING", check_health=False)
-            except RuntimeError as exc:  # uvloop's word for a transport that is closed
+            except RuntimeError as exc:  # raised by uvloop for a closed transport
                 raise ConnectionError("the subscription's connection is closed") from exc
             await asyncio.sleep(_PING_SECONDS)
-            if not feed.pong.is_set():
-                async with asyncio.timeout(_PINGS_LATE * self._patience_seconds):
-                    await feed.pong.wait()
+            if not subscription.pong.is_set():
+                async with asyncio.timeout(_PINGS_LATE * self._timeout_seconds):
+                    await subscription.pong.wait()
 
-    def _reckon(self) -> None:
-        whole = not self._missing and not self._gap
-        self._on_sure(min(feed.sure_until for feed in self._subscriptions.values()) if whole else -math.inf)
+    def _update_barrier(self) -> None:
+        complete = not self._missing and not self._gap
+        self._on_sure(
+            min(subscription.sure_until for subscription in self._subscriptions.values())
+            if complete
+            else -math.inf
+        )
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
