@@ -80,12 +80,25 @@ class _Void(Exception):
 
 
 class _Slot:
-    """One of the slots, given back once."""
+    """One of the slots, given back once: when its query has its answer, or is gone and the call has ended."""
 
-    __slots__ = ("_slots",)
+    __slots__ = ("_ended", "_gone", "_slots")
 
     def __init__(self, slots: asyncio.Semaphore) -> None:
         self._slots: asyncio.Semaphore | None = slots
+        self._ended = self._gone = False
+
+    def end_call(self) -> None:
+        """Note that nothing of the call is under way any more. Its answer may still be read."""
+        self._ended = True
+        if self._gone:
+            self.free()
+
+    def leave(self) -> None:
+        """Note that the query is gone: nothing reads the answer."""
+        self._gone = True
+        if self._ended:
+            self.free()
 
     def free(self) -> None:
         """Give it back, unless it was already."""
@@ -274,14 +287,19 @@ class Upstream:
             with self._breakers[operation].guard(silence_seconds=self._silence_seconds):
                 turn.spend()
                 demand.committed = True
-                answer = await self._calls.make(query.key, pair, number=next(query.numbers), over=slot.free)
+                answer = await self._calls.make(
+                    query.key, pair, number=next(query.numbers), over=slot.end_call
+                )
         except asyncio.CancelledError:
-            if not demand.committed:  # else it is on the wire, and upstream works on it
+            if demand.committed:  # it is on the wire, and upstream works on it
+                slot.leave()
+            else:
                 slot.free()
             raise
         except BaseException:
             slot.free()
             raise
+        slot.free()
         self._learn(operation, asyncio.get_running_loop().time() - began)
         return answer
 

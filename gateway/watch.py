@@ -8,7 +8,7 @@
 
 A slot holds the newest update of each task and no backlog: a reader that is slow skips what it missed. The
 bodies are the store's, which counts them. Schedules and slots hold notes (`watchers.py`). A body is looked up
-when it is written. If it has made room, the watcher is told with the schedule's next tick.
+when it is written. If it has made room, it is asked for again.
 
 A change waits to be told until the event loop's next turns, each of which tells a few. Those of schedules
 that woke together come together, too: so all their answers are read first, with what that takes in the
@@ -64,7 +64,7 @@ class _Schedule:
 
     `untold` came when that was too old to be shown, or would be told it now that its body has made room.
     `pending`: stored, and to be told in a moment.
-    `backing_off`: the tick rests after a failure.
+    `asking`: the tick waits for an answer. `backing_off`: it rests after a failure.
     """
 
     watchers: set[Watcher] = field(default_factory=set)
@@ -72,6 +72,7 @@ class _Schedule:
     latest: Update | None = None
     pending: Snapshot | None = None
     ticking: asyncio.Task[None] | None = None
+    asking: bool = False
     backing_off: bool = False
 
 
@@ -118,7 +119,7 @@ class Watch:
         """
         if len(self._watchers) >= self._settings.max_watchers:
             raise Overloaded("the gateway has as many watchers as it may", retry_after=5.0)
-        watcher = Watcher(keys, client, self._whole)
+        watcher = Watcher(keys, client, find=self._find, ask=self._ask_again)
         watcher.leaving = self._leaving
         if self._leaving:
             watcher.ring()
@@ -200,14 +201,16 @@ class Watch:
             self._ended.add(schedule.ticking)
             schedule.ticking.add_done_callback(self._ended.discard)
             schedule.ticking = None  # a cancelled task holds its frames, and they the schedule
-            schedule.backing_off = False
+            schedule.asking = schedule.backing_off = False
 
     async def _tick(self, key: TaskKey, schedule: _Schedule) -> None:
         """Keep a watched task's snapshot fresh until it has ended; being cancelled is the normal end."""
         backoff = _BACKOFF_SECONDS
         company = 1
         while True:
+            schedule.asking = True
             snapshot, failure = await self._ask(key, schedule)
+            schedule.asking = False
             if snapshot is not None and snapshot.terminal:
                 return
             fine = snapshot is not None and failure is None
@@ -291,21 +294,22 @@ class Watch:
             watcher.offer(update, note)
         schedule.untold.clear()
 
-    def _whole(self, note: Update, watcher: Watcher) -> Update | None:
-        """Return what a note is of, or see to it that the watcher is told again; None: it will be."""
-        key = note.key
-        snapshot = self._recall(key)
-        self._tell(key)  # as in `_join`
-        if watcher.is_offered(key):
+    def _find(self, note: Update, watcher: Watcher) -> Update | None:
+        """Return what a note is of, as new as it is now; None: the store has let it go."""
+        snapshot = self._recall(note.key)
+        self._tell(note.key)  # as in `_join`; it may be in the watcher's slot then
+        if watcher.is_offered(note.key) or snapshot is None or (_is_final(note) and not snapshot.terminal):
             return None
-        if snapshot is not None and (snapshot.terminal or not _is_final(note)):
-            return Update(key, snapshot)
+        return Update(note.key, snapshot)
+
+    def _ask_again(self, key: TaskKey, watcher: Watcher) -> None:
+        """Ask at once for what the store has let go, and tell this watcher."""
         schedule = self._schedules.get(key)
-        if schedule is not None and watcher in schedule.watchers:
-            schedule.untold.add(watcher)
-            if schedule.ticking is None or schedule.ticking.done():
-                self._start(key, schedule)  # the task has ended: nothing else would ask for it
-        return None
+        if schedule is None or watcher not in schedule.watchers:
+            return
+        schedule.untold.add(watcher)
+        if not schedule.asking and not schedule.backing_off:
+            self._restart(key, schedule)
 
 
 def _is_final(update: Update | None) -> bool:

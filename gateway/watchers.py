@@ -4,7 +4,7 @@
 
 A slot holds a note of the newest update and no large body: readers that do not read keep none that the store
 has let go. One slot of each watcher may hold a body. So a watcher that waits is told of a task whose body is
-larger than the store.
+larger than the store. A body that has made room is asked for again, one at a time for each watcher.
 """
 
 from __future__ import annotations
@@ -62,12 +62,14 @@ class Update:
 class Watcher:
     """One open stream or long poll: a slot for each task, and a bell.
 
-    `find` returns what a note in a slot is of; None: it is offered again later. `outlet`: where its reader
-    may be written to past whoever waits in `rings`. `idle_outlet`: the same as long as a task waits there,
-    for then nothing older is under way.
+    `find` returns what a note in a slot is of, if it is held anywhere; `ask` has it offered again. `outlet`:
+    where its reader may be written to past whoever waits in `rings`. `idle_outlet`: the same as long as a
+    task waits there and no slot holds anything, for then nothing older is under way.
     """
 
     __slots__ = (
+        "_ask",
+        "_asked",
         "_find",
         "_held",
         "_slots",
@@ -86,13 +88,17 @@ class Watcher:
         self,
         keys: Sequence[TaskKey],
         client: bytes,
+        *,
         find: Callable[[Update, Watcher], Update | None] = lambda _note, _watcher: None,
+        ask: Callable[[TaskKey, Watcher], None] = lambda _key, _watcher: None,
     ) -> None:
         self.keys = keys
         self.client = client
         self.leaving = False  # the gateway is: say farewell
         self.hung_up = False  # the reader is gone
         self._find = find
+        self._ask = ask
+        self._asked: TaskKey | None = None  # what was asked for again and has not come
         self._slots: dict[TaskKey, Update] = {}
         self._held: TaskKey | None = None  # whose slot has a body
         self.heartbeat_due = False
@@ -109,16 +115,13 @@ class Watcher:
             self._slots[update.key] = update
         else:
             self._slots[update.key] = note
+        if self._asked == update.key:
+            self._asked = None
         self.ring()
 
     def is_offered(self, key: TaskKey) -> bool:
         """Tell whether a task's slot holds anything."""
         return key in self._slots
-
-    @property
-    def empty(self) -> bool:
-        """Whether no slot holds anything."""
-        return not self._slots
 
     def ring(self) -> None:
         """Wake the watcher: it is to look around."""
@@ -133,10 +136,10 @@ class Watcher:
         self.ring()
 
     async def rings(self) -> None:
-        """Wait until the bell rings, unless something is left to be taken."""
-        if not self.rung and not self._slots:
+        """Wait until the bell rings."""
+        if not self.rung:
             self._waiter = asyncio.get_running_loop().create_future()
-            self.idle_outlet = self.outlet
+            self.idle_outlet = None if self._slots else self.outlet
             try:
                 await self._waiter
             finally:
@@ -144,16 +147,17 @@ class Watcher:
         self.rung = False
 
     def updates(self) -> Iterator[Update]:
-        """Give what the slots hold, and empty each as it comes to it."""
-        while self._slots:
-            key = next(iter(self._slots))
-            update: Update | None = self._slots.pop(key)
+        """Give what the slots hold, and empty each as it comes to it; but for what is not held anywhere."""
+        for key in tuple(self._slots):
+            note = self._slots.pop(key)
             if key == self._held:
                 self._held = None
-            if update is not None and not update.whole:
-                update = self._find(update, self)
+            update = note if note.whole else self._find(note, self)
             if update is not None:
                 yield update
+            elif self._slots.setdefault(key, note) is note and self._asked is None:
+                self._asked = key
+                self._ask(key, self)
 
     async def take(self) -> list[Update]:
         """Wait until the bell rings; return the updates since the last time, maybe none."""

@@ -104,6 +104,7 @@ class EventsEndpoint:
             if update.snapshot is not None and update.snapshot.terminal:
                 running.discard(update.key)
             if size >= _PART_BYTES:
+                watcher.ring()  # for the others
                 break
         if watcher.heartbeat_due:
             watcher.heartbeat_due = False
@@ -112,7 +113,7 @@ class EventsEndpoint:
         if last:
             self._sent["end"].inc()
             parts.append(b"event: end\nid: %s\ndata: {}\n\n" % end_id.encode())
-        elif watcher.leaving and watcher.empty:
+        elif watcher.leaving and not watcher.rung:
             last = True
             spread = random.randint(*_FAREWELL_MS)  # noqa: S311  # spreads load, hides nothing
             parts.append(b": the gateway restarts\nretry: %d\n\n" % spread)
