@@ -22,7 +22,7 @@ from gateway.domain.task import Operation
 from gateway.settings.model import Credentials as CredentialSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
-from gateway.upstream.credential_rotation import FAILED_PROBE_PAUSE_SECONDS, CredentialRotation
+from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import Credentials, KeyPair, Slot
 
 REFUSAL_SECONDS = 1.0
@@ -182,15 +182,13 @@ async def test_rotation_probes_a_refused_next_pair_once_for_many(bench: Bench) -
 
 
 async def test_rotation_pauses_refused_pairs(bench: Bench) -> None:
-    """The signing pair pauses for a short time, a refused probe for longer; then each is tried again."""
+    """A refused pair pauses, and is then probed again; the first one that the upstream accepts signs."""
     bench.known = set()
     assert await bench.refused() == ["one", "two"]
     assert await bench.refused() == []
     bench.now += REFUSAL_SECONDS
-    assert await bench.refused() == ["one"]
-    bench.now += FAILED_PROBE_PAUSE_SECONDS
     assert await bench.refused() == ["one", "two"]
-    bench.now += FAILED_PROBE_PAUSE_SECONDS
+    bench.now += REFUSAL_SECONDS
     bench.known = {"two"}
     assert await bench.ask() == "two"
 
@@ -203,7 +201,7 @@ async def test_rotation_probes_a_paused_pair_with_one_query(bench: Bench) -> Non
     bench.calls.clear()
     outcomes = await asyncio.gather(*(bench.ask() for _ in range(10)), return_exceptions=True)
     assert {type(outcome) for outcome in outcomes} == {UpstreamCredentials}
-    assert bench.calls == ["one"]
+    assert bench.calls == ["one", "two"]
     bench.known = {"one"}
     bench.now += REFUSAL_SECONDS
     with capture_logs() as lines:
@@ -447,3 +445,26 @@ async def test_rotation_without_any_pair_makes_no_call(tmp_path: Path) -> None:
     with pytest.raises(UpstreamCredentials, match="no credentials"):
         await bench.ask()
     assert bench.calls == []
+
+
+async def test_rotation_logs_a_replaced_pair_once(bench: Bench) -> None:
+    """Calls with a replaced pair that are refused late add no log lines, and read no files."""
+    await bench.ask()
+    refuse = asyncio.Event()
+
+    async def answer_late(pair: KeyPair) -> str:
+        if pair.access_key == "one":
+            await refuse.wait()
+        return await bench.answer(pair)
+
+    late = [
+        asyncio.create_task(bench.rotation.use(Operation.SD_GET_PROGRESS, answer_late)) for _ in range(60)
+    ]
+    await asyncio.sleep(0)
+    bench.mount(active="three")
+    bench.known = {"three"}
+    with capture_logs() as lines:
+        refuse.set()
+        assert await asyncio.gather(*late) == ["three"] * 60
+    refusals = [line for line in lines if line["event"] == "credentials_refused"]
+    assert [(line["slot"], line["generation"]) for line in refusals] == [("active", 1)]

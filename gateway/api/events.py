@@ -113,6 +113,7 @@ class EventsEndpoint:
             if update.snapshot is not None and update.snapshot.terminal:
                 running.discard(update.key)
             if size >= _PART_BYTES:
+                subscriber.wake()  # the rest follows in the next part
                 break
         if subscriber.heartbeat_due:
             subscriber.heartbeat_due = False
@@ -121,7 +122,7 @@ class EventsEndpoint:
         if last:
             self._sent["end"].inc()
             parts.append(b"event: end\nid: %s\ndata: {}\n\n" % end_id.encode())
-        elif subscriber.shutting_down and subscriber.empty:
+        elif subscriber.shutting_down and not subscriber.woken:
             last = True
             retry = random.randint(*_SHUTDOWN_RETRY_MS)  # noqa: S311  # not security-relevant
             parts.append(b": the gateway restarts\nretry: %d\n\n" % retry)

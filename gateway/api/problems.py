@@ -81,6 +81,8 @@ class Problems:
         headers: dict[str, str] = {}
         if isinstance(exc, HTTPException):
             headers.update(exc.headers or {})
+            if "Allow" in headers:  # Starlette joins a set, whose order differs between processes
+                headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
             exc = _from_router(exc)
         error = exc if isinstance(exc, GatewayError) else INTERNAL
         scope["state"]["code"] = error.code  # for the request log

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import math
 import signal
 import socket
 import sys
@@ -22,6 +21,7 @@ from gateway.server import file_descriptors as descriptors
 from gateway.server.application import Application
 from gateway.server.connection import Connection
 from gateway.server.connection_limits import bound_buffers, connection_limits
+from gateway.server.graceful_shutdown import HANDOVER_SECONDS
 from gateway.server.heap import HeapTrim
 from gateway.server.protocol import http_protocol
 from gateway.settings.model import Settings
@@ -63,7 +63,8 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
         access_log=False,
         server_header=False,
         forwarded_allow_ips=forwarders(server.trusted_proxies),
-        timeout_graceful_shutdown=math.ceil(server.drain_seconds),
+        # Typed as a whole number, but only compared with the clock. The handover has passed by then.
+        timeout_graceful_shutdown=max(server.drain_seconds - HANDOVER_SECONDS, 0.0),  # type: ignore[arg-type]
         backlog=_BACKLOG,
     )
 

@@ -77,12 +77,29 @@ class _PermitRevoked(Exception):
 
 
 class _Slot:
-    """A place among the concurrent calls; releasing it twice has no effect."""
+    """A place among the concurrent calls.
 
-    __slots__ = ("_slots",)
+    It is released when the query has parsed the response. If the query was cancelled, it is released when the
+    upstream has ended the call. Releasing it twice has no effect.
+    """
+
+    __slots__ = ("_call_ended", "_cancelled", "_slots")
 
     def __init__(self, slots: asyncio.Semaphore) -> None:
         self._slots: asyncio.Semaphore | None = slots
+        self._call_ended = self._cancelled = False
+
+    def end_call(self) -> None:
+        """Record that the call has ended. The query may still parse the response."""
+        self._call_ended = True
+        if self._cancelled:
+            self.release()
+
+    def cancel(self) -> None:
+        """Record that the query was cancelled while the call was in flight."""
+        self._cancelled = True
+        if self._call_ended:
+            self.release()
 
     def release(self) -> None:
         """Release the slot, unless it was released before."""
@@ -280,16 +297,18 @@ class UpstreamClient:
                 permit.consume()
                 demand.committed = True
                 response = await self._signed_requests.send(
-                    query.key, pair, number=next(query.call_numbers), on_complete=slot.release
+                    query.key, pair, number=next(query.call_numbers), on_complete=slot.end_call
                 )
         except asyncio.CancelledError:
-            # A committed call is still in flight upstream: `on_complete` releases its slot.
-            if not demand.committed:
+            if demand.committed:  # the call is in flight, and the upstream works on it
+                slot.cancel()
+            else:
                 slot.release()
             raise
         except BaseException:
             slot.release()
             raise
+        slot.release()
         self._update_latency(operation, asyncio.get_running_loop().time() - began)
         return response
 

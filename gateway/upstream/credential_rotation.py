@@ -42,8 +42,6 @@ from gateway.domain.errors import (
 from gateway.domain.task import Operation
 from gateway.upstream.credentials import Credentials, CredentialVersion, KeyPair
 
-FAILED_PROBE_PAUSE_SECONDS = 30.0
-
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
@@ -66,7 +64,7 @@ class _Use(NamedTuple):
 class CredentialRotation:
     """Selects the key pair of each call, and learns from the outcome.
 
-    `refusal_seconds`: how long the signing pair pauses after a refusal. `clock` returns monotonic seconds.
+    `refusal_seconds`: how long a pair pauses after a refusal. `clock` returns monotonic seconds.
     """
 
     def __init__(
@@ -166,15 +164,15 @@ class CredentialRotation:
         before = self._refusals.get((operation, version.pair))
         if before is not None and now < before.until:
             return  # one of several calls that were in flight at the first refusal
-        signing = self._credentials.signing
-        signs = signing is not None and signing.pair == version.pair
-        seconds = self._refusal_seconds if signs else FAILED_PROBE_PAUSE_SECONDS
-        self._refusals[operation, version.pair] = _Refusal(now + seconds, copy(error))
+        self._refusals[operation, version.pair] = _Refusal(now + self._refusal_seconds, copy(error))
         if before is None:
             log.warning("credentials_refused", operation=operation, reason=str(error), **_log_fields(version))
         self._credentials.reload()  # the files may have changed since the last poll
         known = {candidate.pair for candidate in self._candidates()}
-        self._refusals = {key: refusal for key, refusal in self._refusals.items() if key[1] in known}
+        # A replaced pair is remembered while calls with it may still be refused: one log line is enough.
+        self._refusals = {
+            key: refusal for key, refusal in self._refusals.items() if key[1] in known or now < refusal.until
+        }
 
     def _on_accepted(self, operation: Operation, use: _Use) -> None:
         # Only a probe clears a refusal: a call that was in flight before the refusal proves nothing any more.

@@ -93,7 +93,7 @@ class WatchHub:
             raise Overloaded(
                 "the gateway has reached its limit of open streams and long polls", retry_after=5.0
             )
-        subscriber = Subscriber(keys, client, self._with_body)
+        subscriber = Subscriber(keys, client, complete=self._with_body, refetch=self._refetch)
         subscriber.shutting_down = self._shutting_down
         if self._shutting_down:
             subscriber.wake()
@@ -207,20 +207,21 @@ class WatchHub:
         schedule.unnotified.clear()
 
     def _with_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
-        """Return an update with its latest body. None: the update will be put into the slot again."""
-        key = reduced.key
-        snapshot = self._peek_stale(key)
-        self._publish_pending(key)  # the lookup may have delivered a change, as in `_join`
-        if subscriber.has_pending(key):
+        """Return an update with its latest body; None if the store has evicted it."""
+        snapshot = self._peek_stale(reduced.key)
+        self._publish_pending(reduced.key)  # the lookup may have delivered a change, as in `_join`
+        if subscriber.has_pending(reduced.key) or snapshot is None:
             return None
-        if snapshot is not None and (snapshot.terminal or not _is_final(reduced)):
-            return Update(key, snapshot)
+        return None if _is_final(reduced) and not snapshot.terminal else Update(reduced.key, snapshot)
+
+    def _refetch(self, key: TaskKey, subscriber: Subscriber) -> None:
+        """Refresh a task whose body was evicted, and send the result to this subscriber."""
         schedule = self._schedules.get(key)
-        if schedule is not None and subscriber in schedule.subscribers:
-            schedule.unnotified.add(subscriber)
-            if not schedule.running:
-                self._refresher.start(schedule)  # the task has ended: there is no further refresh otherwise
-        return None
+        if schedule is None or subscriber not in schedule.subscribers:
+            return
+        schedule.unnotified.add(subscriber)
+        if not schedule.refreshing and not schedule.backing_off:
+            self._refresher.restart(schedule)
 
 
 def _is_final(update: Update | None) -> bool:

@@ -41,7 +41,7 @@ class Schedule:
     `latest` is the last published update, without a large body. `pending` is a stored snapshot that is
     published in one of the next turns of the event loop. `unnotified` are subscribers that receive the next
     update even if it repeats `latest`: when they joined, `latest` was too old to send, or its body has been
-    evicted since. `backing_off`: the task waits after a failure.
+    evicted since. `refreshing`: the task waits for the service. `backing_off`: it waits after a failure.
     """
 
     key: TaskKey
@@ -50,12 +50,8 @@ class Schedule:
     latest: Update | None = None
     pending: Snapshot | None = None
     task: asyncio.Task[None] | None = None
+    refreshing: bool = False
     backing_off: bool = False
-
-    @property
-    def running(self) -> bool:
-        """Whether the task is refreshed; False once it has ended."""
-        return self.task is not None and not self.task.done()
 
 
 class Refresher:
@@ -97,7 +93,7 @@ class Refresher:
             self._stopping.add(schedule.task)
             schedule.task.add_done_callback(self._stopping.discard)
             schedule.task = None  # breaks a reference cycle: the task's frames refer to the schedule
-            schedule.backing_off = False
+            schedule.refreshing = schedule.backing_off = False
 
     async def wait_stopped(self) -> None:
         """Wait until every stopped schedule has ended."""
@@ -108,7 +104,9 @@ class Refresher:
         backoff = _BACKOFF_SECONDS
         group_size = 1
         while True:
+            schedule.refreshing = True
             snapshot, failure = await self._refresh(schedule)
+            schedule.refreshing = False
             if snapshot is not None and snapshot.terminal:
                 return
             success = snapshot is not None and failure is None

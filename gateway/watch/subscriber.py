@@ -4,7 +4,8 @@
 
 Each task has one slot, which holds the latest update only. A slot holds no large body: otherwise slow readers
 would keep bodies in memory that the store has already evicted. One slot of each subscriber may hold a body,
-so that a waiting subscriber also receives a task whose body is larger than the store.
+so that a waiting subscriber also receives a task whose body is larger than the store. An evicted body is
+fetched again, one at a time for each subscriber.
 """
 
 from __future__ import annotations
@@ -63,14 +64,17 @@ class Update:
 class Subscriber:
     """One open stream or long poll, with a slot for each of its tasks and a wake-up signal.
 
-    `complete` returns an update from a slot with its body, or None if it will be put into the slot again.
-    `direct_transport` accepts writes that bypass the task which awaits `wait`. `idle_transport` is the same
-    transport while that task waits, and None otherwise: a write in between could overtake an older update.
+    `complete` returns an update from a slot with its body, or None if the body was evicted; `refetch` has it
+    fetched and put into the slot again. `direct_transport` accepts writes that bypass the task which awaits
+    `wait`. `idle_transport` is the same transport while that task waits with empty slots, and None otherwise:
+    a write in between could overtake an older update.
     """
 
     __slots__ = (
         "_complete",
         "_key_with_body",
+        "_refetch",
+        "_refetching",
         "_slots",
         "_waiter",
         "client",
@@ -87,13 +91,17 @@ class Subscriber:
         self,
         keys: Sequence[TaskKey],
         client: bytes,
+        *,
         complete: Callable[[Update, Subscriber], Update | None] = lambda _update, _subscriber: None,
+        refetch: Callable[[TaskKey, Subscriber], None] = lambda _key, _subscriber: None,
     ) -> None:
         self.keys = keys
         self.client = client
         self.shutting_down = False  # the gateway shuts down: end the stream
         self.disconnected = False  # the client has closed the connection
         self._complete = complete
+        self._refetch = refetch
+        self._refetching: TaskKey | None = None  # its body was evicted, and has not arrived yet
         self._slots: dict[TaskKey, Update] = {}
         self._key_with_body: TaskKey | None = None  # the only slot that may hold a large body
         self.heartbeat_due = False
@@ -110,16 +118,13 @@ class Subscriber:
             self._slots[update.key] = update
         else:
             self._slots[update.key] = reduced
+        if self._refetching == update.key:
+            self._refetching = None
         self.wake()
 
     def has_pending(self, key: TaskKey) -> bool:
         """Tell whether the slot of this task holds an update."""
         return key in self._slots
-
-    @property
-    def empty(self) -> bool:
-        """Whether every slot is empty."""
-        return not self._slots
 
     def wake(self) -> None:
         """Wake the waiting task, which then checks slots and flags."""
@@ -134,10 +139,10 @@ class Subscriber:
         self.wake()
 
     async def wait(self) -> None:
-        """Wait until `wake` is called; return at once if a slot holds an update."""
-        if not self.woken and not self._slots:
+        """Wait until `wake` is called, unless it was called since the last wait."""
+        if not self.woken:
             self._waiter = asyncio.get_running_loop().create_future()
-            self.idle_transport = self.direct_transport
+            self.idle_transport = None if self._slots else self.direct_transport
             try:
                 await self._waiter
             finally:
@@ -145,16 +150,20 @@ class Subscriber:
         self.woken = False
 
     def drain(self) -> Iterator[Update]:
-        """Yield the updates in the slots; each slot is emptied when its update is reached."""
-        while self._slots:
-            key = next(iter(self._slots))
-            update: Update | None = self._slots.pop(key)
+        """Yield the updates in the slots; each slot is emptied when its update is reached.
+
+        An update whose body was evicted stays in its slot.
+        """
+        for key in tuple(self._slots):
+            reduced = self._slots.pop(key)
             if key == self._key_with_body:
                 self._key_with_body = None
-            if update is not None and not update.is_complete:
-                update = self._complete(update, self)
+            update = reduced if reduced.is_complete else self._complete(reduced, self)
             if update is not None:
                 yield update
+            elif self._slots.setdefault(key, reduced) is reduced and self._refetching is None:
+                self._refetching = key
+                self._refetch(key, self)
 
     async def next_updates(self) -> list[Update]:
         """Wait until `wake` is called; return the updates since the previous call, possibly none."""
