@@ -53,13 +53,13 @@ bench: .venv/project.stamp .venv/dev.stamp .venv/bench.stamp ## run the benchmar
 
 .PHONY: docs docs-check pictures release
 docs: .venv/project.stamp .venv/dev.stamp ## write the generated tables of the documents: settings, metrics, alerts
-	@$(BIN)/python -m tests.documents.tables
+	@$(BIN)/python -m tests.docs.tables
 
 docs-check: .venv/project.stamp .venv/dev.stamp ## run the documents' commands and programs, check their links
-	@PATH="$(TOOLS):$$PATH" $(BIN)/python -m pytest --no-cov tests/test_documents.py tests/test_snippets.py $(ARGS)
+	@PATH="$(TOOLS):$$PATH" $(BIN)/python -m pytest --no-cov tests/docs/test_documents.py tests/docs/test_snippets.py $(ARGS)
 
 pictures: .venv/project.stamp .venv/dev.stamp ## take the documents' pictures again, with the system's Chromium
-	@$(BIN)/python -m tests.documents.pictures
+	@$(BIN)/python -m tests.docs.pictures
 
 release: .venv/project.stamp .venv/dev.stamp ## build wheel, sdist, chart and bill of materials twice, into dist
 	@PATH="$(TOOLS):$$PATH" $(BIN)/python .ci/release.py dist

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import settings
 
 from gateway.telemetry.tracing import Tracing
-from tests.harness import Gateway, Json, Simulator, Stage, gateway, plain_client, running
+from tests.support.harness import Gateway, Json, Simulator, Stage, gateway, plain_client, running
 
 settings.register_profile("thorough", max_examples=10_000)
 

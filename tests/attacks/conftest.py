@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness import Gateway, Json, Simulator
+from tests.support.harness import Gateway, Json, Simulator
 
 
 @pytest.fixture(params=["edge", "no-edge"])

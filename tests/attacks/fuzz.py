@@ -27,7 +27,7 @@ import structlog
 
 from tests.attacks.streams import TASKS, Stream, stream
 from tests.attacks.wire import Answer, Line, MalformedAnswer, parse
-from tests.harness import Gateway, RawUpstream, gateway, reset, well
+from tests.support.harness import Gateway, RawUpstream, gateway, reset, well
 
 BATCH = 40  # concurrent streams
 _SETTINGS = {

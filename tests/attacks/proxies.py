@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.harness import PATIENCE_SECONDS, free_port, neutral_environment, until
+from tests.support.harness import PATIENCE_SECONDS, free_port, neutral_environment, until
 
 _MODULES = Path("/usr/lib/apache2/modules")
 

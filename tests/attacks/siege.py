@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.attacks.wire import request
-from tests.harness import KEY, SECRET, Gateway, Process, plain_client, serving, until
+from tests.support.harness import KEY, SECRET, Gateway, Process, plain_client, serving, until
 
 TASK = "besieged"
 PAUSE_SECONDS = 0.1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from tests.requesting import MALFORMED
+from tests.support.requesting import MALFORMED
 
 TASKS = ("a", "0123456789abcdef-1", "UPPER_lower-9")
 _BODY = b'{"taskId": "a"}'

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tests.attacks.wire import Line, Target, chunked, lines, query, request, settle
-from tests.harness import Gateway, Simulator, until
+from tests.support.harness import Gateway, Simulator, until
 
 SOON = {"header_seconds": 0.3, "keep_alive_seconds": 0.3}
 MEGABYTE = 1_048_576

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.attacks.wire import Line, Target, query, request, settle
-from tests.harness import Gateway, RawUpstream, Request, Simulator, fresh_id, until, well
+from tests.support.harness import Gateway, RawUpstream, Request, Simulator, fresh_id, until, well
 
 ONE, OTHER = "127.0.0.2", "127.0.0.3"
 SECURITY_HEADERS = {"x-content-type-options": "nosniff", "cross-origin-resource-policy": "same-site"}

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.attacks.wire import Answer, Line, Target, chunked, query, request
-from tests.harness import Gateway, Simulator
+from tests.support.harness import Gateway, Simulator
 
 OWN, OTHER = "own-task", "other-task"
 INNER = b"\r\n\r\n" + request(f"/v1/progress/{OTHER}")

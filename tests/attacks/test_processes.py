@@ -9,7 +9,7 @@ import pytest
 
 from tests import harness
 from tests.attacks.wire import Line, lines, request, settle
-from tests.harness import (
+from tests.support.harness import (
     Gateway,
     Process,
     RawUpstream,

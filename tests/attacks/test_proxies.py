@@ -20,7 +20,7 @@ import pytest
 
 from tests.attacks.proxies import apache, caddy, caddyserver, haproxy, nginx
 from tests.attacks.wire import Line, Target, chunked, parse, query, request
-from tests.harness import Gateway, RawUpstream, neutral_environment, well
+from tests.support.harness import Gateway, RawUpstream, neutral_environment, well
 
 ROUNDS = 200
 ATTACKERS = 8

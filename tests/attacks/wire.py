@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from tests.harness import Gateway
+from tests.support.harness import Gateway
 
 PATIENCE_SECONDS = 20.0  # much longer than all timeouts in these tests
 

@@ -18,7 +18,7 @@ from measuring import Bench, Comparison, Figures
 from replicas import REPLICAS, sharing, until_shared
 from servers import Server
 
-from tests.storeserver import Guarded, StoreServer, binary, cluster, guarded, migrate
+from tests.support.storeserver import Guarded, StoreServer, binary, cluster, guarded, migrate
 
 NEEDS = ()
 

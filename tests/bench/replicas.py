@@ -23,7 +23,7 @@ from processes import many_files
 from servers import Server
 from watchers import see
 
-from tests.storeserver import StoreServer, binary
+from tests.support.storeserver import StoreServer, binary
 
 NEEDS = ("wrk",)
 

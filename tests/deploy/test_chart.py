@@ -1,0 +1,623 @@
+"""The Helm chart: rendered manifests, rejected values, and settings that the gateway accepts."""
+
+import importlib.util
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from gateway import __version__
+from gateway.api.operator_endpoints import PROBES
+from gateway.settings.loading import load
+from gateway.settings.model import Settings
+from tests.support.harness import Gateway, Simulator
+
+ROOT = Path(__file__).parents[2]
+CHART = ROOT / "helm" / "sd-progress-gateway"
+ASK = CHART / "files" / "ask.py"
+VALUES = sorted((CHART / "ci").glob("*.yaml"))
+MINIMAL, FULL = CHART / "ci" / "minimal.yaml", CHART / "ci" / "full.yaml"
+OLDEST, NEWEST = "1.25", "1.37"
+# Kinds without a schema in Kubernetes.
+CUSTOM = {"DestinationRule", "HTTPRoute", "PodMonitor", "PrometheusRule", "ServiceMonitor"}
+
+Manifest = dict[str, Any]
+
+each_helm = pytest.mark.parametrize("program", ["helm", "helm3"])
+each_values = pytest.mark.parametrize("values", VALUES, ids=lambda file: file.stem)
+
+
+def helm(*arguments: str | Path, program: str = "helm") -> subprocess.CompletedProcess[str]:
+    """Run helm and return its result."""
+    found = shutil.which(program)
+    if found is None:
+        pytest.skip(f"{program} is not installed; .ci/run fetches helm 4 as helm and 3 as helm3")
+    return subprocess.run([found, *arguments], capture_output=True, text=True, check=False)
+
+
+def rendered(*arguments: str | Path, program: str = "helm", chart: Path = CHART) -> dict[str, Manifest]:
+    """Return the rendered manifests by kind; the ConfigMap of the dashboard is under Dashboard."""
+    ran = helm("template", "release", chart, *arguments, program=program)
+    assert ran.returncode == 0, ran.stderr
+    manifests = [manifest for manifest in yaml.safe_load_all(ran.stdout) if manifest]
+    by_kind = {
+        "Dashboard" if manifest["metadata"]["name"].endswith("-dashboard") else manifest["kind"]: manifest
+        for manifest in manifests
+    }
+    assert len(by_kind) == len(manifests)
+    return by_kind
+
+
+def minimal(*settings: str) -> dict[str, Manifest]:
+    """Return the rendered manifests of the minimal values plus these settings."""
+    return rendered("-f", MINIMAL, *(part for setting in settings for part in ("--set-json", setting)))
+
+
+def pod(manifests: dict[str, Manifest]) -> Manifest:
+    """Return the pod template of the Deployment."""
+    template: Manifest = manifests["Deployment"]["spec"]["template"]
+    return template
+
+
+def container(manifests: dict[str, Manifest]) -> Manifest:
+    """Return the gateway's container."""
+    [only] = pod(manifests)["spec"]["containers"]
+    assert isinstance(only, dict)
+    return only
+
+
+def settings_of(manifests: dict[str, Manifest], tmp_path: Path) -> Settings:
+    """Return the settings that the gateway loads from the ConfigMap and the environment of the container."""
+    file = tmp_path / "gateway.toml"
+    file.write_text(manifests["ConfigMap"]["data"]["gateway.toml"], encoding="utf-8")
+    environ = {variable["name"]: variable["value"] for variable in container(manifests)["env"]}
+    return load(file, environ)
+
+
+def ports(manifests: dict[str, Manifest]) -> dict[str, int]:
+    """Return the ports of the container by name."""
+    return {port["name"]: port["containerPort"] for port in container(manifests)["ports"]}
+
+
+def test_chart_has_example_values() -> None:
+    """There is a values file for each kind of deployment."""
+    expected = {"minimal", "full", "gateway-api", "monitoring-off", "existing-secret"}
+    assert expected <= {file.stem for file in VALUES}
+
+
+# --- every values file, with both helms -------------------------------------------------------------------
+
+
+@each_helm
+@each_values
+def test_chart_passes_helm_lint(program: str, values: Path) -> None:
+    """Helm's linter reports nothing in strict mode."""
+    ran = helm("lint", "--strict", CHART, "-f", values, program=program)
+    assert ran.returncode == 0, ran.stdout
+    assert "[ERROR]" not in ran.stdout
+    assert "[WARNING]" not in ran.stdout
+
+
+@each_values
+def test_chart_is_the_same_with_both_helms(values: Path) -> None:
+    """Helm 3 and Helm 4 render the same manifests."""
+    assert rendered("-f", values, program="helm") == rendered("-f", values, program="helm3")
+
+
+@each_values
+@pytest.mark.parametrize("version", [OLDEST, NEWEST])
+def test_chart_is_valid_kubernetes(values: Path, version: str) -> None:
+    """Every manifest matches the schema of the oldest and the newest supported Kubernetes."""
+    manifests = rendered("-f", values, "--kube-version", version)
+    assert {"ConfigMap", "Deployment", "Pod", "Service"} <= set(manifests)
+    for kind, manifest in manifests.items():
+        if kind not in CUSTOM:
+            kubernetes_validate.validate(manifest, version, strict=True)
+
+
+@each_values
+def test_chart_writes_valid_settings(values: Path, tmp_path: Path) -> None:
+    """The gateway accepts the TOML of the ConfigMap, which contains the settings of the values."""
+    manifests = rendered("-f", values)
+    settings = settings_of(manifests, tmp_path)
+    written = tomllib.loads(manifests["ConfigMap"]["data"]["gateway.toml"])
+    asked = yaml.safe_load((CHART / "values.yaml").read_text())["settings"]
+    for section, keys in (yaml.safe_load(values.read_text()).get("settings") or {}).items():
+        asked[section] = asked.get(section, {}) | keys
+    for section, keys in asked.items():
+        assert keys.items() <= written[section].items()
+    assert str(settings.credentials.access_key_file) == "/run/secrets/sd-gateway/access_key"
+
+
+@each_values
+def test_chart_grace_period_covers_the_drain(values: Path, tmp_path: Path) -> None:
+    """The termination grace period is longer than preStop plus the drain."""
+    manifests = rendered("-f", values)
+    grace = pod(manifests)["spec"]["terminationGracePeriodSeconds"]
+    hook = container(manifests).get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["0"])
+    [before] = re.findall(r"\d+", hook[-1])
+    assert grace > int(before) + math.ceil(settings_of(manifests, tmp_path).server.drain_seconds)
+
+
+@each_values
+def test_chart_probes_and_ports_are_the_gateways(values: Path, tmp_path: Path) -> None:
+    """Probes use paths of the gateway; ports are those of its settings, and every referenced port exists."""
+    manifests = rendered("-f", values)
+    settings = settings_of(manifests, tmp_path).server
+    known = {"http": settings.port} | ({"metrics": settings.metrics_port} if settings.metrics_port else {})
+    assert ports(manifests) == known
+    paths = {}
+    for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+        asked = container(manifests)[probe]["httpGet"]
+        assert asked["port"] == "http"
+        paths[probe] = asked["path"]
+    assert set(paths.values()) <= PROBES
+    assert paths["readinessProbe"] == "/readyz"
+    assert paths["livenessProbe"] == "/healthz"  # a pod is not killed while it drains or lacks credentials
+    targets = {port["targetPort"] for port in manifests["Service"]["spec"]["ports"]}
+    assert targets == set(known)
+
+
+@each_values
+def test_chart_is_restricted(values: Path) -> None:
+    """Every pod meets the "restricted" standard, has a read-only file system and no token."""
+    manifests = rendered("-f", values)
+    for spec in (pod(manifests)["spec"], manifests["Pod"]["spec"]):
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["enableServiceLinks"] is False
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["runAsUser"] == 10001
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        [only] = spec["containers"]
+        assert only["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert only["resources"]["limits"]["memory"]
+
+
+@each_values
+def test_chart_selectors_use_immutable_labels(values: Path) -> None:
+    """Selectors match the pods of the gateway and not the test pod, by labels without a version."""
+    manifests = rendered("-f", values)
+    selector = manifests["Deployment"]["spec"]["selector"]["matchLabels"]
+    assert set(selector) == {f"app.kubernetes.io/{label}" for label in ("name", "instance", "component")}
+    assert selector.items() <= pod(manifests)["metadata"]["labels"].items()
+    assert not selector.items() <= manifests["Pod"]["metadata"]["labels"].items()
+    assert manifests["Service"]["spec"]["selector"] == selector
+    for kind in ("PodDisruptionBudget", "ServiceMonitor", "PodMonitor"):
+        if kind in manifests:
+            assert manifests[kind]["spec"]["selector"]["matchLabels"] == selector
+    if "NetworkPolicy" in manifests:
+        assert manifests["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"] == selector
+
+
+# --- manifests --------------------------------------------------------------------------------------------
+
+
+def test_chart_has_the_version_of_the_gateway() -> None:
+    """The default image tag is this version, and kubeVersion is the oldest tested Kubernetes."""
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
+    assert chart["kubeVersion"] == f">={OLDEST}.0-0"
+    assert f"Kubernetes {OLDEST} or newer" in (CHART / "README.md").read_text()
+    assert chart["version"] == chart["appVersion"] == __version__
+    assert container(minimal())["image"] == f"sd-progress-gateway:{__version__}"
+
+
+def test_chart_updates_without_downtime() -> None:
+    """No pod is removed before its replacement is ready."""
+    strategy = minimal()["Deployment"]["spec"]["strategy"]["rollingUpdate"]
+    assert strategy == {"maxSurge": 1, "maxUnavailable": 0}
+
+
+def test_chart_restarts_pods_when_settings_change() -> None:
+    """The checksum annotation depends on the settings only."""
+
+    def checksum(*settings: str) -> str:
+        annotations: dict[str, str] = pod(minimal(*settings))["metadata"]["annotations"]
+        return annotations["checksum/config"]
+
+    assert checksum() == checksum("replicas=4")
+    assert checksum() != checksum("settings.cache.running_seconds=3")
+
+
+def test_chart_mounts_secrets_as_directories(tmp_path: Path) -> None:
+    """Secrets are mounted as directories, so that rotations arrive, and contain the files of the settings."""
+    manifests = rendered("-f", FULL)
+    mounts = {mount["mountPath"]: mount for mount in container(manifests)["volumeMounts"]}
+    assert all("subPath" not in mount and mount["readOnly"] for mount in mounts.values())
+    volumes = {volume["name"]: volume for volume in pod(manifests)["spec"]["volumes"]}
+    secrets = {
+        path: volumes[mount["name"]]["secret"]["secretName"]
+        for path, mount in mounts.items()
+        if "secret" in volumes[mount["name"]]
+    }
+    assert secrets == {"/run/secrets/sd-gateway": "progress-pair", "/run/secrets/sd-gateway-store": "valkey"}
+    settings = settings_of(manifests, tmp_path)
+    files = [*settings.credentials.model_dump().items(), *settings.store.model_dump().items()]
+    named = {name: file for name, file in files if name.endswith("_file")}
+    assert {name: str(file.parent) for name, file in named.items()} == {
+        name: f"/run/secrets/sd-gateway{'' if name.endswith('_key_file') else '-store'}" for name in named
+    }
+    config = container(manifests)["args"][-1]
+    assert str(Path(config).parent) in mounts
+
+
+def test_chart_names_only_files_of_the_secret(tmp_path: Path) -> None:
+    """Without a next key pair or a store secret, the settings name no file for it."""
+    settings = settings_of(minimal(), tmp_path)
+    assert settings.credentials.next_access_key_file is None
+    assert (settings.store.username_file, settings.store.password_file, settings.store.ca_file) == (None,) * 3
+
+
+def test_chart_keeps_the_key_pair_in_its_secret() -> None:
+    """A key pair in the values is in the Secret only; with an existing secret, none is created."""
+    manifests = rendered("-f", CHART / "ci" / "values-pair.yaml")
+    assert manifests["Secret"]["stringData"] == {"access_key": "an-access-key", "secret_key": "a-secret-key"}
+    assert (
+        pod(manifests)["spec"]["volumes"][1]["secret"]["secretName"]
+        == manifests["Secret"]["metadata"]["name"]
+    )
+    del manifests["Secret"]
+    assert "a-secret-key" not in json.dumps(manifests)
+    assert "Secret" not in minimal()
+
+
+def test_chart_leaves_the_number_of_pods_to_the_autoscaler() -> None:
+    """With an autoscaler the Deployment has no replicas; the configured measures are used."""
+    manifests = rendered("-f", FULL)
+    assert "replicas" not in manifests["Deployment"]["spec"]
+    spec = manifests["HorizontalPodAutoscaler"]["spec"]
+    assert spec["scaleTargetRef"]["name"] == manifests["Deployment"]["metadata"]["name"]
+    cpu, subscribers = spec["metrics"]
+    assert cpu["resource"]["target"] == {"type": "Utilization", "averageUtilization": 70}
+    assert subscribers["pods"]["metric"]["name"] == "sd_gateway_watchers"
+    assert subscribers["pods"]["target"] == {"type": "AverageValue", "averageValue": "4000"}
+    assert minimal()["Deployment"]["spec"]["replicas"] == 1
+
+
+def test_chart_routes_the_root_path_without_timeouts() -> None:
+    """Ingress and HTTPRoute route server.root_path to the service; no timeout ends a stream."""
+    manifests = rendered("-f", CHART / "ci" / "gateway-api.yaml")
+    [rule] = manifests["HTTPRoute"]["spec"]["rules"]
+    assert rule["matches"] == [{"path": {"type": "PathPrefix", "value": "/progress"}}]
+    assert rule["timeouts"] == {"request": "0s", "backendRequest": "0s"}
+    service = manifests["Service"]
+    assert rule["backendRefs"] == [
+        {"name": service["metadata"]["name"], "port": service["spec"]["ports"][0]["port"]}
+    ]
+
+    manifests = rendered("-f", FULL)
+    [rule] = manifests["Ingress"]["spec"]["rules"]
+    [path] = rule["http"]["paths"]
+    assert path["path"] == "/"
+    assert path["backend"]["service"] == {
+        "name": manifests["Service"]["metadata"]["name"],
+        "port": {"name": "http"},
+    }
+    annotations = manifests["Ingress"]["metadata"]["annotations"]
+    assert annotations["nginx.ingress.kubernetes.io/proxy-buffering"] == "off"
+    assert annotations["haproxy.org/timeout-server"] == "1h"
+
+
+def test_chart_hashes_the_path_of_the_task() -> None:
+    """HAProxy counts path segments, including server.root_path; annotations of the user take precedence."""
+    hashing = ["ingress.enabled=true", "ingress.hashByTask=true", 'ingress.hosts=["a.example.com"]']
+
+    def annotations(*settings: str) -> dict[str, str]:
+        told: dict[str, str] = minimal(*hashing, *settings)["Ingress"]["metadata"]["annotations"]
+        return told
+
+    assert annotations()["haproxy.org/load-balance"] == "uri depth 3"
+    assert annotations()["haproxy-ingress.github.io/balance-algorithm"] == "uri depth 3"
+    assert annotations('settings.server.root_path="/a/b"')["haproxy.org/load-balance"] == "uri depth 5"
+    own = 'ingress.annotations={"nginx.org/lb-method": "least_conn"}'
+    assert annotations(own)["nginx.org/lb-method"] == "least_conn"
+    assert annotations()["nginx.ingress.kubernetes.io/proxy-buffering"] == "off"
+    plain = minimal("ingress.enabled=true", 'ingress.hosts=["a.example.com"]')["Ingress"]["metadata"][
+        "annotations"
+    ]
+    assert not {"haproxy.org/load-balance", "nginx.org/lb-method"} & set(plain)
+
+
+def test_chart_trusts_the_names_of_its_routes(tmp_path: Path) -> None:
+    """With an ingress, trusted_hosts are its hosts, the service names and localhost, unless set."""
+    ingress = ["ingress.enabled=true", 'ingress.hosts=["a.example.com", "*.b.example.com"]']
+
+    def hosts(*settings: str) -> list[str]:
+        return settings_of(minimal(*settings), tmp_path).server.allowed_hosts
+
+    manifests = minimal(*ingress)
+    name = manifests["Service"]["metadata"]["name"]
+    inside = [name, f"{name}.default", f"{name}.default.svc", f"{name}.default.svc.cluster.local"]
+    told = ["a.example.com", "*.b.example.com", *inside, "localhost", "127.0.0.1"]
+    assert settings_of(manifests, tmp_path).server.trusted_hosts == told
+    assert (
+        manifests["Pod"]["spec"]["containers"][0]["args"][-1] == "a.example.com"
+    )  # Host header of `helm test`
+    assert hosts(*ingress, 'settings.server.trusted_hosts=["c.example.com"]') == ["c.example.com"]
+    route = ["httpRoute.enabled=true", 'httpRoute.parentRefs=[{"name": "public"}]']
+    assert "d.example.com" in hosts(*ingress, *route, 'httpRoute.hostnames=["d.example.com"]')
+    assert hosts(*ingress, *route) == ["*"]
+    assert hosts() == ["*"]
+
+
+def test_chart_adds_extra_objects() -> None:
+    """Extra objects are created unchanged, including braces."""
+    extra = {
+        "apiVersion": "v1",
+        "kind": "Extra",
+        "metadata": {"name": "e"},
+        "spec": {"text": "{{ .Values }}"},
+    }
+    assert minimal(f"extraObjects={json.dumps([extra])}")["Extra"] == extra
+
+
+def test_chart_network_policy_is_minimal() -> None:
+    """Ingress: clients and Prometheus, each on its port. Egress: DNS, upstream and the store."""
+    spec = rendered("-f", FULL)["NetworkPolicy"]["spec"]
+    assert spec["policyTypes"] == ["Ingress", "Egress"]
+    callers, prometheus = spec["ingress"]
+    assert callers["ports"] == [{"port": "http"}]
+    assert {"podSelector": {}} in callers["from"]
+    assert prometheus["ports"] == [{"port": "metrics"}]
+    assert prometheus["from"] == [
+        {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+    ]
+    names, upstream, store, collector = spec["egress"]
+    assert {port["port"] for port in names["ports"]} == {53}
+    assert upstream["ports"] == [{"port": 8443}]
+    assert [port["port"] for port in store["ports"]] == [6380, 26379, 6379]
+    assert store["to"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "valkey"}}}]
+    assert collector["ports"] == [{"port": 4318}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "out"),
+    [
+        ([], [[53, 53], [443]]),
+        (['settings.upstream.endpoint="http://127.0.0.1"'], [[53, 53], [80]]),
+        (['settings.upstream.endpoint="https://[::1]:8443/"'], [[53, 53], [8443]]),
+        (['settings.store.url="valkey://cache"'], [[53, 53], [443], [6379]]),
+        (
+            ['settings.store.url="valkeys://a:7000,b:7000"', "settings.store.cluster=true"],
+            [[53, 53], [443], [7000]],
+        ),
+    ],
+    ids=["default", "plain", "port", "store", "cluster"],
+)
+def test_chart_egress_follows_the_settings(settings: list[str], out: list[list[int]]) -> None:
+    """The ports of upstream and of the store are those of their URLs, or the default ports."""
+    egress = minimal(*settings)["NetworkPolicy"]["spec"]["egress"]
+    assert [[port["port"] for port in rule["ports"]] for rule in egress] == out
+
+
+def test_chart_monitors_the_metrics_port() -> None:
+    """A monitor scrapes the metrics port; without one, the port of the clients."""
+    manifests = rendered("-f", FULL)
+    [endpoint] = manifests["ServiceMonitor"]["spec"]["endpoints"]
+    assert (endpoint["port"], endpoint["path"]) == ("metrics", "/metrics")
+    assert manifests["ServiceMonitor"]["metadata"]["labels"]["release"] == "prometheus"
+    manifests = minimal('monitoring.monitor="PodMonitor"', "settings.server.metrics_port=0")
+    [endpoint] = manifests["PodMonitor"]["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] == "http"
+
+
+def test_chart_contains_the_rules() -> None:
+    """The PrometheusRule equals the file that promtool tests, with its templates unchanged."""
+    manifests = rendered("-f", FULL)
+    assert manifests["PrometheusRule"]["spec"] == yaml.safe_load(
+        (CHART / "rules" / "gateway.yaml").read_text()
+    )
+    assert "PrometheusRule" not in minimal()
+
+
+def test_chart_contains_the_dashboard() -> None:
+    """The ConfigMap for the Grafana sidecar contains the tested dashboard unchanged, including braces."""
+    manifest = rendered("-f", FULL)["Dashboard"]
+    assert manifest["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert manifest["metadata"]["annotations"] == {"grafana_folder": "Images"}
+    [content] = manifest["data"].values()
+    assert json.loads(content) == json.loads((CHART / "dashboards" / "gateway.json").read_text())
+    assert "Dashboard" not in minimal()
+
+
+@pytest.mark.parametrize(
+    ("values", "more", "warnings"),
+    [
+        ("minimal", "replicas=1", []),
+        ("minimal", "replicas=2", ["without settings.store.url each replica makes its own upstream calls"]),
+        (
+            "minimal",
+            "autoscaling.enabled=true",
+            ["without settings.store.url each replica makes its own upstream calls"],
+        ),
+        ("full", "replicas=2", []),
+        (
+            "values-pair",
+            "replicas=1",
+            ["the key pair is part of the values", "without a NetworkPolicy"],
+        ),
+    ],
+)
+def test_chart_notes_have_warnings(tmp_path: Path, values: str, more: str, warnings: list[str]) -> None:
+    """The notes contain the next command, and warnings about risky values."""
+    file = CHART / "ci" / f"{values}.yaml"
+    # Helm prints no notes without a cluster, so a manifest quotes them.
+    chart = shutil.copytree(CHART, tmp_path / CHART.name)
+    notes = '{{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}'
+    quoting = f"kind: Notes\nmetadata: {{name: notes}}\ntext: {notes}\n"
+    (chart / "templates" / "quoting.yaml").write_text(quoting, encoding="utf-8")
+    notes = rendered("-f", file, "--set", more, chart=chart)["Notes"]["text"]
+    assert "helm test release --namespace default --logs" in notes
+    assert re.findall(r"WARNING: (.*?)(?:,| and a client| every pod)", notes) == warnings
+
+
+# --- rejected values --------------------------------------------------------------------------------------
+
+
+@each_helm
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ("replica=2", "replica"),
+        ("replicas=-1", "replicas"),
+        ("image.pullPolicy=Often", "pullPolicy"),
+        ("image.digest=latest", "digest"),
+        ("settings.server.prot=1", "prot"),
+        ("settings.server.port=0", "port"),
+        ("settings.server.drain_seconds=0", "drain_seconds"),
+        ("settings.credentials.secret_key=s", "credentials"),
+        ("settings.store.password_file=/f", "password_file"),
+        ("settings.store.url=valkey://:password@valkey", "url"),
+        ("settings.log.level=loud", "level"),
+        ("credentials.secret=s", "secret"),
+        ("preStopSeconds=soon", "preStopSeconds"),
+        ("ingress.enabled=true", "hosts"),
+        ("httpRoute.enabled=true", "parentRefs"),
+        ("monitoring.monitor=Monitor", "monitor"),
+        ("networkPolicy.fromNamespaces[0]=Not_A_Name", "fromNamespaces"),
+        ("autoscaling.cpuPercent=high", "cpuPercent"),
+        ("monitoring.dashboard.folder=Images", "folder"),
+        ("extraObjects[0].kind=Secret", "apiVersion"),
+    ],
+)
+def test_chart_rejects_invalid_values(program: str, wrong: str, named: str) -> None:
+    """The schema rejects unknown keys and invalid settings; the error names the key."""
+    ran = helm("template", "release", CHART, "-f", MINIMAL, "--set", wrong, program=program)
+    assert ran.returncode != 0
+    assert "schema" in ran.stderr
+    assert named in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "set existingSecret"),
+        (["credentials.accessKey=a"], "set existingSecret"),
+        (["credentials.existingSecret=s", "credentials.accessKey=a", "credentials.secretKey=s"], "not both"),
+        (
+            ["credentials.existingSecret=s", "autoscaling.enabled=true", "autoscaling.cpuPercent=0"],
+            "autoscaling: set cpuPercent, watchers, or both",
+        ),
+    ],
+    ids=["no-pair", "half-a-pair", "two-pairs", "no-measure"],
+)
+def test_chart_rejects_contradictory_values(arguments: list[str], says: str) -> None:
+    """Templates reject combinations that the schema cannot check."""
+    ran = helm("template", "release", CHART, *(part for each in arguments for part in ("--set", each)))
+    assert ran.returncode != 0
+    assert says in ran.stderr
+
+
+def test_chart_schema_has_the_settings_of_the_gateway() -> None:
+    """The schema has the bounds of the gateway for every setting, except those that the chart sets."""
+    model = Settings.model_json_schema()
+
+    def plain(node: Any) -> Any:
+        if isinstance(node, list):
+            return [plain(part) for part in node]
+        if not isinstance(node, dict):
+            return node
+        if "$ref" in node:
+            return plain(model["$defs"][node["$ref"].rpartition("/")[2]])
+        kept = {key: value for key, value in node.items() if key not in {"title", "default", "description"}}
+        if "properties" in kept:
+            kept["properties"] = {name: plain(part) for name, part in node["properties"].items()}
+        return {key: value if key == "properties" else plain(value) for key, value in kept.items()}
+
+    expected = plain({key: value for key, value in model.items() if key != "$defs"})
+    sections = expected["properties"]
+    del sections["credentials"]
+    files = ("username_file", "password_file", "ca_file", "sentinel_username_file", "sentinel_password_file")
+    for name in files:
+        del sections["store"]["properties"][name]
+    sections["store"]["properties"]["url"] = {
+        "type": "string",
+        "pattern": "^[^@]*$",
+    }  # a ConfigMap must not contain a password
+    sections["server"]["properties"]["port"]["minimum"] = 1  # the Service needs a fixed port
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    assert schema["properties"]["settings"] == expected
+
+
+def test_chart_schema_and_values_have_the_same_keys() -> None:
+    """The schema and values.yaml have the same keys, down to values with a free structure."""
+
+    def compare(values: Any, schema: Any, path: str) -> None:
+        if path == "settings" or schema.get("additionalProperties") is not False:
+            return
+        optional = {"global", "claims"}  # Helm's own key, and a rare one of resources
+        assert set(schema["properties"]) - optional == set(values), path
+        for name, value in values.items():
+            compare(value, schema["properties"][name], name)
+
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    compare(values, json.loads((CHART / "values.schema.json").read_text()), "values")
+
+
+def test_chart_readme_is_current() -> None:
+    """The table in the README is current and describes every value."""
+    spec = importlib.util.spec_from_file_location("readme", CHART.parent / "readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    text = (CHART / "README.md").read_text(encoding="utf-8")
+    assert readme.updated(text) == text, "make chart"
+    assert re.findall(r"^\| `([\w.]+)` \| `.*` \|  \|$", text, re.MULTILINE) == []
+
+
+# --- helm test --------------------------------------------------------------------------------------------
+
+
+def run_test(gate: Gateway, host: str = "helm-test") -> tuple[int, str]:
+    """Run the program of the test pod; return its exit status and its output."""
+    ran = subprocess.run([sys.executable, ASK, gate.url, host], capture_output=True, text=True, check=False)
+    return ran.returncode, ran.stdout + ran.stderr
+
+
+def test_chart_test_pod_runs_the_program() -> None:
+    """The pod has the program, the address of the service, and a host name that trusted_hosts allows."""
+    manifests = rendered("-f", FULL)
+    [only] = manifests["Pod"]["spec"]["containers"]
+    assert only["args"] == [
+        ASK.read_text(encoding="utf-8"),
+        f"http://{manifests['Service']['metadata']['name']}:80",
+        "progress.example.com",
+    ]
+    assert minimal()["Pod"]["spec"]["containers"][0]["args"][-1] == "helm-test"
+    assert only["image"] == container(manifests)["image"]
+
+
+def test_chart_test_passes_with_an_accepted_signature(
+    simulator: Simulator, launch: Callable[..., Gateway]
+) -> None:
+    """A ready gateway with an accepted key pair passes, although the test task does not exist."""
+    gate = launch(simulator.url, server={"trusted_hosts": ["progress.example.com"]})
+    status, output = run_test(gate, "progress.example.com")
+    assert status == 0, output
+    assert simulator.calls("helm-test") == 1
+
+
+@pytest.mark.parametrize("pair", [("", ""), ("wrong", "pair")], ids=["none", "refused"])
+def test_chart_test_fails_without_a_valid_key_pair(
+    simulator: Simulator, launch: Callable[..., Gateway], pair: tuple[str, str]
+) -> None:
+    """Without a key pair, or with a refused one, the test fails and prints the reason."""
+    gate = launch(simulator.url, credentials=dict(zip(("access_key", "secret_key"), pair, strict=True)))
+    status, output = run_test(gate)
+    assert status == 1
+    assert "upstream-credentials" in output or "no credentials" in output
+    assert "Traceback" not in output

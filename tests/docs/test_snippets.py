@@ -1,0 +1,525 @@
+"""The example programs of the callers' guide, run as they are against a gateway."""
+
+import importlib.util
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+from starlette.applications import Starlette
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from gateway.api.problems import PROBLEMS
+from gateway.domain.errors import UpstreamRejected
+from tests.browser.test_page import ARGUMENTS, CHROMIUM
+from tests.docs.markdown import ROOT, Document
+from tests.support.harness import (
+    PATIENCE_SECONDS,
+    Gateway,
+    Process,
+    RawUpstream,
+    Request,
+    Simulator,
+    framed,
+    reset,
+    running,
+    until,
+)
+
+pytestmark = pytest.mark.timeout(600)  # compiles programs, starts processes and a browser
+
+
+GUIDE = Document("gateway/api/CALLING.md")
+EXAMPLES = ROOT / "gateway" / "api" / "examples"
+GSON = Path("/usr/share/java/gson.jar")  # installed by Debian's libgoogle-gson-java
+QUICK = {"waiting_seconds": 0.1, "running_seconds": 0.1, "stale_while_revalidate_seconds": 0.2}
+LONG = 600
+TWO_PAUSES = 4.5  # seconds: longer than the first two backoff pauses without a Retry-After
+
+Launch = Callable[..., Gateway]
+
+# Drivers of the example programs. Arguments: function, gateway, seconds, wait, silence and tasks. A driver
+# writes one line of JSON for each event, then one with the outcome: "ok", "refused" or "timeout".
+PYTHON = """
+import json, sys
+import httpx
+what, url, seconds, wait, silence, *tasks = sys.argv[1:]
+say = lambda *event: print(json.dumps(event), flush=True)
+try:
+    with httpx.Client(base_url=url, trust_env=False) as gateway:
+        if what == "finished":
+            from progress import Refused, finished
+            say("progress", finished(gateway, tasks[0], seconds=float(seconds), wait=int(wait)))
+        else:
+            from follow import Refused, follow
+            for event, data in follow(gateway, tasks, seconds=float(seconds), silence=float(silence)):
+                say(event, data)
+    say("ok")
+except Refused as exc:
+    say("refused", str(exc))
+except TimeoutError as exc:
+    say("timeout", str(exc))
+"""
+JAVASCRIPT = """
+import { Refused as NotFinished, finished } from "./progress.mjs";
+import { Refused as NotFollowed, follow } from "./follow.mjs";
+const [what, url, seconds, wait, silence, ...tasks] = process.argv.slice(2);
+const say = (...event) => console.log(JSON.stringify(event));
+try {
+  const within = { seconds: Number(seconds), wait: Number(wait), silence: Number(silence) };
+  if (what === "finished") say("progress", await finished(url, tasks[0], within));
+  else for await (const { event, data } of follow(url, tasks, within)) say(event, data);
+  say("ok");
+} catch (error) {
+  const refused = error instanceof NotFinished || error instanceof NotFollowed;
+  say(refused ? "refused" : "timeout", error.message);
+}
+"""
+JAVA = """
+import com.google.gson.Gson;
+import java.net.URI;
+import java.time.Duration;
+import java.util.Arrays;
+import java.util.List;
+import java.util.concurrent.TimeoutException;
+
+class Call {
+    static void say(Object... event) {
+        System.out.println(new Gson().toJson(event));
+    }
+
+    static Duration duration(String seconds) {
+        return Duration.ofMillis((long) (1000 * Double.parseDouble(seconds)));
+    }
+
+    public static void main(String[] given) throws Exception {
+        URI gateway = URI.create(given[1]);
+        Duration within = duration(given[2]);
+        List<String> tasks = Arrays.asList(given).subList(5, given.length);
+        try {
+            if (given[0].equals("finished")) {
+                int wait = Integer.parseInt(given[3]);
+                say("progress", new Progress(gateway).finished(tasks.get(0), within, wait));
+            } else {
+                try (Follow follow = new Follow(gateway, duration(given[4]))) {
+                    follow.follow(tasks, within, (event, data) -> say(event, data));
+                }
+            }
+            say("ok");
+        } catch (Progress.Refused e) {
+            say("refused", e.getMessage());
+        } catch (TimeoutException e) {
+            say("timeout", e.getMessage());
+        }
+    }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A running driver, in a process of its own."""
+
+    process: Process
+
+    def lines(self) -> list[list[Any]]:
+        """Return the lines written so far."""
+        return [json.loads(line) for line in self.process.lines if line.startswith("[")]
+
+    def outcome(self) -> list[list[Any]]:
+        """Wait for the end; return every line."""
+        assert self.process.exit_status() == 0, self.process.output
+        return self.lines()
+
+
+@dataclass(frozen=True)
+class Program:
+    """The example programs in one language and their driver, in one folder."""
+
+    program: Path
+    arguments: tuple[str, ...]
+    folder: Path
+
+    def call(
+        self, what: str, url: str, *tasks: str, seconds: float = LONG, wait: int = 30, silence: float = 45
+    ) -> Process:
+        """Start the driver."""
+        arguments = (*self.arguments, what, f"{url}/", str(seconds), str(wait), str(silence), *tasks)
+        return Process(*arguments, program=self.program, cwd=self.folder)
+
+
+def written(folder: Path, *names: str, **more: str) -> None:
+    """Copy example files to a folder, and write more files."""
+    for name in names:
+        shutil.copy(EXAMPLES / name, folder)
+    for name, text in more.items():
+        (folder / name.replace("_", ".")).write_text(text, encoding="utf-8")
+
+
+def python(folder: Path) -> tuple[str, ...]:
+    written(folder, "progress.py", "follow.py", call_py=PYTHON)
+    return sys.executable, "call.py"
+
+
+def javascript(folder: Path) -> tuple[str, ...]:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("node is not installed; .ci/run installs it")
+    written(folder, "progress.mjs", "follow.mjs", call_mjs=JAVASCRIPT)
+    return node, "call.mjs"
+
+
+def java(folder: Path) -> tuple[str, ...]:
+    compiler = shutil.which("javac")
+    if compiler is None or not GSON.exists():
+        pytest.skip("a JDK or Gson is not installed; .ci/run installs them")
+    written(folder, "Progress.java", "Follow.java", Call_java=JAVA)
+    sources = sorted(path.name for path in folder.glob("*.java"))
+    compiled = subprocess.run(
+        [compiler, "-Xlint:all,-serial", "-Werror", "-cp", GSON, *sources],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert compiled.returncode == 0, compiled.stdout + compiled.stderr
+    return "java", "-Xshare:auto", "-XX:TieredStopAtLevel=1", "-cp", f"{GSON}:.", "Call"
+
+
+@pytest.fixture(scope="module", params=[python, javascript, java], ids=lambda prepare: prepare.__name__)
+def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """Return the programs of one language."""
+    folder = tmp_path_factory.mktemp(request.param.__name__)
+    program, *arguments = request.param(folder)
+    return Program(Path(program), tuple(arguments), folder)
+
+
+def test_guide_shows_the_example_files() -> None:
+    """A program in the guide is equal to its file, and the guide links to every file."""
+    for block in GUIDE.blocks():
+        if block.name:
+            assert block.text == (EXAMPLES / block.name).read_text(encoding="utf-8")
+    files = {f"examples/{path.name}" for path in EXAMPLES.iterdir() if path.is_file()}
+    assert files == {target for target in GUIDE.targets() if target.startswith("examples/")}
+
+
+# --- wait for the end -------------------------------------------------------------------------------------
+
+
+def test_snippets_wait_by_long_polls(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """A long poll waits while nothing changes and returns the final progress."""
+    gate = launch(simulator.url, cache=QUICK)
+    task = simulator.task()
+    simulator.script(task, status="running", progress=0.5)
+    with program.call("finished", gate.url, task) as process:
+        until(lambda: gate.metric("watchers", kind="longpoll") == 1, "the long poll is open")
+        simulator.script(task, status="succeeded", progress=1)
+        [event, outcome] = Call(process).outcome()
+    assert event[0] == "progress"
+    assert event[1]["status"] == "succeeded"
+    assert outcome == ["ok"]
+
+
+def test_snippets_wait_by_polls(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """With wait=0 the program polls with If-None-Match, and an unchanged task gives 304."""
+    gate = launch(simulator.url, cache=QUICK)
+    task = simulator.task()
+    simulator.script(task, status="running", progress=0.5)
+    with program.call("finished", gate.url, task, wait=0) as process:
+        until(lambda: gate.metric("http_requests_total", status="304"), "a 304 is sent")
+        simulator.script(task, status="failed", progress=0.5)
+        [event, _] = Call(process).outcome()
+    assert event[1]["status"] == "failed"
+    assert gate.metric("http_requests_total", status="304") <= gate.metric("http_requests_total") / 2
+
+
+def test_snippets_do_not_retry_permanent_errors(
+    program: Program, simulator: Simulator, launch: Launch
+) -> None:
+    """An unknown task fails at once with the detail of the problem, and is not queried again."""
+    gate = launch(simulator.url)
+    with program.call("finished", gate.url, "no-such-task") as process:
+        [event] = Call(process).outcome()
+    assert event[0] == "refused"
+    assert re.match(r"upstream-rejected: .+ \(\w+\)$", str(event[1]))
+    assert simulator.calls("no-such-task") == 1
+
+
+def test_snippets_retry_after_throttling(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """A throttled query is repeated after Retry-After."""
+    gate = launch(simulator.url, cache=QUICK | {"error_seconds": 0}, upstream={"retries": 0})
+    task = simulator.finished()
+    simulator.fault("refuse", code="T429ID", message="Throttled", retryAfter=1, times=1)
+    with program.call("finished", gate.url, task) as process:
+        [event, _] = Call(process).outcome()
+    assert event[1]["status"] == "succeeded"
+    assert gate.metric("upstream_requests_total", outcome="upstream-throttled") == 1
+
+
+def test_snippets_obey_retry_after(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """With Retry-After of one hour there is no second request, even when the backoff pause is over."""
+    gate = launch(simulator.url)
+    simulator.fault("refuse", code="T429ID", message="Throttled", retryAfter=3600)
+    with program.call("finished", gate.url, simulator.task(), seconds=TWO_PAUSES) as process:
+        [event] = Call(process).outcome()
+    assert event[0] == "timeout"
+    assert "upstream-throttled" in event[1]
+    assert gate.metric("http_requests_total", status="503") == 1
+
+
+def test_snippets_time_out(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """The timeout error says that the task is still running."""
+    gate = launch(simulator.url, cache=QUICK)
+    with program.call("finished", gate.url, simulator.task(), seconds=1.5, wait=1) as process:
+        [event] = Call(process).outcome()
+    assert event[0] == "timeout"
+    assert str(event[1]).endswith("s: still running")
+
+
+def test_snippets_report_the_last_error(program: Program) -> None:
+    """Without any response, the timeout error contains the connection error."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with program.call("finished", f"http://127.0.0.1:{port}", "task", seconds=0.5) as process:
+        [event] = Call(process).outcome()
+    assert event[0] == "timeout"
+    assert "still running" not in str(event[1])
+
+
+# --- follow changes ---------------------------------------------------------------------------------------
+
+
+def test_snippets_follow_to_the_end(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """Every change of each task is reported; a problem with one task does not end the stream."""
+    gate = launch(simulator.url, cache=QUICK)
+    odd = "a line separator\u2028, a next line\x85, and 進捗"
+    one, other = simulator.task(), simulator.task()
+    simulator.script(one, status="running", progress=0.25, message=odd)
+    with program.call("follow", gate.url, one, other, "no-such-task") as process:
+        call = Call(process)
+        until(
+            lambda: {str(line[1]["taskId"]) for line in call.lines()} == {one, other, "no-such-task"},
+            "every task has an event",
+        )
+        simulator.script(one, status="succeeded", progress=1)
+        simulator.script(other, status="failed", progress=0.5)
+        simulator.script("no-such-task", status="canceled")
+        *events, outcome = call.outcome()
+    assert outcome == ["ok"]
+    assert {event for event, _ in events} == {"progress", "problem"}
+    assert odd in [data.get("message") for _, data in events]
+    last = {data["taskId"]: data.get("status") for _, data in events}
+    assert last == {one: "succeeded", other: "failed", "no-such-task": "canceled"}
+
+
+class BrokenOnce:
+    """A proxy in front of a gateway that resets the first stream after its first event."""
+
+    def __init__(self, gate: Gateway) -> None:
+        self._gate = gate
+        self.received = threading.Event()
+        self.last_id = ""
+
+    def __call__(self, connection: socket.socket, request: Request) -> None:
+        """Forward a request and its response."""
+        with self._gate.connect() as onward:
+            onward.sendall(request.head + b"\r\n\r\n")
+            data = b""
+            while part := onward.recv(65536):
+                connection.sendall(part)
+                data += part
+                if not self.last_id and (event := re.search(rb"\nid: (\w+)\ndata: .*\n\n", data)):
+                    self.received.wait(PATIENCE_SECONDS)
+                    self.last_id = event[1].decode()
+                    reset(connection)
+                    return
+
+
+def test_snippets_reconnect_with_last_event_id(
+    program: Program, simulator: Simulator, launch: Launch
+) -> None:
+    """A broken stream is opened again with Last-Event-ID and continues to the end."""
+    gate = launch(simulator.url, cache=QUICK)
+    task = simulator.task()
+    simulator.script(task, status="running", progress=0.25)
+    broken = BrokenOnce(gate)
+    with (
+        RawUpstream(broken) as between,
+        program.call("follow", between.url, task) as process,
+    ):
+        call = Call(process)
+        until(call.lines, "the first event arrives")
+        broken.received.set()
+        until(lambda: len(between.requests) == 2, "it reconnects")
+        simulator.script(task, status="succeeded", progress=1)
+        assert call.outcome()[-1] == ["ok"]
+    first, second = between.requests
+    assert "last-event-id" not in first.headers
+    assert second.headers["last-event-id"] == broken.last_id
+
+
+def test_snippets_do_not_retry_an_invalid_stream(
+    program: Program, simulator: Simulator, launch: Launch
+) -> None:
+    """An invalid request fails at once and is not repeated."""
+    gate = launch(simulator.url)
+    with program.call("follow", gate.url, "no.task") as process:
+        [event] = Call(process).outcome()
+    assert event[0] == "refused"
+    assert "invalid-task-id" in str(event[1])
+    assert gate.metric("http_requests_total", status="400") == 1
+
+
+def test_snippets_time_out_on_a_stream(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """The timeout also applies while no event arrives."""
+    gate = launch(simulator.url, cache=QUICK, watch={"heartbeat_seconds": 0.3})
+    task = simulator.task()
+    simulator.script(task, status="waiting", lastQueueRemaining=1)
+    with program.call("follow", gate.url, task, seconds=1.5) as process:
+        events = Call(process).outcome()
+    assert events[-1][0] == "timeout"
+
+
+def test_snippets_retry_a_stream_after_503(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """A stream refused with 503 is opened again after Retry-After."""
+    gate = launch(simulator.url, cache=QUICK, watch={"max_watchers": 1})
+    task = simulator.finished()
+    busy = simulator.task()
+    with ExitStack() as stack:
+        with gate.client.stream("GET", f"/v1/progress/{busy}/events"):
+            until(lambda: gate.metric("watchers", kind="events") == 1, "the gateway is full")
+            process = stack.enter_context(program.call("follow", gate.url, task))
+            until(lambda: gate.metric("http_requests_total", status="503"), "the stream is refused")
+        [event, outcome] = Call(process).outcome()
+    assert event[1]["status"] == "succeeded"
+    assert outcome == ["ok"]
+
+
+def test_snippets_obey_a_streams_retry_after(program: Program) -> None:
+    """With Retry-After of one hour the stream is not opened a second time."""
+
+    def refuse(connection: socket.socket, _: Request) -> None:
+        connection.sendall(framed(b"{}", "Retry-After: 3600", status="HTTP/1.1 503 Service Unavailable"))
+
+    with (
+        RawUpstream(refuse) as between,
+        program.call("follow", between.url, "task", seconds=TWO_PAUSES) as process,
+    ):
+        [event] = Call(process).outcome()
+    assert event[0] == "timeout"
+    assert len(between.requests) == 1
+
+
+def test_snippets_reconnect_after_silence(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """A connection without heartbeats is closed and opened again."""
+    gate = launch(simulator.url, cache=QUICK, watch={"heartbeat_seconds": 60})
+    task = simulator.task()
+    simulator.script(task, status="running", progress=0.25)
+    with program.call("follow", gate.url, task, silence=0.5) as process:
+        route = "/v1/events"
+        until(lambda: gate.metric("http_requests_total", route=route) >= 1, "the first stream is closed")
+        simulator.script(task, status="succeeded", progress=1)
+        assert Call(process).outcome()[-1] == ["ok"]
+
+
+# --- in a browser -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser_page() -> Iterator[Page]:
+    """Return a page in the system's Chromium."""
+    if CHROMIUM is None:
+        pytest.skip("Chromium is not installed")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser.new_page()
+        browser.close()
+
+
+@pytest.fixture
+def origin() -> Iterator[str]:
+    """Serve the example page and module from an origin other than the gateway's; return it."""
+    page = HTMLResponse((EXAMPLES / "page.html").read_text(encoding="utf-8"))
+    module = Response((EXAMPLES / "progress.mjs").read_text(encoding="utf-8"), media_type="text/javascript")
+    routes = [Route("/", lambda _: page), Route("/progress.mjs", lambda _: module)]
+    with running(Starlette(routes=routes)) as url:
+        yield url
+
+
+def test_snippets_wait_in_a_browser(
+    browser_page: Page, origin: str, simulator: Simulator, launch: Launch
+) -> None:
+    """The module for Node also works in a browser on an allowed origin, with ETag and 304."""
+    gate = launch(simulator.url, cache=QUICK, server={"cors_origins": [origin]})
+    task = simulator.task()
+    simulator.script(task, status="running", progress=0.5)
+    browser_page.goto(f"{origin}/?gateway={gate.url}/&taskId={task}")
+    browser_page.evaluate(
+        """([gateway, task]) => {
+            const within = { seconds: 600, wait: 0 };
+            window.over = import("/progress.mjs").then(({ finished }) => finished(gateway, task, within));
+        }""",
+        [f"{gate.url}/", task],
+    )
+    until(lambda: gate.metric("http_requests_total", status="304"), "a 304 is sent")
+    simulator.script(task, status="canceled", progress=0.5)
+    assert browser_page.evaluate("window.over")["status"] == "canceled"
+
+
+def test_snippets_page_shows_progress_from_another_origin(
+    browser_page: Page, origin: str, simulator: Simulator, launch: Launch
+) -> None:
+    """The page shows and follows every task, and closes the stream when all have ended."""
+    gate = launch(simulator.url, cache=QUICK, server={"cors_origins": [origin]})
+    task = simulator.task()
+    simulator.script(task, status="running", progress=0.256)
+    browser_page.goto(f"{origin}/?gateway={gate.url}/&taskId={task}&taskId=no-such-task")
+    rows = browser_page.locator("#tasks")
+    expect(rows).to_contain_text(f"{task}: running, 25 %")
+    expect(rows).to_contain_text(f"no-such-task: {PROBLEMS[UpstreamRejected][1]}")
+    simulator.script(task, status="succeeded", progress=1)
+    simulator.script("no-such-task", status="failed", progress=0.5)
+    expect(rows).to_contain_text(f"{task}: succeeded, 100 %")
+    expect(rows).to_contain_text("no-such-task: failed, 50 %")
+    until(lambda: gate.metric("watchers", kind="events") == 0, "the stream is closed")
+
+
+def test_snippets_page_retries_a_full_gateway(
+    browser_page: Page, origin: str, simulator: Simulator, launch: Launch
+) -> None:
+    """EventSource does not retry after an HTTP error; the page does."""
+    gate = launch(simulator.url, cache=QUICK, watch={"max_watchers": 1}, server={"cors_origins": [origin]})
+    task, busy = simulator.finished(), simulator.task()
+    with gate.client.stream("GET", f"/v1/progress/{busy}/events"):
+        until(lambda: gate.metric("watchers", kind="events") == 1, "the gateway is full")
+        browser_page.goto(f"{origin}/?gateway={gate.url}/&taskId={task}")
+        until(lambda: gate.metric("http_requests_total", status="503"), "the stream is refused")
+    expect(browser_page.locator("#tasks")).to_contain_text(
+        f"{task}: succeeded, 100 %", timeout=PATIENCE_SECONDS * 1000
+    )
+
+
+# --- with the vendor's SDK --------------------------------------------------------------------------------
+
+
+def test_snippets_sdk_queries_the_gateway(simulator: Simulator, gate: Gateway, tmp_path: Path) -> None:
+    """The vendor's SDK works without a key pair and returns the vendor's spelling of the status."""
+    written(tmp_path, "speedpix_progress.py")
+    spec = importlib.util.spec_from_file_location("speedpix_progress", tmp_path / "speedpix_progress.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.status(gate.url, simulator.task()) == "running"
+    assert simulator.stats()["refused"] == 0

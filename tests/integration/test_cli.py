@@ -1,0 +1,517 @@
+"""The commands, as an operator runs them."""
+
+import json
+import re
+import signal
+import socket
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import trustme
+
+from gateway import __version__
+from gateway.cli.main import main
+from tests.support.harness import (
+    KEY,
+    SECRET,
+    Gateway,
+    Process,
+    RawUpstream,
+    Request,
+    Simulator,
+    framed,
+    free_port,
+    fresh_id,
+    plain_client,
+    relay,
+    run,
+    running,
+    serving,
+    until,
+)
+
+
+def pair(simulator_url: str, **more: str) -> dict[str, str]:
+    """Return the environment of a gateway with the right key pair."""
+    return {
+        "SD_GATEWAY_UPSTREAM__ENDPOINT": simulator_url,
+        "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
+        "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
+    } | {f"SD_GATEWAY_{name}": value for name, value in more.items()}
+
+
+# --- usage and settings -----------------------------------------------------------------------------------
+
+
+def test_cli_prints_its_version(tmp_path: Path) -> None:
+    """`--version` prints the version."""
+    assert run("--version", cwd=tmp_path) == (0, f"sd-gateway {__version__}")
+
+
+def test_cli_runs_as_a_module(capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m gateway` runs the same `main`."""
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["serve", "--fast"],
+        ["simulate", "--port", "high"],
+        ["simulate", "--fault", "{}"],
+        ["simulate", "--limit", "-1"],
+        ["simulate", "--port", "65536"],
+        ["simulate", "--port", "-1"],
+        ["simulate", "--latency", "-1"],
+        ["simulate", "--latency", "nan"],
+        ["simulate", "--clock-offset", "inf"],
+        ["simulate", "--clock-offset", "soon"],
+        ["demo", "--simulator-port", "65536"],
+    ],
+    ids=" ".join,
+)
+def test_cli_wrong_usage_exits_with_2(tmp_path: Path, arguments: list[str]) -> None:
+    """Invalid usage is explained, with exit status 2."""
+    status, output = run(*arguments, cwd=tmp_path)
+    assert status == 2
+    assert "sd-gateway" in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("not json", "a fault is a JSON object"),
+        ("[]", "a fault is a JSON object"),
+        ('{"name": "fire"}', "unknown fault"),
+        ('{"name": "slow", "seconds": "long"}', "seconds: "),
+    ],
+)
+def test_cli_simulate_refuses_invalid_faults(tmp_path: Path, fault: str, says: str) -> None:
+    """An invalid --fault stops the start with a message."""
+    status, output = run("simulate", "--port", "0", "--fault", fault, cwd=tmp_path)
+    assert status == 2
+    assert output.startswith("sd-gateway: --fault: ")
+    assert says in output
+
+
+@pytest.mark.parametrize("command", ["serve", "check", "demo"])
+def test_cli_reports_all_invalid_settings_at_once(tmp_path: Path, command: str) -> None:
+    """Invalid settings stop the start, with one line each that has key, value and what is allowed."""
+    file = tmp_path / "wrong.toml"
+    file.write_text(
+        '[server]\nport = 70000\n[cache]\nmax_task = 1\n[credentials]\nsecret_key = ["very-secret"]\n'
+    )
+    env = {"SD_GATEWAY_LOG__LEVEL": "loud", "SD_GATEWAY_UPSTREAM__ENDPOINT": "http://example.com"}
+    status, output = run(command, "--config", str(file), cwd=tmp_path, env=env)
+    assert status == 2
+    lines = sorted(output.splitlines())
+    assert len(lines) == 5, output
+    for line, names in zip(
+        lines,
+        [
+            ("cache.max_task", "did you mean cache.max_tasks?"),
+            ("credentials.secret_key", "(hidden)"),
+            ("log.level", "'loud'", "'debug'"),
+            ("server.port", "70000", "65535"),
+            ("upstream.endpoint", "allow_insecure"),
+        ],
+        strict=True,
+    ):
+        assert line.startswith(f"sd-gateway: {names[0]}"), line
+        assert all(name in line for name in names), line
+    assert "very-secret" not in output
+
+
+def test_cli_missing_settings_file_exits_with_2(tmp_path: Path) -> None:
+    """A named settings file that cannot be read, or is not TOML, is an error."""
+    status, output = run("serve", "--config", "absent.toml", cwd=tmp_path)
+    assert (status, output.count("\n")) == (2, 0)
+    assert "absent.toml: cannot be read" in output
+    (tmp_path / "broken.toml").write_text("server = [")
+    status, output = run("serve", "--config", "broken.toml", cwd=tmp_path)
+    assert (status, output.count("\n")) == (2, 0)
+    assert "broken.toml: is not TOML" in output
+
+
+# --- serve ------------------------------------------------------------------------------------------------
+
+
+def test_cli_serve_reads_file_and_environment(tmp_path: Path, simulator: Simulator) -> None:
+    """The default settings file is loaded, and overridden by the vendor's variables and the gateway's own."""
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "gateway.toml").write_text(
+        f'[upstream]\nendpoint = "http://127.0.0.1:9"\n[credentials]\nsecret_key = "{SECRET}"\n'
+    )
+    env = {
+        "SPEEDPIX_ENDPOINT": simulator.url,
+        "SPEEDPIX_APP_KEY": "overruled",
+        "SPEEDPIX_APP_SECRET": "overruled as well",
+    }
+    with serving(tmp_path, env) as (process, gate):
+        assert gate.get(simulator.task()).status_code == 200
+        process.signal()
+        assert process.exit_status() == 0
+
+
+def test_cli_serve_on_an_address_in_use_exits_with_1(tmp_path: Path) -> None:
+    """An address in use is logged in one line with the address, and the exit status is 1."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        status, output = run("serve", cwd=tmp_path, env={"SD_GATEWAY_SERVER__PORT": str(port)})
+    assert status == 1
+    [line] = output.splitlines()
+    told = json.loads(line)
+    assert (told["event"], told["reason"]) == ("listen_failed", "Address already in use")
+    assert (told["host"], told["port"], told["level"]) == ("127.0.0.1", port, "error")
+
+
+def test_cli_serve_on_an_unknown_host_exits_with_1(tmp_path: Path) -> None:
+    """A host name that cannot be resolved is logged in the same way."""
+    status, output = run("serve", cwd=tmp_path, env={"SD_GATEWAY_SERVER__HOST": "nobody.invalid"})
+    assert status == 1
+    told = json.loads(output)
+    assert (told["event"], told["host"]) == ("listen_failed", "nobody.invalid")
+    assert told["reason"]
+
+
+def test_cli_serve_where_metrics_cannot_listen_exits_with_1(tmp_path: Path) -> None:
+    """A metrics port in use stops the start in the same way, and is named."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        env = {
+            "SD_GATEWAY_SERVER__PORT": "0",
+            "SD_GATEWAY_SERVER__METRICS_PORT": str(taken.getsockname()[1]),
+        }
+        status, output = run("serve", cwd=tmp_path, env=env)
+    assert status == 1
+    [line] = output.splitlines()
+    told = json.loads(line)
+    assert (told["event"], told["reason"]) == ("listen_failed", "Address already in use")
+    assert str(told["port"]) == env["SD_GATEWAY_SERVER__METRICS_PORT"]
+
+
+def test_cli_serve_without_credentials_is_not_ready(tmp_path: Path) -> None:
+    """Without credentials the gateway runs, but is not ready, and reports why."""
+    none = {"SD_GATEWAY_CREDENTIALS__ACCESS_KEY": "", "SD_GATEWAY_CREDENTIALS__SECRET_KEY": ""}
+    with serving(tmp_path, none) as (process, gate):
+        assert process.says('"event": "(credentials_missing)"')
+        response = gate.client.get("/readyz")
+        assert response.status_code == 503
+        assert response.json()["reasons"] == ["no credentials"]
+        assert gate.client.get("/healthz").status_code == 200
+        assert gate.get("a").json()["code"] == "upstream-credentials"
+
+
+# --- check ------------------------------------------------------------------------------------------------
+
+
+def checked(tmp_path: Path, env: dict[str, str]) -> tuple[int, str]:
+    """Run `check`; its output must contain no key."""
+    status, output = run("check", cwd=tmp_path, env=env)
+    for secret in (KEY, SECRET, "wrong-key", "wrong-secret", "next-key", "next-secret"):
+        assert secret not in output
+    assert "Traceback" not in output
+    return status, output
+
+
+def test_cli_check_succeeds(tmp_path: Path, simulator: Simulator) -> None:
+    """With the right key pair `check` reports success and exits with 0."""
+    status, output = checked(tmp_path, pair(simulator.url))
+    assert status == 0
+    assert "OK: key, signature and clock accepted" in output
+    assert simulator.calls() == 1
+
+
+def test_cli_check_succeeds_if_the_test_task_exists(tmp_path: Path, simulator: Simulator) -> None:
+    """Any envelope proves that the signature was accepted."""
+    simulator.task("0" * 26)
+    assert checked(tmp_path, pair(simulator.url))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"CREDENTIALS__ACCESS_KEY": "wrong-key"}, "access key: unknown to the upstream"),
+        ({"CREDENTIALS__SECRET_KEY": "wrong-secret"}, "secret key: wrong; both sides signed the same string"),
+        ({"CREDENTIALS__SECRET_KEY": ""}, "credentials: none"),
+    ],
+    ids=["wrong-key", "wrong-secret", "none"],
+)
+def test_cli_check_explains_a_wrong_pair(
+    tmp_path: Path, simulator: Simulator, changes: dict[str, str], says: str
+) -> None:
+    """`check` reports whether the access key or the secret key is wrong."""
+    status, output = checked(tmp_path, pair(simulator.url, **changes))
+    assert status == 1
+    assert says in output
+
+
+@pytest.mark.parametrize(
+    ("known", "says"),
+    [
+        ({KEY, "next-key"}, "both key pairs work"),
+        ({KEY}, "only the active key pair works"),
+        ({"next-key"}, "only the next key pair works"),
+        ({}, "neither key pair works"),
+    ],
+    ids=["both", "active", "next", "neither"],
+)
+def test_cli_check_tries_both_pairs(tmp_path: Path, simulator: Simulator, known: set[str], says: str) -> None:
+    """`check` tries the active and the next key pair; one that does not work makes it fail."""
+    both = {KEY: SECRET, "next-key": "next-secret"}
+    simulator.reset(pairs={key: secret for key, secret in both.items() if key in known})
+    following = {"CREDENTIALS__NEXT_ACCESS_KEY": "next-key", "CREDENTIALS__NEXT_SECRET_KEY": "next-secret"}
+    status, output = checked(tmp_path, pair(simulator.url, **following))
+    assert status == (0 if len(known) == 2 else 1)
+    assert output.splitlines()[-1].startswith(says)
+    assert [line for line in output.splitlines() if "(generation" in line] == [
+        "active key pair (generation 1):",
+        "next key pair (generation 1):",
+    ]
+    assert output.count("OK: key, signature and clock accepted") == len(known)
+    assert simulator.calls() == 2
+
+
+def test_cli_check_reports_an_incomplete_pair(tmp_path: Path, simulator: Simulator) -> None:
+    """An incomplete next key pair makes `check` fail, although the active one works."""
+    status, output = checked(tmp_path, pair(simulator.url, CREDENTIALS__NEXT_ACCESS_KEY="next-key"))
+    assert status == 1
+    assert "next key pair: cannot be read: ValueError: access key or secret key is empty" in output
+    assert "OK: key, signature and clock accepted" in output
+    assert output.splitlines()[-1].startswith("only the active key pair works")
+
+
+@pytest.mark.parametrize(("ahead", "word"), [(3600, "behind"), (-3600, "ahead")])
+def test_cli_check_explains_a_wrong_clock(
+    tmp_path: Path, simulator: Simulator, ahead: int, word: str
+) -> None:
+    """A refused timestamp is reported with the offset of the local clock in seconds."""
+    simulator.ahead_seconds = ahead
+    status, output = checked(tmp_path, pair(simulator.url))
+    assert status == 1
+    told = re.search(rf"clock: the local clock is (\d+) seconds {word}", output)
+    assert told, output
+    assert abs(int(told[1]) - 3600) < 60
+
+
+REFUSED = {
+    "quota": ({"code": "B403MQ", "message": "Quota Exhausted"}, "account: the access key is known"),
+    "throttled": ({"code": "T429PA", "message": "Throttled by APP Flow Control"}, "upstream: "),
+    "request": ({"status": 400, "message": "Invalid Url"}, "upstream: "),
+    "bare-signature": ({"status": 403, "message": "Invalid Signature"}, "secret key: wrong, or a proxy"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_cli_check_explains_a_refusal(tmp_path: Path, simulator: Simulator, name: str) -> None:
+    """`check` explains each refusal of the API gateway, and quotes it."""
+    fault, says = REFUSED[name]
+    simulator.fault("refuse", **fault)
+    status, output = checked(tmp_path, pair(simulator.url))
+    assert status == 1
+    assert says in output
+    assert f"response of the upstream: {fault.get('status') or fault['code'][1:4]}" in output
+
+
+def test_cli_check_explains_an_invalid_response(tmp_path: Path, simulator: Simulator) -> None:
+    """A response that is no envelope is reported as such."""
+    simulator.fault("body")
+    status, output = checked(tmp_path, pair(simulator.url))
+    assert status == 1
+    assert "upstream: the upstream's answer is not JSON" in output
+
+
+def test_cli_check_explains_network_errors(tmp_path: Path, simulator: Simulator) -> None:
+    """An upstream that does not respond, or does not listen, is reported as a network error."""
+    simulator.fault("silent")
+    status, output = checked(tmp_path, pair(simulator.url, UPSTREAM__ATTEMPT_TIMEOUT_SECONDS="0.2"))
+    assert status == 1
+    assert "network: no response in time" in output
+    status, output = checked(tmp_path, pair(f"http://127.0.0.1:{free_port()}"))
+    assert status == 1
+    assert "network: the upstream could not be reached (ConnectError); connection refused" in output
+
+
+def test_cli_check_explains_each_connection_error(tmp_path: Path, simulator: Simulator) -> None:
+    """Each cause of a failed connection has its own message."""
+
+    def told(endpoint: str) -> str:
+        status, output = checked(tmp_path, pair(endpoint))
+        assert status == 1
+        return output
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    assert "host name not found" in told("https://nobody.invalid")
+    assert "TLS handshake failed" in told(simulator.url.replace("http:", "https:"))
+    with running(simulator.stage, lifespan="off", ssl_context_factory=lambda *_: context) as url:
+        assert "the certificate could not be verified (unable to get local issuer certificate)" in told(url)
+
+
+def checked_past_a_meddler(tmp_path: Path, simulator: Simulator, header: bytes, value: bytes) -> str:
+    """Run `check` through a proxy that changes the value of a header; return its output."""
+
+    def meddle(connection: socket.socket, request: Request) -> None:
+        head = re.sub(rb"(?i)\n%s: [^\r]*" % header, rb"\n%s: %s" % (header, value), request.head)
+        connection.sendall(relay(simulator.url, request, head))
+        connection.close()
+
+    with RawUpstream(meddle) as proxy:
+        status, output = checked(tmp_path, pair(proxy.url))
+    assert status == 1
+    return output
+
+
+def test_cli_check_shows_what_a_proxy_changed(tmp_path: Path, simulator: Simulator) -> None:
+    """If a proxy changes the request, `check` shows the lines that differ, without a key."""
+    output = checked_past_a_meddler(tmp_path, simulator, b"accept", b"*/*")
+    assert "signature: a proxy changed the request" in output
+    assert "- application/json" in output
+    assert "+ */*" in output
+
+
+def test_cli_check_shows_a_changed_key_masked(tmp_path: Path, simulator: Simulator) -> None:
+    """If the key itself was changed, its values are masked in the lines that differ."""
+    output = checked_past_a_meddler(tmp_path, simulator, b"x-ca-nonce", b"another")
+    assert "+ x-ca-nonce:[redacted]" in output
+    assert "another" not in output
+
+
+@pytest.mark.parametrize("date", ["Fri, 31 Dec 99999 23:59:59 GMT", "Fri, 31 Dec 9999 23:59:60 GMT", "soon"])
+def test_cli_check_explains_an_invalid_date(tmp_path: Path, date: str) -> None:
+    """An invalid Date counts as missing."""
+    message = "x-ca-error-message: Timestamp Expired \x9b31m"
+
+    def behaviour(connection: socket.socket, _: Request) -> None:
+        connection.sendall(framed(b"", message, f"date: {date}", status="HTTP/1.1 400 Bad Request"))
+        connection.close()
+
+    with RawUpstream(behaviour) as upstream:
+        status, output = checked(tmp_path, pair(upstream.url))
+    assert status == 1
+    assert "the response has no valid Date" in output
+    assert "Traceback" not in output
+    assert "\x9b" not in output
+
+
+def test_cli_check_explains_a_missing_date(tmp_path: Path) -> None:
+    """A refused timestamp without a Date is reported without an offset."""
+
+    def behaviour(connection: socket.socket, _: Request) -> None:
+        message = "x-ca-error-message: Timestamp Expired"
+        connection.sendall(framed(b"", message, status="HTTP/1.1 400 Bad Request"))
+
+    with RawUpstream(behaviour) as upstream:
+        status, output = checked(tmp_path, pair(upstream.url))
+    assert status == 1
+    assert "has no valid Date" in output
+
+
+# --- simulate and demo ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_cli_simulate_uses_its_options(
+    tmp_path: Path, launch: Callable[..., Gateway], number: signal.Signals
+) -> None:
+    """`simulate` accepts its key pair, applies its faults, uses its own clock, and stops with 0."""
+    arguments = ["--port", "0", "--key", KEY, "--secret", SECRET, "--clock-offset", "7200", "--limit", "7"]
+    fault = json.dumps({"name": "reject", "errCode": "E1", "operation": "comfy_get_progress"})
+    with (
+        Process("simulate", *arguments, "--fault", fault, cwd=tmp_path) as process,
+        plain_client(process.says("simulated upstream on (.*)")) as control,
+    ):
+        task = control.post("/_simulator/tasks", json={}).json()["taskId"]
+        gate = launch(str(control.base_url).rstrip("/"))
+        assert gate.get(task).status_code == 200
+        assert abs(gate.metric("upstream_clock_skew_seconds") - 7200) < 60
+        assert gate.get(f"{task}?api=comfy").json()["upstream"]["errCode"] == "E1"
+        asked = (gate.get(fresh_id()).json()["code"] for _ in range(1000))
+        assert "upstream-throttled" in asked
+        process.signal(number)
+        assert process.exit_status() == 0
+    assert "Traceback" not in process.output
+
+
+def test_cli_simulate_on_an_address_in_use_exits_with_1(tmp_path: Path) -> None:
+    """An address in use is reported with the reason, and nothing else."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        told = run("simulate", "--port", str(port), cwd=tmp_path)
+    assert told == (
+        1,
+        f"sd-gateway: cannot listen on http://127.0.0.1:{port}: Address already in use",
+    )
+
+
+def test_cli_demo_on_an_address_in_use_prints_no_url(tmp_path: Path) -> None:
+    """If the gateway's address is in use no URL is printed, because another program would answer there."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        env = {"SD_GATEWAY_SERVER__PORT": str(taken.getsockname()[1])}
+        status, output = run("demo", "--simulator-port", "0", cwd=tmp_path, env=env)
+    assert status == 1
+    told = json.loads(output)
+    assert (told["event"], told["reason"]) == ("listen_failed", "Address already in use")
+
+
+def test_cli_demo_prints_its_urls(tmp_path: Path) -> None:
+    """The printed URLs have the actual port and the prefix."""
+    env = {
+        "SD_GATEWAY_SERVER__HOST": "::1",
+        "SD_GATEWAY_SERVER__PORT": "0",
+        "SD_GATEWAY_SERVER__ROOT_PATH": "/prefix",
+    }
+    with Process("demo", "--simulator-port", "0", cwd=tmp_path, env=env) as process:
+        url = process.says(r"curl (http://\[::1\]:\d+/prefix/v1/progress/demo-6)")
+        with plain_client("") as client:
+            assert client.get(url).json()["status"] == "succeeded"
+
+
+def test_cli_demo_runs_and_stops_both_processes(tmp_path: Path) -> None:
+    """`demo` starts both processes, prints working URLs, and stops both on a signal."""
+    port, simulator_port = free_port(), free_port()
+    env = {"SD_GATEWAY_SERVER__PORT": str(port)}
+    with Process("demo", "--simulator-port", str(simulator_port), cwd=tmp_path, env=env) as process:
+        url = process.says(r"curl (http://\S+/v1/progress/demo-1)\b")
+        process.says("listening")
+        with plain_client("") as client:
+            seen = {client.get(url).json()["progress"]}
+            until(lambda: seen.add(client.get(url).json()["progress"]) or len(seen) > 1, "the task moves")
+        process.signal()
+        assert process.exit_status() == 0
+    assert "Traceback" not in process.output
+    for gone in (port, simulator_port):
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", gone))
+
+
+def test_cli_demo_does_not_use_another_simulator(tmp_path: Path, simulator: Simulator) -> None:
+    """If the simulator's port is in use, the demo reports it and exits with 1."""
+    port = str(simulator.client.base_url.port)
+    status, output = run("demo", "--simulator-port", port, cwd=tmp_path)
+    assert status == 1
+    assert "sd-gateway: the simulated upstream did not start" in output
+    assert "Traceback" not in output
+    assert simulator.stats()["calls"] == {}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_cli_demo_stopped_during_its_start_stops_its_simulator(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """A demo that is stopped during its start stops its simulator, too."""
+    port, simulator_port = free_port(), free_port()
+    env = {"SD_GATEWAY_SERVER__PORT": str(port)}
+    with Process("demo", "--simulator-port", str(simulator_port), cwd=tmp_path, env=env) as process:
+        child = until(process.children, "the simulator is a process")[0]
+        process.signal(number)
+        assert process.exit_status() == 0
+    assert "Traceback" not in process.output
+    until(lambda: not Path(f"/proc/{child}").exists(), "the simulator is gone")

@@ -1,0 +1,154 @@
+"""Graceful shutdown: what clients experience after SIGTERM."""
+
+import json
+import re
+import signal
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.support.harness import (
+    PATIENCE_SECONDS,
+    Gateway,
+    RawUpstream,
+    Request,
+    drained,
+    fresh_id,
+    plain_client,
+    serving,
+    until,
+    well,
+)
+
+
+@pytest.fixture
+def released() -> threading.Event:
+    """Return the event that the upstream waits for before it responds."""
+    return threading.Event()
+
+
+@pytest.fixture
+def upstream(released: threading.Event) -> Iterator[RawUpstream]:
+    """Run an upstream that responds when the event is set."""
+
+    def behaviour(connection: socket.socket, request: Request) -> None:
+        released.wait(PATIENCE_SECONDS)
+        well(connection, request)
+
+    with RawUpstream(behaviour) as running:
+        yield running
+        released.set()
+
+
+def unready(gate: Gateway) -> bool:
+    """Query /readyz on a new connection, as a load balancer does."""
+    with plain_client(gate.url) as probe:
+        response = probe.get("/readyz")
+    return response.status_code == 503 and response.json()["reasons"] == ["draining"]
+
+
+def assert_clean(output: str) -> None:
+    """Check that no error was logged."""
+    assert not re.search(r"Traceback|\"level\": \"error\"|Exception", output), output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_shutdown_completes_in_flight_requests(
+    tmp_path: Path, upstream: RawUpstream, released: threading.Event, number: signal.Signals
+) -> None:
+    """After a signal the gateway is not ready, completes its in-flight requests, and exits with 0."""
+    with (
+        serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        assert gate.client.get("/readyz").status_code == 200
+        in_flight = pool.submit(gate.get, fresh_id())
+        until(lambda: upstream.requests, "the request is in flight")
+        process.signal(number)
+        until(lambda: unready(gate), "readyz says that we drain")
+        released.set()
+        response = in_flight.result()
+        assert (response.status_code, response.json()["status"]) == (200, "running")
+        assert process.exit_status() == 0
+    assert '"event": "shutdown_started"' in process.output
+    assert '"event": "stopped"' in process.output
+    assert_clean(process.output)
+
+
+def test_shutdown_closes_idle_connections(tmp_path: Path, upstream: RawUpstream) -> None:
+    """Idle kept-alive connections do not delay the shutdown."""
+    with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate):
+        assert gate.client.get("/healthz").status_code == 200
+        with gate.connect() as silent:
+            process.signal()
+            assert drained(silent) == b""
+        assert process.exit_status() == 0
+    assert_clean(process.output)
+
+
+@pytest.mark.parametrize("edge", ["true", "false"])
+def test_shutdown_closes_connections_after_their_next_response(
+    tmp_path: Path, upstream: RawUpstream, released: threading.Event, edge: str
+) -> None:
+    """After the first signal every response closes its connection, including hits of the fast path."""
+    env = {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url, "SD_GATEWAY_SERVER__EDGE": edge}
+    released.set()
+    with serving(tmp_path, env) as (process, gate):
+        hit = f"GET /v1/progress/{fresh_id()} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
+        health = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+        with gate.connect() as warm, gate.connect() as probe:
+            for connection, request in ((warm, hit), (warm, hit), (probe, health)):
+                connection.sendall(request)
+                answer = connection.recv(65536).lower()
+                assert answer.startswith(b"http/1.1 200")
+                assert b"connection: close" not in answer
+            process.signal()
+            until(lambda: unready(gate), "readyz says that we drain")
+            for connection, request in ((warm, hit), (probe, health)):
+                connection.sendall(request + request)
+                answers = drained(connection).lower()
+                assert answers.count(b"http/1.1 200") == 1
+                assert b"connection: close" in answers
+        assert process.exit_status() == 0
+    assert_clean(process.output)
+
+
+def test_shutdown_has_a_timeout(tmp_path: Path, upstream: RawUpstream) -> None:
+    """After server.drain_seconds waiting requests receive an error; the process exits with 0."""
+    env = {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url, "SD_GATEWAY_SERVER__DRAIN_SECONDS": "0.2"}
+    with (
+        serving(tmp_path, env) as (process, gate),
+        gate.connect() as caller,
+        gate.connect() as deaf,
+    ):
+        caller.sendall(f"GET /v1/progress/{fresh_id()} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+        until(lambda: upstream.requests, "the request is in flight")
+        # A client that never reads: its partly sent response can only be cut off.
+        deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n" * 1000)
+        process.signal()
+        assert process.exit_status() == 0
+        head, _, body = drained(caller).partition(b"\r\n\r\n")
+    assert b"503" in head.splitlines()[0]
+    assert b"retry-after: 1" in head
+    assert json.loads(body)["code"] == "overloaded"
+    assert "timeout graceful shutdown exceeded" in process.output
+    assert "Traceback" not in process.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_shutdown_on_two_signals_exits_with_0(
+    tmp_path: Path, upstream: RawUpstream, released: threading.Event, number: signal.Signals
+) -> None:
+    """A second signal changes neither the shutdown nor the exit status."""
+    with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate):
+        assert gate.client.get("/readyz").status_code == 200
+        process.signal(number)
+        until(lambda: unready(gate), "readyz says that we drain")
+        process.signal(number)
+        assert process.exit_status() == 0
+    assert not released.is_set()
+    assert_clean(process.output)

@@ -1,0 +1,480 @@
+"""The HTTP transport: framing, connection reuse, timeouts, and unexpected bytes."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from gateway.upstream.http_transport import HttpResponse, HttpTransport, encode_request
+from tests.support.harness import PATIENCE_SECONDS, RawUpstream, Request, answer, drained, framed, free_port
+
+BODY = b'{"taskId": "A"}'
+
+
+@asynccontextmanager
+async def transport(
+    url: str,
+    *,
+    max_body_bytes: int = 1000,
+    keep_alive_seconds: float = 60.0,
+    max_age_seconds: float = 60.0,
+) -> AsyncIterator[HttpTransport]:
+    """Open a transport, and close it at the end."""
+    opened = HttpTransport(
+        httpx.URL(url),
+        verify=httpx.create_ssl_context(trust_env=False),
+        max_body_bytes=max_body_bytes,
+        keep_alive_seconds=keep_alive_seconds,
+        max_age_seconds=max_age_seconds,
+    )
+    try:
+        yield opened
+    finally:
+        await opened.aclose()
+
+
+async def ask(
+    over: HttpTransport, *, seconds: float = PATIENCE_SECONDS, new_connection: bool = False
+) -> HttpResponse:
+    """Send a request."""
+    headers = {"host": "upstream.example", "x-ca-key": "k"}
+    request = encode_request("/scc/x", headers, BODY)
+    return await over.send(request, timeout_seconds=seconds, new_connection=new_connection)
+
+
+def once(url: str, **bounds: int) -> HttpResponse:
+    """Send one request over a new transport."""
+
+    async def run() -> HttpResponse:
+        async with transport(url, **bounds) as over:
+            return await ask(over)
+
+    return asyncio.run(run())
+
+
+@contextmanager
+def silent() -> Iterator[str]:
+    """Listen without accepting connections."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def framed_only(connection: socket.socket, _: Request) -> None:
+    """Send the same response to any request."""
+    connection.sendall(framed(b"{}"))
+
+
+def open_sockets() -> int:
+    """Count the sockets that this process has open."""
+    links = Path("/proc/self/fd").iterdir()
+    return sum(link.is_symlink() and link.readlink().name.startswith("socket:") for link in links)
+
+
+def test_transport_adds_no_headers() -> None:
+    """The transport adds no user agent, cookie or encoding of its own."""
+    seen: list[Request] = []
+
+    def remembers(connection: socket.socket, received: Request) -> None:
+        seen.append(received)
+        connection.sendall(framed(b"{}", "set-cookie: a=b"))
+
+    with RawUpstream(remembers) as upstream:
+        once(upstream.url)
+    first, *headers = seen[0].head.split(b"\r\n")
+    assert first == b"POST /scc/x HTTP/1.1"
+    names = {header.partition(b":")[0].lower() for header in headers}
+    assert names == {b"host", b"x-ca-key", b"content-length"}
+    assert seen[0].body == BODY
+
+
+def test_transport_keeps_connections_and_no_cookies() -> None:
+    """A second request uses the first one's connection, without the cookie of the response."""
+    connections: list[socket.socket] = []
+    heads: list[bytes] = []
+
+    def sets_a_cookie(connection: socket.socket, received: Request) -> None:
+        connections.append(connection)
+        heads.append(received.head)
+        connection.sendall(framed(b"{}", "set-cookie: a=b"))
+
+    async def twice(url: str) -> None:
+        async with transport(url) as over:
+            await ask(over)
+            await ask(over)
+
+    with RawUpstream(sets_a_cookie) as upstream:
+        asyncio.run(twice(upstream.url))
+    assert connections == [connections[0]] * 2
+    assert not any(b"cookie" in head.lower() for head in heads)
+
+
+def test_transport_follows_no_redirect_and_decodes_nothing() -> None:
+    """A response is returned as received, even if it is a redirect."""
+
+    def redirects(connection: socket.socket, _: Request) -> None:
+        head = ("location: http://127.0.0.1:1/", "content-encoding: gzip")
+        connection.sendall(framed(b"not gzip", *head, status="HTTP/1.1 302 Found"))
+
+    with RawUpstream(redirects) as upstream:
+        got = once(upstream.url)
+    assert (got.status, got.body) == (302, b"not gzip")
+    assert got.headers["location"] == "http://127.0.0.1:1/"
+
+
+@pytest.mark.parametrize(
+    ("raw", "error"),
+    [
+        (b"", httpx.RemoteProtocolError),
+        (b"garbage\r\n\r\n", httpx.RemoteProtocolError),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nabc", httpx.RemoteProtocolError),
+        (framed(b"{}") + b"garbage", httpx.RemoteProtocolError),
+        # Two valid responses in one segment: the second one has no request.
+        (framed(b"{}") + framed(b"[]"), httpx.RemoteProtocolError),
+        (framed(b"{}") + framed(b""), httpx.RemoteProtocolError),
+        (framed(b"{}") + b"HTTP/1.1 103 Early Hints\r\n\r\n", httpx.RemoteProtocolError),
+        (
+            b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\nconnection: close\r\n\r\n{}garbage",
+            httpx.RemoteProtocolError,
+        ),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{}\r\n", httpx.RemoteProtocolError),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\ngarbage\r\n", httpx.RemoteProtocolError),
+        (b"HTTP/1.1 101 Switching\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n", httpx.RemoteProtocolError),
+        (b"HTTP/1.1 200 OK\r\n" + b"x: garbage\r\n" * 100_000, httpx.RemoteProtocolError),
+    ],
+)
+def test_transport_failure_is_an_httpx_exception(raw: bytes, error: type[httpx.TransportError]) -> None:
+    """The text of the exception contains nothing that was received: that may be anything."""
+
+    def sends(connection: socket.socket, _: Request) -> None:
+        connection.sendall(raw)
+        connection.close()
+
+    with RawUpstream(sends) as upstream, pytest.raises(error) as told:
+        once(upstream.url)
+    assert "garbage" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "body"),
+    [
+        (framed(b"{}"), b"{}"),
+        (framed(b""), b""),
+        (answer(b"until the end"), b"until the end"),
+        (answer(b"until the end", status="HTTP/1.0 200 OK"), b"until the end"),
+        (b"HTTP/1.1 103 Early Hints\r\nlink: a\r\n\r\n" + framed(b"{}"), b"{}"),
+        (answer(b"1\r\n{\r\n1;a=b\r\n}\r\n0\r\nx-trailer: a\r\n\r\n", "transfer-encoding: chunked"), b"{}"),
+    ],
+)
+def test_transport_framing_is_that_of_http(raw: bytes, body: bytes) -> None:
+    """Each way to end a body is supported, and headers do not leak between responses."""
+
+    def sends(connection: socket.socket, _: Request) -> None:
+        for byte in range(len(raw)):  # the parser meets every split
+            connection.sendall(raw[byte : byte + 1])
+        connection.close()
+
+    with RawUpstream(sends) as upstream:
+        got = once(upstream.url)
+    assert (got.status, got.body) == (200, body)
+    assert not {"link", "x-trailer"} & set(got.headers)
+
+
+@pytest.mark.parametrize("encoding", ["content-length: 5000", "transfer-encoding: chunked"])
+def test_transport_stops_reading_oversized_bodies(encoding: str) -> None:
+    """A body over the limit is cut above the limit, and its connection is closed."""
+    closed = threading.Event()
+
+    def sends(connection: socket.socket, _: Request) -> None:
+        body = b"x" * 5000 if "length" in encoding else b"1388\r\n" + b"x" * 5000
+        connection.sendall(answer(body, encoding))
+        drained(connection)
+        closed.set()
+
+    with RawUpstream(sends) as upstream:
+        got = once(upstream.url, max_body_bytes=1000)
+        assert closed.wait(PATIENCE_SECONDS)
+    assert len(got.body) > 1000
+
+
+def test_transport_reuses_no_expired_connection() -> None:
+    """The upstream or a proxy may have closed it."""
+    connections: list[socket.socket] = []
+
+    def answers(connection: socket.socket, _: Request) -> None:
+        connections.append(connection)
+        connection.sendall(framed(b"{}"))
+
+    async def twice(url: str) -> None:
+        async with transport(url, keep_alive_seconds=0.0) as over:
+            await ask(over)
+            await ask(over)
+
+    with RawUpstream(answers) as upstream:
+        asyncio.run(twice(upstream.url))
+    assert len(set(connections)) == 2
+
+
+@pytest.mark.parametrize("surplus", [b"", framed(b"[]")])
+def test_transport_reuses_no_connection_with_unexpected_bytes(surplus: bytes) -> None:
+    """Unexpected bytes could answer the next task's call; a lost connection is not used either."""
+    read = threading.Event()
+    connections: list[socket.socket] = []
+
+    def answers(connection: socket.socket, _: Request) -> None:
+        connections.append(connection)
+        connection.sendall(framed(b"{}"))
+        if len(connections) == 1:
+            read.wait(PATIENCE_SECONDS)
+            if surplus:
+                connection.sendall(surplus)
+                drained(connection)
+            connection.close()
+
+    async def twice(url: str) -> list[bytearray]:
+        async with transport(url) as over:
+            before = open_sockets()
+            first = await ask(over)
+            read.set()
+            while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
+                await asyncio.sleep(0)
+            second = await ask(over)
+            return [first.body, second.body]
+
+    with RawUpstream(answers) as upstream:
+        assert asyncio.run(asyncio.wait_for(twice(upstream.url), PATIENCE_SECONDS)) == [b"{}", b"{}"]
+
+
+def test_transport_refuses_line_breaks_in_headers() -> None:
+    """A line break in a header could inject another header."""
+    for line_break in ("\r\n", "\n", "\r"):
+        with pytest.raises(httpx.LocalProtocolError):
+            encode_request("/scc/x", {"x-ca-key": f"a{line_break}b: c"}, BODY)
+
+
+def test_transport_refused_connection_is_a_connect_error() -> None:
+    """A refused connection raises httpx.ConnectError."""
+    with pytest.raises(httpx.ConnectError):
+        once(f"http://127.0.0.1:{free_port()}")
+
+
+def test_transport_times_out_while_connecting_and_while_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The call ends in time, whatever takes too long, and its connection is closed."""
+
+    async def run(url: str) -> None:
+        async with transport(url) as over:
+            before = open_sockets()
+            with pytest.raises(TimeoutError):
+                await ask(over, seconds=0.05)
+            while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
+                await asyncio.sleep(0)
+            never = asyncio.get_running_loop().create_future()
+            monkeypatch.setattr("gateway.upstream.http_transport.start_connection", lambda *_, **__: never)
+            with pytest.raises(TimeoutError):
+                await ask(over, seconds=0.05)
+            assert never.cancelled()
+
+    with silent() as url:
+        asyncio.run(asyncio.wait_for(run(url), PATIENCE_SECONDS))
+
+
+def test_transport_timeout_after_the_response_has_no_effect() -> None:
+    """A timeout after a complete response has no effect, even before the caller has run."""
+
+    async def run(url: str) -> None:
+        async with transport(url) as over:
+            await ask(over)
+            [connection] = over._idle
+            message = encode_request("/scc/x", {"host": "x"}, BODY)
+            await over.send(message, timeout_seconds=PATIENCE_SECONDS, on_complete=connection.time_out)
+            await asyncio.sleep(0)
+            await ask(over)
+            assert list(over._idle) == [connection], "it was not aborted"
+
+    with RawUpstream(framed_only) as upstream:
+        asyncio.run(asyncio.wait_for(run(upstream.url), PATIENCE_SECONDS))
+        assert len(upstream.requests) == 3
+
+
+def test_transport_cancelled_call_leaves_no_socket() -> None:
+    """A call may be cancelled while it connects, sends or waits: its connection is closed by the timeout."""
+
+    async def run(url: str) -> None:
+        async with transport(url) as over:
+            before = open_sockets()
+            calls = [asyncio.create_task(ask(over, seconds=0.2)) for _ in range(20)]
+            for steps, call in enumerate(calls):
+                for _ in range(steps % 5):
+                    await asyncio.sleep(0)
+                call.cancel()
+            await asyncio.gather(*calls, return_exceptions=True)
+            while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
+                await asyncio.sleep(0)
+            assert over.in_flight == 0
+
+    with silent() as url:
+        asyncio.run(asyncio.wait_for(run(url), PATIENCE_SECONDS))
+
+
+def test_transport_closes_what_is_in_flight() -> None:
+    """Closing ends all calls, cancelled or not, and leaves no socket open."""
+
+    async def run(url: str) -> None:
+        async with transport(url) as over:
+            before = open_sockets()
+            cancelled, waiting = (asyncio.create_task(ask(over)) for _ in range(2))
+            while len(over._busy) < 2:  # noqa: ASYNC110  # they connect
+                await asyncio.sleep(0)
+            cancelled.cancel()
+            await asyncio.wait([cancelled])
+            assert over.in_flight == 2
+            await over.aclose()
+            with pytest.raises(TimeoutError):
+                await waiting
+            assert over.in_flight == 0
+            while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
+                await asyncio.sleep(0)
+
+    with silent() as url:
+        asyncio.run(asyncio.wait_for(run(url), PATIENCE_SECONDS))
+
+
+@pytest.mark.parametrize("end", ["answer", "time"])
+def test_transport_cancelled_call_completes_with_the_response(end: str) -> None:
+    """A call that was sent stays in flight until its response has arrived or its timeout has passed."""
+    released = threading.Event()
+
+    def answers_late(connection: socket.socket, _: Request) -> None:
+        released.wait(PATIENCE_SECONDS)
+        connection.sendall(framed(b"late"))
+
+    async def run(upstream: RawUpstream) -> None:
+        async with transport(upstream.url) as over:
+            ended = asyncio.Event()
+            message = encode_request("/scc/x", {"host": "x"}, BODY)
+            seconds = PATIENCE_SECONDS if end == "answer" else 0.5
+            call = asyncio.create_task(over.send(message, timeout_seconds=seconds, on_complete=ended.set))
+            while not upstream.requests:  # noqa: ASYNC110  # another thread reads it
+                await asyncio.sleep(0.001)
+            call.cancel()
+            await asyncio.wait([call])
+            assert call.cancelled()
+            assert (ended.is_set(), over.in_flight) == (False, 1)
+            if end == "answer":
+                released.set()
+            await ended.wait()
+            assert over.in_flight == 0
+            assert len(over._idle) == (end == "answer"), "an answer that was read leaves a clean connection"
+            released.set()
+            assert (await ask(over)).body == b"late"
+
+    with RawUpstream(answers_late) as upstream:
+        asyncio.run(asyncio.wait_for(run(upstream), PATIENCE_SECONDS))
+
+
+def test_transport_takes_no_late_response_for_the_next_one() -> None:
+    """An unread repeated response in the socket is not taken for the response to the next call."""
+    answers = iter([b"first", b"second"])
+    connections: list[socket.socket] = []
+
+    def repeats(connection: socket.socket, _: Request) -> None:
+        connections.append(connection)
+        connection.sendall(framed(next(answers)))
+
+    async def run(url: str) -> list[bytearray]:
+        async with transport(url) as over:
+            first = await ask(over)
+            # The event loop reads nothing between these calls: the bytes stay in the socket.
+            [connection] = over._idle
+            connections[0].sendall(framed(b"first"))
+            while not connection._readable.poll(1000):
+                pass
+            second = await ask(over)
+            return [first.body, second.body]
+
+    with RawUpstream(repeats) as upstream:
+        assert asyncio.run(asyncio.wait_for(run(upstream.url), PATIENCE_SECONDS)) == [b"first", b"second"]
+    assert connections[0] is not connections[1]
+
+
+def test_transport_new_connection_is_not_shared() -> None:
+    """It takes no idle connection, and leaves none for the next call."""
+    connections: list[socket.socket] = []
+    closed = threading.Event()
+
+    def answers(connection: socket.socket, _: Request) -> None:
+        connections.append(connection)
+        second = len(connections) == 2  # the third request may arrive as soon as this one is answered
+        connection.sendall(framed(b"{}"))
+        if second:
+            drained(connection)
+            closed.set()
+
+    async def run(url: str) -> None:
+        async with transport(url) as over:
+            for new_connection in (False, True, False):
+                await ask(over, new_connection=new_connection)
+
+    with RawUpstream(answers) as upstream:
+        asyncio.run(run(upstream.url))
+        assert closed.wait(PATIENCE_SECONDS)
+    first, second, third = connections
+    assert first is third
+    assert second is not first
+
+
+def test_transport_closes_connections_at_their_maximum_age() -> None:
+    """However busy it is, a connection that is too old is closed after its call."""
+    connections: list[socket.socket] = []
+
+    def answers(connection: socket.socket, _: Request) -> None:
+        connections.append(connection)
+        connection.sendall(framed(b"{}"))
+
+    async def run(url: str) -> None:
+        async with transport(url, max_age_seconds=60.0) as over:
+            await ask(over)
+            await ask(over)
+            [connection] = over._idle
+            connection._opened_at -= 61.0  # a minute passes
+            await ask(over)
+            [young] = over._idle
+            assert young is not connection
+            ending = asyncio.create_task(ask(over))
+            await asyncio.sleep(0)
+            young._opened_at -= 61.0  # while its call is in flight
+            await ending
+            assert not over._idle
+
+    with RawUpstream(answers) as upstream:
+        asyncio.run(asyncio.wait_for(run(upstream.url), PATIENCE_SECONDS))
+    first, again, other, _ = connections
+    assert first is again
+    assert other is not first
+
+
+@pytest.mark.parametrize("bound", ["keep_alive_seconds", "max_age_seconds"])
+def test_transport_closes_idle_connections_without_new_calls(bound: str) -> None:
+    """A connection is closed when it has been idle, or open, for too long, also without new calls."""
+
+    def answers(connection: socket.socket, _: Request) -> None:
+        connection.sendall(framed(b"{}"))
+        drained(connection)
+        connection.close()
+
+    async def run(url: str) -> None:
+        async with transport(url, **{bound: 0.05}) as over:
+            before = open_sockets()
+            await ask(over)
+            while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
+                await asyncio.sleep(0.001)
+            assert over._sweep_timer is None
+
+    with RawUpstream(answers) as upstream:
+        asyncio.run(asyncio.wait_for(run(upstream.url), PATIENCE_SECONDS))

@@ -1,0 +1,539 @@
+"""`sd-gateway watch`, as a person or a script runs it, with a real gateway and simulator."""
+
+import fcntl
+import json
+import os
+import pty
+import re
+import signal
+import socket
+import struct
+import subprocess
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from rich.console import Console
+
+from gateway.cli.main import main
+from gateway.cli.watch_client import Event, Problem, Progress
+from gateway.cli.watch_display import ProgressDisplay
+from tests.support.harness import (
+    COMMAND,
+    KEY,
+    PATIENCE_SECONDS,
+    SECRET,
+    Gateway,
+    Process,
+    RawUpstream,
+    Request,
+    Simulator,
+    Stage,
+    framed,
+    free_port,
+    fresh_id,
+    plain_client,
+    run,
+    serving,
+    until,
+)
+
+Serve = Callable[..., AbstractContextManager[tuple[Process, Gateway]]]
+
+WAITING = {"status": "waiting", "progress": 0, "lastQueueRemaining": 3, "etaRelative": 0}
+RUNNING = {"status": "running", "progress": 0.25, "message": "step 5 of 20"}
+FURTHER = {"status": "running", "progress": 0.75, "message": "step 15 of 20"}
+SUCCESS = {"status": "successed", "progress": 1}
+FAILURE = {"status": "failed", "progress": 0.75, "message": "out of memory"}
+UNKNOWN_TASK = "error, the upstream rejected the query: the task does not exist"
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
+    """Return a simulated upstream that `sd-gateway simulate` runs."""
+    port = free_port()
+    arguments = ("--port", str(port), "--key", KEY, "--secret", SECRET)
+
+    def answers() -> bool:
+        with suppress(httpx.TransportError):
+            return client.get("/_simulator/stats").is_success
+        return False
+
+    with (
+        Process("simulate", *arguments, cwd=tmp_path_factory.mktemp("simulator")),
+        plain_client(f"http://127.0.0.1:{port}") as client,
+    ):
+        until(answers, "the simulator answers")
+        yield Simulator(Stage(), client)
+
+
+@pytest.fixture(scope="module")
+def serve(simulated: Simulator, tmp_path_factory: pytest.TempPathFactory) -> Serve:
+    """Return a function that runs `sd-gateway serve` in front of the simulated upstream."""
+    cwd = tmp_path_factory.mktemp("gateway")
+    env = {
+        "SD_GATEWAY_UPSTREAM__ENDPOINT": simulated.url,
+        "SD_GATEWAY_CACHE__WAITING_SECONDS": "0.1",
+        "SD_GATEWAY_CACHE__RUNNING_SECONDS": "0.1",
+    }
+    return lambda port=0: serving(cwd, env | {"SD_GATEWAY_SERVER__PORT": str(port)})
+
+
+@pytest.fixture(scope="module")
+def served(serve: Serve) -> Iterator[str]:
+    """Return the URL of a running gateway."""
+    with serve() as (_, gateway):
+        yield gateway.url
+
+
+@pytest.fixture
+def watch(served: str, tmp_path: Path) -> Callable[..., Process]:
+    """Return a function that starts the command with its output in a pipe."""
+
+    def start(*arguments: str, url: str = served, **env: str) -> Process:
+        return Process("watch", *arguments, "--gateway", url, cwd=tmp_path, env=env)
+
+    return start
+
+
+def events(process: Process) -> list[tuple[Any, ...]]:
+    """Return its JSON output as tuples: event, task, status, progress."""
+    said = [json.loads(line) for line in process.lines if line.startswith("{")]
+    return [tuple(map(one.get, ("event", "taskId", "status", "progress"))) for one in said]
+
+
+# --- for scripts ------------------------------------------------------------------------------------------
+
+
+def test_watch_prints_one_json_line_per_event(simulated: Simulator, watch: Callable[..., Process]) -> None:
+    """Waiting, running at two points and success are one JSON line each, then `end` and exit status 0."""
+    task_id = fresh_id()
+    simulated.script(task_id, **WAITING)
+    with watch(task_id, "--json") as process:
+        process.says('"status": "waiting"')
+        simulated.script(task_id, **RUNNING)
+        process.says('"progress": 0.25')
+        simulated.script(task_id, **FURTHER)
+        process.says('"progress": 0.75')
+        simulated.script(task_id, **SUCCESS)
+        assert process.exit_status() == 0
+    assert events(process) == [
+        ("progress", task_id, "waiting", 0),
+        ("progress", task_id, "running", 0.25),
+        ("progress", task_id, "running", 0.75),
+        ("progress", task_id, "succeeded", 1),
+        ("end", None, None, None),
+    ]
+    assert len(process.lines) == 5
+
+
+def test_watch_uses_the_given_api(simulated: Simulator, watch: Callable[..., Process]) -> None:
+    """`--api comfy` watches comfy tasks; a task that is given twice is watched once."""
+    task_id = simulated.finished()
+    with watch(task_id, task_id, "--json", "--api", "comfy") as process:
+        assert process.exit_status() == 0
+    assert [json.loads(line).get("api") for line in process.lines] == ["comfy", None]
+
+
+@pytest.mark.parametrize("status", ["failed", "canceled"])
+def test_watch_fails_when_one_task_does(
+    status: str, simulated: Simulator, watch: Callable[..., Process]
+) -> None:
+    """One failed or canceled task makes exit status 1."""
+    bad, good = fresh_id(), simulated.finished()
+    simulated.script(bad, **(FAILURE | {"status": status}))
+    with watch(good, bad) as process:
+        assert process.exit_status() == 1
+    assert sorted(process.lines) == sorted(
+        [f"{good}: succeeded, 100 %, step 20 of 20", f"{bad}: {status}, 75 %, out of memory"]
+    )
+
+
+def test_watch_resumes_after_a_restart(
+    simulated: Simulator, serve: Serve, watch: Callable[..., Process]
+) -> None:
+    """The command waits for a restarting gateway; repetitions are left out; exit status 0 at the end."""
+    task_id = fresh_id()
+    simulated.script(task_id, **RUNNING)
+    with serve() as (first, gateway), watch(task_id, "--json", url=gateway.url) as process:
+        process.says('"progress": 0.25')
+        first.signal(signal.SIGTERM)
+        assert first.exit_status() == 0
+        process.says(f"sd-gateway: {gateway.url}: stream ended; reconnecting")
+        with serve(gateway.address[1]) as (_, second):
+            until(lambda: second.metric("watchers", kind="events"), "the command is back")
+            simulated.script(task_id, **SUCCESS)
+            assert process.exit_status() == 0
+    assert events(process) == [
+        ("progress", task_id, "running", 0.25),
+        ("progress", task_id, "succeeded", 1),
+        ("end", None, None, None),
+    ]
+
+
+def test_watch_interrupted_has_not_succeeded(simulated: Simulator, watch: Callable[..., Process]) -> None:
+    """Ctrl-C before the end gives exit status 1, without a message."""
+    task_id = simulated.task()
+    with watch(task_id) as process:
+        process.says("running")
+        process.signal(signal.SIGINT)
+        assert process.exit_status() == 1
+    assert [line for line in process.lines if not line.startswith(task_id)] == []
+
+
+def test_watch_ends_on_a_closed_pipe(simulated: Simulator, served: str, tmp_path: Path) -> None:
+    """A closed pipe (`| head -1`) ends the command without a traceback."""
+    task_id = fresh_id()
+    simulated.script(task_id, **RUNNING)
+    with subprocess.Popen(
+        [COMMAND, "watch", task_id, "--gateway", served],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.readline()
+        process.stdout.close()
+        simulated.script(task_id, **FURTHER)
+        assert process.stderr.read() == b""
+        assert process.wait(PATIENCE_SECONDS) == 1
+
+
+# --- wrong usage ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "TASK"),
+        (["a b"], "a task ID is 1 to 64 characters of A-Z a-z 0-9 _ -"),
+        (["A", "x" * 65], "a task ID is 1 to 64"),
+        (["A", "--api", "video"], "choose from"),
+        *(
+            (["A", "--gateway", url], "--gateway: ")
+            for url in (
+                "",
+                "localhost:8080",
+                "ftp://host",
+                "http://",
+                "http://h:99999",
+                "http://h:0",
+                "http://h:x",
+                "http://h/?a=b",
+            )
+        ),
+    ],
+)
+def test_watch_refuses_wrong_usage(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An invalid task ID, API or URL gives exit status 2 and a message."""
+    with pytest.raises(SystemExit) as ended:
+        main(["watch", *arguments])
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_watch_prints_a_refusal(served: str, watch: Callable[..., Process]) -> None:
+    """A 4xx response gives exit status 2 and the gateway's message; the URL's password is not printed."""
+    with watch(*map(str, range(101))) as process:
+        assert process.exit_status() == 2
+    detail = "query parameter 'taskId' must be given 1 to 100 times"
+    assert process.output == f"sd-gateway: {served}: 400 Bad Request: {detail}"
+    with watch("A", url=f"{served.replace('//', '//user:hush@')}/nowhere") as process:
+        assert process.exit_status() == 2
+    assert process.output.startswith(f"sd-gateway: {served}/nowhere: 404 Not Found: ")
+
+
+# --- for people, in a pipe --------------------------------------------------------------------------------
+
+
+def test_watch_writes_plain_lines_into_a_pipe(simulated: Simulator, watch: Callable[..., Process]) -> None:
+    """Without a terminal there is one line per change, without escape sequences, and problems as text."""
+    task_id = fresh_id()
+    with watch(task_id, FORCE_COLOR="1", TTY_COMPATIBLE="1") as process:
+        process.says("does not exist")
+        simulated.script(task_id, **WAITING)
+        process.says("waiting")
+        simulated.script(task_id, **RUNNING, etaRelative=75.5)
+        process.says("25 %")
+        simulated.script(task_id, **FURTHER, state={"job": "x"})
+        process.says("75 %")
+        simulated.script(task_id, **SUCCESS)
+        assert process.exit_status() == 0
+    assert process.lines == [
+        f"{task_id}: {UNKNOWN_TASK}",
+        f"{task_id}: waiting, 0 %, 3 in the queue",
+        f"{task_id}: running, 25 %, 1 min 15 s left, step 5 of 20",
+        f"{task_id}: running, 75 %, step 15 of 20",
+        f"{task_id}: succeeded, 100 %",
+    ]
+
+
+def test_watch_works_in_any_locale(simulated: Simulator, watch: Callable[..., Process]) -> None:
+    """Characters that the locale cannot encode do not stop the command."""
+    task_id = fresh_id()
+    simulated.script(task_id, **(FAILURE | {"message": "内存不足 é"}))
+    with watch(task_id, PYTHONIOENCODING="ascii", PYTHONUTF8="0") as process:
+        assert process.exit_status() == 1
+    assert process.lines == [f"{task_id}: failed, 75 %, ???? ?"]
+
+
+def test_watch_reports_a_connection_error_once(tmp_path: Path) -> None:
+    """A connection error is reported once, and again after a recovery."""
+    busy = framed(b"", "connection: close", status="HTTP/1.1 503 Service Unavailable")
+    said = json.dumps(data("failed")).encode()
+    told = framed(
+        b"retry: 1\n\nevent: progress\ndata: %s\n\n" % said,
+        "content-type: text/event-stream",
+        "connection: close",
+    )
+    last = framed(b"event: end\ndata: {}\n\n", "content-type: text/event-stream", "connection: close")
+    quick = framed(b"retry: 1\n\n", "content-type: text/event-stream", "connection: close")
+    answers = iter([quick, busy, busy, told, busy, last])
+
+    def behave(connection: socket.socket, _: Request) -> None:
+        connection.sendall(next(answers, last))
+
+    with RawUpstream(behave) as upstream:
+        complaint = f"sd-gateway: {upstream.url}: "
+        status, output = run("watch", "A", "--gateway", upstream.url, cwd=tmp_path)
+    assert status == 1
+    assert sorted(output.splitlines()) == sorted(
+        [
+            f"{complaint}stream ended; reconnecting",
+            f"{complaint}503 Service Unavailable; reconnecting",
+            "A: failed, 25 %",
+            f"{complaint}stream ended; reconnecting",
+            f"{complaint}503 Service Unavailable; reconnecting",
+        ]
+    )
+
+
+# --- for people, in a terminal ----------------------------------------------------------------------------
+
+
+class Terminal:
+    """A pseudo-terminal of 100 columns with a command in it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], screen: int) -> None:
+        self._process = process
+        self._screen = screen
+        self.raw = ""
+
+    @property
+    def text(self) -> str:
+        """The whole output so far, without colours and cursor movements."""
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self.raw).replace("\r\n", "\n")
+
+    def wait_for(self, text: str) -> None:
+        """Wait until the output contains this text."""
+        while text not in self.text:
+            assert self._read(), f"never {text!r} in {self.text}"
+
+    def exit_status(self) -> int:
+        """Wait for the end of the command; return its exit status."""
+        while self._read():
+            pass
+        return self._process.wait(PATIENCE_SECONDS)
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def _read(self) -> bool:
+        try:
+            part = os.read(self._screen, 65536)
+        except OSError:  # Linux reports the closed other end like this
+            part = b""
+        self.raw += part.decode(errors="replace")
+        return bool(part)
+
+
+@contextmanager
+def terminal(*arguments: str, cwd: Path, term: str = "xterm-256color") -> Iterator[Terminal]:
+    """Run a command in a pseudo-terminal."""
+    screen, inner = pty.openpty()
+    fcntl.ioctl(inner, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 100, 0, 0))
+    clean = {
+        name: value for name, value in os.environ.items() if name not in {"COLUMNS", "LINES", "NO_COLOR"}
+    }
+    with subprocess.Popen(
+        [COMMAND, *arguments], cwd=cwd, env=clean | {"TERM": term}, stdin=inner, stdout=inner, stderr=inner
+    ) as process:
+        os.close(inner)
+        try:
+            yield Terminal(process, screen)
+        finally:
+            os.close(screen)
+            process.terminate()
+
+
+def test_watch_draws_a_live_bar_per_task(simulated: Simulator, served: str, tmp_path: Path) -> None:
+    """In a terminal each task has a moving bar, its status, and its problem as text."""
+    one, other = "task-one", "task-two"
+    simulated.script(one, **WAITING)
+    with terminal("watch", one, other, "--gateway", served, cwd=tmp_path) as screen:
+        screen.wait_for(f"{served}: 0 of 2 ended")
+        screen.wait_for("3 in the queue")
+        screen.wait_for("the upstream rejected the query")
+        simulated.script(one, **RUNNING)
+        screen.wait_for("╸")  # the moving end of a bar
+        screen.wait_for("25 % step 5 of 20")
+        simulated.script(other, **FAILURE)
+        screen.wait_for("75 % out of memory")
+        screen.wait_for("1 of 2 ended")
+        simulated.script(one, **SUCCESS)
+        assert screen.exit_status() == 1
+    last = screen.text[screen.text.rindex(served) :]
+    assert re.fullmatch(
+        rf"{served}: 2 of 2 ended\n"
+        r"task-one succeeded ━{30} 100 % +\n"
+        r"task-two failed    ━+╸?━+  75 % out of memory +\n",
+        last,
+    ), last
+    assert screen.raw.index("\x1b[?25l") < screen.raw.rindex("\x1b[?25h")  # the cursor is visible again
+
+
+def test_watch_restores_the_terminal(simulated: Simulator, served: str, tmp_path: Path) -> None:
+    """Ctrl-C restores the cursor, with exit status 1 and no traceback."""
+    task_id = simulated.task()
+    with terminal("watch", task_id, "--gateway", served, cwd=tmp_path) as screen:
+        screen.wait_for("running")
+        screen.signal(signal.SIGINT)
+        assert screen.exit_status() == 1
+    assert screen.raw.rstrip().endswith("\x1b[?25h")
+    assert "Traceback" not in screen.text
+
+
+def test_watch_shows_connection_errors_above_the_bars(tmp_path: Path) -> None:
+    """A connection error is shown above the bars."""
+    url = f"http://127.0.0.1:{free_port()}"
+    with terminal("watch", "A", "--gateway", url, cwd=tmp_path) as screen:
+        screen.wait_for(f"{url}: connection failed (Connection refused); reconnecting\n")
+        assert "sd-gateway:" not in screen.text
+
+
+def test_watch_writes_plain_lines_on_a_dumb_terminal(
+    simulated: Simulator, served: str, tmp_path: Path
+) -> None:
+    """A terminal that cannot move its cursor gets lines."""
+    task_id = simulated.finished()
+    with terminal("watch", task_id, "--gateway", served, cwd=tmp_path, term="dumb") as screen:
+        assert screen.exit_status() == 0
+    assert screen.raw == f"{task_id}: succeeded, 100 %, step 20 of 20\r\n"
+
+
+# --- the board --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Clock:
+    """A simulated clock."""
+
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def data(status: str = "running", **more: Any) -> dict[str, Any]:
+    """Return the gateway's JSON for task A."""
+    ended = status in {"succeeded", "failed", "canceled"}
+    return {
+        "taskId": "A",
+        "status": status,
+        "progress": 0.25,
+        "queueRemaining": None,
+        "etaSeconds": None,
+        "message": None,
+        "terminal": ended,
+    } | more
+
+
+def heard(status: str = "running", **more: Any) -> Event:
+    """Return a progress event."""
+    return Event("progress", {}, Progress.model_validate(data(status, **more)))
+
+
+def drawn(board: ProgressDisplay, width: int = 80) -> list[str]:
+    """Return the lines of a display on a terminal of this width."""
+    out = StringIO()
+    Console(file=out, width=width).print(board.render(width))
+    return [line.rstrip() for line in out.getvalue().splitlines()]
+
+
+def board(*task_ids: str, clock: Callable[[], float] = lambda: 0.0) -> ProgressDisplay:
+    """Return a display for some gateway."""
+    return ProgressDisplay(httpx.URL("http://user:hush@host:8080/prefix/"), task_ids or ["A"], clock=clock)
+
+
+def test_display_counts_the_time_left_down() -> None:
+    """The time left counts down between two events, but not below zero."""
+    clock = Clock()
+    shown = board(clock=clock)
+    shown.update(heard(etaSeconds=3725))
+    left = []
+    for _ in range(4):
+        left.append(drawn(shown)[1].partition("%")[2].strip())
+        clock.now += 1850
+    assert left == ["1 h 2 min left", "31 min 15 s left", "25 s left", "any moment now"]
+
+
+def test_display_rounds_down() -> None:
+    """100 % is shown only at the end."""
+    shown = board()
+    assert shown.update(heard(progress=0.999)) == "A: running, 99 %"
+
+
+def test_display_has_a_line_for_each_change() -> None:
+    """A line is printed only for a change of a watched task."""
+    shown = board()
+    problem = Problem.model_validate({"taskId": "A", "title": "It broke"})
+    assert shown.update(Event("problem", {}, problem)) == "A: error, It broke"
+    assert shown.update(heard()) == "A: running, 25 %"
+    assert shown.update(heard()) == ""
+    assert shown.update(heard(taskId="B")) == ""
+    assert shown.update(Event("end", {})) == ""
+    assert not shown.succeeded
+    assert shown.update(heard("succeeded")) == "A: succeeded, 25 %"
+    assert shown.succeeded
+
+
+def test_display_keeps_the_bar_beside_a_problem() -> None:
+    """A task with a problem still shows its last progress."""
+    shown = board()
+    shown.update(heard())
+    assert shown.update(Event("problem", {}, Problem(taskId="A", detail="no"))) == "A: error, 25 %, no"
+    assert drawn(shown)[1].split() == ["A", "error", "━━━━━━━╸", "25", "%", "no"]
+
+
+def test_display_shows_a_connection_error_until_the_next_event() -> None:
+    """The first line shows how many tasks have ended, or the connection error, without the password."""
+    shown = board("A", "B")
+    assert drawn(shown)[0] == "http://host:8080/prefix: 0 of 2 ended"
+    shown.trouble = "it broke"
+    assert drawn(shown)[0] == "http://host:8080/prefix: it broke; reconnecting"
+    shown.update(heard("failed"))
+    assert drawn(shown)[0] == "http://host:8080/prefix: 1 of 2 ended"
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
+def test_display_fits_any_terminal(width: int) -> None:
+    """Long IDs and texts neither overflow nor hide status and percentage; narrow terminals have no bar."""
+    shown = board("A", "x" * 64)
+    shown.update(heard(message="[bold]word[/bold] " * 9))
+    lines = drawn(shown, width)
+    assert all(len(line) <= width for line in lines)
+    assert "running" in "".join(lines)
+    assert ("━" in "".join(lines)) == (width >= 60)
+    if width >= 40:
+        assert " 25 %" in "".join(lines)
+    if width == 200:
+        assert "[bold]word[/bold]" in "".join(lines)

@@ -1,0 +1,223 @@
+"""Queries on a manual clock: slots, deadlines, and queries without demand."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any, cast
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+from gateway.domain.errors import (
+    Overloaded,
+    UpstreamBusy,
+    UpstreamCredentials,
+    UpstreamError,
+    UpstreamTimeout,
+)
+from gateway.domain.task import Operation, TaskKey
+from gateway.settings.model import Upstream as UpstreamSettings
+from gateway.telemetry.metrics import Metrics
+from gateway.upstream.client import UpstreamClient
+from gateway.upstream.credential_rotation import CredentialRotation
+from gateway.upstream.credentials import KeyPair
+from gateway.upstream.demand import Demand
+from gateway.upstream.signed_request import ParsedResponse, SignedRequests
+from tests.support.ticked import TickedLoop
+
+PAIR = KeyPair("key", "secret")
+
+
+def key_of(number: int) -> TaskKey:
+    return TaskKey(Operation.SD_GET_PROGRESS, f"task{number}")
+
+
+class FakeCalls:
+    """Calls that take `seconds`, or raise `failures` first. Cancelled ones stay in flight."""
+
+    trouble = None
+    clock_offset = 0.0
+
+    def __init__(self) -> None:
+        self.seconds = 4.0
+        self.made: list[str] = []
+        self.failures: list[UpstreamError] = []
+        self.in_flight = 0
+
+    async def send(
+        self, key: TaskKey, _pair: KeyPair, *, number: int, on_complete: Callable[[], None]
+    ) -> ParsedResponse:
+        """Make a call."""
+        assert number <= len(self.made)
+        self.made.append(key.task_id)
+        self.in_flight += 1
+
+        def end() -> None:
+            self.in_flight -= 1
+            on_complete()
+
+        asyncio.get_running_loop().call_later(self.seconds, end)
+        await asyncio.sleep(self.seconds)
+        if self.failures:
+            raise self.failures.pop(0)
+        return ParsedResponse({}, b"{}")
+
+
+class FakeRotation:
+    """A rotation with one pair; a refused query tries it again."""
+
+    async def wait_for_probe(self, _operation: Operation) -> None:
+        """Return: there is no probe."""
+
+    async def use(
+        self, _operation: Operation, call: Callable[[KeyPair], Awaitable[ParsedResponse]]
+    ) -> ParsedResponse:
+        """Make a call, and another one when it was refused."""
+        try:
+            return await call(PAIR)
+        except UpstreamCredentials:
+            return await call(PAIR)
+
+
+class Bench:
+    """An upstream client with ten seconds per query and one slot, on a manual clock."""
+
+    def __init__(self) -> None:
+        self.loop = TickedLoop()
+        self.calls = FakeCalls()
+        self.metrics = Metrics(CollectorRegistry(), gateway_version="0")
+
+        async def token(*_: object, **__: object) -> float:
+            return 0.0
+
+        async def announce_throttling(_: float | None) -> None:
+            return
+
+        settings = UpstreamSettings(timeout_seconds=10.0, attempt_timeout_seconds=10.0, max_in_flight=1)
+        self.upstream = self.loop.within(
+            lambda: UpstreamClient(
+                settings,
+                calls=cast("SignedRequests", self.calls),
+                rotation=cast("CredentialRotation", FakeRotation()),
+                metrics=self.metrics,
+                token=token,
+                announce_throttling=announce_throttling,
+            )
+        )
+
+    def ask(self, number: int, **more: Any) -> asyncio.Task[ParsedResponse]:
+        """Start a query."""
+        task = self.loop.create_task(self.upstream.query(key_of(number), **more))
+        self.loop.settle()
+        return task
+
+    def abandoned(self) -> float:
+        """Return the number of dropped queries."""
+        labels = {"operation": Operation.SD_GET_PROGRESS}
+        return self.metrics.registry.get_sample_value("sd_gateway_upstream_abandoned_total", labels) or 0.0
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    """Return a bench; at the end its loop is closed and must have no unretrieved exceptions."""
+    bench = Bench()
+    yield bench
+    bench.loop.advance(60.0)
+    assert not bench.loop.faults
+    bench.loop.close()
+
+
+def test_query_is_not_sent_with_less_time_left_than_an_answer_takes(bench: Bench) -> None:
+    """The slot comes too late: the query fails without a call that would be cut off."""
+    asked = [bench.ask(number) for number in range(3)]
+    bench.loop.advance(8.0)
+    assert [task.done() for task in asked] == [True, True, True]
+    assert isinstance(asked[2].exception(), Overloaded)
+    assert bench.calls.made == ["task0", "task1"]
+    bench.calls.seconds = 1.0  # the upstream has become faster, and the client learns that
+    for number in range(3, 20):
+        bench.ask(number)
+        bench.loop.advance(1.0)
+    asked = [bench.ask(number) for number in range(20, 27)]
+    bench.loop.advance(10.0)
+    assert [task.exception() for task in asked] == [None] * 7
+
+
+def test_query_is_sent_while_the_latency_is_unknown(bench: Bench) -> None:
+    """Before the first response the latency is unknown, and every query is sent."""
+    asked = bench.ask(0, timeout_seconds=0.5)
+    bench.loop.advance(0.5)
+    assert isinstance(asked.exception(), UpstreamTimeout)
+    assert bench.calls.made == ["task0"]
+
+
+def test_query_past_its_deadline_keeps_its_slot_for_its_call(bench: Bench) -> None:
+    """The upstream works on the call until it has responded: until then the slot is not free."""
+    first = bench.ask(0, timeout_seconds=1.0)
+    bench.loop.advance(1.0)
+    assert isinstance(first.exception(), UpstreamTimeout)
+    second = bench.ask(1)
+    bench.loop.advance(2.9)
+    assert (bench.calls.made, bench.calls.in_flight) == (["task0"], 1)
+    bench.loop.advance(0.1)
+    assert (bench.calls.made, bench.calls.in_flight) == (["task0", "task1"], 1)
+    bench.loop.advance(4.0)
+    assert second.exception() is None
+
+
+def test_query_that_is_cancelled_keeps_its_slot_for_its_call(bench: Bench) -> None:
+    """A query cancelled with a call on the wire keeps its slot; one that waits for a slot has none."""
+    sent, waiting, last = (bench.ask(number) for number in range(3))
+    for task in (sent, waiting):
+        task.cancel()
+    bench.loop.advance(3.9)
+    assert bench.calls.made == ["task0"]
+    bench.loop.advance(4.1)
+    assert (bench.calls.made, last.exception()) == (["task0", "task2"], None)
+
+
+def test_query_without_demand_is_not_retried(bench: Bench) -> None:
+    """A transient failure is final if all callers have left meanwhile."""
+    demand = Demand()
+    demand.begin()
+    demand.join(b"1")
+    bench.calls.failures = [UpstreamBusy("unwell")]
+    asked = bench.ask(0, demand=demand)
+    assert demand.committed
+    demand.leave(b"1")
+    bench.loop.advance(10.0)
+    assert isinstance(asked.exception(), UpstreamBusy)
+    assert bench.calls.made == ["task0"]
+
+
+def test_query_without_demand_is_dropped_before_another_call(bench: Bench) -> None:
+    """If all callers left while a refused call was on the wire, no other pair is tried."""
+    demand = Demand()
+
+    def drop(dropped: Demand) -> None:
+        dropped.dropped = True
+        asked.cancel()
+
+    demand.begin(drop=drop)
+    demand.join(b"1")
+    bench.calls.failures = [UpstreamCredentials("refused")]
+    asked = bench.ask(0, demand=demand)
+    demand.leave(b"1")
+    bench.loop.advance(4.0)
+    assert asked.cancelled()
+    assert (bench.calls.made, bench.abandoned()) == (["task0"], 1)
+    after = bench.ask(1)
+    bench.loop.advance(4.0)
+    assert after.exception() is None
+
+
+def test_query_that_is_queued_may_be_dropped(bench: Bench) -> None:
+    """A query is not committed while it waits for a slot or between two attempts."""
+    first, demand = bench.ask(0), Demand()
+    demand.begin()
+    demand.join(b"1")
+    second = bench.ask(1, demand=demand)
+    assert not demand.committed
+    bench.loop.advance(4.0)
+    assert (first.exception(), demand.committed) == (None, True)
+    bench.loop.advance(4.0)
+    assert second.exception() is None

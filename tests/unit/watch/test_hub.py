@@ -1,0 +1,678 @@
+"""The watch hub, with a service that the test controls and a clock that stands still."""
+
+import asyncio
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import replace
+
+import pytest
+from prometheus_client import CollectorRegistry
+from structlog.testing import capture_logs
+
+from gateway.domain.errors import GatewayError, UpstreamThrottled, UpstreamTimeout
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import Operation, Status, TaskKey
+from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
+from gateway.settings.model import Watch as WatchSettings
+from gateway.stores.memory import MemoryStore
+from gateway.telemetry.metrics import Metrics
+from gateway.watch.hub import SubscriptionKind, WatchHub
+from gateway.watch.subscriber import Subscriber, Update
+from tests.support.ticked import TickedLoop
+
+pytestmark = pytest.mark.anyio
+
+KEY = TaskKey(Operation.SD_GET_PROGRESS, "a")
+
+
+def snapshot(etag: str, status: Status = Status.RUNNING) -> Snapshot:
+    """Return a snapshot that differs from others by its ETag."""
+    return Snapshot(KEY, 0.0, 3600.0, b"", status, 0.5, None, b"{}", etag)
+
+
+def etags(updates: Iterable[Update]) -> list[str | None]:
+    """Return the ETags of updates, None for a failure."""
+    return [update.snapshot and update.snapshot.etag for update in updates]
+
+
+async def received(subscriber: Subscriber) -> list[Update]:
+    """Return the updates that arrive within a few turns of the loop; fail if there is none."""
+    task = asyncio.ensure_future(subscriber.next_updates())
+    await turns(task.done)
+    if not task.done():
+        task.cancel()
+        pytest.fail("the subscriber receives nothing")
+    return task.result()
+
+
+async def turns(enough: Callable[[], bool]) -> None:
+    """Let the loop run until `enough` holds, for at most a hundred turns."""
+    for _ in range(100):
+        if enough():
+            return
+        await asyncio.sleep(0)
+
+
+def listen(watch: WatchHub) -> list[str | None]:
+    """Return a list that receives the ETag of every update from now on; the slots receive none."""
+    published: list[str | None] = []
+
+    def deliver(update: Update, _subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
+        published.extend(etags([update]))
+        return ()
+
+    watch.direct_delivery = deliver
+    return published
+
+
+class ManualService:
+    """A service whose fresh results are set by the test."""
+
+    def __init__(self) -> None:
+        self.known: Snapshot | None = None
+        self.asked = asyncio.Event()
+        self.answers: asyncio.Queue[Snapshot | Exception] = asyncio.Queue()
+        self.demand: Counter[tuple[TaskKey, bytes]] = Counter()
+
+    def lookup(self, _key: TaskKey) -> CacheResult | None:
+        return CacheResult(self.known, 0.0, CacheStatus.HIT) if self.known is not None else None
+
+    peek = lookup
+
+    def join(self, key: TaskKey, client: bytes) -> None:
+        self.demand[key, client] += 1
+
+    def leave(self, key: TaskKey, client: bytes) -> None:
+        self.demand[key, client] -= 1
+
+    async def get_fresh(self, key: TaskKey, *, client: bytes | None) -> CacheResult | FetchFailure:
+        assert client is None, "the subscribers have joined already"
+        assert +self.demand
+        self.asked.set()
+        answer = await self.answers.get()
+        if isinstance(answer, GatewayError):
+            return FetchFailure(key, answer, CacheStatus.MISS)
+        if isinstance(answer, Exception):
+            raise answer
+        return CacheResult(answer, 0.0, CacheStatus.MISS)
+
+
+async def asked(service: ManualService) -> None:
+    """Let the schedule run until it refreshes; fail if it does not."""
+    await turns(service.asked.is_set)
+    assert service.asked.is_set(), "no schedule refreshes"
+
+
+@pytest.fixture
+def service() -> ManualService:
+    return ManualService()
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore(max_tasks=10, stale_seconds=60, clock=lambda: 0.0)
+
+
+@pytest.fixture
+def watch(service: ManualService, store: MemoryStore) -> WatchHub:
+    return manual_watch(service, store)
+
+
+def manual_watch(service: ManualService, store: MemoryStore) -> WatchHub:
+    metrics = Metrics(CollectorRegistry(), gateway_version="test")
+    clock: Callable[[], float] = lambda: 0.0  # noqa: E731 - the clock stands still
+    return WatchHub(WatchSettings(), service=service, store=store, metrics=metrics, clock=clock)  # type: ignore[arg-type]
+
+
+async def nothing_waits(service: ManualService) -> bool:
+    """Tell whether no schedule awaits a result of the service."""
+    service.answers.put_nowait(snapshot("unclaimed"))
+    for _ in range(10):  # turns of the loop, of which one would do
+        await asyncio.sleep(0)
+    left = not service.answers.empty()
+    if left:
+        service.answers.get_nowait()
+    return left
+
+
+async def test_watch_sends_the_cached_snapshot_at_once(service: ManualService, watch: WatchHub) -> None:
+    """A subscriber receives the cached snapshot before the first refresh has a result."""
+    service.known = snapshot("1")
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        [update] = await received(subscriber)
+        assert update.snapshot is service.known
+    await watch.aclose()
+
+
+async def test_watch_slot_holds_only_the_latest_update(watch: WatchHub, store: MemoryStore) -> None:
+    """A subscriber that was busy receives the latest update, not those before it."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        for etag in "123":
+            store.keep(snapshot(etag))
+            await asyncio.sleep(0)  # it is published in the next turn of the loop
+        [update] = await received(subscriber)
+        assert update.snapshot is not None
+        assert update.snapshot.etag == "3"
+    await watch.aclose()
+
+
+async def test_watch_delivers_directly_only_to_idle_subscribers(watch: WatchHub, store: MemoryStore) -> None:
+    """Updates stay in order: one is delivered directly only when all earlier ones were taken."""
+    delivered: list[str] = []
+
+    def deliver(update: Update, subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
+        assert update.snapshot is not None
+        [only] = subscribers
+        if only.idle_transport is not direct_transport or update.snapshot.etag == "3":
+            return subscribers  # busy, or its reader does not keep up
+        delivered.append(update.snapshot.etag)
+        return []
+
+    watch.direct_delivery = deliver
+    direct_transport = asyncio.WriteTransport()
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        subscriber.direct_transport = direct_transport
+        store.keep(snapshot("1"))
+        await asyncio.sleep(0)  # published while no task waits yet
+        assert etags(await received(subscriber)) == ["1"]
+        waiting = asyncio.create_task(subscriber.next_updates())
+        await asyncio.sleep(0)
+        for etag in "23":  # only "3" wakes the subscriber
+            store.keep(snapshot(etag))
+            await asyncio.sleep(0)
+        assert etags(await waiting) == ["3"]
+        waiting = asyncio.create_task(subscriber.next_updates())
+        await asyncio.sleep(0)
+        store.keep(snapshot("4"))
+        subscriber.wake()  # when the change is published it is awake, but has not drained its slots
+        assert etags(await waiting) == ["4"]
+        assert delivered == ["2"]
+        gone = asyncio.create_task(subscriber.next_updates())
+        await asyncio.sleep(0)
+        gone.cancel()
+        await asyncio.wait([gone])
+        store.keep(snapshot("5"))
+        await asyncio.sleep(0)
+        assert delivered == ["2"], "no task waits any more"
+    await watch.aclose()
+
+
+def of(task_id: str, etag: str, status: Status = Status.RUNNING) -> Snapshot:
+    """Return a snapshot of this task."""
+    return replace(snapshot(etag, status), key=TaskKey(Operation.SD_GET_PROGRESS, task_id))
+
+
+async def test_watch_publishes_a_few_tasks_per_turn(watch: WatchHub, store: MemoryStore) -> None:
+    """Each turn of the loop publishes the latest change of one task; other work runs in between."""
+    changes = [of(task_id, etag) for etag in "12" for task_id in "abc"]
+    with watch.subscribe([change.key for change in changes[:3]], SubscriptionKind.EVENTS) as subscriber:
+        for change in changes:
+            store.keep(change)
+        published = []
+        for _ in range(4):
+            await asyncio.sleep(0)
+            subscriber.wake()
+            published.append(
+                [(update.key.task_id, *etags([update])) for update in await subscriber.next_updates()]
+            )
+        assert published == [[("a", "2")], [("b", "2")], [("c", "2")], []]
+    await watch.aclose()
+
+
+async def test_watch_publishes_more_per_turn_when_the_backlog_grows(
+    watch: WatchHub, store: MemoryStore
+) -> None:
+    """With changes in every turn of a busy loop, none is lost and none waits for long."""
+    published: list[int] = []
+    watch.direct_delivery = lambda update, _: published.append(int(update.key.task_id)) or ()  # type: ignore[func-returns-value]
+    waiting = set[int]()
+    most = 0
+    with watch.subscribe([of(str(number), "0").key for number in range(1000)], SubscriptionKind.EVENTS):
+        for turn in range(300):
+            for number in range(turn * 10, turn * 10 + 10):  # of 1,000 tasks, ten change a turn
+                waiting.add(number % 1000)
+                store.keep(of(str(number % 1000), str(number)))
+            await asyncio.sleep(0)
+            waiting.difference_update(published)
+            published.clear()
+            most = max(most, len(waiting))
+        assert most < 100
+        for _ in range(40):
+            await asyncio.sleep(0)
+        assert waiting == set(published)
+    await watch.aclose()
+
+
+async def test_watch_drops_changes_of_unwatched_tasks(watch: WatchHub, store: MemoryStore) -> None:
+    """A subscriber that has left receives nothing, and does not delay others."""
+    published = listen(watch)
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS):
+        with watch.subscribe([of("b", "0").key], SubscriptionKind.EVENTS):
+            store.keep(of("b", "1"))
+        store.keep(snapshot("2"))
+        for _ in range(2):
+            await asyncio.sleep(0)
+    assert published == ["2"]
+    await watch.aclose()
+
+
+async def test_watch_continues_after_an_error_in_delivery(watch: WatchHub, store: MemoryStore) -> None:
+    """An exception in delivery loses that event only; it is reported, and all other events arrive."""
+    faults: list[BaseException] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: faults.append(context["exception"]))
+    published: list[str | None] = []
+
+    def deliver(update: Update, _subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
+        published.extend(etags([update]))
+        raise ZeroDivisionError
+
+    watch.direct_delivery = deliver
+    with watch.subscribe([KEY, of("b", "0").key], SubscriptionKind.EVENTS):
+        for change in (snapshot("1"), of("b", "2")):
+            store.keep(change)
+        for _ in range(2):
+            await asyncio.sleep(0)
+        store.keep(snapshot("3"))
+        await asyncio.sleep(0)
+        assert published == ["1", "2", "3"]
+        assert [type(fault) for fault in faults] == [ZeroDivisionError] * 3
+    await watch.aclose()
+
+
+async def test_watch_publishes_pending_changes_before_shutdown(watch: WatchHub, store: MemoryStore) -> None:
+    """Changes that were stored before the shutdown are in the last updates."""
+    ends = [of(task_id, "1", Status.SUCCEEDED) for task_id in "abc"]
+    with watch.subscribe([end.key for end in ends], SubscriptionKind.EVENTS) as subscriber:
+        for end in ends:
+            store.keep(end)
+        watch.announce_shutdown()
+        assert [update.snapshot for update in await received(subscriber)] == ends
+        assert subscriber.shutting_down
+    await watch.aclose()
+
+
+async def test_watch_new_subscriber_receives_a_change_that_its_lookup_activates(
+    service: ManualService, watch: WatchHub, store: MemoryStore
+) -> None:
+    """A change that the store activates on lookup reaches the subscriber whose lookup activated it."""
+    service.known = snapshot("1")
+
+    def peek(key: TaskKey) -> CacheResult | None:
+        if service.known is not None and service.known.etag == "1":
+            service.known = snapshot("2")
+            store.keep(service.known)
+        return service.lookup(key)
+
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS):
+        service.peek = peek  # type: ignore[method-assign]
+        with watch.subscribe([KEY], SubscriptionKind.LONGPOLL) as second:
+            assert etags(await received(second)) == ["2"]
+    await watch.aclose()
+
+
+async def test_watch_schedule_does_not_publish_pending_changes_early(
+    service: ManualService, watch: WatchHub, store: MemoryStore
+) -> None:
+    """A snapshot that is pending keeps its place in the queue when its schedule gets it as a result."""
+    mine, other = snapshot("1"), of("b", "2")
+    published = listen(watch)
+    with watch.subscribe([mine.key, other.key], SubscriptionKind.EVENTS):
+        await asked(service)
+        service.answers.put_nowait(mine)
+        store.keep(other)
+        store.keep(mine)
+        await asyncio.sleep(0)
+        assert published == ["2"]
+        await asyncio.sleep(0)
+        assert published == ["2", "1"]
+    await watch.aclose()
+
+
+async def test_watch_schedule_publishes_results_that_are_not_stored(
+    service: ManualService, watch: WatchHub, store: MemoryStore
+) -> None:
+    """A result other than the pending snapshot is published after it."""
+    published = listen(watch)
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS):
+        await asked(service)
+        service.answers.put_nowait(snapshot("2"))
+        store.keep(snapshot("1"))
+        for _ in range(2):
+            await asyncio.sleep(0)
+        assert published == ["1", "2"]
+    await watch.aclose()
+
+
+async def test_watch_publishes_changes_in_order(
+    service: ManualService, watch: WatchHub, store: MemoryStore
+) -> None:
+    """A pending change is published before a new subscriber joins, and before a later failure."""
+    service.known = snapshot("0")
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as first:
+        store.keep(snapshot("1"))
+        store.keep(snapshot("2"))
+        with watch.subscribe([KEY], SubscriptionKind.EVENTS) as second:
+            for subscriber in (first, second):
+                assert etags(await received(subscriber)) == ["2"]
+        published = listen(watch)
+        await asked(service)
+        service.answers.put_nowait(UpstreamTimeout("late"))  # arrives before the change is published
+        store.keep(snapshot("3"))
+        await asyncio.sleep(0)
+        assert published == ["3", None]
+    await watch.aclose()
+
+
+async def test_watch_pending_end_is_not_overwritten(
+    watch: WatchHub, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A running snapshot, stored after an eviction, does not overwrite a pending terminal one."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        store.keep(snapshot("1", Status.SUCCEEDED))
+        monkeypatch.setattr(store, "peek", lambda _: None)
+        store.keep(snapshot("2"))
+        assert etags(await received(subscriber)) == ["1"]
+        for etag in "34":
+            store.keep(snapshot(etag, Status.SUCCEEDED))
+        assert etags(await received(subscriber)) == ["4"]
+    await watch.aclose()
+
+
+async def test_watch_publishes_nothing_twice(
+    service: ManualService, watch: WatchHub, store: MemoryStore
+) -> None:
+    """The same representation, stored again, wakes no subscriber; nor does the same failure."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        service.answers.put_nowait(snapshot("1"))
+        assert len(await received(subscriber)) == 1
+        store.keep(snapshot("1"))
+        await asyncio.sleep(0)
+        subscriber.wake()
+        assert await received(subscriber) == []
+    await watch.aclose()
+    first = Update(KEY, failure=UpstreamTimeout("late"))
+    assert Update(KEY, failure=UpstreamTimeout("late")).same_content(first)
+    assert not Update(KEY, failure=UpstreamTimeout("later")).same_content(first)
+    assert not Update(KEY, snapshot("1")).same_content(first)
+
+
+async def test_watch_new_subscriber_receives_the_latest_update(
+    service: ManualService, watch: WatchHub
+) -> None:
+    """A subscriber that joins a schedule receives its latest update or failure without a refresh."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as first:
+        service.answers.put_nowait(UpstreamTimeout("late"))
+        await received(first)
+        with watch.subscribe([KEY], SubscriptionKind.LONGPOLL) as second:
+            [update] = await received(second)
+            assert isinstance(update.failure, UpstreamTimeout)
+    await watch.aclose()
+
+
+async def test_watch_new_subscriber_receives_nothing_too_old(
+    service: ManualService, watch: WatchHub, store: MemoryStore
+) -> None:
+    """If the latest snapshot is too old to send, a new subscriber receives a fresh one, changed or not."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as first:
+        service.answers.put_nowait(snapshot("1"))
+        await received(first)
+        service.asked.clear()
+        with watch.subscribe([KEY], SubscriptionKind.EVENTS) as second:
+            with watch.subscribe([KEY], SubscriptionKind.EVENTS) as gone:
+                await asked(service)  # at once, although the schedule sleeps for an hour
+            for subscriber in (first, second, gone):
+                subscriber.wake()
+                assert await received(subscriber) == []
+            service.answers.put_nowait(snapshot("1"))
+            [update] = await received(second)
+            assert update.snapshot is not None
+            assert update.snapshot.etag == "1"
+            for subscriber in (first, gone):
+                subscriber.wake()
+                assert await received(subscriber) == []
+            store.keep(snapshot("1"))
+            await asyncio.sleep(0)
+            second.wake()
+            assert await received(second) == []
+    await watch.aclose()
+
+
+async def test_watch_backoff_ends_with_a_stored_snapshot(
+    service: ManualService, watch: WatchHub, store: MemoryStore
+) -> None:
+    """A schedule that backs off resumes when a query, or another replica, stores a snapshot."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        for _ in range(2):
+            service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=3600.0))
+            [update] = await received(subscriber)
+            assert isinstance(update.failure, UpstreamThrottled)
+            service.asked.clear()
+            store.keep(snapshot("1"))
+            await asked(service)
+            [update] = await received(subscriber)
+            assert update.snapshot is not None
+    await watch.aclose()
+
+
+def test_watch_backs_off_for_at_most_half_a_minute() -> None:
+    """The backoff doubles and respects Retry-After, up to 30 seconds, for as long as failures last."""
+    loop = TickedLoop()
+    pauses = []
+    try:
+        service, store = ManualService(), MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time)
+        watch = loop.within(lambda: manual_watch(service, store))
+        subscription = watch.subscribe([KEY], SubscriptionKind.EVENTS)
+        loop.within(subscription.__enter__)
+        for retry_after in (None, None, None, 12.0, None, None, 3600.0, *[1.0] * 1100):  # an outage of hours
+            service.asked.clear()
+            service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=retry_after))
+            loop.settle()
+            failed_at = loop.time()
+            while not service.asked.is_set():
+                assert loop.next_timer is not None
+                loop.advance(loop.next_timer - loop.time())
+            pauses.append(loop.time() - failed_at)
+        loop.within(lambda: subscription.__exit__(None, None, None))
+        loop.run_until_complete(watch.aclose())
+    finally:
+        loop.close()
+    assert pauses == [1.0, 2.0, 4.0, 12.0, 16.0, 30.0, 30.0, *[30.0] * 1100]
+
+
+async def test_watch_ended_tasks_stay_ended(
+    service: ManualService, watch: WatchHub, store: MemoryStore
+) -> None:
+    """A task that has ended stays so for old and new subscribers, whatever is stored later."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as first:
+        service.answers.put_nowait(snapshot("1", Status.SUCCEEDED))
+        await received(first)
+        store.keep(snapshot("2"))
+        await asyncio.sleep(0)
+        first.wake()
+        assert await received(first) == []
+        with watch.subscribe([KEY], SubscriptionKind.EVENTS) as second:
+            [update] = await received(second)
+            assert update.snapshot is not None
+            assert update.snapshot.terminal
+    await watch.aclose()
+
+
+def large(task_id: str, etag: str, status: Status = Status.RUNNING) -> Snapshot:
+    """Return a snapshot of which three fit into the small store."""
+    return replace(of(task_id, etag, status), body=etag.encode() * 20_000)
+
+
+@pytest.fixture
+def small_store() -> MemoryStore:
+    return MemoryStore(max_tasks=10, max_bytes=65_536, stale_seconds=60, clock=lambda: 0.0)
+
+
+async def test_watch_keeps_no_large_bodies(service: ManualService, small_store: MemoryStore) -> None:
+    """A busy subscriber keeps one body; those of its other tasks are only in the store."""
+    watch = manual_watch(service, small_store)
+    stored = [large(str(number), "1") for number in range(10)]
+    bodies = [each.body for each in stored]
+    with watch.subscribe([each.key for each in stored], SubscriptionKind.EVENTS) as subscriber:
+        while stored:
+            small_store.keep(stored.pop())
+            await asyncio.sleep(0)
+        [alone] = [sys.getrefcount(body) for body in [large("a", "1").body]]
+        assert sum(sys.getrefcount(body) > alone for body in bodies) == 3 + 1
+        assert [update.key.task_id for update in await received(subscriber)] == ["9", "2", "1", "0"]
+    await watch.aclose()
+
+
+@pytest.mark.parametrize("status", [Status.RUNNING, Status.SUCCEEDED])
+async def test_watch_refreshes_evicted_bodies(
+    service: ManualService, small_store: MemoryStore, status: Status
+) -> None:
+    """A snapshot whose body was evicted before it was sent is fetched again at once and sent."""
+    watch = manual_watch(service, small_store)
+    ends = [large(task_id, "1", status) for task_id in "ab"]
+    with watch.subscribe([end.key for end in ends], SubscriptionKind.EVENTS) as subscriber:
+        for end in ends:
+            service.answers.put_nowait(end)
+        await turns(lambda: subscriber.has_pending(ends[1].key))
+        assert [update.key.task_id for update in await received(subscriber)] == ["a"]
+        service.answers.put_nowait(ends[1])
+        [update] = await received(subscriber)
+        assert update.snapshot is not None
+        assert (update.key.task_id, update.snapshot.body) == ("b", large("b", "1").body)
+    await watch.aclose()
+
+
+async def test_watch_sends_bodies_larger_than_the_store(service: ManualService) -> None:
+    """An idle subscriber receives each change of a task that does not fit into the store, once."""
+    store = MemoryStore(max_tasks=10, max_bytes=8_192, stale_seconds=60, clock=lambda: 0.0)
+    watch = manual_watch(service, store)
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        for etag in "123":
+            store.keep(large("a", etag))
+            assert etags(await received(subscriber)) == [etag]
+        assert len(store) == 0
+        assert not any(map(subscriber.has_pending, subscriber.keys))
+    await watch.aclose()
+
+
+async def test_watch_looks_up_one_body_at_a_time(watch: WatchHub, store: MemoryStore) -> None:
+    """After a slow write the next task's update has the latest body, and is sent once."""
+    with watch.subscribe(
+        [large(task_id, "1").key for task_id in "ab"], SubscriptionKind.EVENTS
+    ) as subscriber:
+        for task_id in "ab":
+            store.keep(large(task_id, "1"))
+            await asyncio.sleep(0)
+        updates = subscriber.drain()
+        assert etags([next(updates)]) == ["1"]
+        store.keep(replace(large("b", "2"), version=1))  # stored, but not published yet
+        assert etags([*updates, *await received(subscriber)]) == ["2"]
+        await turns(lambda: False)
+        assert not any(map(subscriber.has_pending, subscriber.keys))
+    await watch.aclose()
+
+
+async def test_watch_schedule_ends_with_its_last_subscriber(service: ManualService, watch: WatchHub) -> None:
+    """When the last subscriber leaves, the task is not refreshed any more; the next one starts anew."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS), watch.subscribe([KEY], SubscriptionKind.EVENTS):
+        await asked(service)
+    assert await nothing_waits(service)
+    service.asked.clear()
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS):
+        await asked(service)
+    await watch.aclose()
+
+
+async def test_watch_schedule_ends_with_its_task(service: ManualService, watch: WatchHub) -> None:
+    """An ended task is not refreshed again, although it still has subscribers."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        service.answers.put_nowait(snapshot("1", Status.SUCCEEDED))
+        [update] = await received(subscriber)
+        assert update.snapshot is not None
+        assert update.snapshot.terminal
+        service.asked.clear()
+        await asyncio.sleep(0)
+        assert not service.asked.is_set()
+    await watch.aclose()
+
+
+async def test_watch_shutdown_reaches_new_subscribers(watch: WatchHub) -> None:
+    """At shutdown all subscribers are woken and flagged, including those that join later."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        watch.announce_shutdown()
+        assert await received(subscriber) == []
+        assert subscriber.shutting_down
+        with watch.subscribe([KEY], SubscriptionKind.EVENTS) as second:
+            assert second.shutting_down
+            assert await received(second) == []
+    await watch.aclose()
+
+
+async def test_watch_closes_with_open_subscriptions(service: ManualService, watch: WatchHub) -> None:
+    """Closing ends every schedule, and waits for its end."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS):
+        await asked(service)
+        await watch.aclose()
+        assert await nothing_waits(service)
+
+
+async def test_watch_closed_starts_no_schedule(
+    service: ManualService, watch: WatchHub, store: MemoryStore
+) -> None:
+    """A change that is pending while the hub closes restarts no schedule."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=3600.0))
+        await received(subscriber)
+        service.asked.clear()
+        store.keep(snapshot("1"))
+        await watch.aclose()
+        assert etags(await received(subscriber)) == ["1"]
+        assert await nothing_waits(service)
+        assert not service.asked.is_set()
+
+
+@pytest.mark.parametrize("fault", ["fetching", "publishing"])
+async def test_watch_continues_after_a_bug_in_a_refresh(service: ManualService, fault: str) -> None:
+    """An unexpected exception is logged and published as a problem; the schedule backs off and continues."""
+    store = MemoryStore(max_tasks=10, stale_seconds=60)
+    watch = manual_watch(service, store)
+
+    def broken(update: Update, subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
+        if update.failure is None:
+            raise ZeroDivisionError
+        return subscribers
+
+    with capture_logs() as lines, watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        if fault == "fetching":
+            service.answers.put_nowait(ZeroDivisionError())
+        else:
+            watch.direct_delivery = broken
+            service.answers.put_nowait(snapshot("0"))
+        [update] = await received(subscriber)
+        assert update.failure is not None
+        assert update.failure.code == "internal"
+        with watch.subscribe([KEY], SubscriptionKind.LONGPOLL) as second:
+            [update] = await received(second)
+            assert update.failure is not None
+        watch.direct_delivery = lambda _, subscribers: subscribers
+        service.asked.clear()
+        store.keep(snapshot("1"))  # ends the backoff
+        assert etags(await received(subscriber)) == ["1"]
+        await asked(service)
+    assert [(line["event"], line["log_level"]) for line in lines] == [("bug_in_schedule", "error")]
+    assert not +service.demand
+    await watch.aclose()
+
+
+async def test_watch_counts_the_clients_of_its_subscribers(service: ManualService, watch: WatchHub) -> None:
+    """A subscriber's client is part of the demand for its tasks while the subscription is open."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS, client=b"1"):
+        with (
+            watch.subscribe([KEY, of("b", "0").key], SubscriptionKind.LONGPOLL, client=b"2"),
+            watch.subscribe([KEY], SubscriptionKind.EVENTS, client=b"2"),
+        ):
+            published = {(key.task_id, client): count for (key, client), count in service.demand.items()}
+            assert published == {("a", b"1"): 1, ("a", b"2"): 2, ("b", b"2"): 1}
+        assert +service.demand == {(KEY, b"1"): 1}
+    assert not +service.demand
+    await watch.aclose()
