@@ -194,10 +194,11 @@ def forwarders(trusted_proxies: Sequence[str]) -> list[str]:
 
 
 def _configure_garbage_collection() -> None:
-    # A full collection visits every live object and blocks the event loop: 140 ms of CPU with 5,000 streams.
-    # The gateway creates no reference cycles, not even with exceptions (tests/integration/test_garbage.py). Cycles come
-    # from libraries only, and may wait until 600,000 more objects exist. The middle generation is small: when
-    # thousands of streams open, each of its collections takes 5 ms; with ten times the size it takes 36 ms.
+    # A full collection visits every live object and blocks the event loop: 140 ms of CPU with 5,000
+    # streams. The gateway creates no cycles, not even with exceptions (tests/integration/test_garbage.py).
+    # Cycles come from libraries only, and may wait until 600,000 more objects exist. The middle generation
+    # is small: when thousands of streams open, each of its collections takes 5 ms; with ten times the size
+    # it takes 36 ms.
     gc.freeze()
     gc.set_threshold(2_000, 5, 50)
 

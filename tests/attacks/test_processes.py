@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import harness
 from tests.attacks.wire import Line, lines, request, settle
+from tests.support import harness
 from tests.support.harness import (
     Gateway,
     Process,

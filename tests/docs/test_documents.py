@@ -162,13 +162,14 @@ def test_documents_name_what_exists(document: Document) -> None:
 
 @each_document
 def test_documents_name_files_that_exist(document: Document) -> None:
-    """A path in backticks exists below the root, the package, the tests, .ci, or the document's folder."""
+    """A path in backticks exists below the root, the package, a test folder, .ci or the document's folder."""
     block_names = {block.name for block in document.blocks()}
     for code in document.code():
         if code not in ABSENT | block_names and re.fullmatch(
             r"\.?[\w-]+(/[\w.-]+)*(\.(py|toml|md|yaml|json|js|lock)|/)", code
         ):
-            places = (ROOT, ROOT / "gateway", ROOT / "tests", ROOT / ".ci", document.path.parent)
+            tests = [folder for folder in (ROOT / "tests").iterdir() if folder.is_dir()]
+            places = (ROOT, ROOT / "gateway", ROOT / "tests", *tests, ROOT / ".ci", document.path.parent)
             assert any((place / code).exists() for place in places), f"{code} does not exist"
 
 

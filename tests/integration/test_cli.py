@@ -175,10 +175,10 @@ def test_cli_serve_on_an_address_in_use_exits_with_1(tmp_path: Path) -> None:
 
 def test_cli_serve_on_an_unknown_host_exits_with_1(tmp_path: Path) -> None:
     """A host name that cannot be resolved is logged in the same way."""
-    status, output = run("serve", cwd=tmp_path, env={"SD_GATEWAY_SERVER__HOST": "nobody.invalid"})
+    status, output = run("serve", cwd=tmp_path, env={"SD_GATEWAY_SERVER__HOST": "unknown.invalid"})
     assert status == 1
     told = json.loads(output)
-    assert (told["event"], told["host"]) == ("listen_failed", "nobody.invalid")
+    assert (told["event"], told["host"]) == ("listen_failed", "unknown.invalid")
     assert told["reason"]
 
 
@@ -349,7 +349,7 @@ def test_cli_check_explains_each_connection_error(tmp_path: Path, simulator: Sim
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
-    assert "host name not found" in told("https://nobody.invalid")
+    assert "host name not found" in told("https://unknown.invalid")
     assert "TLS handshake failed" in told(simulator.url.replace("http:", "https:"))
     with running(simulator.stage, lifespan="off", ssl_context_factory=lambda *_: context) as url:
         assert "the certificate could not be verified (unable to get local issuer certificate)" in told(url)

@@ -21,7 +21,7 @@ with_node = pytest.mark.skipif(
 )
 
 REFUSALS = [
-    pytest.param("nobody", SECRET, 400, "A400IK", id="wrong-key"),
+    pytest.param("unknown", SECRET, 400, "A400IK", id="wrong-key"),
     pytest.param(KEY, "wrong", 403, "A403IS", id="wrong-secret"),
 ]
 
@@ -69,7 +69,7 @@ def test_sdk_speedpix_sees_a_running_and_an_unknown_task(simulator: Simulator, g
     """A running task has its status; a task unknown to the upstream has failed, as with the vendor."""
     with python_client(gate.url, "x", "x") as client:
         assert client.predictions.get(simulator.task()).status == "running"
-        unknown = client.predictions.get("nobody")
+        unknown = client.predictions.get("unknown")
         assert (unknown.status, unknown.error) == ("failed", "No progress data returned")
 
 

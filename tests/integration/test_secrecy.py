@@ -316,7 +316,9 @@ def test_secrecy_of_truncated_texts(tmp_path: Path, before: int) -> None:
 
     with (
         RawUpstream(behaviour) as upstream,
-        serving(tmp_path, {**QUICK, "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
+        serving(
+            tmp_path, {"SD_GATEWAY_LOG__LEVEL": "debug", "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}
+        ) as (process, gate),
     ):
         problem = gate.get(fresh_id()).text
         gate.client.get(f"/v1/progress/{'.' * (before % 64)}{SECRET}")

@@ -187,7 +187,7 @@ def test_gate_reads_the_query_as_it_was_signed(bench: Bench) -> None:
 
 def test_gate_refuses_an_unknown_key(bench: Bench) -> None:
     """An unknown access key is refused."""
-    assert error_of(bench.call(access_key="nobody")) == (400, "A400IK", "Invalid AppKey")
+    assert error_of(bench.call(access_key="unknown")) == (400, "A400IK", "Invalid AppKey")
 
 
 def test_gate_follows_a_revoked_key(bench: Bench) -> None:
@@ -313,12 +313,12 @@ def test_gate_refuses_head(bench: Bench) -> None:
 def test_gate_of_an_older_deployment_sends_no_codes(bench: Bench) -> None:
     """Older deployments send the message only, with 400 or 403, until the switch is turned back."""
     assert bench.control("PUT", "/legacy", enabled=True) == {"enabled": True}
-    assert error_of(bench.call(access_key="nobody")) == (400, None, "Invalid AppKey")
+    assert error_of(bench.call(access_key="unknown")) == (400, None, "Invalid AppKey")
     assert error_of(bench.call(nonce="x", secret_key="other"))[:2] == (403, None)
     assert error_of(bench.call(operation="other")) == (400, None, "API Not Found")
     assert error_of(bench.client.get("/scc/sd_get_progress"))[:2] == (400, None)
     assert bench.control("PUT", "/legacy", enabled=False) == {"enabled": False}
-    assert error_of(bench.call(access_key="nobody"))[1] == "A400IK"
+    assert error_of(bench.call(access_key="unknown"))[1] == "A400IK"
 
 
 def test_gate_accepts_replaced_pairs(bench: Bench) -> None:
@@ -333,7 +333,7 @@ def test_answers_are_dated_by_the_simulators_clock(bench: Bench) -> None:
     bench.clock.now += 3600
     expected = formatdate(BIRTH + 3600, usegmt=True)
     assert bench.call().headers.get_list("date") == [expected]
-    assert bench.call(access_key="nobody").headers.get_list("date") == [expected]
+    assert bench.call(access_key="unknown").headers.get_list("date") == [expected]
 
 
 # --- tasks ------------------------------------------------------------------------------------------------
@@ -596,7 +596,7 @@ def test_latency_ends(bench: Bench) -> None:
     """With a latency, responses and refusals still arrive."""
     bench.simulate(latency_seconds=0.001)
     assert bench.call().json()["status"] == 20
-    assert bench.call(access_key="nobody").status_code == 400
+    assert bench.call(access_key="unknown").status_code == 400
 
 
 def test_response_has_the_state_at_the_calls_arrival(bench: Bench) -> None:
@@ -767,7 +767,7 @@ def test_invalid_fault_stops_the_start(text: bytes, says: str) -> None:
 def test_faults_hide_no_refusal(bench: Bench) -> None:
     """An invalid signature is refused in spite of any fault, and uses up none."""
     bench.fault("status", times=1)
-    assert error_of(bench.call(access_key="nobody"))[1] == "A400IK"
+    assert error_of(bench.call(access_key="unknown"))[1] == "A400IK"
     assert bench.call().status_code == 502
 
 

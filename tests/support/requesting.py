@@ -146,7 +146,7 @@ class Requests:
                 f"http://elsewhere:81/v1/progress/{task}?api=sd",
                 f"/v1/progress?taskId={task}&taskId=a",
                 "/v1/progress",
-                "/v1/progress/nobody",
+                "/v1/progress/unknown",
                 "/scc/sd_get_progress",
                 "/scc/comfy_get_progress",
                 "/scc/other",
