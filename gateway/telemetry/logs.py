@@ -73,7 +73,6 @@ def configure(settings: Log, *, redactor: Redactor) -> None:
         ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=False,  # tests configure more than once
     )
 
 

@@ -1,4 +1,4 @@
-"""The HTTP transport: connections to the upstream, with httptools' parser and httpx's exceptions.
+"""The HTTP transport: reuses connections to the upstream (`http_connection.py`), with httpx's exceptions.
 
     encode_request -> send: take an idle connection or open one -> write -> read the whole response, bounded
 
@@ -12,40 +12,23 @@ discards it, until the timeout of the call. `on_complete` is called when the ups
 call any more.
 
 By design this client follows no redirects, keeps no cookies, reads no proxy or netrc from the environment,
-decodes no bodies, calls a single host, and sends only the headers that it was given. The parser checks
-message framing, in its strict mode (RFC 9112, 6).
+decodes no bodies, calls a single host, and sends only the headers that it was given.
 """
 
 from __future__ import annotations
 
 import asyncio
-import select
 import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Mapping
-from http import HTTPStatus
 
 import httpx
 from aiohappyeyeballs import start_connection
-from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+
+from gateway.upstream.http_connection import HttpConnection, HttpResponse
 
 _HAPPY_EYEBALLS_SECONDS = 0.25  # delay before the next address of a host is tried in parallel (RFC 8305, 8)
-_FRAMING_HEADERS = frozenset({"content-length", "transfer-encoding"})
-_MAX_OVERHEAD = 262_144  # bytes of a response outside its body: headers, chunk sizes, trailers
-
-
-class HttpResponse:
-    """A response as far as it is read. Header names are lower case; the last of repeated headers counts."""
-
-    __slots__ = ("body", "complete", "headers", "keep_alive", "status")
-
-    def __init__(self) -> None:
-        self.status = 0
-        self.headers: dict[str, str] = {}
-        self.body = bytearray()
-        self.keep_alive = False
-        self.complete = False
 
 
 class HttpTransport:
@@ -72,8 +55,8 @@ class HttpTransport:
         self._keep_alive_seconds = keep_alive_seconds
         self._max_age_seconds = max_age_seconds
         # Used from the right end: under low load the connections at the left end stay unused and are closed.
-        self._idle: deque[_Connection] = deque()
-        self._busy: set[_Connection] = set()
+        self._idle: deque[HttpConnection] = deque()
+        self._busy: set[HttpConnection] = set()
         self._sweep_timer: asyncio.TimerHandle | None = None
         self.in_flight = 0  # calls that the upstream may still work on
 
@@ -125,7 +108,7 @@ class HttpTransport:
         for connection in tuple(self._busy):
             connection.time_out()
 
-    def _take_idle(self, now: float) -> _Connection | None:
+    def _take_idle(self, now: float) -> HttpConnection | None:
         self._close_expired(now)
         while self._idle:
             connection = self._idle.pop()
@@ -134,7 +117,7 @@ class HttpTransport:
             connection.close()
         return None
 
-    def _on_call_end(self, connection: _Connection) -> None:
+    def _on_call_end(self, connection: HttpConnection) -> None:
         """Keep the connection of a completed call if it is reusable, else close it."""
         self._busy.discard(connection)
         self.in_flight -= 1
@@ -169,14 +152,14 @@ class HttpTransport:
         if self._idle:
             self._schedule_sweep()
 
-    async def _connect(self) -> _Connection:
+    async def _connect(self) -> HttpConnection:
         loop = asyncio.get_running_loop()
         try:
             addresses = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
             sock = await start_connection(addresses, happy_eyeballs_delay=_HAPPY_EYEBALLS_SECONDS)
             try:
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(self._max_body_bytes, self._on_call_end),
+                    lambda: HttpConnection(self._max_body_bytes, self._on_call_end),
                     sock=sock,
                     ssl=self._tls,
                     server_hostname=self._host if self._tls else None,
@@ -216,151 +199,3 @@ def explain(error: httpx.TransportError) -> str:
             return "host name not found"
         case _:
             return "connection refused, or blocked by a firewall"
-
-
-class _Connection(asyncio.Protocol):
-    """One connection, with one call at a time.
-
-    `idle_since` is the loop's time when the last response was complete, or None while the connection is not
-    reusable. `on_call_end` is called at the end of each call, even if the call was cancelled. `on_complete`
-    is that of the present call.
-    """
-
-    def __init__(self, max_body_bytes: int, on_call_end: Callable[[_Connection], None]) -> None:
-        self.idle_since: float | None = None
-        self.on_complete: Callable[[], None] = lambda: None
-        self.max_age_seconds = 0.0
-        self._max_body_bytes = max_body_bytes
-        self._on_call_end = on_call_end
-        self._loop = asyncio.get_running_loop()
-        self._opened_at = self._loop.time()
-        self._parser: HttpResponseParser | None = HttpResponseParser(self)
-        self._waiter: asyncio.Future[HttpResponse] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._response = HttpResponse()
-        self._overhead = 0
-        self._readable = select.poll()
-
-    def send(self, request: bytes, deadline: float) -> asyncio.Future[HttpResponse]:
-        """Send a request; the future receives the response, an httpx.TransportError or a TimeoutError.
-
-        Cancelling the future has no effect on the call: the connection reads the response or times out.
-        """
-        self.idle_since = None
-        self._response = HttpResponse()
-        self._overhead = 0
-        self._waiter = self._loop.create_future()
-        self._timer = self._loop.call_at(deadline, self.time_out)  # much cheaper than asyncio.timeout
-        self._transport.write(request)
-        return self._waiter
-
-    def too_old(self, now: float) -> bool:
-        """Tell whether the connection has reached its maximum age."""
-        return now - self._opened_at >= self.max_age_seconds
-
-    def reusable(self, now: float) -> bool:
-        """Tell whether a call may use the connection: it is open, not too old, and has no unread bytes.
-
-        `poll` asks the operating system for bytes that the event loop has not read yet. They would be taken
-        for the start of the next response.
-        """
-        return self.idle_since is not None and not self.too_old(now) and not self._readable.poll(0)
-
-    def time_out(self) -> None:
-        """Fail the call in flight, if there is one, with a TimeoutError."""
-        if self._waiter is not None:
-            self._fail(TimeoutError())
-
-    def close(self) -> None:
-        """Close the connection at once and discard its buffers."""
-        self.idle_since = None
-        self._transport.abort()
-
-    # Called by the event loop.
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it is one
-        self._transport = transport
-        self._readable.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
-
-    def data_received(self, data: bytes) -> None:
-        if self._parser is None or self._waiter is None:
-            # Bytes without a call in flight: they could be taken for the response to the next task's call.
-            self.idle_since = None
-            self._transport.abort()
-            return
-        self._overhead += len(data)
-        try:
-            self._parser.feed_data(data)
-        except (HttpParserError, HttpParserUpgrade) as exc:
-            self._fail(httpx.RemoteProtocolError(type(exc).__name__))
-            return
-        if self._overhead > _MAX_OVERHEAD:
-            self._fail(httpx.RemoteProtocolError("the response headers are too large"))
-        elif self._response.complete:  # the parser would have refused bytes behind the response
-            self._finish()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.idle_since = None
-        self._parser = None  # breaks the reference cycle
-        response = self._response
-        if exc is not None:
-            self._fail(httpx.ReadError(type(exc).__name__))
-        elif response.status and not _FRAMING_HEADERS & response.headers.keys():
-            self._finish()  # the end of the connection ends the response (RFC 9112, 6.3)
-        else:
-            self._fail(httpx.RemoteProtocolError("the connection was closed before the end of the response"))
-
-    # Called by the parser.
-
-    def on_message_begin(self) -> None:
-        if self._response.complete:
-            raise ValueError("bytes after the end of the response")
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if not self._response.status:  # else it is a trailer, which is ignored
-            self._response.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
-
-    def on_headers_complete(self) -> None:
-        assert self._parser is not None  # noqa: S101  # the parser makes this call
-        status = self._parser.get_status_code()
-        if status >= HTTPStatus.OK:
-            self._response.status = status
-            self._response.keep_alive = self._parser.should_keep_alive()
-        else:
-            self._response.headers.clear()  # of an interim response; the final one follows (RFC 9110, 15.2)
-
-    def on_body(self, part: bytes) -> None:
-        response = self._response
-        self._overhead -= len(part)
-        response.body += part
-        if len(response.body) > self._max_body_bytes:
-            response.keep_alive = False
-            self._finish()
-
-    def on_message_complete(self) -> None:
-        self._response.complete = self._response.status != 0
-
-    def _finish(self) -> None:
-        waiter = self._waiter
-        if waiter is None:
-            return
-        if self._response.keep_alive and self._parser is not None:
-            self.idle_since = self._loop.time()
-        if not waiter.done():
-            waiter.set_result(self._response)
-        self._end_call()
-
-    def _fail(self, error: httpx.TransportError | TimeoutError) -> None:
-        waiter = self._waiter
-        if waiter is not None:
-            if not waiter.done():
-                waiter.set_exception(error)
-            self._end_call()
-        self._transport.abort()
-
-    def _end_call(self) -> None:
-        self._waiter = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        self._on_call_end(self)

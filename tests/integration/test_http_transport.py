@@ -10,7 +10,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.upstream.http_transport import HttpResponse, HttpTransport, encode_request
+from gateway.upstream.http_connection import HttpResponse
+from gateway.upstream.http_transport import HttpTransport, encode_request
 from tests.support.harness import PATIENCE_SECONDS, RawUpstream, Request, answer, drained, framed, free_port
 
 BODY = b'{"taskId": "A"}'
