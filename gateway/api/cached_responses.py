@@ -1,9 +1,9 @@
 """Cached responses: a cache hit is served before the application handles the request.
 
 Only simple requests are served: GET, a target of one task without percent-encoding, and no header that needs
-more than a cached response. All others go to the routes, which alone refuse, wait and read bodies. Cached
-responses are counted, timed and logged as in `middleware.RequestTelemetry`. The server's fast path writes
-them to the socket; under other servers `CachedResponsesFirst` sends them.
+more than a cached response. All others go to the routes. Only the routes send errors, wait, or read bodies.
+Cached responses are counted, timed and logged as in `middleware.RequestTelemetry`. The server's fast path
+writes them to the socket; under other servers `CachedResponsesFirst` sends them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MAX_BYTES = 8_388_608  # of snapshots, possibly evicted from the store already,
 _CLEAR_SECONDS = 1.0  # then each task is looked up in the store again, whose eviction order follows use
 _MAX_ETAG_CHARS = 64  # longer than our entity tags; clients may send kilobytes
 _STALE_REUSE_SECONDS = 0.01  # for a stale response: its background refresh may have failed since
-# Headers of a body, or of a request that needs more than an immediate response.
+# Requests with these headers have a body, or need more than an immediate response.
 _UNSUPPORTED_HEADERS = frozenset({b"content-length", b"transfer-encoding", b"expect", b"upgrade", b"prefer"})
 
 
@@ -76,9 +76,8 @@ class CachedResponse:
 class CachedResponses:
     """Serves cached responses, or leaves requests to the routes.
 
-    With `cross_origin` a response depends on the client's origin, with a `limiter` on the address reported by
-    trusted proxies. Requests with these headers are left to the routes. `clock` is the clock of the log
-    sampler and the service.
+    With `cross_origin`, requests with `Origin` go to the routes; with a `limiter`, those with
+    `X-Forwarded-For`. `clock` is the clock of the log sampler and the service.
     """
 
     def __init__(
@@ -181,7 +180,7 @@ class CachedResponses:
     def _store(
         self, target: bytes, if_none_match: str | None, hit: CachedResponse, now: float, expires_at: float
     ) -> None:
-        """Store a response that is built for the second time within the current second."""
+        """Store a response only when it is built twice within one second."""
         if if_none_match is not None and len(if_none_match) > _MAX_ETAG_CHARS:
             return
         if now >= self._clear_at or len(self._entries) >= _MAX_ENTRIES:

@@ -53,7 +53,8 @@ class ClientRateLimiter:
     def admit(self, host: str) -> None:
         """Take a token from the client's bucket. Raises: TooManyRequests when it has none."""
         full_at, wait = self._next(host)
-        # A refused request takes no token: a client that retries early is still admitted at the same time.
+        # A refused request takes no token: an early retry does not postpone the time from which the client
+        # is admitted.
         if wait > 0:
             raise TooManyRequests("this client exceeds its limit of tasks per second", retry_after=wait)
         self._full_at[bucket_key(host)] = full_at

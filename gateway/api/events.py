@@ -2,9 +2,10 @@
 
     open -> retry -> one event per task -> one event per change -> end
 
-An update is encoded once, and the same bytes are written directly to the connection of every subscriber whose
-reader keeps up, if the server supports it. The streams of other subscribers write the update themselves, in
-parts, and look up no update while the socket is full. A slow reader therefore receives the latest state.
+An update is encoded once, and the same bytes are written directly to the connection of every subscriber
+whose reader keeps up, if the server supports it. The streams of other subscribers send the update
+themselves, in parts. They look up the latest update only when the socket can take it. A slow reader
+therefore receives the latest state.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from gateway.domain.json_text import one_line
 from gateway.domain.task import Status, TaskKey
 
 _MAX_UNFINISHED = 0.999  # 1 means that the task has succeeded
-# A number in a string: some JSON libraries write numbers so.
+# A number in a string: some JSON libraries write numbers as strings.
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,400}(?:\.[0-9]{1,400})?(?:[eE][+-]?[0-9]{1,9})?")
 
 

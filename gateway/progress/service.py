@@ -120,7 +120,7 @@ class ProgressService:
     def still_current(self, snapshot: Snapshot, now: float) -> bool:
         """Tell whether a snapshot that `lookup` returned may be served again `now`; if so, count a lookup.
 
-        Call it only for a short time with a stale snapshot: it does not check whether the refresh has failed.
+        Reuse a stale snapshot only briefly: this does not check whether the refresh has failed.
         """
         age = now - snapshot.fetched_at
         if not self._store.is_current(snapshot, now):
@@ -150,7 +150,7 @@ class ProgressService:
         return outcome
 
     def count(self, outcome: CacheResult | FetchFailure) -> None:
-        """Count one lookup with this outcome, for a caller that received the result of a watch's schedule."""
+        """Count one lookup with this outcome, for a caller whose result came from a schedule."""
         self._count_lookup[outcome.key.operation, outcome.source]()
         if isinstance(outcome, CacheResult):
             self._record_age(outcome.snapshot, outcome.age)
@@ -203,8 +203,8 @@ class ProgressService:
     def _stale(self, snapshot: Snapshot, age: float) -> CacheResult | None:
         """Return a result with a stale snapshot, or None if it is too old.
 
-        Stale-while-revalidate sets the maximum age. After a remembered failure, stale-if-error sets it,
-        which may be the shorter one; then the result contains the failure.
+        Stale-while-revalidate sets the maximum age. If a failure is remembered, the maximum age is
+        `cache.stale_if_error_seconds`, which may be shorter, and the result contains the failure.
         """
         failure = self._store.failure(snapshot.key)
         if failure is None:
@@ -215,8 +215,8 @@ class ProgressService:
 
     def _refresh(self, key: TaskKey, version: int) -> None:
         known = self._store.peek(key)
-        # A watch or another replica may have replaced the snapshot meanwhile. The reads of the new one
-        # count then.
+        # A watch or another replica may have replaced the snapshot meanwhile. Then the reads of the new
+        # snapshot decide about refresh-ahead.
         if known is not None and known.version == version and self._store.failure(key) is None:
             self._in_flight.start(key, background=True, after=version)
 

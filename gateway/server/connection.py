@@ -9,8 +9,9 @@
     idle       the next byte             keep_alive_seconds      nothing buffered
     closing    the client closes         LINGER_SECONDS          LINGER_BYTES, read and dropped
 
-While a response is being sent, or the client does not read, later requests stay unparsed and reading pauses.
-If a response begins before the request body has arrived, it is the last one: `Connection: close`.
+While a response is being sent, later requests stay unparsed. Reading pauses when too many bytes of them are
+buffered, or when the client does not read. If a response begins before the request body has arrived, it is
+the last one: `Connection: close`.
 
 This class is the value of uvicorn's `http` option. Like uvicorn's own protocols, it uses the configured
 application, the set of connections, the set of tasks and the default headers.

@@ -229,7 +229,7 @@ class Exchange:
     def _start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self._peer.response_started()
         if not self._body_delivered:
-            # It is unknown whether the client will still send the body, so the next bytes are ambiguous.
+            # The next bytes may be the body or a new request, which cannot be known.
             self.keep_alive = False
         self._expects_continue = False
         bodiless = self.scope["method"] == "HEAD" or status in _WITHOUT_BODY

@@ -159,7 +159,8 @@ class _HeadParser:
 def _joined(headers: Headers) -> Headers:
     """Return the headers with all X-Forwarded-For fields joined into one, in order (RFC 9110, 5.3).
 
-    uvicorn would use the last one only, and a client could place its own after the proxy's.
+    uvicorn uses only the last field. A client could add its own field after the proxy's, and so forge its
+    address.
     """
     values = [value for name, value in headers if name == _FORWARDED_FOR]
     if len(values) < 2:  # noqa: PLR2004 - nothing to join

@@ -116,7 +116,8 @@ class Redactor:
             return text
         spans = list(islice(self._spans(data), _MAX_MATCHES))
         masked = _mask(data, spans)
-        # A secret may remain in a large text or next to an ambiguous escape, because its position is unknown.
+        # In a large text, or next to an ambiguous escape, the position of a secret may be unknown. Then the
+        # whole text is masked.
         return MASK if len(spans) == _MAX_MATCHES or self._forms.are_in(utf8(masked)) else masked
 
     def suspects(self, text: str) -> bool:

@@ -25,11 +25,11 @@ _MIN_HEX = 12  # digits of hexadecimal for 6 bytes
 MAX_ENTITIES = 10_000  # HTML entities; decoding more takes too long
 _LAYERS = 3  # of escapes; for example, a percent sign may itself be percent-encoded
 
-# NUL is kept, so that it separates texts: no form contains it.
+# NUL is not dropped: no form contains it, so it can separate two texts.
 _GAPS = bytes(byte for byte in range(2, 256) if byte <= ord(" ") or byte > ord("~"))
 _DROPPED = _GAPS + b"\\"
-# The quoted-printable decoder decodes percent escapes, because it is written in C and ignores invalid ones.
-# Its escape character is "=", so every view has \1 in the place of "=".
+# Percent escapes are decoded with the quoted-printable decoder, which is written in C and ignores invalid
+# escapes. Its escape character is "=" instead of "%". So a real "=" is replaced by \1 in every view.
 _FOLD = bytes.maketrans(b"=ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"\1abcdefghijklmnopqrstuvwxyz")
 _CODE = bytes.maketrans(b"-_", b"+/")
 _TO_QUOTED = bytes.maketrans(b"%=", b"=\1")
@@ -89,7 +89,7 @@ class Forms(NamedTuple):
 
     Attributes:
         literals: Searched in the text in lower case.
-        spaced: The literals that are mostly white space, which the views lack.
+        spaced: The literals that the views cannot find, because too few characters remain without gaps.
         needles: Searched in the views.
         prefixes: View and prefix of each needle.
     """
@@ -169,7 +169,8 @@ def _needles(secret: str) -> Iterator[Needle]:
             yield Needle(FOLDED, folded, folded[:MIN_SECRET])
     digits = raw.hex().encode().translate(_DIGITS)
     yield Needle(DIGITS, digits, digits[:_MIN_HEX])
-    # The base64 digits that depend only on the secret, for each of the three positions in a group of 3 bytes.
+    # A secret can start at byte 0, 1 or 2 of a base64 group. For each start: the digits that do not depend
+    # on neighbouring bytes.
     for before in range(3):
         coded = base64.b64encode(b"\0" * before + raw)
         first, end = -(-before * 8 // 6), (before + len(raw)) * 8 // 6

@@ -6,10 +6,10 @@
     no throttling for a minute and no queue -> `lift_if_idle` removes the limit
 
 The decrease is multiplicative, probing is a slow start, and recovery follows CUBIC (RFC 9438, 4.2), with
-calls per second instead of a window: limit = ceiling x (0.95 + 0.1 x (t / 15 s - 1)^3). The limit stays
-just below the ceiling most of the time, so throttling is rare, and it finds a raised upstream limit within
-a minute or two. A constant increase would do only one of both. All times are in seconds of one monotonic
-clock.
+calls per second instead of a window: limit = ceiling x (0.95 + 0.1 x (t / 15 s - 1)^3). The limit stays just
+below the ceiling most of the time, so throttling is rare. If the upstream raises its limit, the gateway
+finds this within two minutes. A constant increase could do only one of these two. All times are in seconds
+of one monotonic clock.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ _PLATEAU_SECONDS = 15.0  # from the decrease to the middle of the plateau
 # Most upstreams count per second: after one throttled call they refuse the rest of that second, too, and
 # those responses carry no new information. A second is also longer than a round trip.
 _ROUND_SECONDS = 1.0
-# Lower bound of a new ceiling, as a share of the known one: the calls accepted in a single second are a rough
+# A new ceiling is at least this share of the old one, because the calls accepted in one second are a rough
 # estimate.
 _MIN_CEILING_SHARE = 0.5
 _MIN_CEILING_PER_SECOND = 1.0  # some calls must pass, or the gateway never learns that the upstream recovered
-# Half of the default deadline of a query: a new task that is requested during a pause is still answered. An
-# upstream that asks for a longer pause receives one call per this interval and can repeat its request.
+# Half of the default deadline of a query, so that a new task which is requested during a pause still gets a
+# response. An upstream that asks for a longer pause receives one call per 5 s, and can ask for a pause
+# again.
 _MAX_PAUSE_SECONDS = 5.0
 _IDLE_SECONDS = 60.0
 
@@ -76,8 +77,8 @@ class AdaptiveLimit:
         self._accepted_at.append(now)
         recent = self._recently_accepted(now)
         if self.throttled_now and sent_at < self._decreased_at:
-            # A throttling response comes from the API gateway in front and overtakes responses of the
-            # service. At the decrease, the calls accepted beside the throttled one were not all known yet.
+            # The API gateway throttles faster than the service behind it responds. So at the decrease, some
+            # accepted calls had no response yet. They are counted now.
             self._ceiling = max(self._ceiling, min(recent, self._limit_before_decrease))
 
     def on_throttled(self, now: float, *, sent_at: float, retry_after: float | None) -> bool:

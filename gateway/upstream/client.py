@@ -2,10 +2,10 @@
 
     deadline, retries -> circuit breaker -> rate limiter -> credential rotation -> slot -> signed request
 
-A query runs in the task of an in-flight request, not in a caller's task. Slots alone bound the concurrent
-calls; the transport has no queue for connections. A call keeps its slot for as long as the upstream works
-on it, even after the deadline of the query. A call is not made if its response is not wanted any more
-(`demand.py`), or if less time is left than the upstream usually takes.
+A query runs in the asyncio task of an in-flight request, not in a caller's. Only the slots limit concurrent
+calls; the transport opens as many connections as it is asked for. A call keeps its slot for as long as the
+upstream works on it, even after the deadline of the query. A call is not made if its response is not wanted
+any more (`demand.py`), or if less time is left than the upstream usually takes.
 """
 
 from __future__ import annotations
@@ -145,10 +145,10 @@ class UpstreamClient:
         self._breakers = {operation: self._make_breaker(operation) for operation in Operation}
         # The series start at 0: `rate()` does not see an increase from an absent series to 1.
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
-        # Half the time of an attempt. A call that is cancelled by the query's deadline counts against the
-        # upstream only after this time: a call sent just before the deadline had no chance. A query does
-        # not queue for a permit that would leave less time: in a queue as long as the deadline every call
-        # would be cancelled right after it is sent.
+        # The shortest time in which the upstream has a fair chance to respond: half the time of an attempt.
+        # If the query's deadline cancels a call earlier, the circuit breaker does not count it as a failure.
+        # A query does not wait for a permit if less than this time would be left, because its call would be
+        # cancelled right after it is sent.
         self._min_response_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
         self._latency_seconds = dict.fromkeys(Operation, 0.0)  # moving averages
 
@@ -183,7 +183,7 @@ class UpstreamClient:
             renewal: An older snapshot of the task is known.
             timeout_seconds: The longest time for the whole query.
             on_queued: Called with the expected wait in seconds if the rate limiter queues the query.
-            demand: The callers that wait. The client sets `committed` while a call is on the wire. None: the
+            demand: The callers that wait. `committed` is set while a call is on the wire. None: the
                 gateway itself needs the response.
 
         Raises:
@@ -202,7 +202,7 @@ class UpstreamClient:
                     try:
                         return await self._attempt(query)
                     except (RateLimiterExhausted, Overloaded, UpstreamOpen) as refused:
-                        # No call was made. The error of the call before, if there was one, says more.
+                        # No call was made. If an earlier call failed, its error says more.
                         raise copy(failure or refused) from None
                     except UpstreamError as exc:
                         if isinstance(exc, UpstreamThrottled):
@@ -253,8 +253,8 @@ class UpstreamClient:
     async def _wait_for_shared_token(self, query: _Query) -> None:
         """Wait for the configured rate limit, which replicas share. Raises: RateLimiterExhausted.
 
-        A learned limit belongs to one replica: it is what the upstream accepts of that replica's calls. But
-        every throttling response lowers it in all replicas (`slow_down`).
+        Each replica learns its own limit: how many of its calls the upstream accepts. But every throttling
+        response lowers it in all replicas (`slow_down`).
         """
         per_second = self._settings.requests_per_second
         if not per_second:

@@ -12,10 +12,10 @@ wait for the outcome. Three pairs are candidates:
     the last good pair   the last one that the upstream accepted, kept in memory: files that are written one
                          after the other may be read half and half, or may contain an error
 
-A probe is a real query, signed again within its own deadline. An envelope promotes the pair, whatever its
-status. A refusal excludes the pair for a while, so that it is not tried with every query. It does not
-exclude the pair for good, because the upstream may learn of a key later than the gateway. Any other outcome
-(a timeout, a throttling response) says nothing about the pair, and the next query probes it.
+A probe is a real query, signed again within its own deadline. Any valid envelope promotes the pair, even one
+that rejects the query. A refusal excludes the pair for a while, so that it is not tried with every query. It
+does not exclude the pair for good, because the upstream may learn of a key later than the gateway. Any other
+outcome (a timeout, a throttling response) says nothing about the pair, and the next query probes it.
 
 An exhausted quota or an overdue account pauses the pair, too, but no other pair is tried: the key is valid,
 an operator must act, and the gateway must not move on to the quota of another account by itself. Refused
@@ -54,7 +54,7 @@ class _Refusal(NamedTuple):
 
 
 class _Use(NamedTuple):
-    """The credentials of one call, and those that signed when it began. One call at a time is a probe."""
+    """The credentials of one call, and the signing ones at its start. At most one call at a time probes."""
 
     version: CredentialVersion
     signing: CredentialVersion | None
@@ -82,7 +82,7 @@ class CredentialRotation:
         self._last_good: CredentialVersion | None = None
 
     async def use(self, operation: Operation, call: Callable[[KeyPair], Awaitable[T]]) -> T:
-        """Make a call with the signing pair, and repeat it with each other candidate while it is refused.
+        """Make a call with the signing pair. If it is refused, try the other candidates one after another.
 
         Raises:
             UpstreamCredentials: Every candidate was refused. If all are paused, no call is made.
@@ -169,7 +169,8 @@ class CredentialRotation:
             log.warning("credentials_refused", operation=operation, reason=str(error), **_log_fields(version))
         self._credentials.reload()  # the files may have changed since the last poll
         known = {candidate.pair for candidate in self._candidates()}
-        # A replaced pair is remembered while calls with it may still be refused: one log line is enough.
+        # Keep the refusal of a replaced pair until its pause is over: later refusals then write no second
+        # log line.
         self._refusals = {
             key: refusal for key, refusal in self._refusals.items() if key[1] in known or now < refusal.until
         }

@@ -53,9 +53,9 @@ class Permit:
     """The right to make one call: a context manager. A permit that was not consumed returns its token.
 
     `on_end` is called when the context exits, with the exception or None. `revoked`: the upstream has
-    throttled a call since the permit was issued. A revoked permit that is not consumed yet, because the
-    query still waits for a slot for example, must be acquired again: without a rate limit any number of
-    permits may be outstanding.
+    throttled a call since the permit was issued. If a permit is revoked before it is consumed, the query
+    must acquire a new one. Without a rate limit, very many permits may be outstanding when the upstream
+    throttles for the first time.
     """
 
     __slots__ = ("_clock", "_on_end", "revoked", "sent_at")
@@ -156,7 +156,8 @@ class RateLimiter:
         own, other = len(self._renewals), len(self._first_queries)
         if not renewal:
             own, other = self._first_queries.count_ahead(client), own
-        # The other queue is served as often as this one meanwhile, and once more if it is next.
+        # The queues alternate: each query ahead in this queue lets one of the other queue pass, plus one if
+        # the other queue is next.
         return self._wait_behind(own + min(other, own + (self._renewal_next is not renewal)))
 
     async def acquire(
@@ -261,7 +262,8 @@ class RateLimiter:
                 if waiter.future.done():
                     continue  # it was cancelled, and its task has not run since
                 if self._clock() > waiter.deadline + NOTICEABLE_SECONDS:
-                    # It was admitted before other clients came, whose first queries were served before.
+                    # It was queued in time, but first queries of clients that came later were served before
+                    # it.
                     waiter.future.set_result(max(self._wait_behind(0), _TIMER_SECONDS))
                     continue
                 self._renewal_next = not renewal
@@ -330,7 +332,8 @@ class RateLimiter:
         self._refilled_at = now
 
     def _lift_if_idle(self) -> None:
-        # With queued queries the limit is in use: it keeps growing, and is lifted once the queue is empty.
+        # While queries are queued, the limit is needed and keeps growing. It is removed once the queue is
+        # empty.
         if not self._any_queued() and self._limit.lift_if_idle(self._clock()):
             log.info("upstream_throttling_ended")
 

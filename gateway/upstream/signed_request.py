@@ -2,8 +2,8 @@
 
     send -> send_unparsed: sign, send, read -> parse_response -> a ParsedResponse, or an UpstreamError
 
-No other module of this package but `http_transport.py` sees httpx's types. This module also corrects the
-clock that requests are signed with, by the `Date` header of responses.
+In this package, only this module and the HTTP transport use httpx's types. It also uses the `Date` header of
+responses to correct the clock for signing.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Coalesced timers: sleeping tasks that are due at about the same time wake together, in small groups.
 
-Work that arrives piece by piece finds the process asleep and its caches cold each time, and costs twice as
-much. Work that arrives all at once delays every other task. A task therefore joins an existing timer if that
-one is close enough and has room. Otherwise it starts a new timer, late enough that a few others can join.
+If tasks wake one by one, the process wakes each time with cold CPU caches, and the work costs twice as much.
+Work that arrives all at once delays every other task. A task therefore joins an existing timer if that one
+is close enough and has room. Otherwise it starts a new timer, late enough that a few others can join.
 
-Tasks that wake together are due together again. If every group accepted the same delay, half-full groups
-would follow each other at a constant distance and never merge. The accepted delay therefore shrinks with the
-size of the group, so that large groups catch up with those that wait longer.
+Tasks that wake together are due together again. If all groups accepted the same delay, the distance between
+two half-full groups would never change, and they would never merge. A large group therefore accepts less
+delay than a small one: it reaches the small group in front of it, and they merge.
 """
 
 from __future__ import annotations
@@ -69,12 +69,13 @@ class CoalescedTimers:
         if position < len(self._with_room) and self._with_room[position].when <= due + max_delay:
             return self._with_room[position]
         when = due
-        # If all tasks sleep for `seconds`, this many are due within `max_delay`. A delay only pays when at
-        # least one other task is expected. `_MAX_GROUP * seconds / count` is the time until a group is full.
+        # `_sleeper_count * max_delay / seconds` is the expected number of tasks that are due within
+        # `max_delay`, if all sleep for `seconds`. Waiting pays only if it is at least 1. The second argument
+        # of `min` is the expected time until a group is full.
         if self._sleeper_count * max_delay / seconds >= 1:
             delay = max_delay * (1 - _FULL_GROUP_REDUCTION * min(group_size / _MAX_GROUP, 1))
             when += min(delay, _MAX_GROUP * seconds / self._sleeper_count)
-        if when in self._times:  # two groups with the same time would stay together for ever
+        if when in self._times:  # two groups with the same time would wake as one group that is too large
             when = random.uniform(due, due + max_delay)  # noqa: S311  # not security-relevant
         timer = _Timer(when)
         timer.handle = asyncio.get_running_loop().call_at(when, self._wake, timer)

@@ -11,9 +11,10 @@ owns and counts the bodies. Schedules and slots keep updates without large bodie
 body is looked up when an update is sent. If the store has evicted it, the subscriber receives the next
 refresh.
 
-Stored changes are published a few at a time in the next turns of the event loop. Schedules that woke together
-receive their responses together: all are parsed first, while that code is in the processor's caches, and
-other requests are served in between.
+Stored changes are published a few at a time in the next turns of the event loop. Schedules that wake
+together also receive their responses together. All are parsed first, while that code is in the processor's
+caches. Then a few changes are published per turn of the event loop, and other requests are served between
+the turns.
 """
 
 from __future__ import annotations
@@ -134,9 +135,9 @@ class WatchHub:
                 Update(key, result.snapshot).without_large_body() if result is not None else None
             )
             self._refresher.start(schedule)
-        # The lookup comes first, because it can deliver a change that is due in the store. That change is
-        # then published before this subscriber is added: its client may have read it elsewhere already, and
-        # must not receive anything older.
+        # The lookup comes first, because it can activate a snapshot that is due in the store. That snapshot
+        # is published before this subscriber is added: the client may already have read it from another
+        # replica, and must not receive an older one.
         current = self._service.peek(key)
         self._publish_pending(key)
         # Add the subscriber before it gets the current snapshot: a change in between would be lost otherwise.
@@ -194,7 +195,7 @@ class WatchHub:
         snapshot, schedule.pending = schedule.pending, None
         self._publish(Update(key, snapshot))
         if schedule.backing_off:
-            self._refresher.restart(schedule)  # the upstream has answered a query, or another replica
+            self._refresher.restart(schedule)  # a query of this or another replica got a response
 
     def _publish(self, update: Update) -> None:
         schedule = self._schedules.get(update.key)

@@ -23,8 +23,8 @@ from gateway.watch.coalesced_timers import CoalescedTimers
 from gateway.watch.subscriber import Subscriber, Update
 
 _MIN_INTERVAL_SECONDS = 0.2  # between two refreshes, even with shorter lifetimes
-# The loop's clock has a resolution of a millisecond and may wake a task that much early. A refresh that finds
-# its snapshot still fresh would have no effect, and the next one would be late.
+# A timer may fire a millisecond early. The snapshot would then still be fresh, the refresh would do nothing,
+# and the next one would be late.
 _TIMER_RESOLUTION_SECONDS = 0.002
 _MAX_DELAY_SHARE = 0.05  # of the time between two refreshes, for schedules to wake together
 _BACKOFF_SECONDS = 1.0  # after the first failure; doubled after each further one
