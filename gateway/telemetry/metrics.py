@@ -83,7 +83,7 @@ class Metrics:
         )
         self.answers_overdue = Counter(
             "sd_gateway_answers_overdue_total",
-            "Number of these responses older than their lifetime plus cache.stale_while_revalidate_seconds.",
+            "Number of responses older than their lifetime plus cache.stale_while_revalidate_seconds.",
             ["operation"],
             registry=registry,
         )

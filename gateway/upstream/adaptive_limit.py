@@ -3,7 +3,7 @@
     throttled          -> the ceiling is what was accepted in the last second; the limit drops to 85 % of it
     probing            -> the ceiling is a guess: the limit doubles every two seconds
     recovering         -> the limit rises quickly at first, slowly near the ceiling, faster beyond it
-    no throttling for a minute and no queue -> `lift_if_idle` removes the limit
+    no throttling for a minute -> `lift_if_idle` removes the limit, once the rate limiter's queue is empty
 
 The decrease is multiplicative, probing is a slow start, and recovery follows CUBIC (RFC 9438, 4.2), with
 calls per second instead of a window: limit = ceiling x (0.95 + 0.1 x (t / 15 s - 1)^3). The limit stays just
