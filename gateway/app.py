@@ -38,7 +38,7 @@ from gateway.stores.memory import MemoryStore
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
-from gateway.telemetry.tracing import Tracing, Untraced
+from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import Credentials
@@ -59,7 +59,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
 
     Raises: SettingsError when an optional package is missing, or a secret file cannot be read.
     """
-    tracing = tracing or Untraced()
+    tracing = tracing or NoTracing()
     metrics = Metrics(CollectorRegistry(), gateway_version=__version__)
     cache = settings.cache
     store = _store(settings, redactor, metrics)
@@ -157,7 +157,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     )
     app.middleware_stack = with_middleware
     metrics_asgi = metrics_application(metrics.registry, problems=problems)
-    if not isinstance(tracing, Untraced):  # the request's span is the outermost layer, and records hits, too
+    if not isinstance(tracing, NoTracing):  # the request's span is the outermost layer, and records hits, too
         app.middleware_stack = _with_spans(with_middleware, tracing, root_path=server.root_path)
         return Application(app, metrics_asgi, metrics, None, shutdown)
     hits = CachedResponses(
@@ -205,7 +205,7 @@ def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
         redactor=redactor,
         metrics=metrics,
         stale_seconds=cache.stale_while_revalidate_seconds,
-        covering_seconds=cache.stale_if_error_seconds,
+        stale_if_error_seconds=cache.stale_if_error_seconds,
     )
 
 

@@ -32,7 +32,7 @@ from gateway.simulator.faults import FAULTS
 from gateway.simulator.wire import ControlError, parse_object
 from gateway.telemetry import logs
 from gateway.telemetry.redaction import Redactor
-from gateway.telemetry.tracing import Tracing, Untraced, asked_for
+from gateway.telemetry.tracing import NoTracing, Tracing, tracing_enabled
 
 OK, FAILED, USAGE = 0, 1, 2
 _MAX_PORT = 65535
@@ -197,8 +197,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _tracing() -> Tracing:
-    if not asked_for(os.environ):
-        return Untraced()
+    if not tracing_enabled(os.environ):
+        return NoTracing()
     try:
         # Imported on demand: it takes a third of a second and needs optional packages.
         from gateway.telemetry import opentelemetry  # noqa: PLC0415

@@ -142,7 +142,7 @@ def observe(
     )
 
 
-def observe_again(
+def restore_snapshot(
     data: Mapping[str, Any],
     envelope: bytes,
     key: TaskKey,

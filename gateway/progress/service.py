@@ -40,7 +40,7 @@ from gateway.stores.base import Lease, Store
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Excerpt
-from gateway.telemetry.tracing import Tracing, Untraced
+from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.demand import Demand
 
@@ -75,7 +75,7 @@ class ProgressService:
         self._store = store
         self._upstream = upstream
         self._metrics = metrics
-        self._tracing = tracing or Untraced()
+        self._tracing = tracing or NoTracing()
         self._clock = clock
         self._in_flight: InFlightRequests[TaskKey, FetchResult] = InFlightRequests(self._fetch)
         self._lifetimes: dict[Status | None, float] = {

@@ -226,7 +226,7 @@ class Connection(asyncio.Protocol):
         elif failed:
             self.transport.abort()  # a truncated body must not look complete
         elif not exchange.keep_alive or self._closing:
-            may_send_more = exchange.client_keeps_alive or self._body is not None or bool(self._buffer)
+            may_send_more = exchange.client_may_send_more or self._body is not None or bool(self._buffer)
             self._close(linger=may_send_more and not self._over_limit)
         else:
             self._process()

@@ -109,7 +109,7 @@ class Exchange:
         "_length_left",
         "_peer",
         "_waiter",
-        "client_keeps_alive",
+        "client_may_send_more",
         "complete",
         "disconnected",
         "keep_alive",
@@ -129,7 +129,7 @@ class Exchange:
         default_headers: Sequence[tuple[bytes, bytes]],
     ) -> None:
         self.scope = scope
-        self.client_keeps_alive = (
+        self.client_may_send_more = (
             keep_alive  # the client may send another request before it reads the response
         )
         self.keep_alive = keep_alive

@@ -110,7 +110,7 @@ def parse_head(data: bytes, *, max_fields: int) -> Head:
         raise _invalid()
     parser = _HeadParser()
     parser.parse(data)
-    method, headers, version = parser.method, _joined(parser.headers), parser.http_version
+    method, headers, version = parser.method, _join_forwarded_for(parser.headers), parser.http_version
     host = _host(headers, version)
     return Head(
         method,
@@ -156,7 +156,7 @@ class _HeadParser:
         self.keep_alive = self.http_version == "1.1" and self._parser.should_keep_alive()
 
 
-def _joined(headers: Headers) -> Headers:
+def _join_forwarded_for(headers: Headers) -> Headers:
     """Return the headers with all X-Forwarded-For fields joined into one, in order (RFC 9110, 5.3).
 
     uvicorn uses only the last field. A client could add its own field after the proxy's, and so forge its

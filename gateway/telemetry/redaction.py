@@ -124,14 +124,14 @@ class Redactor:
         """Return whether a text may contain a secret or the beginning of one. False is certain."""
         return self._suspects(utf8(text))
 
-    def suspects_answer(self, body: bytes, signature: str) -> bool:
+    def may_contain_credential(self, body: bytes, signature: str) -> bool:
         """Return whether a response may contain a credential or the request's signature. False is certain.
 
         Other text with the pattern of a signature does not count: it may be part of an image URL.
         """
         return self._credentials.may_be_in(body, base64_prefixes(signature))
 
-    def refuses(self, body: bytes) -> bool:
+    def contains_credential(self, body: bytes) -> bool:
         """Return whether a response contains a credential, in any encoding."""
         return self._credentials.are_in(body)
 

@@ -50,7 +50,7 @@ class Tracing(Protocol):
         ...
 
 
-class Untraced:
+class NoTracing:
     """Creates no spans. All work shares one mark, which is never read."""
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Untraced:
         """See `Tracing.aclose`."""
 
 
-def asked_for(environ: Mapping[str, str]) -> bool:
+def tracing_enabled(environ: Mapping[str, str]) -> bool:
     """Return whether the standard OpenTelemetry variables enable traces: an exporter or endpoint is set."""
     exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip().lower()
     if exporter == "none" or environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":

@@ -189,7 +189,7 @@ class CredentialRotation:
         if signing is not None and signing.pair == version.pair:
             log.info("credentials_accepted_again", operation=operation, **_log_fields(version))
         elif signing is self._credentials.signing:  # else the active slot has received new content meanwhile
-            self._credentials.sign_with(version)
+            self._credentials.set_signing(version)
             log.warning("credentials_promoted", operation=operation, **_log_fields(version))
 
 

@@ -105,7 +105,7 @@ class Credentials:
         """Return why slots could not be read at the last attempt; the texts contain no secrets."""
         return self._faults
 
-    def sign_with(self, version: CredentialVersion) -> None:
+    def set_signing(self, version: CredentialVersion) -> None:
         """Make this pair sign until another one is promoted or the active slot reads new content."""
         self._signing = version
         for slot in Slot:
@@ -144,7 +144,7 @@ class Credentials:
             self._metrics.credentials_reloads.labels("ok").inc()
             log.info("credentials_loaded", slot=slot, generation=version.generation)
         if slot is Slot.ACTIVE:
-            self.sign_with(version)
+            self.set_signing(version)
 
 
 class _Value(NamedTuple):

@@ -141,14 +141,14 @@ class RateLimiter:
     def per_second(self) -> float:
         """The present limit in calls per second, or `inf`. Reading it changes nothing."""
         now = self._clock()
-        liftable = not self._any_queued() and self._limit.can_lift(now)
+        liftable = not self._any_queued() and self._limit.can_remove(now)
         return self._limit.max_per_second if liftable else self._limit.per_second(now)
 
     @property
-    def throttled_now(self) -> bool:
+    def has_learned_limit(self) -> bool:
         """Tell whether throttling by the upstream limits the rate now."""
         self._lift_if_idle()
-        return self._limit.throttled_now
+        return self._limit.has_learned_limit
 
     def expected_wait(self, *, renewal: bool, client: bytes = b"") -> float:
         """Return how many seconds a query of this client would wait if it called `acquire` now."""
@@ -277,7 +277,7 @@ class RateLimiter:
 
     def _slow_down(self, sent_at: float, retry_after: float | None) -> None:
         self._refill()
-        now, was_throttled = self._clock(), self._limit.throttled_now
+        now, was_throttled = self._clock(), self._limit.has_learned_limit
         if not self._limit.on_throttled(now, sent_at=sent_at, retry_after=retry_after):
             return
         if not was_throttled:
@@ -334,7 +334,7 @@ class RateLimiter:
     def _lift_if_idle(self) -> None:
         # While queries are queued, the limit is needed and keeps growing. It is removed once the queue is
         # empty.
-        if not self._any_queued() and self._limit.lift_if_idle(self._clock()):
+        if not self._any_queued() and self._limit.remove_if_unthrottled(self._clock()):
             log.info("upstream_throttling_ended")
 
 

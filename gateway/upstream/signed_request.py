@@ -36,7 +36,7 @@ from gateway.domain.task import Operation, TaskKey
 from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
-from gateway.telemetry.tracing import Mark, Tracing, Untraced
+from gateway.telemetry.tracing import Mark, NoTracing, Tracing
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.http_transport import HttpTransport, encode_request, is_certificate_error
 from gateway.upstream.signing import signed_headers
@@ -94,7 +94,7 @@ class SignedRequests:
         self._settings = settings
         self._redactor = redactor
         self._metrics = metrics
-        self._tracing = tracing or Untraced()
+        self._tracing = tracing or NoTracing()
         self._clock = clock
         self._nonce = nonce
         endpoint = httpx.URL(settings.endpoint)
@@ -197,7 +197,9 @@ class SignedRequests:
         if not code and not message:
             body, redact = response.body, self._redactor
             # `_send` searches larger bodies for secrets, in steps.
-            suspect = len(body) <= STEP and redact.suspects_answer(body, response.sent["x-ca-signature"])
+            suspect = len(body) <= STEP and redact.may_contain_credential(
+                body, response.sent["x-ca-signature"]
+            )
             if suspect or len(body) > STEP:
                 redact = self.redactor_of(response)
             try:
@@ -206,7 +208,7 @@ class SignedRequests:
                 if response.status == _OK:
                     raise
             else:
-                if suspect and redact.refuses(body):
+                if suspect and redact.contains_credential(body):
                     raise UpstreamInvalid(_LEAK)
                 if response.status == _OK:
                     return ParsedResponse(data, body, invoke_id)
@@ -244,7 +246,9 @@ class SignedRequests:
                 if exc.envelope != response.body and await clean(response.body, self.redactor_of(response)):
                     exc.envelope = response.body
                 raise
-            if len(response.body) > STEP and await holds(response.body, self.redactor_of(response).refuses):
+            if len(response.body) > STEP and await holds(
+                response.body, self.redactor_of(response).contains_credential
+            ):
                 raise UpstreamInvalid(_LEAK)
         except UpstreamError as exc:
             outcome, mark.invoke_id = exc.code, exc.invoke_id

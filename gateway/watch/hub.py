@@ -152,7 +152,7 @@ class WatchHub:
             return
         # The latest snapshot is too old to send: the upstream is slow, or it fails and the schedule backs off
         # for longer than stale-if-error. Refresh now; one call serves all subscribers that joined meanwhile.
-        schedule.unnotified.add(subscriber)
+        schedule.must_notify.add(subscriber)
         self._refresher.restart(schedule)
 
     def _leave(self, key: TaskKey, subscriber: Subscriber) -> None:
@@ -160,7 +160,7 @@ class WatchHub:
         if schedule is None or subscriber not in schedule.subscribers:
             return
         schedule.subscribers.discard(subscriber)
-        schedule.unnotified.discard(subscriber)
+        schedule.must_notify.discard(subscriber)
         self._service.leave(key, subscriber.client)
         if not schedule.subscribers:
             del self._schedules[key]
@@ -201,11 +201,11 @@ class WatchHub:
         schedule = self._schedules.get(update.key)
         if schedule is None or (_is_final(schedule.latest) and not _is_final(update)):
             return  # after an eviction the store may accept a running snapshot of an ended task
-        audience = schedule.unnotified if update.same_content(schedule.latest) else schedule.subscribers
+        audience = schedule.must_notify if update.same_content(schedule.latest) else schedule.subscribers
         schedule.latest = reduced = update.without_large_body()
         for subscriber in self.direct_delivery(update, audience):
             subscriber.put(update, reduced)
-        schedule.unnotified.clear()
+        schedule.must_notify.clear()
 
     def _with_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
         """Return an update with its latest body; None if the store has evicted it."""
@@ -220,7 +220,7 @@ class WatchHub:
         schedule = self._schedules.get(key)
         if schedule is None or subscriber not in schedule.subscribers:
             return
-        schedule.unnotified.add(subscriber)
+        schedule.must_notify.add(subscriber)
         if not schedule.refreshing and not schedule.backing_off:
             self._refresher.restart(schedule)
 

@@ -39,14 +39,14 @@ class Schedule:
     """The state of one watched task.
 
     `latest` is the last published update, without a large body. `pending` is a stored snapshot that is
-    published in one of the next turns of the event loop. `unnotified` are subscribers that receive the next
+    published in one of the next turns of the event loop. `must_notify` are subscribers that receive the next
     update even if it repeats `latest`: when they joined, `latest` was too old to send, or its body has been
     evicted since. `refreshing`: the task waits for the service. `backing_off`: it waits after a failure.
     """
 
     key: TaskKey
     subscribers: set[Subscriber] = field(default_factory=set)
-    unnotified: set[Subscriber] = field(default_factory=set)
+    must_notify: set[Subscriber] = field(default_factory=set)
     latest: Update | None = None
     pending: Snapshot | None = None
     task: asyncio.Task[None] | None = None

@@ -439,11 +439,11 @@ def test_replicas_are_throttled_together(upstream: RawUpstream, replicas: list[G
     )
     assert replicas[0].get(fresh_id()).json()["code"] == "upstream-throttled"
     for replica in replicas:
-        until(lambda replica=replica: throttled_now(replica), "it holds back")  # type: ignore[misc]
+        until(lambda replica=replica: has_learned_limit(replica), "it holds back")  # type: ignore[misc]
     assert len(upstream.requests) == 1
 
 
-def throttled_now(gateway: Gateway) -> bool:
+def has_learned_limit(gateway: Gateway) -> bool:
     """Return whether a replica is throttled."""
     return "upstream: upstream-throttled" in gateway.client.get("/readyz").json()["degraded"]
 

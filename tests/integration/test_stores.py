@@ -80,7 +80,7 @@ async def make(shared: Json | None, clock: Clock) -> AsyncIterator[Make]:
                 redactor=Redactor(),
                 metrics=Metrics(CollectorRegistry(), gateway_version="test"),
                 stale_seconds=2,
-                covering_seconds=STALE_SECONDS,
+                stale_if_error_seconds=STALE_SECONDS,
                 clock=clock,
             )
             await stack.enter_async_context(store)

@@ -67,7 +67,7 @@ async def opened() -> AsyncIterator[Open]:
                 redactor=redactor or Redactor(),
                 metrics=Metrics(CollectorRegistry(), gateway_version="test"),
                 stale_seconds=2,
-                covering_seconds=60,
+                stale_if_error_seconds=60,
             )
             await stack.enter_async_context(store)
             await eventually(lambda: store.trouble is None or not well, "the store is up")

@@ -28,7 +28,7 @@ from gateway.domain.errors import (
     UpstreamOpen,
     UpstreamRejected,
 )
-from gateway.domain.snapshot import Snapshot, observe_again, render_json
+from gateway.domain.snapshot import Snapshot, render_json, restore_snapshot
 from gateway.domain.task import TaskKey
 from gateway.stores.valkey.clock_sync import MICROSECONDS
 
@@ -114,7 +114,7 @@ def decode_snapshot(encoded: bytes, key: TaskKey, head: Head, *, fetched_at: flo
     if header.version != head.version or header.lifetime != head.lifetime:
         raise InvalidStoredValue("head and header differ")
     try:
-        snapshot = observe_again(
+        snapshot = restore_snapshot(
             read_envelope(envelope, key, redact=str).data,
             envelope,
             key,

@@ -63,8 +63,8 @@ class _AcquireReply(NamedTuple):
 class ValkeyStore:
     """Shares the entries of `memory` with other replicas.
 
-    `stale_seconds`: how long a snapshot may be served after its lifetime. `covering_seconds`: the same for
-    stale-if-error.
+    `stale_seconds`: how long a snapshot may be served after its lifetime while it is refreshed.
+    `stale_if_error_seconds`: the same, instead of an error.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class ValkeyStore:
         redactor: Redactor,
         metrics: Metrics,
         stale_seconds: float,
-        covering_seconds: float,
+        stale_if_error_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._memory = memory
         self._local_cache = LocalCache(memory, clock=clock)
         self._visibility = [
             int(seconds * MICROSECONDS)
-            for seconds in (NEWS_SECONDS, stale_seconds, max(stale_seconds, covering_seconds))
+            for seconds in (NEWS_SECONDS, stale_seconds, max(stale_seconds, stale_if_error_seconds))
         ]
         self._clock = clock
         self._messages = InvalidationMessages(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.domain.task import Operation, TaskKey
-from gateway.telemetry.tracing import Mark, Untraced, asked_for
+from gateway.telemetry.tracing import Mark, NoTracing, tracing_enabled
 from tests.support.harness import run
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "a-task")
@@ -24,7 +24,7 @@ ENDPOINT = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"}
 )
 def test_tracing_is_enabled_by_the_standard_variables(environ: dict[str, str]) -> None:
     """An endpoint or an exporter is enough."""
-    assert asked_for(environ)
+    assert tracing_enabled(environ)
 
 
 @pytest.mark.parametrize(
@@ -41,12 +41,12 @@ def test_tracing_is_enabled_by_the_standard_variables(environ: dict[str, str]) -
 )
 def test_tracing_is_disabled_otherwise(environ: dict[str, str]) -> None:
     """Other variables do not enable tracing, and two disable it."""
-    assert not asked_for(environ)
+    assert not tracing_enabled(environ)
 
 
 async def test_untraced_creates_no_spans() -> None:
     """Without tracing, marks have no span context."""
-    tracing = Untraced()
+    tracing = NoTracing()
     for span in (tracing.flight(KEY), tracing.call(KEY, number=0)):
         with span as mark:
             assert mark == Mark()

@@ -27,9 +27,9 @@ def steady(ceiling: int = 20) -> AdaptiveLimit:
 def test_adaptive_limit_is_the_configured_one_until_throttled(most: float) -> None:
     """Accepted calls change nothing; `max_per_second` remains the upper bound."""
     limit = after(AdaptiveLimit(most), 50)
-    assert (limit.per_second(10.0), limit.throttled_now) == (most, False)
+    assert (limit.per_second(10.0), limit.has_learned_limit) == (most, False)
     assert limit.on_throttled(10.0, sent_at=9.9, retry_after=None)
-    assert (limit.per_second(10.0), limit.throttled_now) == (min(most, 0.85 * min(most, 50)), True)
+    assert (limit.per_second(10.0), limit.has_learned_limit) == (min(most, 0.85 * min(most, 50)), True)
     assert limit.per_second(1e6) >= min(most, 1e9)
 
 
@@ -108,7 +108,7 @@ def test_adaptive_limit_pauses_for_retry_after(retry_after: float, kept: float) 
 def test_adaptive_limit_is_lifted_after_an_idle_minute() -> None:
     """A limit is lifted once after a minute without throttling."""
     limit = steady()
-    assert not limit.lift_if_idle(79.9)
-    assert limit.lift_if_idle(80.0)
-    assert (limit.throttled_now, limit.per_second(80.0)) == (False, math.inf)
-    assert not limit.lift_if_idle(81.0)
+    assert not limit.remove_if_unthrottled(79.9)
+    assert limit.remove_if_unthrottled(80.0)
+    assert (limit.has_learned_limit, limit.per_second(80.0)) == (False, math.inf)
+    assert not limit.remove_if_unthrottled(81.0)

@@ -274,7 +274,7 @@ def test_credentials_sign_with_a_selected_pair(bench: Bench) -> None:
         next_secret_key="next-secret",
     )
     _, following = credentials.held()
-    credentials.sign_with(following)
+    credentials.set_signing(following)
     credentials.reload()
     assert credentials.signing is following
     assert (bench.slot("active"), bench.slot("next")) == (0, 1)
