@@ -1,14 +1,14 @@
 """The progress service: answers queries from the store, or from the upstream through single flight.
 
-    fresh snapshot                  -> answer at once
-    stale-while-revalidate          -> answer at once, and start one background refresh
-    else                            -> all callers wait for one in-flight request to the upstream
+    fresh snapshot                  -> returned at once
+    stale-while-revalidate          -> returned at once, and one background refresh starts
+    no such snapshot                -> all callers wait for one in-flight request to the upstream
     the request fails               -> stale-if-error: a snapshot that is young enough, else the failure
-    the rate limiter queues it      -> the same at once; the request stays in the queue
+    the rate limiter queues it      -> such a snapshot at once; the request stays in the queue
     all callers have left           -> a request that is still queued is dropped
-    a fresh snapshot is read twice  -> refresh-ahead: the next reader finds a fresh snapshot
+    a fresh snapshot is read twice  -> refresh-ahead: replaced when it becomes stale
 
-Freshness promise: while the upstream responds, no caller receives a snapshot older than its lifetime +
+While the upstream responds, no caller receives a snapshot older than its lifetime plus
 `cache.stale_while_revalidate_seconds`.
 """
 
@@ -44,7 +44,7 @@ from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.demand import Demand
 
-_HOT_READS = 2  # reads within one lifetime that start refresh-ahead
+_HOT_READS = 2  # reads of a snapshot while it is fresh, after which refresh-ahead starts
 _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes 50 ns at each hit
 
 _MAX_STATUS_LENGTH = 4096  # characters that are searched for secrets; the log shows 100 of them
@@ -55,7 +55,7 @@ log = structlog.get_logger(__name__)
 class ProgressService:
     """Answers queries.
 
-    `timeout_seconds`: limit for an in-flight request, with waiting for another replica and for the upstream.
+    `timeout_seconds`: limit for an in-flight request, including the time it waits for another replica.
     `clock` is the monotonic clock of `Snapshot.fetched_at`.
     """
 
@@ -97,9 +97,9 @@ class ProgressService:
         self._overdue = {operation: metrics.answers_overdue.labels(operation).inc for operation in Operation}
 
     def lookup(self, key: TaskKey) -> CacheResult | None:
-        """Return a result from the store without waiting, or None. This is the hot path.
+        """Return a result from the store without waiting, or None. Every cache hit runs this.
 
-        A stale result starts a background refresh.
+        A stale result starts a background refresh, unless a failure of the task is cached.
         """
         snapshot = self._store.peek(key)
         if snapshot is None:
@@ -120,7 +120,7 @@ class ProgressService:
     def still_current(self, snapshot: Snapshot, now: float) -> bool:
         """Tell whether a snapshot that `lookup` returned may be served again `now`; if so, count a lookup.
 
-        Reuse a stale snapshot only briefly: this does not check whether the refresh has failed.
+        Reuse a stale snapshot for a short time only: this does not check whether its refresh has failed.
         """
         age = now - snapshot.fetched_at
         if not self._store.is_current(snapshot, now):
@@ -137,8 +137,8 @@ class ProgressService:
     async def get(self, key: TaskKey, *, client: bytes = b"") -> CacheResult | FetchFailure:
         """Return a result from the store or the upstream, or the failure if stale-if-error does not apply.
 
-        `client` identifies the caller: the rate limiter is fair to clients. If this is cancelled, an upstream
-        query that has no other callers is dropped, unless it is on the wire.
+        `client` identifies the caller, because the rate limiter is fair to clients. If this call is
+        cancelled, an upstream query without other callers is dropped, unless it is on the wire.
         """
         result = self.lookup(key)
         if result is None and await self._store.sync():
@@ -150,15 +150,15 @@ class ProgressService:
         return outcome
 
     def count(self, outcome: CacheResult | FetchFailure) -> None:
-        """Count one lookup with this outcome, for a caller whose result came from a schedule."""
+        """Count one lookup with this outcome, for a long poll: its schedule counts none."""
         self._count_lookup[outcome.key.operation, outcome.source]()
         if isinstance(outcome, CacheResult):
             self._record_age(outcome.snapshot, outcome.age)
 
     async def get_fresh(self, key: TaskKey, *, client: bytes | None = b"") -> CacheResult | FetchFailure:
-        """Return a fresh snapshot, and wait for it if necessary. It counts no lookup: schedules use it.
+        """Return a fresh snapshot, and wait for it if necessary; for schedules, so it counts no lookup.
 
-        `client`: as in `get`; None if the request is made for the subscribers that have joined.
+        `client`: as in `get`; None if only the subscribers that have joined need the result.
         """
         snapshot = self._store.peek(key)
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
@@ -167,7 +167,7 @@ class ProgressService:
         return CacheResult(snapshot, age, CacheStatus.HIT)
 
     def peek(self, key: TaskKey) -> CacheResult | None:
-        """Return a result from the store or None, as `lookup`, but count no lookup and start no refresh."""
+        """Return what `lookup` returns, but count no lookup and start no refresh."""
         snapshot = self._store.peek(key)
         if snapshot is None:
             return None
@@ -179,7 +179,7 @@ class ProgressService:
         )
 
     def join(self, key: TaskKey, client: bytes) -> None:
-        """Add a subscriber. Until it leaves, requests for the task are made on behalf of its client, too."""
+        """Add a subscriber. Until it leaves, requests for the task also count for its client."""
         self._in_flight.join(key, client)
 
     def leave(self, key: TaskKey, client: bytes) -> None:
@@ -203,7 +203,7 @@ class ProgressService:
     def _stale(self, snapshot: Snapshot, age: float) -> CacheResult | None:
         """Return a result with a stale snapshot, or None if it is too old.
 
-        Stale-while-revalidate sets the maximum age. If a failure is remembered, the maximum age is
+        Without a cached failure, the maximum age is the lifetime plus stale-while-revalidate. With one, it is
         `cache.stale_if_error_seconds`, which may be shorter, and the result contains the failure.
         """
         failure = self._store.failure(snapshot.key)
@@ -215,15 +215,18 @@ class ProgressService:
 
     def _refresh(self, key: TaskKey, version: int) -> None:
         known = self._store.peek(key)
-        # A watch or another replica may have replaced the snapshot meanwhile. Then the reads of the new
-        # snapshot decide about refresh-ahead.
+        # A schedule or another replica may have replaced the snapshot meanwhile. Then the reads of the new
+        # snapshot decide whether refresh-ahead starts.
         if known is not None and known.version == version and self._store.failure(key) is None:
             self._in_flight.start(key, background=True, after=version)
 
     async def _wait(
         self, key: TaskKey, client: bytes | None, *, wait_while_queued: bool = False
     ) -> CacheResult | FetchFailure:
-        """Wait for the in-flight request; `wait_while_queued`: even while the rate limiter queues it."""
+        """Wait for the in-flight request, or start one.
+
+        `wait_while_queued`: wait even if the rate limiter queues it and a stale snapshot could be returned.
+        """
         failure = self._store.failure(key)
         if failure is not None:
             return self._stale_if_error(key, failure, CacheStatus.NEGATIVE)
@@ -245,7 +248,10 @@ class ProgressService:
         return CacheResult(outcome, age, source, replaced_stale=known is not None, fetch=fetch)
 
     async def _join_request(self, key: TaskKey, *, wait_while_queued: bool) -> FetchResult:
-        """Wait for the in-flight request, or start one; return early with an error if it is queued."""
+        """Wait for the in-flight request, or start one.
+
+        Without `wait_while_queued`, return RateLimiterExhausted as soon as the rate limiter queues it.
+        """
         request = self._in_flight.start(key)
         if wait_while_queued:
             return await asyncio.shield(request)
@@ -286,7 +292,7 @@ class ProgressService:
         )
 
     async def _fetch(self, key: TaskKey, demand: Demand, after: int | None) -> FetchResult:
-        """Run an in-flight request. It returns failures and does not raise them, because callers share them.
+        """Run an in-flight request. Failures are returned and not raised, because callers share them.
 
         `after`: fetch even if the snapshot of this version is still fresh.
         """
@@ -296,7 +302,7 @@ class ProgressService:
                 mark.outcome = fetch.outcome.code if isinstance(fetch.outcome, GatewayError) else "ok"
                 return fetch if mark.context is None else fetch._replace(span=mark.context)
         except Exception as exc:
-            # A background refresh may have no waiting caller: then only the log shows an unexpected error.
+            # A background refresh may have no waiting caller; without this entry its error would be lost.
             if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
                 log.exception(
                     "fetch_crashed", operation=key.operation, task_id=key.task_id, suppressed=suppressed
@@ -306,8 +312,8 @@ class ProgressService:
     async def _fetch_with_lease(self, key: TaskKey, demand: Demand, *, after: int | None) -> FetchResult:
         deadline = self._clock() + self._timeout_seconds
         while True:
-            # `acquire` looks for a snapshot again. Another replica may have stored one since the lookup of
-            # the caller, and a second query would break the promise of one upstream query.
+            # `acquire` looks for a snapshot again. Another replica may have stored one since the caller's
+            # lookup, and a task costs one upstream query per lifetime.
             lease = await self._store.acquire(key, after=after, timeout_seconds=deadline - self._clock())
             if not isinstance(lease, Lease):
                 return FetchResult(lease)

@@ -1,8 +1,8 @@
 """The interface of a store of snapshots. The service uses it without knowing the implementation.
 
-acquire -> a fresh snapshot, fetched by any replica   -> the result of the in-flight request
-        -> a failure, met by any replica              -> the result of the in-flight request
-        -> a lease: query the upstream, then          -> commit | fail | abandon
+acquire -> a fresh snapshot, fetched by any replica     -> the result of the in-flight request
+        -> a cached failure, recorded by any replica    -> the result of the in-flight request
+        -> a lease: the caller queries the upstream     -> commit | fail | abandon
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from gateway.domain.task import TaskKey
 class Lease(NamedTuple):
     """The exclusive right, among all replicas, to query the upstream about a task.
 
-    `version` is the version of the resulting snapshot: a fencing token. `token` identifies the holder; it is
-    empty if no other replica can take the lease.
+    `version` becomes the version of the snapshot. It is a fencing token: a snapshot of an older lease does
+    not replace a newer one. `token` identifies the holder; it is empty if no server granted the lease.
     """
 
     key: TaskKey
@@ -31,9 +31,9 @@ class Lease(NamedTuple):
 class Store(Protocol):
     """Keeps the latest snapshot of each task, and for a short time the failures to fetch one.
 
-    `peek`, `is_current`, `peek_stale`, `latest` and `failure` read this process's memory and never wait. The
-    other methods may query a server. They do not raise if it is unavailable: each replica then works with its
-    own memory. Open a store with `async with`.
+    The methods that are not `async` use this process's memory only, and never wait. The others may query a
+    server. If the server is unavailable they do not raise: the replica then works with its own memory. Open a
+    store with `async with`.
     """
 
     @property
@@ -42,7 +42,7 @@ class Store(Protocol):
         ...
 
     async def __aenter__(self) -> Self:
-        """Open the store; this need not wait for a connection to a server."""
+        """Open the store. It is usable at once, and may connect to a server in the background."""
         ...
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -50,22 +50,22 @@ class Store(Protocol):
         ...
 
     def peek(self, key: TaskKey) -> Snapshot | None:
-        """Return the snapshot in memory, fresh or not, unless a newer one may have been missed."""
+        """Return the visible snapshot, fresh or not; None if this replica may have missed a newer one."""
         ...
 
     def is_current(self, snapshot: Snapshot, now: float) -> bool:
         """Return whether `peek`, which has returned this snapshot, would certainly return it again `now`.
 
-        Called for each repeated hit, so it does no look-up and does not count as a use of the cache entry.
+        It runs for each repeated hit, so it does no lookup and does not count as a use of the cache entry.
         """
         ...
 
     def peek_stale(self, key: TaskKey) -> Snapshot | None:
-        """Return the snapshot in memory even if a newer one may have been missed: for stale-if-error."""
+        """Return the visible snapshot even if a newer one may have been missed; for stale-if-error."""
         ...
 
     def latest(self, key: TaskKey) -> Snapshot | None:
-        """Return the latest snapshot known, visible yet or not: the one that a new snapshot follows."""
+        """Return the latest known snapshot, visible or not; a new snapshot is built on it."""
         ...
 
     def failure(self, key: TaskKey) -> GatewayError | None:
@@ -81,17 +81,17 @@ class Store(Protocol):
     ) -> Snapshot | GatewayError | Lease:
         """Return a result that makes an upstream query unnecessary, or the lease for one.
 
-        `after`: only a fresh snapshot with a larger version is a result. If another replica holds the lease,
-        this waits until that replica commits, fails or dies, at most `timeout_seconds`.
+        `after`: a snapshot is a result only if its version is larger. If another replica holds the lease,
+        this waits until that replica ends the lease or the lease expires, for at most `timeout_seconds`.
         """
         ...
 
     async def commit(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
         """Store a snapshot unless a newer one is stored, and end the lease; return the stored one.
 
-        A terminal snapshot is never replaced by a non-terminal one. This returns when the stored snapshot
-        is visible in every replica. None: the lease has expired, and the stored snapshot is not fresh, or
-        another replica holds the lease. Call `acquire` again.
+        A terminal snapshot is never replaced by a non-terminal one. This returns when every replica can show
+        the stored snapshot. It returns None if the lease has expired and there is no fresh snapshot instead:
+        call `acquire` again.
         """
         ...
 
@@ -106,7 +106,8 @@ class Store(Protocol):
     async def token(self, per_second: float, *, saved: float, timeout_seconds: float) -> float:
         """Take one permit from the replicas' shared rate limiter; return the seconds to wait for it.
 
-        `saved`: the burst size, in calls. Raises: RateLimiterExhausted if the wait exceeds `timeout_seconds`.
+        `per_second`: the rate. `saved`: the burst size, in calls. Raises: RateLimiterExhausted if the wait
+        exceeds `timeout_seconds`.
         """
         ...
 
@@ -123,7 +124,7 @@ class Store(Protocol):
         ...
 
     def __len__(self) -> int:
-        """Return the number of snapshots in memory. Like `size`, read-only and safe in any thread."""
+        """Return the number of snapshots in memory. Like `size`, it only reads, and is safe in any thread."""
         ...
 
     def size(self) -> int:
