@@ -16,8 +16,8 @@ from prometheus_client import CollectorRegistry
 
 from gateway.domain.errors import (
     GatewayError,
-    UpstreamClock,
-    UpstreamCredentials,
+    TimestampRefused,
+    CredentialsRefused,
     UpstreamRejected,
     UpstreamTimeout,
 )
@@ -101,13 +101,13 @@ def _explain(exc: GatewayError, path: str, exchange: RawResponse, redactor: Reda
     message = exchange.headers.get("x-ca-error-message", "")
     code = exchange.headers.get("x-ca-error-code", "")
     response = redactor(f"{exchange.status} {code} {message}".strip())
-    if isinstance(exc, UpstreamClock):
+    if isinstance(exc, TimestampRefused):
         yield f"clock: {_clock_words(exchange)}; the upstream allows 15 minutes"
-    elif isinstance(exc, UpstreamCredentials) and ("appkey" in message.lower() or code == "A400IK"):
+    elif isinstance(exc, CredentialsRefused) and ("appkey" in message.lower() or code == "A400IK"):
         yield "access key: unknown to the upstream"
-    elif isinstance(exc, UpstreamCredentials) and ("signature" in message.lower() or code == "A403IS"):
+    elif isinstance(exc, CredentialsRefused) and ("signature" in message.lower() or code == "A403IS"):
         yield from _explain_signature(message, path, exchange, redactor)
-    elif isinstance(exc, UpstreamCredentials):
+    elif isinstance(exc, CredentialsRefused):
         yield "account: the access key is known, but not allowed to do this (authorisation, quota or bill)"
     else:
         yield f"upstream: {exc}"

@@ -26,9 +26,9 @@ from gateway.domain.errors import (
     GatewayError,
     Overloaded,
     RateLimiterExhausted,
-    UpstreamCredentials,
+    CredentialsRefused,
     UpstreamError,
-    UpstreamOpen,
+    CircuitOpen,
 )
 from gateway.domain.snapshot import Snapshot, observe
 from gateway.domain.task import Operation, Status, TaskKey
@@ -345,7 +345,7 @@ class ProgressService:
             demand.committed = True
             # The gateway's own limits, an open circuit and refused credentials say nothing about this task,
             # so they are not stored as its failure (negative cache).
-            if isinstance(failure, Overloaded | RateLimiterExhausted | UpstreamOpen | UpstreamCredentials):
+            if isinstance(failure, Overloaded | RateLimiterExhausted | CircuitOpen | CredentialsRefused):
                 await self._store.abandon(lease)
             else:
                 await self._store.fail(lease, failure, seconds=self._cache.error_seconds)

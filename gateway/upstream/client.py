@@ -23,9 +23,9 @@ from gateway.domain.errors import (
     GatewayError,
     Overloaded,
     RateLimiterExhausted,
-    UpstreamClock,
+    TimestampRefused,
     UpstreamError,
-    UpstreamOpen,
+    CircuitOpen,
     UpstreamThrottled,
     UpstreamTimeout,
 )
@@ -158,7 +158,7 @@ class UpstreamClient:
         last_error = self._signed_requests.last_error_code
         codes = [last_error] if last_error else []
         if any(breaker.state is not State.CLOSED for breaker in self._breakers.values()):
-            codes.append(UpstreamOpen.code)
+            codes.append(CircuitOpen.code)
         if self._rate_limiter.has_learned_limit:
             codes.append(UpstreamThrottled.code)
         return list(dict.fromkeys(codes))
@@ -201,7 +201,7 @@ class UpstreamClient:
                 while True:
                     try:
                         return await self._attempt(query)
-                    except (RateLimiterExhausted, Overloaded, UpstreamOpen) as refused:
+                    except (RateLimiterExhausted, Overloaded, CircuitOpen) as refused:
                         # No call was made. If an earlier call failed, its error says more.
                         raise copy(failure or refused) from None
                     except UpstreamError as exc:
@@ -272,7 +272,7 @@ class UpstreamClient:
         offset = self._signed_requests.clock_offset
         try:
             return await self._call(query, permit, pair)
-        except UpstreamClock as exc:
+        except TimestampRefused as exc:
             # The first refusal corrects the clock for all calls in flight, and each is signed and sent again
             # once. This does not use the retry budget, which may be smaller than the number of such calls.
             if self._signed_requests.clock_offset == offset:

@@ -33,10 +33,10 @@ from typing import Any, NamedTuple, TypeVar
 import structlog
 
 from gateway.domain.errors import (
-    UpstreamClock,
-    UpstreamCredentials,
-    UpstreamNonce,
-    UpstreamQuota,
+    TimestampRefused,
+    CredentialsRefused,
+    NonceRefused,
+    QuotaExhausted,
     UpstreamRejected,
 )
 from gateway.domain.task import Operation
@@ -45,12 +45,12 @@ from gateway.upstream.credentials import Credentials, CredentialVersion, KeyPair
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-_Tried = dict[KeyPair, UpstreamCredentials]
+_Tried = dict[KeyPair, CredentialsRefused]
 
 
 class _Refusal(NamedTuple):
     until: float
-    error: UpstreamCredentials
+    error: CredentialsRefused
 
 
 class _Use(NamedTuple):
@@ -85,7 +85,7 @@ class CredentialRotation:
         """Make a call with the signing pair. If it is refused, try the other candidates one after another.
 
         Raises:
-            UpstreamCredentials: Every candidate was refused. If all are paused, no call is made.
+            CredentialsRefused: Every candidate was refused. If all are paused, no call is made.
             Exception: What `call` raises.
         """
         tried: _Tried = {}
@@ -99,7 +99,7 @@ class CredentialRotation:
                     version = self._next_candidate(operation, tried)
                     probe = _Use(version, self._credentials.signing, is_probe=True)
                     outcome = await self._call(operation, probe, call)
-            if not isinstance(outcome, UpstreamCredentials):
+            if not isinstance(outcome, CredentialsRefused):
                 return outcome
             tried[version.pair] = outcome
 
@@ -111,15 +111,15 @@ class CredentialRotation:
 
     async def _call(
         self, operation: Operation, use: _Use, call: Callable[[KeyPair], Awaitable[T]]
-    ) -> T | UpstreamCredentials:
+    ) -> T | CredentialsRefused:
         """Make a call; return the refusal if another pair may be accepted."""
         try:
             result = await call(use.version.pair)
-        except (UpstreamClock, UpstreamNonce):
+        except (TimestampRefused, NonceRefused):
             raise
-        except UpstreamCredentials as exc:
+        except CredentialsRefused as exc:
             self._on_refused(operation, use.version, exc)
-            if isinstance(exc, UpstreamQuota):
+            if isinstance(exc, QuotaExhausted):
                 raise
             return copy(exc)
         except UpstreamRejected:
@@ -136,7 +136,7 @@ class CredentialRotation:
         return signing
 
     def _next_candidate(self, operation: Operation, tried: _Tried) -> CredentialVersion:
-        """Return the next candidate for a probe. Raises: UpstreamCredentials, if there is none."""
+        """Return the next candidate for a probe. Raises: CredentialsRefused, if there is none."""
         now = self._clock()
         errors = []
         for version in self._candidates():
@@ -147,10 +147,10 @@ class CredentialRotation:
             if refusal is None or refusal.until <= now:
                 return version
             errors.append(refusal.error)
-            if version is self._credentials.signing and isinstance(refusal.error, UpstreamQuota):
+            if version is self._credentials.signing and isinstance(refusal.error, QuotaExhausted):
                 break
         if not errors:
-            raise UpstreamCredentials("the gateway has no credentials")
+            raise CredentialsRefused("the gateway has no credentials")
         raise copy(errors[0])  # a copy for this caller: many may share the error
 
     def _candidates(self) -> list[CredentialVersion]:
@@ -158,7 +158,7 @@ class CredentialRotation:
         return [version for version in known if version is not None]
 
     def _on_refused(
-        self, operation: Operation, version: CredentialVersion, error: UpstreamCredentials
+        self, operation: Operation, version: CredentialVersion, error: CredentialsRefused
     ) -> None:
         now = self._clock()
         before = self._refusals.get((operation, version.pair))

@@ -22,7 +22,7 @@ import structlog
 
 from gateway.domain.envelope import read_envelope
 from gateway.domain.errors import (
-    UpstreamClock,
+    TimestampRefused,
     UpstreamDetail,
     UpstreamError,
     UpstreamInvalid,
@@ -237,7 +237,7 @@ class SignedRequests:
             skew = self._observe_clock(response)
             try:
                 parsed = self.parse_response(response, key)
-            except UpstreamClock:
+            except TimestampRefused:
                 self._correct_clock(skew)
                 raise
             except UpstreamRejected as exc:

@@ -27,11 +27,11 @@ from gateway.domain.errors import (
     GatewayError,
     Overloaded,
     UpstreamBusy,
-    UpstreamClock,
-    UpstreamCredentials,
+    TimestampRefused,
+    CredentialsRefused,
     UpstreamDetail,
     UpstreamInvalid,
-    UpstreamNonce,
+    NonceRefused,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamTimeout,
@@ -68,7 +68,7 @@ LEAST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 1.0, 30.0  # of a schedule whos
 ROUNDING_SECONDS = 0.01
 # None of these failures is cached: the gateway's own limits, an open circuit, and refused
 # credentials.
-NOT_REMEMBERED = (Overloaded, UpstreamCredentials)
+NOT_REMEMBERED = (Overloaded, CredentialsRefused)
 
 caches = st.builds(
     Cache,
@@ -82,9 +82,9 @@ caches = st.builds(
     stale_if_error_seconds=st.sampled_from([60.0, 0.0, 2.0]),
 )
 KINDS: list[type[GatewayError]] = [
-    UpstreamCredentials,
-    UpstreamClock,
-    UpstreamNonce,
+    CredentialsRefused,
+    TimestampRefused,
+    NonceRefused,
     UpstreamThrottled,
     UpstreamInvalid,
     UpstreamBusy,

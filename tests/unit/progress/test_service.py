@@ -18,12 +18,12 @@ from gateway.domain.errors import (
     Overloaded,
     RateLimiterExhausted,
     UpstreamBusy,
-    UpstreamClock,
-    UpstreamCredentials,
+    TimestampRefused,
+    CredentialsRefused,
     UpstreamDetail,
     UpstreamInvalid,
-    UpstreamNonce,
-    UpstreamOpen,
+    NonceRefused,
+    CircuitOpen,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamTimeout,
@@ -70,10 +70,10 @@ FAILURES: list[GatewayError] = [
 NOT_THE_TASKS: list[GatewayError] = [
     Overloaded("full"),
     RateLimiterExhausted("full"),
-    UpstreamOpen("resting"),
-    UpstreamCredentials("refused"),
-    UpstreamClock("refused"),
-    UpstreamNonce("refused"),
+    CircuitOpen("resting"),
+    CredentialsRefused("refused"),
+    TimestampRefused("refused"),
+    NonceRefused("refused"),
 ]
 
 

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry
 from gateway.domain.errors import (
     Overloaded,
     UpstreamBusy,
-    UpstreamCredentials,
+    CredentialsRefused,
     UpstreamError,
     UpstreamTimeout,
 )
@@ -74,7 +74,7 @@ class FakeRotation:
         """Make a call, and another one when it was refused."""
         try:
             return await call(PAIR)
-        except UpstreamCredentials:
+        except CredentialsRefused:
             return await call(PAIR)
 
 
@@ -199,7 +199,7 @@ def test_query_without_demand_is_dropped_before_another_call(bench: Bench) -> No
 
     demand.begin(drop=drop)
     demand.join(b"1")
-    bench.calls.failures = [UpstreamCredentials("refused")]
+    bench.calls.failures = [CredentialsRefused("refused")]
     asked = bench.ask(0, demand=demand)
     demand.leave(b"1")
     bench.loop.advance(4.0)
