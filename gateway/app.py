@@ -121,8 +121,8 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         return [*(f"upstream: {code}" for code in upstream.troubles), *store_trouble]
 
     def signing_key_pair() -> dict[str, Any] | None:
-        version = credentials.signing
-        return None if version is None else {"slot": version.slot, "generation": version.generation}
+        signing = credentials.signing
+        return None if signing is None else {"slot": signing.slot, "generation": signing.generation}
 
     problems = Problems([operation.path for operation in settings.upstream.operations])
     limiter = _limiter(settings.limits)

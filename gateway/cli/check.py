@@ -25,7 +25,7 @@ from gateway.domain.task import TaskKey
 from gateway.settings.model import Settings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import MASK, Redactor
-from gateway.upstream.credentials import Credentials, Slot
+from gateway.upstream.credentials import Credentials, CredentialSlot
 from gateway.upstream.http_transport import explain
 from gateway.upstream.signed_request import RawResponse, SignedRequests, unix_time
 from gateway.upstream.signing import string_to_sign
@@ -54,7 +54,7 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
     lines.append(f"querying {settings.upstream.endpoint}{key.operation.path}")
     works = dict.fromkeys(credentials.faults(), False)
     async with calls:
-        for credential in credentials.held():
+        for credential in credentials.loaded():
             lines.append(f"{credential.slot} key pair (generation {credential.generation}):")
             try:
                 exchange = await calls.send_unparsed(key, credential.pair)
@@ -84,9 +84,9 @@ def _evaluate(calls: SignedRequests, key: TaskKey, exchange: RawResponse) -> Fin
     return Finding(ok=True, lines=["OK: key, signature and clock accepted"])
 
 
-def _compare(works: dict[Slot, bool]) -> Iterator[str]:
-    if len(works) == len(Slot):
-        match works[Slot.ACTIVE], works[Slot.NEXT]:
+def _compare(works: dict[CredentialSlot, bool]) -> Iterator[str]:
+    if len(works) == len(CredentialSlot):
+        match works[CredentialSlot.ACTIVE], works[CredentialSlot.NEXT]:
             case True, True:
                 yield "both key pairs work: the active one signs, and the next one can replace it at any time"
             case True, False:

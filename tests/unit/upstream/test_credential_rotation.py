@@ -23,7 +23,7 @@ from gateway.settings.model import Credentials as CredentialSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 from gateway.upstream.credential_rotation import CredentialRotation
-from gateway.upstream.credentials import Credentials, KeyPair, Slot
+from gateway.upstream.credentials import Credentials, KeyPair, CredentialSlot
 
 REFUSAL_SECONDS = 1.0
 REJECTED = UpstreamRejected("rejected", envelope=b"{}", detail=UpstreamDetail())
@@ -82,9 +82,9 @@ class Bench:
         held = self.credentials.signing
         shown = {
             slot: self.metrics.registry.get_sample_value("sd_gateway_credentials_active_slot", {"slot": slot})
-            for slot in Slot
+            for slot in CredentialSlot
         }
-        assert shown == {slot: float(held is not None and held.slot is slot) for slot in Slot}
+        assert shown == {slot: float(held is not None and held.slot is slot) for slot in CredentialSlot}
         return None if held is None else (held.slot, held.generation)
 
 
