@@ -9,7 +9,7 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.client_limits import ClientLimits, client_key
-from gateway.api.problems import document, lookup
+from gateway.api.problems import problem_document, status_and_title
 from gateway.api.requests import query_parameters
 from gateway.api.server_extensions import while_connected
 from gateway.api.task_parameters import TaskParameters
@@ -38,8 +38,8 @@ class BatchEndpoint:
             if isinstance(outcome, CacheResult):
                 items.append(outcome.snapshot.body)
             else:
-                status, title = lookup(outcome.failure)
-                problem = document(outcome.failure, status, title, request_id=scope["state"]["request_id"])
+                status, title = status_and_title(outcome.failure)
+                problem = problem_document(outcome.failure, status, title, request_id=scope["state"]["request_id"])
                 items.append(render_json({"taskId": outcome.key.task_id, "error": problem}))
         snapshots = [outcome.snapshot for outcome in outcomes if isinstance(outcome, CacheResult)]
         summary = render_json(summarize(snapshots, errors=len(outcomes) - len(snapshots)))

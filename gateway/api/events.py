@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.heartbeats import HEARTBEAT, Heartbeats
-from gateway.api.problems import document, lookup
+from gateway.api.problems import problem_document, status_and_title
 from gateway.api.requests import header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, chunk, direct_transport_of
 from gateway.api.task_parameters import TaskParameters
@@ -160,8 +160,8 @@ class EventsEndpoint:
             return _progress(update.snapshot)
         assert update.failure is not None  # noqa: S101  # an update has a snapshot or a failure
         self._sent["problem"].inc()
-        status, title = lookup(update.failure)
-        problem = document(update.failure, status, title, request_id=scope["state"]["request_id"])
+        status, title = status_and_title(update.failure)
+        problem = problem_document(update.failure, status, title, request_id=scope["state"]["request_id"])
         return b"event: problem\ndata: %s\n\n" % render_json({"taskId": update.key.task_id, **problem})
 
 

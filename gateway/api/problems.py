@@ -67,7 +67,7 @@ PROBLEMS: Mapping[type[GatewayError], tuple[int, str]] = {
 _WITH_RETRY_AFTER = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
 _RETRY_AFTER_SECONDS = 1.0  # if the error has no value
 _FAILURE = 20  # the envelope's `status` of a failed call
-INTERNAL = GatewayError("internal error; see the log of the gateway for this request ID")
+INTERNAL_ERROR = GatewayError("internal error; see the log of the gateway for this request ID")
 
 
 class Problems:
@@ -84,9 +84,9 @@ class Problems:
             if "Allow" in headers:  # Starlette joins a set, whose order differs between processes
                 headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
             exc = _from_router(exc)
-        error = exc if isinstance(exc, GatewayError) else INTERNAL
+        error = exc if isinstance(exc, GatewayError) else INTERNAL_ERROR
         scope["state"]["code"] = error.code  # for the request log
-        status, title = lookup(error)
+        status, title = status_and_title(error)
         if status in _WITH_RETRY_AFTER:
             headers["Retry-After"] = str(math.ceil(error.retry_after or _RETRY_AFTER_SECONDS))
         headers["Cache-Control"] = "no-store"
@@ -94,16 +94,16 @@ class Problems:
             headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
         if route_path(scope) in self._vendor_paths:
             return Response(render_json(_envelope(error)), status, headers, "application/json")
-        problem = document(error, status, title, request_id=scope["state"]["request_id"])
+        problem = problem_document(error, status, title, request_id=scope["state"]["request_id"])
         return Response(render_json(problem), status, headers, "application/problem+json")
 
 
-def lookup(error: GatewayError) -> tuple[int, str]:
+def status_and_title(error: GatewayError) -> tuple[int, str]:
     """Return the HTTP status and title of an error."""
     return next(PROBLEMS[kind] for kind in type(error).__mro__ if kind in PROBLEMS)
 
 
-def document(error: GatewayError, status: int, title: str, *, request_id: str) -> dict[str, Any]:
+def problem_document(error: GatewayError, status: int, title: str, *, request_id: str) -> dict[str, Any]:
     """Return the problem document (RFC 9457), with the extensions `code`, `requestId` and `upstream`."""
     problem: dict[str, Any] = {
         "type": f"urn:sd-gateway:problem:{error.code}",

@@ -27,7 +27,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
-from gateway.api.problems import INTERNAL, lookup
+from gateway.api.problems import INTERNAL_ERROR, status_and_title
 from gateway.api.server_extensions import DIRECT_TRANSPORT, DISCONNECTED, ON_DISCONNECT
 from gateway.domain.errors import GatewayError, InvalidParameter, Overloaded
 from gateway.server.connection_limits import ConnectionLimits
@@ -222,7 +222,7 @@ class Connection(asyncio.Protocol):
         self._on_disconnect = {}
         self.server_state.total_requests += 1
         if failed and not exchange.started:
-            self._refuse(INTERNAL)
+            self._refuse(INTERNAL_ERROR)
         elif failed:
             self.transport.abort()  # a truncated body must not look complete
         elif not exchange.keep_alive or self._closing:
@@ -372,7 +372,7 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, error: GatewayError, *, linger: bool = True) -> None:
         """Send a problem document as the last response; without its body for HEAD."""
-        self.limits.count_refused_request(lookup(error)[0])
+        self.limits.count_refused_request(status_and_title(error)[0])
         head, body = last_response(error, self.server_state.default_headers)
         self.write(head if self._is_head else head + body)
         self._close(linger=linger)
