@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 from uvicorn.server import ServerState
 
 import gateway
-from gateway.api.client_limits import ClientRateLimiter
+from gateway.api.client_limits import ClientTokenBuckets
 from gateway.api.progress_response import HEADER_NAMES, build_response
 from gateway.api.requests import SECURITY_HEADERS
 from gateway.app import create_app
@@ -227,7 +227,7 @@ async def test_hits_are_logged_like_any_request(bench: Bench) -> None:
 
 async def test_hits_over_the_rate_are_left_to_the_application() -> None:
     """A client without a token gets no response here, and each hit takes one token."""
-    limiter = ClientRateLimiter(2, clock=lambda: 0.0)
+    limiter = ClientTokenBuckets(2, clock=lambda: 0.0)
     bench = Bench(limiter=limiter)
     bench.keep()
     assert bench.ask(b"/v1/progress/unknown") is None  # takes no token
