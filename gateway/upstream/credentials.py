@@ -137,7 +137,7 @@ class Credentials:
         self._faults.pop(slot, None)
         if pair is None or (previous is not None and previous.pair == pair):
             return
-        self._redactor.hide_credentials(pair.access_key, pair.secret_key)
+        self._redactor.add_credentials(pair.access_key, pair.secret_key)
         loaded = LoadedKeyPair(slot, 1 if previous is None else previous.generation + 1, pair)
         self._loaded[slot] = loaded
         if source.has_files:

@@ -30,7 +30,7 @@ from gateway.domain.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.domain.rejection import STEP, clean, holds
+from gateway.domain.rejection import SEARCH_PIECE_SIZE, any_piece_matches, is_free_of_secrets
 from gateway.domain.snapshot import render_json
 from gateway.domain.task import Operation, TaskKey
 from gateway.settings.model import Upstream as UpstreamSettings
@@ -197,10 +197,10 @@ class SignedRequests:
         if not code and not message:
             body, redact = response.body, self._redactor
             # `_send` searches larger bodies for secrets, in steps.
-            suspect = len(body) <= STEP and redact.may_contain_credential(
+            suspect = len(body) <= SEARCH_PIECE_SIZE and redact.may_contain_credential(
                 body, response.sent["x-ca-signature"]
             )
-            if suspect or len(body) > STEP:
+            if suspect or len(body) > SEARCH_PIECE_SIZE:
                 redact = self.redactor_of(response)
             try:
                 data, invoke_id = read_envelope(body, key, redact=redact)
@@ -243,10 +243,10 @@ class SignedRequests:
             except UpstreamRejected as exc:
                 # The body was too large to be searched for secrets in one step. Here it is searched in
                 # several.
-                if exc.envelope != response.body and await clean(response.body, self.redactor_of(response)):
+                if exc.envelope != response.body and await is_free_of_secrets(response.body, self.redactor_of(response)):
                     exc.envelope = response.body
                 raise
-            if len(response.body) > STEP and await holds(
+            if len(response.body) > SEARCH_PIECE_SIZE and await any_piece_matches(
                 response.body, self.redactor_of(response).contains_credential
             ):
                 raise UpstreamInvalid(_LEAK)

@@ -294,7 +294,7 @@ def test_read_envelope_keeps_a_rejection_byte_for_byte() -> None:
 def test_read_envelope_redacts_a_rejection() -> None:
     """A rejection that quotes a secret stays JSON; neither envelope nor detail contains the secret."""
     redactor = Redactor()
-    redactor.hide("LTAI-fake-access-key")
+    redactor.add_secrets("LTAI-fake-access-key")
     quoted = "Invalid Signature, Server StringToSign:`POST#x-ca-key:LTAI-fake-access-key#`"
     body = envelope(
         None, status=20, errMessage=quoted, subErrMessage=["of LTAI-fake-access-key", 1], subErrCode="S"
@@ -316,7 +316,7 @@ def test_read_envelope_redacts_a_rejection() -> None:
 def test_read_envelope_truncates_the_texts_of_a_rejection() -> None:
     """An upstream text is truncated to 500 characters, after its secrets are redacted."""
     redactor = Redactor()
-    redactor.hide("secret-of-the-tests")
+    redactor.add_secrets("secret-of-the-tests")
     message = "x" * 490 + "secret-of-the-tests" + "x" * 2000
     with pytest.raises(UpstreamRejected) as caught:
         read_envelope(envelope(None, status=20, errMessage=message), KEY, redact=redactor)
