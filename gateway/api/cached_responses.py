@@ -160,7 +160,7 @@ class CachedResponses:
         if result is None:
             return None
         status, values, body = build_response(result, if_none_match)
-        fresh = result.source is _HIT
+        fresh = result.cache_status is _HIT
         log_series = (
             self._hit_log_series[status] if fresh else self._log_series(status, outcome_labels(result))
         )

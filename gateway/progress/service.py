@@ -146,12 +146,12 @@ class ProgressService:
         if result is not None:
             return result
         outcome = await self._wait(key, client)
-        self._count_lookup[key.operation, outcome.source]()
+        self._count_lookup[key.operation, outcome.cache_status]()
         return outcome
 
-    def count(self, outcome: CacheResult | FetchFailure) -> None:
+    def count_lookup(self, outcome: CacheResult | FetchFailure) -> None:
         """Count one lookup with this outcome, for a caller whose result came from a schedule."""
-        self._count_lookup[outcome.key.operation, outcome.source]()
+        self._count_lookup[outcome.key.operation, outcome.cache_status]()
         if isinstance(outcome, CacheResult):
             self._record_age(outcome.snapshot, outcome.age)
 

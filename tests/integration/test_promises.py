@@ -505,7 +505,7 @@ class Promises(RuleBasedStateMachine):
         if result.failure is None:
             assert self._is_young(result.snapshot)
         else:
-            assert result.source is CacheStatus.STALE
+            assert result.cache_status is CacheStatus.STALE
             assert result.age <= self.cache.stale_if_error_seconds
             self._judge_failure_is_recent(story, result.failure)
 
