@@ -30,7 +30,7 @@ from gateway.domain.errors import (
     UpstreamError,
     CircuitOpen,
 )
-from gateway.domain.snapshot import Snapshot, observe
+from gateway.domain.snapshot import Snapshot, build_snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.progress.in_flight import InFlightRequests
 from gateway.progress.refresh_ahead import RefreshAhead
@@ -193,8 +193,8 @@ class ProgressService:
 
     def _count_hit(self, snapshot: Snapshot, age: float) -> None:
         operation = snapshot.key.operation
-        snapshot.polls += 1
-        if snapshot.polls == _HOT_READS and not snapshot.terminal and not self._in_flight.closed:
+        snapshot.read_count += 1
+        if snapshot.read_count == _HOT_READS and not snapshot.terminal and not self._in_flight.closed:
             self._refresh_ahead.schedule(snapshot, age)
         self._hits[operation].value += 1
         if not snapshot.terminal:
@@ -331,7 +331,7 @@ class ProgressService:
             demand.committed = True
             self._refresh_ahead.observe_latency(key.operation, self._clock() - started)
             previous = self._store.latest(key)
-            snapshot = observe(
+            snapshot = build_snapshot(
                 response.data,
                 response.envelope,
                 key,

@@ -1241,7 +1241,7 @@ async def test_refresh_ahead_is_skipped_for_a_replaced_snapshot(bench: Bench, po
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
         await bench.get(KEY)
-    newer = replace(first.snapshot, fetched_at=bench.clock.now, version=first.snapshot.version + 1, polls=0)
+    newer = replace(first.snapshot, fetched_at=bench.clock.now, version=first.snapshot.version + 1, read_count=0)
     bench.store.keep(newer)
     for _ in range(polls):
         await bench.get(KEY)

@@ -181,9 +181,9 @@ def test_cache_marks_revalidated_copies_as_current(loop: TickedLoop, local_cache
     local_cache.apply(one, shown_at=0)
     for until in (float("inf"), 1000.0 + LATER):
         local_cache.invalidate(lambda _: True)
-        assert one.shown_until == float("-inf")
+        assert one.current_until == float("-inf")
         local_cache.revalidate(KEY)
         if until > one.fetched_at + LATER:
-            assert one.shown_until == until
+            assert one.current_until == until
             loop.within(lambda: local_cache.apply(snapshot(2), shown_at=1000.0 + LATER))
-    assert one.shown_until == 1000.0 + LATER
+    assert one.current_until == 1000.0 + LATER
