@@ -17,7 +17,7 @@ from gateway import __version__
 from gateway.api import operator_endpoints
 from gateway.api.batch import BatchEndpoint
 from gateway.api.cached_responses import CachedResponses, CachedResponsesFirst
-from gateway.api.client_limits import ClientLimits, RateLimitMiddleware, ClientTokenBuckets
+from gateway.api.client_limits import ClientLimits, ClientTokenBuckets, RateLimitMiddleware
 from gateway.api.events import EventsEndpoint
 from gateway.api.metrics_port import metrics_application
 from gateway.api.middleware.admission import Admission

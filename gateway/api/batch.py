@@ -39,7 +39,9 @@ class BatchEndpoint:
                 items.append(outcome.snapshot.body)
             else:
                 status, title = status_and_title(outcome.failure)
-                problem = problem_document(outcome.failure, status, title, request_id=scope["state"]["request_id"])
+                problem = problem_document(
+                    outcome.failure, status, title, request_id=scope["state"]["request_id"]
+                )
                 items.append(render_json({"taskId": outcome.key.task_id, "error": problem}))
         snapshots = [outcome.snapshot for outcome in outcomes if isinstance(outcome, CacheResult)]
         summary = render_json(summarize(snapshots, errors=len(outcomes) - len(snapshots)))

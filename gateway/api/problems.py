@@ -18,6 +18,8 @@ from starlette.types import Scope
 from gateway.api.requests import route_path
 from gateway.domain.errors import (
     BodyTooLarge,
+    CircuitOpen,
+    CredentialsRefused,
     CrossSiteRequest,
     GatewayError,
     HeadersTooLarge,
@@ -28,12 +30,10 @@ from gateway.domain.errors import (
     PathNotFound,
     TooManyRequests,
     UnsupportedMediaType,
-    CredentialsRefused,
     UpstreamDetail,
     UpstreamError,
     UpstreamForbidden,
     UpstreamInvalid,
-    CircuitOpen,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamTimeout,

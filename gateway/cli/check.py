@@ -15,9 +15,9 @@ import httpx
 from prometheus_client import CollectorRegistry
 
 from gateway.domain.errors import (
+    CredentialsRefused,
     GatewayError,
     TimestampRefused,
-    CredentialsRefused,
     UpstreamRejected,
     UpstreamTimeout,
 )

@@ -14,14 +14,14 @@
     ├── Overloaded                  one of the gateway's own limits is reached
     └── UpstreamError               the upstream or the connection to it failed
         ├── UpstreamRejected        an envelope that reports a failure
-        ├── CredentialsRefused          key, signature or permission rejected
-        │   ├── TimestampRefused        timestamp rejected
-        │   ├── NonceRefused            nonce rejected; a retry with a new one succeeds
-        │   └── QuotaExhausted          quota exhausted, or a bill unpaid
+        ├── CredentialsRefused      key, signature or permission rejected
+        │   ├── TimestampRefused    timestamp rejected
+        │   ├── NonceRefused        nonce rejected; a retry with a new one succeeds
+        │   └── QuotaExhausted      quota exhausted, or a bill unpaid
         ├── UpstreamForbidden       query of one task rejected, credentials not named
         ├── UpstreamThrottled       rate limit of the upstream reached
         │   └── RateLimiterExhausted    our own rate limiter: no request was sent
-        ├── CircuitOpen                 circuit breaker open: no request was sent
+        ├── CircuitOpen             circuit breaker open: no request was sent
         ├── UpstreamInvalid         the response is not a valid envelope
         │   └── UpstreamBusy        temporary failure of the upstream
         ├── UpstreamUnreachable     DNS, connect, TLS or reset

@@ -1,6 +1,7 @@
 """Converts the data of an upstream envelope into an immutable Snapshot.
 
-    bytes -> `envelope.read_envelope`: valid, and for the requested task? -> data -> `build_snapshot` -> Snapshot
+    bytes -> `envelope.read_envelope`: valid, and for the requested task?
+          -> data -> `build_snapshot` -> Snapshot
 
 A Snapshot holds every response body as bytes that are rendered once: the envelope as received for the
 vendor-compatible paths, and the simplified JSON with its ETag. Only this module, `envelope.py`, `api/` and

@@ -23,12 +23,12 @@ from functools import partial
 import structlog
 
 from gateway.domain.errors import (
+    CircuitOpen,
+    CredentialsRefused,
     GatewayError,
     Overloaded,
     RateLimiterExhausted,
-    CredentialsRefused,
     UpstreamError,
-    CircuitOpen,
 )
 from gateway.domain.snapshot import Snapshot, build_snapshot
 from gateway.domain.task import Operation, Status, TaskKey

@@ -47,7 +47,9 @@ from gateway.server.framing import (
 LINGER_SECONDS = 2.0  # how long the client may keep sending after the last response
 LINGER_BYTES = 262_144
 _BODY_GRACE_SECONDS = 2.0  # lets an application with its own body timeout answer first
-_PIPELINED = 32_768  # bytes of later requests after which reading pauses; one more read adds at most as many
+_MAX_READ_AHEAD = (
+    32_768  # bytes of later requests after which reading pauses; one more read adds at most as many
+)
 _WRITE_BUFFER = 16_384  # bytes of unsent responses after which the writer waits
 
 
@@ -64,20 +66,20 @@ class Connection(asyncio.Protocol):
         "_closing",
         "_config",
         "_deadline",  # of the current state
-        "_drained",  # set while writing is not paused
         "_exchange",
-        "_in_head",  # a head has begun, and its timeout runs
-        "_is_head",  # the request is a HEAD
+        "_is_head_request",  # the request is a HEAD
+        "_lifespan_state",
         "_lingered",  # bytes dropped while closing
         "_on_disconnect",
         "_over_limit",  # beyond max_connections: serves probes only
         "_processing",
         "_reading",
+        "_receiving_head",  # a head has begun, and its timeout runs
         "_scanned",
         "_server",
         "_shutting_down",
-        "_state",
         "_unsent",  # bytes in the write buffer at the last check
+        "_writable",  # set while writing is not paused
         "client",
         "loop",
         "server_state",
@@ -94,7 +96,7 @@ class Connection(asyncio.Protocol):
     ) -> None:
         self._config = config
         self.server_state = server_state
-        self._state = app_state
+        self._lifespan_state = app_state
         self.loop = _loop or asyncio.get_event_loop()
         self._buffer = bytearray()
         self._blank_bytes = self._scanned = self._lingered = self._unsent = 0
@@ -102,9 +104,9 @@ class Connection(asyncio.Protocol):
         self._exchange: Exchange | None = None
         self._on_disconnect: dict[object, Any] = {}  # callbacks, and DISCONNECTED
         self._deadline = Deadline(self.loop, self._expired)
-        self._drained: asyncio.Event | None = None
+        self._writable: asyncio.Event | None = None
         self._reading = True
-        self._is_head = self._closing = self._in_head = self._over_limit = False
+        self._is_head_request = self._closing = self._receiving_head = self._over_limit = False
         self._processing = self._shutting_down = self.write_paused = False
 
     # Callbacks of the event loop.
@@ -132,8 +134,8 @@ class Connection(asyncio.Protocol):
         self._buffer.clear()
         self._body = None
         self.write_paused = False
-        if self._drained is not None:
-            self._drained.set()
+        if self._writable is not None:
+            self._writable.set()
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.disconnect()
@@ -159,16 +161,16 @@ class Connection(asyncio.Protocol):
     def pause_writing(self) -> None:
         """Start the stall timeout: the client reads more slowly than the server writes."""
         self.write_paused = True
-        if self._drained is not None:
-            self._drained.clear()
+        if self._writable is not None:
+            self._writable.clear()
         self._unsent = self.transport.get_write_buffer_size()
         self._deadline.set(self.limits.stall_seconds)
 
     def resume_writing(self) -> None:
         """Continue: the client has read enough."""
         self.write_paused = False
-        if self._drained is not None:
-            self._drained.set()
+        if self._writable is not None:
+            self._writable.set()
         if self._closing:
             return
         if self._exchange is None:
@@ -188,32 +190,32 @@ class Connection(asyncio.Protocol):
         else:
             self._exchange.keep_alive = False
 
-    # Callbacks of the exchange (see `exchange.Peer`).
+    # Callbacks of the exchange (see `exchange.ClientConnection`).
 
     def write(self, data: bytes) -> None:
-        """See `Peer.write`."""
+        """See `ClientConnection.write`."""
         if not self._closing and not self.transport.is_closing():
             self.transport.write(data)
 
-    async def drain(self) -> None:
-        """See `Peer.drain`."""
+    async def wait_writable(self) -> None:
+        """See `ClientConnection.wait_writable`."""
         while self.write_paused:
-            if self._drained is None:
-                self._drained = asyncio.Event()
-            await self._drained.wait()
+            if self._writable is None:
+                self._writable = asyncio.Event()
+            await self._writable.wait()
 
     def body_consumed(self) -> None:
-        """See `Peer.body_consumed`."""
+        """See `ClientConnection.body_consumed`."""
         if self._body is not None:
             self._process()
 
     def response_started(self) -> None:
-        """See `Peer.response_started`."""
+        """See `ClientConnection.response_started`."""
         if self._exchange is not None and (self._shutting_down or self._over_limit or self.limits.draining):
             self._exchange.keep_alive = False
 
     def response_complete(self, *, failed: bool) -> None:
-        """See `Peer.response_complete`."""
+        """See `ClientConnection.response_complete`."""
         exchange = self._exchange
         if exchange is None:
             return
@@ -271,10 +273,10 @@ class Connection(asyncio.Protocol):
                 raise BadRequest(InvalidParameter("too many empty lines before the request"))
             self._start_head_timeout()
         if not buffer:
-            if not self._in_head:
+            if not self._receiving_head:
                 self._deadline.set(self.limits.keep_alive_seconds)
             return False
-        self._is_head = buffer.startswith(b"HEAD ")
+        self._is_head_request = buffer.startswith(b"HEAD ")
         length = end_of_head(buffer, self._scanned, max_bytes=self.limits.max_header_bytes)
         if not length:
             self._scanned = len(buffer)
@@ -283,13 +285,13 @@ class Connection(asyncio.Protocol):
         data = bytes(buffer[:length])
         del buffer[:length]
         self._scanned = self._blank_bytes = 0
-        self._in_head = False
+        self._receiving_head = False
         self._begin(data, parse_head(data, max_fields=self.limits.max_header_count))
         return True
 
     def _start_head_timeout(self) -> None:
-        if not self._in_head:
-            self._in_head = True
+        if not self._receiving_head:
+            self._receiving_head = True
             self._deadline.set(self.limits.head_seconds(over_limit=self._over_limit))
 
     def _begin(self, data: bytes, head: Head) -> None:
@@ -303,7 +305,7 @@ class Connection(asyncio.Protocol):
             root_path=self._config.root_path,
             client=self.client,
             server=self._server,
-            state=self._state.copy(),
+            state=self._lifespan_state.copy(),
             extensions={ON_DISCONNECT: self._on_disconnect, DIRECT_TRANSPORT: self._direct_transport},
         )
         exchange = Exchange(
@@ -348,7 +350,7 @@ class Connection(asyncio.Protocol):
             read = not self._exchange.body_full
         else:
             # A disconnect is noticed only while the socket is read, so a limited amount is read ahead.
-            read = len(self._buffer) < _PIPELINED
+            read = len(self._buffer) < _MAX_READ_AHEAD
         if read != self._reading:
             self._reading = read
             if read:
@@ -374,7 +376,7 @@ class Connection(asyncio.Protocol):
         """Send a problem document as the last response; without its body for HEAD."""
         self.limits.count_refused_request(status_and_title(error)[0])
         head, body = last_response(error, self.server_state.default_headers)
-        self.write(head if self._is_head else head + body)
+        self.write(head if self._is_head_request else head + body)
         self._close(linger=linger)
 
     def _close(self, *, linger: bool) -> None:

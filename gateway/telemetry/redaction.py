@@ -179,7 +179,9 @@ class Redactor:
                 if form.startswith(viewed[at:cut])
             ]
             for first, end in found:
-                at, last = (hex_digits[first], hex_digits[end - 1]) if view == HEX_DIGITS else (first, end - 1)
+                at, last = (
+                    (hex_digits[first], hex_digits[end - 1]) if view == HEX_DIGITS else (first, end - 1)
+                )
                 at -= before and at > 0
                 last += after and end - first == len(form) and last + 1 < len(plain)
                 yield offset + starts[at], offset + ends[last]

@@ -22,8 +22,8 @@ from enum import StrEnum
 import structlog
 
 from gateway.domain.errors import (
-    UpstreamBusy,
     CircuitOpen,
+    UpstreamBusy,
     UpstreamRejected,
     UpstreamTimeout,
     UpstreamUnreachable,

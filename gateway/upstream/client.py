@@ -20,12 +20,12 @@ from itertools import count
 from typing import Protocol
 
 from gateway.domain.errors import (
+    CircuitOpen,
     GatewayError,
     Overloaded,
     RateLimiterExhausted,
     TimestampRefused,
     UpstreamError,
-    CircuitOpen,
     UpstreamThrottled,
     UpstreamTimeout,
 )

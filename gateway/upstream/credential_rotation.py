@@ -33,14 +33,14 @@ from typing import Any, NamedTuple, TypeVar
 import structlog
 
 from gateway.domain.errors import (
-    TimestampRefused,
     CredentialsRefused,
     NonceRefused,
     QuotaExhausted,
+    TimestampRefused,
     UpstreamRejected,
 )
 from gateway.domain.task import Operation
-from gateway.upstream.credentials import Credentials, LoadedKeyPair, KeyPair
+from gateway.upstream.credentials import Credentials, KeyPair, LoadedKeyPair
 
 log = structlog.get_logger(__name__)
 
@@ -157,9 +157,7 @@ class CredentialRotation:
         known = (self._credentials.signing, *self._credentials.loaded(), self._last_good)
         return [loaded for loaded in known if loaded is not None]
 
-    def _on_refused(
-        self, operation: Operation, loaded: LoadedKeyPair, error: CredentialsRefused
-    ) -> None:
+    def _on_refused(self, operation: Operation, loaded: LoadedKeyPair, error: CredentialsRefused) -> None:
         now = self._clock()
         before = self._refusals.get((operation, loaded.pair))
         if before is not None and now < before.until:

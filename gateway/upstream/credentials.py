@@ -97,7 +97,7 @@ class Credentials:
         """Whether any slot has a pair."""
         return bool(self._loaded)
 
-    def held(self) -> list[LoadedKeyPair]:
+    def loaded(self) -> list[LoadedKeyPair]:
         """Return the contents of the slots, the active one first."""
         return [self._loaded[slot] for slot in CredentialSlot if slot in self._loaded]
 

@@ -243,7 +243,9 @@ class SignedRequests:
             except UpstreamRejected as exc:
                 # The body was too large to be searched for secrets in one step. Here it is searched in
                 # several.
-                if exc.envelope != response.body and await is_free_of_secrets(response.body, self.redactor_of(response)):
+                if exc.envelope != response.body and await is_free_of_secrets(
+                    response.body, self.redactor_of(response)
+                ):
                     exc.envelope = response.body
                 raise
             if len(response.body) > SEARCH_PIECE_SIZE and await any_piece_matches(

@@ -15,15 +15,15 @@ import re
 from collections.abc import Mapping
 
 from gateway.domain.errors import (
-    UpstreamBusy,
-    TimestampRefused,
     CredentialsRefused,
+    NonceRefused,
+    QuotaExhausted,
+    TimestampRefused,
+    UpstreamBusy,
     UpstreamDetail,
     UpstreamError,
     UpstreamForbidden,
     UpstreamInvalid,
-    NonceRefused,
-    QuotaExhausted,
     UpstreamThrottled,
     UpstreamTimeout,
 )

@@ -24,14 +24,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from prometheus_client import CollectorRegistry, Gauge
 
 from gateway.domain.errors import (
-    GatewayError,
-    Overloaded,
-    UpstreamBusy,
-    TimestampRefused,
     CredentialsRefused,
+    GatewayError,
+    NonceRefused,
+    Overloaded,
+    TimestampRefused,
+    UpstreamBusy,
     UpstreamDetail,
     UpstreamInvalid,
-    NonceRefused,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamTimeout,

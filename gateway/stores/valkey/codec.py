@@ -20,12 +20,12 @@ import msgspec
 
 from gateway.domain.envelope import read_envelope, read_rejection
 from gateway.domain.errors import (
+    CircuitOpen,
+    CredentialsRefused,
     GatewayError,
     RateLimiterExhausted,
-    CredentialsRefused,
     UpstreamDetail,
     UpstreamError,
-    CircuitOpen,
     UpstreamRejected,
 )
 from gateway.domain.snapshot import Snapshot, render_json, restore_snapshot

@@ -7,9 +7,9 @@ import pytest
 
 from gateway.domain import errors
 from gateway.domain.errors import (
+    CredentialsRefused,
     GatewayError,
     Overloaded,
-    CredentialsRefused,
     UpstreamDetail,
     UpstreamError,
     UpstreamForbidden,

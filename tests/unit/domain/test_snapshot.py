@@ -116,7 +116,9 @@ def seen(
     """Return the snapshot of a response with `data`."""
     data = {"taskId": key.task_id} | data
     body = envelope(data)
-    return build_snapshot(data, body, key, fetched_at=at, lifetimes=LIFETIMES, previous=previous, version=version)
+    return build_snapshot(
+        data, body, key, fetched_at=at, lifetimes=LIFETIMES, previous=previous, version=version
+    )
 
 
 def of(body: bytes, previous: Snapshot | None = None) -> Snapshot:

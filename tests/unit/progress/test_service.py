@@ -14,16 +14,16 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from gateway.domain.errors import (
+    CircuitOpen,
+    CredentialsRefused,
     GatewayError,
+    NonceRefused,
     Overloaded,
     RateLimiterExhausted,
-    UpstreamBusy,
     TimestampRefused,
-    CredentialsRefused,
+    UpstreamBusy,
     UpstreamDetail,
     UpstreamInvalid,
-    NonceRefused,
-    CircuitOpen,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamTimeout,
@@ -1241,7 +1241,9 @@ async def test_refresh_ahead_is_skipped_for_a_replaced_snapshot(bench: Bench, po
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
         await bench.get(KEY)
-    newer = replace(first.snapshot, fetched_at=bench.clock.now, version=first.snapshot.version + 1, read_count=0)
+    newer = replace(
+        first.snapshot, fetched_at=bench.clock.now, version=first.snapshot.version + 1, read_count=0
+    )
     bench.store.keep(newer)
     for _ in range(polls):
         await bench.get(KEY)

@@ -7,14 +7,14 @@ import pytest
 from structlog.testing import capture_logs
 
 from gateway.domain.errors import (
-    GatewayError,
-    UpstreamBusy,
-    TimestampRefused,
+    CircuitOpen,
     CredentialsRefused,
+    GatewayError,
+    NonceRefused,
+    TimestampRefused,
+    UpstreamBusy,
     UpstreamDetail,
     UpstreamInvalid,
-    NonceRefused,
-    CircuitOpen,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamTimeout,

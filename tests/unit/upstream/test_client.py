@@ -8,9 +8,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from gateway.domain.errors import (
+    CredentialsRefused,
     Overloaded,
     UpstreamBusy,
-    CredentialsRefused,
     UpstreamError,
     UpstreamTimeout,
 )

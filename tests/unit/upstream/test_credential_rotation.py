@@ -9,12 +9,12 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from gateway.domain.errors import (
-    TimestampRefused,
     CredentialsRefused,
-    UpstreamDetail,
-    UpstreamError,
     NonceRefused,
     QuotaExhausted,
+    TimestampRefused,
+    UpstreamDetail,
+    UpstreamError,
     UpstreamRejected,
     UpstreamTimeout,
 )
@@ -23,7 +23,7 @@ from gateway.settings.model import Credentials as CredentialSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 from gateway.upstream.credential_rotation import CredentialRotation
-from gateway.upstream.credentials import Credentials, KeyPair, CredentialSlot
+from gateway.upstream.credentials import Credentials, CredentialSlot, KeyPair
 
 REFUSAL_SECONDS = 1.0
 REJECTED = UpstreamRejected("rejected", envelope=b"{}", detail=UpstreamDetail())

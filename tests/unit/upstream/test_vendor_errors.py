@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.domain.errors import (
-    UpstreamBusy,
-    TimestampRefused,
     CredentialsRefused,
+    NonceRefused,
+    QuotaExhausted,
+    TimestampRefused,
+    UpstreamBusy,
     UpstreamDetail,
     UpstreamError,
     UpstreamForbidden,
     UpstreamInvalid,
-    NonceRefused,
-    QuotaExhausted,
     UpstreamThrottled,
     UpstreamTimeout,
 )
