@@ -71,10 +71,10 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     rotation = CredentialRotation(credentials, refusal_seconds=cache.error_seconds)
     upstream = UpstreamClient(
         settings.upstream,
-        calls=signed_requests,
+        signed_requests=signed_requests,
         rotation=rotation,
         metrics=metrics,
-        token=store.token,
+        take_shared_token=store.token,
         announce_throttling=store.announce_throttling,
     )
     store.on_throttled(upstream.slow_down)

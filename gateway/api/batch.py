@@ -63,7 +63,7 @@ class BatchEndpoint:
         if not missing:
             return [result for result in cached.values() if result is not None]
         client = client_key(scope)
-        # Concurrency is bounded by the maximum number of tasks per request and by the upstream's slots.
+        # Concurrency is bounded by the maximum number of tasks per request and by `upstream.max_in_flight`.
         reads = asyncio.gather(*(self._service.get(key, client=client) for key in missing))
         outcomes = cached | dict(zip(missing, await while_connected(scope, receive, reads), strict=True))
         return [outcome for outcome in outcomes.values() if outcome is not None]

@@ -118,13 +118,13 @@ def _clock_words(exchange: RawResponse) -> str:
     theirs = unix_time(exchange.headers.get("date", ""))
     if theirs is None:
         return "the timestamp was refused, and the response has no valid Date"
-    ahead = int(exchange.sent["x-ca-timestamp"]) / 1000 - theirs
+    ahead = int(exchange.request_headers["x-ca-timestamp"]) / 1000 - theirs
     return f"the local clock is {abs(ahead):.0f} seconds {'ahead' if ahead > 0 else 'behind'}"
 
 
 def _explain_signature(message: str, path: str, exchange: RawResponse, redactor: Redactor) -> Iterator[str]:
-    names = exchange.sent["x-ca-signature-headers"].split(",")
-    ours = string_to_sign("POST", path, exchange.sent, names).split("\n")
+    names = exchange.request_headers["x-ca-signature-headers"].split(",")
+    ours = string_to_sign("POST", path, exchange.request_headers, names).split("\n")
     match = _SERVER_TEXT.search(message)
     if match is None:
         yield "secret key: wrong, or a proxy changed the request"

@@ -104,7 +104,10 @@ class CredentialRotation:
             tried[loaded.pair] = outcome
 
     async def wait_for_probe(self, operation: Operation) -> None:
-        """Wait while another query probes a pair. A waiting query holds neither a permit nor a slot."""
+        """Wait while another query probes a pair.
+
+        A waiting query has no permit, and does not count towards the concurrency limit.
+        """
         while self._probe_lock.locked() and self._usable_signing(operation, {}) is None:
             async with self._probe_lock:
                 pass

@@ -153,10 +153,10 @@ class FakeUpstream:
         outcome = self.in_flight[key] = self._loop.create_future()
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
-                if self.full:  # the query is queued until there is a slot
-                    slot = self.queue[key] = self._loop.create_future()
+                if self.full:  # the query is queued until it may be sent
+                    turn = self.queue[key] = self._loop.create_future()
                     try:
-                        await slot
+                        await turn
                     finally:
                         del self.queue[key]
                     if not demand.wanted:
@@ -329,11 +329,11 @@ class Promises(RuleBasedStateMachine):
 
     @rule(full=st.booleans())
     def fill(self, full: bool) -> None:  # noqa: FBT001 - Hypothesis passes by name
-        """Queue queries for a slot from now on, or send the queued ones."""
+        """Queue queries from now on, or send the queued ones."""
         self.upstream.full = full
         if not full:
-            for slot in self.upstream.queue.values():
-                slot.set_result(None)
+            for turn in self.upstream.queue.values():
+                turn.set_result(None)
             self.loop.settle()
 
     @precondition(lambda self: self.upstream.in_flight)

@@ -471,7 +471,7 @@ async def test_get_joins_a_request_that_has_just_ended(bench: Bench) -> None:
     long_ago(bench)
     early = bench.begin()
     call = await bench.upstream.call()
-    call.fail(Overloaded("no slot"))  # it is not cached, so only the request returns it
+    call.fail(Overloaded("too many calls"))  # it is not cached, so only the request returns it
     late = bench.begin()
     for result in await asyncio.gather(early, late):
         assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
