@@ -43,7 +43,7 @@ STATUS_LINES = {status: _status_line(status) for status in range(200, 600)}
 
 
 class ClientConnection(Protocol):
-    """The interface of a connection that an exchange uses."""
+    """What an exchange uses of its connection to the client."""
 
     write_paused: bool  # the write buffer is full: the client does not read fast enough
 
