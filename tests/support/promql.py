@@ -36,9 +36,9 @@ _MATCHER = re.compile(r'(\w+)[=!~]+"([^"]*)"')
 
 def label_names(metric: MetricWrapperBase | FastCounters | FastHistograms) -> tuple[str, ...]:
     """Return the label names of a metric."""
-    return (
-        metric.label_names if isinstance(metric, FastCounters | FastHistograms) else tuple(metric._labelnames)
-    )
+    if isinstance(metric, FastCounters | FastHistograms):
+        return metric.label_names
+    return tuple(metric._labelnames)  # prometheus-client has no public attribute for them
 
 
 def series() -> dict[str, set[str]]:

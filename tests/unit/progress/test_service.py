@@ -192,6 +192,9 @@ class Bench:
         )
         self._stored: asyncio.Queue[Snapshot] = asyncio.Queue()
         self.store.on_change(self._stored.put_nowait)
+        # Private: no caller sees a request that starts without one, or a demand that is kept.
+        self.in_flight = self.service._in_flight
+        self.demands = self.in_flight._demands
 
     def begin(self, key: TaskKey = KEY) -> asyncio.Task[CacheResult]:
         """Start a query, and return its task."""
@@ -435,7 +438,7 @@ async def test_get_waits_for_a_request_that_is_not_queued(bench: Bench) -> None:
         result = await asked
         assert (result.cache_status, result.replaced_stale, result.failure) == (CacheStatus.MISS, True, None)
         long_ago(bench)
-        assert not bench.service._in_flight._demands
+        assert not bench.demands
 
 
 async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -> None:
@@ -477,7 +480,7 @@ async def test_get_joins_a_request_that_has_just_ended(bench: Bench) -> None:
         assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert isinstance(result.failure, Overloaded)
     assert bench.upstream.count == 2
-    assert not bench.service._in_flight._demands
+    assert not bench.demands
 
 
 # Callers that leave
@@ -507,19 +510,19 @@ async def test_get_drops_a_queued_query_when_its_last_caller_leaves(bench: Bench
     assert bench.upstream.count == 2
     fourth = bench.begin()
     await asyncio.sleep(0)
-    assert len(bench.service._in_flight._demands) == 1
+    assert len(bench.demands) == 1
     await left(third)
     await left(fourth)
 
 
 async def test_get_cleans_up_a_request_dropped_before_it_began(bench: Bench) -> None:
     """A caller may leave in the same iteration of the event loop in which it came."""
-    waiting = bench.service._in_flight.start(KEY)
+    waiting = bench.in_flight.start(KEY)
     bench.service.join(KEY, b"1")
     bench.service.leave(KEY, b"1")
     await asyncio.wait([waiting])
     assert waiting.cancelled()
-    assert (KEY in bench.service._in_flight, bench.service._in_flight._demands) == (False, {})
+    assert (KEY in bench.in_flight, bench.demands) == (False, {})
     assert bench.upstream.count == 0
     await bench.learn()
 
@@ -533,7 +536,7 @@ async def test_get_completes_and_stores_a_query_on_the_wire(bench: Bench) -> Non
     result = await bench.get()
     assert (result.cache_status, bench.upstream.count) == (CacheStatus.COLLAPSED, 1)
     assert (await bench.get()).cache_status is CacheStatus.HIT
-    assert not bench.service._in_flight._demands
+    assert not bench.demands
 
 
 @pytest.mark.parametrize("how", ["stale", "queued", "hot"])
@@ -553,7 +556,9 @@ async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
         assert (await asked).cache_status is CacheStatus.STALE
     else:
         known = cast("Snapshot", bench.store.peek(KEY))
-        bench.service._refresh(known.key, known.version)
+        bench.service._refresh(
+            known.key, known.version
+        )  # private: refresh-ahead needs the event loop's clock
         call = await bench.upstream.call()
         long_ago(bench)
     joined = asyncio.create_task(bench.service.get_fresh(KEY))
@@ -577,7 +582,7 @@ async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) 
     bench.service.leave(KEY, b"2")
     await asyncio.wait([ticking])
     assert call.outcome.cancelled()
-    assert not bench.service._in_flight._demands
+    assert not bench.demands
 
 
 async def test_get_passes_the_clients_of_a_query(bench: Bench) -> None:
@@ -806,7 +811,7 @@ async def test_get_starts_no_refresh_while_a_failure_is_cached(bench: Bench) -> 
         result = await bench.get(KEY)
         assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert isinstance(result.failure, UpstreamTimeout)
-        assert KEY not in bench.service._in_flight
+        assert KEY not in bench.in_flight
     await bench.learn(key=OTHER)  # a refresh would have made its query by now
     assert bench.upstream.keys == [KEY, KEY, OTHER]
 
