@@ -60,9 +60,8 @@ class _Query:
     """A running query.
 
     `make_timeout_error` makes the error to raise if the deadline passes now: it depends on what the query
-    waits for.
-    `call_numbers` counts the calls from 0. An attempt has more than one call after a clock correction, and
-    when other key pairs are tried.
+    waits for. `call_numbers` counts the calls from 0. An attempt has more than one call after a clock
+    correction, and when other key pairs are tried.
     """
 
     key: TaskKey
@@ -151,9 +150,8 @@ class UpstreamClient:
         # deadline cancels a call earlier, the circuit breaker does not count a failure. A query does not wait
         # for a permit that would leave less time: its call would be cancelled soon after it is sent.
         self._min_response_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
-        self._latency_seconds = dict.fromkeys(
-            Operation, 0.0
-        )  # moving averages; 0.0 before the first response
+        # Moving averages; 0.0 before the first response.
+        self._latency_seconds = dict.fromkeys(Operation, 0.0)
 
     @property
     def troubles(self) -> list[str]:
