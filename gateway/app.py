@@ -17,7 +17,7 @@ from gateway import __version__
 from gateway.api import operator_endpoints
 from gateway.api.batch import BatchEndpoint
 from gateway.api.cached_responses import CachedResponses, CachedResponsesFirst
-from gateway.api.client_limits import ClientLimits, ClientRateLimit, ClientRateLimiter
+from gateway.api.client_limits import ClientLimits, ClientTokenBuckets, RateLimitMiddleware
 from gateway.api.events import EventsEndpoint
 from gateway.api.metrics_port import metrics_application
 from gateway.api.middleware.admission import Admission
@@ -71,10 +71,10 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     rotation = CredentialRotation(credentials, refusal_seconds=cache.error_seconds)
     upstream = UpstreamClient(
         settings.upstream,
-        calls=signed_requests,
+        signed_requests=signed_requests,
         rotation=rotation,
         metrics=metrics,
-        token=store.token,
+        take_shared_token=store.token,
         announce_throttling=store.announce_throttling,
     )
     store.on_throttled(upstream.slow_down)
@@ -121,8 +121,8 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         return [*(f"upstream: {code}" for code in upstream.troubles), *store_trouble]
 
     def signing_key_pair() -> dict[str, Any] | None:
-        version = credentials.signing
-        return None if version is None else {"slot": version.slot, "generation": version.generation}
+        signing = credentials.signing
+        return None if signing is None else {"slot": signing.slot, "generation": signing.generation}
 
     problems = Problems([operation.path for operation in settings.upstream.operations])
     limiter = _limiter(settings.limits)
@@ -209,8 +209,8 @@ def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
     )
 
 
-def _limiter(limits: Limits) -> ClientRateLimiter | None:
-    return ClientRateLimiter(limits.requests_per_second) if limits.requests_per_second else None
+def _limiter(limits: Limits) -> ClientTokenBuckets | None:
+    return ClientTokenBuckets(limits.requests_per_second) if limits.requests_per_second else None
 
 
 def _add_middleware(
@@ -218,13 +218,13 @@ def _add_middleware(
     server: Server,
     *,
     hosts: TrustedHosts,
-    limiter: ClientRateLimiter | None,
+    limiter: ClientTokenBuckets | None,
     metrics: Metrics,
     problems: Problems,
     log_sampler: LogSampler,
 ) -> ASGIApp:
     if limiter is not None:
-        app = ClientRateLimit(app, limiter=limiter)
+        app = RateLimitMiddleware(app, limiter=limiter)
     app = SameSite(app, origins=server.cors_origins)
     if server.cors_origins:
         app = Cors(app, origins=server.cors_origins, problems=problems)

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.client_limits import ClientLimits, client_key
-from gateway.api.problems import document, lookup
+from gateway.api.problems import problem_document, status_and_title
 from gateway.api.requests import query_parameters
 from gateway.api.server_extensions import while_connected
 from gateway.api.task_parameters import TaskParameters
@@ -38,8 +38,10 @@ class BatchEndpoint:
             if isinstance(outcome, CacheResult):
                 items.append(outcome.snapshot.body)
             else:
-                status, title = lookup(outcome.failure)
-                problem = document(outcome.failure, status, title, request_id=scope["state"]["request_id"])
+                status, title = status_and_title(outcome.failure)
+                problem = problem_document(
+                    outcome.failure, status, title, request_id=scope["state"]["request_id"]
+                )
                 items.append(render_json({"taskId": outcome.key.task_id, "error": problem}))
         snapshots = [outcome.snapshot for outcome in outcomes if isinstance(outcome, CacheResult)]
         summary = render_json(summarize(snapshots, errors=len(outcomes) - len(snapshots)))
@@ -61,7 +63,7 @@ class BatchEndpoint:
         if not missing:
             return [result for result in cached.values() if result is not None]
         client = client_key(scope)
-        # Concurrency is bounded by the maximum number of tasks per request and by the upstream's slots.
+        # Concurrency is bounded by the maximum number of tasks per request and by `upstream.max_in_flight`.
         reads = asyncio.gather(*(self._service.get(key, client=client) for key in missing))
         outcomes = cached | dict(zip(missing, await while_connected(scope, receive, reads), strict=True))
         return [outcome for outcome in outcomes.values() if outcome is not None]

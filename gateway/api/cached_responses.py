@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.api.client_limits import ClientRateLimiter
+from gateway.api.client_limits import ClientTokenBuckets
 from gateway.api.progress_response import HEADER_NAMES, build_response, unchanged_until
 from gateway.api.request_log import OutcomeLabels, RequestLog, outcome_labels, sampling_key
 from gateway.api.requests import (
@@ -88,7 +88,7 @@ class CachedResponses:
         root_path: str,
         hosts: TrustedHosts,
         cross_origin: bool,
-        limiter: ClientRateLimiter | None,
+        limiter: ClientTokenBuckets | None,
         metrics: Metrics,
         log_sampler: LogSampler,
         clock: Callable[[], float] = time.monotonic,
@@ -160,7 +160,7 @@ class CachedResponses:
         if result is None:
             return None
         status, values, body = build_response(result, if_none_match)
-        fresh = result.source is _HIT
+        fresh = result.cache_status is _HIT
         log_series = (
             self._hit_log_series[status] if fresh else self._log_series(status, outcome_labels(result))
         )

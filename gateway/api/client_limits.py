@@ -34,7 +34,7 @@ _SUBSCRIPTION_RETRY_SECONDS = 5.0
 _NO_LIMIT = nullcontext()
 
 
-class ClientRateLimiter:
+class ClientTokenBuckets:
     """Limits each client to `tasks_per_second` tasks, with a burst of one second's tasks, at least one.
 
     In any period a client gets at most rate x time + burst + one request. `clock` is monotonic, in seconds.
@@ -84,7 +84,7 @@ class ClientLimits:
     streams and long polls of one client; 0 means no limit.
     """
 
-    def __init__(self, limiter: ClientRateLimiter | None, *, max_subscriptions: int) -> None:
+    def __init__(self, limiter: ClientTokenBuckets | None, *, max_subscriptions: int) -> None:
         self._limiter = limiter
         self._max_subscriptions = max_subscriptions
         self._subscriptions: Counter[bytes] = Counter()
@@ -141,10 +141,10 @@ def client_key(scope: Scope) -> bytes:
     return bucket_key(client[0]) if client else b""
 
 
-class ClientRateLimit:
+class RateLimitMiddleware:
     """Middleware that refuses requests of clients over their rate; probes and scrapes are exempt."""
 
-    def __init__(self, app: ASGIApp, *, limiter: ClientRateLimiter) -> None:
+    def __init__(self, app: ASGIApp, *, limiter: ClientTokenBuckets) -> None:
         self._app = app
         self._limiter = limiter
 

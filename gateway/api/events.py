@@ -2,10 +2,10 @@
 
     open -> retry -> one event per task -> one event per change -> end
 
-An update is encoded once, and the same bytes are written directly to the connection of every subscriber
-whose reader keeps up, if the server supports it. The streams of other subscribers send the update
-themselves, in parts. They look up the latest update only when the socket can take it. A slow reader
-therefore receives the latest state.
+An update is encoded once. If the server supports it, the same bytes are written directly to the connection of
+every subscriber whose client keeps up. The streams of all other subscribers send the update themselves, in
+parts. They look up the latest update only when the socket can take it. So a slow client receives the latest
+state.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.heartbeats import HEARTBEAT, Heartbeats
-from gateway.api.problems import document, lookup
+from gateway.api.problems import problem_document, status_and_title
 from gateway.api.requests import header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, chunk, direct_transport_of
 from gateway.api.task_parameters import TaskParameters
@@ -108,7 +108,7 @@ class EventsEndpoint:
     ) -> tuple[bytes, bool]:
         """Return the next bytes to write, and whether they end the stream; `running` are unfinished tasks."""
         parts, size = [], 0
-        for update in subscriber.drain():
+        for update in subscriber.take_unsent():
             parts.append(self._encode(update, scope))
             size += len(parts[-1])
             if update.snapshot is not None and update.snapshot.terminal:
@@ -130,7 +130,7 @@ class EventsEndpoint:
         return b"".join(parts), last
 
     def _write_directly(self, update: Update, subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
-        """Write an event to subscribers whose readers keep up; return the others, whose streams will send it.
+        """Write an event to subscribers whose clients keep up; return the others, whose streams will send it.
 
         The state of thousands of subscribers does not fit into the processor's caches. The loop therefore
         touches only the transport, and all subscribers get the same byte string.
@@ -160,8 +160,8 @@ class EventsEndpoint:
             return _progress(update.snapshot)
         assert update.failure is not None  # noqa: S101  # an update has a snapshot or a failure
         self._sent["problem"].inc()
-        status, title = lookup(update.failure)
-        problem = document(update.failure, status, title, request_id=scope["state"]["request_id"])
+        status, title = status_and_title(update.failure)
+        problem = problem_document(update.failure, status, title, request_id=scope["state"]["request_id"])
         return b"event: problem\ndata: %s\n\n" % render_json({"taskId": update.key.task_id, **problem})
 
 

@@ -1,7 +1,7 @@
-"""Maps exceptions to HTTP error responses: the only table of HTTP statuses.
+"""Error responses: the HTTP status and title of each exception, and the body that describes it.
 
-An error is a problem document (RFC 9457). On the vendor's own paths it is the vendor's envelope, which the
-vendor's SDKs parse.
+The body is a problem document (RFC 9457). On the vendor's own paths it is an envelope, because the vendor's
+SDKs parse that. No other module maps exceptions to HTTP statuses.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from starlette.types import Scope
 from gateway.api.requests import route_path
 from gateway.domain.errors import (
     BodyTooLarge,
+    CircuitOpen,
+    CredentialsRefused,
     CrossSiteRequest,
     GatewayError,
     HeadersTooLarge,
@@ -28,12 +30,10 @@ from gateway.domain.errors import (
     PathNotFound,
     TooManyRequests,
     UnsupportedMediaType,
-    UpstreamCredentials,
     UpstreamDetail,
     UpstreamError,
     UpstreamForbidden,
     UpstreamInvalid,
-    UpstreamOpen,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamTimeout,
@@ -53,57 +53,59 @@ PROBLEMS: Mapping[type[GatewayError], tuple[int, str]] = {
     TooManyRequests: (429, "Too many requests"),
     HeadersTooLarge: (431, "Headers too large"),
     UpstreamRejected: (502, "The upstream rejected the query"),
-    UpstreamCredentials: (502, "The upstream refused the gateway's credentials"),
+    CredentialsRefused: (502, "The upstream refused the gateway's credentials"),
     UpstreamForbidden: (502, "The upstream refused the gateway's credentials"),
     UpstreamInvalid: (502, "Invalid response from the upstream"),
     UpstreamUnreachable: (502, "Upstream unreachable"),
     UpstreamThrottled: (503, "Rate limited by the upstream"),
-    UpstreamOpen: (503, "Circuit breaker open: the upstream has been failing"),
+    CircuitOpen: (503, "Circuit breaker open: the upstream has been failing"),
     Overloaded: (503, "Gateway overloaded"),
     UpstreamTimeout: (504, "Upstream timeout"),
     GatewayError: (500, "Internal error"),
 }
 
-_WITH_RETRY_AFTER = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
-_RETRY_AFTER_SECONDS = 1.0  # if the error has no value
-_FAILURE = 20  # the envelope's `status` of a failed call
-INTERNAL = GatewayError("internal error; see the log of the gateway for this request ID")
+_RETRY_AFTER_STATUSES = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE})
+_DEFAULT_RETRY_AFTER_SECONDS = 1.0  # for errors without a `retry_after`
+_FAILED_CALL = 20  # the `status` of an envelope that reports a failure
+INTERNAL_ERROR = GatewayError("internal error; see the log of the gateway for this request ID")
 
 
 class Problems:
-    """Turns exceptions into responses. `vendor_paths` are the paths whose clients parse envelopes."""
+    """Makes the responses for exceptions. On `vendor_paths` their body is an envelope."""
 
     def __init__(self, vendor_paths: Collection[str]) -> None:
         self._vendor_paths = frozenset(vendor_paths)
 
     def response(self, scope: Scope, exc: Exception) -> Response:
-        """Return the response for this exception; an unexpected exception has the code `internal`."""
+        """Return the response for an exception. The code of an unexpected exception is `internal`."""
         headers: dict[str, str] = {}
         if isinstance(exc, HTTPException):
             headers.update(exc.headers or {})
-            if "Allow" in headers:  # Starlette joins a set, whose order differs between processes
+            if (
+                "Allow" in headers
+            ):  # Starlette joins the methods of a set, whose order differs between processes
                 headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
-            exc = _from_router(exc)
-        error = exc if isinstance(exc, GatewayError) else INTERNAL
+            exc = _routing_error(exc)
+        error = exc if isinstance(exc, GatewayError) else INTERNAL_ERROR
         scope["state"]["code"] = error.code  # for the request log
-        status, title = lookup(error)
-        if status in _WITH_RETRY_AFTER:
-            headers["Retry-After"] = str(math.ceil(error.retry_after or _RETRY_AFTER_SECONDS))
+        status, title = status_and_title(error)
+        if status in _RETRY_AFTER_STATUSES:
+            headers["Retry-After"] = str(math.ceil(error.retry_after or _DEFAULT_RETRY_AFTER_SECONDS))
         headers["Cache-Control"] = "no-store"
         if status == HTTPStatus.UNSUPPORTED_MEDIA_TYPE:
             headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
         if route_path(scope) in self._vendor_paths:
-            return Response(render_json(_envelope(error)), status, headers, "application/json")
-        problem = document(error, status, title, request_id=scope["state"]["request_id"])
+            return Response(render_json(_error_envelope(error)), status, headers, "application/json")
+        problem = problem_document(error, status, title, request_id=scope["state"]["request_id"])
         return Response(render_json(problem), status, headers, "application/problem+json")
 
 
-def lookup(error: GatewayError) -> tuple[int, str]:
-    """Return the HTTP status and title of an error."""
+def status_and_title(error: GatewayError) -> tuple[int, str]:
+    """Return the HTTP status of an error, and the title of its problem document."""
     return next(PROBLEMS[kind] for kind in type(error).__mro__ if kind in PROBLEMS)
 
 
-def document(error: GatewayError, status: int, title: str, *, request_id: str) -> dict[str, Any]:
+def problem_document(error: GatewayError, status: int, title: str, *, request_id: str) -> dict[str, Any]:
     """Return the problem document (RFC 9457), with the extensions `code`, `requestId` and `upstream`."""
     problem: dict[str, Any] = {
         "type": f"urn:sd-gateway:problem:{error.code}",
@@ -114,11 +116,12 @@ def document(error: GatewayError, status: int, title: str, *, request_id: str) -
         "requestId": request_id,
     }
     if isinstance(error, UpstreamError) and error.detail is not None:
-        problem["upstream"] = _upstream(error.detail)
+        problem["upstream"] = _upstream_member(error.detail)
     return problem
 
 
-def _upstream(detail: UpstreamDetail) -> dict[str, Any]:
+def _upstream_member(detail: UpstreamDetail) -> dict[str, Any]:
+    """Return what the upstream reported, with the member names of its envelopes."""
     return {
         "invokeId": detail.invoke_id,
         "requestId": detail.request_id,
@@ -129,9 +132,10 @@ def _upstream(detail: UpstreamDetail) -> dict[str, Any]:
     }
 
 
-def _envelope(error: GatewayError) -> dict[str, Any]:
+def _error_envelope(error: GatewayError) -> dict[str, Any]:
+    """Return an error in the form of the vendor's envelope."""
     return {
-        "status": _FAILURE,
+        "status": _FAILED_CALL,
         "apiInvokeId": None,
         "data": None,
         "subErrCode": None,
@@ -143,7 +147,8 @@ def _envelope(error: GatewayError) -> dict[str, Any]:
     }
 
 
-def _from_router(exc: HTTPException) -> GatewayError:
+def _routing_error(exc: HTTPException) -> GatewayError:
+    """Return the error for an exception of Starlette's router."""
     if exc.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         return MethodNotAllowed("this path does not support this method")
     return PathNotFound("no such path; /openapi.json lists those that exist")

@@ -107,12 +107,12 @@ class ProgressEndpoint:
         if failure is not None:
             outcome: CacheResult | FetchFailure = FetchFailure(key, failure, CacheStatus.NEGATIVE)
         elif (result := self._service.peek(key)) is not None:
-            outcome = result if on_arrival is not None else result._replace(source=CacheStatus.MISS)
+            outcome = result if on_arrival is not None else result._replace(cache_status=CacheStatus.MISS)
         else:
             # There is no current snapshot. Like any query, join the schedule's in-flight request, or start
             # one if the schedule backs off after a failure.
             return await self._read(scope, receive, key)
-        self._service.count(outcome)
+        self._service.count_lookup(outcome)
         return outcome
 
 

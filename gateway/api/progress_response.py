@@ -68,11 +68,11 @@ def _ttl(result: CacheResult) -> int:
 def _cache_status(result: CacheResult, ttl: int) -> bytes:
     if result.failure is not None:
         return b"sd-gateway; fwd=stale; ttl=%d; detail=%s" % (ttl, result.failure.code.encode())
-    source = result.source
-    if source in _CACHED:
+    cache_status = result.cache_status
+    if cache_status in _CACHED:
         return b"sd-gateway; hit; ttl=%d" % ttl
     forward = b"stale" if result.replaced_stale else b"miss"
-    collapsed = b"; collapsed" if source is CacheStatus.COLLAPSED else b""
+    collapsed = b"; collapsed" if cache_status is CacheStatus.COLLAPSED else b""
     return b"sd-gateway; fwd=%s%s; ttl=%d" % (forward, collapsed, ttl)
 
 

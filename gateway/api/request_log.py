@@ -88,7 +88,7 @@ def sampling_key(route: str, status: int, code: str | None, labels: OutcomeLabel
 
 def outcome_labels(outcome: CacheResult | FetchFailure) -> OutcomeLabels:
     """Return the cache status, and the code of the failure, whether returned or replaced by a snapshot."""
-    return outcome.source, outcome.failure.code if outcome.failure is not None else None
+    return outcome.cache_status, outcome.failure.code if outcome.failure is not None else None
 
 
 def trace_fields(scope: Scope) -> dict[str, str]:
@@ -118,7 +118,7 @@ def _tasks(scope: Scope, outcomes: Sequence[CacheResult | FetchFailure]) -> dict
 
 def _cache(outcomes: Sequence[CacheResult | FetchFailure]) -> dict[str, Any]:
     if len(outcomes) != 1:
-        return {"cache": dict(Counter(str(outcome.source) for outcome in outcomes)) or None}
+        return {"cache": dict(Counter(str(outcome.cache_status) for outcome in outcomes)) or None}
     source, detail = outcome_labels(outcomes[0])
     return {"cache": str(source), "detail": detail}
 

@@ -15,9 +15,9 @@ import httpx
 from prometheus_client import CollectorRegistry
 
 from gateway.domain.errors import (
+    CredentialsRefused,
     GatewayError,
-    UpstreamClock,
-    UpstreamCredentials,
+    TimestampRefused,
     UpstreamRejected,
     UpstreamTimeout,
 )
@@ -25,7 +25,7 @@ from gateway.domain.task import TaskKey
 from gateway.settings.model import Settings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import MASK, Redactor
-from gateway.upstream.credentials import Credentials, Slot
+from gateway.upstream.credentials import Credentials, CredentialSlot
 from gateway.upstream.http_transport import explain
 from gateway.upstream.signed_request import RawResponse, SignedRequests, unix_time
 from gateway.upstream.signing import string_to_sign
@@ -54,7 +54,7 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
     lines.append(f"querying {settings.upstream.endpoint}{key.operation.path}")
     works = dict.fromkeys(credentials.faults(), False)
     async with calls:
-        for credential in credentials.held():
+        for credential in credentials.loaded():
             lines.append(f"{credential.slot} key pair (generation {credential.generation}):")
             try:
                 exchange = await calls.send_unparsed(key, credential.pair)
@@ -84,9 +84,9 @@ def _evaluate(calls: SignedRequests, key: TaskKey, exchange: RawResponse) -> Fin
     return Finding(ok=True, lines=["OK: key, signature and clock accepted"])
 
 
-def _compare(works: dict[Slot, bool]) -> Iterator[str]:
-    if len(works) == len(Slot):
-        match works[Slot.ACTIVE], works[Slot.NEXT]:
+def _compare(works: dict[CredentialSlot, bool]) -> Iterator[str]:
+    if len(works) == len(CredentialSlot):
+        match works[CredentialSlot.ACTIVE], works[CredentialSlot.NEXT]:
             case True, True:
                 yield "both key pairs work: the active one signs, and the next one can replace it at any time"
             case True, False:
@@ -101,13 +101,13 @@ def _explain(exc: GatewayError, path: str, exchange: RawResponse, redactor: Reda
     message = exchange.headers.get("x-ca-error-message", "")
     code = exchange.headers.get("x-ca-error-code", "")
     response = redactor(f"{exchange.status} {code} {message}".strip())
-    if isinstance(exc, UpstreamClock):
+    if isinstance(exc, TimestampRefused):
         yield f"clock: {_clock_words(exchange)}; the upstream allows 15 minutes"
-    elif isinstance(exc, UpstreamCredentials) and ("appkey" in message.lower() or code == "A400IK"):
+    elif isinstance(exc, CredentialsRefused) and ("appkey" in message.lower() or code == "A400IK"):
         yield "access key: unknown to the upstream"
-    elif isinstance(exc, UpstreamCredentials) and ("signature" in message.lower() or code == "A403IS"):
+    elif isinstance(exc, CredentialsRefused) and ("signature" in message.lower() or code == "A403IS"):
         yield from _explain_signature(message, path, exchange, redactor)
-    elif isinstance(exc, UpstreamCredentials):
+    elif isinstance(exc, CredentialsRefused):
         yield "account: the access key is known, but not allowed to do this (authorisation, quota or bill)"
     else:
         yield f"upstream: {exc}"
@@ -118,13 +118,13 @@ def _clock_words(exchange: RawResponse) -> str:
     theirs = unix_time(exchange.headers.get("date", ""))
     if theirs is None:
         return "the timestamp was refused, and the response has no valid Date"
-    ahead = int(exchange.sent["x-ca-timestamp"]) / 1000 - theirs
+    ahead = int(exchange.request_headers["x-ca-timestamp"]) / 1000 - theirs
     return f"the local clock is {abs(ahead):.0f} seconds {'ahead' if ahead > 0 else 'behind'}"
 
 
 def _explain_signature(message: str, path: str, exchange: RawResponse, redactor: Redactor) -> Iterator[str]:
-    names = exchange.sent["x-ca-signature-headers"].split(",")
-    ours = string_to_sign("POST", path, exchange.sent, names).split("\n")
+    names = exchange.request_headers["x-ca-signature-headers"].split(",")
+    ours = string_to_sign("POST", path, exchange.request_headers, names).split("\n")
     match = _SERVER_TEXT.search(message)
     if match is None:
         yield "secret key: wrong, or a proxy changed the request"

@@ -14,14 +14,14 @@
     ├── Overloaded                  one of the gateway's own limits is reached
     └── UpstreamError               the upstream or the connection to it failed
         ├── UpstreamRejected        an envelope that reports a failure
-        ├── UpstreamCredentials     key, signature or permission rejected
-        │   ├── UpstreamClock       timestamp rejected
-        │   ├── UpstreamNonce       nonce rejected; a retry with a new one succeeds
-        │   └── UpstreamQuota       quota exhausted, or a bill unpaid
+        ├── CredentialsRefused      key, signature or permission rejected
+        │   ├── TimestampRefused    timestamp rejected
+        │   ├── NonceRefused        nonce rejected; a retry with a new one succeeds
+        │   └── QuotaExhausted      quota exhausted, or a bill unpaid
         ├── UpstreamForbidden       query of one task rejected, credentials not named
         ├── UpstreamThrottled       rate limit of the upstream reached
         │   └── RateLimiterExhausted    our own rate limiter: no request was sent
-        ├── UpstreamOpen            circuit breaker open: no request was sent
+        ├── CircuitOpen             circuit breaker open: no request was sent
         ├── UpstreamInvalid         the response is not a valid envelope
         │   └── UpstreamBusy        temporary failure of the upstream
         ├── UpstreamUnreachable     DNS, connect, TLS or reset
@@ -172,23 +172,23 @@ class UpstreamRejected(UpstreamError):
         self.envelope = envelope
 
 
-class UpstreamCredentials(UpstreamError):
+class CredentialsRefused(UpstreamError):
     """The vendor's API gateway rejected the key, the signature or the permission to call."""
 
     code = "upstream-credentials"
 
 
-class UpstreamClock(UpstreamCredentials):
+class TimestampRefused(CredentialsRefused):
     """The vendor's API gateway rejected the timestamp: one of the two clocks is wrong."""
 
 
-class UpstreamNonce(UpstreamCredentials):
+class NonceRefused(CredentialsRefused):
     """The vendor's API gateway has seen the nonce before: the request reached it twice."""
 
     transient = True
 
 
-class UpstreamQuota(UpstreamCredentials):
+class QuotaExhausted(CredentialsRefused):
     """The vendor's API gateway rejected the account: its quota is exhausted or a bill is unpaid."""
 
 
@@ -208,7 +208,7 @@ class RateLimiterExhausted(UpstreamThrottled):
     """The gateway's rate limiter grants no permit before the caller's deadline."""
 
 
-class UpstreamOpen(UpstreamError):
+class CircuitOpen(UpstreamError):
     """The circuit breaker is open: the upstream has been failing."""
 
     code = "upstream-open"

@@ -29,7 +29,7 @@ _MAX_ESCAPES = 30_000  # backslashes in text searched for lone surrogates: a meg
 _MAX_ITEMS = 30_000  # items in text searched for large numbers: a megabyte of them takes 60 ms
 # Matches after all digits were replaced by zeros. The last class excludes hexadecimal and base64 in quotes.
 _LARGE_EXPONENT = re.compile(rb"0e\+?000+[],}\s]")
-_DIGITS = bytes.maketrans(b"123456789E", b"000000000e")
+_DIGITS_TO_ZERO = bytes.maketrans(b"123456789E", b"000000000e")
 
 
 def read_object(body: bytes, shape: msgspec.json.Decoder[T]) -> T | None:
@@ -100,7 +100,7 @@ def _check_numbers(body: bytes) -> None:
     Raises:
         ValueError: There is such a number, or there may be one among more than 30,000 items.
     """
-    digits = body.translate(_DIGITS)
+    digits = body.translate(_DIGITS_TO_ZERO)
     large = (b"0e000" in digits or b"0e+000" in digits) and _LARGE_EXPONENT.search(digits)
     if not large and b"0" * 309 not in digits:
         return

@@ -3,7 +3,7 @@
 no secret in the text                 -> unchanged
 a secret in a small envelope          -> redacted string by string; everything else stays
 a secret in a larger envelope         -> an envelope with only the known fields, redacted
-too large to search in one step       -> the same, until `clean` has searched it piece by piece
+too large to search in one step       -> the same, until `is_free_of_secrets` has searched it piece by piece
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gateway.domain.errors import UpstreamDetail, UpstreamRejected
 from gateway.domain.json_text import ABSENT, plain_text, replace_lone_surrogates
 
 # Characters, or bytes, that are searched without yielding to the event loop: about 2 ms.
-STEP = 32_768
+SEARCH_PIECE_SIZE = 32_768
 _OVERLAP = 2048  # of adjacent pieces: a secret may lie across their boundary
 _MAX_CLEANED = 8192  # bytes: redaction string by string is about 100 times as slow as the search
 _MAX_FIELD = 4096  # characters of a field that are searched
@@ -70,28 +70,28 @@ def rejected(envelope: bytes, redacted: UpstreamDetail) -> UpstreamRejected:
     return UpstreamRejected("the upstream rejected the query", envelope=envelope, detail=redacted)
 
 
-async def clean(body: bytes, redact: Callable[[str], str]) -> bool:
+async def is_free_of_secrets(body: bytes, redact: Callable[[str], str]) -> bool:
     """Return whether the envelope of a rejection contains no secret.
 
     The body may have any size: it is searched in pieces, with a yield to the event loop after each.
     """
     text = plain_text(body)
-    for start in range(0, len(text), STEP - _OVERLAP):
-        piece = text[start : start + STEP]
+    for start in range(0, len(text), SEARCH_PIECE_SIZE - _OVERLAP):
+        piece = text[start : start + SEARCH_PIECE_SIZE]
         if redact(piece) != piece:
             return False
         await asyncio.sleep(0)
     return True
 
 
-async def holds(body: bytes, matches: Callable[[bytes], bool]) -> bool:
+async def any_piece_matches(body: bytes, matches: Callable[[bytes], bool]) -> bool:
     """Return whether `matches` is true for any piece of the body.
 
     The body may have any size: it is searched in overlapping pieces, with a yield to the event loop after
     each.
     """
-    for start in range(0, len(body), STEP - _OVERLAP):
-        if matches(body[start : start + STEP]):
+    for start in range(0, len(body), SEARCH_PIECE_SIZE - _OVERLAP):
+        if matches(body[start : start + SEARCH_PIECE_SIZE]):
             return True
         await asyncio.sleep(0)
     return False
@@ -116,7 +116,7 @@ def displayable(raw: msgspec.Raw, redact: Callable[[str], str]) -> str | None:
 
 def _safe(body: bytes, redact: Callable[[str], str]) -> bytes | None:
     """Return the envelope without secrets; None if that would take too long."""
-    if len(body) > STEP:
+    if len(body) > SEARCH_PIECE_SIZE:
         return None
     text = plain_text(body)
     if redact(text) == text:

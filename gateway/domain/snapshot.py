@@ -1,6 +1,7 @@
 """Converts the data of an upstream envelope into an immutable Snapshot.
 
-    bytes -> `envelope.read_envelope`: valid, and for the requested task? -> data -> `observe` -> Snapshot
+    bytes -> `envelope.read_envelope`: valid, and for the requested task?
+          -> data -> `build_snapshot` -> Snapshot
 
 A Snapshot holds every response body as bytes that are rendered once: the envelope as received for the
 vendor-compatible paths, and the simplified JSON with its ETag. Only this module, `envelope.py`, `api/` and
@@ -45,7 +46,7 @@ _VENDOR_STATUS = {
 class Snapshot:
     """One upstream response for one task.
 
-    Immutable except for the bookkeeping fields `polls` and `shown_until`.
+    Immutable except for the bookkeeping fields `read_count` and `current_until`.
 
     Attributes:
         key: The operation and task ID.
@@ -58,8 +59,8 @@ class Snapshot:
         body: The simplified JSON; empty for results.
         etag: The strong ETag of `body`; empty for results.
         version: Orders the snapshots of a task: a query that was sent later has a larger version.
-        polls: Number of requests that this snapshot has answered.
-        shown_until: Set by the store, on the clock of `fetched_at`. From this moment on the store must be
+        read_count: Number of requests that this snapshot has answered.
+        current_until: Set by the store, on the clock of `fetched_at`. From this moment on the store must be
             asked again, because a newer snapshot may be visible.
         terminal: Whether the status is final: no later response changes the task.
     """
@@ -74,8 +75,8 @@ class Snapshot:
     body: bytes = b""
     etag: str = ""
     version: int = 0
-    polls: int = 0
-    shown_until: float = math.inf
+    read_count: int = 0
+    current_until: float = math.inf
     terminal: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -98,7 +99,7 @@ def strict_json(body: bytes) -> Any:
         raise ValueError("nested too deep") from exc
 
 
-def observe(
+def build_snapshot(
     data: Mapping[str, Any],
     envelope: bytes,
     key: TaskKey,
@@ -129,9 +130,9 @@ def observe(
         return Snapshot(key, fetched_at, lifetimes[None], envelope, version=version)
     status = vendor_status(data)
     if previous is not None and previous.terminal and previous.status is not status:
-        return replace(previous, fetched_at=fetched_at, version=version, polls=0, shown_until=math.inf)
+        return replace(previous, fetched_at=fetched_at, version=version, read_count=0, current_until=math.inf)
     floor = previous.progress if previous is not None and previous.status is Status.RUNNING else None
-    return _build(
+    return _render(
         data,
         envelope,
         key,
@@ -154,14 +155,14 @@ def restore_snapshot(
 ) -> Snapshot:
     """Return the snapshot of a stored envelope; `progress` is the progress that was stored with it.
 
-    The other arguments are those of `observe`.
+    The other arguments are those of `build_snapshot`.
 
     Raises:
         UpstreamInvalid: `data` nests too deep to be rendered.
     """
     if key.operation.is_result:
         return Snapshot(key, fetched_at, lifetime, envelope, version=version)
-    return _build(
+    return _render(
         data,
         envelope,
         key,
@@ -172,7 +173,7 @@ def restore_snapshot(
     )
 
 
-def _build(
+def _render(
     data: Mapping[str, Any],
     envelope: bytes,
     key: TaskKey,

@@ -45,7 +45,7 @@ class CacheResult(NamedTuple):
 
     snapshot: Snapshot
     age: float
-    source: CacheStatus
+    cache_status: CacheStatus
     replaced_stale: bool = False
     failure: GatewayError | None = None
     fetch: FetchResult | None = None
@@ -61,7 +61,7 @@ class FetchFailure(NamedTuple):
 
     key: TaskKey
     failure: GatewayError
-    source: CacheStatus
+    cache_status: CacheStatus
     fetch: FetchResult | None = None
 
     def raised(self) -> GatewayError:

@@ -1,14 +1,14 @@
 """The progress service: answers queries from the store, or from the upstream through single flight.
 
-    fresh snapshot                  -> returned at once
-    stale-while-revalidate          -> returned at once, and one background refresh starts
-    no such snapshot                -> all callers wait for one in-flight request to the upstream
+    fresh snapshot                  -> answer at once
+    stale-while-revalidate          -> answer at once, and start one background refresh
+    else                            -> all callers wait for one in-flight request to the upstream
     the request fails               -> stale-if-error: a snapshot that is young enough, else the failure
-    the rate limiter queues it      -> such a snapshot at once; the request stays in the queue
+    the rate limiter queues it      -> the same at once; the request stays in the queue
     all callers have left           -> a request that is still queued is dropped
-    a fresh snapshot is read twice  -> refresh-ahead: replaced when it becomes stale
+    a fresh snapshot is read twice  -> refresh-ahead: the next reader finds a fresh snapshot
 
-While the upstream responds, no caller receives a snapshot older than its lifetime plus
+Freshness promise: while the upstream responds, no caller receives a snapshot older than its lifetime +
 `cache.stale_while_revalidate_seconds`.
 """
 
@@ -23,14 +23,14 @@ from functools import partial
 import structlog
 
 from gateway.domain.errors import (
+    CircuitOpen,
+    CredentialsRefused,
     GatewayError,
     Overloaded,
     RateLimiterExhausted,
-    UpstreamCredentials,
     UpstreamError,
-    UpstreamOpen,
 )
-from gateway.domain.snapshot import Snapshot, observe
+from gateway.domain.snapshot import Snapshot, build_snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.progress.in_flight import InFlightRequests
 from gateway.progress.refresh_ahead import RefreshAhead
@@ -44,7 +44,7 @@ from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.demand import Demand
 
-_HOT_READS = 2  # reads of a snapshot while it is fresh, after which refresh-ahead starts
+_HOT_READS = 2  # reads within one lifetime that start refresh-ahead
 _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes 50 ns at each hit
 
 _MAX_STATUS_LENGTH = 4096  # characters that are searched for secrets; the log shows 100 of them
@@ -55,7 +55,7 @@ log = structlog.get_logger(__name__)
 class ProgressService:
     """Answers queries.
 
-    `timeout_seconds`: limit for an in-flight request, including the time it waits for another replica.
+    `timeout_seconds`: limit for an in-flight request, with waiting for another replica and for the upstream.
     `clock` is the monotonic clock of `Snapshot.fetched_at`.
     """
 
@@ -137,8 +137,8 @@ class ProgressService:
     async def get(self, key: TaskKey, *, client: bytes = b"") -> CacheResult | FetchFailure:
         """Return a result from the store or the upstream, or the failure if stale-if-error does not apply.
 
-        `client` identifies the caller, because the rate limiter is fair to clients. If this call is
-        cancelled, an upstream query without other callers is dropped, unless it is on the wire.
+        `client` identifies the caller: the rate limiter is fair to clients. If this is cancelled, an upstream
+        query that has no other callers is dropped, unless it is on the wire.
         """
         result = self.lookup(key)
         if result is None and await self._store.sync():
@@ -146,19 +146,19 @@ class ProgressService:
         if result is not None:
             return result
         outcome = await self._wait(key, client)
-        self._count_lookup[key.operation, outcome.source]()
+        self._count_lookup[key.operation, outcome.cache_status]()
         return outcome
 
-    def count(self, outcome: CacheResult | FetchFailure) -> None:
+    def count_lookup(self, outcome: CacheResult | FetchFailure) -> None:
         """Count one lookup with this outcome, for a long poll: its schedule counts none."""
-        self._count_lookup[outcome.key.operation, outcome.source]()
+        self._count_lookup[outcome.key.operation, outcome.cache_status]()
         if isinstance(outcome, CacheResult):
             self._record_age(outcome.snapshot, outcome.age)
 
     async def get_fresh(self, key: TaskKey, *, client: bytes | None = b"") -> CacheResult | FetchFailure:
         """Return a fresh snapshot, and wait for it if necessary; for schedules, so it counts no lookup.
 
-        `client`: as in `get`; None if only the subscribers that have joined need the result.
+        `client`: as in `get`; None if the request is made for the subscribers that have joined.
         """
         snapshot = self._store.peek(key)
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
@@ -179,7 +179,7 @@ class ProgressService:
         )
 
     def join(self, key: TaskKey, client: bytes) -> None:
-        """Add a subscriber. Until it leaves, requests for the task also count for its client."""
+        """Add a subscriber. Until it leaves, requests for the task are made on behalf of its client, too."""
         self._in_flight.join(key, client)
 
     def leave(self, key: TaskKey, client: bytes) -> None:
@@ -193,8 +193,8 @@ class ProgressService:
 
     def _count_hit(self, snapshot: Snapshot, age: float) -> None:
         operation = snapshot.key.operation
-        snapshot.polls += 1
-        if snapshot.polls == _HOT_READS and not snapshot.terminal and not self._in_flight.closed:
+        snapshot.read_count += 1
+        if snapshot.read_count == _HOT_READS and not snapshot.terminal and not self._in_flight.closed:
             self._refresh_ahead.schedule(snapshot, age)
         self._hits[operation].value += 1
         if not snapshot.terminal:
@@ -203,7 +203,7 @@ class ProgressService:
     def _stale(self, snapshot: Snapshot, age: float) -> CacheResult | None:
         """Return a result with a stale snapshot, or None if it is too old.
 
-        Without a cached failure, the maximum age is the lifetime plus stale-while-revalidate. With one, it is
+        Stale-while-revalidate sets the maximum age. If a failure is remembered, the maximum age is
         `cache.stale_if_error_seconds`, which may be shorter, and the result contains the failure.
         """
         failure = self._store.failure(snapshot.key)
@@ -215,18 +215,15 @@ class ProgressService:
 
     def _refresh(self, key: TaskKey, version: int) -> None:
         known = self._store.peek(key)
-        # A schedule or another replica may have replaced the snapshot meanwhile. Then the reads of the new
-        # snapshot decide whether refresh-ahead starts.
+        # A watch or another replica may have replaced the snapshot meanwhile. Then the reads of the new
+        # snapshot decide about refresh-ahead.
         if known is not None and known.version == version and self._store.failure(key) is None:
             self._in_flight.start(key, background=True, after=version)
 
     async def _wait(
         self, key: TaskKey, client: bytes | None, *, wait_while_queued: bool = False
     ) -> CacheResult | FetchFailure:
-        """Wait for the in-flight request, or start one.
-
-        `wait_while_queued`: wait even if the rate limiter queues it and a stale snapshot could be returned.
-        """
+        """Wait for the in-flight request; `wait_while_queued`: even while the rate limiter queues it."""
         failure = self._store.failure(key)
         if failure is not None:
             return self._stale_if_error(key, failure, CacheStatus.NEGATIVE)
@@ -248,10 +245,7 @@ class ProgressService:
         return CacheResult(outcome, age, source, replaced_stale=known is not None, fetch=fetch)
 
     async def _join_request(self, key: TaskKey, *, wait_while_queued: bool) -> FetchResult:
-        """Wait for the in-flight request, or start one.
-
-        Without `wait_while_queued`, return RateLimiterExhausted as soon as the rate limiter queues it.
-        """
+        """Wait for the in-flight request, or start one; return early with an error if it is queued."""
         request = self._in_flight.start(key)
         if wait_while_queued:
             return await asyncio.shield(request)
@@ -292,7 +286,7 @@ class ProgressService:
         )
 
     async def _fetch(self, key: TaskKey, demand: Demand, after: int | None) -> FetchResult:
-        """Run an in-flight request. Failures are returned and not raised, because callers share them.
+        """Run an in-flight request. It returns failures and does not raise them, because callers share them.
 
         `after`: fetch even if the snapshot of this version is still fresh.
         """
@@ -302,7 +296,7 @@ class ProgressService:
                 mark.outcome = fetch.outcome.code if isinstance(fetch.outcome, GatewayError) else "ok"
                 return fetch if mark.context is None else fetch._replace(span=mark.context)
         except Exception as exc:
-            # A background refresh may have no waiting caller; without this entry its error would be lost.
+            # A background refresh may have no waiting caller: then only the log shows an unexpected error.
             if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
                 log.exception(
                     "fetch_crashed", operation=key.operation, task_id=key.task_id, suppressed=suppressed
@@ -312,8 +306,8 @@ class ProgressService:
     async def _fetch_with_lease(self, key: TaskKey, demand: Demand, *, after: int | None) -> FetchResult:
         deadline = self._clock() + self._timeout_seconds
         while True:
-            # `acquire` looks for a snapshot again. Another replica may have stored one since the caller's
-            # lookup, and a task costs one upstream query per lifetime.
+            # `acquire` looks for a snapshot again. Another replica may have stored one since the lookup of
+            # the caller, and a second query would break the promise of one upstream query.
             lease = await self._store.acquire(key, after=after, timeout_seconds=deadline - self._clock())
             if not isinstance(lease, Lease):
                 return FetchResult(lease)
@@ -337,7 +331,7 @@ class ProgressService:
             demand.committed = True
             self._refresh_ahead.observe_latency(key.operation, self._clock() - started)
             previous = self._store.latest(key)
-            snapshot = observe(
+            snapshot = build_snapshot(
                 response.data,
                 response.envelope,
                 key,
@@ -351,7 +345,7 @@ class ProgressService:
             demand.committed = True
             # The gateway's own limits, an open circuit and refused credentials say nothing about this task,
             # so they are not stored as its failure (negative cache).
-            if isinstance(failure, Overloaded | RateLimiterExhausted | UpstreamOpen | UpstreamCredentials):
+            if isinstance(failure, Overloaded | RateLimiterExhausted | CircuitOpen | CredentialsRefused):
                 await self._store.abandon(lease)
             else:
                 await self._store.fail(lease, failure, seconds=self._cache.error_seconds)

@@ -16,11 +16,11 @@ class Application(NamedTuple):
     """The ASGI application, and the parts that the gateway's own server needs besides.
 
     `metrics_asgi` serves /metrics alone, on its own port. The server answers `hits` before the application
-    is called; None disables this. `drain` starts the graceful shutdown.
+    is called; None disables this. `shutdown` starts the graceful shutdown.
     """
 
     asgi: Starlette
     metrics_asgi: ASGIApp
     metrics: Metrics
     hits: CachedResponses | None
-    drain: GracefulShutdown
+    shutdown: GracefulShutdown

@@ -11,9 +11,9 @@
 
 While a response is being sent, later requests stay unparsed. Reading pauses when too many bytes of them are
 buffered, or when the client does not read. If a response begins before the request body has arrived, it is
-the last one: `Connection: close`.
+the last one: `Connection: close`. Writing and closing are in `client_transport.py`.
 
-This class is the value of uvicorn's `http` option. Like uvicorn's own protocols, it uses the configured
+`Connection` is the value of uvicorn's `http` option. Like uvicorn's own protocols, it uses the configured
 application, the set of connections, the set of tasks and the default headers.
 """
 
@@ -27,11 +27,10 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
-from gateway.api.problems import INTERNAL, lookup
+from gateway.api.problems import INTERNAL_ERROR, status_and_title
 from gateway.api.server_extensions import DIRECT_TRANSPORT, DISCONNECTED, ON_DISCONNECT
 from gateway.domain.errors import GatewayError, InvalidParameter, Overloaded
-from gateway.server.connection_limits import ConnectionLimits
-from gateway.server.deadline import Deadline
+from gateway.server.client_transport import ClientTransport
 from gateway.server.error_response import last_response
 from gateway.server.exchange import Exchange, scope_of
 from gateway.server.framing import (
@@ -44,45 +43,32 @@ from gateway.server.framing import (
     parse_head,
 )
 
-LINGER_SECONDS = 2.0  # how long the client may keep sending after the last response
-LINGER_BYTES = 262_144
 _BODY_GRACE_SECONDS = 2.0  # lets an application with its own body timeout answer first
-_PIPELINED = 32_768  # bytes of later requests after which reading pauses; one more read adds at most as many
-_WRITE_BUFFER = 16_384  # bytes of unsent responses after which the writer waits
+_MAX_READ_AHEAD = 32_768  # bytes of later requests after which reading pauses; one more read may double them
 
 
-class Connection(asyncio.Protocol):
+class Connection(ClientTransport):
     """One connection. All connections share `limits`; `application`, if set, replaces uvicorn's."""
 
-    limits: ConnectionLimits
     application: ASGIApp | None = None
 
     __slots__ = (
         "_blank_bytes",  # bytes of empty lines before the request
         "_body",  # decoder of the body that is being received
         "_buffer",  # received bytes that are not parsed yet
-        "_closing",
         "_config",
-        "_deadline",  # of the current state
-        "_drained",  # set while writing is not paused
         "_exchange",
-        "_in_head",  # a head has begun, and its timeout runs
-        "_is_head",  # the request is a HEAD
-        "_lingered",  # bytes dropped while closing
-        "_on_disconnect",
+        "_is_head_request",  # the method is HEAD: an error response has no body
+        "_lifespan_state",  # of the ASGI lifespan, copied into each scope
+        "_on_disconnect",  # see `server_extensions.ON_DISCONNECT`
         "_over_limit",  # beyond max_connections: serves probes only
-        "_processing",
-        "_reading",
-        "_scanned",
-        "_server",
+        "_processing",  # `_process` is running
+        "_receiving_head",  # a head has begun, and its timeout runs
+        "_scanned",  # bytes of the buffer without the end of a head
+        "_server",  # the local address
         "_shutting_down",
-        "_state",
-        "_unsent",  # bytes in the write buffer at the last check
         "client",
-        "loop",
         "server_state",
-        "transport",
-        "write_paused",
     )
 
     def __init__(
@@ -92,28 +78,23 @@ class Connection(asyncio.Protocol):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
+        super().__init__(_loop or asyncio.get_event_loop(), self._expired)
         self._config = config
         self.server_state = server_state
-        self._state = app_state
-        self.loop = _loop or asyncio.get_event_loop()
+        self._lifespan_state = app_state
         self._buffer = bytearray()
-        self._blank_bytes = self._scanned = self._lingered = self._unsent = 0
+        self._blank_bytes = self._scanned = 0
         self._body: BodyDecoder | None = None
         self._exchange: Exchange | None = None
         self._on_disconnect: dict[object, Any] = {}  # callbacks, and DISCONNECTED
-        self._deadline = Deadline(self.loop, self._expired)
-        self._drained: asyncio.Event | None = None
-        self._reading = True
-        self._is_head = self._closing = self._in_head = self._over_limit = False
-        self._processing = self._shutting_down = self.write_paused = False
+        self._is_head_request = self._receiving_head = self._over_limit = False
+        self._processing = self._shutting_down = False
 
     # Callbacks of the event loop.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for the first request. A connection over the limit may only send a probe."""
-        self.transport: asyncio.Transport = transport  # type: ignore[assignment]  # always a full transport
-        self.transport.set_write_buffer_limits(high=_WRITE_BUFFER)
-        self.limits.bound_socket(self.transport.get_extra_info("socket"))
+        super().connection_made(transport)
         self.client: tuple[str, int] | None = get_remote_addr(self.transport)
         self._server = get_local_addr(self.transport)
         self.server_state.connections.add(self)  # type: ignore[arg-type]  # typed for uvicorn's own protocols
@@ -124,16 +105,12 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release the connection and drop its unanswered requests."""
+        super().connection_lost(exc)
         self.limits.closed()
         self.limits.release(self)
         self.server_state.connections.discard(self)
-        self._closing = True
-        self._deadline.close()
         self._buffer.clear()
         self._body = None
-        self.write_paused = False
-        if self._drained is not None:
-            self._drained.set()
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
             exchange.disconnect()
@@ -149,26 +126,14 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Buffer and process received bytes."""
         if self._closing:
-            self._lingered += len(data)
-            if self._lingered > LINGER_BYTES:
-                self.transport.abort()
+            self._drop(data)
             return
         self._buffer += data
         self._process()
 
-    def pause_writing(self) -> None:
-        """Start the stall timeout: the client reads more slowly than the server writes."""
-        self.write_paused = True
-        if self._drained is not None:
-            self._drained.clear()
-        self._unsent = self.transport.get_write_buffer_size()
-        self._deadline.set(self.limits.stall_seconds)
-
     def resume_writing(self) -> None:
         """Continue: the client has read enough."""
-        self.write_paused = False
-        if self._drained is not None:
-            self._drained.set()
+        super().resume_writing()
         if self._closing:
             return
         if self._exchange is None:
@@ -188,32 +153,20 @@ class Connection(asyncio.Protocol):
         else:
             self._exchange.keep_alive = False
 
-    # Callbacks of the exchange (see `exchange.Peer`).
-
-    def write(self, data: bytes) -> None:
-        """See `Peer.write`."""
-        if not self._closing and not self.transport.is_closing():
-            self.transport.write(data)
-
-    async def drain(self) -> None:
-        """See `Peer.drain`."""
-        while self.write_paused:
-            if self._drained is None:
-                self._drained = asyncio.Event()
-            await self._drained.wait()
+    # Callbacks of the exchange (see `exchange.ClientConnection`).
 
     def body_consumed(self) -> None:
-        """See `Peer.body_consumed`."""
+        """See `ClientConnection.body_consumed`."""
         if self._body is not None:
             self._process()
 
     def response_started(self) -> None:
-        """See `Peer.response_started`."""
+        """See `ClientConnection.response_started`."""
         if self._exchange is not None and (self._shutting_down or self._over_limit or self.limits.draining):
             self._exchange.keep_alive = False
 
     def response_complete(self, *, failed: bool) -> None:
-        """See `Peer.response_complete`."""
+        """See `ClientConnection.response_complete`."""
         exchange = self._exchange
         if exchange is None:
             return
@@ -222,7 +175,7 @@ class Connection(asyncio.Protocol):
         self._on_disconnect = {}
         self.server_state.total_requests += 1
         if failed and not exchange.started:
-            self._refuse(INTERNAL)
+            self._refuse(INTERNAL_ERROR)
         elif failed:
             self.transport.abort()  # a truncated body must not look complete
         elif not exchange.keep_alive or self._closing:
@@ -271,10 +224,10 @@ class Connection(asyncio.Protocol):
                 raise BadRequest(InvalidParameter("too many empty lines before the request"))
             self._start_head_timeout()
         if not buffer:
-            if not self._in_head:
+            if not self._receiving_head:
                 self._deadline.set(self.limits.keep_alive_seconds)
             return False
-        self._is_head = buffer.startswith(b"HEAD ")
+        self._is_head_request = buffer.startswith(b"HEAD ")
         length = end_of_head(buffer, self._scanned, max_bytes=self.limits.max_header_bytes)
         if not length:
             self._scanned = len(buffer)
@@ -283,13 +236,13 @@ class Connection(asyncio.Protocol):
         data = bytes(buffer[:length])
         del buffer[:length]
         self._scanned = self._blank_bytes = 0
-        self._in_head = False
+        self._receiving_head = False
         self._begin(data, parse_head(data, max_fields=self.limits.max_header_count))
         return True
 
     def _start_head_timeout(self) -> None:
-        if not self._in_head:
-            self._in_head = True
+        if not self._receiving_head:
+            self._receiving_head = True
             self._deadline.set(self.limits.head_seconds(over_limit=self._over_limit))
 
     def _begin(self, data: bytes, head: Head) -> None:
@@ -303,7 +256,7 @@ class Connection(asyncio.Protocol):
             root_path=self._config.root_path,
             client=self.client,
             server=self._server,
-            state=self._state.copy(),
+            state=self._lifespan_state.copy(),
             extensions={ON_DISCONNECT: self._on_disconnect, DIRECT_TRANSPORT: self._direct_transport},
         )
         exchange = Exchange(
@@ -348,7 +301,7 @@ class Connection(asyncio.Protocol):
             read = not self._exchange.body_full
         else:
             # A disconnect is noticed only while the socket is read, so a limited amount is read ahead.
-            read = len(self._buffer) < _PIPELINED
+            read = len(self._buffer) < _MAX_READ_AHEAD
         if read != self._reading:
             self._reading = read
             if read:
@@ -372,33 +325,17 @@ class Connection(asyncio.Protocol):
 
     def _refuse(self, error: GatewayError, *, linger: bool = True) -> None:
         """Send a problem document as the last response; without its body for HEAD."""
-        self.limits.count_refused_request(lookup(error)[0])
+        self.limits.count_refused_request(status_and_title(error)[0])
         head, body = last_response(error, self.server_state.default_headers)
-        self.write(head if self._is_head else head + body)
+        self.write(head if self._is_head_request else head + body)
         self._close(linger=linger)
 
     def _close(self, *, linger: bool) -> None:
-        """Close once everything is written. `linger`: first read and drop what the client still sends.
-
-        If a socket is closed with unread bytes, the kernel resets the connection and the client may lose the
-        response (RFC 9112, 9.6).
-        """
-        if self._closing:
-            return
-        self._closing = True
-        self._body = None
-        self._buffer.clear()
-        if self.transport.is_closing():
-            return
-        self._unsent = self.transport.get_write_buffer_size()
-        self._deadline.set(self.limits.stall_seconds if self._unsent else LINGER_SECONDS)
-        if not linger:
-            self.transport.close()
-            return
-        if not self._reading:
-            self._reading = True
-            self.transport.resume_reading()
-        self.transport.write_eof()
+        """Drop unparsed input, and close; see `_close_transport`."""
+        if not self._closing:
+            self._body = None
+            self._buffer.clear()
+            self._close_transport(linger=linger)
 
     def _expired(self) -> None:
         """Handle the timeout of the current state."""
@@ -410,12 +347,3 @@ class Connection(asyncio.Protocol):
             self._refuse_connection()
         else:
             self._close(linger=bool(self._buffer))
-
-    def _check_stall(self) -> None:
-        """Abort if the client has read nothing since the last check; otherwise restart the timeout."""
-        unsent = self.transport.get_write_buffer_size()
-        if not unsent or unsent >= self._unsent:
-            self.transport.abort()
-        else:
-            self._unsent = unsent
-            self._deadline.set(self.limits.stall_seconds)

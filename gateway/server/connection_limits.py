@@ -72,7 +72,7 @@ class ConnectionLimits:
         """Remove a connection from the reserve."""
         self._reserved.pop(connection, None)
 
-    def drain(self) -> None:
+    def start_draining(self) -> None:
         """Close each connection after its next response, so that clients reconnect to another replica."""
         self.draining = True
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 
-from gateway.api.problems import document, lookup
+from gateway.api.problems import problem_document, status_and_title
 from gateway.api.requests import SECURITY_HEADERS, Headers
 from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import render_json
@@ -14,9 +14,9 @@ from gateway.server.exchange import STATUS_LINES
 
 def last_response(error: GatewayError, default_headers: Headers) -> tuple[bytes, bytes]:
     """Return the head and the body of a problem document that closes its connection."""
-    status, title = lookup(error)
+    status, title = status_and_title(error)
     request_id = os.urandom(16).hex()
-    body = render_json(document(error, status, title, request_id=request_id))
+    body = render_json(problem_document(error, status, title, request_id=request_id))
     retry = [] if error.retry_after is None else [(b"retry-after", b"%d" % math.ceil(error.retry_after))]
     headers = [
         *default_headers,

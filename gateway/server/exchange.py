@@ -42,15 +42,15 @@ def _status_line(status: int) -> bytes:
 STATUS_LINES = {status: _status_line(status) for status in range(200, 600)}
 
 
-class Peer(Protocol):
-    """The interface of a connection that an exchange uses."""
+class ClientConnection(Protocol):
+    """What an exchange uses of its connection to the client."""
 
     write_paused: bool  # the write buffer is full: the client does not read fast enough
 
     def write(self, data: bytes) -> None:
         """Send bytes to the client, unless it has disconnected."""
 
-    async def drain(self) -> None:
+    async def wait_writable(self) -> None:
         """Wait until the client has read enough, or has disconnected."""
 
     def body_consumed(self) -> None:
@@ -102,12 +102,12 @@ class Exchange:
         "_body_delivered",
         "_body_error",
         "_chunked",
+        "_connection",
         "_default_headers",
         "_empty_message_due",
         "_expects_continue",
         "_head",
         "_length_left",
-        "_peer",
         "_waiter",
         "client_may_send_more",
         "complete",
@@ -120,7 +120,7 @@ class Exchange:
 
     def __init__(
         self,
-        peer: Peer,
+        connection: ClientConnection,
         scope: Scope,
         *,
         keep_alive: bool,
@@ -137,7 +137,7 @@ class Exchange:
         self.started = False  # the application has sent the response's head
         self.complete = False  # the application has sent the whole response
         self.streams_chunks = False  # the head is sent, and chunks follow
-        self._peer = peer
+        self._connection = connection
         self._default_headers = default_headers
         self._expects_continue = expects_continue and has_body
         self._body = bytearray()
@@ -185,7 +185,7 @@ class Exchange:
         finally:
             if not self.complete and not self.disconnected:
                 self.complete = True
-                self._peer.response_complete(failed=True)
+                self._connection.response_complete(failed=True)
 
     async def receive(self) -> Message:
         """Return the next part of the body, then wait for the disconnect (ASGI).
@@ -200,11 +200,11 @@ class Exchange:
                 self._body.clear()
                 self._body_delivered = self._body_complete
                 self._empty_message_due = False
-                self._peer.body_consumed()
+                self._connection.body_consumed()
                 return {"type": "http.request", "body": body, "more_body": not self._body_complete}
             if self._expects_continue:
                 self._expects_continue = False
-                self._peer.write(_CONTINUE)
+                self._connection.write(_CONTINUE)
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
@@ -219,15 +219,15 @@ class Exchange:
         if message["type"] == "http.response.start" and not self.started:
             self._start(message["status"], message.get("headers", ()))
         elif message["type"] == "http.response.body" and self.started and not self.complete:
-            if self._peer.write_paused:
-                await self._peer.drain()
+            if self._connection.write_paused:
+                await self._connection.wait_writable()
             if not self.disconnected:
                 self._send_body(message.get("body", b""), last=not message.get("more_body", False))
         else:
             raise RuntimeError(f"unexpected ASGI message {message['type']!r}")
 
     def _start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
-        self._peer.response_started()
+        self._connection.response_started()
         if not self._body_delivered:
             # The next bytes may be the body or a new request, which cannot be known.
             self.keep_alive = False
@@ -269,12 +269,12 @@ class Exchange:
             body = (chunk(body) if body else b"") + (_LAST_CHUNK if last else b"")
         head, self._head = self._head, b""
         if head or body:
-            self._peer.write(head + body)
+            self._connection.write(head + body)
         self.streams_chunks = self._chunked and not last
         if last:
             self.complete = True
             self._wake()
-            self._peer.response_complete(failed=False)
+            self._connection.response_complete(failed=False)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -50,7 +50,7 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
     limit = descriptors.raise_limit()
     max_connections = limit.connections(server.max_connections, outgoing=settings.upstream.max_in_flight)
     limits = connection_limits(server, app.metrics, max_connections=max_connections)
-    app.drain.on_begin(limits.drain)
+    app.shutdown.on_begin(limits.start_draining)
     config = uvicorn.Config(
         app.asgi,
         host=server.host,

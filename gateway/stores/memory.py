@@ -54,7 +54,7 @@ class _SnapshotCache(_ByteSizedCache):
     def popitem(self) -> tuple[TaskKey, Snapshot]:
         """Remove the least recently used snapshot."""
         key, snapshot = super().popitem()
-        snapshot.shown_until = -math.inf
+        snapshot.current_until = -math.inf
         return key, snapshot
 
 
@@ -111,7 +111,7 @@ class MemoryStore:
 
     def is_current(self, snapshot: Snapshot, now: float) -> bool:
         """See `Store.is_current`."""
-        return now < snapshot.shown_until
+        return now < snapshot.current_until
 
     def peek_stale(self, key: TaskKey) -> Snapshot | None:
         """See `Store.peek_stale`."""
@@ -178,7 +178,7 @@ class MemoryStore:
         ):
             return kept
         if kept is not None:
-            kept.shown_until = -math.inf
+            kept.current_until = -math.inf
             del self._snapshots[snapshot.key]
         if self._make_room(self._snapshots, _snapshot_bytes(snapshot)):
             self._snapshots[snapshot.key] = snapshot

@@ -20,7 +20,7 @@ from itertools import islice
 from typing import Self
 
 from gateway.telemetry.secret_encodings import (
-    DIGITS,
+    HEX_DIGITS,
     MIN_SECRET,
     Forms,
     base64_prefixes,
@@ -84,16 +84,16 @@ class Redactor:
         self._forms = Forms()
         self._credentials = Forms()  # the secrets that no upstream response may contain
 
-    def hide(self, *secrets: str) -> None:
+    def add_secrets(self, *secrets: str) -> None:
         """Add secrets. Strings shorter than 6 characters are ignored: they occur in ordinary text."""
         new = set(secrets) - self._secrets
         self._secrets |= new
         self._forms = self._forms.plus(new)  # replaced in one step: another thread may be logging
 
-    def hide_credentials(self, *secrets: str) -> None:
+    def add_credentials(self, *secrets: str) -> None:
         """Add secrets that, in addition, no upstream response may contain."""
         self._credentials = self._credentials.plus(secrets)
-        self.hide(*secrets)
+        self.add_secrets(*secrets)
 
     def for_call(self, signature: str) -> Redactor:
         """Return a redactor that also hides the signature of one request. Takes 40 us."""
@@ -179,7 +179,9 @@ class Redactor:
                 if form.startswith(viewed[at:cut])
             ]
             for first, end in found:
-                at, last = (hex_digits[first], hex_digits[end - 1]) if view == DIGITS else (first, end - 1)
+                at, last = (
+                    (hex_digits[first], hex_digits[end - 1]) if view == HEX_DIGITS else (first, end - 1)
+                )
                 at -= before and at > 0
                 last += after and end - first == len(form) and last + 1 < len(plain)
                 yield offset + starts[at], offset + ends[last]

@@ -37,7 +37,7 @@ _FROM_QUOTED = bytes.maketrans(b"=", b"%")
 _RUN = re.compile(b"={2,}")
 _SEPARATORS = b":-,._"
 # The hexadecimal codes of upper and lower case differ in the first digit: 4 or 6, 5 or 7. Map them to one.
-_DIGITS = bytes.maketrans(b"67", b"45")
+_MERGE_HEX_CASE = bytes.maketrans(b"67", b"45")
 _DIGIT = re.compile(rb"(?s)0x|[:,._-]|(.)")
 
 # Escaped wide spaces become non-ASCII bytes, which are dropped.
@@ -55,7 +55,7 @@ _TOKEN = re.compile(
     """
 )
 
-FOLDED, CODED, DIGITS = range(3)
+FOLDED, CODED, HEX_DIGITS = range(3)
 
 
 class Views(NamedTuple):
@@ -141,7 +141,7 @@ def base64_prefixes(text: str) -> tuple[tuple[int, bytes], ...]:
     raw = text.encode()[:9]
     return (
         (FOLDED, raw[:MIN_SECRET].translate(_FOLD)),
-        (DIGITS, raw[:MIN_SECRET].hex().encode().translate(_DIGITS)),
+        (HEX_DIGITS, raw[:MIN_SECRET].hex().encode().translate(_MERGE_HEX_CASE)),
         (CODED, binascii.b2a_base64(raw)[:_MIN_BASE64].lower()),
         (CODED, binascii.b2a_base64(b"\0" + raw)[2 : 2 + _MIN_BASE64].lower()),
         (CODED, binascii.b2a_base64(b"\0\0" + raw)[3 : 3 + _MIN_BASE64].lower()),
@@ -167,8 +167,8 @@ def _needles(secret: str) -> Iterator[Needle]:
         folded = views(decoded(form)).folded
         if len(folded) >= MIN_SECRET:
             yield Needle(FOLDED, folded, folded[:MIN_SECRET])
-    digits = raw.hex().encode().translate(_DIGITS)
-    yield Needle(DIGITS, digits, digits[:_MIN_HEX])
+    digits = raw.hex().encode().translate(_MERGE_HEX_CASE)
+    yield Needle(HEX_DIGITS, digits, digits[:_MIN_HEX])
     # A secret can start at byte 0, 1 or 2 of a base64 group. For each start: the digits that do not depend
     # on neighbouring bytes.
     for before in range(3):
@@ -207,7 +207,7 @@ def views(data: bytes) -> Views:
     """Return the views of a decoded text."""
     folded = data.translate(_FOLD, _DROPPED)
     digits = folded.replace(b"0x", b"") if b"0x" in folded else folded
-    return Views(folded, folded.translate(_CODE), digits.translate(_DIGITS, _SEPARATORS))
+    return Views(folded, folded.translate(_CODE), digits.translate(_MERGE_HEX_CASE, _SEPARATORS))
 
 
 def hex_positions(folded: bytes) -> list[int]:

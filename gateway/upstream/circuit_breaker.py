@@ -22,8 +22,8 @@ from enum import StrEnum
 import structlog
 
 from gateway.domain.errors import (
+    CircuitOpen,
     UpstreamBusy,
-    UpstreamOpen,
     UpstreamRejected,
     UpstreamTimeout,
     UpstreamUnreachable,
@@ -86,15 +86,15 @@ class CircuitBreaker:
         return self._state
 
     def check(self) -> None:
-        """Refuse a call that could not pass now, before it queues for anything. Raises: UpstreamOpen."""
+        """Refuse a call that could not pass now, before it queues for anything. Raises: CircuitOpen."""
         if self._state is State.OPEN and (left := self._open_until - self._clock()) > 0:
-            raise UpstreamOpen(_OPEN_MESSAGE, retry_after=left)
+            raise CircuitOpen(_OPEN_MESSAGE, retry_after=left)
         if self._probing:
-            raise UpstreamOpen(_OPEN_MESSAGE, retry_after=_PROBE_RETRY_AFTER_SECONDS)
+            raise CircuitOpen(_OPEN_MESSAGE, retry_after=_PROBE_RETRY_AFTER_SECONDS)
 
     @contextmanager
     def guard(self, *, no_response_seconds: float = math.inf) -> Iterator[None]:
-        """Let one call pass and record its outcome. Raises: UpstreamOpen, before the call begins.
+        """Let one call pass and record its outcome. Raises: CircuitOpen, before the call begins.
 
         No exception and UpstreamRejected count as success. `FAILURES` count as failure, and so does a call
         that is cancelled after `no_response_seconds` without a response. Other exceptions do not count; after

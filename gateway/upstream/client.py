@@ -1,11 +1,11 @@
-"""The upstream client: runs one query with its deadline and retries, within all limits for upstream calls.
+"""The upstream client: runs a query with its deadline and retries, within all limits for upstream calls.
 
-    deadline, retries -> circuit breaker -> rate limiter -> credential rotation -> slot -> signed request
+    deadline, retries -> circuit breaker -> rate limiter -> credential rotation -> concurrency limit -> call
 
-A query runs in the asyncio task of an in-flight request, not in a caller's. Only the slots limit concurrent
-calls; the transport opens as many connections as it is asked for. A call keeps its slot for as long as the
-upstream works on it, even after the deadline of the query. A call is not made if its response is not wanted
-any more (`demand.py`), or if less time is left than the upstream usually takes.
+A query may need several calls. It runs in the asyncio task of an in-flight request, not in a caller's. The
+concurrency limit is `upstream.max_in_flight`; the transport has none. A call counts towards it for as long as
+the upstream works on the call, even after the deadline of the query. A call is not made if its response is
+not wanted any more (`demand.py`), or if less time is left than the upstream usually takes.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from itertools import count
 from typing import Protocol
 
 from gateway.domain.errors import (
+    CircuitOpen,
     GatewayError,
     Overloaded,
     RateLimiterExhausted,
-    UpstreamClock,
+    TimestampRefused,
     UpstreamError,
-    UpstreamOpen,
     UpstreamThrottled,
     UpstreamTimeout,
 )
@@ -40,27 +40,28 @@ from gateway.upstream.rate_limiter import NOTICEABLE_SECONDS, Permit, RateLimite
 from gateway.upstream.retry_policy import RetryPolicy
 from gateway.upstream.signed_request import ParsedResponse, SignedRequests
 
-_LATENCY_WEIGHT = 0.3  # of the latest response in the moving average of the latency
+_LATENCY_WEIGHT = 0.3  # weight of the latest response in the moving average of the latency
 
 
-def _rate_limited() -> GatewayError:
+def _rate_limit_error() -> GatewayError:
     return RateLimiterExhausted("the rate limit for upstream calls is exhausted", retry_after=1.0)
 
 
-def _no_free_slot() -> GatewayError:
+def _concurrency_error() -> GatewayError:
     return Overloaded("the limit of concurrent upstream calls is reached", retry_after=1.0)
 
 
-def _no_response() -> GatewayError:
+def _timeout_error() -> GatewayError:
     return UpstreamTimeout("the upstream did not answer in time")
 
 
 @dataclass(slots=True)
 class _Query:
-    """A running query. `make_timeout_error` makes the error to raise if the deadline passes now.
+    """A running query.
 
-    `call_numbers` counts the calls from 0. There may be more calls than attempts: one more after a clock
-    correction, and one for each other key pair.
+    `make_timeout_error` makes the error to raise if the deadline passes now: it depends on what the query
+    waits for. `call_numbers` counts the calls from 0. An attempt has more than one call after a clock
+    correction, and when other key pairs are tried.
     """
 
     key: TaskKey
@@ -68,44 +69,44 @@ class _Query:
     on_queued: Callable[[float], None]
     deadline: float
     demand: Demand
-    make_timeout_error: Callable[[], GatewayError] = _rate_limited
+    make_timeout_error: Callable[[], GatewayError] = _rate_limit_error
     call_numbers: Iterator[int] = field(default_factory=count)
 
 
 class _PermitRevoked(Exception):
-    """The upstream throttled another call before this one was sent."""
+    """The upstream throttled another call after the permit was issued, and before this call was sent."""
 
 
-class _Slot:
-    """A place among the concurrent calls.
+class _ConcurrentCall:
+    """A call that counts towards the concurrency limit, which the caller has acquired for it.
 
-    It is released when the query has parsed the response. If the query was cancelled, it is released when the
-    upstream has ended the call. Releasing it twice has no effect.
+    It counts until the query has parsed the response. If the query is cancelled, it counts until the upstream
+    has ended the call.
     """
 
-    __slots__ = ("_call_ended", "_cancelled", "_slots")
+    __slots__ = ("_cancelled", "_ended", "_limit")
 
-    def __init__(self, slots: asyncio.Semaphore) -> None:
-        self._slots: asyncio.Semaphore | None = slots
-        self._call_ended = self._cancelled = False
+    def __init__(self, limit: asyncio.Semaphore) -> None:
+        self._limit: asyncio.Semaphore | None = limit
+        self._ended = self._cancelled = False
 
-    def end_call(self) -> None:
-        """Record that the call has ended. The query may still parse the response."""
-        self._call_ended = True
+    def end(self) -> None:
+        """Record that the upstream has ended the call. The query may still parse the response."""
+        self._ended = True
         if self._cancelled:
             self.release()
 
     def cancel(self) -> None:
         """Record that the query was cancelled while the call was in flight."""
         self._cancelled = True
-        if self._call_ended:
+        if self._ended:
             self.release()
 
     def release(self) -> None:
-        """Release the slot, unless it was released before."""
-        slots, self._slots = self._slots, None
-        if slots is not None:
-            slots.release()
+        """Stop counting the call. A second release has no effect."""
+        limit, self._limit = self._limit, None
+        if limit is not None:
+            limit.release()
 
 
 class TakeSharedToken(Protocol):
@@ -116,49 +117,49 @@ class TakeSharedToken(Protocol):
 
 
 class UpstreamClient:
-    """Queries the upstream through `calls`.
+    """Queries the upstream.
 
-    `token` takes a call out of the rate limit that replicas share. `announce_throttling` informs the other
-    replicas of a throttling response. See `Store` for both.
+    `take_shared_token` takes a call out of the configured rate limit, which replicas share.
+    `announce_throttling` notifies the other replicas of a throttling response. See `Store` for both.
     """
 
     def __init__(
         self,
         settings: UpstreamSettings,
         *,
-        calls: SignedRequests,
+        signed_requests: SignedRequests,
         rotation: CredentialRotation,
         metrics: Metrics,
-        token: TakeSharedToken,
+        take_shared_token: TakeSharedToken,
         announce_throttling: Callable[[float | None], Awaitable[None]],
     ) -> None:
-        self._take_shared_token = token
+        self._take_shared_token = take_shared_token
         self._announce_throttling = announce_throttling
         self._settings = settings
-        self._signed_requests = calls
+        self._signed_requests = signed_requests
         self._rotation = rotation
         self._metrics = metrics
-        self._slots = asyncio.Semaphore(settings.max_in_flight)
+        self._concurrency_limit = asyncio.Semaphore(settings.max_in_flight)
         self._retry_policy = RetryPolicy(settings.retries)
         self._rate_limiter = RateLimiter(settings.requests_per_second)
         metrics.upstream_budget.set_function(lambda: self._rate_limiter.per_second)
         self._breakers = {operation: self._make_breaker(operation) for operation in Operation}
         # The series start at 0: `rate()` does not see an increase from an absent series to 1.
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
-        # The shortest time in which the upstream has a fair chance to respond: half the time of an attempt.
-        # If the query's deadline cancels a call earlier, the circuit breaker does not count it as a failure.
-        # A query does not wait for a permit if less than this time would be left, because its call would be
-        # cancelled right after it is sent.
+        # Half the time of an attempt: the upstream can be expected to respond within it. If the query's
+        # deadline cancels a call earlier, the circuit breaker does not count a failure. A query does not wait
+        # for a permit that would leave less time: its call would be cancelled soon after it is sent.
         self._min_response_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
-        self._latency_seconds = dict.fromkeys(Operation, 0.0)  # moving averages
+        # Moving averages; 0.0 before the first response.
+        self._latency_seconds = dict.fromkeys(Operation, 0.0)
 
     @property
     def troubles(self) -> list[str]:
-        """The problem codes that describe the state of the upstream; empty if it works."""
+        """The problem codes of what is wrong with the upstream now; empty if it works."""
         last_error = self._signed_requests.last_error_code
         codes = [last_error] if last_error else []
         if any(breaker.state is not State.CLOSED for breaker in self._breakers.values()):
-            codes.append(UpstreamOpen.code)
+            codes.append(CircuitOpen.code)
         if self._rate_limiter.has_learned_limit:
             codes.append(UpstreamThrottled.code)
         return list(dict.fromkeys(codes))
@@ -181,14 +182,14 @@ class UpstreamClient:
         Args:
             key: The task.
             renewal: An older snapshot of the task is known.
-            timeout_seconds: The longest time for the whole query.
+            timeout_seconds: Limit for the whole query, in addition to the setting.
             on_queued: Called with the expected wait in seconds if the rate limiter queues the query.
-            demand: The callers that wait. `committed` is set while a call is on the wire. None: the
-                gateway itself needs the response.
+            demand: The waiting callers. Its `committed` is set while a call is on the wire. None means that
+                the gateway itself needs the response.
 
         Raises:
             UpstreamError: There is no response, or it is an error.
-            Overloaded: No slot was released in time.
+            Overloaded: The concurrency limit was reached until the deadline.
         """
         seconds = min(self._settings.timeout_seconds, timeout_seconds)
         deadline = asyncio.get_running_loop().time() + seconds
@@ -201,7 +202,7 @@ class UpstreamClient:
                 while True:
                     try:
                         return await self._attempt(query)
-                    except (RateLimiterExhausted, Overloaded, UpstreamOpen) as refused:
+                    except (RateLimiterExhausted, Overloaded, CircuitOpen) as refused:
                         # No call was made. If an earlier call failed, its error says more.
                         raise copy(failure or refused) from None
                     except UpstreamError as exc:
@@ -226,10 +227,10 @@ class UpstreamClient:
         operation = query.key.operation
         while True:
             self._breakers[operation].check()  # do not queue for a call that will not be made
-            query.make_timeout_error = _no_response
+            query.make_timeout_error = _timeout_error
             await self._rotation.wait_for_probe(operation)
-            query.make_timeout_error = _rate_limited
-            # The permit comes before the slot: a query that waits for a permit must not occupy a slot.
+            query.make_timeout_error = _rate_limit_error
+            # The permit comes first: a query that waits for one must not count towards the concurrency limit.
             with await self._rate_limiter.acquire(
                 renewal=query.renewal,
                 timeout_seconds=self._seconds_left_to_queue(query),
@@ -237,7 +238,7 @@ class UpstreamClient:
                 demand=query.demand,
             ) as permit:
                 await self._wait_for_shared_token(query)
-                query.make_timeout_error = _no_response
+                query.make_timeout_error = _timeout_error
                 try:
                     return await self._rotation.use(
                         operation, partial(self._call_with_clock_correction, query, permit)
@@ -246,15 +247,15 @@ class UpstreamClient:
                     continue
 
     def _seconds_left_to_queue(self, query: _Query) -> float:
-        """Return how long a query may queue so that enough time for a response is left."""
+        """Return how long a query may queue and still have enough time for a response."""
         needed = max(self._min_response_seconds, self._latency_seconds[query.key.operation])
         return query.deadline - needed - asyncio.get_running_loop().time()
 
     async def _wait_for_shared_token(self, query: _Query) -> None:
         """Wait for the configured rate limit, which replicas share. Raises: RateLimiterExhausted.
 
-        Each replica learns its own limit: how many of its calls the upstream accepts. But every throttling
-        response lowers it in all replicas (`slow_down`).
+        Only the configured limit is shared. The limit that a replica learns from throttling is its own, but
+        each throttling response lowers it in all replicas (`slow_down`).
         """
         per_second = self._settings.requests_per_second
         if not per_second:
@@ -272,9 +273,9 @@ class UpstreamClient:
         offset = self._signed_requests.clock_offset
         try:
             return await self._call(query, permit, pair)
-        except UpstreamClock as exc:
-            # The first refusal corrects the clock for all calls in flight, and each is signed and sent again
-            # once. This does not use the retry budget, which may be smaller than the number of such calls.
+        except TimestampRefused as exc:
+            # The first refusal corrects the clock. The other calls in flight are refused, too, and each is
+            # signed and sent again once. These repeats do not use the retry budget, which may be too small.
             if self._signed_requests.clock_offset == offset:
                 raise
             self._metrics.upstream_retries.labels(query.key.operation, exc.code).inc()
@@ -287,9 +288,9 @@ class UpstreamClient:
             demand.drop(demand)
             await asyncio.sleep(0)  # `drop` cancels this task: the cancellation is raised here
         make_timeout_error = query.make_timeout_error
-        query.make_timeout_error = _no_free_slot if permit.sent_at is None else make_timeout_error
-        await self._slots.acquire()
-        slot = _Slot(self._slots)
+        query.make_timeout_error = _concurrency_error if permit.sent_at is None else make_timeout_error
+        await self._concurrency_limit.acquire()
+        call = _ConcurrentCall(self._concurrency_limit)
         try:
             began = self._check_before_sending(query, permit)
             query.make_timeout_error = make_timeout_error
@@ -297,23 +298,23 @@ class UpstreamClient:
                 permit.consume()
                 demand.committed = True
                 response = await self._signed_requests.send(
-                    query.key, pair, number=next(query.call_numbers), on_complete=slot.end_call
+                    query.key, pair, number=next(query.call_numbers), on_complete=call.end
                 )
         except asyncio.CancelledError:
             if demand.committed:  # the call is in flight, and the upstream works on it
-                slot.cancel()
+                call.cancel()
             else:
-                slot.release()
+                call.release()
             raise
         except BaseException:
-            slot.release()
+            call.release()
             raise
-        slot.release()
+        call.release()
         self._update_latency(operation, asyncio.get_running_loop().time() - began)
         return response
 
     def _check_before_sending(self, query: _Query, permit: Permit) -> float:
-        """Return the loop's time, now that there is a slot.
+        """Return the present time of the event loop, if the call should still be made.
 
         Raises:
             _PermitRevoked: The upstream has throttled a call since the permit was issued.

@@ -33,31 +33,31 @@ from typing import Any, NamedTuple, TypeVar
 import structlog
 
 from gateway.domain.errors import (
-    UpstreamClock,
-    UpstreamCredentials,
-    UpstreamNonce,
-    UpstreamQuota,
+    CredentialsRefused,
+    NonceRefused,
+    QuotaExhausted,
+    TimestampRefused,
     UpstreamRejected,
 )
 from gateway.domain.task import Operation
-from gateway.upstream.credentials import Credentials, CredentialVersion, KeyPair
+from gateway.upstream.credentials import Credentials, KeyPair, LoadedKeyPair
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
-_Tried = dict[KeyPair, UpstreamCredentials]
+_Tried = dict[KeyPair, CredentialsRefused]
 
 
 class _Refusal(NamedTuple):
     until: float
-    error: UpstreamCredentials
+    error: CredentialsRefused
 
 
 class _Use(NamedTuple):
     """The credentials of one call, and the signing ones at its start. At most one call at a time probes."""
 
-    version: CredentialVersion
-    signing: CredentialVersion | None
+    loaded: LoadedKeyPair
+    signing: LoadedKeyPair | None
     is_probe: bool
 
 
@@ -79,47 +79,50 @@ class CredentialRotation:
         self._clock = clock
         self._probe_lock = asyncio.Lock()
         self._refusals: dict[tuple[Operation, KeyPair], _Refusal] = {}
-        self._last_good: CredentialVersion | None = None
+        self._last_good: LoadedKeyPair | None = None
 
     async def use(self, operation: Operation, call: Callable[[KeyPair], Awaitable[T]]) -> T:
         """Make a call with the signing pair. If it is refused, try the other candidates one after another.
 
         Raises:
-            UpstreamCredentials: Every candidate was refused. If all are paused, no call is made.
+            CredentialsRefused: Every candidate was refused. If all are paused, no call is made.
             Exception: What `call` raises.
         """
         tried: _Tried = {}
         while True:
-            if (version := self._usable_signing(operation, tried)) is not None:
-                outcome = await self._call(operation, _Use(version, version, is_probe=False), call)
+            if (loaded := self._usable_signing(operation, tried)) is not None:
+                outcome = await self._call(operation, _Use(loaded, loaded, is_probe=False), call)
             else:
                 async with self._probe_lock:
                     if self._usable_signing(operation, tried) is not None:
                         continue  # the probe of another query has found a usable pair
-                    version = self._next_candidate(operation, tried)
-                    probe = _Use(version, self._credentials.signing, is_probe=True)
+                    loaded = self._next_candidate(operation, tried)
+                    probe = _Use(loaded, self._credentials.signing, is_probe=True)
                     outcome = await self._call(operation, probe, call)
-            if not isinstance(outcome, UpstreamCredentials):
+            if not isinstance(outcome, CredentialsRefused):
                 return outcome
-            tried[version.pair] = outcome
+            tried[loaded.pair] = outcome
 
     async def wait_for_probe(self, operation: Operation) -> None:
-        """Wait while another query probes a pair. A waiting query holds neither a permit nor a slot."""
+        """Wait while another query probes a pair.
+
+        A waiting query has no permit, and does not count towards the concurrency limit.
+        """
         while self._probe_lock.locked() and self._usable_signing(operation, {}) is None:
             async with self._probe_lock:
                 pass
 
     async def _call(
         self, operation: Operation, use: _Use, call: Callable[[KeyPair], Awaitable[T]]
-    ) -> T | UpstreamCredentials:
+    ) -> T | CredentialsRefused:
         """Make a call; return the refusal if another pair may be accepted."""
         try:
-            result = await call(use.version.pair)
-        except (UpstreamClock, UpstreamNonce):
+            result = await call(use.loaded.pair)
+        except (TimestampRefused, NonceRefused):
             raise
-        except UpstreamCredentials as exc:
-            self._on_refused(operation, use.version, exc)
-            if isinstance(exc, UpstreamQuota):
+        except CredentialsRefused as exc:
+            self._on_refused(operation, use.loaded, exc)
+            if isinstance(exc, QuotaExhausted):
                 raise
             return copy(exc)
         except UpstreamRejected:
@@ -128,45 +131,43 @@ class CredentialRotation:
         self._on_accepted(operation, use)
         return result
 
-    def _usable_signing(self, operation: Operation, tried: _Tried) -> CredentialVersion | None:
+    def _usable_signing(self, operation: Operation, tried: _Tried) -> LoadedKeyPair | None:
         """Return the signing credentials, or None while they are refused."""
         signing = self._credentials.signing
         if signing is None or signing.pair in tried or (operation, signing.pair) in self._refusals:
             return None
         return signing
 
-    def _next_candidate(self, operation: Operation, tried: _Tried) -> CredentialVersion:
-        """Return the next candidate for a probe. Raises: UpstreamCredentials, if there is none."""
+    def _next_candidate(self, operation: Operation, tried: _Tried) -> LoadedKeyPair:
+        """Return the next candidate for a probe. Raises: CredentialsRefused, if there is none."""
         now = self._clock()
         errors = []
-        for version in self._candidates():
-            if version.pair in tried:
-                errors.append(tried[version.pair])
+        for loaded in self._candidates():
+            if loaded.pair in tried:
+                errors.append(tried[loaded.pair])
                 continue
-            refusal = self._refusals.get((operation, version.pair))
+            refusal = self._refusals.get((operation, loaded.pair))
             if refusal is None or refusal.until <= now:
-                return version
+                return loaded
             errors.append(refusal.error)
-            if version is self._credentials.signing and isinstance(refusal.error, UpstreamQuota):
+            if loaded is self._credentials.signing and isinstance(refusal.error, QuotaExhausted):
                 break
         if not errors:
-            raise UpstreamCredentials("the gateway has no credentials")
+            raise CredentialsRefused("the gateway has no credentials")
         raise copy(errors[0])  # a copy for this caller: many may share the error
 
-    def _candidates(self) -> list[CredentialVersion]:
-        known = (self._credentials.signing, *self._credentials.held(), self._last_good)
-        return [version for version in known if version is not None]
+    def _candidates(self) -> list[LoadedKeyPair]:
+        known = (self._credentials.signing, *self._credentials.loaded(), self._last_good)
+        return [loaded for loaded in known if loaded is not None]
 
-    def _on_refused(
-        self, operation: Operation, version: CredentialVersion, error: UpstreamCredentials
-    ) -> None:
+    def _on_refused(self, operation: Operation, loaded: LoadedKeyPair, error: CredentialsRefused) -> None:
         now = self._clock()
-        before = self._refusals.get((operation, version.pair))
+        before = self._refusals.get((operation, loaded.pair))
         if before is not None and now < before.until:
             return  # one of several calls that were in flight at the first refusal
-        self._refusals[operation, version.pair] = _Refusal(now + self._refusal_seconds, copy(error))
+        self._refusals[operation, loaded.pair] = _Refusal(now + self._refusal_seconds, copy(error))
         if before is None:
-            log.warning("credentials_refused", operation=operation, reason=str(error), **_log_fields(version))
+            log.warning("credentials_refused", operation=operation, reason=str(error), **_log_fields(loaded))
         self._credentials.reload()  # the files may have changed since the last poll
         known = {candidate.pair for candidate in self._candidates()}
         # Keep the refusal of a replaced pair until its pause is over: later refusals then write no second
@@ -177,21 +178,21 @@ class CredentialRotation:
 
     def _on_accepted(self, operation: Operation, use: _Use) -> None:
         # Only a probe clears a refusal: a call that was in flight before the refusal proves nothing any more.
-        version = use.version
+        loaded = use.loaded
         if use.is_probe:
-            self._refusals.pop((operation, version.pair), None)
+            self._refusals.pop((operation, loaded.pair), None)
             self._promote(operation, use)
-        if version is self._credentials.signing and (operation, version.pair) not in self._refusals:
-            self._last_good = version
+        if loaded is self._credentials.signing and (operation, loaded.pair) not in self._refusals:
+            self._last_good = loaded
 
     def _promote(self, operation: Operation, use: _Use) -> None:
-        version, signing = use.version, use.signing
-        if signing is not None and signing.pair == version.pair:
-            log.info("credentials_accepted_again", operation=operation, **_log_fields(version))
+        loaded, signing = use.loaded, use.signing
+        if signing is not None and signing.pair == loaded.pair:
+            log.info("credentials_accepted_again", operation=operation, **_log_fields(loaded))
         elif signing is self._credentials.signing:  # else the active slot has received new content meanwhile
-            self._credentials.set_signing(version)
-            log.warning("credentials_promoted", operation=operation, **_log_fields(version))
+            self._credentials.set_signing(loaded)
+            log.warning("credentials_promoted", operation=operation, **_log_fields(loaded))
 
 
-def _log_fields(version: CredentialVersion) -> dict[str, Any]:
-    return {"slot": version.slot, "generation": version.generation}
+def _log_fields(loaded: LoadedKeyPair) -> dict[str, Any]:
+    return {"slot": loaded.slot, "generation": loaded.generation}

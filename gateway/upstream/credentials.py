@@ -49,17 +49,17 @@ class KeyPair:
     secret_key: str = field(repr=False)
 
 
-class Slot(StrEnum):
+class CredentialSlot(StrEnum):
     """Where a pair is configured."""
 
     ACTIVE = "active"
     NEXT = "next"
 
 
-class CredentialVersion(NamedTuple):
+class LoadedKeyPair(NamedTuple):
     """A pair and its origin; `generation` counts the contents that the slot has had, from 1."""
 
-    slot: Slot
+    slot: CredentialSlot
     generation: int
     pair: KeyPair
 
@@ -71,49 +71,49 @@ class Credentials:
         self._redactor = redactor
         self._metrics = metrics
         self._sources = {
-            Slot.ACTIVE: _Source(
+            CredentialSlot.ACTIVE: _Source(
                 _Value(settings.access_key_file, settings.access_key.get_secret_value()),
                 _Value(settings.secret_key_file, settings.secret_key.get_secret_value()),
             ),
-            Slot.NEXT: _Source(
+            CredentialSlot.NEXT: _Source(
                 _Value(settings.next_access_key_file, settings.next_access_key.get_secret_value()),
                 _Value(settings.next_secret_key_file, settings.next_secret_key.get_secret_value()),
             ),
         }
-        self._versions: dict[Slot, CredentialVersion] = {}
-        self._faults: dict[Slot, str] = {}
-        self._signing: CredentialVersion | None = None
-        for slot in Slot:
+        self._loaded: dict[CredentialSlot, LoadedKeyPair] = {}
+        self._faults: dict[CredentialSlot, str] = {}
+        self._signing: LoadedKeyPair | None = None
+        for slot in CredentialSlot:
             metrics.credentials_active_slot.labels(slot).set(0)
         self.reload()
 
     @property
-    def signing(self) -> CredentialVersion | None:
+    def signing(self) -> LoadedKeyPair | None:
         """The credentials that sign; None if there are none, or only next ones that were not probed yet."""
         return self._signing
 
     @property
     def present(self) -> bool:
         """Whether any slot has a pair."""
-        return bool(self._versions)
+        return bool(self._loaded)
 
-    def held(self) -> list[CredentialVersion]:
+    def loaded(self) -> list[LoadedKeyPair]:
         """Return the contents of the slots, the active one first."""
-        return [self._versions[slot] for slot in Slot if slot in self._versions]
+        return [self._loaded[slot] for slot in CredentialSlot if slot in self._loaded]
 
-    def faults(self) -> Mapping[Slot, str]:
+    def faults(self) -> Mapping[CredentialSlot, str]:
         """Return why slots could not be read at the last attempt; the texts contain no secrets."""
         return self._faults
 
-    def set_signing(self, version: CredentialVersion) -> None:
+    def set_signing(self, loaded: LoadedKeyPair) -> None:
         """Make this pair sign until another one is promoted or the active slot reads new content."""
-        self._signing = version
-        for slot in Slot:
-            self._metrics.credentials_active_slot.labels(slot).set(slot is version.slot)
+        self._signing = loaded
+        for slot in CredentialSlot:
+            self._metrics.credentials_active_slot.labels(slot).set(slot is loaded.slot)
 
     def reload(self) -> None:
         """Read both slots again. If a pair cannot be read, the previous one stays in use."""
-        for slot in Slot:
+        for slot in CredentialSlot:
             self._reload(slot)
 
     async def follow(self) -> None:
@@ -122,8 +122,8 @@ class Credentials:
             await asyncio.sleep(POLL_SECONDS)
             self.reload()
 
-    def _reload(self, slot: Slot) -> None:
-        source, previous = self._sources[slot], self._versions.get(slot)
+    def _reload(self, slot: CredentialSlot) -> None:
+        source, previous = self._sources[slot], self._loaded.get(slot)
         try:
             pair = source.read()
         except (OSError, ValueError) as exc:
@@ -137,14 +137,14 @@ class Credentials:
         self._faults.pop(slot, None)
         if pair is None or (previous is not None and previous.pair == pair):
             return
-        self._redactor.hide_credentials(pair.access_key, pair.secret_key)
-        version = CredentialVersion(slot, 1 if previous is None else previous.generation + 1, pair)
-        self._versions[slot] = version
+        self._redactor.add_credentials(pair.access_key, pair.secret_key)
+        loaded = LoadedKeyPair(slot, 1 if previous is None else previous.generation + 1, pair)
+        self._loaded[slot] = loaded
         if source.has_files:
             self._metrics.credentials_reloads.labels("ok").inc()
-            log.info("credentials_loaded", slot=slot, generation=version.generation)
-        if slot is Slot.ACTIVE:
-            self.set_signing(version)
+            log.info("credentials_loaded", slot=slot, generation=loaded.generation)
+        if slot is CredentialSlot.ACTIVE:
+            self.set_signing(loaded)
 
 
 class _Value(NamedTuple):

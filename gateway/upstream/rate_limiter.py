@@ -1,17 +1,17 @@
-"""The rate limiter: hands out permits for upstream calls, over all operations and tasks.
+"""The rate limiter: issues a permit for each upstream call. One limit applies to all operations and tasks.
 
     acquire -> a token is available and no query is queued -> permit
             -> the token would come after the deadline -> RateLimiterExhausted, at once
             -> else queue: renewals | first queries, served alternately -> permit
 
-It is a token bucket. `AdaptiveLimit` sets its rate from the settings and from throttling responses. A
-renewal is a query for a task whose older snapshot is known; a first query is any other one.
+It is a token bucket. `AdaptiveLimit` sets its rate from the settings and from throttling responses. A query
+is a renewal if an older snapshot of its task is known, and a first query otherwise.
 
 Renewals are served first in, first out. A task has one query at a time, so this is a round robin over the
-known tasks. First queries are served round robin over clients (`FairQueue`): a client may name any number
-of new tasks and still delays another client by one call per round. The two queues alternate, so that
-neither starves. Waiting queries are woken, never polled: one timer runs until the next token. Use it on the
-event loop's thread only.
+known tasks. First queries are served round robin over clients (`FairQueue`). A client that requests many new
+tasks therefore delays another client by only one call per round. The two queues alternate, so that neither
+starves. One timer runs until the next token, and then wakes a waiting query. Use the limiter on the event
+loop's thread only.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from gateway.upstream.adaptive_limit import AdaptiveLimit
 from gateway.upstream.demand import Demand
 from gateway.upstream.fair_queue import FairQueue
 
-NOTICEABLE_SECONDS = 0.1  # callers that can serve a stale snapshot do not wait longer than this
+NOTICEABLE_SECONDS = 0.1  # callers for which a stale snapshot is available do not wait longer than this
 
-# Size of the bucket. An upstream that counts per second refuses calls beyond its count, so the bucket does
-# not hold a full second. It holds more than one token, so that the few tasks of a page need not queue.
+# Size of the bucket, as the time in which it fills. An upstream that counts calls per second would refuse a
+# part of larger bursts. A smaller bucket would make the few tasks of a page queue.
 _BURST_SECONDS = 0.1
-_ROUNDING = 1e-9  # tolerance in tokens
+_ROUNDING = 1e-9  # tokens; tolerance for rounding errors
 _TIMER_SECONDS = 0.001  # resolution of the event loop's timers; an earlier timer would find no token yet
 
 log = structlog.get_logger(__name__)
@@ -52,10 +52,13 @@ class Timer(Protocol):
 class Permit:
     """The right to make one call: a context manager. A permit that was not consumed returns its token.
 
-    `on_end` is called when the context exits, with the exception or None. `revoked`: the upstream has
-    throttled a call since the permit was issued. If a permit is revoked before it is consumed, the query
-    must acquire a new one. Without a rate limit, very many permits may be outstanding when the upstream
-    throttles for the first time.
+    When the context exits, `on_end` is called with the permit and the exception, or None.
+
+    Attributes:
+        sent_at: When the call was sent; None before `consume`.
+        revoked: The upstream has throttled a call since the permit was issued. A query whose permit is
+            revoked before it is consumed must acquire a new one. Without a rate limit, very many permits may
+            be outstanding when the upstream throttles for the first time.
     """
 
     __slots__ = ("_clock", "_on_end", "revoked", "sent_at")
@@ -69,11 +72,11 @@ class Permit:
         self.revoked = False
 
     def __enter__(self) -> Self:
-        """Return the permit, which is valid since it was issued."""
+        """Return the permit."""
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Report the outcome of the call to the rate limiter."""
+        """Pass the outcome of the call to `on_end`."""
         self._on_end(self, error)
 
     def consume(self) -> None:
@@ -82,9 +85,10 @@ class Permit:
 
 
 class _Waiter:
-    """A queued query. `future` resolves to 0.0 for a permit, or to the `retry_after` of a refusal in seconds.
+    """A queued query. It implements `QueueEntry`, whose methods have an effect for first queries only.
 
-    In the queue of first queries it implements `QueueEntry`.
+    `future` resolves to 0.0 when the query gets a permit. If the permit would come after `deadline`, it
+    resolves to the `retry_after` of the error, in seconds.
     """
 
     __slots__ = ("_queue", "deadline", "future", "on_queued")
@@ -114,7 +118,7 @@ class _Waiter:
 
 
 class RateLimiter:
-    """Issues permits at `requests_per_second`; 0: limited by throttling responses only.
+    """Issues permits at `requests_per_second`. With 0, only throttling responses limit the rate.
 
     `clock` returns monotonic seconds.
     """
@@ -139,26 +143,27 @@ class RateLimiter:
 
     @property
     def per_second(self) -> float:
-        """The present limit in calls per second, or `inf`. Reading it changes nothing."""
+        """The present limit in calls per second, or `inf`. A read has no side effects: metrics read it."""
         now = self._clock()
-        liftable = not self._any_queued() and self._limit.can_remove(now)
-        return self._limit.max_per_second if liftable else self._limit.per_second(now)
+        removable = not self._any_queued() and self._limit.can_remove(now)
+        return self._limit.max_per_second if removable else self._limit.per_second(now)
 
     @property
     def has_learned_limit(self) -> bool:
         """Tell whether throttling by the upstream limits the rate now."""
-        self._lift_if_idle()
+        self._remove_limit_if_idle()
         return self._limit.has_learned_limit
 
     def expected_wait(self, *, renewal: bool, client: bytes = b"") -> float:
-        """Return how many seconds a query of this client would wait if it called `acquire` now."""
+        """Return the seconds that a query of this client would wait if it called `acquire` now."""
         self._refill()
-        own, other = len(self._renewals), len(self._first_queries)
+        same_queue, other_queue = len(self._renewals), len(self._first_queries)
         if not renewal:
-            own, other = self._first_queries.count_ahead(client), own
-        # The queues alternate: each query ahead in this queue lets one of the other queue pass, plus one if
-        # the other queue is next.
-        return self._wait_behind(own + min(other, own + (self._renewal_next is not renewal)))
+            same_queue, other_queue = self._first_queries.count_ahead(client), same_queue
+        # The queues alternate: for each query ahead in the same queue, one of the other queue is served, and
+        # one more if the other queue is next.
+        from_other_queue = min(other_queue, same_queue + (self._renewal_next is not renewal))
+        return self._wait_behind(same_queue + from_other_queue)
 
     async def acquire(
         self,
@@ -173,14 +178,16 @@ class RateLimiter:
         Args:
             renewal: An older snapshot of the task is known.
             timeout_seconds: The longest wait.
-            on_queued: Called with the expected wait in seconds if it is noticeable.
-            demand: The clients that wait for a first query. More clients may join while it is queued.
+            on_queued: Called with the expected wait in seconds if that is at least `NOTICEABLE_SECONDS`, and
+                again, with the new wait, after throttling.
+            demand: The clients whose callers wait for the response. A first query is queued for them. More
+                clients may join while it is queued.
 
         Raises:
-            RateLimiterExhausted: The expected wait exceeds the timeout, or queries of other clients have
-                extended the wait beyond it.
+            RateLimiterExhausted: The expected wait exceeds the timeout. For a queued query, a lower limit or
+                the queries of other clients have extended the wait.
         """
-        self._lift_if_idle()
+        self._remove_limit_if_idle()
         demand = demand or Demand(background=True)
         client = b"" if renewal else self._first_queries.shortest(demand.clients)
         wait = self.expected_wait(renewal=renewal, client=client)
@@ -211,19 +218,19 @@ class RateLimiter:
         demand.queue_entry = waiter
         self._serve()
         try:
-            refused = await future
+            retry_after = await future
         except asyncio.CancelledError:
             self._discard(waiter)
             if future.cancelled():
-                self._serve()  # the timer may have been set for this waiter
+                self._serve()  # cancel the timer if no other query waits
             elif future.result() == 0:
-                # It was served and cancelled in the same iteration of the event loop: the token is not used.
+                # It was cancelled after it got a permit, but before it could use it.
                 self._return_token()
             raise
         finally:
             demand.queue_entry = None
-        if refused:
-            raise _exhausted(refused)
+        if retry_after:
+            raise _exhausted(retry_after)
 
     def _discard(self, waiter: _Waiter) -> None:
         self._renewals.pop(waiter, None)
@@ -260,10 +267,9 @@ class RateLimiter:
         for renewal in (self._renewal_next, not self._renewal_next):
             while (waiter := self._pop_one(renewal=renewal)) is not None:
                 if waiter.future.done():
-                    continue  # it was cancelled, and its task has not run since
+                    continue  # cancelled; the cancelled task, which removes it, has not run yet
                 if self._clock() > waiter.deadline + NOTICEABLE_SECONDS:
-                    # It was queued in time, but first queries of clients that came later were served before
-                    # it.
+                    # First queries of other clients were served before it, although they were queued later.
                     waiter.future.set_result(max(self._wait_behind(0), _TIMER_SECONDS))
                     continue
                 self._renewal_next = not renewal
@@ -289,7 +295,7 @@ class RateLimiter:
         self._serve()
 
     def _recheck_deadlines(self, now: float) -> None:
-        """Refuse the waiters that would be served after their deadline; tell the others their new wait."""
+        """Refuse the waiters that would be served after their deadline. Call `on_queued` of the others."""
         ahead = 0
         for waiter in list(self._in_order()):
             wait = self._wait_behind(ahead)
@@ -315,9 +321,10 @@ class RateLimiter:
     def _wait_behind(self, ahead: int) -> float:
         """Return the seconds until a token is available for a query behind `ahead` others."""
         now = self._clock()
-        missing = ahead + 1 - self._tokens
-        tokens = missing / self._limit.per_second(now) if missing > _ROUNDING else 0.0
-        return max(self._limit.resumes_at - now, 0.0) + tokens
+        missing = ahead + 1 - self._tokens  # tokens
+        refill_seconds = missing / self._limit.per_second(now) if missing > _ROUNDING else 0.0
+        pause_seconds = max(self._limit.resumes_at - now, 0.0)
+        return pause_seconds + refill_seconds
 
     def _refill(self) -> None:
         now = self._clock()
@@ -327,13 +334,12 @@ class RateLimiter:
         else:
             gained = max(now - max(self._refilled_at, self._limit.resumes_at), 0.0) * per_second
             size = burst_size(per_second)
-            # Returned tokens may exceed the size of the bucket; they are kept.
+            # Tokens of unused permits are returned and kept, even beyond the size of the bucket.
             self._tokens = max(self._tokens, min(self._tokens + gained, size))
         self._refilled_at = now
 
-    def _lift_if_idle(self) -> None:
-        # While queries are queued, the limit is needed and keeps growing. It is removed once the queue is
-        # empty.
+    def _remove_limit_if_idle(self) -> None:
+        # While queries are queued, the limit is in use, and rises. So it is removed when no query is queued.
         if not self._any_queued() and self._limit.remove_if_unthrottled(self._clock()):
             log.info("upstream_throttling_ended")
 

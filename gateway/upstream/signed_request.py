@@ -2,8 +2,8 @@
 
     send -> send_unparsed: sign, send, read -> parse_response -> a ParsedResponse, or an UpstreamError
 
-In this package, only this module and the HTTP transport use httpx's types. It also uses the `Date` header of
-responses to correct the clock for signing.
+If the upstream refuses the timestamp of a call, later calls are signed with the upstream's time, which the
+`Date` header of its response shows. In this package, only this module and the HTTP transport use httpx.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import structlog
 
 from gateway.domain.envelope import read_envelope
 from gateway.domain.errors import (
-    UpstreamClock,
+    TimestampRefused,
     UpstreamDetail,
     UpstreamError,
     UpstreamInvalid,
@@ -30,7 +30,7 @@ from gateway.domain.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.domain.rejection import STEP, clean, holds
+from gateway.domain.rejection import SEARCH_PIECE_SIZE, any_piece_matches, is_free_of_secrets
 from gateway.domain.snapshot import render_json
 from gateway.domain.task import Operation, TaskKey
 from gateway.settings.model import Upstream as UpstreamSettings
@@ -43,15 +43,19 @@ from gateway.upstream.signing import signed_headers
 from gateway.upstream.vendor_errors import classify
 
 _OK = 200
-_LEAK = "the upstream's answer contains a secret of the gateway"
+_LEAK_MESSAGE = "the upstream's answer contains a secret of the gateway"
 _MAX_DATE_LENGTH = 64  # characters; the longest valid form has 33
-_CLOCK_TOLERANCE_SECONDS = 2.0  # the Date header has whole seconds, and the response takes time to arrive
+_CLOCK_TOLERANCE_SECONDS = 2.0  # `Date` has whole seconds, and is older than the arrival of the response
 
 log = structlog.get_logger(__name__)
 
 
 class ParsedResponse(NamedTuple):
-    """A successful envelope: its `data`, the body as received, and the vendor's id of the call."""
+    """A successful envelope.
+
+    `data` is its member of that name. `envelope` is the whole body as received. `invoke_id` is the vendor's
+    ID of the call.
+    """
 
     data: dict[str, Any]
     envelope: bytes
@@ -59,26 +63,29 @@ class ParsedResponse(NamedTuple):
 
 
 class RawResponse(NamedTuple):
-    """The response to one call, not parsed yet.
+    """The response to one call, before its body is parsed.
 
-    `sent` are the signed headers of the request. `headers` are those of the response. All names are lower
-    case.
+    `request_headers` are the signed headers of the request, `headers` those of the response. Header names are
+    lower case. `body` is decompressed.
     """
 
-    sent: Mapping[str, str]
+    request_headers: Mapping[str, str]
     status: int
     headers: Mapping[str, str]
     body: bytes
 
 
 def random_uuid() -> str:
-    """Return a random UUID (RFC 9562, 5.4). It takes a quarter of the time that `uuid.uuid4` takes."""
+    """Return a random UUID (RFC 9562, 5.4), four times as fast as `uuid.uuid4`."""
     digits = os.urandom(16).hex()
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
 class SignedRequests:
-    """Sends signed calls. Open it with `async with`. `clock` returns Unix time in seconds."""
+    """Sends signed calls. Use it with `async with`.
+
+    `nonce` returns a new nonce for each call. `clock` returns Unix time in seconds.
+    """
 
     def __init__(
         self,
@@ -117,7 +124,7 @@ class SignedRequests:
         self.last_error_code: str | None = None  # of the last call; None if it returned an envelope
 
     async def __aenter__(self) -> Self:
-        """Create the transport; a connection is opened when a call needs one."""
+        """Create the transport. It opens a connection when a call needs one."""
         transport = self._transport = HttpTransport(
             httpx.URL(self._settings.endpoint),
             verify=httpx.create_ssl_context(trust_env=False),
@@ -153,12 +160,12 @@ class SignedRequests:
     ) -> RawResponse:
         """Make one call within `upstream.attempt_timeout_seconds`, and return its response as received.
 
-        `on_complete` is called when the upstream does not work on the call any more. After a cancellation,
-        that is when the response has arrived or the time of the attempt has passed. It is not called if the
-        call fails before it begins. Raises: UpstreamError if there is no response.
+        `on_complete` is called when the upstream no longer works on the call: when the response has arrived
+        or the time of the attempt has passed, even if this method was cancelled before. It is not called if
+        the call fails before it begins. Raises: UpstreamError if there is no response.
         """
         body = _request_body(key.task_id)
-        sent = signed_headers(
+        headers = signed_headers(
             key.operation.path,
             body,
             access_key=pair.access_key,
@@ -168,9 +175,9 @@ class SignedRequests:
             stage=self._settings.stage,
         )
         try:
-            request = encode_request(self._targets[key.operation], self._fixed_headers | sent, body)
-            # A result does not contain its task ID. Only a connection that carried no other call proves
-            # that the response belongs to this call.
+            request = encode_request(self._targets[key.operation], self._fixed_headers | headers, body)
+            # The response to a query for a result does not contain the task ID. On a new connection it cannot
+            # be the response to another call.
             response = await self._transport.send(
                 request,
                 timeout_seconds=self._settings.attempt_timeout_seconds,
@@ -188,7 +195,7 @@ class SignedRequests:
             response.headers.get("content-encoding", ""),
             limit=self._settings.max_response_bytes,
         )
-        return RawResponse(sent, response.status, response.headers, content)
+        return RawResponse(headers, response.status, response.headers, content)
 
     def parse_response(self, response: RawResponse, key: TaskKey) -> ParsedResponse:
         """Return the parsed response if it is a successful envelope. Raises: UpstreamError if it is not."""
@@ -196,11 +203,11 @@ class SignedRequests:
         message = response.headers.get("x-ca-error-message", "")
         if not code and not message:
             body, redact = response.body, self._redactor
-            # `_send` searches larger bodies for secrets, in steps.
-            suspect = len(body) <= STEP and redact.may_contain_credential(
-                body, response.sent["x-ca-signature"]
+            # Larger bodies are searched by `_send`, in pieces.
+            suspect = len(body) <= SEARCH_PIECE_SIZE and redact.may_contain_credential(
+                body, response.request_headers["x-ca-signature"]
             )
-            if suspect or len(body) > STEP:
+            if suspect or len(body) > SEARCH_PIECE_SIZE:
                 redact = self.redactor_of(response)
             try:
                 data, invoke_id = read_envelope(body, key, redact=redact)
@@ -209,7 +216,7 @@ class SignedRequests:
                     raise
             else:
                 if suspect and redact.contains_credential(body):
-                    raise UpstreamInvalid(_LEAK)
+                    raise UpstreamInvalid(_LEAK_MESSAGE)
                 if response.status == _OK:
                     return ParsedResponse(data, body, invoke_id)
         redact = self.redactor_of(response)
@@ -237,19 +244,21 @@ class SignedRequests:
             skew = self._observe_clock(response)
             try:
                 parsed = self.parse_response(response, key)
-            except UpstreamClock:
+            except TimestampRefused:
                 self._correct_clock(skew)
                 raise
             except UpstreamRejected as exc:
                 # The body was too large to be searched for secrets in one step. Here it is searched in
                 # several.
-                if exc.envelope != response.body and await clean(response.body, self.redactor_of(response)):
+                if exc.envelope != response.body and await is_free_of_secrets(
+                    response.body, self.redactor_of(response)
+                ):
                     exc.envelope = response.body
                 raise
-            if len(response.body) > STEP and await holds(
+            if len(response.body) > SEARCH_PIECE_SIZE and await any_piece_matches(
                 response.body, self.redactor_of(response).contains_credential
             ):
-                raise UpstreamInvalid(_LEAK)
+                raise UpstreamInvalid(_LEAK_MESSAGE)
         except UpstreamError as exc:
             outcome, mark.invoke_id = exc.code, exc.invoke_id
             raise
@@ -264,10 +273,10 @@ class SignedRequests:
 
     def redactor_of(self, response: RawResponse) -> Redactor:
         """Return a redactor that also hides the signature of this call."""
-        return self._redactor.for_call(response.sent["x-ca-signature"])
+        return self._redactor.for_call(response.request_headers["x-ca-signature"])
 
     def _observe_clock(self, response: RawResponse) -> float | None:
-        """Return by how many seconds the upstream's clock is ahead, or None without a valid date."""
+        """Return how many seconds the upstream's clock is ahead; None if the response has no valid date."""
         now = unix_time(response.headers.get("date", ""))
         if now is None:
             return None
@@ -276,7 +285,7 @@ class SignedRequests:
         return skew
 
     def _correct_clock(self, skew: float | None) -> None:
-        """Sign with the upstream's time from now on, if it differs noticeably."""
+        """Sign later calls with the upstream's time, if it differs by more than the tolerance."""
         if skew is not None and abs(skew - self.clock_offset) > _CLOCK_TOLERANCE_SECONDS:
             self.clock_offset = skew
             log.warning("clock_corrected", offset_seconds=round(skew, 1))
@@ -292,9 +301,9 @@ def _request_body(task_id: str) -> bytes:
 
 
 def _decompress(body: bytes, encoding: str, *, limit: int) -> bytes:
-    """Return the decoded body, of at most `limit` bytes. A decompression bomb is inflated no further.
+    """Return the decompressed body. Decompression stops beyond `limit` bytes.
 
-    Raises: UpstreamInvalid.
+    Raises: UpstreamInvalid if the body is larger or its encoding is invalid.
     """
     encoding = encoding.lower()
     if encoding in {"gzip", "deflate"}:
@@ -311,7 +320,7 @@ def _decompress(body: bytes, encoding: str, *, limit: int) -> bytes:
 
 
 def _retry_after(value: str, now: float) -> float | None:
-    """Return the seconds of a Retry-After header (RFC 9110, 10.2.3), given as a number or a date."""
+    """Return a Retry-After header (RFC 9110, 10.2.3), a number or a date, in seconds; at most an hour."""
     if value.isascii() and value.isdigit():
         return min(float(value), 3600.0)
     then = unix_time(value)
@@ -325,8 +334,7 @@ def unix_time(date: str) -> float | None:
         return None
     try:
         moment = parsedate_to_datetime(date)
-        # HTTP dates are in GMT, whatever zone they contain. Python would take a date without one as local
-        # time.
+        # HTTP dates are in GMT. Python would take a date without a time zone as local time.
         return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError, TypeError, IndexError):  # raised for numbers that do not form a date
+    except (ValueError, OverflowError, TypeError, IndexError):  # the numbers do not form a date
         return None

@@ -15,15 +15,15 @@ import re
 from collections.abc import Mapping
 
 from gateway.domain.errors import (
+    CredentialsRefused,
+    NonceRefused,
+    QuotaExhausted,
+    TimestampRefused,
     UpstreamBusy,
-    UpstreamClock,
-    UpstreamCredentials,
     UpstreamDetail,
     UpstreamError,
     UpstreamForbidden,
     UpstreamInvalid,
-    UpstreamNonce,
-    UpstreamQuota,
     UpstreamThrottled,
     UpstreamTimeout,
 )
@@ -33,16 +33,16 @@ _ErrorType = type[UpstreamError]
 # Messages come first: for clock and nonce they are more reliable than the codes, and older deployments send
 # nothing else. A row matches anywhere in the lower-case message; the first match wins.
 BY_MESSAGE: tuple[tuple[str, _ErrorType], ...] = (
-    ("timestamp expired", UpstreamClock),
-    ("invalid timestamp", UpstreamClock),
-    ("nonce used", UpstreamNonce),
+    ("timestamp expired", TimestampRefused),
+    ("invalid timestamp", TimestampRefused),
+    ("nonce used", NonceRefused),
     ("throttled by", UpstreamThrottled),
-    ("quota exhausted", UpstreamQuota),
-    ("quota expired", UpstreamQuota),
-    ("user arrears", UpstreamQuota),
-    ("invalid appkey", UpstreamCredentials),
-    ("invalid signature", UpstreamCredentials),
-    ("unauthorized", UpstreamCredentials),
+    ("quota exhausted", QuotaExhausted),
+    ("quota expired", QuotaExhausted),
+    ("user arrears", QuotaExhausted),
+    ("invalid appkey", CredentialsRefused),
+    ("invalid signature", CredentialsRefused),
+    ("unauthorized", CredentialsRefused),
     ("invalid url", UpstreamInvalid),
     ("invalid content-md5", UpstreamInvalid),
     ("api not found", UpstreamInvalid),
@@ -53,23 +53,23 @@ BY_MESSAGE: tuple[tuple[str, _ErrorType], ...] = (
 
 BY_CODE: Mapping[str, _ErrorType] = {
     **dict.fromkeys(
-        ("A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"), UpstreamCredentials
+        ("A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"), CredentialsRefused
     ),
-    **dict.fromkeys(("B403MQ", "B403ME", "B403MI", "B403OD", "B403MO"), UpstreamQuota),
+    **dict.fromkeys(("B403MQ", "B403ME", "B403MI", "B403OD", "B403MO"), QuotaExhausted),
     **dict.fromkeys(
         ("T429ID", "T429IN", "T429GR", "T429PA", "T429PR", "T429SR", "T429MR"), UpstreamThrottled
     ),
     **dict.fromkeys(("I400HD", "I400MH", "I400BD", "I400PA", "I405UM", "I413RL", "I400I5"), UpstreamInvalid),
     **dict.fromkeys(("D503BB", "D503CB", "X503BZ", "X500ER", "D502FC", "N502RE"), UpstreamBusy),
     **dict.fromkeys(("D504TO", "X504TO", "D504RE", "D504CO", "D504CS", "D504IL", "X504VE"), UpstreamTimeout),
-    "I400NC": UpstreamNonce,
+    "I400NC": NonceRefused,
 }
 
 # By the class letter of a code that is not in `BY_CODE`. Codes of other classes are classified by their
 # status.
 BY_CLASS: Mapping[str, _ErrorType] = {
-    "A": UpstreamCredentials,
-    "B": UpstreamQuota,
+    "A": CredentialsRefused,
+    "B": QuotaExhausted,
     "T": UpstreamThrottled,
 }
 
@@ -93,12 +93,12 @@ _CODE = re.compile(r"(?P<letter>[A-Z])(?P<status>[0-9]{3})[A-Z0-9]{2}")
 
 _TEXT: Mapping[_ErrorType, str] = {
     UpstreamBusy: "the upstream is temporarily unavailable",
-    UpstreamClock: "the upstream refused the request's timestamp",
-    UpstreamCredentials: "the upstream refused the gateway's credentials",
+    TimestampRefused: "the upstream refused the request's timestamp",
+    CredentialsRefused: "the upstream refused the gateway's credentials",
     UpstreamForbidden: "the upstream refused this query without a reason",
     UpstreamInvalid: "the upstream refused the format of the request",
-    UpstreamNonce: "the upstream refused the request's nonce as used before",
-    UpstreamQuota: "the upstream refused the call because of the gateway's quota or account",
+    NonceRefused: "the upstream refused the request's nonce as used before",
+    QuotaExhausted: "the upstream refused the call because of the gateway's quota or account",
     UpstreamThrottled: "the upstream asks to slow down",
     UpstreamTimeout: "the upstream reported a timeout of its own",
 }
@@ -125,8 +125,8 @@ def _error_type(http_status: int, code: str, message: str) -> _ErrorType:
     if error_type is not UpstreamForbidden:
         return error_type
     if _NAMES_QUOTA.search(message):
-        return UpstreamQuota
-    return UpstreamCredentials if _NAMES_PAIR.search(message) else error_type
+        return QuotaExhausted
+    return CredentialsRefused if _NAMES_PAIR.search(message) else error_type
 
 
 def _look_up(http_status: int, code: str, message: str) -> _ErrorType:

@@ -1,12 +1,12 @@
-"""Coalesced timers: sleeping tasks that are due at about the same time wake together, in small groups.
+"""Coalesced timers: asyncio tasks that are due at about the same time wake together, in small groups.
 
-If tasks wake one by one, the process wakes each time with cold CPU caches, and the work costs twice as much.
-Work that arrives all at once delays every other task. A task therefore joins an existing timer if that one
-is close enough and has room. Otherwise it starts a new timer, late enough that a few others can join.
+If tasks wake one by one, the processor's caches are cold each time, and the work costs twice as much. If very
+many wake at once, they delay all other tasks. A task therefore joins a timer that is due soon enough after it
+and has room. Otherwise it starts a new timer, late enough that a few others can join.
 
 Tasks that wake together are due together again. If all groups accepted the same delay, the distance between
-two half-full groups would never change, and they would never merge. A large group therefore accepts less
-delay than a small one: it reaches the small group in front of it, and they merge.
+two half-full groups would never change, and they would never merge. So the delay of a group is shorter, the
+larger the group is: a large group catches up with the small group in front of it, and they merge.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bisect import bisect_left, insort
 from operator import attrgetter
 
 _MAX_GROUP = 20  # larger groups gain nothing and delay their last member
-_FULL_GROUP_REDUCTION = 0.9  # the share of the accepted delay that a full group gives up
+_FULL_GROUP_REDUCTION = 0.9  # the share of `max_delay` by which the delay of a full group is shorter
 
 _when = attrgetter("when")
 
@@ -37,14 +37,15 @@ class CoalescedTimers:
     """The coalesced timers of one event loop. Use it on that loop's thread only."""
 
     def __init__(self) -> None:
-        self._with_room: list[_Timer] = []  # sorted by time
-        self._times: set[float] = set()  # of all pending timers
+        self._with_room: list[_Timer] = []  # timers that more tasks can join, sorted by time
+        self._times: set[float] = set()  # when the pending timers are due
         self._sleeper_count = 0
 
     async def sleep(self, seconds: float, *, max_delay: float, group_size: int = 1) -> int:
         """Sleep for `seconds`, and for up to `max_delay` seconds longer to wake together with other tasks.
 
-        `group_size` is the result of the caller's previous `sleep`. Return the number of tasks that woke.
+        `group_size` is the result of the caller's previous `sleep`. Return the number of tasks that wake
+        together.
         """
         loop = asyncio.get_running_loop()
         timer = self._timer_for(loop.time() + seconds, seconds, max_delay, group_size)
@@ -69,9 +70,9 @@ class CoalescedTimers:
         if position < len(self._with_room) and self._with_room[position].when <= due + max_delay:
             return self._with_room[position]
         when = due
-        # `_sleeper_count * max_delay / seconds` is the expected number of tasks that are due within
-        # `max_delay`, if all sleep for `seconds`. Waiting pays only if it is at least 1. The second argument
-        # of `min` is the expected time until a group is full.
+        # `_sleeper_count * max_delay / seconds` is the expected number of tasks that become due within
+        # `max_delay`, if all sleep for `seconds`. A delay is useful only if at least one task is expected to
+        # join. The second argument of `min` is the expected time until the group is full.
         if self._sleeper_count * max_delay / seconds >= 1:
             delay = max_delay * (1 - _FULL_GROUP_REDUCTION * min(group_size / _MAX_GROUP, 1))
             when += min(delay, _MAX_GROUP * seconds / self._sleeper_count)

@@ -2,19 +2,18 @@
 
     first subscriber -> start the task's schedule (`schedule.py`), which refreshes its snapshot
     a stored change, fetched by any request or replica -> pending -> publish
-        -> written directly to subscribers whose readers keep up
-        -> else put into the slot -> sent by the subscriber's stream or long poll
+        -> written directly to subscribers whose clients keep up
+        -> else kept as unsent -> sent by the subscriber's stream or long poll
     last subscriber has left, or the task has ended -> the schedule ends
 
-A slot holds the latest update of a task and no backlog: a slow reader skips intermediate states. The store
-owns and counts the bodies. Schedules and slots keep updates without large bodies (`subscriber.py`), and the
-body is looked up when an update is sent. If the store has evicted it, the subscriber receives the next
-refresh.
+A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. The
+store owns the bodies and limits their memory. Schedules and subscribers keep updates without large bodies
+(`subscriber.py`). The body is looked up when an update is sent. If the store has evicted it, the task is
+refreshed, and the subscriber receives the result.
 
-Stored changes are published a few at a time in the next turns of the event loop. Schedules that wake
-together also receive their responses together. All are parsed first, while that code is in the processor's
-caches. Then a few changes are published per turn of the event loop, and other requests are served between
-the turns.
+Schedules that wake together also receive their responses together. The responses are all parsed and stored
+first, while that code is in the processor's caches. The changes are published afterwards, a few in each
+iteration of the event loop, so that other requests are served in between.
 """
 
 from __future__ import annotations
@@ -36,7 +35,8 @@ from gateway.telemetry.metrics import Metrics
 from gateway.watch.schedule import Refresher, Schedule
 from gateway.watch.subscriber import Subscriber, Update
 
-_BACKLOG_TURNS = 8  # turns of the event loop in which about two thirds of a backlog are published
+# Iterations of the event loop in which about two thirds of the pending snapshots are published.
+_BACKLOG_ITERATIONS = 8
 
 
 class SubscriptionKind(StrEnum):
@@ -46,15 +46,15 @@ class SubscriptionKind(StrEnum):
     LONGPOLL = "longpoll"
 
 
-# Writes an update to the subscribers that can receive it at once, and returns the others.
+# Writes an update to the connections that can take it now, and returns the subscribers of the others.
 DirectDelivery = Callable[[Update, Collection[Subscriber]], Iterable[Subscriber]]
 
 
 class WatchHub:
     """Holds every subscriber, and one schedule for each watched task.
 
-    `direct_delivery` is tried before an update is put into slots. By default it delivers nothing. `clock` is
-    the clock of `Snapshot.fetched_at`.
+    `direct_delivery` is tried first. The subscribers that it returns keep the update as unsent. By default it
+    returns all of them. `clock` is the clock of `Snapshot.fetched_at`.
     """
 
     def __init__(
@@ -87,14 +87,14 @@ class WatchHub:
     ) -> Iterator[Subscriber]:
         """Subscribe to these tasks while the context is open; the first updates are the current snapshots.
 
-        `client` is the client on whose behalf the schedules call the upstream. Raises: Overloaded when
+        `client` identifies the client in the fair queue of upstream calls. Raises: Overloaded when
         `watch.max_watchers` subscriptions are open.
         """
         if len(self._subscribers) >= self._settings.max_watchers:
             raise Overloaded(
                 "the gateway has reached its limit of open streams and long polls", retry_after=5.0
             )
-        subscriber = Subscriber(keys, client, complete=self._with_body, refetch=self._refetch)
+        subscriber = Subscriber(keys, client, load_body=self._load_body, refetch=self._refetch)
         subscriber.shutting_down = self._shutting_down
         if self._shutting_down:
             subscriber.wake()
@@ -111,7 +111,7 @@ class WatchHub:
             self._gauges[kind].dec()
 
     def announce_shutdown(self) -> None:
-        """Publish all pending snapshots, then tell current and future subscribers that they must end."""
+        """Publish all pending snapshots, then mark current and future subscribers as shutting down."""
         self._shutting_down = True
         for key in tuple(self._schedules):
             self._publish_pending(key)
@@ -135,12 +135,11 @@ class WatchHub:
                 Update(key, result.snapshot).without_large_body() if result is not None else None
             )
             self._refresher.start(schedule)
-        # The lookup comes first, because it can activate a snapshot that is due in the store. That snapshot
-        # is published before this subscriber is added: the client may already have read it from another
-        # replica, and must not receive an older one.
+        # This lookup may make a newer snapshot visible. It is published before the subscriber gets `latest`:
+        # the client may have read it from another replica already, and must not receive an older one.
         current = self._service.peek(key)
         self._publish_pending(key)
-        # Add the subscriber before it gets the current snapshot: a change in between would be lost otherwise.
+        # The subscriber is added before it gets the current snapshot. Otherwise a change in between is lost.
         schedule.subscribers.add(subscriber)
         self._service.join(key, subscriber.client)
         latest = schedule.latest
@@ -150,9 +149,9 @@ class WatchHub:
             update = latest if current is None else Update(key, current.snapshot)
             subscriber.put(update if update.same_content(latest) else latest, latest)
             return
-        # The latest snapshot is too old to send: the upstream is slow, or it fails and the schedule backs off
-        # for longer than stale-if-error. Refresh now; one call serves all subscribers that joined meanwhile.
-        schedule.must_notify.add(subscriber)
+        # The latest snapshot is too old to send: the upstream is slow, or the schedule backs off for longer
+        # than `cache.stale_if_error_seconds`. One refresh serves all subscribers that join before it ends.
+        schedule.awaiting_refresh.add(subscriber)
         self._refresher.restart(schedule)
 
     def _leave(self, key: TaskKey, subscriber: Subscriber) -> None:
@@ -160,7 +159,7 @@ class WatchHub:
         if schedule is None or subscriber not in schedule.subscribers:
             return
         schedule.subscribers.discard(subscriber)
-        schedule.must_notify.discard(subscriber)
+        schedule.awaiting_refresh.discard(subscriber)
         self._service.leave(key, subscriber.client)
         if not schedule.subscribers:
             del self._schedules[key]
@@ -181,7 +180,7 @@ class WatchHub:
     def _publish_some(self) -> None:
         """Publish a few of the pending snapshots: at least one, and more when the backlog is longer."""
         try:
-            for _ in range(1 + len(self._pending_keys) // _BACKLOG_TURNS):
+            for _ in range(1 + len(self._pending_keys) // _BACKLOG_ITERATIONS):
                 self._publish_pending(self._pending_keys.popleft())
         finally:
             if self._pending_keys:
@@ -195,23 +194,28 @@ class WatchHub:
         snapshot, schedule.pending = schedule.pending, None
         self._publish(Update(key, snapshot))
         if schedule.backing_off:
-            self._refresher.restart(schedule)  # a query of this or another replica got a response
+            self._refresher.restart(schedule)  # the upstream has answered a query of this or another replica
 
     def _publish(self, update: Update) -> None:
         schedule = self._schedules.get(update.key)
         if schedule is None or (_is_final(schedule.latest) and not _is_final(update)):
-            return  # after an eviction the store may accept a running snapshot of an ended task
-        audience = schedule.must_notify if update.same_content(schedule.latest) else schedule.subscribers
+            return  # a task that has ended does not run again; a store that evicted its snapshot cannot know
+        recipients = (
+            schedule.awaiting_refresh if update.same_content(schedule.latest) else schedule.subscribers
+        )
         schedule.latest = reduced = update.without_large_body()
-        for subscriber in self.direct_delivery(update, audience):
+        for subscriber in self.direct_delivery(update, recipients):
             subscriber.put(update, reduced)
-        schedule.must_notify.clear()
+        schedule.awaiting_refresh.clear()
 
-    def _with_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
-        """Return an update with its latest body; None if the store has evicted it."""
+    def _load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
+        """Return the latest form of an update, with its body. None if the store has evicted the body.
+
+        None, too, if a newer update is unsent by now: the subscriber sends that one.
+        """
         snapshot = self._peek_stale(reduced.key)
-        self._publish_pending(reduced.key)  # the lookup may have delivered a change, as in `_join`
-        if subscriber.has_pending(reduced.key) or snapshot is None:
+        self._publish_pending(reduced.key)  # the lookup may have made one visible, as in `_join`
+        if subscriber.has_unsent(reduced.key) or snapshot is None:
             return None
         return None if _is_final(reduced) and not snapshot.terminal else Update(reduced.key, snapshot)
 
@@ -220,7 +224,7 @@ class WatchHub:
         schedule = self._schedules.get(key)
         if schedule is None or subscriber not in schedule.subscribers:
             return
-        schedule.must_notify.add(subscriber)
+        schedule.awaiting_refresh.add(subscriber)
         if not schedule.refreshing and not schedule.backing_off:
             self._refresher.restart(schedule)
 

@@ -1,7 +1,11 @@
 """The refresh schedule of a task with subscribers.
 
-refresh -> success: sleep for the snapshot's lifetime -> refresh -> ... -> terminal snapshot: end
--> failure: back off, or until the store receives a snapshot from elsewhere -> refresh
+    refresh -> terminal snapshot: end
+            -> other snapshot: sleep until it expires -> refresh
+            -> failure: back off                      -> refresh
+
+A back-off ends early if another query stores a snapshot of the task. The hub (`hub.py`) starts a schedule
+for the first subscriber of a task, and stops it after the last one.
 """
 
 from __future__ import annotations
@@ -26,7 +30,9 @@ _MIN_INTERVAL_SECONDS = 0.2  # between two refreshes, even with shorter lifetime
 # A timer may fire a millisecond early. The snapshot would then still be fresh, the refresh would do nothing,
 # and the next one would be late.
 _TIMER_RESOLUTION_SECONDS = 0.002
-_MAX_DELAY_SHARE = 0.05  # of the time between two refreshes, for schedules to wake together
+# Schedules that are due at about the same time wake together. Each accepts a delay of up to this share of the
+# time between two refreshes.
+_MAX_DELAY_SHARE = 0.05
 _BACKOFF_SECONDS = 1.0  # after the first failure; doubled after each further one
 _MAX_BACKOFF_SECONDS = 30.0  # also bounds the upstream's Retry-After: streams must notice its recovery
 _BUG = GatewayError("internal error; see the log of the gateway")
@@ -38,18 +44,25 @@ log = structlog.get_logger(__name__)
 class Schedule:
     """The state of one watched task.
 
-    `latest` is the last published update, without a large body. `pending` is a stored snapshot that is
-    published in one of the next turns of the event loop. `must_notify` are subscribers that receive the next
-    update even if it repeats `latest`: when they joined, `latest` was too old to send, or its body has been
-    evicted since. `refreshing`: the task waits for the service. `backing_off`: it waits after a failure.
+    Attributes:
+        key: The watched task.
+        subscribers: All subscribers of the task.
+        awaiting_refresh: Subscribers that need the result of the next refresh, even if it repeats `latest`.
+            When they joined, `latest` was too old to send; or the body of an update that they have not sent
+            yet was evicted.
+        latest: The last published update, without a large body.
+        pending: A stored snapshot that is published in one of the next iterations of the event loop.
+        runner: The asyncio task that runs the schedule; None when it is stopped.
+        refreshing: The runner waits for the service.
+        backing_off: The runner waits after a failure.
     """
 
     key: TaskKey
     subscribers: set[Subscriber] = field(default_factory=set)
-    must_notify: set[Subscriber] = field(default_factory=set)
+    awaiting_refresh: set[Subscriber] = field(default_factory=set)
     latest: Update | None = None
     pending: Snapshot | None = None
-    task: asyncio.Task[None] | None = None
+    runner: asyncio.Task[None] | None = None
     refreshing: bool = False
     backing_off: bool = False
 
@@ -78,29 +91,29 @@ class Refresher:
         self._log_sampler = LogSampler()
 
     def start(self, schedule: Schedule) -> None:
-        """Refresh the task now, and then whenever its snapshot expires."""
-        schedule.task = asyncio.create_task(self._run(schedule))
+        """Start the runner: refresh the task now, and then whenever its snapshot expires."""
+        schedule.runner = asyncio.create_task(self._run(schedule))
 
     def restart(self, schedule: Schedule) -> None:
-        """Refresh the task now instead of when the current pause is over."""
+        """Refresh the task now, without waiting for the end of the current pause."""
         self.stop(schedule)
         self.start(schedule)
 
     def stop(self, schedule: Schedule) -> None:
-        """Cancel the schedule's task."""
-        if schedule.task is not None:
-            schedule.task.cancel()
-            self._stopping.add(schedule.task)
-            schedule.task.add_done_callback(self._stopping.discard)
-            schedule.task = None  # breaks a reference cycle: the task's frames refer to the schedule
+        """Cancel the runner."""
+        if schedule.runner is not None:
+            schedule.runner.cancel()
+            self._stopping.add(schedule.runner)
+            schedule.runner.add_done_callback(self._stopping.discard)
+            schedule.runner = None  # breaks a reference cycle: the runner's frames refer to the schedule
             schedule.refreshing = schedule.backing_off = False
 
     async def wait_stopped(self) -> None:
-        """Wait until every stopped schedule has ended."""
+        """Wait until the runners of all stopped schedules have ended."""
         await asyncio.gather(*self._stopping, return_exceptions=True)
 
     async def _run(self, schedule: Schedule) -> None:
-        """Keep the task's snapshot fresh until the task has ended. Cancellation is the normal end."""
+        """Keep the snapshot fresh until the task has ended, or until the runner is cancelled."""
         backoff = _BACKOFF_SECONDS
         group_size = 1
         while True:
@@ -128,18 +141,19 @@ class Refresher:
                 schedule.backing_off = False
 
     async def _refresh(self, schedule: Schedule) -> tuple[Snapshot | None, GatewayError | None]:
-        """Refresh once and publish the result; return the snapshot and the failure, both when it is stale.
+        """Refresh once and publish the result. Return the snapshot, or None, and the failure, or None.
 
-        A bug is reported like any failure: if it ended the schedule, subscribers would wait without notice.
+        Both are returned if a stale snapshot is served instead of a failure. An unexpected exception is
+        published as a failure. If it ended the schedule, the subscribers would wait forever.
         """
         key = schedule.key
         try:
             outcome = await self._service.get_fresh(key, client=None)
             if isinstance(outcome, FetchFailure):
-                self._publish_pending(key)  # the older one first
+                self._publish_pending(key)  # it is older than the failure
                 self._publish(Update(key, failure=outcome.failure))
                 return None, outcome.failure
-            if outcome.snapshot is not schedule.pending:  # a pending snapshot keeps its place in the queue
+            if outcome.snapshot is not schedule.pending:  # else it is published in its turn
                 self._publish_pending(key)
                 self._publish(Update(key, outcome.snapshot))
         except Exception as exc:

@@ -1,11 +1,11 @@
-"""A subscriber: one open event stream or long poll, and the updates that wait for it.
+"""A subscriber: one open event stream or long poll, and its unsent updates.
 
-    put -> the slot of the update's task -> drain, one update at a time, with the latest body
+    put -> unsent, only the latest update of each task -> take_unsent: one at a time, with the latest body
 
-Each task has one slot, which holds the latest update only. A slot holds no large body: otherwise slow readers
-would keep bodies in memory that the store has already evicted. One slot of each subscriber may hold a body,
-so that a waiting subscriber also receives a task whose body is larger than the store. An evicted body is
-fetched again, one at a time for each subscriber.
+Unsent updates have no large body: otherwise slow clients would keep bodies in memory that the store has
+already evicted. One unsent update of each subscriber may keep its body. So a subscriber also receives a body
+that is too large for the store. If a body was evicted, the task is refreshed, one task at a time for each
+subscriber.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 
-_SMALL_BODY = 1024  # bytes; small compared with the size of a schedule
+_SMALL_BODY = 1024  # bytes; a schedule takes more memory than this anyway
 
 
 @dataclass(slots=True, eq=False)
 class Update:
-    """An update of one task: its snapshot, or the failure to fetch one. Neither has a vendor envelope."""
+    """An update of one task: its snapshot, or a failure. The vendor's envelope is removed to save memory."""
 
     key: TaskKey
     snapshot: Snapshot | None = None
@@ -44,12 +44,12 @@ class Update:
         return Update(self.key, replace(self.snapshot, body=b""))
 
     @property
-    def is_complete(self) -> bool:
-        """Whether the update can be sent: it is a failure, or it has its body."""
+    def is_sendable(self) -> bool:
+        """Whether the update can be sent as it is: it is a failure, or it has its body."""
         return self.snapshot is None or bool(self.snapshot.body)
 
     def same_content(self, other: Update | None) -> bool:
-        """Tell whether this update is no news to a subscriber that has received `other`."""
+        """Tell whether a subscriber that has received `other` need not receive this update."""
         if other is None:
             return False
         if self.snapshot is not None and other.snapshot is not None:
@@ -62,20 +62,28 @@ class Update:
 
 
 class Subscriber:
-    """One open stream or long poll, with a slot for each of its tasks and a wake-up signal.
+    """One open stream or long poll.
 
-    `complete` returns an update from a slot with its body, or None if the body was evicted; `refetch` has it
-    fetched and put into the slot again. `direct_transport` accepts writes that bypass the task which awaits
-    `wait`. `idle_transport` is the same transport while that task waits with empty slots, and None otherwise:
-    a write in between could overtake an older update.
+    `load_body` returns an update with its body, or None if the body was evicted. `refetch` then refreshes the
+    task and puts the result.
+
+    Attributes:
+        direct_transport: Accepts writes that bypass the asyncio task that awaits `wait`. None if the server
+            does not support this.
+        idle_transport: The same transport while that task waits and no update is unsent; None otherwise,
+            because a direct write would then overtake an older update.
+        shutting_down: The gateway shuts down; the stream must end.
+        disconnected: The client has closed the connection.
+        heartbeat_due: The stream must send a heartbeat.
+        woken: `wake` was called since the last `wait`.
     """
 
     __slots__ = (
-        "_complete",
         "_key_with_body",
+        "_load_body",
         "_refetch",
         "_refetching",
-        "_slots",
+        "_unsent",
         "_waiter",
         "client",
         "direct_transport",
@@ -92,18 +100,18 @@ class Subscriber:
         keys: Sequence[TaskKey],
         client: bytes,
         *,
-        complete: Callable[[Update, Subscriber], Update | None] = lambda _update, _subscriber: None,
+        load_body: Callable[[Update, Subscriber], Update | None] = lambda _update, _subscriber: None,
         refetch: Callable[[TaskKey, Subscriber], None] = lambda _key, _subscriber: None,
     ) -> None:
         self.keys = keys
         self.client = client
-        self.shutting_down = False  # the gateway shuts down: end the stream
-        self.disconnected = False  # the client has closed the connection
-        self._complete = complete
+        self.shutting_down = False
+        self.disconnected = False
+        self._load_body = load_body
         self._refetch = refetch
-        self._refetching: TaskKey | None = None  # its body was evicted, and has not arrived yet
-        self._slots: dict[TaskKey, Update] = {}
-        self._key_with_body: TaskKey | None = None  # the only slot that may hold a large body
+        self._refetching: TaskKey | None = None  # the task whose evicted body is being fetched again
+        self._unsent: dict[TaskKey, Update] = {}
+        self._key_with_body: TaskKey | None = None  # of the only unsent update that may have a large body
         self.heartbeat_due = False
         self.direct_transport: asyncio.WriteTransport | None = None
         self.idle_transport: asyncio.WriteTransport | None = None
@@ -112,29 +120,29 @@ class Subscriber:
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, update: Update, reduced: Update) -> None:
-        """Replace the content of the task's slot by `update`, or by `reduced`, its form without a body."""
+        """Make `update` the unsent update of its task, or `reduced`, the same update without a large body."""
         if self._key_with_body is None or self._key_with_body == update.key:
             self._key_with_body = update.key
-            self._slots[update.key] = update
+            self._unsent[update.key] = update
         else:
-            self._slots[update.key] = reduced
+            self._unsent[update.key] = reduced
         if self._refetching == update.key:
             self._refetching = None
         self.wake()
 
-    def has_pending(self, key: TaskKey) -> bool:
-        """Tell whether the slot of this task holds an update."""
-        return key in self._slots
+    def has_unsent(self, key: TaskKey) -> bool:
+        """Tell whether this task has an unsent update."""
+        return key in self._unsent
 
     def wake(self) -> None:
-        """Wake the waiting task, which then checks slots and flags."""
+        """Wake the asyncio task that awaits `wait`, which then checks unsent updates and flags."""
         self.woken = True
         self.idle_transport = None
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def disconnect(self) -> None:
-        """Record that the client has disconnected, and wake the waiting task."""
+        """Record that the client has disconnected, and wake the asyncio task that awaits `wait`."""
         self.disconnected = True
         self.wake()
 
@@ -142,30 +150,30 @@ class Subscriber:
         """Wait until `wake` is called, unless it was called since the last wait."""
         if not self.woken:
             self._waiter = asyncio.get_running_loop().create_future()
-            self.idle_transport = None if self._slots else self.direct_transport
+            self.idle_transport = None if self._unsent else self.direct_transport
             try:
                 await self._waiter
             finally:
                 self._waiter = self.idle_transport = None
         self.woken = False
 
-    def drain(self) -> Iterator[Update]:
-        """Yield the updates in the slots; each slot is emptied when its update is reached.
+    def take_unsent(self) -> Iterator[Update]:
+        """Yield the unsent updates. Each is removed when the iteration reaches it.
 
-        An update whose body was evicted stays in its slot.
+        An update whose body was evicted stays unsent, until its task has been refreshed.
         """
-        for key in tuple(self._slots):
-            reduced = self._slots.pop(key)
+        for key in tuple(self._unsent):
+            reduced = self._unsent.pop(key)
             if key == self._key_with_body:
                 self._key_with_body = None
-            update = reduced if reduced.is_complete else self._complete(reduced, self)
+            update = reduced if reduced.is_sendable else self._load_body(reduced, self)
             if update is not None:
                 yield update
-            elif self._slots.setdefault(key, reduced) is reduced and self._refetching is None:
+            elif self._unsent.setdefault(key, reduced) is reduced and self._refetching is None:
                 self._refetching = key
                 self._refetch(key, self)
 
     async def next_updates(self) -> list[Update]:
         """Wait until `wake` is called; return the updates since the previous call, possibly none."""
         await self.wait()
-        return list(self.drain())
+        return list(self.take_unsent())

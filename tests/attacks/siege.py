@@ -121,7 +121,7 @@ def _play(
 
     def look(phase: str) -> None:
         report.resident[phase] = process.resident_bytes()
-        report.descriptors[phase] = len(list(Path(f"/proc/{process._process.pid}/fd").iterdir()))
+        report.descriptors[phase] = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
 
     asyncio.run(_healthy(host, port, 1.0, []))  # warms up both
     report.waits["before"] = []

@@ -36,7 +36,7 @@ def serving(
 
 def threads(process: Process) -> int:
     """Return how many threads a process has."""
-    status = Path(f"/proc/{process._process.pid}/status").read_text()
+    status = Path(f"/proc/{process.pid}/status").read_text()
     return int(status.partition("Threads:")[2].split()[0])
 
 
@@ -123,7 +123,7 @@ def test_processes_free_everything_of_closed_connections(
     )
     with serving(tmp_path, simulator.url, SERVER__EDGE=edge) as (process, gate):
         warmed(process, gate)
-        folder = Path(f"/proc/{process._process.pid}/fd")
+        folder = Path(f"/proc/{process.pid}/fd")
         before = len(list(folder.iterdir()))
         with lines(gate, 200) as attackers:
             for number, attacker in enumerate(attackers):
@@ -140,7 +140,7 @@ def test_processes_free_everything_of_closed_connections(
 def test_processes_raise_their_limit_of_descriptors(simulator: Simulator, tmp_path: Path) -> None:
     """The soft limit is raised to the hard limit at the start, and logged."""
     with serving(tmp_path, simulator.url, descriptors="128:4000") as (process, _):
-        limits = Path(f"/proc/{process._process.pid}/limits").read_text()
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
         (row,) = [line for line in limits.splitlines() if line.startswith("Max open files")]
         assert row.split()[3:5] == ["4000", "4000"]
         assert "4000" in process.output

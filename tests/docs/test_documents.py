@@ -178,6 +178,7 @@ def assert_parses(code: str) -> None:
     command, *arguments = shlex.split(code)[1:]
     if command == "--version":
         return
+    # argparse has no public way to list the options of a command.
     options = _parser()._subparsers._group_actions[0].choices[command]._option_string_actions  # type: ignore[union-attr]
     for argument in arguments:
         assert not argument.startswith("--") or argument in options, f"sd-gateway does not know {code}"

@@ -23,7 +23,8 @@ from structlog.testing import capture_logs
 from uvicorn.server import ServerState
 
 import gateway
-from gateway.api.client_limits import ClientRateLimiter
+from gateway.api.cached_responses import CachedResponse
+from gateway.api.client_limits import ClientTokenBuckets
 from gateway.api.progress_response import HEADER_NAMES, build_response
 from gateway.api.requests import SECURITY_HEADERS
 from gateway.app import create_app
@@ -145,7 +146,7 @@ async def test_hits_stored_are_bounded(bench: Bench) -> None:
     bench.keep()
     for number in range(20_000):
         assert bench.ask(headers=[(b"if-none-match", b'"%d"' % number)])
-    assert len(bench.hits._entries) <= 16_384
+    assert len(bench.hits._entries) <= 16_384  # private: only the memory shows how many are stored
 
 
 async def test_hits_of_a_long_entity_tag_are_not_stored(bench: Bench) -> None:
@@ -153,7 +154,7 @@ async def test_hits_of_a_long_entity_tag_are_not_stored(bench: Bench) -> None:
     bench.keep()
     for _ in range(3):
         assert b" 200 " in (bench.ask(headers=[(b"if-none-match", b'"%b"' % (b"x" * 5000))]) or b"")
-    assert not bench.hits._entries
+    assert not bench.hits._entries  # private, as above
 
 
 async def test_hits_look_up_the_latest_again(bench: Bench) -> None:
@@ -178,12 +179,16 @@ async def test_hits_memory_is_bounded(bench: Bench) -> None:
         bench.store.keep(replace(one, key=KEY._replace(task_id=f"other{number}"), version=number))
         for _ in range(3):
             assert bench.ask(b"/v1/progress/other%d" % number)
-    stored = [hit for hit in bench.hits._entries.values() if hit is not None]
-    assert 0 < sum(len(hit.result.snapshot.body) + len(hit.rendered[1]) for hit in stored) <= 8_388_608
+
+    def stored() -> list[CachedResponse]:
+        # Private: only the memory shows what is stored.
+        return [hit for hit in bench.hits._entries.values() if hit is not None]
+
+    assert 0 < sum(len(hit.result.snapshot.body) + len(hit.rendered[1]) for hit in stored()) <= 8_388_608
     assert len(bench.store) == 10
     larger = bench.keep(body=b"x" * 5_000_000)
     assert [bench.ask() for _ in range(3)] == [bench.ask()] * 3
-    assert larger not in [hit.result.snapshot for hit in bench.hits._entries.values() if hit is not None]
+    assert larger not in [hit.result.snapshot for hit in stored()]
 
 
 async def test_hits_are_counted(bench: Bench) -> None:
@@ -227,7 +232,7 @@ async def test_hits_are_logged_like_any_request(bench: Bench) -> None:
 
 async def test_hits_over_the_rate_are_left_to_the_application() -> None:
     """A client without a token gets no response here, and each hit takes one token."""
-    limiter = ClientRateLimiter(2, clock=lambda: 0.0)
+    limiter = ClientTokenBuckets(2, clock=lambda: 0.0)
     bench = Bench(limiter=limiter)
     bench.keep()
     assert bench.ask(b"/v1/progress/unknown") is None  # takes no token

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from gateway.api.client_limits import ClientRateLimiter, bucket_key
+from gateway.api.client_limits import ClientTokenBuckets, bucket_key
 from gateway.domain.errors import TooManyRequests
 from gateway.server.run import forwarders
 from tests.support.harness import Gateway, Simulator, serving, until
@@ -33,7 +33,7 @@ class Clock:
         return self.now
 
 
-def admitted(limiter: ClientRateLimiter, host: str = ONE, *, tries: int = 1) -> int:
+def admitted(limiter: ClientTokenBuckets, host: str = ONE, *, tries: int = 1) -> int:
     """Return how many of `tries` requests are admitted."""
     count = 0
     for _ in range(tries):
@@ -51,7 +51,7 @@ def admitted(limiter: ClientRateLimiter, host: str = ONE, *, tries: int = 1) -> 
 def test_ratelimit_admits_a_burst_and_then_the_rate() -> None:
     """A full bucket holds one second's tokens, fills at the rate, and does not overflow."""
     clock = Clock()
-    limiter = ClientRateLimiter(5, clock=clock)
+    limiter = ClientTokenBuckets(5, clock=clock)
     assert admitted(limiter, tries=20) == 5
     clock.now += 0.2
     assert admitted(limiter, tries=20) == 1
@@ -64,7 +64,7 @@ def test_ratelimit_admits_a_burst_and_then_the_rate() -> None:
 def test_ratelimit_below_one_per_second_admits_the_first() -> None:
     """A rate of one per ten seconds admits one, then one every ten seconds."""
     clock = Clock()
-    limiter = ClientRateLimiter(0.1, clock=clock)
+    limiter = ClientTokenBuckets(0.1, clock=clock)
     assert admitted(limiter, tries=3) == 1
     clock.now += 9.9
     assert admitted(limiter, tries=3) == 0
@@ -75,7 +75,7 @@ def test_ratelimit_below_one_per_second_admits_the_first() -> None:
 def test_ratelimit_retry_after_is_exact() -> None:
     """A client is admitted after Retry-After and not earlier, whatever the number of refused attempts."""
     clock = Clock()
-    limiter = ClientRateLimiter(2, clock=clock)
+    limiter = ClientTokenBuckets(2, clock=clock)
     assert admitted(limiter, tries=50) == 2
     with pytest.raises(TooManyRequests) as refused:
         limiter.admit(ONE)
@@ -88,7 +88,7 @@ def test_ratelimit_retry_after_is_exact() -> None:
 
 def test_ratelimit_separates_clients() -> None:
     """The requests of one client take no tokens from another."""
-    limiter = ClientRateLimiter(3, clock=Clock())
+    limiter = ClientTokenBuckets(3, clock=Clock())
     assert admitted(limiter, ONE, tries=100) == 3
     assert admitted(limiter, OTHER, tries=100) == 3
 
@@ -96,7 +96,7 @@ def test_ratelimit_separates_clients() -> None:
 def test_ratelimit_bucket_can_go_into_debt() -> None:
     """A request of more tasks than the bucket holds is admitted; its debt delays the next one."""
     clock = Clock()
-    limiter = ClientRateLimiter(20, clock=clock)
+    limiter = ClientTokenBuckets(20, clock=clock)
     limiter.admit(ONE)
     limiter.charge(ONE, 100)
     with pytest.raises(TooManyRequests) as refused:
@@ -119,7 +119,7 @@ def test_ratelimit_never_admits_more_tasks_than_rate_burst_and_one_request(
 ) -> None:
     """The tasks in any period are at most rate x time + burst + one request."""
     clock = Clock()
-    limiter = ClientRateLimiter(rate, clock=clock)
+    limiter = ClientTokenBuckets(rate, clock=clock)
     started, total, largest = clock.now, 0, 0
     for pause, tasks in steps:
         clock.now += pause
@@ -136,7 +136,7 @@ def test_ratelimit_never_admits_more_tasks_than_rate_burst_and_one_request(
 def test_ratelimit_never_admits_more_than_rate_and_burst(rate: float, steps: list[tuple[float, int]]) -> None:
     """The requests in any period from the start are at most rate x time + burst."""
     clock = Clock()
-    limiter = ClientRateLimiter(rate, clock=clock)
+    limiter = ClientTokenBuckets(rate, clock=clock)
     started, total = clock.now, 0
     for pause, tries in steps:
         clock.now += pause
@@ -146,7 +146,7 @@ def test_ratelimit_never_admits_more_than_rate_and_burst(rate: float, steps: lis
 
 def test_ratelimit_memory_is_bounded() -> None:
     """With many clients the least recently used buckets are evicted; each has a few bytes."""
-    limiter = ClientRateLimiter(1, clock=Clock())
+    limiter = ClientTokenBuckets(1, clock=Clock())
     limiter.admit("10.0.0.0")
     for number in range(20_000):
         limiter.admit(f"10.1.{number >> 8}.{number & 255}")

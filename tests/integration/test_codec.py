@@ -14,7 +14,7 @@ from gateway.domain.errors import (
     UpstreamRejected,
     UpstreamTimeout,
 )
-from gateway.domain.snapshot import Snapshot, observe
+from gateway.domain.snapshot import Snapshot, build_snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.stores.valkey.codec import (
     Head,
@@ -40,7 +40,7 @@ REJECTED = UpstreamRejected(
     envelope=b'{"status":20,\r\n"errCode":"E"}',
     detail=UpstreamDetail(err_code="E"),
 )
-FIELDS = [name for name in Snapshot.__slots__ if name not in {"polls", "shown_until"}]
+FIELDS = [name for name in Snapshot.__slots__ if name not in {"polls", "current_until"}]
 
 numbers = st.none() | st.floats(allow_nan=False, allow_infinity=False) | st.integers()
 data = st.fixed_dictionaries(
@@ -99,7 +99,7 @@ def test_snapshot_keeps_progress_and_end() -> None:
     def after(previous: Snapshot, **data: Any) -> Snapshot:
         envelope = answered(KEY, **data)
         given = json.loads(envelope)["data"]
-        return observe(
+        return build_snapshot(
             given, envelope, KEY, fetched_at=1.0, lifetimes=lifetimes, previous=previous, version=8
         )
 

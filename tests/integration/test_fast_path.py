@@ -160,6 +160,7 @@ async def test_answering_remembers_no_long_request() -> None:
     long = HIT.replace(b"1.1\r\n", b"1.1\r\nX-Long: %b\r\n" % (b"x" * 10_000))
     connection.send(HIT, long, long)
     assert connection.wire.answers() == 3
+    # Private: whether a request is remembered changes the time and the memory, and not the responses.
     assert connection.protocol._last is None
     connection.send(HIT)
     assert connection.protocol._last is not None

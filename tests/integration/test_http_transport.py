@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.upstream.http_connection import HttpResponse
+from gateway.upstream.http_connection import HttpConnection, HttpResponse
 from gateway.upstream.http_transport import HttpTransport, encode_request
 from tests.support.harness import PATIENCE_SECONDS, RawUpstream, Request, answer, drained, framed, free_port
 
@@ -46,6 +46,11 @@ async def ask(
     headers = {"host": "upstream.example", "x-ca-key": "k"}
     request = encode_request("/scc/x", headers, BODY)
     return await over.send(request, timeout_seconds=seconds, new_connection=new_connection)
+
+
+def idle(over: HttpTransport) -> list[HttpConnection]:
+    """Return the idle connections."""
+    return list(over._idle)  # private: callers of a transport do not see its connections
 
 
 def once(url: str, **bounds: int) -> HttpResponse:
@@ -291,12 +296,12 @@ def test_transport_timeout_after_the_response_has_no_effect() -> None:
     async def run(url: str) -> None:
         async with transport(url) as over:
             await ask(over)
-            [connection] = over._idle
+            [connection] = idle(over)
             message = encode_request("/scc/x", {"host": "x"}, BODY)
             await over.send(message, timeout_seconds=PATIENCE_SECONDS, on_complete=connection.time_out)
             await asyncio.sleep(0)
             await ask(over)
-            assert list(over._idle) == [connection], "it was not aborted"
+            assert idle(over) == [connection], "it was not aborted"
 
     with RawUpstream(framed_only) as upstream:
         asyncio.run(asyncio.wait_for(run(upstream.url), PATIENCE_SECONDS))
@@ -330,6 +335,7 @@ def test_transport_closes_what_is_in_flight() -> None:
         async with transport(url) as over:
             before = open_sockets()
             cancelled, waiting = (asyncio.create_task(ask(over)) for _ in range(2))
+            # `in_flight` counts calls that still connect, so this is private.
             while len(over._busy) < 2:  # noqa: ASYNC110  # they connect
                 await asyncio.sleep(0)
             cancelled.cancel()
@@ -371,7 +377,7 @@ def test_transport_cancelled_call_completes_with_the_response(end: str) -> None:
                 released.set()
             await ended.wait()
             assert over.in_flight == 0
-            assert len(over._idle) == (end == "answer"), "an answer that was read leaves a clean connection"
+            assert len(idle(over)) == (end == "answer"), "an answer that was read leaves a clean connection"
             released.set()
             assert (await ask(over)).body == b"late"
 
@@ -392,10 +398,10 @@ def test_transport_takes_no_late_response_for_the_next_one() -> None:
         async with transport(url) as over:
             first = await ask(over)
             # The event loop reads nothing between these calls: the bytes stay in the socket.
-            [connection] = over._idle
+            [connection] = idle(over)
             connections[0].sendall(framed(b"first"))
-            while not connection._readable.poll(1000):
-                pass
+            while connection.reusable(asyncio.get_running_loop().time()):
+                pass  # until the bytes have arrived
             second = await ask(over)
             return [first.body, second.body]
 
@@ -442,16 +448,16 @@ def test_transport_closes_connections_at_their_maximum_age() -> None:
         async with transport(url, max_age_seconds=60.0) as over:
             await ask(over)
             await ask(over)
-            [connection] = over._idle
-            connection._opened_at -= 61.0  # a minute passes
+            [connection] = idle(over)
+            connection.max_age_seconds = 0.0  # as if a minute had passed
             await ask(over)
-            [young] = over._idle
+            [young] = idle(over)
             assert young is not connection
             ending = asyncio.create_task(ask(over))
             await asyncio.sleep(0)
-            young._opened_at -= 61.0  # while its call is in flight
+            young.max_age_seconds = 0.0  # the same, while its call is in flight
             await ending
-            assert not over._idle
+            assert not idle(over)
 
     with RawUpstream(answers) as upstream:
         asyncio.run(asyncio.wait_for(run(upstream.url), PATIENCE_SECONDS))
@@ -475,7 +481,7 @@ def test_transport_closes_idle_connections_without_new_calls(bound: str) -> None
             await ask(over)
             while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
                 await asyncio.sleep(0.001)
-            assert over._sweep_timer is None
+            assert over._sweep_timer is None  # private: a timer that still runs does nothing visible
 
     with RawUpstream(answers) as upstream:
         asyncio.run(asyncio.wait_for(run(upstream.url), PATIENCE_SECONDS))

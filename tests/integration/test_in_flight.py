@@ -240,24 +240,24 @@ def test_flights_without_callers_are_dropped_while_queued(
     launch: Launch, request_for: Callable[[str], bytes], *, edge: bool
 ) -> None:
     """Of the queries of callers that leave, only those on the wire are completed."""
-    callers, slots = 100, 8
+    callers, limit = 100, 8
     with held_upstream() as (upstream, released), ExitStack() as stack:
-        bounds = {"max_in_flight": slots, "timeout_seconds": 60, "attempt_timeout_seconds": 60}
+        bounds = {"max_in_flight": limit, "timeout_seconds": 60, "attempt_timeout_seconds": 60}
         if edge:
             gate = launch(upstream.url, upstream=bounds)
         else:
             gate = stack.enter_context(plain_gateway(upstream.url, **bounds))
         waiting = [stack.enter_context(send(gate, request_for(fresh_id()))) for _ in range(callers)]
-        until(lambda: len(upstream.requests) == slots, "the slots are taken")
+        until(lambda: len(upstream.requests) == limit, "the limit is reached")
         queries = callers * (2 if request_for is batch_query else 1)
         for connection in waiting:
             connection.close()
-        until(lambda: gate.metric("upstream_abandoned_total") == queries - slots, "the others are dropped")
+        until(lambda: gate.metric("upstream_abandoned_total") == queries - limit, "the others are dropped")
         released.set()
         until(lambda: gate.metric("upstream_in_flight") == 0, "those on the wire are completed")
-        assert gate.metric("upstream_requests_total", outcome="ok") == slots
+        assert gate.metric("upstream_requests_total", outcome="ok") == limit
         assert gate.get(fresh_id()).status_code == 200
-        assert len(upstream.requests) == slots + 1
+        assert len(upstream.requests) == limit + 1
 
 
 async def test_flights_keep_the_freshness_promise_under_polling(simulator: Simulator, launch: Launch) -> None:

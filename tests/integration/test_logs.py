@@ -36,7 +36,7 @@ def stderr(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
 def configured(**settings: Any) -> structlog.stdlib.BoundLogger:
     """Configure logging with a secret to redact; return a logger."""
     redactor = Redactor()
-    redactor.hide(SECRET_TEXT)
+    redactor.add_secrets(SECRET_TEXT)
     logs.configure(Log(**settings), redactor=redactor)
     logger: structlog.stdlib.BoundLogger = structlog.get_logger("test")
     return logger

@@ -178,7 +178,7 @@ async def test_middleware_host_cache_is_bounded() -> None:
         assert not hosts.trust([(b"host", b"%d.invalid" % number)])
     assert not hosts.trust([(b"host", b"x" * 10_000)])
     assert hosts.trust([(b"host", b"gate.example.com")])
-    assert len(hosts._cache) <= 256
+    assert len(hosts._cache) <= 256  # private: only the memory shows the size of the cache
     assert not hosts.trust([])
     assert TrustedHosts(["*"]).trust([])
 

@@ -24,14 +24,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from prometheus_client import CollectorRegistry, Gauge
 
 from gateway.domain.errors import (
+    CredentialsRefused,
     GatewayError,
+    NonceRefused,
     Overloaded,
+    TimestampRefused,
     UpstreamBusy,
-    UpstreamClock,
-    UpstreamCredentials,
     UpstreamDetail,
     UpstreamInvalid,
-    UpstreamNonce,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamTimeout,
@@ -68,7 +68,7 @@ LEAST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 1.0, 30.0  # of a schedule whos
 ROUNDING_SECONDS = 0.01
 # None of these failures is cached: the gateway's own limits, an open circuit, and refused
 # credentials.
-NOT_REMEMBERED = (Overloaded, UpstreamCredentials)
+NOT_REMEMBERED = (Overloaded, CredentialsRefused)
 
 caches = st.builds(
     Cache,
@@ -82,9 +82,9 @@ caches = st.builds(
     stale_if_error_seconds=st.sampled_from([60.0, 0.0, 2.0]),
 )
 KINDS: list[type[GatewayError]] = [
-    UpstreamCredentials,
-    UpstreamClock,
-    UpstreamNonce,
+    CredentialsRefused,
+    TimestampRefused,
+    NonceRefused,
     UpstreamThrottled,
     UpstreamInvalid,
     UpstreamBusy,
@@ -153,10 +153,10 @@ class FakeUpstream:
         outcome = self.in_flight[key] = self._loop.create_future()
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
-                if self.full:  # the query is queued until there is a slot
-                    slot = self.queue[key] = self._loop.create_future()
+                if self.full:  # the query is queued until it may be sent
+                    turn = self.queue[key] = self._loop.create_future()
                     try:
-                        await slot
+                        await turn
                     finally:
                         del self.queue[key]
                     if not demand.wanted:
@@ -329,11 +329,11 @@ class Promises(RuleBasedStateMachine):
 
     @rule(full=st.booleans())
     def fill(self, full: bool) -> None:  # noqa: FBT001 - Hypothesis passes by name
-        """Queue queries for a slot from now on, or send the queued ones."""
+        """Queue queries from now on, or send the queued ones."""
         self.upstream.full = full
         if not full:
-            for slot in self.upstream.queue.values():
-                slot.set_result(None)
+            for turn in self.upstream.queue.values():
+                turn.set_result(None)
             self.loop.settle()
 
     @precondition(lambda self: self.upstream.in_flight)
@@ -505,7 +505,7 @@ class Promises(RuleBasedStateMachine):
         if result.failure is None:
             assert self._is_young(result.snapshot)
         else:
-            assert result.source is CacheStatus.STALE
+            assert result.cache_status is CacheStatus.STALE
             assert result.age <= self.cache.stale_if_error_seconds
             self._judge_failure_is_recent(story, result.failure)
 

@@ -76,7 +76,7 @@ def test_requestlog_line_of_a_hit() -> None:
 @pytest.mark.parametrize("source", [CacheStatus.MISS, CacheStatus.COLLAPSED])
 def test_requestlog_line_of_a_request_that_waited_for_the_upstream(source: CacheStatus) -> None:
     """A request that started or joined a fetch has the upstream's duration and the vendor's call ID."""
-    [line] = written(scope(MISS._replace(source=source)))
+    [line] = written(scope(MISS._replace(cache_status=source)))
     assert (line["cache"], line["upstream_seconds"], line["upstream_invoke_id"]) == (source, 0.25, "i_1")
 
 

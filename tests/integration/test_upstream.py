@@ -642,14 +642,14 @@ def test_upstream_deadline_bounds_all_attempts(
     assert_logged(lines, assert_reported(gate, fresh_id(), TIMEOUT._replace(calls=1), in_flight=1))
 
 
-async def test_upstream_without_a_free_slot_is_overload(simulator: Simulator, launch: Launch) -> None:
-    """A query that gets none of the upstream.max_in_flight slots in time receives Retry-After."""
+async def test_upstream_at_its_concurrency_limit_is_overload(simulator: Simulator, launch: Launch) -> None:
+    """A query that waits too long for one of upstream.max_in_flight calls to end receives Retry-After."""
     bounds = {"max_in_flight": 1, "timeout_seconds": 0.2, "attempt_timeout_seconds": 0.2, "retries": 0}
     gate = launch(simulator.url, upstream=bounds)
     simulator.fault("silent")
     seen: set[tuple[str, str | None]] = set()
     async with httpx.AsyncClient(base_url=gate.url, trust_env=False, verify=False, timeout=30) as client:  # noqa: S501
-        for _ in range(50):  # those with the same deadline as the slot's holder never get it
+        for _ in range(50):  # those with the same deadline as the call in flight are never sent
             burst = [client.get(f"/v1/progress/{fresh_id()}") for _ in range(30)]
             for response in await asyncio.gather(*burst):
                 seen.add((response.json()["code"], response.headers.get("retry-after")))
@@ -662,8 +662,8 @@ async def test_upstream_without_a_free_slot_is_overload(simulator: Simulator, la
     assert_success(gate, simulator.task())
 
 
-def test_upstream_counts_no_more_running_calls_than_there_are_slots(launch: Launch) -> None:
-    """A call that is cut off by its query's deadline holds its slot until the upstream has finished it."""
+def test_upstream_works_on_no_more_calls_than_the_limit(launch: Launch) -> None:
+    """A call that is cut off by its query's deadline counts until the upstream has finished it."""
     released = threading.Event()
 
     def held(connection: socket.socket, request: Request) -> None:
@@ -706,7 +706,7 @@ def test_upstream_refusal_without_credentials_fails_one_task(
 
 
 def test_upstream_probe_leaves_the_slots_to_others(launch: Launch) -> None:
-    """Queries that wait for a probe hold no slot: calls of another operation are made."""
+    """Queries that wait for a probe do not count as calls: calls of another operation are made."""
     released = threading.Event()
 
     def behaviour(connection: socket.socket, request: Request) -> None:
@@ -1061,7 +1061,7 @@ async def test_upstream_throttling_reduces_calls(simulator: Simulator, launch: L
     assert {answer.status_code for answer in known} == {200}
     assert {answer.status_code for answer in strangers} == {200, 503}
     outcome = {answer.json()["code"] for answer in strangers if answer.status_code == 503}
-    # On a busy machine the deadline of a query may pass while it waits for one of the 8 slots.
+    # On a busy machine the deadline of a query may pass while it waits for one of the 8 calls to end.
     assert "upstream-throttled" in outcome
     assert outcome <= {"upstream-throttled", "overloaded"}
     stats = simulator.stats()

@@ -95,6 +95,18 @@ def snapshot(lease: Lease, **values: Any) -> Snapshot:
     return seen(lease.key, version=lease.version, **({"lifetime": 60.0} | values))
 
 
+def channel_of(store: ValkeyStore, key: TaskKey) -> str:
+    """Return the channel of a task, which is also the prefix of its keys on the server."""
+    return store._connection.channel(slot_of(key))  # private: only clients of the store's server need it
+
+
+def sample(store: ValkeyStore, name: str, operation: str) -> float:
+    """Return the value of a metric of a store."""
+    metrics = store._connection._metrics  # private: a store does not hand out its metrics
+    value = metrics.registry.get_sample_value(f"sd_gateway_store_{name}", {"operation": operation})
+    return value or 0.0  # None before the first operation
+
+
 async def shown(store: ValkeyStore, key: TaskKey = KEY) -> Snapshot | None:
     """Peek behind the read barrier."""
     await store.sync()
@@ -111,10 +123,13 @@ async def leased(store: ValkeyStore, key: TaskKey = KEY, *, after: int | None = 
 
 async def waiting(store: ValkeyStore, key: TaskKey = KEY) -> asyncio.Task[Any]:
     """Start to acquire while another store has the lease; return the task once the server has replied."""
-    asked = store._connection._metrics.store_operation_duration.labels("take_off")
-    before = asked._sum.get()
+
+    def acquires() -> float:
+        return sample(store, "operation_duration_seconds_count", "take_off")
+
+    before = acquires()
     flight = asyncio.create_task(store.acquire(key))
-    await eventually(lambda: asked._sum.get() > before, "the server was asked")
+    await eventually(lambda: acquires() > before, "the server was asked")
     assert not flight.done()
     return flight
 
@@ -210,7 +225,7 @@ async def test_valkey_notifies_every_replica_with_the_task(one: ValkeyStore, oth
 async def test_valkey_refuses_a_commit_after_the_lease(one: ValkeyStore, other: ValkeyStore) -> None:
     """A holder whose lease has expired cannot overwrite the result of a later holder."""
     late = await leased(one)
-    # As if its holder had been paused for longer than a lease lasts.
+    # As if its holder had been paused for longer than a lease lasts. Private: the holder must not know.
     await one._end(late, 0, b"")
     lease = await leased(other)
     assert await one.commit(late, snapshot(late, message="late")) is None
@@ -285,7 +300,7 @@ async def test_valkey_ignores_invalid_messages(opened: Open, server: StoreServer
         *(b"F" + subject + time + b"\n" + failure for time in (b"", b"-1", b"1_0", b"9" * 99, b"9" * 9999)),
         b"F" + subject + b"1000\n" + b"[" * 9999,
     ]
-    channel = store._connection.channel(slot_of(KEY))
+    channel = channel_of(store, KEY)
     for message in messages:
         server.client.publish(channel, message)
     server.client.publish(channel, b"T999999999")
@@ -303,7 +318,7 @@ async def test_valkey_ignores_a_failure_without_an_expiry(
 ) -> None:
     """A stored failure without an expiry, or with one beyond the settings, is ignored."""
     store = await opened({"url": server.url})
-    name = f"{store._connection.channel(slot_of(KEY))}:{KEY.operation}:{KEY.task_id}:f"
+    name = f"{channel_of(store, KEY)}:{KEY.operation}:{KEY.task_id}:f"
     server.client.set(name, encode_failure(KEY, UpstreamTimeout("too late")), ex=time_to_live or None)
     assert isinstance(await store.acquire(KEY), Lease)
     assert not server.client.exists(name)
@@ -371,10 +386,12 @@ async def test_valkey_releases_an_unconfirmed_lease(opened: Open, server: StoreS
     assert isinstance(alone, Lease)
     assert not alone.token
     server.thaw()
-    given_back = hasty._connection._metrics.store_operation_duration.labels("fail")
-    failed = hasty._connection._metrics.store_errors.labels("fail")
     await eventually(
-        lambda: given_back._sum.get() > 0 and failed._value.get() == 0 and not hasty._leases._unconfirmed,
+        lambda: (
+            sample(hasty, "operation_duration_seconds_count", "fail") > 0
+            and sample(hasty, "errors_total", "fail") == 0
+            and not hasty._leases._unconfirmed  # private: the lease is not queued for another attempt
+        ),
         "it is given back",
     )
     assert not server.client.keys("*:unheard:l")
@@ -490,7 +507,7 @@ async def test_valkey_closes_a_cluster_though_cancelled(
     """A cancellation during the close leaves no connection open."""
 
     async def cancelled(client: RedisCluster) -> None:
-        client._initialize = True  # as aclose does at once
+        client._initialize = True  # as aclose does at once; private in redis-py
         raise asyncio.CancelledError
 
     with cluster(tmp_path) as nodes, suppress(asyncio.CancelledError):
@@ -498,6 +515,7 @@ async def test_valkey_closes_a_cluster_though_cancelled(
         monkeypatch.setattr(RedisCluster, "aclose", cancelled)
         async with connected(settings, redactor=Redactor()) as servers:
             await servers.warm_up()
+            # Private: neither our backend nor redis-py lists its connections.
             manager = servers._client.nodes_manager  # type: ignore[union-attr]  # a cluster's
             everywhere = [*manager.nodes_cache.values(), *manager.startup_nodes.values()]
             connections = [each for node in everywhere for each in node._connections]
@@ -520,10 +538,11 @@ async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> N
             assert isinstance(await other.acquire(key), Snapshot)
         await moving
         for each in (one, other):
+            # Private: the state of the read barrier is not visible otherwise.
             await eventually(
                 lambda each=each: time.monotonic() < each._connection.sure_until, "it follows again"
             )  # type: ignore[misc]
-            assert each._connection._metrics.store_errors.labels("subscribe")._value.get() == 0
+            assert sample(each, "errors_total", "subscribe") == 0
         heard: list[Snapshot] = []
         other.on_change(heard.append)
         for task in range(number - 99, number + 1):  # in every shard, and no more than are kept

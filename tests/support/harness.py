@@ -478,15 +478,20 @@ class Process:
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """The process ID."""
+        return self._process.pid
+
     def resident_bytes(self) -> int:
         """Return the resident memory of the process."""
-        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+        pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
     def children(self) -> list[int]:
         """Return the process IDs of the children."""
-        pid = self._process.pid
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        tasks = Path(f"/proc/{self.pid}/task")
+        return [int(child) for child in (tasks / f"{self.pid}/children").read_text().split()]
 
     def says(self, pattern: str) -> str:
         """Wait until the output matches this pattern; return the first group, or the match."""

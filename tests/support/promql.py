@@ -13,7 +13,7 @@ from gateway.progress.results import CacheStatus
 from gateway.telemetry.counters import FastCounters, FastHistograms
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.circuit_breaker import State
-from gateway.upstream.credentials import Slot
+from gateway.upstream.credentials import CredentialSlot
 from gateway.watch.hub import SubscriptionKind
 
 _ERRORS = [error for error in vars(errors).values() if isinstance(error, type)]
@@ -24,7 +24,7 @@ _VALUES = {
     "outcome": {"ok"} | _CODES,
     "reason": _CODES,
     "result": {"ok", "error"} | set(CacheStatus),
-    "slot": set(Slot),
+    "slot": set(CredentialSlot),
     "state": set(State),
     "status": set(Status) | {"200", "500", "503"},
 }
@@ -36,9 +36,9 @@ _MATCHER = re.compile(r'(\w+)[=!~]+"([^"]*)"')
 
 def label_names(metric: MetricWrapperBase | FastCounters | FastHistograms) -> tuple[str, ...]:
     """Return the label names of a metric."""
-    return (
-        metric.label_names if isinstance(metric, FastCounters | FastHistograms) else tuple(metric._labelnames)
-    )
+    if isinstance(metric, FastCounters | FastHistograms):
+        return metric.label_names
+    return tuple(metric._labelnames)  # prometheus-client has no public attribute for them
 
 
 def series() -> dict[str, set[str]]:

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from gateway.domain.envelope import read_envelope
-from gateway.domain.snapshot import Snapshot, observe
+from gateway.domain.snapshot import Snapshot, build_snapshot
 from gateway.domain.task import Status, TaskKey
 
 
@@ -26,7 +26,7 @@ def seen(
 ) -> Snapshot:
     """Return the snapshot of a response with this data, fetched at `at` or now."""
     envelope = answered(key, status, **data)
-    return observe(
+    return build_snapshot(
         read_envelope(envelope, key, redact=str).data,
         envelope,
         key,

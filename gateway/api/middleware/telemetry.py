@@ -88,9 +88,9 @@ class RequestTelemetry:
                 self._metrics.http_request_duration.labels(route).observe,
             )
             self._recorders[route, method, status] = recorders
-        count, observe = recorders
-        count()
-        observe(seconds)
+        count_request, observe_duration = recorders
+        count_request()
+        observe_duration(seconds)
         self._request_log.log(scope, method=method, route=route, status=status, seconds=seconds)
 
     def _log_bug(self, scope: Scope, exc: Exception) -> None:

@@ -124,7 +124,7 @@ async def connected(settings: Store, *, redactor: Redactor) -> AsyncIterator[Red
     username, password = settings.login()
     _, sentinel_password = settings.sentinel_login()
     url = settings.url.get_secret_value() if password else ""
-    redactor.hide(*filter(None, (password, sentinel_password, url)))
+    redactor.add_secrets(*filter(None, (password, sentinel_password, url)))
     transport: dict[str, Any] = {
         "protocol": 2,
         "retry": Retry(NoBackoff(), _RETRIES),

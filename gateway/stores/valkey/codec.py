@@ -20,12 +20,12 @@ import msgspec
 
 from gateway.domain.envelope import read_envelope, read_rejection
 from gateway.domain.errors import (
+    CircuitOpen,
+    CredentialsRefused,
     GatewayError,
     RateLimiterExhausted,
-    UpstreamCredentials,
     UpstreamDetail,
     UpstreamError,
-    UpstreamOpen,
     UpstreamRejected,
 )
 from gateway.domain.snapshot import Snapshot, render_json, restore_snapshot
@@ -215,7 +215,7 @@ def _kinds(kind: type[UpstreamError]) -> Iterator[type[UpstreamError]]:
 
 
 # Failures of this replica are never shared: rate limits, an open circuit, refused credentials (`service.py`).
-_NEVER_SHARED = (UpstreamCredentials, RateLimiterExhausted, UpstreamOpen)
+_NEVER_SHARED = (CredentialsRefused, RateLimiterExhausted, CircuitOpen)
 _KINDS = {kind.__name__: kind for kind in _kinds(UpstreamError) if not issubclass(kind, _NEVER_SHARED)}
 _DETAILS = {field.name for field in fields(UpstreamDetail)}
 _HEADER = msgspec.json.Decoder(_Header)

@@ -85,13 +85,13 @@ class LocalCache:
             if concerned(key) or key in self._invalidated
         }
         for key in self._invalidated.keys() & active.keys():
-            active[key].shown_until = -math.inf
+            active[key].current_until = -math.inf
 
     def revalidate(self, key: TaskKey) -> None:
         """Make a task visible again: the server has no newer snapshot."""
         if self._invalidated.pop(key, None) is not None and (active := self._memory.peek(key)) is not None:
             pending = self._pending.get(key)
-            active.shown_until = math.inf if pending is None else pending.activations[0].shown_at
+            active.current_until = math.inf if pending is None else pending.activations[0].shown_at
 
     def apply(self, snapshot: Snapshot, *, shown_at: float) -> None:
         """Activate a snapshot at `shown_at`, unless this one or a newer one is known."""
@@ -114,7 +114,7 @@ class LocalCache:
             pending = self._pending[key] = _PendingActivations()
         for earlier in (latest, self._memory.peek(key)):
             if earlier is not None:
-                earlier.shown_until = min(earlier.shown_until, shown_at)
+                earlier.current_until = min(earlier.current_until, shown_at)
         timer = asyncio.get_running_loop().call_later(
             wait + _TIMER_SECONDS, self._activate, key, pending, snapshot
         )

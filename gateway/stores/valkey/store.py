@@ -130,7 +130,7 @@ class ValkeyStore:
 
     def is_current(self, snapshot: Snapshot, now: float) -> bool:
         """See `Store.is_current`."""
-        return now < snapshot.shown_until and (
+        return now < snapshot.current_until and (
             time.monotonic() < self._connection.sure_until or not self._connection.up
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from starlette.exceptions import HTTPException
 
-from gateway.api.problems import PROBLEMS, Problems, lookup
+from gateway.api.problems import PROBLEMS, Problems, status_and_title
 from gateway.domain import errors
 from gateway.domain.errors import (
     GatewayError,
@@ -72,7 +72,7 @@ def respond(error: Exception, path: str = "/v1/progress/x") -> tuple[int, dict[s
 @pytest.mark.parametrize("kind", KINDS)
 def test_problems_map_every_exception(kind: type[GatewayError]) -> None:
     """Each class has its own or an ancestor's row with its status; only abstract classes are 500."""
-    status, title = lookup(make(kind))
+    status, title = status_and_title(make(kind))
     assert status == PROMISED[kind.code]
     assert title
     assert (status == 500) == (kind in BRANCHES)
@@ -88,7 +88,7 @@ def test_problems_have_a_row_for_every_promised_code() -> None:
 
 def test_problems_map_a_subclass_like_its_parent() -> None:
     """A class without its own row uses that of its nearest ancestor."""
-    assert lookup(UpstreamBusy("x")) == PROBLEMS[UpstreamBusy.__bases__[0]]
+    assert status_and_title(UpstreamBusy("x")) == PROBLEMS[UpstreamBusy.__bases__[0]]
 
 
 def test_problems_answer_with_a_problem_document() -> None:

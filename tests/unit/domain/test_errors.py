@@ -7,9 +7,9 @@ import pytest
 
 from gateway.domain import errors
 from gateway.domain.errors import (
+    CredentialsRefused,
     GatewayError,
     Overloaded,
-    UpstreamCredentials,
     UpstreamDetail,
     UpstreamError,
     UpstreamForbidden,
@@ -17,7 +17,7 @@ from gateway.domain.errors import (
 )
 
 BRANCHES = {"GatewayError", "RequestError", "UpstreamError"}
-TRANSIENT = {"UpstreamBusy", "UpstreamNonce", "UpstreamTimeout", "UpstreamUnreachable"}
+TRANSIENT = {"UpstreamBusy", "NonceRefused", "UpstreamTimeout", "UpstreamUnreachable"}
 
 
 def tree(kind: type[GatewayError] = GatewayError, depth: int = 0) -> Iterator[tuple[int, type[GatewayError]]]:
@@ -56,8 +56,8 @@ def test_exceptions_share_codes_only_with_their_parent() -> None:
     """
     owners = [kind for kind in KINDS if "code" in vars(kind) and kind is not UpstreamForbidden]
     assert len({kind.code for kind in owners}) == len(owners)
-    assert UpstreamForbidden.code == UpstreamCredentials.code
-    assert not issubclass(UpstreamForbidden, UpstreamCredentials)
+    assert UpstreamForbidden.code == CredentialsRefused.code
+    assert not issubclass(UpstreamForbidden, CredentialsRefused)
 
 
 def test_exceptions_are_transient_if_a_retry_may_succeed() -> None:

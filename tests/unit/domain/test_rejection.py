@@ -8,7 +8,7 @@ import pytest
 
 from gateway.domain.envelope import read_envelope
 from gateway.domain.errors import UpstreamRejected
-from gateway.domain.rejection import STEP, clean, holds
+from gateway.domain.rejection import SEARCH_PIECE_SIZE, any_piece_matches, is_free_of_secrets
 from gateway.domain.task import Operation, TaskKey
 from gateway.telemetry.redaction import MASK, Redactor
 from tests.support.harness import SECRET, Gateway, RawUpstream, framed, fresh_id
@@ -22,7 +22,7 @@ HIDDEN = "secret-of-the-tests"
 def redactor() -> Redactor:
     """Return a redactor that knows a secret."""
     redactor = Redactor()
-    redactor.hide(HIDDEN)
+    redactor.add_secrets(HIDDEN)
     return redactor
 
 
@@ -117,8 +117,8 @@ async def test_clean_finds_a_secret_across_pieces(redactor: Redactor) -> None:
     other = asyncio.create_task(others())
     for place in range(30_600, 32_800, 100):
         body = json.dumps({"status": 20, "x": "x" * place + HIDDEN + "x" * 40_000}).encode()
-        assert not await clean(body, redactor)
-    assert await clean(json.dumps({"status": 20, "x": "x" * 400_000}).encode(), redactor)
+        assert not await is_free_of_secrets(body, redactor)
+    assert await is_free_of_secrets(json.dumps({"status": 20, "x": "x" * 400_000}).encode(), redactor)
     other.cancel()
     assert yields > 10
 
@@ -126,7 +126,7 @@ async def test_clean_finds_a_secret_across_pieces(redactor: Redactor) -> None:
 async def test_holds_finds_a_secret_across_pieces() -> None:
     """A large body is searched in overlapping pieces of 32 KiB, and other tasks run between them."""
     redactor, sizes, yields = Redactor(), [], 0
-    redactor.hide_credentials(HIDDEN)
+    redactor.add_credentials(HIDDEN)
 
     def found(piece: bytes) -> bool:
         sizes.append(len(piece))
@@ -140,11 +140,11 @@ async def test_holds_finds_a_secret_across_pieces() -> None:
 
     other = asyncio.create_task(others())
     for place in range(30_600, 32_800, 100):
-        assert await holds(b"x" * place + HIDDEN.encode().hex().encode() + b"x" * 40_000, found)
-    assert not await holds(b"x" * 1_048_576, found)
+        assert await any_piece_matches(b"x" * place + HIDDEN.encode().hex().encode() + b"x" * 40_000, found)
+    assert not await any_piece_matches(b"x" * 1_048_576, found)
     other.cancel()
     assert yields > 30
-    assert max(sizes) == STEP
+    assert max(sizes) == SEARCH_PIECE_SIZE
 
 
 def test_large_rejection_is_passed_on_unchanged(launch: Callable[..., Gateway]) -> None:

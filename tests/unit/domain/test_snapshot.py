@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gateway.domain.envelope import read_envelope
 from gateway.domain.errors import InvalidTaskId, UpstreamInvalid, UpstreamRejected
-from gateway.domain.snapshot import Snapshot, observe, render_json, strict_json, vendor_status
+from gateway.domain.snapshot import Snapshot, build_snapshot, render_json, strict_json, vendor_status
 from gateway.domain.task import Operation, Status, TaskKey, check_task_id
 from gateway.telemetry.redaction import MASK, Redactor
 
@@ -116,12 +116,14 @@ def seen(
     """Return the snapshot of a response with `data`."""
     data = {"taskId": key.task_id} | data
     body = envelope(data)
-    return observe(data, body, key, fetched_at=at, lifetimes=LIFETIMES, previous=previous, version=version)
+    return build_snapshot(
+        data, body, key, fetched_at=at, lifetimes=LIFETIMES, previous=previous, version=version
+    )
 
 
 def of(body: bytes, previous: Snapshot | None = None) -> Snapshot:
     """Return the snapshot of an envelope, parsed as it arrives from the upstream."""
-    return observe(
+    return build_snapshot(
         read_envelope(body, KEY, redact=same).data,
         body,
         KEY,
@@ -294,7 +296,7 @@ def test_read_envelope_keeps_a_rejection_byte_for_byte() -> None:
 def test_read_envelope_redacts_a_rejection() -> None:
     """A rejection that quotes a secret stays JSON; neither envelope nor detail contains the secret."""
     redactor = Redactor()
-    redactor.hide("LTAI-fake-access-key")
+    redactor.add_secrets("LTAI-fake-access-key")
     quoted = "Invalid Signature, Server StringToSign:`POST#x-ca-key:LTAI-fake-access-key#`"
     body = envelope(
         None, status=20, errMessage=quoted, subErrMessage=["of LTAI-fake-access-key", 1], subErrCode="S"
@@ -316,7 +318,7 @@ def test_read_envelope_redacts_a_rejection() -> None:
 def test_read_envelope_truncates_the_texts_of_a_rejection() -> None:
     """An upstream text is truncated to 500 characters, after its secrets are redacted."""
     redactor = Redactor()
-    redactor.hide("secret-of-the-tests")
+    redactor.add_secrets("secret-of-the-tests")
     message = "x" * 490 + "secret-of-the-tests" + "x" * 2000
     with pytest.raises(UpstreamRejected) as caught:
         read_envelope(envelope(None, status=20, errMessage=message), KEY, redact=redactor)
@@ -606,11 +608,11 @@ def test_observe_keeps_the_progress_of_a_failed_task() -> None:
 def test_observe_keeps_a_terminal_status(first: str, later: str) -> None:
     """The first terminal status is final. The same status again takes over the newer response."""
     ended = seen(status=first, progress=0.4, message="first", at=1.0)
-    ended.polls, ended.shown_until = 2, -math.inf
+    ended.read_count, ended.current_until = 2, -math.inf
     snapshot = seen(ended, status=later, progress=0.7, message="later", at=2.0)
     assert snapshot.status is ended.status
     assert (snapshot.fetched_at, snapshot.lifetime) == (2.0, ended.lifetime)
-    assert (snapshot.polls, snapshot.shown_until) == (0, math.inf)
+    assert (snapshot.read_count, snapshot.current_until) == (0, math.inf)
     if vendor_status({"status": later}) is ended.status:
         assert shown(snapshot)["message"] == "later"
         assert json.loads(snapshot.envelope)["data"]["message"] == "later"
@@ -666,7 +668,7 @@ def test_observe_rejects_a_state_that_nests_too_deep() -> None:
     body = b"{}"
     data = {"taskId": TASK, "status": "running", "state": deep}
     with pytest.raises(UpstreamInvalid, match=r"^the upstream's answer nests too deep$"):
-        observe(data, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=None)
+        build_snapshot(data, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=None)
     while deep:  # released iteratively: the interpreter would recurse
         deep = deep.pop("state")
 
@@ -716,7 +718,7 @@ def test_any_data_is_invalid_or_gives_a_valid_body(
     except UpstreamInvalid:
         assert data.get("taskId") != TASK
         return
-    snapshot = observe(kept, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=previous)
+    snapshot = build_snapshot(kept, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=previous)
     answer = shown(snapshot)
     assert list(answer) == MEMBERS
     assert 0.0 <= answer["progress"] <= 1.0

@@ -14,16 +14,16 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from gateway.domain.errors import (
+    CircuitOpen,
+    CredentialsRefused,
     GatewayError,
+    NonceRefused,
     Overloaded,
     RateLimiterExhausted,
+    TimestampRefused,
     UpstreamBusy,
-    UpstreamClock,
-    UpstreamCredentials,
     UpstreamDetail,
     UpstreamInvalid,
-    UpstreamNonce,
-    UpstreamOpen,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamTimeout,
@@ -70,10 +70,10 @@ FAILURES: list[GatewayError] = [
 NOT_THE_TASKS: list[GatewayError] = [
     Overloaded("full"),
     RateLimiterExhausted("full"),
-    UpstreamOpen("resting"),
-    UpstreamCredentials("refused"),
-    UpstreamClock("refused"),
-    UpstreamNonce("refused"),
+    CircuitOpen("resting"),
+    CredentialsRefused("refused"),
+    TimestampRefused("refused"),
+    NonceRefused("refused"),
 ]
 
 
@@ -192,6 +192,9 @@ class Bench:
         )
         self._stored: asyncio.Queue[Snapshot] = asyncio.Queue()
         self.store.on_change(self._stored.put_nowait)
+        # Private: no caller sees a request that starts without one, or a demand that is kept.
+        self.in_flight = self.service._in_flight
+        self.demands = self.in_flight._demands
 
     def begin(self, key: TaskKey = KEY) -> asyncio.Task[CacheResult]:
         """Start a query, and return its task."""
@@ -272,7 +275,7 @@ def data_of(result: CacheResult) -> dict[str, Any]:
 async def test_get_queries_the_upstream_on_a_miss(bench: Bench) -> None:
     """The first caller waits for the upstream, and its result is a miss."""
     result = await bench.learn(progress=0.35)
-    assert (result.source, result.age, result.replaced_stale, result.failure) == (
+    assert (result.cache_status, result.age, result.replaced_stale, result.failure) == (
         CacheStatus.MISS,
         0.0,
         False,
@@ -289,7 +292,7 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
     bench.clock.now += CACHE.running_seconds - 0.1
     result = await bench.get(KEY)
     assert result.snapshot is first.snapshot
-    assert (result.source, result.failure, result.replaced_stale) == (CacheStatus.HIT, None, False)
+    assert (result.cache_status, result.failure, result.replaced_stale) == (CacheStatus.HIT, None, False)
     assert result.age == pytest.approx(CACHE.running_seconds - 0.1)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1, "hit": 1}
@@ -326,9 +329,9 @@ async def test_get_takes_the_lifetime_from_the_status(bench: Bench, status: str,
     """A snapshot is fresh for the lifetime of its status, and stale after that."""
     await bench.learn(status)
     bench.clock.now += seconds - 0.01
-    assert (await bench.get(KEY)).source is CacheStatus.HIT
+    assert (await bench.get(KEY)).cache_status is CacheStatus.HIT
     bench.clock.now += 0.02
-    assert (await bench.get(KEY)).source is CacheStatus.STALE
+    assert (await bench.get(KEY)).cache_status is CacheStatus.STALE
 
 
 async def test_get_takes_the_lifetime_of_results(bench: Bench) -> None:
@@ -336,10 +339,10 @@ async def test_get_takes_the_lifetime_of_results(bench: Bench) -> None:
     first = await bench.learn("succeeded", RESULT, images=["u"])
     bench.clock.now += CACHE.result_seconds - 0.01
     result = await bench.get(RESULT)
-    assert (result.source, result.snapshot) == (CacheStatus.HIT, first.snapshot)
+    assert (result.cache_status, result.snapshot) == (CacheStatus.HIT, first.snapshot)
     assert json.loads(result.snapshot.envelope)["data"]["images"] == ["u"]
     bench.clock.now += 0.02
-    assert (await bench.get(RESULT)).source is CacheStatus.STALE
+    assert (await bench.get(RESULT)).cache_status is CacheStatus.STALE
 
 
 async def test_get_shares_one_query_among_callers(bench: Bench) -> None:
@@ -348,7 +351,7 @@ async def test_get_shares_one_query_among_callers(bench: Bench) -> None:
     (await bench.upstream.call()).answer()
     results = await asyncio.gather(*crowd)
     assert {id(result.snapshot) for result in results} == {id(results[0].snapshot)}
-    assert [result.source for result in results] == [CacheStatus.MISS] + [CacheStatus.COLLAPSED] * (
+    assert [result.cache_status for result in results] == [CacheStatus.MISS] + [CacheStatus.COLLAPSED] * (
         CALLERS - 1
     )
     assert bench.upstream.count == 1
@@ -389,8 +392,8 @@ async def test_get_stores_a_response_without_callers(bench: Bench) -> None:
     assert not call.outcome.cancelled()
     next_one = bench.begin()
     call.answer()
-    assert (await next_one).source is CacheStatus.COLLAPSED
-    assert (await bench.get(KEY)).source is CacheStatus.HIT
+    assert (await next_one).cache_status is CacheStatus.COLLAPSED
+    assert (await bench.get(KEY)).cache_status is CacheStatus.HIT
     assert bench.upstream.count == 1
 
 
@@ -412,7 +415,7 @@ async def test_get_does_not_wait_for_a_queued_request(bench: Bench) -> None:
     call.on_queued(7.0)
     call.on_queued(6.0)
     for result in await asyncio.gather(*crowd, bench.get(KEY)):
-        assert (result.snapshot, result.source) == (first.snapshot, CacheStatus.STALE)
+        assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert result.failure == Alike(
             RateLimiterExhausted(
                 "the query is queued by the rate limiter for upstream calls", retry_after=7.0
@@ -433,9 +436,9 @@ async def test_get_waits_for_a_request_that_is_not_queued(bench: Bench) -> None:
         asked = bench.begin()
         (await bench.upstream.call()).answer(progress=0.9)
         result = await asked
-        assert (result.source, result.replaced_stale, result.failure) == (CacheStatus.MISS, True, None)
+        assert (result.cache_status, result.replaced_stale, result.failure) == (CacheStatus.MISS, True, None)
         long_ago(bench)
-        assert not bench.service._in_flight._demands
+        assert not bench.demands
 
 
 async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -> None:
@@ -447,7 +450,7 @@ async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -
         await bench.learn(key=meanwhile)
         assert not asked.done()
         call.answer()
-        assert (await asked).source is CacheStatus.MISS
+        assert (await asked).cache_status is CacheStatus.MISS
         bench.clock.now += CACHE.stale_if_error_seconds + CACHE.running_seconds
 
 
@@ -462,7 +465,7 @@ async def test_get_fresh_waits_for_a_queued_request(bench: Bench) -> None:
     assert not asked.done()
     call.answer(progress=0.9)
     result = await asked
-    assert (result.source, result.failure) == (CacheStatus.MISS, None)
+    assert (result.cache_status, result.failure) == (CacheStatus.MISS, None)
 
 
 async def test_get_joins_a_request_that_has_just_ended(bench: Bench) -> None:
@@ -471,13 +474,13 @@ async def test_get_joins_a_request_that_has_just_ended(bench: Bench) -> None:
     long_ago(bench)
     early = bench.begin()
     call = await bench.upstream.call()
-    call.fail(Overloaded("no slot"))  # it is not cached, so only the request returns it
+    call.fail(Overloaded("too many calls"))  # it is not cached, so only the request returns it
     late = bench.begin()
     for result in await asyncio.gather(early, late):
-        assert (result.snapshot, result.source) == (first.snapshot, CacheStatus.STALE)
+        assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert isinstance(result.failure, Overloaded)
     assert bench.upstream.count == 2
-    assert not bench.service._in_flight._demands
+    assert not bench.demands
 
 
 # Callers that leave
@@ -507,19 +510,19 @@ async def test_get_drops_a_queued_query_when_its_last_caller_leaves(bench: Bench
     assert bench.upstream.count == 2
     fourth = bench.begin()
     await asyncio.sleep(0)
-    assert len(bench.service._in_flight._demands) == 1
+    assert len(bench.demands) == 1
     await left(third)
     await left(fourth)
 
 
 async def test_get_cleans_up_a_request_dropped_before_it_began(bench: Bench) -> None:
     """A caller may leave in the same iteration of the event loop in which it came."""
-    waiting = bench.service._in_flight.start(KEY)
+    waiting = bench.in_flight.start(KEY)
     bench.service.join(KEY, b"1")
     bench.service.leave(KEY, b"1")
     await asyncio.wait([waiting])
     assert waiting.cancelled()
-    assert (KEY in bench.service._in_flight, bench.service._in_flight._demands) == (False, {})
+    assert (KEY in bench.in_flight, bench.demands) == (False, {})
     assert bench.upstream.count == 0
     await bench.learn()
 
@@ -531,9 +534,9 @@ async def test_get_completes_and_stores_a_query_on_the_wire(bench: Bench) -> Non
     await left(caller)
     call.answer()
     result = await bench.get()
-    assert (result.source, bench.upstream.count) == (CacheStatus.COLLAPSED, 1)
-    assert (await bench.get()).source is CacheStatus.HIT
-    assert not bench.service._in_flight._demands
+    assert (result.cache_status, bench.upstream.count) == (CacheStatus.COLLAPSED, 1)
+    assert (await bench.get()).cache_status is CacheStatus.HIT
+    assert not bench.demands
 
 
 @pytest.mark.parametrize("how", ["stale", "queued", "hot"])
@@ -543,17 +546,19 @@ async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
     bench.upstream.queues = True
     if how == "stale":
         bench.clock.now += CACHE.running_seconds
-        assert (await bench.get()).source is CacheStatus.STALE
+        assert (await bench.get()).cache_status is CacheStatus.STALE
         call = await bench.upstream.call()
     elif how == "queued":
         long_ago(bench)
         asked = bench.begin()
         call = await bench.upstream.call()
         call.on_queued(7.0)
-        assert (await asked).source is CacheStatus.STALE
+        assert (await asked).cache_status is CacheStatus.STALE
     else:
         known = cast("Snapshot", bench.store.peek(KEY))
-        bench.service._refresh(known.key, known.version)
+        bench.service._refresh(
+            known.key, known.version
+        )  # private: refresh-ahead needs the event loop's clock
         call = await bench.upstream.call()
         long_ago(bench)
     joined = asyncio.create_task(bench.service.get_fresh(KEY))
@@ -577,7 +582,7 @@ async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) 
     bench.service.leave(KEY, b"2")
     await asyncio.wait([ticking])
     assert call.outcome.cancelled()
-    assert not bench.service._in_flight._demands
+    assert not bench.demands
 
 
 async def test_get_passes_the_clients_of_a_query(bench: Bench) -> None:
@@ -600,13 +605,13 @@ async def test_get_serves_stale_while_revalidate(bench: Bench) -> None:
     first = await bench.learn(progress=0.1)
     bench.clock.now += CACHE.running_seconds
     results = [await bench.get(KEY) for _ in range(CALLERS)]
-    assert {result.source for result in results} == {CacheStatus.STALE}
+    assert {result.cache_status for result in results} == {CacheStatus.STALE}
     assert all(result.snapshot is first.snapshot and result.failure is None for result in results)
     assert results[0].age == CACHE.running_seconds
     (await bench.upstream.call()).answer(progress=0.9)
     await bench.renewed(after=first.snapshot)
     result = await bench.get(KEY)
-    assert (result.source, result.age, data_of(result)["progress"]) == (CacheStatus.HIT, 0.0, 0.9)
+    assert (result.cache_status, result.age, data_of(result)["progress"]) == (CacheStatus.HIT, 0.0, 0.9)
     assert bench.upstream.count == 2
     assert bench.lookups() == {"miss": 1, "stale": CALLERS, "hit": 1}
 
@@ -618,7 +623,7 @@ async def test_get_waits_beyond_stale_while_revalidate(bench: Bench) -> None:
     crowd = [bench.begin() for _ in range(3)]
     (await bench.upstream.call()).answer(progress=0.9)
     for result, source in zip(await asyncio.gather(*crowd), ["miss", "collapsed", "collapsed"], strict=True):
-        assert (result.source, result.age, result.replaced_stale) == (source, 0.0, True)
+        assert (result.cache_status, result.age, result.replaced_stale) == (source, 0.0, True)
         assert data_of(result)["progress"] == 0.9
     assert bench.upstream.count == 2
 
@@ -634,7 +639,7 @@ async def test_get_joins_a_background_refresh(bench: Bench) -> None:
     await bench.learn(key=OTHER)
     assert not late.done()
     call.answer()
-    assert (await late).source is CacheStatus.COLLAPSED
+    assert (await late).cache_status is CacheStatus.COLLAPSED
     assert bench.upstream.keys == [KEY, KEY, OTHER]
 
 
@@ -671,7 +676,7 @@ async def test_get_keeps_the_freshness_promise(steps: list[tuple[float, str]]) -
             result = await bench.get(KEY)
             assert result.age == bench.clock.now - result.snapshot.fetched_at
             assert result.age < result.snapshot.lifetime + CACHE.stale_while_revalidate_seconds
-            assert (result.source is CacheStatus.HIT) <= (result.age < result.snapshot.lifetime)
+            assert (result.cache_status is CacheStatus.HIT) <= (result.age < result.snapshot.lifetime)
     finally:
         answering.cancel()
         await asyncio.wait([answering])
@@ -702,15 +707,15 @@ async def test_get_caches_a_failure(bench: Bench, failure: GatewayError) -> None
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1, "negative": 3}
     bench.clock.now += 0.02
-    assert (await bench.learn()).source is CacheStatus.MISS
+    assert (await bench.learn()).cache_status is CacheStatus.MISS
     assert bench.upstream.count == 2
 
 
 async def test_get_caches_a_failure_for_its_task_only(bench: Bench) -> None:
     """The failure of one task does not affect another."""
     await bench.fail(UpstreamTimeout("too late"))
-    assert (await bench.learn(key=OTHER)).source is CacheStatus.MISS
-    assert (await bench.learn(key=RESULT)).source is CacheStatus.MISS
+    assert (await bench.learn(key=OTHER)).cache_status is CacheStatus.MISS
+    assert (await bench.learn(key=RESULT)).cache_status is CacheStatus.MISS
 
 
 @pytest.mark.parametrize("failure", NOT_THE_TASKS, ids=name_of)
@@ -718,7 +723,7 @@ async def test_get_caches_no_failure_unrelated_to_the_task(bench: Bench, failure
     """The gateway's own limits and refused credentials are not cached: the next caller makes a query."""
     await bench.fail(failure)
     assert bench.store.failure(KEY) is None
-    assert (await bench.learn()).source is CacheStatus.MISS
+    assert (await bench.learn()).cache_status is CacheStatus.MISS
     assert bench.upstream.count == 2
     assert bench.lookups() == {"miss": 2}
 
@@ -732,7 +737,7 @@ async def test_get_serves_stale_if_error(bench: Bench, failure: GatewayError) ->
     (await bench.upstream.call()).fail(failure)
     for result in await asyncio.gather(*crowd):
         assert result.snapshot is first.snapshot
-        assert (result.source, result.failure) == (CacheStatus.STALE, Alike(failure))
+        assert (result.cache_status, result.failure) == (CacheStatus.STALE, Alike(failure))
         assert result.age == CACHE.stale_if_error_seconds
     assert bench.lookups() == {"miss": 1, "stale": 2}
 
@@ -745,7 +750,7 @@ async def test_get_serves_stale_if_error_from_memory(bench: Bench) -> None:
     await bench.fail(failure)
     for _ in range(3):
         result = await bench.get(KEY)
-        assert (result.source, result.failure, result.age) == (CacheStatus.STALE, Alike(failure), 20.0)
+        assert (result.cache_status, result.failure, result.age) == (CacheStatus.STALE, Alike(failure), 20.0)
     assert bench.upstream.count == 2
     assert bench.lookups() == {"miss": 1, "stale": 4}
 
@@ -773,7 +778,7 @@ async def test_get_reports_a_failed_background_refresh(bench: Bench) -> None:
     assert (await joined).failure == Alike(failure)
     for _ in range(3):
         result = await bench.get(KEY)
-        assert (result.snapshot, result.source) == (first.snapshot, CacheStatus.STALE)
+        assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert result.failure == Alike(failure)
     assert bench.upstream.count == 2
     bench.clock.now += CACHE.error_seconds + 0.01
@@ -804,9 +809,9 @@ async def test_get_starts_no_refresh_while_a_failure_is_cached(bench: Bench) -> 
     await bench.fail(UpstreamTimeout("too late"))
     for _ in range(3):
         result = await bench.get(KEY)
-        assert (result.snapshot, result.source) == (first.snapshot, CacheStatus.STALE)
+        assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert isinstance(result.failure, UpstreamTimeout)
-        assert KEY not in bench.service._in_flight
+        assert KEY not in bench.in_flight
     await bench.learn(key=OTHER)  # a refresh would have made its query by now
     assert bench.upstream.keys == [KEY, KEY, OTHER]
 
@@ -820,7 +825,7 @@ async def test_get_returns_the_fetch_behind_stale_if_error(bench: Bench) -> None
     bench.clock.now += 0.5
     call.fail(UpstreamInvalid("nonsense", detail=UpstreamDetail(request_id="r-1")))
     result = await asked
-    assert result.source is CacheStatus.STALE
+    assert result.cache_status is CacheStatus.STALE
     assert result.fetch is not None
     assert (result.fetch.upstream_seconds, result.fetch.invoke_id) == (pytest.approx(0.5), "r-1")
 
@@ -832,7 +837,7 @@ async def test_get_recovers(bench: Bench) -> None:
     await bench.fail(UpstreamTimeout("too late"))
     bench.clock.now += CACHE.error_seconds + 0.01
     result = await bench.learn(progress=0.8)
-    assert (result.source, result.failure, result.replaced_stale) == (CacheStatus.MISS, None, True)
+    assert (result.cache_status, result.failure, result.replaced_stale) == (CacheStatus.MISS, None, True)
     assert (await bench.get(KEY)).failure is None
 
 
@@ -861,7 +866,7 @@ async def test_get_shares_an_unexpected_error_and_does_not_cache_it(bench: Bench
     (await bench.upstream.call()).fail(bug)
     assert await asyncio.gather(*crowd, return_exceptions=True) == [bug] * 3
     assert bench.store.failure(KEY) is None
-    assert (await bench.learn()).source is CacheStatus.MISS
+    assert (await bench.learn()).cache_status is CacheStatus.MISS
 
 
 async def test_get_fails_on_a_state_that_nests_too_deep(bench: Bench) -> None:
@@ -894,7 +899,7 @@ async def test_get_merges_each_response_with_the_previous_snapshot(bench: Bench)
     bench.clock.now += CACHE.terminal_seconds + 10.0
     result = await bench.learn("running", progress=0.1)
     assert (data_of(result)["status"], data_of(result)["terminal"]) == ("succeeded", True)
-    assert (result.source, result.age) == (CacheStatus.MISS, 0.0)
+    assert (result.cache_status, result.age) == (CacheStatus.MISS, 0.0)
 
 
 async def test_get_counts_each_transition_once(bench: Bench) -> None:
@@ -1054,11 +1059,11 @@ async def test_get_returns_the_failed_fetch_to_every_waiting_caller(
     failed = await asked
     assert isinstance(failed, FetchFailure)
     assert failed.fetch is not None
-    assert (failed.key, failed.source) == (KEY, CacheStatus.MISS)
+    assert (failed.key, failed.cache_status) == (KEY, CacheStatus.MISS)
     assert (failed.fetch.upstream_seconds, failed.fetch.invoke_id) == (pytest.approx(0.5), invoke_id)
     again = await bench.service.get(KEY)
     assert isinstance(again, FetchFailure)
-    assert (again.source, again.fetch) == (CacheStatus.NEGATIVE, None)
+    assert (again.cache_status, again.fetch) == (CacheStatus.NEGATIVE, None)
 
 
 async def test_get_observes_the_age_of_results(bench: Bench) -> None:
@@ -1194,14 +1199,14 @@ async def test_refresh_ahead_of_a_task_that_is_read_twice(bench: Bench) -> None:
     first = await bench.learn()
     bench.clock.now += CACHE.running_seconds - 1e-6
     for _ in range(5):
-        assert (await bench.get(KEY)).source is CacheStatus.HIT
+        assert (await bench.get(KEY)).cache_status is CacheStatus.HIT
     call = await bench.upstream.call()
-    assert (await bench.get(KEY)).source is CacheStatus.HIT
+    assert (await bench.get(KEY)).cache_status is CacheStatus.HIT
     call.answer(progress=0.9)
     await bench.renewed(after=first.snapshot)
     bench.clock.now += CACHE.running_seconds - 1e-6
     result = await bench.get(KEY)
-    assert (result.source, data_of(result)["progress"]) == (CacheStatus.HIT, 0.9)
+    assert (result.cache_status, data_of(result)["progress"]) == (CacheStatus.HIT, 0.9)
     assert bench.upstream.count == 2
 
 
@@ -1241,7 +1246,9 @@ async def test_refresh_ahead_is_skipped_for_a_replaced_snapshot(bench: Bench, po
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
         await bench.get(KEY)
-    newer = replace(first.snapshot, fetched_at=bench.clock.now, version=first.snapshot.version + 1, polls=0)
+    newer = replace(
+        first.snapshot, fetched_at=bench.clock.now, version=first.snapshot.version + 1, read_count=0
+    )
     bench.store.keep(newer)
     for _ in range(polls):
         await bench.get(KEY)
@@ -1273,7 +1280,7 @@ async def test_get_fresh_does_not_return_a_stale_snapshot(bench: Bench) -> None:
     asked = asyncio.create_task(bench.service.get_fresh(KEY))
     (await bench.upstream.call()).answer(progress=0.1)
     first = await asked
-    assert first.source is CacheStatus.MISS
+    assert first.cache_status is CacheStatus.MISS
     assert (await bench.service.get_fresh(KEY)).snapshot is first.snapshot
     bench.clock.now += CACHE.running_seconds
     waiting = asyncio.create_task(bench.service.get_fresh(KEY))
@@ -1291,7 +1298,7 @@ async def test_peek_starts_nothing(bench: Bench) -> None:
         bench.clock.now = first.snapshot.fetched_at + age
         result = bench.service.peek(KEY)
         assert result is not None
-        assert (result.snapshot, result.age, result.source) == (first.snapshot, age, source)
+        assert (result.snapshot, result.age, result.cache_status) == (first.snapshot, age, source)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1}
 
@@ -1348,7 +1355,7 @@ async def test_aclose_starts_no_refresh(bench: Bench) -> None:
         for _ in range(3):
             result = bench.service.lookup(KEY)
             assert result is not None
-            assert result.source is source
+            assert result.cache_status is source
     with pytest.raises(asyncio.CancelledError):
         await bench.get(OTHER)
     assert bench.upstream.count == 1
@@ -1414,7 +1421,7 @@ async def test_get_syncs_before_it_queries(age: float, source: CacheStatus) -> N
     assert bench.service.lookup(KEY) is None
     for _ in range(2):
         result = await bench.get(KEY)
-        assert (result.snapshot, result.source) == (held, source)
+        assert (result.snapshot, result.cache_status) == (held, source)
     assert store.caught_up == 1  # a caller with a result does not wait
     assert bench.lookups() == {source: 2}
     await bench.service.aclose()

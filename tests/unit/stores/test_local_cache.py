@@ -26,9 +26,15 @@ def loop() -> Iterator[TickedLoop]:
 
 
 @pytest.fixture
-def local_cache(loop: TickedLoop) -> LocalCache:
+def memory(loop: TickedLoop) -> MemoryStore:
+    """Return the store of the local cache's visible copies, on that clock."""
+    return MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time)
+
+
+@pytest.fixture
+def local_cache(loop: TickedLoop, memory: MemoryStore) -> LocalCache:
     """Return a local cache on that clock."""
-    return LocalCache(MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time), clock=loop.time)
+    return LocalCache(memory, clock=loop.time)
 
 
 def snapshot(version: int, key: TaskKey = KEY, *, status: Status = Status.RUNNING) -> Snapshot:
@@ -49,17 +55,19 @@ def test_cache_activates_a_copy_at_its_time(loop: TickedLoop, local_cache: Local
     loop.within(lambda: local_cache.apply(two, shown_at=1000.0 + LATER))
     assert local_cache.peek(KEY) is local_cache.peek_stale(KEY) is one
     assert local_cache.latest(KEY) is two
-    loop._now += LATER
+    loop.jump(LATER)
     assert local_cache.peek(KEY) is two
     loop.advance(1)
     assert local_cache.peek(KEY) is two
     assert loop.next_timer is None
 
 
-def test_cache_notifies_listeners_without_a_request(loop: TickedLoop, local_cache: LocalCache) -> None:
+def test_cache_notifies_listeners_without_a_request(
+    loop: TickedLoop, memory: MemoryStore, local_cache: LocalCache
+) -> None:
     """Listeners receive each copy at its activation time, in order, without any request."""
     heard: list[int] = []
-    local_cache._memory.on_change(lambda stored: heard.append(stored.version))
+    memory.on_change(lambda stored: heard.append(stored.version))
     loop.within(lambda: local_cache.apply(snapshot(1), shown_at=1000.0 + LATER))
     loop.within(lambda: local_cache.apply(snapshot(2), shown_at=1000.0 + 2 * LATER))
     loop.advance(LATER + 0.01)
@@ -135,12 +143,12 @@ def test_cache_invalidates_pending_copies(loop: TickedLoop, local_cache: LocalCa
     assert local_cache.peek(KEY) is None
 
 
-def test_cache_cancels_its_timers(loop: TickedLoop, local_cache: LocalCache) -> None:
+def test_cache_cancels_its_timers(loop: TickedLoop, memory: MemoryStore, local_cache: LocalCache) -> None:
     """After the close, no activation happens."""
     loop.within(lambda: local_cache.apply(snapshot(1), shown_at=1000.0 + LATER))
     local_cache.close()
     loop.advance(1)
-    assert len(local_cache._memory) == 0
+    assert len(memory) == 0
 
 
 _STEPS = st.one_of(
@@ -165,7 +173,7 @@ def test_cache_knows_until_when_a_copy_is_current(steps: list[tuple[str, int, fl
             case "confirm":
                 local_cache.revalidate(KEY)
             case "wait":
-                loop._now += LATER  # and no timer has fired yet
+                loop.jump(LATER)  # and no timer has fired yet
         noted = [one for one in seen if memory.is_current(one, loop.time())]
         now = local_cache.peek(KEY)
         assert noted in ([], [now])
@@ -181,9 +189,9 @@ def test_cache_marks_revalidated_copies_as_current(loop: TickedLoop, local_cache
     local_cache.apply(one, shown_at=0)
     for until in (float("inf"), 1000.0 + LATER):
         local_cache.invalidate(lambda _: True)
-        assert one.shown_until == float("-inf")
+        assert one.current_until == float("-inf")
         local_cache.revalidate(KEY)
         if until > one.fetched_at + LATER:
-            assert one.shown_until == until
+            assert one.current_until == until
             loop.within(lambda: local_cache.apply(snapshot(2), shown_at=1000.0 + LATER))
-    assert one.shown_until == 1000.0 + LATER
+    assert one.current_until == 1000.0 + LATER

@@ -29,7 +29,7 @@ secrets = st.text(st.characters(exclude_characters="[]", exclude_categories=["Cs
 def redactor() -> Redactor:
     """Return a redactor with a key pair."""
     redactor = Redactor()
-    redactor.hide(ACCESS_KEY, SECRET_KEY)
+    redactor.add_secrets(ACCESS_KEY, SECRET_KEY)
     return redactor
 
 
@@ -53,22 +53,22 @@ def test_redactor_masks_secrets_anywhere(redactor: Redactor) -> None:
 def test_redactor_masks_each_secret_once_it_is_added(redactor: Redactor) -> None:
     """A new secret is masked once it is added, and the old one still is: it may be valid."""
     assert redactor("the-next-secret") == "the-next-secret"
-    redactor.hide("the-next-secret")
+    redactor.add_secrets("the-next-secret")
     assert redactor(f"the-next-secret {SECRET_KEY}") == f"{MASK} {MASK}"
 
 
 def test_redactor_masks_the_longer_of_two_secrets_with_one_prefix() -> None:
     """If one secret begins with another, nothing of the longer one remains."""
     redactor = Redactor()
-    redactor.hide("abcdef")
-    redactor.hide("abcdef-and-more")
+    redactor.add_secrets("abcdef")
+    redactor.add_secrets("abcdef-and-more")
     assert redactor("abcdef-and-more abcdef") == f"{MASK} {MASK}"
 
 
 def test_redactor_matches_secrets_literally() -> None:
     """Characters with a meaning in regular expressions are matched literally."""
     redactor = Redactor()
-    redactor.hide("a.c+e(g\\")
+    redactor.add_secrets("a.c+e(g\\")
     assert redactor("a.c+e(g\\ abcdeg") == f"{MASK} abcdeg"
 
 
@@ -76,7 +76,7 @@ def test_redactor_matches_secrets_literally() -> None:
 def test_redactor_masks_a_secret_that_no_view_contains(secret: str) -> None:
     """A secret that is mostly white space, or decodes to few characters, is masked literally."""
     redactor = Redactor()
-    redactor.hide(secret, "another-secret")
+    redactor.add_secrets(secret, "another-secret")
     for text in ("in {} text", "in {} 100 % of \\ text", "in {} & text\u3000"):
         assert redactor(text.format(secret)) == text.format(MASK)
     assert redactor("abc d AB ABC") == "abc d AB ABC"
@@ -86,7 +86,7 @@ def test_redactor_masks_a_secret_that_no_view_contains(secret: str) -> None:
 def test_redactor_ignores_short_strings(short: str) -> None:
     """Strings shorter than 6 characters occur in ordinary text and are not masked."""
     redactor = Redactor()
-    redactor.hide(short)
+    redactor.add_secrets(short)
     assert redactor("a cat, 12345 times") == "a cat, 12345 times"
 
 
@@ -162,7 +162,7 @@ def test_redactor_leaves_no_known_secret(secret: str, text: list[str | None]) ->
     """The result does not contain the secret, in any surroundings and for any number of occurrences."""
     assume(secret not in MASK)
     redactor = Redactor()
-    redactor.hide(secret)
+    redactor.add_secrets(secret)
     assert secret not in redactor("".join(secret if part is None else part for part in text))
 
 
@@ -172,8 +172,8 @@ def test_redactor_masks_each_of_many_secrets(known: list[str], secret: str) -> N
     """Each of many secrets is masked as a whole, independent of the order in which they were added."""
     assume(all(one not in MASK for one in [*known, secret]))
     redactor = Redactor()
-    redactor.hide(*known)
-    redactor.hide(secret)
+    redactor.add_secrets(*known)
+    redactor.add_secrets(secret)
     for one in [*known, secret]:
         assert one not in redactor(f"<{one}>")
 
@@ -273,7 +273,7 @@ NOT_FOR_ALL = ("JSON", "percent, half", "percent, of", "Python", "HTML", "hex of
 def test_redactor_masks_a_secret_in_every_encoding(encoding: str, secret: str) -> None:
     """No form of the secret remains, and the surrounding text does."""
     redactor = Redactor()
-    redactor.hide(secret)
+    redactor.add_secrets(secret)
     encoded = ENCODINGS[encoding](secret)
     for long in ("", "." * 20_000):
         clean = redactor(f"before, {encoded}, after{long}")
@@ -295,7 +295,7 @@ INVISIBLE = [
 def test_redactor_masks_a_secret_with_invisible_characters(secret: str) -> None:
     """Any white space or format character of Unicode may separate the characters of a secret."""
     redactor = Redactor()
-    redactor.hide(secret)
+    redactor.add_secrets(secret)
     for char in INVISIBLE:
         assert redactor(f"of {char.join(secret)}.") == f"of {MASK}."
     assert len(INVISIBLE) > 100
@@ -307,15 +307,15 @@ def test_redactor_masks_a_secret_with_invisible_characters(secret: str) -> None:
 def test_redactor_masks_a_secret_without_ascii(encode: Callable[[str], str]) -> None:
     """Views contain only ASCII, so the escapes of other characters are searched literally."""
     redactor, secret = Redactor(), "\u5bc6\u7801\u5bc6\u7801\u53e3\u4ee4"
-    redactor.hide(secret)
+    redactor.add_secrets(secret)
     assert redactor(f"of {encode(secret)}.") == f"of {MASK}."
 
 
 def test_redactor_rejects_responses_only_for_credentials() -> None:
     """A response may contain a store password, and text that only looks like a signature."""
     redactor = Redactor()
-    redactor.hide("running", SECRET_KEY)
-    redactor.hide_credentials(ACCESS_KEY, SECRET_KEY)
+    redactor.add_secrets("running", SECRET_KEY)
+    redactor.add_credentials(ACCESS_KEY, SECRET_KEY)
     for encode in ENCODINGS.values():
         body = f'{{"a":"{encode(SECRET_KEY)}"}}'.encode()
         assert redactor.may_contain_credential(body, SIGNATURE)
@@ -428,7 +428,7 @@ def test_redactor_masks_mixed_encodings(data: st.DataObject, secret: str, before
         pieces.append(shown if escape == "{}" else escape.format(ord(shown)))
     encoded = "".join(piece + data.draw(gaps) for piece in pieces[:-1]) + pieces[-1]
     redactor = Redactor()
-    redactor.hide(secret)
+    redactor.add_secrets(secret)
     assume(secret.lower() not in MASK)
     clean = redactor(f"{before} <{encoded}> {after}")
     assert encoded not in clean
@@ -441,7 +441,7 @@ def test_redactor_masks_base64_at_any_offset(secret: bytes, before: bytes, after
     """At any of the three offsets in a group, no base64 digit with bits of the secret remains."""
     text = f"Sec{secret.hex()}"
     redactor = Redactor()
-    redactor.hide(text)
+    redactor.add_secrets(text)
     coded = base64.b64encode(before + text.encode() + after).decode()
     assume(
         not re.search(r"(?<![A-Za-z0-9_-])[A-Za-z0-9_-]{43}=|^.{43}=", coded)

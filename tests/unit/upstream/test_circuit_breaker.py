@@ -7,14 +7,14 @@ import pytest
 from structlog.testing import capture_logs
 
 from gateway.domain.errors import (
+    CircuitOpen,
+    CredentialsRefused,
     GatewayError,
+    NonceRefused,
+    TimestampRefused,
     UpstreamBusy,
-    UpstreamClock,
-    UpstreamCredentials,
     UpstreamDetail,
     UpstreamInvalid,
-    UpstreamNonce,
-    UpstreamOpen,
     UpstreamRejected,
     UpstreamThrottled,
     UpstreamTimeout,
@@ -26,9 +26,9 @@ BUSY = UpstreamBusy("busy")
 REJECTED = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
 # Outcomes that say nothing about whether the upstream is failing.
 NO_VERDICT: list[BaseException] = [
-    UpstreamCredentials("refused"),
-    UpstreamClock("refused"),
-    UpstreamNonce("refused"),
+    CredentialsRefused("refused"),
+    TimestampRefused("refused"),
+    NonceRefused("refused"),
     UpstreamThrottled("slowly"),
     UpstreamInvalid("nonsense"),
     asyncio.CancelledError(),
@@ -57,7 +57,7 @@ class Bench:
 
     def refusal(self) -> float | None:
         """Make a call that must be refused; return its `retry_after`."""
-        with pytest.raises(UpstreamOpen) as refused, self.breaker.guard():
+        with pytest.raises(CircuitOpen) as refused, self.breaker.guard():
             pytest.fail("the call was let through")
         return refused.value.retry_after
 
@@ -127,14 +127,14 @@ def test_breaker_returns_retry_after(opened: Bench) -> None:
     """`retry_after` is the rest of the open period, or a second while a probe is in flight."""
     opened.now += 0.75
     assert opened.refusal() == 0.25
-    with pytest.raises(UpstreamOpen):
+    with pytest.raises(CircuitOpen):
         opened.breaker.check()
     opened.now += 0.25
     opened.breaker.check()
     with opened.breaker.guard():
         assert opened.breaker.state is State.HALF_OPEN
         assert opened.refusal() == 1.0
-        with pytest.raises(UpstreamOpen):
+        with pytest.raises(CircuitOpen):
             opened.breaker.check()
 
 

@@ -1,4 +1,4 @@
-"""Queries on a manual clock: slots, deadlines, and queries without demand."""
+"""Queries on a manual clock: concurrency limit, deadlines, and queries without demand."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -8,9 +8,9 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from gateway.domain.errors import (
+    CredentialsRefused,
     Overloaded,
     UpstreamBusy,
-    UpstreamCredentials,
     UpstreamError,
     UpstreamTimeout,
 )
@@ -74,12 +74,12 @@ class FakeRotation:
         """Make a call, and another one when it was refused."""
         try:
             return await call(PAIR)
-        except UpstreamCredentials:
+        except CredentialsRefused:
             return await call(PAIR)
 
 
 class Bench:
-    """An upstream client with ten seconds per query and one slot, on a manual clock."""
+    """An upstream client with ten seconds per query and one concurrent call, on a manual clock."""
 
     def __init__(self) -> None:
         self.loop = TickedLoop()
@@ -96,10 +96,10 @@ class Bench:
         self.upstream = self.loop.within(
             lambda: UpstreamClient(
                 settings,
-                calls=cast("SignedRequests", self.calls),
+                signed_requests=cast("SignedRequests", self.calls),
                 rotation=cast("CredentialRotation", FakeRotation()),
                 metrics=self.metrics,
-                token=token,
+                take_shared_token=token,
                 announce_throttling=announce_throttling,
             )
         )
@@ -127,7 +127,7 @@ def bench() -> Iterator[Bench]:
 
 
 def test_query_is_not_sent_with_less_time_left_than_an_answer_takes(bench: Bench) -> None:
-    """The slot comes too late: the query fails without a call that would be cut off."""
+    """The other call ends too late: the query fails without a call that would be cut off."""
     asked = [bench.ask(number) for number in range(3)]
     bench.loop.advance(8.0)
     assert [task.done() for task in asked] == [True, True, True]
@@ -151,7 +151,7 @@ def test_query_is_sent_while_the_latency_is_unknown(bench: Bench) -> None:
 
 
 def test_query_past_its_deadline_keeps_its_slot_for_its_call(bench: Bench) -> None:
-    """The upstream works on the call until it has responded: until then the slot is not free."""
+    """The upstream works on the call until it has responded: until then it is the one concurrent call."""
     first = bench.ask(0, timeout_seconds=1.0)
     bench.loop.advance(1.0)
     assert isinstance(first.exception(), UpstreamTimeout)
@@ -165,7 +165,7 @@ def test_query_past_its_deadline_keeps_its_slot_for_its_call(bench: Bench) -> No
 
 
 def test_query_that_is_cancelled_keeps_its_slot_for_its_call(bench: Bench) -> None:
-    """A query cancelled with a call on the wire keeps its slot; one that waits for a slot has none."""
+    """A cancelled query counts towards the limit while its call is on the wire; a waiting one does not."""
     sent, waiting, last = (bench.ask(number) for number in range(3))
     for task in (sent, waiting):
         task.cancel()
@@ -199,7 +199,7 @@ def test_query_without_demand_is_dropped_before_another_call(bench: Bench) -> No
 
     demand.begin(drop=drop)
     demand.join(b"1")
-    bench.calls.failures = [UpstreamCredentials("refused")]
+    bench.calls.failures = [CredentialsRefused("refused")]
     asked = bench.ask(0, demand=demand)
     demand.leave(b"1")
     bench.loop.advance(4.0)
@@ -211,7 +211,7 @@ def test_query_without_demand_is_dropped_before_another_call(bench: Bench) -> No
 
 
 def test_query_that_is_queued_may_be_dropped(bench: Bench) -> None:
-    """A query is not committed while it waits for a slot or between two attempts."""
+    """A query is not committed while it waits for another call to end or between two attempts."""
     first, demand = bench.ask(0), Demand()
     demand.begin()
     demand.join(b"1")

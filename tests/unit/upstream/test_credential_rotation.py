@@ -9,12 +9,12 @@ from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
 from gateway.domain.errors import (
-    UpstreamClock,
-    UpstreamCredentials,
+    CredentialsRefused,
+    NonceRefused,
+    QuotaExhausted,
+    TimestampRefused,
     UpstreamDetail,
     UpstreamError,
-    UpstreamNonce,
-    UpstreamQuota,
     UpstreamRejected,
     UpstreamTimeout,
 )
@@ -23,7 +23,7 @@ from gateway.settings.model import Credentials as CredentialSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 from gateway.upstream.credential_rotation import CredentialRotation
-from gateway.upstream.credentials import Credentials, KeyPair, Slot
+from gateway.upstream.credentials import Credentials, CredentialSlot, KeyPair
 
 REFUSAL_SECONDS = 1.0
 REJECTED = UpstreamRejected("rejected", envelope=b"{}", detail=UpstreamDetail())
@@ -63,7 +63,7 @@ class Bench:
         """Act as the upstream: accept known keys, refuse others."""
         self.calls.append(pair.access_key)
         if pair.access_key not in self.known or pair.secret_key != f"secret of {pair.access_key}":
-            raise UpstreamCredentials(f"refused {pair.access_key}")
+            raise CredentialsRefused(f"refused {pair.access_key}")
         return pair.access_key
 
     async def ask(self, operation: Operation = Operation.SD_GET_PROGRESS) -> str:
@@ -73,7 +73,7 @@ class Bench:
     async def refused(self) -> list[str]:
         """Make one call that must be refused; return the keys that were tried."""
         before = len(self.calls)
-        with pytest.raises(UpstreamCredentials):
+        with pytest.raises(CredentialsRefused):
             await self.ask()
         return self.calls[before:]
 
@@ -82,9 +82,9 @@ class Bench:
         held = self.credentials.signing
         shown = {
             slot: self.metrics.registry.get_sample_value("sd_gateway_credentials_active_slot", {"slot": slot})
-            for slot in Slot
+            for slot in CredentialSlot
         }
-        assert shown == {slot: float(held is not None and held.slot is slot) for slot in Slot}
+        assert shown == {slot: float(held is not None and held.slot is slot) for slot in CredentialSlot}
         return None if held is None else (held.slot, held.generation)
 
 
@@ -200,7 +200,7 @@ async def test_rotation_probes_a_paused_pair_with_one_query(bench: Bench) -> Non
     bench.now += REFUSAL_SECONDS
     bench.calls.clear()
     outcomes = await asyncio.gather(*(bench.ask() for _ in range(10)), return_exceptions=True)
-    assert {type(outcome) for outcome in outcomes} == {UpstreamCredentials}
+    assert {type(outcome) for outcome in outcomes} == {CredentialsRefused}
     assert bench.calls == ["one", "two"]
     bench.known = {"one"}
     bench.now += REFUSAL_SECONDS
@@ -340,7 +340,7 @@ async def test_rotation_ignores_calls_sent_before_the_refusal(bench: Bench) -> N
     assert await bench.refused() == []
 
 
-@pytest.mark.parametrize("passing", [UpstreamClock, UpstreamNonce, UpstreamTimeout])
+@pytest.mark.parametrize("passing", [TimestampRefused, NonceRefused, UpstreamTimeout])
 async def test_rotation_ignores_unrelated_errors(bench: Bench, passing: type[UpstreamError]) -> None:
     """After a clock error, a nonce error or a timeout the pair does not pause, and no other is tried."""
 
@@ -403,10 +403,10 @@ async def test_rotation_does_not_change_pairs_for_quotas(bench: Bench) -> None:
 
     def spent(pair: KeyPair) -> Awaitable[str]:
         bench.calls.append(pair.access_key)
-        raise UpstreamQuota("spent")
+        raise QuotaExhausted("spent")
 
     for _ in range(2):
-        with pytest.raises(UpstreamQuota):
+        with pytest.raises(QuotaExhausted):
             await bench.rotation.use(Operation.SD_GET_PROGRESS, spent)
     assert bench.calls == ["one"]
     bench.now += REFUSAL_SECONDS
@@ -442,7 +442,7 @@ async def test_rotation_without_any_pair_makes_no_call(tmp_path: Path) -> None:
     """Without credentials callers receive an error, and no call is made."""
     bench = Bench(tmp_path)
     bench.begin()
-    with pytest.raises(UpstreamCredentials, match="no credentials"):
+    with pytest.raises(CredentialsRefused, match="no credentials"):
         await bench.ask()
     assert bench.calls == []
 

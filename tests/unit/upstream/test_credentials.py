@@ -17,7 +17,7 @@ from gateway.settings.model import Credentials as CredentialSettings
 from gateway.settings.secret_files import MOST_BYTES
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import MASK, Redactor
-from gateway.upstream.credentials import POLL_SECONDS, Credentials, Slot
+from gateway.upstream.credentials import POLL_SECONDS, Credentials, CredentialSlot
 from tests.support.harness import Mount
 
 
@@ -109,7 +109,7 @@ def test_credentials_may_be_absent(bench: Bench) -> None:
         credentials = bench.of()
     assert not credentials.present
     assert credentials.signing is None
-    assert credentials.held() == []
+    assert credentials.loaded() == []
     assert lines == []
     assert bench.reloads() == (0, 0)
 
@@ -235,7 +235,7 @@ def test_credentials_hold_a_next_pair(bench: Bench) -> None:
         next_secret_key="next-secret",
     )
     assert signing_pair(credentials) == ("the-key", "the-secret")
-    assert [(held.slot, held.generation) for held in credentials.held()] == [("active", 1), ("next", 1)]
+    assert [(held.slot, held.generation) for held in credentials.loaded()] == [("active", 1), ("next", 1)]
     assert bench.redactor("next-key next-secret") == f"{MASK} {MASK}"
     assert (bench.slot("active"), bench.slot("next")) == (1, 0)
 
@@ -259,7 +259,7 @@ def test_credentials_follow_the_files_of_the_next_pair(bench: Bench) -> None:
         ("credentials_unreadable", "next"),
         ("credentials_loaded", "next"),
     ]
-    assert [(held.slot, held.generation) for held in credentials.held()] == [("active", 1), ("next", 2)]
+    assert [(held.slot, held.generation) for held in credentials.loaded()] == [("active", 1), ("next", 2)]
     assert signing_pair(credentials) == ("the-key", "the-secret")
     assert bench.reloads() == (2, 1)
 
@@ -273,7 +273,7 @@ def test_credentials_sign_with_a_selected_pair(bench: Bench) -> None:
         next_access_key="next-key",
         next_secret_key="next-secret",
     )
-    _, following = credentials.held()
+    _, following = credentials.loaded()
     credentials.set_signing(following)
     credentials.reload()
     assert credentials.signing is following
@@ -287,7 +287,7 @@ def test_credentials_sign_with_a_selected_pair(bench: Bench) -> None:
 def test_credentials_metric_knows_both_slots_before_there_is_a_pair(bench: Bench) -> None:
     """Without a pair no slot signs, and both series exist."""
     bench.of()
-    assert [bench.slot(slot) for slot in Slot] == [0, 0]
+    assert [bench.slot(slot) for slot in CredentialSlot] == [0, 0]
 
 
 class Readings(os.PathLike[str]):
@@ -348,7 +348,7 @@ def test_credentials_are_hidden_from_logs(bench: Bench) -> None:
 def test_pair_repr_contains_no_secret(bench: Bench) -> None:
     """Neither a pair nor its version contains a secret in its repr."""
     credentials = bench.of(access_key="hush-key", secret_key="hush-secret")
-    [held] = credentials.held()
+    [held] = credentials.loaded()
     for shown in (repr(held.pair), str(held.pair), repr(held), repr(credentials)):
         assert "hush" not in shown
 

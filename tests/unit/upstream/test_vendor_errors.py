@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.domain.errors import (
+    CredentialsRefused,
+    NonceRefused,
+    QuotaExhausted,
+    TimestampRefused,
     UpstreamBusy,
-    UpstreamClock,
-    UpstreamCredentials,
     UpstreamDetail,
     UpstreamError,
     UpstreamForbidden,
     UpstreamInvalid,
-    UpstreamNonce,
-    UpstreamQuota,
     UpstreamThrottled,
     UpstreamTimeout,
 )
@@ -24,9 +24,9 @@ from gateway.upstream.vendor_errors import BY_CLASS, BY_CODE, BY_MESSAGE, BY_STA
 Kind = type[UpstreamError]
 
 MEANINGS: list[tuple[Kind, list[str]]] = [
-    (UpstreamCredentials, ["A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"]),
-    (UpstreamQuota, ["B403MQ", "B403ME", "B403MI", "B403OD", "B403MO"]),
-    (UpstreamNonce, ["I400NC"]),
+    (CredentialsRefused, ["A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"]),
+    (QuotaExhausted, ["B403MQ", "B403ME", "B403MI", "B403OD", "B403MO"]),
+    (NonceRefused, ["I400NC"]),
     (UpstreamThrottled, ["T429ID", "T429IN", "T429GR", "T429PA", "T429PR", "T429SR", "T429MR"]),
     (UpstreamInvalid, ["I400HD", "I400MH", "I400BD", "I400PA", "I405UM", "I413RL", "I400I5"]),
     (UpstreamBusy, ["D503BB", "D503CB", "X503BZ", "X500ER", "D502FC", "N502RE"]),
@@ -36,22 +36,22 @@ CODES = {code: kind for kind, codes in MEANINGS for code in codes}
 
 # As older deployments send them: without code, and with 400 or 403 for nearly everything.
 MESSAGES: list[tuple[int, str, Kind]] = [
-    (400, "Invalid AppKey", UpstreamCredentials),
-    (403, "Invalid AppKey", UpstreamCredentials),
-    (400, "Invalid Signature, Server StringToSign:`POST#application/json#`", UpstreamCredentials),
-    (403, "Invalid Signature, Server StringToSign:`POST#application/json#`", UpstreamCredentials),
-    (403, "Unauthorized", UpstreamCredentials),
-    (400, "Timestamp Expired", UpstreamClock),
-    (403, "Invalid Timestamp", UpstreamClock),
-    (400, "Nonce Used", UpstreamNonce),
+    (400, "Invalid AppKey", CredentialsRefused),
+    (403, "Invalid AppKey", CredentialsRefused),
+    (400, "Invalid Signature, Server StringToSign:`POST#application/json#`", CredentialsRefused),
+    (403, "Invalid Signature, Server StringToSign:`POST#application/json#`", CredentialsRefused),
+    (403, "Unauthorized", CredentialsRefused),
+    (400, "Timestamp Expired", TimestampRefused),
+    (403, "Invalid Timestamp", TimestampRefused),
+    (400, "Nonce Used", NonceRefused),
     (403, "Throttled by USER Flow Control", UpstreamThrottled),
     (403, "Throttled by APP Flow Control", UpstreamThrottled),
     (403, "Throttled by API Flow Control", UpstreamThrottled),
     (403, "Throttled by DOMAIN Flow Control", UpstreamThrottled),
     (403, "Throttled by GROUP Flow Control", UpstreamThrottled),
-    (403, "Quota Exhausted", UpstreamQuota),
-    (403, "Quota Expired", UpstreamQuota),
-    (403, "User Arrears", UpstreamQuota),
+    (403, "Quota Exhausted", QuotaExhausted),
+    (403, "Quota Expired", QuotaExhausted),
+    (403, "User Arrears", QuotaExhausted),
     (400, "Invalid Url", UpstreamInvalid),
     (400, "Invalid Content-MD5", UpstreamInvalid),
     (400, "API Not Found", UpstreamInvalid),
@@ -95,10 +95,10 @@ def test_classify_has_a_test_for_every_message() -> None:
 @pytest.mark.parametrize(
     ("code", "message", "expected"),
     [
-        ("I400ZZ", "Timestamp Expired", UpstreamClock),
-        ("A403IS", "Nonce Used", UpstreamNonce),
-        ("A403IS", "Invalid Timestamp", UpstreamClock),
-        ("I400NC", "Invalid Timestamp", UpstreamClock),
+        ("I400ZZ", "Timestamp Expired", TimestampRefused),
+        ("A403IS", "Nonce Used", NonceRefused),
+        ("A403IS", "Invalid Timestamp", TimestampRefused),
+        ("I400NC", "Invalid Timestamp", TimestampRefused),
     ],
 )
 def test_classify_prefers_the_message_to_the_code(code: str, message: str, expected: Kind) -> None:
@@ -109,9 +109,9 @@ def test_classify_prefers_the_message_to_the_code(code: str, message: str, expec
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        ("A400ZZ", UpstreamCredentials),
-        ("A403ZZ", UpstreamCredentials),
-        ("B403ZZ", UpstreamQuota),
+        ("A400ZZ", CredentialsRefused),
+        ("A403ZZ", CredentialsRefused),
+        ("B403ZZ", QuotaExhausted),
         ("T429ZZ", UpstreamThrottled),
         ("I400ZZ", UpstreamInvalid),
         ("I404ZZ", UpstreamInvalid),
@@ -166,12 +166,12 @@ def test_classify_falls_back_to_the_http_status(status: int, expected: Kind) -> 
         ("Forbidden", UpstreamForbidden),
         ("Access denied by IP control policy", UpstreamForbidden),
         ("Task belongs to another user", UpstreamForbidden),
-        ("AppKey Disabled", UpstreamCredentials),
-        ("Access Key expired", UpstreamCredentials),
-        ("Signature mismatch", UpstreamCredentials),
-        ("Authorization required", UpstreamCredentials),
-        ("Not authorised", UpstreamCredentials),
-        ("Monthly quota used up", UpstreamQuota),
+        ("AppKey Disabled", CredentialsRefused),
+        ("Access Key expired", CredentialsRefused),
+        ("Signature mismatch", CredentialsRefused),
+        ("Authorization required", CredentialsRefused),
+        ("Not authorised", CredentialsRefused),
+        ("Monthly quota used up", QuotaExhausted),
     ],
 )
 @pytest.mark.parametrize("status", [401, 403])

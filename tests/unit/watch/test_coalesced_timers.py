@@ -56,6 +56,7 @@ def test_timers_wake_small_groups(loop: TickedLoop, count: int, spread: float) -
     for sleeper in sleepers:
         sleeper.task.cancel()
     loop.settle()
+    # Private: timers that are kept have no effect but their memory.
     assert not timers._with_room
     assert not timers._times
 

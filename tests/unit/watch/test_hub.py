@@ -55,7 +55,7 @@ async def turns(enough: Callable[[], bool]) -> None:
 
 
 def listen(watch: WatchHub) -> list[str | None]:
-    """Return a list that receives the ETag of every update from now on; the slots receive none."""
+    """Return a list that receives the ETag of every update from now on; no update stays unsent."""
     published: list[str | None] = []
 
     def deliver(update: Update, _subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
@@ -185,7 +185,7 @@ async def test_watch_delivers_directly_only_to_idle_subscribers(watch: WatchHub,
         waiting = asyncio.create_task(subscriber.next_updates())
         await asyncio.sleep(0)
         store.keep(snapshot("4"))
-        subscriber.wake()  # when the change is published it is awake, but has not drained its slots
+        subscriber.wake()  # when the change is published it is awake, but has not taken its unsent updates
         assert etags(await waiting) == ["4"]
         assert delivered == ["2"]
         gone = asyncio.create_task(subscriber.next_updates())
@@ -533,7 +533,7 @@ async def test_watch_refreshes_evicted_bodies(
     with watch.subscribe([end.key for end in ends], SubscriptionKind.EVENTS) as subscriber:
         for end in ends:
             service.answers.put_nowait(end)
-        await turns(lambda: subscriber.has_pending(ends[1].key))
+        await turns(lambda: subscriber.has_unsent(ends[1].key))
         assert [update.key.task_id for update in await received(subscriber)] == ["a"]
         service.answers.put_nowait(ends[1])
         [update] = await received(subscriber)
@@ -551,7 +551,7 @@ async def test_watch_sends_bodies_larger_than_the_store(service: ManualService) 
             store.keep(large("a", etag))
             assert etags(await received(subscriber)) == [etag]
         assert len(store) == 0
-        assert not any(map(subscriber.has_pending, subscriber.keys))
+        assert not any(map(subscriber.has_unsent, subscriber.keys))
     await watch.aclose()
 
 
@@ -563,12 +563,12 @@ async def test_watch_looks_up_one_body_at_a_time(watch: WatchHub, store: MemoryS
         for task_id in "ab":
             store.keep(large(task_id, "1"))
             await asyncio.sleep(0)
-        updates = subscriber.drain()
+        updates = subscriber.take_unsent()
         assert etags([next(updates)]) == ["1"]
         store.keep(replace(large("b", "2"), version=1))  # stored, but not published yet
         assert etags([*updates, *await received(subscriber)]) == ["2"]
         await turns(lambda: False)
-        assert not any(map(subscriber.has_pending, subscriber.keys))
+        assert not any(map(subscriber.has_unsent, subscriber.keys))
     await watch.aclose()
 
 
