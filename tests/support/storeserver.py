@@ -79,6 +79,22 @@ class StoreServer:
         for name, value in options.items():
             self.client.config_set(name.replace("_", "-"), value)
 
+    def forbid_writes(self) -> None:
+        """Make the server a replica without a primary: read-only, like one that a failover has demoted."""
+        self.client.replicaof("127.0.0.1", "1")
+
+    def allow_writes(self) -> None:
+        """Make the server a primary again; its data is kept."""
+        self.client.replicaof("NO", "ONE")
+
+    def fill(self) -> None:
+        """Let the server's data exceed its maxmemory."""
+        self.configure(maxmemory=1)
+
+    def unfill(self) -> None:
+        """Remove the limit of `fill`."""
+        self.configure(maxmemory=0)
+
     def _answers(self) -> bool:
         assert self._process.poll() is None, "the store's server did not start"
         try:

@@ -1,0 +1,14 @@
+"""A short run of `history.py` without faults: the machinery works, and nothing is violated."""
+
+from tests.replicas.history import run
+from tests.replicas.judging import violations
+
+
+def test_history_without_faults() -> None:
+    """Clients of all kinds see no violation while nothing fails."""
+    history = run(seed=1, seconds=4, names=[])
+    assert violations(history) == []
+    assert {answer.kind for answer in history.answers} == {"poll", "long poll", "batch", "stream"}
+    assert {200, 304} <= {answer.status for answer in history.answers}
+    assert len(history.calls) > 10
+    assert len({report.replica for report in history.reports}) == 3
