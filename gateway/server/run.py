@@ -22,8 +22,8 @@ from gateway.server.application import Application
 from gateway.server.connection import Connection
 from gateway.server.connection_limits import bound_buffers, connection_limits
 from gateway.server.graceful_shutdown import HANDOVER_SECONDS
-from gateway.server.heap import HeapTrim
-from gateway.server.protocol import http_protocol
+from gateway.server.memory_trim import MemoryTrim
+from gateway.server.protocol_class import http_protocol
 from gateway.settings.model import Settings
 
 _BACKLOG = 8192
@@ -130,7 +130,7 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._metrics = metrics
         self._check_descriptors = descriptors.Exhaustion().check
-        self._trim_heap = HeapTrim().observe
+        self._trim_heap = MemoryTrim().observe
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to serve, also on the second listener."""

@@ -92,7 +92,7 @@ class Metrics:
         )
         self.cache_bytes = Gauge(
             "sd_gateway_cache_bytes",
-            "Size of all cached bodies and envelopes, in bytes.",
+            "Size of the cached snapshots and failures, as limited by cache.max_bytes, in bytes.",
             registry=registry,
         )
         self.upstream_requests = FastCounters(
@@ -186,14 +186,17 @@ class Metrics:
         self.store_up.set(1)
         self.store_operation_duration = Histogram(
             "sd_gateway_store_operation_duration_seconds",
-            "Duration of store operations, in seconds: take_off land fail renew token tell discard probe.",
+            "Duration of store operations, in seconds: take_off (acquire a lease), land (commit a snapshot), "
+            "fail (end a lease without a snapshot), renew (extend a lease), token (take permits), "
+            "tell (publish a message), discard (delete an invalid value), probe.",
             ["operation"],
             buckets=_STORE_BUCKETS,
             registry=registry,
         )
         self.store_errors = Counter(
             "sd_gateway_store_errors_total",
-            "Number of failed store operations; read: invalid values, subscribe: lost connections.",
+            'Number of failed store operations. operation="read" counts invalid values, '
+            'operation="subscribe" lost connections.',
             ["operation"],
             registry=registry,
         )

@@ -23,7 +23,7 @@ from opentelemetry.util.types import AttributeValue
 from gateway import __version__
 from gateway.domain.task import TaskKey
 from gateway.settings.model import SettingsError
-from gateway.telemetry.tracing import Mark
+from gateway.telemetry.tracing import SpanRecord
 
 _OK = "ok"
 _FLUSH_SECONDS = 3.0  # at shutdown; shorter than any usual grace period
@@ -38,29 +38,29 @@ class OpenTelemetryTracing:
         self._flush_seconds = flush_seconds
 
     @contextmanager
-    def flight(self, key: TaskKey) -> Iterator[Mark]:
-        """See `Tracing.flight`."""
+    def in_flight_span(self, key: TaskKey) -> Iterator[SpanRecord]:
+        """See `Tracing.in_flight_span`."""
         attributes = {"sd_gateway.operation": key.operation.value, "sd_gateway.task_id": key.task_id}
         with start_span(self.tracer, f"flight {key.operation}", SpanKind.INTERNAL, attributes) as span:
-            mark = Mark(span.get_span_context())
+            record = SpanRecord(span.get_span_context())
             try:
-                yield mark
+                yield record
             finally:
-                _record_outcome(span, mark)
+                _record_outcome(span, record)
 
     @contextmanager
-    def call(self, key: TaskKey, *, number: int) -> Iterator[Mark]:
-        """See `Tracing.call`. The span follows the semantic conventions for HTTP clients."""
+    def call_span(self, key: TaskKey, *, number: int) -> Iterator[SpanRecord]:
+        """See `Tracing.call_span`. The span follows the semantic conventions for HTTP clients."""
         path = key.operation.path
         attributes: dict[str, AttributeValue] = {"http.request.method": "POST", "url.template": path}
         if number:
             attributes["http.request.resend_count"] = number
         with start_span(self.tracer, f"POST {path}", SpanKind.CLIENT, attributes) as span:
-            mark = Mark(span.get_span_context())
+            record = SpanRecord(span.get_span_context())
             try:
-                yield mark
+                yield record
             finally:
-                _record_outcome(span, mark)
+                _record_outcome(span, record)
 
     async def aclose(self) -> None:
         """See `Tracing.aclose`. Returns after `flush_seconds` even if the collector has not responded."""
@@ -120,12 +120,12 @@ def start_span(
         yield span
 
 
-def _record_outcome(span: Span, mark: Mark) -> None:
-    span.set_attribute("sd_gateway.outcome", mark.outcome)
-    if mark.status is not None:
-        span.set_attribute("http.response.status_code", mark.status)
-    if mark.invoke_id is not None:
-        span.set_attribute("sd_gateway.upstream.invoke_id", mark.invoke_id)
-    if mark.outcome != _OK:
-        span.set_attribute("error.type", mark.outcome)
+def _record_outcome(span: Span, record: SpanRecord) -> None:
+    span.set_attribute("sd_gateway.outcome", record.outcome)
+    if record.status is not None:
+        span.set_attribute("http.response.status_code", record.status)
+    if record.invoke_id is not None:
+        span.set_attribute("sd_gateway.upstream.invoke_id", record.invoke_id)
+    if record.outcome != _OK:
+        span.set_attribute("error.type", record.outcome)
         span.set_status(StatusCode.ERROR)

@@ -18,7 +18,7 @@ from gateway.domain.task import TaskKey
 
 
 @dataclass(slots=True)
-class Mark:
+class SpanRecord:
     """The result of the work in a span; it is recorded when the span ends.
 
     Attributes:
@@ -37,11 +37,11 @@ class Mark:
 class Tracing(Protocol):
     """Creates spans. Each span ends with its context manager."""
 
-    def flight(self, key: TaskKey) -> AbstractContextManager[Mark]:
+    def in_flight_span(self, key: TaskKey) -> AbstractContextManager[SpanRecord]:
         """Return the span of an in-flight request."""
         ...
 
-    def call(self, key: TaskKey, *, number: int) -> AbstractContextManager[Mark]:
+    def call_span(self, key: TaskKey, *, number: int) -> AbstractContextManager[SpanRecord]:
         """Return the span of one request to the upstream; `number` counts the requests of a query from 0."""
         ...
 
@@ -51,17 +51,17 @@ class Tracing(Protocol):
 
 
 class NoTracing:
-    """Creates no spans. All work shares one mark, which is never read."""
+    """Creates no spans. All work shares one record, which is never read."""
 
     def __init__(self) -> None:
-        self._shared = nullcontext(Mark())
+        self._shared = nullcontext(SpanRecord())
 
-    def flight(self, key: TaskKey) -> AbstractContextManager[Mark]:
-        """See `Tracing.flight`."""
+    def in_flight_span(self, key: TaskKey) -> AbstractContextManager[SpanRecord]:
+        """See `Tracing.in_flight_span`."""
         return self._shared
 
-    def call(self, key: TaskKey, *, number: int) -> AbstractContextManager[Mark]:
-        """See `Tracing.call`."""
+    def call_span(self, key: TaskKey, *, number: int) -> AbstractContextManager[SpanRecord]:
+        """See `Tracing.call_span`."""
         return self._shared
 
     async def aclose(self) -> None:

@@ -30,13 +30,13 @@ from gateway.domain.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.domain.rejection import SEARCH_PIECE_SIZE, any_piece_matches, is_free_of_secrets
+from gateway.domain.rejection_redaction import SEARCH_PIECE_SIZE, any_piece_matches, is_free_of_secrets
 from gateway.domain.snapshot import render_json
 from gateway.domain.task import Operation, TaskKey
 from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
-from gateway.telemetry.tracing import Mark, NoTracing, Tracing
+from gateway.telemetry.tracing import NoTracing, SpanRecord, Tracing
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.http_transport import HttpTransport, encode_request, is_certificate_error
 from gateway.upstream.signing import signed_headers
@@ -152,8 +152,8 @@ class SignedRequests:
         Raises:
             UpstreamError: The call failed, or its response is not a successful envelope.
         """
-        with self._tracing.call(key, number=number) as mark:
-            return await self._send(key, pair, mark, on_complete)
+        with self._tracing.call_span(key, number=number) as span:
+            return await self._send(key, pair, span, on_complete)
 
     async def send_unparsed(
         self, key: TaskKey, pair: KeyPair, *, on_complete: Callable[[], None] = lambda: None
@@ -233,14 +233,14 @@ class SignedRequests:
         )
 
     async def _send(
-        self, key: TaskKey, pair: KeyPair, mark: Mark, on_complete: Callable[[], None]
+        self, key: TaskKey, pair: KeyPair, span: SpanRecord, on_complete: Callable[[], None]
     ) -> ParsedResponse:
         operation = key.operation
         outcome = UpstreamTimeout.code  # also if the query's deadline cancels the call
         started = time.perf_counter()
         try:
             response = await self.send_unparsed(key, pair, on_complete=on_complete)
-            mark.status = response.status
+            span.status = response.status
             skew = self._observe_clock(response)
             try:
                 parsed = self.parse_response(response, key)
@@ -260,13 +260,13 @@ class SignedRequests:
             ):
                 raise UpstreamInvalid(_LEAK_MESSAGE)
         except UpstreamError as exc:
-            outcome, mark.invoke_id = exc.code, exc.invoke_id
+            outcome, span.invoke_id = exc.code, exc.invoke_id
             raise
         else:
-            outcome, mark.invoke_id = "ok", parsed.invoke_id
+            outcome, span.invoke_id = "ok", parsed.invoke_id
             return parsed
         finally:
-            mark.outcome = outcome
+            span.outcome = outcome
             self.last_error_code = None if outcome in {"ok", UpstreamRejected.code} else outcome
             self._counter(operation, outcome)()
             self._observe_duration[operation](time.perf_counter() - started)

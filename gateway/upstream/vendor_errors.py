@@ -4,9 +4,9 @@
     first match wins; an unspecific 401 or 403 is then searched for words about quota or key pair
 
 Every error response that is not an envelope is classified here, by the tables below. The message is looked
-up first: for a response that has both, a change of the code's row has no effect. A code is a class letter,
-the HTTP status and two letters. Older deployments send the message alone, and 400 or 403 where newer ones
-send 401 or 429. Source: the vendor's API Gateway documentation, "error codes".
+up first: if it matches a row of `BY_MESSAGE`, the code has no effect. A code consists of a class letter, the
+HTTP status and two letters. Older deployments send only the message, and 400 or 403 where newer ones send 401
+or 429. Source: the vendor's API Gateway documentation, "error codes".
 """
 
 from __future__ import annotations

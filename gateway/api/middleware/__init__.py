@@ -4,7 +4,7 @@ Outermost first:
 
 - RequestSpans (request_spans.py): a span per request, if tracing is on
 - RequestTelemetry (telemetry.py): request ID, metrics, one log line, and a response for every exception
-- Admission (admission.py): the path prefix of an ingress, and the allowed Host values
+- HostAndPrefix (host_and_prefix.py): the path prefix of an ingress, and the allowed Host values
 - Cors (cross_site.py): CORS for the configured origins, on the /v1 paths
 - SameSite (cross_site.py): refuses other cross-site browser requests to /v1 and /scc
 - RateLimitMiddleware (../client_limits.py): tasks per second of one client

@@ -2,7 +2,7 @@
 
 import { element, setBar, describeProblem, setText } from "./dom.js";
 import { Plot } from "./plot.js";
-import { STATUS, ago, percent, timeLeft } from "./words.js";
+import { STATUS, TIME_LEFT_UNKNOWN, ago, percent, timeLeft } from "./words.js";
 
 const template = document.getElementById("card");
 
@@ -89,7 +89,7 @@ export class TaskCard {
     if (this.ended) return `${STATUS[status]} at ${percent(progress)} %`;
     const eta = this.etaSeconds;
     const place = queueRemaining === null ? "" : queueRemaining === 0 ? "next in the queue" : `${queueRemaining} ahead in the queue`;
-    const text = [place, eta === null ? "" : timeLeft(eta)].filter(Boolean).join(", ") || "time left unknown";
+    const text = [place, eta === null ? "" : timeLeft(eta)].filter(Boolean).join(", ") || TIME_LEFT_UNKNOWN;
     return text.charAt(0).toUpperCase() + text.slice(1);
   }
 

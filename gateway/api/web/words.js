@@ -32,6 +32,8 @@ export function ago(seconds) {
   return seconds < 1 ? "just now" : `${duration(Math.floor(seconds))} ago`;
 }
 
+export const TIME_LEFT_UNKNOWN = "time left unknown";
+
 export function timeLeft(seconds) {
   return seconds < 1 ? "any moment now" : `about ${duration(seconds)} left`;
 }

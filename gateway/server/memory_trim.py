@@ -23,7 +23,7 @@ def _malloc_trim() -> Callable[[], object]:
     return lambda: trim(0)
 
 
-class HeapTrim:
+class MemoryTrim:
     """Trims the heap after `_MIN_CLOSED` connections have closed, at most once per `_INTERVAL_SECONDS`."""
 
     def __init__(

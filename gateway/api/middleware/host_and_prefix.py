@@ -1,4 +1,4 @@
-"""Admission of requests: the allowed Host values, and the path prefix of an ingress."""
+"""Checks every request: the allowed Host values, and the path prefix of an ingress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gateway.api.trusted_hosts import TrustedHosts
 from gateway.domain.errors import InvalidParameter
 
 
-class Admission:
+class HostAndPrefix:
     """Middleware that sets the root path, and refuses requests with another Host than the allowed ones."""
 
     def __init__(self, app: ASGIApp, *, root_path: str, hosts: TrustedHosts) -> None:
