@@ -20,8 +20,8 @@ from gateway.api.cached_responses import CachedResponses, CachedResponsesFirst
 from gateway.api.client_limits import ClientLimits, ClientTokenBuckets, RateLimitMiddleware
 from gateway.api.events import EventsEndpoint
 from gateway.api.metrics_port import metrics_application
-from gateway.api.middleware.admission import Admission
 from gateway.api.middleware.cross_site import Cors, SameSite
+from gateway.api.middleware.host_and_prefix import HostAndPrefix
 from gateway.api.middleware.telemetry import RequestTelemetry
 from gateway.api.pages import page_routes
 from gateway.api.problems import Problems
@@ -29,6 +29,7 @@ from gateway.api.progress import ProgressEndpoint
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.trusted_hosts import TrustedHosts
 from gateway.api.vendor_paths import UnknownOperation, VendorEndpoint
+from gateway.domain.entity_tag import EntityTags
 from gateway.progress.service import ProgressService
 from gateway.server.application import Application
 from gateway.server.graceful_shutdown import GracefulShutdown
@@ -61,28 +62,29 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     """
     tracing = tracing or NoTracing()
     metrics = Metrics(CollectorRegistry(), gateway_version=__version__)
-    cache = settings.cache
-    store = _store(settings, redactor, metrics)
-    metrics.measure_cache(entries=store.__len__, size=store.size)
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
+    tags = EntityTags(lambda: None if credentials.signing is None else credentials.signing.pair.secret_key)
+    store = _store(settings, redactor, metrics, tags=tags, credentials=credentials)
+    metrics.measure_cache(entries=store.__len__, size=store.size)
     signed_requests = SignedRequests(
         settings.upstream, redactor=redactor, metrics=metrics, user_agent=USER_AGENT, tracing=tracing
     )
-    rotation = CredentialRotation(credentials, refusal_seconds=cache.error_seconds)
+    rotation = CredentialRotation(credentials, refusal_seconds=settings.cache.error_seconds)
     upstream = UpstreamClient(
         settings.upstream,
         signed_requests=signed_requests,
         rotation=rotation,
         metrics=metrics,
-        take_shared_token=store.token,
+        take_permits=store.take_permits if settings.store.url.get_secret_value() else None,
         announce_throttling=store.announce_throttling,
     )
     store.on_throttled(upstream.slow_down)
     service = ProgressService(
-        cache,
+        settings.cache,
         store=store,
         upstream=upstream,
         metrics=metrics,
+        tags=tags,
         timeout_seconds=settings.upstream.timeout_seconds,
         tracing=tracing,
     )
@@ -129,7 +131,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     clients = ClientLimits(limiter, max_subscriptions=settings.limits.subscriptions_per_client)
     app = Starlette(
         routes=[
-            *_task_routes(settings, service, hub, clients, metrics),
+            *_task_routes(settings, service, hub, clients=clients, metrics=metrics, tags=tags),
             *_vendor_routes(settings, service),
             Route("/healthz", operator_endpoints.healthz),
             Route("/readyz", operator_endpoints.readyz(why_not_ready, degraded, signing_key_pair)),
@@ -162,6 +164,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         return Application(app, metrics_asgi, metrics, None, shutdown)
     hits = CachedResponses(
         service,
+        tags=tags,
         operations=settings.upstream.operations,
         root_path=server.root_path,
         hosts=hosts,
@@ -183,16 +186,29 @@ def _with_spans(app: ASGIApp, tracing: Tracing, *, root_path: str) -> ASGIApp:
     return RequestSpans(app, tracer=tracing.tracer, root_path=root_path)
 
 
-def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
+def _store(
+    settings: Settings,
+    redactor: Redactor,
+    metrics: Metrics,
+    *,
+    tags: EntityTags,
+    credentials: Credentials,
+) -> Store:
     """Create the store. Raises: SettingsError when its client is not installed, or a file cannot be read."""
     cache = settings.cache
-    memory = MemoryStore(
-        max_tasks=cache.max_tasks,
-        max_bytes=cache.max_bytes,
-        stale_seconds=max(cache.stale_while_revalidate_seconds, cache.stale_if_error_seconds),
-    )
+
+    def identity() -> str:
+        signing = credentials.signing
+        access_key = "" if signing is None else signing.pair.access_key
+        return f"{settings.upstream.endpoint}\n{settings.upstream.stage}\n{access_key}"
+
+    limits: dict[str, Any] = {
+        "max_tasks": cache.max_tasks,
+        "max_bytes": cache.max_bytes,
+        "stale_seconds": max(cache.stale_while_revalidate_seconds, cache.stale_if_error_seconds),
+    }
     if not settings.store.url.get_secret_value():
-        return memory
+        return MemoryStore(**limits)
     try:
         from gateway.stores.valkey.store import ValkeyStore  # noqa: PLC0415  # its client is an extra
     except ModuleNotFoundError as exc:
@@ -201,11 +217,13 @@ def _store(settings: Settings, redactor: Redactor, metrics: Metrics) -> Store:
         ) from exc
     return ValkeyStore(
         settings.store,
-        memory=memory,
+        tags=tags,
+        lifetimes=cache.lifetimes,
+        error_seconds=cache.error_seconds,
+        identity=identity,
         redactor=redactor,
         metrics=metrics,
-        stale_seconds=cache.stale_while_revalidate_seconds,
-        stale_if_error_seconds=cache.stale_if_error_seconds,
+        **limits,
     )
 
 
@@ -228,23 +246,35 @@ def _add_middleware(
     app = SameSite(app, origins=server.cors_origins)
     if server.cors_origins:
         app = Cors(app, origins=server.cors_origins, problems=problems)
-    app = Admission(app, root_path=server.root_path, hosts=hosts)
+    app = HostAndPrefix(app, root_path=server.root_path, hosts=hosts)
     return RequestTelemetry(app, metrics=metrics, problems=problems, log_sampler=log_sampler)
 
 
 def _task_routes(
-    settings: Settings, service: ProgressService, hub: WatchHub, clients: ClientLimits, metrics: Metrics
+    settings: Settings,
+    service: ProgressService,
+    hub: WatchHub,
+    *,
+    clients: ClientLimits,
+    metrics: Metrics,
+    tags: EntityTags,
 ) -> list[BaseRoute]:
     tasks = TaskParameters(settings.upstream.operations, max_tasks=settings.limits.max_tasks_per_request)
     events = EventsEndpoint(
         hub,
         tasks=tasks,
+        tags=tags,
         clients=clients,
         metrics=metrics,
         heartbeat_seconds=settings.watch.heartbeat_seconds,
     )
     one = ProgressEndpoint(
-        service, hub, tasks=tasks, clients=clients, max_wait_seconds=settings.watch.max_wait_seconds
+        service,
+        hub,
+        tasks=tasks,
+        tags=tags,
+        clients=clients,
+        max_wait_seconds=settings.watch.max_wait_seconds,
     )
     return [
         Route("/v1/progress/{taskId}", one, methods=["GET"]),

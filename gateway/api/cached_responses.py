@@ -28,6 +28,7 @@ from gateway.api.requests import (
 )
 from gateway.api.task_parameters import PROGRESS, SimpleTargetParser
 from gateway.api.trusted_hosts import TrustedHosts
+from gateway.domain.entity_tag import EntityTags
 from gateway.domain.task import Operation
 from gateway.progress.results import CacheResult, CacheStatus
 from gateway.progress.service import ProgressService
@@ -37,6 +38,7 @@ from gateway.telemetry.metrics import Metrics
 
 _ROUTE = f"{PROGRESS}/{{taskId}}"  # the route template, for metrics and log lines
 _HIT = CacheStatus.HIT
+_OK = 200
 _MAX_ENTRIES = 16_384
 _MAX_BYTES = 8_388_608  # of snapshots, possibly evicted from the store already, and rendered responses
 _CLEAR_SECONDS = 1.0  # then each task is looked up in the store again, whose eviction order follows use
@@ -84,6 +86,7 @@ class CachedResponses:
         self,
         service: ProgressService,
         *,
+        tags: EntityTags,
         operations: Collection[Operation],
         root_path: str,
         hosts: TrustedHosts,
@@ -94,7 +97,8 @@ class CachedResponses:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lookup = service.lookup
-        self._still_current = service.still_current
+        self._still_current = service.count_if_current
+        self._tags = tags
         self._parse_target = SimpleTargetParser(operations, root_path=root_path).parse
         self._hosts = hosts
         self._limiter = limiter
@@ -139,7 +143,7 @@ class CachedResponses:
         if limiter is not None and not limiter.would_admit(_host(client)):
             return None
         hit = self._entries.get((target, traits.if_none_match))
-        if hit is None or began >= hit.expires_at or not self._still_current(hit.result.snapshot, began):
+        if hit is None or began >= hit.expires_at or not self._is_current(hit, began):
             hit = self._build(target, traits.if_none_match, began)
             if hit is None:
                 return None
@@ -160,6 +164,10 @@ class CachedResponses:
         if result is None:
             return None
         status, values, body = build_response(result, if_none_match)
+        if if_none_match is not None and status == _OK:
+            snapshot = result.snapshot
+            if self._tags.revision(if_none_match, snapshot.key) > snapshot.version and not snapshot.terminal:
+                return None  # the client has received a newer one
         fresh = result.cache_status is _HIT
         log_series = (
             self._hit_log_series[status] if fresh else self._log_series(status, outcome_labels(result))
@@ -173,6 +181,10 @@ class CachedResponses:
                 expires_at = min(expires_at, now + _STALE_REUSE_SECONDS)
             self._store(target, if_none_match, hit, now, expires_at)
         return hit
+
+    def _is_current(self, hit: CachedResponse, now: float) -> bool:
+        entry = hit.result.entry
+        return entry is not None and self._still_current(entry, now)
 
     def _log_series(self, status: int, labels: OutcomeLabels) -> LogSeries:
         return self._log_sampler.kind(sampling_key(_ROUTE, status, None, labels))

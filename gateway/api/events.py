@@ -23,6 +23,7 @@ from gateway.api.requests import header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, chunk, direct_transport_of
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.trace_context import trace_parent
+from gateway.domain.entity_tag import EntityTags
 from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import TaskKey
 from gateway.telemetry.metrics import Metrics
@@ -36,6 +37,7 @@ _HEADERS = [
 ]
 _RETRY_MS = 2000
 _PART_BYTES = 16_384  # maximum of events that are written together; a single event may be larger
+_MAX_ID_CHARS = 64  # longer than our event IDs; each is compared with every task of the stream
 _SHUTDOWN_RETRY_MS = (500, 5000)  # spreads the reconnects of all streams of this replica
 
 
@@ -47,12 +49,14 @@ class EventsEndpoint:
         hub: WatchHub,
         *,
         tasks: TaskParameters,
+        tags: EntityTags,
         clients: ClientLimits,
         metrics: Metrics,
         heartbeat_seconds: float,
     ) -> None:
         self._hub = hub
         self._tasks = tasks
+        self._tags = tags
         self._clients = clients
         self._sent = {name: metrics.events_sent.labels(name) for name in ("progress", "problem", "end")}
         hub.direct_delivery = self._write_directly
@@ -63,7 +67,8 @@ class EventsEndpoint:
         keys = self._keys(scope)
         scope["state"]["tasks"] = len(keys)  # for the request log
         end_id = _end_id(keys)
-        if header(scope["headers"], b"last-event-id") == end_id:
+        last_event_id = header(scope["headers"], b"last-event-id")
+        if last_event_id == end_id:
             # The stream was complete: 204 keeps an EventSource from reconnecting.
             await send({"type": "http.response.start", "status": 204, "headers": _HEADERS[1:2]})
             await send({"type": "http.response.body"})
@@ -72,9 +77,15 @@ class EventsEndpoint:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await send({"type": "http.response.body"})
             return
+        await self._hub.sync()
         with (
             self._clients.subscription(scope),
-            self._hub.subscribe(keys, SubscriptionKind.EVENTS, client=client_key(scope)) as subscriber,
+            self._hub.subscribe(
+                keys,
+                SubscriptionKind.EVENTS,
+                client=client_key(scope),
+                seen_revisions=self._seen_revisions(keys, last_event_id),
+            ) as subscriber,
         ):
             self._clients.charge(scope, len(keys))
             # Registered before the first `send`: the client may leave while that waits for a full socket.
@@ -90,6 +101,13 @@ class EventsEndpoint:
         if "taskId" in scope["path_params"]:
             return [self._tasks.in_path(scope, query_parameters(scope, "api"))]
         return self._tasks.in_query(query_parameters(scope, "api", repeated="taskId"))
+
+    def _seen_revisions(self, keys: Sequence[TaskKey], last_event_id: str | None) -> dict[TaskKey, int]:
+        """Return the version that the client has received of the task of its last event."""
+        if last_event_id is None or len(last_event_id) > _MAX_ID_CHARS or "," in last_event_id:
+            return {}
+        versions = {key: self._tags.revision(last_event_id, key) for key in keys}
+        return {key: version for key, version in versions.items() if version}
 
     async def _stream(self, scope: Scope, subscriber: Subscriber, end_id: str, send: Send) -> None:
         running = set(subscriber.keys)

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from gateway.api.progress_response import etag_matches
+from gateway.domain.entity_tag import matches
 from gateway.domain.errors import PathNotFound
 
 _CONTENT_TYPES = {
@@ -43,7 +43,7 @@ class _File:
     def response(self, request: Request) -> Response:
         headers = {**_HEADERS, "ETag": self.etag}
         if_none_match = request.headers.get("if-none-match")
-        if if_none_match is not None and etag_matches(if_none_match, self.etag):
+        if if_none_match is not None and matches(if_none_match, self.etag):
             return Response(status_code=304, headers=headers)
         return Response(self.body, headers={**headers, "Content-Type": self.content_type})
 

@@ -14,11 +14,12 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.client_limits import ClientLimits, client_key
-from gateway.api.progress_response import HEADER_NAMES, build_response, etag_matches
+from gateway.api.progress_response import HEADER_NAMES, build_response
 from gateway.api.request_log import record_outcome
 from gateway.api.requests import Headers, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
+from gateway.domain.entity_tag import EntityTags, matches
 from gateway.domain.errors import GatewayError, InvalidParameter
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
@@ -43,12 +44,14 @@ class ProgressEndpoint:
         hub: WatchHub,
         *,
         tasks: TaskParameters,
+        tags: EntityTags,
         clients: ClientLimits,
         max_wait_seconds: float,
     ) -> None:
         self._service = service
         self._hub = hub
         self._tasks = tasks
+        self._tags = tags
         self._clients = clients
         self._max_wait_seconds = max_wait_seconds
 
@@ -61,15 +64,29 @@ class ProgressEndpoint:
         if wait:
             outcome = await self._wait_for_change(scope, receive, key, if_none_match, wait)
         else:
-            outcome = self._service.lookup(key) or await self._read(scope, receive, key)
+            seen_revision = self._seen_revision(key, if_none_match)
+            hit = self._service.lookup(key, seen_revision)
+            outcome = hit or await self._read(scope, receive, key, seen_revision)
         status, values, body = build_response(record_outcome(scope, outcome), if_none_match)
         headers += zip(HEADER_NAMES[status], values, strict=True)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
-    async def _read(self, scope: Scope, receive: Receive, key: TaskKey) -> CacheResult | FetchFailure:
+    async def _read(
+        self, scope: Scope, receive: Receive, key: TaskKey, seen_revision: int
+    ) -> CacheResult | FetchFailure:
         """Query the task through the service. Raises: ClientDisconnect when the client disconnects first."""
-        return await while_connected(scope, receive, self._service.get(key, client=client_key(scope)))
+        query = self._service.get(key, client=client_key(scope), seen_revision=seen_revision)
+        return await while_connected(scope, receive, query)
+
+    def _seen_revision(self, key: TaskKey, if_none_match: str | None) -> int:
+        """Return the oldest version that may be the response to this client; 0 for any version."""
+        if if_none_match is None:
+            return 0
+        known = self._service.peek(key)
+        if known is not None and matches(if_none_match, known.snapshot.etag):
+            return 0
+        return self._tags.revision(if_none_match, key)
 
     def _wait(self, scope: Scope, parameters: dict[str, list[str]]) -> tuple[float, Headers]:
         """Return the requested wait in seconds, 0 for none, and the response headers that confirm it."""
@@ -92,26 +109,34 @@ class ProgressEndpoint:
 
         Only the hub's schedule calls the upstream meanwhile, and the long poll counts as one lookup.
         """
-        on_arrival = self._service.peek(key)
+        await self._service.sync()
+        seen_revision = self._seen_revision(key, if_none_match)
+        on_arrival = self._service.peek(key, seen_revision)
         if if_none_match is None:
             if_none_match = on_arrival.snapshot.etag if on_arrival is not None else ""
         failure: GatewayError | None = None
         with (
             self._clients.subscription(scope),
-            self._hub.subscribe([key], SubscriptionKind.LONGPOLL, client=client_key(scope)) as subscriber,
+            self._hub.subscribe(
+                [key],
+                SubscriptionKind.LONGPOLL,
+                client=client_key(scope),
+                seen_revisions={key: seen_revision} if seen_revision else {},
+            ) as subscriber,
         ):
             async with DisconnectListener(scope, receive, subscriber.disconnect):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         failure = await _next_change(subscriber, if_none_match)
+            await self._service.sync()
         if failure is not None:
             outcome: CacheResult | FetchFailure = FetchFailure(key, failure, CacheStatus.NEGATIVE)
-        elif (result := self._service.peek(key)) is not None:
+        elif (result := self._service.peek(key, seen_revision)) is not None:
             outcome = result if on_arrival is not None else result._replace(cache_status=CacheStatus.MISS)
         else:
             # There is no current snapshot. Like any query, join the schedule's in-flight request, or start
             # one if the schedule backs off after a failure.
-            return await self._read(scope, receive, key)
+            return await self._read(scope, receive, key, seen_revision)
         self._service.count_lookup(outcome)
         return outcome
 
@@ -135,4 +160,4 @@ async def _next_change(subscriber: Subscriber, if_none_match: str) -> GatewayErr
 
 
 def _is_change(snapshot: Snapshot | None, if_none_match: str) -> bool:
-    return snapshot is not None and (snapshot.terminal or not etag_matches(if_none_match, snapshot.etag))
+    return snapshot is not None and (snapshot.terminal or not matches(if_none_match, snapshot.etag))

@@ -5,15 +5,13 @@ Both the application and the server's fast path use it, so their responses are t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from gateway.api.requests import Headers
+from gateway.domain.entity_tag import matches
 from gateway.progress.results import CacheResult, CacheStatus
 
 _CACHED = frozenset({CacheStatus.HIT, CacheStatus.STALE})
-# Apache's mod_deflate and mod_brotli append "-gzip" and "-br", Jetty "--gzip", others ";gzip".
-_CODING = re.compile(r'(?:--?|;)(?:gzip|br|zstd|deflate)"$')
 CACHE_NAMES = (b"cache-control", b"age", b"cache-status")
 
 _OK, _NOT_MODIFIED = 200, 304
@@ -49,17 +47,6 @@ def unchanged_until(result: CacheResult) -> float:
     return snapshot.fetched_at + min(int(result.age) + 1, snapshot.lifetime - _ttl(result))
 
 
-def etag_matches(if_none_match: str, etag: str) -> bool:
-    """Tell whether If-None-Match contains this entity tag (RFC 9110, 13.1.2: weak comparison).
-
-    A tag with the suffix of a compressing proxy (`"…-gzip"`, `"…;gzip"`) also matches.
-    """
-    if if_none_match == etag:  # the common case
-        return True
-    candidates = [_CODING.sub('"', part.strip().removeprefix("W/")) for part in if_none_match.split(",")]
-    return etag in candidates or candidates == ["*"]
-
-
 def _ttl(result: CacheResult) -> int:
     left = result.snapshot.lifetime - result.age
     return int(left) if left >= 0 else int(left) - 1  # whole seconds; once stale, never 0
@@ -84,6 +71,6 @@ def build_response(result: CacheResult, if_none_match: str | None) -> tuple[int,
     snapshot = result.snapshot
     etag, body = snapshot.etag, snapshot.body
     values = (*cache_values(result), etag.encode())
-    if if_none_match is not None and etag_matches(if_none_match, etag):
+    if if_none_match is not None and matches(if_none_match, etag):
         return _NOT_MODIFIED, values, b""
     return _OK, (*values, b"application/json", b"%d" % len(body)), body

@@ -50,7 +50,7 @@ class TaskParameters:
 class SimpleTargetParser:
     """Parses request targets of one task without percent-encoding and with no parameter but `api`.
 
-    The path may begin with `root_path` or not, as in `middleware.Admission`.
+    The path may begin with `root_path` or not, as in `middleware.HostAndPrefix`.
     """
 
     def __init__(self, operations: Collection[Operation], *, root_path: str) -> None:

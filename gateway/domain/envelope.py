@@ -12,8 +12,8 @@ import msgspec
 
 from gateway.domain.errors import UpstreamInvalid, UpstreamRejected
 from gateway.domain.json_text import ABSENT, read_object, value
-from gateway.domain.rejection import Envelope as EnvelopeText
-from gateway.domain.rejection import detail, displayable, rejected, rejection
+from gateway.domain.rejection_redaction import Envelope as EnvelopeText
+from gateway.domain.rejection_redaction import detail, displayable, rejected, rejection
 from gateway.domain.task import TaskKey
 
 _SUCCESS = 10  # the call succeeded; says nothing about the task

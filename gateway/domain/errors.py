@@ -199,7 +199,7 @@ class UpstreamForbidden(UpstreamError):
 
 
 class UpstreamThrottled(UpstreamError):
-    """The upstream's rate limit is reached."""
+    """The upstream's rate limit is reached, or the gateway's own limit for upstream calls."""
 
     code = "upstream-throttled"
 

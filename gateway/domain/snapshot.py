@@ -10,16 +10,17 @@ the simulator know the vendor's member names (`taskId`, `etaRelative`, ...).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import msgspec
 
+from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import UpstreamInvalid
 from gateway.domain.json_text import one_line
 from gateway.domain.task import Status, TaskKey
@@ -42,11 +43,9 @@ _VENDOR_STATUS = {
 }
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, frozen=True)
 class Snapshot:
     """One upstream response for one task.
-
-    Immutable except for the bookkeeping fields `read_count` and `current_until`.
 
     Attributes:
         key: The operation and task ID.
@@ -58,10 +57,11 @@ class Snapshot:
         eta_seconds: Estimated time left, in seconds; None if unknown, and for results.
         body: The simplified JSON; empty for results.
         etag: The strong ETag of `body`; empty for results.
-        version: Orders the snapshots of a task: a query that was sent later has a larger version.
-        read_count: Number of requests that this snapshot has answered.
-        current_until: Set by the store, on the clock of `fetched_at`. From this moment on the store must be
-            asked again, because a newer snapshot may be visible.
+        version: When the query was sent, in microseconds since 1970, or more. It orders the snapshots of a
+            task: a query that was sent later has a larger version.
+        revision: When the response with this body first arrived, on the same scale; a snapshot with the same
+            body keeps it. The response may describe any moment in between. So a snapshot of at least this
+            version is not older, even if it comes from another replica whose query overlapped.
         terminal: Whether the status is final: no later response changes the task.
     """
 
@@ -75,16 +75,24 @@ class Snapshot:
     body: bytes = b""
     etag: str = ""
     version: int = 0
-    read_count: int = 0
-    current_until: float = math.inf
+    revision: int = 0
     terminal: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.terminal = self.status is not None and self.status.terminal
+        object.__setattr__(self, "terminal", self.status is not None and self.status.terminal)
+
+    def is_at_least(self, revision: int) -> bool:
+        """Return whether the snapshot is not older than the body with this revision, or is final."""
+        return self.version >= revision or self.revision == revision or self.terminal
 
     def fresh(self, now: float) -> bool:
         """Return whether the snapshot is still fresh. `now` is on the clock of `fetched_at`."""
         return now - self.fetched_at < self.lifetime
+
+
+def version_now() -> int:
+    """Return the present moment on the scale of versions."""
+    return int(time.time() * 1_000_000)
 
 
 def strict_json(body: bytes) -> Any:
@@ -107,6 +115,7 @@ def build_snapshot(
     fetched_at: float,
     lifetimes: Mapping[Status | None, float],
     previous: Snapshot | None,
+    tags: EntityTags,
     version: int = 0,
 ) -> Snapshot:
     """Return the snapshot of an upstream response, given the previous snapshot of the task.
@@ -121,16 +130,17 @@ def build_snapshot(
         fetched_at: When the response had arrived, in seconds on the monotonic clock.
         lifetimes: How long a snapshot is fresh, in seconds, by status; results are under None.
         previous: The latest known snapshot of the task, or None.
+        tags: Issues the entity tag.
         version: The version of the new snapshot.
 
     Raises:
         UpstreamInvalid: `data` nests too deep to be rendered.
     """
     if key.operation.is_result:
-        return Snapshot(key, fetched_at, lifetimes[None], envelope, version=version)
+        return Snapshot(key, fetched_at, lifetimes[None], envelope, version=version, revision=version)
     status = vendor_status(data)
     if previous is not None and previous.terminal and previous.status is not status:
-        return replace(previous, fetched_at=fetched_at, version=version, read_count=0, current_until=math.inf)
+        return replace(previous, fetched_at=fetched_at, version=version)
     floor = previous.progress if previous is not None and previous.status is Status.RUNNING else None
     return _render(
         data,
@@ -140,6 +150,9 @@ def build_snapshot(
         fetched_at=fetched_at,
         lifetime=lifetimes[status],
         version=version,
+        revision=max(version, version_now()),
+        previous=previous,
+        tags=tags,
     )
 
 
@@ -150,26 +163,42 @@ def restore_snapshot(
     *,
     progress: float | None,
     fetched_at: float,
-    lifetime: float,
+    lifetimes: Mapping[Status | None, float],
+    longest_lifetime: float,
     version: int,
+    revision: int,
+    tags: EntityTags,
 ) -> Snapshot:
-    """Return the snapshot of a stored envelope; `progress` is the progress that was stored with it.
+    """Return the snapshot of a stored envelope.
 
-    The other arguments are those of `build_snapshot`.
+    Args:
+        data: As in `build_snapshot`, like the arguments that are not listed.
+        envelope: The envelope.
+        key: The operation and task ID.
+        progress: The progress that was stored with it.
+        fetched_at: When the response had arrived, in seconds on the monotonic clock.
+        lifetimes: How long a snapshot is fresh here, in seconds, by status; results are under None.
+        longest_lifetime: How long the snapshot is fresh where it was fetched. The shorter lifetime counts.
+        version: The stored version.
+        revision: The stored revision.
+        tags: Issues the entity tag.
 
     Raises:
         UpstreamInvalid: `data` nests too deep to be rendered.
     """
     if key.operation.is_result:
-        return Snapshot(key, fetched_at, lifetime, envelope, version=version)
+        lifetime = min(lifetimes[None], longest_lifetime)
+        return Snapshot(key, fetched_at, lifetime, envelope, version=version, revision=revision)
     return _render(
         data,
         envelope,
         key,
         progress_floor=progress or 0.0,
         fetched_at=fetched_at,
-        lifetime=lifetime,
+        lifetime=min(lifetimes[vendor_status(data)], longest_lifetime),
         version=version,
+        revision=revision,
+        tags=tags,
     )
 
 
@@ -182,8 +211,14 @@ def _render(
     fetched_at: float,
     lifetime: float,
     version: int,
+    tags: EntityTags,
+    revision: int,
+    previous: Snapshot | None = None,
 ) -> Snapshot:
-    """Render `data`. `progress_floor` is the minimum progress of a running task."""
+    """Render `data`. `progress_floor` is the minimum progress of a running task.
+
+    The revision is that of the previous snapshot if that has the same body.
+    """
     status = vendor_status(data)
     progress = 1.0
     if status is not Status.SUCCEEDED:
@@ -204,8 +239,10 @@ def _render(
         }
     )
     body = b'%b,"state":%b}' % (head[:-1], _state(data.get("state")))
-    etag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
-    return Snapshot(key, fetched_at, lifetime, envelope, status, progress, eta, body, etag, version)
+    if previous is not None and previous.body == body:
+        revision = previous.revision
+    etag = tags.issue(key, body, revision)
+    return Snapshot(key, fetched_at, lifetime, envelope, status, progress, eta, body, etag, version, revision)
 
 
 def vendor_status(data: Mapping[str, Any]) -> Status:

@@ -24,10 +24,10 @@ T = TypeVar("T")
 class InFlightRequests(Generic[K, T]):
     """Runs one request at a time per key, for as long as its response is wanted.
 
-    `fetch` makes the request from the key, its demand and the `after` argument of `start`.
+    `fetch` makes the request from the key, its demand and the `wanted` argument of `start`.
     """
 
-    def __init__(self, fetch: Callable[[K, Demand, int | None], Coroutine[Any, Any, T]]) -> None:
+    def __init__(self, fetch: Callable[[K, Demand, Any], Coroutine[Any, Any, T]]) -> None:
         self._fetch = fetch
         self._in_flight: SingleFlight[K, T] = SingleFlight()
         self._demands: dict[K, Demand] = {}  # of keys with callers, subscribers or a request in flight
@@ -53,17 +53,17 @@ class InFlightRequests(Generic[K, T]):
         self.demand(key).join(client)
 
     def leave(self, key: K, client: bytes) -> None:
-        """Remove a caller or subscriber. An unwanted request is dropped unless it is committed."""
+        """Remove a caller or subscriber. An unwanted request is dropped unless it must finish."""
         demand = self._demands[key]
         demand.leave(client)
         if demand.clients:
             return
         if not demand.in_flight:
             del self._demands[key]
-        elif not demand.background and not demand.committed:
+        elif not demand.background and not demand.must_finish:
             self._drop(key, demand)
 
-    def start(self, key: K, *, background: bool = False, after: int | None = None) -> asyncio.Future[T]:
+    def start(self, key: K, *, background: bool = False, wanted: Any = None) -> asyncio.Future[T]:
         """Return the request in flight for the key, or start one. Await it through `asyncio.shield`.
 
         `background`: the response is wanted even without callers. After `aclose` the future is cancelled,
@@ -72,9 +72,9 @@ class InFlightRequests(Generic[K, T]):
         demand = self.demand(key)
         if demand.in_flight:
             demand.background |= background
-            return self._in_flight.start(key, partial(self._run, key, demand, after))
-        demand.begin(background=background, drop=partial(self._drop, key))
-        request = self._in_flight.start(key, partial(self._run, key, demand, after))
+            return self._in_flight.start(key, partial(self._run, key, demand, wanted))
+        demand.begin(background=background, on_unwanted=partial(self._drop, key))
+        request = self._in_flight.start(key, partial(self._run, key, demand, wanted))
         if request.done():  # closed, or it ended in this iteration of the event loop
             self._end(key, demand)
         return request
@@ -83,9 +83,9 @@ class InFlightRequests(Generic[K, T]):
         """Cancel every request, and start no more."""
         await self._in_flight.aclose()
 
-    async def _run(self, key: K, demand: Demand, after: int | None) -> T:
+    async def _run(self, key: K, demand: Demand, wanted: Any) -> T:
         try:
-            return await self._fetch(key, demand, after)
+            return await self._fetch(key, demand, wanted)
         finally:
             self._end(key, demand)
 

@@ -39,14 +39,15 @@ class RefreshAhead:
         """Record how long an upstream query took."""
         self._latency[operation] += _LATENCY_WEIGHT * (seconds - self._latency[operation])
 
-    def schedule(self, snapshot: Snapshot, age: float) -> None:
+    def schedule(self, snapshot: Snapshot, age: float, *, early: bool = True) -> None:
         """Schedule a refresh for when the snapshot, which is `age` seconds old, becomes stale.
 
-        It replaces an earlier schedule for the same task.
+        It replaces an earlier schedule for the same task. Without `early`, the average latency is not
+        subtracted: the replica that has fetched the snapshot will refresh it first.
         """
         if (timer := self._timers.pop(snapshot.key, None)) is not None:
             timer.cancel()
-        delay = snapshot.lifetime - age - self._latency[snapshot.key.operation]
+        delay = snapshot.lifetime - age - (self._latency[snapshot.key.operation] if early else 0.0)
         loop = asyncio.get_running_loop()
         self._timers[snapshot.key] = loop.call_later(
             max(delay, 0.0), self._enqueue, snapshot.key, snapshot.version

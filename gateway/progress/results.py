@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
+from gateway.stores.base import CacheEntry
 
 
 class CacheStatus(StrEnum):
@@ -40,7 +41,7 @@ class CacheResult(NamedTuple):
 
     `age` is in seconds. `replaced_stale`: the fetched snapshot replaces one that was too old to serve.
     `failure`: the error that this stale snapshot is served instead of (stale-if-error). `fetch`: the result
-    of the in-flight request, if the caller waited for one.
+    of the in-flight request, if the caller waited for one. `entry`: the cache entry that was read, if any.
     """
 
     snapshot: Snapshot
@@ -49,6 +50,7 @@ class CacheResult(NamedTuple):
     replaced_stale: bool = False
     failure: GatewayError | None = None
     fetch: FetchResult | None = None
+    entry: CacheEntry | None = None
 
     @property
     def key(self) -> TaskKey:

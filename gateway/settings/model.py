@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from gateway.domain.printable import printable
-from gateway.domain.task import Operation
+from gateway.domain.task import Operation, Status
 from gateway.settings.secret_files import read_secret
 
 
@@ -174,6 +174,17 @@ class Cache(_Section):
     error_seconds: NotNegative = 1.0
     stale_while_revalidate_seconds: NotNegative = 2.0
     stale_if_error_seconds: NotNegative = 60.0
+
+    @property
+    def lifetimes(self) -> dict[Status | None, float]:
+        """How long a snapshot is fresh, in seconds, by the status of the task; results are under None."""
+        return {
+            None: self.result_seconds,
+            Status.WAITING: self.waiting_seconds,
+            Status.RUNNING: self.running_seconds,
+            Status.UNKNOWN: self.unknown_seconds,
+            **{status: self.terminal_seconds for status in Status if status.terminal},
+        }
 
 
 class Watch(_Section):

@@ -16,9 +16,10 @@ from typing import Any, Self
 from cachetools import Cache, TLRUCache
 
 from gateway.domain.errors import GatewayError, UpstreamError, UpstreamRejected
-from gateway.domain.snapshot import Snapshot
+from gateway.domain.permits import Permits
+from gateway.domain.snapshot import Snapshot, version_now
 from gateway.domain.task import TaskKey
-from gateway.stores.base import Lease
+from gateway.stores.base import ANY, CacheEntry, Lease, Wanted
 
 # How long the last progress snapshot of a task is kept after its freshness. Within this hour, clients never
 # see progress that falls, or a finished task that runs again.
@@ -45,17 +46,17 @@ class _ByteSizedCache(TLRUCache[TaskKey, Any]):
 
 
 class _SnapshotCache(_ByteSizedCache):
-    """Marks evicted snapshots as no longer current."""
+    """Marks evicted entries as no longer current."""
 
-    def untouched(self) -> list[Snapshot]:
-        """Return all snapshots without marking them as used."""
+    def untouched(self) -> list[CacheEntry]:
+        """Return all entries without marking them as used."""
         return [Cache.__getitem__(self, key) for key in self]
 
-    def popitem(self) -> tuple[TaskKey, Snapshot]:
-        """Remove the least recently used snapshot."""
-        key, snapshot = super().popitem()
-        snapshot.current_until = -math.inf
-        return key, snapshot
+    def popitem(self) -> tuple[TaskKey, CacheEntry]:
+        """Remove the least recently used entry."""
+        key, entry = super().popitem()
+        entry.current = False
+        return key, entry
 
 
 class MemoryStore:
@@ -74,13 +75,12 @@ class MemoryStore:
         stale_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.trouble: str | None = None
         self._max_tasks = max_tasks
         self._max_bytes = max_bytes
         self._stale_seconds = stale_seconds
         self._clock = clock
         self._listeners: list[Callable[[Snapshot], None]] = []
-        self._snapshots = _SnapshotCache(max_bytes, self._expires_at, timer=clock, getsizeof=_snapshot_bytes)
+        self._snapshots = _SnapshotCache(max_bytes, self._expires_at, timer=clock, getsizeof=_entry_bytes)
         self._failures = _ByteSizedCache(
             max_bytes,
             lambda _key, failure, now: now + failure[1],
@@ -90,6 +90,11 @@ class MemoryStore:
         self._failures_until = -math.inf  # no failure is cached after this moment
         self._expire_at = -math.inf
 
+    @property
+    def trouble(self) -> str | None:
+        """See `Store`."""
+        return None
+
     async def __aenter__(self) -> Self:
         """See `Store`: there is nothing to open."""
         return self
@@ -97,29 +102,30 @@ class MemoryStore:
     async def __aexit__(self, *exc_info: object) -> None:
         """See `Store`: there is nothing to close."""
 
-    def peek(self, key: TaskKey) -> Snapshot | None:
+    def peek(self, key: TaskKey) -> CacheEntry | None:
         """See `Store.peek`: no other process stores snapshots, so none can be missed."""
+        return self.entry(key)
+
+    def entry(self, key: TaskKey) -> CacheEntry | None:
+        """Return the entry of a task, current or not."""
         try:
-            snapshot: Snapshot = self._snapshots[key]
+            entry: CacheEntry = self._snapshots[key]
         except KeyError:
             now = self._clock()
             if now >= self._expire_at:  # each check for expired entries takes a microsecond
                 self._expire_at = now + _EXPIRE_SECONDS
                 self._snapshots.expire()
             return None
-        return snapshot
+        return entry
 
-    def is_current(self, snapshot: Snapshot, now: float) -> bool:
+    def is_current(self, entry: CacheEntry) -> bool:
         """See `Store.is_current`."""
-        return now < snapshot.current_until
+        return entry.current
 
-    def peek_stale(self, key: TaskKey) -> Snapshot | None:
-        """See `Store.peek_stale`."""
-        return self.peek(key)
-
-    def latest(self, key: TaskKey) -> Snapshot | None:
-        """See `Store.latest`."""
-        return self.peek(key)
+    def peek_any(self, key: TaskKey) -> Snapshot | None:
+        """See `Store.peek_any`."""
+        entry = self.entry(key)
+        return None if entry is None else entry.snapshot
 
     def failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.failure`."""
@@ -133,21 +139,17 @@ class MemoryStore:
         return False
 
     async def acquire(
-        self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
+        self, key: TaskKey, wanted: Wanted = ANY, *, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
         """See `Store.acquire`: the lease is always available, since a task has one in-flight request."""
-        snapshot = self.peek(key)
-        if (
-            snapshot is not None
-            and snapshot.fresh(self._clock())
-            and (after is None or snapshot.version > after)
-        ):
+        snapshot = self.peek_any(key)
+        if snapshot is not None and snapshot.fresh(self._clock()) and wanted.is_met_by(snapshot):
             return snapshot
-        return self.failure(key) or Lease(key, 1 if snapshot is None else snapshot.version + 1)
+        return self.failure(key) or Lease(key, self.next_version(snapshot, wanted))
 
-    async def commit(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
+    async def commit(self, lease: Lease, build: Callable[[Snapshot | None], Snapshot]) -> Snapshot | None:
         """See `Store.commit`."""
-        return self.keep(snapshot)
+        return self.keep(build(self.peek_any(lease.key)))
 
     async def fail(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
         """See `Store.fail`."""
@@ -156,32 +158,45 @@ class MemoryStore:
     async def abandon(self, lease: Lease) -> None:
         """See `Store.abandon`: no other process waits for the lease."""
 
-    async def token(self, per_second: float, *, saved: float, timeout_seconds: float) -> float:
-        """See `Store.token`: there is no shared rate limiter."""
-        return 0.0
+    def release(self, lease: Lease) -> None:
+        """See `Store.release`: no other process waits for the lease."""
+
+    async def take_permits(
+        self, per_second: float, *, burst: float, renewals: int, first_queries: int
+    ) -> Permits | None:
+        """See `Store.take_permits`: there is no shared rate limiter."""
+        return None
 
     async def announce_throttling(self, retry_after: float | None) -> None:
         """See `Store.announce_throttling`: there are no other replicas."""
 
     def on_throttled(self, listener: Callable[[float | None], None]) -> None:
-        """See `Store.on_throttled`: there are no other replicas."""
+        """See `Store.on_throttled`: without other replicas, there are no announcements."""
 
-    def on_change(self, listener: Callable[[Snapshot], None]) -> None:
+    def on_change(
+        self, listener: Callable[[Snapshot], None], *, wanted: Callable[[TaskKey], bool] = lambda _: False
+    ) -> None:
         """See `Store.on_change`."""
         self._listeners.append(listener)
 
-    def keep(self, snapshot: Snapshot) -> Snapshot:
+    def keep(self, snapshot: Snapshot, *, fetched_here: bool = True) -> Snapshot:
         """Store a snapshot as `commit` does, without a lease."""
-        kept = self.peek(snapshot.key)
+        entry = self.entry(snapshot.key)
+        kept = None if entry is None else entry.snapshot
+        # The end of a task is final, whatever the versions: replicas without the server do not agree on them.
         if kept is not None and (
-            kept.version > snapshot.version or (kept.terminal and not snapshot.terminal)
+            kept.version > snapshot.version if kept.terminal is snapshot.terminal else kept.terminal
         ):
             return kept
-        if kept is not None:
-            kept.current_until = -math.inf
+        if entry is not None:
+            entry.current = False
             del self._snapshots[snapshot.key]
         if self._make_room(self._snapshots, _snapshot_bytes(snapshot)):
-            self._snapshots[snapshot.key] = snapshot
+            announced = 0 if entry is None else entry.superseded_by
+            current = announced <= snapshot.version or snapshot.terminal
+            self._snapshots[snapshot.key] = CacheEntry(
+                snapshot, current=current, fetched_here=fetched_here, superseded_by=announced
+            )
         if self._clock() < self._failures_until:
             self._failures.pop(snapshot.key, None)
         for listener in self._listeners:
@@ -195,9 +210,14 @@ class MemoryStore:
             self._failures[key] = (error, seconds)
         self._failures_until = max(self._failures_until, self._clock() + seconds)
 
-    def snapshots(self) -> list[Snapshot]:
-        """Return all snapshots without marking them as used."""
+    def entries(self) -> list[CacheEntry]:
+        """Return all entries without marking them as used."""
         return self._snapshots.untouched()
+
+    def next_version(self, latest: Snapshot | None, wanted: Wanted) -> int:
+        """Return a version that is larger than these, and than those of an earlier process."""
+        known = 0 if latest is None else max(latest.version, latest.revision)
+        return max(version_now(), known + 1, wanted.newer_than + 1, wanted.seen_revision)
 
     def keep_seconds(self, snapshot: Snapshot) -> float:
         """Return how long a snapshot is kept after it was fetched, in seconds."""
@@ -227,8 +247,12 @@ class MemoryStore:
             (self._failures if self._failures.entries() else self._snapshots).popitem()
         return True
 
-    def _expires_at(self, _key: TaskKey, snapshot: Snapshot, _now: float) -> float:
-        return snapshot.fetched_at + self.keep_seconds(snapshot)
+    def _expires_at(self, _key: TaskKey, entry: CacheEntry, _now: float) -> float:
+        return entry.snapshot.fetched_at + self.keep_seconds(entry.snapshot)
+
+
+def _entry_bytes(entry: CacheEntry) -> int:
+    return _snapshot_bytes(entry.snapshot)
 
 
 def _snapshot_bytes(snapshot: Snapshot) -> int:

@@ -1,9 +1,10 @@
 """The upstream client: runs a query with its deadline and retries, within all limits for upstream calls.
 
-    deadline, retries -> circuit breaker -> rate limiter -> credential rotation -> concurrency limit -> call
+    circuit breaker -> end of a credential probe -> permit of the rate limiter -> concurrency slot -> call
+    the call fails  -> retry, from the start, while the deadline and the retry policy allow it
 
 A query may need several calls. It runs in the asyncio task of an in-flight request, not in a caller's. The
-concurrency limit is `upstream.max_in_flight`; the transport has none. A call counts towards it for as long as
+concurrency limit is `upstream.max_in_flight`; the transport has none. A call keeps its slot for as long as
 the upstream works on the call, even after the deadline of the query. A call is not made if its response is
 not wanted any more (`demand.py`), or if less time is left than the upstream usually takes.
 """
@@ -17,7 +18,6 @@ from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Protocol
 
 from gateway.domain.errors import (
     CircuitOpen,
@@ -36,8 +36,9 @@ from gateway.upstream.circuit_breaker import CircuitBreaker, State
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.demand import Demand
-from gateway.upstream.rate_limiter import NOTICEABLE_SECONDS, Permit, RateLimiter, burst_size
+from gateway.upstream.rate_limiter import Permit, RateLimiter
 from gateway.upstream.retry_policy import RetryPolicy
+from gateway.upstream.shared_permits import TakePermits
 from gateway.upstream.signed_request import ParsedResponse, SignedRequests
 
 _LATENCY_WEIGHT = 0.3  # weight of the latest response in the moving average of the latency
@@ -77,11 +78,11 @@ class _PermitRevoked(Exception):
     """The upstream throttled another call after the permit was issued, and before this call was sent."""
 
 
-class _ConcurrentCall:
-    """A call that counts towards the concurrency limit, which the caller has acquired for it.
+class _ConcurrencySlot:
+    """The concurrency slot of a call. Create it after `limit` has been acquired.
 
-    It counts until the query has parsed the response. If the query is cancelled, it counts until the upstream
-    has ended the call.
+    The call keeps the slot until the query has parsed the response. If the query is cancelled, the call keeps
+    the slot until it has ended: its response has arrived, or its attempt has timed out.
     """
 
     __slots__ = ("_cancelled", "_ended", "_limit")
@@ -90,37 +91,30 @@ class _ConcurrentCall:
         self._limit: asyncio.Semaphore | None = limit
         self._ended = self._cancelled = False
 
-    def end(self) -> None:
-        """Record that the upstream has ended the call. The query may still parse the response."""
+    def on_call_end(self) -> None:
+        """Record that the call has ended. The query may still have to parse the response."""
         self._ended = True
         if self._cancelled:
             self.release()
 
-    def cancel(self) -> None:
+    def on_query_cancelled(self) -> None:
         """Record that the query was cancelled while the call was in flight."""
         self._cancelled = True
         if self._ended:
             self.release()
 
     def release(self) -> None:
-        """Stop counting the call. A second release has no effect."""
+        """Free the slot. A second release has no effect."""
         limit, self._limit = self._limit, None
         if limit is not None:
             limit.release()
 
 
-class TakeSharedToken(Protocol):
-    """Takes one call out of the rate limit that all replicas share; see `Store.token`."""
-
-    async def __call__(self, per_second: float, *, saved: float, timeout_seconds: float) -> float:
-        """Return the seconds to wait before the call. Raises: RateLimiterExhausted."""
-
-
 class UpstreamClient:
     """Queries the upstream.
 
-    `take_shared_token` takes a call out of the configured rate limit, which replicas share.
-    `announce_throttling` notifies the other replicas of a throttling response. See `Store` for both.
+    `take_permits` takes permits from the rate limiter that replicas share; None if there is none.
+    `announce_throttling` announces a throttling response to the other replicas. See `Store` for both.
     """
 
     def __init__(
@@ -130,10 +124,9 @@ class UpstreamClient:
         signed_requests: SignedRequests,
         rotation: CredentialRotation,
         metrics: Metrics,
-        take_shared_token: TakeSharedToken,
+        take_permits: TakePermits | None,
         announce_throttling: Callable[[float | None], Awaitable[None]],
     ) -> None:
-        self._take_shared_token = take_shared_token
         self._announce_throttling = announce_throttling
         self._settings = settings
         self._signed_requests = signed_requests
@@ -141,15 +134,15 @@ class UpstreamClient:
         self._metrics = metrics
         self._concurrency_limit = asyncio.Semaphore(settings.max_in_flight)
         self._retry_policy = RetryPolicy(settings.retries)
-        self._rate_limiter = RateLimiter(settings.requests_per_second)
+        self._rate_limiter = RateLimiter(settings.requests_per_second, take_shared=take_permits)
         metrics.upstream_budget.set_function(lambda: self._rate_limiter.per_second)
         self._breakers = {operation: self._make_breaker(operation) for operation in Operation}
         # The series start at 0: `rate()` does not see an increase from an absent series to 1.
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
-        # Half the time of an attempt: the upstream can be expected to respond within it. If the query's
-        # deadline cancels a call earlier, the circuit breaker does not count a failure. A query does not wait
-        # for a permit that would leave less time: its call would be cancelled soon after it is sent.
-        self._min_response_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
+        # Half the timeout of an attempt. A working upstream is expected to respond within this time, so:
+        # 1. If a call is cancelled earlier, the circuit breaker does not count it as a failure.
+        # 2. A query does not wait for a permit that would leave it less time than this.
+        self._response_allowance_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
         # Moving averages; 0.0 before the first response.
         self._latency_seconds = dict.fromkeys(Operation, 0.0)
 
@@ -165,7 +158,7 @@ class UpstreamClient:
         return list(dict.fromkeys(codes))
 
     def slow_down(self, retry_after: float | None) -> None:
-        """Lower the rate limit because the upstream throttled a call of another replica."""
+        """Lower the rate limit because a replica has announced that the upstream throttles."""
         self._rate_limiter.slow_down(retry_after=retry_after)
 
     async def query(
@@ -175,6 +168,7 @@ class UpstreamClient:
         renewal: bool = False,
         timeout_seconds: float = math.inf,
         on_queued: Callable[[float], None] = lambda _: None,
+        on_retry: Callable[[], None] = lambda: None,
         demand: Demand | None = None,
     ) -> ParsedResponse:
         """Query a task, with retries, within `upstream.timeout_seconds` and `timeout_seconds`.
@@ -184,12 +178,13 @@ class UpstreamClient:
             renewal: An older snapshot of the task is known.
             timeout_seconds: Limit for the whole query, in addition to the setting.
             on_queued: Called with the expected wait in seconds if the rate limiter queues the query.
-            demand: The waiting callers. Its `committed` is set while a call is on the wire. None means that
-                the gateway itself needs the response.
+            on_retry: Called before each retry.
+            demand: The waiting callers. Its `must_finish` is set when a call is sent, and cleared before a
+                retry. None means that the gateway itself needs the response.
 
         Raises:
             UpstreamError: There is no response, or it is an error.
-            Overloaded: The concurrency limit was reached until the deadline.
+            Overloaded: No concurrency slot was free before the deadline.
         """
         seconds = min(self._settings.timeout_seconds, timeout_seconds)
         deadline = asyncio.get_running_loop().time() + seconds
@@ -211,10 +206,11 @@ class UpstreamClient:
                         delay = self._retry_delay(exc, retries, query)
                         if delay is None:
                             raise
-                        query.demand.committed = False
+                        query.demand.must_finish = False
                         failure = copy(exc)
                     self._metrics.upstream_retries.labels(key.operation, failure.code).inc()
                     retries += 1
+                    on_retry()
                     await asyncio.sleep(delay)
         except TimeoutError:
             raise query.make_timeout_error() from None
@@ -226,18 +222,17 @@ class UpstreamClient:
     async def _attempt(self, query: _Query) -> ParsedResponse:
         operation = query.key.operation
         while True:
-            self._breakers[operation].check()  # do not queue for a call that will not be made
+            self._breakers[operation].check()  # an open circuit fails the query before it waits for anything
             query.make_timeout_error = _timeout_error
             await self._rotation.wait_for_probe(operation)
             query.make_timeout_error = _rate_limit_error
-            # The permit comes first: a query that waits for one must not count towards the concurrency limit.
+            # The permit is acquired before the slot: a query that waits for a permit must not hold a slot.
             with await self._rate_limiter.acquire(
                 renewal=query.renewal,
                 timeout_seconds=self._seconds_left_to_queue(query),
                 on_queued=query.on_queued,
                 demand=query.demand,
             ) as permit:
-                await self._wait_for_shared_token(query)
                 query.make_timeout_error = _timeout_error
                 try:
                     return await self._rotation.use(
@@ -248,24 +243,8 @@ class UpstreamClient:
 
     def _seconds_left_to_queue(self, query: _Query) -> float:
         """Return how long a query may queue and still have enough time for a response."""
-        needed = max(self._min_response_seconds, self._latency_seconds[query.key.operation])
+        needed = max(self._response_allowance_seconds, self._latency_seconds[query.key.operation])
         return query.deadline - needed - asyncio.get_running_loop().time()
-
-    async def _wait_for_shared_token(self, query: _Query) -> None:
-        """Wait for the configured rate limit, which replicas share. Raises: RateLimiterExhausted.
-
-        Only the configured limit is shared. The limit that a replica learns from throttling is its own, but
-        each throttling response lowers it in all replicas (`slow_down`).
-        """
-        per_second = self._settings.requests_per_second
-        if not per_second:
-            return
-        left = self._seconds_left_to_queue(query)
-        wait = await self._take_shared_token(per_second, saved=burst_size(per_second), timeout_seconds=left)
-        if wait >= NOTICEABLE_SECONDS:
-            query.on_queued(wait)
-        if wait:
-            await asyncio.sleep(wait)
 
     async def _call_with_clock_correction(
         self, query: _Query, permit: Permit, pair: KeyPair
@@ -274,8 +253,9 @@ class UpstreamClient:
         try:
             return await self._call(query, permit, pair)
         except TimestampRefused as exc:
-            # The first refusal corrects the clock. The other calls in flight are refused, too, and each is
-            # signed and sent again once. These repeats do not use the retry budget, which may be too small.
+            # The first refusal corrects the clock. All other calls in flight are refused, too, and each of
+            # them is signed again and repeated once. Repeats do not count as retries: the retry budget would
+            # not be enough for all of them.
             if self._signed_requests.clock_offset == offset:
                 raise
             self._metrics.upstream_retries.labels(query.key.operation, exc.code).inc()
@@ -283,42 +263,42 @@ class UpstreamClient:
 
     async def _call(self, query: _Query, permit: Permit, pair: KeyPair) -> ParsedResponse:
         operation, demand = query.key.operation, query.demand
-        demand.committed = False
+        demand.must_finish = False
         if not demand.wanted:
-            demand.drop(demand)
-            await asyncio.sleep(0)  # `drop` cancels this task: the cancellation is raised here
+            demand.on_unwanted(demand)
+            await asyncio.sleep(0)  # `on_unwanted` has cancelled this task: CancelledError is raised here
         make_timeout_error = query.make_timeout_error
         query.make_timeout_error = _concurrency_error if permit.sent_at is None else make_timeout_error
         await self._concurrency_limit.acquire()
-        call = _ConcurrentCall(self._concurrency_limit)
+        slot = _ConcurrencySlot(self._concurrency_limit)
         try:
             began = self._check_before_sending(query, permit)
             query.make_timeout_error = make_timeout_error
-            with self._breakers[operation].guard(no_response_seconds=self._min_response_seconds):
+            with self._breakers[operation].guard(no_response_seconds=self._response_allowance_seconds):
                 permit.consume()
-                demand.committed = True
+                demand.must_finish = True
                 response = await self._signed_requests.send(
-                    query.key, pair, number=next(query.call_numbers), on_complete=call.end
+                    query.key, pair, number=next(query.call_numbers), on_complete=slot.on_call_end
                 )
         except asyncio.CancelledError:
-            if demand.committed:  # the call is in flight, and the upstream works on it
-                call.cancel()
+            if demand.must_finish:  # the call is on the wire
+                slot.on_query_cancelled()
             else:
-                call.release()
+                slot.release()
             raise
         except BaseException:
-            call.release()
+            slot.release()
             raise
-        call.release()
+        slot.release()
         self._update_latency(operation, asyncio.get_running_loop().time() - began)
         return response
 
     def _check_before_sending(self, query: _Query, permit: Permit) -> float:
-        """Return the present time of the event loop, if the call should still be made.
+        """Return the present time of the event loop if the call can still be made, else raise.
 
         Raises:
             _PermitRevoked: The upstream has throttled a call since the permit was issued.
-            GatewayError: Less time is left than a response usually takes.
+            GatewayError: Less time is left than a response usually takes (`make_timeout_error`).
         """
         if permit.revoked and permit.sent_at is None:
             raise _PermitRevoked

@@ -32,23 +32,23 @@ class Demand:
         clients: Number of waiting callers, by client. All other attributes belong to the in-flight request.
         in_flight: A request is in flight.
         background: The gateway needs the response even if no caller waits.
-        committed: A call is on the wire or its response has arrived, so the request runs to its end.
-        drop: Called with the demand to cancel a request that is not committed and not wanted any more.
-        dropped: The request was cancelled by `drop`.
+        must_finish: A call is on the wire or its response has arrived, so the request runs to its end.
+        on_unwanted: Called with the demand, to cancel a request that is no longer wanted and need not finish.
+        dropped: The request was cancelled by `on_unwanted`.
         queue_entry: Where the query is queued, or None.
-        queued_error: Resolves to an error once the query is queued by the rate limiter. Callers that can
+        queued_signal: Resolves to an error once the query is queued by the rate limiter. Callers that can
             serve a stale snapshot then stop waiting.
     """
 
     __slots__ = (
         "background",
         "clients",
-        "committed",
-        "drop",
         "dropped",
         "in_flight",
+        "must_finish",
+        "on_unwanted",
         "queue_entry",
-        "queued_error",
+        "queued_signal",
     )
 
     def __init__(self, *, background: bool = False) -> None:
@@ -56,15 +56,17 @@ class Demand:
         self.begin(background=background)
         self.in_flight = False
 
-    def begin(self, *, background: bool = False, drop: Callable[[Demand], None] = lambda _: None) -> None:
+    def begin(
+        self, *, background: bool = False, on_unwanted: Callable[[Demand], None] = lambda _: None
+    ) -> None:
         """Reset everything but `clients` for a new in-flight request."""
-        self.drop = drop
+        self.on_unwanted = on_unwanted
         self.in_flight = True
         self.background = background
-        self.committed = False
+        self.must_finish = False
         self.dropped = False
         self.queue_entry: QueueEntry | None = None
-        self.queued_error: asyncio.Future[GatewayError] | None = None
+        self.queued_signal: asyncio.Future[GatewayError] | None = None
 
     @property
     def wanted(self) -> bool:

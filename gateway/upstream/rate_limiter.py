@@ -5,13 +5,13 @@
             -> else queue: renewals | first queries, served alternately -> permit
 
 It is a token bucket. `AdaptiveLimit` sets its rate from the settings and from throttling responses. A query
-is a renewal if an older snapshot of its task is known, and a first query otherwise.
+is a *renewal* if an older snapshot of its task is known, and a *first query* otherwise.
 
-Renewals are served first in, first out. A task has one query at a time, so this is a round robin over the
-known tasks. First queries are served round robin over clients (`FairQueue`). A client that requests many new
-tasks therefore delays another client by only one call per round. The two queues alternate, so that neither
-starves. One timer runs until the next token, and then wakes a waiting query. Use the limiter on the event
-loop's thread only.
+Renewals are served first in, first out. A task has one query at a time, so no task is served twice before all
+others. First queries are served round robin over clients (`FairQueue`): a client that requests many new tasks
+delays another client by only one call per round. The two queues are served alternately, so that both make
+progress. A timer runs until the next token is available, and then serves the queues. Use the limiter on the
+event loop's thread only.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from gateway.domain.errors import RateLimiterExhausted, UpstreamRejected, Upstre
 from gateway.upstream.adaptive_limit import AdaptiveLimit
 from gateway.upstream.demand import Demand
 from gateway.upstream.fair_queue import FairQueue
+from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
 NOTICEABLE_SECONDS = 0.1  # callers for which a stale snapshot is available do not wait longer than this
 
-# Size of the bucket, as the time in which it fills. An upstream that counts calls per second would refuse a
-# part of larger bursts. A smaller bucket would make the few tasks of a page queue.
+# Size of the bucket, as the time in which it fills. With a larger bucket, an upstream that counts calls per
+# second would refuse a part of a burst. With a smaller one, queries would be queued even if a page requests
+# only a few tasks at once.
 _BURST_SECONDS = 0.1
 _ROUNDING = 1e-9  # tokens; tolerance for rounding errors
 _TIMER_SECONDS = 0.001  # resolution of the event loop's timers; an earlier timer would find no token yet
@@ -56,9 +58,9 @@ class Permit:
 
     Attributes:
         sent_at: When the call was sent; None before `consume`.
-        revoked: The upstream has throttled a call since the permit was issued. A query whose permit is
-            revoked before it is consumed must acquire a new one. Without a rate limit, very many permits may
-            be outstanding when the upstream throttles for the first time.
+        revoked: The upstream has throttled a call since the permit was issued. If the permit is not consumed
+            yet, the query must acquire a new one. The reason: before the first throttling response there may
+            be no limit, and very many permits may be outstanding.
     """
 
     __slots__ = ("_clock", "_on_end", "revoked", "sent_at")
@@ -87,8 +89,8 @@ class Permit:
 class _Waiter:
     """A queued query. It implements `QueueEntry`, whose methods have an effect for first queries only.
 
-    `future` resolves to 0.0 when the query gets a permit. If the permit would come after `deadline`, it
-    resolves to the `retry_after` of the error, in seconds.
+    The result of `future` is 0.0 when the query gets a permit. If the permit would come after `deadline`, the
+    result is the `retry_after` of the error, in seconds.
     """
 
     __slots__ = ("_queue", "deadline", "future", "on_queued")
@@ -120,7 +122,8 @@ class _Waiter:
 class RateLimiter:
     """Issues permits at `requests_per_second`. With 0, only throttling responses limit the rate.
 
-    `clock` returns monotonic seconds.
+    `clock` returns monotonic seconds. `take_shared` takes permits from the rate limiter that replicas share;
+    a query then needs a token of this replica and a shared permit.
     """
 
     def __init__(
@@ -129,6 +132,7 @@ class RateLimiter:
         *,
         clock: Callable[[], float] = time.monotonic,
         call_later: Callable[[float, Callable[[], None]], Timer] | None = None,
+        take_shared: TakePermits | None = None,
     ) -> None:
         self._limit = AdaptiveLimit(requests_per_second or math.inf)
         self._clock = clock
@@ -140,6 +144,14 @@ class RateLimiter:
         self._tokens = 1.0
         self._refilled_at = clock()
         self._timer: Timer | None = None
+        self._shared: SharedPermits | None = None
+        if take_shared is not None and requests_per_second:
+            self._shared = SharedPermits(
+                take_shared,
+                per_second=requests_per_second,
+                burst=burst_size(requests_per_second),
+                on_grant=self._on_shared_grant,
+            )
 
     @property
     def per_second(self) -> float:
@@ -160,10 +172,11 @@ class RateLimiter:
         same_queue, other_queue = len(self._renewals), len(self._first_queries)
         if not renewal:
             same_queue, other_queue = self._first_queries.count_ahead(client), same_queue
-        # The queues alternate: for each query ahead in the same queue, one of the other queue is served, and
-        # one more if the other queue is next.
+        # The queues are served alternately: for each query ahead in the same queue, one of the other queue is
+        # served, and one more if the other queue is next.
         from_other_queue = min(other_queue, same_queue + (self._renewal_next is not renewal))
-        return self._wait_behind(same_queue + from_other_queue)
+        elsewhere = 0 if self._shared is None else self._shared.queued_elsewhere(renewal=renewal)
+        return self._wait_behind(same_queue + from_other_queue + elsewhere)
 
     async def acquire(
         self,
@@ -178,20 +191,20 @@ class RateLimiter:
         Args:
             renewal: An older snapshot of the task is known.
             timeout_seconds: The longest wait.
-            on_queued: Called with the expected wait in seconds if that is at least `NOTICEABLE_SECONDS`, and
-                again, with the new wait, after throttling.
+            on_queued: Called with the expected wait in seconds if that is at least `NOTICEABLE_SECONDS`.
+                Called again, with the new expected wait, when throttling lowers the limit.
             demand: The clients whose callers wait for the response. A first query is queued for them. More
                 clients may join while it is queued.
 
         Raises:
-            RateLimiterExhausted: The expected wait exceeds the timeout. For a queued query, a lower limit or
-                the queries of other clients have extended the wait.
+            RateLimiterExhausted: The expected wait exceeds the timeout. This may also happen to a query that
+                is already queued: if the limit falls, or if queries of other clients are served before it.
         """
         self._remove_limit_if_idle()
         demand = demand or Demand(background=True)
         client = b"" if renewal else self._first_queries.shortest(demand.clients)
         wait = self.expected_wait(renewal=renewal, client=client)
-        if wait == 0 and not self._any_queued():
+        if wait == 0 and not self._any_queued() and self._take_shared(renewal=renewal):
             self._tokens -= 1
         elif wait > timeout_seconds:
             raise _exhausted(wait)
@@ -206,7 +219,10 @@ class RateLimiter:
         return permit
 
     def slow_down(self, *, retry_after: float | None) -> None:
-        """Lower the limit because the upstream has just throttled a call of another replica."""
+        """Lower the limit because a replica has announced that the upstream throttles.
+
+        Announcements of this replica have no further effect: its limit is already lowered.
+        """
         self._slow_down(self._clock(), retry_after)
 
     async def _wait_in_queue(self, waiter: _Waiter, client: bytes, demand: Demand) -> None:
@@ -224,7 +240,7 @@ class RateLimiter:
             if future.cancelled():
                 self._serve()  # cancel the timer if no other query waits
             elif future.result() == 0:
-                # It was cancelled after it got a permit, but before it could use it.
+                # The query got a permit, and was cancelled before it could use the permit.
                 self._return_token()
             raise
         finally:
@@ -248,6 +264,8 @@ class RateLimiter:
 
     def _return_token(self) -> None:
         self._tokens += 1
+        if self._shared is not None:
+            self._shared.put_back()
         self._serve()
 
     def _serve(self) -> None:
@@ -259,22 +277,40 @@ class RateLimiter:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._any_queued():
+        if self._shared is not None:
+            # Request only permits that this replica can use now: other replicas cannot use the ones it holds.
+            usable = math.floor(self._tokens + _ROUNDING) if self._wait_behind(0) == 0 else 0
+            renewals = min(len(self._renewals), usable)
+            first_queries = min(len(self._first_queries), usable)
+            self._shared.request(renewals=renewals, first_queries=first_queries)
+        if self._any_queued() and (self._shared is None or self._wait_behind(0) > 0):
             call_later = self._call_later or asyncio.get_running_loop().call_later
             self._timer = call_later(max(self._wait_behind(0), _TIMER_SECONDS), self._serve)
 
     def _pop(self) -> _Waiter | None:
         for renewal in (self._renewal_next, not self._renewal_next):
+            if self._shared is not None and not self._shared.available(renewal=renewal):
+                continue
             while (waiter := self._pop_one(renewal=renewal)) is not None:
                 if waiter.future.done():
-                    continue  # cancelled; the cancelled task, which removes it, has not run yet
+                    continue  # cancelled: its asyncio task will run soon, and call `_discard`
                 if self._clock() > waiter.deadline + NOTICEABLE_SECONDS:
-                    # First queries of other clients were served before it, although they were queued later.
+                    # It has waited too long: first queries of other clients were served before it, although
+                    # they were queued later.
                     waiter.future.set_result(max(self._wait_behind(0), _TIMER_SECONDS))
                     continue
+                self._take_shared(renewal=renewal)
                 self._renewal_next = not renewal
                 return waiter
         return None
+
+    def _take_shared(self, *, renewal: bool) -> bool:
+        return self._shared is None or self._shared.take(renewal=renewal)
+
+    def _on_shared_grant(self) -> None:
+        self._serve()
+        if self._any_queued():  # other replicas may have queued more queries, which lengthen the wait
+            self._recheck_deadlines(self._clock())
 
     def _pop_one(self, *, renewal: bool) -> _Waiter | None:
         if not renewal:
@@ -298,7 +334,8 @@ class RateLimiter:
         """Refuse the waiters that would be served after their deadline. Call `on_queued` of the others."""
         ahead = 0
         for waiter in list(self._in_order()):
-            wait = self._wait_behind(ahead)
+            elsewhere = 0 if self._shared is None else self._shared.queued_elsewhere(renewal=waiter.renewal)
+            wait = self._wait_behind(ahead + elsewhere)
             if waiter.future.done() or now + wait > waiter.deadline:
                 self._discard(waiter)
                 if not waiter.future.done():
@@ -339,7 +376,7 @@ class RateLimiter:
         self._refilled_at = now
 
     def _remove_limit_if_idle(self) -> None:
-        # While queries are queued, the limit is in use, and rises. So it is removed when no query is queued.
+        # Not while queries are queued: they wait because of this limit. It rises until the queues are empty.
         if not self._any_queued() and self._limit.remove_if_unthrottled(self._clock()):
             log.info("upstream_throttling_ended")
 

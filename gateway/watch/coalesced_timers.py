@@ -1,12 +1,13 @@
 """Coalesced timers: asyncio tasks that are due at about the same time wake together, in small groups.
 
 If tasks wake one by one, the processor's caches are cold each time, and the work costs twice as much. If very
-many wake at once, they delay all other tasks. A task therefore joins a timer that is due soon enough after it
-and has room. Otherwise it starts a new timer, late enough that a few others can join.
+many wake at once, they delay all other tasks. So a task joins an existing timer if that is due soon enough
+after the task, and has room. Otherwise the task starts a new timer, which is due a little late, so that a few
+other tasks can join.
 
-Tasks that wake together are due together again. If all groups accepted the same delay, the distance between
-two half-full groups would never change, and they would never merge. So the delay of a group is shorter, the
-larger the group is: a large group catches up with the small group in front of it, and they merge.
+Tasks that wake together are due together again. If all groups were delayed equally, the distance between two
+half-full groups would never change, and they would never merge. So a large group is delayed less than a small
+one: it comes closer to the small group in front of it with each round, until they merge.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from bisect import bisect_left, insort
 from operator import attrgetter
 
 _MAX_GROUP = 20  # larger groups gain nothing and delay their last member
-_FULL_GROUP_REDUCTION = 0.9  # the share of `max_delay` by which the delay of a full group is shorter
+_FULL_GROUP_REDUCTION = 0.9  # a full group is delayed by only 1 - 0.9 of `max_delay`
 
 _when = attrgetter("when")
 

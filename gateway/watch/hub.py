@@ -6,10 +6,10 @@
         -> else kept as unsent -> sent by the subscriber's stream or long poll
     last subscriber has left, or the task has ended -> the schedule ends
 
-A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. The
-store owns the bodies and limits their memory. Schedules and subscribers keep updates without large bodies
-(`subscriber.py`). The body is looked up when an update is sent. If the store has evicted it, the task is
-refreshed, and the subscriber receives the result.
+A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. Bodies
+are kept in the store, which limits their memory. Schedules and subscribers keep updates without large bodies,
+with one exception (`subscriber.py`). A large body is looked up in the store when the update is sent. If the
+store has evicted it, the task is refreshed, and the subscriber receives the result.
 
 Schedules that wake together also receive their responses together. The responses are all parsed and stored
 first, while that code is in the processor's caches. The changes are published afterwards, a few in each
@@ -21,9 +21,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
+from types import MappingProxyType
 
 from gateway.domain.errors import Overloaded
 from gateway.domain.snapshot import Snapshot
@@ -32,10 +33,10 @@ from gateway.progress.service import ProgressService
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.base import Store
 from gateway.telemetry.metrics import Metrics
-from gateway.watch.schedule import Refresher, Schedule
+from gateway.watch.schedule import Refresher, WatchedTask
 from gateway.watch.subscriber import Subscriber, Update
 
-# Iterations of the event loop in which about two thirds of the pending snapshots are published.
+# Each iteration of the event loop publishes one pending snapshot, and one eighth of all pending snapshots.
 _BACKLOG_ITERATIONS = 8
 
 
@@ -68,8 +69,8 @@ class WatchHub:
     ) -> None:
         self._settings = settings
         self._service = service
-        self._peek_stale = store.peek_stale
-        self._schedules: dict[TaskKey, Schedule] = {}
+        self._peek_any = store.peek_any
+        self._watched: dict[TaskKey, WatchedTask] = {}
         self._subscribers: set[Subscriber] = set()
         self._refresher = Refresher(
             service, publish_pending=self._publish_pending, publish=self._publish, clock=clock
@@ -78,12 +79,17 @@ class WatchHub:
         self._shutting_down = False
         self.direct_delivery: DirectDelivery = lambda _, subscribers: subscribers
         self._gauges = {kind: metrics.subscribers.labels(kind) for kind in SubscriptionKind}
-        metrics.watched_tasks.set_function(self._schedules.__len__)
-        store.on_change(self._add_pending)
+        metrics.watched_tasks.set_function(self._watched.__len__)
+        store.on_change(self._add_pending, wanted=self._watched.__contains__)
 
     @contextmanager
     def subscribe(
-        self, keys: Sequence[TaskKey], kind: SubscriptionKind, *, client: bytes = b""
+        self,
+        keys: Sequence[TaskKey],
+        kind: SubscriptionKind,
+        *,
+        client: bytes = b"",
+        seen_revisions: Mapping[TaskKey, int] = MappingProxyType({}),
     ) -> Iterator[Subscriber]:
         """Subscribe to these tasks while the context is open; the first updates are the current snapshots.
 
@@ -94,7 +100,9 @@ class WatchHub:
             raise Overloaded(
                 "the gateway has reached its limit of open streams and long polls", retry_after=5.0
             )
-        subscriber = Subscriber(keys, client, load_body=self._load_body, refetch=self._refetch)
+        subscriber = Subscriber(
+            keys, client, seen_revisions=seen_revisions, load_body=self._load_body, refetch=self._refetch
+        )
         subscriber.shutting_down = self._shutting_down
         if self._shutting_down:
             subscriber.wake()
@@ -110,10 +118,14 @@ class WatchHub:
             self._subscribers.discard(subscriber)
             self._gauges[kind].dec()
 
+    async def sync(self) -> None:
+        """Read the messages of other replicas, so that `subscribe` finds their snapshots."""
+        await self._service.sync()
+
     def announce_shutdown(self) -> None:
         """Publish all pending snapshots, then mark current and future subscribers as shutting down."""
         self._shutting_down = True
-        for key in tuple(self._schedules):
+        for key in tuple(self._watched):
             self._publish_pending(key)
         for subscriber in self._subscribers:
             subscriber.shutting_down = True
@@ -121,61 +133,60 @@ class WatchHub:
 
     async def aclose(self) -> None:
         """End every schedule, and wait until all have ended."""
-        for schedule in self._schedules.values():
-            self._refresher.stop(schedule)
+        for watched in self._watched.values():
+            self._refresher.stop(watched)
         await self._refresher.wait_stopped()
 
     def _join(self, key: TaskKey, subscriber: Subscriber) -> None:
-        schedule = self._schedules.get(key)
-        if schedule is None:
-            schedule = self._schedules[key] = Schedule(key)
+        watched = self._watched.get(key)
+        if watched is None:
+            watched = self._watched[key] = WatchedTask(key)
             # A cached snapshot is sent at once, before the first refresh.
             result = self._service.peek(key)
-            schedule.latest = (
-                Update(key, result.snapshot).without_large_body() if result is not None else None
-            )
-            self._refresher.start(schedule)
-        # This lookup may make a newer snapshot visible. It is published before the subscriber gets `latest`:
-        # the client may have read it from another replica already, and must not receive an older one.
-        current = self._service.peek(key)
+            watched.latest = Update(key, result.snapshot).without_large_body() if result is not None else None
+            self._refresher.start(watched)
+        # A pending snapshot is published first, because the subscriber then gets `latest`.
+        seen_revision = subscriber.seen_revisions.get(key, 0)
+        watched.seen_revision = max(watched.seen_revision, seen_revision)
+        current = self._service.peek(key, seen_revision)
         self._publish_pending(key)
         # The subscriber is added before it gets the current snapshot. Otherwise a change in between is lost.
-        schedule.subscribers.add(subscriber)
+        watched.subscribers.add(subscriber)
         self._service.join(key, subscriber.client)
-        latest = schedule.latest
+        latest = watched.latest
         if latest is None:
             return  # the first refresh is in progress
         if current is not None or latest.snapshot is None or _is_final(latest):
             update = latest if current is None else Update(key, current.snapshot)
-            subscriber.put(update if update.same_content(latest) else latest, latest)
-            return
+            if subscriber.put(update if update.same_content(latest) else latest, latest):
+                return
         # The latest snapshot is too old to send: the upstream is slow, or the schedule backs off for longer
         # than `cache.stale_if_error_seconds`. One refresh serves all subscribers that join before it ends.
-        schedule.awaiting_refresh.add(subscriber)
-        self._refresher.restart(schedule)
+        watched.awaiting_refresh.add(subscriber)
+        self._refresher.restart(watched)
 
     def _leave(self, key: TaskKey, subscriber: Subscriber) -> None:
-        schedule = self._schedules.get(key)
-        if schedule is None or subscriber not in schedule.subscribers:
+        watched = self._watched.get(key)
+        if watched is None or subscriber not in watched.subscribers:
             return
-        schedule.subscribers.discard(subscriber)
-        schedule.awaiting_refresh.discard(subscriber)
+        watched.subscribers.discard(subscriber)
+        watched.awaiting_refresh.discard(subscriber)
         self._service.leave(key, subscriber.client)
-        if not schedule.subscribers:
-            del self._schedules[key]
-            self._refresher.stop(schedule)
+        if not watched.subscribers:
+            del self._watched[key]
+            self._refresher.stop(watched)
 
     def _add_pending(self, snapshot: Snapshot) -> None:
-        schedule = self._schedules.get(snapshot.key)
-        if schedule is None:
+        watched = self._watched.get(snapshot.key)
+        if watched is None:
             return
-        if schedule.pending is None:
+        if watched.pending is None:
             if not self._pending_keys:
                 asyncio.get_running_loop().call_soon(self._publish_some)
             self._pending_keys.append(snapshot.key)
-        elif schedule.pending.terminal and not snapshot.terminal:
+        elif watched.pending.terminal and not snapshot.terminal:
             return
-        schedule.pending = snapshot
+        watched.pending = snapshot
 
     def _publish_some(self) -> None:
         """Publish a few of the pending snapshots: at least one, and more when the backlog is longer."""
@@ -188,45 +199,49 @@ class WatchHub:
 
     def _publish_pending(self, key: TaskKey) -> None:
         """Publish the pending snapshot of a task, if there is one."""
-        schedule = self._schedules.get(key)
-        if schedule is None or schedule.pending is None:
+        watched = self._watched.get(key)
+        if watched is None or watched.pending is None:
             return
-        snapshot, schedule.pending = schedule.pending, None
+        snapshot, watched.pending = watched.pending, None
         self._publish(Update(key, snapshot))
-        if schedule.backing_off:
-            self._refresher.restart(schedule)  # the upstream has answered a query of this or another replica
+        if watched.backing_off:
+            self._refresher.restart(watched)  # the upstream responds again, to this or another replica
 
     def _publish(self, update: Update) -> None:
-        schedule = self._schedules.get(update.key)
-        if schedule is None or (_is_final(schedule.latest) and not _is_final(update)):
-            return  # a task that has ended does not run again; a store that evicted its snapshot cannot know
-        recipients = (
-            schedule.awaiting_refresh if update.same_content(schedule.latest) else schedule.subscribers
-        )
-        schedule.latest = reduced = update.without_large_body()
-        for subscriber in self.direct_delivery(update, recipients):
-            subscriber.put(update, reduced)
-        schedule.awaiting_refresh.clear()
+        watched = self._watched.get(update.key)
+        if watched is None or (_is_final(watched.latest) and not _is_final(update)):
+            # A task that has ended does not run again. If the store has evicted the terminal snapshot, it
+            # accepts one that is not terminal.
+            return
+        recipients = watched.awaiting_refresh if update.same_content(watched.latest) else watched.subscribers
+        watched.latest = reduced = update.without_large_body()
+        refused = [
+            subscriber
+            for subscriber in self.direct_delivery(update, recipients)
+            if not subscriber.put(update, reduced)
+        ]
+        watched.awaiting_refresh.intersection_update(refused)
 
     def _load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
-        """Return the latest form of an update, with its body. None if the store has evicted the body.
+        """Return an update with the latest snapshot of the task and its body.
 
-        None, too, if a newer update is unsent by now: the subscriber sends that one.
+        Return None if the store has evicted the snapshot. Also return None if the subscriber has received a
+        newer unsent update during this call: the subscriber then sends the newer one.
         """
-        snapshot = self._peek_stale(reduced.key)
-        self._publish_pending(reduced.key)  # the lookup may have made one visible, as in `_join`
+        snapshot = self._peek_any(reduced.key)
+        self._publish_pending(reduced.key)
         if subscriber.has_unsent(reduced.key) or snapshot is None:
             return None
         return None if _is_final(reduced) and not snapshot.terminal else Update(reduced.key, snapshot)
 
     def _refetch(self, key: TaskKey, subscriber: Subscriber) -> None:
         """Refresh a task whose body was evicted, and send the result to this subscriber."""
-        schedule = self._schedules.get(key)
-        if schedule is None or subscriber not in schedule.subscribers:
+        watched = self._watched.get(key)
+        if watched is None or subscriber not in watched.subscribers:
             return
-        schedule.awaiting_refresh.add(subscriber)
-        if not schedule.refreshing and not schedule.backing_off:
-            self._refresher.restart(schedule)
+        watched.awaiting_refresh.add(subscriber)
+        if not watched.refreshing and not watched.backing_off:
+            self._refresher.restart(watched)
 
 
 def _is_final(update: Update | None) -> bool:

@@ -41,20 +41,21 @@ log = structlog.get_logger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class Schedule:
+class WatchedTask:
     """The state of one watched task.
 
     Attributes:
         key: The watched task.
         subscribers: All subscribers of the task.
-        awaiting_refresh: Subscribers that need the result of the next refresh, even if it repeats `latest`.
-            When they joined, `latest` was too old to send; or the body of an update that they have not sent
-            yet was evicted.
+        awaiting_refresh: Subscribers that need the result of the next refresh, even if it is the same as
+            `latest`. There are two cases: `latest` was too old to send when the subscriber joined, or the
+            store has evicted the body of the subscriber's unsent update.
         latest: The last published update, without a large body.
-        pending: A stored snapshot that is published in one of the next iterations of the event loop.
+        pending: A stored snapshot that will be published in one of the next iterations of the event loop.
+        seen_revision: The newest revision that a subscriber's client had received when it joined.
         runner: The asyncio task that runs the schedule; None when it is stopped.
-        refreshing: The runner waits for the service.
-        backing_off: The runner waits after a failure.
+        refreshing: The runner awaits the service.
+        backing_off: The runner sleeps after a failure.
     """
 
     key: TaskKey
@@ -62,6 +63,7 @@ class Schedule:
     awaiting_refresh: set[Subscriber] = field(default_factory=set)
     latest: Update | None = None
     pending: Snapshot | None = None
+    seen_revision: int = 0
     runner: asyncio.Task[None] | None = None
     refreshing: bool = False
     backing_off: bool = False
@@ -90,36 +92,36 @@ class Refresher:
         self._stopping: set[asyncio.Task[None]] = set()
         self._log_sampler = LogSampler()
 
-    def start(self, schedule: Schedule) -> None:
+    def start(self, watched: WatchedTask) -> None:
         """Start the runner: refresh the task now, and then whenever its snapshot expires."""
-        schedule.runner = asyncio.create_task(self._run(schedule))
+        watched.runner = asyncio.create_task(self._run(watched))
 
-    def restart(self, schedule: Schedule) -> None:
+    def restart(self, watched: WatchedTask) -> None:
         """Refresh the task now, without waiting for the end of the current pause."""
-        self.stop(schedule)
-        self.start(schedule)
+        self.stop(watched)
+        self.start(watched)
 
-    def stop(self, schedule: Schedule) -> None:
+    def stop(self, watched: WatchedTask) -> None:
         """Cancel the runner."""
-        if schedule.runner is not None:
-            schedule.runner.cancel()
-            self._stopping.add(schedule.runner)
-            schedule.runner.add_done_callback(self._stopping.discard)
-            schedule.runner = None  # breaks a reference cycle: the runner's frames refer to the schedule
-            schedule.refreshing = schedule.backing_off = False
+        if watched.runner is not None:
+            watched.runner.cancel()
+            self._stopping.add(watched.runner)
+            watched.runner.add_done_callback(self._stopping.discard)
+            watched.runner = None  # breaks a reference cycle: the runner's frames refer to the watched task
+            watched.refreshing = watched.backing_off = False
 
     async def wait_stopped(self) -> None:
         """Wait until the runners of all stopped schedules have ended."""
         await asyncio.gather(*self._stopping, return_exceptions=True)
 
-    async def _run(self, schedule: Schedule) -> None:
+    async def _run(self, watched: WatchedTask) -> None:
         """Keep the snapshot fresh until the task has ended, or until the runner is cancelled."""
         backoff = _BACKOFF_SECONDS
         group_size = 1
         while True:
-            schedule.refreshing = True
-            snapshot, failure = await self._refresh(schedule)
-            schedule.refreshing = False
+            watched.refreshing = True
+            snapshot, failure = await self._refresh(watched)
+            watched.refreshing = False
             if snapshot is not None and snapshot.terminal:
                 return
             success = snapshot is not None and failure is None
@@ -136,24 +138,24 @@ class Refresher:
                 )
             else:
                 backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
-                schedule.backing_off = True
+                watched.backing_off = True
                 await asyncio.sleep(min(pause, _MAX_BACKOFF_SECONDS))
-                schedule.backing_off = False
+                watched.backing_off = False
 
-    async def _refresh(self, schedule: Schedule) -> tuple[Snapshot | None, GatewayError | None]:
+    async def _refresh(self, watched: WatchedTask) -> tuple[Snapshot | None, GatewayError | None]:
         """Refresh once and publish the result. Return the snapshot, or None, and the failure, or None.
 
         Both are returned if a stale snapshot is served instead of a failure. An unexpected exception is
-        published as a failure. If it ended the schedule, the subscribers would wait forever.
+        published as a failure, and does not end the schedule: the subscribers would wait forever.
         """
-        key = schedule.key
+        key = watched.key
         try:
-            outcome = await self._service.get_fresh(key, client=None)
+            outcome = await self._service.get_fresh(key, client=None, seen_revision=watched.seen_revision)
             if isinstance(outcome, FetchFailure):
                 self._publish_pending(key)  # it is older than the failure
                 self._publish(Update(key, failure=outcome.failure))
                 return None, outcome.failure
-            if outcome.snapshot is not schedule.pending:  # else it is published in its turn
+            if outcome.snapshot is not watched.pending:  # else the hub publishes it soon
                 self._publish_pending(key)
                 self._publish(Update(key, outcome.snapshot))
         except Exception as exc:

@@ -2,19 +2,21 @@
 
     put -> unsent, only the latest update of each task -> take_unsent: one at a time, with the latest body
 
-Unsent updates have no large body: otherwise slow clients would keep bodies in memory that the store has
-already evicted. One unsent update of each subscriber may keep its body. So a subscriber also receives a body
-that is too large for the store. If a body was evicted, the task is refreshed, one task at a time for each
-subscriber.
+At most one unsent update of a subscriber has a large body. All others are kept without it, and the body is
+loaded from the store when they are sent: otherwise slow clients would keep bodies in memory that the store
+has evicted. The one exception is needed for a body that is too large for the store, because it exists nowhere
+else. If a body was evicted, the task is refreshed, one task at a time for each subscriber.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
+from gateway.domain.entity_tag import same_body
 from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
@@ -49,11 +51,11 @@ class Update:
         return self.snapshot is None or bool(self.snapshot.body)
 
     def same_content(self, other: Update | None) -> bool:
-        """Tell whether a subscriber that has received `other` need not receive this update."""
+        """Tell whether this update has the same content as `other`, so that it need not be sent after it."""
         if other is None:
             return False
         if self.snapshot is not None and other.snapshot is not None:
-            return self.snapshot.etag == other.snapshot.etag
+            return same_body(self.snapshot.etag, other.snapshot.etag)
         return (
             self.failure is not None
             and other.failure is not None
@@ -64,14 +66,16 @@ class Update:
 class Subscriber:
     """One open stream or long poll.
 
-    `load_body` returns an update with its body, or None if the body was evicted. `refetch` then refreshes the
-    task and puts the result.
+    `load_body` returns an update with its body, or None if the store has evicted the body. `refetch` then
+    refreshes the task, and the hub puts the result.
 
     Attributes:
-        direct_transport: Accepts writes that bypass the asyncio task that awaits `wait`. None if the server
-            does not support this.
-        idle_transport: The same transport while that task waits and no update is unsent; None otherwise,
-            because a direct write would then overtake an older update.
+        seen_revisions: The revisions that the client had received before it subscribed, by task. An entry is
+            removed when an update of its task is accepted.
+        direct_transport: The transport of the connection, for writes that do not go through the stream's
+            asyncio task (the task that awaits `wait`). None if the server does not support this.
+        idle_transport: The same transport while the stream's asyncio task waits and no update is unsent. None
+            otherwise, because a direct write would then overtake an older update.
         shutting_down: The gateway shuts down; the stream must end.
         disconnected: The client has closed the connection.
         heartbeat_due: The stream must send a heartbeat.
@@ -91,6 +95,7 @@ class Subscriber:
         "heartbeat_due",
         "idle_transport",
         "keys",
+        "seen_revisions",
         "shutting_down",
         "woken",
     )
@@ -100,18 +105,20 @@ class Subscriber:
         keys: Sequence[TaskKey],
         client: bytes,
         *,
+        seen_revisions: Mapping[TaskKey, int] = MappingProxyType({}),
         load_body: Callable[[Update, Subscriber], Update | None] = lambda _update, _subscriber: None,
         refetch: Callable[[TaskKey, Subscriber], None] = lambda _key, _subscriber: None,
     ) -> None:
         self.keys = keys
         self.client = client
+        self.seen_revisions = dict(seen_revisions)
         self.shutting_down = False
         self.disconnected = False
         self._load_body = load_body
         self._refetch = refetch
         self._refetching: TaskKey | None = None  # the task whose evicted body is being fetched again
         self._unsent: dict[TaskKey, Update] = {}
-        self._key_with_body: TaskKey | None = None  # of the only unsent update that may have a large body
+        self._key_with_body: TaskKey | None = None  # the task whose unsent update may have a large body
         self.heartbeat_due = False
         self.direct_transport: asyncio.WriteTransport | None = None
         self.idle_transport: asyncio.WriteTransport | None = None
@@ -119,8 +126,16 @@ class Subscriber:
         self.woken = False
         self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, update: Update, reduced: Update) -> None:
-        """Make `update` the unsent update of its task, or `reduced`, the same update without a large body."""
+    def put(self, update: Update, reduced: Update) -> bool:
+        """Store the unsent update of a task, and wake the stream. `reduced`: without its large body.
+
+        `reduced` is stored instead of `update` if the unsent update of another task may have a large body.
+        Return False, without storing either, if the client has already received a newer snapshot.
+        """
+        if self.seen_revisions and update.snapshot is not None:
+            if not update.snapshot.is_at_least(self.seen_revisions.get(update.key, 0)):
+                return False
+            self.seen_revisions.pop(update.key, None)  # later snapshots are newer
         if self._key_with_body is None or self._key_with_body == update.key:
             self._key_with_body = update.key
             self._unsent[update.key] = update
@@ -129,6 +144,7 @@ class Subscriber:
         if self._refetching == update.key:
             self._refetching = None
         self.wake()
+        return True
 
     def has_unsent(self, key: TaskKey) -> bool:
         """Tell whether this task has an unsent update."""
@@ -150,7 +166,7 @@ class Subscriber:
         """Wait until `wake` is called, unless it was called since the last wait."""
         if not self.woken:
             self._waiter = asyncio.get_running_loop().create_future()
-            self.idle_transport = None if self._unsent else self.direct_transport
+            self.idle_transport = None if self._unsent or self.seen_revisions else self.direct_transport
             try:
                 await self._waiter
             finally:

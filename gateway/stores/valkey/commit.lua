@@ -1,36 +1,45 @@
--- Stores and publishes a snapshot, and ends the lease.
+-- Stores a snapshot, announces it, and ends the lease.
 --
--- KEYS    the task's three keys (common.lua)
--- ARGV    1 token, 2 version, 3 fetched, 4 lifetime, 5 terminal, 6 encoding, 7 milliseconds to keep it;
---         in microseconds: 8 maximum delay of a message, 9 how long a snapshot may be served after its
---         lifetime, 10 the same for stale-if-error; 11 publish command, 12 channel, 13 subject
--- result  {now, 1, moment from which on it is served}, or {now, 0, the snapshot that is kept instead, or ''}
+-- KEYS    1 the task
+-- ARGV    1 token, '' without a lease, or 'restore' for an earlier snapshot; 2 version, 3 latest version known
+--         when it was built, 4 revision, 5 age and 6 lifetime in microseconds, 7 terminal, 8 value,
+--         9 milliseconds to keep it, 10 channel, 11 subject, 12 duration of a lease in microseconds
+-- result  {kind, version, age, lifetime, terminal, value}: the stored snapshot as in acquire.lua
+--         kind  "stored"; or "follow": another snapshot was stored since the caller built this one, build it
+--               again; or "refused": the stored snapshot is kept, because it is newer or terminal, or because
+--               another replica has the lease
 
-local version, terminal = tonumber(ARGV[2]), ARGV[5] == '1'
-local holder = lease_holder()
-local ours = holder == ARGV[1]
-local latest = stored_snapshot()
--- Fencing: a paused holder commits after its lease has expired, when another replica has it. A terminal
--- snapshot is never replaced by a non-terminal one.
-local expired = ARGV[1] ~= '' and holder and not ours
-if expired or latest and (latest.version > version or latest.terminal and not terminal) then
+local now = time_now()
+local token, version, terminal = ARGV[1], tonumber(ARGV[2]), ARGV[7] == '1'
+local task = read_task(now)
+local held = task.holder and pending(task.held_until, now, tonumber(ARGV[12]))
+local ours = token ~= '' and task.holder == token
+
+local function reply(kind)
+  local value = redis.call('HGET', KEYS[1], 'value') or ''
+  return {kind, task.version, task.age, task.lifetime, task.terminal and 1 or 0, value}
+end
+
+-- Fencing: a holder that was paused may commit when its lease has expired and another replica has the lease. A
+-- terminal snapshot is never replaced by one that is not terminal.
+local older = version < task.version
+-- A snapshot that was fetched without the server: the queries of several replicas may have overlapped. Only a
+-- query that was sent after the stored response had arrived certainly has a newer one.
+if token == 'restore' then older = version ~= task.version and version <= task.revision end
+if task.terminal ~= terminal then older = task.terminal end
+if token ~= '' and token ~= 'restore' and held and not ours or older then
   if ours then
-    redis.call('DEL', KEYS[3])
-    redis.call(ARGV[11], ARGV[12], 'R' .. ARGV[13])
+    redis.call('HDEL', KEYS[1], 'holder', 'held_until')
+    redis.call('PUBLISH', ARGV[10], 'E' .. ARGV[11])
   end
-  return {now, 0, latest and latest.value or ''}
+  return reply('refused')
 end
-local shown = now
-if latest then
-  -- A replica that has not received this snapshot yet may still serve the previous one.
-  local stale = tonumber(redis.call('EXISTS', KEYS[2]) == 1 and ARGV[10] or ARGV[9])
-  if now < latest.fetched + latest.lifetime + stale then shown = now + tonumber(ARGV[8]) end
-end
-shown = string.format('%.0f', shown)
-local fetched = string.format('%.0f', math.min(tonumber(ARGV[3]), now))
-local value = table.concat({'sdg3', ARGV[2], fetched, ARGV[4], shown, ARGV[5]}, ' ') .. '\n' .. ARGV[6]
-redis.call('SET', KEYS[1], value, 'PX', ARGV[7])
-redis.call('DEL', KEYS[2])
-if ours then redis.call('DEL', KEYS[3]) end
-redis.call(ARGV[11], ARGV[12], 'S' .. ARGV[13] .. value)
-return {now, 1, shown}
+if task.version > tonumber(ARGV[3]) and not terminal then return reply('follow') end
+redis.call('HSET', KEYS[1], 'version', ARGV[2], 'revision', ARGV[4], 'fetched', text(now - tonumber(ARGV[5])),
+  'lifetime', ARGV[6], 'terminal', ARGV[7], 'value', ARGV[8])
+redis.call('HDEL', KEYS[1], 'failure', 'failed_until')
+if ours then redis.call('HDEL', KEYS[1], 'holder', 'held_until') end
+keep(tonumber(ARGV[9]))
+local facts = table.concat({ARGV[2], ARGV[4], ARGV[5], ARGV[6], ARGV[7]}, ' ')
+redis.call('PUBLISH', ARGV[10], 'S' .. ARGV[11] .. '\n' .. facts)
+return {'stored', version, 0, 0, 0, ''}

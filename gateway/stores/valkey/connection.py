@@ -1,10 +1,10 @@
-"""The connection to the store: kept open, monitored, and abandoned when it fails.
+"""The connection to the store: it is kept open, monitored, and replaced when it fails.
 
-    connect -> subscribe to all channels -> probe with a write -> up -> lost -> pause -> connect ...
+    connect -> subscribe -> probe with a write -> up -> lost -> pause -> connect ...
 
-While the connection is up, every operation has a timeout of `store.timeout_seconds`; after a few consecutive
-failures the connection is down. Then no operation is tried until a new connection has succeeded with a
-subscription and a write. So no request is used as a probe.
+While it is up, a probe writes every half second, so that a store that is down, slow, read-only or full is
+noticed even without requests. If an operation gets no reply within `store.timeout_seconds`, the store becomes
+*suspect*: until a probe has succeeded, all other operations fail at once, and the replica works alone.
 """
 
 from __future__ import annotations
@@ -13,87 +13,69 @@ import asyncio
 import math
 import random
 import time
-import zlib
-from collections.abc import Callable, Collection
-from contextlib import suppress
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import structlog
 
-from gateway.domain.task import TaskKey
 from gateway.settings.model import Store
-from gateway.stores.valkey.backends import CONNECTIONS, ERRORS, SLOTS, RedisBackends, connected
-from gateway.stores.valkey.clock_sync import ServerClock
+from gateway.stores.valkey.batches import Batches, Command
 from gateway.stores.valkey.scripts import PROBE, Script
-from gateway.stores.valkey.subscription import Subscriptions
+from gateway.stores.valkey.servers import ERRORS, StoreServers, connected, reason_of, unusable
+from gateway.stores.valkey.subscription import Subscription
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
-_FAILURES = 3  # consecutive failures after which the connection is down
 _CONNECT_SECONDS = 2.0  # timeout of all steps until the connection is up
-_END = 2**53  # microseconds, in the year 2255: the numbers of a script are exact up to here
-_MAX_TIME_DIGITS = 16  # as in the head of a snapshot
-_PAUSE_SECONDS = 0.5  # average pause between two attempts to connect
+_PROBE_SECONDS = 0.5  # between two probes
+_PROBES = 2  # the store is down after so many failed probes, one after the other
+_PAUSES = (0.25, 2.0)  # shortest and longest average pause between two attempts to connect
+_STABLE_SECONDS = 10.0  # if a connection lasted longer, the next pause is the shortest again
 
 log = structlog.get_logger(__name__)
 
 
 class StoreUnavailable(Exception):
-    """The store is down, too slow, or has refused. `asked`: the operation may have succeeded all the same."""
-
-    def __init__(self, reason: str, *, asked: bool = False) -> None:
-        super().__init__(reason)
-        self.asked = asked
-
-
-class _Operation(NamedTuple):
-    """A script to run in a slot."""
-
-    script: Script
-    slot: int
-    keys: list[str]
-    args: list[Any]
+    """The store is down or too slow, or has refused the operation. It may still have executed it."""
 
 
 class StoreConnection:
-    """Runs scripts while it is up. `follow` keeps it open.
+    """Runs scripts while it is up. `keep_open` connects, and reconnects after a failure.
 
-    `on_message` receives published messages. `on_gap` receives the slots whose messages may have been
-    missed: all of them when the connection comes up. `on_down` is called when it goes down. `clock` is the
-    clock of the snapshots; the read barrier uses the monotonic clock.
+    `identity` names the account whose data is shared. When it changes, a new connection is opened.
+    `on_message` receives published messages. `on_change` is called when the connection has come up or has
+    gone down, and `on_usable` when operations are possible again: after it has come up, or is no longer
+    suspect. `on_current` receives a moment of the monotonic clock: until then, no message is unread. The
+    moment is `inf` without a connection, because then there are no messages.
     """
 
     def __init__(
         self,
         settings: Store,
         *,
+        identity: Callable[[], str],
         redactor: Redactor,
         metrics: Metrics,
         on_message: Callable[[bytes], None],
-        on_gap: Callable[[Collection[int]], None],
-        on_down: Callable[[], None],
-        clock: Callable[[], float] = time.monotonic,
+        on_change: Callable[[], None],
+        on_usable: Callable[[], None],
+        on_current: Callable[[float], None],
     ) -> None:
-        # The read barrier: until this moment, every message that must be visible has been read.
-        self.sure_until = -math.inf
         self.trouble: str | None = "not reached yet"
-        self._down_logged = False
         self._settings = settings
+        self._identity = identity
         self._redactor = redactor
         self._metrics = metrics
         self._on_message = on_message
-        self._on_gap = on_gap
-        self._on_down = on_down
-        self._clock = clock
-        # Each server of a cluster has its own clock, and each slot one server.
-        clocks = SLOTS if settings.cluster else 1
-        self._clocks = [ServerClock(ahead_seconds=clock() - time.time()) for _ in range(clocks)]
-        self._servers: RedisBackends | None = None
-        self._slots = asyncio.Semaphore(CONNECTIONS)
-        self._failures = 0
-        self._failed_at = -math.inf
-        self._lost: asyncio.Future[None] | None = None
-        self._barrier_moved = asyncio.Event()
+        self._on_change = on_change
+        self._on_usable = on_usable
+        self._on_current = on_current
+        self._servers: StoreServers | None = None
+        self._batches: Batches | None = None
+        self._subscription: Subscription | None = None
+        self._suspect = asyncio.Event()
+        self._failed: asyncio.Future[str] | None = None
+        self._down_logged = False
         metrics.store_up.set(0)
 
     @property
@@ -101,192 +83,177 @@ class StoreConnection:
         """Whether operations are possible."""
         return self._servers is not None
 
-    def clock(self, key: TaskKey) -> ServerClock:
-        """Return the clock of a task's server."""
-        return self._clock_of(slot_of(key))
+    @property
+    def delay(self) -> float:
+        """Estimated time between the sending and the arrival of a message or reply, in seconds."""
+        return 0.0 if self._subscription is None else self._subscription.delay
 
-    def channel(self, slot: int) -> str:
-        """Return a slot's channel. Raises: StoreUnavailable."""
-        return self._up().channel(slot)
+    async def catch_up(self) -> bool:
+        """Read all messages that have reached this process; return whether that was necessary."""
+        return self._subscription is not None and await self._subscription.catch_up()
 
     @property
-    def publish(self) -> str:
-        """The command that a script publishes with. Raises: StoreUnavailable."""
-        return self._up().publish
+    def channel(self) -> str:
+        """The channel for messages. Raises: StoreUnavailable."""
+        return self._up().channel
 
-    async def run(self, script: Script, key: TaskKey, args: list[Any]) -> list[Any]:
-        """Run a script on the keys of a task; return its reply without the time. Raises: StoreUnavailable."""
-        slot = slot_of(key)
-        root = f"{self.channel(slot)}:{key.operation}:{key.task_id}"
-        return await self._run(_Operation(script, slot, [f"{root}:s", f"{root}:f", f"{root}:l"], args))
+    async def run(self, script: Script, name: str, args: list[Any]) -> list[Any]:
+        """Run a script on a key, and return its reply. Raises: StoreUnavailable."""
+        return await self._run(self._usable(), script, name, args)
 
-    async def run_for_all(self, script: Script, name: str, args: list[Any]) -> list[Any]:
-        """Run a script on a key that belongs to no task; return as `run` does. Raises: StoreUnavailable."""
-        return await self._run(_Operation(script, 0, [f"{self.channel(0)}:{name}"], args))
+    async def publish(self, message: str) -> None:
+        """Publish a message. Raises: StoreUnavailable."""
+        await self._send(self._usable(), "tell", Command(("PUBLISH", self.channel, message)))
 
-    async def sync(self) -> bool:
-        """Wait for the read barrier; return whether it was behind and has been restored."""
-        if not self.up or time.monotonic() < self.sure_until:
-            return False
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.timeout_seconds):
-                while time.monotonic() >= self.sure_until and self.up:
-                    self._barrier_moved.clear()
-                    await self._barrier_moved.wait()
-                return True
-        return False
+    async def delete(self, name: str) -> None:
+        """Delete a key. Raises: StoreUnavailable."""
+        servers = self._usable()
+        await self._send(servers, "discard", Command(("DEL", servers.key(name))))
 
-    async def follow(self) -> None:
+    async def keep_open(self) -> None:
         """Keep the connection open until cancelled."""
+        pause = _PAUSES[0]
         while True:
-            was_up = False
+            started, reason = time.monotonic(), ""
             try:
-                async with connected(self._settings, redactor=self._redactor) as servers:
-                    was_up = await self._use(servers)
+                identity = self._identity()
+                async with connected(self._settings, identity=identity, redactor=self._redactor) as servers:
+                    reason = await self._use(servers)
+            except StoreUnavailable as exc:  # the probe has failed
+                reason = str(exc)
             except ERRORS as exc:
-                self._down(_reason(exc))
+                reason = reason or reason_of(exc)  # closing a broken connection may fail, too
             except Exception as exc:
                 log.exception("store_connection_bug")
-                self._down(_reason(exc))
-            # After a failover, another server may be ready immediately; otherwise pause.
-            if not was_up:
-                await asyncio.sleep(_PAUSE_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311  # spreads load
+                reason = reason_of(exc)
+            if time.monotonic() - started > _STABLE_SECONDS:
+                pause = _PAUSES[0]
+            self._go_down(reason)
+            await asyncio.sleep(pause * random.uniform(0.5, 1.5))  # noqa: S311  # spreads load
+            pause = min(2 * pause, _PAUSES[1])
 
-    async def _use(self, servers: RedisBackends) -> bool:
-        subscriptions = Subscriptions(
+    async def _use(self, servers: StoreServers) -> str:
+        """Use a connection until it fails; return the reason."""
+        failed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._failed = failed
+        batches = Batches(servers.client, timeout_seconds=self._settings.timeout_seconds)
+        subscription = Subscription(
             servers,
             timeout_seconds=self._settings.timeout_seconds,
             on_message=self._on_message,
-            on_sure=self._extend_barrier,
-            on_gap=self._on_gap,
+            on_current=self._extend_current,
         )
-        async with asyncio.timeout(_CONNECT_SECONDS) as connecting, subscriptions:
-            await servers.warm_up()
-            await self._ask(servers, _Operation(PROBE, 0, *servers.probe()), _CONNECT_SECONDS)
-            connecting.reschedule(None)
-            self._come_up(servers)
-            self._lost = subscriptions.lost
-            try:
-                await subscriptions.lost
-            except ERRORS as exc:
-                self._metrics.store_errors.labels("subscribe").inc()
-                self._down(_reason(exc))
-            finally:
-                self._servers = None
-                self._extend_barrier(-math.inf)
-                await self._idle()
-        return True
-
-    async def _idle(self) -> None:
-        """Wait for running operations: one that connects after the close would leak its connection."""
-        for _ in range(CONNECTIONS):
-            await self._slots.acquire()
-        for _ in range(CONNECTIONS):
-            self._slots.release()
-
-    async def _run(self, operation: _Operation) -> list[Any]:
-        async with self._slots:  # outside of the timeout: waiting here is no failure of the server
-            servers, started = self._up(), time.monotonic()
-            try:
-                answer = await self._ask(servers, operation, self._settings.timeout_seconds)
-            except Exception as exc:  # an invalid reply may cause any exception in redis-py
-                if started >= self._failed_at:  # concurrent failures count as one
-                    self._failures += 1
-                    self._failed_at = time.monotonic()
-                if self._failures >= _FAILURES:
-                    self._abandon(servers, _reason(exc))
-                raise StoreUnavailable(_reason(exc), asked=True) from exc
-            self._failures = 0
-            return answer
-
-    async def _ask(self, servers: RedisBackends, operation: _Operation, seconds: float) -> list[Any]:
-        script, slot, keys, args = operation
-        sent = self._clock()
+        self._batches = batches
         try:
-            async with asyncio.timeout(seconds):
-                now, *answer = _checked(await servers.run(script, keys, args))
-        except Exception:
-            self._metrics.store_errors.labels(script.name).inc()
-            raise
+            async with asyncio.timeout(_CONNECT_SECONDS) as connecting, subscription:
+                await servers.warm_up()
+                await self._probe(servers)
+                connecting.reschedule(None)
+                self._come_up(servers, subscription)
+                probing = asyncio.create_task(self._keep_probing(servers))
+                try:
+                    done, _ = await asyncio.wait(
+                        {probing, subscription.lost, failed}, return_when=asyncio.FIRST_COMPLETED
+                    )
+                    if subscription.lost in done:
+                        self._metrics.store_errors.labels("subscribe").inc()
+                    reason = next(iter(done)).result()
+                    self._go_down(reason)  # at once: to close a connection may take seconds
+                    return reason
+                finally:
+                    probing.cancel()
+                    await asyncio.gather(probing, return_exceptions=True)
         finally:
-            received = self._clock()
-            self._metrics.store_operation_duration.labels(script.name).observe(received - sent)
-        self._clock_of(slot).observe(now, sent=sent, received=received)
+            self._servers = self._subscription = None
+            self._on_current(math.inf)
+            await batches.aclose()
+
+    async def _keep_probing(self, servers: StoreServers) -> str:
+        """Probe until a probe fails; return the reason."""
+        while True:
+            try:
+                async with asyncio.timeout(_PROBE_SECONDS):
+                    await self._suspect.wait()
+            except TimeoutError:
+                pass
+            for attempt in range(_PROBES):
+                try:
+                    await self._probe(servers)
+                    break
+                except StoreUnavailable as exc:
+                    if attempt == _PROBES - 1 or servers is not self._servers:
+                        return str(exc)
+            if self._suspect.is_set():
+                self._suspect.clear()
+                self._on_usable()
+            if servers.identity != self._identity():
+                return "the access key has changed"
+
+    async def _probe(self, servers: StoreServers) -> None:
+        await self._run(servers, PROBE, "probe", [f"{servers.channel}:probe"])
+
+    async def _run(self, servers: StoreServers, script: Script, name: str, args: list[Any]) -> list[Any]:
+        parts = (1, servers.key(name), *args)
+        command = Command(("EVALSHA", script.sha, *parts), or_else=("EVAL", script.text, *parts))
+        answer = await self._send(servers, script.name, command)
+        if not isinstance(answer, list):
+            raise StoreUnavailable("invalid reply of a script")
         return answer
 
-    def _clock_of(self, slot: int) -> ServerClock:
-        return self._clocks[slot % len(self._clocks)]
+    async def _send(self, servers: StoreServers, name: str, command: Command) -> Any:
+        assert self._batches is not None  # noqa: S101  # it exists for as long as `servers`
+        started = time.monotonic()
+        try:
+            return await self._batches.send(command)
+        except Exception as exc:  # an invalid reply may cause any exception in redis-py
+            self._metrics.store_errors.labels(name).inc()
+            reason = reason_of(exc)
+            if isinstance(exc, TimeoutError):
+                self._suspect.set()
+            elif unusable(exc):
+                self._fail(servers, reason)
+            raise StoreUnavailable(reason) from exc
+        finally:
+            self._metrics.store_operation_duration.labels(name).observe(time.monotonic() - started)
 
-    def _up(self) -> RedisBackends:
+    def _extend_current(self, until: float) -> None:
+        if self._subscription is not None:
+            self._on_current(until)
+
+    def _usable(self) -> StoreServers:
+        servers = self._up()
+        if self._suspect.is_set():
+            raise StoreUnavailable("the store did not reply in time")
+        return servers
+
+    def _up(self) -> StoreServers:
         if self._servers is None:
             raise StoreUnavailable(self.trouble or "")
         return self._servers
 
-    def _extend_barrier(self, until: float) -> None:
-        # The read barrier is valid only while the connection is up.
-        self.sure_until = until if self.up else -math.inf
-        if not self.up or until > time.monotonic():
-            self._barrier_moved.set()
-
-    def _come_up(self, servers: RedisBackends) -> None:
-        self._servers = servers
-        self._failures = 0
+    def _come_up(self, servers: StoreServers, subscription: Subscription) -> None:
+        self._servers, self._subscription = servers, subscription
+        self._on_current(-math.inf)  # until a reader catches up
+        self._suspect.clear()
         self.trouble = None
         self._down_logged = False
         self._metrics.store_up.set(1)
-        self._on_gap(range(SLOTS))
         log.info("store_up")
+        self._on_change()
+        self._on_usable()
 
-    def _abandon(self, servers: RedisBackends, reason: str) -> None:
-        if self._servers is servers:
-            self._down(reason)
-            if self._lost is not None and not self._lost.done():
-                self._lost.set_result(None)
+    def _fail(self, servers: StoreServers, reason: str) -> None:
+        if self._servers is servers and self._failed is not None and not self._failed.done():
+            self._failed.set_result(reason)
+            self._go_down(reason)
 
-    def _down(self, reason: str) -> None:
-        self._servers = None
+    def _go_down(self, reason: str) -> None:
+        self._servers = self._subscription = None
+        self._on_current(math.inf)
         self.trouble = reason
-        self._extend_barrier(-math.inf)
         if self._down_logged:
             return
         self._down_logged = True
         self._metrics.store_up.set(0)
-        log.warning("store_down", reason=reason)
-        self._on_down()
-
-
-def slot_of(key: TaskKey) -> int:
-    """Return the slot of a task. Not Python's hash(): all replicas must compute the same slot."""
-    return zlib.crc32(f"{key.operation}:{key.task_id}".encode()) % SLOTS
-
-
-def moment(answer: bytes) -> int:
-    """Return the time in a reply. Raises: StoreUnavailable."""
-    if not answer.isdigit() or len(answer) > _MAX_TIME_DIGITS:
-        raise StoreUnavailable("invalid reply of a script")
-    return int(answer)
-
-
-def shaped(answer: list[Any], *kinds: type) -> list[Any]:
-    """Check the types of a reply, and return it. Raises: StoreUnavailable."""
-    if [type(part) for part in answer] != list(kinds):
-        raise StoreUnavailable("invalid reply of a script")
-    return answer
-
-
-async def ended(*tasks: asyncio.Task[Any]) -> None:
-    """Cancel tasks and wait for them."""
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _checked(answer: Any) -> list[Any]:
-    if not isinstance(answer, list) or not answer or type(answer[0]) is not int or not 0 < answer[0] < _END:
-        raise ValueError("invalid reply of a script")
-    return answer
-
-
-def _reason(exc: BaseException) -> str:
-    # The server's message may contain keys or addresses. The type is sufficient, and bounded.
-    return type(exc).__name__
+        log.warning("store_down", reason=reason, effect="each replica works alone")
+        self._on_change()

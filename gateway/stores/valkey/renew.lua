@@ -1,8 +1,11 @@
--- Extends a lease. A holder whose lease has expired learns it from commit.lua.
+-- Extends a lease. Does nothing if another replica has taken the lease; commit.lua then refuses the snapshot.
 --
--- KEYS    the task's three keys (common.lua)
--- ARGV    1 token, 2 duration of the lease in milliseconds
--- result  {now}
+-- KEYS    1 the task
+-- ARGV    1 token, 2 duration of the lease in microseconds
+-- result  {}
 
-if lease_holder() == ARGV[1] then redis.call('PEXPIRE', KEYS[3], ARGV[2]) end
-return {now}
+if redis.pcall('HGET', KEYS[1], 'holder') == ARGV[1] then
+  redis.call('HSET', KEYS[1], 'held_until', text(time_now() + tonumber(ARGV[2])))
+  keep(math.ceil(tonumber(ARGV[2]) / 1000))
+end
+return {}

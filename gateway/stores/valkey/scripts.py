@@ -1,7 +1,7 @@
 """The Lua scripts (`*.lua` in this package), which the server runs atomically.
 
-Each file describes its keys, arguments and result. `common.lua` is prepended to every script; it has the
-layout of the stored values.
+Each file describes its keys, arguments and result. `common.lua` is prepended to every script, and describes
+the layout of the stored data.
 """
 
 from __future__ import annotations
@@ -29,11 +29,7 @@ def _load(file: str, *, name: str) -> Script:
 # The names are values of the metrics' label `operation`; some are older than the files' names.
 ACQUIRE = _load("acquire.lua", name="take_off")
 COMMIT = _load("commit.lua", name="land")
-FAIL = _load("fail.lua", name="fail")
+FINISH = _load("finish.lua", name="fail")
 RENEW = _load("renew.lua", name="renew")
-TOKEN = _load("token.lua", name="token")
-PUBLISH = _load("publish.lua", name="tell")
-DISCARD = _load("discard.lua", name="discard")
+PERMITS = _load("permits.lua", name="token")
 PROBE = _load("probe.lua", name="probe")
-
-SCRIPTS = (ACQUIRE, COMMIT, FAIL, RENEW, TOKEN, PUBLISH, DISCARD, PROBE)

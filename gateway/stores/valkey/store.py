@@ -1,16 +1,16 @@
-"""The shared store of several replicas: each keeps a local cache, and a server synchronises them.
+"""The shared store of several replicas: each has a local cache, and a server has the shared data.
 
-    hit     -> the copy in the local cache: no operation
-    acquire -> one operation: returns a fresh snapshot, a failure, the lease, or the rest of another's lease
-    commit  -> one operation: stores and publishes the snapshot, ends the lease
-    taken   -> another replica has the lease: wait for its message or the lease's expiry, then acquire again
+    hit     -> read the local cache; no operation on the server
+    acquire -> one operation: returns a fresh snapshot, a failure, the lease, or "held" with the time left
+    held    -> another replica has the lease: wait for its message or the end of the lease, then acquire again
+    commit  -> one operation: stores and announces the snapshot, ends the lease
 
-Messages reach every replica; replicas with the task in their cache, or with a waiting request, apply them
-(`subscription.py`, `invalidation.py`, `local_cache.py`). So progress never goes back between replicas.
-Without a connection, this guarantee is suspended: each replica works like a MemoryStore until the
-connection is up again. Its cache may then be behind, and is revalidated with the server before it is used.
+Every stored snapshot is announced with a small message. A replica with an older snapshot of the task loads
+the new one at once if the task is read or watched there, otherwise when it is next needed. An unchanged body
+is not loaded again.
 
-Times are stored in the server's clock, and converted so that snapshots look older, never fresher.
+A replica that may have missed messages does not use its cache until it has read them, or has asked the server
+about the task. While the server is not available, each replica uses its local cache only.
 """
 
 from __future__ import annotations
@@ -19,92 +19,91 @@ import asyncio
 import math
 import time
 import uuid
-from collections.abc import Callable, Collection
-from contextlib import AsyncExitStack, suppress
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Self
 
-from gateway.domain.errors import GatewayError, RateLimiterExhausted, UpstreamTimeout
+import structlog
+
+from gateway.domain.entity_tag import EntityTags
+from gateway.domain.errors import GatewayError, UpstreamTimeout
+from gateway.domain.permits import Permits
 from gateway.domain.snapshot import Snapshot
-from gateway.domain.task import TaskKey
+from gateway.domain.task import Status, TaskKey
 from gateway.settings.model import Store as StoreSettings
-from gateway.stores.base import Lease
+from gateway.stores.base import ANY, CacheEntry, Lease, Wanted
 from gateway.stores.memory import MemoryStore
-from gateway.stores.valkey.clock_sync import MICROSECONDS, ServerClock
+from gateway.stores.valkey.announcements import Announcement, Throttled, Waiters, parse
 from gateway.stores.valkey.codec import (
+    MICROSECONDS,
     InvalidStoredValue,
+    StoredSnapshot,
     decode_failure,
+    decode_snapshot,
     encode_failure,
-    encode_snapshot,
-    failure_seconds,
-    lifetime_of,
 )
-from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable, ended, moment, shaped, slot_of
-from gateway.stores.valkey.invalidation import InvalidationMessages
-from gateway.stores.valkey.leases import LEASE_SECONDS, Leases
-from gateway.stores.valkey.local_cache import LocalCache
-from gateway.stores.valkey.scripts import ACQUIRE, COMMIT, DISCARD, FAIL, PUBLISH, TOKEN, Script
-from gateway.stores.valkey.subscription import NEWS_SECONDS
+from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
+from gateway.stores.valkey.leases import Leases
+from gateway.stores.valkey.operations import LEASE_SECONDS, Reply, StoreOperations
+from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
-_LONGEST_RETRY_SECONDS = 3600.0
-_LEASE_MARGIN_SECONDS = 0.01  # the server counts in milliseconds, and its reply takes time
+_MARGIN_SECONDS = 0.01  # wait so much longer than the lease, so that it has expired on the server
+_MAX_ATTEMPTS = 5  # of one operation, if other replicas change the task or a stored value is invalid
+_MAX_UNSYNCED = 10_000  # tasks to store when the server is available again; the others are not stored
+
+log = structlog.get_logger(__name__)
 
 
-class _AcquireReply(NamedTuple):
-    """The reply of `acquire.lua`."""
+class ValkeyStore(MemoryStore):
+    """A memory store that shares its snapshots, failures and permits with other replicas.
 
-    kind: bytes
-    number: int
-    newer: bytes
-    failure: bytes
-
-
-class ValkeyStore:
-    """Shares the entries of `memory` with other replicas.
-
-    `stale_seconds`: how long a snapshot may be served after its lifetime while it is refreshed.
-    `stale_if_error_seconds`: the same, instead of an error.
+    `lifetimes`: how long snapshots are fresh here, in seconds, by status; results are under None.
+    `error_seconds`: how long failures are cached here. `identity` names the endpoint and account. The limits
+    are those of `MemoryStore`.
     """
 
     def __init__(
         self,
         settings: StoreSettings,
         *,
-        memory: MemoryStore,
+        tags: EntityTags,
+        lifetimes: Mapping[Status | None, float],
+        error_seconds: float,
+        identity: Callable[[], str],
         redactor: Redactor,
         metrics: Metrics,
-        stale_seconds: float,
-        stale_if_error_seconds: float,
         clock: Callable[[], float] = time.monotonic,
+        **limits: Any,
     ) -> None:
-        self._memory = memory
-        self._local_cache = LocalCache(memory, clock=clock)
-        self._visibility = [
-            int(seconds * MICROSECONDS)
-            for seconds in (NEWS_SECONDS, stale_seconds, max(stale_seconds, stale_if_error_seconds))
-        ]
-        self._clock = clock
-        self._messages = InvalidationMessages(
-            self._local_cache,
-            memory=memory,
-            metrics=metrics,
-            server=self._server,
-            on_throttled=self._on_throttled,
-            clock=clock,
-        )
+        super().__init__(clock=clock, **limits)
+        self._tags = tags
+        self._lifetimes = lifetimes
+        self._error_seconds = error_seconds
+        self._metrics = metrics
+        self._log_sampler = LogSampler(clock=clock)
         self._connection = StoreConnection(
             settings,
+            identity=identity,
             redactor=redactor,
             metrics=metrics,
-            on_message=self._messages.receive,
-            on_gap=self._on_gap,
-            on_down=self._messages.wake_all,
-            clock=clock,
+            on_message=self._receive,
+            on_change=self._on_connection_change,
+            on_usable=self._store_unsynced,
+            on_current=self._set_current,
         )
-        self._leases = Leases(self._run)
+        self._operations = StoreOperations(self._connection)
+        self._leases = Leases(self._operations)
+        self._current_until = math.inf  # on the monotonic clock: no message is unread until then
+        self._replica = uuid.uuid4().hex
+        self._waiters = Waiters()
+        self._unsynced: set[TaskKey] = set()
+        self._committing: set[tuple[TaskKey, int]] = set()
         self._throttled: list[Callable[[float | None], None]] = []
-        self._tasks = AsyncExitStack()
+        self._wanted: list[Callable[[TaskKey], bool]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     @property
     def trouble(self) -> str | None:
@@ -113,260 +112,332 @@ class ValkeyStore:
 
     async def __aenter__(self) -> Self:
         """Start to connect in the background."""
-        self._tasks.callback(self._local_cache.close)
-        for work in (self._connection.follow(), self._leases.follow()):
-            self._tasks.push_async_callback(ended, asyncio.create_task(work))
+        self._start(self._connection.keep_open())
+        self._start(self._leases.run())
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Close every connection."""
-        await self._tasks.aclose()
+        tasks = tuple(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
-    def peek(self, key: TaskKey) -> Snapshot | None:
+    def peek(self, key: TaskKey) -> CacheEntry | None:
         """See `Store.peek`."""
-        if time.monotonic() < self._connection.sure_until:
-            return self._local_cache.peek(key)
-        return None if self._connection.up else self._local_cache.peek_stale(key)
+        entry = self.entry(key)
+        return entry if entry is not None and self.is_current(entry) else None
 
-    def is_current(self, snapshot: Snapshot, now: float) -> bool:
+    def is_current(self, entry: CacheEntry) -> bool:
         """See `Store.is_current`."""
-        return now < snapshot.current_until and (
-            time.monotonic() < self._connection.sure_until or not self._connection.up
-        )
+        return entry.current and time.monotonic() < self._current_until
 
-    def peek_stale(self, key: TaskKey) -> Snapshot | None:
-        """See `Store.peek_stale`."""
-        return self._local_cache.peek_stale(key)
+    async def sync(self) -> bool:
+        """See `Store.sync`."""
+        return await self._connection.catch_up()
 
-    def latest(self, key: TaskKey) -> Snapshot | None:
-        """See `Store.latest`."""
-        return self._local_cache.latest(key)
-
-    def failure(self, key: TaskKey) -> GatewayError | None:
-        """See `Store.failure`."""
-        return self._memory.failure(key)
-
-    def on_change(self, listener: Callable[[Snapshot], None]) -> None:
+    def on_change(
+        self, listener: Callable[[Snapshot], None], *, wanted: Callable[[TaskKey], bool] = lambda _: False
+    ) -> None:
         """See `Store.on_change`."""
-        self._memory.on_change(listener)
+        super().on_change(listener)
+        self._wanted.append(wanted)
 
     def on_throttled(self, listener: Callable[[float | None], None]) -> None:
         """See `Store.on_throttled`."""
         self._throttled.append(listener)
 
-    def __len__(self) -> int:
-        """See `Store.__len__`."""
-        return len(self._memory)
-
-    def size(self) -> int:
-        """See `Store.size`."""
-        return self._memory.size()
-
-    async def sync(self) -> bool:
-        """See `Store.sync`."""
-        return await self._connection.sync()
-
     async def acquire(
-        self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
+        self, key: TaskKey, wanted: Wanted = ANY, *, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
         """See `Store.acquire`."""
         deadline = self._clock() + timeout_seconds
+        attempts = 0
         while True:
-            await self._local_cache.activated(key)
             # Registered before the operation: a message between the operation and its reply must not be
             # missed.
-            with self._messages.awaited(key) as message:
-                known = self._known(key, after)
-                if known is not None:
-                    return known
+            with self._waiters.message_about(key) as message:
+                token = uuid.uuid4().hex
                 try:
-                    outcome = await self._ask(key, after)
-                except StoreUnavailable:
-                    return self._local_lease(key)
+                    outcome = await self._ask(key, wanted, token)
+                except (StoreUnavailable, asyncio.CancelledError) as exc:
+                    if self._connection.up:  # the server may have granted the lease
+                        self._leases.release(Lease(key, 0, token))
+                    if isinstance(exc, asyncio.CancelledError):
+                        raise
+                    return self._local_result(key, wanted)
+                except InvalidStoredValue as exc:
+                    await self._discard(key, exc)
+                    outcome, attempts = 0.0, attempts + 1
                 if not isinstance(outcome, float):
                     return outcome
                 left = deadline - self._clock()
                 if left <= 0:
                     return UpstreamTimeout("another replica's query did not end in time")
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(min(outcome, left)):
-                        await message
+                if attempts == _MAX_ATTEMPTS:
+                    return self._local_result(key, wanted)
+                if outcome:
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(min(outcome, left)):
+                            await message
 
-    async def commit(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
+    async def commit(self, lease: Lease, build: Callable[[Snapshot | None], Snapshot]) -> Snapshot | None:
         """See `Store.commit`."""
+        previous = self.peek_any(lease.key)
+        snapshot = build(previous)
+        for _ in range(_MAX_ATTEMPTS):
+            try:
+                reply = await self._commit(lease.token, snapshot, follows=previous)
+                if reply.kind == b"stored":
+                    break
+                self._apply(lease.key, reply)
+            except StoreUnavailable:
+                if lease.token and self._connection.up:
+                    self._leases.release(lease)
+                if len(self._unsynced) < _MAX_UNSYNCED:
+                    self._unsynced.add(lease.key)
+                break
+            except InvalidStoredValue as exc:
+                await self._discard(lease.key, exc)
+                continue
+            previous = self.peek_any(lease.key)
+            if reply.kind == b"refused":
+                self._leases.drop(lease)
+                return previous if previous is not None and previous.fresh(self._clock()) else None
+            snapshot = build(previous)
+        else:
+            self._leases.release(lease)
         self._leases.drop(lease)
-        key = lease.key
-        args = [
-            lease.token,
-            lease.version,
-            max(self._connection.clock(key).servers(snapshot.fetched_at), 0),
-            lifetime_of(snapshot),
-            int(snapshot.terminal),
-            encode_snapshot(snapshot),
-            max(int(self._memory.keep_seconds(snapshot) * 1000), 1),
-            *self._visibility,
-        ]
-        try:
-            accepted, other = shaped(await self._run(COMMIT, key, args, publish=True), int, bytes)
-            if accepted == 1:
-                self._local_cache.apply(snapshot, shown_at=self._messages.shown_at(key, moment(other)))
-            elif other:
-                self._messages.apply(key, other)
-        except (StoreUnavailable, InvalidStoredValue) as exc:
-            if isinstance(exc, InvalidStoredValue):
-                await self._discard(key, exc)
-            elif lease.token:
-                self._leases.release(lease)
-            accepted = 1
-            self._local_cache.apply(snapshot, shown_at=-math.inf)
-        await self._local_cache.activated(key)
-        kept = self._local_cache.peek_stale(key)
-        if accepted == 1:
-            return kept or snapshot
-        return kept if kept is not None and kept.fresh(self._clock()) else None
+        return self.keep(snapshot)
 
     async def fail(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
         """See `Store.fail`."""
-        self._memory.keep_failure(lease.key, error, seconds=seconds)
-        milliseconds = int(seconds * 1000)
-        encoded = encode_failure(lease.key, error) if milliseconds else b""
-        await self._end(lease, milliseconds, encoded)
+        self.keep_failure(lease.key, error, seconds=seconds)
+        await self._end(lease, encode_failure(lease.key, error), seconds)
 
     async def abandon(self, lease: Lease) -> None:
         """See `Store.abandon`."""
-        await self._end(lease, 0, b"")
+        await self._end(lease)
 
-    async def token(self, per_second: float, *, saved: float, timeout_seconds: float) -> float:
-        """See `Store.token`."""
-        interval = MICROSECONDS / per_second
-        args = [
-            math.ceil(interval),
-            int((saved - 1) * interval),
-            int(max(timeout_seconds, 0) * MICROSECONDS),
-        ]
-        try:
-            taken, wait = shaped(await self._connection.run_for_all(TOKEN, "budget", args), int, int)
-        except StoreUnavailable:
-            return 0.0
-        seconds: float = wait / MICROSECONDS
-        if not taken:
-            retry_after = min(max(seconds, 0.0), _LONGEST_RETRY_SECONDS)
-            raise RateLimiterExhausted(
-                "the budget of upstream calls is spent for now", retry_after=retry_after
+    def release(self, lease: Lease) -> None:
+        """See `Store.release`."""
+        if self._leases.drop(lease):
+            self._leases.release(lease)
+
+    async def take_permits(
+        self, per_second: float, *, burst: float, renewals: int, first_queries: int
+    ) -> Permits | None:
+        """See `Store.take_permits`."""
+        with suppress(StoreUnavailable):
+            return await self._operations.take_permits(
+                self._replica, per_second, burst=burst, renewals=renewals, first_queries=first_queries
             )
-        # The script gives none that is to be waited for any longer.
-        return min(max(seconds, 0.0), max(timeout_seconds, 0.0))
+        return None
 
     async def announce_throttling(self, retry_after: float | None) -> None:
         """See `Store.announce_throttling`."""
-        seconds = "" if retry_after is None else math.ceil(retry_after)
         with suppress(StoreUnavailable):
-            channel = self._connection.channel(0)
-            await self._connection.run_for_all(
-                PUBLISH, "told", [self._connection.publish, channel, f"T{seconds}"]
+            await self._operations.announce_throttling(
+                None if retry_after is None else math.ceil(retry_after)
             )
 
-    async def _end(self, lease: Lease, milliseconds: int, encoded: bytes) -> None:
-        self._leases.drop(lease)
-        if lease.token:
-            try:
-                await self._run(FAIL, lease.key, [lease.token, milliseconds, encoded], publish=True)
-            except StoreUnavailable:
-                self._leases.release(lease)
+    async def _ask(self, key: TaskKey, wanted: Wanted, token: str) -> Snapshot | GatewayError | Lease | float:
+        """Run `acquire.lua`. If the result is a number, acquire again after so many seconds or a message.
 
-    def _known(self, key: TaskKey, after: int | None) -> Snapshot | GatewayError | None:
-        """Return a result from the local cache that makes an upstream query unnecessary."""
-        cached = self.peek(key)
-        if cached is not None and cached.fresh(self._clock()) and (after is None or cached.version > after):
-            return cached
-        return self._memory.failure(key)
-
-    def _local_lease(self, key: TaskKey) -> Lease:
-        """Return a lease without a server: each replica queries for itself."""
-        latest = self._local_cache.latest(key)
-        now = self._connection.clock(key).servers(self._clock())
-        return Lease(key, max(now, 0 if latest is None else latest.version + 1))
-
-    async def _ask(self, key: TaskKey, after: int | None) -> Snapshot | GatewayError | Lease | float:
-        """Run `acquire.lua`. A number: another replica has the lease, try again after so many seconds.
-
-        Raises: StoreUnavailable.
+        Raises: StoreUnavailable, InvalidStoredValue.
         """
-        latest = self._local_cache.latest(key)
-        token = uuid.uuid4().hex
-        args = [
-            0 if latest is None else latest.version,
-            self._min_version(key, latest, after),
+        local = self._local_result(key, wanted)
+        if not isinstance(local, Lease):
+            return local
+        entry = self.entry(key)
+        known = 0 if entry is None else entry.snapshot.version
+        least = wanted.newer_than + 1
+        if entry is not None:
+            # If this replica's snapshot is stale by its own clock, only a newer one is a result.
+            stale = not entry.snapshot.fresh(self._clock())
+            least = max(least, entry.superseded_by, known + 1 if stale else known)
+        next_version = max(local.version, least)
+        reply = await self._operations.acquire(
+            key,
             token,
-            int(LEASE_SECONDS * 1000),
-        ]
-        try:
-            answer = _AcquireReply(*shaped(await self._run(ACQUIRE, key, args), bytes, int, bytes, bytes))
-        except StoreUnavailable as down:
-            if down.asked:
-                self._leases.release(Lease(key, 0, token))
-            raise
-        try:
-            if answer.newer:
-                self._messages.apply(key, answer.newer)
-            failure = decode_failure(answer.failure, key) if answer.failure else None
-            seconds = failure_seconds(answer.number) if answer.kind == b"failure" else 0.0
-        except InvalidStoredValue as exc:
-            await self._discard(key, exc)
-            return (
-                self._local_lease(key)
-                if answer.kind != b"lease"
-                else self._leases.hold(key, answer.number, token)
-            )
-        match answer.kind:
-            case b"fresh":
-                self._local_cache.revalidate(key)
-                await self._local_cache.activated(key)
-                cached = self._local_cache.peek_stale(key)
-                if cached is not None and (cached.terminal or cached.fresh(self._clock())):
-                    return cached
-                return 0.0  # it became stale in transit: acquire a newer one
-            case b"failure" if failure is not None:
-                self._memory.keep_failure(key, failure, seconds=seconds)
+            known=known,
+            least=least,
+            seen_revision=wanted.seen_revision,
+            next_version=next_version,
+            error_seconds=self._error_seconds,
+        )
+        snapshot = self._apply(key, reply)
+        match reply.kind:
+            case b"fresh" if snapshot is not None:
+                if snapshot.fresh(self._clock()) or snapshot.terminal:
+                    return snapshot
+                # It is stale here: its lifetime is shorter on this replica, or has ended on the way.
+                return await self._ask(key, wanted._replace(newer_than=reply.stored.version), token)
+            case b"failure":
+                failure = decode_failure(reply.failure, key)
+                seconds = min(reply.number / MICROSECONDS, self._error_seconds)
+                self.keep_failure(key, failure, seconds=seconds)
                 return failure
-            case b"taken":
-                return min(max(answer.number / 1000, 0.0), LEASE_SECONDS) + _LEASE_MARGIN_SECONDS
-            case b"lease" if answer.number > 0:
-                self._local_cache.revalidate(key)
-                return self._leases.hold(key, answer.number, token)
+            case b"held":
+                return min(reply.number / MICROSECONDS, LEASE_SECONDS) + _MARGIN_SECONDS
+            case b"lease" if reply.number > 0:
+                return self._leases.hold(Lease(key, reply.number, token))
         raise StoreUnavailable("invalid reply of a script")
 
-    def _min_version(self, key: TaskKey, latest: Snapshot | None, after: int | None) -> int:
-        """Return the smallest version of a fresh stored snapshot that is a result."""
-        least = 0 if after is None else after + 1
-        if latest is None:
-            return least
-        # The latest known snapshot is either invalidated, and only has to be confirmed, or stale by the local
-        # clock, whatever the server's clock says.
-        confirm = self._local_cache.invalidated(key) or latest.fresh(self._clock())
-        return max(least, latest.version if confirm else latest.version + 1)
+    async def _commit(self, token: str, snapshot: Snapshot, *, follows: Snapshot | None) -> Reply:
+        committing = snapshot.key, snapshot.version  # its own message may arrive before the reply
+        self._committing.add(committing)
+        try:
+            return await self._operations.commit(
+                token,
+                snapshot,
+                follows=0 if follows is None else follows.version,
+                age=self._clock() - snapshot.fetched_at,
+                keep_seconds=self.keep_seconds(snapshot),
+            )
+        finally:
+            self._committing.discard(committing)
 
-    async def _run(
-        self, script: Script, key: TaskKey, args: list[Any], *, publish: bool = False
-    ) -> list[Any]:
-        """Run a script; with `publish`, pass the arguments that it publishes with."""
-        if publish:
-            subject = f"{key.operation}/{key.task_id}\n"
-            args = [*args, self._connection.publish, self._connection.channel(slot_of(key)), subject]
-        return await self._connection.run(script, key, args)
+    async def _end(self, lease: Lease, failure: bytes = b"", seconds: float = 0.0) -> None:
+        if self._leases.drop(lease):
+            try:
+                await self._operations.finish(lease, failure, seconds)
+            except StoreUnavailable:
+                if self._connection.up:
+                    self._leases.release(lease)
+
+    def _local_result(self, key: TaskKey, wanted: Wanted) -> Snapshot | GatewayError | Lease:
+        """Return a result from the local cache, or else a lease that the server does not know."""
+        entry = self.peek(key)
+        cached = None if entry is None else entry.snapshot
+        if cached is not None and cached.fresh(self._clock()) and wanted.is_met_by(cached):
+            return cached
+        version = self.next_version(self.peek_any(key), wanted)
+        superseded = self.entry(key)
+        announced = 0 if superseded is None else superseded.superseded_by
+        return self.failure(key) or Lease(key, max(version, announced))
+
+    def _apply(self, key: TaskKey, reply: Reply) -> Snapshot | None:
+        """Store the snapshot of a reply in the local cache, unless it has a newer one; return the newer.
+
+        Raises: InvalidStoredValue.
+        """
+        entry, stored = self.entry(key), reply.stored
+        if entry is not None and not _replaces(stored, entry.snapshot):
+            # The server has no newer snapshot. The entry is current unless a newer one was announced and
+            # lost.
+            entry.current = entry.superseded_by <= entry.snapshot.version
+            return entry.snapshot
+        if not reply.value:
+            return None if entry is None else entry.snapshot
+        # The age was computed on the server. Meanwhile up to a whole round trip has passed.
+        fetched_at = stored.fetched_at(self._clock()) - self._connection.delay
+        snapshot = decode_snapshot(
+            reply.value, key, stored, fetched_at=fetched_at, lifetimes=self._lifetimes, tags=self._tags
+        )
+        return self.keep(snapshot, fetched_here=False)
 
     async def _discard(self, key: TaskKey, reason: InvalidStoredValue) -> None:
-        """Remove an invalid value, so that a valid one can be stored."""
-        self._messages.record_invalid(reason)
+        """Delete everything stored about a task, because a value is invalid."""
+        self._metrics.store_errors.labels("read").inc()
+        if (suppressed := self._log_sampler.take("read")) is not None:
+            log.warning("invalid_stored_value", reason=str(reason), suppressed=suppressed)
         with suppress(StoreUnavailable):
-            await self._run(DISCARD, key, [])
+            await self._operations.discard(key)
 
-    def _server(self, key: TaskKey) -> ServerClock:
-        return self._connection.clock(key)
+    def _receive(self, message: bytes) -> None:
+        """Apply a message that a replica, possibly this one, has published."""
+        match parse(message):
+            case Throttled(retry_after):
+                for listener in self._throttled:
+                    listener(retry_after)
+            case Announcement(kind=b"Q", key=key):
+                if not key.operation.is_result and self.entry(key) is not None:
+                    self._start(self._restore(key))
+            case Announcement(_, key, stored, revision):
+                if stored is not None and (key, stored.version) not in self._committing:
+                    self._follow(key, stored, revision)
+                self._waiters.wake(key)
 
-    def _on_gap(self, slots: Collection[int]) -> None:
-        self._local_cache.invalidate(lambda key: slot_of(key) in slots)
+    def _follow(self, key: TaskKey, stored: StoredSnapshot, revision: int) -> None:
+        """Apply the message that a snapshot is stored: renew, load or invalidate the entry."""
+        entry = self.entry(key)
+        is_wanted = any(wanted(key) for wanted in self._wanted)
+        if entry is None:
+            if is_wanted and key not in self._waiters:
+                self._start(self._load(key))
+            return
+        snapshot = entry.snapshot
+        if not _replaces(stored, snapshot):
+            return
+        entry.superseded_by = max(entry.superseded_by, stored.version)
+        if revision == snapshot.revision and bool(stored.terminal) is snapshot.terminal:
+            lifetime = min(self._lifetimes[snapshot.status], stored.lifetime / MICROSECONDS)
+            fetched_at = stored.fetched_at(self._clock()) - self._connection.delay
+            renewed = replace(snapshot, fetched_at=fetched_at, lifetime=lifetime, version=stored.version)
+            self.keep(renewed, fetched_here=False)
+            return
+        # If this process was paused, the message may be old: then the present snapshot is not served
+        # meanwhile.
+        entry.current = entry.current and time.monotonic() < self._current_until
+        if key in self._waiters:
+            return  # a request that waits for the lease will load it
+        if entry.reads or is_wanted:
+            self._start(self._load(key))
+        else:
+            entry.current = False
 
-    def _on_throttled(self, retry_after: float | None) -> None:
-        for listener in self._throttled:
-            listener(retry_after)
+    async def _load(self, key: TaskKey) -> None:
+        """Load a newer snapshot into the local cache. The present one, if any, is served until then."""
+        entry = self.entry(key)
+        try:
+            known = 0 if entry is None else entry.snapshot.version
+            reply = await self._operations.acquire(
+                key, "", known=known, least=0, seen_revision=0, next_version=0, error_seconds=0.0
+            )
+            self._apply(key, reply)
+        except (InvalidStoredValue, StoreUnavailable) as exc:
+            if entry is not None and self._connection.up:
+                entry.current = False
+            if isinstance(exc, InvalidStoredValue):
+                await self._discard(key, exc)
+
+    async def _restore(self, key: TaskKey) -> None:
+        """Store a snapshot that the server does not have, so that the task's next snapshot follows it."""
+        snapshot = self.peek_any(key)
+        if snapshot is None:
+            return
+        try:
+            self._apply(key, await self._commit("restore", snapshot, follows=snapshot))
+        except StoreUnavailable:
+            self._unsynced.add(key)
+        except InvalidStoredValue as exc:
+            await self._discard(key, exc)
+
+    def _on_connection_change(self) -> None:
+        up = self._connection.up
+        for entry in self.entries():
+            # After a reconnect, messages may have been missed. Without a connection, there are none to miss.
+            entry.current = not up
+            if not up:
+                entry.superseded_by = 0
+        self._waiters.wake_all()
+
+    def _set_current(self, until: float) -> None:
+        self._current_until = until
+
+    def _store_unsynced(self) -> None:
+        while self._unsynced:
+            self._start(self._restore(self._unsynced.pop()))
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _replaces(stored: StoredSnapshot, snapshot: Snapshot) -> bool:
+    """Tell whether a stored snapshot replaces one in memory: it is newer, or only it is terminal."""
+    if bool(stored.terminal) is not snapshot.terminal:
+        return bool(stored.terminal)
+    return stored.version > snapshot.version

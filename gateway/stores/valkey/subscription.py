@@ -1,10 +1,10 @@
-"""Subscriptions to the servers' channels, and the read barrier up to which they are complete.
+"""The subscription to the replicas' channel; it also tells whether messages may be unread.
 
-    subscribe -> PING; with its PONG, everything published before has been read -> `sure_until`
-    a slot has moved -> subscribe at its new server; messages in between are missed: `on_gap`
-
-A server sends in order. So a PONG proves, without a query for each task, that all messages published before
-the PING have arrived. Messages published later are not visible for `NEWS_SECONDS`.
+If the process was paused, or its event loop was busy, messages may wait in the socket. The next reader of the
+cache then calls `catch_up`, which waits for a few iterations of the event loop, in which they are read. It
+needs no reply of the server. While the cache is in use, a timer ticks; if it ticks on time, there was no
+pause, and `catch_up` is not necessary. The timer does not run in an idle replica. A PING every second detects
+a connection that is dead but not closed.
 """
 
 from __future__ import annotations
@@ -12,179 +12,153 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable
 from contextlib import AsyncExitStack
+from itertools import count
 from typing import Any, Self
 
 from redis.asyncio.client import PubSub
-from redis.exceptions import ResponseError
 
-from gateway.stores.valkey.backends import SLOTS, Address, RedisBackends
+from gateway.stores.valkey.servers import StoreServers, reason_of
 
-# Maximum time for a message to reach every replica. Each change of a task becomes visible after this delay.
-# A replica whose event loop, server or network stalls for longer queries the server before it serves a
-# snapshot.
-NEWS_SECONDS = 0.05
-_SURE_SECONDS = 0.9 * NEWS_SECONDS  # the rest is a margin for clock uncertainty
-_PING_SECONDS = 0.02
-_PINGS_LATE = 3  # the connection is dead after this many timeouts without a PONG
-_MOVE_SECONDS = 2.0  # timeout to find a slot that has moved
-_RETRY_SECONDS = 0.02
-
-
-class _Subscription:
-    """A subscribed connection."""
-
-    def __init__(self, pubsub: PubSub) -> None:
-        self.pubsub = pubsub
-        self.pinged_at = -math.inf
-        self.sure_until = -math.inf
-        self.pong = asyncio.Event()
+PAUSE_SECONDS = 0.05  # after a longer pause, messages are read before the cache is used
+_TICK_SECONDS = 0.02
+_TICKS = 50  # the timer stops after so many ticks, until the next reader of the cache starts it again
+# So many iterations of the event loop without a message show that none is unread: one iteration reads the
+# socket, one parses the message, and two are a reserve.
+_QUIET_ITERATIONS = 4
+_CATCH_UP_SECONDS = 1.0  # then messages arrive as fast as they are read, and no pause is left
+_PING_SECONDS = 1.0
+_LONGEST_TRIP_SECONDS = 1.0  # maximum of `delay`
 
 
-class Subscriptions:
-    """Reads published messages. Opened with `async with`, it runs until `lost` is done.
+class Subscription:
+    """Reads messages while it is open (`async with`).
 
-    `on_message` receives the messages, `on_sure` the read barrier (monotonic clock), and `on_gap` the slots
-    whose messages may have been missed.
+    `on_message` receives the messages. `on_current` receives a moment of the monotonic clock: until then,
+    every message that reached this process more than `PAUSE_SECONDS` ago has been read.
+
+    Attributes:
+        delay: Estimated time between sending and arrival of a message, in seconds: the last round trip.
+        lost: Done when the connection has failed; its result is the reason.
     """
 
     def __init__(
         self,
-        servers: RedisBackends,
+        servers: StoreServers,
         *,
         timeout_seconds: float,
         on_message: Callable[[bytes], None],
-        on_sure: Callable[[float], None],
-        on_gap: Callable[[Collection[int]], None],
+        on_current: Callable[[float], None],
     ) -> None:
+        self.delay = 0.0
+        self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._servers = servers
         self._timeout_seconds = timeout_seconds
         self._on_message = on_message
-        self._on_sure = on_sure
-        self._on_gap = on_gap
-        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._subscriptions: dict[Address, _Subscription] = {}
-        self._slots = {servers.channel(slot).encode(): slot for slot in range(SLOTS)}
-        self._missing = set(range(SLOTS))  # slots without a subscription
-        self._gap: set[int] = set()  # slots whose messages may have been missed
-        self._found = asyncio.Event()  # set while no slot is missing
-        self._moved = asyncio.Event()
+        self._on_current = on_current
+        self._current_until = -math.inf
+        self._ticks = 0
+        self._tick: asyncio.TimerHandle | None = None
+        self._messages = 0
+        self._catching_up: asyncio.Future[None] | None = None
+        self._ping_numbers = count()
+        self._pongs: dict[bytes, asyncio.Future[None]] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        """Subscribe to the channels of all slots. Raises: servers.ERRORS."""
+        """Subscribe, and wait for the confirmation. Raises: servers.ERRORS."""
         try:
-            await self._subscribe_missing()
+            pubsub = await self._servers.subscribe(self._stack)
+            await pubsub.get_message(timeout=None)  # the confirmation
         except BaseException:
-            await self.__aexit__()
+            await self._stack.aclose()
             raise
-        self._start(self._follow())
+        for work in (self._read(pubsub), self._keep_pinging(pubsub)):
+            task = asyncio.create_task(work)
+            task.add_done_callback(self._ended)
+            self._tasks.append(task)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Close every connection."""
+        """Close the connection."""
+        if self._tick is not None:
+            self._tick.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if not self.lost.cancel() and not self.lost.cancelled():
-            self.lost.exception()  # mark the exception as retrieved, or asyncio logs it
+        self.lost.cancel()
         await self._stack.aclose()
 
-    async def _follow(self) -> None:
-        while True:
-            await self._moved.wait()
-            async with asyncio.timeout(_MOVE_SECONDS):
-                await self._subscribe_missing()
-            gap, self._gap = self._gap, set()
-            self._on_gap(gap)
-            self._update_barrier()
+    async def catch_up(self) -> bool:
+        """Read all messages that have reached this process; return whether that was necessary."""
+        if time.monotonic() < self._current_until:
+            return False
+        if self._catching_up is not None:  # all callers wait for the same messages
+            await asyncio.wait({self._catching_up})
+            return True
+        done = self._catching_up = asyncio.get_running_loop().create_future()
+        try:
+            quiet, until = 0, time.monotonic() + _CATCH_UP_SECONDS
+            while quiet < _QUIET_ITERATIONS and time.monotonic() < until:
+                messages = self._messages
+                await asyncio.sleep(0)
+                quiet = quiet + 1 if self._messages == messages else 0
+        finally:
+            self._catching_up = None
+            done.set_result(None)
+        self._extend()
+        self._ticks = _TICKS
+        if self._tick is None and not self.lost.done():
+            self._start_timer()
+        return True
 
-    async def _subscribe_missing(self) -> None:
-        """Subscribe to the missing channels at the current servers of their slots."""
-        while self._missing:
-            self._moved.clear()
-            for address, slots in self._servers.owners(self._missing).items():
-                subscription = self._subscriptions.get(address)
-                if subscription is None:
-                    subscription = self._subscriptions[address] = _Subscription(
-                        await self._servers.subscription(address, self._stack)
-                    )
-                    await self._servers.subscribe(subscription.pubsub, slots)
-                    self._start(self._read(subscription))
-                    self._start(self._ping(subscription))
-                else:
-                    await self._servers.subscribe(subscription.pubsub, slots)
-            events = [asyncio.create_task(event.wait()) for event in (self._found, self._moved)]
-            try:
-                waiting: set[asyncio.Future[Any]] = {*events, self.lost}
-                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for event in events:
-                    event.cancel()
-            if self.lost.done():
-                self.lost.result()
-            if self._missing:
-                # The nodes learn of a moved slot one after the other: retry until all agree.
-                await asyncio.sleep(_RETRY_SECONDS)
-                await self._servers.refresh_topology()
-        self._moved.clear()
-
-    async def _read(self, subscription: _Subscription) -> None:
+    async def _read(self, pubsub: PubSub) -> None:
         while True:
-            try:
-                message = await subscription.pubsub.get_message(timeout=None)
-            except ResponseError:  # the server does not own the slot
-                self._moved.set()
+            message = await pubsub.get_message(timeout=None)
+            if message is None:
                 continue
-            match message["type"]:
-                case "message" | "smessage":
-                    self._on_message(message["data"])
-                case "pong":
-                    subscription.sure_until = subscription.pinged_at + _SURE_SECONDS
-                    subscription.pong.set()
-                    self._update_barrier()
-                case "subscribe" | "ssubscribe":
-                    self._missing.discard(self._slots[message["channel"]])
-                    if not self._missing:
-                        self._found.set()
-                case "sunsubscribe":
-                    slot = self._slots[message["channel"]]
-                    self._missing.add(slot)
-                    self._gap.add(slot)
-                    self._found.clear()
-                    self._moved.set()
-                    self._update_barrier()
+            self._messages += 1
+            if message["type"] == "message":
+                self._on_message(message["data"])
+            elif message["type"] == "pong":
+                pong = self._pongs.get(message["data"])
+                if pong is not None and not pong.done():
+                    pong.set_result(None)
 
-    async def _ping(self, subscription: _Subscription) -> None:
-        connection: Any = subscription.pubsub.connection  # redis-py types it as None
+    async def _keep_pinging(self, pubsub: PubSub) -> None:
+        connection: Any = pubsub.connection  # redis-py types it as None
         while True:
-            subscription.pong.clear()
-            subscription.pinged_at = time.monotonic()
+            sent, pong = time.monotonic(), asyncio.get_running_loop().create_future()
+            name = b"%d" % next(self._ping_numbers)
+            self._pongs[name] = pong
             try:
-                # Fifty times a second: PubSub.ping, which also reconnects and retries, costs a third more.
-                await connection.send_command("PING", check_health=False)
+                async with asyncio.timeout(self._timeout_seconds + PAUSE_SECONDS):
+                    await connection.send_command("PING", name, check_health=False)
+                    await pong
             except RuntimeError as exc:  # raised by uvloop for a closed transport
-                raise ConnectionError("the subscription's connection is closed") from exc
+                raise ConnectionError("the connection is closed") from exc
+            finally:
+                del self._pongs[name]
+            self.delay = min(time.monotonic() - sent, _LONGEST_TRIP_SECONDS)
             await asyncio.sleep(_PING_SECONDS)
-            if not subscription.pong.is_set():
-                async with asyncio.timeout(_PINGS_LATE * self._timeout_seconds):
-                    await subscription.pong.wait()
 
-    def _update_barrier(self) -> None:
-        complete = not self._missing and not self._gap
-        self._on_sure(
-            min(subscription.sure_until for subscription in self._subscriptions.values())
-            if complete
-            else -math.inf
-        )
+    def _start_timer(self) -> None:
+        self._tick = asyncio.get_running_loop().call_later(_TICK_SECONDS, self._on_tick)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        task.add_done_callback(self._ended)
-        self._tasks.append(task)
+    def _on_tick(self) -> None:
+        """Extend the time until which no message is unread, unless the process was paused."""
+        self._tick = None
+        if self._ticks and time.monotonic() < self._current_until:
+            self._ticks -= 1
+            self._extend()
+            self._start_timer()
+
+    def _extend(self) -> None:
+        self._current_until = time.monotonic() + PAUSE_SECONDS
+        self._on_current(self._current_until)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and not self.lost.done() and (exc := task.exception()) is not None:
-            self.lost.set_exception(exc)
+            self.lost.set_result(reason_of(exc))

@@ -1,0 +1,23 @@
+"""Permits for upstream calls, from the rate limiter that replicas share."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Permits(NamedTuple):
+    """The reply to a request for permits.
+
+    Attributes:
+        renewals: Permits granted for renewals, which are queries of tasks with an older snapshot.
+        first_queries: Permits granted for first queries, which are all others.
+        next_seconds: Seconds until the next permit may be available.
+        renewals_elsewhere: Renewals that are queued on other replicas.
+        first_queries_elsewhere: First queries that are queued on other replicas.
+    """
+
+    renewals: int
+    first_queries: int
+    next_seconds: float
+    renewals_elsewhere: int
+    first_queries_elsewhere: int

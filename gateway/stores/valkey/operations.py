@@ -1,0 +1,122 @@
+"""The operations of the shared store: each method runs one script and checks its reply."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from gateway.domain.permits import Permits
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import TaskKey
+from gateway.stores.base import Lease
+from gateway.stores.valkey.codec import MICROSECONDS, StoredSnapshot, encode_snapshot, lifetime_of
+from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
+from gateway.stores.valkey.scripts import ACQUIRE, COMMIT, FINISH, PERMITS, RENEW, Script
+
+# If the holder of a lease dies, the lease expires after this time. A holder renews it while its query runs.
+LEASE_SECONDS = 3.0
+_LEASE = int(LEASE_SECONDS * MICROSECONDS)
+
+
+class Reply(NamedTuple):
+    """The reply of `acquire.lua` or `commit.lua`; these files describe its parts."""
+
+    kind: bytes
+    stored: StoredSnapshot
+    value: bytes
+    number: int = 0
+    failure: bytes = b""
+
+
+class StoreOperations:
+    """Runs the scripts through a connection. Every method may raise StoreUnavailable."""
+
+    def __init__(self, connection: StoreConnection) -> None:
+        self._connection = connection
+
+    async def acquire(
+        self,
+        key: TaskKey,
+        token: str,
+        *,
+        known: int,
+        least: int,
+        seen_revision: int,
+        next_version: int,
+        error_seconds: float,
+    ) -> Reply:
+        """Run `acquire.lua`; `known`: the latest version known here. Raises: InvalidStoredValue."""
+        channel, error_time = self._connection.channel, int(error_seconds * MICROSECONDS)
+        kind, number, *facts, value, failure = await self._run(
+            ACQUIRE,
+            key,
+            [known, least, seen_revision, token, channel, _subject(key), next_version, _LEASE, error_time],
+            [bytes, int, int, int, int, int, bytes, bytes],
+        )
+        return Reply(kind, StoredSnapshot.checked(*facts), value, number, failure)
+
+    async def commit(
+        self, token: str, snapshot: Snapshot, *, follows: int, age: float, keep_seconds: float
+    ) -> Reply:
+        """Run `commit.lua`; `follows`: the version of the previous snapshot. Raises: InvalidStoredValue."""
+        kind, *facts, value = await self._run(
+            COMMIT,
+            snapshot.key,
+            [
+                token,
+                snapshot.version,
+                follows,
+                snapshot.revision,
+                max(int(age * MICROSECONDS), 0),
+                lifetime_of(snapshot),
+                int(snapshot.terminal),
+                encode_snapshot(snapshot),
+                max(int(keep_seconds * 1000), 1),
+                self._connection.channel,
+                _subject(snapshot.key),
+                _LEASE,
+            ],
+            [bytes, int, int, int, int, bytes],
+        )
+        return Reply(kind, StoredSnapshot.checked(*facts), value)
+
+    async def finish(self, lease: Lease, failure: bytes = b"", seconds: float = 0.0) -> None:
+        """Run `finish.lua`."""
+        channel, duration = self._connection.channel, int(seconds * MICROSECONDS)
+        args = [lease.token, failure if duration else b"", duration, channel, _subject(lease.key)]
+        await self._run(FINISH, lease.key, args, [])
+
+    async def renew(self, lease: Lease) -> None:
+        """Run `renew.lua`."""
+        await self._run(RENEW, lease.key, [lease.token, _LEASE], [])
+
+    async def take_permits(
+        self, replica: str, per_second: float, *, burst: float, renewals: int, first_queries: int
+    ) -> Permits:
+        """Run `permits.lua`."""
+        args = [per_second, burst, replica, renewals, first_queries]
+        reply = _checked(await self._connection.run(PERMITS, "permits", args), [int] * len(Permits._fields))
+        granted, granted_first, pause, *elsewhere = (max(number, 0) for number in reply)
+        seconds = min(pause / MICROSECONDS, 1 / per_second)
+        return Permits(min(granted, renewals), min(granted_first, first_queries), seconds, *elsewhere)
+
+    async def discard(self, key: TaskKey) -> None:
+        """Delete everything about a task."""
+        await self._connection.delete(_subject(key))
+
+    async def announce_throttling(self, seconds: int | None) -> None:
+        """Publish that the upstream throttles."""
+        await self._connection.publish(f"T{'' if seconds is None else seconds}")
+
+    async def _run(self, script: Script, key: TaskKey, args: list[Any], shape: list[type]) -> list[Any]:
+        return _checked(await self._connection.run(script, _subject(key), args), shape)
+
+
+def _subject(key: TaskKey) -> str:
+    """Return the name of a task in keys and messages."""
+    return f"{key.operation}/{key.task_id}"
+
+
+def _checked(reply: list[Any], shape: list[type]) -> list[Any]:
+    if [type(part) for part in reply] != shape:
+        raise StoreUnavailable("invalid reply of a script")
+    return reply

@@ -1,0 +1,113 @@
+"""Permits that this replica takes from the rate limiter that all replicas share (`Store.take_permits`).
+
+    queries are queued -> request permits from the store -> some are granted -> serve the queue
+                                 ^--------------- pause <---------------------------'
+
+The replica requests permits only for queries that are queued, and sends one request at a time. It takes no
+permit in advance. So renewals of one replica can be served before first queries of another. While the store
+is not available, the replica uses its own rate limiter only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from gateway.domain.permits import Permits
+
+_PAUSE_SECONDS = (0.002, 0.1)  # shortest and longest time between two requests
+_ALONE_SECONDS = 0.5  # how long the replica uses no shared permits after a request that failed
+_RECENT_SECONDS = 1.0  # how long the reported numbers of queries on other replicas are used
+
+
+class TakePermits(Protocol):
+    """Takes permits from the shared rate limiter; see `Store.take_permits`."""
+
+    async def __call__(
+        self, per_second: float, *, burst: float, renewals: int, first_queries: int
+    ) -> Permits | None:
+        """Return the permits; None if there is no shared rate limiter now."""
+
+
+class _Queued(NamedTuple):
+    renewals: int = 0
+    first_queries: int = 0
+
+
+class SharedPermits:
+    """The unused permits of this replica. `on_grant` is called after each request for more."""
+
+    def __init__(
+        self, take: TakePermits, *, per_second: float, burst: float, on_grant: Callable[[], None]
+    ) -> None:
+        self._take = take
+        self._per_second = per_second
+        self._burst = burst
+        self._on_grant = on_grant
+        self._renewals = 0
+        self._first_queries = 0
+        self._returned = 0  # permits that a query has returned: for a query of either kind
+        self._queued = _Queued()
+        self._elsewhere = _Queued()
+        self._elsewhere_until = 0.0
+        self._alone_until = 0.0
+        self._asking: asyncio.Task[None] | None = None
+
+    def queued_elsewhere(self, *, renewal: bool) -> int:
+        """Return how many queries of other replicas are served before a query of this replica."""
+        if time.monotonic() >= self._elsewhere_until:
+            return 0
+        return self._elsewhere.renewals + (0 if renewal else self._elsewhere.first_queries)
+
+    def available(self, *, renewal: bool) -> bool:
+        """Tell whether there is an unused permit for a query, or no shared rate limiter at present."""
+        in_hand = self._renewals if renewal else self._first_queries
+        return bool(in_hand or self._returned) or time.monotonic() < self._alone_until
+
+    def take(self, *, renewal: bool) -> bool:
+        """Use a permit for a query; return False if none is available."""
+        if not self.available(renewal=renewal):
+            return False
+        if renewal and self._renewals:
+            self._renewals -= 1
+        elif not renewal and self._first_queries:
+            self._first_queries -= 1
+        elif self._returned:
+            self._returned -= 1
+        return True
+
+    def put_back(self) -> None:
+        """Take back a permit that a query has not used."""
+        self._returned = min(self._returned + 1, math.ceil(self._burst))
+
+    def request(self, *, renewals: int, first_queries: int) -> None:
+        """Record how many queries are queued, and request permits until all of them have one."""
+        self._queued = _Queued(max(renewals - self._renewals, 0), max(first_queries - self._first_queries, 0))
+        if any(self._queued) and self._asking is None:
+            self._asking = asyncio.get_running_loop().create_task(self._ask())
+
+    async def _ask(self) -> None:
+        try:
+            while any(self._queued):
+                renewals, first_queries = self._queued
+                grant = await self._take(
+                    self._per_second, burst=self._burst, renewals=renewals, first_queries=first_queries
+                )
+                pause = _ALONE_SECONDS
+                if grant is None:
+                    self._alone_until = time.monotonic() + _ALONE_SECONDS
+                else:
+                    self._alone_until = 0.0
+                    self._renewals += grant.renewals
+                    self._first_queries += grant.first_queries
+                    self._elsewhere = _Queued(grant.renewals_elsewhere, grant.first_queries_elsewhere)
+                    self._elsewhere_until = time.monotonic() + _RECENT_SECONDS
+                    pause = min(max(grant.next_seconds, _PAUSE_SECONDS[0]), _PAUSE_SECONDS[1])
+                self._on_grant()
+                if any(self._queued):
+                    await asyncio.sleep(pause)
+        finally:
+            self._asking = None
