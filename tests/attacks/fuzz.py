@@ -215,6 +215,8 @@ def _comparable(answer: Answer) -> tuple[int, tuple[tuple[str, str], ...], bytes
             headers.append((name, "MADE"))
         elif name == "cache-control":
             headers.append((name, _SECONDS.sub("N", value)))
+        elif name == "etag":  # the two gateways have fetched the task at different times
+            headers.append((name, value.partition(".")[0]))
         else:
             headers.append((name, value))
     return answer.status, tuple(sorted(headers)), body, answer.framing

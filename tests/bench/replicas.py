@@ -38,7 +38,7 @@ _LIFE = {"waitingSeconds": 0, "runningSeconds": 3600, "jumpBack": False, "steps"
 _SHARING_SECONDS = 20.0
 # Long timeout: on a loaded machine a replica would otherwise continue without the store.
 _PATIENT = {"STORE__TIMEOUT_SECONDS": "1"}
-_OK = 200
+_OK, _NOT_MODIFIED = 200, 304
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
@@ -206,8 +206,8 @@ def _in_turn(bench: Bench) -> Comparison:
         baseline="three",
         notes=[
             f"{_TASKS} tasks, lifetime {_LIFETIME} s, then stale for {_STALE:g} s. Upstream latency:",
-            f"{_LATENCY_SECONDS} s. Went back: older than the previous response, or with less",
-            "progress. Age: time since upstream created the response, including transfer.",
+            f"{_LATENCY_SECONDS} s. Clients return their last tag. Went back: older than the previous",
+            "response, or with less progress. Age: time since upstream created the response, with transfer.",
         ],
     )
 
@@ -226,18 +226,22 @@ async def _polled(replicas: list[Server], upstream: int, seconds: float) -> Figu
 
     async def ask(number: int) -> None:
         task, done = tasks[number % _TASKS]
-        last = _Shown(0.0, 0.0, 0.0)
+        last, tag = _Shown(0.0, 0.0, 0.0), ""
         async with AsyncExitStack() as stack:
             connections = [await stack.enter_async_context(Connection(one.port)) for one in replicas]
             for connection in itertools.cycle(connections):
                 if time.monotonic() > ends:
                     return
-                reply = await connection.get(f"/v1/progress/{task}")
-                if reply.status != _OK:
+                reply = await connection.get(f"/v1/progress/{task}", tag)
+                if reply.status not in {_OK, _NOT_MODIFIED}:
                     raise RuntimeError(f"{reply.status} {reply.body!r}")
-                told = json.loads(reply.body)
-                made = done - told["etaSeconds"]
-                now = _Shown(made, told["progress"], time.time() - made)
+                etag = reply.head.partition(b"etag: ")[2].partition(b"\r\n")[0].decode()
+                tag = f"If-None-Match: {etag}\r\n"
+                made, progress = last.made, last.progress
+                if reply.status == _OK:
+                    told = json.loads(reply.body)
+                    made, progress = done - told["etaSeconds"], told["progress"]
+                now = _Shown(made, progress, time.time() - made)
                 shown.append(now)
                 if now.made < last.made or now.progress < last.progress:
                     back.append((last, now))

@@ -339,7 +339,7 @@ class BrokenOnce:
             while part := onward.recv(65536):
                 connection.sendall(part)
                 data += part
-                if not self.last_id and (event := re.search(rb"\nid: (\w+)\ndata: .*\n\n", data)):
+                if not self.last_id and (event := re.search(rb"\nid: ([\w.]+)\ndata: .*\n\n", data)):
                     self.received.wait(PATIENCE_SECONDS)
                     self.last_id = event[1].decode()
                     reset(connection)

@@ -31,11 +31,12 @@ from gateway.app import create_app
 from gateway.domain.errors import UpstreamTimeout
 from gateway.progress.results import CacheResult, CacheStatus
 from gateway.server.connection_limits import connection_limits
-from gateway.server.protocol import http_protocol
+from gateway.server.protocol_class import http_protocol
 from gateway.settings.model import Cache, Settings
 from gateway.telemetry.redaction import Redactor
 from tests.support.harness import PATIENCE_SECONDS, RawUpstream, Simulator, serving, well
 from tests.support.hitting import KEY, Bench
+from tests.support.seen import TAGS
 
 OF_A_HIT = tuple(
     str(Path(package.__file__).parent)
@@ -131,6 +132,24 @@ async def test_hits_are_of_the_latest_snapshot(bench: Bench) -> None:
     assert (bench.ask() or b"").endswith(b"new")
     assert b" 200 " in (bench.ask(headers=[(b"if-none-match", b'"one"')]) or b"")
     assert b" 304 " in (bench.ask(headers=[(b"if-none-match", b'"two"')]) or b"")
+
+
+async def test_hits_are_not_older_than_the_client_has_received(bench: Bench) -> None:
+    """A client whose tag names a newer version is left to the application, which queries the task."""
+    bench.keep(etag=TAGS.issue(KEY, b"{}", 5), version=6)
+
+    def ask(body: bytes, revision: int) -> bytes | None:
+        tag = TAGS.issue(KEY, body, revision).encode()
+        return bench.ask(headers=[(b"if-none-match", tag)])
+
+    for _ in range(3):
+        assert b" 200 " in (ask(b"other", 4) or b"")
+        assert b" 200 " in (ask(b"other", 6) or b"")
+        assert ask(b"other", 7) is None
+        assert b" 304 " in (ask(b"{}", 4) or b"")
+        assert b" 304 " in (ask(b"{}", 7) or b""), "it is the same body"
+    forged = TAGS.issue(KEY, b"other", 4).replace(".4.", ".7.").encode()
+    assert b" 200 " in (bench.ask(headers=[(b"if-none-match", forged)]) or b"")
 
 
 async def test_hits_follow_the_headers_of_the_server(bench: Bench) -> None:

@@ -13,7 +13,7 @@ from uvicorn.server import ServerState
 
 from gateway.server.connection_limits import ConnectionLimits
 from gateway.server.fast_path import FastPathConnection
-from gateway.server.protocol import http_protocol
+from gateway.server.protocol_class import http_protocol
 from tests.support.hitting import Bench
 
 KEEP_ALIVE_SECONDS = 75

@@ -1,19 +1,19 @@
 """A store with forged values: no client receives forged content."""
 
+import hashlib
 import json
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gateway.domain.task import Operation, TaskKey
-from gateway.stores.valkey.codec import _digest
-from gateway.stores.valkey.connection import slot_of
 from tests.support.harness import PATIENCE_SECONDS, Gateway, RawUpstream, framed, fresh_id, until
 from tests.support.seen import answered
 from tests.support.storeserver import StoreServer, binary
+from tests.support.valkey import server_time
 
 Launch = Callable[..., Gateway]
 EVIL = b"evil"
@@ -27,6 +27,9 @@ HEADERS = {
     "far-progress": {"progress": 1e300},
     "lifetime": {"lifetime": float("inf")},
     "long-lifetime": {"lifetime": 10**15},
+    "revision": {"revision": '1"\r\nevil: 1'},
+    "late-revision": {"revision": 2**53},
+    "no-revision": {"revision": 0},
 }
 STATUS = '"status": "running"'
 ENVELOPES: dict[str, Callable[[str], str]] = {
@@ -57,20 +60,15 @@ def upstream() -> Iterator[RawUpstream]:
         yield upstream
 
 
-def slot(task_id: str) -> int:
-    """Return a task's slot."""
-    return slot_of(TaskKey(Operation.SD_GET_PROGRESS, task_id))
-
-
-def hostile(kind: str, task_id: str) -> bytes:
-    """Return a forged value of this kind for a task, fresh."""
-    now = time.time_ns() // 1000
+def hostile(kind: str, task_id: str, version: int, now: int) -> dict[str, Any]:
+    """Return the fields of a forged task of this kind, fetched now."""
     body = answered(TaskKey(Operation.SD_GET_PROGRESS, task_id)).decode()
     header = {
         "operation": "sd_get_progress",
         "task": task_id,
         "progress": 0.5,
-        "version": now,
+        "version": version,
+        "revision": version,
         "lifetime": 60_000_000,
     }
     if kind in HEADERS:
@@ -78,7 +76,14 @@ def hostile(kind: str, task_id: str) -> bytes:
     else:
         body = ENVELOPES[kind](body)
     content = json.dumps(header).encode() + b"\n" + body.encode()
-    return b"sdg3 %d %d 60000000 %d 0\n%b %b" % (now, now, now, _digest(content), content)
+    digest = hashlib.blake2b(content, digest_size=12).hexdigest().encode()
+    return {
+        "version": version,
+        "fetched": now,
+        "lifetime": 60_000_000,
+        "terminal": 0,
+        "value": digest + b" " + content,
+    }
 
 
 @pytest.mark.parametrize("edge", ["edge", "asgi"])
@@ -95,14 +100,18 @@ def test_hostile_value_reaches_no_caller(
     until(lambda: gateway.metric("store_up") == 1, "the store is shared")
     known = fresh_id()
     assert gateway.get(known).json()["taskId"] == known
-    [name] = server.client.keys(f"*:{known}:s")
-    channel = name.decode().partition(":sd_get_progress:")[0]
-    # A task of the same slot has its ID at the same place.
-    unknown = next(filter(lambda task: slot(task) == slot(known), iter(fresh_id, "")))
-    # Stored for the first task before it is requested; published for the other, which is in the cache.
-    server.client.set(name.decode().replace(known, unknown), hostile(kind, unknown))
-    subject = f"Ssd_get_progress/{known}\n".encode()
-    server.client.publish(channel, subject + hostile(kind, known))
+    gateway.get(known)  # a task that is read loads what is announced
+    [name] = server.client.keys(f"*:sd_get_progress/{known}")
+    channel = name.rpartition(b":")[0].decode()
+    unknown = fresh_id()
+    # Stored for one task before it is requested; announced for the other, which is in the cache.
+    version = int(server.client.hget(name, "version")) + 10**6
+    now = server_time(server)
+    for task_id in (known, unknown):
+        place = name.decode().replace(known, task_id)
+        server.client.hset(place, mapping=hostile(kind, task_id, version, now))
+    announced = f"Ssd_get_progress/{known}\n{version} {version} 0 60000000 0"
+    server.client.publish(channel, announced)
     for task_id in (known, unknown):
         ask = f"GET /v1/progress/{task_id} HTTP/1.1\r\nHost: x\r\n\r\n".encode()
         last = ask.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")

@@ -29,7 +29,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.app import create_app
 from gateway.server.connection_limits import connection_limits
-from gateway.server.protocol import http_protocol
+from gateway.server.protocol_class import http_protocol
 from gateway.server.run import forwarders
 from gateway.settings.model import Settings
 from gateway.simulator import Life, create_simulator, new_task_id

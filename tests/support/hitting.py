@@ -16,6 +16,7 @@ from gateway.stores.memory import MemoryStore
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
+from tests.support.seen import TAGS
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "abc")
 TARGET = b"/v1/progress/abc"
@@ -42,10 +43,12 @@ class Bench:
             store=self.store,
             upstream=cast("UpstreamClient", Silence()),
             metrics=metrics,
+            tags=TAGS,
             timeout_seconds=10.0,
             clock=self.clock,
         )
         options: dict[str, Any] = {
+            "tags": TAGS,
             "operations": list(Operation),
             "root_path": "",
             "hosts": TrustedHosts(["*"]),
@@ -59,10 +62,14 @@ class Bench:
     def clock(self) -> float:
         return self.now
 
-    def keep(self, *, lifetime: float = 600.0, etag: str = '"one"', body: bytes = b"{}") -> Snapshot:
-        """Store a snapshot that has just arrived."""
-        self.store.keep(Snapshot(KEY, self.now, lifetime, b"", Status.RUNNING, 0.5, None, body, etag))
-        return self.store.snapshots()[0]
+    def keep(
+        self, *, lifetime: float = 600.0, etag: str = '"one"', body: bytes = b"{}", version: int = 0
+    ) -> Snapshot:
+        """Store a snapshot that has just arrived; return it."""
+        snapshot = Snapshot(
+            KEY, self.now, lifetime, b"", Status.RUNNING, 0.5, None, body, etag, version=version
+        )
+        return self.store.keep(snapshot)
 
     def ask(
         self,

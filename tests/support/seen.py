@@ -4,9 +4,12 @@ import json
 import time
 from typing import Any
 
+from gateway.domain.entity_tag import EntityTags
 from gateway.domain.envelope import read_envelope
 from gateway.domain.snapshot import Snapshot, build_snapshot
 from gateway.domain.task import Status, TaskKey
+
+TAGS = EntityTags(lambda: "secret key")
 
 
 def answered(key: TaskKey, status: str = "running", **data: Any) -> bytes:
@@ -22,9 +25,11 @@ def seen(
     at: float | None = None,
     lifetime: float = 2.0,
     version: int = 1,
+    previous: Snapshot | None = None,
+    tags: EntityTags = TAGS,
     **data: Any,
 ) -> Snapshot:
-    """Return the snapshot of a response with this data, fetched at `at` or now."""
+    """Return the snapshot of a response with this data, fetched at `at` or now, after `previous`."""
     envelope = answered(key, status, **data)
     return build_snapshot(
         read_envelope(envelope, key, redact=str).data,
@@ -32,7 +37,8 @@ def seen(
         key,
         fetched_at=time.monotonic() if at is None else at,
         lifetimes=dict.fromkeys([None, *Status], lifetime),
-        previous=None,
+        previous=previous,
+        tags=tags,
         version=version,
     )
 

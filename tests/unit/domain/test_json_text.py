@@ -18,6 +18,7 @@ from gateway.domain.errors import UpstreamError, UpstreamInvalid
 from gateway.domain.json_text import ABSENT, plain_text, read_object, value
 from gateway.domain.snapshot import build_snapshot
 from gateway.domain.task import Operation, TaskKey
+from tests.support.seen import TAGS
 from tests.unit.domain.test_snapshot import LIFETIMES
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
@@ -102,7 +103,7 @@ def test_hostile_response_needs_few_calls(kind: str, member: str) -> None:
     def work() -> None:
         with suppress(UpstreamInvalid):  # for example, too many lone surrogates
             data = read_envelope(body, KEY, redact=str).data
-            build_snapshot(data, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=None)
+            build_snapshot(data, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=None, tags=TAGS)
 
     work()  # warm up: create cached objects
     assert calls_of(work) < 300

@@ -1,18 +1,22 @@
 """Task IDs, envelopes, statuses and snapshots."""
 
+import itertools
 import json
-import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from gateway.domain import snapshot as snapshot_module
+from gateway.domain.entity_tag import same_body
 from gateway.domain.envelope import read_envelope
 from gateway.domain.errors import InvalidTaskId, UpstreamInvalid, UpstreamRejected
 from gateway.domain.snapshot import Snapshot, build_snapshot, render_json, strict_json, vendor_status
 from gateway.domain.task import Operation, Status, TaskKey, check_task_id
 from gateway.telemetry.redaction import MASK, Redactor
+from tests.support.seen import TAGS
 
 TASK = "01j5t2qx82323pswaqykz9eq4"
 KEY = TaskKey(Operation.SD_GET_PROGRESS, TASK)
@@ -117,7 +121,7 @@ def seen(
     data = {"taskId": key.task_id} | data
     body = envelope(data)
     return build_snapshot(
-        data, body, key, fetched_at=at, lifetimes=LIFETIMES, previous=previous, version=version
+        data, body, key, fetched_at=at, lifetimes=LIFETIMES, previous=previous, tags=TAGS, version=version
     )
 
 
@@ -130,6 +134,7 @@ def of(body: bytes, previous: Snapshot | None = None) -> Snapshot:
         fetched_at=0.0,
         lifetimes=LIFETIMES,
         previous=previous,
+        tags=TAGS,
     )
 
 
@@ -608,11 +613,9 @@ def test_observe_keeps_the_progress_of_a_failed_task() -> None:
 def test_observe_keeps_a_terminal_status(first: str, later: str) -> None:
     """The first terminal status is final. The same status again takes over the newer response."""
     ended = seen(status=first, progress=0.4, message="first", at=1.0)
-    ended.read_count, ended.current_until = 2, -math.inf
     snapshot = seen(ended, status=later, progress=0.7, message="later", at=2.0)
     assert snapshot.status is ended.status
     assert (snapshot.fetched_at, snapshot.lifetime) == (2.0, ended.lifetime)
-    assert (snapshot.read_count, snapshot.current_until) == (0, math.inf)
     if vendor_status({"status": later}) is ended.status:
         assert shown(snapshot)["message"] == "later"
         assert json.loads(snapshot.envelope)["data"]["message"] == "later"
@@ -622,7 +625,7 @@ def test_observe_keeps_a_terminal_status(first: str, later: str) -> None:
 
 
 def test_observe_gives_equal_bodies_equal_etags() -> None:
-    """The ETag is strong: it changes with the body and with nothing else."""
+    """The ETag is strong: for the snapshots of a task in sequence it changes with the body alone."""
     one = seen(status="running", progress=0.5, at=1.0)
     again = seen(one, status="running", progress=0.3, at=2.0)  # the high-water mark hides the decrease
     other = seen(status="running", progress=0.51)
@@ -632,6 +635,49 @@ def test_observe_gives_equal_bodies_equal_etags() -> None:
     assert one.etag[0] == one.etag[-1] == '"'
     assert not one.etag.startswith("W/")
     assert all(0x21 <= ord(character) <= 0x7E and character != '"' for character in one.etag[1:-1])
+
+
+def test_observe_keeps_the_revision_of_an_unchanged_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The revision is the time when the body first arrived, at least the version; the ETag names it."""
+    monkeypatch.setattr(snapshot_module, "version_now", itertools.count(13).__next__)
+    first = seen(status="running", progress=0.5, version=3)
+    unchanged = seen(first, status="running", progress=0.3, version=4)
+    changed = seen(unchanged, status="running", progress=0.6, version=5)
+    again = seen(status="running", progress=0.5, version=6)  # without the snapshot that it follows
+    assert [one.revision for one in (first, unchanged, changed, again)] == [13, 13, 15, 16]
+    assert [TAGS.revision(one.etag, KEY) for one in (first, unchanged, changed, again)] == [13, 13, 15, 16]
+    assert unchanged.etag == first.etag
+    assert again.etag != first.etag
+    assert same_body(again.etag, first.etag)
+    ended = seen(changed, status="failed", version=7)
+    assert seen(ended, status="running", version=8).revision == ended.revision == 17
+    assert seen(key=RESULT, version=9).revision == 9
+    assert seen(status="running", version=99).revision == 99, "the clock was set back"
+
+
+@pytest.mark.parametrize(
+    ("version", "revision", "sufficient"),
+    [
+        (5, 9, {0, 5, 9}),  # a query that was sent later would have at least version 9
+        (9, 9, {0, 5, 6, 7, 9}),
+        (12, 6, {0, 5, 6, 7, 9, 12}),  # the body is older, and still right
+    ],
+)
+def test_snapshot_is_at_least_a_revision(version: int, revision: int, sufficient: set[int]) -> None:
+    """A snapshot is not older than a body that had arrived when its query was sent, or that it has."""
+    snapshot = replace(seen(status="running"), version=version, revision=revision)
+    revisions = (0, 5, 6, 7, 9, 12, 13)
+    assert {each for each in revisions if snapshot.is_at_least(each)} == sufficient
+    ended = replace(seen(status="failed"), version=version, revision=revision)
+    assert all(map(ended.is_at_least, revisions)), "the end of a task is final"
+
+
+@given(st.integers(0, 99), st.integers(0, 99))
+def test_snapshot_is_at_least_each_revision_up_to_its_version(version: int, revision: int) -> None:
+    """A snapshot that was fetched after a revision is sufficient; of the later ones, only its own."""
+    snapshot = replace(seen(status="running"), version=version, revision=revision)
+    sufficient = {each for each in range(101) if snapshot.is_at_least(each)}
+    assert sufficient == {*range(version + 1), revision}
 
 
 def test_observe_keeps_a_result_unchanged() -> None:
@@ -668,7 +714,7 @@ def test_observe_rejects_a_state_that_nests_too_deep() -> None:
     body = b"{}"
     data = {"taskId": TASK, "status": "running", "state": deep}
     with pytest.raises(UpstreamInvalid, match=r"^the upstream's answer nests too deep$"):
-        build_snapshot(data, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=None)
+        build_snapshot(data, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=None, tags=TAGS)
     while deep:  # released iteratively: the interpreter would recurse
         deep = deep.pop("state")
 
@@ -718,7 +764,9 @@ def test_any_data_is_invalid_or_gives_a_valid_body(
     except UpstreamInvalid:
         assert data.get("taskId") != TASK
         return
-    snapshot = build_snapshot(kept, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=previous)
+    snapshot = build_snapshot(
+        kept, body, KEY, fetched_at=0.0, lifetimes=LIFETIMES, previous=previous, tags=TAGS
+    )
     answer = shown(snapshot)
     assert list(answer) == MEMBERS
     assert 0.0 <= answer["progress"] <= 1.0

@@ -34,12 +34,13 @@ from gateway.domain.task import Operation, Status, TaskKey
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
-from gateway.stores.base import Lease
+from gateway.stores.base import ANY, CacheEntry, Lease, Wanted
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.demand import Demand
 from gateway.upstream.signed_request import ParsedResponse
+from tests.support.seen import TAGS
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "01j5t2qx82323pswaqykz9eq4")
 OTHER = TaskKey(Operation.SD_GET_PROGRESS, "another")
@@ -114,12 +115,14 @@ class Call:
         renewal: bool,
         timeout_seconds: float,
         on_queued: Callable[[float], None],
+        on_retry: Callable[[], None],
         demand: Demand,
     ) -> None:
         self.key = key
         self.renewal = renewal
         self.timeout_seconds = timeout_seconds
         self.on_queued = on_queued
+        self.on_retry = on_retry
         self.demand = demand
         self.outcome: asyncio.Future[ParsedResponse] = asyncio.get_running_loop().create_future()
 
@@ -152,12 +155,20 @@ class FakeUpstream:
         renewal: bool,
         timeout_seconds: float,
         on_queued: Callable[[float], None],
+        on_retry: Callable[[], None],
         demand: Demand,
     ) -> ParsedResponse:
         """Wait until the test responds; until then the query is queued, or on the wire."""
         self.keys.append(key)
-        demand.committed = not self.queues
-        call = Call(key, renewal=renewal, timeout_seconds=timeout_seconds, on_queued=on_queued, demand=demand)
+        demand.must_finish = not self.queues
+        call = Call(
+            key,
+            renewal=renewal,
+            timeout_seconds=timeout_seconds,
+            on_queued=on_queued,
+            on_retry=on_retry,
+            demand=demand,
+        )
         self._calls.put_nowait(call)
         return await call.outcome
 
@@ -187,14 +198,12 @@ class Bench:
             store=self.store,
             upstream=cast("UpstreamClient", self.upstream),
             metrics=self.metrics,
+            tags=TAGS,
             timeout_seconds=10.0,
             clock=self.clock,
         )
         self._stored: asyncio.Queue[Snapshot] = asyncio.Queue()
         self.store.on_change(self._stored.put_nowait)
-        # Private: no caller sees a request that starts without one, or a demand that is kept.
-        self.in_flight = self.service._in_flight
-        self.demands = self.in_flight._demands
 
     def begin(self, key: TaskKey = KEY) -> asyncio.Task[CacheResult]:
         """Start a query, and return its task."""
@@ -299,17 +308,18 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
 
 
 async def test_still_current_for_as_long_as_a_lookup_succeeds(bench: Bench) -> None:
-    """A snapshot is current while it keeps the freshness promise, and each check counts as a lookup."""
+    """An entry is current while it keeps the freshness promise, and each check counts as a lookup."""
     snapshot = (await bench.learn()).snapshot
+    entry = cast("CacheEntry", bench.store.peek(KEY))
     promised = CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
     ages = [0.5, CACHE.running_seconds - 0.25, CACHE.running_seconds, promised - 0.25]
-    assert all(bench.service.still_current(snapshot, snapshot.fetched_at + age) for age in ages)
+    assert all(bench.service.count_if_current(entry, snapshot.fetched_at + age) for age in ages)
     counted = {"miss": 1, "hit": 2, "stale": 2}
     assert bench.lookups() == counted
     assert bench.ages() == (5, sum(ages), 0)
-    assert not bench.service.still_current(snapshot, snapshot.fetched_at + promised)
+    assert not bench.service.count_if_current(entry, snapshot.fetched_at + promised)
     bench.store.keep(replace(snapshot, version=snapshot.version + 1))
-    assert not any(bench.service.still_current(snapshot, snapshot.fetched_at + age) for age in ages)
+    assert not any(bench.service.count_if_current(entry, snapshot.fetched_at + age) for age in ages)
     assert bench.lookups() == counted
 
 
@@ -438,7 +448,7 @@ async def test_get_waits_for_a_request_that_is_not_queued(bench: Bench) -> None:
         result = await asked
         assert (result.cache_status, result.replaced_stale, result.failure) == (CacheStatus.MISS, True, None)
         long_ago(bench)
-        assert not bench.demands
+        assert not bench.service._in_flight._demands
 
 
 async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -> None:
@@ -480,7 +490,7 @@ async def test_get_joins_a_request_that_has_just_ended(bench: Bench) -> None:
         assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert isinstance(result.failure, Overloaded)
     assert bench.upstream.count == 2
-    assert not bench.demands
+    assert not bench.service._in_flight._demands
 
 
 # Callers that leave
@@ -510,19 +520,19 @@ async def test_get_drops_a_queued_query_when_its_last_caller_leaves(bench: Bench
     assert bench.upstream.count == 2
     fourth = bench.begin()
     await asyncio.sleep(0)
-    assert len(bench.demands) == 1
+    assert len(bench.service._in_flight._demands) == 1
     await left(third)
     await left(fourth)
 
 
 async def test_get_cleans_up_a_request_dropped_before_it_began(bench: Bench) -> None:
     """A caller may leave in the same iteration of the event loop in which it came."""
-    waiting = bench.in_flight.start(KEY)
+    waiting = bench.service._in_flight.start(KEY)
     bench.service.join(KEY, b"1")
     bench.service.leave(KEY, b"1")
     await asyncio.wait([waiting])
     assert waiting.cancelled()
-    assert (KEY in bench.in_flight, bench.demands) == (False, {})
+    assert (KEY in bench.service._in_flight, bench.service._in_flight._demands) == (False, {})
     assert bench.upstream.count == 0
     await bench.learn()
 
@@ -536,7 +546,7 @@ async def test_get_completes_and_stores_a_query_on_the_wire(bench: Bench) -> Non
     result = await bench.get()
     assert (result.cache_status, bench.upstream.count) == (CacheStatus.COLLAPSED, 1)
     assert (await bench.get()).cache_status is CacheStatus.HIT
-    assert not bench.demands
+    assert not bench.service._in_flight._demands
 
 
 @pytest.mark.parametrize("how", ["stale", "queued", "hot"])
@@ -555,10 +565,8 @@ async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
         call.on_queued(7.0)
         assert (await asked).cache_status is CacheStatus.STALE
     else:
-        known = cast("Snapshot", bench.store.peek(KEY))
-        bench.service._refresh(
-            known.key, known.version
-        )  # private: refresh-ahead needs the event loop's clock
+        known = cast("Snapshot", bench.store.peek_any(KEY))
+        bench.service._refresh(known.key, known.version)
         call = await bench.upstream.call()
         long_ago(bench)
     joined = asyncio.create_task(bench.service.get_fresh(KEY))
@@ -566,7 +574,7 @@ async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
     await left(joined)
     assert not call.outcome.done()
     call.answer(progress=0.9)
-    await bench.renewed(after=cast("Snapshot", bench.store.peek_stale(KEY)))
+    await bench.renewed(after=cast("Snapshot", bench.store.peek_any(KEY)))
 
 
 async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) -> None:
@@ -582,7 +590,7 @@ async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) 
     bench.service.leave(KEY, b"2")
     await asyncio.wait([ticking])
     assert call.outcome.cancelled()
-    assert not bench.demands
+    assert not bench.service._in_flight._demands
 
 
 async def test_get_passes_the_clients_of_a_query(bench: Bench) -> None:
@@ -811,7 +819,7 @@ async def test_get_starts_no_refresh_while_a_failure_is_cached(bench: Bench) -> 
         result = await bench.get(KEY)
         assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert isinstance(result.failure, UpstreamTimeout)
-        assert KEY not in bench.in_flight
+        assert KEY not in bench.service._in_flight
     await bench.learn(key=OTHER)  # a refresh would have made its query by now
     assert bench.upstream.keys == [KEY, KEY, OTHER]
 
@@ -918,18 +926,20 @@ class LeaseBook(MemoryStore):
     def __init__(self) -> None:
         super().__init__(max_tasks=100, stale_seconds=60.0)
         self.out: set[Lease] = set()
+        self.released: list[Lease] = []
 
     async def acquire(
-        self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
+        self, key: TaskKey, wanted: Wanted = ANY, *, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
-        outcome = await super().acquire(key, after=after, timeout_seconds=timeout_seconds)
+        outcome = await super().acquire(key, wanted, timeout_seconds=timeout_seconds)
         if isinstance(outcome, Lease):
             self.out.add(outcome)
         return outcome
 
-    async def commit(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
-        self.out.remove(lease)
-        return await super().commit(lease, snapshot)
+    async def commit(self, lease: Lease, build: Callable[[Snapshot | None], Snapshot]) -> Snapshot | None:
+        kept = await super().commit(lease, build)
+        self.out.remove(lease)  # if `build` raises, the lease is kept
+        return kept
 
     async def fail(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
         self.out.remove(lease)
@@ -938,6 +948,10 @@ class LeaseBook(MemoryStore):
     async def abandon(self, lease: Lease) -> None:
         self.out.remove(lease)
         await super().abandon(lease)
+
+    def release(self, lease: Lease) -> None:
+        self.released.append(lease)
+        super().release(lease)
 
 
 @pytest.mark.parametrize(
@@ -1126,19 +1140,21 @@ class SharedStore(MemoryStore):
     elsewhere: Snapshot | None = None
 
     async def acquire(
-        self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
+        self, key: TaskKey, wanted: Wanted = ANY, *, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
         """Return the other replica's snapshot, if it is of this task."""
         if self.elsewhere is not None and self.elsewhere.key == key:
             self.keep(self.elsewhere)
-        return await super().acquire(key, after=after, timeout_seconds=timeout_seconds)
+        return await super().acquire(key, wanted, timeout_seconds=timeout_seconds)
 
 
 async def test_fetch_checks_the_store_before_it_queries() -> None:
     """When another replica has stored a snapshot meanwhile, it is used, and no query is made."""
     store = SharedStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
-    store.elsewhere = Snapshot(KEY, bench.clock.now - 0.5, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5)
+    store.elsewhere = Snapshot(
+        KEY, bench.clock.now - 0.5, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5, version=1
+    )
     results = await asyncio.gather(bench.begin(), bench.begin())
     assert [result.snapshot for result in results] == [store.elsewhere] * 2
     assert [result.age for result in results] == [0.5, 0.5]
@@ -1154,7 +1170,9 @@ async def test_fetch_queries_when_the_other_replicas_snapshot_is_stale() -> None
     """A stale snapshot of another replica does not prevent a query."""
     store = SharedStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
-    store.elsewhere = Snapshot(KEY, bench.clock.now - 50.0, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5)
+    store.elsewhere = Snapshot(
+        KEY, bench.clock.now - 50.0, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5, version=1
+    )
     assert (await bench.learn(progress=0.9)).age == 0.0
     assert bench.upstream.count == 1
 
@@ -1164,10 +1182,10 @@ class ContestedStore(MemoryStore):
 
     late = True
 
-    async def commit(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
+    async def commit(self, lease: Lease, build: Callable[[Snapshot | None], Snapshot]) -> Snapshot | None:
         """Refuse the first commit."""
         late, self.late = self.late, False
-        return None if late else await super().commit(lease, snapshot)
+        return None if late else await super().commit(lease, build)
 
 
 async def test_fetch_whose_commit_is_refused_begins_again() -> None:
@@ -1189,6 +1207,114 @@ async def test_fetch_merges_its_response_with_a_newer_snapshot(bench: Bench) -> 
     bench.store.keep(replace(known, progress=0.8, version=known.version + 1))
     call.answer(progress=0.3)
     assert data_of(await asked)["progress"] == 0.8
+
+
+async def test_fetch_returns_a_snapshot_that_another_replica_stored_during_a_failed_call(
+    bench: Bench,
+) -> None:
+    """If another replica has succeeded during a retry, its snapshot is the result."""
+    known = (await bench.learn(progress=0.1)).snapshot
+    long_ago(bench)
+    asked = bench.begin()
+    call = await bench.upstream.call()
+    newer = replace(known, fetched_at=bench.clock.now, version=known.version + 10**12)
+    bench.store.keep(newer)
+    call.fail(UpstreamTimeout("too late"))
+    assert (await asked).snapshot is newer
+
+
+async def test_fetch_releases_its_lease_before_a_retry() -> None:
+    """This replica's upstream connection may be the reason for the retry: another replica may try."""
+    book = LeaseBook()
+    bench = Bench(store=book)
+    asked = bench.begin()
+    call = await bench.upstream.call()
+    assert book.released == []
+    call.on_retry()
+    assert book.released == list(book.out)
+    call.answer()
+    await asked
+    assert not book.out
+
+
+# Versions that clients have received
+
+
+async def test_get_returns_nothing_older_than_the_client_has_received(bench: Bench) -> None:
+    """A client that names a newer version gets a new snapshot, although the present one is fresh."""
+    known = (await bench.learn(progress=0.1)).snapshot
+    for lookup in (bench.service.lookup, bench.service.peek):
+        assert lookup(KEY, known.version) is not None
+        assert lookup(KEY, known.version + 1) is None
+    asked = asyncio.create_task(bench.service.get(KEY, seen_revision=known.version + 1))
+    (await bench.upstream.call()).answer(progress=0.9)
+    outcome = await asked
+    assert isinstance(outcome, CacheResult)
+    assert outcome.snapshot.version > known.version
+    assert data_of(outcome)["progress"] == 0.9
+    assert bench.upstream.count == 2
+
+
+@pytest.mark.parametrize("age", [0.0, CACHE.running_seconds + 1])
+async def test_get_returns_the_version_that_the_client_has(bench: Bench, age: float) -> None:
+    """A client that names the present version gets it without waiting, fresh or stale."""
+    known = (await bench.learn()).snapshot
+    bench.clock.now += age
+    outcome = await bench.service.get(KEY, seen_revision=known.version)
+    assert isinstance(outcome, CacheResult)
+    assert outcome.snapshot is known
+
+
+async def test_get_returns_the_end_of_a_task_whatever_the_client_has_received(bench: Bench) -> None:
+    """A terminal snapshot is final: a larger version causes no query."""
+    known = (await bench.learn("succeeded")).snapshot
+    outcome = await bench.service.get(KEY, seen_revision=known.version + 10**6)
+    fresh = await bench.service.get_fresh(KEY, seen_revision=known.version + 10**6)
+    assert isinstance(outcome, CacheResult)
+    assert outcome.snapshot is known
+    assert isinstance(fresh, CacheResult)
+    assert fresh.snapshot is known
+    assert bench.upstream.count == 1
+
+
+async def test_get_joins_no_request_that_is_older_than_the_client(bench: Bench) -> None:
+    """A request in flight may return an older version than the client has: then another one follows."""
+    asked = bench.begin()
+    first = await bench.upstream.call()
+    late = asyncio.create_task(bench.service.get(KEY, seen_revision=2**52))
+    await asyncio.sleep(0)
+    first.answer(progress=0.1)
+    assert data_of(await asked)["progress"] == 0.1
+    (await bench.upstream.call()).answer(progress=0.2)
+    outcome = await late
+    assert isinstance(outcome, CacheResult)
+    assert data_of(outcome)["progress"] == 0.2
+    assert outcome.snapshot.version >= 2**52
+    assert bench.upstream.count == 2
+
+
+@pytest.mark.parametrize("failure", [FAILURES[0], NOT_THE_TASKS[0]], ids=name_of)
+async def test_stale_if_error_serves_nothing_older_than_the_client_has_received(
+    bench: Bench, failure: GatewayError
+) -> None:
+    """An older snapshot than the client has is not served instead of a failure."""
+    known = (await bench.learn()).snapshot
+    asked = asyncio.create_task(bench.service.get(KEY, seen_revision=known.version + 1))
+    (await bench.upstream.call()).fail(failure)
+    outcome = await asked
+    assert isinstance(outcome, FetchFailure)
+    assert outcome.failure == Alike(failure)
+
+
+async def test_get_fresh_returns_nothing_older_than_the_subscribers_have_received(bench: Bench) -> None:
+    """A schedule fetches at once if a subscriber has received a newer version."""
+    known = (await bench.learn(progress=0.1)).snapshot
+    assert (await bench.service.get_fresh(KEY, seen_revision=known.version)).key == KEY
+    asked = asyncio.create_task(bench.service.get_fresh(KEY, seen_revision=known.version + 1))
+    (await bench.upstream.call()).answer(progress=0.9)
+    outcome = await asked
+    assert isinstance(outcome, CacheResult)
+    assert outcome.snapshot.version > known.version
 
 
 # Refresh-ahead
@@ -1224,6 +1350,22 @@ async def test_refresh_ahead_uses_the_average_latency() -> None:
     await bench.service.aclose()
 
 
+async def test_refresh_ahead_is_later_where_the_snapshot_was_not_fetched() -> None:
+    """The replica that has fetched a snapshot refreshes it first: the others subtract no latency."""
+    bench = Bench(CACHE.model_copy(update={"running_seconds": 600.0}))
+    asked = bench.begin()
+    call = await bench.upstream.call()
+    bench.clock.now += 3000.0
+    call.answer()
+    known = (await asked).snapshot
+    bench.store.keep(replace(known, version=known.version + 1), fetched_here=False)
+    for _ in range(2):
+        await bench.get(KEY)
+    await bench.learn(key=OTHER)  # a refresh would have made its query by now
+    assert bench.upstream.keys == [KEY, OTHER]
+    await bench.service.aclose()
+
+
 @pytest.mark.parametrize(("status", "polls"), [("running", 1), ("succeeded", 5)])
 async def test_refresh_ahead_only_of_running_tasks_read_twice(bench: Bench, status: str, polls: int) -> None:
     """A task that is read once, or has ended, is not refreshed."""
@@ -1246,9 +1388,7 @@ async def test_refresh_ahead_is_skipped_for_a_replaced_snapshot(bench: Bench, po
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
         await bench.get(KEY)
-    newer = replace(
-        first.snapshot, fetched_at=bench.clock.now, version=first.snapshot.version + 1, read_count=0
-    )
+    newer = replace(first.snapshot, fetched_at=bench.clock.now, version=first.snapshot.version + 1)
     bench.store.keep(newer)
     for _ in range(polls):
         await bench.get(KEY)
@@ -1368,12 +1508,12 @@ class SlowStore(MemoryStore):
     patience: float = 0.0
 
     async def acquire(
-        self, key: TaskKey, *, after: int | None = None, timeout_seconds: float = math.inf
+        self, key: TaskKey, wanted: Wanted = ANY, *, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
         """Return the lease after four seconds."""
         self.patience = timeout_seconds
         self.clock.now += 4.0
-        return await super().acquire(key, after=after, timeout_seconds=timeout_seconds)
+        return await super().acquire(key, wanted, timeout_seconds=timeout_seconds)
 
 
 async def test_fetch_has_one_deadline() -> None:
@@ -1396,7 +1536,7 @@ class LaggingStore(MemoryStore):
     whole = True
     caught_up = 0
 
-    def peek(self, key: TaskKey) -> Snapshot | None:
+    def peek(self, key: TaskKey) -> CacheEntry | None:
         """Return nothing while the store is behind."""
         return None if self.behind else super().peek(key)
 
@@ -1416,7 +1556,7 @@ async def test_get_syncs_before_it_queries(age: float, source: CacheStatus) -> N
     """A replica that may be behind synchronises first, then serves its snapshot, stale or not."""
     store = LaggingStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
-    held = Snapshot(KEY, bench.clock.now - age, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5)
+    held = Snapshot(KEY, bench.clock.now - age, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5, version=1)
     store.keep(held)
     assert bench.service.lookup(KEY) is None
     for _ in range(2):

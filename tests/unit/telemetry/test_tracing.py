@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.domain.task import Operation, TaskKey
-from gateway.telemetry.tracing import Mark, NoTracing, tracing_enabled
+from gateway.telemetry.tracing import NoTracing, SpanRecord, tracing_enabled
 from tests.support.harness import run
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "a-task")
@@ -47,9 +47,9 @@ def test_tracing_is_disabled_otherwise(environ: dict[str, str]) -> None:
 async def test_untraced_creates_no_spans() -> None:
     """Without tracing, marks have no span context."""
     tracing = NoTracing()
-    for span in (tracing.flight(KEY), tracing.call(KEY, number=0)):
-        with span as mark:
-            assert mark == Mark()
+    for span in (tracing.in_flight_span(KEY), tracing.call_span(KEY, number=0)):
+        with span as record:
+            assert record == SpanRecord()
     await tracing.aclose()
 
 

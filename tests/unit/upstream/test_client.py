@@ -86,9 +86,6 @@ class Bench:
         self.calls = FakeCalls()
         self.metrics = Metrics(CollectorRegistry(), gateway_version="0")
 
-        async def token(*_: object, **__: object) -> float:
-            return 0.0
-
         async def announce_throttling(_: float | None) -> None:
             return
 
@@ -99,7 +96,7 @@ class Bench:
                 signed_requests=cast("SignedRequests", self.calls),
                 rotation=cast("CredentialRotation", FakeRotation()),
                 metrics=self.metrics,
-                take_shared_token=token,
+                take_permits=None,
                 announce_throttling=announce_throttling,
             )
         )
@@ -182,7 +179,7 @@ def test_query_without_demand_is_not_retried(bench: Bench) -> None:
     demand.join(b"1")
     bench.calls.failures = [UpstreamBusy("unwell")]
     asked = bench.ask(0, demand=demand)
-    assert demand.committed
+    assert demand.must_finish
     demand.leave(b"1")
     bench.loop.advance(10.0)
     assert isinstance(asked.exception(), UpstreamBusy)
@@ -197,7 +194,7 @@ def test_query_without_demand_is_dropped_before_another_call(bench: Bench) -> No
         dropped.dropped = True
         asked.cancel()
 
-    demand.begin(drop=drop)
+    demand.begin(on_unwanted=drop)
     demand.join(b"1")
     bench.calls.failures = [CredentialsRefused("refused")]
     asked = bench.ask(0, demand=demand)
@@ -216,8 +213,8 @@ def test_query_that_is_queued_may_be_dropped(bench: Bench) -> None:
     demand.begin()
     demand.join(b"1")
     second = bench.ask(1, demand=demand)
-    assert not demand.committed
+    assert not demand.must_finish
     bench.loop.advance(4.0)
-    assert (first.exception(), demand.committed) == (None, True)
+    assert (first.exception(), demand.must_finish) == (None, True)
     bench.loop.advance(4.0)
     assert second.exception() is None

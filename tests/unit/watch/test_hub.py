@@ -74,9 +74,12 @@ class ManualService:
         self.asked = asyncio.Event()
         self.answers: asyncio.Queue[Snapshot | Exception] = asyncio.Queue()
         self.demand: Counter[tuple[TaskKey, bytes]] = Counter()
+        self.seen_revisions: list[int] = []
 
-    def lookup(self, _key: TaskKey) -> CacheResult | None:
-        return CacheResult(self.known, 0.0, CacheStatus.HIT) if self.known is not None else None
+    def lookup(self, _key: TaskKey, seen_revision: int = 0) -> CacheResult | None:
+        if self.known is None or (self.known.version < seen_revision and not self.known.terminal):
+            return None
+        return CacheResult(self.known, 0.0, CacheStatus.HIT)
 
     peek = lookup
 
@@ -86,9 +89,12 @@ class ManualService:
     def leave(self, key: TaskKey, client: bytes) -> None:
         self.demand[key, client] -= 1
 
-    async def get_fresh(self, key: TaskKey, *, client: bytes | None) -> CacheResult | FetchFailure:
+    async def get_fresh(
+        self, key: TaskKey, *, client: bytes | None, seen_revision: int
+    ) -> CacheResult | FetchFailure:
         assert client is None, "the subscribers have joined already"
         assert +self.demand
+        self.seen_revisions.append(seen_revision)
         self.asked.set()
         answer = await self.answers.get()
         if isinstance(answer, GatewayError):
@@ -292,23 +298,68 @@ async def test_watch_publishes_pending_changes_before_shutdown(watch: WatchHub, 
     await watch.aclose()
 
 
-async def test_watch_new_subscriber_receives_a_change_that_its_lookup_activates(
+async def test_watch_new_subscriber_receives_a_pending_change(
     service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """A change that the store activates on lookup reaches the subscriber whose lookup activated it."""
+    """A change that is not published yet reaches a new subscriber first: it may have read it already."""
     service.known = snapshot("1")
-
-    def peek(key: TaskKey) -> CacheResult | None:
-        if service.known is not None and service.known.etag == "1":
-            service.known = snapshot("2")
-            store.keep(service.known)
-        return service.lookup(key)
-
     with watch.subscribe([KEY], SubscriptionKind.EVENTS):
-        service.peek = peek  # type: ignore[method-assign]
+        service.known = snapshot("2")
+        store.keep(service.known)
         with watch.subscribe([KEY], SubscriptionKind.LONGPOLL) as second:
             assert etags(await received(second)) == ["2"]
     await watch.aclose()
+
+
+async def test_watch_sends_nothing_older_than_the_client_has_received(
+    service: ManualService, watch: WatchHub, store: MemoryStore
+) -> None:
+    """A subscriber that names a version receives nothing older, not even at first, and all later changes."""
+    service.known = versioned(1)
+    with (
+        watch.subscribe([KEY], SubscriptionKind.EVENTS) as any_version,
+        watch.subscribe([KEY], SubscriptionKind.EVENTS, seen_revisions={KEY: 3}) as returning,
+    ):
+        assert etags(await received(any_version)) == ["1"]
+        await asked(service)
+        assert service.seen_revisions[-1] == 3
+        for version, expected in ((2, []), (3, ["3"]), (4, ["4"])):
+            store.keep(versioned(version))
+            assert etags(await received(any_version)) == [str(version)]
+            returning.wake()
+            assert etags(await received(returning)) == expected
+    await watch.aclose()
+
+
+async def test_watch_sends_the_end_whatever_the_client_has_received(
+    service: ManualService, watch: WatchHub, store: MemoryStore
+) -> None:
+    """A terminal snapshot is final, so it is sent even if its version is smaller."""
+    service.known = versioned(1)
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS, seen_revisions={KEY: 9}) as subscriber:
+        store.keep(versioned(2, Status.SUCCEEDED))
+        assert etags(await received(subscriber)) == ["2"]
+    await watch.aclose()
+
+
+async def test_watch_writes_directly_once_the_client_is_up_to_date(
+    watch: WatchHub, store: MemoryStore
+) -> None:
+    """A direct write does not check versions: until the named version is sent, the stream sends itself."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS, seen_revisions={KEY: 2}) as subscriber:
+        subscriber.direct_transport = asyncio.WriteTransport()
+        for idle in (None, subscriber.direct_transport):
+            waiting = asyncio.create_task(subscriber.next_updates())
+            await asyncio.sleep(0)
+            assert subscriber.idle_transport is idle
+            store.keep(versioned(2 if idle is None else 3))
+            await waiting
+    await watch.aclose()
+
+
+def versioned(version: int, status: Status = Status.RUNNING) -> Snapshot:
+    """Return a snapshot with this version as its ETag."""
+    return replace(snapshot(str(version), status), version=version)
 
 
 async def test_watch_schedule_does_not_publish_pending_changes_early(

@@ -8,7 +8,7 @@ import pytest
 
 from gateway.domain.envelope import read_envelope
 from gateway.domain.errors import UpstreamRejected
-from gateway.domain.rejection import SEARCH_PIECE_SIZE, any_piece_matches, is_free_of_secrets
+from gateway.domain.rejection_redaction import SEARCH_PIECE_SIZE, any_piece_matches, is_free_of_secrets
 from gateway.domain.task import Operation, TaskKey
 from gateway.telemetry.redaction import MASK, Redactor
 from tests.support.harness import SECRET, Gateway, RawUpstream, framed, fresh_id

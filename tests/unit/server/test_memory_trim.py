@@ -1,12 +1,12 @@
 """Memory is returned to the system after many connections have closed."""
 
-from gateway.server.heap import HeapTrim
+from gateway.server.memory_trim import MemoryTrim
 
 
 def test_heap_is_trimmed_after_many_connections_have_closed() -> None:
     """The heap is trimmed after many connections have closed, at most once per interval; not after a few."""
     now, trimmed = 0.0, []
-    heap = HeapTrim(trim=lambda: trimmed.append(now), clock=lambda: now)
+    heap = MemoryTrim(trim=lambda: trimmed.append(now), clock=lambda: now)
     assert [heap.observe(connections) for connections in (0, 400, 0, 100)] == [False] * 4
     assert [heap.observe(connections) for connections in (1000, 600, 500, 0)] == [False, False, True, False]
     now = 10.0
@@ -17,6 +17,6 @@ def test_heap_is_trimmed_after_many_connections_have_closed() -> None:
 
 def test_heap_of_this_system_can_be_trimmed() -> None:
     """The C library's function is called, if it exists."""
-    heap = HeapTrim()
+    heap = MemoryTrim()
     heap.observe(5000)
     assert heap.observe(0)

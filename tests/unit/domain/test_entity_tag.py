@@ -1,0 +1,179 @@
+"""Entity tags: equal digests for equal bodies, and revisions that only a gateway can issue."""
+
+import hashlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.domain.entity_tag import EntityTags, matches, same_body
+from gateway.domain.task import Operation, TaskKey
+
+TASK = TaskKey(Operation.SD_GET_PROGRESS, "task")
+OTHERS = [TASK._replace(task_id="other"), TASK._replace(operation=Operation.COMFY_GET_PROGRESS)]
+BODY = b'{"taskId":"task"}'
+REVISION = 1_700_000_000_000_000  # microseconds since 1970
+SECRET = "secret key"
+
+
+@pytest.fixture
+def tags() -> EntityTags:
+    """Return tags with a fixed secret."""
+    return EntityTags(lambda: SECRET)
+
+
+@given(body=st.binary(), revision=st.integers(1, 2**53 - 1))
+def test_tag_names_its_revision(body: bytes, revision: int) -> None:
+    """A tag is a strong entity tag, and returns the revision with which it was issued."""
+    tags = EntityTags(lambda: SECRET)
+    tag = tags.issue(TASK, body, revision)
+    assert tag[0] == tag[-1] == '"'
+    assert all(character in "0123456789abcdef." for character in tag[1:-1])
+    assert tags.revision(tag, TASK) == revision
+    assert tags.revision(tag.strip('"'), TASK) == revision, "a Last-Event-ID has no quotes"
+
+
+def test_tag_is_the_same_on_every_replica(tags: EntityTags) -> None:
+    """Replicas with the same secret issue the same tag for a body and revision."""
+    assert EntityTags(lambda: SECRET).issue(TASK, BODY, REVISION) == tags.issue(TASK, BODY, REVISION)
+
+
+def test_tag_needs_no_secret() -> None:
+    """Without a secret each instance has its own random key."""
+    one, other = EntityTags(), EntityTags()
+    tag = one.issue(TASK, BODY, REVISION)
+    assert one.revision(tag, TASK) == REVISION
+    assert other.revision(tag, TASK) == 0
+    assert tag != other.issue(TASK, BODY, REVISION)
+
+
+def test_tag_with_a_forged_revision_names_none(tags: EntityTags) -> None:
+    """A revision without its signature is ignored: a forged tag must not cause a query."""
+    digest, _, signature = tags.issue(TASK, BODY, REVISION).strip('"').split(".")
+    for forged in (f"{digest}.{REVISION + 1:x}.{signature}", f"{digest}.{REVISION:x}.{'0' * 12}"):
+        assert tags.revision(f'"{forged}"', TASK) == 0
+        assert tags.revision(forged, TASK) == 0
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_tag_of_another_task_names_no_revision(tags: EntityTags, other: TaskKey) -> None:
+    """The signature covers operation and task ID."""
+    tag = tags.issue(TASK, BODY, REVISION)
+    assert tags.revision(tag, other) == 0
+    newer = tags.issue(other, BODY, REVISION + 1)
+    assert tags.revision(f"{tag}, {newer}", TASK) == REVISION
+
+
+def test_tag_survives_the_rotation_of_the_secret() -> None:
+    """After the secret has changed, tags with the one before still count, also when it changes back."""
+    secret = ["one"]
+    tags = EntityTags(lambda: secret[0])
+    before = tags.issue(TASK, BODY, REVISION)
+    elsewhere = EntityTags(lambda: "two").issue(TASK, BODY, REVISION + 1)
+    assert tags.revision(elsewhere, TASK) == 0
+    for secret[0] in ("two", "one", "two"):
+        for _ in range(2):  # the same secret again changes nothing
+            assert tags.revision(before, TASK) == REVISION
+        if secret[0] == "two":
+            assert tags.issue(TASK, BODY, REVISION + 1) == elsewhere
+            assert tags.revision(elsewhere, TASK) == REVISION + 1
+    secret[0] = "three"
+    assert tags.revision(before, TASK) == 0
+    assert tags.revision(elsewhere, TASK) == REVISION + 1
+
+
+def test_tag_survives_the_arrival_and_the_loss_of_the_secret() -> None:
+    """Tags that were issued before there was a secret still count; without one, the last key is used."""
+    secret: list[str | None] = [None]
+    tags = EntityTags(lambda: secret[0])
+    before = tags.issue(TASK, BODY, REVISION)
+    assert tags.revision(before, TASK) == REVISION
+    secret[0] = "one"
+    assert tags.revision(before, TASK) == REVISION
+    after = tags.issue(TASK, BODY, REVISION)
+    assert after == EntityTags(lambda: "one").issue(TASK, BODY, REVISION)
+    secret[0] = None
+    assert tags.issue(TASK, BODY, REVISION) == after
+    assert tags.revision(before, TASK) == REVISION
+
+
+def test_tag_does_not_show_the_secret(tags: EntityTags) -> None:
+    """A tag has hashes only, and a signature is no plain hash of what clients know."""
+    tag = tags.issue(TASK, BODY, REVISION)
+    content = f"{TASK.operation}/{TASK.task_id}/{REVISION}".encode()
+    assert SECRET not in tag
+    for key in (b"", SECRET.encode()):
+        assert hashlib.blake2b(content, key=key, digest_size=6).hexdigest() not in tag
+
+
+def test_tags_of_equal_bodies_match(tags: EntityTags) -> None:
+    """Tags of equal bodies match, whatever their revisions or keys; tags of other bodies do not."""
+    tag = tags.issue(TASK, BODY, REVISION)
+    for same in (
+        tags.issue(TASK, BODY, REVISION + 1),
+        EntityTags(lambda: "other").issue(TASK, BODY, REVISION),
+    ):
+        assert same != tag
+        assert same_body(same, tag)
+        assert matches(same, tag)
+    other = tags.issue(TASK, BODY + b" ", REVISION)
+    assert not same_body(other, tag)
+    assert not matches(other, tag)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        "{tag}",
+        "W/{tag}",
+        '"{text}-gzip"',
+        '"{text}--gzip"',
+        '"{text};gzip"',
+        '"{text}-br"',
+        '"{text}-zstd"',
+        '"{text}-deflate"',
+        'W/"{text}-gzip"',
+        '"other", {tag}',
+        '{tag},"other"',
+        '"other" , W/"{text};gzip"',
+    ],
+)
+def test_tag_changed_by_a_proxy_still_counts(tags: EntityTags, sent: str) -> None:
+    """A tag that a compressing proxy has changed, or one of several, matches with its revision."""
+    tag = tags.issue(TASK, BODY, REVISION)
+    sent = sent.format(tag=tag, text=tag.strip('"'))
+    assert matches(sent, tag)
+    assert matches(sent, tags.issue(TASK, BODY, REVISION + 1))
+    assert not matches(sent, tags.issue(TASK, BODY + b" ", REVISION))
+    assert tags.revision(sent, TASK) == REVISION
+
+
+@pytest.mark.parametrize("sent", ['"{text}-lzma"', '"{text}gzip"', '"x{text}"', '"{text}.1"', '""', "", '"'])
+def test_tag_of_another_form_does_not_match(tags: EntityTags, sent: str) -> None:
+    """A tag that no gateway has issued matches nothing."""
+    tag = tags.issue(TASK, BODY, REVISION)
+    sent = sent.format(text=tag.strip('"'))
+    assert not matches(sent, tag)
+    assert tags.revision(sent, TASK) == 0
+
+
+def test_any_tag_matches_a_star(tags: EntityTags) -> None:
+    """`*` matches every representation, and names no revision."""
+    assert matches("*", tags.issue(TASK, BODY, REVISION))
+    assert tags.revision("*", TASK) == 0
+
+
+def test_newest_of_several_revisions_counts(tags: EntityTags) -> None:
+    """A header with several tags names the newest valid revision."""
+    older, newer = (tags.issue(TASK, BODY, revision) for revision in (REVISION, REVISION + 5))
+    forged = newer.replace(f"{REVISION + 5:x}", f"{REVISION + 6:x}")
+    for sent in (f"{older}, {newer}, {forged}", f"{forged}, {newer}, {older}"):
+        assert tags.revision(sent, TASK) == REVISION + 5
+
+
+@given(st.text())
+def test_no_header_raises(text: str) -> None:
+    """Any text of a client matches or not, and names no revision."""
+    tags = EntityTags(lambda: SECRET)
+    assert tags.revision(text, TASK) == 0
+    assert isinstance(matches(text, tags.issue(TASK, BODY, REVISION)), bool)
