@@ -361,7 +361,8 @@ class ProgressService:
             fetch = await self._query_upstream(lease, demand, deadline)
             if fetch is not None:
                 return fetch
-        return FetchResult(UpstreamTimeout("other replicas took the lease each time"))
+        latest = self._store.peek_any(key)
+        return FetchResult(latest or UpstreamTimeout("other replicas took the lease each time"))
 
     async def _query_upstream(self, lease: Lease, demand: Demand, deadline: float) -> FetchResult | None:
         """Query the upstream, and store and return the outcome. None: the lease was lost; acquire again."""

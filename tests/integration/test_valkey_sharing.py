@@ -242,7 +242,7 @@ async def test_paused_replica_reads_the_messages_that_it_has_missed(
     needed: str, one: ValkeyStore, server: StoreServer
 ) -> None:
     """A snapshot that was replaced during the pause is not shown after it, not even while it is loaded."""
-    one.on_change(lambda _: None, wanted=lambda _: needed == "watched")
+    one.on_change(lambda _: None, wanted=lambda key: needed == "watched" and key == KEY)
     known = await stored(one)
     assert await shown(one) is known
     entry = one.peek(KEY)

@@ -100,6 +100,7 @@ class ValkeyStore(MemoryStore):
         self._replica = uuid.uuid4().hex
         self._waiters = Waiters()
         self._unsynced: set[TaskKey] = set()
+        self._announced: dict[TaskKey, int] = {}  # by others, while this replica holds the lease
         self._committing: set[tuple[TaskKey, int]] = set()
         self._throttled: list[Callable[[float | None], None]] = []
         self._wanted: list[Callable[[TaskKey], bool]] = []
@@ -189,7 +190,8 @@ class ValkeyStore(MemoryStore):
             try:
                 reply = await self._commit(lease.token, snapshot, follows=previous)
                 if reply.kind == b"stored":
-                    break
+                    self._leases.drop(lease)
+                    return self._unless_superseded(self.keep(snapshot), lease)
                 self._apply(lease.key, reply)
             except StoreUnavailable:
                 if lease.token and self._connection.up:
@@ -202,13 +204,24 @@ class ValkeyStore(MemoryStore):
                 continue
             previous = self.peek_any(lease.key)
             if reply.kind == b"refused":
+                self._announced.pop(lease.key, None)
                 self._leases.drop(lease)
                 return previous if previous is not None and previous.fresh(self._clock()) else None
             snapshot = build(previous)
         else:
             self._leases.release(lease)
+        self._announced.pop(lease.key, None)
         self._leases.drop(lease)
         return self.keep(snapshot)
+
+    def _unless_superseded(self, snapshot: Snapshot, lease: Lease) -> Snapshot | None:
+        """Return None if another replica has announced a newer snapshot while this one was fetched.
+
+        That happens if the server has evicted the task, and its lease with it.
+        """
+        entry = self.entry(lease.key)
+        announced = max(self._announced.pop(lease.key, 0), 0 if entry is None else entry.superseded_by)
+        return snapshot if snapshot.terminal or announced <= snapshot.version else None
 
     async def fail(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
         """See `Store.fail`."""
@@ -281,6 +294,7 @@ class ValkeyStore(MemoryStore):
             case b"held":
                 return min(reply.number / MICROSECONDS, LEASE_SECONDS) + _MARGIN_SECONDS
             case b"lease" if reply.number > 0:
+                self._announced[key] = 0
                 return self._leases.hold(Lease(key, reply.number, token))
         raise StoreUnavailable("invalid reply of a script")
 
@@ -299,6 +313,7 @@ class ValkeyStore(MemoryStore):
             self._committing.discard(committing)
 
     async def _end(self, lease: Lease, failure: bytes = b"", seconds: float = 0.0) -> None:
+        self._announced.pop(lease.key, None)
         if self._leases.drop(lease):
             try:
                 await self._operations.finish(lease, failure, seconds)
@@ -361,6 +376,8 @@ class ValkeyStore(MemoryStore):
 
     def _follow(self, key: TaskKey, stored: StoredSnapshot, revision: int) -> None:
         """Apply the message that a snapshot is stored: renew, load or invalidate the entry."""
+        if key in self._announced:
+            self._announced[key] = max(self._announced[key], stored.version)
         entry = self.entry(key)
         is_wanted = any(wanted(key) for wanted in self._wanted)
         if entry is None:
