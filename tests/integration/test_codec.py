@@ -234,7 +234,7 @@ def test_snapshot_of_unknown_age_is_stale() -> None:
     [
         (FAILURE, True),
         (REJECTED, True),
-        (UpstreamBusy("unwell"), True),
+        (UpstreamBusy("busy"), True),
         (UpstreamForbidden("no"), True),
         (UpstreamThrottled("slowly"), True),
         (UpstreamError("?"), False),

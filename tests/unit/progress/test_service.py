@@ -62,7 +62,7 @@ FAILURES: list[GatewayError] = [
     UpstreamTimeout("too late"),
     UpstreamUnreachable("gone"),
     UpstreamInvalid("nonsense"),
-    UpstreamBusy("unwell"),
+    UpstreamBusy("busy"),
     UpstreamThrottled("slowly"),
     UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail()),
 ]
@@ -780,7 +780,7 @@ async def test_get_reports_a_failed_background_refresh(bench: Bench) -> None:
     first = await bench.learn()
     bench.clock.now += CACHE.running_seconds
     assert (await bench.get(KEY)).failure is None
-    failure = UpstreamBusy("unwell")
+    failure = UpstreamBusy("busy")
     joined = asyncio.create_task(bench.service.get_fresh(KEY))
     (await bench.upstream.call()).fail(failure)
     assert (await joined).failure == Alike(failure)

@@ -177,7 +177,7 @@ def test_query_without_demand_is_not_retried(bench: Bench) -> None:
     demand = Demand()
     demand.begin()
     demand.join(b"1")
-    bench.calls.failures = [UpstreamBusy("unwell")]
+    bench.calls.failures = [UpstreamBusy("busy")]
     asked = bench.ask(0, demand=demand)
     assert demand.must_finish
     demand.leave(b"1")

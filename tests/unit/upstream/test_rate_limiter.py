@@ -444,7 +444,7 @@ async def test_rate_limiter_revokes_permits_issued_without_a_limit(clock: Clock)
 async def test_rate_limiter_learns_only_from_accepted_calls(clock: Clock) -> None:
     """A rejection counts as accepted; a failing upstream or a call that was not made does not count."""
     limiter = RateLimiter(0, clock=clock, call_later=clock.call_later)
-    for outcome in (REJECTED, REJECTED, REJECTED, UpstreamBusy("unwell"), UpstreamThrottled("slowly")):
+    for outcome in (REJECTED, REJECTED, REJECTED, UpstreamBusy("busy"), UpstreamThrottled("slowly")):
         await end(limiter, outcome)
     assert limiter.per_second == pytest.approx(0.85 * 3)
     unmade = RateLimiter(0, clock=clock, call_later=clock.call_later)
