@@ -26,6 +26,7 @@ from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Status
 from gateway.settings.model import Store as StoreSettings
 from gateway.stores.base import Lease, Wanted
+from gateway.stores.valkey.batches import CONNECTIONS
 from gateway.stores.valkey.codec import encode_failure
 from gateway.stores.valkey.servers import connected
 from gateway.stores.valkey.store import ValkeyStore
@@ -463,6 +464,31 @@ async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:
         found = await other.acquire(KEY)
         assert isinstance(found, Snapshot)
         assert said(found) == "before"
+
+
+@pytest.mark.parametrize("iterations", range(12))
+async def test_valkey_closes_its_connections_though_cancelled(server: StoreServer, iterations: int) -> None:
+    """A cancellation in any iteration of the close leaves no connection open."""
+    settings = StoreSettings.model_validate({"url": server.url})
+    closing = asyncio.Event()
+    opened: set[Any] = set()
+
+    async def use() -> None:
+        async with connected(settings, identity="account", redactor=Redactor()) as servers:
+            await servers.warm_up()
+            pool = servers.client.connection_pool  # type: ignore[union-attr]  # a single server's
+            opened.update(pool._available_connections)
+            assert all(each.is_connected for each in opened)
+            closing.set()
+
+    using = asyncio.create_task(use())
+    await closing.wait()
+    for _ in range(iterations):
+        await asyncio.sleep(0)
+    using.cancel()
+    await asyncio.gather(using, return_exceptions=True)
+    assert len(opened) == CONNECTIONS
+    assert not any(each.is_connected for each in opened)
 
 
 async def test_valkey_closes_a_cluster_though_cancelled(

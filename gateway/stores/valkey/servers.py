@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import random
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -109,13 +109,25 @@ class StoreServers:
         client = self.client
         if isinstance(client, RedisCluster):
             node = random.choice(client.get_primaries())  # noqa: S311  # spreads load
-            client = await stack.enter_async_context(
-                Redis(host=node.host, port=int(node.port), **self._options)
-            )
+            client = Redis(host=node.host, port=int(node.port), **self._options)
+            stack.push_async_callback(_finish, client.aclose)
         pubsub = client.pubsub()
-        stack.push_async_callback(pubsub.aclose)
+        stack.push_async_callback(_finish, pubsub.aclose)
         await pubsub.subscribe(self.channel)
         return pubsub
+
+
+async def _finish(aclose: Callable[..., Awaitable[None]], *args: Any) -> None:
+    """Close a client of redis-py completely, even if this task is cancelled meanwhile.
+
+    redis-py closes each connection in a task of its own. If those are cancelled before they have started, the
+    connections stay open.
+    """
+    closing = asyncio.ensure_future(aclose(*args))
+    try:
+        await asyncio.shield(closing)
+    finally:
+        await asyncio.wait({closing})
 
 
 def reason_of(exc: BaseException) -> str:
@@ -173,8 +185,8 @@ async def connected(settings: Store, *, identity: str, redactor: Redactor) -> As
             # Separate callbacks, so that a cancellation during one does not skip the others. While the
             # topology is due to be reloaded, aclose of redis-py does nothing.
             for nodes in ("startup_nodes", "nodes_cache"):
-                stack.push_async_callback(client.nodes_manager.aclose, nodes)
-            stack.push_async_callback(client.aclose)
+                stack.push_async_callback(_finish, client.nodes_manager.aclose, nodes)
+            stack.push_async_callback(_finish, client.aclose)
             async with asyncio.timeout(_CONNECT_SECONDS):
                 await client.initialize()
         else:
@@ -182,7 +194,7 @@ async def connected(settings: Store, *, identity: str, redactor: Redactor) -> As
             if settings.sentinel_service:
                 host, port = await _primary(settings, transport)
             client = Redis(host=host, port=port, db=settings.database, **options)
-            stack.push_async_callback(client.aclose)
+            stack.push_async_callback(_finish, client.aclose)
         yield StoreServers(client, settings, identity=identity, options=options)
 
 
@@ -195,6 +207,6 @@ async def _primary(settings: Store, transport: dict[str, Any]) -> tuple[str, int
     sentinel = Sentinel(hosts, sentinel_kwargs=transport | login)  # type: ignore[no-untyped-call]
     async with AsyncExitStack() as stack, asyncio.timeout(_CONNECT_SECONDS):
         for each in sentinel.sentinels:
-            stack.push_async_callback(each.aclose)
+            stack.push_async_callback(_finish, each.aclose)
         host, port = await sentinel.discover_master(settings.sentinel_service)
         return str(host), int(port)
