@@ -53,7 +53,7 @@ class ConnectionLimits:
             milliseconds = max(int(self.stall_seconds * 1000), 1)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
-    def opened(self) -> bool:
+    def on_connection_opened(self) -> bool:
         """Count a new connection; return whether it is within the limit."""
         self.connections += 1
         return self.connections <= self.max_connections
@@ -76,7 +76,7 @@ class ConnectionLimits:
         """Close each connection after its next response, so that clients reconnect to another replica."""
         self.draining = True
 
-    def closed(self) -> None:
+    def on_connection_closed(self) -> None:
         """Count a closed connection."""
         self.connections -= 1
 
@@ -90,7 +90,7 @@ class ConnectionLimits:
         return min(_PROBE_SECONDS, self.header_seconds) if over_limit else self.header_seconds
 
 
-def connection_limits(
+def make_connection_limits(
     settings: Server, metrics: Metrics, *, max_connections: int | None = None
 ) -> ConnectionLimits:
     """Return the limits of the settings; `max_connections`, if given, overrides the setting."""

@@ -12,7 +12,7 @@ from gateway.domain.snapshot import render_json
 from gateway.server.exchange import STATUS_LINES
 
 
-def last_response(error: GatewayError, default_headers: Headers) -> tuple[bytes, bytes]:
+def render_closing_response(error: GatewayError, default_headers: Headers) -> tuple[bytes, bytes]:
     """Return the head and the body of a problem document that closes its connection."""
     status, title = status_and_title(error)
     request_id = os.urandom(16).hex()

@@ -63,7 +63,7 @@ class ClientConnection(Protocol):
         """Continue with the next request, or close. `failed`: the response is incomplete."""
 
 
-def scope_of(
+def make_scope(
     head: Head,
     *,
     root_path: str,
@@ -151,7 +151,7 @@ class Exchange:
         self._length_left: int | None = None  # bytes until Content-Length is reached; None: no Content-Length
 
     @property
-    def body_full(self) -> bool:
+    def is_body_buffer_full(self) -> bool:
         """Whether the connection should stop reading until the application receives a part of the body."""
         return len(self._body) >= MAX_BUFFERED_BODY
 

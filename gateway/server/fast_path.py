@@ -80,26 +80,26 @@ class FastPathConnection(Connection):
                     and len(data) <= self.limits.max_header_bytes
                 )
                 target = data[len(_METHOD) : -len(rest)] if same_form else b""
-            if target and not self._closing and not self.write_paused and self._answer(target, traits):
+            if target and not self._closing and not self.write_paused and self._serve_hit(target, traits):
                 # The connection stays idle: only the deadline moves.
                 self._deadline.at = self.loop.time() + self.limits.keep_alive_seconds
                 return
             self._last = None
         super().data_received(data)
 
-    def _begin(self, data: bytes, head: Head) -> None:
+    def _start_request(self, data: bytes, head: Head) -> None:
         """Serve a hit; pass any other request on to the application."""
         self._last = None
         plain = head.method == b"GET" and head.keep_alive and head.content_length == 0
         if plain and not self._over_limit and not self.limits.draining:
             traits = self.hits.traits(head.headers)
-            if traits is not None and self._answer(head.target, traits):
+            if traits is not None and self._serve_hit(head.target, traits):
                 if not self._buffer:
                     self._remember(data, head.target, traits)
                 return
-        super()._begin(data, head)
+        super()._start_request(data, head)
 
-    def _answer(self, target: bytes, traits: RequestTraits) -> bool:
+    def _serve_hit(self, target: bytes, traits: RequestTraits) -> bool:
         """Serve the request if it is a hit; return whether it was."""
         answer = self.hits.answer(target, traits, self.client)
         if answer is None:

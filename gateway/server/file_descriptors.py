@@ -42,7 +42,7 @@ def raise_limit() -> Limit:
     return Limit(soft, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-class Exhaustion:
+class DescriptorCheck:
     """Logs, at most once a minute, that no descriptor is left: libuv then drops new connections silently."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

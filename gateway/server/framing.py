@@ -1,6 +1,7 @@
 """Finds where the head and the body of a request begin and end (RFC 9112, 2 to 7). No I/O.
 
-    bytes -> end_of_head -> parse_head -> Head -> body_of -> a decoder that consumes exactly the body
+    bytes -> find_end_of_head -> parse_head -> Head
+    Head -> make_body_decoder -> a decoder that consumes exactly the bytes of the body
 
 Only Content-Length and Transfer-Encoding determine where a message ends. httptools parses each complete head
 separately, in its strict mode. It never receives a body, so its handling of `Upgrade`, trailers or trailing
@@ -71,7 +72,7 @@ class BodyDecoder(Protocol):
         """Remove the bytes of the body from `buffer`; return their content. Raises: BadRequest."""
 
 
-def end_of_head(buffer: bytearray, scanned: int, *, max_bytes: int) -> int:
+def find_end_of_head(buffer: bytearray, scanned: int, *, max_bytes: int) -> int:
     """Return the length of the head at the start of `buffer`, or 0 while it is incomplete.
 
     The first `scanned` bytes were searched before. Raises: BadRequest for a head that is larger than
@@ -212,7 +213,7 @@ def _content_length(headers: Headers, version: str) -> int | None:
     return int(lengths[0])
 
 
-def body_of(head: Head, *, max_overhead: int) -> BodyDecoder | None:
+def make_body_decoder(head: Head, *, max_overhead: int) -> BodyDecoder | None:
     """Return the decoder of the body, or None for a request without a body.
 
     `max_overhead` limits the bytes of chunk extensions and trailers.

@@ -10,7 +10,7 @@ from gateway.server.connection_limits import ConnectionLimits
 from gateway.server.fast_path import FastPathConnection, HeadRenderer
 
 
-def http_protocol(
+def make_protocol_class(
     limits: ConnectionLimits, *, hits: CachedResponses | None = None, application: ASGIApp | None = None
 ) -> type[Connection]:
     """Return the protocol class for uvicorn, which instantiates it for each connection.

@@ -20,10 +20,10 @@ import uvicorn
 from gateway.server import file_descriptors as descriptors
 from gateway.server.application import Application
 from gateway.server.connection import Connection
-from gateway.server.connection_limits import bound_buffers, connection_limits
+from gateway.server.connection_limits import bound_buffers, make_connection_limits
 from gateway.server.graceful_shutdown import HANDOVER_SECONDS
 from gateway.server.memory_trim import MemoryTrim
-from gateway.server.protocol_class import http_protocol
+from gateway.server.protocol_class import make_protocol_class
 from gateway.settings.model import Settings
 
 _BACKLOG = 8192
@@ -49,20 +49,20 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
     server = settings.server
     limit = descriptors.raise_limit()
     max_connections = limit.connections(server.max_connections, outgoing=settings.upstream.max_in_flight)
-    limits = connection_limits(server, app.metrics, max_connections=max_connections)
+    limits = make_connection_limits(server, app.metrics, max_connections=max_connections)
     app.shutdown.on_begin(limits.start_draining)
     config = uvicorn.Config(
         app.asgi,
         host=server.host,
         port=server.port,
-        http=http_protocol(limits, hits=app.hits),
+        http=make_protocol_class(limits, hits=app.hits),
         loop="uvloop",
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
-        forwarded_allow_ips=forwarders(server.trusted_proxies),
+        forwarded_allow_ips=forwarded_allow_ips(server.trusted_proxies),
         # Typed as a whole number, but only compared with the clock. The handover has passed by then.
         timeout_graceful_shutdown=max(server.drain_seconds - HANDOVER_SECONDS, 0.0),  # type: ignore[arg-type]
         backlog=_BACKLOG,
@@ -84,7 +84,7 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
         metrics = None
         if server.metrics_port:
             listener = _listen(server.host, server.metrics_port, backlog=_BACKLOG)
-            metrics = MetricsListener(listener, http_protocol(limits, application=app.metrics_asgi))
+            metrics = MetricsListener(listener, make_protocol_class(limits, application=app.metrics_asgi))
         serve(config, announce=log_start, metrics=metrics)
     except CannotListen as exc:
         log.error("listen_failed", host=exc.host, port=exc.port, reason=exc.reason)  # noqa: TRY400 - no bug
@@ -129,7 +129,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, metrics: MetricsListener | None = None) -> None:
         super().__init__(config)
         self._metrics = metrics
-        self._check_descriptors = descriptors.Exhaustion().check
+        self._check_descriptors = descriptors.DescriptorCheck().check
         self._trim_heap = MemoryTrim().observe
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -179,7 +179,7 @@ def _listen(host: str, port: int, *, backlog: int) -> socket.socket:
     return listener
 
 
-def forwarders(trusted_proxies: Sequence[str]) -> list[str]:
+def forwarded_allow_ips(trusted_proxies: Sequence[str]) -> list[str]:
     """Return the hosts whose X-Forwarded-For is trusted, in uvicorn's notation.
 
     A listener on `::` reports IPv4 peers as `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2), which uvicorn treats as

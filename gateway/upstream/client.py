@@ -135,7 +135,7 @@ class UpstreamClient:
         self._concurrency_limit = asyncio.Semaphore(settings.max_in_flight)
         self._retry_policy = RetryPolicy(settings.retries)
         self._rate_limiter = RateLimiter(settings.requests_per_second, take_shared=take_permits)
-        metrics.upstream_budget.set_function(lambda: self._rate_limiter.per_second)
+        metrics.upstream_rate_limit.set_function(lambda: self._rate_limiter.per_second)
         self._breakers = {operation: self._make_breaker(operation) for operation in Operation}
         # The series start at 0: `rate()` does not see an increase from an absent series to 1.
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
@@ -147,7 +147,7 @@ class UpstreamClient:
         self._latency_seconds = dict.fromkeys(Operation, 0.0)
 
     @property
-    def troubles(self) -> list[str]:
+    def problem_codes(self) -> list[str]:
         """The problem codes of what is wrong with the upstream now; empty if it works."""
         last_error = self._signed_requests.last_error_code
         codes = [last_error] if last_error else []
@@ -203,7 +203,7 @@ class UpstreamClient:
                     except UpstreamError as exc:
                         if isinstance(exc, UpstreamThrottled):
                             await self._announce_throttling(exc.retry_after)
-                        delay = self._retry_delay(exc, retries, query)
+                        delay = self._take_retry(exc, retries, query)
                         if delay is None:
                             raise
                         query.demand.must_finish = False
@@ -311,13 +311,13 @@ class UpstreamClient:
         average = self._latency_seconds[operation] or seconds
         self._latency_seconds[operation] = average + _LATENCY_WEIGHT * (seconds - average)
 
-    def _retry_delay(self, error: UpstreamError, retries: int, query: _Query) -> float | None:
+    def _take_retry(self, error: UpstreamError, retries: int, query: _Query) -> float | None:
         """Return the delay before the next attempt, or None if the query must fail with `error`."""
         if not query.demand.wanted:
             return None
         latest_start = query.deadline - self._latency_seconds[query.key.operation]
         seconds_left = latest_start - asyncio.get_running_loop().time()
-        return self._retry_policy.delay(error, retries=retries, seconds_left=seconds_left)
+        return self._retry_policy.take_retry(error, retries=retries, seconds_left=seconds_left)
 
     def _make_breaker(self, operation: Operation) -> CircuitBreaker:
         gauges = {state: self._metrics.upstream_circuit_state.labels(operation, state) for state in State}

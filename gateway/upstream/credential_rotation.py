@@ -34,6 +34,7 @@ import structlog
 
 from gateway.domain.errors import (
     CredentialsRefused,
+    KeyPairMissing,
     NonceRefused,
     QuotaExhausted,
     TimestampRefused,
@@ -53,7 +54,7 @@ class _Refusal(NamedTuple):
     error: CredentialsRefused
 
 
-class _Use(NamedTuple):
+class _Selection(NamedTuple):
     """The credentials of one call, and the signing ones at its start. At most one call at a time probes."""
 
     loaded: LoadedKeyPair
@@ -90,14 +91,14 @@ class CredentialRotation:
         """
         tried: _Tried = {}
         while True:
-            if (loaded := self._usable_signing(operation, tried)) is not None:
-                outcome = await self._call(operation, _Use(loaded, loaded, is_probe=False), call)
+            if (loaded := self._usable_signing_pair(operation, tried)) is not None:
+                outcome = await self._call(operation, _Selection(loaded, loaded, is_probe=False), call)
             else:
                 async with self._probe_lock:
-                    if self._usable_signing(operation, tried) is not None:
+                    if self._usable_signing_pair(operation, tried) is not None:
                         continue  # the probe of another query has found a usable pair
                     loaded = self._next_candidate(operation, tried)
-                    probe = _Use(loaded, self._credentials.signing, is_probe=True)
+                    probe = _Selection(loaded, self._credentials.signing_pair, is_probe=True)
                     outcome = await self._call(operation, probe, call)
             if not isinstance(outcome, CredentialsRefused):
                 return outcome
@@ -108,32 +109,32 @@ class CredentialRotation:
 
         A waiting query has no permit, and does not count towards the concurrency limit.
         """
-        while self._probe_lock.locked() and self._usable_signing(operation, {}) is None:
+        while self._probe_lock.locked() and self._usable_signing_pair(operation, {}) is None:
             async with self._probe_lock:
                 pass
 
     async def _call(
-        self, operation: Operation, use: _Use, call: Callable[[KeyPair], Awaitable[T]]
+        self, operation: Operation, selection: _Selection, call: Callable[[KeyPair], Awaitable[T]]
     ) -> T | CredentialsRefused:
         """Make a call; return the refusal if another pair may be accepted."""
         try:
-            result = await call(use.loaded.pair)
+            result = await call(selection.loaded.pair)
         except (TimestampRefused, NonceRefused):
             raise
         except CredentialsRefused as exc:
-            self._on_refused(operation, use.loaded, exc)
+            self._on_refused(operation, selection.loaded, exc)
             if isinstance(exc, QuotaExhausted):
                 raise
             return copy(exc)
         except UpstreamRejected:
-            self._on_accepted(operation, use)
+            self._on_accepted(operation, selection)
             raise
-        self._on_accepted(operation, use)
+        self._on_accepted(operation, selection)
         return result
 
-    def _usable_signing(self, operation: Operation, tried: _Tried) -> LoadedKeyPair | None:
+    def _usable_signing_pair(self, operation: Operation, tried: _Tried) -> LoadedKeyPair | None:
         """Return the signing credentials, or None while they are refused."""
-        signing = self._credentials.signing
+        signing = self._credentials.signing_pair
         if signing is None or signing.pair in tried or (operation, signing.pair) in self._refusals:
             return None
         return signing
@@ -150,14 +151,14 @@ class CredentialRotation:
             if refusal is None or refusal.until <= now:
                 return loaded
             errors.append(refusal.error)
-            if loaded is self._credentials.signing and isinstance(refusal.error, QuotaExhausted):
+            if loaded is self._credentials.signing_pair and isinstance(refusal.error, QuotaExhausted):
                 break
         if not errors:
-            raise CredentialsRefused("the gateway has no credentials")
+            raise KeyPairMissing("the gateway has no credentials")
         raise copy(errors[0])  # a copy for this caller: many may share the error
 
     def _candidates(self) -> list[LoadedKeyPair]:
-        known = (self._credentials.signing, *self._credentials.loaded(), self._last_good)
+        known = (self._credentials.signing_pair, *self._credentials.loaded_pairs(), self._last_good)
         return [loaded for loaded in known if loaded is not None]
 
     def _on_refused(self, operation: Operation, loaded: LoadedKeyPair, error: CredentialsRefused) -> None:
@@ -176,21 +177,23 @@ class CredentialRotation:
             key: refusal for key, refusal in self._refusals.items() if key[1] in known or now < refusal.until
         }
 
-    def _on_accepted(self, operation: Operation, use: _Use) -> None:
+    def _on_accepted(self, operation: Operation, selection: _Selection) -> None:
         # Only a probe clears a refusal: a call that was in flight before the refusal proves nothing any more.
-        loaded = use.loaded
-        if use.is_probe:
+        loaded = selection.loaded
+        if selection.is_probe:
             self._refusals.pop((operation, loaded.pair), None)
-            self._promote(operation, use)
-        if loaded is self._credentials.signing and (operation, loaded.pair) not in self._refusals:
+            self._promote(operation, selection)
+        if loaded is self._credentials.signing_pair and (operation, loaded.pair) not in self._refusals:
             self._last_good = loaded
 
-    def _promote(self, operation: Operation, use: _Use) -> None:
-        loaded, signing = use.loaded, use.signing
+    def _promote(self, operation: Operation, selection: _Selection) -> None:
+        loaded, signing = selection.loaded, selection.signing
         if signing is not None and signing.pair == loaded.pair:
             log.info("credentials_accepted_again", operation=operation, **_log_fields(loaded))
-        elif signing is self._credentials.signing:  # else the active slot has received new content meanwhile
-            self._credentials.set_signing(loaded)
+        elif (
+            signing is self._credentials.signing_pair
+        ):  # else the active slot has received new content meanwhile
+            self._credentials.set_signing_pair(loaded)
             log.warning("credentials_promoted", operation=operation, **_log_fields(loaded))
 
 

@@ -36,7 +36,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
 POLL_SECONDS = 2.0
-_MAX_READINGS = 5
+_MAX_READS = 5
 
 log = structlog.get_logger(__name__)
 
@@ -71,41 +71,41 @@ class Credentials:
         self._redactor = redactor
         self._metrics = metrics
         self._sources = {
-            CredentialSlot.ACTIVE: _Source(
-                _Value(settings.access_key_file, settings.access_key.get_secret_value()),
-                _Value(settings.secret_key_file, settings.secret_key.get_secret_value()),
+            CredentialSlot.ACTIVE: _PairSource(
+                _KeySource(settings.access_key_file, settings.access_key.get_secret_value()),
+                _KeySource(settings.secret_key_file, settings.secret_key.get_secret_value()),
             ),
-            CredentialSlot.NEXT: _Source(
-                _Value(settings.next_access_key_file, settings.next_access_key.get_secret_value()),
-                _Value(settings.next_secret_key_file, settings.next_secret_key.get_secret_value()),
+            CredentialSlot.NEXT: _PairSource(
+                _KeySource(settings.next_access_key_file, settings.next_access_key.get_secret_value()),
+                _KeySource(settings.next_secret_key_file, settings.next_secret_key.get_secret_value()),
             ),
         }
         self._loaded: dict[CredentialSlot, LoadedKeyPair] = {}
-        self._faults: dict[CredentialSlot, str] = {}
+        self._read_errors: dict[CredentialSlot, str] = {}
         self._signing: LoadedKeyPair | None = None
         for slot in CredentialSlot:
             metrics.credentials_active_slot.labels(slot).set(0)
         self.reload()
 
     @property
-    def signing(self) -> LoadedKeyPair | None:
+    def signing_pair(self) -> LoadedKeyPair | None:
         """The credentials that sign; None if there are none, or only next ones that were not probed yet."""
         return self._signing
 
     @property
-    def present(self) -> bool:
+    def has_any_pair(self) -> bool:
         """Whether any slot has a pair."""
         return bool(self._loaded)
 
-    def loaded(self) -> list[LoadedKeyPair]:
+    def loaded_pairs(self) -> list[LoadedKeyPair]:
         """Return the contents of the slots, the active one first."""
         return [self._loaded[slot] for slot in CredentialSlot if slot in self._loaded]
 
-    def faults(self) -> Mapping[CredentialSlot, str]:
+    def read_errors(self) -> Mapping[CredentialSlot, str]:
         """Return why slots could not be read at the last attempt; the texts contain no secrets."""
-        return self._faults
+        return self._read_errors
 
-    def set_signing(self, loaded: LoadedKeyPair) -> None:
+    def set_signing_pair(self, loaded: LoadedKeyPair) -> None:
         """Make this pair sign until another one is promoted or the active slot reads new content."""
         self._signing = loaded
         for slot in CredentialSlot:
@@ -116,7 +116,7 @@ class Credentials:
         for slot in CredentialSlot:
             self._reload(slot)
 
-    async def follow(self) -> None:
+    async def poll_files(self) -> None:
         """Reload every `POLL_SECONDS`, without end; return at once if no slot is read from files."""
         while any(source.has_files for source in self._sources.values()):
             await asyncio.sleep(POLL_SECONDS)
@@ -129,12 +129,12 @@ class Credentials:
         except (OSError, ValueError) as exc:
             # Log and count only changes: each poll finds the same fault again.
             fault = f"{type(exc).__name__}: {exc}"
-            if fault != self._faults.get(slot):
-                self._faults[slot] = fault
+            if fault != self._read_errors.get(slot):
+                self._read_errors[slot] = fault
                 self._metrics.credentials_reloads.labels("error").inc()
                 log.warning("credentials_unreadable", slot=slot, fault=fault, in_use=previous is not None)
             return
-        self._faults.pop(slot, None)
+        self._read_errors.pop(slot, None)
         if pair is None or (previous is not None and previous.pair == pair):
             return
         self._redactor.add_credentials(pair.access_key, pair.secret_key)
@@ -144,10 +144,10 @@ class Credentials:
             self._metrics.credentials_reloads.labels("ok").inc()
             log.info("credentials_loaded", slot=slot, generation=loaded.generation)
         if slot is CredentialSlot.ACTIVE:
-            self.set_signing(loaded)
+            self.set_signing_pair(loaded)
 
 
-class _Value(NamedTuple):
+class _KeySource(NamedTuple):
     """The source of one half of a pair: a file, or else a value."""
 
     file: Path | None
@@ -157,11 +157,11 @@ class _Value(NamedTuple):
         return self.value if self.file is None else read_secret(self.file)
 
 
-class _Source(NamedTuple):
+class _PairSource(NamedTuple):
     """The source of a slot's pair."""
 
-    access_key: _Value
-    secret_key: _Value
+    access_key: _KeySource
+    secret_key: _KeySource
 
     @property
     def has_files(self) -> bool:
@@ -170,7 +170,7 @@ class _Source(NamedTuple):
     def read(self) -> KeyPair | None:
         """Return a pair that can sign, or None if none is configured. Raises: OSError, ValueError."""
         before = self._read_once()
-        for _ in range(_MAX_READINGS):
+        for _ in range(_MAX_READS):
             after = self._read_once()
             if after == before:
                 break

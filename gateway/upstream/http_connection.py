@@ -51,7 +51,7 @@ class HttpConnection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._response = HttpResponse()
         self._overhead = 0
-        self._readable = select.poll()
+        self._poll = select.poll()
 
     def send(self, request: bytes, deadline: float) -> asyncio.Future[HttpResponse]:
         """Send a request; the future receives the response, an httpx.TransportError or a TimeoutError.
@@ -66,17 +66,17 @@ class HttpConnection(asyncio.Protocol):
         self._transport.write(request)
         return self._waiter
 
-    def too_old(self, now: float) -> bool:
+    def is_too_old(self, now: float) -> bool:
         """Tell whether the connection has reached its maximum age."""
         return now - self._opened_at >= self.max_age_seconds
 
-    def reusable(self, now: float) -> bool:
+    def is_reusable(self, now: float) -> bool:
         """Tell whether a call may use the connection: it is open, not too old, and has no unread bytes.
 
         `poll` asks the operating system for bytes that the event loop has not read yet. They would be taken
         for the start of the next response.
         """
-        return self.idle_since is not None and not self.too_old(now) and not self._readable.poll(0)
+        return self.idle_since is not None and not self.is_too_old(now) and not self._poll.poll(0)
 
     def time_out(self) -> None:
         """Fail the call in flight, if there is one, with a TimeoutError."""
@@ -93,7 +93,7 @@ class HttpConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it is one
         """Keep the transport, and watch its socket for bytes that arrive without a call."""
         self._transport = transport
-        self._readable.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def data_received(self, data: bytes) -> None:
         """Parse bytes of the response; fail the call if they are malformed or too many."""

@@ -112,7 +112,7 @@ class HttpTransport:
         self._close_expired(now)
         while self._idle:
             connection = self._idle.pop()
-            if connection.reusable(now):
+            if connection.is_reusable(now):
                 return connection
             connection.close()
         return None
@@ -122,7 +122,7 @@ class HttpTransport:
         self._busy.discard(connection)
         self.in_flight -= 1
         now = asyncio.get_running_loop().time()
-        if connection.idle_since is None or connection.too_old(now):
+        if connection.idle_since is None or connection.is_too_old(now):
             connection.close()
         else:
             self._idle.append(connection)
@@ -146,7 +146,7 @@ class HttpTransport:
         now = asyncio.get_running_loop().time()
         self._close_expired(now)
         for connection in tuple(self._idle):
-            if connection.too_old(now):
+            if connection.is_too_old(now):
                 self._idle.remove(connection)
                 connection.close()
         if self._idle:
@@ -186,7 +186,7 @@ def is_certificate_error(error: httpx.TransportError) -> bool:
     return isinstance(error.__cause__, ssl.SSLCertVerificationError)
 
 
-def explain(error: httpx.TransportError) -> str:
+def explain_connect_error(error: httpx.TransportError) -> str:
     """Return why no connection could be made, for an operator; "" if the error came later."""
     if not isinstance(error, httpx.ConnectError):
         return ""

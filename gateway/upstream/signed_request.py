@@ -114,7 +114,7 @@ class SignedRequests:
             operation: endpoint.join(operation.path).raw_path.decode("ascii") for operation in Operation
         }
         # Cached, because looking up labels takes longer than counting. Operations and outcomes are few.
-        self._counter = cache(
+        self._request_counter = cache(
             lambda operation, outcome: metrics.upstream_requests.labels(operation, outcome).inc
         )
         self._observe_duration = {
@@ -229,7 +229,7 @@ class SignedRequests:
                 err_code=_redacted(code or f"HTTP {response.status}", redact),
                 err_message=_redacted(message or None, redact),
             ),
-            retry_after=_retry_after(response.headers.get("retry-after", ""), self._clock()),
+            retry_after=_parse_retry_after(response.headers.get("retry-after", ""), self._clock()),
         )
 
     async def _send(
@@ -241,7 +241,7 @@ class SignedRequests:
         try:
             response = await self.send_unparsed(key, pair, on_complete=on_complete)
             span.status = response.status
-            skew = self._observe_clock(response)
+            skew = self._measure_clock_skew(response)
             try:
                 parsed = self.parse_response(response, key)
             except TimestampRefused:
@@ -268,16 +268,16 @@ class SignedRequests:
         finally:
             span.outcome = outcome
             self.last_error_code = None if outcome in {"ok", UpstreamRejected.code} else outcome
-            self._counter(operation, outcome)()
+            self._request_counter(operation, outcome)()
             self._observe_duration[operation](time.perf_counter() - started)
 
     def redactor_of(self, response: RawResponse) -> Redactor:
         """Return a redactor that also hides the signature of this call."""
         return self._redactor.for_call(response.request_headers["x-ca-signature"])
 
-    def _observe_clock(self, response: RawResponse) -> float | None:
+    def _measure_clock_skew(self, response: RawResponse) -> float | None:
         """Return how many seconds the upstream's clock is ahead; None if the response has no valid date."""
-        now = unix_time(response.headers.get("date", ""))
+        now = parse_http_date(response.headers.get("date", ""))
         if now is None:
             return None
         skew = now - self._clock()
@@ -319,16 +319,16 @@ def _decompress(body: bytes, encoding: str, *, limit: int) -> bytes:
     return body
 
 
-def _retry_after(value: str, now: float) -> float | None:
+def _parse_retry_after(value: str, now: float) -> float | None:
     """Return a Retry-After header (RFC 9110, 10.2.3), a number or a date, in seconds; at most an hour."""
     if value.isascii() and value.isdigit():
         return min(float(value), 3600.0)
-    then = unix_time(value)
+    then = parse_http_date(value)
     return None if then is None else min(max(then - now, 0.0), 3600.0)
 
 
 @lru_cache(maxsize=2)  # all responses within a second have the same date
-def unix_time(date: str) -> float | None:
+def parse_http_date(date: str) -> float | None:
     """Return an HTTP date (RFC 9110, 5.6.7) as Unix time, or None if it is not valid."""
     if len(date) > _MAX_DATE_LENGTH or not date.isascii() or "_" in date:  # `int` accepts digits with "_"
         return None

@@ -32,7 +32,7 @@ METHOD = "HmacSHA256"
 _SIGNED = ("x-ca-key", "x-ca-nonce", "x-ca-signature-method", "x-ca-timestamp")
 _SIGNED_WITH_STAGE = tuple(sorted((*_SIGNED, "x-ca-stage")))
 # Never among the name:value lines: these headers have lines of their own, or carry the signature.
-_NOT_LISTED = frozenset(
+_NEVER_LISTED = frozenset(
     {"x-ca-signature", "x-ca-signature-headers", "accept", "content-md5", "content-type", "date"}
 )
 _MUST_BE_SIGNED = frozenset({"x-ca-key", "x-ca-timestamp", "x-ca-nonce"})
@@ -59,11 +59,11 @@ def string_to_sign(method: str, target: str, headers: Mapping[str, str], signed:
     `target` is the path with its query, as sent; `headers` has lower-case names; `signed` are the
     names listed in `X-Ca-Signature-Headers`.
     """
-    names = sorted(name for name in signed if name.lower() not in _NOT_LISTED)
-    return _lines(method.upper(), target, headers, names)
+    names = sorted(name for name in signed if name.lower() not in _NEVER_LISTED)
+    return _build_string_to_sign(method.upper(), target, headers, names)
 
 
-def _lines(method: str, target: str, headers: Mapping[str, str], names: Iterable[str]) -> str:
+def _build_string_to_sign(method: str, target: str, headers: Mapping[str, str], names: Iterable[str]) -> str:
     return "\n".join(
         [
             method,
@@ -72,7 +72,7 @@ def _lines(method: str, target: str, headers: Mapping[str, str], names: Iterable
             headers.get("content-type", ""),
             headers.get("date", ""),
             *[f"{name}:{headers.get(name.lower(), '')}" for name in names],
-            _resource(target),
+            _path_and_sorted_query(target),
         ]
     )
 
@@ -105,7 +105,7 @@ def signed_headers(
         headers["x-ca-stage"] = stage
     names = _SIGNED_WITH_STAGE if stage else _SIGNED
     headers["x-ca-signature-headers"] = ",".join(names)
-    headers["x-ca-signature"] = sign(secret_key, _lines("POST", target, headers, names))
+    headers["x-ca-signature"] = sign(secret_key, _build_string_to_sign("POST", target, headers, names))
     return headers
 
 
@@ -140,7 +140,7 @@ def verify(method: str, target: str, headers: Mapping[str, str], body: bytes, *,
     return Verification(None, text)
 
 
-def _resource(target: str) -> str:
+def _path_and_sorted_query(target: str) -> str:
     path, _, query = target.partition("?")
     if not query:
         return path

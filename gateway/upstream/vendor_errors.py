@@ -15,7 +15,7 @@ import re
 from collections.abc import Mapping
 
 from gateway.domain.errors import (
-    CredentialsRefused,
+    KeyPairRefused,
     NonceRefused,
     QuotaExhausted,
     TimestampRefused,
@@ -40,9 +40,9 @@ BY_MESSAGE: tuple[tuple[str, _ErrorType], ...] = (
     ("quota exhausted", QuotaExhausted),
     ("quota expired", QuotaExhausted),
     ("user arrears", QuotaExhausted),
-    ("invalid appkey", CredentialsRefused),
-    ("invalid signature", CredentialsRefused),
-    ("unauthorized", CredentialsRefused),
+    ("invalid appkey", KeyPairRefused),
+    ("invalid signature", KeyPairRefused),
+    ("unauthorized", KeyPairRefused),
     ("invalid url", UpstreamInvalid),
     ("invalid content-md5", UpstreamInvalid),
     ("api not found", UpstreamInvalid),
@@ -52,9 +52,7 @@ BY_MESSAGE: tuple[tuple[str, _ErrorType], ...] = (
 )
 
 BY_CODE: Mapping[str, _ErrorType] = {
-    **dict.fromkeys(
-        ("A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"), CredentialsRefused
-    ),
+    **dict.fromkeys(("A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"), KeyPairRefused),
     **dict.fromkeys(("B403MQ", "B403ME", "B403MI", "B403OD", "B403MO"), QuotaExhausted),
     **dict.fromkeys(
         ("T429ID", "T429IN", "T429GR", "T429PA", "T429PR", "T429SR", "T429MR"), UpstreamThrottled
@@ -68,7 +66,7 @@ BY_CODE: Mapping[str, _ErrorType] = {
 # By the class letter of a code that is not in `BY_CODE`. Codes of other classes are classified by their
 # status.
 BY_CLASS: Mapping[str, _ErrorType] = {
-    "A": CredentialsRefused,
+    "A": KeyPairRefused,
     "B": QuotaExhausted,
     "T": UpstreamThrottled,
 }
@@ -86,15 +84,15 @@ BY_STATUS: Mapping[int, _ErrorType] = {
 }
 
 # Words about the credentials in messages that match no row.
-_NAMES_QUOTA = re.compile(r"quota|arrears|overdue")
-_NAMES_PAIR = re.compile(r"app ?key|access ?key|secret|signature|authori[sz]")
+_MENTIONS_QUOTA = re.compile(r"quota|arrears|overdue")
+_MENTIONS_KEY_PAIR = re.compile(r"app ?key|access ?key|secret|signature|authori[sz]")
 
 _CODE = re.compile(r"(?P<letter>[A-Z])(?P<status>[0-9]{3})[A-Z0-9]{2}")
 
-_TEXT: Mapping[_ErrorType, str] = {
+_MESSAGES: Mapping[_ErrorType, str] = {
     UpstreamBusy: "the upstream is temporarily unavailable",
     TimestampRefused: "the upstream refused the request's timestamp",
-    CredentialsRefused: "the upstream refused the gateway's credentials",
+    KeyPairRefused: "the upstream refused the gateway's credentials",
     UpstreamForbidden: "the upstream refused this query without a reason",
     UpstreamInvalid: "the upstream refused the format of the request",
     NonceRefused: "the upstream refused the request's nonce as used before",
@@ -117,16 +115,16 @@ def classify(
         retry_after: The delay that the upstream asked for, in seconds.
     """
     error_type = _error_type(http_status, code, message.lower())
-    return error_type(_TEXT[error_type], detail=detail, retry_after=retry_after)
+    return error_type(_MESSAGES[error_type], detail=detail, retry_after=retry_after)
 
 
 def _error_type(http_status: int, code: str, message: str) -> _ErrorType:
     error_type = _look_up(http_status, code, message)
     if error_type is not UpstreamForbidden:
         return error_type
-    if _NAMES_QUOTA.search(message):
+    if _MENTIONS_QUOTA.search(message):
         return QuotaExhausted
-    return CredentialsRefused if _NAMES_PAIR.search(message) else error_type
+    return KeyPairRefused if _MENTIONS_KEY_PAIR.search(message) else error_type
 
 
 def _look_up(http_status: int, code: str, message: str) -> _ErrorType:
