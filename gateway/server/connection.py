@@ -10,8 +10,8 @@
     closing    the client closes         LINGER_SECONDS          LINGER_BYTES, read and dropped
 
 While a response is being sent, later requests stay unparsed. Reading pauses when too many bytes of them are
-buffered, or when the client does not read. If a response begins before the request body has arrived, it is
-the last one: `Connection: close`. Writing and closing are in `client_transport.py`.
+buffered, or when the client does not read. If a response begins before the request body has arrived, it has
+`Connection: close` and is the last one. `client_transport.py` writes, and closes the connection.
 
 `Connection` is the value of uvicorn's `http` option. Like uvicorn's own protocols, it uses the configured
 application, the set of connections, the set of tasks and the default headers.
@@ -48,7 +48,7 @@ _MAX_READ_AHEAD = 32_768  # bytes of later requests after which reading pauses; 
 
 
 class Connection(ClientTransport):
-    """One connection. All connections share `limits`; `application`, if set, replaces uvicorn's."""
+    """One connection. All connections share `limits`. `application` replaces uvicorn's, if it is set."""
 
     application: ASGIApp | None = None
 
@@ -198,8 +198,8 @@ class Connection(ClientTransport):
             if self._exchange is None:
                 self._refuse(exc.error)
             else:
-                # The application decides. If it ignores the body, its response must not depend on whether the
-                # invalid part arrived early or late.
+                # The application may ignore the body. Its response must then not depend on when the invalid
+                # part arrives. So only `receive` raises the error.
                 self._body = DiscardedBody()
                 self._exchange.body_failed(exc.error)
         finally:
@@ -208,7 +208,7 @@ class Connection(ClientTransport):
             self._update_reading()
 
     def _step(self) -> bool:
-        """Parse one head or one part of a body; return whether another step may follow."""
+        """Parse one head or one part of a body; tell whether another step may follow."""
         if self._exchange is None:
             return not self.write_paused and self._read_head()
         return self._body is not None and self._read_body(self._body, self._exchange)
@@ -300,7 +300,7 @@ class Connection(ClientTransport):
         elif self._body is not None:
             read = not self._exchange.is_body_buffer_full
         else:
-            # A disconnect is noticed only while the socket is read, so a limited amount is read ahead.
+            # A disconnect is noticed only while the socket is read. So reading continues, up to a limit.
             read = len(self._buffer) < _MAX_READ_AHEAD
         if read != self._reading:
             self._reading = read
@@ -312,7 +312,7 @@ class Connection(ClientTransport):
     # Closing.
 
     def _leave_reserve(self) -> None:
-        """Release this connection's place in the reserve to a later connection."""
+        """Leave the reserve, which is full, so that a later connection has a place in it."""
         if self._closing or self._exchange is not None:
             self.transport.abort()
         else:

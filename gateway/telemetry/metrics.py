@@ -126,7 +126,8 @@ class Metrics:
         )
         self.upstream_retries = Counter(
             "sd_gateway_upstream_retries_total",
-            "Number of retries of requests to the upstream, by the problem code of the failure.",
+            "Number of retries of requests to the upstream, and of repeats after a clock correction, "
+            "by the problem code of the failure.",
             ["operation", "reason"],
             registry=registry,
         )

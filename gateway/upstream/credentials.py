@@ -1,4 +1,4 @@
-"""The key pairs, in two slots, from the settings or from mounted files that may change.
+"""The key pairs in two slots. They come from the settings, or from mounted files that may change.
 
     active   the pair that signs
     next     a second pair, which signs after `credential_rotation.py` has promoted it
@@ -9,14 +9,15 @@
                       the active slot reads new content, whatever it is;
                       or: refused, and the active pair is accepted again
 
-New content in the next slot changes nothing by itself: a promoted pair keeps signing even if its file has new
-content by then. Pairs are compared by content. An operator who moves the promoted pair into the active slot
-changes the slot's name in logs and metrics, and nothing else.
+New content in the next slot has no effect by itself: a promoted pair keeps signing, even if its file has new
+content meanwhile. Pairs are compared by content. If an operator moves the promoted pair into the active slot,
+only the slot's name in logs and metrics changes.
 
-Kubernetes replaces a mounted secret through a symlink, without notice and between any two reads. So the
-files are polled and compared by content, and a pair counts only if two consecutive readings of both files
-agree: then both belong to one generation. Files that are written in place, one after the other, may still
-be read half and half. The upstream refuses such a pair, and `credential_rotation.py` handles that.
+Kubernetes replaces a mounted secret through a symlink, without notice, possibly between the reads of two
+files. So the files are polled and compared by content. A pair is used only if two consecutive reads of both
+files agree: then both files belong to one generation. If files are written in place, one after the other, a
+read may still combine the old content of one with the new content of the other. The upstream refuses such a
+pair, and `credential_rotation.py` handles this.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class CredentialSlot(StrEnum):
 
 
 class LoadedKeyPair(NamedTuple):
-    """A pair and its origin; `generation` counts the contents that the slot has had, from 1."""
+    """A pair and its origin. `generation` is the number of contents that the slot has had so far."""
 
     slot: CredentialSlot
     generation: int
@@ -65,7 +66,7 @@ class LoadedKeyPair(NamedTuple):
 
 
 class Credentials:
-    """Holds the pairs of both slots, follows their files, and knows which pair signs."""
+    """Holds the pairs of both slots and the pair that signs, and polls their files."""
 
     def __init__(self, settings: CredentialSettings, *, redactor: Redactor, metrics: Metrics) -> None:
         self._redactor = redactor
@@ -89,7 +90,7 @@ class Credentials:
 
     @property
     def signing_pair(self) -> LoadedKeyPair | None:
-        """The credentials that sign; None if there are none, or only next ones that were not probed yet."""
+        """The pair that signs. None if there is no pair, or only a next pair that was not probed yet."""
         return self._signing
 
     @property
@@ -98,15 +99,15 @@ class Credentials:
         return bool(self._loaded)
 
     def loaded_pairs(self) -> list[LoadedKeyPair]:
-        """Return the contents of the slots, the active one first."""
+        """Return the pairs of the slots, the active one first."""
         return [self._loaded[slot] for slot in CredentialSlot if slot in self._loaded]
 
     def read_errors(self) -> Mapping[CredentialSlot, str]:
-        """Return why slots could not be read at the last attempt; the texts contain no secrets."""
+        """Return the errors of slots that could not be read at the last attempt, without secrets."""
         return self._read_errors
 
     def set_signing_pair(self, loaded: LoadedKeyPair) -> None:
-        """Make this pair sign until another one is promoted or the active slot reads new content."""
+        """Make this pair sign, until another pair is promoted or the active slot has new content."""
         self._signing = loaded
         for slot in CredentialSlot:
             self._metrics.credentials_active_slot.labels(slot).set(slot is loaded.slot)
@@ -127,7 +128,7 @@ class Credentials:
         try:
             pair = source.read()
         except (OSError, ValueError) as exc:
-            # Log and count only changes: each poll finds the same fault again.
+            # Log and count only changes, because each poll would find the same fault.
             fault = f"{type(exc).__name__}: {exc}"
             if fault != self._read_errors.get(slot):
                 self._read_errors[slot] = fault

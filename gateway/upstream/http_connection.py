@@ -1,6 +1,6 @@
-"""One connection to the upstream, with httptools' parser. It reads the responses within bounds.
+"""One connection to the upstream. It parses responses with httptools, and bounds their size.
 
-The parser checks message framing, in its strict mode (RFC 9112, 6).
+The parser runs in its strict mode, and checks the framing of messages (RFC 9112, 6).
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _MAX_OVERHEAD = 262_144  # bytes of a response outside its body: headers, chunk 
 
 
 class HttpResponse:
-    """A response as far as it is read. Header names are lower case; the last of repeated headers counts."""
+    """The parts of a response that were read so far.
+
+    Header names are lower case. If a header is repeated, the last value is kept.
+    """
 
     __slots__ = ("body", "complete", "headers", "keep_alive", "status")
 
@@ -33,9 +36,9 @@ class HttpResponse:
 class HttpConnection(asyncio.Protocol):
     """One connection, with one call at a time.
 
-    `idle_since` is the loop's time when the last response was complete, or None while the connection is not
-    reusable. `on_call_end` is called at the end of each call, even if the call was cancelled. `on_complete`
-    is that of the present call.
+    `idle_since` is the loop's time at which the last response was complete, or None while the connection is
+    not reusable. `on_call_end` is called at the end of each call, even if the call was cancelled.
+    `on_complete` is the callback of the present call (see `HttpTransport.send`), which the transport calls.
     """
 
     def __init__(self, max_body_bytes: int, on_call_end: Callable[[HttpConnection], None]) -> None:
@@ -73,8 +76,8 @@ class HttpConnection(asyncio.Protocol):
     def is_reusable(self, now: float) -> bool:
         """Tell whether a call may use the connection: it is open, not too old, and has no unread bytes.
 
-        `poll` asks the operating system for bytes that the event loop has not read yet. They would be taken
-        for the start of the next response.
+        `poll` also finds bytes that the event loop has not read yet. They would be parsed as the start of the
+        next response.
         """
         return self.idle_since is not None and not self.is_too_old(now) and not self._poll.poll(0)
 
@@ -98,7 +101,8 @@ class HttpConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Parse bytes of the response; fail the call if they are malformed or too many."""
         if self._parser is None or self._waiter is None:
-            # Bytes without a call in flight: they could be taken for the response to the next task's call.
+            # Without a call in flight, these bytes could be parsed as the response to the call for the next
+            # task.
             self.idle_since = None
             self._transport.abort()
             return

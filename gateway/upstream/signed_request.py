@@ -53,8 +53,8 @@ log = structlog.get_logger(__name__)
 class ParsedResponse(NamedTuple):
     """A successful envelope.
 
-    `data` is its member of that name. `envelope` is the whole body as received. `invoke_id` is the vendor's
-    ID of the call.
+    `data` is the envelope's member `data`. `envelope` is the whole body as received. `invoke_id` is the
+    vendor's ID of the call.
     """
 
     data: dict[str, Any]
@@ -161,8 +161,8 @@ class SignedRequests:
         """Make one call within `upstream.attempt_timeout_seconds`, and return its response as received.
 
         `on_complete` is called when the upstream no longer works on the call: when the response has arrived
-        or the time of the attempt has passed, even if this method was cancelled before. It is not called if
-        the call fails before it begins. Raises: UpstreamError if there is no response.
+        or the call has failed, even if this method was cancelled before. It is not called if the request
+        cannot be encoded. Raises: UpstreamError if there is no response.
         """
         body = _request_body(key.task_id)
         headers = signed_headers(
@@ -203,11 +203,11 @@ class SignedRequests:
         message = response.headers.get("x-ca-error-message", "")
         if not code and not message:
             body, redact = response.body, self._redactor
-            # Larger bodies are searched by `_send`, in pieces.
-            suspect = len(body) <= SEARCH_PIECE_SIZE and redact.may_contain_credential(
+            # `_send` searches larger bodies, in pieces.
+            may_leak = len(body) <= SEARCH_PIECE_SIZE and redact.may_contain_credential(
                 body, response.request_headers["x-ca-signature"]
             )
-            if suspect or len(body) > SEARCH_PIECE_SIZE:
+            if may_leak or len(body) > SEARCH_PIECE_SIZE:
                 redact = self.redactor_of(response)
             try:
                 data, invoke_id = read_envelope(body, key, redact=redact)
@@ -215,7 +215,7 @@ class SignedRequests:
                 if response.status == _OK:
                     raise
             else:
-                if suspect and redact.contains_credential(body):
+                if may_leak and redact.contains_credential(body):
                     raise UpstreamInvalid(_LEAK_MESSAGE)
                 if response.status == _OK:
                     return ParsedResponse(data, body, invoke_id)
@@ -248,8 +248,8 @@ class SignedRequests:
                 self._correct_clock(skew)
                 raise
             except UpstreamRejected as exc:
-                # The body was too large to be searched for secrets in one step. Here it is searched in
-                # several.
+                # `envelope` is not the body if the body was too large to be searched for secrets in one step.
+                # Here it is searched in several steps.
                 if exc.envelope != response.body and await is_free_of_secrets(
                     response.body, self.redactor_of(response)
                 ):
@@ -285,7 +285,7 @@ class SignedRequests:
         return skew
 
     def _correct_clock(self, skew: float | None) -> None:
-        """Sign later calls with the upstream's time, if it differs by more than the tolerance."""
+        """Set `clock_offset` to the skew, if they differ by more than the tolerance."""
         if skew is not None and abs(skew - self.clock_offset) > _CLOCK_TOLERANCE_SECONDS:
             self.clock_offset = skew
             log.warning("clock_corrected", offset_seconds=round(skew, 1))

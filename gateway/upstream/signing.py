@@ -28,10 +28,10 @@ from urllib.parse import parse_qsl
 CONTENT_TYPE = "application/json; charset=utf-8"
 METHOD = "HmacSHA256"
 
-# The headers that `signed_headers` signs, in the order of the lines. The stage is signed if it is set.
+# The headers that `signed_headers` signs, in the order of their lines. The stage is signed if it is set.
 _SIGNED = ("x-ca-key", "x-ca-nonce", "x-ca-signature-method", "x-ca-timestamp")
 _SIGNED_WITH_STAGE = tuple(sorted((*_SIGNED, "x-ca-stage")))
-# Never among the name:value lines: these headers have lines of their own, or carry the signature.
+# Headers that are never among the name:value lines: they have lines of their own, or contain the signature.
 _NEVER_LISTED = frozenset(
     {"x-ca-signature", "x-ca-signature-headers", "accept", "content-md5", "content-type", "date"}
 )
@@ -43,8 +43,8 @@ def content_md5(body: bytes) -> str:
     return base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
 
 
-# Only for bodies that the gateway sends: they are short, and the same for every query of a task. `verify`
-# is not cached: it may receive any body.
+# Only for bodies that the gateway sends, which are short, and the same for every query of a task. `verify`
+# does not use it, because it may receive any body.
 _cached_content_md5 = lru_cache(maxsize=1024)(content_md5)
 
 

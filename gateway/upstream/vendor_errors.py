@@ -1,12 +1,13 @@
 """Classification of the vendor's error responses: which exception each one becomes.
 
     message (X-Ca-Error-Message) -> code (X-Ca-Error-Code) -> class letter of the code -> HTTP status
-    first match wins; an unspecific 401 or 403 is then searched for words about quota or key pair
+    the first match wins
+    UpstreamForbidden by status -> search the message for words about the quota or the key pair
 
-Every error response that is not an envelope is classified here, by the tables below. The message is looked
-up first: if it matches a row of `BY_MESSAGE`, the code has no effect. A code consists of a class letter, the
-HTTP status and two letters. Older deployments send only the message, and 400 or 403 where newer ones send 401
-or 429. Source: the vendor's API Gateway documentation, "error codes".
+The tables below classify every error response that is not an envelope. The message is looked up first: if it
+matches a row of `BY_MESSAGE`, the code has no effect. A code consists of a class letter, the HTTP status and
+two letters. Older deployments send no code. Their HTTP status is 400 or 403 where newer ones send 401 or 429.
+Source: the vendor's API Gateway documentation, "error codes".
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from gateway.domain.errors import (
 _ErrorType = type[UpstreamError]
 
 # Messages come first: for clock and nonce they are more reliable than the codes, and older deployments send
-# nothing else. A row matches anywhere in the lower-case message; the first match wins.
+# no codes. A row matches if its text occurs in the lower-case message. The first match wins.
 BY_MESSAGE: tuple[tuple[str, _ErrorType], ...] = (
     ("timestamp expired", TimestampRefused),
     ("invalid timestamp", TimestampRefused),
@@ -71,8 +72,8 @@ BY_CLASS: Mapping[str, _ErrorType] = {
     "T": UpstreamThrottled,
 }
 
-# A 401 or 403 without a code, or with a code of another class, may come from a firewall, or from the service
-# about one task. Only a refusal that names the credentials pauses them, so these are UpstreamForbidden.
+# A 401 or 403 without a code, or with a code of another class, may come from a firewall, or concern a single
+# task. It must not pause the credentials, so it is UpstreamForbidden.
 BY_STATUS: Mapping[int, _ErrorType] = {
     401: UpstreamForbidden,
     403: UpstreamForbidden,
@@ -83,7 +84,7 @@ BY_STATUS: Mapping[int, _ErrorType] = {
     504: UpstreamTimeout,
 }
 
-# Words about the credentials in messages that match no row.
+# Words about the credentials, for messages that match no row of `BY_MESSAGE`.
 _MENTIONS_QUOTA = re.compile(r"quota|arrears|overdue")
 _MENTIONS_KEY_PAIR = re.compile(r"app ?key|access ?key|secret|signature|authori[sz]")
 
