@@ -120,7 +120,7 @@ class WatchHub:
             self._gauges[kind].dec()
 
     async def sync(self) -> None:
-        """Read the messages of other replicas, so that `subscribe` finds their snapshots."""
+        """Read the unread messages of other replicas, so that `subscribe` finds their snapshots."""
         await self._service.sync()
 
     def announce_shutdown(self) -> None:
@@ -146,7 +146,7 @@ class WatchHub:
             result = self._service.peek(key)
             watched.latest = Update(key, result.snapshot).without_large_body() if result is not None else None
             self._refresher.start(watched)
-        # A pending snapshot is published first, because the subscriber then gets `latest`.
+        # A pending snapshot is published before the subscriber is added, which then gets it as `latest`.
         seen_revision = subscriber.seen_revisions.get(key, 0)
         watched.seen_revision = max(watched.seen_revision, seen_revision)
         current = self._service.peek(key, seen_revision)
