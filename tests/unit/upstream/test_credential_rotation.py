@@ -81,13 +81,13 @@ class Bench:
 
     def signing(self) -> tuple[str, int] | None:
         """Return slot and generation of the signing pair, and check the metric."""
-        held = self.credentials.signing_pair
+        loaded = self.credentials.signing_pair
         shown = {
             slot: self.metrics.registry.get_sample_value("sd_gateway_credentials_active_slot", {"slot": slot})
             for slot in CredentialSlot
         }
-        assert shown == {slot: float(held is not None and held.slot is slot) for slot in CredentialSlot}
-        return None if held is None else (held.slot, held.generation)
+        assert shown == {slot: float(loaded is not None and loaded.slot is slot) for slot in CredentialSlot}
+        return None if loaded is None else (loaded.slot, loaded.generation)
 
 
 @pytest.fixture
