@@ -111,11 +111,11 @@ class WatchHub:
         self._gauges[kind].inc()
         try:
             for key in keys:
-                self._join(key, subscriber)
+                self._add_to_task(key, subscriber)
             yield subscriber
         finally:
             for key in keys:
-                self._leave(key, subscriber)
+                self._remove_from_task(key, subscriber)
             self._subscribers.discard(subscriber)
             self._gauges[kind].dec()
 
@@ -138,7 +138,7 @@ class WatchHub:
             self._refresher.stop(watched)
         await self._refresher.wait_stopped()
 
-    def _join(self, key: TaskKey, subscriber: Subscriber) -> None:
+    def _add_to_task(self, key: TaskKey, subscriber: Subscriber) -> None:
         watched = self._watched.get(key)
         if watched is None:
             watched = self._watched[key] = WatchedTask(key)
@@ -166,7 +166,7 @@ class WatchHub:
         watched.subscribers_without_latest.add(subscriber)
         self._refresher.restart(watched)
 
-    def _leave(self, key: TaskKey, subscriber: Subscriber) -> None:
+    def _remove_from_task(self, key: TaskKey, subscriber: Subscriber) -> None:
         watched = self._watched.get(key)
         if watched is None or subscriber not in watched.subscribers:
             return
