@@ -12,10 +12,11 @@ the outcome. Three pairs are candidates:
     the last good pair   the last one that the upstream accepted, kept in memory; needed if the new content of
                          the files is wrong, or was read half old and half new
 
-A probe is a real query of a caller, signed with another pair within the deadline of the query. Any valid
-envelope promotes the pair, even one that rejects the query. A refused pair pauses, so that it is not tried
-with every query. It is tried again later, because the upstream may learn of a key later than the gateway. Any
-other outcome (a timeout, a throttling response) says nothing about the pair, and the next query probes it.
+A probe is a real query of a caller, signed with the pair to be tested, within the deadline of the query. Any
+valid envelope promotes the pair, even one that rejects the query. A refused pair pauses, so that it is not
+tried with every query. It is tried again later, because the upstream may learn of a key later than the
+gateway. Any other outcome (a timeout, a throttling response) says nothing about the pair, and the next query
+probes it.
 
 An exhausted quota or an overdue account pauses the pair, too, but no other pair is tried. The key is valid,
 and an operator must act: the gateway must not use the quota of another account by itself. Refused timestamps

@@ -8,7 +8,7 @@ but its client takes more CPU time than the rest of a query. Here a connection i
 one call at a time, and a call awaits only its response.
 
 If a call is cancelled, the upstream still works on it. So the connection waits for the response until the
-timeout of the call, and discards it. Then it calls `on_complete`.
+timeout of the call, and discards it. Then `on_complete` is called.
 
 By design this client follows no redirects, keeps no cookies, reads no proxy or netrc from the environment,
 decodes no bodies, calls a single host, and sends only the headers that it was given.
