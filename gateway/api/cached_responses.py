@@ -97,7 +97,7 @@ class CachedResponses:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lookup = service.lookup
-        self._still_current = service.count_if_current
+        self._still_current = service.try_reuse
         self._tags = tags
         self._parse_target = SimpleTargetParser(operations, root_path=root_path).parse
         self._hosts = hosts

@@ -40,8 +40,9 @@ class CacheResult(NamedTuple):
     """A snapshot as the result of one caller's query.
 
     `age` is in seconds. `replaced_stale`: the fetched snapshot replaces one that was too old to serve.
-    `failure`: the error that this stale snapshot is served instead of (stale-if-error). `fetch`: the result
-    of the in-flight request, if the caller waited for one. `entry`: the cache entry that was read, if any.
+    `failure`: the stale snapshot is served instead of this error (stale-if-error). `fetch`: the result of the
+    in-flight request, if the caller waited for one. `entry`: the cache entry of the snapshot; only `lookup`
+    sets it.
     """
 
     snapshot: Snapshot
@@ -67,5 +68,5 @@ class FetchFailure(NamedTuple):
     fetch: FetchResult | None = None
 
     def raised(self) -> GatewayError:
-        """Return a copy of the failure to raise: many callers may share the original."""
+        """Return a copy of the failure to raise, because other callers may share the original."""
         return copy(self.failure)
