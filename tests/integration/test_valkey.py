@@ -127,16 +127,16 @@ async def test_valkey_wakes_a_waiter_with_the_failure(
     assert other.cached_failure(KEY) is found
 
 
-@pytest.mark.parametrize("end", ["abandon", "release", "fail"])
+@pytest.mark.parametrize("end", ["release_lease", "release_lease_early", "store_failure"])
 async def test_valkey_passes_a_lease_on(end: str, one: ValkeyStore, other: ValkeyStore) -> None:
     """A lease that ends without a result passes to the next store immediately."""
     lease = await leased(one)
     flight = await waiting(other)
     began = time.monotonic()
     match end:
-        case "abandon":
+        case "release_lease":
             await one.release_lease(lease)
-        case "release":
+        case "release_lease_early":
             one.release_lease_early(lease)
         case _:
             await one.store_failure(lease, UpstreamInvalid("nonsense"), seconds=0)

@@ -124,7 +124,7 @@ async def test_announced_snapshot_with_the_same_body_needs_no_operation(
 async def test_announced_snapshot_that_is_not_read_is_not_loaded(
     one: ValkeyStore, other: ValkeyStore
 ) -> None:
-    """A copy that was not read since it arrived is only marked as superseded; the next request loads it."""
+    """A copy that was not read since it arrived is only invalidated; the next request loads it."""
     await stored(one)
     await other.acquire(KEY)
     before = operations(other)
@@ -491,7 +491,7 @@ async def test_leases_are_renewed_together(one: ValkeyStore, server: StoreServer
     held = [int(server.client.hget(name, "held_until")) - now for name in names]  # type: ignore[arg-type, union-attr]
     assert len(held) == len(leases)
     assert min(held) > 0.5 * LEASE_SECONDS * 1_000_000
-    await asyncio.gather(*map(one.abandon, leases))
+    await asyncio.gather(*map(one.release_lease, leases))
     assert not server.client.keys("*/task-*")
 
 
