@@ -100,7 +100,7 @@ class ProgressService:
         if age < snapshot.lifetime:
             self._record_hit(entry, age)
             return CacheResult(snapshot, age, _HIT, entry=entry)
-        result = self._stale(snapshot, age)
+        result = self._stale_result(snapshot, age)
         if result is None:
             return None
         if result.failure is None:
@@ -181,7 +181,7 @@ class ProgressService:
         return (
             CacheResult(snapshot, age, CacheStatus.HIT)
             if age < snapshot.lifetime
-            else self._stale(snapshot, age)
+            else self._stale_result(snapshot, age)
         )
 
     async def catch_up(self) -> None:
@@ -211,7 +211,7 @@ class ProgressService:
         if not snapshot.terminal:
             self._ages[operation](age)
 
-    def _stale(self, snapshot: Snapshot, age: float) -> CacheResult | None:
+    def _stale_result(self, snapshot: Snapshot, age: float) -> CacheResult | None:
         """Return a result with a stale snapshot, or None if it is too old.
 
         The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. If a failure of the task is
@@ -234,7 +234,7 @@ class ProgressService:
     async def _wait(
         self, key: TaskKey, client: bytes | None, *, wait_while_queued: bool = False, seen_revision: int = 0
     ) -> CacheResult | FetchFailure:
-        """Wait for the in-flight request, or start one. If a failure is cached, return it without a request.
+        """Wait for the in-flight request, or start one; with a cached failure, make no request.
 
         `wait_while_queued`: wait even while the rate limiter queues the request.
         """

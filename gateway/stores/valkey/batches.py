@@ -38,7 +38,7 @@ class Batches:
         self._timeout_seconds = timeout_seconds
         self._waiting: deque[tuple[Command, asyncio.Future[Any]]] = deque()
         self._running: set[asyncio.Task[None]] = set()
-        self._scheduled = False
+        self._scheduled = False  # `_start` runs in the next iteration of the event loop
 
     async def send(self, command: Command) -> Any:
         """Return the reply to a command. Raises: any exception of redis-py, TimeoutError, OSError."""
@@ -80,7 +80,7 @@ class Batches:
                 replies[index] = reply
         except BaseException as exc:
             failure = ConnectionError("closed") if isinstance(exc, asyncio.CancelledError) else exc
-            # After a timeout, the queued commands would wait for their own timeout in vain.
+            # The server does not reply in time. So the queued commands fail now, not after another timeout.
             timed_out = isinstance(exc, TimeoutError)
             for _, reply in [*batch, *(self._waiting if timed_out else ())]:
                 _fail(reply, failure)

@@ -1,4 +1,4 @@
-"""The operations of the shared store: each method runs one script and checks its reply."""
+"""The operations of the shared store: each method sends one command, mostly a script, and checks the reply."""
 
 from __future__ import annotations
 

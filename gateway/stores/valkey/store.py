@@ -81,7 +81,7 @@ class ValkeyStore(MemoryStore):
         self._operations = StoreOperations(self._connection)
         self._leases = Leases(self._operations)
         self._waiters = Waiters()
-        self._snapshots_on_server = SharedSnapshots(
+        self._shared_snapshots = SharedSnapshots(
             self,
             connection=self._connection,
             operations=self._operations,
@@ -93,7 +93,7 @@ class ValkeyStore(MemoryStore):
         self._updates = Updates(
             self,
             connection=self._connection,
-            snapshots=self._snapshots_on_server,
+            snapshots=self._shared_snapshots,
             leases=self._leases,
             waiters=self._waiters,
             start=self._start,
@@ -161,7 +161,7 @@ class ValkeyStore(MemoryStore):
                         raise
                     return self._acquire_locally(key, requirement)
                 except InvalidStoredValue as exc:
-                    await self._snapshots_on_server.delete_invalid(key, exc)
+                    await self._shared_snapshots.delete_invalid(key, exc)
                     invalid_values += 1
                     outcome = 0.0
                 if not isinstance(outcome, float):
@@ -182,17 +182,17 @@ class ValkeyStore(MemoryStore):
         snapshot = build(previous)
         for _ in range(_MAX_ATTEMPTS):
             try:
-                reply = await self._snapshots_on_server.write(lease.token, snapshot, follows=previous)
+                reply = await self._shared_snapshots.write(lease.token, snapshot, follows=previous)
                 if reply.kind == b"stored":
                     return self._put_committed(lease, snapshot)
-                self._snapshots_on_server.apply(lease.key, reply)
+                self._shared_snapshots.apply(lease.key, reply)
             except StoreUnavailable:
                 if lease.token and self._connection.up:
                     self._leases.end_in_background(lease)
                 self._updates.restore_later(lease.key)
                 break
             except InvalidStoredValue as exc:
-                await self._snapshots_on_server.delete_invalid(lease.key, exc)
+                await self._shared_snapshots.delete_invalid(lease.key, exc)
                 continue
             previous = self.last_known(lease.key)
             if reply.kind == b"refused":
@@ -261,7 +261,7 @@ class ValkeyStore(MemoryStore):
             next_version=max(local.version, min_version),
             error_seconds=self._error_seconds,
         )
-        snapshot = self._snapshots_on_server.apply(key, reply)
+        snapshot = self._shared_snapshots.apply(key, reply)
         match reply.kind:
             case b"fresh" if snapshot is not None:
                 if snapshot.fresh(self._clock()) or snapshot.terminal:
