@@ -1,4 +1,4 @@
-"""The operations of the shared store: each method sends one command, mostly a script, and checks the reply."""
+"""The operations of the shared store: a method sends one command, mostly a script, and checks the reply."""
 
 from __future__ import annotations
 
