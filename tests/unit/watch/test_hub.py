@@ -566,7 +566,7 @@ async def test_watch_keeps_no_large_bodies(service: ManualService, small_store: 
     bodies = [each.body for each in stored]
     with watch.subscribe([each.key for each in stored], SubscriptionKind.EVENTS) as subscriber:
         while stored:
-            small_store.keep(stored.pop())
+            small_store.put(stored.pop())
             await asyncio.sleep(0)
         [alone] = [sys.getrefcount(body) for body in [large("a", "1").body]]
         assert sum(sys.getrefcount(body) > alone for body in bodies) == 3 + 1
