@@ -105,15 +105,15 @@ class SharedSnapshots:
         )
         return self._memory.put(snapshot, fetched_here=False)
 
-    def renew(self, snapshot: Snapshot, facts: StoredFacts) -> None:
-        """Replace a snapshot in memory by an announced one with the same body, which need not be read."""
-        renewed = replace(
+    def put_unchanged(self, snapshot: Snapshot, facts: StoredFacts) -> None:
+        """Store an announced snapshot that has the body of this one, so that it need not be read."""
+        announced = replace(
             snapshot,
             fetched_at=self._fetched_at(facts),
             lifetime=min(self._lifetimes[snapshot.status], facts.lifetime / MICROSECONDS),
             version=facts.version,
         )
-        self._memory.put(renewed, fetched_here=False)
+        self._memory.put(announced, fetched_here=False)
 
     async def delete_invalid(self, key: TaskKey, reason: InvalidStoredValue) -> None:
         """Log that a value is invalid, and delete everything that the server has about its task."""

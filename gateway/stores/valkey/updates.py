@@ -1,6 +1,6 @@
 """Applies what arrives from the other replicas: messages, and changes of the connection.
 
-    a snapshot was stored, body unchanged  -> renew the one in memory; nothing is read from the server
+    a snapshot was stored, body unchanged  -> set version, age and lifetime of the one in memory
                            body changed    -> read it now if the task is read or watched here
                                            -> else invalidate the one in memory; the next request reads it
     the server needs a snapshot            -> write the one in memory to the server
@@ -104,7 +104,7 @@ class Updates:
         self._waiters.wake(key)
 
     def _apply_announcement(self, key: TaskKey, facts: StoredFacts, revision: int) -> None:
-        """Apply the message that another snapshot is stored: renew, read or invalidate the entry."""
+        """Apply the message that another snapshot is stored: update, read or invalidate the entry."""
         self._leases.record_announcement(key, facts.version)
         entry = self._memory.entry(key)
         watched = any(is_watched(key) for is_watched in self._watch_checks)
@@ -117,7 +117,7 @@ class Updates:
             return
         entry.announced_version = max(entry.announced_version, facts.version)
         if revision == snapshot.revision and bool(facts.terminal) is snapshot.terminal:
-            self._snapshots.renew(snapshot, facts)
+            self._snapshots.put_unchanged(snapshot, facts)
             return
         # The present snapshot is served until the new one is read. But after a pause of this process the
         # message may be old, and the present snapshot is not served any more.
