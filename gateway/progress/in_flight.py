@@ -52,7 +52,7 @@ class InFlightRequests(Generic[K, T]):
         self.demand(key).join(client)
 
     def leave(self, key: K, client: bytes) -> None:
-        """Remove a caller or subscriber. A request without callers is dropped unless it must finish."""
+        """Remove a caller or subscriber. An unwanted request is dropped unless it must finish."""
         demand = self._demands[key]
         demand.leave(client)
         if demand.clients:
