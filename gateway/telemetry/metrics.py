@@ -129,8 +129,8 @@ class Metrics:
         )
         self.upstream_retries = Counter(
             "sd_gateway_upstream_retries_total",
-            "Number of retries of upstream calls, and of repeats with a corrected clock, by the problem code of "
-            "the failure.",
+            "Number of retries of upstream calls, and of repeats with a corrected clock, by the problem code "
+            "of the failure.",
             ["operation", "reason"],
             registry=registry,
         )
@@ -178,7 +178,7 @@ class Metrics:
         )
         self.credentials_active_slot = Gauge(
             "sd_gateway_credentials_active_slot",
-            "1 for the slot whose key pair signs requests, 0 for the other: active next.",
+            "1 for the key pair that signs calls, 0 for the other: active next.",
             ["slot"],
             registry=registry,
         )
