@@ -120,7 +120,7 @@ class WatchHub:
             self._gauges[kind].dec()
 
     async def sync(self) -> None:
-        """Read the unread messages of other replicas, so that `subscribe` finds their snapshots."""
+        """Read the messages of other replicas, so that `subscribe` finds their snapshots."""
         await self._service.sync()
 
     def announce_shutdown(self) -> None:
