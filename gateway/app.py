@@ -63,7 +63,9 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     tracing = tracing or NoTracing()
     metrics = Metrics(CollectorRegistry(), gateway_version=__version__)
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
-    tags = EntityTags(lambda: None if credentials.signing is None else credentials.signing.pair.secret_key)
+    tags = EntityTags(
+        lambda: None if credentials.signing_pair is None else credentials.signing_pair.pair.secret_key
+    )
     store = _store(settings, redactor, metrics, tags=tags, credentials=credentials)
     metrics.measure_cache(entries=store.__len__, size=store.size)
     signed_requests = SignedRequests(
@@ -100,10 +102,10 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
             await stack.enter_async_context(signed_requests)
             stack.push_async_callback(service.aclose)
             stack.push_async_callback(hub.aclose)
-            await stack.enter_async_context(_running(credentials.follow()))
+            await stack.enter_async_context(_running(credentials.poll_files()))
             await stack.enter_async_context(_running(_announce_shutdown(shutdown, hub)))
             log.info("started", version=__version__, endpoint=settings.upstream.endpoint)
-            if not credentials.present:
+            if not credentials.has_any_pair:
                 log.warning("credentials_missing", effect="the gateway is not ready and queries fail")
             if settings.limits.requests_per_second and _ANY_ADDRESS & {*settings.server.trusted_proxies}:
                 log.warning(
@@ -116,14 +118,14 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
 
     def why_not_ready() -> list[str]:
         reasons = ["draining"] if shutdown.begun.is_set() else []
-        return reasons + ([] if credentials.present else ["no credentials"])
+        return reasons + ([] if credentials.has_any_pair else ["no credentials"])
 
     def degraded() -> list[str]:
         store_trouble = [f"store: {store.trouble}"] if store.trouble else []
-        return [*(f"upstream: {code}" for code in upstream.troubles), *store_trouble]
+        return [*(f"upstream: {code}" for code in upstream.problem_codes), *store_trouble]
 
     def signing_key_pair() -> dict[str, Any] | None:
-        signing = credentials.signing
+        signing = credentials.signing_pair
         return None if signing is None else {"slot": signing.slot, "generation": signing.generation}
 
     problems = Problems([operation.path for operation in settings.upstream.operations])
@@ -198,7 +200,7 @@ def _store(
     cache = settings.cache
 
     def identity() -> str:
-        signing = credentials.signing
+        signing = credentials.signing_pair
         access_key = "" if signing is None else signing.pair.access_key
         return f"{settings.upstream.endpoint}\n{settings.upstream.stage}\n{access_key}"
 

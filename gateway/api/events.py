@@ -161,7 +161,7 @@ class EventsEndpoint:
         plain, with_heartbeat = chunk(event), chunk(HEARTBEAT + event)
         remaining = []
         for subscriber in subscribers:
-            direct_transport = subscriber.idle_transport
+            direct_transport = subscriber.transport_if_idle
             if direct_transport is None or direct_transport.get_write_buffer_size():
                 remaining.append(subscriber)
             elif subscriber.heartbeat_due:

@@ -62,7 +62,7 @@ class Heartbeats:
 
 
 def _send_heartbeat(subscriber: Subscriber) -> None:
-    direct_transport = subscriber.idle_transport
+    direct_transport = subscriber.transport_if_idle
     if direct_transport is None or direct_transport.get_write_buffer_size():
         subscriber.wake()  # its stream sends it when the reader has caught up
     else:

@@ -26,8 +26,8 @@ from gateway.settings.model import Settings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import MASK, Redactor
 from gateway.upstream.credentials import Credentials, CredentialSlot
-from gateway.upstream.http_transport import explain
-from gateway.upstream.signed_request import RawResponse, SignedRequests, unix_time
+from gateway.upstream.http_transport import explain_connect_error
+from gateway.upstream.signed_request import RawResponse, SignedRequests, parse_http_date
 from gateway.upstream.signing import string_to_sign
 
 PROBE_TASK = "0" * 26  # has the form of a task ID, but belongs to no task
@@ -45,16 +45,16 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
     """Query the upstream with each key pair. Wrong settings and network errors are reported, not raised."""
     metrics = Metrics(CollectorRegistry(), gateway_version="check")
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
-    lines = [f"{slot} key pair: cannot be read: {fault}" for slot, fault in credentials.faults().items()]
-    if not credentials.present:
+    lines = [f"{slot} key pair: cannot be read: {fault}" for slot, fault in credentials.read_errors().items()]
+    if not credentials.has_any_pair:
         missing = "credentials: none; set credentials.access_key and credentials.secret_key (or *_file)"
         return Finding(ok=False, lines=[*lines, missing])
     key = TaskKey(settings.upstream.operations[0], PROBE_TASK)
     calls = SignedRequests(settings.upstream, redactor=redactor, metrics=metrics, user_agent=user_agent)
     lines.append(f"querying {settings.upstream.endpoint}{key.operation.path}")
-    works = dict.fromkeys(credentials.faults(), False)
+    works = dict.fromkeys(credentials.read_errors(), False)
     async with calls:
-        for credential in credentials.loaded():
+        for credential in credentials.loaded_pairs():
             lines.append(f"{credential.slot} key pair (generation {credential.generation}):")
             try:
                 exchange = await calls.send_unparsed(key, credential.pair)
@@ -62,7 +62,8 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
                 network = "no response in time; check upstream.endpoint and any firewall"
                 return Finding(ok=False, lines=[*lines, f"network: {network}"])
             except GatewayError as exc:
-                why = explain(exc.__cause__) if isinstance(exc.__cause__, httpx.TransportError) else ""
+                cause = exc.__cause__
+                why = explain_connect_error(cause) if isinstance(cause, httpx.TransportError) else ""
                 network = f"{exc}; {why or 'check upstream.endpoint'}"
                 return Finding(ok=False, lines=[*lines, f"network: {network}"])
             finding = _evaluate(calls, key, exchange)
@@ -115,7 +116,7 @@ def _explain(exc: GatewayError, path: str, exchange: RawResponse, redactor: Reda
 
 
 def _clock_words(exchange: RawResponse) -> str:
-    theirs = unix_time(exchange.headers.get("date", ""))
+    theirs = parse_http_date(exchange.headers.get("date", ""))
     if theirs is None:
         return "the timestamp was refused, and the response has no valid Date"
     ahead = int(exchange.request_headers["x-ca-timestamp"]) / 1000 - theirs

@@ -14,7 +14,9 @@
     ├── Overloaded                  one of the gateway's own limits is reached
     └── UpstreamError               the upstream or the connection to it failed
         ├── UpstreamRejected        an envelope that reports a failure
-        ├── CredentialsRefused      key, signature or permission rejected
+        ├── CredentialsRefused      credentials rejected or missing: base class of the next five
+        │   ├── KeyPairRefused      key, signature or permission rejected
+        │   ├── KeyPairMissing      no key pair: no request was sent
         │   ├── TimestampRefused    timestamp rejected
         │   ├── NonceRefused        nonce rejected; a retry with a new one succeeds
         │   └── QuotaExhausted      quota exhausted, or a bill unpaid
@@ -174,9 +176,20 @@ class UpstreamRejected(UpstreamError):
 
 
 class CredentialsRefused(UpstreamError):
-    """The vendor's API gateway rejected the key, the signature or the permission to call."""
+    """The vendor's API gateway rejected the gateway's credentials, or the gateway has none.
+
+    Only its subclasses are raised.
+    """
 
     code = "upstream-credentials"
+
+
+class KeyPairRefused(CredentialsRefused):
+    """The vendor's API gateway rejected the key, the signature or the permission to call."""
+
+
+class KeyPairMissing(CredentialsRefused):
+    """The gateway has no key pair: no request was sent."""
 
 
 class TimestampRefused(CredentialsRefused):

@@ -9,8 +9,8 @@ class Permits(NamedTuple):
     """The reply to a request for permits.
 
     Attributes:
-        renewals: Permits granted for renewals, which are queries of tasks with an older snapshot.
-        first_queries: Permits granted for first queries, which are all others.
+        renewals: Permits granted for renewals: queries of tasks of which an older snapshot is known.
+        first_queries: Permits granted for first queries: all other queries.
         next_seconds: Seconds until the next permit may be available.
         renewals_elsewhere: Renewals that are queued on other replicas.
         first_queries_elsewhere: First queries that are queued on other replicas.

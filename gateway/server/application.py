@@ -1,4 +1,4 @@
-"""The interface between the composition root and the server."""
+"""What the composition root (`app.py`) passes to the server."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from gateway.telemetry.metrics import Metrics
 class Application(NamedTuple):
     """The ASGI application, and the parts that the gateway's own server needs besides.
 
-    `metrics_asgi` serves /metrics alone, on its own port. The server answers `hits` before the application
-    is called; None disables this. `shutdown` starts the graceful shutdown.
+    `metrics_asgi` serves only /metrics, on its own port. `hits` serves cached responses before the
+    application is called (the setting `server.edge`); None disables this. `shutdown` starts the graceful
+    shutdown.
     """
 
     asgi: Starlette

@@ -1,8 +1,8 @@
-"""The transport of a client connection: writes with backpressure, and the closing of the connection.
+"""The transport of a client connection: it writes with backpressure, and closes the connection.
 
-write -> the write buffer -> the client
-         if it is full: `write_paused`, and the client must read within `stall_seconds`
-close -> the rest of the write buffer is sent -> input is read and dropped for a while -> closed
+write -> write buffer -> client
+         the buffer is full -> `write_paused`, and the client must read within `stall_seconds`
+close -> send the rest of the write buffer -> read and drop input for a while -> closed
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ class ClientTransport(asyncio.Protocol):
     # Closing.
 
     def _close_transport(self, *, linger: bool) -> None:
-        """Close once everything is written. `linger`: first read and drop what the client still sends.
+        """Close the connection when everything is written.
 
-        If a socket is closed with unread bytes, the kernel resets the connection and the client may lose the
-        response (RFC 9112, 9.6).
+        `linger`: before closing, read and drop what the client still sends. If a socket is closed with unread
+        bytes, the kernel resets the connection, and the client may lose the response (RFC 9112, 9.6).
         """
         self._closing = True
         if self.transport.is_closing():

@@ -10,8 +10,8 @@
     closing    the client closes         LINGER_SECONDS          LINGER_BYTES, read and dropped
 
 While a response is being sent, later requests stay unparsed. Reading pauses when too many bytes of them are
-buffered, or when the client does not read. If a response begins before the request body has arrived, it is
-the last one: `Connection: close`. Writing and closing are in `client_transport.py`.
+buffered, or when the client does not read. If a response begins before the request body has arrived, it has
+`Connection: close` and is the last one. `client_transport.py` writes, and closes the connection.
 
 `Connection` is the value of uvicorn's `http` option. Like uvicorn's own protocols, it uses the configured
 application, the set of connections, the set of tasks and the default headers.
@@ -31,15 +31,15 @@ from gateway.api.problems import INTERNAL_ERROR, status_and_title
 from gateway.api.server_extensions import DIRECT_TRANSPORT, DISCONNECTED, ON_DISCONNECT
 from gateway.domain.errors import GatewayError, InvalidParameter, Overloaded
 from gateway.server.client_transport import ClientTransport
-from gateway.server.error_response import last_response
-from gateway.server.exchange import Exchange, scope_of
+from gateway.server.error_response import render_closing_response
+from gateway.server.exchange import Exchange, make_scope
 from gateway.server.framing import (
     BadRequest,
     BodyDecoder,
     DiscardedBody,
     Head,
-    body_of,
-    end_of_head,
+    find_end_of_head,
+    make_body_decoder,
     parse_head,
 )
 
@@ -48,7 +48,7 @@ _MAX_READ_AHEAD = 32_768  # bytes of later requests after which reading pauses; 
 
 
 class Connection(ClientTransport):
-    """One connection. All connections share `limits`; `application`, if set, replaces uvicorn's."""
+    """One connection. All connections share `limits`. `application` replaces uvicorn's, if it is set."""
 
     application: ASGIApp | None = None
 
@@ -78,7 +78,7 @@ class Connection(ClientTransport):
         app_state: dict[str, Any],
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
-        super().__init__(_loop or asyncio.get_event_loop(), self._expired)
+        super().__init__(_loop or asyncio.get_event_loop(), self._on_timeout)
         self._config = config
         self.server_state = server_state
         self._lifespan_state = app_state
@@ -98,15 +98,15 @@ class Connection(ClientTransport):
         self.client: tuple[str, int] | None = get_remote_addr(self.transport)
         self._server = get_local_addr(self.transport)
         self.server_state.connections.add(self)  # type: ignore[arg-type]  # typed for uvicorn's own protocols
-        self._over_limit = not self.limits.opened()
+        self._over_limit = not self.limits.on_connection_opened()
         self._deadline.set(self.limits.head_seconds(over_limit=self._over_limit))
         if self._over_limit:
-            self.limits.reserve(self, self._make_room)
+            self.limits.reserve(self, self._leave_reserve)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Release the connection and drop its unanswered requests."""
         super().connection_lost(exc)
-        self.limits.closed()
+        self.limits.on_connection_closed()
         self.limits.release(self)
         self.server_state.connections.discard(self)
         self._buffer.clear()
@@ -198,8 +198,8 @@ class Connection(ClientTransport):
             if self._exchange is None:
                 self._refuse(exc.error)
             else:
-                # The application decides. If it ignores the body, its response must not depend on whether the
-                # invalid part arrived early or late.
+                # The application may ignore the body. Its response must then not depend on when the invalid
+                # part arrives. So only `receive` raises the error.
                 self._body = DiscardedBody()
                 self._exchange.body_failed(exc.error)
         finally:
@@ -208,7 +208,7 @@ class Connection(ClientTransport):
             self._update_reading()
 
     def _step(self) -> bool:
-        """Parse one head or one part of a body; return whether another step may follow."""
+        """Parse one head or one part of a body; tell whether another step may follow."""
         if self._exchange is None:
             return not self.write_paused and self._read_head()
         return self._body is not None and self._read_body(self._body, self._exchange)
@@ -228,7 +228,7 @@ class Connection(ClientTransport):
                 self._deadline.set(self.limits.keep_alive_seconds)
             return False
         self._is_head_request = buffer.startswith(b"HEAD ")
-        length = end_of_head(buffer, self._scanned, max_bytes=self.limits.max_header_bytes)
+        length = find_end_of_head(buffer, self._scanned, max_bytes=self.limits.max_header_bytes)
         if not length:
             self._scanned = len(buffer)
             self._start_head_timeout()
@@ -237,7 +237,7 @@ class Connection(ClientTransport):
         del buffer[:length]
         self._scanned = self._blank_bytes = 0
         self._receiving_head = False
-        self._begin(data, parse_head(data, max_fields=self.limits.max_header_count))
+        self._start_request(data, parse_head(data, max_fields=self.limits.max_header_count))
         return True
 
     def _start_head_timeout(self) -> None:
@@ -245,13 +245,13 @@ class Connection(ClientTransport):
             self._receiving_head = True
             self._deadline.set(self.limits.head_seconds(over_limit=self._over_limit))
 
-    def _begin(self, data: bytes, head: Head) -> None:
+    def _start_request(self, data: bytes, head: Head) -> None:
         """Start to serve the request with this head; `data` is the head as received."""
         if self._over_limit and head.target.partition(b"?")[0].decode("latin-1") not in self.limits.probes:
             self._refuse_connection()
             return
-        self._body = body_of(head, max_overhead=self.limits.max_header_bytes)
-        scope = scope_of(
+        self._body = make_body_decoder(head, max_overhead=self.limits.max_header_bytes)
+        scope = make_scope(
             head,
             root_path=self._config.root_path,
             client=self.client,
@@ -278,7 +278,7 @@ class Connection(ClientTransport):
         task.add_done_callback(self.server_state.tasks.discard)
 
     def _read_body(self, body: BodyDecoder, exchange: Exchange) -> bool:
-        if exchange.body_full:
+        if exchange.is_body_buffer_full:
             return False
         part = body.feed(self._buffer)
         if body.complete:
@@ -298,9 +298,9 @@ class Connection(ClientTransport):
         if self._exchange is None:
             read = not self.write_paused
         elif self._body is not None:
-            read = not self._exchange.body_full
+            read = not self._exchange.is_body_buffer_full
         else:
-            # A disconnect is noticed only while the socket is read, so a limited amount is read ahead.
+            # A disconnect is noticed only while the socket is read. So reading continues, up to a limit.
             read = len(self._buffer) < _MAX_READ_AHEAD
         if read != self._reading:
             self._reading = read
@@ -311,8 +311,8 @@ class Connection(ClientTransport):
 
     # Closing.
 
-    def _make_room(self) -> None:
-        """Release this connection's place in the reserve to a later connection."""
+    def _leave_reserve(self) -> None:
+        """Leave the reserve, which is full, so that a later connection has a place in it."""
         if self._closing or self._exchange is not None:
             self.transport.abort()
         else:
@@ -326,7 +326,7 @@ class Connection(ClientTransport):
     def _refuse(self, error: GatewayError, *, linger: bool = True) -> None:
         """Send a problem document as the last response; without its body for HEAD."""
         self.limits.count_refused_request(status_and_title(error)[0])
-        head, body = last_response(error, self.server_state.default_headers)
+        head, body = render_closing_response(error, self.server_state.default_headers)
         self.write(head if self._is_head_request else head + body)
         self._close(linger=linger)
 
@@ -337,7 +337,7 @@ class Connection(ClientTransport):
             self._buffer.clear()
             self._close_transport(linger=linger)
 
-    def _expired(self) -> None:
+    def _on_timeout(self) -> None:
         """Handle the timeout of the current state."""
         if self.write_paused or self._closing:
             self._check_stall()

@@ -25,7 +25,7 @@ def bound_buffers(connection: socket.socket) -> None:
 
 @dataclass(slots=True)
 class ConnectionLimits:
-    """Limits in seconds, bytes and counts. `probes` are the paths served beyond `max_connections`."""
+    """Limits in seconds, bytes and counts. Connections beyond `max_connections` may request only `probes`."""
 
     header_seconds: float
     keep_alive_seconds: float
@@ -36,15 +36,15 @@ class ConnectionLimits:
     count_refused_connection: Callable[[], None] = lambda: None
     count_refused_request: Callable[[int], None] = lambda _: None
     draining: bool = field(default=False, init=False)  # each connection closes after its next response
-    connections: int = field(default=0, init=False)
+    open_connections: int = field(default=0, init=False)
     _reserved: dict[object, Callable[[], None]] = field(default_factory=dict, init=False)
 
     def bound_socket(self, connection: socket.socket | None) -> None:
-        """Limit the kernel memory of a connection, and how long sent data may stay unacknowledged.
+        """Limit the kernel memory of a connection, and the time for which sent data may stay unacknowledged.
 
-        Socket buffers count against the container's memory limit and grow to about 6 MB each by default.
-        TCP_USER_TIMEOUT ends connections whose peer acknowledges nothing: while the send buffer is not full,
-        only the kernel can see this.
+        Socket buffers count against the container's memory limit, and grow to about 6 MB each by default.
+        TCP_USER_TIMEOUT ends connections whose peer acknowledges nothing. Only the kernel can notice this
+        while the send buffer is not full.
         """
         if connection is None or connection.family == socket.AF_UNIX:
             return
@@ -53,16 +53,16 @@ class ConnectionLimits:
             milliseconds = max(int(self.stall_seconds * 1000), 1)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
-    def opened(self) -> bool:
-        """Count a new connection; return whether it is within the limit."""
-        self.connections += 1
-        return self.connections <= self.max_connections
+    def on_connection_opened(self) -> bool:
+        """Count a new connection; tell whether it is within the limit."""
+        self.open_connections += 1
+        return self.open_connections <= self.max_connections
 
     def reserve(self, connection: object, refuse: Callable[[], None]) -> None:
-        """Let a connection beyond the limit send one probe.
+        """Let a connection beyond the limit send one probe. It stays in the reserve until `release`.
 
-        When the reserve is full, its oldest connection is closed through its `refuse` callback: a real probe
-        is sent and answered immediately.
+        When the reserve is full, its oldest connection is closed through its `refuse` callback. Probes are
+        not affected, because they are sent and answered immediately.
         """
         self._reserved[connection] = refuse
         if len(self._reserved) > RESERVED_CONNECTIONS:
@@ -76,9 +76,9 @@ class ConnectionLimits:
         """Close each connection after its next response, so that clients reconnect to another replica."""
         self.draining = True
 
-    def closed(self) -> None:
+    def on_connection_closed(self) -> None:
         """Count a closed connection."""
-        self.connections -= 1
+        self.open_connections -= 1
 
     @property
     def stall_seconds(self) -> float:
@@ -90,10 +90,10 @@ class ConnectionLimits:
         return min(_PROBE_SECONDS, self.header_seconds) if over_limit else self.header_seconds
 
 
-def connection_limits(
+def make_connection_limits(
     settings: Server, metrics: Metrics, *, max_connections: int | None = None
 ) -> ConnectionLimits:
-    """Return the limits of the settings; `max_connections`, if given, overrides the setting."""
+    """Return limits with the values of the settings. `max_connections`, if given, overrides the setting."""
     limits = ConnectionLimits(
         header_seconds=settings.header_seconds,
         keep_alive_seconds=settings.keep_alive_seconds,
@@ -104,5 +104,5 @@ def connection_limits(
         count_refused_connection=metrics.http_connections_refused.inc,
         count_refused_request=lambda status: metrics.http_requests.labels("other", "other", status).inc(),
     )
-    metrics.http_connections.set_function(lambda: limits.connections)
+    metrics.http_connections.set_function(lambda: limits.open_connections)
     return limits

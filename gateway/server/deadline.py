@@ -1,4 +1,4 @@
-"""The timeout of a connection's current state."""
+"""The deadline of a connection's current state, with a timer that is rarely replaced."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from collections.abc import Callable
 class Deadline:
     """Calls `on_expired` when the most recently set deadline has passed.
 
-    A new timer for each state of each request would cost too much. Moving the deadline later only stores it;
-    a timer that fires too early is rescheduled. `at` is a time of the loop's clock, in seconds.
+    A new timer for each state of each request would cost too much. If the deadline moves to a later time, the
+    running timer is kept. When it fires before the deadline, it is rescheduled. `at` is the deadline on the
+    loop's clock, in seconds.
     """
 
     __slots__ = ("_loop", "_on_expired", "_timer", "at")
@@ -23,7 +24,7 @@ class Deadline:
         self.at = math.inf
 
     def set(self, seconds: float) -> None:
-        """Set the deadline to so many seconds from now."""
+        """Set the deadline to `seconds` from now."""
         self.at = self._loop.time() + seconds
         if self._timer is None or self._timer.when() > self.at:
             if self._timer is not None:

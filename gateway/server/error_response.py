@@ -1,4 +1,4 @@
-"""The response to a request that does not reach the application: a problem document, then a close."""
+"""The response to a request that does not reach the application: a problem document, the last response."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from gateway.domain.snapshot import render_json
 from gateway.server.exchange import STATUS_LINES
 
 
-def last_response(error: GatewayError, default_headers: Headers) -> tuple[bytes, bytes]:
-    """Return the head and the body of a problem document that closes its connection."""
+def render_closing_response(error: GatewayError, default_headers: Headers) -> tuple[bytes, bytes]:
+    """Return the head and the body of a problem document, with `Connection: close`."""
     status, title = status_and_title(error)
     request_id = os.urandom(16).hex()
     body = render_json(problem_document(error, status, title, request_id=request_id))

@@ -3,8 +3,9 @@
     head -> scope -> application task: receive <- parts of the body
                                        send    -> status line, headers, body -> one write
 
-The head of a response is held back until the first part of its body: both are sent in one write. A body of
-unknown length is sent in chunks; an HTTP/1.0 client reads it until the connection closes.
+The head of a response waits for the first part of the body, and both are sent in one write. A body of unknown
+length is sent in chunks. An HTTP/1.0 client receives it without chunks, and its end is the end of the
+connection.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class ClientConnection(Protocol):
         """Continue with the next request, or close. `failed`: the response is incomplete."""
 
 
-def scope_of(
+def make_scope(
     head: Head,
     *,
     root_path: str,
@@ -94,7 +95,7 @@ def scope_of(
 
 
 class Exchange:
-    """One request and its response. `default_headers` come first in every response."""
+    """One request and its response. Every response begins with `default_headers`."""
 
     __slots__ = (
         "_body",
@@ -129,9 +130,8 @@ class Exchange:
         default_headers: Sequence[tuple[bytes, bytes]],
     ) -> None:
         self.scope = scope
-        self.client_may_send_more = (
-            keep_alive  # the client may send another request before it reads the response
-        )
+        # The client may send another request before it reads the response.
+        self.client_may_send_more = keep_alive
         self.keep_alive = keep_alive
         self.disconnected = False
         self.started = False  # the application has sent the response's head
@@ -151,8 +151,8 @@ class Exchange:
         self._length_left: int | None = None  # bytes until Content-Length is reached; None: no Content-Length
 
     @property
-    def body_full(self) -> bool:
-        """Whether the connection should stop reading until the application receives a part of the body."""
+    def is_body_buffer_full(self) -> bool:
+        """Whether the connection must not read until the application has received a part of the body."""
         return len(self._body) >= MAX_BUFFERED_BODY
 
     def body_received(self, part: bytes, *, complete: bool) -> None:
@@ -175,7 +175,7 @@ class Exchange:
     async def run(self, app: ASGIApp) -> None:
         """Run the application; an unfinished response closes the connection."""
         if self.disconnected:
-            return  # the disconnect came first: its callbacks would never reach the application
+            return  # the application would register its callback after the disconnect
         try:
             await app(self.scope, self.receive, self.send)
         except asyncio.CancelledError:
@@ -229,7 +229,7 @@ class Exchange:
     def _start(self, status: int, headers: Sequence[tuple[bytes, bytes]]) -> None:
         self._connection.response_started()
         if not self._body_delivered:
-            # The next bytes may be the body or a new request, which cannot be known.
+            # It is unknown whether the next bytes are the body or a new request.
             self.keep_alive = False
         self._expects_continue = False
         bodiless = self.scope["method"] == "HEAD" or status in _WITHOUT_BODY

@@ -1,8 +1,10 @@
-"""Serves cached responses directly from the connection: no ASGI scope, no task, one write.
+"""Serves cached responses directly from the connection: no ASGI scope, no asyncio task, one write.
 
-    bytes -> same request as the last one, or another target -> cached? -> write
-          -> parsed head                                     -> cached? -> write
-                                                             -> otherwise: exchange with the application
+    bytes equal the last request, except for the target -> a hit -> write, without parsing
+    all other bytes -> parse the head                   -> a hit -> write
+                                                        -> else  -> exchange with the application
+
+The setting `server.edge` turns this on or off.
 
 `api.cached_responses` decides whether a request is a hit, and renders the response.
 """
@@ -60,8 +62,8 @@ class FastPathConnection(Connection):
 
     __slots__ = ("_last",)
 
-    # The last request, if it was a hit and no other bytes followed: all of it, its target, the bytes after
-    # the target, its traits.
+    # The last request, if it was a hit and no other bytes followed: the whole request, its target, the bytes
+    # after the target, and its traits.
     _last: tuple[bytes, bytes, bytes, RequestTraits] | None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -70,7 +72,7 @@ class FastPathConnection(Connection):
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
-        """Serve a hit that differs from the last request in its target only; parse everything else."""
+        """Serve a hit without parsing, if only its target is new since the last request. Parse all else."""
         if self._last is not None and not self.limits.draining:
             whole, target, rest, traits = self._last
             if data != whole:
@@ -80,27 +82,27 @@ class FastPathConnection(Connection):
                     and len(data) <= self.limits.max_header_bytes
                 )
                 target = data[len(_METHOD) : -len(rest)] if same_form else b""
-            if target and not self._closing and not self.write_paused and self._answer(target, traits):
-                # The connection stays idle: only the deadline moves.
+            if target and not self._closing and not self.write_paused and self._serve_hit(target, traits):
+                # The state is still idle: only the deadline moves.
                 self._deadline.at = self.loop.time() + self.limits.keep_alive_seconds
                 return
             self._last = None
         super().data_received(data)
 
-    def _begin(self, data: bytes, head: Head) -> None:
+    def _start_request(self, data: bytes, head: Head) -> None:
         """Serve a hit; pass any other request on to the application."""
         self._last = None
         plain = head.method == b"GET" and head.keep_alive and head.content_length == 0
         if plain and not self._over_limit and not self.limits.draining:
             traits = self.hits.traits(head.headers)
-            if traits is not None and self._answer(head.target, traits):
+            if traits is not None and self._serve_hit(head.target, traits):
                 if not self._buffer:
                     self._remember(data, head.target, traits)
                 return
-        super()._begin(data, head)
+        super()._start_request(data, head)
 
-    def _answer(self, target: bytes, traits: RequestTraits) -> bool:
-        """Serve the request if it is a hit; return whether it was."""
+    def _serve_hit(self, target: bytes, traits: RequestTraits) -> bool:
+        """Serve the request if it is a hit; tell whether it was one."""
         answer = self.hits.answer(target, traits, self.client)
         if answer is None:
             return False
@@ -114,10 +116,10 @@ class FastPathConnection(Connection):
         return True
 
     def _remember(self, data: bytes, target: bytes, traits: RequestTraits) -> None:
-        """Remember a hit that was the only request received.
+        """Remember a hit after which no other bytes were received.
 
-        A later request that differs from it in the target only need not be parsed: it is one complete request
-        without a body, and has the same traits.
+        If a later request differs from it only in the target, that request need not be parsed: it is one
+        complete request without a body, and has the same traits.
         """
         start = _METHOD + target
         if len(data) <= _MAX_REMEMBERED and data.startswith(start + _VERSION):

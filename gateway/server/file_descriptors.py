@@ -1,4 +1,4 @@
-"""The limit of open file descriptors, and a check whether any are left."""
+"""The limit of open file descriptors, and a check whether a descriptor is left."""
 
 from __future__ import annotations
 
@@ -12,45 +12,46 @@ from typing import NamedTuple
 
 import structlog
 
-_OTHERS = 100  # listeners, files, store connections, and a reserve
+_OTHER_DESCRIPTORS = 100  # for listeners, files, store connections, and a reserve
 _LOG_SECONDS = 60.0
 
 log = structlog.get_logger(__name__)
 
 
-class Limit(NamedTuple):
+class OpenFileLimit(NamedTuple):
     """The limit of open files, before and after it was raised."""
 
     before: int
     now: int
 
-    def connections(self, wanted: int, *, outgoing: int) -> int:
+    def max_client_connections(self, wanted: int, *, outgoing: int) -> int:
         """Return how many client connections fit into the limit, at most `wanted`.
 
-        `outgoing`: connections to the upstream. At most half of the limit is reserved for everything else.
+        `outgoing`: number of connections to the upstream. For these and all other descriptors, at most half
+        of the limit is reserved.
         """
         if self.now == resource.RLIM_INFINITY:
             return wanted
-        return min(wanted, max(self.now - min(outgoing + _OTHERS, self.now // 2), 1))
+        return min(wanted, max(self.now - min(outgoing + _OTHER_DESCRIPTORS, self.now // 2), 1))
 
 
-def raise_limit() -> Limit:
+def raise_limit() -> OpenFileLimit:
     """Raise the soft limit of open files to the hard limit, as far as the system allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with suppress(OSError, ValueError):  # macOS reports a hard limit that it does not accept
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return Limit(soft, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    return OpenFileLimit(soft, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
-class Exhaustion:
-    """Logs, at most once a minute, that no descriptor is left: libuv then drops new connections silently."""
+class DescriptorCheck:
+    """Logs that no descriptor is left, at most once a minute. libuv would drop new connections silently."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._silent_until = -float("inf")
 
     def check(self) -> bool:
-        """Return whether a descriptor is available; log an error if not."""
+        """Tell whether a descriptor is available; log an error if none is."""
         try:
             os.close(os.open(os.devnull, os.O_RDONLY))
         except OSError as exc:

@@ -1,10 +1,12 @@
 """Finds where the head and the body of a request begin and end (RFC 9112, 2 to 7). No I/O.
 
-    bytes -> end_of_head -> parse_head -> Head -> body_of -> a decoder that consumes exactly the body
+    bytes -> find_end_of_head -> parse_head -> Head
+    Head -> make_body_decoder -> a decoder that consumes exactly the bytes of the body
 
 Only Content-Length and Transfer-Encoding determine where a message ends. httptools parses each complete head
 separately, in its strict mode. It never receives a body, so its handling of `Upgrade`, trailers or trailing
-bytes cannot move a message boundary. Input that a proxy and this server might read differently is refused.
+bytes has no effect on where a message ends. Input that a proxy and this server might interpret differently is
+refused.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ _LENGTH = re.compile(rb"[0-9]{1,19}")
 # RFC 9112, 7.1: a size, and extensions, which are ignored.
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
 _LONGEST_SIZE = 17  # bytes of a line that has a size only
-_SMALL_CHUNK = 16  # bytes; the shortfall of a smaller chunk counts as overhead, because each chunk takes time
+# Each chunk takes time. So a chunk smaller than this counts as overhead with the difference, in bytes.
+_SMALL_CHUNK = 16
 _TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)+")
 
 
@@ -71,7 +74,7 @@ class BodyDecoder(Protocol):
         """Remove the bytes of the body from `buffer`; return their content. Raises: BadRequest."""
 
 
-def end_of_head(buffer: bytearray, scanned: int, *, max_bytes: int) -> int:
+def find_end_of_head(buffer: bytearray, scanned: int, *, max_bytes: int) -> int:
     """Return the length of the head at the start of `buffer`, or 0 while it is incomplete.
 
     The first `scanned` bytes were searched before. Raises: BadRequest for a head that is larger than
@@ -88,9 +91,9 @@ def end_of_head(buffer: bytearray, scanned: int, *, max_bytes: int) -> int:
 
 
 def _check_beginning(data: bytearray) -> None:
-    """Refuse early what is not HTTP/1: the end of its head might never arrive.
+    """Refuse input that is not HTTP/1 without waiting for the end of its head, which might never arrive.
 
-    The response must not depend on how the bytes were split, so this check precedes the size check.
+    This check comes before the size check, so that the response does not depend on how the bytes were split.
     """
     line, end, _ = data.partition(b"\r\n")
     wrong_line = end and not _REQUEST_LINE.fullmatch(line)
@@ -159,8 +162,7 @@ class _HeadParser:
 def _join_forwarded_for(headers: Headers) -> Headers:
     """Return the headers with all X-Forwarded-For fields joined into one, in order (RFC 9110, 5.3).
 
-    uvicorn uses only the last field. A client could add its own field after the proxy's, and so forge its
-    address.
+    uvicorn uses only the last field. If that were the client's own field, the client could forge its address.
     """
     values = [value for name, value in headers if name == _FORWARDED_FOR]
     if len(values) < 2:  # noqa: PLR2004 - nothing to join
@@ -181,7 +183,7 @@ def _host(headers: Headers, version: str) -> bytes:
 
 
 def _origin_form(method: bytes, target: bytes, host: bytes) -> bytes:
-    """Return the target in origin form (RFC 9112, 3.2). The host of an absolute one must match Host."""
+    """Return the target in origin form (RFC 9112, 3.2). The host of an absolute target must match Host."""
     if target.startswith(b"/") and method != b"CONNECT":
         return target
     if target == b"*" and method == b"OPTIONS":
@@ -212,7 +214,7 @@ def _content_length(headers: Headers, version: str) -> int | None:
     return int(lengths[0])
 
 
-def body_of(head: Head, *, max_overhead: int) -> BodyDecoder | None:
+def make_body_decoder(head: Head, *, max_overhead: int) -> BodyDecoder | None:
     """Return the decoder of the body, or None for a request without a body.
 
     `max_overhead` limits the bytes of chunk extensions and trailers.
@@ -253,8 +255,8 @@ class _LengthBody:
 class _ChunkedBody:
     """A chunked body (RFC 9112, 7.1). Extensions and trailers are checked, counted and dropped.
 
-    Lines are matched within the buffer, and all trailers at once: a Python loop over tiny lines would block
-    the event loop for milliseconds.
+    Regular expressions match lines within the buffer, and all trailers at once. A Python loop over very short
+    lines would block the event loop for milliseconds.
     """
 
     __slots__ = ("_left", "_overhead", "_state", "complete")

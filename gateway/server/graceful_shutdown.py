@@ -1,9 +1,9 @@
 """Starts the graceful shutdown on SIGTERM or SIGINT.
 
-On a signal, uvicorn closes its listeners immediately and then waits for open connections; it does not notify
-the application. Therefore the first SIGTERM or SIGINT is handled here. It sets an event that /readyz and all
-streams observe, and is passed on to uvicorn `HANDOVER_SECONDS` later. Until then, load balancers see that the
-gateway is not ready while it still answers.
+On a signal, uvicorn closes its listeners immediately, and then waits for open connections. It does not notify
+the application. So this module handles the first SIGTERM or SIGINT. It sets the event `begun`: /readyz then
+fails, and streams end. It passes the signal on to uvicorn `HANDOVER_SECONDS` later. During this time, the
+gateway still answers requests, and load balancers see that it is not ready.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from types import FrameType
 
 import structlog
 
-# Long enough for a readiness probe and for the last events of streams, short compared with any grace period.
+# Long enough for a readiness probe and for the last events of streams, but short compared with a grace
+# period.
 HANDOVER_SECONDS = 0.5
 
 log = structlog.get_logger(__name__)

@@ -1,8 +1,9 @@
 """Returns free memory to the system after many connections have closed.
 
-glibc keeps freed memory that lies below a live allocation, and the buffers of connections are interleaved:
-of 70 MB for 4,000 unfinished heads of 16 KB, only 8 MB were returned. `malloc_trim` returns the rest
-(measured with `python -m tests.attacks.siege`). It takes some milliseconds, so it is called rarely.
+glibc keeps freed memory that lies below memory in use. The buffers of connections are interleaved with other
+memory: after 4,000 unfinished heads of 16 KB were freed, only 8 of 70 MB returned to the system.
+`malloc_trim` returns the rest (measured with `python -m tests.attacks.siege`). It takes some milliseconds, so
+it is called rarely.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ class MemoryTrim:
     ) -> None:
         self._trim = trim or _malloc_trim()
         self._clock = clock
-        self._peak = 0  # connections since the last trim
-        self._next = 0.0
+        self._peak = 0  # largest number of connections since the last trim
+        self._next_trim_at = 0.0
 
     def observe(self, connections: int) -> bool:
-        """Record the current number of connections; return whether the heap was trimmed."""
+        """Record the current number of connections, and trim the heap if that is due; tell whether it was."""
         self._peak = max(self._peak, connections)
-        if self._peak - connections < _MIN_CLOSED or self._clock() < self._next:
+        if self._peak - connections < _MIN_CLOSED or self._clock() < self._next_trim_at:
             return False
         self._peak = connections
-        self._next = self._clock() + _INTERVAL_SECONDS
+        self._next_trim_at = self._clock() + _INTERVAL_SECONDS
         self._trim()
         return True

@@ -10,13 +10,13 @@ from gateway.server.connection_limits import ConnectionLimits
 from gateway.server.fast_path import FastPathConnection, HeadRenderer
 
 
-def http_protocol(
+def make_protocol_class(
     limits: ConnectionLimits, *, hits: CachedResponses | None = None, application: ASGIApp | None = None
 ) -> type[Connection]:
-    """Return the protocol class for uvicorn, which instantiates it for each connection.
+    """Return the protocol class for uvicorn, which creates an instance of it for each connection.
 
-    `hits`: responses that are served without the application; None disables this. `application`: replaces
-    the one that uvicorn is configured with.
+    `hits`: cached responses, which are served without the application; None disables this. `application`: an
+    application that replaces the one of uvicorn's configuration.
     """
     attributes: dict[str, object] = {"limits": limits, "application": application}
     if hits is None:

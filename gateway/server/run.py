@@ -1,4 +1,4 @@
-"""Runs applications under uvicorn: the gateway with its own connection class, or any other application."""
+"""Runs the gateway under uvicorn, with the gateway's own connection class. `serve` runs any application."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ import uvicorn
 from gateway.server import file_descriptors as descriptors
 from gateway.server.application import Application
 from gateway.server.connection import Connection
-from gateway.server.connection_limits import bound_buffers, connection_limits
+from gateway.server.connection_limits import bound_buffers, make_connection_limits
 from gateway.server.graceful_shutdown import HANDOVER_SECONDS
 from gateway.server.memory_trim import MemoryTrim
-from gateway.server.protocol_class import http_protocol
+from gateway.server.protocol_class import make_protocol_class
 from gateway.settings.model import Settings
 
 _BACKLOG = 8192
@@ -42,28 +42,30 @@ class CannotListen(Exception):
 def run(app: Application, settings: Settings, *, announce: Callable[[str], None] = lambda _: None) -> None:
     """Run the gateway, as created by `create_app`, until SIGTERM or SIGINT.
 
-    `announce` is called with the URL once connections are accepted. Raises: SystemExit as `serve` does, also
+    `announce` is called with the URL when connections are accepted. Raises: SystemExit as `serve` does, and
     with status 1 if the gateway cannot listen; the reason is logged.
     """
     _configure_garbage_collection()
     server = settings.server
     limit = descriptors.raise_limit()
-    max_connections = limit.connections(server.max_connections, outgoing=settings.upstream.max_in_flight)
-    limits = connection_limits(server, app.metrics, max_connections=max_connections)
+    max_connections = limit.max_client_connections(
+        server.max_connections, outgoing=settings.upstream.max_in_flight
+    )
+    limits = make_connection_limits(server, app.metrics, max_connections=max_connections)
     app.shutdown.on_begin(limits.start_draining)
     config = uvicorn.Config(
         app.asgi,
         host=server.host,
         port=server.port,
-        http=http_protocol(limits, hits=app.hits),
+        http=make_protocol_class(limits, hits=app.hits),
         loop="uvloop",
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
-        forwarded_allow_ips=forwarders(server.trusted_proxies),
-        # Typed as a whole number, but only compared with the clock. The handover has passed by then.
+        forwarded_allow_ips=forwarded_allow_ips(server.trusted_proxies),
+        # uvicorn types this as `int`, but only compares it with the clock. It starts after the handover.
         timeout_graceful_shutdown=max(server.drain_seconds - HANDOVER_SECONDS, 0.0),  # type: ignore[arg-type]
         backlog=_BACKLOG,
     )
@@ -84,7 +86,7 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
         metrics = None
         if server.metrics_port:
             listener = _listen(server.host, server.metrics_port, backlog=_BACKLOG)
-            metrics = MetricsListener(listener, http_protocol(limits, application=app.metrics_asgi))
+            metrics = MetricsListener(listener, make_protocol_class(limits, application=app.metrics_asgi))
         serve(config, announce=log_start, metrics=metrics)
     except CannotListen as exc:
         log.error("listen_failed", host=exc.host, port=exc.port, reason=exc.reason)  # noqa: TRY400 - no bug
@@ -92,7 +94,7 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
 
 
 class MetricsListener(NamedTuple):
-    """A listening socket for /metrics alone, and the protocol of its connections."""
+    """A listening socket that serves only /metrics, and the protocol class of its connections."""
 
     socket: socket.socket
     protocol: type[Connection]
@@ -101,15 +103,14 @@ class MetricsListener(NamedTuple):
 def serve(
     config: uvicorn.Config, *, announce: Callable[[str], None], metrics: MetricsListener | None = None
 ) -> None:
-    """Serve until SIGTERM or SIGINT; `announce` is called with the URL once connections are accepted.
+    """Serve until SIGTERM or SIGINT; `announce` is called with the URL when connections are accepted.
 
     Raises: CannotListen; SystemExit with status 0 after a signal, 1 if the application does not start.
     """
     exit_cleanly_on_signals()
     listener = _listen(config.host, config.port, backlog=config.backlog)
-    announce(
-        url_of(*listener.getsockname()[:2])
-    )  # clients can connect now, and wait until the start is complete
+    # Clients can connect now, and wait until the start is complete.
+    announce(url_of(*listener.getsockname()[:2]))
     try:
         _Server(config, metrics).run(sockets=[listener])
     except SystemExit as exc:
@@ -119,9 +120,9 @@ def serve(
 class _Server(uvicorn.Server):
     """uvicorn's server, with a second listener for metrics.
 
-    Its main loop runs once a second and on a signal, instead of ten times a second, because each iteration
-    wakes an otherwise idle process. In an idle gateway, ten iterations cost 1.9 ms of CPU per second, one
-    costs 0.3 ms.
+    uvicorn's main loop runs ten times a second, and each iteration wakes an otherwise idle process. This main
+    loop runs once a second, and on a signal. In an idle gateway it takes 0.3 instead of 1.9 ms of CPU per
+    second.
     """
 
     _wake: Callable[[], object] = staticmethod(lambda: None)
@@ -129,7 +130,7 @@ class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, metrics: MetricsListener | None = None) -> None:
         super().__init__(config)
         self._metrics = metrics
-        self._check_descriptors = descriptors.Exhaustion().check
+        self._check_descriptors = descriptors.DescriptorCheck().check
         self._trim_heap = MemoryTrim().observe
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -143,7 +144,7 @@ class _Server(uvicorn.Server):
         self.servers.append(server)  # uvicorn closes it with its other listeners
 
     async def main_loop(self) -> None:
-        """Tick until a signal arrives. Tick 0 makes uvicorn do what is due each second: the Date header."""
+        """Call `on_tick` each second until a signal arrives. With 0, uvicorn updates the Date header."""
         signalled = asyncio.Event()
         self._wake = partial(asyncio.get_running_loop().call_soon_threadsafe, signalled.set)
         while not await self.on_tick(0):
@@ -179,7 +180,7 @@ def _listen(host: str, port: int, *, backlog: int) -> socket.socket:
     return listener
 
 
-def forwarders(trusted_proxies: Sequence[str]) -> list[str]:
+def forwarded_allow_ips(trusted_proxies: Sequence[str]) -> list[str]:
     """Return the hosts whose X-Forwarded-For is trusted, in uvicorn's notation.
 
     A listener on `::` reports IPv4 peers as `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2), which uvicorn treats as
@@ -194,19 +195,19 @@ def forwarders(trusted_proxies: Sequence[str]) -> list[str]:
 
 
 def _configure_garbage_collection() -> None:
-    # A full collection visits every live object and blocks the event loop: 140 ms of CPU with 5,000
-    # streams. The gateway creates no cycles, not even with exceptions (tests/integration/test_garbage.py).
-    # Cycles come from libraries only, and may wait until 600,000 more objects exist. The middle generation
-    # is small: when thousands of streams open, each of its collections takes 5 ms; with ten times the size
-    # it takes 36 ms.
+    # A full collection visits every live object and blocks the event loop: 140 ms of CPU with 5,000 streams.
+    # The gateway creates no reference cycles, not even with exceptions (tests/integration/test_garbage.py).
+    # Only libraries create them, and these may be kept until 600,000 more objects exist. The threshold of the
+    # middle generation is small: when thousands of streams open, each of its collections takes 5 ms. With a
+    # threshold ten times as large, one takes 36 ms.
     gc.freeze()
     gc.set_threshold(2_000, 5, 50)
 
 
 def exit_cleanly_on_signals() -> None:
-    """Make SIGTERM and SIGINT end the process by SystemExit with status 0: a requested stop is a success.
+    """Make SIGTERM and SIGINT raise SystemExit with status 0, because a requested stop is a success.
 
-    uvicorn raises the signal again after its shutdown, which would otherwise kill the process.
+    uvicorn sends the signal to the process again after its shutdown. By default this would kill the process.
     """
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))

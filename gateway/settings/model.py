@@ -77,7 +77,7 @@ class Server(_Section):
     metrics_port: Port = 0
     root_path: str = ""
     cors_origins: Annotated[list[Origin], BeforeValidator(_split)] = []
-    edge: bool = True
+    edge: bool = True  # the fast path for cache hits (`server/fast_path.py`)
     header_seconds: Positive = 10.0
     max_header_bytes: Annotated[int, Field(ge=1024, le=1_048_576)] = 32_768
     max_header_count: Annotated[int, Field(ge=10, le=10_000)] = 100

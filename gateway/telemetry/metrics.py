@@ -140,7 +140,7 @@ class Metrics:
             ["operation", "state"],
             registry=registry,
         )
-        self.upstream_budget = Gauge(
+        self.upstream_rate_limit = Gauge(
             "sd_gateway_upstream_budget_per_second",
             "Current rate limit of upstream calls, per second; +Inf means no limit.",
             registry=registry,

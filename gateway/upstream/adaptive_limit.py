@@ -1,15 +1,15 @@
 """The adaptive rate limit: learns from throttling responses how many calls per second the upstream accepts.
 
-    throttled          -> the ceiling is what was accepted in the last second; the limit drops to 85 % of it
-    probing            -> the ceiling is a guess: the limit doubles every two seconds
-    recovering         -> the limit rises quickly at first, slowly near the ceiling, faster beyond it
-    no throttling for a minute -> `remove_if_unthrottled` removes the limit, once no query is queued
+    throttled   -> ceiling = number of calls accepted in the last second; the limit drops to 85 % of it
+    probing     -> the ceiling is only a guess: the limit doubles every two seconds
+    recovering  -> the limit rises quickly at first, slowly near the ceiling, faster beyond it
+    no throttling for a minute, and no query queued -> the limit is removed (`remove_if_unthrottled`)
 
 The decrease is multiplicative, probing is a slow start, and recovery follows CUBIC (RFC 9438, 4.2), with
 calls per second instead of a window: limit = ceiling x (0.95 + 0.1 x (t / 15 s - 1)^3). The limit stays just
 below the ceiling most of the time, so throttling is rare. If the upstream raises its limit, the gateway
-finds this within two minutes. A constant increase could do only one of these two. All times are in seconds
-of one monotonic clock.
+finds this within two minutes. A constant increase could achieve only one of these two. All times are in
+seconds of one monotonic clock.
 """
 
 from __future__ import annotations
@@ -29,11 +29,10 @@ _WINDOW_SECONDS = 1.0
 # estimate.
 _MIN_CEILING_SHARE = 0.5
 _MIN_CEILING_PER_SECOND = 1.0  # some calls must pass, or the gateway never learns that the upstream recovered
-# Half of the default deadline of a query, so that a new task which is requested during a pause still gets a
-# response. An upstream that asks for a longer pause receives one call per 5 s, and can ask for a pause
-# again.
+# Half of the default deadline of a query: a new task that is requested during a pause still gets a response.
+# An upstream that asks for a longer pause receives one call per 5 s, and can ask for a pause again.
 _MAX_PAUSE_SECONDS = 5.0
-_IDLE_SECONDS = 60.0
+_REMOVE_AFTER_SECONDS = 60.0  # time without throttling after which the learned limit can be removed
 
 
 class AdaptiveLimit:
@@ -48,7 +47,7 @@ class AdaptiveLimit:
         self._limit_before_decrease = math.inf
         self._decreased_at = -math.inf
         self._probing = False
-        self._accepted_at: deque[float] = deque()  # within the last round
+        self._accepted_at: deque[float] = deque()  # within the last second
         self.resumes_at = -math.inf  # end of the pause that the upstream asked for
 
     @property
@@ -84,7 +83,7 @@ class AdaptiveLimit:
     def on_throttled(self, now: float, *, sent_at: float, retry_after: float | None) -> bool:
         """Record that the upstream throttled a call; tell whether this lowers the limit or sets a pause.
 
-        The limit drops at most once per round, and not for a call that was sent before the last drop.
+        The limit drops at most once per second, and not for a call that was sent before the last drop.
         """
         decreases = sent_at >= self._decreased_at and now - self._decreased_at >= _WINDOW_SECONDS
         if decreases:
@@ -102,7 +101,8 @@ class AdaptiveLimit:
 
     def can_remove(self, now: float) -> bool:
         """Tell whether `remove_if_unthrottled` would remove the learned limit."""
-        return self.has_learned_limit and now - max(self._decreased_at, self.resumes_at) >= _IDLE_SECONDS
+        unthrottled_seconds = now - max(self._decreased_at, self.resumes_at)
+        return self.has_learned_limit and unthrottled_seconds >= _REMOVE_AFTER_SECONDS
 
     def _decrease(self, now: float) -> None:
         self._limit_before_decrease = self.per_second(now)

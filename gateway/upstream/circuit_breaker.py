@@ -1,4 +1,4 @@
-"""The circuit breaker: stops calls to a failing upstream, and probes now and then whether it has recovered.
+"""The circuit breaker: stops calls to a failing upstream, and probes it until it has recovered.
 
     closed     calls pass; when too many recent calls failed -> open
     open       every call is refused, for a second at first -> half-open
@@ -29,18 +29,17 @@ from gateway.domain.errors import (
     UpstreamUnreachable,
 )
 
-# Errors that mean that the upstream is failing, whatever the request was. Refused credentials and throttling
-# are not among them: the credential rotation and the rate limiter handle those. Nor are invalid responses: a
-# client may be able to provoke one with a made-up task ID, and no client may open the circuit for all. Such
-# errors count neither as a success nor as a failure.
+# Errors that mean that the upstream is failing, independently of the request. All other errors count neither
+# as success nor as failure. The credential rotation and the rate limiter handle refused credentials and
+# throttling. Invalid responses must not open the circuit, because a client may be able to cause them with a
+# made-up task ID.
 FAILURES = (UpstreamBusy, UpstreamTimeout, UpstreamUnreachable)
 
-# A window of ten seconds detects an outage while its first callers still wait (the default deadline), and
-# forgets an outage that has passed. At least ten outcomes: a few failed queries with their retries are no
-# outage. Half of them: an upstream that mostly responds is worth the retries, which then mostly succeed.
+# Ten seconds, the default deadline of a query: an outage is detected while its first callers still wait, and
+# soon forgotten after its end.
 _WINDOW_SECONDS = 10
-_MIN_OUTCOMES = 10
-_FAILURE_SHARE = 0.5
+_MIN_OUTCOMES = 10  # a few failed queries with their retries are no outage
+_FAILURE_SHARE = 0.5  # if the upstream responds to most calls, retries mostly succeed
 _OPEN_SECONDS = 1.0
 _MAX_OPEN_SECONDS = 30.0
 _PROBE_RETRY_AFTER_SECONDS = 1.0  # `retry_after` of calls that are refused while a probe is in flight
@@ -73,7 +72,7 @@ class CircuitBreaker:
         self._on_change = on_change
         self._clock = clock
         self._state = State.CLOSED
-        # Counts the transitions. The outcome of a call counts only in the state in which the call began.
+        # Number of transitions. If it changes during a call, the outcome of the call is ignored.
         self._transitions = 0
         self._seconds: deque[_SecondCounts] = deque()
         self._open_seconds = _OPEN_SECONDS
@@ -96,9 +95,9 @@ class CircuitBreaker:
     def guard(self, *, no_response_seconds: float = math.inf) -> Iterator[None]:
         """Let one call pass and record its outcome. Raises: CircuitOpen, before the call begins.
 
-        No exception and UpstreamRejected count as success. `FAILURES` count as failure, and so does a call
-        that is cancelled after `no_response_seconds` without a response. Other exceptions do not count; after
-        a probe that ends with one, the next call becomes the probe.
+        A call is a success if it raises no exception or UpstreamRejected. It is a failure if it raises one of
+        `FAILURES`, or if it is cancelled after `no_response_seconds` without a response. Other exceptions do
+        not count. If a probe ends with one of them, the next call becomes the probe.
         """
         self.check()
         if self._state is State.OPEN:
@@ -160,8 +159,8 @@ class CircuitBreaker:
         self._seconds.clear()
         self._on_change(state)
         seconds = {"seconds": self._open_seconds} if state is State.OPEN else {}
-        level = log.info if state is State.CLOSED else log.warning
-        level("circuit_breaker_changed", operation=self._operation, state=state, **seconds)
+        log_change = log.info if state is State.CLOSED else log.warning
+        log_change("circuit_breaker_changed", operation=self._operation, state=state, **seconds)
 
 
 class _SecondCounts:

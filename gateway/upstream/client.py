@@ -3,10 +3,10 @@
     circuit breaker -> end of a credential probe -> permit of the rate limiter -> concurrency slot -> call
     the call fails  -> retry, from the start, while the deadline and the retry policy allow it
 
-A query may need several calls. It runs in the asyncio task of an in-flight request, not in a caller's. The
-concurrency limit is `upstream.max_in_flight`; the transport has none. A call keeps its slot for as long as
-the upstream works on the call, even after the deadline of the query. A call is not made if its response is
-not wanted any more (`demand.py`), or if less time is left than the upstream usually takes.
+A query may need several calls. It runs in the asyncio task of an in-flight request, not in that of a caller.
+This module enforces the concurrency limit, `upstream.max_in_flight`. A call keeps its slot while the upstream
+works on it, even after the deadline of the query. A call is not made if its response is not wanted any more
+(`demand.py`), or if less time is left than the upstream usually takes.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def _timeout_error() -> GatewayError:
 class _Query:
     """A running query.
 
-    `make_timeout_error` makes the error to raise if the deadline passes now: it depends on what the query
-    waits for. `call_numbers` counts the calls from 0. An attempt has more than one call after a clock
-    correction, and when other key pairs are tried.
+    `make_timeout_error` returns the error that is raised if the deadline passes. It depends on what the query
+    waits for now. `call_numbers` counts the calls from 0. An attempt has more than one call if the clock was
+    corrected, or if other key pairs are tried.
     """
 
     key: TaskKey
@@ -79,10 +79,10 @@ class _PermitRevoked(Exception):
 
 
 class _ConcurrencySlot:
-    """The concurrency slot of a call. Create it after `limit` has been acquired.
+    """The concurrency slot of a call. The caller has already acquired `limit`.
 
-    The call keeps the slot until the query has parsed the response. If the query is cancelled, the call keeps
-    the slot until it has ended: its response has arrived, or its attempt has timed out.
+    Usually the slot is released when the query has parsed the response. If the query is cancelled, the slot
+    is released at the end of the call: when its response has arrived, or its attempt has timed out.
     """
 
     __slots__ = ("_cancelled", "_ended", "_limit")
@@ -92,7 +92,7 @@ class _ConcurrencySlot:
         self._ended = self._cancelled = False
 
     def on_call_end(self) -> None:
-        """Record that the call has ended. The query may still have to parse the response."""
+        """Record that the call has ended. The query may not have parsed the response yet."""
         self._ended = True
         if self._cancelled:
             self.release()
@@ -135,20 +135,20 @@ class UpstreamClient:
         self._concurrency_limit = asyncio.Semaphore(settings.max_in_flight)
         self._retry_policy = RetryPolicy(settings.retries)
         self._rate_limiter = RateLimiter(settings.requests_per_second, take_shared=take_permits)
-        metrics.upstream_budget.set_function(lambda: self._rate_limiter.per_second)
+        metrics.upstream_rate_limit.set_function(lambda: self._rate_limiter.per_second)
         self._breakers = {operation: self._make_breaker(operation) for operation in Operation}
         # The series start at 0: `rate()` does not see an increase from an absent series to 1.
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
         # Half the timeout of an attempt. A working upstream is expected to respond within this time, so:
-        # 1. If a call is cancelled earlier, the circuit breaker does not count it as a failure.
+        # 1. The circuit breaker counts a cancelled call as a failure only if it ran for at least this time.
         # 2. A query does not wait for a permit that would leave it less time than this.
         self._response_allowance_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
         # Moving averages; 0.0 before the first response.
         self._latency_seconds = dict.fromkeys(Operation, 0.0)
 
     @property
-    def troubles(self) -> list[str]:
-        """The problem codes of what is wrong with the upstream now; empty if it works."""
+    def problem_codes(self) -> list[str]:
+        """The problem codes of the upstream's present failures; empty if it works."""
         last_error = self._signed_requests.last_error_code
         codes = [last_error] if last_error else []
         if any(breaker.state is not State.CLOSED for breaker in self._breakers.values()):
@@ -180,7 +180,7 @@ class UpstreamClient:
             on_queued: Called with the expected wait in seconds if the rate limiter queues the query.
             on_retry: Called before each retry.
             demand: The waiting callers. Its `must_finish` is set when a call is sent, and cleared before a
-                retry. None means that the gateway itself needs the response.
+                retry. None: the gateway itself needs the response.
 
         Raises:
             UpstreamError: There is no response, or it is an error.
@@ -197,13 +197,13 @@ class UpstreamClient:
                 while True:
                     try:
                         return await self._attempt(query)
-                    except (RateLimiterExhausted, Overloaded, CircuitOpen) as refused:
-                        # No call was made. If an earlier call failed, its error says more.
-                        raise copy(failure or refused) from None
+                    except (RateLimiterExhausted, Overloaded, CircuitOpen) as exc:
+                        # This attempt made no call. The error of an earlier attempt is more informative.
+                        raise copy(failure or exc) from None
                     except UpstreamError as exc:
                         if isinstance(exc, UpstreamThrottled):
                             await self._announce_throttling(exc.retry_after)
-                        delay = self._retry_delay(exc, retries, query)
+                        delay = self._take_retry(exc, retries, query)
                         if delay is None:
                             raise
                         query.demand.must_finish = False
@@ -242,7 +242,7 @@ class UpstreamClient:
                     continue
 
     def _seconds_left_to_queue(self, query: _Query) -> float:
-        """Return how long a query may queue and still have enough time for a response."""
+        """Return how long a query may stay in the queue and still have enough time for a response."""
         needed = max(self._response_allowance_seconds, self._latency_seconds[query.key.operation])
         return query.deadline - needed - asyncio.get_running_loop().time()
 
@@ -253,9 +253,9 @@ class UpstreamClient:
         try:
             return await self._call(query, permit, pair)
         except TimestampRefused as exc:
-            # The first refusal corrects the clock. All other calls in flight are refused, too, and each of
-            # them is signed again and repeated once. Repeats do not count as retries: the retry budget would
-            # not be enough for all of them.
+            # The first refusal corrects the clock. All other calls in flight are refused, too. Each of them
+            # is signed again and repeated once. The repeats do not use the retry budget, which would not be
+            # enough for all of them. The retry metric counts them.
             if self._signed_requests.clock_offset == offset:
                 raise
             self._metrics.upstream_retries.labels(query.key.operation, exc.code).inc()
@@ -294,10 +294,10 @@ class UpstreamClient:
         return response
 
     def _check_before_sending(self, query: _Query, permit: Permit) -> float:
-        """Return the present time of the event loop if the call can still be made, else raise.
+        """Raise an error if the call can no longer be made; else return the event loop's present time.
 
         Raises:
-            _PermitRevoked: The upstream has throttled a call since the permit was issued.
+            _PermitRevoked: The upstream has throttled another call since the permit was issued.
             GatewayError: Less time is left than a response usually takes (`make_timeout_error`).
         """
         if permit.revoked and permit.sent_at is None:
@@ -311,13 +311,13 @@ class UpstreamClient:
         average = self._latency_seconds[operation] or seconds
         self._latency_seconds[operation] = average + _LATENCY_WEIGHT * (seconds - average)
 
-    def _retry_delay(self, error: UpstreamError, retries: int, query: _Query) -> float | None:
-        """Return the delay before the next attempt, or None if the query must fail with `error`."""
+    def _take_retry(self, error: UpstreamError, retries: int, query: _Query) -> float | None:
+        """Take a retry: return the delay before it, or None if the query must fail with `error`."""
         if not query.demand.wanted:
             return None
         latest_start = query.deadline - self._latency_seconds[query.key.operation]
         seconds_left = latest_start - asyncio.get_running_loop().time()
-        return self._retry_policy.delay(error, retries=retries, seconds_left=seconds_left)
+        return self._retry_policy.take_retry(error, retries=retries, seconds_left=seconds_left)
 
     def _make_breaker(self, operation: Operation) -> CircuitBreaker:
         gauges = {state: self._metrics.upstream_circuit_state.labels(operation, state) for state in State}

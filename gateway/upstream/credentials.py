@@ -1,4 +1,4 @@
-"""The key pairs, in two slots, from the settings or from mounted files that may change.
+"""The key pairs in two slots. They come from the settings, or from mounted files that may change.
 
     active   the pair that signs
     next     a second pair, which signs after `credential_rotation.py` has promoted it
@@ -9,14 +9,15 @@
                       the active slot reads new content, whatever it is;
                       or: refused, and the active pair is accepted again
 
-New content in the next slot changes nothing by itself: a promoted pair keeps signing even if its file has new
-content by then. Pairs are compared by content. An operator who moves the promoted pair into the active slot
-changes the slot's name in logs and metrics, and nothing else.
+New content in the next slot has no effect by itself: a promoted pair keeps signing, even if its file has new
+content meanwhile. Pairs are compared by content. If an operator moves the promoted pair into the active slot,
+only the slot's name in logs and metrics changes.
 
-Kubernetes replaces a mounted secret through a symlink, without notice and between any two reads. So the
-files are polled and compared by content, and a pair counts only if two consecutive readings of both files
-agree: then both belong to one generation. Files that are written in place, one after the other, may still
-be read half and half. The upstream refuses such a pair, and `credential_rotation.py` handles that.
+Kubernetes replaces a mounted secret through a symlink, without notice, possibly between the reads of two
+files. So the files are polled and compared by content. A pair is used only if two consecutive reads of both
+files agree: then both files belong to one generation. If files are written in place, one after the other, a
+read may still combine the old content of one with the new content of the other. The upstream refuses such a
+pair, and `credential_rotation.py` handles this.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
 POLL_SECONDS = 2.0
-_MAX_READINGS = 5
+_MAX_READS = 5
 
 log = structlog.get_logger(__name__)
 
@@ -57,7 +58,7 @@ class CredentialSlot(StrEnum):
 
 
 class LoadedKeyPair(NamedTuple):
-    """A pair and its origin; `generation` counts the contents that the slot has had, from 1."""
+    """A pair and its origin. `generation` is the number of contents that the slot has had so far."""
 
     slot: CredentialSlot
     generation: int
@@ -65,48 +66,48 @@ class LoadedKeyPair(NamedTuple):
 
 
 class Credentials:
-    """Holds the pairs of both slots, follows their files, and knows which pair signs."""
+    """Holds the pairs of both slots and the pair that signs, and polls their files."""
 
     def __init__(self, settings: CredentialSettings, *, redactor: Redactor, metrics: Metrics) -> None:
         self._redactor = redactor
         self._metrics = metrics
         self._sources = {
-            CredentialSlot.ACTIVE: _Source(
-                _Value(settings.access_key_file, settings.access_key.get_secret_value()),
-                _Value(settings.secret_key_file, settings.secret_key.get_secret_value()),
+            CredentialSlot.ACTIVE: _PairSource(
+                _KeySource(settings.access_key_file, settings.access_key.get_secret_value()),
+                _KeySource(settings.secret_key_file, settings.secret_key.get_secret_value()),
             ),
-            CredentialSlot.NEXT: _Source(
-                _Value(settings.next_access_key_file, settings.next_access_key.get_secret_value()),
-                _Value(settings.next_secret_key_file, settings.next_secret_key.get_secret_value()),
+            CredentialSlot.NEXT: _PairSource(
+                _KeySource(settings.next_access_key_file, settings.next_access_key.get_secret_value()),
+                _KeySource(settings.next_secret_key_file, settings.next_secret_key.get_secret_value()),
             ),
         }
         self._loaded: dict[CredentialSlot, LoadedKeyPair] = {}
-        self._faults: dict[CredentialSlot, str] = {}
+        self._read_errors: dict[CredentialSlot, str] = {}
         self._signing: LoadedKeyPair | None = None
         for slot in CredentialSlot:
             metrics.credentials_active_slot.labels(slot).set(0)
         self.reload()
 
     @property
-    def signing(self) -> LoadedKeyPair | None:
-        """The credentials that sign; None if there are none, or only next ones that were not probed yet."""
+    def signing_pair(self) -> LoadedKeyPair | None:
+        """The pair that signs. None if there is no pair, or only a next pair that was not probed yet."""
         return self._signing
 
     @property
-    def present(self) -> bool:
+    def has_any_pair(self) -> bool:
         """Whether any slot has a pair."""
         return bool(self._loaded)
 
-    def loaded(self) -> list[LoadedKeyPair]:
-        """Return the contents of the slots, the active one first."""
+    def loaded_pairs(self) -> list[LoadedKeyPair]:
+        """Return the pairs of the slots, the active one first."""
         return [self._loaded[slot] for slot in CredentialSlot if slot in self._loaded]
 
-    def faults(self) -> Mapping[CredentialSlot, str]:
-        """Return why slots could not be read at the last attempt; the texts contain no secrets."""
-        return self._faults
+    def read_errors(self) -> Mapping[CredentialSlot, str]:
+        """Return the errors of slots that could not be read at the last attempt, without secrets."""
+        return self._read_errors
 
-    def set_signing(self, loaded: LoadedKeyPair) -> None:
-        """Make this pair sign until another one is promoted or the active slot reads new content."""
+    def set_signing_pair(self, loaded: LoadedKeyPair) -> None:
+        """Make this pair sign, until another pair is promoted or the active slot has new content."""
         self._signing = loaded
         for slot in CredentialSlot:
             self._metrics.credentials_active_slot.labels(slot).set(slot is loaded.slot)
@@ -116,7 +117,7 @@ class Credentials:
         for slot in CredentialSlot:
             self._reload(slot)
 
-    async def follow(self) -> None:
+    async def poll_files(self) -> None:
         """Reload every `POLL_SECONDS`, without end; return at once if no slot is read from files."""
         while any(source.has_files for source in self._sources.values()):
             await asyncio.sleep(POLL_SECONDS)
@@ -127,14 +128,14 @@ class Credentials:
         try:
             pair = source.read()
         except (OSError, ValueError) as exc:
-            # Log and count only changes: each poll finds the same fault again.
+            # Log and count only changes, because each poll would find the same fault.
             fault = f"{type(exc).__name__}: {exc}"
-            if fault != self._faults.get(slot):
-                self._faults[slot] = fault
+            if fault != self._read_errors.get(slot):
+                self._read_errors[slot] = fault
                 self._metrics.credentials_reloads.labels("error").inc()
                 log.warning("credentials_unreadable", slot=slot, fault=fault, in_use=previous is not None)
             return
-        self._faults.pop(slot, None)
+        self._read_errors.pop(slot, None)
         if pair is None or (previous is not None and previous.pair == pair):
             return
         self._redactor.add_credentials(pair.access_key, pair.secret_key)
@@ -144,10 +145,10 @@ class Credentials:
             self._metrics.credentials_reloads.labels("ok").inc()
             log.info("credentials_loaded", slot=slot, generation=loaded.generation)
         if slot is CredentialSlot.ACTIVE:
-            self.set_signing(loaded)
+            self.set_signing_pair(loaded)
 
 
-class _Value(NamedTuple):
+class _KeySource(NamedTuple):
     """The source of one half of a pair: a file, or else a value."""
 
     file: Path | None
@@ -157,11 +158,11 @@ class _Value(NamedTuple):
         return self.value if self.file is None else read_secret(self.file)
 
 
-class _Source(NamedTuple):
+class _PairSource(NamedTuple):
     """The source of a slot's pair."""
 
-    access_key: _Value
-    secret_key: _Value
+    access_key: _KeySource
+    secret_key: _KeySource
 
     @property
     def has_files(self) -> bool:
@@ -170,7 +171,7 @@ class _Source(NamedTuple):
     def read(self) -> KeyPair | None:
         """Return a pair that can sign, or None if none is configured. Raises: OSError, ValueError."""
         before = self._read_once()
-        for _ in range(_MAX_READINGS):
+        for _ in range(_MAX_READS):
             after = self._read_once()
             if after == before:
                 break

@@ -1,7 +1,8 @@
-"""Demand for the response of one task: the waiting callers, counted per client, and the gateway itself.
+"""Demand for the response of one task: how many callers of which client wait for it.
 
-    caller: join -> wait -> leave          background refresh: `background`
-    the last caller leaves -> a queued query is dropped; a query on the wire is completed
+    caller: join -> wait -> leave
+    the last caller leaves -> a queued query is dropped, unless the gateway itself needs the response
+                           -> a query on the wire is completed
 
 A client is identified by its address; b"" stands for an unknown client.
 """
@@ -16,7 +17,7 @@ from gateway.domain.errors import GatewayError
 
 
 class QueueEntry(Protocol):
-    """The entry of a queued query; its position depends on the clients that wait for the query."""
+    """The entry of a query in a queue; its position depends on the clients that wait for the query."""
 
     def join(self, client: bytes) -> None:
         """Record that another client waits."""
@@ -26,18 +27,18 @@ class QueueEntry(Protocol):
 
 
 class Demand:
-    """The demand for the response of one task. It outlives a single in-flight request.
+    """The demand for the response of one task. It may outlive an in-flight request.
 
     Attributes:
-        clients: Number of waiting callers, by client. All other attributes belong to the in-flight request.
+        clients: Number of waiting callers, by client. `begin` resets all other attributes.
         in_flight: A request is in flight.
         background: The gateway needs the response even if no caller waits.
-        must_finish: A call is on the wire or its response has arrived, so the request runs to its end.
-        on_unwanted: Called with the demand, to cancel a request that is no longer wanted and need not finish.
+        must_finish: A call is on the wire, or its response has arrived. The request then runs to its end.
+        on_unwanted: Callback that cancels a request which is not wanted any more. Its argument is the demand.
         dropped: The request was cancelled by `on_unwanted`.
-        queue_entry: Where the query is queued, or None.
-        queued_signal: Resolves to an error once the query is queued by the rate limiter. Callers that can
-            serve a stale snapshot then stop waiting.
+        queue_entry: The query's entry in the queue of the rate limiter; None while it is not queued.
+        queued_signal: A future that receives an error when the rate limiter queues the query. Callers that
+            can serve a stale snapshot then stop waiting.
     """
 
     __slots__ = (

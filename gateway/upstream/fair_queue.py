@@ -2,9 +2,9 @@
 
     add -> the end of the client's own queue -> pop: the first item of the next client
 
-A client with many items delays another client by one item per round. An item that several clients wait for
-can be in several client queues: it joins a queue in which it is reached sooner. `pop` removes it from all
-of them.
+A client with many items delays another client by one item per round. If several clients wait for an item, it
+can be in several of their queues: it joins the queue of a further client if that queue reaches it sooner.
+`pop` removes it from all of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class FairQueue(Generic[T]):
-    """Items in one queue per client. Items are hashable and compared with ==."""
+    """One queue of items per client. Items are hashable and compared with ==."""
 
     def __init__(self) -> None:
         self._queues: OrderedDict[bytes, OrderedDict[T, None]] = OrderedDict()  # the next client first
@@ -41,7 +41,7 @@ class FairQueue(Generic[T]):
                     seen.add(item)
                     yield item
 
-    def shortest(self, clients: Iterable[bytes]) -> bytes:
+    def client_with_shortest_queue(self, clients: Iterable[bytes]) -> bytes:
         """Return the client with the shortest queue, or b"" if there are no clients."""
         return min(clients, key=self._length, default=b"")
 
@@ -79,9 +79,9 @@ class FairQueue(Generic[T]):
             return
         self._remove(item, client)
         if clients:
-            self.join(item, self.shortest(others))
+            self.join(item, self.client_with_shortest_queue(others))
         else:
-            self._append(item, self.shortest(others))
+            self._append(item, self.client_with_shortest_queue(others))
 
     def discard(self, item: T) -> None:
         """Remove an item, if it is queued."""

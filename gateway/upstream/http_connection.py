@@ -1,6 +1,6 @@
-"""One connection to the upstream, with httptools' parser. It reads the responses within bounds.
+"""One connection to the upstream. It parses responses with httptools, and bounds their size.
 
-The parser checks message framing, in its strict mode (RFC 9112, 6).
+The parser runs in its strict mode, and checks the framing of messages (RFC 9112, 6).
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _MAX_OVERHEAD = 262_144  # bytes of a response outside its body: headers, chunk 
 
 
 class HttpResponse:
-    """A response as far as it is read. Header names are lower case; the last of repeated headers counts."""
+    """The parts of a response that were read so far.
+
+    Header names are lower case. If a header is repeated, the last value is kept.
+    """
 
     __slots__ = ("body", "complete", "headers", "keep_alive", "status")
 
@@ -33,9 +36,9 @@ class HttpResponse:
 class HttpConnection(asyncio.Protocol):
     """One connection, with one call at a time.
 
-    `idle_since` is the loop's time when the last response was complete, or None while the connection is not
-    reusable. `on_call_end` is called at the end of each call, even if the call was cancelled. `on_complete`
-    is that of the present call.
+    `idle_since` is the loop's time at which the last response was complete, or None while the connection is
+    not reusable. `on_call_end` is called at the end of each call, even if the call was cancelled.
+    `on_complete` is the callback of the present call (see `HttpTransport.send`), which the transport calls.
     """
 
     def __init__(self, max_body_bytes: int, on_call_end: Callable[[HttpConnection], None]) -> None:
@@ -51,7 +54,7 @@ class HttpConnection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._response = HttpResponse()
         self._overhead = 0
-        self._readable = select.poll()
+        self._poll = select.poll()
 
     def send(self, request: bytes, deadline: float) -> asyncio.Future[HttpResponse]:
         """Send a request; the future receives the response, an httpx.TransportError or a TimeoutError.
@@ -66,17 +69,17 @@ class HttpConnection(asyncio.Protocol):
         self._transport.write(request)
         return self._waiter
 
-    def too_old(self, now: float) -> bool:
+    def is_too_old(self, now: float) -> bool:
         """Tell whether the connection has reached its maximum age."""
         return now - self._opened_at >= self.max_age_seconds
 
-    def reusable(self, now: float) -> bool:
+    def is_reusable(self, now: float) -> bool:
         """Tell whether a call may use the connection: it is open, not too old, and has no unread bytes.
 
-        `poll` asks the operating system for bytes that the event loop has not read yet. They would be taken
-        for the start of the next response.
+        `poll` also finds bytes that the event loop has not read yet. They would be parsed as the start of the
+        next response.
         """
-        return self.idle_since is not None and not self.too_old(now) and not self._readable.poll(0)
+        return self.idle_since is not None and not self.is_too_old(now) and not self._poll.poll(0)
 
     def time_out(self) -> None:
         """Fail the call in flight, if there is one, with a TimeoutError."""
@@ -93,12 +96,13 @@ class HttpConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # it is one
         """Keep the transport, and watch its socket for bytes that arrive without a call."""
         self._transport = transport
-        self._readable.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
+        self._poll.register(transport.get_extra_info("socket").fileno(), select.POLLIN)
 
     def data_received(self, data: bytes) -> None:
         """Parse bytes of the response; fail the call if they are malformed or too many."""
         if self._parser is None or self._waiter is None:
-            # Bytes without a call in flight: they could be taken for the response to the next task's call.
+            # Without a call in flight, these bytes could be parsed as the response to the call for the next
+            # task.
             self.idle_since = None
             self._transport.abort()
             return

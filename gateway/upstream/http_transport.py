@@ -2,14 +2,13 @@
 
     encode_request -> send: take an idle connection or open one -> write -> read the whole response, bounded
 
-At the start and end of each call, httpx's pool iterates over all connections once per connection: the cost
-of a call grows with the square of the concurrent calls. aiohttp's pool does not, but a call passes through
-so many objects of its client that this costs more than the rest of a query. Here a connection is one
-asyncio protocol with one call at a time, and a call awaits nothing but its response.
+With httpx's pool, the cost of a call grows with the square of the number of concurrent calls: at the start
+and at the end of each call it iterates over all connections, once per connection. aiohttp's pool does not,
+but its client takes more CPU time than the rest of a query. Here a connection is one asyncio protocol with
+one call at a time, and a call awaits only its response.
 
-The upstream keeps working on a call that is cancelled. So the connection waits for the response and
-discards it, until the timeout of the call. `on_complete` is called when the upstream does not work on the
-call any more.
+If a call is cancelled, the upstream still works on it. So the connection waits for the response until the
+timeout of the call, and discards it. Then `on_complete` is called.
 
 By design this client follows no redirects, keeps no cookies, reads no proxy or netrc from the environment,
 decodes no bodies, calls a single host, and sends only the headers that it was given.
@@ -34,9 +33,9 @@ _HAPPY_EYEBALLS_SECONDS = 0.25  # delay before the next address of a host is tri
 class HttpTransport:
     """Sends requests to one origin over HTTP/1.1, with one connection per concurrent call.
 
-    It reads only as much of a body as shows that the body exceeds `max_body_bytes`. It does not reuse a
-    connection that was idle for `keep_alive_seconds`, because the upstream or a proxy may have closed it,
-    nor one that is `max_age_seconds` old, because the host name may resolve to another address by now.
+    It stops reading a body that exceeds `max_body_bytes`. It does not reuse a connection that was idle for
+    `keep_alive_seconds`, because the upstream or a proxy may have closed it, nor one that is
+    `max_age_seconds` old, because the host name may resolve to another address by now.
     """
 
     def __init__(
@@ -54,7 +53,8 @@ class HttpTransport:
         self._max_body_bytes = max_body_bytes
         self._keep_alive_seconds = keep_alive_seconds
         self._max_age_seconds = max_age_seconds
-        # Used from the right end: under low load the connections at the left end stay unused and are closed.
+        # Connections are taken from the right end. Under low load, those at the left end stay unused and are
+        # closed.
         self._idle: deque[HttpConnection] = deque()
         self._busy: set[HttpConnection] = set()
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -74,8 +74,8 @@ class HttpTransport:
             request: The request, as made by `encode_request`.
             timeout_seconds: Limit for the whole call, with connecting.
             new_connection: Open a new connection, and close it after the call.
-            on_complete: Called once, when the upstream does not work on the call any more: usually before
-                this returns. After a cancellation, when the response has arrived or the timeout has passed.
+            on_complete: Called once, when the upstream does not work on the call any more: the response has
+                arrived, or the call has failed. If this method is cancelled, it is called later.
 
         Raises:
             httpx.TransportError: There is no valid response.
@@ -112,7 +112,7 @@ class HttpTransport:
         self._close_expired(now)
         while self._idle:
             connection = self._idle.pop()
-            if connection.reusable(now):
+            if connection.is_reusable(now):
                 return connection
             connection.close()
         return None
@@ -122,7 +122,7 @@ class HttpTransport:
         self._busy.discard(connection)
         self.in_flight -= 1
         now = asyncio.get_running_loop().time()
-        if connection.idle_since is None or connection.too_old(now):
+        if connection.idle_since is None or connection.is_too_old(now):
             connection.close()
         else:
             self._idle.append(connection)
@@ -146,7 +146,7 @@ class HttpTransport:
         now = asyncio.get_running_loop().time()
         self._close_expired(now)
         for connection in tuple(self._idle):
-            if connection.too_old(now):
+            if connection.is_too_old(now):
                 self._idle.remove(connection)
                 connection.close()
         if self._idle:
@@ -186,7 +186,7 @@ def is_certificate_error(error: httpx.TransportError) -> bool:
     return isinstance(error.__cause__, ssl.SSLCertVerificationError)
 
 
-def explain(error: httpx.TransportError) -> str:
+def explain_connect_error(error: httpx.TransportError) -> str:
     """Return why no connection could be made, for an operator; "" if the error came later."""
     if not isinstance(error, httpx.ConnectError):
         return ""

@@ -1,17 +1,12 @@
 """The rate limiter: issues a permit for each upstream call. One limit applies to all operations and tasks.
 
     acquire -> a token is available and no query is queued -> permit
-            -> the token would come after the deadline -> RateLimiterExhausted, at once
-            -> else queue: renewals | first queries, served alternately -> permit
+            -> the token would come after the deadline     -> RateLimiterExhausted, at once
+            -> else wait in the queue (`permit_queue.py`)  -> permit
 
-It is a token bucket. `AdaptiveLimit` sets its rate from the settings and from throttling responses. A query
-is a *renewal* if an older snapshot of its task is known, and a *first query* otherwise.
-
-Renewals are served first in, first out. A task has one query at a time, so no task is served twice before all
-others. First queries are served round robin over clients (`FairQueue`): a client that requests many new tasks
-delays another client by only one call per round. The two queues are served alternately, so that both make
-progress. A timer runs until the next token is available, and then serves the queues. Use the limiter on the
-event loop's thread only.
+It is a token bucket. `AdaptiveLimit` sets its rate from the settings and from throttling responses. A timer
+runs until the next token is available, and then serves the queue. Use the limiter on the event loop's thread
+only.
 """
 
 from __future__ import annotations
@@ -19,9 +14,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from itertools import zip_longest
+from collections.abc import Callable
 from typing import Protocol, Self
 
 import structlog
@@ -29,10 +22,14 @@ import structlog
 from gateway.domain.errors import RateLimiterExhausted, UpstreamRejected, UpstreamThrottled
 from gateway.upstream.adaptive_limit import AdaptiveLimit
 from gateway.upstream.demand import Demand
-from gateway.upstream.fair_queue import FairQueue
+from gateway.upstream.permit_queue import PermitQueue, QueuedQuery
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
-NOTICEABLE_SECONDS = 0.1  # callers for which a stale snapshot is available do not wait longer than this
+# Shortest expected wait that `on_queued` reports. The progress service then serves a stale snapshot at once,
+# if there is one.
+MIN_REPORTED_WAIT_SECONDS = 0.1
+# How long after its deadline a queued query may still get a permit.
+_DEADLINE_TOLERANCE_SECONDS = 0.1
 
 # Size of the bucket, as the time in which it fills. With a larger bucket, an upstream that counts calls per
 # second would refuse a part of a burst. With a smaller one, queries would be queued even if a page requests
@@ -52,15 +49,16 @@ class Timer(Protocol):
 
 
 class Permit:
-    """The right to make one call: a context manager. A permit that was not consumed returns its token.
+    """The right to make one call. Use it as a context manager.
 
-    When the context exits, `on_end` is called with the permit and the exception, or None.
+    When the context exits, `on_end` is called with the permit and the exception of the context, or None. If
+    the permit was not consumed by then, the rate limiter puts its token back, unless the permit was revoked.
 
     Attributes:
         sent_at: When the call was sent; None before `consume`.
         revoked: The upstream has throttled a call since the permit was issued. If the permit is not consumed
-            yet, the query must acquire a new one. The reason: before the first throttling response there may
-            be no limit, and very many permits may be outstanding.
+            yet, the query must acquire a new one. Without a configured limit, very many permits may be
+            outstanding before the first throttling response.
     """
 
     __slots__ = ("_clock", "_on_end", "revoked", "sent_at")
@@ -86,41 +84,8 @@ class Permit:
         self.sent_at = self._clock()
 
 
-class _Waiter:
-    """A queued query. It implements `QueueEntry`, whose methods have an effect for first queries only.
-
-    The result of `future` is 0.0 when the query gets a permit. If the permit would come after `deadline`, the
-    result is the `retry_after` of the error, in seconds.
-    """
-
-    __slots__ = ("_queue", "deadline", "future", "on_queued")
-
-    def __init__(
-        self, deadline: float, on_queued: Callable[[float], None], queue: FairQueue[_Waiter] | None
-    ) -> None:
-        self.future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self.deadline = deadline
-        self.on_queued = on_queued
-        self._queue = queue
-
-    @property
-    def renewal(self) -> bool:
-        """Tell whether an older snapshot of the task is known."""
-        return self._queue is None
-
-    def join(self, client: bytes) -> None:
-        """See `QueueEntry`."""
-        if self._queue is not None:
-            self._queue.join(self, client)
-
-    def leave(self, client: bytes, others: Iterable[bytes]) -> None:
-        """See `QueueEntry`."""
-        if self._queue is not None:
-            self._queue.leave(self, client, others)
-
-
 class RateLimiter:
-    """Issues permits at `requests_per_second`. With 0, only throttling responses limit the rate.
+    """Issues permits at `requests_per_second`. If that is 0, only throttling responses limit the rate.
 
     `clock` returns monotonic seconds. `take_shared` takes permits from the rate limiter that replicas share;
     a query then needs a token of this replica and a shared permit.
@@ -137,9 +102,7 @@ class RateLimiter:
         self._limit = AdaptiveLimit(requests_per_second or math.inf)
         self._clock = clock
         self._call_later = call_later
-        self._renewals: OrderedDict[_Waiter, None] = OrderedDict()
-        self._first_queries: FairQueue[_Waiter] = FairQueue()
-        self._renewal_next = True  # which queue is served next
+        self._queue = PermitQueue()
         self._permits: set[Permit] = set()  # outstanding
         self._tokens = 1.0
         self._refilled_at = clock()
@@ -155,28 +118,22 @@ class RateLimiter:
 
     @property
     def per_second(self) -> float:
-        """The present limit in calls per second, or `inf`. A read has no side effects: metrics read it."""
+        """The present limit in calls per second, or `inf`. Metrics read it, so it has no side effects."""
         now = self._clock()
-        removable = not self._any_queued() and self._limit.can_remove(now)
+        removable = not self._queue and self._limit.can_remove(now)
         return self._limit.max_per_second if removable else self._limit.per_second(now)
 
     @property
     def has_learned_limit(self) -> bool:
-        """Tell whether throttling by the upstream limits the rate now."""
+        """Whether throttling by the upstream limits the rate now. This may remove an outdated limit."""
         self._remove_limit_if_idle()
         return self._limit.has_learned_limit
 
     def expected_wait(self, *, renewal: bool, client: bytes = b"") -> float:
         """Return the seconds that a query of this client would wait if it called `acquire` now."""
         self._refill()
-        same_queue, other_queue = len(self._renewals), len(self._first_queries)
-        if not renewal:
-            same_queue, other_queue = self._first_queries.count_ahead(client), same_queue
-        # The queues are served alternately: for each query ahead in the same queue, one of the other queue is
-        # served, and one more if the other queue is next.
-        from_other_queue = min(other_queue, same_queue + (self._renewal_next is not renewal))
-        elsewhere = 0 if self._shared is None else self._shared.queued_elsewhere(renewal=renewal)
-        return self._wait_behind(same_queue + from_other_queue + elsewhere)
+        ahead = self._queue.count_ahead(renewal=renewal, client=client)
+        return self._wait_behind(ahead + self._queued_elsewhere(renewal=renewal))
 
     async def acquire(
         self,
@@ -191,8 +148,9 @@ class RateLimiter:
         Args:
             renewal: An older snapshot of the task is known.
             timeout_seconds: The longest wait.
-            on_queued: Called with the expected wait in seconds if that is at least `NOTICEABLE_SECONDS`.
-                Called again, with the new expected wait, when throttling lowers the limit.
+            on_queued: Called with the expected wait in seconds, if it is at least
+                `MIN_REPORTED_WAIT_SECONDS`. Called again, with the new expected wait, when the limit falls,
+                and after each request for shared permits.
             demand: The clients whose callers wait for the response. A first query is queued for them. More
                 clients may join while it is queued.
 
@@ -202,18 +160,18 @@ class RateLimiter:
         """
         self._remove_limit_if_idle()
         demand = demand or Demand(background=True)
-        client = b"" if renewal else self._first_queries.shortest(demand.clients)
+        client = b"" if renewal else self._queue.client_with_shortest_queue(demand.clients)
         wait = self.expected_wait(renewal=renewal, client=client)
-        if wait == 0 and not self._any_queued() and self._take_shared(renewal=renewal):
+        if wait == 0 and not self._queue and self._take_shared(renewal=renewal):
             self._tokens -= 1
         elif wait > timeout_seconds:
             raise _exhausted(wait)
         else:
-            if wait >= NOTICEABLE_SECONDS:
+            if wait >= MIN_REPORTED_WAIT_SECONDS:
                 on_queued(wait)
             deadline = self._clock() + timeout_seconds
-            queue = None if renewal else self._first_queries
-            await self._wait_in_queue(_Waiter(deadline, on_queued, queue), client, demand)
+            query = self._queue.add(renewal=renewal, client=client, deadline=deadline, on_queued=on_queued)
+            await self._wait_in_queue(query, demand)
         permit = Permit(self._clock, self._on_permit_end)
         self._permits.add(permit)
         return permit
@@ -223,34 +181,26 @@ class RateLimiter:
 
         Announcements of this replica have no further effect: its limit is already lowered.
         """
-        self._slow_down(self._clock(), retry_after)
+        self._on_throttled(self._clock(), retry_after)
 
-    async def _wait_in_queue(self, waiter: _Waiter, client: bytes, demand: Demand) -> None:
-        future = waiter.future
-        if waiter.renewal:
-            self._renewals[waiter] = None
-        else:
-            self._first_queries.add(waiter, client)
-        demand.queue_entry = waiter
-        self._serve()
+    async def _wait_in_queue(self, query: QueuedQuery, demand: Demand) -> None:
+        future = query.future
+        demand.queue_entry = query
+        self._serve_queue()
         try:
             retry_after = await future
         except asyncio.CancelledError:
-            self._discard(waiter)
+            self._queue.discard(query)
             if future.cancelled():
-                self._serve()  # cancel the timer if no other query waits
+                self._serve_queue()  # cancel the timer if no other query waits
             elif future.result() == 0:
-                # The query got a permit, and was cancelled before it could use the permit.
+                # The query received a permit, and was cancelled before it could use it.
                 self._return_token()
             raise
         finally:
             demand.queue_entry = None
         if retry_after:
             raise _exhausted(retry_after)
-
-    def _discard(self, waiter: _Waiter) -> None:
-        self._renewals.pop(waiter, None)
-        self._first_queries.discard(waiter)
 
     def _on_permit_end(self, permit: Permit, error: BaseException | None) -> None:
         self._permits.discard(permit)
@@ -260,64 +210,62 @@ class RateLimiter:
         elif error is None or isinstance(error, UpstreamRejected):
             self._limit.on_accepted(self._clock(), sent_at=permit.sent_at)
         elif isinstance(error, UpstreamThrottled):
-            self._slow_down(permit.sent_at, error.retry_after)
+            self._on_throttled(permit.sent_at, error.retry_after)
 
     def _return_token(self) -> None:
         self._tokens += 1
         if self._shared is not None:
             self._shared.put_back()
-        self._serve()
+        self._serve_queue()
 
-    def _serve(self) -> None:
-        """Wake as many waiters as there are tokens, and set the timer for the next token."""
+    def _serve_queue(self) -> None:
+        """Give permits to as many queries as there are tokens, and set the timer for the next token."""
         self._refill()
-        while self._wait_behind(0) == 0 and (waiter := self._pop()) is not None:
+        while self._wait_behind(0) == 0 and (query := self._pop_next()) is not None:
             self._tokens -= 1
-            waiter.future.set_result(0.0)
+            query.future.set_result(0.0)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         if self._shared is not None:
-            # Request only permits that this replica can use now: other replicas cannot use the ones it holds.
+            # Request only permits that this replica can use now: they are lost for the other replicas.
             usable = math.floor(self._tokens + _ROUNDING) if self._wait_behind(0) == 0 else 0
-            renewals = min(len(self._renewals), usable)
-            first_queries = min(len(self._first_queries), usable)
+            renewals = min(self._queue.count(renewal=True), usable)
+            first_queries = min(self._queue.count(renewal=False), usable)
             self._shared.request(renewals=renewals, first_queries=first_queries)
-        if self._any_queued() and (self._shared is None or self._wait_behind(0) > 0):
+        if self._queue and (self._shared is None or self._wait_behind(0) > 0):
             call_later = self._call_later or asyncio.get_running_loop().call_later
-            self._timer = call_later(max(self._wait_behind(0), _TIMER_SECONDS), self._serve)
+            self._timer = call_later(max(self._wait_behind(0), _TIMER_SECONDS), self._serve_queue)
 
-    def _pop(self) -> _Waiter | None:
-        for renewal in (self._renewal_next, not self._renewal_next):
-            if self._shared is not None and not self._shared.available(renewal=renewal):
+    def _pop_next(self) -> QueuedQuery | None:
+        """Remove and return the next query that gets a permit, or None.
+
+        Queries before it whose deadline has passed are removed, too, and fail.
+        """
+        for renewal in self._queue.next_kinds():
+            if self._shared is not None and not self._shared.has_permit(renewal=renewal):
                 continue
-            while (waiter := self._pop_one(renewal=renewal)) is not None:
-                if waiter.future.done():
-                    continue  # cancelled: its asyncio task will run soon, and call `_discard`
-                if self._clock() > waiter.deadline + NOTICEABLE_SECONDS:
-                    # It has waited too long: first queries of other clients were served before it, although
-                    # they were queued later.
-                    waiter.future.set_result(max(self._wait_behind(0), _TIMER_SECONDS))
+            while (query := self._queue.pop(renewal=renewal)) is not None:
+                if query.future.done():
+                    continue  # cancelled: its asyncio task will run soon
+                if self._clock() > query.deadline + _DEADLINE_TOLERANCE_SECONDS:
+                    # First queries of other clients were served before it, although they were queued later.
+                    query.future.set_result(max(self._wait_behind(0), _TIMER_SECONDS))
                     continue
                 self._take_shared(renewal=renewal)
-                self._renewal_next = not renewal
-                return waiter
+                self._queue.record_served(renewal=renewal)
+                return query
         return None
 
     def _take_shared(self, *, renewal: bool) -> bool:
         return self._shared is None or self._shared.take(renewal=renewal)
 
     def _on_shared_grant(self) -> None:
-        self._serve()
-        if self._any_queued():  # other replicas may have queued more queries, which lengthen the wait
+        self._serve_queue()
+        if self._queue:  # other replicas may have queued more queries, which lengthen the wait
             self._recheck_deadlines(self._clock())
 
-    def _pop_one(self, *, renewal: bool) -> _Waiter | None:
-        if not renewal:
-            return self._first_queries.pop()
-        return self._renewals.popitem(last=False)[0] if self._renewals else None
-
-    def _slow_down(self, sent_at: float, retry_after: float | None) -> None:
+    def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
         self._refill()
         now, was_throttled = self._clock(), self._limit.has_learned_limit
         if not self._limit.on_throttled(now, sent_at=sent_at, retry_after=retry_after):
@@ -328,32 +276,24 @@ class RateLimiter:
             permit.revoked = True
         self._tokens = min(self._tokens, 1.0)
         self._recheck_deadlines(now)
-        self._serve()
+        self._serve_queue()
 
     def _recheck_deadlines(self, now: float) -> None:
-        """Refuse the waiters that would be served after their deadline. Call `on_queued` of the others."""
+        """Refuse the queries that would be served after their deadline. Call `on_queued` of the others."""
         ahead = 0
-        for waiter in list(self._in_order()):
-            elsewhere = 0 if self._shared is None else self._shared.queued_elsewhere(renewal=waiter.renewal)
-            wait = self._wait_behind(ahead + elsewhere)
-            if waiter.future.done() or now + wait > waiter.deadline:
-                self._discard(waiter)
-                if not waiter.future.done():
-                    waiter.future.set_result(wait)
+        for query in list(self._queue):
+            wait = self._wait_behind(ahead + self._queued_elsewhere(renewal=query.renewal))
+            if query.future.done() or now + wait > query.deadline:
+                self._queue.discard(query)
+                if not query.future.done():
+                    query.future.set_result(wait)
             else:
                 ahead += 1
-                waiter.on_queued(wait)
+                query.on_queued(wait)
 
-    def _in_order(self) -> Iterator[_Waiter]:
-        """Yield the waiters in the order in which they will be served."""
-        queues = (self._renewals, self._first_queries)
-        for pair in zip_longest(*(queues if self._renewal_next else reversed(queues))):
-            for waiter in pair:
-                if waiter is not None:
-                    yield waiter
-
-    def _any_queued(self) -> bool:
-        return bool(self._renewals) or bool(self._first_queries)
+    def _queued_elsewhere(self, *, renewal: bool) -> int:
+        """Return how many queries of other replicas are served before a query of this replica."""
+        return 0 if self._shared is None else self._shared.queued_elsewhere(renewal=renewal)
 
     def _wait_behind(self, ahead: int) -> float:
         """Return the seconds until a token is available for a query behind `ahead` others."""
@@ -376,8 +316,8 @@ class RateLimiter:
         self._refilled_at = now
 
     def _remove_limit_if_idle(self) -> None:
-        # Not while queries are queued: they wait because of this limit. It rises until the queues are empty.
-        if not self._any_queued() and self._limit.remove_if_unthrottled(self._clock()):
+        # While queries are queued, the limit is still needed. It rises until the queue is empty.
+        if not self._queue and self._limit.remove_if_unthrottled(self._clock()):
             log.info("upstream_throttling_ended")
 
 

@@ -20,8 +20,8 @@ import random
 from gateway.domain.errors import UpstreamError
 
 _BACKOFF_SECONDS = 0.1  # upper bound of the first delay; doubled for each further retry
-# The retry budget: each query adds 0.2 retries, and at most 10 are saved. Once the saved ones are used, there
-# is at most one retry for five queries. So a failing upstream does not receive a multiple of the usual load.
+# The retry budget: each query adds 0.2 retries, up to 10 in total. When the budget is used up, there is at
+# most one retry for five queries. So a failing upstream does not receive a multiple of the usual load.
 _RETRIES_PER_QUERY = 0.2
 _MAX_BUDGET = 10.0
 
@@ -37,10 +37,10 @@ class RetryPolicy:
         """Add 0.2 retries to the budget; call it once for each new query."""
         self._budget = min(self._budget + _RETRIES_PER_QUERY, _MAX_BUDGET)
 
-    def delay(self, error: UpstreamError, *, retries: int, seconds_left: float) -> float | None:
-        """Return the delay before the next call in seconds, or None if the query must fail with `error`.
+    def take_retry(self, error: UpstreamError, *, retries: int, seconds_left: float) -> float | None:
+        """Take one retry out of the budget, and return the delay before it in seconds.
 
-        If it returns a delay, one retry is taken out of the budget.
+        Return None, and take no retry, if the query must fail with `error`.
 
         Args:
             error: The error of the last call.

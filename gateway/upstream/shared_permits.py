@@ -3,9 +3,9 @@
     queries are queued -> request permits from the store -> some are granted -> serve the queue
                                  ^--------------- pause <---------------------------'
 
-The replica requests permits only for queries that are queued, and sends one request at a time. It takes no
-permit in advance. So renewals of one replica can be served before first queries of another. While the store
-is not available, the replica uses its own rate limiter only.
+The replica requests permits only for queries that are queued, and takes none in advance. So renewals of one
+replica can be served before first queries of another. Only one request is in flight at a time. While the
+store is not available, the replica uses only its own rate limiter.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import NamedTuple, Protocol
 from gateway.domain.permits import Permits
 
 _PAUSE_SECONDS = (0.002, 0.1)  # shortest and longest time between two requests
-_ALONE_SECONDS = 0.5  # how long the replica uses no shared permits after a request that failed
-_RECENT_SECONDS = 1.0  # how long the reported numbers of queries on other replicas are used
+_FALLBACK_SECONDS = 0.5  # after a failed request, the replica uses only its own rate limiter for this time
+_ELSEWHERE_VALID_SECONDS = 1.0  # how long the numbers of queries that are queued on other replicas are used
 
 
 class TakePermits(Protocol):
@@ -38,7 +38,7 @@ class _Queued(NamedTuple):
 
 
 class SharedPermits:
-    """The unused permits of this replica. `on_grant` is called after each request for more."""
+    """The unused permits of this replica. `on_grant` is called after each request, also without a permit."""
 
     def __init__(
         self, take: TakePermits, *, per_second: float, burst: float, on_grant: Callable[[], None]
@@ -49,12 +49,12 @@ class SharedPermits:
         self._on_grant = on_grant
         self._renewals = 0
         self._first_queries = 0
-        self._returned = 0  # permits that a query has returned: for a query of either kind
+        self._returned = 0  # permits put back by queries; usable for both kinds of queries
         self._queued = _Queued()
         self._elsewhere = _Queued()
         self._elsewhere_until = 0.0
-        self._alone_until = 0.0
-        self._asking: asyncio.Task[None] | None = None
+        self._fallback_until = 0.0
+        self._request_task: asyncio.Task[None] | None = None
 
     def queued_elsewhere(self, *, renewal: bool) -> int:
         """Return how many queries of other replicas are served before a query of this replica."""
@@ -62,14 +62,14 @@ class SharedPermits:
             return 0
         return self._elsewhere.renewals + (0 if renewal else self._elsewhere.first_queries)
 
-    def available(self, *, renewal: bool) -> bool:
-        """Tell whether there is an unused permit for a query, or no shared rate limiter at present."""
-        in_hand = self._renewals if renewal else self._first_queries
-        return bool(in_hand or self._returned) or time.monotonic() < self._alone_until
+    def has_permit(self, *, renewal: bool) -> bool:
+        """Tell whether a query may proceed: there is an unused permit, or no shared rate limiter now."""
+        unused = self._renewals if renewal else self._first_queries
+        return bool(unused or self._returned) or time.monotonic() < self._fallback_until
 
     def take(self, *, renewal: bool) -> bool:
-        """Use a permit for a query; return False if none is available."""
-        if not self.available(renewal=renewal):
+        """Take a permit for a query, if one is needed; return False if the query must wait for one."""
+        if not self.has_permit(renewal=renewal):
             return False
         if renewal and self._renewals:
             self._renewals -= 1
@@ -80,34 +80,34 @@ class SharedPermits:
         return True
 
     def put_back(self) -> None:
-        """Take back a permit that a query has not used."""
+        """Return a permit that a query has not used."""
         self._returned = min(self._returned + 1, math.ceil(self._burst))
 
     def request(self, *, renewals: int, first_queries: int) -> None:
-        """Record how many queries are queued, and request permits until all of them have one."""
+        """Record how many queries are queued, and request permits in the background until each has one."""
         self._queued = _Queued(max(renewals - self._renewals, 0), max(first_queries - self._first_queries, 0))
-        if any(self._queued) and self._asking is None:
-            self._asking = asyncio.get_running_loop().create_task(self._ask())
+        if any(self._queued) and self._request_task is None:
+            self._request_task = asyncio.get_running_loop().create_task(self._request_until_granted())
 
-    async def _ask(self) -> None:
+    async def _request_until_granted(self) -> None:
         try:
             while any(self._queued):
                 renewals, first_queries = self._queued
                 grant = await self._take(
                     self._per_second, burst=self._burst, renewals=renewals, first_queries=first_queries
                 )
-                pause = _ALONE_SECONDS
+                pause = _FALLBACK_SECONDS
                 if grant is None:
-                    self._alone_until = time.monotonic() + _ALONE_SECONDS
+                    self._fallback_until = time.monotonic() + _FALLBACK_SECONDS
                 else:
-                    self._alone_until = 0.0
+                    self._fallback_until = 0.0
                     self._renewals += grant.renewals
                     self._first_queries += grant.first_queries
                     self._elsewhere = _Queued(grant.renewals_elsewhere, grant.first_queries_elsewhere)
-                    self._elsewhere_until = time.monotonic() + _RECENT_SECONDS
+                    self._elsewhere_until = time.monotonic() + _ELSEWHERE_VALID_SECONDS
                     pause = min(max(grant.next_seconds, _PAUSE_SECONDS[0]), _PAUSE_SECONDS[1])
                 self._on_grant()
                 if any(self._queued):
                     await asyncio.sleep(pause)
         finally:
-            self._asking = None
+            self._request_task = None

@@ -53,8 +53,8 @@ log = structlog.get_logger(__name__)
 class ParsedResponse(NamedTuple):
     """A successful envelope.
 
-    `data` is its member of that name. `envelope` is the whole body as received. `invoke_id` is the vendor's
-    ID of the call.
+    `data` is the envelope's member `data`. `envelope` is the whole body as received. `invoke_id` is the
+    vendor's ID of the call.
     """
 
     data: dict[str, Any]
@@ -114,7 +114,7 @@ class SignedRequests:
             operation: endpoint.join(operation.path).raw_path.decode("ascii") for operation in Operation
         }
         # Cached, because looking up labels takes longer than counting. Operations and outcomes are few.
-        self._counter = cache(
+        self._request_counter = cache(
             lambda operation, outcome: metrics.upstream_requests.labels(operation, outcome).inc
         )
         self._observe_duration = {
@@ -161,8 +161,8 @@ class SignedRequests:
         """Make one call within `upstream.attempt_timeout_seconds`, and return its response as received.
 
         `on_complete` is called when the upstream no longer works on the call: when the response has arrived
-        or the time of the attempt has passed, even if this method was cancelled before. It is not called if
-        the call fails before it begins. Raises: UpstreamError if there is no response.
+        or the call has failed, even if this method was cancelled before. It is not called if the request
+        cannot be encoded. Raises: UpstreamError if there is no response.
         """
         body = _request_body(key.task_id)
         headers = signed_headers(
@@ -203,11 +203,11 @@ class SignedRequests:
         message = response.headers.get("x-ca-error-message", "")
         if not code and not message:
             body, redact = response.body, self._redactor
-            # Larger bodies are searched by `_send`, in pieces.
-            suspect = len(body) <= SEARCH_PIECE_SIZE and redact.may_contain_credential(
+            # `_send` searches larger bodies, in pieces.
+            may_leak = len(body) <= SEARCH_PIECE_SIZE and redact.may_contain_credential(
                 body, response.request_headers["x-ca-signature"]
             )
-            if suspect or len(body) > SEARCH_PIECE_SIZE:
+            if may_leak or len(body) > SEARCH_PIECE_SIZE:
                 redact = self.redactor_of(response)
             try:
                 data, invoke_id = read_envelope(body, key, redact=redact)
@@ -215,7 +215,7 @@ class SignedRequests:
                 if response.status == _OK:
                     raise
             else:
-                if suspect and redact.contains_credential(body):
+                if may_leak and redact.contains_credential(body):
                     raise UpstreamInvalid(_LEAK_MESSAGE)
                 if response.status == _OK:
                     return ParsedResponse(data, body, invoke_id)
@@ -229,7 +229,7 @@ class SignedRequests:
                 err_code=_redacted(code or f"HTTP {response.status}", redact),
                 err_message=_redacted(message or None, redact),
             ),
-            retry_after=_retry_after(response.headers.get("retry-after", ""), self._clock()),
+            retry_after=_parse_retry_after(response.headers.get("retry-after", ""), self._clock()),
         )
 
     async def _send(
@@ -241,15 +241,15 @@ class SignedRequests:
         try:
             response = await self.send_unparsed(key, pair, on_complete=on_complete)
             span.status = response.status
-            skew = self._observe_clock(response)
+            skew = self._measure_clock_skew(response)
             try:
                 parsed = self.parse_response(response, key)
             except TimestampRefused:
                 self._correct_clock(skew)
                 raise
             except UpstreamRejected as exc:
-                # The body was too large to be searched for secrets in one step. Here it is searched in
-                # several.
+                # `envelope` is not the body if the body was too large to be searched for secrets in one step.
+                # Here it is searched in several steps.
                 if exc.envelope != response.body and await is_free_of_secrets(
                     response.body, self.redactor_of(response)
                 ):
@@ -268,16 +268,16 @@ class SignedRequests:
         finally:
             span.outcome = outcome
             self.last_error_code = None if outcome in {"ok", UpstreamRejected.code} else outcome
-            self._counter(operation, outcome)()
+            self._request_counter(operation, outcome)()
             self._observe_duration[operation](time.perf_counter() - started)
 
     def redactor_of(self, response: RawResponse) -> Redactor:
         """Return a redactor that also hides the signature of this call."""
         return self._redactor.for_call(response.request_headers["x-ca-signature"])
 
-    def _observe_clock(self, response: RawResponse) -> float | None:
+    def _measure_clock_skew(self, response: RawResponse) -> float | None:
         """Return how many seconds the upstream's clock is ahead; None if the response has no valid date."""
-        now = unix_time(response.headers.get("date", ""))
+        now = parse_http_date(response.headers.get("date", ""))
         if now is None:
             return None
         skew = now - self._clock()
@@ -285,7 +285,7 @@ class SignedRequests:
         return skew
 
     def _correct_clock(self, skew: float | None) -> None:
-        """Sign later calls with the upstream's time, if it differs by more than the tolerance."""
+        """Set `clock_offset` to the skew, if they differ by more than the tolerance."""
         if skew is not None and abs(skew - self.clock_offset) > _CLOCK_TOLERANCE_SECONDS:
             self.clock_offset = skew
             log.warning("clock_corrected", offset_seconds=round(skew, 1))
@@ -319,16 +319,16 @@ def _decompress(body: bytes, encoding: str, *, limit: int) -> bytes:
     return body
 
 
-def _retry_after(value: str, now: float) -> float | None:
+def _parse_retry_after(value: str, now: float) -> float | None:
     """Return a Retry-After header (RFC 9110, 10.2.3), a number or a date, in seconds; at most an hour."""
     if value.isascii() and value.isdigit():
         return min(float(value), 3600.0)
-    then = unix_time(value)
+    then = parse_http_date(value)
     return None if then is None else min(max(then - now, 0.0), 3600.0)
 
 
 @lru_cache(maxsize=2)  # all responses within a second have the same date
-def unix_time(date: str) -> float | None:
+def parse_http_date(date: str) -> float | None:
     """Return an HTTP date (RFC 9110, 5.6.7) as Unix time, or None if it is not valid."""
     if len(date) > _MAX_DATE_LENGTH or not date.isascii() or "_" in date:  # `int` accepts digits with "_"
         return None

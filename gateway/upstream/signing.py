@@ -28,11 +28,11 @@ from urllib.parse import parse_qsl
 CONTENT_TYPE = "application/json; charset=utf-8"
 METHOD = "HmacSHA256"
 
-# The headers that `signed_headers` signs, in the order of the lines. The stage is signed if it is set.
+# The headers that `signed_headers` signs, in the order of their lines. The stage is signed if it is set.
 _SIGNED = ("x-ca-key", "x-ca-nonce", "x-ca-signature-method", "x-ca-timestamp")
 _SIGNED_WITH_STAGE = tuple(sorted((*_SIGNED, "x-ca-stage")))
-# Never among the name:value lines: these headers have lines of their own, or carry the signature.
-_NOT_LISTED = frozenset(
+# Headers that are never among the name:value lines: they have lines of their own, or contain the signature.
+_NEVER_LISTED = frozenset(
     {"x-ca-signature", "x-ca-signature-headers", "accept", "content-md5", "content-type", "date"}
 )
 _MUST_BE_SIGNED = frozenset({"x-ca-key", "x-ca-timestamp", "x-ca-nonce"})
@@ -43,8 +43,8 @@ def content_md5(body: bytes) -> str:
     return base64.b64encode(hashlib.md5(body, usedforsecurity=False).digest()).decode()
 
 
-# Only for bodies that the gateway sends: they are short, and the same for every query of a task. `verify`
-# is not cached: it may receive any body.
+# Only for bodies that the gateway sends, which are short, and the same for every query of a task. `verify`
+# does not use it, because it may receive any body.
 _cached_content_md5 = lru_cache(maxsize=1024)(content_md5)
 
 
@@ -59,11 +59,11 @@ def string_to_sign(method: str, target: str, headers: Mapping[str, str], signed:
     `target` is the path with its query, as sent; `headers` has lower-case names; `signed` are the
     names listed in `X-Ca-Signature-Headers`.
     """
-    names = sorted(name for name in signed if name.lower() not in _NOT_LISTED)
-    return _lines(method.upper(), target, headers, names)
+    names = sorted(name for name in signed if name.lower() not in _NEVER_LISTED)
+    return _build_string_to_sign(method.upper(), target, headers, names)
 
 
-def _lines(method: str, target: str, headers: Mapping[str, str], names: Iterable[str]) -> str:
+def _build_string_to_sign(method: str, target: str, headers: Mapping[str, str], names: Iterable[str]) -> str:
     return "\n".join(
         [
             method,
@@ -72,7 +72,7 @@ def _lines(method: str, target: str, headers: Mapping[str, str], names: Iterable
             headers.get("content-type", ""),
             headers.get("date", ""),
             *[f"{name}:{headers.get(name.lower(), '')}" for name in names],
-            _resource(target),
+            _path_and_sorted_query(target),
         ]
     )
 
@@ -105,7 +105,7 @@ def signed_headers(
         headers["x-ca-stage"] = stage
     names = _SIGNED_WITH_STAGE if stage else _SIGNED
     headers["x-ca-signature-headers"] = ",".join(names)
-    headers["x-ca-signature"] = sign(secret_key, _lines("POST", target, headers, names))
+    headers["x-ca-signature"] = sign(secret_key, _build_string_to_sign("POST", target, headers, names))
     return headers
 
 
@@ -140,7 +140,7 @@ def verify(method: str, target: str, headers: Mapping[str, str], body: bytes, *,
     return Verification(None, text)
 
 
-def _resource(target: str) -> str:
+def _path_and_sorted_query(target: str) -> str:
     path, _, query = target.partition("?")
     if not query:
         return path

@@ -1,12 +1,13 @@
 """Classification of the vendor's error responses: which exception each one becomes.
 
     message (X-Ca-Error-Message) -> code (X-Ca-Error-Code) -> class letter of the code -> HTTP status
-    first match wins; an unspecific 401 or 403 is then searched for words about quota or key pair
+    the first match wins
+    UpstreamForbidden by status -> search the message for words about the quota or the key pair
 
-Every error response that is not an envelope is classified here, by the tables below. The message is looked
-up first: if it matches a row of `BY_MESSAGE`, the code has no effect. A code consists of a class letter, the
-HTTP status and two letters. Older deployments send only the message, and 400 or 403 where newer ones send 401
-or 429. Source: the vendor's API Gateway documentation, "error codes".
+The tables below classify every error response that is not an envelope. The message is looked up first: if it
+matches a row of `BY_MESSAGE`, the code has no effect. A code consists of a class letter, the HTTP status and
+two letters. Older deployments send no code. Their HTTP status is 400 or 403 where newer ones send 401 or 429.
+Source: the vendor's API Gateway documentation, "error codes".
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 
 from gateway.domain.errors import (
     GENERIC_TEXT,
-    CredentialsRefused,
+    KeyPairRefused,
     NonceRefused,
     QuotaExhausted,
     TimestampRefused,
@@ -32,7 +33,7 @@ from gateway.domain.errors import (
 _ErrorType = type[UpstreamError]
 
 # Messages come first: for clock and nonce they are more reliable than the codes, and older deployments send
-# nothing else. A row matches anywhere in the lower-case message; the first match wins.
+# no codes. A row matches if its text occurs in the lower-case message. The first match wins.
 BY_MESSAGE: tuple[tuple[str, _ErrorType], ...] = (
     ("timestamp expired", TimestampRefused),
     ("invalid timestamp", TimestampRefused),
@@ -41,9 +42,9 @@ BY_MESSAGE: tuple[tuple[str, _ErrorType], ...] = (
     ("quota exhausted", QuotaExhausted),
     ("quota expired", QuotaExhausted),
     ("user arrears", QuotaExhausted),
-    ("invalid appkey", CredentialsRefused),
-    ("invalid signature", CredentialsRefused),
-    ("unauthorized", CredentialsRefused),
+    ("invalid appkey", KeyPairRefused),
+    ("invalid signature", KeyPairRefused),
+    ("unauthorized", KeyPairRefused),
     ("invalid url", UpstreamInvalid),
     ("invalid content-md5", UpstreamInvalid),
     ("api not found", UpstreamInvalid),
@@ -53,9 +54,7 @@ BY_MESSAGE: tuple[tuple[str, _ErrorType], ...] = (
 )
 
 BY_CODE: Mapping[str, _ErrorType] = {
-    **dict.fromkeys(
-        ("A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"), CredentialsRefused
-    ),
+    **dict.fromkeys(("A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"), KeyPairRefused),
     **dict.fromkeys(("B403MQ", "B403ME", "B403MI", "B403OD", "B403MO"), QuotaExhausted),
     **dict.fromkeys(
         ("T429ID", "T429IN", "T429GR", "T429PA", "T429PR", "T429SR", "T429MR"), UpstreamThrottled
@@ -69,13 +68,13 @@ BY_CODE: Mapping[str, _ErrorType] = {
 # By the class letter of a code that is not in `BY_CODE`. Codes of other classes are classified by their
 # status.
 BY_CLASS: Mapping[str, _ErrorType] = {
-    "A": CredentialsRefused,
+    "A": KeyPairRefused,
     "B": QuotaExhausted,
     "T": UpstreamThrottled,
 }
 
-# A 401 or 403 without a code, or with a code of another class, may come from a firewall, or from the service
-# about one task. Only a refusal that names the credentials pauses them, so these are UpstreamForbidden.
+# A 401 or 403 without a code, or with a code of another class, may come from a firewall, or concern a single
+# task. It must not pause the credentials, so it is UpstreamForbidden.
 BY_STATUS: Mapping[int, _ErrorType] = {
     401: UpstreamForbidden,
     403: UpstreamForbidden,
@@ -86,16 +85,16 @@ BY_STATUS: Mapping[int, _ErrorType] = {
     504: UpstreamTimeout,
 }
 
-# Words about the credentials in messages that match no row.
-_NAMES_QUOTA = re.compile(r"quota|arrears|overdue")
-_NAMES_PAIR = re.compile(r"app ?key|access ?key|secret|signature|authori[sz]")
+# Words about the credentials, for messages that match no row of `BY_MESSAGE`.
+_MENTIONS_QUOTA = re.compile(r"quota|arrears|overdue")
+_MENTIONS_KEY_PAIR = re.compile(r"app ?key|access ?key|secret|signature|authori[sz]")
 
 _CODE = re.compile(r"(?P<letter>[A-Z])(?P<status>[0-9]{3})[A-Z0-9]{2}")
 
-_TEXT: Mapping[_ErrorType, str] = {
+_MESSAGES: Mapping[_ErrorType, str] = {
     **GENERIC_TEXT,
     TimestampRefused: "the upstream refused the request's timestamp",
-    CredentialsRefused: "the upstream refused the gateway's credentials",
+    KeyPairRefused: "the upstream refused the gateway's credentials",
     UpstreamInvalid: "the upstream refused the format of the request",
     NonceRefused: "the upstream refused the request's nonce as used before",
     QuotaExhausted: "the upstream refused the call because of the gateway's quota or account",
@@ -116,16 +115,16 @@ def classify(
         retry_after: The delay that the upstream asked for, in seconds.
     """
     error_type = _error_type(http_status, code, message.lower())
-    return error_type(_TEXT[error_type], detail=detail, retry_after=retry_after)
+    return error_type(_MESSAGES[error_type], detail=detail, retry_after=retry_after)
 
 
 def _error_type(http_status: int, code: str, message: str) -> _ErrorType:
     error_type = _look_up(http_status, code, message)
     if error_type is not UpstreamForbidden:
         return error_type
-    if _NAMES_QUOTA.search(message):
+    if _MENTIONS_QUOTA.search(message):
         return QuotaExhausted
-    return CredentialsRefused if _NAMES_PAIR.search(message) else error_type
+    return KeyPairRefused if _MENTIONS_KEY_PAIR.search(message) else error_type
 
 
 def _look_up(http_status: int, code: str, message: str) -> _ErrorType:

@@ -1,13 +1,13 @@
 """Coalesced timers: asyncio tasks that are due at about the same time wake together, in small groups.
 
 If tasks wake one by one, the processor's caches are cold each time, and the work costs twice as much. If very
-many wake at once, they delay all other tasks. So a task joins an existing timer if that is due soon enough
-after the task, and has room. Otherwise the task starts a new timer, which is due a little late, so that a few
-other tasks can join.
+many wake at once, they delay all other tasks. So a task joins an existing timer that has room, if this delays
+the task by at most `max_delay`. Otherwise it starts a new timer, which may be due a little later than the
+task, so that a few other tasks can join.
 
-Tasks that wake together are due together again. If all groups were delayed equally, the distance between two
-half-full groups would never change, and they would never merge. So a large group is delayed less than a small
-one: it comes closer to the small group in front of it with each round, until they merge.
+Tasks that wake together are due together the next time. If all groups were delayed equally, the distance
+between two half-full groups would never change, and they would never merge. So a large group is delayed less
+than a small one. With each round it comes closer to the small group before it, until they merge.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bisect import bisect_left, insort
 from operator import attrgetter
 
 _MAX_GROUP = 20  # larger groups gain nothing and delay their last member
-_FULL_GROUP_REDUCTION = 0.9  # a full group is delayed by only 1 - 0.9 of `max_delay`
+_FULL_GROUP_REDUCTION = 0.9  # a full group is delayed by a tenth of `max_delay`
 
 _when = attrgetter("when")
 
@@ -77,7 +77,7 @@ class CoalescedTimers:
         if self._sleeper_count * max_delay / seconds >= 1:
             delay = max_delay * (1 - _FULL_GROUP_REDUCTION * min(group_size / _MAX_GROUP, 1))
             when += min(delay, _MAX_GROUP * seconds / self._sleeper_count)
-        if when in self._times:  # two groups with the same time would wake as one group that is too large
+        if when in self._times:  # two groups with the same time would wake together: too many tasks at once
             when = random.uniform(due, due + max_delay)  # noqa: S311  # not security-relevant
         timer = _Timer(when)
         timer.handle = asyncio.get_running_loop().call_at(when, self._wake, timer)

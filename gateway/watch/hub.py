@@ -1,9 +1,9 @@
 """The watch hub: schedules the refreshes of watched tasks, and publishes changes to their subscribers.
 
-    first subscriber -> start the task's schedule (`schedule.py`), which refreshes its snapshot
-    a stored change, fetched by any request or replica -> pending -> publish
-        -> written directly to subscribers whose clients keep up
-        -> else kept as unsent -> sent by the subscriber's stream or long poll
+    first subscriber -> start the task's schedule (`refresher.py`), which refreshes its snapshot
+    the store reports a new snapshot, fetched by any request or replica -> pending -> publish
+        -> write it directly to the streams that have no unsent data
+        -> for all other subscribers, keep it as unsent -> the stream or long poll sends it
     last subscriber has left, or the task has ended -> the schedule ends
 
 A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. Bodies
@@ -11,9 +11,9 @@ are kept in the store, which limits their memory. Schedules and subscribers keep
 with one exception (`subscriber.py`). A large body is looked up in the store when the update is sent. If the
 store has evicted it, the task is refreshed, and the subscriber receives the result.
 
-Schedules that wake together also receive their responses together. The responses are all parsed and stored
-first, while that code is in the processor's caches. The changes are published afterwards, a few in each
-iteration of the event loop, so that other requests are served in between.
+Schedules that wake together receive their responses at about the same time. All responses are parsed and
+stored first, while that code is in the processor's caches. The changes are published afterwards, a few in
+each iteration of the event loop, so that other requests are served in between.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ from gateway.progress.service import ProgressService
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.base import Store
 from gateway.telemetry.metrics import Metrics
-from gateway.watch.schedule import Refresher, WatchedTask
+from gateway.watch.refresher import Refresher, WatchedTask
 from gateway.watch.subscriber import Subscriber, Update
 
-# Each iteration of the event loop publishes one pending snapshot, and one eighth of all pending snapshots.
+# Each iteration of the event loop publishes one pending snapshot, and an eighth of all pending ones in
+# addition.
 _BACKLOG_ITERATIONS = 8
 
 
@@ -47,15 +48,15 @@ class SubscriptionKind(StrEnum):
     LONGPOLL = "longpoll"
 
 
-# Writes an update to the connections that can take it now, and returns the subscribers of the others.
+# Writes an update to the connections that can take it now, and returns all other subscribers.
 DirectDelivery = Callable[[Update, Collection[Subscriber]], Iterable[Subscriber]]
 
 
 class WatchHub:
     """Holds every subscriber, and one schedule for each watched task.
 
-    `direct_delivery` is tried first. The subscribers that it returns keep the update as unsent. By default it
-    returns all of them. `clock` is the clock of `Snapshot.fetched_at`.
+    `direct_delivery` is called with each update. The subscribers that it returns keep the update as unsent.
+    By default it returns all subscribers. `clock` is the clock of `Snapshot.fetched_at`.
     """
 
     def __init__(
@@ -110,11 +111,11 @@ class WatchHub:
         self._gauges[kind].inc()
         try:
             for key in keys:
-                self._join(key, subscriber)
+                self._add_to_task(key, subscriber)
             yield subscriber
         finally:
             for key in keys:
-                self._leave(key, subscriber)
+                self._remove_from_task(key, subscriber)
             self._subscribers.discard(subscriber)
             self._gauges[kind].dec()
 
@@ -137,7 +138,7 @@ class WatchHub:
             self._refresher.stop(watched)
         await self._refresher.wait_stopped()
 
-    def _join(self, key: TaskKey, subscriber: Subscriber) -> None:
+    def _add_to_task(self, key: TaskKey, subscriber: Subscriber) -> None:
         watched = self._watched.get(key)
         if watched is None:
             watched = self._watched[key] = WatchedTask(key)
@@ -145,7 +146,7 @@ class WatchHub:
             result = self._service.peek(key)
             watched.latest = Update(key, result.snapshot).without_large_body() if result is not None else None
             self._refresher.start(watched)
-        # A pending snapshot is published first, because the subscriber then gets `latest`.
+        # A pending snapshot is published before the subscriber is added, which then gets it as `latest`.
         seen_revision = subscriber.seen_revisions.get(key, 0)
         watched.seen_revision = max(watched.seen_revision, seen_revision)
         current = self._service.peek(key, seen_revision)
@@ -158,19 +159,19 @@ class WatchHub:
             return  # the first refresh is in progress
         if current is not None or latest.snapshot is None or _is_final(latest):
             update = latest if current is None else Update(key, current.snapshot)
-            if subscriber.put(update if update.same_content(latest) else latest, latest):
+            if subscriber.put(update if update.has_same_content(latest) else latest, latest):
                 return
-        # The latest snapshot is too old to send: the upstream is slow, or the schedule backs off for longer
-        # than `cache.stale_if_error_seconds`. One refresh serves all subscribers that join before it ends.
-        watched.awaiting_refresh.add(subscriber)
+        # `latest` is too old to send: the upstream is slow, or the schedule backs off for longer than
+        # `cache.stale_if_error_seconds`. One refresh serves all subscribers that join before it ends.
+        watched.subscribers_without_latest.add(subscriber)
         self._refresher.restart(watched)
 
-    def _leave(self, key: TaskKey, subscriber: Subscriber) -> None:
+    def _remove_from_task(self, key: TaskKey, subscriber: Subscriber) -> None:
         watched = self._watched.get(key)
         if watched is None or subscriber not in watched.subscribers:
             return
         watched.subscribers.discard(subscriber)
-        watched.awaiting_refresh.discard(subscriber)
+        watched.subscribers_without_latest.discard(subscriber)
         self._service.leave(key, subscriber.client)
         if not watched.subscribers:
             del self._watched[key]
@@ -210,23 +211,27 @@ class WatchHub:
     def _publish(self, update: Update) -> None:
         watched = self._watched.get(update.key)
         if watched is None or (_is_final(watched.latest) and not _is_final(update)):
-            # A task that has ended does not run again. If the store has evicted the terminal snapshot, it
-            # accepts one that is not terminal.
+            # A task that has ended does not run again. But the store may have evicted its terminal snapshot,
+            # and then accepts one that is not terminal.
             return
-        recipients = watched.awaiting_refresh if update.same_content(watched.latest) else watched.subscribers
+        recipients = (
+            watched.subscribers_without_latest
+            if update.has_same_content(watched.latest)
+            else watched.subscribers
+        )
         watched.latest = reduced = update.without_large_body()
         refused = [
             subscriber
             for subscriber in self.direct_delivery(update, recipients)
             if not subscriber.put(update, reduced)
         ]
-        watched.awaiting_refresh.intersection_update(refused)
+        watched.subscribers_without_latest.intersection_update(refused)
 
     def _load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
-        """Return an update with the latest snapshot of the task and its body.
+        """Return an update with the latest snapshot of the task and its body, or None.
 
-        Return None if the store has evicted the snapshot. Also return None if the subscriber has received a
-        newer unsent update during this call: the subscriber then sends the newer one.
+        It is None if the store has evicted the snapshot, or if the subscriber gets a newer unsent update
+        during this call. In the second case the subscriber sends the newer update.
         """
         snapshot = self._last_known(reduced.key)
         self._publish_pending(reduced.key)
@@ -239,7 +244,7 @@ class WatchHub:
         watched = self._watched.get(key)
         if watched is None or subscriber not in watched.subscribers:
             return
-        watched.awaiting_refresh.add(subscriber)
+        watched.subscribers_without_latest.add(subscriber)
         if not watched.refreshing and not watched.backing_off:
             self._refresher.restart(watched)
 

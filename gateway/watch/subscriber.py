@@ -2,10 +2,10 @@
 
     put -> unsent, only the latest update of each task -> take_unsent: one at a time, with the latest body
 
-At most one unsent update of a subscriber has a large body. All others are kept without it, and the body is
-loaded from the store when they are sent: otherwise slow clients would keep bodies in memory that the store
-has evicted. The one exception is needed for a body that is too large for the store, because it exists nowhere
-else. If a body was evicted, the task is refreshed, one task at a time for each subscriber.
+Unsent updates are kept without their large bodies. A body is loaded from the store when its update is sent.
+Otherwise slow clients would keep bodies in memory that the store has evicted. One unsent update of each
+subscriber may keep its body: a body that is too large for the store exists nowhere else. If the store has
+evicted a body, the task is refreshed, one task at a time for each subscriber.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Update:
         """Whether the update can be sent as it is: it is a failure, or it has its body."""
         return self.snapshot is None or bool(self.snapshot.body)
 
-    def same_content(self, other: Update | None) -> bool:
-        """Tell whether this update has the same content as `other`, so that it need not be sent after it."""
+    def has_same_content(self, other: Update | None) -> bool:
+        """Tell whether this update has the same content as `other`, and need not be sent after it."""
         if other is None:
             return False
         if self.snapshot is not None and other.snapshot is not None:
@@ -66,16 +66,16 @@ class Update:
 class Subscriber:
     """One open stream or long poll.
 
-    `load_body` returns an update with its body, or None if the store has evicted the body. `refetch` then
-    refreshes the task, and the hub puts the result.
+    `load_body` returns an update with its body, or None if the store has evicted the body. In that case
+    `refetch` refreshes the task, and the hub calls `put` with the result.
 
     Attributes:
-        seen_revisions: The revisions that the client had received before it subscribed, by task. An entry is
-            removed when an update of its task is accepted.
-        direct_transport: The transport of the connection, for writes that do not go through the stream's
-            asyncio task (the task that awaits `wait`). None if the server does not support this.
-        idle_transport: The same transport while the stream's asyncio task waits and no update is unsent. None
-            otherwise, because a direct write would then overtake an older update.
+        seen_revisions: The revisions that the client had received before it subscribed, by task. `put`
+            removes the entry of a task when it stores an update of the task.
+        direct_transport: The transport of the connection, for direct writes: writes that do not go through
+            the stream's asyncio task (the task that awaits `wait`). None if the server does not support them.
+        transport_if_idle: `direct_transport` while the stream's asyncio task waits and no update is unsent.
+            None otherwise, because a direct write would then overtake an older update.
         shutting_down: The gateway shuts down; the stream must end.
         disconnected: The client has closed the connection.
         heartbeat_due: The stream must send a heartbeat.
@@ -93,10 +93,10 @@ class Subscriber:
         "direct_transport",
         "disconnected",
         "heartbeat_due",
-        "idle_transport",
         "keys",
         "seen_revisions",
         "shutting_down",
+        "transport_if_idle",
         "woken",
     )
 
@@ -121,16 +121,17 @@ class Subscriber:
         self._key_with_body: TaskKey | None = None  # the task whose unsent update may have a large body
         self.heartbeat_due = False
         self.direct_transport: asyncio.WriteTransport | None = None
-        self.idle_transport: asyncio.WriteTransport | None = None
-        # A future instead of an asyncio.Event, whose queue alone takes 0.7 KB: only one task waits here.
+        self.transport_if_idle: asyncio.WriteTransport | None = None
+        # A future instead of an asyncio.Event: only one asyncio task waits, and an Event takes 0.7 KB more.
         self.woken = False
         self._waiter: asyncio.Future[None] | None = None
 
     def put(self, update: Update, reduced: Update) -> bool:
-        """Store the unsent update of a task, and wake the stream. `reduced`: without its large body.
+        """Store an update as unsent, and wake the stream.
 
-        `reduced` is stored instead of `update` if the unsent update of another task may have a large body.
-        Return False, without storing either, if the client has already received a newer snapshot.
+        `reduced` is the update without its large body. It is stored instead of `update` if the unsent update
+        of another task may have a large body. Return False, and store neither, if the client has already
+        received a newer snapshot.
         """
         if self.seen_revisions and update.snapshot is not None:
             if not update.snapshot.is_at_least(self.seen_revisions.get(update.key, 0)):
@@ -153,7 +154,7 @@ class Subscriber:
     def wake(self) -> None:
         """Wake the asyncio task that awaits `wait`, which then checks unsent updates and flags."""
         self.woken = True
-        self.idle_transport = None
+        self.transport_if_idle = None
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
@@ -166,11 +167,11 @@ class Subscriber:
         """Wait until `wake` is called, unless it was called since the last wait."""
         if not self.woken:
             self._waiter = asyncio.get_running_loop().create_future()
-            self.idle_transport = None if self._unsent or self.seen_revisions else self.direct_transport
+            self.transport_if_idle = None if self._unsent or self.seen_revisions else self.direct_transport
             try:
                 await self._waiter
             finally:
-                self._waiter = self.idle_transport = None
+                self._waiter = self.transport_if_idle = None
         self.woken = False
 
     def take_unsent(self) -> Iterator[Update]:

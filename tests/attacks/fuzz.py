@@ -27,7 +27,7 @@ import structlog
 
 from tests.attacks.streams import TASKS, Stream, stream
 from tests.attacks.wire import Answer, Line, MalformedAnswer, parse
-from tests.support.harness import Gateway, RawUpstream, gateway, reset, well
+from tests.support.harness import Gateway, RawUpstream, gateway, reset, respond_ok
 
 BATCH = 40  # concurrent streams
 _SETTINGS = {
@@ -248,7 +248,7 @@ def _shown(outcome: Outcome) -> str:
 def gateways() -> Iterator[dict[str, Gateway]]:
     """Run two gateways with all responses in their caches."""
     with ExitStack() as stack:
-        upstream = stack.enter_context(RawUpstream(well))
+        upstream = stack.enter_context(RawUpstream(respond_ok))
         gates = {}
         for name, edge in (("edge", True), ("no edge", False)):
             sections = _SETTINGS | {"server": _SETTINGS["server"] | {"edge": edge}}

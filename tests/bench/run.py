@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import curve
-import dawdlers
 import herd
 import hits
 import misses
@@ -31,6 +30,7 @@ import replicas
 import report
 import rotation
 import rush
+import slow_clients
 import slow_readers
 import soak
 import start
@@ -49,7 +49,7 @@ SCENARIOS = {
     "misses": misses,
     "watchers": watchers,
     "slow_readers": slow_readers,
-    "dawdlers": dawdlers,
+    "slow_clients": slow_clients,
     "rotation": rotation,
     "soak": soak,
     "throttle": throttle,

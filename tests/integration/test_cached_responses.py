@@ -30,11 +30,11 @@ from gateway.api.requests import SECURITY_HEADERS
 from gateway.app import create_app
 from gateway.domain.errors import UpstreamTimeout
 from gateway.progress.results import CacheResult, CacheStatus
-from gateway.server.connection_limits import connection_limits
-from gateway.server.protocol_class import http_protocol
+from gateway.server.connection_limits import make_connection_limits
+from gateway.server.protocol_class import make_protocol_class
 from gateway.settings.model import Cache, Settings
 from gateway.telemetry.redaction import Redactor
-from tests.support.harness import PATIENCE_SECONDS, RawUpstream, Simulator, serving, well
+from tests.support.harness import PATIENCE_SECONDS, RawUpstream, Simulator, respond_ok, serving
 from tests.support.hitting import KEY, Bench
 from tests.support.seen import TAGS
 
@@ -267,7 +267,7 @@ async def test_hits_over_the_rate_are_left_to_the_application() -> None:
 @pytest.fixture
 def upstream() -> Iterator[RawUpstream]:
     """Provide an upstream with a snapshot of every task."""
-    with RawUpstream(well) as upstream:
+    with RawUpstream(respond_ok) as upstream:
         yield upstream
 
 
@@ -292,7 +292,7 @@ async def test_hits_cost_no_task_no_json_and_few_calls(
         }
     )
     app = create_app(settings, redactor=Redactor())
-    protocol = http_protocol(connection_limits(settings.server, app.metrics), hits=app.hits)
+    protocol = make_protocol_class(make_connection_limits(settings.server, app.metrics), hits=app.hits)
     config = uvicorn.Config(app.asgi, http=protocol, log_config=None, access_log=False)
     config.load()
     loop = asyncio.get_running_loop()

@@ -14,7 +14,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from gateway.api.client_limits import ClientTokenBuckets, bucket_key
 from gateway.domain.errors import TooManyRequests
-from gateway.server.run import forwarders
+from gateway.server.run import forwarded_allow_ips
 from tests.support.harness import Gateway, Simulator, serving, until
 
 Launch = Callable[..., Gateway]
@@ -178,14 +178,14 @@ def test_ratelimit_identifies_clients_by_address() -> None:
 
 def test_forwarders_include_ipv4_mapped_addresses() -> None:
     """Trusted IPv4 proxies are added in their IPv4-mapped form; all other values are unchanged."""
-    assert forwarders(["127.0.0.1", "10.0.0.0/8", "::1"]) == [
+    assert forwarded_allow_ips(["127.0.0.1", "10.0.0.0/8", "::1"]) == [
         "127.0.0.1",
         "10.0.0.0/8",
         "::1",
         "::ffff:127.0.0.1/128",
         "::ffff:10.0.0.0/104",
     ]
-    assert forwarders(["*"]) == ["*"]
+    assert forwarded_allow_ips(["*"]) == ["*"]
 
 
 # Over real sockets
@@ -381,7 +381,7 @@ async def test_forwarders_are_trusted_on_a_dual_stack_listener() -> None:
     async def app(scope: Scope, _receive: Receive, _send: Send) -> None:
         seen.append(scope["client"][0])
 
-    wrapped = ProxyHeadersMiddleware(app, forwarders(["127.0.0.1"]))  # type: ignore[arg-type]
+    wrapped = ProxyHeadersMiddleware(app, forwarded_allow_ips(["127.0.0.1"]))  # type: ignore[arg-type]
     for peer in ("::ffff:127.0.0.1", "::ffff:127.0.0.2"):
         headers = [(b"x-forwarded-for", ONE.encode())]
         scope = {"type": "http", "client": (peer, 1), "headers": headers, "scheme": "http"}

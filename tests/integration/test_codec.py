@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from gateway.domain.errors import (
     CircuitOpen,
-    CredentialsRefused,
     GatewayError,
+    KeyPairRefused,
     Overloaded,
     RateLimiterExhausted,
     TimestampRefused,
@@ -243,7 +243,7 @@ def test_snapshot_of_unknown_age_is_stale() -> None:
         (CircuitOpen("resting"), False),
         (RateLimiterExhausted("full"), False),
         (Overloaded("full"), False),
-        (CredentialsRefused("refused"), False),
+        (KeyPairRefused("refused"), False),
         (TimestampRefused("refused"), False),
     ],
     ids=lambda value: type(value).__name__,

@@ -13,7 +13,7 @@ from tests.support.harness import Gateway, Simulator, drained, until
 
 Launch = Callable[..., Gateway]
 
-WELL = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+REQUEST = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
 LAST = b"GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
 POST = b"POST /scc/sd_get_progress HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
 
@@ -178,12 +178,12 @@ def test_edge_slow_headers_are_closed_on_a_kept_connection(simulator: Simulator,
     gate = launch(simulator.url, server={"header_seconds": 0.3})
     with gate.connect() as connection, gate.connect() as witness:
         for _ in range(3):
-            connection.sendall(WELL)
+            connection.sendall(REQUEST)
             answered(connection)
         assert drained(witness) == b""  # a whole header_seconds has passed
-        connection.sendall(WELL)
+        connection.sendall(REQUEST)
         answered(connection)
-        connection.sendall(WELL[:20])
+        connection.sendall(REQUEST[:20])
         assert drained(connection) == b""
 
 
@@ -191,7 +191,7 @@ def test_edge_dripping_headers_are_closed(simulator: Simulator, launch: Launch) 
     """Bytes that keep arriving do not extend the timeout of a head."""
     gate = launch(simulator.url, server={"header_seconds": 0.3})
     with gate.connect() as connection:
-        connection.sendall(WELL[:-2])
+        connection.sendall(REQUEST[:-2])
         connection.settimeout(0.02)
         for _ in range(1000):
             try:
@@ -225,9 +225,9 @@ def test_edge_large_headers_are_refused(
     """A head over server.max_header_bytes is refused, complete or not, and the connection is closed."""
     gate = launch(simulator.url, server={"max_header_bytes": 2048})
     with gate.connect() as connection:
-        connection.sendall(WELL)
+        connection.sendall(REQUEST)
         answered(connection)
-        connection.sendall(WELL[:-2] + headers + (b"\r\n\r\n" if finished else b""))
+        connection.sendall(REQUEST[:-2] + headers + (b"\r\n\r\n" if finished else b""))
         received = drained(connection)
     detail = refused(received, "431 request header fields too large", "headers-too-large")
     assert detail in {
@@ -241,7 +241,7 @@ def test_edge_headers_within_bounds_are_taken(simulator: Simulator, launch: Laun
     gate = launch(simulator.url, server={"max_header_bytes": 2048})
     with gate.connect() as connection:
         for _ in range(5):
-            connection.sendall(WELL[:-2] + b"x: " + b"a" * 1800 + b"\r\n\r\n")
+            connection.sendall(REQUEST[:-2] + b"x: " + b"a" * 1800 + b"\r\n\r\n")
             answered(connection)
 
 
@@ -327,7 +327,7 @@ def test_edge_probes_beyond_the_limit_are_bounded(simulator: Simulator, launch: 
     gate = launch(simulator.url, server={"max_connections": 1})
     with ExitStack() as stack:
         for _ in range(60):
-            stack.enter_context(gate.connect()).sendall(WELL)
+            stack.enter_context(gate.connect()).sendall(REQUEST)
         with gate.connect() as probe:
             probe.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
             received = drained(probe).decode()

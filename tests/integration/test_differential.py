@@ -11,7 +11,7 @@ import pytest
 from gateway.domain.entity_tag import same_body
 from gateway.domain.task import TaskKey
 from gateway.telemetry.tracing import SpanRecord
-from tests.support.harness import Gateway, Json, RawUpstream, Request, framed, well
+from tests.support.harness import Gateway, Json, RawUpstream, Request, framed, respond_ok
 from tests.support.requesting import Requests
 
 pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
@@ -45,7 +45,7 @@ def frozen(connection: socket.socket, request: Request) -> None:
     if request.task_id == REJECTED:
         connection.sendall(framed(b'{"status": 20, "errCode": "B404", "errMessage": "no such task"}'))
     else:
-        well(connection, request)
+        respond_ok(connection, request)
 
 
 @pytest.fixture

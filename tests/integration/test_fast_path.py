@@ -13,7 +13,7 @@ from uvicorn.server import ServerState
 
 from gateway.server.connection_limits import ConnectionLimits
 from gateway.server.fast_path import FastPathConnection
-from gateway.server.protocol_class import http_protocol
+from gateway.server.protocol_class import make_protocol_class
 from tests.support.hitting import Bench
 
 KEEP_ALIVE_SECONDS = 75
@@ -125,7 +125,7 @@ class Connection:
             max_header_count=100,
             max_connections=10,
         )
-        kind = http_protocol(policy, hits=bench.hits)
+        kind = make_protocol_class(policy, hits=bench.hits)
         config = uvicorn.Config(app, http=kind, log_config=None, access_log=False, lifespan="off")
         config.load()
         self.loop = Loop()

@@ -19,9 +19,9 @@ from tests.support.harness import (
     drained,
     fresh_id,
     plain_client,
+    respond_ok,
     serving,
     until,
-    well,
 )
 
 
@@ -37,7 +37,7 @@ def upstream(released: threading.Event) -> Iterator[RawUpstream]:
 
     def behaviour(connection: socket.socket, request: Request) -> None:
         released.wait(PATIENCE_SECONDS)
-        well(connection, request)
+        respond_ok(connection, request)
 
     with RawUpstream(behaviour) as running:
         yield running

@@ -400,7 +400,7 @@ def test_transport_takes_no_late_response_for_the_next_one() -> None:
             # The event loop reads nothing between these calls: the bytes stay in the socket.
             [connection] = idle(over)
             connections[0].sendall(framed(b"first"))
-            while connection.reusable(asyncio.get_running_loop().time()):
+            while connection.is_reusable(asyncio.get_running_loop().time()):
                 pass  # until the bytes have arrived
             second = await ask(over)
             return [first.body, second.body]

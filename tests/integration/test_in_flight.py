@@ -27,9 +27,9 @@ from tests.support.harness import (
     framed,
     fresh_id,
     plain_client,
+    respond_ok,
     running,
     until,
-    well,
 )
 
 Launch = Callable[..., Gateway]
@@ -48,7 +48,7 @@ def held_upstream() -> Iterator[tuple[RawUpstream, threading.Event]]:
 
     def behaviour(connection: socket.socket, request: Request) -> None:
         released.wait(30)
-        well(connection, request)
+        respond_ok(connection, request)
 
     with RawUpstream(behaviour) as upstream:
         try:

@@ -27,6 +27,7 @@ from gateway.domain.entity_tag import same_body
 from gateway.domain.errors import (
     CredentialsRefused,
     GatewayError,
+    KeyPairRefused,
     NonceRefused,
     Overloaded,
     TimestampRefused,
@@ -85,7 +86,7 @@ caches = st.builds(
     stale_if_error_seconds=st.sampled_from([60.0, 0.0, 2.0]),
 )
 KINDS: list[type[GatewayError]] = [
-    CredentialsRefused,
+    KeyPairRefused,
     TimestampRefused,
     NonceRefused,
     UpstreamThrottled,
@@ -497,7 +498,7 @@ class Promises(RuleBasedStateMachine):
             for update in await viewer.subscriber.next_updates():
                 assert update.key in viewer.subscriber.keys
                 last, viewer.received[update.key] = viewer.received.get(update.key), update
-                assert not update.same_content(last)
+                assert not update.has_same_content(last)
                 if update.snapshot is not None:
                     self._judge_update(update.key, update.snapshot)
 

@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from gateway.upstream.signed_request import _retry_after, unix_time
+from gateway.upstream.signed_request import _parse_retry_after, parse_http_date
 from gateway.upstream.signing import verify
 from tests.support.harness import (
     KEY,
@@ -40,10 +40,10 @@ from tests.support.harness import (
     fresh_id,
     relay,
     reset,
+    respond_ok,
     running,
     serving,
     until,
-    well,
 )
 
 Launch = Callable[..., Gateway]
@@ -397,7 +397,7 @@ def test_upstream_redirect_is_not_followed(
 ) -> None:
     """A redirect is an invalid response; the other host receives no request."""
     gate = launch(simulator.url, **QUICK)
-    with RawUpstream(well) as other:
+    with RawUpstream(respond_ok) as other:
         simulator.fault("redirect", location=f"{other.url}/scc/sd_get_progress", status=status)
         response = assert_reported(gate, simulator.task(), INVALID)
         assert other.requests == []
@@ -541,7 +541,7 @@ def test_upstream_fault_on_the_wire_is_reported(launch: Launch, lines: list[Json
             response = assert_reported(gate, fresh_id(), outcome)
         assert len(upstream.requests) == (outcome.calls if outcome else 1)
         assert_logged(lines, response)
-        upstream.behaviour = well
+        upstream.behaviour = respond_ok
         assert_logged(lines, assert_success(gate, fresh_id()))
 
 
@@ -550,7 +550,7 @@ def test_upstream_that_refuses_connections_is_unreachable(launch: Launch, lines:
     port = free_port()
     gate = launch(f"http://127.0.0.1:{port}", **QUICK)
     assert_logged(lines, assert_reported(gate, fresh_id(), UNREACHABLE))
-    with RawUpstream(well, port=port):
+    with RawUpstream(respond_ok, port=port):
         assert_logged(lines, assert_success(gate, fresh_id()))
 
 
@@ -668,7 +668,7 @@ def test_upstream_works_on_no_more_calls_than_the_limit(launch: Launch) -> None:
 
     def held(connection: socket.socket, request: Request) -> None:
         released.wait(30)
-        well(connection, request)
+        respond_ok(connection, request)
 
     bounds = {"max_in_flight": 2, "timeout_seconds": 0.2, "attempt_timeout_seconds": 60, "retries": 0}
     with RawUpstream(held) as upstream, ThreadPoolExecutor(10) as pool:
@@ -711,14 +711,14 @@ def test_upstream_probe_leaves_the_slots_to_others(launch: Launch) -> None:
 
     def behaviour(connection: socket.socket, request: Request) -> None:
         if b"comfy" in request.head:
-            well(connection, request)
+            respond_ok(connection, request)
         elif request.headers["x-ca-key"] == KEY:
             connection.sendall(
                 framed(b"", "x-ca-error-message: Invalid AppKey", status="HTTP/1.1 403 Forbidden")
             )
         else:
             released.wait(30)
-            well(connection, request)
+            respond_ok(connection, request)
 
     with RawUpstream(behaviour) as upstream, ThreadPoolExecutor(10) as pool:
         gate = launch(upstream.url, upstream={"max_in_flight": 2}, credentials=NEXT)
@@ -943,7 +943,7 @@ def test_upstream_is_probed_by_one_query(launch: Launch) -> None:
 
     def held(connection: socket.socket, request: Request) -> None:
         released.wait(30)
-        well(connection, request)
+        respond_ok(connection, request)
 
     with RawUpstream(failing) as upstream, ThreadPoolExecutor() as pool:
         gate = launch(upstream.url, upstream={"retries": 0}, cache={"error_seconds": 0})
@@ -1180,9 +1180,9 @@ ODD_DATES = [
 @pytest.mark.parametrize("date", ODD_DATES)
 def test_upstream_invalid_dates_are_ignored(date: str) -> None:
     """An invalid Date or Retry-After is read as absent or as a time; it is never an error."""
-    moment = unix_time(date)
+    moment = parse_http_date(date)
     assert moment is None or (math.isfinite(moment) and date.endswith(("-2359", "+2359", "GMT")))
-    assert _retry_after(date, 0.0) is None or moment is not None
+    assert _parse_retry_after(date, 0.0) is None or moment is not None
 
 
 @given(
@@ -1190,7 +1190,7 @@ def test_upstream_invalid_dates_are_ignored(date: str) -> None:
 )
 def test_upstream_dates_are_finite_or_none(date: str) -> None:
     """Any header value is read as a finite time or None."""
-    moment = unix_time(date)
+    moment = parse_http_date(date)
     assert moment is None or math.isfinite(moment)
 
 
@@ -1206,7 +1206,7 @@ def test_upstream_dates_are_finite_or_none(date: str) -> None:
 )
 def test_upstream_dates_are_read_in_gmt(date: str, moment: float) -> None:
     """All three forms of RFC 9110 are accepted, and a date without zone is GMT, in any local time zone."""
-    assert unix_time(date) == moment
+    assert parse_http_date(date) == moment
 
 
 @pytest.mark.parametrize(
@@ -1223,4 +1223,4 @@ def test_upstream_dates_are_read_in_gmt(date: str, moment: float) -> None:
 )
 def test_upstream_retry_after_is_ascii_digits(value: str, seconds: float | None) -> None:
     """A number of seconds consists of ASCII digits, and is limited to an hour."""
-    assert _retry_after(value, 0.0) == seconds
+    assert _parse_retry_after(value, 0.0) == seconds

@@ -13,7 +13,7 @@ from redis.asyncio.cluster import RedisCluster
 
 from gateway.domain.errors import (
     CircuitOpen,
-    CredentialsRefused,
+    KeyPairRefused,
     RateLimiterExhausted,
     UpstreamDetail,
     UpstreamInvalid,
@@ -153,7 +153,7 @@ async def test_valkey_passes_a_lease_on(end: str, one: ValkeyStore, other: Valke
         UpstreamUnreachable("gone"),
         CircuitOpen("resting"),
         RateLimiterExhausted("full"),
-        CredentialsRefused("refused"),
+        KeyPairRefused("refused"),
     ],
     ids=lambda trouble: trouble.code,
 )
@@ -416,7 +416,7 @@ async def test_valkey_verifies_the_servers_certificate(opened: Open, tmp_path: P
         url = server.url.replace("valkey:", "valkeys:").replace(str(server.port), str(port))
         store = await opened({"url": url, "ca_file": tmp_path / "ca.pem"})
         await leased(store)
-        stranger = await opened({"url": url}, well=False)
+        stranger = await opened({"url": url}, wait_until_up=False)
         await eventually(
             lambda: stranger.trouble == "no connection (ConnectionError)", "it trusts no stranger"
         )
@@ -435,7 +435,7 @@ async def test_valkey_logs_in_with_sentinels(opened: Open, tmp_path: Path) -> No
         sentinel.execute_command("ACL", "SETUSER", "asker", "on", ">s3ntinel/pass", "~*", "&*", "+@all")
         sentinel.execute_command("ACL", "SETUSER", "default", "nopass", "-@all", "+auth")
         settings = {"url": servers.sentinel.url, "sentinel_service": "main"}
-        stranger = await opened(settings, well=False)
+        stranger = await opened(settings, wait_until_up=False)
         await eventually(lambda: stranger.trouble != "not reached yet", "a stranger is told nothing")
         redactor = Redactor()
         files = {
@@ -550,7 +550,7 @@ async def test_valkey_works_alone_with_an_invalid_server(opened: Open, says: byt
     liar = await asyncio.start_server(lie, "127.0.0.1", 0)
     async with liar:
         host, port = liar.sockets[0].getsockname()
-        store = await opened({"url": f"valkey://{host}:{port}"}, well=False)
+        store = await opened({"url": f"valkey://{host}:{port}"}, wait_until_up=False)
         await eventually(lambda: store.trouble != "not reached yet", "it has found out")
         lease = await store.acquire(KEY)
         assert isinstance(lease, Lease)

@@ -299,8 +299,8 @@ def test_follow_retries_a_refused_connection() -> None:
 def test_follow_backs_off_while_there_is_no_event() -> None:
     """Delays double up to a limit while no event arrives, and are short again after one."""
     pauses = Pauses()
-    unwell = closing(b"", status="HTTP/1.1 502 Bad Gateway")
-    with playing(unwell, *[stream()] * 5, stream(progress()), stream(END)) as upstream:
+    failing = closing(b"", status="HTTP/1.1 502 Bad Gateway")
+    with playing(failing, *[stream()] * 5, stream(progress()), stream(END)) as upstream:
         told(upstream.url, pause=pauses)
     assert pauses.seconds == [2, 4, 8, LONGEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS, 2]
     assert pauses[0][1] == "502 Bad Gateway"

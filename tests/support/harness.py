@@ -28,9 +28,9 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gateway.app import create_app
-from gateway.server.connection_limits import connection_limits
-from gateway.server.protocol_class import http_protocol
-from gateway.server.run import forwarders
+from gateway.server.connection_limits import make_connection_limits
+from gateway.server.protocol_class import make_protocol_class
+from gateway.server.run import forwarded_allow_ips
 from gateway.settings.model import Settings
 from gateway.simulator import Life, create_simulator, new_task_id
 from gateway.telemetry.redaction import Redactor
@@ -285,14 +285,14 @@ def gateway(
     settings = Settings.model_validate(given)
     server = settings.server
     app = create_app(settings, redactor=Redactor(), tracing=tracing)
-    protocol = http_protocol(connection_limits(server, app.metrics), hits=app.hits)
+    protocol = make_protocol_class(make_connection_limits(server, app.metrics), hits=app.hits)
     with (
         running(
             app.asgi,
             leftovers=leftovers,
             http=protocol,
             lifespan="on",
-            forwarded_allow_ips=forwarders(server.trusted_proxies),
+            forwarded_allow_ips=forwarded_allow_ips(server.trusted_proxies),
         ) as url,
         plain_client(url) as client,
     ):
@@ -416,7 +416,7 @@ def reset(connection: socket.socket) -> None:
     connection.close()
 
 
-def well(connection: socket.socket, request: Request) -> None:
+def respond_ok(connection: socket.socket, request: Request) -> None:
     """Send a valid response."""
     connection.sendall(framed(request.envelope()))
 

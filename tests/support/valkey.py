@@ -39,7 +39,7 @@ async def stores() -> AsyncIterator[Open]:
         async def opened(
             settings: Json,
             *,
-            well: bool = True,
+            wait_until_up: bool = True,
             redactor: Redactor | None = None,
             tags: EntityTags = TAGS,
             lifetimes: Mapping[Status | None, float] | None = None,
@@ -60,7 +60,7 @@ async def stores() -> AsyncIterator[Open]:
             )
             _registries[store] = registry
             await stack.enter_async_context(store)
-            await eventually(lambda: store.trouble is None or not well, "the store is up")
+            await eventually(lambda: store.trouble is None or not wait_until_up, "the store is up")
             return store
 
         yield opened

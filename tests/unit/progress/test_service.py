@@ -15,8 +15,8 @@ from structlog.testing import capture_logs
 
 from gateway.domain.errors import (
     CircuitOpen,
-    CredentialsRefused,
     GatewayError,
+    KeyPairRefused,
     NonceRefused,
     Overloaded,
     RateLimiterExhausted,
@@ -72,7 +72,7 @@ NOT_THE_TASKS: list[GatewayError] = [
     Overloaded("full"),
     RateLimiterExhausted("full"),
     CircuitOpen("resting"),
-    CredentialsRefused("refused"),
+    KeyPairRefused("refused"),
     TimestampRefused("refused"),
     NonceRefused("refused"),
 ]

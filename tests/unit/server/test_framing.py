@@ -6,7 +6,7 @@ from types import FrameType
 
 import pytest
 
-from gateway.server.framing import BadRequest, Head, body_of, parse_head
+from gateway.server.framing import BadRequest, Head, make_body_decoder, parse_head
 
 CHUNKED = Head(b"POST", b"/", "1.1", [], keep_alive=True, content_length=None)
 BOUND = 32_768
@@ -14,7 +14,7 @@ BOUND = 32_768
 
 def decoded(pieces: list[bytes], *, max_overhead: int = BOUND) -> tuple[bool, bytes, str]:
     """Return whether the body has ended, its content if so, and why it was refused."""
-    body = body_of(CHUNKED, max_overhead=max_overhead)
+    body = make_body_decoder(CHUNKED, max_overhead=max_overhead)
     assert body is not None
     buffer, content = bytearray(), b""
     try:

@@ -8,8 +8,8 @@ from structlog.testing import capture_logs
 
 from gateway.domain.errors import (
     CircuitOpen,
-    CredentialsRefused,
     GatewayError,
+    KeyPairRefused,
     NonceRefused,
     TimestampRefused,
     UpstreamBusy,
@@ -26,7 +26,7 @@ BUSY = UpstreamBusy("busy")
 REJECTED = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
 # Outcomes that say nothing about whether the upstream is failing.
 NO_VERDICT: list[BaseException] = [
-    CredentialsRefused("refused"),
+    KeyPairRefused("refused"),
     TimestampRefused("refused"),
     NonceRefused("refused"),
     UpstreamThrottled("slowly"),

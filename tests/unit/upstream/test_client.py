@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from gateway.domain.errors import (
     CredentialsRefused,
+    KeyPairRefused,
     Overloaded,
     UpstreamBusy,
     UpstreamError,
@@ -196,7 +197,7 @@ def test_query_without_demand_is_dropped_before_another_call(bench: Bench) -> No
 
     demand.begin(on_unwanted=drop)
     demand.join(b"1")
-    bench.calls.failures = [CredentialsRefused("refused")]
+    bench.calls.failures = [KeyPairRefused("refused")]
     asked = bench.ask(0, demand=demand)
     demand.leave(b"1")
     bench.loop.advance(4.0)

@@ -10,6 +10,8 @@ from structlog.testing import capture_logs
 
 from gateway.domain.errors import (
     CredentialsRefused,
+    KeyPairMissing,
+    KeyPairRefused,
     NonceRefused,
     QuotaExhausted,
     TimestampRefused,
@@ -63,7 +65,7 @@ class Bench:
         """Act as the upstream: accept known keys, refuse others."""
         self.calls.append(pair.access_key)
         if pair.access_key not in self.known or pair.secret_key != f"secret of {pair.access_key}":
-            raise CredentialsRefused(f"refused {pair.access_key}")
+            raise KeyPairRefused(f"refused {pair.access_key}")
         return pair.access_key
 
     async def ask(self, operation: Operation = Operation.SD_GET_PROGRESS) -> str:
@@ -79,13 +81,13 @@ class Bench:
 
     def signing(self) -> tuple[str, int] | None:
         """Return slot and generation of the signing pair, and check the metric."""
-        held = self.credentials.signing
+        loaded = self.credentials.signing_pair
         shown = {
             slot: self.metrics.registry.get_sample_value("sd_gateway_credentials_active_slot", {"slot": slot})
             for slot in CredentialSlot
         }
-        assert shown == {slot: float(held is not None and held.slot is slot) for slot in CredentialSlot}
-        return None if held is None else (held.slot, held.generation)
+        assert shown == {slot: float(loaded is not None and loaded.slot is slot) for slot in CredentialSlot}
+        return None if loaded is None else (loaded.slot, loaded.generation)
 
 
 @pytest.fixture
@@ -200,7 +202,7 @@ async def test_rotation_probes_a_paused_pair_with_one_query(bench: Bench) -> Non
     bench.now += REFUSAL_SECONDS
     bench.calls.clear()
     outcomes = await asyncio.gather(*(bench.ask() for _ in range(10)), return_exceptions=True)
-    assert {type(outcome) for outcome in outcomes} == {CredentialsRefused}
+    assert {type(outcome) for outcome in outcomes} == {KeyPairRefused}
     assert bench.calls == ["one", "two"]
     bench.known = {"one"}
     bench.now += REFUSAL_SECONDS
@@ -419,7 +421,7 @@ async def test_rotation_begins_with_the_next_pair_where_there_is_no_other(tmp_pa
     bench.mount(active="", next="two")
     bench.known = {"one", "two"}
     bench.begin()
-    assert bench.credentials.present
+    assert bench.credentials.has_any_pair
     assert bench.signing() is None
     assert await bench.ask() == "two"
     assert bench.signing() == ("next", 1)
@@ -442,7 +444,7 @@ async def test_rotation_without_any_pair_makes_no_call(tmp_path: Path) -> None:
     """Without credentials callers receive an error, and no call is made."""
     bench = Bench(tmp_path)
     bench.begin()
-    with pytest.raises(CredentialsRefused, match="no credentials"):
+    with pytest.raises(KeyPairMissing, match="no credentials"):
         await bench.ask()
     assert bench.calls == []
 

@@ -67,15 +67,15 @@ def bench(tmp_path: Path) -> Bench:
 
 
 def signing_pair(credentials: Credentials) -> tuple[str, str]:
-    assert credentials.signing is not None
-    pair = credentials.signing.pair
+    assert credentials.signing_pair is not None
+    pair = credentials.signing_pair.pair
     return pair.access_key, pair.secret_key
 
 
 def test_credentials_come_from_values(bench: Bench) -> None:
     """A pair in the settings is used as it is; no reload is counted."""
     credentials = bench.of(access_key="the-key", secret_key="the-secret")
-    assert credentials.present
+    assert credentials.has_any_pair
     assert signing_pair(credentials) == ("the-key", "the-secret")
     assert bench.reloads() == (0, 0)
 
@@ -107,9 +107,9 @@ def test_credentials_may_be_absent(bench: Bench) -> None:
     """Without credentials there is no pair to sign with, and no fault."""
     with capture_logs() as lines:
         credentials = bench.of()
-    assert not credentials.present
-    assert credentials.signing is None
-    assert credentials.loaded() == []
+    assert not credentials.has_any_pair
+    assert credentials.signing_pair is None
+    assert credentials.loaded_pairs() == []
     assert lines == []
     assert bench.reloads() == (0, 0)
 
@@ -119,7 +119,7 @@ def test_credentials_refuse_half_a_pair(bench: Bench, half: str) -> None:
     """A key without its secret, or a secret without its key, is a fault and not a pair."""
     with capture_logs() as lines:
         credentials = bench.of(**{half: "half-a-pair"})
-    assert not credentials.present
+    assert not credentials.has_any_pair
     assert bench.reloads() == (0, 1)
     [line] = lines
     assert (line["event"], line["log_level"], line["in_use"]) == ("credentials_unreadable", "warning", False)
@@ -217,7 +217,7 @@ def test_credentials_log_each_fault_once(bench: Bench) -> None:
 def test_credentials_appear_when_their_files_do(bench: Bench) -> None:
     """Files that are missing at the start are no pair until they exist."""
     credentials = bench.of_files()
-    assert not credentials.present
+    assert not credentials.has_any_pair
     bench.write("late-key", "late-secret")
     credentials.reload()
     assert signing_pair(credentials) == ("late-key", "late-secret")
@@ -235,7 +235,10 @@ def test_credentials_hold_a_next_pair(bench: Bench) -> None:
         next_secret_key="next-secret",
     )
     assert signing_pair(credentials) == ("the-key", "the-secret")
-    assert [(held.slot, held.generation) for held in credentials.loaded()] == [("active", 1), ("next", 1)]
+    assert [loaded[:2] for loaded in credentials.loaded_pairs()] == [
+        ("active", 1),
+        ("next", 1),
+    ]
     assert bench.redactor("next-key next-secret") == f"{MASK} {MASK}"
     assert (bench.slot("active"), bench.slot("next")) == (1, 0)
 
@@ -259,7 +262,10 @@ def test_credentials_follow_the_files_of_the_next_pair(bench: Bench) -> None:
         ("credentials_unreadable", "next"),
         ("credentials_loaded", "next"),
     ]
-    assert [(held.slot, held.generation) for held in credentials.loaded()] == [("active", 1), ("next", 2)]
+    assert [loaded[:2] for loaded in credentials.loaded_pairs()] == [
+        ("active", 1),
+        ("next", 2),
+    ]
     assert signing_pair(credentials) == ("the-key", "the-secret")
     assert bench.reloads() == (2, 1)
 
@@ -273,10 +279,10 @@ def test_credentials_sign_with_a_selected_pair(bench: Bench) -> None:
         next_access_key="next-key",
         next_secret_key="next-secret",
     )
-    _, following = credentials.loaded()
-    credentials.set_signing(following)
+    _, following = credentials.loaded_pairs()
+    credentials.set_signing_pair(following)
     credentials.reload()
-    assert credentials.signing is following
+    assert credentials.signing_pair is following
     assert (bench.slot("active"), bench.slot("next")) == (0, 1)
     bench.write("second-key", "second-secret")
     credentials.reload()
@@ -329,7 +335,7 @@ def test_credentials_give_up_on_files_that_keep_changing(bench: Bench, tmp_path:
     """Files that differ at each reading are a fault and not a pair."""
     with capture_logs() as lines:
         credentials = of_readings(bench, tmp_path, map(str, range(100)), map(str, range(100)))
-    assert not credentials.present
+    assert not credentials.has_any_pair
     assert "keep changing" in lines[0]["fault"]
 
 
@@ -348,8 +354,8 @@ def test_credentials_are_hidden_from_logs(bench: Bench) -> None:
 def test_pair_repr_contains_no_secret(bench: Bench) -> None:
     """Neither a pair nor its version contains a secret in its repr."""
     credentials = bench.of(access_key="hush-key", secret_key="hush-secret")
-    [held] = credentials.loaded()
-    for shown in (repr(held.pair), str(held.pair), repr(held), repr(credentials)):
+    [loaded] = credentials.loaded_pairs()
+    for shown in (repr(loaded.pair), str(loaded.pair), repr(loaded), repr(credentials)):
         assert "hush" not in shown
 
 
@@ -382,7 +388,7 @@ def test_follow_reloads_until_cancelled(bench: Bench) -> None:
     credentials = bench.of_files()
 
     async def scenario() -> None:
-        following = asyncio.create_task(credentials.follow())
+        following = asyncio.create_task(credentials.poll_files())
         await asyncio.sleep(POLL_SECONDS * 3.5)
         assert bench.reloads() == (1, 0)
         spoil_file(bench)
@@ -401,7 +407,7 @@ def test_follow_reloads_until_cancelled(bench: Bench) -> None:
 
 async def test_follow_returns_when_there_is_no_file(bench: Bench) -> None:
     """Without files `follow` returns at once."""
-    await bench.of(access_key="the-key", secret_key="the-secret").follow()
+    await bench.of(access_key="the-key", secret_key="the-secret").poll_files()
 
 
 # --- what is no file of secrets ---------------------------------------------------------------------------
@@ -437,7 +443,7 @@ def test_credentials_of_no_regular_file_are_a_fault_that_names_it(
     secret.write_text("the-secret\n")
     with capture_logs() as lines:
         credentials = bench.by(CredentialSettings(access_key="key", secret_key_file=file))
-    assert not credentials.present
+    assert not credentials.has_any_pair
     assert str(file) in lines[0]["fault"]
     assert says in lines[0]["fault"]
     assert "caf" not in lines[0]["fault"]
@@ -449,4 +455,4 @@ def test_credentials_of_no_regular_file_are_a_fault_that_names_it(
     following.symlink_to(file)
     credentials.reload()
     assert signing_pair(credentials) == ("key", "the-secret")
-    assert credentials.faults()
+    assert credentials.read_errors()

@@ -25,7 +25,7 @@ from gateway.upstream.rate_limiter import RateLimiter
 REJECTED = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
 
 
-class Alarm:
+class ManualTimer:
     """A timer of the hand-ticked clock."""
 
     def __init__(self, callback: Callable[[], None]) -> None:
@@ -40,17 +40,17 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 1000.0
-        self._alarms: list[tuple[float, int, Alarm]] = []
+        self._timers: list[tuple[float, int, ManualTimer]] = []
         self._number = itertools.count()
         self._tasks: list[asyncio.Task[Any]] = []
 
     def __call__(self) -> float:
         return self.now
 
-    def call_later(self, delay: float, callback: Callable[[], None]) -> Alarm:
-        alarm = Alarm(callback)
-        heapq.heappush(self._alarms, (self.now + delay, next(self._number), alarm))
-        return alarm
+    def call_later(self, delay: float, callback: Callable[[], None]) -> ManualTimer:
+        timer = ManualTimer(callback)
+        heapq.heappush(self._timers, (self.now + delay, next(self._number), timer))
+        return timer
 
     async def sleep(self, seconds: float) -> None:
         """Sleep by this clock."""
@@ -68,26 +68,26 @@ class Clock:
         """Let so much time pass."""
         await settle()
         end = self.now + seconds
-        while self._alarms and self._alarms[0][0] <= end:
-            self.now, _, alarm = heapq.heappop(self._alarms)
-            if alarm.callback is not None:
-                alarm.callback()
+        while self._timers and self._timers[0][0] <= end:
+            self.now, _, timer = heapq.heappop(self._timers)
+            if timer.callback is not None:
+                timer.callback()
                 await settle()
         self.now = end
 
     def fire(self, seconds: float) -> None:
         """Let so much time pass, and fire the timers that are due. No task runs."""
         end = self.now + seconds
-        while self._alarms and self._alarms[0][0] <= end:
-            self.now, _, alarm = heapq.heappop(self._alarms)
-            if alarm.callback is not None:
-                alarm.callback()
+        while self._timers and self._timers[0][0] <= end:
+            self.now, _, timer = heapq.heappop(self._timers)
+            if timer.callback is not None:
+                timer.callback()
         self.now = end
 
     @property
-    def alarms(self) -> int:
+    def timers(self) -> int:
         """Return the number of running timers."""
-        return sum(alarm.callback is not None for _, _, alarm in self._alarms)
+        return sum(timer.callback is not None for _, _, timer in self._timers)
 
     async def aclose(self) -> None:
         for task in self._tasks:
@@ -174,7 +174,7 @@ async def test_rate_limiter_without_limit_issues_permits_at_once(clock: Clock) -
     assert len(bench.went) == 1000
     assert (bench.limiter.per_second, bench.limiter.has_learned_limit) == (float("inf"), False)
     assert bench.limiter.expected_wait(renewal=True) == 0
-    assert clock.alarms == 0
+    assert clock.timers == 0
 
 
 async def test_rate_limiter_issues_permits_at_its_rate_in_order(bench: Bench) -> None:
@@ -184,10 +184,10 @@ async def test_rate_limiter_issues_permits_at_its_rate_in_order(bench: Bench) ->
     went = []
     for _ in range(5):
         await bench.clock.tick(0.5)
-        assert bench.clock.alarms <= 1
+        assert bench.clock.timers <= 1
         went.append("".join(bench.went))
     assert went == ["a", "ab", "abc", "abcd", "abcd"]
-    assert bench.clock.alarms == 0
+    assert bench.clock.timers == 0
 
 
 async def test_rate_limiter_bucket_holds_a_tenth_of_a_second(clock: Clock) -> None:
@@ -298,7 +298,7 @@ async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: 
     assert served == [True] * 5 + [False] * 95
     refused = {type(outcome) for outcome in outcomes if outcome is not None}
     assert refused == {RateLimiterExhausted}
-    assert bench.clock.alarms == 0
+    assert bench.clock.timers == 0
 
 
 async def test_rate_limiter_queues_a_shared_query_for_the_new_client_too(bench: Bench) -> None:
@@ -340,7 +340,7 @@ async def test_rate_limiter_cancelled_waiter_frees_its_token(bench: Bench) -> No
     asked["b"].cancel()
     await bench.clock.tick(0.5)
     assert bench.went == ["c"]
-    assert bench.clock.alarms == 0
+    assert bench.clock.timers == 0
 
 
 async def test_rate_limiter_waiter_cancelled_when_served_returns_its_token(clock: Clock) -> None:
@@ -508,7 +508,7 @@ async def test_rate_limiter_rechecks_waiters_when_it_slows_down(clock: Clock) ->
     await asyncio.gather(calling, asked["hasty"], return_exceptions=True)
     assert isinstance(asked["hasty"].exception(), RateLimiterExhausted)
     assert [name for name, _ in bench.on_queued] == ["a", "new", "b"]
-    assert clock.alarms == 1
+    assert clock.timers == 1
     await clock.tick(1.9)
     assert bench.went == []
     await clock.tick(10)

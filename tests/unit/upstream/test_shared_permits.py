@@ -63,7 +63,7 @@ async def test_permits_are_asked_for_as_queries_are_queued() -> None:
     server = Server(permits=10)
     granted = asyncio.Event()
     permits = permits_of(server, granted.set)
-    assert not permits.available(renewal=True)
+    assert not permits.has_permit(renewal=True)
     assert not permits.take(renewal=True)
     permits.request(renewals=2, first_queries=1)
     await granted.wait()
@@ -114,7 +114,7 @@ async def test_permits_are_not_needed_without_the_store() -> None:
     server.up = True
     await eventually(lambda: len(server.asked) > 1, "it asks again")
     assert time.monotonic() - began >= ALONE_SECONDS
-    await eventually(lambda: not permits.available(renewal=True), "it shares again")
+    await eventually(lambda: not permits.has_permit(renewal=True), "it shares again")
     permits.request(renewals=0, first_queries=0)
 
 

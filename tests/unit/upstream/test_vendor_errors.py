@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.domain.errors import (
-    CredentialsRefused,
+    KeyPairRefused,
     NonceRefused,
     QuotaExhausted,
     TimestampRefused,
@@ -24,7 +24,7 @@ from gateway.upstream.vendor_errors import BY_CLASS, BY_CODE, BY_MESSAGE, BY_STA
 Kind = type[UpstreamError]
 
 MEANINGS: list[tuple[Kind, list[str]]] = [
-    (CredentialsRefused, ["A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"]),
+    (KeyPairRefused, ["A400IK", "A403IS", "A400MA", "A401AC", "A403EP", "A403PR", "I403AA"]),
     (QuotaExhausted, ["B403MQ", "B403ME", "B403MI", "B403OD", "B403MO"]),
     (NonceRefused, ["I400NC"]),
     (UpstreamThrottled, ["T429ID", "T429IN", "T429GR", "T429PA", "T429PR", "T429SR", "T429MR"]),
@@ -36,11 +36,11 @@ CODES = {code: kind for kind, codes in MEANINGS for code in codes}
 
 # As older deployments send them: without code, and with 400 or 403 for nearly everything.
 MESSAGES: list[tuple[int, str, Kind]] = [
-    (400, "Invalid AppKey", CredentialsRefused),
-    (403, "Invalid AppKey", CredentialsRefused),
-    (400, "Invalid Signature, Server StringToSign:`POST#application/json#`", CredentialsRefused),
-    (403, "Invalid Signature, Server StringToSign:`POST#application/json#`", CredentialsRefused),
-    (403, "Unauthorized", CredentialsRefused),
+    (400, "Invalid AppKey", KeyPairRefused),
+    (403, "Invalid AppKey", KeyPairRefused),
+    (400, "Invalid Signature, Server StringToSign:`POST#application/json#`", KeyPairRefused),
+    (403, "Invalid Signature, Server StringToSign:`POST#application/json#`", KeyPairRefused),
+    (403, "Unauthorized", KeyPairRefused),
     (400, "Timestamp Expired", TimestampRefused),
     (403, "Invalid Timestamp", TimestampRefused),
     (400, "Nonce Used", NonceRefused),
@@ -109,8 +109,8 @@ def test_classify_prefers_the_message_to_the_code(code: str, message: str, expec
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
-        ("A400ZZ", CredentialsRefused),
-        ("A403ZZ", CredentialsRefused),
+        ("A400ZZ", KeyPairRefused),
+        ("A403ZZ", KeyPairRefused),
         ("B403ZZ", QuotaExhausted),
         ("T429ZZ", UpstreamThrottled),
         ("I400ZZ", UpstreamInvalid),
@@ -166,11 +166,11 @@ def test_classify_falls_back_to_the_http_status(status: int, expected: Kind) -> 
         ("Forbidden", UpstreamForbidden),
         ("Access denied by IP control policy", UpstreamForbidden),
         ("Task belongs to another user", UpstreamForbidden),
-        ("AppKey Disabled", CredentialsRefused),
-        ("Access Key expired", CredentialsRefused),
-        ("Signature mismatch", CredentialsRefused),
-        ("Authorization required", CredentialsRefused),
-        ("Not authorised", CredentialsRefused),
+        ("AppKey Disabled", KeyPairRefused),
+        ("Access Key expired", KeyPairRefused),
+        ("Signature mismatch", KeyPairRefused),
+        ("Authorization required", KeyPairRefused),
+        ("Not authorised", KeyPairRefused),
         ("Monthly quota used up", QuotaExhausted),
     ],
 )

@@ -170,7 +170,7 @@ async def test_watch_delivers_directly_only_to_idle_subscribers(watch: WatchHub,
     def deliver(update: Update, subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
         assert update.snapshot is not None
         [only] = subscribers
-        if only.idle_transport is not direct_transport or update.snapshot.etag == "3":
+        if only.transport_if_idle is not direct_transport or update.snapshot.etag == "3":
             return subscribers  # busy, or its reader does not keep up
         delivered.append(update.snapshot.etag)
         return []
@@ -351,7 +351,7 @@ async def test_watch_writes_directly_once_the_client_is_up_to_date(
         for idle in (None, subscriber.direct_transport):
             waiting = asyncio.create_task(subscriber.next_updates())
             await asyncio.sleep(0)
-            assert subscriber.idle_transport is idle
+            assert subscriber.transport_if_idle is idle
             store.put(versioned(2 if idle is None else 3))
             await waiting
     await watch.aclose()
@@ -443,9 +443,9 @@ async def test_watch_publishes_nothing_twice(
         assert await received(subscriber) == []
     await watch.aclose()
     first = Update(KEY, failure=UpstreamTimeout("late"))
-    assert Update(KEY, failure=UpstreamTimeout("late")).same_content(first)
-    assert not Update(KEY, failure=UpstreamTimeout("later")).same_content(first)
-    assert not Update(KEY, snapshot("1")).same_content(first)
+    assert Update(KEY, failure=UpstreamTimeout("late")).has_same_content(first)
+    assert not Update(KEY, failure=UpstreamTimeout("later")).has_same_content(first)
+    assert not Update(KEY, snapshot("1")).has_same_content(first)
 
 
 async def test_watch_new_subscriber_receives_the_latest_update(

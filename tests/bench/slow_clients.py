@@ -46,7 +46,7 @@ def run(bench: Bench) -> Iterator[Comparison]:
                 _with_crowd, server, path, seconds, opening_seconds=bench.seconds
             )
         yield Comparison(
-            title=f"dawdlers: {_RATE} hits a second, next to {_SLOW} slow headers and {_IDLE:,} idle, "
+            title=f"slow_clients: {_RATE} hits a second, next to {_SLOW} slow headers and {_IDLE:,} idle, "
             f"for {seconds:g} s",
             samples=bench.take_turns(turns),
             baseline=f"{gateways[0].name}, 0 + 0",

@@ -1,4 +1,4 @@
-"""The refresh schedule of a task with subscribers.
+"""The refresher: keeps the snapshot of each watched task fresh, by one schedule per task.
 
     refresh -> terminal snapshot: end
             -> other snapshot: sleep until it expires -> refresh
@@ -27,15 +27,15 @@ from gateway.watch.coalesced_timers import CoalescedTimers
 from gateway.watch.subscriber import Subscriber, Update
 
 _MIN_INTERVAL_SECONDS = 0.2  # between two refreshes, even with shorter lifetimes
-# A timer may fire a millisecond early. The snapshot would then still be fresh, the refresh would do nothing,
-# and the next one would be late.
+# A timer may fire a millisecond early. Without this margin the snapshot would then still be fresh, the
+# refresh would do nothing, and the next one would be late.
 _TIMER_RESOLUTION_SECONDS = 0.002
 # Schedules that are due at about the same time wake together. Each accepts a delay of up to this share of the
 # time between two refreshes.
 _MAX_DELAY_SHARE = 0.05
 _BACKOFF_SECONDS = 1.0  # after the first failure; doubled after each further one
 _MAX_BACKOFF_SECONDS = 30.0  # also bounds the upstream's Retry-After: streams must notice its recovery
-_BUG = GatewayError("internal error; see the log of the gateway")
+_INTERNAL_ERROR = GatewayError("internal error; see the log of the gateway")
 
 log = structlog.get_logger(__name__)
 
@@ -47,20 +47,21 @@ class WatchedTask:
     Attributes:
         key: The watched task.
         subscribers: All subscribers of the task.
-        awaiting_refresh: Subscribers that need the result of the next refresh, even if it is the same as
-            `latest`. There are two cases: `latest` was too old to send when the subscriber joined, or the
-            store has evicted the body of the subscriber's unsent update.
+        subscribers_without_latest: Subscribers to which `latest` was not sent. They receive the result of the
+            next refresh, even if it is the same as `latest`. There are two cases: `latest` was too old to
+            send when the subscriber joined, or the store has evicted the body of the subscriber's unsent
+            update.
         latest: The last published update, without a large body.
         pending: A stored snapshot that will be published in one of the next iterations of the event loop.
-        seen_revision: The newest revision that a subscriber's client had received when it joined.
+        seen_revision: The newest revision that the client of any subscriber had received when it joined.
         runner: The asyncio task that runs the schedule; None when it is stopped.
-        refreshing: The runner awaits the service.
+        refreshing: The runner waits for the result of a refresh.
         backing_off: The runner sleeps after a failure.
     """
 
     key: TaskKey
     subscribers: set[Subscriber] = field(default_factory=set)
-    awaiting_refresh: set[Subscriber] = field(default_factory=set)
+    subscribers_without_latest: set[Subscriber] = field(default_factory=set)
     latest: Update | None = None
     pending: Snapshot | None = None
     seen_revision: int = 0
@@ -70,7 +71,7 @@ class WatchedTask:
 
 
 class Refresher:
-    """Runs schedules: refreshes each task through the service, and publishes the results.
+    """Runs the schedules: refreshes each task through the service, and publishes the results.
 
     `publish_pending` publishes the task's pending snapshot, if there is one. `publish` publishes an update.
     `clock` is the clock of `Snapshot.fetched_at`.
@@ -129,7 +130,7 @@ class Refresher:
                 left = snapshot.lifetime - (self._clock() - snapshot.fetched_at)
                 pause = max(left + _TIMER_RESOLUTION_SECONDS, _MIN_INTERVAL_SECONDS)
             else:
-                pause = max(backoff, (failure or _BUG).retry_after or 0.0)
+                pause = max(backoff, (failure or _INTERNAL_ERROR).retry_after or 0.0)
             del snapshot, failure  # no body is kept in memory during the pause
             if success:
                 backoff = _BACKOFF_SECONDS
@@ -143,10 +144,10 @@ class Refresher:
                 watched.backing_off = False
 
     async def _refresh(self, watched: WatchedTask) -> tuple[Snapshot | None, GatewayError | None]:
-        """Refresh once and publish the result. Return the snapshot, or None, and the failure, or None.
+        """Refresh once and publish the result. Return the snapshot or None, and the failure or None.
 
         Both are returned if a stale snapshot is served instead of a failure. An unexpected exception is
-        published as a failure, and does not end the schedule: the subscribers would wait forever.
+        published as a failure. It does not end the schedule, because the subscribers would then wait forever.
         """
         key = watched.key
         try:
@@ -164,6 +165,6 @@ class Refresher:
                     "bug_in_schedule", operation=key.operation, task_id=key.task_id, suppressed=suppressed
                 )
             with suppress(Exception):  # the bug may be in `_publish`
-                self._publish(Update(key, failure=_BUG))
-            return None, _BUG
+                self._publish(Update(key, failure=_INTERNAL_ERROR))
+            return None, _INTERNAL_ERROR
         return outcome.snapshot, outcome.failure
