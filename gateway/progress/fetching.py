@@ -139,7 +139,7 @@ class Fetcher:
         try:
             response = await self._upstream.query(
                 key,
-                renewal=self._store.last_known(key) is not None,
+                is_refresh=self._store.last_known(key) is not None,
                 timeout_seconds=deadline - started,
                 on_queued=partial(_signal_queued, demand),
                 on_retry=partial(self._store.release_lease_early, lease),

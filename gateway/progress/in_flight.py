@@ -59,20 +59,22 @@ class InFlightRequests(Generic[K, T]):
             return
         if not demand.in_flight:
             del self._demands[key]
-        elif not demand.background and not demand.must_finish:
+        elif not demand.keep_without_callers and not demand.must_finish:
             self._drop(key, demand)
 
-    def start(self, key: K, *, background: bool = False, requirement: Any = None) -> asyncio.Future[T]:
+    def start(
+        self, key: K, *, keep_without_callers: bool = False, requirement: Any = None
+    ) -> asyncio.Future[T]:
         """Return the request in flight for the key, or start one. Await it through `asyncio.shield`.
 
-        `background`: the response is wanted even without callers. `requirement` applies only to a request
-        that starts now. After `aclose` the future is cancelled, and no request starts.
+        `keep_without_callers`: the request is not dropped when no caller waits. `requirement` applies only to
+        a request that starts now. After `aclose` the future is cancelled, and no request starts.
         """
         demand = self.demand(key)
         if demand.in_flight:
-            demand.background |= background
+            demand.keep_without_callers |= keep_without_callers
             return self._in_flight.start(key, partial(self._run, key, demand, requirement))
-        demand.begin(background=background, on_unwanted=partial(self._drop, key))
+        demand.begin(keep_without_callers=keep_without_callers, on_unwanted=partial(self._drop, key))
         request = self._in_flight.start(key, partial(self._run, key, demand, requirement))
         if request.done():  # closed, or it ended in this iteration of the event loop
             self._end(key, demand)

@@ -9,8 +9,9 @@
     a fresh snapshot is read twice  -> refresh-ahead: it is replaced when it becomes stale
 
 `fetching.py` makes the in-flight requests. A request counts as queued if it must wait for at least
-`NOTICEABLE_SECONDS` (`rate_limiter.py`). While the upstream responds and the rate limiter does not queue the
-request, no caller receives a snapshot older than its lifetime + `cache.stale_while_revalidate_seconds`.
+`MIN_REPORTED_WAIT_SECONDS` (`rate_limiter.py`). While the upstream responds and the rate limiter does not
+queue the request, no caller receives a snapshot older than its lifetime +
+`cache.stale_while_revalidate_seconds`.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class ProgressService:
         if result is None:
             return None
         if result.failure is None:
-            self._in_flight.start(key, background=True)
+            self._in_flight.start(key, keep_without_callers=True)
         self._lookup_counters[key.operation, CacheStatus.STALE]()
         self._record_age(snapshot, age)
         return result._replace(entry=entry)
@@ -206,7 +207,7 @@ class ProgressService:
         operation = snapshot.key.operation
         entry.reads += 1
         if entry.reads == _REFRESH_AHEAD_READS and not snapshot.terminal and not self._in_flight.closed:
-            self._refresh_ahead.schedule(snapshot, age, early=entry.fetched_here)
+            self._refresh_ahead.schedule(snapshot, age, before_expiry=entry.fetched_here)
         self._hits[operation].value += 1
         if not snapshot.terminal:
             self._ages[operation](age)
@@ -229,7 +230,7 @@ class ProgressService:
         # A schedule or another replica may have replaced the snapshot meanwhile. Then the reads of the new
         # snapshot decide whether it is refreshed ahead.
         if known is not None and known.version == version and self._store.cached_failure(key) is None:
-            self._in_flight.start(key, background=True, requirement=Requirement(newer_than=version))
+            self._in_flight.start(key, keep_without_callers=True, requirement=Requirement(newer_than=version))
 
     async def _wait(
         self, key: TaskKey, client: bytes | None, *, wait_while_queued: bool = False, seen_revision: int = 0
@@ -261,7 +262,7 @@ class ProgressService:
             return self._stale_if_error(key, outcome, cache_status, fetch, seen_revision=seen_revision)
         age = self._clock() - outcome.fetched_at
         self._record_age(outcome, age)
-        return CacheResult(outcome, age, cache_status, replaced_stale=known is not None, fetch=fetch)
+        return CacheResult(outcome, age, cache_status, had_stale_snapshot=known is not None, fetch=fetch)
 
     async def _join_request(
         self, key: TaskKey, *, wait_while_queued: bool, seen_revision: int
@@ -280,7 +281,7 @@ class ProgressService:
         await asyncio.wait((request, queued), return_when=asyncio.FIRST_COMPLETED)
         if request.done():
             return request.result()
-        demand.background = True  # the request stays in the queue
+        demand.keep_without_callers = True  # the request stays in the queue
         return FetchResult(queued.result())
 
     def _stale_if_error(

@@ -167,12 +167,12 @@ class Store(Protocol):
         ...
 
     async def take_permits(
-        self, per_second: float, *, burst: float, renewals: int, first_queries: int
+        self, per_second: float, *, burst: float, refreshes: int, first_queries: int
     ) -> Permits | None:
         """Take permits from the rate limiter that the replicas share; return None if there is none now.
 
-        `burst`: the size of its token bucket. `renewals` and `first_queries`: number of queries of each kind
-        that are queued on this replica. A renewal is a query for a task of which a snapshot is known.
+        `burst`: the size of its token bucket. `refreshes` and `first_queries`: number of queries of each kind
+        that are queued on this replica. A refresh is a query for a task of which a snapshot is known.
         """
         ...
 

@@ -161,7 +161,7 @@ class MemoryStore:
         """See `Store.release_lease_early`: no other process waits for the lease."""
 
     async def take_permits(
-        self, per_second: float, *, burst: float, renewals: int, first_queries: int
+        self, per_second: float, *, burst: float, refreshes: int, first_queries: int
     ) -> Permits | None:
         """See `Store.take_permits`: there is no shared rate limiter."""
         return None

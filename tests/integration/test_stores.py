@@ -514,12 +514,12 @@ async def test_store_removes_the_failure_on_commit(store: Store, snapshot: Calla
 
 async def test_store_grants_the_first_permit_immediately(store: Store, shared: Json | None) -> None:
     """The shared rate limiter has a permit at first; memory has no such limiter."""
-    permits = await store.take_permits(10.0, burst=1.0, renewals=1, first_queries=1)
+    permits = await store.take_permits(10.0, burst=1.0, refreshes=1, first_queries=1)
     if shared is None:
         assert permits is None
     else:
         assert permits is not None
-        assert (permits.renewals, permits.first_queries) == (1, 0)
+        assert (permits.refreshes, permits.first_queries) == (1, 0)
         assert 0 < permits.next_seconds <= 0.1
 
 

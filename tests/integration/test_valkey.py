@@ -557,7 +557,7 @@ async def test_valkey_works_alone_with_an_invalid_server(opened: Open, says: byt
         landed = seen(KEY, version=lease.version, lifetime=LIFETIME)
         assert await store.commit(lease, lambda _: landed) is landed
         assert await shown(store) is landed
-        assert await store.take_permits(1.0, burst=1.0, renewals=1, first_queries=1) is None
+        assert await store.take_permits(1.0, burst=1.0, refreshes=1, first_queries=1) is None
         await store.__aexit__()
 
 

@@ -704,7 +704,7 @@ def permits_name(server: StoreServer) -> str:
 
 async def take(
     store: ValkeyStore,
-    renewals: int = 0,
+    refreshes: int = 0,
     first_queries: int = 0,
     *,
     per_second: float = 0.01,
@@ -712,35 +712,35 @@ async def take(
 ) -> Permits:
     """Take permits; by default from a bucket that hardly fills."""
     permits = await store.take_permits(
-        per_second, burst=burst, renewals=renewals, first_queries=first_queries
+        per_second, burst=burst, refreshes=refreshes, first_queries=first_queries
     )
     assert permits is not None
     return permits
 
 
-async def granted(store: ValkeyStore, renewals: int = 0, first_queries: int = 0) -> tuple[int, int]:
-    """Return how many permits are granted to renewals, and to first queries."""
-    permits = await take(store, renewals, first_queries)
-    return permits.renewals, permits.first_queries
+async def granted(store: ValkeyStore, refreshes: int = 0, first_queries: int = 0) -> tuple[int, int]:
+    """Return how many permits are granted to refreshes, and to first queries."""
+    permits = await take(store, refreshes, first_queries)
+    return permits.refreshes, permits.first_queries
 
 
 async def test_permits_are_shared(one: ValkeyStore, other: ValkeyStore) -> None:
     """All replicas together get as many permits as the bucket holds, and no more than they ask for."""
     assert [await granted(each, 3) for each in (one, other, one)] == [(3, 0), (3, 0), (2, 0)]
     none = await take(other, 3)
-    assert (none.renewals, none.first_queries) == (0, 0)
-    assert (none.renewals_elsewhere, none.first_queries_elsewhere) == (1, 0)
+    assert (none.refreshes, none.first_queries) == (0, 0)
+    assert (none.refreshes_elsewhere, none.first_queries_elsewhere) == (1, 0)
     assert 0 < none.next_seconds <= 100
 
 
-async def test_permits_go_to_renewals_first(
+async def test_permits_go_to_refreshes_first(
     one: ValkeyStore, other: ValkeyStore, server: StoreServer
 ) -> None:
-    """Renewals of any replica go before first queries; one permit in four is for first queries."""
+    """Refreshes of any replica go before first queries; one permit in four is for first queries."""
     assert await granted(one, 8) == (8, 0)
     assert await granted(one, 9) == (0, 0)
-    server.client.hset(permits_name(server), mapping={"tokens": 8, "renewals_since": 0})
-    assert await granted(other, 0, 5) == (0, 0), "they are for the renewals of the other replica"
+    server.client.hset(permits_name(server), mapping={"tokens": 8, "refreshes_since": 0})
+    assert await granted(other, 0, 5) == (0, 0), "they are for the refreshes of the other replica"
     assert await granted(one, 9) == (3, 0), "the fourth is for a first query"
     assert await granted(other, 0, 5) == (0, 1)
     assert await granted(one, 6) == (3, 0)
@@ -748,18 +748,18 @@ async def test_permits_go_to_renewals_first(
 
 
 async def test_permits_alternate_on_one_replica(one: ValkeyStore) -> None:
-    """Three renewals, then one first query."""
+    """Three refreshes, then one first query."""
     assert await granted(one, 9, 9) == (6, 2)
 
 
-async def test_permits_go_to_first_queries_without_renewals(one: ValkeyStore, other: ValkeyStore) -> None:
-    """Without any renewals, all permits are for first queries; old numbers of a replica do not count."""
+async def test_permits_go_to_first_queries_without_refreshes(one: ValkeyStore, other: ValkeyStore) -> None:
+    """Without any refreshes, all permits are for first queries; old numbers of a replica do not count."""
     assert await granted(one, 7) == (7, 0)
     assert await granted(one, 9) == (1, 0)
-    assert (await take(other, 0, 1)).renewals_elsewhere == 8
+    assert (await take(other, 0, 1)).refreshes_elsewhere == 8
     await asyncio.sleep(1.1)
     permits = await take(other, 0, 1)
-    assert (permits.renewals_elsewhere, permits.first_queries_elsewhere) == (0, 0)
+    assert (permits.refreshes_elsewhere, permits.first_queries_elsewhere) == (0, 0)
 
 
 async def test_permits_of_a_replica_without_queries_are_not_kept(
@@ -768,9 +768,9 @@ async def test_permits_of_a_replica_without_queries_are_not_kept(
     """A replica whose queries are all served is not in the way of others."""
     assert await granted(one, 8) == (8, 0)
     await take(one, 5)
-    assert (await take(other, 1)).renewals_elsewhere == 5
+    assert (await take(other, 1)).refreshes_elsewhere == 5
     await take(one)
-    assert (await take(other, 1)).renewals_elsewhere == 0
+    assert (await take(other, 1)).refreshes_elsewhere == 0
 
 
 async def test_permits_have_their_rate(one: ValkeyStore, other: ValkeyStore) -> None:
@@ -780,7 +780,7 @@ async def test_permits_have_their_rate(one: ValkeyStore, other: ValkeyStore) -> 
     while total < 30:
         for each in (one, other):
             permits = await take(each, 30, per_second=20, burst=2)
-            total += permits.renewals
+            total += permits.refreshes
             await asyncio.sleep(min(permits.next_seconds, 0.01))
     seconds = time.monotonic() - began
     assert seconds >= (30 - 2) / 20 - 0.1
@@ -794,13 +794,13 @@ async def test_permits_survive_a_clock_step(step: float, one: ValkeyStore, serve
     server.client.hset(name, "refilled_at", server_time(server) - int(step * 1_000_000))
     server.client.hset(name, "elsewhere", f"9 9 {server_time(server) - int(step * 1_000_000)}")
     first = await take(one, 20, per_second=20, burst=2)
-    assert first.renewals <= 2
-    assert first.renewals_elsewhere == 0
+    assert first.refreshes <= 2
+    assert first.refreshes_elsewhere == 0
     assert first.next_seconds <= 0.1
     total = 0
     began = time.monotonic()
     while total < 10:
-        total += (await take(one, 20, per_second=20, burst=2)).renewals
+        total += (await take(one, 20, per_second=20, burst=2)).refreshes
         await asyncio.sleep(0.02)
     assert time.monotonic() - began < 3
 
@@ -815,12 +815,12 @@ async def test_permits_survive_a_clock_step(step: float, one: ValkeyStore, serve
         {"refilled_at": "garbage"},
         {"refilled_at": "1e300"},
         {"refilled_at": "-1e300"},
-        {"renewals_since": "1e300"},
+        {"refreshes_since": "1e300"},
         {"tokens": "nan"},
         {"tokens": "9" * 400},
         {"refilled_at": "nan"},
-        {"renewals_since": "nan"},
-        {"renewals_since": "-1e300"},
+        {"refreshes_since": "nan"},
+        {"refreshes_since": "-1e300"},
         {"unknown": "9" * 400 + " 9 1"},
         {"unknown": "garbage"},
         {"unknown": "9 9 garbage"},
@@ -832,14 +832,14 @@ async def test_permits_survive_forged_fields(forged: Json, one: ValkeyStore, ser
     """No stored value grants more than the bucket holds, or nothing for long."""
     await take(one, 20, per_second=20, burst=2)
     server.client.hset(permits_name(server), mapping=forged)
-    assert (await take(one, 20, per_second=20, burst=2)).renewals <= 2
-    renewals = first_queries = 0
+    assert (await take(one, 20, per_second=20, burst=2)).refreshes <= 2
+    refreshes = first_queries = 0
     ends = time.monotonic() + 1
     while time.monotonic() < ends:
         permits = await take(one, 20, 20, per_second=20, burst=2)
-        renewals, first_queries = renewals + permits.renewals, first_queries + permits.first_queries
+        refreshes, first_queries = refreshes + permits.refreshes, first_queries + permits.first_queries
         await asyncio.sleep(0.02)
-    assert 10 <= renewals + first_queries <= 24
+    assert 10 <= refreshes + first_queries <= 24
     assert first_queries >= 2, "one in four"
 
 
@@ -860,7 +860,7 @@ async def test_permits_are_not_taken_while_this_replica_is_throttled(one: Valkey
         nonlocal taken
         permits = await one.take_permits(per_second, **queued)
         if permits is not None:
-            taken += permits.renewals + permits.first_queries
+            taken += permits.refreshes + permits.first_queries
         return permits
 
     limiter = RateLimiter(50, take_shared=counted)
@@ -879,7 +879,7 @@ async def test_permits_of_the_store_cost_no_time(one: ValkeyStore) -> None:
 
 async def call(limiter: RateLimiter) -> None:
     """Wait for a permit, and use it."""
-    with await limiter.acquire(renewal=True, timeout_seconds=60) as permit:
+    with await limiter.acquire(is_refresh=True, timeout_seconds=60) as permit:
         permit.consume()
 
 

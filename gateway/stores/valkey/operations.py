@@ -100,15 +100,15 @@ class StoreOperations:
         await self._run(RENEW_LEASE, lease.key, [lease.token, _LEASE_MICROSECONDS], [])
 
     async def take_permits(
-        self, replica: str, per_second: float, *, burst: float, renewals: int, first_queries: int
+        self, replica: str, per_second: float, *, burst: float, refreshes: int, first_queries: int
     ) -> Permits:
         """Run `take_permits.lua`."""
-        args = [per_second, burst, replica, renewals, first_queries]
+        args = [per_second, burst, replica, refreshes, first_queries]
         reply = await self._connection.run(TAKE_PERMITS, "permits", args)
         numbers = _checked(reply, [int] * len(Permits._fields))
         granted, granted_first, pause, *elsewhere = (max(number, 0) for number in numbers)
         seconds = min(pause / MICROSECONDS, 1 / per_second)
-        return Permits(min(granted, renewals), min(granted_first, first_queries), seconds, *elsewhere)
+        return Permits(min(granted, refreshes), min(granted_first, first_queries), seconds, *elsewhere)
 
     async def delete(self, key: TaskKey) -> None:
         """Delete everything about a task."""

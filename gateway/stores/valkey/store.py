@@ -219,12 +219,12 @@ class ValkeyStore(MemoryStore):
             self._leases.end_in_background(lease)
 
     async def take_permits(
-        self, per_second: float, *, burst: float, renewals: int, first_queries: int
+        self, per_second: float, *, burst: float, refreshes: int, first_queries: int
     ) -> Permits | None:
         """See `Store.take_permits`."""
         with suppress(StoreUnavailable):
             return await self._operations.take_permits(
-                self._replica, per_second, burst=burst, renewals=renewals, first_queries=first_queries
+                self._replica, per_second, burst=burst, refreshes=refreshes, first_queries=first_queries
             )
         return None
 

@@ -112,14 +112,14 @@ class Call:
         self,
         key: TaskKey,
         *,
-        renewal: bool,
+        is_refresh: bool,
         timeout_seconds: float,
         on_queued: Callable[[float], None],
         on_retry: Callable[[], None],
         demand: Demand,
     ) -> None:
         self.key = key
-        self.renewal = renewal
+        self.is_refresh = is_refresh
         self.timeout_seconds = timeout_seconds
         self.on_queued = on_queued
         self.on_retry = on_retry
@@ -152,7 +152,7 @@ class FakeUpstream:
         self,
         key: TaskKey,
         *,
-        renewal: bool,
+        is_refresh: bool,
         timeout_seconds: float,
         on_queued: Callable[[float], None],
         on_retry: Callable[[], None],
@@ -163,7 +163,7 @@ class FakeUpstream:
         demand.must_finish = not self.queues
         call = Call(
             key,
-            renewal=renewal,
+            is_refresh=is_refresh,
             timeout_seconds=timeout_seconds,
             on_queued=on_queued,
             on_retry=on_retry,
@@ -284,7 +284,7 @@ def data_of(result: CacheResult) -> dict[str, Any]:
 async def test_get_queries_the_upstream_on_a_miss(bench: Bench) -> None:
     """The first caller waits for the upstream, and its result is a miss."""
     result = await bench.learn(progress=0.35)
-    assert (result.cache_status, result.age, result.replaced_stale, result.failure) == (
+    assert (result.cache_status, result.age, result.had_stale_snapshot, result.failure) == (
         CacheStatus.MISS,
         0.0,
         False,
@@ -301,7 +301,7 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
     bench.clock.now += CACHE.running_seconds - 0.1
     result = await bench.get(KEY)
     assert result.snapshot is first.snapshot
-    assert (result.cache_status, result.failure, result.replaced_stale) == (CacheStatus.HIT, None, False)
+    assert (result.cache_status, result.failure, result.had_stale_snapshot) == (CacheStatus.HIT, None, False)
     assert result.age == pytest.approx(CACHE.running_seconds - 0.1)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1, "hit": 1}
@@ -421,7 +421,7 @@ async def test_get_does_not_wait_for_a_queued_request(bench: Bench) -> None:
     long_ago(bench)
     crowd = [bench.begin() for _ in range(3)]
     call = await bench.upstream.call()
-    assert call.renewal
+    assert call.is_refresh
     call.on_queued(7.0)
     call.on_queued(6.0)
     for result in await asyncio.gather(*crowd, bench.get(KEY)):
@@ -446,7 +446,11 @@ async def test_get_waits_for_a_request_that_is_not_queued(bench: Bench) -> None:
         asked = bench.begin()
         (await bench.upstream.call()).answer(progress=0.9)
         result = await asked
-        assert (result.cache_status, result.replaced_stale, result.failure) == (CacheStatus.MISS, True, None)
+        assert (result.cache_status, result.had_stale_snapshot, result.failure) == (
+            CacheStatus.MISS,
+            True,
+            None,
+        )
         long_ago(bench)
         assert not bench.service._in_flight._demands
 
@@ -631,7 +635,7 @@ async def test_get_waits_beyond_stale_while_revalidate(bench: Bench) -> None:
     crowd = [bench.begin() for _ in range(3)]
     (await bench.upstream.call()).answer(progress=0.9)
     for result, source in zip(await asyncio.gather(*crowd), ["miss", "collapsed", "collapsed"], strict=True):
-        assert (result.cache_status, result.age, result.replaced_stale) == (source, 0.0, True)
+        assert (result.cache_status, result.age, result.had_stale_snapshot) == (source, 0.0, True)
         assert data_of(result)["progress"] == 0.9
     assert bench.upstream.count == 2
 
@@ -845,7 +849,7 @@ async def test_get_recovers(bench: Bench) -> None:
     await bench.fail(UpstreamTimeout("too late"))
     bench.clock.now += CACHE.error_seconds + 0.01
     result = await bench.learn(progress=0.8)
-    assert (result.cache_status, result.failure, result.replaced_stale) == (CacheStatus.MISS, None, True)
+    assert (result.cache_status, result.failure, result.had_stale_snapshot) == (CacheStatus.MISS, None, True)
     assert (await bench.get(KEY)).failure is None
 
 
