@@ -97,7 +97,7 @@ class CachedResponses:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._lookup = service.lookup
-        self._still_current = service.count_if_current
+        self._try_reuse = service.try_reuse
         self._tags = tags
         self._parse_target = SimpleTargetParser(operations, root_path=root_path).parse
         self._hosts = hosts
@@ -184,7 +184,7 @@ class CachedResponses:
 
     def _is_current(self, hit: CachedResponse, now: float) -> bool:
         entry = hit.result.entry
-        return entry is not None and self._still_current(entry, now)
+        return entry is not None and self._try_reuse(entry, now)
 
     def _log_series(self, status: int, labels: OutcomeLabels) -> LogSeries:
         return self._log_sampler.kind(sampling_key(_ROUTE, status, None, labels))

@@ -77,7 +77,7 @@ class EventsEndpoint:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await send({"type": "http.response.body"})
             return
-        await self._hub.sync()
+        await self._hub.catch_up()
         with (
             self._clients.subscription(scope),
             self._hub.subscribe(

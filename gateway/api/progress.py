@@ -109,7 +109,7 @@ class ProgressEndpoint:
 
         Only the hub's schedule calls the upstream meanwhile, and the long poll counts as one lookup.
         """
-        await self._service.sync()
+        await self._service.catch_up()
         seen_revision = self._seen_revision(key, if_none_match)
         on_arrival = self._service.peek(key, seen_revision)
         if if_none_match is None:
@@ -128,7 +128,7 @@ class ProgressEndpoint:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         failure = await _next_change(subscriber, if_none_match)
-            await self._service.sync()
+            await self._service.catch_up()
         if failure is not None:
             outcome: CacheResult | FetchFailure = FetchFailure(key, failure, CacheStatus.NEGATIVE)
         elif (result := self._service.peek(key, seen_revision)) is not None:

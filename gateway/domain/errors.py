@@ -36,6 +36,7 @@ from the upstream go into `UpstreamDetail`, already redacted.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -251,3 +252,12 @@ class UpstreamTimeout(UpstreamError):
 
     code = "upstream-timeout"
     transient = True
+
+
+# Texts for callers, for a failure about which no more is known than its type.
+GENERIC_TEXT: Mapping[type[UpstreamError], str] = {
+    UpstreamBusy: "the upstream is temporarily unavailable",
+    UpstreamForbidden: "the upstream refused this query without a reason",
+    UpstreamInvalid: "the upstream's response is not valid",
+    UpstreamThrottled: "the upstream asks to slow down",
+}

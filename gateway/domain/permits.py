@@ -9,15 +9,15 @@ class Permits(NamedTuple):
     """The reply to a request for permits.
 
     Attributes:
-        renewals: Permits granted for renewals: queries of tasks of which an older snapshot is known.
+        refreshes: Permits granted for refreshes: queries of tasks of which an older snapshot is known.
         first_queries: Permits granted for first queries: all other queries.
         next_seconds: Seconds until the next permit may be available.
-        renewals_elsewhere: Renewals that are queued on other replicas.
+        refreshes_elsewhere: Refreshes that are queued on other replicas.
         first_queries_elsewhere: First queries that are queued on other replicas.
     """
 
-    renewals: int
+    refreshes: int
     first_queries: int
     next_seconds: float
-    renewals_elsewhere: int
+    refreshes_elsewhere: int
     first_queries_elsewhere: int

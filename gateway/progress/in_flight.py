@@ -1,10 +1,9 @@
-"""In-flight requests: single flight (`single_flight.py`) that counts the callers of each request.
+"""In-flight requests: single flight (`single_flight.py`), with the number of callers of each request.
 
-    join -> start -> the request -> leave
-    the last caller leaves -> a queued request is dropped at once; one on the wire is completed
+    join -> start -> wait for the request -> leave
+    the last caller leaves -> a queued request is dropped at once; a request on the wire is completed
 
-A dropped request is removed before it has ended. The next caller starts a new one, and does not see the end
-of the dropped one.
+A dropped request may need time to end. The next caller does not wait for this, and starts a new request.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ T = TypeVar("T")
 class InFlightRequests(Generic[K, T]):
     """Runs one request at a time per key, for as long as its response is wanted.
 
-    `fetch` makes the request from the key, its demand and the `wanted` argument of `start`.
+    `fetch` makes a request. Its arguments are the key, the demand of the key, and the requirement of `start`.
     """
 
     def __init__(self, fetch: Callable[[K, Demand, Any], Coroutine[Any, Any, T]]) -> None:
@@ -49,7 +48,7 @@ class InFlightRequests(Generic[K, T]):
         return demand
 
     def join(self, key: K, client: bytes) -> None:
-        """Add a caller or subscriber of this client. Until it leaves, requests are made for it, too."""
+        """Add a caller or subscriber of this client. Until it leaves, it waits for each request."""
         self.demand(key).join(client)
 
     def leave(self, key: K, client: bytes) -> None:
@@ -60,21 +59,23 @@ class InFlightRequests(Generic[K, T]):
             return
         if not demand.in_flight:
             del self._demands[key]
-        elif not demand.background and not demand.must_finish:
+        elif not demand.keep_without_callers and not demand.must_finish:
             self._drop(key, demand)
 
-    def start(self, key: K, *, background: bool = False, wanted: Any = None) -> asyncio.Future[T]:
+    def start(
+        self, key: K, *, keep_without_callers: bool = False, requirement: Any = None
+    ) -> asyncio.Future[T]:
         """Return the request in flight for the key, or start one. Await it through `asyncio.shield`.
 
-        `background`: the response is wanted even without callers. After `aclose` the future is cancelled,
-        and no request starts.
+        `keep_without_callers`: the request is not dropped when no caller waits. `requirement` applies only to
+        a request that starts now. After `aclose` the future is cancelled, and no request starts.
         """
         demand = self.demand(key)
         if demand.in_flight:
-            demand.background |= background
-            return self._in_flight.start(key, partial(self._run, key, demand, wanted))
-        demand.begin(background=background, on_unwanted=partial(self._drop, key))
-        request = self._in_flight.start(key, partial(self._run, key, demand, wanted))
+            demand.keep_without_callers |= keep_without_callers
+            return self._in_flight.start(key, partial(self._run, key, demand, requirement))
+        demand.begin(keep_without_callers=keep_without_callers, on_unwanted=partial(self._drop, key))
+        request = self._in_flight.start(key, partial(self._run, key, demand, requirement))
         if request.done():  # closed, or it ended in this iteration of the event loop
             self._end(key, demand)
         return request
@@ -83,9 +84,9 @@ class InFlightRequests(Generic[K, T]):
         """Cancel every request, and start no more."""
         await self._in_flight.aclose()
 
-    async def _run(self, key: K, demand: Demand, wanted: Any) -> T:
+    async def _run(self, key: K, demand: Demand, requirement: Any) -> T:
         try:
-            return await self._fetch(key, demand, wanted)
+            return await self._fetch(key, demand, requirement)
         finally:
             self._end(key, demand)
 

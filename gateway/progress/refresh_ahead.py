@@ -1,4 +1,4 @@
-"""Refresh-ahead: fetches a frequently read task early enough to replace its snapshot when it becomes stale.
+"""Refresh-ahead: fetches a task that is read often so early that its snapshot is replaced in time.
 
     schedule -> timer: lifetime - age - average latency -> queue of due refreshes, a few at a time -> refresh
 
@@ -17,16 +17,15 @@ from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
 
 _LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
-_PER_ITERATION = (
-    4  # requests started per iteration of the event loop; each runs for some 0.1 ms before it waits
-)
+# Requests started per iteration of the event loop. Each runs for some 0.1 ms before it waits.
+_PER_ITERATION = 4
 
 
 class RefreshAhead:
     """Schedules refreshes.
 
     `refresh` is called with a task and the version of its snapshot. It must do nothing if the snapshot has
-    been replaced meanwhile. The schedule keeps no snapshot in memory: the store may have evicted it.
+    been replaced meanwhile. The schedule refers to versions, not to snapshots: an evicted snapshot is freed.
     """
 
     def __init__(self, refresh: Callable[[TaskKey, int], None]) -> None:
@@ -39,15 +38,15 @@ class RefreshAhead:
         """Record how long an upstream query took."""
         self._latency[operation] += _LATENCY_WEIGHT * (seconds - self._latency[operation])
 
-    def schedule(self, snapshot: Snapshot, age: float, *, early: bool = True) -> None:
+    def schedule(self, snapshot: Snapshot, age: float, *, before_expiry: bool = True) -> None:
         """Schedule a refresh for when the snapshot, which is `age` seconds old, becomes stale.
 
-        It replaces an earlier schedule for the same task. Without `early`, the average latency is not
-        subtracted: the replica that has fetched the snapshot will refresh it first.
+        An earlier schedule of the same task is replaced. Without `before_expiry`, the average latency is not
+        subtracted: another replica has fetched the snapshot, and refreshes it first.
         """
         if (timer := self._timers.pop(snapshot.key, None)) is not None:
             timer.cancel()
-        delay = snapshot.lifetime - age - (self._latency[snapshot.key.operation] if early else 0.0)
+        delay = snapshot.lifetime - age - (self._latency[snapshot.key.operation] if before_expiry else 0.0)
         loop = asyncio.get_running_loop()
         self._timers[snapshot.key] = loop.call_later(
             max(delay, 0.0), self._enqueue, snapshot.key, snapshot.version

@@ -25,9 +25,10 @@ class CacheStatus(StrEnum):
 class FetchResult(NamedTuple):
     """The result of an in-flight request, shared by all waiting callers.
 
-    `upstream_seconds`: duration of the upstream query with all attempts; None if the upstream was not
-    queried. `invoke_id`: the vendor's id of the last call, which its support asks for. `span`: the span
-    context of the request, for links from other spans; None without tracing.
+    `upstream_seconds`: duration of the upstream query: waiting for a permit and a slot, and all calls with
+    the delays between them; None if the upstream was not queried. `invoke_id`: the vendor's id of the last
+    call, which its support asks for. `span`: the span context of the request, for links from other spans;
+    None without tracing.
     """
 
     outcome: Snapshot | GatewayError
@@ -39,15 +40,16 @@ class FetchResult(NamedTuple):
 class CacheResult(NamedTuple):
     """A snapshot as the result of one caller's query.
 
-    `age` is in seconds. `replaced_stale`: the fetched snapshot replaces one that was too old to serve.
-    `failure`: the error that this stale snapshot is served instead of (stale-if-error). `fetch`: the result
-    of the in-flight request, if the caller waited for one. `entry`: the cache entry that was read, if any.
+    `age` is in seconds. `had_stale_snapshot`: before the fetch, the cache had a snapshot that was too old to
+    serve. `failure`: the stale snapshot is served instead of this error (stale-if-error). `fetch`: the result
+    of the in-flight request, if the caller waited for one. `entry`: the cache entry of the snapshot; only
+    `lookup` sets it.
     """
 
     snapshot: Snapshot
     age: float
     cache_status: CacheStatus
-    replaced_stale: bool = False
+    had_stale_snapshot: bool = False
     failure: GatewayError | None = None
     fetch: FetchResult | None = None
     entry: CacheEntry | None = None
@@ -67,5 +69,5 @@ class FetchFailure(NamedTuple):
     fetch: FetchResult | None = None
 
     def raised(self) -> GatewayError:
-        """Return a copy of the failure to raise: many callers may share the original."""
+        """Return a copy of the failure to raise, because other callers may share the original."""
         return copy(self.failure)

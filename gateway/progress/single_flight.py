@@ -1,7 +1,7 @@
 """Single flight: at most one call in flight per key, shared by all callers that wait for it.
 
 Each call runs in a task of its own, which no caller owns: a caller that disconnects, even the first one,
-does not affect the others. The module knows nothing about caches.
+does not affect the others. This module does not depend on caches.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class SingleFlight(Generic[K, T]):
-    """Runs `fn` at most once at a time per key, and shares its result or exception."""
+    """Runs at most one call per key at a time, and shares its result or exception."""
 
     def __init__(self) -> None:
         self._in_flight: dict[K, asyncio.Task[T]] = {}
@@ -42,7 +42,7 @@ class SingleFlight(Generic[K, T]):
             return cancelled
         task = self._in_flight.get(key)
         if task is None:
-            # An empty context: the first caller's context variables, such as its trace, are not the others'.
+            # An empty context: the first caller's context, with its trace, does not belong to the others.
             task = asyncio.get_running_loop().create_task(fn(), context=Context())
             self._in_flight[key] = task
             task.add_done_callback(lambda done: self._on_done(key, done))

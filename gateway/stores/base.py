@@ -1,8 +1,13 @@
 """The interface of a store of snapshots. The service uses it without knowing the implementation.
 
-acquire -> a fresh snapshot that any replica has fetched -> use it instead of a query
-        -> a cached failure of any replica               -> use it instead of a query
-        -> a lease -> query the upstream                 -> commit | fail | abandon
+    acquire -> a fresh snapshot that any replica has fetched -> use it instead of a query
+            -> a cached failure of any replica               -> use it instead of a query
+            -> a lease -> query the upstream -> commit          a snapshot
+                                             -> store_failure   a failure of this task
+                                             -> release_lease   no result
+
+Each of these three ends the lease. `release_lease_early` ends it before the query: the replica that holds the
+lease continues its query, and another replica can make one, too.
 """
 
 from __future__ import annotations
@@ -25,25 +30,25 @@ class CacheEntry:
     Attributes:
         snapshot: The snapshot.
         reads: Number of lookups that have returned it while it was fresh.
-        current: False if it has been replaced or evicted, or if another replica may have a newer one. It may
-            then be served only instead of an error.
+        valid: False once the snapshot has been replaced or evicted, or while another replica may have a newer
+            one. An invalid entry is served only instead of an error.
         fetched_here: Whether this replica has fetched it from the upstream.
-        superseded_by: The newest version that another replica has announced.
+        announced_version: The newest version that another replica has announced; 0 if none was announced.
     """
 
     snapshot: Snapshot
     reads: int = 0
-    current: bool = True
+    valid: bool = True
     fetched_here: bool = True
-    superseded_by: int = 0
+    announced_version: int = 0
 
 
-class Wanted(NamedTuple):
-    """Which fresh snapshots make a query unnecessary. By default, any fresh snapshot does.
+class Requirement(NamedTuple):
+    """The condition on a fresh snapshot that makes a query unnecessary. By default, any fresh one does.
 
     Attributes:
-        newer_than: Only one with a larger version than this.
-        seen_revision: Only one that is not older than the body with this revision.
+        newer_than: The version of the snapshot must be larger.
+        seen_revision: The snapshot must not be older than the body with this revision.
     """
 
     newer_than: int = 0
@@ -54,14 +59,14 @@ class Wanted(NamedTuple):
         return snapshot.version > self.newer_than and snapshot.is_at_least(self.seen_revision)
 
 
-ANY = Wanted()
+ANY_FRESH = Requirement()
 
 
 class Lease(NamedTuple):
     """The exclusive right, among all replicas, to query the upstream about a task.
 
     `version` is a fencing token: the version of the snapshot that the holder commits. `token` identifies the
-    holder. It is empty for a lease that only exists in this process.
+    holder; it is empty for a lease that exists in this process only.
     """
 
     key: TaskKey
@@ -72,9 +77,9 @@ class Lease(NamedTuple):
 class Store(Protocol):
     """Keeps the latest snapshot of each task, and for a short time the failures to fetch one.
 
-    `peek`, `is_current`, `peek_any` and `failure` read this process's memory and never wait. The other
-    methods may query a server. They do not raise if it is unavailable: each replica then works with its own
-    memory. Open a store with `async with`.
+    `peek`, `is_current`, `last_known` and `cached_failure` read this process's memory and never wait. Methods
+    with `async` may query a server. They do not raise an exception if it is unavailable: each replica then
+    works with its own memory. Open a store with `async with`.
     """
 
     @property
@@ -91,80 +96,83 @@ class Store(Protocol):
         ...
 
     def peek(self, key: TaskKey) -> CacheEntry | None:
-        """Return the snapshot in memory, fresh or not, unless another replica may have a newer one."""
+        """Return the entry of a task if it is valid and no message may be unread; it may be stale."""
         ...
 
     def is_current(self, entry: CacheEntry) -> bool:
-        """Tell whether an entry that `peek` has returned is still the entry that `peek` would return.
+        """Tell whether `peek` would return this entry again.
 
         Every repeated hit calls this instead of `peek`. So it does no lookup, and does not mark the entry as
         recently used.
         """
         ...
 
-    def peek_any(self, key: TaskKey) -> Snapshot | None:
-        """Return the latest snapshot in memory, even if another replica may have a newer one."""
+    def last_known(self, key: TaskKey) -> Snapshot | None:
+        """Return the snapshot in memory, even if it is stale or another replica may have a newer one."""
         ...
 
-    def failure(self, key: TaskKey) -> GatewayError | None:
+    def cached_failure(self, key: TaskKey) -> GatewayError | None:
         """Return the cached failure of a task, if any (negative cache)."""
         ...
 
-    async def sync(self) -> bool:
-        """Read the messages of other replicas, if some may be unread; return whether this was necessary.
+    async def catch_up(self) -> bool:
+        """Read the messages of other replicas that have arrived; return whether some may have been unread.
 
         While messages may be unread, `peek` returns None. So call `peek` again if the result is True.
         """
         ...
 
     async def acquire(
-        self, key: TaskKey, wanted: Wanted = ANY, *, timeout_seconds: float = math.inf
+        self, key: TaskKey, requirement: Requirement = ANY_FRESH, *, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
         """Return a snapshot or failure that makes an upstream query unnecessary, or the lease for a query.
 
-        If another replica holds the lease, this waits until that replica has ended the lease, or until the
-        lease has expired, but at most for `timeout_seconds`.
+        A returned snapshot is fresh and meets the requirement; a shared store may also return one that does
+        not meet it but is terminal. If another replica holds the lease, this waits until the lease has ended
+        or expired. After `timeout_seconds` it returns UpstreamTimeout.
         """
         ...
 
     async def commit(self, lease: Lease, build: Callable[[Snapshot | None], Snapshot]) -> Snapshot | None:
         """Store a snapshot, end the lease, and return the stored snapshot.
 
-        If a newer snapshot is stored, or a terminal one while the new one is not terminal, that one is kept
-        and returned. Return None if the lease was lost and the stored snapshot is not fresh: call `acquire`
-        again.
+        If the stored snapshot is newer, or only the stored one is terminal, it is kept and returned. The
+        result is None if there is no snapshot to serve: the lease was lost and the stored snapshot is not
+        fresh, or another replica has announced a newer snapshot. Then call `acquire` again.
 
         `build` returns the new snapshot, given the previous one. It is called again if another replica has
-        stored a snapshot meanwhile. If it raises an exception, the exception is passed on, and the lease is
-        kept.
+        stored a snapshot meanwhile. If `build` raises an exception, this method raises it, too, and the lease
+        does not end.
         """
         ...
 
-    async def fail(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
+    async def store_failure(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
         """Cache a failure for `seconds`, and end the lease.
 
-        Only failures that any replica would meet are shared. A lost connection, for example, is not.
+        A failure is shared only if the other replicas would have it, too. A lost connection, for example, is
+        not shared.
         """
         ...
 
-    async def abandon(self, lease: Lease) -> None:
+    async def release_lease(self, lease: Lease) -> None:
         """End the lease without a result."""
         ...
 
-    def release(self, lease: Lease) -> None:
-        """End the lease after a failed attempt, although this replica retries its query.
+    def release_lease_early(self, lease: Lease) -> None:
+        """End the lease after a failed attempt, although this replica continues its query.
 
-        Another replica can then query. This one may still call `commit`.
+        So another replica can query the upstream. This replica still calls `commit`, `store_failure` or
+        `release_lease` at the end of its query.
         """
         ...
 
     async def take_permits(
-        self, per_second: float, *, burst: float, renewals: int, first_queries: int
+        self, per_second: float, *, burst: float, refreshes: int, first_queries: int
     ) -> Permits | None:
-        """Take permits from the replicas' shared rate limiter; None if there is no such limiter now.
+        """Take permits from the rate limiter that the replicas share; return None if there is none now.
 
-        `burst`: the size of its token bucket. `renewals` and `first_queries`: how many queries of either kind
-        are queued on this replica.
+        `burst`: the size of its token bucket. `refreshes` and `first_queries`: number of queries of each kind
+        that are queued on this replica. A refresh is a query for a task of which a snapshot is known.
         """
         ...
 
@@ -180,11 +188,12 @@ class Store(Protocol):
         ...
 
     def on_change(
-        self, listener: Callable[[Snapshot], None], *, wanted: Callable[[TaskKey], bool] = lambda _: False
+        self, listener: Callable[[Snapshot], None], *, is_watched: Callable[[TaskKey], bool] = lambda _: False
     ) -> None:
-        """Call `listener`, on the event loop, with each snapshot that is stored from now on.
+        """Call `listener`, on the event loop, with each snapshot that is stored in memory from now on.
 
-        `wanted` tells whether the listener needs the snapshots of a task that other replicas fetch.
+        `is_watched` tells whether the listener needs each new snapshot of a task. Then the store loads those
+        that other replicas fetch, even if no caller reads them.
         """
         ...
 

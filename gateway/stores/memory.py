@@ -1,8 +1,8 @@
 """The store of a single process: two LRU caches with a common limit in bytes.
 
-Entries are kept beyond their freshness: a stale snapshot is served when the upstream fails (stale-if-error),
-keeps the high-water mark of a running task's progress, and records that a task has ended. Each snapshot
-determines its own freshness. Use it on the event-loop thread only: cachetools takes no locks.
+A snapshot is kept after it has become stale, for three reasons. It can be served when the upstream fails
+(stale-if-error). It has the highest progress of a running task, which must not fall. And it shows that a task
+has ended. Use the store on the event-loop thread only: cachetools takes no locks.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from gateway.domain.errors import GatewayError, UpstreamError, UpstreamRejected
 from gateway.domain.permits import Permits
 from gateway.domain.snapshot import Snapshot, version_now
 from gateway.domain.task import TaskKey
-from gateway.stores.base import ANY, CacheEntry, Lease, Wanted
+from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
 
-# How long the last progress snapshot of a task is kept after its freshness. Within this hour, clients never
-# see progress that falls, or a finished task that runs again.
+# How long the latest progress snapshot of a task is kept after it has become stale. Within this hour, clients
+# never see progress that falls, or a finished task that runs again.
 MEMORY_SECONDS = 3600.0
-
 
 # Memory of an entry besides its bodies: objects, keys and cache slots, rounded up (measured with tracemalloc
 # under Python 3.11: 0.7 KB for a snapshot, 0.9 KB for a failure).
@@ -33,7 +32,7 @@ _EXPIRE_SECONDS = 1.0  # interval between removals of expired entries while noth
 
 
 class _ByteSizedCache(TLRUCache[TaskKey, Any]):
-    """A cache with sizes in bytes. `entries` and `bytes` are read-only and safe in any thread."""
+    """A cache that knows its size in bytes. `entries` and `bytes` only read, so any thread may call them."""
 
     def entries(self) -> int:
         """Return the number of entries, including those that have expired since the last change."""
@@ -46,16 +45,16 @@ class _ByteSizedCache(TLRUCache[TaskKey, Any]):
 
 
 class _SnapshotCache(_ByteSizedCache):
-    """Marks evicted entries as no longer current."""
+    """Invalidates evicted entries."""
 
-    def untouched(self) -> list[CacheEntry]:
+    def all_entries(self) -> list[CacheEntry]:
         """Return all entries without marking them as used."""
         return [Cache.__getitem__(self, key) for key in self]
 
     def popitem(self) -> tuple[TaskKey, CacheEntry]:
         """Remove the least recently used entry."""
         key, entry = super().popitem()
-        entry.current = False
+        entry.valid = False
         return key, entry
 
 
@@ -64,7 +63,7 @@ class MemoryStore:
 
     `max_bytes` limits the sum of all bodies and envelopes plus `ENTRY_BYTES` for each entry. Failures are
     short-lived and evicted first. An entry that is larger than the limit is not kept. `stale_seconds`: how
-    long a snapshot may be served after its freshness.
+    long a snapshot may be served after it has become stale.
     """
 
     def __init__(
@@ -107,7 +106,7 @@ class MemoryStore:
         return self.entry(key)
 
     def entry(self, key: TaskKey) -> CacheEntry | None:
-        """Return the entry of a task, current or not."""
+        """Return the entry of a task, valid or not."""
         try:
             entry: CacheEntry = self._snapshots[key]
         except KeyError:
@@ -120,49 +119,49 @@ class MemoryStore:
 
     def is_current(self, entry: CacheEntry) -> bool:
         """See `Store.is_current`."""
-        return entry.current
+        return entry.valid
 
-    def peek_any(self, key: TaskKey) -> Snapshot | None:
-        """See `Store.peek_any`."""
+    def last_known(self, key: TaskKey) -> Snapshot | None:
+        """See `Store.last_known`."""
         entry = self.entry(key)
         return None if entry is None else entry.snapshot
 
-    def failure(self, key: TaskKey) -> GatewayError | None:
-        """See `Store.failure`."""
+    def cached_failure(self, key: TaskKey) -> GatewayError | None:
+        """See `Store.cached_failure`."""
         if self._clock() >= self._failures_until:  # the common case, at a tenth of the cost
             return None
         failure = self._failures.get(key)
         return None if failure is None else failure[0]
 
-    async def sync(self) -> bool:
-        """See `Store.sync`: memory is never behind."""
+    async def catch_up(self) -> bool:
+        """See `Store.catch_up`: no messages arrive."""
         return False
 
     async def acquire(
-        self, key: TaskKey, wanted: Wanted = ANY, *, timeout_seconds: float = math.inf
+        self, key: TaskKey, requirement: Requirement = ANY_FRESH, *, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
         """See `Store.acquire`: the lease is always available, since a task has one in-flight request."""
-        snapshot = self.peek_any(key)
-        if snapshot is not None and snapshot.fresh(self._clock()) and wanted.is_met_by(snapshot):
+        snapshot = self.last_known(key)
+        if snapshot is not None and snapshot.fresh(self._clock()) and requirement.is_met_by(snapshot):
             return snapshot
-        return self.failure(key) or Lease(key, self.next_version(snapshot, wanted))
+        return self.cached_failure(key) or Lease(key, self.next_version(snapshot, requirement))
 
     async def commit(self, lease: Lease, build: Callable[[Snapshot | None], Snapshot]) -> Snapshot | None:
         """See `Store.commit`."""
-        return self.keep(build(self.peek_any(lease.key)))
+        return self.put(build(self.last_known(lease.key)))
 
-    async def fail(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
-        """See `Store.fail`."""
-        self.keep_failure(lease.key, error, seconds=seconds)
+    async def store_failure(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
+        """See `Store.store_failure`."""
+        self.put_failure(lease.key, error, seconds=seconds)
 
-    async def abandon(self, lease: Lease) -> None:
-        """See `Store.abandon`: no other process waits for the lease."""
+    async def release_lease(self, lease: Lease) -> None:
+        """See `Store.release_lease`: no other process waits for the lease."""
 
-    def release(self, lease: Lease) -> None:
-        """See `Store.release`: no other process waits for the lease."""
+    def release_lease_early(self, lease: Lease) -> None:
+        """See `Store.release_lease_early`: no other process waits for the lease."""
 
     async def take_permits(
-        self, per_second: float, *, burst: float, renewals: int, first_queries: int
+        self, per_second: float, *, burst: float, refreshes: int, first_queries: int
     ) -> Permits | None:
         """See `Store.take_permits`: there is no shared rate limiter."""
         return None
@@ -174,28 +173,28 @@ class MemoryStore:
         """See `Store.on_throttled`: without other replicas, there are no announcements."""
 
     def on_change(
-        self, listener: Callable[[Snapshot], None], *, wanted: Callable[[TaskKey], bool] = lambda _: False
+        self, listener: Callable[[Snapshot], None], *, is_watched: Callable[[TaskKey], bool] = lambda _: False
     ) -> None:
         """See `Store.on_change`."""
         self._listeners.append(listener)
 
-    def keep(self, snapshot: Snapshot, *, fetched_here: bool = True) -> Snapshot:
-        """Store a snapshot as `commit` does, without a lease."""
+    def put(self, snapshot: Snapshot, *, fetched_here: bool = True) -> Snapshot:
+        """Store a snapshot as `commit` does, but without a lease."""
         entry = self.entry(snapshot.key)
         kept = None if entry is None else entry.snapshot
-        # The end of a task is final, whatever the versions: replicas without the server do not agree on them.
+        # A terminal status is final, whatever the versions: replicas without the server do not agree on them.
         if kept is not None and (
             kept.version > snapshot.version if kept.terminal is snapshot.terminal else kept.terminal
         ):
             return kept
         if entry is not None:
-            entry.current = False
+            entry.valid = False
             del self._snapshots[snapshot.key]
         if self._make_room(self._snapshots, _snapshot_bytes(snapshot)):
-            announced = 0 if entry is None else entry.superseded_by
-            current = announced <= snapshot.version or snapshot.terminal
+            announced = 0 if entry is None else entry.announced_version
+            valid = announced <= snapshot.version or snapshot.terminal
             self._snapshots[snapshot.key] = CacheEntry(
-                snapshot, current=current, fetched_here=fetched_here, superseded_by=announced
+                snapshot, valid=valid, fetched_here=fetched_here, announced_version=announced
             )
         if self._clock() < self._failures_until:
             self._failures.pop(snapshot.key, None)
@@ -203,8 +202,8 @@ class MemoryStore:
             listener(snapshot)
         return snapshot
 
-    def keep_failure(self, key: TaskKey, error: GatewayError, *, seconds: float) -> None:
-        """Cache a failure as `fail` does, without a lease."""
+    def put_failure(self, key: TaskKey, error: GatewayError, *, seconds: float) -> None:
+        """Cache a failure as `store_failure` does, but without a lease."""
         self._failures.pop(key, None)
         if self._make_room(self._failures, _failure_bytes(error)):
             self._failures[key] = (error, seconds)
@@ -212,20 +211,18 @@ class MemoryStore:
 
     def entries(self) -> list[CacheEntry]:
         """Return all entries without marking them as used."""
-        return self._snapshots.untouched()
+        return self._snapshots.all_entries()
 
-    def next_version(self, latest: Snapshot | None, wanted: Wanted) -> int:
-        """Return a version that is larger than these, and than those of an earlier process."""
-        known = 0 if latest is None else max(latest.version, latest.revision)
-        return max(version_now(), known + 1, wanted.newer_than + 1, wanted.seen_revision)
+    def next_version(self, latest: Snapshot | None, requirement: Requirement) -> int:
+        """Return a version for the next snapshot: it is larger than `latest`, and meets the requirement."""
+        latest_version = 0 if latest is None else max(latest.version, latest.revision)
+        return max(version_now(), latest_version + 1, requirement.newer_than + 1, requirement.seen_revision)
 
     def keep_seconds(self, snapshot: Snapshot) -> float:
         """Return how long a snapshot is kept after it was fetched, in seconds."""
-        # A result may have a megabyte, and has no progress to remember.
-        result = snapshot.key.operation.is_result
-        return snapshot.lifetime + (
-            self._stale_seconds if result else max(self._stale_seconds, MEMORY_SECONDS)
-        )
+        if snapshot.key.operation.is_result:  # it may have a megabyte, and has no progress to remember
+            return snapshot.lifetime + self._stale_seconds
+        return snapshot.lifetime + max(self._stale_seconds, MEMORY_SECONDS)
 
     def __len__(self) -> int:
         """See `Store.__len__`."""

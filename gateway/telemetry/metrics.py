@@ -70,20 +70,23 @@ class Metrics:
         )
         self.cache_lookups = FastCounters(
             "sd_gateway_cache_lookups_total",
-            "Number of cache lookups, by result: hit stale miss collapsed negative.",
+            "Number of cache lookups, by result: hit (fresh), stale, miss (started a query), "
+            "collapsed (joined a query in flight), negative (cached failure).",
             ["operation", "result"],
             registry=registry,
         )
         self.answer_age = FastHistograms(
             "sd_gateway_answer_age_seconds",
-            "Age of the snapshots in responses, in seconds; responses for ended tasks are not counted.",
+            "Age of snapshots when they are served, in seconds. A refresh for subscribers counts once. "
+            "Ended tasks are not counted.",
             ["operation"],
             buckets=_AGE_BUCKETS,
             registry=registry,
         )
         self.answers_overdue = Counter(
             "sd_gateway_answers_overdue_total",
-            "Number of responses older than their lifetime plus cache.stale_while_revalidate_seconds.",
+            "Number of snapshots that were older than their lifetime plus "
+            "cache.stale_while_revalidate_seconds when they were served. Ended tasks are not counted.",
             ["operation"],
             registry=registry,
         )
@@ -97,37 +100,37 @@ class Metrics:
         )
         self.upstream_requests = FastCounters(
             "sd_gateway_upstream_requests_total",
-            "Number of requests to the upstream, by outcome: ok or a problem code.",
+            "Number of upstream calls, by outcome: ok or a problem code.",
             ["operation", "outcome"],
             registry=registry,
         )
         self.upstream_request_duration = FastHistograms(
             "sd_gateway_upstream_request_duration_seconds",
-            "Duration of requests to the upstream, from sending to the end of the response, in seconds.",
+            "Duration of upstream calls, including the time to connect, in seconds.",
             ["operation"],
             buckets=_UPSTREAM_BUCKETS,
             registry=registry,
         )
         self.upstream_in_flight = Gauge(
             "sd_gateway_upstream_in_flight",
-            "Number of requests to the upstream in flight.",
+            "Number of upstream calls in flight.",
             registry=registry,
         )
         self.upstream_abandoned = Counter(
             "sd_gateway_upstream_abandoned_total",
-            "Number of queued queries dropped because every caller had left.",
+            "Number of queued queries that were dropped, because no client waited for them any more.",
             ["operation"],
             registry=registry,
         )
         self.upstream_certificate_errors = Counter(
             "sd_gateway_upstream_certificate_errors_total",
-            "Number of requests to the upstream not sent because its certificate is not trusted.",
+            "Number of upstream calls that were not sent, because the upstream's certificate is not trusted.",
             registry=registry,
         )
         self.upstream_retries = Counter(
             "sd_gateway_upstream_retries_total",
-            "Number of retries of requests to the upstream, and of repeats after a clock correction, "
-            "by the problem code of the failure.",
+            "Number of retries of upstream calls, and of repeats with a corrected clock, by the problem code "
+            "of the failure.",
             ["operation", "reason"],
             registry=registry,
         )
@@ -139,7 +142,7 @@ class Metrics:
         )
         self.upstream_rate_limit = Gauge(
             "sd_gateway_upstream_budget_per_second",
-            "Current rate limit of requests to the upstream, per second; +Inf means no limit.",
+            "Current rate limit of upstream calls, per second; +Inf means no limit.",
             registry=registry,
         )
         self.upstream_clock_skew = Gauge(
@@ -149,7 +152,7 @@ class Metrics:
         )
         self.tasks_observed = Counter(
             "sd_gateway_tasks_observed_total",
-            "Number of observed transitions of tasks to a status.",
+            "Number of changes of the status of a task, by the new status.",
             ["operation", "status"],
             registry=registry,
         )
@@ -175,7 +178,7 @@ class Metrics:
         )
         self.credentials_active_slot = Gauge(
             "sd_gateway_credentials_active_slot",
-            "1 for the slot whose key pair signs requests, 0 for the other: active next.",
+            "1 for the key pair that signs calls, 0 for the other: active next.",
             ["slot"],
             registry=registry,
         )

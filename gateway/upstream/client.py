@@ -66,7 +66,7 @@ class _Query:
     """
 
     key: TaskKey
-    renewal: bool
+    is_refresh: bool
     on_queued: Callable[[float], None]
     deadline: float
     demand: Demand
@@ -165,7 +165,7 @@ class UpstreamClient:
         self,
         key: TaskKey,
         *,
-        renewal: bool = False,
+        is_refresh: bool = False,
         timeout_seconds: float = math.inf,
         on_queued: Callable[[float], None] = lambda _: None,
         on_retry: Callable[[], None] = lambda: None,
@@ -175,7 +175,7 @@ class UpstreamClient:
 
         Args:
             key: The task.
-            renewal: An older snapshot of the task is known.
+            is_refresh: An older snapshot of the task is known.
             timeout_seconds: Limit for the whole query, in addition to the setting.
             on_queued: Called with the expected wait in seconds if the rate limiter queues the query.
             on_retry: Called before each retry.
@@ -188,7 +188,7 @@ class UpstreamClient:
         """
         seconds = min(self._settings.timeout_seconds, timeout_seconds)
         deadline = asyncio.get_running_loop().time() + seconds
-        query = _Query(key, renewal, on_queued, deadline, demand or Demand(background=True))
+        query = _Query(key, is_refresh, on_queued, deadline, demand or Demand(keep_without_callers=True))
         self._retry_policy.on_query()
         retries = 0
         failure: UpstreamError | None = None
@@ -228,7 +228,7 @@ class UpstreamClient:
             query.make_timeout_error = _rate_limit_error
             # The permit is acquired before the slot: a query that waits for a permit must not hold a slot.
             with await self._rate_limiter.acquire(
-                renewal=query.renewal,
+                is_refresh=query.is_refresh,
                 timeout_seconds=self._seconds_left_to_queue(query),
                 on_queued=query.on_queued,
                 demand=query.demand,

@@ -32,7 +32,8 @@ class Demand:
     Attributes:
         clients: Number of waiting callers, by client. `begin` resets all other attributes.
         in_flight: A request is in flight.
-        background: The gateway needs the response even if no caller waits.
+        keep_without_callers: The request is kept even if no caller waits, because the gateway needs the
+            response.
         must_finish: A call is on the wire, or its response has arrived. The request then runs to its end.
         on_unwanted: Callback that cancels a request which is not wanted any more. Its argument is the demand.
         dropped: The request was cancelled by `on_unwanted`.
@@ -42,28 +43,28 @@ class Demand:
     """
 
     __slots__ = (
-        "background",
         "clients",
         "dropped",
         "in_flight",
+        "keep_without_callers",
         "must_finish",
         "on_unwanted",
         "queue_entry",
         "queued_signal",
     )
 
-    def __init__(self, *, background: bool = False) -> None:
+    def __init__(self, *, keep_without_callers: bool = False) -> None:
         self.clients: dict[bytes, int] = {}
-        self.begin(background=background)
+        self.begin(keep_without_callers=keep_without_callers)
         self.in_flight = False
 
     def begin(
-        self, *, background: bool = False, on_unwanted: Callable[[Demand], None] = lambda _: None
+        self, *, keep_without_callers: bool = False, on_unwanted: Callable[[Demand], None] = lambda _: None
     ) -> None:
         """Reset everything but `clients` for a new in-flight request."""
         self.on_unwanted = on_unwanted
         self.in_flight = True
-        self.background = background
+        self.keep_without_callers = keep_without_callers
         self.must_finish = False
         self.dropped = False
         self.queue_entry: QueueEntry | None = None
@@ -72,7 +73,7 @@ class Demand:
     @property
     def wanted(self) -> bool:
         """Tell whether a caller or the gateway needs the response."""
-        return bool(self.clients) or self.background
+        return bool(self.clients) or self.keep_without_callers
 
     def join(self, client: bytes) -> None:
         """Add a caller of this client."""

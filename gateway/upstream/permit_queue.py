@@ -1,13 +1,13 @@
 """The queries that wait for a permit of the rate limiter, and the order in which they get one.
 
-    renewals       first in, first out
+    refreshes       first in, first out
     first queries  round robin over clients (`fair_queue.py`)
 
-A query is a *renewal* if an older snapshot of its task is known, and a *first query* otherwise. The two
+A query is a *refresh* if an older snapshot of its task is known, and a *first query* otherwise. The two
 queues are served alternately, so that both make progress.
 
 A client may request many new tasks at once. With round robin it delays another client by only one call per
-round. Renewals do not need this: a task has one query at a time, so no task is served twice before all
+round. Refreshes do not need this: a task has one query at a time, so no task is served twice before all
 others.
 """
 
@@ -39,10 +39,10 @@ class QueuedQuery:
         self.future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         self.deadline = deadline
         self.on_queued = on_queued
-        self._fair_queue = fair_queue  # None for a renewal
+        self._fair_queue = fair_queue  # None for a refresh
 
     @property
-    def renewal(self) -> bool:
+    def is_refresh(self) -> bool:
         """Whether an older snapshot of the task is known."""
         return self._fair_queue is None
 
@@ -58,49 +58,49 @@ class QueuedQuery:
 
 
 class PermitQueue:
-    """The queues of renewals and of first queries, which are served alternately."""
+    """The queues of refreshes and of first queries, which are served alternately."""
 
     def __init__(self) -> None:
-        self._renewals: OrderedDict[QueuedQuery, None] = OrderedDict()
+        self._refreshes: OrderedDict[QueuedQuery, None] = OrderedDict()
         self._first_queries: FairQueue[QueuedQuery] = FairQueue()
-        self._renewal_next = True  # which of the two is served next
+        self._refresh_next = True  # which of the two is served next
 
     def __len__(self) -> int:
         """Return the number of queued queries."""
-        return len(self._renewals) + len(self._first_queries)
+        return len(self._refreshes) + len(self._first_queries)
 
     def __iter__(self) -> Iterator[QueuedQuery]:
         """Yield the queries in the order in which they will be served."""
-        queues = (self._renewals, self._first_queries)
-        for pair in zip_longest(*(queues if self._renewal_next else reversed(queues))):
+        queues = (self._refreshes, self._first_queries)
+        for pair in zip_longest(*(queues if self._refresh_next else reversed(queues))):
             for query in pair:
                 if query is not None:
                     yield query
 
-    def count(self, *, renewal: bool) -> int:
-        """Return the number of queued renewals, or of queued first queries."""
-        return len(self._renewals if renewal else self._first_queries)
+    def count(self, *, is_refresh: bool) -> int:
+        """Return the number of queued refreshes, or of queued first queries."""
+        return len(self._refreshes if is_refresh else self._first_queries)
 
-    def count_ahead(self, *, renewal: bool, client: bytes) -> int:
+    def count_ahead(self, *, is_refresh: bool, client: bytes) -> int:
         """Return how many queries would be served before a query that this client adds now."""
-        same_queue, other_queue = len(self._renewals), len(self._first_queries)
-        if not renewal:
+        same_queue, other_queue = len(self._refreshes), len(self._first_queries)
+        if not is_refresh:
             same_queue, other_queue = self._first_queries.count_ahead(client), same_queue
         # For each query ahead in the same queue, one of the other queue is served, and one more if the other
         # queue is next.
-        return same_queue + min(other_queue, same_queue + (self._renewal_next is not renewal))
+        return same_queue + min(other_queue, same_queue + (self._refresh_next is not is_refresh))
 
     def client_with_shortest_queue(self, clients: Iterable[bytes]) -> bytes:
         """Return the client that has the fewest queued first queries, or b"" if there are no clients."""
         return self._first_queries.client_with_shortest_queue(clients)
 
     def add(
-        self, *, renewal: bool, client: bytes, deadline: float, on_queued: Callable[[float], None]
+        self, *, is_refresh: bool, client: bytes, deadline: float, on_queued: Callable[[float], None]
     ) -> QueuedQuery:
         """Queue a query, and return its entry. A first query is queued for `client`."""
-        if renewal:
+        if is_refresh:
             query = QueuedQuery(deadline, on_queued, None)
-            self._renewals[query] = None
+            self._refreshes[query] = None
         else:
             query = QueuedQuery(deadline, on_queued, self._first_queries)
             self._first_queries.add(query, client)
@@ -108,19 +108,19 @@ class PermitQueue:
 
     def discard(self, query: QueuedQuery) -> None:
         """Remove a query, if it is queued."""
-        self._renewals.pop(query, None)
+        self._refreshes.pop(query, None)
         self._first_queries.discard(query)
 
     def next_kinds(self) -> tuple[bool, bool]:
-        """Return the values of `renewal` in the order in which the queues are served next."""
-        return self._renewal_next, not self._renewal_next
+        """Return the values of `is_refresh` in the order in which the queues are served next."""
+        return self._refresh_next, not self._refresh_next
 
-    def pop(self, *, renewal: bool) -> QueuedQuery | None:
+    def pop(self, *, is_refresh: bool) -> QueuedQuery | None:
         """Remove and return the first query of a queue, or None. This does not change the alternation."""
-        if not renewal:
+        if not is_refresh:
             return self._first_queries.pop()
-        return self._renewals.popitem(last=False)[0] if self._renewals else None
+        return self._refreshes.popitem(last=False)[0] if self._refreshes else None
 
-    def record_served(self, *, renewal: bool) -> None:
+    def record_served(self, *, is_refresh: bool) -> None:
         """Record that a query of this queue gets a permit: the other queue is served next."""
-        self._renewal_next = not renewal
+        self._refresh_next = not is_refresh

@@ -129,16 +129,16 @@ class RateLimiter:
         self._remove_limit_if_idle()
         return self._limit.has_learned_limit
 
-    def expected_wait(self, *, renewal: bool, client: bytes = b"") -> float:
+    def expected_wait(self, *, is_refresh: bool, client: bytes = b"") -> float:
         """Return the seconds that a query of this client would wait if it called `acquire` now."""
         self._refill()
-        ahead = self._queue.count_ahead(renewal=renewal, client=client)
-        return self._wait_behind(ahead + self._queued_elsewhere(renewal=renewal))
+        ahead = self._queue.count_ahead(is_refresh=is_refresh, client=client)
+        return self._wait_behind(ahead + self._queued_elsewhere(is_refresh=is_refresh))
 
     async def acquire(
         self,
         *,
-        renewal: bool,
+        is_refresh: bool,
         timeout_seconds: float,
         on_queued: Callable[[float], None] = lambda _: None,
         demand: Demand | None = None,
@@ -146,7 +146,7 @@ class RateLimiter:
         """Wait for a permit: `with await limiter.acquire(...) as permit`, then `permit.consume()` to send.
 
         Args:
-            renewal: An older snapshot of the task is known.
+            is_refresh: An older snapshot of the task is known.
             timeout_seconds: The longest wait.
             on_queued: Called with the expected wait in seconds, if it is at least
                 `MIN_REPORTED_WAIT_SECONDS`. Called again, with the new expected wait, when the limit falls,
@@ -159,10 +159,10 @@ class RateLimiter:
                 is already queued: if the limit falls, or if queries of other clients are served before it.
         """
         self._remove_limit_if_idle()
-        demand = demand or Demand(background=True)
-        client = b"" if renewal else self._queue.client_with_shortest_queue(demand.clients)
-        wait = self.expected_wait(renewal=renewal, client=client)
-        if wait == 0 and not self._queue and self._take_shared(renewal=renewal):
+        demand = demand or Demand(keep_without_callers=True)
+        client = b"" if is_refresh else self._queue.client_with_shortest_queue(demand.clients)
+        wait = self.expected_wait(is_refresh=is_refresh, client=client)
+        if wait == 0 and not self._queue and self._take_shared(is_refresh=is_refresh):
             self._tokens -= 1
         elif wait > timeout_seconds:
             raise _exhausted(wait)
@@ -170,7 +170,9 @@ class RateLimiter:
             if wait >= MIN_REPORTED_WAIT_SECONDS:
                 on_queued(wait)
             deadline = self._clock() + timeout_seconds
-            query = self._queue.add(renewal=renewal, client=client, deadline=deadline, on_queued=on_queued)
+            query = self._queue.add(
+                is_refresh=is_refresh, client=client, deadline=deadline, on_queued=on_queued
+            )
             await self._wait_in_queue(query, demand)
         permit = Permit(self._clock, self._on_permit_end)
         self._permits.add(permit)
@@ -230,9 +232,9 @@ class RateLimiter:
         if self._shared is not None:
             # Request only permits that this replica can use now: they are lost for the other replicas.
             usable = math.floor(self._tokens + _ROUNDING) if self._wait_behind(0) == 0 else 0
-            renewals = min(self._queue.count(renewal=True), usable)
-            first_queries = min(self._queue.count(renewal=False), usable)
-            self._shared.request(renewals=renewals, first_queries=first_queries)
+            refreshes = min(self._queue.count(is_refresh=True), usable)
+            first_queries = min(self._queue.count(is_refresh=False), usable)
+            self._shared.request(refreshes=refreshes, first_queries=first_queries)
         if self._queue and (self._shared is None or self._wait_behind(0) > 0):
             call_later = self._call_later or asyncio.get_running_loop().call_later
             self._timer = call_later(max(self._wait_behind(0), _TIMER_SECONDS), self._serve_queue)
@@ -242,23 +244,23 @@ class RateLimiter:
 
         Queries before it whose deadline has passed are removed, too, and fail.
         """
-        for renewal in self._queue.next_kinds():
-            if self._shared is not None and not self._shared.has_permit(renewal=renewal):
+        for is_refresh in self._queue.next_kinds():
+            if self._shared is not None and not self._shared.has_permit(is_refresh=is_refresh):
                 continue
-            while (query := self._queue.pop(renewal=renewal)) is not None:
+            while (query := self._queue.pop(is_refresh=is_refresh)) is not None:
                 if query.future.done():
                     continue  # cancelled: its asyncio task will run soon
                 if self._clock() > query.deadline + _DEADLINE_TOLERANCE_SECONDS:
                     # First queries of other clients were served before it, although they were queued later.
                     query.future.set_result(max(self._wait_behind(0), _TIMER_SECONDS))
                     continue
-                self._take_shared(renewal=renewal)
-                self._queue.record_served(renewal=renewal)
+                self._take_shared(is_refresh=is_refresh)
+                self._queue.record_served(is_refresh=is_refresh)
                 return query
         return None
 
-    def _take_shared(self, *, renewal: bool) -> bool:
-        return self._shared is None or self._shared.take(renewal=renewal)
+    def _take_shared(self, *, is_refresh: bool) -> bool:
+        return self._shared is None or self._shared.take(is_refresh=is_refresh)
 
     def _on_shared_grant(self) -> None:
         self._serve_queue()
@@ -282,7 +284,7 @@ class RateLimiter:
         """Refuse the queries that would be served after their deadline. Call `on_queued` of the others."""
         ahead = 0
         for query in list(self._queue):
-            wait = self._wait_behind(ahead + self._queued_elsewhere(renewal=query.renewal))
+            wait = self._wait_behind(ahead + self._queued_elsewhere(is_refresh=query.is_refresh))
             if query.future.done() or now + wait > query.deadline:
                 self._queue.discard(query)
                 if not query.future.done():
@@ -291,9 +293,9 @@ class RateLimiter:
                 ahead += 1
                 query.on_queued(wait)
 
-    def _queued_elsewhere(self, *, renewal: bool) -> int:
+    def _queued_elsewhere(self, *, is_refresh: bool) -> int:
         """Return how many queries of other replicas are served before a query of this replica."""
-        return 0 if self._shared is None else self._shared.queued_elsewhere(renewal=renewal)
+        return 0 if self._shared is None else self._shared.queued_elsewhere(is_refresh=is_refresh)
 
     def _wait_behind(self, ahead: int) -> float:
         """Return the seconds until a token is available for a query behind `ahead` others."""

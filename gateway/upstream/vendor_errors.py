@@ -16,6 +16,7 @@ import re
 from collections.abc import Mapping
 
 from gateway.domain.errors import (
+    GENERIC_TEXT,
     KeyPairRefused,
     NonceRefused,
     QuotaExhausted,
@@ -91,14 +92,12 @@ _MENTIONS_KEY_PAIR = re.compile(r"app ?key|access ?key|secret|signature|authori[
 _CODE = re.compile(r"(?P<letter>[A-Z])(?P<status>[0-9]{3})[A-Z0-9]{2}")
 
 _MESSAGES: Mapping[_ErrorType, str] = {
-    UpstreamBusy: "the upstream is temporarily unavailable",
+    **GENERIC_TEXT,
     TimestampRefused: "the upstream refused the request's timestamp",
     KeyPairRefused: "the upstream refused the gateway's credentials",
-    UpstreamForbidden: "the upstream refused this query without a reason",
     UpstreamInvalid: "the upstream refused the format of the request",
     NonceRefused: "the upstream refused the request's nonce as used before",
     QuotaExhausted: "the upstream refused the call because of the gateway's quota or account",
-    UpstreamThrottled: "the upstream asks to slow down",
     UpstreamTimeout: "the upstream reported a timeout of its own",
 }
 

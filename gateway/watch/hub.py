@@ -70,7 +70,7 @@ class WatchHub:
     ) -> None:
         self._settings = settings
         self._service = service
-        self._peek_any = store.peek_any
+        self._last_known = store.last_known
         self._watched: dict[TaskKey, WatchedTask] = {}
         self._subscribers: set[Subscriber] = set()
         self._refresher = Refresher(
@@ -81,7 +81,7 @@ class WatchHub:
         self.direct_delivery: DirectDelivery = lambda _, subscribers: subscribers
         self._gauges = {kind: metrics.subscribers.labels(kind) for kind in SubscriptionKind}
         metrics.watched_tasks.set_function(self._watched.__len__)
-        store.on_change(self._add_pending, wanted=self._watched.__contains__)
+        store.on_change(self._add_pending, is_watched=self._watched.__contains__)
 
     @contextmanager
     def subscribe(
@@ -119,9 +119,9 @@ class WatchHub:
             self._subscribers.discard(subscriber)
             self._gauges[kind].dec()
 
-    async def sync(self) -> None:
-        """Read the unread messages of other replicas, so that `subscribe` finds their snapshots."""
-        await self._service.sync()
+    async def catch_up(self) -> None:
+        """Read the messages of other replicas, so that `subscribe` finds their snapshots."""
+        await self._service.catch_up()
 
     def announce_shutdown(self) -> None:
         """Publish all pending snapshots, then mark current and future subscribers as shutting down."""
@@ -233,7 +233,7 @@ class WatchHub:
         It is None if the store has evicted the snapshot, or if the subscriber gets a newer unsent update
         during this call. In the second case the subscriber sends the newer update.
         """
-        snapshot = self._peek_any(reduced.key)
+        snapshot = self._last_known(reduced.key)
         self._publish_pending(reduced.key)
         if subscriber.has_unsent(reduced.key) or snapshot is None:
             return None

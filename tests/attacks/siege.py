@@ -4,9 +4,13 @@
     python -m tests.attacks.siege --attackers 20 --seconds 5 --kinds trailers,silent
 
 It prints the gateway's memory and descriptors before, during and after the siege, the latency of the
-healthy client before and during it, and the number of connections that each kind of attacker opened.
-Upstream, attackers and gateway are separate processes on 127.0.0.1. An attacker sends a few KB at most ten
-times a second, and reconnects when its connection is closed.
+healthy client, and the number of connections that each kind of attacker opened. Upstream, attackers and
+gateway are separate processes on 127.0.0.1. An attacker sends a few KB at most ten times a second, and
+reconnects when its connection is closed.
+
+All these processes share the processors of one machine, so attackers make every other process slower, the
+healthy client too. Therefore the latency is also measured while the same attackers besiege another gateway
+("elsewhere"). The difference between "elsewhere" and "during" is what the gateway itself loses.
 """
 
 from __future__ import annotations
@@ -82,7 +86,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{phase:>7}: RSS {self.resident[phase] / MEGABYTE:6.1f} MiB, {self.descriptors[phase]} files"
+            f"{phase:>9}: RSS {self.resident[phase] / MEGABYTE:6.1f} MiB, {self.descriptors[phase]} files"
             + (
                 f", healthy client p50 {self.percentile(phase, 50) * 1000:6.2f} ms, "
                 f"p99 {self.percentile(phase, 99) * 1000:6.2f} ms over {len(self.waits[phase])} queries"
@@ -109,15 +113,24 @@ def besiege(*, attackers: int, seconds: float, kinds: Sequence[str], folder: Pat
         with plain_client(upstream) as control:
             life = {"waitingSeconds": 0, "runningSeconds": 3600}
             control.post("/_simulator/tasks", json={"taskId": TASK, "life": life}).raise_for_status()
-        with serving(folder, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream}) as (process, gate):
-            _play(report, process, gate, attackers=attackers, seconds=seconds, kinds=kinds)
+        settings = {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream}
+        with serving(folder, settings) as (process, gate), serving(folder, settings) as (_, other):
+            _play(report, process, gate, other, attackers=attackers, seconds=seconds, kinds=kinds)
     return report
 
 
 def _play(
-    report: Report, process: Process, gate: Gateway, *, attackers: int, seconds: float, kinds: Sequence[str]
+    report: Report,
+    process: Process,
+    gate: Gateway,
+    other: Gateway,
+    *,
+    attackers: int,
+    seconds: float,
+    kinds: Sequence[str],
 ) -> None:
     host, port = gate.address
+    parts = 4  # of a phase: the memory is measured after each
 
     def look(phase: str) -> None:
         report.resident[phase] = process.resident_bytes()
@@ -127,22 +140,27 @@ def _play(
     report.waits["before"] = []
     report.failures += asyncio.run(_healthy(host, port, max(2.0, seconds / 6), report.waits["before"]))
     look("before")
-    command = [sys.executable, "-m", "tests.attacks.siege", "--crowd", str(port)]
-    command += ["--attackers", str(attackers), "--seconds", str(seconds), "--kinds", ",".join(kinds)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as crowd:
-        try:
-            report.waits["during"] = []
-            most = 0
-            halves = 4
-            for _ in range(halves):
-                report.failures += asyncio.run(_healthy(host, port, seconds / halves, report.waits["during"]))
-                most = max(most, process.resident_bytes())
-                look("during")
-            report.resident["during"] = most
-            said, _ = crowd.communicate()
-        finally:
-            crowd.kill()
-    report.opened = json.loads(said)
+
+    def under_attack(phase: str, target: int) -> int:
+        """Measure while attackers besiege a port; return the most memory that the gateway had."""
+        command = [sys.executable, "-m", "tests.attacks.siege", "--crowd", str(target)]
+        command += ["--attackers", str(attackers), "--seconds", str(seconds), "--kinds", ",".join(kinds)]
+        report.waits[phase] = []
+        most = 0
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as crowd:
+            try:
+                for _ in range(parts):
+                    report.failures += asyncio.run(_healthy(host, port, seconds / parts, report.waits[phase]))
+                    most = max(most, process.resident_bytes())
+                    look(phase)
+                said, _ = crowd.communicate()
+            finally:
+                crowd.kill()
+        report.opened = json.loads(said)
+        return most
+
+    under_attack("elsewhere", other.address[1])
+    report.resident["during"] = under_attack("during", port)
     with suppress(AssertionError):
         until(lambda: gate.metric("watchers") == 0, "all have left")
     report.watchers_after = gate.metric("watchers")

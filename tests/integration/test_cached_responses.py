@@ -117,7 +117,7 @@ async def test_hits_that_are_stale_report_a_failure_soon(bench: Bench) -> None:
     bench.now += 1.5
     for _ in range(3):
         assert b"detail" not in (bench.ask() or b"detail")
-    bench.store.keep_failure(KEY, UpstreamTimeout("no answer"), seconds=1)
+    bench.store.put_failure(KEY, UpstreamTimeout("no answer"), seconds=1)
     bench.now += 0.011
     failed = CacheResult(snapshot, 1.511, CacheStatus.STALE, failure=UpstreamTimeout("no answer"))
     for _ in range(3):
@@ -187,7 +187,7 @@ async def test_hits_look_up_the_latest_again(bench: Bench) -> None:
     bench.now += 9.5
     assert b"newer" in (bench.ask() or b"")
     for number in range(10):  # the store has room for ten
-        bench.store.keep(replace(latest, key=KEY._replace(task_id=f"other{number}")))
+        bench.store.put(replace(latest, key=KEY._replace(task_id=f"other{number}")))
     assert bench.ask() is None
 
 
@@ -195,7 +195,7 @@ async def test_hits_memory_is_bounded(bench: Bench) -> None:
     """Stored responses use at most 8 MiB, including snapshots that the store has evicted."""
     one = bench.keep(body=b"x" * 878_000)
     for number in range(40):
-        bench.store.keep(replace(one, key=KEY._replace(task_id=f"other{number}"), version=number))
+        bench.store.put(replace(one, key=KEY._replace(task_id=f"other{number}"), version=number))
         for _ in range(3):
             assert bench.ask(b"/v1/progress/other%d" % number)
 

@@ -31,7 +31,7 @@ from gateway.domain.task import Operation, Status, TaskKey
 from gateway.stores.valkey.codec import (
     MICROSECONDS,
     InvalidStoredValue,
-    StoredSnapshot,
+    StoredFacts,
     decode_failure,
     decode_snapshot,
     encode_failure,
@@ -45,7 +45,7 @@ OTHERS = [KEY._replace(task_id="other"), KEY._replace(operation=Operation.SD_GET
 SNAPSHOT = seen(
     KEY, at=1.0, lifetime=2.0, version=7, message="a\nb", etaRelative=3, state={"job": "x", "n": 1}
 )
-FAILURE = UpstreamInvalid("the upstream's answer is not valid", retry_after=1.5)
+FAILURE = UpstreamInvalid("the upstream's response is not valid", retry_after=1.5)
 REJECTED = UpstreamRejected(
     "the upstream rejected the query",
     envelope=b'{"status":20,\r\n"errCode":"E"}',
@@ -67,9 +67,9 @@ data = st.fixed_dictionaries(
 statuses = st.sampled_from(["waiting", "running", "succeeded", "failed", "canceled", "new"])
 
 
-def facts_of(snapshot: Snapshot, *, age: int = 0) -> StoredSnapshot:
+def facts_of(snapshot: Snapshot, *, age: int = 0) -> StoredFacts:
     """Return the facts that the server keeps beside a value."""
-    return StoredSnapshot.checked(snapshot.version, age, lifetime_of(snapshot), int(snapshot.terminal))
+    return StoredFacts.checked(snapshot.version, age, lifetime_of(snapshot), int(snapshot.terminal))
 
 
 FACTS = facts_of(SNAPSHOT)
@@ -78,7 +78,7 @@ FACTS = facts_of(SNAPSHOT)
 def read(
     encoded: bytes,
     key: TaskKey = KEY,
-    facts: StoredSnapshot = FACTS,
+    facts: StoredFacts = FACTS,
     lifetimes: dict[Status | None, float] = LIFETIMES,
 ) -> Snapshot:
     """Decode a stored value. Raises: InvalidStoredValue."""
@@ -207,25 +207,25 @@ def test_snapshot_under_other_facts_is_refused(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("value", [-(2**53), 2**53, 2**63, None, b"1", "1", 1.0, True, float("nan"), []])
 def test_facts_out_of_range_are_refused(name: str, value: Any) -> None:
     """Facts are finite, bounded integers."""
-    facts = StoredSnapshot(version=7, age=0, lifetime=1, terminal=0)
-    assert StoredSnapshot.checked(*facts) == facts
+    facts = StoredFacts(version=7, age=0, lifetime=1, terminal=0)
+    assert StoredFacts.checked(*facts) == facts
     with pytest.raises(InvalidStoredValue):
-        StoredSnapshot.checked(*facts._replace(**{name: value}))
+        StoredFacts.checked(*facts._replace(**{name: value}))
 
 
 def test_lifetime_is_within_the_settings_bounds() -> None:
     """No lifetime exceeds the maximum of the settings."""
     longest = 2_592_000 * MICROSECONDS
-    assert StoredSnapshot.checked(1, 0, longest, 0).lifetime == longest
+    assert StoredFacts.checked(1, 0, longest, 0).lifetime == longest
     assert lifetime_of(replace(SNAPSHOT, lifetime=1e12)) == longest
     with pytest.raises(InvalidStoredValue):
-        StoredSnapshot.checked(1, 0, longest + 1, 0)
+        StoredFacts.checked(1, 0, longest + 1, 0)
 
 
 def test_snapshot_of_unknown_age_is_stale() -> None:
     """A snapshot from the future, after a step of the server's clock, counts as stale."""
     for age, fetched_at in ((0, 100.0), (500_000, 99.5), (-1, 98.0), (-(10**12), 98.0)):
-        facts = StoredSnapshot.checked(7, age, 2 * MICROSECONDS, 0)
+        facts = StoredFacts.checked(7, age, 2 * MICROSECONDS, 0)
         assert facts.fetched_at(100.0) == fetched_at
 
 
@@ -273,9 +273,9 @@ def test_encoded_for_another_task_is_refused(key: TaskKey) -> None:
     "failure",
     [
         FAILURE,
-        UpstreamBusy("the upstream failed temporarily"),
-        UpstreamForbidden("the upstream refused the query of this task", retry_after=0.0),
-        UpstreamThrottled("the upstream limits the rate of calls", retry_after=3600.0),
+        UpstreamBusy("the upstream is temporarily unavailable"),
+        UpstreamForbidden("the upstream refused this query without a reason", retry_after=0.0),
+        UpstreamThrottled("the upstream asks to slow down", retry_after=3600.0),
         REJECTED,
     ],
     ids=lambda failure: failure.code,

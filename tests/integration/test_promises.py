@@ -291,7 +291,7 @@ class Promises(RuleBasedStateMachine):
         key, entry = list(self.found.items())[number % len(self.found)]
         self.upstream.stories[key].prompted = True
         now = self.loop.time()
-        if self.loop.within(partial(self.service.count_if_current, entry, now)):
+        if self.loop.within(partial(self.service.try_reuse, entry, now)):
             snapshot = entry.snapshot
             source = CacheStatus.HIT if snapshot.fresh(now) else CacheStatus.STALE
             self._judge(key, CacheResult(snapshot, now - snapshot.fetched_at, source))
@@ -403,7 +403,7 @@ class Promises(RuleBasedStateMachine):
                 viewer.result.result()
             for key in viewer.subscriber.keys:
                 last = viewer.received.get(key)
-                story, stored = self.upstream.stories[key], self.store.peek_any(key)
+                story, stored = self.upstream.stories[key], self.store.last_known(key)
                 if last is None:
                     assert key in self.upstream.in_flight
                     continue

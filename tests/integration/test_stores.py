@@ -20,7 +20,7 @@ from gateway.domain.errors import (
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.settings.model import Store as StoreSettings
-from gateway.stores.base import CacheEntry, Lease, Store, Wanted
+from gateway.stores.base import CacheEntry, Lease, Requirement, Store
 from gateway.stores.memory import ENTRY_BYTES, MEMORY_SECONDS, MemoryStore
 from gateway.stores.valkey.store import ValkeyStore
 from gateway.telemetry.metrics import Metrics
@@ -104,7 +104,7 @@ async def save(store: Store, snapshot: Snapshot) -> Snapshot | None:
 
 async def entry_of(store: Store, key: TaskKey) -> CacheEntry | None:
     """Return the current entry of a task. A busy machine may have paused this process."""
-    await store.sync()
+    await store.catch_up()
     return store.peek(key)
 
 
@@ -116,7 +116,7 @@ async def shown(store: Store, key: TaskKey) -> Snapshot | None:
 
 async def fail(store: Store, key: TaskKey, error: GatewayError, *, seconds: float) -> None:
     """Record a failure with a lease."""
-    await store.fail(Lease(key, 1), error, seconds=seconds)
+    await store.store_failure(Lease(key, 1), error, seconds=seconds)
 
 
 @pytest.fixture
@@ -133,17 +133,17 @@ def snapshot(clock: Clock) -> Callable[..., Snapshot]:
 async def test_store_is_empty_at_first(store: Store) -> None:
     """An empty store has no snapshot and no failure for any task."""
     assert await shown(store, KEY) is None
-    assert store.peek_any(KEY) is None
-    assert store.failure(KEY) is None
+    assert store.last_known(KEY) is None
+    assert store.cached_failure(KEY) is None
     assert store.trouble is None
     assert len(store) == 0
 
 
 async def test_store_returns_a_committed_snapshot(store: Store, snapshot: Callable[..., Snapshot]) -> None:
-    """A committed snapshot is returned by peek, peek_any and acquire, with all its fields."""
+    """A committed snapshot is returned by peek, last_known and acquire, with all its fields."""
     one = snapshot(etaRelative=3.0, message="so far", state={"job": "a\nb"})
     assert await save(store, one) is one
-    for kept in (await shown(store, KEY), store.peek_any(KEY), await store.acquire(KEY)):
+    for kept in (await shown(store, KEY), store.last_known(KEY), await store.acquire(KEY)):
         assert isinstance(kept, Snapshot)
         assert (kept.key, kept.fetched_at, kept.lifetime) == (KEY, one.fetched_at, LIFETIME)
         assert (kept.envelope, kept.body, kept.etag) == (one.envelope, one.body, one.etag)
@@ -246,18 +246,18 @@ async def test_store_grants_a_lease_for_a_newer_snapshot(
     """With `after`, `acquire` returns a lease although a snapshot is fresh, or a newer snapshot."""
     landed = await save(store, snapshot(age=1))
     assert landed is not None
-    lease = await store.acquire(KEY, Wanted(newer_than=landed.version))
+    lease = await store.acquire(KEY, Requirement(newer_than=landed.version))
     assert isinstance(lease, Lease)
     newer = await store.commit(lease, lambda _: snapshot(version=lease.version))
     assert newer is not None
-    assert await store.acquire(KEY, Wanted(newer_than=landed.version)) is newer
+    assert await store.acquire(KEY, Requirement(newer_than=landed.version)) is newer
 
 
 async def test_store_grants_an_abandoned_lease_again(store: Store) -> None:
     """An abandoned lease is available immediately, and leaves no failure."""
     lease = await store.acquire(KEY)
     assert isinstance(lease, Lease)
-    await store.abandon(lease)
+    await store.release_lease(lease)
     assert isinstance(await store.acquire(KEY), Lease)
 
 
@@ -266,7 +266,7 @@ async def test_store_returns_a_cached_failure(store: Store) -> None:
     lease = await store.acquire(KEY)
     assert isinstance(lease, Lease)
     failure = UpstreamInvalid("nonsense")
-    await store.fail(lease, failure, seconds=1.0)
+    await store.store_failure(lease, failure, seconds=1.0)
     assert await store.acquire(KEY) is failure
 
 
@@ -322,7 +322,7 @@ async def test_store_keeps_the_lease_if_no_snapshot_can_be_built(store: Store) -
 
     with pytest.raises(UpstreamInvalid):
         await store.commit(lease, build)
-    await store.fail(lease, failure, seconds=1.0)
+    await store.store_failure(lease, failure, seconds=1.0)
     assert await store.acquire(KEY) is failure
 
 
@@ -332,7 +332,7 @@ async def test_store_accepts_the_result_of_a_released_lease(
     """A query whose lease was released may still succeed, and its snapshot is stored."""
     lease = await store.acquire(KEY)
     assert isinstance(lease, Lease)
-    store.release(lease)
+    store.release_lease_early(lease)
     landed = await store.commit(lease, lambda _: snapshot(version=lease.version))
     assert landed is not None
     assert await shown(store, KEY) is landed
@@ -359,7 +359,7 @@ async def test_store_keeps_progress_for_an_hour(
     assert await shown(store, KEY) is not None
     clock.now += 0.2
     assert await shown(store, KEY) is None
-    assert store.peek_any(KEY) is None
+    assert store.last_known(KEY) is None
     assert len(store) == 0
 
 
@@ -415,13 +415,13 @@ async def test_store_drops_failures_before_snapshots(
     for key in keys:
         await fail(store, key, rejection(b'{"status":20,"x":"%b"}' % (b"x" * 30_000)), seconds=60)
         assert before < store.size() <= 100_000
-    assert [store.failure(key) is None for key in keys] == [True, False, False]
+    assert [store.cached_failure(key) is None for key in keys] == [True, False, False]
     await save(store, snapshot(OTHER, message="x" * 14_000))
-    assert [store.failure(key) is None for key in keys] == [True, True, False]
+    assert [store.cached_failure(key) is None for key in keys] == [True, True, False]
     assert await shown(store, KEY) is not None
     clock.now += 61
     await fail(store, OTHER, UpstreamTimeout("too late"), seconds=0)
-    assert store.failure(keys[2]) is None
+    assert store.cached_failure(keys[2]) is None
 
 
 async def test_store_serves_what_is_too_large_to_be_kept(
@@ -439,7 +439,7 @@ async def test_store_serves_what_is_too_large_to_be_kept(
     assert {stored.version for stored in heard} == {small.version, large.version}
     assert await shown(store, KEY) is None
     await fail(store, OTHER, rejection(b'{"status":20,"x":"%b"}' % (b"x" * 100_000)), seconds=60)
-    assert store.failure(OTHER) is None
+    assert store.cached_failure(OTHER) is None
     assert (len(store), store.size()) == (0, 0)
 
 
@@ -462,9 +462,9 @@ async def test_store_caches_a_failure_for_its_lifetime(store: Store, clock: Cloc
     failure = UpstreamTimeout("too late")
     await fail(store, KEY, failure, seconds=1.0)
     clock.now += 0.9
-    assert store.failure(KEY) is failure
+    assert store.cached_failure(KEY) is failure
     clock.now += 0.2
-    assert store.failure(KEY) is None
+    assert store.cached_failure(KEY) is None
 
 
 async def test_store_caches_the_latest_failure(store: Store, clock: Clock) -> None:
@@ -474,23 +474,23 @@ async def test_store_caches_the_latest_failure(store: Store, clock: Clock) -> No
     later = UpstreamUnreachable("gone")
     await fail(store, KEY, later, seconds=1.0)
     clock.now += 0.9
-    assert store.failure(KEY) is later
+    assert store.cached_failure(KEY) is later
 
 
 async def test_store_caches_no_failure_for_0_seconds(store: Store) -> None:
     """A failure for 0 seconds is not cached, and removes an earlier one."""
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=0.0)
-    assert store.failure(KEY) is None
+    assert store.cached_failure(KEY) is None
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=0.0)
-    assert store.failure(KEY) is None
+    assert store.cached_failure(KEY) is None
 
 
 async def test_store_caches_failures_by_task(store: Store) -> None:
     """The failure of one task does not affect another, nor the result of the same task."""
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
-    assert store.failure(OTHER) is None
-    assert store.failure(RESULT) is None
+    assert store.cached_failure(OTHER) is None
+    assert store.cached_failure(RESULT) is None
 
 
 async def test_store_keeps_the_snapshot_of_a_failing_task(
@@ -500,7 +500,7 @@ async def test_store_keeps_the_snapshot_of_a_failing_task(
     kept = await save(store, snapshot())
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
     assert await shown(store, KEY) == kept
-    assert store.failure(KEY) is not None
+    assert store.cached_failure(KEY) is not None
 
 
 async def test_store_removes_the_failure_on_commit(store: Store, snapshot: Callable[..., Snapshot]) -> None:
@@ -508,18 +508,18 @@ async def test_store_removes_the_failure_on_commit(store: Store, snapshot: Calla
     await fail(store, KEY, UpstreamTimeout("too late"), seconds=1.0)
     await fail(store, OTHER, UpstreamTimeout("too late"), seconds=1.0)
     await save(store, snapshot())
-    assert store.failure(KEY) is None
-    assert store.failure(OTHER) is not None
+    assert store.cached_failure(KEY) is None
+    assert store.cached_failure(OTHER) is not None
 
 
 async def test_store_grants_the_first_permit_immediately(store: Store, shared: Json | None) -> None:
     """The shared rate limiter has a permit at first; memory has no such limiter."""
-    permits = await store.take_permits(10.0, burst=1.0, renewals=1, first_queries=1)
+    permits = await store.take_permits(10.0, burst=1.0, refreshes=1, first_queries=1)
     if shared is None:
         assert permits is None
     else:
         assert permits is not None
-        assert (permits.renewals, permits.first_queries) == (1, 0)
+        assert (permits.refreshes, permits.first_queries) == (1, 0)
         assert 0 < permits.next_seconds <= 0.1
 
 
@@ -536,7 +536,7 @@ async def test_store_notifies_listeners_of_each_change(
     heard: list[tuple[str | None, bool]] = []
     also: list[Snapshot] = []
     await save(store, snapshot(message="before"))
-    store.on_change(lambda stored: heard.append((said(stored), store.peek_any(stored.key) == stored)))
+    store.on_change(lambda stored: heard.append((said(stored), store.last_known(stored.key) == stored)))
     store.on_change(also.append)
     clock.now += 1
     await save(store, snapshot(message="one"))

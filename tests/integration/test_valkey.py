@@ -25,10 +25,10 @@ from gateway.domain.errors import (
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Status
 from gateway.settings.model import Store as StoreSettings
-from gateway.stores.base import Lease, Wanted
+from gateway.stores.base import Lease, Requirement
 from gateway.stores.valkey.batches import CONNECTIONS
 from gateway.stores.valkey.codec import encode_failure
-from gateway.stores.valkey.servers import connected
+from gateway.stores.valkey.servers import connect
 from gateway.stores.valkey.store import ValkeyStore
 from gateway.telemetry.redaction import MASK, Redactor
 from tests.support.harness import PATIENCE_SECONDS, Json, eventually, free_port
@@ -99,8 +99,8 @@ async def test_valkey_wakes_a_waiter_with_the_snapshot(one: ValkeyStore, other: 
 @pytest.mark.parametrize(
     "failure",
     [
-        UpstreamInvalid("the upstream's answer is not valid"),
-        UpstreamThrottled("the upstream limits the rate of calls", retry_after=2.5),
+        UpstreamInvalid("the upstream's response is not valid"),
+        UpstreamThrottled("the upstream asks to slow down", retry_after=2.5),
         UpstreamRejected(
             "the upstream rejected the query",
             envelope=b'{"status": 20,\n"errMessage": "no"}',
@@ -115,7 +115,7 @@ async def test_valkey_wakes_a_waiter_with_the_failure(
     """The failure of one store is the result of the other, with all its details."""
     lease = await leased(one)
     flight = await waiting(other)
-    await one.fail(lease, failure, seconds=60)
+    await one.store_failure(lease, failure, seconds=60)
     found = await flight
     assert type(found) is type(failure)
     assert (str(found), found.retry_after, found.detail) == (
@@ -124,22 +124,22 @@ async def test_valkey_wakes_a_waiter_with_the_failure(
         failure.detail,
     )
     assert getattr(found, "envelope", b"") == getattr(failure, "envelope", b"")
-    assert other.failure(KEY) is found
+    assert other.cached_failure(KEY) is found
 
 
-@pytest.mark.parametrize("end", ["abandon", "release", "fail"])
+@pytest.mark.parametrize("end", ["release_lease", "release_lease_early", "store_failure"])
 async def test_valkey_passes_a_lease_on(end: str, one: ValkeyStore, other: ValkeyStore) -> None:
     """A lease that ends without a result passes to the next store immediately."""
     lease = await leased(one)
     flight = await waiting(other)
     began = time.monotonic()
     match end:
-        case "abandon":
-            await one.abandon(lease)
-        case "release":
-            one.release(lease)
+        case "release_lease":
+            await one.release_lease(lease)
+        case "release_lease_early":
+            one.release_lease_early(lease)
         case _:
-            await one.fail(lease, UpstreamInvalid("nonsense"), seconds=0)
+            await one.store_failure(lease, UpstreamInvalid("nonsense"), seconds=0)
     found = await flight
     assert isinstance(found, Lease)
     assert found.version > lease.version
@@ -163,26 +163,26 @@ async def test_valkey_does_not_share_a_replicas_own_trouble(
     """Another replica may reach the upstream: it gets the lease and no failure."""
     lease = await leased(one)
     flight = await waiting(other)
-    await one.fail(lease, trouble, seconds=60)
+    await one.store_failure(lease, trouble, seconds=60)
     found = await flight
     assert isinstance(found, Lease)
-    assert other.failure(KEY) is None
-    assert one.failure(KEY) is trouble
+    assert other.cached_failure(KEY) is None
+    assert one.cached_failure(KEY) is trouble
 
 
 async def test_valkey_accepts_a_late_result_of_a_released_lease(one: ValkeyStore, other: ValkeyStore) -> None:
     """A retry that succeeds after the release is stored, unless another replica has the lease by then."""
     lease = await leased(one)
-    one.release(lease)
+    one.release_lease_early(lease)
     taken = await leased(other)
     assert await save(one, lease, message="late") is None
     await save(other, taken, message="newer")
     again = await leased(other, after=taken.version)
-    other.release(again)
+    other.release_lease_early(again)
     await eventually(lambda: operations(other, "fail") == 1, "it is released")
     kept = await save(other, again, message="newest")
     assert said(kept) == "newest"
-    found = await one.acquire(KEY, Wanted(newer_than=taken.version))
+    found = await one.acquire(KEY, Requirement(newer_than=taken.version))
     assert isinstance(found, Snapshot)
     assert said(found) == "newest"
 
@@ -201,7 +201,7 @@ async def test_valkey_notifies_replicas_that_want_the_task(one: ValkeyStore, oth
     await stored(one, message="first")
     await other.acquire(KEY)
     heard: list[Snapshot] = []
-    other.on_change(heard.append, wanted=KEY.__eq__)
+    other.on_change(heard.append, is_watched=KEY.__eq__)
     unheld = await stored(one, KEY._replace(task_id="unheld"))
     await stored(one, message="second")
     await eventually(lambda: heard, "the other hears of it")
@@ -213,7 +213,7 @@ async def test_valkey_notifies_replicas_that_want_the_task(one: ValkeyStore, oth
 async def test_valkey_keeps_terminal_snapshots(one: ValkeyStore, other: ValkeyStore) -> None:
     """A terminal snapshot is final while it is fresh, and not replaced when it is stale."""
     ended = await stored(one, status="succeeded", lifetime=1.0)
-    found = await other.acquire(KEY, Wanted(newer_than=ended.version, seen_revision=ended.revision + 1))
+    found = await other.acquire(KEY, Requirement(newer_than=ended.version, seen_revision=ended.revision + 1))
     assert isinstance(found, Snapshot)
     assert found.etag == ended.etag
     await asyncio.sleep(1.0)
@@ -291,7 +291,7 @@ async def test_valkey_ignores_invalid_messages(opened: Open, server: StoreServer
     await eventually(lambda: len(heard) == 2, "the last message is heard")
     assert heard == [3600.0, None]
     assert store.trouble is None
-    assert store.failure(KEY) is None
+    assert store.cached_failure(KEY) is None
     assert await shown(store) is known
 
 
@@ -303,7 +303,7 @@ async def test_valkey_ignores_a_failure_beyond_the_settings(
     store = await opened({"url": server.url})
     lease = await leased(store)
     name = name_of(server).decode()
-    await store.abandon(lease)
+    await store.release_lease(lease)
     failure = encode_failure(KEY, UpstreamInvalid("nonsense"))
     ends = server_time(server) + seconds * 1_000_000
     server.client.hset(name, mapping={"failure": failure, "failed_until": ends})
@@ -317,7 +317,7 @@ async def test_valkey_revalidates_after_a_lost_subscription(opened: Open, server
     server.client.execute_command("CLIENT", "KILL", "TYPE", "pubsub")
     await eventually(lambda: one.trouble, "it notices the loss")
     assert one.trouble is not None
-    assert one.peek_any(KEY) is landed
+    assert one.last_known(KEY) is landed
     await eventually(lambda: one.trouble is None, "it is up again")
     assert await shown(one) is None
     assert await one.acquire(KEY) is landed
@@ -367,7 +367,7 @@ async def test_valkey_sync_times_out(opened: Open, server: StoreServer) -> None:
     server.freeze()
     try:
         await eventually(lambda: hasty.trouble, "it works alone, without any request")
-        assert not await hasty.sync()
+        assert not await hasty.catch_up()
         entry = hasty.peek(landed.key)
         assert entry is not None
         assert entry.snapshot is landed
@@ -455,7 +455,7 @@ async def test_valkey_follows_a_failover(opened: Open, tmp_path: Path) -> None:
         assert servers.primary.client.wait(1, 5000) == 1
         servers.primary.kill()
         await eventually(lambda: one.trouble, "it is alone")
-        alone = await one.acquire(KEY, Wanted(newer_than=before.version))
+        alone = await one.acquire(KEY, Requirement(newer_than=before.version))
         assert isinstance(alone, Lease)
         assert not alone.token
         assert alone.version > before.version
@@ -474,7 +474,7 @@ async def test_valkey_closes_its_connections_though_cancelled(server: StoreServe
     opened: set[Any] = set()
 
     async def use() -> None:
-        async with connected(settings, identity="account", redactor=Redactor()) as servers:
+        async with connect(settings, identity="account", redactor=Redactor()) as servers:
             await servers.warm_up()
             pool = servers.client.connection_pool  # type: ignore[union-attr]  # a single server's
             opened.update(pool._available_connections)
@@ -503,7 +503,7 @@ async def test_valkey_closes_a_cluster_though_cancelled(
     with cluster(tmp_path) as nodes, suppress(asyncio.CancelledError):
         settings = StoreSettings.model_validate({"url": nodes[0].url, "cluster": True})
         monkeypatch.setattr(RedisCluster, "aclose", cancelled)
-        async with connected(settings, identity="account", redactor=Redactor()) as servers:
+        async with connect(settings, identity="account", redactor=Redactor()) as servers:
             await servers.warm_up()
             manager = servers.client.nodes_manager  # type: ignore[union-attr]  # a cluster's
             everywhere = [*manager.nodes_cache.values(), *manager.startup_nodes.values()]
@@ -529,7 +529,7 @@ async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> N
             assert each.trouble is None
             assert errors(each, "subscribe") == 0
         heard: list[Snapshot] = []
-        other.on_change(heard.append, wanted=lambda _: True)
+        other.on_change(heard.append, is_watched=lambda _: True)
         for task in range(number - 99, number + 1):  # in every shard
             await stored(one, KEY._replace(task_id=f"task-{task}"), message="changed")
         await eventually(lambda: len(heard) == 100, "the other hears of every change")
@@ -557,7 +557,7 @@ async def test_valkey_works_alone_with_an_invalid_server(opened: Open, says: byt
         landed = seen(KEY, version=lease.version, lifetime=LIFETIME)
         assert await store.commit(lease, lambda _: landed) is landed
         assert await shown(store) is landed
-        assert await store.take_permits(1.0, burst=1.0, renewals=1, first_queries=1) is None
+        assert await store.take_permits(1.0, burst=1.0, refreshes=1, first_queries=1) is None
         await store.__aexit__()
 
 
@@ -570,7 +570,7 @@ async def test_servers_lose_no_cancellation(turns: int, server: StoreServer) -> 
     """
     settings = StoreSettings.model_validate({"url": server.url})
     async with (
-        connected(settings, identity="account", redactor=Redactor()) as servers,
+        connect(settings, identity="account", redactor=Redactor()) as servers,
         AsyncExitStack() as stack,
     ):
         pubsub = await servers.subscribe(stack)

@@ -15,7 +15,7 @@ from gateway.domain.errors import UpstreamInvalid
 from gateway.domain.permits import Permits
 from gateway.domain.snapshot import Snapshot, version_now
 from gateway.domain.task import Status, TaskKey
-from gateway.stores.base import Lease, Wanted
+from gateway.stores.base import Lease, Requirement
 from gateway.stores.valkey.store import ValkeyStore
 from gateway.upstream.rate_limiter import RateLimiter
 from tests.support.fault_proxy import FaultProxy
@@ -84,7 +84,7 @@ async def version_of(store: ValkeyStore, version: int, key: TaskKey = KEY) -> No
     """Wait until a store shows this version or a later one."""
 
     def has_it() -> bool:
-        snapshot = store.peek_any(key)
+        snapshot = store.last_known(key)
         return snapshot is not None and snapshot.version >= version
 
     await eventually(has_it, "the other store has the version")
@@ -107,7 +107,7 @@ async def test_announced_snapshot_with_the_same_body_needs_no_operation(
     """Other replicas have the body already: the announcement alone renews their copy."""
     first = await stored(one, lifetime=5.0)
     await other.acquire(KEY)
-    known = other.peek_any(KEY)
+    known = other.last_known(KEY)
     assert known is not None
     before = operations(other)
     second = await stored(one)
@@ -124,7 +124,7 @@ async def test_announced_snapshot_with_the_same_body_needs_no_operation(
 async def test_announced_snapshot_that_is_not_read_is_not_loaded(
     one: ValkeyStore, other: ValkeyStore
 ) -> None:
-    """A copy that was not read since it arrived is only marked as superseded; the next request loads it."""
+    """A copy that was not read since it arrived is only invalidated; the next request loads it."""
     await stored(one)
     await other.acquire(KEY)
     before = operations(other)
@@ -146,7 +146,7 @@ async def test_announced_snapshot_is_loaded_where_it_is_needed(
     await stored(one)
     await other.acquire(KEY)
     heard: list[Snapshot] = []
-    other.on_change(heard.append, wanted=lambda key: why == "watched" and key == KEY)
+    other.on_change(heard.append, is_watched=lambda key: why == "watched" and key == KEY)
     if why == "read":
         await read(other)
     second = await stored(one, message="second")
@@ -182,7 +182,7 @@ async def test_smaller_lifetime_counts(opened: Open, server: StoreServer) -> Non
     assert found.lifetime == 2.0
     second = await stored(one)
     await version_of(short, second.version)
-    renewed = short.peek_any(KEY)
+    renewed = short.last_known(KEY)
     assert renewed is not None
     assert renewed.lifetime == 2.0
 
@@ -199,14 +199,14 @@ async def test_older_announcement_has_no_effect(one: ValkeyStore, server: StoreS
 async def test_unchanged_snapshot_keeps_its_entry(one: ValkeyStore) -> None:
     """A refused commit does not replace the entry with a copy, and no listener is called."""
     late = await leased(one)
-    one.release(late)
+    one.release_lease_early(late)
     known = await stored(one, message="newer")
     await read(one)
     entry = one.peek(KEY)
     heard: list[Snapshot] = []
     one.on_change(heard.append)
     assert await save(one, late, message="late") is known
-    await one.sync()
+    await one.catch_up()
     assert one.peek(KEY) is entry
     assert heard == []
 
@@ -223,16 +223,16 @@ async def test_paused_replica_catches_up_without_the_server(one: ValkeyStore, se
     try:
         await blocked(0.1)
         assert one.peek(KEY) is None
-        assert one.peek_any(KEY) is known
+        assert one.last_known(KEY) is known
         began = time.monotonic()
-        assert await one.sync()
+        assert await one.catch_up()
         assert time.monotonic() - began < 0.3
         entry = one.peek(KEY)
         assert entry is not None
         assert entry.snapshot is known
         assert one.is_current(entry)
         assert operations(one) == before
-        assert not await one.sync(), "it is up to date already"
+        assert not await one.catch_up(), "it is up to date already"
     finally:
         server.thaw()
 
@@ -242,7 +242,7 @@ async def test_paused_replica_reads_the_messages_that_it_has_missed(
     needed: str, one: ValkeyStore, server: StoreServer
 ) -> None:
     """A snapshot that was replaced during the pause is not shown after it, not even while it is loaded."""
-    one.on_change(lambda _: None, wanted=lambda key: needed == "watched" and key == KEY)
+    one.on_change(lambda _: None, is_watched=lambda key: needed == "watched" and key == KEY)
     known = await stored(one)
     assert await shown(one) is known
     entry = one.peek(KEY)
@@ -257,7 +257,7 @@ async def test_paused_replica_reads_the_messages_that_it_has_missed(
         pipeline.execute()
     time.sleep(0.1)  # noqa: ASYNC251  # the loop has not read the messages
     assert not one.is_current(entry)
-    assert await one.sync()
+    assert await one.catch_up()
     assert one.peek(KEY) is None
     assert not one.is_current(entry)
 
@@ -272,9 +272,9 @@ async def test_sync_does_not_raise_when_the_connection_is_lost(opened: Open, ser
             await eventually(lambda: one.trouble is None, "it shares")
             proxy.drop()
             time.sleep(0.1)  # noqa: ASYNC251  # the loop notices the reset and its pause at the same time
-            await one.sync()
+            await one.catch_up()
             await eventually(lambda: one.trouble, "it notices")
-            assert one.peek_any(KEY) is known
+            assert one.last_known(KEY) is known
     gc.collect()  # reports the exceptions of tasks that were not retrieved
     assert unexpected == []
 
@@ -315,9 +315,9 @@ async def test_cache_in_use_stays_up_to_date(one: ValkeyStore) -> None:
 async def test_cache_that_was_not_used_is_up_to_date_again_at_once(one: ValkeyStore) -> None:
     """An idle replica runs no timer; its next lookup waits for a few iterations of the event loop."""
     known = await stored(one)
-    await one.sync()
+    await one.catch_up()
     await eventually(lambda: one.peek(KEY) is None, "the timer has stopped")
-    assert await one.sync()
+    assert await one.catch_up()
     assert await shown(one) is known
 
 
@@ -437,9 +437,9 @@ async def test_stored_end_wins_over_a_running_snapshot_that_was_fetched_alone(
 
 async def alone(store: ValkeyStore, **values: Any) -> Snapshot:
     """Fetch a snapshot without the store."""
-    known = store.peek_any(KEY)
+    known = store.last_known(KEY)
     assert known is not None
-    lease = await store.acquire(KEY, Wanted(newer_than=known.version))
+    lease = await store.acquire(KEY, Requirement(newer_than=known.version))
     assert isinstance(lease, Lease)
     assert not lease.token
     kept = await save(store, lease, **values)
@@ -448,6 +448,35 @@ async def alone(store: ValkeyStore, **values: Any) -> Snapshot:
 
 
 # Leases
+
+
+async def test_commit_returns_nothing_older_than_announced(
+    one: ValkeyStore, other: ValkeyStore, server: StoreServer
+) -> None:
+    """If the server evicts a task, two queries overlap; the older snapshot is then fetched again."""
+    lease = await leased(one)
+    server.client.flushall()
+    newer = await stored(other, message="newer")
+    assert newer.version > lease.version
+    await heard_all(other, one)
+    server.client.flushall()
+    assert await save(one, lease, message="older") is None
+
+
+async def test_late_end_of_an_earlier_lease_does_not_affect_the_next_one(
+    one: ValkeyStore, other: ValkeyStore, server: StoreServer
+) -> None:
+    """A dropped request may end after the next one has acquired its lease; its announcements still count."""
+    dropped = await leased(one)
+    server.client.flushall()
+    lease = await leased(one)
+    await one.release_lease(dropped)
+    server.client.flushall()
+    newer = await stored(other, message="newer")
+    assert newer.version > lease.version
+    await heard_all(other, one)
+    server.client.flushall()
+    assert await save(one, lease, message="older") is None
 
 
 async def test_leases_are_renewed_together(one: ValkeyStore, server: StoreServer) -> None:
@@ -462,7 +491,7 @@ async def test_leases_are_renewed_together(one: ValkeyStore, server: StoreServer
     held = [int(server.client.hget(name, "held_until")) - now for name in names]  # type: ignore[arg-type, union-attr]
     assert len(held) == len(leases)
     assert min(held) > 0.5 * LEASE_SECONDS * 1_000_000
-    await asyncio.gather(*map(one.abandon, leases))
+    await asyncio.gather(*map(one.release_lease, leases))
     assert not server.client.keys("*/task-*")
 
 
@@ -506,7 +535,7 @@ async def test_clock_step_does_not_prolong_a_failure(
 ) -> None:
     """A failure whose end is too far ahead, or has passed, does not count."""
     lease = await leased(one)
-    await one.fail(lease, UpstreamInvalid("nonsense"), seconds=5)
+    await one.store_failure(lease, UpstreamInvalid("nonsense"), seconds=5)
     step_clock(server, step)
     new = await opened({"url": server.url}, error_seconds=5)
     assert isinstance(await new.acquire(KEY), Lease)
@@ -525,7 +554,7 @@ async def test_clock_step_makes_snapshots_stale(
     kept = await save(new, lease, progress=0.3)
     assert kept is not None
     assert kept.progress == 0.8
-    found = await one.acquire(KEY, Wanted(newer_than=known.version))
+    found = await one.acquire(KEY, Requirement(newer_than=known.version))
     assert isinstance(found, Snapshot)
     assert found.fresh(time.monotonic())
 
@@ -635,7 +664,7 @@ async def test_probe_tells_why_the_server_stores_nothing(
         seconds = time.monotonic() - began
         assert reason in (one.trouble or "")
         assert seconds < 3, "half a second, and more on a busy machine"
-        lease = await one.acquire(KEY, Wanted(newer_than=known.version))
+        lease = await one.acquire(KEY, Requirement(newer_than=known.version))
         assert isinstance(lease, Lease)
         assert not lease.token
         assert await save(one, lease, message="alone") is not None
@@ -675,7 +704,7 @@ def permits_name(server: StoreServer) -> str:
 
 async def take(
     store: ValkeyStore,
-    renewals: int = 0,
+    refreshes: int = 0,
     first_queries: int = 0,
     *,
     per_second: float = 0.01,
@@ -683,35 +712,35 @@ async def take(
 ) -> Permits:
     """Take permits; by default from a bucket that hardly fills."""
     permits = await store.take_permits(
-        per_second, burst=burst, renewals=renewals, first_queries=first_queries
+        per_second, burst=burst, refreshes=refreshes, first_queries=first_queries
     )
     assert permits is not None
     return permits
 
 
-async def granted(store: ValkeyStore, renewals: int = 0, first_queries: int = 0) -> tuple[int, int]:
-    """Return how many permits are granted to renewals, and to first queries."""
-    permits = await take(store, renewals, first_queries)
-    return permits.renewals, permits.first_queries
+async def granted(store: ValkeyStore, refreshes: int = 0, first_queries: int = 0) -> tuple[int, int]:
+    """Return how many permits are granted to refreshes, and to first queries."""
+    permits = await take(store, refreshes, first_queries)
+    return permits.refreshes, permits.first_queries
 
 
 async def test_permits_are_shared(one: ValkeyStore, other: ValkeyStore) -> None:
     """All replicas together get as many permits as the bucket holds, and no more than they ask for."""
     assert [await granted(each, 3) for each in (one, other, one)] == [(3, 0), (3, 0), (2, 0)]
     none = await take(other, 3)
-    assert (none.renewals, none.first_queries) == (0, 0)
-    assert (none.renewals_elsewhere, none.first_queries_elsewhere) == (1, 0)
+    assert (none.refreshes, none.first_queries) == (0, 0)
+    assert (none.refreshes_elsewhere, none.first_queries_elsewhere) == (1, 0)
     assert 0 < none.next_seconds <= 100
 
 
-async def test_permits_go_to_renewals_first(
+async def test_permits_go_to_refreshes_first(
     one: ValkeyStore, other: ValkeyStore, server: StoreServer
 ) -> None:
-    """Renewals of any replica go before first queries; one permit in four is for first queries."""
+    """Refreshes of any replica go before first queries; one permit in four is for first queries."""
     assert await granted(one, 8) == (8, 0)
     assert await granted(one, 9) == (0, 0)
-    server.client.hset(permits_name(server), mapping={"tokens": 8, "renewals_since": 0})
-    assert await granted(other, 0, 5) == (0, 0), "they are for the renewals of the other replica"
+    server.client.hset(permits_name(server), mapping={"tokens": 8, "refreshes_since": 0})
+    assert await granted(other, 0, 5) == (0, 0), "they are for the refreshes of the other replica"
     assert await granted(one, 9) == (3, 0), "the fourth is for a first query"
     assert await granted(other, 0, 5) == (0, 1)
     assert await granted(one, 6) == (3, 0)
@@ -719,18 +748,18 @@ async def test_permits_go_to_renewals_first(
 
 
 async def test_permits_alternate_on_one_replica(one: ValkeyStore) -> None:
-    """Three renewals, then one first query."""
+    """Three refreshes, then one first query."""
     assert await granted(one, 9, 9) == (6, 2)
 
 
-async def test_permits_go_to_first_queries_without_renewals(one: ValkeyStore, other: ValkeyStore) -> None:
-    """Without any renewals, all permits are for first queries; old numbers of a replica do not count."""
+async def test_permits_go_to_first_queries_without_refreshes(one: ValkeyStore, other: ValkeyStore) -> None:
+    """Without any refreshes, all permits are for first queries; old numbers of a replica do not count."""
     assert await granted(one, 7) == (7, 0)
     assert await granted(one, 9) == (1, 0)
-    assert (await take(other, 0, 1)).renewals_elsewhere == 8
+    assert (await take(other, 0, 1)).refreshes_elsewhere == 8
     await asyncio.sleep(1.1)
     permits = await take(other, 0, 1)
-    assert (permits.renewals_elsewhere, permits.first_queries_elsewhere) == (0, 0)
+    assert (permits.refreshes_elsewhere, permits.first_queries_elsewhere) == (0, 0)
 
 
 async def test_permits_of_a_replica_without_queries_are_not_kept(
@@ -739,9 +768,9 @@ async def test_permits_of_a_replica_without_queries_are_not_kept(
     """A replica whose queries are all served is not in the way of others."""
     assert await granted(one, 8) == (8, 0)
     await take(one, 5)
-    assert (await take(other, 1)).renewals_elsewhere == 5
+    assert (await take(other, 1)).refreshes_elsewhere == 5
     await take(one)
-    assert (await take(other, 1)).renewals_elsewhere == 0
+    assert (await take(other, 1)).refreshes_elsewhere == 0
 
 
 async def test_permits_have_their_rate(one: ValkeyStore, other: ValkeyStore) -> None:
@@ -751,7 +780,7 @@ async def test_permits_have_their_rate(one: ValkeyStore, other: ValkeyStore) -> 
     while total < 30:
         for each in (one, other):
             permits = await take(each, 30, per_second=20, burst=2)
-            total += permits.renewals
+            total += permits.refreshes
             await asyncio.sleep(min(permits.next_seconds, 0.01))
     seconds = time.monotonic() - began
     assert seconds >= (30 - 2) / 20 - 0.1
@@ -765,13 +794,13 @@ async def test_permits_survive_a_clock_step(step: float, one: ValkeyStore, serve
     server.client.hset(name, "refilled_at", server_time(server) - int(step * 1_000_000))
     server.client.hset(name, "elsewhere", f"9 9 {server_time(server) - int(step * 1_000_000)}")
     first = await take(one, 20, per_second=20, burst=2)
-    assert first.renewals <= 2
-    assert first.renewals_elsewhere == 0
+    assert first.refreshes <= 2
+    assert first.refreshes_elsewhere == 0
     assert first.next_seconds <= 0.1
     total = 0
     began = time.monotonic()
     while total < 10:
-        total += (await take(one, 20, per_second=20, burst=2)).renewals
+        total += (await take(one, 20, per_second=20, burst=2)).refreshes
         await asyncio.sleep(0.02)
     assert time.monotonic() - began < 3
 
@@ -786,12 +815,12 @@ async def test_permits_survive_a_clock_step(step: float, one: ValkeyStore, serve
         {"refilled_at": "garbage"},
         {"refilled_at": "1e300"},
         {"refilled_at": "-1e300"},
-        {"renewals_since": "1e300"},
+        {"refreshes_since": "1e300"},
         {"tokens": "nan"},
         {"tokens": "9" * 400},
         {"refilled_at": "nan"},
-        {"renewals_since": "nan"},
-        {"renewals_since": "-1e300"},
+        {"refreshes_since": "nan"},
+        {"refreshes_since": "-1e300"},
         {"unknown": "9" * 400 + " 9 1"},
         {"unknown": "garbage"},
         {"unknown": "9 9 garbage"},
@@ -803,14 +832,14 @@ async def test_permits_survive_forged_fields(forged: Json, one: ValkeyStore, ser
     """No stored value grants more than the bucket holds, or nothing for long."""
     await take(one, 20, per_second=20, burst=2)
     server.client.hset(permits_name(server), mapping=forged)
-    assert (await take(one, 20, per_second=20, burst=2)).renewals <= 2
-    renewals = first_queries = 0
+    assert (await take(one, 20, per_second=20, burst=2)).refreshes <= 2
+    refreshes = first_queries = 0
     ends = time.monotonic() + 1
     while time.monotonic() < ends:
         permits = await take(one, 20, 20, per_second=20, burst=2)
-        renewals, first_queries = renewals + permits.renewals, first_queries + permits.first_queries
+        refreshes, first_queries = refreshes + permits.refreshes, first_queries + permits.first_queries
         await asyncio.sleep(0.02)
-    assert 10 <= renewals + first_queries <= 24
+    assert 10 <= refreshes + first_queries <= 24
     assert first_queries >= 2, "one in four"
 
 
@@ -831,7 +860,7 @@ async def test_permits_are_not_taken_while_this_replica_is_throttled(one: Valkey
         nonlocal taken
         permits = await one.take_permits(per_second, **queued)
         if permits is not None:
-            taken += permits.renewals + permits.first_queries
+            taken += permits.refreshes + permits.first_queries
         return permits
 
     limiter = RateLimiter(50, take_shared=counted)
@@ -850,7 +879,7 @@ async def test_permits_of_the_store_cost_no_time(one: ValkeyStore) -> None:
 
 async def call(limiter: RateLimiter) -> None:
     """Wait for a permit, and use it."""
-    with await limiter.acquire(renewal=True, timeout_seconds=60) as permit:
+    with await limiter.acquire(is_refresh=True, timeout_seconds=60) as permit:
         permit.consume()
 
 
@@ -860,7 +889,7 @@ async def call(limiter: RateLimiter) -> None:
 async def test_facts_without_a_value_count_as_absent(one: ValkeyStore, server: StoreServer) -> None:
     """If a task's facts are stored without its snapshot, the replica commits its own one."""
     late = await leased(one)
-    one.release(late)
+    one.release_lease_early(late)
     version = version_now() + 1_000_000
     server.client.hset(
         name_of(server), mapping={"version": version, "fetched": version, "lifetime": 60_000_000}
@@ -894,14 +923,14 @@ async def test_shorter_lifetime_needs_few_operations(
 async def test_watched_task_without_an_entry_is_loaded(one: ValkeyStore, other: ValkeyStore) -> None:
     """A replica whose first query has failed receives the snapshot that another one has fetched."""
     heard: list[Snapshot] = []
-    other.on_change(heard.append, wanted=lambda key: key == KEY)
+    other.on_change(heard.append, is_watched=lambda key: key == KEY)
     await stored(one)
     await eventually(lambda: heard, "the snapshot is loaded")
 
 
 async def test_own_commit_is_not_loaded_back(one: ValkeyStore) -> None:
     """The message about a replica's own commit starts no operation, although the task is watched."""
-    one.on_change(lambda _: None, wanted=lambda _: True)
+    one.on_change(lambda _: None, is_watched=lambda _: True)
     for _ in range(5):
         await stored(one)
     await heard_all(one, one)

@@ -69,7 +69,7 @@ class Bench:
         snapshot = Snapshot(
             KEY, self.now, lifetime, b"", Status.RUNNING, 0.5, None, body, etag, version=version
         )
-        return self.store.keep(snapshot)
+        return self.store.put(snapshot)
 
     def ask(
         self,

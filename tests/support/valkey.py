@@ -14,7 +14,7 @@ from gateway.domain.entity_tag import EntityTags
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.settings.model import Store as StoreSettings
-from gateway.stores.base import Lease, Wanted
+from gateway.stores.base import Lease, Requirement
 from gateway.stores.valkey.store import ValkeyStore
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
@@ -83,7 +83,7 @@ def _sample(store: ValkeyStore, name: str, operation: str) -> float:
 
 async def leased(store: ValkeyStore, key: TaskKey = KEY, *, after: int = 0) -> Lease:
     """Acquire a lease that the server has granted."""
-    lease = await store.acquire(key, Wanted(newer_than=after))
+    lease = await store.acquire(key, Requirement(newer_than=after))
     assert isinstance(lease, Lease)
     assert lease.token
     return lease
@@ -110,7 +110,7 @@ async def save(store: ValkeyStore, lease: Lease, **values: Any) -> Snapshot | No
 
 async def stored(store: ValkeyStore, key: TaskKey = KEY, **values: Any) -> Snapshot:
     """Acquire a lease, although the present snapshot may be fresh, and commit a snapshot."""
-    known = store.peek_any(key)
+    known = store.last_known(key)
     lease = await leased(store, key, after=0 if known is None else known.version)
     kept = await save(store, lease, **values)
     assert kept is not None
@@ -118,15 +118,15 @@ async def stored(store: ValkeyStore, key: TaskKey = KEY, **values: Any) -> Snaps
 
 
 async def shown(store: ValkeyStore, key: TaskKey = KEY) -> Snapshot | None:
-    """Return the current snapshot. A busy machine may have paused this process, hence `sync`."""
-    await store.sync()
+    """Return the current snapshot. A busy machine may have paused this process, hence `catch_up`."""
+    await store.catch_up()
     entry = store.peek(key)
     return None if entry is None else entry.snapshot
 
 
 async def read(store: ValkeyStore, key: TaskKey = KEY) -> None:
     """Count a read of the current snapshot, as a cache hit does."""
-    await store.sync()
+    await store.catch_up()
     entry = store.peek(key)
     assert entry is not None
     entry.reads += 1

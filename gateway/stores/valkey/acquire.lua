@@ -2,7 +2,7 @@
 --
 -- KEYS    1 the task
 -- ARGV    1 latest version known to the caller, 2 smallest version that is a result, 3 oldest revision that is
---         a result, 4 token ('': only read the snapshot), 5 channel, 6 subject, 7 smallest version of a new
+--         a result, 4 token ('': only read the snapshot), 5 channel, 6 name of the task, 7 smallest version of a new
 --         lease; in microseconds: 8 duration of the lease, 9 how long the caller caches failures
 -- result  {kind, number, version, age, lifetime, terminal, value, failure}; times in microseconds
 --         kind     "fresh", "failure", "held", "lease" or "none"
@@ -29,6 +29,6 @@ if pending(task.failed_until, now, tonumber(ARGV[9])) then return reply('failure
 if task.holder and pending(task.held_until, now, lease) then return reply('held', task.held_until - now) end
 redis.call('HSET', KEYS[1], 'holder', ARGV[4], 'held_until', text(now + lease))
 keep(math.ceil(lease / 1000))
--- The server may have evicted the key: replicas that have a snapshot of the task store it again (store.py).
+-- The server may have evicted the key: replicas that have a snapshot of the task write it again (updates.py).
 if task.version == 0 and known == 0 then redis.call('PUBLISH', ARGV[5], 'Q' .. ARGV[6]) end
 return reply('lease', math.max(tonumber(ARGV[7]), task.version + 1, task.revision + 1))

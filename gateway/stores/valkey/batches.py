@@ -16,18 +16,18 @@ from redis.exceptions import ClusterDownError, NoScriptError
 
 CONNECTIONS = 4  # batches in flight at the same time, each on its own connection
 _MAX_BATCH = 256  # commands
-_MAX_WAITS = 4  # a batch gets its timeout so many times, if the event loop was busy
-_LATE = 1.5  # if a wait took longer than its timeout by this factor, the event loop was busy
+_MAX_WAITS = 4  # if the event loop was busy, a batch waits for its timeout up to so many times
+_BUSY_FACTOR = 1.5  # if a wait took longer than its timeout by this factor, the event loop was busy
 # A command is sent once more after these errors: the server does not know the script yet, or a slot is moving
 # from one node of a cluster to another, which takes a moment.
 _SEND_AGAIN = (NoScriptError, ClusterDownError)
 
 
 class Command(NamedTuple):
-    """A command. `or_else` is sent instead if the server does not know the script."""
+    """A command. If the server does not know its script, `with_script` is sent instead."""
 
     parts: tuple[Any, ...]
-    or_else: tuple[Any, ...] | None = None
+    with_script: tuple[Any, ...] | None = None
 
 
 class Batches:
@@ -38,7 +38,7 @@ class Batches:
         self._timeout_seconds = timeout_seconds
         self._waiting: deque[tuple[Command, asyncio.Future[Any]]] = deque()
         self._running: set[asyncio.Task[None]] = set()
-        self._scheduled = False
+        self._scheduled = False  # `_start` runs in the next iteration of the event loop
 
     async def send(self, command: Command) -> Any:
         """Return the reply to a command. Raises: any exception of redis-py, TimeoutError, OSError."""
@@ -75,16 +75,16 @@ class Batches:
         try:
             replies = await self._replies([command.parts for command, _ in batch])
             again = [index for index, reply in enumerate(replies) if isinstance(reply, _SEND_AGAIN)]
-            parts = [batch[index][0].or_else or batch[index][0].parts for index in again]
+            parts = [batch[index][0].with_script or batch[index][0].parts for index in again]
             for index, reply in zip(again, await self._replies(parts), strict=True):
                 replies[index] = reply
         except BaseException as exc:
             failure = ConnectionError("closed") if isinstance(exc, asyncio.CancelledError) else exc
-            # After a timeout, commands that still wait would only wait longer.
-            late = isinstance(exc, TimeoutError)
-            for _, reply in [*batch, *(self._waiting if late else ())]:
+            # The server does not reply in time. So the queued commands fail now, not after another timeout.
+            timed_out = isinstance(exc, TimeoutError)
+            for _, reply in [*batch, *(self._waiting if timed_out else ())]:
                 _fail(reply, failure)
-            if late:
+            if timed_out:
                 self._waiting.clear()
             if not isinstance(exc, Exception):
                 raise
@@ -108,8 +108,8 @@ class Batches:
                 await asyncio.wait({sending}, timeout=self._timeout_seconds)
                 if sending.done():
                     return list(sending.result())
-                if time.monotonic() - started < _LATE * self._timeout_seconds:
-                    break  # else the event loop was busy, and the replies may have arrived unread
+                if time.monotonic() - started < _BUSY_FACTOR * self._timeout_seconds:
+                    break  # else the event loop was busy, and replies may wait in the socket
             raise TimeoutError
         finally:
             if not sending.done():

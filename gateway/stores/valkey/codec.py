@@ -4,8 +4,8 @@
 
 Stored values are untrusted input: they may come from another version, belong to another task, be truncated,
 or be forged. Every byte is checked. Only the vendor's envelope reaches clients: body and entity tag are
-rendered from it again, as for a response from the upstream. The facts that the scripts compare
-(`StoredSnapshot`) are stored in fields of their own, beside the encoded value.
+rendered from it again, as for a response from the upstream. The scripts compare the numbers of `StoredFacts`,
+which are stored in fields of their own beside the encoded value.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import msgspec
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.envelope import read_envelope, read_rejection
 from gateway.domain.errors import (
+    GENERIC_TEXT,
     GatewayError,
     UpstreamBusy,
     UpstreamError,
@@ -34,29 +35,25 @@ MICROSECONDS = 1_000_000
 LONGEST_RETRY_SECONDS = 3600.0  # the maximum that `signed_request.py` accepts from the upstream
 
 _DIGEST_BYTES = 12
-_END = 2**53  # the scripts compute with doubles, which are exact below this number
-_DAY = 86_400 * MICROSECONDS  # by how much the clock of another replica may be ahead
-_LONGEST_LIFETIME = 2_592_000_000_000  # microseconds: the maximum of the `cache` settings
-_LONGEST_HEADER = 16_384
+_MAX_EXACT = 2**53  # the scripts compute with doubles, which are exact below this number
+_MAX_CLOCK_LEAD = 86_400 * MICROSECONDS  # by how much the clock of another replica may be ahead
+_LONGEST_LIFETIME = 2_592_000_000_000  # in microseconds: the maximum of the `cache` settings
+_MAX_HEADER_BYTES = 16_384
 
-# Failures that another replica would have, too, with the error text for its callers. `UpstreamRejected` is
-# shared with its envelope. All other failures may concern only this replica: no connection, a timeout, its
-# limits.
-_SHARED: dict[type[UpstreamError], str] = {
-    UpstreamBusy: "the upstream failed temporarily",
-    UpstreamForbidden: "the upstream refused the query of this task",
-    UpstreamInvalid: "the upstream's answer is not valid",
-    UpstreamThrottled: "the upstream limits the rate of calls",
+# Failures that other replicas would have, too. `UpstreamRejected` is also shared, with its envelope. Others
+# may concern only this replica: no connection, a timeout, its limits.
+_SHARED_FAILURES: dict[str, type[UpstreamError]] = {
+    failure.__name__: failure
+    for failure in (UpstreamBusy, UpstreamForbidden, UpstreamInvalid, UpstreamThrottled)
 }
-_KINDS = {kind.__name__: kind for kind in _SHARED}
 
 
 class InvalidStoredValue(ValueError):
     """A value that no gateway of this version wrote for this task."""
 
 
-class StoredSnapshot(NamedTuple):
-    """The facts about a stored snapshot; age and lifetime in microseconds.
+class StoredFacts(NamedTuple):
+    """What the scripts know about a stored snapshot, without its value; age and lifetime in microseconds.
 
     `age` is negative if the server's clock was set back after the snapshot was fetched.
     """
@@ -67,29 +64,29 @@ class StoredSnapshot(NamedTuple):
     terminal: int
 
     @classmethod
-    def checked(cls, *facts: Any) -> StoredSnapshot:
-        """Return the facts in a reply or a message. Raises: InvalidStoredValue."""
+    def checked(cls, *facts: Any) -> StoredFacts:
+        """Return the facts of a reply or a message, with all ranges checked. Raises: InvalidStoredValue."""
         if [type(fact) for fact in facts] != [int] * 4:
             raise InvalidStoredValue("not four numbers")
-        stored = cls(*facts)
+        checked = cls(*facts)
         in_range = (
-            0 <= stored.version < version_now() + _DAY
-            and -_END < stored.age < _END
-            and stored.terminal in (0, 1)
+            0 <= checked.version < version_now() + _MAX_CLOCK_LEAD
+            and -_MAX_EXACT < checked.age < _MAX_EXACT
+            and checked.terminal in (0, 1)
         )
-        if not in_range or not 0 <= stored.lifetime <= _LONGEST_LIFETIME:
+        if not in_range or not 0 <= checked.lifetime <= _LONGEST_LIFETIME:
             raise InvalidStoredValue("number out of range")
-        return stored
+        return checked
 
     def fetched_at(self, now: float) -> float:
         """Return when the snapshot was fetched, on the clock of `now`; stale if the age is negative."""
         return now - (self.age if self.age >= 0 else self.lifetime) / MICROSECONDS
 
 
-class _Header(msgspec.Struct, forbid_unknown_fields=True):
+class _SnapshotHeader(msgspec.Struct, forbid_unknown_fields=True):
     """The header of a snapshot's envelope. `progress` is the minimum for later snapshots of a running task.
 
-    `version` and `lifetime` repeat facts of `StoredSnapshot`, which the digest does not cover.
+    `version` and `lifetime` repeat facts of `StoredFacts`, which the digest does not cover.
     """
 
     operation: str
@@ -100,7 +97,7 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
     lifetime: int
 
 
-class _Failure(msgspec.Struct, forbid_unknown_fields=True):
+class _FailureHeader(msgspec.Struct, forbid_unknown_fields=True):
     operation: str
     task: str
     kind: str
@@ -117,7 +114,7 @@ def encode_snapshot(snapshot: Snapshot) -> bytes:
         "revision": snapshot.revision,
         "lifetime": lifetime_of(snapshot),
     }
-    return _sealed(header, snapshot.envelope)
+    return _with_digest(header, snapshot.envelope)
 
 
 def lifetime_of(snapshot: Snapshot) -> int:
@@ -128,7 +125,7 @@ def lifetime_of(snapshot: Snapshot) -> int:
 def decode_snapshot(
     encoded: bytes,
     key: TaskKey,
-    stored: StoredSnapshot,
+    facts: StoredFacts,
     *,
     fetched_at: float,
     lifetimes: Mapping[Status | None, float],
@@ -136,12 +133,12 @@ def decode_snapshot(
 ) -> Snapshot:
     """Decode a snapshot of this task. Raises: InvalidStoredValue.
 
-    Its lifetime is the shorter one of the stored lifetime and `lifetimes`.
+    Its lifetime is the stored one, or the one in `lifetimes` if that is shorter.
     """
-    header, envelope = _unsealed(encoded, key, _HEADER)
-    if header.version != stored.version or header.lifetime != stored.lifetime:
+    header, envelope = _checked(encoded, key, _SNAPSHOT_HEADER)
+    if header.version != facts.version or header.lifetime != facts.lifetime:
         raise InvalidStoredValue("facts and header differ")
-    if not 0 < header.revision < version_now() + _DAY:
+    if not 0 < header.revision < version_now() + _MAX_CLOCK_LEAD:
         raise InvalidStoredValue("revision out of range")
     try:
         snapshot = restore_snapshot(
@@ -151,14 +148,14 @@ def decode_snapshot(
             progress=header.progress,
             fetched_at=fetched_at,
             lifetimes=lifetimes,
-            longest_lifetime=stored.lifetime / MICROSECONDS,
+            longest_lifetime=facts.lifetime / MICROSECONDS,
             version=header.version,
             revision=header.revision,
             tags=tags,
         )
     except GatewayError as exc:
         raise InvalidStoredValue("not an envelope of this task") from exc
-    if snapshot.terminal != stored.terminal or snapshot.progress != header.progress:
+    if snapshot.terminal != facts.terminal or snapshot.progress != header.progress:
         raise InvalidStoredValue("contradictory fields")
     return snapshot
 
@@ -166,10 +163,10 @@ def decode_snapshot(
 def encode_failure(key: TaskKey, error: GatewayError) -> bytes:
     """Encode a failure that other replicas would have, too; return b"" for any other."""
     envelope = error.envelope if isinstance(error, UpstreamRejected) else b""
-    if not envelope and type(error) not in _SHARED:
+    if not envelope and type(error) not in _SHARED_FAILURES.values():
         return b""
     kind = type(error).__name__
-    return _sealed(
+    return _with_digest(
         {"operation": key.operation, "task": key.task_id, "kind": kind, "retry_after": error.retry_after},
         envelope,
     )
@@ -177,31 +174,32 @@ def encode_failure(key: TaskKey, error: GatewayError) -> bytes:
 
 def decode_failure(encoded: bytes, key: TaskKey) -> UpstreamError:
     """Decode a failure of this task. Raises: InvalidStoredValue."""
-    header, envelope = _unsealed(encoded, key, _FAILURE)
+    header, envelope = _checked(encoded, key, _FAILURE_HEADER)
     if header.kind == UpstreamRejected.__name__:
         try:
             return read_rejection(envelope)
         except GatewayError as exc:
             raise InvalidStoredValue("not a rejected envelope") from exc
-    kind = _KINDS.get(header.kind)
-    if kind is None or envelope:
+    failure = _SHARED_FAILURES.get(header.kind)
+    if failure is None or envelope:
         raise InvalidStoredValue("failure of an unknown kind")
     if header.retry_after is not None and not 0 <= header.retry_after <= LONGEST_RETRY_SECONDS:
         raise InvalidStoredValue("retry_after out of range")
-    return kind(_SHARED[kind], retry_after=header.retry_after)
+    return failure(GENERIC_TEXT[failure], retry_after=header.retry_after)
 
 
-def _sealed(header: dict[str, Any], envelope: bytes) -> bytes:
+def _with_digest(header: dict[str, Any], envelope: bytes) -> bytes:
     content = b"%b\n%b" % (render_json(header), envelope)
     return b"%b %b" % (_digest(content), content)
 
 
-def _unsealed(encoded: bytes, key: TaskKey, decoder: msgspec.json.Decoder[Any]) -> tuple[Any, bytes]:
+def _checked(encoded: bytes, key: TaskKey, decoder: msgspec.json.Decoder[Any]) -> tuple[Any, bytes]:
+    """Return header and envelope of a value, if digest and task are right. Raises: InvalidStoredValue."""
     digest, _, content = encoded.partition(b" ")
     if digest != _digest(content):
         raise InvalidStoredValue("wrong digest")
     text, _, envelope = content.partition(b"\n")
-    if len(text) > _LONGEST_HEADER:
+    if len(text) > _MAX_HEADER_BYTES:
         raise InvalidStoredValue("header too large")
     try:
         header = decoder.decode(text)
@@ -216,5 +214,5 @@ def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=_DIGEST_BYTES).hexdigest().encode()
 
 
-_HEADER = msgspec.json.Decoder(_Header)
-_FAILURE = msgspec.json.Decoder(_Failure)
+_SNAPSHOT_HEADER = msgspec.json.Decoder(_SnapshotHeader)
+_FAILURE_HEADER = msgspec.json.Decoder(_FailureHeader)

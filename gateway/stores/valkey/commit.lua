@@ -3,7 +3,7 @@
 -- KEYS    1 the task
 -- ARGV    1 token, '' without a lease, or 'restore' for an earlier snapshot; 2 version, 3 latest version known
 --         when it was built, 4 revision, 5 age and 6 lifetime in microseconds, 7 terminal, 8 value,
---         9 milliseconds to keep it, 10 channel, 11 subject, 12 duration of a lease in microseconds
+--         9 milliseconds to keep it, 10 channel, 11 name of the task, 12 duration of a lease in microseconds
 -- result  {kind, version, age, lifetime, terminal, value}: the stored snapshot as in acquire.lua
 --         kind  "stored"; or "follow": another snapshot was stored since the caller built this one, build it
 --               again; or "refused": the stored snapshot is kept, because it is newer or terminal, or because

@@ -2,9 +2,10 @@
 
     connect -> subscribe -> probe with a write -> up -> lost -> pause -> connect ...
 
-While it is up, a probe writes every half second, so that a store that is down, slow, read-only or full is
-noticed even without requests. If an operation gets no reply within `store.timeout_seconds`, the store becomes
-*suspect*: until a probe has succeeded, all other operations fail at once, and the replica works alone.
+A probe is a script that writes. It runs every half second while the connection is up, so that a store that is
+down, slow, read-only or full is noticed even without requests. If an operation gets no reply within
+`store.timeout_seconds`, the store is *suspect*: until a probe has succeeded, all other operations fail at
+once, and the replica works alone.
 """
 
 from __future__ import annotations
@@ -14,40 +15,54 @@ import math
 import random
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import structlog
 
 from gateway.settings.model import Store
 from gateway.stores.valkey.batches import Batches, Command
+from gateway.stores.valkey.metric_labels import OperationLabel
 from gateway.stores.valkey.scripts import PROBE, Script
-from gateway.stores.valkey.servers import ERRORS, StoreServers, connected, reason_of, unusable
+from gateway.stores.valkey.servers import ERRORS, StoreServers, affects_all_operations, connect, reason_of
 from gateway.stores.valkey.subscription import Subscription
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
 _CONNECT_SECONDS = 2.0  # timeout of all steps until the connection is up
-_PROBE_SECONDS = 0.5  # between two probes
-_PROBES = 2  # the store is down after so many failed probes, one after the other
-_PAUSES = (0.25, 2.0)  # shortest and longest average pause between two attempts to connect
+_PROBE_SECONDS = 0.5  # interval of the probes
+_PROBES = 2  # the store is down after so many consecutive failed probes
+_PAUSES = (0.25, 2.0)  # seconds: shortest and longest average pause between two attempts to connect
 _STABLE_SECONDS = 10.0  # if a connection lasted longer, the next pause is the shortest again
 
 log = structlog.get_logger(__name__)
 
 
 class StoreUnavailable(Exception):
-    """The store is down or too slow, or has refused the operation. It may still have executed it."""
+    """The store is down or slow, or has refused the operation. It may nevertheless have executed it."""
+
+
+class ConnectionListener(Protocol):
+    """Receives the messages and the changes of a connection."""
+
+    def on_message(self, message: bytes) -> None:
+        """Receive a published message."""
+
+    def on_connection_change(self) -> None:
+        """Note that the connection has come up or has gone down."""
+
+    def on_usable(self) -> None:
+        """Note that operations are possible again: the connection is up, and the store not suspect."""
 
 
 class StoreConnection:
     """Runs scripts while it is up. `keep_open` connects, and reconnects after a failure.
 
     `identity` names the account whose data is shared. When it changes, a new connection is opened.
-    `on_message` receives published messages. `on_change` is called when the connection has come up or has
-    gone down, and `on_usable` when operations are possible again: after it has come up, or is no longer
-    suspect. `on_current` receives a moment of the monotonic clock: until then, no message is unread. The
-    moment is `inf` without a connection, because then there are no messages.
+    `on_up_to_date` receives a moment of the monotonic clock: until then, no message is unread. Without a
+    connection there are no messages, and the moment is `inf`.
     """
+
+    _listener: ConnectionListener
 
     def __init__(
         self,
@@ -56,20 +71,14 @@ class StoreConnection:
         identity: Callable[[], str],
         redactor: Redactor,
         metrics: Metrics,
-        on_message: Callable[[bytes], None],
-        on_change: Callable[[], None],
-        on_usable: Callable[[], None],
-        on_current: Callable[[float], None],
+        on_up_to_date: Callable[[float], None],
     ) -> None:
         self.trouble: str | None = "not reached yet"
         self._settings = settings
         self._identity = identity
         self._redactor = redactor
         self._metrics = metrics
-        self._on_message = on_message
-        self._on_change = on_change
-        self._on_usable = on_usable
-        self._on_current = on_current
+        self._on_up_to_date = on_up_to_date
         self._servers: StoreServers | None = None
         self._batches: Batches | None = None
         self._subscription: Subscription | None = None
@@ -80,7 +89,7 @@ class StoreConnection:
 
     @property
     def up(self) -> bool:
-        """Whether operations are possible."""
+        """Whether there is a connection. While the store is suspect, operations fail nevertheless."""
         return self._servers is not None
 
     @property
@@ -89,35 +98,37 @@ class StoreConnection:
         return 0.0 if self._subscription is None else self._subscription.delay
 
     async def catch_up(self) -> bool:
-        """Read all messages that have reached this process; return whether that was necessary."""
+        """Read all messages that have reached this process; return whether some may have been unread."""
         return self._subscription is not None and await self._subscription.catch_up()
 
     @property
     def channel(self) -> str:
         """The channel for messages. Raises: StoreUnavailable."""
-        return self._up().channel
+        return self._require_up().channel
 
     async def run(self, script: Script, name: str, args: list[Any]) -> list[Any]:
         """Run a script on a key, and return its reply. Raises: StoreUnavailable."""
-        return await self._run(self._usable(), script, name, args)
+        return await self._run(self._require_usable(), script, name, args)
 
     async def publish(self, message: str) -> None:
         """Publish a message. Raises: StoreUnavailable."""
-        await self._send(self._usable(), "tell", Command(("PUBLISH", self.channel, message)))
+        servers = self._require_usable()
+        await self._send(servers, OperationLabel.PUBLISH, Command(("PUBLISH", servers.channel, message)))
 
     async def delete(self, name: str) -> None:
         """Delete a key. Raises: StoreUnavailable."""
-        servers = self._usable()
-        await self._send(servers, "discard", Command(("DEL", servers.key(name))))
+        servers = self._require_usable()
+        await self._send(servers, OperationLabel.DELETE, Command(("DEL", servers.key(name))))
 
-    async def keep_open(self) -> None:
+    async def keep_open(self, listener: ConnectionListener) -> None:
         """Keep the connection open until cancelled."""
+        self._listener = listener
         pause = _PAUSES[0]
         while True:
             started, reason = time.monotonic(), ""
             try:
                 identity = self._identity()
-                async with connected(self._settings, identity=identity, redactor=self._redactor) as servers:
+                async with connect(self._settings, identity=identity, redactor=self._redactor) as servers:
                     reason = await self._use(servers)
             except StoreUnavailable as exc:  # the probe has failed
                 reason = str(exc)
@@ -140,8 +151,8 @@ class StoreConnection:
         subscription = Subscription(
             servers,
             timeout_seconds=self._settings.timeout_seconds,
-            on_message=self._on_message,
-            on_current=self._extend_current,
+            on_message=self._listener.on_message,
+            on_up_to_date=self._extend_up_to_date,
         )
         self._batches = batches
         try:
@@ -156,16 +167,16 @@ class StoreConnection:
                         {probing, subscription.lost, failed}, return_when=asyncio.FIRST_COMPLETED
                     )
                     if subscription.lost in done:
-                        self._metrics.store_errors.labels("subscribe").inc()
+                        self._metrics.store_errors.labels(OperationLabel.SUBSCRIBE).inc()
                     reason = next(iter(done)).result()
-                    self._go_down(reason)  # at once: to close a connection may take seconds
+                    self._go_down(reason)  # now, because closing the connection may take seconds
                     return reason
                 finally:
                     probing.cancel()
                     await asyncio.gather(probing, return_exceptions=True)
         finally:
             self._servers = self._subscription = None
-            self._on_current(math.inf)
+            self._on_up_to_date(math.inf)
             await batches.aclose()
 
     async def _keep_probing(self, servers: StoreServers) -> str:
@@ -185,7 +196,7 @@ class StoreConnection:
                         return str(exc)
             if self._suspect.is_set():
                 self._suspect.clear()
-                self._on_usable()
+                self._listener.on_usable()
             if servers.identity != self._identity():
                 return "the access key has changed"
 
@@ -194,53 +205,53 @@ class StoreConnection:
 
     async def _run(self, servers: StoreServers, script: Script, name: str, args: list[Any]) -> list[Any]:
         parts = (1, servers.key(name), *args)
-        command = Command(("EVALSHA", script.sha, *parts), or_else=("EVAL", script.text, *parts))
-        answer = await self._send(servers, script.name, command)
-        if not isinstance(answer, list):
+        command = Command(("EVALSHA", script.sha, *parts), with_script=("EVAL", script.text, *parts))
+        reply = await self._send(servers, script.label, command)
+        if not isinstance(reply, list):
             raise StoreUnavailable("invalid reply of a script")
-        return answer
+        return reply
 
-    async def _send(self, servers: StoreServers, name: str, command: Command) -> Any:
+    async def _send(self, servers: StoreServers, label: OperationLabel, command: Command) -> Any:
         assert self._batches is not None  # noqa: S101  # it exists for as long as `servers`
         started = time.monotonic()
         try:
             return await self._batches.send(command)
         except Exception as exc:  # an invalid reply may cause any exception in redis-py
-            self._metrics.store_errors.labels(name).inc()
+            self._metrics.store_errors.labels(label).inc()
             reason = reason_of(exc)
             if isinstance(exc, TimeoutError):
                 self._suspect.set()
-            elif unusable(exc):
+            elif affects_all_operations(exc):
                 self._fail(servers, reason)
             raise StoreUnavailable(reason) from exc
         finally:
-            self._metrics.store_operation_duration.labels(name).observe(time.monotonic() - started)
+            self._metrics.store_operation_duration.labels(label).observe(time.monotonic() - started)
 
-    def _extend_current(self, until: float) -> None:
+    def _extend_up_to_date(self, until: float) -> None:
         if self._subscription is not None:
-            self._on_current(until)
+            self._on_up_to_date(until)
 
-    def _usable(self) -> StoreServers:
-        servers = self._up()
+    def _require_usable(self) -> StoreServers:
+        servers = self._require_up()
         if self._suspect.is_set():
             raise StoreUnavailable("the store did not reply in time")
         return servers
 
-    def _up(self) -> StoreServers:
+    def _require_up(self) -> StoreServers:
         if self._servers is None:
             raise StoreUnavailable(self.trouble or "")
         return self._servers
 
     def _come_up(self, servers: StoreServers, subscription: Subscription) -> None:
         self._servers, self._subscription = servers, subscription
-        self._on_current(-math.inf)  # until a reader catches up
+        self._on_up_to_date(-math.inf)  # until a reader catches up
         self._suspect.clear()
         self.trouble = None
         self._down_logged = False
         self._metrics.store_up.set(1)
         log.info("store_up")
-        self._on_change()
-        self._on_usable()
+        self._listener.on_connection_change()
+        self._listener.on_usable()
 
     def _fail(self, servers: StoreServers, reason: str) -> None:
         if self._servers is servers and self._failed is not None and not self._failed.done():
@@ -249,11 +260,11 @@ class StoreConnection:
 
     def _go_down(self, reason: str) -> None:
         self._servers = self._subscription = None
-        self._on_current(math.inf)
+        self._on_up_to_date(math.inf)
         self.trouble = reason
         if self._down_logged:
             return
         self._down_logged = True
         self._metrics.store_up.set(0)
         log.warning("store_down", reason=reason, effect="each replica works alone")
-        self._on_change()
+        self._listener.on_connection_change()

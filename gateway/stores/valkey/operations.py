@@ -1,4 +1,4 @@
-"""The operations of the shared store: each method runs one script and checks its reply."""
+"""The operations of the shared store: a method sends one command, mostly a script, and checks the reply."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from gateway.domain.permits import Permits
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.stores.base import Lease
-from gateway.stores.valkey.codec import MICROSECONDS, StoredSnapshot, encode_snapshot, lifetime_of
+from gateway.stores.valkey.codec import MICROSECONDS, StoredFacts, encode_snapshot, lifetime_of
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
-from gateway.stores.valkey.scripts import ACQUIRE, COMMIT, FINISH, PERMITS, RENEW, Script
+from gateway.stores.valkey.scripts import ACQUIRE, COMMIT, END_LEASE, RENEW_LEASE, TAKE_PERMITS, Script
 
-# If the holder of a lease dies, the lease expires after this time. A holder renews it while its query runs.
+# A lease expires after this time unless its holder renews it. So a replica that dies does not block others.
 LEASE_SECONDS = 3.0
-_LEASE = int(LEASE_SECONDS * MICROSECONDS)
+_LEASE_MICROSECONDS = int(LEASE_SECONDS * MICROSECONDS)
 
 
 class Reply(NamedTuple):
     """The reply of `acquire.lua` or `commit.lua`; these files describe its parts."""
 
     kind: bytes
-    stored: StoredSnapshot
+    facts: StoredFacts
     value: bytes
     number: int = 0
     failure: bytes = b""
@@ -39,20 +39,30 @@ class StoreOperations:
         token: str,
         *,
         known: int,
-        least: int,
+        min_version: int,
         seen_revision: int,
         next_version: int,
         error_seconds: float,
     ) -> Reply:
-        """Run `acquire.lua`; `known`: the latest version known here. Raises: InvalidStoredValue."""
+        """Run `acquire.lua`, which describes the arguments. Raises: InvalidStoredValue."""
         channel, error_time = self._connection.channel, int(error_seconds * MICROSECONDS)
         kind, number, *facts, value, failure = await self._run(
             ACQUIRE,
             key,
-            [known, least, seen_revision, token, channel, _subject(key), next_version, _LEASE, error_time],
+            [
+                known,
+                min_version,
+                seen_revision,
+                token,
+                channel,
+                _name(key),
+                next_version,
+                _LEASE_MICROSECONDS,
+                error_time,
+            ],
             [bytes, int, int, int, int, int, bytes, bytes],
         )
-        return Reply(kind, StoredSnapshot.checked(*facts), value, number, failure)
+        return Reply(kind, StoredFacts.checked(*facts), value, number, failure)
 
     async def commit(
         self, token: str, snapshot: Snapshot, *, follows: int, age: float, keep_seconds: float
@@ -72,46 +82,47 @@ class StoreOperations:
                 encode_snapshot(snapshot),
                 max(int(keep_seconds * 1000), 1),
                 self._connection.channel,
-                _subject(snapshot.key),
-                _LEASE,
+                _name(snapshot.key),
+                _LEASE_MICROSECONDS,
             ],
             [bytes, int, int, int, int, bytes],
         )
-        return Reply(kind, StoredSnapshot.checked(*facts), value)
+        return Reply(kind, StoredFacts.checked(*facts), value)
 
-    async def finish(self, lease: Lease, failure: bytes = b"", seconds: float = 0.0) -> None:
-        """Run `finish.lua`."""
+    async def end_lease(self, lease: Lease, failure: bytes = b"", seconds: float = 0.0) -> None:
+        """Run `end_lease.lua`."""
         channel, duration = self._connection.channel, int(seconds * MICROSECONDS)
-        args = [lease.token, failure if duration else b"", duration, channel, _subject(lease.key)]
-        await self._run(FINISH, lease.key, args, [])
+        args = [lease.token, failure if duration else b"", duration, channel, _name(lease.key)]
+        await self._run(END_LEASE, lease.key, args, [])
 
-    async def renew(self, lease: Lease) -> None:
-        """Run `renew.lua`."""
-        await self._run(RENEW, lease.key, [lease.token, _LEASE], [])
+    async def renew_lease(self, lease: Lease) -> None:
+        """Run `renew_lease.lua`."""
+        await self._run(RENEW_LEASE, lease.key, [lease.token, _LEASE_MICROSECONDS], [])
 
     async def take_permits(
-        self, replica: str, per_second: float, *, burst: float, renewals: int, first_queries: int
+        self, replica: str, per_second: float, *, burst: float, refreshes: int, first_queries: int
     ) -> Permits:
-        """Run `permits.lua`."""
-        args = [per_second, burst, replica, renewals, first_queries]
-        reply = _checked(await self._connection.run(PERMITS, "permits", args), [int] * len(Permits._fields))
-        granted, granted_first, pause, *elsewhere = (max(number, 0) for number in reply)
+        """Run `take_permits.lua`."""
+        args = [per_second, burst, replica, refreshes, first_queries]
+        reply = await self._connection.run(TAKE_PERMITS, "permits", args)
+        numbers = _checked(reply, [int] * len(Permits._fields))
+        granted, granted_first, pause, *elsewhere = (max(number, 0) for number in numbers)
         seconds = min(pause / MICROSECONDS, 1 / per_second)
-        return Permits(min(granted, renewals), min(granted_first, first_queries), seconds, *elsewhere)
+        return Permits(min(granted, refreshes), min(granted_first, first_queries), seconds, *elsewhere)
 
-    async def discard(self, key: TaskKey) -> None:
+    async def delete(self, key: TaskKey) -> None:
         """Delete everything about a task."""
-        await self._connection.delete(_subject(key))
+        await self._connection.delete(_name(key))
 
     async def announce_throttling(self, seconds: int | None) -> None:
-        """Publish that the upstream throttles."""
+        """Publish that the upstream throttles; `seconds`: its Retry-After, if any."""
         await self._connection.publish(f"T{'' if seconds is None else seconds}")
 
     async def _run(self, script: Script, key: TaskKey, args: list[Any], shape: list[type]) -> list[Any]:
-        return _checked(await self._connection.run(script, _subject(key), args), shape)
+        return _checked(await self._connection.run(script, _name(key), args), shape)
 
 
-def _subject(key: TaskKey) -> str:
+def _name(key: TaskKey) -> str:
     """Return the name of a task in keys and messages."""
     return f"{key.operation}/{key.task_id}"
 

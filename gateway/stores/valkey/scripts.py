@@ -10,26 +10,27 @@ import hashlib
 from importlib.resources import files
 from typing import NamedTuple
 
+from gateway.stores.valkey.metric_labels import OperationLabel
+
 
 class Script(NamedTuple):
-    """A script, and the digest that identifies it on the server. `name` labels its metrics."""
+    """A script, the digest that identifies it on the server, and the label of its metrics."""
 
-    name: str
+    label: OperationLabel
     text: str
     sha: str
 
 
-def _load(file: str, *, name: str) -> Script:
+def _load(file: str, label: OperationLabel) -> Script:
     folder = files(__package__)
     text = "\n".join(folder.joinpath(part).read_text(encoding="utf-8") for part in ("common.lua", file))
-    # Redis identifies scripts by SHA-1; nothing depends on its strength.
-    return Script(name, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
+    # The server identifies scripts by SHA-1; nothing depends on its strength.
+    return Script(label, text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest())
 
 
-# The names are values of the metrics' label `operation`; some are older than the files' names.
-ACQUIRE = _load("acquire.lua", name="take_off")
-COMMIT = _load("commit.lua", name="land")
-FINISH = _load("finish.lua", name="fail")
-RENEW = _load("renew.lua", name="renew")
-PERMITS = _load("permits.lua", name="token")
-PROBE = _load("probe.lua", name="probe")
+ACQUIRE = _load("acquire.lua", OperationLabel.ACQUIRE)
+COMMIT = _load("commit.lua", OperationLabel.COMMIT)
+END_LEASE = _load("end_lease.lua", OperationLabel.END_LEASE)
+RENEW_LEASE = _load("renew_lease.lua", OperationLabel.RENEW_LEASE)
+TAKE_PERMITS = _load("take_permits.lua", OperationLabel.TAKE_PERMITS)
+PROBE = _load("probe.lua", OperationLabel.PROBE)

@@ -74,7 +74,7 @@ _CODES: tuple[tuple[type[Exception], str], ...] = (
 
 
 class StoreServers:
-    """The client of the servers, and the names of keys and channel.
+    """The client of the servers, and the names of the keys and the channel.
 
     `identity` names the account whose data is shared.
     """
@@ -110,18 +110,18 @@ class StoreServers:
         if isinstance(client, RedisCluster):
             node = random.choice(client.get_primaries())  # noqa: S311  # spreads load
             client = Redis(host=node.host, port=int(node.port), **self._options)
-            stack.push_async_callback(_finish, client.aclose)
+            stack.push_async_callback(_close, client.aclose)
         pubsub = client.pubsub()
-        stack.push_async_callback(_finish, pubsub.aclose)
+        stack.push_async_callback(_close, pubsub.aclose)
         await pubsub.subscribe(self.channel)
         return pubsub
 
 
-async def _finish(aclose: Callable[..., Awaitable[None]], *args: Any) -> None:
+async def _close(aclose: Callable[..., Awaitable[None]], *args: Any) -> None:
     """Close a client of redis-py completely, even if this task is cancelled meanwhile.
 
-    redis-py closes each connection in a task of its own. If those are cancelled before they have started, the
-    connections stay open.
+    redis-py closes each connection in a task of its own. A connection whose task is cancelled before it has
+    started stays open.
     """
     closing = asyncio.ensure_future(aclose(*args))
     try:
@@ -145,16 +145,16 @@ def reason_of(exc: BaseException) -> str:
     return f"no connection ({type(exc).__name__})" if lost else type(exc).__name__
 
 
-def unusable(exc: BaseException) -> bool:
-    """Tell whether all other operations would fail with this error, too."""
+def affects_all_operations(exc: BaseException) -> bool:
+    """Tell whether other operations would fail with this error, too, so that the connection is of no use."""
     if isinstance(exc, ResponseError) and not isinstance(exc, tuple(kind for kind, _ in _CODES)):
         return bool(_CODE.search(str(exc)) or _FORBIDDEN.search(str(exc)))
     return True
 
 
 @asynccontextmanager
-async def connected(settings: Store, *, identity: str, redactor: Redactor) -> AsyncIterator[StoreServers]:
-    """Connect to the servers of the settings; secret files are read again. Raises: ERRORS."""
+async def connect(settings: Store, *, identity: str, redactor: Redactor) -> AsyncIterator[StoreServers]:
+    """Connect to the servers of the settings; this reads the secret files again. Raises: ERRORS."""
     username, password = settings.login()
     _, sentinel_password = settings.sentinel_login()
     url = settings.url.get_secret_value() if password else ""
@@ -185,8 +185,8 @@ async def connected(settings: Store, *, identity: str, redactor: Redactor) -> As
             # Separate callbacks, so that a cancellation during one does not skip the others. While the
             # topology is due to be reloaded, aclose of redis-py does nothing.
             for nodes in ("startup_nodes", "nodes_cache"):
-                stack.push_async_callback(_finish, client.nodes_manager.aclose, nodes)
-            stack.push_async_callback(_finish, client.aclose)
+                stack.push_async_callback(_close, client.nodes_manager.aclose, nodes)
+            stack.push_async_callback(_close, client.aclose)
             async with asyncio.timeout(_CONNECT_SECONDS):
                 await client.initialize()
         else:
@@ -194,7 +194,7 @@ async def connected(settings: Store, *, identity: str, redactor: Redactor) -> As
             if settings.sentinel_service:
                 host, port = await _primary(settings, transport)
             client = Redis(host=host, port=port, db=settings.database, **options)
-            stack.push_async_callback(_finish, client.aclose)
+            stack.push_async_callback(_close, client.aclose)
         yield StoreServers(client, settings, identity=identity, options=options)
 
 
@@ -207,6 +207,6 @@ async def _primary(settings: Store, transport: dict[str, Any]) -> tuple[str, int
     sentinel = Sentinel(hosts, sentinel_kwargs=transport | login)  # type: ignore[no-untyped-call]
     async with AsyncExitStack() as stack, asyncio.timeout(_CONNECT_SECONDS):
         for each in sentinel.sentinels:
-            stack.push_async_callback(_finish, each.aclose)
+            stack.push_async_callback(_close, each.aclose)
         host, port = await sentinel.discover_master(settings.sentinel_service)
         return str(host), int(port)

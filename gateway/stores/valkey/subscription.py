@@ -1,9 +1,9 @@
 """The subscription to the replicas' channel; it also tells whether messages may be unread.
 
-If the process was paused, or its event loop was busy, messages may wait in the socket. The next reader of the
-cache then calls `catch_up`, which waits for a few iterations of the event loop, in which they are read. It
-needs no reply of the server. While the cache is in use, a timer ticks; if it ticks on time, there was no
-pause, and `catch_up` is not necessary. The timer does not run in an idle replica. A PING every second detects
+If the process was paused, or its event loop was busy, messages may wait in the socket. Then the next reader
+of the cache calls `catch_up`. It waits for a few iterations of the event loop, which read the messages, and
+needs no reply of the server. While the cache is in use, a timer ticks. If it ticks on time, there was no
+pause, and `catch_up` returns at once. The timer does not run in an idle replica. A PING every second detects
 a connection that is dead but not closed.
 """
 
@@ -21,13 +21,13 @@ from redis.asyncio.client import PubSub
 
 from gateway.stores.valkey.servers import StoreServers, reason_of
 
-PAUSE_SECONDS = 0.05  # after a longer pause, messages are read before the cache is used
+PAUSE_SECONDS = 0.05  # after a longer pause, messages must be read before the cache is used
 _TICK_SECONDS = 0.02
-_TICKS = 50  # the timer stops after so many ticks, until the next reader of the cache starts it again
+_TICKS = 50  # then the timer stops, until a reader of the cache starts it again
 # So many iterations of the event loop without a message show that none is unread: one iteration reads the
 # socket, one parses the message, and two are a reserve.
 _QUIET_ITERATIONS = 4
-_CATCH_UP_SECONDS = 1.0  # then messages arrive as fast as they are read, and no pause is left
+_CATCH_UP_SECONDS = 1.0  # limit: messages may arrive as fast as they are read
 _PING_SECONDS = 1.0
 _LONGEST_TRIP_SECONDS = 1.0  # maximum of `delay`
 
@@ -35,7 +35,7 @@ _LONGEST_TRIP_SECONDS = 1.0  # maximum of `delay`
 class Subscription:
     """Reads messages while it is open (`async with`).
 
-    `on_message` receives the messages. `on_current` receives a moment of the monotonic clock: until then,
+    `on_message` receives the messages. `on_up_to_date` receives a moment of the monotonic clock: until then,
     every message that reached this process more than `PAUSE_SECONDS` ago has been read.
 
     Attributes:
@@ -49,15 +49,15 @@ class Subscription:
         *,
         timeout_seconds: float,
         on_message: Callable[[bytes], None],
-        on_current: Callable[[float], None],
+        on_up_to_date: Callable[[float], None],
     ) -> None:
         self.delay = 0.0
         self.lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._servers = servers
         self._timeout_seconds = timeout_seconds
         self._on_message = on_message
-        self._on_current = on_current
-        self._current_until = -math.inf
+        self._on_up_to_date = on_up_to_date
+        self._up_to_date_until = -math.inf
         self._ticks = 0
         self._tick: asyncio.TimerHandle | None = None
         self._messages = 0
@@ -92,8 +92,8 @@ class Subscription:
         await self._stack.aclose()
 
     async def catch_up(self) -> bool:
-        """Read all messages that have reached this process; return whether that was necessary."""
-        if time.monotonic() < self._current_until:
+        """Read all messages that have reached this process; return whether some may have been unread."""
+        if time.monotonic() < self._up_to_date_until:
             return False
         if self._catching_up is not None:  # all callers wait for the same messages
             await asyncio.wait({self._catching_up})
@@ -150,14 +150,14 @@ class Subscription:
     def _on_tick(self) -> None:
         """Extend the time until which no message is unread, unless the process was paused."""
         self._tick = None
-        if self._ticks and time.monotonic() < self._current_until:
+        if self._ticks and time.monotonic() < self._up_to_date_until:
             self._ticks -= 1
             self._extend()
             self._start_timer()
 
     def _extend(self) -> None:
-        self._current_until = time.monotonic() + PAUSE_SECONDS
-        self._on_current(self._current_until)
+        self._up_to_date_until = time.monotonic() + PAUSE_SECONDS
+        self._on_up_to_date(self._up_to_date_until)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and not self.lost.done() and (exc := task.exception()) is not None:

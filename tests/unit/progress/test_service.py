@@ -34,7 +34,7 @@ from gateway.domain.task import Operation, Status, TaskKey
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
-from gateway.stores.base import ANY, CacheEntry, Lease, Wanted
+from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
@@ -112,14 +112,14 @@ class Call:
         self,
         key: TaskKey,
         *,
-        renewal: bool,
+        is_refresh: bool,
         timeout_seconds: float,
         on_queued: Callable[[float], None],
         on_retry: Callable[[], None],
         demand: Demand,
     ) -> None:
         self.key = key
-        self.renewal = renewal
+        self.is_refresh = is_refresh
         self.timeout_seconds = timeout_seconds
         self.on_queued = on_queued
         self.on_retry = on_retry
@@ -152,7 +152,7 @@ class FakeUpstream:
         self,
         key: TaskKey,
         *,
-        renewal: bool,
+        is_refresh: bool,
         timeout_seconds: float,
         on_queued: Callable[[float], None],
         on_retry: Callable[[], None],
@@ -163,7 +163,7 @@ class FakeUpstream:
         demand.must_finish = not self.queues
         call = Call(
             key,
-            renewal=renewal,
+            is_refresh=is_refresh,
             timeout_seconds=timeout_seconds,
             on_queued=on_queued,
             on_retry=on_retry,
@@ -284,7 +284,7 @@ def data_of(result: CacheResult) -> dict[str, Any]:
 async def test_get_queries_the_upstream_on_a_miss(bench: Bench) -> None:
     """The first caller waits for the upstream, and its result is a miss."""
     result = await bench.learn(progress=0.35)
-    assert (result.cache_status, result.age, result.replaced_stale, result.failure) == (
+    assert (result.cache_status, result.age, result.had_stale_snapshot, result.failure) == (
         CacheStatus.MISS,
         0.0,
         False,
@@ -301,7 +301,7 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
     bench.clock.now += CACHE.running_seconds - 0.1
     result = await bench.get(KEY)
     assert result.snapshot is first.snapshot
-    assert (result.cache_status, result.failure, result.replaced_stale) == (CacheStatus.HIT, None, False)
+    assert (result.cache_status, result.failure, result.had_stale_snapshot) == (CacheStatus.HIT, None, False)
     assert result.age == pytest.approx(CACHE.running_seconds - 0.1)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1, "hit": 1}
@@ -313,13 +313,13 @@ async def test_still_current_for_as_long_as_a_lookup_succeeds(bench: Bench) -> N
     entry = cast("CacheEntry", bench.store.peek(KEY))
     promised = CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
     ages = [0.5, CACHE.running_seconds - 0.25, CACHE.running_seconds, promised - 0.25]
-    assert all(bench.service.count_if_current(entry, snapshot.fetched_at + age) for age in ages)
+    assert all(bench.service.try_reuse(entry, snapshot.fetched_at + age) for age in ages)
     counted = {"miss": 1, "hit": 2, "stale": 2}
     assert bench.lookups() == counted
     assert bench.ages() == (5, sum(ages), 0)
-    assert not bench.service.count_if_current(entry, snapshot.fetched_at + promised)
-    bench.store.keep(replace(snapshot, version=snapshot.version + 1))
-    assert not any(bench.service.count_if_current(entry, snapshot.fetched_at + age) for age in ages)
+    assert not bench.service.try_reuse(entry, snapshot.fetched_at + promised)
+    bench.store.put(replace(snapshot, version=snapshot.version + 1))
+    assert not any(bench.service.try_reuse(entry, snapshot.fetched_at + age) for age in ages)
     assert bench.lookups() == counted
 
 
@@ -421,7 +421,7 @@ async def test_get_does_not_wait_for_a_queued_request(bench: Bench) -> None:
     long_ago(bench)
     crowd = [bench.begin() for _ in range(3)]
     call = await bench.upstream.call()
-    assert call.renewal
+    assert call.is_refresh
     call.on_queued(7.0)
     call.on_queued(6.0)
     for result in await asyncio.gather(*crowd, bench.get(KEY)):
@@ -446,7 +446,11 @@ async def test_get_waits_for_a_request_that_is_not_queued(bench: Bench) -> None:
         asked = bench.begin()
         (await bench.upstream.call()).answer(progress=0.9)
         result = await asked
-        assert (result.cache_status, result.replaced_stale, result.failure) == (CacheStatus.MISS, True, None)
+        assert (result.cache_status, result.had_stale_snapshot, result.failure) == (
+            CacheStatus.MISS,
+            True,
+            None,
+        )
         long_ago(bench)
         assert not bench.service._in_flight._demands
 
@@ -565,7 +569,7 @@ async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
         call.on_queued(7.0)
         assert (await asked).cache_status is CacheStatus.STALE
     else:
-        known = cast("Snapshot", bench.store.peek_any(KEY))
+        known = cast("Snapshot", bench.store.last_known(KEY))
         bench.service._refresh(known.key, known.version)
         call = await bench.upstream.call()
         long_ago(bench)
@@ -574,7 +578,7 @@ async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
     await left(joined)
     assert not call.outcome.done()
     call.answer(progress=0.9)
-    await bench.renewed(after=cast("Snapshot", bench.store.peek_any(KEY)))
+    await bench.renewed(after=cast("Snapshot", bench.store.last_known(KEY)))
 
 
 async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) -> None:
@@ -631,7 +635,7 @@ async def test_get_waits_beyond_stale_while_revalidate(bench: Bench) -> None:
     crowd = [bench.begin() for _ in range(3)]
     (await bench.upstream.call()).answer(progress=0.9)
     for result, source in zip(await asyncio.gather(*crowd), ["miss", "collapsed", "collapsed"], strict=True):
-        assert (result.cache_status, result.age, result.replaced_stale) == (source, 0.0, True)
+        assert (result.cache_status, result.age, result.had_stale_snapshot) == (source, 0.0, True)
         assert data_of(result)["progress"] == 0.9
     assert bench.upstream.count == 2
 
@@ -730,7 +734,7 @@ async def test_get_caches_a_failure_for_its_task_only(bench: Bench) -> None:
 async def test_get_caches_no_failure_unrelated_to_the_task(bench: Bench, failure: GatewayError) -> None:
     """The gateway's own limits and refused credentials are not cached: the next caller makes a query."""
     await bench.fail(failure)
-    assert bench.store.failure(KEY) is None
+    assert bench.store.cached_failure(KEY) is None
     assert (await bench.learn()).cache_status is CacheStatus.MISS
     assert bench.upstream.count == 2
     assert bench.lookups() == {"miss": 2}
@@ -845,7 +849,7 @@ async def test_get_recovers(bench: Bench) -> None:
     await bench.fail(UpstreamTimeout("too late"))
     bench.clock.now += CACHE.error_seconds + 0.01
     result = await bench.learn(progress=0.8)
-    assert (result.cache_status, result.failure, result.replaced_stale) == (CacheStatus.MISS, None, True)
+    assert (result.cache_status, result.failure, result.had_stale_snapshot) == (CacheStatus.MISS, None, True)
     assert (await bench.get(KEY)).failure is None
 
 
@@ -855,7 +859,7 @@ async def test_get_caches_no_traceback_of_a_failure(bench: Bench) -> None:
     failure.__cause__ = OSError("a cause")
     failure.__context__ = OSError("a context")
     await bench.fail(failure)
-    kept = bench.store.failure(KEY)
+    kept = bench.store.cached_failure(KEY)
     raised = []
     for _ in range(2):
         with pytest.raises(UpstreamTimeout) as caught:
@@ -873,7 +877,7 @@ async def test_get_shares_an_unexpected_error_and_does_not_cache_it(bench: Bench
     crowd = [bench.begin() for _ in range(3)]
     (await bench.upstream.call()).fail(bug)
     assert await asyncio.gather(*crowd, return_exceptions=True) == [bug] * 3
-    assert bench.store.failure(KEY) is None
+    assert bench.store.cached_failure(KEY) is None
     assert (await bench.learn()).cache_status is CacheStatus.MISS
 
 
@@ -889,7 +893,7 @@ async def test_get_fails_on_a_state_that_nests_too_deep(bench: Bench) -> None:
     )
     with pytest.raises(UpstreamInvalid):
         await asked
-    assert bench.store.failure(KEY) is not None
+    assert bench.store.cached_failure(KEY) is not None
     while deep:  # taken apart step by step: the interpreter would do it by recursion
         deep = deep.pop("state")
 
@@ -929,9 +933,9 @@ class LeaseBook(MemoryStore):
         self.released: list[Lease] = []
 
     async def acquire(
-        self, key: TaskKey, wanted: Wanted = ANY, *, timeout_seconds: float = math.inf
+        self, key: TaskKey, requirement: Requirement = ANY_FRESH, *, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
-        outcome = await super().acquire(key, wanted, timeout_seconds=timeout_seconds)
+        outcome = await super().acquire(key, requirement, timeout_seconds=timeout_seconds)
         if isinstance(outcome, Lease):
             self.out.add(outcome)
         return outcome
@@ -941,17 +945,17 @@ class LeaseBook(MemoryStore):
         self.out.remove(lease)  # if `build` raises, the lease is kept
         return kept
 
-    async def fail(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
+    async def store_failure(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
         self.out.remove(lease)
-        await super().fail(lease, error, seconds=seconds)
+        await super().store_failure(lease, error, seconds=seconds)
 
-    async def abandon(self, lease: Lease) -> None:
+    async def release_lease(self, lease: Lease) -> None:
         self.out.remove(lease)
-        await super().abandon(lease)
+        await super().release_lease(lease)
 
-    def release(self, lease: Lease) -> None:
+    def release_lease_early(self, lease: Lease) -> None:
         self.released.append(lease)
-        super().release(lease)
+        super().release_lease_early(lease)
 
 
 @pytest.mark.parametrize(
@@ -1140,12 +1144,12 @@ class SharedStore(MemoryStore):
     elsewhere: Snapshot | None = None
 
     async def acquire(
-        self, key: TaskKey, wanted: Wanted = ANY, *, timeout_seconds: float = math.inf
+        self, key: TaskKey, requirement: Requirement = ANY_FRESH, *, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
         """Return the other replica's snapshot, if it is of this task."""
         if self.elsewhere is not None and self.elsewhere.key == key:
-            self.keep(self.elsewhere)
-        return await super().acquire(key, wanted, timeout_seconds=timeout_seconds)
+            self.put(self.elsewhere)
+        return await super().acquire(key, requirement, timeout_seconds=timeout_seconds)
 
 
 async def test_fetch_checks_the_store_before_it_queries() -> None:
@@ -1204,7 +1208,7 @@ async def test_fetch_merges_its_response_with_a_newer_snapshot(bench: Bench) -> 
     long_ago(bench)
     asked = bench.begin()
     call = await bench.upstream.call()
-    bench.store.keep(replace(known, progress=0.8, version=known.version + 1))
+    bench.store.put(replace(known, progress=0.8, version=known.version + 1))
     call.answer(progress=0.3)
     assert data_of(await asked)["progress"] == 0.8
 
@@ -1218,7 +1222,7 @@ async def test_fetch_returns_a_snapshot_that_another_replica_stored_during_a_fai
     asked = bench.begin()
     call = await bench.upstream.call()
     newer = replace(known, fetched_at=bench.clock.now, version=known.version + 10**12)
-    bench.store.keep(newer)
+    bench.store.put(newer)
     call.fail(UpstreamTimeout("too late"))
     assert (await asked).snapshot is newer
 
@@ -1358,7 +1362,7 @@ async def test_refresh_ahead_is_later_where_the_snapshot_was_not_fetched() -> No
     bench.clock.now += 3000.0
     call.answer()
     known = (await asked).snapshot
-    bench.store.keep(replace(known, version=known.version + 1), fetched_here=False)
+    bench.store.put(replace(known, version=known.version + 1), fetched_here=False)
     for _ in range(2):
         await bench.get(KEY)
     await bench.learn(key=OTHER)  # a refresh would have made its query by now
@@ -1389,7 +1393,7 @@ async def test_refresh_ahead_is_skipped_for_a_replaced_snapshot(bench: Bench, po
     for _ in range(2):
         await bench.get(KEY)
     newer = replace(first.snapshot, fetched_at=bench.clock.now, version=first.snapshot.version + 1)
-    bench.store.keep(newer)
+    bench.store.put(newer)
     for _ in range(polls):
         await bench.get(KEY)
     due = asyncio.Event()
@@ -1404,7 +1408,7 @@ async def test_refresh_ahead_is_skipped_while_a_failure_is_cached(bench: Bench) 
     bench.clock.now += CACHE.running_seconds - 1e-3
     for _ in range(2):
         await bench.get(KEY)
-    bench.store.keep_failure(KEY, UpstreamTimeout("too late"), seconds=60.0)
+    bench.store.put_failure(KEY, UpstreamTimeout("too late"), seconds=60.0)
     due = asyncio.Event()
     asyncio.get_running_loop().call_later(2e-3, due.set)
     await due.wait()
@@ -1454,7 +1458,7 @@ async def test_peek_returns_nothing_too_old(bench: Bench) -> None:
     assert result is not None
     assert (result.snapshot, result.failure) == (first.snapshot, Alike(failure))
     bench.clock.now = first.snapshot.fetched_at + CACHE.stale_if_error_seconds
-    bench.store.keep_failure(KEY, failure, seconds=1.0)
+    bench.store.put_failure(KEY, failure, seconds=1.0)
     assert bench.service.peek(KEY) is not None
     bench.clock.now += 0.01
     assert bench.service.peek(KEY) is None
@@ -1508,12 +1512,12 @@ class SlowStore(MemoryStore):
     patience: float = 0.0
 
     async def acquire(
-        self, key: TaskKey, wanted: Wanted = ANY, *, timeout_seconds: float = math.inf
+        self, key: TaskKey, requirement: Requirement = ANY_FRESH, *, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
         """Return the lease after four seconds."""
         self.patience = timeout_seconds
         self.clock.now += 4.0
-        return await super().acquire(key, wanted, timeout_seconds=timeout_seconds)
+        return await super().acquire(key, requirement, timeout_seconds=timeout_seconds)
 
 
 async def test_fetch_has_one_deadline() -> None:
@@ -1530,7 +1534,7 @@ async def test_fetch_has_one_deadline() -> None:
 
 
 class LaggingStore(MemoryStore):
-    """A store that is behind the other replicas until `sync`."""
+    """A store that is behind the other replicas until `catch_up`."""
 
     behind = True
     whole = True
@@ -1540,7 +1544,7 @@ class LaggingStore(MemoryStore):
         """Return nothing while the store is behind."""
         return None if self.behind else super().peek(key)
 
-    async def sync(self) -> bool:
+    async def catch_up(self) -> bool:
         """Catch up, if possible."""
         self.caught_up += 1
         self.behind = not self.whole
@@ -1552,12 +1556,12 @@ class LaggingStore(MemoryStore):
     [(0.5, CacheStatus.HIT), (CACHE.running_seconds + 0.5, CacheStatus.STALE)],
     ids=["fresh", "stale"],
 )
-async def test_get_syncs_before_it_queries(age: float, source: CacheStatus) -> None:
-    """A replica that may be behind synchronises first, then serves its snapshot, stale or not."""
+async def test_get_catches_up_before_it_queries(age: float, source: CacheStatus) -> None:
+    """A replica that may be behind reads its messages first, then serves its snapshot, stale or not."""
     store = LaggingStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
     held = Snapshot(KEY, bench.clock.now - age, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5, version=1)
-    store.keep(held)
+    store.put(held)
     assert bench.service.lookup(KEY) is None
     for _ in range(2):
         result = await bench.get(KEY)
@@ -1567,8 +1571,8 @@ async def test_get_syncs_before_it_queries(age: float, source: CacheStatus) -> N
     await bench.service.aclose()
 
 
-async def test_get_queries_when_it_cannot_sync() -> None:
-    """If it cannot synchronise, it starts a request, and the store decides what is served."""
+async def test_get_queries_when_it_cannot_catch_up() -> None:
+    """If messages stay unread, it starts a request, and the store decides what is served."""
     store = LaggingStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
     store.whole = False
     bench = Bench(store=store)

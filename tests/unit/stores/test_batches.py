@@ -116,10 +116,10 @@ async def test_unknown_scripts_are_sent_again(client: Client) -> None:
     client.reply = reply
     batches = batches_of(client)
     commands = [
-        Command(("EVALSHA", 1), or_else=("EVAL", 1)),
+        Command(("EVALSHA", 1), with_script=("EVAL", 1)),
         Command(("GET", 2)),
-        Command(("EVALSHA", 3), or_else=("EVAL", 3)),
-        Command(("EVALSHA", 4), or_else=("EVALSHA", 4)),
+        Command(("EVALSHA", 3), with_script=("EVAL", 3)),
+        Command(("EVALSHA", 4), with_script=("EVALSHA", 4)),
     ]
     *replies, unknown = await asyncio.gather(*map(batches.send, commands), return_exceptions=True)
     assert replies == [("EVAL", 1), ("GET", 2), ("EVAL", 3)]

@@ -103,7 +103,7 @@ async def settle() -> None:
 
 async def end(limiter: RateLimiter, outcome: UpstreamError, *, consume: bool = True) -> None:
     """Make a call with this outcome; its permit is available at once."""
-    with suppress(type(outcome)), await limiter.acquire(renewal=True, timeout_seconds=0) as permit:
+    with suppress(type(outcome)), await limiter.acquire(is_refresh=True, timeout_seconds=0) as permit:
         if consume:
             permit.consume()
         raise outcome
@@ -122,7 +122,7 @@ class Bench:
         self,
         name: str,
         *,
-        renewal: bool = True,
+        is_refresh: bool = True,
         timeouts: float = 100.0,
         consume: bool = True,
         demand: Demand | None = None,
@@ -131,7 +131,7 @@ class Bench:
 
         async def work() -> None:
             with await self.limiter.acquire(
-                renewal=renewal,
+                is_refresh=is_refresh,
                 timeout_seconds=timeouts,
                 on_queued=lambda seconds: self.on_queued.append((name, seconds)),
                 demand=demand,
@@ -173,7 +173,7 @@ async def test_rate_limiter_without_limit_issues_permits_at_once(clock: Clock) -
     await asyncio.gather(*(bench.ask(str(number), timeouts=0) for number in range(1000)))
     assert len(bench.went) == 1000
     assert (bench.limiter.per_second, bench.limiter.has_learned_limit) == (float("inf"), False)
-    assert bench.limiter.expected_wait(renewal=True) == 0
+    assert bench.limiter.expected_wait(is_refresh=True) == 0
     assert clock.timers == 0
 
 
@@ -227,11 +227,11 @@ async def test_rate_limiter_expected_wait_is_the_actual_wait(bench: Bench) -> No
     """The expected wait is the actual wait, for both queues."""
     for number in range(4):
         bench.ask(f"r{number}")
-    bench.ask("f0", renewal=False)
+    bench.ask("f0", is_refresh=False)
     await bench.clock.tick()
-    expected = {kind: bench.limiter.expected_wait(renewal=kind) for kind in (True, False)}
+    expected = {kind: bench.limiter.expected_wait(is_refresh=kind) for kind in (True, False)}
     assert expected == {True: pytest.approx(3.0), False: pytest.approx(2.0)}
-    bench.ask("new", renewal=False)
+    bench.ask("new", is_refresh=False)
     await bench.clock.tick(2.0)
     assert bench.went[-1] == "new"
 
@@ -239,13 +239,13 @@ async def test_rate_limiter_expected_wait_is_the_actual_wait(bench: Bench) -> No
 # --- fairness ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("crowd", [True, False], ids=["of renewals", "of first questions"])
+@pytest.mark.parametrize("crowd", [True, False], ids=["of refreshes", "of first questions"])
 async def test_rate_limiter_alternates_between_queues(bench: Bench, crowd: bool) -> None:  # noqa: FBT001 - by name
     """Many queries of one kind do not starve the other kind: every second permit goes to each queue."""
     for number in range(20):
-        bench.ask(f"crowd{number}", renewal=crowd)
+        bench.ask(f"crowd{number}", is_refresh=crowd)
     for number in range(3):
-        bench.ask(f"few{number}", renewal=not crowd)
+        bench.ask(f"few{number}", is_refresh=not crowd)
     await bench.clock.tick(3.5)
     kinds = Counter(name.rstrip("0123456789") for name in bench.went)
     assert (kinds["few"], kinds["crowd"]) == (3, 4)
@@ -263,23 +263,23 @@ def wanted_by(*clients: bytes) -> Demand:
 async def test_rate_limiter_first_queries_are_fair_to_clients(bench: Bench) -> None:
     """A new client waits about one round, however many queries another client has queued."""
     for number in range(100):
-        bench.ask(f"crowd{number}", renewal=False, demand=wanted_by(b"1"))
-    bench.ask("renewal")
+        bench.ask(f"crowd{number}", is_refresh=False, demand=wanted_by(b"1"))
+    bench.ask("refresh")
     await bench.clock.tick()
-    assert bench.limiter.expected_wait(renewal=False, client=b"2") == pytest.approx(1.5)
+    assert bench.limiter.expected_wait(is_refresh=False, client=b"2") == pytest.approx(1.5)
     newcomers = [
-        bench.ask(f"new{number}", renewal=False, timeouts=2.0, demand=wanted_by(b"%d" % number))
+        bench.ask(f"new{number}", is_refresh=False, timeouts=2.0, demand=wanted_by(b"%d" % number))
         for number in (2, 3)
     ]
     await bench.clock.tick(2.0)
-    assert bench.went == ["renewal", "crowd0", "new2", "new3"]
+    assert bench.went == ["refresh", "crowd0", "new2", "new3"]
     await asyncio.gather(*newcomers)
 
 
 async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: Bench) -> None:
     """If a client queues more than can be served in time, only queries of that client are refused."""
     crowd = [
-        bench.ask(f"crowd{number}", renewal=False, timeouts=5.0, demand=wanted_by(b"1"))
+        bench.ask(f"crowd{number}", is_refresh=False, timeouts=5.0, demand=wanted_by(b"1"))
         for number in range(100)
     ]
     await bench.clock.tick()
@@ -287,7 +287,7 @@ async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: 
     new = []
     for second in range(5):
         new.append(
-            bench.ask(f"new{second}", renewal=False, timeouts=5.0, demand=wanted_by(b"%d" % (second + 2)))
+            bench.ask(f"new{second}", is_refresh=False, timeouts=5.0, demand=wanted_by(b"%d" % (second + 2)))
         )
         await bench.clock.tick(1.0)
     await bench.clock.tick(5.0)
@@ -305,8 +305,8 @@ async def test_rate_limiter_queues_a_shared_query_for_the_new_client_too(bench: 
     """A query far back in one client's queue moves up when a new client waits for it, too."""
     demand = wanted_by(b"1")
     for number in range(10):
-        bench.ask(f"crowd{number}", renewal=False, demand=wanted_by(b"1"))
-    asked = bench.ask("shared", renewal=False, demand=demand)
+        bench.ask(f"crowd{number}", is_refresh=False, demand=wanted_by(b"1"))
+    asked = bench.ask("shared", is_refresh=False, demand=demand)
     await bench.clock.tick()
     demand.join(b"2")
     demand.join(b"2")
@@ -320,16 +320,16 @@ async def test_rate_limiter_keeps_a_query_while_a_client_waits(bench: Bench) -> 
     """A query stays queued for its remaining clients when one of them leaves."""
     demand = wanted_by(b"1", b"2")
     for number in range(3):
-        bench.ask(f"crowd{number}", renewal=False, demand=wanted_by(b"3"))
-    bench.ask("shared", renewal=False, demand=demand)
-    bench.ask("renewal", demand=(renewed := wanted_by(b"1", b"2")))
+        bench.ask(f"crowd{number}", is_refresh=False, demand=wanted_by(b"3"))
+    bench.ask("shared", is_refresh=False, demand=demand)
+    bench.ask("refresh", demand=(renewed := wanted_by(b"1", b"2")))
     await bench.clock.tick()
     for wanted in (demand, renewed):
         wanted.leave(b"1")
         wanted.join(b"4")
         wanted.leave(b"2")
     await bench.clock.tick(1.5)
-    assert bench.went == ["renewal", "crowd0", "shared"]
+    assert bench.went == ["refresh", "crowd0", "shared"]
 
 
 async def test_rate_limiter_cancelled_waiter_frees_its_token(bench: Bench) -> None:
@@ -422,23 +422,23 @@ async def test_rate_limiter_slows_down_when_another_replica_is_throttled(clock: 
     limiter.slow_down(retry_after=2.0)
     assert limiter.has_learned_limit
     assert limiter.per_second < 100
-    assert limiter.expected_wait(renewal=True) >= 2.0
+    assert limiter.expected_wait(is_refresh=True) >= 2.0
 
 
 async def test_rate_limiter_revokes_permits_issued_without_a_limit(clock: Clock) -> None:
     """Throttling revokes unused permits, and no token is returned for them."""
     limiter = RateLimiter(0, clock=clock, call_later=clock.call_later)
     with (
-        await limiter.acquire(renewal=True, timeout_seconds=0) as waits,
-        await limiter.acquire(renewal=True, timeout_seconds=0) as waits_too,
+        await limiter.acquire(is_refresh=True, timeout_seconds=0) as waits,
+        await limiter.acquire(is_refresh=True, timeout_seconds=0) as waits_too,
     ):
         assert not waits.revoked
         await end(limiter, UpstreamThrottled("slowly"))
         assert (waits.revoked, waits_too.revoked) == (True, True)
-        with await limiter.acquire(renewal=True, timeout_seconds=0) as again:
+        with await limiter.acquire(is_refresh=True, timeout_seconds=0) as again:
             again.consume()
             assert not again.revoked
-    assert limiter.expected_wait(renewal=True) == pytest.approx(1 / 0.85)
+    assert limiter.expected_wait(is_refresh=True) == pytest.approx(1 / 0.85)
 
 
 async def test_rate_limiter_learns_only_from_accepted_calls(clock: Clock) -> None:
@@ -455,7 +455,7 @@ async def test_rate_limiter_learns_only_from_accepted_calls(clock: Clock) -> Non
 async def test_rate_limiter_ignores_throttled_calls_sent_before_the_decrease(clock: Clock) -> None:
     """A call sent before the last decrease was throttled for the same reason, however late it returns."""
     limiter = RateLimiter(0, clock=clock, call_later=clock.call_later)
-    with suppress(UpstreamThrottled), await limiter.acquire(renewal=True, timeout_seconds=0) as early:
+    with suppress(UpstreamThrottled), await limiter.acquire(is_refresh=True, timeout_seconds=0) as early:
         early.consume()
         await clock.tick(0.5)
         await end(limiter, UpstreamThrottled("slowly"))
@@ -474,7 +474,7 @@ async def test_rate_limiter_pauses_for_retry_after(clock: Clock) -> None:
     """No call is made during the pause; queries that cannot wait that long are refused at once."""
     bench = Bench(clock, 0)
     await bench.throttled(retry_after=3.0)
-    assert bench.limiter.expected_wait(renewal=False) == pytest.approx(3.0)
+    assert bench.limiter.expected_wait(is_refresh=False) == pytest.approx(3.0)
     waiting, refused = bench.ask("patient", timeouts=3.0), bench.ask("hasty", timeouts=2.9)
     with pytest.raises(RateLimiterExhausted):
         await refused
@@ -491,7 +491,7 @@ async def test_rate_limiter_rechecks_waiters_when_it_slows_down(clock: Clock) ->
     throttling = asyncio.Event()
 
     async def call() -> None:
-        with await bench.limiter.acquire(renewal=True, timeout_seconds=0) as permit:
+        with await bench.limiter.acquire(is_refresh=True, timeout_seconds=0) as permit:
             permit.consume()
             await throttling.wait()
             raise UpstreamThrottled("slowly", retry_after=2.0)
@@ -500,7 +500,7 @@ async def test_rate_limiter_rechecks_waiters_when_it_slows_down(clock: Clock) ->
     await clock.tick()
     timeouts = {"a": 10.0, "gone": 10.0, "hasty": 1.0, "b": 10.0}
     asked = {name: bench.ask(name, timeouts=seconds) for name, seconds in timeouts.items()}
-    bench.ask("new", timeouts=10.0, renewal=False)
+    bench.ask("new", timeouts=10.0, is_refresh=False)
     await clock.tick()
     bench.on_queued.clear()
     asked["gone"].cancel()
@@ -582,8 +582,8 @@ class Crowd:
             await self.clock.sleep(1 - (self.clock() - asked) % 1)
 
     async def _query(self, number: int) -> None:
-        renewal = bool(self.answered[number])
-        with await self.limiter.acquire(renewal=renewal, timeout_seconds=10) as permit:
+        is_refresh = bool(self.answered[number])
+        with await self.limiter.acquire(is_refresh=is_refresh, timeout_seconds=10) as permit:
             permit.consume()
             await self.clock.sleep(0.02)
             self.calls[int(self.clock() - self.began)] += 1

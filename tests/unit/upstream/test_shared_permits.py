@@ -18,10 +18,10 @@ ALONE_SECONDS = 0.5
 class Granted(NamedTuple):
     """A grant."""
 
-    renewals: int = 0
+    refreshes: int = 0
     first_queries: int = 0
     next_seconds: float = 0.02
-    renewals_elsewhere: int = 0
+    refreshes_elsewhere: int = 0
     first_queries_elsewhere: int = 0
 
 
@@ -37,18 +37,18 @@ class Server:
         self.most_at_once = 0
 
     async def take(
-        self, per_second: float, *, burst: float, renewals: int, first_queries: int
+        self, per_second: float, *, burst: float, refreshes: int, first_queries: int
     ) -> Granted | None:
-        """Grant what is there, to renewals first."""
+        """Grant what is there, to refreshes first."""
         assert (per_second, burst) == (10.0, 2.0)
-        self.asked.append((renewals, first_queries))
+        self.asked.append((refreshes, first_queries))
         self.at_once += 1
         self.most_at_once = max(self.most_at_once, self.at_once)
         await asyncio.sleep(0.001)
         self.at_once -= 1
         if not self.up:
             return None
-        granted = min(self.permits, renewals)
+        granted = min(self.permits, refreshes)
         first = min(self.permits - granted, first_queries)
         self.permits -= granted + first
         return Granted(granted, first, 0.02, *self.elsewhere)
@@ -63,13 +63,13 @@ async def test_permits_are_asked_for_as_queries_are_queued() -> None:
     server = Server(permits=10)
     granted = asyncio.Event()
     permits = permits_of(server, granted.set)
-    assert not permits.has_permit(renewal=True)
-    assert not permits.take(renewal=True)
-    permits.request(renewals=2, first_queries=1)
+    assert not permits.has_permit(is_refresh=True)
+    assert not permits.take(is_refresh=True)
+    permits.request(refreshes=2, first_queries=1)
     await granted.wait()
-    permits.request(renewals=0, first_queries=0)
-    assert [permits.take(renewal=False) for _ in range(2)] == [True, False]
-    assert [permits.take(renewal=True) for _ in range(3)] == [True, True, False]
+    permits.request(refreshes=0, first_queries=0)
+    assert [permits.take(is_refresh=False) for _ in range(2)] == [True, False]
+    assert [permits.take(is_refresh=True) for _ in range(3)] == [True, True, False]
     assert server.asked == [(2, 1)]
     assert server.permits == 7
 
@@ -78,19 +78,19 @@ async def test_permits_are_asked_for_until_no_query_is_queued() -> None:
     """One question at a time, with the present numbers, until there are no queries."""
     server = Server()
     permits = permits_of(server)
-    permits.request(renewals=1, first_queries=0)
-    permits.request(renewals=3, first_queries=4)
+    permits.request(refreshes=1, first_queries=0)
+    permits.request(refreshes=3, first_queries=4)
     await eventually(lambda: len(server.asked) > 2, "it asks again")
-    permits.request(renewals=0, first_queries=0)
+    permits.request(refreshes=0, first_queries=0)
     await asyncio.sleep(0.05)
     asked = len(server.asked)
     await asyncio.sleep(0.1)
     assert len(server.asked) == asked
     assert set(server.asked) == {(3, 4)}
     assert server.most_at_once == 1
-    permits.request(renewals=0, first_queries=1)
+    permits.request(refreshes=0, first_queries=1)
     await eventually(lambda: server.asked[-1] == (0, 1), "it asks for a later query")
-    permits.request(renewals=0, first_queries=0)
+    permits.request(refreshes=0, first_queries=0)
 
 
 async def test_permits_that_were_not_used_serve_any_query() -> None:
@@ -98,7 +98,7 @@ async def test_permits_that_were_not_used_serve_any_query() -> None:
     permits = permits_of(Server())
     for _ in range(5):
         permits.put_back()
-    assert [permits.take(renewal=kind) for kind in (True, False, True)] == [True, True, False]
+    assert [permits.take(is_refresh=kind) for kind in (True, False, True)] == [True, True, False]
 
 
 async def test_permits_are_not_needed_without_the_store() -> None:
@@ -108,29 +108,29 @@ async def test_permits_are_not_needed_without_the_store() -> None:
     granted = asyncio.Event()
     permits = permits_of(server, granted.set)
     began = time.monotonic()
-    permits.request(renewals=1, first_queries=1)
+    permits.request(refreshes=1, first_queries=1)
     await granted.wait()
-    assert all(permits.take(renewal=kind) for kind in (True, False) for _ in range(10))
+    assert all(permits.take(is_refresh=kind) for kind in (True, False) for _ in range(10))
     server.up = True
     await eventually(lambda: len(server.asked) > 1, "it asks again")
     assert time.monotonic() - began >= ALONE_SECONDS
-    await eventually(lambda: not permits.has_permit(renewal=True), "it shares again")
-    permits.request(renewals=0, first_queries=0)
+    await eventually(lambda: not permits.has_permit(is_refresh=True), "it shares again")
+    permits.request(refreshes=0, first_queries=0)
 
 
 async def test_permits_report_the_queries_of_other_replicas() -> None:
-    """Renewals elsewhere go before every query here; first queries elsewhere only before first queries."""
+    """Refreshes elsewhere go before every query here; first queries elsewhere only before first queries."""
     server = Server()
     server.elsewhere = (3, 4)
     granted = asyncio.Event()
     permits = permits_of(server, granted.set)
-    assert permits.queued_elsewhere(renewal=False) == 0
-    permits.request(renewals=1, first_queries=0)
+    assert permits.queued_elsewhere(is_refresh=False) == 0
+    permits.request(refreshes=1, first_queries=0)
     await granted.wait()
-    permits.request(renewals=0, first_queries=0)
-    assert permits.queued_elsewhere(renewal=True) == 3
-    assert permits.queued_elsewhere(renewal=False) == 7
-    await eventually(lambda: permits.queued_elsewhere(renewal=False) == 0, "old numbers do not count")
+    permits.request(refreshes=0, first_queries=0)
+    assert permits.queued_elsewhere(is_refresh=True) == 3
+    assert permits.queued_elsewhere(is_refresh=False) == 7
+    await eventually(lambda: permits.queued_elsewhere(is_refresh=False) == 0, "old numbers do not count")
 
 
 # The rate limiter with them
@@ -140,9 +140,9 @@ def limiter_of(server: Server, per_second: float = 10.0) -> RateLimiter:
     return RateLimiter(per_second, take_shared=server.take)
 
 
-async def call(limiter: RateLimiter, *, renewal: bool = True, timeout_seconds: float = 10.0) -> None:
+async def call(limiter: RateLimiter, *, is_refresh: bool = True, timeout_seconds: float = 10.0) -> None:
     """Make a call."""
-    with await limiter.acquire(renewal=renewal, timeout_seconds=timeout_seconds) as permit:
+    with await limiter.acquire(is_refresh=is_refresh, timeout_seconds=timeout_seconds) as permit:
         permit.consume()
 
 
@@ -152,10 +152,10 @@ def server() -> Server:
 
     class Small(Server):
         async def take(
-            self, per_second: float, *, burst: float, renewals: int, first_queries: int
+            self, per_second: float, *, burst: float, refreshes: int, first_queries: int
         ) -> Granted | None:
             assert burst == 1.0
-            return await super().take(per_second, burst=2.0, renewals=renewals, first_queries=first_queries)
+            return await super().take(per_second, burst=2.0, refreshes=refreshes, first_queries=first_queries)
 
     return Small()
 
@@ -175,10 +175,10 @@ async def test_rate_limiter_returns_the_shared_permit_of_a_call_that_was_not_mad
     """A permit without a call serves the next query, without a question to the store."""
     server.permits = 1
     limiter = limiter_of(server)
-    with await limiter.acquire(renewal=True, timeout_seconds=10.0):
+    with await limiter.acquire(is_refresh=True, timeout_seconds=10.0):
         pass
     asked = len(server.asked)
-    await call(limiter, renewal=False)
+    await call(limiter, is_refresh=False)
     assert len(server.asked) == asked
 
 

@@ -155,7 +155,7 @@ async def test_watch_slot_holds_only_the_latest_update(watch: WatchHub, store: M
     """A subscriber that was busy receives the latest update, not those before it."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         for etag in "123":
-            store.keep(snapshot(etag))
+            store.put(snapshot(etag))
             await asyncio.sleep(0)  # it is published in the next turn of the loop
         [update] = await received(subscriber)
         assert update.snapshot is not None
@@ -179,18 +179,18 @@ async def test_watch_delivers_directly_only_to_idle_subscribers(watch: WatchHub,
     direct_transport = asyncio.WriteTransport()
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         subscriber.direct_transport = direct_transport
-        store.keep(snapshot("1"))
+        store.put(snapshot("1"))
         await asyncio.sleep(0)  # published while no task waits yet
         assert etags(await received(subscriber)) == ["1"]
         waiting = asyncio.create_task(subscriber.next_updates())
         await asyncio.sleep(0)
         for etag in "23":  # only "3" wakes the subscriber
-            store.keep(snapshot(etag))
+            store.put(snapshot(etag))
             await asyncio.sleep(0)
         assert etags(await waiting) == ["3"]
         waiting = asyncio.create_task(subscriber.next_updates())
         await asyncio.sleep(0)
-        store.keep(snapshot("4"))
+        store.put(snapshot("4"))
         subscriber.wake()  # when the change is published it is awake, but has not taken its unsent updates
         assert etags(await waiting) == ["4"]
         assert delivered == ["2"]
@@ -198,7 +198,7 @@ async def test_watch_delivers_directly_only_to_idle_subscribers(watch: WatchHub,
         await asyncio.sleep(0)
         gone.cancel()
         await asyncio.wait([gone])
-        store.keep(snapshot("5"))
+        store.put(snapshot("5"))
         await asyncio.sleep(0)
         assert delivered == ["2"], "no task waits any more"
     await watch.aclose()
@@ -214,7 +214,7 @@ async def test_watch_publishes_a_few_tasks_per_turn(watch: WatchHub, store: Memo
     changes = [of(task_id, etag) for etag in "12" for task_id in "abc"]
     with watch.subscribe([change.key for change in changes[:3]], SubscriptionKind.EVENTS) as subscriber:
         for change in changes:
-            store.keep(change)
+            store.put(change)
         published = []
         for _ in range(4):
             await asyncio.sleep(0)
@@ -238,7 +238,7 @@ async def test_watch_publishes_more_per_turn_when_the_backlog_grows(
         for turn in range(300):
             for number in range(turn * 10, turn * 10 + 10):  # of 1,000 tasks, ten change a turn
                 waiting.add(number % 1000)
-                store.keep(of(str(number % 1000), str(number)))
+                store.put(of(str(number % 1000), str(number)))
             await asyncio.sleep(0)
             waiting.difference_update(published)
             published.clear()
@@ -255,8 +255,8 @@ async def test_watch_drops_changes_of_unwatched_tasks(watch: WatchHub, store: Me
     published = listen(watch)
     with watch.subscribe([KEY], SubscriptionKind.EVENTS):
         with watch.subscribe([of("b", "0").key], SubscriptionKind.EVENTS):
-            store.keep(of("b", "1"))
-        store.keep(snapshot("2"))
+            store.put(of("b", "1"))
+        store.put(snapshot("2"))
         for _ in range(2):
             await asyncio.sleep(0)
     assert published == ["2"]
@@ -276,10 +276,10 @@ async def test_watch_continues_after_an_error_in_delivery(watch: WatchHub, store
     watch.direct_delivery = deliver
     with watch.subscribe([KEY, of("b", "0").key], SubscriptionKind.EVENTS):
         for change in (snapshot("1"), of("b", "2")):
-            store.keep(change)
+            store.put(change)
         for _ in range(2):
             await asyncio.sleep(0)
-        store.keep(snapshot("3"))
+        store.put(snapshot("3"))
         await asyncio.sleep(0)
         assert published == ["1", "2", "3"]
         assert [type(fault) for fault in faults] == [ZeroDivisionError] * 3
@@ -291,7 +291,7 @@ async def test_watch_publishes_pending_changes_before_shutdown(watch: WatchHub, 
     ends = [of(task_id, "1", Status.SUCCEEDED) for task_id in "abc"]
     with watch.subscribe([end.key for end in ends], SubscriptionKind.EVENTS) as subscriber:
         for end in ends:
-            store.keep(end)
+            store.put(end)
         watch.announce_shutdown()
         assert [update.snapshot for update in await received(subscriber)] == ends
         assert subscriber.shutting_down
@@ -305,7 +305,7 @@ async def test_watch_new_subscriber_receives_a_pending_change(
     service.known = snapshot("1")
     with watch.subscribe([KEY], SubscriptionKind.EVENTS):
         service.known = snapshot("2")
-        store.keep(service.known)
+        store.put(service.known)
         with watch.subscribe([KEY], SubscriptionKind.LONGPOLL) as second:
             assert etags(await received(second)) == ["2"]
     await watch.aclose()
@@ -324,7 +324,7 @@ async def test_watch_sends_nothing_older_than_the_client_has_received(
         await asked(service)
         assert service.seen_revisions[-1] == 3
         for version, expected in ((2, []), (3, ["3"]), (4, ["4"])):
-            store.keep(versioned(version))
+            store.put(versioned(version))
             assert etags(await received(any_version)) == [str(version)]
             returning.wake()
             assert etags(await received(returning)) == expected
@@ -337,7 +337,7 @@ async def test_watch_sends_the_end_whatever_the_client_has_received(
     """A terminal snapshot is final, so it is sent even if its version is smaller."""
     service.known = versioned(1)
     with watch.subscribe([KEY], SubscriptionKind.EVENTS, seen_revisions={KEY: 9}) as subscriber:
-        store.keep(versioned(2, Status.SUCCEEDED))
+        store.put(versioned(2, Status.SUCCEEDED))
         assert etags(await received(subscriber)) == ["2"]
     await watch.aclose()
 
@@ -352,7 +352,7 @@ async def test_watch_writes_directly_once_the_client_is_up_to_date(
             waiting = asyncio.create_task(subscriber.next_updates())
             await asyncio.sleep(0)
             assert subscriber.transport_if_idle is idle
-            store.keep(versioned(2 if idle is None else 3))
+            store.put(versioned(2 if idle is None else 3))
             await waiting
     await watch.aclose()
 
@@ -371,8 +371,8 @@ async def test_watch_schedule_does_not_publish_pending_changes_early(
     with watch.subscribe([mine.key, other.key], SubscriptionKind.EVENTS):
         await asked(service)
         service.answers.put_nowait(mine)
-        store.keep(other)
-        store.keep(mine)
+        store.put(other)
+        store.put(mine)
         await asyncio.sleep(0)
         assert published == ["2"]
         await asyncio.sleep(0)
@@ -388,7 +388,7 @@ async def test_watch_schedule_publishes_results_that_are_not_stored(
     with watch.subscribe([KEY], SubscriptionKind.EVENTS):
         await asked(service)
         service.answers.put_nowait(snapshot("2"))
-        store.keep(snapshot("1"))
+        store.put(snapshot("1"))
         for _ in range(2):
             await asyncio.sleep(0)
         assert published == ["1", "2"]
@@ -401,15 +401,15 @@ async def test_watch_publishes_changes_in_order(
     """A pending change is published before a new subscriber joins, and before a later failure."""
     service.known = snapshot("0")
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as first:
-        store.keep(snapshot("1"))
-        store.keep(snapshot("2"))
+        store.put(snapshot("1"))
+        store.put(snapshot("2"))
         with watch.subscribe([KEY], SubscriptionKind.EVENTS) as second:
             for subscriber in (first, second):
                 assert etags(await received(subscriber)) == ["2"]
         published = listen(watch)
         await asked(service)
         service.answers.put_nowait(UpstreamTimeout("late"))  # arrives before the change is published
-        store.keep(snapshot("3"))
+        store.put(snapshot("3"))
         await asyncio.sleep(0)
         assert published == ["3", None]
     await watch.aclose()
@@ -420,12 +420,12 @@ async def test_watch_pending_end_is_not_overwritten(
 ) -> None:
     """A running snapshot, stored after an eviction, does not overwrite a pending terminal one."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
-        store.keep(snapshot("1", Status.SUCCEEDED))
+        store.put(snapshot("1", Status.SUCCEEDED))
         monkeypatch.setattr(store, "peek", lambda _: None)
-        store.keep(snapshot("2"))
+        store.put(snapshot("2"))
         assert etags(await received(subscriber)) == ["1"]
         for etag in "34":
-            store.keep(snapshot(etag, Status.SUCCEEDED))
+            store.put(snapshot(etag, Status.SUCCEEDED))
         assert etags(await received(subscriber)) == ["4"]
     await watch.aclose()
 
@@ -437,7 +437,7 @@ async def test_watch_publishes_nothing_twice(
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         service.answers.put_nowait(snapshot("1"))
         assert len(await received(subscriber)) == 1
-        store.keep(snapshot("1"))
+        store.put(snapshot("1"))
         await asyncio.sleep(0)
         subscriber.wake()
         assert await received(subscriber) == []
@@ -482,7 +482,7 @@ async def test_watch_new_subscriber_receives_nothing_too_old(
             for subscriber in (first, gone):
                 subscriber.wake()
                 assert await received(subscriber) == []
-            store.keep(snapshot("1"))
+            store.put(snapshot("1"))
             await asyncio.sleep(0)
             second.wake()
             assert await received(second) == []
@@ -499,7 +499,7 @@ async def test_watch_backoff_ends_with_a_stored_snapshot(
             [update] = await received(subscriber)
             assert isinstance(update.failure, UpstreamThrottled)
             service.asked.clear()
-            store.keep(snapshot("1"))
+            store.put(snapshot("1"))
             await asked(service)
             [update] = await received(subscriber)
             assert update.snapshot is not None
@@ -538,7 +538,7 @@ async def test_watch_ended_tasks_stay_ended(
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as first:
         service.answers.put_nowait(snapshot("1", Status.SUCCEEDED))
         await received(first)
-        store.keep(snapshot("2"))
+        store.put(snapshot("2"))
         await asyncio.sleep(0)
         first.wake()
         assert await received(first) == []
@@ -566,7 +566,7 @@ async def test_watch_keeps_no_large_bodies(service: ManualService, small_store: 
     bodies = [each.body for each in stored]
     with watch.subscribe([each.key for each in stored], SubscriptionKind.EVENTS) as subscriber:
         while stored:
-            small_store.keep(stored.pop())
+            small_store.put(stored.pop())
             await asyncio.sleep(0)
         [alone] = [sys.getrefcount(body) for body in [large("a", "1").body]]
         assert sum(sys.getrefcount(body) > alone for body in bodies) == 3 + 1
@@ -599,7 +599,7 @@ async def test_watch_sends_bodies_larger_than_the_store(service: ManualService) 
     watch = manual_watch(service, store)
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         for etag in "123":
-            store.keep(large("a", etag))
+            store.put(large("a", etag))
             assert etags(await received(subscriber)) == [etag]
         assert len(store) == 0
         assert not any(map(subscriber.has_unsent, subscriber.keys))
@@ -612,11 +612,11 @@ async def test_watch_looks_up_one_body_at_a_time(watch: WatchHub, store: MemoryS
         [large(task_id, "1").key for task_id in "ab"], SubscriptionKind.EVENTS
     ) as subscriber:
         for task_id in "ab":
-            store.keep(large(task_id, "1"))
+            store.put(large(task_id, "1"))
             await asyncio.sleep(0)
         updates = subscriber.take_unsent()
         assert etags([next(updates)]) == ["1"]
-        store.keep(replace(large("b", "2"), version=1))  # stored, but not published yet
+        store.put(replace(large("b", "2"), version=1))  # stored, but not published yet
         assert etags([*updates, *await received(subscriber)]) == ["2"]
         await turns(lambda: False)
         assert not any(map(subscriber.has_unsent, subscriber.keys))
@@ -675,7 +675,7 @@ async def test_watch_closed_starts_no_schedule(
         service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=3600.0))
         await received(subscriber)
         service.asked.clear()
-        store.keep(snapshot("1"))
+        store.put(snapshot("1"))
         await watch.aclose()
         assert etags(await received(subscriber)) == ["1"]
         assert await nothing_waits(service)
@@ -707,7 +707,7 @@ async def test_watch_continues_after_a_bug_in_a_refresh(service: ManualService, 
             assert update.failure is not None
         watch.direct_delivery = lambda _, subscribers: subscribers
         service.asked.clear()
-        store.keep(snapshot("1"))  # ends the backoff
+        store.put(snapshot("1"))  # ends the backoff
         assert etags(await received(subscriber)) == ["1"]
         await asked(service)
     assert [(line["event"], line["log_level"]) for line in lines] == [("bug_in_schedule", "error")]

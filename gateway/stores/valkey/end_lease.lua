@@ -2,7 +2,7 @@
 --
 -- KEYS    1 the task
 -- ARGV    1 token, 2 encoding of the failure to cache ('': none), 3 how long, in microseconds, 4 channel,
---         5 subject
+--         5 name of the task
 -- result  {}
 
 if redis.pcall('HGET', KEYS[1], 'holder') ~= ARGV[1] then return {} end

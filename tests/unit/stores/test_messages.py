@@ -1,25 +1,22 @@
-"""Messages between replicas: parsed completely or ignored; and the requests that wait for them."""
-
-import asyncio
+"""Messages between replicas: parsed completely or ignored."""
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gateway.domain.task import Operation, TaskKey
-from gateway.stores.valkey.announcements import Announcement, Throttled, Waiters, parse
-from gateway.stores.valkey.codec import StoredSnapshot
+from gateway.stores.valkey.codec import StoredFacts
+from gateway.stores.valkey.messages import TaskMessage, ThrottlingMessage, parse_message
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "task")
 SUBJECT = b"sd_get_progress/task"
-OTHER = KEY._replace(task_id="other")
 END = 2**53
 LONGEST_LIFETIME = 2_592_000_000_000  # microseconds
 LONGEST_RETRY_SECONDS = 3600.0
 
 keys = st.builds(TaskKey, st.sampled_from(Operation), st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True))
 facts = st.builds(
-    StoredSnapshot,
+    StoredFacts,
     version=st.integers(0, 1_700_000_000_000_000),
     age=st.integers(0, END - 1),
     lifetime=st.integers(0, LONGEST_LIFETIME),
@@ -32,23 +29,23 @@ parts = st.lists(
 ).map(b"".join)
 
 
-def text_of(kind: str, key: TaskKey, stored: StoredSnapshot, revision: int) -> bytes:
+def text_of(kind: str, key: TaskKey, stored: StoredFacts, revision: int) -> bytes:
     """Return a message as the scripts write it."""
     numbers = (stored.version, revision, stored.age, stored.lifetime, stored.terminal)
     return f"{kind}{key.operation}/{key.task_id}\n{' '.join(map(str, numbers))}".encode()
 
 
 @given(keys, facts, st.integers(0, END - 1))
-def test_message_about_a_snapshot_is_parsed(key: TaskKey, stored: StoredSnapshot, revision: int) -> None:
+def test_message_about_a_snapshot_is_parsed(key: TaskKey, stored: StoredFacts, revision: int) -> None:
     """Every fact arrives as it was written."""
-    assert parse(text_of("S", key, stored, revision)) == Announcement(b"S", key, stored, revision)
+    assert parse_message(text_of("S", key, stored, revision)) == TaskMessage(b"S", key, stored, revision)
 
 
 @given(st.sampled_from(["E", "Q"]), keys)
 def test_message_without_a_snapshot_is_parsed(kind: str, key: TaskKey) -> None:
     """The end of a lease and the question for a snapshot name their task."""
     message = f"{kind}{key.operation}/{key.task_id}".encode()
-    assert parse(message) == Announcement(kind.encode(), key, None, 0)
+    assert parse_message(message) == TaskMessage(kind.encode(), key, None, 0)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +54,7 @@ def test_message_without_a_snapshot_is_parsed(kind: str, key: TaskKey) -> None:
 )
 def test_message_of_throttling_is_parsed(message: bytes, retry_after: float | None) -> None:
     """The time is bounded as for a response of the upstream."""
-    assert parse(message) == Throttled(retry_after)
+    assert parse_message(message) == ThrottlingMessage(retry_after)
 
 
 @given(st.binary() | parts)
@@ -66,16 +63,16 @@ def test_message_of_throttling_is_parsed(message: bytes, retry_after: float | No
 @example(b"\xff" * 100)
 def test_no_message_raises(message: bytes) -> None:
     """Any bytes give nothing or values within their bounds."""
-    content = parse(message)
+    content = parse_message(message)
     match content:
-        case Throttled(retry_after):
+        case ThrottlingMessage(retry_after):
             assert retry_after is None or 0 <= retry_after <= LONGEST_RETRY_SECONDS
-        case Announcement(kind, key, stored, revision):
+        case TaskMessage(kind, key, stored, revision):
             assert kind in (b"S", b"E", b"Q")
             assert message.startswith(b"%b%b/%b" % (kind, key.operation.encode(), key.task_id.encode()))
             assert revision >= 0
             if stored is not None:
-                assert StoredSnapshot.checked(*stored) == stored
+                assert StoredFacts.checked(*stored) == stored
         case _:
             assert content is None
 
@@ -111,48 +108,4 @@ def test_no_message_raises(message: bytes) -> None:
 )
 def test_message_of_another_form_is_ignored(message: bytes) -> None:
     """A message that this version does not know has no effect."""
-    assert parse(message) is None
-
-
-async def test_waiters_wake_with_a_message_about_their_task() -> None:
-    """A message completes the future of its task only, and any number of messages may follow."""
-    waiters = Waiters()
-    with waiters.message_about(KEY) as message, waiters.message_about(OTHER) as other:
-        assert KEY in waiters
-        for _ in range(2):
-            waiters.wake(KEY)
-        assert (message.done(), other.done()) == (True, False)
-        await message
-    assert KEY not in waiters
-    waiters.wake(KEY)
-
-
-async def test_waiters_wake_all() -> None:
-    """All futures complete, also if the waiting request leaves meanwhile."""
-    waiters = Waiters()
-    keys = [KEY._replace(task_id=str(number)) for number in range(5)]
-
-    async def wait(key: TaskKey) -> None:
-        with waiters.message_about(key) as message:
-            await message
-
-    tasks = [asyncio.create_task(wait(key)) for key in keys]
-    await asyncio.sleep(0)
-    tasks[0].cancel()
-    waiters.wake_all()
-    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-    assert [type(outcome) for outcome in outcomes] == [asyncio.CancelledError, *[type(None)] * 4]
-    assert not any(key in waiters for key in keys)
-
-
-async def test_waiters_keep_the_latest_request_of_a_task() -> None:
-    """A request that leaves does not remove another one that waits for the same task."""
-    waiters = Waiters()
-    with waiters.message_about(KEY) as first:
-        later = waiters.message_about(KEY)
-        message = later.__enter__()
-    assert KEY in waiters
-    waiters.wake(KEY)
-    assert (first.done(), message.done()) == (False, True)
-    later.__exit__(None, None, None)
-    assert KEY not in waiters
+    assert parse_message(message) is None

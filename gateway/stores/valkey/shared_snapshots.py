@@ -1,0 +1,135 @@
+"""Reads snapshots from the server and writes them to it, and stores those of its replies in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+import structlog
+
+from gateway.domain.entity_tag import EntityTags
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import Status, TaskKey
+from gateway.stores.memory import MemoryStore
+from gateway.stores.valkey.codec import MICROSECONDS, InvalidStoredValue, StoredFacts, decode_snapshot
+from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
+from gateway.stores.valkey.metric_labels import OperationLabel
+from gateway.stores.valkey.operations import Reply, StoreOperations
+from gateway.telemetry.log_sampling import LogSampler
+from gateway.telemetry.metrics import Metrics
+
+log = structlog.get_logger(__name__)
+
+
+class SharedSnapshots:
+    """The snapshots on the server. `memory` is the local cache.
+
+    `lifetimes`: how long snapshots are fresh here, in seconds, by status; results are under None.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryStore,
+        *,
+        connection: StoreConnection,
+        operations: StoreOperations,
+        tags: EntityTags,
+        lifetimes: Mapping[Status | None, float],
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._memory = memory
+        self._connection = connection
+        self._operations = operations
+        self._tags = tags
+        self._lifetimes = lifetimes
+        self._metrics = metrics
+        self._clock = clock
+        self._log_sampler = LogSampler(clock=clock)
+        self._being_written: set[tuple[TaskKey, int]] = set()
+
+    async def read(self, key: TaskKey) -> None:
+        """Read the snapshot of a task into memory. Raises: StoreUnavailable, InvalidStoredValue."""
+        entry = self._memory.entry(key)
+        reply = await self._operations.acquire(
+            key,
+            "",
+            known=0 if entry is None else entry.snapshot.version,
+            min_version=0,
+            seen_revision=0,
+            next_version=0,
+            error_seconds=0.0,
+        )
+        self.apply(key, reply)
+
+    async def write(self, token: str, snapshot: Snapshot, *, follows: Snapshot | None) -> Reply:
+        """Run `commit.lua`; it announces the snapshot. Raises: StoreUnavailable, InvalidStoredValue."""
+        written = snapshot.key, snapshot.version
+        self._being_written.add(written)
+        try:
+            return await self._operations.commit(
+                token,
+                snapshot,
+                follows=0 if follows is None else follows.version,
+                age=self._clock() - snapshot.fetched_at,
+                keep_seconds=self._memory.keep_seconds(snapshot),
+            )
+        finally:
+            self._being_written.discard(written)
+
+    def is_being_written(self, key: TaskKey, version: int) -> bool:
+        """Tell whether this replica writes the snapshot now: its message may arrive before the reply."""
+        return (key, version) in self._being_written
+
+    def apply(self, key: TaskKey, reply: Reply) -> Snapshot | None:
+        """Store the snapshot of a reply in memory, unless memory has a newer one; return the newer one.
+
+        Raises: InvalidStoredValue.
+        """
+        entry, facts = self._memory.entry(key), reply.facts
+        if entry is not None and not supersedes(facts, entry.snapshot):
+            # The server has no newer snapshot. If a newer one was announced, the server has lost it.
+            entry.valid = entry.announced_version <= entry.snapshot.version
+            return entry.snapshot
+        if not reply.value:
+            return None if entry is None else entry.snapshot
+        snapshot = decode_snapshot(
+            reply.value,
+            key,
+            facts,
+            fetched_at=self._fetched_at(facts),
+            lifetimes=self._lifetimes,
+            tags=self._tags,
+        )
+        return self._memory.put(snapshot, fetched_here=False)
+
+    def put_unchanged(self, snapshot: Snapshot, facts: StoredFacts) -> None:
+        """Store an announced snapshot that has the body of this one, so that it need not be read."""
+        announced = replace(
+            snapshot,
+            fetched_at=self._fetched_at(facts),
+            lifetime=min(self._lifetimes[snapshot.status], facts.lifetime / MICROSECONDS),
+            version=facts.version,
+        )
+        self._memory.put(announced, fetched_here=False)
+
+    async def delete_invalid(self, key: TaskKey, reason: InvalidStoredValue) -> None:
+        """Log that a value is invalid, and delete everything that the server has about its task."""
+        self._metrics.store_errors.labels(OperationLabel.READ).inc()
+        if (suppressed := self._log_sampler.take("read")) is not None:
+            log.warning("invalid_stored_value", reason=str(reason), suppressed=suppressed)
+        with suppress(StoreUnavailable):
+            await self._operations.delete(key)
+
+    def _fetched_at(self, facts: StoredFacts) -> float:
+        # The age was computed on the server. Since then, up to a whole round trip has passed.
+        return facts.fetched_at(self._clock()) - self._connection.delay
+
+
+def supersedes(facts: StoredFacts, snapshot: Snapshot) -> bool:
+    """Tell whether a stored snapshot supersedes one in memory: it is newer, or only it is terminal."""
+    if bool(facts.terminal) is not snapshot.terminal:
+        return bool(facts.terminal)
+    return facts.version > snapshot.version

@@ -1,0 +1,153 @@
+"""Applies what arrives from the other replicas: messages, and changes of the connection.
+
+    a snapshot was stored, body unchanged  -> set version, age and lifetime of the one in memory
+                           body changed    -> read it now if the task is read or watched here
+                                           -> else invalidate the one in memory; the next request reads it
+    the server needs a snapshot            -> write the one in memory to the server
+    the connection has come up             -> invalidate all entries: messages may have been missed
+
+The message that a snapshot was stored, or a lease ended, also wakes the request that waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from gateway.domain.task import TaskKey
+from gateway.stores.memory import MemoryStore
+from gateway.stores.valkey.codec import InvalidStoredValue, StoredFacts
+from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
+from gateway.stores.valkey.leases import Leases
+from gateway.stores.valkey.messages import (
+    SNAPSHOT_MISSING,
+    TaskMessage,
+    ThrottlingMessage,
+    parse_message,
+)
+from gateway.stores.valkey.shared_snapshots import SharedSnapshots, supersedes
+from gateway.stores.valkey.waiters import Waiters
+
+_MAX_TO_RESTORE = 10_000  # tasks; further ones are not stored when the server is available again
+
+
+class Updates:
+    """Keeps the local cache, `memory`, up to date. `start` runs work in the background."""
+
+    def __init__(
+        self,
+        memory: MemoryStore,
+        *,
+        connection: StoreConnection,
+        snapshots: SharedSnapshots,
+        leases: Leases,
+        waiters: Waiters,
+        start: Callable[[Coroutine[Any, Any, None]], None],
+    ) -> None:
+        self._memory = memory
+        self._connection = connection
+        self._snapshots = snapshots
+        self._leases = leases
+        self._waiters = waiters
+        self._start = start
+        self._to_restore: set[TaskKey] = set()
+        self._throttling_listeners: list[Callable[[float | None], None]] = []
+        self._watch_checks: list[Callable[[TaskKey], bool]] = []
+
+    def on_throttled(self, listener: Callable[[float | None], None]) -> None:
+        """See `Store.on_throttled`."""
+        self._throttling_listeners.append(listener)
+
+    def add_watch_check(self, is_watched: Callable[[TaskKey], bool]) -> None:
+        """Read announced snapshots of the tasks for which `is_watched` returns True, as soon as possible."""
+        self._watch_checks.append(is_watched)
+
+    def on_message(self, message: bytes) -> None:
+        """Apply a message that a replica, possibly this one, has published."""
+        content = parse_message(message)
+        if isinstance(content, ThrottlingMessage):
+            for listener in self._throttling_listeners:
+                listener(content.retry_after)
+        elif isinstance(content, TaskMessage):
+            self._receive_task_message(content)
+
+    def restore_later(self, key: TaskKey) -> None:
+        """Write the snapshot of a task to the server when operations are possible again."""
+        if len(self._to_restore) < _MAX_TO_RESTORE:
+            self._to_restore.add(key)
+
+    def on_usable(self) -> None:
+        """Write the snapshots that could not be written before."""
+        while self._to_restore:
+            self._start(self._restore(self._to_restore.pop()))
+
+    def on_connection_change(self) -> None:
+        """Invalidate all entries if the connection has come up, because messages may have been missed.
+
+        Without a connection there are no messages to miss, so all entries are valid.
+        """
+        up = self._connection.up
+        for entry in self._memory.entries():
+            entry.valid = not up
+            if not up:
+                entry.announced_version = 0
+        self._waiters.wake_all()
+
+    def _receive_task_message(self, message: TaskMessage) -> None:
+        key, facts = message.key, message.facts
+        if message.kind == SNAPSHOT_MISSING:
+            if not key.operation.is_result and self._memory.entry(key) is not None:
+                self._start(self._restore(key))
+            return
+        if facts is not None and not self._snapshots.is_being_written(key, facts.version):
+            self._apply_announcement(key, facts, message.revision)
+        self._waiters.wake(key)
+
+    def _apply_announcement(self, key: TaskKey, facts: StoredFacts, revision: int) -> None:
+        """Apply the message that another snapshot is stored: update, read or invalidate the entry."""
+        self._leases.record_announcement(key, facts.version)
+        entry = self._memory.entry(key)
+        watched = any(is_watched(key) for is_watched in self._watch_checks)
+        if entry is None:
+            if watched and key not in self._waiters:
+                self._start(self._read(key))
+            return
+        snapshot = entry.snapshot
+        if not supersedes(facts, snapshot):
+            return
+        entry.announced_version = max(entry.announced_version, facts.version)
+        if revision == snapshot.revision and bool(facts.terminal) is snapshot.terminal:
+            self._snapshots.put_unchanged(snapshot, facts)
+            return
+        # The present snapshot is served until the new one is read. But after a pause of this process the
+        # message may be old, and the present snapshot is not served any more.
+        entry.valid = self._memory.is_current(entry)
+        if key in self._waiters:
+            return  # a request that waits for the lease will read it
+        if entry.reads or watched:
+            self._start(self._read(key))
+        else:
+            entry.valid = False
+
+    async def _read(self, key: TaskKey) -> None:
+        """Read a newer snapshot into memory. The present one, if any, is served until then."""
+        entry = self._memory.entry(key)
+        try:
+            await self._snapshots.read(key)
+        except (InvalidStoredValue, StoreUnavailable) as exc:
+            if entry is not None and self._connection.up:
+                entry.valid = False
+            if isinstance(exc, InvalidStoredValue):
+                await self._snapshots.delete_invalid(key, exc)
+
+    async def _restore(self, key: TaskKey) -> None:
+        """Write a snapshot that the server does not have, so that the task's next snapshot follows it."""
+        snapshot = self._memory.last_known(key)
+        if snapshot is None:
+            return
+        try:
+            self._snapshots.apply(key, await self._snapshots.write("restore", snapshot, follows=snapshot))
+        except StoreUnavailable:
+            self.restore_later(key)
+        except InvalidStoredValue as exc:
+            await self._snapshots.delete_invalid(key, exc)
