@@ -26,6 +26,7 @@ _CLOSE_SECONDS = 1.0
 # receives whole URLs. httpcore names its steps like this.
 _TUNNEL_STEPS = ("proxy.start_tls.started", "socks.start_tls.started")
 _RECONNECT = ".connect_tcp.started"
+_CONNECTED = ".connect_tcp.complete"
 _CONNECT_STEPS = ("connection.connect_tcp.complete", "socks.setup_socks5_connection.complete")
 
 
@@ -172,6 +173,7 @@ class _Connection:
         )
         self._last_steps = _TUNNEL_STEPS if tunnel else _CONNECT_STEPS
         self._reached_upstream = False
+        self._stream: Any = None  # httpcore's stream of the TCP connection
         self.opened_at = self.idle_since = asyncio.get_running_loop().time()
         self.reusable = False
 
@@ -209,8 +211,13 @@ class _Connection:
         with suppress(Exception):
             async with asyncio.timeout(_CLOSE_SECONDS):
                 await self._transport.aclose()
+        if self._stream is not None:
+            with suppress(Exception):  # httpcore does not close it if a SOCKS proxy refuses the password
+                await self._stream.aclose()
 
-    async def _trace(self, step: str, _: Mapping[str, Any]) -> None:
+    async def _trace(self, step: str, info: Mapping[str, Any]) -> None:
+        if step.endswith(_CONNECTED):
+            self._stream = info["return_value"]
         if step in self._last_steps:
             self._reached_upstream = True
         elif step.endswith(_RECONNECT):  # httpcore replaces a connection that was closed while it was idle
@@ -228,6 +235,7 @@ def _proxy_error(error: httpx.TransportError) -> httpx.ProxyError:
 def _refusal(reason: str) -> str:
     """Return why a proxy refused a connection. `reason` begins with its status, or is httpx's text."""
     status = reason[:3]
-    if status == "407":
-        return "the proxy requires a valid user name and password (407)"
+    # Not every proxy answers 407; httpx's texts of SOCKS errors are its own.
+    if status in {"401", "407"} or "username" in reason.lower():
+        return "the proxy requires a valid user name and password"
     return f"the proxy refused the connection to the upstream ({status if status.isdigit() else reason})"
