@@ -12,7 +12,8 @@ from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Histogram, ProcessCollector
 
-from gateway.telemetry.counters import FastCounters, FastHistograms
+from gateway.telemetry.counters import CallbackCounter, FastCounters, FastHistograms
+from gateway.telemetry.logs import lost_lines
 
 _REQUEST_BUCKETS = (
     0.0005,
@@ -202,6 +203,12 @@ class Metrics:
             'Number of failed store operations. operation="read" counts invalid values, '
             'operation="subscribe" lost connections.',
             ["operation"],
+            registry=registry,
+        )
+        self.log_lines_dropped = CallbackCounter(
+            "sd_gateway_log_lines_dropped_total",
+            "Number of log lines that were not written because their reader was too slow or had stopped.",
+            lost_lines,
             registry=registry,
         )
         self._build = Gauge(

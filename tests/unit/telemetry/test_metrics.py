@@ -8,7 +8,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from gateway.telemetry.counters import FastCounters, FastHistograms
+from gateway.telemetry.counters import CallbackCounter, FastCounters, FastHistograms
 from gateway.telemetry.metrics import Metrics
 from tests.support.promql import label_names
 
@@ -18,6 +18,7 @@ PUBLISHED: dict[str, tuple[str, tuple[str, ...]]] = {
     "http_request_duration_seconds": ("histogram", ("route",)),
     "http_connections": ("gauge", ()),
     "http_connections_refused": ("counter", ()),
+    "log_lines_dropped": ("counter", ()),
     "cache_lookups": ("counter", ("operation", "result")),
     "answer_age_seconds": ("histogram", ("operation",)),
     "answers_overdue": ("counter", ("operation",)),
@@ -54,7 +55,9 @@ def metrics() -> Metrics:
 def test_metrics_have_the_published_names_types_and_labels(metrics: Metrics) -> None:
     """The metrics are exactly the published ones."""
     ours = [
-        m for m in vars(metrics).values() if isinstance(m, MetricWrapperBase | FastCounters | FastHistograms)
+        m
+        for m in vars(metrics).values()
+        if isinstance(m, MetricWrapperBase | FastCounters | FastHistograms | CallbackCounter)
     ]
     described = [(next(iter(metric.describe())), metric) for metric in ours]
     assert {
