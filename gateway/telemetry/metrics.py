@@ -108,7 +108,7 @@ class Metrics:
         )
         self.cache_bytes_limit = Gauge(
             "sd_gateway_cache_bytes_limit",
-            "Maximum size of the cached snapshots and failures: cache.max_bytes.",
+            "Maximum size of the cached snapshots and failures, in bytes: cache.max_bytes.",
             registry=registry,
         )
         self.upstream_requests = FastCounters(
@@ -131,7 +131,7 @@ class Metrics:
         )
         self.upstream_in_flight_limit = Gauge(
             "sd_gateway_upstream_in_flight_limit",
-            "Maximum number of requests to the upstream in flight: upstream.max_in_flight.",
+            "Maximum number of upstream calls in flight: upstream.max_in_flight.",
             registry=registry,
         )
         self.upstream_abandoned = Counter(
