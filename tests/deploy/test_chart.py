@@ -194,7 +194,7 @@ def test_chart_is_restricted(values: Path) -> None:
 def restricted_violations(spec: Manifest) -> list[str]:
     """Return what the restricted pod security standard forbids in a pod.
 
-    The standard permits some sysctls and some SELinux options; here none is permitted, because the chart sets none.
+    The standard permits some sysctls and SELinux options; this check permits none.
 
     Source: https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted
     """
