@@ -67,7 +67,12 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         lambda: None if credentials.signing_pair is None else credentials.signing_pair.pair.secret_key
     )
     store = _store(settings, redactor, metrics, tags=tags, credentials=credentials)
-    metrics.measure_cache(entries=store.__len__, size=store.size)
+    metrics.measure_cache(
+        entries=store.__len__,
+        size=store.size,
+        max_entries=settings.cache.max_tasks,
+        max_bytes=settings.cache.max_bytes,
+    )
     signed_requests = SignedRequests(
         settings.upstream, redactor=redactor, metrics=metrics, user_agent=USER_AGENT, tracing=tracing
     )

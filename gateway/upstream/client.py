@@ -133,6 +133,7 @@ class UpstreamClient:
         self._rotation = rotation
         self._metrics = metrics
         self._concurrency_limit = asyncio.Semaphore(settings.max_in_flight)
+        metrics.upstream_in_flight_limit.set(settings.max_in_flight)
         self._retry_policy = RetryPolicy(settings.retries)
         self._rate_limiter = RateLimiter(settings.requests_per_second, take_shared=take_permits)
         metrics.upstream_rate_limit.set_function(lambda: self._rate_limiter.per_second)

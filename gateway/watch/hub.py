@@ -80,6 +80,7 @@ class WatchHub:
         self._shutting_down = False
         self.direct_delivery: DirectDelivery = lambda _, subscribers: subscribers
         self._gauges = {kind: metrics.subscribers.labels(kind) for kind in SubscriptionKind}
+        metrics.subscribers_limit.set(settings.max_watchers)
         metrics.watched_tasks.set_function(self._watched.__len__)
         store.on_change(self._add_pending, is_watched=self._watched.__contains__)
 

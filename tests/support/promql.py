@@ -26,7 +26,7 @@ _VALUES = {
     "result": {"ok", "error"} | set(CacheStatus),
     "slot": set(CredentialSlot),
     "state": set(State),
-    "status": set(Status) | {"200", "500", "503"},
+    "status": set(Status) | {"200", "500", "503", "5.."},
 }
 _SUFFIXES = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"], "gauge": [""]}
 _EVERYWHERE = {"namespace", "job", "instance"}  # added by Prometheus
