@@ -158,7 +158,7 @@ class Metrics:
         )
         self.upstream_circuit_state = Gauge(
             "sd_gateway_upstream_circuit_state",
-            "1 for the current state of the operation's circuit breaker, else 0: closed open half-open.",
+            "1 for the current state (closed, open or half-open) of the operation's circuit breaker, else 0.",
             ["operation", "state"],
             registry=registry,
         )

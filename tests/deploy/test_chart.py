@@ -851,6 +851,9 @@ def test_chart_schema_has_the_settings_of_the_gateway() -> None:
     files = ("username_file", "password_file", "ca_file", "sentinel_username_file", "sentinel_password_file")
     for name in files:
         del sections["store"]["properties"][name]
+    for name in ("ca_file", "client_cert_file", "client_key_file"):
+        del sections["upstream"]["properties"][name]
+    sections["upstream"]["properties"]["proxy"] = {"type": "string", "pattern": "^[^@]*$"}
     sections["store"]["properties"]["url"] = {
         "type": "string",
         "pattern": "^[^@]*$",
