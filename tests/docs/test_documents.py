@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from gateway.cli.main import _parser
-from gateway.settings.loading import PREFIX
 from gateway.settings.model import Settings
+from gateway.settings.variables import PREFIX
 from tests.docs import tables
 from tests.docs.markdown import ROOT, Block, Command, Document, documents
 from tests.docs.session import Session, session
