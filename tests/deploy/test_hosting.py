@@ -1,4 +1,4 @@
-"""The files for hosting the repository: workflows, update rules, issue form. `make lint` checks the syntax."""
+"""The files for hosting the repository: workflows, update rules, issue form. `make lint` checks them, too."""
 
 import json
 import re
