@@ -220,7 +220,7 @@ def _store(
     try:
         from gateway.stores.valkey.store import ValkeyStore  # noqa: PLC0415  # its client is an extra
     except ModuleNotFoundError as exc:
-        raise SettingsError([describe_missing("store.url", exc, extra="valkey")]) from exc
+        raise SettingsError([describe_missing("store.url", exc.name, extra="valkey")]) from exc
     return ValkeyStore(
         settings.store,
         tags=tags,

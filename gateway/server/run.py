@@ -200,7 +200,7 @@ def _configure_garbage_collection() -> None:
 
 
 def exit_cleanly_on_signals() -> None:
-    """Make SIGTERM raise SystemExit with status 0, because a requested stop is a success, and SIGINT with 130.
+    """Make SIGTERM raise SystemExit with status 0, because a requested stop is a success; SIGINT with 130.
 
     uvicorn sends the signal to the process again after its shutdown. By default this would kill the process.
     """

@@ -12,9 +12,9 @@ from importlib.metadata import PackageNotFoundError, requires
 _DISTRIBUTION = "sd-progress-gateway"
 
 
-def describe_missing(feature: str, error: ImportError, *, extra: str) -> str:
+def describe_missing(feature: str, module: str | None, *, extra: str) -> str:
     """Return one line with the package that a feature needs, and the command that installs its extra."""
-    package = (error.name or "").partition(".")[0]
+    package = (module or "").partition(".")[0]
     return f"{feature} needs the package {package}: {_install_command(extra)}"
 
 

@@ -134,8 +134,10 @@ class Upstream(_Section):
 
     @model_validator(mode="after")
     def _certificate(self) -> Upstream:
-        if (self.client_cert_file is None) is not (self.client_key_file is None):
-            raise ValueError("client_cert_file: needs client_key_file, and the other way round")
+        if self.client_cert_file and not self.client_key_file:
+            raise ValueError("client_cert_file: needs upstream.client_key_file")
+        if self.client_key_file and not self.client_cert_file:
+            raise ValueError("client_key_file: needs upstream.client_cert_file")
         return self
 
     @field_validator("endpoint")

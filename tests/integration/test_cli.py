@@ -216,12 +216,13 @@ def test_cli_config_shows_no_secret(tmp_path: Path) -> None:
         "[credentials]\naccess_key = 'hush-1'\nnext_secret_key = 'hush-2://'\n"
         "[store]\nurl = 'valkey://u:hush-3@v'\n"
     )
-    env = {"SPEEDPIX_APP_SECRET": "hush-4"}
+    env = {"SPEEDPIX_APP_SECRET": "hush-4", "SD_GATEWAY_UPSTREAM__PROXY": "http://u:hush%40-5@proxy:3128"}
     status, output = run("config", "--config", "gw.toml", cwd=tmp_path, env=env)
     assert status == 0
     assert "hush" not in output
     assert re.search(r"^credentials\.next_secret_key = \(hidden\) +# gw\.toml:3$", output, re.MULTILINE)
     assert re.search(r'^store\.url = "valkey://\(hidden\)@v" +# gw\.toml:5$', output, re.MULTILINE)
+    assert 'upstream.proxy = "http://(hidden)@proxy:3128"' in output
 
 
 # --- serve ------------------------------------------------------------------------------------------------
