@@ -34,6 +34,7 @@ from gateway.domain.entity_tag import EntityTags
 from gateway.progress.service import ProgressService
 from gateway.server.application import Application, FastPath
 from gateway.server.graceful_shutdown import GracefulShutdown
+from gateway.settings.extras import describe_missing
 from gateway.settings.model import Limits, Server, Settings, SettingsError
 from gateway.stores.base import Store
 from gateway.stores.memory import MemoryStore
@@ -229,9 +230,7 @@ def _store(
     try:
         from gateway.stores.valkey.store import ValkeyStore  # noqa: PLC0415  # its client is an extra
     except ModuleNotFoundError as exc:
-        raise SettingsError(
-            [f"store.url: needs {exc.name}: pip install 'sd-progress-gateway[valkey]'"]
-        ) from exc
+        raise SettingsError([describe_missing("store.url", exc.name, extra="valkey")]) from exc
     return ValkeyStore(
         settings.store,
         tags=tags,

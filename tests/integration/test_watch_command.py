@@ -177,13 +177,13 @@ def test_watch_resumes_after_a_restart(
     ]
 
 
-def test_watch_interrupted_has_not_succeeded(simulated: Simulator, watch: Callable[..., Process]) -> None:
-    """Ctrl-C before the end gives exit status 1, without a message."""
+def test_watch_interrupted_exits_with_130(simulated: Simulator, watch: Callable[..., Process]) -> None:
+    """Ctrl-C before the end gives exit status 130, without a message."""
     task_id = simulated.task()
     with watch(task_id) as process:
         process.says("running")
         process.signal(signal.SIGINT)
-        assert process.exit_status() == 1
+        assert process.exit_status() == 130
     assert [line for line in process.lines if not line.startswith(task_id)] == []
 
 
@@ -402,12 +402,12 @@ def test_watch_draws_a_live_bar_per_task(simulated: Simulator, served: str, tmp_
 
 
 def test_watch_restores_the_terminal(simulated: Simulator, served: str, tmp_path: Path) -> None:
-    """Ctrl-C restores the cursor, with exit status 1 and no traceback."""
+    """Ctrl-C restores the cursor, with exit status 130 and no traceback."""
     task_id = simulated.task()
     with terminal("watch", task_id, "--gateway", served, cwd=tmp_path) as screen:
         screen.wait_for("running")
         screen.signal(signal.SIGINT)
-        assert screen.exit_status() == 1
+        assert screen.exit_status() == 130
     assert screen.raw.rstrip().endswith("\x1b[?25h")
     assert "Traceback" not in screen.text
 
