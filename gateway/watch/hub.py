@@ -157,7 +157,7 @@ class WatchHub:
         self._service.add_subscriber(key, subscriber.client)
         latest = watched.latest
         if latest is None:
-            return  # the first refresh is in progress
+            return  # the first query is in progress
         if current is not None or latest.snapshot is None or _is_final(latest):
             update = latest if current is None else Update(key, current.snapshot)
             if subscriber.put(update if update.has_same_content(latest) else latest, latest):
@@ -221,12 +221,12 @@ class WatchHub:
             else watched.subscribers
         )
         watched.latest = reduced = update.without_large_body()
-        refused = [
+        have_newer = [
             subscriber
             for subscriber in self.direct_delivery(update, recipients)
             if not subscriber.put(update, reduced)
         ]
-        watched.subscribers_without_latest.intersection_update(refused)
+        watched.subscribers_without_latest.intersection_update(have_newer)
 
     def _load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
         """Return an update with the latest snapshot of the task and its body, or None.
