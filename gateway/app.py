@@ -123,8 +123,11 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
 
     def degraded() -> list[str]:
         store_trouble = [f"store: {store.trouble}"] if store.trouble else []
-        upstream_trouble = (f"upstream: {code}" for code in upstream.problem_codes)
-        return [*upstream_trouble, *store_trouble, *credentials.describe_faults()]
+        return [
+            *(f"upstream: {code}" for code in upstream.problem_codes),
+            *store_trouble,
+            *credentials.describe_faults(),
+        ]
 
     def signing_key_pair() -> dict[str, Any] | None:
         signing = credentials.signing_pair

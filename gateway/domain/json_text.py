@@ -27,8 +27,8 @@ _LONE_SURROGATE = re.compile(
 _MAX_SURROGATES = 1000  # text truncated within an emoji has one; a megabyte of them takes 20 ms
 _MAX_ESCAPES = 30_000  # backslashes in text searched for lone surrogates: a megabyte of them takes 60 ms
 _MAX_ITEMS = 30_000  # items in text searched for large numbers: a megabyte of them takes 60 ms
-# Text up to a constant that is not JSON, or up to the end. It matches at every position and never goes back, so
-# the time is proportional to the length of the text.
+# Text up to a constant that is not JSON, or up to the end. It matches at every position and never goes back.
+# So the time is proportional to the length of the text.
 _UP_TO_CONSTANT = re.compile(
     rb"""
     ( (?:

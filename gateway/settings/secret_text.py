@@ -4,7 +4,7 @@
     a control character inside a secret            refused
     an invisible character at an end of a secret   refused; it comes from copying
     quotes around a secret                         kept, because a password may have them; they are reported
-    UTF-16, in bytes with a byte order mark        decoded; PowerShell writes it
+    ASCII as UTF-16, with a byte order mark        decoded; PowerShell writes it
 
 No message contains a secret.
 """
@@ -82,7 +82,7 @@ def clean_secret(text: str, *, source: str = "") -> SecretText:
 
 
 def decode_secret(content: bytes, *, source: str) -> SecretText:
-    """Return the secret in bytes: UTF-8, or UTF-16 with a byte order mark.
+    """Return the secret in bytes: UTF-8, or ASCII characters in UTF-16 with a byte order mark.
 
     Raises:
         InvalidSecret: The bytes are neither, or `clean_secret` refuses the text.
@@ -90,8 +90,10 @@ def decode_secret(content: bytes, *, source: str) -> SecretText:
     utf16 = content.startswith(UTF16_MARKS)
     try:
         text = content.decode("utf-16" if utf16 else "utf-8")
-    except UnicodeDecodeError:  # its text quotes the content
-        raise InvalidSecret(f"{source}: is not UTF-{16 if utf16 else 8}") from None
+        if utf16:  # two bytes of any other content would be a character, too
+            text.removeprefix(_BYTE_ORDER_MARK).encode("ascii")
+    except UnicodeError:  # its text quotes the content
+        raise InvalidSecret(f"{source}: is not UTF-8") from None
     secret = clean_secret(text, source=source)
     return SecretText(secret.text, ("decoded from UTF-16", *secret.notes)) if utf16 else secret
 
