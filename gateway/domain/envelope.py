@@ -63,7 +63,7 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
     try:
         envelope, repairs = _read_text(body)
         status = None if envelope is None else value(envelope.status)
-        if isinstance(status, str | float):
+        if type(status) is not int:
             status, repairs = _read_call_status(status, repairs)
         if envelope is None or type(status) is not int:
             raise UpstreamInvalid("the upstream's answer is not an envelope")
@@ -78,9 +78,9 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
     may_be_absent = key.operation.is_result and data.get("taskId") is None
     if data.get("taskId") != key.task_id and not may_be_absent:
         raise UpstreamInvalid("the upstream answered for another task")
-    if not key.operation.is_result:
-        repairs += find_repairs(data)
-    return Envelope(data, displayable(envelope.api_invoke_id, redact), tuple(dict.fromkeys(repairs)))
+    if not key.operation.is_result and (found := find_repairs(data)):
+        repairs = tuple(dict.fromkeys(repairs + found))
+    return Envelope(data, displayable(envelope.api_invoke_id, redact), repairs)
 
 
 def read_rejection(body: bytes) -> UpstreamRejected:
@@ -92,7 +92,7 @@ def read_rejection(body: bytes) -> UpstreamRejected:
     try:
         envelope, _ = _read_text(body)
         status = None if envelope is None else value(envelope.status)
-        if isinstance(status, str | float):
+        if type(status) is not int:
             status, _ = _read_call_status(status, ())
         if envelope is None or type(status) is not int or status == _SUCCESS:
             raise UpstreamInvalid("the envelope is not a rejection")
@@ -117,8 +117,8 @@ def _read_text(body: bytes) -> tuple[EnvelopeText | None, tuple[Repair, ...]]:
     return read_object(repaired, _ENVELOPE), repairs
 
 
-def _read_call_status(status: str | float, repairs: tuple[Repair, ...]) -> tuple[Any, tuple[Repair, ...]]:
-    """Return the status as an integer if it is one: 10.0, or "10"; otherwise unchanged."""
+def _read_call_status(status: Any, repairs: tuple[Repair, ...]) -> tuple[Any, tuple[Repair, ...]]:
+    """Return the status as an integer if its meaning is plain: 10.0, or "10"; otherwise unchanged."""
     whole = number(status)
     if whole is None or not whole.is_integer():
         return status, repairs
