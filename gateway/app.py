@@ -45,10 +45,11 @@ from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import Credentials
+from gateway.upstream.loop_detection import USER_AGENT_PREFIX
 from gateway.upstream.signed_request import SignedRequests
 from gateway.watch.hub import WatchHub
 
-USER_AGENT = f"sd-progress-gateway/{__version__}"
+USER_AGENT = f"{USER_AGENT_PREFIX}{__version__}"
 _ANY_ADDRESS = {"*", "0.0.0.0/0", "::/0"}  # in server.trusted_proxies
 
 log = structlog.get_logger(__name__)
@@ -121,7 +122,11 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
 
     def degraded() -> list[str]:
         store_trouble = [f"store: {store.trouble}"] if store.trouble else []
-        return [*(f"upstream: {code}" for code in upstream.problem_codes), *store_trouble]
+        return [
+            *(f"upstream: {code}" for code in upstream.problem_codes),
+            *store_trouble,
+            *credentials.describe_faults(),
+        ]
 
     def signing_key_pair() -> dict[str, Any] | None:
         signing = credentials.signing_pair

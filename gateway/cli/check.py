@@ -57,6 +57,7 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
     async with calls:
         for credential in credentials.loaded_pairs():
             lines.append(f"{credential.slot} key pair (generation {credential.generation}):")
+            lines += credential.description
             try:
                 exchange = await calls.send_unparsed(key, credential.pair)
             except UpstreamTimeout:

@@ -33,6 +33,8 @@ from gateway.server import run as server
 from gateway.server.listen_errors import CannotListen
 from gateway.settings.loading import load, load_with_sources
 from gateway.settings.model import Settings, SettingsError
+from gateway.settings.secret_files import read_secret_line
+from gateway.settings.secret_text import clean_secret
 from gateway.simulator import create_simulator
 from gateway.simulator.faults import FAULTS
 from gateway.simulator.wire import ControlError, parse_object
@@ -165,7 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     secret = simulate.add_mutually_exclusive_group()
     secret.add_argument(
-        "--secret", default="simulated-secret", help="secret key of the access key (default: %(default)s)"
+        "--secret",
+        default="simulated-secret",
+        help="secret key of the access key (default: %(default)s)",
     )
     secret.add_argument("--secret-stdin", action="store_true", help="read the secret key from standard input")
     simulate.add_argument(
@@ -252,11 +256,18 @@ def _config(options: argparse.Namespace) -> int:
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    secret = sys.stdin.readline().strip() if options.secret_stdin else options.secret
+    try:
+        key = clean_secret(options.key, source="--key").text
+        if options.secret_stdin:
+            secret = read_secret_line(sys.stdin.buffer, source="--secret-stdin").text
+        else:
+            secret = clean_secret(options.secret, source="--secret").text
+    except ValueError as exc:
+        raise SettingsError([str(exc)]) from None
     faults = [parse_object(text.encode()) for text in options.fault]
     try:
         app = create_simulator(
-            pairs={options.key: secret},
+            pairs={key: secret},
             clock=lambda: time.time() + options.clock_offset,
             latency_seconds=options.latency,
             limit=options.limit,

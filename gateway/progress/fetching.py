@@ -25,6 +25,7 @@ from gateway.domain.errors import (
     Overloaded,
     RateLimiterExhausted,
     UpstreamError,
+    UpstreamIsGateway,
     UpstreamTimeout,
 )
 from gateway.domain.snapshot import Snapshot, build_snapshot
@@ -152,6 +153,8 @@ class Fetcher:
         except GatewayError as exc:
             failure = copy(exc)
             demand.must_finish = True
+            if isinstance(failure, UpstreamIsGateway):
+                self._log_loop(failure)
             if isinstance(failure, _NOT_CACHED):
                 await self._store.release_lease(lease)
             else:
@@ -168,6 +171,10 @@ class Fetcher:
             return None
         self._record_transition(replaced, stored, response.data.get("status"))
         return FetchResult(stored, upstream_seconds, response.invoke_id)
+
+    def _log_loop(self, failure: UpstreamIsGateway) -> None:
+        if (suppressed := self._log_sampler.take(type(failure).__name__)) is not None:
+            log.error("upstream_is_gateway", reason=str(failure), suppressed=suppressed)
 
     def _record_transition(self, previous: Snapshot | None, snapshot: Snapshot, raw_status: object) -> None:
         status = snapshot.status

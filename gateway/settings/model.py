@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     SecretStr,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
@@ -26,6 +27,7 @@ from pydantic_core import PydanticCustomError
 from gateway.domain.printable import printable
 from gateway.domain.task import Operation, Status
 from gateway.settings.secret_files import read_secret
+from gateway.settings.secret_text import NotedSecret, clean_secret, clean_text
 from gateway.settings.value_types import (
     Count,
     File,
@@ -56,13 +58,23 @@ _STORE_SCHEMES = {"valkey", "valkeys", "redis", "rediss"}
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    @field_validator("*", mode="before")
+    @field_validator("*", mode="wrap")
     @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _clean(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
         # pydantic would convert true to 1.
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation in {int, float}:
+        if isinstance(value, bool) and annotation in {int, float}:
             raise PydanticCustomError("number", "must be a number")
-        return value
+        if not isinstance(value, str):
+            return handler(value)
+        if annotation is not SecretStr:
+            return handler(clean_text(value))
+        cleaned = clean_secret(value)
+        secret = handler(cleaned.text)
+        if cleaned.notes:
+            secret = NotedSecret(secret.get_secret_value())
+            secret.notes = cleaned.notes
+        return secret
 
 
 class Server(_Section):
@@ -289,7 +301,7 @@ class Store(_Section):
 
         Raises:
             OSError: A file cannot be read.
-            ValueError: A file is not a regular file, too large or not UTF-8.
+            ValueError: A file is not a regular file or too large, or has no valid secret.
         """
         user, _, password = map(unquote, self._parts.netloc.rpartition("@")[0].partition(":"))
         return _read_file(self.username_file) or user or None, _read_file(
@@ -324,7 +336,7 @@ class Settings(_Section):
 
 
 def _read_file(file: Path | None) -> str:
-    return "" if file is None else read_secret(file)
+    return "" if file is None else read_secret(file).text
 
 
 def is_loopback(host: str) -> bool:

@@ -156,6 +156,14 @@ class Metrics:
             ["operation", "reason"],
             registry=registry,
         )
+        self.upstream_repairs = Counter(
+            "sd_gateway_upstream_repairs_total",
+            "Number of upstream responses that deviate from the vendor's reference and were accepted, by "
+            "deviation: byte_order_mark (skipped), constant (NaN or Infinity, read as null), number_in_text, "
+            "status_spelling (case or white space).",
+            ["operation", "repair"],
+            registry=registry,
+        )
         self.upstream_circuit_state = Gauge(
             "sd_gateway_upstream_circuit_state",
             "1 for the current state (closed, open or half-open) of the operation's circuit breaker, else 0.",

@@ -153,8 +153,8 @@ class RateLimiter:
             on_queued: Called with the expected wait in seconds, if it is at least
                 `MIN_REPORTED_WAIT_SECONDS`. Called again, with the new expected wait, when the limit falls,
                 and after each request for shared permits.
-            demand: The clients that wait for the response. A first query is put into the queue of one of them. More
-                clients may join while it is queued.
+            demand: The clients that wait for the response. A first query is put into the queue of one of
+                them. More clients may join while it is queued.
 
         Raises:
             RateLimiterExhausted: The expected wait exceeds the timeout. This may also happen to a query that

@@ -39,6 +39,7 @@ from gateway.telemetry.redaction import Redactor
 from gateway.telemetry.tracing import NoTracing, SpanRecord, Tracing
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.egress_proxy import find_proxy
+from gateway.upstream.loop_detection import check_response
 from gateway.upstream.open_transport import create_transport
 from gateway.upstream.signing import signed_headers
 from gateway.upstream.transport import is_certificate_error
@@ -202,6 +203,7 @@ class SignedRequests:
 
     def parse_response(self, response: RawResponse, key: TaskKey) -> ParsedResponse:
         """Return the parsed response if it is a successful envelope. Raises: UpstreamError if it is not."""
+        check_response(response.headers)
         code = response.headers.get("x-ca-error-code", "")
         message = response.headers.get("x-ca-error-message", "")
         if not code and not message:
@@ -213,7 +215,7 @@ class SignedRequests:
             if may_leak or len(body) > SEARCH_PIECE_SIZE:
                 redact = self.redactor_of(response)
             try:
-                data, invoke_id = read_envelope(body, key, redact=redact)
+                data, invoke_id, repairs = read_envelope(body, key, redact=redact)
             except UpstreamInvalid:
                 if response.status == _OK:
                     raise
@@ -221,6 +223,8 @@ class SignedRequests:
                 if may_leak and redact.contains_credential(body):
                     raise UpstreamInvalid(_LEAK_MESSAGE)
                 if response.status == _OK:
+                    for repair in repairs:
+                        self._metrics.upstream_repairs.labels(key.operation, repair).inc()
                     return ParsedResponse(data, body, invoke_id)
         redact = self.redactor_of(response)
         raise classify(

@@ -250,6 +250,8 @@ def scene(document: Document, simulator: Simulator, tmp_path: Path) -> Iterator[
             replacements |= {
                 "SPEEDPIX_APP_KEY=…": f"SPEEDPIX_APP_KEY={KEY}",
                 "APP_SECRET=…": f"APP_SECRET={SECRET}",
+                "> access_key": f"> {scratch / 'access_key'}",  # not into the project's folder
+                "> secret_key": f"> {scratch / 'secret_key'}",
             }
         case "helm/OPERATING.md":
             cwd.mkdir()
@@ -295,6 +297,7 @@ def mounted_pairs(tmp_path: Path, simulator: Simulator) -> dict[str, str]:
         for slot, pair in pairs.items()
         for half, text in zip(("access_key", "secret_key"), pair, strict=True)
     }
+    files["next_secret_key"] += "\n"
     mount.publish(**files)
     return {f"SD_GATEWAY_CREDENTIALS__{name.upper()}_FILE": str(mount.file(name)) for name in files}
 

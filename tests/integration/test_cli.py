@@ -319,6 +319,58 @@ def test_cli_check_succeeds(tmp_path: Path, simulator: Simulator) -> None:
     assert simulator.calls() == 1
 
 
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        (SECRET, ""),
+        (f"{SECRET}\n", "; a final newline was removed"),
+        (f" {SECRET}\r\n", "; white space at its beginning was removed; a final newline was removed"),
+        (f"\ufeff{SECRET}", "; a byte order mark was removed"),
+    ],
+    ids=["plain", "newline", "space", "mark"],
+)
+@pytest.mark.parametrize("source", ["variable", "sdk", "file", "settings"])
+def test_cli_check_accepts_a_secret_as_people_write_it(
+    tmp_path: Path, simulator: Simulator, written: str, says: str, source: str
+) -> None:
+    """From every source, blanks are removed; `check` counts the characters and says what it removed."""
+    env = pair(simulator.url)
+    if source == "variable":
+        env["SD_GATEWAY_CREDENTIALS__SECRET_KEY"] = written
+    else:
+        del env["SD_GATEWAY_CREDENTIALS__SECRET_KEY"]
+    if source == "sdk":
+        env["SPEEDPIX_APP_SECRET"] = written
+    elif source == "file":
+        (tmp_path / "secret").write_bytes(written.encode())
+        env["SD_GATEWAY_CREDENTIALS__SECRET_KEY_FILE"] = "secret"
+    elif source == "settings":
+        (tmp_path / "config").mkdir()
+        settings = f"[credentials]\nsecret_key = {json.dumps(written)}\n"
+        (tmp_path / "config" / "gateway.toml").write_text(settings)
+    status, output = checked(tmp_path, env)
+    assert status == 0
+    lines = output.splitlines()
+    assert f"access key: {len(KEY)} characters" in lines
+    assert f"secret key: {len(SECRET)} characters{says}" in lines
+
+
+def test_cli_check_reports_quotes(tmp_path: Path, simulator: Simulator) -> None:
+    """Quotes are part of the secret, so the upstream refuses it; the line about it gives the reason."""
+    env = pair(simulator.url, CREDENTIALS__SECRET_KEY=f'"{SECRET}"')
+    status, output = checked(tmp_path, env)
+    assert status == 1
+    assert f"secret key: {len(SECRET) + 2} characters; the quotes around it are part of it" in output
+
+
+def test_cli_refuses_a_secret_that_cannot_be_meant(tmp_path: Path, simulator: Simulator) -> None:
+    """A control character within a secret stops the start; the message names the setting."""
+    env = pair(simulator.url, CREDENTIALS__SECRET_KEY=f"{SECRET}\nSPEEDPIX_APP_KEY={KEY}")
+    status, output = checked(tmp_path, env)
+    assert status == 2
+    assert "credentials.secret_key = (hidden): contains a line break" in output
+
+
 def test_cli_check_succeeds_if_the_test_task_exists(tmp_path: Path, simulator: Simulator) -> None:
     """Any envelope proves that the signature was accepted."""
     simulator.task("0" * 26)
@@ -373,7 +425,7 @@ def test_cli_check_reports_an_incomplete_pair(tmp_path: Path, simulator: Simulat
     """An incomplete next key pair makes `check` fail, although the active one works."""
     status, output = checked(tmp_path, pair(simulator.url, CREDENTIALS__NEXT_ACCESS_KEY="next-key"))
     assert status == 1
-    assert "next key pair: cannot be read: ValueError: access key or secret key is empty" in output
+    assert "next key pair: cannot be read: ValueError: credentials.next_secret_key: is empty" in output
     assert "OK: key, signature and clock accepted" in output
     assert output.splitlines()[-1].startswith("only the active key pair works")
 
@@ -528,6 +580,53 @@ def test_cli_simulate_uses_its_options(
         process.signal(number)
         assert process.exit_status() == status
     assert "Traceback" not in process.output
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SECRET.encode(),
+        f"{SECRET}\r\n".encode(),
+        f"\ufeff {SECRET}\nignored".encode(),
+        f"\ufeff{SECRET}\r\n".encode("utf-16-le"),
+    ],
+    ids=["plain", "windows", "mark", "utf-16"],
+)
+def test_cli_simulate_reads_a_secret_as_people_write_it(
+    tmp_path: Path, launch: Callable[..., Gateway], content: bytes
+) -> None:
+    """The secret on standard input is read by the rule of all secrets."""
+    with secret_on_stdin(tmp_path, content) as process:
+        gate = launch(process.says("simulated upstream on (.*)"))
+        assert (
+            gate.get("abc").json()["code"] == "upstream-rejected"
+        )  # an unknown task: the signature is right
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a\x07secret", "contains a control character (U+0007)"),
+        ("a-secret\u200b".encode(), "ends with an invisible character (U+200B)"),
+        (b"\xff", "is not UTF-8"),
+        (b"x" * 70_000, "is larger than 65536 bytes"),
+    ],
+    ids=["control", "invisible", "encoding", "large"],
+)
+def test_cli_simulate_refuses_a_secret_that_cannot_be_meant(
+    tmp_path: Path, content: bytes, says: str
+) -> None:
+    """Such a secret on standard input is wrong usage; the message does not show it."""
+    with secret_on_stdin(tmp_path, content) as process:
+        assert process.exit_status() == 2
+    assert process.output == f"sd-gateway: --secret-stdin: {says}"
+
+
+def secret_on_stdin(tmp_path: Path, content: bytes) -> Process:
+    """Start a simulator that reads its secret from standard input."""
+    (tmp_path / "secret").write_bytes(content)
+    command = f"exec '{COMMAND}' simulate --port 0 --key {KEY} --secret-stdin < secret"
+    return Process("-c", command, cwd=tmp_path, program=Path("/bin/sh"))
 
 
 def test_cli_simulate_on_an_address_in_use_exits_with_1(tmp_path: Path) -> None:

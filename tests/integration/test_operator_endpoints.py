@@ -99,6 +99,52 @@ def test_ops_credential_files_may_appear_later(simulator: Simulator, launch: Lau
     assert gate.metric("credentials_reloads_total", result="ok") == 1
 
 
+@pytest.mark.parametrize("half", ["key", "secret"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        (b" \n", "is empty"),
+        (b"a-\nsecret", "contains a line break"),
+        (b"\xff", "UTF-8"),
+    ],
+    ids=["missing", "empty", "lines", "encoding"],
+)
+def test_ops_readyz_names_an_unreadable_credential_file(
+    simulator: Simulator, launch: Launch, tmp_path: Path, half: str, content: bytes | None, says: str
+) -> None:
+    """The gateway continues with the pair in memory; /readyz names the file until it can be read again."""
+    file = {"key": tmp_path / "key", "secret": tmp_path / "secret"}
+    for name, text in (("key", KEY), ("secret", SECRET)):
+        file[name].write_text(text)
+    files = {"access_key": "", "secret_key": "", "access_key_file": file["key"]}
+    gate = launch(simulator.url, credentials=files | {"secret_key_file": file["secret"]})
+    if content is None:
+        file[half].unlink()
+    else:
+        file[half].write_bytes(content)
+    [line] = until(lambda: gate.client.get("/readyz").json()["degraded"], "the fault is reported")
+    assert line.startswith("credentials: active key pair: ")
+    assert str(file[half]) in line
+    assert says in line
+    assert "a-" not in line
+    assert gate.client.get("/readyz").status_code == 200
+    file[half].write_text({"key": KEY, "secret": SECRET}[half])
+    until(lambda: not gate.client.get("/readyz").json()["degraded"], "the file is read")
+
+
+def test_ops_readyz_does_not_show_a_key_given_as_file_name(simulator: Simulator, launch: Launch) -> None:
+    """A file name without a folder may be the key itself, in the wrong setting: /readyz is public."""
+    files = {"secret_key": "", "secret_key_file": "a-secret-key"}
+    response = launch(simulator.url, credentials=files).client.get("/readyz")
+    assert response.status_code == 503
+    assert response.json()["reasons"] == ["no credentials"]
+    [line] = response.json()["degraded"]
+    assert line.startswith("credentials: active key pair: FileNotFoundError: no such file in the working")
+    assert line.endswith("is the value the key itself?")
+    assert "a-secret-key" not in line
+
+
 def test_ops_openapi_answers(gate: Gateway) -> None:
     """The OpenAPI document is served as JSON."""
     response = gate.client.get("/openapi.json")

@@ -35,6 +35,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from gateway.settings.model import Store
 from gateway.settings.secret_files import check_bundle
+from gateway.settings.secret_text import InvalidSecret
 from gateway.stores.valkey.batches import CONNECTIONS
 from gateway.telemetry.redaction import Redactor
 
@@ -138,6 +139,8 @@ def reason_of(exc: BaseException) -> str:
         code = found[1] if found is not None else "NOPERM" if _FORBIDDEN.search(str(exc)) else None
     if code is not None:
         return _REASONS[code]
+    if isinstance(exc, InvalidSecret):
+        return str(exc)  # names the file, and shows nothing of its content
     if isinstance(exc, TimeoutError):
         return "slow: no reply in time"
     # The class says whether the connection was refused or reset; the text may contain addresses.

@@ -1,5 +1,6 @@
 """The settings: defaults, sources, and messages for configuration errors."""
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import BaseModel, SecretStr
 from gateway.domain.task import Operation
 from gateway.settings.loading import load
 from gateway.settings.model import Settings, SettingsError
+from gateway.settings.secret_text import InvalidSecret
 
 Load = Callable[..., Settings]
 
@@ -117,6 +119,62 @@ def mistakes(read: Load, tmp_path: Path) -> Callable[..., list[str]]:
         return [line[source.end() :] for line, source in zip(lines, sources, strict=True) if source]
 
     return mistakes
+
+
+# Texts as people write them
+
+
+TOML = """
+[server]
+host = "\ufeff 127.0.0.9\\n"
+port = " 81\\n"
+edge = "false\\r\\n"
+trusted_hosts = ["a.example.com"]
+[upstream]
+endpoint = "http://127.0.0.1:9 "
+[store]
+password_file = "/run/password\\n"
+"""
+
+
+def test_texts_lose_white_space_and_byte_order_marks(read: Load) -> None:
+    """In every setting, from the file or a variable, blanks at the ends are no part of the value."""
+    variables = {
+        "SD_GATEWAY_SERVER__HOST": "\ufeff 127.0.0.9\n",
+        "SD_GATEWAY_SERVER__PORT": "81\r\n",
+        "SD_GATEWAY_SERVER__EDGE": "false\n",
+        "SD_GATEWAY_SERVER__TRUSTED_HOSTS": " a.example.com\n",
+        "SPEEDPIX_ENDPOINT": "http://127.0.0.1:9\n",
+        "SD_GATEWAY_STORE__PASSWORD_FILE": "/run/password\n",
+    }
+    for settings in (read(TOML), read(**variables)):
+        assert (settings.server.host, settings.server.port, settings.server.edge) == ("127.0.0.9", 81, False)
+        assert settings.server.trusted_hosts == ["a.example.com"]
+        assert settings.upstream.endpoint == "http://127.0.0.1:9"
+        assert settings.store.password_file == Path("/run/password")
+
+
+@pytest.mark.parametrize("name", SECRETS)
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("the-\nsecret", "contains a line break"),
+        ("the-\x07secret", "contains a control character (U+0007)"),
+        ("the-secret\u200b", "ends with an invisible character (U+200B)"),
+    ],
+)
+def test_secrets_that_cannot_be_meant_are_refused(
+    mistakes: Callable[..., list[str]], name: str, text: str, says: str
+) -> None:
+    """The message names the setting and not the secret, for a variable and for the file."""
+    expected = f"credentials.{name} = (hidden): {says}"
+    for lines in (
+        mistakes(f"[credentials]\n{name} = {json.dumps(text)}"),
+        mistakes(**{f"SD_GATEWAY_CREDENTIALS__{name.upper()}": text}),
+    ):
+        [line] = lines
+        assert line.endswith(expected)
+        assert "the-" not in line
 
 
 # Defaults and sources
@@ -330,7 +388,7 @@ def test_settings_show_no_secret(read: Load) -> None:
         ),
         ("[upstream]\noperations = []", "upstream.operations = []: must be a list that is not empty"),
         ("[upstream]\nstage = 'a b'", 'upstream.stage = "a b": must be empty, or letters, digits, _ and -'),
-        ('[upstream]\nstage = "A\\n"', 'upstream.stage = "A\\n": must be empty, or letters, digits, _ and -'),
+        ('[upstream]\nstage = "A\\nB"', 'upstream.stage = "A\\nB": must be empty, or letters, digits, _'),
         (
             "[upstream]\nallow_insecure = 'perhaps'",
             'upstream.allow_insecure = "perhaps": must be true or false',
@@ -677,6 +735,26 @@ def test_store_login_comes_from_the_url_or_from_files(read: Load, tmp_path: Path
     store = read(SD_GATEWAY_STORE__URL=url, SD_GATEWAY_STORE__PASSWORD_FILE=str(file)).store
     file.write_text("other\n")
     assert store.login() == ("us@er", "other")
+
+
+@pytest.mark.parametrize("name", ["username", "password", "sentinel_username", "sentinel_password"])
+def test_store_files_have_the_rule_of_all_secrets(read: Load, tmp_path: Path, name: str) -> None:
+    """A byte order mark and white space are removed; an inner line break is refused with the file's name."""
+    file = tmp_path / "login"
+    store = read(**{f"SD_GATEWAY_STORE__{name.upper()}_FILE": str(file)}).store
+    login = store.sentinel_login if name.startswith("sentinel") else store.login
+    file.write_bytes(b"\xef\xbb\xbf s3cret\r\n")
+    assert "s3cret" in login()
+    file.write_bytes(b"s3\ncret")
+    with pytest.raises(InvalidSecret) as caught:
+        login()
+    assert str(caught.value) == f"{file}: contains a line break"
+
+
+def test_store_url_is_cleaned(read: Load) -> None:
+    """A final newline and a byte order mark are no part of the URL."""
+    store = read(SD_GATEWAY_STORE__URL="\ufeffvalkey://:p@v:1/2\r\n").store
+    assert (store.hosts, store.database, store.login()) == ([("v", 1)], 2, (None, "p"))
 
 
 def test_store_url_is_never_shown(read: Load) -> None:

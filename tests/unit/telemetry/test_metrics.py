@@ -34,6 +34,7 @@ PUBLISHED: dict[str, tuple[str, tuple[str, ...]]] = {
     "upstream_abandoned": ("counter", ("operation",)),
     "upstream_certificate_errors": ("counter", ()),
     "upstream_retries": ("counter", ("operation", "reason")),
+    "upstream_repairs": ("counter", ("operation", "repair")),
     "upstream_circuit_state": ("gauge", ("operation", "state")),
     "upstream_budget_per_second": ("gauge", ()),
     "upstream_clock_skew_seconds": ("gauge", ()),
