@@ -211,6 +211,8 @@ class Store(_Section):
     username_file: File = None
     password_file: File = None
     ca_file: File = None
+    client_cert_file: File = None
+    client_key_file: File = None
     sentinel_service: str = ""
     sentinel_username_file: File = None
     sentinel_password_file: File = None
@@ -235,6 +237,12 @@ class Store(_Section):
             raise ValueError("cluster: cannot be combined with store.sentinel_service")
         if len(hosts) > 1 and not (self.cluster or self.sentinel_service):
             raise ValueError("url: several hosts require store.cluster or store.sentinel_service")
+        return self
+
+    @model_validator(mode="after")
+    def _client_certificate(self) -> Store:
+        if (self.client_cert_file is None) is not (self.client_key_file is None):
+            raise ValueError("client_cert_file: needs client_key_file, and the other way round")
         return self
 
     @property
