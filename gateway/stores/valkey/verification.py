@@ -133,7 +133,7 @@ async def _why_unsupported(servers: StoreServers, exc: ResponseError) -> str:
 
 async def _hello(servers: StoreServers) -> dict[str, str]:
     client: Any = servers.client
-    node = {"target_nodes": RedisCluster.RANDOM} if isinstance(client, RedisCluster) else {}
+    node = {"target_nodes": client.get_random_node()} if isinstance(client, RedisCluster) else {}
     reply = await client.execute_command("HELLO", **node)
     if not isinstance(reply, list):
         return {}
