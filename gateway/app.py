@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from copy import copy
+from functools import partial
 from typing import Any
 
 import structlog
@@ -116,9 +117,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
             yield
         log.info("stopped")
 
-    def why_not_ready() -> list[str]:
-        reasons = ["draining"] if shutdown.begun.is_set() else []
-        return reasons + ([] if credentials.has_any_pair else ["no credentials"])
+    why_not_ready = partial(_why_not_ready, shutdown, store, credentials)
 
     def degraded() -> list[str]:
         store_trouble = [f"store: {store.trouble}"] if store.trouble else []
@@ -184,6 +183,16 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     if not server.edge:
         return Application(app, metrics_asgi, metrics, shutdown)
     return Application(app, metrics_asgi, metrics, shutdown, FastPath(hits, behind_fast_path))
+
+
+def _why_not_ready(shutdown: GracefulShutdown, store: Store, credentials: Credentials) -> list[str]:
+    reasons = {
+        "draining": shutdown.begun.is_set(),
+        # Without the store, a new replica would repeat the queries of the others.
+        "connecting to the store": store.starting,
+        "no credentials": not credentials.has_any_pair,
+    }
+    return [reason for reason, applies in reasons.items() if applies]
 
 
 def _with_spans(app: ASGIApp, tracing: Tracing, *, root_path: str) -> ASGIApp:

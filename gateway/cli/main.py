@@ -132,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     watch.set_defaults(run=_watch)
 
     check_parser = commands.add_parser(
-        "check", parents=[with_settings], help="send one signed query and report what is wrong"
+        "check", parents=[with_settings], help="query the upstream, test the store, and report what is wrong"
     )
     check_parser.set_defaults(run=_check)
 

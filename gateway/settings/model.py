@@ -246,6 +246,8 @@ class Store(_Section):
     username_file: File = None
     password_file: File = None
     ca_file: File = None
+    client_cert_file: File = None
+    client_key_file: File = None
     sentinel_service: str = ""
     sentinel_username_file: File = None
     sentinel_password_file: File = None
@@ -273,6 +275,14 @@ class Store(_Section):
             raise ValueError("cluster: cannot be combined with store.sentinel_service")
         if len(hosts) > 1 and not (self.cluster or self.sentinel_service):
             raise ValueError("url: several hosts require store.cluster or store.sentinel_service")
+        return self
+
+    @model_validator(mode="after")
+    def _client_certificate(self) -> Store:
+        if self.client_cert_file and not self.client_key_file:
+            raise ValueError("client_cert_file: needs store.client_key_file")
+        if self.client_key_file and not self.client_cert_file:
+            raise ValueError("client_key_file: needs store.client_cert_file")
         return self
 
     @property

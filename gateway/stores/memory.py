@@ -102,6 +102,11 @@ class MemoryStore:
         """See `Store`."""
         return None
 
+    @property
+    def starting(self) -> bool:
+        """See `Store`."""
+        return False
+
     async def __aenter__(self) -> Self:
         """See `Store`: there is nothing to open."""
         return self

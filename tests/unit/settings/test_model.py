@@ -68,6 +68,8 @@ DEFAULTS: dict[str, Any] = {
     "store.username_file": None,
     "store.password_file": None,
     "store.ca_file": None,
+    "store.client_cert_file": None,
+    "store.client_key_file": None,
     "store.sentinel_service": "",
     "store.sentinel_username_file": None,
     "store.sentinel_password_file": None,
@@ -767,6 +769,8 @@ def test_store_url_is_never_shown(read: Load) -> None:
     [
         ({"url": "http://v"}, 'store.url = "http://v": must be valkey://'),
         ({"url": "valkey://"}, 'store.url = "valkey://": must be valkey://'),
+        ({"client_cert_file": "a"}, 'store.client_cert_file = "a": needs store.client_key_file'),
+        ({"client_key_file": "a"}, 'store.client_key_file = "a": needs store.client_cert_file'),
         ({"url": "valkey://u:s3cret@v:x"}, "store.url = (hidden): must be valkey://"),
         ({"url": "valkey://v?db=1"}, 'store.url = "valkey://v?db=1": must be valkey://'),
         ({"url": "valkey://v/a"}, 'store.url = "valkey://v/a": the path must be'),
