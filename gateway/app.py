@@ -20,6 +20,7 @@ from gateway.api.cached_responses import CachedResponses, CachedResponsesFirst
 from gateway.api.client_limits import ClientLimits, ClientTokenBuckets, RateLimitMiddleware
 from gateway.api.events import EventsEndpoint
 from gateway.api.metrics_port import metrics_application
+from gateway.api.middleware.client_address import ClientAddress
 from gateway.api.middleware.cross_site import Cors, SameSite
 from gateway.api.middleware.host_and_prefix import HostAndPrefix
 from gateway.api.middleware.telemetry import RequestTelemetry
@@ -107,11 +108,13 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
             log.info("started", version=__version__, endpoint=settings.upstream.endpoint)
             if not credentials.has_any_pair:
                 log.warning("credentials_missing", effect="the gateway is not ready and queries fail")
-            if settings.limits.requests_per_second and _ANY_ADDRESS & {*settings.server.trusted_proxies}:
+            headers = settings.server.client_address_headers
+            any_proxy = _ANY_ADDRESS & {*settings.server.trusted_proxies}
+            if settings.limits.requests_per_second and any_proxy and headers:
                 log.warning(
                     "client_rate_limit_evadable",
                     setting="server.trusted_proxies",
-                    effect="any client can choose its address by X-Forwarded-For",
+                    effect=f"any client can choose its address by {' or '.join(headers)}",
                 )
             yield
         log.info("stopped")
@@ -143,7 +146,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
                 else [Route("/metrics", operator_endpoints.metrics(metrics.registry))]
             ),
             Route("/openapi.json", operator_endpoints.openapi()),
-            *page_routes(),
+            *page_routes(root_path=settings.server.root_path),
             operator_endpoints.OptionsRoute(),
         ],
         lifespan=lifespan,
@@ -172,6 +175,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         hosts=hosts,
         cross_origin=bool(server.cors_origins),
         limiter=limiter,
+        address_headers=server.client_address_headers,
         metrics=metrics,
         log_sampler=log_sampler,
     )
@@ -247,9 +251,10 @@ def _add_middleware(
         app = RateLimitMiddleware(app, limiter=limiter)
     app = SameSite(app, origins=server.cors_origins)
     if server.cors_origins:
-        app = Cors(app, origins=server.cors_origins, problems=problems)
+        app = Cors(app, server=server, problems=problems)
     app = HostAndPrefix(app, root_path=server.root_path, hosts=hosts)
-    return RequestTelemetry(app, metrics=metrics, problems=problems, log_sampler=log_sampler)
+    app = RequestTelemetry(app, metrics=metrics, problems=problems, log_sampler=log_sampler)
+    return ClientAddress(app, trusted_proxies=server.trusted_proxies, headers=server.client_address_headers)
 
 
 def _task_routes(

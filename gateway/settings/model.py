@@ -56,7 +56,9 @@ Strings = Annotated[list[str], BeforeValidator(_split)]
 File = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
 # A host without a port; an origin as browsers send it. A value in another form would never match a request.
 Host = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^\s/?#@:*]+|\[[0-9a-fA-F:.]+\])$")]
-Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+)$")]
+Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://(\*\.)?[^\s/?#@*A-Z]+(:\*)?)$")]
+HeaderName = Annotated[str, Field(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}$")]
+AddressHeader = Literal["X-Forwarded-For", "Forwarded", "X-Real-IP"]
 
 VALKEY_PORT, SENTINEL_PORT = 6379, 26379
 LOOPBACK_NAMES = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
@@ -77,6 +79,11 @@ class Server(_Section):
     metrics_port: Port = 0
     root_path: str = ""
     cors_origins: Annotated[list[Origin], BeforeValidator(_split)] = []
+    cors_headers: Annotated[list[HeaderName], BeforeValidator(_split)] = []
+    cors_expose_headers: Annotated[list[HeaderName], BeforeValidator(_split)] = []
+    cors_max_age_seconds: Annotated[int, Field(ge=0, le=86_400)] = 600
+    cors_credentials: bool = False
+    cors_private_network: bool = True
     edge: bool = True  # the fast path for cache hits (`server/fast_path.py`)
     header_seconds: Positive = 10.0
     max_header_bytes: Annotated[int, Field(ge=1024, le=1_048_576)] = 32_768
@@ -85,6 +92,11 @@ class Server(_Section):
     max_connections: Count = 25_000
     trusted_hosts: Annotated[list[Host], BeforeValidator(_split)] = []
     trusted_proxies: Annotated[Strings, AfterValidator(_networks)] = ["127.0.0.1"]
+    client_address_headers: Annotated[list[AddressHeader], BeforeValidator(_split)] = [
+        "X-Forwarded-For",
+        "Forwarded",
+        "X-Real-IP",
+    ]
     drain_seconds: Positive = 20.0
 
     @field_validator("root_path")
@@ -95,6 +107,13 @@ class Server(_Section):
         if not _URL_PATH.fullmatch(value):
             raise ValueError("may contain only ASCII letters, digits and -._~!$&'()*+,;=:@/")
         return value
+
+    @model_validator(mode="after")
+    def _cors_credentials(self) -> Server:
+        # Any page of the internet could otherwise send requests with the user's cookies, and read responses.
+        if self.cors_credentials and {"*", "null"} & {*self.cors_origins}:
+            raise ValueError('cors_credentials: cannot be combined with "*" or "null" in server.cors_origins')
+        return self
 
     @property
     def allowed_hosts(self) -> list[str]:
@@ -193,6 +212,7 @@ class Watch(_Section):
     max_watchers: Count = 20_000
     heartbeat_seconds: Positive = 15.0
     max_wait_seconds: Positive = 60.0
+    unknown_task_seconds: NotNegative = 30.0
 
 
 class Limits(_Section):

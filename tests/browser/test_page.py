@@ -588,6 +588,37 @@ def test_page_works_under_a_prefix(simulator: Simulator, launch: Launch, tab: Ta
 
 
 @in_browser
+@pytest.mark.parametrize("strip", [False, True], ids=["kept", "stripped"])
+def test_page_works_under_a_prefix_without_its_slash(
+    simulator: Simulator, launch: Launch, tab: Tab, *, strip: bool
+) -> None:
+    """Whether the ingress removes the prefix or not, the page works at an address without the final slash."""
+    gate = launch(simulator.url, cache=QUICK, server={"root_path": "/tools/sd"})
+    simulator.script("nested", status="running", progress=0.5)
+
+    def forward(connection: socket.socket, request: Request) -> None:
+        head = request.head
+        if strip:
+            head = re.sub(rb"^(\w+) /tools/sd/?", rb"\1 /", head)
+        with socket.create_connection(gate.address, timeout=PATIENCE_SECONDS) as onward:
+            onward.sendall(re.sub(rb"(?i)connection: keep-alive", b"connection: close", head) + b"\r\n\r\n")
+            with suppress(OSError):
+                while part := onward.recv(65536):
+                    connection.sendall(part)
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    with RawUpstream(forward) as ingress:
+        tab.page.goto(f"{ingress.url}/tools/sd?taskId=nested")
+        expect(tab.bar("nested")).to_have_attribute("aria-valuenow", "50")
+        assert tab.page.url == f"{ingress.url}/tools/sd/?taskId=nested"
+        assert all(urlsplit(url).path.startswith("/tools/sd") for url in tab.requests)
+        tab.page.get_by_role("link", name="API").click()
+        expect(tab.page.get_by_role("heading", name="Problem codes")).to_be_visible()
+        tab.page.close()
+
+
+@in_browser
 def test_page_fits_a_hundred_tasks_on_a_narrow_screen(
     simulator: Simulator, launch: Launch, new_tab: Callable[..., Tab]
 ) -> None:

@@ -215,6 +215,10 @@ function flush() {
 
 // --- start ---------------------------------------------------------------------------------------
 
+// Behind an ingress the address may lack its final slash. Relative URLs would then leave the prefix.
+const home = new URL("../", import.meta.url).pathname;
+if (location.pathname !== home) history.replaceState(null, "", home + location.search + location.hash);
+
 form.addEventListener("submit", (event) => {
   event.preventDefault();
   const wanted = { taskIds: parseIds(form.elements.taskId.value), api: form.elements.api.value };
