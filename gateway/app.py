@@ -108,14 +108,8 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
             log.info("started", version=__version__, endpoint=settings.upstream.endpoint)
             if not credentials.has_any_pair:
                 log.warning("credentials_missing", effect="the gateway is not ready and queries fail")
-            headers = settings.server.client_address_headers
-            any_proxy = _ANY_ADDRESS & {*settings.server.trusted_proxies}
-            if settings.limits.requests_per_second and any_proxy and headers:
-                log.warning(
-                    "client_rate_limit_evadable",
-                    setting="server.trusted_proxies",
-                    effect=f"any client can choose its address by {' or '.join(headers)}",
-                )
+            if settings.limits.requests_per_second:
+                _warn_if_limit_is_evadable(settings.server)
             yield
         log.info("stopped")
 
@@ -231,6 +225,16 @@ def _store(
         metrics=metrics,
         **limits,
     )
+
+
+def _warn_if_limit_is_evadable(server: Server) -> None:
+    headers = server.client_address_headers
+    if headers and _ANY_ADDRESS & {*server.trusted_proxies}:
+        log.warning(
+            "client_rate_limit_evadable",
+            setting="server.trusted_proxies",
+            effect=f"any client can choose its address by {' or '.join(headers)}",
+        )
 
 
 def _limiter(limits: Limits) -> ClientTokenBuckets | None:

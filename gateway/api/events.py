@@ -135,7 +135,7 @@ class EventsEndpoint:
         if subscriber.heartbeat_due:
             subscriber.heartbeat_due = False
             parts.append(HEARTBEAT)
-        last = not running
+        last = all(key in subscriber.unknown_keys and not subscriber.has_unsent(key) for key in running)
         if last:
             self._sent["end"].inc()
             parts.append(b"event: end\nid: %s\ndata: {}\n\n" % end_id.encode())
@@ -184,8 +184,8 @@ class EventsEndpoint:
 def _last_event_id(scope: Scope, parameters: dict[str, list[str]]) -> str | None:
     """Return the ID of the client's last event, or None.
 
-    Polyfills of EventSource send it in the query, because a header would need a CORS preflight. The browser's own
-    EventSource updates the header and repeats the query of its URL, so the header takes precedence.
+    Polyfills of EventSource send it in the query, because a header would need a CORS preflight. The browser's
+    own EventSource updates the header and repeats the query of its URL, so the header takes precedence.
     """
     from_header = header(scope["headers"], b"last-event-id")
     from_query = (parameters[name][0] for name in _LAST_EVENT_ID if name in parameters)

@@ -1,9 +1,9 @@
 """The web pages: the files of `gateway/api/web`, read once at startup and served unchanged.
 
 The pages use relative URLs, so that an ingress can serve them below a prefix. There is one exception: with
-`server.root_path`, the index refers to its files by absolute paths. The ingress may remove the prefix, and then
-the gateway cannot tell whether the browser's address ends with a slash. The pages load nothing from other origins
-and contain no inline script or style, which allows a strict Content-Security-Policy.
+`server.root_path`, the index refers to its files by absolute paths. The ingress may remove the prefix, and
+then the gateway cannot tell whether the browser's address ends with a slash. The pages load nothing from
+other origins and contain no inline script or style, which allows a strict Content-Security-Policy.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from gateway.api.requests import Headers, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
 from gateway.domain.entity_tag import EntityTags, matches
-from gateway.domain.errors import GatewayError, InvalidParameter
+from gateway.domain.errors import GatewayError, InvalidParameter, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
@@ -114,7 +114,7 @@ class ProgressEndpoint:
         on_arrival = self._service.peek(key, seen_revision)
         if if_none_match is None:
             if_none_match = on_arrival.snapshot.etag if on_arrival is not None else ""
-        failure: GatewayError | None = None
+        change = _Change(key, if_none_match)
         with (
             self._clients.subscription(scope),
             self._hub.subscribe(
@@ -127,10 +127,10 @@ class ProgressEndpoint:
             async with DisconnectListener(scope, receive, subscriber.disconnect):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
-                        failure = await _next_change(subscriber, if_none_match)
+                        await change.wait(subscriber)
             await self._service.catch_up()
-        if failure is not None:
-            outcome: CacheResult | FetchFailure = FetchFailure(key, failure, CacheStatus.NEGATIVE)
+        if change.failure is not None:
+            outcome: CacheResult | FetchFailure = FetchFailure(key, change.failure, CacheStatus.NEGATIVE)
         elif (result := self._service.peek(key, seen_revision)) is not None:
             outcome = result if on_arrival is not None else result._replace(cache_status=CacheStatus.MISS)
         else:
@@ -141,23 +141,33 @@ class ProgressEndpoint:
         return outcome
 
 
-async def _next_change(subscriber: Subscriber, if_none_match: str) -> GatewayError | None:
-    """Return when there is a change, with the failure if it is one. Raises: ClientDisconnect.
+class _Change:
+    """Waits for a change of a task. `failure` is the failure to respond with; None if there is none.
 
     A failure that is already known on arrival is not returned: it may be as old as the schedule's backoff.
+    The upstream rejects a new task for a moment. So a rejection is returned only at the end of the wait, or
+    when the task counts as unknown.
     """
-    awaited = not subscriber.woken
-    while not subscriber.shutting_down:
-        for update in await subscriber.next_updates():
-            if update.failure is not None:
-                return update.failure if awaited else None
-            if _is_change(update.snapshot, if_none_match):
-                return None
-        if subscriber.disconnected:
-            raise ClientDisconnect
-        awaited = True
-    return None
 
+    def __init__(self, key: TaskKey, if_none_match: str) -> None:
+        self._key = key
+        self._if_none_match = if_none_match
+        self.failure: GatewayError | None = None
 
-def _is_change(snapshot: Snapshot | None, if_none_match: str) -> bool:
-    return snapshot is not None and (snapshot.terminal or not matches(if_none_match, snapshot.etag))
+    async def wait(self, subscriber: Subscriber) -> None:
+        """Return when there is a change. Raises: ClientDisconnect."""
+        awaited = not subscriber.woken
+        while not subscriber.shutting_down:
+            for update in await subscriber.next_updates():
+                self.failure = update.failure if awaited else None
+                is_rejected = isinstance(update.failure, UpstreamRejected)
+                if not is_rejected and (update.failure is not None or self._is_change(update.snapshot)):
+                    return
+            if subscriber.disconnected:
+                raise ClientDisconnect
+            if self._key in subscriber.unknown_keys:
+                return
+            awaited = True
+
+    def _is_change(self, snapshot: Snapshot | None) -> bool:
+        return snapshot is not None and (snapshot.terminal or not matches(self._if_none_match, snapshot.etag))

@@ -9,7 +9,6 @@ import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from starlette.types import Receive, Scope, Send
 
 from gateway.api.client_limits import ClientTokenBuckets, bucket_key
 from gateway.domain.errors import TooManyRequests

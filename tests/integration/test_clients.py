@@ -1,4 +1,4 @@
-"""Clients as they are: an EventSource polyfill, browsers with tracing scripts, and proxies of several kinds."""
+"""Clients as they are: an EventSource polyfill, browsers with tracing scripts, several kinds of proxies."""
 
 import json
 import shutil
@@ -331,7 +331,7 @@ async def address(
 async def test_address_of_the_client_is_the_last_untrusted_hop(
     headers: list[tuple[str, str]], expected: str
 ) -> None:
-    """Trusted proxies report the client in any of three headers; values that a client can invent are ignored."""
+    """Trusted proxies report the client in any of three headers; values that it can invent are ignored."""
     assert await address(*headers) == expected
     assert await address(*headers, peer="192.0.2.99") == "192.0.2.99"
 
@@ -369,7 +369,7 @@ def test_address_in_other_headers_separates_the_clients_of_a_proxy(
 
 
 def test_prefix_without_its_slash_is_redirected(simulator: Simulator, launch: Launch) -> None:
-    """GET and HEAD of `server.root_path` itself lead to the page; the query is kept, other methods are not."""
+    """GET and HEAD of `server.root_path` itself lead to the page, with the query; other methods give 404."""
     gate = launch(simulator.url, server={"root_path": "/tools/sd:1"})
     for method in ("GET", "HEAD"):
         response = gate.client.request(method, "/tools/sd:1?taskId=a&taskId=b")
