@@ -287,11 +287,14 @@ def _task_routes(
         clients=clients,
         max_wait_seconds=settings.watch.max_wait_seconds,
     )
+    batch = BatchEndpoint(
+        service, hub, tasks=tasks, clients=clients, max_wait_seconds=settings.watch.max_wait_seconds
+    )
     return [
         Route("/v1/progress/{taskId}", one, methods=["GET"]),
         Route("/v1/progress/{taskId}/events", events, methods=["GET"]),
         Route("/v1/progress/{taskId:path}", one, methods=["GET"]),
-        Route("/v1/progress", BatchEndpoint(service, tasks=tasks, clients=clients), methods=["GET"]),
+        Route("/v1/progress", batch, methods=["GET"]),
         Route("/v1/events", events, methods=["GET"]),
     ]
 

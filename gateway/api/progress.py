@@ -7,7 +7,6 @@ stored, and nothing but `send` is awaited.
 from __future__ import annotations
 
 import asyncio
-import re
 from contextlib import suppress
 
 from starlette.requests import ClientDisconnect
@@ -16,23 +15,18 @@ from starlette.types import Receive, Scope, Send
 from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.progress_response import HEADER_NAMES, build_response
 from gateway.api.request_log import record_outcome
-from gateway.api.requests import Headers, header, query_parameters
+from gateway.api.requests import header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
+from gateway.api.waiting import requested_wait
 from gateway.domain.entity_tag import EntityTags, matches
-from gateway.domain.errors import GatewayError, InvalidParameter, UpstreamRejected
+from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.watch.hub import SubscriptionKind, WatchHub
 from gateway.watch.subscriber import Subscriber
-
-# RFC 7240, 4.3: `wait=10`, perhaps among other preferences.
-_PREFER_WAIT = re.compile(
-    r"(?:^|,)[ \t]*wait[ \t]*=[ \t]*\"?([0-9]{1,9})\"?[ \t]*(?:[;,]|\Z)", re.IGNORECASE | re.ASCII
-)
-_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 class ProgressEndpoint:
@@ -60,7 +54,7 @@ class ProgressEndpoint:
         parameters = query_parameters(scope, "api", "wait")
         key = self._tasks.in_path(scope, parameters)
         if_none_match = header(scope["headers"], b"if-none-match")
-        wait, headers = self._wait(scope, parameters)
+        wait, headers = requested_wait(scope, parameters, longest=self._max_wait_seconds)
         if wait:
             outcome = await self._wait_for_change(scope, receive, key, if_none_match, wait)
         else:
@@ -87,20 +81,6 @@ class ProgressEndpoint:
         if known is not None and matches(if_none_match, known.snapshot.etag):
             return 0
         return self._tags.revision(if_none_match, key)
-
-    def _wait(self, scope: Scope, parameters: dict[str, list[str]]) -> tuple[float, Headers]:
-        """Return the requested wait in seconds, 0 for none, and the response headers that confirm it."""
-        if "wait" in parameters:
-            value = parameters["wait"][0]
-            if not _SECONDS.fullmatch(value):
-                raise InvalidParameter("query parameter 'wait' must be a number of seconds, 0 or more")
-            return min(float(value), self._max_wait_seconds), []
-        prefer = header(scope["headers"], b"prefer")
-        match = _PREFER_WAIT.search(prefer) if prefer is not None else None
-        if match is None:
-            return 0.0, []  # an unknown preference is ignored (RFC 7240, 2)
-        wait = min(float(match[1]), self._max_wait_seconds)
-        return wait, [(b"preference-applied", b"wait=%d" % wait), (b"vary", b"Prefer")]
 
     async def _wait_for_change(
         self, scope: Scope, receive: Receive, key: TaskKey, if_none_match: str | None, wait: float
