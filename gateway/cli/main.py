@@ -20,7 +20,7 @@ from gateway import __version__
 from gateway.app import USER_AGENT, create_app
 from gateway.cli import demo, watch_display
 from gateway.cli.check import check
-from gateway.cli.watch_client import StreamRefused
+from gateway.cli.watch_events import StreamRefused
 from gateway.domain.errors import InvalidTaskId
 from gateway.domain.printable import printable
 from gateway.domain.task import Operation, check_task_id

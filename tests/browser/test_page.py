@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, 
 
 from gateway.api.problems import PROBLEMS
 from gateway.domain.errors import UpstreamRejected
+from tests.attacks.proxies import buffering_nginx
 from tests.support.harness import (
     PATIENCE_SECONDS,
     Gateway,
@@ -551,6 +552,29 @@ def test_page_recovers_behind_an_ingress(
         reconnects = [request.headers.get("last-event-id") for request in streams[1:]]
         assert reconnects[0] == etag
         assert when_down is unavailable or set(reconnects) == {etag}
+
+
+@in_browser
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed; .ci/run installs it")
+def test_page_works_behind_a_buffering_proxy(
+    simulator: Simulator, quick: Gateway, tab: Tab, tmp_path: Path
+) -> None:
+    """If a proxy holds the stream back, the page says so and follows its tasks by long polls to their end."""
+    simulator.script("held", status="running", progress=0.2)
+    with buffering_nginx("nginx-twice", tmp_path, "{}:{}".format(*quick.address)) as url:
+        tab.open(url, "held", "other")
+        expect(tab.connection).to_have_text("Live by long polls: a proxy buffers the event stream")
+        expect(tab.bar("held")).to_have_attribute("aria-valuenow", "20")
+        expect(tab.card("other")).to_contain_text(PROBLEMS[UpstreamRejected][1])
+        tab.shoot("buffering-proxy")
+        until(lambda: quick.metric("watchers", kind="longpoll") == 1, "a long poll is open")
+        assert tab.streams() == 1
+        simulator.script("held", status="running", progress=0.8)
+        expect(tab.bar("held")).to_have_attribute("aria-valuenow", "80")
+        simulator.script("other", status="failed", progress=0.1)
+        simulator.script("held", status="succeeded", progress=1)
+        expect(tab.connection).to_have_text("All tasks ended")
+        tab.page.close()
 
 
 @in_browser

@@ -15,6 +15,7 @@ const CONNECTION = {
   idle: "Not watching",
   connecting: "Connecting",
   live: "Live",
+  polling: "Live by long polls: a proxy buffers the event stream",
   reconnecting: "Connection lost, reconnecting",
   retrying: "Connection lost, retrying",
   ended: "All tasks ended",
