@@ -246,7 +246,7 @@ class _Opening:
 
     def _end(self) -> None:
         self._expired = True
-        with suppress(OSError):
+        with suppress(OSError):  # the connection is closed already
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> None:
