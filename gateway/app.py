@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from copy import copy
 from typing import Any
 
 import structlog
@@ -32,7 +33,7 @@ from gateway.api.trusted_hosts import TrustedHosts
 from gateway.api.vendor_paths import UnknownOperation, VendorEndpoint
 from gateway.domain.entity_tag import EntityTags
 from gateway.progress.service import ProgressService
-from gateway.server.application import Application
+from gateway.server.application import Application, FastPath
 from gateway.server.graceful_shutdown import GracefulShutdown
 from gateway.settings.model import Limits, Server, Settings, SettingsError
 from gateway.stores.base import Store
@@ -68,7 +69,12 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         lambda: None if credentials.signing_pair is None else credentials.signing_pair.pair.secret_key
     )
     store = _store(settings, redactor, metrics, tags=tags, credentials=credentials)
-    metrics.measure_cache(entries=store.__len__, size=store.size)
+    metrics.measure_cache(
+        entries=store.__len__,
+        size=store.size,
+        max_entries=settings.cache.max_tasks,
+        max_bytes=settings.cache.max_bytes,
+    )
     signed_requests = SignedRequests(
         settings.upstream, redactor=redactor, metrics=metrics, user_agent=USER_AGENT, tracing=tracing
     )
@@ -105,11 +111,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
             stack.push_async_callback(hub.aclose)
             await stack.enter_async_context(_running(credentials.poll_files()))
             await stack.enter_async_context(_running(_announce_shutdown(shutdown, hub)))
-            log.info("started", version=__version__, endpoint=settings.upstream.endpoint)
-            if not credentials.has_any_pair:
-                log.warning("credentials_missing", effect="the gateway is not ready and queries fail")
-            if settings.limits.requests_per_second:
-                _warn_if_limit_is_evadable(settings.server)
+            _log_start(settings, signed_requests, has_any_pair=credentials.has_any_pair)
             yield
         log.info("stopped")
 
@@ -160,7 +162,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     metrics_asgi = metrics_application(metrics.registry, problems=problems)
     if not isinstance(tracing, NoTracing):  # the request's span is the outermost layer, and records hits, too
         app.middleware_stack = _with_spans(with_middleware, tracing, root_path=server.root_path)
-        return Application(app, metrics_asgi, metrics, None, shutdown)
+        return Application(app, metrics_asgi, metrics, shutdown)
     hits = CachedResponses(
         service,
         tags=tags,
@@ -173,8 +175,11 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         metrics=metrics,
         log_sampler=log_sampler,
     )
-    app.middleware_stack = CachedResponsesFirst(app.middleware_stack, hits=hits)
-    return Application(app, metrics_asgi, metrics, hits if server.edge else None, shutdown)
+    behind_fast_path = copy(app)
+    app.middleware_stack = CachedResponsesFirst(with_middleware, hits=hits)
+    if not server.edge:
+        return Application(app, metrics_asgi, metrics, shutdown)
+    return Application(app, metrics_asgi, metrics, shutdown, FastPath(hits, behind_fast_path))
 
 
 def _with_spans(app: ASGIApp, tracing: Tracing, *, root_path: str) -> ASGIApp:
@@ -184,6 +189,16 @@ def _with_spans(app: ASGIApp, tracing: Tracing, *, root_path: str) -> ASGIApp:
     if not isinstance(tracing, OpenTelemetryTracing):
         return app
     return RequestSpans(app, tracer=tracing.tracer, root_path=root_path)
+
+
+def _log_start(settings: Settings, signed_requests: SignedRequests, *, has_any_pair: bool) -> None:
+    proxy = signed_requests.proxy
+    through = {} if proxy is None else {"proxy": proxy.shown, "proxy_source": proxy.source}
+    log.info("started", version=__version__, endpoint=settings.upstream.endpoint, **through)
+    if not has_any_pair:
+        log.warning("credentials_missing", effect="the gateway is not ready and queries fail")
+    if settings.limits.requests_per_second:
+        _warn_if_limit_is_evadable(settings.server)
 
 
 def _store(

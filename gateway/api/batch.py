@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.problems import problem_document, status_and_title
-from gateway.api.requests import header, query_parameters
+from gateway.api.requests import LONG_POLL, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.waiting import requested_wait
@@ -56,6 +56,7 @@ class BatchEndpoint:
         wait, headers = requested_wait(scope, parameters, longest=self._max_wait_seconds)
         self._clients.charge(scope, len(keys))
         if wait:
+            scope["state"][LONG_POLL] = True
             outcomes = await self._wait_for_change(scope, receive, keys, if_none_match, wait)
         else:
             outcomes = await self._read(scope, receive, keys)

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.progress_response import HEADER_NAMES, build_response
 from gateway.api.request_log import record_outcome
-from gateway.api.requests import header, query_parameters
+from gateway.api.requests import LONG_POLL, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.waiting import requested_wait
@@ -56,6 +56,7 @@ class ProgressEndpoint:
         if_none_match = header(scope["headers"], b"if-none-match")
         wait, headers = requested_wait(scope, parameters, longest=self._max_wait_seconds)
         if wait:
+            scope["state"][LONG_POLL] = True
             outcome = await self._wait_for_change(scope, receive, key, if_none_match, wait)
         else:
             seen_revision = self._seen_revision(key, if_none_match)

@@ -26,9 +26,9 @@ from gateway.settings.model import Settings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import MASK, Redactor
 from gateway.upstream.credentials import Credentials, CredentialSlot
-from gateway.upstream.http_transport import explain_connect_error
 from gateway.upstream.signed_request import RawResponse, SignedRequests, parse_http_date
 from gateway.upstream.signing import string_to_sign
+from gateway.upstream.transport import explain_connect_error
 
 PROBE_TASK = "0" * 26  # has the form of a task ID, but belongs to no task
 _SERVER_TEXT = re.compile(r"StringToSign:\s*`?(?P<text>.*?)`?\s*$", re.DOTALL | re.IGNORECASE)
@@ -51,7 +51,8 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
         return Finding(ok=False, lines=[*lines, missing])
     key = TaskKey(settings.upstream.operations[0], PROBE_TASK)
     calls = SignedRequests(settings.upstream, redactor=redactor, metrics=metrics, user_agent=user_agent)
-    lines.append(f"querying {settings.upstream.endpoint}{key.operation.path}")
+    way = "" if calls.proxy is None else f" through the proxy {calls.proxy.shown} ({calls.proxy.source})"
+    lines.append(f"querying {settings.upstream.endpoint}{key.operation.path}{way}")
     works = dict.fromkeys(credentials.read_errors(), False)
     async with calls:
         for credential in credentials.loaded_pairs():

@@ -141,7 +141,7 @@ class Fetcher:
                 key,
                 is_refresh=self._store.last_known(key) is not None,
                 timeout_seconds=deadline - started,
-                on_queued=partial(_signal_queued, demand),
+                on_queued=partial(_report_queued, demand),
                 on_retry=partial(self._store.release_lease_early, lease),
                 demand=demand,
             )
@@ -184,15 +184,15 @@ class Fetcher:
             )
 
 
-def queued_signal(demand: Demand) -> asyncio.Future[GatewayError]:
+def queued_error_of(demand: Demand) -> asyncio.Future[GatewayError]:
     """Return the future that resolves to an error when the rate limiter queues the request."""
-    if demand.queued_signal is None:
-        demand.queued_signal = asyncio.get_running_loop().create_future()
-    return demand.queued_signal
+    if demand.queued_error is None:
+        demand.queued_error = asyncio.get_running_loop().create_future()
+    return demand.queued_error
 
 
-def _signal_queued(demand: Demand, seconds: float) -> None:
-    signal = queued_signal(demand)
+def _report_queued(demand: Demand, seconds: float) -> None:
+    signal = queued_error_of(demand)
     if not signal.done():
         failure = RateLimiterExhausted(
             "the query is queued by the rate limiter for upstream calls", retry_after=seconds

@@ -105,4 +105,5 @@ def make_connection_limits(
         count_refused_request=lambda status: metrics.http_requests.labels("other", "other", status).inc(),
     )
     metrics.http_connections.set_function(lambda: limits.open_connections)
+    metrics.http_connections_limit.set(limits.max_connections)
     return limits

@@ -52,11 +52,12 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
     )
     limits = make_connection_limits(server, app.metrics, max_connections=max_connections)
     app.shutdown.on_begin(limits.start_draining)
+    hits, asgi = (None, app.asgi) if app.fast_path is None else app.fast_path
     config = uvicorn.Config(
-        app.asgi,
+        asgi,
         host=server.host,
         port=server.port,
-        http=make_protocol_class(limits, hits=app.hits),
+        http=make_protocol_class(limits, hits=hits),
         loop="uvloop",
         ws="none",
         lifespan="on",

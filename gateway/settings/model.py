@@ -124,7 +124,7 @@ class Server(_Section):
         """
         if self.trusted_hosts:
             return self.trusted_hosts
-        return [*LOOPBACK_NAMES, self.host] if _is_loopback(self.host) else ["*"]
+        return [*LOOPBACK_NAMES, self.host] if is_loopback(self.host) else ["*"]
 
 
 class Upstream(_Section):
@@ -141,6 +141,16 @@ class Upstream(_Section):
     requests_per_second: Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)] = 0.0
     max_response_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824)] = 1_048_576
     connection_max_age_seconds: Positive = 300.0
+    proxy: SecretStr = SecretStr("")
+    ca_file: File = None
+    client_cert_file: File = None
+    client_key_file: File = None
+
+    @model_validator(mode="after")
+    def _certificate(self) -> Upstream:
+        if (self.client_cert_file is None) is not (self.client_key_file is None):
+            raise ValueError("client_cert_file: needs client_key_file, and the other way round")
+        return self
 
     @model_validator(mode="after")
     def _endpoint(self) -> Upstream:
@@ -153,7 +163,7 @@ class Upstream(_Section):
             raise ValueError("endpoint: must be an http or https URL")
         if parts.path not in {"", "/"} or parts.query or parts.fragment or "@" in parts.netloc:
             raise ValueError("endpoint: must be a scheme and a host, with an optional port and nothing else")
-        if parts.scheme == "http" and not self.allow_insecure and not _is_loopback(parts.hostname):
+        if parts.scheme == "http" and not self.allow_insecure and not is_loopback(parts.hostname):
             raise ValueError(
                 "endpoint: plain http needs a loopback address or upstream.allow_insecure = true"
             )
@@ -321,7 +331,7 @@ def _read_file(file: Path | None) -> str:
     return "" if file is None else read_secret(file)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:

@@ -7,9 +7,9 @@
     last subscriber has left, or the task has ended -> the schedule ends
 
 A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. Bodies
-are kept in the store, which limits their memory. Schedules and subscribers keep updates without large bodies,
-with one exception (`subscriber.py`). A large body is looked up in the store when the update is sent. If the
-store has evicted it, the task is refreshed, and the subscriber receives the result.
+are kept in the store, which limits their memory. Schedules and subscribers keep updates from which large
+bodies are removed, with one exception (`subscriber.py`). A large body is looked up in the store when the
+update is sent. If the store has evicted it, the task is refreshed, and the subscriber receives the result.
 
 Schedules that wake together receive their responses at about the same time. All responses are parsed and
 stored first, while that code is in the processor's caches. The changes are published afterwards, a few in
@@ -85,6 +85,7 @@ class WatchHub:
         self._shutting_down = False
         self.direct_delivery: DirectDelivery = lambda _, subscribers: subscribers
         self._gauges = {kind: metrics.subscribers.labels(kind) for kind in SubscriptionKind}
+        metrics.subscribers_limit.set(settings.max_watchers)
         metrics.watched_tasks.set_function(self._watched.__len__)
         store.on_change(self._add_pending, is_watched=self._watched.__contains__)
 
@@ -151,14 +152,14 @@ class WatchHub:
             result = self._service.peek(key)
             watched.latest = Update(key, result.snapshot).without_large_body() if result is not None else None
             self._refresher.start(watched)
-        # A pending snapshot is published before the subscriber is added, which then gets it as `latest`.
         seen_revision = subscriber.seen_revisions.get(key, 0)
         watched.seen_revision = max(watched.seen_revision, seen_revision)
         current = self._service.peek(key, seen_revision)
+        # Publish a pending snapshot first. The new subscriber then receives it as `latest`.
         self._publish_pending(key)
         # The subscriber is added before it gets the current snapshot. Otherwise a change in between is lost.
         watched.subscribers.add(subscriber)
-        self._service.join(key, subscriber.client)
+        self._service.add_subscriber(key, subscriber.client)
         latest = watched.latest
         if latest is None:
             return  # the first refresh is in progress
@@ -178,7 +179,7 @@ class WatchHub:
             return
         watched.subscribers.discard(subscriber)
         watched.subscribers_without_latest.discard(subscriber)
-        self._service.leave(key, subscriber.client)
+        self._service.remove_subscriber(key, subscriber.client)
         if not watched.subscribers:
             del self._watched[key]
             self._refresher.stop(watched)

@@ -162,6 +162,7 @@ def test_batch_long_poll_ends_with_304(simulator: Simulator, launch: Launch) -> 
     assert time.monotonic() - began >= 1
     assert (response.status_code, response.headers["preference-applied"]) == (304, "wait=1")
     assert response.headers["cache-control"] == "no-store"
+    until(lambda: gate.metric("http_requests_total", route="/v1/progress?wait") == 1, "it has its own route")
 
 
 @pytest.mark.parametrize("seconds", [0, 1.5])

@@ -91,6 +91,22 @@ def test_longpoll_returns_nothing_too_old_when_its_time_is_up(launch: Launch) ->
     assert response.json()["progress"] == 0.5
 
 
+def test_longpoll_has_a_route_of_its_own_in_metrics(simulator: Simulator, launch: Launch) -> None:
+    """Durations of long polls are recorded separately from those of other requests."""
+    gate = launch(simulator.url, cache=QUICK)
+    task = simulator.task(data={"status": "running", "progress": 0.25})
+    etag = gate.get(task).headers["etag"]
+    gate.get(task, params={"wait": "0"})
+    gate.get(task, params={"wait": "0.3"}, headers={"If-None-Match": etag})
+    gate.get(task, headers={"If-None-Match": etag, "Prefer": "wait=1"})
+    assert gate.get(task, params={"wait": "soon"}).status_code == 400
+    route = "/v1/progress/{taskId}"
+    assert gate.metric("http_requests_total", route=route) == 3
+    assert gate.metric("http_requests_total", route=f"{route}?wait", status="304") == 2
+    assert gate.metric("http_request_duration_seconds_sum", route=f"{route}?wait") >= 1.3
+    assert gate.metric("http_request_duration_seconds_bucket", route=f"{route}?wait", le="0.25") == 0
+
+
 def test_longpoll_of_an_ended_task_does_not_wait(simulator: Simulator, gate: Gateway) -> None:
     """A terminal task does not change: the response is immediate, and 304 if the client has it."""
     task = simulator.finished()

@@ -217,6 +217,25 @@ def test_ops_metrics_count_what_happened(simulator: Simulator, gate: Gateway) ->
     assert gate.metric("build_info") == 1
 
 
+def test_ops_metrics_have_the_limits_of_the_settings(tmp_path: Path, simulator: Simulator) -> None:
+    """Each limit is a gauge; that of connections is the one in force, which open files may lower."""
+    limits = {
+        "SERVER__MAX_CONNECTIONS": ("http_connections_limit", 21),
+        "WATCH__MAX_WATCHERS": ("watchers_limit", 22),
+        "UPSTREAM__MAX_IN_FLIGHT": ("upstream_in_flight_limit", 23),
+        "CACHE__MAX_TASKS": ("cache_entries_limit", 24),
+        "CACHE__MAX_BYTES": ("cache_bytes_limit", 131_072),
+    }
+    env = {f"SD_GATEWAY_{name}": str(value) for name, (_, value) in limits.items()}
+    with serving(tmp_path, env | {"SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url}) as (_, gate):
+        for name, value in limits.values():
+            assert gate.metric(name) == value, name
+    many = env | {"SD_GATEWAY_SERVER__MAX_CONNECTIONS": "25000"}
+    with serving(tmp_path, many, descriptors="300:300") as (process, gate):
+        reduced = process.says(r'"max_connections": (\d+)')
+        assert gate.metric("http_connections_limit") == int(reduced) < 300
+
+
 def test_ops_metrics_labels_are_bounded(gate: Gateway) -> None:
     """Two hundred random paths and methods add only a few series."""
     random = Random(7)

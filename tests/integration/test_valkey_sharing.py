@@ -880,7 +880,7 @@ async def test_permits_of_the_store_cost_no_time(one: ValkeyStore) -> None:
 async def call(limiter: RateLimiter) -> None:
     """Wait for a permit, and use it."""
     with await limiter.acquire(is_refresh=True, timeout_seconds=60) as permit:
-        permit.consume()
+        permit.mark_sent()
 
 
 # Values that no gateway has stored

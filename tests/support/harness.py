@@ -284,10 +284,11 @@ def gateway(
     settings = Settings.model_validate(given)
     server = settings.server
     app = create_app(settings, redactor=Redactor(), tracing=tracing)
-    protocol = make_protocol_class(make_connection_limits(server, app.metrics), hits=app.hits)
+    hits, asgi = (None, app.asgi) if app.fast_path is None else app.fast_path
+    protocol = make_protocol_class(make_connection_limits(server, app.metrics), hits=hits)
     with (
         running(
-            app.asgi,
+            asgi,
             leftovers=leftovers,
             http=protocol,
             lifespan="on",

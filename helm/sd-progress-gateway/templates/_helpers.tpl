@@ -13,11 +13,18 @@ app.kubernetes.io/component: gateway
 {{- end }}
 
 {{- define "gateway.labels" -}}
-{{ include "gateway.selector" . }}
-{{ include "gateway.commonLabels" . }}
+{{ include "gateway.labelsWith" (list . dict) }}
 {{- end }}
 
-{{- define "gateway.commonLabels" -}}
+{{/* All labels of an object, from a list of the context and the object's own labels. The labels of the chart take
+     precedence over the object's own, and those over commonLabels. */}}
+{{- define "gateway.labelsWith" -}}
+{{- $root := index . 0 }}
+{{- $chart := merge (include "gateway.selector" $root | fromYaml) (include "gateway.releaseLabels" $root | fromYaml) }}
+{{- merge $chart (index . 1) $root.Values.commonLabels | toYaml }}
+{{- end }}
+
+{{- define "gateway.releaseLabels" -}}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
@@ -26,6 +33,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "gateway.image" -}}
 {{ .Values.image.repository }}
 {{- if .Values.image.digest }}@{{ .Values.image.digest }}{{ else }}:{{ default .Chart.AppVersion .Values.image.tag }}{{ end }}
+{{- end }}
+
+{{- define "gateway.ipFamilies" -}}
+{{- with .Values.service.ipFamilyPolicy }}ipFamilyPolicy: {{ . }}{{ end }}
+{{- with .Values.service.ipFamilies }}
+ipFamilies: {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
 
 {{- define "gateway.serviceAccount" -}}

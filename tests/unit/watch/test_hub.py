@@ -89,10 +89,10 @@ class ManualService:
 
     peek = lookup
 
-    def join(self, key: TaskKey, client: bytes) -> None:
+    def add_subscriber(self, key: TaskKey, client: bytes) -> None:
         self.demand[key, client] += 1
 
-    def leave(self, key: TaskKey, client: bytes) -> None:
+    def remove_subscriber(self, key: TaskKey, client: bytes) -> None:
         self.demand[key, client] -= 1
 
     async def get_fresh(
