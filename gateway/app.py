@@ -22,6 +22,7 @@ from gateway.api.cached_responses import CachedResponses, CachedResponsesFirst
 from gateway.api.client_limits import ClientLimits, ClientTokenBuckets, RateLimitMiddleware
 from gateway.api.events import EventsEndpoint
 from gateway.api.metrics_port import metrics_application
+from gateway.api.middleware.client_address import ClientAddress
 from gateway.api.middleware.cross_site import Cors, SameSite
 from gateway.api.middleware.host_and_prefix import HostAndPrefix
 from gateway.api.middleware.telemetry import RequestTelemetry
@@ -146,7 +147,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
                 else [Route("/metrics", operator_endpoints.metrics(metrics.registry))]
             ),
             Route("/openapi.json", operator_endpoints.openapi()),
-            *page_routes(),
+            *page_routes(root_path=settings.server.root_path),
             operator_endpoints.OptionsRoute(),
         ],
         lifespan=lifespan,
@@ -175,6 +176,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         hosts=hosts,
         cross_origin=bool(server.cors_origins),
         limiter=limiter,
+        address_headers=server.client_address_headers,
         metrics=metrics,
         log_sampler=log_sampler,
     )
@@ -210,12 +212,8 @@ def _log_start(settings: Settings, signed_requests: SignedRequests, *, has_any_p
     log.info("started", version=__version__, endpoint=settings.upstream.endpoint, **through)
     if not has_any_pair:
         log.warning("credentials_missing", effect="the gateway is not ready and queries fail")
-    if settings.limits.requests_per_second and _ANY_ADDRESS & {*settings.server.trusted_proxies}:
-        log.warning(
-            "client_rate_limit_evadable",
-            setting="server.trusted_proxies",
-            effect="any client can choose its address by X-Forwarded-For",
-        )
+    if settings.limits.requests_per_second:
+        _warn_if_limit_is_evadable(settings.server)
 
 
 def _store(
@@ -257,6 +255,16 @@ def _store(
     )
 
 
+def _warn_if_limit_is_evadable(server: Server) -> None:
+    headers = server.client_address_headers
+    if headers and _ANY_ADDRESS & {*server.trusted_proxies}:
+        log.warning(
+            "client_rate_limit_evadable",
+            setting="server.trusted_proxies",
+            effect=f"any client can choose its address by {' or '.join(headers)}",
+        )
+
+
 def _limiter(limits: Limits) -> ClientTokenBuckets | None:
     return ClientTokenBuckets(limits.requests_per_second) if limits.requests_per_second else None
 
@@ -275,9 +283,10 @@ def _add_middleware(
         app = RateLimitMiddleware(app, limiter=limiter)
     app = SameSite(app, origins=server.cors_origins)
     if server.cors_origins:
-        app = Cors(app, origins=server.cors_origins, problems=problems)
+        app = Cors(app, server=server, problems=problems)
     app = HostAndPrefix(app, root_path=server.root_path, hosts=hosts)
-    return RequestTelemetry(app, metrics=metrics, problems=problems, log_sampler=log_sampler)
+    app = RequestTelemetry(app, metrics=metrics, problems=problems, log_sampler=log_sampler)
+    return ClientAddress(app, trusted_proxies=server.trusted_proxies, headers=server.client_address_headers)
 
 
 def _task_routes(
@@ -306,11 +315,14 @@ def _task_routes(
         clients=clients,
         max_wait_seconds=settings.watch.max_wait_seconds,
     )
+    batch = BatchEndpoint(
+        service, hub, tasks=tasks, clients=clients, max_wait_seconds=settings.watch.max_wait_seconds
+    )
     return [
         Route("/v1/progress/{taskId}", one, methods=["GET"]),
         Route("/v1/progress/{taskId}/events", events, methods=["GET"]),
         Route("/v1/progress/{taskId:path}", one, methods=["GET"]),
-        Route("/v1/progress", BatchEndpoint(service, tasks=tasks, clients=clients), methods=["GET"]),
+        Route("/v1/progress", batch, methods=["GET"]),
         Route("/v1/events", events, methods=["GET"]),
     ]
 

@@ -25,7 +25,7 @@ from gateway.cli import demo, watch_display
 from gateway.cli.check import check
 from gateway.cli.show_config import config_lines
 from gateway.cli.traces import create_tracing
-from gateway.cli.watch_client import StreamRefused
+from gateway.cli.watch_events import StreamRefused
 from gateway.domain.errors import InvalidTaskId
 from gateway.domain.printable import printable
 from gateway.domain.task import Operation, check_task_id

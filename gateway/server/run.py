@@ -7,10 +7,9 @@ import gc
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from ipaddress import IPv4Network
 from types import FrameType
 from typing import NamedTuple
 
@@ -59,7 +58,7 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
         log_config=None,
         access_log=False,
         server_header=False,
-        forwarded_allow_ips=forwarded_allow_ips(server.trusted_proxies),
+        proxy_headers=False,  # `api/middleware/client_address.py` applies them
         # uvicorn types this as `int`, but only compares it with the clock. It starts after the handover.
         timeout_graceful_shutdown=max(server.drain_seconds - HANDOVER_SECONDS, 0.0),  # type: ignore[arg-type]
         backlog=_BACKLOG,
@@ -174,20 +173,6 @@ def _listen(host: str, port: int, *, backlog: int) -> socket.socket:
         listener.close()
         raise CannotListen(url_of(host, port), host, port, exc) from exc
     return listener
-
-
-def forwarded_allow_ips(trusted_proxies: Sequence[str]) -> list[str]:
-    """Return the hosts whose X-Forwarded-For is trusted, in uvicorn's notation.
-
-    A listener on `::` reports IPv4 peers as `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2), which uvicorn treats as
-    different addresses. Therefore the result has each IPv4 network in both forms.
-    """
-    hosts = list(trusted_proxies)
-    for host in trusted_proxies:
-        with suppress(ValueError):  # IPv6, or "*"
-            network = IPv4Network(host)
-            hosts.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
-    return hosts
 
 
 def _configure_garbage_collection() -> None:

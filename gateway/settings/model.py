@@ -29,8 +29,10 @@ from gateway.domain.task import Operation, Status
 from gateway.settings.secret_files import read_secret
 from gateway.settings.secret_text import NotedSecret, clean_secret, clean_text
 from gateway.settings.value_types import (
+    AddressHeader,
     Count,
     File,
+    HeaderName,
     Host,
     Networks,
     NotNegative,
@@ -86,6 +88,11 @@ class Server(_Section):
     metrics_port: Port = 0
     root_path: str = ""
     cors_origins: Annotated[list[Origin], Separated] = []
+    cors_headers: Annotated[list[HeaderName], Separated] = []
+    cors_expose_headers: Annotated[list[HeaderName], Separated] = []
+    cors_max_age_seconds: Annotated[int, Field(ge=0, le=86_400)] = 600
+    cors_credentials: bool = False
+    cors_private_network: bool = True
     edge: bool = True  # the fast path for cache hits (`server/fast_path.py`)
     header_seconds: Positive = 10.0
     max_header_bytes: Annotated[int, Field(ge=1024, le=1_048_576)] = 32_768
@@ -94,6 +101,11 @@ class Server(_Section):
     max_connections: Count = 25_000
     trusted_hosts: Annotated[list[Host], Separated] = []
     trusted_proxies: Networks = ["127.0.0.1"]
+    client_address_headers: Annotated[list[AddressHeader], Separated] = [
+        "X-Forwarded-For",
+        "Forwarded",
+        "X-Real-IP",
+    ]
     drain_seconds: Positive = 20.0
 
     @field_validator("root_path")
@@ -109,6 +121,13 @@ class Server(_Section):
     def _two_ports(self) -> Server:
         if self.metrics_port and self.metrics_port == self.port:
             raise ValueError("metrics_port: must differ from server.port; 0 serves /metrics on server.port")
+        return self
+
+    @model_validator(mode="after")
+    def _cors_credentials(self) -> Server:
+        # Any page of the internet could otherwise send requests with the user's cookies, and read responses.
+        if self.cors_credentials and {"*", "null"} & {*self.cors_origins}:
+            raise ValueError('cors_credentials: cannot be combined with "*" or "null" in server.cors_origins')
         return self
 
     @property
@@ -228,6 +247,7 @@ class Watch(_Section):
     max_watchers: Count = 20_000
     heartbeat_seconds: Positive = 15.0
     max_wait_seconds: Positive = 60.0
+    unknown_task_seconds: NotNegative = 30.0
 
 
 class Limits(_Section):

@@ -10,7 +10,7 @@ import ipaddress
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -70,7 +70,11 @@ Host = Annotated[
 Origin = Annotated[
     str,
     Field(
-        pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+)$",
+        pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://(\*\.)?[^\s/?#@*A-Z]+(:\*)?)$",
         description='an origin in lower case: "https://a.example.com", "http://localhost:8080" or "*"',
     ),
 ]
+HeaderName = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9!#$%&'*+.^_`|~-]{1,64}$", description="the name of a header")
+]
+AddressHeader = Literal["X-Forwarded-For", "Forwarded", "X-Real-IP"]

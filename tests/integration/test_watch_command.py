@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -22,8 +23,10 @@ import pytest
 from rich.console import Console
 
 from gateway.cli.main import main
-from gateway.cli.watch_client import Event, Problem, Progress
 from gateway.cli.watch_display import ProgressDisplay
+from gateway.cli.watch_events import Event, Problem, Progress
+from gateway.cli.watch_polls import BUFFERED
+from tests.attacks.proxies import BUFFERING, buffering_nginx
 from tests.support.harness import (
     COMMAND,
     KEY,
@@ -315,6 +318,27 @@ def test_watch_reports_a_connection_error_once(tmp_path: Path) -> None:
             f"{complaint}503 Service Unavailable; reconnecting",
         ]
     )
+
+
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed; .ci/run installs it")
+@pytest.mark.parametrize("kind", BUFFERING)
+def test_watch_works_through_a_buffering_proxy(
+    simulated: Simulator, served: str, watch: Callable[..., Process], tmp_path: Path, kind: str
+) -> None:
+    """If a proxy holds the stream back the command says so, and follows all tasks by long polls."""
+    one, other = fresh_id(), fresh_id()
+    simulated.script(one, **RUNNING)
+    with (
+        buffering_nginx(kind, tmp_path, served.removeprefix("http://")) as url,
+        watch(one, other, url=url) as process,
+    ):
+        until(lambda: len(process.lines) >= 3, "the notice and both tasks are shown")
+        assert f"sd-gateway: {url}: {BUFFERED}" in process.lines
+        assert any(line.startswith(f"{one}: running, 25 %") for line in process.lines)
+        simulated.script(other, **SUCCESS)
+        simulated.script(one, **SUCCESS)
+        assert process.exit_status() == 0
+        assert sorted(process.lines[-2:]) == sorted(f"{task}: succeeded, 100 %" for task in (one, other))
 
 
 # --- for people, in a terminal ----------------------------------------------------------------------------

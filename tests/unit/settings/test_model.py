@@ -23,6 +23,11 @@ DEFAULTS: dict[str, Any] = {
     "server.metrics_port": 0,
     "server.root_path": "",
     "server.cors_origins": [],
+    "server.cors_headers": [],
+    "server.cors_expose_headers": [],
+    "server.cors_max_age_seconds": 600,
+    "server.cors_credentials": False,
+    "server.cors_private_network": True,
     "server.edge": True,
     "server.header_seconds": 10.0,
     "server.max_header_bytes": 32768,
@@ -31,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "server.max_connections": 25000,
     "server.trusted_hosts": [],
     "server.trusted_proxies": ["127.0.0.1"],
+    "server.client_address_headers": ["X-Forwarded-For", "Forwarded", "X-Real-IP"],
     "server.drain_seconds": 20.0,
     "upstream.endpoint": "https://openai.edu-aliyun.com",
     "upstream.allow_insecure": False,
@@ -60,6 +66,7 @@ DEFAULTS: dict[str, Any] = {
     "watch.max_watchers": 20000,
     "watch.heartbeat_seconds": 15.0,
     "watch.max_wait_seconds": 60.0,
+    "watch.unknown_task_seconds": 30.0,
     "limits.max_tasks_per_request": 100,
     "limits.max_body_bytes": 65536,
     "limits.requests_per_second": 0.0,
@@ -667,19 +674,44 @@ def test_load_rejects_a_host_that_matches_no_request(mistakes: Callable[..., lis
     assert message.startswith(f'server.trusted_hosts[0] = "{host}": must be a host without scheme and port')
 
 
-@pytest.mark.parametrize("origin", ["*", "null", "https://a.example.com", "http://127.0.0.1:8080", "app://a"])
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "*",
+        "null",
+        "https://a.example.com",
+        "http://127.0.0.1:8080",
+        "app://a",
+        "https://*.example.com",
+        "https://*.example.com:8443",
+        "http://localhost:*",
+        "http://*.localhost:*",
+        "http://[::1]:8080",
+    ],
+)
 def test_load_accepts_an_origin(read: Load, origin: str) -> None:
-    """A scheme and a host with an optional port, or any origin."""
+    """A scheme and a host with an optional port, all subdomains, all ports, or any origin."""
     assert read(SD_GATEWAY_SERVER__CORS_ORIGINS=origin).server.cors_origins == [origin]
 
 
-@pytest.mark.parametrize("origin", ["a.example.com", "https://a/", "https://A", "https://*.a", "https://"])
+@pytest.mark.parametrize(
+    "origin",
+    ["a.example.com", "https://a/", "https://A", "https://*", "https://a.*", "https://*a", "https://"],
+)
 def test_load_rejects_an_origin_that_no_browser_sends(
     mistakes: Callable[..., list[str]], origin: str
 ) -> None:
     """A value that no browser sends as an origin is an error: it would never match."""
     [message] = mistakes(SD_GATEWAY_SERVER__CORS_ORIGINS=origin)
     assert message.startswith(f'server.cors_origins[0] = "{origin}": must be an origin in lower case')
+
+
+@pytest.mark.parametrize("origin", ["*", "null", "https://a.example.com,*"])
+def test_load_refuses_credentials_of_any_origin(mistakes: Callable[..., list[str]], origin: str) -> None:
+    """`cors_credentials` needs the names of the origins: otherwise any page could use the user's login."""
+    [message] = mistakes(SD_GATEWAY_SERVER__CORS_ORIGINS=origin, SD_GATEWAY_SERVER__CORS_CREDENTIALS="true")
+    assert message.startswith("server.cors_credentials = ")
+    assert 'cannot be combined with "*" or "null" in server.cors_origins' in message
 
 
 @pytest.mark.parametrize("path", ["", "/progress", "/a/b"])
