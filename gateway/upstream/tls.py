@@ -73,7 +73,7 @@ class TlsFiles:
                 check_bundle(path)
                 check_bundle(self._key_file)
                 # Without a password, OpenSSL would ask for one on the terminal, and wait.
-                context.load_cert_chain(path, self._key_file, password="")
+                context.load_cert_chain(path, self._key_file, password=lambda: "")
         except ssl.SSLError as exc:
             # OpenSSL's reasons are in capitals: NO_CERTIFICATE_OR_CRL_FOUND, KEY_VALUES_MISMATCH.
             reason = (exc.reason or "not a certificate in PEM format").replace("_", " ").lower()
