@@ -13,6 +13,7 @@ schedule for the first subscriber of a task, and stops it after the last one.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -142,10 +143,8 @@ class Refresher:
                 pause = max(left + _TIMER_RESOLUTION_SECONDS, _MIN_INTERVAL_SECONDS)
             else:
                 pause = max(backoff, (failure or _INTERNAL_ERROR).retry_after or 0.0)
-                if watched.rejected_since is not None and not watched.is_unknown:
-                    # The last query before the task counts as unknown is on time.
-                    left = watched.rejected_since + self._unknown_task_seconds - self._clock()
-                    pause = min(pause, max(left + _TIMER_RESOLUTION_SECONDS, _MIN_INTERVAL_SECONDS))
+                if isinstance(failure, UpstreamRejected):
+                    pause = min(pause, self._until_unknown(watched))
             del snapshot, failure  # no body is kept in memory during the pause
             if success:
                 backoff = _BACKOFF_SECONDS
@@ -185,6 +184,13 @@ class Refresher:
                 self._publish(Update(key, failure=_INTERNAL_ERROR))
             return None, _INTERNAL_ERROR
         return outcome.snapshot, outcome.failure
+
+    def _until_unknown(self, watched: WatchedTask) -> float:
+        """Return the seconds until the task counts as unknown if it is rejected again, at least 1."""
+        if watched.rejected_since is None or watched.is_unknown:
+            return math.inf
+        left = watched.rejected_since + self._unknown_task_seconds - self._clock()
+        return max(left + _TIMER_RESOLUTION_SECONDS, _BACKOFF_SECONDS)
 
     def _note_rejection(self, watched: WatchedTask) -> None:
         now = self._clock()

@@ -542,13 +542,14 @@ def test_watch_waits_for_an_unknown_task() -> None:
     """A rejected task is refreshed with backoff; it counts as unknown after 30 s, until it has a snapshot."""
     loop = TickedLoop()
     rejection = UpstreamRejected("no such task", envelope=b"{}", detail=UpstreamDetail())
+    throttled = UpstreamThrottled("slowly", retry_after=8.0)
     pauses, unknown = [], []
     try:
         service, store = ManualService(), MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time)
         watch = loop.within(lambda: manual_watch(service, store, loop.time))
         subscription = watch.subscribe([KEY], SubscriptionKind.EVENTS)
         subscriber = loop.within(subscription.__enter__)
-        for answer in (rejection, rejection, rejection, UpstreamThrottled("slowly"), *[rejection] * 4):
+        for answer in (rejection, rejection, rejection, throttled, *[rejection] * 4):
             service.asked.clear()
             service.answers.put_nowait(answer)
             loop.settle()
