@@ -27,7 +27,7 @@ from pydantic import (
 from gateway.domain.printable import printable
 from gateway.domain.task import Operation, Status
 from gateway.settings.secret_files import read_secret
-from gateway.settings.secret_text import NotedSecret, clean_secret, clean_text
+from gateway.settings.secret_text import clean_setting
 
 
 class SettingsError(Exception):
@@ -73,16 +73,8 @@ class _Section(BaseModel):
     @field_validator("*", mode="wrap")
     @classmethod
     def _clean(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        if not isinstance(value, str):
-            return handler(value)
-        if cls.model_fields[str(info.field_name)].annotation is not SecretStr:
-            return handler(clean_text(value))
-        cleaned = clean_secret(value)
-        secret = handler(cleaned.text)
-        if cleaned.notes:
-            secret = NotedSecret(secret.get_secret_value())
-            secret.notes = cleaned.notes
-        return secret
+        is_secret = cls.model_fields[str(info.field_name)].annotation is SecretStr
+        return clean_setting(value, handler, is_secret=is_secret)
 
 
 class Server(_Section):
