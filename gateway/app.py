@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from copy import copy
+from functools import partial
 from typing import Any
 
 import structlog
@@ -21,6 +22,7 @@ from gateway.api.cached_responses import CachedResponses, CachedResponsesFirst
 from gateway.api.client_limits import ClientLimits, ClientTokenBuckets, RateLimitMiddleware
 from gateway.api.events import EventsEndpoint
 from gateway.api.metrics_port import metrics_application
+from gateway.api.middleware.client_address import ClientAddress
 from gateway.api.middleware.cross_site import Cors, SameSite
 from gateway.api.middleware.host_and_prefix import HostAndPrefix
 from gateway.api.middleware.telemetry import RequestTelemetry
@@ -34,6 +36,7 @@ from gateway.domain.entity_tag import EntityTags
 from gateway.progress.service import ProgressService
 from gateway.server.application import Application, FastPath
 from gateway.server.graceful_shutdown import GracefulShutdown
+from gateway.settings.extras import describe_missing
 from gateway.settings.model import Limits, Server, Settings, SettingsError
 from gateway.stores.base import Store
 from gateway.stores.memory import MemoryStore
@@ -115,9 +118,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
             yield
         log.info("stopped")
 
-    def why_not_ready() -> list[str]:
-        reasons = ["draining"] if shutdown.begun.is_set() else []
-        return reasons + ([] if credentials.has_any_pair else ["no credentials"])
+    why_not_ready = partial(_why_not_ready, shutdown, store, credentials)
 
     def degraded() -> list[str]:
         store_trouble = [f"store: {store.trouble}"] if store.trouble else []
@@ -146,7 +147,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
                 else [Route("/metrics", operator_endpoints.metrics(metrics.registry))]
             ),
             Route("/openapi.json", operator_endpoints.openapi()),
-            *page_routes(),
+            *page_routes(root_path=settings.server.root_path),
             operator_endpoints.OptionsRoute(),
         ],
         lifespan=lifespan,
@@ -175,6 +176,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         hosts=hosts,
         cross_origin=bool(server.cors_origins),
         limiter=limiter,
+        address_headers=server.client_address_headers,
         metrics=metrics,
         log_sampler=log_sampler,
     )
@@ -183,6 +185,16 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     if not server.edge:
         return Application(app, metrics_asgi, metrics, shutdown)
     return Application(app, metrics_asgi, metrics, shutdown, FastPath(hits, behind_fast_path))
+
+
+def _why_not_ready(shutdown: GracefulShutdown, store: Store, credentials: Credentials) -> list[str]:
+    reasons = {
+        "draining": shutdown.begun.is_set(),
+        # Without the store, a new replica would repeat the queries of the others.
+        "connecting to the store": store.starting,
+        "no credentials": not credentials.has_any_pair,
+    }
+    return [reason for reason, applies in reasons.items() if applies]
 
 
 def _with_spans(app: ASGIApp, tracing: Tracing, *, root_path: str) -> ASGIApp:
@@ -200,12 +212,8 @@ def _log_start(settings: Settings, signed_requests: SignedRequests, *, has_any_p
     log.info("started", version=__version__, endpoint=settings.upstream.endpoint, **through)
     if not has_any_pair:
         log.warning("credentials_missing", effect="the gateway is not ready and queries fail")
-    if settings.limits.requests_per_second and _ANY_ADDRESS & {*settings.server.trusted_proxies}:
-        log.warning(
-            "client_rate_limit_evadable",
-            setting="server.trusted_proxies",
-            effect="any client can choose its address by X-Forwarded-For",
-        )
+    if settings.limits.requests_per_second:
+        _warn_if_limit_is_evadable(settings.server)
 
 
 def _store(
@@ -234,9 +242,7 @@ def _store(
     try:
         from gateway.stores.valkey.store import ValkeyStore  # noqa: PLC0415  # its client is an extra
     except ModuleNotFoundError as exc:
-        raise SettingsError(
-            [f"store.url: needs {exc.name}: pip install 'sd-progress-gateway[valkey]'"]
-        ) from exc
+        raise SettingsError([describe_missing("store.url", exc.name, extra="valkey")]) from exc
     return ValkeyStore(
         settings.store,
         tags=tags,
@@ -247,6 +253,16 @@ def _store(
         metrics=metrics,
         **limits,
     )
+
+
+def _warn_if_limit_is_evadable(server: Server) -> None:
+    headers = server.client_address_headers
+    if headers and _ANY_ADDRESS & {*server.trusted_proxies}:
+        log.warning(
+            "client_rate_limit_evadable",
+            setting="server.trusted_proxies",
+            effect=f"any client can choose its address by {' or '.join(headers)}",
+        )
 
 
 def _limiter(limits: Limits) -> ClientTokenBuckets | None:
@@ -267,9 +283,10 @@ def _add_middleware(
         app = RateLimitMiddleware(app, limiter=limiter)
     app = SameSite(app, origins=server.cors_origins)
     if server.cors_origins:
-        app = Cors(app, origins=server.cors_origins, problems=problems)
+        app = Cors(app, server=server, problems=problems)
     app = HostAndPrefix(app, root_path=server.root_path, hosts=hosts)
-    return RequestTelemetry(app, metrics=metrics, problems=problems, log_sampler=log_sampler)
+    app = RequestTelemetry(app, metrics=metrics, problems=problems, log_sampler=log_sampler)
+    return ClientAddress(app, trusted_proxies=server.trusted_proxies, headers=server.client_address_headers)
 
 
 def _task_routes(
@@ -298,11 +315,14 @@ def _task_routes(
         clients=clients,
         max_wait_seconds=settings.watch.max_wait_seconds,
     )
+    batch = BatchEndpoint(
+        service, hub, tasks=tasks, clients=clients, max_wait_seconds=settings.watch.max_wait_seconds
+    )
     return [
         Route("/v1/progress/{taskId}", one, methods=["GET"]),
         Route("/v1/progress/{taskId}/events", events, methods=["GET"]),
         Route("/v1/progress/{taskId:path}", one, methods=["GET"]),
-        Route("/v1/progress", BatchEndpoint(service, tasks=tasks, clients=clients), methods=["GET"]),
+        Route("/v1/progress", batch, methods=["GET"]),
         Route("/v1/events", events, methods=["GET"]),
     ]
 

@@ -1,4 +1,6 @@
-"""`sd-gateway check`: sends one signed query with each key pair and reports what is wrong.
+"""`sd-gateway check`: sends one signed query with each key pair, and a test write to the store, if any.
+
+It reports what is wrong, and which setting or permission is missing.
 
 The query is for a task that cannot exist. Any envelope in the response, including a rejection, proves that
 network, clock, access key and secret key are correct.
@@ -22,7 +24,7 @@ from gateway.domain.errors import (
     UpstreamTimeout,
 )
 from gateway.domain.task import TaskKey
-from gateway.settings.model import Settings
+from gateway.settings.model import Settings, Store
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import MASK, Redactor
 from gateway.upstream.credentials import Credentials, CredentialSlot
@@ -42,7 +44,32 @@ class Finding(NamedTuple):
 
 
 async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> Finding:
-    """Query the upstream with each key pair. Wrong settings and network errors are reported, not raised."""
+    """Check the upstream and the store. Wrong settings and network errors are reported, not raised."""
+    upstream = await _check_upstream(settings, redactor=redactor, user_agent=user_agent)
+    store = await _check_store(settings.store, redactor=redactor)
+    return Finding(ok=upstream.ok and store.ok, lines=[*upstream.lines, *store.lines])
+
+
+async def _check_store(settings: Store, *, redactor: Redactor) -> Finding:
+    if not settings.url.get_secret_value():
+        return Finding(ok=True, lines=[])
+    try:
+        from gateway.stores.valkey.trial import try_store  # noqa: PLC0415  # its client is an extra
+    except ModuleNotFoundError as exc:
+        return Finding(
+            ok=False, lines=[f"store.url: needs {exc.name}: pip install 'sd-progress-gateway[valkey]'"]
+        )
+    hosts = ", ".join(f"{host}:{port}" for host, port in settings.hosts)
+    kind = "Sentinels" if settings.sentinel_service else "cluster" if settings.cluster else "store"
+    lines = [f"connecting to the {kind} at {hosts}{' with TLS' if settings.tls else ''}"]
+    outcome = await try_store(settings, redactor=redactor)
+    if outcome.problem:
+        return Finding(ok=False, lines=[*lines, f"store: {outcome.problem}"])
+    found = f"{outcome.server}, " if outcome.server else ""
+    return Finding(ok=True, lines=[*lines, f"OK: {found}a test write took {outcome.seconds * 1000:.1f} ms"])
+
+
+async def _check_upstream(settings: Settings, *, redactor: Redactor, user_agent: str) -> Finding:
     metrics = Metrics(CollectorRegistry(), gateway_version="check")
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
     lines = [f"{slot} key pair: cannot be read: {fault}" for slot, fault in credentials.read_errors().items()]

@@ -191,15 +191,15 @@ class Fetcher:
             )
 
 
-def queued_error_of(demand: Demand) -> asyncio.Future[GatewayError]:
+def queued_future_of(demand: Demand) -> asyncio.Future[GatewayError]:
     """Return the future that resolves to an error when the rate limiter queues the request."""
-    if demand.queued_error is None:
-        demand.queued_error = asyncio.get_running_loop().create_future()
-    return demand.queued_error
+    if demand.queued_future is None:
+        demand.queued_future = asyncio.get_running_loop().create_future()
+    return demand.queued_future
 
 
 def _report_queued(demand: Demand, seconds: float) -> None:
-    signal = queued_error_of(demand)
+    signal = queued_future_of(demand)
     if not signal.done():
         failure = RateLimiterExhausted(
             "the query is queued by the rate limiter for upstream calls", retry_after=seconds

@@ -4,9 +4,8 @@
     stale-while-revalidate          -> answer at once, and start one background refresh
     else                            -> all callers wait for one in-flight request to the upstream
     the request fails               -> stale-if-error: a snapshot that is young enough, else the failure
-    the rate limiter queues it      -> stale-if-error at once, else wait; in both cases it stays queued,
-                                       also without callers
-    all callers have left           -> a request that is still queued is dropped
+    the rate limiter queues it      -> stale-if-error at once, and it stays queued without callers; else wait
+    all callers have left           -> a queued request that nothing else needs is dropped
     a fresh snapshot is read twice  -> refresh-ahead: it is replaced when it becomes stale
 
 `fetching.py` makes the in-flight requests. A request counts as queued if it must wait for at least
@@ -25,7 +24,7 @@ from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.fetching import Fetcher, queued_error_of
+from gateway.progress.fetching import Fetcher, queued_future_of
 from gateway.progress.in_flight import InFlightRequests
 from gateway.progress.refresh_ahead import RefreshAhead
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure, FetchResult
@@ -43,7 +42,7 @@ _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes
 
 
 class ProgressService:
-    """Returns snapshots to callers and schedules.
+    """Returns snapshots to callers, and to the refresh schedules of watched tasks.
 
     `timeout_seconds`: limit of an in-flight request: the wait for another replica's lease and the query
     together. `clock` is the monotonic clock of `Snapshot.fetched_at`.
@@ -255,18 +254,18 @@ class ProgressService:
                 fetch = await self._join_request(
                     key, wait_while_queued=wait_while_queued, seen_revision=seen_revision
                 )
-                outcome = fetch.outcome
-                if isinstance(outcome, GatewayError) or outcome.is_at_least(seen_revision):
+                fetched = fetch.outcome
+                if isinstance(fetched, GatewayError) or fetched.is_at_least(seen_revision):
                     break
                 # The request had started without this caller's `seen_revision`: try again.
         finally:
             if client is not None:
                 self._in_flight.remove_waiter(key, client)
-        if isinstance(outcome, GatewayError):
-            return self._stale_if_error(key, outcome, cache_status, fetch, seen_revision=seen_revision)
-        age = self._clock() - outcome.fetched_at
-        self._record_age(outcome, age)
-        return CacheResult(outcome, age, cache_status, had_stale_snapshot=known is not None, fetch=fetch)
+        if isinstance(fetched, GatewayError):
+            return self._stale_if_error(key, fetched, cache_status, fetch, seen_revision=seen_revision)
+        age = self._clock() - fetched.fetched_at
+        self._record_age(fetched, age)
+        return CacheResult(fetched, age, cache_status, had_stale_snapshot=known is not None, fetch=fetch)
 
     async def _join_request(
         self, key: TaskKey, *, wait_while_queued: bool, seen_revision: int
@@ -281,12 +280,12 @@ class ProgressService:
         if request.done():  # it ended in this iteration of the event loop
             return request.result()
         demand = self._in_flight.demand(key)
-        queued_error = queued_error_of(demand)
-        await asyncio.wait((request, queued_error), return_when=asyncio.FIRST_COMPLETED)
+        queued = queued_future_of(demand)
+        await asyncio.wait((request, queued), return_when=asyncio.FIRST_COMPLETED)
         if request.done():
             return request.result()
         demand.keep_without_callers = True  # the request stays in the queue
-        return FetchResult(queued_error.result())
+        return FetchResult(queued.result())
 
     def _stale_if_error(
         self,

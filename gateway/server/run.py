@@ -7,10 +7,9 @@ import gc
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from ipaddress import IPv4Network
 from types import FrameType
 from typing import NamedTuple
 
@@ -22,21 +21,15 @@ from gateway.server.application import Application
 from gateway.server.connection import Connection
 from gateway.server.connection_limits import bound_buffers, make_connection_limits
 from gateway.server.graceful_shutdown import HANDOVER_SECONDS
+from gateway.server.listen_errors import CannotListen, settings_hint
 from gateway.server.memory_trim import MemoryTrim
 from gateway.server.protocol_class import make_protocol_class
 from gateway.settings.model import Settings
 
+INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C, as in a shell
 _BACKLOG = 8192
 
 log = structlog.get_logger(__name__)
-
-
-class CannotListen(Exception):
-    """An address cannot be used to listen on; the message has the address and the reason."""
-
-    def __init__(self, host: str, port: int, reason: str | None) -> None:
-        super().__init__(f"cannot listen on {url_of(host, port)}: {reason}")
-        self.host, self.port, self.reason = host, port, reason
 
 
 def run(app: Application, settings: Settings, *, announce: Callable[[str], None] = lambda _: None) -> None:
@@ -65,7 +58,7 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
         log_config=None,
         access_log=False,
         server_header=False,
-        forwarded_allow_ips=forwarded_allow_ips(server.trusted_proxies),
+        proxy_headers=False,  # `api/middleware/client_address.py` applies them
         # uvicorn types this as `int`, but only compares it with the clock. It starts after the handover.
         timeout_graceful_shutdown=max(server.drain_seconds - HANDOVER_SECONDS, 0.0),  # type: ignore[arg-type]
         backlog=_BACKLOG,
@@ -90,7 +83,8 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
             metrics = MetricsListener(listener, make_protocol_class(limits, application=app.metrics_asgi))
         serve(config, announce=log_start, metrics=metrics)
     except CannotListen as exc:
-        log.error("listen_failed", host=exc.host, port=exc.port, reason=exc.reason)  # noqa: TRY400 - no bug
+        hint = settings_hint(exc, server)
+        log.error("listen_failed", host=exc.host, port=exc.port, reason=exc.reason, hint=hint)  # noqa: TRY400 - no bug
         sys.exit(1)
 
 
@@ -106,7 +100,8 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT; `announce` is called with the URL when connections are accepted.
 
-    Raises: CannotListen; SystemExit with status 0 after a signal, 1 if the application does not start.
+    Raises: CannotListen; SystemExit with status 0 after SIGTERM, 130 after SIGINT, and 1 if the application
+    does not start.
     """
     exit_cleanly_on_signals()
     listener = _listen(config.host, config.port, backlog=config.backlog)
@@ -115,7 +110,7 @@ def serve(
     try:
         _Server(config, metrics).run(sockets=[listener])
     except SystemExit as exc:
-        sys.exit(1 if exc.code else 0)  # uvicorn's status for a failed start is 3
+        sys.exit(exc.code if exc.code in {0, INTERRUPTED} else 1)  # uvicorn's status for a failed start is 3
 
 
 class _Server(uvicorn.Server):
@@ -176,23 +171,8 @@ def _listen(host: str, port: int, *, backlog: int) -> socket.socket:
         listener.listen(backlog)
     except (OSError, TypeError, ValueError) as exc:  # the latter two for strings that cannot be host names
         listener.close()
-        reason = exc.strerror if isinstance(exc, OSError) else "not an address"
-        raise CannotListen(host, port, reason) from exc
+        raise CannotListen(url_of(host, port), host, port, exc) from exc
     return listener
-
-
-def forwarded_allow_ips(trusted_proxies: Sequence[str]) -> list[str]:
-    """Return the hosts whose X-Forwarded-For is trusted, in uvicorn's notation.
-
-    A listener on `::` reports IPv4 peers as `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2), which uvicorn treats as
-    different addresses. Therefore the result has each IPv4 network in both forms.
-    """
-    hosts = list(trusted_proxies)
-    for host in trusted_proxies:
-        with suppress(ValueError):  # IPv6, or "*"
-            network = IPv4Network(host)
-            hosts.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
-    return hosts
 
 
 def _configure_garbage_collection() -> None:
@@ -206,9 +186,9 @@ def _configure_garbage_collection() -> None:
 
 
 def exit_cleanly_on_signals() -> None:
-    """Make SIGTERM and SIGINT raise SystemExit with status 0, because a requested stop is a success.
+    """Make SIGTERM raise SystemExit with status 0, because a requested stop is a success; SIGINT with 130.
 
     uvicorn sends the signal to the process again after its shutdown. By default this would kill the process.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
+    for number, status in ((signal.SIGTERM, 0), (signal.SIGINT, INTERRUPTED)):
+        signal.signal(number, lambda *_, status=status: sys.exit(status))

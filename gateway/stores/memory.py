@@ -65,7 +65,9 @@ class _SnapshotCache(_ByteSizedCache):
 
 
 class MemoryStore:
-    """Keeps up to `max_tasks` snapshots and up to `max_tasks` failures; `keep_seconds` says how long.
+    """Keeps up to `max_tasks` snapshots and up to `max_tasks` failures.
+
+    The method `keep_seconds` says how long a snapshot is kept.
 
     `max_bytes` limits the sum of all bodies, envelopes and error texts, plus `ENTRY_BYTES` for each entry. At
     this limit, failures are evicted first, because they are short-lived. An entry that is larger than the
@@ -99,6 +101,11 @@ class MemoryStore:
     def trouble(self) -> str | None:
         """See `Store`."""
         return None
+
+    @property
+    def starting(self) -> bool:
+        """See `Store`."""
+        return False
 
     async def __aenter__(self) -> Self:
         """See `Store`: there is nothing to open."""

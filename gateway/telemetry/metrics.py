@@ -201,7 +201,7 @@ class Metrics:
         )
         self.events_sent = FastCounters(
             "sd_gateway_events_sent_total",
-            "Number of events written to event streams: progress problem end.",
+            "Number of events written to event streams, by event: progress, problem or end.",
             ["event"],
             registry=registry,
         )
@@ -213,7 +213,7 @@ class Metrics:
         )
         self.credentials_active_slot = Gauge(
             "sd_gateway_credentials_active_slot",
-            "1 for the key pair that signs calls, 0 for the other: active next.",
+            "1 for the slot whose key pair signs calls, 0 for the other, by slot: active or next.",
             ["slot"],
             registry=registry,
         )

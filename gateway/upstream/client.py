@@ -79,17 +79,17 @@ class _PermitRevoked(Exception):
 
 
 class _ConcurrencySlot:
-    """The concurrency slot of a call. The caller has already acquired `limit`.
+    """The concurrency slot of a call: a permit of `semaphore`, which was acquired before.
 
     Usually the slot is released when the query has parsed the response. If the query is cancelled, the slot
     is released at the end of the call: when its response has arrived, or
     `upstream.attempt_timeout_seconds` has passed.
     """
 
-    __slots__ = ("_cancelled", "_ended", "_limit")
+    __slots__ = ("_cancelled", "_ended", "_semaphore")
 
-    def __init__(self, limit: asyncio.Semaphore) -> None:
-        self._limit: asyncio.Semaphore | None = limit
+    def __init__(self, semaphore: asyncio.Semaphore) -> None:
+        self._semaphore: asyncio.Semaphore | None = semaphore
         self._ended = self._cancelled = False
 
     def on_call_end(self) -> None:
@@ -106,9 +106,9 @@ class _ConcurrencySlot:
 
     def release(self) -> None:
         """Free the slot. A second release has no effect."""
-        limit, self._limit = self._limit, None
-        if limit is not None:
-            limit.release()
+        semaphore, self._semaphore = self._semaphore, None
+        if semaphore is not None:
+            semaphore.release()
 
 
 class UpstreamClient:
@@ -179,7 +179,7 @@ class UpstreamClient:
             key: The task.
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: Limit for the whole query, in addition to the setting.
-            on_queued: Called with the expected wait in seconds if the rate limiter queues the query.
+            on_queued: See `RateLimiter.acquire`.
             on_retry: Called before each retry.
             demand: The waiting callers. Its `must_finish` is set when a call is sent, and cleared before a
                 retry. None: the gateway itself needs the response.

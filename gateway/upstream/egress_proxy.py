@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from gateway.settings.extras import describe_missing
 from gateway.settings.model import SettingsError, Upstream, is_loopback
 
 DIRECT = "direct"
@@ -87,7 +88,5 @@ def _checked(proxy: str, source: str) -> EgressProxy:
     if url.scheme not in SCHEMES or not url.host:
         raise SettingsError([f"{source}: must be an http, https or socks5 URL"])  # it may have a password
     if url.scheme.startswith("socks5") and find_spec("socksio") is None:
-        raise SettingsError(
-            [f"{source}: a SOCKS proxy needs a package: pip install 'sd-progress-gateway[socks]'"]
-        )
+        raise SettingsError([describe_missing(f"{source}: a SOCKS proxy", "socksio", extra="socks")])
     return EgressProxy(url, source)

@@ -153,8 +153,8 @@ class RateLimiter:
             on_queued: Called with the expected wait in seconds, if it is at least
                 `MIN_REPORTED_WAIT_SECONDS`. Called again, with the new expected wait, when the limit falls,
                 and after each request for shared permits.
-            demand: The clients that wait for the response. A first query is queued for them. More
-                clients may join while it is queued.
+            demand: The clients that wait for the response. A first query is put into the queue of one of
+                them. More clients may join while it is queued.
 
         Raises:
             RateLimiterExhausted: The expected wait exceeds the timeout. This may also happen to a query that
@@ -192,7 +192,7 @@ class RateLimiter:
         demand.queue_entry = query
         self._serve_queue()
         try:
-            retry_after = await future
+            refused_wait = await future
         except asyncio.CancelledError:
             self._queue.discard(query)
             if future.cancelled():
@@ -203,8 +203,8 @@ class RateLimiter:
             raise
         finally:
             demand.queue_entry = None
-        if retry_after:
-            raise _exhausted(retry_after)
+        if refused_wait:
+            raise _exhausted(refused_wait)
 
     def _on_permit_end(self, permit: Permit, error: BaseException | None) -> None:
         self._permits.discard(permit)

@@ -315,13 +315,27 @@ def test_chart_mounts_secrets_as_directories(tmp_path: Path) -> None:
     }
     assert secrets == {"/run/secrets/sd-gateway": "progress-pair", "/run/secrets/sd-gateway-store": "valkey"}
     settings = settings_of(manifests, tmp_path)
-    files = [*settings.credentials.model_dump().items(), *settings.store.model_dump().items()]
-    named = {name: file for name, file in files if name.endswith("_file")}
-    assert {name: str(file.parent) for name, file in named.items()} == {
-        name: f"/run/secrets/sd-gateway{'' if name.endswith('_key_file') else '-store'}" for name in named
-    }
+    for section, folder in ((settings.credentials, "sd-gateway"), (settings.store, "sd-gateway-store")):
+        files = {file for name, file in section.model_dump().items() if name.endswith("_file")}
+        assert {str(file.parent) for file in files} == {f"/run/secrets/{folder}"}
     config = container(manifests)["args"][-1]
     assert str(Path(config).parent) in mounts
+
+
+def test_chart_mounts_the_certificates_of_the_upstream() -> None:
+    """The CA and the client certificate for the upstream come from a secret."""
+    keys = {"caKey": "ca.crt", "clientCertKey": "tls.crt", "clientKeyKey": "tls.key"}
+    manifests = minimal(f"upstream={json.dumps({'existingSecret': 'upstream-tls', **keys})}")
+    text = manifests["ConfigMap"]["data"]["gateway.toml"]
+    folder = "/run/secrets/sd-gateway-upstream"
+    assert [line for line in text.splitlines() if folder in line] == [
+        f'ca_file = "{folder}/ca.crt"',
+        f'client_cert_file = "{folder}/tls.crt"',
+        f'client_key_file = "{folder}/tls.key"',
+    ]
+    volumes = {volume["name"]: volume for volume in pod(manifests)["spec"]["volumes"]}
+    [mount] = [each for each in container(manifests)["volumeMounts"] if each["mountPath"] == folder]
+    assert volumes[mount["name"]]["secret"]["secretName"] == "upstream-tls"
 
 
 def test_chart_names_only_files_of_the_secret(tmp_path: Path) -> None:
@@ -848,11 +862,9 @@ def test_chart_schema_has_the_settings_of_the_gateway() -> None:
     expected = plain({key: value for key, value in model.items() if key != "$defs"})
     sections = expected["properties"]
     del sections["credentials"]
-    files = ("username_file", "password_file", "ca_file", "sentinel_username_file", "sentinel_password_file")
-    for name in files:
-        del sections["store"]["properties"][name]
-    for name in ("ca_file", "client_cert_file", "client_key_file"):
-        del sections["upstream"]["properties"][name]
+    for section in (sections["store"], sections["upstream"]):  # the chart sets the files
+        for name in [name for name in section["properties"] if name.endswith("_file")]:
+            del section["properties"][name]
     sections["upstream"]["properties"]["proxy"] = {"type": "string", "pattern": "^[^@]*$"}
     sections["store"]["properties"]["url"] = {
         "type": "string",

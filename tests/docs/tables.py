@@ -118,7 +118,7 @@ def problems() -> str:
 
     def rows() -> Rows:
         for kind, (status, title) in PROBLEMS.items():
-            retry = "no" if kind is UpstreamRejected else _RETRY.get(status, "no")
+            retry = "for a while" if kind is UpstreamRejected else _RETRY.get(status, "no")
             words = (
                 f"{title}: a bug." if kind is GatewayError else re.split(r"(?<=\.)\s", str(kind.__doc__))[0]
             )

@@ -196,7 +196,7 @@ def test_surroundings_root_path_is_ascii(root_path: str) -> None:
     status, output = ran(["serve"], SD_GATEWAY_SERVER__ROOT_PATH=root_path)
     assert_clean_end(status, output)
     assert status == 2
-    assert output.startswith("sd-gateway: server.root_path = ")
+    assert output.startswith("sd-gateway: SD_GATEWAY_SERVER__ROOT_PATH: server.root_path = ")
 
 
 @pytest.mark.parametrize("argument", ["\x1b[31m", "caf\udce9", "--\x9b31m", "\u202e"])

@@ -108,13 +108,21 @@ nginx.org/lb-method: hash $uri consistent
 {{- $store := dict }}
 {{- if .Values.store.existingSecret }}
 {{- $named := dict "usernameKey" "username_file" "passwordKey" "password_file" "caKey" "ca_file" }}
+{{- $_ := set $named "clientCertKey" "client_cert_file" }}
+{{- $_ := set $named "clientKeyKey" "client_key_file" }}
 {{- $_ := set $named "sentinelUsernameKey" "sentinel_username_file" }}
 {{- $_ := set $named "sentinelPasswordKey" "sentinel_password_file" }}
 {{- range $key, $setting := $named }}
 {{- with index $.Values.store $key }}{{ $_ := set $store $setting (printf "/run/secrets/sd-gateway-store/%s" .) }}{{ end }}
 {{- end }}
 {{- end }}
-{{- $chart := dict "credentials" $files "store" $store }}
+{{- $upstream := dict }}
+{{- if .Values.upstream.existingSecret }}
+{{- range $key, $setting := dict "caKey" "ca_file" "clientCertKey" "client_cert_file" "clientKeyKey" "client_key_file" }}
+{{- with index $.Values.upstream $key }}{{ $_ := set $upstream $setting (printf "/run/secrets/sd-gateway-upstream/%s" .) }}{{ end }}
+{{- end }}
+{{- end }}
+{{- $chart := dict "credentials" $files "store" $store "upstream" $upstream }}
 {{- with include "gateway.trustedHosts" . | fromJsonArray }}
 {{- $_ := set $chart "server" (dict "trusted_hosts" .) }}
 {{- end }}

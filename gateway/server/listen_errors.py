@@ -1,0 +1,37 @@
+"""The error of an address that cannot be used to listen on, and which setting to change."""
+
+from __future__ import annotations
+
+import errno
+
+from gateway.settings.model import Server
+from gateway.settings.variables import variable_of
+
+
+class CannotListen(Exception):
+    """An address cannot be used to listen on; the message has the address and the reason."""
+
+    def __init__(self, url: str, host: str, port: int, error: Exception) -> None:
+        self.host, self.port = host, port
+        self.number = error.errno if isinstance(error, OSError) else None
+        # Strings that cannot be host names are refused with a TypeError or a ValueError.
+        self.reason = error.strerror if isinstance(error, OSError) else "not an address"
+        super().__init__(f"cannot listen on {url}: {self.reason}")
+
+    @property
+    def port_is_taken(self) -> bool:
+        """Whether another program listens on the port."""
+        return self.number == errno.EADDRINUSE
+
+
+def settings_hint(error: CannotListen, server: Server) -> str:
+    """Return which setting to change, so that the gateway can listen."""
+    key = "metrics_port" if error.port == server.metrics_port else "port"
+    special = "0 serves /metrics on server.port" if key == "metrics_port" else "0 uses any free port"
+    if error.port_is_taken:
+        advice = f"to another port; {special}"
+    elif error.number in {errno.EACCES, errno.EPERM}:
+        advice = "to a port from 1024 on: lower ones need a privilege"
+    else:
+        key, advice = "host", "to an address of this machine"
+    return f"set server.{key} ({variable_of('server', key)}) {advice}"
