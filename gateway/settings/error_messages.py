@@ -13,7 +13,8 @@ from typing import Any
 from pydantic_core import ErrorDetails
 
 from gateway.settings.known_settings import SECTIONS, section_model, similar_section, similar_settings
-from gateway.settings.value_text import rejected_value
+from gateway.settings.secret_text import InvalidSecret
+from gateway.settings.value_text import HIDDEN, rejected_value
 
 Schema = Mapping[str, Any]
 Path = tuple[str | int, ...]
@@ -39,7 +40,9 @@ def describe_error(error: ErrorDetails) -> str:
         message = _text(error)
     else:
         message = f"must be {allowed_values(path)}"
-    return f"{name} = {rejected_value([str(part) for part in path], value)}: {message}"
+    is_secret = isinstance(error.get("ctx", {}).get("error"), InvalidSecret)
+    shown = HIDDEN if is_secret else rejected_value([str(part) for part in path], value)
+    return f"{name} = {shown}: {message}"
 
 
 def allowed_values(path: Path) -> str:

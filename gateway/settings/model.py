@@ -27,7 +27,7 @@ from pydantic_core import PydanticCustomError
 from gateway.domain.printable import printable
 from gateway.domain.task import Operation, Status
 from gateway.settings.secret_files import read_secret
-from gateway.settings.secret_text import NotedSecret, clean_secret, clean_text
+from gateway.settings.secret_text import clean_setting
 from gateway.settings.value_types import (
     AddressHeader,
     Count,
@@ -67,16 +67,7 @@ class _Section(BaseModel):
         # pydantic would convert true to 1.
         if isinstance(value, bool) and annotation in {int, float}:
             raise PydanticCustomError("number", "must be a number")
-        if not isinstance(value, str):
-            return handler(value)
-        if annotation is not SecretStr:
-            return handler(clean_text(value))
-        cleaned = clean_secret(value)
-        secret = handler(cleaned.text)
-        if cleaned.notes:
-            secret = NotedSecret(secret.get_secret_value())
-            secret.notes = cleaned.notes
-        return secret
+        return clean_setting(value, handler, is_secret=annotation is SecretStr)
 
 
 class Server(_Section):

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import unicodedata
 from codecs import BOM_UTF16_BE, BOM_UTF16_LE
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import SecretStr
 
@@ -96,6 +97,25 @@ def decode_secret(content: bytes, *, source: str) -> SecretText:
         raise InvalidSecret(f"{source}: is not UTF-8") from None
     secret = clean_secret(text, source=source)
     return SecretText(secret.text, ("decoded from UTF-16", *secret.notes)) if utf16 else secret
+
+
+def clean_setting(value: Any, validate: Callable[[Any], Any], *, is_secret: bool) -> Any:
+    """Return the validated value of a setting, of any type; a text is cleaned before its validation.
+
+    Raises:
+        InvalidSecret: `clean_secret` refuses the secret.
+        ValueError: `validate` refuses the value.
+    """
+    if not isinstance(value, str):
+        return validate(value)
+    if not is_secret:
+        return validate(clean_text(value))
+    cleaned = clean_secret(value)
+    secret = validate(cleaned.text)
+    if cleaned.notes:
+        secret = NotedSecret(cleaned.text)
+        secret.notes = cleaned.notes
+    return secret
 
 
 def setting_text(secret: SecretStr) -> SecretText:

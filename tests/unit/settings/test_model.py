@@ -791,6 +791,14 @@ def test_store_url_is_cleaned(read: Load) -> None:
     assert (store.hosts, store.database, store.login()) == ([("v", 1)], 2, (None, "p"))
 
 
+@pytest.mark.parametrize("name", ["STORE__URL", "UPSTREAM__PROXY"])
+def test_url_that_is_no_valid_secret_is_hidden(mistakes: Callable[..., list[str]], name: str) -> None:
+    """A URL with a control character inside is not shown, also without the "@" that ends a password."""
+    [line] = mistakes(**{f"SD_GATEWAY_{name}": "valkey://:s3c\nret"})
+    setting = name.lower().replace("__", ".")
+    assert line == f"{setting} = (hidden): contains a line break"
+
+
 def test_store_url_is_never_shown(read: Load) -> None:
     """The URL may contain a password, so printed settings do not show it."""
     assert "s3cret" not in repr(read(SD_GATEWAY_STORE__URL="valkey://u:s3cret@v"))

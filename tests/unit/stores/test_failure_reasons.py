@@ -14,6 +14,7 @@ from redis.exceptions import (
 )
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from gateway.settings.secret_text import InvalidSecret
 from gateway.stores.valkey.failure_reasons import (
     StoreFailure,
     affects_all_operations,
@@ -129,3 +130,12 @@ def test_reason_of_a_tls_alert(alert: str, reason: str) -> None:
 def test_old_versions_are_named(version: str, reason: str) -> None:
     """Redis before 6.2 is not supported; an unknown version may be."""
     assert too_old(version) == reason
+
+
+def test_reason_names_the_file_of_an_invalid_secret() -> None:
+    """A password file that cannot be meant is named, also behind an exception of redis-py."""
+    invalid = InvalidSecret("/run/password: contains a line break")
+    outer = RedisConnectionError("evil")
+    outer.__cause__ = invalid
+    for exc in (invalid, outer):
+        assert reason_of(exc, key_prefix="p") == "/run/password: contains a line break"
