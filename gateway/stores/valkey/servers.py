@@ -213,7 +213,7 @@ def tls_context(settings: Store) -> ssl.SSLContext:
             check_bundle(file)
             if settings.client_key_file is not None:
                 check_bundle(settings.client_key_file)
-            context.load_cert_chain(file, settings.client_key_file, password="")
+            context.load_cert_chain(file, settings.client_key_file, password=lambda: "")
     except (OSError, ValueError) as exc:
         prefix = f"{file}: " if isinstance(exc, ssl.SSLError) else ""
         raise StoreFailure(f"TLS: store.{name}: {prefix}{words_of_file_error(exc)}") from exc
