@@ -10,6 +10,7 @@ from gateway.api.operator_endpoints import PROBES
 from gateway.settings.model import Server
 from gateway.telemetry.metrics import Metrics
 
+UNIX_CLIENT = ("unix:", 0)  # client address of a connection on the Unix socket
 RESERVED_CONNECTIONS = 16  # beyond the limit, for probes
 _STALL_SECONDS = 60.0
 _RECEIVE_BUFFER = 16_384  # bytes; Linux doubles both values for its own bookkeeping
