@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from ipaddress import IPv4Network
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import structlog
 import uvicorn
@@ -170,6 +170,7 @@ class _Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._signalled = asyncio.Event()
         self._stopping = self._handed_over = False
+        self._adopting: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to serve, also on the second listener."""
@@ -203,7 +204,28 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the listeners, and wait for open connections."""
         self.before_close()
+        self._accept_waiting(sockets or [])
         await super().shutdown(sockets)
+
+    def _accept_waiting(self, listeners: Sequence[socket.socket]) -> None:
+        """Accept the connections that wait in the kernel: it resets them when their listener is closed."""
+        loop = asyncio.get_running_loop()
+        for listener in listeners:
+            listener.settimeout(0)
+            with suppress(OSError):  # no more connections, or no more descriptors
+                while True:
+                    task = loop.create_task(self._serve_last_request(listener.accept()[0]))
+                    self._adopting.add(task)
+                    task.add_done_callback(self._adopting.discard)
+
+    async def _serve_last_request(self, connection: socket.socket) -> None:
+        protocol: Any = self.config.http_protocol_class
+        state = self.lifespan.state
+        make = partial(protocol, config=self.config, server_state=self.server_state, app_state=state)
+        connection.settimeout(0)
+        with suppress(OSError):  # the client has disconnected
+            _, served = await asyncio.get_running_loop().connect_accepted_socket(make, connection)
+            served.shutdown()
 
     # Signals. The handlers are called at an arbitrary point of the program.
 
