@@ -183,7 +183,7 @@ async def post_repeatedly(address: Address, task: str, seen: Counter[int], *, pa
     until_time = time.monotonic() + POSTING_SECONDS
     while time.monotonic() < until_time:
         seen[await post(reader, writer, task)] += 1
-        await asyncio.sleep(pause * random.uniform(0.9, 1.1))
+        await asyncio.sleep(pause + random.uniform(-0.02, 0.005))
     writer.close()
 
 

@@ -19,8 +19,10 @@ from tests.support.harness import (
     Gateway,
     RawUpstream,
     Request,
+    Simulator,
     drained,
     fresh_id,
+    gateway,
     plain_client,
     respond_ok,
     serving,
@@ -165,34 +167,55 @@ def test_shutdown_announces_the_end_of_each_connection(
     assert [name for name, head in heads.items() if b"\r\nconnection: close" not in head] == []
 
 
-@pytest.mark.parametrize("kind", ["new", "kept-alive"])
-def test_shutdown_serves_requests_that_are_on_their_way(
-    tmp_path: Path, upstream: RawUpstream, released: threading.Event, kind: str
+def test_shutdown_serves_connections_that_wait_to_be_accepted(
+    tmp_path: Path, upstream: RawUpstream, released: threading.Event
 ) -> None:
-    """A request that was sent before the listener is closed gets its response, also on a new connection.
+    """A request on a connection that the kernel has accepted, but not yet the gateway, gets its response.
 
-    The process is paused meanwhile, so that it finds request and end of the handover at the same time.
+    The process is paused meanwhile, so that it finds the connection and the end of the handover together.
     """
     released.set()
-    request = b"GET /v1/progress/task HTTP/1.1\r\nhost: x\r\n\r\n"
     with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate):
-        with gate.connect() as warm:
-            warm.sendall(request)
-            assert warm.recv(65536)
-            process.signal()
-            begun = time.monotonic()
-            process.says("(shutdown_started)")
-            process.signal(signal.SIGSTOP)
-            with gate.connect() as new:
-                connection = new if kind == "new" else warm
-                connection.sendall(request)
-                until(lambda: time.monotonic() > begun + 2 * HANDOVER_SECONDS, "the handover is over")
-                process.signal(signal.SIGCONT)
-                answer = drained(connection).lower()
+        process.signal()
+        begun = time.monotonic()
+        process.says("(shutdown_started)")
+        process.signal(signal.SIGSTOP)
+        with gate.connect() as connection:
+            connection.sendall(b"GET /v1/progress/task HTTP/1.1\r\nhost: x\r\n\r\n")
+            until(lambda: time.monotonic() > begun + 2 * HANDOVER_SECONDS, "the handover is over")
+            process.signal(signal.SIGCONT)
+            answer = drained(connection).lower()
         assert process.exit_status() == 0
     assert answer.startswith(b"http/1.1 200")
     assert b"\r\nconnection: close" in answer
     assert_clean(process.output)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HT"], ids=["idle", "head-begun"])
+def test_shutdown_serves_requests_that_are_on_their_way(
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """A load balancer that does not know yet that the listener is closed gets one more response."""
+    monkeypatch.setattr("gateway.server.connection._LAST_REQUEST_SECONDS", PATIENCE_SECONDS)
+    threads: list[threading.Thread] = []
+    request = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+    with ExitStack() as stack:
+        with gateway(simulator.url, leftovers=threads) as gate:
+            connection = stack.enter_context(gate.connect())
+            connection.sendall(request)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+            connection.sendall(sent)
+
+        def closed() -> bool:
+            with socket.socket() as probe:
+                return probe.connect_ex(gate.address) != 0
+
+        until(closed, "the listener is closed")
+        connection.sendall(request[len(sent) :])
+        answer = drained(connection).lower()
+        threads[0].join()
+    assert answer.startswith(b"http/1.1 200")
+    assert b"\r\nconnection: close" in answer
 
 
 def test_shutdown_has_a_timeout(tmp_path: Path, upstream: RawUpstream) -> None:
