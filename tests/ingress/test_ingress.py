@@ -15,8 +15,24 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.ingress.proxies import INGRESSES, Address, Backend, Ingress, buffering_nginx
-from tests.support.harness import Gateway, Simulator, plain_client, serving, until
+from tests.ingress.proxies import (
+    INGRESSES,
+    Address,
+    Backend,
+    Ingress,
+    buffering_nginx,
+    nginx_keepalive,
+)
+from tests.support.harness import (
+    KEY,
+    SECRET,
+    Gateway,
+    Process,
+    Simulator,
+    plain_client,
+    serving,
+    until,
+)
 from tests.support.proxies import packaged
 
 pytestmark = pytest.mark.timeout(180)
@@ -154,6 +170,37 @@ def test_ingress_that_buffers_delays_events_only(
         with pytest.raises(httpx.ReadTimeout):
             front.client.get(f"/v1/progress/{task}/events", timeout=2)
         assert front.get(task, params={"wait": "1"}).json()["progress"] == 0.25
+
+
+@pytest.mark.skipif(packaged("nginx") is None, reason="nginx is not installed")
+def test_ingress_reaches_a_unix_socket(tmp_path: Path, simulator: Simulator) -> None:
+    """Behind nginx, a gateway on a Unix socket serves queries and streams, and learns the client's address."""
+    path = tmp_path / "gateway.sock"
+    env = {
+        "SD_GATEWAY_SERVER__UDS": str(path),
+        "SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url,
+        "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
+        "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
+        "SD_GATEWAY_LIMITS__REQUESTS_PER_SECOND": "0.001",
+    }
+    task = simulator.task()
+    proxy = tmp_path / "proxy"
+    proxy.mkdir()
+    forwarded = "proxy_set_header X-Forwarded-For $http_x_client;"
+    with (
+        Process("serve", cwd=tmp_path, env=env) as process,
+        nginx_keepalive(proxy, Backend([f"unix:{path}"]), options=forwarded) as (host, port),
+        plain_client(f"http://{host}:{port}") as client,
+    ):
+        process.says('"event": "started"')
+        statuses = [
+            client.get(f"/v1/progress/{task}", headers={"X-Client": name}).status_code
+            for name in ("192.0.2.1", "192.0.2.1", "192.0.2.2")
+        ]
+        assert statuses == [200, 429, 200]
+        events = f"/v1/progress/{task}/events"
+        with client.stream("GET", events, headers={"X-Client": "192.0.2.3"}) as stream:
+            assert any("event: progress" in line for line in stream.iter_lines())
 
 
 # Idle connections
