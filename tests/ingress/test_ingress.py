@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
 
 import httpx
 import pytest
@@ -174,8 +175,10 @@ def test_ingress_that_buffers_delays_events_only(
 
 @pytest.mark.skipif(packaged("nginx") is None, reason="nginx is not installed")
 def test_ingress_reaches_a_unix_socket(tmp_path: Path, simulator: Simulator) -> None:
-    """Behind nginx, a gateway on a Unix socket serves queries and streams, and learns the client's address."""
-    path = tmp_path / "gateway.sock"
+    """Behind nginx, a gateway on a Unix socket serves queries and streams, and knows its clients."""
+    folder = Path(mkdtemp())  # pytest's folder is closed to the workers of nginx, which have another user
+    folder.chmod(0o755)
+    path = folder / "gateway.sock"
     env = {
         "SD_GATEWAY_SERVER__UDS": str(path),
         "SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url,
@@ -201,6 +204,9 @@ def test_ingress_reaches_a_unix_socket(tmp_path: Path, simulator: Simulator) -> 
         events = f"/v1/progress/{task}/events"
         with client.stream("GET", events, headers={"X-Client": "192.0.2.3"}) as stream:
             assert any("event: progress" in line for line in stream.iter_lines())
+        process.signal()
+        assert process.exit_status() == 0
+    folder.rmdir()  # the gateway has removed its socket
 
 
 # Idle connections
