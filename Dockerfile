@@ -1,5 +1,5 @@
 # The image contains the project's wheel and the packages of requirements-image.lock, nothing else above the base.
-# Both extras are installed, so a shared store and traces only need settings.
+# All extras are installed, so a shared store, traces and a SOCKS proxy only need settings.
 #
 #     docker build --tag sd-progress-gateway .        or: buildah bud --format docker --tag sd-progress-gateway .
 #     docker run --publish 8080:8080 --read-only --cap-drop ALL \

@@ -32,12 +32,16 @@ check: lint ## run lint and the unit tests, in less than a minute
 matrix: ## run the unit tests on every Python from 3.11 to 3.14 that is installed
 	@.ci/matrix
 
-lint: .venv/project.stamp .venv/dev.stamp ## check words, style, types and the import order of the packages
+lint: .venv/project.stamp .venv/dev.stamp ## check words, style, types, import order of the packages, workflows, compose file
 	@.ci/words
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/actionlint -shellcheck= -pyflakes= .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.renovate .github/renovate.json
+	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec config/compose.yaml
 
 .PHONY: audit
 audit: .venv/project.stamp .venv/dev.stamp ## look for insecure code and for known vulnerabilities of the locked packages

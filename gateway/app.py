@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from copy import copy
+from functools import partial
 from typing import Any
 
 import structlog
@@ -20,6 +22,7 @@ from gateway.api.cached_responses import CachedResponses, CachedResponsesFirst
 from gateway.api.client_limits import ClientLimits, ClientTokenBuckets, RateLimitMiddleware
 from gateway.api.events import EventsEndpoint
 from gateway.api.metrics_port import metrics_application
+from gateway.api.middleware.client_address import ClientAddress
 from gateway.api.middleware.cross_site import Cors, SameSite
 from gateway.api.middleware.host_and_prefix import HostAndPrefix
 from gateway.api.middleware.telemetry import RequestTelemetry
@@ -31,8 +34,9 @@ from gateway.api.trusted_hosts import TrustedHosts
 from gateway.api.vendor_paths import UnknownOperation, VendorEndpoint
 from gateway.domain.entity_tag import EntityTags
 from gateway.progress.service import ProgressService
-from gateway.server.application import Application
+from gateway.server.application import Application, FastPath
 from gateway.server.graceful_shutdown import GracefulShutdown
+from gateway.settings.extras import describe_missing
 from gateway.settings.model import Limits, Server, Settings, SettingsError
 from gateway.stores.base import Store
 from gateway.stores.memory import MemoryStore
@@ -43,10 +47,11 @@ from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import Credentials
+from gateway.upstream.loop_detection import USER_AGENT_PREFIX
 from gateway.upstream.signed_request import SignedRequests
 from gateway.watch.hub import WatchHub
 
-USER_AGENT = f"sd-progress-gateway/{__version__}"
+USER_AGENT = f"{USER_AGENT_PREFIX}{__version__}"
 _ANY_ADDRESS = {"*", "0.0.0.0/0", "::/0"}  # in server.trusted_proxies
 
 log = structlog.get_logger(__name__)
@@ -67,7 +72,12 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         lambda: None if credentials.signing_pair is None else credentials.signing_pair.pair.secret_key
     )
     store = _store(settings, redactor, metrics, tags=tags, credentials=credentials)
-    metrics.measure_cache(entries=store.__len__, size=store.size)
+    metrics.measure_cache(
+        entries=store.__len__,
+        size=store.size,
+        max_entries=settings.cache.max_tasks,
+        max_bytes=settings.cache.max_bytes,
+    )
     signed_requests = SignedRequests(
         settings.upstream, redactor=redactor, metrics=metrics, user_agent=USER_AGENT, tracing=tracing
     )
@@ -103,25 +113,19 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
             stack.push_async_callback(hub.aclose)
             await stack.enter_async_context(_running(credentials.poll_files()))
             await stack.enter_async_context(_running(_announce_shutdown(shutdown, hub)))
-            log.info("started", version=__version__, endpoint=settings.upstream.endpoint)
-            if not credentials.has_any_pair:
-                log.warning("credentials_missing", effect="the gateway is not ready and queries fail")
-            if settings.limits.requests_per_second and _ANY_ADDRESS & {*settings.server.trusted_proxies}:
-                log.warning(
-                    "client_rate_limit_evadable",
-                    setting="server.trusted_proxies",
-                    effect="any client can choose its address by X-Forwarded-For",
-                )
+            _log_start(settings, signed_requests, has_any_pair=credentials.has_any_pair)
             yield
         log.info("stopped")
 
-    def why_not_ready() -> list[str]:
-        reasons = ["draining"] if shutdown.begun.is_set() else []
-        return reasons + ([] if credentials.has_any_pair else ["no credentials"])
+    why_not_ready = partial(_why_not_ready, shutdown, store, credentials)
 
     def degraded() -> list[str]:
         store_trouble = [f"store: {store.trouble}"] if store.trouble else []
-        return [*(f"upstream: {code}" for code in upstream.problem_codes), *store_trouble]
+        return [
+            *(f"upstream: {code}" for code in upstream.problem_codes),
+            *store_trouble,
+            *credentials.describe_faults(),
+        ]
 
     def signing_key_pair() -> dict[str, Any] | None:
         signing = credentials.signing_pair
@@ -142,7 +146,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
                 else [Route("/metrics", operator_endpoints.metrics(metrics.registry))]
             ),
             Route("/openapi.json", operator_endpoints.openapi()),
-            *page_routes(),
+            *page_routes(root_path=settings.server.root_path),
             operator_endpoints.OptionsRoute(),
         ],
         lifespan=lifespan,
@@ -162,7 +166,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     metrics_asgi = metrics_application(metrics.registry, problems=problems)
     if not isinstance(tracing, NoTracing):  # the request's span is the outermost layer, and records hits, too
         app.middleware_stack = _with_spans(with_middleware, tracing, root_path=server.root_path)
-        return Application(app, metrics_asgi, metrics, None, shutdown)
+        return Application(app, metrics_asgi, metrics, shutdown)
     hits = CachedResponses(
         service,
         tags=tags,
@@ -171,11 +175,25 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         hosts=hosts,
         cross_origin=bool(server.cors_origins),
         limiter=limiter,
+        address_headers=server.client_address_headers,
         metrics=metrics,
         log_sampler=log_sampler,
     )
-    app.middleware_stack = CachedResponsesFirst(app.middleware_stack, hits=hits)
-    return Application(app, metrics_asgi, metrics, hits if server.edge else None, shutdown)
+    behind_fast_path = copy(app)
+    app.middleware_stack = CachedResponsesFirst(with_middleware, hits=hits)
+    if not server.edge:
+        return Application(app, metrics_asgi, metrics, shutdown)
+    return Application(app, metrics_asgi, metrics, shutdown, FastPath(hits, behind_fast_path))
+
+
+def _why_not_ready(shutdown: GracefulShutdown, store: Store, credentials: Credentials) -> list[str]:
+    reasons = {
+        "draining": shutdown.begun.is_set(),
+        # Without the store, a new replica would repeat the queries of the others.
+        "connecting to the store": store.starting,
+        "no credentials": not credentials.has_any_pair,
+    }
+    return [reason for reason, applies in reasons.items() if applies]
 
 
 def _with_spans(app: ASGIApp, tracing: Tracing, *, root_path: str) -> ASGIApp:
@@ -185,6 +203,16 @@ def _with_spans(app: ASGIApp, tracing: Tracing, *, root_path: str) -> ASGIApp:
     if not isinstance(tracing, OpenTelemetryTracing):
         return app
     return RequestSpans(app, tracer=tracing.tracer, root_path=root_path)
+
+
+def _log_start(settings: Settings, signed_requests: SignedRequests, *, has_any_pair: bool) -> None:
+    proxy = signed_requests.proxy
+    through = {} if proxy is None else {"proxy": proxy.shown, "proxy_source": proxy.source}
+    log.info("started", version=__version__, endpoint=settings.upstream.endpoint, **through)
+    if not has_any_pair:
+        log.warning("credentials_missing", effect="the gateway is not ready and queries fail")
+    if settings.limits.requests_per_second:
+        _warn_if_limit_is_evadable(settings.server)
 
 
 def _store(
@@ -213,9 +241,7 @@ def _store(
     try:
         from gateway.stores.valkey.store import ValkeyStore  # noqa: PLC0415  # its client is an extra
     except ModuleNotFoundError as exc:
-        raise SettingsError(
-            [f"store.url: needs {exc.name}: pip install 'sd-progress-gateway[valkey]'"]
-        ) from exc
+        raise SettingsError([describe_missing("store.url", exc.name, extra="valkey")]) from exc
     return ValkeyStore(
         settings.store,
         tags=tags,
@@ -226,6 +252,16 @@ def _store(
         metrics=metrics,
         **limits,
     )
+
+
+def _warn_if_limit_is_evadable(server: Server) -> None:
+    headers = server.client_address_headers
+    if headers and _ANY_ADDRESS & {*server.trusted_proxies}:
+        log.warning(
+            "client_rate_limit_evadable",
+            setting="server.trusted_proxies",
+            effect=f"any client can choose its address by {' or '.join(headers)}",
+        )
 
 
 def _limiter(limits: Limits) -> ClientTokenBuckets | None:
@@ -246,9 +282,10 @@ def _add_middleware(
         app = RateLimitMiddleware(app, limiter=limiter)
     app = SameSite(app, origins=server.cors_origins)
     if server.cors_origins:
-        app = Cors(app, origins=server.cors_origins, problems=problems)
+        app = Cors(app, server=server, problems=problems)
     app = HostAndPrefix(app, root_path=server.root_path, hosts=hosts)
-    return RequestTelemetry(app, metrics=metrics, problems=problems, log_sampler=log_sampler)
+    app = RequestTelemetry(app, metrics=metrics, problems=problems, log_sampler=log_sampler)
+    return ClientAddress(app, trusted_proxies=server.trusted_proxies, headers=server.client_address_headers)
 
 
 def _task_routes(
@@ -277,11 +314,14 @@ def _task_routes(
         clients=clients,
         max_wait_seconds=settings.watch.max_wait_seconds,
     )
+    batch = BatchEndpoint(
+        service, hub, tasks=tasks, clients=clients, max_wait_seconds=settings.watch.max_wait_seconds
+    )
     return [
         Route("/v1/progress/{taskId}", one, methods=["GET"]),
         Route("/v1/progress/{taskId}/events", events, methods=["GET"]),
         Route("/v1/progress/{taskId:path}", one, methods=["GET"]),
-        Route("/v1/progress", BatchEndpoint(service, tasks=tasks, clients=clients), methods=["GET"]),
+        Route("/v1/progress", batch, methods=["GET"]),
         Route("/v1/events", events, methods=["GET"]),
     ]
 

@@ -9,7 +9,7 @@ writes them to the socket; under other servers `CachedResponsesFirst` sends them
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -78,8 +78,8 @@ class CachedResponse:
 class CachedResponses:
     """Serves cached responses, or leaves requests to the routes.
 
-    With `cross_origin`, requests with `Origin` go to the routes; with a `limiter`, those with
-    `X-Forwarded-For`. `clock` is the clock of the log sampler and the service.
+    With `cross_origin`, requests with `Origin` go to the routes; with a `limiter`, those with one of the
+    `address_headers`. `clock` is the clock of the log sampler and the service.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class CachedResponses:
         hosts: TrustedHosts,
         cross_origin: bool,
         limiter: ClientTokenBuckets | None,
+        address_headers: Sequence[str] = (),
         metrics: Metrics,
         log_sampler: LogSampler,
         clock: Callable[[], float] = time.monotonic,
@@ -108,7 +109,8 @@ class CachedResponses:
             status: (*names, *(name for name, _ in common)) for status, names in HEADER_NAMES.items()
         }
         self._unsupported_headers = _UNSUPPORTED_HEADERS.union(
-            [b"origin"] if cross_origin else (), [b"x-forwarded-for"] if limiter is not None else ()
+            [b"origin"] if cross_origin else (),
+            [name.lower().encode() for name in address_headers] if limiter is not None else (),
         )
         self._counters = {
             status: metrics.http_requests.labels(_ROUTE, "GET", status) for status in HEADER_NAMES

@@ -6,8 +6,8 @@ available, and takes it. A batch or a stream takes one more token for each furth
 parsed. The bucket can go into debt for these tokens: a request may cost more than a full bucket holds, and
 its client is then refused until the debt is paid.
 
-The client's address is the one in the scope. The server has already applied the headers of trusted proxies
-(uvicorn's proxy headers).
+The client's address is the one in the scope, to which `middleware/client_address.py` has applied the headers
+of trusted proxies.
 """
 
 from __future__ import annotations

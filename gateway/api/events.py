@@ -35,6 +35,7 @@ _HEADERS = [
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # keeps nginx and its derivatives from buffering events
 ]
+_LAST_EVENT_ID = ("lastEventId", "last-event-id")  # query parameters
 _RETRY_MS = 2000
 _PART_BYTES = 16_384  # maximum of events that are written together; a single event may be larger
 _MAX_ID_CHARS = 64  # longer than our event IDs; each is compared with every task of the stream
@@ -64,10 +65,12 @@ class EventsEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until every task has ended, the client disconnects or the gateway shuts down."""
-        keys = self._keys(scope)
+        names_task = "taskId" in scope["path_params"]
+        parameters = query_parameters(scope, "api", *_LAST_EVENT_ID, repeated="" if names_task else "taskId")
+        keys = [self._tasks.in_path(scope, parameters)] if names_task else self._tasks.in_query(parameters)
         scope["state"]["tasks"] = len(keys)  # for the request log
         end_id = _end_id(keys)
-        last_event_id = header(scope["headers"], b"last-event-id")
+        last_event_id = _last_event_id(scope, parameters)
         if last_event_id == end_id:
             # The stream was complete: 204 keeps an EventSource from reconnecting.
             await send({"type": "http.response.start", "status": 204, "headers": _HEADERS[1:2]})
@@ -96,11 +99,6 @@ class EventsEndpoint:
                 subscriber.direct_transport = direct_transport_of(scope)
                 with self._heartbeats.sending_to(subscriber):
                     await self._stream(scope, subscriber, end_id, send)
-
-    def _keys(self, scope: Scope) -> Sequence[TaskKey]:
-        if "taskId" in scope["path_params"]:
-            return [self._tasks.in_path(scope, query_parameters(scope, "api"))]
-        return self._tasks.in_query(query_parameters(scope, "api", repeated="taskId"))
 
     def _seen_revisions(self, keys: Sequence[TaskKey], last_event_id: str | None) -> dict[TaskKey, int]:
         """Return the version that the client has received of the task of its last event."""
@@ -137,7 +135,7 @@ class EventsEndpoint:
         if subscriber.heartbeat_due:
             subscriber.heartbeat_due = False
             parts.append(HEARTBEAT)
-        last = not running
+        last = all(key in subscriber.unknown_keys and not subscriber.has_unsent(key) for key in running)
         if last:
             self._sent["end"].inc()
             parts.append(b"event: end\nid: %s\ndata: {}\n\n" % end_id.encode())
@@ -181,6 +179,17 @@ class EventsEndpoint:
         status, title = status_and_title(update.failure)
         problem = problem_document(update.failure, status, title, request_id=scope["state"]["request_id"])
         return b"event: problem\ndata: %s\n\n" % render_json({"taskId": update.key.task_id, **problem})
+
+
+def _last_event_id(scope: Scope, parameters: dict[str, list[str]]) -> str | None:
+    """Return the ID of the client's last event, or None.
+
+    Polyfills of EventSource send it in the query, because a header would need a CORS preflight. The browser's
+    own EventSource updates the header and repeats the query of its URL, so the header takes precedence.
+    """
+    from_header = header(scope["headers"], b"last-event-id")
+    from_query = (parameters[name][0] for name in _LAST_EVENT_ID if name in parameters)
+    return from_header or next(filter(None, from_query), None)
 
 
 def _drop_request(scope: Scope) -> None:

@@ -1,6 +1,8 @@
 """The web pages: the files of `gateway/api/web`, read once at startup and served unchanged.
 
-The pages use relative URLs only, so that an ingress can serve them below a prefix. They load nothing from
+The pages use relative URLs, so that an ingress can serve them below a prefix. There is one exception: with
+`server.root_path`, the index refers to its files by absolute paths. The ingress may remove the prefix, and
+then the gateway cannot tell whether the browser's address ends with a slash. The pages load nothing from
 other origins and contain no inline script or style, which allows a strict Content-Security-Policy.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from html import escape
 from importlib.resources import files
 from pathlib import PurePosixPath
 
@@ -48,9 +51,9 @@ class _File:
         return Response(self.body, headers={**headers, "Content-Type": self.content_type})
 
 
-def page_routes() -> list[Route]:
+def page_routes(*, root_path: str = "") -> list[Route]:
     """Return the routes of the pages; their files are read once, now."""
-    served = _read_files()
+    served = _read_files(root_path)
 
     async def index(request: Request) -> Response:
         return served["index.html"].response(request)
@@ -68,12 +71,16 @@ def page_routes() -> list[Route]:
     return [Route("/", index), Route("/docs", docs), Route("/web/{file}", file)]
 
 
-def _read_files() -> dict[str, _File]:
-    return {
-        item.name: _read(item.read_bytes(), _CONTENT_TYPES[PurePosixPath(item.name).suffix])
+def _read_files(root_path: str) -> dict[str, _File]:
+    bodies = {
+        item.name: item.read_bytes()
         for item in files("gateway.api").joinpath("web").iterdir()
         if PurePosixPath(item.name).suffix in _CONTENT_TYPES
     }
+    if root_path:
+        absolute = f'="{escape(root_path)}/web/'.encode()
+        bodies["index.html"] = bodies["index.html"].replace(b'="web/', absolute)
+    return {name: _read(body, _CONTENT_TYPES[PurePosixPath(name).suffix]) for name, body in bodies.items()}
 
 
 def _read(body: bytes, content_type: str) -> _File:

@@ -40,6 +40,7 @@ from gateway.domain.errors import (
     UpstreamUnreachable,
 )
 from gateway.domain.snapshot import render_json
+from gateway.upstream.loop_detection import RESPONSE_HEADER
 
 # A subclass without its own row uses the row of its nearest ancestor.
 PROBLEMS: Mapping[type[GatewayError], tuple[int, str]] = {
@@ -94,6 +95,8 @@ class Problems:
         headers["Cache-Control"] = "no-store"
         if status == HTTPStatus.UNSUPPORTED_MEDIA_TYPE:
             headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
+        if route_path(scope).startswith("/scc/"):  # so that a gateway recognizes errors of a gateway, too
+            headers.update([RESPONSE_HEADER])
         if route_path(scope) in self._vendor_paths:
             return Response(render_json(_error_envelope(error)), status, headers, "application/json")
         problem = problem_document(error, status, title, request_id=scope["state"]["request_id"])

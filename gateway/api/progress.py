@@ -7,7 +7,6 @@ stored, and nothing but `send` is awaited.
 from __future__ import annotations
 
 import asyncio
-import re
 from contextlib import suppress
 
 from starlette.requests import ClientDisconnect
@@ -16,23 +15,18 @@ from starlette.types import Receive, Scope, Send
 from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.progress_response import HEADER_NAMES, build_response
 from gateway.api.request_log import record_outcome
-from gateway.api.requests import Headers, header, query_parameters
+from gateway.api.requests import LONG_POLL, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
+from gateway.api.waiting import requested_wait
 from gateway.domain.entity_tag import EntityTags, matches
-from gateway.domain.errors import GatewayError, InvalidParameter
+from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.watch.hub import SubscriptionKind, WatchHub
 from gateway.watch.subscriber import Subscriber
-
-# RFC 7240, 4.3: `wait=10`, perhaps among other preferences.
-_PREFER_WAIT = re.compile(
-    r"(?:^|,)[ \t]*wait[ \t]*=[ \t]*\"?([0-9]{1,9})\"?[ \t]*(?:[;,]|\Z)", re.IGNORECASE | re.ASCII
-)
-_SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 class ProgressEndpoint:
@@ -60,8 +54,9 @@ class ProgressEndpoint:
         parameters = query_parameters(scope, "api", "wait")
         key = self._tasks.in_path(scope, parameters)
         if_none_match = header(scope["headers"], b"if-none-match")
-        wait, headers = self._wait(scope, parameters)
+        wait, headers = requested_wait(scope, parameters, longest=self._max_wait_seconds)
         if wait:
+            scope["state"][LONG_POLL] = True
             outcome = await self._wait_for_change(scope, receive, key, if_none_match, wait)
         else:
             seen_revision = self._seen_revision(key, if_none_match)
@@ -88,20 +83,6 @@ class ProgressEndpoint:
             return 0
         return self._tags.revision(if_none_match, key)
 
-    def _wait(self, scope: Scope, parameters: dict[str, list[str]]) -> tuple[float, Headers]:
-        """Return the requested wait in seconds, 0 for none, and the response headers that confirm it."""
-        if "wait" in parameters:
-            value = parameters["wait"][0]
-            if not _SECONDS.fullmatch(value):
-                raise InvalidParameter("query parameter 'wait' must be a number of seconds, 0 or more")
-            return min(float(value), self._max_wait_seconds), []
-        prefer = header(scope["headers"], b"prefer")
-        match = _PREFER_WAIT.search(prefer) if prefer is not None else None
-        if match is None:
-            return 0.0, []  # an unknown preference is ignored (RFC 7240, 2)
-        wait = min(float(match[1]), self._max_wait_seconds)
-        return wait, [(b"preference-applied", b"wait=%d" % wait), (b"vary", b"Prefer")]
-
     async def _wait_for_change(
         self, scope: Scope, receive: Receive, key: TaskKey, if_none_match: str | None, wait: float
     ) -> CacheResult | FetchFailure:
@@ -114,7 +95,7 @@ class ProgressEndpoint:
         on_arrival = self._service.peek(key, seen_revision)
         if if_none_match is None:
             if_none_match = on_arrival.snapshot.etag if on_arrival is not None else ""
-        failure: GatewayError | None = None
+        change = _Change(key, if_none_match)
         with (
             self._clients.subscription(scope),
             self._hub.subscribe(
@@ -127,10 +108,10 @@ class ProgressEndpoint:
             async with DisconnectListener(scope, receive, subscriber.disconnect):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
-                        failure = await _next_change(subscriber, if_none_match)
+                        await change.wait(subscriber)
             await self._service.catch_up()
-        if failure is not None:
-            outcome: CacheResult | FetchFailure = FetchFailure(key, failure, CacheStatus.NEGATIVE)
+        if change.failure is not None:
+            outcome: CacheResult | FetchFailure = FetchFailure(key, change.failure, CacheStatus.NEGATIVE)
         elif (result := self._service.peek(key, seen_revision)) is not None:
             outcome = result if on_arrival is not None else result._replace(cache_status=CacheStatus.MISS)
         else:
@@ -141,23 +122,33 @@ class ProgressEndpoint:
         return outcome
 
 
-async def _next_change(subscriber: Subscriber, if_none_match: str) -> GatewayError | None:
-    """Return when there is a change, with the failure if it is one. Raises: ClientDisconnect.
+class _Change:
+    """Waits for a change of a task. `failure` is the failure to respond with; None if there is none.
 
     A failure that is already known on arrival is not returned: it may be as old as the schedule's backoff.
+    The upstream rejects a new task for a moment. So a rejection is returned only at the end of the wait, or
+    when the task counts as unknown.
     """
-    awaited = not subscriber.woken
-    while not subscriber.shutting_down:
-        for update in await subscriber.next_updates():
-            if update.failure is not None:
-                return update.failure if awaited else None
-            if _is_change(update.snapshot, if_none_match):
-                return None
-        if subscriber.disconnected:
-            raise ClientDisconnect
-        awaited = True
-    return None
 
+    def __init__(self, key: TaskKey, if_none_match: str) -> None:
+        self._key = key
+        self._if_none_match = if_none_match
+        self.failure: GatewayError | None = None
 
-def _is_change(snapshot: Snapshot | None, if_none_match: str) -> bool:
-    return snapshot is not None and (snapshot.terminal or not matches(if_none_match, snapshot.etag))
+    async def wait(self, subscriber: Subscriber) -> None:
+        """Return when there is a change. Raises: ClientDisconnect."""
+        awaited = not subscriber.woken
+        while not subscriber.shutting_down:
+            for update in await subscriber.next_updates():
+                self.failure = update.failure if awaited else None
+                is_rejected = isinstance(update.failure, UpstreamRejected)
+                if not is_rejected and (update.failure is not None or self._is_change(update.snapshot)):
+                    return
+            if subscriber.disconnected:
+                raise ClientDisconnect
+            if self._key in subscriber.unknown_keys:
+                return
+            awaited = True
+
+    def _is_change(self, snapshot: Snapshot | None) -> bool:
+        return snapshot is not None and (snapshot.terminal or not matches(self._if_none_match, snapshot.etag))

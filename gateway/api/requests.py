@@ -20,6 +20,8 @@ SECURITY_HEADERS = (
     (b"cross-origin-resource-policy", b"same-site"),
 )
 
+LONG_POLL = "long_poll"  # key in the scope's state: the request waits for a change
+
 _OWN_SITES = frozenset({"same-origin", "same-site", "none"})  # "none": a user action, not a page
 _VALID_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _MAX_PARAMETERS = 10_100

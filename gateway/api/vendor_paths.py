@@ -1,7 +1,8 @@
 """POST /scc/...: drop-in paths for the vendor's SDKs.
 
 Paths, request bodies and response envelopes are those of the vendor, byte for byte. Cache and in-flight
-requests are shared with the simplified API. The client's signature and credentials are ignored.
+requests are shared with the simplified API. The client's signature and credentials are ignored. A request of
+another gateway is refused (`upstream/loop_detection.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from gateway.domain.errors import InvalidParameter, PathNotFound, UnsupportedMed
 from gateway.domain.task import Operation, TaskKey, check_task_id
 from gateway.progress.results import CacheResult, FetchFailure
 from gateway.progress.service import ProgressService
+from gateway.upstream.loop_detection import MESSAGE, RESPONSE_HEADER, is_gateway
+
+_MARK = (RESPONSE_HEADER[0].lower().encode(), RESPONSE_HEADER[1].encode())
 
 
 class VendorEndpoint:
@@ -41,12 +45,15 @@ class VendorEndpoint:
             # Checked here: with a method in the route, the catch-all route behind it would respond 404.
             raise HTTPException(405, headers={"Allow": "POST"})
         query_parameters(scope)
+        if is_gateway(header(scope["headers"], b"user-agent")):
+            # Its upstream may be this gateway itself, which would wait for its own response.
+            raise InvalidParameter(MESSAGE)
         if _is_encoded(scope["headers"]):
             raise UnsupportedMediaType("the body has a content coding; send it without Content-Encoding")
         body = await read_body(scope, receive, limit=self._max_body_bytes, seconds=self._body_seconds)
         key = TaskKey(self._operation, _task_id(body))
         envelope, headers = await self._envelope(scope, receive, key)
-        headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(envelope))]
+        headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(envelope)), _MARK]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": envelope})
 

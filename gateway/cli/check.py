@@ -1,4 +1,6 @@
-"""`sd-gateway check`: sends one signed query with each key pair and reports what is wrong.
+"""`sd-gateway check`: sends one signed query with each key pair, and a test write to the store, if any.
+
+It reports what is wrong, and which setting or permission is missing.
 
 The query is for a task that cannot exist. Any envelope in the response, including a rejection, proves that
 network, clock, access key and secret key are correct.
@@ -22,13 +24,13 @@ from gateway.domain.errors import (
     UpstreamTimeout,
 )
 from gateway.domain.task import TaskKey
-from gateway.settings.model import Settings
+from gateway.settings.model import Settings, Store
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import MASK, Redactor
 from gateway.upstream.credentials import Credentials, CredentialSlot
-from gateway.upstream.http_transport import explain_connect_error
 from gateway.upstream.signed_request import RawResponse, SignedRequests, parse_http_date
 from gateway.upstream.signing import string_to_sign
+from gateway.upstream.transport import explain_connect_error
 
 PROBE_TASK = "0" * 26  # has the form of a task ID, but belongs to no task
 _SERVER_TEXT = re.compile(r"StringToSign:\s*`?(?P<text>.*?)`?\s*$", re.DOTALL | re.IGNORECASE)
@@ -42,7 +44,32 @@ class Finding(NamedTuple):
 
 
 async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> Finding:
-    """Query the upstream with each key pair. Wrong settings and network errors are reported, not raised."""
+    """Check the upstream and the store. Wrong settings and network errors are reported, not raised."""
+    upstream = await _check_upstream(settings, redactor=redactor, user_agent=user_agent)
+    store = await _check_store(settings.store, redactor=redactor)
+    return Finding(ok=upstream.ok and store.ok, lines=[*upstream.lines, *store.lines])
+
+
+async def _check_store(settings: Store, *, redactor: Redactor) -> Finding:
+    if not settings.url.get_secret_value():
+        return Finding(ok=True, lines=[])
+    try:
+        from gateway.stores.valkey.trial import try_store  # noqa: PLC0415  # its client is an extra
+    except ModuleNotFoundError as exc:
+        return Finding(
+            ok=False, lines=[f"store.url: needs {exc.name}: pip install 'sd-progress-gateway[valkey]'"]
+        )
+    hosts = ", ".join(f"{host}:{port}" for host, port in settings.hosts)
+    kind = "Sentinels" if settings.sentinel_service else "cluster" if settings.cluster else "store"
+    lines = [f"connecting to the {kind} at {hosts}{' with TLS' if settings.tls else ''}"]
+    outcome = await try_store(settings, redactor=redactor)
+    if outcome.problem:
+        return Finding(ok=False, lines=[*lines, f"store: {outcome.problem}"])
+    found = f"{outcome.server}, " if outcome.server else ""
+    return Finding(ok=True, lines=[*lines, f"OK: {found}a test write took {outcome.seconds * 1000:.1f} ms"])
+
+
+async def _check_upstream(settings: Settings, *, redactor: Redactor, user_agent: str) -> Finding:
     metrics = Metrics(CollectorRegistry(), gateway_version="check")
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
     lines = [f"{slot} key pair: cannot be read: {fault}" for slot, fault in credentials.read_errors().items()]
@@ -51,11 +78,13 @@ async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> F
         return Finding(ok=False, lines=[*lines, missing])
     key = TaskKey(settings.upstream.operations[0], PROBE_TASK)
     calls = SignedRequests(settings.upstream, redactor=redactor, metrics=metrics, user_agent=user_agent)
-    lines.append(f"querying {settings.upstream.endpoint}{key.operation.path}")
+    way = "" if calls.proxy is None else f" through the proxy {calls.proxy.shown} ({calls.proxy.source})"
+    lines.append(f"querying {settings.upstream.endpoint}{key.operation.path}{way}")
     works = dict.fromkeys(credentials.read_errors(), False)
     async with calls:
         for credential in credentials.loaded_pairs():
             lines.append(f"{credential.slot} key pair (generation {credential.generation}):")
+            lines += credential.description
             try:
                 exchange = await calls.send_unparsed(key, credential.pair)
             except UpstreamTimeout:

@@ -1,4 +1,7 @@
-"""The `sd-gateway` command. Exit status: 0 success, 1 failure, 2 invalid usage or settings."""
+"""The `sd-gateway` command.
+
+Exit status: 0 success, 1 failure, 2 invalid usage or settings, 130 after Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -20,21 +23,25 @@ from gateway import __version__
 from gateway.app import USER_AGENT, create_app
 from gateway.cli import demo, watch_display
 from gateway.cli.check import check
-from gateway.cli.watch_client import StreamRefused
+from gateway.cli.show_config import config_lines
+from gateway.cli.traces import create_tracing
+from gateway.cli.watch_events import StreamRefused
 from gateway.domain.errors import InvalidTaskId
 from gateway.domain.printable import printable
 from gateway.domain.task import Operation, check_task_id
 from gateway.server import run as server
-from gateway.settings.loading import load
+from gateway.server.listen_errors import CannotListen
+from gateway.settings.loading import load, load_with_sources
 from gateway.settings.model import Settings, SettingsError
+from gateway.settings.secret_files import read_secret_line
+from gateway.settings.secret_text import clean_secret
 from gateway.simulator import create_simulator
 from gateway.simulator.faults import FAULTS
 from gateway.simulator.wire import ControlError, parse_object
 from gateway.telemetry import logs
 from gateway.telemetry.redaction import Redactor
-from gateway.telemetry.tracing import NoTracing, Tracing, tracing_enabled
 
-OK, FAILED, USAGE = 0, 1, 2
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, server.INTERRUPTED
 _MAX_PORT = 65535
 _MAX_SECONDS = 1e9  # valid for every event loop and as a date
 
@@ -55,15 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         return int(options.run(options))
     except SettingsError as exc:
         for mistake in exc.mistakes:
             _print_error(mistake)
         return USAGE
     except KeyboardInterrupt:
-        return OK
+        return INTERRUPTED
 
 
 def _open_standard_streams() -> None:
@@ -93,7 +100,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="sd-gateway", description="Signs, coalesces, caches and measures progress queries.")
     parser.add_argument("--version", action="version", version=f"sd-gateway {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(run=lambda _: _help(parser))  # without a command
+    commands = parser.add_subparsers(metavar="COMMAND")
 
     with_settings = _Parser(add_help=False)
     with_settings.add_argument(
@@ -124,9 +132,16 @@ def _parser() -> argparse.ArgumentParser:
     watch.set_defaults(run=_watch)
 
     check_parser = commands.add_parser(
-        "check", parents=[with_settings], help="send one signed query and report what is wrong"
+        "check", parents=[with_settings], help="query the upstream, test the store, and report what is wrong"
     )
     check_parser.set_defaults(run=_check)
+
+    config = commands.add_parser(
+        "config",
+        parents=[with_settings],
+        help="print the settings and where each comes from, without secrets",
+    )
+    config.set_defaults(run=_config)
 
     demo_parser = commands.add_parser(
         "demo",
@@ -152,7 +167,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     secret = simulate.add_mutually_exclusive_group()
     secret.add_argument(
-        "--secret", default="simulated-secret", help="secret key of the access key (default: %(default)s)"
+        "--secret",
+        default="simulated-secret",
+        help="secret key of the access key (default: %(default)s)",
     )
     secret.add_argument("--secret-stdin", action="store_true", help="read the secret key from standard input")
     simulate.add_argument(
@@ -190,23 +207,15 @@ def _settings(options: argparse.Namespace) -> tuple[Settings, Redactor]:
     return settings, redactor
 
 
-def _serve(options: argparse.Namespace) -> int:
-    settings, redactor = _settings(options)
-    server.run(create_app(settings, redactor=redactor, tracing=_tracing()), settings)
+def _help(parser: argparse.ArgumentParser) -> int:
+    parser.print_help()
     return OK
 
 
-def _tracing() -> Tracing:
-    if not tracing_enabled(os.environ):
-        return NoTracing()
-    try:
-        # Imported on demand: it takes a third of a second and needs optional packages.
-        from gateway.telemetry import opentelemetry  # noqa: PLC0415
-    except ImportError as exc:
-        raise SettingsError(
-            [f"OTEL_* enables traces, but {exc.name} is missing: pip install 'sd-progress-gateway[otel]'"]
-        ) from exc
-    return opentelemetry.from_environment(os.environ)
+def _serve(options: argparse.Namespace) -> int:
+    settings, redactor = _settings(options)
+    server.run(create_app(settings, redactor=redactor, tracing=create_tracing(os.environ)), settings)
+    return OK
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -229,8 +238,6 @@ def _watch(options: argparse.Namespace) -> int:
         return USAGE
     except BrokenPipeError:
         return _output_closed()
-    except KeyboardInterrupt:  # before all tasks have succeeded
-        return FAILED
     return OK if succeeded else FAILED
 
 
@@ -242,12 +249,25 @@ def _check(options: argparse.Namespace) -> int:
     return OK if finding.ok else FAILED
 
 
+def _config(options: argparse.Namespace) -> int:
+    for line in config_lines(load_with_sources(options.config, os.environ)):
+        sys.stdout.write(f"{printable(line)}\n")
+    return OK
+
+
 def _simulate(options: argparse.Namespace) -> int:
-    secret = sys.stdin.readline().strip() if options.secret_stdin else options.secret
+    try:
+        key = clean_secret(options.key, source="--key").text
+        if options.secret_stdin:
+            secret = read_secret_line(sys.stdin.buffer, source="--secret-stdin").text
+        else:
+            secret = clean_secret(options.secret, source="--secret").text
+    except ValueError as exc:
+        raise SettingsError([str(exc)]) from None
     faults = [parse_object(text.encode()) for text in options.fault]
     try:
         app = create_simulator(
-            pairs={options.key: secret},
+            pairs={key: secret},
             clock=lambda: time.time() + options.clock_offset,
             latency_seconds=options.latency,
             limit=options.limit,
@@ -267,8 +287,8 @@ def _simulate(options: argparse.Namespace) -> int:
     )
     try:
         server.serve(config, announce=_announce_simulator)
-    except server.CannotListen as exc:
-        _print_error(str(exc))
+    except CannotListen as exc:
+        _print_error(f"{exc}; --port 0 uses any free port" if exc.port_is_taken else str(exc))
         return FAILED
     except BrokenPipeError:  # the parent process exited before the start, for example the demo on a signal
         return _output_closed()

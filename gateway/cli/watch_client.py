@@ -2,6 +2,7 @@
 
     follow: connect -> EventStream.feed -> Event -> … -> end of the stream -> pause -> connect, Last-Event-ID
             an `end` event or status 204: done        status 4xx, or no event stream: StreamRefused
+            nothing received after the connect, but the gateway responds: long polls (`watch_polls.py`)
 
 This module has its own parser. The alternative, httpx-sse 0.4.3, turns comments into events (its issue 35),
 keeps a byte order mark, and delays an event that ends in CR until more bytes arrive.
@@ -10,25 +11,39 @@ keeps a byte order mark, and delays an event that ends in CR until more bytes ar
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import socket
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from http import HTTPStatus
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
-from pydantic.alias_generators import to_camel
 
 from gateway import __version__
+from gateway.cli.watch_events import (
+    Event,
+    Problem,
+    StreamRefused,
+    Unavailable,
+    only_printable,
+    parse_event,
+    raise_for_error,
+    require_content_type,
+)
+from gateway.cli.watch_polls import Polls
 from gateway.domain.snapshot import strict_json
 
 SILENCE_SECONDS = 45.0  # three heartbeats of the gateway, after which the connection counts as lost
+# A gateway begins a stream at once. If nothing arrives in this time, a proxy may hold the stream back.
+OPENING_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 15.0  # short, because a person is watching
 _SHORTEST_PAUSE_SECONDS = 0.1
 _FIRST_RETRY_SECONDS = 2.0  # until the stream has a `retry:` field
 _CONNECT_SECONDS = 10.0
 _MAX_DOUBLINGS = 10
 _MAX_EVENT_BYTES = 16 * 1024 * 1024
-_MAX_PROBLEM_BYTES = 65536
+_EVENTS = frozenset({"progress", "problem", "end"})  # a newer gateway may send others
 
 _LINE_END = re.compile(rb"\r\n|\r|\n")  # no others: U+2028 is text
 _BOM = b"\xef\xbb\xbf"
@@ -41,18 +56,6 @@ _HEADERS = {
 # The proxy of the environment is not used for loopback.
 _NO_PROXY = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-
-
-class StreamRefused(Exception):
-    """A permanent error: repeating the request would not help."""
-
-
-class _Unavailable(Exception):
-    """A temporary error. `seconds`: the value of Retry-After."""
-
-    def __init__(self, reason: str, *, seconds: float) -> None:
-        super().__init__(reason)
-        self.seconds = seconds
 
 
 class Message(NamedTuple):
@@ -129,108 +132,62 @@ class EventStream:
         return message
 
 
-def _printable(text: str) -> str:
-    # These texts may be written to a terminal, which interprets escape sequences.
-    return "".join(char if char.isprintable() else " " for char in text)
-
-
-_PrintableText = Annotated[str, AfterValidator(_printable)]
-
-
-class _Wire(BaseModel):
-    model_config = ConfigDict(alias_generator=to_camel, frozen=True)
-
-
-class Progress(_Wire):
-    """The progress of a task; `eta_seconds` is None if unknown."""
-
-    task_id: _PrintableText
-    status: _PrintableText
-    progress: Annotated[float, Field(ge=0, le=1)]
-    queue_remaining: int | None
-    eta_seconds: Annotated[float, Field(ge=0, le=1e12)] | None
-    message: _PrintableText | None
-    terminal: bool
-
-
-class _Upstream(_Wire):
-    err_message: _PrintableText | None = None
-    sub_err_message: _PrintableText | None = None
-
-
-class Problem(_Wire):
-    """The error of a task or of a request."""
-
-    task_id: _PrintableText = ""
-    title: _PrintableText = ""
-    detail: _PrintableText = ""
-    upstream: _Upstream | None = None
-
-    @property
-    def text(self) -> str:
-        """The description of the gateway, and the message of the upstream, if any."""
-        text = self.detail or self.title
-        message = self.upstream and (self.upstream.err_message or self.upstream.sub_err_message)
-        return f"{text}: {message}" if message else text
-
-
-class Event(NamedTuple):
-    """A change. `content` is None for the event `end`. `data` is the JSON as received, for programs only."""
-
-    name: str
-    data: dict[str, Any]
-    content: Progress | Problem | None = None
-
-
-_KINDS: Mapping[str, type[Progress | Problem] | None] = {
-    "progress": Progress,
-    "problem": Problem,
-    "end": None,
-}
-
-
 def follow(
     gateway: httpx.URL,
     task_ids: Sequence[str],
     *,
     api: str,
     pause: Callable[[float, str], None],
+    notify: Callable[[str], None] = lambda _: None,
     silence_seconds: float = SILENCE_SECONDS,
+    opening_seconds: float = OPENING_SECONDS,
 ) -> Generator[Event, None, None]:
     """Yield the changes of these tasks until all have ended; repetitions after a reconnection are left out.
 
     `pause` is called before a reconnection with the seconds to wait and the reason as text. A connection
-    without any data for `silence_seconds` counts as lost. Raises: StreamRefused.
+    without any data for `silence_seconds` counts as lost. If a stream does not begin within
+    `opening_seconds`, but the gateway responds to a query, long polls replace it, and `notify` is called with
+    the reason. Raises: StreamRefused.
     """
-    url = gateway.copy_with(
-        path=f"{gateway.path.rstrip('/')}/v1/events",
-        params=[*(("taskId", task_id) for task_id in task_ids), ("api", api)],
-    )
-    timeout = httpx.Timeout(_CONNECT_SECONDS, read=silence_seconds)
+    parameters = [*(("taskId", task_id) for task_id in task_ids), ("api", api)]
+    base = gateway.path.rstrip("/")
+    url = gateway.copy_with(path=f"{base}/v1/events", params=parameters)
+    timeout = httpx.Timeout(_CONNECT_SECONDS, read=min(opening_seconds, silence_seconds))
     last_contents: dict[str, Any] = {}
     stream = EventStream()
     retry_seconds, failures = _FIRST_RETRY_SECONDS, 0
     with _client(gateway, timeout) as client:
+        polls = Polls(client, gateway.copy_with(path=f"{base}/v1/progress", params=parameters), notify=notify)
+        use_polls = False
         while True:
             stream = EventStream(stream.last_event_id)
             retry_after, reason = 0.0, "stream ended"
             try:
-                for event in _read(client, url, stream):
+                for event in polls.read() if use_polls else _read(client, url, stream, silence_seconds):
                     failures = 0
                     if _is_change(event, last_contents):
                         yield event
                     if event.name == "end":
                         return
-            except _Unavailable as exc:
+            except _NothingReceived:
+                reason = f"no data for {timeout.read:g} s"
+                use_polls = True
+                continue  # the query tells whether the gateway responds
+            except Unavailable as exc:
                 retry_after, reason = exc.seconds, str(exc)
             except httpx.RequestError as exc:
                 reason = _reason(exc, silence_seconds)
+            use_polls = polls.succeeded  # otherwise the gateway itself did not respond
             if stream.retry_seconds is not None:
                 retry_seconds = max(stream.retry_seconds, _SHORTEST_PAUSE_SECONDS)
             # Doubling keeps the spread of the delays that a restarting gateway has assigned to its clients.
             backoff_seconds = retry_seconds * 2 ** min(failures, _MAX_DOUBLINGS)
             failures += 1
             pause(min(max(backoff_seconds, retry_after), LONGEST_PAUSE_SECONDS), reason)
+
+
+class _NothingReceived(Exception):
+    """The stream did not begin in time."""
 
 
 def _client(gateway: httpx.URL, timeout: httpx.Timeout) -> httpx.Client:
@@ -244,55 +201,78 @@ def _client(gateway: httpx.URL, timeout: httpx.Timeout) -> httpx.Client:
         raise StreamRefused("the proxy or the certificates of the environment are invalid") from exc
 
 
-def _read(client: httpx.Client, url: httpx.URL, stream: EventStream) -> Iterator[Event]:
+def _read(
+    client: httpx.Client, url: httpx.URL, stream: EventStream, silence_seconds: float
+) -> Iterator[Event]:
+    """Yield the events of one connection. Raises: _NothingReceived, Unavailable, StreamRefused."""
     resume = {b"last-event-id": stream.last_event_id.encode()} if stream.last_event_id else {}
-    with client.stream("GET", url, headers=resume) as response:
+    with ExitStack() as stack:
+        try:
+            response = stack.enter_context(client.stream("GET", url, headers=resume))
+        except httpx.ReadTimeout:
+            raise _NothingReceived from None
         if response.status_code == HTTPStatus.NO_CONTENT:
             yield Event("end", {})  # the `end` event was received before
-        else:
-            _check(response)
+            return
+        raise_for_error(response)
+        require_content_type(response, "text/event-stream", "an event stream")
+        opening = _Opening(response, silence_seconds)
+        with opening:
             for chunk in response.iter_bytes():
+                opening.cancel()
                 for message in stream.feed(chunk):
-                    if message.event in _KINDS:  # a newer gateway may send other events
+                    if message.event in _EVENTS:
                         yield _event(message)
 
 
-def _check(response: httpx.Response) -> None:
-    status = response.status_code
-    if status == HTTPStatus.OK:
-        kind = response.headers.get("content-type", "")
-        if kind.partition(";")[0].strip().lower() != "text/event-stream":
-            raise StreamRefused("the response is not an event stream; check the URL of the gateway")
-        return
-    try:
-        body = next(response.iter_bytes(_MAX_PROBLEM_BYTES), b"")
-        text = Problem.model_validate_json(body).text
-    except ValidationError:
-        text = ""
-    reason = _printable(f"{status} {response.reason_phrase}".strip()) + (f": {text}" if text else "")
-    if status == HTTPStatus.TOO_MANY_REQUESTS or response.is_server_error:
-        after = response.headers.get("retry-after", "")
-        seconds = float(after) if after.isascii() and after.isdigit() else 0.0  # the other form is a date
-        raise _Unavailable(reason, seconds=seconds)
-    raise StreamRefused(reason)
+class _Opening:
+    """Raises _NothingReceived if the body of a stream does not begin in time.
+
+    httpx has one timeout for all reads of a body, which is set to `silence_seconds` here. So a timer ends the
+    first read: it shuts the socket down.
+    """
+
+    def __init__(self, response: httpx.Response, silence_seconds: float) -> None:
+        timeouts = response.request.extensions["timeout"]
+        self._socket = response.extensions["network_stream"].get_extra_info("socket")
+        self._timer = threading.Timer(timeouts["read"], self._end)
+        self._timer.daemon = True
+        self._expired = False
+        timeouts["read"] = silence_seconds
+
+    def cancel(self) -> None:
+        """Stop the timer: the body has begun."""
+        self._timer.cancel()
+
+    def _end(self) -> None:
+        self._expired = True
+        with suppress(OSError):  # the connection is closed already
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def __enter__(self) -> None:
+        self._timer.start()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._timer.cancel()
+        if self._expired and (kind is None or issubclass(kind, httpx.RequestError)):
+            raise _NothingReceived from None
 
 
 def _event(message: Message) -> Event:
-    kind = _KINDS[message.event]
-    if kind is None:
-        return Event(message.event, {})
+    if message.event == "end":
+        return Event("end", {})
     try:
         data = strict_json(message.data.encode())
-        return Event(message.event, data, kind.model_validate(data))
-    except ValueError as exc:  # includes pydantic's ValidationError
+    except ValueError as exc:
         raise StreamRefused(f"invalid {message.event} event; check the URL of the gateway") from exc
+    return parse_event(message.event, data)
 
 
 def _is_change(event: Event, last_contents: dict[str, Any]) -> bool:
     if event.content is None:
         return True
-    # The same problem may be repeated with another request ID.
-    content = (event.name, {name: value for name, value in event.data.items() if name != "requestId"})
+    # The same problem may be repeated with the IDs of another query.
+    content = event.content if isinstance(event.content, Problem) else event.data
     last, last_contents[event.content.task_id] = last_contents.get(event.content.task_id), content
     return last != content
 
@@ -301,6 +281,6 @@ def _reason(exc: httpx.RequestError, silence_seconds: float) -> str:
     if isinstance(exc, httpx.ReadTimeout):
         return f"no data for {silence_seconds:g} s"
     if isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout):
-        text = _printable(str(exc).rpartition("] ")[2])  # the message after the error number
+        text = only_printable(str(exc).rpartition("] ")[2])  # the message after the error number
         return f"connection failed ({text or 'no response'})"
     return "connection lost"

@@ -23,7 +23,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gateway.cli.watch_client import Event, Problem, Progress, follow
+from gateway.cli.watch_client import follow
+from gateway.cli.watch_events import Event, Problem, Progress
 from gateway.domain.printable import json_text, printable
 
 _STYLES = {"succeeded": "green", "failed": "red", "canceled": "yellow"}
@@ -52,13 +53,18 @@ def watch(gateway: httpx.URL, task_ids: Sequence[str], *, api: str, as_json: boo
         display.trouble = reason
         time.sleep(seconds)
 
+    def notify(text: str) -> None:
+        display.notice = text
+        if not is_live:
+            sys.stderr.write(f"sd-gateway: {display.name}: {text}\n")
+
     frames = Live(
         get_renderable=lambda: display.render(console.width),
         console=console,
         refresh_per_second=_FRAMES_PER_SECOND,
     )
     with frames if is_live else nullcontext():
-        for event in follow(gateway, display.task_ids, api=api, pause=pause):
+        for event in follow(gateway, display.task_ids, api=api, pause=pause, notify=notify):
             line = display.update(event)
             if as_json:
                 print(json_text(json.dumps({"event": event.name, **event.data})), flush=True)  # noqa: T201
@@ -73,14 +79,17 @@ def name(gateway: httpx.URL) -> str:
 
 
 class ProgressDisplay:
-    """The last known state of each task, as text and as bars. `trouble`: why there is no connection."""
+    """The last known state of each task, as text and as bars.
+
+    `trouble`: why there is no connection. `notice`: why the connection is not an event stream.
+    """
 
     def __init__(
         self, gateway: httpx.URL, task_ids: Sequence[str], *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.name = name(gateway)
         self.task_ids = list(dict.fromkeys(task_ids))
-        self.trouble = ""
+        self.trouble = self.notice = ""
         self._clock = clock
         self._rows = {task_id: _Row() for task_id in self.task_ids}
 
@@ -105,6 +114,7 @@ class ProgressDisplay:
         head = Text(f"{self.name}: {ended} of {len(self._rows)} ended", style="dim")
         if self.trouble:
             head = Text(f"{self.name}: {self.trouble}; reconnecting", style="yellow")
+        notice = [Text(self.notice, style="yellow")] if self.notice else []
         longest = max(len(task_id) for task_id in self._rows)
         least, most = _BAR_WIDTH
         bar_width = min(max(width - longest - _BESIDE, least), most)
@@ -130,7 +140,7 @@ class ProgressDisplay:
                 row.percent,
                 Text(row.details(self._clock() - row.received_at)),
             )
-        return Group(head, table)
+        return Group(head, *notice, table)
 
 
 class _Row:

@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import msgspec
 
 from gateway.domain.errors import UpstreamInvalid, UpstreamRejected
-from gateway.domain.json_text import ABSENT, read_object, value
+from gateway.domain.json_text import ABSENT, read_object, replace_constants, value
 from gateway.domain.rejection_redaction import Envelope as EnvelopeText
 from gateway.domain.rejection_redaction import detail, displayable, rejected, rejection
 from gateway.domain.task import TaskKey
+from gateway.domain.vendor_values import Repair, find_repairs, number
 
 _SUCCESS = 10  # the call succeeded; says nothing about the task
 
@@ -26,10 +28,12 @@ class Envelope(NamedTuple):
         data: The members of the envelope's `data` that describe progress, as far as they are present; objects
             and arrays as JSON text.
         invoke_id: The vendor's ID of the call, redacted.
+        repairs: What was wrong with the response, although its meaning is plain.
     """
 
     data: dict[str, Any]
     invoke_id: str | None
+    repairs: tuple[Repair, ...] = ()
 
 
 class _Data(msgspec.Struct, rename="camel"):
@@ -57,8 +61,10 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
         UpstreamInvalid: The body is not an envelope, or is for another task.
     """
     try:
-        envelope = read_object(body, _ENVELOPE)
+        envelope, repairs = _read_text(body)
         status = None if envelope is None else value(envelope.status)
+        if type(status) is not int:
+            status, repairs = _read_call_status(status, repairs)
         if envelope is None or type(status) is not int:
             raise UpstreamInvalid("the upstream's answer is not an envelope")
         if status != _SUCCESS:
@@ -72,7 +78,9 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
     may_be_absent = key.operation.is_result and data.get("taskId") is None
     if data.get("taskId") != key.task_id and not may_be_absent:
         raise UpstreamInvalid("the upstream answered for another task")
-    return Envelope(data, displayable(envelope.api_invoke_id, redact))
+    if not key.operation.is_result and (found := find_repairs(data)):
+        repairs = tuple(dict.fromkeys(repairs + found))
+    return Envelope(data, displayable(envelope.api_invoke_id, redact), repairs)
 
 
 def read_rejection(body: bytes) -> UpstreamRejected:
@@ -82,13 +90,39 @@ def read_rejection(body: bytes) -> UpstreamRejected:
         UpstreamInvalid: The body is not the envelope of a rejection.
     """
     try:
-        envelope = read_object(body, _ENVELOPE)
+        envelope, _ = _read_text(body)
         status = None if envelope is None else value(envelope.status)
+        if type(status) is not int:
+            status, _ = _read_call_status(status, ())
         if envelope is None or type(status) is not int or status == _SUCCESS:
             raise UpstreamInvalid("the envelope is not a rejection")
         return rejected(body, detail(envelope, str))
     except ValueError as exc:
         raise UpstreamInvalid("the envelope is not JSON") from exc
+
+
+def _read_text(body: bytes) -> tuple[EnvelopeText | None, tuple[Repair, ...]]:
+    """Return the members of the envelope, or None for JSON that is not an object. Raises: ValueError."""
+    try:
+        return read_object(body, _ENVELOPE), ()
+    except ValueError:
+        without_mark = body.removeprefix(BOM_UTF8)  # RFC 8259, 8.1: a parser may ignore it
+        repaired = replace_constants(without_mark)
+        repairs = (
+            *((Repair.BYTE_ORDER_MARK,) if without_mark is not body else ()),
+            *((Repair.CONSTANT,) if repaired is not without_mark else ()),
+        )
+        if not repairs:
+            raise
+    return read_object(repaired, _ENVELOPE), repairs
+
+
+def _read_call_status(status: Any, repairs: tuple[Repair, ...]) -> tuple[Any, tuple[Repair, ...]]:
+    """Return the status as an integer if its meaning is plain: 10.0, or "10"; otherwise unchanged."""
+    whole = number(status)
+    if whole is None or not whole.is_integer():
+        return status, repairs
+    return int(whole), (*repairs, Repair.NUMBER_IN_TEXT) if isinstance(status, str) else repairs
 
 
 def _read_data(text: msgspec.Raw) -> dict[str, Any] | None:

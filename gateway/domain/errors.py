@@ -25,6 +25,7 @@
         │   └── RateLimiterExhausted    our own rate limiter: no request was sent
         ├── CircuitOpen             circuit breaker open: no request was sent
         ├── UpstreamInvalid         the response is not a valid envelope
+        │   ├── UpstreamIsGateway   the response comes from an sd-progress-gateway
         │   └── UpstreamBusy        temporary failure of the upstream
         ├── UpstreamUnreachable     DNS, connect, TLS or reset
         └── UpstreamTimeout         deadline exceeded
@@ -232,6 +233,10 @@ class UpstreamInvalid(UpstreamError):
     """The response is not JSON, not an envelope, for another task, or too large."""
 
     code = "upstream-invalid"
+
+
+class UpstreamIsGateway(UpstreamInvalid):
+    """The response comes from an sd-progress-gateway: this one, or another."""
 
 
 class UpstreamBusy(UpstreamInvalid):

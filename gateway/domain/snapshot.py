@@ -4,15 +4,14 @@
           -> data -> `build_snapshot` -> Snapshot
 
 A Snapshot holds every response body as bytes that are rendered once: the envelope as received for the
-vendor-compatible paths, and the simplified JSON with its ETag. Only this module, `envelope.py`, `api/` and
-the simulator know the vendor's member names (`taskId`, `etaRelative`, ...).
+vendor-compatible paths, and the simplified JSON with its ETag. Only this module, `envelope.py`,
+`vendor_values.py`, `api/` and the simulator know the vendor's member names (`taskId`, `etaRelative`, ...).
 """
 
 from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,23 +23,9 @@ from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import UpstreamInvalid
 from gateway.domain.json_text import one_line
 from gateway.domain.task import Status, TaskKey
+from gateway.domain.vendor_values import number, vendor_status
 
 _MAX_UNFINISHED = 0.999  # 1 means that the task has succeeded
-# A number in a string: some JSON libraries write numbers as strings.
-_DECIMAL = re.compile(r"[+-]?[0-9]{1,400}(?:\.[0-9]{1,400})?(?:[eE][+-]?[0-9]{1,9})?")
-
-
-# The vendor's sd reference spells success `successed`; its comfy reference and SDKs spell it `succeeded`.
-# The SDKs accept both spellings of canceled.
-_VENDOR_STATUS = {
-    "waiting": Status.WAITING,
-    "running": Status.RUNNING,
-    "successed": Status.SUCCEEDED,
-    "succeeded": Status.SUCCEEDED,
-    "failed": Status.FAILED,
-    "canceled": Status.CANCELED,
-    "cancelled": Status.CANCELED,
-}
 
 
 @dataclass(slots=True, eq=False, frozen=True)
@@ -223,7 +208,7 @@ def _render(
     progress = 1.0
     if status is not Status.SUCCEEDED:
         least = progress_floor if status is Status.RUNNING else 0.0
-        progress = min(max(_number(data.get("progress")) or 0.0, least), _MAX_UNFINISHED)
+        progress = min(max(number(data.get("progress")) or 0.0, least), _MAX_UNFINISHED)
     eta = 0.0 if status.terminal else _eta(data.get("etaRelative"))
     message = data.get("message")
     head = render_json(
@@ -243,12 +228,6 @@ def _render(
         revision = previous.revision
     etag = tags.issue(key, body, revision)
     return Snapshot(key, fetched_at, lifetime, envelope, status, progress, eta, body, etag, version, revision)
-
-
-def vendor_status(data: Mapping[str, Any]) -> Status:
-    """Return the status, ignoring case; UNKNOWN for a missing or unfamiliar one."""
-    status = data.get("status")
-    return _VENDOR_STATUS.get(status.lower(), Status.UNKNOWN) if isinstance(status, str) else Status.UNKNOWN
 
 
 def render_json(value: Any) -> bytes:
@@ -272,33 +251,22 @@ def _state(state: Any) -> bytes:
     return render_json(state if isinstance(state, dict) else None)
 
 
-def _number(number: Any) -> float | None:
-    if isinstance(number, str) and _DECIMAL.fullmatch(number):
-        number = float(number)
-    if isinstance(number, bool) or not isinstance(number, int | float):
-        return None
-    try:
-        return float(number) if math.isfinite(number) else None
-    except OverflowError:  # an integer of hundreds of digits
-        return None
-
-
 def _eta(value: Any) -> float | None:
     # 0 before the end means "unknown": the vendor's documented waiting task has it.
-    number = _number(value)
-    return number if number is not None and number > 0 else None
+    seconds = number(value)
+    return seconds if seconds is not None and seconds > 0 else None
 
 
 def _queue(value: Any) -> int | None:
-    number = _number(value)
-    return None if number is None else max(int(number), 0)
+    length = number(value)
+    return None if length is None else max(int(length), 0)
 
 
 def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
+    value = float(text)
+    if not math.isfinite(value):
         raise ValueError("a number is too large for a float")
-    return number
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:

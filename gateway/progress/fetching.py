@@ -25,6 +25,7 @@ from gateway.domain.errors import (
     Overloaded,
     RateLimiterExhausted,
     UpstreamError,
+    UpstreamIsGateway,
     UpstreamTimeout,
 )
 from gateway.domain.snapshot import Snapshot, build_snapshot
@@ -141,7 +142,7 @@ class Fetcher:
                 key,
                 is_refresh=self._store.last_known(key) is not None,
                 timeout_seconds=deadline - started,
-                on_queued=partial(_signal_queued, demand),
+                on_queued=partial(_report_queued, demand),
                 on_retry=partial(self._store.release_lease_early, lease),
                 demand=demand,
             )
@@ -152,6 +153,8 @@ class Fetcher:
         except GatewayError as exc:
             failure = copy(exc)
             demand.must_finish = True
+            if isinstance(failure, UpstreamIsGateway):
+                self._log_loop(failure)
             if isinstance(failure, _NOT_CACHED):
                 await self._store.release_lease(lease)
             else:
@@ -169,6 +172,10 @@ class Fetcher:
         self._record_transition(replaced, stored, response.data.get("status"))
         return FetchResult(stored, upstream_seconds, response.invoke_id)
 
+    def _log_loop(self, failure: UpstreamIsGateway) -> None:
+        if (suppressed := self._log_sampler.take(type(failure).__name__)) is not None:
+            log.error("upstream_is_gateway", reason=str(failure), suppressed=suppressed)
+
     def _record_transition(self, previous: Snapshot | None, snapshot: Snapshot, raw_status: object) -> None:
         status = snapshot.status
         if status is None or (previous is not None and previous.status is status):
@@ -184,15 +191,15 @@ class Fetcher:
             )
 
 
-def queued_signal(demand: Demand) -> asyncio.Future[GatewayError]:
+def queued_future_of(demand: Demand) -> asyncio.Future[GatewayError]:
     """Return the future that resolves to an error when the rate limiter queues the request."""
-    if demand.queued_signal is None:
-        demand.queued_signal = asyncio.get_running_loop().create_future()
-    return demand.queued_signal
+    if demand.queued_future is None:
+        demand.queued_future = asyncio.get_running_loop().create_future()
+    return demand.queued_future
 
 
-def _signal_queued(demand: Demand, seconds: float) -> None:
-    signal = queued_signal(demand)
+def _report_queued(demand: Demand, seconds: float) -> None:
+    signal = queued_future_of(demand)
     if not signal.done():
         failure = RateLimiterExhausted(
             "the query is queued by the rate limiter for upstream calls", retry_after=seconds

@@ -47,11 +47,11 @@ class InFlightRequests(Generic[K, T]):
             demand = self._demands[key] = Demand()
         return demand
 
-    def join(self, key: K, client: bytes) -> None:
+    def add_waiter(self, key: K, client: bytes) -> None:
         """Add a caller or subscriber of this client. Until it leaves, it waits for each request."""
         self.demand(key).join(client)
 
-    def leave(self, key: K, client: bytes) -> None:
+    def remove_waiter(self, key: K, client: bytes) -> None:
         """Remove a caller or subscriber. An unwanted request is dropped unless it must finish."""
         demand = self._demands[key]
         demand.leave(client)

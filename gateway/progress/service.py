@@ -1,11 +1,11 @@
-"""The progress service: answers queries from the store, or from the upstream through single flight.
+"""The progress service: answers callers from the store, or from the upstream through single flight.
 
     fresh snapshot                  -> answer at once
     stale-while-revalidate          -> answer at once, and start one background refresh
     else                            -> all callers wait for one in-flight request to the upstream
     the request fails               -> stale-if-error: a snapshot that is young enough, else the failure
-    the rate limiter queues it      -> stale-if-error at once, else wait; in both cases it stays queued
-    all callers have left           -> a request that is still queued is dropped
+    the rate limiter queues it      -> stale-if-error at once, and it stays queued without callers; else wait
+    all callers have left           -> a queued request that nothing else needs is dropped
     a fresh snapshot is read twice  -> refresh-ahead: it is replaced when it becomes stale
 
 `fetching.py` makes the in-flight requests. A request counts as queued if it must wait for at least
@@ -24,7 +24,7 @@ from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.fetching import Fetcher, queued_signal
+from gateway.progress.fetching import Fetcher, queued_future_of
 from gateway.progress.in_flight import InFlightRequests
 from gateway.progress.refresh_ahead import RefreshAhead
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure, FetchResult
@@ -37,12 +37,12 @@ from gateway.upstream.client import UpstreamClient
 # Maximum number of in-flight requests that a caller waits for, one after the other. A further one is needed
 # if the result is older than the revision that the client has seen.
 _MAX_REQUESTS = 3
-_REFRESH_AHEAD_READS = 2  # the read of a fresh snapshot that schedules its refresh ahead
+_REFRESH_AHEAD_READS = 2  # the second read of a fresh snapshot schedules its refresh ahead of expiry
 _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes 50 ns at each hit
 
 
 class ProgressService:
-    """Answers queries.
+    """Returns snapshots to callers, and to the refresh schedules of watched tasks.
 
     `timeout_seconds`: limit of an in-flight request: the wait for another replica's lease and the query
     together. `clock` is the monotonic clock of `Snapshot.fetched_at`.
@@ -113,7 +113,8 @@ class ProgressService:
     def try_reuse(self, entry: CacheEntry, now: float) -> bool:
         """If an entry that `lookup` has returned may be served again `now`, count a lookup and return True.
 
-        Reuse a stale snapshot for a short time only: this does not check whether its refresh has failed.
+        This does not check whether the refresh of a stale snapshot has failed, so callers must not reuse a
+        stale one for long.
         """
         if not self._store.is_current(entry):
             return False
@@ -158,8 +159,8 @@ class ProgressService:
         """Return the snapshot if it is fresh, else the outcome of an in-flight request. Schedules call this.
 
         The outcome may be a failure, or a stale snapshot with the failure (stale-if-error). Count no lookup,
-        and wait even while the rate limiter queues the request. `client`: as in `get`; None if only the
-        subscribers that have joined need the result.
+        and wait even while the rate limiter queues the request. `client`: as in `get`; None if the
+        result is only for subscribers, which have been added with `add_subscriber`.
         """
         entry = self._store.peek(key)
         if entry is None and await self._store.catch_up():
@@ -189,13 +190,13 @@ class ProgressService:
         """Read the messages of other replicas that have arrived; see `Store.catch_up`."""
         await self._store.catch_up()
 
-    def join(self, key: TaskKey, client: bytes) -> None:
-        """Add a subscriber. Until it leaves, its client waits for each request for the task."""
-        self._in_flight.join(key, client)
+    def add_subscriber(self, key: TaskKey, client: bytes) -> None:
+        """Count a client as waiting for every request for the task, until `remove_subscriber`."""
+        self._in_flight.add_waiter(key, client)
 
-    def leave(self, key: TaskKey, client: bytes) -> None:
-        """Remove a subscriber that has joined."""
-        self._in_flight.leave(key, client)
+    def remove_subscriber(self, key: TaskKey, client: bytes) -> None:
+        """Remove a subscriber that was added."""
+        self._in_flight.remove_waiter(key, client)
 
     async def aclose(self) -> None:
         """Cancel every in-flight request, and start no more."""
@@ -215,8 +216,9 @@ class ProgressService:
     def _stale_result(self, snapshot: Snapshot, age: float) -> CacheResult | None:
         """Return a result with a stale snapshot, or None if it is too old.
 
-        The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. If a failure of the task is
-        cached, it is `cache.stale_if_error_seconds`, which may be shorter, and the result has the failure.
+        The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. With a cached failure of the
+        task, the maximum age is `cache.stale_if_error_seconds`, which may be shorter, and the result has the
+        failure.
         """
         failure = self._store.cached_failure(snapshot.key)
         if failure is None:
@@ -245,24 +247,25 @@ class ProgressService:
         cache_status = CacheStatus.COLLAPSED if key in self._in_flight else CacheStatus.MISS
         known = self._store.last_known(key)
         if client is not None:
-            self._in_flight.join(key, client)
+            self._in_flight.add_waiter(key, client)
         try:
             wait_while_queued = wait_while_queued or not self._within_stale_if_error(known, seen_revision)
             for _ in range(_MAX_REQUESTS):
                 fetch = await self._join_request(
                     key, wait_while_queued=wait_while_queued, seen_revision=seen_revision
                 )
-                outcome = fetch.outcome
-                if isinstance(outcome, GatewayError) or outcome.is_at_least(seen_revision):
-                    break  # else this request had started without this caller's `seen_revision`
+                fetched = fetch.outcome
+                if isinstance(fetched, GatewayError) or fetched.is_at_least(seen_revision):
+                    break
+                # The request had started without this caller's `seen_revision`: try again.
         finally:
             if client is not None:
-                self._in_flight.leave(key, client)
-        if isinstance(outcome, GatewayError):
-            return self._stale_if_error(key, outcome, cache_status, fetch, seen_revision=seen_revision)
-        age = self._clock() - outcome.fetched_at
-        self._record_age(outcome, age)
-        return CacheResult(outcome, age, cache_status, had_stale_snapshot=known is not None, fetch=fetch)
+                self._in_flight.remove_waiter(key, client)
+        if isinstance(fetched, GatewayError):
+            return self._stale_if_error(key, fetched, cache_status, fetch, seen_revision=seen_revision)
+        age = self._clock() - fetched.fetched_at
+        self._record_age(fetched, age)
+        return CacheResult(fetched, age, cache_status, had_stale_snapshot=known is not None, fetch=fetch)
 
     async def _join_request(
         self, key: TaskKey, *, wait_while_queued: bool, seen_revision: int
@@ -277,7 +280,7 @@ class ProgressService:
         if request.done():  # it ended in this iteration of the event loop
             return request.result()
         demand = self._in_flight.demand(key)
-        queued = queued_signal(demand)
+        queued = queued_future_of(demand)
         await asyncio.wait((request, queued), return_when=asyncio.FIRST_COMPLETED)
         if request.done():
             return request.result()

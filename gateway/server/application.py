@@ -12,16 +12,26 @@ from gateway.server.graceful_shutdown import GracefulShutdown
 from gateway.telemetry.metrics import Metrics
 
 
+class FastPath(NamedTuple):
+    """The parts of the fast path of the gateway's own server (the setting `server.edge`).
+
+    `hits` serves cached responses before the application is called. `asgi` is the application for all other
+    requests. It does not search for a cached response again.
+    """
+
+    hits: CachedResponses
+    asgi: Starlette
+
+
 class Application(NamedTuple):
     """The ASGI application, and the parts that the gateway's own server needs besides.
 
-    `metrics_asgi` serves only /metrics, on its own port. `hits` serves cached responses before the
-    application is called (the setting `server.edge`); None disables this. `shutdown` starts the graceful
-    shutdown.
+    `asgi` serves all requests, under any server. `metrics_asgi` serves only /metrics, on its own port.
+    `shutdown` starts the graceful shutdown. `fast_path` is None if it is off.
     """
 
     asgi: Starlette
     metrics_asgi: ASGIApp
     metrics: Metrics
-    hits: CachedResponses | None
     shutdown: GracefulShutdown
+    fast_path: FastPath | None = None

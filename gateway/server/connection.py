@@ -20,7 +20,6 @@ application, the set of connections, the set of tasks and the default headers.
 from __future__ import annotations
 
 import asyncio
-import socket
 from typing import Any
 
 import uvicorn
@@ -32,7 +31,6 @@ from gateway.api.problems import INTERNAL_ERROR, status_and_title
 from gateway.api.server_extensions import DIRECT_TRANSPORT, DISCONNECTED, ON_DISCONNECT
 from gateway.domain.errors import GatewayError, InvalidParameter, Overloaded
 from gateway.server.client_transport import ClientTransport
-from gateway.server.connection_limits import UNIX_CLIENT
 from gateway.server.error_response import render_closing_response
 from gateway.server.exchange import Exchange, make_scope
 from gateway.server.framing import (
@@ -98,9 +96,7 @@ class Connection(ClientTransport):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for the first request. A connection over the limit may only send a probe."""
         super().connection_made(transport)
-        opened = self.transport.get_extra_info("socket")
-        is_unix = opened is not None and opened.family == socket.AF_UNIX
-        self.client: tuple[str, int] | None = UNIX_CLIENT if is_unix else get_remote_addr(self.transport)
+        self.client: tuple[str, int] | None = get_remote_addr(self.transport)  # None on a Unix socket
         self._server = get_local_addr(self.transport)
         self.server_state.connections.add(self)  # type: ignore[arg-type]  # typed for uvicorn's own protocols
         self._over_limit = not self.limits.on_connection_opened()

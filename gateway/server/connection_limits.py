@@ -10,7 +10,6 @@ from gateway.api.operator_endpoints import PROBES
 from gateway.settings.model import Server
 from gateway.telemetry.metrics import Metrics
 
-UNIX_CLIENT = ("unix:", 0)  # client address of a connection on the Unix socket
 RESERVED_CONNECTIONS = 16  # beyond the limit, for probes
 _STALL_SECONDS = 60.0
 _RECEIVE_BUFFER = 16_384  # bytes; Linux doubles both values for its own bookkeeping
@@ -106,4 +105,5 @@ def make_connection_limits(
         count_refused_request=lambda status: metrics.http_requests.labels("other", "other", status).inc(),
     )
     metrics.http_connections.set_function(lambda: limits.open_connections)
+    metrics.http_connections_limit.set(limits.max_connections)
     return limits

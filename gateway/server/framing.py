@@ -20,7 +20,6 @@ import httptools
 from gateway.api.requests import Headers
 from gateway.domain.errors import GatewayError, HeadersTooLarge, InvalidParameter
 
-_FORWARDED_FOR = b"x-forwarded-for"
 _END_OF_HEAD = b"\r\n\r\n"
 _REQUEST_LINE = re.compile(rb"[A-Z]{1,32} [\x21-\x7e]+ HTTP/1\.[01]")
 _FIRST_BYTE = re.compile(rb"[A-Z]")
@@ -113,7 +112,7 @@ def parse_head(data: bytes, *, max_fields: int) -> Head:
         raise _invalid()
     parser = _HeadParser()
     parser.parse(data)
-    method, headers, version = parser.method, _join_forwarded_for(parser.headers), parser.http_version
+    method, headers, version = parser.method, parser.headers, parser.http_version
     host = _host(headers, version)
     return Head(
         method,
@@ -157,18 +156,6 @@ class _HeadParser:
         self.method = self._parser.get_method()
         self.http_version = self._parser.get_http_version()
         self.keep_alive = self.http_version == "1.1" and self._parser.should_keep_alive()
-
-
-def _join_forwarded_for(headers: Headers) -> Headers:
-    """Return the headers with all X-Forwarded-For fields joined into one, in order (RFC 9110, 5.3).
-
-    uvicorn uses only the last field. If that were the client's own field, the client could forge its address.
-    """
-    values = [value for name, value in headers if name == _FORWARDED_FOR]
-    if len(values) < 2:  # noqa: PLR2004 - nothing to join
-        return headers
-    others = [pair for pair in headers if pair[0] != _FORWARDED_FOR]
-    return [*others, (_FORWARDED_FOR, b", ".join(values))]
 
 
 def _host(headers: Headers, version: str) -> bytes:

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
-from ipaddress import IPv4Network
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -22,29 +21,20 @@ from gateway.server import file_descriptors as descriptors
 from gateway.server import signals
 from gateway.server.application import Application
 from gateway.server.connection import Connection
-from gateway.server.connection_limits import UNIX_CLIENT, bound_buffers, make_connection_limits
+from gateway.server.connection_limits import bound_buffers, make_connection_limits
 from gateway.server.graceful_shutdown import HANDOVER_SECONDS, GracefulShutdown
+from gateway.server.listen_errors import CannotListen, settings_hint
 from gateway.server.memory_trim import MemoryTrim
 from gateway.server.protocol_class import make_protocol_class
 from gateway.server.systemd import notify
 from gateway.server.unix_socket import UnixSocket
 from gateway.settings.model import Settings
 
+INTERRUPTED = signals.INTERRUPTED
 _BACKLOG = 8192
 _CANCEL_SECONDS = 0.5  # for the responses of cancelled requests
 
 log = structlog.get_logger(__name__)
-
-
-class CannotListen(Exception):
-    """An address cannot be used to listen on; the message has the address and the reason.
-
-    `where` has the address as fields of a log line.
-    """
-
-    def __init__(self, url: str, reason: str, **where: str | int) -> None:
-        super().__init__(f"cannot listen on {url}: {reason}")
-        self.reason, self.where = reason, where
 
 
 def run(app: Application, settings: Settings, *, announce: Callable[[str], None] = lambda _: None) -> None:
@@ -61,19 +51,20 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
     )
     limits = make_connection_limits(server, app.metrics, max_connections=max_connections)
     app.shutdown.on_begin(limits.start_draining)
+    hits, asgi = (None, app.asgi) if app.fast_path is None else app.fast_path
     config = uvicorn.Config(
-        app.asgi,
+        asgi,
         host=server.host,
         port=server.port,
         uds=server.uds or None,
-        http=make_protocol_class(limits, hits=app.hits),
+        http=make_protocol_class(limits, hits=hits),
         loop="uvloop",
         ws="none",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
-        forwarded_allow_ips=forwarded_allow_ips(server.trusted_proxies),
+        proxy_headers=False,  # `api/middleware/client_address.py` applies them
         # uvicorn types this as `int`, but only compares it with the clock. It starts after the handover.
         timeout_graceful_shutdown=max(server.drain_seconds - HANDOVER_SECONDS, 0.0),  # type: ignore[arg-type]
         backlog=_BACKLOG,
@@ -98,7 +89,8 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
             metrics = MetricsListener(listener, make_protocol_class(limits, application=app.metrics_asgi))
         serve(config, announce=log_start, metrics=metrics, shutdown=app.shutdown)
     except CannotListen as exc:
-        log.error("listen_failed", **exc.where, reason=exc.reason)  # noqa: TRY400 - no bug
+        hint = settings_hint(exc, server)
+        log.error("listen_failed", **exc.where, reason=exc.reason, hint=hint)  # noqa: TRY400 - no bug
         sys.exit(1)
 
 
@@ -120,7 +112,7 @@ def serve(
 
     `shutdown` begins before uvicorn closes the listeners; see `GracefulShutdown`.
 
-    Raises: CannotListen; SystemExit with status 1 if the application does not start.
+    Raises: CannotListen; SystemExit with status 130 after SIGINT, and 1 if the application does not start.
     """
     server = _Server(config, metrics, shutdown)
     server.handle_signals()
@@ -141,6 +133,8 @@ def serve(
     finally:
         if unix_socket is not None:
             unix_socket.remove()
+    if server.interrupted:
+        sys.exit(INTERRUPTED)
 
 
 class _Server(uvicorn.Server):
@@ -169,6 +163,7 @@ class _Server(uvicorn.Server):
         self._trim_heap = MemoryTrim().observe
         self._loop: asyncio.AbstractEventLoop | None = None
         self._signalled = asyncio.Event()
+        self.interrupted = False  # SIGINT was the first signal
         self._stopping = self._handed_over = False
         self._adopting: set[asyncio.Task[None]] = set()
 
@@ -245,6 +240,7 @@ class _Server(uvicorn.Server):
         """Stop. Later signals change nothing, except SIGINT after the handover: it cancels open requests."""
         if self._handed_over and sig == signal.SIGINT:
             self._call(self._cancel_requests)
+        self.interrupted = self.interrupted or (sig == signal.SIGINT and not self._stopping)
         self._stopping = True
         self._call(self._signalled.set)
 
@@ -290,8 +286,7 @@ def _listen(host: str, port: int, *, backlog: int) -> socket.socket:
         listener.listen(backlog)
     except (OSError, TypeError, ValueError) as exc:  # the latter two for strings that cannot be host names
         listener.close()
-        reason = exc.strerror if isinstance(exc, OSError) else "not an address"
-        raise CannotListen(url_of(host, port), str(reason), host=host, port=port) from exc
+        raise CannotListen(url_of(host, port), host, port, exc) from exc
     return listener
 
 
@@ -299,25 +294,7 @@ def _listen_unix(path: str, *, backlog: int) -> UnixSocket:
     try:
         return UnixSocket(path, backlog=backlog)
     except OSError as exc:
-        raise CannotListen(f"unix:{path}", exc.strerror or str(exc), uds=path) from exc
-
-
-def forwarded_allow_ips(trusted_proxies: Sequence[str]) -> list[str]:
-    """Return the hosts whose X-Forwarded-For is trusted, in uvicorn's notation.
-
-    A listener on `::` reports IPv4 peers as `::ffff:a.b.c.d` (RFC 4291, 2.5.5.2), which uvicorn treats as
-    different addresses. Therefore the result has each IPv4 network in both forms.
-
-    A peer on the Unix socket is a proxy on the same machine, and is always trusted.
-    """
-    if list(trusted_proxies) == ["*"]:
-        return ["*"]  # uvicorn trusts every peer only if the list has no other entry
-    hosts = [*trusted_proxies, UNIX_CLIENT[0]]
-    for host in trusted_proxies:
-        with suppress(ValueError):  # IPv6, or "*"
-            network = IPv4Network(host)
-            hosts.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
-    return hosts
+        raise CannotListen(f"unix:{path}", path, None, exc) from exc
 
 
 def _configure_garbage_collection() -> None:

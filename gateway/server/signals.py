@@ -1,6 +1,6 @@
 """The signals that a server handles. `gateway/__main__.py` imports this module first: keep its imports cheap.
 
-    SIGTERM, SIGINT, SIGQUIT            graceful shutdown; during the start, exit at once with status 0
+    SIGTERM, SIGINT, SIGQUIT            graceful shutdown; during the start, exit at once
     SIGHUP, SIGUSR1, SIGUSR2, SIGALRM   ignored, with a line in the log
 
 The default action of all of them would end the process in the middle of its requests. As PID 1 of a container
@@ -17,24 +17,25 @@ STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT)
 IGNORED = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM)
 
 _SIGNALLED = 128  # a shell's exit status for a process that a signal ended is this number plus the signal's
+INTERRUPTED = _SIGNALLED + signal.SIGINT
 
 
 def exit_during_start() -> None:
-    """Make a stop exit with status 0 while modules are imported and the settings are loaded.
+    """Make a stop exit while modules are imported and the settings are loaded. See `_stop_status`.
 
     `os._exit` is safe here: there is nothing to close yet. An exception could be lost, because Python only
     prints an exception that a handler raises within a finalizer or a weak reference's callback.
     """
     for number in STOP:
-        signal.signal(number, lambda *_: os._exit(0))
+        signal.signal(number, lambda number, _: os._exit(_stop_status(number)))
     for number in IGNORED:
         signal.signal(number, signal.SIG_IGN)
 
 
 def exit_cleanly() -> None:
-    """Make a stop raise SystemExit with status 0, so that what is already started is closed."""
+    """Make a stop raise SystemExit, so that what is already started is closed. See `_stop_status`."""
     for number in STOP:
-        signal.signal(number, _exit_with_0)
+        signal.signal(number, _stop)
 
 
 def exit_during_imports() -> None:
@@ -59,8 +60,13 @@ def ignore_all() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _exit_with_0(_number: int, _frame: object) -> None:
-    raise SystemExit(0)
+def _stop_status(number: int) -> int:
+    """Return the exit status of a server: 0, because a requested stop is a success, but 130 after Ctrl-C."""
+    return INTERRUPTED if number == signal.SIGINT else 0
+
+
+def _stop(number: int, _: object) -> None:
+    raise SystemExit(_stop_status(number))
 
 
 def _exit_with_status(number: int, _: object) -> None:

@@ -1,47 +1,112 @@
-"""Formats configuration errors: one line each, with the setting, its value and the allowed values.
+"""Words the errors that pydantic finds in the settings: the key, its value, and what is allowed.
 
-Most texts are pydantic's. For an unknown setting the line suggests a similar one. A value that may be a
-secret is not shown.
+pydantic's own texts are not used, because they mention Python classes, parsers and regular expressions. What
+is allowed follows from the JSON schema of the model, or is the text of one of the model's own validators. For
+an unknown setting, the message suggests a similar one. A value that may be a secret is not shown.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-# These replace pydantic's texts, which mention Python classes and parsers.
-_MESSAGES: Mapping[str, str] = {
-    "model_type": "must be a section",
-    "bool_parsing": "must be true or false",
-    "bool_type": "must be true or false",
-}
+from gateway.settings.known_settings import SECTIONS, section_model, similar_section, similar_settings
+from gateway.settings.value_text import rejected_value
+
+Schema = Mapping[str, Any]
+Path = tuple[str | int, ...]
 
 
-def describe_error(error: ErrorDetails, settings: type[BaseModel], *, unnamed: str) -> str:
-    """Return one line for an error in these settings; `unnamed` stands for an empty name."""
-    path = [str(part) for part in error["loc"]]
-    message = _MESSAGES.get(error["type"], error["msg"].removeprefix("Value error, "))
-    value = error["input"]
-    if error["type"] == "value_error" and len(path) == 1:  # validators of a whole section name the key first
-        key, _, message = message.partition(": ")
-        path.append(key)
-        value = value.get(key)
-    name = ".".join(filter(None, path))  # the variable SD_GATEWAY_SERVER has a section and no key
+def locate_error(error: ErrorDetails) -> Path:
+    """Return the path of the setting with the error: section, key, and position in a list."""
+    path = error["loc"]
+    # A validator of a whole section names the key first.
+    return (*path, _text(error).partition(": ")[0]) if _is_of_section(error) else path
+
+
+def describe_error(error: ErrorDetails) -> str:
+    """Return one line for an error, without its source."""
+    path, value = locate_error(error), error["input"]
+    name = _name(path)
     if error["type"] == "extra_forbidden":
-        return f"{name or unnamed}: unknown setting; {_suggestion(path, settings)}"
-    # Values in [credentials] may be secrets, and so may user information before an @ in a URL.
-    shown = "(hidden)" if path[:1] == ["credentials"] or "@" in str(value) else repr(value)
-    return f"{name} = {shown}: {message[0].lower()}{message[1:]}"
+        return f"{name}: {_unknown([str(part) for part in path], value)}"
+    if _is_of_section(error):
+        value = value.get(path[1])
+        message = _text(error).partition(": ")[2]
+    elif error["type"] == "value_error":
+        message = _text(error)
+    else:
+        message = f"must be {allowed_values(path)}"
+    return f"{name} = {rejected_value([str(part) for part in path], value)}: {message}"
 
 
-def _suggestion(path: list[str], settings: type[BaseModel]) -> str:
-    model: Any = settings
-    for part in path[:-1]:
-        model = model.model_fields[part].annotation
-    known = list(model.model_fields)
-    close = difflib.get_close_matches(path[-1], known, n=1)
-    return f"did you mean {'.'.join([*path[:-1], close[0]])}?" if close else f"known: {', '.join(known)}"
+def allowed_values(path: Path) -> str:
+    """Return what is allowed for a setting, or for an item of its list: "a whole number from 0 to 65535"."""
+    section, *rest = path
+    if not rest:
+        return f"a section: [{section}]"
+    schema: Schema = section_model(str(section)).model_json_schema()
+    definitions: Mapping[str, Schema] = schema.get("$defs", {})
+    schema = schema["properties"][rest[0]]
+    for _ in rest[1:]:
+        schema = schema["items"]
+    return _allowed(definitions[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema)
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    """Return a question for the names that the reader may have meant."""
+    return f"did you mean {' or '.join(names)}?"
+
+
+def _is_of_section(error: ErrorDetails) -> bool:
+    return error["type"] == "value_error" and len(error["loc"]) == 1
+
+
+def _text(error: ErrorDetails) -> str:
+    return error["msg"].removeprefix("Value error, ")
+
+
+def _name(path: Path) -> str:
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).removeprefix(".")
+
+
+def _unknown(path: list[str], value: Any) -> str:
+    section, *rest = path
+    if rest:
+        if similar := similar_settings(section, rest[0]):
+            return f"unknown setting; {did_you_mean(['.'.join(known) for known in similar])}"
+        return f"unknown setting; known: {', '.join(SECTIONS[section])}"
+    if not isinstance(value, dict | list) and (similar := similar_settings("", section)):
+        return f"unknown setting; {did_you_mean(['.'.join(known) for known in similar])}"
+    if close := similar_section(section):
+        return f"unknown section; {did_you_mean([f'[{close}]'])}"
+    return f"unknown section; known: {', '.join(SECTIONS)}"
+
+
+def _allowed(schema: Schema) -> str:
+    text = "text"
+    match schema:
+        case {"enum": [*others, last]}:
+            text = f"{', '.join(others)} or {last}"
+        case {"description": description}:
+            text = description
+        case {"anyOf": _}:  # an optional path
+            text = "a file name"
+        case {"type": "boolean"}:
+            text = "true or false"
+        case {"type": "integer"}:
+            text = f"a whole number {_range(schema)}"
+        case {"type": "number"}:
+            text = f"a number {_range(schema)}"
+        case {"type": "array"}:
+            text = "a list" if "minItems" not in schema else "a list that is not empty"
+    return text
+
+
+def _range(schema: Schema) -> str:
+    most = f"{schema['maximum']:.15g}"
+    if "exclusiveMinimum" in schema:
+        return f"above {schema['exclusiveMinimum']:.15g} and at most {most}"
+    return f"from {schema['minimum']:.15g} to {most}"

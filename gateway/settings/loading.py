@@ -2,30 +2,67 @@
 
     TOML file  <  SPEEDPIX_* (variables of the vendor's SDKs)  <  SD_GATEWAY_* variables
 
-`load` merges the three sources, validates the result and reports all errors together. pydantic-settings is
-not used: it stops at the first variable that it cannot parse, and ignores unknown variables.
+`load` merges the three sources, validates the result and reports all errors together, each with its source.
+pydantic-settings is not used: it stops at the first variable that it cannot parse, and ignores unknown
+variables.
 """
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from gateway.settings.error_messages import describe_error
+from gateway.settings.error_messages import describe_error, locate_error
 from gateway.settings.model import Settings, SettingsError
+from gateway.settings.toml_file import TomlFile
+from gateway.settings.variables import Variable, read_variables
 
 DEFAULT_FILE = Path("config/gateway.toml")
-PREFIX = "SD_GATEWAY_"
-_MAX_FILE_BYTES = 1_048_576  # the complete config/gateway.toml has about 10,000
-SPEEDPIX = {
-    "SPEEDPIX_APP_KEY": ("credentials", "access_key"),
-    "SPEEDPIX_APP_SECRET": ("credentials", "secret_key"),
-    "SPEEDPIX_ENDPOINT": ("upstream", "endpoint"),
-}
+
+
+class Sources:
+    """The sources of the settings: the file, if any, and for each setting the variable that overrides it."""
+
+    def __init__(self, file: Path | None) -> None:
+        """Read the file."""
+        self.file = file
+        self._toml = TomlFile(file) if file is not None else None
+        self.values: dict[str, Any] = self._toml.values if self._toml is not None else {}
+        self._variables: dict[tuple[str, str], str] = {}
+
+    def override(self, variables: Sequence[Variable]) -> None:
+        """Let variables of equal precedence override the values so far."""
+        # The value and the file of a secret are one setting: the source with precedence replaces both. Both
+        # are removed before any is added, so that a source with both forms is reported as an error.
+        for (section, key), _, name in variables:
+            if section == "credentials" and isinstance(self.values.get(section), dict):
+                other = key.removesuffix("_file") if key.endswith("_file") else f"{key}_file"
+                if self.values[section].pop(other, None) is not None:
+                    self._variables[section, other] = name
+        for setting, value, name in variables:
+            section, key = setting
+            target = self.values.setdefault(section, {})
+            if isinstance(target, dict):  # otherwise validation reports it
+                target[key] = value
+                self._variables[setting] = name
+
+    def source_of(self, path: Sequence[str | int]) -> str | None:
+        """Return the variable, or file and line, of a setting; None if it has its default."""
+        section, key = (*map(str, path), "")[:2]
+        if variable := self._variables.get((section, key)):
+            return variable
+        return self._toml.locate(path) if self._toml is not None else None
+
+
+class Loaded(NamedTuple):
+    """Valid settings, their sources, and the variables that are ignored because Kubernetes sets them."""
+
+    settings: Settings
+    sources: Sources
+    ignored: list[str]
 
 
 def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
@@ -38,6 +75,11 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
     Raises:
         SettingsError: The settings are invalid; one line for each error.
     """
+    return load_with_sources(file, environ).settings
+
+
+def load_with_sources(file: Path | None, environ: Mapping[str, str]) -> Loaded:
+    """Load the settings and their sources. Arguments and errors are those of `load`."""
     if file is None:
         # `exists` is false if the directory is missing, and raises if the directory is not accessible. In the
         # second case the file may exist, and must not be ignored.
@@ -45,72 +87,21 @@ def load(file: Path | None, environ: Mapping[str, str]) -> Settings:
             file = DEFAULT_FILE if DEFAULT_FILE.exists() else None
         except OSError as exc:
             raise SettingsError([f"{DEFAULT_FILE}: cannot be looked for: {exc.strerror}"]) from exc
-    # Python represents bytes that are not UTF-8 as lone surrogates, which cannot be encoded.
-    if invalid := [name for name, value in environ.items() if _is_ours(name) and not _is_utf8(name + value)]:
-        raise SettingsError([f"{name}: is not UTF-8" for name in invalid])
-    values = _read_toml(file) if file is not None else {}
-    for layer in (_speedpix(environ), _environment(environ)):
-        _merge(values, layer)
+    variables = read_variables(environ)
+    mistakes = variables.mistakes
     try:
-        return Settings.model_validate(values)
+        sources = Sources(file)
+    except SettingsError as exc:
+        raise SettingsError([*exc.mistakes, *mistakes]) from exc
+    for layer in variables.layers:
+        sources.override(layer)
+    settings: Settings | None = None
+    try:
+        settings = Settings.model_validate(sources.values)
     except ValidationError as exc:
-        errors = exc.errors(include_url=False)
-        raise SettingsError([describe_error(error, Settings, unnamed=PREFIX) for error in errors]) from None
-
-
-def _read_toml(file: Path) -> dict[str, Any]:
-    try:
-        with file.open("rb") as opened:  # may be a pipe: `--config <(…)`
-            content = opened.read(_MAX_FILE_BYTES + 1)
-        if len(content) > _MAX_FILE_BYTES:
-            raise SettingsError([f"{file}: is larger than {_MAX_FILE_BYTES} bytes"])
-        return tomllib.loads(content.decode())
-    except OSError as exc:
-        raise SettingsError([f"{file}: cannot be read: {exc.strerror}"]) from exc
-    except UnicodeDecodeError as exc:
-        raise SettingsError([f"{file}: is not TOML: not UTF-8 at byte {exc.start}"]) from exc
-    except tomllib.TOMLDecodeError as exc:
-        raise SettingsError([f"{file}: is not TOML: {exc}"]) from exc
-    except RecursionError as exc:
-        raise SettingsError([f"{file}: is not TOML: nested too deep"]) from exc
-
-
-def _is_ours(variable: str) -> bool:
-    return variable.startswith(PREFIX) or variable in SPEEDPIX
-
-
-def _is_utf8(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _speedpix(environ: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for variable, (section, key) in SPEEDPIX.items():
-        if value := environ.get(variable):
-            values.setdefault(section, {})[key] = value
-    return values
-
-
-def _environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for variable, value in sorted(environ.items()):
-        if variable.startswith(PREFIX):
-            section, _, key = variable.removeprefix(PREFIX).lower().partition("__")
-            values.setdefault(section, {})[key] = value
-    return values
-
-
-def _merge(values: dict[str, Any], layer: dict[str, Any]) -> None:
-    for section, keys in layer.items():
-        target = values.setdefault(section, {})
-        if not isinstance(target, dict):
-            continue  # not a table: validation reports it
-        # The value and the file of a secret are one setting: the source with precedence replaces both. Both
-        # are removed before any key is added, so that a source with both forms is reported as an error.
-        for key in keys if section == "credentials" else ():
-            target.pop(key.removesuffix("_file") if key.endswith("_file") else f"{key}_file", None)
-        target.update(keys)
+        for error in exc.errors(include_url=False):
+            source = sources.source_of(locate_error(error))
+            mistakes.append(f"{source}: {describe_error(error)}" if source else describe_error(error))
+    if settings is None or mistakes:
+        raise SettingsError(mistakes)
+    return Loaded(settings, sources, variables.ignored)

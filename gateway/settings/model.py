@@ -1,6 +1,7 @@
 """The settings: names, defaults and bounds. Durations are in seconds.
 
 Each section is a model of its own. `loading.py` reads them; `error_messages.py` words pydantic's errors.
+A validator of a section raises ValueError with the key, a colon and the text of the message.
 """
 
 from __future__ import annotations
@@ -12,19 +13,34 @@ from typing import Annotated, Any, Literal
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     SecretStr,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from gateway.domain.printable import printable
 from gateway.domain.task import Operation, Status
 from gateway.settings.secret_files import read_secret
+from gateway.settings.secret_text import NotedSecret, clean_secret, clean_text
+from gateway.settings.value_types import (
+    AddressHeader,
+    Count,
+    File,
+    HeaderName,
+    Host,
+    Networks,
+    NotNegative,
+    Origin,
+    Port,
+    Positive,
+    Separated,
+)
 
 
 class SettingsError(Exception):
@@ -34,29 +50,6 @@ class SettingsError(Exception):
         self.mistakes = [printable(mistake) for mistake in mistakes]
         super().__init__("\n".join(self.mistakes))
 
-
-def _split(value: Any) -> Any:
-    # Environment variables have lists as comma-separated text.
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-def _networks(value: list[str]) -> list[str]:
-    for entry in value:
-        if value != ["*"]:
-            ipaddress.ip_network(entry)
-    return value
-
-
-Positive = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, le=86_400 * 30, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1, le=10_000_000)]
-Port = Annotated[int, Field(ge=0, le=65_535)]
-Strings = Annotated[list[str], BeforeValidator(_split)]
-# An empty text means no file; as a path it would be the current directory.
-File = Annotated[Path | None, BeforeValidator(lambda value: value or None)]
-# A host without a port; an origin as browsers send it. A value in another form would never match a request.
-Host = Annotated[str, Field(pattern=r"^(\*|(\*\.)?[^\s/?#@:*]+|\[[0-9a-fA-F:.]+\])$")]
-Origin = Annotated[str, Field(pattern=r"^(\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@*A-Z]+)$")]
 
 VALKEY_PORT, SENTINEL_PORT = 6379, 26379
 LOOPBACK_NAMES = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
@@ -68,25 +61,53 @@ _STORE_SCHEMES = {"valkey", "valkeys", "redis", "rediss"}
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _clean(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        # pydantic would convert true to 1.
+        if isinstance(value, bool) and annotation in {int, float}:
+            raise PydanticCustomError("number", "must be a number")
+        if not isinstance(value, str):
+            return handler(value)
+        if annotation is not SecretStr:
+            return handler(clean_text(value))
+        cleaned = clean_secret(value)
+        secret = handler(cleaned.text)
+        if cleaned.notes:
+            secret = NotedSecret(secret.get_secret_value())
+            secret.notes = cleaned.notes
+        return secret
+
 
 class Server(_Section):
     """`server.*`: the listening socket, HTTP limits and shutdown."""
 
     # Not empty: a socket would listen on every address, and an empty variable is likely an oversight.
-    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1, description="a host name or an IP address")] = "127.0.0.1"
     port: Port = 8080
     metrics_port: Port = 0
     uds: str = ""
     root_path: str = ""
-    cors_origins: Annotated[list[Origin], BeforeValidator(_split)] = []
+    cors_origins: Annotated[list[Origin], Separated] = []
+    cors_headers: Annotated[list[HeaderName], Separated] = []
+    cors_expose_headers: Annotated[list[HeaderName], Separated] = []
+    cors_max_age_seconds: Annotated[int, Field(ge=0, le=86_400)] = 600
+    cors_credentials: bool = False
+    cors_private_network: bool = True
     edge: bool = True  # the fast path for cache hits (`server/fast_path.py`)
     header_seconds: Positive = 10.0
     max_header_bytes: Annotated[int, Field(ge=1024, le=1_048_576)] = 32_768
     max_header_count: Annotated[int, Field(ge=10, le=10_000)] = 100
     keep_alive_seconds: Positive = 620.0
     max_connections: Count = 25_000
-    trusted_hosts: Annotated[list[Host], BeforeValidator(_split)] = []
-    trusted_proxies: Annotated[Strings, AfterValidator(_networks)] = ["127.0.0.1"]
+    trusted_hosts: Annotated[list[Host], Separated] = []
+    trusted_proxies: Networks = ["127.0.0.1"]
+    client_address_headers: Annotated[list[AddressHeader], Separated] = [
+        "X-Forwarded-For",
+        "Forwarded",
+        "X-Real-IP",
+    ]
     drain_seconds: Positive = 20.0
 
     @field_validator("uds")
@@ -105,6 +126,19 @@ class Server(_Section):
             raise ValueError("may contain only ASCII letters, digits and -._~!$&'()*+,;=:@/")
         return value
 
+    @model_validator(mode="after")
+    def _two_ports(self) -> Server:
+        if self.metrics_port and self.metrics_port == self.port:
+            raise ValueError("metrics_port: must differ from server.port; 0 serves /metrics on server.port")
+        return self
+
+    @model_validator(mode="after")
+    def _cors_credentials(self) -> Server:
+        # Any page of the internet could otherwise send requests with the user's cookies, and read responses.
+        if self.cors_credentials and {"*", "null"} & {*self.cors_origins}:
+            raise ValueError('cors_credentials: cannot be combined with "*" or "null" in server.cors_origins')
+        return self
+
     @property
     def allowed_hosts(self) -> list[str]:
         """The accepted values of the Host header: `trusted_hosts`, or a default for the listening address.
@@ -117,7 +151,7 @@ class Server(_Section):
             return self.trusted_hosts
         if self.uds:
             return ["*"]
-        return [*LOOPBACK_NAMES, self.host] if _is_loopback(self.host) else ["*"]
+        return [*LOOPBACK_NAMES, self.host] if is_loopback(self.host) else ["*"]
 
 
 class Upstream(_Section):
@@ -125,8 +159,10 @@ class Upstream(_Section):
 
     endpoint: str = "https://openai.edu-aliyun.com"
     allow_insecure: bool = False
-    operations: Annotated[list[Operation], BeforeValidator(_split), Field(min_length=1)] = list(Operation)
-    stage: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]*$")] = ""
+    operations: Annotated[list[Operation], Separated, Field(min_length=1)] = list(Operation)
+    stage: Annotated[
+        str, Field(pattern=r"^[A-Za-z0-9_-]*$", description="empty, or letters, digits, _ and -")
+    ] = ""
     timeout_seconds: Positive = 10.0
     attempt_timeout_seconds: Positive = 5.0
     retries: Annotated[int, Field(ge=0, le=10)] = 2
@@ -134,19 +170,37 @@ class Upstream(_Section):
     requests_per_second: Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)] = 0.0
     max_response_bytes: Annotated[int, Field(ge=1024, le=1_073_741_824)] = 1_048_576
     connection_max_age_seconds: Positive = 300.0
+    proxy: SecretStr = SecretStr("")
+    ca_file: File = None
+    client_cert_file: File = None
+    client_key_file: File = None
 
     @model_validator(mode="after")
-    def _endpoint(self) -> Upstream:
+    def _certificate(self) -> Upstream:
+        if self.client_cert_file and not self.client_key_file:
+            raise ValueError("client_cert_file: needs upstream.client_key_file")
+        if self.client_key_file and not self.client_cert_file:
+            raise ValueError("client_key_file: needs upstream.client_cert_file")
+        return self
+
+    @field_validator("endpoint")
+    @classmethod
+    def _endpoint(cls, value: str) -> str:
         try:
-            parts = urlsplit(self.endpoint)
-            well_formed = parts.port != 0 and not any(map(str.isspace, self.endpoint))
+            parts = urlsplit(value)
+            well_formed = parts.port != 0 and not any(map(str.isspace, value))
         except ValueError:  # an incomplete IPv6 address, or a port that is not a number
             well_formed = False
         if not well_formed or parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ValueError("endpoint: must be an http or https URL")
+            raise ValueError("must be an http or https URL")
         if parts.path not in {"", "/"} or parts.query or parts.fragment or "@" in parts.netloc:
-            raise ValueError("endpoint: must be a scheme and a host, with an optional port and nothing else")
-        if parts.scheme == "http" and not self.allow_insecure and not _is_loopback(parts.hostname):
+            raise ValueError("must be a scheme and a host, with an optional port and nothing else")
+        return value
+
+    @model_validator(mode="after")
+    def _encrypted(self) -> Upstream:
+        parts = urlsplit(self.endpoint)
+        if parts.scheme == "http" and not self.allow_insecure and not is_loopback(parts.hostname or ""):
             raise ValueError(
                 "endpoint: plain http needs a loopback address or upstream.allow_insecure = true"
             )
@@ -205,6 +259,7 @@ class Watch(_Section):
     max_watchers: Count = 20_000
     heartbeat_seconds: Positive = 15.0
     max_wait_seconds: Positive = 60.0
+    unknown_task_seconds: NotNegative = 30.0
 
 
 class Limits(_Section):
@@ -223,11 +278,16 @@ class Store(_Section):
     username_file: File = None
     password_file: File = None
     ca_file: File = None
+    client_cert_file: File = None
+    client_key_file: File = None
     sentinel_service: str = ""
     sentinel_username_file: File = None
     sentinel_password_file: File = None
     cluster: bool = False
-    key_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9:._-]{1,64}$")] = "sd-gateway"
+    key_prefix: Annotated[
+        str,
+        Field(pattern=r"^[A-Za-z0-9:._-]{1,64}$", description="1 to 64 letters, digits, :, ., _ and -"),
+    ] = "sd-gateway"
     timeout_seconds: Annotated[float, Field(gt=0, le=1)] = 0.05
 
     @model_validator(mode="after")
@@ -247,6 +307,14 @@ class Store(_Section):
             raise ValueError("cluster: cannot be combined with store.sentinel_service")
         if len(hosts) > 1 and not (self.cluster or self.sentinel_service):
             raise ValueError("url: several hosts require store.cluster or store.sentinel_service")
+        return self
+
+    @model_validator(mode="after")
+    def _client_certificate(self) -> Store:
+        if self.client_cert_file and not self.client_key_file:
+            raise ValueError("client_cert_file: needs store.client_key_file")
+        if self.client_key_file and not self.client_cert_file:
+            raise ValueError("client_key_file: needs store.client_cert_file")
         return self
 
     @property
@@ -275,7 +343,7 @@ class Store(_Section):
 
         Raises:
             OSError: A file cannot be read.
-            ValueError: A file is not a regular file, too large or not UTF-8.
+            ValueError: A file is not a regular file or too large, or has no valid secret.
         """
         user, _, password = map(unquote, self._parts.netloc.rpartition("@")[0].partition(":"))
         return _read_file(self.username_file) or user or None, _read_file(
@@ -310,10 +378,10 @@ class Settings(_Section):
 
 
 def _read_file(file: Path | None) -> str:
-    return "" if file is None else read_secret(file)
+    return "" if file is None else read_secret(file).text
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:

@@ -9,23 +9,32 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import IO
+
+from gateway.settings.secret_text import UTF16_MARKS, SecretText, decode_secret
 
 MOST_BYTES = 65_536
 _MOST_CERTIFICATE_BYTES = 4 * 1024 * 1024  # a bundle of all public certificate authorities has 300 KB
 
 
-def read_secret(file: Path) -> str:
-    """Return the text of a secret file, without surrounding white space.
+def read_secret(file: Path) -> SecretText:
+    """Return the secret in a file. `secret_text.py` has the rule.
 
     Raises:
         OSError: The file cannot be read; the error names it.
-        ValueError: The file is not a regular file, too large or not UTF-8; the message names it.
+        ValueError: The file is not a regular file or too large, or has no valid secret; the message names it.
     """
-    content = _read(file, most=MOST_BYTES)
-    try:
-        return content.decode().strip()
-    except UnicodeDecodeError:
-        raise ValueError(f"{file}: is not UTF-8") from None  # the codec's message quotes the content
+    return decode_secret(_read(file, most=MOST_BYTES), source=str(file))
+
+
+def read_secret_line(stream: IO[bytes], *, source: str) -> SecretText:
+    """Return the secret in the first line of a stream. Raises: ValueError, if it is too large or invalid."""
+    content = stream.readline(MOST_BYTES + 1)
+    if content.startswith(UTF16_MARKS):  # its line end is not a single byte
+        content += stream.read(MOST_BYTES)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"{source}: is larger than {MOST_BYTES} bytes")
+    return decode_secret(content, source=source)
 
 
 def check_bundle(file: Path) -> None:

@@ -87,6 +87,11 @@ class Store(Protocol):
         """The reason why the store does not work fully, as text for operators; None if it does."""
         ...
 
+    @property
+    def starting(self) -> bool:
+        """Whether the first connection to a server is awaited. This ends after a short time in any case."""
+        ...
+
     async def __aenter__(self) -> Self:
         """Open the store; this need not wait for a connection to a server."""
         ...

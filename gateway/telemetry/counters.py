@@ -101,6 +101,27 @@ class FastCounters(_Labelled[FastCounter]):
         yield family
 
 
+class CallbackCounter(Collector):
+    """A counter without labels, whose value `read` returns at each scrape, on any thread."""
+
+    def __init__(
+        self, name: str, documentation: str, read: Callable[[], int], *, registry: CollectorRegistry
+    ) -> None:
+        self.name = name
+        self.label_names: tuple[str, ...] = ()
+        self._documentation = documentation
+        self._read = read
+        registry.register(self)
+
+    def describe(self) -> Iterator[Metric]:
+        """Yield the metric without samples, for registration."""
+        yield CounterMetricFamily(self.name, self._documentation)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield the metric with its current value."""
+        yield CounterMetricFamily(self.name, self._documentation, value=self._read())
+
+
 class FastHistograms(_Labelled[FastHistogram]):
     """A histogram with labels."""
 

@@ -1,7 +1,7 @@
 """Structured logs: one pipeline for the lines of the gateway and of its libraries.
 
 The pipeline redacts every event, so callers need not. Redaction precedes rendering and works on the event's
-values, so that a line stays valid JSON.
+values, so that a line stays valid JSON. `log_writer.py` writes the lines.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 from gateway.domain.printable import json_text, printable
 from gateway.settings.model import Log
+from gateway.telemetry.log_writer import LogWriter
 from gateway.telemetry.redaction import Excerpt, Redactor
 
 # httpx logs every request at INFO. uvicorn logs every start and stop, and warns about each invalid request.
@@ -26,6 +27,44 @@ _LIBRARY_LEVELS = {
     "opentelemetry": logging.ERROR,
     "uvicorn.error": logging.ERROR,
 }
+
+
+class Handler(logging.Handler):
+    """Formats records and passes the lines to a `LogWriter`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._encoding = sys.stderr.encoding or "utf-8"
+        self.writer = LogWriter(sys.stderr.fileno(), describe_loss=self._describe_loss)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue the line of a record."""
+        try:
+            self.writer.write(self._line(record))
+        except Exception:  # noqa: BLE001  # as all handlers of `logging` do
+            self.handleError(record)
+
+    def close(self) -> None:
+        """Write the queued lines, for a limited time. `logging` calls this at exit."""
+        self.writer.close()
+        super().close()
+
+    def _line(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode(self._encoding, "backslashreplace")
+
+    def _describe_loss(self, lines: int) -> bytes:
+        logger = logging.getLogger(__name__)
+        event = "log_lines_dropped"
+        record = logger.makeRecord(
+            logger.name, logging.WARNING, "", 0, event, (), None, extra={"lines": lines}
+        )
+        return self._line(record)
+
+
+def lost_lines() -> int:
+    """Return the number of log lines that were not written."""
+    handlers = logging.getLogger().handlers
+    return sum(handler.writer.lost for handler in handlers if isinstance(handler, Handler))
 
 
 def configure(settings: Log, *, redactor: Redactor) -> None:
@@ -44,7 +83,7 @@ def configure(settings: Log, *, redactor: Redactor) -> None:
         if console
         else _render_json
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Handler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder()],

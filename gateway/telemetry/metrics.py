@@ -12,7 +12,8 @@ from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, GCCollector, Histogram, ProcessCollector
 
-from gateway.telemetry.counters import FastCounters, FastHistograms
+from gateway.telemetry.counters import CallbackCounter, FastCounters, FastHistograms
+from gateway.telemetry.logs import lost_lines
 
 _REQUEST_BUCKETS = (
     0.0005,
@@ -63,6 +64,12 @@ class Metrics:
         self.http_connections = Gauge(
             "sd_gateway_http_connections", "Number of open client connections.", registry=registry
         )
+        self.http_connections_limit = Gauge(
+            "sd_gateway_http_connections_limit",
+            "Maximum number of open client connections: server.max_connections, or less if the limit of open "
+            "files is too low.",
+            registry=registry,
+        )
         self.http_connections_refused = Counter(
             "sd_gateway_http_connections_refused_total",
             "Number of client connections refused at server.max_connections.",
@@ -98,6 +105,16 @@ class Metrics:
             "Size of the cached snapshots and failures, as limited by cache.max_bytes, in bytes.",
             registry=registry,
         )
+        self.cache_entries_limit = Gauge(
+            "sd_gateway_cache_entries_limit",
+            "Maximum number of cached snapshots: cache.max_tasks.",
+            registry=registry,
+        )
+        self.cache_bytes_limit = Gauge(
+            "sd_gateway_cache_bytes_limit",
+            "Maximum size of the cached snapshots and failures, in bytes: cache.max_bytes.",
+            registry=registry,
+        )
         self.upstream_requests = FastCounters(
             "sd_gateway_upstream_requests_total",
             "Number of upstream calls, by outcome: ok or a problem code.",
@@ -114,6 +131,11 @@ class Metrics:
         self.upstream_in_flight = Gauge(
             "sd_gateway_upstream_in_flight",
             "Number of upstream calls in flight.",
+            registry=registry,
+        )
+        self.upstream_in_flight_limit = Gauge(
+            "sd_gateway_upstream_in_flight_limit",
+            "Maximum number of upstream calls in flight: upstream.max_in_flight.",
             registry=registry,
         )
         self.upstream_abandoned = Counter(
@@ -134,9 +156,17 @@ class Metrics:
             ["operation", "reason"],
             registry=registry,
         )
+        self.upstream_repairs = Counter(
+            "sd_gateway_upstream_repairs_total",
+            "Number of upstream responses that deviate from the vendor's reference and were accepted, by "
+            "deviation: byte_order_mark (skipped), constant (NaN or Infinity, read as null), number_in_text, "
+            "status_spelling (case or white space).",
+            ["operation", "repair"],
+            registry=registry,
+        )
         self.upstream_circuit_state = Gauge(
             "sd_gateway_upstream_circuit_state",
-            "1 for the current state of the operation's circuit breaker, else 0: closed open half-open.",
+            "1 for the current state (closed, open or half-open) of the operation's circuit breaker, else 0.",
             ["operation", "state"],
             registry=registry,
         )
@@ -159,6 +189,11 @@ class Metrics:
         self.subscribers = Gauge(
             "sd_gateway_watchers", "Number of open event streams and long polls.", ["kind"], registry=registry
         )
+        self.subscribers_limit = Gauge(
+            "sd_gateway_watchers_limit",
+            "Maximum number of open event streams and long polls: watch.max_watchers.",
+            registry=registry,
+        )
         self.watched_tasks = Gauge(
             "sd_gateway_watched_tasks",
             "Number of tasks with an open event stream or long poll.",
@@ -166,7 +201,7 @@ class Metrics:
         )
         self.events_sent = FastCounters(
             "sd_gateway_events_sent_total",
-            "Number of events written to event streams: progress problem end.",
+            "Number of events written to event streams, by event: progress, problem or end.",
             ["event"],
             registry=registry,
         )
@@ -178,7 +213,7 @@ class Metrics:
         )
         self.credentials_active_slot = Gauge(
             "sd_gateway_credentials_active_slot",
-            "1 for the key pair that signs calls, 0 for the other: active next.",
+            "1 for the slot whose key pair signs calls, 0 for the other, by slot: active or next.",
             ["slot"],
             registry=registry,
         )
@@ -204,6 +239,12 @@ class Metrics:
             ["operation"],
             registry=registry,
         )
+        self.log_lines_dropped = CallbackCounter(
+            "sd_gateway_log_lines_dropped_total",
+            "Number of log lines that were not written because their reader was too slow or had stopped.",
+            lost_lines,
+            registry=registry,
+        )
         self._build = Gauge(
             "sd_gateway_build_info",
             "1, with the versions of the gateway, Python and the server as labels.",
@@ -212,10 +253,14 @@ class Metrics:
         )
         self._build.labels(gateway_version, platform.python_version(), f"uvicorn {version('uvicorn')}").set(1)
 
-    def measure_cache(self, *, entries: Callable[[], int], size: Callable[[], int]) -> None:
-        """Set the callables that return the number of cache entries and their size, in bytes.
+    def measure_cache(
+        self, *, entries: Callable[[], int], size: Callable[[], int], max_entries: int, max_bytes: int
+    ) -> None:
+        """Set the callables that return the number of cache entries and their size in bytes, and the limits.
 
         Both are called at each scrape, on any thread, so they may only read.
         """
         self.cache_entries.set_function(entries)
         self.cache_bytes.set_function(size)
+        self.cache_entries_limit.set(max_entries)
+        self.cache_bytes_limit.set(max_bytes)

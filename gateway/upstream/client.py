@@ -79,16 +79,17 @@ class _PermitRevoked(Exception):
 
 
 class _ConcurrencySlot:
-    """The concurrency slot of a call. The caller has already acquired `limit`.
+    """The concurrency slot of a call: a permit of `semaphore`, which was acquired before.
 
     Usually the slot is released when the query has parsed the response. If the query is cancelled, the slot
-    is released at the end of the call: when its response has arrived, or its attempt has timed out.
+    is released at the end of the call: when its response has arrived, or
+    `upstream.attempt_timeout_seconds` has passed.
     """
 
-    __slots__ = ("_cancelled", "_ended", "_limit")
+    __slots__ = ("_cancelled", "_ended", "_semaphore")
 
-    def __init__(self, limit: asyncio.Semaphore) -> None:
-        self._limit: asyncio.Semaphore | None = limit
+    def __init__(self, semaphore: asyncio.Semaphore) -> None:
+        self._semaphore: asyncio.Semaphore | None = semaphore
         self._ended = self._cancelled = False
 
     def on_call_end(self) -> None:
@@ -105,9 +106,9 @@ class _ConcurrencySlot:
 
     def release(self) -> None:
         """Free the slot. A second release has no effect."""
-        limit, self._limit = self._limit, None
-        if limit is not None:
-            limit.release()
+        semaphore, self._semaphore = self._semaphore, None
+        if semaphore is not None:
+            semaphore.release()
 
 
 class UpstreamClient:
@@ -133,6 +134,7 @@ class UpstreamClient:
         self._rotation = rotation
         self._metrics = metrics
         self._concurrency_limit = asyncio.Semaphore(settings.max_in_flight)
+        metrics.upstream_in_flight_limit.set(settings.max_in_flight)
         self._retry_policy = RetryPolicy(settings.retries)
         self._rate_limiter = RateLimiter(settings.requests_per_second, take_shared=take_permits)
         metrics.upstream_rate_limit.set_function(lambda: self._rate_limiter.per_second)
@@ -177,14 +179,14 @@ class UpstreamClient:
             key: The task.
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: Limit for the whole query, in addition to the setting.
-            on_queued: Called with the expected wait in seconds if the rate limiter queues the query.
+            on_queued: See `RateLimiter.acquire`.
             on_retry: Called before each retry.
             demand: The waiting callers. Its `must_finish` is set when a call is sent, and cleared before a
                 retry. None: the gateway itself needs the response.
 
         Raises:
             UpstreamError: There is no response, or it is an error.
-            Overloaded: No concurrency slot was free before the deadline.
+            Overloaded: No concurrency slot was free early enough before the deadline.
         """
         seconds = min(self._settings.timeout_seconds, timeout_seconds)
         deadline = asyncio.get_running_loop().time() + seconds
@@ -275,7 +277,7 @@ class UpstreamClient:
             began = self._check_before_sending(query, permit)
             query.make_timeout_error = make_timeout_error
             with self._breakers[operation].guard(no_response_seconds=self._response_allowance_seconds):
-                permit.consume()
+                permit.mark_sent()
                 demand.must_finish = True
                 response = await self._signed_requests.send(
                     query.key, pair, number=next(query.call_numbers), on_complete=slot.on_call_end

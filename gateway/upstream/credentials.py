@@ -23,6 +23,7 @@ pair, and `credential_rotation.py` handles this.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -30,9 +31,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import structlog
+from pydantic import SecretStr
 
 from gateway.settings.model import Credentials as CredentialSettings
 from gateway.settings.secret_files import read_secret
+from gateway.settings.secret_text import SecretText, setting_text
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
@@ -58,11 +61,16 @@ class CredentialSlot(StrEnum):
 
 
 class LoadedKeyPair(NamedTuple):
-    """A pair and its origin. `generation` is the number of contents that the slot has had so far."""
+    """A pair and its origin.
+
+    `generation` is the number of contents that the slot has had so far. `description` has a line about each
+    key, for an operator; it does not show the keys.
+    """
 
     slot: CredentialSlot
     generation: int
     pair: KeyPair
+    description: tuple[str, ...] = ()
 
 
 class Credentials:
@@ -73,12 +81,12 @@ class Credentials:
         self._metrics = metrics
         self._sources = {
             CredentialSlot.ACTIVE: _PairSource(
-                _KeySource(settings.access_key_file, settings.access_key.get_secret_value()),
-                _KeySource(settings.secret_key_file, settings.secret_key.get_secret_value()),
+                _KeySource("access_key", settings.access_key_file, settings.access_key),
+                _KeySource("secret_key", settings.secret_key_file, settings.secret_key),
             ),
             CredentialSlot.NEXT: _PairSource(
-                _KeySource(settings.next_access_key_file, settings.next_access_key.get_secret_value()),
-                _KeySource(settings.next_secret_key_file, settings.next_secret_key.get_secret_value()),
+                _KeySource("next_access_key", settings.next_access_key_file, settings.next_access_key),
+                _KeySource("next_secret_key", settings.next_secret_key_file, settings.next_secret_key),
             ),
         }
         self._loaded: dict[CredentialSlot, LoadedKeyPair] = {}
@@ -106,6 +114,11 @@ class Credentials:
         """Return the errors of slots that could not be read at the last attempt, without secrets."""
         return self._read_errors
 
+    def describe_faults(self) -> list[str]:
+        """Return a line about each slot that could not be read at the last attempt, for operators."""
+        faults = self._read_errors.items()
+        return [f"credentials: {slot} key pair: {self._redactor(fault)}" for slot, fault in faults]
+
     def set_signing_pair(self, loaded: LoadedKeyPair) -> None:
         """Make this pair sign, until another pair is promoted or the active slot has new content."""
         self._signing = loaded
@@ -126,36 +139,56 @@ class Credentials:
     def _reload(self, slot: CredentialSlot) -> None:
         source, previous = self._sources[slot], self._loaded.get(slot)
         try:
-            pair = source.read()
+            keys = source.read()
         except (OSError, ValueError) as exc:
             # Log and count only changes, because each poll would find the same fault.
-            fault = f"{type(exc).__name__}: {exc}"
+            fault = _describe_fault(exc, was_read=previous is not None)
             if fault != self._read_errors.get(slot):
                 self._read_errors[slot] = fault
                 self._metrics.credentials_reloads.labels("error").inc()
                 log.warning("credentials_unreadable", slot=slot, fault=fault, in_use=previous is not None)
             return
         self._read_errors.pop(slot, None)
-        if pair is None or (previous is not None and previous.pair == pair):
+        if keys is None:
+            return
+        pair = KeyPair(keys.access_key.text, keys.secret_key.text)
+        if previous is not None and previous.pair == pair:
             return
         self._redactor.add_credentials(pair.access_key, pair.secret_key)
-        loaded = LoadedKeyPair(slot, 1 if previous is None else previous.generation + 1, pair)
+        generation = 1 if previous is None else previous.generation + 1
+        loaded = LoadedKeyPair(slot, generation, pair, keys.describe())
         self._loaded[slot] = loaded
         if source.has_files:
             self._metrics.credentials_reloads.labels("ok").inc()
             log.info("credentials_loaded", slot=slot, generation=loaded.generation)
+        if keys.access_key.quoted or keys.secret_key.quoted:
+            log.warning("credentials_in_quotes", slot=slot, effect="the quotes are part of the key")
         if slot is CredentialSlot.ACTIVE:
             self.set_signing_pair(loaded)
 
 
+class _Keys(NamedTuple):
+    """What was read of a pair."""
+
+    access_key: SecretText
+    secret_key: SecretText
+
+    def describe(self) -> tuple[str, str]:
+        return self.access_key.describe("access key"), self.secret_key.describe("secret key")
+
+
 class _KeySource(NamedTuple):
-    """The source of one half of a pair: a file, or else a value."""
+    """The source of one half of a pair: a file, or else the value of the setting."""
 
+    setting: str
     file: Path | None
-    value: str
+    value: SecretStr
 
-    def read(self) -> str:
-        return self.value if self.file is None else read_secret(self.file)
+    def __str__(self) -> str:
+        return f"credentials.{self.setting}" if self.file is None else str(self.file)
+
+    def read(self) -> SecretText:
+        return setting_text(self.value) if self.file is None else read_secret(self.file)
 
 
 class _PairSource(NamedTuple):
@@ -168,7 +201,7 @@ class _PairSource(NamedTuple):
     def has_files(self) -> bool:
         return self.access_key.file is not None or self.secret_key.file is not None
 
-    def read(self) -> KeyPair | None:
+    def read(self) -> _Keys | None:
         """Return a pair that can sign, or None if none is configured. Raises: OSError, ValueError."""
         before = self._read_once()
         for _ in range(_MAX_READS):
@@ -177,16 +210,24 @@ class _PairSource(NamedTuple):
                 break
             before = after
         else:
-            raise ValueError("the files keep changing")
-        if not after.access_key and not after.secret_key and not self.has_files:
+            raise ValueError(f"{self.access_key} and {self.secret_key} keep changing")
+        if not after.access_key.text and not after.secret_key.text and not self.has_files:
             return None
-        if not after.access_key or not after.secret_key:
-            raise ValueError("access key or secret key is empty")
-        # The access key becomes a header value. A byte order mark, for example, is reported here and not as a
-        # failure of every query.
-        if not (after.access_key.isascii() and after.access_key.isprintable()):
-            raise ValueError("access key has characters that are not allowed in an HTTP header")
+        for source, key in zip(self, after, strict=True):
+            if not key.text:
+                raise ValueError(f"{source}: is empty")
+        # The access key becomes a header value.
+        access_key = after.access_key.text
+        if not (access_key.isascii() and access_key.isprintable()):
+            raise ValueError(f"{self.access_key}: has characters that are not allowed in an HTTP header")
         return after
 
-    def _read_once(self) -> KeyPair:
-        return KeyPair(self.access_key.read(), self.secret_key.read())
+    def _read_once(self) -> _Keys:
+        return _Keys(self.access_key.read(), self.secret_key.read())
+
+
+def _describe_fault(error: OSError | ValueError, *, was_read: bool) -> str:
+    if isinstance(error, FileNotFoundError) and not was_read and os.sep not in str(error.filename):
+        # A common mistake is the key itself as the file name. `/readyz` shows this text to everyone.
+        return f"{type(error).__name__}: no such file in the working directory; is the value the key itself?"
+    return f"{type(error).__name__}: {error}"

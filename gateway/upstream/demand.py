@@ -38,7 +38,7 @@ class Demand:
         on_unwanted: Callback that cancels a request which is not wanted any more. Its argument is the demand.
         dropped: The request was cancelled by `on_unwanted`.
         queue_entry: The query's entry in the queue of the rate limiter; None while it is not queued.
-        queued_signal: A future that receives an error when the rate limiter queues the query. Callers that
+        queued_future: A future that receives an error when the rate limiter queues the query. Callers that
             can serve a stale snapshot then stop waiting.
     """
 
@@ -50,7 +50,7 @@ class Demand:
         "must_finish",
         "on_unwanted",
         "queue_entry",
-        "queued_signal",
+        "queued_future",
     )
 
     def __init__(self, *, keep_without_callers: bool = False) -> None:
@@ -68,7 +68,7 @@ class Demand:
         self.must_finish = False
         self.dropped = False
         self.queue_entry: QueueEntry | None = None
-        self.queued_signal: asyncio.Future[GatewayError] | None = None
+        self.queued_future: asyncio.Future[GatewayError] | None = None
 
     @property
     def wanted(self) -> bool:

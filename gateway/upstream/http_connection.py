@@ -13,24 +13,10 @@ from http import HTTPStatus
 import httpx
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
+from gateway.upstream.transport import HttpResponse
+
 _FRAMING_HEADERS = frozenset({"content-length", "transfer-encoding"})
 _MAX_OVERHEAD = 262_144  # bytes of a response outside its body: headers, chunk sizes, trailers
-
-
-class HttpResponse:
-    """The parts of a response that were read so far.
-
-    Header names are lower case. If a header is repeated, the last value is kept.
-    """
-
-    __slots__ = ("body", "complete", "headers", "keep_alive", "status")
-
-    def __init__(self) -> None:
-        self.status = 0
-        self.headers: dict[str, str] = {}
-        self.body = bytearray()
-        self.keep_alive = False
-        self.complete = False
 
 
 class HttpConnection(asyncio.Protocol):
@@ -38,7 +24,7 @@ class HttpConnection(asyncio.Protocol):
 
     `idle_since` is the loop's time at which the last response was complete, or None while the connection is
     not reusable. `on_call_end` is called at the end of each call, even if the call was cancelled.
-    `on_complete` is the callback of the present call (see `HttpTransport.send`), which the transport calls.
+    `on_complete` is the callback of the present call (see `Transport.send`), which the transport calls.
     """
 
     def __init__(self, max_body_bytes: int, on_call_end: Callable[[HttpConnection], None]) -> None:

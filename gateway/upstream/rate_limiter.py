@@ -49,15 +49,17 @@ class Timer(Protocol):
 
 
 class Permit:
-    """The right to make one call. Use it as a context manager.
+    """The right to make one call, and its repeats with a corrected clock or another key pair.
+
+    Use it as a context manager.
 
     When the context exits, `on_end` is called with the permit and the exception of the context, or None. If
-    the permit was not consumed by then, the rate limiter puts its token back, unless the permit was revoked.
+    the call was not sent by then, the rate limiter puts its token back, unless the permit was revoked.
 
     Attributes:
-        sent_at: When the call was sent; None before `consume`.
-        revoked: The upstream has throttled a call since the permit was issued. If the permit is not consumed
-            yet, the query must acquire a new one. Without a configured limit, very many permits may be
+        sent_at: When the call was sent; None before `mark_sent`.
+        revoked: The upstream has throttled a call since the permit was issued. If the call is not sent
+            yet, the query must acquire a new one: without a configured limit, very many permits may be
             outstanding before the first throttling response.
     """
 
@@ -79,7 +81,7 @@ class Permit:
         """Pass the outcome of the call to `on_end`."""
         self._on_end(self, error)
 
-    def consume(self) -> None:
+    def mark_sent(self) -> None:
         """Record that the call is sent now."""
         self.sent_at = self._clock()
 
@@ -143,7 +145,7 @@ class RateLimiter:
         on_queued: Callable[[float], None] = lambda _: None,
         demand: Demand | None = None,
     ) -> Permit:
-        """Wait for a permit: `with await limiter.acquire(...) as permit`, then `permit.consume()` to send.
+        """Wait for a permit: `with await limiter.acquire(...) as permit`, then `permit.mark_sent()` to send.
 
         Args:
             is_refresh: An older snapshot of the task is known.
@@ -151,8 +153,8 @@ class RateLimiter:
             on_queued: Called with the expected wait in seconds, if it is at least
                 `MIN_REPORTED_WAIT_SECONDS`. Called again, with the new expected wait, when the limit falls,
                 and after each request for shared permits.
-            demand: The clients whose callers wait for the response. A first query is queued for them. More
-                clients may join while it is queued.
+            demand: The clients that wait for the response. A first query is put into the queue of one of
+                them. More clients may join while it is queued.
 
         Raises:
             RateLimiterExhausted: The expected wait exceeds the timeout. This may also happen to a query that
@@ -162,7 +164,7 @@ class RateLimiter:
         demand = demand or Demand(keep_without_callers=True)
         client = b"" if is_refresh else self._queue.client_with_shortest_queue(demand.clients)
         wait = self.expected_wait(is_refresh=is_refresh, client=client)
-        if wait == 0 and not self._queue and self._take_shared(is_refresh=is_refresh):
+        if wait == 0 and not self._queue and self._use_shared_permit(is_refresh=is_refresh):
             self._tokens -= 1
         elif wait > timeout_seconds:
             raise _exhausted(wait)
@@ -181,7 +183,7 @@ class RateLimiter:
     def slow_down(self, *, retry_after: float | None) -> None:
         """Lower the limit because a replica has announced that the upstream throttles.
 
-        Announcements of this replica have no further effect: its limit is already lowered.
+        A replica also receives its own announcement. That changes nothing: its limit is already lowered.
         """
         self._on_throttled(self._clock(), retry_after)
 
@@ -190,7 +192,7 @@ class RateLimiter:
         demand.queue_entry = query
         self._serve_queue()
         try:
-            retry_after = await future
+            refused_wait = await future
         except asyncio.CancelledError:
             self._queue.discard(query)
             if future.cancelled():
@@ -201,8 +203,8 @@ class RateLimiter:
             raise
         finally:
             demand.queue_entry = None
-        if retry_after:
-            raise _exhausted(retry_after)
+        if refused_wait:
+            raise _exhausted(refused_wait)
 
     def _on_permit_end(self, permit: Permit, error: BaseException | None) -> None:
         self._permits.discard(permit)
@@ -230,7 +232,7 @@ class RateLimiter:
             self._timer.cancel()
             self._timer = None
         if self._shared is not None:
-            # Request only permits that this replica can use now: they are lost for the other replicas.
+            # A permit that is taken here is lost for other replicas, so request only what can be used now.
             usable = math.floor(self._tokens + _ROUNDING) if self._wait_behind(0) == 0 else 0
             refreshes = min(self._queue.count(is_refresh=True), usable)
             first_queries = min(self._queue.count(is_refresh=False), usable)
@@ -254,12 +256,12 @@ class RateLimiter:
                     # First queries of other clients were served before it, although they were queued later.
                     query.future.set_result(max(self._wait_behind(0), _TIMER_SECONDS))
                     continue
-                self._take_shared(is_refresh=is_refresh)
+                self._use_shared_permit(is_refresh=is_refresh)
                 self._queue.record_served(is_refresh=is_refresh)
                 return query
         return None
 
-    def _take_shared(self, *, is_refresh: bool) -> bool:
+    def _use_shared_permit(self, *, is_refresh: bool) -> bool:
         return self._shared is None or self._shared.take(is_refresh=is_refresh)
 
     def _on_shared_grant(self) -> None:

@@ -38,8 +38,11 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 from gateway.telemetry.tracing import NoTracing, SpanRecord, Tracing
 from gateway.upstream.credentials import KeyPair
-from gateway.upstream.http_transport import HttpTransport, encode_request, is_certificate_error
+from gateway.upstream.egress_proxy import find_proxy
+from gateway.upstream.loop_detection import check_response
+from gateway.upstream.open_transport import create_transport
 from gateway.upstream.signing import signed_headers
+from gateway.upstream.transport import is_certificate_error
 from gateway.upstream.vendor_errors import classify
 
 _OK = 200
@@ -82,7 +85,7 @@ def random_uuid() -> str:
 
 
 class SignedRequests:
-    """Sends signed calls. Use it with `async with`.
+    """Sends signed calls. Use it with `async with`. `proxy` is the egress proxy that carries them, if any.
 
     `nonce` returns a new nonce for each call. `clock` returns Unix time in seconds.
     """
@@ -120,18 +123,16 @@ class SignedRequests:
         self._observe_duration = {
             operation: metrics.upstream_request_duration.labels(operation).observe for operation in Operation
         }
+        self.proxy = find_proxy(settings, os.environ)
+        transport = self._transport = create_transport(
+            settings, proxy=self.proxy, redactor=redactor, environ=os.environ
+        )
+        metrics.upstream_in_flight.set_function(lambda: transport.in_flight)
         self.clock_offset = 0.0  # seconds to add to the gateway's clock when signing
         self.last_error_code: str | None = None  # of the last call; None if it returned an envelope
 
     async def __aenter__(self) -> Self:
-        """Create the transport. It opens a connection when a call needs one."""
-        transport = self._transport = HttpTransport(
-            httpx.URL(self._settings.endpoint),
-            verify=httpx.create_ssl_context(trust_env=False),
-            max_body_bytes=self._settings.max_response_bytes,
-            max_age_seconds=self._settings.connection_max_age_seconds,
-        )
-        self._metrics.upstream_in_flight.set_function(lambda: transport.in_flight)
+        """Do nothing yet: a connection is opened when a call needs one."""
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -175,11 +176,12 @@ class SignedRequests:
             stage=self._settings.stage,
         )
         try:
-            request = encode_request(self._targets[key.operation], self._fixed_headers | headers, body)
             # The response to a query for a result does not contain the task ID. On a new connection it cannot
             # be the response to another call.
             response = await self._transport.send(
-                request,
+                self._targets[key.operation],
+                self._fixed_headers | headers,
+                body,
                 timeout_seconds=self._settings.attempt_timeout_seconds,
                 new_connection=key.operation.is_result,
                 on_complete=on_complete,
@@ -189,6 +191,8 @@ class SignedRequests:
         except httpx.TransportError as exc:
             if is_certificate_error(exc):
                 self._metrics.upstream_certificate_errors.inc()
+            if isinstance(exc, httpx.ProxyError):
+                raise UpstreamUnreachable(f"the upstream could not be reached: {exc}") from exc
             raise UpstreamUnreachable(f"the upstream could not be reached ({type(exc).__name__})") from exc
         content = _decompress(
             bytes(response.body),
@@ -199,6 +203,7 @@ class SignedRequests:
 
     def parse_response(self, response: RawResponse, key: TaskKey) -> ParsedResponse:
         """Return the parsed response if it is a successful envelope. Raises: UpstreamError if it is not."""
+        check_response(response.headers)
         code = response.headers.get("x-ca-error-code", "")
         message = response.headers.get("x-ca-error-message", "")
         if not code and not message:
@@ -210,7 +215,7 @@ class SignedRequests:
             if may_leak or len(body) > SEARCH_PIECE_SIZE:
                 redact = self.redactor_of(response)
             try:
-                data, invoke_id = read_envelope(body, key, redact=redact)
+                data, invoke_id, repairs = read_envelope(body, key, redact=redact)
             except UpstreamInvalid:
                 if response.status == _OK:
                     raise
@@ -218,6 +223,8 @@ class SignedRequests:
                 if may_leak and redact.contains_credential(body):
                     raise UpstreamInvalid(_LEAK_MESSAGE)
                 if response.status == _OK:
+                    for repair in repairs:
+                        self._metrics.upstream_repairs.labels(key.operation, repair).inc()
                     return ParsedResponse(data, body, invoke_id)
         redact = self.redactor_of(response)
         raise classify(

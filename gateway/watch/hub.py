@@ -7,9 +7,9 @@
     last subscriber has left, or the task has ended -> the schedule ends
 
 A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. Bodies
-are kept in the store, which limits their memory. Schedules and subscribers keep updates without large bodies,
-with one exception (`subscriber.py`). A large body is looked up in the store when the update is sent. If the
-store has evicted it, the task is refreshed, and the subscriber receives the result.
+are kept in the store, which limits their memory. Schedules and subscribers keep updates from which large
+bodies are removed, with one exception (`subscriber.py`). A large body is looked up in the store when the
+update is sent. If the store has evicted it, the task is refreshed, and the subscriber receives the result.
 
 Schedules that wake together receive their responses at about the same time. All responses are parsed and
 stored first, while that code is in the processor's caches. The changes are published afterwards, a few in
@@ -74,12 +74,18 @@ class WatchHub:
         self._watched: dict[TaskKey, WatchedTask] = {}
         self._subscribers: set[Subscriber] = set()
         self._refresher = Refresher(
-            service, publish_pending=self._publish_pending, publish=self._publish, clock=clock
+            service,
+            publish_pending=self._publish_pending,
+            publish=self._publish,
+            mark_unknown=self._mark_unknown,
+            unknown_task_seconds=settings.unknown_task_seconds,
+            clock=clock,
         )
         self._pending_keys: deque[TaskKey] = deque()  # tasks whose schedule has a pending snapshot
         self._shutting_down = False
         self.direct_delivery: DirectDelivery = lambda _, subscribers: subscribers
         self._gauges = {kind: metrics.subscribers.labels(kind) for kind in SubscriptionKind}
+        metrics.subscribers_limit.set(settings.max_watchers)
         metrics.watched_tasks.set_function(self._watched.__len__)
         store.on_change(self._add_pending, is_watched=self._watched.__contains__)
 
@@ -146,23 +152,24 @@ class WatchHub:
             result = self._service.peek(key)
             watched.latest = Update(key, result.snapshot).without_large_body() if result is not None else None
             self._refresher.start(watched)
-        # A pending snapshot is published before the subscriber is added, which then gets it as `latest`.
         seen_revision = subscriber.seen_revisions.get(key, 0)
         watched.seen_revision = max(watched.seen_revision, seen_revision)
         current = self._service.peek(key, seen_revision)
+        # Publish a pending snapshot first. The new subscriber then receives it as `latest`.
         self._publish_pending(key)
         # The subscriber is added before it gets the current snapshot. Otherwise a change in between is lost.
         watched.subscribers.add(subscriber)
-        self._service.join(key, subscriber.client)
+        self._service.add_subscriber(key, subscriber.client)
         latest = watched.latest
         if latest is None:
-            return  # the first refresh is in progress
-        if current is not None or latest.snapshot is None or _is_final(latest):
+            return  # the first query is in progress
+        if not watched.is_unknown and (current is not None or latest.snapshot is None or _is_final(latest)):
             update = latest if current is None else Update(key, current.snapshot)
             if subscriber.put(update if update.has_same_content(latest) else latest, latest):
                 return
-        # `latest` is too old to send: the upstream is slow, or the schedule backs off for longer than
-        # `cache.stale_if_error_seconds`. One refresh serves all subscribers that join before it ends.
+        # `latest` is too old to send: the upstream is slow, the schedule backs off for longer than
+        # `cache.stale_if_error_seconds`, or the task may have become known since it was rejected. One refresh
+        # serves all subscribers that join before it ends.
         watched.subscribers_without_latest.add(subscriber)
         self._refresher.restart(watched)
 
@@ -172,7 +179,7 @@ class WatchHub:
             return
         watched.subscribers.discard(subscriber)
         watched.subscribers_without_latest.discard(subscriber)
-        self._service.leave(key, subscriber.client)
+        self._service.remove_subscriber(key, subscriber.client)
         if not watched.subscribers:
             del self._watched[key]
             self._refresher.stop(watched)
@@ -214,18 +221,34 @@ class WatchHub:
             # A task that has ended does not run again. But the store may have evicted its terminal snapshot,
             # and then accepts one that is not terminal.
             return
+        if update.snapshot is not None:
+            self._mark_known(watched)
         recipients = (
             watched.subscribers_without_latest
             if update.has_same_content(watched.latest)
             else watched.subscribers
         )
         watched.latest = reduced = update.without_large_body()
-        refused = [
+        have_newer = [
             subscriber
             for subscriber in self.direct_delivery(update, recipients)
             if not subscriber.put(update, reduced)
         ]
-        watched.subscribers_without_latest.intersection_update(refused)
+        watched.subscribers_without_latest.intersection_update(have_newer)
+
+    def _mark_unknown(self, watched: WatchedTask) -> None:
+        watched.is_unknown = True
+        for subscriber in watched.subscribers:
+            if watched.key not in subscriber.unknown_keys:
+                subscriber.unknown_keys |= {watched.key}
+                subscriber.wake()
+
+    def _mark_known(self, watched: WatchedTask) -> None:
+        watched.rejected_since = None
+        if watched.is_unknown:
+            watched.is_unknown = False
+            for subscriber in watched.subscribers:
+                subscriber.unknown_keys -= {watched.key}
 
     def _load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
         """Return an update with the latest snapshot of the task and its body, or None.

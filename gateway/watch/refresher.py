@@ -4,8 +4,10 @@
             -> other snapshot: sleep until it expires -> refresh
             -> failure: back off                      -> refresh
 
-A back-off ends early if another query stores a snapshot of the task. The hub (`hub.py`) starts a schedule
-for the first subscriber of a task, and stops it after the last one.
+A back-off ends early if another query stores a snapshot of the task. The upstream rejects queries for a new
+task for a moment, because it does not know the task yet. The task counts as unknown only when its queries
+have been rejected for `watch.unknown_task_seconds`; the schedule then continues. The hub (`hub.py`) starts a
+schedule for the first subscriber of a task, and stops it after the last one.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from gateway.domain.errors import GatewayError
+from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.progress.results import FetchFailure
@@ -57,6 +59,8 @@ class WatchedTask:
         runner: The asyncio task that runs the schedule; None when it is stopped.
         refreshing: The runner waits for the result of a refresh.
         backing_off: The runner sleeps after a failure.
+        rejected_since: The time of the first query that the upstream rejected; None after a snapshot.
+        is_unknown: The upstream has rejected all queries for `watch.unknown_task_seconds`.
     """
 
     key: TaskKey
@@ -68,12 +72,15 @@ class WatchedTask:
     runner: asyncio.Task[None] | None = None
     refreshing: bool = False
     backing_off: bool = False
+    rejected_since: float | None = None
+    is_unknown: bool = False
 
 
 class Refresher:
     """Runs the schedules: refreshes each task through the service, and publishes the results.
 
     `publish_pending` publishes the task's pending snapshot, if there is one. `publish` publishes an update.
+    `mark_unknown` is called after each failed refresh of a task that counts as unknown.
     `clock` is the clock of `Snapshot.fetched_at`.
     """
 
@@ -83,11 +90,15 @@ class Refresher:
         *,
         publish_pending: Callable[[TaskKey], None],
         publish: Callable[[Update], None],
+        mark_unknown: Callable[[WatchedTask], None],
+        unknown_task_seconds: float,
         clock: Callable[[], float],
     ) -> None:
         self._service = service
         self._publish_pending = publish_pending
         self._publish = publish
+        self._mark_unknown = mark_unknown
+        self._unknown_task_seconds = unknown_task_seconds
         self._clock = clock
         self._timers = CoalescedTimers()
         self._stopping: set[asyncio.Task[None]] = set()
@@ -131,6 +142,10 @@ class Refresher:
                 pause = max(left + _TIMER_RESOLUTION_SECONDS, _MIN_INTERVAL_SECONDS)
             else:
                 pause = max(backoff, (failure or _INTERNAL_ERROR).retry_after or 0.0)
+                if watched.rejected_since is not None and not watched.is_unknown:
+                    # The last query before the task counts as unknown is on time.
+                    left = watched.rejected_since + self._unknown_task_seconds - self._clock()
+                    pause = min(pause, max(left + _TIMER_RESOLUTION_SECONDS, _MIN_INTERVAL_SECONDS))
             del snapshot, failure  # no body is kept in memory during the pause
             if success:
                 backoff = _BACKOFF_SECONDS
@@ -155,6 +170,8 @@ class Refresher:
             if isinstance(outcome, FetchFailure):
                 self._publish_pending(key)  # it is older than the failure
                 self._publish(Update(key, failure=outcome.failure))
+                if isinstance(outcome.failure, UpstreamRejected):
+                    self._note_rejection(watched)
                 return None, outcome.failure
             if outcome.snapshot is not watched.pending:  # else the hub publishes it soon
                 self._publish_pending(key)
@@ -168,3 +185,10 @@ class Refresher:
                 self._publish(Update(key, failure=_INTERNAL_ERROR))
             return None, _INTERNAL_ERROR
         return outcome.snapshot, outcome.failure
+
+    def _note_rejection(self, watched: WatchedTask) -> None:
+        now = self._clock()
+        if watched.rejected_since is None:
+            watched.rejected_since = now
+        if now - watched.rejected_since >= self._unknown_task_seconds:
+            self._mark_unknown(watched)

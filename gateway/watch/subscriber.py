@@ -76,6 +76,7 @@ class Subscriber:
             the stream's asyncio task (the task that awaits `wait`). None if the server does not support them.
         transport_if_idle: `direct_transport` while the stream's asyncio task waits and no update is unsent.
             None otherwise, because a direct write would then overtake an older update.
+        unknown_keys: Tasks whose queries the upstream has rejected for `watch.unknown_task_seconds`.
         shutting_down: The gateway shuts down; the stream must end.
         disconnected: The client has closed the connection.
         heartbeat_due: The stream must send a heartbeat.
@@ -97,6 +98,7 @@ class Subscriber:
         "seen_revisions",
         "shutting_down",
         "transport_if_idle",
+        "unknown_keys",
         "woken",
     )
 
@@ -112,6 +114,7 @@ class Subscriber:
         self.keys = keys
         self.client = client
         self.seen_revisions = dict(seen_revisions)
+        self.unknown_keys: frozenset[TaskKey] = frozenset()
         self.shutting_down = False
         self.disconnected = False
         self._load_body = load_body

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.harness import free_port
 from tests.support.proxies import APACHE_MODULES, packaged, running, written
 
 _NGINX = """
@@ -29,6 +30,30 @@ http {{
   }}
 }}
 """
+_BUFFERING_NGINX = """
+daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
+events {{ worker_connections 512; }}
+http {{
+  access_log off;
+  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
+  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{ proxy_pass http://{next}; {directives} }}
+  }}
+  server {{
+    listen 127.0.0.1:{inner};
+    location / {{ proxy_pass http://{upstream}; }}
+  }}
+}}
+"""
+# Each with nginx's other defaults, which are HTTP/1.0 and buffers of 4 KiB.
+BUFFERING = {
+    # Two in a row: the inner one evaluates X-Accel-Buffering, and does not pass it on.
+    "nginx-twice": "",
+    "nginx-ignoring": "proxy_ignore_headers X-Accel-Buffering;",
+    "nginx-8k": "proxy_ignore_headers X-Accel-Buffering; proxy_buffer_size 8k; proxy_buffers 8 8k;",
+}
 _CADDY = """
 {{
   admin off
@@ -88,6 +113,23 @@ def nginx(buffering: str) -> Callable[[Path, str], object]:
             yield address
 
     return run
+
+
+@contextmanager
+def buffering_nginx(kind: str, folder: Path, upstream: str) -> Iterator[str]:
+    """Run an nginx that delivers an event stream only in full buffers; yield its URL."""
+    inner = free_port()
+    file, port = written(
+        folder,
+        _BUFFERING_NGINX,
+        upstream,
+        inner=str(inner),
+        next=f"127.0.0.1:{inner}" if kind == "nginx-twice" else upstream,
+        directives=BUFFERING[kind],
+    )
+    command = ["nginx", "-p", str(folder), "-e", f"{folder}/start.log", "-c", str(file)]
+    with running(command, folder, port) as (host, port):
+        yield f"http://{host}:{port}"
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, 
 
 from gateway.api.problems import PROBLEMS
 from gateway.domain.errors import UpstreamRejected
+from tests.attacks.proxies import buffering_nginx
 from tests.support.harness import (
     PATIENCE_SECONDS,
     Gateway,
@@ -554,6 +555,29 @@ def test_page_recovers_behind_an_ingress(
 
 
 @in_browser
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed; .ci/run installs it")
+def test_page_works_behind_a_buffering_proxy(
+    simulator: Simulator, quick: Gateway, tab: Tab, tmp_path: Path
+) -> None:
+    """If a proxy holds the stream back, the page says so and follows its tasks by long polls to their end."""
+    simulator.script("held", status="running", progress=0.2)
+    with buffering_nginx("nginx-twice", tmp_path, "{}:{}".format(*quick.address)) as url:
+        tab.open(url, "held", "other")
+        expect(tab.connection).to_have_text("Live by long polls: a proxy buffers the event stream")
+        expect(tab.bar("held")).to_have_attribute("aria-valuenow", "20")
+        expect(tab.card("other")).to_contain_text(PROBLEMS[UpstreamRejected][1])
+        tab.shoot("buffering-proxy")
+        until(lambda: quick.metric("watchers", kind="longpoll") == 1, "a long poll is open")
+        assert tab.streams() == 1
+        simulator.script("held", status="running", progress=0.8)
+        expect(tab.bar("held")).to_have_attribute("aria-valuenow", "80")
+        simulator.script("other", status="failed", progress=0.1)
+        simulator.script("held", status="succeeded", progress=1)
+        expect(tab.connection).to_have_text("All tasks ended")
+        tab.page.close()
+
+
+@in_browser
 def test_page_recovers_from_a_restart(simulator: Simulator, tab: Tab, tmp_path: Path) -> None:
     """During a restart connections are refused; then the page reconnects without user action."""
     env = QUICK_ENV | {
@@ -585,6 +609,37 @@ def test_page_works_under_a_prefix(simulator: Simulator, launch: Launch, tab: Ta
     tab.page.get_by_role("link", name="API").click()
     expect(tab.page.get_by_role("heading", name="Problem codes")).to_be_visible()
     assert all(urlsplit(url).path.startswith("/tools/sd/") for url in tab.requests)
+
+
+@in_browser
+@pytest.mark.parametrize("strip", [False, True], ids=["kept", "stripped"])
+def test_page_works_under_a_prefix_without_its_slash(
+    simulator: Simulator, launch: Launch, tab: Tab, *, strip: bool
+) -> None:
+    """Whether the ingress removes the prefix or not, the page works at an address without the final slash."""
+    gate = launch(simulator.url, cache=QUICK, server={"root_path": "/tools/sd"})
+    simulator.script("nested", status="running", progress=0.5)
+
+    def forward(connection: socket.socket, request: Request) -> None:
+        head = request.head
+        if strip:
+            head = re.sub(rb"^(\w+) /tools/sd/?", rb"\1 /", head)
+        with socket.create_connection(gate.address, timeout=PATIENCE_SECONDS) as onward:
+            onward.sendall(re.sub(rb"(?i)connection: keep-alive", b"connection: close", head) + b"\r\n\r\n")
+            with suppress(OSError):
+                while part := onward.recv(65536):
+                    connection.sendall(part)
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
+
+    with RawUpstream(forward) as ingress:
+        tab.page.goto(f"{ingress.url}/tools/sd?taskId=nested")
+        expect(tab.bar("nested")).to_have_attribute("aria-valuenow", "50")
+        assert tab.page.url == f"{ingress.url}/tools/sd/?taskId=nested"
+        assert all(urlsplit(url).path.startswith("/tools/sd") for url in tab.requests)
+        tab.page.get_by_role("link", name="API").click()
+        expect(tab.page.get_by_role("heading", name="Problem codes")).to_be_visible()
+        tab.page.close()
 
 
 @in_browser

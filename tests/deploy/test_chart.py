@@ -31,6 +31,9 @@ OLDEST, NEWEST = "1.25", "1.37"
 # Kinds without a schema in Kubernetes.
 CUSTOM = {"DestinationRule", "HTTPRoute", "PodMonitor", "PrometheusRule", "ServiceMonitor"}
 
+# The second manifests of a kind, by the last part of their names.
+_NAMED = {"dashboard": "Dashboard", "metrics": "MetricsService"}
+
 Manifest = dict[str, Any]
 
 each_helm = pytest.mark.parametrize("program", ["helm", "helm3"])
@@ -46,12 +49,12 @@ def helm(*arguments: str | Path, program: str = "helm") -> subprocess.CompletedP
 
 
 def rendered(*arguments: str | Path, program: str = "helm", chart: Path = CHART) -> dict[str, Manifest]:
-    """Return the rendered manifests by kind; the ConfigMap of the dashboard is under Dashboard."""
+    """Return the rendered manifests by kind, with those of _NAMED under these names."""
     ran = helm("template", "release", chart, *arguments, program=program)
     assert ran.returncode == 0, ran.stderr
     manifests = [manifest for manifest in yaml.safe_load_all(ran.stdout) if manifest]
     by_kind = {
-        "Dashboard" if manifest["metadata"]["name"].endswith("-dashboard") else manifest["kind"]: manifest
+        _NAMED.get(manifest["metadata"]["name"].rpartition("-")[2], manifest["kind"]): manifest
         for manifest in manifests
     }
     assert len(by_kind) == len(manifests)
@@ -71,9 +74,10 @@ def pod(manifests: dict[str, Manifest]) -> Manifest:
 
 def container(manifests: dict[str, Manifest]) -> Manifest:
     """Return the gateway's container."""
-    [only] = pod(manifests)["spec"]["containers"]
-    assert isinstance(only, dict)
-    return only
+    first, *_ = pod(manifests)["spec"]["containers"]
+    assert isinstance(first, dict)
+    assert first["name"] == "gateway"
+    return first
 
 
 def settings_of(manifests: dict[str, Manifest], tmp_path: Path) -> Settings:
@@ -91,7 +95,7 @@ def ports(manifests: dict[str, Manifest]) -> dict[str, int]:
 
 def test_chart_has_example_values() -> None:
     """There is a values file for each kind of deployment."""
-    expected = {"minimal", "full", "gateway-api", "monitoring-off", "existing-secret"}
+    expected = {"minimal", "full", "extras", "gateway-api", "monitoring-off", "existing-secret", "openshift"}
     assert expected <= {file.stem for file in VALUES}
 
 
@@ -164,27 +168,88 @@ def test_chart_probes_and_ports_are_the_gateways(values: Path, tmp_path: Path) -
     assert set(paths.values()) <= PROBES
     assert paths["readinessProbe"] == "/readyz"
     assert paths["livenessProbe"] == "/healthz"  # a pod is not killed while it drains or lacks credentials
-    targets = {port["targetPort"] for port in manifests["Service"]["spec"]["ports"]}
-    assert targets == set(known)
+    services = [manifests[kind] for kind in ("Service", "MetricsService") if kind in manifests]
+    targets = [port["targetPort"] for service in services for port in service["spec"]["ports"]]
+    assert sorted(targets) == sorted(known)
+
+
+def containers(spec: Manifest) -> list[Manifest]:
+    """Return all containers of a pod, including its init containers."""
+    return [*spec.get("initContainers", ()), *spec["containers"]]
 
 
 @each_values
 def test_chart_is_restricted(values: Path) -> None:
-    """Every pod meets the "restricted" standard, has a read-only file system and no token."""
+    """Every pod meets the "restricted" standard, has a read-only file system, a memory limit and no token."""
     manifests = rendered("-f", values)
     for spec in (pod(manifests)["spec"], manifests["Pod"]["spec"]):
+        assert restricted_violations(spec) == []
         assert spec["automountServiceAccountToken"] is False
         assert spec["enableServiceLinks"] is False
-        assert spec["securityContext"]["runAsNonRoot"] is True
-        assert spec["securityContext"]["runAsUser"] == 10001
-        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-        [only] = spec["containers"]
-        assert only["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
+        for each in containers(spec):
+            assert each["securityContext"]["readOnlyRootFilesystem"] is True
+            assert each["resources"]["limits"]["memory"]
+
+
+def restricted_violations(spec: Manifest) -> list[str]:
+    """Return what the restricted pod security standard forbids in a pod.
+
+    The standard permits some sysctls and SELinux options; this check permits none.
+
+    Source: https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted
+    """
+    context = spec.get("securityContext", {})
+    allowed = {
+        "configMap",
+        "csi",
+        "downwardAPI",
+        "emptyDir",
+        "ephemeral",
+        "persistentVolumeClaim",
+        "projected",
+    }
+    forbidden = {
+        f"volume {volume['name']}": set(volume) <= allowed | {"name", "secret"}
+        for volume in spec.get("volumes", ())
+    }
+    forbidden |= {name: not spec.get(name) for name in ("hostNetwork", "hostPID", "hostIPC")}
+    forbidden |= {name: not context.get(name) for name in ("sysctls", "seLinuxOptions", "windowsOptions")}
+    forbidden["runAsUser of the pod"] = context.get("runAsUser") != 0
+    for each in containers(spec):
+        own = each.get("securityContext", {})
+        capabilities = own.get("capabilities", {})
+        seccomp = own.get("seccompProfile", context.get("seccompProfile", {}))
+        rules = {
+            "runAsNonRoot": own.get("runAsNonRoot", context.get("runAsNonRoot")) is True,
+            "runAsUser": own.get("runAsUser") != 0,
+            "privileged": not own.get("privileged"),
+            "allowPrivilegeEscalation": own.get("allowPrivilegeEscalation") is False,
+            "drop": capabilities.get("drop") == ["ALL"],
+            "add": set(capabilities.get("add", ())) <= {"NET_BIND_SERVICE"},
+            "seccompProfile": seccomp.get("type") in {"RuntimeDefault", "Localhost"},
+            "seLinuxOptions": not own.get("seLinuxOptions"),
+            "procMount": own.get("procMount", "Default") == "Default",
+            "hostPort": not any(port.get("hostPort") for port in each.get("ports", ())),
         }
-        assert only["resources"]["limits"]["memory"]
+        forbidden |= {f"{name} of {each['name']}": met for name, met in rules.items()}
+    return [name for name, met in forbidden.items() if not met]
+
+
+@pytest.mark.parametrize(
+    ("values", "violation"),
+    [
+        ("podSecurityContext.runAsNonRoot=null", "runAsNonRoot of gateway"),
+        ("podSecurityContext.seccompProfile=null", "seccompProfile of gateway"),
+        ("securityContext.runAsUser=0", "runAsUser of gateway"),
+        ("securityContext.capabilities.drop=null", "drop of gateway"),
+        ('extraVolumes=[{"name": "host", "hostPath": {"path": "/"}}]', "volume host"),
+        ('initContainers=[{"name": "init", "securityContext": {"privileged": true}}]', "privileged of init"),
+        ('extraContainers=[{"name": "more", "ports": [{"hostPort": 1}]}]', "hostPort of more"),
+    ],
+)
+def test_restricted_violations_are_found(values: str, violation: str) -> None:
+    """Values that break the restricted standard are rendered, and the check of these tests finds them."""
+    assert violation in restricted_violations(pod(minimal(values))["spec"])
 
 
 @each_values
@@ -195,7 +260,9 @@ def test_chart_selectors_use_immutable_labels(values: Path) -> None:
     assert set(selector) == {f"app.kubernetes.io/{label}" for label in ("name", "instance", "component")}
     assert selector.items() <= pod(manifests)["metadata"]["labels"].items()
     assert not selector.items() <= manifests["Pod"]["metadata"]["labels"].items()
-    assert manifests["Service"]["spec"]["selector"] == selector
+    for kind in ("Service", "MetricsService"):
+        if kind in manifests:
+            assert manifests[kind]["spec"]["selector"] == selector
     for kind in ("PodDisruptionBudget", "ServiceMonitor", "PodMonitor"):
         if kind in manifests:
             assert manifests[kind]["spec"]["selector"]["matchLabels"] == selector
@@ -216,9 +283,12 @@ def test_chart_has_the_version_of_the_gateway() -> None:
 
 
 def test_chart_updates_without_downtime() -> None:
-    """No pod is removed before its replacement is ready."""
-    strategy = minimal()["Deployment"]["spec"]["strategy"]["rollingUpdate"]
-    assert strategy == {"maxSurge": 1, "maxUnavailable": 0}
+    """By default no pod is removed before its replacement is ready; Recreate has no options."""
+    rolling = {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}}
+    assert minimal()["Deployment"]["spec"]["strategy"] == rolling
+    recreated = minimal('strategy={"type": "Recreate"}')["Deployment"]
+    assert recreated["spec"]["strategy"] == {"type": "Recreate"}
+    kubernetes_validate.validate(recreated, NEWEST, strict=True)
 
 
 def test_chart_restarts_pods_when_settings_change() -> None:
@@ -245,13 +315,27 @@ def test_chart_mounts_secrets_as_directories(tmp_path: Path) -> None:
     }
     assert secrets == {"/run/secrets/sd-gateway": "progress-pair", "/run/secrets/sd-gateway-store": "valkey"}
     settings = settings_of(manifests, tmp_path)
-    files = [*settings.credentials.model_dump().items(), *settings.store.model_dump().items()]
-    named = {name: file for name, file in files if name.endswith("_file")}
-    assert {name: str(file.parent) for name, file in named.items()} == {
-        name: f"/run/secrets/sd-gateway{'' if name.endswith('_key_file') else '-store'}" for name in named
-    }
+    for section, folder in ((settings.credentials, "sd-gateway"), (settings.store, "sd-gateway-store")):
+        files = {file for name, file in section.model_dump().items() if name.endswith("_file")}
+        assert {str(file.parent) for file in files} == {f"/run/secrets/{folder}"}
     config = container(manifests)["args"][-1]
     assert str(Path(config).parent) in mounts
+
+
+def test_chart_mounts_the_certificates_of_the_upstream() -> None:
+    """The CA and the client certificate for the upstream come from a secret."""
+    keys = {"caKey": "ca.crt", "clientCertKey": "tls.crt", "clientKeyKey": "tls.key"}
+    manifests = minimal(f"upstream={json.dumps({'existingSecret': 'upstream-tls', **keys})}")
+    text = manifests["ConfigMap"]["data"]["gateway.toml"]
+    folder = "/run/secrets/sd-gateway-upstream"
+    assert [line for line in text.splitlines() if folder in line] == [
+        f'ca_file = "{folder}/ca.crt"',
+        f'client_cert_file = "{folder}/tls.crt"',
+        f'client_key_file = "{folder}/tls.key"',
+    ]
+    volumes = {volume["name"]: volume for volume in pod(manifests)["spec"]["volumes"]}
+    [mount] = [each for each in container(manifests)["volumeMounts"] if each["mountPath"] == folder]
+    assert volumes[mount["name"]]["secret"]["secretName"] == "upstream-tls"
 
 
 def test_chart_names_only_files_of_the_secret(tmp_path: Path) -> None:
@@ -423,6 +507,20 @@ def test_chart_contains_the_rules() -> None:
     assert "PrometheusRule" not in minimal()
 
 
+def test_chart_puts_urls_into_alerts() -> None:
+    """runbook_url and dashboard_url begin with the URLs of the values; nothing else differs from the file."""
+    manifests = rendered("-f", CHART / "ci" / "extras.yaml")
+    expected = yaml.safe_load((CHART / "rules" / "gateway.yaml").read_text())
+    alerts = [rule for group in expected["groups"] for rule in group["rules"] if "alert" in rule]
+    for alert in alerts:
+        annotations = alert["annotations"]
+        path, _, heading = annotations["runbook_url"].partition("#")
+        assert path == "helm/OPERATING.md"
+        annotations["runbook_url"] = f"{own('monitoring.runbookUrl')}#{heading}"
+        annotations["dashboard_url"] = f"https://example.com/grafana{annotations['dashboard_url']}"
+    assert manifests["PrometheusRule"]["spec"] == expected
+
+
 def test_chart_contains_the_dashboard() -> None:
     """The ConfigMap for the Grafana sidecar contains the tested dashboard unchanged, including braces."""
     manifest = rendered("-f", FULL)["Dashboard"]
@@ -431,6 +529,18 @@ def test_chart_contains_the_dashboard() -> None:
     [content] = manifest["data"].values()
     assert json.loads(content) == json.loads((CHART / "dashboards" / "gateway.json").read_text())
     assert "Dashboard" not in minimal()
+
+
+def notes_of(tmp_path: Path, *arguments: str | Path) -> str:
+    """Return the notes that Helm prints after an installation."""
+    # Helm prints no notes without a cluster, so a manifest quotes them.
+    chart = shutil.copytree(CHART, tmp_path / CHART.name)
+    notes = '{{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}'
+    quoting = f"kind: Notes\nmetadata: {{name: notes}}\ntext: {notes}\n"
+    (chart / "templates" / "quoting.yaml").write_text(quoting, encoding="utf-8")
+    text = rendered(*arguments, chart=chart)["Notes"]["text"]
+    assert isinstance(text, str)
+    return text
 
 
 @pytest.mark.parametrize(
@@ -449,19 +559,209 @@ def test_chart_contains_the_dashboard() -> None:
             "replicas=1",
             ["the key pair is part of the values", "without a NetworkPolicy"],
         ),
+        ("minimal", "service.type=NodePort", ["the NetworkPolicy admits no client from outside"]),
+        (
+            "hash-by-task",
+            "replicas=1",
+            ["the NetworkPolicy admits no client from outside"],
+        ),
+        ("openshift", "replicas=1", []),
+        ("extras", "autoscaling.enabled=false", []),
     ],
 )
 def test_chart_notes_have_warnings(tmp_path: Path, values: str, more: str, warnings: list[str]) -> None:
     """The notes contain the next command, and warnings about risky values."""
-    file = CHART / "ci" / f"{values}.yaml"
-    # Helm prints no notes without a cluster, so a manifest quotes them.
-    chart = shutil.copytree(CHART, tmp_path / CHART.name)
-    notes = '{{ include (print .Template.BasePath "/NOTES.txt") . | toJson }}'
-    quoting = f"kind: Notes\nmetadata: {{name: notes}}\ntext: {notes}\n"
-    (chart / "templates" / "quoting.yaml").write_text(quoting, encoding="utf-8")
-    notes = rendered("-f", file, "--set", more, chart=chart)["Notes"]["text"]
+    notes = notes_of(tmp_path, "-f", CHART / "ci" / f"{values}.yaml", "--set", more)
     assert "helm test release --namespace default --logs" in notes
     assert re.findall(r"WARNING: (.*?)(?:,| and a client| every pod)", notes) == warnings
+
+
+@pytest.mark.parametrize(
+    ("values", "admitted"),
+    [("minimal", "default"), ("full", "default, ingress"), ("gateway-api", "default, gateways")],
+)
+def test_chart_notes_name_the_admitted_namespaces(tmp_path: Path, values: str, admitted: str) -> None:
+    """The notes list the namespaces of clients."""
+    assert f"from these namespaces only: {admitted}\n" in notes_of(
+        tmp_path, "-f", CHART / "ci" / f"{values}.yaml"
+    )
+
+
+@pytest.mark.parametrize("values", ["minimal", "full", "gateway-api", "hash-by-task"])
+def test_chart_notes_forward_a_port(
+    tmp_path: Path, simulator: Simulator, launch: Callable[..., Gateway], values: str
+) -> None:
+    """The notes forward a port of the service; the gateway then answers at the addresses of the notes."""
+    file = CHART / "ci" / f"{values}.yaml"
+    manifests = rendered("-f", file)
+    notes = notes_of(tmp_path, "-f", file)
+    [(service, local, remote)] = re.findall(
+        r"^  kubectl --namespace default port-forward service/(\S+) (\d+):(\d+)$", notes, re.MULTILINE
+    )
+    assert service == manifests["Service"]["metadata"]["name"]
+    assert int(remote) == manifests["Service"]["spec"]["ports"][0]["port"]
+    settings = settings_of(manifests, tmp_path).server
+    gate = launch(
+        simulator.url, server={"root_path": settings.root_path, "trusted_hosts": settings.trusted_hosts}
+    )
+    addresses = re.findall(rf"http://127\.0\.0\.1:{local}(\S*?),?\s", notes.replace(".\n", "\n"))
+    assert len(addresses) == (1 if values == "full" else 2)  # its trusted hosts do not include 127.0.0.1
+    for path in addresses:
+        assert gate.client.get(path, headers={"Host": f"127.0.0.1:{local}"}).status_code == 200, path
+
+
+def own(name: str) -> Any:
+    """Return a value of ci/extras.yaml."""
+    value = yaml.safe_load((CHART / "ci" / "extras.yaml").read_text())
+    for part in name.split("."):
+        value = value[part]
+    return value
+
+
+def test_chart_default_security_context_has_fixed_ids() -> None:
+    """By default all IDs are 10001, and fsGroup lets the gateway read the mounted secrets."""
+    for spec in (pod(minimal())["spec"], minimal()["Pod"]["spec"]):
+        context = spec["securityContext"]
+        assert {context[name] for name in ("runAsUser", "runAsGroup", "fsGroup")} == {10001}
+        [only] = spec["containers"]
+        assert set(only["securityContext"]) == {
+            "allowPrivilegeEscalation",
+            "capabilities",
+            "readOnlyRootFilesystem",
+        }
+
+
+@each_helm
+def test_chart_runs_on_openshift(program: str) -> None:
+    """OpenShift's constraint restricted-v2 admits the pods: no ID is fixed, and no volume needs the host.
+
+    The constraint requires what the restricted standard requires, and assigns user, group and SELinux label.
+    """
+    manifests = rendered("-f", CHART / "ci" / "openshift.yaml", program=program)
+    for spec in (pod(manifests)["spec"], manifests["Pod"]["spec"]):
+        assert spec["securityContext"] == {
+            "runAsNonRoot": True,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        }
+        for each in containers(spec):
+            assert each["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+    policy = manifests["NetworkPolicy"]["spec"]
+    assert {port["port"] for port in policy["egress"][0]["ports"]} == {53, 5353}
+    admitted = [peer["namespaceSelector"] for rule in policy["ingress"] for peer in rule["from"][-1:]]
+    assert [list(each["matchLabels"].values()) for each in admitted] == [
+        ["openshift-ingress"],
+        ["openshift-user-workload-monitoring"],
+    ]
+
+
+def test_chart_uses_every_extra_value() -> None:
+    """Each value of ci/extras.yaml is in the field of Kubernetes that it names, unchanged."""
+    manifests = rendered("-f", CHART / "ci" / "extras.yaml")
+    deployment = manifests["Deployment"]["spec"]
+    spec = pod(manifests)["spec"]
+    only = container(manifests)
+    assert only["envFrom"] == own("extraEnvFrom")
+    assert spec["volumes"][-2:] == own("extraVolumes")
+    assert only["volumeMounts"][-1:] == own("extraVolumeMounts")
+    assert spec["initContainers"] == own("initContainers")
+    assert spec["containers"][1:] == own("extraContainers")
+    for name in ("hostAliases", "dnsPolicy", "dnsConfig", "runtimeClassName"):
+        assert spec[name] == own(name)
+    assert deployment["revisionHistoryLimit"] == own("revisionHistoryLimit")
+    assert deployment["strategy"] == {"type": "RollingUpdate"} | own("strategy")
+    assert own("podSecurityContext").items() <= spec["securityContext"].items()
+    assert spec["securityContext"]["runAsNonRoot"] is True  # defaults without a value of the user stay
+    assert own("securityContext").items() <= only["securityContext"].items()
+    assert manifests["Pod"]["spec"]["containers"][0]["securityContext"] == only["securityContext"]
+    behavior = manifests["HorizontalPodAutoscaler"]["spec"]["behavior"]
+    assert behavior["scaleUp"] == own("autoscaling.behavior.scaleUp")
+    assert behavior["scaleDown"] == {"stabilizationWindowSeconds": 600}
+    [rule] = manifests["Ingress"]["spec"]["rules"]
+    [path] = rule["http"]["paths"]
+    assert (path["path"], path["pathType"]) == (own("ingress.path"), own("ingress.pathType"))
+    [endpoint] = manifests["ServiceMonitor"]["spec"]["endpoints"]
+    for name in ("interval", "scrapeTimeout", "relabelings", "metricRelabelings"):
+        assert endpoint[name] == own(f"monitoring.{name}")
+
+
+def test_chart_spreads_its_own_pods() -> None:
+    """A constraint without a labelSelector counts the pods of the gateway; an empty list removes them all."""
+    selector = minimal()["Deployment"]["spec"]["selector"]
+    default = pod(minimal())["spec"]["topologySpreadConstraints"]
+    assert [each["topologyKey"] for each in default] == [
+        "kubernetes.io/hostname",
+        "topology.kubernetes.io/zone",
+    ]
+    assert [each["labelSelector"] for each in default] == [selector, selector]
+    without, with_selector = pod(rendered("-f", CHART / "ci" / "extras.yaml"))["spec"][
+        "topologySpreadConstraints"
+    ]
+    assert without == own("topologySpreadConstraints")[0] | {"labelSelector": selector}
+    assert with_selector == own("topologySpreadConstraints")[1]
+    assert "topologySpreadConstraints" not in pod(minimal("topologySpreadConstraints=[]"))["spec"]
+
+
+def test_chart_labels_every_object() -> None:
+    """Common labels are on every object and pod, and in no selector; they replace no label of the chart."""
+    labels = {"example.com/team": "images", "app.kubernetes.io/name": "other", "release": "other"}
+    manifests = rendered(
+        *("-f", FULL, "--set-json", f"commonLabels={json.dumps(labels)}"),
+        *("--set-json", 'podLabels={"example.com/team": "edge"}'),
+    )
+    assert len(manifests) > 10
+    plain = rendered("-f", FULL)
+    for kind, manifest in manifests.items():
+        assert manifest["metadata"]["labels"]["example.com/team"] == "images"
+        assert manifest["metadata"]["labels"]["app.kubernetes.io/name"] == "sd-progress-gateway"
+        assert plain[kind]["metadata"]["labels"].items() <= manifest["metadata"]["labels"].items()
+        assert manifest.get("spec", {}).get("selector") == plain[kind].get("spec", {}).get("selector")
+    assert pod(manifests)["metadata"]["labels"]["example.com/team"] == "edge"
+    assert manifests["ServiceMonitor"]["metadata"]["labels"]["release"] == "prometheus"
+
+
+def test_chart_exposes_only_the_port_of_clients() -> None:
+    """A service that is reachable from outside has no metrics port: another service has it."""
+    assert [port["name"] for port in minimal()["Service"]["spec"]["ports"]] == ["http", "metrics"]
+    assert "MetricsService" not in minimal()
+    manifests = rendered("-f", CHART / "ci" / "extras.yaml")
+    spec = manifests["Service"]["spec"]
+    assert [(port["name"], port["nodePort"]) for port in spec["ports"]] == [("http", 30080)]
+    names = ("type", "ipFamilyPolicy", "ipFamilies", "loadBalancerClass", "loadBalancerSourceRanges")
+    for name in (*names, "externalTrafficPolicy"):
+        assert spec[name] == own(f"service.{name}")
+    assert own("service.annotations") == manifests["Service"]["metadata"]["annotations"]
+    inside = manifests["MetricsService"]["spec"]
+    assert (inside["type"], [port["name"] for port in inside["ports"]]) == ("ClusterIP", ["metrics"])
+    monitored = manifests["ServiceMonitor"]["spec"]["selector"]["matchLabels"]
+    assert monitored.items() <= manifests["MetricsService"]["metadata"]["labels"].items()
+    without = minimal('service.type="NodePort"', "settings.server.metrics_port=0")
+    assert "MetricsService" not in without
+
+
+def test_chart_network_policy_has_extra_rules() -> None:
+    """DNS may have other ports, or no rule; extra rules admit clients from outside the cluster."""
+    spec = rendered("-f", CHART / "ci" / "extras.yaml")["NetworkPolicy"]["spec"]
+    assert spec["ingress"][-1:] == own("networkPolicy.extraIngress")
+    assert [(port["port"], port["protocol"]) for port in spec["egress"][0]["ports"]] == [
+        (53, "UDP"),
+        (53, "TCP"),
+        (1053, "UDP"),
+        (1053, "TCP"),
+    ]
+    egress = minimal("networkPolicy.dnsPorts=[]")["NetworkPolicy"]["spec"]["egress"]
+    assert [rule["ports"] for rule in egress] == [[{"port": 443}]]  # a rule without ports would allow all
+
+
+def test_chart_documents_who_may_connect() -> None:
+    """The README says that the default policy admits the namespace of the release only, as it does."""
+    clients, _ = minimal()["NetworkPolicy"]["spec"]["ingress"]
+    assert clients["from"] == [{"podSelector": {}}]
+    readme = " ".join((CHART / "README.md").read_text(encoding="utf-8").split())
+    assert "The default NetworkPolicy admits clients from the namespace of the release only." in readme
 
 
 # --- rejected values --------------------------------------------------------------------------------------
@@ -489,6 +789,28 @@ def test_chart_notes_have_warnings(tmp_path: Path, values: str, more: str, warni
         ("monitoring.monitor=Monitor", "monitor"),
         ("networkPolicy.fromNamespaces[0]=Not_A_Name", "fromNamespaces"),
         ("autoscaling.cpuPercent=high", "cpuPercent"),
+        ("autoscaling.behaviour.scaleDown=1", "behaviour"),
+        ("podSecurityContext=none", "podSecurityContext"),
+        ("extraVolumes[0].emptyDir=x", "name"),
+        ("extraVolumeMounts[0].name=x", "mountPath"),
+        ("extraContainers[0].image=x", "name"),
+        ("commonLabels.a.b=c", "commonLabels"),
+        ("topologySpreadConstraints[0].maxSkew=1", "topologyKey"),
+        ("strategy.type=Rolling", "type"),
+        ("strategy.maxSurge=1", "maxSurge"),
+        ("revisionHistoryLimit=-1", "revisionHistoryLimit"),
+        ("dnsPolicy=Cluster", "dnsPolicy"),
+        ("hostAliases[0].ip=10.0.0.1", "hostnames"),
+        ("service.type=ExternalName", "type"),
+        ("service.ipFamilyPolicy=DualStack", "ipFamilyPolicy"),
+        ("service.ipFamilies[0]=ipv6", "ipFamilies"),
+        ("service.nodeport=30080", "nodeport"),
+        ("ingress.path=x", "path"),
+        ("ingress.pathType=Regex", "pathType"),
+        ("networkPolicy.dnsPorts[0]=0", "dnsPorts"),
+        ("monitoring.scrapeTimeout=soon", "scrapeTimeout"),
+        ("monitoring.runbookUrl=wiki", "runbookUrl"),
+        ("monitoring.grafanaUrl=https://g/?a", "grafanaUrl"),
         ("monitoring.dashboard.folder=Images", "folder"),
         ("extraObjects[0].kind=Secret", "apiVersion"),
     ],
@@ -540,9 +862,10 @@ def test_chart_schema_has_the_settings_of_the_gateway() -> None:
     expected = plain({key: value for key, value in model.items() if key != "$defs"})
     sections = expected["properties"]
     del sections["credentials"]
-    files = ("username_file", "password_file", "ca_file", "sentinel_username_file", "sentinel_password_file")
-    for name in files:
-        del sections["store"]["properties"][name]
+    for section in (sections["store"], sections["upstream"]):  # the chart sets the files
+        for name in [name for name in section["properties"] if name.endswith("_file")]:
+            del section["properties"][name]
+    sections["upstream"]["properties"]["proxy"] = {"type": "string", "pattern": "^[^@]*$"}
     sections["store"]["properties"]["url"] = {
         "type": "string",
         "pattern": "^[^@]*$",

@@ -1,20 +1,28 @@
 """The Grafana dashboard: its structure, checked with Grafana's own types, and its queries."""
 
 import json
+import re
 from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
 import pytest
+import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from tests.support.dashboard import ANNOTATIONS, DASHBOARD, PANELS, QUERIES, VARIABLES
+from gateway.upstream.circuit_breaker import State
+from tests.support.dashboard import ANNOTATIONS, DASHBOARD, FILE, PANELS, QUERIES, VARIABLES
 from tests.support.promql import check_names, series
 
 SOURCE = {"type": "prometheus", "uid": "${datasource}"}
-SELECTOR = 'namespace=~"$namespace", job=~"$job"'
+SELECTED = {name: f'{name}=~"${name}"' for name in ("namespace", "job", "instance", "route", "operation")}
+# Labels of the gateway with the meaning of a variable; the operations of the store are others.
+LABELLED = {name: labels for name, labels in series().items() if "_store_" not in name}
+ROUTE = "/v1/progress/{taskId}"
+BUDGET = "sd_gateway_upstream_budget_per_second"
+BY_TITLE = {panel["title"]: panel for panel in PANELS}
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
@@ -61,14 +69,21 @@ def test_dashboard_uses_the_selected_data_source(panel: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_dashboard_queries_existing_metrics(query: str) -> None:
-    """Metrics, labels and values exist, and every selector uses the variables."""
-    check_names(query, recorded=())
-    assert query.count(SELECTOR) == sum(query.count(f"{name}{{") for name in series())
+    """Metrics, labels and values exist, and every selector uses the variables of its labels."""
+    selectors = re.findall(r"(\w+)\{([^}]*)\}", query)
+    assert selectors
+    for name, matchers in selectors:
+        if name == "ALERTS":  # an alert of no gateway has neither label
+            assert {'namespace=~"$namespace|"', 'job=~"$job|"'} <= set(matchers.split(", "))
+            continue
+        check_names(f"{name}{{{matchers}}}", recorded=())
+        labels = {"namespace", "job", "instance"} | LABELLED.get(name, set()) & set(SELECTED)
+        assert {SELECTED[label] for label in labels} <= set(matchers.split(", ")), name
 
 
 def test_dashboard_variables_and_annotations_exist() -> None:
     """Variables use a metric that every gateway has; annotations use the alerts."""
-    assert list(VARIABLES) == ["job", "namespace"]
+    assert list(VARIABLES) == ["job", "namespace", "instance", "route", "operation"]
     for query in VARIABLES.values():
         check_names(query, recorded=())
     assert all("SdGateway" in query for query in ANNOTATIONS)
@@ -80,3 +95,119 @@ def test_dashboard_shows_every_metric() -> None:
     ours = {name for name in series() if name.startswith("sd_gateway_")}
     families = {name.removesuffix("_count").removesuffix("_sum").removesuffix("_bucket") for name in ours}
     assert {name for name in families if name not in shown} == set()
+
+
+def test_dashboard_begins_with_what_is_wrong() -> None:
+    """The first row answers the first questions of the person on call."""
+    first = sorted(
+        (panel for panel in PANELS if panel["gridPos"]["y"] == 0), key=lambda panel: panel["gridPos"]["x"]
+    )
+    assert [panel["title"] for panel in first] == [
+        "Requests",
+        "Errors",
+        "Response time, p99",
+        "Upstream success",
+        "Age of responses, p99",
+        "Firing alerts",
+        "Alerts",
+    ]
+    assert sum(panel["gridPos"]["w"] for panel in first) == 24
+
+
+@pytest.mark.parametrize(
+    ("title", "excluded"),
+    [
+        ("Requests", {"/healthz", "/readyz", "/metrics"}),
+        ("Errors", {"/healthz", "/readyz", "/metrics"}),
+        ("Requests by status", {"/healthz", "/readyz", "/metrics"}),
+        *(
+            (title, {"/healthz", "/readyz", "/metrics", f"{ROUTE}?wait", f"{ROUTE}/events", "/v1/events"})
+            for title in ("Response time", "Response time, p99")
+        ),
+    ],
+)
+def test_dashboard_excludes_routes_that_mislead(title: str, excluded: set[str]) -> None:
+    """Probes are not requests of clients, and the durations of streams and long polls are waiting times."""
+    [target] = BY_TITLE[title]["targets"]
+    patterns = set(re.findall(r'route!~"([^"]*)"', target["expr"]))
+    routes = {ROUTE, "/v1/progress", "/scc/sd_get_progress", "/", "other", *excluded}
+    for pattern in patterns:
+        assert {route for route in routes if re.fullmatch(pattern, route)} == excluded
+    assert len(patterns) == 1
+
+
+def test_dashboard_has_fixed_colours_for_status_classes() -> None:
+    """Each class of statuses has one colour, whatever other series there are."""
+    rules = {
+        rule["matcher"]["options"]: rule["properties"][0]["value"]["fixedColor"]
+        for rule in BY_TITLE["Requests by status"]["fieldConfig"]["overrides"]
+    }
+    colours = {
+        status: [colour for pattern, colour in rules.items() if re.search(pattern.strip("/"), status)]
+        for status in ("200", "304", "404", "499", "503")
+    }
+    assert colours == {
+        "200": ["green"],
+        "304": ["blue"],
+        "404": ["yellow"],
+        "499": ["yellow"],
+        "503": ["red"],
+    }
+
+
+def test_dashboard_draws_limits_as_lines() -> None:
+    """Every limit is a dashed red line without filling, in the panel of what it limits."""
+    drawn = set()
+    for panel in PANELS:
+        limits = [target for target in panel["targets"] if target.get("legendFormat") == "limit"]
+        overrides = {rule["matcher"]["options"]: rule["properties"] for rule in panel_overrides(panel)}
+        assert bool(limits) == ("limit" in overrides)
+        if limits:
+            properties = {each["id"]: each["value"] for each in overrides["limit"]}
+            assert properties["custom.lineStyle"]["fill"] == "dash"
+            assert (properties["color"]["fixedColor"], properties["custom.fillOpacity"]) == ("red", 0)
+            [name] = re.findall(r"sd_gateway_\w+", limits[0]["expr"])
+            drawn.add(name)
+            others = " ".join(target["expr"] for target in panel["targets"] if target not in limits)
+            assert name.removesuffix("_limit") in others or name == BUDGET
+    assert drawn == {name for name in series() if name.endswith("_limit")} | {BUDGET}
+
+
+def panel_overrides(panel: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the overrides of a panel."""
+    overrides: list[dict[str, Any]] = panel.get("fieldConfig", {}).get("overrides", [])
+    return overrides
+
+
+@pytest.mark.parametrize(
+    ("title", "alert"),
+    [
+        ("CPU", "SdGatewayCpuSaturated"),
+        ("File descriptors in use", "SdGatewayFileDescriptorsScarce"),
+        ("Clock skew and certificate errors", "SdGatewayClockSkew"),
+        ("Overdue responses", "SdGatewayAnswersOverdue"),
+    ],
+)
+def test_dashboard_thresholds_are_those_of_the_alerts(title: str, alert: str) -> None:
+    """A threshold at which an alert fires is the same in the panel."""
+    rules = yaml.safe_load((FILE.parents[1] / "rules" / "gateway.yaml").read_text(encoding="utf-8"))
+    [expression] = [
+        rule["expr"] for group in rules["groups"] for rule in group["rules"] if rule.get("alert") == alert
+    ]
+    [limit] = re.findall(r"> ([\d.]+)", expression)
+    defaults = BY_TITLE[title]["fieldConfig"]["defaults"]
+    assert defaults["thresholds"]["steps"][-1] == {"value": float(limit), "color": "red"}
+    assert BY_TITLE[title]["type"] == "stat" or defaults["custom"]["thresholdsStyle"] == {"mode": "line"}
+
+
+def test_dashboard_shows_circuit_breakers_as_a_timeline() -> None:
+    """Each state of a circuit breaker has a name and a colour."""
+    panel = BY_TITLE["Circuit breakers"]
+    assert panel["type"] == "state-timeline"
+    [mapping] = panel["fieldConfig"]["defaults"]["mappings"]
+    assert {value: (each["text"], each["color"]) for value, each in mapping["options"].items()} == {
+        "0": ("closed", "green"),
+        "1": ("half-open", "yellow"),
+        "2": ("open", "red"),
+    }
+    assert {each["text"] for each in mapping["options"].values()} == set(State)

@@ -1,15 +1,17 @@
 """The image that .ci/image builds: its permissions, that it serves, and its shutdown."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gateway import __version__
 from tests.support.harness import (
@@ -34,7 +36,9 @@ ROOT = Path(__file__).parents[2]
 STORAGE = ROOT / ".cache" / "containers"
 IMAGE = "localhost/sd-progress-gateway"
 [BASE] = re.findall("^ARG BASE=([^@]*)@.*$", (ROOT / "Dockerfile").read_text(encoding="utf-8"), re.MULTILINE)
+CHART = ROOT / "helm" / "sd-progress-gateway"
 MEGABYTE = 1_000_000
+ANY_USER = 1_000_650_000  # in the range that OpenShift gives to a namespace
 
 # The options of Kubernetes' restricted standard. Without the limits Podman would raise them to its own.
 RESTRICTED = [
@@ -85,22 +89,37 @@ class Container:
 
 
 @contextmanager
-def contained(folder: Path, endpoint: str, **env: str) -> Iterator[Container]:
-    """Run the image in front of `endpoint`, on the host's network, while the context is open."""
+def contained(
+    folder: Path,
+    endpoint: str,
+    *,
+    options: Iterable[str] = (),
+    arguments: Iterable[str] = (),
+    **env: str | None,
+) -> Iterator[Container]:
+    """Run the image in front of `endpoint`, on the host's network, while the context is open.
+
+    `options` are further ones of `podman run`, and `arguments` replace those of the image. A variable of None
+    removes a default.
+    """
     port = free_port()
     name = f"sd-progress-gateway-{port}"
-    variables = {
+    variables: dict[str, str | None] = {
         "SD_GATEWAY_SERVER__PORT": str(port),
         "SD_GATEWAY_UPSTREAM__ENDPOINT": endpoint,
         "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
         "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
     } | env
-    settings = [part for key, value in variables.items() for part in ("--env", f"{key}={value}")]
-    program, *options = podman()
+    settings = [f"--env={key}={value}" for key, value in variables.items() if value is not None]
+    program, *storage = podman()
     # Podman needs systemd for the health check, which may be absent: a test runs the check.
     run = ["run", "--rm", "--name", name, "--pull=never", "--network=host", "--no-healthcheck"]
     with (
-        Process(*options, *run, *RESTRICTED, *settings, IMAGE, cwd=folder, program=Path(program)) as process,
+        Process(
+            *(*storage, *run, *RESTRICTED, *options, *settings, IMAGE, *arguments),
+            cwd=folder,
+            program=Path(program),
+        ) as process,
         plain_client(f"http://127.0.0.1:{port}") as client,
     ):
         process.says(r'"event": "listening"')
@@ -144,6 +163,50 @@ def test_image_has_no_privileges(container: Container) -> None:
         exit_status, output = container.python(f"open('{folder}/new', 'w')")
         assert exit_status == 1
         assert "Read-only file system" in output
+
+
+def test_image_runs_on_openshift(tmp_path: Path, simulator: Simulator) -> None:
+    """It runs as OpenShift runs the chart: any user, group 0, and secrets that only fsGroup may read."""
+    manifests = rendered(CHART / "ci" / "openshift.yaml")
+    [gateway] = manifests["Deployment"]["spec"]["template"]["spec"]["containers"]
+    folders = {}
+    for mount in gateway["volumeMounts"]:
+        folders[mount["name"]] = tmp_path / mount["name"]
+        folders[mount["name"]].mkdir(mode=0o755)
+    for name, content in manifests["ConfigMap"]["data"].items():
+        (folders["config"] / name).write_text(content, encoding="utf-8")
+    for name, content in {"access_key": KEY, "secret_key": SECRET}.items():
+        file = folders["credentials"] / name
+        file.write_text(content, encoding="utf-8")
+        os.chown(file, 0, ANY_USER)
+        file.chmod(0o440)
+    volumes = [
+        f"--volume={folders[mount['name']]}:{mount['mountPath']}:ro" for mount in gateway["volumeMounts"]
+    ]
+    env = {variable["name"]: variable["value"] for variable in gateway["env"]} | {
+        "SD_GATEWAY_SERVER__METRICS_PORT": "0",
+        "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": None,  # the files have the pair
+        "SD_GATEWAY_CREDENTIALS__SECRET_KEY": None,
+    }
+    options = [f"--user={ANY_USER}:0", f"--group-add={ANY_USER}", *volumes]
+    with contained(tmp_path, simulator.url, options=options, arguments=gateway["args"], **env) as container:
+        status, output = container.python("import os; print(os.getuid(), os.getgid())")
+        assert (status, output) == (0, f"{ANY_USER} 0\n")
+        assert container.gate.client.get("/readyz").json()["ready"] is True
+        assert container.gate.get(simulator.task()).json()["status"] == "running"
+        container.process.signal()
+        assert container.process.exit_status() == 0
+
+
+def rendered(values: Path) -> dict[str, Any]:
+    """Return the chart's manifests by kind."""
+    helm = shutil.which("helm")
+    if helm is None:
+        pytest.skip("helm is not installed: .ci/run installs it")
+    ran = subprocess.run(
+        [helm, "template", "release", CHART, "-f", values], capture_output=True, text=True, check=True
+    )
+    return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(ran.stdout) if manifest}
 
 
 def test_image_passes_its_health_check(container: Container) -> None:

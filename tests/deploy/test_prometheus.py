@@ -99,6 +99,7 @@ class Clients:
                 gate.native(task)
             gate.client.get("/v1/progress", params={"taskId": self.tasks})
             gate.client.get("/v1/nothing")
+            gate.get(self.tasks[0], params={"wait": "0.05"})
 
 
 @dataclass
@@ -249,6 +250,8 @@ def test_prometheus_fires_when_upstream_fails(scenario: Scenario) -> None:
     assert failures["annotations"]["summary"] == "Upstream calls fail for sd_get_progress."
     assert re.match(r"\d+(\.\d+)?% of the calls of sd_get_progress", failures["annotations"]["description"])
     assert "sd-gateway check" in failures["annotations"]["runbook"]
+    url = "/d/sd-progress-gateway?var-namespace=&var-job=sd-gateway&var-operation=sd_get_progress"
+    assert failures["annotations"]["dashboard_url"] == url
     assert "SdGatewayAnswersOverdue" in scenario.fired
 
 
@@ -265,7 +268,7 @@ def test_prometheus_answers_the_dashboard(scenario: Scenario, query: str) -> Non
 
 
 def test_prometheus_knows_the_dashboards_variables(scenario: Scenario) -> None:
-    """The variable `job` offers both jobs; `namespace` is empty outside Kubernetes."""
+    """Each variable offers the values of its label; `namespace` is empty outside Kubernetes."""
     values = {}
     for name, query in VARIABLES.items():
         [(selector, label)] = re.findall(r"^label_values\((.*), (\w+)\)$", query)
@@ -273,6 +276,33 @@ def test_prometheus_knows_the_dashboards_variables(scenario: Scenario) -> None:
         values[name] = scenario.prometheus.get(f"label/{label}/values", **match)
     assert set(values["job"]) == {JOB, MISCONFIGURED}
     assert values["namespace"] == []
+    assert len(values["instance"]) == 2
+    assert {"sd_get_progress", "comfy_get_progress"} <= set(values["operation"])
+    assert {"/v1/progress/{taskId}", "/v1/progress/{taskId}?wait", "other"} <= set(values["route"])
+    assert not {"/healthz", "/readyz", "/metrics"} & set(values["route"])
+
+
+def test_prometheus_evaluates_every_rule(scenario: Scenario) -> None:
+    """Every rule is evaluated without an error, and every metric that it uses has samples."""
+    rules = [rule for group in scenario.prometheus.get("rules")["groups"] for rule in group["rules"]]
+    assert {(rule["health"], rule.get("lastError", "")) for rule in rules} == {("ok", "")}
+    names = {
+        name for rule in rules for name in re.findall(r"(?<![\w:])(?:sd_gateway_|process_)\w+", rule["query"])
+    }
+    assert len(names) > 10
+    assert [name for name in names if not scenario.prometheus.query(name)] == []
+
+
+def test_prometheus_keeps_long_polls_out_of_response_times(scenario: Scenario) -> None:
+    """The panels of response times select no route of long polls, which others do."""
+    routes = "sum by (route) (sd_gateway_http_request_duration_seconds_count{{{}}})"
+    for query in (each.values[0] for each in QUERIES if str(each.id).startswith("Response time")):
+        [selector] = re.findall(r"_bucket\{([^}]*)\}", substituted(str(query), job=JOB))
+        found = {sample["metric"]["route"] for sample in scenario.prometheus.query(routes.format(selector))}
+        assert "/v1/progress/{taskId}" in found
+        assert not [route for route in found if route.endswith(("?wait", "/events"))]
+    everything = {sample["metric"]["route"] for sample in scenario.prometheus.query(routes.format(""))}
+    assert "/v1/progress/{taskId}?wait" in everything
 
 
 @pytest.mark.parametrize("query", ANNOTATIONS)

@@ -5,12 +5,15 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import yaml
 from pydantic import BaseModel
 
 from gateway.settings.model import Settings
+from tests.docs.markdown import Document
+from tests.support.dashboard import DASHBOARD, VARIABLES
 from tests.support.promql import check_names, series
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +23,13 @@ RULES: list[dict[str, Any]] = [
 ]
 ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 RECORDED = [rule["record"] for rule in RULES if "record" in rule]
+TEXTS = {"summary", "description", "runbook"}
+SELECTED = (
+    "namespace",
+    "job",
+    "operation",
+    "instance",
+)  # labels of alerts that are variables of the dashboard
 CASES: list[dict[str, Any]] = yaml.safe_load((Path(__file__).parents[1] / "data" / "alerts.yaml").read_text())
 
 
@@ -56,12 +66,28 @@ def test_rules_use_existing_names(rule: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ALERTS)
 def test_alerts_have_complete_annotations(name: str) -> None:
-    """Every alert has a severity, and a summary, a description and a runbook in sentences."""
+    """Every alert has a severity, two URLs, and a summary, a description and a runbook in sentences."""
     alert = ALERTS[name]
     assert alert["labels"]["severity"] in {"warning", "critical"}
-    assert set(alert["annotations"]) == {"summary", "description", "runbook"}
-    assert all(text.endswith((".", "?")) for text in alert["annotations"].values())
+    assert set(alert["annotations"]) == TEXTS | {"runbook_url", "dashboard_url"}
+    assert all(alert["annotations"][text].endswith((".", "?")) for text in TEXTS)
     assert "{{" not in alert["annotations"]["runbook"]
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_alerts_link_to_their_runbook(name: str) -> None:
+    """runbook_url names an existing document and its heading, which is the alert's own."""
+    path, _, anchor = ALERTS[name]["annotations"]["runbook_url"].partition("#")
+    assert anchor == name.lower()
+    assert anchor in Document(path).anchors()
+
+
+@pytest.mark.parametrize("name", ALERTS)
+def test_alerts_link_to_the_dashboard(name: str) -> None:
+    """dashboard_url names the dashboard by its UID, and variables that it has."""
+    path, _, query = ALERTS[name]["annotations"]["dashboard_url"].partition("?")
+    assert path == f"/d/{DASHBOARD['uid']}"
+    assert {variable.removeprefix("var-") for variable in re.findall(r"[\w-]+(?==)", query)} <= set(VARIABLES)
 
 
 @pytest.mark.parametrize("name", ALERTS)
@@ -88,14 +114,45 @@ def test_alerts_have_positive_and_negative_cases() -> None:
     assert covered == {(name, fires) for name in ALERTS for fires in (True, False)}
 
 
+def dashboard_url(labels: dict[str, str]) -> str:
+    """Return the dashboard_url of an alert with these labels."""
+    variables = {f"var-{name}": labels[name] for name in SELECTED if name in labels}
+    return f"/d/{DASHBOARD['uid']}" + (f"?{urlencode(variables)}" if variables else "")
+
+
+def test_alerts_escape_labels_in_urls(tmp_path: Path) -> None:
+    """Labels may have any character, for example the slash in the job of a PodMonitor."""
+    labels = {"namespace": "n", "job": "n/g&h", "instance": "[::1]:9090"}
+    selector = ", ".join(f'{name}="{value}"' for name, value in labels.items())
+    alert, annotations = "SdGatewayStoreDown", ALERTS["SdGatewayStoreDown"]["annotations"]
+    expected = {
+        "exp_labels": labels | {"severity": "warning"},
+        "exp_annotations": annotations
+        | {
+            "summary": "[::1]:9090 has lost the shared store.",
+            "dashboard_url": (
+                "/d/sd-progress-gateway?var-namespace=n&var-job=n%2Fg%26h&var-instance=%5B%3A%3A1%5D%3A9090"
+            ),
+        },
+    }
+    run_unit_test(
+        tmp_path,
+        input_series=[{"series": f"sd_gateway_store_up{{{selector}}}", "values": "0+0x10"}],
+        alert_rule_test=[{"eval_time": "5m", "alertname": alert, "exp_alerts": [expected]}],
+    )
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['alert']}: {case['case']}")
 def test_alerts_fire_when_they_should(tmp_path: Path, case: dict[str, Any]) -> None:
-    """The firing alerts have the labels and annotations of the case."""
-    runbook = {"runbook": ALERTS[case["alert"]]["annotations"]["runbook"]}
+    """The firing alerts have the labels and annotations of the case; dashboard_url has all their labels."""
+    annotations = ALERTS[case["alert"]]["annotations"]
+    unchanged = {name: annotations[name] for name in ("runbook", "runbook_url")}
     expected = [
         {
             "exp_labels": alert["exp_labels"],
-            "exp_annotations": alert["exp_annotations"] | runbook,
+            "exp_annotations": alert["exp_annotations"]
+            | unchanged
+            | {"dashboard_url": dashboard_url(alert["exp_labels"])},
         }
         for alert in case["exp_alerts"]
     ]

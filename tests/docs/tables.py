@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from gateway.api.problems import PROBLEMS
 from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.settings.model import Settings
-from gateway.telemetry.counters import FastCounters, FastHistograms
+from gateway.telemetry.counters import CallbackCounter, FastCounters, FastHistograms
 from gateway.telemetry.metrics import Metrics
 from tests.docs.markdown import ROOT, Document, documents
 from tests.support.promql import label_names
@@ -118,7 +118,7 @@ def problems() -> str:
 
     def rows() -> Rows:
         for kind, (status, title) in PROBLEMS.items():
-            retry = "no" if kind is UpstreamRejected else _RETRY.get(status, "no")
+            retry = "for a while" if kind is UpstreamRejected else _RETRY.get(status, "no")
             words = (
                 f"{title}: a bug." if kind is GatewayError else re.split(r"(?<=\.)\s", str(kind.__doc__))[0]
             )
@@ -135,7 +135,7 @@ def metrics() -> str:
 
     def rows() -> Rows:
         for metric in vars(Metrics(CollectorRegistry(), gateway_version="")).values():
-            if isinstance(metric, MetricWrapperBase | FastCounters | FastHistograms):
+            if isinstance(metric, MetricWrapperBase | CallbackCounter | FastCounters | FastHistograms):
                 family = next(iter(metric.describe()))
                 name = family.name + ("_total" if family.type == "counter" else "")
                 labels = " ".join(f"`{label}`" for label in label_names(metric))

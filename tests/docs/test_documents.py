@@ -19,8 +19,8 @@ import pytest
 import yaml
 
 from gateway.cli.main import _parser
-from gateway.settings.loading import PREFIX
 from gateway.settings.model import Settings
+from gateway.settings.variables import PREFIX
 from tests.docs import tables
 from tests.docs.markdown import ROOT, Block, Command, Document, documents
 from tests.docs.session import Session, session
@@ -45,6 +45,7 @@ NOT_RUNNABLE = {
     "helm upgrade": "needs a cluster: rendered instead",
     "helm test": "needs a cluster: test_chart.py runs its script",
     "helm rollback": "needs a cluster",
+    "systemctl": "needs systemd as the first process: test_systemd.py checks the unit",
     "make": "builds or tests everything: run as a dry run",
 }
 
@@ -249,6 +250,8 @@ def scene(document: Document, simulator: Simulator, tmp_path: Path) -> Iterator[
             replacements |= {
                 "SPEEDPIX_APP_KEY=…": f"SPEEDPIX_APP_KEY={KEY}",
                 "APP_SECRET=…": f"APP_SECRET={SECRET}",
+                "> access_key": f"> {scratch / 'access_key'}",  # not into the project's folder
+                "> secret_key": f"> {scratch / 'secret_key'}",
             }
         case "helm/OPERATING.md":
             cwd.mkdir()
@@ -294,6 +297,7 @@ def mounted_pairs(tmp_path: Path, simulator: Simulator) -> dict[str, str]:
         for slot, pair in pairs.items()
         for half, text in zip(("access_key", "secret_key"), pair, strict=True)
     }
+    files["next_secret_key"] += "\n"
     mount.publish(**files)
     return {f"SD_GATEWAY_CREDENTIALS__{name.upper()}_FILE": str(mount.file(name)) for name in files}
 
@@ -349,14 +353,27 @@ def test_documents_commands_that_are_not_run_are_plausible(command: Command, tmp
             assert "Deployment" in render("progress", *rest, cwd=folder_with_values(tmp_path))
         case ["helm", "test" | "rollback", release, *_]:
             assert release == "progress"
-        case ["docker", "build", *rest]:
-            assert (ROOT / rest[-1] / "Dockerfile").exists()
-        case ["docker", "run", *rest]:
-            assert rest[-1] == "sd-progress-gateway"
+        case ["docker", *rest]:
+            assert_uses_the_image(rest)
+        case ["systemctl", *_, unit]:
+            assert (ROOT / "config" / f"{unit}.service").exists()
         case ["kubectl", "create", "secret", *_]:
             assert_creates_the_secret(command, tmp_path)
         case ["kubectl", *rest]:
             assert_matches_the_chart(rest)
+        case _:
+            pytest.fail("no check covers this command")
+
+
+def assert_uses_the_image(arguments: list[str]) -> None:
+    """Check that a docker command names the Dockerfile's folder, the image or a compose file."""
+    match arguments:
+        case ["build", *_, folder]:
+            assert (ROOT / folder / "Dockerfile").exists()
+        case ["run", *_, image]:
+            assert image == "sd-progress-gateway"
+        case ["compose", "--file", file, "up", *_]:
+            assert (ROOT / file).exists()  # test_compose.py checks it
         case _:
             pytest.fail("no check covers this command")
 

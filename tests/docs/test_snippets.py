@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from gateway.api.problems import PROBLEMS
 from gateway.domain.errors import UpstreamRejected
+from tests.attacks.proxies import BUFFERING, buffering_nginx
 from tests.browser.test_page import ARGUMENTS, CHROMIUM
 from tests.docs.markdown import ROOT, Document
 from tests.support.harness import (
@@ -48,22 +49,27 @@ LONG = 600
 TWO_PAUSES = 4.5  # seconds: longer than the first two backoff pauses without a Retry-After
 
 Launch = Callable[..., Gateway]
+with_nginx = pytest.mark.skipif(shutil.which("nginx") is None, reason=".ci/run installs nginx")
 
-# Drivers of the example programs. Arguments: function, gateway, seconds, wait, silence and tasks. A driver
-# writes one line of JSON for each event, then one with the outcome: "ok", "refused" or "timeout".
+
+# Drivers of the example programs. Arguments: function, gateway, seconds, wait, silence, unknown, opening and
+# tasks. A driver writes one line of JSON for each event, then one with the outcome: "ok", "refused" or
+# "timeout".
 PYTHON = """
 import json, sys
 import httpx
-what, url, seconds, wait, silence, *tasks = sys.argv[1:]
+what, url, seconds, wait, silence, unknown, opening, *tasks = sys.argv[1:]
 say = lambda *event: print(json.dumps(event), flush=True)
 try:
     with httpx.Client(base_url=url, trust_env=False) as gateway:
         if what == "finished":
             from progress import Refused, finished
-            say("progress", finished(gateway, tasks[0], seconds=float(seconds), wait=int(wait)))
+            within = {"seconds": float(seconds), "wait": int(wait), "unknown": float(unknown)}
+            say("progress", finished(gateway, tasks[0], **within))
         else:
             from follow import Refused, follow
-            for event, data in follow(gateway, tasks, seconds=float(seconds), silence=float(silence)):
+            within = {"seconds": float(seconds), "silence": float(silence), "opening": float(opening)}
+            for event, data in follow(gateway, tasks, **within):
                 say(event, data)
     say("ok")
 except Refused as exc:
@@ -74,10 +80,11 @@ except TimeoutError as exc:
 JAVASCRIPT = """
 import { Refused as NotFinished, finished } from "./progress.mjs";
 import { Refused as NotFollowed, follow } from "./follow.mjs";
-const [what, url, seconds, wait, silence, ...tasks] = process.argv.slice(2);
+const [what, url, seconds, wait, silence, unknown, opening, ...tasks] = process.argv.slice(2);
 const say = (...event) => console.log(JSON.stringify(event));
 try {
-  const within = { seconds: Number(seconds), wait: Number(wait), silence: Number(silence) };
+  const [within] = [{ seconds, wait, silence, unknown, opening }].map((given) =>
+    Object.fromEntries(Object.entries(given).map(([name, value]) => [name, Number(value)])));
   if (what === "finished") say("progress", await finished(url, tasks[0], within));
   else for await (const { event, data } of follow(url, tasks, within)) say(event, data);
   say("ok");
@@ -106,13 +113,14 @@ class Call {
     public static void main(String[] given) throws Exception {
         URI gateway = URI.create(given[1]);
         Duration within = duration(given[2]);
-        List<String> tasks = Arrays.asList(given).subList(5, given.length);
+        List<String> tasks = Arrays.asList(given).subList(7, given.length);
         try {
             if (given[0].equals("finished")) {
                 int wait = Integer.parseInt(given[3]);
-                say("progress", new Progress(gateway).finished(tasks.get(0), within, wait));
+                Progress progress = new Progress(gateway, duration(given[5]));
+                say("progress", progress.finished(tasks.get(0), within, wait));
             } else {
-                try (Follow follow = new Follow(gateway, duration(given[4]))) {
+                try (Follow follow = new Follow(gateway, duration(given[4]), duration(given[6]))) {
                     follow.follow(tasks, within, (event, data) -> say(event, data));
                 }
             }
@@ -152,10 +160,19 @@ class Program:
     folder: Path
 
     def call(
-        self, what: str, url: str, *tasks: str, seconds: float = LONG, wait: int = 30, silence: float = 45
+        self,
+        what: str,
+        url: str,
+        *tasks: str,
+        seconds: float = LONG,
+        wait: int = 30,
+        silence: float = 45,
+        unknown: float = 30,
+        opening: float = 5,
     ) -> Process:
         """Start the driver."""
-        arguments = (*self.arguments, what, f"{url}/", str(seconds), str(wait), str(silence), *tasks)
+        numbers = map(str, (seconds, wait, silence, unknown, opening))
+        arguments = (*self.arguments, what, f"{url}/", *numbers, *tasks)
         return Process(*arguments, program=self.program, cwd=self.folder)
 
 
@@ -247,13 +264,36 @@ def test_snippets_wait_by_polls(program: Program, simulator: Simulator, launch: 
 def test_snippets_do_not_retry_permanent_errors(
     program: Program, simulator: Simulator, launch: Launch
 ) -> None:
-    """An unknown task fails at once with the detail of the problem, and is not queried again."""
+    """A rejected task fails with the detail of the problem, and is not queried again."""
     gate = launch(simulator.url)
-    with program.call("finished", gate.url, "no-such-task") as process:
+    with program.call("finished", gate.url, "no-such-task", unknown=0) as process:
         [event] = Call(process).outcome()
     assert event[0] == "refused"
     assert re.match(r"upstream-rejected: .+ \(\w+\)$", str(event[1]))
     assert simulator.calls("no-such-task") == 1
+
+
+@pytest.mark.parametrize("wait", [30, 0])
+def test_snippets_wait_for_a_new_task(
+    program: Program, simulator: Simulator, launch: Launch, wait: int
+) -> None:
+    """A task that the vendor does not know yet is queried again."""
+    gate = launch(simulator.url, cache=QUICK)
+    with program.call("finished", gate.url, "new", wait=wait) as process:
+        until(lambda: simulator.calls("new") >= 1, "the task is rejected")
+        simulator.script("new", status="succeeded", progress=1)
+        [event, outcome] = Call(process).outcome()
+    assert (event[0], event[1]["status"], outcome) == ("progress", "succeeded", ["ok"])
+
+
+def test_snippets_give_up_on_an_unknown_task(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """A task that the vendor keeps rejecting fails after a while."""
+    gate = launch(simulator.url, cache=QUICK)
+    with program.call("finished", gate.url, "no-such-task", unknown=1) as process:
+        [event] = Call(process).outcome()
+    assert event[0] == "refused"
+    assert str(event[1]).startswith("upstream-rejected: ")
+    assert 2 <= simulator.calls("no-such-task") <= 3
 
 
 def test_snippets_retry_after_throttling(program: Program, simulator: Simulator, launch: Launch) -> None:
@@ -421,6 +461,30 @@ def test_snippets_obey_a_streams_retry_after(program: Program) -> None:
     assert len(between.requests) == 1
 
 
+@with_nginx
+@pytest.mark.parametrize("kind", BUFFERING)
+def test_snippets_follow_through_a_buffering_proxy(
+    program: Program, simulator: Simulator, launch: Launch, tmp_path: Path, kind: str
+) -> None:
+    """If a proxy holds the stream back the program says so, and follows all tasks by long polls."""
+    gate = launch(simulator.url, cache=QUICK)
+    one, other = simulator.task(), "new"
+    simulator.script(one, status="running", progress=0.25)
+    with buffering_nginx(kind, tmp_path, "{}:{}".format(*gate.address)) as url:
+        with program.call("follow", url, one, other, opening=1) as process:
+            call = Call(process)
+            until(lambda: len(call.lines()) == 2, "every task has an event")
+            until(lambda: gate.metric("watchers", kind="longpoll") == 1, "the long poll is open")
+            simulator.script(other, status="failed", progress=0.5)
+            simulator.script(one, status="succeeded", progress=1)
+            *events, outcome = call.outcome()
+        assert "a proxy buffers it; using long polls instead" in process.output
+    assert outcome == ["ok"]
+    told = [(event, data["taskId"], data.get("status")) for event, data in events]
+    assert sorted(told[:2]) == [("problem", other, 502), ("progress", one, "running")]
+    assert sorted(told[2:]) == [("progress", one, "succeeded"), ("progress", other, "failed")]
+
+
 def test_snippets_reconnect_after_silence(program: Program, simulator: Simulator, launch: Launch) -> None:
     """A connection without heartbeats is closed and opened again."""
     gate = launch(simulator.url, cache=QUICK, watch={"heartbeat_seconds": 60})
@@ -508,6 +572,23 @@ def test_snippets_page_retries_a_full_gateway(
     expect(browser_page.locator("#tasks")).to_contain_text(
         f"{task}: succeeded, 100 %", timeout=PATIENCE_SECONDS * 1000
     )
+
+
+@with_nginx
+def test_snippets_page_works_through_a_buffering_proxy(
+    browser_page: Page, origin: str, simulator: Simulator, launch: Launch, tmp_path: Path
+) -> None:
+    """If a proxy holds the stream back the page polls."""
+    gate = launch(simulator.url, cache=QUICK, server={"cors_origins": [origin]})
+    task = simulator.task()
+    simulator.script(task, status="running", progress=0.25)
+    with buffering_nginx("nginx-twice", tmp_path, "{}:{}".format(*gate.address)) as url:
+        browser_page.goto(f"{origin}/?gateway={url}/&taskId={task}")
+        rows = browser_page.locator("#tasks")
+        expect(rows).to_contain_text(f"{task}: running, 25 %", timeout=PATIENCE_SECONDS * 1000)
+        simulator.script(task, status="succeeded", progress=1)
+        expect(rows).to_contain_text(f"{task}: succeeded, 100 %")
+        until(lambda: gate.metric("watchers", kind="events") == 0, "the stream is closed")
 
 
 # --- with the vendor's SDK --------------------------------------------------------------------------------

@@ -1,8 +1,16 @@
 """GET /v1/progress?taskId=A&taskId=B: many tasks in one response."""
 
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+
 import pytest
 
-from tests.support.harness import Gateway, Simulator
+from tests.support.harness import Gateway, Simulator, until
+
+QUICK = {"running_seconds": 0.1, "stale_while_revalidate_seconds": 0.2, "error_seconds": 0.1}
+Launch = Callable[..., Gateway]
 
 
 def test_batch_keeps_order_and_removes_duplicates(simulator: Simulator, gate: Gateway) -> None:
@@ -64,7 +72,7 @@ def test_batch_shares_cache_and_in_flight_requests(simulator: Simulator, gate: G
         ("?taskId=a&taskId=b%2Fc", "invalid-task-id", ""),
         ("?taskId=a&colour=red", "invalid-parameter", "colour"),
         ("?taskId=a&api=sd&api=sd", "invalid-parameter", "api"),
-        ("?taskId=a&wait=5", "invalid-parameter", "wait"),
+        ("?taskId=a&wait=soon", "invalid-parameter", "wait"),
         ("?" + "&".join(f"taskId=t{number}" for number in range(101)), "invalid-parameter", "100"),
     ],
 )
@@ -83,3 +91,104 @@ def test_batch_head_has_no_body(simulator: Simulator, gate: Gateway) -> None:
     response = gate.client.head("/v1/progress", params={"taskId": simulator.finished()})
     assert (response.status_code, response.content) == (200, b"")
     assert int(response.headers["content-length"]) > 0
+
+
+# --- entity tags and long polls -----------------------------------------------------------------------------
+
+
+def test_batch_answers_304_until_a_task_changes(simulator: Simulator, launch: Launch) -> None:
+    """The weak tag changes with the progress or the problem of a task, and with nothing else."""
+    gate = launch(simulator.url, cache=QUICK | {"stale_while_revalidate_seconds": 0})
+    task = simulator.task(data={"status": "running", "progress": 0.25})
+    query = {"taskId": ["missing", task]}
+    tags = []
+    for change in (
+        None,
+        lambda: simulator.script(task, status="running", progress=0.5),
+        lambda: simulator.script("missing", status="waiting"),
+    ):
+        if change is not None:
+            change()
+            until(
+                lambda: gate.client.get("/v1/progress", params=query).headers["etag"] != tags[-1], "a new tag"
+            )
+        first = gate.client.get("/v1/progress", params=query)
+        tags.append(first.headers["etag"])
+        assert tags[-1].startswith('W/"')
+        for known in (
+            tags[-1],
+            tags[-1].removeprefix("W/"),
+            f'"other", {tags[-1]}',
+            tags[-1][:-1] + '-gzip"',
+        ):
+            again = gate.client.get("/v1/progress", params=query, headers={"if-none-match": known})
+            assert (again.status_code, again.content, again.headers["etag"]) == (304, b"", tags[-1]), known
+        other = gate.client.get("/v1/progress", params=query, headers={"if-none-match": 'W/"other"'})
+        assert other.status_code == 200
+    assert len(set(tags)) == 3
+
+
+@pytest.mark.parametrize("with_tag", [True, False])
+def test_batch_waits_for_the_change_of_a_task(
+    simulator: Simulator, launch: Launch, *, with_tag: bool
+) -> None:
+    """A long poll of many tasks returns when one of them changes; only the schedules call the upstream."""
+    gate = launch(simulator.url, cache=QUICK | {"running_seconds": 0.5})
+    tasks = [simulator.task(data={"status": "running", "progress": n / 10}) for n in range(5)]
+    first = gate.client.get("/v1/progress", params={"taskId": tasks})
+    headers = {"if-none-match": first.headers["etag"]} if with_tag else {}
+    with ThreadPoolExecutor() as pool:
+        poll = pool.submit(
+            gate.client.get, "/v1/progress", params={"taskId": tasks, "wait": "20"}, headers=headers
+        )
+        until(lambda: gate.metric("watchers", kind="longpoll") == 1 or poll.done(), "it waits")
+        until(lambda: simulator.calls(tasks[0]) >= 2, "the schedules refresh")
+        assert not poll.done()
+        simulator.script(tasks[3], status="running", progress=0.9)
+        response = poll.result()
+    assert response.status_code == 200
+    assert [item["progress"] for item in response.json()["items"]] == [0, 0.1, 0.2, 0.9, 0.4]
+    assert gate.metric("cache_lookups_total") == 10
+
+
+def test_batch_long_poll_ends_with_304(simulator: Simulator, launch: Launch) -> None:
+    """Without a change the response is 304 at the end of the wait; `Prefer: wait` is confirmed."""
+    gate = launch(simulator.url, cache=QUICK, watch={"max_wait_seconds": 1})
+    query = {"taskId": [simulator.task(data={"status": "running", "progress": 0.5}), "missing"]}
+    tag = gate.client.get("/v1/progress", params=query).headers["etag"]
+    began = time.monotonic()
+    headers = {"if-none-match": tag, "prefer": "wait=30"}
+    response = gate.client.get("/v1/progress", params=query, headers=headers)
+    assert time.monotonic() - began >= 1
+    assert (response.status_code, response.headers["preference-applied"]) == (304, "wait=1")
+    assert response.headers["cache-control"] == "no-store"
+    until(lambda: gate.metric("http_requests_total", route="/v1/progress?wait") == 1, "it has its own route")
+
+
+@pytest.mark.parametrize("seconds", [0, 1.5])
+def test_batch_long_poll_of_ended_tasks_does_not_wait(
+    simulator: Simulator, launch: Launch, seconds: float
+) -> None:
+    """If every task has ended or is unknown the response is immediate, even for a client that has it."""
+    gate = launch(simulator.url, cache=QUICK, watch={"unknown_task_seconds": seconds})
+    query = {"taskId": [simulator.finished(), "missing"], "wait": "60"}
+    first = gate.client.get("/v1/progress", params=query)  # the rejection is new
+    assert first.json()["items"][1]["error"]["code"] == "upstream-rejected"
+    began = time.monotonic()
+    again = gate.client.get("/v1/progress", params=query, headers={"if-none-match": first.headers["etag"]})
+    assert again.status_code == 304
+    assert seconds <= time.monotonic() - began < 30
+
+
+def test_batch_long_poll_is_bounded_and_ends_with_its_client(simulator: Simulator, launch: Launch) -> None:
+    """A long poll counts as a subscription, and leaves none behind when its client disconnects."""
+    gate = launch(simulator.url, cache={"running_seconds": 600}, limits={"subscriptions_per_client": 1})
+    task = simulator.task(data={"status": "running", "progress": 0.5})
+    gate.get(task)
+    with ExitStack() as stack:
+        connection = stack.enter_context(gate.connect())
+        connection.sendall(b"GET /v1/progress?taskId=%s&wait=60 HTTP/1.1\r\nhost: x\r\n\r\n" % task.encode())
+        until(lambda: gate.metric("watchers", kind="longpoll") == 1, "it waits")
+        assert gate.client.get("/v1/progress", params={"taskId": task, "wait": "1"}).status_code == 429
+    until(lambda: gate.metric("watchers", kind="longpoll") == 0, "the subscription is closed")
+    until(lambda: gate.metric("http_requests_total", status="499") == 1, "it is counted")

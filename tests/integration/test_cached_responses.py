@@ -292,8 +292,9 @@ async def test_hits_cost_no_task_no_json_and_few_calls(
         }
     )
     app = create_app(settings, redactor=Redactor())
-    protocol = make_protocol_class(make_connection_limits(settings.server, app.metrics), hits=app.hits)
-    config = uvicorn.Config(app.asgi, http=protocol, log_config=None, access_log=False)
+    hits, asgi = (None, app.asgi) if app.fast_path is None else app.fast_path
+    protocol = make_protocol_class(make_connection_limits(settings.server, app.metrics), hits=hits)
+    config = uvicorn.Config(asgi, http=protocol, log_config=None, access_log=False)
     config.load()
     loop = asyncio.get_running_loop()
     tasks: list[object] = []

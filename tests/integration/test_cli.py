@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import ssl
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +14,10 @@ import trustme
 
 from gateway import __version__
 from gateway.cli.main import main
+from gateway.settings.known_settings import SECTIONS
+from gateway.settings.loading import load
 from tests.support.harness import (
+    COMMAND,
     KEY,
     SECRET,
     Gateway,
@@ -61,8 +65,9 @@ def test_cli_runs_as_a_module(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        [],
         ["fly"],
+        ["config", "--config"],
+        ["config", "now"],
         ["serve", "--fast"],
         ["simulate", "--port", "high"],
         ["simulate", "--fault", "{}"],
@@ -102,9 +107,9 @@ def test_cli_simulate_refuses_invalid_faults(tmp_path: Path, fault: str, says: s
     assert says in output
 
 
-@pytest.mark.parametrize("command", ["serve", "check", "demo"])
+@pytest.mark.parametrize("command", ["serve", "check", "config", "demo"])
 def test_cli_reports_all_invalid_settings_at_once(tmp_path: Path, command: str) -> None:
-    """Invalid settings stop the start, with one line each that has key, value and what is allowed."""
+    """Invalid settings stop the start, with one line each: source, key, value and what is allowed."""
     file = tmp_path / "wrong.toml"
     file.write_text(
         '[server]\nport = 70000\n[cache]\nmax_task = 1\n[credentials]\nsecret_key = ["very-secret"]\n'
@@ -117,11 +122,11 @@ def test_cli_reports_all_invalid_settings_at_once(tmp_path: Path, command: str) 
     for line, names in zip(
         lines,
         [
-            ("cache.max_task", "did you mean cache.max_tasks?"),
-            ("credentials.secret_key", "(hidden)"),
-            ("log.level", "'loud'", "'debug'"),
-            ("server.port", "70000", "65535"),
-            ("upstream.endpoint", "allow_insecure"),
+            (f"{file}:2: server.port", "70000", "65535"),
+            (f"{file}:4: cache.max_task", "did you mean cache.max_tasks?"),
+            (f"{file}:6: credentials.secret_key", "(hidden)"),
+            ("SD_GATEWAY_LOG__LEVEL: log.level", '"loud"', "debug"),
+            ("SD_GATEWAY_UPSTREAM__ENDPOINT: upstream.endpoint", "allow_insecure"),
         ],
         strict=True,
     ):
@@ -138,7 +143,86 @@ def test_cli_missing_settings_file_exits_with_2(tmp_path: Path) -> None:
     (tmp_path / "broken.toml").write_text("server = [")
     status, output = run("serve", "--config", "broken.toml", cwd=tmp_path)
     assert (status, output.count("\n")) == (2, 0)
-    assert "broken.toml: is not TOML" in output
+    assert "broken.toml:1:1: is not TOML" in output
+
+
+def test_cli_without_arguments_prints_its_help(tmp_path: Path) -> None:
+    """Without a command, the commands are listed on standard output, and the exit status is 0."""
+    told = subprocess.run([COMMAND], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stderr) == (0, "")
+    assert told.stdout.strip() == run("--help", cwd=tmp_path)[1].strip()
+    assert {"serve", "check", "config", "watch"} <= set(re.findall(r"^    (\w+)", told.stdout, re.MULTILINE))
+
+
+def test_cli_ignores_the_variables_of_kubernetes(tmp_path: Path) -> None:
+    """In a namespace with a service named sd-gateway, the gateway starts."""
+    env = {"SD_GATEWAY_PORT": "tcp://10.0.0.1:80", "SD_GATEWAY_SERVICE_HOST": "10.0.0.1"}
+    with serving(tmp_path, env) as (_, gate):
+        assert gate.client.get("/healthz").status_code == 200
+
+
+def test_cli_interrupted_check_exits_with_130(tmp_path: Path) -> None:
+    """Ctrl-C while `check` waits for the upstream gives exit status 130, without a traceback."""
+    with (
+        RawUpstream(lambda *_: None) as upstream,
+        Process("check", cwd=tmp_path, env=pair(upstream.url)) as process,
+    ):
+        until(lambda: upstream.requests, "the query has arrived")
+        process.signal(signal.SIGINT)
+        assert process.exit_status() == 130
+    assert "Traceback" not in process.output
+
+
+# --- config -----------------------------------------------------------------------------------------------
+
+
+def test_cli_config_prints_values_and_sources(tmp_path: Path) -> None:
+    """`config` prints every setting with its source: default, file and line, or variable."""
+    (tmp_path / "config").mkdir()
+    file = tmp_path / "config" / "gateway.toml"
+    file.write_text("[server]\n\nport = 9000\ntrusted_hosts = ['a', '[::1]']\n")
+    env = {"SD_GATEWAY_LOG__LEVEL": "debug", "SPEEDPIX_ENDPOINT": "https://example.com"}
+    status, output = run("config", cwd=tmp_path, env=env | {"SD_GATEWAY_PORT": "tcp://10.0.0.1:80"})
+    assert status == 0
+    first, *lines, last = output.splitlines()
+    assert first == "# settings file: config/gateway.toml"
+    assert last == "# ignored, because Kubernetes sets them for services: SD_GATEWAY_PORT"
+    shown = dict(re.split(" = ", re.sub(r" +(?=# \S+$)", " ", line), maxsplit=1) for line in lines)
+    assert list(shown) == [f"{section}.{key}" for section, keys in SECTIONS.items() for key in keys]
+    assert shown["server.port"] == "9000 # config/gateway.toml:3"
+    assert shown["server.trusted_hosts"] == '["a", "[::1]"] # config/gateway.toml:4'
+    assert shown["log.level"] == '"debug" # SD_GATEWAY_LOG__LEVEL'
+    assert shown["upstream.endpoint"] == '"https://example.com" # SPEEDPIX_ENDPOINT'
+    assert shown["server.host"] == '"127.0.0.1" # default'
+    assert shown["server.edge"] == "true # default"
+    assert shown["store.ca_file"] == '"" # default'
+
+
+def test_cli_config_prints_settings_that_load_again(tmp_path: Path) -> None:
+    """The output is TOML: without secrets, it has the same meaning as the sources."""
+    env = {"SD_GATEWAY_SERVER__TRUSTED_HOSTS": "a,b", "SD_GATEWAY_STORE__KEY_PREFIX": "p"}
+    status, output = run("config", cwd=tmp_path, env=env)
+    assert (status, output.splitlines()[0]) == (
+        0,
+        "# settings file: none; config/gateway.toml does not exist",
+    )
+    (tmp_path / "copy.toml").write_text(output)
+    assert load(tmp_path / "copy.toml", {}) == load(None, env)
+
+
+def test_cli_config_shows_no_secret(tmp_path: Path) -> None:
+    """Key pairs and the login in a URL are hidden, whichever source they come from."""
+    (tmp_path / "gw.toml").write_text(
+        "[credentials]\naccess_key = 'hush-1'\nnext_secret_key = 'hush-2://'\n"
+        "[store]\nurl = 'valkey://u:hush-3@v'\n"
+    )
+    env = {"SPEEDPIX_APP_SECRET": "hush-4", "SD_GATEWAY_UPSTREAM__PROXY": "http://u:hush%40-5@proxy:3128"}
+    status, output = run("config", "--config", "gw.toml", cwd=tmp_path, env=env)
+    assert status == 0
+    assert "hush" not in output
+    assert re.search(r"^credentials\.next_secret_key = \(hidden\) +# gw\.toml:3$", output, re.MULTILINE)
+    assert re.search(r'^store\.url = "valkey://\(hidden\)@v" +# gw\.toml:5$', output, re.MULTILINE)
+    assert 'upstream.proxy = "http://(hidden)@proxy:3128"' in output
 
 
 # --- serve ------------------------------------------------------------------------------------------------
@@ -171,6 +255,7 @@ def test_cli_serve_on_an_address_in_use_exits_with_1(tmp_path: Path) -> None:
     told = json.loads(line)
     assert (told["event"], told["reason"]) == ("listen_failed", "Address already in use")
     assert (told["host"], told["port"], told["level"]) == ("127.0.0.1", port, "error")
+    assert told["hint"] == "set server.port (SD_GATEWAY_SERVER__PORT) to another port; 0 uses any free port"
 
 
 def test_cli_serve_on_an_unknown_host_exits_with_1(tmp_path: Path) -> None:
@@ -180,6 +265,7 @@ def test_cli_serve_on_an_unknown_host_exits_with_1(tmp_path: Path) -> None:
     told = json.loads(output)
     assert (told["event"], told["host"]) == ("listen_failed", "unknown.invalid")
     assert told["reason"]
+    assert told["hint"] == "set server.host (SD_GATEWAY_SERVER__HOST) to an address of this machine"
 
 
 def test_cli_serve_where_metrics_cannot_listen_exits_with_1(tmp_path: Path) -> None:
@@ -195,6 +281,10 @@ def test_cli_serve_where_metrics_cannot_listen_exits_with_1(tmp_path: Path) -> N
     told = json.loads(line)
     assert (told["event"], told["reason"]) == ("listen_failed", "Address already in use")
     assert str(told["port"]) == env["SD_GATEWAY_SERVER__METRICS_PORT"]
+    assert told["hint"] == (
+        "set server.metrics_port (SD_GATEWAY_SERVER__METRICS_PORT) to another port; "
+        "0 serves /metrics on server.port"
+    )
 
 
 def test_cli_serve_without_credentials_is_not_ready(tmp_path: Path) -> None:
@@ -227,6 +317,58 @@ def test_cli_check_succeeds(tmp_path: Path, simulator: Simulator) -> None:
     assert status == 0
     assert "OK: key, signature and clock accepted" in output
     assert simulator.calls() == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        (SECRET, ""),
+        (f"{SECRET}\n", "; a final newline was removed"),
+        (f" {SECRET}\r\n", "; white space at its beginning was removed; a final newline was removed"),
+        (f"\ufeff{SECRET}", "; a byte order mark was removed"),
+    ],
+    ids=["plain", "newline", "space", "mark"],
+)
+@pytest.mark.parametrize("source", ["variable", "sdk", "file", "settings"])
+def test_cli_check_accepts_a_secret_as_people_write_it(
+    tmp_path: Path, simulator: Simulator, written: str, says: str, source: str
+) -> None:
+    """From every source, blanks are removed; `check` counts the characters and says what it removed."""
+    env = pair(simulator.url)
+    if source == "variable":
+        env["SD_GATEWAY_CREDENTIALS__SECRET_KEY"] = written
+    else:
+        del env["SD_GATEWAY_CREDENTIALS__SECRET_KEY"]
+    if source == "sdk":
+        env["SPEEDPIX_APP_SECRET"] = written
+    elif source == "file":
+        (tmp_path / "secret").write_bytes(written.encode())
+        env["SD_GATEWAY_CREDENTIALS__SECRET_KEY_FILE"] = "secret"
+    elif source == "settings":
+        (tmp_path / "config").mkdir()
+        settings = f"[credentials]\nsecret_key = {json.dumps(written)}\n"
+        (tmp_path / "config" / "gateway.toml").write_text(settings)
+    status, output = checked(tmp_path, env)
+    assert status == 0
+    lines = output.splitlines()
+    assert f"access key: {len(KEY)} characters" in lines
+    assert f"secret key: {len(SECRET)} characters{says}" in lines
+
+
+def test_cli_check_reports_quotes(tmp_path: Path, simulator: Simulator) -> None:
+    """Quotes are part of the secret, so the upstream refuses it; the line about it gives the reason."""
+    env = pair(simulator.url, CREDENTIALS__SECRET_KEY=f'"{SECRET}"')
+    status, output = checked(tmp_path, env)
+    assert status == 1
+    assert f"secret key: {len(SECRET) + 2} characters; the quotes around it are part of it" in output
+
+
+def test_cli_refuses_a_secret_that_cannot_be_meant(tmp_path: Path, simulator: Simulator) -> None:
+    """A control character within a secret stops the start; the message names the setting."""
+    env = pair(simulator.url, CREDENTIALS__SECRET_KEY=f"{SECRET}\nSPEEDPIX_APP_KEY={KEY}")
+    status, output = checked(tmp_path, env)
+    assert status == 2
+    assert "credentials.secret_key = (hidden): contains a line break" in output
 
 
 def test_cli_check_succeeds_if_the_test_task_exists(tmp_path: Path, simulator: Simulator) -> None:
@@ -283,7 +425,7 @@ def test_cli_check_reports_an_incomplete_pair(tmp_path: Path, simulator: Simulat
     """An incomplete next key pair makes `check` fail, although the active one works."""
     status, output = checked(tmp_path, pair(simulator.url, CREDENTIALS__NEXT_ACCESS_KEY="next-key"))
     assert status == 1
-    assert "next key pair: cannot be read: ValueError: access key or secret key is empty" in output
+    assert "next key pair: cannot be read: ValueError: credentials.next_secret_key: is empty" in output
     assert "OK: key, signature and clock accepted" in output
     assert output.splitlines()[-1].startswith("only the active key pair works")
 
@@ -417,11 +559,11 @@ def test_cli_check_explains_a_missing_date(tmp_path: Path) -> None:
 # --- simulate and demo ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_cli_simulate_uses_its_options(
-    tmp_path: Path, launch: Callable[..., Gateway], number: signal.Signals
+    tmp_path: Path, launch: Callable[..., Gateway], number: signal.Signals, status: int
 ) -> None:
-    """`simulate` accepts its key pair, applies its faults, uses its own clock, and stops with 0."""
+    """`simulate` accepts its key pair, applies its faults, uses its own clock, and stops on a signal."""
     arguments = ["--port", "0", "--key", KEY, "--secret", SECRET, "--clock-offset", "7200", "--limit", "7"]
     fault = json.dumps({"name": "reject", "errCode": "E1", "operation": "comfy_get_progress"})
     with (
@@ -436,8 +578,55 @@ def test_cli_simulate_uses_its_options(
         asked = (gate.get(fresh_id()).json()["code"] for _ in range(1000))
         assert "upstream-throttled" in asked
         process.signal(number)
-        assert process.exit_status() == 0
+        assert process.exit_status() == status
     assert "Traceback" not in process.output
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SECRET.encode(),
+        f"{SECRET}\r\n".encode(),
+        f"\ufeff {SECRET}\nignored".encode(),
+        f"\ufeff{SECRET}\r\n".encode("utf-16-le"),
+    ],
+    ids=["plain", "windows", "mark", "utf-16"],
+)
+def test_cli_simulate_reads_a_secret_as_people_write_it(
+    tmp_path: Path, launch: Callable[..., Gateway], content: bytes
+) -> None:
+    """The secret on standard input is read by the rule of all secrets."""
+    with secret_on_stdin(tmp_path, content) as process:
+        gate = launch(process.says("simulated upstream on (.*)"))
+        assert (
+            gate.get("abc").json()["code"] == "upstream-rejected"
+        )  # an unknown task: the signature is right
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a\x07secret", "contains a control character (U+0007)"),
+        ("a-secret\u200b".encode(), "ends with an invisible character (U+200B)"),
+        (b"\xff", "is not UTF-8"),
+        (b"x" * 70_000, "is larger than 65536 bytes"),
+    ],
+    ids=["control", "invisible", "encoding", "large"],
+)
+def test_cli_simulate_refuses_a_secret_that_cannot_be_meant(
+    tmp_path: Path, content: bytes, says: str
+) -> None:
+    """Such a secret on standard input is wrong usage; the message does not show it."""
+    with secret_on_stdin(tmp_path, content) as process:
+        assert process.exit_status() == 2
+    assert process.output == f"sd-gateway: --secret-stdin: {says}"
+
+
+def secret_on_stdin(tmp_path: Path, content: bytes) -> Process:
+    """Start a simulator that reads its secret from standard input."""
+    (tmp_path / "secret").write_bytes(content)
+    command = f"exec '{COMMAND}' simulate --port 0 --key {KEY} --secret-stdin < secret"
+    return Process("-c", command, cwd=tmp_path, program=Path("/bin/sh"))
 
 
 def test_cli_simulate_on_an_address_in_use_exits_with_1(tmp_path: Path) -> None:
@@ -445,10 +634,8 @@ def test_cli_simulate_on_an_address_in_use_exits_with_1(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         told = run("simulate", "--port", str(port), cwd=tmp_path)
-    assert told == (
-        1,
-        f"sd-gateway: cannot listen on http://127.0.0.1:{port}: Address already in use",
-    )
+    reason = "Address already in use; --port 0 uses any free port"
+    assert told == (1, f"sd-gateway: cannot listen on http://127.0.0.1:{port}: {reason}")
 
 
 def test_cli_demo_on_an_address_in_use_prints_no_url(tmp_path: Path) -> None:
@@ -502,9 +689,9 @@ def test_cli_demo_does_not_use_another_simulator(tmp_path: Path, simulator: Simu
     assert simulator.stats()["calls"] == {}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_cli_demo_stopped_during_its_start_stops_its_simulator(
-    tmp_path: Path, number: signal.Signals
+    tmp_path: Path, number: signal.Signals, status: int
 ) -> None:
     """A demo that is stopped during its start stops its simulator, too."""
     port, simulator_port = free_port(), free_port()
@@ -512,6 +699,6 @@ def test_cli_demo_stopped_during_its_start_stops_its_simulator(
     with Process("demo", "--simulator-port", str(simulator_port), cwd=tmp_path, env=env) as process:
         child = until(process.children, "the simulator is a process")[0]
         process.signal(number)
-        assert process.exit_status() == 0
+        assert process.exit_status() == status
     assert "Traceback" not in process.output
     until(lambda: not Path(f"/proc/{child}").exists(), "the simulator is gone")

@@ -179,7 +179,7 @@ def test_snapshot_with_another_header_is_refused_or_whole(name: str, value: Any)
         answered(KEY._replace(task_id="other")),
         answered(KEY, "succeeded"),  # under the head of a running task
         answered(KEY, progress=0.6),  # beyond the progress mark
-        answered(KEY).replace(b"0.5", b"NaN"),
+        answered(KEY).replace(b"0.5", b"-NaN"),
         answered(KEY).replace(b"0.5", b"1e999"),
         answered(KEY) + b"x",
         b"\xff" + answered(KEY),
@@ -323,7 +323,7 @@ def test_failure_with_invalid_fields_is_refused(change: dict[str, object]) -> No
         decode_failure(sealed(header | change, envelope), KEY)
 
 
-@pytest.mark.parametrize("envelope", [b"", b"[]", b"{}", b'{"status":10}', b'{"status":"20"}', b"\xff", b"{"])
+@pytest.mark.parametrize("envelope", [b"", b"[]", b"{}", b'{"status":10}', b'{"status":"x"}', b"\xff", b"{"])
 def test_rejection_without_its_envelope_is_refused(envelope: bytes) -> None:
     """A rejection is accepted only with an envelope that rejects."""
     header, _ = opened(encode_failure(KEY, REJECTED))

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import signal
 import socket
 import time
@@ -308,6 +309,57 @@ def test_events_refuse_invalid_requests(simulator: Simulator, gate: Gateway) -> 
         response = gate.client.get(f"/v1/events{query}")
         assert (response.status_code, response.json()["code"]) == (400, code), query
     assert simulator.calls() == 0
+
+
+def test_events_wait_for_a_new_task(simulator: Simulator, launch: Launch) -> None:
+    """A task that the upstream does not know yet has a problem, and then its progress."""
+    gate = launch(simulator.url, cache={"running_seconds": 0.1})
+    with gate.client.stream("GET", "/v1/progress/new/events") as response:
+        lines = response.iter_lines()
+        assert next(line for line in lines if line.startswith("event:")) == "event: problem"
+        simulator.script("new", status="succeeded", progress=1)
+        assert [line for line in lines if line.startswith("event:")] == ["event: progress", "event: end"]
+
+
+@pytest.mark.parametrize("seconds", [0, 1.5])
+def test_events_end_when_every_task_has_ended_or_is_unknown(
+    simulator: Simulator, launch: Launch, seconds: float
+) -> None:
+    """After `watch.unknown_task_seconds` of rejections a task counts as ended; a reconnect gets 204."""
+    quick = {"running_seconds": 0.1, "error_seconds": 0}
+    gate = launch(simulator.url, cache=quick, watch={"unknown_task_seconds": seconds})
+    done = simulator.finished()
+    url = f"/v1/events?taskId=missing&taskId={done}"
+    began = time.monotonic()
+    text = gate.client.get(url).text
+    assert seconds <= time.monotonic() - began < 30
+    assert re.findall("event: (.*)", text) in (["problem", "progress", "end"], ["progress", "problem", "end"])
+    assert simulator.calls("missing") == (3 if seconds else 1)
+    [end] = re.findall("id: (end-.*)", text)
+    assert gate.client.get(url, headers={"last-event-id": end}).status_code == 204
+    # Other clients query again: the task may have become known meanwhile.
+    simulator.script("missing", status="running", progress=0.5)
+    with gate.client.stream("GET", "/v1/progress/missing/events") as response:
+        assert next(line for line in response.iter_lines() if line.startswith("event:")) == "event: progress"
+
+
+def test_events_of_an_unknown_task_wait_for_the_others(simulator: Simulator, launch: Launch) -> None:
+    """An unknown task ends no stream with a running task, and is shown when it becomes known after all."""
+    quick = {"running_seconds": 0.1, "error_seconds": 0}
+    gate = launch(simulator.url, cache=quick, watch={"unknown_task_seconds": 0})
+    running = simulator.task(data={"status": "running", "progress": 0.5})
+    with gate.client.stream("GET", f"/v1/events?taskId=missing&taskId={running}") as response:
+        events = (line.partition(" ")[2] for line in response.iter_lines() if line.startswith("event:"))
+        assert {next(events), next(events)} == {"problem", "progress"}
+        # A stream that joins is not served with the old rejection.
+        simulator.script("missing", status="running", progress=0.1)
+        with gate.client.stream("GET", "/v1/progress/missing/events") as other:
+            assert next(line for line in other.iter_lines() if line.startswith("event:")) == "event: progress"
+        assert next(events) == "progress"  # of the task that has become known
+        simulator.script(running, status="succeeded", progress=1)
+        assert next(events) == "progress"
+        simulator.script("missing", status="succeeded", progress=1)
+        assert list(events) == ["progress", "end"]
 
 
 def test_events_head_answers_without_a_stream(simulator: Simulator, gate: Gateway) -> None:

@@ -61,11 +61,16 @@ def assert_clean(output: str) -> None:
     assert not re.search(r"Traceback|\"level\": \"error\"|Exception", output), output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGQUIT, 0), (signal.SIGINT, 130)]
+)
 def test_shutdown_completes_in_flight_requests(
-    tmp_path: Path, upstream: RawUpstream, released: threading.Event, number: signal.Signals
+    tmp_path: Path, upstream: RawUpstream, released: threading.Event, number: signal.Signals, status: int
 ) -> None:
-    """After a signal the gateway is not ready, completes its in-flight requests, and exits with 0."""
+    """After a signal the gateway is not ready, completes its in-flight requests, and exits.
+
+    The exit status is 0 after SIGTERM, and 130 after Ctrl-C.
+    """
     with (
         serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
         ThreadPoolExecutor(1) as pool,
@@ -78,7 +83,7 @@ def test_shutdown_completes_in_flight_requests(
         released.set()
         response = in_flight.result()
         assert (response.status_code, response.json()["status"]) == (200, "running")
-        assert process.exit_status() == 0
+        assert process.exit_status() == status
     assert '"event": "shutdown_started"' in process.output
     assert '"event": "stopped"' in process.output
     assert_clean(process.output)
@@ -240,9 +245,9 @@ def test_shutdown_has_a_timeout(tmp_path: Path, upstream: RawUpstream) -> None:
     assert "Traceback" not in process.output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_shutdown_on_two_signals_exits_with_0(
-    tmp_path: Path, upstream: RawUpstream, released: threading.Event, number: signal.Signals
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_shutdown_on_two_signals_exits_in_the_same_way(
+    tmp_path: Path, upstream: RawUpstream, released: threading.Event, number: signal.Signals, status: int
 ) -> None:
     """A second signal changes neither the shutdown nor the exit status."""
     with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate):
@@ -250,6 +255,6 @@ def test_shutdown_on_two_signals_exits_with_0(
         process.signal(number)
         until(lambda: unready(gate), "readyz says that we drain")
         process.signal(number)
-        assert process.exit_status() == 0
+        assert process.exit_status() == status
     assert not released.is_set()
     assert_clean(process.output)

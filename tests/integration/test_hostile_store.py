@@ -127,9 +127,10 @@ def test_hostile_value_reaches_no_caller(
         assert names == [b"event", b"id", b"data", b""]
         data = json.loads(events.partition(b"data: ")[2].partition(b"\n\n")[0])
         assert (data["taskId"], 0 <= data["progress"] <= 0.999) == (task_id, True)
-    # Two were read. A value whose envelope is valid, whatever its white space, is an answer like others.
-    refused = 0 if kind in {"white-space", "escaped"} else 2
-    assert gateway.metric("store_errors_total", operation="read") == refused
+    # Each was read, perhaps twice before it was deleted. A value whose envelope is valid, whatever its white
+    # space, is an answer like others; NaN is read as null.
+    refused = 0 if kind in {"white-space", "escaped", "nan"} else 2
+    assert refused <= gateway.metric("store_errors_total", operation="read") <= 2 * refused
 
 
 def first_event(gateway: Gateway, task_id: str) -> bytes:

@@ -19,12 +19,22 @@ SECRET_TEXT = "secret-in-a-log"
 
 
 @pytest.fixture
-def stderr(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
+def stderr(capfd: pytest.CaptureFixture[str]) -> Iterator[Callable[[], str]]:
     """Return a function that returns the output on stderr; restore logging afterwards."""
     root, quiet = logging.getLogger(), [logging.getLogger(name) for name in logs._LIBRARY_LEVELS]
     handlers = root.handlers[:]
     before = [(logger, logger.level, logger.filters[:]) for logger in (root, *quiet)]
-    yield lambda: capsys.readouterr().err
+
+    def written() -> str:
+        for handler in root.handlers:
+            if isinstance(handler, logs.Handler):
+                assert handler.writer.flush(5)
+        return capfd.readouterr().err
+
+    yield written
+    for handler in root.handlers:
+        if handler not in handlers:
+            handler.close()
     logging.captureWarnings(capture=False)
     root.handlers[:] = handlers
     for logger, level, filters in before:  # otherwise later tests would miss warnings of libraries

@@ -2,8 +2,10 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -89,6 +91,22 @@ def test_longpoll_returns_nothing_too_old_when_its_time_is_up(launch: Launch) ->
     assert response.json()["progress"] == 0.5
 
 
+def test_longpoll_has_a_route_of_its_own_in_metrics(simulator: Simulator, launch: Launch) -> None:
+    """Durations of long polls are recorded separately from those of other requests."""
+    gate = launch(simulator.url, cache=QUICK)
+    task = simulator.task(data={"status": "running", "progress": 0.25})
+    etag = gate.get(task).headers["etag"]
+    gate.get(task, params={"wait": "0"})
+    gate.get(task, params={"wait": "0.3"}, headers={"If-None-Match": etag})
+    gate.get(task, headers={"If-None-Match": etag, "Prefer": "wait=1"})
+    assert gate.get(task, params={"wait": "soon"}).status_code == 400
+    route = "/v1/progress/{taskId}"
+    assert gate.metric("http_requests_total", route=route) == 3
+    assert gate.metric("http_requests_total", route=f"{route}?wait", status="304") == 2
+    assert gate.metric("http_request_duration_seconds_sum", route=f"{route}?wait") >= 1.3
+    assert gate.metric("http_request_duration_seconds_bucket", route=f"{route}?wait", le="0.25") == 0
+
+
 def test_longpoll_of_an_ended_task_does_not_wait(simulator: Simulator, gate: Gateway) -> None:
     """A terminal task does not change: the response is immediate, and 304 if the client has it."""
     task = simulator.finished()
@@ -114,10 +132,49 @@ def test_longpoll_preference_is_applied_and_confirmed(simulator: Simulator, laun
     assert "preference-applied" not in odd.headers
 
 
-def test_longpoll_failure_is_a_problem(gate: Gateway) -> None:
-    """A failure to fetch the task ends the long poll at once."""
+def test_longpoll_failure_is_a_problem(simulator: Simulator, launch: Launch) -> None:
+    """A failure that is no rejection ends the long poll at once, and the task is not fetched again."""
+    gate = launch(simulator.url, cache=QUICK | {"error_seconds": 0}, upstream={"retries": 0})
+    simulator.fault("body", body="nonsense")
     response = gate.get("missing", params={"wait": "20"})
+    assert (response.status_code, response.json()["code"]) == (502, "upstream-invalid")
+    assert simulator.calls("missing") == 1
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["watched", "unwatched"])
+def test_longpoll_waits_for_a_new_task(simulator: Simulator, launch: Launch, *, known: bool) -> None:
+    """A task that the upstream does not know yet is awaited, also if another client watches it already."""
+    gate = launch(simulator.url, cache=QUICK)
+    with ThreadPoolExecutor() as pool, ExitStack() as stack:
+        if known:
+            stream = stack.enter_context(gate.client.stream("GET", "/v1/progress/new/events"))
+            assert any("event: problem" in line for line in stream.iter_lines())
+        poll = polled(pool, gate, "new", params={"wait": "20"})
+        until(lambda: simulator.calls("new") >= 1, "the upstream is asked")
+        assert not poll.done()
+        simulator.script("new", status="running", progress=0.5)
+        response = poll.result()
+    assert (response.status_code, response.json()["progress"]) == (200, 0.5)
+    assert simulator.calls("new") <= 4
+
+
+def test_longpoll_says_when_a_task_stays_unknown(simulator: Simulator, launch: Launch) -> None:
+    """After `watch.unknown_task_seconds` the rejection is the response; the upstream is asked a few times."""
+    gate = launch(simulator.url, cache=QUICK, watch={"unknown_task_seconds": 1.5})
+    began = time.monotonic()
+    response = gate.get("missing", params={"wait": "60"})
+    assert 1.5 <= time.monotonic() - began < 30
     assert (response.status_code, response.json()["code"]) == (502, "upstream-rejected")
+    assert simulator.calls("missing") == 3  # at once, after a second, and at the end
+    assert gate.metric("cache_lookups_total", result="negative") == 1
+
+
+def test_longpoll_says_at_its_end_that_a_task_is_unknown(simulator: Simulator, launch: Launch) -> None:
+    """A poll that is shorter than `watch.unknown_task_seconds` ends with the rejection, without a call."""
+    gate = launch(simulator.url, cache=QUICK)
+    response = gate.get("missing", params={"wait": "0.5"})
+    assert (response.status_code, response.json()["code"]) == (502, "upstream-rejected")
+    assert simulator.calls("missing") == 1
 
 
 @pytest.mark.parametrize(
@@ -149,7 +206,7 @@ def lookups(gate: Gateway) -> float:
 
 def test_longpoll_is_one_lookup(simulator: Simulator, launch: Launch) -> None:
     """A long poll counts as one lookup, whatever its duration and result."""
-    gate = launch(simulator.url, cache=QUICK)
+    gate = launch(simulator.url, cache=QUICK, watch={"unknown_task_seconds": 0})
     new = simulator.task(data={"status": "running", "progress": 0.25})
     assert gate.get(new, params={"wait": "20"}).status_code == 200
     assert (lookups(gate), gate.metric("cache_lookups_total", result="miss")) == (1, 1)
@@ -186,7 +243,12 @@ def test_longpoll_causes_no_call_beyond_its_schedule(simulator: Simulator, launc
 
 def test_longpoll_of_a_failing_task_makes_one_call(simulator: Simulator, launch: Launch) -> None:
     """The schedule's failure is the response; the task is not fetched again."""
-    gate = launch(simulator.url, cache=QUICK | {"error_seconds": 0}, upstream={"retries": 0})
+    gate = launch(
+        simulator.url,
+        cache=QUICK | {"error_seconds": 0},
+        upstream={"retries": 0},
+        watch={"unknown_task_seconds": 0},
+    )
     response = gate.get("missing", params={"wait": "20"})
     assert (response.status_code, response.json()["code"]) == (502, "upstream-rejected")
     assert simulator.calls("missing") == 1

@@ -99,6 +99,52 @@ def test_ops_credential_files_may_appear_later(simulator: Simulator, launch: Lau
     assert gate.metric("credentials_reloads_total", result="ok") == 1
 
 
+@pytest.mark.parametrize("half", ["key", "secret"])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "No such file"),
+        (b" \n", "is empty"),
+        (b"a-\nsecret", "contains a line break"),
+        (b"\xff", "UTF-8"),
+    ],
+    ids=["missing", "empty", "lines", "encoding"],
+)
+def test_ops_readyz_names_an_unreadable_credential_file(
+    simulator: Simulator, launch: Launch, tmp_path: Path, half: str, content: bytes | None, says: str
+) -> None:
+    """The gateway continues with the pair in memory; /readyz names the file until it can be read again."""
+    file = {"key": tmp_path / "key", "secret": tmp_path / "secret"}
+    for name, text in (("key", KEY), ("secret", SECRET)):
+        file[name].write_text(text)
+    files = {"access_key": "", "secret_key": "", "access_key_file": file["key"]}
+    gate = launch(simulator.url, credentials=files | {"secret_key_file": file["secret"]})
+    if content is None:
+        file[half].unlink()
+    else:
+        file[half].write_bytes(content)
+    [line] = until(lambda: gate.client.get("/readyz").json()["degraded"], "the fault is reported")
+    assert line.startswith("credentials: active key pair: ")
+    assert str(file[half]) in line
+    assert says in line
+    assert "a-" not in line
+    assert gate.client.get("/readyz").status_code == 200
+    file[half].write_text({"key": KEY, "secret": SECRET}[half])
+    until(lambda: not gate.client.get("/readyz").json()["degraded"], "the file is read")
+
+
+def test_ops_readyz_does_not_show_a_key_given_as_file_name(simulator: Simulator, launch: Launch) -> None:
+    """A file name without a folder may be the key itself, in the wrong setting: /readyz is public."""
+    files = {"secret_key": "", "secret_key_file": "a-secret-key"}
+    response = launch(simulator.url, credentials=files).client.get("/readyz")
+    assert response.status_code == 503
+    assert response.json()["reasons"] == ["no credentials"]
+    [line] = response.json()["degraded"]
+    assert line.startswith("credentials: active key pair: FileNotFoundError: no such file in the working")
+    assert line.endswith("is the value the key itself?")
+    assert "a-secret-key" not in line
+
+
 def test_ops_openapi_answers(gate: Gateway) -> None:
     """The OpenAPI document is served as JSON."""
     response = gate.client.get("/openapi.json")
@@ -215,6 +261,25 @@ def test_ops_metrics_count_what_happened(simulator: Simulator, gate: Gateway) ->
     assert gate.metric("tasks_observed_total", operation="sd_get_progress", status="running") == 1
     assert gate.metric("cache_entries") == 2
     assert gate.metric("build_info") == 1
+
+
+def test_ops_metrics_have_the_limits_of_the_settings(tmp_path: Path, simulator: Simulator) -> None:
+    """Each limit is a gauge; that of connections is the one in force, which open files may lower."""
+    limits = {
+        "SERVER__MAX_CONNECTIONS": ("http_connections_limit", 21),
+        "WATCH__MAX_WATCHERS": ("watchers_limit", 22),
+        "UPSTREAM__MAX_IN_FLIGHT": ("upstream_in_flight_limit", 23),
+        "CACHE__MAX_TASKS": ("cache_entries_limit", 24),
+        "CACHE__MAX_BYTES": ("cache_bytes_limit", 131_072),
+    }
+    env = {f"SD_GATEWAY_{name}": str(value) for name, (_, value) in limits.items()}
+    with serving(tmp_path, env | {"SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url}) as (_, gate):
+        for name, value in limits.values():
+            assert gate.metric(name) == value, name
+    many = env | {"SD_GATEWAY_SERVER__MAX_CONNECTIONS": "25000"}
+    with serving(tmp_path, many, descriptors="300:300") as (process, gate):
+        reduced = process.says(r'"max_connections": (\d+)')
+        assert gate.metric("http_connections_limit") == int(reduced) < 300
 
 
 def test_ops_metrics_labels_are_bounded(gate: Gateway) -> None:

@@ -39,8 +39,9 @@ from gateway.domain.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from gateway.domain.snapshot import Snapshot, vendor_status
+from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
+from gateway.domain.vendor_values import vendor_status
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache

@@ -312,8 +312,9 @@ def test_replicas_need_the_extra_to_share(tmp_path: Path) -> None:
         check=False,
     )
     assert told.returncode == 2
-    assert "store.url: needs redis" in told.stderr
-    assert "pip install 'sd-progress-gateway[valkey]'" in told.stderr
+    assert told.stderr == (
+        "sd-gateway: store.url needs the package redis: pip install 'redis[hiredis]<9,>=8.1'\n"
+    )
     assert "s3cret" not in told.stdout + told.stderr
 
 

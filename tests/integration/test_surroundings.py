@@ -179,7 +179,7 @@ def test_surroundings_may_have_any_environment(env: dict[str, str], command: str
 
 @pytest.mark.parametrize(
     "env",
-    [{"ALL_PROXY": "socks5://127.0.0.1:9"}, {"HTTP_PROXY": "garbage://x"}, {"SSL_CERT_FILE": "/nonexistent"}],
+    [{"ALL_PROXY": "socks4://127.0.0.1:9"}, {"HTTP_PROXY": "garbage://x"}, {"SSL_CERT_FILE": "/nonexistent"}],
 )
 def test_surroundings_that_watch_cannot_use_are_reported(env: dict[str, str]) -> None:
     """An unsupported proxy, or missing certificates, are reported in one line."""
@@ -196,7 +196,7 @@ def test_surroundings_root_path_is_ascii(root_path: str) -> None:
     status, output = ran(["serve"], SD_GATEWAY_SERVER__ROOT_PATH=root_path)
     assert_clean_end(status, output)
     assert status == 2
-    assert output.startswith("sd-gateway: server.root_path = ")
+    assert output.startswith("sd-gateway: SD_GATEWAY_SERVER__ROOT_PATH: server.root_path = ")
 
 
 @pytest.mark.parametrize("argument", ["\x1b[31m", "caf\udce9", "--\x9b31m", "\u202e"])

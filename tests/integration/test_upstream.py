@@ -25,6 +25,7 @@ from structlog.testing import capture_logs
 
 from gateway.upstream.signed_request import _parse_retry_after, parse_http_date
 from gateway.upstream.signing import verify
+from tests.support.egress import Proxy, socks_proxy
 from tests.support.harness import (
     KEY,
     SECRET,
@@ -124,9 +125,10 @@ def assert_reported(gate: Gateway, task_id: str, outcome: Outcome, *, in_flight:
     return response
 
 
-def patience(outcome: Outcome | None) -> dict[str, Json]:
-    """Return the settings for this case."""
-    return IMPATIENT if outcome == TIMEOUT else QUICK
+def patience(outcome: Outcome | None, **upstream: Json) -> dict[str, Json]:
+    """Return the settings for this case, with more of `upstream`."""
+    settings = IMPATIENT if outcome == TIMEOUT else QUICK
+    return settings | {"upstream": settings["upstream"] | upstream}
 
 
 def assert_success(gate: Gateway, task_id: str) -> httpx.Response:
@@ -320,11 +322,11 @@ FAULTS: dict[str, tuple[dict[str, Any], Outcome]] = {
     "true": ({"name": "body", "body": "true"}, INVALID),
     "list": ({"name": "body", "body": f"[{LEAST}]"}, INVALID),
     "object": ({"name": "body", "body": "{}"}, INVALID),
-    "byte-order-mark": ({"name": "body", "body": f"\ufeff{LEAST}"}, INVALID),
+    "byte-order-marks": ({"name": "body", "body": f"\ufeff\ufeff{LEAST}"}, INVALID),
     "no-status": ({"name": "body", "body": '{"data": {"taskId": "TASK"}}'}, INVALID),
-    "status-is-text": ({"name": "body", "body": LEAST.replace("10", '"10"')}, INVALID),
+    "status-is-text": ({"name": "body", "body": LEAST.replace("10", '"ten"')}, INVALID),
     "status-is-true": ({"name": "body", "body": LEAST.replace("10", "true")}, INVALID),
-    "status-is-float": ({"name": "body", "body": LEAST.replace("10", "10.0")}, INVALID),
+    "status-is-float": ({"name": "body", "body": LEAST.replace("10", "10.5")}, INVALID),
     "status-is-null": ({"name": "body", "body": LEAST.replace("10", "null")}, INVALID),
     "status-is-list": ({"name": "body", "body": LEAST.replace("10", "[10]")}, INVALID),
     "no-data": ({"name": "body", "body": '{"status": 10, "taskId": "TASK"}'}, INVALID),
@@ -339,8 +341,8 @@ FAULTS: dict[str, tuple[dict[str, Any], Outcome]] = {
     "another-task": ({"name": "body", "body": LEAST.replace("TASK", "TASKx")}, INVALID),
     "half": ({"name": "body", "body": LEAST[:-1]}, INVALID),
     "two": ({"name": "body", "body": LEAST * 2}, INVALID),
-    "nan": ({"name": "body", "body": LEAST.replace("}}", ', "progress": NaN}}')}, INVALID),
-    "infinity": ({"name": "body", "body": LEAST.replace("}}", ', "progress": -Infinity}}')}, INVALID),
+    "nan": ({"name": "body", "body": LEAST.replace("}}", ', "progress": -NaN}}')}, INVALID),
+    "infinity": ({"name": "body", "body": LEAST.replace("}}", ', "progress": inf}}')}, INVALID),
     "beyond-floats": ({"name": "body", "body": LEAST.replace("}}", ', "progress": 1e999}}')}, INVALID),
     "endless-integer": (
         {"name": "body", "body": LEAST.replace("10", f"1{'0' * 5000}")},
@@ -352,13 +354,26 @@ FAULTS: dict[str, tuple[dict[str, Any], Outcome]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def socks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """Run a SOCKS proxy: it passes on every byte as it is."""
+    with socks_proxy(tmp_path_factory.mktemp("socks")) as proxy:
+        yield proxy
+
+
+@pytest.fixture(params=["direct", "socks"])
+def through(request: pytest.FixtureRequest) -> dict[str, Json]:
+    """Return the settings for direct connections, or for those through a proxy."""
+    return {"proxy": request.getfixturevalue("socks").url} if request.param == "socks" else {}
+
+
 @pytest.mark.parametrize("name", FAULTS)
 def test_upstream_fault_is_reported(
-    simulator: Simulator, launch: Launch, lines: list[Json], name: str
+    simulator: Simulator, launch: Launch, lines: list[Json], name: str, through: dict[str, Json]
 ) -> None:
     """For every fault of the upstream the caller receives its problem, and the next query succeeds."""
     fault, outcome = FAULTS[name]
-    gate = launch(simulator.url, **patience(outcome))
+    gate = launch(simulator.url, **patience(outcome, **through))
     task = simulator.task()
     if "body" in fault:
         fault = fault | {"body": fault["body"].replace("TASK", task)}
@@ -528,11 +543,15 @@ WIRE: dict[str, tuple[Behaviour, Outcome | None]] = {
 
 
 @pytest.mark.parametrize("name", WIRE)
-def test_upstream_fault_on_the_wire_is_reported(launch: Launch, lines: list[Json], name: str) -> None:
+def test_upstream_fault_on_the_wire_is_reported(
+    launch: Launch, lines: list[Json], name: str, through: dict[str, Json]
+) -> None:
     """Invalid HTTP becomes its problem, unusual HTTP is accepted; the next query works."""
     behaviour, outcome = WIRE[name]
+    if name == "trailing-garbage" and through:
+        outcome = None  # httpx notices it only when it reuses the connection
     with RawUpstream(behaviour) as upstream:
-        gate = launch(upstream.url, **patience(outcome))
+        gate = launch(upstream.url, **patience(outcome, **through))
         if outcome is None:
             response = assert_success(gate, fresh_id())
             assert gate.metric("upstream_requests_total") == 1
@@ -735,7 +754,9 @@ def test_upstream_probe_leaves_the_slots_to_others(launch: Launch) -> None:
 
 
 @pytest.mark.parametrize("operation", ["sd_get_result", "comfy_get_result", "sd_get_progress"])
-def test_upstream_repeated_response_is_not_taken_for_another_task(launch: Launch, operation: str) -> None:
+def test_upstream_repeated_response_is_not_taken_for_another_task(
+    launch: Launch, operation: str, through: dict[str, Json]
+) -> None:
     """A result contains no task ID: it is fetched over a connection that carried no other call."""
     last: dict[socket.socket, bytes] = {}
 
@@ -747,7 +768,7 @@ def test_upstream_repeated_response_is_not_taken_for_another_task(launch: Launch
         connection.sendall(last[connection])
 
     with RawUpstream(repeats) as upstream:
-        gate = launch(upstream.url, upstream={"retries": 0})
+        gate = launch(upstream.url, upstream={"retries": 0, **through})
         for _ in range(5):
             task = fresh_id()
             answered = gate.native(task, operation)

@@ -12,15 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.cli.watch_client import (
-    LONGEST_PAUSE_SECONDS,
-    Event,
-    EventStream,
-    Message,
-    Problem,
-    StreamRefused,
-    follow,
-)
+from gateway.cli.watch_client import LONGEST_PAUSE_SECONDS, EventStream, Message, follow
+from gateway.cli.watch_events import Event, Problem, StreamRefused
+from gateway.cli.watch_polls import BUFFERED, Polls
 from tests.support.harness import RawUpstream, Request, answer, framed, free_port
 
 # --- the parser -------------------------------------------------------------------------------------------
@@ -274,11 +268,117 @@ def test_follow_times_out_a_silent_connection() -> None:
     silent = iter([True, False])
 
     def behave(connection: socket.socket, _: Request) -> None:
-        connection.sendall(answer(b"", *HEAD) if next(silent) else stream(END))
+        connection.sendall(answer(b": open\n\n", *HEAD) if next(silent) else stream(END))
 
     with RawUpstream(behave) as upstream:
-        assert told(upstream.url, pause=pauses, silence_seconds=0.1) == [("end", None)]
+        events = told(upstream.url, pause=pauses, silence_seconds=0.1, opening_seconds=30)
+        assert events == [("end", None)]
     assert pauses == [(2, "no data for 0.1 s")]
+
+
+def batch(*items: dict[str, Any], etag: str = 'W/"1"') -> bytes:
+    """Return the response to a batch."""
+    return closing(json.dumps({"items": items}).encode(), "content-type: application/json", f"etag: {etag}")
+
+
+def item(task_id: str, **more: Any) -> dict[str, Any]:
+    """Return an item of a batch."""
+    found: dict[str, Any] = json.loads(progress(task_id, **more).split(b"data: ")[1])
+    return found
+
+
+@pytest.mark.parametrize("part", ["nothing", "head"])
+def test_follow_polls_when_a_stream_does_not_begin(part: str) -> None:
+    """If nothing or only the head of a stream arrives, but a query succeeds, long polls replace it."""
+    notices: list[str] = []
+    answers = iter(
+        [
+            batch(item("A"), {"taskId": "B", "error": {"code": "upstream-invalid", "detail": "no"}}),
+            closing(b"", 'etag: W/"1"', status="HTTP/1.1 304 Not Modified"),
+            batch(item("A", progress=0.5), item("B", terminal=True), etag='W/"2"'),
+            batch(item("A", progress=1, terminal=True), item("B", terminal=True), etag='W/"3"'),
+        ]
+    )
+
+    def behave(connection: socket.socket, request: Request) -> None:
+        if b"/v1/events" in request.head:
+            connection.sendall(answer(b"", *HEAD) if part == "head" else b"")
+        else:
+            connection.sendall(next(answers))
+            connection.shutdown(socket.SHUT_WR)
+
+    with RawUpstream(behave) as upstream:
+        pauses = Pauses()
+        events = told(upstream.url, "A", "B", pause=pauses, notify=notices.append, opening_seconds=0.2)
+    assert events == [
+        *[("progress", 0.25), ("problem", "no")],
+        *[("progress", 0.5), ("progress", 0.25)],
+        *[("progress", 1), ("end", None)],
+    ]
+    assert not pauses
+    assert notices == [BUFFERED]
+    stream_request, *polls = upstream.requests
+    targets = [request.head.split()[1] for request in polls]
+    assert targets[0] == b"/v1/progress?taskId=A&taskId=B&api=sd"
+    assert targets[1:] == [targets[0] + b"&wait=25"] * 3
+    assert [request.headers.get("if-none-match") for request in polls] == [None, 'W/"1"', 'W/"1"', 'W/"2"']
+    assert stream_request.headers["accept"] == "text/event-stream"
+
+
+def test_follow_returns_to_the_stream_if_the_gateway_does_not_respond() -> None:
+    """If neither the stream nor a query gets a response, the gateway is down: the stream is retried."""
+    notices: list[str] = []
+    pauses = Pauses()
+    busy = closing(b'{"detail": "too many"}', status="HTTP/1.1 503 Service Unavailable")
+    answers = iter([None, busy, stream(END)])
+
+    def behave(connection: socket.socket, _: Request) -> None:
+        if (given := next(answers)) is not None:
+            connection.sendall(given)
+            connection.shutdown(socket.SHUT_WR)
+
+    with RawUpstream(behave) as upstream:
+        events = told(upstream.url, pause=pauses, notify=notices.append, opening_seconds=0.2)
+    assert events == [("end", None)]
+    assert pauses == [(2, "503 Service Unavailable: too many")]
+    assert not notices
+
+
+def test_follow_polls_until_an_unknown_task_is_given_up() -> None:
+    """A task that is rejected for 30 s counts as ended; one that becomes known in time does not."""
+    now = [0.0]
+    rejected = {"taskId": "A", "error": {"code": "upstream-rejected", "detail": "no"}}
+    responses = [batch(rejected), batch(rejected), batch(item("A")), *[batch(rejected)] * 9]
+
+    def sleep(_: float) -> None:
+        now[0] += 10
+
+    with playing(*responses) as upstream, httpx.Client(trust_env=False) as client:
+        polls = Polls(client, httpx.URL(upstream.url), notify=print, sleep=sleep, clock=lambda: now[0])
+        names = [event.name for event in polls.read()]
+    assert names == ["problem", "problem", "progress", *["problem"] * 4, "end"]
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        closing(b"<html>", "content-type: text/html"),
+        closing(b"[]", "content-type: application/json"),
+        closing(b"{", "content-type: application/json"),
+        closing(b'{"items": {}}', "content-type: application/json"),
+        closing(b'{"items": [1]}', "content-type: application/json"),
+        closing(b'{"items": [{"taskId": "A"}]}', "content-type: application/json"),
+        closing(b'{"detail": "bad"}', status="HTTP/1.1 400 Bad Request"),
+    ],
+)
+def test_polls_raise_permanent_errors(response: bytes) -> None:
+    """A response that is not a batch is an error that a retry would not cure."""
+    with (
+        playing(response) as upstream,
+        httpx.Client(trust_env=False) as client,
+        pytest.raises(StreamRefused),
+    ):
+        list(Polls(client, httpx.URL(upstream.url), notify=print).read())
 
 
 def test_follow_retries_a_refused_connection() -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import struct
@@ -22,8 +23,10 @@ import pytest
 from rich.console import Console
 
 from gateway.cli.main import main
-from gateway.cli.watch_client import Event, Problem, Progress
 from gateway.cli.watch_display import ProgressDisplay
+from gateway.cli.watch_events import Event, Problem, Progress
+from gateway.cli.watch_polls import BUFFERED
+from tests.attacks.proxies import BUFFERING, buffering_nginx
 from tests.support.harness import (
     COMMAND,
     KEY,
@@ -177,13 +180,13 @@ def test_watch_resumes_after_a_restart(
     ]
 
 
-def test_watch_interrupted_has_not_succeeded(simulated: Simulator, watch: Callable[..., Process]) -> None:
-    """Ctrl-C before the end gives exit status 1, without a message."""
+def test_watch_interrupted_exits_with_130(simulated: Simulator, watch: Callable[..., Process]) -> None:
+    """Ctrl-C before the end gives exit status 130, without a message."""
     task_id = simulated.task()
     with watch(task_id) as process:
         process.says("running")
         process.signal(signal.SIGINT)
-        assert process.exit_status() == 1
+        assert process.exit_status() == 130
     assert [line for line in process.lines if not line.startswith(task_id)] == []
 
 
@@ -317,6 +320,27 @@ def test_watch_reports_a_connection_error_once(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed; .ci/run installs it")
+@pytest.mark.parametrize("kind", BUFFERING)
+def test_watch_works_through_a_buffering_proxy(
+    simulated: Simulator, served: str, watch: Callable[..., Process], tmp_path: Path, kind: str
+) -> None:
+    """If a proxy holds the stream back the command says so, and follows all tasks by long polls."""
+    one, other = fresh_id(), fresh_id()
+    simulated.script(one, **RUNNING)
+    with (
+        buffering_nginx(kind, tmp_path, served.removeprefix("http://")) as url,
+        watch(one, other, url=url) as process,
+    ):
+        until(lambda: len(process.lines) >= 3, "the notice and both tasks are shown")
+        assert f"sd-gateway: {url}: {BUFFERED}" in process.lines
+        assert any(line.startswith(f"{one}: running, 25 %") for line in process.lines)
+        simulated.script(other, **SUCCESS)
+        simulated.script(one, **SUCCESS)
+        assert process.exit_status() == 0
+        assert sorted(process.lines[-2:]) == sorted(f"{task}: succeeded, 100 %" for task in (one, other))
+
+
 # --- for people, in a terminal ----------------------------------------------------------------------------
 
 
@@ -402,12 +426,12 @@ def test_watch_draws_a_live_bar_per_task(simulated: Simulator, served: str, tmp_
 
 
 def test_watch_restores_the_terminal(simulated: Simulator, served: str, tmp_path: Path) -> None:
-    """Ctrl-C restores the cursor, with exit status 1 and no traceback."""
+    """Ctrl-C restores the cursor, with exit status 130 and no traceback."""
     task_id = simulated.task()
     with terminal("watch", task_id, "--gateway", served, cwd=tmp_path) as screen:
         screen.wait_for("running")
         screen.signal(signal.SIGINT)
-        assert screen.exit_status() == 1
+        assert screen.exit_status() == 130
     assert screen.raw.rstrip().endswith("\x1b[?25h")
     assert "Traceback" not in screen.text
 

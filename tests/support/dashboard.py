@@ -20,10 +20,14 @@ VARIABLES: dict[str, str] = {
     for variable in DASHBOARD["templating"]["list"]
     if variable["type"] == "query"
 }
+_ALL = {
+    variable["name"]: variable for variable in DASHBOARD["templating"]["list"] if variable.get("includeAll")
+}
 
 
 def substituted(query: str, *, job: str) -> str:
-    """Substitute the variables as Grafana does, for all namespaces."""
-    for variable, value in {"namespace": ".*", "job": job, "__rate_interval": "5m", "__range": "5m"}.items():
+    """Substitute the variables as Grafana does, with All for each but the job."""
+    values = {name: variable["allValue"] for name, variable in _ALL.items()}
+    for variable, value in (values | {"job": job, "__rate_interval": "5m", "__range": "5m"}).items():
         query = query.replace(f"${variable}", value)
     return query

@@ -30,7 +30,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.app import create_app
 from gateway.server.connection_limits import make_connection_limits
 from gateway.server.protocol_class import make_protocol_class
-from gateway.server.run import forwarded_allow_ips
 from gateway.settings.model import Settings
 from gateway.simulator import Life, create_simulator, new_task_id
 from gateway.telemetry.redaction import Redactor
@@ -285,14 +284,15 @@ def gateway(
     settings = Settings.model_validate(given)
     server = settings.server
     app = create_app(settings, redactor=Redactor(), tracing=tracing)
-    protocol = make_protocol_class(make_connection_limits(server, app.metrics), hits=app.hits)
+    hits, asgi = (None, app.asgi) if app.fast_path is None else app.fast_path
+    protocol = make_protocol_class(make_connection_limits(server, app.metrics), hits=hits)
     with (
         running(
-            app.asgi,
+            asgi,
             leftovers=leftovers,
             http=protocol,
             lifespan="on",
-            forwarded_allow_ips=forwarded_allow_ips(server.trusted_proxies),
+            proxy_headers=False,
         ) as url,
         plain_client(url) as client,
     ):

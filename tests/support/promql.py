@@ -10,7 +10,7 @@ from gateway.domain import errors
 from gateway.domain.errors import GatewayError
 from gateway.domain.task import Status
 from gateway.progress.results import CacheStatus
-from gateway.telemetry.counters import FastCounters, FastHistograms
+from gateway.telemetry.counters import CallbackCounter, FastCounters, FastHistograms
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.circuit_breaker import State
 from gateway.upstream.credentials import CredentialSlot
@@ -26,7 +26,7 @@ _VALUES = {
     "result": {"ok", "error"} | set(CacheStatus),
     "slot": set(CredentialSlot),
     "state": set(State),
-    "status": set(Status) | {"200", "500", "503"},
+    "status": set(Status) | {"200", "500", "503", "5.."},
 }
 _SUFFIXES = {"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"], "gauge": [""]}
 _EVERYWHERE = {"namespace", "job", "instance"}  # added by Prometheus
@@ -34,9 +34,11 @@ _METRIC = re.compile(r"((?:sd_gateway|process|python|namespace_job)_[\w:]+)(?:\{
 _MATCHER = re.compile(r'(\w+)[=!~]+"([^"]*)"')
 
 
-def label_names(metric: MetricWrapperBase | FastCounters | FastHistograms) -> tuple[str, ...]:
+def label_names(
+    metric: MetricWrapperBase | CallbackCounter | FastCounters | FastHistograms,
+) -> tuple[str, ...]:
     """Return the label names of a metric."""
-    if isinstance(metric, FastCounters | FastHistograms):
+    if isinstance(metric, CallbackCounter | FastCounters | FastHistograms):
         return metric.label_names
     return tuple(metric._labelnames)  # prometheus-client has no public attribute for them
 
@@ -47,7 +49,7 @@ def series() -> dict[str, set[str]]:
     samples = [sample for family in metrics.registry.collect() for sample in family.samples]
     known = {s.name: set(s.labels) for s in samples if not s.name.endswith("_created")}
     for metric in vars(metrics).values():
-        if isinstance(metric, MetricWrapperBase | FastCounters | FastHistograms):
+        if isinstance(metric, MetricWrapperBase | CallbackCounter | FastCounters | FastHistograms):
             family = next(iter(metric.describe()))
             for suffix in _SUFFIXES[family.type]:
                 known[family.name + suffix] = set(label_names(metric)) | {"le"}

@@ -1,3 +1,4 @@
+import com.google.gson.JsonElement;
 import com.google.gson.JsonObject;
 import com.google.gson.JsonParser;
 import java.io.BufferedReader;
@@ -9,10 +10,12 @@ import java.net.http.HttpClient;
 import java.net.http.HttpRequest;
 import java.net.http.HttpResponse;
 import java.net.http.HttpResponse.BodyHandlers;
+import java.net.http.HttpTimeoutException;
 import java.nio.charset.StandardCharsets;
 import java.time.Duration;
 import java.util.HashMap;
 import java.util.List;
+import java.util.Locale;
 import java.util.Map;
 import java.util.concurrent.Executors;
 import java.util.concurrent.ScheduledExecutorService;
@@ -23,24 +26,32 @@ import java.util.concurrent.TimeoutException;
 import java.util.function.BiConsumer;
 import java.util.stream.Collectors;
 
-/** Follows tasks on the event stream of the gateway, across reconnects. */
+/** Follows tasks on the event stream of the gateway, across reconnects, or by long polls. */
 public final class Follow implements AutoCloseable {
+    private static final System.Logger LOG = System.getLogger(Follow.class.getName());
+    private static final Duration UNKNOWN = Duration.ofSeconds(30);
+
     private final HttpClient client = HttpClient.newBuilder().connectTimeout(Duration.ofSeconds(10)).build();
     private final ScheduledExecutorService watchdog = Executors.newSingleThreadScheduledExecutor();
     private final URI gateway;
     private final Duration silence;
+    private final Duration opening;
     private String lastId = "";
     private long retryMillis = 2000;
     private int failures;
 
-    /** A connection without data for 45 seconds, three heartbeats of the gateway, counts as lost. */
+    /**
+     * A connection without data for 45 seconds, three heartbeats of the gateway, counts as lost. A stream begins at
+     * once: if it does not begin within 5 seconds, but the gateway responds to a query, long polls replace it.
+     */
     public Follow(URI gateway) {
-        this(gateway, Duration.ofSeconds(45));
+        this(gateway, Duration.ofSeconds(45), Duration.ofSeconds(5));
     }
 
-    public Follow(URI gateway, Duration silence) {
+    public Follow(URI gateway, Duration silence, Duration opening) {
         this.gateway = gateway;
         this.silence = silence;
+        this.opening = opening.compareTo(silence) < 0 ? opening : silence;
     }
 
     /** Call listener with "progress" or "problem" and its data, until all tasks have ended. */
@@ -52,7 +63,7 @@ public final class Follow implements AutoCloseable {
             double retryAfter = 0;
             HttpRequest.Builder request = HttpRequest.newBuilder(gateway.resolve("v1/events?" + query))
                     .header("Accept", "text/event-stream")
-                    .timeout(silence);
+                    .timeout(opening);
             if (!lastId.isEmpty()) {
                 request.header("Last-Event-ID", lastId);
             }
@@ -69,6 +80,14 @@ public final class Follow implements AutoCloseable {
                         retryAfter = 1000 * Progress.retryAfter(response);
                     }
                 }
+            } catch (HttpTimeoutException e) {
+                if (responds(query)) {
+                    LOG.log(
+                            System.Logger.Level.WARNING,
+                            "the event stream did not begin: a proxy buffers it; using long polls instead");
+                    poll(query, deadline, listener);
+                    return;
+                }
             } catch (IOException e) {
                 // The gateway restarted, or the network failed.
             }
@@ -78,6 +97,86 @@ public final class Follow implements AutoCloseable {
             Thread.sleep((long) Math.ceil(Math.max(0, Math.min(pause, millisLeft))));
         }
         throw new TimeoutException(String.join(", ", taskIds) + ": did not end within " + within.toSeconds() + " s");
+    }
+
+    private boolean responds(String query) throws InterruptedException {
+        try {
+            return ask(query, "", 0).statusCode() == 200;
+        } catch (IOException e) {
+            return false;
+        }
+    }
+
+    private HttpResponse<String> ask(String query, String etag, double wait) throws IOException, InterruptedException {
+        String target = "v1/progress?" + query;
+        if (!etag.isEmpty()) {
+            target += String.format(Locale.ROOT, "&wait=%.1f", wait);
+        }
+        HttpRequest.Builder request = HttpRequest.newBuilder(gateway.resolve(target)).timeout(Duration.ofSeconds(40));
+        if (!etag.isEmpty()) {
+            request.header("If-None-Match", etag);
+        }
+        return client.send(request.build(), BodyHandlers.ofString());
+    }
+
+    /** Call listener as `follow` does, by long polls. A task that is rejected for 30 seconds has ended. */
+    private void poll(String query, long deadline, BiConsumer<String, JsonObject> listener)
+            throws InterruptedException, Progress.Refused, TimeoutException {
+        String etag = "";
+        int failed = 0;
+        Map<String, JsonObject> shown = new HashMap<>();
+        Map<String, Long> rejected = new HashMap<>();
+        for (long left; (left = deadline - System.nanoTime()) > 0; ) {
+            HttpResponse<String> response = null;
+            try {
+                response = ask(query, etag, Math.min(25, left / 1e9));
+            } catch (IOException e) {
+                // The gateway restarted, or the network failed.
+            }
+            int status = response == null ? 0 : response.statusCode();
+            if (status == 200) {
+                etag = response.headers().firstValue("etag").orElseThrow();
+                for (JsonElement each : JsonParser.parseString(response.body()).getAsJsonObject().getAsJsonArray("items")) {
+                    JsonObject item = each.getAsJsonObject();
+                    String taskId = item.get("taskId").getAsString();
+                    JsonObject error = item.getAsJsonObject("error");
+                    if (error != null) {
+                        error.addProperty("taskId", taskId);
+                    }
+                    JsonObject content = (error == null ? item : error).deepCopy();
+                    content.remove("requestId"); // the IDs in a problem differ from query to query
+                    content.remove("upstream");
+                    if (!content.equals(shown.put(taskId, content))) {
+                        listener.accept(error == null ? "progress" : "problem", error == null ? item : error);
+                    }
+                    if (error == null || !error.get("code").getAsString().equals("upstream-rejected")) {
+                        rejected.remove(taskId);
+                    } else {
+                        rejected.putIfAbsent(taskId, System.nanoTime());
+                    }
+                }
+            } else if (status != 0 && status < 500 && status != 304 && status != 429) {
+                throw new Progress.Refused(response.body());
+            }
+            boolean ended = shown.entrySet().stream().allMatch(task -> hasEnded(task.getValue(), rejected.get(task.getKey())));
+            if (ended && !shown.isEmpty()) {
+                return;
+            }
+            failed = status == 200 || status == 304 ? 0 : failed + 1;
+            double jitter = ThreadLocalRandom.current().nextDouble(0.5, 1);
+            double pause = failed == 0 ? 500 : Math.min(1000 * Math.pow(2, failed), 30_000) * jitter;
+            if (failed > 0 && response != null) {
+                pause = Math.max(pause, 1000 * Progress.retryAfter(response));
+            }
+            double millisLeft = (deadline - System.nanoTime()) / 1e6;
+            Thread.sleep((long) Math.ceil(Math.max(0, Math.min(pause, millisLeft))));
+        }
+        throw new TimeoutException("the tasks did not end in time");
+    }
+
+    private static boolean hasEnded(JsonObject content, Long rejectedSince) {
+        boolean terminal = content.has("terminal") && content.get("terminal").getAsBoolean();
+        return terminal || (rejectedSince != null && System.nanoTime() - rejectedSince >= UNKNOWN.toNanos());
     }
 
     /** Return whether the stream sent `end`. The watchdog ends a blocked read by closing the body. */

@@ -27,9 +27,16 @@ public final class Progress {
 
     private final HttpClient client = HttpClient.newBuilder().connectTimeout(Duration.ofSeconds(10)).build();
     private final URI gateway;
+    private final Duration unknown;
 
+    /** A new task is unknown to the vendor for a moment: it may be rejected for 30 seconds. */
     public Progress(URI gateway) {
+        this(gateway, Duration.ofSeconds(30));
+    }
+
+    public Progress(URI gateway, Duration unknown) {
         this.gateway = gateway;
+        this.unknown = unknown;
     }
 
     /**
@@ -41,6 +48,7 @@ public final class Progress {
     public JsonObject finished(String taskId, Duration within, int waitSeconds)
             throws InterruptedException, Refused, TimeoutException {
         long deadline = System.nanoTime() + within.toNanos();
+        long knownBy = System.nanoTime() + unknown.toNanos();
         String etag = "";
         String lastError = "still running";
         int failures = 0;
@@ -63,12 +71,13 @@ public final class Progress {
                 }
                 failures = 0;
                 lastError = "still running";
+                knownBy = System.nanoTime() + unknown.toNanos();
                 pause = waitSeconds > 0 ? 0.5 : lifetime(response);
             } else {
                 failures++;
                 pause = Math.min(Math.pow(2, failures), 30) * ThreadLocalRandom.current().nextDouble(0.5, 1);
                 if (response != null) {
-                    lastError = problem(response);
+                    lastError = problem(response, System.nanoTime() < knownBy);
                     pause = Math.max(pause, retryAfter(response));
                 }
             }
@@ -97,7 +106,7 @@ public final class Progress {
     }
 
     /** Return the error message. Throws Refused if a retry would not help. */
-    static String problem(HttpResponse<String> response) throws Refused {
+    static String problem(HttpResponse<String> response, boolean mayBeNew) throws Refused {
         int status = response.statusCode();
         String code = "";
         String message = "HTTP status " + status;
@@ -108,7 +117,7 @@ public final class Progress {
         } catch (JsonParseException | IllegalStateException | NullPointerException e) {
             // The response is from a proxy, not from the gateway.
         }
-        if (code.equals("upstream-rejected") || (status < 500 && status != 429)) {
+        if (code.equals("upstream-rejected") ? !mayBeNew : status < 500 && status != 429) {
             throw new Refused(message);
         }
         return message;

@@ -4,10 +4,12 @@ export class Refused extends Error {}
 /**
  * Resolve to the final progress of a task; reject with Refused, or with an Error on timeout.
  *
- * `seconds` bounds the whole wait. `wait` is the length of a long poll in seconds; 0 polls instead.
+ * `seconds` bounds the whole wait. `wait` is the length of a long poll in seconds; 0 polls instead. A new task is
+ * unknown to the vendor for a moment: it may be rejected for `unknown` seconds.
  */
-export async function finished(gateway, taskId, { seconds, wait = 30 }) {
+export async function finished(gateway, taskId, { seconds, wait = 30, unknown = 30 }) {
   const deadline = Date.now() + seconds * 1000;
+  let knownBy = Date.now() + unknown * 1000;
   let etag = "";
   let failures = 0;
   let lastError = "still running";
@@ -34,12 +36,13 @@ export async function finished(gateway, taskId, { seconds, wait = 30 }) {
     if (response?.status === 200 || response?.status === 304) {
       failures = 0;
       lastError = "still running";
+      knownBy = Date.now() + unknown * 1000;
       pause = wait ? 0.5 : lifetime(response);
     } else {
       failures += 1;
       pause = Math.min(2 ** failures, 30) * (0.5 + Math.random() / 2);
       if (response) {
-        lastError = await problem(response);
+        lastError = await problem(response, Date.now() < knownBy);
         pause = Math.max(pause, Number(response.headers.get("retry-after")) || 0);
       }
     }
@@ -55,12 +58,13 @@ function lifetime(response) {
 }
 
 /** Resolve to the error message; reject with Refused if a retry would not help. */
-async function problem(response) {
+async function problem(response, mayBeNew) {
   const body = await response.json().catch(() => null); // null: the response is from a proxy
   const message = body?.code
     ? `${body.code}: ${body.detail} (${body.requestId})`
     : `HTTP status ${response.status}`;
-  const permanent = response.status < 500 && response.status !== 429;
-  if (permanent || body?.code === "upstream-rejected") throw new Refused(message);
+  const permanent =
+    body?.code === "upstream-rejected" ? !mayBeNew : response.status < 500 && response.status !== 429;
+  if (permanent) throw new Refused(message);
   return message;
 }

@@ -10,13 +10,17 @@ class Refused(Exception):
     """The request failed, and a retry would fail in the same way."""
 
 
-def finished(gateway: httpx.Client, task_id: str, *, seconds: float, wait: int = 30) -> dict:
+def finished(
+    gateway: httpx.Client, task_id: str, *, seconds: float, wait: int = 30, unknown: float = 30
+) -> dict:
     """Return the final progress of a task.
 
-    `seconds` bounds the whole wait. `wait` is the length of a long poll in seconds; 0 polls instead.
-    Raises: Refused, TimeoutError.
+    `seconds` bounds the whole wait. `wait` is the length of a long poll in seconds; 0 polls instead. A new
+    task is unknown to the vendor for a moment: it may be rejected for `unknown` seconds. Raises: Refused,
+    TimeoutError.
     """
     deadline = time.monotonic() + seconds
+    known_by = time.monotonic() + unknown
     etag, failures, last_error = "", 0, "still running"
     while (left := deadline - time.monotonic()) > 0:
         response = None
@@ -36,12 +40,13 @@ def finished(gateway: httpx.Client, task_id: str, *, seconds: float, wait: int =
                     return progress
                 etag = response.headers["etag"]
             failures, last_error = 0, "still running"
+            known_by = time.monotonic() + unknown
             pause = 0.5 if wait else lifetime(response)
         else:
             failures += 1
             pause = min(2.0**failures, 30.0) * random.uniform(0.5, 1)
             if response is not None:
-                last_error = problem(response)
+                last_error = problem(response, may_be_new=time.monotonic() < known_by)
                 pause = max(pause, seconds_in(response.headers.get("retry-after", "")))
         time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
     raise TimeoutError(f"{task_id} did not end within {seconds:g} s: {last_error}")
@@ -52,14 +57,18 @@ def lifetime(response: httpx.Response) -> float:
     return max(1.0, seconds_in(response.headers.get("cache-control", "").partition("max-age=")[2]))
 
 
-def problem(response: httpx.Response) -> str:
+def problem(response: httpx.Response, *, may_be_new: bool) -> str:
     """Return the error message. Raises: Refused if a retry would not help."""
     try:
         body = response.json()
         code, message = body["code"], f"{body['code']}: {body['detail']} ({body['requestId']})"
     except (ValueError, KeyError, TypeError):  # the response is from a proxy, not from the gateway
         code, message = "", f"HTTP status {response.status_code}"
-    if code == "upstream-rejected" or (response.status_code < 500 and response.status_code != 429):
+    if code == "upstream-rejected":
+        permanent = not may_be_new
+    else:
+        permanent = response.status_code < 500 and response.status_code != 429
+    if permanent:
         raise Refused(message)
     return message
 

@@ -3,6 +3,7 @@
 Outermost first:
 
 - RequestSpans (request_spans.py): a span per request, if tracing is on
+- ClientAddress (client_address.py): the client's address, from the headers of trusted proxies
 - RequestTelemetry (telemetry.py): request ID, metrics, one log line, and a response for every exception
 - HostAndPrefix (host_and_prefix.py): the path prefix of an ingress, and the allowed Host values
 - Cors (cross_site.py): CORS for the configured origins, on the /v1 paths

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.api.problems import Problems
 from gateway.api.request_log import RequestLog, trace_fields
 from gateway.api.requests import (
+    LONG_POLL,
     SECURITY_HEADERS,
     Headers,
     client_request_id,
@@ -80,6 +81,8 @@ class RequestTelemetry:
     def _record(self, scope: Scope, status: int, seconds: float) -> None:
         # The number of route templates is bounded, that of paths is not.
         route = scope["route"].path_format if "route" in scope else "other"
+        if LONG_POLL in scope["state"]:
+            route += "?wait"  # separate, because its duration is mostly the wait
         method = scope["method"] if scope["method"] in METHODS else "other"
         recorders = self._recorders.get((route, method, status))
         if recorders is None:  # looking up labels costs more than counting; all three labels have few values

@@ -15,6 +15,7 @@ const CONNECTION = {
   idle: "Not watching",
   connecting: "Connecting",
   live: "Live",
+  polling: "Live by long polls: a proxy buffers the event stream",
   reconnecting: "Connection lost, reconnecting",
   retrying: "Connection lost, retrying",
   ended: "All tasks ended",
@@ -214,6 +215,10 @@ function flush() {
 }
 
 // --- start ---------------------------------------------------------------------------------------
+
+// Behind an ingress the address may lack its final slash. Relative URLs would then leave the prefix.
+const home = new URL("../", import.meta.url).pathname;
+if (location.pathname !== home) history.replaceState(null, "", home + location.search + location.hash);
 
 form.addEventListener("submit", (event) => {
   event.preventDefault();

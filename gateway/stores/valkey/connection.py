@@ -1,6 +1,6 @@
 """The connection to the store: it is kept open, monitored, and replaced when it fails.
 
-    connect -> subscribe -> probe with a write -> up -> lost -> pause -> connect ...
+    connect -> verify -> subscribe -> probe with a write -> up -> lost -> pause -> connect ...
 
 A probe is a script that writes. It runs every half second while the connection is up, so that a store that is
 down, slow, read-only or full is noticed even without requests. If an operation gets no reply within
@@ -21,17 +21,22 @@ import structlog
 
 from gateway.settings.model import Store
 from gateway.stores.valkey.batches import Batches, Command
+from gateway.stores.valkey.diagnosis import explain
+from gateway.stores.valkey.failure_reasons import ERRORS, reason_of
 from gateway.stores.valkey.metric_labels import OperationLabel
 from gateway.stores.valkey.scripts import PROBE, Script
-from gateway.stores.valkey.servers import ERRORS, StoreServers, affects_all_operations, connect, reason_of
+from gateway.stores.valkey.servers import StoreServers, connect
 from gateway.stores.valkey.subscription import Subscription
+from gateway.stores.valkey.verification import verify
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
 _CONNECT_SECONDS = 2.0  # timeout of all steps until the connection is up
+_START_SECONDS = 2.0  # a starting replica is not ready before, unless the connection is up earlier
 _PROBE_SECONDS = 0.5  # interval of the probes
 _PROBES = 2  # the store is down after so many consecutive failed probes
 _PAUSES = (0.25, 2.0)  # seconds: shortest and longest average pause between two attempts to connect
+_MOST_REASONS = 10  # reasons that are logged until the connection is up again
 _STABLE_SECONDS = 10.0  # if a connection lasted longer, the next pause is the shortest again
 
 log = structlog.get_logger(__name__)
@@ -84,8 +89,14 @@ class StoreConnection:
         self._subscription: Subscription | None = None
         self._suspect = asyncio.Event()
         self._failed: asyncio.Future[str] | None = None
-        self._down_logged = False
+        self._starting_until = math.inf
+        self._logged_reasons: set[str] = set()  # since the connection was up
         metrics.store_up.set(0)
+
+    @property
+    def starting(self) -> bool:
+        """Whether the first connection is awaited, for at most two seconds."""
+        return time.monotonic() < self._starting_until
 
     @property
     def up(self) -> bool:
@@ -123,6 +134,7 @@ class StoreConnection:
     async def keep_open(self, listener: ConnectionListener) -> None:
         """Keep the connection open until cancelled."""
         self._listener = listener
+        self._starting_until = time.monotonic() + _START_SECONDS
         pause = _PAUSES[0]
         while True:
             started, reason = time.monotonic(), ""
@@ -133,10 +145,11 @@ class StoreConnection:
             except StoreUnavailable as exc:  # the probe has failed
                 reason = str(exc)
             except ERRORS as exc:
-                reason = reason or reason_of(exc)  # closing a broken connection may fail, too
+                # Closing a broken connection may fail, too.
+                reason = reason or await explain(self._settings, exc)
             except Exception as exc:
                 log.exception("store_connection_bug")
-                reason = reason_of(exc)
+                reason = reason_of(exc, key_prefix=self._settings.key_prefix)
             if time.monotonic() - started > _STABLE_SECONDS:
                 pause = _PAUSES[0]
             self._go_down(reason)
@@ -156,28 +169,35 @@ class StoreConnection:
         )
         self._batches = batches
         try:
-            async with asyncio.timeout(_CONNECT_SECONDS) as connecting, subscription:
-                await servers.warm_up()
-                await self._probe(servers)
-                connecting.reschedule(None)
-                self._come_up(servers, subscription)
-                probing = asyncio.create_task(self._keep_probing(servers))
-                try:
-                    done, _ = await asyncio.wait(
-                        {probing, subscription.lost, failed}, return_when=asyncio.FIRST_COMPLETED
-                    )
-                    if subscription.lost in done:
-                        self._metrics.store_errors.labels(OperationLabel.SUBSCRIBE).inc()
-                    reason = next(iter(done)).result()
-                    self._go_down(reason)  # now, because closing the connection may take seconds
-                    return reason
-                finally:
-                    probing.cancel()
-                    await asyncio.gather(probing, return_exceptions=True)
+            async with asyncio.timeout(_CONNECT_SECONDS) as connecting:
+                await verify(servers)
+                async with subscription:
+                    await servers.warm_up()
+                    await self._probe(servers)
+                    connecting.reschedule(None)
+                    self._come_up(servers, subscription)
+                    return await self._wait_until_lost(servers, subscription, failed)
         finally:
             self._servers = self._subscription = None
             self._on_up_to_date(math.inf)
             await batches.aclose()
+
+    async def _wait_until_lost(
+        self, servers: StoreServers, subscription: Subscription, failed: asyncio.Future[str]
+    ) -> str:
+        probing = asyncio.create_task(self._keep_probing(servers))
+        try:
+            done, _ = await asyncio.wait(
+                {probing, subscription.lost, failed}, return_when=asyncio.FIRST_COMPLETED
+            )
+            if subscription.lost in done:
+                self._metrics.store_errors.labels(OperationLabel.SUBSCRIBE).inc()
+            reason = next(iter(done)).result()
+            self._go_down(reason)  # now, because closing the connection may take seconds
+            return reason
+        finally:
+            probing.cancel()
+            await asyncio.gather(probing, return_exceptions=True)
 
     async def _keep_probing(self, servers: StoreServers) -> str:
         """Probe until a probe fails; return the reason."""
@@ -218,10 +238,10 @@ class StoreConnection:
             return await self._batches.send(command)
         except Exception as exc:  # an invalid reply may cause any exception in redis-py
             self._metrics.store_errors.labels(label).inc()
-            reason = reason_of(exc)
+            reason = servers.reason_of(exc)
             if isinstance(exc, TimeoutError):
                 self._suspect.set()
-            elif affects_all_operations(exc):
+            elif servers.is_broken_by(exc):
                 self._fail(servers, reason)
             raise StoreUnavailable(reason) from exc
         finally:
@@ -245,9 +265,10 @@ class StoreConnection:
     def _come_up(self, servers: StoreServers, subscription: Subscription) -> None:
         self._servers, self._subscription = servers, subscription
         self._on_up_to_date(-math.inf)  # until a reader catches up
+        self._starting_until = -math.inf
         self._suspect.clear()
         self.trouble = None
-        self._down_logged = False
+        self._logged_reasons.clear()
         self._metrics.store_up.set(1)
         log.info("store_up")
         self._listener.on_connection_change()
@@ -262,9 +283,11 @@ class StoreConnection:
         self._servers = self._subscription = None
         self._on_up_to_date(math.inf)
         self.trouble = reason
-        if self._down_logged:
+        if reason in self._logged_reasons or len(self._logged_reasons) == _MOST_REASONS:
             return
-        self._down_logged = True
-        self._metrics.store_up.set(0)
+        went_down = not self._logged_reasons
+        self._logged_reasons.add(reason)
         log.warning("store_down", reason=reason, effect="each replica works alone")
-        self._listener.on_connection_change()
+        if went_down:
+            self._metrics.store_up.set(0)
+            self._listener.on_connection_change()

@@ -9,9 +9,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-import re
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from redis.asyncio import Redis, RedisCluster, Sentinel
@@ -19,58 +20,25 @@ from redis.asyncio.client import PubSub
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import (
-    AuthenticationError,
-    BusyLoadingError,
-    ClusterDownError,
-    MasterDownError,
-    NoPermissionError,
-    OutOfMemoryError,
-    ReadOnlyError,
-    RedisClusterException,
-    RedisError,
-    ResponseError,
-)
-from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import MovedError
 
 from gateway.settings.model import Store
 from gateway.settings.secret_files import check_bundle
 from gateway.stores.valkey.batches import CONNECTIONS
+from gateway.stores.valkey.failure_reasons import (
+    ERRORS,
+    StoreFailure,
+    affects_all_operations,
+    reason_of,
+    words_of_file_error,
+)
 from gateway.telemetry.redaction import Redactor
-
-# TimeoutError, also asyncio's, is an OSError.
-ERRORS = (RedisError, RedisClusterException, OSError, ValueError)
 
 _FORMAT = "4"  # of keys, values and messages; gateways with different formats share nothing
 _CONNECT_SECONDS = 2.0
 _RETRIES = 0
+SENTINEL = "Sentinel: "  # begins the reason of a failure of the Sentinels
 _CLUSTER_RETRIES = 1  # asks another node of the cluster for the new owner of a slot
-
-# The server's error codes, which scripts may report within a text, and redis-py's classes for them.
-_REASONS = {
-    "READONLY": "read-only: the server is a replica",
-    "OOM": "full: the server has reached its maxmemory",
-    "MISCONF": "read-only: the server cannot save its data to disk",
-    "NOREPLICAS": "read-only: the server has too few replicas",
-    "NOPERM": "a permission of the user is missing",
-    "NOAUTH": "the server requires a password",
-    "WRONGPASS": "the server rejects user name or password",
-    "LOADING": "the server is loading its data",
-    "CLUSTERDOWN": "the cluster is down",
-    "MASTERDOWN": "the server has lost its primary",
-}
-_CODE = re.compile(rf"\b({'|'.join(_REASONS)})\b")
-# How Redis and Valkey report a permission that is missing for a command of a script, without a code.
-_FORBIDDEN = re.compile(r"can't run this command|ACL failure in script")
-_CODES: tuple[tuple[type[Exception], str], ...] = (
-    (ReadOnlyError, "READONLY"),
-    (OutOfMemoryError, "OOM"),
-    (NoPermissionError, "NOPERM"),
-    (AuthenticationError, "WRONGPASS"),
-    (BusyLoadingError, "LOADING"),
-    (ClusterDownError, "CLUSTERDOWN"),
-    (MasterDownError, "MASTERDOWN"),
-)
 
 
 class StoreServers:
@@ -84,6 +52,7 @@ class StoreServers:
     ) -> None:
         self.client = client
         self.identity = identity
+        self.key_prefix = settings.key_prefix
         self._options = options
         account = hashlib.blake2b(identity.encode(), digest_size=8).hexdigest()
         # Channels are shared by all databases of a server, hence the number.
@@ -92,6 +61,17 @@ class StoreServers:
     def key(self, name: str) -> str:
         """Return the name of a key."""
         return f"{self.channel}:{name}"
+
+    def reason_of(self, exc: BaseException) -> str:
+        """Return in words why an operation fails."""
+        return reason_of(exc, key_prefix=self.key_prefix)
+
+    def is_broken_by(self, exc: BaseException) -> bool:
+        """Tell whether other operations would fail with this error, too: the connection is of no use."""
+        # A client of a cluster finds the new node of a slot; a client of a single server cannot.
+        return affects_all_operations(exc) or (
+            isinstance(exc, MovedError) and not isinstance(self.client, RedisCluster)
+        )
 
     async def warm_up(self) -> None:
         """Open the connections for commands. Raises: ERRORS."""
@@ -130,33 +110,14 @@ async def _close(aclose: Callable[..., Awaitable[None]], *args: Any) -> None:
         await asyncio.wait({closing})
 
 
-def reason_of(exc: BaseException) -> str:
-    """Return in words why the store fails. The server's own text may contain keys, and is not repeated."""
-    code = next((code for kind, code in _CODES if isinstance(exc, kind)), None)
-    if code is None and isinstance(exc, ResponseError):
-        found = _CODE.search(str(exc))
-        code = found[1] if found is not None else "NOPERM" if _FORBIDDEN.search(str(exc)) else None
-    if code is not None:
-        return _REASONS[code]
-    if isinstance(exc, TimeoutError):
-        return "slow: no reply in time"
-    # The class says whether the connection was refused or reset; the text may contain addresses.
-    lost = isinstance(exc, OSError | RedisConnectionError)
-    return f"no connection ({type(exc).__name__})" if lost else type(exc).__name__
-
-
-def affects_all_operations(exc: BaseException) -> bool:
-    """Tell whether other operations would fail with this error, too, so that the connection is of no use."""
-    if isinstance(exc, ResponseError) and not isinstance(exc, tuple(kind for kind, _ in _CODES)):
-        return bool(_CODE.search(str(exc)) or _FORBIDDEN.search(str(exc)))
-    return True
-
-
 @asynccontextmanager
 async def connect(settings: Store, *, identity: str, redactor: Redactor) -> AsyncIterator[StoreServers]:
     """Connect to the servers of the settings; this reads the secret files again. Raises: ERRORS."""
-    username, password = settings.login()
-    _, sentinel_password = settings.sentinel_login()
+    try:
+        username, password = settings.login()
+        _, sentinel_password = settings.sentinel_login()
+    except (OSError, ValueError) as exc:
+        raise StoreFailure(f"login: {words_of_file_error(exc)}") from exc
     url = settings.url.get_secret_value() if password else ""
     redactor.add_secrets(*filter(None, (password, sentinel_password, url)))
     transport: dict[str, Any] = {
@@ -168,10 +129,14 @@ async def connect(settings: Store, *, identity: str, redactor: Redactor) -> Asyn
         "socket_timeout": None,
     }
     if settings.tls:
-        ca_file = None if settings.ca_file is None else str(settings.ca_file)
-        if settings.ca_file is not None:
-            check_bundle(settings.ca_file)
-        transport |= {"ssl": True, "ssl_ca_certs": ca_file, "ssl_check_hostname": True}
+        tls_context(settings)
+        transport |= {
+            "ssl": True,
+            "ssl_ca_certs": _text(settings.ca_file),
+            "ssl_certfile": _text(settings.client_cert_file),
+            "ssl_keyfile": _text(settings.client_key_file),
+            "ssl_check_hostname": True,
+        }
     options = {**transport, "username": username, "password": password}
     async with AsyncExitStack() as stack:
         client: Redis | RedisCluster
@@ -192,7 +157,10 @@ async def connect(settings: Store, *, identity: str, redactor: Redactor) -> Asyn
         else:
             [(host, port), *_] = settings.hosts
             if settings.sentinel_service:
-                host, port = await _primary(settings, transport)
+                try:
+                    host, port = await _primary(settings, transport)
+                except ERRORS as exc:
+                    raise StoreFailure(SENTINEL + reason_of(exc, key_prefix=settings.key_prefix)) from exc
             client = Redis(host=host, port=port, db=settings.database, **options)
             stack.push_async_callback(_close, client.aclose)
         yield StoreServers(client, settings, identity=identity, options=options)
@@ -208,5 +176,49 @@ async def _primary(settings: Store, transport: dict[str, Any]) -> tuple[str, int
     async with AsyncExitStack() as stack, asyncio.timeout(_CONNECT_SECONDS):
         for each in sentinel.sentinels:
             stack.push_async_callback(_close, each.aclose)
-        host, port = await sentinel.discover_master(settings.sentinel_service)
-        return str(host), int(port)
+        failures: list[Exception] = []
+        down = False
+        # Not discover_master of redis-py: its error does not tell why no Sentinel has an answer.
+        for each in sentinel.sentinels:
+            try:
+                state = (await each.sentinel_masters()).get(settings.sentinel_service)  # type: ignore[union-attr]  # a dict in RESP2
+            except ERRORS as exc:
+                failures.append(exc)
+                continue
+            if state and sentinel.check_master_state(state, settings.sentinel_service):
+                return str(state["ip"]), int(state["port"])
+            down = down or state is not None
+        if down:
+            raise StoreFailure("the primary is down")
+        if len(failures) == len(sentinel.sentinels):
+            raise failures[0]
+        raise StoreFailure("no service of this name: correct store.sentinel_service")
+
+
+def tls_context(settings: Store) -> ssl.SSLContext:
+    """Return a context with the certificates of the settings; this reads their files again.
+
+    redis-py makes such a context for each connection. But its errors do not name the file, and if the key is
+    encrypted, OpenSSL asks for a password on the terminal.
+
+    Raises: StoreFailure if a file cannot be used.
+    """
+    name, file = "ca_file", settings.ca_file
+    try:
+        if file is not None:
+            check_bundle(file)
+        context = ssl.create_default_context(cafile=file)
+        name, file = "client_cert_file", settings.client_cert_file
+        if file is not None:
+            check_bundle(file)
+            if settings.client_key_file is not None:
+                check_bundle(settings.client_key_file)
+            context.load_cert_chain(file, settings.client_key_file, password="")
+    except (OSError, ValueError) as exc:
+        prefix = f"{file}: " if isinstance(exc, ssl.SSLError) else ""
+        raise StoreFailure(f"TLS: store.{name}: {prefix}{words_of_file_error(exc)}") from exc
+    return context
+
+
+def _text(file: Path | None) -> str | None:
+    return None if file is None else str(file)

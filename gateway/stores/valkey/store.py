@@ -104,6 +104,11 @@ class ValkeyStore(MemoryStore):
         """See `Store`."""
         return self._connection.trouble
 
+    @property
+    def starting(self) -> bool:
+        """See `Store`."""
+        return self._connection.starting
+
     async def __aenter__(self) -> Self:
         """Start to connect in the background."""
         self._start(self._connection.keep_open(self._updates))

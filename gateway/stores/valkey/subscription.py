@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from redis.asyncio.client import PubSub
 
-from gateway.stores.valkey.servers import StoreServers, reason_of
+from gateway.stores.valkey.servers import StoreServers
 
 PAUSE_SECONDS = 0.05  # after a longer pause, messages must be read before the cache is used
 _TICK_SECONDS = 0.02
@@ -161,4 +161,4 @@ class Subscription:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and not self.lost.done() and (exc := task.exception()) is not None:
-            self.lost.set_result(reason_of(exc))
+            self.lost.set_result(self._servers.reason_of(exc))

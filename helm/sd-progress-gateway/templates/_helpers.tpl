@@ -13,11 +13,18 @@ app.kubernetes.io/component: gateway
 {{- end }}
 
 {{- define "gateway.labels" -}}
-{{ include "gateway.selector" . }}
-{{ include "gateway.commonLabels" . }}
+{{ include "gateway.labelsWith" (list . dict) }}
 {{- end }}
 
-{{- define "gateway.commonLabels" -}}
+{{/* All labels of an object, from a list of the context and the object's own labels. The labels of the chart take
+     precedence over the object's own, and those over commonLabels. */}}
+{{- define "gateway.labelsWith" -}}
+{{- $root := index . 0 }}
+{{- $chart := merge (include "gateway.selector" $root | fromYaml) (include "gateway.releaseLabels" $root | fromYaml) }}
+{{- merge $chart (index . 1) $root.Values.commonLabels | toYaml }}
+{{- end }}
+
+{{- define "gateway.releaseLabels" -}}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
 app.kubernetes.io/managed-by: {{ .Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
@@ -26,6 +33,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- define "gateway.image" -}}
 {{ .Values.image.repository }}
 {{- if .Values.image.digest }}@{{ .Values.image.digest }}{{ else }}:{{ default .Chart.AppVersion .Values.image.tag }}{{ end }}
+{{- end }}
+
+{{- define "gateway.ipFamilies" -}}
+{{- with .Values.service.ipFamilyPolicy }}ipFamilyPolicy: {{ . }}{{ end }}
+{{- with .Values.service.ipFamilies }}
+ipFamilies: {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- end }}
 
 {{- define "gateway.serviceAccount" -}}
@@ -94,13 +108,21 @@ nginx.org/lb-method: hash $uri consistent
 {{- $store := dict }}
 {{- if .Values.store.existingSecret }}
 {{- $named := dict "usernameKey" "username_file" "passwordKey" "password_file" "caKey" "ca_file" }}
+{{- $_ := set $named "clientCertKey" "client_cert_file" }}
+{{- $_ := set $named "clientKeyKey" "client_key_file" }}
 {{- $_ := set $named "sentinelUsernameKey" "sentinel_username_file" }}
 {{- $_ := set $named "sentinelPasswordKey" "sentinel_password_file" }}
 {{- range $key, $setting := $named }}
 {{- with index $.Values.store $key }}{{ $_ := set $store $setting (printf "/run/secrets/sd-gateway-store/%s" .) }}{{ end }}
 {{- end }}
 {{- end }}
-{{- $chart := dict "credentials" $files "store" $store }}
+{{- $upstream := dict }}
+{{- if .Values.upstream.existingSecret }}
+{{- range $key, $setting := dict "caKey" "ca_file" "clientCertKey" "client_cert_file" "clientKeyKey" "client_key_file" }}
+{{- with index $.Values.upstream $key }}{{ $_ := set $upstream $setting (printf "/run/secrets/sd-gateway-upstream/%s" .) }}{{ end }}
+{{- end }}
+{{- end }}
+{{- $chart := dict "credentials" $files "store" $store "upstream" $upstream }}
 {{- with include "gateway.trustedHosts" . | fromJsonArray }}
 {{- $_ := set $chart "server" (dict "trusted_hosts" .) }}
 {{- end }}

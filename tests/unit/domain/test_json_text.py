@@ -70,7 +70,16 @@ HOSTILE = {
     "lone surrogates among escapes, numbers among items": b'["%b%b",1e100,%b"%b"]'
     % (rb"\ud83dx" * 990, rb"\u00e9" * 29_000, b'{"a":1},' * 14_900, b"1" * (SIZE - 310_000)),
 }
-
+HOSTILE |= {
+    "constants": many(b"NaN"),
+    "constants within the limit": b"[" + b"NaN," * 29_000 + b"1," * (SIZE // 2 - 59_000) + b"1]",
+    "constant and strings": many(b'"a"')[:-5] + b",NaN]",
+    "constant and escapes": b'[NaN,"' + b"\\n" * (SIZE // 2 - 9) + b'"]',
+    "constant and a string without an end": b"[NaN," + b'"a",' * 14_000 + b'"' + b"x" * (SIZE - 60_000),
+    "constant and its first letter": b"NaN" + b"N" * (SIZE - 9),
+    "constant and minus signs": b"[NaN," + b"-" * (SIZE - 9) + b"]",
+    "constant and negative numbers": b"[NaN," + b"-1," * 29_000 + b"1]",
+}
 
 ORDINARY = many(b'{"step":1,"name":"a"}')
 

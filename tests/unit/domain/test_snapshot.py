@@ -13,8 +13,9 @@ from gateway.domain import snapshot as snapshot_module
 from gateway.domain.entity_tag import same_body
 from gateway.domain.envelope import read_envelope
 from gateway.domain.errors import InvalidTaskId, UpstreamInvalid, UpstreamRejected
-from gateway.domain.snapshot import Snapshot, build_snapshot, render_json, strict_json, vendor_status
+from gateway.domain.snapshot import Snapshot, build_snapshot, render_json, strict_json
 from gateway.domain.task import Operation, Status, TaskKey, check_task_id
+from gateway.domain.vendor_values import vendor_status
 from gateway.telemetry.redaction import MASK, Redactor
 from tests.support.seen import TAGS
 
@@ -224,16 +225,20 @@ def test_read_envelope_returns_the_vendors_id_of_the_call(given: Any, expected: 
         b"<html>",
         b"",
         b"\xff\xfe",
-        b'{"status":10,"data":NaN}',
+        b'{"status":10,"data":-NaN}',
+        b'{"status":10,"data":nan}',
+        b'{"status":10,"data":NaNs}',
+        b'{"status":10,"data":{NaN:1}}',
         b'{"status":10,"data":1e999}',
         b'{"status":10,"data":{"taskId":"%b","state":{"a":[1,-1E+400]}}}' % TASK.encode(),
         b'{"status":10,"data":%b.5}' % (b"9" * 400),
         b'{"status":10,"data":{"state":{"a":"\xff"}}}',
         b'{"status":10,"data":{"state":{"a":"\n"}}}',
-        b'{"status":10,"data":{"state":{"a":Infinity}}}',
+        b'{"status":10,"data":{"state":{"a":Infinity,}}}',
         b'{"status":10,"x":%b}' % nested(50_000),
         b'{"status":10}{}',
-        b"\xef\xbb\xbf{}",
+        b"\xef\xbb\xbf",
+        b"\xef\xbb\xbf\xef\xbb\xbf{}",
     ],
     ids=lambda body: repr(body[:40]),
 )
@@ -243,7 +248,7 @@ def test_read_envelope_rejects_what_is_not_json(body: bytes) -> None:
         read(body)
 
 
-@pytest.mark.parametrize("status", ["10", True, None, 10.0, [10], {}])
+@pytest.mark.parametrize("status", ["", "ten", "10.5", True, None, 10.5, [10], {}])
 def test_read_envelope_rejects_a_status_that_is_not_an_integer(status: Any) -> None:
     """Without an integer status a response is not an envelope."""
     with pytest.raises(UpstreamInvalid, match=r"^the upstream's answer is not an envelope$"):
@@ -370,13 +375,13 @@ def test_read_envelope_returns_data_or_raises_upstream_errors(value: Any) -> Non
 
 @pytest.mark.parametrize(("spelling", "status"), SPELLINGS)
 def test_vendor_status_accepts_each_spelling(spelling: str, status: Status) -> None:
-    """Both spellings of success and of canceled mean the same, in any case."""
-    for written in (spelling, spelling.upper(), spelling.title()):
+    """Both spellings of success and of canceled mean the same, in any case and amid white space."""
+    for written in (spelling, spelling.upper(), spelling.title(), f" {spelling}\n"):
         assert vendor_status({"status": written}) is status
 
 
 @pytest.mark.parametrize(
-    "status", ["", "paused", " running", "running ", None, True, 10, [], {}, 1e308, "\ud800"]
+    "status", ["", "paused", "run ning", "running,", None, True, 10, [], {}, 1e308, "\ud800"]
 )
 def test_vendor_status_maps_anything_else_to_unknown(status: Any) -> None:
     """An unfamiliar status of any type is unknown and not an error."""
@@ -462,6 +467,7 @@ def test_observe_gives_the_lifetime_of_the_status(spelling: str, status: Status)
         ("35e-2", 0.35),
         ("-1", 0),
         ("7", 0.999),
+        (" 0.35\n", 0.35),
     ],
 )
 def test_observe_clamps_progress(raw: float, progress: float) -> None:
@@ -474,7 +480,7 @@ def test_observe_clamps_progress(raw: float, progress: float) -> None:
     "unexpected",
     [
         *(value for value in UNEXPECTED if value not in (1e308, "0.5")),
-        *("٣", "0,5", " 0.5", "0x1", "1_0", "nan", "Infinity", "1e999", "9" * 401, "."),
+        *("٣", "0,5", "0. 5", "0x1", "1_0", "nan", "Infinity", "1e999", "9" * 401, "."),
     ],
 )
 def test_observe_maps_an_invalid_progress_to_0(unexpected: Any) -> None:

@@ -532,8 +532,8 @@ async def test_get_drops_a_queued_query_when_its_last_caller_leaves(bench: Bench
 async def test_get_cleans_up_a_request_dropped_before_it_began(bench: Bench) -> None:
     """A caller may leave in the same iteration of the event loop in which it came."""
     waiting = bench.service._in_flight.start(KEY)
-    bench.service.join(KEY, b"1")
-    bench.service.leave(KEY, b"1")
+    bench.service.add_subscriber(KEY, b"1")
+    bench.service.remove_subscriber(KEY, b"1")
     await asyncio.wait([waiting])
     assert waiting.cancelled()
     assert (KEY in bench.service._in_flight, bench.service._in_flight._demands) == (False, {})
@@ -585,13 +585,13 @@ async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) 
     """A schedule's query is dropped with the last subscriber, and counts for each subscriber's client."""
     bench.upstream.queues = True
     for client in (b"1", b"2"):
-        bench.service.join(KEY, client)
+        bench.service.add_subscriber(KEY, client)
     ticking = asyncio.create_task(bench.service.get_fresh(KEY, client=None))
     call = await bench.upstream.call()
     assert call.demand.clients == {b"1": 1, b"2": 1}
-    bench.service.leave(KEY, b"1")
+    bench.service.remove_subscriber(KEY, b"1")
     assert not call.outcome.done()
-    bench.service.leave(KEY, b"2")
+    bench.service.remove_subscriber(KEY, b"2")
     await asyncio.wait([ticking])
     assert call.outcome.cancelled()
     assert not bench.service._in_flight._demands

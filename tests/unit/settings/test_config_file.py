@@ -25,7 +25,7 @@ def test_config_sets_nothing() -> None:
 def test_config_lists_the_defaults() -> None:
     """With every line uncommented the settings are the defaults, except for files, which have none."""
     values = uncommented()
-    for section in ("credentials", "store"):
+    for section in ("upstream", "credentials", "store"):
         for name in [name for name in values[section] if name.endswith("_file")]:
             del values[section][name]
     assert Settings.model_validate(values) == Settings()

@@ -8,7 +8,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from gateway.telemetry.counters import FastCounters, FastHistograms
+from gateway.telemetry.counters import CallbackCounter, FastCounters, FastHistograms
 from gateway.telemetry.metrics import Metrics
 from tests.support.promql import label_names
 
@@ -17,23 +17,30 @@ PUBLISHED: dict[str, tuple[str, tuple[str, ...]]] = {
     "http_requests": ("counter", ("route", "method", "status")),
     "http_request_duration_seconds": ("histogram", ("route",)),
     "http_connections": ("gauge", ()),
+    "http_connections_limit": ("gauge", ()),
     "http_connections_refused": ("counter", ()),
+    "log_lines_dropped": ("counter", ()),
     "cache_lookups": ("counter", ("operation", "result")),
     "answer_age_seconds": ("histogram", ("operation",)),
     "answers_overdue": ("counter", ("operation",)),
     "cache_entries": ("gauge", ()),
     "cache_bytes": ("gauge", ()),
+    "cache_entries_limit": ("gauge", ()),
+    "cache_bytes_limit": ("gauge", ()),
     "upstream_requests": ("counter", ("operation", "outcome")),
     "upstream_request_duration_seconds": ("histogram", ("operation",)),
     "upstream_in_flight": ("gauge", ()),
+    "upstream_in_flight_limit": ("gauge", ()),
     "upstream_abandoned": ("counter", ("operation",)),
     "upstream_certificate_errors": ("counter", ()),
     "upstream_retries": ("counter", ("operation", "reason")),
+    "upstream_repairs": ("counter", ("operation", "repair")),
     "upstream_circuit_state": ("gauge", ("operation", "state")),
     "upstream_budget_per_second": ("gauge", ()),
     "upstream_clock_skew_seconds": ("gauge", ()),
     "tasks_observed": ("counter", ("operation", "status")),
     "watchers": ("gauge", ("kind",)),
+    "watchers_limit": ("gauge", ()),
     "watched_tasks": ("gauge", ()),
     "events_sent": ("counter", ("event",)),
     "credentials_reloads": ("counter", ("result",)),
@@ -54,7 +61,9 @@ def metrics() -> Metrics:
 def test_metrics_have_the_published_names_types_and_labels(metrics: Metrics) -> None:
     """The metrics are exactly the published ones."""
     ours = [
-        m for m in vars(metrics).values() if isinstance(m, MetricWrapperBase | FastCounters | FastHistograms)
+        m
+        for m in vars(metrics).values()
+        if isinstance(m, MetricWrapperBase | FastCounters | FastHistograms | CallbackCounter)
     ]
     described = [(next(iter(metric.describe())), metric) for metric in ours]
     assert {
@@ -83,11 +92,15 @@ def test_metrics_include_build_info(metrics: Metrics) -> None:
 def test_metrics_read_the_size_of_the_cache_when_scraped(metrics: Metrics) -> None:
     """The gauges of the cache call their functions at each scrape."""
     entries = ["a"]
-    metrics.measure_cache(entries=entries.__len__, size=lambda: 10 * len(entries))
+    metrics.measure_cache(
+        entries=entries.__len__, size=lambda: 10 * len(entries), max_entries=7, max_bytes=70
+    )
     assert metrics.registry.get_sample_value("sd_gateway_cache_entries") == 1
     entries.append("b")
     assert metrics.registry.get_sample_value("sd_gateway_cache_entries") == 2
     assert metrics.registry.get_sample_value("sd_gateway_cache_bytes") == 20
+    assert metrics.registry.get_sample_value("sd_gateway_cache_entries_limit") == 7
+    assert metrics.registry.get_sample_value("sd_gateway_cache_bytes_limit") == 70
 
 
 def test_metrics_include_the_process(metrics: Metrics) -> None:

@@ -91,6 +91,90 @@ def test_credentials_come_from_files(bench: Bench) -> None:
     assert [line["event"] for line in lines] == ["credentials_loaded"]
 
 
+# A secret as it is in a file or in a setting, and what `check` says about it.
+WRITTEN = {
+    "plain": ("the-secret", "10 characters"),
+    "newline": ("the-secret\n", "10 characters; a final newline was removed"),
+    "windows": ("the-secret\r\n", "10 characters; a final newline was removed"),
+    "carriage-return": ("the-secret\r", "10 characters; a final carriage return was removed"),
+    "spaces": (
+        " the-secret\t",
+        "10 characters; white space at its beginning was removed; white space at its end",
+    ),
+    "lines": ("the-secret\n\n", "10 characters; white space and a newline at its end were removed"),
+    "mark": ("\ufeffthe-secret", "10 characters; a byte order mark was removed"),
+    "mark-and-newline": ("\ufeffthe-secret\n", "a byte order mark was removed; a final newline was removed"),
+}
+
+
+@pytest.mark.parametrize("source", ["value", "file"])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_credentials_are_cleaned_wherever_they_come_from(bench: Bench, source: str, name: str) -> None:
+    """A setting and a file give the same pair, and its description says what was removed."""
+    written, says = WRITTEN[name]
+    bench.secret_key_file.write_bytes(written.encode())
+    secret = {"secret_key": written} if source == "value" else {"secret_key_file": bench.secret_key_file}
+    credentials = bench.of(access_key="the-key\n", **secret)
+    assert signing_pair(credentials) == ("the-key", "the-secret")
+    [loaded] = credentials.loaded_pairs()
+    assert loaded.description[0] == "access key: 7 characters; a final newline was removed"
+    assert loaded.description[1].startswith("secret key: 10 characters")
+    assert says in loaded.description[1]
+    assert "the-secret" not in repr(loaded)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_credentials_may_be_in_utf_16(bench: Bench, encoding: str) -> None:
+    """A file that PowerShell wrote has a byte order mark and two bytes for each character."""
+    bench.write("the-key", "")
+    bench.secret_key_file.write_bytes("\ufeffthe-secret\r\n".encode(encoding))
+    credentials = bench.of_files()
+    assert signing_pair(credentials) == ("the-key", "the-secret")
+    assert "decoded from UTF-16" in credentials.loaded_pairs()[0].description[1]
+
+
+@pytest.mark.parametrize("quote", ["'", '"'])
+def test_credentials_keep_quotes_and_report_them(bench: Bench, quote: str) -> None:
+    """Quotes are part of the secret, with a warning, because they often come from a file of variables."""
+    with capture_logs() as lines:
+        credentials = bench.of(access_key="the-key", secret_key=f"{quote}the-secret{quote}")
+    assert signing_pair(credentials) == ("the-key", f"{quote}the-secret{quote}")
+    assert credentials.loaded_pairs()[0].description[1] == (
+        "secret key: 12 characters; the quotes around it are part of it"
+    )
+    assert [(line["event"], line["log_level"]) for line in lines] == [("credentials_in_quotes", "warning")]
+    assert "the-secret" not in str(lines)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"the-\nsecret", "contains a line break"),
+        (b"the-\tsecret", "contains a tab"),
+        (b"the-\x00secret", "contains a control character (U+0000)"),
+        ("the-secret".encode("utf-16-le"), "contains a control character (U+0000)"),
+        ("the-secret\u200b".encode(), "ends with an invisible character (U+200B)"),
+        ("\u2060the-secret\n".encode(), "begins with an invisible character (U+2060)"),
+        ("the-\u2028secret".encode(), "contains a control character (U+2028)"),
+        (b"\xff\xfethe-secret!", "is not UTF-8"),
+    ],
+    ids=repr,
+)
+def test_credentials_name_the_file_of_a_secret_that_cannot_be_meant(
+    bench: Bench, content: bytes, says: str
+) -> None:
+    """A secret with such a character is refused; the fault names the file and does not show the secret."""
+    bench.write("the-key", "")
+    bench.secret_key_file.write_bytes(content)
+    with capture_logs() as lines:
+        credentials = bench.of_files()
+    assert not credentials.has_any_pair
+    assert lines[0]["fault"] == f"InvalidSecret: {bench.secret_key_file}: {says}"
+    assert "secret" not in lines[0]["fault"].replace(str(bench.secret_key_file), "").replace(
+        "InvalidSecret", ""
+    )
+
+
 @pytest.mark.parametrize("mixed", ["access_key", "secret_key"])
 def test_credentials_come_from_a_value_and_a_file(bench: Bench, mixed: str) -> None:
     """One half of a pair may be in the settings and the other in a file."""
@@ -124,6 +208,8 @@ def test_credentials_refuse_half_a_pair(bench: Bench, half: str) -> None:
     [line] = lines
     assert (line["event"], line["log_level"], line["in_use"]) == ("credentials_unreadable", "warning", False)
     assert "half-a-pair" not in str(line)
+    missing = {"access_key": "secret_key", "secret_key": "access_key"}[half]
+    assert line["fault"] == f"ValueError: credentials.{missing}: is empty"
 
 
 def test_credentials_follow_changed_files(bench: Bench) -> None:
@@ -164,7 +250,7 @@ def spoil_encoding(bench: Bench) -> None:
 
 
 def spoil_header(bench: Bench) -> None:
-    bench.access_key_file.write_text("\ufeffmarked-key", encoding="utf-8")
+    bench.access_key_file.write_text("m\u00e4rked-key", encoding="utf-8")
 
 
 def spoil_lines(bench: Bench) -> None:
@@ -192,7 +278,7 @@ def test_credentials_keep_the_pair_when_files_are_unreadable(
     assert bench.reloads() == (1, 1)
     [line] = lines
     assert (line["event"], line["in_use"]) == ("credentials_unreadable", True)
-    assert not {"first-key", "first-secret", "half-secret", "marked-key"} & set(str(line).split("'"))
+    assert not {"first-key", "first-secret", "half-secret", "m\u00e4rked-key"} & set(str(line).split("'"))
 
 
 def test_credentials_log_each_fault_once(bench: Bench) -> None:

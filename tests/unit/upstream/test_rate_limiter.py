@@ -105,7 +105,7 @@ async def end(limiter: RateLimiter, outcome: UpstreamError, *, consume: bool = T
     """Make a call with this outcome; its permit is available at once."""
     with suppress(type(outcome)), await limiter.acquire(is_refresh=True, timeout_seconds=0) as permit:
         if consume:
-            permit.consume()
+            permit.mark_sent()
         raise outcome
 
 
@@ -137,7 +137,7 @@ class Bench:
                 demand=demand,
             ) as permit:
                 if consume:
-                    permit.consume()
+                    permit.mark_sent()
                 self.went.append(name)
 
         return self.clock.start(work())
@@ -436,7 +436,7 @@ async def test_rate_limiter_revokes_permits_issued_without_a_limit(clock: Clock)
         await end(limiter, UpstreamThrottled("slowly"))
         assert (waits.revoked, waits_too.revoked) == (True, True)
         with await limiter.acquire(is_refresh=True, timeout_seconds=0) as again:
-            again.consume()
+            again.mark_sent()
             assert not again.revoked
     assert limiter.expected_wait(is_refresh=True) == pytest.approx(1 / 0.85)
 
@@ -456,7 +456,7 @@ async def test_rate_limiter_ignores_throttled_calls_sent_before_the_decrease(clo
     """A call sent before the last decrease was throttled for the same reason, however late it returns."""
     limiter = RateLimiter(0, clock=clock, call_later=clock.call_later)
     with suppress(UpstreamThrottled), await limiter.acquire(is_refresh=True, timeout_seconds=0) as early:
-        early.consume()
+        early.mark_sent()
         await clock.tick(0.5)
         await end(limiter, UpstreamThrottled("slowly"))
         slowed_at = clock.now
@@ -492,7 +492,7 @@ async def test_rate_limiter_rechecks_waiters_when_it_slows_down(clock: Clock) ->
 
     async def call() -> None:
         with await bench.limiter.acquire(is_refresh=True, timeout_seconds=0) as permit:
-            permit.consume()
+            permit.mark_sent()
             await throttling.wait()
             raise UpstreamThrottled("slowly", retry_after=2.0)
 
@@ -584,7 +584,7 @@ class Crowd:
     async def _query(self, number: int) -> None:
         is_refresh = bool(self.answered[number])
         with await self.limiter.acquire(is_refresh=is_refresh, timeout_seconds=10) as permit:
-            permit.consume()
+            permit.mark_sent()
             await self.clock.sleep(0.02)
             self.calls[int(self.clock() - self.began)] += 1
             taken = self.upstream.takes()

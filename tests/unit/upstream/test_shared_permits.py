@@ -143,7 +143,7 @@ def limiter_of(server: Server, per_second: float = 10.0) -> RateLimiter:
 async def call(limiter: RateLimiter, *, is_refresh: bool = True, timeout_seconds: float = 10.0) -> None:
     """Make a call."""
     with await limiter.acquire(is_refresh=is_refresh, timeout_seconds=timeout_seconds) as permit:
-        permit.consume()
+        permit.mark_sent()
 
 
 @pytest.fixture

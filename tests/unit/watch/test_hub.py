@@ -10,7 +10,13 @@ import pytest
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
-from gateway.domain.errors import GatewayError, UpstreamThrottled, UpstreamTimeout
+from gateway.domain.errors import (
+    GatewayError,
+    UpstreamDetail,
+    UpstreamRejected,
+    UpstreamThrottled,
+    UpstreamTimeout,
+)
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
@@ -83,10 +89,10 @@ class ManualService:
 
     peek = lookup
 
-    def join(self, key: TaskKey, client: bytes) -> None:
+    def add_subscriber(self, key: TaskKey, client: bytes) -> None:
         self.demand[key, client] += 1
 
-    def leave(self, key: TaskKey, client: bytes) -> None:
+    def remove_subscriber(self, key: TaskKey, client: bytes) -> None:
         self.demand[key, client] -= 1
 
     async def get_fresh(
@@ -125,9 +131,10 @@ def watch(service: ManualService, store: MemoryStore) -> WatchHub:
     return manual_watch(service, store)
 
 
-def manual_watch(service: ManualService, store: MemoryStore) -> WatchHub:
+def manual_watch(
+    service: ManualService, store: MemoryStore, clock: Callable[[], float] = lambda: 0.0
+) -> WatchHub:
     metrics = Metrics(CollectorRegistry(), gateway_version="test")
-    clock: Callable[[], float] = lambda: 0.0  # noqa: E731 - the clock stands still
     return WatchHub(WatchSettings(), service=service, store=store, metrics=metrics, clock=clock)  # type: ignore[arg-type]
 
 
@@ -529,6 +536,37 @@ def test_watch_backs_off_for_at_most_half_a_minute() -> None:
     finally:
         loop.close()
     assert pauses == [1.0, 2.0, 4.0, 12.0, 16.0, 30.0, 30.0, *[30.0] * 1100]
+
+
+def test_watch_waits_for_an_unknown_task() -> None:
+    """A rejected task is refreshed with backoff; it counts as unknown after 30 s, until it has a snapshot."""
+    loop = TickedLoop()
+    rejection = UpstreamRejected("no such task", envelope=b"{}", detail=UpstreamDetail())
+    pauses, unknown = [], []
+    try:
+        service, store = ManualService(), MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time)
+        watch = loop.within(lambda: manual_watch(service, store, loop.time))
+        subscription = watch.subscribe([KEY], SubscriptionKind.EVENTS)
+        subscriber = loop.within(subscription.__enter__)
+        for answer in (rejection, rejection, rejection, UpstreamThrottled("slowly"), *[rejection] * 4):
+            service.asked.clear()
+            service.answers.put_nowait(answer)
+            loop.settle()
+            failed_at = loop.time()
+            unknown.append(KEY in subscriber.unknown_keys)
+            while not service.asked.is_set():
+                assert loop.next_timer is not None
+                loop.advance(loop.next_timer - loop.time())
+            pauses.append(round(loop.time() - failed_at, 1))
+        service.answers.put_nowait(snapshot("1"))
+        loop.settle()
+        assert not subscriber.unknown_keys
+        loop.within(lambda: subscription.__exit__(None, None, None))
+        loop.run_until_complete(watch.aclose())
+    finally:
+        loop.close()
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0]
+    assert unknown == [False] * 5 + [True] * 3
 
 
 async def test_watch_ended_tasks_stay_ended(

@@ -1,17 +1,11 @@
-"""The HTTP transport: reuses connections to the upstream (`http_connection.py`), with httpx's exceptions.
+"""The direct transport: reuses connections to the upstream (`http_connection.py`), with httpx's exceptions.
 
-    encode_request -> send: take an idle connection or open one -> write -> read the whole response, bounded
+    send -> take an idle connection or open one -> write -> read the whole response, bounded
 
 With httpx's pool, the cost of a call grows with the square of the number of concurrent calls: at the start
 and at the end of each call it iterates over all connections, once per connection. aiohttp's pool does not,
 but its client takes more CPU time than the rest of a query. Here a connection is one asyncio protocol with
 one call at a time, and a call awaits only its response.
-
-If a call is cancelled, the upstream still works on it. So the connection waits for the response until the
-timeout of the call, and discards it. Then `on_complete` is called.
-
-By design this client follows no redirects, keeps no cookies, reads no proxy or netrc from the environment,
-decodes no bodies, calls a single host, and sends only the headers that it was given.
 """
 
 from __future__ import annotations
@@ -25,13 +19,14 @@ from collections.abc import Callable, Mapping
 import httpx
 from aiohappyeyeballs import start_connection
 
-from gateway.upstream.http_connection import HttpConnection, HttpResponse
+from gateway.upstream.http_connection import HttpConnection
+from gateway.upstream.transport import HttpResponse
 
 _HAPPY_EYEBALLS_SECONDS = 0.25  # delay before the next address of a host is tried in parallel (RFC 8305, 8)
 
 
-class HttpTransport:
-    """Sends requests to one origin over HTTP/1.1, with one connection per concurrent call.
+class DirectTransport:
+    """See `Transport`. `tls` returns the context for new connections.
 
     It stops reading a body that exceeds `max_body_bytes`. It does not reuse a connection that was idle for
     `keep_alive_seconds`, because the upstream or a proxy may have closed it, nor one that is
@@ -42,13 +37,13 @@ class HttpTransport:
         self,
         origin: httpx.URL,
         *,
-        verify: ssl.SSLContext,
+        tls: Callable[[], ssl.SSLContext],
         max_body_bytes: int,
         keep_alive_seconds: float = 15.0,
         max_age_seconds: float = 300.0,
     ) -> None:
         self._host = origin.raw_host.decode("ascii")
-        self._tls = verify if origin.scheme == "https" else None
+        self._tls = tls if origin.scheme == "https" else None
         self._port = origin.port or (443 if self._tls else 80)
         self._max_body_bytes = max_body_bytes
         self._keep_alive_seconds = keep_alive_seconds
@@ -62,25 +57,16 @@ class HttpTransport:
 
     async def send(
         self,
-        request: bytes,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes,
         *,
         timeout_seconds: float,
         new_connection: bool = False,
         on_complete: Callable[[], None] = lambda: None,
     ) -> HttpResponse:
-        """Send a request, and return the response when it is complete.
-
-        Args:
-            request: The request, as made by `encode_request`.
-            timeout_seconds: Limit for the whole call, with connecting.
-            new_connection: Open a new connection, and close it after the call.
-            on_complete: Called once, when the upstream does not work on the call any more: the response has
-                arrived, or the call has failed. If this method is cancelled, it is called later.
-
-        Raises:
-            httpx.TransportError: There is no valid response.
-            TimeoutError: The timeout has passed.
-        """
+        """See `Transport.send`."""
+        request = _encode_request(target, headers, body)
         loop = asyncio.get_running_loop()
         now = loop.time()
         connection = None if new_connection else self._take_idle(now)
@@ -99,7 +85,7 @@ class HttpTransport:
         return await connection.send(request, now + timeout_seconds)
 
     async def aclose(self) -> None:
-        """Close every connection and fail the calls in flight."""
+        """See `Transport.aclose`."""
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
             self._sweep_timer = None
@@ -161,7 +147,7 @@ class HttpTransport:
                 _, connection = await loop.create_connection(
                     lambda: HttpConnection(self._max_body_bytes, self._on_call_end),
                     sock=sock,
-                    ssl=self._tls,
+                    ssl=self._tls() if self._tls else None,
                     server_hostname=self._host if self._tls else None,
                 )
             except BaseException:
@@ -172,30 +158,10 @@ class HttpTransport:
         return connection
 
 
-def encode_request(target: str, headers: Mapping[str, str], body: bytes) -> bytes:
+def _encode_request(target: str, headers: Mapping[str, str], body: bytes) -> bytes:
     """Return a POST request in wire format. Raises: httpx.LocalProtocolError for a line break in a header."""
     lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
     head = "".join(lines)
     if not head.count("\r") == head.count("\n") == len(lines):
         raise httpx.LocalProtocolError("a header contains a line break")
     return f"POST {target} HTTP/1.1\r\n{head}content-length: {len(body)}\r\n\r\n".encode("ascii") + body
-
-
-def is_certificate_error(error: httpx.TransportError) -> bool:
-    """Tell whether a call failed because the upstream's certificate could not be verified."""
-    return isinstance(error.__cause__, ssl.SSLCertVerificationError)
-
-
-def explain_connect_error(error: httpx.TransportError) -> str:
-    """Return why no connection could be made, for an operator; "" if the error came later."""
-    if not isinstance(error, httpx.ConnectError):
-        return ""
-    match error.__cause__:
-        case ssl.SSLCertVerificationError() as why:
-            return f"the certificate could not be verified ({why.verify_message})"
-        case ssl.SSLError():
-            return "TLS handshake failed"
-        case socket.gaierror() | UnicodeError():
-            return "host name not found"
-        case _:
-            return "connection refused, or blocked by a firewall"

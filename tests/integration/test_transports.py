@@ -1,4 +1,4 @@
-"""The HTTP transport: framing, connection reuse, timeouts, and unexpected bytes."""
+"""The transports, direct and through a SOCKS proxy: framing, connection reuse, timeouts, unexpected bytes."""
 
 import asyncio
 import socket
@@ -6,15 +6,32 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-from gateway.upstream.http_connection import HttpConnection, HttpResponse
-from gateway.upstream.http_transport import HttpTransport, encode_request
+from gateway.upstream.direct_transport import DirectTransport
+from gateway.upstream.http_connection import HttpConnection
+from gateway.upstream.proxy_transport import ProxyTransport
+from gateway.upstream.transport import HttpResponse, Transport
+from tests.support.egress import Proxy, socks_proxy
 from tests.support.harness import PATIENCE_SECONDS, RawUpstream, Request, answer, drained, framed, free_port
 
 BODY = b'{"taskId": "A"}'
+
+
+@pytest.fixture(scope="module")
+def socks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxy]:
+    """Run a SOCKS proxy: it passes on every byte as it is."""
+    with socks_proxy(tmp_path_factory.mktemp("socks")) as proxy:
+        yield proxy
+
+
+@pytest.fixture(params=["direct", "socks"])
+def through(request: pytest.FixtureRequest) -> str | None:
+    """Return the URL of a proxy, or None."""
+    return request.getfixturevalue("socks").url if request.param == "socks" else None
 
 
 @asynccontextmanager
@@ -24,11 +41,11 @@ async def transport(
     max_body_bytes: int = 1000,
     keep_alive_seconds: float = 60.0,
     max_age_seconds: float = 60.0,
-) -> AsyncIterator[HttpTransport]:
-    """Open a transport, and close it at the end."""
-    opened = HttpTransport(
+) -> AsyncIterator[DirectTransport]:
+    """Open a direct transport, and close it at the end."""
+    opened = DirectTransport(
         httpx.URL(url),
-        verify=httpx.create_ssl_context(trust_env=False),
+        tls=lambda: httpx.create_ssl_context(trust_env=False),
         max_body_bytes=max_body_bytes,
         keep_alive_seconds=keep_alive_seconds,
         max_age_seconds=max_age_seconds,
@@ -39,25 +56,41 @@ async def transport(
         await opened.aclose()
 
 
-async def ask(
-    over: HttpTransport, *, seconds: float = PATIENCE_SECONDS, new_connection: bool = False
-) -> HttpResponse:
+@asynccontextmanager
+async def any_transport(url: str, proxy: str | None, **bounds: Any) -> AsyncIterator[Transport]:
+    """Open a transport through this proxy, or a direct one, and close it at the end."""
+    if proxy is None:
+        async with transport(url, **bounds) as direct:
+            yield direct
+        return
+    opened = ProxyTransport(
+        httpx.URL(url),
+        proxy=httpx.URL(proxy),
+        tls=lambda: httpx.create_ssl_context(trust_env=False),
+        **{"max_body_bytes": 1000, **bounds},
+    )
+    try:
+        yield opened
+    finally:
+        await opened.aclose()
+
+
+async def ask(over: Transport, *, seconds: float = PATIENCE_SECONDS, **options: Any) -> HttpResponse:
     """Send a request."""
     headers = {"host": "upstream.example", "x-ca-key": "k"}
-    request = encode_request("/scc/x", headers, BODY)
-    return await over.send(request, timeout_seconds=seconds, new_connection=new_connection)
+    return await over.send("/scc/x", headers, BODY, timeout_seconds=seconds, **options)
 
 
-def idle(over: HttpTransport) -> list[HttpConnection]:
+def idle(over: DirectTransport) -> list[HttpConnection]:
     """Return the idle connections."""
     return list(over._idle)  # private: callers of a transport do not see its connections
 
 
-def once(url: str, **bounds: int) -> HttpResponse:
+def once(url: str, proxy: str | None = None, **bounds: int) -> HttpResponse:
     """Send one request over a new transport."""
 
     async def run() -> HttpResponse:
-        async with transport(url, **bounds) as over:
+        async with any_transport(url, proxy, **bounds) as over:
             return await ask(over)
 
     return asyncio.run(run())
@@ -81,7 +114,7 @@ def open_sockets() -> int:
     return sum(link.is_symlink() and link.readlink().name.startswith("socket:") for link in links)
 
 
-def test_transport_adds_no_headers() -> None:
+def test_transport_adds_no_headers(through: str | None) -> None:
     """The transport adds no user agent, cookie or encoding of its own."""
     seen: list[Request] = []
 
@@ -90,7 +123,7 @@ def test_transport_adds_no_headers() -> None:
         connection.sendall(framed(b"{}", "set-cookie: a=b"))
 
     with RawUpstream(remembers) as upstream:
-        once(upstream.url)
+        once(upstream.url, through)
     first, *headers = seen[0].head.split(b"\r\n")
     assert first == b"POST /scc/x HTTP/1.1"
     names = {header.partition(b":")[0].lower() for header in headers}
@@ -98,7 +131,7 @@ def test_transport_adds_no_headers() -> None:
     assert seen[0].body == BODY
 
 
-def test_transport_keeps_connections_and_no_cookies() -> None:
+def test_transport_keeps_connections_and_no_cookies(through: str | None) -> None:
     """A second request uses the first one's connection, without the cookie of the response."""
     connections: list[socket.socket] = []
     heads: list[bytes] = []
@@ -109,7 +142,7 @@ def test_transport_keeps_connections_and_no_cookies() -> None:
         connection.sendall(framed(b"{}", "set-cookie: a=b"))
 
     async def twice(url: str) -> None:
-        async with transport(url) as over:
+        async with any_transport(url, through) as over:
             await ask(over)
             await ask(over)
 
@@ -119,7 +152,7 @@ def test_transport_keeps_connections_and_no_cookies() -> None:
     assert not any(b"cookie" in head.lower() for head in heads)
 
 
-def test_transport_follows_no_redirect_and_decodes_nothing() -> None:
+def test_transport_follows_no_redirect_and_decodes_nothing(through: str | None) -> None:
     """A response is returned as received, even if it is a redirect."""
 
     def redirects(connection: socket.socket, _: Request) -> None:
@@ -127,7 +160,7 @@ def test_transport_follows_no_redirect_and_decodes_nothing() -> None:
         connection.sendall(framed(b"not gzip", *head, status="HTTP/1.1 302 Found"))
 
     with RawUpstream(redirects) as upstream:
-        got = once(upstream.url)
+        got = once(upstream.url, through)
     assert (got.status, got.body) == (302, b"not gzip")
     assert got.headers["location"] == "http://127.0.0.1:1/"
 
@@ -176,7 +209,7 @@ def test_transport_failure_is_an_httpx_exception(raw: bytes, error: type[httpx.T
         (answer(b"1\r\n{\r\n1;a=b\r\n}\r\n0\r\nx-trailer: a\r\n\r\n", "transfer-encoding: chunked"), b"{}"),
     ],
 )
-def test_transport_framing_is_that_of_http(raw: bytes, body: bytes) -> None:
+def test_transport_framing_is_that_of_http(through: str | None, raw: bytes, body: bytes) -> None:
     """Each way to end a body is supported, and headers do not leak between responses."""
 
     def sends(connection: socket.socket, _: Request) -> None:
@@ -185,13 +218,13 @@ def test_transport_framing_is_that_of_http(raw: bytes, body: bytes) -> None:
         connection.close()
 
     with RawUpstream(sends) as upstream:
-        got = once(upstream.url)
+        got = once(upstream.url, through)
     assert (got.status, got.body) == (200, body)
     assert not {"link", "x-trailer"} & set(got.headers)
 
 
 @pytest.mark.parametrize("encoding", ["content-length: 5000", "transfer-encoding: chunked"])
-def test_transport_stops_reading_oversized_bodies(encoding: str) -> None:
+def test_transport_stops_reading_oversized_bodies(through: str | None, encoding: str) -> None:
     """A body over the limit is cut above the limit, and its connection is closed."""
     closed = threading.Event()
 
@@ -202,12 +235,12 @@ def test_transport_stops_reading_oversized_bodies(encoding: str) -> None:
         closed.set()
 
     with RawUpstream(sends) as upstream:
-        got = once(upstream.url, max_body_bytes=1000)
+        got = once(upstream.url, through, max_body_bytes=1000)
         assert closed.wait(PATIENCE_SECONDS)
     assert len(got.body) > 1000
 
 
-def test_transport_reuses_no_expired_connection() -> None:
+def test_transport_reuses_no_expired_connection(through: str | None) -> None:
     """The upstream or a proxy may have closed it."""
     connections: list[socket.socket] = []
 
@@ -216,7 +249,7 @@ def test_transport_reuses_no_expired_connection() -> None:
         connection.sendall(framed(b"{}"))
 
     async def twice(url: str) -> None:
-        async with transport(url, keep_alive_seconds=0.0) as over:
+        async with any_transport(url, through, keep_alive_seconds=0.0) as over:
             await ask(over)
             await ask(over)
 
@@ -255,11 +288,17 @@ def test_transport_reuses_no_connection_with_unexpected_bytes(surplus: bytes) ->
         assert asyncio.run(asyncio.wait_for(twice(upstream.url), PATIENCE_SECONDS)) == [b"{}", b"{}"]
 
 
-def test_transport_refuses_line_breaks_in_headers() -> None:
+def test_transport_refuses_line_breaks_in_headers(through: str | None) -> None:
     """A line break in a header could inject another header."""
     for line_break in ("\r\n", "\n", "\r"):
-        with pytest.raises(httpx.LocalProtocolError):
-            encode_request("/scc/x", {"x-ca-key": f"a{line_break}b: c"}, BODY)
+        headers = {"x-ca-key": f"a{line_break}b: c"}
+
+        async def run() -> None:
+            async with any_transport(url, through) as over:
+                await over.send("/scc/x", headers, BODY, timeout_seconds=PATIENCE_SECONDS)  # noqa: B023
+
+        with silent() as url, pytest.raises(httpx.LocalProtocolError):
+            asyncio.run(run())
 
 
 def test_transport_refused_connection_is_a_connect_error() -> None:
@@ -281,7 +320,7 @@ def test_transport_times_out_while_connecting_and_while_waiting(
             while open_sockets() > before:  # noqa: ASYNC110  # nothing else tells of a socket's end
                 await asyncio.sleep(0)
             never = asyncio.get_running_loop().create_future()
-            monkeypatch.setattr("gateway.upstream.http_transport.start_connection", lambda *_, **__: never)
+            monkeypatch.setattr("gateway.upstream.direct_transport.start_connection", lambda *_, **__: never)
             with pytest.raises(TimeoutError):
                 await ask(over, seconds=0.05)
             assert never.cancelled()
@@ -297,8 +336,7 @@ def test_transport_timeout_after_the_response_has_no_effect() -> None:
         async with transport(url) as over:
             await ask(over)
             [connection] = idle(over)
-            message = encode_request("/scc/x", {"host": "x"}, BODY)
-            await over.send(message, timeout_seconds=PATIENCE_SECONDS, on_complete=connection.time_out)
+            await ask(over, on_complete=connection.time_out)
             await asyncio.sleep(0)
             await ask(over)
             assert idle(over) == [connection], "it was not aborted"
@@ -353,7 +391,7 @@ def test_transport_closes_what_is_in_flight() -> None:
 
 
 @pytest.mark.parametrize("end", ["answer", "time"])
-def test_transport_cancelled_call_completes_with_the_response(end: str) -> None:
+def test_transport_cancelled_call_completes_with_the_response(through: str | None, end: str) -> None:
     """A call that was sent stays in flight until its response has arrived or its timeout has passed."""
     released = threading.Event()
 
@@ -362,11 +400,10 @@ def test_transport_cancelled_call_completes_with_the_response(end: str) -> None:
         connection.sendall(framed(b"late"))
 
     async def run(upstream: RawUpstream) -> None:
-        async with transport(upstream.url) as over:
+        async with any_transport(upstream.url, through) as over:
             ended = asyncio.Event()
-            message = encode_request("/scc/x", {"host": "x"}, BODY)
             seconds = PATIENCE_SECONDS if end == "answer" else 0.5
-            call = asyncio.create_task(over.send(message, timeout_seconds=seconds, on_complete=ended.set))
+            call = asyncio.create_task(ask(over, seconds=seconds, on_complete=ended.set))
             while not upstream.requests:  # noqa: ASYNC110  # another thread reads it
                 await asyncio.sleep(0.001)
             call.cancel()
@@ -377,7 +414,7 @@ def test_transport_cancelled_call_completes_with_the_response(end: str) -> None:
                 released.set()
             await ended.wait()
             assert over.in_flight == 0
-            assert len(idle(over)) == (end == "answer"), "an answer that was read leaves a clean connection"
+            assert len(over._idle) == (end == "answer"), "an answer that was read leaves a clean connection"
             released.set()
             assert (await ask(over)).body == b"late"
 
@@ -410,7 +447,7 @@ def test_transport_takes_no_late_response_for_the_next_one() -> None:
     assert connections[0] is not connections[1]
 
 
-def test_transport_new_connection_is_not_shared() -> None:
+def test_transport_new_connection_is_not_shared(through: str | None) -> None:
     """It takes no idle connection, and leaves none for the next call."""
     connections: list[socket.socket] = []
     closed = threading.Event()
@@ -424,7 +461,7 @@ def test_transport_new_connection_is_not_shared() -> None:
             closed.set()
 
     async def run(url: str) -> None:
-        async with transport(url) as over:
+        async with any_transport(url, through) as over:
             for new_connection in (False, True, False):
                 await ask(over, new_connection=new_connection)
 

@@ -1,0 +1,28 @@
+"""`sd-gateway config`: prints the effective settings, and where each of them comes from.
+
+server.port = 9000                                   # config/gateway.toml:3
+log.level = "debug"                                  # SD_GATEWAY_LOG__LEVEL
+credentials.secret_key = (hidden)                    # SPEEDPIX_APP_SECRET
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from gateway.settings.known_settings import ALL
+from gateway.settings.loading import DEFAULT_FILE, Loaded
+from gateway.settings.value_text import effective_value
+
+_WIDTH = 52  # of a setting and its value, before the comment
+
+
+def config_lines(loaded: Loaded) -> Iterator[str]:
+    """Yield a line for each setting, without secrets."""
+    file = loaded.sources.file
+    yield f"# settings file: {file if file is not None else f'none; {DEFAULT_FILE} does not exist'}"
+    for section, key in ALL:
+        value = effective_value(section, getattr(getattr(loaded.settings, section), key))
+        source = loaded.sources.source_of((section, key)) or "default"
+        yield f"{f'{section}.{key} = {value}':{_WIDTH}} # {source}"
+    if loaded.ignored:
+        yield f"# ignored, because Kubernetes sets them for services: {', '.join(loaded.ignored)}"

@@ -1,0 +1,111 @@
+"""What a client of the gateway receives: progress, problems, and errors of a whole request."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from typing import Annotated, Any, NamedTuple
+
+import httpx
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
+
+_MAX_PROBLEM_BYTES = 65536
+
+
+class StreamRefused(Exception):
+    """A permanent error: repeating the request would not help."""
+
+
+class Unavailable(Exception):
+    """A temporary error. `seconds`: the value of Retry-After."""
+
+    def __init__(self, reason: str, *, seconds: float) -> None:
+        super().__init__(reason)
+        self.seconds = seconds
+
+
+def only_printable(text: str) -> str:
+    # These texts may be written to a terminal, which interprets escape sequences.
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
+_PrintableText = Annotated[str, AfterValidator(only_printable)]
+
+
+class _Wire(BaseModel):
+    model_config = ConfigDict(alias_generator=to_camel, frozen=True)
+
+
+class Progress(_Wire):
+    """The progress of a task; `eta_seconds` is None if unknown."""
+
+    task_id: _PrintableText
+    status: _PrintableText
+    progress: Annotated[float, Field(ge=0, le=1)]
+    queue_remaining: int | None
+    eta_seconds: Annotated[float, Field(ge=0, le=1e12)] | None
+    message: _PrintableText | None
+    terminal: bool
+
+
+class _Upstream(_Wire):
+    err_message: _PrintableText | None = None
+    sub_err_message: _PrintableText | None = None
+
+
+class Problem(_Wire):
+    """The error of a task or of a request."""
+
+    task_id: _PrintableText = ""
+    title: _PrintableText = ""
+    detail: _PrintableText = ""
+    upstream: _Upstream | None = None
+
+    @property
+    def text(self) -> str:
+        """The description of the gateway, and the message of the upstream, if any."""
+        text = self.detail or self.title
+        message = self.upstream and (self.upstream.err_message or self.upstream.sub_err_message)
+        return f"{text}: {message}" if message else text
+
+
+class Event(NamedTuple):
+    """A change. `content` is None for the event `end`. `data` is the JSON as received, for programs only."""
+
+    name: str
+    data: dict[str, Any]
+    content: Progress | Problem | None = None
+
+
+def parse_event(name: str, data: dict[str, Any]) -> Event:
+    """Return the event `progress` or `problem`. Raises: StreamRefused if the data are invalid."""
+    kind = Progress if name == "progress" else Problem
+    try:
+        return Event(name, data, kind.model_validate(data))
+    except ValidationError as exc:
+        raise StreamRefused(f"invalid {name} event; check the URL of the gateway") from exc
+
+
+def raise_for_error(response: httpx.Response) -> None:
+    """Raise the error of a response whose status is not 200. Raises: Unavailable, StreamRefused."""
+    if response.status_code == HTTPStatus.OK:
+        return
+    try:
+        body = next(response.iter_bytes(_MAX_PROBLEM_BYTES), b"")
+        text = Problem.model_validate_json(body).text
+    except ValidationError:
+        text = ""
+    reason = only_printable(f"{response.status_code} {response.reason_phrase}".strip())
+    reason += f": {text}" if text else ""
+    if response.status_code == HTTPStatus.TOO_MANY_REQUESTS or response.is_server_error:
+        after = response.headers.get("retry-after", "")
+        seconds = float(after) if after.isascii() and after.isdigit() else 0.0  # the other form is a date
+        raise Unavailable(reason, seconds=seconds)
+    raise StreamRefused(reason)
+
+
+def require_content_type(response: httpx.Response, expected: str, what: str) -> None:
+    """Check the content type of a response. Raises: StreamRefused."""
+    kind = response.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() != expected:
+        raise StreamRefused(f"the response is not {what}; check the URL of the gateway")

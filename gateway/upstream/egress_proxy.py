@@ -1,0 +1,92 @@
+"""Which egress proxy carries the calls: that of the settings, or that of the environment.
+
+The environment variables are those of curl: `https_proxy` or `http_proxy`, by the scheme of the endpoint,
+then `all_proxy`; and `no_proxy`, a list of hosts without a proxy. Upper case counts too. As in Go, a
+loopback address needs no proxy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from ipaddress import ip_address, ip_network
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import httpx
+
+from gateway.settings.extras import describe_missing
+from gateway.settings.model import SettingsError, Upstream, is_loopback
+
+DIRECT = "direct"
+SCHEMES = frozenset({"http", "https", "socks5", "socks5h"})
+
+
+class EgressProxy(NamedTuple):
+    """A proxy, and the setting or variable that names it."""
+
+    url: httpx.URL
+    source: str
+
+    @property
+    def shown(self) -> str:
+        """The URL without user name and password."""
+        return str(self.url.copy_with(username=None, password=None))
+
+
+def find_proxy(settings: Upstream, environ: Mapping[str, str]) -> EgressProxy | None:
+    """Return the proxy for calls to the endpoint, or None.
+
+    Raises: SettingsError if the environment names a proxy that is not valid, or a package is missing.
+    """
+    proxy = settings.proxy.get_secret_value()
+    if proxy == DIRECT:
+        return None
+    if proxy:
+        return _checked(proxy, "upstream.proxy")
+    endpoint = urlsplit(settings.endpoint)
+    host = endpoint.hostname or ""
+    if is_loopback(host) or _is_excluded(host, endpoint.port, _variable(environ, "no_proxy")[1]):
+        return None
+    for name in (f"{endpoint.scheme}_proxy", "all_proxy"):
+        variable, proxy = _variable(environ, name)
+        if proxy:
+            return _checked(proxy if "://" in proxy else f"http://{proxy}", variable)
+    return None
+
+
+def _variable(environ: Mapping[str, str], name: str) -> tuple[str, str]:
+    """Return the name and the value of a variable; lower case is preferred, as curl does."""
+    for variable in (name, name.upper()):
+        if value := environ.get(variable, "").strip():
+            return variable, value
+    return name, ""
+
+
+def _is_excluded(host: str, port: int | None, no_proxy: str) -> bool:
+    """Tell whether `no_proxy` lists a host: by its name, a domain, an address or a network."""
+    for entry in no_proxy.lower().replace(",", " ").split():
+        name, _, number = entry.rpartition(":") if entry.count(":") == 1 else (entry, "", "")
+        if number and port is not None and number != str(port):
+            continue
+        domain = name.removeprefix("*").lstrip(".")
+        if name == "*" or host == domain or (domain and host.endswith(f".{domain}")):
+            return True
+        try:
+            if ip_address(host) in ip_network(name.strip("[]"), strict=False):
+                return True
+        except ValueError:  # one of them is a name
+            continue
+    return False
+
+
+def _checked(proxy: str, source: str) -> EgressProxy:
+    try:
+        url = httpx.URL(proxy)
+    except httpx.InvalidURL:
+        url = httpx.URL("")
+    if url.scheme not in SCHEMES or not url.host:
+        raise SettingsError([f"{source}: must be an http, https or socks5 URL"])  # it may have a password
+    if url.scheme.startswith("socks5") and find_spec("socksio") is None:
+        raise SettingsError([describe_missing(f"{source}: a SOCKS proxy", "socksio", extra="socks")])
+    return EgressProxy(url, source)

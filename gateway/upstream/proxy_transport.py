@@ -1,0 +1,241 @@
+"""The transport through an egress proxy: httpx, with one connection for each concurrent call.
+
+    send -> take an idle connection or open one -> CONNECT, or the whole URL -> read the response, bounded
+
+Each connection is an `httpx.AsyncHTTPTransport` of its own, in a stack of idle ones. One pool for all calls
+would take CPU time that grows with the square of the number of concurrent calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+import httpx
+
+from gateway.upstream.transport import HttpResponse
+
+_CLOSE_SECONDS = 1.0
+# The last step before the upstream is reached: TLS through a tunnel, or the TCP connection to a proxy that
+# receives whole URLs. httpcore names its steps like this.
+_TUNNEL_STEPS = ("proxy.start_tls.started", "socks.start_tls.started")
+_RECONNECT = ".connect_tcp.started"
+_CONNECTED = ".connect_tcp.complete"
+_CONNECT_STEPS = ("connection.connect_tcp.complete", "socks.setup_socks5_connection.complete")
+
+
+class ProxyTransport:
+    """See `Transport`. `proxy` is an HTTP, HTTPS or SOCKS5 proxy; `tls` returns the context for connections.
+
+    It stops reading a body that exceeds `max_body_bytes`. It does not reuse a connection that was idle for
+    `keep_alive_seconds` or that is `max_age_seconds` old.
+    """
+
+    def __init__(
+        self,
+        origin: httpx.URL,
+        *,
+        proxy: httpx.URL,
+        tls: Callable[[], ssl.SSLContext],
+        max_body_bytes: int,
+        keep_alive_seconds: float = 15.0,
+        max_age_seconds: float = 300.0,
+    ) -> None:
+        self.in_flight = 0
+        self._origin = origin
+        self._proxy = proxy
+        self._tls = tls
+        self._max_body_bytes = max_body_bytes
+        self._keep_alive_seconds = keep_alive_seconds
+        self._max_age_seconds = max_age_seconds
+        self._idle: deque[_Connection] = deque()  # the connection that was used last is at the right end
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._sweep_timer: asyncio.TimerHandle | None = None
+
+    async def send(
+        self,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        *,
+        timeout_seconds: float,
+        new_connection: bool = False,
+        on_complete: Callable[[], None] = lambda: None,
+    ) -> HttpResponse:
+        """See `Transport.send`."""
+        if any("\r" in value or "\n" in value for value in headers.values()):
+            raise httpx.LocalProtocolError("a header contains a line break")
+        request = httpx.Request("POST", self._origin.join(target), headers=dict(headers), content=body)
+        self.in_flight += 1
+        call = self._start(self._call(request, timeout_seconds, new_connection=new_connection))
+        call.add_done_callback(partial(self._on_call_end, on_complete))
+        return await asyncio.shield(call)
+
+    async def aclose(self) -> None:
+        """See `Transport.aclose`."""
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+            self._sweep_timer = None
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._idle:
+            await self._idle.pop().aclose()
+
+    async def _call(self, request: httpx.Request, seconds: float, *, new_connection: bool) -> HttpResponse:
+        connection: _Connection | None = None
+        try:
+            async with asyncio.timeout(seconds):
+                connection = None if new_connection else await self._take_idle()
+                connection = connection or _Connection(
+                    self._proxy, self._tls(), tunnel=request.url.scheme == "https"
+                )
+                response = await connection.send(request, self._max_body_bytes)
+        except asyncio.CancelledError:  # by `aclose`
+            raise TimeoutError from None
+        finally:
+            if connection is not None and (new_connection or not self._keep(connection)):
+                await connection.aclose()
+        return response
+
+    async def _take_idle(self) -> _Connection | None:
+        now = asyncio.get_running_loop().time()
+        while self._idle:
+            connection = self._idle.pop()
+            if not self._is_expired(connection, now):
+                return connection
+            await connection.aclose()
+        return None
+
+    def _keep(self, connection: _Connection) -> bool:
+        """Keep a connection for the next call if it is reusable."""
+        now = asyncio.get_running_loop().time()
+        if not connection.reusable or self._is_expired(connection, now):
+            return False
+        self._idle.append(connection)
+        if self._sweep_timer is None:
+            self._schedule_sweep()
+        return True
+
+    def _is_expired(self, connection: _Connection, now: float) -> bool:
+        return (
+            now - connection.idle_since >= self._keep_alive_seconds
+            or now - connection.opened_at >= self._max_age_seconds
+        )
+
+    def _schedule_sweep(self) -> None:
+        seconds = min(self._keep_alive_seconds, self._max_age_seconds)
+        self._sweep_timer = asyncio.get_running_loop().call_later(seconds, self._sweep)
+
+    def _sweep(self) -> None:
+        """Close expired connections, also without new calls."""
+        self._sweep_timer = None
+        now = asyncio.get_running_loop().time()
+        for connection in tuple(self._idle):
+            if self._is_expired(connection, now):
+                self._idle.remove(connection)
+                self._start(connection.aclose())
+        if self._idle:
+            self._schedule_sweep()
+
+    def _on_call_end(self, on_complete: Callable[[], None], call: asyncio.Task[HttpResponse]) -> None:
+        self.in_flight -= 1
+        if not call.cancelled():
+            call.exception()  # asyncio logs an error if the caller was cancelled
+        on_complete()
+
+    def _start(self, work: Any) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+class _Connection:
+    """One connection through the proxy, with one call at a time.
+
+    `tunnel`: the upstream is reached by TLS through a tunnel.
+    """
+
+    def __init__(self, proxy: httpx.URL, context: ssl.SSLContext, *, tunnel: bool) -> None:
+        secure = proxy.scheme == "https"
+        self._transport = httpx.AsyncHTTPTransport(
+            proxy=httpx.Proxy(proxy, ssl_context=context if secure else None),
+            verify=context,
+            trust_env=False,
+            limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
+        )
+        self._last_steps = _TUNNEL_STEPS if tunnel else _CONNECT_STEPS
+        self._reached_upstream = False
+        self._stream: Any = None  # httpcore's stream of the TCP connection
+        self.opened_at = self.idle_since = asyncio.get_running_loop().time()
+        self.reusable = False
+
+    async def send(self, request: httpx.Request, max_body_bytes: int) -> HttpResponse:
+        """Send a request, and return its response. Raises: httpx.TransportError."""
+        self._reached_upstream, self.reusable = self.reusable, False
+        request.extensions["trace"] = self._trace
+        try:
+            received = await self._transport.handle_async_request(request)
+            response = HttpResponse()
+            response.status = received.status_code
+            response.headers = {name.lower(): value for name, value in received.headers.multi_items()}
+            async for chunk in received.aiter_raw():
+                response.body += chunk
+                if len(response.body) > max_body_bytes:
+                    return response  # the connection is closed, because it is not reusable
+            await received.aclose()
+        except httpx.TransportError as exc:
+            if self._reached_upstream:
+                raise
+            raise _proxy_error(exc) from exc
+        except Exception as exc:  # httpcore and socksio do not handle every invalid reply
+            error = httpx.RemoteProtocolError if self._reached_upstream else httpx.ProxyError
+            raise error(type(exc).__name__) from exc
+        if response.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+            raise httpx.ProxyError(_refusal(str(response.status)))
+        response.complete = True
+        self.reusable = received.http_version == "HTTP/1.1" and response.headers.get("connection") != "close"
+        self.idle_since = asyncio.get_running_loop().time()
+        return response
+
+    async def aclose(self) -> None:
+        """Close the connection, and do not wait for the proxy to agree."""
+        self.reusable = False
+        with suppress(Exception):
+            async with asyncio.timeout(_CLOSE_SECONDS):
+                await self._transport.aclose()
+        if self._stream is not None:
+            with suppress(Exception):  # httpcore does not close it if a SOCKS proxy refuses the password
+                await self._stream.aclose()
+
+    async def _trace(self, step: str, info: Mapping[str, Any]) -> None:
+        if step.endswith(_CONNECTED):
+            self._stream = info["return_value"]
+        if step in self._last_steps:
+            self._reached_upstream = True
+        elif step.endswith(_RECONNECT):  # httpcore replaces a connection that was closed while it was idle
+            self._reached_upstream = False
+
+
+def _proxy_error(error: httpx.TransportError) -> httpx.ProxyError:
+    if isinstance(error, httpx.ProxyError):
+        return httpx.ProxyError(_refusal(str(error)))
+    if isinstance(error, httpx.ConnectError):
+        return httpx.ProxyError("no connection to the proxy")
+    return httpx.ProxyError(f"no valid response of the proxy ({type(error).__name__})")
+
+
+def _refusal(reason: str) -> str:
+    """Return why a proxy refused a connection. `reason` begins with its status, or is httpx's text."""
+    status = reason[:3]
+    # Not every proxy answers 407; httpx's texts of SOCKS errors are its own.
+    if status in {"401", "407"} or "username" in reason.lower():
+        return "the proxy requires a valid user name and password"
+    return f"the proxy refused the connection to the upstream ({status if status.isdigit() else reason})"

@@ -1,0 +1,88 @@
+"""The TLS context of connections to the upstream, which follows its certificate files when they change.
+
+The certificate authorities are those of `upstream.ca_file`; without it those of SSL_CERT_FILE and
+SSL_CERT_DIR, as in OpenSSL; without them the public ones of the package certifi.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import httpx
+import structlog
+
+from gateway.settings.model import Upstream
+from gateway.settings.secret_files import check_bundle
+
+log = structlog.get_logger(__name__)
+
+# A file's identity: name, device, inode, size and time of the last change, in nanoseconds.
+_State = tuple[str, int, int, int, int]
+
+
+class TlsFiles:
+    """Returns the context for new connections. Open connections keep theirs until they are closed.
+
+    Raises: ValueError if the files cannot be used; its text names them.
+    """
+
+    def __init__(self, settings: Upstream, environ: Mapping[str, str]) -> None:
+        self._ca_file = settings.ca_file or _path(environ, "SSL_CERT_FILE")
+        self._ca_folder = None if settings.ca_file else _path(environ, "SSL_CERT_DIR")
+        self._cert_file = settings.client_cert_file
+        self._key_file = settings.client_key_file
+        self._state = tuple(self._states())
+        self._context = self._load()
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context of the present files. If these cannot be used, the previous context stays."""
+        state = tuple(self._states())
+        if state != self._state:
+            self._state = state
+            try:
+                self._context = self._load()
+            except ValueError as exc:
+                log.warning("tls_files_unreadable", reason=str(exc))
+            else:
+                log.info("tls_files_loaded")
+        return self._context
+
+    def _states(self) -> Iterator[_State]:
+        for path in (self._ca_file, self._ca_folder, self._cert_file, self._key_file):
+            if path is not None:
+                try:
+                    found = path.stat()
+                except OSError:
+                    yield str(path), 0, 0, 0, 0
+                else:
+                    yield str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+    def _load(self) -> ssl.SSLContext:
+        path = self._ca_file or self._ca_folder or Path()
+        try:
+            if self._ca_file is not None:
+                check_bundle(self._ca_file)
+            if self._ca_file is None and self._ca_folder is None:
+                context = httpx.create_ssl_context(trust_env=False)
+            else:
+                context = ssl.create_default_context(cafile=self._ca_file, capath=self._ca_folder)
+            if self._cert_file is not None and self._key_file is not None:
+                path = self._cert_file
+                check_bundle(path)
+                check_bundle(self._key_file)
+                # Without a password, OpenSSL would ask for one on the terminal, and wait.
+                context.load_cert_chain(path, self._key_file, password="")
+        except ssl.SSLError as exc:
+            # OpenSSL's reasons are in capitals: NO_CERTIFICATE_OR_CRL_FOUND, KEY_VALUES_MISMATCH.
+            reason = (exc.reason or "not a certificate in PEM format").replace("_", " ").lower()
+            raise ValueError(f"{path}: {reason}") from exc
+        except OSError as exc:
+            raise ValueError(f"{exc.filename or path}: {exc.strerror}") from exc
+        return context
+
+
+def _path(environ: Mapping[str, str], name: str) -> Path | None:
+    value = environ.get(name, "")
+    return Path(value) if value else None

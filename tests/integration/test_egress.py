@@ -1,0 +1,318 @@
+"""Egress proxies, private certificate authorities and client certificates, with real proxies and real TLS."""
+
+import ssl
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+import trustme
+from structlog.testing import capture_logs
+
+from gateway.settings.model import SettingsError, Upstream
+from gateway.upstream.egress_proxy import find_proxy
+from tests.support.egress import PASSWORD, Proxy, http_proxy, socks_proxy
+from tests.support.harness import (
+    KEY,
+    SECRET,
+    Gateway,
+    Json,
+    Simulator,
+    free_port,
+    fresh_id,
+    run,
+    running,
+    until,
+)
+
+Launch = Callable[..., Gateway]
+FORGETFUL: Json = {"error_seconds": 0}
+WRONG = "wrong-password-2"
+
+
+class Vendor:
+    """The simulated upstream behind TLS, with a private authority; it may ask for client certificates."""
+
+    def __init__(self, folder: Path, authority: trustme.CA, url: str) -> None:
+        self.authority = authority
+        self.url = url
+        self.ca_file = folder / "ca.pem"
+        authority.cert_pem.write_to_path(self.ca_file)
+
+    @property
+    def port(self) -> int:
+        """The port of the upstream."""
+        return int(self.url.rpartition(":")[2])
+
+
+@pytest.fixture
+def vendor(simulator: Simulator, tmp_path: Path) -> Iterator[Callable[..., Vendor]]:
+    """Return a function that runs the simulated upstream with TLS.
+
+    Tests name it before `launch`, so that gateways stop first: otherwise the server's end of an idle TLS
+    connection waits for theirs.
+    """
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(_tls_upstream(simulator, tmp_path, **options))
+
+
+@contextmanager
+def _tls_upstream(simulator: Simulator, folder: Path, *, clients: bool = False) -> Iterator[Vendor]:
+    """Run the simulated upstream with TLS. `clients`: it requires a client certificate."""
+    authority = trustme.CA()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    if clients:
+        authority.configure_trust(context)
+        context.verify_mode = ssl.CERT_REQUIRED
+    # With uvloop, a connection whose client has refused the certificate stays open when the server stops.
+    options = {"lifespan": "off", "date_header": False, "loop": "asyncio"}
+    options["ssl_context_factory"] = lambda *_: context
+    with running(simulator.stage, **options) as url:
+        yield Vendor(folder, authority, url)
+
+
+@pytest.fixture(params=["http", "socks5"])
+def proxy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Proxy]:
+    """Run a proxy that requires a password."""
+    with (http_proxy if request.param == "http" else socks_proxy)(tmp_path) as started:
+        yield started
+
+
+def settings(upstream: Vendor, **more: Json) -> dict[str, Json]:
+    """Return the settings for the private authority."""
+    return {"upstream": {"ca_file": str(upstream.ca_file), "retries": 0, **more}, "cache": FORGETFUL}
+
+
+def problem(gate: Gateway) -> str:
+    """Return the text of the problem that a query gets, which has no secret."""
+    response = gate.get(fresh_id())
+    assert response.status_code == 502
+    assert response.json()["code"] == "upstream-unreachable"
+    for secret in (PASSWORD, WRONG):
+        assert secret not in response.text
+    return str(response.json()["detail"])
+
+
+def checked(tmp_path: Path, upstream: str, **env: str) -> tuple[int, str]:
+    """Run `check`; its output has no secret."""
+    variables = {
+        "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream,
+        "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
+        "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
+    }
+    status, output = run("check", cwd=tmp_path, env=variables | env)
+    for secret in (PASSWORD, WRONG, SECRET, "Traceback"):
+        assert secret not in output
+    return status, output
+
+
+def test_egress_queries_pass_through_the_proxy(
+    simulator: Simulator, vendor: Callable[..., Vendor], launch: Launch, proxy: Proxy
+) -> None:
+    """Calls of both kinds reach the upstream, over one connection if possible."""
+    upstream = vendor()
+    gate = launch(upstream.url, **settings(upstream, proxy=proxy.url))
+    for _ in range(3):
+        assert gate.get(simulator.task()).status_code == 200
+    assert gate.native(simulator.task(), "sd_get_result").status_code == 200
+    assert gate.metric("upstream_in_flight") == 0
+    assert simulator.stats()["refused"] == 0
+    if proxy.scheme == "http":
+        until(lambda: "CONNECT" in proxy.log.read_text(), "the proxy has logged it")
+        tunnels = proxy.log.read_text().count("Request (file descriptor")
+        assert tunnels == 2, "progress calls share a connection; the result has one of its own"
+
+
+def test_egress_wrong_password_is_named(
+    simulator: Simulator, vendor: Callable[..., Vendor], launch: Launch, proxy: Proxy, tmp_path: Path
+) -> None:
+    """The problem says that the proxy refused the password, not that the upstream did."""
+    upstream = vendor()
+    gate = launch(upstream.url, **settings(upstream, proxy=proxy.with_password(WRONG)))
+    said = problem(gate)
+    env = {
+        "SD_GATEWAY_UPSTREAM__PROXY": proxy.with_password(WRONG),
+        "SD_GATEWAY_UPSTREAM__CA_FILE": str(upstream.ca_file),
+    }
+    status, output = checked(tmp_path, upstream.url, **env)
+    words = "user name and password"
+    assert words in said
+    assert status == 1
+    assert words in output
+    assert f"through the proxy {proxy.scheme}://127.0.0.1:{proxy.port}" in output
+    assert simulator.calls() == 0
+
+
+def test_egress_unreachable_proxy_is_named(
+    vendor: Callable[..., Vendor], launch: Launch, tmp_path: Path
+) -> None:
+    """A proxy that does not listen is told apart from an upstream that does not."""
+    url = f"http://127.0.0.1:{free_port()}"
+    upstream = vendor()
+    gate = launch(upstream.url, **settings(upstream, proxy=url))
+    assert "no connection to the proxy" in problem(gate)
+    env = {"SD_GATEWAY_UPSTREAM__PROXY": url}
+    status, output = checked(tmp_path, upstream.url, **env)
+    assert status == 1
+    assert "no connection to the proxy" in output
+
+
+def test_egress_refused_tunnel_is_named(
+    vendor: Callable[..., Vendor], launch: Launch, tmp_path: Path
+) -> None:
+    """A proxy that allows no tunnel to the upstream's port is named, with its status."""
+    upstream = vendor()
+    with http_proxy(tmp_path, ports=(443,)) as proxy:
+        gate = launch(upstream.url, **settings(upstream, proxy=proxy.url))
+        assert "the proxy refused the connection to the upstream (403)" in problem(gate)
+
+
+def test_egress_upstream_that_refuses_connections_is_reported(launch: Launch, proxy: Proxy) -> None:
+    """The proxy says that it does not reach the upstream."""
+    gate = launch(f"https://127.0.0.1:{free_port()}", upstream={"proxy": proxy.url, "retries": 0})
+    assert "the proxy refused the connection to the upstream" in problem(gate)
+
+
+def test_egress_untrusted_certificate_is_counted(
+    simulator: Simulator, vendor: Callable[..., Vendor], launch: Launch, proxy: Proxy, tmp_path: Path
+) -> None:
+    """Behind a proxy, too, the upstream's certificate is verified before anything is sent."""
+    upstream = vendor()
+    gate = launch(upstream.url, upstream={"proxy": proxy.url, "retries": 0}, cache=FORGETFUL)
+    problem(gate)
+    assert gate.metric("upstream_certificate_errors_total") == 1
+    status, output = checked(tmp_path, upstream.url, SD_GATEWAY_UPSTREAM__PROXY=proxy.url)
+    assert status == 1
+    assert "the certificate could not be verified" in output
+    assert simulator.requests() == []
+
+
+def test_egress_proxy_of_the_environment(vendor: Callable[..., Vendor], proxy: Proxy, tmp_path: Path) -> None:
+    """`check` uses the proxy of the environment and names the variable. no_proxy and "direct" turn it off."""
+    upstream = vendor()
+    # A loopback address needs no proxy, hence a name.
+    url = upstream.url.replace("127.0.0.1", "vendor.test")
+    env = {"SSL_CERT_FILE": str(upstream.ca_file), "HTTPS_PROXY": proxy.url}
+    _, output = checked(tmp_path, url, **env)
+    assert f"through the proxy {proxy.scheme}://127.0.0.1:{proxy.port} (HTTPS_PROXY)" in output
+    _, output = checked(tmp_path, url, **env, NO_PROXY=".test")
+    assert "proxy" not in output
+    _, output = checked(tmp_path, upstream.url, **env)
+    assert "proxy" not in output
+    assert "OK: key, signature and clock accepted" in output
+    _, output = checked(tmp_path, url, **env, SD_GATEWAY_UPSTREAM__PROXY="direct")
+    assert "proxy" not in output
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        ({}, None),
+        ({"HTTPS_PROXY": "http://p:1"}, ("http://p:1", "HTTPS_PROXY")),
+        ({"https_proxy": "p:1", "HTTPS_PROXY": "http://q:1"}, ("http://p:1", "https_proxy")),
+        ({"HTTP_PROXY": "http://p:1"}, None),
+        ({"ALL_PROXY": "socks5://p:1"}, ("socks5://p:1", "ALL_PROXY")),
+        ({"ALL_PROXY": "http://a:1", "HTTPS_PROXY": " http://p:1 "}, ("http://p:1", "HTTPS_PROXY")),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "*"}, None),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "a.example, vendor.example"}, None),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": ".vendor.example"}, None),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "*.example"}, None),
+        ({"HTTPS_PROXY": "http://p:1", "no_proxy": "VENDOR.example:443"}, None),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "dor.example"}, ("http://p:1", "HTTPS_PROXY")),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "10.0.0.0/8,::1"}, ("http://p:1", "HTTPS_PROXY")),
+    ],
+)
+def test_egress_environment(environ: dict[str, str], found: tuple[str, str] | None) -> None:
+    """The variables have the meaning that they have for curl."""
+    proxy = find_proxy(Upstream(endpoint="https://api.vendor.example"), environ)
+    if environ.get("no_proxy"):
+        proxy = find_proxy(Upstream(endpoint="https://vendor.example"), environ)
+    assert (None if proxy is None else (str(proxy.url), proxy.source)) == found
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "excluded"),
+    [
+        ("https://10.1.2.3", True),
+        ("https://11.1.2.3", False),
+        ("https://[fd00::1]", True),
+        ("https://localhost", True),
+        ("https://127.1.2.3", True),
+    ],
+)
+def test_egress_addresses_without_a_proxy(endpoint: str, *, excluded: bool) -> None:
+    """no_proxy may list networks; a loopback address never has a proxy."""
+    environ = {"HTTPS_PROXY": "http://p:1", "NO_PROXY": "10.0.0.0/8, fd00::/16"}
+    assert (find_proxy(Upstream(endpoint=endpoint), environ) is None) is excluded
+
+
+@pytest.mark.parametrize("proxy", ["ftp://p:1", "http://", "http://p:x", "socks4://p:1"])
+def test_egress_invalid_proxy_is_named_without_its_password(proxy: str) -> None:
+    """An invalid value stops the start; it is not repeated, because it may have a password."""
+    with pytest.raises(SettingsError) as told:
+        find_proxy(Upstream(), {"HTTPS_PROXY": proxy})
+    assert str(told.value) == "HTTPS_PROXY: must be an http, https or socks5 URL"
+
+
+def test_egress_client_certificate(
+    simulator: Simulator, vendor: Callable[..., Vendor], launch: Launch, tmp_path: Path
+) -> None:
+    """An upstream that requires a client certificate gets it; without one, no call reaches it."""
+    upstream = vendor(clients=True)
+    issued = upstream.authority.issue_cert("gateway.example")
+    cert, key = tmp_path / "client.pem", tmp_path / "client.key"
+    issued.cert_chain_pems[0].write_to_path(cert)
+    issued.private_key_pem.write_to_path(key)
+    files = {"client_cert_file": str(cert), "client_key_file": str(key)}
+    assert launch(upstream.url, **settings(upstream, **files)).get(simulator.task()).status_code == 200
+    problem(launch(upstream.url, **settings(upstream)))
+    env = {
+        "SD_GATEWAY_UPSTREAM__CA_FILE": str(upstream.ca_file),
+        "SD_GATEWAY_UPSTREAM__CLIENT_CERT_FILE": str(cert),
+        "SD_GATEWAY_UPSTREAM__CLIENT_KEY_FILE": str(key),
+    }
+    status, output = checked(tmp_path, upstream.url, **env)
+    assert (status, "OK: key, signature and clock accepted" in output) == (0, True)
+    key.write_text("no key")
+    status, output = checked(tmp_path, upstream.url, **env)
+    assert (status, str(cert) in output) == (2, True)
+
+
+def test_egress_follows_a_new_authority(
+    simulator: Simulator, vendor: Callable[..., Vendor], launch: Launch
+) -> None:
+    """The file of an authority is read again when it changes; an unusable one changes nothing."""
+    upstream = vendor()
+    right = upstream.ca_file.read_bytes()
+    trustme.CA().cert_pem.write_to_path(upstream.ca_file)
+    gate = launch(upstream.url, **settings(upstream, connection_max_age_seconds=0.001))
+    problem(gate)
+    replaced(upstream.ca_file, right)
+    assert gate.get(simulator.task()).status_code == 200
+    with capture_logs() as lines:
+        replaced(upstream.ca_file, b"half a certifi")
+        assert gate.get(simulator.task()).status_code == 200
+    assert [line["event"] for line in lines if line["event"].startswith("tls")] == ["tls_files_unreadable"]
+
+
+def replaced(file: Path, content: bytes) -> None:
+    """Replace a file atomically, as cert-manager and Kubernetes do."""
+    new = file.with_suffix(".new")
+    new.write_bytes(content)
+    new.replace(file)
+
+
+@pytest.mark.parametrize("name", ["ca_file", "client_cert_file"])
+@pytest.mark.parametrize("content", [None, b"", b"nothing"])
+def test_egress_unusable_file_stops_the_start(tmp_path: Path, name: str, content: bytes | None) -> None:
+    """A certificate file that is missing or not PEM stops the start, with its name."""
+    file = tmp_path / "file.pem"
+    if content is not None:
+        file.write_bytes(content)
+    env = {f"SD_GATEWAY_UPSTREAM__{name.upper()}": str(file)}
+    if name == "client_cert_file":
+        env["SD_GATEWAY_UPSTREAM__CLIENT_KEY_FILE"] = str(file)
+    status, output = checked(tmp_path, "https://vendor.example", **env)
+    assert status == 2
+    assert output.startswith(f"sd-gateway: upstream: {file}: ")
