@@ -107,7 +107,6 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
             stack.push_async_callback(tracing.aclose)
-            stack.enter_context(shutdown.on_signals())
             await stack.enter_async_context(store)
             await stack.enter_async_context(signed_requests)
             stack.push_async_callback(service.aclose)

@@ -21,6 +21,7 @@ import httpx
 
 from gateway.app import create_app
 from gateway.server import run as server
+from gateway.server import signals
 from gateway.settings.model import Settings
 from gateway.telemetry.redaction import Redactor
 
@@ -41,11 +42,13 @@ _LIVES: tuple[dict[str, Any], ...] = (
 
 
 def run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
-    """Run the simulator and the gateway until SIGTERM or SIGINT.
+    """Run the simulator and the gateway until a signal stops them.
+
+    The gateway listens on its port, also if `server.uds` is set, because the demo is for browsers.
 
     Raises: RuntimeError if the simulated upstream does not start; see also `server.run`.
     """
-    server.exit_cleanly_on_signals()  # before the simulator starts, so that it is always stopped
+    signals.exit_cleanly()  # before the simulator starts, so that it is always stopped
     secret = secrets.token_hex(16)
     with (
         _simulator(simulator_port, secret) as endpoint,
@@ -62,6 +65,7 @@ def run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
         threading.Thread(target=_keep_creating_tasks, args=(control,), daemon=True).start()
         demo_settings = settings.model_copy(
             update={
+                "server": settings.server.model_copy(update={"uds": ""}),
                 "upstream": settings.upstream.model_copy(update={"endpoint": endpoint}),
                 "credentials": type(settings.credentials)(access_key=_KEY, secret_key=secret),
             }

@@ -1,4 +1,4 @@
-"""The HEALTHCHECK of the image: queries the gateway in this container on the port of its settings.
+"""The HEALTHCHECK of the image: queries the gateway in this container, on the port or socket of its settings.
 
 The image has no curl and no shell. Settings are loaded as by `sd-gateway serve` without `--config`: from
 config/gateway.toml in the working directory, overridden by the environment.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import socket
 import sys
 
 from gateway.domain.printable import printable
@@ -20,12 +21,30 @@ TIMEOUT_SECONDS = 3.0
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104  # compared with, not bound
 
 
+class _UnixConnection(http.client.HTTPConnection):
+    """A connection over a Unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=TIMEOUT_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        """Connect to the socket."""
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(TIMEOUT_SECONDS)
+        self.sock.connect(self._path)
+
+
 def main() -> int:
     """Query /healthz once; return the exit status: 0 healthy, 1 unhealthy."""
     try:
         server = load(None, os.environ).server
-        connection = http.client.HTTPConnection(
-            _LOOPBACK.get(server.host, server.host), server.port, timeout=TIMEOUT_SECONDS
+        connection = (
+            _UnixConnection(server.uds)
+            if server.uds
+            else http.client.HTTPConnection(
+                _LOOPBACK.get(server.host, server.host), server.port, timeout=TIMEOUT_SECONDS
+            )
         )
         connection.request("GET", "/healthz")
         status = connection.getresponse().status

@@ -44,6 +44,7 @@ from gateway.server.framing import (
 )
 
 _BODY_GRACE_SECONDS = 2.0  # lets an application with its own body timeout answer first
+_LAST_REQUEST_SECONDS = 0.5  # longer than a round trip, and short compared with a grace period
 _MAX_READ_AHEAD = 32_768  # bytes of later requests after which reading pauses; one more read may double them
 
 
@@ -95,7 +96,7 @@ class Connection(ClientTransport):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for the first request. A connection over the limit may only send a probe."""
         super().connection_made(transport)
-        self.client: tuple[str, int] | None = get_remote_addr(self.transport)
+        self.client: tuple[str, int] | None = get_remote_addr(self.transport)  # None on a Unix socket
         self._server = get_local_addr(self.transport)
         self.server_state.connections.add(self)  # type: ignore[arg-type]  # typed for uvicorn's own protocols
         self._over_limit = not self.limits.on_connection_opened()
@@ -146,12 +147,18 @@ class Connection(ClientTransport):
     # Callbacks of uvicorn.
 
     def shutdown(self) -> None:
-        """Close after the current response, or immediately if there is none."""
+        """Close after the current response.
+
+        Without one, a request may be on its way, because a load balancer does not know yet that the listener
+        is closed. So the connection still serves a request that arrives within `_LAST_REQUEST_SECONDS`.
+        """
         self._shutting_down = True
-        if self._exchange is None:
-            self._close(linger=bool(self._buffer))
-        else:
+        if self._exchange is not None:
             self._exchange.keep_alive = False
+        elif self.write_paused:
+            self._close(linger=bool(self._buffer))
+        elif not self._closing:
+            self._deadline.set(_LAST_REQUEST_SECONDS)
 
     # Callbacks of the exchange (see `exchange.ClientConnection`).
 
@@ -243,6 +250,8 @@ class Connection(ClientTransport):
     def _start_head_timeout(self) -> None:
         if not self._receiving_head:
             self._receiving_head = True
+            if self._shutting_down:
+                return  # the deadline of `shutdown` stays
             self._deadline.set(self.limits.head_seconds(over_limit=self._over_limit))
 
     def _start_request(self, data: bytes, head: Head) -> None:

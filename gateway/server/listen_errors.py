@@ -9,13 +9,17 @@ from gateway.settings.variables import variable_of
 
 
 class CannotListen(Exception):
-    """An address cannot be used to listen on; the message has the address and the reason."""
+    """An address cannot be used to listen on; the message has the address and the reason.
 
-    def __init__(self, url: str, host: str, port: int, error: Exception) -> None:
+    On a Unix socket, `host` is its path and `port` is None. `where` has the address as fields of a log line.
+    """
+
+    def __init__(self, url: str, host: str, port: int | None, error: Exception) -> None:
         self.host, self.port = host, port
         self.number = error.errno if isinstance(error, OSError) else None
         # Strings that cannot be host names are refused with a TypeError or a ValueError.
-        self.reason = error.strerror if isinstance(error, OSError) else "not an address"
+        self.reason = error.strerror or str(error) if isinstance(error, OSError) else "not an address"
+        self.where: dict[str, str | int] = {"uds": host} if port is None else {"host": host, "port": port}
         super().__init__(f"cannot listen on {url}: {self.reason}")
 
     @property
@@ -26,6 +30,8 @@ class CannotListen(Exception):
 
 def settings_hint(error: CannotListen, server: Server) -> str:
     """Return which setting to change, so that the gateway can listen."""
+    if error.port is None:
+        return f"set server.uds ({variable_of('server', 'uds')}) to another path"
     key = "metrics_port" if error.port == server.metrics_port else "port"
     special = "0 serves /metrics on server.port" if key == "metrics_port" else "0 uses any free port"
     if error.port_is_taken:

@@ -54,6 +54,7 @@ class SettingsError(Exception):
 VALKEY_PORT, SENTINEL_PORT = 6379, 26379
 LOOPBACK_NAMES = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 _URL_PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/-]*")  # RFC 3986, 3.3, without escapes
+_MAX_SOCKET_PATH_BYTES = 107  # Linux, unix(7): 108 bytes with the final zero
 _STORE_SCHEMES = {"valkey", "valkeys", "redis", "rediss"}
 
 
@@ -77,6 +78,7 @@ class Server(_Section):
     host: Annotated[str, Field(min_length=1, description="a host name or an IP address")] = "127.0.0.1"
     port: Port = 8080
     metrics_port: Port = 0
+    uds: str = ""
     root_path: str = ""
     cors_origins: Annotated[list[Origin], Separated] = []
     cors_headers: Annotated[list[HeaderName], Separated] = []
@@ -98,6 +100,13 @@ class Server(_Section):
         "X-Real-IP",
     ]
     drain_seconds: Positive = 20.0
+
+    @field_validator("uds")
+    @classmethod
+    def _uds(cls, value: str) -> str:
+        if len(value.encode()) > _MAX_SOCKET_PATH_BYTES or "\0" in value:
+            raise ValueError(f"must be a path of at most {_MAX_SOCKET_PATH_BYTES} bytes")
+        return value
 
     @field_validator("root_path")
     @classmethod
@@ -126,10 +135,13 @@ class Server(_Section):
         """The accepted values of the Host header: `trusted_hosts`, or a default for the listening address.
 
         A gateway on a loopback address accepts only loopback names. This prevents DNS rebinding, where a web
-        page's own host name resolves to 127.0.0.1. On any other address every name is accepted.
+        page's own host name resolves to 127.0.0.1. On any other address every name is accepted, and also on a
+        Unix socket, which browsers cannot reach.
         """
         if self.trusted_hosts:
             return self.trusted_hosts
+        if self.uds:
+            return ["*"]
         return [*LOOPBACK_NAMES, self.host] if is_loopback(self.host) else ["*"]
 
 

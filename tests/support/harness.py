@@ -433,8 +433,8 @@ def relay(url: str, request: Request, head: bytes | None = None) -> bytes:
 
 
 def neutral_environment() -> dict[str, str]:
-    """Return the environment without settings of the gateway, OpenTelemetry and make."""
-    theirs = ("SD_GATEWAY_", "SPEEDPIX_", "OTEL_", "MAKE", "MFLAGS", "ARGS")
+    """Return the environment without settings of the gateway, OpenTelemetry, make and systemd."""
+    theirs = ("SD_GATEWAY_", "SPEEDPIX_", "OTEL_", "MAKE", "MFLAGS", "ARGS", "NOTIFY_SOCKET")
     return {name: value for name, value in os.environ.items() if not name.startswith(theirs)}
 
 

@@ -21,6 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "server.host": "127.0.0.1",
     "server.port": 8080,
     "server.metrics_port": 0,
+    "server.uds": "",
     "server.root_path": "",
     "server.cors_origins": [],
     "server.cors_headers": [],
