@@ -273,7 +273,15 @@ def load(
     with plain_client(front.url) as client:
         gate = Gateway(client)
         while not done.is_set():
-            response = gate.get(next(tasks)) if method == "GET" else gate.native(next(tasks))
+            task = next(tasks)
+            try:
+                response = gate.get(task) if method == "GET" else gate.native(task)
+            except httpx.RemoteProtocolError:
+                # Apache closes the client's connection, without a 502, when a gateway has closed its own.
+                # Browsers then repeat a GET (RFC 9110, 9.2.2).
+                if method != "GET":
+                    raise
+                response = gate.get(task)
             seen[response.status_code] += 1
 
 
