@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC
 from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache
+from itertools import product
 from typing import Any, NamedTuple, Self
 
 import httpx
@@ -33,6 +34,7 @@ from gateway.domain.errors import (
 from gateway.domain.rejection_redaction import SEARCH_PIECE_SIZE, any_piece_matches, is_free_of_secrets
 from gateway.domain.snapshot import render_json
 from gateway.domain.task import Operation, TaskKey
+from gateway.domain.vendor_values import Repair
 from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
@@ -123,6 +125,8 @@ class SignedRequests:
         self._observe_duration = {
             operation: metrics.upstream_request_duration.labels(operation).observe for operation in Operation
         }
+        for operation, repair in product(Operation, Repair):
+            metrics.upstream_repairs.labels(operation, repair)  # each series exists from the start
         self.proxy = find_proxy(settings, os.environ)
         transport = self._transport = create_transport(
             settings, proxy=self.proxy, redactor=redactor, environ=os.environ

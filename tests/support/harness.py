@@ -111,6 +111,8 @@ def running(
         "log_level": "critical",
         "server_header": False,
         "timeout_graceful_shutdown": 5,
+        # With uvicorn's 5 s, a server could close a connection just when a test on a busy machine uses it.
+        "timeout_keep_alive": 600,
     }
     config = uvicorn.Config(app, **(defaults | options))
     with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
