@@ -147,7 +147,7 @@ def test_egress_wrong_password_is_named(
 def test_egress_unreachable_proxy_is_named(
     vendor: Callable[..., Vendor], launch: Launch, tmp_path: Path
 ) -> None:
-    """A proxy that does not listen is told apart from an upstream that does not."""
+    """The problem says whether the proxy or the upstream does not listen."""
     url = f"http://127.0.0.1:{free_port()}"
     upstream = vendor()
     gate = launch(upstream.url, **settings(upstream, proxy=url))

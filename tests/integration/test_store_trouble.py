@@ -292,7 +292,7 @@ async def primary_is_down(servers: Guarded) -> None:
     ids=["dns", "refused", "two-addresses"],
 )
 async def test_no_connection_is_explained(host: str, says: str, more: Json) -> None:
-    """A host without a name or a server is told apart, whatever the kind of the store."""
+    """The reason says whether the host name is unknown or no server listens, for each kind of store."""
     said = await problem_of({"url": f"valkey://{host.format(port=free_port())}", **more})
     assert said.removeprefix("Sentinel: ") == says
 
@@ -434,7 +434,7 @@ def encrypted(tmp_path: Path) -> Iterator[Encrypted]:
 
 
 async def test_certificates_of_the_server_are_explained(encrypted: Encrypted, tmp_path: Path) -> None:
-    """Each reason not to trust the server is told apart, and so is a missing or unneeded encryption."""
+    """Each certificate error has a reason of its own; so has TLS that is missing, or not expected."""
     trustme.CA().cert_pem.write_to_path(tmp_path / "other.pem")
     (tmp_path / "broken.pem").write_text("no certificate")
     encrypted.start()
@@ -462,7 +462,7 @@ async def test_certificates_of_the_server_are_explained(encrypted: Encrypted, tm
 
 
 async def test_an_expired_certificate_is_named(encrypted: Encrypted) -> None:
-    """An expired certificate is told apart."""
+    """The reason says that the certificate has expired."""
     encrypted.issue("old", "127.0.0.1", not_before=datetime(2019, 1, 1), not_after=datetime(2020, 1, 1))  # noqa: DTZ001
     encrypted.start("old")
     said = await problem_of(encrypted.settings())
