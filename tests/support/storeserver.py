@@ -126,7 +126,32 @@ def cluster(folder: Path) -> Iterator[list[StoreServer]]:
             return all(line in info for info in infos for line in expected)
 
         until(formed, "the cluster is formed")
+        _wait_until_messages_cross(nodes)
         yield nodes
+
+
+def _wait_until_messages_cross(nodes: list[StoreServer]) -> None:
+    """Wait until each node receives what is published on each other node.
+
+    A node drops messages from and to a node that it has not met yet. The state `ok` comes earlier than that.
+    """
+    with ExitStack() as stack:
+        missing: dict[Any, set[int]] = {}
+        for node in nodes:
+            subscriber = stack.enter_context(node.client.pubsub())
+            subscriber.subscribe("formed")
+            missing[subscriber] = {other.port for other in nodes}
+
+        def crossed() -> bool:
+            for node in nodes:
+                node.client.publish("formed", node.port)
+            for subscriber, ports in missing.items():
+                while (message := subscriber.get_message(timeout=0.01)) is not None:
+                    if message["type"] == "message":
+                        ports.discard(int(message["data"]))
+            return not any(missing.values())
+
+        until(crossed, "messages cross the cluster")
 
 
 def migrate(source: StoreServer, target: StoreServer) -> None:
