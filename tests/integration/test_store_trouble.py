@@ -13,7 +13,7 @@ import pytest
 import trustme
 
 from gateway.domain.errors import UpstreamInvalid
-from gateway.settings.model import Store as StoreSettings
+from gateway.settings.store_section import Store as StoreSettings
 from gateway.stores.valkey.trial import try_store
 from gateway.telemetry.redaction import Redactor
 from tests.support.harness import Gateway, Json, Process, Simulator, eventually, free_port, run, until

@@ -19,7 +19,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.settings.model import Store as StoreSettings
+from gateway.settings.store_section import Store as StoreSettings
 from gateway.stores.base import CacheEntry, Lease, Requirement, Store
 from gateway.stores.memory import ENTRY_BYTES, REMEMBER_SECONDS, MemoryStore
 from gateway.stores.valkey.store import ValkeyStore

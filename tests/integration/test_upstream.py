@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from gateway.upstream.signed_request import _parse_retry_after, parse_http_date
+from gateway.upstream.header_values import parse_http_date, parse_retry_after
 from gateway.upstream.signing import verify
 from tests.support.egress import Proxy, socks_proxy
 from tests.support.harness import (
@@ -1203,7 +1203,7 @@ def test_upstream_invalid_dates_are_ignored(date: str) -> None:
     """An invalid Date or Retry-After is read as absent or as a time; it is never an error."""
     moment = parse_http_date(date)
     assert moment is None or (math.isfinite(moment) and date.endswith(("-2359", "+2359", "GMT")))
-    assert _parse_retry_after(date, 0.0) is None or moment is not None
+    assert parse_retry_after(date, 0.0) is None or moment is not None
 
 
 @given(
@@ -1244,4 +1244,4 @@ def test_upstream_dates_are_read_in_gmt(date: str, moment: float) -> None:
 )
 def test_upstream_retry_after_is_ascii_digits(value: str, seconds: float | None) -> None:
     """A number of seconds consists of ASCII digits, and is limited to an hour."""
-    assert _parse_retry_after(value, 0.0) == seconds
+    assert parse_retry_after(value, 0.0) == seconds
