@@ -125,9 +125,9 @@ class ProgressEndpoint:
 class _Change:
     """Waits for a change of a task. `failure` is the failure to respond with; None if there is none.
 
-    A failure that is already known on arrival is not returned: it may be as old as the schedule's backoff.
-    The upstream rejects a new task for a moment. So a rejection is returned only at the end of the wait, or
-    when the task counts as unknown.
+    It ignores a failure that the hub already has when the long poll arrives, because that failure may be as
+    old as the back-off of the schedule. The upstream rejects a new task for a moment. So a rejection is
+    returned only at the end of the wait, or when the task counts as unknown.
     """
 
     def __init__(self, key: TaskKey, if_none_match: str) -> None:
