@@ -1,17 +1,17 @@
 """The progress service: answers callers from the store, or from the upstream through single flight.
 
-    fresh snapshot                        -> answer at once
-    stale, but stale-while-revalidate     -> answer at once, and start one in-flight request in the background
-    else                                  -> all callers wait for one in-flight request
-    its query fails                       -> stale-if-error: a snapshot that is young enough, else the failure
-    the rate limiter queues its query     -> stale-if-error at once, and the query stays queued; else wait
-    all callers leave the queued query    -> it is dropped, unless the gateway itself needs the response
-    a fresh snapshot is read twice        -> refresh-ahead: its refresh ends about when it becomes stale
+    fresh snapshot                       -> answer at once
+    stale, within stale-while-revalidate -> answer at once, and start one in-flight request in the background
+    else                                 -> all callers wait for one in-flight request
+    its query fails                      -> stale-if-error: a snapshot that is young enough, else the failure
+    the rate limiter queues its query    -> stale-if-error at once, and the query stays queued; else wait
+    all callers leave the queued query   -> it is dropped, unless the gateway itself needs the response
+    a fresh snapshot is read twice       -> refresh-ahead: its refresh ends about when it becomes stale
 
 An in-flight request is the query for a task with the steps before and after it (`fetching.py`). A query
-counts as queued if its expected wait for a permit is at least `MIN_REPORTED_WAIT_SECONDS`
-(`rate_limiter.py`). While the upstream responds and no query for the task is queued, no caller receives a
-snapshot older than its lifetime + `cache.stale_while_revalidate_seconds`.
+counts as queued from the first call of its `on_queued` (`RateLimiter.acquire`): a very short wait does not
+count. While the upstream responds and no query for the task is queued, no caller receives a snapshot older
+than its lifetime + `cache.stale_while_revalidate_seconds`.
 """
 
 from __future__ import annotations

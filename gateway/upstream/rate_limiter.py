@@ -25,10 +25,10 @@ from gateway.upstream.demand import Demand
 from gateway.upstream.permit_queue import PermitQueue, QueuedQuery
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
-# Shortest expected wait that `on_queued` reports. The progress service then serves a stale snapshot at once,
-# if there is one.
+# Shortest expected wait that `acquire` reports to `on_queued`. The progress service then serves a stale
+# snapshot at once, if there is one.
 MIN_REPORTED_WAIT_SECONDS = 0.1
-# A queued query may still get a permit for so long after its timeout.
+# A queued query may still get a permit this long after its timeout.
 _TIMEOUT_TOLERANCE_SECONDS = 0.1
 
 # Size of the bucket, as the time in which it fills. With a larger bucket, an upstream that counts calls per
@@ -151,8 +151,8 @@ class RateLimiter:
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: The longest wait.
             on_queued: Called with the expected wait in seconds, if it is at least
-                `MIN_REPORTED_WAIT_SECONDS`. Called again for a query that is still queued, with any new
-                expected wait, when the limit falls and after each request for shared permits.
+                `MIN_REPORTED_WAIT_SECONDS`. Also called, with any expected wait, if the query is still queued
+                when the limit falls, or after a request for shared permits.
             demand: The clients that wait for the response; None: the gateway itself needs it. A first query
                 is put into the queue of one of the clients. More clients may join while it is queued.
 
