@@ -121,7 +121,7 @@ class Server(Section):
 
 
 class Upstream(Section):
-    """`upstream.*`: the vendor API, and the limits of the requests to it."""
+    """`upstream.*`: the vendor API, and the limits of the calls to it."""
 
     endpoint: str = "https://openai.edu-aliyun.com"
     allow_insecure: bool = False
