@@ -15,7 +15,7 @@ SPEEDPIX = {
     "SPEEDPIX_APP_SECRET": ("credentials", "secret_key"),
     "SPEEDPIX_ENDPOINT": ("upstream", "endpoint"),
 }
-_OF_COMMANDS = {"SD_GATEWAY_URL"}  # the gateway whose tasks `sd-gateway watch` shows
+_OF_COMMANDS = {"SD_GATEWAY_URL"}  # the gateway that `sd-gateway watch` queries
 
 # In a namespace with a service named sd-gateway or sd-gateway-…, Kubernetes sets these variables in all pods:
 # https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables

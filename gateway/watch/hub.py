@@ -229,13 +229,13 @@ class WatchHub:
             else watched.subscribers
         )
         watched.latest = reduced = update.without_large_body()
-        # `put` refuses an update that is older than what the client has seen: the subscriber still waits.
-        still_without_latest = [
+        # Their clients have seen a newer snapshot: `put` refuses this one, and they still wait for a newer one.
+        have_newer = [
             subscriber
             for subscriber in self.direct_delivery(update, recipients)
             if not subscriber.put(update, reduced)
         ]
-        watched.subscribers_without_latest.intersection_update(still_without_latest)
+        watched.subscribers_without_latest.intersection_update(have_newer)
 
     def _mark_unknown(self, watched: WatchedTask) -> None:
         watched.is_unknown = True
