@@ -229,7 +229,7 @@ class WatchHub:
             else watched.subscribers
         )
         watched.latest = reduced = update.without_large_body()
-        # Their clients have seen a newer snapshot: `put` refuses this one, and they still wait for a newer one.
+        # Their clients have seen a newer snapshot: `put` refuses this one, and they still wait.
         have_newer = [
             subscriber
             for subscriber in self.direct_delivery(update, recipients)
