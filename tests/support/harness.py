@@ -251,6 +251,11 @@ class Gateway:
         """Open a TCP connection."""
         return socket.create_connection(self.address, timeout=PATIENCE_SECONDS)
 
+    def listens(self) -> bool:
+        """Return whether the gateway accepts a new connection."""
+        with socket.socket() as probe:
+            return probe.connect_ex(self.address) == 0
+
     def raw(self, data: bytes, *, disconnect: bool = False) -> bytes:
         """Send these bytes on a new connection; return everything received until the gateway closes it."""
         with self.connect() as connection:
@@ -385,6 +390,22 @@ class RawUpstream:
             while request := read_request(connection):
                 self.requests.append(request)
                 self.behaviour(connection, request)
+
+
+class HeldUpstream(RawUpstream):
+    """An upstream that responds when `released` is set."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+        super().__init__(self._respond)
+
+    def __exit__(self, *exc: object) -> None:
+        self.released.set()
+        super().__exit__(*exc)
+
+    def _respond(self, connection: socket.socket, request: Request) -> None:
+        self.released.wait(PATIENCE_SECONDS)
+        respond_ok(connection, request)
 
 
 def read_request(connection: socket.socket) -> Request | None:
