@@ -21,7 +21,10 @@ FOLDERS = ("ingress", "browser", "replicas", "docs", "integration", "attacks", "
 # Coverage slows these tests down by half. They run the same code as the tests of the other folders.
 UNMEASURED = {"ingress", "browser", "replicas", "docs", "attacks", "deploy"}
 
-settings.register_profile("thorough", max_examples=10_000)
+# On a busy machine an example may take long. pytest-timeout limits each test.
+settings.register_profile("tests", deadline=None)
+settings.register_profile("thorough", deadline=None, max_examples=10_000)
+settings.load_profile("tests")
 
 
 def folder_of(item: pytest.Item) -> str:

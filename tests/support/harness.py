@@ -37,6 +37,8 @@ from gateway.telemetry.tracing import Tracing
 
 KEY, SECRET = "harness-access-key", "harness-secret-key"
 COMMAND = Path(sys.executable).with_name("sd-gateway")
+# One certificate for gateways that do not use TLS: to load the public ones would take 20 ms in each test.
+CA_FILE = Path(__file__).parents[1] / "data" / "ca.pem"
 PATIENCE_SECONDS = 60.0
 
 Json = dict[str, Any]
@@ -283,6 +285,7 @@ def gateway(
             # Long, so that no attempt times out on a busy machine.
             "timeout_seconds": 30,
             "attempt_timeout_seconds": 15,
+            **({"ca_file": CA_FILE} if endpoint.startswith("http:") else {}),
         },
         "credentials": {"access_key": KEY, "secret_key": SECRET},
     }
@@ -583,6 +586,8 @@ def serving(cwd: Path, env: Mapping[str, str], *, descriptors: str = "") -> Iter
         "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
         "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
     } | dict(env)
+    if variables.get("SD_GATEWAY_UPSTREAM__ENDPOINT", "").startswith("http:"):
+        variables.setdefault("SD_GATEWAY_UPSTREAM__CA_FILE", str(CA_FILE))
     if descriptors:
         command = (f"--nofile={descriptors}", str(COMMAND), "serve")
         started = Process(
