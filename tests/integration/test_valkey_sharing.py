@@ -258,7 +258,7 @@ async def test_paused_replica_reads_the_messages_that_it_has_missed(
     time.sleep(0.1)  # noqa: ASYNC251  # the loop has not read the messages
     assert not one.is_current(entry)
     assert await one.catch_up()
-    assert one.peek(KEY) is not entry  # on a busy machine it has been loaded again by now
+    assert one.peek(KEY) is None
     assert not one.is_current(entry)
 
 
