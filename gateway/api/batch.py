@@ -1,13 +1,14 @@
 """GET /v1/progress?taskId=A&taskId=B: many tasks in one response, each with its own snapshot or problem.
 
-The response comes immediately, or as a long poll when the representation of one task changes.
+The response comes immediately, or as a long poll when the representation of one task changes. An item also
+says how old its snapshot is, and if its update is overdue, why (`progress/overdue.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.problems import problem_document, status_and_title
+from gateway.api.progress_response import age_seconds
 from gateway.api.requests import LONG_POLL, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
@@ -61,8 +63,13 @@ class BatchEndpoint:
         else:
             outcomes = await self._read(scope, receive, keys)
         scope["state"]["outcomes"] = outcomes  # for the request log
+        stale = {outcome.key: self._stale_code(outcome.key) for outcome in outcomes}
         tag = _tag(
-            outcome.snapshot if isinstance(outcome, CacheResult) else outcome.failure for outcome in outcomes
+            (
+                outcome.snapshot if isinstance(outcome, CacheResult) else outcome.failure,
+                stale[outcome.key],
+            )
+            for outcome in outcomes
         )
         # Weak: problems contain the ID of their request, and two representations may differ in it.
         headers += [(b"cache-control", b"no-store"), (b"etag", b"W/" + tag.encode())]
@@ -70,10 +77,14 @@ class BatchEndpoint:
             await send({"type": "http.response.start", "status": 304, "headers": headers})
             await send({"type": "http.response.body"})
             return
-        body = _body(outcomes, request_id=scope["state"]["request_id"])
+        body = _body(outcomes, stale, request_id=scope["state"]["request_id"])
         headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+    def _stale_code(self, key: TaskKey) -> str | None:
+        reason = self._service.overdue.reason(key)
+        return None if reason is None else reason.code
 
     async def _read(
         self, scope: Scope, receive: Receive, keys: Sequence[TaskKey]
@@ -104,9 +115,8 @@ class BatchEndpoint:
         """
         await self._service.catch_up()
         on_arrival = {key: result.snapshot for key in keys if (result := self._service.peek(key)) is not None}
-        if if_none_match is None:
-            if_none_match = _tag(on_arrival[key] for key in keys) if len(on_arrival) == len(keys) else ""
-        latest = _Latest(keys, on_arrival, if_none_match)
+        stale = {key: self._stale_code(key) for key in on_arrival}
+        latest = _Latest(keys, on_arrival, stale, if_none_match)
         with (
             self._clients.subscription(scope),
             self._hub.subscribe(keys, SubscriptionKind.LONGPOLL, client=client_key(scope)) as subscriber,
@@ -133,10 +143,17 @@ class _Latest:
     """The latest snapshot or failure of each task during a long poll."""
 
     def __init__(
-        self, keys: Sequence[TaskKey], on_arrival: dict[TaskKey, Snapshot], if_none_match: str
+        self,
+        keys: Sequence[TaskKey],
+        on_arrival: dict[TaskKey, Snapshot],
+        stale: dict[TaskKey, str | None],
+        if_none_match: str | None,
     ) -> None:
         self._keys = keys
         self._latest: dict[TaskKey, Snapshot | GatewayError] = {**on_arrival}
+        self._stale = stale
+        if if_none_match is None:
+            if_none_match = self._tag() if len(on_arrival) == len(keys) else ""
         self._if_none_match = if_none_match
 
     def failure(self, key: TaskKey) -> GatewayError | None:
@@ -151,43 +168,56 @@ class _Latest:
                 latest = update.snapshot or update.failure
                 if latest is not None:
                     self._latest[update.key] = latest
+            self._stale.update((each.key, each.code) for each in subscriber.take_staleness())
             if subscriber.disconnected:
                 raise ClientDisconnect
 
     def _is_over(self, subscriber: Subscriber) -> bool:
         if len(self._latest) < len(self._keys):
             return False
-        latest = [self._latest[key] for key in self._keys]
-        return not matches(self._if_none_match, _tag(latest)) or all(
+        return not matches(self._if_none_match, self._tag()) or all(
             value.terminal if isinstance(value, Snapshot) else key in subscriber.unknown_keys
-            for key, value in zip(self._keys, latest, strict=True)
+            for key, value in self._latest.items()
         )
 
+    def _tag(self) -> str:
+        return _tag((self._latest[key], self._stale.get(key)) for key in self._keys)
 
-def _tag(items: Iterable[Snapshot | GatewayError]) -> str:
-    """Return the entity tag of a batch: it changes with the body of a task, and with its problem."""
+
+def _tag(items: Iterable[tuple[Snapshot | GatewayError, str | None]]) -> str:
+    """Return the entity tag of a batch: it changes with the body of a task, its `stale` and its problem."""
     digest = hashlib.blake2b(digest_size=12)
-    for item in items:
-        text = item.etag.partition(".")[0] if isinstance(item, Snapshot) else f"{item.code} {item}"
+    for item, stale in items:
+        text = (
+            f"{item.etag.partition('.')[0]} {stale or ''}"
+            if isinstance(item, Snapshot)
+            else f"{item.code} {item}"
+        )
         digest.update(f"{len(text)} {text}".encode())
     return f'"{digest.hexdigest()}"'
 
 
-def _body(outcomes: Sequence[CacheResult | FetchFailure], *, request_id: str) -> bytes:
+def _body(
+    outcomes: Sequence[CacheResult | FetchFailure], stale: Mapping[TaskKey, str | None], *, request_id: str
+) -> bytes:
     items: list[bytes] = []
+    stale_count = 0
     for outcome in outcomes:
         if isinstance(outcome, CacheResult):
-            items.append(outcome.snapshot.body)
+            code = stale[outcome.key]
+            stale_count += code is not None
+            added = render_json({"ageSeconds": age_seconds(outcome.age), "stale": code})
+            items.append(b"%b,%b" % (outcome.snapshot.body[:-1], added[1:]))
         else:
             status, title = status_and_title(outcome.failure)
             problem = problem_document(outcome.failure, status, title, request_id=request_id)
             items.append(render_json({"taskId": outcome.key.task_id, "error": problem}))
     snapshots = [outcome.snapshot for outcome in outcomes if isinstance(outcome, CacheResult)]
-    summary = render_json(summarize(snapshots, errors=len(outcomes) - len(snapshots)))
+    summary = render_json(summarize(snapshots, errors=len(outcomes) - len(snapshots), stale=stale_count))
     return b'{"items":[%s],"summary":%s}' % (b",".join(items), summary)
 
 
-def summarize(snapshots: list[Snapshot], *, errors: int) -> dict[str, Any]:
+def summarize(snapshots: list[Snapshot], *, errors: int, stale: int = 0) -> dict[str, Any]:
     """Return the summary of a batch: `progress` is the mean, `etaSeconds` the largest known value."""
     counts: dict[str, int] = dict.fromkeys(Status, 0)
     for snapshot in snapshots:
@@ -198,6 +228,7 @@ def summarize(snapshots: list[Snapshot], *, errors: int) -> dict[str, Any]:
         "total": len(snapshots) + errors,
         **counts,
         "errors": errors,
+        "stale": stale,
         "progress": round(progress / len(snapshots), 6) if snapshots else None,
         "etaSeconds": max(etas, default=None),
         "terminal": not errors and all(snapshot.terminal for snapshot in snapshots),

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.support.harness import Gateway, Simulator, until
+from tests.support.harness import PATIENCE_SECONDS, Gateway, Simulator, until
 
 QUICK = {"running_seconds": 0.1, "stale_while_revalidate_seconds": 0.2, "error_seconds": 0.1}
 Launch = Callable[..., Gateway]
@@ -21,6 +21,9 @@ def test_batch_keeps_order_and_removes_duplicates(simulator: Simulator, gate: Ga
     assert response.headers["content-type"] == "application/json"
     body = response.json()
     assert [item["taskId"] for item in body["items"]] == tasks
+    for item in body["items"]:
+        assert 0 <= item.pop("ageSeconds") < PATIENCE_SECONDS
+        assert item.pop("stale") is None
     assert body["items"] == [gate.get(task).json() for task in tasks]
     assert body["summary"] == {
         "total": 2,
@@ -31,6 +34,7 @@ def test_batch_keeps_order_and_removes_duplicates(simulator: Simulator, gate: Ga
         "canceled": 0,
         "unknown": 0,
         "errors": 0,
+        "stale": 0,
         "progress": 0.375,
         "etaSeconds": 2.0,
         "terminal": False,
