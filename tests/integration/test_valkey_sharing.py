@@ -435,6 +435,31 @@ async def test_stored_end_wins_over_a_running_snapshot_that_was_fetched_alone(
         assert (await result(store)).version == ended.version
 
 
+async def test_snapshot_of_an_overlapping_query_is_fetched_again(
+    opened: Open, other: ValkeyStore, server: StoreServer
+) -> None:
+    """Two queries overlapped while a replica had no store: it does not go on with a snapshot of its own."""
+    with FaultProxy(server.port) as proxy:
+        one = await opened({"url": proxy.url})
+        before = await stored(one, progress=0.1)
+        proxy.stall(to_server=True, to_client=True)
+        await eventually(lambda: one.trouble, "it is alone")
+        lease = await leased(other, after=before.version)
+        own = await alone(one, progress=0.3)
+        theirs = await save(other, lease, progress=0.2)
+        assert theirs is not None
+        assert theirs.version < own.version < theirs.revision
+        writes = operations(one, "land")
+        proxy.heal()
+        await eventually(lambda: operations(one, "land") > writes, "it has tried to store its snapshot")
+        assert await shown(one) is None
+        newer = await save(one, await leased(one), progress=0.4)
+        assert newer is not None
+        await heard_all(one, other)
+        for store in (one, other):
+            assert (await result(store)).version == newer.version > own.version
+
+
 async def alone(store: ValkeyStore, **values: Any) -> Snapshot:
     """Fetch a snapshot without the store."""
     known = store.last_known(KEY)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.stores.memory import MemoryStore
 from gateway.stores.valkey.codec import InvalidStoredValue, StoredFacts
@@ -146,8 +147,22 @@ class Updates:
         if snapshot is None:
             return
         try:
-            self._snapshots.apply(key, await self._snapshots.write("restore", snapshot, follows=snapshot))
+            reply = await self._snapshots.write("restore", snapshot, follows=snapshot)
+            self._snapshots.apply(key, reply)
+            if reply.kind == b"refused":
+                self._invalidate_refused(key, snapshot)
         except StoreUnavailable:
             self.restore_later(key)
         except InvalidStoredValue as exc:
             await self._snapshots.delete_invalid(key, exc)
+
+    def _invalidate_refused(self, key: TaskKey, snapshot: Snapshot) -> None:
+        """Serve this snapshot no longer, although the stored one is not newer either.
+
+        The queries of two replicas have overlapped, so it is unknown which of the responses is newer. Other
+        replicas serve the stored one. The next request here queries the upstream again.
+        """
+        entry = self._memory.entry(key)
+        if entry is not None and entry.snapshot is snapshot:
+            entry.valid = False
+            entry.announced_version = max(entry.announced_version, snapshot.version + 1)
