@@ -4,8 +4,10 @@ The rules. Times are on one monotonic clock; `rank` orders the states of a task 
 
 A replica *may be alone*, or is *separated*, from the beginning of a fault that separates it from the store
 (see `SEPARATING`) until it first reports that it uses the store again, in a report that was requested after
-the fault's end. Freezing a replica, evicting keys, a step of the store's clock, and a delay within the
-store's timeout do not separate: they excuse nothing below unless the rule names them.
+the fault's end. It is also separated while it reports so itself: on a busy machine, an operation may take
+longer than the store's timeout without a fault. Freezing a replica, evicting keys, a step of the store's
+clock, and a delay within the store's timeout do not separate: they excuse nothing below unless the rule
+names them.
 
 P1  An answer to a request that names a version is not older than that version. An event of a stream is not
     older than the event before it or the one named by Last-Event-ID. No fault excuses this. One entity tag
@@ -39,6 +41,7 @@ Each bound on a time is several times the promise, because the machines of tests
 
 from __future__ import annotations
 
+import math
 import re
 from bisect import bisect_right
 from collections import defaultdict
@@ -216,6 +219,22 @@ class _Judge:
     def _alone_windows(self, replica: int) -> Iterator[Window]:
         for fault in self._faults(replica, SEPARATING):
             yield fault.began, self._returned(fault, replica)
+        yield from self._reported_windows(replica)
+
+    def _reported_windows(self, replica: int) -> Iterator[Window]:
+        """Yield from the last report before a separation to the first one after it."""
+        before, began = -math.inf, None
+        for report in sorted(self._history.reports):
+            if report.replica != replica:
+                continue
+            if not report.up:
+                began = before if began is None else began
+            else:
+                if began is not None:
+                    yield began, report.received
+                before, began = report.sent, None
+        if began is not None:
+            yield began, math.inf
 
     def _troubled_windows(self) -> Iterator[Window]:
         for fault in self._history.faults:
