@@ -65,15 +65,18 @@ class SharedSnapshots:
         )
         self.apply(key, reply)
 
-    async def write(self, token: str, snapshot: Snapshot, *, follows: Snapshot | None) -> Reply:
-        """Run `commit.lua`; it announces the snapshot. Raises: StoreUnavailable, InvalidStoredValue."""
+    async def write(self, token: str, snapshot: Snapshot, *, follows: int) -> Reply:
+        """Run `commit.lua`; it announces the snapshot. Raises: StoreUnavailable, InvalidStoredValue.
+
+        `follows`: the newest version that was known when the snapshot was built.
+        """
         written = snapshot.key, snapshot.version
         self._being_written.add(written)
         try:
             return await self._operations.commit(
                 token,
                 snapshot,
-                follows=0 if follows is None else follows.version,
+                follows=follows,
                 age=self._clock() - snapshot.fetched_at,
                 keep_seconds=self._memory.keep_seconds(snapshot),
             )

@@ -185,9 +185,10 @@ class ValkeyStore(MemoryStore):
         """See `Store.commit`."""
         previous = self.last_known(lease.key)
         snapshot = build(previous)
+        follows = 0 if previous is None else previous.version
         for _ in range(_MAX_ATTEMPTS):
             try:
-                reply = await self._shared_snapshots.write(lease.token, snapshot, follows=previous)
+                reply = await self._shared_snapshots.write(lease.token, snapshot, follows=follows)
                 if reply.kind == b"stored":
                     return self._put_committed(lease, snapshot)
                 self._shared_snapshots.apply(lease.key, reply)
@@ -204,6 +205,7 @@ class ValkeyStore(MemoryStore):
                 self._leases.forget(lease)
                 return previous if previous is not None and previous.fresh(self._clock()) else None
             snapshot = build(previous)
+            follows = max(follows, reply.facts.version)
         else:
             self._leases.end_in_background(lease)
         self._leases.forget(lease)

@@ -150,7 +150,7 @@ class Updates:
         if snapshot is None:
             return
         try:
-            reply = await self._snapshots.write("restore", snapshot, follows=snapshot)
+            reply = await self._snapshots.write("restore", snapshot, follows=snapshot.version)
             self._snapshots.apply(key, reply)
             entry = self._memory.entry(key)
             if reply.kind == b"refused" and entry is not None and entry.snapshot is snapshot:
