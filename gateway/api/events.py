@@ -2,6 +2,9 @@
 
     open -> retry -> one event per task -> one event per change -> end
 
+A `stale` event says that the update of a task is overdue, or with null that it is not any more. It follows
+the `progress` event of the snapshot, and has no ID: a client that reconnects receives it again if it applies.
+
 An update is encoded once. If the server supports it, the same bytes are written directly to the connection of
 every subscriber whose client keeps up. The streams of all other subscribers send the update themselves, in
 parts. They look up the latest update only when the socket can take it. So a slow client receives the latest
@@ -12,13 +15,15 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Collection, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.heartbeats import HEARTBEAT, Heartbeats
 from gateway.api.problems import problem_document, status_and_title
+from gateway.api.progress_response import age_seconds
 from gateway.api.requests import header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, chunk, direct_transport_of
 from gateway.api.task_parameters import TaskParameters
@@ -28,7 +33,7 @@ from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import TaskKey
 from gateway.telemetry.metrics import Metrics
 from gateway.watch.hub import SubscriptionKind, WatchHub
-from gateway.watch.subscriber import Subscriber, Update
+from gateway.watch.subscriber import Staleness, Subscriber, Update
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -36,6 +41,7 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),  # keeps nginx and its derivatives from buffering events
 ]
 _LAST_EVENT_ID = ("lastEventId", "last-event-id")  # query parameters
+_EVENTS = ("progress", "stale", "problem", "end")
 _RETRY_MS = 2000
 _PART_BYTES = 16_384  # maximum of events that are written together; a single event may be larger
 _MAX_ID_CHARS = 64  # longer than our event IDs; each is compared with every task of the stream
@@ -54,14 +60,16 @@ class EventsEndpoint:
         clients: ClientLimits,
         metrics: Metrics,
         heartbeat_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._hub = hub
         self._tasks = tasks
         self._tags = tags
         self._clients = clients
-        self._sent = {name: metrics.events_sent.labels(name) for name in ("progress", "problem", "end")}
+        self._sent = {name: metrics.events_sent.labels(name) for name in _EVENTS}
         hub.direct_delivery = self._write_directly
         self._heartbeats = Heartbeats(heartbeat_seconds)
+        self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until every task has ended, the client disconnects or the gateway shuts down."""
@@ -132,6 +140,7 @@ class EventsEndpoint:
             if size >= _PART_BYTES:
                 subscriber.wake()  # the rest follows in the next part
                 break
+        parts += [self._encode_staleness(staleness) for staleness in subscriber.take_staleness()]
         if subscriber.heartbeat_due:
             subscriber.heartbeat_due = False
             parts.append(HEARTBEAT)
@@ -179,6 +188,19 @@ class EventsEndpoint:
         status, title = status_and_title(update.failure)
         problem = problem_document(update.failure, status, title, request_id=scope["state"]["request_id"])
         return b"event: problem\ndata: %s\n\n" % render_json({"taskId": update.key.task_id, **problem})
+
+
+    def _encode_staleness(self, staleness: Staleness) -> bytes:
+        self._sent["stale"].inc()
+        failure = staleness.failure
+        data = {
+            "taskId": staleness.key.task_id,
+            "api": staleness.key.operation.api,
+            "stale": staleness.code,
+            "ageSeconds": age_seconds(self._clock() - staleness.fetched_at),
+            "title": None if failure is None else status_and_title(failure)[1],
+        }
+        return b"event: stale\ndata: %s\n\n" % render_json(data)
 
 
 def _last_event_id(scope: Scope, parameters: dict[str, list[str]]) -> str | None:

@@ -4,10 +4,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
-from tests.support.harness import Gateway, Simulator, until
+from gateway.domain.entity_tag import EntityTags, digest_of
+from gateway.domain.snapshot import version_now
+from gateway.domain.task import Operation, TaskKey
+from tests.support.harness import PATIENCE_SECONDS, SECRET, Gateway, Simulator, until
 
 QUICK = {"running_seconds": 0.1, "stale_while_revalidate_seconds": 0.2, "error_seconds": 0.1}
 Launch = Callable[..., Gateway]
@@ -21,6 +25,9 @@ def test_batch_keeps_order_and_removes_duplicates(simulator: Simulator, gate: Ga
     assert response.headers["content-type"] == "application/json"
     body = response.json()
     assert [item["taskId"] for item in body["items"]] == tasks
+    for item in body["items"]:
+        assert 0 <= item.pop("ageSeconds") < PATIENCE_SECONDS
+        assert item.pop("stale") is None
     assert body["items"] == [gate.get(task).json() for task in tasks]
     assert body["summary"] == {
         "total": 2,
@@ -31,6 +38,7 @@ def test_batch_keeps_order_and_removes_duplicates(simulator: Simulator, gate: Ga
         "canceled": 0,
         "unknown": 0,
         "errors": 0,
+        "stale": 0,
         "progress": 0.375,
         "etaSeconds": 2.0,
         "terminal": False,
@@ -126,6 +134,27 @@ def test_batch_answers_304_until_a_task_changes(simulator: Simulator, launch: La
         other = gate.client.get("/v1/progress", params=query, headers={"if-none-match": 'W/"other"'})
         assert other.status_code == 200
     assert len(set(tags)) == 3
+
+
+@pytest.mark.parametrize("wait", [0, PATIENCE_SECONDS])
+def test_batch_is_never_older_than_its_tag(wait: float, simulator: Simulator, gate: Gateway) -> None:
+    """A tag from another replica names a newer version of one task: only this task is queried again.
+
+    The replicas have the same secret key, and no store in common.
+    """
+    tasks = [simulator.task(data={"status": "running", "progress": 0.25}) for _ in range(2)]
+    query: dict[str, Any] = {"taskId": tasks} | ({"wait": wait} if wait else {})
+    first = gate.client.get("/v1/progress", params={"taskId": tasks})
+    keys = [TaskKey(Operation.SD_GET_PROGRESS, task) for task in tasks]
+    tags = EntityTags(lambda: SECRET)
+    revisions = tags.revisions_of_batch(first.headers["etag"], keys)
+    assert list(revisions) == keys
+    newer = tags.issue_for_batch(digest_of(b"other"), revisions | {keys[1]: version_now() - 1})
+    simulator.script(tasks[1], status="running", progress=0.5)
+    calls = [simulator.calls(task) for task in tasks]
+    second = gate.client.get("/v1/progress", params=query, headers={"if-none-match": newer})
+    assert [item["progress"] for item in second.json()["items"]] == [0.25, 0.5]
+    assert [simulator.calls(task) for task in tasks] == [calls[0], calls[1] + 1]
 
 
 @pytest.mark.parametrize("with_tag", [True, False])
