@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.problems import problem_document, status_and_title
 from gateway.api.progress_response import age_seconds
-from gateway.api.requests import LONG_POLL, header, query_parameters
+from gateway.api.requests import LONG_POLL, free_headers, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.waiting import requested_wait
@@ -28,7 +28,7 @@ from gateway.domain.task import Status, TaskKey
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.watch.hub import SubscriptionKind, WatchHub
-from gateway.watch.subscriber import Subscriber
+from gateway.watch.subscriber import Subscriber, Update
 
 
 class BatchEndpoint:
@@ -61,15 +61,15 @@ class BatchEndpoint:
         seen = {} if if_none_match is None else self._tags.revisions_of_batch(if_none_match, keys)
         if wait:
             scope["state"][LONG_POLL] = True
+            free_headers(scope)
             outcomes = await self._wait_for_change(scope, receive, keys, if_none_match, wait, seen=seen)
         else:
             outcomes = await self._read(scope, receive, keys, seen)
         scope["state"]["outcomes"] = outcomes  # for the request log
         stale = {outcome.key: self._stale_code(outcome.key) for outcome in outcomes}
         digest = _digest(
-            (
-                outcome.snapshot if isinstance(outcome, CacheResult) else outcome.failure,
-                stale[outcome.key],
+            _Item.of(outcome.snapshot if isinstance(outcome, CacheResult) else outcome.failure).text(
+                stale[outcome.key]
             )
             for outcome in outcomes
         )
@@ -130,9 +130,7 @@ class BatchEndpoint:
         upstream meanwhile. A task counts as one lookup. `seen`: as in `_read`.
         """
         await self._service.catch_up()
-        on_arrival = {
-            key: result.snapshot for key in keys if (result := self._service.peek(key, seen.get(key, 0)))
-        }
+        on_arrival = self._on_arrival(keys, seen)
         stale = {key: self._stale_code(key) for key in on_arrival}
         latest = _Latest(keys, on_arrival, stale, if_none_match)
         with (
@@ -162,6 +160,31 @@ class BatchEndpoint:
             known |= zip(missing, await self._read(scope, receive, missing, seen), strict=True)
         return [known[key] for key in keys]
 
+    def _on_arrival(self, keys: Sequence[TaskKey], seen: Mapping[TaskKey, int]) -> dict[TaskKey, _Item]:
+        # A function of its own: no variable of a long poll has a snapshot, whose body may be large.
+        results = ((key, self._service.peek(key, seen.get(key, 0))) for key in keys)
+        return {key: _Item.of(result.snapshot) for key, result in results if result is not None}
+
+
+class _Item(NamedTuple):
+    """What the tag of a batch depends on. A long poll keeps this instead of a snapshot with a large body."""
+
+    digest: str  # of the body; empty for a failure
+    terminal: bool
+    failure: GatewayError | None
+
+    @classmethod
+    def of(cls, value: Snapshot | GatewayError) -> _Item:
+        if isinstance(value, Snapshot):
+            return cls(value.etag.partition(".")[0], value.terminal, None)
+        return cls("", False, value)  # noqa: FBT003 - named above
+
+    def text(self, stale: str | None) -> str:
+        """Return a text that changes with the body and its `stale`, or with the problem."""
+        return (
+            f"{self.digest} {stale or ''}" if self.failure is None else f"{self.failure.code} {self.failure}"
+        )
+
 
 class _Latest:
     """The latest snapshot or failure of each task during a long poll."""
@@ -169,12 +192,12 @@ class _Latest:
     def __init__(
         self,
         keys: Sequence[TaskKey],
-        on_arrival: dict[TaskKey, Snapshot],
+        on_arrival: dict[TaskKey, _Item],
         stale: dict[TaskKey, str | None],
         if_none_match: str | None,
     ) -> None:
         self._keys = keys
-        self._latest: dict[TaskKey, Snapshot | GatewayError] = {**on_arrival}
+        self._latest = on_arrival
         self._stale = stale
         if if_none_match is None:
             if_none_match = self._digest() if len(on_arrival) == len(keys) else ""
@@ -182,43 +205,37 @@ class _Latest:
 
     def failure(self, key: TaskKey) -> GatewayError | None:
         """Return the failure of a task, if it has no newer snapshot."""
-        latest = self._latest.get(key)
-        return latest if isinstance(latest, GatewayError) else None
+        return self._latest[key].failure if key in self._latest else None
 
     async def wait_for_change(self, subscriber: Subscriber) -> None:
         """Return when the representation is complete, and has changed or ended. Raises: ClientDisconnect."""
         while not subscriber.shutting_down and not self._is_over(subscriber):
-            for update in await subscriber.next_updates():
-                latest = update.snapshot or update.failure
-                if latest is not None:
-                    self._latest[update.key] = latest
+            self._take(await subscriber.next_updates())
             self._stale.update((each.key, each.code) for each in subscriber.take_staleness())
             if subscriber.disconnected:
                 raise ClientDisconnect
+
+    def _take(self, updates: Iterable[Update]) -> None:
+        for update in updates:
+            latest = update.snapshot or update.failure
+            if latest is not None:
+                self._latest[update.key] = _Item.of(latest)
 
     def _is_over(self, subscriber: Subscriber) -> bool:
         if len(self._latest) < len(self._keys):
             return False
         return not matches(self._if_none_match, self._digest()) or all(
-            value.terminal if isinstance(value, Snapshot) else key in subscriber.unknown_keys
-            for key, value in self._latest.items()
+            item.terminal if item.failure is None else key in subscriber.unknown_keys
+            for key, item in self._latest.items()
         )
 
     def _digest(self) -> str:
-        return _digest((self._latest[key], self._stale.get(key)) for key in self._keys)
+        return _digest(self._latest[key].text(self._stale.get(key)) for key in self._keys)
 
 
-def _digest(items: Iterable[tuple[Snapshot | GatewayError, str | None]]) -> str:
-    """Return the digest of a batch: it changes with the body of a task, its `stale` and its problem."""
-    parts = []
-    for item, stale in items:
-        text = (
-            f"{item.etag.partition('.')[0]} {stale or ''}"
-            if isinstance(item, Snapshot)
-            else f"{item.code} {item}"
-        )
-        parts.append(f"{len(text)} {text}")
-    return digest_of("".join(parts).encode())
+def _digest(texts: Iterable[str]) -> str:
+    """Return the digest of a batch with these items; see `_Item.text`."""
+    return digest_of("".join(f"{len(text)} {text}" for text in texts).encode())
 
 
 def _body(

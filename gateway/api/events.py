@@ -24,10 +24,9 @@ from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.heartbeats import HEARTBEAT, Heartbeats
 from gateway.api.problems import problem_document, status_and_title
 from gateway.api.progress_response import age_seconds
-from gateway.api.requests import header, query_parameters
+from gateway.api.requests import free_headers, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, chunk, direct_transport_of
 from gateway.api.task_parameters import TaskParameters
-from gateway.api.trace_context import trace_parent
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import TaskKey
@@ -88,25 +87,24 @@ class EventsEndpoint:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await send({"type": "http.response.body"})
             return
-        await self._hub.catch_up()
-        with (
-            self._clients.subscription(scope),
-            self._hub.subscribe(
+        with self._clients.subscription(scope):
+            # Before the first `await`: requests that arrive together must not all pass before one has paid.
+            self._clients.charge(scope, len(keys))
+            await self._hub.catch_up()
+            with self._hub.subscribe(
                 keys,
                 SubscriptionKind.EVENTS,
                 client=client_key(scope),
                 seen_revisions=self._seen_revisions(keys, last_event_id),
-            ) as subscriber,
-        ):
-            self._clients.charge(scope, len(keys))
-            # Registered before the first `send`: the client may leave while that waits for a full socket.
-            async with DisconnectListener(scope, receive, subscriber.disconnect):
-                await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-                _free_headers(scope)
-                await send(_part(b"retry: %d\n\n" % _RETRY_MS))
-                subscriber.direct_transport = direct_transport_of(scope)
-                with self._heartbeats.sending_to(subscriber):
-                    await self._stream(scope, subscriber, end_id, send)
+            ) as subscriber:
+                # Registered before the first `send`: the client may leave while that waits for a full socket.
+                async with DisconnectListener(scope, receive, subscriber.disconnect):
+                    await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+                    free_headers(scope)
+                    await send(_part(b"retry: %d\n\n" % _RETRY_MS))
+                    subscriber.direct_transport = direct_transport_of(scope)
+                    with self._heartbeats.sending_to(subscriber):
+                        await self._stream(scope, subscriber, end_id, send)
 
     def _seen_revisions(self, keys: Sequence[TaskKey], last_event_id: str | None) -> dict[TaskKey, int]:
         """Return the revision that the client has received of the task of its last event."""
@@ -189,7 +187,6 @@ class EventsEndpoint:
         problem = problem_document(update.failure, status, title, request_id=scope["state"]["request_id"])
         return b"event: problem\ndata: %s\n\n" % render_json({"taskId": update.key.task_id, **problem})
 
-
     def _encode_staleness(self, staleness: Staleness) -> bytes:
         self._sent["stale"].inc()
         failure = staleness.failure
@@ -212,17 +209,6 @@ def _last_event_id(scope: Scope, parameters: dict[str, list[str]]) -> str | None
     from_header = header(scope["headers"], b"last-event-id")
     from_query = (parameters[name][0] for name in _LAST_EVENT_ID if name in parameters)
     return from_header or next(filter(None, from_query), None)
-
-
-def _free_headers(scope: Scope) -> None:
-    """Free the request's headers, except those for its log line: the stream may stay open for days."""
-    parent = trace_parent(scope)
-    headers = scope["headers"]
-    kept = [] if parent is None else [parent.header]
-    if isinstance(headers, list):
-        headers[:] = kept  # server and middleware refer to the same list
-    scope["headers"] = kept
-    scope["query_string"] = b""
 
 
 def _progress(snapshot: Snapshot) -> bytes:

@@ -24,11 +24,12 @@ _KEY_BYTES = 16
 _DIGEST_BYTES = 12
 _SIGNATURE_BYTES = 6
 _LIST = "list "  # starts a signed list, so that no signature fits both a list and a single revision
-_MAX_CANDIDATES = 8  # tags of one header whose signatures are checked
+_MAX_CANDIDATES = 8  # further tags of a header are ignored: a client could send thousands
 _TAG = re.compile(r'"?([0-9a-f]{24})\.([0-9a-f]{1,14})\.([0-9a-f]{12})"?')
 _BATCH_TAG = re.compile(r'"?([0-9a-f]{24})\.([0-9A-Za-z_-]{1,16384})\.([0-9a-f]{12})"?')
 # Apache's mod_deflate and mod_brotli append "-gzip" and "-br", Jetty "--gzip", others ";gzip".
 _CODING = re.compile(r'(?:--?|;)(?:gzip|br|zstd|deflate)"$')
+_LONGEST_CODING = 10  # characters of `--deflate"`
 
 
 class EntityTags:
@@ -55,7 +56,7 @@ class EntityTags:
     def revision(self, if_none_match: str, task: TaskKey) -> int:
         """Return the newest revision with a valid signature in If-None-Match or Last-Event-ID, or 0."""
         newest = 0
-        for candidate in _candidates(if_none_match)[:_MAX_CANDIDATES]:
+        for candidate in _candidates(if_none_match):
             match = _TAG.fullmatch(candidate)
             revision = 0 if match is None else int(match[2], 16)
             if match is not None and revision > newest and self._is_signed(match[3], [task], f"{revision}"):
@@ -65,7 +66,7 @@ class EntityTags:
     def revisions_of_batch(self, if_none_match: str, tasks: Sequence[TaskKey]) -> dict[TaskKey, int]:
         """Return the newest revision of each task in the tags of If-None-Match that belong to these tasks."""
         newest: dict[TaskKey, int] = {}
-        for candidate in _candidates(if_none_match)[:_MAX_CANDIDATES]:
+        for candidate in _candidates(if_none_match):
             match = _BATCH_TAG.fullmatch(candidate)
             if match is not None and self._is_signed(match[3], tasks, _LIST + match[2]):
                 for task, revision in zip(tasks, _unpack(match[2]), strict=True):
@@ -110,7 +111,13 @@ def matches(if_none_match: str, etag: str) -> bool:
 
 
 def _candidates(if_none_match: str) -> list[str]:
-    return [_CODING.sub('"', part.strip().removeprefix("W/")) for part in if_none_match.split(",")]
+    parts = if_none_match.split(",", _MAX_CANDIDATES)[:_MAX_CANDIDATES]
+    return [_without_coding(part.strip().removeprefix("W/")) for part in parts]
+
+
+def _without_coding(tag: str) -> str:
+    found = _CODING.search(tag, max(len(tag) - _LONGEST_CODING, 0))
+    return tag if found is None else tag[: found.start()] + '"'
 
 
 def _sign(key: bytes, tasks: Sequence[TaskKey], revision: str) -> str:

@@ -1,5 +1,6 @@
 """GET /v1/progress?taskId=A&taskId=B: many tasks in one response."""
 
+import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from gateway.domain.entity_tag import EntityTags, digest_of
-from gateway.domain.snapshot import version_now
+from gateway.domain.snapshot import Snapshot, version_now
 from gateway.domain.task import Operation, TaskKey
 from tests.support.harness import PATIENCE_SECONDS, SECRET, Gateway, Simulator, until
 
@@ -178,6 +179,26 @@ def test_batch_waits_for_the_change_of_a_task(
     assert response.status_code == 200
     assert [item["progress"] for item in response.json()["items"]] == [0, 0.1, 0.2, 0.9, 0.4]
     assert gate.metric("cache_lookups_total") == 10
+
+
+def test_batch_long_poll_does_not_keep_evicted_bodies(simulator: Simulator, launch: Launch) -> None:
+    """The cache's limit in bytes bounds all bodies: a long poll keeps none that the cache has evicted."""
+    gate = launch(simulator.url, cache={"max_tasks": 2, "running_seconds": 60})
+    tasks = [simulator.task(data={"status": "running", "message": "large " * 5_000}) for _ in range(4)]
+    gate.client.get("/v1/progress", params={"taskId": tasks[:2]})
+    with gate.connect() as poll:
+        query = "&".join(f"taskId={task}" for task in tasks[:2])
+        poll.sendall(f"GET /v1/progress?{query}&wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        until(lambda: gate.metric("watchers") == 1, "it waits")
+        until(lambda: _kept(tasks[0]), "it is cached")
+        gate.client.get("/v1/progress", params={"taskId": tasks[2:]})
+        until(lambda: not any(map(_kept, tasks[:2])), "no object has the evicted bodies")
+
+
+def _kept(task: str) -> list[Snapshot]:
+    """Return the snapshots of a task that exist in this process."""
+    gc.collect()
+    return [o for o in gc.get_objects() if isinstance(o, Snapshot) and o.key.task_id == task and o.body]
 
 
 def test_batch_long_poll_ends_with_304(simulator: Simulator, launch: Launch) -> None:

@@ -346,6 +346,29 @@ async def test_lost_key_is_stored_again_by_a_replica_that_has_it(
     assert (found.progress, found.version) == (0.8, lease.version)
 
 
+async def test_newer_snapshot_replaces_an_older_one_that_was_restored(
+    opened: Open, other: ValkeyStore, server: StoreServer
+) -> None:
+    """A replica that returns with an old snapshot stores it, because the server has lost the newer one."""
+    with FaultProxy(server.port) as proxy:
+        one = await opened({"url": proxy.url})
+        before = await stored(one, progress=0.1)
+        proxy.stall(to_server=True, to_client=True)
+        await eventually(lambda: one.trouble, "it is alone")
+        older = await alone(one, progress=0.2)
+        newer = await save(other, await leased(other, after=before.version), progress=0.3)
+        assert newer is not None
+        assert newer.version > older.revision
+        server.client.flushall()
+        proxy.heal()
+        await eventually(lambda: server.client.keys("*/task"), "it has stored its snapshot")
+        await eventually(
+            lambda: fields_of(server)[b"version"] == b"%d" % newer.version, "the newer one is stored again"
+        )
+        await eventually(lambda: one.peek(KEY) is None, "it has heard of the newer one")
+        assert (await result(one)).version == newer.version
+
+
 async def test_lost_end_of_a_task_is_stored_again(
     opened: Open, one: ValkeyStore, server: StoreServer
 ) -> None:

@@ -4,7 +4,8 @@
                            body changed    -> read it now if the task is read or watched here
                                            -> else invalidate the one in memory; the next lookup reads it
                            queries overlap -> the next lookup queries the upstream again
-    the server needs a snapshot            -> write the one in memory to the server
+    an older snapshot was stored, or the   -> write the one in memory to the server: it has lost it
+    server needs a snapshot
     the connection has come up             -> invalidate all entries: messages may have been missed
 
 The message that a snapshot was stored, or a lease ended, also wakes the in-flight request that waits for it.
@@ -115,6 +116,8 @@ class Updates:
             return
         snapshot = entry.snapshot
         if not supersedes(facts, snapshot):
+            if facts.version < snapshot.version and not key.operation.is_result:
+                self._start(self._restore(key))  # the server has lost this snapshot or a newer one
             return
         entry.announced_version = max(entry.announced_version, facts.version)
         if revision == snapshot.revision and bool(facts.terminal) is snapshot.terminal:

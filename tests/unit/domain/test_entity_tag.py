@@ -88,6 +88,17 @@ def test_newest_revisions_of_several_batch_tags_count(tags: EntityTags) -> None:
     assert tags.revisions_of_batch(f"{one}, {other}", [TASK, OTHERS[0]]) == {TASK: 7, OTHERS[0]: 9}
 
 
+def test_only_the_first_tags_of_a_header_count(tags: EntityTags) -> None:
+    """A client that sends thousands of tags gets a full response, at the cost of eight tags."""
+    tag = tags.issue(TASK, BODY, REVISION)
+    batch = tags.issue_for_batch(digest_of(BODY), {TASK: REVISION})
+    for before, counts in ((7, True), (8, False), (5_000, False)):
+        header = '"other",' * before
+        assert matches(header + tag, tag) is counts
+        assert bool(tags.revision(header + tag, TASK)) is counts
+        assert bool(tags.revisions_of_batch(header + batch, [TASK])) is counts
+
+
 def test_tag_of_a_batch_is_short(tags: EntityTags) -> None:
     """The tag of 100 tasks that changed within the last minute has less than a kilobyte."""
     tasks = [TASK._replace(task_id=f"task-{number}") for number in range(100)]
