@@ -288,7 +288,12 @@ def _task_routes(
         max_wait_seconds=settings.watch.max_wait_seconds,
     )
     batch = BatchEndpoint(
-        service, hub, tasks=tasks, clients=clients, max_wait_seconds=settings.watch.max_wait_seconds
+        service,
+        hub,
+        tasks=tasks,
+        tags=tags,
+        clients=clients,
+        max_wait_seconds=settings.watch.max_wait_seconds,
     )
     return [
         Route("/v1/progress/{taskId}", one, methods=["GET"]),

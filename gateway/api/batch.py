@@ -1,33 +1,34 @@
 """GET /v1/progress?taskId=A&taskId=B: many tasks in one response, each with its own snapshot or problem.
 
-The response comes immediately, or as a long poll when the representation of one task changes.
+The response comes immediately, or as a long poll when the representation of one task changes. An item also
+says how old its snapshot is, and if its update is overdue, why (`progress/overdue.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.problems import problem_document, status_and_title
-from gateway.api.requests import LONG_POLL, header, query_parameters
+from gateway.api.progress_response import age_seconds
+from gateway.api.requests import LONG_POLL, free_headers, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.waiting import requested_wait
-from gateway.domain.entity_tag import matches
+from gateway.domain.entity_tag import EntityTags, digest_of, matches
 from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import Status, TaskKey
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.watch.hub import SubscriptionKind, WatchHub
-from gateway.watch.subscriber import Subscriber
+from gateway.watch.subscriber import Subscriber, Update
 
 
 class BatchEndpoint:
@@ -39,12 +40,14 @@ class BatchEndpoint:
         hub: WatchHub,
         *,
         tasks: TaskParameters,
+        tags: EntityTags,
         clients: ClientLimits,
         max_wait_seconds: float,
     ) -> None:
         self._service = service
         self._hub = hub
         self._tasks = tasks
+        self._tags = tags
         self._clients = clients
         self._max_wait_seconds = max_wait_seconds
 
@@ -55,37 +58,59 @@ class BatchEndpoint:
         if_none_match = header(scope["headers"], b"if-none-match")
         wait, headers = requested_wait(scope, parameters, longest=self._max_wait_seconds)
         self._clients.charge(scope, len(keys))
+        seen = {} if if_none_match is None else self._tags.revisions_of_batch(if_none_match, keys)
         if wait:
             scope["state"][LONG_POLL] = True
-            outcomes = await self._wait_for_change(scope, receive, keys, if_none_match, wait)
+            free_headers(scope)
+            outcomes = await self._wait_for_change(scope, receive, keys, if_none_match, wait, seen=seen)
         else:
-            outcomes = await self._read(scope, receive, keys)
+            outcomes = await self._read(scope, receive, keys, seen)
         scope["state"]["outcomes"] = outcomes  # for the request log
-        tag = _tag(
-            outcome.snapshot if isinstance(outcome, CacheResult) else outcome.failure for outcome in outcomes
+        stale = {outcome.key: self._stale_code(outcome.key) for outcome in outcomes}
+        digest = _digest(
+            _Item.of(outcome.snapshot if isinstance(outcome, CacheResult) else outcome.failure).text(
+                stale[outcome.key]
+            )
+            for outcome in outcomes
         )
+        revisions = {
+            outcome.key: (
+                outcome.snapshot.revision if isinstance(outcome, CacheResult) else seen.get(outcome.key, 0)
+            )
+            for outcome in outcomes
+        }
+        tag = self._tags.issue_for_batch(digest, revisions)
         # Weak: problems contain the ID of their request, and two representations may differ in it.
         headers += [(b"cache-control", b"no-store"), (b"etag", b"W/" + tag.encode())]
         if if_none_match is not None and matches(if_none_match, tag):
             await send({"type": "http.response.start", "status": 304, "headers": headers})
             await send({"type": "http.response.body"})
             return
-        body = _body(outcomes, request_id=scope["state"]["request_id"])
+        body = _body(outcomes, stale, request_id=scope["state"]["request_id"])
         headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
+    def _stale_code(self, key: TaskKey) -> str | None:
+        reason = self._service.overdue.reason(key)
+        return None if reason is None else reason.code
+
     async def _read(
-        self, scope: Scope, receive: Receive, keys: Sequence[TaskKey]
+        self, scope: Scope, receive: Receive, keys: Sequence[TaskKey], seen: Mapping[TaskKey, int]
     ) -> list[CacheResult | FetchFailure]:
-        """Return the result of each task. Raises: ClientDisconnect when the client disconnects first."""
-        cached = {key: self._service.lookup(key) for key in keys}
+        """Return the result of each task. Raises: ClientDisconnect when the client disconnects first.
+
+        `seen`: the revisions that the client has received, by task. It must not receive older ones.
+        """
+        cached = {key: self._service.lookup(key, seen.get(key, 0)) for key in keys}
         missing = [key for key, result in cached.items() if result is None]
         if not missing:
             return [result for result in cached.values() if result is not None]
         client = client_key(scope)
         # Concurrency is bounded by the maximum number of tasks per request and by `upstream.max_in_flight`.
-        reads = asyncio.gather(*(self._service.get(key, client=client) for key in missing))
+        reads = asyncio.gather(
+            *(self._service.get(key, client=client, seen_revision=seen.get(key, 0)) for key in missing)
+        )
         outcomes = cached | dict(zip(missing, await while_connected(scope, receive, reads), strict=True))
         return [outcome for outcome in outcomes.values() if outcome is not None]
 
@@ -96,20 +121,23 @@ class BatchEndpoint:
         keys: Sequence[TaskKey],
         if_none_match: str | None,
         wait: float,
+        *,
+        seen: Mapping[TaskKey, int],
     ) -> list[CacheResult | FetchFailure]:
         """Wait until the representation differs from the client's, or every task has ended.
 
         Without If-None-Match, it must differ from the one on arrival. Only the hub's schedules call the
-        upstream meanwhile. A task counts as one lookup.
+        upstream meanwhile. A task counts as one lookup. `seen`: as in `_read`.
         """
         await self._service.catch_up()
-        on_arrival = {key: result.snapshot for key in keys if (result := self._service.peek(key)) is not None}
-        if if_none_match is None:
-            if_none_match = _tag(on_arrival[key] for key in keys) if len(on_arrival) == len(keys) else ""
-        latest = _Latest(keys, on_arrival, if_none_match)
+        on_arrival = self._on_arrival(keys, seen)
+        stale = {key: self._stale_code(key) for key in on_arrival}
+        latest = _Latest(keys, on_arrival, stale, if_none_match)
         with (
             self._clients.subscription(scope),
-            self._hub.subscribe(keys, SubscriptionKind.LONGPOLL, client=client_key(scope)) as subscriber,
+            self._hub.subscribe(
+                keys, SubscriptionKind.LONGPOLL, client=client_key(scope), seen_revisions=seen
+            ) as subscriber,
         ):
             async with DisconnectListener(scope, receive, subscriber.disconnect):
                 with suppress(TimeoutError):
@@ -119,75 +147,118 @@ class BatchEndpoint:
         known: dict[TaskKey, CacheResult | FetchFailure] = {}
         for key in keys:
             failure = latest.failure(key)
-            outcome = FetchFailure(key, failure, CacheStatus.NEGATIVE) if failure else self._service.peek(key)
+            outcome = (
+                FetchFailure(key, failure, CacheStatus.NEGATIVE)
+                if failure
+                else self._service.peek(key, seen.get(key, 0))
+            )
             if outcome is not None:
                 self._service.count_lookup(outcome)
                 known[key] = outcome
         missing = [key for key in keys if key not in known]
         if missing:  # as in `ProgressEndpoint`: join the schedules' in-flight requests
-            known |= zip(missing, await self._read(scope, receive, missing), strict=True)
+            known |= zip(missing, await self._read(scope, receive, missing, seen), strict=True)
         return [known[key] for key in keys]
+
+    def _on_arrival(self, keys: Sequence[TaskKey], seen: Mapping[TaskKey, int]) -> dict[TaskKey, _Item]:
+        # A function of its own: no variable of a long poll has a snapshot, whose body may be large.
+        results = ((key, self._service.peek(key, seen.get(key, 0))) for key in keys)
+        return {key: _Item.of(result.snapshot) for key, result in results if result is not None}
+
+
+class _Item(NamedTuple):
+    """What the tag of a batch depends on. A long poll keeps this instead of a snapshot with a large body."""
+
+    digest: str  # of the body; empty for a failure
+    terminal: bool
+    failure: GatewayError | None
+
+    @classmethod
+    def of(cls, value: Snapshot | GatewayError) -> _Item:
+        if isinstance(value, Snapshot):
+            return cls(value.etag.partition(".")[0], value.terminal, None)
+        return cls("", False, value)  # noqa: FBT003 - named above
+
+    def text(self, stale: str | None) -> str:
+        """Return a text that changes with the body and its `stale`, or with the problem."""
+        return (
+            f"{self.digest} {stale or ''}" if self.failure is None else f"{self.failure.code} {self.failure}"
+        )
 
 
 class _Latest:
     """The latest snapshot or failure of each task during a long poll."""
 
     def __init__(
-        self, keys: Sequence[TaskKey], on_arrival: dict[TaskKey, Snapshot], if_none_match: str
+        self,
+        keys: Sequence[TaskKey],
+        on_arrival: dict[TaskKey, _Item],
+        stale: dict[TaskKey, str | None],
+        if_none_match: str | None,
     ) -> None:
         self._keys = keys
-        self._latest: dict[TaskKey, Snapshot | GatewayError] = {**on_arrival}
+        self._latest = on_arrival
+        self._stale = stale
+        if if_none_match is None:
+            if_none_match = self._digest() if len(on_arrival) == len(keys) else ""
         self._if_none_match = if_none_match
 
     def failure(self, key: TaskKey) -> GatewayError | None:
         """Return the failure of a task, if it has no newer snapshot."""
-        latest = self._latest.get(key)
-        return latest if isinstance(latest, GatewayError) else None
+        return self._latest[key].failure if key in self._latest else None
 
     async def wait_for_change(self, subscriber: Subscriber) -> None:
         """Return when the representation is complete, and has changed or ended. Raises: ClientDisconnect."""
         while not subscriber.shutting_down and not self._is_over(subscriber):
-            for update in await subscriber.next_updates():
-                latest = update.snapshot or update.failure
-                if latest is not None:
-                    self._latest[update.key] = latest
+            self._take(await subscriber.next_updates())
+            self._stale.update((each.key, each.code) for each in subscriber.take_staleness())
             if subscriber.disconnected:
                 raise ClientDisconnect
+
+    def _take(self, updates: Iterable[Update]) -> None:
+        for update in updates:
+            latest = update.snapshot or update.failure
+            if latest is not None:
+                self._latest[update.key] = _Item.of(latest)
 
     def _is_over(self, subscriber: Subscriber) -> bool:
         if len(self._latest) < len(self._keys):
             return False
-        latest = [self._latest[key] for key in self._keys]
-        return not matches(self._if_none_match, _tag(latest)) or all(
-            value.terminal if isinstance(value, Snapshot) else key in subscriber.unknown_keys
-            for key, value in zip(self._keys, latest, strict=True)
+        return not matches(self._if_none_match, self._digest()) or all(
+            item.terminal if item.failure is None else key in subscriber.unknown_keys
+            for key, item in self._latest.items()
         )
 
-
-def _tag(items: Iterable[Snapshot | GatewayError]) -> str:
-    """Return the entity tag of a batch: it changes with the body of a task, and with its problem."""
-    digest = hashlib.blake2b(digest_size=12)
-    for item in items:
-        text = item.etag.partition(".")[0] if isinstance(item, Snapshot) else f"{item.code} {item}"
-        digest.update(f"{len(text)} {text}".encode())
-    return f'"{digest.hexdigest()}"'
+    def _digest(self) -> str:
+        return _digest(self._latest[key].text(self._stale.get(key)) for key in self._keys)
 
 
-def _body(outcomes: Sequence[CacheResult | FetchFailure], *, request_id: str) -> bytes:
+def _digest(texts: Iterable[str]) -> str:
+    """Return the digest of a batch with these items; see `_Item.text`."""
+    return digest_of("".join(f"{len(text)} {text}" for text in texts).encode())
+
+
+def _body(
+    outcomes: Sequence[CacheResult | FetchFailure], stale: Mapping[TaskKey, str | None], *, request_id: str
+) -> bytes:
     items: list[bytes] = []
+    stale_count = 0
     for outcome in outcomes:
         if isinstance(outcome, CacheResult):
-            items.append(outcome.snapshot.body)
+            code = stale[outcome.key]
+            stale_count += code is not None
+            added = render_json({"ageSeconds": age_seconds(outcome.age), "stale": code})
+            items.append(b"%b,%b" % (outcome.snapshot.body[:-1], added[1:]))
         else:
             status, title = status_and_title(outcome.failure)
             problem = problem_document(outcome.failure, status, title, request_id=request_id)
             items.append(render_json({"taskId": outcome.key.task_id, "error": problem}))
     snapshots = [outcome.snapshot for outcome in outcomes if isinstance(outcome, CacheResult)]
-    summary = render_json(summarize(snapshots, errors=len(outcomes) - len(snapshots)))
+    summary = render_json(summarize(snapshots, errors=len(outcomes) - len(snapshots), stale=stale_count))
     return b'{"items":[%s],"summary":%s}' % (b",".join(items), summary)
 
 
-def summarize(snapshots: list[Snapshot], *, errors: int) -> dict[str, Any]:
+def summarize(snapshots: list[Snapshot], *, errors: int, stale: int = 0) -> dict[str, Any]:
     """Return the summary of a batch: `progress` is the mean, `etaSeconds` the largest known value."""
     counts: dict[str, int] = dict.fromkeys(Status, 0)
     for snapshot in snapshots:
@@ -198,6 +269,7 @@ def summarize(snapshots: list[Snapshot], *, errors: int) -> dict[str, Any]:
         "total": len(snapshots) + errors,
         **counts,
         "errors": errors,
+        "stale": stale,
         "progress": round(progress / len(snapshots), 6) if snapshots else None,
         "etaSeconds": max(etas, default=None),
         "terminal": not errors and all(snapshot.terminal for snapshot in snapshots),

@@ -2,6 +2,9 @@
 
     open -> retry -> one event per task -> one event per change -> end
 
+A `stale` event says that the update of a task is overdue, or with null that it is not any more. It follows
+the `progress` event of the snapshot, and has no ID: a client that reconnects receives it again if it applies.
+
 An update is encoded once. If the server supports it, the same bytes are written directly to the connection of
 every subscriber whose client keeps up. The streams of all other subscribers send the update themselves, in
 parts. They look up the latest update only when the socket can take it. So a slow client receives the latest
@@ -12,23 +15,24 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Collection, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.heartbeats import HEARTBEAT, Heartbeats
 from gateway.api.problems import problem_document, status_and_title
-from gateway.api.requests import header, query_parameters
+from gateway.api.progress_response import age_seconds
+from gateway.api.requests import free_headers, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, chunk, direct_transport_of
 from gateway.api.task_parameters import TaskParameters
-from gateway.api.trace_context import trace_parent
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import TaskKey
 from gateway.telemetry.metrics import Metrics
 from gateway.watch.hub import SubscriptionKind, WatchHub
-from gateway.watch.subscriber import Subscriber, Update
+from gateway.watch.subscriber import Staleness, Subscriber, Update
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -36,6 +40,7 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),  # keeps nginx and its derivatives from buffering events
 ]
 _LAST_EVENT_ID = ("lastEventId", "last-event-id")  # query parameters
+_EVENTS = ("progress", "stale", "problem", "end")
 _RETRY_MS = 2000
 _PART_BYTES = 16_384  # maximum of events that are written together; a single event may be larger
 _MAX_ID_CHARS = 64  # longer than our event IDs; each is compared with every task of the stream
@@ -54,14 +59,16 @@ class EventsEndpoint:
         clients: ClientLimits,
         metrics: Metrics,
         heartbeat_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._hub = hub
         self._tasks = tasks
         self._tags = tags
         self._clients = clients
-        self._sent = {name: metrics.events_sent.labels(name) for name in ("progress", "problem", "end")}
+        self._sent = {name: metrics.events_sent.labels(name) for name in _EVENTS}
         hub.direct_delivery = self._write_directly
         self._heartbeats = Heartbeats(heartbeat_seconds)
+        self._clock = clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream until every task has ended, the client disconnects or the gateway shuts down."""
@@ -80,25 +87,24 @@ class EventsEndpoint:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             await send({"type": "http.response.body"})
             return
-        await self._hub.catch_up()
-        with (
-            self._clients.subscription(scope),
-            self._hub.subscribe(
+        with self._clients.subscription(scope):
+            # Before the first `await`: requests that arrive together must not all pass before one has paid.
+            self._clients.charge(scope, len(keys))
+            await self._hub.catch_up()
+            with self._hub.subscribe(
                 keys,
                 SubscriptionKind.EVENTS,
                 client=client_key(scope),
                 seen_revisions=self._seen_revisions(keys, last_event_id),
-            ) as subscriber,
-        ):
-            self._clients.charge(scope, len(keys))
-            # Registered before the first `send`: the client may leave while that waits for a full socket.
-            async with DisconnectListener(scope, receive, subscriber.disconnect):
-                await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-                _free_headers(scope)
-                await send(_part(b"retry: %d\n\n" % _RETRY_MS))
-                subscriber.direct_transport = direct_transport_of(scope)
-                with self._heartbeats.sending_to(subscriber):
-                    await self._stream(scope, subscriber, end_id, send)
+            ) as subscriber:
+                # Registered before the first `send`: the client may leave while that waits for a full socket.
+                async with DisconnectListener(scope, receive, subscriber.disconnect):
+                    await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+                    free_headers(scope)
+                    await send(_part(b"retry: %d\n\n" % _RETRY_MS))
+                    subscriber.direct_transport = direct_transport_of(scope)
+                    with self._heartbeats.sending_to(subscriber):
+                        await self._stream(scope, subscriber, end_id, send)
 
     def _seen_revisions(self, keys: Sequence[TaskKey], last_event_id: str | None) -> dict[TaskKey, int]:
         """Return the revision that the client has received of the task of its last event."""
@@ -132,6 +138,7 @@ class EventsEndpoint:
             if size >= _PART_BYTES:
                 subscriber.wake()  # the rest follows in the next part
                 break
+        parts += [self._encode_staleness(staleness) for staleness in subscriber.take_staleness()]
         if subscriber.heartbeat_due:
             subscriber.heartbeat_due = False
             parts.append(HEARTBEAT)
@@ -180,6 +187,18 @@ class EventsEndpoint:
         problem = problem_document(update.failure, status, title, request_id=scope["state"]["request_id"])
         return b"event: problem\ndata: %s\n\n" % render_json({"taskId": update.key.task_id, **problem})
 
+    def _encode_staleness(self, staleness: Staleness) -> bytes:
+        self._sent["stale"].inc()
+        failure = staleness.failure
+        data = {
+            "taskId": staleness.key.task_id,
+            "api": staleness.key.operation.api,
+            "stale": staleness.code,
+            "ageSeconds": age_seconds(self._clock() - staleness.fetched_at),
+            "title": None if failure is None else status_and_title(failure)[1],
+        }
+        return b"event: stale\ndata: %s\n\n" % render_json(data)
+
 
 def _last_event_id(scope: Scope, parameters: dict[str, list[str]]) -> str | None:
     """Return the ID of the client's last event, or None.
@@ -190,17 +209,6 @@ def _last_event_id(scope: Scope, parameters: dict[str, list[str]]) -> str | None
     from_header = header(scope["headers"], b"last-event-id")
     from_query = (parameters[name][0] for name in _LAST_EVENT_ID if name in parameters)
     return from_header or next(filter(None, from_query), None)
-
-
-def _free_headers(scope: Scope) -> None:
-    """Free the request's headers, except those for its log line: the stream may stay open for days."""
-    parent = trace_parent(scope)
-    headers = scope["headers"]
-    kept = [] if parent is None else [parent.header]
-    if isinstance(headers, list):
-        headers[:] = kept  # server and middleware refer to the same list
-    scope["headers"] = kept
-    scope["query_string"] = b""
 
 
 def _progress(snapshot: Snapshot) -> bytes:

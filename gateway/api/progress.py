@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.progress_response import HEADER_NAMES, build_response
 from gateway.api.request_log import record_outcome
-from gateway.api.requests import LONG_POLL, header, query_parameters
+from gateway.api.requests import LONG_POLL, free_headers, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.waiting import requested_wait
@@ -26,7 +26,7 @@ from gateway.domain.task import TaskKey
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.watch.hub import SubscriptionKind, WatchHub
-from gateway.watch.subscriber import Subscriber
+from gateway.watch.subscriber import Subscriber, Update
 
 
 class ProgressEndpoint:
@@ -57,6 +57,7 @@ class ProgressEndpoint:
         wait, headers = requested_wait(scope, parameters, longest=self._max_wait_seconds)
         if wait:
             scope["state"][LONG_POLL] = True
+            free_headers(scope)
             outcome = await self._wait_for_change(scope, receive, key, if_none_match, wait)
         else:
             seen_revision = self._seen_revision(key, if_none_match)
@@ -93,8 +94,10 @@ class ProgressEndpoint:
         await self._service.catch_up()
         seen_revision = self._seen_revision(key, if_none_match)
         on_arrival = self._service.peek(key, seen_revision)
+        had_snapshot = on_arrival is not None
         if if_none_match is None:
             if_none_match = on_arrival.snapshot.etag if on_arrival is not None else ""
+        del on_arrival  # its body may be large, and the wait long
         change = _Change(key, if_none_match)
         with (
             self._clients.subscription(scope),
@@ -113,7 +116,7 @@ class ProgressEndpoint:
         if change.failure is not None:
             outcome: CacheResult | FetchFailure = FetchFailure(key, change.failure, CacheStatus.NEGATIVE)
         elif (result := self._service.peek(key, seen_revision)) is not None:
-            outcome = result if on_arrival is not None else result._replace(cache_status=CacheStatus.MISS)
+            outcome = result if had_snapshot else result._replace(cache_status=CacheStatus.MISS)
         else:
             # There is no current snapshot. Like any lookup, join the schedule's in-flight request, or start
             # one if the schedule backs off after a failure.
@@ -139,16 +142,19 @@ class _Change:
         """Return when there is a change. Raises: ClientDisconnect."""
         awaited = not subscriber.woken
         while not subscriber.shutting_down:
-            for update in await subscriber.next_updates():
-                self.failure = update.failure if awaited else None
-                is_rejected = isinstance(update.failure, UpstreamRejected)
-                if not is_rejected and (update.failure is not None or self._is_change(update.snapshot)):
-                    return
+            # No variable has an update while this waits: its body may be large.
+            if any(self._ends_wait(update, awaited) for update in await subscriber.next_updates()):
+                return
             if subscriber.disconnected:
                 raise ClientDisconnect
             if self._key in subscriber.unknown_keys:
                 return
             awaited = True
+
+    def _ends_wait(self, update: Update, awaited: bool) -> bool:  # noqa: FBT001 - private
+        self.failure = update.failure if awaited else None
+        is_rejected = isinstance(update.failure, UpstreamRejected)
+        return not is_rejected and (update.failure is not None or self._is_change(update.snapshot))
 
     def _is_change(self, snapshot: Snapshot | None) -> bool:
         return snapshot is not None and (snapshot.terminal or not matches(self._if_none_match, snapshot.etag))

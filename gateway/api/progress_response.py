@@ -47,6 +47,11 @@ def unchanged_until(result: CacheResult) -> float:
     return snapshot.fetched_at + min(int(result.age) + 1, snapshot.lifetime - _ttl(result))
 
 
+def age_seconds(age: float) -> float:
+    """Return the age of a snapshot as the member `ageSeconds` shows it: in steps of 0.1 s, not negative."""
+    return round(max(age, 0.0), 1)
+
+
 def _ttl(result: CacheResult) -> int:
     left = result.snapshot.lifetime - result.age
     return int(left) if left >= 0 else int(left) - 1  # whole seconds; once stale, never 0

@@ -26,6 +26,9 @@ _OWN_SITES = frozenset({"same-origin", "same-site", "none"})  # "none": a user a
 _VALID_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _MAX_PARAMETERS = 10_100
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
+_MAX_CODINGS = 32  # further codings of Accept-Encoding are ignored
+_NEEDED_AT_END = frozenset({b"origin", b"traceparent"})  # for CORS and the request log
+_LONGEST_KEPT_VALUE = 256  # bytes
 _MAX_SHOWN_CHARS = 64  # a longer parameter name is not repeated in the error
 
 
@@ -103,10 +106,26 @@ def header(headers: Headers, name: bytes) -> str | None:
     return b", ".join(values).decode("latin-1") if values else None
 
 
+def free_headers(scope: Scope) -> None:
+    """Free the headers that the end of the request does not need: a stream may stay open for days."""
+    headers = scope["headers"]
+    kept = [
+        (name, value)
+        for name, value in headers
+        if name in _NEEDED_AT_END and len(value) <= _LONGEST_KEPT_VALUE
+    ]
+    if any(name == b"cookie" for name, _ in headers):
+        kept.append((b"cookie", b""))  # only its presence counts, for CORS
+    if isinstance(headers, list):
+        headers[:] = kept  # server and middleware refer to the same list
+    scope["headers"] = kept
+    scope["query_string"] = b""
+
+
 def accepts_gzip(headers: Headers) -> bool:
     """Tell whether Accept-Encoding allows gzip, and does not prefer identity (RFC 9110, 12.5.3)."""
     weights: dict[str, float] = {}
-    for part in (header(headers, b"accept-encoding") or "").split(","):
+    for part in (header(headers, b"accept-encoding") or "").split(",", _MAX_CODINGS)[:_MAX_CODINGS]:
         coding, *parameters = (piece.strip().lower() for piece in part.split(";"))
         weight = next((piece[2:].strip() for piece in parameters if piece.startswith("q=")), "1")
         # An invalid weight makes the coding unacceptable: identity is always a safe choice.

@@ -48,6 +48,11 @@ class InFlightRequests(Generic[K, T]):
             demand = self._demands[key] = Demand()
         return demand
 
+    def present_demand(self, key: K) -> Demand | None:
+        """Return the demand of the request in flight for this key; None if there is no request."""
+        demand = self._demands.get(key)
+        return demand if demand is not None and demand.in_flight else None
+
     def add_waiter(self, key: K, client: bytes) -> None:
         """Add a caller or subscriber of this client. Until it leaves, it waits for each request."""
         self.demand(key).join(client)

@@ -5,6 +5,7 @@
     else                                 -> all callers wait for one in-flight request
     its query fails                      -> stale-if-error: a snapshot that is young enough, else the failure
     the rate limiter queues its query    -> stale-if-error at once, and the query stays queued; else wait
+    it takes too long (`overdue.py`)     -> stale-if-error at once, and the query continues; else wait
     all callers leave the queued query   -> it is dropped, unless the gateway itself needs the response
     a fresh snapshot is read twice       -> refresh-ahead: its refresh ends about when it becomes stale
 
@@ -26,6 +27,7 @@ from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
 from gateway.progress.fetching import Fetcher, queued_future_of
 from gateway.progress.in_flight import InFlightRequests
+from gateway.progress.overdue import OverdueUpdates
 from gateway.progress.refresh_ahead import RefreshAhead
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure, FetchResult
 from gateway.settings.model import Cache as CacheSettings
@@ -33,6 +35,7 @@ from gateway.stores.base import CacheEntry, Requirement, Store
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
+from gateway.upstream.demand import Demand
 
 # Maximum number of in-flight requests that a caller waits for, one after the other. A further one is needed
 # if the result is older than the revision that the client has seen.
@@ -46,6 +49,7 @@ class ProgressService:
 
     `settings` is the section `cache` of the settings. `timeout_seconds` limits an in-flight request: the wait
     for another replica's lease and the query together. `clock` is the clock of `Snapshot.fetched_at`.
+    `overdue` knows why snapshots are old.
     """
 
     def __init__(
@@ -64,18 +68,19 @@ class ProgressService:
         self._store = store
         self._clock = clock
         self._refresh_ahead = RefreshAhead(self._refresh)
-        fetcher = Fetcher(
+        self._fetcher = Fetcher(
             settings,
             store=store,
             upstream=upstream,
             metrics=metrics,
             tags=tags,
             timeout_seconds=timeout_seconds,
-            on_latency=self._refresh_ahead.observe_latency,
+            on_latency=self._observe_latency,
             tracing=tracing or NoTracing(),
             clock=clock,
         )
-        self._in_flight: InFlightRequests[TaskKey, FetchResult] = InFlightRequests(fetcher.fetch)
+        self._in_flight: InFlightRequests[TaskKey, FetchResult] = InFlightRequests(self._fetch)
+        self.overdue = OverdueUpdates(store, self._in_flight.present_demand, clock=clock)
         self._lookup_counters = {
             (operation, cache_status): metrics.cache_lookups.labels(operation, cache_status).inc
             for operation in Operation
@@ -228,6 +233,17 @@ class ProgressService:
             too_old = age > self._settings.stale_if_error_seconds
         return None if too_old else CacheResult(snapshot, age, CacheStatus.STALE, failure=failure)
 
+    async def _fetch(self, key: TaskKey, demand: Demand, requirement: Requirement | None) -> FetchResult:
+        demand.began_at = self._clock()
+        fetch = await self._fetcher.fetch(key, demand, requirement)
+        if isinstance(fetch.outcome, GatewayError):
+            self.overdue.record_failure(key, fetch.outcome)
+        return fetch
+
+    def _observe_latency(self, operation: Operation, seconds: float) -> None:
+        self._refresh_ahead.observe_latency(operation, seconds)
+        self.overdue.observe_latency(seconds)
+
     def _refresh(self, key: TaskKey, version: int) -> None:
         known = self._store.last_known(key)
         # A schedule or another replica may have replaced the snapshot meanwhile. Then the reads of the new
@@ -273,7 +289,8 @@ class ProgressService:
     ) -> FetchResult:
         """Wait for the in-flight request, or start one.
 
-        Without `wait_while_queued`, return an error as soon as the rate limiter queues the query.
+        Without `wait_while_queued`, return an error as soon as the rate limiter queues the query, or the query
+        takes too long.
         """
         request = self._in_flight.start(key, requirement=Requirement(seen_revision=seen_revision))
         if wait_while_queued:
@@ -282,11 +299,13 @@ class ProgressService:
             return request.result()
         demand = self._in_flight.demand(key)
         queued = queued_future_of(demand)
-        await asyncio.wait((request, queued), return_when=asyncio.FIRST_COMPLETED)
+        taken = max(self._clock() - demand.began_at, 0.0)  # it begins at infinity until it runs
+        timeout = max(self.overdue.allowance_seconds - taken, 0.0)
+        await asyncio.wait((request, queued), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if request.done():
             return request.result()
-        demand.keep_without_callers = True  # the query stays in the queue
-        return FetchResult(queued.result())
+        demand.keep_without_callers = True  # the query continues
+        return FetchResult(self.overdue.error_of(demand))
 
     def _stale_if_error(
         self,

@@ -5,6 +5,7 @@
     head       its empty line            header_seconds          max_header_bytes, max_header_count
     body       its end                   header_seconds + 2 s    64 KiB that the application has not received
     answering  the response's end        set by the application  64 KiB of later requests
+    ... while so many wait               header_seconds
     ... while the client does not read   60 s, or less           16 KiB, and one chunk of a body
     idle       the next byte             keep_alive_seconds      nothing buffered
     closing    the client closes         LINGER_SECONDS          LINGER_BYTES, read and dropped
@@ -20,6 +21,7 @@ application, the set of connections, the set of tasks and the default headers.
 from __future__ import annotations
 
 import asyncio
+import select
 from typing import Any
 
 import uvicorn
@@ -45,6 +47,8 @@ from gateway.server.framing import (
 
 _BODY_GRACE_SECONDS = 2.0  # lets an application with its own body timeout answer first
 _LAST_REQUEST_SECONDS = 0.5  # longer than a round trip, and short compared with a grace period
+_HANGUP_CHECK_SECONDS = 1.0
+_HANGUP = getattr(select, "POLLRDHUP", 0)  # Linux only
 _MAX_READ_AHEAD = 32_768  # bytes of later requests after which reading pauses; one more read may double them
 
 
@@ -63,6 +67,7 @@ class Connection(ClientTransport):
         "_lifespan_state",  # of the ASGI lifespan, copied into each scope
         "_on_disconnect",  # see `server_extensions.ON_DISCONNECT`
         "_over_limit",  # beyond max_connections: serves probes only
+        "_paused_until",  # when a client is aborted that has sent too many later requests
         "_processing",  # `_process` is running
         "_receiving_head",  # a head has begun, and its timeout runs
         "_scanned",  # bytes of the buffer without the end of a head
@@ -85,6 +90,7 @@ class Connection(ClientTransport):
         self._lifespan_state = app_state
         self._buffer = bytearray()
         self._blank_bytes = self._scanned = 0
+        self._paused_until = 0.0
         self._body: BodyDecoder | None = None
         self._exchange: Exchange | None = None
         self._on_disconnect: dict[object, Any] = {}  # callbacks, and DISCONNECTED
@@ -140,7 +146,7 @@ class Connection(ClientTransport):
         if self._exchange is None:
             self._process()
         elif self._body is None:
-            self._deadline.clear()
+            self._set_answering_deadline()
         else:
             self._deadline.set(self.limits.header_seconds)
 
@@ -317,6 +323,29 @@ class Connection(ClientTransport):
                 self.transport.resume_reading()
             else:
                 self.transport.pause_reading()
+                self._paused_until = self.loop.time() + self.limits.header_seconds
+                if self._exchange is not None and self._body is None and not self.write_paused:
+                    self._set_answering_deadline()
+
+    def _set_answering_deadline(self) -> None:
+        """Set the deadline of the state "answering": none, or the next check for a disconnect."""
+        if self._reading:
+            self._deadline.clear()
+        else:
+            self._deadline.set(min(_HANGUP_CHECK_SECONDS, self.limits.header_seconds))
+
+    def _check_hangup(self) -> None:
+        """Abort if the client has disconnected, which the event loop does not notice while reading is paused.
+
+        The kernel notices it only if the client's last bytes fit into its buffer. So the pause has a limit.
+        """
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), _HANGUP)
+        paused_too_long = not self._reading and self.loop.time() >= self._paused_until
+        if paused_too_long or poll.poll(0):
+            self.transport.abort()
+        else:
+            self._set_answering_deadline()
 
     # Closing.
 
@@ -350,6 +379,8 @@ class Connection(ClientTransport):
         """Handle the timeout of the current state."""
         if self.write_paused or self._closing:
             self._check_stall()
+        elif self._exchange is not None and self._body is None:
+            self._check_hangup()
         elif self._exchange is not None:
             self.transport.abort()  # the body is late, and the application has no timeout for it
         elif self._over_limit:

@@ -120,7 +120,7 @@ class MemoryStore:
         return self.entry(key)
 
     def entry(self, key: TaskKey) -> CacheEntry | None:
-        """Return the entry of a task, valid or not."""
+        """See `Store.entry`."""
         entry: CacheEntry | None = self._snapshots[key]
         if entry is None:
             now = self._clock()

@@ -199,9 +199,14 @@ class Metrics:
             "Number of tasks with an open event stream or long poll.",
             registry=registry,
         )
+        self.snapshots_stale = Gauge(
+            "sd_gateway_snapshots_stale",
+            "Number of watched tasks whose update is overdue, because the upstream fails or throttles.",
+            registry=registry,
+        )
         self.events_sent = FastCounters(
             "sd_gateway_events_sent_total",
-            "Number of events written to event streams, by event: progress, problem or end.",
+            "Number of events written to event streams, by event: progress, stale, problem or end.",
             ["event"],
             registry=registry,
         )

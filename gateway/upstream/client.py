@@ -209,7 +209,7 @@ class UpstreamClient:
                         if delay is None:
                             raise
                         query.demand.must_finish = False
-                        failure = copy(exc)
+                        query.demand.failure = failure = copy(exc)
                     self._metrics.upstream_retries.labels(key.operation, failure.code).inc()
                     retries += 1
                     on_retry()

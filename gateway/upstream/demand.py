@@ -11,6 +11,7 @@ in-flight request (`progress/in_flight.py`).
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
@@ -41,11 +42,15 @@ class Demand:
         queue_entry: The query's entry in the queue of the rate limiter; None while it is not queued.
         queued_future: A future that receives an error when the rate limiter queues the query. Callers that
             can serve a stale snapshot then stop waiting.
+        began_at: When the request began, on the clock of the progress service.
+        failure: The failure of the latest call of the query, which is retried; None without one.
     """
 
     __slots__ = (
+        "began_at",
         "clients",
         "dropped",
+        "failure",
         "in_flight",
         "keep_without_callers",
         "must_finish",
@@ -70,6 +75,8 @@ class Demand:
         self.dropped = False
         self.queue_entry: QueueEntry | None = None
         self.queued_future: asyncio.Future[GatewayError] | None = None
+        self.began_at = math.inf
+        self.failure: GatewayError | None = None
 
     @property
     def wanted(self) -> bool:

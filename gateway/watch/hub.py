@@ -6,6 +6,9 @@
         -> for all other subscribers, keep it as unsent -> the stream or long poll sends it
     last subscriber has left, or the task has ended -> the schedule ends
 
+If a snapshot is old because its update is overdue, the subscribers learn this once for each problem code, and
+again when it is up to date (`progress/overdue.py`).
+
 A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. Bodies
 are kept in the store, which limits their memory. Schedules and subscribers keep updates from which large
 bodies are removed, with one exception (`subscriber.py`). A large body is looked up in the store when the
@@ -26,7 +29,7 @@ from contextlib import contextmanager
 from enum import StrEnum
 from types import MappingProxyType
 
-from gateway.domain.errors import Overloaded
+from gateway.domain.errors import GatewayError, Overloaded
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.progress.service import ProgressService
@@ -34,7 +37,7 @@ from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.base import Store
 from gateway.telemetry.metrics import Metrics
 from gateway.watch.refresher import Refresher, WatchedTask
-from gateway.watch.subscriber import Subscriber, Update
+from gateway.watch.subscriber import Staleness, Subscriber, Update
 
 # Each iteration of the event loop publishes one pending snapshot plus an eighth of those that are pending.
 _BACKLOG_ITERATIONS = 8
@@ -73,11 +76,13 @@ class WatchHub:
         self._last_known = store.last_known
         self._watched: dict[TaskKey, WatchedTask] = {}
         self._subscribers: set[Subscriber] = set()
+        self._overdue_keys: set[TaskKey] = set()
         self._refresher = Refresher(
             service,
             publish_pending=self._publish_pending,
             publish=self._publish,
             mark_unknown=self._mark_unknown,
+            set_overdue=self._set_overdue,
             unknown_task_seconds=settings.unknown_task_seconds,
             clock=clock,
         )
@@ -87,6 +92,7 @@ class WatchHub:
         self._gauges = {kind: metrics.subscribers.labels(kind) for kind in SubscriptionKind}
         metrics.subscribers_limit.set(settings.max_watchers)
         metrics.watched_tasks.set_function(self._watched.__len__)
+        metrics.snapshots_stale.set_function(self._overdue_keys.__len__)
         store.on_change(self._add_pending, is_watched=self._watched.__contains__)
 
     @contextmanager
@@ -151,6 +157,7 @@ class WatchHub:
             # A cached snapshot is sent at once, before the first refresh.
             result = self._service.peek(key)
             watched.latest = Update(key, result.snapshot).without_large_body() if result is not None else None
+            self._set_overdue(watched, self._service.overdue.reason(key) if result is not None else None)
             self._refresher.start(watched)
         seen_revision = subscriber.seen_revisions.get(key, 0)
         watched.seen_revision = max(watched.seen_revision, seen_revision)
@@ -166,6 +173,7 @@ class WatchHub:
         if not watched.is_unknown and (current is not None or latest.snapshot is None or _is_final(latest)):
             update = latest if current is None else Update(key, current.snapshot)
             if subscriber.put(update if update.has_same_content(latest) else latest, latest):
+                self._put_staleness(watched, [subscriber])
                 return
         # `latest` cannot be sent. It is too old, because the upstream is slow, or because the schedule backs
         # off for longer than `cache.stale_if_error_seconds`. Or it is a rejection, and the task may have
@@ -182,6 +190,7 @@ class WatchHub:
         self._service.remove_subscriber(key, subscriber.client)
         if not watched.subscribers:
             del self._watched[key]
+            self._overdue_keys.discard(key)
             self._refresher.stop(watched)
 
     def _add_pending(self, snapshot: Snapshot) -> None:
@@ -212,6 +221,7 @@ class WatchHub:
             return
         snapshot, watched.pending = watched.pending, None
         self._publish(Update(key, snapshot))
+        self._set_overdue(watched, None)
         if watched.backing_off:
             self._refresher.restart(watched)  # the upstream responds again, to this or another replica
 
@@ -235,7 +245,29 @@ class WatchHub:
             for subscriber in self.direct_delivery(update, recipients)
             if not subscriber.put(update, reduced)
         ]
+        if watched.overdue is not None:
+            self._put_staleness(watched, [each for each in recipients if each not in have_newer])
         watched.subscribers_without_latest.intersection_update(have_newer)
+
+    def _set_overdue(self, watched: WatchedTask, failure: GatewayError | None) -> None:
+        """Record why the snapshot is old, or that it is up to date, and notify the subscribers of a change."""
+        before, watched.overdue = watched.overdue, failure
+        if (before and before.code) == (failure and failure.code):
+            return
+        if failure is None:
+            self._overdue_keys.discard(watched.key)
+        else:
+            self._overdue_keys.add(watched.key)
+        self._put_staleness(watched, watched.subscribers - watched.subscribers_without_latest)
+
+    def _put_staleness(self, watched: WatchedTask, subscribers: Iterable[Subscriber]) -> None:
+        """Notify these subscribers, which have the snapshot, unless the task has a problem instead."""
+        if watched.latest is None or (snapshot := watched.latest.snapshot) is None:
+            return
+        latest = self._last_known(watched.key) or snapshot
+        staleness = Staleness(watched.key, watched.overdue, latest.fetched_at)
+        for subscriber in subscribers:
+            subscriber.put_staleness(staleness)
 
     def _mark_unknown(self, watched: WatchedTask) -> None:
         watched.is_unknown = True

@@ -4,7 +4,8 @@
             -> other snapshot: sleep until it expires -> refresh
             -> failure: back off                      -> refresh
 
-A back-off ends early if another query stores a snapshot of the task. The upstream rejects queries for a new
+The hub learns why the snapshot of a task is old: after a failed refresh, and when a refresh takes too long
+(`progress/overdue.py`). A back-off ends early if another query stores a snapshot of the task. The upstream rejects queries for a new
 task for a moment, because it does not know the task yet. The task counts as unknown only when its queries
 have been rejected for `watch.unknown_task_seconds`; the schedule then continues. The hub (`hub.py`) starts a
 schedule for the first subscriber of a task, and stops it after the last one.
@@ -17,6 +18,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import structlog
 
@@ -36,6 +38,7 @@ _TIMER_RESOLUTION_SECONDS = 0.002
 # Schedules that are due at about the same time wake together. Each accepts a delay of up to this share of the
 # time between two refreshes.
 _MAX_DELAY_SHARE = 0.05
+_MAX_DELAY_SECONDS = 0.25  # subscribers must learn of an outage within one lifetime + 2 s
 _BACKOFF_SECONDS = 1.0  # after the first failure; doubled after each further one
 _MAX_BACKOFF_SECONDS = 30.0  # also bounds the upstream's Retry-After: streams must notice its recovery
 _INTERNAL_ERROR = GatewayError("internal error; see the log of the gateway")
@@ -62,6 +65,7 @@ class WatchedTask:
         backing_off: The runner sleeps after a failure.
         rejected_since: The time of the first query that the upstream rejected; None after a snapshot.
         is_unknown: The upstream has rejected all queries for `watch.unknown_task_seconds`.
+        overdue: The failure because of which the latest snapshot is old; None if it is up to date.
     """
 
     key: TaskKey
@@ -75,13 +79,15 @@ class WatchedTask:
     backing_off: bool = False
     rejected_since: float | None = None
     is_unknown: bool = False
+    overdue: GatewayError | None = None
 
 
 class Refresher:
     """Runs the schedules: refreshes each task through the service, and publishes the results.
 
     `publish_pending` publishes the task's pending snapshot, if there is one. `publish` publishes an update.
-    `mark_unknown` is called after each failed refresh of a task that counts as unknown.
+    `mark_unknown` is called after each failed refresh of a task that counts as unknown. `set_overdue` is
+    called with the reason why a snapshot is old, or None after a successful refresh.
     `clock` is the clock of `Snapshot.fetched_at`.
     """
 
@@ -92,6 +98,7 @@ class Refresher:
         publish_pending: Callable[[TaskKey], None],
         publish: Callable[[Update], None],
         mark_unknown: Callable[[WatchedTask], None],
+        set_overdue: Callable[[WatchedTask, GatewayError | None], None],
         unknown_task_seconds: float,
         clock: Callable[[], float],
     ) -> None:
@@ -99,10 +106,13 @@ class Refresher:
         self._publish_pending = publish_pending
         self._publish = publish
         self._mark_unknown = mark_unknown
+        self._set_overdue = set_overdue
         self._unknown_task_seconds = unknown_task_seconds
         self._clock = clock
         self._timers = CoalescedTimers()
         self._stopping: set[asyncio.Task[None]] = set()
+        self._refreshing: dict[WatchedTask, float] = {}  # when each refresh is checked, the earliest first
+        self._check_timer: asyncio.TimerHandle | None = None
         self._log_sampler = LogSampler()
 
     def start(self, watched: WatchedTask) -> None:
@@ -121,7 +131,8 @@ class Refresher:
             self._stopping.add(watched.runner)
             watched.runner.add_done_callback(self._stopping.discard)
             watched.runner = None  # breaks a reference cycle: the runner's frames refer to the watched task
-            watched.refreshing = watched.backing_off = False
+            self._end_refresh(watched)
+            watched.backing_off = False
 
     async def wait_stopped(self) -> None:
         """Wait until the runners of all stopped schedules have ended."""
@@ -132,9 +143,9 @@ class Refresher:
         backoff = _BACKOFF_SECONDS
         group_size = 1
         while True:
-            watched.refreshing = True
+            self._begin_refresh(watched)
             snapshot, failure = await self._refresh(watched)
-            watched.refreshing = False
+            self._end_refresh(watched)
             if snapshot is not None and snapshot.terminal:
                 return
             success = snapshot is not None and failure is None
@@ -149,7 +160,9 @@ class Refresher:
             if success:
                 backoff = _BACKOFF_SECONDS
                 group_size = await self._timers.sleep(
-                    pause, max_delay=_MAX_DELAY_SHARE * pause, group_size=group_size
+                    pause,
+                    max_delay=min(_MAX_DELAY_SHARE * pause, _MAX_DELAY_SECONDS),
+                    group_size=group_size,
                 )
             else:
                 backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
@@ -175,6 +188,7 @@ class Refresher:
             if outcome.snapshot is not watched.pending:  # else the hub publishes it soon
                 self._publish_pending(key)
                 self._publish(Update(key, outcome.snapshot))
+                self._set_overdue(watched, outcome.failure and self._service.overdue.reason(key))
         except Exception as exc:
             if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
                 log.exception(
@@ -184,6 +198,36 @@ class Refresher:
                 self._publish(Update(key, failure=_INTERNAL_ERROR))
             return None, _INTERNAL_ERROR
         return outcome.snapshot, outcome.failure
+
+    def _begin_refresh(self, watched: WatchedTask) -> None:
+        watched.refreshing = True
+        self._refreshing[watched] = self._clock() + self._service.overdue.allowance_seconds
+        if self._check_timer is None:
+            self._schedule_check()
+
+    def _end_refresh(self, watched: WatchedTask) -> None:
+        watched.refreshing = False
+        self._refreshing.pop(watched, None)
+        if not self._refreshing and self._check_timer is not None:
+            self._check_timer.cancel()
+            self._check_timer = None
+
+    def _schedule_check(self) -> None:
+        self._check_timer = None
+        if self._refreshing:
+            delay = next(iter(self._refreshing.values())) - self._clock()
+            self._check_timer = asyncio.get_running_loop().call_later(max(delay, 0.0), self._check_refreshes)
+
+    def _check_refreshes(self) -> None:
+        """Report the refreshes that take too long. Check each again later: the reason may change."""
+        now = self._clock()
+        due = list(takewhile(lambda watched: self._refreshing[watched] <= now, self._refreshing))
+        for watched in due:
+            del self._refreshing[watched]
+            self._refreshing[watched] = now + self._service.overdue.allowance_seconds
+            if (reason := self._service.overdue.reason(watched.key)) is not None:
+                self._set_overdue(watched, reason)
+        self._schedule_check()
 
     def _until_unknown(self, watched: WatchedTask) -> float:
         """Return the seconds until the task counts as unknown if it is rejected again, at least 1."""

@@ -1,6 +1,7 @@
 """A subscriber: one open event stream or long poll, and its unsent updates.
 
     put -> unsent, only the latest update of each task -> take_unsent: one at a time, with the latest body
+    put_staleness -> unsent, only the latest of each task -> take_staleness: if the code differs from the last
 
 Unsent updates are kept without their large bodies. A body is loaded from the store when its update is sent.
 Otherwise slow clients would keep bodies in memory that the store has evicted. One unsent update of each
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 from gateway.domain.entity_tag import same_body
 from gateway.domain.errors import GatewayError, UpstreamRejected
@@ -63,6 +65,23 @@ class Update:
         )
 
 
+class Staleness(NamedTuple):
+    """Whether the update of a task is overdue.
+
+    `failure` is the reason why its snapshot is old; None if the snapshot is up to date. `fetched_at` is that
+    of the snapshot.
+    """
+
+    key: TaskKey
+    failure: GatewayError | None
+    fetched_at: float
+
+    @property
+    def code(self) -> str | None:
+        """The problem code of the failure."""
+        return None if self.failure is None else self.failure.code
+
+
 class Subscriber:
     """One open stream or long poll.
 
@@ -88,7 +107,9 @@ class Subscriber:
         "_load_body",
         "_refetch",
         "_refetching",
+        "_sent_codes",
         "_unsent",
+        "_unsent_staleness",
         "_waiter",
         "client",
         "direct_transport",
@@ -121,6 +142,9 @@ class Subscriber:
         self._refetch = refetch
         self._refetching: TaskKey | None = None  # the task whose evicted body is being fetched again
         self._unsent: dict[TaskKey, Update] = {}
+        # None until an update is overdue, to save memory.
+        self._unsent_staleness: dict[TaskKey, Staleness] | None = None
+        self._sent_codes: dict[TaskKey, str] | None = None
         self._key_with_body: TaskKey | None = None  # the task whose unsent update may have a large body
         self.heartbeat_due = False
         self.direct_transport: asyncio.WriteTransport | None = None
@@ -150,6 +174,32 @@ class Subscriber:
         self.wake()
         return True
 
+    def put_staleness(self, staleness: Staleness) -> None:
+        """Store the staleness of a task as unsent, and wake the stream, if the code is not the last one."""
+        key, code = staleness.key, staleness.code
+        if self._unsent_staleness is None:
+            self._unsent_staleness = {}
+        if code == (self._sent_codes or {}).get(key):
+            self._unsent_staleness.pop(key, None)
+            return
+        self._unsent_staleness[key] = staleness
+        self.wake()
+
+    def take_staleness(self) -> list[Staleness]:
+        """Return and remove the unsent staleness of each task whose unsent update was taken before."""
+        if not self._unsent_staleness:
+            return []
+        taken = [staleness for key, staleness in self._unsent_staleness.items() if key not in self._unsent]
+        if self._sent_codes is None:
+            self._sent_codes = {}
+        for staleness in taken:
+            del self._unsent_staleness[staleness.key]
+            if staleness.code is None:
+                del self._sent_codes[staleness.key]
+            else:
+                self._sent_codes[staleness.key] = staleness.code
+        return taken
+
     def has_unsent(self, key: TaskKey) -> bool:
         """Tell whether this task has an unsent update."""
         return key in self._unsent
@@ -170,7 +220,8 @@ class Subscriber:
         """Wait until `wake` is called, unless it was called since the last wait."""
         if not self.woken:
             self._waiter = asyncio.get_running_loop().create_future()
-            self.transport_if_idle = None if self._unsent or self.seen_revisions else self.direct_transport
+            is_idle = not (self._unsent or self._unsent_staleness or self.seen_revisions)
+            self.transport_if_idle = self.direct_transport if is_idle else None
             try:
                 await self._waiter
             finally:

@@ -153,6 +153,25 @@ def test_costs_of_abandoned_queries_are_saved(target: Target) -> None:
     assert upstream_work.most <= 2
 
 
+def test_costs_of_queries_are_saved_although_their_clients_sent_more(target: Target) -> None:
+    """A disconnect is noticed although the client has sent more than is read while it waits."""
+    upstream_work = Counting()
+    with RawUpstream(upstream_work) as upstream:
+        gate = target(upstream.url, upstream={"max_in_flight": 1}, server={"header_seconds": 3})
+        try:
+            with ExitStack() as stack:
+                for size in (40_000, 40_000, 50_000, 100_000, 500_000):
+                    line = stack.enter_context(Line(gate))
+                    line.send(query(fresh_id()))
+                    line.offer((request("/openapi.json") * 20_000)[:size])
+                until(lambda: len(upstream.requests) == 1, "one is on its way")
+                settle(gate)
+            until(lambda: gate.metric("upstream_abandoned_total") == 4, "the others are dropped")
+            assert len(upstream.requests) == 1
+        finally:
+            upstream_work.go.set()
+
+
 def test_costs_of_a_query_with_one_client_left_are_paid(target: Target) -> None:
     """A queued query is sent as long as one of its clients waits."""
     upstream_work = Counting()

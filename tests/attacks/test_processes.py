@@ -1,5 +1,6 @@
 """The cost of attacks for the process: memory, descriptors, threads. Each test has its own gateway."""
 
+import signal
 import socket
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.support.harness import (
     until,
 )
 from tests.support.programs import needs
+from tests.support.storeserver import StoreServer, binary
 
 MEGABYTE = 1_048_576
 CHUNKED = request("/nothing", "Transfer-Encoding: chunked", method="POST")
@@ -55,6 +57,24 @@ def edge(request: pytest.FixtureRequest) -> str:
     """Return the value of server.edge."""
     value: str = request.param
     return value
+
+
+def test_processes_count_the_tasks_of_streams_that_arrive_together(
+    simulator: Simulator, tmp_path: Path, edge: str
+) -> None:
+    """Streams that are read in one turn of the event loop count all their tasks, also with a store."""
+    with StoreServer(binary("valkey"), tmp_path) as store:
+        settings = {"LIMITS__REQUESTS_PER_SECOND": "20", "STORE__URL": store.url, "SERVER__EDGE": edge}
+        with serving(tmp_path, simulator.url, **settings) as (process, gate), lines(gate, 10) as clients:
+            until(lambda: gate.metric("store_up"), "the store is used")
+            settle(gate)
+            process.signal(signal.SIGSTOP)
+            for number, client in enumerate(clients):
+                tasks = "&".join(f"taskId=task-{number}-{n}" for n in range(100))
+                client.send(request(f"/v1/events?{tasks}"))
+            process.signal(signal.SIGCONT)
+            statuses = [client.until(b"\r\n")[9:12] for client in clients]
+            assert sorted(statuses) == [b"200", *[b"429"] * 9]
 
 
 @pytest.mark.parametrize("trailers", [b"a: b\r\n" * 10_000, b"a" * 60_000], ids=["many", "endless"])

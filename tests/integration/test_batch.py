@@ -1,13 +1,18 @@
 """GET /v1/progress?taskId=A&taskId=B: many tasks in one response."""
 
+import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
-from tests.support.harness import Gateway, Simulator, until
+from gateway.domain.entity_tag import EntityTags, digest_of
+from gateway.domain.snapshot import Snapshot, version_now
+from gateway.domain.task import Operation, TaskKey
+from tests.support.harness import PATIENCE_SECONDS, SECRET, Gateway, Simulator, until
 
 QUICK = {"running_seconds": 0.1, "stale_while_revalidate_seconds": 0.2, "error_seconds": 0.1}
 Launch = Callable[..., Gateway]
@@ -21,6 +26,9 @@ def test_batch_keeps_order_and_removes_duplicates(simulator: Simulator, gate: Ga
     assert response.headers["content-type"] == "application/json"
     body = response.json()
     assert [item["taskId"] for item in body["items"]] == tasks
+    for item in body["items"]:
+        assert 0 <= item.pop("ageSeconds") < PATIENCE_SECONDS
+        assert item.pop("stale") is None
     assert body["items"] == [gate.get(task).json() for task in tasks]
     assert body["summary"] == {
         "total": 2,
@@ -31,6 +39,7 @@ def test_batch_keeps_order_and_removes_duplicates(simulator: Simulator, gate: Ga
         "canceled": 0,
         "unknown": 0,
         "errors": 0,
+        "stale": 0,
         "progress": 0.375,
         "etaSeconds": 2.0,
         "terminal": False,
@@ -128,6 +137,27 @@ def test_batch_answers_304_until_a_task_changes(simulator: Simulator, launch: La
     assert len(set(tags)) == 3
 
 
+@pytest.mark.parametrize("wait", [0, PATIENCE_SECONDS])
+def test_batch_is_never_older_than_its_tag(wait: float, simulator: Simulator, gate: Gateway) -> None:
+    """A tag from another replica names a newer version of one task: only this task is queried again.
+
+    The replicas have the same secret key, and no store in common.
+    """
+    tasks = [simulator.task(data={"status": "running", "progress": 0.25}) for _ in range(2)]
+    query: dict[str, Any] = {"taskId": tasks} | ({"wait": wait} if wait else {})
+    first = gate.client.get("/v1/progress", params={"taskId": tasks})
+    keys = [TaskKey(Operation.SD_GET_PROGRESS, task) for task in tasks]
+    tags = EntityTags(lambda: SECRET)
+    revisions = tags.revisions_of_batch(first.headers["etag"], keys)
+    assert list(revisions) == keys
+    newer = tags.issue_for_batch(digest_of(b"other"), revisions | {keys[1]: version_now() - 1})
+    simulator.script(tasks[1], status="running", progress=0.5)
+    calls = [simulator.calls(task) for task in tasks]
+    second = gate.client.get("/v1/progress", params=query, headers={"if-none-match": newer})
+    assert [item["progress"] for item in second.json()["items"]] == [0.25, 0.5]
+    assert [simulator.calls(task) for task in tasks] == [calls[0], calls[1] + 1]
+
+
 @pytest.mark.parametrize("with_tag", [True, False])
 def test_batch_waits_for_the_change_of_a_task(
     simulator: Simulator, launch: Launch, *, with_tag: bool
@@ -149,6 +179,26 @@ def test_batch_waits_for_the_change_of_a_task(
     assert response.status_code == 200
     assert [item["progress"] for item in response.json()["items"]] == [0, 0.1, 0.2, 0.9, 0.4]
     assert gate.metric("cache_lookups_total") == 10
+
+
+def test_batch_long_poll_does_not_keep_evicted_bodies(simulator: Simulator, launch: Launch) -> None:
+    """The cache's limit in bytes bounds all bodies: a long poll keeps none that the cache has evicted."""
+    gate = launch(simulator.url, cache={"max_tasks": 2, "running_seconds": 60})
+    tasks = [simulator.task(data={"status": "running", "message": "large " * 5_000}) for _ in range(4)]
+    gate.client.get("/v1/progress", params={"taskId": tasks[:2]})
+    with gate.connect() as poll:
+        query = "&".join(f"taskId={task}" for task in tasks[:2])
+        poll.sendall(f"GET /v1/progress?{query}&wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        until(lambda: gate.metric("watchers") == 1, "it waits")
+        until(lambda: _kept(tasks[0]), "it is cached")
+        gate.client.get("/v1/progress", params={"taskId": tasks[2:]})
+        until(lambda: not any(map(_kept, tasks[:2])), "no object has the evicted bodies")
+
+
+def _kept(task: str) -> list[Snapshot]:
+    """Return the snapshots of a task that exist in this process."""
+    gc.collect()
+    return [o for o in gc.get_objects() if isinstance(o, Snapshot) and o.key.task_id == task and o.body]
 
 
 def test_batch_long_poll_ends_with_304(simulator: Simulator, launch: Launch) -> None:

@@ -346,6 +346,29 @@ async def test_lost_key_is_stored_again_by_a_replica_that_has_it(
     assert (found.progress, found.version) == (0.8, lease.version)
 
 
+async def test_newer_snapshot_replaces_an_older_one_that_was_restored(
+    opened: Open, other: ValkeyStore, server: StoreServer
+) -> None:
+    """A replica that returns with an old snapshot stores it, because the server has lost the newer one."""
+    with FaultProxy(server.port) as proxy:
+        one = await opened({"url": proxy.url})
+        before = await stored(one, progress=0.1)
+        proxy.stall(to_server=True, to_client=True)
+        await eventually(lambda: one.trouble, "it is alone")
+        older = await alone(one, progress=0.2)
+        newer = await save(other, await leased(other, after=before.version), progress=0.3)
+        assert newer is not None
+        assert newer.version > older.revision
+        server.client.flushall()
+        proxy.heal()
+        await eventually(lambda: server.client.keys("*/task"), "it has stored its snapshot")
+        await eventually(
+            lambda: fields_of(server)[b"version"] == b"%d" % newer.version, "the newer one is stored again"
+        )
+        await eventually(lambda: one.peek(KEY) is None, "it has heard of the newer one")
+        assert (await result(one)).version == newer.version
+
+
 async def test_lost_end_of_a_task_is_stored_again(
     opened: Open, one: ValkeyStore, server: StoreServer
 ) -> None:
@@ -433,6 +456,97 @@ async def test_stored_end_wins_over_a_running_snapshot_that_was_fetched_alone(
     for store in (other, one):
         assert (await result(store)).status is Status.SUCCEEDED
         assert (await result(store)).version == ended.version
+
+
+async def test_snapshot_of_an_overlapping_query_is_fetched_again(
+    opened: Open, other: ValkeyStore, server: StoreServer
+) -> None:
+    """Two queries overlapped while a replica had no store: it does not go on with a snapshot of its own."""
+    with FaultProxy(server.port) as proxy:
+        one = await opened({"url": proxy.url})
+        before = await stored(one, progress=0.1)
+        proxy.stall(to_server=True, to_client=True)
+        await eventually(lambda: one.trouble, "it is alone")
+        lease = await leased(other, after=before.version)
+        own = await alone(one, progress=0.3)
+        theirs = await save(other, lease, progress=0.2)
+        assert theirs is not None
+        assert theirs.version < own.version < theirs.revision
+        writes = operations(one, "land")
+        proxy.heal()
+        await eventually(lambda: operations(one, "land") > writes, "it has tried to store its snapshot")
+        assert await shown(one) is None
+        newer = await save(one, await leased(one), progress=0.4)
+        assert newer is not None
+        await heard_all(one, other)
+        for store in (one, other):
+            assert (await result(store)).version == newer.version > own.version
+
+
+async def overlapping(one: ValkeyStore, other: ValkeyStore, server: StoreServer) -> tuple[Lease, Lease]:
+    """Let the server lose two leases, so that two replicas query and may commit at the same time."""
+    first = await leased(one)
+    server.client.flushall()
+    second = await leased(other, after=first.version)
+    server.client.flushall()
+    return first, second
+
+
+async def test_announced_snapshot_of_an_overlapping_query_is_fetched_again(
+    one: ValkeyStore, other: ValkeyStore, server: StoreServer
+) -> None:
+    """A replica hears of a snapshot with a larger version, which is perhaps older than its own."""
+    first, second = await overlapping(one, other, server)
+    assert await save(one, first, progress=0.2) is not None
+    server.client.flushall()
+    assert await save(other, second, progress=0.3) is not None
+    await heard_all(other, one)
+    assert await shown(one) is None
+    newer = await save(one, await leased(one), progress=0.4)
+    assert newer is not None
+    assert newer.version > second.version
+    await eventually(lambda: other.peek(KEY) is None, "the other replica hears of it")
+    assert (await result(other)).version == newer.version
+
+
+async def test_snapshot_of_an_overlapping_query_is_not_committed(
+    one: ValkeyStore, other: ValkeyStore, server: StoreServer
+) -> None:
+    """A replica has fetched a snapshot, and has heard of one that is perhaps newer: it serves neither."""
+    first, second = await overlapping(one, other, server)
+    await read_of(other, await save(one, first, progress=0.2))
+    server.client.flushall()
+    assert await save(other, second, progress=0.3) is None
+    assert await shown(other) is None
+    assert (await leased(other)).version > second.version
+
+
+async def read_of(store: ValkeyStore, snapshot: Snapshot | None) -> None:
+    """Read the snapshot of another store."""
+    assert snapshot is not None
+    found = await store.acquire(KEY)
+    assert isinstance(found, Snapshot)
+    assert found.version == snapshot.version
+
+
+async def test_stored_snapshot_of_an_overlapping_query_is_fetched_again(
+    opened: Open, other: ValkeyStore, server: StoreServer
+) -> None:
+    """A replica that has missed messages finds a snapshot that is perhaps older than its own."""
+    with FaultProxy(server.port) as proxy:
+        one = await opened({"url": proxy.url})
+        first, second = await overlapping(one, other, server)
+        own = await save(one, first, progress=0.2)
+        assert own is not None
+        proxy.stall(to_server=True, to_client=True)
+        await eventually(lambda: one.trouble, "it is alone")
+        server.client.flushall()
+        assert await save(other, second, progress=0.3) is not None
+        proxy.heal()
+        await eventually(lambda: one.trouble is None, "it shares again")
+        assert await one.acquire(KEY) is own
+        assert await shown(one) is None
+        assert (await leased(one)).version > second.version
 
 
 async def alone(store: ValkeyStore, **values: Any) -> Snapshot:

@@ -23,6 +23,7 @@ _PAIR = r"""[!#$%&'*+.^_`|~0-9A-Za-z-]+=(?:"(?:[^"\\]|\\.)*"|[^",;\s]*)"""
 _ELEMENT = re.compile(rf"[ \t]*(?:{_PAIR})?(?:[ \t]*;[ \t]*(?:{_PAIR})?)*[ \t]*")
 _FOR = re.compile(r"""(?:^|;)[ \t]*for=(?:"((?:[^"\\]|\\.)*)"|([^",;\s]*))""", re.IGNORECASE)
 _MAX_ELEMENT = 512  # characters; the search for the start of a longer element would take quadratic time
+_MAX_SEARCHES = 100  # of starts of elements in one value; each takes microseconds
 _UNKNOWN = "unknown"  # an element without an address (RFC 7239, 6.2)
 _HOST_AND_PORT = re.compile(r"(?:\[([^\]]*)\]|([^:]*))(?::(\d{1,5}))?")
 _SCHEMES = {"http", "https"}
@@ -115,12 +116,14 @@ def _forwarded(values: list[str]) -> Iterator[str]:
     """
     for value in reversed(values):
         rest = value
+        searches = 0
         while rest:
             comma = len(rest)
             while True:
                 comma = rest.rfind(",", 0, comma)
                 element = rest[comma + 1 :]
-                if len(element) > _MAX_ELEMENT:
+                searches += 1
+                if len(element) > _MAX_ELEMENT or searches > _MAX_SEARCHES:
                     return
                 if _ELEMENT.fullmatch(element):
                     break

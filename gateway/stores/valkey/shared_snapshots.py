@@ -12,6 +12,7 @@ import structlog
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Status, TaskKey
+from gateway.stores.base import CacheEntry
 from gateway.stores.memory import MemoryStore
 from gateway.stores.valkey.codec import MICROSECONDS, InvalidStoredValue, StoredFacts, decode_snapshot
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
@@ -64,15 +65,18 @@ class SharedSnapshots:
         )
         self.apply(key, reply)
 
-    async def write(self, token: str, snapshot: Snapshot, *, follows: Snapshot | None) -> Reply:
-        """Run `commit.lua`; it announces the snapshot. Raises: StoreUnavailable, InvalidStoredValue."""
+    async def write(self, token: str, snapshot: Snapshot, *, follows: int) -> Reply:
+        """Run `commit.lua`; it announces the snapshot. Raises: StoreUnavailable, InvalidStoredValue.
+
+        `follows`: the newest version that was known when the snapshot was built.
+        """
         written = snapshot.key, snapshot.version
         self._being_written.add(written)
         try:
             return await self._operations.commit(
                 token,
                 snapshot,
-                follows=0 if follows is None else follows.version,
+                follows=follows,
                 age=self._clock() - snapshot.fetched_at,
                 keep_seconds=self._memory.keep_seconds(snapshot),
             )
@@ -103,6 +107,13 @@ class SharedSnapshots:
             lifetimes=self._lifetimes,
             tags=self._tags,
         )
+        if (
+            entry is not None
+            and not snapshot.terminal
+            and overlaps(entry.snapshot, snapshot.version, snapshot.revision)
+        ):
+            require_refetch(entry)
+            return entry.snapshot
         return self._memory.put(snapshot, fetched_here=False)
 
     def put_unchanged(self, snapshot: Snapshot, facts: StoredFacts) -> None:
@@ -133,3 +144,18 @@ def supersedes(facts: StoredFacts, snapshot: Snapshot) -> bool:
     if bool(facts.terminal) is not snapshot.terminal:
         return bool(facts.terminal)
     return facts.version > snapshot.version
+
+
+def overlaps(known: Snapshot, version: int, revision: int) -> bool:
+    """Tell whether the query for a known snapshot may have overlapped with the one for another snapshot.
+
+    A lease prevents that, unless the server has lost it or cannot be reached. If it has happened, it is
+    unknown which of the two responses is newer. `version` and `revision` are those of the other snapshot.
+    """
+    return revision != known.revision and version <= known.revision
+
+
+def require_refetch(entry: CacheEntry) -> None:
+    """Serve an entry no longer, and accept only the response to a query that begins from now on."""
+    entry.valid = False
+    entry.announced_version = max(entry.announced_version, entry.snapshot.revision + 1)

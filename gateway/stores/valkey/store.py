@@ -35,7 +35,7 @@ from gateway.stores.valkey.codec import MICROSECONDS, InvalidStoredValue, decode
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
 from gateway.stores.valkey.leases import Leases
 from gateway.stores.valkey.operations import LEASE_SECONDS, StoreOperations
-from gateway.stores.valkey.shared_snapshots import SharedSnapshots
+from gateway.stores.valkey.shared_snapshots import SharedSnapshots, overlaps, require_refetch
 from gateway.stores.valkey.updates import Updates
 from gateway.stores.valkey.waiters import Waiters
 from gateway.telemetry.metrics import Metrics
@@ -185,9 +185,10 @@ class ValkeyStore(MemoryStore):
         """See `Store.commit`."""
         previous = self.last_known(lease.key)
         snapshot = build(previous)
+        follows = 0 if previous is None else previous.version
         for _ in range(_MAX_ATTEMPTS):
             try:
-                reply = await self._shared_snapshots.write(lease.token, snapshot, follows=previous)
+                reply = await self._shared_snapshots.write(lease.token, snapshot, follows=follows)
                 if reply.kind == b"stored":
                     return self._put_committed(lease, snapshot)
                 self._shared_snapshots.apply(lease.key, reply)
@@ -204,6 +205,7 @@ class ValkeyStore(MemoryStore):
                 self._leases.forget(lease)
                 return previous if previous is not None and previous.fresh(self._clock()) else None
             snapshot = build(previous)
+            follows = max(follows, reply.facts.version)
         else:
             self._leases.end_in_background(lease)
         self._leases.forget(lease)
@@ -298,12 +300,21 @@ class ValkeyStore(MemoryStore):
         return self.cached_failure(key) or Lease(key, version)
 
     def _put_committed(self, lease: Lease, snapshot: Snapshot) -> Snapshot | None:
-        """Put a committed snapshot into memory; return None if another replica has announced a newer one.
+        """Put a committed snapshot into memory; return None if another replica's may be newer.
 
         That happens if the server has evicted the task, and its lease with it, during the query.
         """
         announced = self._leases.newest_announcement(lease)
         self._leases.forget(lease)
+        entry = self.entry(lease.key)
+        if (
+            entry is not None
+            and not entry.fetched_here  # this replica's own queries do not overlap
+            and not snapshot.terminal
+            and overlaps(entry.snapshot, snapshot.version, snapshot.revision)
+        ):
+            require_refetch(entry)
+            return None
         kept = self.put(snapshot)
         entry = self.entry(lease.key)
         if entry is not None:

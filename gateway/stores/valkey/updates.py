@@ -3,7 +3,9 @@
     a snapshot was stored, body unchanged  -> set version, age and lifetime of the one in memory
                            body changed    -> read it now if the task is read or watched here
                                            -> else invalidate the one in memory; the next lookup reads it
-    the server needs a snapshot            -> write the one in memory to the server
+                           queries overlap -> the next lookup queries the upstream again
+    an older snapshot was stored, or the   -> write the one in memory to the server: it has lost it
+    server needs a snapshot
     the connection has come up             -> invalidate all entries: messages may have been missed
 
 The message that a snapshot was stored, or a lease ended, also wakes the in-flight request that waits for it.
@@ -25,7 +27,7 @@ from gateway.stores.valkey.messages import (
     ThrottlingMessage,
     parse_message,
 )
-from gateway.stores.valkey.shared_snapshots import SharedSnapshots, supersedes
+from gateway.stores.valkey.shared_snapshots import SharedSnapshots, overlaps, require_refetch, supersedes
 from gateway.stores.valkey.waiters import Waiters
 
 _MAX_TO_RESTORE = 10_000  # tasks; further ones are not stored when the server is available again
@@ -114,10 +116,15 @@ class Updates:
             return
         snapshot = entry.snapshot
         if not supersedes(facts, snapshot):
+            if facts.version < snapshot.version and not key.operation.is_result:
+                self._start(self._restore(key))  # the server has lost this snapshot or a newer one
             return
         entry.announced_version = max(entry.announced_version, facts.version)
         if revision == snapshot.revision and bool(facts.terminal) is snapshot.terminal:
             self._snapshots.put_unchanged(snapshot, facts)
+            return
+        if not facts.terminal and overlaps(snapshot, facts.version, revision):
+            require_refetch(entry)
             return
         # The present snapshot is served until the new one is read. But after a pause of this process the
         # message may be old, and the present snapshot is not served any more.
@@ -146,7 +153,13 @@ class Updates:
         if snapshot is None:
             return
         try:
-            self._snapshots.apply(key, await self._snapshots.write("restore", snapshot, follows=snapshot))
+            reply = await self._snapshots.write("restore", snapshot, follows=snapshot.version)
+            self._snapshots.apply(key, reply)
+            entry = self._memory.entry(key)
+            if reply.kind == b"refused" and entry is not None and entry.snapshot is snapshot:
+                require_refetch(
+                    entry
+                )  # the queries have overlapped; other replicas serve the stored snapshot
         except StoreUnavailable:
             self.restore_later(key)
         except InvalidStoredValue as exc:

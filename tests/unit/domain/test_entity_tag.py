@@ -3,10 +3,10 @@
 import hashlib
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gateway.domain.entity_tag import EntityTags, matches, same_body
+from gateway.domain.entity_tag import EntityTags, digest_of, matches, same_body
 from gateway.domain.task import Operation, TaskKey
 
 TASK = TaskKey(Operation.SD_GET_PROGRESS, "task")
@@ -53,6 +53,57 @@ def test_tag_with_a_forged_revision_names_none(tags: EntityTags) -> None:
     for forged in (f"{digest}.{REVISION + 1:x}.{signature}", f"{digest}.{REVISION:x}.{'0' * 12}"):
         assert tags.revision(f'"{forged}"', TASK) == 0
         assert tags.revision(forged, TASK) == 0
+
+
+@given(revisions=st.lists(st.just(0) | st.integers(1, 2**53 - 1), min_size=1, max_size=5))
+def test_tag_of_a_batch_names_all_revisions(revisions: list[int]) -> None:
+    """The tag of a batch returns the revision of each task, only for the same tasks in the same order."""
+    tags = EntityTags(lambda: SECRET)
+    tasks = [TASK._replace(task_id=f"task-{number}") for number in range(len(revisions))]
+    tag = tags.issue_for_batch(digest_of(BODY), dict(zip(tasks, revisions, strict=True)))
+    known = {task: revision for task, revision in zip(tasks, revisions, strict=True) if revision}
+    assert tags.revisions_of_batch(f'"other", W/{tag}', tasks) == known
+    assert tags.revisions_of_batch(tag, [*tasks[1:], TASK]) == {}
+    assert tags.revisions_of_batch(tag, [*tasks, TASK]) == {}
+    assert matches(f"W/{tag}", f'"{digest_of(BODY)}"')
+    assert not matches(tag, digest_of(b"other"))
+    assert tags.revision(tag, tasks[0]) == 0
+
+
+@given(data=st.data())
+def test_changed_tag_of_a_batch_names_no_revision(data: st.DataObject) -> None:
+    """Revisions that no gateway has issued are ignored, whatever they look like."""
+    tags = EntityTags(lambda: SECRET)
+    tag = tags.issue_for_batch(digest_of(BODY), {TASK: REVISION, OTHERS[0]: REVISION - 1})
+    digest, packed, signature = tag.strip('"').split(".")
+    other = data.draw(st.text("0123456789abcdefgXYZ_-", min_size=1, max_size=20))
+    assume(other != packed)
+    assert tags.revisions_of_batch(f'"{digest}.{other}.{signature}"', [TASK, OTHERS[0]]) == {}
+
+
+def test_newest_revisions_of_several_batch_tags_count(tags: EntityTags) -> None:
+    """Of several tags in If-None-Match, each task's newest revision counts."""
+    one = tags.issue_for_batch(digest_of(BODY), {TASK: 7, OTHERS[0]: 5})
+    other = tags.issue_for_batch(digest_of(b""), {TASK: 6, OTHERS[0]: 9})
+    assert tags.revisions_of_batch(f"{one}, {other}", [TASK, OTHERS[0]]) == {TASK: 7, OTHERS[0]: 9}
+
+
+def test_only_the_first_tags_of_a_header_count(tags: EntityTags) -> None:
+    """A client that sends thousands of tags gets a full response, at the cost of eight tags."""
+    tag = tags.issue(TASK, BODY, REVISION)
+    batch = tags.issue_for_batch(digest_of(BODY), {TASK: REVISION})
+    for before, counts in ((7, True), (8, False), (5_000, False)):
+        header = '"other",' * before
+        assert matches(header + tag, tag) is counts
+        assert bool(tags.revision(header + tag, TASK)) is counts
+        assert bool(tags.revisions_of_batch(header + batch, [TASK])) is counts
+
+
+def test_tag_of_a_batch_is_short(tags: EntityTags) -> None:
+    """The tag of 100 tasks that changed within the last minute has less than a kilobyte."""
+    tasks = [TASK._replace(task_id=f"task-{number}") for number in range(100)]
+    revisions = {task: REVISION - number * 600_000 for number, task in enumerate(tasks)}
+    assert len(tags.issue_for_batch(digest_of(BODY), revisions)) < 600
 
 
 @pytest.mark.parametrize("other", OTHERS)

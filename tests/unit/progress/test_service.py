@@ -643,16 +643,35 @@ async def test_get_waits_beyond_stale_while_revalidate(bench: Bench) -> None:
 async def test_get_joins_a_background_refresh(bench: Bench) -> None:
     """A caller that arrives when the snapshot is too old joins the background refresh in flight."""
     await bench.learn()
-    bench.clock.now += CACHE.running_seconds
+    bench.clock.now += CACHE.running_seconds + 1.0
     await bench.get(KEY)
     call = await bench.upstream.call()
-    bench.clock.now += CACHE.stale_while_revalidate_seconds
+    bench.clock.now += CACHE.stale_while_revalidate_seconds - 1.0
     late = bench.begin()
     await bench.learn(key=OTHER)
     assert not late.done()
     call.answer()
     assert (await late).cache_status is CacheStatus.COLLAPSED
     assert bench.upstream.keys == [KEY, KEY, OTHER]
+
+
+async def test_get_serves_stale_when_the_refresh_takes_too_long(bench: Bench) -> None:
+    """A caller does not wait for a refresh that is overdue: it receives the old snapshot and the reason."""
+    await bench.learn()
+    bench.clock.now += CACHE.running_seconds
+    await bench.get(KEY)
+    call = await bench.upstream.call()
+    assert bench.service.overdue.reason(KEY) is None
+    bench.clock.now += CACHE.stale_while_revalidate_seconds
+    result = await bench.get(KEY)
+    assert isinstance(result, CacheResult)
+    assert isinstance(result.failure, UpstreamTimeout)
+    assert isinstance(bench.service.overdue.reason(KEY), UpstreamTimeout)
+    waiting = asyncio.create_task(bench.service.get_fresh(KEY))
+    call.answer()
+    assert (await waiting).cache_status is CacheStatus.COLLAPSED
+    assert bench.service.overdue.reason(KEY) is None
+    assert bench.upstream.keys == [KEY, KEY], "the refresh has continued"
 
 
 async def test_get_counts_age_from_the_arrival_of_the_response(bench: Bench) -> None:

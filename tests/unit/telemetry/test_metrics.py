@@ -42,6 +42,7 @@ PUBLISHED: dict[str, tuple[str, tuple[str, ...]]] = {
     "watchers": ("gauge", ("kind",)),
     "watchers_limit": ("gauge", ()),
     "watched_tasks": ("gauge", ()),
+    "snapshots_stale": ("gauge", ()),
     "events_sent": ("counter", ("event",)),
     "credentials_reloads": ("counter", ("result",)),
     "credentials_active_slot": ("gauge", ("slot",)),

@@ -72,10 +72,23 @@ def listen(watch: WatchHub) -> list[str | None]:
     return published
 
 
+class ManualOverdue:
+    """The reason why the snapshot is old, as the test sets it."""
+
+    allowance_seconds = 1.5
+
+    def __init__(self) -> None:
+        self.failure: GatewayError | None = None
+
+    def reason(self, _key: TaskKey) -> GatewayError | None:
+        return self.failure
+
+
 class ManualService:
     """A service whose fresh results are set by the test."""
 
     def __init__(self) -> None:
+        self.overdue = ManualOverdue()
         self.known: Snapshot | None = None
         self.asked = asyncio.Event()
         self.answers: asyncio.Queue[Snapshot | Exception] = asyncio.Queue()

@@ -1,0 +1,87 @@
+"""Overdue updates: why the snapshot of a task is old.
+
+    the last query failed, or a failure of the task is cached  -> that failure
+    the query takes too long: it is queued                     -> the error of the rate limiter
+                              a call of it has failed          -> the failure of that call
+                              else                             -> UpstreamTimeout
+
+A query takes too long after `ALLOWANCE_SECONDS`, or after twice the usual time if the upstream is usually
+slower. A query that is repeated at intervals of a second would otherwise count as overdue each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from gateway.domain.errors import CircuitOpen, GatewayError, UpstreamTimeout
+from gateway.domain.snapshot import Snapshot
+from gateway.domain.task import TaskKey
+from gateway.stores.base import Store
+from gateway.upstream.demand import Demand
+
+# Subscribers learn of an outage within one lifetime + 2 s. The rest of the 2 s is for the delay of the refresh
+# (`refresher.py`) and for a busy event loop.
+ALLOWANCE_SECONDS = 1.5
+_LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
+
+
+class OverdueUpdates:
+    """Knows why stale snapshots are not replaced.
+
+    `in_flight` returns the demand of the query in flight for a task, or None. `clock` is the clock of
+    `Snapshot.fetched_at` and of `Demand.began_at`.
+    """
+
+    def __init__(
+        self, store: Store, in_flight: Callable[[TaskKey], Demand | None], *, clock: Callable[[], float]
+    ) -> None:
+        self._store = store
+        self._in_flight = in_flight
+        self._clock = clock
+        self._average_latency = 0.0
+        self._latest_latency = 0.0
+
+    @property
+    def allowance_seconds(self) -> float:
+        """How long a query may take until the update counts as overdue."""
+        # The smaller of the two: after an outage, one late response does not raise the allowance.
+        return max(ALLOWANCE_SECONDS, 2 * min(self._average_latency, self._latest_latency))
+
+    def observe_latency(self, seconds: float) -> None:
+        """Record how long a successful query took."""
+        self._average_latency += _LATENCY_WEIGHT * (seconds - self._average_latency)
+        self._latest_latency = seconds
+
+    def record_failure(self, key: TaskKey, failure: GatewayError) -> None:
+        """Record that a query has failed, if it should have replaced a stale snapshot."""
+        entry = self._store.entry(key)
+        if entry is None or entry.snapshot.fresh(self._clock()):
+            return
+        # The failure that has opened the circuit says more than the open circuit.
+        if entry.failure is None or not isinstance(failure, CircuitOpen):
+            entry.failure = failure
+
+    def reason(self, key: TaskKey) -> GatewayError | None:
+        """Return the failure because of which the snapshot of a task is old.
+
+        It is None without a snapshot, if the snapshot is final or fresh, and while its update is not overdue.
+        """
+        entry = self._store.entry(key)
+        if entry is None or not self._is_stale(entry.snapshot):
+            return None
+        return entry.failure or self._store.cached_failure(key) or self._delay(key)
+
+    def error_of(self, demand: Demand) -> GatewayError:
+        """Return the error for a query in flight that takes too long."""
+        if demand.queued_future is not None and demand.queued_future.done():
+            return demand.queued_future.result()
+        return demand.failure or UpstreamTimeout("the upstream has not answered yet")
+
+    def _is_stale(self, snapshot: Snapshot) -> bool:
+        return not snapshot.terminal and not snapshot.fresh(self._clock())
+
+    def _delay(self, key: TaskKey) -> GatewayError | None:
+        demand = self._in_flight(key)
+        if demand is None or self._clock() - demand.began_at < self.allowance_seconds:
+            return None
+        return self.error_of(demand)
