@@ -2,6 +2,7 @@
 
     circuit breaker -> end of a credential probe -> permit of the rate limiter -> concurrency slot -> call
     the call fails  -> retry, from the start, while the deadline and the retry policy allow it
+    no response     -> another call at the same time, if the task has a snapshot (`hedging.py`)
 
 A query may need several calls. It runs in the asyncio task of an in-flight request, not in that of a caller.
 This module enforces the concurrency limit, `upstream.max_in_flight`. A call keeps its slot while the upstream
@@ -36,6 +37,7 @@ from gateway.upstream.circuit_breaker import CircuitBreaker, State
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.demand import Demand
+from gateway.upstream.hedging import CallLost, Hedging
 from gateway.upstream.rate_limiter import Permit, RateLimiter
 from gateway.upstream.retry_policy import RetryPolicy
 from gateway.upstream.shared_permits import TakePermits
@@ -56,7 +58,7 @@ def _timeout_error() -> GatewayError:
     return UpstreamTimeout("the upstream did not answer in time")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Query:
     """A running query.
 
@@ -147,6 +149,9 @@ class UpstreamClient:
         self._response_allowance_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
         # Moving averages; 0.0 before the first response.
         self._latency_seconds = dict.fromkeys(Operation, 0.0)
+        self._hedging: Hedging[_Query, ParsedResponse] = Hedging(
+            self._repeat, usual_seconds=lambda query: self._latency_seconds[query.key.operation]
+        )
 
     @property
     def problem_codes(self) -> list[str]:
@@ -198,7 +203,9 @@ class UpstreamClient:
             async with asyncio.timeout_at(deadline):
                 while True:
                     try:
-                        return await self._attempt(query)
+                        return await self._hedging.run(query, self._attempt)
+                    except CallLost:
+                        continue
                     except (RateLimiterExhausted, Overloaded, CircuitOpen) as exc:
                         # This attempt made no call. The error of an earlier attempt is more informative.
                         raise copy(failure or exc) from None
@@ -243,6 +250,19 @@ class UpstreamClient:
                 except _PermitRevoked:
                     continue
 
+    async def _repeat(self, query: _Query) -> ParsedResponse:
+        """Make another call for a query whose call has no response yet."""
+        self._metrics.upstream_retries.labels(query.key.operation, UpstreamTimeout.code).inc()
+        # Its own demand: the query must not be dropped while its first call is on the wire.
+        demand = Demand(keep_without_callers=True)
+        repeated = _Query(query.key, True, lambda _: None, query.deadline, demand)  # noqa: FBT003
+        repeated.call_numbers = query.call_numbers
+        try:
+            async with asyncio.timeout_at(query.deadline):
+                return await self._attempt(repeated)
+        except TimeoutError:
+            raise _timeout_error() from None
+
     def _seconds_left_to_queue(self, query: _Query) -> float:
         """Return how long a query may stay in the queue and still have enough time for a response."""
         needed = max(self._response_allowance_seconds, self._latency_seconds[query.key.operation])
@@ -279,9 +299,10 @@ class UpstreamClient:
             with self._breakers[operation].guard(no_response_seconds=self._response_allowance_seconds):
                 permit.mark_sent()
                 demand.must_finish = True
-                response = await self._signed_requests.send(
-                    query.key, pair, number=next(query.call_numbers), on_complete=slot.on_call_end
-                )
+                with self._hedging.sending(query):
+                    response = await self._signed_requests.send(
+                        query.key, pair, number=next(query.call_numbers), on_complete=slot.on_call_end
+                    )
         except asyncio.CancelledError:
             if demand.must_finish:  # the call is on the wire
                 slot.on_query_cancelled()
