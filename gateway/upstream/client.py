@@ -36,7 +36,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.upstream.circuit_breaker import CircuitBreaker, State
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
-from gateway.upstream.demand import Demand
+from gateway.upstream.demand import Demand, timeout_error
 from gateway.upstream.hedging import CallLost, Hedging
 from gateway.upstream.rate_limiter import Permit, RateLimiter
 from gateway.upstream.retry_policy import RetryPolicy
@@ -54,16 +54,11 @@ def _concurrency_error() -> GatewayError:
     return Overloaded("the limit of concurrent upstream calls is reached", retry_after=1.0)
 
 
-def _timeout_error() -> GatewayError:
-    return UpstreamTimeout("the upstream did not answer in time")
-
-
 @dataclass(slots=True, eq=False)
 class _Query:
     """A running query.
 
-    `make_timeout_error` returns the error that is raised if the deadline passes. It depends on what the query
-    waits for now. `call_numbers` counts the calls from 0. An attempt has more than one call if the clock was
+    `call_numbers` counts the calls from 0. An attempt has more than one call if the clock was
     corrected, or if other key pairs are tried.
     """
 
@@ -72,7 +67,6 @@ class _Query:
     on_queued: Callable[[float], None]
     deadline: float
     demand: Demand
-    make_timeout_error: Callable[[], GatewayError] = _rate_limit_error
     call_numbers: Iterator[int] = field(default_factory=count)
 
 
@@ -222,7 +216,7 @@ class UpstreamClient:
                     on_retry()
                     await asyncio.sleep(delay)
         except TimeoutError:
-            raise query.make_timeout_error() from None
+            raise query.demand.make_timeout_error() from None
         except asyncio.CancelledError:
             if query.demand.dropped:
                 self._abandoned[key.operation].inc()
@@ -232,9 +226,9 @@ class UpstreamClient:
         operation = query.key.operation
         while True:
             self._breakers[operation].check()  # an open circuit fails the query before it waits for anything
-            query.make_timeout_error = _timeout_error
+            query.demand.make_timeout_error = timeout_error
             await self._rotation.wait_for_probe(operation)
-            query.make_timeout_error = _rate_limit_error
+            query.demand.make_timeout_error = _rate_limit_error
             # The permit is acquired before the slot: a query that waits for a permit must not hold a slot.
             with await self._rate_limiter.acquire(
                 is_refresh=query.is_refresh,
@@ -242,7 +236,7 @@ class UpstreamClient:
                 on_queued=query.on_queued,
                 demand=query.demand,
             ) as permit:
-                query.make_timeout_error = _timeout_error
+                query.demand.make_timeout_error = timeout_error
                 try:
                     return await self._rotation.use(
                         operation, partial(self._call_with_clock_correction, query, permit)
@@ -261,7 +255,7 @@ class UpstreamClient:
             async with asyncio.timeout_at(query.deadline):
                 return await self._attempt(repeated)
         except TimeoutError:
-            raise _timeout_error() from None
+            raise timeout_error() from None
 
     def _seconds_left_to_queue(self, query: _Query) -> float:
         """Return how long a query may stay in the queue and still have enough time for a response."""
@@ -289,13 +283,13 @@ class UpstreamClient:
         if not demand.wanted:
             demand.on_unwanted(demand)
             await asyncio.sleep(0)  # `on_unwanted` has cancelled this task: CancelledError is raised here
-        make_timeout_error = query.make_timeout_error
-        query.make_timeout_error = _concurrency_error if permit.sent_at is None else make_timeout_error
+        make_timeout_error = query.demand.make_timeout_error
+        query.demand.make_timeout_error = _concurrency_error if permit.sent_at is None else make_timeout_error
         await self._concurrency_limit.acquire()
         slot = _ConcurrencySlot(self._concurrency_limit)
         try:
             began = self._check_before_sending(query, permit)
-            query.make_timeout_error = make_timeout_error
+            query.demand.make_timeout_error = make_timeout_error
             with self._breakers[operation].guard(no_response_seconds=self._response_allowance_seconds):
                 permit.mark_sent()
                 demand.must_finish = True
@@ -327,7 +321,7 @@ class UpstreamClient:
             raise _PermitRevoked
         now = asyncio.get_running_loop().time()
         if query.deadline - now < self._latency_seconds[query.key.operation]:
-            raise query.make_timeout_error()
+            raise query.demand.make_timeout_error()
         return now
 
     def _update_latency(self, operation: Operation, seconds: float) -> None:

@@ -532,7 +532,8 @@ class Promises(RuleBasedStateMachine):
             assert isinstance(failure, UpstreamTimeout)
             return
         remembered = 0.0 if isinstance(failure, NOT_REMEMBERED) else self.cache.error_seconds
-        assert self.loop.time() - story.failures[vars(failure)["number"]] <= remembered
+        # Or it is the reason why a snapshot is old: no query has succeeded since.
+        assert story.failing or self.loop.time() - story.failures[vars(failure)["number"]] <= remembered
 
     def _judge_update(self, key: TaskKey, snapshot: Snapshot) -> None:
         self._judge_content(key, snapshot)
