@@ -224,7 +224,7 @@ def test_query_that_is_queued_may_be_dropped(bench: Bench) -> None:
 
 
 def test_query_is_repeated_once_per_second_while_the_upstream_is_silent() -> None:
-    """A refresh without a response is repeated each second; the first response ends the wait of all refreshes."""
+    """A refresh without a response is repeated each second; the first response ends all waits."""
     bench = Bench(max_in_flight=10)
     bench.calls.seconds = 9.0
     query, other = (bench.ask(number, is_refresh=True) for number in (1, 2))
