@@ -29,6 +29,7 @@ from gateway.api.middleware.telemetry import RequestTelemetry
 from gateway.api.pages import page_routes
 from gateway.api.problems import Problems
 from gateway.api.progress import ProgressEndpoint
+from gateway.api.results import ResultsEndpoint
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.trusted_hosts import TrustedHosts
 from gateway.api.vendor_paths import UnknownOperation, VendorEndpoint
@@ -295,12 +296,15 @@ def _task_routes(
         clients=clients,
         max_wait_seconds=settings.watch.max_wait_seconds,
     )
+    results = ResultsEndpoint(service, tasks=tasks)
     return [
         Route("/v1/progress/{taskId}", one, methods=["GET"]),
         Route("/v1/progress/{taskId}/events", events, methods=["GET"]),
         Route("/v1/progress/{taskId:path}", one, methods=["GET"]),
         Route("/v1/progress", batch, methods=["GET"]),
         Route("/v1/events", events, methods=["GET"]),
+        Route("/v1/results/{taskId}", results, methods=["GET"]),
+        Route("/v1/results/{taskId:path}", results, methods=["GET"]),
     ]
 
 

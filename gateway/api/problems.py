@@ -27,6 +27,7 @@ from gateway.domain.errors import (
     InvalidTaskId,
     KeyPairMissing,
     MethodNotAllowed,
+    NotFinished,
     Overloaded,
     PathNotFound,
     TooManyRequests,
@@ -50,6 +51,7 @@ PROBLEMS: Mapping[type[GatewayError], tuple[int, str]] = {
     CrossSiteRequest: (403, "Cross-site request refused"),
     PathNotFound: (404, "No such path"),
     MethodNotAllowed: (405, "Method not allowed"),
+    NotFinished: (409, "The task has not succeeded"),
     BodyTooLarge: (413, "Body too large"),
     UnsupportedMediaType: (415, "Unsupported media type"),
     TooManyRequests: (429, "Too many requests"),
@@ -93,6 +95,8 @@ class Problems:
         status, title = status_and_title(error)
         if status in _RETRY_AFTER_STATUSES:
             headers["Retry-After"] = str(math.ceil(error.retry_after or _DEFAULT_RETRY_AFTER_SECONDS))
+        elif isinstance(error, NotFinished) and error.retry_after is not None:
+            headers["Retry-After"] = str(math.ceil(error.retry_after))
         headers["Cache-Control"] = "no-store"
         if status == HTTPStatus.UNSUPPORTED_MEDIA_TYPE:
             headers["Accept-Encoding"] = "identity"  # RFC 9110, 15.5.16
@@ -110,7 +114,7 @@ def status_and_title(error: GatewayError) -> tuple[int, str]:
 
 
 def problem_document(error: GatewayError, status: int, title: str, *, request_id: str) -> dict[str, Any]:
-    """Return the problem document (RFC 9457), with the extensions `code`, `requestId` and `upstream`."""
+    """Return the problem document (RFC 9457), with its extension members."""
     problem: dict[str, Any] = {
         "type": f"urn:sd-gateway:problem:{error.code}",
         "title": title,
@@ -121,6 +125,8 @@ def problem_document(error: GatewayError, status: int, title: str, *, request_id
     }
     if isinstance(error, UpstreamError) and error.detail is not None:
         problem["upstream"] = _upstream_member(error.detail)
+    if isinstance(error, NotFinished):
+        problem["taskStatus"] = error.task_status
     return problem
 
 

@@ -11,9 +11,11 @@ from starlette.types import Scope
 from gateway.domain.errors import InvalidParameter, PathNotFound
 from gateway.domain.task import Operation, TaskKey, check_task_id
 
+RESULTS = "/v1/results"  # results are below it
 PROGRESS = "/v1/progress"  # the path of batches; single tasks are below it
 
 _OPERATION = {"sd": Operation.SD_GET_PROGRESS, "comfy": Operation.COMFY_GET_PROGRESS}
+_RESULT_OPERATION = {"sd": Operation.SD_GET_RESULT, "comfy": Operation.COMFY_GET_RESULT}
 
 
 class TaskParameters:
@@ -21,16 +23,39 @@ class TaskParameters:
 
     def __init__(self, operations: Collection[Operation], *, max_tasks: int) -> None:
         self._operations = {api: op for api, op in _OPERATION.items() if op in operations}
+        self._enabled = frozenset(operations)
         self._max_tasks = max_tasks
 
     def in_path(self, scope: Scope, parameters: dict[str, list[str]]) -> TaskKey:
         """Return the task of the path parameter `taskId`. Raises: RequestError."""
+        task_id = self._task_id_in_path(scope)
+        return TaskKey(self._operation(parameters), check_task_id(task_id))
+
+    def result_in_path(
+        self, scope: Scope, parameters: dict[str, list[str]]
+    ) -> tuple[TaskKey, TaskKey | None]:
+        """Return the keys of the result and of the progress of the task in the path.
+
+        The second is None if the operation for progress is switched off. Raises: RequestError; PathNotFound
+        if the operation for results is switched off.
+        """
+        task_id = check_task_id(self._task_id_in_path(scope))
+        api = parameters["api"][0] if "api" in parameters else "sd"
+        operation = _RESULT_OPERATION.get(api)
+        if operation is None:
+            raise InvalidParameter(f"query parameter 'api' must be one of: {', '.join(_RESULT_OPERATION)}")
+        if operation not in self._enabled:
+            raise PathNotFound(f"the operation {operation} is switched off (upstream.operations)")
+        progress = self._operations.get(api)
+        return TaskKey(operation, task_id), None if progress is None else TaskKey(progress, task_id)
+
+    def _task_id_in_path(self, scope: Scope) -> str:
         task_id: str = scope["path_params"]["taskId"]
         # The server has decoded the path. A literal slash makes it another path, which does not exist. An
         # encoded slash (%2F) is part of the task ID, and is rejected as an invalid task ID.
         if "/" in task_id and unquote(scope["raw_path"].rpartition(b"/")[2]) != task_id:
             raise PathNotFound("no such path; /openapi.json lists those that exist")
-        return TaskKey(self._operation(parameters), check_task_id(task_id))
+        return task_id
 
     def in_query(self, parameters: dict[str, list[str]]) -> Sequence[TaskKey]:
         """Return the tasks of the query's `taskId`, in order, without duplicates. Raises: RequestError."""

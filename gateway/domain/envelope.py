@@ -101,6 +101,21 @@ def read_rejection(body: bytes) -> UpstreamRejected:
         raise UpstreamInvalid("the envelope is not JSON") from exc
 
 
+def read_data_text(body: bytes) -> bytes:
+    """Return the member `data` of a successful envelope as JSON text; NaN and Infinity in it become null.
+
+    Raises:
+        UpstreamInvalid: The body is not an envelope with data.
+    """
+    try:
+        envelope, _ = _read_text(body)
+    except ValueError as exc:
+        raise UpstreamInvalid("the envelope is not JSON") from exc
+    if envelope is None or envelope.data is ABSENT:
+        raise UpstreamInvalid("the upstream's envelope has no data")
+    return bytes(envelope.data)
+
+
 def _read_text(body: bytes) -> tuple[EnvelopeText | None, tuple[Repair, ...]]:
     """Return the members of the envelope, or None for JSON that is not an object. Raises: ValueError."""
     try:

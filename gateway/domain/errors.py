@@ -6,6 +6,7 @@
     │   ├── InvalidParameter
     │   ├── PathNotFound
     │   ├── MethodNotAllowed
+    │   ├── NotFinished
     │   ├── CrossSiteRequest
     │   ├── BodyTooLarge
     │   ├── UnsupportedMediaType
@@ -106,6 +107,18 @@ class MethodNotAllowed(RequestError):
     """The path does not support this method."""
 
     code = "method-not-allowed"
+
+
+class NotFinished(RequestError):
+    """A result is requested before the task has succeeded. `task_status` is the status of the task."""
+
+    code = "not-finished"
+
+    def __init__(
+        self, message: str, *, task_status: str = "unknown", retry_after: float | None = None
+    ) -> None:
+        super().__init__(message, retry_after=retry_after)
+        self.task_status = task_status
 
 
 class CrossSiteRequest(RequestError):

@@ -19,6 +19,8 @@ The control API uses JSON without signatures, so the simulator should listen on 
                                    inFlight, maxInFlight, times                     DELETE: reset
     GET    /requests               the last 200 vendor requests: method, target, headers, body
 
+The images of finished tasks are at `/images/{name}.png?Expires=…`, also without signatures.
+
 `life` has the fields of `Life`; faults have the parameters of the functions in `faults.py`; both in
 camelCase. An invalid control request is answered with status 400 and the reason as plain text.
 

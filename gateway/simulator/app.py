@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.simulator.control import Control, explain
 from gateway.simulator.faults import Call, Faults
 from gateway.simulator.gate import Gate
+from gateway.simulator.images import image_route
 from gateway.simulator.ledger import Ledger
 from gateway.simulator.limit import Limit
 from gateway.simulator.tasks import DEFAULT_LIFE, OPERATIONS, Life, Task
@@ -76,7 +77,7 @@ def create_simulator(
         life=life,
     )
     return Starlette(
-        routes=[Route("/scc/{operation:path}", vendor), *control.routes()],
+        routes=[Route("/scc/{operation:path}", vendor), image_route(clock), *control.routes()],
         exception_handlers={ControlError: explain},
     )
 
@@ -121,11 +122,12 @@ class Vendor:
         now, task_id = self.clock(), _task_id(body)
         if operation in OPERATIONS:
             self.ledger.count(operation, task_id, now)
+        base_url = f"{request.url.scheme}://{request.url.netloc}"
         refusal = self._refusal(request, operation, target, body)
         # A response has the state at the arrival of its call, however late it is sent: so responses can
         # overtake.
         throttled = None if refusal else self.limit.check()
-        answer = refusal or throttled or self._normal_response(operation, task_id, now)
+        answer = refusal or throttled or self._normal_response(operation, task_id, now, base_url)
         call = Call(operation, task_id, answer, self.gate.legacy, request.receive)
         if self.latency_seconds:
             await call.pause(self.latency_seconds)
@@ -143,14 +145,14 @@ class Vendor:
             return self.gate.refuse(405, "Unsupported Method", "I405UM")
         return self.gate.check(request.method, target, request.headers, body)
 
-    def _normal_response(self, operation: str, task_id: str | None, now: float) -> Response:
+    def _normal_response(self, operation: str, task_id: str | None, now: float, base_url: str) -> Response:
         # The vendor documents no error codes; the simulator defines these two.
         if task_id is None:
             return envelope(None, err_code="INVALID_PARAMETER", err_message="taskId is missing")
         task = self.tasks.get(task_id)
         if task is None or not task.known(now):
             return envelope(None, err_code="TASK_NOT_FOUND", err_message="the task does not exist")
-        return envelope(task.data(operation, now))
+        return envelope(task.data(operation, now, base_url=base_url))
 
 
 def _target(scope: Scope) -> str:

@@ -19,6 +19,7 @@ Operation = Literal["sd_get_progress", "comfy_get_progress", "sd_get_result", "c
 OPERATIONS: tuple[str, ...] = get_args(Operation)
 
 _CROCKFORD = "0123456789abcdefghjkmnpqrstvwxyz"
+IMAGES = "/images"  # the path above the images of finished tasks
 _URL_SECONDS = 3600
 
 
@@ -63,13 +64,15 @@ class Task:
         limit = self.life.vanishes_after_seconds
         return limit is None or now - self.born < limit
 
-    def data(self, operation: str, now: float) -> dict[str, Any]:
-        """Return the `data` of the envelope for `operation`."""
+    def data(self, operation: str, now: float, *, base_url: str) -> dict[str, Any]:
+        """Return the `data` of the envelope for `operation`; the URLs of images begin with `base_url`."""
         if self.script is not None:
             return {"taskId": self.task_id, **self.script}
         api, _, wanted = operation.partition("_get_")
         moment = _moment(self.life, now - self.born)
-        return self._result(api, moment, now) if wanted == "result" else self._progress(api, moment)
+        if wanted != "result":
+            return self._progress(api, moment)
+        return self._result(api, moment, f"{base_url}{IMAGES}/{self.task_id}.png?Expires={_expiry(now)}")
 
     def _progress(self, api: str, moment: _Moment) -> dict[str, Any]:
         data: dict[str, Any] = {
@@ -95,12 +98,11 @@ class Task:
             }
         return data
 
-    def _result(self, api: str, moment: _Moment, now: float) -> dict[str, Any]:
+    def _result(self, api: str, moment: _Moment, url: str) -> dict[str, Any]:
         data: dict[str, Any] = {"status": _spelled(api, moment.status)}
         if api == "comfy":  # the vendor's Python client cannot parse a comfy result without it
             data["taskId"] = self.task_id
         if moment.status == "succeeded":
-            url = f"https://example.invalid/{self.task_id}.png?Expires={int(now) + _URL_SECONDS}"
             if api == "sd":
                 data |= {"images": [url], "parameters": {"steps": self.life.steps}, "info": "simulated"}
             else:
@@ -112,6 +114,10 @@ def new_task_id(clock: Callable[[], float], random: Random) -> str:
     """Return an ID like the vendor's: a ULID (48 bits of milliseconds, 80 random bits) in lower case."""
     number = int(clock() * 1000) << 80 | random.getrandbits(80)
     return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+def _expiry(now: float) -> int:
+    return int(now) + _URL_SECONDS
 
 
 def _moment(life: Life, age: float) -> _Moment:

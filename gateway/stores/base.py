@@ -33,7 +33,7 @@ class CacheEntry:
         valid: False once the snapshot has been replaced or evicted, or while another replica may have a newer
             one. An invalid entry is served only instead of an error.
         fetched_here: Whether this replica has fetched it from the upstream.
-        failure: The failure of the latest query that should have replaced the stale snapshot; None without one.
+        failure: The failure of the latest query that should have replaced the stale snapshot, if any.
         announced_version: The newest version that another replica has announced; 0 if none was announced.
     """
 

@@ -46,7 +46,7 @@ def assert_finished(prediction: speedpix.Prediction, task: str) -> None:
     assert prediction.error is None
     output = prediction.output["images"]["url"]
     assert isinstance(output, FileOutput)
-    assert output.url.startswith(f"https://example.invalid/{task}.png")
+    assert f"/images/{task}.png" in output.url
 
 
 def test_sdk_speedpix_gets_a_finished_task(simulator: Simulator, gate: Gateway) -> None:

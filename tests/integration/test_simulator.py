@@ -422,7 +422,7 @@ def test_result_comes_at_the_end(bench: Bench) -> None:
     bench.clock.now += 20
     assert bench.data("comfy_get_result") == {"taskId": TASK, "status": "running"}
     bench.clock.now = BIRTH + 200
-    url = f"https://example.invalid/{TASK}.png?Expires={int(BIRTH) + 3800}"
+    url = f"http://{bench.client.base_url.netloc.decode()}/images/{TASK}.png?Expires={int(BIRTH) + 3800}"
     assert bench.data("sd_get_result") == {
         "status": "successed",
         "images": [url],
@@ -434,6 +434,20 @@ def test_result_comes_at_the_end(bench: Bench) -> None:
         "status": "succeeded",
         "result": {"images": {"url": url}},
     }
+
+
+def test_result_has_images_that_expire(bench: Bench) -> None:
+    """The URL of a result is an image of the simulator, different for each task, until it expires."""
+    bench.clock.now = BIRTH + 200
+    url = bench.data("sd_get_result")["images"][0]
+    image = bench.client.get(url)
+    assert (image.status_code, image.headers["content-type"]) == (200, "image/png")
+    assert image.content.startswith(b"\x89PNG")
+    assert bench.client.get(url.replace(TASK, "other")).content != image.content
+    bench.clock.now += 3600
+    assert bench.client.get(url).status_code == 403
+    for target in ("/images/a.png", "/images/a.png?Expires=", "/images/a.png?Expires=x"):
+        assert bench.client.get(target).status_code == 403
 
 
 def test_task_vanishes(bench: Bench) -> None:

@@ -139,6 +139,8 @@ public final class Follow implements AutoCloseable {
                 for (JsonElement each : JsonParser.parseString(response.body()).getAsJsonObject().getAsJsonArray("items")) {
                     JsonObject item = each.getAsJsonObject();
                     String taskId = item.get("taskId").getAsString();
+                    item.remove("ageSeconds"); // the events of a stream do not have them, either
+                    item.remove("stale");
                     JsonObject error = item.getAsJsonObject("error");
                     if (error != null) {
                         error.addProperty("taskId", taskId);

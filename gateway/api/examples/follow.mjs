@@ -102,7 +102,8 @@ export async function* poll(gateway, taskIds, { deadline, unknown = 30 }) {
       if (response.status === 200) {
         const { items } = await response.json();
         etag = response.headers.get("etag");
-        for (const { error, ...item } of items) {
+        // As in the events of a stream, without the two fields about the age.
+        for (const { error, ageSeconds, stale, ...item } of items) {
           // The IDs in a problem differ from request to request.
           const text = error ? `${error.code}: ${error.detail}` : JSON.stringify(item);
           if (shown.get(item.taskId)?.text !== text) {

@@ -97,6 +97,8 @@ def poll(
             etag = response.headers["etag"]
             for item in response.json()["items"]:
                 task_id, problem = item["taskId"], item.get("error")
+                for name in ("ageSeconds", "stale"):  # not in the events of a stream, either
+                    item.pop(name, None)
                 # The IDs in a problem differ from request to request.
                 content = item if problem is None else {name: problem[name] for name in ("code", "detail")}
                 if shown.get(task_id) != content:

@@ -12,6 +12,9 @@ from gateway.domain import errors
 from gateway.domain.errors import (
     GatewayError,
     InvalidTaskId,
+    KeyPairMissing,
+    KeyPairRefused,
+    NotFinished,
     Overloaded,
     RequestError,
     UpstreamBusy,
@@ -28,6 +31,7 @@ PROMISED = {
     "cross-site-request": 403,
     "not-found": 404,
     "method-not-allowed": 405,
+    "not-finished": 409,
     "body-too-large": 413,
     "unsupported-media-type": 415,
     "too-many-requests": 429,
@@ -105,6 +109,21 @@ def test_problems_answer_with_a_problem_document() -> None:
         "code": "invalid-task-id",
         "requestId": "the-request",
     }
+
+
+@pytest.mark.parametrize(("seconds", "header"), [(1.2, "2"), (None, None)])
+def test_problems_of_an_unfinished_task_have_its_status(seconds: float | None, header: str | None) -> None:
+    """The problem has the status of the task, and Retry-After unless the task has failed."""
+    error = NotFinished("a fixed text", task_status="running", retry_after=seconds)
+    status, headers, problem = respond(error)
+    assert (status, problem["status"], problem["taskStatus"]) == (409, 409, "running")
+    assert headers.get("retry-after") == header
+
+
+def test_problems_say_that_there_are_no_credentials() -> None:
+    """Without a key pair the upstream was not asked, so the title does not say that it refused."""
+    assert status_and_title(KeyPairMissing("x"))[1] == "The gateway has no credentials"
+    assert status_and_title(KeyPairRefused("x"))[1] == "The upstream did not authorize the query"
 
 
 def test_problems_include_the_upstream_details() -> None:

@@ -643,10 +643,10 @@ async def test_get_waits_beyond_stale_while_revalidate(bench: Bench) -> None:
 async def test_get_joins_a_background_refresh(bench: Bench) -> None:
     """A caller that arrives when the snapshot is too old joins the background refresh in flight."""
     await bench.learn()
-    bench.clock.now += CACHE.running_seconds + 1.0
+    bench.clock.now += CACHE.running_seconds + 2.0
     await bench.get(KEY)
     call = await bench.upstream.call()
-    bench.clock.now += CACHE.stale_while_revalidate_seconds - 1.0
+    bench.clock.now += CACHE.stale_while_revalidate_seconds - 1.75
     late = bench.begin()
     await bench.learn(key=OTHER)
     assert not late.done()
