@@ -95,8 +95,8 @@ def header(text: str) -> Header:
     value = value.strip()
     if not colon or not _FIELD_NAME.fullmatch(name):
         raise argparse.ArgumentTypeError("must be 'Name: value'")
-    if _CONTROLS.search(value):
-        raise argparse.ArgumentTypeError(f"the value of {name} has a control character")
+    if not value.isascii() or _CONTROLS.search(value):
+        raise argparse.ArgumentTypeError(f"the value of {name} has a character that is not allowed")
     if name.lower() in _OWN_FIELDS:
         raise argparse.ArgumentTypeError(f"{name} is set by the command itself")
     return name, value

@@ -50,22 +50,23 @@ def check_ca_file(file: Path) -> None:
 
 def open_client(gateway: httpx.URL, access: Access, *, timeout: httpx.Timeout) -> httpx.Client:
     """Return a client for a gateway. Raises: StreamRefused if the environment has invalid settings for it."""
-    given = [(name.encode(), value.encode()) for name, value in access.headers]
-    names = {name.lower() for name, _ in access.headers}
-    ours = [(name.encode(), value.encode()) for name, value in _HEADERS.items() if name not in names]
-    return _open(gateway, headers=[*ours, *given], ca_file=access.ca_file, timeout=timeout)
+    given: dict[str, str] = {}
+    for name, value in access.headers:  # httpx would send only the last one of a name
+        key = name.lower()
+        given[key] = f"{given[key]}{'; ' if key == 'cookie' else ', '}{value}" if key in given else value
+    return _open(gateway, headers=_HEADERS | given, ca_file=access.ca_file, timeout=timeout)
 
 
 def open_image_client(url: httpx.URL, ca_file: Path | None, *, timeout: httpx.Timeout) -> httpx.Client:
     """Return a client for the hosts of images, which accepts public authorities and those of the file."""
-    headers = [(name.encode(), _HEADERS[name].encode()) for name in ("user-agent", "accept-encoding")]
+    headers = {name: _HEADERS[name] for name in ("user-agent", "accept-encoding")}
     return _open(url, headers=headers, ca_file=ca_file, timeout=timeout, public=True)
 
 
 def _open(
     url: httpx.URL,
     *,
-    headers: list[tuple[bytes, bytes]],
+    headers: dict[str, str],
     ca_file: Path | None,
     timeout: httpx.Timeout,
     public: bool = False,

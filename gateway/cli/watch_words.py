@@ -1,7 +1,7 @@
 """The texts of `sd-gateway watch` for times and states.
 
-`api/web/words.js` has those of the page. A test compares the texts that both need. The terminal shows the time
-left as 1:07, because columns are few, and because such numbers do not change their width with each second.
+`api/web/words.js` has those of the page. A test compares the texts that both need. The terminal shows the
+time left as 1:07, because columns are few, and because such numbers keep their width.
 """
 
 from __future__ import annotations
