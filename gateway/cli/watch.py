@@ -177,10 +177,9 @@ class _Session:
     def say_errors(self) -> None:
         """Write what the lines on the screen may not show in full: the reasons of failures."""
         if self._live is not None:
-            for task in self._tasks:
-                line = f"{task.task_id}: {self._tasks.line(task)}"
-                if not task.succeeded and len(line) > self._console.width:
-                    self.say(line)
+            for task in self._display.cut_tasks(self._console.width):
+                if not task.succeeded:
+                    self.say(f"{task.task_id}: {self._tasks.line(task)}")
         for error in self._errors:
             self.say(error)
 

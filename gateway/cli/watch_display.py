@@ -11,6 +11,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Self
 
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
@@ -54,8 +55,7 @@ class ProgressDisplay:
             if len(tasks) > room:
                 room = max(room - 1, 1)
                 tasks, hidden = tasks[:room], tasks[room:]
-        longest = max(len(name) for name in (*(task.task_id for task in self._tasks), _ALL * has_sum))
-        table = _Table(width, longest)
+        table = self._table(width)
         if has_sum:
             self._add_sum(table)
         for task in tasks:
@@ -64,6 +64,15 @@ class ProgressDisplay:
         if hidden:
             lines.append(_cut(f"… {len(hidden)} more: {self._tasks.counts(hidden)}", "dim"))
         return Group(*lines)
+
+    def cut_tasks(self, width: int) -> list[WatchedTask]:
+        """Return the tasks whose details do not fit a screen of `width` columns."""
+        room = self._table(width).details_width
+        return [task for task in self._tasks if cell_len(self._tasks.details(task)) > room]
+
+    def _table(self, width: int) -> _Table:
+        names = [task.task_id for task in self._tasks]
+        return _Table(width, max(map(len, [*names, _ALL] if len(names) > 1 else names)))
 
     def _head(self) -> Text:
         if self.trouble:
@@ -103,6 +112,7 @@ class _Table:
         rest -= name + 1
         bar = min(_MAX_BAR, max(rest - _DETAILS, min(_MIN_BAR, rest - _MIN_DETAILS)))
         self._bar = bar if bar >= _MIN_BAR else 0
+        self.details_width = max(rest - (self._bar + 1 if self._bar else 0), 0)
         self.grid = Table.grid(padding=(0, 1), expand=True)
         self._add_column(name)
         self._add_column(_STATE)

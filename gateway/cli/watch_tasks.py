@@ -114,7 +114,7 @@ class WatchedTask:
         if not self.not_found:
             return problem.text
         quoted = f" ({problem.upstream_message})" if problem.upstream_message else ""
-        return f"{UNKNOWN_ID}{quoted}{self._hint}"
+        return f"{UNKNOWN_ID}{self._hint}{quoted}"
 
 
 class WatchedTasks:

@@ -69,7 +69,7 @@ ENDED = event("progress", **state("succeeded")) + event("end")
 FURTHER = {"status": "running", "progress": 0.75, "message": "step 15 of 20"}
 SUCCESS = {"status": "successed", "progress": 1}
 FAILURE = {"status": "failed", "progress": 0.75, "message": "out of memory"}
-UNKNOWN_TASK = "Not found: the vendor does not know this ID (the task does not exist); try --api comfy"
+UNKNOWN_TASK = "Not found: the vendor does not know this ID; try --api comfy (the task does not exist)"
 
 
 @pytest.fixture(scope="module")

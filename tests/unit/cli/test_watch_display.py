@@ -68,6 +68,10 @@ def test_display_has_one_line_per_task_at_any_width(width: int) -> None:
         assert " running" in lines[3]
     if width >= 24:
         assert " 25 %" in lines[3]
+    cut = [task.task_id for task in ProgressDisplay("http://host", tasks).cut_tasks(width)]
+    assert cut == [
+        row for row, line in zip("AB", lines[3:5], strict=True) if line.endswith("…") or width < 40
+    ]
     if width == 200:
         assert "[bold]内存不足[/bold]" in lines[3]
         assert "try --api comfy" in lines[4]

@@ -38,7 +38,7 @@ def test_lines_for_problems_and_overdue_updates() -> None:
         lines.update(task)
         clock.now += 1
     assert out == [
-        "A: Not found: the vendor does not know this ID (no task); try --api comfy",
+        "A: Not found: the vendor does not know this ID; try --api comfy (no task)",
         "A: running, 25 %",
         "A: running, 25 %, last update 12 s ago: The vendor refuses our credentials",
         "A: running, 25 %",

@@ -72,7 +72,7 @@ def test_unknown_task_is_not_found(api: str, other: str) -> None:
     """A task whose every query is rejected is not found; the hint names the other API."""
     tasks, _ = watched(api=api)
     tasks.update(rejected())
-    said = f"Not found: the vendor does not know this ID (no task); try --api {other}"
+    said = f"Not found: the vendor does not know this ID; try --api {other} (no task)"
     assert line(tasks) == said
     assert not tasks.succeeded
 
