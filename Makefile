@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Number of test processes. Most tests wait for timers, so four processes keep two cores busy.
-WORKERS ?= 4
+# Number of test processes. Most tests wait for timers, so six processes keep two cores busy.
+WORKERS ?= 6
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -22,7 +22,11 @@ help: ## list the targets
 demo: .venv/project.stamp ## install and start the gateway in front of a simulated upstream
 	@exec $(BIN)/sd-gateway demo $(ARGS)
 
+# The tests start the gateway several hundred times. Without bytecode, each process compiles it again.
+unexport PYTHONDONTWRITEBYTECODE
+
 test: .venv/project.stamp .venv/dev.stamp sdk ## run all tests; ARGS='--no-cov -k NAME' selects some
+	@$(BIN)/python -m compileall -q gateway
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 .PHONY: check matrix

@@ -1,4 +1,4 @@
-"""sd-progress-gateway: signs, caches and pushes progress queries to the vendor's image generation API.
+"""sd-progress-gateway: signs, coalesces and caches queries for the progress of image-generation tasks.
 
 `progress/service.py` is the place to start reading: it joins the cache, the in-flight requests and the
 upstream client. ARCHITECTURE.md describes the packages around it.

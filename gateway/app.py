@@ -36,10 +36,9 @@ from gateway.domain.entity_tag import EntityTags
 from gateway.progress.service import ProgressService
 from gateway.server.application import Application, FastPath
 from gateway.server.graceful_shutdown import GracefulShutdown
-from gateway.settings.extras import describe_missing
-from gateway.settings.model import Limits, Server, Settings, SettingsError
+from gateway.settings.model import Limits, Server, Settings
 from gateway.stores.base import Store
-from gateway.stores.memory import MemoryStore
+from gateway.stores.open_store import create_store
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
@@ -71,7 +70,13 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     tags = EntityTags(
         lambda: None if credentials.signing_pair is None else credentials.signing_pair.pair.secret_key
     )
-    store = _store(settings, redactor, metrics, tags=tags, credentials=credentials)
+    store = create_store(
+        settings,
+        tags=tags,
+        identity=partial(_account, settings, credentials),
+        redactor=redactor,
+        metrics=metrics,
+    )
     metrics.measure_cache(
         entries=store.__len__,
         size=store.size,
@@ -215,43 +220,11 @@ def _log_start(settings: Settings, signed_requests: SignedRequests, *, has_any_p
         _warn_if_limit_is_evadable(settings.server)
 
 
-def _store(
-    settings: Settings,
-    redactor: Redactor,
-    metrics: Metrics,
-    *,
-    tags: EntityTags,
-    credentials: Credentials,
-) -> Store:
-    """Create the store. Raises: SettingsError when its client is not installed, or a file cannot be read."""
-    cache = settings.cache
-
-    def identity() -> str:
-        signing = credentials.signing_pair
-        access_key = "" if signing is None else signing.pair.access_key
-        return f"{settings.upstream.endpoint}\n{settings.upstream.stage}\n{access_key}"
-
-    limits: dict[str, Any] = {
-        "max_tasks": cache.max_tasks,
-        "max_bytes": cache.max_bytes,
-        "stale_seconds": max(cache.stale_while_revalidate_seconds, cache.stale_if_error_seconds),
-    }
-    if not settings.store.url.get_secret_value():
-        return MemoryStore(**limits)
-    try:
-        from gateway.stores.valkey.store import ValkeyStore  # noqa: PLC0415  # its client is an extra
-    except ModuleNotFoundError as exc:
-        raise SettingsError([describe_missing("store.url", exc.name, extra="valkey")]) from exc
-    return ValkeyStore(
-        settings.store,
-        tags=tags,
-        lifetimes=cache.lifetimes,
-        error_seconds=cache.error_seconds,
-        identity=identity,
-        redactor=redactor,
-        metrics=metrics,
-        **limits,
-    )
+def _account(settings: Settings, credentials: Credentials) -> str:
+    """Return what identifies the vendor's account: replicas share data only if it is the same."""
+    signing = credentials.signing_pair
+    access_key = "" if signing is None else signing.pair.access_key
+    return f"{settings.upstream.endpoint}\n{settings.upstream.stage}\n{access_key}"
 
 
 def _warn_if_limit_is_evadable(server: Server) -> None:

@@ -1,8 +1,12 @@
-"""Shared fixtures: a simulated upstream, reset for each test, and gateways in front of it."""
+"""Shared fixtures: a simulated upstream, reset for each test, and gateways in front of it.
+
+The order of the tests, and which of them are measured by coverage, are decided here as well.
+"""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import httpx
 import pytest
@@ -10,8 +14,42 @@ from hypothesis import settings
 
 from gateway.telemetry.tracing import Tracing
 from tests.support.harness import Gateway, Json, Simulator, Stage, gateway, plain_client, running
+from tests.support.measuring import measured_threads, unmeasured
 
-settings.register_profile("thorough", max_examples=10_000)
+# Folders by the duration of a test, from the longest to the shortest, so that the processes end together.
+FOLDERS = ("ingress", "browser", "replicas", "docs", "integration", "attacks", "deploy", "unit")
+# Coverage slows these tests down by half. They run the same code as the tests of the other folders.
+UNMEASURED = {"ingress", "browser", "replicas", "docs", "attacks", "deploy"}
+
+# On a busy machine an example may take long. pytest-timeout limits each test.
+settings.register_profile("tests", deadline=None)
+settings.register_profile("thorough", deadline=None, max_examples=10_000)
+settings.load_profile("tests")
+
+
+def folder_of(item: pytest.Item) -> str:
+    """Return the name of the folder below `tests/`."""
+    return item.path.relative_to(Path(__file__).parent).parts[0]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Start the long tests first: those with a longer time limit, then the others by their folder."""
+    limit = float(config.getini("timeout"))
+
+    def position(item: pytest.Item) -> tuple[bool, int]:
+        own = item.get_closest_marker("timeout")
+        return own is None or own.args[0] <= limit, FOLDERS.index(folder_of(item))
+
+    items.sort(key=position)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Run a test, with coverage if its folder is measured."""
+    if folder_of(item) not in UNMEASURED:
+        return (yield)
+    with unmeasured():
+        return (yield)
 
 
 @pytest.fixture(scope="session")
@@ -23,11 +61,10 @@ def anyio_backend() -> str:
 @pytest.fixture(scope="session")
 def _simulator_server() -> Iterator[tuple[Stage, httpx.Client]]:
     stage = Stage()
-    with (
-        running(stage, lifespan="off", date_header=False) as url,
-        plain_client(url) as client,
-    ):
-        yield stage, client
+    with ExitStack() as stack:
+        with measured_threads():
+            url = stack.enter_context(running(stage, lifespan="off", date_header=False))
+        yield stage, stack.enter_context(plain_client(url))
 
 
 @pytest.fixture(scope="session")

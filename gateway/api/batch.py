@@ -49,7 +49,7 @@ class BatchEndpoint:
         self._max_wait_seconds = max_wait_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Respond 200 with the items in the order of the query and a summary, or 304."""
+        """Respond 200 with the items in the order of the request and a summary, or 304."""
         parameters = query_parameters(scope, "api", "wait", repeated="taskId")
         keys = self._tasks.in_query(parameters)
         if_none_match = header(scope["headers"], b"if-none-match")

@@ -2,9 +2,9 @@
 
 Each client has a token bucket, stored as one float as in the generic cell rate algorithm (ITU-T I.371,
 "virtual scheduling"): the time at which the bucket will be full again. A request is admitted when a token is
-available, and takes it. A batch or a stream takes one more token for each further task once its query is
-parsed. The bucket can go into debt for these tokens: a request may cost more than a full bucket holds, and
-its client is then refused until the debt is paid.
+available, and takes it. A batch or a stream takes one more token for each further task once its query string
+is parsed. The bucket can go into debt for these tokens: a request may cost more than a full bucket holds. Its
+client is then refused until the debt is paid.
 
 The client's address is the one in the scope, to which `middleware/client_address.py` has applied the headers
 of trusted proxies.

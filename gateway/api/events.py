@@ -94,18 +94,18 @@ class EventsEndpoint:
             # Registered before the first `send`: the client may leave while that waits for a full socket.
             async with DisconnectListener(scope, receive, subscriber.disconnect):
                 await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-                _drop_request(scope)
+                _free_headers(scope)
                 await send(_part(b"retry: %d\n\n" % _RETRY_MS))
                 subscriber.direct_transport = direct_transport_of(scope)
                 with self._heartbeats.sending_to(subscriber):
                     await self._stream(scope, subscriber, end_id, send)
 
     def _seen_revisions(self, keys: Sequence[TaskKey], last_event_id: str | None) -> dict[TaskKey, int]:
-        """Return the version that the client has received of the task of its last event."""
+        """Return the revision that the client has received of the task of its last event."""
         if last_event_id is None or len(last_event_id) > _MAX_ID_CHARS or "," in last_event_id:
             return {}
-        versions = {key: self._tags.revision(last_event_id, key) for key in keys}
-        return {key: version for key, version in versions.items() if version}
+        revisions = {key: self._tags.revision(last_event_id, key) for key in keys}
+        return {key: revision for key, revision in revisions.items() if revision}
 
     async def _stream(self, scope: Scope, subscriber: Subscriber, end_id: str, send: Send) -> None:
         running = set(subscriber.keys)
@@ -192,7 +192,7 @@ def _last_event_id(scope: Scope, parameters: dict[str, list[str]]) -> str | None
     return from_header or next(filter(None, from_query), None)
 
 
-def _drop_request(scope: Scope) -> None:
+def _free_headers(scope: Scope) -> None:
     """Free the request's headers, except those for its log line: the stream may stay open for days."""
     parent = trace_parent(scope)
     headers = scope["headers"]

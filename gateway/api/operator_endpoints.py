@@ -20,7 +20,7 @@ from gateway.api.requests import accepts_gzip, route_path
 PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 
 # Targets of OPTIONS requests by load balancers: the server as a whole (RFC 9110, 7.1), or its root.
-_ALLOWED = {"*": "GET, HEAD, OPTIONS, POST", "/": "GET, HEAD, OPTIONS"}
+_ALLOWED_METHODS = {"*": "GET, HEAD, OPTIONS, POST", "/": "GET, HEAD, OPTIONS"}
 _GZIP_LEVEL = 1  # compresses to a fifth; level 9 to a sixth, in five times the time
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -29,7 +29,7 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 def is_probe(scope: Scope) -> bool:
     """Tell whether a request is a periodic one of a load balancer, kubelet or Prometheus."""
     path = route_path(scope)
-    return path in PROBES or (path in _ALLOWED and scope["method"] == "OPTIONS")
+    return path in PROBES or (path in _ALLOWED_METHODS and scope["method"] == "OPTIONS")
 
 
 class OptionsRoute(Route):
@@ -37,13 +37,13 @@ class OptionsRoute(Route):
 
     def __init__(self) -> None:
         async def endpoint(request: Request) -> Response:
-            return Response(status_code=204, headers={"Allow": _ALLOWED[route_path(request.scope)]})
+            return Response(status_code=204, headers={"Allow": _ALLOWED_METHODS[route_path(request.scope)]})
 
         super().__init__("/", endpoint, methods=["OPTIONS"])
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """See `Route.matches`. Starlette's path patterns cannot express "*"."""
-        if scope["type"] == "http" and scope["method"] == "OPTIONS" and route_path(scope) in _ALLOWED:
+        if scope["type"] == "http" and scope["method"] == "OPTIONS" and route_path(scope) in _ALLOWED_METHODS:
             return Match.FULL, {"endpoint": self.endpoint, "path_params": {}}
         return Match.NONE, {}
 

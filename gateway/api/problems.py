@@ -82,9 +82,8 @@ class Problems:
         headers: dict[str, str] = {}
         if isinstance(exc, HTTPException):
             headers.update(exc.headers or {})
-            if (
-                "Allow" in headers
-            ):  # Starlette joins the methods of a set, whose order differs between processes
+            # Starlette joins the methods of a set, whose order differs between processes.
+            if "Allow" in headers:
                 headers["Allow"] = ", ".join(sorted(headers["Allow"].split(", ")))
             exc = _routing_error(exc)
         error = exc if isinstance(exc, GatewayError) else INTERNAL_ERROR

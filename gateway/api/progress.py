@@ -70,12 +70,12 @@ class ProgressEndpoint:
     async def _read(
         self, scope: Scope, receive: Receive, key: TaskKey, seen_revision: int
     ) -> CacheResult | FetchFailure:
-        """Query the task through the service. Raises: ClientDisconnect when the client disconnects first."""
-        query = self._service.get(key, client=client_key(scope), seen_revision=seen_revision)
-        return await while_connected(scope, receive, query)
+        """Return the result for the task. Raises: ClientDisconnect when the client disconnects first."""
+        result = self._service.get(key, client=client_key(scope), seen_revision=seen_revision)
+        return await while_connected(scope, receive, result)
 
     def _seen_revision(self, key: TaskKey, if_none_match: str | None) -> int:
-        """Return the oldest version that may be the response to this client; 0 for any version."""
+        """Return the newest revision that this client has seen; 0 if any snapshot may be the response."""
         if if_none_match is None:
             return 0
         known = self._service.peek(key)
@@ -115,7 +115,7 @@ class ProgressEndpoint:
         elif (result := self._service.peek(key, seen_revision)) is not None:
             outcome = result if on_arrival is not None else result._replace(cache_status=CacheStatus.MISS)
         else:
-            # There is no current snapshot. Like any query, join the schedule's in-flight request, or start
+            # There is no current snapshot. Like any lookup, join the schedule's in-flight request, or start
             # one if the schedule backs off after a failure.
             return await self._read(scope, receive, key, seen_revision)
         self._service.count_lookup(outcome)
@@ -125,9 +125,9 @@ class ProgressEndpoint:
 class _Change:
     """Waits for a change of a task. `failure` is the failure to respond with; None if there is none.
 
-    A failure that is already known on arrival is not returned: it may be as old as the schedule's backoff.
-    The upstream rejects a new task for a moment. So a rejection is returned only at the end of the wait, or
-    when the task counts as unknown.
+    It ignores a failure that the hub already has when the long poll arrives, because that failure may be as
+    old as the back-off of the schedule. The upstream rejects a new task for a moment. So a rejection is
+    returned only at the end of the wait, or when the task counts as unknown.
     """
 
     def __init__(self, key: TaskKey, if_none_match: str) -> None:

@@ -25,7 +25,7 @@ from gateway.progress.results import CacheResult, FetchFailure
 from gateway.progress.service import ProgressService
 from gateway.upstream.loop_detection import MESSAGE, RESPONSE_HEADER, is_gateway
 
-_MARK = (RESPONSE_HEADER[0].lower().encode(), RESPONSE_HEADER[1].encode())
+_GATEWAY_HEADER = (RESPONSE_HEADER[0].lower().encode(), RESPONSE_HEADER[1].encode())
 
 
 class VendorEndpoint:
@@ -53,7 +53,8 @@ class VendorEndpoint:
         body = await read_body(scope, receive, limit=self._max_body_bytes, seconds=self._body_seconds)
         key = TaskKey(self._operation, _task_id(body))
         envelope, headers = await self._envelope(scope, receive, key)
-        headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(envelope)), _MARK]
+        headers += [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(envelope))]
+        headers.append(_GATEWAY_HEADER)
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": envelope})
 

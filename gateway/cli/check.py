@@ -26,12 +26,14 @@ from gateway.domain.errors import (
 )
 from gateway.domain.task import TaskKey
 from gateway.settings.model import Credentials as CredentialSettings
-from gateway.settings.model import Settings, Store
+from gateway.settings.model import Settings
+from gateway.settings.store_section import Store
 from gateway.settings.variables import SPEEDPIX, variable_of
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import MASK, Redactor
 from gateway.upstream.credentials import Credentials, CredentialSlot
-from gateway.upstream.signed_request import RawResponse, SignedRequests, parse_http_date
+from gateway.upstream.header_values import parse_http_date
+from gateway.upstream.signed_request import RawResponse, SignedRequests
 from gateway.upstream.signing import string_to_sign
 from gateway.upstream.transport import explain_connect_error
 

@@ -1,7 +1,7 @@
-"""The HEALTHCHECK of the image: queries the gateway in this container, on the port or socket of its settings.
+"""The HEALTHCHECK of the image: requests /healthz of the gateway in this container.
 
-The image has no curl and no shell. Settings are loaded as by `sd-gateway serve` without `--config`: from
-config/gateway.toml in the working directory, overridden by the environment.
+The image has no curl and no shell. The settings name the port or socket. They are loaded as by `sd-gateway
+serve` without `--config`: from config/gateway.toml in the working directory, overridden by the environment.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def main() -> int:
-    """Query /healthz once; return the exit status: 0 healthy, 1 unhealthy."""
+    """Request /healthz once; return the exit status: 0 healthy, 1 unhealthy."""
     try:
         server = load(None, os.environ).server
         connection = (

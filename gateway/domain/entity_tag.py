@@ -1,10 +1,10 @@
 """Entity tags of task representations: `"DIGEST.REVISION.SIGNATURE"`, opaque to clients.
 
-DIGEST is a hash of the body: equal bodies have equal digests on every replica. REVISION is the version of
-the snapshot in which the body first appeared; later snapshots with the same body keep it. So a client that
-sends its tag also tells which version it has seen. It must not receive an older one. SIGNATURE proves that a
-gateway has issued the revision: without it, a client could cause queries with invented revisions. The key of
-the signatures is derived from the secret key that signs upstream calls, which all replicas have.
+DIGEST is a hash of the body: equal bodies have equal digests on every replica. REVISION is the time at which
+a response with this body first arrived (`Snapshot.revision`). So a client that sends its tag also tells which
+revision it has seen. It must not receive an older response. SIGNATURE proves that a gateway has issued the
+revision: without it, a client could cause queries with invented revisions. The key of the signatures is
+derived from the secret key that signs upstream calls, which all replicas have.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class InvalidTaskId(RequestError):
 
 
 class InvalidParameter(RequestError):
-    """Any other error in the query, a header or the body; the message names it."""
+    """Any other error in the query string, a header or the body; the message names it."""
 
     code = "invalid-parameter"
 

@@ -42,11 +42,13 @@ class Snapshot:
         eta_seconds: Estimated time left, in seconds; None if unknown, and for results.
         body: The simplified JSON; empty for results.
         etag: The strong ETag of `body`; empty for results.
-        version: When the query was sent, in microseconds since 1970, or more. It orders the snapshots of a
-            task: a query that was sent later has a larger version.
-        revision: When the response with this body first arrived, on the same scale; a snapshot with the same
-            body keeps it. The response may describe any moment in between. So a snapshot of at least this
-            version is not older, even if it comes from another replica whose query overlapped.
+        version: When the replica asked for the lease of the query, in microseconds since 1970. It is raised
+            if necessary, so that it is larger than each known version of the task, and at least each known
+            revision. So a later lease has a larger version.
+        revision: When a response with this body first arrived, in microseconds since 1970. Later snapshots
+            with the same body keep it. A response describes some moment between its version and its arrival.
+            So a snapshot whose version is at least this revision is not older, even if it comes from another
+            replica whose query overlapped.
         terminal: Whether the status is final: no later response changes the task.
     """
 

@@ -1,1 +1,1 @@
-"""The service that answers progress queries from the store or from the upstream, with single flight."""
+"""The service that answers lookups from the store or from the upstream, with single flight."""

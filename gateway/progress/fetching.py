@@ -31,7 +31,7 @@ from gateway.domain.errors import (
 from gateway.domain.snapshot import Snapshot, build_snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.progress.results import FetchResult
-from gateway.settings.model import Cache
+from gateway.settings.model import Cache as CacheSettings
 from gateway.stores.base import ANY_FRESH, Lease, Requirement, Store
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
@@ -40,8 +40,8 @@ from gateway.telemetry.tracing import Tracing
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.demand import Demand
 
-# Maximum number of leases that a request acquires, one after the other. A further one is needed if another
-# replica has taken the lease or has announced a newer snapshot.
+# Maximum number of leases that an in-flight request acquires, one after the other. A further one is needed if
+# another replica has taken the lease or has announced a newer snapshot.
 _MAX_LEASES = 3
 
 _MAX_STATUS_LENGTH = 4096  # characters that are searched for secrets; the log shows 100 of them
@@ -54,14 +54,15 @@ log = structlog.get_logger(__name__)
 
 
 class Fetcher:
-    """Makes in-flight requests. `on_latency` receives the duration of each successful upstream query.
+    """Makes in-flight requests. `on_latency` receives the duration of each successful query, in seconds.
 
-    `timeout_seconds`: limit of a request: the wait for another replica's lease and the query together.
+    `settings` is the section `cache` of the settings. `timeout_seconds` limits an in-flight request: the wait
+    for another replica's lease and the query together.
     """
 
     def __init__(
         self,
-        cache: Cache,
+        settings: CacheSettings,
         *,
         store: Store,
         upstream: UpstreamClient,
@@ -72,8 +73,8 @@ class Fetcher:
         tracing: Tracing,
         clock: Callable[[], float],
     ) -> None:
-        self._error_seconds = cache.error_seconds
-        self._lifetimes = cache.lifetimes
+        self._error_seconds = settings.error_seconds
+        self._lifetimes = settings.lifetimes
         self._timeout_seconds = timeout_seconds
         self._store = store
         self._upstream = upstream
@@ -103,7 +104,7 @@ class Fetcher:
             raise
 
     async def _fetch_with_lease(self, key: TaskKey, demand: Demand, requirement: Requirement) -> FetchResult:
-        deadline = self._clock() + self._timeout_seconds
+        deadline = self._clock() + self._timeout_seconds  # as all moments here, on `self._clock`
         for _ in range(_MAX_LEASES):
             # `acquire` looks for a snapshot again. Another replica may have stored one since the caller's
             # lookup, and the upstream must not be queried twice within one lifetime.
@@ -192,7 +193,7 @@ class Fetcher:
 
 
 def queued_future_of(demand: Demand) -> asyncio.Future[GatewayError]:
-    """Return the future that resolves to an error when the rate limiter queues the request."""
+    """Return the future that resolves to an error when the rate limiter queues the query."""
     if demand.queued_future is None:
         demand.queued_future = asyncio.get_running_loop().create_future()
     return demand.queued_future

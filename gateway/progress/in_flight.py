@@ -1,9 +1,10 @@
 """In-flight requests: single flight (`single_flight.py`), with the number of callers of each request.
 
-    join -> start -> wait for the request -> leave
-    the last caller leaves -> a queued request is dropped at once; a request on the wire is completed
+    join -> start -> wait for the in-flight request -> leave
+    the last caller leaves -> dropped at once while its query is queued; completed once a call is on the wire
 
-A dropped request may need time to end. The next caller does not wait for this, and starts a new request.
+A dropped in-flight request may need time to end. The next caller does not wait for this, and starts a new
+one. In this module, a *request* is an in-flight request.
 """
 
 from __future__ import annotations

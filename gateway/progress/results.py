@@ -1,4 +1,4 @@
-"""The result types of a query: a snapshot or a failure, with its cache status."""
+"""The result types of a lookup: a snapshot or a failure, with its cache status."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gateway.stores.base import CacheEntry
 
 
 class CacheStatus(StrEnum):
-    """How a query was answered; the `result` label of `cache_lookups_total`."""
+    """How a lookup was answered; the label `result` of `cache_lookups_total`."""
 
     HIT = "hit"
     STALE = "stale"
@@ -25,9 +25,9 @@ class CacheStatus(StrEnum):
 class FetchResult(NamedTuple):
     """The result of an in-flight request, shared by all waiting callers.
 
-    `upstream_seconds`: duration of the upstream query: waiting for a permit and a slot, and all calls with
-    the delays between them; None if the upstream was not queried. `invoke_id`: the vendor's id of the last
-    call, which its support asks for. `span`: the span context of the request, for links from other spans;
+    `upstream_seconds`: duration of the query: waiting for a permit and a slot, and all calls with the delays
+    between them; None if there was no query. `invoke_id`: the vendor's id of the last
+    call, which its support asks for. `span`: the context of its span, for links from other spans;
     None without tracing.
     """
 
@@ -38,7 +38,7 @@ class FetchResult(NamedTuple):
 
 
 class CacheResult(NamedTuple):
-    """A snapshot as the result of one caller's query.
+    """A snapshot as the result of one caller's lookup.
 
     `age` is in seconds. `had_stale_snapshot`: before the fetch, the cache had a snapshot that was too old to
     serve. `failure`: the stale snapshot is served instead of this error (stale-if-error). `fetch`: the result
@@ -61,7 +61,7 @@ class CacheResult(NamedTuple):
 
 
 class FetchFailure(NamedTuple):
-    """The failure of one caller's query. The fields are those of `CacheResult`."""
+    """A failure as the result of one caller's lookup. The fields are those of `CacheResult`."""
 
     key: TaskKey
     failure: GatewayError

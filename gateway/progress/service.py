@@ -1,17 +1,17 @@
 """The progress service: answers callers from the store, or from the upstream through single flight.
 
-    fresh snapshot                  -> answer at once
-    stale-while-revalidate          -> answer at once, and start one background refresh
-    else                            -> all callers wait for one in-flight request to the upstream
-    the request fails               -> stale-if-error: a snapshot that is young enough, else the failure
-    the rate limiter queues it      -> stale-if-error at once, and it stays queued without callers; else wait
-    all callers have left           -> a queued request that nothing else needs is dropped
-    a fresh snapshot is read twice  -> refresh-ahead: it is replaced when it becomes stale
+    fresh snapshot                       -> answer at once
+    stale, within stale-while-revalidate -> answer at once, and start one in-flight request in the background
+    else                                 -> all callers wait for one in-flight request
+    its query fails                      -> stale-if-error: a snapshot that is young enough, else the failure
+    the rate limiter queues its query    -> stale-if-error at once, and the query stays queued; else wait
+    all callers leave the queued query   -> it is dropped, unless the gateway itself needs the response
+    a fresh snapshot is read twice       -> refresh-ahead: its refresh ends about when it becomes stale
 
-`fetching.py` makes the in-flight requests. A request counts as queued if it must wait for at least
-`MIN_REPORTED_WAIT_SECONDS` (`rate_limiter.py`). While the upstream responds and the rate limiter does not
-queue the request, no caller receives a snapshot older than its lifetime +
-`cache.stale_while_revalidate_seconds`.
+An in-flight request is the query for a task with the steps before and after it (`fetching.py`). A query
+counts as queued from the first call of its `on_queued` (`RateLimiter.acquire`): a very short wait does not
+count. While the upstream responds and no query for the task is queued, no caller receives a snapshot older
+than its lifetime + `cache.stale_while_revalidate_seconds`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gateway.progress.fetching import Fetcher, queued_future_of
 from gateway.progress.in_flight import InFlightRequests
 from gateway.progress.refresh_ahead import RefreshAhead
 from gateway.progress.results import CacheResult, CacheStatus, FetchFailure, FetchResult
-from gateway.settings.model import Cache
+from gateway.settings.model import Cache as CacheSettings
 from gateway.stores.base import CacheEntry, Requirement, Store
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import NoTracing, Tracing
@@ -44,13 +44,13 @@ _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes
 class ProgressService:
     """Returns snapshots to callers, and to the refresh schedules of watched tasks.
 
-    `timeout_seconds`: limit of an in-flight request: the wait for another replica's lease and the query
-    together. `clock` is the monotonic clock of `Snapshot.fetched_at`.
+    `settings` is the section `cache` of the settings. `timeout_seconds` limits an in-flight request: the wait
+    for another replica's lease and the query together. `clock` is the clock of `Snapshot.fetched_at`.
     """
 
     def __init__(
         self,
-        cache: Cache,
+        settings: CacheSettings,
         *,
         store: Store,
         upstream: UpstreamClient,
@@ -60,12 +60,12 @@ class ProgressService:
         tracing: Tracing | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._cache = cache
+        self._settings = settings
         self._store = store
         self._clock = clock
         self._refresh_ahead = RefreshAhead(self._refresh)
         fetcher = Fetcher(
-            cache,
+            settings,
             store=store,
             upstream=upstream,
             metrics=metrics,
@@ -123,7 +123,7 @@ class ProgressService:
         if age < snapshot.lifetime:
             self._record_hit(entry, age)
             return True
-        if age >= snapshot.lifetime + self._cache.stale_while_revalidate_seconds:
+        if age >= snapshot.lifetime + self._settings.stale_while_revalidate_seconds:
             return False
         self._lookup_counters[snapshot.key.operation, CacheStatus.STALE]()
         self._record_age(snapshot, age)
@@ -135,8 +135,9 @@ class ProgressService:
         """Return a result from the store or the upstream, or the failure if stale-if-error does not apply.
 
         `client` identifies the client in the fair queue of the rate limiter. `seen_revision`: the client has
-        received the body with this revision, and must not receive an older one unless it is terminal. When a
-        caller is cancelled, an upstream query without other callers is dropped, unless it is on the wire.
+        received the body with this revision, and must not receive an older one unless it is terminal. If this
+        coroutine is cancelled, it leaves the in-flight request. A query that has lost its last caller is
+        dropped, unless a call is on the wire or the gateway itself needs the response.
         """
         result = self.lookup(key, seen_revision)
         if result is None and await self._store.catch_up():
@@ -159,8 +160,8 @@ class ProgressService:
         """Return the snapshot if it is fresh, else the outcome of an in-flight request. Schedules call this.
 
         The outcome may be a failure, or a stale snapshot with the failure (stale-if-error). Count no lookup,
-        and wait even while the rate limiter queues the request. `client`: as in `get`; None if the
-        result is only for subscribers, which have been added with `add_subscriber`.
+        and wait even while the rate limiter queues the query. `client`: as in `get`; None if the result is
+        only for subscribers, which `add_subscriber` has already counted.
         """
         entry = self._store.peek(key)
         if entry is None and await self._store.catch_up():
@@ -191,11 +192,11 @@ class ProgressService:
         await self._store.catch_up()
 
     def add_subscriber(self, key: TaskKey, client: bytes) -> None:
-        """Count a client as waiting for every request for the task, until `remove_subscriber`."""
+        """Count a client as a caller of each in-flight request for the task, until `remove_subscriber`."""
         self._in_flight.add_waiter(key, client)
 
     def remove_subscriber(self, key: TaskKey, client: bytes) -> None:
-        """Remove a subscriber that was added."""
+        """Undo one `add_subscriber` with the same arguments."""
         self._in_flight.remove_waiter(key, client)
 
     async def aclose(self) -> None:
@@ -214,7 +215,7 @@ class ProgressService:
             self._ages[operation](age)
 
     def _stale_result(self, snapshot: Snapshot, age: float) -> CacheResult | None:
-        """Return a result with a stale snapshot, or None if it is too old.
+        """Return a result with a stale snapshot, or None if the snapshot is too old.
 
         The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. With a cached failure of the
         task, the maximum age is `cache.stale_if_error_seconds`, which may be shorter, and the result has the
@@ -222,9 +223,9 @@ class ProgressService:
         """
         failure = self._store.cached_failure(snapshot.key)
         if failure is None:
-            too_old = age >= snapshot.lifetime + self._cache.stale_while_revalidate_seconds
+            too_old = age >= snapshot.lifetime + self._settings.stale_while_revalidate_seconds
         else:
-            too_old = age > self._cache.stale_if_error_seconds
+            too_old = age > self._settings.stale_if_error_seconds
         return None if too_old else CacheResult(snapshot, age, CacheStatus.STALE, failure=failure)
 
     def _refresh(self, key: TaskKey, version: int) -> None:
@@ -237,9 +238,9 @@ class ProgressService:
     async def _wait(
         self, key: TaskKey, client: bytes | None, *, wait_while_queued: bool = False, seen_revision: int = 0
     ) -> CacheResult | FetchFailure:
-        """Wait for the in-flight request, or start one; with a cached failure, make no request.
+        """Wait for the in-flight request, or start one; with a cached failure, start none.
 
-        `wait_while_queued`: wait even while the rate limiter queues the request.
+        `wait_while_queued`: wait even while the rate limiter queues the query.
         """
         failure = self._store.cached_failure(key)
         if failure is not None:
@@ -257,7 +258,7 @@ class ProgressService:
                 fetched = fetch.outcome
                 if isinstance(fetched, GatewayError) or fetched.is_at_least(seen_revision):
                     break
-                # The request had started without this caller's `seen_revision`: try again.
+                # The in-flight request had started before this caller, without its `seen_revision`.
         finally:
             if client is not None:
                 self._in_flight.remove_waiter(key, client)
@@ -272,7 +273,7 @@ class ProgressService:
     ) -> FetchResult:
         """Wait for the in-flight request, or start one.
 
-        Without `wait_while_queued`, return an error as soon as the rate limiter queues the request.
+        Without `wait_while_queued`, return an error as soon as the rate limiter queues the query.
         """
         request = self._in_flight.start(key, requirement=Requirement(seen_revision=seen_revision))
         if wait_while_queued:
@@ -284,7 +285,7 @@ class ProgressService:
         await asyncio.wait((request, queued), return_when=asyncio.FIRST_COMPLETED)
         if request.done():
             return request.result()
-        demand.keep_without_callers = True  # the request stays in the queue
+        demand.keep_without_callers = True  # the query stays in the queue
         return FetchResult(queued.result())
 
     def _stale_if_error(
@@ -308,7 +309,7 @@ class ProgressService:
         if snapshot.terminal:
             return
         self._ages[snapshot.key.operation](age)
-        if age >= snapshot.lifetime + self._cache.stale_while_revalidate_seconds:
+        if age >= snapshot.lifetime + self._settings.stale_while_revalidate_seconds:
             self._overdue[snapshot.key.operation]()
 
     def _within_stale_if_error(self, snapshot: Snapshot | None, seen_revision: int) -> bool:
@@ -316,5 +317,5 @@ class ProgressService:
         return (
             snapshot is not None
             and snapshot.is_at_least(seen_revision)
-            and self._clock() - snapshot.fetched_at <= self._cache.stale_if_error_seconds
+            and self._clock() - snapshot.fetched_at <= self._settings.stale_if_error_seconds
         )

@@ -1,8 +1,10 @@
 """The transport of a client connection: it writes with backpressure, and closes the connection.
 
-write -> write buffer -> client
-         the buffer is full -> `write_paused`, and the client must read within `stall_seconds`
-close -> send the rest of the write buffer -> read and drop input for a while -> closed
+    write -> write buffer -> client
+             the buffer is full -> `write_paused`; the client must read something within `stall_seconds`
+    close -> send the rest of the write buffer -> read and drop input for a while -> closed
+
+`Connection` is the subclass that reads.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ _LENGTH = re.compile(rb"[0-9]{1,19}")
 # RFC 9112, 7.1: a size, and extensions, which are ignored.
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
 _LONGEST_SIZE = 17  # bytes of a line that has a size only
-# Each chunk takes time. So a chunk smaller than this counts as overhead with the difference, in bytes.
+# A small chunk takes as much CPU time as a larger one. So the bytes by which a chunk is smaller than this
+# count as overhead.
 _SMALL_CHUNK = 16
 _TRAILERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n)+")
 

@@ -1,9 +1,9 @@
 """The state of a graceful shutdown, which the server begins when a signal asks it to stop.
 
-uvicorn closes its listeners first and then waits for open connections. It does not notify the application. So
-`run.py` sets the event `begun` before: /readyz then fails, and streams end. uvicorn's shutdown follows
-`HANDOVER_SECONDS` later. During this time, the gateway still answers requests, and load balancers see that it
-is not ready.
+uvicorn's shutdown closes the listeners first and then waits for open connections. It does not notify the
+application. So `run.py` first sets the event `begun`: /readyz then fails, and streams end. uvicorn's shutdown
+follows `HANDOVER_SECONDS` later. During this time, the gateway still answers requests, and load balancers see
+that it is not ready and hand its clients over to other replicas.
 """
 
 from __future__ import annotations

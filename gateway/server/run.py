@@ -174,7 +174,7 @@ class _Server(uvicorn.Server):
         self._signalled = asyncio.Event()
         self.interrupted = False  # SIGINT was the first signal
         self._stopping = self._handed_over = False
-        self._adopting: set[asyncio.Task[None]] = set()
+        self._accepting: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to serve, also on the second listener."""
@@ -189,7 +189,7 @@ class _Server(uvicorn.Server):
     async def main_loop(self) -> None:
         """Call `on_tick` each second until a signal arrives, then begin the shutdown.
 
-        With 0, `on_tick` updates uvicorn's Date header.
+        Each call of `on_tick` with 0 also updates uvicorn's Date header.
         """
         self._loop = asyncio.get_running_loop()
         notify("READY=1")
@@ -219,8 +219,8 @@ class _Server(uvicorn.Server):
             with suppress(OSError):  # no more connections, or no more descriptors
                 while True:
                     task = loop.create_task(self._serve_last_request(listener.accept()[0]))
-                    self._adopting.add(task)
-                    task.add_done_callback(self._adopting.discard)
+                    self._accepting.add(task)
+                    task.add_done_callback(self._accepting.discard)
 
     async def _serve_last_request(self, connection: socket.socket) -> None:
         protocol: Any = self.config.http_protocol_class
@@ -246,7 +246,7 @@ class _Server(uvicorn.Server):
         return nullcontext()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Stop. Later signals change nothing, except SIGINT after the handover: it cancels open requests."""
+        """Stop. Later signals change nothing, except SIGINT after `HANDOVER_SECONDS`: it cancels requests."""
         if self._handed_over and sig == signal.SIGINT:
             self._call(self._cancel_requests)
         self.interrupted = self.interrupted or (sig == signal.SIGINT and not self._stopping)

@@ -21,7 +21,9 @@ INTERRUPTED = _SIGNALLED + signal.SIGINT
 
 
 def exit_during_start() -> None:
-    """Make a stop exit while modules are imported and the settings are loaded. See `_stop_status`.
+    """Let a stop signal end the process at once, while modules are imported and the settings are loaded.
+
+    The exit status is that of `_stop_status`.
 
     `os._exit` is safe here: there is nothing to close yet. An exception could be lost, because Python only
     prints an exception that a handler raises within a finalizer or a weak reference's callback.
@@ -33,13 +35,16 @@ def exit_during_start() -> None:
 
 
 def exit_cleanly() -> None:
-    """Make a stop raise SystemExit, so that what is already started is closed. See `_stop_status`."""
+    """Let a stop signal raise SystemExit, so that what is already started is closed. See `_stop_status`."""
     for number in STOP:
         signal.signal(number, _stop)
 
 
 def exit_during_imports() -> None:
-    """Make a stop exit without a traceback, with a shell's status, while a command's modules are imported."""
+    """Let a stop signal end the process without a traceback, while a command's modules are imported.
+
+    The exit status is the one that a shell reports for a process that the signal has ended.
+    """
     for number in STOP:
         signal.signal(number, lambda number, _: os._exit(_SIGNALLED + number))
 

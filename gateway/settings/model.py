@@ -1,33 +1,23 @@
 """The settings: names, defaults and bounds. Durations are in seconds.
 
-Each section is a model of its own. `loading.py` reads them; `error_messages.py` words pydantic's errors.
-A validator of a section raises ValueError with the key, a colon and the text of the message.
+Each section is a model of its own; `store_section.py` has the section `store`. `loading.py` reads the
+sections, and `error_messages.py` words pydantic's errors. A validator of a section raises ValueError with the
+key, a colon and the text of the message.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from pathlib import Path
-from typing import Annotated, Any, Literal
-from urllib.parse import SplitResult, unquote, urlsplit
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from gateway.domain.printable import printable
 from gateway.domain.task import Operation, Status
-from gateway.settings.secret_files import read_secret
-from gateway.settings.secret_text import clean_setting
+from gateway.settings.section import Section
+from gateway.settings.store_section import Store
 from gateway.settings.value_types import (
     AddressHeader,
     Count,
@@ -51,29 +41,14 @@ class SettingsError(Exception):
         super().__init__("\n".join(self.mistakes))
 
 
-VALKEY_PORT, SENTINEL_PORT = 6379, 26379
 LOOPBACK_NAMES = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 _URL_PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/-]*")  # RFC 3986, 3.3, without escapes
 _MAX_SOCKET_PATH_BYTES = 107  # Linux, unix(7): 108 bytes with the final zero
 DIRECT = "direct"  # a value of upstream.proxy
 _PROXY_SCHEMES = {"http", "https", "socks5", "socks5h"}
-_STORE_SCHEMES = {"valkey", "valkeys", "redis", "rediss"}
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-    @field_validator("*", mode="wrap")
-    @classmethod
-    def _clean(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[str(info.field_name)].annotation
-        # pydantic would convert true to 1.
-        if isinstance(value, bool) and annotation in {int, float}:
-            raise PydanticCustomError("number", "must be a number")
-        return clean_setting(value, handler, is_secret=annotation is SecretStr)
-
-
-class Server(_Section):
+class Server(Section):
     """`server.*`: the listening socket, HTTP limits and shutdown."""
 
     # Not empty: a socket would listen on every address, and an empty variable is likely an oversight.
@@ -147,8 +122,8 @@ class Server(_Section):
         return [*LOOPBACK_NAMES, self.host] if is_loopback(self.host) else ["*"]
 
 
-class Upstream(_Section):
-    """`upstream.*`: the vendor API, and the limits of the requests to it."""
+class Upstream(Section):
+    """`upstream.*`: the vendor API, and the limits of the calls to it."""
 
     endpoint: str = "https://openai.edu-aliyun.com"
     allow_insecure: bool = False
@@ -208,7 +183,7 @@ class Upstream(_Section):
         return self
 
 
-class Credentials(_Section):
+class Credentials(Section):
     """`credentials.*`: the active key pair and the next one, as values or as files."""
 
     access_key: SecretStr = SecretStr("")
@@ -228,7 +203,7 @@ class Credentials(_Section):
         return self
 
 
-class Cache(_Section):
+class Cache(Section):
     """`cache.*`: size of the cache, and lifetimes of its entries."""
 
     max_tasks: Count = 10_000
@@ -254,7 +229,7 @@ class Cache(_Section):
         }
 
 
-class Watch(_Section):
+class Watch(Section):
     """`watch.*`: event streams and long polls."""
 
     max_watchers: Count = 20_000
@@ -263,7 +238,7 @@ class Watch(_Section):
     unknown_task_seconds: NotNegative = 30.0
 
 
-class Limits(_Section):
+class Limits(Section):
     """`limits.*`: limits per request and per client; 0 disables a limit per client."""
 
     max_tasks_per_request: Annotated[int, Field(ge=1, le=10_000)] = 100
@@ -272,100 +247,14 @@ class Limits(_Section):
     subscriptions_per_client: Annotated[int, Field(ge=0, le=10_000_000)] = 0
 
 
-class Store(_Section):
-    """`store.*`: the Valkey or Redis server that replicas share, if any."""
-
-    url: SecretStr = SecretStr("")
-    username_file: File = None
-    password_file: File = None
-    ca_file: File = None
-    client_cert_file: File = None
-    client_key_file: File = None
-    sentinel_service: str = ""
-    sentinel_username_file: File = None
-    sentinel_password_file: File = None
-    cluster: bool = False
-    key_prefix: Annotated[
-        str,
-        Field(pattern=r"^[A-Za-z0-9:._-]{1,64}$", description="1 to 64 letters, digits, :, ., _ and -"),
-    ] = "sd-gateway"
-    timeout_seconds: Annotated[float, Field(gt=0, le=1)] = 0.05
-
-    @model_validator(mode="after")
-    def _url(self) -> Store:
-        if not self.url.get_secret_value():
-            return self
-        try:
-            parts, hosts = self._parts, self.hosts
-        except ValueError:  # an incomplete IPv6 address, or a port that is not a number
-            parts, hosts = urlsplit(""), []
-        well_formed = parts.scheme in _STORE_SCHEMES and all(host for host, _ in hosts)
-        if not well_formed or parts.query or parts.fragment:
-            raise ValueError("url: must be valkey://, valkeys://, redis:// or rediss:// and a host")
-        if not re.fullmatch(r"(/[0-9]{0,5})?", parts.path) or (self.cluster and self.database):
-            raise ValueError("url: the path must be empty or a database number; clusters have only 0")
-        if self.cluster and self.sentinel_service:
-            raise ValueError("cluster: cannot be combined with store.sentinel_service")
-        if len(hosts) > 1 and not (self.cluster or self.sentinel_service):
-            raise ValueError("url: several hosts require store.cluster or store.sentinel_service")
-        return self
-
-    @model_validator(mode="after")
-    def _client_certificate(self) -> Store:
-        if self.client_cert_file and not self.client_key_file:
-            raise ValueError("client_cert_file: needs store.client_key_file")
-        if self.client_key_file and not self.client_cert_file:
-            raise ValueError("client_key_file: needs store.client_cert_file")
-        return self
-
-    @property
-    def _parts(self) -> SplitResult:
-        return urlsplit(self.url.get_secret_value())
-
-    @property
-    def hosts(self) -> list[tuple[str, int]]:
-        """Host and port of the server, of the cluster's seed nodes, or of the Sentinels."""
-        default = SENTINEL_PORT if self.sentinel_service else VALKEY_PORT
-        hosts = [urlsplit(f"//{host}") for host in self._parts.netloc.rpartition("@")[2].split(",")]
-        return [(host.hostname or "", host.port or default) for host in hosts]
-
-    @property
-    def tls(self) -> bool:
-        """Whether connections use TLS; the server's certificate is verified."""
-        return self._parts.scheme in {"valkeys", "rediss"}
-
-    @property
-    def database(self) -> int:
-        """The database number."""
-        return int(self._parts.path.removeprefix("/") or 0)
-
-    def login(self) -> tuple[str | None, str | None]:
-        """Return user name and password; the files are read at each call.
-
-        Raises:
-            OSError: A file cannot be read.
-            ValueError: A file is not a regular file or too large, or has no valid secret.
-        """
-        user, _, password = map(unquote, self._parts.netloc.rpartition("@")[0].partition(":"))
-        return _read_file(self.username_file) or user or None, _read_file(
-            self.password_file
-        ) or password or None
-
-    def sentinel_login(self) -> tuple[str | None, str | None]:
-        """Return user name and password for the Sentinels. Raises as `login` does."""
-        return _read_file(self.sentinel_username_file) or None, _read_file(
-            self.sentinel_password_file
-        ) or None
-
-
-class Log(_Section):
+class Log(Section):
     """`log.*`: level and format of the log."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["json", "console"] = "json"
 
 
-class Settings(_Section):
+class Settings(Section):
     """All settings, validated."""
 
     server: Server = Server()
@@ -376,10 +265,6 @@ class Settings(_Section):
     limits: Limits = Limits()
     store: Store = Store()
     log: Log = Log()
-
-
-def _read_file(file: Path | None) -> str:
-    return "" if file is None else read_secret(file).text
 
 
 def is_proxy_url(text: str) -> bool:

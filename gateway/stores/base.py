@@ -6,8 +6,8 @@
                                              -> store_failure   a failure of this task
                                              -> release_lease   no result
 
-Each of these three ends the lease. `release_lease_early` ends it before the query: the replica that holds the
-lease continues its query, and another replica can make one, too.
+Each of these three ends the lease. `release_lease_early` ends it while the query still runs, so that another
+replica can query the upstream, too.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ ANY_FRESH = Requirement()
 class Lease(NamedTuple):
     """The exclusive right, among all replicas, to query the upstream about a task.
 
-    `version` is a fencing token: the version of the snapshot that the holder commits. `token` identifies the
-    holder; it is empty for a lease that exists in this process only.
+    `version` is a fencing token: the version of the snapshot that the holder commits (see `Snapshot`).
+    `token` identifies the holder; it is empty for a lease that exists in this process only.
     """
 
     key: TaskKey
@@ -78,8 +78,8 @@ class Store(Protocol):
     """Keeps the latest snapshot of each task, and for a short time the failures to fetch one.
 
     `peek`, `is_current`, `last_known` and `cached_failure` read this process's memory and never wait. Methods
-    with `async` may query a server. They do not raise an exception if it is unavailable: each replica then
-    works with its own memory. Open a store with `async with`.
+    with `async` may send commands to a server. They do not raise an exception if it is unavailable: each
+    replica then works with its own memory. Open a store with `async with`.
     """
 
     @property
@@ -164,10 +164,9 @@ class Store(Protocol):
         ...
 
     def release_lease_early(self, lease: Lease) -> None:
-        """End the lease after a failed attempt, although this replica continues its query.
+        """End the lease before a retry: another replica may reach the upstream although this one cannot.
 
-        So another replica can query the upstream. This replica still calls `commit`, `store_failure` or
-        `release_lease` at the end of its query.
+        This replica still calls `commit`, `store_failure` or `release_lease` at the end of its query.
         """
         ...
 

@@ -1,8 +1,9 @@
 """The store of a single process: two LRU caches with a common limit in bytes.
 
 A snapshot is kept after it has become stale, for three reasons. It can be served when the upstream fails
-(stale-if-error). It has the highest progress of a running task, which must not fall. And it shows that a task
-has ended. Use the store on the event-loop thread only: cachetools takes no locks.
+(stale-if-error). It has the highest progress of a running task, below which the next snapshot must not fall.
+And it shows that a task has ended. Use the store on the thread of the event loop only: cachetools takes no
+locks.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from gateway.domain.task import TaskKey
 from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
 
 # How long the latest progress snapshot of a task is kept after it has become stale. Within this hour, clients
-# never see progress that falls, or a finished task that runs again, unless the snapshot is evicted.
-MEMORY_SECONDS = 3600.0
+# see neither progress that falls nor a finished task that runs again, unless the snapshot is evicted.
+REMEMBER_SECONDS = 3600.0
 
 # Memory of an entry besides its bodies: objects, keys and cache slots, rounded up (measured with tracemalloc
 # under Python 3.11: 0.7 KB for a snapshot, 0.9 KB for a failure).
@@ -139,7 +140,7 @@ class MemoryStore:
 
     def cached_failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.cached_failure`."""
-        if self._clock() >= self._failures_until:  # the common case, at a tenth of the cost
+        if self._clock() >= self._failures_until:  # the common case; takes a tenth of the time of a lookup
             return None
         failure = self._failures.get(key)
         return None if failure is None else failure[0]
@@ -151,7 +152,7 @@ class MemoryStore:
     async def acquire(
         self, key: TaskKey, requirement: Requirement = ANY_FRESH, *, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:
-        """See `Store.acquire`: the lease is always available, since a task has one in-flight request."""
+        """See `Store.acquire`: the lease is always free, because a task has one in-flight request."""
         snapshot = self.last_known(key)
         if snapshot is not None and snapshot.fresh(self._clock()) and requirement.is_met_by(snapshot):
             return snapshot
@@ -234,7 +235,7 @@ class MemoryStore:
         """Return how long a snapshot is kept after it was fetched, in seconds."""
         if snapshot.key.operation.is_result:  # it may have a megabyte, and has no progress to remember
             return snapshot.lifetime + self._stale_seconds
-        return snapshot.lifetime + max(self._stale_seconds, MEMORY_SECONDS)
+        return snapshot.lifetime + max(self._stale_seconds, REMEMBER_SECONDS)
 
     def __len__(self) -> int:
         """See `Store.__len__`."""

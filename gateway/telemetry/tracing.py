@@ -2,7 +2,7 @@
 
     request (server)   in the caller's trace or a new one; linked to the in-flight requests that it waited for
     flight             one in-flight request, in a trace of its own, because it serves many callers
-      call (client)    one request to the upstream, with its number and outcome
+      call (client)    one HTTP request to the upstream, with its number and outcome
 
 `opentelemetry.py` creates real spans. It needs optional packages, so nothing of it is imported here.
 """
@@ -42,7 +42,7 @@ class Tracing(Protocol):
         ...
 
     def call_span(self, key: TaskKey, *, number: int) -> AbstractContextManager[SpanRecord]:
-        """Return the span of one request to the upstream; `number` counts the requests of a query from 0."""
+        """Return the span of one call; `number` is its number within its query, from 0."""
         ...
 
     async def aclose(self) -> None:

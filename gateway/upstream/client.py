@@ -3,10 +3,11 @@
     circuit breaker -> end of a credential probe -> permit of the rate limiter -> concurrency slot -> call
     the call fails  -> retry, from the start, while the deadline and the retry policy allow it
 
-A query may need several calls. It runs in the asyncio task of an in-flight request, not in that of a caller.
-This module enforces the concurrency limit, `upstream.max_in_flight`. A call keeps its slot while the upstream
-works on it, even after the deadline of the query. A call is not made if its response is not wanted any more
-(`demand.py`), or if less time is left than the upstream usually takes.
+A query may need several calls: retries, and repeats after a clock correction or with another key pair. It
+runs in the asyncio task of an in-flight request, not in that of a caller. This module enforces the
+concurrency limit, `upstream.max_in_flight`. A call keeps its slot while the upstream works on it, even after
+the deadline of the query. A call is not made if its response is not wanted any more (`demand.py`), or if less
+time is left than the upstream usually takes. A deadline is a moment on the clock of the event loop.
 """
 
 from __future__ import annotations
@@ -61,8 +62,7 @@ class _Query:
     """A running query.
 
     `make_timeout_error` returns the error that is raised if the deadline passes. It depends on what the query
-    waits for now. `call_numbers` counts the calls from 0. An attempt has more than one call if the clock was
-    corrected, or if other key pairs are tried.
+    waits for now. `call_numbers` numbers all calls of the query from 0.
     """
 
     key: TaskKey
@@ -79,11 +79,11 @@ class _PermitRevoked(Exception):
 
 
 class _ConcurrencySlot:
-    """The concurrency slot of a call: a permit of `semaphore`, which was acquired before.
+    """The concurrency slot of a call, for which `semaphore` was acquired before.
 
-    Usually the slot is released when the query has parsed the response. If the query is cancelled, the slot
-    is released at the end of the call: when its response has arrived, or
-    `upstream.attempt_timeout_seconds` has passed.
+    Usually the slot is released when the query has parsed the response. If the query is cancelled before, the
+    slot is released at the end of the call: when its response has arrived, or after
+    `upstream.attempt_timeout_seconds`.
     """
 
     __slots__ = ("_cancelled", "_ended", "_semaphore")
@@ -141,7 +141,7 @@ class UpstreamClient:
         self._breakers = {operation: self._make_breaker(operation) for operation in Operation}
         # The series start at 0: `rate()` does not see an increase from an absent series to 1.
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
-        # Half the timeout of an attempt. A working upstream is expected to respond within this time, so:
+        # Half the timeout of a call. A working upstream is expected to respond within this time, so:
         # 1. The circuit breaker counts a cancelled call as a failure only if it ran for at least this time.
         # 2. A query does not wait for a permit that would leave it less time than this.
         self._response_allowance_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
@@ -198,9 +198,9 @@ class UpstreamClient:
             async with asyncio.timeout_at(deadline):
                 while True:
                     try:
-                        return await self._attempt(query)
+                        return await self._query_once(query)
                     except (RateLimiterExhausted, Overloaded, CircuitOpen) as exc:
-                        # This attempt made no call. The error of an earlier attempt is more informative.
+                        # No call was made this time. The error of an earlier call is more informative.
                         raise copy(failure or exc) from None
                     except UpstreamError as exc:
                         if isinstance(exc, UpstreamThrottled):
@@ -221,7 +221,8 @@ class UpstreamClient:
                 self._abandoned[key.operation].inc()
             raise
 
-    async def _attempt(self, query: _Query) -> ParsedResponse:
+    async def _query_once(self, query: _Query) -> ParsedResponse:
+        """Take the steps of the module's diagram once, without retries."""
         operation = query.key.operation
         while True:
             self._breakers[operation].check()  # an open circuit fails the query before it waits for anything
@@ -231,7 +232,7 @@ class UpstreamClient:
             # The permit is acquired before the slot: a query that waits for a permit must not hold a slot.
             with await self._rate_limiter.acquire(
                 is_refresh=query.is_refresh,
-                timeout_seconds=self._seconds_left_to_queue(query),
+                timeout_seconds=self._max_queue_seconds(query),
                 on_queued=query.on_queued,
                 demand=query.demand,
             ) as permit:
@@ -243,8 +244,8 @@ class UpstreamClient:
                 except _PermitRevoked:
                     continue
 
-    def _seconds_left_to_queue(self, query: _Query) -> float:
-        """Return how long a query may stay in the queue and still have enough time for a response."""
+    def _max_queue_seconds(self, query: _Query) -> float:
+        """Return how long a query may wait for a permit and still have enough time for a response."""
         needed = max(self._response_allowance_seconds, self._latency_seconds[query.key.operation])
         return query.deadline - needed - asyncio.get_running_loop().time()
 
@@ -256,8 +257,8 @@ class UpstreamClient:
             return await self._call(query, permit, pair)
         except TimestampRefused as exc:
             # The first refusal corrects the clock. All other calls in flight are refused, too. Each of them
-            # is signed again and repeated once. The repeats do not use the retry budget, which would not be
-            # enough for all of them. The retry metric counts them.
+            # is signed again and repeated once. The retry budget would not be enough for all these repeats,
+            # so they do not use it. The retry metric counts them.
             if self._signed_requests.clock_offset == offset:
                 raise
             self._metrics.upstream_retries.labels(query.key.operation, exc.code).inc()

@@ -4,7 +4,8 @@
     the last caller leaves -> a queued query is dropped, unless the gateway itself needs the response
                            -> a query on the wire is completed
 
-A client is identified by its address; b"" stands for an unknown client.
+A client is identified by its address; b"" stands for an unknown client. In this module, a *request* is an
+in-flight request (`progress/in_flight.py`).
 """
 
 from __future__ import annotations

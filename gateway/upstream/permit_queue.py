@@ -1,6 +1,6 @@
 """The queries that wait for a permit of the rate limiter, and the order in which they get one.
 
-    refreshes       first in, first out
+    refreshes      first in, first out
     first queries  round robin over clients (`fair_queue.py`)
 
 A query is a *refresh* if an older snapshot of its task is known, and a *first query* otherwise. The two
@@ -24,20 +24,21 @@ from gateway.upstream.fair_queue import FairQueue
 class QueuedQuery:
     """A query that waits for a permit. As a `QueueEntry` it reacts to clients only if it is a first query.
 
-    The result of `future` is 0.0 when the query gets a permit. If the permit would come after `deadline`, the
-    result is the `retry_after` of the error, in seconds.
+    `expires_at` is a moment on the clock of the rate limiter, in seconds. The result of `future` is 0.0 when
+    the query gets a permit. If the permit would come after `expires_at`, the result is the `retry_after` of
+    the error, in seconds.
     """
 
-    __slots__ = ("_fair_queue", "deadline", "future", "on_queued")
+    __slots__ = ("_fair_queue", "expires_at", "future", "on_queued")
 
     def __init__(
         self,
-        deadline: float,
+        expires_at: float,
         on_queued: Callable[[float], None],
         fair_queue: FairQueue[QueuedQuery] | None,
     ) -> None:
         self.future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
-        self.deadline = deadline
+        self.expires_at = expires_at
         self.on_queued = on_queued
         self._fair_queue = fair_queue  # None for a refresh
 
@@ -95,14 +96,14 @@ class PermitQueue:
         return self._first_queries.client_with_shortest_queue(clients)
 
     def add(
-        self, *, is_refresh: bool, client: bytes, deadline: float, on_queued: Callable[[float], None]
+        self, *, is_refresh: bool, client: bytes, expires_at: float, on_queued: Callable[[float], None]
     ) -> QueuedQuery:
         """Queue a query, and return its entry. A first query is queued for `client`."""
         if is_refresh:
-            query = QueuedQuery(deadline, on_queued, None)
+            query = QueuedQuery(expires_at, on_queued, None)
             self._refreshes[query] = None
         else:
-            query = QueuedQuery(deadline, on_queued, self._first_queries)
+            query = QueuedQuery(expires_at, on_queued, self._first_queries)
             self._first_queries.add(query, client)
         return query
 
@@ -111,7 +112,7 @@ class PermitQueue:
         self._refreshes.pop(query, None)
         self._first_queries.discard(query)
 
-    def next_kinds(self) -> tuple[bool, bool]:
+    def service_order(self) -> tuple[bool, bool]:
         """Return the values of `is_refresh` in the order in which the queues are served next."""
         return self._refresh_next, not self._refresh_next
 

@@ -1,8 +1,8 @@
 """The rate limiter: issues a permit for each upstream call. One limit applies to all operations and tasks.
 
-    acquire -> a token is available and no query is queued -> permit
-            -> the token would come after the deadline     -> RateLimiterExhausted, at once
-            -> else wait in the queue (`permit_queue.py`)  -> permit
+    acquire -> a token is available and no query is queued  -> permit
+            -> the expected wait is longer than the timeout -> RateLimiterExhausted, at once
+            -> else wait in the queue (`permit_queue.py`)   -> permit
 
 It is a token bucket. `AdaptiveLimit` sets its rate from the settings and from throttling responses. A timer
 runs until the next token is available, and then serves the queue. Use the limiter on the event loop's thread
@@ -25,11 +25,11 @@ from gateway.upstream.demand import Demand
 from gateway.upstream.permit_queue import PermitQueue, QueuedQuery
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
-# Shortest expected wait that `on_queued` reports. The progress service then serves a stale snapshot at once,
-# if there is one.
+# Shortest expected wait that `acquire` reports to `on_queued`. The progress service then serves a stale
+# snapshot at once, if there is one.
 MIN_REPORTED_WAIT_SECONDS = 0.1
-# How long after its deadline a queued query may still get a permit.
-_DEADLINE_TOLERANCE_SECONDS = 0.1
+# A queued query may still get a permit this long after its timeout.
+_TIMEOUT_TOLERANCE_SECONDS = 0.1
 
 # Size of the bucket, as the time in which it fills. With a larger bucket, an upstream that counts calls per
 # second would refuse a part of a burst. With a smaller one, queries would be queued even if a page requests
@@ -58,9 +58,9 @@ class Permit:
 
     Attributes:
         sent_at: When the call was sent; None before `mark_sent`.
-        revoked: The upstream has throttled a call since the permit was issued. If the call is not sent
-            yet, the query must acquire a new one: without a configured limit, very many permits may be
-            outstanding before the first throttling response.
+        revoked: The upstream has throttled another call since the permit was issued. If the call is not sent
+            yet, the query must acquire a new permit. Without a configured limit, a great number of queries
+            may have a permit when the first throttling response arrives. Their calls would be refused, too.
     """
 
     __slots__ = ("_clock", "_on_end", "revoked", "sent_at")
@@ -151,10 +151,10 @@ class RateLimiter:
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: The longest wait.
             on_queued: Called with the expected wait in seconds, if it is at least
-                `MIN_REPORTED_WAIT_SECONDS`. Called again, with the new expected wait, when the limit falls,
-                and after each request for shared permits.
-            demand: The clients that wait for the response. A first query is put into the queue of one of
-                them. More clients may join while it is queued.
+                `MIN_REPORTED_WAIT_SECONDS`. Also called, with any expected wait, if the query is still queued
+                when the limit falls, or after a request for shared permits.
+            demand: The clients that wait for the response; None: the gateway itself needs it. A first query
+                is put into the queue of one of the clients. More clients may join while it is queued.
 
         Raises:
             RateLimiterExhausted: The expected wait exceeds the timeout. This may also happen to a query that
@@ -171,9 +171,9 @@ class RateLimiter:
         else:
             if wait >= MIN_REPORTED_WAIT_SECONDS:
                 on_queued(wait)
-            deadline = self._clock() + timeout_seconds
+            expires_at = self._clock() + timeout_seconds
             query = self._queue.add(
-                is_refresh=is_refresh, client=client, deadline=deadline, on_queued=on_queued
+                is_refresh=is_refresh, client=client, expires_at=expires_at, on_queued=on_queued
             )
             await self._wait_in_queue(query, demand)
         permit = Permit(self._clock, self._on_permit_end)
@@ -244,15 +244,15 @@ class RateLimiter:
     def _pop_next(self) -> QueuedQuery | None:
         """Remove and return the next query that gets a permit, or None.
 
-        Queries before it whose deadline has passed are removed, too, and fail.
+        Queries before it whose timeout has passed are removed, too, and fail.
         """
-        for is_refresh in self._queue.next_kinds():
+        for is_refresh in self._queue.service_order():
             if self._shared is not None and not self._shared.has_permit(is_refresh=is_refresh):
                 continue
             while (query := self._queue.pop(is_refresh=is_refresh)) is not None:
                 if query.future.done():
                     continue  # cancelled: its asyncio task will run soon
-                if self._clock() > query.deadline + _DEADLINE_TOLERANCE_SECONDS:
+                if self._clock() > query.expires_at + _TIMEOUT_TOLERANCE_SECONDS:
                     # First queries of other clients were served before it, although they were queued later.
                     query.future.set_result(max(self._wait_behind(0), _TIMER_SECONDS))
                     continue
@@ -267,7 +267,7 @@ class RateLimiter:
     def _on_shared_grant(self) -> None:
         self._serve_queue()
         if self._queue:  # other replicas may have queued more queries, which lengthen the wait
-            self._recheck_deadlines(self._clock())
+            self._recheck_timeouts(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
         self._refill()
@@ -279,15 +279,15 @@ class RateLimiter:
         for permit in self._permits:
             permit.revoked = True
         self._tokens = min(self._tokens, 1.0)
-        self._recheck_deadlines(now)
+        self._recheck_timeouts(now)
         self._serve_queue()
 
-    def _recheck_deadlines(self, now: float) -> None:
-        """Refuse the queries that would be served after their deadline. Call `on_queued` of the others."""
+    def _recheck_timeouts(self, now: float) -> None:
+        """Refuse the queries that would be served after their timeout. Call `on_queued` of the others."""
         ahead = 0
         for query in list(self._queue):
             wait = self._wait_behind(ahead + self._queued_elsewhere(is_refresh=query.is_refresh))
-            if query.future.done() or now + wait > query.deadline:
+            if query.future.done() or now + wait > query.expires_at:
                 self._queue.discard(query)
                 if not query.future.done():
                     query.future.set_result(wait)
@@ -320,7 +320,7 @@ class RateLimiter:
         self._refilled_at = now
 
     def _remove_limit_if_idle(self) -> None:
-        # While queries are queued, the limit is still needed. It rises until the queue is empty.
+        # While queries are queued, the limit stays. It rises, and the queue becomes empty in the end.
         if not self._queue and self._limit.remove_if_unthrottled(self._clock()):
             log.info("upstream_throttling_ended")
 

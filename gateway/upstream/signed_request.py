@@ -12,8 +12,6 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Mapping
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 from functools import cache, lru_cache
 from itertools import product
 from typing import Any, NamedTuple, Self
@@ -41,6 +39,7 @@ from gateway.telemetry.redaction import Redactor
 from gateway.telemetry.tracing import NoTracing, SpanRecord, Tracing
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.egress_proxy import find_proxy
+from gateway.upstream.header_values import parse_http_date, parse_retry_after
 from gateway.upstream.loop_detection import check_response
 from gateway.upstream.open_transport import create_transport
 from gateway.upstream.signing import signed_headers
@@ -49,7 +48,6 @@ from gateway.upstream.vendor_errors import classify
 
 _OK = 200
 _LEAK_MESSAGE = "the upstream's answer contains a secret of the gateway"
-_MAX_DATE_LENGTH = 64  # characters; the longest valid form has 33
 _CLOCK_TOLERANCE_SECONDS = 2.0  # `Date` has whole seconds, and is older than the arrival of the response
 
 log = structlog.get_logger(__name__)
@@ -240,7 +238,7 @@ class SignedRequests:
                 err_code=_redacted(code or f"HTTP {response.status}", redact),
                 err_message=_redacted(message or None, redact),
             ),
-            retry_after=_parse_retry_after(response.headers.get("retry-after", ""), self._clock()),
+            retry_after=parse_retry_after(response.headers.get("retry-after", ""), self._clock()),
         )
 
     async def _send(
@@ -328,24 +326,3 @@ def _decompress(body: bytes, encoding: str, *, limit: int) -> bytes:
     if len(body) > limit:
         raise UpstreamInvalid("the upstream's answer is too large")
     return body
-
-
-def _parse_retry_after(value: str, now: float) -> float | None:
-    """Return a Retry-After header (RFC 9110, 10.2.3), a number or a date, in seconds; at most an hour."""
-    if value.isascii() and value.isdigit():
-        return min(float(value), 3600.0)
-    then = parse_http_date(value)
-    return None if then is None else min(max(then - now, 0.0), 3600.0)
-
-
-@lru_cache(maxsize=2)  # all responses within a second have the same date
-def parse_http_date(date: str) -> float | None:
-    """Return an HTTP date (RFC 9110, 5.6.7) as Unix time, or None if it is not valid."""
-    if len(date) > _MAX_DATE_LENGTH or not date.isascii() or "_" in date:  # `int` accepts digits with "_"
-        return None
-    try:
-        moment = parsedate_to_datetime(date)
-        # HTTP dates are in GMT. Python would take a date without a time zone as local time.
-        return (moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError, TypeError, IndexError):  # the numbers do not form a date
-        return None

@@ -36,8 +36,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.watch.refresher import Refresher, WatchedTask
 from gateway.watch.subscriber import Subscriber, Update
 
-# Each iteration of the event loop publishes one pending snapshot, and an eighth of all pending ones in
-# addition.
+# Each iteration of the event loop publishes one pending snapshot plus an eighth of those that are pending.
 _BACKLOG_ITERATIONS = 8
 
 
@@ -55,8 +54,9 @@ DirectDelivery = Callable[[Update, Collection[Subscriber]], Iterable[Subscriber]
 class WatchHub:
     """Holds every subscriber, and one schedule for each watched task.
 
-    `direct_delivery` is called with each update. The subscribers that it returns keep the update as unsent.
-    By default it returns all subscribers. `clock` is the clock of `Snapshot.fetched_at`.
+    The attribute `direct_delivery` is called with each update and its recipients. The subscribers that it
+    returns keep the update as unsent; by default, these are all recipients. `clock` is the clock of
+    `Snapshot.fetched_at`.
     """
 
     def __init__(
@@ -167,9 +167,9 @@ class WatchHub:
             update = latest if current is None else Update(key, current.snapshot)
             if subscriber.put(update if update.has_same_content(latest) else latest, latest):
                 return
-        # `latest` is too old to send: the upstream is slow, the schedule backs off for longer than
-        # `cache.stale_if_error_seconds`, or the task may have become known since it was rejected. One refresh
-        # serves all subscribers that join before it ends.
+        # `latest` cannot be sent. It is too old, because the upstream is slow, or because the schedule backs
+        # off for longer than `cache.stale_if_error_seconds`. Or it is a rejection, and the task may have
+        # become known since. One refresh serves all subscribers that join before it ends.
         watched.subscribers_without_latest.add(subscriber)
         self._refresher.restart(watched)
 
@@ -229,6 +229,7 @@ class WatchHub:
             else watched.subscribers
         )
         watched.latest = reduced = update.without_large_body()
+        # Their clients have seen a newer snapshot: `put` refuses this one, and they still wait.
         have_newer = [
             subscriber
             for subscriber in self.direct_delivery(update, recipients)
@@ -253,8 +254,9 @@ class WatchHub:
     def _load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
         """Return an update with the latest snapshot of the task and its body, or None.
 
-        It is None if the store has evicted the snapshot, or if the subscriber gets a newer unsent update
-        during this call. In the second case the subscriber sends the newer update.
+        It is None in three cases. The store has evicted the snapshot. The task has ended, but the store has
+        lost its terminal snapshot and has one that is not terminal. Or this call publishes a newer update,
+        which the subscriber then sends instead.
         """
         snapshot = self._last_known(reduced.key)
         self._publish_pending(reduced.key)

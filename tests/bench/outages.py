@@ -38,14 +38,14 @@ class _Outage(NamedTuple):
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Cause each failure. Raises: RuntimeError if a query failed."""
+    """Cause each failure. Raises: RuntimeError if a request failed."""
     samples: dict[str, list[Figures]] = {}
     for number in range(1, bench.rounds + 1):
         for name, outage in _OUTAGES.items():
             sys.stderr.write(f"  round {number} of {bench.rounds}: {name}\n")
             samples.setdefault(name, []).append(_measured(bench, outage))
     yield Comparison(
-        title=f"outages: {_RATE} queries a second over {REPLICAS} replicas and {_TASKS} tasks",
+        title=f"outages: {_RATE} requests a second over {REPLICAS} replicas and {_TASKS} tasks",
         samples=samples,
         baseline=next(iter(samples)),
         notes=[
@@ -55,9 +55,9 @@ def run(bench: Bench) -> Iterator[Comparison]:
         ],
     )
     if failed := [
-        name for name, rounds in samples.items() if any(one["queries that failed"] for one in rounds)
+        name for name, rounds in samples.items() if any(one["requests that failed"] for one in rounds)
     ]:
-        raise RuntimeError(f"queries failed: {', '.join(failed)}")
+        raise RuntimeError(f"requests failed: {', '.join(failed)}")
 
 
 def _measured(bench: Bench, outage: Callable[[Path], Iterator[_Outage]]) -> Figures:
@@ -82,8 +82,8 @@ async def _under_load(replicas: list[Server], outage: _Outage, seconds: float) -
     await asyncio.to_thread(outage.repair)
     again, after = await asyncio.gather(until_shared(replicas), _query(replicas, paths, seconds))
     return {
-        "queries": len(before + first + during + after),
-        "queries that failed": sum(query.status != _OK for query in before + first + during + after),
+        "requests": len(before + first + during + after),
+        "requests that failed": sum(query.status != _OK for query in before + first + during + after),
         "late before, ms": steady.percentile(before, 99) * 1000,
         "late in the first second, ms": steady.percentile(first, 99) * 1000,
         "additional delay, ms": (steady.percentile(during, 99) - steady.percentile(before, 99)) * 1000,

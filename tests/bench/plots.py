@@ -41,10 +41,10 @@ CHARTS = (
     Chart("hits: 1,000", "hits per CPU-second", "Hits per CPU-second, 1,000 tasks", "higher"),
     Chart("herd", "age, p99, s", "200 pollers: age of responses, p99, s", "lower"),
     Chart("herd", "upstream calls", "200 pollers: upstream calls", "lower"),
-    Chart("rush", "late, p99, ms", "5,000 queries a second: delay, p99, ms", "lower"),
+    Chart("rush", "late, p99, ms", "5,000 requests a second: delay, p99, ms", "lower"),
     Chart("misses", "signed upstream calls per CPU-second", "Signed upstream calls per CPU-second", "higher"),
-    Chart("watchers", "server CPU per 1,000 changes, s", "5,000 watchers: CPU s per 1,000 changes", "lower"),
-    Chart("watchers", "late, p99, ms", "5,000 watchers: delay, p99, ms", "lower"),
+    Chart("watchers", "server CPU per 1,000 changes, s", "5,000 clients: CPU s per 1,000 changes", "lower"),
+    Chart("watchers", "late, p99, ms", "5,000 clients: delay, p99, ms", "lower"),
     Chart("curve: by cached tasks", "CPU time of a hit, µs", "CPU µs per hit, by cached tasks", "lower"),
     Chart("curve: by connections", "CPU time of a hit, µs", "CPU µs per hit, by connections", "lower"),
 )

@@ -201,7 +201,7 @@ def _in_turn(bench: Bench) -> Comparison:
     if figures["responses that went back"]:
         raise RuntimeError(f"{figures['responses that went back']:g} answers were older than the one before")
     return Comparison(
-        title=f"replicas: {_CLIENTS} clients query {REPLICAS} replicas in turn for {seconds:g} s",
+        title=f"replicas: {_CLIENTS} clients send requests to {REPLICAS} replicas in turn for {seconds:g} s",
         samples={"three": [figures]},
         baseline="three",
         notes=[

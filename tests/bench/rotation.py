@@ -1,4 +1,4 @@
-"""Credential rotation at 200 queries per second: a mounted secret replaced, a next key pair promoted."""
+"""Credential rotation at 200 requests per second: a mounted secret replaced, a next key pair promoted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FILES = ("access_key", "secret_key", "next_access_key", "next_secret_key")
 _SETTINGS = {
     "CREDENTIALS__ACCESS_KEY": "",
     "CREDENTIALS__SECRET_KEY": "",
-    # Every query makes one upstream call, and no stale response replaces a failure.
+    # Every request makes one upstream call, and no stale response replaces a failure.
     "UPSTREAM__RETRIES": "0",
     "CACHE__RUNNING_SECONDS": "0",
     "CACHE__STALE_WHILE_REVALIDATE_SECONDS": "0",
@@ -36,7 +36,7 @@ def run(bench: Bench) -> Iterator[Comparison]:
     """Rotate credentials under load."""
     seconds = _LONGER * bench.seconds
     yield Comparison(
-        title=f"rotation: {_RATE} queries a second over {_TASKS} tasks, for {seconds:g} s",
+        title=f"rotation: {_RATE} requests a second over {_TASKS} tasks, for {seconds:g} s",
         samples=bench.take_turns({"gateway": partial(_measured, bench, seconds)}),
         baseline="gateway",
         notes=[
@@ -126,8 +126,8 @@ def _measured(bench: Bench, seconds: float) -> Figures:
         logs = [log.read_bytes() for log in bench.folder.rglob("*.log")]
     token = rotation.token.encode()
     return {
-        "queries": len(queries),
-        "queries that failed": sum(query.status != _OK for query in queries),
+        "requests": len(queries),
+        "requests that failed": sum(query.status != _OK for query in queries),
         **refused,
         "late, p50, ms": steady.percentile(queries, 50) * 1000,
         "late, p99, ms": steady.percentile(queries, 99) * 1000,

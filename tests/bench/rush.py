@@ -1,4 +1,4 @@
-"""5,000 queries per second for 1,000 tasks with a lifetime of 1 s, upstream latency 50 ms: delays."""
+"""5,000 requests per second for 1,000 tasks with a lifetime of 1 s, upstream latency 50 ms: delays."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(bench: Bench) -> Iterator[Comparison]:
     ):
         turns = {server.name: partial(_measured, server, seconds) for server in [*gateways, nginx.cached]}
         yield Comparison(
-            title=f"rush: {_RATE:,} queries a second for {_TASKS:,} tasks of 1 s lifetime, "
+            title=f"rush: {_RATE:,} requests a second for {_TASKS:,} tasks of 1 s lifetime, "
             f"upstream {_LATENCY_SECONDS * 1000:g} ms, for {seconds:g} s",
             samples=bench.take_turns(turns),
             baseline=nginx.cached.name,
@@ -55,6 +55,6 @@ def _measured(server: Server, seconds: float) -> Figures:
         "late, p50, ms": percent[49] * 1000,
         "late, p99, ms": percent[98] * 1000,
         "late, max, ms": max(late) * 1000,
-        "queries a second": len(late) / seconds,
+        "requests a second": len(late) / seconds,
         "server CPU used, of one core": (cpu_seconds(server.pids) - before) / seconds,
     }

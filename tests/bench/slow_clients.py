@@ -67,7 +67,7 @@ def _alone(server: Server, path: str, seconds: float) -> Figures:
         "late, p50, ms": steady.percentile(queries, 50) * 1000,
         "late, p99, ms": steady.percentile(queries, 99) * 1000,
         "late, max, ms": max(query.late for query in queries) * 1000,
-        "queries that failed": sum(query.status != _OK for query in queries),
+        "requests that failed": sum(query.status != _OK for query in queries),
         "server CPU used, of one core": (cpu_seconds(server.pids) - before) / seconds,
     }
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, 
 
 from gateway.api.problems import PROBLEMS
 from gateway.domain.errors import UpstreamRejected
-from tests.attacks.proxies import buffering_nginx
 from tests.support.harness import (
     PATIENCE_SECONDS,
     Gateway,
@@ -30,11 +28,13 @@ from tests.support.harness import (
     serving,
     until,
 )
+from tests.support.programs import installed, needs
+from tests.support.proxies import buffering_nginx
 
 ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / ".cache" / "screenshots"
 AXE = ROOT / "tests" / "sdk" / "node_modules" / "axe-core" / "axe.min.js"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = installed("chromium")
 ARGUMENTS = [
     "--no-sandbox",  # Chromium has no sandbox as root
     "--disable-gpu",
@@ -161,7 +161,7 @@ def test_scripts_import_only_each_other() -> None:
 
 # --- in a browser -----------------------------------------------------------------------------------------
 
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+in_browser = needs("chromium")
 
 
 @pytest.fixture(scope="module")
@@ -555,7 +555,6 @@ def test_page_recovers_behind_an_ingress(
 
 
 @in_browser
-@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed; .ci/run installs it")
 def test_page_works_behind_a_buffering_proxy(
     simulator: Simulator, quick: Gateway, tab: Tab, tmp_path: Path
 ) -> None:
@@ -717,7 +716,9 @@ def test_docs_report_an_unusable_document(
 
 
 @in_browser
-@pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed")
+@pytest.mark.skipif(
+    not AXE.exists(), reason="axe-core is not installed: .ci/run installs npm, and make sdk axe-core"
+)
 @pytest.mark.parametrize(
     ("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 320), ("dark", 320)]
 )

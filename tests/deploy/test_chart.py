@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import kubernetes_validate
 import pytest
 import yaml
 
@@ -21,6 +20,7 @@ from gateway.api.operator_endpoints import PROBES
 from gateway.settings.loading import load
 from gateway.settings.model import Settings
 from tests.support.harness import Gateway, Simulator
+from tests.support.programs import required
 
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "sd-progress-gateway"
@@ -40,12 +40,17 @@ each_helm = pytest.mark.parametrize("program", ["helm", "helm3"])
 each_values = pytest.mark.parametrize("values", VALUES, ids=lambda file: file.stem)
 
 
+def validate(manifest: Manifest, version: str) -> None:
+    """Check a manifest against the schema of a Kubernetes version."""
+    import kubernetes_validate  # noqa: PLC0415  # takes a second, in each test process
+
+    kubernetes_validate.validate(manifest, version, strict=True)
+
+
 def helm(*arguments: str | Path, program: str = "helm") -> subprocess.CompletedProcess[str]:
     """Run helm and return its result."""
-    found = shutil.which(program)
-    if found is None:
-        pytest.skip(f"{program} is not installed; .ci/run fetches helm 4 as helm and 3 as helm3")
-    return subprocess.run([found, *arguments], capture_output=True, text=True, check=False)
+    command = [required(program), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def rendered(*arguments: str | Path, program: str = "helm", chart: Path = CHART) -> dict[str, Manifest]:
@@ -126,7 +131,7 @@ def test_chart_is_valid_kubernetes(values: Path, version: str) -> None:
     assert {"ConfigMap", "Deployment", "Pod", "Service"} <= set(manifests)
     for kind, manifest in manifests.items():
         if kind not in CUSTOM:
-            kubernetes_validate.validate(manifest, version, strict=True)
+            validate(manifest, version)
 
 
 @each_values
@@ -288,7 +293,7 @@ def test_chart_updates_without_downtime() -> None:
     assert minimal()["Deployment"]["spec"]["strategy"] == rolling
     recreated = minimal('strategy={"type": "Recreate"}')["Deployment"]
     assert recreated["spec"]["strategy"] == {"type": "Recreate"}
-    kubernetes_validate.validate(recreated, NEWEST, strict=True)
+    validate(recreated, NEWEST)
 
 
 def test_chart_restarts_pods_when_settings_change() -> None:

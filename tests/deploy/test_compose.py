@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ import yaml
 from gateway.settings.loading import load
 from tests.docs.markdown import ROOT
 from tests.support.harness import KEY, SECRET, Gateway, Process, Simulator, free_port, plain_client, until
+from tests.support.programs import required
 from tests.support.storeserver import binary
 
 FILE = ROOT / "config" / "compose.yaml"
-COMPOSE = Path(sys.executable).with_name("docker-compose")
 TEXT = FILE.read_text(encoding="utf-8")
 CONFIG: dict[str, Any] = yaml.safe_load(TEXT)
 SERVICES: dict[str, Any] = CONFIG["services"]
@@ -38,14 +37,6 @@ def secrets(service: str) -> set[str]:
     return {f"/run/secrets/{name}" for name in SERVICES[service].get("secrets", [])}
 
 
-def program(name: str) -> Path:
-    """Return a program of Prometheus; skip the test if it is not installed."""
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return Path(found)
-
-
 def prometheus_folder(folder: Path) -> Path:
     """Copy the files that are mounted into Prometheus; return the path of its settings."""
     for target, source in mounts("prometheus").items():
@@ -57,10 +48,8 @@ def prometheus_folder(folder: Path) -> Path:
 
 def test_compose_file_is_accepted(tmp_path: Path) -> None:
     """docker-compose reads the file, and resolves it without a warning."""
-    if not COMPOSE.exists():
-        pytest.skip("docker-compose is not installed: it is available on Linux only")
     resolved = subprocess.run(
-        [COMPOSE, "--file", FILE, "config", "--format", "json"],
+        [required("docker-compose"), "--file", FILE, "config", "--format", "json"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -138,7 +127,7 @@ def test_compose_networks_connect_what_belongs_together() -> None:
 def test_compose_prometheus_loads_the_rules(tmp_path: Path) -> None:
     """Promtool accepts the settings with the files as they are mounted."""
     ran = subprocess.run(
-        [program("promtool"), "check", "config", prometheus_folder(tmp_path)],
+        [required("promtool"), "check", "config", prometheus_folder(tmp_path)],
         capture_output=True,
         text=True,
         check=False,
@@ -197,7 +186,7 @@ def test_compose_services_work_together(tmp_path: Path, simulator: Simulator) ->
         )
         valkey.says("Ready to accept connections")
         stack.enter_context(Process("serve", cwd=tmp_path, env=env)).says("store_up")
-        server = Process(*arguments, cwd=tmp_path, program=program("prometheus"))
+        server = Process(*arguments, cwd=tmp_path, program=required("prometheus"))
         stack.enter_context(server).says("Server is ready")
         gate = Gateway(stack.enter_context(plain_client(f"http://127.0.0.1:{port}")))
         prometheus = stack.enter_context(plain_client(f"http://127.0.0.1:{web}"))

@@ -66,6 +66,20 @@ def test_workflows_run_the_projects_own_commands() -> None:
                 )
 
 
+def test_ci_has_the_programs_of_the_tests() -> None:
+    """Each program without which a test is skipped is installed by .ci/run, or by a locked package."""
+    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("*.py")]
+    call = re.compile(r"(?:required|needs|installed)\(\"([\w.-]+)\"\)")
+    named = {name for source in sources for name in call.findall(source)}
+    assert {"nginx", "helm"} < named
+    debian = re.findall(r"^  ([\w-]+):", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    packages = {"caddy", "docker-compose", "envoy", "hadolint", "traefik"}
+    wheels = {"helm", "helm3", "kubectl"}  # .ci/helm.py unpacks them
+    # Debian always has bash and util-linux. The others are in the packages of javac and promtool.
+    with_others = {"bash", "prlimit", "java", "prometheus"}
+    assert named - {*debian} - packages - wheels - with_others == set()
+
+
 def test_update_rules_cover_the_base_image() -> None:
     """Renovate updates the Dockerfile, the compose file and the actions; the lock files have a workflow."""
     rules = json.loads((GITHUB / "renovate.json").read_text())

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from tests.support.harness import (
     plain_client,
     until,
 )
+from tests.support.programs import required
 from tests.support.storeserver import StoreServer, binary
 
 pytestmark = pytest.mark.timeout(600)  # builds and starts more than other tests
@@ -53,9 +53,9 @@ RESTRICTED = [
 
 def podman() -> list[str]:
     """Return the podman command with the image's storage; skip the test without an image."""
-    found = shutil.which("podman")
-    if found is None or not STORAGE.exists():
-        pytest.skip("the image does not exist: .ci/image builds it")
+    found = required("podman")
+    if not STORAGE.exists():
+        pytest.skip("the image does not exist: .ci/run builds it, with buildah")
     storage = ["--root", str(STORAGE / "root"), "--runroot", str(STORAGE / "run")]
     return [found, *storage, "--runtime=runc", "--cgroup-manager=cgroupfs"]
 
@@ -200,12 +200,8 @@ def test_image_runs_on_openshift(tmp_path: Path, simulator: Simulator) -> None:
 
 def rendered(values: Path) -> dict[str, Any]:
     """Return the chart's manifests by kind."""
-    helm = shutil.which("helm")
-    if helm is None:
-        pytest.skip("helm is not installed: .ci/run installs it")
-    ran = subprocess.run(
-        [helm, "template", "release", CHART, "-f", values], capture_output=True, text=True, check=True
-    )
+    command = [required("helm"), "template", "release", CHART, "-f", values]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
     return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(ran.stdout) if manifest}
 
 

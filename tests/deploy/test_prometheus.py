@@ -5,7 +5,6 @@ settings from the start: upstream refuses its key pair, and its store does not e
 """
 
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -29,6 +28,7 @@ from tests.support.harness import (
     serving,
     until,
 )
+from tests.support.programs import required
 from tests.support.storeserver import StoreServer, binary
 
 pytestmark = pytest.mark.timeout(600)  # starts Prometheus, a store and several gateways
@@ -39,14 +39,6 @@ EXAMPLE = ROOT / "config" / "prometheus.yaml"
 JOB, MISCONFIGURED = "sd-gateway", "misconfigured"
 
 Json = dict[str, Any]
-
-
-def program(name: str) -> Path:
-    """Return a program of Prometheus; skip the test if it is not installed."""
-    found = shutil.which(name)
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return Path(found)
 
 
 @dataclass
@@ -160,7 +152,7 @@ def variables(endpoint: str, store: str, pair: Mount) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
     """Run every part in a process of its own: first without faults, then with faults."""
-    server = program("prometheus")
+    server = required("prometheus")
     folder = tmp_path_factory.mktemp("prometheus")
     pair, other = Mount(tmp_path_factory.mktemp("pair")), Mount(tmp_path_factory.mktemp("other"))
     pair.publish(access_key="key", secret_key="secret")
@@ -227,7 +219,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
 def test_prometheus_accepts_the_example() -> None:
     """Promtool accepts the example and its rules."""
     ran = subprocess.run(
-        [program("promtool"), "check", "config", EXAMPLE], capture_output=True, text=True, check=False
+        [required("promtool"), "check", "config", EXAMPLE], capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert re.search(r"SUCCESS: [1-9]\d* rules found", ran.stdout)

@@ -18,6 +18,7 @@ import pytest
 
 from gateway import __version__
 from tests.docs.markdown import ROOT
+from tests.support.programs import required
 
 pytestmark = pytest.mark.timeout(600)  # builds and starts more than other tests
 
@@ -51,8 +52,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Make a release of the checked-out commit; return its folder."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git clone: a release is made from a commit")
-    if shutil.which("helm") is None:
-        pytest.skip("helm is not installed: .ci/run installs it")
+    required("helm")
     folder = tmp_path_factory.mktemp("release") / "dist"
     ran = subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -1,6 +1,5 @@
 """Hash-by-task routing: the annotations of the chart, applied to real proxies."""
 
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -11,6 +10,7 @@ import pytest
 import yaml
 
 from tests.support.harness import Gateway, Process, Simulator, free_port, plain_client, until
+from tests.support.programs import required
 
 CHART = Path(__file__).parents[2] / "helm" / "sd-progress-gateway"
 TASKS, REPLICAS = 30, 3
@@ -18,19 +18,11 @@ TASKS, REPLICAS = 30, 3
 Proxy = Callable[[Path, list[Gateway], int, dict[str, str]], Process]
 
 
-def program(name: str) -> Path:
-    """Return the path of a program; skip the test if it is not installed."""
-    found = shutil.which(name) or shutil.which(name, path="/usr/sbin")
-    if found is None:
-        pytest.skip(f"{name} is not installed")
-    return Path(found)
-
-
 @pytest.fixture(scope="module")
 def annotations() -> dict[str, str]:
     """Return the annotations of the chart's ingress, with hashing by task."""
     values = CHART / "ci" / "hash-by-task.yaml"
-    command = [program("helm"), "template", "release", CHART, "-f", values, "-s", "templates/ingress.yaml"]
+    command = [required("helm"), "template", "release", CHART, "-f", values, "-s", "templates/ingress.yaml"]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     annotations: dict[str, str] = yaml.safe_load(ran.stdout)["metadata"]["annotations"]
     return annotations
@@ -57,7 +49,7 @@ def haproxy(folder: Path, replicas: list[Gateway], port: int, annotations: dict[
     ]
     file = folder / "haproxy.cfg"
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return Process("-db", "-f", str(file), cwd=folder, program=program("haproxy"))
+    return Process("-db", "-f", str(file), cwd=folder, program=required("haproxy"))
 
 
 def nginx(folder: Path, replicas: list[Gateway], port: int, annotations: dict[str, str]) -> Process:
@@ -84,7 +76,7 @@ def nginx(folder: Path, replicas: list[Gateway], port: int, annotations: dict[st
         """,
         encoding="utf-8",
     )
-    return Process("-c", str(file), cwd=folder, program=program("nginx"))
+    return Process("-c", str(file), cwd=folder, program=required("nginx"))
 
 
 @contextmanager

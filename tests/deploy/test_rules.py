@@ -1,7 +1,6 @@
 """The Prometheus rules: their names exist, their texts are complete, and they fire when they should."""
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from pydantic import BaseModel
 from gateway.settings.model import Settings
 from tests.docs.markdown import Document
 from tests.support.dashboard import DASHBOARD, VARIABLES
+from tests.support.programs import required
 from tests.support.promql import check_names, series
 
 ROOT = Path(__file__).parents[2]
@@ -35,10 +35,7 @@ CASES: list[dict[str, Any]] = yaml.safe_load((Path(__file__).parents[1] / "data"
 
 def promtool(*arguments: str | Path) -> None:
     """Run promtool, which must succeed."""
-    program = shutil.which("promtool")
-    if program is None:
-        pytest.skip("promtool is not installed: it comes with Prometheus")
-    ran = subprocess.run([program, *arguments], capture_output=True, text=True, check=False)
+    ran = subprocess.run([required("promtool"), *arguments], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stdout + ran.stderr
 
 

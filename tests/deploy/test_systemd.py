@@ -2,7 +2,6 @@
 
 import ctypes
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 from gateway.settings.loading import load
 from tests.docs.markdown import ROOT
 from tests.support.harness import COMMAND, KEY, SECRET, Gateway, Process, Simulator, free_port, plain_client
+from tests.support.programs import required
 
 UNIT = ROOT / "config" / "sd-gateway.service"
 CONFINED = ROOT / "tests" / "support" / "confined.py"
@@ -29,11 +29,8 @@ def directives(name: str) -> list[str]:
 
 def analyze(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Run systemd-analyze; skip the test if it is not installed."""
-    if shutil.which("systemd-analyze") is None:
-        pytest.skip("systemd is not installed: .ci/run installs it")
-    return subprocess.run(
-        ["systemd-analyze", "--no-pager", *arguments], capture_output=True, text=True, check=False
-    )
+    command = [required("systemd-analyze"), "--no-pager", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def allowed_calls() -> list[str]:

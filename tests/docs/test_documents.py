@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -25,6 +24,7 @@ from tests.docs import tables
 from tests.docs.markdown import ROOT, Block, Command, Document, documents
 from tests.docs.session import Session, session
 from tests.support.harness import KEY, SECRET, Mount, Simulator, free_port
+from tests.support.programs import required
 from tests.support.promql import series
 
 pytestmark = pytest.mark.timeout(600)  # builds and starts more than other tests
@@ -312,9 +312,8 @@ def test_documents_commands_print_what_is_shown(
     document: Document, simulator: Simulator, tmp_path: Path
 ) -> None:
     """Every command works, run from top to bottom, and prints what the document shows."""
-    for program in ("bash", "curl", "make"):
-        if shutil.which(program) is None:
-            pytest.skip(f"{program} is not installed: .ci/run installs it")
+    for name in ("bash", "curl", "make"):
+        required(name)
     with scene(document, simulator, tmp_path) as shell:
         for command in commands(document):
             if not reason_not_run(command):
@@ -323,10 +322,8 @@ def test_documents_commands_print_what_is_shown(
 
 def render(*arguments: str, cwd: Path = ROOT) -> dict[str, dict[str, Any]]:
     """Return the manifests that `helm template` renders, by kind."""
-    helm = shutil.which("helm")
-    if helm is None:
-        pytest.skip("helm is not installed: .ci/run installs it")
-    ran = subprocess.run([helm, "template", *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+    command = [required("helm"), "template", *arguments]
+    ran = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(ran.stdout) if manifest}
 
@@ -380,8 +377,7 @@ def assert_uses_the_image(arguments: list[str]) -> None:
 
 def assert_creates_the_secret(command: Command, tmp_path: Path) -> None:
     """Run the first half of a command as a dry run: the settings name every key of its secret."""
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is not installed: .ci/run installs it")
+    required("kubectl")
     first, _, second = command.text.partition("|")
     assert second.strip() in {"", "kubectl apply --filename=-"}
     program, *arguments = words(Command(first, ""))

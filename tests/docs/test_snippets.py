@@ -22,8 +22,7 @@ from starlette.routing import Route
 
 from gateway.api.problems import PROBLEMS
 from gateway.domain.errors import UpstreamRejected
-from tests.attacks.proxies import BUFFERING, buffering_nginx
-from tests.browser.test_page import ARGUMENTS, CHROMIUM
+from tests.browser.test_page import ARGUMENTS
 from tests.docs.markdown import ROOT, Document
 from tests.support.harness import (
     PATIENCE_SECONDS,
@@ -37,6 +36,8 @@ from tests.support.harness import (
     running,
     until,
 )
+from tests.support.programs import needs, required
+from tests.support.proxies import BUFFERING, buffering_nginx
 
 pytestmark = pytest.mark.timeout(600)  # compiles programs, starts processes and a browser
 
@@ -49,7 +50,7 @@ LONG = 600
 TWO_PAUSES = 4.5  # seconds: longer than the first two backoff pauses without a Retry-After
 
 Launch = Callable[..., Gateway]
-with_nginx = pytest.mark.skipif(shutil.which("nginx") is None, reason=".ci/run installs nginx")
+with_nginx = needs("nginx")
 
 
 # Drivers of the example programs. Arguments: function, gateway, seconds, wait, silence, unknown, opening and
@@ -190,17 +191,14 @@ def python(folder: Path) -> tuple[str, ...]:
 
 
 def javascript(folder: Path) -> tuple[str, ...]:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("node is not installed; .ci/run installs it")
     written(folder, "progress.mjs", "follow.mjs", call_mjs=JAVASCRIPT)
-    return node, "call.mjs"
+    return required("node"), "call.mjs"
 
 
 def java(folder: Path) -> tuple[str, ...]:
-    compiler = shutil.which("javac")
-    if compiler is None or not GSON.exists():
-        pytest.skip("a JDK or Gson is not installed; .ci/run installs them")
+    compiler = required("javac")
+    if not GSON.exists():
+        pytest.skip("Gson is not installed: .ci/run installs it")
     written(folder, "Progress.java", "Follow.java", Call_java=JAVA)
     sources = sorted(path.name for path in folder.glob("*.java"))
     compiled = subprocess.run(
@@ -503,10 +501,9 @@ def test_snippets_reconnect_after_silence(program: Program, simulator: Simulator
 @pytest.fixture(scope="module")
 def browser_page() -> Iterator[Page]:
     """Return a page in the system's Chromium."""
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed")
+    path = required("chromium")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield browser.new_page()
         browser.close()
 

@@ -6,15 +6,14 @@ Each function runs one program in front of a `Backend`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tests.support.proxies import APACHE_MODULES, packaged, running, written
-
-Address = tuple[str, int]
+from tests.support import proxies
+from tests.support.programs import required
+from tests.support.proxies import Address, running, written
 
 _NGINX = """
 daemon off; pid {folder}/nginx.pid; error_log {folder}/error.log;
@@ -116,33 +115,22 @@ class Backend:
 class Ingress:
     """A proxy. `keeps_alive`: it reuses connections. `compresses`: it sends gzip, and changes the ETag."""
 
-    program: str
     run: Callable[[Path, Backend], AbstractContextManager[Address]]
     keeps_alive: bool = True
     compresses: bool = False
 
 
-def _nginx(folder: Path, upstream: str, *, keepalive: str, options: str) -> AbstractContextManager[Address]:
-    file, port = written(folder, _NGINX, upstream, keepalive=keepalive, options=options)
-    command = [packaged("nginx") or "nginx", "-p", str(folder), "-e", f"{folder}/start.log", "-c", str(file)]
-    return running(command, folder, port)
-
-
-@contextmanager
-def nginx(folder: Path, backend: Backend) -> Iterator[Address]:
+def nginx(folder: Path, backend: Backend) -> AbstractContextManager[Address]:
     """Run nginx with nothing but `proxy_pass`: HTTP/1.0, and a connection for each request."""
     servers = " ".join(f"server {each};" for each in backend.servers)
-    with _nginx(folder, servers, keepalive="", options="") as address:
-        yield address
+    return proxies.nginx(folder, _NGINX, servers, keepalive="", options="")
 
 
-@contextmanager
-def nginx_keepalive(folder: Path, backend: Backend, *, options: str = "") -> Iterator[Address]:
+def nginx_keepalive(folder: Path, backend: Backend, *, options: str = "") -> AbstractContextManager[Address]:
     """Run nginx with the documented lines for connections that are kept alive."""
     servers = " ".join(f"server {each};" for each in backend.servers)
     keepalive = "keepalive 200;" + (f" keepalive_timeout {backend.idle:g}s;" if backend.idle else "")
-    with _nginx(folder, servers, keepalive=keepalive, options=_NGINX_KEEPALIVE + options) as address:
-        yield address
+    return proxies.nginx(folder, _NGINX, servers, keepalive=keepalive, options=_NGINX_KEEPALIVE + options)
 
 
 @contextmanager
@@ -160,21 +148,7 @@ def two_nginx(folder: Path, backend: Backend) -> Iterator[Address]:
         yield address
 
 
-@contextmanager
-def buffering_nginx(folder: Path, backend: Backend) -> Iterator[Address]:
-    """Run two nginx in a row, of which the outer one buffers responses, as by default."""
-    inner_folder, outer_folder = folder / "inner", folder / "outer"
-    for each in (inner_folder, outer_folder):
-        each.mkdir()
-    with (
-        nginx(inner_folder, backend) as (host, port),
-        nginx(outer_folder, Backend([f"{host}:{port}"])) as address,
-    ):
-        yield address
-
-
-@contextmanager
-def haproxy(folder: Path, backend: Backend) -> Iterator[Address]:
+def haproxy(folder: Path, backend: Backend) -> AbstractContextManager[Address]:
     """Run HAProxy with plain `option httpchk`, which sends `OPTIONS / HTTP/1.0`."""
     purge = f" pool-purge-delay {backend.idle * 1000:.0f}ms" if backend.idle else ""
     servers = "\n".join(
@@ -182,37 +156,26 @@ def haproxy(folder: Path, backend: Backend) -> Iterator[Address]:
     )
     # HAProxy waits a second before it tries the same server again, and no time before another one.
     retries = "  option redispatch 1\n  retry-on all-retryable-errors\n" if backend.fails_over else ""
-    file, port = written(folder, _HAPROXY, servers, retry=retries)
-    with running([packaged("haproxy") or "haproxy", "-db", "-f", str(file)], folder, port) as address:
-        yield address
+    return proxies.haproxy(folder, _HAPROXY, servers, retry=retries)
 
 
-@contextmanager
-def caddy(folder: Path, backend: Backend) -> Iterator[Address]:
+def caddy(folder: Path, backend: Backend) -> AbstractContextManager[Address]:
     """Run Caddy with `reverse_proxy`."""
     options = "lb_retries 3\nhealth_uri /readyz\nhealth_interval 100ms\n" if backend.fails_over else ""
     options += f"transport http {{\n keepalive {backend.idle:g}s\n }}" if backend.idle else ""
     file, port = written(folder, _CADDY, " ".join(backend.servers), options=options)
-    command = [packaged("caddy") or "caddy", "run", "--adapter", "caddyfile", "--config", str(file)]
-    with running(command, folder, port) as address:
-        yield address
+    command = [required("caddy"), "run", "--adapter", "caddyfile", "--config", str(file)]
+    return running(command, folder, port)
 
 
-@contextmanager
-def apache(folder: Path, backend: Backend) -> Iterator[Address]:
+def apache(folder: Path, backend: Backend) -> AbstractContextManager[Address]:
     """Run Apache with `ProxyPass` to a balancer, and with mod_deflate for every response."""
     ttl = f" ttl={backend.idle:g}" if backend.idle else ""
     members = "\n".join(f"  BalancerMember http://{each}{ttl}" for each in backend.servers)
-    modules = "\n".join(f"LoadModule {name}_module {APACHE_MODULES}/mod_{name}.so" for name in _LOADED)
-    user = "User www-data\nGroup www-data" if os.geteuid() == 0 else ""
-    file, port = written(folder, _APACHE, members, modules=modules, user=user)
-    command = [packaged("apache2") or "apache2", "-D", "FOREGROUND", "-f", str(file)]
-    with running(command, folder, port) as address:
-        yield address
+    return proxies.apache(folder, _APACHE, members, _LOADED)
 
 
-@contextmanager
-def traefik(folder: Path, backend: Backend) -> Iterator[Address]:
+def traefik(folder: Path, backend: Backend) -> AbstractContextManager[Address]:
     """Run Traefik with the file provider."""
     router: dict[str, object] = {"rule": "PathPrefix(`/`)", "service": "gateway", "entryPoints": ["web"]}
     balancer: dict[str, object] = {"servers": [{"url": f"http://{each}"} for each in backend.servers]}
@@ -234,12 +197,10 @@ def traefik(folder: Path, backend: Backend) -> Iterator[Address]:
     if backend.idle:
         static["serversTransport"] = {"forwardingTimeouts": {"idleConnTimeout": f"{backend.idle:g}s"}}
     file, port = _written_json(folder, static)
-    with running([packaged("traefik") or "traefik", f"--configFile={file}"], folder, port) as address:
-        yield address
+    return running([required("traefik"), f"--configFile={file}"], folder, port)
 
 
-@contextmanager
-def envoy(folder: Path, backend: Backend) -> Iterator[Address]:
+def envoy(folder: Path, backend: Backend) -> AbstractContextManager[Address]:
     """Run Envoy with a static listener and cluster. By default, its routes end responses after 15 seconds."""
     route: dict[str, object] = {"cluster": "gateway", "timeout": "0s"}
     if backend.fails_over:
@@ -304,9 +265,8 @@ def envoy(folder: Path, backend: Backend) -> Iterator[Address]:
     file, port = _written_json(
         folder, {"static_resources": {"listeners": [listener], "clusters": [cluster]}}, suffix=".json"
     )
-    command = [packaged("envoy") or "envoy", "-c", str(file), "--concurrency", "2", "--use-dynamic-base-id"]
-    with running(command, folder, port) as found:
-        yield found
+    command = [required("envoy"), "-c", str(file), "--concurrency", "2", "--use-dynamic-base-id"]
+    return running(command, folder, port)
 
 
 def _written_json(folder: Path, content: object, *, suffix: str = ".yaml") -> tuple[Path, int]:
@@ -316,12 +276,12 @@ def _written_json(folder: Path, content: object, *, suffix: str = ".yaml") -> tu
 
 
 INGRESSES = {
-    "nginx": Ingress("nginx", nginx, keeps_alive=False),
-    "nginx-keepalive": Ingress("nginx", nginx_keepalive),
-    "two-nginx": Ingress("nginx", two_nginx),
-    "haproxy": Ingress("haproxy", haproxy),
-    "caddy": Ingress("caddy", caddy),
-    "apache-deflate": Ingress("apache2", apache, compresses=True),
-    "traefik": Ingress("traefik", traefik),
-    "envoy": Ingress("envoy", envoy),
+    "nginx": Ingress(nginx, keeps_alive=False),
+    "nginx-keepalive": Ingress(nginx_keepalive),
+    "two-nginx": Ingress(two_nginx),
+    "haproxy": Ingress(haproxy),
+    "caddy": Ingress(caddy),
+    "apache-deflate": Ingress(apache, compresses=True),
+    "traefik": Ingress(traefik),
+    "envoy": Ingress(envoy),
 }

@@ -16,14 +16,7 @@ from tempfile import mkdtemp
 import httpx
 import pytest
 
-from tests.ingress.proxies import (
-    INGRESSES,
-    Address,
-    Backend,
-    Ingress,
-    buffering_nginx,
-    nginx_keepalive,
-)
+from tests.ingress.proxies import INGRESSES, Backend, Ingress, nginx_keepalive
 from tests.support.harness import (
     KEY,
     SECRET,
@@ -34,7 +27,8 @@ from tests.support.harness import (
     serving,
     until,
 )
-from tests.support.proxies import packaged
+from tests.support.programs import needs
+from tests.support.proxies import Address, buffering_nginx
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -49,11 +43,8 @@ Launch = Callable[..., Gateway]
 
 @pytest.fixture(params=INGRESSES)
 def ingress(request: pytest.FixtureRequest) -> Ingress:
-    """Return a proxy; skip the test if its program is not installed."""
-    found = INGRESSES[request.param]
-    if packaged(found.program) is None:
-        pytest.skip(f"{found.program} is not installed")
-    return found
+    """Return a proxy."""
+    return INGRESSES[request.param]
 
 
 @contextmanager
@@ -160,20 +151,21 @@ def test_ingress_passes_posts(front: Gateway, simulator: Simulator) -> None:
     assert front.client.post("/scc/other", json={}).status_code == 404
 
 
-@pytest.mark.skipif(packaged("nginx") is None, reason="nginx is not installed")
 def test_ingress_that_buffers_delays_events_only(
     tmp_path: Path, simulator: Simulator, launch: Launch
 ) -> None:
     """Behind two nginx that buffer, no event arrives before the stream ends; long polls work."""
     task = simulator.task(data={"status": "running", "progress": 0.25})
     gate = launch(simulator.url, cache=QUICK)
-    with behind(Ingress("nginx", buffering_nginx), tmp_path, gate) as front:
+    address = "{}:{}".format(*gate.address)
+    with buffering_nginx("nginx-twice", tmp_path, address) as url, plain_client(url) as client:
+        front = Gateway(client)
         with pytest.raises(httpx.ReadTimeout):
             front.client.get(f"/v1/progress/{task}/events", timeout=2)
         assert front.get(task, params={"wait": "1"}).json()["progress"] == 0.25
 
 
-@pytest.mark.skipif(packaged("nginx") is None, reason="nginx is not installed")
+@needs("nginx")
 def test_ingress_reaches_a_unix_socket(tmp_path: Path, simulator: Simulator) -> None:
     """Behind nginx, a gateway on a Unix socket serves queries and streams, and knows its clients."""
     folder = Path(mkdtemp())  # pytest's folder is closed to the workers of nginx, which have another user

@@ -1,7 +1,6 @@
 """Clients as they are: an EventSource polyfill, browsers with tracing scripts, several kinds of proxies."""
 
 import json
-import shutil
 import socket
 import subprocess
 from collections.abc import Callable
@@ -15,12 +14,13 @@ from starlette.types import Receive, Scope, Send
 from gateway.api.middleware.client_address import ClientAddress
 from gateway.api.middleware.cross_site import AllowedOrigins
 from tests.support.harness import PATIENCE_SECONDS, Gateway, RawUpstream, Request, Simulator
+from tests.support.programs import installed
 
 SDK = Path(__file__).parents[1] / "sdk"
-NODE = shutil.which("node")
+NODE = installed("node")
 with_polyfill = pytest.mark.skipif(
     NODE is None or not (SDK / "node_modules" / "event-source-polyfill").is_dir(),
-    reason="node or the polyfill is not here: make sdk installs it",
+    reason="node or the polyfill is not installed: .ci/run installs npm, and make sdk the polyfill",
 )
 QUICK = {"waiting_seconds": 0.1, "running_seconds": 0.1, "stale_while_revalidate_seconds": 0.2}
 ORIGIN = "https://studio.example.com"

@@ -1,9 +1,8 @@
-"""Graceful shutdown: what clients experience after SIGTERM."""
+"""Graceful shutdown: what clients experience after SIGTERM, and what further signals change."""
 
 import json
 import re
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,36 +16,22 @@ from gateway.server.graceful_shutdown import HANDOVER_SECONDS
 from tests.support.harness import (
     PATIENCE_SECONDS,
     Gateway,
-    RawUpstream,
-    Request,
+    HeldUpstream,
     Simulator,
     drained,
     fresh_id,
     gateway,
     plain_client,
-    respond_ok,
     serving,
     until,
 )
 
 
 @pytest.fixture
-def released() -> threading.Event:
-    """Return the event that the upstream waits for before it responds."""
-    return threading.Event()
-
-
-@pytest.fixture
-def upstream(released: threading.Event) -> Iterator[RawUpstream]:
-    """Run an upstream that responds when the event is set."""
-
-    def behaviour(connection: socket.socket, request: Request) -> None:
-        released.wait(PATIENCE_SECONDS)
-        respond_ok(connection, request)
-
-    with RawUpstream(behaviour) as running:
+def upstream() -> Iterator[HeldUpstream]:
+    """Run an upstream that responds when it is released."""
+    with HeldUpstream() as running:
         yield running
-        released.set()
 
 
 def unready(gate: Gateway) -> bool:
@@ -65,7 +50,7 @@ def assert_clean(output: str) -> None:
     ("number", "status"), [(signal.SIGTERM, 0), (signal.SIGQUIT, 0), (signal.SIGINT, 130)]
 )
 def test_shutdown_completes_in_flight_requests(
-    tmp_path: Path, upstream: RawUpstream, released: threading.Event, number: signal.Signals, status: int
+    tmp_path: Path, upstream: HeldUpstream, number: signal.Signals, status: int
 ) -> None:
     """After a signal the gateway is not ready, completes its in-flight requests, and exits.
 
@@ -80,7 +65,7 @@ def test_shutdown_completes_in_flight_requests(
         until(lambda: upstream.requests, "the request is in flight")
         process.signal(number)
         until(lambda: unready(gate), "readyz says that we drain")
-        released.set()
+        upstream.released.set()
         response = in_flight.result()
         assert (response.status_code, response.json()["status"]) == (200, "running")
         assert process.exit_status() == status
@@ -89,7 +74,7 @@ def test_shutdown_completes_in_flight_requests(
     assert_clean(process.output)
 
 
-def test_shutdown_closes_idle_connections(tmp_path: Path, upstream: RawUpstream) -> None:
+def test_shutdown_closes_idle_connections(tmp_path: Path, upstream: HeldUpstream) -> None:
     """Idle kept-alive connections do not delay the shutdown."""
     with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate):
         assert gate.client.get("/healthz").status_code == 200
@@ -102,11 +87,11 @@ def test_shutdown_closes_idle_connections(tmp_path: Path, upstream: RawUpstream)
 
 @pytest.mark.parametrize("edge", ["true", "false"])
 def test_shutdown_closes_connections_after_their_next_response(
-    tmp_path: Path, upstream: RawUpstream, released: threading.Event, edge: str
+    tmp_path: Path, upstream: HeldUpstream, edge: str
 ) -> None:
     """After the first signal every response closes its connection, including hits of the fast path."""
     env = {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url, "SD_GATEWAY_SERVER__EDGE": edge}
-    released.set()
+    upstream.released.set()
     with serving(tmp_path, env) as (process, gate):
         hit = f"GET /v1/progress/{fresh_id()} HTTP/1.1\r\nhost: x\r\n\r\n".encode()
         health = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -148,7 +133,7 @@ RESPONSES = {
 
 @pytest.mark.parametrize("edge", ["true", "false"])
 def test_shutdown_announces_the_end_of_each_connection(
-    tmp_path: Path, upstream: RawUpstream, released: threading.Event, edge: str
+    tmp_path: Path, upstream: HeldUpstream, edge: str
 ) -> None:
     """While the gateway drains, every kind of response has `Connection: close`."""
     env = {
@@ -156,7 +141,7 @@ def test_shutdown_announces_the_end_of_each_connection(
         "SD_GATEWAY_SERVER__EDGE": edge,
         "SD_GATEWAY_CACHE__RUNNING_SECONDS": "600",
     }
-    released.set()
+    upstream.released.set()
     with serving(tmp_path, env) as (process, gate), ExitStack() as stack:
         etag = gate.get("task").headers["etag"]
         connections = {name: stack.enter_context(gate.connect()) for name in RESPONSES}
@@ -172,14 +157,12 @@ def test_shutdown_announces_the_end_of_each_connection(
     assert [name for name, head in heads.items() if b"\r\nconnection: close" not in head] == []
 
 
-def test_shutdown_serves_connections_that_wait_to_be_accepted(
-    tmp_path: Path, upstream: RawUpstream, released: threading.Event
-) -> None:
+def test_shutdown_serves_connections_that_wait_to_be_accepted(tmp_path: Path, upstream: HeldUpstream) -> None:
     """A request on a connection that the kernel has accepted, but not yet the gateway, gets its response.
 
     The process is paused meanwhile, so that it finds the connection and the end of the handover together.
     """
-    released.set()
+    upstream.released.set()
     with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate):
         process.signal()
         begun = time.monotonic()
@@ -210,12 +193,7 @@ def test_shutdown_serves_requests_that_are_on_their_way(
             connection.sendall(request)
             assert connection.recv(65536).startswith(b"HTTP/1.1 200")
             connection.sendall(sent)
-
-        def closed() -> bool:
-            with socket.socket() as probe:
-                return probe.connect_ex(gate.address) != 0
-
-        until(closed, "the listener is closed")
+        until(lambda: not gate.listens(), "the listener is closed")
         connection.sendall(request[len(sent) :])
         answer = drained(connection).lower()
         threads[0].join()
@@ -223,7 +201,7 @@ def test_shutdown_serves_requests_that_are_on_their_way(
     assert b"\r\nconnection: close" in answer
 
 
-def test_shutdown_has_a_timeout(tmp_path: Path, upstream: RawUpstream) -> None:
+def test_shutdown_has_a_timeout(tmp_path: Path, upstream: HeldUpstream) -> None:
     """After server.drain_seconds waiting requests receive an error; the process exits with 0."""
     env = {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url, "SD_GATEWAY_SERVER__DRAIN_SECONDS": "0.2"}
     with (
@@ -245,16 +223,66 @@ def test_shutdown_has_a_timeout(tmp_path: Path, upstream: RawUpstream) -> None:
     assert "Traceback" not in process.output
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_shutdown_on_two_signals_exits_in_the_same_way(
-    tmp_path: Path, upstream: RawUpstream, released: threading.Event, number: signal.Signals, status: int
+# Further signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
+def test_shutdown_ignores_repeated_signals(
+    tmp_path: Path, upstream: HeldUpstream, number: signal.Signals
 ) -> None:
-    """A second signal changes neither the shutdown nor the exit status."""
+    """Further stops, before and after the listeners are closed, leave open requests alone."""
+    with (
+        serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        in_flight = pool.submit(gate.get, fresh_id())
+        until(lambda: upstream.requests, "the request is in flight")
+        for _ in range(3):
+            process.signal(number)
+        until(lambda: not gate.listens(), "the listener is closed")
+        process.signal(number)
+        process.signal(signal.SIGHUP)
+        upstream.released.set()
+        assert in_flight.result().status_code == 200
+        assert process.exit_status() == 0
+    assert_clean(process.output)
+
+
+def test_shutdown_is_interrupted_by_ctrl_c_after_the_handover(tmp_path: Path, upstream: HeldUpstream) -> None:
+    """SIGINT after the handover cancels open requests, which get a problem; the exit status is 130."""
+    with (
+        serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
+        ThreadPoolExecutor(1) as pool,
+    ):
+        in_flight = pool.submit(gate.get, fresh_id())
+        until(lambda: upstream.requests, "the request is in flight")
+        process.signal(signal.SIGINT)
+        process.signal(signal.SIGINT)  # a wrapper may forward what the terminal has already sent
+        until(lambda: not gate.listens(), "the listener is closed")
+        assert not in_flight.done()
+        process.signal(signal.SIGINT)
+        response = in_flight.result()
+        assert (response.status_code, response.json()["code"]) == (503, "overloaded")
+        assert process.exit_status() == 130
+    assert '"event": "requests_cancelled"' in process.output
+    assert '"event": "stopped"' in process.output
+
+
+def test_shutdown_keeps_its_status_to_the_end(tmp_path: Path, upstream: HeldUpstream) -> None:
+    """SIGTERM again and again until the process is gone: the status is 0."""
+    with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, _):
+        while process.alive:
+            process.signal()
+        assert process.exit_status() == 0
+
+
+def test_shutdown_on_two_ctrl_c_exits_in_the_same_way(tmp_path: Path, upstream: HeldUpstream) -> None:
+    """A second SIGINT during the handover changes neither the shutdown nor the exit status."""
     with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate):
         assert gate.client.get("/readyz").status_code == 200
-        process.signal(number)
+        process.signal(signal.SIGINT)
         until(lambda: unready(gate), "readyz says that we drain")
-        process.signal(number)
-        assert process.exit_status() == status
-    assert not released.is_set()
+        process.signal(signal.SIGINT)
+        assert process.exit_status() == 130
+    assert not upstream.released.is_set()
     assert_clean(process.output)

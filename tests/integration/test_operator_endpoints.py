@@ -1,6 +1,5 @@
 """Endpoints for operators: liveness, readiness, metrics and the OpenAPI document."""
 
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from gateway.app import create_app
 from gateway.settings.model import Settings
 from gateway.telemetry.redaction import Redactor
 from tests.support.harness import KEY, SECRET, Gateway, Simulator, free_port, plain_client, serving, until
+from tests.support.programs import required
 
 Launch = Callable[..., Gateway]
 
@@ -158,9 +158,7 @@ def test_ops_openapi_answers(gate: Gateway) -> None:
 
 def test_ops_metrics_please_promtool(simulator: Simulator, gate: Gateway) -> None:
     """Prometheus' own linter accepts names, types and help texts."""
-    promtool = shutil.which("promtool")
-    if promtool is None:
-        pytest.skip("promtool is not installed; it is part of Prometheus")
+    promtool = required("promtool")
     use(simulator, gate)
     text = gate.client.get("/metrics").text
     done = subprocess.run(

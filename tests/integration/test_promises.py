@@ -47,7 +47,7 @@ from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.base import CacheEntry
-from gateway.stores.memory import MEMORY_SECONDS, MemoryStore
+from gateway.stores.memory import REMEMBER_SECONDS, MemoryStore
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.demand import Demand
@@ -208,7 +208,7 @@ class FakeUpstream:
 
     def _note_answer(self, key: TaskKey, data: dict[str, Any], *, prompted: bool) -> None:
         now, story, status = self._loop.time(), self.stories[key], vendor_status(data)
-        if status is not Status.RUNNING or now - (story.arrived or now) >= MEMORY_SECONDS:
+        if status is not Status.RUNNING or now - (story.arrived or now) >= REMEMBER_SECONDS:
             story.highest = 0.0
         story.answers[data["message"]] = story.arrived = now
         story.failing = False
@@ -544,7 +544,7 @@ class Promises(RuleBasedStateMachine):
         came = story.answers[data["message"]]
         assert snapshot.fetched_at == came or (snapshot.terminal and came < snapshot.fetched_at)
         assert snapshot.fetched_at <= self.loop.time()
-        if shown is not None and abs(snapshot.fetched_at - shown.fetched_at) < MEMORY_SECONDS:
+        if shown is not None and abs(snapshot.fetched_at - shown.fetched_at) < REMEMBER_SECONDS:
             assert snapshot.fetched_at >= shown.fetched_at
             assert snapshot.status is shown.status or not shown.terminal
         if snapshot.status is Status.RUNNING:

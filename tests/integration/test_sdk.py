@@ -1,7 +1,6 @@
 """The vendor's own clients, unchanged: through the gateway, and directly against the simulated upstream."""
 
 import json
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +11,13 @@ import speedpix
 from speedpix.helpers import FileOutput
 
 from tests.support.harness import KEY, SECRET, Gateway, Json, Simulator
+from tests.support.programs import installed
 
 SDK = Path(__file__).parents[1] / "sdk"
-NODE = shutil.which("node")
+NODE = installed("node")
 with_node = pytest.mark.skipif(
     NODE is None or not (SDK / "node_modules" / "aliyun-api-gateway").is_dir(),
-    reason="node or the vendor's npm client is not here: make sdk installs it",
+    reason="node or the vendor's client is not installed: .ci/run installs npm, and make sdk the client",
 )
 
 REFUSALS = [

@@ -1,4 +1,4 @@
-"""Signals: during the start, while the gateway serves, repeated, at the end of the process, and as PID 1."""
+"""Signals during the start, also as PID 1, and signals that do not stop the gateway."""
 
 import json
 import os
@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,11 +18,9 @@ from tests.support.harness import (
     KEY,
     PATIENCE_SECONDS,
     SECRET,
+    HeldUpstream,
     Process,
-    RawUpstream,
-    Request,
     fresh_id,
-    respond_ok,
     serving,
     until,
 )
@@ -59,22 +56,10 @@ def launcher(request: pytest.FixtureRequest) -> list[str]:
 
 
 @pytest.fixture
-def released() -> threading.Event:
-    """Return the event that the upstream waits for before it responds."""
-    return threading.Event()
-
-
-@pytest.fixture
-def upstream(released: threading.Event) -> Iterator[RawUpstream]:
-    """Run an upstream that responds when the event is set."""
-
-    def behaviour(connection: socket.socket, request: Request) -> None:
-        released.wait(PATIENCE_SECONDS)
-        respond_ok(connection, request)
-
-    with RawUpstream(behaviour) as running:
+def upstream() -> Iterator[HeldUpstream]:
+    """Run an upstream that responds when it is released."""
+    with HeldUpstream() as running:
         yield running
-        released.set()
 
 
 def start_signalled(folder: Path, launcher: list[str], *arguments: str, at: str, number: int) -> int:
@@ -113,7 +98,7 @@ def test_signals_end_other_commands_with_a_shells_status(
     assert start_signalled(tmp_path, launcher, "check", at="httpx", number=number) == 128 + number
 
 
-def test_signals_end_a_running_command(tmp_path: Path, upstream: RawUpstream) -> None:
+def test_signals_end_a_running_command(tmp_path: Path, upstream: HeldUpstream) -> None:
     """SIGTERM ends a running `check`."""
     env = SETTINGS | {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}
     with Process("check", cwd=tmp_path, env=env) as process:
@@ -136,9 +121,7 @@ def test_signals_are_handled_before_libraries_are_imported() -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGWINCH", "SIGPIPE"])
-def test_signals_for_other_programs_are_ignored(
-    tmp_path: Path, upstream: RawUpstream, released: threading.Event, name: str
-) -> None:
+def test_signals_for_other_programs_are_ignored(tmp_path: Path, upstream: HeldUpstream, name: str) -> None:
     """Signals that make other servers reload or reopen their logs do not disturb a request."""
     with (
         serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
@@ -149,69 +132,10 @@ def test_signals_for_other_programs_are_ignored(
         process.signal(signal.Signals[name])
         if name not in {"SIGWINCH", "SIGPIPE"}:
             assert process.says(rf'"signal": "{name}".*"event": "(signal_ignored)"')
-        released.set()
+        upstream.released.set()
         assert in_flight.result().status_code == 200
         assert gate.client.get("/readyz").status_code == 200
         process.signal()
-        assert process.exit_status() == 0
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT])
-def test_signals_that_are_repeated_cancel_no_request(
-    tmp_path: Path, upstream: RawUpstream, released: threading.Event, number: signal.Signals
-) -> None:
-    """Further stops, before and after the listeners are closed, leave open requests alone."""
-    with (
-        serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
-        ThreadPoolExecutor(1) as pool,
-    ):
-        in_flight = pool.submit(gate.get, fresh_id())
-        until(lambda: upstream.requests, "the request is in flight")
-        for _ in range(3):
-            process.signal(number)
-
-        def closed() -> bool:
-            with socket.socket() as probe:
-                return probe.connect_ex(gate.address) != 0
-
-        until(closed, "the listener is closed")
-        process.signal(number)
-        process.signal(signal.SIGHUP)
-        released.set()
-        assert in_flight.result().status_code == 200
-        assert process.exit_status() == 0
-
-
-def test_signals_interrupt_a_shutdown_on_the_second_ctrl_c(tmp_path: Path, upstream: RawUpstream) -> None:
-    """SIGINT after the handover cancels open requests, which get a problem; the exit status is 130."""
-    with (
-        serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
-        ThreadPoolExecutor(1) as pool,
-    ):
-        in_flight = pool.submit(gate.get, fresh_id())
-        until(lambda: upstream.requests, "the request is in flight")
-        process.signal(signal.SIGINT)
-        process.signal(signal.SIGINT)  # a wrapper may forward what the terminal has already sent
-
-        def closed() -> bool:
-            with socket.socket() as probe:
-                return probe.connect_ex(gate.address) != 0
-
-        until(closed, "the listener is closed")
-        assert not in_flight.done()
-        process.signal(signal.SIGINT)
-        response = in_flight.result()
-        assert (response.status_code, response.json()["code"]) == (503, "overloaded")
-        assert process.exit_status() == 130
-    assert '"event": "requests_cancelled"' in process.output
-    assert '"event": "stopped"' in process.output
-
-
-def test_signals_at_the_end_of_the_process_keep_its_status(tmp_path: Path, upstream: RawUpstream) -> None:
-    """SIGTERM again and again until the process is gone: the status is 0."""
-    with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, _):
-        while process.alive:
-            process.signal()
         assert process.exit_status() == 0
 
 
@@ -219,7 +143,7 @@ def test_signals_at_the_end_of_the_process_keep_its_status(tmp_path: Path, upstr
 
 
 @pytest.mark.parametrize("kind", ["file", "abstract"])
-def test_signals_to_systemd(tmp_path: Path, upstream: RawUpstream, kind: str) -> None:
+def test_signals_to_systemd(tmp_path: Path, upstream: HeldUpstream, kind: str) -> None:
     """With NOTIFY_SOCKET, systemd learns when the gateway serves, and when it stops."""
     name = str(tmp_path / "notify") if kind == "file" else f"\0sd-gateway-test-{os.getpid()}"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
@@ -234,7 +158,7 @@ def test_signals_to_systemd(tmp_path: Path, upstream: RawUpstream, kind: str) ->
             assert process.exit_status() == 0
 
 
-def test_signals_to_a_missing_systemd_are_logged(tmp_path: Path, upstream: RawUpstream) -> None:
+def test_signals_to_a_missing_systemd_are_logged(tmp_path: Path, upstream: HeldUpstream) -> None:
     """A wrong NOTIFY_SOCKET is logged, and the gateway serves."""
     env = {"NOTIFY_SOCKET": "/nowhere/notify", "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}
     with serving(tmp_path, env) as (process, gate):

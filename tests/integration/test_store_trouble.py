@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, suppress
 from datetime import datetime
@@ -13,10 +14,20 @@ import pytest
 import trustme
 
 from gateway.domain.errors import UpstreamInvalid
-from gateway.settings.model import Store as StoreSettings
+from gateway.settings.store_section import Store as StoreSettings
 from gateway.stores.valkey.trial import try_store
 from gateway.telemetry.redaction import Redactor
-from tests.support.harness import Gateway, Json, Process, Simulator, eventually, free_port, run, until
+from tests.support.harness import (
+    PATIENCE_SECONDS,
+    Gateway,
+    Json,
+    Process,
+    Simulator,
+    eventually,
+    free_port,
+    run,
+    until,
+)
 from tests.support.storeserver import Guarded, StoreServer, binary, cluster, guarded
 from tests.support.valkey import KEY, Open, leased, operations, save, stored, stores, waiting
 
@@ -232,13 +243,8 @@ async def test_loading_is_named(tmp_path: Path) -> None:
         "--port", str(server.port), "--dir", str(tmp_path), *slow, cwd=tmp_path, program=Path(binary("redis"))
     )
     with process:
-        url = f"valkey://127.0.0.1:{server.port}"
-        said = ""
-        for _ in range(50):
-            said = await problem_of({"url": url})
-            if "refused" not in said:
-                break
-            await asyncio.sleep(0.02)
+        until(server.listens, "the server listens")
+        said = await problem_of({"url": server.url})
         assert said == "the server is loading its data"
 
 
@@ -271,11 +277,10 @@ async def primary_is_down(servers: Guarded) -> None:
     servers.replica.kill()
     servers.primary.kill()
     settings = {"url": servers.sentinel.url, "sentinel_service": "main"}
-    for _ in range(100):
-        if await problem_of(settings) == "Sentinel: the primary is down":
-            return
+    ends = time.monotonic() + PATIENCE_SECONDS
+    while (said := await problem_of(settings)) != "Sentinel: the primary is down":
+        assert time.monotonic() < ends, said
         await asyncio.sleep(0.1)
-    pytest.fail(await problem_of(settings))
 
 
 # Connections

@@ -19,9 +19,9 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.settings.model import Store as StoreSettings
+from gateway.settings.store_section import Store as StoreSettings
 from gateway.stores.base import CacheEntry, Lease, Requirement, Store
-from gateway.stores.memory import ENTRY_BYTES, MEMORY_SECONDS, MemoryStore
+from gateway.stores.memory import ENTRY_BYTES, REMEMBER_SECONDS, MemoryStore
 from gateway.stores.valkey.store import ValkeyStore
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
@@ -355,7 +355,7 @@ async def test_store_keeps_progress_for_an_hour(
 ) -> None:
     """A progress snapshot is kept for an hour after its freshness, counted from its fetch."""
     await save(store, snapshot(age=1))
-    clock.now += LIFETIME + MEMORY_SECONDS - 1.1
+    clock.now += LIFETIME + REMEMBER_SECONDS - 1.1
     assert await shown(store, KEY) is not None
     clock.now += 0.2
     assert await shown(store, KEY) is None
@@ -446,7 +446,7 @@ async def test_store_serves_what_is_too_large_to_be_kept(
 async def test_store_size_is_read_only(store: Store, clock: Clock, snapshot: Callable[..., Snapshot]) -> None:
     """The size can be read on any thread without changes; expired entries are removed at a lookup."""
     await save(store, snapshot())
-    clock.now += LIFETIME + MEMORY_SECONDS + 1
+    clock.now += LIFETIME + REMEMBER_SECONDS + 1
     assert (len(store), store.size() > ENTRY_BYTES) == (1, True)
     assert await shown(store, OTHER) is None
     assert (len(store), store.size()) == (0, 0)

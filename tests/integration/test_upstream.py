@@ -23,7 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
-from gateway.upstream.signed_request import _parse_retry_after, parse_http_date
+from gateway.upstream.header_values import parse_http_date, parse_retry_after
 from gateway.upstream.signing import verify
 from tests.support.egress import Proxy, socks_proxy
 from tests.support.harness import (
@@ -1006,12 +1006,14 @@ def test_upstream_that_keeps_failing_is_probed_again_later(simulator: Simulator,
     assert simulator.calls() == 12
 
 
-@pytest.mark.parametrize("attempt_seconds", [0.05, 10], ids=["attempts", "deadline"])
+@pytest.mark.parametrize(
+    ("attempt_seconds", "seconds"), [(0.05, 30), (10, 0.2)], ids=["attempts", "deadline"]
+)
 def test_upstream_missing_responses_open_the_circuit(
-    simulator: Simulator, launch: Launch, attempt_seconds: float
+    simulator: Simulator, launch: Launch, attempt_seconds: float, seconds: float
 ) -> None:
     """A missing response is a failure, if the timeout of the attempt or the deadline of the query ends it."""
-    upstream = {"retries": 0, "attempt_timeout_seconds": attempt_seconds, "timeout_seconds": 0.1}
+    upstream = {"retries": 0, "attempt_timeout_seconds": attempt_seconds, "timeout_seconds": seconds}
     gate = launch(simulator.url, upstream=upstream, cache={"error_seconds": 0})
     simulator.fault("silent")
     codes = [gate.get(fresh_id()).json()["code"] for _ in range(11)]
@@ -1203,7 +1205,7 @@ def test_upstream_invalid_dates_are_ignored(date: str) -> None:
     """An invalid Date or Retry-After is read as absent or as a time; it is never an error."""
     moment = parse_http_date(date)
     assert moment is None or (math.isfinite(moment) and date.endswith(("-2359", "+2359", "GMT")))
-    assert _parse_retry_after(date, 0.0) is None or moment is not None
+    assert parse_retry_after(date, 0.0) is None or moment is not None
 
 
 @given(
@@ -1244,4 +1246,4 @@ def test_upstream_dates_are_read_in_gmt(date: str, moment: float) -> None:
 )
 def test_upstream_retry_after_is_ascii_digits(value: str, seconds: float | None) -> None:
     """A number of seconds consists of ASCII digits, and is limited to an hour."""
-    assert _parse_retry_after(value, 0.0) == seconds
+    assert parse_retry_after(value, 0.0) == seconds

@@ -24,7 +24,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Status
-from gateway.settings.model import Store as StoreSettings
+from gateway.settings.store_section import Store as StoreSettings
 from gateway.stores.base import Lease, Requirement
 from gateway.stores.valkey.batches import CONNECTIONS
 from gateway.stores.valkey.codec import encode_failure

@@ -5,7 +5,6 @@ import json
 import os
 import pty
 import re
-import shutil
 import signal
 import socket
 import ssl
@@ -25,7 +24,6 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.cli.main import main
 from gateway.cli.watch_polls import BUFFERED
-from tests.attacks.proxies import BUFFERING, buffering_nginx
 from tests.support.harness import (
     COMMAND,
     KEY,
@@ -47,6 +45,8 @@ from tests.support.harness import (
     serving,
     until,
 )
+from tests.support.programs import needs
+from tests.support.proxies import BUFFERING, buffering_nginx
 
 Serve = Callable[..., AbstractContextManager[tuple[Process, Gateway]]]
 
@@ -380,7 +380,7 @@ def test_watch_reports_a_connection_error_once(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed; .ci/run installs it")
+@needs("nginx")
 @pytest.mark.parametrize("kind", BUFFERING)
 def test_watch_works_through_a_buffering_proxy(
     simulated: Simulator, served: str, watch: Callable[..., Process], tmp_path: Path, kind: str

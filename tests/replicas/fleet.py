@@ -1,7 +1,6 @@
 """Replicas as processes, and a store whose clock can be stepped."""
 
 import os
-import shutil
 import signal
 import struct
 import subprocess
@@ -11,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import pytest
-
 from tests.support.harness import KEY, SECRET, Gateway, Json, Process, plain_client, until
+from tests.support.programs import required
 from tests.support.storeserver import StoreServer, binary
 
 MOVING: Json = {"waitingSeconds": 0, "runningSeconds": 3600, "jumpBack": False, "steps": 360_000}
@@ -94,9 +92,7 @@ class SteppedStore(StoreServer):
     """
 
     def __init__(self, program: str, folder: Path, *, port: int = 0) -> None:
-        compiler = shutil.which("cc")
-        if compiler is None:
-            pytest.skip("no C compiler here")
+        compiler = required("cc")
         library = folder / "stepped_clock.so"
         subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, _SOURCE, "-ldl"], check=True)
         self._shift = folder / "shift"

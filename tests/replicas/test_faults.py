@@ -21,7 +21,7 @@ from tests.replicas.asking import Connection, Reply, ask_all, poll, rank, steps_
 from tests.replicas.fleet import MOVING, Replica, SteppedStore, fleet
 from tests.replicas.leases import hold_leases
 from tests.support.fault_proxy import FaultProxy
-from tests.support.harness import Gateway, Json, Simulator, fresh_id, until
+from tests.support.harness import Gateway, Json, Simulator, eventually, fresh_id, until
 from tests.support.storeserver import StoreServer
 
 _T = TypeVar("_T")
@@ -141,7 +141,12 @@ def test_replicas_do_not_share_the_trouble_of_one(
         async def crowd() -> tuple[list[Reply], list[Reply]]:
             going_on = lasting(3)
             alone = [asyncio.create_task(poll([first], task, every=0.2, going_on=going_on)) for task in tasks]
-            await asyncio.sleep(0.1)  # the severed replica has the leases
+
+            def leased() -> bool:
+                names = b" ".join(store.client.keys())  # type: ignore[arg-type]
+                return all(task.encode() in names for task in tasks)
+
+            await eventually(leased, "the severed replica has the leases")
             polls = [poll([port], task, every=0.2, going_on=going_on) for task in tasks for port in others]
             answered = await asyncio.gather(*polls)
             return flat(await asyncio.gather(*alone)), flat(answered)
@@ -241,7 +246,6 @@ def test_replicas_serve_hits_at_any_distance_of_the_store(
         replicas = stack.enter_context(fleet(tmp_path, *settings))
         task_id = cached(simulator, replicas)
         far.delay(round_trip=round_trip)
-        time.sleep(0.5)
 
         async def crowd() -> list[list[Reply]]:
             going_on = lasting(2)

@@ -37,6 +37,8 @@ from gateway.telemetry.tracing import Tracing
 
 KEY, SECRET = "harness-access-key", "harness-secret-key"
 COMMAND = Path(sys.executable).with_name("sd-gateway")
+# One certificate for gateways that do not use TLS: to load the public ones would take 20 ms in each test.
+CA_FILE = Path(__file__).parents[1] / "data" / "ca.pem"
 PATIENCE_SECONDS = 60.0
 
 Json = dict[str, Any]
@@ -251,6 +253,11 @@ class Gateway:
         """Open a TCP connection."""
         return socket.create_connection(self.address, timeout=PATIENCE_SECONDS)
 
+    def listens(self) -> bool:
+        """Return whether the gateway accepts a new connection."""
+        with socket.socket() as probe:
+            return probe.connect_ex(self.address) == 0
+
     def raw(self, data: bytes, *, disconnect: bool = False) -> bytes:
         """Send these bytes on a new connection; return everything received until the gateway closes it."""
         with self.connect() as connection:
@@ -278,6 +285,7 @@ def gateway(
             # Long, so that no attempt times out on a busy machine.
             "timeout_seconds": 30,
             "attempt_timeout_seconds": 15,
+            **({"ca_file": CA_FILE} if endpoint.startswith("http:") else {}),
         },
         "credentials": {"access_key": KEY, "secret_key": SECRET},
     }
@@ -385,6 +393,22 @@ class RawUpstream:
             while request := read_request(connection):
                 self.requests.append(request)
                 self.behaviour(connection, request)
+
+
+class HeldUpstream(RawUpstream):
+    """An upstream that responds when `released` is set."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+        super().__init__(self._respond)
+
+    def __exit__(self, *exc: object) -> None:
+        self.released.set()
+        super().__exit__(*exc)
+
+    def _respond(self, connection: socket.socket, request: Request) -> None:
+        self.released.wait(PATIENCE_SECONDS)
+        respond_ok(connection, request)
 
 
 def read_request(connection: socket.socket) -> Request | None:
@@ -563,6 +587,8 @@ def serving(cwd: Path, env: Mapping[str, str], *, descriptors: str = "") -> Iter
         "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
         "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
     } | dict(env)
+    if variables.get("SD_GATEWAY_UPSTREAM__ENDPOINT", "").startswith("http:"):
+        variables.setdefault("SD_GATEWAY_UPSTREAM__CA_FILE", str(CA_FILE))
     if descriptors:
         command = (f"--nofile={descriptors}", str(COMMAND), "serve")
         started = Process(

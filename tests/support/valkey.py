@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.settings.model import Store as StoreSettings
+from gateway.settings.store_section import Store as StoreSettings
 from gateway.stores.base import Lease, Requirement
 from gateway.stores.valkey.store import ValkeyStore
 from gateway.telemetry.metrics import Metrics

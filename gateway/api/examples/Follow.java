@@ -42,7 +42,7 @@ public final class Follow implements AutoCloseable {
 
     /**
      * A connection without data for 45 seconds, three heartbeats of the gateway, counts as lost. A stream begins at
-     * once: if it does not begin within 5 seconds, but the gateway responds to a query, long polls replace it.
+     * once. If it does not begin within 5 seconds, but the gateway responds, long polls replace it.
      */
     public Follow(URI gateway) {
         this(gateway, Duration.ofSeconds(45), Duration.ofSeconds(5));
@@ -144,7 +144,7 @@ public final class Follow implements AutoCloseable {
                         error.addProperty("taskId", taskId);
                     }
                     JsonObject content = (error == null ? item : error).deepCopy();
-                    content.remove("requestId"); // the IDs in a problem differ from query to query
+                    content.remove("requestId"); // the IDs in a problem differ from request to request
                     content.remove("upstream");
                     if (!content.equals(shown.put(taskId, content))) {
                         listener.accept(error == null ? "progress" : "problem", error == null ? item : error);

@@ -55,7 +55,7 @@ public final class Progress {
         for (long left; (left = deadline - System.nanoTime()) > 0; ) {
             HttpResponse<String> response = null;
             try {
-                response = client.send(query(taskId, etag, Math.min(waitSeconds, left / 1e9), waitSeconds),
+                response = client.send(request(taskId, etag, Math.min(waitSeconds, left / 1e9), waitSeconds),
                         BodyHandlers.ofString());
             } catch (IOException e) {
                 lastError = e.toString();
@@ -87,16 +87,16 @@ public final class Progress {
         throw new TimeoutException(taskId + " did not end within " + within.toSeconds() + " s: " + lastError);
     }
 
-    private HttpRequest query(String taskId, String etag, double wait, int timeout) {
+    private HttpRequest request(String taskId, String etag, double wait, int timeout) {
         String path = "v1/progress/" + taskId;
         if (!etag.isEmpty()) {
             path += String.format(Locale.ROOT, "?wait=%.1f", wait);
         }
-        HttpRequest.Builder query = HttpRequest.newBuilder(gateway.resolve(path));
+        HttpRequest.Builder request = HttpRequest.newBuilder(gateway.resolve(path));
         if (!etag.isEmpty()) {
-            query.header("If-None-Match", etag);
+            request.header("If-None-Match", etag);
         }
-        return query.timeout(Duration.ofSeconds(timeout + 15L)).build();
+        return request.timeout(Duration.ofSeconds(timeout + 15L)).build();
     }
 
     /** Return the lifetime of a response in seconds, at least 1. */

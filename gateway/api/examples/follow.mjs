@@ -5,7 +5,7 @@ export class Refused extends Error {}
  * Yield { event, data } for each "progress" and "problem", until all tasks have ended.
  *
  * `seconds` bounds the whole wait. A connection without data for `silence` seconds counts as lost. A stream begins at
- * once: if it does not begin within `opening` seconds, but the gateway responds to a query, long polls replace it.
+ * once. If it does not begin within `opening` seconds, but the gateway responds, long polls replace it.
  */
 export async function* follow(gateway, taskIds, { seconds, silence = 45, opening = 5 }) {
   const url = new URL("v1/events", gateway);
@@ -69,16 +69,16 @@ export async function* follow(gateway, taskIds, { seconds, silence = 45, opening
   throw new Error(`${taskIds.join(", ")}: did not end within ${seconds} s`);
 }
 
-/** Resolve to whether the gateway responds to a query. */
+/** Resolve to whether the gateway responds to a request. */
 async function responds(gateway, taskIds) {
   try {
-    return (await query(gateway, taskIds, {})).ok;
+    return (await request(gateway, taskIds, {})).ok;
   } catch {
     return false;
   }
 }
 
-function query(gateway, taskIds, { etag = "", wait = 0 }) {
+function request(gateway, taskIds, { etag = "", wait = 0 }) {
   const url = new URL("v1/progress", gateway);
   for (const taskId of taskIds) url.searchParams.append("taskId", taskId);
   if (etag) url.searchParams.set("wait", wait.toFixed(1));
@@ -98,12 +98,12 @@ export async function* poll(gateway, taskIds, { deadline, unknown = 30 }) {
   for (let left; (left = deadline - Date.now()) > 0; ) {
     let response;
     try {
-      response = await query(gateway, taskIds, { etag, wait: Math.min(25, left / 1000) });
+      response = await request(gateway, taskIds, { etag, wait: Math.min(25, left / 1000) });
       if (response.status === 200) {
         const { items } = await response.json();
         etag = response.headers.get("etag");
         for (const { error, ...item } of items) {
-          // The IDs in a problem differ from query to query.
+          // The IDs in a problem differ from request to request.
           const text = error ? `${error.code}: ${error.detail}` : JSON.stringify(item);
           if (shown.get(item.taskId)?.text !== text) {
             if (error) yield { event: "problem", data: { ...item, ...error } };

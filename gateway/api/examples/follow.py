@@ -22,8 +22,8 @@ def follow(
     """Yield ("progress", …) and ("problem", …) until all tasks have ended.
 
     `seconds` bounds the whole wait. A connection without data for `silence` seconds (by default three
-    heartbeats of the gateway) counts as lost. A stream begins at once: if it does not begin within `opening`
-    seconds, but the gateway responds to a query, long polls replace it. Raises: Refused, TimeoutError.
+    heartbeats of the gateway) counts as lost. A stream begins at once. If it does not begin within `opening`
+    seconds, but the gateway responds, long polls replace it. Raises: Refused, TimeoutError.
     """
     deadline = time.monotonic() + seconds
     last_id, retry, failures = "", 2.0, 0
@@ -67,7 +67,7 @@ def follow(
 
 
 def responds(gateway: httpx.Client, task_ids: list[str]) -> bool:
-    """Tell whether the gateway responds to a query."""
+    """Tell whether the gateway responds to a request."""
     try:
         return gateway.get("/v1/progress", params={"taskId": task_ids}, timeout=15).status_code == 200
     except httpx.TransportError:
@@ -97,7 +97,7 @@ def poll(
             etag = response.headers["etag"]
             for item in response.json()["items"]:
                 task_id, problem = item["taskId"], item.get("error")
-                # The IDs in a problem differ from query to query.
+                # The IDs in a problem differ from request to request.
                 content = item if problem is None else {name: problem[name] for name in ("code", "detail")}
                 if shown.get(task_id) != content:
                     shown[task_id] = content

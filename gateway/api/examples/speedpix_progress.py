@@ -1,4 +1,4 @@
-"""Query the status of a task with the vendor's SDK."""
+"""Read the status of a task with the vendor's SDK."""
 
 import speedpix
 

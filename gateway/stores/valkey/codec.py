@@ -32,7 +32,7 @@ from gateway.domain.snapshot import Snapshot, render_json, restore_snapshot, ver
 from gateway.domain.task import Status, TaskKey
 
 MICROSECONDS = 1_000_000
-LONGEST_RETRY_SECONDS = 3600.0  # the maximum that `signed_request.py` accepts from the upstream
+LONGEST_RETRY_SECONDS = 3600.0  # the maximum that `upstream/header_values.py` returns
 
 _DIGEST_BYTES = 12
 _MAX_EXACT = 2**53  # the scripts compute with doubles, which are exact below this number

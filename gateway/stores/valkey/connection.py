@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import structlog
 
-from gateway.settings.model import Store
+from gateway.settings.store_section import Store
 from gateway.stores.valkey.batches import Batches, Command
 from gateway.stores.valkey.diagnosis import explain
 from gateway.stores.valkey.failure_reasons import ERRORS, reason_of

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from redis.exceptions import ResponseError
 
-from gateway.settings.model import Store
+from gateway.settings.store_section import Store
 from gateway.stores.valkey.failure_reasons import (
     NO_TLS,
     NOT_VALKEY,

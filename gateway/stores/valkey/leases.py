@@ -26,9 +26,9 @@ _MAX_ENDING = 1000
 class Leases:
     """Renews and ends leases while `run` runs.
 
-    For each task with a lease, it also records the newest version that another replica announces until the
-    query has ended. Without loss of data, only the holder of a lease commits. But the server may evict a task
-    together with its lease.
+    Until the query of a lease has ended, it also records the newest version that another replica announces
+    for the task. Normally only the holder of a lease commits. But the server may evict a task together with
+    its lease, and then grant another one.
     """
 
     def __init__(self, operations: StoreOperations) -> None:

@@ -22,8 +22,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import MovedError
 
-from gateway.settings.model import Store
 from gateway.settings.secret_files import check_bundle
+from gateway.settings.store_section import Store
 from gateway.stores.valkey.batches import CONNECTIONS
 from gateway.stores.valkey.failure_reasons import (
     ERRORS,

@@ -28,7 +28,7 @@ from gateway.domain.errors import GatewayError, UpstreamTimeout
 from gateway.domain.permits import Permits
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Status, TaskKey
-from gateway.settings.model import Store as StoreSettings
+from gateway.settings.store_section import Store as StoreSettings
 from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
 from gateway.stores.memory import MemoryStore
 from gateway.stores.valkey.codec import MICROSECONDS, InvalidStoredValue, decode_failure, encode_failure

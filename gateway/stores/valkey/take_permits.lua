@@ -5,8 +5,8 @@
 -- are queued now. So a change of the server's clock affects only the tokens in the bucket.
 --
 -- KEYS    1 a hash with the fields `tokens` and `refilled_at`; `refreshes_since`, the number of refreshes served
---           since the last first query; and for each replica a field "RENEWALS FIRST_QUERIES MOMENT", the number of
---           its queued queries at that moment
+--           since the last first query; and for each replica a field "REFRESHES FIRST_QUERIES MOMENT", the number of
+--           its queued queries of each class at that moment
 -- ARGV    1 permits per second, 2 size of the bucket, 3 replica; 4 refreshes and 5 first queries queued on it
 -- result  {granted refreshes, granted first queries, microseconds until the next token,
 --          refreshes queued on other replicas, first queries queued on other replicas}

@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import Any, NamedTuple
 
-from gateway.settings.model import Store
+from gateway.settings.store_section import Store
 from gateway.stores.valkey.diagnosis import explain
 from gateway.stores.valkey.scripts import PROBE
 from gateway.stores.valkey.servers import StoreServers, connect

@@ -2,11 +2,11 @@
 
     a snapshot was stored, body unchanged  -> set version, age and lifetime of the one in memory
                            body changed    -> read it now if the task is read or watched here
-                                           -> else invalidate the one in memory; the next request reads it
+                                           -> else invalidate the one in memory; the next lookup reads it
     the server needs a snapshot            -> write the one in memory to the server
     the connection has come up             -> invalidate all entries: messages may have been missed
 
-The message that a snapshot was stored, or a lease ended, also wakes the request that waits for it.
+The message that a snapshot was stored, or a lease ended, also wakes the in-flight request that waits for it.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Updates:
         # message may be old, and the present snapshot is not served any more.
         entry.valid = self._memory.is_current(entry)
         if key in self._waiters:
-            return  # a request that waits for the lease will read it
+            return  # the in-flight request that waits for the lease will read it
         if entry.reads or watched:
             self._start(self._read(key))
         else:

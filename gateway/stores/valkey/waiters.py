@@ -1,4 +1,4 @@
-"""The requests that wait for a message about their task, because another replica holds its lease."""
+"""The in-flight requests that wait for a message, because another replica holds the lease of their task."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from gateway.domain.task import TaskKey
 
 
 class Waiters:
-    """The waiting requests: one per task."""
+    """The waiting in-flight requests: one per task."""
 
     def __init__(self) -> None:
         self._waiting: dict[TaskKey, asyncio.Future[None]] = {}
 
     def __contains__(self, key: TaskKey) -> bool:
-        """Tell whether a request waits for a message about this task."""
+        """Tell whether an in-flight request waits for a message about this task."""
         return key in self._waiting
 
     @contextmanager

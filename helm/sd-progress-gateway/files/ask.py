@@ -25,7 +25,7 @@ def main(gateway: str, host: str) -> int:
         return 1
     # The task does not exist. An envelope that says so proves that upstream accepted the signature.
     status, progress = ask(f"{gateway}/v1/progress/helm-test", host)
-    sys.stdout.write(f"query: {status} {json.dumps(progress)}\n")
+    sys.stdout.write(f"progress: {status} {json.dumps(progress)}\n")
     return 0 if "taskId" in progress or progress.get("code") == "upstream-rejected" else 1
 
 

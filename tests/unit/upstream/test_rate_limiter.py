@@ -294,7 +294,7 @@ async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: 
     await asyncio.gather(*new)
     outcomes = await asyncio.gather(*crowd, return_exceptions=True)
     served = [outcome is None for outcome in outcomes]
-    # Queries whose permit would now come after their deadline are refused.
+    # Queries whose permit would now come after their timeout are refused.
     assert served == [True] * 5 + [False] * 95
     refused = {type(outcome) for outcome in outcomes if outcome is not None}
     assert refused == {RateLimiterExhausted}
