@@ -60,8 +60,9 @@ bench: .venv/project.stamp .venv/dev.stamp .venv/bench.stamp ## run the benchmar
 	@$(BIN)/python tests/bench/run.py $(ARGS)
 
 .PHONY: docs docs-check pictures release
-docs: .venv/project.stamp .venv/dev.stamp ## write the generated tables of the documents: settings, metrics, alerts
+docs: .venv/project.stamp .venv/dev.stamp ## write the generated tables of the documents, and the completion scripts
 	@$(BIN)/python -m tests.docs.tables
+	@$(BIN)/python -m tests.docs.completion
 
 docs-check: .venv/project.stamp .venv/dev.stamp ## run the documents' commands and programs, check their links
 	@PATH="$(TOOLS):$$PATH" $(BIN)/python -m pytest --no-cov tests/docs/test_documents.py tests/docs/test_snippets.py $(ARGS)

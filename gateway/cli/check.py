@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -24,8 +25,10 @@ from gateway.domain.errors import (
     UpstreamTimeout,
 )
 from gateway.domain.task import TaskKey
+from gateway.settings.model import Credentials as CredentialSettings
 from gateway.settings.model import Settings
 from gateway.settings.store_section import Store
+from gateway.settings.variables import SPEEDPIX, variable_of
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import MASK, Redactor
 from gateway.upstream.credentials import Credentials, CredentialSlot
@@ -34,6 +37,7 @@ from gateway.upstream.signed_request import RawResponse, SignedRequests
 from gateway.upstream.signing import string_to_sign
 from gateway.upstream.transport import explain_connect_error
 
+_CLOCK_ACCURACY_SECONDS = 1.0  # of a Date header
 PROBE_TASK = "0" * 26  # has the form of a task ID, but belongs to no task
 _SERVER_TEXT = re.compile(r"StringToSign:\s*`?(?P<text>.*?)`?\s*$", re.DOTALL | re.IGNORECASE)
 
@@ -76,17 +80,18 @@ async def _check_upstream(settings: Settings, *, redactor: Redactor, user_agent:
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
     lines = [f"{slot} key pair: cannot be read: {fault}" for slot, fault in credentials.read_errors().items()]
     if not credentials.has_any_pair:
-        missing = "credentials: none; set credentials.access_key and credentials.secret_key (or *_file)"
-        return Finding(ok=False, lines=[*lines, missing])
+        return Finding(ok=False, lines=[*lines, *_describe_missing_pair(settings.credentials)])
     key = TaskKey(settings.upstream.operations[0], PROBE_TASK)
     calls = SignedRequests(settings.upstream, redactor=redactor, metrics=metrics, user_agent=user_agent)
     way = "" if calls.proxy is None else f" through the proxy {calls.proxy.shown} ({calls.proxy.source})"
     lines.append(f"querying {settings.upstream.endpoint}{key.operation.path}{way}")
     works = dict.fromkeys(credentials.read_errors(), False)
+    timing: list[str] = []
     async with calls:
         for credential in credentials.loaded_pairs():
             lines.append(f"{credential.slot} key pair (generation {credential.generation}):")
             lines += credential.description
+            started = time.perf_counter()
             try:
                 exchange = await calls.send_unparsed(key, credential.pair)
             except UpstreamTimeout:
@@ -97,10 +102,43 @@ async def _check_upstream(settings: Settings, *, redactor: Redactor, user_agent:
                 why = explain_connect_error(cause) if isinstance(cause, httpx.TransportError) else ""
                 network = f"{exc}; {why or 'check upstream.endpoint'}"
                 return Finding(ok=False, lines=[*lines, f"network: {network}"])
+            # A second pair uses the same connection, so the first call shows what a connection costs.
+            timing = timing or list(_timing(exchange, time.perf_counter() - started))
             finding = _evaluate(calls, key, exchange)
             works[credential.slot] = finding.ok
             lines += finding.lines
-    return Finding(ok=all(works.values()), lines=[*lines, *_compare(works)])
+    return Finding(ok=all(works.values()), lines=[*lines, *timing, *_compare(works)])
+
+
+def _describe_missing_pair(settings: CredentialSettings) -> Iterator[str]:
+    """Name the variables that set the missing half, or both."""
+    names = {name: sdk for sdk, (section, name) in SPEEDPIX.items() if section == "credentials"}
+    halves = {
+        name: bool(getattr(settings, name).get_secret_value() or getattr(settings, f"{name}_file"))
+        for name in names
+    }
+    missing = [name for name, is_set in halves.items() if not is_set]
+    if len(missing) == len(halves):
+        yield "no key pair: the gateway needs an access key and a secret key"
+    for name in missing:
+        label = name.replace("_", " ")
+        variable = variable_of("credentials", name)
+        yield f"{label}: set {names[name]} or {variable}, or name a file in {variable}_FILE"
+
+
+def _timing(exchange: RawResponse, seconds: float) -> Iterator[str]:
+    yield f"latency: the response took {seconds * 1000:.0f} ms, with the connection"
+    theirs = parse_http_date(exchange.headers.get("date", ""))
+    if theirs is None:
+        yield "clock: unknown, because the response has no valid Date"
+        return
+    # A date is a whole second that was cut off, somewhere between the request and its response.
+    ahead = int(exchange.request_headers["x-ca-timestamp"]) / 1000 + seconds / 2 - (theirs + 0.5)
+    if abs(ahead) <= _CLOCK_ACCURACY_SECONDS + seconds / 2:
+        yield "clock: the local clock agrees with the upstream's to the second"
+    else:
+        side = "ahead of" if ahead > 0 else "behind"
+        yield f"clock: the local clock is {abs(ahead):.0f} s {side} the upstream's; 15 minutes are allowed"
 
 
 def _evaluate(calls: SignedRequests, key: TaskKey, exchange: RawResponse) -> Finding:

@@ -20,14 +20,19 @@ from urllib.parse import urlencode
 import httpx
 
 from gateway.app import create_app
+from gateway.cli.gateway_access import DEFAULT_GATEWAY
+from gateway.domain.printable import printable
 from gateway.server import run as server
 from gateway.server import signals
+from gateway.server.listen_errors import CannotListen
+from gateway.settings.loading import Loaded
 from gateway.settings.model import Settings
 from gateway.telemetry.redaction import Redactor
 
 SIMULATOR_PREFIX = "simulated upstream on "  # followed by its URL, once it accepts connections
 _KEY = "demo-access-key"
 _INTERVAL_SECONDS = 5.0
+_CONNECTIONS = 1000  # fits the limit of open files of an ordinary session, so there is no warning
 
 # demo-1 runs for ten minutes; the others show the possible outcomes. The task that vanishes is served stale
 # for cache.stale_if_error_seconds, and then as a problem.
@@ -57,20 +62,44 @@ def run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
         task_ids = list(_create_tasks(control))
 
         def announce(url: str) -> None:
-            base = f"{url}{settings.server.root_path}"
-            _print(f"  {base}/?{urlencode({'taskId': task_ids, 'api': 'sd'}, doseq=True)}")
-            for task_id in task_ids:
-                _print(f"  curl {base}/v1/progress/{task_id}")
+            _print(_instructions(f"{url}{settings.server.root_path}", task_ids))
 
         threading.Thread(target=_keep_creating_tasks, args=(control,), daemon=True).start()
         demo_settings = settings.model_copy(
             update={
-                "server": settings.server.model_copy(update={"uds": ""}),
+                "server": settings.server.model_copy(
+                    update={"uds": "", "max_connections": min(settings.server.max_connections, _CONNECTIONS)}
+                ),
                 "upstream": settings.upstream.model_copy(update={"endpoint": endpoint}),
                 "credentials": type(settings.credentials)(access_key=_KEY, secret_key=secret),
             }
         )
-        server.run(create_app(demo_settings, redactor=redactor), demo_settings, announce=announce)
+        app = create_app(demo_settings, redactor=redactor)
+        server.run(app, demo_settings, announce=announce, report=_report)
+
+
+def readable_logs(loaded: Loaded) -> Settings:
+    """Return the settings with a log for people, except for what the user has set."""
+    chosen = {key for key in ("format", "level") if loaded.sources.source_of(("log", key))}
+    ours = {"format": "console", "level": "warning"}
+    log = {key: value for key, value in ours.items() if key not in chosen}
+    settings = loaded.settings
+    return settings.model_copy(update={"log": settings.log.model_copy(update=log)})
+
+
+def _instructions(base: str, task_ids: list[str]) -> str:
+    page = f"{base}/?{urlencode({'taskId': task_ids, 'api': 'sd'}, doseq=True)}"
+    elsewhere = "" if base == DEFAULT_GATEWAY else f" --gateway {base}"
+    return f"""\
+The gateway runs in front of a simulated upstream, with {len(task_ids)} tasks.
+
+  Open in a browser:  {page}
+  Watch:              sd-gateway watch {task_ids[0]} {task_ids[1]}{elsewhere}
+  Query:              curl {base}/v1/progress/{task_ids[0]}
+  Stop:               Ctrl-C
+
+Warnings and errors of the gateway follow. SD_GATEWAY_LOG__LEVEL=info shows each request.
+"""
 
 
 @contextlib.contextmanager
@@ -123,6 +152,10 @@ def _keep_creating_tasks(control: httpx.Client) -> None:
             control.post("/_simulator/tasks", json={"taskId": f"demo-{number}", "life": life})
         except (httpx.HTTPError, RuntimeError):  # the demo is being stopped
             return
+
+
+def _report(exc: CannotListen, hint: str) -> None:
+    sys.stderr.write(f"sd-gateway: {printable(f'{exc}; {hint}')}\n")
 
 
 def _print(line: str) -> None:

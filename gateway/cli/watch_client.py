@@ -20,10 +20,12 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from gateway import __version__
+from gateway.cli.gateway_access import ANYONE, Access, open_client
 from gateway.cli.watch_events import (
+    EVENTS,
     Event,
     Problem,
+    Stale,
     StreamRefused,
     Unavailable,
     only_printable,
@@ -43,19 +45,9 @@ _FIRST_RETRY_SECONDS = 2.0  # until the stream has a `retry:` field
 _CONNECT_SECONDS = 10.0
 _MAX_DOUBLINGS = 10
 _MAX_EVENT_BYTES = 16 * 1024 * 1024
-_EVENTS = frozenset({"progress", "problem", "end"})  # a newer gateway may send others
 
 _LINE_END = re.compile(rb"\r\n|\r|\n")  # no others: U+2028 is text
 _BOM = b"\xef\xbb\xbf"
-_HEADERS = {
-    "accept": "text/event-stream",
-    "accept-encoding": "identity",  # a compressing proxy would delay events
-    "cache-control": "no-store",
-    "user-agent": f"sd-gateway-watch/{__version__}",
-}
-# The proxy of the environment is not used for loopback.
-_NO_PROXY = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 class Message(NamedTuple):
@@ -139,6 +131,8 @@ def follow(
     api: str,
     pause: Callable[[float, str], None],
     notify: Callable[[str], None] = lambda _: None,
+    connected: Callable[[], None] = lambda: None,
+    access: Access = ANYONE,
     silence_seconds: float = SILENCE_SECONDS,
     opening_seconds: float = OPENING_SECONDS,
 ) -> Generator[Event, None, None]:
@@ -147,25 +141,32 @@ def follow(
     `pause` is called before a reconnection with the seconds to wait and the reason as text. A connection
     without any data for `silence_seconds` counts as lost. If a stream does not begin within
     `opening_seconds`, but the gateway responds to a query, long polls replace it, and `notify` is called with
-    the reason. Raises: StreamRefused.
+    the reason. `connected` is called when data arrives on a new connection. Raises: StreamRefused.
     """
     parameters = [*(("taskId", task_id) for task_id in task_ids), ("api", api)]
     base = gateway.path.rstrip("/")
     url = gateway.copy_with(path=f"{base}/v1/events", params=parameters)
     timeout = httpx.Timeout(_CONNECT_SECONDS, read=min(opening_seconds, silence_seconds))
-    last_contents: dict[str, Any] = {}
     stream = EventStream()
     retry_seconds, failures = _FIRST_RETRY_SECONDS, 0
-    with _client(gateway, timeout) as client:
-        polls = Polls(client, gateway.copy_with(path=f"{base}/v1/progress", params=parameters), notify=notify)
+    last_contents = _LastContents()
+
+    def begin() -> None:
+        last_contents.begin_connection()
+        connected()
+
+    with open_client(gateway, access, timeout=timeout) as client:
+        batch = gateway.copy_with(path=f"{base}/v1/progress", params=parameters)
+        polls = Polls(client, batch, notify=notify, connected=begin)
         use_polls = False
         while True:
             stream = EventStream(stream.last_event_id)
             retry_after, reason = 0.0, "stream ended"
             try:
-                for event in polls.read() if use_polls else _read(client, url, stream, silence_seconds):
+                events = polls.read() if use_polls else _read(client, url, stream, silence_seconds, begin)
+                for event in events:
                     failures = 0
-                    if _is_change(event, last_contents):
+                    if last_contents.differ(event):
                         yield event
                     if event.name == "end":
                         return
@@ -190,21 +191,17 @@ class _NothingReceived(Exception):
     """The stream did not begin in time."""
 
 
-def _client(gateway: httpx.URL, timeout: httpx.Timeout) -> httpx.Client:
-    # A gateway on loopback without TLS needs no proxy and no certificates from the environment.
-    is_here = gateway.scheme == "http" and gateway.host in _LOOPBACK
-    try:
-        return httpx.Client(headers=_HEADERS, timeout=timeout, mounts=_NO_PROXY, trust_env=not is_here)
-    except ImportError as exc:
-        raise StreamRefused("the environment's SOCKS proxy requires: pip install 'httpx[socks]'") from exc
-    except (ValueError, OSError, httpx.InvalidURL) as exc:  # also an invalid SSL_CERT_FILE
-        raise StreamRefused("the proxy or the certificates of the environment are invalid") from exc
-
-
 def _read(
-    client: httpx.Client, url: httpx.URL, stream: EventStream, silence_seconds: float
+    client: httpx.Client,
+    url: httpx.URL,
+    stream: EventStream,
+    silence_seconds: float,
+    begin: Callable[[], None],
 ) -> Iterator[Event]:
-    """Yield the events of one connection. Raises: _NothingReceived, Unavailable, StreamRefused."""
+    """Yield the events of one connection; call `begin` when the first data arrive.
+
+    Raises: _NothingReceived, Unavailable, StreamRefused.
+    """
     resume = {b"last-event-id": stream.last_event_id.encode()} if stream.last_event_id else {}
     with ExitStack() as stack:
         try:
@@ -218,10 +215,12 @@ def _read(
         require_content_type(response, "text/event-stream", "an event stream")
         opening = _Opening(response, silence_seconds)
         with opening:
-            for chunk in response.iter_bytes():
-                opening.cancel()
+            for number, chunk in enumerate(response.iter_bytes()):
+                if number == 0:
+                    opening.cancel()
+                    begin()
                 for message in stream.feed(chunk):
-                    if message.event in _EVENTS:
+                    if message.event in EVENTS:
                         yield _event(message)
 
 
@@ -268,13 +267,34 @@ def _event(message: Message) -> Event:
     return parse_event(message.event, data)
 
 
-def _is_change(event: Event, last_contents: dict[str, Any]) -> bool:
-    if event.content is None:
+class _LastContents:
+    """The last events of each task, to leave out repetitions."""
+
+    def __init__(self) -> None:
+        self._states: dict[str, Any] = {}
+        self._stale: dict[str, str | None] = {}
+
+    def begin_connection(self) -> None:
+        """Forget which updates are overdue: the gateway says it again on a new connection."""
+        self._stale.clear()
+
+    def differ(self, event: Event) -> bool:
+        """Return whether an event is a change, and record it."""
+        content: Any = event.data
+        match event.content:
+            case None:
+                return True
+            case Stale(task_id=task_id, stale=code):
+                last, self._stale[task_id] = self._stale.get(task_id), code
+                return last != code
+            case Problem():  # the same problem may be repeated with the IDs of another query
+                content = event.content
+        task_id = event.content.task_id
+        last, self._states[task_id] = self._states.get(task_id), content
+        if last == content:
+            return False
+        self._stale.pop(task_id, None)  # a change shows that updates have resumed
         return True
-    # The same problem may be repeated with the IDs of another query.
-    content = event.content if isinstance(event.content, Problem) else event.data
-    last, last_contents[event.content.task_id] = last_contents.get(event.content.task_id), content
-    return last != content
 
 
 def _reason(exc: httpx.RequestError, silence_seconds: float) -> str:

@@ -1,207 +1,182 @@
-"""`sd-gateway watch`: shows the progress of tasks as bars in a terminal, as lines in a pipe, or as JSON.
+"""Draws the tasks of `sd-gateway watch` in a terminal: one line per task, whatever the size of the screen.
 
-    follow -> ProgressDisplay -> a live bar per task    in a terminal
-                              -> a line per change      otherwise
-           -> the event as one line of JSON             with --json
-
-Connection errors are shown above the bars, or written to standard error.
+Running tasks come first. If the screen is too low, the last line tells how many tasks are not shown. A narrow
+screen first loses the bars, then the details, then the percentages.
 """
 
 from __future__ import annotations
 
-import io
-import json
-import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
+from types import TracebackType
+from typing import Literal, Self
 
-import httpx
-from rich.console import Console, Group
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gateway.cli.watch_client import follow
-from gateway.cli.watch_events import Event, Problem, Progress
-from gateway.domain.printable import json_text, printable
+from gateway.cli.watch_tasks import WatchedTask, WatchedTasks
+from gateway.cli.watch_words import NOT_FOUND, time_left
 
-_STYLES = {"succeeded": "green", "failed": "red", "canceled": "yellow"}
-_BAR_WIDTH = 8, 30  # columns: minimum, maximum
-_BESIDE = 45  # columns for status, percentage and details of most tasks
-_NARROW = 50  # columns: narrower terminals show no bars, to leave room for the details
-_FRAMES_PER_SECOND = 4
-_MINUTE, _HOUR = 60, 3600
-
-
-def watch(gateway: httpx.URL, task_ids: Sequence[str], *, api: str, as_json: bool) -> bool:
-    """Show these tasks on standard output until all have ended; return whether all have succeeded.
-
-    Raises: StreamRefused.
-    """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # the locale may not support the vendor's Chinese messages
-    display = ProgressDisplay(gateway, task_ids)
-    console = Console()
-    # Not console.is_terminal: with FORCE_COLOR, as in CI, rich treats a pipe as a terminal.
-    is_live = sys.stdout.isatty() and not console.is_dumb_terminal and not as_json
-
-    def pause(seconds: float, reason: str) -> None:
-        if not is_live and reason != display.trouble:
-            sys.stderr.write(f"sd-gateway: {display.name}: {reason}; reconnecting\n")
-        display.trouble = reason
-        time.sleep(seconds)
-
-    def notify(text: str) -> None:
-        display.notice = text
-        if not is_live:
-            sys.stderr.write(f"sd-gateway: {display.name}: {text}\n")
-
-    frames = Live(
-        get_renderable=lambda: display.render(console.width),
-        console=console,
-        refresh_per_second=_FRAMES_PER_SECOND,
-    )
-    with frames if is_live else nullcontext():
-        for event in follow(gateway, display.task_ids, api=api, pause=pause, notify=notify):
-            line = display.update(event)
-            if as_json:
-                print(json_text(json.dumps({"event": event.name, **event.data})), flush=True)  # noqa: T201
-            elif line and not is_live:
-                print(line, flush=True)  # noqa: T201
-    return display.succeeded
-
-
-def name(gateway: httpx.URL) -> str:
-    """Return the URL of a gateway for display: without its password."""
-    return printable(f"{gateway.scheme}://{gateway.netloc.decode()}{gateway.path.rstrip('/')}")
+_STYLES = {"succeeded": "green", "failed": "red", "canceled": "yellow", "error": "red", NOT_FOUND: "red"}
+_MIN_BAR, _MAX_BAR = 8, 30  # columns
+_MIN_ID = 8
+_STATE = 9  # columns of "succeeded"
+_PERCENT = 5  # columns of "100 %"
+_MIN_DETAILS, _DETAILS = 12, 24  # a time left, and the beginning of a message
+_SECONDS_PER_FRAME = 0.25
+_ALL = "all tasks"
 
 
 class ProgressDisplay:
-    """The last known state of each task, as text and as bars.
+    """The state of the tasks as a renderable of rich.
 
     `trouble`: why there is no connection. `notice`: why the connection is not an event stream.
     """
 
-    def __init__(
-        self, gateway: httpx.URL, task_ids: Sequence[str], *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.name = name(gateway)
-        self.task_ids = list(dict.fromkeys(task_ids))
+    def __init__(self, name: str, tasks: WatchedTasks) -> None:
+        self.name = name
         self.trouble = self.notice = ""
-        self._clock = clock
-        self._rows = {task_id: _Row() for task_id in self.task_ids}
+        self._tasks = tasks
 
-    @property
-    def succeeded(self) -> bool:
-        """Whether every task has succeeded."""
-        return all(row.status == "succeeded" for row in self._rows.values())
+    def render(self, width: int, height: int | None = None) -> Group:
+        """Return the display for a screen of `width` columns and `height` lines; None: without a limit."""
+        lines: list[RenderableType] = [self._head()]
+        if self.notice:
+            lines.append(_cut(self.notice, "yellow"))
+        tasks = self._tasks.ordered()
+        has_sum = len(tasks) > 1
+        hidden: list[WatchedTask] = []
+        if height is not None:
+            room = max(height - len(lines) - has_sum - 1, 1)  # the cursor stands in the last line
+            if len(tasks) > room:
+                room = max(room - 1, 1)
+                tasks, hidden = tasks[:room], tasks[room:]
+        table = self._table(width)
+        if has_sum:
+            self._add_sum(table)
+        for task in tasks:
+            self._add(table, task)
+        lines.append(table.grid)
+        if hidden:
+            lines.append(_cut(f"… {len(hidden)} more: {self._tasks.counts(hidden)}", "dim"))
+        return Group(*lines)
 
-    def update(self, event: Event) -> str:
-        """Record a change; return it as a line, or "" if that would repeat the previous one."""
-        self.trouble = ""
-        if event.content is None or event.content.task_id not in self._rows:
-            return ""
-        row = self._rows[event.content.task_id]
-        before = row.line()
-        row.update(event.content, self._clock())
-        return "" if row.line() == before else f"{event.content.task_id}: {row.line()}"
+    def cut_tasks(self, width: int) -> list[WatchedTask]:
+        """Return the tasks whose details do not fit a screen of `width` columns."""
+        room = self._table(width).details_width
+        return [task for task in self._tasks if cell_len(self._tasks.details(task)) > room]
 
-    def render(self, width: int) -> Group:
-        """Return the display as a renderable for a terminal of `width` columns."""
-        ended = sum(row.ended for row in self._rows.values())
-        head = Text(f"{self.name}: {ended} of {len(self._rows)} ended", style="dim")
+    def _table(self, width: int) -> _Table:
+        names = [task.task_id for task in self._tasks]
+        return _Table(width, max(map(len, [*names, _ALL] if len(names) > 1 else names)))
+
+    def _head(self) -> Text:
         if self.trouble:
-            head = Text(f"{self.name}: {self.trouble}; reconnecting", style="yellow")
-        notice = [Text(self.notice, style="yellow")] if self.notice else []
-        longest = max(len(task_id) for task_id in self._rows)
-        least, most = _BAR_WIDTH
-        bar_width = min(max(width - longest - _BESIDE, least), most)
-        table = Table.grid(padding=(0, 1), expand=True)
-        table.add_column(no_wrap=True, max_width=max(width // 3, least))
-        table.add_column(no_wrap=True)
-        if width >= _NARROW:
-            table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, justify="right")
-        table.add_column(ratio=1)
-        for task_id, row in self._rows.items():
-            bar = ProgressBar(
-                total=1.0,
-                completed=row.fraction,
-                width=bar_width,
-                complete_style=row.style or "cyan",
-                finished_style=row.style,
-            )
-            table.add_row(
-                Text(task_id, overflow="ellipsis"),
-                Text(row.state, style=row.style),
-                *([bar] if width >= _NARROW else []),
-                row.percent,
-                Text(row.details(self._clock() - row.received_at)),
-            )
-        return Group(head, *notice, table)
+            return _cut(f"{self.name}: {self.trouble}; reconnecting", "yellow")
+        failing = any(task.stale for task in self._tasks)
+        text = f"{self.name}: {self._tasks.ended} of {len(self._tasks)} ended"
+        return _cut(f"{text}; upstream failing", "yellow") if failing else _cut(text, "dim")
+
+    def _add_sum(self, table: _Table) -> None:
+        seconds = self._tasks.eta_seconds()
+        table.add(
+            Text(_ALL, style="bold"),
+            Text(f"{self._tasks.ended} of {len(self._tasks)}"),
+            self._tasks.fraction,
+            f"{int(self._tasks.fraction * 100)} %",
+            Text("" if seconds is None else time_left(seconds)),
+        )
+
+    def _add(self, table: _Table, task: WatchedTask) -> None:
+        style = _STYLES.get(task.state, "")
+        details = Text(self._tasks.details(task), style="yellow" if task.stale else "")
+        state = Text(task.state, style=style)
+        bar_style = "dim" if task.stale else style
+        table.add(Text(task.task_id), state, task.fraction, task.percent, details, bar_style=bar_style)
 
 
-class _Row:
-    def __init__(self) -> None:
-        self.progress: Progress | None = None
-        self.problem: Problem | None = None
-        self.received_at = 0.0
+class _Table:
+    """A table for a screen of `width` columns, with as many columns of its own as fit.
 
-    def update(self, content: Progress | Problem, now: float) -> None:
-        if isinstance(content, Problem):
-            self.problem = content
-        else:
-            self.progress, self.problem, self.received_at = content, None, now
+    `longest`: the number of characters of the longest name.
+    """
 
-    @property
-    def status(self) -> str:
-        return self.progress.status if self.progress else ""
+    def __init__(self, width: int, longest: int) -> None:
+        self._has_percent = width >= _MIN_ID + _STATE + _PERCENT + 2
+        rest = width - _STATE - 1 - (_PERCENT + 1) * self._has_percent - 1
+        name = min(longest, max(width // 3, _MIN_ID), rest)
+        rest -= name + 1
+        bar = min(_MAX_BAR, max(rest - _DETAILS, min(_MIN_BAR, rest - _MIN_DETAILS)))
+        self._bar = bar if bar >= _MIN_BAR else 0
+        self.details_width = max(rest - (self._bar + 1 if self._bar else 0), 0)
+        self.grid = Table.grid(padding=(0, 1), expand=True)
+        self._add_column(name)
+        self._add_column(_STATE)
+        if self._bar:
+            self._add_column(self._bar)
+        if self._has_percent:
+            self._add_column(_PERCENT, justify="right")
+        self.grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
 
-    @property
-    def ended(self) -> bool:
-        return self.progress is not None and self.progress.terminal
+    def _add_column(self, width: int, justify: Literal["left", "right"] = "left") -> None:
+        self.grid.add_column(width=width, no_wrap=True, overflow="ellipsis", justify=justify)
 
-    @property
-    def state(self) -> str:
-        return "error" if self.problem else self.status or "loading"
-
-    @property
-    def style(self) -> str:
-        return "red" if self.problem else _STYLES.get(self.status, "")
-
-    @property
-    def fraction(self) -> float:
-        return self.progress.progress if self.progress else 0.0
-
-    @property
-    def percent(self) -> str:
-        return f"{int(self.fraction * 100)} %" if self.progress else ""  # rounded down: 100 % only at the end
-
-    def details(self, seconds_ago: float = 0.0) -> str:
-        if self.problem:
-            return self.problem.text
-        if self.progress is None:
-            return ""
-        parts = []
-        if self.progress.queue_remaining is not None:
-            parts.append(f"{self.progress.queue_remaining} in the queue")
-        if self.progress.eta_seconds and not self.ended:
-            parts.append(_time_left(self.progress.eta_seconds - seconds_ago))
-        if self.progress.message:
-            parts.append(self.progress.message)
-        return ", ".join(parts)
-
-    def line(self) -> str:
-        return ", ".join(filter(None, (self.state, self.percent, self.details())))
+    def add(
+        self, name: Text, state: Text, fraction: float, percent: str, details: Text, *, bar_style: str = ""
+    ) -> None:
+        """Add a line."""
+        bar = ProgressBar(
+            total=1.0,
+            completed=fraction,
+            width=self._bar,
+            complete_style=bar_style or "cyan",
+            finished_style=bar_style,
+        )
+        cells: list[RenderableType] = [name, state]
+        if self._bar:
+            cells.append(bar)
+        if self._has_percent:
+            cells.append(percent)
+        self.grid.add_row(*cells, details)
 
 
-def _time_left(seconds: float) -> str:
-    if seconds < 1:
-        return "any moment now"
-    if seconds < _MINUTE:
-        return f"{int(seconds)} s left"
-    if seconds < _HOUR:
-        return f"{int(seconds // _MINUTE)} min {int(seconds % _MINUTE)} s left"
-    return f"{int(seconds // _HOUR)} h {int(seconds % _HOUR // _MINUTE)} min left"
+class LiveDisplay:
+    """Keeps a display on the screen up to date. Use it with `with`; call `tick` often."""
+
+    def __init__(
+        self, display: ProgressDisplay, console: Console, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._display = display
+        self._console = console
+        self._clock = clock
+        self._drawn_at = -_SECONDS_PER_FRAME
+        self._live = Live(console=console, auto_refresh=False, vertical_overflow="visible")
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave a last frame with every task on the screen, and show the cursor again."""
+        self._live.update(self._display.render(self._console.width))
+        self._live.__exit__(kind, exc, traceback)
+
+    def tick(self) -> None:
+        """Draw a frame, unless the last one is too recent."""
+        now = self._clock()
+        if now - self._drawn_at >= _SECONDS_PER_FRAME:
+            self._drawn_at = now
+            self._live.update(self._display.render(self._console.width, self._console.height), refresh=True)
+
+
+def _cut(text: str, style: str) -> Text:
+    return Text(text, style=style, no_wrap=True, overflow="ellipsis")

@@ -1,4 +1,4 @@
-"""What a client of the gateway receives: progress, problems, and errors of a whole request."""
+"""What a client of the gateway receives: events, and errors of a whole request."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ class Problem(_Wire):
     """The error of a task or of a request."""
 
     task_id: _PrintableText = ""
+    code: _PrintableText = ""
     title: _PrintableText = ""
     detail: _PrintableText = ""
     upstream: _Upstream | None = None
@@ -65,8 +66,29 @@ class Problem(_Wire):
     def text(self) -> str:
         """The description of the gateway, and the message of the upstream, if any."""
         text = self.detail or self.title
-        message = self.upstream and (self.upstream.err_message or self.upstream.sub_err_message)
-        return f"{text}: {message}" if message else text
+        return f"{text}: {self.upstream_message}" if self.upstream_message else text
+
+    @property
+    def upstream_message(self) -> str:
+        """The message of the upstream, or ""."""
+        return (self.upstream and (self.upstream.err_message or self.upstream.sub_err_message)) or ""
+
+
+class Stale(_Wire):
+    """An update is overdue because of the problem `stale`; None when updates resume.
+
+    `age_seconds` is the time since the last update. Older gateways do not send this event.
+    """
+
+    task_id: _PrintableText
+    stale: _PrintableText | None
+    age_seconds: Annotated[float, Field(ge=0, le=1e12)] = 0.0
+    title: _PrintableText = ""
+
+
+Content = Progress | Problem | Stale
+_KINDS: dict[str, type[Content]] = {"progress": Progress, "problem": Problem, "stale": Stale}
+EVENTS = frozenset({*_KINDS, "end"})  # a newer gateway may send others
 
 
 class Event(NamedTuple):
@@ -74,14 +96,13 @@ class Event(NamedTuple):
 
     name: str
     data: dict[str, Any]
-    content: Progress | Problem | None = None
+    content: Content | None = None
 
 
 def parse_event(name: str, data: dict[str, Any]) -> Event:
-    """Return the event `progress` or `problem`. Raises: StreamRefused if the data are invalid."""
-    kind = Progress if name == "progress" else Problem
+    """Return the event `progress`, `problem` or `stale`. Raises: StreamRefused if the data are invalid."""
     try:
-        return Event(name, data, kind.model_validate(data))
+        return Event(name, data, _KINDS[name].model_validate(data))
     except ValidationError as exc:
         raise StreamRefused(f"invalid {name} event; check the URL of the gateway") from exc
 

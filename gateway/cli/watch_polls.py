@@ -20,6 +20,7 @@ from gateway.cli.watch_events import (
     raise_for_error,
     require_content_type,
 )
+from gateway.cli.watch_words import problem_title
 from gateway.domain.snapshot import strict_json
 
 UNKNOWN_TASK_SECONDS = 30.0  # the default of `watch.unknown_task_seconds`
@@ -34,7 +35,8 @@ _PAUSE_SECONDS = 0.5  # between two polls: the gateway may also respond at once
 class Polls:
     """Polls the batch at `url`. `notify` is called with the reason when the first query has succeeded.
 
-    `succeeded` tells whether it has.
+    `connected` is called when the first query of each `read` has succeeded. `succeeded` tells whether any
+    query has.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Polls:
         url: httpx.URL,
         *,
         notify: Callable[[str], None],
+        connected: Callable[[], None] = lambda: None,
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -50,17 +53,21 @@ class Polls:
         self._client = client
         self._url = url
         self._notify = notify
+        self._connected = connected
         self._sleep = sleep
         self._clock = clock
         self._etag = ""
         self._rejected_since: dict[str, float] = {}
+        self._stale: dict[str, str] = {}
 
     def read(self) -> Iterator[Event]:
         """Yield the changes, and `end` when every task has ended. Raises: Unavailable, StreamRefused."""
         items: list[Any] = []
+        begun = False
+        self._etag = ""
         while True:
             # The first query does not wait: it shows whether the gateway responds.
-            url = self._url.copy_merge_params({"wait": f"{_WAIT_SECONDS:g}"}) if self.succeeded else self._url
+            url = self._url.copy_merge_params({"wait": f"{_WAIT_SECONDS:g}"}) if begun else self._url
             headers = {"accept": "application/json"}
             if self._etag:
                 headers["if-none-match"] = self._etag
@@ -73,13 +80,33 @@ class Polls:
             if not self.succeeded:
                 self.succeeded = True
                 self._notify(BUFFERED)
+            if not begun:
+                begun = True
+                self._stale.clear()
+                self._connected()
             if response.status_code != HTTPStatus.NOT_MODIFIED:
-                yield from map(_event, items)
+                for item in items:
+                    yield from self._events(item)
             ended = [self._has_ended(item) for item in items]
             if ended and all(ended):
                 yield Event("end", {})
                 return
             self._sleep(_PAUSE_SECONDS)
+
+    def _events(self, item: dict[str, Any]) -> Iterator[Event]:
+        error = item.get("error")
+        if isinstance(error, dict):
+            yield parse_event("problem", {"taskId": item.get("taskId"), **error})
+            return
+        # Members of a batch that the events of a stream do not have; an older gateway has neither.
+        data = {name: value for name, value in item.items() if name not in {"ageSeconds", "stale"}}
+        yield parse_event("progress", data)
+        task_id, code = str(item.get("taskId")), item.get("stale") or ""
+        if code != self._stale.get(task_id, ""):
+            self._stale[task_id] = code
+            stale = {"taskId": item.get("taskId"), "api": item.get("api"), "stale": code or None}
+            age = {"ageSeconds": item.get("ageSeconds", 0)}
+            yield parse_event("stale", stale | age | {"title": problem_title(str(code))})
 
     def _has_ended(self, item: dict[str, Any]) -> bool:
         task_id = str(item.get("taskId"))
@@ -99,10 +126,3 @@ def _items(response: httpx.Response) -> list[Any]:
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
         raise StreamRefused("invalid response; check the URL of the gateway")
     return items
-
-
-def _event(item: dict[str, Any]) -> Event:
-    error = item.get("error")
-    if isinstance(error, dict):
-        return parse_event("problem", {"taskId": item.get("taskId"), **error})
-    return parse_event("progress", item)

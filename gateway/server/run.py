@@ -37,11 +37,17 @@ _CANCEL_SECONDS = 0.5  # for the responses of cancelled requests
 log = structlog.get_logger(__name__)
 
 
-def run(app: Application, settings: Settings, *, announce: Callable[[str], None] = lambda _: None) -> None:
+def run(
+    app: Application,
+    settings: Settings,
+    *,
+    announce: Callable[[str], None] = lambda _: None,
+    report: Callable[[CannotListen, str], None] | None = None,
+) -> None:
     """Run the gateway, as created by `create_app`, until a signal stops it.
 
     `announce` is called with the URL when connections are accepted. Raises: SystemExit as `serve` does, and
-    with status 1 if the gateway cannot listen; the reason is logged.
+    with status 1 if the gateway cannot listen; the reason is logged, or passed to `report` with a hint.
     """
     _configure_garbage_collection()
     server = settings.server
@@ -90,7 +96,10 @@ def run(app: Application, settings: Settings, *, announce: Callable[[str], None]
         serve(config, announce=log_start, metrics=metrics, shutdown=app.shutdown)
     except CannotListen as exc:
         hint = settings_hint(exc, server)
-        log.error("listen_failed", **exc.where, reason=exc.reason, hint=hint)  # noqa: TRY400 - no bug
+        if report is None:
+            log.error("listen_failed", **exc.where, reason=exc.reason, hint=hint)  # noqa: TRY400 - no bug
+        else:
+            report(exc, hint)
         sys.exit(1)
 
 

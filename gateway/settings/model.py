@@ -44,6 +44,8 @@ class SettingsError(Exception):
 LOOPBACK_NAMES = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 _URL_PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/-]*")  # RFC 3986, 3.3, without escapes
 _MAX_SOCKET_PATH_BYTES = 107  # Linux, unix(7): 108 bytes with the final zero
+DIRECT = "direct"  # a value of upstream.proxy
+_PROXY_SCHEMES = {"http", "https", "socks5", "socks5h"}
 
 
 class Server(Section):
@@ -148,6 +150,14 @@ class Upstream(Section):
         if self.client_key_file and not self.client_cert_file:
             raise ValueError("client_key_file: needs upstream.client_cert_file")
         return self
+
+    @field_validator("proxy")
+    @classmethod
+    def _proxy(cls, value: SecretStr) -> SecretStr:
+        text = value.get_secret_value()
+        if text not in {"", DIRECT} and not is_proxy_url(text):
+            raise ValueError(f'must be an http, https or socks5 URL, or "{DIRECT}"')
+        return value
 
     @field_validator("endpoint")
     @classmethod
@@ -255,6 +265,17 @@ class Settings(Section):
     limits: Limits = Limits()
     store: Store = Store()
     log: Log = Log()
+
+
+def is_proxy_url(text: str) -> bool:
+    """Tell whether a text is the URL of an egress proxy."""
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError:  # an incomplete IPv6 address, or a port that is not a number
+        return False
+    well_formed = port != 0 and not any(map(str.isspace, text))
+    return well_formed and parts.scheme in _PROXY_SCHEMES and bool(parts.hostname)
 
 
 def is_loopback(host: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -15,7 +16,7 @@ SPEEDPIX = {
     "SPEEDPIX_APP_SECRET": ("credentials", "secret_key"),
     "SPEEDPIX_ENDPOINT": ("upstream", "endpoint"),
 }
-_OF_COMMANDS = {"SD_GATEWAY_URL"}  # the gateway that `sd-gateway watch` queries
+URL_VARIABLE = "SD_GATEWAY_URL"  # no setting: the gateway that `sd-gateway watch` queries
 
 # In a namespace with a service named sd-gateway or sd-gateway-…, Kubernetes sets these variables in all pods:
 # https://kubernetes.io/docs/concepts/services-networking/service/#environment-variables
@@ -72,7 +73,7 @@ def read_variables(environ: Mapping[str, str]) -> Variables:
             own[setting] = Variable(setting, value, name)
         elif _is_of_a_service(name, value):
             ignored.append(name)
-        elif name not in _OF_COMMANDS:
+        elif name != URL_VARIABLE:
             mistakes.append(f"{name}: {_describe_unknown(name)}")
     return Variables((sdk, list(own.values())), mistakes, ignored)
 
@@ -99,6 +100,8 @@ def _describe_unknown(name: str) -> str:
     similar = similar_settings(section, key) if key else similar_to_joined(section)
     if similar:
         return f"unknown setting; {did_you_mean([variable_of(*setting) for setting in similar])}"
+    if difflib.get_close_matches(name.removeprefix(PREFIX), [URL_VARIABLE.removeprefix(PREFIX)]):
+        return f"unknown setting; {did_you_mean([URL_VARIABLE])}"
     if section in SECTIONS:
         keys = ", ".join(SECTIONS[section]).upper()
         return f"unknown setting; known: {PREFIX}{section.upper()}__ and {keys}"

@@ -16,10 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from gateway.settings.extras import describe_missing
-from gateway.settings.model import SettingsError, Upstream, is_loopback
-
-DIRECT = "direct"
-SCHEMES = frozenset({"http", "https", "socks5", "socks5h"})
+from gateway.settings.model import DIRECT, SettingsError, Upstream, is_loopback, is_proxy_url
 
 
 class EgressProxy(NamedTuple):
@@ -82,10 +79,10 @@ def _is_excluded(host: str, port: int | None, no_proxy: str) -> bool:
 
 def _checked(proxy: str, source: str) -> EgressProxy:
     try:
-        url = httpx.URL(proxy)
+        url = httpx.URL(proxy if is_proxy_url(proxy) else "")
     except httpx.InvalidURL:
         url = httpx.URL("")
-    if url.scheme not in SCHEMES or not url.host:
+    if not url.host:
         raise SettingsError([f"{source}: must be an http, https or socks5 URL"])  # it may have a password
     if url.scheme.startswith("socks5") and find_spec("socksio") is None:
         raise SettingsError([describe_missing(f"{source}: a SOCKS proxy", "socksio", extra="socks")])

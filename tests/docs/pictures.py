@@ -19,6 +19,7 @@ from rich.console import Console
 
 from gateway.cli.watch_client import follow
 from gateway.cli.watch_display import ProgressDisplay
+from gateway.cli.watch_tasks import WatchedTasks
 from tests.browser.test_page import ARGUMENTS, CHROMIUM
 from tests.docs.markdown import ROOT
 from tests.support.harness import Process, free_port
@@ -43,14 +44,14 @@ def take_page(browser: Browser, url: str) -> None:
 
 def draw_terminal(url: str) -> None:
     """Draw `sd-gateway watch` when the first task has failed."""
-    display = ProgressDisplay(httpx.URL(url), TASKS)
-    statuses: dict[str, str] = {}
+    tasks = WatchedTasks(TASKS)
     for event in follow(httpx.URL(url), TASKS, api="sd", pause=lambda seconds, _: time.sleep(seconds)):
-        task, _, status = display.note(event).partition(": ")
-        statuses[task] = status
-        if statuses.keys() >= {*TASKS} and statuses[FAILED].startswith("failed"):
+        if event.content is not None:
+            tasks.update(event.content)
+        states = {task.task_id: task.state for task in tasks}
+        if "loading" not in states.values() and states[FAILED] == "failed":
             break
-    display.name = "http://127.0.0.1:8080"
+    display = ProgressDisplay("http://127.0.0.1:8080", tasks)
     console = Console(
         record=True, width=COLUMNS, file=io.StringIO(), force_terminal=True, color_system="truecolor"
     )
@@ -73,7 +74,7 @@ def main() -> None:
         Process("demo", "--simulator-port", "0", cwd=Path(folder), env=env) as demo,
         sync_playwright() as playwright,
     ):
-        url = demo.says(r'"url": "(http://[^"]+)"')
+        url = demo.says("Open in a browser: +(http://[^/]+)")
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         take_page(browser, url)
         browser.close()

@@ -17,7 +17,7 @@ from tests.support.harness import Process, neutral_environment, until
 _BIN = Path(sys.executable).parent
 _BASH = Path("bash")
 _SERVERS = ("make demo", "sd-gateway serve", "sd-gateway demo")  # commands that run until they are stopped
-_LISTENS = r'"url": "(http://[^"]+)"'
+_LISTENS = r'(?:"url": "|Open in a browser: +)(http://[^"/]+)'
 _CURL_SAW_AN_ERROR = 22
 _ENOUGH = 2  # events of a stream that does not end
 

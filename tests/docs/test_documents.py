@@ -17,7 +17,7 @@ from urllib.parse import unquote
 import pytest
 import yaml
 
-from gateway.cli.main import _parser
+from gateway.cli.command_line import create_parser
 from gateway.settings.model import Settings
 from gateway.settings.variables import PREFIX
 from tests.docs import tables
@@ -180,7 +180,7 @@ def assert_parses(code: str) -> None:
     if command == "--version":
         return
     # argparse has no public way to list the options of a command.
-    options = _parser()._subparsers._group_actions[0].choices[command]._option_string_actions  # type: ignore[union-attr]
+    options = create_parser().commands[command]._option_string_actions
     for argument in arguments:
         assert not argument.startswith("--") or argument in options, f"sd-gateway does not know {code}"
 

@@ -317,6 +317,21 @@ def test_cli_check_succeeds(tmp_path: Path, simulator: Simulator) -> None:
     assert status == 0
     assert "OK: key, signature and clock accepted" in output
     assert simulator.calls() == 1
+    assert re.search(r"^latency: the response took \d+ ms, with the connection$", output, re.MULTILINE)
+    assert output.splitlines()[-1] == "clock: the local clock agrees with the upstream's to the second"
+
+
+@pytest.mark.parametrize(("ahead", "word"), [(100, "behind"), (-100, "ahead of")])
+def test_cli_check_measures_the_clock(tmp_path: Path, simulator: Simulator, ahead: int, word: str) -> None:
+    """A clock that is wrong by less than the upstream allows is no failure, and is reported."""
+    simulator.ahead_seconds = ahead
+    status, output = checked(tmp_path, pair(simulator.url))
+    assert status == 0
+    told = re.search(
+        rf"^clock: the local clock is (\d+) s {word} the upstream's; 15 minutes", output, re.MULTILINE
+    )
+    assert told, output
+    assert abs(int(told[1]) - 100) < 30
 
 
 @pytest.mark.parametrize(
@@ -382,9 +397,16 @@ def test_cli_check_succeeds_if_the_test_task_exists(tmp_path: Path, simulator: S
     [
         ({"CREDENTIALS__ACCESS_KEY": "wrong-key"}, "access key: unknown to the upstream"),
         ({"CREDENTIALS__SECRET_KEY": "wrong-secret"}, "secret key: wrong; both sides signed the same string"),
-        ({"CREDENTIALS__SECRET_KEY": ""}, "credentials: none"),
+        (
+            {"CREDENTIALS__SECRET_KEY": ""},
+            "secret key: set SPEEDPIX_APP_SECRET or SD_GATEWAY_CREDENTIALS__SECRET_KEY, or name a file",
+        ),
+        (
+            {"CREDENTIALS__SECRET_KEY": "", "CREDENTIALS__ACCESS_KEY": ""},
+            "no key pair: the gateway needs an access key and a secret key\naccess key: set SPEEDPIX_APP_KEY",
+        ),
     ],
-    ids=["wrong-key", "wrong-secret", "none"],
+    ids=["wrong-key", "wrong-secret", "half", "none"],
 )
 def test_cli_check_explains_a_wrong_pair(
     tmp_path: Path, simulator: Simulator, changes: dict[str, str], says: str
@@ -644,8 +666,9 @@ def test_cli_demo_on_an_address_in_use_prints_no_url(tmp_path: Path) -> None:
         env = {"SD_GATEWAY_SERVER__PORT": str(taken.getsockname()[1])}
         status, output = run("demo", "--simulator-port", "0", cwd=tmp_path, env=env)
     assert status == 1
-    told = json.loads(output)
-    assert (told["event"], told["reason"]) == ("listen_failed", "Address already in use")
+    url = f"http://127.0.0.1:{env['SD_GATEWAY_SERVER__PORT']}"
+    hint = "set server.port (SD_GATEWAY_SERVER__PORT) to another port; 0 uses any free port"
+    assert output == f"sd-gateway: cannot listen on {url}: Address already in use; {hint}"
 
 
 def test_cli_demo_prints_its_urls(tmp_path: Path) -> None:
@@ -656,9 +679,9 @@ def test_cli_demo_prints_its_urls(tmp_path: Path) -> None:
         "SD_GATEWAY_SERVER__ROOT_PATH": "/prefix",
     }
     with Process("demo", "--simulator-port", "0", cwd=tmp_path, env=env) as process:
-        url = process.says(r"curl (http://\[::1\]:\d+/prefix/v1/progress/demo-6)")
+        url = process.says(r"curl (http://\[::1\]:\d+/prefix/v1/progress/demo-1)")
         with plain_client("") as client:
-            assert client.get(url).json()["status"] == "succeeded"
+            assert client.get(url.replace("demo-1", "demo-6")).json()["status"] == "succeeded"
 
 
 def test_cli_demo_runs_and_stops_both_processes(tmp_path: Path) -> None:
@@ -667,7 +690,10 @@ def test_cli_demo_runs_and_stops_both_processes(tmp_path: Path) -> None:
     env = {"SD_GATEWAY_SERVER__PORT": str(port)}
     with Process("demo", "--simulator-port", str(simulator_port), cwd=tmp_path, env=env) as process:
         url = process.says(r"curl (http://\S+/v1/progress/demo-1)\b")
-        process.says("listening")
+        assert process.says(r"Open in a browser: +(\S+)").startswith(
+            f"http://127.0.0.1:{port}/?taskId=demo-1&"
+        )
+        process.says("Stop: +Ctrl-C")
         with plain_client("") as client:
             seen = {client.get(url).json()["progress"]}
             until(lambda: seen.add(client.get(url).json()["progress"]) or len(seen) > 1, "the task moves")

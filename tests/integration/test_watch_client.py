@@ -252,6 +252,36 @@ def test_follow_leaves_out_repetitions() -> None:
     assert [gist for _, gist in events] == [0.25, 0.25, 0.5, "no", 0.25, None]
 
 
+def stale(code: str | None) -> bytes:
+    """Return the event for an update that is overdue, or no longer is."""
+    data = {"taskId": "A", "api": "sd", "stale": code, "ageSeconds": 3, "title": "t"}
+    return f"event: stale\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def test_follow_says_again_what_is_overdue_on_a_new_connection() -> None:
+    """Each connection with data is reported; an overdue update is repeated on it, and not within it."""
+    steps: list[str] = []
+    with playing(
+        stream(progress(), stale("x"), stale("x")),
+        stream(b": only a heartbeat\n\n"),
+        stream(progress(), stale("x"), stale(None), stale(None), END),
+    ) as upstream:
+        for event in follow(
+            httpx.URL(upstream.url),
+            ["A"],
+            api="sd",
+            pause=lambda *_: steps.append("pause"),
+            connected=lambda: steps.append("connected"),
+        ):
+            overdue = f" {event.data['stale']}" if event.name == "stale" else ""
+            steps.append(f"{event.name}{overdue}")
+    assert steps == [
+        *["connected", "progress", "stale x", "pause"],
+        *["connected", "pause"],
+        *["connected", "stale x", "stale None", "end"],
+    ]
+
+
 def test_follow_resumes_a_broken_connection() -> None:
     """A stream that breaks off within an event is resumed from the last complete one."""
     pauses = Pauses()
@@ -342,6 +372,26 @@ def test_follow_returns_to_the_stream_if_the_gateway_does_not_respond() -> None:
     assert events == [("end", None)]
     assert pauses == [(2, "503 Service Unavailable: too many")]
     assert not notices
+
+
+def test_polls_say_which_updates_are_overdue() -> None:
+    """A batch gives the events of a stream: one for each change of `stale`, none for a new age."""
+    responses = [
+        batch(item("A", ageSeconds=1, stale=None)),
+        batch(item("A", ageSeconds=2, stale="upstream-timeout")),
+        batch(item("A", ageSeconds=3, stale="upstream-timeout")),
+        batch(item("A", ageSeconds=0, stale=None, terminal=True)),
+    ]
+    with playing(*responses) as upstream, httpx.Client(trust_env=False) as client:
+        polls = Polls(client, httpx.URL(upstream.url), notify=print, sleep=lambda _: None)
+        events = list(polls.read())
+    assert [event.name for event in events if event.name != "progress"] == ["stale", "stale", "end"]
+    overdue = [event.data for event in events if event.name == "stale"]
+    assert [(one["stale"], one["ageSeconds"], one["title"]) for one in overdue] == [
+        ("upstream-timeout", 2, "Upstream timeout"),
+        (None, 0, ""),
+    ]
+    assert all("ageSeconds" not in event.data for event in events if event.name == "progress")
 
 
 def test_follow_polls_until_an_unknown_task_is_given_up() -> None:

@@ -7,23 +7,22 @@ import pty
 import re
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import termios
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from rich.console import Console
+import trustme
+from starlette.types import Receive, Scope, Send
 
 from gateway.cli.main import main
-from gateway.cli.watch_display import ProgressDisplay
-from gateway.cli.watch_events import Event, Problem, Progress
 from gateway.cli.watch_polls import BUFFERED
 from tests.support.harness import (
     COMMAND,
@@ -36,11 +35,13 @@ from tests.support.harness import (
     Request,
     Simulator,
     Stage,
+    answer,
     framed,
     free_port,
     fresh_id,
     plain_client,
     run,
+    running,
     serving,
     until,
 )
@@ -51,10 +52,24 @@ Serve = Callable[..., AbstractContextManager[tuple[Process, Gateway]]]
 
 WAITING = {"status": "waiting", "progress": 0, "lastQueueRemaining": 3, "etaRelative": 0}
 RUNNING = {"status": "running", "progress": 0.25, "message": "step 5 of 20"}
+
+
+def event(name: str, **data: Any) -> bytes:
+    """Return an event of a stream."""
+    return f"event: {name}\ndata: {json.dumps(data)}\n\n".encode()
+
+
+def state(status: str, **more: Any) -> dict[str, Any]:
+    """Return the gateway's JSON for task A."""
+    known = {"taskId": "A", "status": status, "progress": 1, "queueRemaining": None, "etaSeconds": None}
+    return known | {"message": None, "terminal": status != "running"} | more
+
+
+ENDED = event("progress", **state("succeeded")) + event("end")
 FURTHER = {"status": "running", "progress": 0.75, "message": "step 15 of 20"}
 SUCCESS = {"status": "successed", "progress": 1}
 FAILURE = {"status": "failed", "progress": 0.75, "message": "out of memory"}
-UNKNOWN_TASK = "error, the upstream rejected the query: the task does not exist"
+UNKNOWN_TASK = "Not found: the vendor does not know this ID; try --api comfy (the task does not exist)"
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +115,9 @@ def watch(served: str, tmp_path: Path) -> Callable[..., Process]:
     """Return a function that starts the command with its output in a pipe."""
 
     def start(*arguments: str, url: str = served, **env: str) -> Process:
-        return Process("watch", *arguments, "--gateway", url, cwd=tmp_path, env=env)
+        process = Process("watch", *arguments, "--gateway", url, cwd=tmp_path, env=env)
+        process.url = url
+        return process
 
     return start
 
@@ -181,13 +198,57 @@ def test_watch_resumes_after_a_restart(
 
 
 def test_watch_interrupted_exits_with_130(simulated: Simulator, watch: Callable[..., Process]) -> None:
-    """Ctrl-C before the end gives exit status 130, without a message."""
-    task_id = simulated.task()
-    with watch(task_id) as process:
+    """Ctrl-C before the end says what is known and how to resume, without the value of a header."""
+    done, task_id = simulated.finished(), simulated.task()
+    with watch(done, task_id, "--header", "Authorization: Bearer hush", "--save", "my images") as process:
         process.says("running")
+        process.says("not saved")
         process.signal(signal.SIGINT)
         assert process.exit_status() == 130
-    assert [line for line in process.lines if not line.startswith(task_id)] == []
+    said = [line for line in process.lines if "interrupted" in line]
+    resume = f"{done} {task_id} --gateway {process.url} --header 'Authorization: …' --save 'my images'"
+    known = "1 of 2 ended: 1 running, 1 succeeded"
+    assert said == [f"sd-gateway: interrupted; {known}. To resume: sd-gateway watch {resume}"]
+    assert "hush" not in process.output
+
+
+def test_watch_stops_after_its_timeout(simulated: Simulator, served: str, tmp_path: Path) -> None:
+    """`--timeout` ends the command with status 1; SD_GATEWAY_URL needs no scheme, and no option to resume."""
+    task_id = simulated.task()
+    address = served.removeprefix("http://")
+    status, output = run("watch", task_id, "--timeout", "0.5", cwd=tmp_path, env={"SD_GATEWAY_URL": address})
+    assert status == 1
+    assert output.splitlines()[-1] == (
+        "sd-gateway: not finished after 0.5 s; 0 of 1 ended: 1 running. "
+        f"To resume: sd-gateway watch {task_id} --timeout 0.5"
+    )
+
+
+def test_watch_sends_headers_and_verifies_by_the_given_file(tmp_path: Path) -> None:
+    """With `--cacert` a private authority is accepted, without it is not; `--header` reaches the gateway."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    seen: list[dict[str, str]] = []
+
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        seen.append({name.decode(): value.decode() for name, value in scope["headers"]})
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": ENDED})
+
+    with running(app, lifespan="off", ssl_context_factory=lambda *_: context) as url:
+        gateway = url.replace("127.0.0.1", "localhost")
+        headers = ("--header", "Authorization: Bearer b:c", "--header", "X-Team: a", "--header", "x-team: b")
+        arguments = ("watch", "A", "--gateway", gateway, *headers)
+        assert run(*arguments, "--cacert", "ca.pem", cwd=tmp_path) == (0, "A: succeeded, 100 %")
+        status, output = run(*arguments, "--timeout", "2", cwd=tmp_path)
+    assert status == 1
+    assert "certificate verify failed" in output
+    [request] = seen
+    assert (request["authorization"], request["x-team"]) == ("Bearer b:c", "a, b")
+    assert request["accept"] == "text/event-stream"
 
 
 def test_watch_ends_on_a_closed_pipe(simulated: Simulator, served: str, tmp_path: Path) -> None:
@@ -223,7 +284,6 @@ def test_watch_ends_on_a_closed_pipe(simulated: Simulator, served: str, tmp_path
             (["A", "--gateway", url], "--gateway: ")
             for url in (
                 "",
-                "localhost:8080",
                 "ftp://host",
                 "http://",
                 "http://h:99999",
@@ -274,7 +334,7 @@ def test_watch_writes_plain_lines_into_a_pipe(simulated: Simulator, watch: Calla
     assert process.lines == [
         f"{task_id}: {UNKNOWN_TASK}",
         f"{task_id}: waiting, 0 %, 3 in the queue",
-        f"{task_id}: running, 25 %, 1 min 15 s left, step 5 of 20",
+        f"{task_id}: running, 25 %, 1:15 left, step 5 of 20",
         f"{task_id}: running, 75 %, step 15 of 20",
         f"{task_id}: succeeded, 100 %",
     ]
@@ -292,7 +352,7 @@ def test_watch_works_in_any_locale(simulated: Simulator, watch: Callable[..., Pr
 def test_watch_reports_a_connection_error_once(tmp_path: Path) -> None:
     """A connection error is reported once, and again after a recovery."""
     busy = framed(b"", "connection: close", status="HTTP/1.1 503 Service Unavailable")
-    said = json.dumps(data("failed")).encode()
+    said = json.dumps(state("failed", progress=0.25)).encode()
     told = framed(
         b"retry: 1\n\nevent: progress\ndata: %s\n\n" % said,
         "content-type: text/event-stream",
@@ -406,7 +466,7 @@ def test_watch_draws_a_live_bar_per_task(simulated: Simulator, served: str, tmp_
     with terminal("watch", one, other, "--gateway", served, cwd=tmp_path) as screen:
         screen.wait_for(f"{served}: 0 of 2 ended")
         screen.wait_for("3 in the queue")
-        screen.wait_for("the upstream rejected the query")
+        screen.wait_for("the vendor does not know this ID")
         simulated.script(one, **RUNNING)
         screen.wait_for("╸")  # the moving end of a bar
         screen.wait_for("25 % step 5 of 20")
@@ -417,12 +477,75 @@ def test_watch_draws_a_live_bar_per_task(simulated: Simulator, served: str, tmp_
         assert screen.exit_status() == 1
     last = screen.text[screen.text.rindex(served) :]
     assert re.fullmatch(
-        rf"{served}: 2 of 2 ended\n"
-        r"task-one succeeded ━{30} 100 % +\n"
-        r"task-two failed    ━+╸?━+  75 % out of memory +\n",
+        rf"{served}: 2 of 2 ended *\n"
+        r"all tasks 2 of 2    ━+[╸╺]━+  87 % +\n"
+        r"task-two  failed    ━+╸?━+  75 % out of memory +\n"
+        r"task-one  succeeded ━{30} 100 % +\n",
         last,
     ), last
     assert screen.raw.index("\x1b[?25l") < screen.raw.rindex("\x1b[?25h")  # the cursor is visible again
+
+
+STALE = event("progress", **state("running", progress=0.5, etaSeconds=90.9)) + event(
+    "stale",
+    taskId="A",
+    api="sd",
+    stale="upstream-credentials",
+    ageSeconds=25.0,
+    title="the vendor refuses our credentials",
+)
+
+
+def test_watch_says_that_updates_are_overdue(tmp_path: Path) -> None:
+    """`event: stale` is shown with its age and reason, in a terminal, in a pipe and as JSON."""
+    resume = threading.Event()
+    head = answer(b"", "content-type: text/event-stream", "connection: close")
+    resumed = event("stale", taskId="A", api="sd", stale=None, ageSeconds=0, title="")
+
+    def behave(connection: socket.socket, _: Request) -> None:
+        connection.sendall(head + STALE)
+        assert resume.wait(PATIENCE_SECONDS)
+        connection.sendall(resumed + ENDED)
+        connection.shutdown(socket.SHUT_WR)
+
+    with RawUpstream(behave) as upstream:
+        with terminal("watch", "A", "--gateway", upstream.url, cwd=tmp_path) as screen:
+            screen.wait_for(f"{upstream.url}: 0 of 1 ended; upstream failing")
+            screen.wait_for("1:30 left, last update 25 s ago: the ven")
+            screen.wait_for("last update 26 s ago")
+            assert "1:29 left" not in screen.text
+            resume.set()
+            assert screen.exit_status() == 0
+        arguments = ("watch", "A", "--gateway", upstream.url)
+        assert run(*arguments, cwd=tmp_path)[1].splitlines() == [
+            "A: running, 50 %, 1:30 left",
+            "A: running, 50 %, 1:30 left, last update 25 s ago: the vendor refuses our credentials",
+            "A: running, 50 %, 1:30 left",
+            "A: succeeded, 100 %",
+        ]
+        told = [json.loads(line) for line in run(*arguments, "--json", cwd=tmp_path)[1].splitlines()]
+    assert [(one["event"], one.get("stale")) for one in told] == [
+        ("progress", None),
+        ("stale", "upstream-credentials"),
+        ("stale", None),
+        ("progress", None),
+        ("end", None),
+    ]
+
+
+def test_watch_fits_a_low_screen(simulated: Simulator, served: str, tmp_path: Path) -> None:
+    """Of 40 tasks, a screen of 24 lines shows the running ones first; at the end, all are written."""
+    tasks = [f"low-{number}" for number in range(40)]
+    for task_id in tasks:
+        simulated.script(task_id, **(RUNNING if task_id == "low-39" else WAITING))
+    with terminal("watch", *tasks, "--gateway", served, cwd=tmp_path) as screen:
+        screen.wait_for("… 20 more: 20 waiting")
+        assert "low-39" in screen.text
+        for task_id in tasks:
+            simulated.script(task_id, **SUCCESS)
+        assert screen.exit_status() == 0
+    last = screen.text[screen.text.rindex(served) :]
+    assert re.findall(r"^low-\d+ +succeeded", last, re.MULTILINE) == [f"{task:9} succeeded" for task in tasks]
 
 
 def test_watch_restores_the_terminal(simulated: Simulator, served: str, tmp_path: Path) -> None:
@@ -432,7 +555,10 @@ def test_watch_restores_the_terminal(simulated: Simulator, served: str, tmp_path
         screen.wait_for("running")
         screen.signal(signal.SIGINT)
         assert screen.exit_status() == 130
-    assert screen.raw.rstrip().endswith("\x1b[?25h")
+    shown, cursor, message = screen.raw.rpartition("\x1b[?25h")
+    assert task_id in shown
+    assert cursor
+    assert message.strip().startswith("sd-gateway: interrupted; 0 of 1 ended: 1 running. To resume: ")
     assert "Traceback" not in screen.text
 
 
@@ -452,112 +578,3 @@ def test_watch_writes_plain_lines_on_a_dumb_terminal(
     with terminal("watch", task_id, "--gateway", served, cwd=tmp_path, term="dumb") as screen:
         assert screen.exit_status() == 0
     assert screen.raw == f"{task_id}: succeeded, 100 %, step 20 of 20\r\n"
-
-
-# --- the board --------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Clock:
-    """A simulated clock."""
-
-    now: float = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def data(status: str = "running", **more: Any) -> dict[str, Any]:
-    """Return the gateway's JSON for task A."""
-    ended = status in {"succeeded", "failed", "canceled"}
-    return {
-        "taskId": "A",
-        "status": status,
-        "progress": 0.25,
-        "queueRemaining": None,
-        "etaSeconds": None,
-        "message": None,
-        "terminal": ended,
-    } | more
-
-
-def heard(status: str = "running", **more: Any) -> Event:
-    """Return a progress event."""
-    return Event("progress", {}, Progress.model_validate(data(status, **more)))
-
-
-def drawn(board: ProgressDisplay, width: int = 80) -> list[str]:
-    """Return the lines of a display on a terminal of this width."""
-    out = StringIO()
-    Console(file=out, width=width).print(board.render(width))
-    return [line.rstrip() for line in out.getvalue().splitlines()]
-
-
-def board(*task_ids: str, clock: Callable[[], float] = lambda: 0.0) -> ProgressDisplay:
-    """Return a display for some gateway."""
-    return ProgressDisplay(httpx.URL("http://user:hush@host:8080/prefix/"), task_ids or ["A"], clock=clock)
-
-
-def test_display_counts_the_time_left_down() -> None:
-    """The time left counts down between two events, but not below zero."""
-    clock = Clock()
-    shown = board(clock=clock)
-    shown.update(heard(etaSeconds=3725))
-    left = []
-    for _ in range(4):
-        left.append(drawn(shown)[1].partition("%")[2].strip())
-        clock.now += 1850
-    assert left == ["1 h 2 min left", "31 min 15 s left", "25 s left", "any moment now"]
-
-
-def test_display_rounds_down() -> None:
-    """100 % is shown only at the end."""
-    shown = board()
-    assert shown.update(heard(progress=0.999)) == "A: running, 99 %"
-
-
-def test_display_has_a_line_for_each_change() -> None:
-    """A line is printed only for a change of a watched task."""
-    shown = board()
-    problem = Problem.model_validate({"taskId": "A", "title": "It broke"})
-    assert shown.update(Event("problem", {}, problem)) == "A: error, It broke"
-    assert shown.update(heard()) == "A: running, 25 %"
-    assert shown.update(heard()) == ""
-    assert shown.update(heard(taskId="B")) == ""
-    assert shown.update(Event("end", {})) == ""
-    assert not shown.succeeded
-    assert shown.update(heard("succeeded")) == "A: succeeded, 25 %"
-    assert shown.succeeded
-
-
-def test_display_keeps_the_bar_beside_a_problem() -> None:
-    """A task with a problem still shows its last progress."""
-    shown = board()
-    shown.update(heard())
-    assert shown.update(Event("problem", {}, Problem(taskId="A", detail="no"))) == "A: error, 25 %, no"
-    assert drawn(shown)[1].split() == ["A", "error", "━━━━━━━╸", "25", "%", "no"]
-
-
-def test_display_shows_a_connection_error_until_the_next_event() -> None:
-    """The first line shows how many tasks have ended, or the connection error, without the password."""
-    shown = board("A", "B")
-    assert drawn(shown)[0] == "http://host:8080/prefix: 0 of 2 ended"
-    shown.trouble = "it broke"
-    assert drawn(shown)[0] == "http://host:8080/prefix: it broke; reconnecting"
-    shown.update(heard("failed"))
-    assert drawn(shown)[0] == "http://host:8080/prefix: 1 of 2 ended"
-
-
-@pytest.mark.parametrize("width", [20, 40, 60, 80, 200])
-def test_display_fits_any_terminal(width: int) -> None:
-    """Long IDs and texts neither overflow nor hide status and percentage; narrow terminals have no bar."""
-    shown = board("A", "x" * 64)
-    shown.update(heard(message="[bold]word[/bold] " * 9))
-    lines = drawn(shown, width)
-    assert all(len(line) <= width for line in lines)
-    assert "running" in "".join(lines)
-    assert ("━" in "".join(lines)) == (width >= 60)
-    if width >= 40:
-        assert " 25 %" in "".join(lines)
-    if width == 200:
-        assert "[bold]word[/bold]" in "".join(lines)

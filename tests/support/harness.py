@@ -479,6 +479,7 @@ class Process:
             text=True,
         )
         self.lines: list[str] = []
+        self.url = ""  # of the gateway, if the test sets it
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 

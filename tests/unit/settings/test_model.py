@@ -800,6 +800,32 @@ def test_url_that_is_no_valid_secret_is_hidden(mistakes: Callable[..., list[str]
     assert line == f"{setting} = (hidden): contains a line break"
 
 
+@pytest.mark.parametrize(
+    ("proxy", "shown"),
+    [
+        ("ftp://p:1", '"ftp://p:1"'),
+        ("p:3128", '"p:3128"'),
+        ("http://", '"http://"'),
+        ("http://p:x", '"http://p:x"'),
+        ("http://p:0", '"http://p:0"'),
+        ("http://p q:1", '"http://p q:1"'),
+        ("socks4://u:hush@p:1", "(hidden)"),
+        ("Direct", '"Direct"'),
+    ],
+)
+def test_proxy_that_is_no_url_is_named_with_its_source(tmp_path: Path, proxy: str, shown: str) -> None:
+    """A bad proxy is reported like every other setting, with file and line, or with its variable."""
+    said = f'upstream.proxy = {shown}: must be an http, https or socks5 URL, or "direct"'
+    file = tmp_path / "gateway.toml"
+    file.write_text(f"[upstream]\n\nproxy = {json.dumps(proxy)}\n")
+    with pytest.raises(SettingsError) as caught:
+        load(file, {})
+    assert caught.value.mistakes == [f"{file}:3: {said}"]
+    with pytest.raises(SettingsError) as caught:
+        load(None, {"SD_GATEWAY_UPSTREAM__PROXY": proxy})
+    assert caught.value.mistakes == [f"SD_GATEWAY_UPSTREAM__PROXY: {said}"]
+
+
 def test_store_url_is_never_shown(read: Load) -> None:
     """The URL may contain a password, so printed settings do not show it."""
     assert "s3cret" not in repr(read(SD_GATEWAY_STORE__URL="valkey://u:s3cret@v"))

@@ -169,6 +169,8 @@ def test_variables_of_users_are_not_ignored(tmp_path: Path, variable: str, value
 def test_variable_of_the_watch_command_is_no_setting(tmp_path: Path) -> None:
     """SD_GATEWAY_URL is for `sd-gateway watch`, and does not stop the gateway."""
     assert loaded(tmp_path, "", SD_GATEWAY_URL="http://gateway").settings == Settings()
+    [message] = mistakes(tmp_path, "", SD_GATEWAY_ULR="http://gateway")
+    assert message == "SD_GATEWAY_ULR: unknown setting; did you mean SD_GATEWAY_URL?"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""Writes the changes of `sd-gateway watch` as lines, for pipes, log files and terminals without a cursor.
+
+A task gets a line when its status changes, after each 10 %, and after 30 s if anything else has changed. If
+nothing changes for 30 s, one line says how many tasks are in each state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from gateway.cli.watch_tasks import WatchedTask, WatchedTasks
+
+INTERVAL_SECONDS = 30.0
+
+
+class _Written(NamedTuple):
+    key: tuple[object, ...]
+    line: str
+    at: float
+
+
+class ProgressLines:
+    """Decides which changes are worth a line, and passes these lines to `write`."""
+
+    def __init__(self, tasks: WatchedTasks, write: Callable[[str], None]) -> None:
+        self._tasks = tasks
+        self._write = write
+        self._written: dict[str, _Written] = {}
+        self._last_at = tasks.clock()
+
+    def update(self, task: WatchedTask) -> None:
+        """Write a line if the status has changed, or the progress by 10 %."""
+        written = self._written.get(task.task_id)
+        if written is None or written.key != _key(task):
+            self._write_task(task)
+
+    def tick(self) -> None:
+        """Write what has changed little for `INTERVAL_SECONDS`."""
+        now = self._tasks.clock()
+        for task in self._tasks:
+            written = self._written.get(task.task_id)
+            if written is None or task.ended or now - written.at < INTERVAL_SECONDS:
+                continue
+            if self._tasks.line(task) != written.line:
+                self._write_task(task)
+        if now - self._last_at >= INTERVAL_SECONDS:
+            self._last_at = now
+            self._write(f"{self._tasks.ended} of {len(self._tasks)} ended: {self._tasks.counts()}")
+
+    def _write_task(self, task: WatchedTask) -> None:
+        now, line = self._tasks.clock(), self._tasks.line(task)
+        written = self._written.get(task.task_id)
+        self._written[task.task_id] = _Written(_key(task), line, now)
+        if written is None or written.line != line:
+            self._last_at = now
+            self._write(f"{task.task_id}: {line}")
+
+
+def _key(task: WatchedTask) -> tuple[object, ...]:
+    return (
+        task.state,
+        int(task.fraction * 10 + 1e-9),
+        task.problem.text if task.problem else "",
+        task.stale.stale if task.stale else "",
+        task.images,
+    )
