@@ -19,7 +19,7 @@ from rich.console import Console
 
 from gateway.cli.watch_client import follow
 from gateway.cli.watch_display import ProgressDisplay
-from tests.browser.test_page import ARGUMENTS, CHROMIUM
+from tests.browser.chromium import ARGUMENTS, CHROMIUM
 from tests.docs.markdown import ROOT
 from tests.support.harness import Process, free_port
 
