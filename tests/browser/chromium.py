@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,12 @@ QUICK_ENV = {f"SD_GATEWAY_CACHE__{name.upper()}": str(value) for name, value in 
 }
 
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+
+PAGE_FILES = {
+    item.name: item.read_text()
+    for item in files("gateway.api").joinpath("web").iterdir()
+    if not item.name.endswith(".ico")
+}
 
 
 @dataclass

@@ -7,7 +7,6 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from importlib.resources import files
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -15,10 +14,8 @@ import pytest
 from playwright.sync_api import expect
 
 from gateway.api.pages import Pages, simulator_origin
-from gateway.api.problems import PROBLEMS
-from gateway.domain.errors import UpstreamRejected
 from tests.attacks.proxies import buffering_nginx
-from tests.browser.chromium import AXE, QUICK, QUICK_ENV, Tab, faults, in_browser
+from tests.browser.chromium import AXE, PAGE_FILES, QUICK, QUICK_ENV, Tab, faults, in_browser
 from tests.support.harness import (
     PATIENCE_SECONDS,
     Gateway,
@@ -36,12 +33,6 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' https:; connect-src 'self'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
-WEB = {
-    item.name: item.read_text()
-    for item in files("gateway.api").joinpath("web").iterdir()
-    if not item.name.endswith(".ico")
-}
-
 Launch = Callable[..., Gateway]
 
 # --- HTTP responses ---------------------------------------------------------------------------------------
@@ -138,7 +129,7 @@ def test_pages_refuse_other_methods(gate: Gateway) -> None:
 @pytest.mark.parametrize("name", ["index.html", "docs.html"])
 def test_pages_refer_only_to_relative_files(gate: Gateway, name: str) -> None:
     """Every file that a page loads exists and has a relative address; no script or style is inline."""
-    html = WEB[name]
+    html = PAGE_FILES[name]
     assert not re.search(r"<style|\sstyle=|\son\w+=|<script(?![^>]*\ssrc=)", html)
     named = [name for name in re.findall(r'\b(?:src|href|action)="([^"#?]*)', html) if name]
     assert "web/style.css" in named
@@ -150,10 +141,10 @@ def test_pages_refer_only_to_relative_files(gate: Gateway, name: str) -> None:
 
 def test_scripts_import_only_each_other() -> None:
     """A module imports only modules in the same folder, so it works under any prefix."""
-    for name, text in WEB.items():
+    for name, text in PAGE_FILES.items():
         if name.endswith(".js"):
             for imported in re.findall(r'from "([^"]+)"', text):
-                assert imported.removeprefix("./") in WEB
+                assert imported.removeprefix("./") in PAGE_FILES
             assert re.findall(r"\w+://[^\s\"]*", text) in ([], ["http://www.w3.org/2000/svg"])
 
 

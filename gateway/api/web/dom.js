@@ -27,8 +27,8 @@ export function timeElement(parent) {
   parent.replaceChildren(time);
   return (at, text) => {
     parent.hidden = at === null;
-    if (at === null) return;
     setText(time, text);
+    if (at === null) return;
     if (Math.round(at) === shownAt) return;
     shownAt = Math.round(at);
     time.dateTime = new Date(shownAt * 1000).toISOString();
