@@ -19,6 +19,7 @@ import { showInTab } from "./title.js";
 import { STATUS } from "./words.js";
 
 const TICK_MS = 1000;
+const SUMMARY_MS = 50; // the events of many tasks arrive together
 const OFFLINE_SECONDS = 3; // a shorter interruption is not worth a word
 
 const CONNECTION = {
@@ -45,6 +46,7 @@ let limit = MAX_TASKS;
 let rejected = []; // entered, but no task IDs
 let connected = { name: "idle", problem: null, since: 0 };
 let sawRunning = false;
+let summarizing = 0; // timer
 
 const announcer = new Announcer(at("announcements"), () => at("summary").textContent);
 const list = new TaskList({ list: at("cards"), filters: at("filters"), changed: () => arrange() });
@@ -207,7 +209,7 @@ function update(taskId, apply) {
   }
   sawRunning ||= task.report !== null && !task.ended;
   card.render(seconds(), view());
-  summarize();
+  summarizing ||= setTimeout(summarize, SUMMARY_MS);
 }
 
 function connection(name, problem = null) {
@@ -307,6 +309,8 @@ function arrange() {
 }
 
 function summarize() {
+  clearTimeout(summarizing);
+  summarizing = 0;
   const now = seconds();
   const tasks = allTasks();
   const numbers = count(tasks, now);

@@ -80,7 +80,8 @@ function shell(text) {
 
 function curl({ url, headers, body, stream }) {
   const parts = [stream ? "curl --no-buffer" : "curl", shell(url), ...Object.entries(headers).map(([name, value]) => `--header ${shell(`${name}: ${value}`)}`)];
-  return [...parts, ...(body ? [`--data ${shell(body)}`] : [])].join(" \\\n  ");
+  if (body) parts.push(`--data ${shell(body)}`);
+  return parts.join(parts.length > 2 ? " \\\n  " : " ");
 }
 
 function python({ url, method, headers, body, stream }) {

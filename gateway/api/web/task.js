@@ -116,7 +116,7 @@ export class Task {
 
   /** Return the sentence about what comes next. `offline` is true while the gateway is not reachable. */
   outlook(now, { offline = false } = {}) {
-    if (!this.report) return { loading: "Waiting for the first response", missing: "" }[this.look] ?? "No data for this task";
+    if (!this.report) return { loading: "Waiting for the first response", missing: "The vendor does not know this ID" }[this.look] ?? "No data for this task";
     const { status, queueRemaining } = this.report;
     const at = `${percent(this.progress)} %`;
     if (this.problem) return `Last known: ${STATUS[status].toLowerCase()} at ${at}`;
