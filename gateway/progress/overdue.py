@@ -1,9 +1,8 @@
 """Overdue updates: why the snapshot of a task is old.
 
     the last query failed, or a failure of the task is cached  -> that failure
-    the query takes too long: it is queued                     -> the error of the rate limiter
-                              a call of it has failed          -> the failure of that call
-                              else                             -> UpstreamTimeout
+    the query takes too long: a call of it has failed          -> the failure of that call
+                              it waits for something           -> the error if its deadline passed now
 
 A query takes too long after `ALLOWANCE_SECONDS`, or after twice the usual time if the upstream is usually
 slower. A query that is repeated at intervals of a second would otherwise count as overdue each time.
@@ -13,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gateway.domain.errors import CircuitOpen, GatewayError, UpstreamTimeout
+from gateway.domain.errors import CircuitOpen, GatewayError
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.stores.base import Store
@@ -73,9 +72,7 @@ class OverdueUpdates:
 
     def error_of(self, demand: Demand) -> GatewayError:
         """Return the error for a query in flight that takes too long."""
-        if demand.queued_future is not None and demand.queued_future.done():
-            return demand.queued_future.result()
-        return demand.failure or UpstreamTimeout("the upstream has not answered yet")
+        return demand.failure or demand.make_timeout_error()
 
     def _is_stale(self, snapshot: Snapshot) -> bool:
         return not snapshot.terminal and not snapshot.fresh(self._clock())

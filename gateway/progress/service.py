@@ -176,7 +176,10 @@ class ProgressService:
         return CacheResult(snapshot, age, CacheStatus.HIT)
 
     def peek(self, key: TaskKey, seen_revision: int = 0) -> CacheResult | None:
-        """Return the same result as `lookup`, but count no lookup and start no refresh."""
+        """Return the same result as `lookup`, but count no lookup and start no refresh.
+
+        If the update is overdue, return the snapshot with the reason as for a cached failure (stale-if-error).
+        """
         entry = self._store.peek(key)
         if entry is None:
             return None
@@ -187,7 +190,7 @@ class ProgressService:
         return (
             CacheResult(snapshot, age, CacheStatus.HIT)
             if age < snapshot.lifetime
-            else self._stale_result(snapshot, age)
+            else self._stale_result(snapshot, age, self.overdue.reason(key))
         )
 
     async def catch_up(self) -> None:
@@ -217,14 +220,16 @@ class ProgressService:
         if not snapshot.terminal:
             self._ages[operation](age)
 
-    def _stale_result(self, snapshot: Snapshot, age: float) -> CacheResult | None:
+    def _stale_result(
+        self, snapshot: Snapshot, age: float, failure: GatewayError | None = None
+    ) -> CacheResult | None:
         """Return a result with a stale snapshot, or None if it is too old.
 
         The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. With a cached failure of the
         task, the maximum age is `cache.stale_if_error_seconds`, which may be shorter, and the result has the
-        failure.
+        failure. `failure`: the reason why its update is overdue, which counts like a cached failure.
         """
-        failure = self._store.cached_failure(snapshot.key)
+        failure = failure or self._store.cached_failure(snapshot.key)
         if failure is None:
             too_old = age >= snapshot.lifetime + self._cache.stale_while_revalidate_seconds
         else:
@@ -303,7 +308,7 @@ class ProgressService:
         if request.done():
             return request.result()
         demand.keep_without_callers = True  # the request continues
-        return FetchResult(self.overdue.error_of(demand))
+        return FetchResult(queued.result() if queued.done() else self.overdue.error_of(demand))
 
     def _stale_if_error(
         self,

@@ -1,9 +1,13 @@
 """The circuit breaker: stops calls to a failing upstream, and probes it until it has recovered.
 
     closed     calls pass; when too many recent calls failed -> open
-    open       every call is refused, for a second at first -> half-open
-    half-open  one call passes, the probe; all others are refused
-                   the probe succeeds -> closed        it fails -> open, for twice as long as before
+    open       every call is refused, for a second -> half-open
+    half-open  one call per second passes, a probe; all others are refused
+                   a probe succeeds -> closed        it fails -> open
+
+A probe per second is no load, and clients learn of the upstream's recovery within two seconds. The next probe does
+not wait for the response to the previous one: if the upstream is silent, that would take
+`upstream.attempt_timeout_seconds`.
 
 There is one circuit breaker per operation, because the operations are different services behind one API
 gateway. Use it on the event loop's thread only.
@@ -41,8 +45,7 @@ _WINDOW_SECONDS = 10
 _MIN_OUTCOMES = 10  # a few failed queries with their retries are no outage
 _FAILURE_SHARE = 0.5  # if the upstream responds to most calls, retries mostly succeed
 _OPEN_SECONDS = 1.0
-_MAX_OPEN_SECONDS = 30.0
-_PROBE_RETRY_AFTER_SECONDS = 1.0  # `retry_after` of calls that are refused while a probe is in flight
+_PROBE_INTERVAL_SECONDS = 1.0
 
 log = structlog.get_logger(__name__)
 
@@ -75,9 +78,8 @@ class CircuitBreaker:
         # Number of transitions. If it changes during a call, the outcome of the call is ignored.
         self._transitions = 0
         self._seconds: deque[_SecondCounts] = deque()
-        self._open_seconds = _OPEN_SECONDS
-        self._open_until = 0.0
-        self._probing = False
+        # While open, the end of the open period; while half-open, the time of the next probe.
+        self._next_probe_at = 0.0
 
     @property
     def state(self) -> State:
@@ -86,10 +88,8 @@ class CircuitBreaker:
 
     def check(self) -> None:
         """Refuse a call that could not pass now, before it queues for anything. Raises: CircuitOpen."""
-        if self._state is State.OPEN and (left := self._open_until - self._clock()) > 0:
+        if self._state is not State.CLOSED and (left := self._next_probe_at - self._clock()) > 0:
             raise CircuitOpen(_OPEN_MESSAGE, retry_after=left)
-        if self._probing:
-            raise CircuitOpen(_OPEN_MESSAGE, retry_after=_PROBE_RETRY_AFTER_SECONDS)
 
     @contextmanager
     def guard(self, *, no_response_seconds: float = math.inf) -> Iterator[None]:
@@ -97,13 +97,14 @@ class CircuitBreaker:
 
         A call is a success if it raises no exception or UpstreamRejected. It is a failure if it raises one of
         `FAILURES`, or if it is cancelled after `no_response_seconds` without a response. Other exceptions do
-        not count. If a probe ends with one of them, the next call becomes the probe.
+        not count. If a probe ends with one of them, the next call becomes a probe.
         """
         self.check()
         if self._state is State.OPEN:
             self._enter(State.HALF_OPEN)
-        self._probing = self._state is State.HALF_OPEN
         transitions, began = self._transitions, self._clock()
+        if self._state is State.HALF_OPEN:
+            self._next_probe_at = began + _PROBE_INTERVAL_SECONDS
         success: bool | None = None
         try:
             yield
@@ -123,13 +124,12 @@ class CircuitBreaker:
                 self._record(success)
 
     def _record(self, success: bool | None) -> None:  # noqa: FBT001  # success, failure or no outcome
-        if self._state is State.HALF_OPEN:  # only the probe can begin and end in one half-open period
-            self._probing = False
+        if self._state is State.HALF_OPEN:  # only probes can begin and end in one half-open period
             if success:
-                self._open_seconds = _OPEN_SECONDS
                 self._enter(State.CLOSED)
-            elif success is not None:
-                self._open_seconds = min(2 * self._open_seconds, _MAX_OPEN_SECONDS)
+            elif success is None:
+                self._next_probe_at = self._clock()
+            else:
                 self._open()
         elif success is not None and self._reaches_threshold(success=success):
             self._open()
@@ -150,17 +150,19 @@ class CircuitBreaker:
         return outcomes >= _MIN_OUTCOMES and failures >= _FAILURE_SHARE * outcomes
 
     def _open(self) -> None:
-        self._open_until = self._clock() + self._open_seconds
+        self._next_probe_at = self._clock() + _OPEN_SECONDS
         self._enter(State.OPEN)
 
     def _enter(self, state: State) -> None:
-        self._state = state
+        before, self._state = self._state, state
         self._transitions += 1
         self._seconds.clear()
         self._on_change(state)
-        seconds = {"seconds": self._open_seconds} if state is State.OPEN else {}
-        log_change = log.info if state is State.CLOSED else log.warning
-        log_change("circuit_breaker_changed", operation=self._operation, state=state, **seconds)
+        # Probes change the state every second; the log has only the begin and the end of the outage.
+        if state is State.CLOSED:
+            log.info("circuit_breaker_changed", operation=self._operation, state=state)
+        elif before is State.CLOSED:
+            log.warning("circuit_breaker_changed", operation=self._operation, state=state)
 
 
 class _SecondCounts:

@@ -2,6 +2,7 @@
 
     circuit breaker -> end of a credential probe -> permit of the rate limiter -> concurrency slot -> call
     the call fails  -> retry, from the start, while the deadline and the retry policy allow it
+    no response     -> another call at the same time, if the task has a snapshot (`hedging.py`)
 
 A query may need several calls. It runs in the asyncio task of an in-flight request, not in that of a caller.
 This module enforces the concurrency limit, `upstream.max_in_flight`. A call keeps its slot while the upstream
@@ -35,7 +36,8 @@ from gateway.telemetry.metrics import Metrics
 from gateway.upstream.circuit_breaker import CircuitBreaker, State
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
-from gateway.upstream.demand import Demand
+from gateway.upstream.demand import Demand, timeout_error
+from gateway.upstream.hedging import CallLost, Hedging
 from gateway.upstream.rate_limiter import Permit, RateLimiter
 from gateway.upstream.retry_policy import RetryPolicy
 from gateway.upstream.shared_permits import TakePermits
@@ -52,16 +54,11 @@ def _concurrency_error() -> GatewayError:
     return Overloaded("the limit of concurrent upstream calls is reached", retry_after=1.0)
 
 
-def _timeout_error() -> GatewayError:
-    return UpstreamTimeout("the upstream did not answer in time")
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Query:
     """A running query.
 
-    `make_timeout_error` returns the error that is raised if the deadline passes. It depends on what the query
-    waits for now. `call_numbers` counts the calls from 0. An attempt has more than one call if the clock was
+    `call_numbers` counts the calls from 0. An attempt has more than one call if the clock was
     corrected, or if other key pairs are tried.
     """
 
@@ -70,7 +67,6 @@ class _Query:
     on_queued: Callable[[float], None]
     deadline: float
     demand: Demand
-    make_timeout_error: Callable[[], GatewayError] = _rate_limit_error
     call_numbers: Iterator[int] = field(default_factory=count)
 
 
@@ -147,6 +143,9 @@ class UpstreamClient:
         self._response_allowance_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
         # Moving averages; 0.0 before the first response.
         self._latency_seconds = dict.fromkeys(Operation, 0.0)
+        self._hedging: Hedging[_Query, ParsedResponse] = Hedging(
+            self._repeat, usual_seconds=lambda query: self._latency_seconds[query.key.operation]
+        )
 
     @property
     def problem_codes(self) -> list[str]:
@@ -198,7 +197,9 @@ class UpstreamClient:
             async with asyncio.timeout_at(deadline):
                 while True:
                     try:
-                        return await self._attempt(query)
+                        return await self._hedging.run(query, self._attempt)
+                    except CallLost:
+                        continue
                     except (RateLimiterExhausted, Overloaded, CircuitOpen) as exc:
                         # This attempt made no call. The error of an earlier attempt is more informative.
                         raise copy(failure or exc) from None
@@ -215,7 +216,7 @@ class UpstreamClient:
                     on_retry()
                     await asyncio.sleep(delay)
         except TimeoutError:
-            raise query.make_timeout_error() from None
+            raise query.demand.make_timeout_error() from None
         except asyncio.CancelledError:
             if query.demand.dropped:
                 self._abandoned[key.operation].inc()
@@ -225,9 +226,9 @@ class UpstreamClient:
         operation = query.key.operation
         while True:
             self._breakers[operation].check()  # an open circuit fails the query before it waits for anything
-            query.make_timeout_error = _timeout_error
+            query.demand.make_timeout_error = timeout_error
             await self._rotation.wait_for_probe(operation)
-            query.make_timeout_error = _rate_limit_error
+            query.demand.make_timeout_error = _rate_limit_error
             # The permit is acquired before the slot: a query that waits for a permit must not hold a slot.
             with await self._rate_limiter.acquire(
                 is_refresh=query.is_refresh,
@@ -235,13 +236,26 @@ class UpstreamClient:
                 on_queued=query.on_queued,
                 demand=query.demand,
             ) as permit:
-                query.make_timeout_error = _timeout_error
+                query.demand.make_timeout_error = timeout_error
                 try:
                     return await self._rotation.use(
                         operation, partial(self._call_with_clock_correction, query, permit)
                     )
                 except _PermitRevoked:
                     continue
+
+    async def _repeat(self, query: _Query) -> ParsedResponse:
+        """Make another call for a query whose call has no response yet."""
+        self._metrics.upstream_retries.labels(query.key.operation, UpstreamTimeout.code).inc()
+        # Its own demand: the query must not be dropped while its first call is on the wire.
+        demand = Demand(keep_without_callers=True)
+        repeated = _Query(query.key, True, lambda _: None, query.deadline, demand)  # noqa: FBT003
+        repeated.call_numbers = query.call_numbers
+        try:
+            async with asyncio.timeout_at(query.deadline):
+                return await self._attempt(repeated)
+        except TimeoutError:
+            raise timeout_error() from None
 
     def _seconds_left_to_queue(self, query: _Query) -> float:
         """Return how long a query may stay in the queue and still have enough time for a response."""
@@ -269,19 +283,20 @@ class UpstreamClient:
         if not demand.wanted:
             demand.on_unwanted(demand)
             await asyncio.sleep(0)  # `on_unwanted` has cancelled this task: CancelledError is raised here
-        make_timeout_error = query.make_timeout_error
-        query.make_timeout_error = _concurrency_error if permit.sent_at is None else make_timeout_error
+        make_timeout_error = query.demand.make_timeout_error
+        query.demand.make_timeout_error = _concurrency_error if permit.sent_at is None else make_timeout_error
         await self._concurrency_limit.acquire()
         slot = _ConcurrencySlot(self._concurrency_limit)
         try:
             began = self._check_before_sending(query, permit)
-            query.make_timeout_error = make_timeout_error
+            query.demand.make_timeout_error = make_timeout_error
             with self._breakers[operation].guard(no_response_seconds=self._response_allowance_seconds):
                 permit.mark_sent()
                 demand.must_finish = True
-                response = await self._signed_requests.send(
-                    query.key, pair, number=next(query.call_numbers), on_complete=slot.on_call_end
-                )
+                with self._hedging.sending(query):
+                    response = await self._signed_requests.send(
+                        query.key, pair, number=next(query.call_numbers), on_complete=slot.on_call_end
+                    )
         except asyncio.CancelledError:
             if demand.must_finish:  # the call is on the wire
                 slot.on_query_cancelled()
@@ -306,7 +321,7 @@ class UpstreamClient:
             raise _PermitRevoked
         now = asyncio.get_running_loop().time()
         if query.deadline - now < self._latency_seconds[query.key.operation]:
-            raise query.make_timeout_error()
+            raise query.demand.make_timeout_error()
         return now
 
     def _update_latency(self, operation: Operation, seconds: float) -> None:

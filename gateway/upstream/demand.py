@@ -14,7 +14,12 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from gateway.domain.errors import GatewayError
+from gateway.domain.errors import GatewayError, UpstreamTimeout
+
+
+def timeout_error() -> GatewayError:
+    """Return the error of a query whose response does not come in time."""
+    return UpstreamTimeout("the upstream did not answer in time")
 
 
 class QueueEntry(Protocol):
@@ -43,6 +48,8 @@ class Demand:
             can serve a stale snapshot then stop waiting.
         began_at: When the request began, on the clock of the progress service.
         failure: The failure of the latest call of the query, which is retried; None without one.
+        make_timeout_error: Returns the error of the query if its deadline passes now. It depends on what the
+            query waits for.
     """
 
     __slots__ = (
@@ -52,6 +59,7 @@ class Demand:
         "failure",
         "in_flight",
         "keep_without_callers",
+        "make_timeout_error",
         "must_finish",
         "on_unwanted",
         "queue_entry",
@@ -76,6 +84,7 @@ class Demand:
         self.queued_future: asyncio.Future[GatewayError] | None = None
         self.began_at = math.inf
         self.failure: GatewayError | None = None
+        self.make_timeout_error: Callable[[], GatewayError] = timeout_error
 
     @property
     def wanted(self) -> bool:

@@ -4,6 +4,10 @@
             -> other snapshot: sleep until it expires -> refresh
             -> failure: back off                      -> refresh
 
+While the upstream fails, one of the schedules that back off refreshes its task each second. When such a refresh
+succeeds, the upstream has recovered, and all schedules continue. So subscribers learn of the recovery within two
+seconds, and the upstream receives few calls until then.
+
 The hub learns why the snapshot of a task is old: after a failed refresh, and when a refresh takes too long
 (`progress/overdue.py`). A back-off ends early if another query stores a snapshot of the task. The upstream rejects queries for a new
 task for a moment, because it does not know the task yet. The task counts as unknown only when its queries
@@ -19,6 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import takewhile
+from typing import NamedTuple
 
 import structlog
 
@@ -41,6 +46,8 @@ _MAX_DELAY_SHARE = 0.05
 _MAX_DELAY_SECONDS = 0.25  # subscribers must learn of an outage within one lifetime + 2 s
 _BACKOFF_SECONDS = 1.0  # after the first failure; doubled after each further one
 _MAX_BACKOFF_SECONDS = 30.0  # also bounds the upstream's Retry-After: streams must notice its recovery
+_PROBE_SECONDS = 1.0  # between two refreshes of schedules that back off
+_PER_ITERATION = 20  # schedules that continue in one iteration of the event loop after a recovery
 _INTERNAL_ERROR = GatewayError("internal error; see the log of the gateway")
 
 log = structlog.get_logger(__name__)
@@ -82,6 +89,13 @@ class WatchedTask:
     overdue: GatewayError | None = None
 
 
+class _BackOff(NamedTuple):
+    """A schedule that backs off. It does not continue before `not_before`, unless the upstream recovers."""
+
+    sleeper: asyncio.Future[None]
+    not_before: float
+
+
 class Refresher:
     """Runs the schedules: refreshes each task through the service, and publishes the results.
 
@@ -111,6 +125,9 @@ class Refresher:
         self._clock = clock
         self._timers = CoalescedTimers()
         self._stopping: set[asyncio.Task[None]] = set()
+        self._backing_off: dict[WatchedTask, _BackOff] = {}  # the one that has waited longest first
+        self._probe_timer: asyncio.TimerHandle | None = None
+        self._probed_at = -math.inf
         self._refreshing: dict[WatchedTask, float] = {}  # when each refresh is checked, the earliest first
         self._check_timer: asyncio.TimerHandle | None = None
         self._log_sampler = LogSampler()
@@ -153,11 +170,14 @@ class Refresher:
                 left = snapshot.lifetime - (self._clock() - snapshot.fetched_at)
                 pause = max(left + _TIMER_RESOLUTION_SECONDS, _MIN_INTERVAL_SECONDS)
             else:
-                pause = max(backoff, (failure or _INTERNAL_ERROR).retry_after or 0.0)
-                if isinstance(failure, UpstreamRejected):
-                    pause = min(pause, self._until_unknown(watched))
+                retry_after = (failure or _INTERNAL_ERROR).retry_after or 0.0
+                pause = min(max(backoff, retry_after), _MAX_BACKOFF_SECONDS)
+                if isinstance(failure, UpstreamRejected):  # the upstream responds
+                    pause = retry_after = min(pause, self._until_unknown(watched))
             del snapshot, failure  # no body is kept in memory during the pause
             if success:
+                if backoff > _BACKOFF_SECONDS:
+                    self._end_back_offs()
                 backoff = _BACKOFF_SECONDS
                 group_size = await self._timers.sleep(
                     pause,
@@ -166,9 +186,60 @@ class Refresher:
                 )
             else:
                 backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
-                watched.backing_off = True
-                await asyncio.sleep(min(pause, _MAX_BACKOFF_SECONDS))
-                watched.backing_off = False
+                await self._back_off(watched, pause, min(retry_after, pause))
+
+    async def _back_off(self, watched: WatchedTask, seconds: float, least_seconds: float) -> None:
+        """Sleep for `seconds`, or until another schedule finds that the upstream has recovered."""
+        loop = asyncio.get_running_loop()
+        least_seconds = max(least_seconds, _PROBE_SECONDS) + _TIMER_RESOLUTION_SECONDS
+        back_off = _BackOff(loop.create_future(), loop.time() + least_seconds)
+        self._backing_off[watched] = back_off
+        if self._probe_timer is None:
+            self._schedule_probe()
+        watched.backing_off = True
+        try:
+            async with asyncio.timeout(seconds + _TIMER_RESOLUTION_SECONDS):
+                await back_off.sleeper
+        except TimeoutError:
+            pass
+        finally:
+            if self._backing_off.get(watched) is back_off:
+                del self._backing_off[watched]
+            if not self._backing_off and self._probe_timer is not None:
+                self._probe_timer.cancel()
+                self._probe_timer = None
+        watched.backing_off = False
+
+    def _probe(self) -> None:
+        """Let the schedule continue that has backed off for longest; repeat this while any backs off."""
+        now = self._probed_at = asyncio.get_running_loop().time()
+        for watched, back_off in self._backing_off.items():
+            if back_off.not_before <= now:
+                del self._backing_off[watched]
+                _wake(back_off)
+                break
+        self._schedule_probe()
+
+    def _schedule_probe(self) -> None:
+        self._probe_timer = None
+        if self._backing_off:
+            first = min(back_off.not_before for back_off in self._backing_off.values())
+            when = max(first, self._probed_at + _PROBE_SECONDS)
+            self._probe_timer = asyncio.get_running_loop().call_at(when, self._probe)
+
+    def _end_back_offs(self) -> None:
+        """Let the schedules continue that back off, a few in each iteration of the event loop."""
+        waiting = list(self._backing_off.values())
+        self._backing_off.clear()
+
+        def wake_some() -> None:
+            for back_off in waiting[:_PER_ITERATION]:
+                _wake(back_off)
+            del waiting[:_PER_ITERATION]
+            if waiting:
+                asyncio.get_running_loop().call_soon(wake_some)
+
+        wake_some()
 
     async def _refresh(self, watched: WatchedTask) -> tuple[Snapshot | None, GatewayError | None]:
         """Refresh once and publish the result. Return the snapshot or None, and the failure or None.
@@ -242,3 +313,8 @@ class Refresher:
             watched.rejected_since = now
         if now - watched.rejected_since >= self._unknown_task_seconds:
             self._mark_unknown(watched)
+
+
+def _wake(back_off: _BackOff) -> None:
+    if not back_off.sleeper.done():
+        back_off.sleeper.set_result(None)

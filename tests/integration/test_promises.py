@@ -208,6 +208,9 @@ class FakeUpstream:
 
     def _note_answer(self, key: TaskKey, data: dict[str, Any], *, prompted: bool) -> None:
         now, story, status = self._loop.time(), self.stories[key], vendor_status(data)
+        if story.failing:  # the upstream has recovered: every schedule that backs off continues
+            for other in self.stories.values():
+                other.tick_due = min(other.tick_due, now) if other.failing else other.tick_due
         if status is not Status.RUNNING or now - (story.arrived or now) >= MEMORY_SECONDS:
             story.highest = 0.0
         story.answers[data["message"]] = story.arrived = now
@@ -525,8 +528,12 @@ class Promises(RuleBasedStateMachine):
             assert self.loop.time() - story.arrived >= self.cache.stale_if_error_seconds
 
     def _judge_failure_is_recent(self, story: Story, failure: GatewayError) -> None:
+        if "number" not in vars(failure):  # the service's own: the query in flight takes too long
+            assert isinstance(failure, UpstreamTimeout)
+            return
         remembered = 0.0 if isinstance(failure, NOT_REMEMBERED) else self.cache.error_seconds
-        assert self.loop.time() - story.failures[vars(failure)["number"]] <= remembered
+        # Or it is the reason why a snapshot is old: no query has succeeded since.
+        assert story.failing or self.loop.time() - story.failures[vars(failure)["number"]] <= remembered
 
     def _judge_update(self, key: TaskKey, snapshot: Snapshot) -> None:
         self._judge_content(key, snapshot)

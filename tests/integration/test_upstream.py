@@ -995,12 +995,12 @@ def test_upstream_is_probed_by_one_query(launch: Launch) -> None:
 
 
 def test_upstream_that_keeps_failing_is_probed_again_later(simulator: Simulator, launch: Launch) -> None:
-    """A failed probe opens the circuit for longer, and a successful one closes it."""
+    """A failed probe opens the circuit for another second, and a successful one closes it."""
     gate = launch(simulator.url, upstream={"retries": 0}, cache={"error_seconds": 0})
     simulator.fault("status", status=500, times=11)
     break_circuit(gate)
     until(lambda: gate.get(fresh_id()).status_code == 502, "a probe that fails")
-    assert gate.get(fresh_id()).headers["retry-after"] == "2"
+    assert gate.get(fresh_id()).headers["retry-after"] == "1"
     task = simulator.task()
     until(lambda: gate.get(task).status_code == 200, "a probe that is answered")
     assert simulator.calls() == 12

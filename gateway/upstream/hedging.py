@@ -1,0 +1,130 @@
+"""Repeats calls that the upstream does not answer, so that the end of an outage is noticed soon.
+
+    a refresh has no response after `MIN_SECONDS` -> once per second, one more call for the oldest such query
+    the repeated call succeeds -> its response is that of the query
+                               -> all calls that were sent before it are lost: their queries send them again
+
+Without this, a query that was sent during an outage would wait for `upstream.attempt_timeout_seconds`, although
+the upstream answers again. Only refreshes are repeated: a client that has no snapshot waits anyway. All queries
+together make at most one repeated call per second. (The technique is a hedged request: Dean, Barroso, "The Tail
+at Scale", 2013.)
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Generic, Protocol, TypeVar
+
+from gateway.domain.errors import GatewayError
+
+MIN_SECONDS = 1.5  # without a response; or twice the usual time, if that is longer
+_INTERVAL_SECONDS = 1.0  # between two repeated calls
+
+T = TypeVar("T")
+
+
+class HedgedQuery(Protocol):
+    """A query whose call can be repeated."""
+
+    is_refresh: bool
+
+
+Q = TypeVar("Q", bound=HedgedQuery)
+
+
+class CallLost(Exception):
+    """The call must be sent again: the upstream has answered a later one."""
+
+
+class _Attempt(Generic[T]):
+    """An attempt of a query: when its call was sent, and what ends it early."""
+
+    __slots__ = ("interrupt", "lost", "response", "sent_at")
+
+    def __init__(self, interrupt: asyncio.Timeout) -> None:
+        self.interrupt = interrupt
+        self.sent_at: float | None = None
+        self.response: T | None = None
+        self.lost = False
+
+
+class Hedging(Generic[Q, T]):
+    """Watches the calls of refreshes. Use it on the event loop's thread only.
+
+    `repeat` makes another call for a query. `usual_seconds` returns how long a call for it usually takes.
+    """
+
+    def __init__(
+        self, repeat: Callable[[Q], Awaitable[T]], *, usual_seconds: Callable[[Q], float]
+    ) -> None:
+        self._repeat = repeat
+        self._usual_seconds = usual_seconds
+        self._attempts: dict[Q, _Attempt[T]] = {}
+        self._on_wire: dict[Q, _Attempt[T]] = {}  # by the time when the call was sent
+        self._timer: asyncio.TimerHandle | None = None
+        self._repeats: set[asyncio.Task[None]] = set()
+
+    async def run(self, query: Q, attempt: Callable[[Q], Awaitable[T]]) -> T:
+        """Return the response of `attempt`, or of a repeated call. Raises: CallLost, or what `attempt` raises."""
+        if not query.is_refresh:
+            return await attempt(query)
+        try:
+            async with asyncio.timeout(None) as interrupt:
+                state = self._attempts[query] = _Attempt[T](interrupt)
+                return await attempt(query)
+        except TimeoutError:
+            if state.response is not None:
+                return state.response
+            if state.lost:
+                raise CallLost from None
+            raise
+        finally:
+            del self._attempts[query]
+
+    @contextmanager
+    def sending(self, query: Q) -> Iterator[None]:
+        """Watch the call of a query while the context is open."""
+        state = self._attempts.get(query)
+        if state is None:
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        state.sent_at = loop.time()
+        self._on_wire[query] = state
+        if self._timer is None:
+            self._timer = loop.call_later(MIN_SECONDS, self._check)
+        try:
+            yield
+        finally:
+            self._on_wire.pop(query, None)
+
+    def _check(self) -> None:
+        """Repeat the call that has waited longest, if that is too long; check again later."""
+        self._timer = None
+        if not self._on_wire:
+            return
+        loop = asyncio.get_running_loop()
+        query, state = next(iter(self._on_wire.items()))
+        waited = loop.time() - (state.sent_at or 0.0)
+        left = max(MIN_SECONDS, 2 * self._usual_seconds(query)) - waited
+        if left <= 0:
+            task = loop.create_task(self._repeat_call(query, state))
+            self._repeats.add(task)
+            task.add_done_callback(self._repeats.discard)
+        self._timer = loop.call_later(left if left > 0 else _INTERVAL_SECONDS, self._check)
+
+    async def _repeat_call(self, query: Q, state: _Attempt[T]) -> None:
+        sent_at = asyncio.get_running_loop().time()
+        with suppress(GatewayError, CallLost):
+            state.response = await self._repeat(query)
+            self._end_early(state)
+            for other in list(self._on_wire.values()):
+                if other is not state and (other.sent_at or sent_at) <= sent_at - MIN_SECONDS:
+                    other.lost = True
+                    self._end_early(other)
+
+    def _end_early(self, state: _Attempt[T]) -> None:
+        with suppress(RuntimeError):  # the attempt has ended meanwhile
+            state.interrupt.reschedule(asyncio.get_running_loop().time())
