@@ -148,6 +148,15 @@ def test_scripts_import_only_each_other() -> None:
             assert re.findall(r"\w+://[^\s\"]*", text) in ([], ["http://www.w3.org/2000/svg"])
 
 
+def test_page_is_small() -> None:
+    """The page with all of its files is smaller than 120 KB, without compression."""
+    index = PAGE_FILES["index.html"]
+    loaded = {name for name in PAGE_FILES if f"web/{name}" in index}
+    # Every module is requested at once, not when another one imports it.
+    assert loaded >= {name for one in loaded for name in re.findall(r'from "./([^"]+)"', PAGE_FILES[one])}
+    assert len(index) + sum(len(PAGE_FILES[name]) for name in loaded) < 120_000
+
+
 # --- in a browser -----------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from playwright.sync_api import expect
 
 from gateway.api.problems import PROBLEMS
 from gateway.domain.errors import CredentialsRefused, KeyPairMissing, UpstreamInvalid
-from tests.browser.chromium import PAGE_FILES, QUICK, Tab, in_browser
+from tests.browser.chromium import PAGE_FILES, QUICK, Tab, faults, in_browser
 from tests.support.harness import Gateway, Simulator
 
 pytestmark = in_browser
@@ -52,6 +52,7 @@ def test_page_shows_that_updates_fail(simulator: Simulator, covered: Gateway, ta
     frozen = left.inner_text()
     expect(tab.card("shown")).to_contain_text(re.compile(r"Last update [3-9] s ago"))
     assert left.inner_text() == frozen
+    assert faults(tab, "overdue") == []
     simulator.heal()
     tab.page.get_by_role("button", name="Retry now").click()
     expect(tab.connection).to_have_text("Live")
