@@ -53,8 +53,9 @@ def test_page_shows_that_updates_fail(simulator: Simulator, covered: Gateway, ta
     expect(tab.card("shown")).to_contain_text(re.compile(r"Last update [3-9] s ago"))
     assert left.inner_text() == frozen
     assert faults(tab, "overdue") == []
+    with tab.page.expect_request(lambda request: "/v1/progress?" in request.url):
+        tab.page.get_by_role("button", name="Retry now").click()
     simulator.heal()
-    tab.page.get_by_role("button", name="Retry now").click()
     expect(tab.connection).to_have_text("Live")
     expect(tab.card("shown")).not_to_contain_text("Last update")
     expect(tab.page.get_by_role("region", name="Troubles of the gateway")).to_be_hidden()
