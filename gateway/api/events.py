@@ -189,7 +189,6 @@ class EventsEndpoint:
         problem = problem_document(update.failure, status, title, request_id=scope["state"]["request_id"])
         return b"event: problem\ndata: %s\n\n" % render_json({"taskId": update.key.task_id, **problem})
 
-
     def _encode_staleness(self, staleness: Staleness) -> bytes:
         self._sent["stale"].inc()
         failure = staleness.failure

@@ -5,7 +5,7 @@
                               it waits for something           -> the error if its deadline passed now
 
 A query takes too long after `ALLOWANCE_SECONDS`, or after twice the usual time if the upstream is usually
-slower. A query that is repeated at intervals of a second would otherwise count as overdue each time.
+slower. Without the second rule, each update of a slow upstream would count as overdue.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from gateway.domain.task import TaskKey
 from gateway.stores.base import Store
 from gateway.upstream.demand import Demand
 
-# Subscribers learn of an outage within one lifetime + 2 s. The rest of the 2 s is for the delay of the refresh
-# (`refresher.py`) and for a busy event loop.
+# Subscribers learn of an outage within one lifetime + 2 s. The rest of the 2 s is for the delay of the
+# refresh (`refresher.py`) and for a busy event loop.
 ALLOWANCE_SECONDS = 1.5
 _LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
 

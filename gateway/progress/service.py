@@ -178,7 +178,7 @@ class ProgressService:
     def peek(self, key: TaskKey, seen_revision: int = 0) -> CacheResult | None:
         """Return the same result as `lookup`, but count no lookup and start no refresh.
 
-        If the update is overdue, return the snapshot with the reason as for a cached failure (stale-if-error).
+        If the update is overdue, return the snapshot with the reason, as for a cached failure.
         """
         entry = self._store.peek(key)
         if entry is None:

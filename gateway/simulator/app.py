@@ -145,9 +145,7 @@ class Vendor:
             return self.gate.refuse(405, "Unsupported Method", "I405UM")
         return self.gate.check(request.method, target, request.headers, body)
 
-    def _normal_response(
-        self, operation: str, task_id: str | None, now: float, base_url: str
-    ) -> Response:
+    def _normal_response(self, operation: str, task_id: str | None, now: float, base_url: str) -> Response:
         # The vendor documents no error codes; the simulator defines these two.
         if task_id is None:
             return envelope(None, err_code="INVALID_PARAMETER", err_message="taskId is missing")

@@ -33,7 +33,7 @@ class CacheEntry:
         valid: False once the snapshot has been replaced or evicted, or while another replica may have a newer
             one. An invalid entry is served only instead of an error.
         fetched_here: Whether this replica has fetched it from the upstream.
-        failure: The failure of the latest query that should have replaced the stale snapshot; None without one.
+        failure: The failure of the latest query that should have replaced the stale snapshot, if any.
         announced_version: The newest version that another replica has announced; 0 if none was announced.
     """
 
@@ -79,9 +79,9 @@ class Lease(NamedTuple):
 class Store(Protocol):
     """Keeps the latest snapshot of each task, and for a short time the failures to fetch one.
 
-    `peek`, `entry`, `is_current`, `last_known` and `cached_failure` read this process's memory and never wait. Methods
-    with `async` may query a server. They do not raise an exception if it is unavailable: each replica then
-    works with its own memory. Open a store with `async with`.
+    `peek`, `entry`, `is_current`, `last_known` and `cached_failure` read this process's memory and never
+    wait. Methods with `async` may query a server. They do not raise an exception if it is unavailable: each
+    replica then works with its own memory. Open a store with `async with`.
     """
 
     @property

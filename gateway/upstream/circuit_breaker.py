@@ -5,8 +5,8 @@
     half-open  one call per second passes, a probe; all others are refused
                    a probe succeeds -> closed        it fails -> open
 
-A probe per second is no load, and clients learn of the upstream's recovery within two seconds. The next probe does
-not wait for the response to the previous one: if the upstream is silent, that would take
+A probe per second is no load, and clients learn of the upstream's recovery within two seconds. The next
+probe does not wait for the response to the previous one: if the upstream is silent, that would take
 `upstream.attempt_timeout_seconds`.
 
 There is one circuit breaker per operation, because the operations are different services behind one API

@@ -4,10 +4,10 @@
     the repeated call succeeds -> its response is that of the query
                                -> all calls that were sent before it are lost: their queries send them again
 
-Without this, a query that was sent during an outage would wait for `upstream.attempt_timeout_seconds`, although
-the upstream answers again. Only refreshes are repeated: a client that has no snapshot waits anyway. All queries
-together make at most one repeated call per second. (The technique is a hedged request: Dean, Barroso, "The Tail
-at Scale", 2013.)
+Without this, a query that was sent during an outage would wait for `upstream.attempt_timeout_seconds`,
+although the upstream answers again. Only refreshes are repeated: a client that has no snapshot waits anyway.
+All queries together make at most one repeated call per second. The technique is called a hedged request
+(Dean and Barroso, "The Tail at Scale", 2013).
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ class Hedging(Generic[Q, T]):
     `repeat` makes another call for a query. `usual_seconds` returns how long a call for it usually takes.
     """
 
-    def __init__(
-        self, repeat: Callable[[Q], Awaitable[T]], *, usual_seconds: Callable[[Q], float]
-    ) -> None:
+    def __init__(self, repeat: Callable[[Q], Awaitable[T]], *, usual_seconds: Callable[[Q], float]) -> None:
         self._repeat = repeat
         self._usual_seconds = usual_seconds
         self._attempts: dict[Q, _Attempt[T]] = {}
@@ -67,7 +65,12 @@ class Hedging(Generic[Q, T]):
         self._repeats: set[asyncio.Task[None]] = set()
 
     async def run(self, query: Q, attempt: Callable[[Q], Awaitable[T]]) -> T:
-        """Return the response of `attempt`, or of a repeated call. Raises: CallLost, or what `attempt` raises."""
+        """Return the response of `attempt`, or of a repeated call.
+
+        Raises:
+            CallLost: The attempt must be made again.
+            Exception: What `attempt` raises.
+        """
         if not query.is_refresh:
             return await attempt(query)
         try:

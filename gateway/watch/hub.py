@@ -249,7 +249,7 @@ class WatchHub:
         watched.subscribers_without_latest.intersection_update(have_newer)
 
     def _set_overdue(self, watched: WatchedTask, failure: GatewayError | None) -> None:
-        """Record why the snapshot is old, or that it is up to date, and notify the subscribers of a change."""
+        """Record why the snapshot is old, if it is, and notify the subscribers of a change."""
         before, watched.overdue = watched.overdue, failure
         if (before and before.code) == (failure and failure.code):
             return

@@ -4,15 +4,16 @@
             -> other snapshot: sleep until it expires -> refresh
             -> failure: back off                      -> refresh
 
-While the upstream fails, one of the schedules that back off refreshes its task each second. When such a refresh
-succeeds, the upstream has recovered, and all schedules continue. So subscribers learn of the recovery within two
-seconds, and the upstream receives few calls until then.
+While the upstream fails, one of the schedules that back off refreshes its task each second. When such a
+refresh succeeds, the upstream has recovered, and all schedules continue. So subscribers learn of the recovery
+within two seconds, and the upstream receives few calls until then.
 
 The hub learns why the snapshot of a task is old: after a failed refresh, and when a refresh takes too long
-(`progress/overdue.py`). A back-off ends early if another query stores a snapshot of the task. The upstream rejects queries for a new
-task for a moment, because it does not know the task yet. The task counts as unknown only when its queries
-have been rejected for `watch.unknown_task_seconds`; the schedule then continues. The hub (`hub.py`) starts a
-schedule for the first subscriber of a task, and stops it after the last one.
+(`progress/overdue.py`). A back-off ends early if another query stores a snapshot of the task. The upstream
+rejects queries for a new task for a moment, because it does not know the task yet. The task counts as
+unknown only when its queries have been rejected for `watch.unknown_task_seconds`; the schedule then
+continues. The hub (`hub.py`) starts a schedule for the first subscriber of a task, and stops it after the
+last one.
 """
 
 from __future__ import annotations

@@ -62,7 +62,10 @@ what, url, seconds, wait, silence, unknown, opening, *tasks = sys.argv[1:]
 say = lambda *event: print(json.dumps(event), flush=True)
 try:
     with httpx.Client(base_url=url, trust_env=False) as gateway:
-        if what == "finished":
+        if what == "images":
+            from progress import Refused, image_urls
+            say("images", image_urls(gateway, tasks[0]))
+        elif what == "finished":
             from progress import Refused, finished
             within = {"seconds": float(seconds), "wait": int(wait), "unknown": float(unknown)}
             say("progress", finished(gateway, tasks[0], **within))
@@ -78,14 +81,15 @@ except TimeoutError as exc:
     say("timeout", str(exc))
 """
 JAVASCRIPT = """
-import { Refused as NotFinished, finished } from "./progress.mjs";
+import { Refused as NotFinished, finished, imageUrls } from "./progress.mjs";
 import { Refused as NotFollowed, follow } from "./follow.mjs";
 const [what, url, seconds, wait, silence, unknown, opening, ...tasks] = process.argv.slice(2);
 const say = (...event) => console.log(JSON.stringify(event));
 try {
   const [within] = [{ seconds, wait, silence, unknown, opening }].map((given) =>
     Object.fromEntries(Object.entries(given).map(([name, value]) => [name, Number(value)])));
-  if (what === "finished") say("progress", await finished(url, tasks[0], within));
+  if (what === "images") say("images", await imageUrls(url, tasks[0]));
+  else if (what === "finished") say("progress", await finished(url, tasks[0], within));
   else for await (const { event, data } of follow(url, tasks, within)) say(event, data);
   say("ok");
 } catch (error) {
@@ -115,7 +119,9 @@ class Call {
         Duration within = duration(given[2]);
         List<String> tasks = Arrays.asList(given).subList(7, given.length);
         try {
-            if (given[0].equals("finished")) {
+            if (given[0].equals("images")) {
+                say("images", new Progress(gateway).imageUrls(tasks.get(0)));
+            } else if (given[0].equals("finished")) {
                 int wait = Integer.parseInt(given[3]);
                 Progress progress = new Progress(gateway, duration(given[5]));
                 say("progress", progress.finished(tasks.get(0), within, wait));
@@ -245,6 +251,16 @@ def test_snippets_wait_by_long_polls(program: Program, simulator: Simulator, lau
         [event, outcome] = Call(process).outcome()
     assert event[0] == "progress"
     assert event[1]["status"] == "succeeded"
+    assert outcome == ["ok"]
+
+
+def test_snippets_get_the_images(program: Program, simulator: Simulator, launch: Launch) -> None:
+    """The URLs of the images of a finished task are those of its result."""
+    gate = launch(simulator.url)
+    task = simulator.finished()
+    with program.call("images", gate.url, task) as process:
+        [event, outcome] = Call(process).outcome()
+    assert event == ["images", gate.native(task, "sd_get_result").json()["data"]["images"]]
     assert outcome == ["ok"]
 
 

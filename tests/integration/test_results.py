@@ -1,13 +1,14 @@
 """GET /v1/results/{taskId}, over real sockets."""
 
 import json
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
-from tests.support.harness import Gateway, RawUpstream, Simulator, fresh_id, framed, until
+from tests.support.harness import Gateway, RawUpstream, Request, Simulator, framed, fresh_id, until
 
 Launch = Callable[..., Gateway]
 
@@ -127,7 +128,9 @@ def test_results_list_only_web_addresses(simulator: Simulator, gate: Gateway) ->
 
 def test_results_survive_unusual_data(simulator: Simulator, gate: Gateway) -> None:
     """Deep nesting, huge numbers and constants that are not JSON neither crash nor hide the result."""
-    envelope = '{"status":10,"data":{"taskId":"%s","status":"succeeded","progress":1,"result":%s,"images":%s}}'
+    envelope = (
+        '{"status":10,"data":{"taskId":"%s","status":"succeeded","progress":1,"result":%s,"images":%s}}'
+    )
     number = "9" * 5000
     for result, images, urls in (
         ("[" * 500 + "]" * 500, '["https://x.test/a"]', ["https://x.test/a"]),
@@ -196,7 +199,7 @@ def test_results_never_reuse_a_connection(launch: Launch) -> None:
     """A result is read on a connection of its own, which is then closed: it may not name its task."""
     connections: dict[str, set[int]] = {}
 
-    def behave(connection, request) -> None:  # type: ignore[no-untyped-def]
+    def behave(connection: socket.socket, request: Request) -> None:
         operation = request.head.split(b" ")[1].decode().rpartition("/")[2]
         connections.setdefault(operation, set()).add(id(connection))
         connection.sendall(framed(request.envelope(status="succeeded", progress=1, images=[])))

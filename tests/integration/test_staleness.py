@@ -1,14 +1,14 @@
 """What streams and batches say while the upstream fails: which snapshot is old, how old, and why.
 
-    outage             code of the stale event, of the batch and of the second stream
-    credentials        upstream-credentials
-    throttled          upstream-throttled
-    busy               upstream-invalid
-    unreachable        upstream-unreachable
-    silent             upstream-timeout
-    circuit open       upstream-open
-    gateway's limits   overloaded
-    store lost         none: updates continue
+outage             code of the stale event, of the batch and of the second stream
+credentials        upstream-credentials
+throttled          upstream-throttled
+busy               upstream-invalid
+unreachable        upstream-unreachable
+silent             upstream-timeout
+circuit open       upstream-open
+gateway's limits   overloaded
+store lost         none: updates continue
 """
 
 import socket
@@ -43,7 +43,10 @@ BUSY_MACHINE_SECONDS = 2.0
 REFUSED = {"name": "refuse", "code": "A403IS", "message": "Invalid Signature"}
 FAULTS = {
     "credentials": (REFUSED, "upstream-credentials"),
-    "throttled": ({"name": "refuse", "code": "T429ID", "message": "Throttled by API Flow Control"}, "upstream-throttled"),
+    "throttled": (
+        {"name": "refuse", "code": "T429ID", "message": "Throttled by API Flow Control"},
+        "upstream-throttled",
+    ),
     "busy": ({"name": "status", "status": 503}, "upstream-invalid"),
     "silent": ({"name": "silent"}, "upstream-timeout"),
 }
@@ -95,7 +98,7 @@ def assert_cleared(gate: Gateway, events: Iterator[Event], task: str) -> None:
 
 @pytest.mark.parametrize("outage", FAULTS)
 def test_staleness_in_each_outage(simulator: Simulator, launch: Launch, outage: str) -> None:
-    """Within a lifetime + 2 s of an outage everything says so with one code, and within 2 s that it is over."""
+    """Within a lifetime + 2 s everything says so, with one code, and within 2 s that it is over."""
     fault, code = FAULTS[outage]
     gate = launch(simulator.url, cache=CACHE)
     task = simulator.task(data={"status": "running", "progress": 0.5})
@@ -264,7 +267,10 @@ def test_staleness_of_ended_tasks_does_not_exist(simulator: Simulator, launch: L
     task = simulator.finished()
     gate.get(task)
     simulator.control("PUT", "/faults", **REFUSED)
-    until(lambda: "detail" in gate.get(task).headers["cache-status"], "the snapshot is served instead of an error")
+    until(
+        lambda: "detail" in gate.get(task).headers["cache-status"],
+        "the snapshot is served instead of an error",
+    )
     answer = batch(gate, task)
     assert (answer["items"][0]["stale"], answer["summary"]["stale"]) == (None, 0)
     with stream(gate, f"/v1/events?taskId={task}") as (_, events):

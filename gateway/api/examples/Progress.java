@@ -1,3 +1,4 @@
+import com.google.gson.JsonElement;
 import com.google.gson.JsonObject;
 import com.google.gson.JsonParseException;
 import com.google.gson.JsonParser;
@@ -8,6 +9,8 @@ import java.net.http.HttpRequest;
 import java.net.http.HttpResponse;
 import java.net.http.HttpResponse.BodyHandlers;
 import java.time.Duration;
+import java.util.ArrayList;
+import java.util.List;
 import java.util.Locale;
 import java.util.concurrent.ThreadLocalRandom;
 import java.util.concurrent.TimeoutException;
@@ -85,6 +88,21 @@ public final class Progress {
             Thread.sleep((long) Math.ceil(Math.max(0, Math.min(pause * 1e3, millisLeft))));
         }
         throw new TimeoutException(taskId + " did not end within " + within.toSeconds() + " s: " + lastError);
+    }
+
+    /** Return the URLs of the images of a task that has succeeded. They expire: download the images soon. */
+    public List<String> imageUrls(String taskId) throws IOException, InterruptedException {
+        HttpRequest query = HttpRequest.newBuilder(gateway.resolve("v1/results/" + taskId))
+                .timeout(Duration.ofSeconds(30)).build();
+        HttpResponse<String> response = client.send(query, BodyHandlers.ofString());
+        if (response.statusCode() != 200) {
+            throw new IOException("HTTP status " + response.statusCode());
+        }
+        List<String> urls = new ArrayList<>();
+        for (JsonElement image : JsonParser.parseString(response.body()).getAsJsonObject().getAsJsonArray("images")) {
+            urls.add(image.getAsJsonObject().get("url").getAsString());
+        }
+        return urls;
     }
 
     private HttpRequest query(String taskId, String etag, double wait, int timeout) {

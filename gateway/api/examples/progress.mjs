@@ -51,6 +51,14 @@ export async function finished(gateway, taskId, { seconds, wait = 30, unknown = 
   throw new Error(`${taskId} did not end within ${seconds} s: ${lastError}`);
 }
 
+/** Resolve to the URLs of the images of a task that has succeeded. They expire: download the images soon. */
+export async function imageUrls(gateway, taskId) {
+  const url = new URL(`v1/results/${encodeURIComponent(taskId)}`, gateway);
+  const response = await fetch(url, { signal: AbortSignal.timeout(30_000) });
+  if (!response.ok) throw new Error(`HTTP status ${response.status}`);
+  return (await response.json()).images.map((image) => image.url);
+}
+
 /** Return the lifetime of a response in seconds, at least 1. */
 function lifetime(response) {
   const maxAge = /max-age=(\d+)/.exec(response.headers.get("cache-control"));

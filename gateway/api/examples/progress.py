@@ -1,4 +1,4 @@
-"""Wait until a task has ended, by long polls or by polls."""
+"""Wait until a task has ended, by long polls or by polls, and get its images."""
 
 import random
 import time
@@ -50,6 +50,13 @@ def finished(
                 pause = max(pause, seconds_in(response.headers.get("retry-after", "")))
         time.sleep(max(0.0, min(pause, deadline - time.monotonic())))
     raise TimeoutError(f"{task_id} did not end within {seconds:g} s: {last_error}")
+
+
+def image_urls(gateway: httpx.Client, task_id: str) -> list[str]:
+    """Return the URLs of the images of a task that has succeeded. They expire: download the images soon."""
+    response = gateway.get(f"/v1/results/{task_id}", timeout=30)
+    response.raise_for_status()
+    return [image["url"] for image in response.json()["images"]]
 
 
 def lifetime(response: httpx.Response) -> float:

@@ -80,9 +80,9 @@ class FakeRotation:
 
 
 class Bench:
-    """An upstream client with ten seconds per query and one concurrent call, on a manual clock."""
+    """An upstream client with ten seconds per query, by default one concurrent call, and a manual clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, max_in_flight: int = 1) -> None:
         self.loop = TickedLoop()
         self.calls = FakeCalls()
         self.metrics = Metrics(CollectorRegistry(), gateway_version="0")
@@ -90,7 +90,9 @@ class Bench:
         async def announce_throttling(_: float | None) -> None:
             return
 
-        settings = UpstreamSettings(timeout_seconds=10.0, attempt_timeout_seconds=10.0, max_in_flight=1)
+        settings = UpstreamSettings(
+            timeout_seconds=10.0, attempt_timeout_seconds=10.0, max_in_flight=max_in_flight
+        )
         self.upstream = self.loop.within(
             lambda: UpstreamClient(
                 settings,
@@ -219,3 +221,25 @@ def test_query_that_is_queued_may_be_dropped(bench: Bench) -> None:
     assert (first.exception(), demand.must_finish) == (None, True)
     bench.loop.advance(4.0)
     assert second.exception() is None
+
+
+def test_query_is_repeated_once_per_second_while_the_upstream_is_silent() -> None:
+    """A refresh without a response is repeated each second; the first response ends all waits."""
+    bench = Bench(max_in_flight=10)
+    bench.calls.seconds = 9.0
+    query, other = (bench.ask(number, is_refresh=True) for number in (1, 2))
+    first = bench.ask(3)
+    bench.loop.advance(1.4)
+    assert bench.calls.made == ["task1", "task2", "task3"]
+    bench.loop.advance(1.2)
+    assert bench.calls.made[3:] == ["task1", "task1"], "1.5 s and 2.5 s after the call"
+    bench.calls.seconds = 0.1  # the upstream responds again
+    bench.loop.advance(1.2)
+    assert query.done()
+    assert other.done(), "its call was lost, and sent again"
+    assert not first.done(), "the first query of a task is not repeated"
+    assert bench.calls.made[5:] == ["task1", "task2"]
+    bench.loop.advance(60.0)
+    assert first.done()
+    assert not bench.loop.faults
+    bench.loop.close()

@@ -527,7 +527,7 @@ async def test_watch_backoff_ends_with_a_stored_snapshot(
 
 
 def test_watch_backs_off_for_at_most_half_a_minute() -> None:
-    """A task is refreshed again after a second, or after Retry-After, up to 30 seconds, however long it fails."""
+    """A failing task is refreshed after a second, or after Retry-After, up to 30 seconds, for hours."""
     loop = TickedLoop()
     pauses = []
     try:
@@ -779,3 +779,95 @@ async def test_watch_counts_the_clients_of_its_subscribers(service: ManualServic
         assert +service.demand == {(KEY, b"1"): 1}
     assert not +service.demand
     await watch.aclose()
+
+
+async def codes(subscriber: Subscriber) -> list[str | None]:
+    """Return the codes of the staleness that the subscriber receives next."""
+    await turns(lambda: subscriber.woken)
+    subscriber.woken = False
+    list(subscriber.take_unsent())
+    return [staleness.code for staleness in subscriber.take_staleness()]
+
+
+async def test_watch_says_once_that_a_snapshot_is_old(
+    service: ManualService, watch: WatchHub, store: MemoryStore
+) -> None:
+    """Subscribers learn of each change of the code, and of the end, and only those who were told of it."""
+    throttled, timeout = UpstreamThrottled("slowly"), UpstreamTimeout("late")
+    service.known = snapshot("1")
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        assert await codes(subscriber) == []
+        watched = watch._watched[KEY]
+        for failure in (throttled, throttled, timeout):
+            watch._set_overdue(watched, failure)
+        assert await codes(subscriber) == ["upstream-timeout"], "the latest state"
+        watch._set_overdue(watched, UpstreamTimeout("later"))
+        assert await codes(subscriber) == []
+        with watch.subscribe([KEY], SubscriptionKind.EVENTS) as other:
+            assert await codes(other) == ["upstream-timeout"]
+            store.put(snapshot("1"))  # the same body
+            await turns(lambda: subscriber.woken)
+            assert await codes(other) == [None]
+        assert await codes(subscriber) == [None]
+        watch._set_overdue(watched, throttled)
+        watch._set_overdue(watched, None)
+        assert await codes(subscriber) == [], "it was over before the subscriber could learn of it"
+    await watch.aclose()
+
+
+async def test_watch_sends_the_staleness_after_the_snapshot(watch: WatchHub, store: MemoryStore) -> None:
+    """A subscriber does not learn that a snapshot is old before it has taken the snapshot."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        store.put(snapshot("1"))
+        await turns(lambda: subscriber.woken)
+        watch._set_overdue(watch._watched[KEY], UpstreamTimeout("late"))
+        assert subscriber.take_staleness() == []
+        assert await codes(subscriber) == ["upstream-timeout"]
+    await watch.aclose()
+
+
+async def test_watch_says_nothing_of_a_task_without_snapshot(watch: WatchHub) -> None:
+    """While there is no snapshot, none is old."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
+        watch._set_overdue(watch._watched[KEY], UpstreamTimeout("late"))
+        assert await codes(subscriber) == []
+    await watch.aclose()
+
+
+def test_watch_continues_every_schedule_after_a_recovery() -> None:
+    """While the upstream fails, one task is refreshed per second; the first success continues all others."""
+    loop = TickedLoop()
+    keys = [TaskKey(Operation.SD_GET_PROGRESS, f"task{number}") for number in range(50)]
+    failing = True
+    refreshed: list[TaskKey] = []
+
+    class FailingService(ManualService):
+        async def get_fresh(
+            self, key: TaskKey, *, client: bytes | None, seen_revision: int
+        ) -> CacheResult | FetchFailure:
+            refreshed.append(key)
+            if failing:
+                return FetchFailure(key, UpstreamTimeout("late"), CacheStatus.MISS)
+            return CacheResult(replace(snapshot("1"), key=key, fetched_at=loop.time()), 0.0, CacheStatus.MISS)
+
+    try:
+        store = MemoryStore(max_tasks=100, stale_seconds=60, clock=loop.time)
+        watch = loop.within(lambda: manual_watch(FailingService(), store, loop.time))
+        subscription = watch.subscribe(keys, SubscriptionKind.EVENTS)
+        loop.within(subscription.__enter__)
+        loop.settle()
+        for _ in range(70):  # until all back off for 30 s
+            loop.advance(1.0)
+        refreshed.clear()
+        for _ in range(3):
+            loop.advance(1.0)
+        assert len(refreshed) <= 3 * 3, "one probe per second, and the schedules that are due"
+        failing = False
+        refreshed.clear()
+        loop.advance(1.1)
+        assert set(refreshed) == set(keys)
+        loop.within(lambda: subscription.__exit__(None, None, None))
+        loop.run_until_complete(watch.aclose())
+        assert loop.next_timer is None
+    finally:
+        loop.close()
