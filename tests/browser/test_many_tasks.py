@@ -88,6 +88,23 @@ def test_page_watches_the_first_hundred(
     expect(tab.card("b")).to_contain_text("Not found")
 
 
+def test_page_keeps_its_tasks_when_nothing_is_added(quick: Gateway, tab: Tab) -> None:
+    """A bad entry never empties the page, and tasks of the other API replace the list with a word."""
+    tab.open(quick.url, "kept")
+    expect(tab.card("kept")).to_contain_text("Not found")
+    tab.page.get_by_label("API").select_option("ComfyUI")
+    enter(tab, "bad!id")
+    expect(tab.page.get_by_role("list", name="Ignored entries")).to_contain_text("bad!id")
+    expect(tab.card("kept")).to_have_count(1)
+    tab.page.get_by_label("API").select_option("ComfyUI")
+    enter(tab, "workflow")
+    expect(tab.page).to_have_url(f"{quick.url}/?taskId=workflow&api=comfy")
+    expect(tab.page.get_by_text("These are ComfyUI tasks.")).to_be_visible()
+    tab.page.go_back()
+    expect(tab.card("kept")).to_have_count(1)
+    expect(tab.page.get_by_text("These are ComfyUI tasks.")).to_be_hidden()
+
+
 def test_page_adds_and_removes_tasks(simulator: Simulator, quick: Gateway, tab: Tab) -> None:
     """New tasks are added to the others; recent ones are offered; the API's page keeps them."""
     for task_id in "aa", "bb", "cc":

@@ -51,9 +51,10 @@ export class TaskForm {
     this.#showRecent();
   }
 
-  /** Show the entries that are no task IDs, and how many tasks are beyond the limit. */
-  showRejected(rejected, { beyond, limit }) {
+  /** Show the entries that are no task IDs, how many tasks are beyond the limit, and a note. */
+  showRejected(rejected, { beyond, limit, note }) {
     const words = [
+      note,
       beyond ? `Only the first ${limit} of ${limit + beyond} tasks are watched. The others follow when you remove some.` : "",
       rejected.length === 1 ? "One entry is not a task ID:" : rejected.length ? `${rejected.length} entries are not task IDs:` : "",
     ];

@@ -16,7 +16,7 @@ import { Stream } from "./stream.js";
 import { count, describe, describeForTab } from "./summary.js";
 import { Task } from "./task.js";
 import { showInTab } from "./title.js";
-import { STATUS } from "./words.js";
+import { API, STATUS } from "./words.js";
 
 const TICK_MS = 1000;
 const SUMMARY_MS = 50; // the events of many tasks arrive together
@@ -35,6 +35,7 @@ const CONNECTION = {
   refused: "Request rejected",
 };
 const CONNECTED = new Set(["live", "polling", "checking"]);
+const INTERRUPTED = new Set(["connecting", "reconnecting", "retrying"]);
 
 const at = (id) => document.getElementById(id);
 const cards = new Map(); // by task ID, in the order of the address
@@ -44,6 +45,7 @@ let query = ""; // query of the open stream
 let shownApi = ""; // API of the cards
 let limit = MAX_TASKS;
 let rejected = []; // entered, but no task IDs
+let note = ""; // about the tasks that were just added
 let connected = { name: "idle", problem: null, since: 0 };
 let sawRunning = false;
 let summarizing = 0; // timer
@@ -83,17 +85,21 @@ function go(wanted) {
 
 function add({ taskIds, api, rejected: entered }) {
   const before = fromAddress();
-  // The tasks of one page belong to one API. The others stay in the browser's history.
-  const kept = before.api === api ? before.taskIds : [];
+  // The tasks of one page belong to one API.
+  const replaces = taskIds.length > 0 && before.api !== api && before.taskIds.length > 0;
   rejected = entered;
+  note = replaces ? `These are ${API[api]} tasks. The browser's Back button returns to the ${API[before.api] ?? "other"} tasks.` : "";
   query = ""; // a submit queries again, even for the same tasks
-  go({ taskIds: [...new Set([...kept, ...taskIds])], api: taskIds.length ? api : before.api });
+  go({ taskIds: [...new Set([...(replaces ? [] : before.taskIds), ...taskIds])], api: taskIds.length ? api : before.api });
+  note = "";
 }
 
 function dismiss(text) {
   rejected = rejected.filter((one) => one.text !== text);
   const wanted = fromAddress();
-  if (wanted.rejected.some((one) => one.text === text)) rejected.push(...wanted.rejected.filter((one) => one.text !== text));
+  // The corrected address has no bad entries: those that remain are kept here.
+  const known = new Set([text, ...rejected.map((one) => one.text)]);
+  rejected.push(...wanted.rejected.filter((one) => !known.has(one.text)));
   go(wanted);
   form.focus();
 }
@@ -109,7 +115,7 @@ function show({ again = false } = {}) {
   form.show(watched);
   const known = new Set(rejected.map(({ text }) => text));
   form.showRejected([...rejected, ...wanted.rejected.filter(({ text }) => !known.has(text))],
-    { beyond: wanted.taskIds.length - watched.taskIds.length, limit });
+    { beyond: wanted.taskIds.length - watched.taskIds.length, limit, note });
   at("empty").hidden = cards.size > 0;
   document.body.classList.toggle("watching", cards.size > 0);
   rememberQuery(cards.size ? location.search : "");
@@ -214,7 +220,7 @@ function update(taskId, apply) {
 
 function connection(name, problem = null) {
   const before = connected;
-  connected = { name, problem, since: CONNECTED.has(name) === CONNECTED.has(before.name) ? before.since : seconds() };
+  connected = { name, problem, since: INTERRUPTED.has(name) && INTERRUPTED.has(before.name) ? before.since : seconds() };
   health.watch(cards.size > 0 && name !== "ended" && name !== "refused");
   showConnection();
   if (name !== "ended" || !sawRunning) return;
@@ -240,7 +246,7 @@ function showConnection() {
 
 /** Return whether the gateway has been unreachable for some time. */
 function isOffline(now) {
-  return ["connecting", "reconnecting", "retrying"].includes(connected.name) && now - connected.since >= OFFLINE_SECONDS;
+  return INTERRUPTED.has(connected.name) && now - connected.since >= OFFLINE_SECONDS;
 }
 
 function refuse(problem) {
