@@ -26,7 +26,7 @@ from gateway.api.middleware.client_address import ClientAddress
 from gateway.api.middleware.cross_site import Cors, SameSite
 from gateway.api.middleware.host_and_prefix import HostAndPrefix
 from gateway.api.middleware.telemetry import RequestTelemetry
-from gateway.api.pages import page_routes
+from gateway.api.pages import Pages, simulator_origin
 from gateway.api.problems import Problems
 from gateway.api.progress import ProgressEndpoint
 from gateway.api.results import ResultsEndpoint
@@ -137,7 +137,10 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         signing = credentials.signing_pair
         return None if signing is None else {"slot": signing.slot, "generation": signing.generation}
 
-    problems = Problems([operation.path for operation in settings.upstream.operations])
+    pages = Pages(
+        root_path=settings.server.root_path, image_origin=simulator_origin(settings.upstream.endpoint)
+    )
+    problems = Problems([operation.path for operation in settings.upstream.operations], pages)
     limiter = _limiter(settings.limits)
     clients = ClientLimits(limiter, max_subscriptions=settings.limits.subscriptions_per_client)
     app = Starlette(
@@ -152,7 +155,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
                 else [Route("/metrics", operator_endpoints.metrics(metrics.registry))]
             ),
             Route("/openapi.json", operator_endpoints.openapi()),
-            *page_routes(root_path=settings.server.root_path),
+            *pages.routes(),
             operator_endpoints.OptionsRoute(),
         ],
         lifespan=lifespan,

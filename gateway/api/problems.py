@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
+from gateway.api.pages import Pages
 from gateway.api.requests import route_path
 from gateway.domain.errors import (
     BodyTooLarge,
@@ -76,10 +77,14 @@ INTERNAL_ERROR = GatewayError("internal error; see the log of the gateway for th
 
 
 class Problems:
-    """Makes the responses for exceptions. On `vendor_paths` their body is an envelope."""
+    """Makes the responses for exceptions. On `vendor_paths` their body is an envelope.
 
-    def __init__(self, vendor_paths: Collection[str]) -> None:
+    A browser that opens a path that does not exist receives one of the `pages`.
+    """
+
+    def __init__(self, vendor_paths: Collection[str], pages: Pages | None = None) -> None:
         self._vendor_paths = frozenset(vendor_paths)
+        self._pages = pages
 
     def response(self, scope: Scope, exc: Exception) -> Response:
         """Return the response for an exception. The code of an unexpected exception is `internal`."""
@@ -104,6 +109,10 @@ class Problems:
             headers.update([RESPONSE_HEADER])
         if route_path(scope) in self._vendor_paths:
             return Response(render_json(_error_envelope(error)), status, headers, "application/json")
+        if self._pages is not None and isinstance(error, PathNotFound):
+            page = self._pages.not_found(scope)
+            if page is not None:
+                return Response(page, status, {**self._pages.headers, **headers}, "text/html")
         problem = problem_document(error, status, title, request_id=scope["state"]["request_id"])
         return Response(render_json(problem), status, headers, "application/problem+json")
 

@@ -294,8 +294,8 @@ class ProgressService:
     ) -> FetchResult:
         """Wait for the in-flight request, or start one.
 
-        Without `wait_while_queued`, return an error as soon as the rate limiter queues the query, or the query
-        takes too long.
+        Without `wait_while_queued`, return an error as soon as the rate limiter queues the query, or as the
+        query takes too long.
         """
         request = self._in_flight.start(key, requirement=Requirement(seen_revision=seen_revision))
         if wait_while_queued:

@@ -79,9 +79,9 @@ class Lease(NamedTuple):
 class Store(Protocol):
     """Keeps the latest snapshot of each task, and for a short time the failures to fetch one.
 
-    `peek`, `entry`, `is_current`, `last_known` and `cached_failure` read this process's memory and never wait.
-    Methods with `async` may send commands to a server. They do not raise an exception if it is unavailable:
-    each replica then works with its own memory. Open a store with `async with`.
+    `peek`, `entry`, `is_current`, `last_known` and `cached_failure` read this process's memory and never
+    wait. Methods with `async` may send commands to a server. They do not raise an exception if it is
+    unavailable: each replica then works with its own memory. Open a store with `async with`.
     """
 
     @property

@@ -20,13 +20,14 @@ from rich.console import Console
 from gateway.cli.watch_client import follow
 from gateway.cli.watch_display import ProgressDisplay
 from gateway.cli.watch_tasks import WatchedTasks
-from tests.browser.test_page import ARGUMENTS, CHROMIUM
+from tests.browser.chromium import ARGUMENTS, CHROMIUM
 from tests.docs.markdown import ROOT
 from tests.support.harness import Process, free_port
 
 IMAGES = ROOT / ".github" / "images"
 TASKS = ("demo-1", "demo-2", "demo-4", "demo-6")
 FAILED = "demo-4"  # the first task that fails, half a minute after the start
+SUCCEEDED = "demo-6"
 SIZE = {"width": 960, "height": 640}
 COLUMNS = 88
 TIMEOUT_MS = 90_000
@@ -39,6 +40,8 @@ def take_page(browser: Browser, url: str) -> None:
         page.goto(f"{url}/?{urlencode({'taskId': TASKS}, doseq=True)}")
     for scheme, page in pages.items():
         expect(page.locator(".card", has_text=FAILED)).to_contain_text("Failed", timeout=TIMEOUT_MS)
+        image = page.get_by_role("img", name=f"Image of {SUCCEEDED}", exact=True)
+        expect(image).to_have_js_property("complete", value=True)
         page.screenshot(path=IMAGES / f"page-{scheme}.png", full_page=True, animations="disabled")
 
 

@@ -20,8 +20,8 @@ from gateway.telemetry.redaction import Redactor
 from tests.support.harness import Gateway, RawUpstream, Request, framed
 
 DOCUMENT = json.loads((Path(gateway.__file__).parent / "api" / "openapi.json").read_text(encoding="utf-8"))
-# Paths of the web pages, and the catch-all route for refusals.
-UNDOCUMENTED = {"/", "/docs", "/web/{file}", "/scc/{path}"}
+# Paths of the web pages and their icon, and the catch-all route for refusals.
+UNDOCUMENTED = {"/", "/docs", "/favicon.ico", "/web/{file}", "/scc/{path}"}
 
 
 def test_openapi_is_valid() -> None:

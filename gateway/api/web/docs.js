@@ -1,6 +1,9 @@
 // Renders openapi.json: operations by tag, then problem codes, then schemas.
 
 import { element, describeProblem } from "./dom.js";
+import { fold, followScrolling, search, showTarget } from "./find.js";
+import { requestElements } from "./request.js";
+import { recallQuery } from "./storage.js";
 
 const METHODS = ["get", "post", "put", "patch", "delete"];
 const at = (id) => document.getElementById(id);
@@ -116,11 +119,16 @@ function response(status, given) {
 function operation({ path, method, head, details }) {
   const parameters = (details.parameters ?? []).map(resolve);
   const body = details.requestBody && resolve(details.requestBody);
-  return element("article", { class: "operation", id: `operation-${slug(`${method} ${path}`)}` },
+  const stream = Object.values(details.responses ?? {}).some((one) => resolve(one).content?.["text/event-stream"]);
+  return folding("article", { class: "operation", id: `operation-${slug(`${method} ${path}`)}` },
     element("h3", {}, element("span", { class: `method method-${method}` }, method.toUpperCase()),
       head ? element("span", { class: "method" }, "HEAD") : "", path),
-    element("p", {}, details.summary ?? ""),
+    element("p", { class: "what" }, details.summary ?? ""),
     details.description ? element("p", {}, ...prose(details.description)) : "",
+    ...requestElements({
+      path, method, stream, body: Object.values(body?.content ?? {})[0]?.example,
+      parameters: parameters.map((one) => ({ ...one, schema: resolve(one.schema ?? {}) })),
+    }),
     parameters.length ? element("h4", {}, "Parameters") : "",
     parameters.length ? element("dl", { class: "members" }, ...parameters.map((one) =>
       member(one.name, one.schema ?? {}, { ...one, needed: one.required, where: one.in }))) : "",
@@ -128,6 +136,11 @@ function operation({ path, method, head, details }) {
     ...(body ? content(body.content) : []),
     element("h4", {}, "Responses"),
     ...Object.entries(details.responses ?? {}).map(([status, given]) => response(status, given)));
+}
+
+/** Return an element whose content after the heading can be folded. */
+function folding(tag, attributes, heading, ...content) {
+  return element(tag, attributes, element("details", { open: "" }, element("summary", {}, heading), ...content));
 }
 
 function operations() {
@@ -175,12 +188,12 @@ function render() {
   const codes = problemCodes();
   if (codes.childElementCount) {
     at("operations").append(section("Problem codes", "Values of `code` in a problem, with the HTTP status.",
-      element("div", { class: "schema" }, codes)));
+      element("article", { class: "schema" }, codes)));
     contents.append(link("Problem-codes", "Problem codes"));
   }
   if (schemas.length) {
     at("operations").append(section("Schemas", "", ...schemas.map(([name, schema]) =>
-      element("article", { class: "schema", id: `schema-${slug(name)}` }, element("h3", {}, name),
+      folding("article", { class: "schema", id: `schema-${slug(name)}` }, element("h3", {}, name),
         schema.description ? element("p", {}, ...prose(schema.description)) : "",
         schema.properties ? members(schema) : element("p", {}, ...describeType(schema), ...limits(schema))))));
     contents.append(link("Schemas", "Schemas"));
@@ -200,11 +213,17 @@ async function load() {
     at("docs").hidden = false;
     at("status").textContent = "";
     // The browser looked up the fragment of the address before the content existed.
-    if (location.hash) document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
+    showTarget();
+    followScrolling();
+    at("search").addEventListener("input", search);
+    at("fold").addEventListener("click", fold);
+    addEventListener("hashchange", showTarget);
   } catch (error) {
     at("status").className = "problem";
     at("status").replaceChildren(...describeProblem({ title: "The API description cannot be shown", detail: error.message }));
   }
 }
 
+// The way back leads to the tasks that this tab watches.
+for (const back of document.querySelectorAll('.masthead a[href="./"]')) back.setAttribute("href", `./${recallQuery()}`);
 load();

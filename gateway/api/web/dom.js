@@ -1,5 +1,7 @@
 // Helpers that build DOM elements. Text is always set as text, so upstream messages cannot become markup.
 
+import { absolute } from "./words.js";
+
 export function element(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -16,6 +18,22 @@ export function svg(tag, attributes = {}) {
 /** Set the text of a node if it differs. An unchanged node causes no layout and no announcement. */
 export function setText(node, text) {
   if (node.textContent !== text) node.textContent = text;
+}
+
+/** Return a function that shows a text about a time in `parent`, with the date and time on hover; null hides it. */
+export function timeElement(parent) {
+  const time = element("time");
+  let shownAt = null;
+  parent.replaceChildren(time);
+  return (at, text) => {
+    parent.hidden = at === null;
+    setText(time, text);
+    if (at === null) return;
+    if (Math.round(at) === shownAt) return;
+    shownAt = Math.round(at);
+    time.dateTime = new Date(shownAt * 1000).toISOString();
+    time.title = absolute(shownAt);
+  };
 }
 
 /** Set a progress bar; null means unknown. Setting a style from a script is allowed by the content policy. */
@@ -38,9 +56,9 @@ export function describeProblem(problem) {
   return [
     element("strong", {}, problem.title ?? "Something went wrong"),
     // A detail equal to the title is not repeated.
-    same(problem.detail, problem.title) ? null : element("p", {}, sentence(problem.detail)),
+    same(problem.detail, problem.title) ? null : element("p", { dir: "auto" }, sentence(problem.detail)),
     ...errors.map(([message, code]) =>
-      element("p", { class: "upstream-error" }, "Upstream error: ", element("q", {}, message || code),
+      element("p", { class: "upstream-error" }, "Upstream error: ", element("q", { dir: "auto" }, message || code),
         message && code ? element("code", {}, code) : null)),
   ].filter(Boolean);
 }

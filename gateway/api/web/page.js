@@ -1,44 +1,76 @@
 // The page: reads task IDs from its address and shows a card for each task, fed by one stream.
 //
-//   form or link -> address -> show() -> cards + Stream -> cards, summary, announcements
+//   form or link -> address -> show() -> cards + Stream -> cards, summary, title, announcements
 
-import { describeProblem, setBar, setText } from "./dom.js";
+import { Announcer } from "./announce.js";
+import { TaskCard } from "./card.js";
+import { describeProblem, element, setBar, setText } from "./dom.js";
+import { TaskForm } from "./form.js";
+import { Health } from "./health.js";
+import { MAX_TASKS, readIds } from "./ids.js";
+import { TaskList } from "./list.js";
+import { notifyEnd, offerNotification } from "./notify.js";
+import { Slot } from "./slots.js";
+import { addRecent, recallTasks, rememberQuery, rememberTasks } from "./storage.js";
 import { Stream } from "./stream.js";
-import { TaskCard } from "./task.js";
-import { STATUS, percent, timeLeft } from "./words.js";
+import { count, describe, describeForTab } from "./summary.js";
+import { Task } from "./task.js";
+import { showInTab } from "./title.js";
+import { API, STATUS } from "./words.js";
 
 const TICK_MS = 1000;
-const ANNOUNCE_MS = 5000;
-const TITLE = document.title;
+const SUMMARY_MS = 50; // the events of many tasks arrive together
+const OFFLINE_SECONDS = 3; // a shorter interruption is not worth a word
 
 const CONNECTION = {
   idle: "Not watching",
   connecting: "Connecting",
   live: "Live",
+  failing: "Connected, upstream failing",
   polling: "Live by long polls: a proxy buffers the event stream",
+  checking: "Updated every 5 s: other tabs are live",
   reconnecting: "Connection lost, reconnecting",
   retrying: "Connection lost, retrying",
   ended: "All tasks ended",
   refused: "Request rejected",
 };
+const CONNECTED = new Set(["live", "polling", "checking"]);
+const INTERRUPTED = new Set(["connecting", "reconnecting", "retrying"]);
 
 const at = (id) => document.getElementById(id);
-const form = at("form");
 const cards = new Map(); // by task ID, in the order of the address
+let memory = recallTasks();
 let stream = null;
 let query = ""; // query of the open stream
 let shownApi = ""; // API of the cards
+let limit = MAX_TASKS;
+let rejected = []; // entered, but no task IDs
+let note = ""; // about the tasks that were just added
+let connected = { name: "idle", problem: null, since: 0 };
+let sawRunning = false;
+let summarizing = 0; // timer
+
+const announcer = new Announcer(at("announcements"), () => at("summary").textContent);
+const list = new TaskList({ list: at("cards"), filters: at("filters"), changed: () => arrange() });
+const form = new TaskForm({ onAdd: add, onDismiss: dismiss });
+const health = new Health(showTroubles);
+const slot = new Slot(() => stream && (stream.slow = !slot.held));
+
+function seconds() {
+  return Date.now() / 1000;
+}
+
+function allTasks() {
+  return [...cards.values()].map((card) => card.task);
+}
 
 // --- the address ---------------------------------------------------------------------------------
 
-function parseIds(text) {
-  return [...new Set(text.split(/[\s,;]+/).filter(Boolean))];
-}
-
 function fromAddress() {
   const given = new URLSearchParams(location.search);
-  // Without this script, the form sends all IDs in one parameter.
-  return { taskIds: parseIds(given.getAll("taskId").join(" ")), api: given.get("api") || "sd" };
+  // Without this script, the form sends all that was entered in one parameter.
+  const found = readIds(given.getAll("taskId").join("\n"));
+  return { ...found, api: given.get("api") || found.api || "sd" };
 }
 
 function toQuery({ taskIds, api }) {
@@ -51,19 +83,47 @@ function go(wanted) {
   show();
 }
 
+function add({ taskIds, api, rejected: entered }) {
+  const before = fromAddress();
+  // The tasks of one page belong to one API.
+  const replaces = taskIds.length > 0 && before.api !== api && before.taskIds.length > 0;
+  rejected = entered;
+  note = replaces ? `These are ${API[api]} tasks. The browser's Back button returns to the ${API[before.api] ?? "other"} tasks.` : "";
+  query = ""; // a submit queries again, even for the same tasks
+  go({ taskIds: [...new Set([...(replaces ? [] : before.taskIds), ...taskIds])], api: taskIds.length ? api : before.api });
+  note = "";
+}
+
+function dismiss(text) {
+  rejected = rejected.filter((one) => one.text !== text);
+  const wanted = fromAddress();
+  // The corrected address has no bad entries: those that remain are kept here.
+  const known = new Set([text, ...rejected.map((one) => one.text)]);
+  rejected.push(...wanted.rejected.filter((one) => !known.has(one.text)));
+  go(wanted);
+  form.focus();
+}
+
 // --- cards ---------------------------------------------------------------------------------------
 
 /** Show the tasks of the address. `again` opens a new stream even if the tasks are the same. */
 function show({ again = false } = {}) {
   const wanted = fromAddress();
-  form.elements.taskId.value = wanted.taskIds.join(" ");
-  if (wanted.api === "sd" || wanted.api === "comfy") form.elements.api.value = wanted.api;
+  const watched = { taskIds: wanted.taskIds.slice(0, limit), api: wanted.api };
   showRequestError(null);
-  matchCards(wanted);
+  matchCards(watched);
+  form.show(watched);
+  const known = new Set(rejected.map(({ text }) => text));
+  form.showRejected([...rejected, ...wanted.rejected.filter(({ text }) => !known.has(text))],
+    { beyond: wanted.taskIds.length - watched.taskIds.length, limit, note });
   at("empty").hidden = cards.size > 0;
+  document.body.classList.toggle("watching", cards.size > 0);
+  rememberQuery(cards.size ? location.search : "");
+  for (const link of document.querySelectorAll('.masthead a[href^="./"]')) link.setAttribute("href", `./${cards.size ? location.search : ""}`);
+  if (cards.size) addRecent(watched.taskIds, watched.api);
 
-  const wantedQuery = cards.size ? toQuery(wanted) : "";
-  const allEnded = cards.size > 0 && [...cards.values()].every((card) => card.ended);
+  const wantedQuery = cards.size ? toQuery(watched) : "";
+  const allEnded = cards.size > 0 && allTasks().every((task) => task.ended);
   if (allEnded && !again) {
     // All remaining tasks have ended: no stream is needed.
     closeStream();
@@ -73,38 +133,51 @@ function show({ again = false } = {}) {
     if (wantedQuery) openStream(wantedQuery);
     else connection("idle");
   }
-  summarize();
+  renderAll();
 }
 
 function matchCards({ taskIds, api }) {
   if (api !== shownApi) removeCards([...cards.keys()]); // the same ID on another API is another task
   shownApi = api;
   removeCards([...cards.keys()].filter((id) => !taskIds.includes(id)));
-  const wantedCards = taskIds.map((id) => [id, cards.get(id) ?? new TaskCard(id, { onRemove: remove })]);
+  const wantedCards = taskIds.map((id) => [id, cards.get(id) ?? newCard(id, api)]);
   cards.clear();
-  for (const [id, card] of wantedCards) {
-    cards.set(id, card);
-    // Only misplaced cards are moved, because a moved node loses the focus.
-    const place = at("cards").children[cards.size - 1];
-    if (place !== card.node) at("cards").insertBefore(card.node, place ?? null);
-  }
+  for (const [id, card] of wantedCards) cards.set(id, card);
+  list.show([...cards.values()], { settled: false });
+}
+
+function newCard(id, api) {
+  return new TaskCard(new Task(id, api, memory[`${api}:${id}`]), { onRemove: remove, onTryOther: tryOther });
 }
 
 function removeCards(taskIds) {
   for (const id of taskIds) {
-    cards.get(id).node.remove();
+    cards.get(id).close();
     cards.delete(id);
   }
 }
 
 function remove(taskId) {
-  const ids = [...cards.keys()];
-  const index = ids.indexOf(taskId);
-  const next = ids[index + 1] ?? ids[index - 1];
-  go({ taskIds: ids.filter((id) => id !== taskId), api: shownApi });
-  announce(`No longer watching ${taskId}`);
-  if (next) cards.get(next).focusRemove();
-  else form.elements.taskId.focus();
+  const shown = [...at("cards").children].filter((node) => !node.hidden);
+  const index = shown.indexOf(cards.get(taskId).node);
+  const next = shown[index + 1] ?? shown[index - 1];
+  drop([taskId]);
+  announcer.say(`No longer watching ${taskId}`);
+  const card = [...cards.values()].find(({ node }) => node === next);
+  if (card) card.focusRemove();
+  else form.focus();
+}
+
+function drop(taskIds) {
+  const { taskIds: all, api } = fromAddress();
+  go({ taskIds: all.filter((id) => !taskIds.includes(id)), api });
+}
+
+/** Watch a task that the vendor does not know under the other API, with all others that it does not know. */
+function tryOther(taskId, api) {
+  const missing = allTasks().filter((task) => task.look === "missing").map((task) => task.id);
+  go({ taskIds: missing.length === cards.size ? missing : [taskId], api });
+  at("tasks").focus();
 }
 
 // --- the stream ----------------------------------------------------------------------------------
@@ -117,28 +190,78 @@ function closeStream() {
 
 function openStream(wantedQuery) {
   query = wantedQuery;
-  stream = new Stream(wantedQuery, {
-    state: (name, problem) => (name === "refused" ? showRequestError(problem) : connection(name, problem)),
-    progress: (report) => update(report.taskId, (card) => card.onProgress(report)),
-    problem: (problem) => update(problem.taskId, (card) => card.onProblem(problem)),
-  });
+  const handlers = {
+    state: (name, problem) => (name === "refused" ? refuse(problem) : connection(name, problem)),
+    progress: (report) => update(report.taskId, (task, now) => task.onProgress(report, now)),
+    problem: (problem) => update(problem.taskId, (task) => task.onProblem(problem)),
+    stale: ({ taskId, stale: code, ...more }) => update(taskId, (task, now) => task.onStale({ code, ...more }, now)),
+    unchanged: () => allTasks().forEach((task) => task.confirm(seconds())),
+  };
+  stream = new Stream(wantedQuery, handlers, { slow: !slot.held });
 }
 
 function update(taskId, apply) {
   const card = cards.get(taskId);
   if (!card) return;
-  const before = card.look;
-  apply(card);
-  if (card.look !== before && before !== "loading") {
-    announce(`${taskId}: ${card.problem ? card.problem.title : STATUS[card.look]}`);
+  const { task } = card;
+  const before = { look: task.look, stale: task.stale?.code };
+  apply(task, seconds());
+  if (task.look !== before.look && before.look !== "loading") {
+    announcer.say(`${taskId}: ${task.problem ? task.problem.title : STATUS[task.look]}`);
   }
-  summarize();
+  if (task.stale?.code !== before.stale) {
+    if (task.stale) announcer.say(`${taskId} is not updated: ${task.stale.title}`);
+    health.check();
+  }
+  sawRunning ||= task.report !== null && !task.ended;
+  card.render(seconds(), view());
+  summarizing ||= setTimeout(summarize, SUMMARY_MS);
 }
 
-function connection(name, problem) {
+function connection(name, problem = null) {
+  const before = connected;
+  connected = { name, problem, since: INTERRUPTED.has(name) && INTERRUPTED.has(before.name) ? before.since : seconds() };
+  health.watch(cards.size > 0 && name !== "ended" && name !== "refused");
+  showConnection();
+  if (name !== "ended" || !sawRunning) return;
+  sawRunning = false;
+  renderAll();
+  notifyEnd(describe(count(allTasks(), seconds())));
+}
+
+function isFailing() {
+  return allTasks().some(({ stale, problem }) => stale || (problem && /^upstream-(?!rejected)/.test(problem.code)));
+}
+
+function showConnection() {
+  const failing = CONNECTED.has(connected.name) && isFailing();
+  const name = failing ? "failing" : connected.name;
   const shown = at("connection");
+  shown.hidden = false;
   shown.dataset.state = name;
+  const { problem } = connected;
   setText(at("connection-words"), problem?.title ? `${CONNECTION[name]}: ${problem.title}` : CONNECTION[name]);
+  at("retry").hidden = !["failing", "reconnecting", "retrying"].includes(name);
+}
+
+/** Return whether the gateway has been unreachable for some time. */
+function isOffline(now) {
+  return INTERRUPTED.has(connected.name) && now - connected.since >= OFFLINE_SECONDS;
+}
+
+function refuse(problem) {
+  const allowed = Number(/'taskId' must be given 1 to (\d+) times/.exec(problem.detail)?.[1]);
+  if (allowed && allowed < limit) {
+    limit = allowed; // an operator may allow fewer tasks
+    closeStream();
+    show();
+    return;
+  }
+  showRequestError(problem);
+  removeCards([...cards.keys()]);
+  query = "";
+  connection("refused");
+  summarize();
 }
 
 /** Show why the gateway rejected the request; null hides the error. */
@@ -146,72 +269,69 @@ function showRequestError(problem) {
   const shown = at("request-error");
   shown.hidden = !problem;
   shown.replaceChildren(...(problem ? describeProblem(problem) : []));
-  if (!problem) return;
-  // The gateway validates; the page points out the invalid IDs of a long list.
-  const invalid = [...cards.keys()].filter((id) => !/^[A-Za-z0-9_-]{1,64}$/.test(id));
-  if (problem.code === "invalid-task-id" && invalid.length) {
-    const paragraph = document.createElement("p");
-    paragraph.textContent = `Invalid: ${invalid.join(", ")}`;
-    shown.append(paragraph);
+}
+
+function showTroubles(troubles) {
+  const shown = at("troubles");
+  shown.hidden = troubles.length === 0;
+  const text = troubles.map((trouble) => `${trouble}.`).join(" ");
+  if (shown.textContent !== text) {
+    if (text) announcer.say(text);
+    shown.replaceChildren(...troubles.map((trouble) => element("p", { dir: "auto" }, `${trouble}.`)));
   }
-  removeCards([...cards.keys()]);
-  query = "";
-  connection("refused");
+}
+
+// --- what is shown -------------------------------------------------------------------------------
+
+/** Return what all cards have in common: whether the gateway is unreachable, and the edges of the plots. */
+function view() {
+  const now = seconds();
+  const tasks = allTasks();
+  const times = tasks.flatMap(({ points }) => (points.length ? [points[0][0], points[points.length - 1][0]] : []));
+  const running = tasks.some((task) => !task.ended);
+  return {
+    offline: isOffline(now),
+    axis: { from: times.length ? Math.min(...times) : now, until: running || !times.length ? now : Math.max(...times) },
+  };
+}
+
+function renderAll() {
+  const now = seconds();
+  const shared = view();
+  for (const card of cards.values()) card.render(now, shared);
   summarize();
 }
 
-// --- the summary ---------------------------------------------------------------------------------
+function tick() {
+  const now = seconds();
+  if (connected.name === "live" || connected.name === "polling") allTasks().forEach((task) => task.confirm(now));
+  const shared = view();
+  for (const card of cards.values()) card.tick(now, shared);
+  if (cards.size) summarize();
+}
+
+function arrange() {
+  list.show([...cards.values()]);
+}
 
 function summarize() {
-  const all = [...cards.values()];
-  const bar = at("summary-bar");
-  bar.hidden = all.length === 0;
-  if (all.length === 0) {
-    setText(at("summary"), "");
-    document.title = TITLE;
-    return;
-  }
-  const known = all.filter((card) => card.report);
-  const mean = known.length
-    ? percent(known.reduce((sum, card) => sum + Math.min(Math.max(card.report.progress, 0), 1), 0) / known.length)
-    : null;
-  const done = all.filter((card) => card.ended).length;
-  const failed = all.filter((card) => card.look === "failed").length;
-  const withErrors = all.filter((card) => card.problem).length;
-  const eta = Math.max(...all.map((card) => card.etaSeconds ?? -1));
-  const parts = [
-    `${done} of ${all.length} done`,
-    failed ? `${failed} failed` : "",
-    withErrors ? `${withErrors} with errors` : "",
-    mean === null ? "" : `${mean}\u00a0% on average`,
-    eta >= 0 ? timeLeft(eta) : "",
-  ];
-  setText(at("summary"), parts.filter(Boolean).join(" · "));
-  setBar(bar, mean, at("summary").textContent);
-  document.title = `${done} of ${all.length} done · ${TITLE}`;
-}
-
-// --- announcements for screen readers ------------------------------------------------------------
-
-let pending = [];
-let announcing = 0;
-
-function announce(text) {
-  pending.push(text);
-  announcing ||= setTimeout(flush, TICK_MS);
-}
-
-function flush() {
-  const log = at("announcements");
-  // Many changes are summarized.
-  const text = pending.length > 3 ? `${pending.length} changes. ${at("summary").textContent}` : pending.join(". ");
-  if (text) {
-    const line = document.createElement("span");
-    line.textContent = `${text}. `;
-    log.replaceChildren(line);
-  }
-  announcing = text ? setTimeout(flush, ANNOUNCE_MS) : 0;
-  pending = [];
+  clearTimeout(summarizing);
+  summarizing = 0;
+  const now = seconds();
+  const tasks = allTasks();
+  const numbers = count(tasks, now);
+  const text = tasks.length ? describe(numbers) : "";
+  at("summary-bar").hidden = tasks.length < 2;
+  at("toolbar").hidden = tasks.length === 0;
+  at("order-field").hidden = tasks.length < 2;
+  at("remove-finished").hidden = tasks.length < 2 || !tasks.some((task) => task.ended);
+  setText(at("summary"), text);
+  setBar(at("summary-bar"), numbers.mean, text);
+  const failing = isFailing() || isOffline(now);
+  const { title, icon } = describeForTab(numbers, { ended: connected.name === "ended", failing });
+  showInTab(title, icon);
+  showConnection();
+  arrange();
 }
 
 // --- start ---------------------------------------------------------------------------------------
@@ -220,19 +340,19 @@ function flush() {
 const home = new URL("../", import.meta.url).pathname;
 if (location.pathname !== home) history.replaceState(null, "", home + location.search + location.hash);
 
-form.addEventListener("submit", (event) => {
-  event.preventDefault();
-  const wanted = { taskIds: parseIds(form.elements.taskId.value), api: form.elements.api.value };
-  if (wanted.taskIds.length === 0) form.elements.taskId.focus();
-  query = ""; // a submit queries again, even for the same tasks
-  go(wanted);
+at("retry").addEventListener("click", () => {
+  stream?.again();
+  health.check();
 });
 
-form.elements.taskId.addEventListener("keydown", (event) => {
-  // While an input method composes a character, Enter belongs to it.
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  form.requestSubmit();
+at("order").addEventListener("change", (event) => {
+  list.sorted = event.target.value === "status";
+  arrange();
+});
+
+at("remove-finished").addEventListener("click", () => {
+  drop(allTasks().filter((task) => task.ended).map((task) => task.id));
+  at("tasks").focus();
 });
 
 at("example").addEventListener("click", (event) => {
@@ -243,13 +363,17 @@ at("example").addEventListener("click", (event) => {
   at("tasks").focus();
 });
 
-addEventListener("popstate", () => show());
+addEventListener("popstate", () => {
+  rejected = [];
+  show();
+});
 // A page restored from the back-forward cache has lost its connection.
 addEventListener("pageshow", (event) => event.persisted && show({ again: true }));
+for (const leaving of ["pagehide", "visibilitychange"]) {
+  addEventListener(leaving, () => cards.size && rememberTasks(allTasks()), { capture: true });
+}
 
-setInterval(() => {
-  for (const card of cards.values()) card.tick();
-  if (cards.size) summarize();
-}, TICK_MS);
-
+offerNotification(at("notify"));
+setInterval(tick, TICK_MS);
 show();
+memory = {}; // for the tasks of the start only

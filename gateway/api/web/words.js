@@ -1,4 +1,4 @@
-// Display texts for statuses, numbers and durations.
+// Display texts for statuses, numbers, durations and times.
 
 export const STATUS = {
   loading: "Loading",
@@ -8,8 +8,24 @@ export const STATUS = {
   failed: "Failed",
   canceled: "Canceled",
   unknown: "Unknown",
+  missing: "Not found",
   problem: "Error",
 };
+
+export const API = { sd: "Stable Diffusion", comfy: "ComfyUI" };
+
+// The titles of the gateway's problems, for responses that have only the code. A test compares them.
+export const UPSTREAM_PROBLEM = {
+  "upstream-rejected": "The upstream rejected the query",
+  "upstream-credentials": "The upstream did not authorize the query",
+  "upstream-invalid": "Invalid response from the upstream",
+  "upstream-unreachable": "Upstream unreachable",
+  "upstream-throttled": "Rate limit for upstream calls reached",
+  "upstream-open": "Circuit breaker open: the upstream has been failing",
+  "upstream-timeout": "Upstream timeout",
+};
+
+export const NO_CREDENTIALS = "The gateway has no credentials";
 
 /** Return whole percent, rounded down, so 100 % appears only at the end. */
 export function percent(progress) {
@@ -36,4 +52,21 @@ export const TIME_LEFT_UNKNOWN = "time left unknown";
 
 export function timeLeft(seconds) {
   return seconds < 1 ? "any moment now" : `about ${duration(seconds)} left`;
+}
+
+const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
+const DATE = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "medium" });
+
+/** Return the time of day, such as 14:32. */
+export function clock(seconds) {
+  return CLOCK.format(seconds * 1000);
+}
+
+/** Return date and time. */
+export function absolute(seconds) {
+  return DATE.format(seconds * 1000);
+}
+
+export function upperFirst(text) {
+  return text.charAt(0).toUpperCase() + text.slice(1);
 }
