@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(600)  # builds and starts more than other tests
 DOCUMENTS = documents()
 ADDRESS = "127.0.0.1:8080"
 ABSENT = {"utils.py"}  # ARCHITECTURE.md says that it deliberately does not exist
-SNIPPETS = {"python", "javascript", "html", "java"}  # run by test_snippets.py
+SNIPPETS = {"python", "javascript", "html", "java", "sh"}  # run by test_snippets.py
 
 # Commands that no test can run, and the reason. Tests below check as much of them as they can.
 NOT_RUNNABLE = {
@@ -260,6 +260,8 @@ def scene(document: Document, simulator: Simulator, tmp_path: Path) -> Iterator[
                 (cwd / f"next_{half}").write_text("part of the next pair")
         case _:
             cwd.mkdir()
+            for block in document.blocks("sh"):
+                (cwd / block.name).write_text(block.text, encoding="utf-8")
     with session(cwd, scratch=scratch, env=env, replacements=replacements) as ready:
         if document.name == "helm/OPERATING.md":
             ready.run(Command("sd-gateway serve", ""))
