@@ -8,7 +8,8 @@ from urllib.parse import quote, unquote
 
 from starlette.types import Scope
 
-from gateway.domain.errors import InvalidParameter, PathNotFound
+from gateway.api.requests import MAX_SHOWN_CHARS
+from gateway.domain.errors import InvalidParameter, InvalidTaskId, PathNotFound
 from gateway.domain.task import Operation, TaskKey, check_task_id
 
 PROGRESS = "/v1/progress"  # the path of batches; single tasks are below it
@@ -30,7 +31,7 @@ class TaskParameters:
         # encoded slash (%2F) is part of the task ID, and is rejected as an invalid task ID.
         if "/" in task_id and unquote(scope["raw_path"].rpartition(b"/")[2]) != task_id:
             raise PathNotFound("no such path; /openapi.json lists those that exist")
-        return TaskKey(self._operation(parameters), check_task_id(task_id))
+        return TaskKey(self._operation(parameters), _checked(task_id))
 
     def in_query(self, parameters: dict[str, list[str]]) -> Sequence[TaskKey]:
         """Return the tasks of the query's `taskId`, in order, without duplicates. Raises: RequestError."""
@@ -38,13 +39,23 @@ class TaskParameters:
         task_ids = list(dict.fromkeys(parameters.get("taskId", ())))
         if not 1 <= len(task_ids) <= self._max_tasks:
             raise InvalidParameter(f"query parameter 'taskId' must be given 1 to {self._max_tasks} times")
-        return [TaskKey(operation, check_task_id(task_id)) for task_id in task_ids]
+        return [TaskKey(operation, _checked(task_id)) for task_id in task_ids]
 
     def _operation(self, parameters: dict[str, list[str]]) -> Operation:
         operation = self._operations.get(parameters["api"][0] if "api" in parameters else "sd")
         if operation is None:
             raise InvalidParameter(f"query parameter 'api' must be one of: {', '.join(self._operations)}")
         return operation
+
+
+def _checked(task_id: str) -> str:
+    """Return the task ID if it is valid. Raises: InvalidTaskId, which names it: the query may have many."""
+    try:
+        return check_task_id(task_id)
+    except InvalidTaskId as exc:
+        shown = ascii(task_id) if len(task_id) <= MAX_SHOWN_CHARS else f"a text of {len(task_id)} characters"
+        hint = "; for several tasks, repeat the parameter: ?taskId=A&taskId=B" if "," in task_id else ""
+        raise InvalidTaskId(f"{shown} is not a task ID: {exc}{hint}") from None
 
 
 class SimpleTargetParser:

@@ -262,12 +262,12 @@ def test_snippets_wait_by_polls(program: Program, simulator: Simulator, launch: 
 def test_snippets_do_not_retry_permanent_errors(
     program: Program, simulator: Simulator, launch: Launch
 ) -> None:
-    """A rejected task fails with the detail of the problem, and is not queried again."""
+    """A rejected task fails with the vendor's reason, and is not queried again."""
     gate = launch(simulator.url)
     with program.call("finished", gate.url, "no-such-task", unknown=0) as process:
         [event] = Call(process).outcome()
     assert event[0] == "refused"
-    assert re.match(r"upstream-rejected: .+ \(\w+\)$", str(event[1]))
+    assert re.match(r"upstream-rejected: .+: the task does not exist \(\w+\)$", str(event[1]))
     assert simulator.calls("no-such-task") == 1
 
 
@@ -355,14 +355,14 @@ def script(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Proc
 def test_snippets_script_waits_for_a_running_task(
     script: Callable[..., Process], simulator: Simulator, launch: Launch, outcome: str, status: int
 ) -> None:
-    """Changes of a running task do not end the script; the exit status says whether the task has succeeded."""
+    """Changes of a running task do not end the script. The exit status says whether the task succeeded."""
     gate = launch(simulator.url, cache=QUICK)
     task = simulator.task()
     misleading = {"status": "succeeded", "terminal": True}  # members of the vendor's object
     simulator.script(task, status="running", progress=0.5, state=misleading)
     with script(f"{gate.url}/v1/progress/{task}?api=sd") as process:
         responses = {"route": "/v1/progress/{taskId}?wait", "status": "200"}
-        until(lambda: gate.metric("http_requests_total", **responses) >= 2, "changes have ended two long polls")
+        until(lambda: gate.metric("http_requests_total", **responses) >= 2, "two changes have arrived")
         simulator.script(task, status=outcome, progress=0.7)
         assert process.exit_status() == status, process.output
     [line] = process.lines
