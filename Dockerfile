@@ -2,7 +2,7 @@
 # All extras are installed, so a shared store, traces and a SOCKS proxy only need settings.
 #
 #     docker build --tag sd-progress-gateway .        or: buildah bud --format docker --tag sd-progress-gateway .
-#     docker run --publish 8080:8080 --read-only --cap-drop ALL \
+#     docker run --publish 127.0.0.1:8080:8080 --read-only --cap-drop ALL \
 #       --env SPEEDPIX_APP_KEY --env SPEEDPIX_APP_SECRET sd-progress-gateway
 #
 # The base is the Python that CI tests with, pinned by digest. This command prints the current digest:

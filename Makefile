@@ -30,7 +30,7 @@ test: .venv/project.stamp .venv/dev.stamp sdk ## run all tests; ARGS='--no-cov -
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 .PHONY: check matrix
-check: lint ## run lint and the unit tests, in less than a minute
+check: lint ## run lint and the unit tests
 	@$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --no-cov -q tests/unit $(ARGS)
 
 matrix: ## run the unit tests on every Python from 3.11 to 3.14 that is installed

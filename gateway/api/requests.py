@@ -29,7 +29,7 @@ _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
 _MAX_CODINGS = 32  # further codings of Accept-Encoding are ignored
 _NEEDED_AT_END = frozenset({b"origin", b"traceparent"})  # for CORS and the request log
 _LONGEST_KEPT_VALUE = 256  # bytes
-_MAX_SHOWN_CHARS = 64  # a longer parameter name is not repeated in the error
+MAX_SHOWN_CHARS = 64  # a longer name or value of a parameter is not repeated in the error
 
 
 def route_path(scope: Scope) -> str:
@@ -67,7 +67,7 @@ def query_parameters(scope: Scope, *allowed: str, repeated: str = "") -> dict[st
     for name, value in pairs:
         if name not in allowed and name != repeated:
             known = ", ".join(filter(None, (*allowed, repeated))) or "none on this path"
-            shown = ascii(name) if len(name) <= _MAX_SHOWN_CHARS else f"of {len(name)} characters"
+            shown = ascii(name) if len(name) <= MAX_SHOWN_CHARS else f"of {len(name)} characters"
             raise InvalidParameter(f"unknown query parameter {shown}; known: {known}")
         if name in values and name != repeated:
             raise InvalidParameter(f"query parameter {name!r} is given twice")

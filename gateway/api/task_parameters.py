@@ -8,7 +8,8 @@ from urllib.parse import quote, unquote
 
 from starlette.types import Scope
 
-from gateway.domain.errors import InvalidParameter, PathNotFound
+from gateway.api.requests import MAX_SHOWN_CHARS
+from gateway.domain.errors import InvalidParameter, InvalidTaskId, PathNotFound
 from gateway.domain.task import Operation, TaskKey, check_task_id
 
 RESULTS = "/v1/results"  # results are below it
@@ -29,7 +30,7 @@ class TaskParameters:
     def in_path(self, scope: Scope, parameters: dict[str, list[str]]) -> TaskKey:
         """Return the task of the path parameter `taskId`. Raises: RequestError."""
         task_id = self._task_id_in_path(scope)
-        return TaskKey(self._operation(parameters), check_task_id(task_id))
+        return TaskKey(self._operation(parameters), _checked(task_id))
 
     def result_in_path(
         self, scope: Scope, parameters: dict[str, list[str]]
@@ -39,7 +40,7 @@ class TaskParameters:
         The second is None if the operation for progress is switched off. Raises: RequestError; PathNotFound
         if the operation for results is switched off.
         """
-        task_id = check_task_id(self._task_id_in_path(scope))
+        task_id = _checked(self._task_id_in_path(scope))
         api = parameters["api"][0] if "api" in parameters else "sd"
         operation = _RESULT_OPERATION.get(api)
         if operation is None:
@@ -63,13 +64,23 @@ class TaskParameters:
         task_ids = list(dict.fromkeys(parameters.get("taskId", ())))
         if not 1 <= len(task_ids) <= self._max_tasks:
             raise InvalidParameter(f"query parameter 'taskId' must be given 1 to {self._max_tasks} times")
-        return [TaskKey(operation, check_task_id(task_id)) for task_id in task_ids]
+        return [TaskKey(operation, _checked(task_id)) for task_id in task_ids]
 
     def _operation(self, parameters: dict[str, list[str]]) -> Operation:
         operation = self._operations.get(parameters["api"][0] if "api" in parameters else "sd")
         if operation is None:
             raise InvalidParameter(f"query parameter 'api' must be one of: {', '.join(self._operations)}")
         return operation
+
+
+def _checked(task_id: str) -> str:
+    """Return the task ID if it is valid. Raises: InvalidTaskId, which names it: the query may have many."""
+    try:
+        return check_task_id(task_id)
+    except InvalidTaskId as exc:
+        shown = ascii(task_id) if len(task_id) <= MAX_SHOWN_CHARS else f"a text of {len(task_id)} characters"
+        hint = "; for several tasks, repeat the parameter: ?taskId=A&taskId=B" if "," in task_id else ""
+        raise InvalidTaskId(f"{shown} is not a task ID: {exc}{hint}") from None
 
 
 class SimpleTargetParser:

@@ -180,7 +180,10 @@ class UpstreamError(GatewayError):
 
 
 class UpstreamRejected(UpstreamError):
-    """An envelope whose `status` is not 10. `envelope` is the response body, redacted."""
+    """The vendor rejected the query, usually because it does not know the task.
+
+    The `status` of the envelope is not 10. `envelope` is the response body, redacted.
+    """
 
     code = "upstream-rejected"
 
@@ -190,7 +193,7 @@ class UpstreamRejected(UpstreamError):
 
 
 class CredentialsRefused(UpstreamError):
-    """The vendor's API gateway rejected the gateway's credentials, or the gateway has none.
+    """The vendor's API gateway rejected the credentials of the gateway: no query works.
 
     Only its subclasses are raised.
     """
@@ -221,7 +224,7 @@ class QuotaExhausted(CredentialsRefused):
 
 
 class UpstreamForbidden(UpstreamError):
-    """A 401 or 403 that does not name the credentials. It affects only its own task."""
+    """The vendor refused this task with a 401 or 403 that does not name the credentials."""
 
     code = "upstream-credentials"
 

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.timeout(600)  # builds and starts more than other tests
 DOCUMENTS = documents()
 ADDRESS = "127.0.0.1:8080"
 ABSENT = {"utils.py"}  # ARCHITECTURE.md says that it deliberately does not exist
-SNIPPETS = {"python", "javascript", "html", "java"}  # run by test_snippets.py
+SNIPPETS = {"python", "javascript", "html", "java", "sh"}  # run by test_snippets.py
 
 # Commands that no test can run, and the reason. Tests below check as much of them as they can.
 NOT_RUNNABLE = {
@@ -45,6 +45,7 @@ NOT_RUNNABLE = {
     "helm upgrade": "needs a cluster: rendered instead",
     "helm test": "needs a cluster: test_chart.py runs its script",
     "helm rollback": "needs a cluster",
+    "cd /etc/sd-gateway": "needs an installed service: its names are compared with the unit",
     "systemctl": "needs systemd as the first process: test_systemd.py checks the unit",
     "make": "builds or tests everything: run as a dry run",
 }
@@ -252,6 +253,7 @@ def scene(document: Document, simulator: Simulator, tmp_path: Path) -> Iterator[
                 "APP_SECRET=…": f"APP_SECRET={SECRET}",
                 "> access_key": f"> {scratch / 'access_key'}",  # not into the project's folder
                 "> secret_key": f"> {scratch / 'secret_key'}",
+                "rm access_key secret_key": f"rm {scratch / 'access_key'} {scratch / 'secret_key'}",
             }
         case "helm/OPERATING.md":
             cwd.mkdir()
@@ -260,6 +262,8 @@ def scene(document: Document, simulator: Simulator, tmp_path: Path) -> Iterator[
                 (cwd / f"next_{half}").write_text("part of the next pair")
         case _:
             cwd.mkdir()
+            for block in document.blocks("sh"):
+                (cwd / block.name).write_text(block.text, encoding="utf-8")
     with session(cwd, scratch=scratch, env=env, replacements=replacements) as ready:
         if document.name == "helm/OPERATING.md":
             ready.run(Command("sd-gateway serve", ""))
@@ -354,10 +358,10 @@ def test_documents_commands_that_are_not_run_are_plausible(command: Command, tmp
             assert_uses_the_image(rest)
         case ["systemctl", *_, unit]:
             assert (ROOT / "config" / f"{unit}.service").exists()
-        case ["kubectl", "create", "secret", *_]:
-            assert_creates_the_secret(command, tmp_path)
+        case ["cd", folder, "&&", "sudo", *rest]:
+            assert_matches_the_unit(folder, rest)
         case ["kubectl", *rest]:
-            assert_matches_the_chart(rest)
+            assert_matches_the_chart(command, rest, tmp_path)
         case _:
             pytest.fail("no check covers this command")
 
@@ -371,6 +375,10 @@ def assert_uses_the_image(arguments: list[str]) -> None:
             assert image == "sd-progress-gateway"
         case ["compose", "--file", file, "up", *_]:
             assert (ROOT / file).exists()  # test_compose.py checks it
+        case ["compose", "--file", file, "exec", service, program, *rest]:
+            assert service in yaml.safe_load((ROOT / file).read_text())["services"]
+            assert f'ENTRYPOINT ["{program}"]' in (ROOT / "Dockerfile").read_text()
+            assert_parses(shlex.join(["sd-gateway", *rest]))
         case _:
             pytest.fail("no check covers this command")
 
@@ -402,8 +410,24 @@ def assert_creates_the_secret(command: Command, tmp_path: Path) -> None:
     assert set(secret["data"]) == set(re.findall(r'_file = ".*/(\w+)"', settings))
 
 
-def assert_matches_the_chart(arguments: list[str]) -> None:
+def assert_matches_the_unit(folder: str, arguments: list[str]) -> None:
+    """Compare the folder, variables, files and program of a command with systemd's unit."""
+    *assignments, program, command = arguments
+    unit = (ROOT / "config" / "sd-gateway.service").read_text().splitlines()
+    assert {f"WorkingDirectory={folder}", f"ExecStart={program} serve"} <= set(unit)
+    assert assignments
+    for assignment in assignments:
+        variable, _, path = assignment.partition("=")
+        name = Path(path).name
+        assert {f"Environment={variable}=%d/{name}", f"LoadCredential={name}:{path}"} <= set(unit)
+    assert_parses(f"sd-gateway {command}")
+
+
+def assert_matches_the_chart(command: Command, arguments: list[str], tmp_path: Path) -> None:
     """Compare the names in a kubectl command with the chart's manifests and the image."""
+    if arguments[:2] == ["create", "secret"]:
+        assert_creates_the_secret(command, tmp_path)
+        return
     secret = "progress-pair"
     options = ["--set", f"credentials.existingSecret={secret}", "--set", "credentials.next=true"]
     deployment = render("progress", "helm/sd-progress-gateway", *options)["Deployment"]

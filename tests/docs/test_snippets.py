@@ -278,12 +278,12 @@ def test_snippets_wait_by_polls(program: Program, simulator: Simulator, launch: 
 def test_snippets_do_not_retry_permanent_errors(
     program: Program, simulator: Simulator, launch: Launch
 ) -> None:
-    """A rejected task fails with the detail of the problem, and is not queried again."""
+    """A rejected task fails with the vendor's reason, and is not queried again."""
     gate = launch(simulator.url)
     with program.call("finished", gate.url, "no-such-task", unknown=0) as process:
         [event] = Call(process).outcome()
     assert event[0] == "refused"
-    assert re.match(r"upstream-rejected: .+ \(\w+\)$", str(event[1]))
+    assert re.match(r"upstream-rejected: .+: the task does not exist \(\w+\)$", str(event[1]))
     assert simulator.calls("no-such-task") == 1
 
 
@@ -307,7 +307,7 @@ def test_snippets_give_up_on_an_unknown_task(program: Program, simulator: Simula
         [event] = Call(process).outcome()
     assert event[0] == "refused"
     assert str(event[1]).startswith("upstream-rejected: ")
-    assert 2 <= simulator.calls("no-such-task") <= 3
+    assert 2 <= gate.metric("http_requests_total", status="502") <= 3
 
 
 def test_snippets_retry_after_throttling(program: Program, simulator: Simulator, launch: Launch) -> None:
@@ -349,6 +349,100 @@ def test_snippets_report_the_last_error(program: Program) -> None:
         [event] = Call(process).outcome()
     assert event[0] == "timeout"
     assert "still running" not in str(event[1])
+
+
+# --- wait for the end in a shell script --------------------------------------------------------------------
+
+
+@pytest.fixture(params=["sh", "bash"])
+def script(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Process]:
+    """Return a function that starts progress.sh for a URL and a number of seconds."""
+    shell = Path(required(request.param))
+    required("curl")
+    written(tmp_path, "progress.sh")
+
+    def start(url: str, seconds: int = LONG) -> Process:
+        return Process("progress.sh", url, str(seconds), program=shell, cwd=tmp_path)
+
+    return start
+
+
+@pytest.mark.parametrize(("outcome", "status"), [("succeeded", 0), ("failed", 1)])
+def test_snippets_script_waits_for_a_running_task(
+    script: Callable[..., Process], simulator: Simulator, launch: Launch, outcome: str, status: int
+) -> None:
+    """Changes of a running task do not end the script. The exit status says whether the task succeeded."""
+    gate = launch(simulator.url, cache=QUICK)
+    task = simulator.task()
+    misleading = {"status": "succeeded", "terminal": True}  # members of the vendor's object
+    simulator.script(task, status="running", progress=0.5, state=misleading)
+    with script(f"{gate.url}/v1/progress/{task}?api=sd") as process:
+        responses = {"route": "/v1/progress/{taskId}?wait", "status": "200"}
+        until(lambda: gate.metric("http_requests_total", **responses) >= 2, "two changes have arrived")
+        simulator.script(task, status=outcome, progress=0.7)
+        assert process.exit_status() == status, process.output
+    [line] = process.lines
+    assert json.loads(line)["status"] == outcome
+
+
+def test_snippets_script_refuses_an_unknown_task(
+    script: Callable[..., Process], simulator: Simulator, launch: Launch
+) -> None:
+    """A task that is still unknown after one long poll ends the script with the problem and status 1."""
+    gate = launch(simulator.url, cache=QUICK, watch={"unknown_task_seconds": 0.5})
+    with script(f"{gate.url}/v1/progress/no-such-task") as process:
+        assert process.exit_status() == 1, process.output
+    assert "upstream-rejected" in process.output
+    assert gate.metric("http_requests_total", status="502") == 1
+
+
+def test_snippets_script_waits_for_a_new_task(
+    script: Callable[..., Process], simulator: Simulator, launch: Launch
+) -> None:
+    """A task that the vendor does not know yet is not refused."""
+    gate = launch(simulator.url, cache=QUICK)
+    with script(f"{gate.url}/v1/progress/new") as process:
+        until(lambda: simulator.calls("new") >= 1, "the task is rejected")
+        simulator.script("new", status="succeeded", progress=1)
+        assert process.exit_status() == 0, process.output
+
+
+def test_snippets_script_ends_when_the_time_is_over(
+    script: Callable[..., Process], simulator: Simulator, launch: Launch
+) -> None:
+    """A task that does not end, and a gateway that does not respond, end the script with status 124."""
+    gate = launch(simulator.url, cache=QUICK)
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        silent = f"http://127.0.0.1:{mute.getsockname()[1]}/v1/progress/task"
+        with script(f"{gate.url}/v1/progress/{simulator.task()}", 2) as one, script(silent, 2) as other:
+            assert one.exit_status() == 124, one.output
+            assert other.exit_status() == 124, other.output
+    assert '"status":"running"' in one.output
+    assert "not ended after 2 seconds" in other.output
+
+
+def test_snippets_script_obeys_retry_after(script: Callable[..., Process]) -> None:
+    """With Retry-After of one hour there is no second request, even when the backoff pause is over."""
+
+    def refuse(connection: socket.socket, _: Request) -> None:
+        connection.sendall(framed(b"{}", "Retry-After: 3600", status="HTTP/1.1 503 Service Unavailable"))
+
+    with RawUpstream(refuse) as between, script(f"{between.url}/v1/progress/task", 4) as process:
+        assert process.exit_status() == 124, process.output
+    assert len(between.requests) == 1
+
+
+def test_snippets_script_retries_and_ends_at_a_wrong_id(script: Callable[..., Process]) -> None:
+    """A temporary error is repeated, and an error of the request is not."""
+    statuses = iter(["500 Internal Server Error", "400 Bad Request"])
+
+    def refuse(connection: socket.socket, _: Request) -> None:
+        connection.sendall(framed(b'{"code":"x"}', status=f"HTTP/1.1 {next(statuses)}"))
+
+    with RawUpstream(refuse) as between, script(f"{between.url}/v1/progress/no.task") as process:
+        assert process.exit_status() == 1, process.output
+    assert len(between.requests) == 2
+    assert 'HTTP status 400 {"code":"x"}' in process.output
 
 
 # --- follow changes ---------------------------------------------------------------------------------------

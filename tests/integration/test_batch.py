@@ -78,7 +78,10 @@ def test_batch_shares_cache_and_in_flight_requests(simulator: Simulator, gate: G
     ("query", "code", "named"),
     [
         ("", "invalid-parameter", "taskId"),
-        ("?taskId=a&taskId=b%2Fc", "invalid-task-id", ""),
+        ("?taskId=a&taskId=b%2Fc", "invalid-task-id", "'b/c' is not a task ID: a task ID is"),
+        ("?taskId=a&taskId=" + "b" * 65, "invalid-task-id", "a text of 65 characters is not a task ID"),
+        ("?taskId=a,b", "invalid-task-id", "for several tasks, repeat the parameter: ?taskId=A&taskId=B"),
+        ("/a,b", "invalid-task-id", "'a,b' is not a task ID"),
         ("?taskId=a&colour=red", "invalid-parameter", "colour"),
         ("?taskId=a&api=sd&api=sd", "invalid-parameter", "api"),
         ("?taskId=a&wait=soon", "invalid-parameter", "wait"),

@@ -129,7 +129,12 @@ public final class Follow implements AutoCloseable {
         for (long left; (left = deadline - System.nanoTime()) > 0; ) {
             HttpResponse<String> response = null;
             try {
-                response = ask(query, etag, Math.min(25, left / 1e9));
+                double rest = rejected.values().stream()
+                        .mapToDouble(since -> (since + UNKNOWN.toNanos() - System.nanoTime()) / 1e9)
+                        .filter(seconds -> seconds > 0)
+                        .min()
+                        .orElse(25);
+                response = ask(query, etag, Math.min(Math.min(25, rest), left / 1e9));
             } catch (IOException e) {
                 // The gateway restarted, or the network failed.
             }

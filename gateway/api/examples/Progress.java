@@ -79,6 +79,8 @@ public final class Progress {
             } else {
                 failures++;
                 pause = Math.min(Math.pow(2, failures), 30) * ThreadLocalRandom.current().nextDouble(0.5, 1);
+                double rest = (knownBy - System.nanoTime()) / 1e9; // afterwards a rejection is final
+                pause = rest > 0 ? Math.min(pause, rest) : pause;
                 if (response != null) {
                     lastError = problem(response, System.nanoTime() < knownBy);
                     pause = Math.max(pause, retryAfter(response));
@@ -131,8 +133,12 @@ public final class Progress {
         try {
             JsonObject body = JsonParser.parseString(response.body()).getAsJsonObject();
             code = body.get("code").getAsString();
-            message = code + ": " + body.get("detail").getAsString() + " (" + body.get("requestId").getAsString() + ")";
-        } catch (JsonParseException | IllegalStateException | NullPointerException e) {
+            String detail = body.get("detail").getAsString();
+            if (body.has("upstream") && !body.getAsJsonObject("upstream").get("errMessage").isJsonNull()) {
+                detail += ": " + body.getAsJsonObject("upstream").get("errMessage").getAsString(); // the vendor's reason
+            }
+            message = code + ": " + detail + " (" + body.get("requestId").getAsString() + ")";
+        } catch (JsonParseException | IllegalStateException | NullPointerException | ClassCastException e) {
             // The response is from a proxy, not from the gateway.
         }
         if (code.equals("upstream-rejected") ? !mayBeNew : status < 500 && status != 429) {

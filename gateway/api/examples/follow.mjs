@@ -96,9 +96,11 @@ export async function* poll(gateway, taskIds, { deadline, unknown = 30 }) {
   const shown = new Map();
   const rejected = new Map();
   for (let left; (left = deadline - Date.now()) > 0; ) {
+    const rests = [...rejected.values()].map((since) => unknown - (Date.now() - since) / 1000);
+    const wait = Math.min(25, left / 1000, ...rests.filter((rest) => rest > 0));
     let response;
     try {
-      response = await request(gateway, taskIds, { etag, wait: Math.min(25, left / 1000) });
+      response = await request(gateway, taskIds, { etag, wait });
       if (response.status === 200) {
         const { items } = await response.json();
         etag = response.headers.get("etag");

@@ -82,11 +82,13 @@ def poll(
     shown: dict[str, dict] = {}
     rejected: dict[str, float] = {}
     while (left := deadline - time.monotonic()) > 0:
+        rests = (since + unknown - time.monotonic() for since in rejected.values())
+        wait = min(25, left, *(rest for rest in rests if rest > 0))
         response = None
         with suppress(httpx.TransportError):  # the gateway restarted, or the network failed
             response = gateway.get(
                 "/v1/progress",
-                params={"taskId": task_ids} | ({"wait": f"{min(25, left):.1f}"} if etag else {}),
+                params={"taskId": task_ids} | ({"wait": f"{wait:.1f}"} if etag else {}),
                 headers={"If-None-Match": etag} if etag else {},
                 timeout=40,
             )

@@ -41,6 +41,8 @@ export async function finished(gateway, taskId, { seconds, wait = 30, unknown = 
     } else {
       failures += 1;
       pause = Math.min(2 ** failures, 30) * (0.5 + Math.random() / 2);
+      const rest = (knownBy - Date.now()) / 1000; // afterwards a rejection is final
+      if (rest > 0) pause = Math.min(pause, rest);
       if (response) {
         lastError = await problem(response, Date.now() < knownBy);
         pause = Math.max(pause, Number(response.headers.get("retry-after")) || 0);
@@ -68,8 +70,9 @@ function lifetime(response) {
 /** Resolve to the error message; reject with Refused if a retry would not help. */
 async function problem(response, mayBeNew) {
   const body = await response.json().catch(() => null); // null: the response is from a proxy
+  const reason = body?.upstream?.errMessage; // the vendor's, if there is one
   const message = body?.code
-    ? `${body.code}: ${body.detail} (${body.requestId})`
+    ? `${body.code}: ${body.detail}${reason ? `: ${reason}` : ""} (${body.requestId})`
     : `HTTP status ${response.status}`;
   const permanent =
     body?.code === "upstream-rejected" ? !mayBeNew : response.status < 500 && response.status !== 429;

@@ -45,6 +45,8 @@ def finished(
         else:
             failures += 1
             pause = min(2.0**failures, 30.0) * random.uniform(0.5, 1)
+            rest = known_by - time.monotonic()  # afterwards a rejection is final
+            pause = min(pause, rest) if rest > 0 else pause
             if response is not None:
                 last_error = problem(response, may_be_new=time.monotonic() < known_by)
                 pause = max(pause, seconds_in(response.headers.get("retry-after", "")))
@@ -68,8 +70,10 @@ def problem(response: httpx.Response, *, may_be_new: bool) -> str:
     """Return the error message. Raises: Refused if a retry would not help."""
     try:
         body = response.json()
-        code, message = body["code"], f"{body['code']}: {body['detail']} ({body['requestId']})"
-    except (ValueError, KeyError, TypeError):  # the response is from a proxy, not from the gateway
+        reason = (body.get("upstream") or {}).get("errMessage")  # the vendor's, if there is one
+        detail = f"{body['detail']}: {reason}" if reason else body["detail"]
+        code, message = body["code"], f"{body['code']}: {detail} ({body['requestId']})"
+    except (ValueError, KeyError, TypeError, AttributeError):  # from a proxy, not the gateway
         code, message = "", f"HTTP status {response.status_code}"
     if code == "upstream-rejected":
         permanent = not may_be_new
