@@ -108,10 +108,11 @@ class Subscription:
         finally:
             self._catching_up = None
             done.set_result(None)
-        self._extend()
-        self._ticks = _TICKS
-        if self._tick is None and not self.lost.done():
-            self._start_timer()
+        if quiet == _QUIET_ITERATIONS:  # else the limit has passed, and messages are still unread
+            self._extend()
+            self._ticks = _TICKS
+            if self._tick is None and not self.lost.done():
+                self._start_timer()
         return True
 
     async def _read(self, pubsub: PubSub) -> None:
