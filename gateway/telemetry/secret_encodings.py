@@ -146,24 +146,16 @@ class Forms(NamedTuple):
         return searched is None or _any_in((*searched, _long_runs(searched.coded)), self.wholes)
 
     def are_in_or_signature_may_be(self, data: bytes, signature: str) -> bool:
-        """Return whether the data contains a form or may contain the signature. False is certain.
+        """Return whether the data contains a form, or the beginning of a form of a signature.
 
-        The forms of a signature take 90 us. This searches their beginnings, which take 2 us.
+        False is certain, also for a truncated signature. The beginnings take 2 us to create; the forms of a
+        signature take 60 us.
         """
         searched = self._searched(data)
-        if searched is None:
-            return True
-        runs = _long_runs(searched.coded)
-        if _any_in((*searched, runs), self.wholes):
-            return True
-        text, binary = signature[:12].encode(), binascii.a2b_base64(signature[:16])
-        if _hex_form(binary) in searched.digits or _hex_form(text) in searched.digits:
-            return True
-        if not runs:
-            return False
-        utf16 = b"\0".join([text[at : at + 1] for at in range(12)])
-        return any(
-            beginning in runs for secret in (binary, text, utf16) for beginning in _base64_beginnings(secret)
+        return (
+            searched is None
+            or _any_in((*searched, _long_runs(searched.coded)), self.wholes)
+            or _any_in(searched, _signature_prefixes(signature))
         )
 
     def are_in_or_at_end_of(self, data: bytes) -> bool:
@@ -252,20 +244,19 @@ def _needles(secret: str) -> Iterator[Needle]:
             yield Needle(FOLDED, folded, folded[:MIN_SECRET])
     yield from _binary_needles(utf8(secret))
     # In UTF-16, a zero byte follows or precedes each ASCII character.
-    yield from _binary_needles(secret.encode("utf-16-le", "surrogatepass").rstrip(b"\0"))
+    yield from _binary_needles(secret.encode("utf-16-le", "surrogatepass").rstrip(b"\0"), width=2)
     if not secret.isascii():
-        yield from _binary_needles(secret.encode("utf-16-be", "surrogatepass").lstrip(b"\0"))
+        yield from _binary_needles(secret.encode("utf-16-be", "surrogatepass").lstrip(b"\0"), width=2)
 
 
-def _binary_needles(secret: bytes) -> Iterator[Needle]:
-    digits = secret.hex()
-    form = _hex_form(secret)
+def _binary_needles(secret: bytes, *, width: int = 1) -> Iterator[Needle]:
+    """Yield the base64 and hexadecimal forms of a secret. `width` is the number of bytes of a character."""
+    digits, form = secret.hex(), _hex_form(secret)
     if len(form) >= _MIN_HEX:
-        yield Needle(
-            HEX_DIGITS, form, form[:_MIN_HEX], before=digits.startswith("0"), after=digits.endswith("0")
-        )
+        prefix = _hex_form(secret[: MIN_SECRET * width])
+        yield Needle(HEX_DIGITS, form, prefix, digits.startswith("0"), digits.endswith("0"))
     else:
-        yield Needle(FOLDED, digits.encode(), digits.encode()[:_MIN_HEX])
+        yield Needle(FOLDED, digits.encode(), digits[: 2 * MIN_SECRET * width].encode())
     # A secret can start at byte 0, 1 or 2 of a base64 group. For each start: the digits that do not depend
     # on neighbouring bytes.
     for before in range(3):
@@ -273,16 +264,26 @@ def _binary_needles(secret: bytes) -> Iterator[Needle]:
         first, end = -(-before * 8 // 6), (before + len(secret)) * 8 // 6
         core = coded[first:end].lower()
         if len(core) >= _MIN_BASE64 - 1:
-            prefix = core[:_MIN_BASE64]
+            prefix = core[: _MIN_BASE64 * width]
             yield Needle(CODED, core, prefix, before > 0, (before + len(secret)) % 3 > 0)
 
 
-def _base64_beginnings(secret: bytes) -> tuple[bytes, bytes, bytes]:
-    """Return 12 digits of base64 for each of the three starts, from the first 9 bytes of a secret or more."""
+def _signature_prefixes(signature: str) -> Targets:
+    binary, text = binascii.a2b_base64(signature[:12]), signature[:9].encode()
+    utf16 = b"\0".join([text[at : at + 1] for at in range(MIN_SECRET)])
     return (
-        binascii.b2a_base64(secret)[:12].lower(),
-        binascii.b2a_base64(b"\0" + secret)[2:14].lower(),
-        binascii.b2a_base64(b"\0\0" + secret)[3:15].lower(),
+        (text[:MIN_SECRET].translate(_FOLD),),
+        (*_base64_prefixes(binary), *_base64_prefixes(text), *_base64_prefixes(utf16)),
+        (_hex_form(binary[:MIN_SECRET]), _hex_form(text[:MIN_SECRET])),
+    )
+
+
+def _base64_prefixes(secret: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return the prefixes of the base64 forms of a secret, of which at least 9 bytes are given."""
+    return (
+        binascii.b2a_base64(secret)[:_MIN_BASE64].lower(),
+        binascii.b2a_base64(b"\0" + secret)[2 : 2 + _MIN_BASE64].lower(),
+        binascii.b2a_base64(b"\0\0" + secret)[3 : 3 + _MIN_BASE64].lower(),
     )
 
 

@@ -417,7 +417,19 @@ def test_redactor_of_a_request_masks_its_signature(redactor: Redactor, number: i
         assert redactor.may_contain_credential(text.encode(), signature)
         assert of_call.contains_credential(text.encode()), name
         assert MASK in of_call(text), name
+    # It is also suspected if it is truncated.
+    for cut in (signature[:6], signature[:6].encode().hex(), base64.b64decode(signature)[:6].hex()):
+        assert redactor.may_contain_credential(cut.encode(), signature)
+        assert MASK in of_call(f"of {cut}")
     assert not redactor.contains_credential(signature.encode())
+
+
+def test_redactor_masks_the_beginning_of_a_secret_with_zeros_in_hexadecimal() -> None:
+    """The digit 0 is not compared, so 6 characters may have fewer than 12 digits."""
+    redactor = Redactor()
+    redactor.add_secrets("p0p0p0-and-more")
+    assert redactor(f"Wrong key {b'p0p0p0-'.hex()}") == f"Wrong key {MASK}"
+    assert redactor("Wrong key 737") == "Wrong key 737"
 
 
 @pytest.mark.parametrize("encoding", ["{}", "{}...", "'{}'", "({}\u2026)", '"{}"}}'])
