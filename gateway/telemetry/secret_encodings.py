@@ -1,11 +1,14 @@
 """The encoded forms of a secret, and the normalized views of a text in which they are searched.
 
-    text -> folded: escapes decoded, white space and non-ASCII removed, lower case
+    text -> folded: escapes decoded; only printable ASCII without space and backslash; lower case
             coded:  folded, with both alphabets of base64 mapped to one
-            digits: folded, without the separators of hexadecimal
+            digits: folded, only the digits of hexadecimal, without zeros
 
 Each form is searched in one view. A few passes of C code create the views. Only `decode_with_positions` reads
 a text byte by byte: it returns the position in the text of each byte of a view.
+
+Without zeros and with nothing between its digits, a secret has the same digits as `53 75`, `0x53, 0x75`,
+`U+0053 U+0075` and in UTF-16.
 """
 
 from __future__ import annotations
@@ -15,42 +18,42 @@ import binascii
 import html
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 from urllib.parse import quote
 
 MIN_SECRET = 6  # characters; shorter strings occur in ordinary words and numbers
 _MIN_BASE64 = 8  # digits of base64 for 6 bytes
-_MIN_HEX = 12  # digits of hexadecimal for 6 bytes
-MAX_ENTITIES = 10_000  # HTML entities; decoding more takes too long
+_MIN_HEX = 12  # digits of hexadecimal; fewer occur in ordinary numbers
+_LONG = 128  # bytes of a view
 _LAYERS = 3  # of escapes; for example, a percent sign may itself be percent-encoded
 
-# NUL is not dropped: no form contains it, so it can separate two texts.
-_GAPS = bytes(byte for byte in range(2, 256) if byte <= ord(" ") or byte > ord("~"))
-_DROPPED = _GAPS + b"\\"
+_LAST_PRINTABLE = ord("~")
+_GAPS = bytes(byte for byte in range(256) if byte <= ord(" ") or byte > _LAST_PRINTABLE)
 # Percent escapes are decoded with the quoted-printable decoder, which is written in C and ignores invalid
-# escapes. Its escape character is "=" instead of "%". So a real "=" is replaced by \1 in every view.
-_FOLD = bytes.maketrans(b"=ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"\1abcdefghijklmnopqrstuvwxyz")
+# escapes. Its escape character is "=" instead of "%". So \1 replaces a real "=" meanwhile.
+_DROPPED = _GAPS + b"\\"
+_FOLD = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"abcdefghijklmnopqrstuvwxyz")
 _CODE = bytes.maketrans(b"-_", b"+/")
 _TO_QUOTED = bytes.maketrans(b"%=", b"=\1")
-_FROM_QUOTED = bytes.maketrans(b"=", b"%")
+_FROM_QUOTED = bytes.maketrans(b"=\1", b"%=")
 _RUN = re.compile(b"={2,}")
-_SEPARATORS = b":-,._"
+_NO_DIGITS = bytes(byte for byte in range(256) if byte not in b"123456789abcdef")
 # The hexadecimal codes of upper and lower case differ in the first digit: 4 or 6, 5 or 7. Map them to one.
-_MERGE_HEX_CASE = bytes.maketrans(b"67", b"45")
-_DIGIT = re.compile(rb"(?s)0x|[:,._-]|(.)")
-
-# Escaped wide spaces become non-ASCII bytes, which are dropped.
-_WIDE_SPACES = (
-    *((b"\\u20%d" % row, b"%80%8") for row in (0, 2, 5, 6)),
-    *((b"\\u" + wide, b"") for wide in (b"3000", b"feff", b"FEFF")),
+_LONG_RUN = b"a" * 32
+_RUNS = bytes(
+    ord("a") if byte in b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/" else ord(" ")
+    for byte in range(256)
 )
-_ENTITY = re.compile(rb"&#(?:[xX]0{0,6}([0-9A-Fa-f]{2})|0{0,6}([0-9]{2,3}));")
+_MERGE_HEX_CASE = bytes.maketrans(b"67", b"45")
+_AFTER_CUT = b"=.\"'`)]}>,;:"  # characters that may follow truncated text: quotes, dots
+
+_ENTITY = re.compile(rb"&#(?:[xX]([0-9A-Fa-f]{1,8})|([0-9]{1,8}));?")
 _TOKEN = re.compile(
     rb"""(?xs)
-      (?: % (?:25)* | \\ (?: u00 | x ) ) ([0-9A-Fa-f]{2})
-    | &\# (?: [xX]0{0,6} ([0-9A-Fa-f]{2}) | 0{0,6} ([0-9]{2,3}) ) ;
-    | \\ [nrt] | \\ u (?: 20[0256][0-9A-Fa-f] | 3000 | feff | FEFF )
+      (?: % (?:25)* | \\ (?: u00 (?! 26\# ) | U000000 | x ) ) ([0-9A-Fa-f]{2})
+    | (?: & | \\u0026 ) \# (?: [xX] ([0-9A-Fa-f]{1,8}) | ([0-9]{1,8}) ) ;?
+    | \\ (?: [bfnrt] | u [0-9A-Fa-f]{4} | U [0-9A-Fa-f]{8} )
     | (.)
     """
 )
@@ -66,6 +69,10 @@ class Views(NamedTuple):
     digits: bytes
 
 
+# What to search for in each view. A fourth element is for `coded`, if that has a long run of base64 digits.
+Targets = tuple[tuple[bytes, ...], ...]
+
+
 class Needle(NamedTuple):
     """A form of a secret to search for.
 
@@ -73,8 +80,8 @@ class Needle(NamedTuple):
         view: The index of the view in which the form occurs.
         form: The form, as it appears in that view.
         prefix: The shortest beginning that is recognized in truncated text.
-        before: Whether the base64 digit before the form also encodes bits of the secret.
-        after: Whether the base64 digit after the form also encodes bits of the secret.
+        before: Whether the digit before the form also encodes bits of the secret.
+        after: Whether the digit after the form also encodes bits of the secret.
     """
 
     view: int
@@ -84,6 +91,14 @@ class Needle(NamedTuple):
     after: bool = False
 
 
+class Match(NamedTuple):
+    """An occurrence of a form in its view, or of the beginning of a form at the end of the view."""
+
+    needle: Needle
+    start: int
+    end: int
+
+
 class Forms(NamedTuple):
     """All forms of a set of secrets.
 
@@ -91,61 +106,122 @@ class Forms(NamedTuple):
         literals: Searched in the text in lower case.
         spaced: The literals that the views cannot find, because too few characters remain without gaps.
         needles: Searched in the views.
-        prefixes: View and prefix of each needle.
+        wholes: The forms of the needles, by view.
+        prefixes: The prefixes of the needles, by view.
+        longest: The length of the longest form.
     """
 
     literals: tuple[bytes, ...] = ()
     spaced: tuple[bytes, ...] = ()
     needles: tuple[Needle, ...] = ()
-    prefixes: tuple[tuple[int, bytes], ...] = ()
+    wholes: Targets = ()
+    prefixes: Targets = ()
+    longest: int = 0
 
-    def plus(self, secrets: Iterable[str]) -> Forms:
-        """Return these forms together with those of more secrets."""
+    def plus(self, secrets: Iterable[str], binary: Iterable[bytes] = ()) -> Forms:
+        """Return these forms together with those of more secrets. `binary` are secrets that are not text."""
         secrets = [secret for secret in secrets if len(secret) >= MIN_SECRET]
         literals = dict.fromkeys([*self.literals, *(form for each in secrets for form in _literals(each))])
         spaced = [literal for literal in literals if len(literal.translate(None, _DROPPED)) < MIN_SECRET]
-        needles = dict.fromkeys([*self.needles, *(form for each in secrets for form in _needles(each))])
-        prefixes = dict.fromkeys((needle.view, needle.prefix) for needle in needles)
-        return Forms(tuple(literals), tuple(spaced), tuple(needles), tuple(prefixes))
+        needles = dict.fromkeys(self.needles)
+        needles |= dict.fromkeys(form for each in secrets for form in _needles(each))
+        needles |= dict.fromkeys(form for each in binary for form in _binary_needles(each))
+        return Forms(
+            tuple(literals),
+            tuple(spaced),
+            tuple(needles),
+            _by_view((needle.view + 2 * _is_long(needle), needle.form) for needle in needles),
+            _by_view((needle.view, needle.prefix) for needle in needles),
+            max((len(needle.form) for needle in needles), default=0),
+        )
 
-    def may_be_in(self, data: bytes, more_prefixes: Iterable[tuple[int, bytes]] = ()) -> bool:
-        """Return whether the data contains a prefix of a form or of `more_prefixes`. False is certain."""
-        return self._any_in(data, (*self.prefixes, *more_prefixes))
+    def may_be_in(self, data: bytes) -> bool:
+        """Return whether the data contains a prefix of a form. False is certain."""
+        searched = self._searched(data)
+        return searched is None or _any_in(searched, self.prefixes)
 
     def are_in(self, data: bytes) -> bool:
         """Return whether the data contains a form."""
-        return self._any_in(data, [(needle.view, needle.form) for needle in self.needles])
+        searched = self._searched(data)
+        return searched is None or _any_in((*searched, _long_runs(searched.coded)), self.wholes)
 
-    def _any_in(self, data: bytes, targets: Collection[tuple[int, bytes]]) -> bool:
-        if not targets:
-            return False
+    def are_in_or_signature_may_be(self, data: bytes, signature: str) -> bool:
+        """Return whether the data contains a form, or the beginning of a form of a signature.
+
+        False is certain, also for a truncated signature. The beginnings take 2 us to create; the forms of a
+        signature take 90 us.
+        """
+        searched = self._searched(data)
+        return (
+            searched is None
+            or _any_in((*searched, _long_runs(searched.coded)), self.wholes)
+            or _any_in(searched, _signature_prefixes(signature))
+        )
+
+    def are_in_or_at_end_of(self, data: bytes) -> bool:
+        """Return whether the data contains a form, or ends with the beginning of one."""
+        searched = self._searched(data)
+        if searched is None:
+            return True
+        ends = list(searched)
+        if len(searched.folded) > _LONG:
+            # Whole forms are found faster than prefixes. A prefix counts only at the end.
+            if _any_in((*searched, _long_runs(searched.coded)), self.wholes):
+                return True
+            ends = [view.rstrip(_AFTER_CUT)[-self.longest :] for view in searched]
+        return _any_in(ends, self.prefixes) and next(self.matches(searched), None) is not None
+
+    def matches(self, searched: Views) -> Iterator[Match]:
+        """Yield each occurrence of a form, and of the beginning of a form at the end of a truncated text."""
+        for needle in self.needles:
+            view = searched[needle.view]
+            for start, end in occurrences(needle.form, view):
+                yield Match(needle, start, end)
+            cut = len(view.rstrip(_AFTER_CUT))
+            begin = max(cut - len(needle.form), 0)
+            for start, _ in occurrences(needle.prefix, view[begin:cut]):
+                if needle.form.startswith(view[begin + start : cut]):
+                    yield Match(needle, begin + start, cut)
+
+    def _searched(self, data: bytes) -> Views | None:
+        """Return the views of the data; None if it contains a literal."""
         # If nothing needs decoding, the folded view finds every literal that is not spaced.
         plain = not (b"%" in data or b"\\" in data or b"&" in data) and data.isascii()
         if literals := self.spaced if plain else self.literals:
             low = data.lower()
             if any(literal in low for literal in literals):
-                return True
-        if not plain:
-            if data.count(b"&#") > MAX_ENTITIES:
-                return True
-            data = decoded(data)
-        all_views = views(data)
-        for view, form in targets:  # noqa: SIM110  # `any` with a generator is 50 % slower
-            if form in all_views[view]:
-                return True
-        return False
+                return None
+        return views(data if plain else decoded(data))
 
 
-def base64_prefixes(text: str) -> tuple[tuple[int, bytes], ...]:
-    """Return the prefixes of the forms of a base64 text. Takes 1 us; the forms of a secret take 40 us."""
-    raw = text.encode()[:9]
-    return (
-        (FOLDED, raw[:MIN_SECRET].translate(_FOLD)),
-        (HEX_DIGITS, raw[:MIN_SECRET].hex().encode().translate(_MERGE_HEX_CASE)),
-        (CODED, binascii.b2a_base64(raw)[:_MIN_BASE64].lower()),
-        (CODED, binascii.b2a_base64(b"\0" + raw)[2 : 2 + _MIN_BASE64].lower()),
-        (CODED, binascii.b2a_base64(b"\0\0" + raw)[3 : 3 + _MIN_BASE64].lower()),
-    )
+def _any_in(searched: Iterable[bytes], targets: Targets) -> bool:
+    for view, forms in zip(searched, targets):  # noqa: B905  # without secrets, there are no targets
+        for form in forms:  # `any` with a generator is 50 % slower
+            if form in view:
+                return True
+    return False
+
+
+def _by_view(forms: Iterable[tuple[int, bytes]]) -> Targets:
+    unique = dict.fromkeys(forms)
+    return tuple(tuple(form for at, form in unique if at == view) for view in range(4))
+
+
+def _is_long(needle: Needle) -> bool:
+    return needle.view == CODED and len(needle.form) >= len(_LONG_RUN)
+
+
+def _long_runs(coded: bytes) -> bytes:
+    """Return the view if it has a long run of base64 digits, else nothing. Few responses have one."""
+    return coded if _LONG_RUN in coded.translate(_RUNS) else b""
+
+
+def occurrences(form: bytes, data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield the start and end of each occurrence of a form; they may overlap."""
+    at = data.find(form)
+    while at >= 0:
+        yield at, at + len(form)
+        at = data.find(form, at + 1)
 
 
 def utf8(text: str) -> bytes:
@@ -162,57 +238,106 @@ def _literals(secret: str) -> Iterator[bytes]:
 
 
 def _needles(secret: str) -> Iterator[Needle]:
-    raw = utf8(secret)
     for form in (*_literals(secret), utf8(html.escape(secret)), json.dumps(secret)[1:-1].encode()):
         folded = views(decoded(form)).folded
         if len(folded) >= MIN_SECRET:
             yield Needle(FOLDED, folded, folded[:MIN_SECRET])
-    digits = raw.hex().encode().translate(_MERGE_HEX_CASE)
-    yield Needle(HEX_DIGITS, digits, digits[:_MIN_HEX])
+    yield from _binary_needles(utf8(secret))
+    # In UTF-16, a zero byte follows or precedes each ASCII character.
+    yield from _binary_needles(secret.encode("utf-16-le", "surrogatepass").rstrip(b"\0"), width=2)
+    if not secret.isascii():
+        yield from _binary_needles(secret.encode("utf-16-be", "surrogatepass").lstrip(b"\0"), width=2)
+
+
+def _binary_needles(secret: bytes, *, width: int = 1) -> Iterator[Needle]:
+    """Yield the base64 and hexadecimal forms of a secret. `width` is the number of bytes of a character."""
+    digits, form = secret.hex(), _hex_form(secret)
+    if len(form) >= _MIN_HEX:
+        prefix = _hex_form(secret[: MIN_SECRET * width])
+        yield Needle(HEX_DIGITS, form, prefix, digits.startswith("0"), digits.endswith("0"))
+    else:
+        yield Needle(FOLDED, digits.encode(), digits[: 2 * MIN_SECRET * width].encode())
     # A secret can start at byte 0, 1 or 2 of a base64 group. For each start: the digits that do not depend
     # on neighbouring bytes.
     for before in range(3):
-        coded = base64.b64encode(b"\0" * before + raw)
-        first, end = -(-before * 8 // 6), (before + len(raw)) * 8 // 6
+        coded = base64.b64encode(b"\0" * before + secret)
+        first, end = -(-before * 8 // 6), (before + len(secret)) * 8 // 6
         core = coded[first:end].lower()
         if len(core) >= _MIN_BASE64 - 1:
-            prefix = core[:_MIN_BASE64]
-            yield Needle(CODED, core, prefix, before > 0, (before + len(raw)) % 3 > 0)
+            prefix = core[: _MIN_BASE64 * width]
+            yield Needle(CODED, core, prefix, before > 0, (before + len(secret)) % 3 > 0)
+
+
+def _signature_prefixes(signature: str) -> Targets:
+    binary, text = binascii.a2b_base64(signature[:12]), signature[:9].encode()
+    utf16 = b"\0".join([text[at : at + 1] for at in range(MIN_SECRET)])
+    return (
+        (text[:MIN_SECRET].translate(_FOLD),),
+        (*_base64_prefixes(binary), *_base64_prefixes(text), *_base64_prefixes(utf16)),
+        (_hex_form(binary[:MIN_SECRET]), _hex_form(text[:MIN_SECRET])),
+    )
+
+
+def _base64_prefixes(secret: bytes) -> tuple[bytes, bytes, bytes]:
+    """Return the prefixes of the base64 forms of a secret, of which at least 9 bytes are given."""
+    return (
+        binascii.b2a_base64(secret)[:_MIN_BASE64].lower(),
+        binascii.b2a_base64(b"\0" + secret)[2 : 2 + _MIN_BASE64].lower(),
+        binascii.b2a_base64(b"\0\0" + secret)[3 : 3 + _MIN_BASE64].lower(),
+    )
+
+
+def _hex_form(secret: bytes) -> bytes:
+    return secret.hex().encode().translate(_MERGE_HEX_CASE, _NO_DIGITS)
 
 
 def decoded(data: bytes) -> bytes:
-    """Decode percent, JSON and HTML escapes. Invalid escapes stay; white space may be lost."""
-    if b"&" in data:
-        data = _ENTITY.sub(lambda m: b"%" + (m[1] or b"%02x" % (int(m[2]) & 0xFF)), data)
-    if b"\\u" in data:
-        for space, dropped in _WIDE_SPACES:
-            data = data.replace(space, dropped)
+    """Decode percent, JSON and HTML escapes. Invalid escapes stay; white space and non-ASCII may be lost."""
     for _ in range(_LAYERS):
+        size = len(data)
         if b"\\" in data:
-            data = data.replace(b"\\u00", b"%").replace(b"\\x", b"%")
-            data = data.replace(b"\\n", b"").replace(b"\\r", b"").replace(b"\\t", b"")
-        if b"%" not in data:
-            break
-        data = data.replace(b"%3d", b"\1").replace(b"%3D", b"\1")
-        # White space is removed first, because the decoder removes a line break after "=". It reads "==" as
-        # "=", so runs are collapsed first.
-        quoted = _RUN.sub(b"=", data.translate(_TO_QUOTED, _DROPPED))
-        before, data = data, binascii.a2b_qp(quoted).translate(_FROM_QUOTED)
-        if len(data) == len(before):
+            data = _without_backslash_escapes(data)
+        if b"&#" in data:
+            data = _ENTITY.sub(_entity_value, data)
+        if b"%" in data:
+            data = data.replace(b"%01", b"").replace(b"%3d", b"=").replace(b"%3D", b"=")
+            # White space is removed first, because the decoder removes a line break after "=". It reads "=="
+            # as "=", so runs are collapsed first.
+            quoted = data.translate(_TO_QUOTED, _DROPPED)
+            if b"==" in quoted:
+                quoted = _RUN.sub(b"=", quoted)
+            data = binascii.a2b_qp(quoted).translate(_FROM_QUOTED)
+        if len(data) == size:
             break
     return data
+
+
+def _without_backslash_escapes(data: bytes) -> bytes:
+    data = data.translate(None, _GAPS)
+    while b"\\\\" in data:  # halves each run of backslashes
+        data = data.replace(b"\\\\", b"\\")
+    data = data.replace(b"\\x", b"\\u00")
+    for white_space in (b"\\n", b"\\r", b"\\t", b"\\f", b"\\b"):
+        data = data.replace(white_space, b"")
+    if b"\\u" in data or b"\\U" in data:
+        data = data.decode("raw_unicode_escape", "ignore").encode("ascii", "ignore")
+    return data
+
+
+def _entity_value(entity: re.Match[bytes]) -> bytes:
+    code = int(entity[1], 16) if entity[1] else int(entity[2])
+    return b"%c" % code if code <= _LAST_PRINTABLE else b""
 
 
 def views(data: bytes) -> Views:
     """Return the views of a decoded text."""
     folded = data.translate(_FOLD, _DROPPED)
-    digits = folded.replace(b"0x", b"") if b"0x" in folded else folded
-    return Views(folded, folded.translate(_CODE), digits.translate(_MERGE_HEX_CASE, _SEPARATORS))
+    return Views(folded, folded.translate(_CODE), folded.translate(_MERGE_HEX_CASE, _NO_DIGITS))
 
 
 def hex_positions(folded: bytes) -> list[int]:
     """Return the position in the folded view of each byte of the `digits` view."""
-    return [match.start() for match in _DIGIT.finditer(folded) if match[1]]
+    return [at for at, byte in enumerate(folded) if byte not in _NO_DIGITS]
 
 
 def decode_with_positions(data: bytes) -> tuple[bytes, list[int], list[int]]:
@@ -223,12 +348,12 @@ def decode_with_positions(data: bytes) -> tuple[bytes, list[int], list[int]]:
         if digits := token[1] or token[2]:
             byte = int(digits, 16)
         elif token[3]:
-            byte = int(token[3]) & 0xFF
+            byte = int(token[3])
         elif token[4]:
             byte = token[4][0]
         else:
             continue
-        if byte not in _DROPPED:
+        if byte <= _LAST_PRINTABLE and byte not in _DROPPED:
             plain.append(byte)
             starts.append(index[token.start()])
             ends.append(index[token.end() - 1] + 1)
