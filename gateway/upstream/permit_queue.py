@@ -24,7 +24,7 @@ from gateway.upstream.fair_queue import FairQueue
 class QueuedQuery:
     """A query that waits for a permit. As a `QueueEntry` it reacts to clients only if it is a first query.
 
-    `expires_at` is a moment on the clock of the rate limiter, in seconds. The result of `future` is 0.0 when
+    `expires_at` is a moment on the clock of the rate limiter, in seconds. The result of `future` is None when
     the query gets a permit. If the permit would come after `expires_at`, the result is the `retry_after` of
     the error, in seconds.
     """
@@ -37,7 +37,7 @@ class QueuedQuery:
         on_queued: Callable[[float], None],
         fair_queue: FairQueue[QueuedQuery] | None,
     ) -> None:
-        self.future: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        self.future: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
         self.expires_at = expires_at
         self.on_queued = on_queued
         self._fair_queue = fair_queue  # None for a refresh

@@ -197,13 +197,13 @@ class RateLimiter:
             self._queue.discard(query)
             if future.cancelled():
                 self._serve_queue()  # cancel the timer if no other query waits
-            elif future.result() == 0:
+            elif future.result() is None:
                 # The query received a permit, and was cancelled before it could use it.
                 self._return_token()
             raise
         finally:
             demand.queue_entry = None
-        if refused_wait:
+        if refused_wait is not None:
             raise _exhausted(refused_wait)
 
     def _on_permit_end(self, permit: Permit, error: BaseException | None) -> None:
@@ -227,7 +227,7 @@ class RateLimiter:
         self._refill()
         while self._wait_behind(0) == 0 and (query := self._pop_next()) is not None:
             self._tokens -= 1
-            query.future.set_result(0.0)
+            query.future.set_result(None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -290,7 +290,7 @@ class RateLimiter:
             if query.future.done() or now + wait > query.expires_at:
                 self._queue.discard(query)
                 if not query.future.done():
-                    query.future.set_result(wait)
+                    query.future.set_result(max(wait, _TIMER_SECONDS))
             else:
                 ahead += 1
                 query.on_queued(wait)

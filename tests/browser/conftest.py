@@ -13,11 +13,12 @@ from tests.support.harness import PATIENCE_SECONDS, Gateway, Simulator
 Launch = Callable[..., Gateway]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Return a Chromium.
 
-    Its scope is this folder: while Playwright runs its event loop, other tests cannot start one.
+    Its scope is the module: while Playwright runs its event loop, tests of other modules cannot start one. A
+    process runs modules of several folders alternately.
     """
     expect.set_options(timeout=PATIENCE_SECONDS * 1000)
     with sync_playwright() as playwright:

@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from gateway.api.problems import PROBLEMS
 from gateway.domain.errors import UpstreamRejected
-from tests.browser.test_page import ARGUMENTS
+from tests.browser.chromium import ARGUMENTS
 from tests.docs.markdown import ROOT, Document
 from tests.support.harness import (
     PATIENCE_SECONDS,

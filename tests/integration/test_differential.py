@@ -37,6 +37,7 @@ CONFIGURATIONS: dict[str, dict[str, Json]] = {
 }
 
 
+_AGE_MEMBER = re.compile(rb'"ageSeconds":([0-9]+)(?:\.[0-9]+)?')
 _NUMBER = re.compile(r"(?<=ttl=)-?\d+|(?<=max-age=)\d+|^\d+$")
 
 
@@ -123,21 +124,23 @@ class Talk:
 def _normalized(status: int, headers: list[tuple[str, str]], body: bytes) -> Answer:
     seconds: list[int] = []
 
-    def number(match: re.Match[str]) -> str:
-        seconds.append(int(match[0]))
+    def number(text: str | bytes) -> str:
+        seconds.append(int(text))
         return "N"
 
+    has_ages = _AGE_MEMBER.search(body) is not None
+    body = _AGE_MEMBER.sub(lambda match: number(match[1]) and b'"ageSeconds":N', body)
     shown: list[tuple[str, str]] = []
     for name, value in headers:
         if name == "x-request-id" and re.fullmatch("[0-9a-f]{32}", value):
             body = body.replace(value.encode(), b"MADE")
             shown.append((name, "MADE"))
-        elif name == "date":
-            shown.append((name, "DATE"))
+        elif name == "date" or (name == "content-length" and has_ages):
+            shown.append((name, "VARIES"))
         elif name == "etag":
             shown.append((name, value.partition(".")[0]))
         elif name in {"age", "cache-control", "cache-status"}:
-            shown.append((name, _NUMBER.sub(number, value)))
+            shown.append((name, _NUMBER.sub(lambda match: number(match[0]), value)))
         else:
             shown.append((name, value))
     return Answer(status, shown, body, tuple(seconds))

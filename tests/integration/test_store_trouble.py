@@ -605,7 +605,7 @@ def test_cli_check_names_a_store_without_upstream(tmp_path: Path) -> None:
     env = {"SD_GATEWAY_STORE__URL": f"valkey://127.0.0.1:{free_port()}"}
     status, output = run("check", cwd=tmp_path, env=env)
     assert status == 1
-    assert "credentials: none" in output
+    assert "no key pair" in output
     assert "store: no connection: refused" in output
 
 

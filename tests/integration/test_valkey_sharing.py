@@ -986,11 +986,17 @@ async def test_permits_are_not_taken_while_this_replica_is_throttled(one: Valkey
 
 
 async def test_permits_of_the_store_cost_no_time(one: ValkeyStore) -> None:
-    """A replica that shares its rate limiter with no other is as fast as without the store."""
+    """A replica that shares its rate limiter with no other is about as fast as one without a store."""
+    shared, alone = RateLimiter(20, take_shared=one.take_permits), RateLimiter(20)
     began = time.monotonic()
-    limiter = RateLimiter(20, take_shared=one.take_permits)
+    ends = await asyncio.gather(calls(shared), calls(alone))
+    assert ends[0] - began < 1.5 * (ends[1] - began) + 0.5
+
+
+async def calls(limiter: RateLimiter) -> float:
+    """Make twenty calls at once; return when the last one was made."""
     await asyncio.gather(*(call(limiter) for _ in range(20)))
-    assert time.monotonic() - began < 1.2 * 20 / 20 + 0.5
+    return time.monotonic()
 
 
 async def call(limiter: RateLimiter) -> None:
