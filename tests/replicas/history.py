@@ -495,9 +495,8 @@ async def harm_once(world: World, name: str, member: Member) -> None:
 
 
 @contextmanager
-def world(folder: Path, *, seed: int, seconds: float) -> Iterator[World]:
-    """Start everything."""
-    history = History(replicas=REPLICAS)
+def world(folder: Path, history: History, *, seed: int, seconds: float) -> Iterator[World]:
+    """Start everything; `history` has the settings, and receives what happens."""
     upstream = Upstream(history.calls, history.upstream_seconds)
     with ExitStack() as stack:
         store = stack.enter_context(SteppedStore.valkey(folder))
@@ -592,9 +591,13 @@ def summary(history: History, found: list[str]) -> str:
     )
 
 
-def run(*, seed: int, seconds: float, names: list[str]) -> History:
-    """Run once; return the history."""
-    with tempfile.TemporaryDirectory() as folder, world(Path(folder), seed=seed, seconds=seconds) as given:
+def run(*, seed: int, seconds: float, names: list[str], **settings: float) -> History:
+    """Run once with these `settings` of `History`; return the history."""
+    history = History(replicas=REPLICAS, **settings)  # type: ignore[arg-type]  # all are numbers
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        world(Path(folder), history, seed=seed, seconds=seconds) as given,
+    ):
         asyncio.run(live(given, names))
         return rebased(given.history, given.began)
 

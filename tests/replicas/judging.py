@@ -14,9 +14,8 @@ P1  An answer to a request that names a version is not older than that version. 
     stands for one body, and a replica keeps the tag of an unchanged body.
     A version that only a separated replica has given counts like any other; the line says so.
 P2  An answer without a tag is *late by* the time between the receipt of the first newer answer, of any
-    client, and the sending of its own request. It may be late by at most `LATE_SECONDS`, plus the round trip
-    of a delay that the fault adds. 99 % of the answers outside of faults are late by at most
-    `USUALLY_LATE_SECONDS`.
+    client, and the sending of its own request. It may be late by at most `late_seconds`, plus the round trip
+    of a delay that the fault adds. 99 % of the answers outside of faults are late by at most half of that.
     Not counted: newer answers of another replica while that one may be alone; answers of a replica while it
     may be alone; answers that name a failure (`Cache-Status: …; fwd=stale; detail=…`). A newer answer of the
     same process always counts: a replica does not go back behind what it said itself, alone or not. A replica
@@ -53,8 +52,6 @@ from typing import NamedTuple
 
 from tests.replicas.asking import Rank
 
-LATE_SECONDS = 0.1
-USUALLY_LATE_SECONDS = 0.05
 NOTICE_SECONDS = 2.0
 RETURN_SECONDS = 10.0
 LEASE_SECONDS = 3.0
@@ -142,6 +139,7 @@ class History:
     lifetime: float = 1.0
     stale_seconds: float = 2.0
     store_timeout: float = 0.05
+    late_seconds: float = 0.1
     upstream_seconds: float = 0.05
     wait_seconds: float = 2.0
 
@@ -305,7 +303,7 @@ class _Judge:
         for answer in self._answers:
             if answer.rank is None or answer.named is not None:
                 continue
-            allowed = LATE_SECONDS + self._delay(answer)
+            allowed = self._history.late_seconds + self._delay(answer)
             seconds = own.late(answer)
             if not answer.names_failure and not self._may_be_alone(answer):
                 seconds = max(seconds, known.late(answer))
@@ -314,7 +312,7 @@ class _Judge:
             if seconds > allowed:
                 yield _line("P2", answer, f"a newer answer had been received {seconds:.3f} s before")
         usual.sort()
-        if len(usual) >= 200 and usual[int(len(usual) * 0.99)] > USUALLY_LATE_SECONDS:
+        if len(usual) >= 200 and usual[int(len(usual) * 0.99)] > self._history.late_seconds / 2:
             yield f"P2 1 % of the answers outside of faults are late by {usual[int(len(usual) * 0.99)]:.3f} s"
 
     def ends(self) -> Iterator[str]:
@@ -332,7 +330,7 @@ class _Judge:
             seconds = own.late(answer)
             if not self._may_be_alone(answer):
                 seconds = max(seconds, shared.late(answer) - self._delay(answer))
-            if seconds > LATE_SECONDS:
+            if seconds > self._history.late_seconds:
                 yield _line("P3", answer, f"the task had ended {seconds:.3f} s before")
 
     def failures(self) -> Iterator[str]:
