@@ -19,6 +19,7 @@ from gateway.domain.errors import (
     UpstreamRejected,
     UpstreamThrottled,
 )
+from gateway.domain.permits import Permits
 from gateway.upstream.demand import Demand
 from gateway.upstream.rate_limiter import RateLimiter
 
@@ -483,6 +484,19 @@ async def test_rate_limiter_pauses_for_retry_after(clock: Clock) -> None:
     await clock.tick(0.1)
     assert bench.went == ["patient"]
     await waiting
+
+
+async def test_rate_limiter_refuses_without_a_shared_permit_in_time(clock: Clock) -> None:
+    """A query whose timeout passes while no shared permit is granted is refused, although there is a token."""
+
+    async def take(*_: float, **__: float) -> Permits:
+        clock.now += 10.0
+        return Permits(0, 0, next_seconds=0.0, refreshes_elsewhere=0, first_queries_elsewhere=0)
+
+    limiter = RateLimiter(10, clock=clock, call_later=clock.call_later, take_shared=take)
+    with pytest.raises(RateLimiterExhausted) as refused:
+        await limiter.acquire(is_refresh=True, timeout_seconds=1.0)
+    assert refused.value.retry_after
 
 
 async def test_rate_limiter_rechecks_waiters_when_it_slows_down(clock: Clock) -> None:
