@@ -487,7 +487,7 @@ async def test_rate_limiter_pauses_for_retry_after(clock: Clock) -> None:
 
 
 async def test_rate_limiter_refuses_without_a_shared_permit_in_time(clock: Clock) -> None:
-    """A query whose timeout passes while no shared permit is granted is refused, although there is a token."""
+    """A query whose timeout passes while no shared permit is granted is refused, despite a free token."""
 
     async def take(*_: float, **__: float) -> Permits:
         clock.now += 10.0
