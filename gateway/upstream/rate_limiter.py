@@ -30,13 +30,13 @@ from gateway.upstream.shared_permits import SharedPermits, TakePermits
 # Shortest expected wait that `acquire` reports to `on_queued` when a query is put into the queue. The
 # progress service then serves a stale snapshot at once, if there is one. Later reports have no minimum.
 MIN_WAIT_REPORTED_ON_ENTRY_SECONDS = 0.1
-# A query at the head of the queue still gets a permit this long after its timeout, because timers are late on
-# a busy machine. The checks of the expected wait do not use it.
+# A query at the head of the queue still gets a permit this long after its timeout, because the timer that
+# serves the queue may fire late. The checks of the expected wait have no tolerance.
 _TIMEOUT_TOLERANCE_SECONDS = 0.1
 
-# Size of the bucket, as the time in which it fills. With a larger bucket, an upstream that counts calls per
-# second would refuse a part of a burst. With a smaller one, queries would be queued even if a page requests
-# only a few tasks at once.
+# The bucket holds as many tokens as this time adds, and at least one. With a larger bucket, an upstream that
+# counts calls per second would refuse a part of a burst. With a smaller one, queries would be queued even if a
+# page requests only a few tasks at once.
 _BURST_SECONDS = 0.1
 _ROUNDING = 1e-9  # tokens; tolerance for rounding errors
 # Resolution of the event loop's timers: an earlier timer would find no token yet. This is also the smallest

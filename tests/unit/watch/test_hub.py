@@ -306,7 +306,7 @@ async def test_watch_continues_after_an_error_in_delivery(watch: WatchHub, store
     await watch.aclose()
 
 
-async def test_watch_publishes_pending_changes_before_shutdown(watch: WatchHub, store: MemoryStore) -> None:
+async def test_watch_publishes_stored_changes_before_shutdown(watch: WatchHub, store: MemoryStore) -> None:
     """Changes that were stored before the shutdown are in the last updates."""
     ends = [of(task_id, "1", Status.SUCCEEDED) for task_id in "abc"]
     with watch.subscribe([end.key for end in ends], SubscriptionKind.EVENTS) as subscriber:
@@ -318,7 +318,7 @@ async def test_watch_publishes_pending_changes_before_shutdown(watch: WatchHub, 
     await watch.aclose()
 
 
-async def test_watch_new_subscriber_receives_a_pending_change(
+async def test_watch_new_subscriber_receives_an_unpublished_change(
     service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
     """A change that is not published yet reaches a new subscriber first: it may have read it already."""
@@ -382,10 +382,10 @@ def versioned(version: int, status: Status = Status.RUNNING) -> Snapshot:
     return replace(snapshot(str(version), status), version=version)
 
 
-async def test_watch_schedule_does_not_publish_pending_changes_early(
+async def test_watch_schedule_does_not_publish_stored_changes_early(
     service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """A snapshot that is pending keeps its place in the queue when its schedule gets it as a result."""
+    """An unpublished snapshot keeps its place in the queue when its schedule gets it as a result."""
     mine, other = snapshot("1"), of("b", "2")
     published = listen(watch)
     with watch.subscribe([mine.key, other.key], SubscriptionKind.EVENTS):
@@ -403,7 +403,7 @@ async def test_watch_schedule_does_not_publish_pending_changes_early(
 async def test_watch_schedule_publishes_results_that_are_not_stored(
     service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """A result other than the pending snapshot is published after it."""
+    """A result other than the unpublished snapshot is published after it."""
     published = listen(watch)
     with watch.subscribe([KEY], SubscriptionKind.EVENTS):
         await asked(service)
@@ -418,7 +418,7 @@ async def test_watch_schedule_publishes_results_that_are_not_stored(
 async def test_watch_publishes_changes_in_order(
     service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """A pending change is published before a new subscriber joins, and before a later failure."""
+    """An unpublished change is published before a new subscriber joins, and before a later failure."""
     service.known = snapshot("0")
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as first:
         store.put(snapshot("1"))
@@ -435,10 +435,10 @@ async def test_watch_publishes_changes_in_order(
     await watch.aclose()
 
 
-async def test_watch_pending_end_is_not_overwritten(
+async def test_watch_unpublished_end_is_not_overwritten(
     watch: WatchHub, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A running snapshot, stored after an eviction, does not overwrite a pending terminal one."""
+    """A running snapshot, stored after an eviction, does not overwrite an unpublished terminal one."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         store.put(snapshot("1", Status.SUCCEEDED))
         monkeypatch.setattr(store, "peek", lambda _: None)
@@ -722,7 +722,7 @@ async def test_watch_closes_with_open_subscriptions(service: ManualService, watc
 async def test_watch_closed_starts_no_schedule(
     service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """A change that is pending while the hub closes restarts no schedule."""
+    """A change that is unpublished while the hub closes restarts no schedule."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=3600.0))
         await received(subscriber)
