@@ -43,7 +43,7 @@ class OverdueUpdates:
     @property
     def overdue_after_seconds(self) -> float:
         """How long a query may take until the update counts as overdue."""
-        # The smaller of the two: after an outage, one late response does not raise the allowance.
+        # The smaller of the two: after an outage, one late response does not raise the limit.
         return max(MIN_OVERDUE_AFTER_SECONDS, 2 * min(self._average_latency, self._latest_latency))
 
     def observe_latency(self, seconds: float) -> None:

@@ -35,8 +35,8 @@ MIN_WAIT_REPORTED_ON_ENTRY_SECONDS = 0.1
 _TIMEOUT_TOLERANCE_SECONDS = 0.1
 
 # The bucket holds as many tokens as this time adds, and at least one. With a larger bucket, an upstream that
-# counts calls per second would refuse a part of a burst. With a smaller one, queries would be queued even if a
-# page requests only a few tasks at once.
+# counts calls per second would refuse a part of a burst. With a smaller one, queries would be queued even if
+# a page requests only a few tasks at once.
 _BURST_SECONDS = 0.1
 _ROUNDING = 1e-9  # tokens; tolerance for rounding errors
 # Resolution of the event loop's timers: an earlier timer would find no token yet. This is also the smallest
