@@ -92,7 +92,7 @@ class BatchEndpoint:
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
     def _stale_code(self, key: TaskKey) -> str | None:
-        reason = self._service.overdue.reason(key)
+        reason = self._service.overdue_updates.reason(key)
         return None if reason is None else reason.code
 
     async def _read(
@@ -129,7 +129,7 @@ class BatchEndpoint:
         Without If-None-Match, it must differ from the one on arrival. Only the hub's schedules call the
         upstream meanwhile. A task counts as one lookup. `seen`: as in `_read`.
         """
-        await self._service.catch_up()
+        await self._service.catch_up_with_replicas()
         on_arrival = self._on_arrival(keys, seen)
         stale = {key: self._stale_code(key) for key in on_arrival}
         latest = _Latest(keys, on_arrival, stale, if_none_match)
@@ -143,7 +143,7 @@ class BatchEndpoint:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         await latest.wait_for_change(subscriber)
-            await self._service.catch_up()
+            await self._service.catch_up_with_replicas()
         known: dict[TaskKey, CacheResult | FetchFailure] = {}
         for key in keys:
             failure = latest.failure(key)
@@ -211,7 +211,7 @@ class _Latest:
         """Return when the representation is complete, and has changed or ended. Raises: ClientDisconnect."""
         while not subscriber.shutting_down and not self._is_over(subscriber):
             self._take(await subscriber.next_updates())
-            self._stale.update((each.key, each.code) for each in subscriber.take_staleness())
+            self._stale.update((each.key, each.code) for each in subscriber.take_overdue_states())
             if subscriber.disconnected:
                 raise ClientDisconnect
 
@@ -225,7 +225,7 @@ class _Latest:
         if len(self._latest) < len(self._keys):
             return False
         return not matches(self._if_none_match, self._digest()) or all(
-            item.terminal if item.failure is None else key in subscriber.unknown_keys
+            item.terminal if item.failure is None else key in subscriber.not_found_keys
             for key, item in self._latest.items()
         )
 

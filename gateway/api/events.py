@@ -32,7 +32,7 @@ from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import TaskKey
 from gateway.telemetry.metrics import Metrics
 from gateway.watch.hub import SubscriptionKind, WatchHub
-from gateway.watch.subscriber import Staleness, Subscriber, Update
+from gateway.watch.subscriber import OverdueState, Subscriber, Update
 
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -90,7 +90,7 @@ class EventsEndpoint:
         with self._clients.subscription(scope):
             # Before the first `await`: requests that arrive together must not all pass before one has paid.
             self._clients.charge(scope, len(keys))
-            await self._hub.catch_up()
+            await self._hub.catch_up_with_replicas()
             with self._hub.subscribe(
                 keys,
                 SubscriptionKind.EVENTS,
@@ -138,11 +138,11 @@ class EventsEndpoint:
             if size >= _PART_BYTES:
                 subscriber.wake()  # the rest follows in the next part
                 break
-        parts += [self._encode_staleness(staleness) for staleness in subscriber.take_staleness()]
+        parts += [self._encode_overdue_state(state) for state in subscriber.take_overdue_states()]
         if subscriber.heartbeat_due:
             subscriber.heartbeat_due = False
             parts.append(HEARTBEAT)
-        last = all(key in subscriber.unknown_keys and not subscriber.has_unsent(key) for key in running)
+        last = all(key in subscriber.not_found_keys and not subscriber.has_unsent(key) for key in running)
         if last:
             self._sent["end"].inc()
             parts.append(b"event: end\nid: %s\ndata: {}\n\n" % end_id.encode())
@@ -187,14 +187,14 @@ class EventsEndpoint:
         problem = problem_document(update.failure, status, title, request_id=scope["state"]["request_id"])
         return b"event: problem\ndata: %s\n\n" % render_json({"taskId": update.key.task_id, **problem})
 
-    def _encode_staleness(self, staleness: Staleness) -> bytes:
+    def _encode_overdue_state(self, state: OverdueState) -> bytes:
         self._sent["stale"].inc()
-        failure = staleness.failure
+        failure = state.failure
         data = {
-            "taskId": staleness.key.task_id,
-            "api": staleness.key.operation.api,
-            "stale": staleness.code,
-            "ageSeconds": age_seconds(self._clock() - staleness.fetched_at),
+            "taskId": state.key.task_id,
+            "api": state.key.operation.api,
+            "stale": state.code,
+            "ageSeconds": age_seconds(self._clock() - state.fetched_at),
             "title": None if failure is None else status_and_title(failure)[1],
         }
         return b"event: stale\ndata: %s\n\n" % render_json(data)

@@ -91,7 +91,7 @@ class ProgressEndpoint:
 
         Only the hub's schedule calls the upstream meanwhile, and the long poll counts as one lookup.
         """
-        await self._service.catch_up()
+        await self._service.catch_up_with_replicas()
         seen_revision = self._seen_revision(key, if_none_match)
         on_arrival = self._service.peek(key, seen_revision)
         had_snapshot = on_arrival is not None
@@ -112,7 +112,7 @@ class ProgressEndpoint:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         await change.wait(subscriber)
-            await self._service.catch_up()
+            await self._service.catch_up_with_replicas()
         if change.failure is not None:
             outcome: CacheResult | FetchFailure = FetchFailure(key, change.failure, CacheStatus.NEGATIVE)
         elif (result := self._service.peek(key, seen_revision)) is not None:
@@ -130,7 +130,7 @@ class _Change:
 
     It ignores a failure that the hub already has when the long poll arrives, because that failure may be as
     old as the back-off of the schedule. The upstream rejects a new task for a moment. So a rejection is
-    returned only at the end of the wait, or when the task counts as unknown.
+    returned only at the end of the wait, or when the task counts as not found.
     """
 
     def __init__(self, key: TaskKey, if_none_match: str) -> None:
@@ -147,7 +147,7 @@ class _Change:
                 return
             if subscriber.disconnected:
                 raise ClientDisconnect
-            if self._key in subscriber.unknown_keys:
+            if self._key in subscriber.not_found_keys:
                 return
             awaited = True
 

@@ -1,11 +1,11 @@
-"""Overdue updates: why the snapshot of a task is old.
+"""Overdue updates: whether a stale snapshot should have been replaced by now, and why it was not.
 
     the last query failed, or a failure of the task is cached  -> that failure
     the query takes too long: a call of it has failed          -> the failure of that call
                               it waits for something           -> the error if its deadline passed now
 
-A query takes too long after `ALLOWANCE_SECONDS`, or after twice the usual time if the upstream is usually
-slower. Without the second rule, each update of a slow upstream would count as overdue.
+A query takes too long after `MIN_OVERDUE_AFTER_SECONDS`, or after twice the usual time if the upstream is
+usually slower. Without the second rule, each update of a slow upstream would count as overdue.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gateway.upstream.demand import Demand
 
 # Subscribers learn of an outage within one lifetime + 2 s. The rest of the 2 s is for the delay of the
 # refresh (`refresher.py`) and for a busy event loop.
-ALLOWANCE_SECONDS = 1.5
+MIN_OVERDUE_AFTER_SECONDS = 1.5
 _LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
 
 
@@ -41,10 +41,10 @@ class OverdueUpdates:
         self._latest_latency = 0.0
 
     @property
-    def allowance_seconds(self) -> float:
+    def overdue_after_seconds(self) -> float:
         """How long a query may take until the update counts as overdue."""
-        # The smaller of the two: after an outage, one late response does not raise the allowance.
-        return max(ALLOWANCE_SECONDS, 2 * min(self._average_latency, self._latest_latency))
+        # The smaller of the two: after an outage, one late response does not raise the limit.
+        return max(MIN_OVERDUE_AFTER_SECONDS, 2 * min(self._average_latency, self._latest_latency))
 
     def observe_latency(self, seconds: float) -> None:
         """Record how long a successful query took."""
@@ -61,7 +61,7 @@ class OverdueUpdates:
             entry.failure = failure
 
     def reason(self, key: TaskKey) -> GatewayError | None:
-        """Return the failure because of which the snapshot of a task is old.
+        """Return the failure because of which the update of a task is overdue.
 
         It is None without a snapshot, if the snapshot is final or fresh, and while its update is not overdue.
         """
@@ -79,6 +79,6 @@ class OverdueUpdates:
 
     def _delay(self, key: TaskKey) -> GatewayError | None:
         demand = self._in_flight(key)
-        if demand is None or self._clock() - demand.began_at < self.allowance_seconds:
+        if demand is None or self._clock() - demand.began_at < self.overdue_after_seconds:
             return None
         return self.error_of(demand)

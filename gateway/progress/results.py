@@ -40,16 +40,16 @@ class FetchResult(NamedTuple):
 class CacheResult(NamedTuple):
     """A snapshot as the result of one caller's lookup.
 
-    `age` is in seconds. `had_stale_snapshot`: before the fetch, the cache had a snapshot that was too old to
-    serve. `failure`: the stale snapshot is served instead of this error (stale-if-error). `fetch`: the result
-    of the in-flight request, if the caller waited for one. `entry`: the cache entry of the snapshot; only
-    `lookup` sets it.
+    `age` is in seconds. `had_snapshot`: before the fetch, the cache had a snapshot of the task. It was too
+    old to serve, or older than what the client had received. `failure`: the stale snapshot is served instead
+    of this error (stale-if-error). `fetch`: the result of the in-flight request, if the caller waited for
+    one. `entry`: the cache entry of the snapshot; only `lookup` sets it.
     """
 
     snapshot: Snapshot
     age: float
     cache_status: CacheStatus
-    had_stale_snapshot: bool = False
+    had_snapshot: bool = False
     failure: GatewayError | None = None
     fetch: FetchResult | None = None
     entry: CacheEntry | None = None

@@ -1,18 +1,21 @@
 """The progress service: answers callers from the store, or from the upstream through single flight.
 
     fresh snapshot                       -> answer at once
-    stale, within stale-while-revalidate -> answer at once, and start one in-flight request in the background
+    stale, within stale-while-revalidate -> answer at once, and start one in-flight request in the background,
+                                            unless one is in flight or a failure of the task is cached
     else                                 -> all callers wait for one in-flight request
     its query fails                      -> stale-if-error: a snapshot that is young enough, else the failure
     the rate limiter queues its query    -> stale-if-error at once, and the query stays queued; else wait
     it takes too long (`overdue.py`)     -> stale-if-error at once, and the query continues; else wait
     all callers leave the queued query   -> it is dropped, unless the gateway itself needs the response
-    a fresh snapshot is read twice       -> refresh-ahead: its refresh ends about when it becomes stale
+    a fresh snapshot is read twice       -> refresh-ahead: its refresh ends about when it becomes stale; if
+                                            another replica has fetched it, the refresh begins then
 
 An in-flight request is the query for a task with the steps before and after it (`fetching.py`). A query
-counts as queued from the first call of its `on_queued` (`RateLimiter.acquire`): a very short wait does not
-count. While the upstream responds and no query for the task is queued, no caller receives a snapshot older
-than its lifetime + `cache.stale_while_revalidate_seconds`.
+counts as queued from the first call of its `on_queued`. `RateLimiter.acquire` says when that is: on entry
+only if the expected wait is 0.1 s or longer, and later with any wait. While the query of a task is not
+queued and its update is not overdue, no caller receives a snapshot older than its lifetime +
+`cache.stale_while_revalidate_seconds`.
 """
 
 from __future__ import annotations
@@ -39,7 +42,7 @@ from gateway.upstream.demand import Demand
 
 # Maximum number of in-flight requests that a caller waits for, one after the other. A further one is needed
 # if the result is older than the revision that the client has seen.
-_MAX_REQUESTS = 3
+_MAX_JOINED_REQUESTS = 3
 _REFRESH_AHEAD_READS = 2  # the second read of a fresh snapshot schedules its refresh ahead of expiry
 _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes 50 ns at each hit
 
@@ -49,7 +52,9 @@ class ProgressService:
 
     `settings` is the section `cache` of the settings. `timeout_seconds` limits an in-flight request: the wait
     for another replica's lease and the query together. `clock` is the clock of `Snapshot.fetched_at`.
-    `overdue` knows why snapshots are old.
+
+    Attributes:
+        overdue_updates: Tells whether the update of a task is overdue, and why.
     """
 
     def __init__(
@@ -80,7 +85,7 @@ class ProgressService:
             clock=clock,
         )
         self._in_flight: InFlightRequests[TaskKey, FetchResult] = InFlightRequests(self._fetch)
-        self.overdue = OverdueUpdates(store, self._in_flight.present_demand, clock=clock)
+        self.overdue_updates = OverdueUpdates(store, self._in_flight.present_demand, clock=clock)
         self._lookup_counters = {
             (operation, cache_status): metrics.cache_lookups.labels(operation, cache_status).inc
             for operation in Operation
@@ -88,7 +93,9 @@ class ProgressService:
         }
         self._hits = {operation: metrics.cache_lookups.labels(operation, _HIT) for operation in Operation}
         self._ages = {operation: metrics.answer_age.labels(operation).observe for operation in Operation}
-        self._overdue = {operation: metrics.answers_overdue.labels(operation).inc for operation in Operation}
+        self._count_too_old = {
+            operation: metrics.answers_too_old.labels(operation).inc for operation in Operation
+        }
 
     def lookup(self, key: TaskKey, seen_revision: int = 0) -> CacheResult | None:
         """Return a result from the store, and count a lookup; None if there is no result. Never wait.
@@ -137,7 +144,7 @@ class ProgressService:
     async def get(
         self, key: TaskKey, *, client: bytes = b"", seen_revision: int = 0
     ) -> CacheResult | FetchFailure:
-        """Return a result from the store or the upstream, or the failure if stale-if-error does not apply.
+        """Return a result from the store or the upstream; the failure only if stale-if-error does not apply.
 
         `client` identifies the client in the fair queue of the rate limiter. `seen_revision`: the client has
         received the body with this revision, and must not receive an older one unless it is terminal. If this
@@ -154,15 +161,15 @@ class ProgressService:
         return outcome
 
     def count_lookup(self, outcome: CacheResult | FetchFailure) -> None:
-        """Count one lookup with this outcome. Long polls call this, because `get_fresh` counts no lookup."""
+        """Count one lookup with this outcome. Long polls call this, because `peek` counts none."""
         self._lookup_counters[outcome.key.operation, outcome.cache_status]()
         if isinstance(outcome, CacheResult):
             self._record_age(outcome.snapshot, outcome.age)
 
-    async def get_fresh(
+    async def refresh_if_stale(
         self, key: TaskKey, *, client: bytes | None = b"", seen_revision: int = 0
     ) -> CacheResult | FetchFailure:
-        """Return the snapshot if it is fresh, else the outcome of an in-flight request. Schedules call this.
+        """Return the snapshot if it is fresh, else wait for an in-flight request. Schedules call this.
 
         The outcome may be a failure, or a stale snapshot with the failure (stale-if-error). Count no lookup,
         and wait even while the rate limiter queues the query. `client`: as in `get`; None if the result is
@@ -174,13 +181,14 @@ class ProgressService:
         snapshot = None if entry is None else entry.snapshot
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime or not snapshot.is_at_least(seen_revision):
-            return await self._wait(key, client, wait_while_queued=True, seen_revision=seen_revision)
+            return await self._wait(key, client, wait_until_done=True, seen_revision=seen_revision)
         return CacheResult(snapshot, age, CacheStatus.HIT)
 
     def peek(self, key: TaskKey, seen_revision: int = 0) -> CacheResult | None:
-        """Return the same result as `lookup`, but count no lookup and start no refresh.
+        """Return a result from the store, but count no lookup and start no refresh.
 
-        If the update is overdue, return the snapshot with the reason, as for a cached failure.
+        The result is that of `lookup`, with one difference: while the update is overdue, its reason counts
+        like a cached failure. The result then has the reason, and the maximum age is that of stale-if-error.
         """
         entry = self._store.peek(key)
         if entry is None:
@@ -192,10 +200,10 @@ class ProgressService:
         return (
             CacheResult(snapshot, age, CacheStatus.HIT)
             if age < snapshot.lifetime
-            else self._stale_result(snapshot, age, self.overdue.reason(key))
+            else self._stale_result(snapshot, age, self.overdue_updates.reason(key))
         )
 
-    async def catch_up(self) -> None:
+    async def catch_up_with_replicas(self) -> None:
         """Read the messages of other replicas that have arrived; see `Store.catch_up`."""
         await self._store.catch_up()
 
@@ -229,7 +237,7 @@ class ProgressService:
 
         The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. With a cached failure of the
         task, the maximum age is `cache.stale_if_error_seconds`, which may be shorter, and the result has the
-        failure. `failure`: the reason why its update is overdue, which counts like a cached failure.
+        failure. `failure`: used in place of a cached failure.
         """
         failure = failure or self._store.cached_failure(snapshot.key)
         if failure is None:
@@ -242,12 +250,12 @@ class ProgressService:
         demand.began_at = self._clock()
         fetch = await self._fetcher.fetch(key, demand, requirement)
         if isinstance(fetch.outcome, GatewayError):
-            self.overdue.record_failure(key, fetch.outcome)
+            self.overdue_updates.record_failure(key, fetch.outcome)
         return fetch
 
     def _observe_latency(self, operation: Operation, seconds: float) -> None:
         self._refresh_ahead.observe_latency(operation, seconds)
-        self.overdue.observe_latency(seconds)
+        self.overdue_updates.observe_latency(seconds)
 
     def _refresh(self, key: TaskKey, version: int) -> None:
         known = self._store.last_known(key)
@@ -257,11 +265,11 @@ class ProgressService:
             self._in_flight.start(key, keep_without_callers=True, requirement=Requirement(newer_than=version))
 
     async def _wait(
-        self, key: TaskKey, client: bytes | None, *, wait_while_queued: bool = False, seen_revision: int = 0
+        self, key: TaskKey, client: bytes | None, *, wait_until_done: bool = False, seen_revision: int = 0
     ) -> CacheResult | FetchFailure:
         """Wait for the in-flight request, or start one; with a cached failure, start none.
 
-        `wait_while_queued`: wait even while the rate limiter queues the query.
+        `wait_until_done`: wait even while the rate limiter queues the query, or while its update is overdue.
         """
         failure = self._store.cached_failure(key)
         if failure is not None:
@@ -271,10 +279,10 @@ class ProgressService:
         if client is not None:
             self._in_flight.add_waiter(key, client)
         try:
-            wait_while_queued = wait_while_queued or not self._within_stale_if_error(known, seen_revision)
-            for _ in range(_MAX_REQUESTS):
+            wait_until_done = wait_until_done or not self._within_stale_if_error(known, seen_revision)
+            for _ in range(_MAX_JOINED_REQUESTS):
                 fetch = await self._join_request(
-                    key, wait_while_queued=wait_while_queued, seen_revision=seen_revision
+                    key, wait_until_done=wait_until_done, seen_revision=seen_revision
                 )
                 fetched = fetch.outcome
                 if isinstance(fetched, GatewayError) or fetched.is_at_least(seen_revision):
@@ -287,30 +295,28 @@ class ProgressService:
             return self._stale_if_error(key, fetched, cache_status, fetch, seen_revision=seen_revision)
         age = self._clock() - fetched.fetched_at
         self._record_age(fetched, age)
-        return CacheResult(fetched, age, cache_status, had_stale_snapshot=known is not None, fetch=fetch)
+        return CacheResult(fetched, age, cache_status, had_snapshot=known is not None, fetch=fetch)
 
-    async def _join_request(
-        self, key: TaskKey, *, wait_while_queued: bool, seen_revision: int
-    ) -> FetchResult:
+    async def _join_request(self, key: TaskKey, *, wait_until_done: bool, seen_revision: int) -> FetchResult:
         """Wait for the in-flight request, or start one.
 
-        Without `wait_while_queued`, return an error as soon as the rate limiter queues the query, or as the
-        query takes too long.
+        Without `wait_until_done`, return an error as soon as the rate limiter queues the query, or as soon as
+        the query takes so long that the update is overdue. The query continues.
         """
         request = self._in_flight.start(key, requirement=Requirement(seen_revision=seen_revision))
-        if wait_while_queued:
+        if wait_until_done:
             return await asyncio.shield(request)
         if request.done():  # it ended in this iteration of the event loop
             return request.result()
         demand = self._in_flight.demand(key)
         queued = queued_future_of(demand)
-        taken = max(self._clock() - demand.began_at, 0.0)  # it begins at infinity until it runs
-        timeout = max(self.overdue.allowance_seconds - taken, 0.0)
+        taken = max(self._clock() - demand.began_at, 0.0)  # 0.0 before it runs: `began_at` is then infinite
+        timeout = max(self.overdue_updates.overdue_after_seconds - taken, 0.0)
         await asyncio.wait((request, queued), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if request.done():
             return request.result()
         demand.keep_without_callers = True  # the query continues
-        return FetchResult(queued.result() if queued.done() else self.overdue.error_of(demand))
+        return FetchResult(queued.result() if queued.done() else self.overdue_updates.error_of(demand))
 
     def _stale_if_error(
         self,
@@ -334,7 +340,7 @@ class ProgressService:
             return
         self._ages[snapshot.key.operation](age)
         if age >= snapshot.lifetime + self._settings.stale_while_revalidate_seconds:
-            self._overdue[snapshot.key.operation]()
+            self._count_too_old[snapshot.key.operation]()
 
     def _within_stale_if_error(self, snapshot: Snapshot | None, seen_revision: int) -> bool:
         """Tell whether this snapshot may be served instead of a failure."""

@@ -1,9 +1,9 @@
-"""The store of a single process: two LRU caches with a common limit in bytes.
+"""The store in the memory of one process: two LRU caches with a common limit in bytes.
 
 A snapshot is kept after it has become stale, for three reasons. It can be served when the upstream fails
 (stale-if-error). It has the highest progress of a running task, below which the next snapshot must not fall.
-And it shows that a task has ended. Use the store on the thread of the event loop only: cachetools takes no
-locks.
+And it shows that a task has ended. Use the store on the thread of the event loop only, because cachetools
+takes no locks; any thread may call `__len__` and `size`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from gateway.domain.snapshot import Snapshot, version_now
 from gateway.domain.task import TaskKey
 from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
 
-# How long the latest progress snapshot of a task is kept after it has become stale. Within this hour, clients
-# see neither progress that falls nor a finished task that runs again, unless the snapshot is evicted.
+# How long the latest progress snapshot of a task is kept after it has become stale. So for an hour, progress
+# does not fall, and a finished task does not run again, unless the snapshot is evicted.
 REMEMBER_SECONDS = 3600.0
 
 # Memory of an entry besides its bodies: objects, keys and cache slots, rounded up (measured with tracemalloc
@@ -68,11 +68,14 @@ class _SnapshotCache(_ByteSizedCache):
 class MemoryStore:
     """Keeps up to `max_tasks` snapshots and up to `max_tasks` failures.
 
-    The method `keep_seconds` says how long a snapshot is kept.
+    `ValkeyStore` extends this class and shares the snapshots with other replicas. The methods that need other
+    replicas do nothing here, and are overridden there. The method `keep_seconds` says how long a snapshot is
+    kept.
 
     `max_bytes` limits the sum of all bodies, envelopes and error texts, plus `ENTRY_BYTES` for each entry. At
     this limit, failures are evicted first, because they are short-lived. An entry that is larger than the
-    limit is not kept. `stale_seconds`: how long a snapshot may be served after it has become stale.
+    limit is not kept. `keep_stale_seconds`: how long a snapshot is kept at least after it has become stale.
+    It must cover the settings that allow stale snapshots to be served.
     """
 
     def __init__(
@@ -80,12 +83,12 @@ class MemoryStore:
         *,
         max_tasks: int,
         max_bytes: int = 67_108_864,
-        stale_seconds: float,
+        keep_stale_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_tasks = max_tasks
         self._max_bytes = max_bytes
-        self._stale_seconds = stale_seconds
+        self._keep_stale_seconds = keep_stale_seconds
         self._clock = clock
         self._listeners: list[Callable[[Snapshot], None]] = []
         self._snapshots = _SnapshotCache(max_bytes, self._expires_at, timer=clock, getsizeof=_entry_bytes)
@@ -116,7 +119,7 @@ class MemoryStore:
         """See `Store`: there is nothing to close."""
 
     def peek(self, key: TaskKey) -> CacheEntry | None:
-        """See `Store.peek`: no other process stores snapshots, so none can be missed."""
+        """See `Store.peek`: this store alone has no other replicas, so no message can be unread."""
         return self.entry(key)
 
     def entry(self, key: TaskKey) -> CacheEntry | None:
@@ -194,8 +197,8 @@ class MemoryStore:
         """Store a snapshot as `commit` does, but without a lease."""
         entry = self.entry(snapshot.key)
         kept = None if entry is None else entry.snapshot
-        # A terminal status is final, whatever the versions: while replicas have no connection to the shared
-        # store, their versions cannot be compared.
+        # A terminal status is final, whatever the versions. Replicas without a connection to a shared store
+        # (`ValkeyStore`) do not know each other's versions.
         if kept is not None and (
             kept.version > snapshot.version if kept.terminal is snapshot.terminal else kept.terminal
         ):
@@ -204,6 +207,7 @@ class MemoryStore:
             entry.valid = False
             del self._snapshots[snapshot.key]
         if self._make_room(self._snapshots, _snapshot_bytes(snapshot)):
+            # Only a shared store announces versions (`ValkeyStore`); here `announced` is always 0.
             announced = 0 if entry is None else entry.announced_version
             valid = announced <= snapshot.version or snapshot.terminal
             self._snapshots[snapshot.key] = CacheEntry(
@@ -233,9 +237,9 @@ class MemoryStore:
 
     def keep_seconds(self, snapshot: Snapshot) -> float:
         """Return how long a snapshot is kept after it was fetched, in seconds."""
-        if snapshot.key.operation.is_result:  # it may have a megabyte, and has no progress to remember
-            return snapshot.lifetime + self._stale_seconds
-        return snapshot.lifetime + max(self._stale_seconds, REMEMBER_SECONDS)
+        if snapshot.key.operation.is_result:  # it may be large (1 MiB), and has no progress to remember
+            return snapshot.lifetime + self._keep_stale_seconds
+        return snapshot.lifetime + max(self._keep_stale_seconds, REMEMBER_SECONDS)
 
     def __len__(self) -> int:
         """See `Store.__len__`."""

@@ -90,7 +90,7 @@ class Metrics:
             buckets=_AGE_BUCKETS,
             registry=registry,
         )
-        self.answers_overdue = Counter(
+        self.answers_too_old = Counter(
             "sd_gateway_answers_overdue_total",
             "Number of snapshots that were older than their lifetime plus "
             "cache.stale_while_revalidate_seconds when they were served. Ended tasks are not counted.",
@@ -151,8 +151,8 @@ class Metrics:
         )
         self.upstream_retries = Counter(
             "sd_gateway_upstream_retries_total",
-            "Number of retries of upstream calls, and of repeats with a corrected clock, by the problem code "
-            "of the failure.",
+            "Number of retries of upstream calls, of repeats with a corrected clock, and of second calls "
+            "while the first has no response (upstream-timeout), by the problem code of the failure.",
             ["operation", "reason"],
             registry=registry,
         )
@@ -199,9 +199,9 @@ class Metrics:
             "Number of tasks with an open event stream or long poll.",
             registry=registry,
         )
-        self.snapshots_stale = Gauge(
+        self.overdue_tasks = Gauge(
             "sd_gateway_snapshots_stale",
-            "Number of watched tasks whose update is overdue, because the upstream fails or throttles.",
+            "Number of watched tasks whose update is overdue: the upstream fails, throttles or is slow.",
             registry=registry,
         )
         self.events_sent = FastCounters(

@@ -4,11 +4,11 @@
     the call fails  -> retry, from the start, while the deadline and the retry policy allow it
     no response     -> another call at the same time, if the task has a snapshot (`hedging.py`)
 
-A query may need several calls: retries, and repeats after a clock correction or with another key pair. It
-runs in the asyncio task of an in-flight request, not in that of a caller. This module enforces the
-concurrency limit, `upstream.max_in_flight`. A call keeps its slot while the upstream works on it, even after
-the deadline of the query. A call is not made if its response is not wanted any more (`demand.py`), or if less
-time is left than the upstream usually takes. A deadline is a moment on the clock of the event loop.
+A query may need several calls: see `retry_policy.py` for all reasons to repeat a call. It runs in the asyncio
+task of an in-flight request, not in that of a caller. This module enforces the concurrency limit,
+`upstream.max_in_flight`. A call keeps its slot while the upstream works on it, even after the deadline of the
+query. A call is not made if its response is not wanted any more (`demand.py`), or if less time is left than
+the upstream usually takes. A deadline is a moment on the clock of the event loop.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from gateway.upstream.circuit_breaker import CircuitBreaker, State
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.demand import Demand, timeout_error
-from gateway.upstream.hedging import CallLost, Hedging
+from gateway.upstream.hedging import Hedging, LaterCallAnswered
 from gateway.upstream.rate_limiter import Permit, RateLimiter
 from gateway.upstream.retry_policy import RetryPolicy
 from gateway.upstream.shared_permits import TakePermits
@@ -57,11 +57,7 @@ def _concurrency_error() -> GatewayError:
 
 @dataclass(slots=True, eq=False)
 class _Query:
-    """A running query.
-
-    `make_timeout_error` returns the error that is raised if the deadline passes. It depends on what the query
-    waits for now. `call_numbers` numbers all calls of the query from 0.
-    """
+    """A running query. `call_numbers` numbers all its calls from 0, hedged calls included."""
 
     key: TaskKey
     is_refresh: bool
@@ -76,7 +72,7 @@ class _PermitRevoked(Exception):
 
 
 class _ConcurrencySlot:
-    """The concurrency slot of a call, for which `semaphore` was acquired before.
+    """The concurrency slot of a call. Its creator has acquired `semaphore`; `release` releases it.
 
     Usually the slot is released when the query has parsed the response. If the query is cancelled before, the
     slot is released at the end of the call: when its response has arrived, or after
@@ -141,11 +137,11 @@ class UpstreamClient:
         # Half the timeout of a call. A working upstream is expected to respond within this time, so:
         # 1. The circuit breaker counts a cancelled call as a failure only if it ran for at least this time.
         # 2. A query does not wait for a permit that would leave it less time than this.
-        self._response_allowance_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
+        self._expected_response_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
         # Moving averages; 0.0 before the first response.
         self._latency_seconds = dict.fromkeys(Operation, 0.0)
         self._hedging: Hedging[_Query, ParsedResponse] = Hedging(
-            self._repeat, usual_seconds=lambda query: self._latency_seconds[query.key.operation]
+            self._make_hedged_call, usual_seconds=lambda query: self._latency_seconds[query.key.operation]
         )
 
     @property
@@ -155,7 +151,7 @@ class UpstreamClient:
         codes = [last_error] if last_error else []
         if any(breaker.state is not State.CLOSED for breaker in self._breakers.values()):
             codes.append(CircuitOpen.code)
-        if self._rate_limiter.has_learned_limit:
+        if self._rate_limiter.check_learned_limit():
             codes.append(UpstreamThrottled.code)
         return list(dict.fromkeys(codes))
 
@@ -198,8 +194,8 @@ class UpstreamClient:
             async with asyncio.timeout_at(deadline):
                 while True:
                     try:
-                        return await self._hedging.run(query, self._query_once)
-                    except CallLost:
+                        return await self._hedging.run(query, self._attempt)
+                    except LaterCallAnswered:
                         continue
                     except (RateLimiterExhausted, Overloaded, CircuitOpen) as exc:
                         # No call was made this time. The error of an earlier call is more informative.
@@ -223,8 +219,12 @@ class UpstreamClient:
                 self._abandoned[key.operation].inc()
             raise
 
-    async def _query_once(self, query: _Query) -> ParsedResponse:
-        """Take the steps of the module's diagram once, without retries."""
+    async def _attempt(self, query: _Query) -> ParsedResponse:
+        """Make one attempt: the steps of the first line of the module's diagram.
+
+        The steps begin again if the permit is revoked before the call is sent. The call is repeated after a
+        clock correction, and with another key pair. A failure is not retried here.
+        """
         operation = query.key.operation
         while True:
             self._breakers[operation].check()  # an open circuit fails the query before it waits for anything
@@ -246,22 +246,23 @@ class UpstreamClient:
                 except _PermitRevoked:
                     continue
 
-    async def _repeat(self, query: _Query) -> ParsedResponse:
+    async def _make_hedged_call(self, query: _Query) -> ParsedResponse:
         """Make another call for a query whose call has no response yet."""
         self._metrics.upstream_retries.labels(query.key.operation, UpstreamTimeout.code).inc()
-        # Its own demand: the query must not be dropped while its first call is on the wire.
+        # The hedged call has its own demand. With that of the query, it would set `must_finish` to False
+        # while the first call is on the wire, and the query could be dropped.
         demand = Demand(keep_without_callers=True)
-        repeated = _Query(query.key, True, lambda _: None, query.deadline, demand)  # noqa: FBT003
-        repeated.call_numbers = query.call_numbers
+        hedged = _Query(query.key, True, lambda _: None, query.deadline, demand)  # noqa: FBT003
+        hedged.call_numbers = query.call_numbers
         try:
             async with asyncio.timeout_at(query.deadline):
-                return await self._query_once(repeated)
+                return await self._attempt(hedged)
         except TimeoutError:
             raise timeout_error() from None
 
     def _max_queue_seconds(self, query: _Query) -> float:
         """Return how long a query may wait for a permit and still have enough time for a response."""
-        needed = max(self._response_allowance_seconds, self._latency_seconds[query.key.operation])
+        needed = max(self._expected_response_seconds, self._latency_seconds[query.key.operation])
         return query.deadline - needed - asyncio.get_running_loop().time()
 
     async def _call_with_clock_correction(
@@ -292,7 +293,7 @@ class UpstreamClient:
         try:
             began = self._check_before_sending(query, permit)
             query.demand.make_timeout_error = make_timeout_error
-            with self._breakers[operation].guard(no_response_seconds=self._response_allowance_seconds):
+            with self._breakers[operation].guard(no_response_seconds=self._expected_response_seconds):
                 permit.mark_sent()
                 demand.must_finish = True
                 with self._hedging.sending(query):

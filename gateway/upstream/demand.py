@@ -1,4 +1,4 @@
-"""Demand for the response of one task: how many callers of which client wait for it.
+"""The demand for the response of one task: the callers that wait, and the state of the query they wait for.
 
     caller: join -> wait -> leave
     the last caller leaves -> a queued query is dropped, unless the gateway itself needs the response
@@ -34,7 +34,7 @@ class QueueEntry(Protocol):
 
 
 class Demand:
-    """The demand for the response of one task. It may outlive an in-flight request.
+    """The callers of one task, and the state of its query. It may outlive an in-flight request.
 
     Attributes:
         clients: Number of waiting callers, by client. `begin` resets all other attributes.

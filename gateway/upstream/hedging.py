@@ -1,13 +1,14 @@
-"""Repeats calls that the upstream does not answer, so that the end of an outage is noticed soon.
+"""Hedged calls: repeats a call that the upstream does not answer, to notice the end of an outage soon.
 
-    a refresh has no response after `MIN_SECONDS` -> once per second, one more call for the oldest such query
-    the repeated call succeeds -> its response is that of the query
-                               -> all calls that were sent before it are lost: their queries send them again
+    a refresh has no response after `MIN_SECONDS` -> one hedged call per second, for the oldest such query
+    the hedged call succeeds -> its response is that of the query
+                             -> calls of other refreshes, sent at least `MIN_SECONDS` before it and still
+                                without a response, are given up: their queries send them again
 
 Without this, a query that was sent during an outage would wait for `upstream.attempt_timeout_seconds`,
 although the upstream answers again. Only refreshes are repeated: a client that has no snapshot waits anyway.
-All queries together make at most one repeated call per second. The technique is called a hedged request
-(Dean and Barroso, "The Tail at Scale", 2013).
+All queries together make at most one hedged call per second. The technique is called a hedged request (Dean
+and Barroso, "The Tail at Scale", 2013).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Generic, Protocol, TypeVar
 from gateway.domain.errors import GatewayError
 
 MIN_SECONDS = 1.5  # without a response; or twice the usual time, if that is longer
-_INTERVAL_SECONDS = 1.0  # between two repeated calls
+_INTERVAL_SECONDS = 1.0  # between two hedged calls
 
 T = TypeVar("T")
 
@@ -34,41 +35,43 @@ class HedgedQuery(Protocol):
 Q = TypeVar("Q", bound=HedgedQuery)
 
 
-class CallLost(Exception):
-    """The call must be sent again: the upstream has answered a later one."""
+class LaterCallAnswered(Exception):
+    """The call must be sent again: the upstream has answered a call that was sent later."""
 
 
 class _Attempt(Generic[T]):
     """An attempt of a query: when its call was sent, and what ends it early."""
 
-    __slots__ = ("interrupt", "lost", "response", "sent_at")
+    __slots__ = ("interrupt", "later_answered", "response", "sent_at")
 
     def __init__(self, interrupt: asyncio.Timeout) -> None:
         self.interrupt = interrupt
         self.sent_at: float | None = None
         self.response: T | None = None
-        self.lost = False
+        self.later_answered = False
 
 
 class Hedging(Generic[Q, T]):
     """Watches the calls of refreshes. Use it on the event loop's thread only.
 
-    `repeat` makes another call for a query. `usual_seconds` returns how long a call for it usually takes.
+    `make_call` makes a hedged call for a query. `usual_seconds` returns how long a call for it usually takes.
     """
 
-    def __init__(self, repeat: Callable[[Q], Awaitable[T]], *, usual_seconds: Callable[[Q], float]) -> None:
-        self._repeat = repeat
+    def __init__(
+        self, make_call: Callable[[Q], Awaitable[T]], *, usual_seconds: Callable[[Q], float]
+    ) -> None:
+        self._make_call = make_call
         self._usual_seconds = usual_seconds
         self._attempts: dict[Q, _Attempt[T]] = {}
         self._on_wire: dict[Q, _Attempt[T]] = {}  # by the time when the call was sent
         self._timer: asyncio.TimerHandle | None = None
-        self._repeats: set[asyncio.Task[None]] = set()
+        self._hedged_calls: set[asyncio.Task[None]] = set()
 
     async def run(self, query: Q, attempt: Callable[[Q], Awaitable[T]]) -> T:
-        """Return the response of `attempt`, or of a repeated call.
+        """Return the response of `attempt`, or of a hedged call.
 
         Raises:
-            CallLost: The attempt must be made again.
+            LaterCallAnswered: The attempt must be made again.
             Exception: What `attempt` raises.
         """
         if not query.is_refresh:
@@ -80,8 +83,8 @@ class Hedging(Generic[Q, T]):
         except TimeoutError:
             if state.response is not None:
                 return state.response
-            if state.lost:
-                raise CallLost from None
+            if state.later_answered:
+                raise LaterCallAnswered from None
             raise
         finally:
             del self._attempts[query]
@@ -104,7 +107,7 @@ class Hedging(Generic[Q, T]):
             self._on_wire.pop(query, None)
 
     def _check(self) -> None:
-        """Repeat the call that has waited longest, if that is too long; check again later."""
+        """Make a hedged call for the call that has waited longest, if that is too long; check again later."""
         self._timer = None
         if not self._on_wire:
             return
@@ -113,19 +116,19 @@ class Hedging(Generic[Q, T]):
         waited = loop.time() - (state.sent_at or 0.0)
         left = max(MIN_SECONDS, 2 * self._usual_seconds(query)) - waited
         if left <= 0:
-            task = loop.create_task(self._repeat_call(query, state))
-            self._repeats.add(task)
-            task.add_done_callback(self._repeats.discard)
+            task = loop.create_task(self._run_hedged_call(query, state))
+            self._hedged_calls.add(task)
+            task.add_done_callback(self._hedged_calls.discard)
         self._timer = loop.call_later(left if left > 0 else _INTERVAL_SECONDS, self._check)
 
-    async def _repeat_call(self, query: Q, state: _Attempt[T]) -> None:
+    async def _run_hedged_call(self, query: Q, state: _Attempt[T]) -> None:
         sent_at = asyncio.get_running_loop().time()
-        with suppress(GatewayError, CallLost):
-            state.response = await self._repeat(query)
+        with suppress(GatewayError, LaterCallAnswered):
+            state.response = await self._make_call(query)
             self._end_early(state)
             for other in list(self._on_wire.values()):
                 if other is not state and (other.sent_at or sent_at) <= sent_at - MIN_SECONDS:
-                    other.lost = True
+                    other.later_answered = True
                     self._end_early(other)
 
     def _end_early(self, state: _Attempt[T]) -> None:

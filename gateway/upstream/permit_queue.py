@@ -4,7 +4,8 @@
     first queries  round robin over clients (`fair_queue.py`)
 
 A query is a *refresh* if an older snapshot of its task is known, and a *first query* otherwise. The two
-queues are served alternately, so that both make progress.
+queues are served alternately, so that both make progress. If replicas share a rate limit, a queue without a
+shared permit is skipped. The store decides how many permits each queue gets (`take_permits.lua`).
 
 A client may request many new tasks at once. With round robin it delays another client by only one call per
 round. Refreshes do not need this: a task has one query at a time, so no task is served twice before all

@@ -1,12 +1,14 @@
-"""The rate limiter: issues a permit for each upstream call. One limit applies to all operations and tasks.
+"""The rate limiter: issues a permit for an upstream call. One limit applies to all operations and tasks.
 
     acquire -> a token is available and no query is queued  -> permit
             -> the expected wait is longer than the timeout -> RateLimiterExhausted, at once
             -> else wait in the queue (`permit_queue.py`)   -> permit
 
-It is a token bucket. `AdaptiveLimit` sets its rate from the settings and from throttling responses. A timer
-runs until the next token is available, and then serves the queue. Use the limiter on the event loop's thread
-only.
+If replicas share a rate limit, a query also needs a shared permit (`shared_permits.py`). A permit is used for
+one call, and for the repeats of this call with a corrected clock or another key pair. A retry and a hedged
+call need a permit of their own. The limiter is a token bucket. `AdaptiveLimit` sets its rate from the
+settings and from throttling responses. A timer runs until the next token is available, and then serves the
+queue. Use the limiter on the event loop's thread only.
 """
 
 from __future__ import annotations
@@ -25,18 +27,21 @@ from gateway.upstream.demand import Demand
 from gateway.upstream.permit_queue import PermitQueue, QueuedQuery
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
-# Shortest expected wait that `acquire` reports to `on_queued`. The progress service then serves a stale
-# snapshot at once, if there is one.
-MIN_REPORTED_WAIT_SECONDS = 0.1
-# A queued query may still get a permit this long after its timeout.
+# Shortest expected wait that `acquire` reports to `on_queued` when a query is put into the queue. The
+# progress service then serves a stale snapshot at once, if there is one. Later reports have no minimum.
+MIN_WAIT_REPORTED_ON_ENTRY_SECONDS = 0.1
+# A query at the head of the queue still gets a permit this long after its timeout, because the timer that
+# serves the queue may fire late. The checks of the expected wait have no tolerance.
 _TIMEOUT_TOLERANCE_SECONDS = 0.1
 
-# Size of the bucket, as the time in which it fills. With a larger bucket, an upstream that counts calls per
-# second would refuse a part of a burst. With a smaller one, queries would be queued even if a page requests
-# only a few tasks at once.
+# The bucket holds as many tokens as this time adds, and at least one. With a larger bucket, an upstream that
+# counts calls per second would refuse a part of a burst. With a smaller one, queries would be queued even if
+# a page requests only a few tasks at once.
 _BURST_SECONDS = 0.1
 _ROUNDING = 1e-9  # tokens; tolerance for rounding errors
-_TIMER_SECONDS = 0.001  # resolution of the event loop's timers; an earlier timer would find no token yet
+# Resolution of the event loop's timers: an earlier timer would find no token yet. This is also the smallest
+# `retry_after` of a query whose timeout has passed.
+_TIMER_RESOLUTION_SECONDS = 0.001
 
 log = structlog.get_logger(__name__)
 
@@ -51,10 +56,9 @@ class Timer(Protocol):
 class Permit:
     """The right to make one call, and its repeats with a corrected clock or another key pair.
 
-    Use it as a context manager.
-
-    When the context exits, `on_end` is called with the permit and the exception of the context, or None. If
-    the call was not sent by then, the rate limiter puts its token back, unless the permit was revoked.
+    Use it as a context manager. When the context exits, `on_end` is called with the permit and the exception
+    of the context, or None. If the call was not sent by then, the rate limiter puts its token back. The token
+    of a revoked permit is not put back, because the limit has fallen since.
 
     Attributes:
         sent_at: When the call was sent; None before `mark_sent`.
@@ -115,7 +119,7 @@ class RateLimiter:
                 take_shared,
                 per_second=requests_per_second,
                 burst=burst_size(requests_per_second),
-                on_grant=self._on_shared_grant,
+                on_reply=self._on_shared_reply,
             )
 
     @property
@@ -125,9 +129,8 @@ class RateLimiter:
         removable = not self._queue and self._limit.can_remove(now)
         return self._limit.max_per_second if removable else self._limit.per_second(now)
 
-    @property
-    def has_learned_limit(self) -> bool:
-        """Whether throttling by the upstream limits the rate now. This may remove an outdated limit."""
+    def check_learned_limit(self) -> bool:
+        """Remove the learned limit if it is outdated; tell whether throttling limits the rate now."""
         self._remove_limit_if_idle()
         return self._limit.has_learned_limit
 
@@ -149,10 +152,11 @@ class RateLimiter:
 
         Args:
             is_refresh: An older snapshot of the task is known.
-            timeout_seconds: The longest wait.
-            on_queued: Called with the expected wait in seconds, if it is at least
-                `MIN_REPORTED_WAIT_SECONDS`. Also called, with any expected wait, if the query is still queued
-                when the limit falls, or after a request for shared permits.
+            timeout_seconds: The longest wait. A permit may come 0.1 s later.
+            on_queued: Called with the expected wait in seconds in two cases. The query is put into the queue,
+                and the wait is at least `MIN_WAIT_REPORTED_ON_ENTRY_SECONDS`. Or the query is still in the
+                queue when the limit falls, when a pause begins, or when the store has replied to a request
+                for shared permits; the wait may then be 0.
             demand: The clients that wait for the response; None: the gateway itself needs it. A first query
                 is put into the queue of one of the clients. More clients may join while it is queued.
 
@@ -169,7 +173,7 @@ class RateLimiter:
         elif wait > timeout_seconds:
             raise _exhausted(wait)
         else:
-            if wait >= MIN_REPORTED_WAIT_SECONDS:
+            if wait >= MIN_WAIT_REPORTED_ON_ENTRY_SECONDS:
                 on_queued(wait)
             expires_at = self._clock() + timeout_seconds
             query = self._queue.add(
@@ -183,7 +187,9 @@ class RateLimiter:
     def slow_down(self, *, retry_after: float | None) -> None:
         """Lower the limit because a replica has announced that the upstream throttles.
 
-        A replica also receives its own announcement. That changes nothing: its limit is already lowered.
+        A replica also receives its own announcement. Its limit is lowered already, and does not fall again
+        within a second. With a `retry_after`, the pause begins again, and permits that were issued meanwhile
+        are revoked.
         """
         self._on_throttled(self._clock(), retry_after)
 
@@ -239,7 +245,7 @@ class RateLimiter:
             self._shared.request(refreshes=refreshes, first_queries=first_queries)
         if self._queue and (self._shared is None or self._wait_behind(0) > 0):
             call_later = self._call_later or asyncio.get_running_loop().call_later
-            self._timer = call_later(max(self._wait_behind(0), _TIMER_SECONDS), self._serve_queue)
+            self._timer = call_later(max(self._wait_behind(0), _TIMER_RESOLUTION_SECONDS), self._serve_queue)
 
     def _pop_next(self) -> QueuedQuery | None:
         """Remove and return the next query that gets a permit, or None.
@@ -253,8 +259,8 @@ class RateLimiter:
                 if query.future.done():
                     continue  # cancelled: its asyncio task will run soon
                 if self._clock() > query.expires_at + _TIMEOUT_TOLERANCE_SECONDS:
-                    # First queries of other clients were served before it, although they were queued later.
-                    query.future.set_result(max(self._wait_behind(0), _TIMER_SECONDS))
+                    # First queries of other clients, which were queued later, were served before this one.
+                    query.future.set_result(max(self._wait_behind(0), _TIMER_RESOLUTION_SECONDS))
                     continue
                 self._use_shared_permit(is_refresh=is_refresh)
                 self._queue.record_served(is_refresh=is_refresh)
@@ -264,7 +270,7 @@ class RateLimiter:
     def _use_shared_permit(self, *, is_refresh: bool) -> bool:
         return self._shared is None or self._shared.take(is_refresh=is_refresh)
 
-    def _on_shared_grant(self) -> None:
+    def _on_shared_reply(self) -> None:
         self._serve_queue()
         if self._queue:  # other replicas may have queued more queries, which lengthen the wait
             self._recheck_timeouts(self._clock())
@@ -315,7 +321,8 @@ class RateLimiter:
         else:
             gained = max(now - max(self._refilled_at, self._limit.resumes_at), 0.0) * per_second
             size = burst_size(per_second)
-            # Tokens of unused permits are returned and kept, even beyond the size of the bucket.
+            # The refill stops at the size of the bucket. Tokens that unused permits have put back are kept
+            # beyond it: the upstream has received no call for them.
             self._tokens = max(self._tokens, min(self._tokens + gained, size))
         self._refilled_at = now
 

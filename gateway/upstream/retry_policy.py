@@ -9,8 +9,14 @@ A call is retried if all of these are true:
 
 The delay grows exponentially, with full jitter, and is at least the `retry_after` of the error.
 
-Calls are repeated in two other cases, which are not retries and do not use the budget: `UpstreamClient`
-repeats a call once after a clock correction, and `CredentialRotation` repeats it with another key pair.
+Calls are repeated in four other cases, which are not retries and do not use the budget:
+
+- after a clock correction, once (`UpstreamClient`)
+- with another key pair, if the upstream refuses one (`credential_rotation.py`)
+- a hedged call, next to a call without a response (`hedging.py`)
+- a call without a response, after a hedged call has succeeded (`hedging.py`)
+
+The metric `upstream_retries_total` counts retries, the first case and the third.
 """
 
 from __future__ import annotations

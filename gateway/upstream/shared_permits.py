@@ -38,15 +38,15 @@ class _Queued(NamedTuple):
 
 
 class SharedPermits:
-    """The unused permits of this replica. `on_grant` is called after each request, also without a permit."""
+    """The unused permits of this replica. `on_reply` is called after each request, granted or not."""
 
     def __init__(
-        self, take: TakePermits, *, per_second: float, burst: float, on_grant: Callable[[], None]
+        self, take: TakePermits, *, per_second: float, burst: float, on_reply: Callable[[], None]
     ) -> None:
         self._take = take
         self._per_second = per_second
         self._burst = burst
-        self._on_grant = on_grant
+        self._on_reply = on_reply
         self._refreshes = 0
         self._first_queries = 0
         self._returned = 0  # permits put back by queries; usable for both kinds of queries
@@ -108,7 +108,7 @@ class SharedPermits:
                     self._elsewhere = _Queued(grant.refreshes_elsewhere, grant.first_queries_elsewhere)
                     self._elsewhere_until = time.monotonic() + _ELSEWHERE_VALID_SECONDS
                     pause = min(max(grant.next_seconds, _PAUSE_SECONDS[0]), _PAUSE_SECONDS[1])
-                self._on_grant()
+                self._on_reply()
                 if any(self._queued):
                     await asyncio.sleep(pause)
         finally:

@@ -1,18 +1,20 @@
 """The watch hub: schedules the refreshes of watched tasks, and publishes changes to their subscribers.
 
     first subscriber -> start the task's schedule (`refresher.py`), which refreshes its snapshot
-    the store reports a new snapshot, fetched by any request or replica -> pending -> publish
+    the store reports a new snapshot, fetched by any request or replica -> unpublished -> publish
         -> write it directly to the streams that have no unsent data
         -> for all other subscribers, keep it as unsent -> the stream or long poll sends it
     last subscriber has left, or the task has ended -> the schedule ends
 
-If a snapshot is old because its update is overdue, the subscribers learn this once for each problem code, and
-again when it is up to date (`progress/overdue.py`).
+If the update of a task is overdue (`progress/overdue.py`), the subscribers receive an overdue state, which is
+the event `stale` of a stream. They receive another one when the problem code changes, and when the update is
+no longer overdue.
 
 A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. Bodies
 are kept in the store, which limits their memory. Schedules and subscribers keep updates from which large
-bodies are removed, with one exception (`subscriber.py`). A large body is looked up in the store when the
-update is sent. If the store has evicted it, the task is refreshed, and the subscriber receives the result.
+bodies are removed. One exception: each subscriber may keep the body of one unsent update. A large body is
+looked up in the store when the update is sent. If the store has evicted it, the task is refreshed, and the
+subscriber receives the result.
 
 Schedules that wake together receive their responses at about the same time. All responses are parsed and
 stored first, while that code is in the processor's caches. The changes are published afterwards, a few in
@@ -37,10 +39,10 @@ from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.base import Store
 from gateway.telemetry.metrics import Metrics
 from gateway.watch.refresher import Refresher, WatchedTask
-from gateway.watch.subscriber import Staleness, Subscriber, Update
+from gateway.watch.subscriber import OverdueState, Subscriber, Update
 
-# Each iteration of the event loop publishes one pending snapshot plus an eighth of those that are pending.
-_BACKLOG_ITERATIONS = 8
+# Each iteration of the event loop publishes one snapshot, and an eighth of all that are not yet published.
+_BACKLOG_DIVISOR = 8
 
 
 class SubscriptionKind(StrEnum):
@@ -79,21 +81,23 @@ class WatchHub:
         self._overdue_keys: set[TaskKey] = set()
         self._refresher = Refresher(
             service,
-            publish_pending=self._publish_pending,
+            publish_stored=self._publish_stored,
             publish=self._publish,
-            mark_unknown=self._mark_unknown,
+            mark_not_found=self._mark_not_found,
             set_overdue=self._set_overdue,
             unknown_task_seconds=settings.unknown_task_seconds,
             clock=clock,
         )
-        self._pending_keys: deque[TaskKey] = deque()  # tasks whose schedule has a pending snapshot
+        self._unpublished_keys: deque[TaskKey] = (
+            deque()
+        )  # tasks with an unpublished snapshot, the oldest first
         self._shutting_down = False
         self.direct_delivery: DirectDelivery = lambda _, subscribers: subscribers
         self._gauges = {kind: metrics.subscribers.labels(kind) for kind in SubscriptionKind}
         metrics.subscribers_limit.set(settings.max_watchers)
         metrics.watched_tasks.set_function(self._watched.__len__)
-        metrics.snapshots_stale.set_function(self._overdue_keys.__len__)
-        store.on_change(self._add_pending, is_watched=self._watched.__contains__)
+        metrics.overdue_tasks.set_function(self._overdue_keys.__len__)
+        store.on_change(self._add_unpublished, is_watched=self._watched.__contains__)
 
     @contextmanager
     def subscribe(
@@ -131,15 +135,15 @@ class WatchHub:
             self._subscribers.discard(subscriber)
             self._gauges[kind].dec()
 
-    async def catch_up(self) -> None:
-        """Read the messages of other replicas, so that `subscribe` finds their snapshots."""
-        await self._service.catch_up()
+    async def catch_up_with_replicas(self) -> None:
+        """Read the messages of other replicas that have arrived; `subscribe` then finds their snapshots."""
+        await self._service.catch_up_with_replicas()
 
     def announce_shutdown(self) -> None:
-        """Publish all pending snapshots, then mark current and future subscribers as shutting down."""
+        """Publish all unpublished snapshots, then mark current and future subscribers as shutting down."""
         self._shutting_down = True
         for key in tuple(self._watched):
-            self._publish_pending(key)
+            self._publish_stored(key)
         for subscriber in self._subscribers:
             subscriber.shutting_down = True
             subscriber.wake()
@@ -156,29 +160,37 @@ class WatchHub:
             watched = self._watched[key] = WatchedTask(key)
             # A cached snapshot is sent at once, before the first refresh.
             result = self._service.peek(key)
-            watched.latest = Update(key, result.snapshot).without_large_body() if result is not None else None
-            self._set_overdue(watched, self._service.overdue.reason(key) if result is not None else None)
+            watched.published = (
+                Update(key, result.snapshot).without_large_body() if result is not None else None
+            )
+            self._set_overdue(
+                watched, self._service.overdue_updates.reason(key) if result is not None else None
+            )
             self._refresher.start(watched)
         seen_revision = subscriber.seen_revisions.get(key, 0)
         watched.seen_revision = max(watched.seen_revision, seen_revision)
-        current = self._service.peek(key, seen_revision)
-        # Publish a pending snapshot first. The new subscriber then receives it as `latest`.
-        self._publish_pending(key)
-        # The subscriber is added before it gets the current snapshot. Otherwise a change in between is lost.
+        servable = self._service.peek(key, seen_revision)
+        # Before the subscriber is added: it then receives the snapshot as `published`, and not twice.
+        self._publish_stored(key)
+        # There is no `await` from here to the end, so no change is lost in between.
         watched.subscribers.add(subscriber)
         self._service.add_subscriber(key, subscriber.client)
-        latest = watched.latest
-        if latest is None:
+        published = watched.published
+        if published is None:
             return  # the first query is in progress
-        if not watched.is_unknown and (current is not None or latest.snapshot is None or _is_final(latest)):
-            update = latest if current is None else Update(key, current.snapshot)
-            if subscriber.put(update if update.has_same_content(latest) else latest, latest):
-                self._put_staleness(watched, [subscriber])
+        can_send = servable is not None or published.snapshot is None or _is_final(published)
+        if can_send and not watched.not_found:
+            # `servable` has its body; a large one is missing in `published`.
+            update = published if servable is None else Update(key, servable.snapshot)
+            if subscriber.put(update if update.has_same_content(published) else published, published):
+                self._put_overdue_state(watched, [subscriber])
                 return
-        # `latest` cannot be sent. It is too old, because the upstream is slow, or because the schedule backs
-        # off for longer than `cache.stale_if_error_seconds`. Or it is a rejection, and the task may have
-        # become known since. One refresh serves all subscribers that join before it ends.
-        watched.subscribers_without_latest.add(subscriber)
+        # The published update is not sent, for one of these reasons:
+        # - The task counts as not found, and the upstream may know it by now.
+        # - The store has no snapshot that may be served: it is too old, evicted or outdated.
+        # - The client has received a newer snapshot.
+        # One refresh serves all subscribers that join before it ends.
+        watched.subscribers_awaiting_refresh.add(subscriber)
         self._refresher.restart(watched)
 
     def _remove_from_task(self, key: TaskKey, subscriber: Subscriber) -> None:
@@ -186,40 +198,40 @@ class WatchHub:
         if watched is None or subscriber not in watched.subscribers:
             return
         watched.subscribers.discard(subscriber)
-        watched.subscribers_without_latest.discard(subscriber)
+        watched.subscribers_awaiting_refresh.discard(subscriber)
         self._service.remove_subscriber(key, subscriber.client)
         if not watched.subscribers:
             del self._watched[key]
             self._overdue_keys.discard(key)
             self._refresher.stop(watched)
 
-    def _add_pending(self, snapshot: Snapshot) -> None:
+    def _add_unpublished(self, snapshot: Snapshot) -> None:
         watched = self._watched.get(snapshot.key)
         if watched is None:
             return
-        if watched.pending is None:
-            if not self._pending_keys:
+        if watched.unpublished is None:
+            if not self._unpublished_keys:
                 asyncio.get_running_loop().call_soon(self._publish_some)
-            self._pending_keys.append(snapshot.key)
-        elif watched.pending.terminal and not snapshot.terminal:
+            self._unpublished_keys.append(snapshot.key)
+        elif watched.unpublished.terminal and not snapshot.terminal:
             return
-        watched.pending = snapshot
+        watched.unpublished = snapshot
 
     def _publish_some(self) -> None:
-        """Publish a few of the pending snapshots: at least one, and more when the backlog is longer."""
+        """Publish a few of the unpublished snapshots: at least one, and more when the backlog is longer."""
         try:
-            for _ in range(1 + len(self._pending_keys) // _BACKLOG_ITERATIONS):
-                self._publish_pending(self._pending_keys.popleft())
+            for _ in range(1 + len(self._unpublished_keys) // _BACKLOG_DIVISOR):
+                self._publish_stored(self._unpublished_keys.popleft())
         finally:
-            if self._pending_keys:
+            if self._unpublished_keys:
                 asyncio.get_running_loop().call_soon(self._publish_some)
 
-    def _publish_pending(self, key: TaskKey) -> None:
-        """Publish the pending snapshot of a task, if there is one."""
+    def _publish_stored(self, key: TaskKey) -> None:
+        """Publish the unpublished snapshot of a task, if there is one."""
         watched = self._watched.get(key)
-        if watched is None or watched.pending is None:
+        if watched is None or watched.unpublished is None:
             return
-        snapshot, watched.pending = watched.pending, None
+        snapshot, watched.unpublished = watched.unpublished, None
         self._publish(Update(key, snapshot))
         self._set_overdue(watched, None)
         if watched.backing_off:
@@ -227,30 +239,30 @@ class WatchHub:
 
     def _publish(self, update: Update) -> None:
         watched = self._watched.get(update.key)
-        if watched is None or (_is_final(watched.latest) and not _is_final(update)):
+        if watched is None or (_is_final(watched.published) and not _is_final(update)):
             # A task that has ended does not run again. But the store may have evicted its terminal snapshot,
             # and then accepts one that is not terminal.
             return
         if update.snapshot is not None:
-            self._mark_known(watched)
+            self._mark_found(watched)
         recipients = (
-            watched.subscribers_without_latest
-            if update.has_same_content(watched.latest)
+            watched.subscribers_awaiting_refresh
+            if update.has_same_content(watched.published)
             else watched.subscribers
         )
-        watched.latest = reduced = update.without_large_body()
-        # Their clients have seen a newer snapshot: `put` refuses this one, and they still wait.
+        watched.published = reduced = update.without_large_body()
+        # `put` refuses the update if the client has a newer snapshot. Then the subscriber still waits.
         have_newer = [
             subscriber
             for subscriber in self.direct_delivery(update, recipients)
             if not subscriber.put(update, reduced)
         ]
         if watched.overdue is not None:
-            self._put_staleness(watched, [each for each in recipients if each not in have_newer])
-        watched.subscribers_without_latest.intersection_update(have_newer)
+            self._put_overdue_state(watched, [each for each in recipients if each not in have_newer])
+        watched.subscribers_awaiting_refresh.intersection_update(have_newer)
 
     def _set_overdue(self, watched: WatchedTask, failure: GatewayError | None) -> None:
-        """Record why the snapshot is old, if it is, and notify the subscribers of a change."""
+        """Record why the update is overdue, if it is, and notify the subscribers of a change of the code."""
         before, watched.overdue = watched.overdue, failure
         if (before and before.code) == (failure and failure.code):
             return
@@ -258,40 +270,47 @@ class WatchHub:
             self._overdue_keys.discard(watched.key)
         else:
             self._overdue_keys.add(watched.key)
-        self._put_staleness(watched, watched.subscribers - watched.subscribers_without_latest)
+        self._put_overdue_state(watched, watched.subscribers - watched.subscribers_awaiting_refresh)
 
-    def _put_staleness(self, watched: WatchedTask, subscribers: Iterable[Subscriber]) -> None:
-        """Notify these subscribers, which have the snapshot, unless the task has a problem instead."""
-        if watched.latest is None or (snapshot := watched.latest.snapshot) is None:
+    def _put_overdue_state(self, watched: WatchedTask, subscribers: Iterable[Subscriber]) -> None:
+        """Put the overdue state of a task into subscribers that have received its snapshot.
+
+        Do nothing if the last published update is a failure, which says the same.
+        """
+        if watched.published is None or (snapshot := watched.published.snapshot) is None:
             return
-        latest = self._last_known(watched.key) or snapshot
-        staleness = Staleness(watched.key, watched.overdue, latest.fetched_at)
+        # The store may have a newer snapshot, which is younger.
+        snapshot = self._last_known(watched.key) or snapshot
+        state = OverdueState(watched.key, watched.overdue, snapshot.fetched_at)
         for subscriber in subscribers:
-            subscriber.put_staleness(staleness)
+            subscriber.put_overdue_state(state)
 
-    def _mark_unknown(self, watched: WatchedTask) -> None:
-        watched.is_unknown = True
+    def _mark_not_found(self, watched: WatchedTask) -> None:
+        watched.not_found = True
         for subscriber in watched.subscribers:
-            if watched.key not in subscriber.unknown_keys:
-                subscriber.unknown_keys |= {watched.key}
+            if watched.key not in subscriber.not_found_keys:
+                subscriber.not_found_keys |= {watched.key}
                 subscriber.wake()
 
-    def _mark_known(self, watched: WatchedTask) -> None:
+    def _mark_found(self, watched: WatchedTask) -> None:
         watched.rejected_since = None
-        if watched.is_unknown:
-            watched.is_unknown = False
+        if watched.not_found:
+            watched.not_found = False
             for subscriber in watched.subscribers:
-                subscriber.unknown_keys -= {watched.key}
+                subscriber.not_found_keys -= {watched.key}
 
     def _load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
         """Return an update with the latest snapshot of the task and its body, or None.
 
-        It is None in three cases. The store has evicted the snapshot. The task has ended, but the store has
-        lost its terminal snapshot and has one that is not terminal. Or this call publishes a newer update,
-        which the subscriber then sends instead.
+        It is None in three cases:
+
+        - The store has evicted the snapshot.
+        - The task has ended, but the store has evicted its terminal snapshot and has another one.
+        - The task had an unpublished snapshot. This method has published it, and the subscriber sends it as
+          its next update.
         """
         snapshot = self._last_known(reduced.key)
-        self._publish_pending(reduced.key)
+        self._publish_stored(reduced.key)
         if subscriber.has_unsent(reduced.key) or snapshot is None:
             return None
         return None if _is_final(reduced) and not snapshot.terminal else Update(reduced.key, snapshot)
@@ -301,7 +320,7 @@ class WatchHub:
         watched = self._watched.get(key)
         if watched is None or subscriber not in watched.subscribers:
             return
-        watched.subscribers_without_latest.add(subscriber)
+        watched.subscribers_awaiting_refresh.add(subscriber)
         if not watched.refreshing and not watched.backing_off:
             self._refresher.restart(watched)
 

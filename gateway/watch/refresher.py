@@ -8,10 +8,10 @@ While the upstream fails, one of the schedules that back off refreshes its task 
 refresh succeeds, the upstream has recovered, and all schedules continue. So subscribers learn of the recovery
 within two seconds, and the upstream receives few calls until then.
 
-The hub learns why the snapshot of a task is old: after a failed refresh, and when a refresh takes too long
+The hub learns why the update of a task is overdue: after a failed refresh, and when a refresh takes too long
 (`progress/overdue.py`). A back-off ends early if another query stores a snapshot of the task. The upstream
 rejects queries for a new task for a moment, because it does not know the task yet. The task counts as
-unknown only when its queries have been rejected for `watch.unknown_task_seconds`; the schedule then
+not found only when its queries have been rejected for `watch.unknown_task_seconds`; the schedule then
 continues. The hub (`hub.py`) starts a schedule for the first subscriber of a task, and stops it after the
 last one.
 """
@@ -61,32 +61,34 @@ class WatchedTask:
     Attributes:
         key: The watched task.
         subscribers: All subscribers of the task.
-        subscribers_without_latest: Subscribers to which `latest` was not sent. They receive the result of the
-            next refresh, even if it is the same as `latest`. There are two cases: `latest` was too old to
-            send when the subscriber joined, or the store has evicted the body of the subscriber's unsent
-            update.
-        latest: The last published update, without a large body.
-        pending: A stored snapshot that will be published in one of the next iterations of the event loop.
+        subscribers_awaiting_refresh: Subscribers that were not sent `published`. They receive the result of
+            the next refresh, even if it has the same content. Either `published` could not be sent when the
+            subscriber joined (`WatchHub`), or the store has evicted the body of an unsent update, or the
+            client of the subscriber has received a newer snapshot.
+        published: The last published update, without a large body. At the start of the schedule, the cached
+            snapshot, or None.
+        unpublished: A newer snapshot, which the store has reported. It will be published in one of the next
+            iterations of the event loop.
         seen_revision: The newest revision that the client of any subscriber had received when it joined.
         runner: The asyncio task that runs the schedule; None when it is stopped.
         refreshing: The runner waits for the result of a refresh.
         backing_off: The runner sleeps after a failure.
         rejected_since: The time of the first query that the upstream rejected; None after a snapshot.
-        is_unknown: The upstream has rejected all queries for `watch.unknown_task_seconds`.
-        overdue: The failure because of which the latest snapshot is old; None if it is up to date.
+        not_found: The upstream has rejected all queries for `watch.unknown_task_seconds`.
+        overdue: The reason why the update of the task is overdue; None if it is not.
     """
 
     key: TaskKey
     subscribers: set[Subscriber] = field(default_factory=set)
-    subscribers_without_latest: set[Subscriber] = field(default_factory=set)
-    latest: Update | None = None
-    pending: Snapshot | None = None
+    subscribers_awaiting_refresh: set[Subscriber] = field(default_factory=set)
+    published: Update | None = None
+    unpublished: Snapshot | None = None
     seen_revision: int = 0
     runner: asyncio.Task[None] | None = None
     refreshing: bool = False
     backing_off: bool = False
     rejected_since: float | None = None
-    is_unknown: bool = False
+    not_found: bool = False
     overdue: GatewayError | None = None
 
 
@@ -100,9 +102,9 @@ class _BackOff(NamedTuple):
 class Refresher:
     """Runs the schedules: refreshes each task through the service, and publishes the results.
 
-    `publish_pending` publishes the task's pending snapshot, if there is one. `publish` publishes an update.
-    `mark_unknown` is called after each failed refresh of a task that counts as unknown. `set_overdue` is
-    called with the reason why a snapshot is old, or None after a successful refresh.
+    `publish_stored` publishes the task's unpublished snapshot, if there is one. `publish` publishes an
+    update. `mark_not_found` is called after each failed refresh of a task that counts as not found.
+    `set_overdue` is called with the reason why an update is overdue, or None after a successful refresh.
     `clock` is the clock of `Snapshot.fetched_at`.
     """
 
@@ -110,17 +112,17 @@ class Refresher:
         self,
         service: ProgressService,
         *,
-        publish_pending: Callable[[TaskKey], None],
+        publish_stored: Callable[[TaskKey], None],
         publish: Callable[[Update], None],
-        mark_unknown: Callable[[WatchedTask], None],
+        mark_not_found: Callable[[WatchedTask], None],
         set_overdue: Callable[[WatchedTask, GatewayError | None], None],
         unknown_task_seconds: float,
         clock: Callable[[], float],
     ) -> None:
         self._service = service
-        self._publish_pending = publish_pending
+        self._publish_stored = publish_stored
         self._publish = publish
-        self._mark_unknown = mark_unknown
+        self._mark_not_found = mark_not_found
         self._set_overdue = set_overdue
         self._unknown_task_seconds = unknown_task_seconds
         self._clock = clock
@@ -174,7 +176,7 @@ class Refresher:
                 retry_after = (failure or _INTERNAL_ERROR).retry_after or 0.0
                 pause = min(max(backoff, retry_after), _MAX_BACKOFF_SECONDS)
                 if isinstance(failure, UpstreamRejected):  # the upstream responds
-                    pause = retry_after = min(pause, self._until_unknown(watched))
+                    pause = retry_after = min(pause, self._until_not_found(watched))
             del snapshot, failure  # no body is kept in memory during the pause
             if success:
                 if backoff > _BACKOFF_SECONDS:
@@ -250,17 +252,19 @@ class Refresher:
         """
         key = watched.key
         try:
-            outcome = await self._service.get_fresh(key, client=None, seen_revision=watched.seen_revision)
+            outcome = await self._service.refresh_if_stale(
+                key, client=None, seen_revision=watched.seen_revision
+            )
             if isinstance(outcome, FetchFailure):
-                self._publish_pending(key)  # it is older than the failure
+                self._publish_stored(key)  # it is older than the failure
                 self._publish(Update(key, failure=outcome.failure))
                 if isinstance(outcome.failure, UpstreamRejected):
                     self._note_rejection(watched)
                 return None, outcome.failure
-            if outcome.snapshot is not watched.pending:  # else the hub publishes it soon
-                self._publish_pending(key)
+            if outcome.snapshot is not watched.unpublished:  # else the hub publishes it soon
+                self._publish_stored(key)
                 self._publish(Update(key, outcome.snapshot))
-                self._set_overdue(watched, outcome.failure and self._service.overdue.reason(key))
+                self._set_overdue(watched, outcome.failure and self._service.overdue_updates.reason(key))
         except Exception as exc:
             if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
                 log.exception(
@@ -273,7 +277,7 @@ class Refresher:
 
     def _begin_refresh(self, watched: WatchedTask) -> None:
         watched.refreshing = True
-        self._refreshing[watched] = self._clock() + self._service.overdue.allowance_seconds
+        self._refreshing[watched] = self._clock() + self._service.overdue_updates.overdue_after_seconds
         if self._check_timer is None:
             self._schedule_check()
 
@@ -296,14 +300,14 @@ class Refresher:
         due = list(takewhile(lambda watched: self._refreshing[watched] <= now, self._refreshing))
         for watched in due:
             del self._refreshing[watched]
-            self._refreshing[watched] = now + self._service.overdue.allowance_seconds
-            if (reason := self._service.overdue.reason(watched.key)) is not None:
+            self._refreshing[watched] = now + self._service.overdue_updates.overdue_after_seconds
+            if (reason := self._service.overdue_updates.reason(watched.key)) is not None:
                 self._set_overdue(watched, reason)
         self._schedule_check()
 
-    def _until_unknown(self, watched: WatchedTask) -> float:
-        """Return the seconds until the task counts as unknown if it is rejected again, at least 1."""
-        if watched.rejected_since is None or watched.is_unknown:
+    def _until_not_found(self, watched: WatchedTask) -> float:
+        """Return the seconds until the task counts as not found if it is rejected again, at least 1."""
+        if watched.rejected_since is None or watched.not_found:
             return math.inf
         left = watched.rejected_since + self._unknown_task_seconds - self._clock()
         return max(left + _TIMER_RESOLUTION_SECONDS, _BACKOFF_SECONDS)
@@ -313,7 +317,7 @@ class Refresher:
         if watched.rejected_since is None:
             watched.rejected_since = now
         if now - watched.rejected_since >= self._unknown_task_seconds:
-            self._mark_unknown(watched)
+            self._mark_not_found(watched)
 
 
 def _wake(back_off: _BackOff) -> None:

@@ -1,7 +1,8 @@
 """A subscriber: one open event stream or long poll, and its unsent updates.
 
     put -> unsent, only the latest update of each task -> take_unsent: one at a time, with the latest body
-    put_staleness -> unsent, only the latest of each task -> take_staleness: if the code differs from the last
+    put_overdue_state -> unsent, only the latest of each task, if its code differs from the last one that was
+                         taken -> take_overdue_states
 
 Unsent updates are kept without their large bodies. A body is loaded from the store when its update is sent.
 Otherwise slow clients would keep bodies in memory that the store has evicted. One unsent update of each
@@ -65,11 +66,11 @@ class Update:
         )
 
 
-class Staleness(NamedTuple):
-    """Whether the update of a task is overdue.
+class OverdueState(NamedTuple):
+    """Whether the update of a task is overdue; in the API, the event `stale`.
 
-    `failure` is the reason why its snapshot is old; None if the snapshot is up to date. `fetched_at` is that
-    of the snapshot.
+    `failure` is the reason why the update is overdue; None if it is not. `fetched_at` is that of the
+    snapshot.
     """
 
     key: TaskKey
@@ -95,7 +96,7 @@ class Subscriber:
             the stream's asyncio task (the task that awaits `wait`). None if the server does not support them.
         transport_if_idle: `direct_transport` while the stream's asyncio task waits and no update is unsent.
             None otherwise, because a direct write would then overtake an older update.
-        unknown_keys: Tasks whose queries the upstream has rejected for `watch.unknown_task_seconds`.
+        not_found_keys: Tasks whose queries the upstream has rejected for `watch.unknown_task_seconds`.
         shutting_down: The gateway shuts down; the stream must end.
         disconnected: The client has closed the connection.
         heartbeat_due: The stream must send a heartbeat.
@@ -109,17 +110,17 @@ class Subscriber:
         "_refetching",
         "_sent_codes",
         "_unsent",
-        "_unsent_staleness",
+        "_unsent_overdue_states",
         "_waiter",
         "client",
         "direct_transport",
         "disconnected",
         "heartbeat_due",
         "keys",
+        "not_found_keys",
         "seen_revisions",
         "shutting_down",
         "transport_if_idle",
-        "unknown_keys",
         "woken",
     )
 
@@ -135,7 +136,7 @@ class Subscriber:
         self.keys = keys
         self.client = client
         self.seen_revisions = dict(seen_revisions)
-        self.unknown_keys: frozenset[TaskKey] = frozenset()
+        self.not_found_keys: frozenset[TaskKey] = frozenset()
         self.shutting_down = False
         self.disconnected = False
         self._load_body = load_body
@@ -143,7 +144,7 @@ class Subscriber:
         self._refetching: TaskKey | None = None  # the task whose evicted body is being fetched again
         self._unsent: dict[TaskKey, Update] = {}
         # None until an update is overdue, to save memory.
-        self._unsent_staleness: dict[TaskKey, Staleness] | None = None
+        self._unsent_overdue_states: dict[TaskKey, OverdueState] | None = None
         self._sent_codes: dict[TaskKey, str] | None = None
         self._key_with_body: TaskKey | None = None  # the task whose unsent update may have a large body
         self.heartbeat_due = False
@@ -174,30 +175,33 @@ class Subscriber:
         self.wake()
         return True
 
-    def put_staleness(self, staleness: Staleness) -> None:
-        """Store the staleness of a task as unsent, and wake the stream, if the code is not the last one."""
-        key, code = staleness.key, staleness.code
-        if self._unsent_staleness is None:
-            self._unsent_staleness = {}
+    def put_overdue_state(self, state: OverdueState) -> None:
+        """Store the overdue state of a task as unsent, and wake the stream.
+
+        If its code is the one that was taken last, remove the unsent one instead.
+        """
+        key, code = state.key, state.code
+        if self._unsent_overdue_states is None:
+            self._unsent_overdue_states = {}
         if code == (self._sent_codes or {}).get(key):
-            self._unsent_staleness.pop(key, None)
+            self._unsent_overdue_states.pop(key, None)
             return
-        self._unsent_staleness[key] = staleness
+        self._unsent_overdue_states[key] = state
         self.wake()
 
-    def take_staleness(self) -> list[Staleness]:
-        """Return and remove the unsent staleness of each task whose unsent update was taken before."""
-        if not self._unsent_staleness:
+    def take_overdue_states(self) -> list[OverdueState]:
+        """Return and remove the unsent overdue state of each task that has no unsent update."""
+        if not self._unsent_overdue_states:
             return []
-        taken = [staleness for key, staleness in self._unsent_staleness.items() if key not in self._unsent]
+        taken = [state for key, state in self._unsent_overdue_states.items() if key not in self._unsent]
         if self._sent_codes is None:
             self._sent_codes = {}
-        for staleness in taken:
-            del self._unsent_staleness[staleness.key]
-            if staleness.code is None:
-                del self._sent_codes[staleness.key]
+        for state in taken:
+            del self._unsent_overdue_states[state.key]
+            if state.code is None:
+                del self._sent_codes[state.key]
             else:
-                self._sent_codes[staleness.key] = staleness.code
+                self._sent_codes[state.key] = state.code
         return taken
 
     def has_unsent(self, key: TaskKey) -> bool:
@@ -220,7 +224,7 @@ class Subscriber:
         """Wait until `wake` is called, unless it was called since the last wait."""
         if not self.woken:
             self._waiter = asyncio.get_running_loop().create_future()
-            is_idle = not (self._unsent or self._unsent_staleness or self.seen_revisions)
+            is_idle = not (self._unsent or self._unsent_overdue_states or self.seen_revisions)
             self.transport_if_idle = self.direct_transport if is_idle else None
             try:
                 await self._waiter

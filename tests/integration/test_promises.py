@@ -252,7 +252,7 @@ class Promises(RuleBasedStateMachine):
         self.upstream = FakeUpstream(self.loop, cache)
         self.metrics = Metrics(CollectorRegistry(), gateway_version="0")
         stale_seconds = max(cache.stale_while_revalidate_seconds, cache.stale_if_error_seconds)
-        self.store = MemoryStore(max_tasks=100, stale_seconds=stale_seconds, clock=self.loop.time)
+        self.store = MemoryStore(max_tasks=100, keep_stale_seconds=stale_seconds, clock=self.loop.time)
         self.service = ProgressService(
             cache,
             store=self.store,
@@ -272,7 +272,7 @@ class Promises(RuleBasedStateMachine):
 
     # Callers
 
-    @rule(key=keys, how=st.sampled_from(["get", "get", "get_fresh"]))
+    @rule(key=keys, how=st.sampled_from(["get", "get", "refresh_if_stale"]))
     def ask(self, key: TaskKey, how: str) -> None:
         """Query, and wait if there is something to wait for."""
         self._begin(key, how)
@@ -364,7 +364,7 @@ class Promises(RuleBasedStateMachine):
     @rule(key=keys, progress=progresses)
     def learn(self, key: TaskKey, progress: float) -> None:
         """Query, and let the task progress, or go back."""
-        self._begin(key, "get_fresh")
+        self._begin(key, "refresh_if_stale")
         if key in self.upstream.in_flight and key not in self.upstream.queue:
             self._answer(key, "running", progress)
 

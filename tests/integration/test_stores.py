@@ -70,7 +70,7 @@ async def make(shared: Json | None, clock: Clock) -> AsyncIterator[Make]:
     async with AsyncExitStack() as stack:
 
         async def make(max_tasks: int = 100, max_bytes: int = 1_000_000) -> Store:
-            limits = {"max_tasks": max_tasks, "max_bytes": max_bytes, "stale_seconds": STALE_SECONDS}
+            limits = {"max_tasks": max_tasks, "max_bytes": max_bytes, "keep_stale_seconds": STALE_SECONDS}
             if shared is None:
                 return await stack.enter_async_context(MemoryStore(**limits, clock=clock))
             store = ValkeyStore(

@@ -191,7 +191,7 @@ class Bench:
         self.upstream = FakeUpstream()
         self.metrics = Metrics(CollectorRegistry(), gateway_version="0")
         if store is None:
-            store = MemoryStore(max_tasks=100, stale_seconds=60.0, clock=self.clock)
+            store = MemoryStore(max_tasks=100, keep_stale_seconds=60.0, clock=self.clock)
         self.store = store
         self.service = ProgressService(
             cache,
@@ -284,7 +284,7 @@ def data_of(result: CacheResult) -> dict[str, Any]:
 async def test_get_queries_the_upstream_on_a_miss(bench: Bench) -> None:
     """The first caller waits for the upstream, and its result is a miss."""
     result = await bench.learn(progress=0.35)
-    assert (result.cache_status, result.age, result.had_stale_snapshot, result.failure) == (
+    assert (result.cache_status, result.age, result.had_snapshot, result.failure) == (
         CacheStatus.MISS,
         0.0,
         False,
@@ -301,7 +301,7 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
     bench.clock.now += CACHE.running_seconds - 0.1
     result = await bench.get(KEY)
     assert result.snapshot is first.snapshot
-    assert (result.cache_status, result.failure, result.had_stale_snapshot) == (CacheStatus.HIT, None, False)
+    assert (result.cache_status, result.failure, result.had_snapshot) == (CacheStatus.HIT, None, False)
     assert result.age == pytest.approx(CACHE.running_seconds - 0.1)
     assert bench.upstream.count == 1
     assert bench.lookups() == {"miss": 1, "hit": 1}
@@ -446,7 +446,7 @@ async def test_get_waits_for_a_request_that_is_not_queued(bench: Bench) -> None:
         asked = bench.begin()
         (await bench.upstream.call()).answer(progress=0.9)
         result = await asked
-        assert (result.cache_status, result.had_stale_snapshot, result.failure) == (
+        assert (result.cache_status, result.had_snapshot, result.failure) == (
             CacheStatus.MISS,
             True,
             None,
@@ -468,11 +468,11 @@ async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -
         bench.clock.now += CACHE.stale_if_error_seconds + CACHE.running_seconds
 
 
-async def test_get_fresh_waits_for_a_queued_request(bench: Bench) -> None:
+async def test_refresh_if_stale_waits_for_a_queued_request(bench: Bench) -> None:
     """A schedule waits for the queued request and gets the fresh snapshot."""
     await bench.learn()
     long_ago(bench)
-    asked = asyncio.create_task(bench.service.get_fresh(KEY))
+    asked = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     call = await bench.upstream.call()
     call.on_queued(7.0)
     await bench.learn(key=OTHER)  # a caller that does not wait would have its result by now
@@ -573,7 +573,7 @@ async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
         bench.service._refresh(known.key, known.version)
         call = await bench.upstream.call()
         long_ago(bench)
-    joined = asyncio.create_task(bench.service.get_fresh(KEY))
+    joined = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     await asyncio.sleep(0)
     await left(joined)
     assert not call.outcome.done()
@@ -586,7 +586,7 @@ async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) 
     bench.upstream.queues = True
     for client in (b"1", b"2"):
         bench.service.add_subscriber(KEY, client)
-    ticking = asyncio.create_task(bench.service.get_fresh(KEY, client=None))
+    ticking = asyncio.create_task(bench.service.refresh_if_stale(KEY, client=None))
     call = await bench.upstream.call()
     assert call.demand.clients == {b"1": 1, b"2": 1}
     bench.service.remove_subscriber(KEY, b"1")
@@ -635,7 +635,7 @@ async def test_get_waits_beyond_stale_while_revalidate(bench: Bench) -> None:
     crowd = [bench.begin() for _ in range(3)]
     (await bench.upstream.call()).answer(progress=0.9)
     for result, source in zip(await asyncio.gather(*crowd), ["miss", "collapsed", "collapsed"], strict=True):
-        assert (result.cache_status, result.age, result.had_stale_snapshot) == (source, 0.0, True)
+        assert (result.cache_status, result.age, result.had_snapshot) == (source, 0.0, True)
         assert data_of(result)["progress"] == 0.9
     assert bench.upstream.count == 2
 
@@ -661,16 +661,16 @@ async def test_get_serves_stale_when_the_refresh_takes_too_long(bench: Bench) ->
     bench.clock.now += CACHE.running_seconds
     await bench.get(KEY)
     call = await bench.upstream.call()
-    assert bench.service.overdue.reason(KEY) is None
+    assert bench.service.overdue_updates.reason(KEY) is None
     bench.clock.now += CACHE.stale_while_revalidate_seconds
     result = await bench.get(KEY)
     assert isinstance(result, CacheResult)
     assert isinstance(result.failure, UpstreamTimeout)
-    assert isinstance(bench.service.overdue.reason(KEY), UpstreamTimeout)
-    waiting = asyncio.create_task(bench.service.get_fresh(KEY))
+    assert isinstance(bench.service.overdue_updates.reason(KEY), UpstreamTimeout)
+    waiting = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     call.answer()
     assert (await waiting).cache_status is CacheStatus.COLLAPSED
-    assert bench.service.overdue.reason(KEY) is None
+    assert bench.service.overdue_updates.reason(KEY) is None
     assert bench.upstream.keys == [KEY, KEY], "the refresh has continued"
 
 
@@ -804,7 +804,7 @@ async def test_get_reports_a_failed_background_refresh(bench: Bench) -> None:
     bench.clock.now += CACHE.running_seconds
     assert (await bench.get(KEY)).failure is None
     failure = UpstreamBusy("busy")
-    joined = asyncio.create_task(bench.service.get_fresh(KEY))
+    joined = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     (await bench.upstream.call()).fail(failure)
     assert (await joined).failure == Alike(failure)
     for _ in range(3):
@@ -824,7 +824,7 @@ async def test_get_respects_a_short_stale_if_error() -> None:
     await bench.learn()
     bench.clock.now += CACHE.running_seconds
     assert (await bench.get(KEY)).failure is None
-    joined = asyncio.create_task(bench.service.get_fresh(KEY))
+    joined = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     (await bench.upstream.call()).fail(UpstreamTimeout("too late"))
     for outcome in (await joined, await bench.service.get(KEY)):
         assert isinstance(outcome, FetchFailure)
@@ -868,7 +868,7 @@ async def test_get_recovers(bench: Bench) -> None:
     await bench.fail(UpstreamTimeout("too late"))
     bench.clock.now += CACHE.error_seconds + 0.01
     result = await bench.learn(progress=0.8)
-    assert (result.cache_status, result.failure, result.had_stale_snapshot) == (CacheStatus.MISS, None, True)
+    assert (result.cache_status, result.failure, result.had_snapshot) == (CacheStatus.MISS, None, True)
     assert (await bench.get(KEY)).failure is None
 
 
@@ -947,7 +947,7 @@ class LeaseBook(MemoryStore):
     """A store that records its outstanding leases."""
 
     def __init__(self) -> None:
-        super().__init__(max_tasks=100, stale_seconds=60.0)
+        super().__init__(max_tasks=100, keep_stale_seconds=60.0)
         self.out: set[Lease] = set()
         self.released: list[Lease] = []
 
@@ -1173,7 +1173,7 @@ class SharedStore(MemoryStore):
 
 async def test_fetch_checks_the_store_before_it_queries() -> None:
     """When another replica has stored a snapshot meanwhile, it is used, and no query is made."""
-    store = SharedStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
+    store = SharedStore(max_tasks=10, keep_stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
     store.elsewhere = Snapshot(
         KEY, bench.clock.now - 0.5, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5, version=1
@@ -1191,7 +1191,7 @@ async def test_fetch_checks_the_store_before_it_queries() -> None:
 
 async def test_fetch_queries_when_the_other_replicas_snapshot_is_stale() -> None:
     """A stale snapshot of another replica does not prevent a query."""
-    store = SharedStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
+    store = SharedStore(max_tasks=10, keep_stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
     store.elsewhere = Snapshot(
         KEY, bench.clock.now - 50.0, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5, version=1
@@ -1214,7 +1214,7 @@ class ContestedStore(MemoryStore):
 async def test_fetch_whose_commit_is_refused_begins_again() -> None:
     """A snapshot whose commit is refused is served to no caller: the request starts again."""
     clock = Clock()
-    bench = Bench(store=ContestedStore(max_tasks=10, stale_seconds=60.0, clock=clock))
+    bench = Bench(store=ContestedStore(max_tasks=10, keep_stale_seconds=60.0, clock=clock))
     waiting = bench.begin()
     (await bench.upstream.call()).answer(progress=0.1)
     (await bench.upstream.call()).answer(progress=0.2)
@@ -1292,7 +1292,7 @@ async def test_get_returns_the_end_of_a_task_whatever_the_client_has_received(be
     """A terminal snapshot is final: a larger version causes no query."""
     known = (await bench.learn("succeeded")).snapshot
     outcome = await bench.service.get(KEY, seen_revision=known.version + 10**6)
-    fresh = await bench.service.get_fresh(KEY, seen_revision=known.version + 10**6)
+    fresh = await bench.service.refresh_if_stale(KEY, seen_revision=known.version + 10**6)
     assert isinstance(outcome, CacheResult)
     assert outcome.snapshot is known
     assert isinstance(fresh, CacheResult)
@@ -1329,11 +1329,13 @@ async def test_stale_if_error_serves_nothing_older_than_the_client_has_received(
     assert outcome.failure == Alike(failure)
 
 
-async def test_get_fresh_returns_nothing_older_than_the_subscribers_have_received(bench: Bench) -> None:
+async def test_refresh_if_stale_returns_nothing_older_than_the_subscribers_have_received(
+    bench: Bench,
+) -> None:
     """A schedule fetches at once if a subscriber has received a newer version."""
     known = (await bench.learn(progress=0.1)).snapshot
-    assert (await bench.service.get_fresh(KEY, seen_revision=known.version)).key == KEY
-    asked = asyncio.create_task(bench.service.get_fresh(KEY, seen_revision=known.version + 1))
+    assert (await bench.service.refresh_if_stale(KEY, seen_revision=known.version)).key == KEY
+    asked = asyncio.create_task(bench.service.refresh_if_stale(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).answer(progress=0.9)
     outcome = await asked
     assert isinstance(outcome, CacheResult)
@@ -1438,15 +1440,15 @@ async def test_refresh_ahead_is_skipped_while_a_failure_is_cached(bench: Bench) 
 # For schedules
 
 
-async def test_get_fresh_does_not_return_a_stale_snapshot(bench: Bench) -> None:
+async def test_refresh_if_stale_does_not_return_a_stale_snapshot(bench: Bench) -> None:
     """A schedule gets a fresh snapshot, or waits for one however young the stale one is."""
-    asked = asyncio.create_task(bench.service.get_fresh(KEY))
+    asked = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     (await bench.upstream.call()).answer(progress=0.1)
     first = await asked
     assert first.cache_status is CacheStatus.MISS
-    assert (await bench.service.get_fresh(KEY)).snapshot is first.snapshot
+    assert (await bench.service.refresh_if_stale(KEY)).snapshot is first.snapshot
     bench.clock.now += CACHE.running_seconds
-    waiting = asyncio.create_task(bench.service.get_fresh(KEY))
+    waiting = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     (await bench.upstream.call()).answer(progress=0.9)
     result = await waiting
     assert (result.age, data_of(result)["progress"]) == (0.0, 0.9)
@@ -1541,7 +1543,7 @@ class SlowStore(MemoryStore):
 
 async def test_fetch_has_one_deadline() -> None:
     """The time that a request waited for another replica's lease is not added to its own query."""
-    store = SlowStore(max_tasks=10, stale_seconds=60.0)
+    store = SlowStore(max_tasks=10, keep_stale_seconds=60.0)
     bench = Bench(store=store)
     store.clock = bench.clock
     task = bench.begin()
@@ -1577,7 +1579,7 @@ class LaggingStore(MemoryStore):
 )
 async def test_get_catches_up_before_it_queries(age: float, source: CacheStatus) -> None:
     """A replica that may be behind reads its messages first, then serves its snapshot, stale or not."""
-    store = LaggingStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
+    store = LaggingStore(max_tasks=10, keep_stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
     held = Snapshot(KEY, bench.clock.now - age, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5, version=1)
     store.put(held)
@@ -1592,7 +1594,7 @@ async def test_get_catches_up_before_it_queries(age: float, source: CacheStatus)
 
 async def test_get_queries_when_it_cannot_catch_up() -> None:
     """If messages stay unread, it starts a request, and the store decides what is served."""
-    store = LaggingStore(max_tasks=10, stale_seconds=60.0, clock=Clock())
+    store = LaggingStore(max_tasks=10, keep_stale_seconds=60.0, clock=Clock())
     store.whole = False
     bench = Bench(store=store)
     task = bench.begin()

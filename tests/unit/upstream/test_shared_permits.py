@@ -54,8 +54,8 @@ class Server:
         return Granted(granted, first, 0.02, *self.elsewhere)
 
 
-def permits_of(server: Server, on_grant: Callable[[], None] = lambda: None) -> SharedPermits:
-    return SharedPermits(server.take, per_second=10.0, burst=2.0, on_grant=on_grant)
+def permits_of(server: Server, on_reply: Callable[[], None] = lambda: None) -> SharedPermits:
+    return SharedPermits(server.take, per_second=10.0, burst=2.0, on_reply=on_reply)
 
 
 async def test_permits_are_asked_for_as_queries_are_queued() -> None:

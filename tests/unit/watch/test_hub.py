@@ -75,7 +75,7 @@ def listen(watch: WatchHub) -> list[str | None]:
 class ManualOverdue:
     """The reason why the snapshot is old, as the test sets it."""
 
-    allowance_seconds = 1.5
+    overdue_after_seconds = 1.5
 
     def __init__(self) -> None:
         self.failure: GatewayError | None = None
@@ -88,7 +88,7 @@ class ManualService:
     """A service whose fresh results are set by the test."""
 
     def __init__(self) -> None:
-        self.overdue = ManualOverdue()
+        self.overdue_updates = ManualOverdue()
         self.known: Snapshot | None = None
         self.asked = asyncio.Event()
         self.answers: asyncio.Queue[Snapshot | Exception] = asyncio.Queue()
@@ -108,7 +108,7 @@ class ManualService:
     def remove_subscriber(self, key: TaskKey, client: bytes) -> None:
         self.demand[key, client] -= 1
 
-    async def get_fresh(
+    async def refresh_if_stale(
         self, key: TaskKey, *, client: bytes | None, seen_revision: int
     ) -> CacheResult | FetchFailure:
         assert client is None, "the subscribers have joined already"
@@ -136,7 +136,7 @@ def service() -> ManualService:
 
 @pytest.fixture
 def store() -> MemoryStore:
-    return MemoryStore(max_tasks=10, stale_seconds=60, clock=lambda: 0.0)
+    return MemoryStore(max_tasks=10, keep_stale_seconds=60, clock=lambda: 0.0)
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ async def test_watch_continues_after_an_error_in_delivery(watch: WatchHub, store
     await watch.aclose()
 
 
-async def test_watch_publishes_pending_changes_before_shutdown(watch: WatchHub, store: MemoryStore) -> None:
+async def test_watch_publishes_stored_changes_before_shutdown(watch: WatchHub, store: MemoryStore) -> None:
     """Changes that were stored before the shutdown are in the last updates."""
     ends = [of(task_id, "1", Status.SUCCEEDED) for task_id in "abc"]
     with watch.subscribe([end.key for end in ends], SubscriptionKind.EVENTS) as subscriber:
@@ -318,7 +318,7 @@ async def test_watch_publishes_pending_changes_before_shutdown(watch: WatchHub, 
     await watch.aclose()
 
 
-async def test_watch_new_subscriber_receives_a_pending_change(
+async def test_watch_new_subscriber_receives_an_unpublished_change(
     service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
     """A change that is not published yet reaches a new subscriber first: it may have read it already."""
@@ -382,10 +382,10 @@ def versioned(version: int, status: Status = Status.RUNNING) -> Snapshot:
     return replace(snapshot(str(version), status), version=version)
 
 
-async def test_watch_schedule_does_not_publish_pending_changes_early(
+async def test_watch_schedule_does_not_publish_stored_changes_early(
     service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """A snapshot that is pending keeps its place in the queue when its schedule gets it as a result."""
+    """An unpublished snapshot keeps its place in the queue when its schedule gets it as a result."""
     mine, other = snapshot("1"), of("b", "2")
     published = listen(watch)
     with watch.subscribe([mine.key, other.key], SubscriptionKind.EVENTS):
@@ -403,7 +403,7 @@ async def test_watch_schedule_does_not_publish_pending_changes_early(
 async def test_watch_schedule_publishes_results_that_are_not_stored(
     service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """A result other than the pending snapshot is published after it."""
+    """A result other than the unpublished snapshot is published after it."""
     published = listen(watch)
     with watch.subscribe([KEY], SubscriptionKind.EVENTS):
         await asked(service)
@@ -418,7 +418,7 @@ async def test_watch_schedule_publishes_results_that_are_not_stored(
 async def test_watch_publishes_changes_in_order(
     service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """A pending change is published before a new subscriber joins, and before a later failure."""
+    """An unpublished change is published before a new subscriber joins, and before a later failure."""
     service.known = snapshot("0")
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as first:
         store.put(snapshot("1"))
@@ -435,10 +435,10 @@ async def test_watch_publishes_changes_in_order(
     await watch.aclose()
 
 
-async def test_watch_pending_end_is_not_overwritten(
+async def test_watch_unpublished_end_is_not_overwritten(
     watch: WatchHub, store: MemoryStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A running snapshot, stored after an eviction, does not overwrite a pending terminal one."""
+    """A running snapshot, stored after an eviction, does not overwrite an unpublished terminal one."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         store.put(snapshot("1", Status.SUCCEEDED))
         monkeypatch.setattr(store, "peek", lambda _: None)
@@ -531,7 +531,7 @@ def test_watch_backs_off_for_at_most_half_a_minute() -> None:
     loop = TickedLoop()
     pauses = []
     try:
-        service, store = ManualService(), MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time)
+        service, store = ManualService(), MemoryStore(max_tasks=10, keep_stale_seconds=60, clock=loop.time)
         watch = loop.within(lambda: manual_watch(service, store))
         subscription = watch.subscribe([KEY], SubscriptionKind.EVENTS)
         loop.within(subscription.__enter__)
@@ -552,13 +552,13 @@ def test_watch_backs_off_for_at_most_half_a_minute() -> None:
 
 
 def test_watch_waits_for_an_unknown_task() -> None:
-    """A rejected task is refreshed with backoff; it counts as unknown after 30 s, until it has a snapshot."""
+    """A rejected task is refreshed with backoff; it counts as not found from 30 s until it has a snapshot."""
     loop = TickedLoop()
     rejection = UpstreamRejected("no such task", envelope=b"{}", detail=UpstreamDetail())
     throttled = UpstreamThrottled("slowly", retry_after=8.0)
     pauses, unknown = [], []
     try:
-        service, store = ManualService(), MemoryStore(max_tasks=10, stale_seconds=60, clock=loop.time)
+        service, store = ManualService(), MemoryStore(max_tasks=10, keep_stale_seconds=60, clock=loop.time)
         watch = loop.within(lambda: manual_watch(service, store, loop.time))
         subscription = watch.subscribe([KEY], SubscriptionKind.EVENTS)
         subscriber = loop.within(subscription.__enter__)
@@ -567,14 +567,14 @@ def test_watch_waits_for_an_unknown_task() -> None:
             service.answers.put_nowait(answer)
             loop.settle()
             failed_at = loop.time()
-            unknown.append(KEY in subscriber.unknown_keys)
+            unknown.append(KEY in subscriber.not_found_keys)
             while not service.asked.is_set():
                 assert loop.next_timer is not None
                 loop.advance(loop.next_timer - loop.time())
             pauses.append(round(loop.time() - failed_at, 1))
         service.answers.put_nowait(snapshot("1"))
         loop.settle()
-        assert not subscriber.unknown_keys
+        assert not subscriber.not_found_keys
         loop.within(lambda: subscription.__exit__(None, None, None))
         loop.run_until_complete(watch.aclose())
     finally:
@@ -608,7 +608,7 @@ def large(task_id: str, etag: str, status: Status = Status.RUNNING) -> Snapshot:
 
 @pytest.fixture
 def small_store() -> MemoryStore:
-    return MemoryStore(max_tasks=10, max_bytes=65_536, stale_seconds=60, clock=lambda: 0.0)
+    return MemoryStore(max_tasks=10, max_bytes=65_536, keep_stale_seconds=60, clock=lambda: 0.0)
 
 
 async def test_watch_keeps_no_large_bodies(service: ManualService, small_store: MemoryStore) -> None:
@@ -647,7 +647,7 @@ async def test_watch_refreshes_evicted_bodies(
 
 async def test_watch_sends_bodies_larger_than_the_store(service: ManualService) -> None:
     """An idle subscriber receives each change of a task that does not fit into the store, once."""
-    store = MemoryStore(max_tasks=10, max_bytes=8_192, stale_seconds=60, clock=lambda: 0.0)
+    store = MemoryStore(max_tasks=10, max_bytes=8_192, keep_stale_seconds=60, clock=lambda: 0.0)
     watch = manual_watch(service, store)
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         for etag in "123":
@@ -722,7 +722,7 @@ async def test_watch_closes_with_open_subscriptions(service: ManualService, watc
 async def test_watch_closed_starts_no_schedule(
     service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """A change that is pending while the hub closes restarts no schedule."""
+    """A change that is unpublished while the hub closes restarts no schedule."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         service.answers.put_nowait(UpstreamThrottled("slowly", retry_after=3600.0))
         await received(subscriber)
@@ -737,7 +737,7 @@ async def test_watch_closed_starts_no_schedule(
 @pytest.mark.parametrize("fault", ["fetching", "publishing"])
 async def test_watch_continues_after_a_bug_in_a_refresh(service: ManualService, fault: str) -> None:
     """An unexpected exception is logged and published as a problem; the schedule backs off and continues."""
-    store = MemoryStore(max_tasks=10, stale_seconds=60)
+    store = MemoryStore(max_tasks=10, keep_stale_seconds=60)
     watch = manual_watch(service, store)
 
     def broken(update: Update, subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
@@ -782,11 +782,11 @@ async def test_watch_counts_the_clients_of_its_subscribers(service: ManualServic
 
 
 async def codes(subscriber: Subscriber) -> list[str | None]:
-    """Return the codes of the staleness that the subscriber receives next."""
+    """Return the codes of the overdue states that the subscriber receives next."""
     await turns(lambda: subscriber.woken)
     subscriber.woken = False
     list(subscriber.take_unsent())
-    return [staleness.code for staleness in subscriber.take_staleness()]
+    return [overdue_state.code for overdue_state in subscriber.take_overdue_states()]
 
 
 async def test_watch_says_once_that_a_snapshot_is_old(
@@ -821,7 +821,7 @@ async def test_watch_sends_the_staleness_after_the_snapshot(watch: WatchHub, sto
         store.put(snapshot("1"))
         await turns(lambda: subscriber.woken)
         watch._set_overdue(watch._watched[KEY], UpstreamTimeout("late"))
-        assert subscriber.take_staleness() == []
+        assert subscriber.take_overdue_states() == []
         assert await codes(subscriber) == ["upstream-timeout"]
     await watch.aclose()
 
@@ -842,7 +842,7 @@ def test_watch_continues_every_schedule_after_a_recovery() -> None:
     refreshed: list[TaskKey] = []
 
     class FailingService(ManualService):
-        async def get_fresh(
+        async def refresh_if_stale(
             self, key: TaskKey, *, client: bytes | None, seen_revision: int
         ) -> CacheResult | FetchFailure:
             refreshed.append(key)
@@ -851,7 +851,7 @@ def test_watch_continues_every_schedule_after_a_recovery() -> None:
             return CacheResult(replace(snapshot("1"), key=key, fetched_at=loop.time()), 0.0, CacheStatus.MISS)
 
     try:
-        store = MemoryStore(max_tasks=100, stale_seconds=60, clock=loop.time)
+        store = MemoryStore(max_tasks=100, keep_stale_seconds=60, clock=loop.time)
         watch = loop.within(lambda: manual_watch(FailingService(), store, loop.time))
         subscription = watch.subscribe(keys, SubscriptionKind.EVENTS)
         loop.within(subscription.__enter__)
