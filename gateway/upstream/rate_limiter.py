@@ -296,7 +296,7 @@ class RateLimiter:
             if query.future.done() or now + wait > query.expires_at:
                 self._queue.discard(query)
                 if not query.future.done():
-                    query.future.set_result(max(wait, _TIMER_SECONDS))
+                    query.future.set_result(max(wait, _TIMER_RESOLUTION_SECONDS))
             else:
                 ahead += 1
                 query.on_queued(wait)
