@@ -594,11 +594,14 @@ def test_snippets_follow_through_a_buffering_proxy(
 
 
 def test_snippets_reconnect_after_silence(program: Program, simulator: Simulator, launch: Launch) -> None:
-    """A connection without heartbeats is closed and opened again."""
+    """A connection without heartbeats is closed and opened again.
+
+    A stream must begin within the same time, so it is long enough for a busy machine.
+    """
     gate = launch(simulator.url, cache=QUICK, watch={"heartbeat_seconds": 60})
     task = simulator.task()
     simulator.script(task, status="running", progress=0.25)
-    with program.call("follow", gate.url, task, silence=0.5) as process:
+    with program.call("follow", gate.url, task, silence=3) as process:
         route = "/v1/events"
         until(lambda: gate.metric("http_requests_total", route=route) >= 1, "the first stream is closed")
         simulator.script(task, status="succeeded", progress=1)
