@@ -113,11 +113,17 @@ class Backend:
 
 @dataclass(frozen=True)
 class Ingress:
-    """A proxy. `keeps_alive`: it reuses connections. `compresses`: it sends gzip, and changes the ETag."""
+    """A proxy.
+
+    `keeps_alive`: it reuses connections. `compresses`: it sends gzip, and changes the ETag.
+    `drops_clients`: it closes the connection of its client, without a 502, when a gateway has closed its own.
+    Then the client must decide whether to repeat its request.
+    """
 
     run: Callable[[Path, Backend], AbstractContextManager[Address]]
     keeps_alive: bool = True
     compresses: bool = False
+    drops_clients: bool = False
 
 
 def nginx(folder: Path, backend: Backend) -> AbstractContextManager[Address]:
@@ -281,7 +287,7 @@ INGRESSES = {
     "two-nginx": Ingress(two_nginx),
     "haproxy": Ingress(haproxy),
     "caddy": Ingress(caddy),
-    "apache-deflate": Ingress(apache, compresses=True),
+    "apache-deflate": Ingress(apache, compresses=True, drops_clients=True),
     "traefik": Ingress(traefik),
     "envoy": Ingress(envoy),
 }
