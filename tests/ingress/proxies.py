@@ -113,17 +113,11 @@ class Backend:
 
 @dataclass(frozen=True)
 class Ingress:
-    """A proxy.
-
-    `keeps_alive`: it reuses connections. `compresses`: it sends gzip, and changes the ETag.
-    `drops_clients`: it closes the connection of its client, without a 502, when a gateway has closed its own.
-    Then the client must decide whether to repeat its request.
-    """
+    """A proxy. `keeps_alive`: it reuses connections. `compresses`: it sends gzip, and changes the ETag."""
 
     run: Callable[[Path, Backend], AbstractContextManager[Address]]
     keeps_alive: bool = True
     compresses: bool = False
-    drops_clients: bool = False
 
 
 def nginx(folder: Path, backend: Backend) -> AbstractContextManager[Address]:
@@ -176,8 +170,11 @@ def caddy(folder: Path, backend: Backend) -> AbstractContextManager[Address]:
 
 def apache(folder: Path, backend: Backend) -> AbstractContextManager[Address]:
     """Run Apache with `ProxyPass` to a balancer, and with mod_deflate for every response."""
-    ttl = f" ttl={backend.idle:g}" if backend.idle else ""
-    members = "\n".join(f"  BalancerMember http://{each}{ttl}" for each in backend.servers)
+    options = f" ttl={backend.idle:g}" if backend.idle else ""
+    # Apache does not repeat a request that it has sent on an idle connection. Without idle connections, a
+    # gateway that stops refuses the connection, and Apache tries another gateway.
+    options += " disablereuse=on" if backend.fails_over else ""
+    members = "\n".join(f"  BalancerMember http://{each}{options}" for each in backend.servers)
     return proxies.apache(folder, _APACHE, members, _LOADED)
 
 
@@ -287,7 +284,7 @@ INGRESSES = {
     "two-nginx": Ingress(two_nginx),
     "haproxy": Ingress(haproxy),
     "caddy": Ingress(caddy),
-    "apache-deflate": Ingress(apache, compresses=True, drops_clients=True),
+    "apache-deflate": Ingress(apache, compresses=True),
     "traefik": Ingress(traefik),
     "envoy": Ingress(envoy),
 }

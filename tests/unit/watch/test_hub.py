@@ -789,10 +789,10 @@ async def codes(subscriber: Subscriber) -> list[str | None]:
     return [overdue_state.code for overdue_state in subscriber.take_overdue_states()]
 
 
-async def test_watch_says_once_that_a_snapshot_is_old(
+async def test_watch_sends_each_overdue_state_once(
     service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
-    """Subscribers learn of each change of the code, and of the end, and only those who were told of it."""
+    """Subscribers receive each change of the code; its end, only those that have received a code."""
     throttled, timeout = UpstreamThrottled("slowly"), UpstreamTimeout("late")
     service.known = snapshot("1")
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
@@ -811,12 +811,12 @@ async def test_watch_says_once_that_a_snapshot_is_old(
         assert await codes(subscriber) == [None]
         watch._set_overdue(watched, throttled)
         watch._set_overdue(watched, None)
-        assert await codes(subscriber) == [], "it was over before the subscriber could learn of it"
+        assert await codes(subscriber) == [], "it ended before the subscriber received it"
     await watch.aclose()
 
 
-async def test_watch_sends_the_staleness_after_the_snapshot(watch: WatchHub, store: MemoryStore) -> None:
-    """A subscriber does not learn that a snapshot is old before it has taken the snapshot."""
+async def test_watch_sends_the_overdue_state_after_the_snapshot(watch: WatchHub, store: MemoryStore) -> None:
+    """A subscriber receives the overdue state of a snapshot after the snapshot."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         store.put(snapshot("1"))
         await turns(lambda: subscriber.woken)
@@ -826,7 +826,7 @@ async def test_watch_sends_the_staleness_after_the_snapshot(watch: WatchHub, sto
     await watch.aclose()
 
 
-async def test_watch_says_nothing_of_a_task_without_snapshot(watch: WatchHub) -> None:
+async def test_watch_sends_no_overdue_state_without_a_snapshot(watch: WatchHub) -> None:
     """While there is no snapshot, none is old."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         watch._set_overdue(watch._watched[KEY], UpstreamTimeout("late"))
