@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 
 from gateway.domain.entity_tag import EntityTags
-from gateway.domain.errors import GatewayError
+from gateway.domain.errors import GatewayError, UpstreamTimeout
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
 from gateway.progress.fetching import Fetcher, queued_future_of
@@ -288,6 +288,9 @@ class ProgressService:
                 if isinstance(fetched, GatewayError) or fetched.is_at_least(seen_revision):
                     break
                 # The in-flight request had started before this caller, without its `seen_revision`.
+            else:
+                # Other replicas have kept the lease for all that time.
+                fetched = UpstreamTimeout("no response newer than the one that the client has")
         finally:
             if client is not None:
                 self._in_flight.remove_waiter(key, client)

@@ -40,6 +40,7 @@ from tests.support.valkey import (
     step_clock,
     stored,
     stores,
+    waiting,
 )
 
 LEASE_SECONDS = 3.0
@@ -344,6 +345,30 @@ async def test_lost_key_is_stored_again_by_a_replica_that_has_it(
     found = await one.acquire(KEY)
     assert isinstance(found, Snapshot)
     assert (found.progress, found.version) == (0.8, lease.version)
+
+
+async def test_lost_snapshot_does_not_hide_the_one_that_another_replica_fetches(
+    one: ValkeyStore, other: ValkeyStore, server: StoreServer
+) -> None:
+    """While a replica waits for another one's lease, it takes its own fresh snapshot for the latest.
+
+    That ends with the message about the new snapshot.
+    """
+    known = await stored(one)
+    assert isinstance(await other.acquire(KEY), Snapshot)
+    server.client.flushall()
+    lease = await leased(other, after=known.version)
+    entry = one.entry(KEY)
+    assert entry is not None
+    entry.valid = False  # as after a reconnection
+    flight = await waiting(one)
+    assert await shown(one) is known
+    newer = await save(other, lease, message="newer")
+    assert newer is not None
+    found = await flight
+    assert isinstance(found, Snapshot)
+    assert found.version == newer.version
+    assert one.peek(KEY) is not None
 
 
 async def test_newer_snapshot_replaces_an_older_one_that_was_restored(

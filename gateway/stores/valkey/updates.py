@@ -126,15 +126,14 @@ class Updates:
         if not facts.terminal and overlaps(snapshot, facts.version, revision):
             require_refetch(entry)
             return
+        if key in self._waiters or not (entry.reads or watched):
+            # An in-flight request that waits for the lease reads the new snapshot; it must not find this one.
+            entry.valid = False
+            return
         # The present snapshot is served until the new one is read. But after a pause of this process the
         # message may be old, and the present snapshot is not served any more.
         entry.valid = self._memory.is_current(entry)
-        if key in self._waiters:
-            return  # the in-flight request that waits for the lease will read it
-        if entry.reads or watched:
-            self._start(self._read(key))
-        else:
-            entry.valid = False
+        self._start(self._read(key))
 
     async def _read(self, key: TaskKey) -> None:
         """Read a newer snapshot into memory. The present one, if any, is served until then."""

@@ -1316,6 +1316,30 @@ async def test_get_joins_no_request_that_is_older_than_the_client(bench: Bench) 
     assert bench.upstream.count == 2
 
 
+class OutdatedStore(MemoryStore):
+    """A store that offers its first snapshot whatever is required."""
+
+    first: Snapshot | None = None
+
+    async def acquire(
+        self, key: TaskKey, requirement: Requirement = ANY_FRESH, *, timeout_seconds: float = math.inf
+    ) -> Snapshot | GatewayError | Lease:
+        return self.first or await super().acquire(key, requirement, timeout_seconds=timeout_seconds)
+
+    async def commit(self, lease: Lease, build: Callable[[Snapshot | None], Snapshot]) -> Snapshot | None:
+        self.first = await super().commit(lease, build)
+        return self.first
+
+
+async def test_get_fails_if_all_requests_return_something_older() -> None:
+    """The client gets an error, and not a response that is older than the one it has."""
+    bench = Bench(store=OutdatedStore(max_tasks=100, keep_stale_seconds=60.0))
+    known = (await bench.learn()).snapshot
+    outcome = await bench.service.get(KEY, seen_revision=known.revision + 1)
+    assert isinstance(outcome, FetchFailure)
+    assert outcome.failure.code == "upstream-timeout"
+
+
 @pytest.mark.parametrize("failure", [FAILURES[0], NOT_THE_TASKS[0]], ids=name_of)
 async def test_stale_if_error_serves_nothing_older_than_the_client_has_received(
     bench: Bench, failure: GatewayError
