@@ -614,7 +614,7 @@ def main() -> int:
     names = [name for name in given.faults.split(",") if name]
     if unknown := set(names) - set(SCENARIOS):
         parser.error(f"unknown faults: {', '.join(sorted(unknown))}")
-    # The collector takes 0.3 s for the answers of ten minutes. Meanwhile all clients and the upstream stand still.
+    # The collector takes 0.3 s for the answers of ten minutes, and stops clients and upstream meanwhile.
     gc.disable()
     history = run(seed=given.seed, seconds=given.seconds, names=names)
     if given.save:
