@@ -12,7 +12,7 @@ import ctypes
 import time
 from collections.abc import Callable
 
-_MIN_CLOSED = 500  # connections
+_MIN_CLOSED = 100  # connections
 _INTERVAL_SECONDS = 10.0
 
 

@@ -7,8 +7,8 @@ def test_heap_is_trimmed_after_many_connections_have_closed() -> None:
     """The heap is trimmed after many connections have closed, at most once per interval; not after a few."""
     now, trimmed = 0.0, []
     heap = MemoryTrim(trim=lambda: trimmed.append(now), clock=lambda: now)
-    assert [heap.observe(connections) for connections in (0, 400, 0, 100)] == [False] * 4
-    assert [heap.observe(connections) for connections in (1000, 600, 500, 0)] == [False, False, True, False]
+    assert [heap.observe(connections) for connections in (0, 90, 0, 50)] == [False] * 4
+    assert [heap.observe(connections) for connections in (200, 120, 100, 0)] == [False, False, True, False]
     now = 10.0
     assert heap.observe(0)
     assert not heap.observe(0)
