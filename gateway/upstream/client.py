@@ -151,7 +151,7 @@ class UpstreamClient:
         codes = [last_error] if last_error else []
         if any(breaker.state is not State.CLOSED for breaker in self._breakers.values()):
             codes.append(CircuitOpen.code)
-        if self._rate_limiter.check_learned_limit():
+        if self._rate_limiter.has_learned_limit:
             codes.append(UpstreamThrottled.code)
         return list(dict.fromkeys(codes))
 

@@ -125,14 +125,16 @@ class RateLimiter:
     @property
     def per_second(self) -> float:
         """The present limit in calls per second, or `inf`. Metrics read it, so it has no side effects."""
-        now = self._clock()
-        removable = not self._queue and self._limit.can_remove(now)
-        return self._limit.max_per_second if removable else self._limit.per_second(now)
+        return self._limit.per_second(self._clock()) if self.has_learned_limit else self._limit.max_per_second
 
-    def check_learned_limit(self) -> bool:
-        """Remove the learned limit if it is outdated; tell whether throttling limits the rate now."""
-        self._remove_limit_if_idle()
-        return self._limit.has_learned_limit
+    @property
+    def has_learned_limit(self) -> bool:
+        """Whether throttling responses limit the rate now. Reading it has no side effects.
+
+        A limit that the next `acquire` would remove does not count.
+        """
+        removable = not self._queue and self._limit.can_remove(self._clock())
+        return self._limit.has_learned_limit and not removable
 
     def expected_wait(self, *, is_refresh: bool, client: bytes = b"") -> float:
         """Return the seconds that a query of this client would wait if it called `acquire` now."""
@@ -276,6 +278,8 @@ class RateLimiter:
             self._recheck_timeouts(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
+        # An announcement may arrive when no query has removed an outdated limit. It would lower that limit.
+        self._remove_limit_if_idle()
         self._refill()
         now, was_throttled = self._clock(), self._limit.has_learned_limit
         if not self._limit.on_throttled(now, sent_at=sent_at, retry_after=retry_after):

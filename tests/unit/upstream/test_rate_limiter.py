@@ -173,7 +173,7 @@ async def test_rate_limiter_without_limit_issues_permits_at_once(clock: Clock) -
     bench = Bench(clock, 0)
     await asyncio.gather(*(bench.ask(str(number), timeouts=0) for number in range(1000)))
     assert len(bench.went) == 1000
-    assert (bench.limiter.per_second, bench.limiter.check_learned_limit()) == (float("inf"), False)
+    assert (bench.limiter.per_second, bench.limiter.has_learned_limit) == (float("inf"), False)
     assert bench.limiter.expected_wait(is_refresh=True) == 0
     assert clock.timers == 0
 
@@ -383,14 +383,15 @@ async def test_rate_limiter_takes_back_an_unused_permit(bench: Bench) -> None:
 
 
 async def test_rate_limiter_reading_the_rate_changes_nothing(clock: Clock) -> None:
-    """Reading the rate lifts no limit, and returns the value that the next call will see."""
+    """Reading the rate and the state lifts no limit, and returns what the next call will see."""
     bench = Bench(clock, 50)
     with capture_logs() as lines:
         await bench.throttled()
         await clock.tick(61)
         assert [bench.limiter.per_second for _ in range(2)] == [50.0, 50.0]
+        assert not bench.limiter.has_learned_limit
         assert [line["event"] for line in lines] == ["upstream_throttled"]
-        assert not bench.limiter.check_learned_limit()  # this removes the limit
+        await bench.ask("next")  # this removes the limit
     assert [line["event"] for line in lines] == [
         "upstream_throttled",
         "upstream_throttling_ended",
@@ -403,14 +404,15 @@ async def test_rate_limiter_slows_down_when_throttled(clock: Clock) -> None:
     with capture_logs() as lines:
         await asyncio.gather(*(bench.ask(str(number)) for number in range(20)))
         await bench.throttled()
-        assert bench.limiter.check_learned_limit()
+        assert bench.limiter.has_learned_limit
         assert bench.limiter.per_second == pytest.approx(17.0)
         await clock.tick(1.5)
         await bench.throttled()
         await clock.tick(59.9)
-        assert bench.limiter.check_learned_limit()
+        assert bench.limiter.has_learned_limit
         await clock.tick(0.2)
-        assert (bench.limiter.check_learned_limit(), bench.limiter.per_second) == (False, float("inf"))
+        assert (bench.limiter.has_learned_limit, bench.limiter.per_second) == (False, float("inf"))
+        await bench.ask("next")
     assert [line["event"] for line in lines] == [
         "upstream_throttled",
         "upstream_throttling_ended",
@@ -421,9 +423,24 @@ async def test_rate_limiter_slows_down_when_another_replica_is_throttled(clock: 
     """Throttling of another replica has the same effect as throttling of this one, with the same pause."""
     limiter = RateLimiter(100, clock=clock, call_later=clock.call_later)
     limiter.slow_down(retry_after=2.0)
-    assert limiter.check_learned_limit()
+    assert limiter.has_learned_limit
     assert limiter.per_second < 100
     assert limiter.expected_wait(is_refresh=True) >= 2.0
+
+
+async def test_rate_limiter_logs_an_announcement_after_an_idle_minute(clock: Clock) -> None:
+    """An announcement of throttling does not lower an outdated limit; it sets a new one, with a log line."""
+    limiter = RateLimiter(100, clock=clock, call_later=clock.call_later)
+    with capture_logs() as lines:
+        limiter.slow_down(retry_after=None)
+        await clock.tick(61)
+        limiter.slow_down(retry_after=None)
+    assert limiter.has_learned_limit
+    assert [line["event"] for line in lines] == [
+        "upstream_throttled",
+        "upstream_throttling_ended",
+        "upstream_throttled",
+    ]
 
 
 async def test_rate_limiter_revokes_permits_issued_without_a_limit(clock: Clock) -> None:
@@ -450,7 +467,7 @@ async def test_rate_limiter_learns_only_from_accepted_calls(clock: Clock) -> Non
     assert limiter.per_second == pytest.approx(0.85 * 3)
     unmade = RateLimiter(0, clock=clock, call_later=clock.call_later)
     await end(unmade, UpstreamThrottled("slowly"), consume=False)
-    assert not unmade.check_learned_limit()
+    assert not unmade.has_learned_limit
 
 
 async def test_rate_limiter_ignores_throttled_calls_sent_before_the_decrease(clock: Clock) -> None:
@@ -638,4 +655,4 @@ async def test_rate_limiter_finds_a_raised_limit(clock: Clock) -> None:
     upstream.limit = 10_000
     await clock.tick(120)
     assert crowd.calls[149] == 200
-    assert not crowd.limiter.check_learned_limit()
+    assert not crowd.limiter.has_learned_limit
