@@ -30,7 +30,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import Snapshot, build_snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.progress.results import FetchResult
+from gateway.progress.results import FetchOutcome
 from gateway.settings.model import Cache as CacheSettings
 from gateway.stores.base import ANY_FRESH, Lease, Requirement, Store
 from gateway.telemetry.log_sampling import LogSampler
@@ -85,7 +85,7 @@ class Fetcher:
         self._clock = clock
         self._log_sampler = LogSampler(clock=clock)  # an unknown status, or a bug, may occur with every task
 
-    async def fetch(self, key: TaskKey, demand: Demand, requirement: Requirement | None) -> FetchResult:
+    async def fetch(self, key: TaskKey, demand: Demand, requirement: Requirement | None) -> FetchOutcome:
         """Make an in-flight request, and return a snapshot or a failure.
 
         `requirement`: the fresh snapshots in the store that make the query unnecessary.
@@ -103,21 +103,21 @@ class Fetcher:
                 )
             raise
 
-    async def _fetch_with_lease(self, key: TaskKey, demand: Demand, requirement: Requirement) -> FetchResult:
+    async def _fetch_with_lease(self, key: TaskKey, demand: Demand, requirement: Requirement) -> FetchOutcome:
         deadline = self._clock() + self._timeout_seconds  # as all moments here, on `self._clock`
         for _ in range(_MAX_LEASES):
             # `acquire` looks for a snapshot again. Another replica may have stored one since the caller's
             # lookup, and the upstream must not be queried twice within one lifetime.
             lease = await self._store.acquire(key, requirement, timeout_seconds=deadline - self._clock())
             if not isinstance(lease, Lease):
-                return FetchResult(lease)
+                return FetchOutcome(lease)
             fetch = await self._query_upstream(lease, demand, deadline)
             if fetch is not None:
                 return fetch
         latest = self._store.last_known(key)
-        return FetchResult(latest or UpstreamTimeout("other replicas took the lease each time"))
+        return FetchOutcome(latest or UpstreamTimeout("other replicas took the lease each time"))
 
-    async def _query_upstream(self, lease: Lease, demand: Demand, deadline: float) -> FetchResult | None:
+    async def _query_upstream(self, lease: Lease, demand: Demand, deadline: float) -> FetchOutcome | None:
         """Query the upstream, and store and return the outcome; None if the lease must be acquired again."""
         key = lease.key
         started = self._clock()
@@ -162,16 +162,16 @@ class Fetcher:
                 await self._store.store_failure(lease, failure, seconds=self._error_seconds)
             entry = self._store.peek(key)
             if entry is not None and entry.snapshot.version > lease.version:
-                return FetchResult(entry.snapshot)  # another replica has succeeded meanwhile
+                return FetchOutcome(entry.snapshot)  # another replica has succeeded meanwhile
             invoke_id = failure.invoke_id if isinstance(failure, UpstreamError) else None
-            return FetchResult(failure, self._clock() - started, invoke_id)
+            return FetchOutcome(failure, self._clock() - started, invoke_id)
         except BaseException:
             await self._store.release_lease(lease)
             raise
         if stored is None:
             return None
         self._record_transition(replaced, stored, response.data.get("status"))
-        return FetchResult(stored, upstream_seconds, response.invoke_id)
+        return FetchOutcome(stored, upstream_seconds, response.invoke_id)
 
     def _log_loop(self, failure: UpstreamIsGateway) -> None:
         if (suppressed := self._log_sampler.take(type(failure).__name__)) is not None:

@@ -32,7 +32,7 @@ from gateway.progress.fetching import Fetcher, queued_future_of
 from gateway.progress.in_flight import InFlightRequests
 from gateway.progress.overdue import OverdueUpdates
 from gateway.progress.refresh_ahead import RefreshAhead
-from gateway.progress.results import CacheResult, CacheStatus, FetchFailure, FetchResult
+from gateway.progress.results import CacheStatus, FetchOutcome, LookupFailure, LookupResult
 from gateway.settings.model import Cache as CacheSettings
 from gateway.stores.base import CacheEntry, Requirement, Store
 from gateway.telemetry.metrics import Metrics
@@ -84,7 +84,7 @@ class ProgressService:
             tracing=tracing or NoTracing(),
             clock=clock,
         )
-        self._in_flight: InFlightRequests[TaskKey, FetchResult] = InFlightRequests(self._fetch)
+        self._in_flight: InFlightRequests[TaskKey, FetchOutcome] = InFlightRequests(self._fetch)
         self.overdue_updates = OverdueUpdates(store, self._in_flight.present_demand, clock=clock)
         self._lookup_counters = {
             (operation, cache_status): metrics.cache_lookups.labels(operation, cache_status).inc
@@ -97,7 +97,7 @@ class ProgressService:
             operation: metrics.answers_too_old.labels(operation).inc for operation in Operation
         }
 
-    def lookup(self, key: TaskKey, seen_revision: int = 0) -> CacheResult | None:
+    def lookup(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, and count a lookup; None if there is no result. Never wait.
 
         If the result is stale, start a background refresh, unless a failure of the task is cached.
@@ -112,7 +112,7 @@ class ProgressService:
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
             self._record_hit(entry, age)
-            return CacheResult(snapshot, age, _HIT, entry=entry)
+            return LookupResult(snapshot, age, _HIT, entry=entry)
         result = self._stale_result(snapshot, age)
         if result is None:
             return None
@@ -143,7 +143,7 @@ class ProgressService:
 
     async def get(
         self, key: TaskKey, *, client: bytes = b"", seen_revision: int = 0
-    ) -> CacheResult | FetchFailure:
+    ) -> LookupResult | LookupFailure:
         """Return a result from the store or the upstream; the failure only if stale-if-error does not apply.
 
         `client` identifies the client in the fair queue of the rate limiter. `seen_revision`: the client has
@@ -160,15 +160,15 @@ class ProgressService:
         self._lookup_counters[key.operation, outcome.cache_status]()
         return outcome
 
-    def count_lookup(self, outcome: CacheResult | FetchFailure) -> None:
+    def count_lookup(self, outcome: LookupResult | LookupFailure) -> None:
         """Count one lookup with this outcome. Long polls call this, because `peek` counts none."""
         self._lookup_counters[outcome.key.operation, outcome.cache_status]()
-        if isinstance(outcome, CacheResult):
+        if isinstance(outcome, LookupResult):
             self._record_age(outcome.snapshot, outcome.age)
 
     async def refresh_if_stale(
         self, key: TaskKey, *, client: bytes | None = b"", seen_revision: int = 0
-    ) -> CacheResult | FetchFailure:
+    ) -> LookupResult | LookupFailure:
         """Return the snapshot if it is fresh, else wait for an in-flight request. Schedules call this.
 
         The outcome may be a failure, or a stale snapshot with the failure (stale-if-error). Count no lookup,
@@ -182,9 +182,9 @@ class ProgressService:
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime or not snapshot.is_at_least(seen_revision):
             return await self._wait(key, client, wait_until_done=True, seen_revision=seen_revision)
-        return CacheResult(snapshot, age, CacheStatus.HIT)
+        return LookupResult(snapshot, age, CacheStatus.HIT)
 
-    def peek(self, key: TaskKey, seen_revision: int = 0) -> CacheResult | None:
+    def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, but count no lookup and start no refresh.
 
         The result is that of `lookup`, with one difference: while the update is overdue, its reason counts
@@ -198,7 +198,7 @@ class ProgressService:
             return None
         age = self._clock() - snapshot.fetched_at
         return (
-            CacheResult(snapshot, age, CacheStatus.HIT)
+            LookupResult(snapshot, age, CacheStatus.HIT)
             if age < snapshot.lifetime
             else self._stale_result(snapshot, age, self.overdue_updates.reason(key))
         )
@@ -232,7 +232,7 @@ class ProgressService:
 
     def _stale_result(
         self, snapshot: Snapshot, age: float, failure: GatewayError | None = None
-    ) -> CacheResult | None:
+    ) -> LookupResult | None:
         """Return a result with a stale snapshot, or None if the snapshot is too old.
 
         The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. With a cached failure of the
@@ -244,9 +244,9 @@ class ProgressService:
             too_old = age >= snapshot.lifetime + self._settings.stale_while_revalidate_seconds
         else:
             too_old = age > self._settings.stale_if_error_seconds
-        return None if too_old else CacheResult(snapshot, age, CacheStatus.STALE, failure=failure)
+        return None if too_old else LookupResult(snapshot, age, CacheStatus.STALE, failure=failure)
 
-    async def _fetch(self, key: TaskKey, demand: Demand, requirement: Requirement | None) -> FetchResult:
+    async def _fetch(self, key: TaskKey, demand: Demand, requirement: Requirement | None) -> FetchOutcome:
         demand.began_at = self._clock()
         fetch = await self._fetcher.fetch(key, demand, requirement)
         if isinstance(fetch.outcome, GatewayError):
@@ -266,7 +266,7 @@ class ProgressService:
 
     async def _wait(
         self, key: TaskKey, client: bytes | None, *, wait_until_done: bool = False, seen_revision: int = 0
-    ) -> CacheResult | FetchFailure:
+    ) -> LookupResult | LookupFailure:
         """Wait for the in-flight request, or start one; with a cached failure, start none.
 
         `wait_until_done`: wait even while the rate limiter queues the query, or while its update is overdue.
@@ -295,9 +295,9 @@ class ProgressService:
             return self._stale_if_error(key, fetched, cache_status, fetch, seen_revision=seen_revision)
         age = self._clock() - fetched.fetched_at
         self._record_age(fetched, age)
-        return CacheResult(fetched, age, cache_status, had_snapshot=known is not None, fetch=fetch)
+        return LookupResult(fetched, age, cache_status, had_snapshot=known is not None, fetch=fetch)
 
-    async def _join_request(self, key: TaskKey, *, wait_until_done: bool, seen_revision: int) -> FetchResult:
+    async def _join_request(self, key: TaskKey, *, wait_until_done: bool, seen_revision: int) -> FetchOutcome:
         """Wait for the in-flight request, or start one.
 
         Without `wait_until_done`, return an error as soon as the rate limiter queues the query, or as soon as
@@ -316,24 +316,24 @@ class ProgressService:
         if request.done():
             return request.result()
         demand.keep_without_callers = True  # the query continues
-        return FetchResult(queued.result() if queued.done() else self.overdue_updates.error_of(demand))
+        return FetchOutcome(queued.result() if queued.done() else self.overdue_updates.error_of(demand))
 
     def _stale_if_error(
         self,
         key: TaskKey,
         failure: GatewayError,
         cache_status: CacheStatus,
-        fetch: FetchResult | None = None,
+        fetch: FetchOutcome | None = None,
         *,
         seen_revision: int,
-    ) -> CacheResult | FetchFailure:
+    ) -> LookupResult | LookupFailure:
         """Return a stale snapshot instead of the failure, unless it is too old (stale-if-error)."""
         snapshot = self._store.last_known(key)
         if snapshot is None or not self._within_stale_if_error(snapshot, seen_revision):
-            return FetchFailure(key, failure, cache_status, fetch)
+            return LookupFailure(key, failure, cache_status, fetch)
         age = self._clock() - snapshot.fetched_at
         self._record_age(snapshot, age)
-        return CacheResult(snapshot, age, CacheStatus.STALE, failure=failure, fetch=fetch)
+        return LookupResult(snapshot, age, CacheStatus.STALE, failure=failure, fetch=fetch)
 
     def _record_age(self, snapshot: Snapshot, age: float) -> None:
         if snapshot.terminal:

@@ -31,7 +31,7 @@ import structlog
 from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
-from gateway.progress.results import FetchFailure
+from gateway.progress.results import LookupFailure
 from gateway.progress.service import ProgressService
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.watch.coalesced_timers import CoalescedTimers
@@ -255,7 +255,7 @@ class Refresher:
             outcome = await self._service.refresh_if_stale(
                 key, client=None, seen_revision=watched.seen_revision
             )
-            if isinstance(outcome, FetchFailure):
+            if isinstance(outcome, LookupFailure):
                 self._publish_stored(key)  # it is older than the failure
                 self._publish(Update(key, failure=outcome.failure))
                 if isinstance(outcome.failure, UpstreamRejected):

@@ -42,7 +42,7 @@ from gateway.domain.errors import (
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.domain.vendor_values import vendor_status
-from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
+from gateway.progress.results import CacheStatus, LookupFailure, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
 from gateway.settings.model import Watch as WatchSettings
@@ -298,7 +298,7 @@ class Promises(RuleBasedStateMachine):
         if self.loop.within(partial(self.service.try_reuse, entry, now)):
             snapshot = entry.snapshot
             source = CacheStatus.HIT if snapshot.fresh(now) else CacheStatus.STALE
-            self._judge(key, CacheResult(snapshot, now - snapshot.fetched_at, source))
+            self._judge(key, LookupResult(snapshot, now - snapshot.fetched_at, source))
 
     @rule(key=keys)
     def peek(self, key: TaskKey) -> None:
@@ -492,7 +492,7 @@ class Promises(RuleBasedStateMachine):
 
     async def _ask(self, key: TaskKey, how: str) -> None:
         outcome = await getattr(self.service, how)(key)
-        if isinstance(outcome, FetchFailure):
+        if isinstance(outcome, LookupFailure):
             self._judge_failure(key, outcome.failure)
         else:
             self._judge(key, outcome)
@@ -508,7 +508,7 @@ class Promises(RuleBasedStateMachine):
 
     # Checks
 
-    def _judge(self, key: TaskKey, result: CacheResult) -> None:
+    def _judge(self, key: TaskKey, result: LookupResult) -> None:
         """Check a result against the freshness promise and, after a failure, against stale-if-error."""
         now, story = self.loop.time(), self.upstream.stories[key]
         self._judge_content(key, result.snapshot)

@@ -31,7 +31,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
+from gateway.progress.results import CacheStatus, LookupFailure, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
 from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
@@ -205,24 +205,24 @@ class Bench:
         self._stored: asyncio.Queue[Snapshot] = asyncio.Queue()
         self.store.on_change(self._stored.put_nowait)
 
-    def begin(self, key: TaskKey = KEY) -> asyncio.Task[CacheResult]:
+    def begin(self, key: TaskKey = KEY) -> asyncio.Task[LookupResult]:
         """Start a query, and return its task."""
         return asyncio.create_task(self.get(key))
 
-    async def get(self, key: TaskKey = KEY) -> CacheResult:
+    async def get(self, key: TaskKey = KEY) -> LookupResult:
         """Query; return the result, or raise the failure."""
         outcome = await self.service.get(key)
-        if isinstance(outcome, FetchFailure):
+        if isinstance(outcome, LookupFailure):
             raise outcome.raised()
         return outcome
 
-    async def learn(self, status: str = "running", key: TaskKey = KEY, **data: Any) -> CacheResult:
+    async def learn(self, status: str = "running", key: TaskKey = KEY, **data: Any) -> LookupResult:
         """Query once, and let the upstream respond."""
         asked = self.begin(key)
         (await self.upstream.call()).answer(status, **data)
         return await asked
 
-    async def fail(self, error: BaseException, key: TaskKey = KEY) -> CacheResult | BaseException:
+    async def fail(self, error: BaseException, key: TaskKey = KEY) -> LookupResult | BaseException:
         """Query once, let the upstream fail, and return what the caller received."""
         asked = self.begin(key)
         (await self.upstream.call()).fail(error)
@@ -273,7 +273,7 @@ async def bench() -> AsyncIterator[Bench]:
     await bench.service.aclose()
 
 
-def data_of(result: CacheResult) -> dict[str, Any]:
+def data_of(result: LookupResult) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(result.snapshot.body)
     return data
 
@@ -664,7 +664,7 @@ async def test_get_serves_stale_when_the_refresh_takes_too_long(bench: Bench) ->
     assert bench.service.overdue_updates.reason(KEY) is None
     bench.clock.now += CACHE.stale_while_revalidate_seconds
     result = await bench.get(KEY)
-    assert isinstance(result, CacheResult)
+    assert isinstance(result, LookupResult)
     assert isinstance(result.failure, UpstreamTimeout)
     assert isinstance(bench.service.overdue_updates.reason(KEY), UpstreamTimeout)
     waiting = asyncio.create_task(bench.service.refresh_if_stale(KEY))
@@ -827,7 +827,7 @@ async def test_get_respects_a_short_stale_if_error() -> None:
     joined = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     (await bench.upstream.call()).fail(UpstreamTimeout("too late"))
     for outcome in (await joined, await bench.service.get(KEY)):
-        assert isinstance(outcome, FetchFailure)
+        assert isinstance(outcome, LookupFailure)
         assert isinstance(outcome.failure, UpstreamTimeout)
     assert bench.lookups() == {"miss": 1, "stale": 1, "negative": 1}
     await bench.service.aclose()
@@ -1094,12 +1094,12 @@ async def test_get_returns_the_failed_fetch_to_every_waiting_caller(
     bench.clock.now += 0.5
     call.fail(UpstreamInvalid("nonsense", detail=detail))
     failed = await asked
-    assert isinstance(failed, FetchFailure)
+    assert isinstance(failed, LookupFailure)
     assert failed.fetch is not None
     assert (failed.key, failed.cache_status) == (KEY, CacheStatus.MISS)
     assert (failed.fetch.upstream_seconds, failed.fetch.invoke_id) == (pytest.approx(0.5), invoke_id)
     again = await bench.service.get(KEY)
-    assert isinstance(again, FetchFailure)
+    assert isinstance(again, LookupFailure)
     assert (again.cache_status, again.fetch) == (CacheStatus.NEGATIVE, None)
 
 
@@ -1136,7 +1136,7 @@ async def test_get_returns_no_id_without_a_call(bench: Bench) -> None:
     asked = asyncio.create_task(bench.service.get(KEY))
     (await bench.upstream.call()).fail(Overloaded("full"))
     failed = await asked
-    assert isinstance(failed, FetchFailure)
+    assert isinstance(failed, LookupFailure)
     assert failed.fetch is not None
     assert failed.fetch.invoke_id is None
 
@@ -1272,7 +1272,7 @@ async def test_get_returns_nothing_older_than_the_client_has_received(bench: Ben
     asked = asyncio.create_task(bench.service.get(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).answer(progress=0.9)
     outcome = await asked
-    assert isinstance(outcome, CacheResult)
+    assert isinstance(outcome, LookupResult)
     assert outcome.snapshot.version > known.version
     assert data_of(outcome)["progress"] == 0.9
     assert bench.upstream.count == 2
@@ -1284,7 +1284,7 @@ async def test_get_returns_the_version_that_the_client_has(bench: Bench, age: fl
     known = (await bench.learn()).snapshot
     bench.clock.now += age
     outcome = await bench.service.get(KEY, seen_revision=known.version)
-    assert isinstance(outcome, CacheResult)
+    assert isinstance(outcome, LookupResult)
     assert outcome.snapshot is known
 
 
@@ -1293,9 +1293,9 @@ async def test_get_returns_the_end_of_a_task_whatever_the_client_has_received(be
     known = (await bench.learn("succeeded")).snapshot
     outcome = await bench.service.get(KEY, seen_revision=known.version + 10**6)
     fresh = await bench.service.refresh_if_stale(KEY, seen_revision=known.version + 10**6)
-    assert isinstance(outcome, CacheResult)
+    assert isinstance(outcome, LookupResult)
     assert outcome.snapshot is known
-    assert isinstance(fresh, CacheResult)
+    assert isinstance(fresh, LookupResult)
     assert fresh.snapshot is known
     assert bench.upstream.count == 1
 
@@ -1310,7 +1310,7 @@ async def test_get_joins_no_request_that_is_older_than_the_client(bench: Bench) 
     assert data_of(await asked)["progress"] == 0.1
     (await bench.upstream.call()).answer(progress=0.2)
     outcome = await late
-    assert isinstance(outcome, CacheResult)
+    assert isinstance(outcome, LookupResult)
     assert data_of(outcome)["progress"] == 0.2
     assert outcome.snapshot.version >= 2**52
     assert bench.upstream.count == 2
@@ -1325,7 +1325,7 @@ async def test_stale_if_error_serves_nothing_older_than_the_client_has_received(
     asked = asyncio.create_task(bench.service.get(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).fail(failure)
     outcome = await asked
-    assert isinstance(outcome, FetchFailure)
+    assert isinstance(outcome, LookupFailure)
     assert outcome.failure == Alike(failure)
 
 
@@ -1338,7 +1338,7 @@ async def test_refresh_if_stale_returns_nothing_older_than_the_subscribers_have_
     asked = asyncio.create_task(bench.service.refresh_if_stale(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).answer(progress=0.9)
     outcome = await asked
-    assert isinstance(outcome, CacheResult)
+    assert isinstance(outcome, LookupResult)
     assert outcome.snapshot.version > known.version
 
 
