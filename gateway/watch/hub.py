@@ -81,7 +81,7 @@ class WatchHub:
         self._overdue_keys: set[TaskKey] = set()
         self._refresher = Refresher(
             service,
-            publish_stored=self._publish_stored,
+            publish_unpublished=self._publish_unpublished,
             publish=self._publish,
             mark_not_found=self._mark_not_found,
             set_overdue=self._set_overdue,
@@ -143,7 +143,7 @@ class WatchHub:
         """Publish all unpublished snapshots, then mark current and future subscribers as shutting down."""
         self._shutting_down = True
         for key in tuple(self._watched):
-            self._publish_stored(key)
+            self._publish_unpublished(key)
         for subscriber in self._subscribers:
             subscriber.shutting_down = True
             subscriber.wake()
@@ -171,7 +171,7 @@ class WatchHub:
         watched.seen_revision = max(watched.seen_revision, seen_revision)
         servable = self._service.peek(key, seen_revision)
         # Before the subscriber is added: it then receives the snapshot as `published`, and not twice.
-        self._publish_stored(key)
+        self._publish_unpublished(key)
         # There is no `await` from here to the end, so no change is lost in between.
         watched.subscribers.add(subscriber)
         self._service.add_subscriber(key, subscriber.client)
@@ -221,12 +221,12 @@ class WatchHub:
         """Publish a few of the unpublished snapshots: at least one, and more when the backlog is longer."""
         try:
             for _ in range(1 + len(self._unpublished_keys) // _BACKLOG_DIVISOR):
-                self._publish_stored(self._unpublished_keys.popleft())
+                self._publish_unpublished(self._unpublished_keys.popleft())
         finally:
             if self._unpublished_keys:
                 asyncio.get_running_loop().call_soon(self._publish_some)
 
-    def _publish_stored(self, key: TaskKey) -> None:
+    def _publish_unpublished(self, key: TaskKey) -> None:
         """Publish the unpublished snapshot of a task, if there is one."""
         watched = self._watched.get(key)
         if watched is None or watched.unpublished is None:
@@ -310,7 +310,7 @@ class WatchHub:
           its next update.
         """
         snapshot = self._last_known(reduced.key)
-        self._publish_stored(reduced.key)
+        self._publish_unpublished(reduced.key)
         if subscriber.has_unsent(reduced.key) or snapshot is None:
             return None
         return None if _is_final(reduced) and not snapshot.terminal else Update(reduced.key, snapshot)
