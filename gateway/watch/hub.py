@@ -118,7 +118,11 @@ class WatchHub:
                 "the gateway has reached its limit of open streams and long polls", retry_after=5.0
             )
         subscriber = Subscriber(
-            keys, client, seen_revisions=seen_revisions, load_body=self._load_body, refetch=self._refetch
+            keys,
+            client,
+            seen_revisions=seen_revisions,
+            load_body=self._publish_and_load_body,
+            refetch=self._refetch,
         )
         subscriber.shutting_down = self._shutting_down
         if self._shutting_down:
@@ -299,15 +303,14 @@ class WatchHub:
             for subscriber in watched.subscribers:
                 subscriber.not_found_keys -= {watched.key}
 
-    def _load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
-        """Return an update with the latest snapshot of the task and its body, or None.
+    def _publish_and_load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
+        """Publish the unpublished snapshot, if any. Return the latest snapshot with its body, or None.
 
         It is None in three cases:
 
         - The store has evicted the snapshot.
         - The task has ended, but the store has evicted its terminal snapshot and has another one.
-        - The task had an unpublished snapshot. This method has published it, and the subscriber sends it as
-          its next update.
+        - The task had an unpublished snapshot. The subscriber sends it as its next update.
         """
         snapshot = self._last_known(reduced.key)
         self._publish_unpublished(reduced.key)
