@@ -1,4 +1,4 @@
-"""The result types of a lookup (a snapshot or a failure, with its cache status) and of an in-flight request."""
+"""The result types of a lookup, with its cache status, and of an in-flight request."""
 
 from __future__ import annotations
 
@@ -61,7 +61,10 @@ class LookupResult(NamedTuple):
 
 
 class LookupFailure(NamedTuple):
-    """A failure as the result of one caller's lookup, even without a fetch. Its fields are those of `LookupResult`."""
+    """A failure as the result of one caller's lookup, even without an in-flight request.
+
+    The fields are those of `LookupResult`.
+    """
 
     key: TaskKey
     failure: GatewayError
