@@ -143,7 +143,7 @@ class Fetcher:
                 key,
                 is_refresh=self._store.last_known(key) is not None,
                 timeout_seconds=deadline - started,
-                on_queued=partial(_report_queued, demand),
+                on_expected_wait=partial(_report_queued, demand),
                 on_retry=partial(self._store.release_lease_early, lease),
                 demand=demand,
             )

@@ -12,8 +12,8 @@
                                             another replica has fetched it, the refresh begins then
 
 An in-flight request is the query for a task with the steps before and after it (`fetching.py`). A query
-counts as queued from the first call of its `on_queued`. `RateLimiter.acquire` says when that is: on entry
-only if the expected wait is 0.1 s or longer, and later with any wait. While the query of a task is not
+counts as queued from the first call of its `on_expected_wait`. `RateLimiter.acquire` says when that is: on
+entry only if the expected wait is 0.1 s or longer, and later with any wait. While the query of a task is not
 queued and its update is not overdue, no caller receives a snapshot older than its lifetime +
 `cache.stale_while_revalidate_seconds`.
 """

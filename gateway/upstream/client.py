@@ -61,7 +61,7 @@ class _Query:
 
     key: TaskKey
     is_refresh: bool
-    on_queued: Callable[[float], None]
+    on_expected_wait: Callable[[float], None]
     deadline: float
     demand: Demand
     call_numbers: Iterator[int] = field(default_factory=count)
@@ -165,7 +165,7 @@ class UpstreamClient:
         *,
         is_refresh: bool = False,
         timeout_seconds: float = math.inf,
-        on_queued: Callable[[float], None] = lambda _: None,
+        on_expected_wait: Callable[[float], None] = lambda _: None,
         on_retry: Callable[[], None] = lambda: None,
         demand: Demand | None = None,
     ) -> ParsedResponse:
@@ -175,7 +175,7 @@ class UpstreamClient:
             key: The task.
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: Limit for the whole query, in addition to the setting.
-            on_queued: See `RateLimiter.acquire`.
+            on_expected_wait: See `RateLimiter.acquire`.
             on_retry: Called before each retry.
             demand: The waiting callers. Its `must_finish` is set when a call is sent, and cleared before a
                 retry. None: the gateway itself needs the response.
@@ -186,7 +186,9 @@ class UpstreamClient:
         """
         seconds = min(self._settings.timeout_seconds, timeout_seconds)
         deadline = asyncio.get_running_loop().time() + seconds
-        query = _Query(key, is_refresh, on_queued, deadline, demand or Demand(keep_without_callers=True))
+        query = _Query(
+            key, is_refresh, on_expected_wait, deadline, demand or Demand(keep_without_callers=True)
+        )
         self._retry_policy.on_query()
         retries = 0
         failure: UpstreamError | None = None
@@ -235,7 +237,7 @@ class UpstreamClient:
             with await self._rate_limiter.acquire(
                 is_refresh=query.is_refresh,
                 timeout_seconds=self._max_queue_seconds(query),
-                on_queued=query.on_queued,
+                on_expected_wait=query.on_expected_wait,
                 demand=query.demand,
             ) as permit:
                 query.demand.make_timeout_error = timeout_error

@@ -27,8 +27,8 @@ from gateway.upstream.demand import Demand
 from gateway.upstream.permit_queue import PermitQueue, QueuedQuery
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
-# Shortest expected wait that `acquire` reports to `on_queued` when a query is put into the queue. The
-# progress service then serves a stale snapshot at once, if there is one. Later reports have no minimum.
+# Shortest expected wait that `acquire` reports to `on_expected_wait` when a query is put into the queue.
+# The progress service then serves a stale snapshot at once, if there is one. Later reports have no minimum.
 MIN_WAIT_REPORTED_ON_ENTRY_SECONDS = 0.1
 # A query at the head of the queue still gets a permit this long after its timeout, because the timer that
 # serves the queue may fire late. The checks of the expected wait have no tolerance.
@@ -147,7 +147,7 @@ class RateLimiter:
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        on_queued: Callable[[float], None] = lambda _: None,
+        on_expected_wait: Callable[[float], None] = lambda _: None,
         demand: Demand | None = None,
     ) -> Permit:
         """Wait for a permit: `with await limiter.acquire(...) as permit`, then `permit.mark_sent()` to send.
@@ -155,9 +155,9 @@ class RateLimiter:
         Args:
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: The longest wait. A permit may come 0.1 s later.
-            on_queued: Called with the expected wait in seconds in two cases. The query is put into the queue,
-                and the wait is at least `MIN_WAIT_REPORTED_ON_ENTRY_SECONDS`. Or the query is still in the
-                queue when the limit falls, when a pause begins, or when the store has replied to a request
+            on_expected_wait: Called with the expected wait in seconds in two cases. The query is put into the
+                queue, and the wait is at least `MIN_WAIT_REPORTED_ON_ENTRY_SECONDS`. Or the query is still in
+                the queue when the limit falls, when a pause begins, or when the store has replied to a request
                 for shared permits; the wait may then be 0.
             demand: The clients that wait for the response; None: the gateway itself needs it. A first query
                 is put into the queue of one of the clients. More clients may join while it is queued.
@@ -176,10 +176,10 @@ class RateLimiter:
             raise _exhausted(wait)
         else:
             if wait >= MIN_WAIT_REPORTED_ON_ENTRY_SECONDS:
-                on_queued(wait)
+                on_expected_wait(wait)
             expires_at = self._clock() + timeout_seconds
             query = self._queue.add(
-                is_refresh=is_refresh, client=client, expires_at=expires_at, on_queued=on_queued
+                is_refresh=is_refresh, client=client, expires_at=expires_at, on_expected_wait=on_expected_wait
             )
             await self._wait_in_queue(query, demand)
         permit = Permit(self._clock, self._on_permit_end)
@@ -293,7 +293,7 @@ class RateLimiter:
         self._serve_queue()
 
     def _recheck_timeouts(self, now: float) -> None:
-        """Refuse the queries that would be served after their timeout. Call `on_queued` of the others."""
+        """Refuse the queries that would be served after their timeout; report the wait of the others."""
         ahead = 0
         for query in list(self._queue):
             wait = self._wait_behind(ahead + self._queued_elsewhere(is_refresh=query.is_refresh))
@@ -303,7 +303,7 @@ class RateLimiter:
                     query.future.set_result(max(wait, _TIMER_RESOLUTION_SECONDS))
             else:
                 ahead += 1
-                query.on_queued(wait)
+                query.on_expected_wait(wait)
 
     def _queued_elsewhere(self, *, is_refresh: bool) -> int:
         """Return how many queries of other replicas are served before a query of this replica."""

@@ -114,14 +114,14 @@ class Call:
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        on_queued: Callable[[float], None],
+        on_expected_wait: Callable[[float], None],
         on_retry: Callable[[], None],
         demand: Demand,
     ) -> None:
         self.key = key
         self.is_refresh = is_refresh
         self.timeout_seconds = timeout_seconds
-        self.on_queued = on_queued
+        self.on_expected_wait = on_expected_wait
         self.on_retry = on_retry
         self.demand = demand
         self.outcome: asyncio.Future[ParsedResponse] = asyncio.get_running_loop().create_future()
@@ -154,7 +154,7 @@ class FakeUpstream:
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        on_queued: Callable[[float], None],
+        on_expected_wait: Callable[[float], None],
         on_retry: Callable[[], None],
         demand: Demand,
     ) -> ParsedResponse:
@@ -165,7 +165,7 @@ class FakeUpstream:
             key,
             is_refresh=is_refresh,
             timeout_seconds=timeout_seconds,
-            on_queued=on_queued,
+            on_expected_wait=on_expected_wait,
             on_retry=on_retry,
             demand=demand,
         )
@@ -422,8 +422,8 @@ async def test_get_does_not_wait_for_a_queued_request(bench: Bench) -> None:
     crowd = [bench.begin() for _ in range(3)]
     call = await bench.upstream.call()
     assert call.is_refresh
-    call.on_queued(7.0)
-    call.on_queued(6.0)
+    call.on_expected_wait(7.0)
+    call.on_expected_wait(6.0)
     for result in await asyncio.gather(*crowd, bench.get(KEY)):
         assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert result.failure == Alike(
@@ -460,7 +460,7 @@ async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -
     for meanwhile in (OTHER, RESULT):
         asked = bench.begin()
         call = await bench.upstream.call()
-        call.on_queued(7.0)
+        call.on_expected_wait(7.0)
         await bench.learn(key=meanwhile)
         assert not asked.done()
         call.answer()
@@ -474,7 +474,7 @@ async def test_refresh_if_stale_waits_for_a_queued_request(bench: Bench) -> None
     long_ago(bench)
     asked = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     call = await bench.upstream.call()
-    call.on_queued(7.0)
+    call.on_expected_wait(7.0)
     await bench.learn(key=OTHER)  # a caller that does not wait would have its result by now
     assert not asked.done()
     call.answer(progress=0.9)
@@ -566,7 +566,7 @@ async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
         long_ago(bench)
         asked = bench.begin()
         call = await bench.upstream.call()
-        call.on_queued(7.0)
+        call.on_expected_wait(7.0)
         assert (await asked).cache_status is CacheStatus.STALE
     else:
         known = cast("Snapshot", bench.store.last_known(KEY))

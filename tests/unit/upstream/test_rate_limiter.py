@@ -117,7 +117,7 @@ class Bench:
         self.clock = clock
         self.limiter = RateLimiter(requests_per_second, clock=clock, call_later=clock.call_later)
         self.went: list[str] = []
-        self.on_queued: list[tuple[str, float]] = []
+        self.expected_waits: list[tuple[str, float]] = []
 
     def ask(
         self,
@@ -134,7 +134,7 @@ class Bench:
             with await self.limiter.acquire(
                 is_refresh=is_refresh,
                 timeout_seconds=timeouts,
-                on_queued=lambda seconds: self.on_queued.append((name, seconds)),
+                on_expected_wait=lambda seconds: self.expected_waits.append((name, seconds)),
                 demand=demand,
             ) as permit:
                 if consume:
@@ -221,7 +221,7 @@ async def test_rate_limiter_reports_a_noticeable_wait(bench: Bench) -> None:
     bench.ask("a")
     bench.ask("b")
     await bench.clock.tick()
-    assert bench.on_queued == [("b", pytest.approx(0.55))]
+    assert bench.expected_waits == [("b", pytest.approx(0.55))]
 
 
 async def test_rate_limiter_expected_wait_is_the_actual_wait(bench: Bench) -> None:
@@ -533,12 +533,12 @@ async def test_rate_limiter_rechecks_waiters_when_it_slows_down(clock: Clock) ->
     asked = {name: bench.ask(name, timeouts=seconds) for name, seconds in timeouts.items()}
     bench.ask("new", timeouts=10.0, is_refresh=False)
     await clock.tick()
-    bench.on_queued.clear()
+    bench.expected_waits.clear()
     asked["gone"].cancel()
     throttling.set()
     await asyncio.gather(calling, asked["hasty"], return_exceptions=True)
     assert isinstance(asked["hasty"].exception(), RateLimiterExhausted)
-    assert [name for name, _ in bench.on_queued] == ["a", "new", "b"]
+    assert [name for name, _ in bench.expected_waits] == ["a", "new", "b"]
     assert clock.timers == 1
     await clock.tick(1.9)
     assert bench.went == []
