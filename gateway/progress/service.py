@@ -42,7 +42,7 @@ from gateway.upstream.demand import Demand
 
 # Maximum number of in-flight requests that a caller waits for, one after the other. A further one is needed
 # if the result is older than the revision that the client has seen.
-_MAX_JOINED_REQUESTS = 3
+_MAX_JOINED_IN_FLIGHT_REQUESTS = 3
 _REFRESH_AHEAD_READS = 2  # the second read of a fresh snapshot schedules its refresh ahead of expiry
 _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes 50 ns at each hit
 
@@ -280,8 +280,8 @@ class ProgressService:
             self._in_flight.add_waiter(key, client)
         try:
             wait_until_done = wait_until_done or not self._within_stale_if_error(known, seen_revision)
-            for _ in range(_MAX_JOINED_REQUESTS):
-                fetch = await self._join_request(
+            for _ in range(_MAX_JOINED_IN_FLIGHT_REQUESTS):
+                fetch = await self._join_in_flight_request(
                     key, wait_until_done=wait_until_done, seen_revision=seen_revision
                 )
                 fetched = fetch.outcome
@@ -297,7 +297,9 @@ class ProgressService:
         self._record_age(fetched, age)
         return LookupResult(fetched, age, cache_status, had_snapshot=known is not None, fetch=fetch)
 
-    async def _join_request(self, key: TaskKey, *, wait_until_done: bool, seen_revision: int) -> FetchOutcome:
+    async def _join_in_flight_request(
+        self, key: TaskKey, *, wait_until_done: bool, seen_revision: int
+    ) -> FetchOutcome:
         """Wait for the in-flight request, or start one.
 
         Without `wait_until_done`, return an error as soon as the rate limiter queues the query, or as soon as
