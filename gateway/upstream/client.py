@@ -196,7 +196,7 @@ class UpstreamClient:
             async with asyncio.timeout_at(deadline):
                 while True:
                     try:
-                        return await self._hedging.run(query, self._attempt)
+                        return await self._hedging.run(query, self._call_within_limits)
                     except LaterCallAnswered:
                         continue
                     except (RateLimiterExhausted, Overloaded, CircuitOpen) as exc:
@@ -221,8 +221,8 @@ class UpstreamClient:
                 self._abandoned[key.operation].inc()
             raise
 
-    async def _attempt(self, query: _Query) -> ParsedResponse:
-        """Make one attempt: the steps of the first line of the module's diagram.
+    async def _call_within_limits(self, query: _Query) -> ParsedResponse:
+        """Make one call within all limits: the steps of the first line of the module's diagram.
 
         The steps begin again if the permit is revoked before the call is sent. The call is repeated after a
         clock correction, and with another key pair. A failure is not retried here.
@@ -258,7 +258,7 @@ class UpstreamClient:
         hedged.call_numbers = query.call_numbers
         try:
             async with asyncio.timeout_at(query.deadline):
-                return await self._attempt(hedged)
+                return await self._call_within_limits(hedged)
         except TimeoutError:
             raise timeout_error() from None
 
