@@ -157,8 +157,8 @@ class RateLimiter:
             timeout_seconds: The longest wait. A permit may come 0.1 s later.
             on_expected_wait: Called with the expected wait in seconds in two cases. The query is put into the
                 queue, and the wait is at least `MIN_WAIT_REPORTED_ON_ENTRY_SECONDS`. Or the query is still in
-                the queue when the limit falls, when a pause begins, or when the store has replied to a request
-                for shared permits; the wait may then be 0.
+                the queue when the limit falls, when a pause begins, or when the store has replied to a
+                request for shared permits; the wait may then be 0.
             demand: The clients that wait for the response; None: the gateway itself needs it. A first query
                 is put into the queue of one of the clients. More clients may join while it is queued.
 
