@@ -103,7 +103,7 @@ class ProgressService:
         If the result is stale, start a background refresh, unless a failure of the task is cached.
         `seen_revision`: the result must not be older than the body with this revision.
         """
-        entry = self._store.peek(key)
+        entry = self._store.current_entry(key)
         if entry is None:
             return None
         snapshot = entry.snapshot
@@ -175,9 +175,9 @@ class ProgressService:
         and wait even while the rate limiter queues the query. `client`: as in `get`; None if the result is
         only for subscribers, which `add_subscriber` has already counted.
         """
-        entry = self._store.peek(key)
+        entry = self._store.current_entry(key)
         if entry is None and await self._store.catch_up():
-            entry = self._store.peek(key)
+            entry = self._store.current_entry(key)
         snapshot = None if entry is None else entry.snapshot
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime or not snapshot.is_at_least(seen_revision):
@@ -190,7 +190,7 @@ class ProgressService:
         The result is that of `lookup`, with one difference: while the update is overdue, its reason counts
         like a cached failure. The result then has the reason, and the maximum age is that of stale-if-error.
         """
-        entry = self._store.peek(key)
+        entry = self._store.current_entry(key)
         if entry is None:
             return None
         snapshot = entry.snapshot

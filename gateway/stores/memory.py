@@ -118,8 +118,8 @@ class MemoryStore:
     async def __aexit__(self, *exc_info: object) -> None:
         """See `Store`: there is nothing to close."""
 
-    def peek(self, key: TaskKey) -> CacheEntry | None:
-        """See `Store.peek`: this store alone has no other replicas, so no message can be unread."""
+    def current_entry(self, key: TaskKey) -> CacheEntry | None:
+        """See `Store.current_entry`: this store alone has no other replicas, so no message can be unread."""
         return self.entry(key)
 
     def entry(self, key: TaskKey) -> CacheEntry | None:

@@ -105,7 +105,7 @@ async def save(store: Store, snapshot: Snapshot) -> Snapshot | None:
 async def entry_of(store: Store, key: TaskKey) -> CacheEntry | None:
     """Return the current entry of a task. A busy machine may have paused this process."""
     await store.catch_up()
-    return store.peek(key)
+    return store.current_entry(key)
 
 
 async def shown(store: Store, key: TaskKey) -> Snapshot | None:
@@ -140,7 +140,7 @@ async def test_store_is_empty_at_first(store: Store) -> None:
 
 
 async def test_store_returns_a_committed_snapshot(store: Store, snapshot: Callable[..., Snapshot]) -> None:
-    """A committed snapshot is returned by peek, last_known and acquire, with all its fields."""
+    """A committed snapshot is returned by current_entry, last_known and acquire, with all its fields."""
     one = snapshot(etaRelative=3.0, message="so far", state={"job": "a\nb"})
     assert await save(store, one) is one
     for kept in (await shown(store, KEY), store.last_known(KEY), await store.acquire(KEY)):
