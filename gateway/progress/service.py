@@ -38,7 +38,7 @@ from gateway.stores.base import CacheEntry, Requirement, Store
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
-from gateway.upstream.demand import Demand
+from gateway.upstream.query_state import QueryState
 
 # Maximum number of in-flight requests that a caller waits for, one after the other. A further one is needed
 # if the result is older than the revision that the client has seen.
@@ -85,7 +85,7 @@ class ProgressService:
             clock=clock,
         )
         self._in_flight: InFlightRequests[TaskKey, FetchOutcome] = InFlightRequests(self._fetch)
-        self.overdue_updates = OverdueUpdates(store, self._in_flight.present_demand, clock=clock)
+        self.overdue_updates = OverdueUpdates(store, self._in_flight.state_in_flight, clock=clock)
         self._lookup_counters = {
             (operation, cache_status): metrics.cache_lookups.labels(operation, cache_status).inc
             for operation in Operation
@@ -246,9 +246,9 @@ class ProgressService:
             too_old = age > self._settings.stale_if_error_seconds
         return None if too_old else LookupResult(snapshot, age, CacheStatus.STALE, failure=failure)
 
-    async def _fetch(self, key: TaskKey, demand: Demand, requirement: Requirement | None) -> FetchOutcome:
-        demand.began_at = self._clock()
-        fetch = await self._fetcher.fetch(key, demand, requirement)
+    async def _fetch(self, key: TaskKey, state: QueryState, requirement: Requirement | None) -> FetchOutcome:
+        state.began_at = self._clock()
+        fetch = await self._fetcher.fetch(key, state, requirement)
         if isinstance(fetch.outcome, GatewayError):
             self.overdue_updates.record_failure(key, fetch.outcome)
         return fetch
@@ -310,15 +310,15 @@ class ProgressService:
             return await asyncio.shield(request)
         if request.done():  # it ended in this iteration of the event loop
             return request.result()
-        demand = self._in_flight.demand(key)
-        queued = queued_future_of(demand)
-        taken = max(self._clock() - demand.began_at, 0.0)  # 0.0 before it runs: `began_at` is then infinite
+        state = self._in_flight.query_state(key)
+        queued = queued_future_of(state)
+        taken = max(self._clock() - state.began_at, 0.0)  # 0.0 before it runs: `began_at` is then infinite
         timeout = max(self.overdue_updates.overdue_after_seconds - taken, 0.0)
         await asyncio.wait((request, queued), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if request.done():
             return request.result()
-        demand.keep_without_callers = True  # the query continues
-        return FetchOutcome(queued.result() if queued.done() else self.overdue_updates.error_of(demand))
+        state.keep_without_callers = True  # the query continues
+        return FetchOutcome(queued.result() if queued.done() else self.overdue_updates.error_of(state))
 
     def _stale_if_error(
         self,

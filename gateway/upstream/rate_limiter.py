@@ -23,8 +23,8 @@ import structlog
 
 from gateway.domain.errors import RateLimiterExhausted, UpstreamRejected, UpstreamThrottled
 from gateway.upstream.adaptive_limit import AdaptiveLimit
-from gateway.upstream.demand import Demand
 from gateway.upstream.permit_queue import PermitQueue, QueuedQuery
+from gateway.upstream.query_state import QueryState
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
 # Shortest expected wait that `acquire` reports to `on_expected_wait` when a query is put into the queue.
@@ -148,7 +148,7 @@ class RateLimiter:
         is_refresh: bool,
         timeout_seconds: float,
         on_expected_wait: Callable[[float], None] = lambda _: None,
-        demand: Demand | None = None,
+        query_state: QueryState | None = None,
     ) -> Permit:
         """Wait for a permit: `with await limiter.acquire(...) as permit`, then `permit.mark_sent()` to send.
 
@@ -159,7 +159,7 @@ class RateLimiter:
                 queue, and the wait is at least `MIN_WAIT_REPORTED_ON_ENTRY_SECONDS`. Or the query is still in
                 the queue when the limit falls, when a pause begins, or when the store has replied to a
                 request for shared permits; the wait may then be 0.
-            demand: The clients that wait for the response; None: the gateway itself needs it. A first query
+            query_state: The clients that wait for the response; None: the gateway itself needs it. A first query
                 is put into the queue of one of the clients. More clients may join while it is queued.
 
         Raises:
@@ -167,8 +167,8 @@ class RateLimiter:
                 is already queued: if the limit falls, or if queries of other clients are served before it.
         """
         self._remove_limit_if_idle()
-        demand = demand or Demand(keep_without_callers=True)
-        client = b"" if is_refresh else self._queue.client_with_shortest_queue(demand.clients)
+        state = query_state or QueryState(keep_without_callers=True)
+        client = b"" if is_refresh else self._queue.client_with_shortest_queue(state.clients)
         wait = self.expected_wait(is_refresh=is_refresh, client=client)
         if wait == 0 and not self._queue and self._use_shared_permit(is_refresh=is_refresh):
             self._tokens -= 1
@@ -181,7 +181,7 @@ class RateLimiter:
             query = self._queue.add(
                 is_refresh=is_refresh, client=client, expires_at=expires_at, on_expected_wait=on_expected_wait
             )
-            await self._wait_in_queue(query, demand)
+            await self._wait_in_queue(query, state)
         permit = Permit(self._clock, self._on_permit_end)
         self._permits.add(permit)
         return permit
@@ -195,9 +195,9 @@ class RateLimiter:
         """
         self._on_throttled(self._clock(), retry_after)
 
-    async def _wait_in_queue(self, query: QueuedQuery, demand: Demand) -> None:
+    async def _wait_in_queue(self, query: QueuedQuery, state: QueryState) -> None:
         future = query.future
-        demand.queue_entry = query
+        state.queue_entry = query
         self._serve_queue()
         try:
             refused_wait = await future
@@ -210,7 +210,7 @@ class RateLimiter:
                 self._return_token()
             raise
         finally:
-            demand.queue_entry = None
+            state.queue_entry = None
         if refused_wait is not None:
             raise _exhausted(refused_wait)
 

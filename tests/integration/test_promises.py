@@ -50,7 +50,7 @@ from gateway.stores.base import CacheEntry
 from gateway.stores.memory import REMEMBER_SECONDS, MemoryStore
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
-from gateway.upstream.demand import Demand
+from gateway.upstream.query_state import QueryState
 from gateway.upstream.signed_request import ParsedResponse
 from gateway.watch.hub import SubscriptionKind, WatchHub
 from gateway.watch.subscriber import Subscriber, Update
@@ -143,7 +143,7 @@ class FakeUpstream:
         self._cache = cache
         self._longest = dict.fromkeys(Operation, 0.0)  # call so far
 
-    async def query(self, key: TaskKey, *, demand: Demand, **_: object) -> ParsedResponse:
+    async def query(self, key: TaskKey, *, query_state: QueryState, **_: object) -> ParsedResponse:
         """Wait until the state machine responds."""
         story, began = self.stories[key], self._loop.time()
         if key in self.in_flight:
@@ -164,12 +164,12 @@ class FakeUpstream:
                         await turn
                     finally:
                         del self.queue[key]
-                    if not demand.wanted:
+                    if not query_state.wanted:
                         self.broken.append(f"{key} was asked for though nothing wants it")
-                demand.must_finish = True
+                query_state.must_finish = True
                 data = await outcome
         except asyncio.CancelledError:
-            if (demand.must_finish or demand.wanted) and not self.closing:
+            if (query_state.must_finish or query_state.wanted) and not self.closing:
                 self.broken.append(f"{key} was given up while it was wanted, or on the wire")
             # No call was made: the reason for this one is also a reason for the next one.
             story.prompted = story.prompted or prompted

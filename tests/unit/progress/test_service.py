@@ -38,7 +38,7 @@ from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
-from gateway.upstream.demand import Demand
+from gateway.upstream.query_state import QueryState
 from gateway.upstream.signed_request import ParsedResponse
 from tests.support.seen import TAGS
 
@@ -116,14 +116,14 @@ class Call:
         timeout_seconds: float,
         on_expected_wait: Callable[[float], None],
         on_retry: Callable[[], None],
-        demand: Demand,
+        query_state: QueryState,
     ) -> None:
         self.key = key
         self.is_refresh = is_refresh
         self.timeout_seconds = timeout_seconds
         self.on_expected_wait = on_expected_wait
         self.on_retry = on_retry
-        self.demand = demand
+        self.query_state = query_state
         self.outcome: asyncio.Future[ParsedResponse] = asyncio.get_running_loop().create_future()
 
     def answer(self, status: str = "running", **data: Any) -> None:
@@ -156,18 +156,18 @@ class FakeUpstream:
         timeout_seconds: float,
         on_expected_wait: Callable[[float], None],
         on_retry: Callable[[], None],
-        demand: Demand,
+        query_state: QueryState,
     ) -> ParsedResponse:
         """Wait until the test responds; until then the query is queued, or on the wire."""
         self.keys.append(key)
-        demand.must_finish = not self.queues
+        query_state.must_finish = not self.queues
         call = Call(
             key,
             is_refresh=is_refresh,
             timeout_seconds=timeout_seconds,
             on_expected_wait=on_expected_wait,
             on_retry=on_retry,
-            demand=demand,
+            query_state=query_state,
         )
         self._calls.put_nowait(call)
         return await call.outcome
@@ -452,7 +452,7 @@ async def test_get_waits_for_a_request_that_is_not_queued(bench: Bench) -> None:
             None,
         )
         long_ago(bench)
-        assert not bench.service._in_flight._demands
+        assert not bench.service._in_flight._states
 
 
 async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -> None:
@@ -494,7 +494,7 @@ async def test_get_joins_a_request_that_has_just_ended(bench: Bench) -> None:
         assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert isinstance(result.failure, Overloaded)
     assert bench.upstream.count == 2
-    assert not bench.service._in_flight._demands
+    assert not bench.service._in_flight._states
 
 
 # Callers that leave
@@ -524,7 +524,7 @@ async def test_get_drops_a_queued_query_when_its_last_caller_leaves(bench: Bench
     assert bench.upstream.count == 2
     fourth = bench.begin()
     await asyncio.sleep(0)
-    assert len(bench.service._in_flight._demands) == 1
+    assert len(bench.service._in_flight._states) == 1
     await left(third)
     await left(fourth)
 
@@ -536,7 +536,7 @@ async def test_get_cleans_up_a_request_dropped_before_it_began(bench: Bench) -> 
     bench.service.remove_subscriber(KEY, b"1")
     await asyncio.wait([waiting])
     assert waiting.cancelled()
-    assert (KEY in bench.service._in_flight, bench.service._in_flight._demands) == (False, {})
+    assert (KEY in bench.service._in_flight, bench.service._in_flight._states) == (False, {})
     assert bench.upstream.count == 0
     await bench.learn()
 
@@ -550,7 +550,7 @@ async def test_get_completes_and_stores_a_query_on_the_wire(bench: Bench) -> Non
     result = await bench.get()
     assert (result.cache_status, bench.upstream.count) == (CacheStatus.COLLAPSED, 1)
     assert (await bench.get()).cache_status is CacheStatus.HIT
-    assert not bench.service._in_flight._demands
+    assert not bench.service._in_flight._states
 
 
 @pytest.mark.parametrize("how", ["stale", "queued", "hot"])
@@ -588,25 +588,25 @@ async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) 
         bench.service.add_subscriber(KEY, client)
     ticking = asyncio.create_task(bench.service.refresh_if_stale(KEY, client=None))
     call = await bench.upstream.call()
-    assert call.demand.clients == {b"1": 1, b"2": 1}
+    assert call.query_state.clients == {b"1": 1, b"2": 1}
     bench.service.remove_subscriber(KEY, b"1")
     assert not call.outcome.done()
     bench.service.remove_subscriber(KEY, b"2")
     await asyncio.wait([ticking])
     assert call.outcome.cancelled()
-    assert not bench.service._in_flight._demands
+    assert not bench.service._in_flight._states
 
 
 async def test_get_passes_the_clients_of_a_query(bench: Bench) -> None:
-    """The rate limiter is fair to clients: the demand has the clients of all waiting callers."""
+    """The rate limiter is fair to clients: the query state has the clients of all waiting callers."""
     callers = [asyncio.create_task(bench.service.get(KEY, client=client)) for client in (b"1", b"1", b"2")]
     call = await bench.upstream.call()
-    assert call.demand.clients == {b"1": 2, b"2": 1}
+    assert call.query_state.clients == {b"1": 2, b"2": 1}
     await left(callers[0])
-    assert call.demand.clients == {b"1": 1, b"2": 1}
+    assert call.query_state.clients == {b"1": 1, b"2": 1}
     call.answer()
     await asyncio.gather(*callers[1:])
-    assert call.demand.clients == {}
+    assert call.query_state.clients == {}
 
 
 # Stale

@@ -20,7 +20,7 @@ from gateway.domain.errors import (
     UpstreamThrottled,
 )
 from gateway.domain.permits import Permits
-from gateway.upstream.demand import Demand
+from gateway.upstream.query_state import QueryState
 from gateway.upstream.rate_limiter import RateLimiter
 
 REJECTED = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
@@ -126,7 +126,7 @@ class Bench:
         is_refresh: bool = True,
         timeouts: float = 100.0,
         consume: bool = True,
-        demand: Demand | None = None,
+        query_state: QueryState | None = None,
     ) -> asyncio.Task[None]:
         """Start to wait for a permit."""
 
@@ -135,7 +135,7 @@ class Bench:
                 is_refresh=is_refresh,
                 timeout_seconds=timeouts,
                 on_expected_wait=lambda seconds: self.expected_waits.append((name, seconds)),
-                demand=demand,
+                query_state=query_state,
             ) as permit:
                 if consume:
                     permit.mark_sent()
@@ -253,23 +253,23 @@ async def test_rate_limiter_alternates_between_queues(bench: Bench, crowd: bool)
     assert [name for name in bench.went if name.startswith("crowd")] == [f"crowd{n}" for n in range(4)]
 
 
-def wanted_by(*clients: bytes) -> Demand:
-    """Return the demand of these clients, with one caller each."""
-    demand = Demand()
+def wanted_by(*clients: bytes) -> QueryState:
+    """Return a query state with these clients, with one caller each."""
+    state = QueryState()
     for client in clients:
-        demand.join(client)
-    return demand
+        state.join(client)
+    return state
 
 
 async def test_rate_limiter_first_queries_are_fair_to_clients(bench: Bench) -> None:
     """A new client waits about one round, however many queries another client has queued."""
     for number in range(100):
-        bench.ask(f"crowd{number}", is_refresh=False, demand=wanted_by(b"1"))
+        bench.ask(f"crowd{number}", is_refresh=False, query_state=wanted_by(b"1"))
     bench.ask("refresh")
     await bench.clock.tick()
     assert bench.limiter.expected_wait(is_refresh=False, client=b"2") == pytest.approx(1.5)
     newcomers = [
-        bench.ask(f"new{number}", is_refresh=False, timeouts=2.0, demand=wanted_by(b"%d" % number))
+        bench.ask(f"new{number}", is_refresh=False, timeouts=2.0, query_state=wanted_by(b"%d" % number))
         for number in (2, 3)
     ]
     await bench.clock.tick(2.0)
@@ -280,7 +280,7 @@ async def test_rate_limiter_first_queries_are_fair_to_clients(bench: Bench) -> N
 async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: Bench) -> None:
     """If a client queues more than can be served in time, only queries of that client are refused."""
     crowd = [
-        bench.ask(f"crowd{number}", is_refresh=False, timeouts=5.0, demand=wanted_by(b"1"))
+        bench.ask(f"crowd{number}", is_refresh=False, timeouts=5.0, query_state=wanted_by(b"1"))
         for number in range(100)
     ]
     await bench.clock.tick()
@@ -288,7 +288,9 @@ async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: 
     new = []
     for second in range(5):
         new.append(
-            bench.ask(f"new{second}", is_refresh=False, timeouts=5.0, demand=wanted_by(b"%d" % (second + 2)))
+            bench.ask(
+                f"new{second}", is_refresh=False, timeouts=5.0, query_state=wanted_by(b"%d" % (second + 2))
+            )
         )
         await bench.clock.tick(1.0)
     await bench.clock.tick(5.0)
@@ -304,28 +306,28 @@ async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: 
 
 async def test_rate_limiter_queues_a_shared_query_for_the_new_client_too(bench: Bench) -> None:
     """A query far back in one client's queue moves up when a new client waits for it, too."""
-    demand = wanted_by(b"1")
+    state = wanted_by(b"1")
     for number in range(10):
-        bench.ask(f"crowd{number}", is_refresh=False, demand=wanted_by(b"1"))
-    asked = bench.ask("shared", is_refresh=False, demand=demand)
+        bench.ask(f"crowd{number}", is_refresh=False, query_state=wanted_by(b"1"))
+    asked = bench.ask("shared", is_refresh=False, query_state=state)
     await bench.clock.tick()
-    demand.join(b"2")
-    demand.join(b"2")
+    state.join(b"2")
+    state.join(b"2")
     await bench.clock.tick(1.0)
     assert bench.went == ["crowd0", "shared"]
     await asked
-    assert demand.queue_entry is None
+    assert state.queue_entry is None
 
 
 async def test_rate_limiter_keeps_a_query_while_a_client_waits(bench: Bench) -> None:
     """A query stays queued for its remaining clients when one of them leaves."""
-    demand = wanted_by(b"1", b"2")
+    state = wanted_by(b"1", b"2")
     for number in range(3):
-        bench.ask(f"crowd{number}", is_refresh=False, demand=wanted_by(b"3"))
-    bench.ask("shared", is_refresh=False, demand=demand)
-    bench.ask("refresh", demand=(renewed := wanted_by(b"1", b"2")))
+        bench.ask(f"crowd{number}", is_refresh=False, query_state=wanted_by(b"3"))
+    bench.ask("shared", is_refresh=False, query_state=state)
+    bench.ask("refresh", query_state=(renewed := wanted_by(b"1", b"2")))
     await bench.clock.tick()
-    for wanted in (demand, renewed):
+    for wanted in (state, renewed):
         wanted.leave(b"1")
         wanted.join(b"4")
         wanted.leave(b"2")
