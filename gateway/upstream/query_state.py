@@ -42,7 +42,8 @@ class QueryState:
         keep_without_callers: The request is kept even if no caller waits, because the gateway needs the
             response.
         must_finish: A call is on the wire, or its response has arrived. The request then runs to its end.
-        on_unwanted: Callback that cancels a request which is not wanted any more. Its argument is this query state.
+        on_unwanted: Callback that cancels a request which is not wanted any more. Its argument is this
+            query state.
         dropped: The request was cancelled by `on_unwanted`.
         queue_entry: The query's entry in the queue of the rate limiter; None while it is not queued.
         queued_future: A future that receives an error when the rate limiter queues the query. Callers that

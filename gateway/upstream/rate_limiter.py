@@ -159,8 +159,8 @@ class RateLimiter:
                 queue, and the wait is at least `MIN_WAIT_REPORTED_ON_ENTRY_SECONDS`. Or the query is still in
                 the queue when the limit falls, when a pause begins, or when the store has replied to a
                 request for shared permits; the wait may then be 0.
-            query_state: The clients that wait for the response; None: the gateway itself needs it. A first query
-                is put into the queue of one of the clients. More clients may join while it is queued.
+            query_state: The clients that wait for the response; None: the gateway itself needs it. A first
+                query is put into the queue of one of the clients. More clients may join while it is queued.
 
         Raises:
             RateLimiterExhausted: The expected wait exceeds the timeout. This may also happen to a query that
