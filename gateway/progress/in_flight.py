@@ -24,7 +24,7 @@ T = TypeVar("T")
 class InFlightRequests(Generic[K, T]):
     """Runs one request at a time per key, for as long as its response is wanted.
 
-    `fetch` makes a request. Its arguments are the key, the query state of the key, and the requirement of `start`.
+    `fetch` makes a request. Its arguments are the key, its query state, and the requirement of `start`.
     """
 
     def __init__(self, fetch: Callable[[K, QueryState, Any], Coroutine[Any, Any, T]]) -> None:

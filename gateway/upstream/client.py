@@ -7,8 +7,8 @@
 A query may need several calls: see `retry_policy.py` for all reasons to repeat a call. It runs in the asyncio
 task of an in-flight request, not in that of a caller. This module enforces the concurrency limit,
 `upstream.max_in_flight`. A call keeps its slot while the upstream works on it, even after the deadline of the
-query. A call is not made if its response is not wanted any more (`query_state.py`), or if less time is left than
-the upstream usually takes. A deadline is a moment on the clock of the event loop.
+query. A call is not made if its response is not wanted any more (`query_state.py`), or if less time is left
+than the upstream usually takes. A deadline is a moment on the clock of the event loop.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ class UpstreamClient:
             timeout_seconds: Limit for the whole query, in addition to the setting.
             on_expected_wait: See `RateLimiter.acquire`.
             on_retry: Called before each retry.
-            query_state: The waiting callers. Its `must_finish` is set when a call is sent, and cleared before a
-                retry. None: the gateway itself needs the response.
+            query_state: The waiting callers. Its `must_finish` is set when a call is sent, and cleared before
+                a retry. None: the gateway itself needs the response.
 
         Raises:
             UpstreamError: There is no response, or it is an error.
