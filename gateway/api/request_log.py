@@ -34,7 +34,7 @@ def record_outcome(scope: Scope, outcome: LookupResult | LookupFailure) -> Looku
     """Record the result of a request for its log line, and return it. Raises: the failure, if it is one."""
     scope["state"]["outcomes"] = (outcome,)
     if isinstance(outcome, LookupFailure):
-        raise outcome.raised()
+        raise outcome.copy_to_raise()
     return outcome
 
 

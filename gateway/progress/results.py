@@ -71,6 +71,6 @@ class LookupFailure(NamedTuple):
     cache_status: CacheStatus
     fetch: FetchOutcome | None = None
 
-    def raised(self) -> GatewayError:
+    def copy_to_raise(self) -> GatewayError:
         """Return a copy of the failure to raise, because other callers may share the original."""
         return copy(self.failure)

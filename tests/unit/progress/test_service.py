@@ -213,7 +213,7 @@ class Bench:
         """Query; return the result, or raise the failure."""
         outcome = await self.service.get(key)
         if isinstance(outcome, LookupFailure):
-            raise outcome.raised()
+            raise outcome.copy_to_raise()
         return outcome
 
     async def learn(self, status: str = "running", key: TaskKey = KEY, **data: Any) -> LookupResult:
