@@ -111,7 +111,7 @@ class ProgressService:
             return None
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
-            self._record_hit(entry, age)
+            self._on_hit(entry, age)
             return LookupResult(snapshot, age, _HIT, entry=entry)
         result = self._stale_result(snapshot, age)
         if result is None:
@@ -133,7 +133,7 @@ class ProgressService:
         snapshot = entry.snapshot
         age = now - snapshot.fetched_at
         if age < snapshot.lifetime:
-            self._record_hit(entry, age)
+            self._on_hit(entry, age)
             return True
         if age >= snapshot.lifetime + self._settings.stale_while_revalidate_seconds:
             return False
@@ -220,7 +220,7 @@ class ProgressService:
         self._refresh_ahead.close()
         await self._in_flight.aclose()
 
-    def _record_hit(self, entry: CacheEntry, age: float) -> None:
+    def _on_hit(self, entry: CacheEntry, age: float) -> None:
         snapshot = entry.snapshot
         operation = snapshot.key.operation
         entry.reads += 1
