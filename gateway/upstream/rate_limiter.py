@@ -275,7 +275,7 @@ class RateLimiter:
     def _on_shared_reply(self) -> None:
         self._serve_queue()
         if self._queue:  # other replicas may have queued more queries, which lengthen the wait
-            self._recheck_timeouts(self._clock())
+            self._refuse_or_report_waits(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
         # An announcement may arrive when no query has removed an outdated limit. It would lower that limit.
@@ -289,10 +289,10 @@ class RateLimiter:
         for permit in self._permits:
             permit.revoked = True
         self._tokens = min(self._tokens, 1.0)
-        self._recheck_timeouts(now)
+        self._refuse_or_report_waits(now)
         self._serve_queue()
 
-    def _recheck_timeouts(self, now: float) -> None:
+    def _refuse_or_report_waits(self, now: float) -> None:
         """Refuse the queries that would be served after their timeout; report the wait of the others."""
         ahead = 0
         for query in list(self._queue):
