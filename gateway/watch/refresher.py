@@ -176,7 +176,7 @@ class Refresher:
                 retry_after = (failure or _INTERNAL_ERROR).retry_after or 0.0
                 pause = min(max(backoff, retry_after), _MAX_BACKOFF_SECONDS)
                 if isinstance(failure, UpstreamRejected):  # the upstream responds
-                    pause = retry_after = min(pause, self._until_not_found(watched))
+                    pause = retry_after = min(pause, self._seconds_until_not_found(watched))
             del snapshot, failure  # no body is kept in memory during the pause
             if success:
                 if backoff > _BACKOFF_SECONDS:
@@ -305,7 +305,7 @@ class Refresher:
                 self._set_overdue(watched, reason)
         self._schedule_check()
 
-    def _until_not_found(self, watched: WatchedTask) -> float:
+    def _seconds_until_not_found(self, watched: WatchedTask) -> float:
         """Return the seconds until the task counts as not found if it is rejected again, at least 1."""
         if watched.rejected_since is None or watched.not_found:
             return math.inf
