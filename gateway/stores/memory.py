@@ -98,7 +98,7 @@ class MemoryStore:
             timer=clock,
             getsizeof=lambda failure: _failure_bytes(failure[0]),
         )
-        self._failures_until = -math.inf  # no failure is cached after this moment
+        self._last_failure_expires_at = -math.inf  # no failure is cached after this moment
         self._next_cleanup_at = -math.inf
 
     @property
@@ -143,7 +143,9 @@ class MemoryStore:
 
     def cached_failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.cached_failure`."""
-        if self._clock() >= self._failures_until:  # the common case; takes a tenth of the time of a lookup
+        if (
+            self._clock() >= self._last_failure_expires_at
+        ):  # the common case; takes a tenth of the time of a lookup
             return None
         failure = self._failures.get(key)
         return None if failure is None else failure[0]
@@ -213,7 +215,7 @@ class MemoryStore:
             self._snapshots[snapshot.key] = CacheEntry(
                 snapshot, valid=valid, fetched_here=fetched_here, announced_version=announced
             )
-        if self._clock() < self._failures_until:
+        if self._clock() < self._last_failure_expires_at:
             self._failures.pop(snapshot.key, None)
         for listener in self._listeners:
             listener(snapshot)
@@ -224,7 +226,7 @@ class MemoryStore:
         self._failures.pop(key, None)
         if self._make_room(self._failures, _failure_bytes(error)):
             self._failures[key] = (error, seconds)
-        self._failures_until = max(self._failures_until, self._clock() + seconds)
+        self._last_failure_expires_at = max(self._last_failure_expires_at, self._clock() + seconds)
 
     def entries(self) -> list[CacheEntry]:
         """Return all entries without marking them as used."""
