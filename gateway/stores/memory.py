@@ -28,7 +28,7 @@ REMEMBER_SECONDS = 3600.0
 
 # Memory of an entry besides its bodies: objects, keys and cache slots, rounded up (measured with tracemalloc
 # under Python 3.11: 0.7 KB for a snapshot, 0.9 KB for a failure).
-ENTRY_BYTES = 1024
+ENTRY_OVERHEAD_BYTES = 1024
 _EXPIRE_SECONDS = 1.0  # interval between removals of expired entries while no new entry is stored
 
 
@@ -72,7 +72,7 @@ class MemoryStore:
     replicas do nothing here, and are overridden there. The method `keep_seconds` says how long a snapshot is
     kept.
 
-    `max_bytes` limits the sum of all bodies, envelopes and error texts, plus `ENTRY_BYTES` for each entry. At
+    `max_bytes` limits the sum of all bodies, envelopes and error texts, plus `ENTRY_OVERHEAD_BYTES` for each entry. At
     this limit, failures are evicted first, because they are short-lived. An entry that is larger than the
     limit is not kept. `keep_stale_seconds`: how long a snapshot is kept at least after it has become stale.
     It must cover the settings that allow stale snapshots to be served.
@@ -272,11 +272,11 @@ def _entry_bytes(entry: CacheEntry) -> int:
 
 
 def _snapshot_bytes(snapshot: Snapshot) -> int:
-    return len(snapshot.envelope) + len(snapshot.body) + ENTRY_BYTES
+    return len(snapshot.envelope) + len(snapshot.body) + ENTRY_OVERHEAD_BYTES
 
 
 def _failure_bytes(error: GatewayError) -> int:
     detail = error.detail if isinstance(error, UpstreamError) else None
     texts = 0 if detail is None else sum(len(text) for text in astuple(detail) if text is not None)
     envelope = error.envelope if isinstance(error, UpstreamRejected) else b""
-    return len(envelope) + texts + ENTRY_BYTES
+    return len(envelope) + texts + ENTRY_OVERHEAD_BYTES

@@ -21,7 +21,7 @@ from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.settings.store_section import Store as StoreSettings
 from gateway.stores.base import CacheEntry, Lease, Requirement, Store
-from gateway.stores.memory import ENTRY_BYTES, REMEMBER_SECONDS, MemoryStore
+from gateway.stores.memory import ENTRY_OVERHEAD_BYTES, REMEMBER_SECONDS, MemoryStore
 from gateway.stores.valkey.store import ValkeyStore
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
@@ -396,7 +396,7 @@ async def test_store_is_bounded_in_bytes(make: Make, clock: Clock, snapshot: Cal
         clock.now += 0.1
         kept = await save(store, snapshot(key, message="x" * 14_000))  # in body and envelope
         assert kept is not None
-    assert store.size() == 3 * (len(kept.body) + len(kept.envelope) + ENTRY_BYTES)
+    assert store.size() == 3 * (len(kept.body) + len(kept.envelope) + ENTRY_OVERHEAD_BYTES)
     assert await shown(store, keys[0]) is not None  # read: b is the least recently used now
     await save(store, snapshot(keys[3], message="x" * 14_000))
     assert [await shown(store, key) is None for key in keys] == [False, True, False, False]
@@ -447,7 +447,7 @@ async def test_store_size_is_read_only(store: Store, clock: Clock, snapshot: Cal
     """The size can be read on any thread without changes; expired entries are removed at a lookup."""
     await save(store, snapshot())
     clock.now += LIFETIME + REMEMBER_SECONDS + 1
-    assert (len(store), store.size() > ENTRY_BYTES) == (1, True)
+    assert (len(store), store.size() > ENTRY_OVERHEAD_BYTES) == (1, True)
     assert await shown(store, OTHER) is None
     assert (len(store), store.size()) == (0, 0)
 
