@@ -1,6 +1,6 @@
 """Hedged calls: repeats a call that the upstream does not answer, to notice the end of an outage soon.
 
-    a refresh has no response after `MIN_DELAY_SECONDS` -> one hedged call per second, for the oldest such query
+    a refresh has no response after `MIN_DELAY_SECONDS` -> one hedged call per second, for the oldest query
     the hedged call succeeds -> its response is that of the query
                              -> calls of other refreshes, sent at least `MIN_DELAY_SECONDS` before it and
                                 still without a response, are given up: their queries send them again
