@@ -72,10 +72,10 @@ class MemoryStore:
     replicas do nothing here, and are overridden there. The method `keep_seconds` says how long a snapshot is
     kept.
 
-    `max_bytes` limits the sum of all bodies, envelopes and error texts, plus `ENTRY_OVERHEAD_BYTES` for each entry.
-    At this limit, failures are evicted first, because they are short-lived. An entry that is larger than the
-    limit is not kept. `keep_stale_seconds`: how long a snapshot is kept at least after it has become stale.
-    It must cover the settings that allow stale snapshots to be served.
+    `max_bytes` limits the sum of all bodies, envelopes and error texts, plus `ENTRY_OVERHEAD_BYTES` for each
+    entry. At this limit, failures are evicted first, because they are short-lived. An entry that is larger
+    than the limit is not kept. `keep_stale_seconds`: how long a snapshot is kept at least after it has become
+    stale. It must cover the settings that allow stale snapshots to be served.
     """
 
     def __init__(
