@@ -30,7 +30,7 @@ from gateway.api.task_parameters import PROGRESS, SimpleTargetParser
 from gateway.api.trusted_hosts import TrustedHosts
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.task import Operation
-from gateway.progress.results import CacheResult, CacheStatus
+from gateway.progress.results import CacheStatus, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.telemetry.counters import FastCounter
 from gateway.telemetry.log_sampling import LogSampler, LogSeries
@@ -65,7 +65,7 @@ class CachedResponse:
     renderer: the server's headers, and the rendered head.
     """
 
-    result: CacheResult
+    result: LookupResult
     status: int
     values: tuple[bytes, ...]
     body: bytes

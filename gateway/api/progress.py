@@ -23,7 +23,7 @@ from gateway.domain.entity_tag import EntityTags, matches
 from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
-from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
+from gateway.progress.results import CacheStatus, LookupFailure, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.watch.hub import SubscriptionKind, WatchHub
 from gateway.watch.subscriber import Subscriber, Update
@@ -70,7 +70,7 @@ class ProgressEndpoint:
 
     async def _read(
         self, scope: Scope, receive: Receive, key: TaskKey, seen_revision: int
-    ) -> CacheResult | FetchFailure:
+    ) -> LookupResult | LookupFailure:
         """Return the result for the task. Raises: ClientDisconnect when the client disconnects first."""
         result = self._service.get(key, client=client_key(scope), seen_revision=seen_revision)
         return await while_connected(scope, receive, result)
@@ -86,7 +86,7 @@ class ProgressEndpoint:
 
     async def _wait_for_change(
         self, scope: Scope, receive: Receive, key: TaskKey, if_none_match: str | None, wait: float
-    ) -> CacheResult | FetchFailure:
+    ) -> LookupResult | LookupFailure:
         """Wait until the task differs from the client's representation or has ended, up to `wait` seconds.
 
         Only the hub's schedule calls the upstream meanwhile, and the long poll counts as one lookup.
@@ -114,7 +114,7 @@ class ProgressEndpoint:
                         await change.wait(subscriber)
             await self._service.catch_up_with_replicas()
         if change.failure is not None:
-            outcome: CacheResult | FetchFailure = FetchFailure(key, change.failure, CacheStatus.NEGATIVE)
+            outcome: LookupResult | LookupFailure = LookupFailure(key, change.failure, CacheStatus.NEGATIVE)
         elif (result := self._service.peek(key, seen_revision)) is not None:
             outcome = result if had_snapshot else result._replace(cache_status=CacheStatus.MISS)
         else:

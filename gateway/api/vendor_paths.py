@@ -21,7 +21,7 @@ from gateway.api.server_extensions import while_connected
 from gateway.domain.envelope import read_task_id
 from gateway.domain.errors import InvalidParameter, PathNotFound, UnsupportedMediaType, UpstreamRejected
 from gateway.domain.task import Operation, TaskKey, check_task_id
-from gateway.progress.results import CacheResult, FetchFailure
+from gateway.progress.results import LookupFailure, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.upstream.loop_detection import MESSAGE, RESPONSE_HEADER, is_gateway
 
@@ -59,7 +59,7 @@ class VendorEndpoint:
         await send({"type": "http.response.body", "body": envelope})
 
     async def _envelope(self, scope: Scope, receive: Receive, key: TaskKey) -> tuple[bytes, Headers]:
-        outcome: CacheResult | FetchFailure | None = self._service.lookup(key)
+        outcome: LookupResult | LookupFailure | None = self._service.lookup(key)
         if outcome is None:
             read = self._service.get(key, client=client_key(scope))
             outcome = await while_connected(scope, receive, read)

@@ -30,7 +30,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import Snapshot, build_snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.progress.results import FetchResult
+from gateway.progress.results import FetchOutcome
 from gateway.settings.model import Cache as CacheSettings
 from gateway.stores.base import ANY_FRESH, Lease, Requirement, Store
 from gateway.telemetry.log_sampling import LogSampler
@@ -38,7 +38,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Excerpt
 from gateway.telemetry.tracing import Tracing
 from gateway.upstream.client import UpstreamClient
-from gateway.upstream.demand import Demand
+from gateway.upstream.query_state import QueryState
 
 # Maximum number of leases that an in-flight request acquires, one after the other. A further one is needed if
 # another replica has taken the lease or has announced a newer snapshot.
@@ -85,14 +85,14 @@ class Fetcher:
         self._clock = clock
         self._log_sampler = LogSampler(clock=clock)  # an unknown status, or a bug, may occur with every task
 
-    async def fetch(self, key: TaskKey, demand: Demand, requirement: Requirement | None) -> FetchResult:
+    async def fetch(self, key: TaskKey, state: QueryState, requirement: Requirement | None) -> FetchOutcome:
         """Make an in-flight request, and return a snapshot or a failure.
 
         `requirement`: the fresh snapshots in the store that make the query unnecessary.
         """
         try:
             with self._tracing.in_flight_span(key) as span:
-                fetch = await self._fetch_with_lease(key, demand, requirement or ANY_FRESH)
+                fetch = await self._fetch_with_lease(key, state, requirement or ANY_FRESH)
                 span.outcome = fetch.outcome.code if isinstance(fetch.outcome, GatewayError) else "ok"
                 return fetch if span.context is None else fetch._replace(span=span.context)
         except Exception as exc:
@@ -103,21 +103,23 @@ class Fetcher:
                 )
             raise
 
-    async def _fetch_with_lease(self, key: TaskKey, demand: Demand, requirement: Requirement) -> FetchResult:
+    async def _fetch_with_lease(
+        self, key: TaskKey, state: QueryState, requirement: Requirement
+    ) -> FetchOutcome:
         deadline = self._clock() + self._timeout_seconds  # as all moments here, on `self._clock`
         for _ in range(_MAX_LEASES):
             # `acquire` looks for a snapshot again. Another replica may have stored one since the caller's
             # lookup, and the upstream must not be queried twice within one lifetime.
             lease = await self._store.acquire(key, requirement, timeout_seconds=deadline - self._clock())
             if not isinstance(lease, Lease):
-                return FetchResult(lease)
-            fetch = await self._query_upstream(lease, demand, deadline)
+                return FetchOutcome(lease)
+            fetch = await self._query_upstream(lease, state, deadline)
             if fetch is not None:
                 return fetch
         latest = self._store.last_known(key)
-        return FetchResult(latest or UpstreamTimeout("other replicas took the lease each time"))
+        return FetchOutcome(latest or UpstreamTimeout("other replicas took the lease each time"))
 
-    async def _query_upstream(self, lease: Lease, demand: Demand, deadline: float) -> FetchResult | None:
+    async def _query_upstream(self, lease: Lease, state: QueryState, deadline: float) -> FetchOutcome | None:
         """Query the upstream, and store and return the outcome; None if the lease must be acquired again."""
         key = lease.key
         started = self._clock()
@@ -143,35 +145,35 @@ class Fetcher:
                 key,
                 is_refresh=self._store.last_known(key) is not None,
                 timeout_seconds=deadline - started,
-                on_queued=partial(_report_queued, demand),
+                on_expected_wait=partial(_report_queued, state),
                 on_retry=partial(self._store.release_lease_early, lease),
-                demand=demand,
+                query_state=state,
             )
-            demand.must_finish = True
+            state.must_finish = True
             upstream_seconds = self._clock() - started
             self._on_latency(key.operation, upstream_seconds)
             stored = await self._store.commit(lease, build)
         except GatewayError as exc:
             failure = copy(exc)
-            demand.must_finish = True
+            state.must_finish = True
             if isinstance(failure, UpstreamIsGateway):
                 self._log_loop(failure)
             if isinstance(failure, _NOT_CACHED):
                 await self._store.release_lease(lease)
             else:
                 await self._store.store_failure(lease, failure, seconds=self._error_seconds)
-            entry = self._store.peek(key)
+            entry = self._store.current_entry(key)
             if entry is not None and entry.snapshot.version > lease.version:
-                return FetchResult(entry.snapshot)  # another replica has succeeded meanwhile
+                return FetchOutcome(entry.snapshot)  # another replica has succeeded meanwhile
             invoke_id = failure.invoke_id if isinstance(failure, UpstreamError) else None
-            return FetchResult(failure, self._clock() - started, invoke_id)
+            return FetchOutcome(failure, self._clock() - started, invoke_id)
         except BaseException:
             await self._store.release_lease(lease)
             raise
         if stored is None:
             return None
         self._record_transition(replaced, stored, response.data.get("status"))
-        return FetchResult(stored, upstream_seconds, response.invoke_id)
+        return FetchOutcome(stored, upstream_seconds, response.invoke_id)
 
     def _log_loop(self, failure: UpstreamIsGateway) -> None:
         if (suppressed := self._log_sampler.take(type(failure).__name__)) is not None:
@@ -192,15 +194,15 @@ class Fetcher:
             )
 
 
-def queued_future_of(demand: Demand) -> asyncio.Future[GatewayError]:
+def queued_future_of(state: QueryState) -> asyncio.Future[GatewayError]:
     """Return the future that resolves to an error when the rate limiter queues the query."""
-    if demand.queued_future is None:
-        demand.queued_future = asyncio.get_running_loop().create_future()
-    return demand.queued_future
+    if state.queued_future is None:
+        state.queued_future = asyncio.get_running_loop().create_future()
+    return state.queued_future
 
 
-def _report_queued(demand: Demand, seconds: float) -> None:
-    signal = queued_future_of(demand)
+def _report_queued(state: QueryState, seconds: float) -> None:
+    signal = queued_future_of(state)
     if not signal.done():
         failure = RateLimiterExhausted(
             "the query is queued by the rate limiter for upstream calls", retry_after=seconds

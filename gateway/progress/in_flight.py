@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from gateway.progress.single_flight import SingleFlight
-from gateway.upstream.demand import Demand
+from gateway.upstream.query_state import QueryState
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
@@ -24,13 +24,13 @@ T = TypeVar("T")
 class InFlightRequests(Generic[K, T]):
     """Runs one request at a time per key, for as long as its response is wanted.
 
-    `fetch` makes a request. Its arguments are the key, the demand of the key, and the requirement of `start`.
+    `fetch` makes a request. Its arguments are the key, its query state, and the requirement of `start`.
     """
 
-    def __init__(self, fetch: Callable[[K, Demand, Any], Coroutine[Any, Any, T]]) -> None:
+    def __init__(self, fetch: Callable[[K, QueryState, Any], Coroutine[Any, Any, T]]) -> None:
         self._fetch = fetch
         self._in_flight: SingleFlight[K, T] = SingleFlight()
-        self._demands: dict[K, Demand] = {}  # of keys with callers, subscribers or a request in flight
+        self._states: dict[K, QueryState] = {}  # of keys with callers, subscribers or a request in flight
 
     def __contains__(self, key: K) -> bool:
         """Tell whether a request for this key is in flight."""
@@ -41,32 +41,32 @@ class InFlightRequests(Generic[K, T]):
         """Tell whether `aclose` was called: no request can start any more."""
         return self._in_flight.closed
 
-    def demand(self, key: K) -> Demand:
-        """Return the demand of a key; create it if there is none."""
-        demand = self._demands.get(key)
-        if demand is None:
-            demand = self._demands[key] = Demand()
-        return demand
+    def query_state(self, key: K) -> QueryState:
+        """Return the query state of a key; create it if there is none."""
+        state = self._states.get(key)
+        if state is None:
+            state = self._states[key] = QueryState()
+        return state
 
-    def present_demand(self, key: K) -> Demand | None:
-        """Return the demand of the request in flight for this key; None if there is no request."""
-        demand = self._demands.get(key)
-        return demand if demand is not None and demand.in_flight else None
+    def state_in_flight(self, key: K) -> QueryState | None:
+        """Return the query state of the request in flight for this key; None if there is no request."""
+        state = self._states.get(key)
+        return state if state is not None and state.in_flight else None
 
     def add_waiter(self, key: K, client: bytes) -> None:
         """Add a caller or subscriber of this client. Until it leaves, it waits for each request."""
-        self.demand(key).join(client)
+        self.query_state(key).join(client)
 
     def remove_waiter(self, key: K, client: bytes) -> None:
         """Remove a caller or subscriber. An unwanted request is dropped unless it must finish."""
-        demand = self._demands[key]
-        demand.leave(client)
-        if demand.clients:
+        state = self._states[key]
+        state.leave(client)
+        if state.clients:
             return
-        if not demand.in_flight:
-            del self._demands[key]
-        elif not demand.keep_without_callers and not demand.must_finish:
-            self._drop(key, demand)
+        if not state.in_flight:
+            del self._states[key]
+        elif not state.keep_without_callers and not state.must_finish:
+            self._drop(key, state)
 
     def start(
         self, key: K, *, keep_without_callers: bool = False, requirement: Any = None
@@ -76,33 +76,33 @@ class InFlightRequests(Generic[K, T]):
         `keep_without_callers`: the request is not dropped when no caller waits. `requirement` applies only to
         a request that starts now. After `aclose` the future is cancelled, and no request starts.
         """
-        demand = self.demand(key)
-        if demand.in_flight:
-            demand.keep_without_callers |= keep_without_callers
-            return self._in_flight.start(key, partial(self._run, key, demand, requirement))
-        demand.begin(keep_without_callers=keep_without_callers, on_unwanted=partial(self._drop, key))
-        request = self._in_flight.start(key, partial(self._run, key, demand, requirement))
+        state = self.query_state(key)
+        if state.in_flight:
+            state.keep_without_callers |= keep_without_callers
+            return self._in_flight.start(key, partial(self._run, key, state, requirement))
+        state.begin(keep_without_callers=keep_without_callers, on_unwanted=partial(self._drop, key))
+        request = self._in_flight.start(key, partial(self._run, key, state, requirement))
         if request.done():  # closed, or it ended in this iteration of the event loop
-            self._end(key, demand)
+            self._end(key, state)
         return request
 
     async def aclose(self) -> None:
         """Cancel every request, and start no more."""
         await self._in_flight.aclose()
 
-    async def _run(self, key: K, demand: Demand, requirement: Any) -> T:
+    async def _run(self, key: K, state: QueryState, requirement: Any) -> T:
         try:
-            return await self._fetch(key, demand, requirement)
+            return await self._fetch(key, state, requirement)
         finally:
-            self._end(key, demand)
+            self._end(key, state)
 
-    def _drop(self, key: K, demand: Demand) -> None:
-        demand.dropped = True
-        self._end(key, demand)
+    def _drop(self, key: K, state: QueryState) -> None:
+        state.dropped = True
+        self._end(key, state)
         self._in_flight.drop(key)
 
-    def _end(self, key: K, demand: Demand) -> None:
-        demand.in_flight = False
-        # After a drop the key may have a new demand, which belongs to another request.
-        if not demand.clients and self._demands.get(key) is demand:
-            del self._demands[key]
+    def _end(self, key: K, state: QueryState) -> None:
+        state.in_flight = False
+        # After a drop the key may have a new query state, which belongs to another request.
+        if not state.clients and self._states.get(key) is state:
+            del self._states[key]

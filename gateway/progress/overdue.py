@@ -16,7 +16,7 @@ from gateway.domain.errors import CircuitOpen, GatewayError
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.stores.base import Store
-from gateway.upstream.demand import Demand
+from gateway.upstream.query_state import QueryState
 
 # Subscribers learn of an outage within one lifetime + 2 s. The rest of the 2 s is for the delay of the
 # refresh (`refresher.py`) and for a busy event loop.
@@ -27,15 +27,19 @@ _LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
 class OverdueUpdates:
     """Knows why stale snapshots are not replaced.
 
-    `in_flight` returns the demand of the query in flight for a task, or None. `clock` is the clock of
-    `Snapshot.fetched_at` and of `Demand.began_at`.
+    `state_in_flight` returns the state of the query in flight for a task, or None. `clock` is the clock of
+    `Snapshot.fetched_at` and of `QueryState.began_at`.
     """
 
     def __init__(
-        self, store: Store, in_flight: Callable[[TaskKey], Demand | None], *, clock: Callable[[], float]
+        self,
+        store: Store,
+        state_in_flight: Callable[[TaskKey], QueryState | None],
+        *,
+        clock: Callable[[], float],
     ) -> None:
         self._store = store
-        self._in_flight = in_flight
+        self._state_in_flight = state_in_flight
         self._clock = clock
         self._average_latency = 0.0
         self._latest_latency = 0.0
@@ -68,17 +72,17 @@ class OverdueUpdates:
         entry = self._store.entry(key)
         if entry is None or not self._is_stale(entry.snapshot):
             return None
-        return entry.failure or self._store.cached_failure(key) or self._delay(key)
+        return entry.failure or self._store.cached_failure(key) or self._failure_of_slow_query(key)
 
-    def error_of(self, demand: Demand) -> GatewayError:
+    def error_of(self, state: QueryState) -> GatewayError:
         """Return the error for a query in flight that takes too long."""
-        return demand.failure or demand.make_timeout_error()
+        return state.failure or state.make_timeout_error()
 
     def _is_stale(self, snapshot: Snapshot) -> bool:
         return not snapshot.terminal and not snapshot.fresh(self._clock())
 
-    def _delay(self, key: TaskKey) -> GatewayError | None:
-        demand = self._in_flight(key)
-        if demand is None or self._clock() - demand.began_at < self.overdue_after_seconds:
+    def _failure_of_slow_query(self, key: TaskKey) -> GatewayError | None:
+        state = self._state_in_flight(key)
+        if state is None or self._clock() - state.began_at < self.overdue_after_seconds:
             return None
-        return self.error_of(demand)
+        return self.error_of(state)

@@ -1,4 +1,4 @@
-"""The result types of a lookup: a snapshot or a failure, with its cache status."""
+"""The result types of a lookup, with its cache status, and of an in-flight request."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class CacheStatus(StrEnum):
     NEGATIVE = "negative"
 
 
-class FetchResult(NamedTuple):
-    """The result of an in-flight request, shared by all waiting callers.
+class FetchOutcome(NamedTuple):
+    """The outcome of an in-flight request, shared by all waiting callers: a snapshot or an error.
 
     `upstream_seconds`: duration of the query: waiting for a permit and a slot, and all calls with the delays
     between them; None if there was no query. `invoke_id`: the vendor's id of the last
@@ -37,12 +37,12 @@ class FetchResult(NamedTuple):
     span: Any = None
 
 
-class CacheResult(NamedTuple):
+class LookupResult(NamedTuple):
     """A snapshot as the result of one caller's lookup.
 
     `age` is in seconds. `had_snapshot`: before the fetch, the cache had a snapshot of the task. It was too
     old to serve, or older than what the client had received. `failure`: the stale snapshot is served instead
-    of this error (stale-if-error). `fetch`: the result of the in-flight request, if the caller waited for
+    of this error (stale-if-error). `fetch`: the outcome of the in-flight request, if the caller waited for
     one. `entry`: the cache entry of the snapshot; only `lookup` sets it.
     """
 
@@ -51,7 +51,7 @@ class CacheResult(NamedTuple):
     cache_status: CacheStatus
     had_snapshot: bool = False
     failure: GatewayError | None = None
-    fetch: FetchResult | None = None
+    fetch: FetchOutcome | None = None
     entry: CacheEntry | None = None
 
     @property
@@ -60,14 +60,17 @@ class CacheResult(NamedTuple):
         return self.snapshot.key
 
 
-class FetchFailure(NamedTuple):
-    """A failure as the result of one caller's lookup. The fields are those of `CacheResult`."""
+class LookupFailure(NamedTuple):
+    """A failure as the result of one caller's lookup, even without an in-flight request.
+
+    The fields are those of `LookupResult`.
+    """
 
     key: TaskKey
     failure: GatewayError
     cache_status: CacheStatus
-    fetch: FetchResult | None = None
+    fetch: FetchOutcome | None = None
 
-    def raised(self) -> GatewayError:
+    def copy_to_raise(self) -> GatewayError:
         """Return a copy of the failure to raise, because other callers may share the original."""
         return copy(self.failure)

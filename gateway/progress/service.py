@@ -12,8 +12,8 @@
                                             another replica has fetched it, the refresh begins then
 
 An in-flight request is the query for a task with the steps before and after it (`fetching.py`). A query
-counts as queued from the first call of its `on_queued`. `RateLimiter.acquire` says when that is: on entry
-only if the expected wait is 0.1 s or longer, and later with any wait. While the query of a task is not
+counts as queued from the first call of its `on_expected_wait`. `RateLimiter.acquire` says when that is: on
+entry only if the expected wait is 0.1 s or longer, and later with any wait. While the query of a task is not
 queued and its update is not overdue, no caller receives a snapshot older than its lifetime +
 `cache.stale_while_revalidate_seconds`.
 """
@@ -32,17 +32,17 @@ from gateway.progress.fetching import Fetcher, queued_future_of
 from gateway.progress.in_flight import InFlightRequests
 from gateway.progress.overdue import OverdueUpdates
 from gateway.progress.refresh_ahead import RefreshAhead
-from gateway.progress.results import CacheResult, CacheStatus, FetchFailure, FetchResult
+from gateway.progress.results import CacheStatus, FetchOutcome, LookupFailure, LookupResult
 from gateway.settings.model import Cache as CacheSettings
 from gateway.stores.base import CacheEntry, Requirement, Store
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
-from gateway.upstream.demand import Demand
+from gateway.upstream.query_state import QueryState
 
 # Maximum number of in-flight requests that a caller waits for, one after the other. A further one is needed
 # if the result is older than the revision that the client has seen.
-_MAX_JOINED_REQUESTS = 3
+_MAX_JOINED_IN_FLIGHT_REQUESTS = 3
 _REFRESH_AHEAD_READS = 2  # the second read of a fresh snapshot schedules its refresh ahead of expiry
 _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes 50 ns at each hit
 
@@ -84,8 +84,8 @@ class ProgressService:
             tracing=tracing or NoTracing(),
             clock=clock,
         )
-        self._in_flight: InFlightRequests[TaskKey, FetchResult] = InFlightRequests(self._fetch)
-        self.overdue_updates = OverdueUpdates(store, self._in_flight.present_demand, clock=clock)
+        self._in_flight: InFlightRequests[TaskKey, FetchOutcome] = InFlightRequests(self._fetch)
+        self.overdue_updates = OverdueUpdates(store, self._in_flight.state_in_flight, clock=clock)
         self._lookup_counters = {
             (operation, cache_status): metrics.cache_lookups.labels(operation, cache_status).inc
             for operation in Operation
@@ -97,13 +97,13 @@ class ProgressService:
             operation: metrics.answers_too_old.labels(operation).inc for operation in Operation
         }
 
-    def lookup(self, key: TaskKey, seen_revision: int = 0) -> CacheResult | None:
+    def lookup(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, and count a lookup; None if there is no result. Never wait.
 
         If the result is stale, start a background refresh, unless a failure of the task is cached.
         `seen_revision`: the result must not be older than the body with this revision.
         """
-        entry = self._store.peek(key)
+        entry = self._store.current_entry(key)
         if entry is None:
             return None
         snapshot = entry.snapshot
@@ -111,8 +111,8 @@ class ProgressService:
             return None
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
-            self._record_hit(entry, age)
-            return CacheResult(snapshot, age, _HIT, entry=entry)
+            self._on_hit(entry, age)
+            return LookupResult(snapshot, age, _HIT, entry=entry)
         result = self._stale_result(snapshot, age)
         if result is None:
             return None
@@ -133,7 +133,7 @@ class ProgressService:
         snapshot = entry.snapshot
         age = now - snapshot.fetched_at
         if age < snapshot.lifetime:
-            self._record_hit(entry, age)
+            self._on_hit(entry, age)
             return True
         if age >= snapshot.lifetime + self._settings.stale_while_revalidate_seconds:
             return False
@@ -143,7 +143,7 @@ class ProgressService:
 
     async def get(
         self, key: TaskKey, *, client: bytes = b"", seen_revision: int = 0
-    ) -> CacheResult | FetchFailure:
+    ) -> LookupResult | LookupFailure:
         """Return a result from the store or the upstream; the failure only if stale-if-error does not apply.
 
         `client` identifies the client in the fair queue of the rate limiter. `seen_revision`: the client has
@@ -160,37 +160,37 @@ class ProgressService:
         self._lookup_counters[key.operation, outcome.cache_status]()
         return outcome
 
-    def count_lookup(self, outcome: CacheResult | FetchFailure) -> None:
+    def count_lookup(self, outcome: LookupResult | LookupFailure) -> None:
         """Count one lookup with this outcome. Long polls call this, because `peek` counts none."""
         self._lookup_counters[outcome.key.operation, outcome.cache_status]()
-        if isinstance(outcome, CacheResult):
+        if isinstance(outcome, LookupResult):
             self._record_age(outcome.snapshot, outcome.age)
 
     async def refresh_if_stale(
         self, key: TaskKey, *, client: bytes | None = b"", seen_revision: int = 0
-    ) -> CacheResult | FetchFailure:
+    ) -> LookupResult | LookupFailure:
         """Return the snapshot if it is fresh, else wait for an in-flight request. Schedules call this.
 
         The outcome may be a failure, or a stale snapshot with the failure (stale-if-error). Count no lookup,
         and wait even while the rate limiter queues the query. `client`: as in `get`; None if the result is
         only for subscribers, which `add_subscriber` has already counted.
         """
-        entry = self._store.peek(key)
+        entry = self._store.current_entry(key)
         if entry is None and await self._store.catch_up():
-            entry = self._store.peek(key)
+            entry = self._store.current_entry(key)
         snapshot = None if entry is None else entry.snapshot
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime or not snapshot.is_at_least(seen_revision):
             return await self._wait(key, client, wait_until_done=True, seen_revision=seen_revision)
-        return CacheResult(snapshot, age, CacheStatus.HIT)
+        return LookupResult(snapshot, age, CacheStatus.HIT)
 
-    def peek(self, key: TaskKey, seen_revision: int = 0) -> CacheResult | None:
+    def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, but count no lookup and start no refresh.
 
         The result is that of `lookup`, with one difference: while the update is overdue, its reason counts
         like a cached failure. The result then has the reason, and the maximum age is that of stale-if-error.
         """
-        entry = self._store.peek(key)
+        entry = self._store.current_entry(key)
         if entry is None:
             return None
         snapshot = entry.snapshot
@@ -198,7 +198,7 @@ class ProgressService:
             return None
         age = self._clock() - snapshot.fetched_at
         return (
-            CacheResult(snapshot, age, CacheStatus.HIT)
+            LookupResult(snapshot, age, CacheStatus.HIT)
             if age < snapshot.lifetime
             else self._stale_result(snapshot, age, self.overdue_updates.reason(key))
         )
@@ -220,7 +220,7 @@ class ProgressService:
         self._refresh_ahead.close()
         await self._in_flight.aclose()
 
-    def _record_hit(self, entry: CacheEntry, age: float) -> None:
+    def _on_hit(self, entry: CacheEntry, age: float) -> None:
         snapshot = entry.snapshot
         operation = snapshot.key.operation
         entry.reads += 1
@@ -232,7 +232,7 @@ class ProgressService:
 
     def _stale_result(
         self, snapshot: Snapshot, age: float, failure: GatewayError | None = None
-    ) -> CacheResult | None:
+    ) -> LookupResult | None:
         """Return a result with a stale snapshot, or None if the snapshot is too old.
 
         The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. With a cached failure of the
@@ -244,11 +244,11 @@ class ProgressService:
             too_old = age >= snapshot.lifetime + self._settings.stale_while_revalidate_seconds
         else:
             too_old = age > self._settings.stale_if_error_seconds
-        return None if too_old else CacheResult(snapshot, age, CacheStatus.STALE, failure=failure)
+        return None if too_old else LookupResult(snapshot, age, CacheStatus.STALE, failure=failure)
 
-    async def _fetch(self, key: TaskKey, demand: Demand, requirement: Requirement | None) -> FetchResult:
-        demand.began_at = self._clock()
-        fetch = await self._fetcher.fetch(key, demand, requirement)
+    async def _fetch(self, key: TaskKey, state: QueryState, requirement: Requirement | None) -> FetchOutcome:
+        state.began_at = self._clock()
+        fetch = await self._fetcher.fetch(key, state, requirement)
         if isinstance(fetch.outcome, GatewayError):
             self.overdue_updates.record_failure(key, fetch.outcome)
         return fetch
@@ -266,7 +266,7 @@ class ProgressService:
 
     async def _wait(
         self, key: TaskKey, client: bytes | None, *, wait_until_done: bool = False, seen_revision: int = 0
-    ) -> CacheResult | FetchFailure:
+    ) -> LookupResult | LookupFailure:
         """Wait for the in-flight request, or start one; with a cached failure, start none.
 
         `wait_until_done`: wait even while the rate limiter queues the query, or while its update is overdue.
@@ -280,8 +280,8 @@ class ProgressService:
             self._in_flight.add_waiter(key, client)
         try:
             wait_until_done = wait_until_done or not self._within_stale_if_error(known, seen_revision)
-            for _ in range(_MAX_JOINED_REQUESTS):
-                fetch = await self._join_request(
+            for _ in range(_MAX_JOINED_IN_FLIGHT_REQUESTS):
+                fetch = await self._join_in_flight_request(
                     key, wait_until_done=wait_until_done, seen_revision=seen_revision
                 )
                 fetched = fetch.outcome
@@ -298,9 +298,11 @@ class ProgressService:
             return self._stale_if_error(key, fetched, cache_status, fetch, seen_revision=seen_revision)
         age = self._clock() - fetched.fetched_at
         self._record_age(fetched, age)
-        return CacheResult(fetched, age, cache_status, had_snapshot=known is not None, fetch=fetch)
+        return LookupResult(fetched, age, cache_status, had_snapshot=known is not None, fetch=fetch)
 
-    async def _join_request(self, key: TaskKey, *, wait_until_done: bool, seen_revision: int) -> FetchResult:
+    async def _join_in_flight_request(
+        self, key: TaskKey, *, wait_until_done: bool, seen_revision: int
+    ) -> FetchOutcome:
         """Wait for the in-flight request, or start one.
 
         Without `wait_until_done`, return an error as soon as the rate limiter queues the query, or as soon as
@@ -311,32 +313,32 @@ class ProgressService:
             return await asyncio.shield(request)
         if request.done():  # it ended in this iteration of the event loop
             return request.result()
-        demand = self._in_flight.demand(key)
-        queued = queued_future_of(demand)
-        taken = max(self._clock() - demand.began_at, 0.0)  # 0.0 before it runs: `began_at` is then infinite
+        state = self._in_flight.query_state(key)
+        queued = queued_future_of(state)
+        taken = max(self._clock() - state.began_at, 0.0)  # 0.0 before it runs: `began_at` is then infinite
         timeout = max(self.overdue_updates.overdue_after_seconds - taken, 0.0)
         await asyncio.wait((request, queued), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if request.done():
             return request.result()
-        demand.keep_without_callers = True  # the query continues
-        return FetchResult(queued.result() if queued.done() else self.overdue_updates.error_of(demand))
+        state.keep_without_callers = True  # the query continues
+        return FetchOutcome(queued.result() if queued.done() else self.overdue_updates.error_of(state))
 
     def _stale_if_error(
         self,
         key: TaskKey,
         failure: GatewayError,
         cache_status: CacheStatus,
-        fetch: FetchResult | None = None,
+        fetch: FetchOutcome | None = None,
         *,
         seen_revision: int,
-    ) -> CacheResult | FetchFailure:
+    ) -> LookupResult | LookupFailure:
         """Return a stale snapshot instead of the failure, unless it is too old (stale-if-error)."""
         snapshot = self._store.last_known(key)
         if snapshot is None or not self._within_stale_if_error(snapshot, seen_revision):
-            return FetchFailure(key, failure, cache_status, fetch)
+            return LookupFailure(key, failure, cache_status, fetch)
         age = self._clock() - snapshot.fetched_at
         self._record_age(snapshot, age)
-        return CacheResult(snapshot, age, CacheStatus.STALE, failure=failure, fetch=fetch)
+        return LookupResult(snapshot, age, CacheStatus.STALE, failure=failure, fetch=fetch)
 
     def _record_age(self, snapshot: Snapshot, age: float) -> None:
         if snapshot.terminal:

@@ -79,8 +79,8 @@ class Lease(NamedTuple):
 class Store(Protocol):
     """Keeps the latest snapshot of each task, and for a short time the failures to fetch one.
 
-    `peek`, `entry`, `is_current`, `last_known` and `cached_failure` read this process's memory and never
-    wait. Methods with `async` may send commands to a server. They do not raise an exception if it is
+    `current_entry`, `entry`, `is_current`, `last_known` and `cached_failure` read this process's memory and
+    never wait. Methods with `async` may send commands to a server. They do not raise an exception if it is
     unavailable: each replica then works with its own memory. Open a store with `async with`.
     """
 
@@ -102,19 +102,19 @@ class Store(Protocol):
         """Close all connections."""
         ...
 
-    def peek(self, key: TaskKey) -> CacheEntry | None:
+    def current_entry(self, key: TaskKey) -> CacheEntry | None:
         """Return the entry of a task if it is valid and no message may be unread; it may be stale."""
         ...
 
     def entry(self, key: TaskKey) -> CacheEntry | None:
-        """Return the entry of a task, valid or not."""
+        """Return the entry of a task, even if `current_entry` would not."""
         ...
 
     def is_current(self, entry: CacheEntry) -> bool:
-        """Tell whether `peek` would return this entry again.
+        """Tell whether `current_entry` would return this entry again.
 
-        Every repeated hit calls this instead of `peek`. So it does no lookup, and does not mark the entry as
-        recently used.
+        Every repeated hit calls this instead of `current_entry`. So it does no lookup, and does not mark the
+        entry as recently used.
         """
         ...
 
@@ -129,7 +129,7 @@ class Store(Protocol):
     async def catch_up(self) -> bool:
         """Read the messages of other replicas that have arrived; return whether some may have been unread.
 
-        While messages may be unread, `peek` returns None. So call `peek` again if the result is True.
+        While messages may be unread, `current_entry` returns None. So call it again if the result is True.
         """
         ...
 

@@ -28,7 +28,7 @@ REMEMBER_SECONDS = 3600.0
 
 # Memory of an entry besides its bodies: objects, keys and cache slots, rounded up (measured with tracemalloc
 # under Python 3.11: 0.7 KB for a snapshot, 0.9 KB for a failure).
-ENTRY_BYTES = 1024
+ENTRY_OVERHEAD_BYTES = 1024
 _EXPIRE_SECONDS = 1.0  # interval between removals of expired entries while no new entry is stored
 
 
@@ -72,10 +72,10 @@ class MemoryStore:
     replicas do nothing here, and are overridden there. The method `keep_seconds` says how long a snapshot is
     kept.
 
-    `max_bytes` limits the sum of all bodies, envelopes and error texts, plus `ENTRY_BYTES` for each entry. At
-    this limit, failures are evicted first, because they are short-lived. An entry that is larger than the
-    limit is not kept. `keep_stale_seconds`: how long a snapshot is kept at least after it has become stale.
-    It must cover the settings that allow stale snapshots to be served.
+    `max_bytes` limits the sum of all bodies, envelopes and error texts, plus `ENTRY_OVERHEAD_BYTES` for each
+    entry. At this limit, failures are evicted first, because they are short-lived. An entry that is larger
+    than the limit is not kept. `keep_stale_seconds`: how long a snapshot is kept at least after it has become
+    stale. It must cover the settings that allow stale snapshots to be served.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class MemoryStore:
             timer=clock,
             getsizeof=lambda failure: _failure_bytes(failure[0]),
         )
-        self._failures_until = -math.inf  # no failure is cached after this moment
+        self._last_failure_expires_at = -math.inf  # no failure is cached after this moment
         self._next_cleanup_at = -math.inf
 
     @property
@@ -118,8 +118,8 @@ class MemoryStore:
     async def __aexit__(self, *exc_info: object) -> None:
         """See `Store`: there is nothing to close."""
 
-    def peek(self, key: TaskKey) -> CacheEntry | None:
-        """See `Store.peek`: this store alone has no other replicas, so no message can be unread."""
+    def current_entry(self, key: TaskKey) -> CacheEntry | None:
+        """See `Store.current_entry`: this store alone has no other replicas, so no message can be unread."""
         return self.entry(key)
 
     def entry(self, key: TaskKey) -> CacheEntry | None:
@@ -143,7 +143,9 @@ class MemoryStore:
 
     def cached_failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.cached_failure`."""
-        if self._clock() >= self._failures_until:  # the common case; takes a tenth of the time of a lookup
+        if (
+            self._clock() >= self._last_failure_expires_at
+        ):  # the common case; takes a tenth of the time of a lookup
             return None
         failure = self._failures.get(key)
         return None if failure is None else failure[0]
@@ -213,7 +215,7 @@ class MemoryStore:
             self._snapshots[snapshot.key] = CacheEntry(
                 snapshot, valid=valid, fetched_here=fetched_here, announced_version=announced
             )
-        if self._clock() < self._failures_until:
+        if self._clock() < self._last_failure_expires_at:
             self._failures.pop(snapshot.key, None)
         for listener in self._listeners:
             listener(snapshot)
@@ -224,7 +226,7 @@ class MemoryStore:
         self._failures.pop(key, None)
         if self._make_room(self._failures, _failure_bytes(error)):
             self._failures[key] = (error, seconds)
-        self._failures_until = max(self._failures_until, self._clock() + seconds)
+        self._last_failure_expires_at = max(self._last_failure_expires_at, self._clock() + seconds)
 
     def entries(self) -> list[CacheEntry]:
         """Return all entries without marking them as used."""
@@ -270,11 +272,11 @@ def _entry_bytes(entry: CacheEntry) -> int:
 
 
 def _snapshot_bytes(snapshot: Snapshot) -> int:
-    return len(snapshot.envelope) + len(snapshot.body) + ENTRY_BYTES
+    return len(snapshot.envelope) + len(snapshot.body) + ENTRY_OVERHEAD_BYTES
 
 
 def _failure_bytes(error: GatewayError) -> int:
     detail = error.detail if isinstance(error, UpstreamError) else None
     texts = 0 if detail is None else sum(len(text) for text in astuple(detail) if text is not None)
     envelope = error.envelope if isinstance(error, UpstreamRejected) else b""
-    return len(envelope) + texts + ENTRY_BYTES
+    return len(envelope) + texts + ENTRY_OVERHEAD_BYTES

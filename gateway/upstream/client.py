@@ -7,8 +7,8 @@
 A query may need several calls: see `retry_policy.py` for all reasons to repeat a call. It runs in the asyncio
 task of an in-flight request, not in that of a caller. This module enforces the concurrency limit,
 `upstream.max_in_flight`. A call keeps its slot while the upstream works on it, even after the deadline of the
-query. A call is not made if its response is not wanted any more (`demand.py`), or if less time is left than
-the upstream usually takes. A deadline is a moment on the clock of the event loop.
+query. A call is not made if its response is not wanted any more (`query_state.py`), or if less time is left
+than the upstream usually takes. A deadline is a moment on the clock of the event loop.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from gateway.telemetry.metrics import Metrics
 from gateway.upstream.circuit_breaker import CircuitBreaker, State
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
-from gateway.upstream.demand import Demand, timeout_error
 from gateway.upstream.hedging import Hedging, LaterCallAnswered
+from gateway.upstream.query_state import QueryState, timeout_error
 from gateway.upstream.rate_limiter import Permit, RateLimiter
 from gateway.upstream.retry_policy import RetryPolicy
 from gateway.upstream.shared_permits import TakePermits
@@ -61,9 +61,9 @@ class _Query:
 
     key: TaskKey
     is_refresh: bool
-    on_queued: Callable[[float], None]
+    on_expected_wait: Callable[[float], None]
     deadline: float
-    demand: Demand
+    state: QueryState
     call_numbers: Iterator[int] = field(default_factory=count)
 
 
@@ -151,7 +151,7 @@ class UpstreamClient:
         codes = [last_error] if last_error else []
         if any(breaker.state is not State.CLOSED for breaker in self._breakers.values()):
             codes.append(CircuitOpen.code)
-        if self._rate_limiter.check_learned_limit():
+        if self._rate_limiter.has_learned_limit:
             codes.append(UpstreamThrottled.code)
         return list(dict.fromkeys(codes))
 
@@ -165,9 +165,9 @@ class UpstreamClient:
         *,
         is_refresh: bool = False,
         timeout_seconds: float = math.inf,
-        on_queued: Callable[[float], None] = lambda _: None,
+        on_expected_wait: Callable[[float], None] = lambda _: None,
         on_retry: Callable[[], None] = lambda: None,
-        demand: Demand | None = None,
+        query_state: QueryState | None = None,
     ) -> ParsedResponse:
         """Query a task, with retries, within `upstream.timeout_seconds` and `timeout_seconds`.
 
@@ -175,10 +175,10 @@ class UpstreamClient:
             key: The task.
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: Limit for the whole query, in addition to the setting.
-            on_queued: See `RateLimiter.acquire`.
+            on_expected_wait: See `RateLimiter.acquire`.
             on_retry: Called before each retry.
-            demand: The waiting callers. Its `must_finish` is set when a call is sent, and cleared before a
-                retry. None: the gateway itself needs the response.
+            query_state: The waiting callers. Its `must_finish` is set when a call is sent, and cleared before
+                a retry. None: the gateway itself needs the response.
 
         Raises:
             UpstreamError: There is no response, or it is an error.
@@ -186,7 +186,9 @@ class UpstreamClient:
         """
         seconds = min(self._settings.timeout_seconds, timeout_seconds)
         deadline = asyncio.get_running_loop().time() + seconds
-        query = _Query(key, is_refresh, on_queued, deadline, demand or Demand(keep_without_callers=True))
+        query = _Query(
+            key, is_refresh, on_expected_wait, deadline, query_state or QueryState(keep_without_callers=True)
+        )
         self._retry_policy.on_query()
         retries = 0
         failure: UpstreamError | None = None
@@ -194,7 +196,7 @@ class UpstreamClient:
             async with asyncio.timeout_at(deadline):
                 while True:
                     try:
-                        return await self._hedging.run(query, self._attempt)
+                        return await self._hedging.run(query, self._call_within_limits)
                     except LaterCallAnswered:
                         continue
                     except (RateLimiterExhausted, Overloaded, CircuitOpen) as exc:
@@ -206,21 +208,21 @@ class UpstreamClient:
                         delay = self._take_retry(exc, retries, query)
                         if delay is None:
                             raise
-                        query.demand.must_finish = False
-                        query.demand.failure = failure = copy(exc)
+                        query.state.must_finish = False
+                        query.state.failure = failure = copy(exc)
                     self._metrics.upstream_retries.labels(key.operation, failure.code).inc()
                     retries += 1
                     on_retry()
                     await asyncio.sleep(delay)
         except TimeoutError:
-            raise query.demand.make_timeout_error() from None
+            raise query.state.make_timeout_error() from None
         except asyncio.CancelledError:
-            if query.demand.dropped:
+            if query.state.dropped:
                 self._abandoned[key.operation].inc()
             raise
 
-    async def _attempt(self, query: _Query) -> ParsedResponse:
-        """Make one attempt: the steps of the first line of the module's diagram.
+    async def _call_within_limits(self, query: _Query) -> ParsedResponse:
+        """Make one call within all limits: the steps of the first line of the module's diagram.
 
         The steps begin again if the permit is revoked before the call is sent. The call is repeated after a
         clock correction, and with another key pair. A failure is not retried here.
@@ -228,17 +230,17 @@ class UpstreamClient:
         operation = query.key.operation
         while True:
             self._breakers[operation].check()  # an open circuit fails the query before it waits for anything
-            query.demand.make_timeout_error = timeout_error
+            query.state.make_timeout_error = timeout_error
             await self._rotation.wait_for_probe(operation)
-            query.demand.make_timeout_error = _rate_limit_error
+            query.state.make_timeout_error = _rate_limit_error
             # The permit is acquired before the slot: a query that waits for a permit must not hold a slot.
             with await self._rate_limiter.acquire(
                 is_refresh=query.is_refresh,
                 timeout_seconds=self._max_queue_seconds(query),
-                on_queued=query.on_queued,
-                demand=query.demand,
+                on_expected_wait=query.on_expected_wait,
+                query_state=query.state,
             ) as permit:
-                query.demand.make_timeout_error = timeout_error
+                query.state.make_timeout_error = timeout_error
                 try:
                     return await self._rotation.use(
                         operation, partial(self._call_with_clock_correction, query, permit)
@@ -249,14 +251,14 @@ class UpstreamClient:
     async def _make_hedged_call(self, query: _Query) -> ParsedResponse:
         """Make another call for a query whose call has no response yet."""
         self._metrics.upstream_retries.labels(query.key.operation, UpstreamTimeout.code).inc()
-        # The hedged call has its own demand. With that of the query, it would set `must_finish` to False
+        # The hedged call has its own state. With that of the query, it would set `must_finish` to False
         # while the first call is on the wire, and the query could be dropped.
-        demand = Demand(keep_without_callers=True)
-        hedged = _Query(query.key, True, lambda _: None, query.deadline, demand)  # noqa: FBT003
+        state = QueryState(keep_without_callers=True)
+        hedged = _Query(query.key, True, lambda _: None, query.deadline, state)  # noqa: FBT003
         hedged.call_numbers = query.call_numbers
         try:
             async with asyncio.timeout_at(query.deadline):
-                return await self._attempt(hedged)
+                return await self._call_within_limits(hedged)
         except TimeoutError:
             raise timeout_error() from None
 
@@ -281,27 +283,27 @@ class UpstreamClient:
         return await self._call(query, permit, pair)
 
     async def _call(self, query: _Query, permit: Permit, pair: KeyPair) -> ParsedResponse:
-        operation, demand = query.key.operation, query.demand
-        demand.must_finish = False
-        if not demand.wanted:
-            demand.on_unwanted(demand)
+        operation, state = query.key.operation, query.state
+        state.must_finish = False
+        if not state.wanted:
+            state.on_unwanted(state)
             await asyncio.sleep(0)  # `on_unwanted` has cancelled this task: CancelledError is raised here
-        make_timeout_error = query.demand.make_timeout_error
-        query.demand.make_timeout_error = _concurrency_error if permit.sent_at is None else make_timeout_error
+        make_timeout_error = query.state.make_timeout_error
+        query.state.make_timeout_error = _concurrency_error if permit.sent_at is None else make_timeout_error
         await self._concurrency_limit.acquire()
         slot = _ConcurrencySlot(self._concurrency_limit)
         try:
             began = self._check_before_sending(query, permit)
-            query.demand.make_timeout_error = make_timeout_error
+            query.state.make_timeout_error = make_timeout_error
             with self._breakers[operation].guard(no_response_seconds=self._expected_response_seconds):
                 permit.mark_sent()
-                demand.must_finish = True
+                state.must_finish = True
                 with self._hedging.sending(query):
                     response = await self._signed_requests.send(
                         query.key, pair, number=next(query.call_numbers), on_complete=slot.on_call_end
                     )
         except asyncio.CancelledError:
-            if demand.must_finish:  # the call is on the wire
+            if state.must_finish:  # the call is on the wire
                 slot.on_query_cancelled()
             else:
                 slot.release()
@@ -324,7 +326,7 @@ class UpstreamClient:
             raise _PermitRevoked
         now = asyncio.get_running_loop().time()
         if query.deadline - now < self._latency_seconds[query.key.operation]:
-            raise query.demand.make_timeout_error()
+            raise query.state.make_timeout_error()
         return now
 
     def _update_latency(self, operation: Operation, seconds: float) -> None:
@@ -333,7 +335,7 @@ class UpstreamClient:
 
     def _take_retry(self, error: UpstreamError, retries: int, query: _Query) -> float | None:
         """Take a retry: return the delay before it, or None if the query must fail with `error`."""
-        if not query.demand.wanted:
+        if not query.state.wanted:
             return None
         latest_start = query.deadline - self._latency_seconds[query.key.operation]
         seconds_left = latest_start - asyncio.get_running_loop().time()

@@ -1,9 +1,9 @@
 """Hedged calls: repeats a call that the upstream does not answer, to notice the end of an outage soon.
 
-    a refresh has no response after `MIN_SECONDS` -> one hedged call per second, for the oldest such query
+    a refresh has no response after `MIN_DELAY_SECONDS` -> one hedged call per second, for the oldest query
     the hedged call succeeds -> its response is that of the query
-                             -> calls of other refreshes, sent at least `MIN_SECONDS` before it and still
-                                without a response, are given up: their queries send them again
+                             -> calls of other refreshes, sent at least `MIN_DELAY_SECONDS` before it and
+                                still without a response, are given up: their queries send them again
 
 Without this, a query that was sent during an outage would wait for `upstream.attempt_timeout_seconds`,
 although the upstream answers again. Only refreshes are repeated: a client that has no snapshot waits anyway.
@@ -20,7 +20,8 @@ from typing import Generic, Protocol, TypeVar
 
 from gateway.domain.errors import GatewayError
 
-MIN_SECONDS = 1.5  # without a response; or twice the usual time, if that is longer
+# A hedged call is made after this time without a response, or after twice the usual time if that is longer.
+MIN_DELAY_SECONDS = 1.5
 _INTERVAL_SECONDS = 1.0  # between two hedged calls
 
 T = TypeVar("T")
@@ -39,8 +40,8 @@ class LaterCallAnswered(Exception):
     """The call must be sent again: the upstream has answered a call that was sent later."""
 
 
-class _Attempt(Generic[T]):
-    """An attempt of a query: when its call was sent, and what ends it early."""
+class _HedgeableCall(Generic[T]):
+    """The call of a refresh, which may be hedged: when it was sent, and what ends it early."""
 
     __slots__ = ("interrupt", "later_answered", "response", "sent_at")
 
@@ -62,24 +63,24 @@ class Hedging(Generic[Q, T]):
     ) -> None:
         self._make_call = make_call
         self._usual_seconds = usual_seconds
-        self._attempts: dict[Q, _Attempt[T]] = {}
-        self._on_wire: dict[Q, _Attempt[T]] = {}  # by the time when the call was sent
+        self._hedgeable_calls: dict[Q, _HedgeableCall[T]] = {}
+        self._on_wire: dict[Q, _HedgeableCall[T]] = {}  # by the time when the call was sent
         self._timer: asyncio.TimerHandle | None = None
         self._hedged_calls: set[asyncio.Task[None]] = set()
 
-    async def run(self, query: Q, attempt: Callable[[Q], Awaitable[T]]) -> T:
-        """Return the response of `attempt`, or of a hedged call.
+    async def run(self, query: Q, call: Callable[[Q], Awaitable[T]]) -> T:
+        """Return the response of `call`, or of a hedged call.
 
         Raises:
-            LaterCallAnswered: The attempt must be made again.
-            Exception: What `attempt` raises.
+            LaterCallAnswered: The call must be made again.
+            Exception: What `call` raises.
         """
         if not query.is_refresh:
-            return await attempt(query)
+            return await call(query)
         try:
             async with asyncio.timeout(None) as interrupt:
-                state = self._attempts[query] = _Attempt[T](interrupt)
-                return await attempt(query)
+                state = self._hedgeable_calls[query] = _HedgeableCall[T](interrupt)
+                return await call(query)
         except TimeoutError:
             if state.response is not None:
                 return state.response
@@ -87,12 +88,12 @@ class Hedging(Generic[Q, T]):
                 raise LaterCallAnswered from None
             raise
         finally:
-            del self._attempts[query]
+            del self._hedgeable_calls[query]
 
     @contextmanager
     def sending(self, query: Q) -> Iterator[None]:
         """Watch the call of a query while the context is open."""
-        state = self._attempts.get(query)
+        state = self._hedgeable_calls.get(query)
         if state is None:
             yield
             return
@@ -100,7 +101,7 @@ class Hedging(Generic[Q, T]):
         state.sent_at = loop.time()
         self._on_wire[query] = state
         if self._timer is None:
-            self._timer = loop.call_later(MIN_SECONDS, self._check)
+            self._timer = loop.call_later(MIN_DELAY_SECONDS, self._check)
         try:
             yield
         finally:
@@ -114,23 +115,23 @@ class Hedging(Generic[Q, T]):
         loop = asyncio.get_running_loop()
         query, state = next(iter(self._on_wire.items()))
         waited = loop.time() - (state.sent_at or 0.0)
-        left = max(MIN_SECONDS, 2 * self._usual_seconds(query)) - waited
+        left = max(MIN_DELAY_SECONDS, 2 * self._usual_seconds(query)) - waited
         if left <= 0:
             task = loop.create_task(self._run_hedged_call(query, state))
             self._hedged_calls.add(task)
             task.add_done_callback(self._hedged_calls.discard)
         self._timer = loop.call_later(left if left > 0 else _INTERVAL_SECONDS, self._check)
 
-    async def _run_hedged_call(self, query: Q, state: _Attempt[T]) -> None:
+    async def _run_hedged_call(self, query: Q, state: _HedgeableCall[T]) -> None:
         sent_at = asyncio.get_running_loop().time()
         with suppress(GatewayError, LaterCallAnswered):
             state.response = await self._make_call(query)
             self._end_early(state)
             for other in list(self._on_wire.values()):
-                if other is not state and (other.sent_at or sent_at) <= sent_at - MIN_SECONDS:
+                if other is not state and (other.sent_at or sent_at) <= sent_at - MIN_DELAY_SECONDS:
                     other.later_answered = True
                     self._end_early(other)
 
-    def _end_early(self, state: _Attempt[T]) -> None:
-        with suppress(RuntimeError):  # the attempt has ended meanwhile
+    def _end_early(self, state: _HedgeableCall[T]) -> None:
+        with suppress(RuntimeError):  # the call has ended meanwhile
             state.interrupt.reschedule(asyncio.get_running_loop().time())

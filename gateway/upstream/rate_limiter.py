@@ -23,12 +23,12 @@ import structlog
 
 from gateway.domain.errors import RateLimiterExhausted, UpstreamRejected, UpstreamThrottled
 from gateway.upstream.adaptive_limit import AdaptiveLimit
-from gateway.upstream.demand import Demand
 from gateway.upstream.permit_queue import PermitQueue, QueuedQuery
+from gateway.upstream.query_state import QueryState
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
-# Shortest expected wait that `acquire` reports to `on_queued` when a query is put into the queue. The
-# progress service then serves a stale snapshot at once, if there is one. Later reports have no minimum.
+# Shortest expected wait that `acquire` reports to `on_expected_wait` when a query is put into the queue.
+# The progress service then serves a stale snapshot at once, if there is one. Later reports have no minimum.
 MIN_WAIT_REPORTED_ON_ENTRY_SECONDS = 0.1
 # A query at the head of the queue still gets a permit this long after its timeout, because the timer that
 # serves the queue may fire late. The checks of the expected wait have no tolerance.
@@ -125,14 +125,16 @@ class RateLimiter:
     @property
     def per_second(self) -> float:
         """The present limit in calls per second, or `inf`. Metrics read it, so it has no side effects."""
-        now = self._clock()
-        removable = not self._queue and self._limit.can_remove(now)
-        return self._limit.max_per_second if removable else self._limit.per_second(now)
+        return self._limit.per_second(self._clock()) if self.has_learned_limit else self._limit.max_per_second
 
-    def check_learned_limit(self) -> bool:
-        """Remove the learned limit if it is outdated; tell whether throttling limits the rate now."""
-        self._remove_limit_if_idle()
-        return self._limit.has_learned_limit
+    @property
+    def has_learned_limit(self) -> bool:
+        """Whether throttling responses limit the rate now. Reading it has no side effects.
+
+        A limit that the next `acquire` would remove does not count.
+        """
+        removable = not self._queue and self._limit.can_remove(self._clock())
+        return self._limit.has_learned_limit and not removable
 
     def expected_wait(self, *, is_refresh: bool, client: bytes = b"") -> float:
         """Return the seconds that a query of this client would wait if it called `acquire` now."""
@@ -145,28 +147,28 @@ class RateLimiter:
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        on_queued: Callable[[float], None] = lambda _: None,
-        demand: Demand | None = None,
+        on_expected_wait: Callable[[float], None] = lambda _: None,
+        query_state: QueryState | None = None,
     ) -> Permit:
         """Wait for a permit: `with await limiter.acquire(...) as permit`, then `permit.mark_sent()` to send.
 
         Args:
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: The longest wait. A permit may come 0.1 s later.
-            on_queued: Called with the expected wait in seconds in two cases. The query is put into the queue,
-                and the wait is at least `MIN_WAIT_REPORTED_ON_ENTRY_SECONDS`. Or the query is still in the
-                queue when the limit falls, when a pause begins, or when the store has replied to a request
-                for shared permits; the wait may then be 0.
-            demand: The clients that wait for the response; None: the gateway itself needs it. A first query
-                is put into the queue of one of the clients. More clients may join while it is queued.
+            on_expected_wait: Called with the expected wait in seconds in two cases. The query is put into the
+                queue, and the wait is at least `MIN_WAIT_REPORTED_ON_ENTRY_SECONDS`. Or the query is still in
+                the queue when the limit falls, when a pause begins, or when the store has replied to a
+                request for shared permits; the wait may then be 0.
+            query_state: The clients that wait for the response; None: the gateway itself needs it. A first
+                query is put into the queue of one of the clients. More clients may join while it is queued.
 
         Raises:
             RateLimiterExhausted: The expected wait exceeds the timeout. This may also happen to a query that
                 is already queued: if the limit falls, or if queries of other clients are served before it.
         """
         self._remove_limit_if_idle()
-        demand = demand or Demand(keep_without_callers=True)
-        client = b"" if is_refresh else self._queue.client_with_shortest_queue(demand.clients)
+        state = query_state or QueryState(keep_without_callers=True)
+        client = b"" if is_refresh else self._queue.client_with_shortest_queue(state.clients)
         wait = self.expected_wait(is_refresh=is_refresh, client=client)
         if wait == 0 and not self._queue and self._use_shared_permit(is_refresh=is_refresh):
             self._tokens -= 1
@@ -174,12 +176,12 @@ class RateLimiter:
             raise _exhausted(wait)
         else:
             if wait >= MIN_WAIT_REPORTED_ON_ENTRY_SECONDS:
-                on_queued(wait)
+                on_expected_wait(wait)
             expires_at = self._clock() + timeout_seconds
             query = self._queue.add(
-                is_refresh=is_refresh, client=client, expires_at=expires_at, on_queued=on_queued
+                is_refresh=is_refresh, client=client, expires_at=expires_at, on_expected_wait=on_expected_wait
             )
-            await self._wait_in_queue(query, demand)
+            await self._wait_in_queue(query, state)
         permit = Permit(self._clock, self._on_permit_end)
         self._permits.add(permit)
         return permit
@@ -193,9 +195,9 @@ class RateLimiter:
         """
         self._on_throttled(self._clock(), retry_after)
 
-    async def _wait_in_queue(self, query: QueuedQuery, demand: Demand) -> None:
+    async def _wait_in_queue(self, query: QueuedQuery, state: QueryState) -> None:
         future = query.future
-        demand.queue_entry = query
+        state.queue_entry = query
         self._serve_queue()
         try:
             refused_wait = await future
@@ -208,7 +210,7 @@ class RateLimiter:
                 self._return_token()
             raise
         finally:
-            demand.queue_entry = None
+            state.queue_entry = None
         if refused_wait is not None:
             raise _exhausted(refused_wait)
 
@@ -273,9 +275,11 @@ class RateLimiter:
     def _on_shared_reply(self) -> None:
         self._serve_queue()
         if self._queue:  # other replicas may have queued more queries, which lengthen the wait
-            self._recheck_timeouts(self._clock())
+            self._refuse_or_report_waits(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
+        # An announcement may arrive when no query has removed an outdated limit. It would lower that limit.
+        self._remove_limit_if_idle()
         self._refill()
         now, was_throttled = self._clock(), self._limit.has_learned_limit
         if not self._limit.on_throttled(now, sent_at=sent_at, retry_after=retry_after):
@@ -285,11 +289,11 @@ class RateLimiter:
         for permit in self._permits:
             permit.revoked = True
         self._tokens = min(self._tokens, 1.0)
-        self._recheck_timeouts(now)
+        self._refuse_or_report_waits(now)
         self._serve_queue()
 
-    def _recheck_timeouts(self, now: float) -> None:
-        """Refuse the queries that would be served after their timeout. Call `on_queued` of the others."""
+    def _refuse_or_report_waits(self, now: float) -> None:
+        """Refuse the queries that would be served after their timeout; report the wait of the others."""
         ahead = 0
         for query in list(self._queue):
             wait = self._wait_behind(ahead + self._queued_elsewhere(is_refresh=query.is_refresh))
@@ -299,7 +303,7 @@ class RateLimiter:
                     query.future.set_result(max(wait, _TIMER_RESOLUTION_SECONDS))
             else:
                 ahead += 1
-                query.on_queued(wait)
+                query.on_expected_wait(wait)
 
     def _queued_elsewhere(self, *, is_refresh: bool) -> int:
         """Return how many queries of other replicas are served before a query of this replica."""

@@ -81,7 +81,7 @@ class WatchHub:
         self._overdue_keys: set[TaskKey] = set()
         self._refresher = Refresher(
             service,
-            publish_stored=self._publish_stored,
+            publish_unpublished=self._publish_unpublished,
             publish=self._publish,
             mark_not_found=self._mark_not_found,
             set_overdue=self._set_overdue,
@@ -118,7 +118,11 @@ class WatchHub:
                 "the gateway has reached its limit of open streams and long polls", retry_after=5.0
             )
         subscriber = Subscriber(
-            keys, client, seen_revisions=seen_revisions, load_body=self._load_body, refetch=self._refetch
+            keys,
+            client,
+            seen_revisions=seen_revisions,
+            load_body=self._publish_and_load_body,
+            refetch=self._refetch,
         )
         subscriber.shutting_down = self._shutting_down
         if self._shutting_down:
@@ -143,7 +147,7 @@ class WatchHub:
         """Publish all unpublished snapshots, then mark current and future subscribers as shutting down."""
         self._shutting_down = True
         for key in tuple(self._watched):
-            self._publish_stored(key)
+            self._publish_unpublished(key)
         for subscriber in self._subscribers:
             subscriber.shutting_down = True
             subscriber.wake()
@@ -171,7 +175,7 @@ class WatchHub:
         watched.seen_revision = max(watched.seen_revision, seen_revision)
         servable = self._service.peek(key, seen_revision)
         # Before the subscriber is added: it then receives the snapshot as `published`, and not twice.
-        self._publish_stored(key)
+        self._publish_unpublished(key)
         # There is no `await` from here to the end, so no change is lost in between.
         watched.subscribers.add(subscriber)
         self._service.add_subscriber(key, subscriber.client)
@@ -221,12 +225,12 @@ class WatchHub:
         """Publish a few of the unpublished snapshots: at least one, and more when the backlog is longer."""
         try:
             for _ in range(1 + len(self._unpublished_keys) // _BACKLOG_DIVISOR):
-                self._publish_stored(self._unpublished_keys.popleft())
+                self._publish_unpublished(self._unpublished_keys.popleft())
         finally:
             if self._unpublished_keys:
                 asyncio.get_running_loop().call_soon(self._publish_some)
 
-    def _publish_stored(self, key: TaskKey) -> None:
+    def _publish_unpublished(self, key: TaskKey) -> None:
         """Publish the unpublished snapshot of a task, if there is one."""
         watched = self._watched.get(key)
         if watched is None or watched.unpublished is None:
@@ -299,18 +303,17 @@ class WatchHub:
             for subscriber in watched.subscribers:
                 subscriber.not_found_keys -= {watched.key}
 
-    def _load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
-        """Return an update with the latest snapshot of the task and its body, or None.
+    def _publish_and_load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
+        """Publish the unpublished snapshot, if any. Return the latest snapshot with its body, or None.
 
         It is None in three cases:
 
         - The store has evicted the snapshot.
         - The task has ended, but the store has evicted its terminal snapshot and has another one.
-        - The task had an unpublished snapshot. This method has published it, and the subscriber sends it as
-          its next update.
+        - The task had an unpublished snapshot. The subscriber sends it as its next update.
         """
         snapshot = self._last_known(reduced.key)
-        self._publish_stored(reduced.key)
+        self._publish_unpublished(reduced.key)
         if subscriber.has_unsent(reduced.key) or snapshot is None:
             return None
         return None if _is_final(reduced) and not snapshot.terminal else Update(reduced.key, snapshot)

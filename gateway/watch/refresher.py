@@ -31,7 +31,7 @@ import structlog
 from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
-from gateway.progress.results import FetchFailure
+from gateway.progress.results import LookupFailure
 from gateway.progress.service import ProgressService
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.watch.coalesced_timers import CoalescedTimers
@@ -102,7 +102,7 @@ class _BackOff(NamedTuple):
 class Refresher:
     """Runs the schedules: refreshes each task through the service, and publishes the results.
 
-    `publish_stored` publishes the task's unpublished snapshot, if there is one. `publish` publishes an
+    `publish_unpublished` publishes the task's unpublished snapshot, if there is one. `publish` publishes an
     update. `mark_not_found` is called after each failed refresh of a task that counts as not found.
     `set_overdue` is called with the reason why an update is overdue, or None after a successful refresh.
     `clock` is the clock of `Snapshot.fetched_at`.
@@ -112,7 +112,7 @@ class Refresher:
         self,
         service: ProgressService,
         *,
-        publish_stored: Callable[[TaskKey], None],
+        publish_unpublished: Callable[[TaskKey], None],
         publish: Callable[[Update], None],
         mark_not_found: Callable[[WatchedTask], None],
         set_overdue: Callable[[WatchedTask, GatewayError | None], None],
@@ -120,7 +120,7 @@ class Refresher:
         clock: Callable[[], float],
     ) -> None:
         self._service = service
-        self._publish_stored = publish_stored
+        self._publish_unpublished = publish_unpublished
         self._publish = publish
         self._mark_not_found = mark_not_found
         self._set_overdue = set_overdue
@@ -176,7 +176,7 @@ class Refresher:
                 retry_after = (failure or _INTERNAL_ERROR).retry_after or 0.0
                 pause = min(max(backoff, retry_after), _MAX_BACKOFF_SECONDS)
                 if isinstance(failure, UpstreamRejected):  # the upstream responds
-                    pause = retry_after = min(pause, self._until_not_found(watched))
+                    pause = retry_after = min(pause, self._seconds_until_not_found(watched))
             del snapshot, failure  # no body is kept in memory during the pause
             if success:
                 if backoff > _BACKOFF_SECONDS:
@@ -255,14 +255,14 @@ class Refresher:
             outcome = await self._service.refresh_if_stale(
                 key, client=None, seen_revision=watched.seen_revision
             )
-            if isinstance(outcome, FetchFailure):
-                self._publish_stored(key)  # it is older than the failure
+            if isinstance(outcome, LookupFailure):
+                self._publish_unpublished(key)  # it is older than the failure
                 self._publish(Update(key, failure=outcome.failure))
                 if isinstance(outcome.failure, UpstreamRejected):
                     self._note_rejection(watched)
                 return None, outcome.failure
             if outcome.snapshot is not watched.unpublished:  # else the hub publishes it soon
-                self._publish_stored(key)
+                self._publish_unpublished(key)
                 self._publish(Update(key, outcome.snapshot))
                 self._set_overdue(watched, outcome.failure and self._service.overdue_updates.reason(key))
         except Exception as exc:
@@ -305,7 +305,7 @@ class Refresher:
                 self._set_overdue(watched, reason)
         self._schedule_check()
 
-    def _until_not_found(self, watched: WatchedTask) -> float:
+    def _seconds_until_not_found(self, watched: WatchedTask) -> float:
         """Return the seconds until the task counts as not found if it is rejected again, at least 1."""
         if watched.rejected_since is None or watched.not_found:
             return math.inf

@@ -108,7 +108,7 @@ class Subscriber:
         "_load_body",
         "_refetch",
         "_refetching",
-        "_sent_codes",
+        "_sent_overdue_codes",
         "_unsent",
         "_unsent_overdue_states",
         "_waiter",
@@ -145,7 +145,7 @@ class Subscriber:
         self._unsent: dict[TaskKey, Update] = {}
         # None until an update is overdue, to save memory.
         self._unsent_overdue_states: dict[TaskKey, OverdueState] | None = None
-        self._sent_codes: dict[TaskKey, str] | None = None
+        self._sent_overdue_codes: dict[TaskKey, str] | None = None
         self._key_with_body: TaskKey | None = None  # the task whose unsent update may have a large body
         self.heartbeat_due = False
         self.direct_transport: asyncio.WriteTransport | None = None
@@ -183,7 +183,7 @@ class Subscriber:
         key, code = state.key, state.code
         if self._unsent_overdue_states is None:
             self._unsent_overdue_states = {}
-        if code == (self._sent_codes or {}).get(key):
+        if code == (self._sent_overdue_codes or {}).get(key):
             self._unsent_overdue_states.pop(key, None)
             return
         self._unsent_overdue_states[key] = state
@@ -194,14 +194,14 @@ class Subscriber:
         if not self._unsent_overdue_states:
             return []
         taken = [state for key, state in self._unsent_overdue_states.items() if key not in self._unsent]
-        if self._sent_codes is None:
-            self._sent_codes = {}
+        if self._sent_overdue_codes is None:
+            self._sent_overdue_codes = {}
         for state in taken:
             del self._unsent_overdue_states[state.key]
             if state.code is None:
-                del self._sent_codes[state.key]
+                del self._sent_overdue_codes[state.key]
             else:
-                self._sent_codes[state.key] = state.code
+                self._sent_overdue_codes[state.key] = state.code
         return taken
 
     def has_unsent(self, key: TaskKey) -> bool:

@@ -42,7 +42,7 @@ from gateway.domain.errors import (
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.domain.vendor_values import vendor_status
-from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
+from gateway.progress.results import CacheStatus, LookupFailure, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
 from gateway.settings.model import Watch as WatchSettings
@@ -50,7 +50,7 @@ from gateway.stores.base import CacheEntry
 from gateway.stores.memory import REMEMBER_SECONDS, MemoryStore
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
-from gateway.upstream.demand import Demand
+from gateway.upstream.query_state import QueryState
 from gateway.upstream.signed_request import ParsedResponse
 from gateway.watch.hub import SubscriptionKind, WatchHub
 from gateway.watch.subscriber import Subscriber, Update
@@ -143,7 +143,7 @@ class FakeUpstream:
         self._cache = cache
         self._longest = dict.fromkeys(Operation, 0.0)  # call so far
 
-    async def query(self, key: TaskKey, *, demand: Demand, **_: object) -> ParsedResponse:
+    async def query(self, key: TaskKey, *, query_state: QueryState, **_: object) -> ParsedResponse:
         """Wait until the state machine responds."""
         story, began = self.stories[key], self._loop.time()
         if key in self.in_flight:
@@ -164,12 +164,12 @@ class FakeUpstream:
                         await turn
                     finally:
                         del self.queue[key]
-                    if not demand.wanted:
+                    if not query_state.wanted:
                         self.broken.append(f"{key} was asked for though nothing wants it")
-                demand.must_finish = True
+                query_state.must_finish = True
                 data = await outcome
         except asyncio.CancelledError:
-            if (demand.must_finish or demand.wanted) and not self.closing:
+            if (query_state.must_finish or query_state.wanted) and not self.closing:
                 self.broken.append(f"{key} was given up while it was wanted, or on the wire")
             # No call was made: the reason for this one is also a reason for the next one.
             story.prompted = story.prompted or prompted
@@ -298,7 +298,7 @@ class Promises(RuleBasedStateMachine):
         if self.loop.within(partial(self.service.try_reuse, entry, now)):
             snapshot = entry.snapshot
             source = CacheStatus.HIT if snapshot.fresh(now) else CacheStatus.STALE
-            self._judge(key, CacheResult(snapshot, now - snapshot.fetched_at, source))
+            self._judge(key, LookupResult(snapshot, now - snapshot.fetched_at, source))
 
     @rule(key=keys)
     def peek(self, key: TaskKey) -> None:
@@ -492,7 +492,7 @@ class Promises(RuleBasedStateMachine):
 
     async def _ask(self, key: TaskKey, how: str) -> None:
         outcome = await getattr(self.service, how)(key)
-        if isinstance(outcome, FetchFailure):
+        if isinstance(outcome, LookupFailure):
             self._judge_failure(key, outcome.failure)
         else:
             self._judge(key, outcome)
@@ -508,7 +508,7 @@ class Promises(RuleBasedStateMachine):
 
     # Checks
 
-    def _judge(self, key: TaskKey, result: CacheResult) -> None:
+    def _judge(self, key: TaskKey, result: LookupResult) -> None:
         """Check a result against the freshness promise and, after a failure, against stale-if-error."""
         now, story = self.loop.time(), self.upstream.stories[key]
         self._judge_content(key, result.snapshot)

@@ -13,7 +13,7 @@ from gateway.api.request_log import RequestLog, record_outcome
 from gateway.domain.errors import UpstreamDetail, UpstreamRejected, UpstreamTimeout
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.results import CacheResult, CacheStatus, FetchFailure, FetchResult
+from gateway.progress.results import CacheStatus, FetchOutcome, LookupFailure, LookupResult
 from gateway.telemetry.log_sampling import LogSampler
 from tests.support.harness import Gateway, Json, Process, Simulator, fresh_id, serving, until
 
@@ -22,8 +22,8 @@ SNAPSHOT = Snapshot(KEY, 0.0, 1.0, b"{}")
 ROUTE = "/v1/progress/{taskId}"
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TIMEOUT = UpstreamTimeout("too late")
-HIT = CacheResult(SNAPSHOT, 0.1, CacheStatus.HIT)
-MISS = CacheResult(SNAPSHOT, 0.0, CacheStatus.MISS, fetch=FetchResult(SNAPSHOT, 0.25, "i_1"))
+HIT = LookupResult(SNAPSHOT, 0.1, CacheStatus.HIT)
+MISS = LookupResult(SNAPSHOT, 0.0, CacheStatus.MISS, fetch=FetchOutcome(SNAPSHOT, 0.25, "i_1"))
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def set_level(caplog: pytest.LogCaptureFixture) -> Callable[[int], None]:
 pytestmark = pytest.mark.usefixtures("set_level")
 
 
-def scope(*outcomes: CacheResult | FetchFailure, **state: Any) -> dict[str, Any]:
+def scope(*outcomes: LookupResult | LookupFailure, **state: Any) -> dict[str, Any]:
     scope: dict[str, Any] = {"headers": [], "state": {"request_id": "r-1"} | state}
     if outcomes:
         scope["state"]["outcomes"] = outcomes
@@ -82,13 +82,13 @@ def test_requestlog_line_of_a_request_that_waited_for_the_upstream(source: Cache
 
 def test_requestlog_line_of_a_fetch_without_an_upstream_call() -> None:
     """A fetch that found a snapshot in the store has no upstream fields."""
-    [line] = written(scope(MISS._replace(fetch=FetchResult(SNAPSHOT))))
+    [line] = written(scope(MISS._replace(fetch=FetchOutcome(SNAPSHOT))))
     assert not [name for name in line if name.startswith("upstream")]
 
 
 def test_requestlog_line_of_a_stale_response_after_a_failure() -> None:
     """A stale response after a failure has the failure's code and the failed call."""
-    stale = CacheResult(SNAPSHOT, 9.0, CacheStatus.STALE, failure=TIMEOUT, fetch=FetchResult(TIMEOUT, 10.0))
+    stale = LookupResult(SNAPSHOT, 9.0, CacheStatus.STALE, failure=TIMEOUT, fetch=FetchOutcome(TIMEOUT, 10.0))
     [line] = written(scope(stale))
     assert (line["cache"], line["detail"], line["status"]) == ("stale", "upstream-timeout", 200)
     assert line["upstream_seconds"] == 10.0
@@ -98,7 +98,7 @@ def test_requestlog_line_of_a_stale_response_after_a_failure() -> None:
 
 def test_requestlog_line_of_a_failure() -> None:
     """A failure is a warning with its code, and shows whether it was in the negative cache."""
-    failed = FetchFailure(KEY, TIMEOUT, CacheStatus.NEGATIVE)
+    failed = LookupFailure(KEY, TIMEOUT, CacheStatus.NEGATIVE)
     [line] = written(scope(failed, code="upstream-timeout"), status=504)
     assert (line["log_level"], line["status"], line["code"]) == ("warning", 504, "upstream-timeout")
     assert (line["cache"], line["detail"], line["task_id"]) == ("negative", "upstream-timeout", KEY.task_id)
@@ -106,9 +106,9 @@ def test_requestlog_line_of_a_failure() -> None:
 
 def test_requestlog_line_of_a_batch() -> None:
     """A batch has the number of tasks, counts of cache statuses, and the longest upstream duration."""
-    slow = MISS._replace(fetch=FetchResult(SNAPSHOT, 0.75, "i_2"))
+    slow = MISS._replace(fetch=FetchOutcome(SNAPSHOT, 0.75, "i_2"))
     [line] = written(
-        scope(HIT, MISS, slow, FetchFailure(KEY, TIMEOUT, CacheStatus.MISS, FetchResult(TIMEOUT, 0.5)))
+        scope(HIT, MISS, slow, LookupFailure(KEY, TIMEOUT, CacheStatus.MISS, FetchOutcome(TIMEOUT, 0.5)))
     )
     assert (line["tasks"], line["cache"]) == (4, {"hit": 1, "miss": 3})
     assert (line["upstream_seconds"], line["upstream_invoke_id"]) == (0.75, "i_1, i_2")
@@ -169,7 +169,7 @@ def test_requestlog_samples_similar_lines() -> None:
     for request, status in [
         (scope(MISS), 200),
         (scope(HIT._replace(failure=TIMEOUT)), 200),
-        (scope(FetchFailure(KEY, TIMEOUT, CacheStatus.MISS)), 504),
+        (scope(LookupFailure(KEY, TIMEOUT, CacheStatus.MISS)), 504),
         (scope(code="not-found"), 404),
         (scope(code="too-many-requests"), 429),
     ]:
@@ -178,11 +178,11 @@ def test_requestlog_samples_similar_lines() -> None:
 
 
 def test_requestlog_outcome_is_recorded_or_raised() -> None:
-    """A cache result is returned, a failure is raised, and either is stored in the scope."""
+    """A result is returned, a failure is raised, and either is stored in the scope."""
     request = scope()
     assert record_outcome(request, HIT) is HIT
     assert request["state"]["outcomes"] == (HIT,)
-    failed = FetchFailure(
+    failed = LookupFailure(
         KEY, UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail()), CacheStatus.MISS
     )
     with pytest.raises(UpstreamRejected) as raised:

@@ -21,7 +21,7 @@ from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.settings.store_section import Store as StoreSettings
 from gateway.stores.base import CacheEntry, Lease, Requirement, Store
-from gateway.stores.memory import ENTRY_BYTES, REMEMBER_SECONDS, MemoryStore
+from gateway.stores.memory import ENTRY_OVERHEAD_BYTES, REMEMBER_SECONDS, MemoryStore
 from gateway.stores.valkey.store import ValkeyStore
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
@@ -105,7 +105,7 @@ async def save(store: Store, snapshot: Snapshot) -> Snapshot | None:
 async def entry_of(store: Store, key: TaskKey) -> CacheEntry | None:
     """Return the current entry of a task. A busy machine may have paused this process."""
     await store.catch_up()
-    return store.peek(key)
+    return store.current_entry(key)
 
 
 async def shown(store: Store, key: TaskKey) -> Snapshot | None:
@@ -140,7 +140,7 @@ async def test_store_is_empty_at_first(store: Store) -> None:
 
 
 async def test_store_returns_a_committed_snapshot(store: Store, snapshot: Callable[..., Snapshot]) -> None:
-    """A committed snapshot is returned by peek, last_known and acquire, with all its fields."""
+    """A committed snapshot is returned by current_entry, last_known and acquire, with all its fields."""
     one = snapshot(etaRelative=3.0, message="so far", state={"job": "a\nb"})
     assert await save(store, one) is one
     for kept in (await shown(store, KEY), store.last_known(KEY), await store.acquire(KEY)):
@@ -396,7 +396,7 @@ async def test_store_is_bounded_in_bytes(make: Make, clock: Clock, snapshot: Cal
         clock.now += 0.1
         kept = await save(store, snapshot(key, message="x" * 14_000))  # in body and envelope
         assert kept is not None
-    assert store.size() == 3 * (len(kept.body) + len(kept.envelope) + ENTRY_BYTES)
+    assert store.size() == 3 * (len(kept.body) + len(kept.envelope) + ENTRY_OVERHEAD_BYTES)
     assert await shown(store, keys[0]) is not None  # read: b is the least recently used now
     await save(store, snapshot(keys[3], message="x" * 14_000))
     assert [await shown(store, key) is None for key in keys] == [False, True, False, False]
@@ -447,7 +447,7 @@ async def test_store_size_is_read_only(store: Store, clock: Clock, snapshot: Cal
     """The size can be read on any thread without changes; expired entries are removed at a lookup."""
     await save(store, snapshot())
     clock.now += LIFETIME + REMEMBER_SECONDS + 1
-    assert (len(store), store.size() > ENTRY_BYTES) == (1, True)
+    assert (len(store), store.size() > ENTRY_OVERHEAD_BYTES) == (1, True)
     assert await shown(store, OTHER) is None
     assert (len(store), store.size()) == (0, 0)
 

@@ -154,7 +154,7 @@ async def test_announced_snapshot_is_loaded_where_it_is_needed(
     await version_of(other, second.version)
     assert said(await shown(other)) == "second"
     assert [said(snapshot) for snapshot in heard] == ["second"]
-    entry = other.peek(KEY)
+    entry = other.current_entry(KEY)
     assert entry is not None
     assert (entry.reads, entry.fetched_here) == (0, False)
 
@@ -203,12 +203,12 @@ async def test_unchanged_snapshot_keeps_its_entry(one: ValkeyStore) -> None:
     one.release_lease_early(late)
     known = await stored(one, message="newer")
     await read(one)
-    entry = one.peek(KEY)
+    entry = one.current_entry(KEY)
     heard: list[Snapshot] = []
     one.on_change(heard.append)
     assert await save(one, late, message="late") is known
     await one.catch_up()
-    assert one.peek(KEY) is entry
+    assert one.current_entry(KEY) is entry
     assert heard == []
 
 
@@ -223,12 +223,12 @@ async def test_paused_replica_catches_up_without_the_server(one: ValkeyStore, se
     server.freeze()
     try:
         await blocked(0.1)
-        assert one.peek(KEY) is None
+        assert one.current_entry(KEY) is None
         assert one.last_known(KEY) is known
         began = time.monotonic()
         assert await one.catch_up()
         assert time.monotonic() - began < 0.3
-        entry = one.peek(KEY)
+        entry = one.current_entry(KEY)
         assert entry is not None
         assert entry.snapshot is known
         assert one.is_current(entry)
@@ -246,7 +246,7 @@ async def test_paused_replica_reads_the_messages_that_it_has_missed(
     one.on_change(lambda _: None, is_watched=lambda key: needed == "watched" and key == KEY)
     known = await stored(one)
     assert await shown(one) is known
-    entry = one.peek(KEY)
+    entry = one.current_entry(KEY)
     assert entry is not None
     entry.reads = int(needed == "read")
     channel = channel_of(server).decode()
@@ -259,7 +259,7 @@ async def test_paused_replica_reads_the_messages_that_it_has_missed(
     time.sleep(0.1)  # noqa: ASYNC251  # the loop has not read the messages
     assert not one.is_current(entry)
     assert await one.catch_up()
-    assert one.peek(KEY) is None
+    assert one.current_entry(KEY) is None
     assert not one.is_current(entry)
 
 
@@ -308,7 +308,7 @@ async def test_cache_in_use_stays_up_to_date(one: ValkeyStore) -> None:
     found = []
     while time.monotonic() < ends:
         await asyncio.sleep(0.01)
-        found.append(one.peek(KEY) is not None)
+        found.append(one.current_entry(KEY) is not None)
         assert await shown(one) is known
     assert found.count(True) > 0.8 * len(found)  # a busy machine may pause this process
 
@@ -317,7 +317,7 @@ async def test_cache_that_was_not_used_is_up_to_date_again_at_once(one: ValkeySt
     """An idle replica runs no timer; its next lookup waits for a few iterations of the event loop."""
     known = await stored(one)
     await one.catch_up()
-    await eventually(lambda: one.peek(KEY) is None, "the timer has stopped")
+    await eventually(lambda: one.current_entry(KEY) is None, "the timer has stopped")
     assert await one.catch_up()
     assert await shown(one) is known
 
@@ -390,7 +390,7 @@ async def test_newer_snapshot_replaces_an_older_one_that_was_restored(
         await eventually(
             lambda: fields_of(server)[b"version"] == b"%d" % newer.version, "the newer one is stored again"
         )
-        await eventually(lambda: one.peek(KEY) is None, "it has heard of the newer one")
+        await eventually(lambda: one.current_entry(KEY) is None, "it has heard of the newer one")
         assert (await result(one)).version == newer.version
 
 
@@ -530,7 +530,7 @@ async def test_announced_snapshot_of_an_overlapping_query_is_fetched_again(
     newer = await save(one, await leased(one), progress=0.4)
     assert newer is not None
     assert newer.version > second.version
-    await eventually(lambda: other.peek(KEY) is None, "the other replica hears of it")
+    await eventually(lambda: other.current_entry(KEY) is None, "the other replica hears of it")
     assert (await result(other)).version == newer.version
 
 

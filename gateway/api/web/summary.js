@@ -1,6 +1,6 @@
 // The words about all tasks: the line above the cards, and the title of the tab.
 
-import { percent, timeLeft } from "./words.js";
+import { percent, shortTimeLeft, timeLeft } from "./words.js";
 
 const TITLE = "Task progress";
 
@@ -45,7 +45,7 @@ export function describeForTab({ all, done, failed, canceled, missing, errors, m
   if (canceled && (ended || ending)) return { title: `✕ ${of(canceled, "canceled")}`, icon: "failed" };
   if (done === all) return { title: "✓ Done", icon: "done" };
   if (mean === null) return { title: errors ? `! ${of(errors, "with errors")}` : TITLE, icon: errors ? "trouble" : "idle" };
-  const left = failing ? "not updated" : eta === null ? "" : timeLeft(eta).replace(/^about /, "");
+  const left = failing ? "not updated" : eta === null ? "" : shortTimeLeft(eta);
   const title = [`${mean} %`, left, failed ? `✕ ${failed} failed` : ""].filter(Boolean).join(" · ");
   return { title, icon: failing || failed ? "trouble" : "running" };
 }

@@ -51,7 +51,12 @@ export function ago(seconds) {
 export const TIME_LEFT_UNKNOWN = "time left unknown";
 
 export function timeLeft(seconds) {
-  return seconds < 1 ? "any moment now" : `about ${duration(seconds)} left`;
+  return seconds < 1 ? shortTimeLeft(seconds) : `about ${shortTimeLeft(seconds)}`;
+}
+
+/** Return the text of `timeLeft` without "about", for the title of the tab. */
+export function shortTimeLeft(seconds) {
+  return seconds < 1 ? "any moment now" : `${duration(seconds)} left`;
 }
 
 const CLOCK = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });

@@ -122,8 +122,8 @@ class ValkeyStore(MemoryStore):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def peek(self, key: TaskKey) -> CacheEntry | None:
-        """See `Store.peek`."""
+    def current_entry(self, key: TaskKey) -> CacheEntry | None:
+        """See `Store.current_entry`."""
         entry = self.entry(key)
         return entry if entry is not None and self.is_current(entry) else None
 
@@ -289,7 +289,7 @@ class ValkeyStore(MemoryStore):
 
     def _acquire_locally(self, key: TaskKey, requirement: Requirement) -> Snapshot | GatewayError | Lease:
         """Return a result from the local cache, or a lease that exists in this process only."""
-        current = self.peek(key)
+        current = self.current_entry(key)
         if current is not None:
             snapshot = current.snapshot
             if snapshot.fresh(self._clock()) and requirement.is_met_by(snapshot):

@@ -31,14 +31,14 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
+from gateway.progress.results import CacheStatus, LookupFailure, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
 from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
-from gateway.upstream.demand import Demand
+from gateway.upstream.query_state import QueryState
 from gateway.upstream.signed_request import ParsedResponse
 from tests.support.seen import TAGS
 
@@ -114,16 +114,16 @@ class Call:
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        on_queued: Callable[[float], None],
+        on_expected_wait: Callable[[float], None],
         on_retry: Callable[[], None],
-        demand: Demand,
+        query_state: QueryState,
     ) -> None:
         self.key = key
         self.is_refresh = is_refresh
         self.timeout_seconds = timeout_seconds
-        self.on_queued = on_queued
+        self.on_expected_wait = on_expected_wait
         self.on_retry = on_retry
-        self.demand = demand
+        self.query_state = query_state
         self.outcome: asyncio.Future[ParsedResponse] = asyncio.get_running_loop().create_future()
 
     def answer(self, status: str = "running", **data: Any) -> None:
@@ -154,20 +154,20 @@ class FakeUpstream:
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        on_queued: Callable[[float], None],
+        on_expected_wait: Callable[[float], None],
         on_retry: Callable[[], None],
-        demand: Demand,
+        query_state: QueryState,
     ) -> ParsedResponse:
         """Wait until the test responds; until then the query is queued, or on the wire."""
         self.keys.append(key)
-        demand.must_finish = not self.queues
+        query_state.must_finish = not self.queues
         call = Call(
             key,
             is_refresh=is_refresh,
             timeout_seconds=timeout_seconds,
-            on_queued=on_queued,
+            on_expected_wait=on_expected_wait,
             on_retry=on_retry,
-            demand=demand,
+            query_state=query_state,
         )
         self._calls.put_nowait(call)
         return await call.outcome
@@ -205,24 +205,24 @@ class Bench:
         self._stored: asyncio.Queue[Snapshot] = asyncio.Queue()
         self.store.on_change(self._stored.put_nowait)
 
-    def begin(self, key: TaskKey = KEY) -> asyncio.Task[CacheResult]:
+    def begin(self, key: TaskKey = KEY) -> asyncio.Task[LookupResult]:
         """Start a query, and return its task."""
         return asyncio.create_task(self.get(key))
 
-    async def get(self, key: TaskKey = KEY) -> CacheResult:
+    async def get(self, key: TaskKey = KEY) -> LookupResult:
         """Query; return the result, or raise the failure."""
         outcome = await self.service.get(key)
-        if isinstance(outcome, FetchFailure):
-            raise outcome.raised()
+        if isinstance(outcome, LookupFailure):
+            raise outcome.copy_to_raise()
         return outcome
 
-    async def learn(self, status: str = "running", key: TaskKey = KEY, **data: Any) -> CacheResult:
+    async def learn(self, status: str = "running", key: TaskKey = KEY, **data: Any) -> LookupResult:
         """Query once, and let the upstream respond."""
         asked = self.begin(key)
         (await self.upstream.call()).answer(status, **data)
         return await asked
 
-    async def fail(self, error: BaseException, key: TaskKey = KEY) -> CacheResult | BaseException:
+    async def fail(self, error: BaseException, key: TaskKey = KEY) -> LookupResult | BaseException:
         """Query once, let the upstream fail, and return what the caller received."""
         asked = self.begin(key)
         (await self.upstream.call()).fail(error)
@@ -273,7 +273,7 @@ async def bench() -> AsyncIterator[Bench]:
     await bench.service.aclose()
 
 
-def data_of(result: CacheResult) -> dict[str, Any]:
+def data_of(result: LookupResult) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(result.snapshot.body)
     return data
 
@@ -310,7 +310,7 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
 async def test_still_current_for_as_long_as_a_lookup_succeeds(bench: Bench) -> None:
     """An entry is current while it keeps the freshness promise, and each check counts as a lookup."""
     snapshot = (await bench.learn()).snapshot
-    entry = cast("CacheEntry", bench.store.peek(KEY))
+    entry = cast("CacheEntry", bench.store.current_entry(KEY))
     promised = CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
     ages = [0.5, CACHE.running_seconds - 0.25, CACHE.running_seconds, promised - 0.25]
     assert all(bench.service.try_reuse(entry, snapshot.fetched_at + age) for age in ages)
@@ -422,8 +422,8 @@ async def test_get_does_not_wait_for_a_queued_request(bench: Bench) -> None:
     crowd = [bench.begin() for _ in range(3)]
     call = await bench.upstream.call()
     assert call.is_refresh
-    call.on_queued(7.0)
-    call.on_queued(6.0)
+    call.on_expected_wait(7.0)
+    call.on_expected_wait(6.0)
     for result in await asyncio.gather(*crowd, bench.get(KEY)):
         assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert result.failure == Alike(
@@ -452,7 +452,7 @@ async def test_get_waits_for_a_request_that_is_not_queued(bench: Bench) -> None:
             None,
         )
         long_ago(bench)
-        assert not bench.service._in_flight._demands
+        assert not bench.service._in_flight._states
 
 
 async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -> None:
@@ -460,7 +460,7 @@ async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -
     for meanwhile in (OTHER, RESULT):
         asked = bench.begin()
         call = await bench.upstream.call()
-        call.on_queued(7.0)
+        call.on_expected_wait(7.0)
         await bench.learn(key=meanwhile)
         assert not asked.done()
         call.answer()
@@ -474,7 +474,7 @@ async def test_refresh_if_stale_waits_for_a_queued_request(bench: Bench) -> None
     long_ago(bench)
     asked = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     call = await bench.upstream.call()
-    call.on_queued(7.0)
+    call.on_expected_wait(7.0)
     await bench.learn(key=OTHER)  # a caller that does not wait would have its result by now
     assert not asked.done()
     call.answer(progress=0.9)
@@ -494,7 +494,7 @@ async def test_get_joins_a_request_that_has_just_ended(bench: Bench) -> None:
         assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert isinstance(result.failure, Overloaded)
     assert bench.upstream.count == 2
-    assert not bench.service._in_flight._demands
+    assert not bench.service._in_flight._states
 
 
 # Callers that leave
@@ -524,7 +524,7 @@ async def test_get_drops_a_queued_query_when_its_last_caller_leaves(bench: Bench
     assert bench.upstream.count == 2
     fourth = bench.begin()
     await asyncio.sleep(0)
-    assert len(bench.service._in_flight._demands) == 1
+    assert len(bench.service._in_flight._states) == 1
     await left(third)
     await left(fourth)
 
@@ -536,7 +536,7 @@ async def test_get_cleans_up_a_request_dropped_before_it_began(bench: Bench) -> 
     bench.service.remove_subscriber(KEY, b"1")
     await asyncio.wait([waiting])
     assert waiting.cancelled()
-    assert (KEY in bench.service._in_flight, bench.service._in_flight._demands) == (False, {})
+    assert (KEY in bench.service._in_flight, bench.service._in_flight._states) == (False, {})
     assert bench.upstream.count == 0
     await bench.learn()
 
@@ -550,7 +550,7 @@ async def test_get_completes_and_stores_a_query_on_the_wire(bench: Bench) -> Non
     result = await bench.get()
     assert (result.cache_status, bench.upstream.count) == (CacheStatus.COLLAPSED, 1)
     assert (await bench.get()).cache_status is CacheStatus.HIT
-    assert not bench.service._in_flight._demands
+    assert not bench.service._in_flight._states
 
 
 @pytest.mark.parametrize("how", ["stale", "queued", "hot"])
@@ -566,7 +566,7 @@ async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
         long_ago(bench)
         asked = bench.begin()
         call = await bench.upstream.call()
-        call.on_queued(7.0)
+        call.on_expected_wait(7.0)
         assert (await asked).cache_status is CacheStatus.STALE
     else:
         known = cast("Snapshot", bench.store.last_known(KEY))
@@ -588,25 +588,25 @@ async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) 
         bench.service.add_subscriber(KEY, client)
     ticking = asyncio.create_task(bench.service.refresh_if_stale(KEY, client=None))
     call = await bench.upstream.call()
-    assert call.demand.clients == {b"1": 1, b"2": 1}
+    assert call.query_state.clients == {b"1": 1, b"2": 1}
     bench.service.remove_subscriber(KEY, b"1")
     assert not call.outcome.done()
     bench.service.remove_subscriber(KEY, b"2")
     await asyncio.wait([ticking])
     assert call.outcome.cancelled()
-    assert not bench.service._in_flight._demands
+    assert not bench.service._in_flight._states
 
 
 async def test_get_passes_the_clients_of_a_query(bench: Bench) -> None:
-    """The rate limiter is fair to clients: the demand has the clients of all waiting callers."""
+    """The rate limiter is fair to clients: the query state has the clients of all waiting callers."""
     callers = [asyncio.create_task(bench.service.get(KEY, client=client)) for client in (b"1", b"1", b"2")]
     call = await bench.upstream.call()
-    assert call.demand.clients == {b"1": 2, b"2": 1}
+    assert call.query_state.clients == {b"1": 2, b"2": 1}
     await left(callers[0])
-    assert call.demand.clients == {b"1": 1, b"2": 1}
+    assert call.query_state.clients == {b"1": 1, b"2": 1}
     call.answer()
     await asyncio.gather(*callers[1:])
-    assert call.demand.clients == {}
+    assert call.query_state.clients == {}
 
 
 # Stale
@@ -664,7 +664,7 @@ async def test_get_serves_stale_when_the_refresh_takes_too_long(bench: Bench) ->
     assert bench.service.overdue_updates.reason(KEY) is None
     bench.clock.now += CACHE.stale_while_revalidate_seconds
     result = await bench.get(KEY)
-    assert isinstance(result, CacheResult)
+    assert isinstance(result, LookupResult)
     assert isinstance(result.failure, UpstreamTimeout)
     assert isinstance(bench.service.overdue_updates.reason(KEY), UpstreamTimeout)
     waiting = asyncio.create_task(bench.service.refresh_if_stale(KEY))
@@ -827,7 +827,7 @@ async def test_get_respects_a_short_stale_if_error() -> None:
     joined = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     (await bench.upstream.call()).fail(UpstreamTimeout("too late"))
     for outcome in (await joined, await bench.service.get(KEY)):
-        assert isinstance(outcome, FetchFailure)
+        assert isinstance(outcome, LookupFailure)
         assert isinstance(outcome.failure, UpstreamTimeout)
     assert bench.lookups() == {"miss": 1, "stale": 1, "negative": 1}
     await bench.service.aclose()
@@ -1094,12 +1094,12 @@ async def test_get_returns_the_failed_fetch_to_every_waiting_caller(
     bench.clock.now += 0.5
     call.fail(UpstreamInvalid("nonsense", detail=detail))
     failed = await asked
-    assert isinstance(failed, FetchFailure)
+    assert isinstance(failed, LookupFailure)
     assert failed.fetch is not None
     assert (failed.key, failed.cache_status) == (KEY, CacheStatus.MISS)
     assert (failed.fetch.upstream_seconds, failed.fetch.invoke_id) == (pytest.approx(0.5), invoke_id)
     again = await bench.service.get(KEY)
-    assert isinstance(again, FetchFailure)
+    assert isinstance(again, LookupFailure)
     assert (again.cache_status, again.fetch) == (CacheStatus.NEGATIVE, None)
 
 
@@ -1136,7 +1136,7 @@ async def test_get_returns_no_id_without_a_call(bench: Bench) -> None:
     asked = asyncio.create_task(bench.service.get(KEY))
     (await bench.upstream.call()).fail(Overloaded("full"))
     failed = await asked
-    assert isinstance(failed, FetchFailure)
+    assert isinstance(failed, LookupFailure)
     assert failed.fetch is not None
     assert failed.fetch.invoke_id is None
 
@@ -1272,7 +1272,7 @@ async def test_get_returns_nothing_older_than_the_client_has_received(bench: Ben
     asked = asyncio.create_task(bench.service.get(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).answer(progress=0.9)
     outcome = await asked
-    assert isinstance(outcome, CacheResult)
+    assert isinstance(outcome, LookupResult)
     assert outcome.snapshot.version > known.version
     assert data_of(outcome)["progress"] == 0.9
     assert bench.upstream.count == 2
@@ -1284,7 +1284,7 @@ async def test_get_returns_the_version_that_the_client_has(bench: Bench, age: fl
     known = (await bench.learn()).snapshot
     bench.clock.now += age
     outcome = await bench.service.get(KEY, seen_revision=known.version)
-    assert isinstance(outcome, CacheResult)
+    assert isinstance(outcome, LookupResult)
     assert outcome.snapshot is known
 
 
@@ -1293,9 +1293,9 @@ async def test_get_returns_the_end_of_a_task_whatever_the_client_has_received(be
     known = (await bench.learn("succeeded")).snapshot
     outcome = await bench.service.get(KEY, seen_revision=known.version + 10**6)
     fresh = await bench.service.refresh_if_stale(KEY, seen_revision=known.version + 10**6)
-    assert isinstance(outcome, CacheResult)
+    assert isinstance(outcome, LookupResult)
     assert outcome.snapshot is known
-    assert isinstance(fresh, CacheResult)
+    assert isinstance(fresh, LookupResult)
     assert fresh.snapshot is known
     assert bench.upstream.count == 1
 
@@ -1310,7 +1310,7 @@ async def test_get_joins_no_request_that_is_older_than_the_client(bench: Bench) 
     assert data_of(await asked)["progress"] == 0.1
     (await bench.upstream.call()).answer(progress=0.2)
     outcome = await late
-    assert isinstance(outcome, CacheResult)
+    assert isinstance(outcome, LookupResult)
     assert data_of(outcome)["progress"] == 0.2
     assert outcome.snapshot.version >= 2**52
     assert bench.upstream.count == 2
@@ -1349,7 +1349,7 @@ async def test_stale_if_error_serves_nothing_older_than_the_client_has_received(
     asked = asyncio.create_task(bench.service.get(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).fail(failure)
     outcome = await asked
-    assert isinstance(outcome, FetchFailure)
+    assert isinstance(outcome, LookupFailure)
     assert outcome.failure == Alike(failure)
 
 
@@ -1362,7 +1362,7 @@ async def test_refresh_if_stale_returns_nothing_older_than_the_subscribers_have_
     asked = asyncio.create_task(bench.service.refresh_if_stale(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).answer(progress=0.9)
     outcome = await asked
-    assert isinstance(outcome, CacheResult)
+    assert isinstance(outcome, LookupResult)
     assert outcome.snapshot.version > known.version
 
 
@@ -1585,9 +1585,9 @@ class LaggingStore(MemoryStore):
     whole = True
     caught_up = 0
 
-    def peek(self, key: TaskKey) -> CacheEntry | None:
+    def current_entry(self, key: TaskKey) -> CacheEntry | None:
         """Return nothing while the store is behind."""
-        return None if self.behind else super().peek(key)
+        return None if self.behind else super().current_entry(key)
 
     async def catch_up(self) -> bool:
         """Catch up, if possible."""

@@ -1,4 +1,4 @@
-"""Queries on a manual clock: concurrency limit, deadlines, and queries without demand."""
+"""Queries on a manual clock: concurrency limit, deadlines, and queries that no caller waits for."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -21,7 +21,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
-from gateway.upstream.demand import Demand
+from gateway.upstream.query_state import QueryState
 from gateway.upstream.signed_request import ParsedResponse, SignedRequests
 from tests.support.ticked import TickedLoop
 
@@ -177,13 +177,13 @@ def test_query_that_is_cancelled_keeps_its_slot_for_its_call(bench: Bench) -> No
 
 def test_query_without_demand_is_not_retried(bench: Bench) -> None:
     """A transient failure is final if all callers have left meanwhile."""
-    demand = Demand()
-    demand.begin()
-    demand.join(b"1")
+    state = QueryState()
+    state.begin()
+    state.join(b"1")
     bench.calls.failures = [UpstreamBusy("busy")]
-    asked = bench.ask(0, demand=demand)
-    assert demand.must_finish
-    demand.leave(b"1")
+    asked = bench.ask(0, query_state=state)
+    assert state.must_finish
+    state.leave(b"1")
     bench.loop.advance(10.0)
     assert isinstance(asked.exception(), UpstreamBusy)
     assert bench.calls.made == ["task0"]
@@ -191,17 +191,17 @@ def test_query_without_demand_is_not_retried(bench: Bench) -> None:
 
 def test_query_without_demand_is_dropped_before_another_call(bench: Bench) -> None:
     """If all callers left while a refused call was on the wire, no other pair is tried."""
-    demand = Demand()
+    state = QueryState()
 
-    def drop(dropped: Demand) -> None:
+    def drop(dropped: QueryState) -> None:
         dropped.dropped = True
         asked.cancel()
 
-    demand.begin(on_unwanted=drop)
-    demand.join(b"1")
+    state.begin(on_unwanted=drop)
+    state.join(b"1")
     bench.calls.failures = [KeyPairRefused("refused")]
-    asked = bench.ask(0, demand=demand)
-    demand.leave(b"1")
+    asked = bench.ask(0, query_state=state)
+    state.leave(b"1")
     bench.loop.advance(4.0)
     assert asked.cancelled()
     assert (bench.calls.made, bench.abandoned()) == (["task0"], 1)
@@ -212,13 +212,13 @@ def test_query_without_demand_is_dropped_before_another_call(bench: Bench) -> No
 
 def test_query_that_is_queued_may_be_dropped(bench: Bench) -> None:
     """A query is not committed while it waits for another call to end or between two attempts."""
-    first, demand = bench.ask(0), Demand()
-    demand.begin()
-    demand.join(b"1")
-    second = bench.ask(1, demand=demand)
-    assert not demand.must_finish
+    first, state = bench.ask(0), QueryState()
+    state.begin()
+    state.join(b"1")
+    second = bench.ask(1, query_state=state)
+    assert not state.must_finish
     bench.loop.advance(4.0)
-    assert (first.exception(), demand.must_finish) == (None, True)
+    assert (first.exception(), state.must_finish) == (None, True)
     bench.loop.advance(4.0)
     assert second.exception() is None
 

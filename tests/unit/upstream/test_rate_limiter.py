@@ -20,7 +20,7 @@ from gateway.domain.errors import (
     UpstreamThrottled,
 )
 from gateway.domain.permits import Permits
-from gateway.upstream.demand import Demand
+from gateway.upstream.query_state import QueryState
 from gateway.upstream.rate_limiter import RateLimiter
 
 REJECTED = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
@@ -117,7 +117,7 @@ class Bench:
         self.clock = clock
         self.limiter = RateLimiter(requests_per_second, clock=clock, call_later=clock.call_later)
         self.went: list[str] = []
-        self.on_queued: list[tuple[str, float]] = []
+        self.expected_waits: list[tuple[str, float]] = []
 
     def ask(
         self,
@@ -126,7 +126,7 @@ class Bench:
         is_refresh: bool = True,
         timeouts: float = 100.0,
         consume: bool = True,
-        demand: Demand | None = None,
+        query_state: QueryState | None = None,
     ) -> asyncio.Task[None]:
         """Start to wait for a permit."""
 
@@ -134,8 +134,8 @@ class Bench:
             with await self.limiter.acquire(
                 is_refresh=is_refresh,
                 timeout_seconds=timeouts,
-                on_queued=lambda seconds: self.on_queued.append((name, seconds)),
-                demand=demand,
+                on_expected_wait=lambda seconds: self.expected_waits.append((name, seconds)),
+                query_state=query_state,
             ) as permit:
                 if consume:
                     permit.mark_sent()
@@ -173,7 +173,7 @@ async def test_rate_limiter_without_limit_issues_permits_at_once(clock: Clock) -
     bench = Bench(clock, 0)
     await asyncio.gather(*(bench.ask(str(number), timeouts=0) for number in range(1000)))
     assert len(bench.went) == 1000
-    assert (bench.limiter.per_second, bench.limiter.check_learned_limit()) == (float("inf"), False)
+    assert (bench.limiter.per_second, bench.limiter.has_learned_limit) == (float("inf"), False)
     assert bench.limiter.expected_wait(is_refresh=True) == 0
     assert clock.timers == 0
 
@@ -221,7 +221,7 @@ async def test_rate_limiter_reports_a_noticeable_wait(bench: Bench) -> None:
     bench.ask("a")
     bench.ask("b")
     await bench.clock.tick()
-    assert bench.on_queued == [("b", pytest.approx(0.55))]
+    assert bench.expected_waits == [("b", pytest.approx(0.55))]
 
 
 async def test_rate_limiter_expected_wait_is_the_actual_wait(bench: Bench) -> None:
@@ -253,23 +253,23 @@ async def test_rate_limiter_alternates_between_queues(bench: Bench, crowd: bool)
     assert [name for name in bench.went if name.startswith("crowd")] == [f"crowd{n}" for n in range(4)]
 
 
-def wanted_by(*clients: bytes) -> Demand:
-    """Return the demand of these clients, with one caller each."""
-    demand = Demand()
+def wanted_by(*clients: bytes) -> QueryState:
+    """Return a query state with these clients, with one caller each."""
+    state = QueryState()
     for client in clients:
-        demand.join(client)
-    return demand
+        state.join(client)
+    return state
 
 
 async def test_rate_limiter_first_queries_are_fair_to_clients(bench: Bench) -> None:
     """A new client waits about one round, however many queries another client has queued."""
     for number in range(100):
-        bench.ask(f"crowd{number}", is_refresh=False, demand=wanted_by(b"1"))
+        bench.ask(f"crowd{number}", is_refresh=False, query_state=wanted_by(b"1"))
     bench.ask("refresh")
     await bench.clock.tick()
     assert bench.limiter.expected_wait(is_refresh=False, client=b"2") == pytest.approx(1.5)
     newcomers = [
-        bench.ask(f"new{number}", is_refresh=False, timeouts=2.0, demand=wanted_by(b"%d" % number))
+        bench.ask(f"new{number}", is_refresh=False, timeouts=2.0, query_state=wanted_by(b"%d" % number))
         for number in (2, 3)
     ]
     await bench.clock.tick(2.0)
@@ -280,7 +280,7 @@ async def test_rate_limiter_first_queries_are_fair_to_clients(bench: Bench) -> N
 async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: Bench) -> None:
     """If a client queues more than can be served in time, only queries of that client are refused."""
     crowd = [
-        bench.ask(f"crowd{number}", is_refresh=False, timeouts=5.0, demand=wanted_by(b"1"))
+        bench.ask(f"crowd{number}", is_refresh=False, timeouts=5.0, query_state=wanted_by(b"1"))
         for number in range(100)
     ]
     await bench.clock.tick()
@@ -288,7 +288,9 @@ async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: 
     new = []
     for second in range(5):
         new.append(
-            bench.ask(f"new{second}", is_refresh=False, timeouts=5.0, demand=wanted_by(b"%d" % (second + 2)))
+            bench.ask(
+                f"new{second}", is_refresh=False, timeouts=5.0, query_state=wanted_by(b"%d" % (second + 2))
+            )
         )
         await bench.clock.tick(1.0)
     await bench.clock.tick(5.0)
@@ -304,28 +306,28 @@ async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: 
 
 async def test_rate_limiter_queues_a_shared_query_for_the_new_client_too(bench: Bench) -> None:
     """A query far back in one client's queue moves up when a new client waits for it, too."""
-    demand = wanted_by(b"1")
+    state = wanted_by(b"1")
     for number in range(10):
-        bench.ask(f"crowd{number}", is_refresh=False, demand=wanted_by(b"1"))
-    asked = bench.ask("shared", is_refresh=False, demand=demand)
+        bench.ask(f"crowd{number}", is_refresh=False, query_state=wanted_by(b"1"))
+    asked = bench.ask("shared", is_refresh=False, query_state=state)
     await bench.clock.tick()
-    demand.join(b"2")
-    demand.join(b"2")
+    state.join(b"2")
+    state.join(b"2")
     await bench.clock.tick(1.0)
     assert bench.went == ["crowd0", "shared"]
     await asked
-    assert demand.queue_entry is None
+    assert state.queue_entry is None
 
 
 async def test_rate_limiter_keeps_a_query_while_a_client_waits(bench: Bench) -> None:
     """A query stays queued for its remaining clients when one of them leaves."""
-    demand = wanted_by(b"1", b"2")
+    state = wanted_by(b"1", b"2")
     for number in range(3):
-        bench.ask(f"crowd{number}", is_refresh=False, demand=wanted_by(b"3"))
-    bench.ask("shared", is_refresh=False, demand=demand)
-    bench.ask("refresh", demand=(renewed := wanted_by(b"1", b"2")))
+        bench.ask(f"crowd{number}", is_refresh=False, query_state=wanted_by(b"3"))
+    bench.ask("shared", is_refresh=False, query_state=state)
+    bench.ask("refresh", query_state=(renewed := wanted_by(b"1", b"2")))
     await bench.clock.tick()
-    for wanted in (demand, renewed):
+    for wanted in (state, renewed):
         wanted.leave(b"1")
         wanted.join(b"4")
         wanted.leave(b"2")
@@ -383,14 +385,15 @@ async def test_rate_limiter_takes_back_an_unused_permit(bench: Bench) -> None:
 
 
 async def test_rate_limiter_reading_the_rate_changes_nothing(clock: Clock) -> None:
-    """Reading the rate lifts no limit, and returns the value that the next call will see."""
+    """Reading the rate and the state lifts no limit, and returns what the next call will see."""
     bench = Bench(clock, 50)
     with capture_logs() as lines:
         await bench.throttled()
         await clock.tick(61)
         assert [bench.limiter.per_second for _ in range(2)] == [50.0, 50.0]
+        assert not bench.limiter.has_learned_limit
         assert [line["event"] for line in lines] == ["upstream_throttled"]
-        assert not bench.limiter.check_learned_limit()  # this removes the limit
+        await bench.ask("next")  # this removes the limit
     assert [line["event"] for line in lines] == [
         "upstream_throttled",
         "upstream_throttling_ended",
@@ -403,14 +406,15 @@ async def test_rate_limiter_slows_down_when_throttled(clock: Clock) -> None:
     with capture_logs() as lines:
         await asyncio.gather(*(bench.ask(str(number)) for number in range(20)))
         await bench.throttled()
-        assert bench.limiter.check_learned_limit()
+        assert bench.limiter.has_learned_limit
         assert bench.limiter.per_second == pytest.approx(17.0)
         await clock.tick(1.5)
         await bench.throttled()
         await clock.tick(59.9)
-        assert bench.limiter.check_learned_limit()
+        assert bench.limiter.has_learned_limit
         await clock.tick(0.2)
-        assert (bench.limiter.check_learned_limit(), bench.limiter.per_second) == (False, float("inf"))
+        assert (bench.limiter.has_learned_limit, bench.limiter.per_second) == (False, float("inf"))
+        await bench.ask("next")
     assert [line["event"] for line in lines] == [
         "upstream_throttled",
         "upstream_throttling_ended",
@@ -421,9 +425,24 @@ async def test_rate_limiter_slows_down_when_another_replica_is_throttled(clock: 
     """Throttling of another replica has the same effect as throttling of this one, with the same pause."""
     limiter = RateLimiter(100, clock=clock, call_later=clock.call_later)
     limiter.slow_down(retry_after=2.0)
-    assert limiter.check_learned_limit()
+    assert limiter.has_learned_limit
     assert limiter.per_second < 100
     assert limiter.expected_wait(is_refresh=True) >= 2.0
+
+
+async def test_rate_limiter_logs_an_announcement_after_an_idle_minute(clock: Clock) -> None:
+    """An announcement of throttling does not lower an outdated limit; it sets a new one, with a log line."""
+    limiter = RateLimiter(100, clock=clock, call_later=clock.call_later)
+    with capture_logs() as lines:
+        limiter.slow_down(retry_after=None)
+        await clock.tick(61)
+        limiter.slow_down(retry_after=None)
+    assert limiter.has_learned_limit
+    assert [line["event"] for line in lines] == [
+        "upstream_throttled",
+        "upstream_throttling_ended",
+        "upstream_throttled",
+    ]
 
 
 async def test_rate_limiter_revokes_permits_issued_without_a_limit(clock: Clock) -> None:
@@ -450,7 +469,7 @@ async def test_rate_limiter_learns_only_from_accepted_calls(clock: Clock) -> Non
     assert limiter.per_second == pytest.approx(0.85 * 3)
     unmade = RateLimiter(0, clock=clock, call_later=clock.call_later)
     await end(unmade, UpstreamThrottled("slowly"), consume=False)
-    assert not unmade.check_learned_limit()
+    assert not unmade.has_learned_limit
 
 
 async def test_rate_limiter_ignores_throttled_calls_sent_before_the_decrease(clock: Clock) -> None:
@@ -516,12 +535,12 @@ async def test_rate_limiter_rechecks_waiters_when_it_slows_down(clock: Clock) ->
     asked = {name: bench.ask(name, timeouts=seconds) for name, seconds in timeouts.items()}
     bench.ask("new", timeouts=10.0, is_refresh=False)
     await clock.tick()
-    bench.on_queued.clear()
+    bench.expected_waits.clear()
     asked["gone"].cancel()
     throttling.set()
     await asyncio.gather(calling, asked["hasty"], return_exceptions=True)
     assert isinstance(asked["hasty"].exception(), RateLimiterExhausted)
-    assert [name for name, _ in bench.on_queued] == ["a", "new", "b"]
+    assert [name for name, _ in bench.expected_waits] == ["a", "new", "b"]
     assert clock.timers == 1
     await clock.tick(1.9)
     assert bench.went == []
@@ -638,4 +657,4 @@ async def test_rate_limiter_finds_a_raised_limit(clock: Clock) -> None:
     upstream.limit = 10_000
     await clock.tick(120)
     assert crowd.calls[149] == 200
-    assert not crowd.limiter.check_learned_limit()
+    assert not crowd.limiter.has_learned_limit

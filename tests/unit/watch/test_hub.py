@@ -19,7 +19,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.progress.results import CacheResult, CacheStatus, FetchFailure
+from gateway.progress.results import CacheStatus, LookupFailure, LookupResult
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
@@ -95,10 +95,10 @@ class ManualService:
         self.demand: Counter[tuple[TaskKey, bytes]] = Counter()
         self.seen_revisions: list[int] = []
 
-    def lookup(self, _key: TaskKey, seen_revision: int = 0) -> CacheResult | None:
+    def lookup(self, _key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         if self.known is None or (self.known.version < seen_revision and not self.known.terminal):
             return None
-        return CacheResult(self.known, 0.0, CacheStatus.HIT)
+        return LookupResult(self.known, 0.0, CacheStatus.HIT)
 
     peek = lookup
 
@@ -110,17 +110,17 @@ class ManualService:
 
     async def refresh_if_stale(
         self, key: TaskKey, *, client: bytes | None, seen_revision: int
-    ) -> CacheResult | FetchFailure:
+    ) -> LookupResult | LookupFailure:
         assert client is None, "the subscribers have joined already"
         assert +self.demand
         self.seen_revisions.append(seen_revision)
         self.asked.set()
         answer = await self.answers.get()
         if isinstance(answer, GatewayError):
-            return FetchFailure(key, answer, CacheStatus.MISS)
+            return LookupFailure(key, answer, CacheStatus.MISS)
         if isinstance(answer, Exception):
             raise answer
-        return CacheResult(answer, 0.0, CacheStatus.MISS)
+        return LookupResult(answer, 0.0, CacheStatus.MISS)
 
 
 async def asked(service: ManualService) -> None:
@@ -441,7 +441,7 @@ async def test_watch_unpublished_end_is_not_overwritten(
     """A running snapshot, stored after an eviction, does not overwrite an unpublished terminal one."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         store.put(snapshot("1", Status.SUCCEEDED))
-        monkeypatch.setattr(store, "peek", lambda _: None)
+        monkeypatch.setattr(store, "current_entry", lambda _: None)
         store.put(snapshot("2"))
         assert etags(await received(subscriber)) == ["1"]
         for etag in "34":
@@ -844,11 +844,13 @@ def test_watch_continues_every_schedule_after_a_recovery() -> None:
     class FailingService(ManualService):
         async def refresh_if_stale(
             self, key: TaskKey, *, client: bytes | None, seen_revision: int
-        ) -> CacheResult | FetchFailure:
+        ) -> LookupResult | LookupFailure:
             refreshed.append(key)
             if failing:
-                return FetchFailure(key, UpstreamTimeout("late"), CacheStatus.MISS)
-            return CacheResult(replace(snapshot("1"), key=key, fetched_at=loop.time()), 0.0, CacheStatus.MISS)
+                return LookupFailure(key, UpstreamTimeout("late"), CacheStatus.MISS)
+            return LookupResult(
+                replace(snapshot("1"), key=key, fetched_at=loop.time()), 0.0, CacheStatus.MISS
+            )
 
     try:
         store = MemoryStore(max_tasks=100, keep_stale_seconds=60, clock=loop.time)

@@ -1,4 +1,4 @@
-"""The demand for the response of one task: the callers that wait, and the state of the query they wait for.
+"""The query state of one task: the callers that wait for its response, and the state of the query itself.
 
     caller: join -> wait -> leave
     the last caller leaves -> a queued query is dropped, unless the gateway itself needs the response
@@ -33,7 +33,7 @@ class QueueEntry(Protocol):
         """Record that the last caller of a client has left, while `others` still wait."""
 
 
-class Demand:
+class QueryState:
     """The callers of one task, and the state of its query. It may outlive an in-flight request.
 
     Attributes:
@@ -42,7 +42,8 @@ class Demand:
         keep_without_callers: The request is kept even if no caller waits, because the gateway needs the
             response.
         must_finish: A call is on the wire, or its response has arrived. The request then runs to its end.
-        on_unwanted: Callback that cancels a request which is not wanted any more. Its argument is the demand.
+        on_unwanted: Callback that cancels a request which is not wanted any more. Its argument is this
+            query state.
         dropped: The request was cancelled by `on_unwanted`.
         queue_entry: The query's entry in the queue of the rate limiter; None while it is not queued.
         queued_future: A future that receives an error when the rate limiter queues the query. Callers that
@@ -73,7 +74,10 @@ class Demand:
         self.in_flight = False
 
     def begin(
-        self, *, keep_without_callers: bool = False, on_unwanted: Callable[[Demand], None] = lambda _: None
+        self,
+        *,
+        keep_without_callers: bool = False,
+        on_unwanted: Callable[[QueryState], None] = lambda _: None,
     ) -> None:
         """Reset everything but `clients` for a new in-flight request."""
         self.on_unwanted = on_unwanted
