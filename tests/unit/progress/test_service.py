@@ -1336,7 +1336,7 @@ async def test_get_fails_if_all_requests_return_something_older() -> None:
     bench = Bench(store=OutdatedStore(max_tasks=100, keep_stale_seconds=60.0))
     known = (await bench.learn()).snapshot
     outcome = await bench.service.get(KEY, seen_revision=known.revision + 1)
-    assert isinstance(outcome, FetchFailure)
+    assert isinstance(outcome, LookupFailure)
     assert outcome.failure.code == "upstream-timeout"
 
 
