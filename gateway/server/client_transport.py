@@ -1,7 +1,8 @@
-"""The transport of a client connection: it writes with backpressure, and closes the connection.
+"""The transport of a client connection: it writes with backpressure, pauses reading, and closes.
 
     write -> write buffer -> client
              the buffer is full -> `write_paused`; the client must read something within `stall_seconds`
+    pause reading -> look for a disconnect each second, for at most `header_seconds`
     close -> send the rest of the write buffer -> read and drop input for a while -> closed
 
 `Connection` is the subclass that reads.
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 from collections.abc import Callable
 
 from gateway.server.connection_limits import ConnectionLimits
@@ -17,11 +19,13 @@ from gateway.server.deadline import Deadline
 
 LINGER_SECONDS = 2.0  # how long the client may keep sending after the last response
 LINGER_BYTES = 262_144
+_CHECK_SECONDS = 1.0  # interval of the checks for a disconnect
+_DISCONNECT = getattr(select, "POLLRDHUP", 0)  # Linux only
 _WRITE_BUFFER = 16_384  # bytes of unsent responses after which the writer waits
 
 
 class ClientTransport(asyncio.Protocol):
-    """The part of a connection that writes and closes; `Connection` adds the requests."""
+    """The part of a connection that knows no requests; `Connection` adds them."""
 
     limits: ConnectionLimits
 
@@ -29,6 +33,7 @@ class ClientTransport(asyncio.Protocol):
         "_closing",  # the last response is written, or the connection is lost
         "_deadline",  # of the current state
         "_lingered",  # bytes dropped while closing
+        "_paused_until",  # when a client is aborted that has sent too many later requests
         "_reading",
         "_unsent",  # bytes in the write buffer at the last check
         "_writable",  # set while writing is not paused
@@ -43,6 +48,7 @@ class ClientTransport(asyncio.Protocol):
         self._lingered = self._unsent = 0
         self._writable: asyncio.Event | None = None
         self._reading = True
+        self._paused_until = 0.0
         self._closing = self.write_paused = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -87,6 +93,37 @@ class ClientTransport(asyncio.Protocol):
                 self._writable = asyncio.Event()
             await self._writable.wait()
 
+    # Reading.
+
+    def _pause_reading(self) -> None:
+        self._reading = False
+        self.transport.pause_reading()
+        self._paused_until = self.loop.time() + self.limits.header_seconds
+
+    def _resume_reading(self) -> None:
+        self._reading = True
+        self.transport.resume_reading()
+
+    def _set_answering_deadline(self) -> None:
+        """Set the deadline while a response is being sent: none, or the next check for a disconnect."""
+        if self._reading:
+            self._deadline.clear()
+        else:
+            self._deadline.set(min(_CHECK_SECONDS, self.limits.header_seconds))
+
+    def _check_disconnect(self) -> None:
+        """Abort if the client has disconnected, which the event loop does not notice while reading is paused.
+
+        The kernel notices it only if the client's last bytes fit into its buffer. So the pause has a limit.
+        """
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), _DISCONNECT)
+        paused_too_long = not self._reading and self.loop.time() >= self._paused_until
+        if paused_too_long or poll.poll(0):
+            self.transport.abort()
+        else:
+            self._set_answering_deadline()
+
     # Closing.
 
     def _close_transport(self, *, linger: bool) -> None:
@@ -104,8 +141,7 @@ class ClientTransport(asyncio.Protocol):
             self.transport.close()
             return
         if not self._reading:
-            self._reading = True
-            self.transport.resume_reading()
+            self._resume_reading()
         self.transport.write_eof()
 
     def _drop(self, data: bytes) -> None:

@@ -21,7 +21,6 @@ application, the set of connections, the set of tasks and the default headers.
 from __future__ import annotations
 
 import asyncio
-import select
 from typing import Any
 
 import uvicorn
@@ -43,12 +42,11 @@ from gateway.server.framing import (
     find_end_of_head,
     make_body_decoder,
     parse_head,
+    remove_empty_lines,
 )
 
 _BODY_GRACE_SECONDS = 2.0  # lets an application with its own body timeout answer first
 _LAST_REQUEST_SECONDS = 0.5  # longer than a round trip, and short compared with a grace period
-_HANGUP_CHECK_SECONDS = 1.0
-_HANGUP = getattr(select, "POLLRDHUP", 0)  # Linux only
 _MAX_READ_AHEAD = 32_768  # bytes of later requests after which reading pauses; one more read may double them
 
 
@@ -67,7 +65,6 @@ class Connection(ClientTransport):
         "_lifespan_state",  # of the ASGI lifespan, copied into each scope
         "_on_disconnect",  # see `server_extensions.ON_DISCONNECT`
         "_over_limit",  # beyond max_connections: serves probes only
-        "_paused_until",  # when a client is aborted that has sent too many later requests
         "_processing",  # `_process` is running
         "_receiving_head",  # a head has begun, and its timeout runs
         "_scanned",  # bytes of the buffer without the end of a head
@@ -90,7 +87,6 @@ class Connection(ClientTransport):
         self._lifespan_state = app_state
         self._buffer = bytearray()
         self._blank_bytes = self._scanned = 0
-        self._paused_until = 0.0
         self._body: BodyDecoder | None = None
         self._exchange: Exchange | None = None
         self._on_disconnect: dict[object, Any] = {}  # callbacks, and DISCONNECTED
@@ -113,8 +109,7 @@ class Connection(ClientTransport):
     def connection_lost(self, exc: Exception | None) -> None:
         """Release the connection and drop its unanswered requests."""
         super().connection_lost(exc)
-        self.limits.on_connection_closed()
-        self.limits.release(self)
+        self.limits.on_connection_closed(self)
         self.server_state.connections.discard(self)
         self._buffer.clear()
         self._body = None
@@ -134,9 +129,9 @@ class Connection(ClientTransport):
         """Buffer and process received bytes."""
         if self._closing:
             self._drop(data)
-            return
-        self._buffer += data
-        self._process()
+        else:
+            self._buffer += data
+            self._process()
 
     def resume_writing(self) -> None:
         """Continue: the client has read enough."""
@@ -229,10 +224,7 @@ class Connection(ClientTransport):
     def _read_head(self) -> bool:
         buffer = self._buffer
         if buffer.startswith((b"\r", b"\n")):
-            # Empty lines before a request are skipped (RFC 9112, 2.2) and count towards the size of its head.
-            blank = len(buffer) - len(buffer.lstrip(b"\r\n"))
-            del buffer[:blank]
-            self._blank_bytes += blank
+            self._blank_bytes += remove_empty_lines(buffer)  # they count towards the size of the head
             if self._blank_bytes > self.limits.max_header_bytes:
                 raise BadRequest(InvalidParameter("too many empty lines before the request"))
             self._start_head_timeout()
@@ -256,9 +248,8 @@ class Connection(ClientTransport):
     def _start_head_timeout(self) -> None:
         if not self._receiving_head:
             self._receiving_head = True
-            if self._shutting_down:
-                return  # the deadline of `shutdown` stays
-            self._deadline.set(self.limits.head_seconds(over_limit=self._over_limit))
+            if not self._shutting_down:  # else the deadline of `shutdown` stays
+                self._deadline.set(self.limits.head_seconds(over_limit=self._over_limit))
 
     def _start_request(self, data: bytes, head: Head) -> None:
         """Start to serve the request with this head; `data` is the head as received."""
@@ -274,21 +265,14 @@ class Connection(ClientTransport):
             state=self._lifespan_state.copy(),
             extensions={ON_DISCONNECT: self._on_disconnect, DIRECT_TRANSPORT: self._direct_transport},
         )
-        exchange = Exchange(
-            self,
-            scope,
-            keep_alive=head.keep_alive,
-            has_body=self._body is not None,
-            expects_continue=head.expects_continue,
-            default_headers=self.server_state.default_headers,
+        exchange = self._exchange = Exchange(
+            self, head, scope, has_body=self._body is not None, headers=self.server_state.default_headers
         )
-        self._exchange = exchange
         if self._body is None:
             self._deadline.clear()
         else:
             self._deadline.set(self.limits.header_seconds + _BODY_GRACE_SECONDS)
-        application: ASGIApp = self.application or self._config.loaded_app
-        task = self.loop.create_task(exchange.run(application))
+        task = self.loop.create_task(exchange.run(self.application or self._config.loaded_app))
         self.server_state.tasks.add(task)
         task.add_done_callback(self.server_state.tasks.discard)
 
@@ -305,7 +289,6 @@ class Connection(ClientTransport):
         return body.complete
 
     def _direct_transport(self) -> asyncio.WriteTransport | None:
-        """See `gateway.api.server_extensions.DIRECT_TRANSPORT`."""
         return self.transport if self._exchange is not None and self._exchange.streams_chunks else None
 
     def _update_reading(self) -> None:
@@ -317,35 +300,12 @@ class Connection(ClientTransport):
         else:
             # A disconnect is noticed only while the socket is read. So reading continues, up to a limit.
             read = len(self._buffer) < _MAX_READ_AHEAD
-        if read != self._reading:
-            self._reading = read
-            if read:
-                self.transport.resume_reading()
-            else:
-                self.transport.pause_reading()
-                self._paused_until = self.loop.time() + self.limits.header_seconds
-                if self._exchange is not None and self._body is None and not self.write_paused:
-                    self._set_answering_deadline()
-
-    def _set_answering_deadline(self) -> None:
-        """Set the deadline of the state "answering": none, or the next check for a disconnect."""
-        if self._reading:
-            self._deadline.clear()
-        else:
-            self._deadline.set(min(_HANGUP_CHECK_SECONDS, self.limits.header_seconds))
-
-    def _check_hangup(self) -> None:
-        """Abort if the client has disconnected, which the event loop does not notice while reading is paused.
-
-        The kernel notices it only if the client's last bytes fit into its buffer. So the pause has a limit.
-        """
-        poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket"), _HANGUP)
-        paused_too_long = not self._reading and self.loop.time() >= self._paused_until
-        if paused_too_long or poll.poll(0):
-            self.transport.abort()
-        else:
-            self._set_answering_deadline()
+        if read and not self._reading:
+            self._resume_reading()
+        elif self._reading and not read:
+            self._pause_reading()
+            if self._exchange is not None and self._body is None and not self.write_paused:
+                self._set_answering_deadline()
 
     # Closing.
 
@@ -380,7 +340,7 @@ class Connection(ClientTransport):
         if self.write_paused or self._closing:
             self._check_stall()
         elif self._exchange is not None and self._body is None:
-            self._check_hangup()
+            self._check_disconnect()
         elif self._exchange is not None:
             self.transport.abort()  # the body is late, and the application has no timeout for it
         elif self._over_limit:

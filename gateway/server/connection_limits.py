@@ -68,17 +68,14 @@ class ConnectionLimits:
         if len(self._reserved) > RESERVED_CONNECTIONS:
             self._reserved.pop(next(iter(self._reserved)))()
 
-    def release(self, connection: object) -> None:
-        """Remove a connection from the reserve."""
-        self._reserved.pop(connection, None)
-
     def start_draining(self) -> None:
         """Close each connection after its next response, so that clients reconnect to another replica."""
         self.draining = True
 
-    def on_connection_closed(self) -> None:
-        """Count a closed connection."""
+    def on_connection_closed(self, connection: object) -> None:
+        """Count a closed connection, and remove it from the reserve."""
         self.open_connections -= 1
+        self._reserved.pop(connection, None)
 
     @property
     def stall_seconds(self) -> float:

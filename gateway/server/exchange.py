@@ -95,7 +95,7 @@ def make_scope(
 
 
 class Exchange:
-    """One request and its response. Every response begins with `default_headers`."""
+    """One request and its response. Each response begins with `headers`."""
 
     __slots__ = (
         "_body",
@@ -122,24 +122,23 @@ class Exchange:
     def __init__(
         self,
         connection: ClientConnection,
+        head: Head,
         scope: Scope,
         *,
-        keep_alive: bool,
         has_body: bool,
-        expects_continue: bool,
-        default_headers: Sequence[tuple[bytes, bytes]],
+        headers: Sequence[tuple[bytes, bytes]],
     ) -> None:
         self.scope = scope
         # The client may send another request before it reads the response.
-        self.client_may_send_more = keep_alive
-        self.keep_alive = keep_alive
+        self.client_may_send_more = head.keep_alive
+        self.keep_alive = head.keep_alive
         self.disconnected = False
         self.started = False  # the application has sent the response's head
         self.complete = False  # the application has sent the whole response
         self.streams_chunks = False  # the head is sent, and chunks follow
         self._connection = connection
-        self._default_headers = default_headers
-        self._expects_continue = expects_continue and has_body
+        self._default_headers = headers
+        self._expects_continue = head.expects_continue and has_body
         self._body = bytearray()
         self._body_complete = not has_body
         self._body_error: GatewayError | None = None

@@ -74,6 +74,13 @@ class BodyDecoder(Protocol):
         """Remove the bytes of the body from `buffer`; return their content. Raises: BadRequest."""
 
 
+def remove_empty_lines(buffer: bytearray) -> int:
+    """Remove empty lines before a request, which are skipped (RFC 9112, 2.2); return their length in bytes."""
+    length = len(buffer) - len(buffer.lstrip(b"\r\n"))
+    del buffer[:length]
+    return length
+
+
 def find_end_of_head(buffer: bytearray, scanned: int, *, max_bytes: int) -> int:
     """Return the length of the head at the start of `buffer`, or 0 while it is incomplete.
 
