@@ -27,8 +27,9 @@ from gateway.upstream.demand import Demand
 from gateway.upstream.permit_queue import PermitQueue, QueuedQuery
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
-# Shortest expected wait that `acquire` reports to `on_queued` when a query is put into the queue. Later reports
-# have no minimum. After a report, the progress service serves a stale snapshot at once, if there is one.
+# Shortest expected wait that `acquire` reports to `on_queued` when a query is put into the queue. Later
+# reports have no minimum. After a report, the progress service serves a stale snapshot at once, if there is
+# one.
 MIN_WAIT_REPORTED_ON_ENTRY_SECONDS = 0.1
 # A query at the head of the queue still gets a permit this long after its timeout, because the timer that
 # serves the queue may fire late. The checks of the expected wait have no tolerance.
