@@ -289,7 +289,7 @@ class ProgressService:
                 fetched = fetch.outcome
                 if isinstance(fetched, GatewayError) or fetched.is_at_least(seen_revision):
                     break
-                # The in-flight request had started before this caller, without its `seen_revision`.
+                # The in-flight request had started earlier, without the `seen_revision` of this caller.
         finally:
             if client is not None:
                 self._in_flight.remove_waiter(key, client)

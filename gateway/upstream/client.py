@@ -72,7 +72,7 @@ class _PermitRevoked(Exception):
 
 
 class _ConcurrencySlot:
-    """The concurrency slot of a call. Its creator has acquired `semaphore`; `release` releases it.
+    """The concurrency slot of a call. The creator has acquired `semaphore`; `release` releases it.
 
     Usually the slot is released when the query has parsed the response. If the query is cancelled earlier,
     the slot is released at the end of the call: when the response has arrived, or after
@@ -249,9 +249,8 @@ class UpstreamClient:
     async def _make_hedged_call(self, query: _Query) -> ParsedResponse:
         """Make another call for a query whose call has no response yet."""
         self._metrics.upstream_retries.labels(query.key.operation, UpstreamTimeout.code).inc()
-        # The hedged call has a demand of its own. `_call` sets `must_finish` of a demand to False before it
-        # sends a call. In the demand of the query, this would allow the query to be dropped, although its
-        # first call is on the wire.
+        # The hedged call has a demand of its own. `_call` sets `must_finish` to False before it sends a call.
+        # With the demand of the query, the query could then be dropped while its first call is on the wire.
         demand = Demand(keep_without_callers=True)
         hedged = _Query(query.key, True, lambda _: None, query.deadline, demand)  # noqa: FBT003
         hedged.call_numbers = query.call_numbers

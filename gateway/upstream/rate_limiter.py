@@ -31,8 +31,8 @@ from gateway.upstream.shared_permits import SharedPermits, TakePermits
 # reports have no minimum. After a report, the progress service serves a stale snapshot at once, if there is
 # one.
 MIN_WAIT_REPORTED_ON_ENTRY_SECONDS = 0.1
-# A query at the head of the queue still gets a permit this long after its timeout, because the timer that
-# serves the queue may fire late. The checks of the expected wait have no tolerance.
+# For this time after its timeout, a query at the head of the queue still gets a permit, because the timer
+# that serves the queue may fire late. The checks of the expected wait have no tolerance.
 _TIMEOUT_TOLERANCE_SECONDS = 0.1
 
 # The bucket holds as many tokens as this time adds, and at least one. With a larger bucket, an upstream that
@@ -254,7 +254,7 @@ class RateLimiter:
     def _pop_next(self) -> QueuedQuery | None:
         """Remove and return the next query that gets a permit, or None.
 
-        Queries before it whose timeout has passed are removed, too, and fail.
+        Queries at the head of the queue whose timeout has passed are also removed, and fail.
         """
         for is_refresh in self._queue.service_order():
             if self._shared is not None and not self._shared.has_permit(is_refresh=is_refresh):
@@ -263,7 +263,7 @@ class RateLimiter:
                 if query.future.done():
                     continue  # cancelled: its asyncio task will run soon
                 if self._clock() > query.expires_at + _TIMEOUT_TOLERANCE_SECONDS:
-                    # First queries of other clients, which were queued later, were served before this one.
+                    # Later first queries of other clients were served before this one.
                     query.future.set_result(max(self._wait_behind(0), _TIMER_RESOLUTION_SECONDS))
                     continue
                 self._use_shared_permit(is_refresh=is_refresh)
