@@ -84,7 +84,7 @@ class Metrics:
         )
         self.answer_age = FastHistograms(
             "sd_gateway_answer_age_seconds",
-            "Age of snapshots when they are served, in seconds. A refresh for subscribers counts once. "
+            "Age of snapshots when they are served, in seconds. A query for subscribers counts once. "
             "Ended tasks are not counted.",
             ["operation"],
             buckets=_AGE_BUCKETS,
