@@ -42,9 +42,9 @@ class Snapshot:
         eta_seconds: Estimated time left, in seconds; None if unknown, and for results.
         body: The simplified JSON; empty for results.
         etag: The strong ETag of `body`; empty for results.
-        version: When the replica asked for the lease of the query, in microseconds since 1970. It is raised
-            if necessary, so that it is larger than each known version of the task, and at least each known
-            revision. So a later lease has a larger version.
+        version: When the replica asked for the lease of the query, in microseconds since 1970. The version
+            is raised if it would not be larger than each known version and revision of the task. So a later
+            lease has a larger version.
         revision: When a response with this body first arrived, in microseconds since 1970. Later snapshots
             with the same body keep it. A response describes some moment between its version and its arrival.
             So a snapshot whose version is at least this revision is not older, even if it comes from another

@@ -4,18 +4,19 @@
     stale, within stale-while-revalidate -> answer at once, and start one in-flight request in the background,
                                             unless one is in flight or a failure of the task is cached
     else                                 -> all callers wait for one in-flight request
-    its query fails                      -> stale-if-error: a snapshot that is young enough, else the failure
-    the rate limiter queues its query    -> stale-if-error at once, and the query stays queued; else wait
-    it takes too long (`overdue.py`)     -> stale-if-error at once, and the query continues; else wait
-    all callers leave the queued query   -> it is dropped, unless the gateway itself needs the response
-    a fresh snapshot is read twice       -> refresh-ahead: its refresh ends about when it becomes stale; if
-                                            another replica has fetched it, the refresh begins then
+    the query fails                      -> stale-if-error: a snapshot that is young enough, else the failure
+    the rate limiter queues the query    -> stale-if-error at once, and the query stays queued; else wait
+    the query takes too long             -> stale-if-error at once, and the query continues; else wait
+    all callers leave the queued query   -> the query is dropped, unless the gateway itself needs the response
+    a fresh snapshot is read twice       -> refresh-ahead (`refresh_ahead.py`)
 
-An in-flight request is the query for a task with the steps before and after it (`fetching.py`). A query
-counts as queued from the first call of its `on_expected_wait`. `RateLimiter.acquire` says when that is: on
-entry only if the expected wait is 0.1 s or longer, and later with any wait. While the query of a task is not
-queued and its update is not overdue, no caller receives a snapshot older than its lifetime +
-`cache.stale_while_revalidate_seconds`.
+An in-flight request is the query for a task with the steps before and after the query (`fetching.py`). A
+query *counts as queued* from the first call of its `on_expected_wait`; see `RateLimiter.acquire`.
+`overdue.py` decides whether a query takes too long. The update of the task is then *overdue*.
+
+Until a task has ended, a caller may receive a snapshot older than its lifetime +
+`cache.stale_while_revalidate_seconds` only while the update of the task is overdue, or while the query counts
+as queued.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
 from gateway.progress.fetching import Fetcher, queued_future_of
 from gateway.progress.in_flight import InFlightRequests
+from gateway.progress.lookup_metrics import LookupMetrics
 from gateway.progress.overdue import OverdueUpdates
 from gateway.progress.refresh_ahead import RefreshAhead
 from gateway.progress.results import CacheStatus, FetchOutcome, LookupFailure, LookupResult
@@ -40,8 +42,8 @@ from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.query_state import QueryState
 
-# Maximum number of in-flight requests that a caller waits for, one after the other. A further one is needed
-# if the result is older than the revision that the client has seen.
+# Maximum number of in-flight requests that a caller waits for, one after the other. A further request is
+# needed if the result is older than the revision that the client has seen.
 _MAX_JOINED_IN_FLIGHT_REQUESTS = 3
 _REFRESH_AHEAD_READS = 2  # the second read of a fresh snapshot schedules its refresh ahead of expiry
 _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes 50 ns at each hit
@@ -86,16 +88,9 @@ class ProgressService:
         )
         self._in_flight: InFlightRequests[TaskKey, FetchOutcome] = InFlightRequests(self._fetch)
         self.overdue_updates = OverdueUpdates(store, self._in_flight.state_in_flight, clock=clock)
-        self._lookup_counters = {
-            (operation, cache_status): metrics.cache_lookups.labels(operation, cache_status).inc
-            for operation in Operation
-            for cache_status in CacheStatus
-        }
-        self._hits = {operation: metrics.cache_lookups.labels(operation, _HIT) for operation in Operation}
-        self._ages = {operation: metrics.answer_age.labels(operation).observe for operation in Operation}
-        self._count_too_old = {
-            operation: metrics.answers_too_old.labels(operation).inc for operation in Operation
-        }
+        self._metrics = LookupMetrics(
+            metrics, stale_while_revalidate_seconds=settings.stale_while_revalidate_seconds
+        )
 
     def lookup(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, and count a lookup; None if there is no result. Never wait.
@@ -118,15 +113,15 @@ class ProgressService:
             return None
         if result.failure is None:
             self._in_flight.start(key, keep_without_callers=True)
-        self._lookup_counters[key.operation, CacheStatus.STALE]()
-        self._record_age(snapshot, age)
+        self._metrics.count(key.operation, CacheStatus.STALE)
+        self._metrics.record_age(snapshot, age)
         return result._replace(entry=entry)
 
     def try_reuse(self, entry: CacheEntry, now: float) -> bool:
         """If an entry that `lookup` has returned may be served again `now`, count a lookup and return True.
 
-        This does not check whether the refresh of a stale snapshot has failed, so callers must not reuse a
-        stale one for long.
+        The method does not check whether the refresh of a stale snapshot has failed. So callers must not
+        reuse a stale snapshot for long.
         """
         if not self._store.is_current(entry):
             return False
@@ -137,8 +132,8 @@ class ProgressService:
             return True
         if age >= snapshot.lifetime + self._settings.stale_while_revalidate_seconds:
             return False
-        self._lookup_counters[snapshot.key.operation, CacheStatus.STALE]()
-        self._record_age(snapshot, age)
+        self._metrics.count(snapshot.key.operation, CacheStatus.STALE)
+        self._metrics.record_age(snapshot, age)
         return True
 
     async def get(
@@ -147,9 +142,10 @@ class ProgressService:
         """Return a result from the store or the upstream; the failure only if stale-if-error does not apply.
 
         `client` identifies the client in the fair queue of the rate limiter. `seen_revision`: the client has
-        received the body with this revision, and must not receive an older one unless it is terminal. If this
-        coroutine is cancelled, it leaves the in-flight request. A query that has lost its last caller is
-        dropped, unless a call is on the wire or the gateway itself needs the response.
+        received the body with this revision, and must not receive an older body unless the older one is
+        terminal. If this coroutine is cancelled, the caller leaves the in-flight request. When the last
+        caller has left, the query is dropped, unless a call is on the wire or the gateway itself needs the
+        response.
         """
         result = self.lookup(key, seen_revision)
         if result is None and await self._store.catch_up():
@@ -157,23 +153,23 @@ class ProgressService:
         if result is not None:
             return result
         outcome = await self._wait(key, client, seen_revision=seen_revision)
-        self._lookup_counters[key.operation, outcome.cache_status]()
+        self._metrics.count(key.operation, outcome.cache_status)
         return outcome
 
     def count_lookup(self, outcome: LookupResult | LookupFailure) -> None:
-        """Count one lookup with this outcome. Long polls call this, because `peek` counts none."""
-        self._lookup_counters[outcome.key.operation, outcome.cache_status]()
+        """Count one lookup with this outcome. Long polls call this method, because `peek` counts none."""
+        self._metrics.count(outcome.key.operation, outcome.cache_status)
         if isinstance(outcome, LookupResult):
-            self._record_age(outcome.snapshot, outcome.age)
+            self._metrics.record_age(outcome.snapshot, outcome.age)
 
     async def refresh_if_stale(
         self, key: TaskKey, *, client: bytes | None = b"", seen_revision: int = 0
     ) -> LookupResult | LookupFailure:
-        """Return the snapshot if it is fresh, else wait for an in-flight request. Schedules call this.
+        """Return the snapshot if it is fresh, else wait for an in-flight request. Schedules call this method.
 
         The outcome may be a failure, or a stale snapshot with the failure (stale-if-error). Count no lookup,
-        and wait even while the rate limiter queues the query. `client`: as in `get`; None if the result is
-        only for subscribers, which `add_subscriber` has already counted.
+        and wait even while the rate limiter queues the query. `client`: as in `get`. It is None if only
+        subscribers need the result, because `add_subscriber` has already counted their clients.
         """
         entry = self._store.current_entry(key)
         if entry is None and await self._store.catch_up():
@@ -187,8 +183,8 @@ class ProgressService:
     def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, but count no lookup and start no refresh.
 
-        The result is that of `lookup`, with one difference: while the update is overdue, its reason counts
-        like a cached failure. The result then has the reason, and the maximum age is that of stale-if-error.
+        The result is the same as in `lookup`, except while the update of the task is overdue. Then the result
+        has the reason as its failure, and the maximum age is `cache.stale_if_error_seconds`.
         """
         entry = self._store.current_entry(key)
         if entry is None:
@@ -226,18 +222,18 @@ class ProgressService:
         entry.reads += 1
         if entry.reads == _REFRESH_AHEAD_READS and not snapshot.terminal and not self._in_flight.closed:
             self._refresh_ahead.schedule(snapshot, age, before_expiry=entry.fetched_here)
-        self._hits[operation].value += 1
+        self._metrics.hits[operation].value += 1
         if not snapshot.terminal:
-            self._ages[operation](age)
+            self._metrics.observe_age[operation](age)
 
     def _stale_result(
         self, snapshot: Snapshot, age: float, failure: GatewayError | None = None
     ) -> LookupResult | None:
         """Return a result with a stale snapshot, or None if the snapshot is too old.
 
-        The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. With a cached failure of the
-        task, the maximum age is `cache.stale_if_error_seconds`, which may be shorter, and the result has the
-        failure. `failure`: used in place of a cached failure.
+        The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. If a failure of the task is
+        cached, the result has the failure, and the maximum age is `cache.stale_if_error_seconds`, which may
+        be shorter. `failure`: used in place of a cached failure.
         """
         failure = failure or self._store.cached_failure(snapshot.key)
         if failure is None:
@@ -259,17 +255,17 @@ class ProgressService:
 
     def _refresh(self, key: TaskKey, version: int) -> None:
         known = self._store.last_known(key)
-        # A schedule or another replica may have replaced the snapshot meanwhile. Then the reads of the new
-        # snapshot decide whether it is refreshed ahead.
+        # A schedule or another replica may have replaced the snapshot meanwhile. In this case, the reads of
+        # the new snapshot decide whether the new snapshot is refreshed ahead.
         if known is not None and known.version == version and self._store.cached_failure(key) is None:
             self._in_flight.start(key, keep_without_callers=True, requirement=Requirement(newer_than=version))
 
     async def _wait(
         self, key: TaskKey, client: bytes | None, *, wait_until_done: bool = False, seen_revision: int = 0
     ) -> LookupResult | LookupFailure:
-        """Wait for the in-flight request, or start one; with a cached failure, start none.
+        """Wait for the in-flight request, or start one. If a failure is cached, start none.
 
-        `wait_until_done`: wait even while the rate limiter queues the query, or while its update is overdue.
+        `wait_until_done`: wait even while the rate limiter queues the query, or while the update is overdue.
         """
         failure = self._store.cached_failure(key)
         if failure is not None:
@@ -287,7 +283,7 @@ class ProgressService:
                 fetched = fetch.outcome
                 if isinstance(fetched, GatewayError) or fetched.is_at_least(seen_revision):
                     break
-                # The in-flight request had started before this caller, without its `seen_revision`.
+                # The in-flight request had started earlier, without the `seen_revision` of this caller.
             else:
                 # Other replicas have kept the lease for all that time.
                 fetched = UpstreamTimeout("no response newer than the one that the client has")
@@ -297,7 +293,7 @@ class ProgressService:
         if isinstance(fetched, GatewayError):
             return self._stale_if_error(key, fetched, cache_status, fetch, seen_revision=seen_revision)
         age = self._clock() - fetched.fetched_at
-        self._record_age(fetched, age)
+        self._metrics.record_age(fetched, age)
         return LookupResult(fetched, age, cache_status, had_snapshot=known is not None, fetch=fetch)
 
     async def _join_in_flight_request(
@@ -337,15 +333,8 @@ class ProgressService:
         if snapshot is None or not self._within_stale_if_error(snapshot, seen_revision):
             return LookupFailure(key, failure, cache_status, fetch)
         age = self._clock() - snapshot.fetched_at
-        self._record_age(snapshot, age)
+        self._metrics.record_age(snapshot, age)
         return LookupResult(snapshot, age, CacheStatus.STALE, failure=failure, fetch=fetch)
-
-    def _record_age(self, snapshot: Snapshot, age: float) -> None:
-        if snapshot.terminal:
-            return
-        self._ages[snapshot.key.operation](age)
-        if age >= snapshot.lifetime + self._settings.stale_while_revalidate_seconds:
-            self._count_too_old[snapshot.key.operation]()
 
     def _within_stale_if_error(self, snapshot: Snapshot | None, seen_revision: int) -> bool:
         """Tell whether this snapshot may be served instead of a failure."""

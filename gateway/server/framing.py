@@ -75,7 +75,7 @@ class BodyDecoder(Protocol):
 
 
 def remove_empty_lines(buffer: bytearray) -> int:
-    """Remove empty lines before a request, which are skipped (RFC 9112, 2.2); return their length in bytes."""
+    """Remove empty lines before a request (RFC 9112, 2.2: they are skipped); return their length in bytes."""
     length = len(buffer) - len(buffer.lstrip(b"\r\n"))
     del buffer[:length]
     return length

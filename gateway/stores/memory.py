@@ -1,9 +1,13 @@
 """The store in the memory of one process: two LRU caches with a common limit in bytes.
 
-A snapshot is kept after it has become stale, for three reasons. It can be served when the upstream fails
-(stale-if-error). It has the highest progress of a running task, below which the next snapshot must not fall.
-And it shows that a task has ended. Use the store on the thread of the event loop only, because cachetools
-takes no locks; any thread may call `__len__` and `size`.
+A snapshot is kept after it has become stale, for three reasons:
+
+- It can be served when the upstream fails (stale-if-error).
+- It has the highest progress of a running task. The progress of the next snapshot must not be lower.
+- It shows that a task has ended.
+
+Use the store on the thread of the event loop only, because cachetools takes no locks. Only `__len__` and
+`size` may be called in any thread.
 """
 
 from __future__ import annotations
@@ -22,14 +26,16 @@ from gateway.domain.snapshot import Snapshot, version_now
 from gateway.domain.task import TaskKey
 from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
 
-# How long the latest progress snapshot of a task is kept after it has become stale. So for an hour, progress
-# does not fall, and a finished task does not run again, unless the snapshot is evicted.
+# How long the latest progress snapshot of a task is kept after it has become stale. During this hour,
+# progress does not fall, and a finished task does not run again, unless the snapshot is evicted.
 REMEMBER_SECONDS = 3600.0
 
 # Memory of an entry besides its bodies: objects, keys and cache slots, rounded up (measured with tracemalloc
 # under Python 3.11: 0.7 KB for a snapshot, 0.9 KB for a failure).
 ENTRY_OVERHEAD_BYTES = 1024
-_EXPIRE_SECONDS = 1.0  # interval between removals of expired entries while no new entry is stored
+# Minimum time between two removals of expired entries by lookups. A lookup removes expired entries only if it
+# finds no entry. Expired entries are also removed whenever an entry is stored.
+_EXPIRE_SECONDS = 1.0
 
 
 class _ByteSizedCache(TLRUCache[TaskKey, Any]):
@@ -69,13 +75,13 @@ class MemoryStore:
     """Keeps up to `max_tasks` snapshots and up to `max_tasks` failures.
 
     `ValkeyStore` extends this class and shares the snapshots with other replicas. The methods that need other
-    replicas do nothing here, and are overridden there. The method `keep_seconds` says how long a snapshot is
-    kept.
+    replicas do nothing in this class; `ValkeyStore` overrides them. The method `keep_seconds` returns how
+    long a snapshot is kept.
 
     `max_bytes` limits the sum of all bodies, envelopes and error texts, plus `ENTRY_OVERHEAD_BYTES` for each
     entry. At this limit, failures are evicted first, because they are short-lived. An entry that is larger
-    than the limit is not kept. `keep_stale_seconds`: how long a snapshot is kept at least after it has become
-    stale. It must cover the settings that allow stale snapshots to be served.
+    than the limit is not kept. `keep_stale_seconds` is the shortest time for which a snapshot is kept after
+    it has become stale. It must be at least as long as the settings allow a stale snapshot to be served.
     """
 
     def __init__(
@@ -119,7 +125,7 @@ class MemoryStore:
         """See `Store`: there is nothing to close."""
 
     def current_entry(self, key: TaskKey) -> CacheEntry | None:
-        """See `Store.current_entry`: this store alone has no other replicas, so no message can be unread."""
+        """See `Store.current_entry`: without other replicas, no message can be unread."""
         return self.entry(key)
 
     def entry(self, key: TaskKey) -> CacheEntry | None:

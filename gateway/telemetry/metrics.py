@@ -84,7 +84,7 @@ class Metrics:
         )
         self.answer_age = FastHistograms(
             "sd_gateway_answer_age_seconds",
-            "Age of snapshots when they are served, in seconds. A refresh for subscribers counts once. "
+            "Age of snapshots when they are served, in seconds. A query for subscribers counts once. "
             "Ended tasks are not counted.",
             ["operation"],
             buckets=_AGE_BUCKETS,
@@ -151,8 +151,9 @@ class Metrics:
         )
         self.upstream_retries = Counter(
             "sd_gateway_upstream_retries_total",
-            "Number of retries of upstream calls, of repeats with a corrected clock, and of second calls "
-            "while the first has no response (upstream-timeout), by the problem code of the failure.",
+            "Number of repeats of upstream calls, by the problem code of the failure: retries, repeats with "
+            "a corrected clock, and hedged calls (upstream-timeout), which are made while an earlier call "
+            "has no response. A repeat is counted before it is sent.",
             ["operation", "reason"],
             registry=registry,
         )

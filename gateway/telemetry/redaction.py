@@ -10,6 +10,9 @@ sign, which contains the access key.
     2. If nothing matches, return the text unchanged.
     3. Otherwise decode the text byte by byte, locate the matches and replace them with a mask.
 
+Redact a text before you cut it, because a cut may split a secret. Escape control characters last
+(`domain/printable.py`).
+
 The first step takes 15 ms for 1 MiB and 7 us for a log line, with two key pairs to hide.
 """
 
@@ -25,12 +28,11 @@ from gateway.telemetry.secret_encodings import (
     HEX_DIGITS,
     MIN_SECRET,
     Forms,
-    decode_with_positions,
-    hex_positions,
     occurrences,
     utf8,
     views,
 )
+from gateway.telemetry.secret_positions import decode_with_positions, hex_positions
 
 MASK = "[redacted]"
 

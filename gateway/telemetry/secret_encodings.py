@@ -4,8 +4,8 @@
             coded:  folded, with both alphabets of base64 mapped to one
             digits: folded, only the digits of hexadecimal, without zeros
 
-Each form is searched in one view. A few passes of C code create the views. Only `decode_with_positions` reads
-a text byte by byte: it returns the position in the text of each byte of a view.
+Each form is searched in one view. A few passes of C code create the views. `secret_positions.py` finds where
+in a text the bytes of a view are.
 
 Without zeros and with nothing between its digits, a secret has the same digits as `53 75`, `0x53, 0x75`,
 `U+0053 U+0075` and in UTF-16.
@@ -28,17 +28,17 @@ _MIN_HEX = 12  # digits of hexadecimal; fewer occur in ordinary numbers
 _LONG = 128  # bytes of a view
 _LAYERS = 3  # of escapes; for example, a percent sign may itself be percent-encoded
 
-_LAST_PRINTABLE = ord("~")
-_GAPS = bytes(byte for byte in range(256) if byte <= ord(" ") or byte > _LAST_PRINTABLE)
+LAST_PRINTABLE = ord("~")
+GAPS = bytes(byte for byte in range(256) if byte <= ord(" ") or byte > LAST_PRINTABLE)
 # Percent escapes are decoded with the quoted-printable decoder, which is written in C and ignores invalid
 # escapes. Its escape character is "=" instead of "%". So \1 replaces a real "=" meanwhile.
-_DROPPED = _GAPS + b"\\"
+DROPPED = GAPS + b"\\"
 _FOLD = bytes.maketrans(b"ABCDEFGHIJKLMNOPQRSTUVWXYZ", b"abcdefghijklmnopqrstuvwxyz")
 _CODE = bytes.maketrans(b"-_", b"+/")
 _TO_QUOTED = bytes.maketrans(b"%=", b"=\1")
 _FROM_QUOTED = bytes.maketrans(b"=\1", b"%=")
 _RUN = re.compile(b"={2,}")
-_NO_DIGITS = bytes(byte for byte in range(256) if byte not in b"123456789abcdef")
+NO_DIGITS = bytes(byte for byte in range(256) if byte not in b"123456789abcdef")
 # The hexadecimal codes of upper and lower case differ in the first digit: 4 or 6, 5 or 7. Map them to one.
 _LONG_RUN = b"a" * 32
 _RUNS = bytes(
@@ -49,14 +49,6 @@ _MERGE_HEX_CASE = bytes.maketrans(b"67", b"45")
 _AFTER_CUT = b"=.\"'`)]}>,;:"  # characters that may follow truncated text: quotes, dots
 
 _ENTITY = re.compile(rb"&#(?:[xX]([0-9A-Fa-f]{1,8})|([0-9]{1,8}));?")
-_TOKEN = re.compile(
-    rb"""(?xs)
-      (?: % (?:25)* | \\ (?: u00 (?! 26\# ) | U000000 | x ) ) ([0-9A-Fa-f]{2})
-    | (?: & | \\u0026 ) \# (?: [xX] ([0-9A-Fa-f]{1,8}) | ([0-9]{1,8}) ) ;?
-    | \\ (?: [bfnrt] | u [0-9A-Fa-f]{4} | U [0-9A-Fa-f]{8} )
-    | (.)
-    """
-)
 
 FOLDED, CODED, HEX_DIGITS = range(3)
 
@@ -122,7 +114,7 @@ class Forms(NamedTuple):
         """Return these forms together with those of more secrets. `binary` are secrets that are not text."""
         secrets = [secret for secret in secrets if len(secret) >= MIN_SECRET]
         literals = dict.fromkeys([*self.literals, *(form for each in secrets for form in _literals(each))])
-        spaced = [literal for literal in literals if len(literal.translate(None, _DROPPED)) < MIN_SECRET]
+        spaced = [literal for literal in literals if len(literal.translate(None, DROPPED)) < MIN_SECRET]
         needles = dict.fromkeys(self.needles)
         needles |= dict.fromkeys(form for each in secrets for form in _needles(each))
         needles |= dict.fromkeys(form for each in binary for form in _binary_needles(each))
@@ -288,7 +280,7 @@ def _base64_prefixes(secret: bytes) -> tuple[bytes, bytes, bytes]:
 
 
 def _hex_form(secret: bytes) -> bytes:
-    return secret.hex().encode().translate(_MERGE_HEX_CASE, _NO_DIGITS)
+    return secret.hex().encode().translate(_MERGE_HEX_CASE, NO_DIGITS)
 
 
 def decoded(data: bytes) -> bytes:
@@ -303,7 +295,7 @@ def decoded(data: bytes) -> bytes:
             data = data.replace(b"%01", b"").replace(b"%3d", b"=").replace(b"%3D", b"=")
             # White space is removed first, because the decoder removes a line break after "=". It reads "=="
             # as "=", so runs are collapsed first.
-            quoted = data.translate(_TO_QUOTED, _DROPPED)
+            quoted = data.translate(_TO_QUOTED, DROPPED)
             if b"==" in quoted:
                 quoted = _RUN.sub(b"=", quoted)
             data = binascii.a2b_qp(quoted).translate(_FROM_QUOTED)
@@ -313,7 +305,7 @@ def decoded(data: bytes) -> bytes:
 
 
 def _without_backslash_escapes(data: bytes) -> bytes:
-    data = data.translate(None, _GAPS)
+    data = data.translate(None, GAPS)
     while b"\\\\" in data:  # halves each run of backslashes
         data = data.replace(b"\\\\", b"\\")
     data = data.replace(b"\\x", b"\\u00")
@@ -326,35 +318,10 @@ def _without_backslash_escapes(data: bytes) -> bytes:
 
 def _entity_value(entity: re.Match[bytes]) -> bytes:
     code = int(entity[1], 16) if entity[1] else int(entity[2])
-    return b"%c" % code if code <= _LAST_PRINTABLE else b""
+    return b"%c" % code if code <= LAST_PRINTABLE else b""
 
 
 def views(data: bytes) -> Views:
     """Return the views of a decoded text."""
-    folded = data.translate(_FOLD, _DROPPED)
-    return Views(folded, folded.translate(_CODE), folded.translate(_MERGE_HEX_CASE, _NO_DIGITS))
-
-
-def hex_positions(folded: bytes) -> list[int]:
-    """Return the position in the folded view of each byte of the `digits` view."""
-    return [at for at, byte in enumerate(folded) if byte not in _NO_DIGITS]
-
-
-def decode_with_positions(data: bytes) -> tuple[bytes, list[int], list[int]]:
-    """Decode as `decoded` does. Return the result, and the start and end of each of its bytes in `data`."""
-    index = [at for at, byte in enumerate(data) if byte not in _GAPS]
-    plain, starts, ends = bytearray(), [], []
-    for token in _TOKEN.finditer(data.translate(None, _GAPS)):
-        if digits := token[1] or token[2]:
-            byte = int(digits, 16)
-        elif token[3]:
-            byte = int(token[3])
-        elif token[4]:
-            byte = token[4][0]
-        else:
-            continue
-        if byte <= _LAST_PRINTABLE and byte not in _DROPPED:
-            plain.append(byte)
-            starts.append(index[token.start()])
-            ends.append(index[token.end() - 1] + 1)
-    return bytes(plain), starts, ends
+    folded = data.translate(_FOLD, DROPPED)
+    return Views(folded, folded.translate(_CODE), folded.translate(_MERGE_HEX_CASE, NO_DIGITS))

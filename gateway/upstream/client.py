@@ -2,13 +2,14 @@
 
     circuit breaker -> end of a credential probe -> permit of the rate limiter -> concurrency slot -> call
     the call fails  -> retry, from the start, while the deadline and the retry policy allow it
-    no response     -> another call at the same time, if the task has a snapshot (`hedging.py`)
+    no response     -> another call at the same time, if a snapshot of the task is known (`hedging.py`)
 
-A query may need several calls: see `retry_policy.py` for all reasons to repeat a call. It runs in the asyncio
-task of an in-flight request, not in that of a caller. This module enforces the concurrency limit,
-`upstream.max_in_flight`. A call keeps its slot while the upstream works on it, even after the deadline of the
-query. A call is not made if its response is not wanted any more (`query_state.py`), or if less time is left
-than the upstream usually takes. A deadline is a moment on the clock of the event loop.
+A query may need several calls: see `retry_policy.py` for all reasons to repeat a call. The query runs in the
+asyncio task of an in-flight request, not in the asyncio task of a caller. This module enforces the
+concurrency limit, `upstream.max_in_flight`. A call keeps its slot while the upstream works on the call, even
+after the deadline of the query. A call is not made if no caller wants the response any more
+(`query_state.py`), or if less time is left than the upstream usually takes. A deadline is a moment on the
+clock of the event loop.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from gateway.domain.task import Operation, TaskKey
 from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.circuit_breaker import CircuitBreaker, State
+from gateway.upstream.concurrency_slot import ConcurrencySlot
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.hedging import Hedging, LaterCallAnswered
@@ -71,44 +73,11 @@ class _PermitRevoked(Exception):
     """The upstream throttled another call after the permit was issued, and before this call was sent."""
 
 
-class _ConcurrencySlot:
-    """The concurrency slot of a call. Its creator has acquired `semaphore`; `release` releases it.
-
-    Usually the slot is released when the query has parsed the response. If the query is cancelled before, the
-    slot is released at the end of the call: when its response has arrived, or after
-    `upstream.attempt_timeout_seconds`.
-    """
-
-    __slots__ = ("_cancelled", "_ended", "_semaphore")
-
-    def __init__(self, semaphore: asyncio.Semaphore) -> None:
-        self._semaphore: asyncio.Semaphore | None = semaphore
-        self._ended = self._cancelled = False
-
-    def on_call_end(self) -> None:
-        """Record that the call has ended. The query may not have parsed the response yet."""
-        self._ended = True
-        if self._cancelled:
-            self.release()
-
-    def on_query_cancelled(self) -> None:
-        """Record that the query was cancelled while the call was in flight."""
-        self._cancelled = True
-        if self._ended:
-            self.release()
-
-    def release(self) -> None:
-        """Free the slot. A second release has no effect."""
-        semaphore, self._semaphore = self._semaphore, None
-        if semaphore is not None:
-            semaphore.release()
-
-
 class UpstreamClient:
     """Queries the upstream.
 
-    `take_permits` takes permits from the rate limiter that replicas share; None if there is none.
-    `announce_throttling` announces a throttling response to the other replicas. See `Store` for both.
+    `take_permits` takes permits from the rate limiter that replicas share; None without such a limiter.
+    `announce_throttling` announces a throttling response to the other replicas. `Store` describes both.
     """
 
     def __init__(
@@ -134,9 +103,9 @@ class UpstreamClient:
         self._breakers = {operation: self._make_breaker(operation) for operation in Operation}
         # The series start at 0: `rate()` does not see an increase from an absent series to 1.
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
-        # Half the timeout of a call. A working upstream is expected to respond within this time, so:
+        # Half the timeout of a call: a working upstream is expected to respond within this time. Two uses:
         # 1. The circuit breaker counts a cancelled call as a failure only if it ran for at least this time.
-        # 2. A query does not wait for a permit that would leave it less time than this.
+        # 2. A query does not wait for a permit if less than this time would be left after the wait.
         self._expected_response_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
         # Moving averages; 0.0 before the first response.
         self._latency_seconds = dict.fromkeys(Operation, 0.0)
@@ -177,8 +146,8 @@ class UpstreamClient:
             timeout_seconds: Limit for the whole query, in addition to the setting.
             on_expected_wait: See `RateLimiter.acquire`.
             on_retry: Called before each retry.
-            query_state: The waiting callers. Its `must_finish` is set when a call is sent, and cleared before
-                a retry. None: the gateway itself needs the response.
+            query_state: The waiting callers. The attribute `must_finish` is set when a call is sent, and
+                cleared before a retry. None: the gateway itself needs the response.
 
         Raises:
             UpstreamError: There is no response, or it is an error.
@@ -224,8 +193,8 @@ class UpstreamClient:
     async def _call_within_limits(self, query: _Query) -> ParsedResponse:
         """Make one call within all limits: the steps of the first line of the module's diagram.
 
-        The steps begin again if the permit is revoked before the call is sent. The call is repeated after a
-        clock correction, and with another key pair. A failure is not retried here.
+        If the permit is revoked before the call is sent, the steps begin again. The call is repeated after a
+        clock correction, and with another key pair. Failures are retried in `query`, and not here.
         """
         operation = query.key.operation
         while True:
@@ -251,8 +220,8 @@ class UpstreamClient:
     async def _make_hedged_call(self, query: _Query) -> ParsedResponse:
         """Make another call for a query whose call has no response yet."""
         self._metrics.upstream_retries.labels(query.key.operation, UpstreamTimeout.code).inc()
-        # The hedged call has its own state. With that of the query, it would set `must_finish` to False
-        # while the first call is on the wire, and the query could be dropped.
+        # The hedged call has a state of its own. `_call` sets `must_finish` to False before it sends a call.
+        # With the state of the query, the query could then be dropped while its first call is on the wire.
         state = QueryState(keep_without_callers=True)
         hedged = _Query(query.key, True, lambda _: None, query.deadline, state)  # noqa: FBT003
         hedged.call_numbers = query.call_numbers
@@ -274,9 +243,9 @@ class UpstreamClient:
         try:
             return await self._call(query, permit, pair)
         except TimestampRefused as exc:
-            # The first refusal corrects the clock. All other calls in flight are refused, too. Each of them
-            # is signed again and repeated once. The retry budget would not be enough for all these repeats,
-            # so they do not use it. The retry metric counts them.
+            # The first refusal corrects the clock. All other calls in flight are refused, too. Each refused
+            # call is signed again and repeated once. The retry budget would not be enough for all these
+            # repeats, so the repeats do not use the budget. The retry metric counts them.
             if self._signed_requests.clock_offset == offset:
                 raise
             self._metrics.upstream_retries.labels(query.key.operation, exc.code).inc()
@@ -291,7 +260,7 @@ class UpstreamClient:
         make_timeout_error = query.state.make_timeout_error
         query.state.make_timeout_error = _concurrency_error if permit.sent_at is None else make_timeout_error
         await self._concurrency_limit.acquire()
-        slot = _ConcurrencySlot(self._concurrency_limit)
+        slot = ConcurrencySlot(self._concurrency_limit)
         try:
             began = self._check_before_sending(query, permit)
             query.state.make_timeout_error = make_timeout_error

@@ -28,10 +28,11 @@ from gateway.upstream.query_state import QueryState
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
 # Shortest expected wait that `acquire` reports to `on_expected_wait` when a query is put into the queue.
-# The progress service then serves a stale snapshot at once, if there is one. Later reports have no minimum.
+# Later reports have no minimum. After a report, the progress service serves a stale snapshot at once, if
+# there is one.
 MIN_WAIT_REPORTED_ON_ENTRY_SECONDS = 0.1
-# A query at the head of the queue still gets a permit this long after its timeout, because the timer that
-# serves the queue may fire late. The checks of the expected wait have no tolerance.
+# For this time after its timeout, a query at the head of the queue still gets a permit, because the timer
+# that serves the queue may fire late. The checks of the expected wait have no tolerance.
 _TIMEOUT_TOLERANCE_SECONDS = 0.1
 
 # The bucket holds as many tokens as this time adds, and at least one. With a larger bucket, an upstream that
@@ -39,8 +40,8 @@ _TIMEOUT_TOLERANCE_SECONDS = 0.1
 # a page requests only a few tasks at once.
 _BURST_SECONDS = 0.1
 _ROUNDING = 1e-9  # tokens; tolerance for rounding errors
-# Resolution of the event loop's timers: an earlier timer would find no token yet. This is also the smallest
-# `retry_after` of a query whose timeout has passed.
+# Resolution of the event loop's timers: an earlier timer would find no token yet. A query whose timeout has
+# passed fails with at least this `retry_after`.
 _TIMER_RESOLUTION_SECONDS = 0.001
 
 log = structlog.get_logger(__name__)
@@ -57,14 +58,16 @@ class Permit:
     """The right to make one call, and its repeats with a corrected clock or another key pair.
 
     Use it as a context manager. When the context exits, `on_end` is called with the permit and the exception
-    of the context, or None. If the call was not sent by then, the rate limiter puts its token back. The token
-    of a revoked permit is not put back, because the limit has fallen since.
+    of the context, or None. If the call was not sent by then, the rate limiter puts the token of the permit
+    back, unless the permit is revoked. When permits are revoked, all tokens but one are also removed from the
+    bucket.
 
     Attributes:
         sent_at: When the call was sent; None before `mark_sent`.
         revoked: The upstream has throttled another call since the permit was issued. If the call is not sent
             yet, the query must acquire a new permit. Without a configured limit, a great number of queries
-            may have a permit when the first throttling response arrives. Their calls would be refused, too.
+            may have a permit when the first throttling response arrives. The upstream would refuse all their
+            calls.
     """
 
     __slots__ = ("_clock", "_on_end", "revoked", "sent_at")
@@ -93,8 +96,8 @@ class Permit:
 class RateLimiter:
     """Issues permits at `requests_per_second`. If that is 0, only throttling responses limit the rate.
 
-    `clock` returns monotonic seconds. `take_shared` takes permits from the rate limiter that replicas share;
-    a query then needs a token of this replica and a shared permit.
+    `clock` returns monotonic seconds. `take_shared` takes permits from the rate limiter that replicas share.
+    With `take_shared`, a query needs a token of this replica and a shared permit.
     """
 
     def __init__(
@@ -155,16 +158,17 @@ class RateLimiter:
         Args:
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: The longest wait. A permit may come 0.1 s later.
-            on_expected_wait: Called with the expected wait in seconds in two cases. The query is put into the
-                queue, and the wait is at least `MIN_WAIT_REPORTED_ON_ENTRY_SECONDS`. Or the query is still in
-                the queue when the limit falls, when a pause begins, or when the store has replied to a
-                request for shared permits; the wait may then be 0.
-            query_state: The clients that wait for the response; None: the gateway itself needs it. A first
-                query is put into the queue of one of the clients. More clients may join while it is queued.
+            on_expected_wait: Called with the expected wait in seconds, at two kinds of moments:
+                - when the query is put into the queue, if the expected wait is at least
+                  `MIN_WAIT_REPORTED_ON_ENTRY_SECONDS`
+                - whenever the limit falls, a pause begins, or the store replies to a request for shared
+                  permits while the query is in the queue; the expected wait may be 0
+            query_state: The clients that wait for the response. None: the gateway itself needs the response.
+                A first query is put into the queue of one of the clients. More clients may join later.
 
         Raises:
-            RateLimiterExhausted: The expected wait exceeds the timeout. This may also happen to a query that
-                is already queued: if the limit falls, or if queries of other clients are served before it.
+            RateLimiterExhausted: The expected wait exceeds the timeout. A query that is already queued may
+                fail, too: if the limit falls, or if queries of other clients are served before this one.
         """
         self._remove_limit_if_idle()
         state = query_state or QueryState(keep_without_callers=True)
@@ -189,9 +193,9 @@ class RateLimiter:
     def slow_down(self, *, retry_after: float | None) -> None:
         """Lower the limit because a replica has announced that the upstream throttles.
 
-        A replica also receives its own announcement. Its limit is lowered already, and does not fall again
-        within a second. With a `retry_after`, the pause begins again, and permits that were issued meanwhile
-        are revoked.
+        A replica also receives its own announcement. Its limit is already lowered, and does not fall again
+        within a second. But if the announcement has a `retry_after`, the pause begins again. The permits that
+        were issued between the throttling response and the announcement are revoked.
         """
         self._on_throttled(self._clock(), retry_after)
 
@@ -252,7 +256,7 @@ class RateLimiter:
     def _pop_next(self) -> QueuedQuery | None:
         """Remove and return the next query that gets a permit, or None.
 
-        Queries before it whose timeout has passed are removed, too, and fail.
+        Queries at the head of the queue whose timeout has passed are also removed, and fail.
         """
         for is_refresh in self._queue.service_order():
             if self._shared is not None and not self._shared.has_permit(is_refresh=is_refresh):
@@ -261,7 +265,7 @@ class RateLimiter:
                 if query.future.done():
                     continue  # cancelled: its asyncio task will run soon
                 if self._clock() > query.expires_at + _TIMEOUT_TOLERANCE_SECONDS:
-                    # First queries of other clients, which were queued later, were served before this one.
+                    # Later first queries of other clients were served before this one.
                     query.future.set_result(max(self._wait_behind(0), _TIMER_RESOLUTION_SECONDS))
                     continue
                 self._use_shared_permit(is_refresh=is_refresh)
@@ -325,13 +329,13 @@ class RateLimiter:
         else:
             gained = max(now - max(self._refilled_at, self._limit.resumes_at), 0.0) * per_second
             size = burst_size(per_second)
-            # The refill stops at the size of the bucket. Tokens that unused permits have put back are kept
-            # beyond it: the upstream has received no call for them.
+            # The refill stops at the size of the bucket. But tokens of unused permits are put back even into
+            # a full bucket, because the upstream has received no call for them.
             self._tokens = max(self._tokens, min(self._tokens + gained, size))
         self._refilled_at = now
 
     def _remove_limit_if_idle(self) -> None:
-        # While queries are queued, the limit stays. It rises, and the queue becomes empty in the end.
+        # While queries are queued, the limit stays. The limit rises, so the queue becomes empty in the end.
         if not self._queue and self._limit.remove_if_unthrottled(self._clock()):
             log.info("upstream_throttling_ended")
 

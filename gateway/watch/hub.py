@@ -1,24 +1,24 @@
 """The watch hub: schedules the refreshes of watched tasks, and publishes changes to their subscribers.
 
-    first subscriber -> start the task's schedule (`refresher.py`), which refreshes its snapshot
+    first subscriber -> start the schedule of the task (`refresher.py`), which refreshes the snapshot
     the store reports a new snapshot, fetched by any request or replica -> unpublished -> publish
         -> write it directly to the streams that have no unsent data
         -> for all other subscribers, keep it as unsent -> the stream or long poll sends it
     last subscriber has left, or the task has ended -> the schedule ends
 
-If the update of a task is overdue (`progress/overdue.py`), the subscribers receive an overdue state, which is
-the event `stale` of a stream. They receive another one when the problem code changes, and when the update is
-no longer overdue.
+If the update of a task is overdue (`progress/overdue.py`), the subscribers receive an overdue state. In a
+stream, this is the event `stale`. The subscribers receive another overdue state when the problem code
+changes, and when the update is no longer overdue.
 
-A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. Bodies
-are kept in the store, which limits their memory. Schedules and subscribers keep updates from which large
-bodies are removed. One exception: each subscriber may keep the body of one unsent update. A large body is
-looked up in the store when the update is sent. If the store has evicted it, the task is refreshed, and the
-subscriber receives the result.
+A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. The
+store keeps the bodies, and limits their memory. Schedules and subscribers keep updates without large bodies,
+with one exception: each subscriber may keep the body of one unsent update. When an update without its body is
+sent, the subscriber looks up the body in the store. If the store has evicted the body, the task is refreshed,
+and the subscriber receives the result.
 
 Schedules that wake together receive their responses at about the same time. All responses are parsed and
-stored first, while that code is in the processor's caches. The changes are published afterwards, a few in
-each iteration of the event loop, so that other requests are served in between.
+stored first, while the code for this is in the processor's caches. The changes are published afterwards, a
+few in each iteration of the event loop, so that other requests are served in between.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ DirectDelivery = Callable[[Update, Collection[Subscriber]], Iterable[Subscriber]
 class WatchHub:
     """Holds every subscriber, and one schedule for each watched task.
 
-    The attribute `direct_delivery` is called with each update and its recipients. The subscribers that it
-    returns keep the update as unsent; by default, these are all recipients. `clock` is the clock of
+    The attribute `direct_delivery` is called with each update and its recipients. It returns the subscribers
+    that must keep the update as unsent: by default, all recipients. `clock` is the clock of
     `Snapshot.fetched_at`.
     """
 
@@ -174,7 +174,8 @@ class WatchHub:
         seen_revision = subscriber.seen_revisions.get(key, 0)
         watched.seen_revision = max(watched.seen_revision, seen_revision)
         servable = self._service.peek(key, seen_revision)
-        # Before the subscriber is added: it then receives the snapshot as `published`, and not twice.
+        # Publish the unpublished snapshot before the subscriber is added. Otherwise the subscriber would
+        # receive this snapshot twice: below as `published`, and again when it is published.
         self._publish_unpublished(key)
         # There is no `await` from here to the end, so no change is lost in between.
         watched.subscribers.add(subscriber)
@@ -184,16 +185,16 @@ class WatchHub:
             return  # the first query is in progress
         can_send = servable is not None or published.snapshot is None or _is_final(published)
         if can_send and not watched.not_found:
-            # `servable` has its body; a large one is missing in `published`.
+            # Prefer the snapshot of `servable`: `published` has no body if the body is large.
             update = published if servable is None else Update(key, servable.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_state(watched, [subscriber])
                 return
         # The published update is not sent, for one of these reasons:
-        # - The task counts as not found, and the upstream may know it by now.
-        # - The store has no snapshot that may be served: it is too old, evicted or outdated.
+        # - The task counts as not found, but the upstream may know the task by now.
+        # - The store has no snapshot that may be served: the snapshot is too old, evicted or outdated.
         # - The client has received a newer snapshot.
-        # One refresh serves all subscribers that join before it ends.
+        # One refresh serves all subscribers that join before the refresh ends.
         watched.subscribers_awaiting_refresh.add(subscriber)
         self._refresher.restart(watched)
 
@@ -244,8 +245,8 @@ class WatchHub:
     def _publish(self, update: Update) -> None:
         watched = self._watched.get(update.key)
         if watched is None or (_is_final(watched.published) and not _is_final(update)):
-            # A task that has ended does not run again. But the store may have evicted its terminal snapshot,
-            # and then accepts one that is not terminal.
+            # A task that has ended does not run again. But if the store has evicted the terminal snapshot,
+            # the store accepts a snapshot that is not terminal.
             return
         if update.snapshot is not None:
             self._mark_found(watched)
@@ -255,7 +256,7 @@ class WatchHub:
             else watched.subscribers
         )
         watched.published = reduced = update.without_large_body()
-        # `put` refuses the update if the client has a newer snapshot. Then the subscriber still waits.
+        # `put` refuses the update if the client has a newer snapshot. Such a subscriber continues to wait.
         have_newer = [
             subscriber
             for subscriber in self.direct_delivery(update, recipients)
@@ -279,11 +280,11 @@ class WatchHub:
     def _put_overdue_state(self, watched: WatchedTask, subscribers: Iterable[Subscriber]) -> None:
         """Put the overdue state of a task into subscribers that have received its snapshot.
 
-        Do nothing if the last published update is a failure, which says the same.
+        Do nothing if the last published update is a failure, which tells of the problem already.
         """
         if watched.published is None or (snapshot := watched.published.snapshot) is None:
             return
-        # The store may have a newer snapshot, which is younger.
+        # Use the age of the newest snapshot, which the store may have.
         snapshot = self._last_known(watched.key) or snapshot
         state = OverdueState(watched.key, watched.overdue, snapshot.fetched_at)
         for subscriber in subscribers:
@@ -306,11 +307,12 @@ class WatchHub:
     def _publish_and_load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
         """Publish the unpublished snapshot, if any. Return the latest snapshot with its body, or None.
 
-        It is None in three cases:
+        The result is None in three cases:
 
         - The store has evicted the snapshot.
-        - The task has ended, but the store has evicted its terminal snapshot and has another one.
-        - The task had an unpublished snapshot. The subscriber sends it as its next update.
+        - The task has ended, but the store has evicted the terminal snapshot, and has another one.
+        - The task had an unpublished snapshot. This method has published that snapshot, and the subscriber
+          sends it as the next update.
         """
         snapshot = self._last_known(reduced.key)
         self._publish_unpublished(reduced.key)

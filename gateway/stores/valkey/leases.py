@@ -4,7 +4,8 @@
     released early:   hold -> stop_renewing, end_in_background -> query ends -> forget
     without a reply:  end_in_background -> repeated until the server has replied
 
-Without a reply, it is not known whether the server has granted or ended the lease.
+Without a reply, it is not known whether the server has granted or ended the lease. The replica then ends the
+lease, so that other replicas do not wait for a lease that no replica uses.
 """
 
 from __future__ import annotations
