@@ -94,8 +94,8 @@ async def _check_upstream(settings: Settings, *, redactor: Redactor, user_agent:
             started = time.perf_counter()
             try:
                 exchange = await calls.send_unparsed(key, credential.pair)
-            except UpstreamTimeout:
-                network = "no response in time; check upstream.endpoint and any firewall"
+            except UpstreamTimeout as exc:
+                network = f"{exc}; check upstream.endpoint and any firewall"
                 return Finding(ok=False, lines=[*lines, f"network: {network}"])
             except GatewayError as exc:
                 cause = exc.__cause__

@@ -4,6 +4,7 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -11,7 +12,7 @@ from structlog.testing import capture_logs
 
 from gateway.settings.model import SettingsError, Upstream
 from gateway.upstream.egress_proxy import find_proxy
-from tests.support.egress import PASSWORD, Proxy, http_proxy, socks_proxy
+from tests.support.egress import PASSWORD, Proxy, http_proxy, socks_proxy, squid_proxy
 from tests.support.harness import (
     KEY,
     SECRET,
@@ -20,6 +21,7 @@ from tests.support.harness import (
     Simulator,
     free_port,
     fresh_id,
+    gateway,
     run,
     running,
     until,
@@ -72,10 +74,10 @@ def _tls_upstream(simulator: Simulator, folder: Path, *, clients: bool = False) 
         yield Vendor(folder, authority, url)
 
 
-@pytest.fixture(params=["http", "socks5"])
+@pytest.fixture(params=[http_proxy, squid_proxy, socks_proxy], ids=["tinyproxy", "squid", "socks5"])
 def proxy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Proxy]:
     """Run a proxy that requires a password."""
-    with (http_proxy if request.param == "http" else socks_proxy)(tmp_path) as started:
+    with request.param(tmp_path) as started:
         yield started
 
 
@@ -107,21 +109,29 @@ def checked(tmp_path: Path, upstream: str, **env: str) -> tuple[int, str]:
     return status, output
 
 
+def variables(upstream: Vendor, proxy: Proxy) -> dict[str, str]:
+    """Return the settings for the private authority and the proxy, as variables."""
+    return {
+        "SD_GATEWAY_UPSTREAM__PROXY": proxy.url,
+        "SD_GATEWAY_UPSTREAM__CA_FILE": str(upstream.ca_file),
+    }
+
+
 def test_egress_queries_pass_through_the_proxy(
-    simulator: Simulator, vendor: Callable[..., Vendor], launch: Launch, proxy: Proxy
+    simulator: Simulator, vendor: Callable[..., Vendor], proxy: Proxy
 ) -> None:
     """Calls of both kinds reach the upstream, over one connection if possible."""
     upstream = vendor()
-    gate = launch(upstream.url, **settings(upstream, proxy=proxy.url))
-    for _ in range(3):
-        assert gate.get(simulator.task()).status_code == 200
-    assert gate.native(simulator.task(), "sd_get_result").status_code == 200
-    assert gate.metric("upstream_in_flight") == 0
+    with gateway(upstream.url, **settings(upstream, proxy=proxy.url)) as gate:
+        for _ in range(3):
+            assert gate.get(simulator.task()).status_code == 200
+        assert gate.native(simulator.task(), "sd_get_result").status_code == 200
+        assert gate.metric("upstream_in_flight") == 0
     assert simulator.stats()["refused"] == 0
     if proxy.scheme == "http":
-        until(lambda: "CONNECT" in proxy.log.read_text(), "the proxy has logged it")
-        tunnels = proxy.log.read_text().count("Request (file descriptor")
-        assert tunnels == 2, "progress calls share a connection; the result has one of its own"
+        # Progress calls share a connection; the result has one of its own.
+        until(lambda: proxy.tunnels >= 2, "the proxy has logged both")
+        assert proxy.tunnels == 2
 
 
 def test_egress_wrong_password_is_named(
@@ -158,14 +168,45 @@ def test_egress_unreachable_proxy_is_named(
     assert "no connection to the proxy" in output
 
 
+@pytest.mark.parametrize("run_proxy", [http_proxy, squid_proxy])
 def test_egress_refused_tunnel_is_named(
-    vendor: Callable[..., Vendor], launch: Launch, tmp_path: Path
+    vendor: Callable[..., Vendor], launch: Launch, tmp_path: Path, run_proxy: Callable[..., Any]
 ) -> None:
     """A proxy that allows no tunnel to the upstream's port is named, with its status."""
     upstream = vendor()
-    with http_proxy(tmp_path, ports=(443,)) as proxy:
+    words = "the proxy refused the connection to the upstream (403)"
+    with run_proxy(tmp_path, ports=(443,)) as proxy:
         gate = launch(upstream.url, **settings(upstream, proxy=proxy.url))
-        assert "the proxy refused the connection to the upstream (403)" in problem(gate)
+        assert words in problem(gate)
+        status, output = checked(tmp_path, upstream.url, **variables(upstream, proxy))
+    assert (status, words in output) == (1, True)
+
+
+def test_egress_stopped_proxy_is_named(
+    simulator: Simulator, vendor: Callable[..., Vendor], launch: Launch, proxy: Proxy, tmp_path: Path
+) -> None:
+    """After a proxy has carried calls and has stopped, the problem says that it is not reached."""
+    upstream = vendor()
+    gate = launch(upstream.url, **settings(upstream, proxy=proxy.url))
+    assert gate.get(simulator.task()).status_code == 200
+    proxy.stop()
+    assert "no connection to the proxy" in problem(gate)
+    status, output = checked(tmp_path, upstream.url, **variables(upstream, proxy))
+    assert (status, "no connection to the proxy" in output) == (1, True)
+
+
+def test_egress_frozen_proxy_is_named(vendor: Callable[..., Vendor], proxy: Proxy, tmp_path: Path) -> None:
+    """A proxy that accepts connections and does not reply is named, too, when the time is over."""
+    upstream = vendor()
+    words = "the proxy did not connect to the upstream in time"
+    proxy.freeze()
+    with gateway(upstream.url, **settings(upstream, proxy=proxy.url, attempt_timeout_seconds=0.3)) as gate:
+        response = gate.get(fresh_id())
+        assert response.status_code == 504
+        assert words in response.json()["detail"]
+    short = {"SD_GATEWAY_UPSTREAM__ATTEMPT_TIMEOUT_SECONDS": "0.3"}
+    status, output = checked(tmp_path, upstream.url, **variables(upstream, proxy), **short)
+    assert (status, f"network: {words}; check" in output) == (1, True)
 
 
 def test_egress_upstream_that_refuses_connections_is_reported(launch: Launch, proxy: Proxy) -> None:
