@@ -41,6 +41,18 @@ class SettingsError(Exception):
         super().__init__("\n".join(self.mistakes))
 
 
+class UnusableSetting(SettingsError):
+    """A valid setting cannot be used, because a package is missing or a file is not usable.
+
+    `section` and `key` identify it; `problem` has neither its value nor its source, which the caller adds.
+    """
+
+    def __init__(self, section: str, key: str, problem: str) -> None:
+        self.setting = section, key
+        self.problem = problem
+        super().__init__([f"{section}.{key}: {problem}"])
+
+
 LOOPBACK_NAMES = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 _URL_PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/-]*")  # RFC 3986, 3.3, without escapes
 _MAX_SOCKET_PATH_BYTES = 107  # Linux, unix(7): 108 bytes with the final zero

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from gateway.settings.extras import describe_missing
-from gateway.settings.model import DIRECT, SettingsError, Upstream, is_loopback, is_proxy_url
+from gateway.settings.model import DIRECT, SettingsError, UnusableSetting, Upstream, is_loopback, is_proxy_url
 
 
 class EgressProxy(NamedTuple):
@@ -34,13 +34,16 @@ class EgressProxy(NamedTuple):
 def find_proxy(settings: Upstream, environ: Mapping[str, str]) -> EgressProxy | None:
     """Return the proxy for calls to the endpoint, or None.
 
-    Raises: SettingsError if the environment names a proxy that is not valid, or a package is missing.
+    Raises: SettingsError if the proxy is not valid, or a package is missing.
     """
     proxy = settings.proxy.get_secret_value()
     if proxy == DIRECT:
         return None
     if proxy:
-        return _checked(proxy, "upstream.proxy")
+        try:
+            return _checked(proxy, "upstream.proxy")
+        except ValueError as exc:
+            raise UnusableSetting("upstream", "proxy", str(exc)) from exc
     endpoint = urlsplit(settings.endpoint)
     host = endpoint.hostname or ""
     if is_loopback(host) or _is_excluded(host, endpoint.port, _variable(environ, "no_proxy")[1]):
@@ -48,7 +51,10 @@ def find_proxy(settings: Upstream, environ: Mapping[str, str]) -> EgressProxy | 
     for name in (f"{endpoint.scheme}_proxy", "all_proxy"):
         variable, proxy = _variable(environ, name)
         if proxy:
-            return _checked(proxy if "://" in proxy else f"http://{proxy}", variable)
+            try:
+                return _checked(proxy if "://" in proxy else f"http://{proxy}", variable)
+            except ValueError as exc:  # the value is not repeated, because it may have a password
+                raise SettingsError([f"{variable}: {exc}"]) from exc
     return None
 
 
@@ -83,7 +89,7 @@ def _checked(proxy: str, source: str) -> EgressProxy:
     except httpx.InvalidURL:
         url = httpx.URL("")
     if not url.host:
-        raise SettingsError([f"{source}: must be an http, https or socks5 URL"])  # it may have a password
+        raise ValueError("must be an http, https or socks5 URL")
     if url.scheme.startswith("socks5") and find_spec("socksio") is None:
-        raise SettingsError([describe_missing(f"{source}: a SOCKS proxy", "socksio", extra="socks")])
+        raise ValueError(describe_missing("socksio", extra="socks"))
     return EgressProxy(url, source)

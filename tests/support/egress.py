@@ -105,7 +105,9 @@ def squid_proxy(_: Path, *, ports: tuple[int, ...] = ()) -> Iterator[Proxy]:
             shutil.chown(folder, _SQUID_USER)
         # Squid has shared memory of this name, which stays when it is killed.
         name = f"test{port}"
-        with _running([program, "-N", "-n", name, "-f", str(settings)], folder / "output.log", port) as process:
+        with _running(
+            [program, "-N", "-n", name, "-f", str(settings)], folder / "output.log", port
+        ) as process:
             yield Proxy("http", port, log, process)
         for shared in Path("/dev/shm").glob(f"{name}-*"):
             shared.unlink()
