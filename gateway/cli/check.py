@@ -99,7 +99,8 @@ async def _check_upstream(settings: Settings, *, redactor: Redactor, user_agent:
             except GatewayError as exc:
                 cause = exc.__cause__
                 why = explain_connect_error(cause) if isinstance(cause, httpx.TransportError) else ""
-                network = f"{exc}; {why or 'check upstream.endpoint'}"
+                known = why and str(exc).endswith(why)
+                network = str(exc) if known else f"{exc}; {why or 'check upstream.endpoint'}"
                 return Finding(ok=False, lines=[*lines, f"network: {network}"])
             # A second pair uses the same connection, so the first call shows what a connection costs.
             timing = timing or list(_timing(exchange, time.perf_counter() - started))

@@ -10,7 +10,7 @@ import pytest
 import trustme
 from structlog.testing import capture_logs
 
-from gateway.settings.model import SettingsError, Upstream
+from gateway.settings.model import PROXY_FORMS, SettingsError, Upstream
 from gateway.upstream.egress_proxy import find_proxy
 from tests.support.egress import PASSWORD, Proxy, http_proxy, socks_proxy, squid_proxy
 from tests.support.harness import (
@@ -260,6 +260,8 @@ def test_egress_proxy_of_the_environment(vendor: Callable[..., Vendor], proxy: P
         ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": ".vendor.example"}, None),
         ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "*.example"}, None),
         ({"HTTPS_PROXY": "http://p:1", "no_proxy": "VENDOR.example:443"}, None),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": ".vendor.example:443"}, None),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "vendor.example:8443"}, ("http://p:1", "HTTPS_PROXY")),
         ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "dor.example"}, ("http://p:1", "HTTPS_PROXY")),
         ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "10.0.0.0/8,::1"}, ("http://p:1", "HTTPS_PROXY")),
     ],
@@ -278,13 +280,17 @@ def test_egress_environment(environ: dict[str, str], found: tuple[str, str] | No
         ("https://10.1.2.3", True),
         ("https://11.1.2.3", False),
         ("https://[fd00::1]", True),
+        ("https://[fe00::1]", True),
+        ("https://[fe00::1]:8443", False),
+        ("https://[fe00::2]", False),
+        ("https://[fe00::3]:1", True),
         ("https://localhost", True),
         ("https://127.1.2.3", True),
     ],
 )
 def test_egress_addresses_without_a_proxy(endpoint: str, *, excluded: bool) -> None:
     """no_proxy may list networks; a loopback address never has a proxy."""
-    environ = {"HTTPS_PROXY": "http://p:1", "NO_PROXY": "10.0.0.0/8, fd00::/16"}
+    environ = {"HTTPS_PROXY": "http://p:1", "NO_PROXY": "10.0.0.0/8, fd00::/16, [fe00::1]:443, [fe00::3]"}
     assert (find_proxy(Upstream(endpoint=endpoint), environ) is None) is excluded
 
 
@@ -293,7 +299,18 @@ def test_egress_invalid_proxy_is_named_without_its_password(proxy: str) -> None:
     """An invalid value stops the start; it is not repeated, because it may have a password."""
     with pytest.raises(SettingsError) as told:
         find_proxy(Upstream(), {"HTTPS_PROXY": proxy})
-    assert str(told.value) == "HTTPS_PROXY: must be an http, https or socks5 URL"
+    assert str(told.value) == f"HTTPS_PROXY: must be {PROXY_FORMS}"
+
+
+@pytest.mark.parametrize("password", ["p#word-1", "p/word-1", "p?word-1"])
+def test_egress_password_without_escapes_is_explained(password: str) -> None:
+    """A password with special characters ends the URL's host early: the message says how to write it."""
+    with pytest.raises(SettingsError) as told:
+        find_proxy(Upstream(), {"HTTPS_PROXY": f"http://user:{password}@proxy.example:3128"})
+    assert str(told.value).endswith(
+        'in its password, write "@" as %40, "/" as %2F, "#" as %23 and "?" as %3F'
+    )
+    assert "word-1" not in str(told.value)
 
 
 def test_egress_client_certificate(
@@ -317,7 +334,7 @@ def test_egress_client_certificate(
     assert (status, "OK: key, signature and clock accepted" in output) == (0, True)
     key.write_text("no key")
     status, output = checked(tmp_path, upstream.url, **env)
-    assert (status, f"{key}\": has no private key in PEM format" in output) == (2, True)
+    assert (status, f'{key}": has no private key in PEM format' in output) == (2, True)
 
 
 def test_egress_follows_a_new_authority(

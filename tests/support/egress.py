@@ -109,7 +109,7 @@ def squid_proxy(_: Path, *, ports: tuple[int, ...] = ()) -> Iterator[Proxy]:
             [program, "-N", "-n", name, "-f", str(settings)], folder / "output.log", port
         ) as process:
             yield Proxy("http", port, log, process)
-        for shared in Path("/dev/shm").glob(f"{name}-*"):
+        for shared in Path("/dev/shm").glob(f"{name}-*"):  # noqa: S108  # squid decides
             shared.unlink()
 
 
