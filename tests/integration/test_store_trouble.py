@@ -508,7 +508,7 @@ async def test_certificates_of_the_server_are_explained(encrypted: Encrypted, tm
         ({}, ""),
         ({"ca_file": None}, untrusted),
         ({"ca_file": tmp_path / "other.pem"}, untrusted),
-        ({"ca_file": broken}, f"TLS: store.ca_file: {broken}: no certificate or crl found"),
+        ({"ca_file": broken}, f"TLS: store.ca_file: {broken}: has no certificate in PEM format"),
         ({"ca_file": missing}, f"TLS: store.ca_file: {missing}: No such file or directory"),
         (
             {"url": settings["url"].replace("127.0.0.1", "localhost")},
@@ -549,7 +549,7 @@ async def test_client_certificates_are_sent_and_read_again(
         (stranger, "TLS: the server rejects the client certificate of store.client_cert_file"),
         (client | {"client_key_file": stranger["client_key_file"]}, "TLS: store.client_cert_file: "),
         (client | {"client_cert_file": broken}, f"TLS: store.client_cert_file: {broken}: "),
-        (client | {"client_key_file": tmp_path / "none"}, "TLS: store.client_cert_file: "),
+        (client | {"client_key_file": tmp_path / "none"}, "TLS: store.client_key_file: "),
     ):
         said = await problem_of(encrypted.settings(**more))
         assert said.startswith(says)
@@ -575,7 +575,7 @@ async def test_an_encrypted_key_is_refused_without_a_question(encrypted: Encrypt
     encrypted.start(auth_clients="yes")
     files = encrypted.client("server") | {"client_key_file": tmp_path / "locked.key"}
     said = await problem_of(encrypted.settings(**files))
-    assert said.startswith(f"TLS: store.client_cert_file: {tmp_path}/server.pem: ")
+    assert said.startswith(f"TLS: store.client_key_file: {tmp_path}/locked.key: the private key is encrypted")
 
 
 async def test_client_certificates_work_in_a_cluster(tmp_path: Path) -> None:
