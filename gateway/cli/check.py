@@ -25,8 +25,9 @@ from gateway.domain.errors import (
     UpstreamTimeout,
 )
 from gateway.domain.task import TaskKey
+from gateway.settings.extras import describe_missing
 from gateway.settings.model import Credentials as CredentialSettings
-from gateway.settings.model import Settings
+from gateway.settings.model import Settings, UnusableSetting
 from gateway.settings.store_section import Store
 from gateway.settings.variables import SPEEDPIX, variable_of
 from gateway.telemetry.metrics import Metrics
@@ -62,9 +63,7 @@ async def _check_store(settings: Store, *, redactor: Redactor) -> Finding:
     try:
         from gateway.stores.valkey.trial import try_store  # noqa: PLC0415  # its client is an extra
     except ModuleNotFoundError as exc:
-        return Finding(
-            ok=False, lines=[f"store.url: needs {exc.name}: pip install 'sd-progress-gateway[valkey]'"]
-        )
+        raise UnusableSetting("store", "url", describe_missing(exc.name, extra="valkey")) from exc
     hosts = ", ".join(f"{host}:{port}" for host, port in settings.hosts)
     kind = "Sentinels" if settings.sentinel_service else "cluster" if settings.cluster else "store"
     lines = [f"connecting to the {kind} at {hosts}{' with TLS' if settings.tls else ''}"]
@@ -94,13 +93,14 @@ async def _check_upstream(settings: Settings, *, redactor: Redactor, user_agent:
             started = time.perf_counter()
             try:
                 exchange = await calls.send_unparsed(key, credential.pair)
-            except UpstreamTimeout:
-                network = "no response in time; check upstream.endpoint and any firewall"
+            except UpstreamTimeout as exc:
+                network = f"{exc}; check upstream.endpoint and any firewall"
                 return Finding(ok=False, lines=[*lines, f"network: {network}"])
             except GatewayError as exc:
                 cause = exc.__cause__
                 why = explain_connect_error(cause) if isinstance(cause, httpx.TransportError) else ""
-                network = f"{exc}; {why or 'check upstream.endpoint'}"
+                known = why and str(exc).endswith(why)
+                network = str(exc) if known else f"{exc}; {why or 'check upstream.endpoint'}"
                 return Finding(ok=False, lines=[*lines, f"network: {network}"])
             # A second pair uses the same connection, so the first call shows what a connection costs.
             timing = timing or list(_timing(exchange, time.perf_counter() - started))

@@ -28,8 +28,8 @@ from gateway.cli.watch_events import StreamRefused
 from gateway.domain.printable import printable
 from gateway.server import run as server
 from gateway.server.listen_errors import CannotListen
-from gateway.settings.loading import load, load_with_sources
-from gateway.settings.model import Settings, SettingsError
+from gateway.settings.loading import Loaded, load_with_sources
+from gateway.settings.model import SettingsError
 from gateway.settings.variables import URL_VARIABLE
 from gateway.telemetry import logs
 from gateway.telemetry.redaction import Redactor
@@ -85,25 +85,29 @@ def _open_standard_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _settings(options: argparse.Namespace) -> tuple[Settings, Redactor]:
-    settings = load(options.config, os.environ)
+def _load(options: argparse.Namespace) -> tuple[Loaded, Redactor]:
+    loaded = load_with_sources(options.config, os.environ)
     redactor = Redactor()
-    logs.configure(settings.log, redactor=redactor)
-    return settings, redactor
+    logs.configure(loaded.settings.log, redactor=redactor)
+    return loaded, redactor
 
 
 def _serve(options: argparse.Namespace) -> int:
-    settings, redactor = _settings(options)
-    server.run(create_app(settings, redactor=redactor, tracing=create_tracing(os.environ)), settings)
+    loaded, redactor = _load(options)
+    with loaded.naming_sources():
+        app = create_app(loaded.settings, redactor=redactor, tracing=create_tracing(os.environ))
+    server.run(app, loaded.settings)
     return OK
 
 
 def _demo(options: argparse.Namespace) -> int:
-    settings = demo.readable_logs(load_with_sources(options.config, os.environ))
+    loaded = load_with_sources(options.config, os.environ)
+    settings = demo.readable_logs(loaded)
     redactor = Redactor()
     logs.configure(settings.log, redactor=redactor)
     try:
-        demo.run(settings, redactor=redactor, simulator_port=options.simulator_port)
+        with loaded.naming_sources():
+            demo.run(settings, redactor=redactor, simulator_port=options.simulator_port)
     except RuntimeError as exc:
         _print_error(str(exc))
         return FAILED
@@ -141,8 +145,9 @@ def _default_gateway(environ: Mapping[str, str]) -> httpx.URL:
 
 
 def _check(options: argparse.Namespace) -> int:
-    settings, redactor = _settings(options)
-    finding = asyncio.run(check(settings, redactor=redactor, user_agent=USER_AGENT))
+    loaded, redactor = _load(options)
+    with loaded.naming_sources():
+        finding = asyncio.run(check(loaded.settings, redactor=redactor, user_agent=USER_AGENT))
     _print_lines(finding.lines)
     return OK if finding.ok else FAILED
 

@@ -21,5 +21,5 @@ def create_tracing(environ: Mapping[str, str]) -> Tracing:
         # Imported on demand: it takes a third of a second and needs optional packages.
         from gateway.telemetry import opentelemetry  # noqa: PLC0415
     except ImportError as exc:
-        raise SettingsError([describe_missing("OTEL_*", exc.name, extra="otel")]) from exc
+        raise SettingsError([f"OTEL_*: {describe_missing(exc.name, extra='otel')}"]) from exc
     return opentelemetry.from_environment(environ)

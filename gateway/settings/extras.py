@@ -12,10 +12,10 @@ from importlib.metadata import PackageNotFoundError, requires
 _DISTRIBUTION = "sd-progress-gateway"
 
 
-def describe_missing(feature: str, module: str | None, *, extra: str) -> str:
-    """Return one line with the package that a feature needs, and the command that installs its extra."""
+def describe_missing(module: str | None, *, extra: str) -> str:
+    """Return the package that a feature needs, and the command that installs its extra."""
     package = (module or "").partition(".")[0]
-    return f"{feature} needs the package {package}: {_install_command(extra)}"
+    return f"needs the package {package}: {_install_command(extra)}"
 
 
 def _install_command(extra: str) -> str:

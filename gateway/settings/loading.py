@@ -9,15 +9,17 @@ variables.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from gateway.settings.error_messages import describe_error, locate_error
-from gateway.settings.model import Settings, SettingsError
+from gateway.settings.model import Settings, SettingsError, UnusableSetting
 from gateway.settings.toml_file import TomlFile
+from gateway.settings.value_text import effective_value
 from gateway.settings.variables import Variable, read_variables
 
 DEFAULT_FILE = Path("config/gateway.toml")
@@ -63,6 +65,18 @@ class Loaded(NamedTuple):
     settings: Settings
     sources: Sources
     ignored: list[str]
+
+    @contextmanager
+    def naming_sources(self) -> Iterator[None]:
+        """Add source and value to an UnusableSetting. Raises: SettingsError in its place."""
+        try:
+            yield
+        except UnusableSetting as exc:
+            section, key = exc.setting
+            value = effective_value(section, getattr(getattr(self.settings, section), key))
+            source = self.sources.source_of(exc.setting)
+            line = f"{section}.{key} = {value}: {exc.problem}"
+            raise SettingsError([f"{source}: {line}" if source else line]) from exc
 
 
 def load(file: Path | None, environ: Mapping[str, str]) -> Settings:

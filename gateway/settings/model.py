@@ -41,10 +41,23 @@ class SettingsError(Exception):
         super().__init__("\n".join(self.mistakes))
 
 
+class UnusableSetting(SettingsError):
+    """A valid setting cannot be used, because a package is missing or a file is not usable.
+
+    `section` and `key` identify it; `problem` has neither its value nor its source, which the caller adds.
+    """
+
+    def __init__(self, section: str, key: str, problem: str) -> None:
+        self.setting = section, key
+        self.problem = problem
+        super().__init__([f"{section}.{key}: {problem}"])
+
+
 LOOPBACK_NAMES = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 _URL_PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/-]*")  # RFC 3986, 3.3, without escapes
 _MAX_SOCKET_PATH_BYTES = 107  # Linux, unix(7): 108 bytes with the final zero
 DIRECT = "direct"  # a value of upstream.proxy
+PROXY_FORMS = "an http, https or socks5 URL such as http://proxy.example.com:3128"
 _PROXY_SCHEMES = {"http", "https", "socks5", "socks5h"}
 
 
@@ -77,6 +90,13 @@ class Server(Section):
         "X-Real-IP",
     ]
     drain_seconds: Positive = 20.0
+
+    @field_validator("host")
+    @classmethod
+    def _host(cls, value: str) -> str:
+        if value.count(":") == 1 or value.startswith("[") or "/" in value or any(map(str.isspace, value)):
+            raise ValueError("must be a host name or an IP address, without scheme, port and brackets")
+        return value
 
     @field_validator("uds")
     @classmethod
@@ -156,7 +176,7 @@ class Upstream(Section):
     def _proxy(cls, value: SecretStr) -> SecretStr:
         text = value.get_secret_value()
         if text not in {"", DIRECT} and not is_proxy_url(text):
-            raise ValueError(f'must be an http, https or socks5 URL, or "{DIRECT}"')
+            raise ValueError(f'must be {PROXY_FORMS}, or "{DIRECT}"{explain_proxy_url(text)}')
         return value
 
     @field_validator("endpoint")
@@ -276,6 +296,14 @@ def is_proxy_url(text: str) -> bool:
         return False
     well_formed = port != 0 and not any(map(str.isspace, text))
     return well_formed and parts.scheme in _PROXY_SCHEMES and bool(parts.hostname)
+
+
+def explain_proxy_url(text: str) -> str:
+    """Return advice for a text that is no URL of a proxy: the end of a sentence, without the text."""
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme in _PROXY_SCHEMES and "@" in rest:
+        return '; in its password, write "@" as %40, "/" as %2F, "#" as %23 and "?" as %3F'
+    return "" if separator or ":" not in text else "; the scheme is missing"
 
 
 def is_loopback(host: str) -> bool:

@@ -37,14 +37,14 @@ def read_secret_line(stream: IO[bytes], *, source: str) -> SecretText:
     return decode_secret(content, source=source)
 
 
-def check_bundle(file: Path) -> None:
-    """Check that a certificate bundle can be read without blocking.
+def read_bundle(file: Path) -> bytes:
+    """Return the content of a certificate bundle, without blocking.
 
     Raises:
         OSError: The file cannot be read; the error names it.
         ValueError: The file is not a regular file or too large; the message names it.
     """
-    _read(file, most=_MOST_CERTIFICATE_BYTES)
+    return _read(file, most=_MOST_CERTIFICATE_BYTES)
 
 
 def _read(file: Path, *, most: int) -> bytes:

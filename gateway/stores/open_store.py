@@ -7,7 +7,7 @@ from typing import Any
 
 from gateway.domain.entity_tag import EntityTags
 from gateway.settings.extras import describe_missing
-from gateway.settings.model import Settings, SettingsError
+from gateway.settings.model import Settings, UnusableSetting
 from gateway.stores.base import Store
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
@@ -24,7 +24,7 @@ def create_store(
 ) -> Store:
     """Return the store, which is not open yet. `identity` names the account whose data replicas share.
 
-    Raises: SettingsError if the client of the store is not installed.
+    Raises: UnusableSetting if the client of the store is not installed.
     """
     cache = settings.cache
     limits: dict[str, Any] = {
@@ -37,7 +37,7 @@ def create_store(
     try:
         from gateway.stores.valkey.store import ValkeyStore  # noqa: PLC0415  # its client is an extra
     except ModuleNotFoundError as exc:
-        raise SettingsError([describe_missing("store.url", exc.name, extra="valkey")]) from exc
+        raise UnusableSetting("store", "url", describe_missing(exc.name, extra="valkey")) from exc
     return ValkeyStore(
         settings.store,
         tags=tags,

@@ -16,7 +16,18 @@ from urllib.parse import urlsplit
 import httpx
 
 from gateway.settings.extras import describe_missing
-from gateway.settings.model import DIRECT, SettingsError, Upstream, is_loopback, is_proxy_url
+from gateway.settings.model import (
+    DIRECT,
+    PROXY_FORMS,
+    SettingsError,
+    UnusableSetting,
+    Upstream,
+    explain_proxy_url,
+    is_loopback,
+    is_proxy_url,
+)
+
+_PORTS = {"http": 80, "https": 443}
 
 
 class EgressProxy(NamedTuple):
@@ -34,21 +45,27 @@ class EgressProxy(NamedTuple):
 def find_proxy(settings: Upstream, environ: Mapping[str, str]) -> EgressProxy | None:
     """Return the proxy for calls to the endpoint, or None.
 
-    Raises: SettingsError if the environment names a proxy that is not valid, or a package is missing.
+    Raises: SettingsError if the proxy is not valid, or a package is missing.
     """
     proxy = settings.proxy.get_secret_value()
     if proxy == DIRECT:
         return None
     if proxy:
-        return _checked(proxy, "upstream.proxy")
+        try:
+            return _checked(proxy, "upstream.proxy")
+        except ValueError as exc:
+            raise UnusableSetting("upstream", "proxy", str(exc)) from exc
     endpoint = urlsplit(settings.endpoint)
-    host = endpoint.hostname or ""
-    if is_loopback(host) or _is_excluded(host, endpoint.port, _variable(environ, "no_proxy")[1]):
+    host, port = endpoint.hostname or "", endpoint.port or _PORTS[endpoint.scheme]
+    if is_loopback(host) or _is_excluded(host, port, _variable(environ, "no_proxy")[1]):
         return None
     for name in (f"{endpoint.scheme}_proxy", "all_proxy"):
         variable, proxy = _variable(environ, name)
         if proxy:
-            return _checked(proxy if "://" in proxy else f"http://{proxy}", variable)
+            try:
+                return _checked(proxy if "://" in proxy else f"http://{proxy}", variable)
+            except ValueError as exc:  # the value is not repeated, because it may have a password
+                raise SettingsError([f"{variable}: {exc}"]) from exc
     return None
 
 
@@ -60,11 +77,13 @@ def _variable(environ: Mapping[str, str], name: str) -> tuple[str, str]:
     return name, ""
 
 
-def _is_excluded(host: str, port: int | None, no_proxy: str) -> bool:
+def _is_excluded(host: str, port: int, no_proxy: str) -> bool:
     """Tell whether `no_proxy` lists a host: by its name, a domain, an address or a network."""
     for entry in no_proxy.lower().replace(",", " ").split():
-        name, _, number = entry.rpartition(":") if entry.count(":") == 1 else (entry, "", "")
-        if number and port is not None and number != str(port):
+        # An IPv6 address with a port has brackets; one without a port may have them.
+        has_port = entry.count(":") == 1 or "]:" in entry
+        name, _, number = entry.rpartition(":") if has_port else (entry, "", "")
+        if number and number != str(port):
             continue
         domain = name.removeprefix("*").lstrip(".")
         if name == "*" or host == domain or (domain and host.endswith(f".{domain}")):
@@ -83,7 +102,7 @@ def _checked(proxy: str, source: str) -> EgressProxy:
     except httpx.InvalidURL:
         url = httpx.URL("")
     if not url.host:
-        raise SettingsError([f"{source}: must be an http, https or socks5 URL"])  # it may have a password
+        raise ValueError(f"must be {PROXY_FORMS}{explain_proxy_url(proxy)}")
     if url.scheme.startswith("socks5") and find_spec("socksio") is None:
-        raise SettingsError([describe_missing(f"{source}: a SOCKS proxy", "socksio", extra="socks")])
+        raise ValueError(describe_missing("socksio", extra="socks"))
     return EgressProxy(url, source)

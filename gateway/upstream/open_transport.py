@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 import httpx
 
-from gateway.settings.model import SettingsError, Upstream
+from gateway.settings.certificates import CertificateFileError
+from gateway.settings.model import SettingsError, UnusableSetting, Upstream
+from gateway.settings.value_text import toml_value
 from gateway.telemetry.redaction import Redactor
 from gateway.upstream.direct_transport import DirectTransport
 from gateway.upstream.egress_proxy import EgressProxy
@@ -25,8 +27,10 @@ def create_transport(
     """
     try:
         tls = TlsFiles(settings, environ).context
-    except ValueError as exc:
-        raise SettingsError([f"upstream: {exc}"]) from exc
+    except CertificateFileError as exc:
+        if exc.name in type(settings).model_fields:
+            raise UnusableSetting("upstream", exc.name, exc.problem) from exc
+        raise SettingsError([f"{exc.name} = {toml_value(exc.path)}: {exc.problem}"]) from exc
     origin = httpx.URL(settings.endpoint)
     if proxy is None:
         return DirectTransport(

@@ -97,6 +97,8 @@ class ProxyTransport:
                     self._proxy, self._tls(), tunnel=request.url.scheme == "https"
                 )
                 response = await connection.send(request, self._max_body_bytes)
+        except TimeoutError:
+            raise TimeoutError("" if connection is None else connection.open_step) from None
         except asyncio.CancelledError:  # by `aclose`
             raise TimeoutError from None
         finally:
@@ -176,6 +178,15 @@ class _Connection:
         self._stream: Any = None  # httpcore's stream of the TCP connection
         self.opened_at = self.idle_since = asyncio.get_running_loop().time()
         self.reusable = False
+
+    @property
+    def open_step(self) -> str:
+        """What the proxy has not done yet; "" once the upstream is reached."""
+        if self._reached_upstream:
+            return ""
+        if self._stream is None:
+            return "no connection to the proxy in time"
+        return "the proxy did not connect to the upstream in time"
 
     async def send(self, request: httpx.Request, max_body_bytes: int) -> HttpResponse:
         """Send a request, and return its response. Raises: httpx.TransportError."""

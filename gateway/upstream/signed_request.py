@@ -188,8 +188,8 @@ class SignedRequests:
                 new_connection=key.operation.is_result,
                 on_complete=on_complete,
             )
-        except TimeoutError:
-            raise UpstreamTimeout("the upstream did not answer in time") from None
+        except TimeoutError as exc:
+            raise UpstreamTimeout(str(exc) or "the upstream did not answer in time") from None
         except httpx.TransportError as exc:
             if is_certificate_error(exc):
                 self._metrics.upstream_certificate_errors.inc()

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import structlog
 
+from gateway.settings.certificates import CertificateFileError, present, trust
 from gateway.settings.model import Upstream
-from gateway.settings.secret_files import check_bundle
 
 log = structlog.get_logger(__name__)
 
@@ -25,10 +25,11 @@ _State = tuple[str, int, int, int, int]
 class TlsFiles:
     """Returns the context for new connections. Open connections keep theirs until they are closed.
 
-    Raises: ValueError if the files cannot be used; its text names them.
+    Raises: CertificateFileError if a file cannot be used.
     """
 
     def __init__(self, settings: Upstream, environ: Mapping[str, str]) -> None:
+        self._ca_name = _ca_name(settings, environ)
         self._ca_file = settings.ca_file or _path(environ, "SSL_CERT_FILE")
         self._ca_folder = None if settings.ca_file else _path(environ, "SSL_CERT_DIR")
         self._cert_file = settings.client_cert_file
@@ -43,7 +44,7 @@ class TlsFiles:
             self._state = state
             try:
                 self._context = self._load()
-            except ValueError as exc:
+            except CertificateFileError as exc:
                 log.warning("tls_files_unreadable", reason=str(exc))
             else:
                 log.info("tls_files_loaded")
@@ -60,27 +61,19 @@ class TlsFiles:
                     yield str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def _load(self) -> ssl.SSLContext:
-        path = self._ca_file or self._ca_folder or Path()
-        try:
-            if self._ca_file is not None:
-                check_bundle(self._ca_file)
-            if self._ca_file is None and self._ca_folder is None:
-                context = httpx.create_ssl_context(trust_env=False)
-            else:
-                context = ssl.create_default_context(cafile=self._ca_file, capath=self._ca_folder)
-            if self._cert_file is not None and self._key_file is not None:
-                path = self._cert_file
-                check_bundle(path)
-                check_bundle(self._key_file)
-                # Without a password, OpenSSL would ask for one on the terminal, and wait.
-                context.load_cert_chain(path, self._key_file, password=lambda: "")
-        except ssl.SSLError as exc:
-            # OpenSSL's reasons are in capitals: NO_CERTIFICATE_OR_CRL_FOUND, KEY_VALUES_MISMATCH.
-            reason = (exc.reason or "not a certificate in PEM format").replace("_", " ").lower()
-            raise ValueError(f"{path}: {reason}") from exc
-        except OSError as exc:
-            raise ValueError(f"{exc.filename or path}: {exc.strerror}") from exc
+        if self._ca_file is None and self._ca_folder is None:
+            context = httpx.create_ssl_context(trust_env=False)
+        else:
+            context = trust(self._ca_file, self._ca_folder, name=self._ca_name)
+        if self._cert_file is not None and self._key_file is not None:
+            present(context, self._cert_file, self._key_file)
         return context
+
+
+def _ca_name(settings: Upstream, environ: Mapping[str, str]) -> str:
+    if settings.ca_file:
+        return "ca_file"
+    return "SSL_CERT_FILE" if environ.get("SSL_CERT_FILE") else "SSL_CERT_DIR"
 
 
 def _path(environ: Mapping[str, str], name: str) -> Path | None:

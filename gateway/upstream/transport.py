@@ -69,7 +69,7 @@ class Transport(Protocol):
 
         Raises:
             httpx.TransportError: There is no valid response.
-            TimeoutError: The timeout has passed.
+            TimeoutError: The timeout has passed. Its text says what a proxy has not done yet, or is empty.
         """
 
     async def aclose(self) -> None:

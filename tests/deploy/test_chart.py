@@ -318,9 +318,14 @@ def test_chart_mounts_secrets_as_directories(tmp_path: Path) -> None:
         for path, mount in mounts.items()
         if "secret" in volumes[mount["name"]]
     }
-    assert secrets == {"/run/secrets/sd-gateway": "progress-pair", "/run/secrets/sd-gateway-store": "valkey"}
+    assert secrets == {
+        "/run/secrets/sd-gateway": "progress-pair",
+        "/run/secrets/sd-gateway-store": "valkey",
+        "/run/secrets/sd-gateway-upstream": "upstream-tls",
+    }
     settings = settings_of(manifests, tmp_path)
-    for section, folder in ((settings.credentials, "sd-gateway"), (settings.store, "sd-gateway-store")):
+    folders = {"sd-gateway": settings.credentials, "sd-gateway-store": settings.store}
+    for folder, section in (folders | {"sd-gateway-upstream": settings.upstream}).items():
         files = {file for name, file in section.model_dump().items() if name.endswith("_file")}
         assert {str(file.parent) for file in files} == {f"/run/secrets/{folder}"}
     config = container(manifests)["args"][-1]

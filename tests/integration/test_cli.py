@@ -497,7 +497,7 @@ def test_cli_check_explains_network_errors(tmp_path: Path, simulator: Simulator)
     simulator.fault("silent")
     status, output = checked(tmp_path, pair(simulator.url, UPSTREAM__ATTEMPT_TIMEOUT_SECONDS="0.2"))
     assert status == 1
-    assert "network: no response in time" in output
+    assert "network: the upstream did not answer in time" in output
     status, output = checked(tmp_path, pair(f"http://127.0.0.1:{free_port()}"))
     assert status == 1
     assert "network: the upstream could not be reached (ConnectError); connection refused" in output

@@ -4,14 +4,15 @@ import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
 from structlog.testing import capture_logs
 
-from gateway.settings.model import SettingsError, Upstream
+from gateway.settings.model import PROXY_FORMS, SettingsError, Upstream
 from gateway.upstream.egress_proxy import find_proxy
-from tests.support.egress import PASSWORD, Proxy, http_proxy, socks_proxy
+from tests.support.egress import PASSWORD, Proxy, http_proxy, socks_proxy, squid_proxy
 from tests.support.harness import (
     KEY,
     SECRET,
@@ -20,6 +21,7 @@ from tests.support.harness import (
     Simulator,
     free_port,
     fresh_id,
+    gateway,
     run,
     running,
     until,
@@ -72,10 +74,10 @@ def _tls_upstream(simulator: Simulator, folder: Path, *, clients: bool = False) 
         yield Vendor(folder, authority, url)
 
 
-@pytest.fixture(params=["http", "socks5"])
+@pytest.fixture(params=[http_proxy, squid_proxy, socks_proxy], ids=["tinyproxy", "squid", "socks5"])
 def proxy(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Proxy]:
     """Run a proxy that requires a password."""
-    with (http_proxy if request.param == "http" else socks_proxy)(tmp_path) as started:
+    with request.param(tmp_path) as started:
         yield started
 
 
@@ -107,21 +109,29 @@ def checked(tmp_path: Path, upstream: str, **env: str) -> tuple[int, str]:
     return status, output
 
 
+def variables(upstream: Vendor, proxy: Proxy) -> dict[str, str]:
+    """Return the settings for the private authority and the proxy, as variables."""
+    return {
+        "SD_GATEWAY_UPSTREAM__PROXY": proxy.url,
+        "SD_GATEWAY_UPSTREAM__CA_FILE": str(upstream.ca_file),
+    }
+
+
 def test_egress_queries_pass_through_the_proxy(
-    simulator: Simulator, vendor: Callable[..., Vendor], launch: Launch, proxy: Proxy
+    simulator: Simulator, vendor: Callable[..., Vendor], proxy: Proxy
 ) -> None:
     """Calls of both kinds reach the upstream, over one connection if possible."""
     upstream = vendor()
-    gate = launch(upstream.url, **settings(upstream, proxy=proxy.url))
-    for _ in range(3):
-        assert gate.get(simulator.task()).status_code == 200
-    assert gate.native(simulator.task(), "sd_get_result").status_code == 200
-    assert gate.metric("upstream_in_flight") == 0
+    with gateway(upstream.url, **settings(upstream, proxy=proxy.url)) as gate:
+        for _ in range(3):
+            assert gate.get(simulator.task()).status_code == 200
+        assert gate.native(simulator.task(), "sd_get_result").status_code == 200
+        assert gate.metric("upstream_in_flight") == 0
     assert simulator.stats()["refused"] == 0
     if proxy.scheme == "http":
-        until(lambda: "CONNECT" in proxy.log.read_text(), "the proxy has logged it")
-        tunnels = proxy.log.read_text().count("Request (file descriptor")
-        assert tunnels == 2, "progress calls share a connection; the result has one of its own"
+        # Progress calls share a connection; the result has one of its own.
+        until(lambda: proxy.tunnels >= 2, "the proxy has logged both")
+        assert proxy.tunnels == 2
 
 
 def test_egress_wrong_password_is_named(
@@ -158,14 +168,45 @@ def test_egress_unreachable_proxy_is_named(
     assert "no connection to the proxy" in output
 
 
+@pytest.mark.parametrize("run_proxy", [http_proxy, squid_proxy])
 def test_egress_refused_tunnel_is_named(
-    vendor: Callable[..., Vendor], launch: Launch, tmp_path: Path
+    vendor: Callable[..., Vendor], launch: Launch, tmp_path: Path, run_proxy: Callable[..., Any]
 ) -> None:
     """A proxy that allows no tunnel to the upstream's port is named, with its status."""
     upstream = vendor()
-    with http_proxy(tmp_path, ports=(443,)) as proxy:
+    words = "the proxy refused the connection to the upstream (403)"
+    with run_proxy(tmp_path, ports=(443,)) as proxy:
         gate = launch(upstream.url, **settings(upstream, proxy=proxy.url))
-        assert "the proxy refused the connection to the upstream (403)" in problem(gate)
+        assert words in problem(gate)
+        status, output = checked(tmp_path, upstream.url, **variables(upstream, proxy))
+    assert (status, words in output) == (1, True)
+
+
+def test_egress_stopped_proxy_is_named(
+    simulator: Simulator, vendor: Callable[..., Vendor], launch: Launch, proxy: Proxy, tmp_path: Path
+) -> None:
+    """After a proxy has carried calls and has stopped, the problem says that it is not reached."""
+    upstream = vendor()
+    gate = launch(upstream.url, **settings(upstream, proxy=proxy.url))
+    assert gate.get(simulator.task()).status_code == 200
+    proxy.stop()
+    assert "no connection to the proxy" in problem(gate)
+    status, output = checked(tmp_path, upstream.url, **variables(upstream, proxy))
+    assert (status, "no connection to the proxy" in output) == (1, True)
+
+
+def test_egress_frozen_proxy_is_named(vendor: Callable[..., Vendor], proxy: Proxy, tmp_path: Path) -> None:
+    """A proxy that accepts connections and does not reply is named, too, when the time is over."""
+    upstream = vendor()
+    words = "the proxy did not connect to the upstream in time"
+    proxy.freeze()
+    with gateway(upstream.url, **settings(upstream, proxy=proxy.url, attempt_timeout_seconds=0.3)) as gate:
+        response = gate.get(fresh_id())
+        assert response.status_code == 504
+        assert words in response.json()["detail"]
+    short = {"SD_GATEWAY_UPSTREAM__ATTEMPT_TIMEOUT_SECONDS": "0.3"}
+    status, output = checked(tmp_path, upstream.url, **variables(upstream, proxy), **short)
+    assert (status, f"network: {words}; check" in output) == (1, True)
 
 
 def test_egress_upstream_that_refuses_connections_is_reported(launch: Launch, proxy: Proxy) -> None:
@@ -219,6 +260,8 @@ def test_egress_proxy_of_the_environment(vendor: Callable[..., Vendor], proxy: P
         ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": ".vendor.example"}, None),
         ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "*.example"}, None),
         ({"HTTPS_PROXY": "http://p:1", "no_proxy": "VENDOR.example:443"}, None),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": ".vendor.example:443"}, None),
+        ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "vendor.example:8443"}, ("http://p:1", "HTTPS_PROXY")),
         ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "dor.example"}, ("http://p:1", "HTTPS_PROXY")),
         ({"HTTPS_PROXY": "http://p:1", "NO_PROXY": "10.0.0.0/8,::1"}, ("http://p:1", "HTTPS_PROXY")),
     ],
@@ -237,13 +280,17 @@ def test_egress_environment(environ: dict[str, str], found: tuple[str, str] | No
         ("https://10.1.2.3", True),
         ("https://11.1.2.3", False),
         ("https://[fd00::1]", True),
+        ("https://[fe00::1]", True),
+        ("https://[fe00::1]:8443", False),
+        ("https://[fe00::2]", False),
+        ("https://[fe00::3]:1", True),
         ("https://localhost", True),
         ("https://127.1.2.3", True),
     ],
 )
 def test_egress_addresses_without_a_proxy(endpoint: str, *, excluded: bool) -> None:
     """no_proxy may list networks; a loopback address never has a proxy."""
-    environ = {"HTTPS_PROXY": "http://p:1", "NO_PROXY": "10.0.0.0/8, fd00::/16"}
+    environ = {"HTTPS_PROXY": "http://p:1", "NO_PROXY": "10.0.0.0/8, fd00::/16, [fe00::1]:443, [fe00::3]"}
     assert (find_proxy(Upstream(endpoint=endpoint), environ) is None) is excluded
 
 
@@ -252,7 +299,18 @@ def test_egress_invalid_proxy_is_named_without_its_password(proxy: str) -> None:
     """An invalid value stops the start; it is not repeated, because it may have a password."""
     with pytest.raises(SettingsError) as told:
         find_proxy(Upstream(), {"HTTPS_PROXY": proxy})
-    assert str(told.value) == "HTTPS_PROXY: must be an http, https or socks5 URL"
+    assert str(told.value) == f"HTTPS_PROXY: must be {PROXY_FORMS}"
+
+
+@pytest.mark.parametrize("password", ["p#word-1", "p/word-1", "p?word-1"])
+def test_egress_password_without_escapes_is_explained(password: str) -> None:
+    """A password with special characters ends the URL's host early: the message says how to write it."""
+    with pytest.raises(SettingsError) as told:
+        find_proxy(Upstream(), {"HTTPS_PROXY": f"http://user:{password}@proxy.example:3128"})
+    assert str(told.value).endswith(
+        'in its password, write "@" as %40, "/" as %2F, "#" as %23 and "?" as %3F'
+    )
+    assert "word-1" not in str(told.value)
 
 
 def test_egress_client_certificate(
@@ -276,7 +334,7 @@ def test_egress_client_certificate(
     assert (status, "OK: key, signature and clock accepted" in output) == (0, True)
     key.write_text("no key")
     status, output = checked(tmp_path, upstream.url, **env)
-    assert (status, str(cert) in output) == (2, True)
+    assert (status, f'{key}": has no private key in PEM format' in output) == (2, True)
 
 
 def test_egress_follows_a_new_authority(
@@ -315,4 +373,4 @@ def test_egress_unusable_file_stops_the_start(tmp_path: Path, name: str, content
         env["SD_GATEWAY_UPSTREAM__CLIENT_KEY_FILE"] = str(file)
     status, output = checked(tmp_path, "https://vendor.example", **env)
     assert status == 2
-    assert output.startswith(f"sd-gateway: upstream: {file}: ")
+    assert output.startswith(f'sd-gateway: SD_GATEWAY_UPSTREAM__{name.upper()}: upstream.{name} = "{file}": ')

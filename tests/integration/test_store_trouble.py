@@ -3,6 +3,9 @@
 import asyncio
 import json
 import re
+import socket
+import socketserver
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 import trustme
+from structlog.testing import capture_logs
 
 from gateway.domain.errors import UpstreamInvalid
 from gateway.settings.store_section import Store as StoreSettings
@@ -368,6 +372,60 @@ async def test_an_unknown_command_is_explained(hello: list[str], says: str) -> N
         assert (await problem_of({"url": f"valkey://{host}:{port}"})).startswith(says)
 
 
+class _OlderServer(socketserver.StreamRequestHandler):
+    """Forwards to a real server, and makes it look like one of another version."""
+
+    def handle(self) -> None:
+        """Forward one connection, in both directions."""
+        assert isinstance(self.server, _Older)
+        with socket.create_connection(("127.0.0.1", self.server.target)) as target:
+            back = threading.Thread(target=self._forward, args=(target, self.connection, self.server.replies))
+            back.start()
+            self._forward(self.connection, target, self.server.requests)
+            back.join()
+
+    def _forward(self, source: socket.socket, to: socket.socket, changes: dict[bytes, bytes]) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                for old, new in changes.items():
+                    data = data.replace(old, new)
+                to.sendall(data)
+        with suppress(OSError):
+            to.shutdown(socket.SHUT_RDWR)
+
+
+class _Older(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+    target: int
+    requests: dict[bytes, bytes]
+    replies: dict[bytes, bytes]
+
+
+@pytest.mark.parametrize(("version", "hello"), [("6.0.1", b"HELLO"), ("5.0.1", b"NOHEL")])
+def test_an_old_server_is_refused(
+    tmp_path: Path, simulator: Simulator, launch: Launch, version: str, hello: bytes
+) -> None:
+    """`serve` does not use a server that is too old, even if all commands work; it says so everywhere."""
+    with (
+        StoreServer(binary("redis"), tmp_path) as real,
+        _Older(("127.0.0.1", 0), _OlderServer) as older,
+        capture_logs() as lines,
+    ):
+        present = str(real.client.info()["redis_version"])
+        shown = version.ljust(len(present), "9")
+        older.target = real.port
+        older.requests, older.replies = {b"HELLO": hello}, {present.encode(): shown.encode()}
+        threading.Thread(target=older.serve_forever, daemon=True).start()
+        url = f"redis://127.0.0.1:{older.server_address[1]}"
+        says = f"the server is too old: Redis {shown}; Redis 6.2 or newer is required"
+        gate = launch(simulator.url, store={"url": url, "timeout_seconds": 1})
+        until(lambda: f"store: {says}" in gate.client.get("/readyz").json()["degraded"], "/readyz says it")
+        assert gate.metric("store_up") == 0
+        assert [line["reason"] for line in lines if line["event"] == "store_down"] == [says]
+        assert asyncio.run(problem_of({"url": url})) == says
+        older.shutdown()
+
+
 async def test_a_server_without_replies_is_slow(tmp_path: Path) -> None:
     """A server that accepts connections, and does not reply, is slow."""
     with StoreServer(binary("valkey"), tmp_path) as server:
@@ -450,7 +508,7 @@ async def test_certificates_of_the_server_are_explained(encrypted: Encrypted, tm
         ({}, ""),
         ({"ca_file": None}, untrusted),
         ({"ca_file": tmp_path / "other.pem"}, untrusted),
-        ({"ca_file": broken}, f"TLS: store.ca_file: {broken}: no certificate or crl found"),
+        ({"ca_file": broken}, f"TLS: store.ca_file: {broken}: has no certificate in PEM format"),
         ({"ca_file": missing}, f"TLS: store.ca_file: {missing}: No such file or directory"),
         (
             {"url": settings["url"].replace("127.0.0.1", "localhost")},
@@ -491,7 +549,7 @@ async def test_client_certificates_are_sent_and_read_again(
         (stranger, "TLS: the server rejects the client certificate of store.client_cert_file"),
         (client | {"client_key_file": stranger["client_key_file"]}, "TLS: store.client_cert_file: "),
         (client | {"client_cert_file": broken}, f"TLS: store.client_cert_file: {broken}: "),
-        (client | {"client_key_file": tmp_path / "none"}, "TLS: store.client_cert_file: "),
+        (client | {"client_key_file": tmp_path / "none"}, "TLS: store.client_key_file: "),
     ):
         said = await problem_of(encrypted.settings(**more))
         assert said.startswith(says)
@@ -517,7 +575,7 @@ async def test_an_encrypted_key_is_refused_without_a_question(encrypted: Encrypt
     encrypted.start(auth_clients="yes")
     files = encrypted.client("server") | {"client_key_file": tmp_path / "locked.key"}
     said = await problem_of(encrypted.settings(**files))
-    assert said.startswith(f"TLS: store.client_cert_file: {tmp_path}/server.pem: ")
+    assert said.startswith(f"TLS: store.client_key_file: {tmp_path}/locked.key: the private key is encrypted")
 
 
 async def test_client_certificates_work_in_a_cluster(tmp_path: Path) -> None:

@@ -208,8 +208,6 @@ def affects_all_operations(exc: BaseException) -> bool:
 
 def words_of_file_error(exc: OSError | ValueError) -> str:
     """Return which file cannot be used, and why."""
-    if isinstance(exc, ssl.SSLError):
-        return (exc.reason or "not in PEM format").replace("_", " ").lower()
     return f"{exc.filename}: {exc.strerror}" if isinstance(exc, OSError) and exc.strerror else str(exc)
 
 

@@ -22,7 +22,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import MovedError
 
-from gateway.settings.secret_files import check_bundle
+from gateway.settings.certificates import CertificateFileError, present, trust
 from gateway.settings.store_section import Store
 from gateway.stores.valkey.batches import CONNECTIONS
 from gateway.stores.valkey.failure_reasons import (
@@ -203,20 +203,12 @@ def tls_context(settings: Store) -> ssl.SSLContext:
 
     Raises: StoreFailure if a file cannot be used.
     """
-    name, file = "ca_file", settings.ca_file
     try:
-        if file is not None:
-            check_bundle(file)
-        context = ssl.create_default_context(cafile=file)
-        name, file = "client_cert_file", settings.client_cert_file
-        if file is not None:
-            check_bundle(file)
-            if settings.client_key_file is not None:
-                check_bundle(settings.client_key_file)
-            context.load_cert_chain(file, settings.client_key_file, password=lambda: "")
-    except (OSError, ValueError) as exc:
-        prefix = f"{file}: " if isinstance(exc, ssl.SSLError) else ""
-        raise StoreFailure(f"TLS: store.{name}: {prefix}{words_of_file_error(exc)}") from exc
+        context = trust(settings.ca_file, name="ca_file")
+        if settings.client_cert_file is not None and settings.client_key_file is not None:
+            present(context, settings.client_cert_file, settings.client_key_file)
+    except CertificateFileError as exc:
+        raise StoreFailure(f"TLS: store.{exc}") from exc
     return context
 
 

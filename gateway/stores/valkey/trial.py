@@ -10,7 +10,7 @@ from gateway.settings.store_section import Store
 from gateway.stores.valkey.diagnosis import explain
 from gateway.stores.valkey.scripts import PROBE
 from gateway.stores.valkey.servers import StoreServers, connect
-from gateway.stores.valkey.verification import server_version, too_old, verify
+from gateway.stores.valkey.verification import server_version, verify
 from gateway.telemetry.redaction import Redactor
 
 _SECONDS = 5.0  # for all steps
@@ -38,10 +38,10 @@ async def try_store(settings: Store, *, redactor: Redactor) -> Outcome:
             seconds = min([await _write(servers) for _ in range(_WRITES)])
     except Exception as exc:  # noqa: BLE001  # an invalid reply may cause any exception in redis-py
         return Outcome(await explain(settings, exc))
-    problem = too_old(server)
+    problem = ""
     if seconds > settings.timeout_seconds:
         limit = f"store.timeout_seconds is {settings.timeout_seconds:g}"
-        problem = problem or f"slow: a test write took {seconds:.3f} s, and {limit}"
+        problem = f"slow: a test write took {seconds:.3f} s, and {limit}"
     return Outcome(problem, server, seconds)
 
 

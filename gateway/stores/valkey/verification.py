@@ -45,14 +45,17 @@ async def verify(servers: StoreServers) -> None:
             rules += missing
     if rules:
         raise StoreFailure(missing_permissions(list(dict.fromkeys(rules))))
+    if problem := too_old(await server_version(servers)):
+        raise StoreFailure(problem)
 
 
 async def server_version(servers: StoreServers) -> str:
     """Return name and version of the server; "" if the user has no permission to ask. Raises: ERRORS."""
     try:
         return _version(await _hello(servers))
-    except ResponseError:
-        return ""
+    except ResponseError as exc:
+        # HELLO exists since Redis 6.0; some managed servers do not have it.
+        return await _version_in_info(servers) if is_unsupported(exc) else ""
 
 
 def too_old(version: str) -> str:
@@ -138,6 +141,16 @@ async def _hello(servers: StoreServers) -> dict[str, str]:
     if not isinstance(reply, list):
         return {}
     return {_text(name): _text(value) for name, value in zip(reply[::2], reply[1::2], strict=False)}
+
+
+async def _version_in_info(servers: StoreServers) -> str:
+    client: Any = servers.client
+    node = {"target_nodes": client.get_random_node()} if isinstance(client, RedisCluster) else {}
+    try:
+        about = await client.info("server", **node)
+    except ResponseError:
+        return ""
+    return _version({"server": "redis", "version": str(about.get("redis_version", ""))})
 
 
 def _version(about: dict[str, str]) -> str:

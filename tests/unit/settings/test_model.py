@@ -11,7 +11,7 @@ from pydantic import BaseModel, SecretStr
 
 from gateway.domain.task import Operation
 from gateway.settings.loading import load
-from gateway.settings.model import Settings, SettingsError
+from gateway.settings.model import PROXY_FORMS, Settings, SettingsError
 from gateway.settings.secret_text import InvalidSecret
 
 Load = Callable[..., Settings]
@@ -815,7 +815,8 @@ def test_url_that_is_no_valid_secret_is_hidden(mistakes: Callable[..., list[str]
 )
 def test_proxy_that_is_no_url_is_named_with_its_source(tmp_path: Path, proxy: str, shown: str) -> None:
     """A bad proxy is reported like every other setting, with file and line, or with its variable."""
-    said = f'upstream.proxy = {shown}: must be an http, https or socks5 URL, or "direct"'
+    hint = "; the scheme is missing" if proxy == "p:3128" else ""
+    said = f'upstream.proxy = {shown}: must be {PROXY_FORMS}, or "direct"{hint}'
     file = tmp_path / "gateway.toml"
     file.write_text(f"[upstream]\n\nproxy = {json.dumps(proxy)}\n")
     with pytest.raises(SettingsError) as caught:
@@ -857,3 +858,12 @@ def test_store_reports_errors_in_its_settings(
     """Every error is one line without a password."""
     [line] = mistakes(**{f"SD_GATEWAY_STORE__{name.upper()}": value for name, value in store.items()})
     assert line.startswith(mistake)
+
+
+@pytest.mark.parametrize("host", ["http://127.0.0.1", "127.0.0.1:8080", "[::1]", "[::1]:80", "a b", "a/b"])
+def test_host_with_other_parts_of_a_url_is_refused(host: str) -> None:
+    """A scheme, port or bracket in server.host stops the start, because no name resolves with it."""
+    with pytest.raises(SettingsError) as caught:
+        load(None, {"SD_GATEWAY_SERVER__HOST": host})
+    said = "must be a host name or an IP address, without scheme, port and brackets"
+    assert caught.value.mistakes == [f'SD_GATEWAY_SERVER__HOST: server.host = "{host}": {said}']
