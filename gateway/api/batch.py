@@ -109,7 +109,10 @@ class BatchEndpoint:
         client = client_key(scope)
         # Concurrency is bounded by the maximum number of tasks per request and by `upstream.max_in_flight`.
         reads = asyncio.gather(
-            *(self._service.get(key, client=client, seen_revision=seen.get(key, 0)) for key in missing)
+            *(
+                self._service.get_after_miss(key, client=client, seen_revision=seen.get(key, 0))
+                for key in missing
+            )
         )
         outcomes = cached | dict(zip(missing, await while_connected(scope, receive, reads), strict=True))
         return [outcome for outcome in outcomes.values() if outcome is not None]

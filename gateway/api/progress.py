@@ -62,17 +62,17 @@ class ProgressEndpoint:
         else:
             seen_revision = self._seen_revision(key, if_none_match)
             hit = self._service.lookup(key, seen_revision)
-            outcome = hit or await self._read(scope, receive, key, seen_revision)
+            outcome = hit or await self._read_after_miss(scope, receive, key, seen_revision)
         status, values, body = build_response(record_outcome(scope, outcome), if_none_match)
         headers += zip(HEADER_NAMES[status], values, strict=True)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
-    async def _read(
+    async def _read_after_miss(
         self, scope: Scope, receive: Receive, key: TaskKey, seen_revision: int
     ) -> LookupResult | LookupFailure:
         """Return the result for the task. Raises: ClientDisconnect when the client disconnects first."""
-        result = self._service.get(key, client=client_key(scope), seen_revision=seen_revision)
+        result = self._service.get_after_miss(key, client=client_key(scope), seen_revision=seen_revision)
         return await while_connected(scope, receive, result)
 
     def _seen_revision(self, key: TaskKey, if_none_match: str | None) -> int:
@@ -120,7 +120,7 @@ class ProgressEndpoint:
         else:
             # There is no current snapshot. Like any lookup, join the schedule's in-flight request, or start
             # one if the schedule backs off after a failure.
-            return await self._read(scope, receive, key, seen_revision)
+            return await self._read_after_miss(scope, receive, key, seen_revision)
         self._service.count_lookup(outcome)
         return outcome
 

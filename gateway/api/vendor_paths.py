@@ -61,7 +61,7 @@ class VendorEndpoint:
     async def _envelope(self, scope: Scope, receive: Receive, key: TaskKey) -> tuple[bytes, Headers]:
         outcome: LookupResult | LookupFailure | None = self._service.lookup(key)
         if outcome is None:
-            read = self._service.get(key, client=client_key(scope))
+            read = self._service.get_after_miss(key, client=client_key(scope))
             outcome = await while_connected(scope, receive, read)
         try:
             result = record_outcome(scope, outcome)

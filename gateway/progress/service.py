@@ -148,9 +148,13 @@ class ProgressService:
         response.
         """
         result = self.lookup(key, seen_revision)
-        if result is None and await self._store.catch_up():
-            result = self.lookup(key, seen_revision)
-        if result is not None:
+        return result or await self.get_after_miss(key, client=client, seen_revision=seen_revision)
+
+    async def get_after_miss(
+        self, key: TaskKey, *, client: bytes = b"", seen_revision: int = 0
+    ) -> LookupResult | LookupFailure:
+        """Do the same as `get`, for a caller to which `lookup` has just returned None."""
+        if await self._store.catch_up() and (result := self.lookup(key, seen_revision)) is not None:
             return result
         outcome = await self._wait(key, client, seen_revision=seen_revision)
         self._metrics.count(key.operation, outcome.cache_status)

@@ -171,7 +171,8 @@ class MemoryStore:
 
     async def commit(self, lease: Lease, build: Callable[[Snapshot | None], Snapshot]) -> Snapshot | None:
         """See `Store.commit`."""
-        return self.put(build(self.last_known(lease.key)))
+        entry = self.entry(lease.key)
+        return self._put(build(None if entry is None else entry.snapshot), entry, fetched_here=True)
 
     async def store_failure(self, lease: Lease, error: GatewayError, *, seconds: float) -> None:
         """See `Store.store_failure`."""
@@ -203,7 +204,10 @@ class MemoryStore:
 
     def put(self, snapshot: Snapshot, *, fetched_here: bool = True) -> Snapshot:
         """Store a snapshot as `commit` does, but without a lease."""
-        entry = self.entry(snapshot.key)
+        return self._put(snapshot, self.entry(snapshot.key), fetched_here=fetched_here)
+
+    def _put(self, snapshot: Snapshot, entry: CacheEntry | None, *, fetched_here: bool) -> Snapshot:
+        """Store a snapshot in place of `entry`, unless that one is newer or the task has ended."""
         kept = None if entry is None else entry.snapshot
         # A terminal status is final, whatever the versions. Replicas without a connection to a shared store
         # (`ValkeyStore`) do not know each other's versions.
