@@ -36,7 +36,7 @@ from gateway.domain.task import Operation, TaskKey
 from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.circuit_breaker import CircuitBreaker, State
-from gateway.upstream.concurrency_slot import ConcurrencySlot
+from gateway.upstream.concurrency_limit import ConcurrencyLimit
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.hedging import Hedging, LaterCallAnswered
@@ -95,7 +95,7 @@ class UpstreamClient:
         self._signed_requests = signed_requests
         self._rotation = rotation
         self._metrics = metrics
-        self._concurrency_limit = asyncio.Semaphore(settings.max_in_flight)
+        self._concurrency_limit = ConcurrencyLimit(settings.max_in_flight)
         metrics.upstream_in_flight_limit.set(settings.max_in_flight)
         self._retry_policy = RetryPolicy(settings.retries)
         self._rate_limiter = RateLimiter(settings.requests_per_second, take_shared=take_permits)
@@ -259,8 +259,7 @@ class UpstreamClient:
             await asyncio.sleep(0)  # `on_unwanted` has cancelled this task: CancelledError is raised here
         make_timeout_error = query.state.make_timeout_error
         query.state.make_timeout_error = _concurrency_error if permit.sent_at is None else make_timeout_error
-        await self._concurrency_limit.acquire()
-        slot = ConcurrencySlot(self._concurrency_limit)
+        slot = await self._concurrency_limit.acquire(state, is_refresh=query.is_refresh)
         try:
             began = self._check_before_sending(query, permit)
             query.state.make_timeout_error = make_timeout_error

@@ -2,7 +2,7 @@
 
     acquire -> a token is available and no query is queued  -> permit
             -> the expected wait is longer than the timeout -> RateLimiterExhausted, at once
-            -> else wait in the queue (`permit_queue.py`)   -> permit
+            -> else wait in the queue (`query_queue.py`)   -> permit
 
 If replicas share a rate limit, a query also needs a shared permit (`shared_permits.py`). A permit is used for
 one call, and for the repeats of this call with a corrected clock or another key pair. A retry and a hedged
@@ -23,7 +23,7 @@ import structlog
 
 from gateway.domain.errors import RateLimiterExhausted, UpstreamRejected, UpstreamThrottled
 from gateway.upstream.adaptive_limit import AdaptiveLimit
-from gateway.upstream.permit_queue import PermitQueue, QueuedQuery
+from gateway.upstream.query_queue import QueryQueue, QueuedQuery
 from gateway.upstream.query_state import QueryState
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
@@ -111,7 +111,7 @@ class RateLimiter:
         self._limit = AdaptiveLimit(requests_per_second or math.inf)
         self._clock = clock
         self._call_later = call_later
-        self._queue = PermitQueue()
+        self._queue = QueryQueue()
         self._permits: set[Permit] = set()  # outstanding
         self._tokens = 1.0
         self._refilled_at = clock()
