@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation
-from gateway.progress.results import CacheStatus
+from gateway.progress.outcomes import CacheStatus
 from gateway.telemetry.metrics import Metrics
 
 

@@ -12,7 +12,7 @@
 
 An in-flight request is the query for a task with the steps before and after the query (`fetching.py`). A
 query *counts as queued* from the first call of its `on_expected_wait`; see `RateLimiter.acquire`.
-`overdue.py` decides whether a query takes too long. The update of the task is then *overdue*.
+`overdue_updates.py` decides whether a query takes too long. The update of the task is then *overdue*.
 
 Until a task has ended, a caller may receive a snapshot older than its lifetime +
 `cache.stale_while_revalidate_seconds` only while the update of the task is overdue, or while the query counts
@@ -30,11 +30,11 @@ from gateway.domain.errors import GatewayError, UpstreamTimeout
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
 from gateway.progress.fetching import Fetcher, queued_future_of
-from gateway.progress.in_flight import InFlightRequests
+from gateway.progress.in_flight_requests import InFlightRequests
 from gateway.progress.lookup_metrics import LookupMetrics
-from gateway.progress.overdue import OverdueUpdates
+from gateway.progress.outcomes import CacheStatus, FetchOutcome, LookupFailure, LookupResult
+from gateway.progress.overdue_updates import OverdueUpdates
 from gateway.progress.refresh_ahead import RefreshAhead
-from gateway.progress.results import CacheStatus, FetchOutcome, LookupFailure, LookupResult
 from gateway.settings.model import Cache as CacheSettings
 from gateway.stores.base import CacheEntry, Requirement, Store
 from gateway.telemetry.metrics import Metrics
@@ -187,8 +187,8 @@ class ProgressService:
     def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, but count no lookup and start no refresh.
 
-        The result is the same as in `lookup`, except while the update of the task is overdue. Then the result
-        has the reason as its failure, and the maximum age is `cache.stale_if_error_seconds`.
+        `lookup` serves an old snapshot instead of a cached failure (stale-if-error). This method does so for
+        each error because of which the update is overdue, so also while a query takes too long.
         """
         entry = self._store.current_entry(key)
         if entry is None:
@@ -200,7 +200,7 @@ class ProgressService:
         return (
             LookupResult(snapshot, age, CacheStatus.HIT)
             if age < snapshot.lifetime
-            else self._stale_result(snapshot, age, self.overdue_updates.reason(key))
+            else self._stale_result(snapshot, age, self.overdue_updates.error(key))
         )
 
     async def catch_up_with_replicas(self) -> None:
@@ -321,7 +321,9 @@ class ProgressService:
         if request.done():
             return request.result()
         state.keep_without_callers = True  # the query continues
-        return FetchOutcome(queued.result() if queued.done() else self.overdue_updates.error_of(state))
+        return FetchOutcome(
+            queued.result() if queued.done() else self.overdue_updates.error_of_slow_query(state)
+        )
 
     def _stale_if_error(
         self,
