@@ -308,12 +308,14 @@ class ProgressService:
         Without `wait_until_done`, return an error as soon as the rate limiter queues the query, or as soon as
         the query takes so long that the update is overdue. The query continues.
         """
-        request = self._in_flight.start(key, requirement=Requirement(seen_revision=seen_revision))
+        state = self._in_flight.query_state(key)
+        # A new in-flight request must satisfy all callers that wait, not only the one that starts it.
+        state.seen_revision = max(state.seen_revision, seen_revision)
+        request = self._in_flight.start(key, requirement=Requirement(seen_revision=state.seen_revision))
         if wait_until_done:
             return await asyncio.shield(request)
         if request.done():  # it ended in this iteration of the event loop
             return request.result()
-        state = self._in_flight.query_state(key)
         queued = queued_future_of(state)
         taken = max(self._clock() - state.began_at, 0.0)  # 0.0 before it runs: `began_at` is then infinite
         timeout = max(self.overdue_updates.overdue_after_seconds - taken, 0.0)

@@ -37,7 +37,8 @@ class QueryState:
     """The callers of one task, and the state of its query. It may outlive an in-flight request.
 
     Attributes:
-        clients: Number of waiting callers, by client. `begin` resets all other attributes.
+        clients: Number of waiting callers, by client.
+        seen_revision: The newest revision that a caller has seen. `begin` resets all attributes below.
         in_flight: A request is in flight.
         keep_without_callers: The request is kept even if no caller waits, because the gateway needs the
             response.
@@ -66,10 +67,12 @@ class QueryState:
         "on_unwanted",
         "queue_entry",
         "queued_future",
+        "seen_revision",
     )
 
     def __init__(self, *, keep_without_callers: bool = False) -> None:
         self.clients: dict[bytes, int] = {}
+        self.seen_revision = 0
         self.begin(keep_without_callers=keep_without_callers)
         self.in_flight = False
 
@@ -79,7 +82,7 @@ class QueryState:
         keep_without_callers: bool = False,
         on_unwanted: Callable[[QueryState], None] = lambda _: None,
     ) -> None:
-        """Reset everything but `clients` for a new in-flight request."""
+        """Reset everything but `clients` and `seen_revision` for a new in-flight request."""
         self.on_unwanted = on_unwanted
         self.in_flight = True
         self.keep_without_callers = keep_without_callers

@@ -1314,6 +1314,24 @@ async def test_get_joins_no_request_that_is_older_than_the_client(bench: Bench) 
     assert bench.upstream.count == 2
 
 
+async def test_one_request_satisfies_all_clients_that_wait(bench: Bench) -> None:
+    """Each client has seen another revision, and the request in flight is too old for all of them."""
+    asked = bench.begin()
+    first = await bench.upstream.call()
+    late = [
+        asyncio.create_task(bench.service.get(KEY, seen_revision=revision))
+        for revision in range(2**52, 2**52 + 10)
+    ]
+    await asyncio.sleep(0)
+    first.answer(progress=0.1)
+    await asked
+    (await bench.upstream.call()).answer(progress=0.2)
+    for outcome in await asyncio.gather(*late):
+        assert isinstance(outcome, LookupResult)
+        assert data_of(outcome)["progress"] == 0.2
+    assert bench.upstream.count == 2
+
+
 class OutdatedStore(MemoryStore):
     """A store that offers its first snapshot whatever is required."""
 
