@@ -8,7 +8,8 @@ import pytest
 from playwright.sync_api import expect
 
 from gateway.api.problems import PROBLEMS
-from gateway.domain.errors import CredentialsRefused, KeyPairMissing, UpstreamInvalid
+from gateway.cli.watch_words import problem_title
+from gateway.domain.errors import CredentialsRefused, KeyPairMissing, RequestError, UpstreamInvalid
 from tests.browser.chromium import PAGE_FILES, QUICK, Tab, faults, in_browser
 from tests.support.harness import Gateway, Simulator
 
@@ -71,13 +72,12 @@ def test_page_says_that_there_are_no_credentials(launch: Launch, simulator: Simu
     expect(tab.card("task")).not_to_contain_text(PROBLEMS[CredentialsRefused][1])
 
 
-def test_page_words_every_problem_of_the_upstream_like_the_gateway() -> None:
-    """A batch has only the code of a failure: the page's title for it is that of the problem document."""
-    titles = dict(re.findall(r'"(upstream-[a-z]+)": "([^"]+)"', PAGE_FILES["words.js"]))
-    upstream = {kind: title for kind, (_, title) in PROBLEMS.items() if kind.code.startswith("upstream-")}
-    assert titles.keys() == {kind.code for kind in upstream}
-    for code, title in titles.items():
-        assert title in {other for kind, other in upstream.items() if kind.code == code}
+def test_page_words_every_overdue_update_like_the_gateway() -> None:
+    """A batch has only the code of a failure: the page's title for it is the terminal's."""
+    table = PAGE_FILES["words.js"].partition("PROBLEM_TITLE = {")[2].partition("}")[0]
+    titles = dict(re.findall(r'"?([a-z-]+)"?: "([^"]+)"', table))
+    codes = {kind.code for kind in PROBLEMS if not issubclass(kind, RequestError)}
+    assert titles == {code: problem_title(code) for code in codes}
 
 
 def test_page_shows_three_times(simulator: Simulator, quick: Gateway, tab: Tab) -> None:

@@ -501,7 +501,7 @@ def test_watch_says_that_updates_are_overdue(tmp_path: Path) -> None:
     """`event: stale` is shown with its age and reason, in a terminal, in a pipe and as JSON."""
     resume = threading.Event()
     head = answer(b"", "content-type: text/event-stream", "connection: close")
-    resumed = event("stale", taskId="A", api="sd", stale=None, ageSeconds=0, title="")
+    resumed = event("stale", taskId="A", api="sd", stale=None, ageSeconds=0, title=None)
 
     def behave(connection: socket.socket, _: Request) -> None:
         connection.sendall(head + STALE)
