@@ -100,7 +100,7 @@ def watch(options: WatchOptions) -> bool:
         raise
     finally:
         session.close()
-    session.say_errors()
+    session.say_rest()
     if ending:
         session.say(f"{ending}; {session.describe()}")
     return not ending and session.succeeded
@@ -123,6 +123,7 @@ class _Session:
         self._reading = True
         self._errors: list[str] = []  # of images
         self._saved: set[str] = set()  # tasks whose images are saved
+        self._file_count = 0
         self._saver: ImageSaver | None = None
         if options.save is not None:
             self._saver = ImageSaver(
@@ -182,9 +183,12 @@ class _Session:
         """Write a message to standard error."""
         sys.stderr.write(f"sd-gateway: {printable(text)}\n")
 
-    def say_errors(self) -> None:
-        """Write what the lines on the screen may not show in full: the reasons of failures."""
+    def say_rest(self) -> None:
+        """Write what the lines on the screen may not show in full: where images are, reasons of failures."""
         if self._live is not None:
+            if self._file_count:
+                noun = "image" if self._file_count == 1 else "images"
+                self.say(f"{self._file_count} {noun} saved in {self._options.save}")
             for task in self._display.cut_tasks(self._console.width):
                 if not task.succeeded:
                     self.say(f"{task.task_id}: {self._tasks.line(task)}")
@@ -307,6 +311,7 @@ class _Session:
     def _handle_saved(self, saved: Saved) -> None:
         assert self._saver is not None  # noqa: S101  # it has sent the message
         self._saver.unfinished -= 1
+        self._file_count += len(saved.files)
         task = self._tasks.find(saved.task_id)
         assert task is not None  # noqa: S101  # as above
         files = ", ".join(map(str, saved.files))

@@ -101,7 +101,7 @@ class WatchedTask:
         if self.stale:
             age = self.stale.age_seconds + now - self._stale_at
             parts.append(f"last update {ago(age)}: {self.stale_title}")
-        elif self.progress.message:
+        elif self.progress.message and not self.images:
             parts.append(self.progress.message)
         if self.images:
             parts.append(self.images)

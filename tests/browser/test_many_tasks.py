@@ -58,6 +58,8 @@ def test_page_finds_ids_in_texts_of_services(tab: Tab, quick: Gateway) -> None:
     vendor = "01j5t2qx82323pswaqykz9eq4"
     [one] = tab.page.evaluate(script, [f"2026-11-28 10:00:00 please look at {vendor} and {vendor[:20]}"])
     assert one["taskIds"] == [vendor, vendor[:20]]
+    [listed] = tab.page.evaluate(script, [f"first\n{vendor}"])
+    assert listed["taskIds"] == ["first", vendor]
 
 
 def test_page_says_that_there_is_no_id(quick: Gateway, tab: Tab) -> None:

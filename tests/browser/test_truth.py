@@ -119,9 +119,9 @@ def test_page_offers_the_other_api_for_an_unknown_task(
     tab.open(quick.url, "mistyped")
     expect(tab.card("mistyped").locator(".status")).to_have_text("Not found")
     expect(tab.card("mistyped")).to_contain_text("Not found: the vendor does not know this ID")
-    simulator.script("mistyped", status="running", progress=0.5)
     tab.card("mistyped").get_by_role("button", name="Try as ComfyUI").click()
     expect(tab.page).to_have_url(f"{quick.url}/?taskId=mistyped&api=comfy")
+    simulator.script("mistyped", status="running", progress=0.5)
     expect(tab.bar("mistyped")).to_have_attribute("aria-valuenow", "50")
 
 

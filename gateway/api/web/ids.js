@@ -12,7 +12,7 @@ const LABEL = /\btask[\s_-]*ids?\s*[:=]/gi;
 // taskId: one, task_id=one, as in YAML, logs and JavaScript. "Task ID:" often precedes a list.
 const ASSIGNED = /\btask[_-]?id["']?\s*[:=]\s*["']?([A-Za-z0-9_-]+)/gi;
 const HEADING = /^task[_-]?ids?$/i; // of a table
-const NOISE = /^(?:\p{L}+|[\d:.TZ+-]+)$/u; // a word or a time beside IDs of the vendor
+const NOISE = /^(?:\p{L}+|[\d:.TZ+-]+)$/u; // a word or a time, in a line with an ID of the vendor
 // Names of JSON members, the surest first: of the ID of a task; of something that may be one.
 const TASK_ID = /^task[_-]?ids?$/i;
 const MAYBE_ID = /^(?:tasks?|jobs?|prompts?|(?:(?:job|prompt)[_-]?)?ids?)$/i;
@@ -27,12 +27,15 @@ export function readIds(text) {
   const found = { candidates: [], foreign: [], api: null, rest: idsInJson(clean) ?? clean };
   takeAddresses(found);
   takeMembers(found);
-  const words = found.rest.replace(LABEL, " ").replace(BULLET, " ").split(SEPARATORS)
-    .map((word) => word.replace(/^[.:=]+|[.:=!?]+$/g, "")).filter((word) => /[\p{L}\p{N}]/u.test(word));
   // Beside addresses and JSON, words such as "curl" or "status" are no IDs, unless they look like the vendor's.
   const structured = found.candidates.length > 0;
-  const isNoise = words.some((word) => LIKE_VENDOR.test(word)) ? (word) => NOISE.test(word) : () => false;
-  found.candidates.push(...words.filter((word) => (structured ? LIKE_VENDOR.test(word) : !isNoise(word) && !HEADING.test(word))));
+  for (const line of found.rest.replace(LABEL, " ").replace(BULLET, " ").split("\n")) {
+    const words = line.split(SEPARATORS)
+      .map((word) => word.replace(/^[.:=]+|[.:=!?]+$/g, "")).filter((word) => /[\p{L}\p{N}]/u.test(word));
+    const hasVendors = words.some((word) => LIKE_VENDOR.test(word));
+    found.candidates.push(...words.filter((word) => (structured
+      ? LIKE_VENDOR.test(word) : !HEADING.test(word) && !(hasVendors && NOISE.test(word)))));
+  }
   const unique = [...new Set(found.candidates)];
   return {
     taskIds: unique.filter((one) => VALID.test(one)),
