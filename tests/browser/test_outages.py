@@ -39,6 +39,7 @@ from tests.support.storeserver import StoreServer, binary
 pytestmark = [in_browser, needs("tmux")]
 Launch = Callable[..., Gateway]
 
+HEARTBEAT = {"heartbeat_seconds": 0.5}  # ends the thread that reads the stream
 REPORT = ROOT / ".cache" / "outages"
 # Records each change of what the page says: the card, the state of the connection, the banner.
 _RECORD = """
@@ -216,7 +217,7 @@ def test_all_four_say_that_the_upstream_fails(
     code = "upstream-unreachable" if outage == "unreachable" else FAULTS[outage][1]
     title = problem_title(code)
     with outage_of(simulator, outage) as (url, begin, end):
-        gate = launch(url)
+        gate = launch(url, watch=HEARTBEAT)
         task = fresh_id()
         simulator.script(task, status="running", progress=0.5)
         with scene(gate, tab, tmp_path, task) as all_four:
@@ -240,7 +241,7 @@ def test_page_and_watch_say_that_the_store_is_lost(
 ) -> None:
     """Both repeat what `/readyz` says. Updates continue, so that a batch and a stream call nothing old."""
     with StoreServer(binary("valkey"), tmp_path) as server:
-        gate = launch(simulator.url, store={"url": server.url})
+        gate = launch(simulator.url, store={"url": server.url}, watch=HEARTBEAT)
         until(lambda: gate.metric("store_up") == 1, "the store is connected")
         with scene(gate, tab, tmp_path, simulator.task()) as all_four:
             server.kill()
