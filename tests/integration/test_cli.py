@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -220,9 +222,18 @@ def test_cli_config_shows_no_secret(tmp_path: Path) -> None:
     status, output = run("config", "--config", "gw.toml", cwd=tmp_path, env=env)
     assert status == 0
     assert "hush" not in output
-    assert re.search(r"^credentials\.next_secret_key = \(hidden\) +# gw\.toml:3$", output, re.MULTILINE)
-    assert re.search(r'^store\.url = "valkey://\(hidden\)@v" +# gw\.toml:5$', output, re.MULTILINE)
-    assert 'upstream.proxy = "http://(hidden)@proxy:3128"' in output
+    assert re.search(r'^# credentials\.next_secret_key = "\(hidden\)" +# gw\.toml:3$', output, re.MULTILINE)
+    assert re.search(r'^# store\.url = "valkey://\(hidden\)@v" +# gw\.toml:5$', output, re.MULTILINE)
+    assert '# upstream.proxy = "http://(hidden)@proxy:3128"' in output
+    assert {"access_key", "secret_key"}.isdisjoint(tomllib.loads(output)["credentials"])
+    (tmp_path / "copy.toml").write_text(output)
+    copy, original = load(tmp_path / "copy.toml", {}), load(tmp_path / "gw.toml", env)
+    unset = {"credentials": type(original.credentials)()}
+    unset |= {
+        section: getattr(original, section).model_copy(update={key: getattr(getattr(copy, section), key)})
+        for section, key in (("store", "url"), ("upstream", "proxy"))
+    }
+    assert copy == original.model_copy(update=unset)
 
 
 # --- serve ------------------------------------------------------------------------------------------------
@@ -693,6 +704,10 @@ def test_cli_demo_runs_and_stops_both_processes(tmp_path: Path) -> None:
         assert process.says(r"Open in a browser: +(\S+)").startswith(
             f"http://127.0.0.1:{port}/?taskId=demo-1&"
         )
+        program = process.says(r"Watch here: +(\S+) watch demo-1 demo-2 --gateway")
+        assert shutil.which(program), "a shell finds the program"
+        pasted = process.says(r"Paste there: +(\[.*\])")
+        assert [task["taskId"] for task in json.loads(pasted)] == ["demo-2", "demo-6", "demo-7"]
         process.says("Stop: +Ctrl-C")
         with plain_client("") as client:
             seen = {client.get(url).json()["progress"]}
