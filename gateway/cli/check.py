@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import httpx
 from prometheus_client import CollectorRegistry
 
 from gateway.domain.errors import (
@@ -23,6 +22,7 @@ from gateway.domain.errors import (
     TimestampRefused,
     UpstreamRejected,
     UpstreamTimeout,
+    UpstreamUnreachable,
 )
 from gateway.domain.task import TaskKey
 from gateway.settings.extras import describe_missing
@@ -36,7 +36,6 @@ from gateway.upstream.credentials import Credentials, CredentialSlot
 from gateway.upstream.header_values import parse_http_date
 from gateway.upstream.signed_request import RawResponse, SignedRequests
 from gateway.upstream.signing import string_to_sign
-from gateway.upstream.transport import explain_connect_error
 
 _CLOCK_ACCURACY_SECONDS = 1.0  # of a Date header
 PROBE_TASK = "0" * 26  # has the form of a task ID, but belongs to no task
@@ -97,11 +96,8 @@ async def _check_upstream(settings: Settings, *, redactor: Redactor, user_agent:
                 network = f"{exc}; check upstream.endpoint and any firewall"
                 return Finding(ok=False, lines=[*lines, f"network: {network}"])
             except GatewayError as exc:
-                cause = exc.__cause__
-                why = explain_connect_error(cause) if isinstance(cause, httpx.TransportError) else ""
-                known = why and str(exc).endswith(why)
-                network = str(exc) if known else f"{exc}; {why or 'check upstream.endpoint'}"
-                return Finding(ok=False, lines=[*lines, f"network: {network}"])
+                hint = "" if isinstance(exc, UpstreamUnreachable) else "; check upstream.endpoint"
+                return Finding(ok=False, lines=[*lines, f"network: {exc}{hint}"])
             # A second pair uses the same connection, so the first call shows what a connection costs.
             timing = timing or list(_timing(exchange, time.perf_counter() - started))
             finding = _evaluate(calls, key, exchange)

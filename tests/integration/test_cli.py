@@ -500,7 +500,7 @@ def test_cli_check_explains_network_errors(tmp_path: Path, simulator: Simulator)
     assert "network: the upstream did not answer in time" in output
     status, output = checked(tmp_path, pair(f"http://127.0.0.1:{free_port()}"))
     assert status == 1
-    assert "network: the upstream could not be reached (ConnectError); connection refused" in output
+    assert "network: the upstream could not be reached: connection refused, or blocked" in output
 
 
 def test_cli_check_explains_each_connection_error(tmp_path: Path, simulator: Simulator) -> None:

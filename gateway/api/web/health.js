@@ -50,6 +50,6 @@ async function read() {
 function sentence(trouble) {
   if (trouble === "no credentials") return NO_CREDENTIALS;
   if (trouble === "draining") return "The gateway is shutting down";
-  const code = /^upstream: (\S+)$/.exec(trouble)?.[1];
-  return UPSTREAM_PROBLEM[code] ?? upperFirst(trouble);
+  const [, code, cause = ""] = /^upstream: ([^\s:]+)(: .*)?$/.exec(trouble) ?? [];
+  return code in UPSTREAM_PROBLEM ? UPSTREAM_PROBLEM[code] + cause : upperFirst(trouble);
 }
