@@ -23,7 +23,6 @@ pair, and `credential_rotation.py` handles this.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -34,7 +33,7 @@ import structlog
 from pydantic import SecretStr
 
 from gateway.settings.model import Credentials as CredentialSettings
-from gateway.settings.secret_files import read_secret
+from gateway.settings.secret_files import describe_read_error, read_secret
 from gateway.settings.secret_text import SecretText, setting_text
 from gateway.settings.value_text import toml_value
 from gateway.telemetry.metrics import Metrics
@@ -200,16 +199,14 @@ class _KeySource(NamedTuple):
             return setting_text(self.value)
         try:
             return read_secret(self.file)
-        except PermissionError:
-            raise self.fault(
-                f"permission denied; user {os.geteuid()} must be able to read the file and enter its folder"
-            ) from None
+        except PermissionError as exc:
+            raise self.fault(describe_read_error(exc)) from None
         except OSError as exc:
             if not was_read and not self.file.is_absolute():
                 # A common mistake is the key itself as the file name. `/readyz` shows this text to everyone.
                 problem = "no such file in the working directory; is the value the key itself?"
                 raise UnusableKey(f"{self.name}: {problem}") from None
-            raise self.fault(f"{exc.strerror}; {self._expected}") from None
+            raise self.fault(f"{describe_read_error(exc)}; {self._expected}") from None
         except ValueError as exc:
             raise self.fault(f"{str(exc).rpartition(': ')[2]}; {self._expected}") from None
 
