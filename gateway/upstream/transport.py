@@ -17,6 +17,8 @@ from typing import Protocol
 
 import httpx
 
+CLOSED_TOO_EARLY = "the connection was closed too early"
+RESET = "the connection was reset"
 _WRONG_NAME = {62, 64}  # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH
 _ANOTHER_HOST = "it is for another host name"
 _CLIENT_CERTIFICATE = "upstream.client_cert_file"
@@ -116,7 +118,7 @@ def explain_failure(error: httpx.TransportError) -> str:
         return "connection refused, or blocked by a firewall"
     if isinstance(error, httpx.RemoteProtocolError):
         closed = _CLOSED.search(str(error))
-        return "the connection was closed too early" if closed else "the response is not valid HTTP"
+        return CLOSED_TOO_EARLY if closed else "the response is not valid HTTP"
     return "the connection broke"
 
 
@@ -133,7 +135,7 @@ def _explain_cause(cause: BaseException) -> str:
         case socket.gaierror() | UnicodeError():  # IDNA refuses the name
             words = "host name not found"
         case ConnectionResetError():
-            words = "the connection was reset"
+            words = RESET
     return words
 
 
