@@ -8,9 +8,9 @@ import pytest
 from playwright.sync_api import expect
 
 from gateway.api.problems import PROBLEMS
-from gateway.domain.errors import CredentialsRefused, KeyPairMissing, UpstreamInvalid
+from gateway.domain.errors import CredentialsRefused, KeyPairMissing, UpstreamInvalid, UpstreamUnreachable
 from tests.browser.chromium import PAGE_FILES, QUICK, Tab, faults, in_browser
-from tests.support.harness import Gateway, Simulator
+from tests.support.harness import Gateway, Simulator, free_port
 
 pytestmark = in_browser
 Launch = Callable[..., Gateway]
@@ -69,6 +69,14 @@ def test_page_says_that_there_are_no_credentials(launch: Launch, simulator: Simu
     expect(tab.card("task")).to_contain_text(words)
     expect(tab.page.get_by_role("region", name="Troubles of the gateway")).to_contain_text(words)
     expect(tab.card("task")).not_to_contain_text(PROBLEMS[CredentialsRefused][1])
+
+
+def test_page_says_why_the_upstream_is_unreachable(launch: Launch, tab: Tab) -> None:
+    """The banner has the title of the problem, and the cause that `/readyz` adds to its code."""
+    gate = launch(f"http://127.0.0.1:{free_port()}", upstream={"retries": 0})
+    tab.open(gate.url, "task")
+    words = f"{PROBLEMS[UpstreamUnreachable][1]}: connection refused, or blocked by a firewall"
+    expect(tab.page.get_by_role("region", name="Troubles of the gateway")).to_contain_text(words)
 
 
 def test_page_words_every_problem_of_the_upstream_like_the_gateway() -> None:
