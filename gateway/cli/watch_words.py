@@ -53,7 +53,8 @@ def trouble_text(trouble: str) -> str:
         return "The gateway is shutting down"
     part, _, rest = trouble.partition(": ")
     if part == "upstream":
-        return problem_title(rest)
+        code, separator, cause = rest.partition(": ")
+        return f"{problem_title(code)}{separator}{cause}"
     if part == "store":
         return f"Tasks are updated without the shared store: {rest}"
     return trouble[:1].upper() + trouble[1:]

@@ -88,9 +88,7 @@ class ProgressService:
         )
         self._in_flight: InFlightRequests[TaskKey, FetchOutcome] = InFlightRequests(self._fetch)
         self.overdue_updates = OverdueUpdates(store, self._in_flight.state_in_flight, clock=clock)
-        self._metrics = LookupMetrics(
-            metrics, stale_while_revalidate_seconds=settings.stale_while_revalidate_seconds
-        )
+        self._metrics = LookupMetrics(metrics, settings)
 
     def lookup(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, and count a lookup; None if there is no result. Never wait.
@@ -197,11 +195,9 @@ class ProgressService:
         if seen_revision and not snapshot.is_at_least(seen_revision):
             return None
         age = self._clock() - snapshot.fetched_at
-        return (
-            LookupResult(snapshot, age, CacheStatus.HIT)
-            if age < snapshot.lifetime
-            else self._stale_result(snapshot, age, self.overdue_updates.error(key))
-        )
+        if age < snapshot.lifetime:
+            return LookupResult(snapshot, age, CacheStatus.HIT)
+        return self._stale_result(snapshot, age, self.overdue_updates.error(key))
 
     async def catch_up_with_replicas(self) -> None:
         """Read the messages of other replicas that have arrived; see `Store.catch_up`."""
@@ -323,9 +319,8 @@ class ProgressService:
         if request.done():
             return request.result()
         state.keep_without_callers = True  # the query continues
-        return FetchOutcome(
-            queued.result() if queued.done() else self.overdue_updates.error_of_slow_query(state)
-        )
+        slow = self.overdue_updates.error_of_slow_query(state)
+        return FetchOutcome(queued.result() if queued.done() else slow)
 
     def _stale_if_error(
         self,

@@ -96,9 +96,8 @@ class Permit:
 class RateLimiter:
     """Issues permits at `requests_per_second`. If that is 0, only throttling responses limit the rate.
 
-    `clock` returns monotonic seconds. `take_shared` takes permits from the rate limiter that replicas share.
-    With `take_shared` and a limit, a query needs a token of this replica and a shared permit. Without the
-    store, the token is enough.
+    `clock` returns monotonic seconds. `take_shared` takes permits from the rate limiter that replicas share:
+    while the store works, a query then needs a token of this replica and a shared permit.
     """
 
     def __init__(

@@ -9,9 +9,15 @@ from playwright.sync_api import expect
 
 from gateway.api.problems import PROBLEMS
 from gateway.cli.watch_words import problem_title
-from gateway.domain.errors import CredentialsRefused, KeyPairMissing, RequestError, UpstreamInvalid
+from gateway.domain.errors import (
+    CredentialsRefused,
+    KeyPairMissing,
+    RequestError,
+    UpstreamInvalid,
+    UpstreamUnreachable,
+)
 from tests.browser.chromium import PAGE_FILES, QUICK, Tab, faults, in_browser
-from tests.support.harness import Gateway, Simulator
+from tests.support.harness import Gateway, Simulator, free_port
 
 pytestmark = in_browser
 Launch = Callable[..., Gateway]
@@ -78,6 +84,14 @@ def test_page_words_every_overdue_update_like_the_gateway() -> None:
     titles = dict(re.findall(r'"?([a-z-]+)"?: "([^"]+)"', table))
     codes = {kind.code for kind in PROBLEMS if not issubclass(kind, RequestError)}
     assert titles == {code: problem_title(code) for code in codes}
+
+
+def test_page_says_why_the_upstream_is_unreachable(launch: Launch, tab: Tab) -> None:
+    """The banner has the title of the problem, and the cause that `/readyz` adds to its code."""
+    gate = launch(f"http://127.0.0.1:{free_port()}", upstream={"retries": 0})
+    tab.open(gate.url, "task")
+    words = f"{PROBLEMS[UpstreamUnreachable][1]}: connection refused, or blocked by a firewall"
+    expect(tab.page.get_by_role("region", name="Troubles of the gateway")).to_contain_text(words)
 
 
 def test_page_shows_three_times(simulator: Simulator, quick: Gateway, tab: Tab) -> None:

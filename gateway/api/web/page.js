@@ -283,7 +283,8 @@ function showTroubles() {
   // The upstream's troubles matter only to tasks that wait for it. They end with the tasks' own: /readyz is read later.
   const waits = own.length > 0 || allTasks().some((task) => task.look === "loading");
   const others = gatewayTroubles.filter(({ upstream }) => waits || !upstream).map(({ text }) => text);
-  const troubles = [...new Set([...own, ...others])];
+  const isRepeated = (title) => others.some((text) => text.startsWith(`${title}: `)); // /readyz adds a cause
+  const troubles = [...new Set([...own.filter((title) => !isRepeated(title)), ...others])];
   const shown = at("troubles");
   shown.hidden = troubles.length === 0;
   const text = troubles.map((trouble) => `${trouble}.`).join(" ");

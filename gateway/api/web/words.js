@@ -33,7 +33,9 @@ export function troubleText(trouble) {
   if (trouble === "draining") return "The gateway is shutting down";
   const [, part, rest] = /^(upstream|store): (.*)$/.exec(trouble) ?? [];
   if (part === "store") return `Tasks are updated without the shared store: ${rest}`;
-  return part ? PROBLEM_TITLE[rest] ?? rest : upperFirst(trouble);
+  if (!part) return upperFirst(trouble);
+  const [code, ...cause] = rest.split(": ");
+  return [PROBLEM_TITLE[code] ?? code, ...cause].join(": ");
 }
 
 /** Return whole percent, rounded down, so 100 % appears only at the end. */
