@@ -283,7 +283,8 @@ class ProgressService:
                 fetched = fetch.outcome
                 if isinstance(fetched, GatewayError) or fetched.is_at_least(seen_revision):
                     break
-                # The in-flight request had started earlier, without the `seen_revision` of this caller.
+                # The in-flight request had started without the `seen_revision` of this caller.
+                await asyncio.sleep(0)  # if the request had ended before, it is removed now
             else:
                 # Other replicas have kept the lease for all that time.
                 fetched = UpstreamTimeout("no response newer than the one that the client has")

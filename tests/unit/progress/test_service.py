@@ -495,6 +495,20 @@ async def test_get_joins_a_request_that_has_just_ended(bench: Bench) -> None:
     assert not bench.service._in_flight._states
 
 
+async def test_get_replaces_a_request_that_has_just_ended(bench: Bench) -> None:
+    """A caller that arrives between the end of a request and its removal may need a newer response."""
+    known = (await bench.learn()).snapshot
+    long_ago(bench)
+    early = bench.begin()
+    (await bench.upstream.call()).answer(progress=0.6)
+    late = asyncio.create_task(bench.service.get(KEY, seen_revision=2**52))
+    assert (await early).snapshot.version > known.version
+    (await bench.upstream.call()).answer(progress=0.9)
+    outcome = await late
+    assert isinstance(outcome, LookupResult)
+    assert data_of(outcome)["progress"] == 0.9
+
+
 # Callers that leave
 
 
