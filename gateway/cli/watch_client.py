@@ -23,6 +23,7 @@ import httpx
 from gateway.cli.gateway_access import ANYONE, Access, open_client
 from gateway.cli.watch_events import (
     EVENTS,
+    INVALID,
     Event,
     Problem,
     Stale,
@@ -33,8 +34,8 @@ from gateway.cli.watch_events import (
     raise_for_error,
     require_content_type,
 )
+from gateway.cli.watch_json import read_members
 from gateway.cli.watch_polls import Polls
-from gateway.domain.snapshot import strict_json
 
 SILENCE_SECONDS = 45.0  # three heartbeats of the gateway, after which the connection counts as lost
 # A gateway begins a stream at once. If nothing arrives in this time, a proxy may hold the stream back.
@@ -44,6 +45,7 @@ _SHORTEST_PAUSE_SECONDS = 0.1
 _FIRST_RETRY_SECONDS = 2.0  # until the stream has a `retry:` field
 _CONNECT_SECONDS = 10.0
 _MAX_DOUBLINGS = 10
+_SKIPPED = "an event of the gateway is invalid and is skipped; check the URL of the gateway, and its version"
 _MAX_EVENT_BYTES = 16 * 1024 * 1024
 
 _LINE_END = re.compile(rb"\r\n|\r|\n")  # no others: U+2028 is text
@@ -141,7 +143,8 @@ def follow(
     `pause` is called before a reconnection with the seconds to wait and the reason as text. A connection
     without any data for `silence_seconds` counts as lost. If a stream does not begin within
     `opening_seconds`, but the gateway responds to a query, long polls replace it, and `notify` is called with
-    the reason. `connected` is called when data arrives on a new connection. Raises: StreamRefused.
+    the reason. `notify` is also called when an event is invalid, once. `connected` is called when data arrives
+    on a new connection. Raises: StreamRefused.
     """
     parameters = [*(("taskId", task_id) for task_id in task_ids), ("api", api)]
     base = gateway.path.rstrip("/")
@@ -158,7 +161,7 @@ def follow(
     with open_client(gateway, access, timeout=timeout) as client:
         batch = gateway.copy_with(path=f"{base}/v1/progress", params=parameters)
         polls = Polls(client, batch, notify=notify, connected=begin)
-        use_polls = False
+        use_polls = skipped = False
         while True:
             stream = EventStream(stream.last_event_id)
             retry_after, reason = 0.0, "stream ended"
@@ -166,6 +169,11 @@ def follow(
                 events = polls.read() if use_polls else _read(client, url, stream, silence_seconds, begin)
                 for event in events:
                     failures = 0
+                    if event.name == INVALID:
+                        if not skipped:
+                            notify(_SKIPPED)
+                        skipped = True
+                        continue
                     if last_contents.differ(event):
                         yield event
                     if event.name == "end":
@@ -261,9 +269,9 @@ def _event(message: Message) -> Event:
     if message.event == "end":
         return Event("end", {})
     try:
-        data = strict_json(message.data.encode())
-    except ValueError as exc:
-        raise StreamRefused(f"invalid {message.event} event; check the URL of the gateway") from exc
+        data = read_members(message.data.encode())
+    except ValueError:
+        return Event(INVALID, {})
     return parse_event(message.event, data)
 
 
