@@ -204,8 +204,8 @@ def _last_event_id(scope: Scope, parameters: dict[str, list[str]]) -> str | None
     """Return the ID of the client's last event, or None.
 
     Polyfills of EventSource send it in the query, because a header would need a CORS preflight. The browser's
-    own EventSource updates the header and repeats the query of its URL, so the header takes precedence. If the
-    header is repeated, the last one counts, also if a proxy has joined them: our IDs contain no comma.
+    own EventSource updates the header and repeats the query of its URL, so the header takes precedence.
+    If the header is repeated, the last one counts, also if a proxy has joined them: our IDs contain no comma.
     """
     from_header = (header(scope["headers"], b"last-event-id") or "").rpartition(",")[2].strip()
     from_query = (parameters[name][0] for name in _LAST_EVENT_ID if name in parameters)

@@ -12,13 +12,13 @@ from gateway.domain.errors import InvalidParameter
 _SECONDS = re.compile(r"[0-9]+")
 _MAX_DIGITS = 9  # a longer number is above each limit of the settings, and is not converted
 _MAX_PREFERENCES = 32  # further ones are ignored
-_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"  # RFC 9110, 5.6.2
-_WORD = rf'(?:{_TOKEN}|"(?:[^"\\]|\\.)*+")'
+_NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]++"  # RFC 9110, 5.6.2
+_WORD = rf'(?:{_NAME}|"(?:[^"\\]|\\.)*+")'
 # RFC 7240, 2: a name, perhaps with a value, and its parameters. A comma in a quoted string separates nothing.
 _PREFERENCE = re.compile(
     rf"""
-    [ \t,]*+ ({_TOKEN}) (?: [ \t]*+ = [ \t]*+ ({_WORD})? )?+
-    (?: [ \t]*+ ; [ \t]*+ (?: {_TOKEN} (?: [ \t]*+ = [ \t]*+ {_WORD}? )?+ )?+ )*+
+    [ \t,]*+ ({_NAME}) (?: [ \t]*+ = [ \t]*+ ({_WORD})? )?+
+    (?: [ \t]*+ ; [ \t]*+ (?: {_NAME} (?: [ \t]*+ = [ \t]*+ {_WORD}? )?+ )?+ )*+
     [ \t]*+ (?: , | \Z )
     """,
     re.VERBOSE | re.DOTALL,

@@ -143,7 +143,7 @@ def follow(
     `pause` is called before a reconnection with the seconds to wait and the reason as text. A connection
     without any data for `silence_seconds` counts as lost. If a stream does not begin within
     `opening_seconds`, but the gateway responds to a query, long polls replace it, and `notify` is called with
-    the reason. `notify` is also called when an event is invalid, once. `connected` is called when data arrives
+    the reason. It is also called for the first event that is invalid. `connected` is called when data arrives
     on a new connection. Raises: StreamRefused.
     """
     parameters = [*(("taskId", task_id) for task_id in task_ids), ("api", api)]
@@ -152,7 +152,7 @@ def follow(
     timeout = httpx.Timeout(_CONNECT_SECONDS, read=min(opening_seconds, silence_seconds))
     stream = EventStream()
     retry_seconds, failures = _FIRST_RETRY_SECONDS, 0
-    last_contents = _LastContents()
+    last_contents = _LastContents(notify)
 
     def begin() -> None:
         last_contents.begin_connection()
@@ -161,7 +161,7 @@ def follow(
     with open_client(gateway, access, timeout=timeout) as client:
         batch = gateway.copy_with(path=f"{base}/v1/progress", params=parameters)
         polls = Polls(client, batch, notify=notify, connected=begin)
-        use_polls = skipped = False
+        use_polls = False
         while True:
             stream = EventStream(stream.last_event_id)
             retry_after, reason = 0.0, "stream ended"
@@ -169,11 +169,6 @@ def follow(
                 events = polls.read() if use_polls else _read(client, url, stream, silence_seconds, begin)
                 for event in events:
                     failures = 0
-                    if event.name == INVALID:
-                        if not skipped:
-                            notify(_SKIPPED)
-                        skipped = True
-                        continue
                     if last_contents.differ(event):
                         yield event
                     if event.name == "end":
@@ -276,9 +271,10 @@ def _event(message: Message) -> Event:
 
 
 class _LastContents:
-    """The last events of each task, to leave out repetitions."""
+    """The last events of each task, to leave out repetitions, and invalid events."""
 
-    def __init__(self) -> None:
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        self._notify: Callable[[str], None] | None = notify  # None after the first invalid event
         self._states: dict[str, Any] = {}
         self._stale: dict[str, str | None] = {}
 
@@ -291,7 +287,7 @@ class _LastContents:
         content: Any = event.data
         match event.content:
             case None:
-                return True
+                return event.name != INVALID or self._skip()
             case Stale(task_id=task_id, stale=code):
                 last, self._stale[task_id] = self._stale.get(task_id), code
                 return last != code
@@ -303,6 +299,12 @@ class _LastContents:
             return False
         self._stale.pop(task_id, None)  # a change shows that updates have resumed
         return True
+
+    def _skip(self) -> bool:
+        notify, self._notify = self._notify, None
+        if notify is not None:
+            notify(_SKIPPED)
+        return False
 
 
 def _reason(exc: httpx.RequestError, silence_seconds: float) -> str:

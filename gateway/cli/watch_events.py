@@ -38,8 +38,9 @@ def _within(largest: float) -> BeforeValidator:
     """Return a validator that replaces anything but a number from 0 to `largest` by None."""
 
     def check(value: object) -> object:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        return value if is_number and 0 <= value <= largest else None
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return None
+        return value if 0 <= value <= largest else None
 
     return BeforeValidator(check)
 

@@ -148,13 +148,10 @@ class ImageSaver:
             for number, url in enumerate(urls, 1):
                 if number in files or number in failed:
                     continue
-                name = f"{task_id}-{number}"
                 try:
-                    files[number] = self._save_image(url, name)
+                    files[number] = self._save_image(url, f"{task_id}-{number}")
                 except _Failed as exc:
                     failed[number] = str(exc)
-                except (ValueError, OverflowError):  # for example a host name that cannot be looked up
-                    failed[number] = _unusable(name)
                 except (Unavailable, httpx.RequestError) as exc:
                     error, pause = _temporary(exc, pause)
             if not error:
@@ -186,8 +183,15 @@ class ImageSaver:
 
     def _save_image(self, url: httpx.URL | None, name: str) -> Path:
         """Save one image; return its file. Raises: Unavailable, _Failed, httpx.RequestError, OSError."""
+        unusable = f"image {name}: the link is not a usable http or https URL"
         if url is None:
-            raise _Failed(_unusable(name))
+            raise _Failed(unusable)
+        try:
+            return self._download(url, name)
+        except (ValueError, OverflowError):  # for example a host name that cannot be looked up
+            raise _Failed(unusable) from None
+
+    def _download(self, url: httpx.URL, name: str) -> Path:
         at_gateway = _origin(url) == _origin(self._gateway)
         client = self._results if at_gateway else self._images
         with client.stream("GET", url, headers={"accept": "image/*, video/*"}) as response:
@@ -290,10 +294,6 @@ def _link(base: httpx.URL, image: Any) -> httpx.URL | None:
         return httpx.URL(text) if is_usable_url(text) else None
     except httpx.InvalidURL:
         return None
-
-
-def _unusable(name: str) -> str:
-    return f"image {name}: the link is not a usable http or https URL"
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:

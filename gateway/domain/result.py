@@ -16,8 +16,8 @@ from gateway.domain.json_text import ABSENT, value
 from gateway.domain.task import Operation, Status
 from gateway.domain.vendor_values import vendor_status
 
-# The authority has no userinfo: RFC 9110, 4.2.4, advises to treat it as an error, and browsers do not load such
-# images. A backslash is a slash for browsers, but not for other programs.
+# The authority has no userinfo: RFC 9110, 4.2.4, advises to treat it as an error, and browsers do not load
+# such images. A backslash is a slash for browsers, but not for other programs.
 _IMAGE_URL = re.compile(r"https?://[^ \\/?#@]+(?:[/?#][^ \\]*)?", re.IGNORECASE)
 
 

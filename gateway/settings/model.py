@@ -56,8 +56,9 @@ class UnusableSetting(SettingsError):
 
 LOOPBACK_NAMES = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 _URL_PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/-]*")  # RFC 3986, 3.3, without escapes
-# Paths of the gateway, and those below them. With such a prefix, a request would have two meanings, because an
-# ingress may remove the prefix. A test compares them with the routes.
+# Paths of the gateway, without those below them. If the root path hid one of them, a request for it would
+# have two meanings, because an ingress may remove the root path. A test compares them with the OpenAPI
+# document.
 OWN_PATHS = (
     *("/v1/progress", "/v1/results", "/v1/events", "/web", "/docs", "/openapi.json", "/favicon.ico"),
     *("/healthz", "/readyz", "/metrics"),

@@ -79,8 +79,11 @@ def _read_bytes(file: Path) -> bytes:
                     break
             content += part
             rest = max(deadline - time.monotonic(), 0.0)
-            ready = [(0, select.POLLIN)] if part and rest else poll.poll(rest * 1000)
-            if not any(events & select.POLLIN for _, events in ready):
+            if part and rest:
+                continue
+            ready = poll.poll(rest * 1000)
+            # Without POLLIN, the writer has closed the pipe, which is its end if there was content.
+            if not ready or not (content or ready[0][1] & select.POLLIN):
                 raise SettingsError([f"{file}: ends without content, or nothing is written to it"])
         return bytes(content)
     finally:

@@ -179,7 +179,7 @@ def test_longpoll_says_at_its_end_that_a_task_is_unknown(simulator: Simulator, l
 
 @pytest.mark.parametrize(
     "wait",
-    ["-1", "+1", "soon", "", "0.5", "1.", "1.0", "1e3", "NaN", "inf", "1 ", "1_0", "\u0663", "1.\u0665", "\uff11"],
+    ["-1", "+1", "soon", "", "0.5", "1.", "1e3", "NaN", "inf", "1 ", "1_0", "\u0663", "1.\u0665", "\uff11"],
 )
 def test_longpoll_refuses_an_invalid_wait(gate: Gateway, wait: str) -> None:
     """A `wait` that is not a whole number of seconds is an error that names the parameter."""
@@ -224,7 +224,7 @@ def test_longpoll_waits_no_longer_than_the_settings_allow(
     ],
 )
 def test_longpoll_preference_is_read_by_the_grammar(
-    simulator: Simulator, launch: Launch, prefer: str, applied: bool
+    simulator: Simulator, launch: Launch, prefer: str, *, applied: bool
 ) -> None:
     """RFC 7240: a comma in a quoted string separates nothing, the first `wait` counts, others are ignored."""
     gate = launch(simulator.url, cache=QUICK, watch={"max_wait_seconds": 0.1})

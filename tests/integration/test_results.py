@@ -101,7 +101,7 @@ def test_results_are_read_again_after_the_end(simulator: Simulator, launch: Laun
 
 
 def test_results_list_only_web_addresses(simulator: Simulator, gate: Gateway) -> None:
-    """Each value that is not a usable URL is left out by itself; the others are unchanged, without duplicates."""
+    """Each value that is no usable URL is left out; the others are unchanged, without duplicates."""
     images = [
         "https://x.test/1.png?a=1&b=2",
         "javascript:alert(1)",

@@ -548,7 +548,7 @@ def test_follow_skips_invalid_events(data: str) -> None:
     with playing(stream(odd, progress("B"), END)) as upstream:
         events = told(upstream.url, "A", "B", pause=Pauses(), notify=notices.append)
     # No member of a problem is necessary.
-    assert events in ([("progress", 0.25), ("end", None)], [("problem", ""), ("progress", 0.25), ("end", None)])
+    assert [event for event in events if event != ("problem", "")] == [("progress", 0.25), ("end", None)]
     assert len(notices) == 1
 
 

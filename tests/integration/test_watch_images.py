@@ -17,6 +17,7 @@ from tests.support.harness import run, running, until
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(32))
 Response = tuple[int, str, bytes]
+UNUSABLE = "image A-1: the link is not a usable http or https URL"
 
 
 class Host:
@@ -193,11 +194,11 @@ def test_expired_link_is_renewed(host: Host, save: Save) -> None:
         ((404, "application/problem+json", b'{"title": "No such path"}'), "404 Not Found: No such path", 1),
         ((200, "application/json", b'{"images": []}'), "the result has no image", 1),
         ((200, "application/json", b'{"images": 1}'), "the gateway's result is invalid", 1),
-        ((200, "application/json", b'{"images": [{}]}'), "image A-1: the link is not a usable http or https URL", 1),
+        ((200, "application/json", b'{"images": [{}]}'), UNUSABLE, 1),
         ((200, "application/json", b"<"), "the gateway's result is invalid", 1),
         (
             (200, "application/json", b'{"images": [{"url": "file:///etc/passwd"}]}'),
-            "image A-1: the link is not a usable http or https URL",
+            UNUSABLE,
             1,
         ),
         (
@@ -239,11 +240,11 @@ def test_unusable_link_is_named_and_the_others_are_saved(
     """A link that cannot be requested concerns its own image only, also from a gateway that lists it."""
     host.responses["/2"] = [(200, "image/png", PNG)]
     # Python converts no integer of more than 4,300 digits.
-    body = '{"images": [{"url": %s}, {"url": "/2"}], "result": {"seed": %s}}' % (json.dumps(link), "9" * 5000)
-    host.responses["/v1/results/A"] = [(200, "application/json", body.encode())]
+    body = b'{"images": [{"url": %b}, {"url": "/2"}], "seed": %b}' % (json.dumps(link).encode(), b"9" * 5000)
+    host.responses["/v1/results/A"] = [(200, "application/json", body)]
     saved = save()
     assert saved.files == [tmp_path / "A-2.png"]
-    assert saved.error == "image A-1: the link is not a usable http or https URL"
+    assert saved.error == UNUSABLE
 
 
 def test_watch_saves_the_images_of_finished_tasks(host: Host, url: str, tmp_path: Path) -> None:

@@ -35,6 +35,19 @@ def test_pipe_with_a_writer_is_read_to_its_end() -> None:
             thread.join()
 
 
+def test_pipe_may_end_long_after_its_content() -> None:
+    """The end of a pipe that has been read completely is its end, and no error."""
+    reader, writer = os.pipe()
+    os.write(writer, TEXT)
+    thread = threading.Timer(0.2, os.close, [writer])
+    thread.start()
+    try:
+        assert TomlFile(Path(f"/dev/fd/{reader}")).values == {"server": {"port": 9000}}
+    finally:
+        os.close(reader)
+        thread.join()
+
+
 def test_fifo_waits_for_its_writer(tmp_path: Path) -> None:
     """The writer of a FIFO may begin after the gateway."""
     fifo = tmp_path / "fifo"
