@@ -128,7 +128,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     def degraded() -> list[str]:
         store_trouble = [f"store: {store.trouble}"] if store.trouble else []
         return [
-            *(f"upstream: {code}" for code in upstream.problem_codes),
+            *(f"upstream: {signed_requests.with_cause(code)}" for code in upstream.problem_codes),
             *store_trouble,
             *credentials.describe_faults(),
         ]

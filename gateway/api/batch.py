@@ -1,7 +1,7 @@
 """GET /v1/progress?taskId=A&taskId=B: many tasks in one response, each with its own snapshot or problem.
 
 The response comes immediately, or as a long poll when the representation of one task changes. An item also
-says how old its snapshot is, and if its update is overdue, why (`progress/overdue.py`).
+says how old its snapshot is, and if its update is overdue, why (`progress/overdue_updates.py`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from gateway.domain.entity_tag import EntityTags, digest_of, matches
 from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import Status, TaskKey
-from gateway.progress.results import CacheStatus, LookupFailure, LookupResult
+from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.watch.hub import SubscriptionKind, WatchHub
 from gateway.watch.subscriber import Subscriber, Update
@@ -92,7 +92,7 @@ class BatchEndpoint:
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
     def _stale_code(self, key: TaskKey) -> str | None:
-        reason = self._service.overdue_updates.reason(key)
+        reason = self._service.overdue_updates.error(key)
         return None if reason is None else reason.code
 
     async def _read(

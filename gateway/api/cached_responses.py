@@ -30,7 +30,7 @@ from gateway.api.task_parameters import PROGRESS, SimpleTargetParser
 from gateway.api.trusted_hosts import TrustedHosts
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.task import Operation
-from gateway.progress.results import CacheStatus, LookupResult
+from gateway.progress.outcomes import CacheStatus, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.telemetry.counters import FastCounter
 from gateway.telemetry.log_sampling import LogSampler, LogSeries

@@ -3,8 +3,8 @@
 The pages use relative URLs, so that an ingress can serve them below a prefix. There is one exception: with
 `server.root_path`, the index refers to its files by absolute paths. The ingress may remove the prefix, and
 then the gateway cannot tell whether the browser's address ends with a slash. The pages contain no inline
-script or style, and load nothing from other origins but the images of finished tasks. This allows a strict
-Content-Security-Policy.
+script or style, and load nothing from other origins but the images of finished tasks: to show them, and to
+save them. This allows a strict Content-Security-Policy.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _CONTENT_TYPES = {
 }
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' https:{images}; "
-    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    "connect-src 'self' https:{images}; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
 _API = ("/v1/", "/scc/")  # below these paths every error is for a program
 _DEEPEST = 10  # slashes in the path of a page; a deeper one gets a problem document

@@ -23,7 +23,7 @@ from gateway.domain.entity_tag import EntityTags, matches
 from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
-from gateway.progress.results import CacheStatus, LookupFailure, LookupResult
+from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.watch.hub import SubscriptionKind, WatchHub
 from gateway.watch.subscriber import Subscriber, Update

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from gateway.api.requests import Headers
 from gateway.domain.entity_tag import matches
-from gateway.progress.results import CacheStatus, LookupResult
+from gateway.progress.outcomes import CacheStatus, LookupResult
 
 _CACHED = frozenset({CacheStatus.HIT, CacheStatus.STALE})
 CACHE_NAMES = (b"cache-control", b"age", b"cache-status")

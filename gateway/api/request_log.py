@@ -16,7 +16,7 @@ from starlette.types import Scope
 
 from gateway.api import operator_endpoints
 from gateway.api.trace_context import TraceParent, trace_parent
-from gateway.progress.results import LookupFailure, LookupResult
+from gateway.progress.outcomes import LookupFailure, LookupResult
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.redaction import Excerpt
 

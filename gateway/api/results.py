@@ -26,7 +26,7 @@ from gateway.domain.errors import NotFinished
 from gateway.domain.result import Result, read_result
 from gateway.domain.snapshot import Snapshot, render_json, version_now
 from gateway.domain.task import Status, TaskKey
-from gateway.progress.results import LookupResult
+from gateway.progress.outcomes import LookupResult
 from gateway.progress.service import ProgressService
 
 _MAX_BYTES = 4_194_304  # of rendered responses

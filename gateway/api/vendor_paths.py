@@ -21,7 +21,7 @@ from gateway.api.server_extensions import while_connected
 from gateway.domain.envelope import read_task_id
 from gateway.domain.errors import InvalidParameter, PathNotFound, UnsupportedMediaType, UpstreamRejected
 from gateway.domain.task import Operation, TaskKey, check_task_id
-from gateway.progress.results import LookupFailure, LookupResult
+from gateway.progress.outcomes import LookupFailure, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.upstream.loop_detection import MESSAGE, RESPONSE_HEADER, is_gateway
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import httpx
 from prometheus_client import CollectorRegistry
 
 from gateway.domain.errors import (
@@ -23,11 +22,13 @@ from gateway.domain.errors import (
     TimestampRefused,
     UpstreamRejected,
     UpstreamTimeout,
+    UpstreamUnreachable,
 )
 from gateway.domain.task import TaskKey
 from gateway.settings.extras import describe_missing
 from gateway.settings.model import Credentials as CredentialSettings
 from gateway.settings.model import Settings, UnusableSetting
+from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.settings.store_section import Store
 from gateway.settings.variables import SPEEDPIX, variable_of
 from gateway.telemetry.metrics import Metrics
@@ -36,7 +37,7 @@ from gateway.upstream.credentials import Credentials, CredentialSlot
 from gateway.upstream.header_values import parse_http_date
 from gateway.upstream.signed_request import RawResponse, SignedRequests
 from gateway.upstream.signing import string_to_sign
-from gateway.upstream.transport import explain_connect_error
+from gateway.upstream.transport import CLOSED_TOO_EARLY, RESET
 
 _CLOCK_ACCURACY_SECONDS = 1.0  # of a Date header
 PROBE_TASK = "0" * 26  # has the form of a task ID, but belongs to no task
@@ -97,17 +98,25 @@ async def _check_upstream(settings: Settings, *, redactor: Redactor, user_agent:
                 network = f"{exc}; check upstream.endpoint and any firewall"
                 return Finding(ok=False, lines=[*lines, f"network: {network}"])
             except GatewayError as exc:
-                cause = exc.__cause__
-                why = explain_connect_error(cause) if isinstance(cause, httpx.TransportError) else ""
-                known = why and str(exc).endswith(why)
-                network = str(exc) if known else f"{exc}; {why or 'check upstream.endpoint'}"
-                return Finding(ok=False, lines=[*lines, f"network: {network}"])
+                return Finding(ok=False, lines=[*lines, f"network: {exc}{_hint(exc, settings.upstream)}"])
             # A second pair uses the same connection, so the first call shows what a connection costs.
             timing = timing or list(_timing(exchange, time.perf_counter() - started))
             finding = _evaluate(calls, key, exchange)
             works[credential.slot] = finding.ok
             lines += finding.lines
     return Finding(ok=all(works.values()), lines=[*lines, *timing, *_compare(works)])
+
+
+def _hint(exc: GatewayError, settings: UpstreamSettings) -> str:
+    """Return what to check after a call without a response, or "" if the error says it."""
+    if not isinstance(exc, UpstreamUnreachable):
+        return "; check upstream.endpoint"
+    if exc.cause not in {CLOSED_TOO_EARLY, RESET} or not settings.endpoint.startswith("https:"):
+        return ""
+    # Not every server says that a client certificate is the reason.
+    if settings.client_cert_file is None:
+        return "; if the upstream requires a client certificate, set upstream.client_cert_file"
+    return "; the upstream may reject upstream.client_cert_file: check the dates and the authority"
 
 
 def _describe_missing_pair(settings: CredentialSettings) -> Iterator[str]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import secrets
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -90,16 +93,34 @@ def readable_logs(loaded: Loaded) -> Settings:
 def _instructions(base: str, task_ids: list[str]) -> str:
     page = f"{base}/?{urlencode({'taskId': task_ids, 'api': 'sd'}, doseq=True)}"
     elsewhere = "" if base == DEFAULT_GATEWAY else f" --gateway {base}"
+    finishing = [task_ids[1], task_ids[5], f"demo-{len(task_ids) + 1}"]
+    watch = f"{_command()} watch"
     return f"""\
-The gateway runs in front of a simulated upstream, with {len(task_ids)} tasks.
+The demo is ready. It follows {len(task_ids)} tasks of a simulated vendor, so it needs no account.
+A new task starts every {_INTERVAL_SECONDS:g} seconds.
 
   Open in a browser:  {page}
-  Watch:              sd-gateway watch {task_ids[0]} {task_ids[1]}{elsewhere}
+  Paste there:        {json.dumps([{"taskId": task_id} for task_id in finishing])}
+  Watch here:         {watch} {task_ids[0]} {task_ids[1]}{elsewhere}
+  Save the images:    {watch} --save images {" ".join(finishing)}{elsewhere}
   Query:              curl {base}/v1/progress/{task_ids[0]}
   Stop:               Ctrl-C
 
-Warnings and errors of the gateway follow. SD_GATEWAY_LOG__LEVEL=info shows each request.
+Use a second terminal for the commands. Warnings and errors of the gateway follow here;
+SD_GATEWAY_LOG__LEVEL=info shows each request.
 """
+
+
+def _command() -> str:
+    """Return how a shell finds this program: `make demo` installs it where a shell does not look."""
+    program = Path(sys.argv[0]).absolute()
+    found = shutil.which(program.name)
+    if program.name != "sd-gateway" or (found and Path(found).samefile(program)):
+        return "sd-gateway"
+    try:
+        return str(program.relative_to(Path.cwd()))
+    except ValueError:
+        return str(program)
 
 
 @contextlib.contextmanager

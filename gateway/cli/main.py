@@ -27,7 +27,7 @@ from gateway.cli.watch import WatchOptions, display_name, watch
 from gateway.cli.watch_events import StreamRefused
 from gateway.domain.printable import printable
 from gateway.server import run as server
-from gateway.server.listen_errors import CannotListen
+from gateway.server.listen_errors import UNPRIVILEGED_PORT, CannotListen
 from gateway.settings.loading import Loaded, load_with_sources
 from gateway.settings.model import SettingsError
 from gateway.settings.variables import URL_VARIABLE
@@ -161,7 +161,8 @@ def _simulate(options: argparse.Namespace) -> int:
     try:
         simulate(options)
     except CannotListen as exc:
-        _print_error(f"{exc}; --port 0 uses any free port" if exc.port_is_taken else str(exc))
+        hint = f"; choose {UNPRIVILEGED_PORT}" if exc.is_forbidden else ""
+        _print_error(f"{exc}; --port 0 uses any free port" if exc.port_is_taken else f"{exc}{hint}")
         return FAILED
     except BrokenPipeError:  # the parent process exited before the start, for example the demo on a signal
         return _output_closed()

@@ -2,7 +2,10 @@
 
 server.port = 9000                                   # config/gateway.toml:3
 log.level = "debug"                                  # SD_GATEWAY_LOG__LEVEL
-credentials.secret_key = (hidden)                    # SPEEDPIX_APP_SECRET
+# credentials.secret_key = "(hidden)"                # SPEEDPIX_APP_SECRET
+
+The output is a settings file. Settings with a hidden part are comments, because a gateway that read
+"(hidden)" would use it.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Iterator
 
 from gateway.settings.known_settings import ALL
 from gateway.settings.loading import DEFAULT_FILE, Loaded
-from gateway.settings.value_text import effective_value
+from gateway.settings.value_text import HIDDEN, effective_value
 
 _WIDTH = 52  # of a setting and its value, before the comment
 
@@ -23,6 +26,9 @@ def config_lines(loaded: Loaded) -> Iterator[str]:
     for section, key in ALL:
         value = effective_value(section, getattr(getattr(loaded.settings, section), key))
         source = loaded.sources.source_of((section, key)) or "default"
-        yield f"{f'{section}.{key} = {value}':{_WIDTH}} # {source}"
+        setting = f"{section}.{key} = {value}"
+        if HIDDEN in value:
+            setting = f"# {setting}"
+        yield f"{setting:{_WIDTH}} # {source}"
     if loaded.ignored:
         yield f"# ignored, because Kubernetes sets them for services: {', '.join(loaded.ignored)}"

@@ -1,9 +1,10 @@
 """`sd-gateway watch`: shows the progress of tasks in a terminal, as lines in a pipe, or as JSON.
 
-    reader thread: follow -> messages ──┐
-    image threads: ImageSaver -> Saved ─┴─> inbox -> main thread -> LiveDisplay    in a terminal
-                                                                 -> ProgressLines  otherwise
-                                                                 -> JSON lines     with --json
+    reader thread: follow -> messages ──────┐
+    health thread: watch_health -> troubles ─┤
+    image threads: ImageSaver -> Saved ──────┴─> inbox -> main thread -> LiveDisplay    in a terminal
+                                                                      -> ProgressLines  otherwise
+                                                                      -> JSON lines     with --json
 
 The main thread never waits for the network, so Ctrl-C and `--timeout` take effect at once. Connection errors
 are shown above the tasks, or written to standard error.
@@ -30,6 +31,7 @@ from gateway.cli.gateway_access import Access
 from gateway.cli.watch_client import follow
 from gateway.cli.watch_display import LiveDisplay, ProgressDisplay
 from gateway.cli.watch_events import Event
+from gateway.cli.watch_health import watch_health
 from gateway.cli.watch_images import ImageSaver, Saved
 from gateway.cli.watch_lines import ProgressLines
 from gateway.cli.watch_tasks import WatchedTask, WatchedTasks
@@ -60,6 +62,10 @@ class _Notice(NamedTuple):
     text: str
 
 
+class _GatewayTroubles(NamedTuple):
+    texts: tuple[str, ...]
+
+
 class _Connected(NamedTuple):
     pass
 
@@ -68,7 +74,7 @@ class _Closed(NamedTuple):
     error: BaseException | None
 
 
-_Message = Event | Saved | _Trouble | _Notice | _Connected | _Closed
+_Message = Event | Saved | _Trouble | _Notice | _GatewayTroubles | _Connected | _Closed
 
 
 def watch(options: WatchOptions) -> bool:
@@ -94,7 +100,7 @@ def watch(options: WatchOptions) -> bool:
         raise
     finally:
         session.close()
-    session.say_errors()
+    session.say_rest()
     if ending:
         session.say(f"{ending}; {session.describe()}")
     return not ending and session.succeeded
@@ -117,6 +123,7 @@ class _Session:
         self._reading = True
         self._errors: list[str] = []  # of images
         self._saved: set[str] = set()  # tasks whose images are saved
+        self._file_count = 0
         self._saver: ImageSaver | None = None
         if options.save is not None:
             self._saver = ImageSaver(
@@ -149,6 +156,8 @@ class _Session:
         seconds = self._options.timeout_seconds
         deadline = None if seconds is None else time.monotonic() + seconds
         threading.Thread(target=self._read, name="read-events", daemon=True).start()
+        if not self._options.as_json:
+            threading.Thread(target=self._read_health, name="read-health", daemon=True).start()
         while self._reading or (self._saver is not None and self._saver.unfinished):
             try:
                 self._handle(self._inbox.get(timeout=_TICK_SECONDS))
@@ -174,9 +183,12 @@ class _Session:
         """Write a message to standard error."""
         sys.stderr.write(f"sd-gateway: {printable(text)}\n")
 
-    def say_errors(self) -> None:
-        """Write what the lines on the screen may not show in full: the reasons of failures."""
+    def say_rest(self) -> None:
+        """Write what the lines on the screen may not show in full: where images are, reasons of failures."""
         if self._live is not None:
+            if self._file_count:
+                noun = "image" if self._file_count == 1 else "images"
+                self.say(f"{self._file_count} {noun} saved in {self._options.save}")
             for task in self._display.cut_tasks(self._console.width):
                 if not task.succeeded:
                     self.say(f"{task.task_id}: {self._tasks.line(task)}")
@@ -209,7 +221,7 @@ class _Session:
     def _is_done(self, task: WatchedTask) -> bool:
         return task.ended and (self._saver is None or not task.succeeded or task.task_id in self._saved)
 
-    # The reader thread.
+    # The reader threads.
 
     def _read(self) -> None:
         def pause(seconds: float, reason: str) -> None:
@@ -232,6 +244,14 @@ class _Session:
             error = exc
         self._inbox.put(_Closed(error))
 
+    def _read_health(self) -> None:
+        watch_health(
+            self._options.gateway,
+            self._options.access,
+            stopped=self._stopped,
+            report=lambda texts: self._inbox.put(_GatewayTroubles(texts)),
+        )
+
     # The main thread.
 
     def _handle(self, message: _Message) -> None:
@@ -241,14 +261,13 @@ class _Session:
             case Saved():
                 self._handle_saved(message)
             case _Trouble(reason):
-                if self._live is None and reason != self._display.trouble:
-                    self.say(f"{self._name}: {reason}; reconnecting")
-                self._display.trouble = reason
-                self._tasks.disconnect()
+                self._handle_trouble(reason)
             case _Notice(text):
                 self._display.notice = text
                 if self._live is None:
                     self.say(f"{self._name}: {text}")
+            case _GatewayTroubles(texts):
+                self._handle_gateway_troubles(texts)
             case _Connected():
                 self._display.trouble = ""
                 self._tasks.connect()
@@ -256,6 +275,23 @@ class _Session:
                 self._reading = False
                 if error is not None:
                     raise error
+
+    def _handle_trouble(self, reason: str) -> None:
+        if self._live is None and reason != self._display.trouble:
+            self.say(f"{self._name}: {reason}; reconnecting")
+        self._display.trouble = reason
+        self._tasks.disconnect()
+
+    def _handle_gateway_troubles(self, texts: tuple[str, ...]) -> None:
+        before, self._display.gateway_troubles = self._display.gateway_troubles, texts
+        if self._live is not None:
+            return
+        for text in texts:
+            if text not in before:
+                self.say(f"{self._name}: {text}")
+        for text in before:
+            if text not in texts:
+                self.say(f"{self._name}: no longer: {text}")
 
     def _handle_event(self, event: Event) -> None:
         if self._options.as_json:
@@ -275,6 +311,7 @@ class _Session:
     def _handle_saved(self, saved: Saved) -> None:
         assert self._saver is not None  # noqa: S101  # it has sent the message
         self._saver.unfinished -= 1
+        self._file_count += len(saved.files)
         task = self._tasks.find(saved.task_id)
         assert task is not None  # noqa: S101  # as above
         files = ", ".join(map(str, saved.files))

@@ -6,6 +6,7 @@ screen first loses the bars, then the details, then the percentages.
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -35,11 +36,13 @@ class ProgressDisplay:
     """The state of the tasks as a renderable of rich.
 
     `trouble`: why there is no connection. `notice`: why the connection is not an event stream.
+    `gateway_troubles`: what the gateway says about itself, as sentences.
     """
 
     def __init__(self, name: str, tasks: WatchedTasks) -> None:
         self.name = name
         self.trouble = self.notice = ""
+        self.gateway_troubles: tuple[str, ...] = ()
         self._tasks = tasks
 
     def render(self, width: int, height: int | None = None) -> Group:
@@ -47,6 +50,7 @@ class ProgressDisplay:
         lines: list[RenderableType] = [self._head()]
         if self.notice:
             lines.append(_cut(self.notice, "yellow"))
+        lines += [_cut(line, "yellow") for line in textwrap.wrap(self._reasons(), width)]
         tasks = self._tasks.ordered()
         has_sum = len(tasks) > 1
         hidden: list[WatchedTask] = []
@@ -80,6 +84,11 @@ class ProgressDisplay:
         failing = any(task.stale for task in self._tasks)
         text = f"{self.name}: {self._tasks.ended} of {len(self._tasks)} ended"
         return _cut(f"{text}; upstream failing", "yellow") if failing else _cut(text, "dim")
+
+    def _reasons(self) -> str:
+        """Return why updates fail, and what else is wrong: lines of tasks often have no room for it."""
+        titles = [task.stale_title for task in self._tasks.ordered() if task.stale]
+        return " ".join(f"{text}." for text in dict.fromkeys([*titles, *self.gateway_troubles]))
 
     def _add_sum(self, table: _Table) -> None:
         seconds = self._tasks.eta_seconds()

@@ -97,13 +97,14 @@ class Problem(_Wire):
 class Stale(_Wire):
     """An update is overdue because of the problem `stale`; None when updates resume.
 
-    `age_seconds` is the time since the last update. Older gateways do not send this event.
+    `age_seconds` is the time since the last update; `title` is that of the problem. Older gateways do not
+    send this event.
     """
 
     task_id: _PrintableText
     stale: _PrintableText | None
     age_seconds: Annotated[float, Field(ge=0, le=1e12)] = 0.0
-    title: _PrintableText = ""
+    title: _PrintableText | None = None
 
 
 Content = Progress | Problem | Stale

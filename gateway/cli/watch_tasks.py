@@ -66,6 +66,11 @@ class WatchedTask:
         return self.progress.status if self.progress else "loading"
 
     @property
+    def stale_title(self) -> str:
+        """Why the update is overdue, or ""."""
+        return (self.stale.title or problem_title(self.stale.stale or "")) if self.stale else ""
+
+    @property
     def fraction(self) -> float:
         """The progress, from 0 to 1."""
         return self.progress.progress if self.progress else 0.0
@@ -95,9 +100,8 @@ class WatchedTask:
             parts.append(time_left(seconds))
         if self.stale:
             age = self.stale.age_seconds + now - self._stale_at
-            title = self.stale.title or problem_title(self.stale.stale or "")
-            parts.append(f"last update {ago(age)}: {title}")
-        elif self.progress.message:
+            parts.append(f"last update {ago(age)}: {self.stale_title}")
+        elif self.progress.message and not self.images:
             parts.append(self.progress.message)
         if self.images:
             parts.append(self.images)

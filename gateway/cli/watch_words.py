@@ -9,15 +9,18 @@ from __future__ import annotations
 import math
 
 from gateway.api.problems import PROBLEMS
+from gateway.domain.errors import KeyPairMissing
 
 ANY_MOMENT = "any moment now"
 NOT_FOUND = "not found"
 UNKNOWN_ID = "the vendor does not know this ID"
 
+_NO_CREDENTIALS = PROBLEMS[KeyPairMissing][1]
 _MINUTE, _HOUR = 60, 3600
 _SECONDS_SHOWN_BELOW = 300
 _DAYS_SHOWN_FROM_HOURS = 48
-_TITLES = {kind.code: title for kind, (_, title) in PROBLEMS.items()}
+# Of several problems with one code, the first one has the title: that of its base class.
+_TITLES = {kind.code: title for kind, (_, title) in reversed(list(PROBLEMS.items()))}
 
 
 def clock(seconds: float) -> str:
@@ -40,6 +43,21 @@ def ago(seconds: float) -> str:
 def problem_title(code: str) -> str:
     """Return the title of a problem of the gateway. A newer gateway may have other codes."""
     return _TITLES.get(code, code)
+
+
+def trouble_text(trouble: str) -> str:
+    """Return a sentence for an entry of `reasons` or `degraded` in `/readyz`, as the page does."""
+    if trouble == "no credentials":
+        return _NO_CREDENTIALS
+    if trouble == "draining":
+        return "The gateway is shutting down"
+    part, _, rest = trouble.partition(": ")
+    if part == "upstream":
+        code, separator, cause = rest.partition(": ")
+        return f"{problem_title(code)}{separator}{cause}"
+    if part == "store":
+        return f"Tasks are updated without the shared store: {rest}"
+    return trouble[:1].upper() + trouble[1:]
 
 
 def _duration(whole: int) -> str:

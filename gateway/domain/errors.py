@@ -23,7 +23,7 @@
         │   └── QuotaExhausted      quota exhausted, or a bill unpaid
         ├── UpstreamForbidden       query of one task rejected, credentials not named
         ├── UpstreamThrottled       rate limit of the upstream reached
-        │   └── RateLimiterExhausted    our own rate limiter: no request was sent
+        │   └── RateLimited    our own rate limiter: no request was sent
         ├── CircuitOpen             circuit breaker open: no request was sent
         ├── UpstreamInvalid         the response is not a valid envelope
         │   ├── UpstreamIsGateway   the response comes from an sd-progress-gateway
@@ -163,9 +163,12 @@ class UpstreamError(GatewayError):
     Attributes:
         transient: Whether a retry with a new signature may succeed.
         detail: What the response said, redacted; None without a response that says anything.
+        cause: Why the upstream could not be reached, for operators; "" if it was reached, or if no more is
+            known than that it did not respond.
     """
 
     transient = False
+    cause = ""
 
     def __init__(
         self, message: str, *, detail: UpstreamDetail | None = None, retry_after: float | None = None
@@ -235,8 +238,8 @@ class UpstreamThrottled(UpstreamError):
     code = "upstream-throttled"
 
 
-class RateLimiterExhausted(UpstreamThrottled):
-    """The gateway's rate limiter grants no permit before the caller's deadline."""
+class RateLimited(UpstreamThrottled):
+    """The gateway's rate limiter has no permit now: the query is queued, or has failed for this reason."""
 
 
 class CircuitOpen(UpstreamError):

@@ -17,7 +17,7 @@ class Operation(StrEnum):
     Attributes:
         path: The URL path, the same for the upstream and for the gateway's vendor-compatible paths.
         api: The name of the vendor API in the simplified paths, `sd` or `comfy`.
-        is_result: Whether the operation returns a result, which has no status and no progress.
+        is_result: Whether the operation returns a result. Its snapshots have no status and no progress.
     """
 
     SD_GET_PROGRESS = "sd_get_progress"

@@ -23,14 +23,14 @@ from gateway.domain.errors import (
     CredentialsRefused,
     GatewayError,
     Overloaded,
-    RateLimiterExhausted,
+    RateLimited,
     UpstreamError,
     UpstreamIsGateway,
     UpstreamTimeout,
 )
 from gateway.domain.snapshot import Snapshot, build_snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.progress.results import FetchOutcome
+from gateway.progress.outcomes import FetchOutcome
 from gateway.settings.model import Cache as CacheSettings
 from gateway.stores.base import ANY_FRESH, Lease, Requirement, Store
 from gateway.telemetry.log_sampling import LogSampler
@@ -48,7 +48,7 @@ _MAX_STATUS_LENGTH = 4096  # characters that are searched for secrets; the log s
 
 # The gateway's own limits, an open circuit and refused credentials say nothing about the task. So they are
 # not stored as its failure (negative cache).
-_NOT_CACHED = (Overloaded, RateLimiterExhausted, CircuitOpen, CredentialsRefused)
+_NOT_CACHED = (Overloaded, RateLimited, CircuitOpen, CredentialsRefused)
 
 log = structlog.get_logger(__name__)
 
@@ -149,13 +149,13 @@ class Fetcher:
                 on_retry=partial(self._store.release_lease_early, lease),
                 query_state=state,
             )
-            state.must_finish = True
+            state.call_sent = True
             upstream_seconds = self._clock() - started
             self._on_latency(key.operation, upstream_seconds)
             stored = await self._store.commit(lease, build)
         except GatewayError as exc:
             failure = copy(exc)
-            state.must_finish = True
+            state.call_sent = True
             if isinstance(failure, UpstreamIsGateway):
                 self._log_loop(failure)
             if isinstance(failure, _NOT_CACHED):
@@ -204,7 +204,7 @@ def queued_future_of(state: QueryState) -> asyncio.Future[GatewayError]:
 def _report_queued(state: QueryState, seconds: float) -> None:
     signal = queued_future_of(state)
     if not signal.done():
-        failure = RateLimiterExhausted(
+        failure = RateLimited(
             "the query is queued by the rate limiter for upstream calls", retry_after=seconds
         )
         signal.set_result(failure)

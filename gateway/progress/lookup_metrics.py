@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation
-from gateway.progress.results import CacheStatus
+from gateway.progress.outcomes import CacheStatus
+from gateway.settings.model import Cache as CacheSettings
 from gateway.telemetry.metrics import Metrics
 
 
@@ -16,8 +17,8 @@ class LookupMetrics:
         observe_age: A function of each operation that observes an age in seconds, for the same reason.
     """
 
-    def __init__(self, metrics: Metrics, *, stale_while_revalidate_seconds: float) -> None:
-        self._stale_seconds = stale_while_revalidate_seconds
+    def __init__(self, metrics: Metrics, settings: CacheSettings) -> None:
+        self._stale_seconds = settings.stale_while_revalidate_seconds
         self._counters = {
             (operation, cache_status): metrics.cache_lookups.labels(operation, cache_status)
             for operation in Operation

@@ -12,7 +12,7 @@
 
 An in-flight request is the query for a task with the steps before and after the query (`fetching.py`). A
 query *counts as queued* from the first call of its `on_expected_wait`; see `RateLimiter.acquire`.
-`overdue.py` decides whether a query takes too long. The update of the task is then *overdue*.
+`overdue_updates.py` decides whether a query takes too long. The update of the task is then *overdue*.
 
 Until a task has ended, a caller may receive a snapshot older than its lifetime +
 `cache.stale_while_revalidate_seconds` only while the update of the task is overdue, or while the query counts
@@ -30,11 +30,11 @@ from gateway.domain.errors import GatewayError, UpstreamTimeout
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
 from gateway.progress.fetching import Fetcher, queued_future_of
-from gateway.progress.in_flight import InFlightRequests
+from gateway.progress.in_flight_requests import InFlightRequests
 from gateway.progress.lookup_metrics import LookupMetrics
-from gateway.progress.overdue import OverdueUpdates
+from gateway.progress.outcomes import CacheStatus, FetchOutcome, LookupFailure, LookupResult
+from gateway.progress.overdue_updates import OverdueUpdates
 from gateway.progress.refresh_ahead import RefreshAhead
-from gateway.progress.results import CacheStatus, FetchOutcome, LookupFailure, LookupResult
 from gateway.settings.model import Cache as CacheSettings
 from gateway.stores.base import CacheEntry, Requirement, Store
 from gateway.telemetry.metrics import Metrics
@@ -88,9 +88,7 @@ class ProgressService:
         )
         self._in_flight: InFlightRequests[TaskKey, FetchOutcome] = InFlightRequests(self._fetch)
         self.overdue_updates = OverdueUpdates(store, self._in_flight.state_in_flight, clock=clock)
-        self._metrics = LookupMetrics(
-            metrics, stale_while_revalidate_seconds=settings.stale_while_revalidate_seconds
-        )
+        self._metrics = LookupMetrics(metrics, settings)
 
     def lookup(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, and count a lookup; None if there is no result. Never wait.
@@ -187,8 +185,8 @@ class ProgressService:
     def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, but count no lookup and start no refresh.
 
-        The result is the same as in `lookup`, except while the update of the task is overdue. Then the result
-        has the reason as its failure, and the maximum age is `cache.stale_if_error_seconds`.
+        `lookup` serves an old snapshot instead of a cached failure (stale-if-error). This method does so for
+        each error because of which the update is overdue, so also while a query takes too long.
         """
         entry = self._store.current_entry(key)
         if entry is None:
@@ -197,11 +195,9 @@ class ProgressService:
         if seen_revision and not snapshot.is_at_least(seen_revision):
             return None
         age = self._clock() - snapshot.fetched_at
-        return (
-            LookupResult(snapshot, age, CacheStatus.HIT)
-            if age < snapshot.lifetime
-            else self._stale_result(snapshot, age, self.overdue_updates.reason(key))
-        )
+        if age < snapshot.lifetime:
+            return LookupResult(snapshot, age, CacheStatus.HIT)
+        return self._stale_result(snapshot, age, self.overdue_updates.error(key))
 
     async def catch_up_with_replicas(self) -> None:
         """Read the messages of other replicas that have arrived; see `Store.catch_up`."""
@@ -308,12 +304,14 @@ class ProgressService:
         Without `wait_until_done`, return an error as soon as the rate limiter queues the query, or as soon as
         the query takes so long that the update is overdue. The query continues.
         """
-        request = self._in_flight.start(key, requirement=Requirement(seen_revision=seen_revision))
+        state = self._in_flight.query_state(key)
+        # A new in-flight request must satisfy all callers that wait, not only the one that starts it.
+        state.seen_revision = max(state.seen_revision, seen_revision)
+        request = self._in_flight.start(key, requirement=Requirement(seen_revision=state.seen_revision))
         if wait_until_done:
             return await asyncio.shield(request)
         if request.done():  # it ended in this iteration of the event loop
             return request.result()
-        state = self._in_flight.query_state(key)
         queued = queued_future_of(state)
         taken = max(self._clock() - state.began_at, 0.0)  # 0.0 before it runs: `began_at` is then infinite
         timeout = max(self.overdue_updates.overdue_after_seconds - taken, 0.0)
@@ -321,7 +319,8 @@ class ProgressService:
         if request.done():
             return request.result()
         state.keep_without_callers = True  # the query continues
-        return FetchOutcome(queued.result() if queued.done() else self.overdue_updates.error_of(state))
+        slow = self.overdue_updates.error_of_slow_query(state)
+        return FetchOutcome(queued.result() if queued.done() else slow)
 
     def _stale_if_error(
         self,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 
 from gateway.settings.model import Server
 from gateway.settings.variables import variable_of
+
+UNPRIVILEGED_PORT = "a port from 1024 on: lower ones need a privilege"
 
 
 class CannotListen(Exception):
@@ -27,17 +30,23 @@ class CannotListen(Exception):
         """Whether another program listens on the port."""
         return self.number == errno.EADDRINUSE
 
+    @property
+    def is_forbidden(self) -> bool:
+        """Whether the user of the process may not listen there."""
+        return self.number in {errno.EACCES, errno.EPERM}
+
 
 def settings_hint(error: CannotListen, server: Server) -> str:
     """Return which setting to change, so that the gateway can listen."""
     if error.port is None:
-        return f"set server.uds ({variable_of('server', 'uds')}) to another path"
+        folder = f" in a folder in which user {os.geteuid()} can create files" if error.is_forbidden else ""
+        return f"set server.uds ({variable_of('server', 'uds')}) to another path{folder}"
     key = "metrics_port" if error.port == server.metrics_port else "port"
     special = "0 serves /metrics on server.port" if key == "metrics_port" else "0 uses any free port"
     if error.port_is_taken:
         advice = f"to another port; {special}"
-    elif error.number in {errno.EACCES, errno.EPERM}:
-        advice = "to a port from 1024 on: lower ones need a privilege"
+    elif error.is_forbidden:
+        advice = f"to {UNPRIVILEGED_PORT}"
     else:
         key, advice = "host", "to an address of this machine"
     return f"set server.{key} ({variable_of('server', key)}) {advice}"

@@ -10,7 +10,7 @@ import re
 import ssl
 from pathlib import Path
 
-from gateway.settings.secret_files import read_bundle
+from gateway.settings.secret_files import describe_read_error, read_bundle
 
 _LABEL = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----")
 _CERTIFICATES = {b"CERTIFICATE", b"TRUSTED CERTIFICATE", b"X509 CERTIFICATE"}
@@ -40,7 +40,7 @@ def trust(file: Path | None, folder: Path | None = None, *, name: str) -> ssl.SS
     except ssl.SSLError as exc:
         raise CertificateFileError(name, path, _reason(exc)) from exc
     except OSError as exc:
-        raise CertificateFileError(name, path, exc.strerror or str(exc)) from exc
+        raise CertificateFileError(name, path, describe_read_error(exc)) from exc
 
 
 def present(context: ssl.SSLContext, cert_file: Path, key_file: Path) -> None:
@@ -63,7 +63,7 @@ def present(context: ssl.SSLContext, cert_file: Path, key_file: Path) -> None:
             raise CertificateFileError(cert, cert_file, problem) from exc
         raise CertificateFileError(cert, cert_file, f"with the key in {key_file}: {_reason(exc)}") from exc
     except OSError as exc:
-        raise CertificateFileError(cert, cert_file, exc.strerror or str(exc)) from exc
+        raise CertificateFileError(cert, cert_file, describe_read_error(exc)) from exc
 
 
 def _require_certificate(name: str, file: Path) -> None:
@@ -77,7 +77,7 @@ def _read(name: str, file: Path) -> bytes:
     try:
         return read_bundle(file)
     except OSError as exc:
-        raise CertificateFileError(name, file, exc.strerror or str(exc)) from exc
+        raise CertificateFileError(name, file, describe_read_error(exc)) from exc
     except ValueError as exc:
         raise CertificateFileError(name, file, str(exc).rpartition(": ")[2]) from exc
 

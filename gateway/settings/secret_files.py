@@ -47,6 +47,13 @@ def read_bundle(file: Path) -> bytes:
     return _read(file, most=_MOST_CERTIFICATE_BYTES)
 
 
+def describe_read_error(error: OSError) -> str:
+    """Return why a file cannot be read. For a missing permission, the text names the user who needs it."""
+    if isinstance(error, PermissionError):
+        return f"permission denied; user {os.geteuid()} must be able to read the file and enter its folder"
+    return error.strerror or str(error)
+
+
 def _read(file: Path, *, most: int) -> bytes:
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)

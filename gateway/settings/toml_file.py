@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.settings.model import SettingsError
+from gateway.settings.secret_files import describe_read_error
 from gateway.settings.toml_statements import Keys, split_statements
 from gateway.settings.toml_syntax import describe_syntax_error
 
@@ -94,7 +95,7 @@ def _read(file: Path) -> str:
     try:
         content = _read_bytes(file)
     except OSError as exc:
-        raise SettingsError([f"{file}: cannot be read: {exc.strerror}"]) from exc
+        raise SettingsError([f"{file}: cannot be read: {describe_read_error(exc)}"]) from exc
     if len(content) > _MAX_BYTES:
         raise SettingsError([f"{file}: is larger than {_MAX_BYTES} bytes"])
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):

@@ -29,12 +29,12 @@ def rejected_value(path: list[str], value: Any) -> str:
 
 
 def effective_value(section: str, value: Any) -> str:
-    """Return a validated value of a section. A secret is hidden, and so is the login in a URL."""
+    """Return a validated value of a section in TOML. A secret is hidden, and so is the login in a URL."""
     if isinstance(value, SecretStr):
         value = value.get_secret_value()
         scheme = _SCHEME.match(value)
         if value and (section == "credentials" or not (scheme or value in _NO_SECRETS)):
-            return HIDDEN
+            return toml_value(HIDDEN)
         if scheme and _AT.search(value):
             value = f"{scheme[0]}{HIDDEN}@{_AT.split(value)[-1]}"
     return toml_value(value)

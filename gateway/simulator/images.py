@@ -1,6 +1,7 @@
 """`GET /images/NAME.png?Expires=…`: the images of finished tasks.
 
-Each name has its own color gradient. Like the vendor's, a URL expires.
+Each name has its own color gradient. Like the vendor's, a URL expires. Scripts of any origin may read the
+images (CORS), so that the page can save them. The settings of the vendor's storage are not known.
 """
 
 import hashlib
@@ -27,7 +28,8 @@ def image_route(clock: Callable[[], float]) -> Route:
         expires = request.query_params.get("Expires", "")
         if not (expires.isascii() and expires.isdigit() and clock() < int(expires[:20])):
             return PlainTextResponse("the URL has expired", 403)
-        return Response(_png(request.path_params["name"]), media_type="image/png")
+        readable = {"Access-Control-Allow-Origin": "*"}
+        return Response(_png(request.path_params["name"]), headers=readable, media_type="image/png")
 
     return Route(f"{IMAGES}/{{name}}.png", image, methods=["GET"])
 

@@ -200,7 +200,7 @@ class Store(Protocol):
     def on_change(
         self, listener: Callable[[Snapshot], None], *, is_watched: Callable[[TaskKey], bool] = lambda _: False
     ) -> None:
-        """Call `listener`, on the event loop, with each snapshot that is stored in memory from now on.
+        """Call `listener`, on the event loop, with each new snapshot, even if it is too large to be kept.
 
         `is_watched` tells whether the listener needs each new snapshot of a task. Then the store loads those
         that other replicas fetch, even if no caller reads them.

@@ -35,7 +35,7 @@ REMEMBER_SECONDS = 3600.0
 ENTRY_OVERHEAD_BYTES = 1024
 # Minimum time between two removals of expired entries by lookups. A lookup removes expired entries only if it
 # finds no entry. Expired entries are also removed whenever an entry is stored.
-_EXPIRE_SECONDS = 1.0
+_CLEANUP_INTERVAL_SECONDS = 1.0
 
 
 class _ByteSizedCache(TLRUCache[TaskKey, Any]):
@@ -134,7 +134,7 @@ class MemoryStore:
         if entry is None:
             now = self._clock()
             if now >= self._next_cleanup_at:  # each check for expired entries takes a microsecond
-                self._next_cleanup_at = now + _EXPIRE_SECONDS
+                self._next_cleanup_at = now + _CLEANUP_INTERVAL_SECONDS
                 self._snapshots.expire()
         return entry
 

@@ -1,7 +1,8 @@
 """Samples log lines, so that logging under load costs little and rare lines are always written.
 
-As in zap's sampler, the first lines of a kind in each second are written, and then every n-th line. Each
-written line carries the number of lines suppressed before it.
+As in zap's sampler, the first lines of a kind in each window of time are written, and then every n-th line.
+The window is a second, if nothing else is said. Each written line carries the number of lines suppressed
+before it.
 """
 
 from __future__ import annotations
@@ -10,23 +11,22 @@ import time
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-_WINDOW_SECONDS = 1.0
-
 
 @dataclass(slots=True)
 class LogSeries:
-    """The lines of one kind: `first` lines in each second are written, then every `every`-th line."""
+    """The lines of one kind: `first` lines in each window are written, then every `every`-th line."""
 
     first: int
     every: int
+    window_seconds: float = 1.0
     until: float = 0.0
-    count: int = 0  # within this second
+    count: int = 0  # within this window
     suppressed: int = 0
 
     def take(self, now: float) -> int | None:
         """Decide about one line, as `LogSampler.take` does. `now` is on the sampler's clock, in seconds."""
         if now >= self.until:
-            self.until = now + _WINDOW_SECONDS
+            self.until = now + self.window_seconds
             self.count = 0
         self.count += 1
         if self.count > self.first and (self.count - self.first) % self.every:
@@ -43,10 +43,16 @@ class LogSampler:
     """
 
     def __init__(
-        self, *, first: int = 10, every: int = 1000, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        first: int = 10,
+        every: int = 1000,
+        window_seconds: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._first = first
         self._every = every
+        self._window_seconds = window_seconds
         self._clock = clock
         self._kinds: dict[Hashable, LogSeries] = {}
 
@@ -62,5 +68,5 @@ class LogSampler:
         """Return the series of a kind, for hot paths that keep it to save the lookup."""
         found = self._kinds.get(kind)
         if found is None:
-            found = self._kinds[kind] = LogSeries(self._first, self._every)
+            found = self._kinds[kind] = LogSeries(self._first, self._every, self._window_seconds)
         return found

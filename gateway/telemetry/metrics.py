@@ -84,8 +84,8 @@ class Metrics:
         )
         self.answer_age = FastHistograms(
             "sd_gateway_answer_age_seconds",
-            "Age of snapshots when they are served, in seconds. A query for subscribers counts once. "
-            "Ended tasks are not counted.",
+            "Age of snapshots when they are served, in seconds. A query for subscribers counts once, "
+            "however many subscribers there are. Ended tasks are not counted.",
             ["operation"],
             buckets=_AGE_BUCKETS,
             registry=registry,

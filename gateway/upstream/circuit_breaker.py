@@ -4,6 +4,7 @@
     open       every call is refused, for a second -> half-open
     half-open  one call per second passes, a probe; all others are refused
                    a probe succeeds -> closed        it fails -> open
+                   it says nothing about the upstream's health -> the next call is a probe, too
 
 A probe per second is no load, and clients learn of the upstream's recovery within two seconds. The next
 probe does not wait for the response to the previous one: if the upstream is silent, that would take

@@ -26,7 +26,7 @@ from gateway.domain.errors import (
     CircuitOpen,
     GatewayError,
     Overloaded,
-    RateLimiterExhausted,
+    RateLimited,
     TimestampRefused,
     UpstreamError,
     UpstreamThrottled,
@@ -36,7 +36,7 @@ from gateway.domain.task import Operation, TaskKey
 from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.circuit_breaker import CircuitBreaker, State
-from gateway.upstream.concurrency_slot import ConcurrencySlot
+from gateway.upstream.concurrency_limit import ConcurrencyLimit
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.hedging import Hedging, LaterCallAnswered
@@ -50,7 +50,7 @@ _LATENCY_WEIGHT = 0.3  # weight of the latest response in the moving average of 
 
 
 def _rate_limit_error() -> GatewayError:
-    return RateLimiterExhausted("the rate limit for upstream calls is exhausted", retry_after=1.0)
+    return RateLimited("the rate limit for upstream calls is exhausted", retry_after=1.0)
 
 
 def _concurrency_error() -> GatewayError:
@@ -95,7 +95,7 @@ class UpstreamClient:
         self._signed_requests = signed_requests
         self._rotation = rotation
         self._metrics = metrics
-        self._concurrency_limit = asyncio.Semaphore(settings.max_in_flight)
+        self._concurrency_limit = ConcurrencyLimit(settings.max_in_flight)
         metrics.upstream_in_flight_limit.set(settings.max_in_flight)
         self._retry_policy = RetryPolicy(settings.retries)
         self._rate_limiter = RateLimiter(settings.requests_per_second, take_shared=take_permits)
@@ -146,7 +146,7 @@ class UpstreamClient:
             timeout_seconds: Limit for the whole query, in addition to the setting.
             on_expected_wait: See `RateLimiter.acquire`.
             on_retry: Called before each retry.
-            query_state: The waiting callers. The attribute `must_finish` is set when a call is sent, and
+            query_state: The waiting callers. The attribute `call_sent` is set when a call is sent, and
                 cleared before a retry. None: the gateway itself needs the response.
 
         Raises:
@@ -168,7 +168,7 @@ class UpstreamClient:
                         return await self._hedging.run(query, self._call_within_limits)
                     except LaterCallAnswered:
                         continue
-                    except (RateLimiterExhausted, Overloaded, CircuitOpen) as exc:
+                    except (RateLimited, Overloaded, CircuitOpen) as exc:
                         # No call was made this time. The error of an earlier call is more informative.
                         raise copy(failure or exc) from None
                     except UpstreamError as exc:
@@ -177,7 +177,7 @@ class UpstreamClient:
                         delay = self._take_retry(exc, retries, query)
                         if delay is None:
                             raise
-                        query.state.must_finish = False
+                        query.state.call_sent = False
                         query.state.failure = failure = copy(exc)
                     self._metrics.upstream_retries.labels(key.operation, failure.code).inc()
                     retries += 1
@@ -220,8 +220,8 @@ class UpstreamClient:
     async def _make_hedged_call(self, query: _Query) -> ParsedResponse:
         """Make another call for a query whose call has no response yet."""
         self._metrics.upstream_retries.labels(query.key.operation, UpstreamTimeout.code).inc()
-        # The hedged call has a state of its own. `_call` sets `must_finish` to False before it sends a call.
-        # With the state of the query, the query could then be dropped while its first call is on the wire.
+        # The hedged call has a state of its own, because `_call` sets `call_sent` to False before it sends a
+        # call. If that were the state of the query, the query could be dropped with a call on the wire.
         state = QueryState(keep_without_callers=True)
         hedged = _Query(query.key, True, lambda _: None, query.deadline, state)  # noqa: FBT003
         hedged.call_numbers = query.call_numbers
@@ -253,26 +253,25 @@ class UpstreamClient:
 
     async def _call(self, query: _Query, permit: Permit, pair: KeyPair) -> ParsedResponse:
         operation, state = query.key.operation, query.state
-        state.must_finish = False
+        state.call_sent = False
         if not state.wanted:
             state.on_unwanted(state)
             await asyncio.sleep(0)  # `on_unwanted` has cancelled this task: CancelledError is raised here
         make_timeout_error = query.state.make_timeout_error
         query.state.make_timeout_error = _concurrency_error if permit.sent_at is None else make_timeout_error
-        await self._concurrency_limit.acquire()
-        slot = ConcurrencySlot(self._concurrency_limit)
+        slot = await self._concurrency_limit.acquire(state, is_refresh=query.is_refresh)
         try:
             began = self._check_before_sending(query, permit)
             query.state.make_timeout_error = make_timeout_error
             with self._breakers[operation].guard(no_response_seconds=self._expected_response_seconds):
                 permit.mark_sent()
-                state.must_finish = True
+                state.call_sent = True
                 with self._hedging.sending(query):
                     response = await self._signed_requests.send(
                         query.key, pair, number=next(query.call_numbers), on_complete=slot.on_call_end
                     )
         except asyncio.CancelledError:
-            if state.must_finish:  # the call is on the wire
+            if state.call_sent:  # the call is on the wire
                 slot.on_query_cancelled()
             else:
                 slot.release()

@@ -23,7 +23,6 @@ pair, and `credential_rotation.py` handles this.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -34,8 +33,9 @@ import structlog
 from pydantic import SecretStr
 
 from gateway.settings.model import Credentials as CredentialSettings
-from gateway.settings.secret_files import read_secret
+from gateway.settings.secret_files import describe_read_error, read_secret
 from gateway.settings.secret_text import SecretText, setting_text
+from gateway.settings.value_text import toml_value
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 
@@ -139,10 +139,10 @@ class Credentials:
     def _reload(self, slot: CredentialSlot) -> None:
         source, previous = self._sources[slot], self._loaded.get(slot)
         try:
-            keys = source.read()
-        except (OSError, ValueError) as exc:
+            keys = source.read(was_read=previous is not None)
+        except UnusableKey as exc:
             # Log and count only changes, because each poll would find the same fault.
-            fault = _describe_fault(exc, was_read=previous is not None)
+            fault = str(exc)
             if fault != self._read_errors.get(slot):
                 self._read_errors[slot] = fault
                 self._metrics.credentials_reloads.labels("error").inc()
@@ -177,6 +177,10 @@ class _Keys(NamedTuple):
         return self.access_key.describe("access key"), self.secret_key.describe("secret key")
 
 
+class UnusableKey(Exception):
+    """A key cannot be read or used. The text names the setting and the file, and does not show the key."""
+
+
 class _KeySource(NamedTuple):
     """The source of one half of a pair: a file, or else the value of the setting."""
 
@@ -184,11 +188,47 @@ class _KeySource(NamedTuple):
     file: Path | None
     value: SecretStr
 
-    def __str__(self) -> str:
-        return f"credentials.{self.setting}" if self.file is None else str(self.file)
+    @property
+    def name(self) -> str:
+        """The setting that names the source."""
+        return f"credentials.{self.setting}" + ("" if self.file is None else "_file")
 
-    def read(self) -> SecretText:
-        return setting_text(self.value) if self.file is None else read_secret(self.file)
+    def read(self, *, was_read: bool) -> SecretText:
+        """Return the key. `was_read`: the slot could be read before. Raises: UnusableKey."""
+        if self.file is None:
+            return setting_text(self.value)
+        try:
+            return read_secret(self.file)
+        except PermissionError as exc:
+            raise self.fault(describe_read_error(exc)) from None
+        except OSError as exc:
+            if not was_read and not self.file.is_absolute():
+                # A common mistake is the key itself as the file name. `/readyz` shows this text to everyone.
+                problem = "no such file in the working directory; is the value the key itself?"
+                raise UnusableKey(f"{self.name}: {problem}") from None
+            raise self.fault(f"{describe_read_error(exc)}; {self._expected}") from None
+        except ValueError as exc:
+            raise self.fault(f"{str(exc).rpartition(': ')[2]}; {self._expected}") from None
+
+    def check(self, key: SecretText) -> None:
+        """Check that the key can be used. Raises: UnusableKey."""
+        if not key.text and self.file is None:
+            raise self.fault(f"is empty; set it, or set {self.name}_file")
+        if not key.text:
+            raise self.fault(f"is empty; {self._expected}")
+        # The access key becomes a header value.
+        if self.setting.endswith("access_key") and not (key.text.isascii() and key.text.isprintable()):
+            problem = "has characters that are not allowed in an HTTP header; expected printable ASCII"
+            raise self.fault(problem)
+
+    def fault(self, problem: str) -> UnusableKey:
+        """Return the error for a problem with this source."""
+        shown = self.name if self.file is None else f"{self.name} = {toml_value(self.file)}"
+        return UnusableKey(f"{shown}: {problem}")
+
+    @property
+    def _expected(self) -> str:
+        return f"expected a file with the {self.setting.replace('_', ' ')} alone, on one line"
 
 
 class _PairSource(NamedTuple):
@@ -201,33 +241,22 @@ class _PairSource(NamedTuple):
     def has_files(self) -> bool:
         return self.access_key.file is not None or self.secret_key.file is not None
 
-    def read(self) -> _Keys | None:
-        """Return a pair that can sign, or None if none is configured. Raises: OSError, ValueError."""
-        before = self._read_once()
+    def read(self, *, was_read: bool) -> _Keys | None:
+        """Return a pair that can sign, or None if none is configured. Raises: UnusableKey."""
+        before = self._read_once(was_read=was_read)
         for _ in range(_MAX_READS):
-            after = self._read_once()
+            after = self._read_once(was_read=was_read)
             if after == before:
                 break
             before = after
         else:
-            raise ValueError(f"{self.access_key} and {self.secret_key} keep changing")
+            names = f"{self.access_key.name} and {self.secret_key.name}"
+            raise UnusableKey(f"{names}: the files keep changing; expected files that are written once")
         if not after.access_key.text and not after.secret_key.text and not self.has_files:
             return None
         for source, key in zip(self, after, strict=True):
-            if not key.text:
-                raise ValueError(f"{source}: is empty")
-        # The access key becomes a header value.
-        access_key = after.access_key.text
-        if not (access_key.isascii() and access_key.isprintable()):
-            raise ValueError(f"{self.access_key}: has characters that are not allowed in an HTTP header")
+            source.check(key)
         return after
 
-    def _read_once(self) -> _Keys:
-        return _Keys(self.access_key.read(), self.secret_key.read())
-
-
-def _describe_fault(error: OSError | ValueError, *, was_read: bool) -> str:
-    if isinstance(error, FileNotFoundError) and not was_read and os.sep not in str(error.filename):
-        # A common mistake is the key itself as the file name. `/readyz` shows this text to everyone.
-        return f"{type(error).__name__}: no such file in the working directory; is the value the key itself?"
-    return f"{type(error).__name__}: {error}"
+    def _read_once(self, *, was_read: bool) -> _Keys:
+        return _Keys(self.access_key.read(was_read=was_read), self.secret_key.read(was_read=was_read))

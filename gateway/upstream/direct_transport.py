@@ -73,8 +73,11 @@ class DirectTransport:
         self.in_flight += 1
         if connection is None:
             try:
-                async with asyncio.timeout_at(now + timeout_seconds):
-                    connection = await self._connect()
+                try:
+                    async with asyncio.timeout_at(now + timeout_seconds):
+                        connection = await self._connect()
+                except TimeoutError:
+                    raise TimeoutError("no connection to the upstream in time") from None
             except BaseException:
                 self.in_flight -= 1
                 on_complete()

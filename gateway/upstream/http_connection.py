@@ -109,7 +109,9 @@ class HttpConnection(asyncio.Protocol):
         self._parser = None  # breaks the reference cycle
         response = self._response
         if exc is not None:
-            self._fail(httpx.ReadError(type(exc).__name__))
+            error = httpx.ReadError(type(exc).__name__)
+            error.__cause__ = exc  # with TLS 1.3, the server's alert about a client certificate arrives here
+            self._fail(error)
         elif response.status and not _FRAMING_HEADERS & response.headers.keys():
             self._finish()  # the end of the connection ends the response (RFC 9112, 6.3)
         else:

@@ -19,7 +19,7 @@ from typing import Any
 
 import httpx
 
-from gateway.upstream.transport import HttpResponse
+from gateway.upstream.transport import HttpResponse, explain_failure
 
 _CLOSE_SECONDS = 1.0
 # The last step before the upstream is reached: TLS through a tunnel, or the TCP connection to a proxy that
@@ -239,7 +239,7 @@ def _proxy_error(error: httpx.TransportError) -> httpx.ProxyError:
     if isinstance(error, httpx.ProxyError):
         return httpx.ProxyError(_refusal(str(error)))
     if isinstance(error, httpx.ConnectError):
-        return httpx.ProxyError("no connection to the proxy")
+        return httpx.ProxyError(f"no connection to the proxy: {explain_failure(error)}")
     return httpx.ProxyError(f"no valid response of the proxy ({type(error).__name__})")
 
 

@@ -5,7 +5,7 @@
                            -> a query on the wire is completed
 
 A client is identified by its address; b"" stands for an unknown client. In this module, a *request* is an
-in-flight request (`progress/in_flight.py`).
+in-flight request (`progress/in_flight_requests.py`).
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ class QueryState:
     """The callers of one task, and the state of its query. It may outlive an in-flight request.
 
     Attributes:
-        clients: Number of waiting callers, by client. `begin` resets all other attributes.
+        clients: Number of waiting callers, by client.
+        seen_revision: The newest revision that a caller has seen. `begin` resets all attributes below.
         in_flight: A request is in flight.
         keep_without_callers: The request is kept even if no caller waits, because the gateway needs the
             response.
-        must_finish: A call is on the wire, or its response has arrived. The request then runs to its end.
+        call_sent: A call is on the wire, or its response has arrived. The request then runs to its end.
         on_unwanted: Callback that cancels a request which is not wanted any more. Its argument is this
             query state.
         dropped: The request was cancelled by `on_unwanted`.
@@ -56,20 +57,22 @@ class QueryState:
 
     __slots__ = (
         "began_at",
+        "call_sent",
         "clients",
         "dropped",
         "failure",
         "in_flight",
         "keep_without_callers",
         "make_timeout_error",
-        "must_finish",
         "on_unwanted",
         "queue_entry",
         "queued_future",
+        "seen_revision",
     )
 
     def __init__(self, *, keep_without_callers: bool = False) -> None:
         self.clients: dict[bytes, int] = {}
+        self.seen_revision = 0
         self.begin(keep_without_callers=keep_without_callers)
         self.in_flight = False
 
@@ -79,11 +82,11 @@ class QueryState:
         keep_without_callers: bool = False,
         on_unwanted: Callable[[QueryState], None] = lambda _: None,
     ) -> None:
-        """Reset everything but `clients` for a new in-flight request."""
+        """Reset everything but `clients` and `seen_revision` for a new in-flight request."""
         self.on_unwanted = on_unwanted
         self.in_flight = True
         self.keep_without_callers = keep_without_callers
-        self.must_finish = False
+        self.call_sent = False
         self.dropped = False
         self.queue_entry: QueueEntry | None = None
         self.queued_future: asyncio.Future[GatewayError] | None = None

@@ -1,8 +1,8 @@
 """The rate limiter: issues a permit for an upstream call. One limit applies to all operations and tasks.
 
     acquire -> a token is available and no query is queued  -> permit
-            -> the expected wait is longer than the timeout -> RateLimiterExhausted, at once
-            -> else wait in the queue (`permit_queue.py`)   -> permit
+            -> the expected wait is longer than the timeout -> RateLimited, at once
+            -> else wait in the queue (`query_queue.py`)   -> permit
 
 If replicas share a rate limit, a query also needs a shared permit (`shared_permits.py`). A permit is used for
 one call, and for the repeats of this call with a corrected clock or another key pair. A retry and a hedged
@@ -21,9 +21,9 @@ from typing import Protocol, Self
 
 import structlog
 
-from gateway.domain.errors import RateLimiterExhausted, UpstreamRejected, UpstreamThrottled
+from gateway.domain.errors import RateLimited, UpstreamRejected, UpstreamThrottled
 from gateway.upstream.adaptive_limit import AdaptiveLimit
-from gateway.upstream.permit_queue import PermitQueue, QueuedQuery
+from gateway.upstream.query_queue import QueryQueue, QueuedQuery
 from gateway.upstream.query_state import QueryState
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
@@ -40,8 +40,8 @@ _TIMEOUT_TOLERANCE_SECONDS = 0.1
 # a page requests only a few tasks at once.
 _BURST_SECONDS = 0.1
 _ROUNDING = 1e-9  # tokens; tolerance for rounding errors
-# Resolution of the event loop's timers: an earlier timer would find no token yet. A query whose timeout has
-# passed fails with at least this `retry_after`.
+# Resolution of the event loop's timers: a timer with a shorter delay would fire before there is a token. Also
+# the smallest `retry_after` of an error.
 _TIMER_RESOLUTION_SECONDS = 0.001
 
 log = structlog.get_logger(__name__)
@@ -96,8 +96,8 @@ class Permit:
 class RateLimiter:
     """Issues permits at `requests_per_second`. If that is 0, only throttling responses limit the rate.
 
-    `clock` returns monotonic seconds. `take_shared` takes permits from the rate limiter that replicas share.
-    With `take_shared`, a query needs a token of this replica and a shared permit.
+    `clock` returns monotonic seconds. `take_shared` takes permits from the rate limiter that replicas share:
+    while the store works, a query then needs a token of this replica and a shared permit.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class RateLimiter:
         self._limit = AdaptiveLimit(requests_per_second or math.inf)
         self._clock = clock
         self._call_later = call_later
-        self._queue = PermitQueue()
+        self._queue = QueryQueue()
         self._permits: set[Permit] = set()  # outstanding
         self._tokens = 1.0
         self._refilled_at = clock()
@@ -167,7 +167,7 @@ class RateLimiter:
                 A first query is put into the queue of one of the clients. More clients may join later.
 
         Raises:
-            RateLimiterExhausted: The expected wait exceeds the timeout. A query that is already queued may
+            RateLimited: The expected wait exceeds the timeout. A query that is already queued may
                 fail, too: if the limit falls, or if queries of other clients are served before this one.
         """
         self._remove_limit_if_idle()
@@ -193,9 +193,9 @@ class RateLimiter:
     def slow_down(self, *, retry_after: float | None) -> None:
         """Lower the limit because a replica has announced that the upstream throttles.
 
-        A replica also receives its own announcement. Its limit is already lowered, and does not fall again
-        within a second. But if the announcement has a `retry_after`, the pause begins again. The permits that
-        were issued between the throttling response and the announcement are revoked.
+        A replica also receives its own announcement, after it has lowered its limit. An announcement within
+        a second after that has an effect only if it has a `retry_after`: then the pause begins again, and
+        permits that have been issued meanwhile are revoked.
         """
         self._on_throttled(self._clock(), retry_after)
 
@@ -265,7 +265,7 @@ class RateLimiter:
                 if query.future.done():
                     continue  # cancelled: its asyncio task will run soon
                 if self._clock() > query.expires_at + _TIMEOUT_TOLERANCE_SECONDS:
-                    # Later first queries of other clients were served before this one.
+                    # First queries of other clients that were queued later were served before this one.
                     query.future.set_result(max(self._wait_behind(0), _TIMER_RESOLUTION_SECONDS))
                     continue
                 self._use_shared_permit(is_refresh=is_refresh)
@@ -345,5 +345,5 @@ def burst_size(per_second: float) -> float:
     return max(per_second * _BURST_SECONDS, 1.0)
 
 
-def _exhausted(wait: float) -> RateLimiterExhausted:
-    return RateLimiterExhausted("the rate limit for upstream calls is exhausted", retry_after=wait)
+def _exhausted(wait: float) -> RateLimited:
+    return RateLimited("the rate limit for upstream calls is exhausted", retry_after=wait)

@@ -34,6 +34,7 @@ from gateway.domain.snapshot import render_json
 from gateway.domain.task import Operation, TaskKey
 from gateway.domain.vendor_values import Repair
 from gateway.settings.model import Upstream as UpstreamSettings
+from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 from gateway.telemetry.tracing import NoTracing, SpanRecord, Tracing
@@ -43,10 +44,12 @@ from gateway.upstream.header_values import parse_http_date, parse_retry_after
 from gateway.upstream.loop_detection import check_response
 from gateway.upstream.open_transport import create_transport
 from gateway.upstream.signing import signed_headers
-from gateway.upstream.transport import is_certificate_error
+from gateway.upstream.transport import explain_failure, is_certificate_error
 from gateway.upstream.vendor_errors import classify
 
 _OK = 200
+_MAX_CAUSE_LENGTH = 200  # characters
+_CAUSE_LOG_SECONDS = 60.0
 _LEAK_MESSAGE = "the upstream's answer contains a secret of the gateway"
 _CLOCK_TOLERANCE_SECONDS = 2.0  # `Date` has whole seconds, and is older than the arrival of the response
 
@@ -132,6 +135,8 @@ class SignedRequests:
         metrics.upstream_in_flight.set_function(lambda: transport.in_flight)
         self.clock_offset = 0.0  # seconds to add to the gateway's clock when signing
         self.last_error_code: str | None = None  # of the last call; None if it returned an envelope
+        self._last_cause = ""  # why the last call did not reach the upstream
+        self._log_sampler = LogSampler(first=1, every=10_000, window_seconds=_CAUSE_LOG_SECONDS)
 
     async def __aenter__(self) -> Self:
         """Do nothing yet: a connection is opened when a call needs one."""
@@ -140,6 +145,10 @@ class SignedRequests:
     async def __aexit__(self, *exc_info: object) -> None:
         """Close every connection."""
         await self._transport.aclose()
+
+    def with_cause(self, code: str) -> str:
+        """Return a problem code, followed by the cause if the last call failed with this code."""
+        return f"{code}: {self._last_cause}" if self._last_cause and code == self.last_error_code else code
 
     async def send(
         self, key: TaskKey, pair: KeyPair, *, number: int, on_complete: Callable[[], None] = lambda: None
@@ -189,13 +198,16 @@ class SignedRequests:
                 on_complete=on_complete,
             )
         except TimeoutError as exc:
-            raise UpstreamTimeout(str(exc) or "the upstream did not answer in time") from None
+            timeout = UpstreamTimeout(str(exc) or "the upstream did not answer in time")
+            timeout.cause = str(exc)
+            raise timeout from None
         except httpx.TransportError as exc:
             if is_certificate_error(exc):
                 self._metrics.upstream_certificate_errors.inc()
-            if isinstance(exc, httpx.ProxyError):
-                raise UpstreamUnreachable(f"the upstream could not be reached: {exc}") from exc
-            raise UpstreamUnreachable(f"the upstream could not be reached ({type(exc).__name__})") from exc
+            cause = self._redactor(explain_failure(exc))[:_MAX_CAUSE_LENGTH]
+            unreachable = UpstreamUnreachable(f"the upstream could not be reached: {cause}")
+            unreachable.cause = cause
+            raise unreachable from exc
         content = _decompress(
             bytes(response.body),
             response.headers.get("content-encoding", ""),
@@ -246,6 +258,7 @@ class SignedRequests:
     ) -> ParsedResponse:
         operation = key.operation
         outcome = UpstreamTimeout.code  # also if the query's deadline cancels the call
+        cause = self._last_cause if self.last_error_code == outcome else ""  # it has no cause of its own then
         started = time.perf_counter()
         try:
             response = await self.send_unparsed(key, pair, on_complete=on_complete)
@@ -269,14 +282,17 @@ class SignedRequests:
             ):
                 raise UpstreamInvalid(_LEAK_MESSAGE)
         except UpstreamError as exc:
-            outcome, span.invoke_id = exc.code, exc.invoke_id
+            outcome, span.invoke_id, cause = exc.code, exc.invoke_id, exc.cause
+            if cause and (suppressed := self._log_sampler.take(cause)) is not None:
+                log.warning("upstream_unreachable", operation=operation, reason=cause, suppressed=suppressed)
             raise
         else:
-            outcome, span.invoke_id = "ok", parsed.invoke_id
+            outcome, span.invoke_id, cause = "ok", parsed.invoke_id, ""
             return parsed
         finally:
             span.outcome = outcome
             self.last_error_code = None if outcome in {"ok", UpstreamRejected.code} else outcome
+            self._last_cause = cause
             self._request_counter(operation, outcome)()
             self._observe_duration[operation](time.perf_counter() - started)
 

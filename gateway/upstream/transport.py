@@ -9,12 +9,39 @@ send only the headers that they were given.
 
 from __future__ import annotations
 
+import re
 import socket
 import ssl
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import httpx
+
+CLOSED_TOO_EARLY = "the connection was closed too early"
+RESET = "the connection was reset"
+_WRONG_NAME = {62, 64}  # OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH
+_ANOTHER_HOST = "it is for another host name"
+_CLIENT_CERTIFICATE = "upstream.client_cert_file"
+_REJECTED = f"the server rejects the client certificate of {_CLIENT_CERTIFICATE}"
+# OpenSSL's server sends the alert "bad certificate" for a certificate that is not valid yet.
+_TLS_ERRORS = (
+    (re.compile("WRONG_VERSION_NUMBER|HTTP_REQUEST"), "TLS handshake failed: the server does not speak TLS"),
+    (
+        re.compile("ALERT_CERTIFICATE_REQUIRED"),
+        f"the server requires a client certificate: set {_CLIENT_CERTIFICATE}",
+    ),
+    (
+        re.compile("ALERT_HANDSHAKE_FAILURE"),
+        f"TLS handshake failed: the server may require a client certificate: set {_CLIENT_CERTIFICATE}",
+    ),
+    (re.compile("ALERT_CERTIFICATE_EXPIRED"), f"{_REJECTED}: it has expired"),
+    (re.compile("ALERT_CERTIFICATE_REVOKED"), f"{_REJECTED}: it has been revoked"),
+    (re.compile("ALERT_UNKNOWN_CA"), f"{_REJECTED}: the server does not know its authority"),
+    (re.compile("ALERT_BAD_CERTIFICATE"), f"{_REJECTED}: check its dates"),
+    (re.compile("ALERT_(UNSUPPORTED_CERTIFICATE|CERTIFICATE_UNKNOWN|ACCESS_DENIED)"), _REJECTED),
+)
+# The beginnings of the texts for a closed connection: of `http_connection.py`, and of h11 and httpcore.
+_CLOSED = re.compile("^(the connection was closed|Server disconnected|peer closed connection)")
 
 
 class HttpResponse:
@@ -69,7 +96,7 @@ class Transport(Protocol):
 
         Raises:
             httpx.TransportError: There is no valid response.
-            TimeoutError: The timeout has passed. Its text says what a proxy has not done yet, or is empty.
+            TimeoutError: The timeout has passed. Its text says what was not reached yet, or is empty.
         """
 
     async def aclose(self) -> None:
@@ -81,21 +108,43 @@ def is_certificate_error(error: httpx.TransportError) -> bool:
     return any(isinstance(cause, ssl.SSLCertVerificationError) for cause in _causes(error))
 
 
-def explain_connect_error(error: httpx.TransportError) -> str:
-    """Return why no connection could be made, for an operator; "" if the error came later."""
+def explain_failure(error: httpx.TransportError) -> str:
+    """Return why a call has no response, for an operator. The text comes from a bounded set."""
     if isinstance(error, httpx.ProxyError):
         return str(error)
-    if not isinstance(error, httpx.ConnectError):
-        return ""
-    for cause in _causes(error):
-        match cause:
-            case ssl.SSLCertVerificationError() as why:
-                return f"the certificate could not be verified ({why.verify_message})"
-            case ssl.SSLError():
-                return "TLS handshake failed"
-            case socket.gaierror() | UnicodeError():
-                return "host name not found"
-    return "connection refused, or blocked by a firewall"
+    if words := next(filter(None, map(_explain_cause, _causes(error))), ""):
+        return words
+    if isinstance(error, httpx.ConnectError):
+        return "connection refused, or blocked by a firewall"
+    if isinstance(error, httpx.RemoteProtocolError):
+        closed = _CLOSED.search(str(error))
+        return CLOSED_TOO_EARLY if closed else "the response is not valid HTTP"
+    return "the connection broke"
+
+
+def _explain_cause(cause: BaseException) -> str:
+    words = ""
+    match cause:
+        case ssl.SSLCertVerificationError():
+            reason = _ANOTHER_HOST if cause.verify_code in _WRONG_NAME else cause.verify_message
+            words = f"the certificate could not be verified ({reason})"
+        case ssl.SSLError():
+            words = _explain_tls_error(cause.reason or "")
+        case socket.gaierror(errno=socket.EAI_AGAIN):
+            words = "the name server does not answer"
+        case socket.gaierror() | UnicodeError():  # IDNA refuses the name
+            words = "host name not found"
+        case ConnectionResetError():
+            words = RESET
+    return words
+
+
+def _explain_tls_error(reason: str) -> str:
+    """Return the words for a reason of OpenSSL. An alert comes from the server."""
+    for pattern, words in _TLS_ERRORS:
+        if pattern.search(reason):
+            return words
+    return "TLS handshake failed" + (f" ({reason.replace('_', ' ').lower()})" if reason else "")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -6,15 +6,15 @@
         -> for all other subscribers, keep it as unsent -> the stream or long poll sends it
     last subscriber has left, or the task has ended -> the schedule ends
 
-If the update of a task is overdue (`progress/overdue.py`), the subscribers receive an overdue state. In a
-stream, this is the event `stale`. The subscribers receive another overdue state when the problem code
+If the update of a task is overdue (`progress/overdue_updates.py`), the subscribers receive an overdue state.
+In a stream, this is the event `stale`. The subscribers receive another overdue state when the problem code
 changes, and when the update is no longer overdue.
 
 A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. The
 store keeps the bodies, and limits their memory. Schedules and subscribers keep updates without large bodies,
-with one exception: each subscriber may keep the body of one unsent update. When an update without its body is
-sent, the subscriber looks up the body in the store. If the store has evicted the body, the task is refreshed,
-and the subscriber receives the result.
+with one exception: each subscriber may keep the body of one unsent update. Before an update that was kept
+without its body is sent, the subscriber takes the body from the store. If the store has evicted the body, the
+task is queried again, and the subscriber receives the new snapshot.
 
 Schedules that wake together receive their responses at about the same time. All responses are parsed and
 stored first, while the code for this is in the processor's caches. The changes are published afterwards, a
@@ -84,7 +84,7 @@ class WatchHub:
             publish_unpublished=self._publish_unpublished,
             publish=self._publish,
             mark_not_found=self._mark_not_found,
-            set_overdue=self._set_overdue,
+            update_overdue_error=self._update_overdue_error,
             unknown_task_seconds=settings.unknown_task_seconds,
             clock=clock,
         )
@@ -167,8 +167,8 @@ class WatchHub:
             watched.published = (
                 Update(key, result.snapshot).without_large_body() if result is not None else None
             )
-            self._set_overdue(
-                watched, self._service.overdue_updates.reason(key) if result is not None else None
+            self._update_overdue_error(
+                watched, self._service.overdue_updates.error(key) if result is not None else None
             )
             self._refresher.start(watched)
         seen_revision = subscriber.seen_revisions.get(key, 0)
@@ -238,15 +238,15 @@ class WatchHub:
             return
         snapshot, watched.unpublished = watched.unpublished, None
         self._publish(Update(key, snapshot))
-        self._set_overdue(watched, None)
+        self._update_overdue_error(watched, None)
         if watched.backing_off:
             self._refresher.restart(watched)  # the upstream responds again, to this or another replica
 
     def _publish(self, update: Update) -> None:
         watched = self._watched.get(update.key)
         if watched is None or (_is_final(watched.published) and not _is_final(update)):
-            # A task that has ended does not run again. But if the store has evicted the terminal snapshot,
-            # the store accepts a snapshot that is not terminal.
+            # After the end of a task, drop every update that says otherwise. The store publishes such an
+            # update if it has evicted the terminal snapshot.
             return
         if update.snapshot is not None:
             self._mark_found(watched)
@@ -262,13 +262,13 @@ class WatchHub:
             for subscriber in self.direct_delivery(update, recipients)
             if not subscriber.put(update, reduced)
         ]
-        if watched.overdue is not None:
+        if watched.overdue_error is not None:
             self._put_overdue_state(watched, [each for each in recipients if each not in have_newer])
         watched.subscribers_awaiting_refresh.intersection_update(have_newer)
 
-    def _set_overdue(self, watched: WatchedTask, failure: GatewayError | None) -> None:
+    def _update_overdue_error(self, watched: WatchedTask, failure: GatewayError | None) -> None:
         """Record why the update is overdue, if it is, and notify the subscribers of a change of the code."""
-        before, watched.overdue = watched.overdue, failure
+        before, watched.overdue_error = watched.overdue_error, failure
         if (before and before.code) == (failure and failure.code):
             return
         if failure is None:
@@ -286,7 +286,7 @@ class WatchHub:
             return
         # Use the age of the newest snapshot, which the store may have.
         snapshot = self._last_known(watched.key) or snapshot
-        state = OverdueState(watched.key, watched.overdue, snapshot.fetched_at)
+        state = OverdueState(watched.key, watched.overdue_error, snapshot.fetched_at)
         for subscriber in subscribers:
             subscriber.put_overdue_state(state)
 

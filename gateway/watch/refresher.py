@@ -9,9 +9,9 @@ refresh succeeds, the upstream has recovered, and all schedules continue. So sub
 within two seconds, and the upstream receives few calls until then.
 
 The hub learns why the update of a task is overdue: after a failed refresh, and when a refresh takes too long
-(`progress/overdue.py`). A back-off ends early if another query stores a snapshot of the task. The upstream
-rejects queries for a new task for a moment, because it does not know the task yet. The task counts as
-not found only when its queries have been rejected for `watch.unknown_task_seconds`; the schedule then
+(`progress/overdue_updates.py`). A back-off ends early if another query stores a snapshot of the task. The
+upstream rejects queries for a new task for a moment, because it does not know the task yet. The task counts
+as not found only when its queries have been rejected for `watch.unknown_task_seconds`; the schedule then
 continues. The hub (`hub.py`) starts a schedule for the first subscriber of a task, and stops it after the
 last one.
 """
@@ -31,7 +31,7 @@ import structlog
 from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
-from gateway.progress.results import LookupFailure
+from gateway.progress.outcomes import LookupFailure
 from gateway.progress.service import ProgressService
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.watch.coalesced_timers import CoalescedTimers
@@ -75,7 +75,7 @@ class WatchedTask:
         backing_off: The runner sleeps after a failure.
         rejected_since: The time of the first query that the upstream rejected; None after a snapshot.
         not_found: The upstream has rejected all queries for `watch.unknown_task_seconds`.
-        overdue: The reason why the update of the task is overdue; None if it is not.
+        overdue_error: The error because of which the update is overdue; None if it is not overdue.
     """
 
     key: TaskKey
@@ -89,7 +89,7 @@ class WatchedTask:
     backing_off: bool = False
     rejected_since: float | None = None
     not_found: bool = False
-    overdue: GatewayError | None = None
+    overdue_error: GatewayError | None = None
 
 
 class _BackOff(NamedTuple):
@@ -104,7 +104,8 @@ class Refresher:
 
     `publish_unpublished` publishes the task's unpublished snapshot, if there is one. `publish` publishes an
     update. `mark_not_found` is called after each failed refresh of a task that counts as not found.
-    `set_overdue` is called with the reason why an update is overdue, or None after a successful refresh.
+    `update_overdue_error` is called with the error because of which an update is overdue, or None after a
+    successful refresh.
     `clock` is the clock of `Snapshot.fetched_at`.
     """
 
@@ -115,7 +116,7 @@ class Refresher:
         publish_unpublished: Callable[[TaskKey], None],
         publish: Callable[[Update], None],
         mark_not_found: Callable[[WatchedTask], None],
-        set_overdue: Callable[[WatchedTask, GatewayError | None], None],
+        update_overdue_error: Callable[[WatchedTask, GatewayError | None], None],
         unknown_task_seconds: float,
         clock: Callable[[], float],
     ) -> None:
@@ -123,7 +124,7 @@ class Refresher:
         self._publish_unpublished = publish_unpublished
         self._publish = publish
         self._mark_not_found = mark_not_found
-        self._set_overdue = set_overdue
+        self._update_overdue_error = update_overdue_error
         self._unknown_task_seconds = unknown_task_seconds
         self._clock = clock
         self._timers = CoalescedTimers()
@@ -264,7 +265,9 @@ class Refresher:
             if outcome.snapshot is not watched.unpublished:  # else the hub publishes it soon
                 self._publish_unpublished(key)
                 self._publish(Update(key, outcome.snapshot))
-                self._set_overdue(watched, outcome.failure and self._service.overdue_updates.reason(key))
+                self._update_overdue_error(
+                    watched, outcome.failure and self._service.overdue_updates.error(key)
+                )
         except Exception as exc:
             if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
                 log.exception(
@@ -301,8 +304,8 @@ class Refresher:
         for watched in due:
             del self._refreshing[watched]
             self._refreshing[watched] = now + self._service.overdue_updates.overdue_after_seconds
-            if (reason := self._service.overdue_updates.reason(watched.key)) is not None:
-                self._set_overdue(watched, reason)
+            if (reason := self._service.overdue_updates.error(watched.key)) is not None:
+                self._update_overdue_error(watched, reason)
         self._schedule_check()
 
     def _seconds_until_not_found(self, watched: WatchedTask) -> float:

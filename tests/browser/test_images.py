@@ -1,5 +1,6 @@
 """A finished task ends with its images: shown, opened, downloaded, renewed."""
 
+import json
 import re
 import time
 from collections.abc import Callable
@@ -43,6 +44,44 @@ def test_page_shows_the_image_of_a_finished_task(simulator: Simulator, quick: Ga
     assert "referer" not in image.all_headers()
     tab.card("painting").get_by_text("Details", exact=True).click()
     assert faults(tab, "images") == []
+
+
+def test_page_saves_images(simulator: Simulator, quick: Gateway, tab: Tab) -> None:
+    """From a pasted JSON of three tasks to three files, named after the tasks."""
+    tasks = [simulator.finished() for _ in range(3)]
+    tab.open(quick.url)
+    tab.page.get_by_label("Task IDs").fill(
+        json.dumps([{"status": 10, "data": {"taskId": task, "status": "waiting"}} for task in tasks])
+    )
+    tab.page.get_by_role("button", name="Watch", exact=True).click()
+    for task in tasks:
+        is_loaded(tab, f"Image of {task}")
+        with tab.page.expect_download() as saved:
+            tab.page.get_by_role("link", name=f"Download image of {task}").click()
+        assert saved.value.suggested_filename == f"{task}.png"
+        assert saved.value.path().read_bytes().startswith(b"\x89PNG")
+        expect(tab.card(task)).to_contain_text("Downloaded")
+    assert tab.page.context.pages == [tab.page]
+
+
+def test_page_opens_images_that_it_may_not_save(simulator: Simulator, quick: Gateway, tab: Tab) -> None:
+    """If the image's server lets no script read it, it is opened, and the page tells how to save it."""
+    task = simulator.finished()
+    # As without Access-Control-Allow-Origin: only the request of a script fails.
+    tab.page.route(
+        "**/images/*",
+        lambda route: route.abort() if route.request.resource_type == "fetch" else route.continue_(),
+    )
+    tab.open(quick.url, task)
+    is_loaded(tab, f"Image of {task}")
+    download = tab.page.get_by_role("link", name=f"Download image of {task}")
+    for _ in range(2):
+        with tab.page.expect_popup() as opened:
+            download.click()
+        assert f"/images/{task}.png" in opened.value.url
+        opened.value.close()
+    expect(tab.card(task)).to_contain_text("Save an image in the tab that it opens in")
+    expect(download).to_have_text("Download")
 
 
 def test_page_renews_expired_links(simulator: Simulator, quick: Gateway, tab: Tab) -> None:

@@ -31,6 +31,55 @@ def enter(tab: Tab, text: str) -> None:
     tab.page.get_by_role("button", name="Watch", exact=True).click()
 
 
+# Texts of services and programs, each with the tasks one-1 and two-2 and with other words.
+SERVICES = [
+    '[{"taskId": "one-1", "apiInvokeId": "01j5t2qx82323pswaqykz9eq5x"}, {"data": {"taskId": "two-2"}}]',
+    '{"status": "ok", "tasks": ["one-1", "two-2"]}',
+    '{"tasks": [{"id": "one-1", "user": {"id": "u-7"}}, {"id": "two-2", "user": {"id": "u-8"}}]}',
+    '[{"id": 1, "task_id": "one-1"}, {"id": 2, "task_id": "two-2"}]',
+    '"[{\\"taskId\\": \\"one-1\\"}, {\\"taskId\\": \\"two-2\\"}]"',
+    '{"jobId": "one-1"}\n{"jobId": "two-2"}',
+    '["one-1", "two-2"]',
+    "- taskId: one-1\n  status: running\n- taskId: two-2\n",
+    "{taskId: 'one-1', status: 'running'}, {taskId: 'two-2', status: 'running'}",
+    "10:00:00 INFO submitted task_id=one-1 for bob\n10:00:01 INFO submitted task_id=two-2 for eve",
+    "taskId\none-1\ntwo-2\n",
+]
+
+
+def test_page_finds_ids_in_texts_of_services(tab: Tab, quick: Gateway) -> None:
+    """Only task IDs are taken: no other members, statuses, users or words of a log."""
+    tab.open(quick.url)
+    script = (
+        "async (texts) => { const { readIds } = await import('./web/ids.js'); return texts.map(readIds); }"
+    )
+    found = tab.page.evaluate(script, SERVICES)
+    assert [(one["taskIds"], one["rejected"]) for one in found] == [(["one-1", "two-2"], [])] * len(SERVICES)
+    vendor = "01j5t2qx82323pswaqykz9eq4"
+    [one] = tab.page.evaluate(script, [f"2026-11-28 10:00:00 please look at {vendor} and {vendor[:20]}"])
+    assert one["taskIds"] == [vendor, vendor[:20]]
+    [listed] = tab.page.evaluate(script, [f"first\n{vendor}"])
+    assert listed["taskIds"] == ["first", vendor]
+
+
+def test_page_says_that_there_is_no_id(quick: Gateway, tab: Tab) -> None:
+    """Watch without a task ID gives a message, which the next key removes."""
+    tab.open(quick.url)
+    field, alert = tab.page.get_by_label("Task IDs"), tab.page.get_by_role("alert")
+    for text, words in (
+        ("", "Enter or paste at least one task ID."),
+        ("[]", "There is no task ID in this text."),
+    ):
+        enter(tab, text)
+        expect(alert).to_have_text(words)
+        expect(field).to_be_focused()
+        expect(field).to_have_attribute("aria-invalid", "true")
+        assert faults(tab, "no-id") == []
+        field.press_sequentially("x")
+        expect(alert).to_be_hidden()
+    assert field.input_value() == "[]x"
+
+
 def test_page_finds_ids_in_anything(quick: Gateway, tab: Tab) -> None:
     """IDs are found in JSON, Python, commands and addresses; the words around them are not taken."""
     tab.open(quick.url)

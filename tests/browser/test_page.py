@@ -29,8 +29,8 @@ from tests.support.harness import (
 from tests.support.proxies import buffering_nginx
 
 POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' https:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' https:; "
+    "connect-src 'self' https:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
 )
 Launch = Callable[..., Gateway]
 

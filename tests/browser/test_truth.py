@@ -8,9 +8,16 @@ import pytest
 from playwright.sync_api import expect
 
 from gateway.api.problems import PROBLEMS
-from gateway.domain.errors import CredentialsRefused, KeyPairMissing, UpstreamInvalid
+from gateway.cli.watch_words import problem_title
+from gateway.domain.errors import (
+    CredentialsRefused,
+    KeyPairMissing,
+    RequestError,
+    UpstreamInvalid,
+    UpstreamUnreachable,
+)
 from tests.browser.chromium import PAGE_FILES, QUICK, Tab, faults, in_browser
-from tests.support.harness import Gateway, Simulator
+from tests.support.harness import Gateway, Simulator, free_port
 
 pytestmark = in_browser
 Launch = Callable[..., Gateway]
@@ -71,13 +78,20 @@ def test_page_says_that_there_are_no_credentials(launch: Launch, simulator: Simu
     expect(tab.card("task")).not_to_contain_text(PROBLEMS[CredentialsRefused][1])
 
 
-def test_page_words_every_problem_of_the_upstream_like_the_gateway() -> None:
-    """A batch has only the code of a failure: the page's title for it is that of the problem document."""
-    titles = dict(re.findall(r'"(upstream-[a-z]+)": "([^"]+)"', PAGE_FILES["words.js"]))
-    upstream = {kind: title for kind, (_, title) in PROBLEMS.items() if kind.code.startswith("upstream-")}
-    assert titles.keys() == {kind.code for kind in upstream}
-    for code, title in titles.items():
-        assert title in {other for kind, other in upstream.items() if kind.code == code}
+def test_page_words_every_overdue_update_like_the_gateway() -> None:
+    """A batch has only the code of a failure: the page's title for it is the terminal's."""
+    table = PAGE_FILES["words.js"].partition("PROBLEM_TITLE = {")[2].partition("}")[0]
+    titles = dict(re.findall(r'"?([a-z-]+)"?: "([^"]+)"', table))
+    codes = {kind.code for kind in PROBLEMS if not issubclass(kind, RequestError)}
+    assert titles == {code: problem_title(code) for code in codes}
+
+
+def test_page_says_why_the_upstream_is_unreachable(launch: Launch, tab: Tab) -> None:
+    """The banner has the title of the problem, and the cause that `/readyz` adds to its code."""
+    gate = launch(f"http://127.0.0.1:{free_port()}", upstream={"retries": 0})
+    tab.open(gate.url, "task")
+    words = f"{PROBLEMS[UpstreamUnreachable][1]}: connection refused, or blocked by a firewall"
+    expect(tab.page.get_by_role("region", name="Troubles of the gateway")).to_contain_text(words)
 
 
 def test_page_shows_three_times(simulator: Simulator, quick: Gateway, tab: Tab) -> None:
@@ -119,9 +133,9 @@ def test_page_offers_the_other_api_for_an_unknown_task(
     tab.open(quick.url, "mistyped")
     expect(tab.card("mistyped").locator(".status")).to_have_text("Not found")
     expect(tab.card("mistyped")).to_contain_text("Not found: the vendor does not know this ID")
-    simulator.script("mistyped", status="running", progress=0.5)
     tab.card("mistyped").get_by_role("button", name="Try as ComfyUI").click()
     expect(tab.page).to_have_url(f"{quick.url}/?taskId=mistyped&api=comfy")
+    simulator.script("mistyped", status="running", progress=0.5)
     expect(tab.bar("mistyped")).to_have_attribute("aria-valuenow", "50")
 
 

@@ -29,7 +29,7 @@ from gateway.api.progress_response import HEADER_NAMES, build_response
 from gateway.api.requests import SECURITY_HEADERS
 from gateway.app import create_app
 from gateway.domain.errors import UpstreamTimeout
-from gateway.progress.results import CacheStatus, LookupResult
+from gateway.progress.outcomes import CacheStatus, LookupResult
 from gateway.server.connection_limits import make_connection_limits
 from gateway.server.protocol_class import make_protocol_class
 from gateway.settings.model import Cache, Settings

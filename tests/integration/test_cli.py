@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import ssl
 import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -220,9 +222,18 @@ def test_cli_config_shows_no_secret(tmp_path: Path) -> None:
     status, output = run("config", "--config", "gw.toml", cwd=tmp_path, env=env)
     assert status == 0
     assert "hush" not in output
-    assert re.search(r"^credentials\.next_secret_key = \(hidden\) +# gw\.toml:3$", output, re.MULTILINE)
-    assert re.search(r'^store\.url = "valkey://\(hidden\)@v" +# gw\.toml:5$', output, re.MULTILINE)
-    assert 'upstream.proxy = "http://(hidden)@proxy:3128"' in output
+    assert re.search(r'^# credentials\.next_secret_key = "\(hidden\)" +# gw\.toml:3$', output, re.MULTILINE)
+    assert re.search(r'^# store\.url = "valkey://\(hidden\)@v" +# gw\.toml:5$', output, re.MULTILINE)
+    assert '# upstream.proxy = "http://(hidden)@proxy:3128"' in output
+    assert {"access_key", "secret_key"}.isdisjoint(tomllib.loads(output)["credentials"])
+    (tmp_path / "copy.toml").write_text(output)
+    copy, original = load(tmp_path / "copy.toml", {}), load(tmp_path / "gw.toml", env)
+    unset = {"credentials": type(original.credentials)()}
+    unset |= {
+        section: getattr(original, section).model_copy(update={key: getattr(getattr(copy, section), key)})
+        for section, key in (("store", "url"), ("upstream", "proxy"))
+    }
+    assert copy == original.model_copy(update=unset)
 
 
 # --- serve ------------------------------------------------------------------------------------------------
@@ -447,7 +458,7 @@ def test_cli_check_reports_an_incomplete_pair(tmp_path: Path, simulator: Simulat
     """An incomplete next key pair makes `check` fail, although the active one works."""
     status, output = checked(tmp_path, pair(simulator.url, CREDENTIALS__NEXT_ACCESS_KEY="next-key"))
     assert status == 1
-    assert "next key pair: cannot be read: ValueError: credentials.next_secret_key: is empty" in output
+    assert "next key pair: cannot be read: credentials.next_secret_key: is empty; set it" in output
     assert "OK: key, signature and clock accepted" in output
     assert output.splitlines()[-1].startswith("only the active key pair works")
 
@@ -500,7 +511,7 @@ def test_cli_check_explains_network_errors(tmp_path: Path, simulator: Simulator)
     assert "network: the upstream did not answer in time" in output
     status, output = checked(tmp_path, pair(f"http://127.0.0.1:{free_port()}"))
     assert status == 1
-    assert "network: the upstream could not be reached (ConnectError); connection refused" in output
+    assert "network: the upstream could not be reached: connection refused, or blocked" in output
 
 
 def test_cli_check_explains_each_connection_error(tmp_path: Path, simulator: Simulator) -> None:
@@ -693,6 +704,10 @@ def test_cli_demo_runs_and_stops_both_processes(tmp_path: Path) -> None:
         assert process.says(r"Open in a browser: +(\S+)").startswith(
             f"http://127.0.0.1:{port}/?taskId=demo-1&"
         )
+        program = process.says(r"Watch here: +(\S+) watch demo-1 demo-2 --gateway")
+        assert shutil.which(program), "a shell finds the program"
+        pasted = process.says(r"Paste there: +(\[.*\])")
+        assert [task["taskId"] for task in json.loads(pasted)] == ["demo-2", "demo-6", "demo-7"]
         process.says("Stop: +Ctrl-C")
         with plain_client("") as client:
             seen = {client.get(url).json()["progress"]}

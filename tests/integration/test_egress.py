@@ -3,6 +3,7 @@
 import ssl
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -325,13 +326,24 @@ def test_egress_client_certificate(
     files = {"client_cert_file": str(cert), "client_key_file": str(key)}
     assert launch(upstream.url, **settings(upstream, **files)).get(simulator.task()).status_code == 200
     problem(launch(upstream.url, **settings(upstream)))
-    env = {
-        "SD_GATEWAY_UPSTREAM__CA_FILE": str(upstream.ca_file),
+    certificate = {
         "SD_GATEWAY_UPSTREAM__CLIENT_CERT_FILE": str(cert),
         "SD_GATEWAY_UPSTREAM__CLIENT_KEY_FILE": str(key),
     }
+    env = {"SD_GATEWAY_UPSTREAM__CA_FILE": str(upstream.ca_file), **certificate}
     status, output = checked(tmp_path, upstream.url, **env)
     assert (status, "OK: key, signature and clock accepted" in output) == (0, True)
+    expired = upstream.authority.issue_cert("gateway.example", not_after=datetime(2020, 1, 1, tzinfo=UTC))
+    expired.cert_chain_pems[0].write_to_path(cert)
+    expired.private_key_pem.write_to_path(key)
+    status, output = checked(tmp_path, upstream.url, **env)
+    # asyncio's server closes the connection without an alert.
+    assert (status, "; the upstream may reject upstream.client_cert_file: check the dates" in output) == (
+        1,
+        True,
+    )
+    status, output = checked(tmp_path, upstream.url, **env | dict.fromkeys(certificate, ""))
+    assert (status, "requires a client certificate, set upstream.client_cert_file" in output) == (1, True)
     key.write_text("no key")
     status, output = checked(tmp_path, upstream.url, **env)
     assert (status, f'{key}": has no private key in PEM format' in output) == (2, True)

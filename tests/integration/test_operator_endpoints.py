@@ -140,7 +140,7 @@ def test_ops_readyz_does_not_show_a_key_given_as_file_name(simulator: Simulator,
     assert response.status_code == 503
     assert response.json()["reasons"] == ["no credentials"]
     [line] = response.json()["degraded"]
-    assert line.startswith("credentials: active key pair: FileNotFoundError: no such file in the working")
+    assert line.startswith("credentials: active key pair: credentials.secret_key_file: no such file in the")
     assert line.endswith("is the value the key itself?")
     assert "a-secret-key" not in line
 

@@ -9,7 +9,7 @@ import pytest
 from gateway.api.progress_response import cache_values
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Status
-from gateway.progress.results import CacheStatus, LookupResult
+from gateway.progress.outcomes import CacheStatus, LookupResult
 from tests.support.harness import Gateway, Simulator, fresh_id, until
 from tests.support.hitting import KEY
 

@@ -42,7 +42,7 @@ from gateway.domain.errors import (
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.domain.vendor_values import vendor_status
-from gateway.progress.results import CacheStatus, LookupFailure, LookupResult
+from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
 from gateway.settings.model import Watch as WatchSettings
@@ -166,10 +166,10 @@ class FakeUpstream:
                         del self.queue[key]
                     if not query_state.wanted:
                         self.broken.append(f"{key} was asked for though nothing wants it")
-                query_state.must_finish = True
+                query_state.call_sent = True
                 data = await outcome
         except asyncio.CancelledError:
-            if (query_state.must_finish or query_state.wanted) and not self.closing:
+            if (query_state.call_sent or query_state.wanted) and not self.closing:
                 self.broken.append(f"{key} was given up while it was wanted, or on the wire")
             # No call was made: the reason for this one is also a reason for the next one.
             story.prompted = story.prompted or prompted

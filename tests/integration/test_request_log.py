@@ -13,7 +13,7 @@ from gateway.api.request_log import RequestLog, record_outcome
 from gateway.domain.errors import UpstreamDetail, UpstreamRejected, UpstreamTimeout
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.results import CacheStatus, FetchOutcome, LookupFailure, LookupResult
+from gateway.progress.outcomes import CacheStatus, FetchOutcome, LookupFailure, LookupResult
 from gateway.telemetry.log_sampling import LogSampler
 from tests.support.harness import Gateway, Json, Process, Simulator, fresh_id, serving, until
 

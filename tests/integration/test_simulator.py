@@ -137,7 +137,7 @@ def resigned(headers: dict[str, str], *names: str) -> dict[str, str]:
     return headers | {"x-ca-signature-headers": ",".join(names), "x-ca-signature": sign(SECRET, text)}
 
 
-def error_of(answer: httpx.Response) -> tuple[int, str | None, str | None]:
+def error_of_slow_query(answer: httpx.Response) -> tuple[int, str | None, str | None]:
     """Return status, code and message of a refusal, which has no body and always a request ID."""
     assert answer.content == b""
     assert answer.headers["x-ca-request-id"]
@@ -187,14 +187,14 @@ def test_gate_reads_the_query_as_it_was_signed(bench: Bench) -> None:
 
 def test_gate_refuses_an_unknown_key(bench: Bench) -> None:
     """An unknown access key is refused."""
-    assert error_of(bench.call(access_key="unknown")) == (400, "A400IK", "Invalid AppKey")
+    assert error_of_slow_query(bench.call(access_key="unknown")) == (400, "A400IK", "Invalid AppKey")
 
 
 def test_gate_follows_a_revoked_key(bench: Bench) -> None:
     """A key removed from the mapping is refused from then on."""
     assert bench.call().is_success
     del bench.pairs[KEY]
-    assert error_of(bench.call()) == (400, "A400IK", "Invalid AppKey")
+    assert error_of_slow_query(bench.call()) == (400, "A400IK", "Invalid AppKey")
 
 
 def test_gate_refuses_a_wrong_secret_and_shows_the_string_to_sign(bench: Bench) -> None:
@@ -207,12 +207,14 @@ def test_gate_refuses_a_wrong_secret_and_shows_the_string_to_sign(bench: Bench) 
         f"#x-ca-nonce:{headers['x-ca-nonce']}#x-ca-signature-method:HmacSHA256"
         f"#x-ca-timestamp:{headers['x-ca-timestamp']}#/scc/sd_get_progress"
     )
-    assert error_of(answer) == (403, "A403IS", f"Invalid Signature, Server StringToSign:`{text}`")
+    assert error_of_slow_query(answer) == (403, "A403IS", f"Invalid Signature, Server StringToSign:`{text}`")
 
 
 def test_gate_sends_a_valid_header(bench: Bench) -> None:
     """Characters that a header cannot hold are shown as `?` in the string to sign."""
-    _, code, message = error_of(bench.send("/scc/sd_get_progress?a=%0D%E4%BD%A0", b"{}", secret_key="other"))
+    _, code, message = error_of_slow_query(
+        bench.send("/scc/sd_get_progress?a=%0D%E4%BD%A0", b"{}", secret_key="other")
+    )
     assert code == "A403IS"
     assert message is not None
     assert message.endswith("#/scc/sd_get_progress?a=??`")
@@ -222,7 +224,7 @@ def test_gate_refuses_a_body_that_is_not_the_signed_one(bench: Bench) -> None:
     """A body that does not match its Content-MD5 is refused."""
     headers = bench.headers("/scc/sd_get_progress", b"{}")
     answer = bench.client.post("/scc/sd_get_progress", content=b"[]", headers=headers)
-    assert error_of(answer) == (400, "I400MH", "Invalid Content-MD5")
+    assert error_of_slow_query(answer) == (400, "I400MH", "Invalid Content-MD5")
 
 
 def test_gate_refuses_a_body_without_md5(bench: Bench) -> None:
@@ -231,7 +233,7 @@ def test_gate_refuses_a_body_without_md5(bench: Bench) -> None:
     del headers["content-md5"]
     headers = resigned(headers, *headers["x-ca-signature-headers"].split(","))
     answer = bench.client.post("/scc/sd_get_progress", content=b"{}", headers=headers)
-    assert error_of(answer) == (400, "I400MH", "Invalid Content-MD5")
+    assert error_of_slow_query(answer) == (400, "I400MH", "Invalid Content-MD5")
 
 
 @pytest.mark.parametrize("left_out", ["x-ca-key", "x-ca-timestamp", "x-ca-nonce"])
@@ -240,7 +242,7 @@ def test_gate_refuses_unsigned_headers(bench: Bench, left_out: str) -> None:
     headers = bench.headers("/scc/sd_get_progress", b"{}")
     names = [name for name in headers["x-ca-signature-headers"].split(",") if name != left_out]
     answer = bench.client.post("/scc/sd_get_progress", content=b"{}", headers=resigned(headers, *names))
-    assert error_of(answer)[:2] == (403, "A403IS")
+    assert error_of_slow_query(answer)[:2] == (403, "A403IS")
 
 
 @pytest.mark.parametrize("change", [{"x-ca-stage": "TEST"}, {"x-ca-signature-method": "HmacSHA1"}])
@@ -249,19 +251,19 @@ def test_gate_refuses_unsigned_stage_and_other_methods(bench: Bench, change: dic
     headers = bench.headers("/scc/sd_get_progress", b"{}") | change
     headers = resigned(headers, *headers["x-ca-signature-headers"].split(","))
     answer = bench.client.post("/scc/sd_get_progress", content=b"{}", headers=headers)
-    assert error_of(answer)[:2] == (403, "A403IS")
+    assert error_of_slow_query(answer)[:2] == (403, "A403IS")
 
 
 def test_gate_refuses_an_empty_nonce(bench: Bench) -> None:
     """An empty nonce is refused, although it is signed."""
-    assert error_of(bench.call(nonce=""))[:2] == (403, "A403IS")
+    assert error_of_slow_query(bench.call(nonce=""))[:2] == (403, "A403IS")
 
 
 @pytest.mark.parametrize("minutes", [-16, 16])
 def test_gate_refuses_a_timestamp_too_far_off(bench: Bench, minutes: int) -> None:
     """A timestamp sixteen minutes off, in either direction, is refused."""
     answer = bench.call(timestamp_ms=int((BIRTH + minutes * 60) * 1000))
-    assert error_of(answer) == (400, None, "Timestamp Expired")
+    assert error_of_slow_query(answer) == (400, None, "Timestamp Expired")
 
 
 @pytest.mark.parametrize("minutes", [-15, 15])
@@ -273,14 +275,14 @@ def test_gate_accepts_a_timestamp_at_the_edge(bench: Bench, minutes: int) -> Non
 @pytest.mark.parametrize("timestamp", ["soon", "", "-1", "1e12", "9" * 5000])
 def test_gate_refuses_a_timestamp_that_is_no_number(bench: Bench, timestamp: str) -> None:
     """A timestamp that is not a number of milliseconds is refused as invalid."""
-    assert error_of(bench.call(timestamp_ms=timestamp)) == (400, None, "Invalid Timestamp")
+    assert error_of_slow_query(bench.call(timestamp_ms=timestamp)) == (400, None, "Invalid Timestamp")
 
 
 def test_gate_refuses_a_nonce_for_fifteen_minutes(bench: Bench) -> None:
     """A nonce is refused within fifteen minutes, and accepted afterwards."""
     assert bench.call(nonce="once").is_success
     bench.clock.now += QUARTER - 1
-    assert error_of(bench.call(nonce="once")) == (400, "I400NC", "Nonce Used")
+    assert error_of_slow_query(bench.call(nonce="once")) == (400, "I400NC", "Nonce Used")
     bench.clock.now += 1
     assert bench.call(nonce="once").is_success
 
@@ -294,14 +296,14 @@ def test_gate_uses_up_no_nonce_for_refused_calls(bench: Bench) -> None:
 @pytest.mark.parametrize("operation", ["sd_txt2img", "", "sd_get_progress/"])
 def test_gate_knows_four_operations(bench: Bench, operation: str) -> None:
     """Any other path under /scc/ is refused by the API gateway."""
-    assert error_of(bench.call(operation=operation)) == (404, None, "API Not Found")
+    assert error_of_slow_query(bench.call(operation=operation)) == (404, None, "API Not Found")
 
 
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
 def test_gate_takes_only_posts(bench: Bench, method: str) -> None:
     """Any method but POST is refused."""
     answer = bench.client.request(method, "/scc/sd_get_progress")
-    assert error_of(answer)[:2] == (405, "I405UM")
+    assert error_of_slow_query(answer)[:2] == (405, "I405UM")
 
 
 def test_gate_refuses_head(bench: Bench) -> None:
@@ -313,18 +315,18 @@ def test_gate_refuses_head(bench: Bench) -> None:
 def test_gate_of_an_older_deployment_sends_no_codes(bench: Bench) -> None:
     """Older deployments send the message only, with 400 or 403, until the switch is turned back."""
     assert bench.control("PUT", "/legacy", enabled=True) == {"enabled": True}
-    assert error_of(bench.call(access_key="unknown")) == (400, None, "Invalid AppKey")
-    assert error_of(bench.call(nonce="x", secret_key="other"))[:2] == (403, None)
-    assert error_of(bench.call(operation="other")) == (400, None, "API Not Found")
-    assert error_of(bench.client.get("/scc/sd_get_progress"))[:2] == (400, None)
+    assert error_of_slow_query(bench.call(access_key="unknown")) == (400, None, "Invalid AppKey")
+    assert error_of_slow_query(bench.call(nonce="x", secret_key="other"))[:2] == (403, None)
+    assert error_of_slow_query(bench.call(operation="other")) == (400, None, "API Not Found")
+    assert error_of_slow_query(bench.client.get("/scc/sd_get_progress"))[:2] == (400, None)
     assert bench.control("PUT", "/legacy", enabled=False) == {"enabled": False}
-    assert error_of(bench.call(access_key="unknown"))[1] == "A400IK"
+    assert error_of_slow_query(bench.call(access_key="unknown"))[1] == "A400IK"
 
 
 def test_gate_accepts_replaced_pairs(bench: Bench) -> None:
     """Key pairs can be replaced at run time; no response contains them."""
     assert bench.control("PUT", "/pairs", pairs={"new-key": "new-secret"}) is None
-    assert error_of(bench.call())[1] == "A400IK"
+    assert error_of_slow_query(bench.call())[1] == "A400IK"
     assert bench.call(access_key="new-key", secret_key="new-secret").is_success
 
 
@@ -529,7 +531,7 @@ def test_fault_refuse(
     """`refuse` sends any refusal of the API gateway, in the new and the older style."""
     bench.fault("refuse", **given)
     answer = bench.call()
-    assert error_of(answer) == expected
+    assert error_of_slow_query(answer) == expected
     assert answer.headers.get("retry-after") == retry_after
 
 
@@ -537,9 +539,9 @@ def test_fault_refuse_follows_the_deployment(bench: Bench) -> None:
     """`refuse` uses the deployment's style unless it is given."""
     bench.control("PUT", "/legacy", enabled=True)
     bench.fault("refuse", code="A401AC", message="Unauthorized")
-    assert error_of(bench.call()) == (403, None, "Unauthorized")
+    assert error_of_slow_query(bench.call()) == (403, None, "Unauthorized")
     bench.fault("refuse", code="A401AC", message="Unauthorized", legacy=False)
-    assert error_of(bench.call()) == (401, "A401AC", "Unauthorized")
+    assert error_of_slow_query(bench.call()) == (401, "A401AC", "Unauthorized")
 
 
 def test_fault_status(bench: Bench) -> None:
@@ -781,7 +783,7 @@ def test_invalid_fault_stops_the_start(text: bytes, says: str) -> None:
 def test_faults_hide_no_refusal(bench: Bench) -> None:
     """An invalid signature is refused in spite of any fault, and uses up none."""
     bench.fault("status", times=1)
-    assert error_of(bench.call(access_key="unknown"))[1] == "A400IK"
+    assert error_of_slow_query(bench.call(access_key="unknown"))[1] == "A400IK"
     assert bench.call().status_code == 502
 
 

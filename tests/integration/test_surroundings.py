@@ -212,3 +212,57 @@ def test_surroundings_arguments_are_escaped(argument: str) -> None:
         assert_clean_end(status, output)
         assert status == 2
         assert "\u202e" not in output
+
+
+def denied(arguments: list[str], **env: str) -> str:
+    """Run a command without privileges; return the output, which says why it failed."""
+    prefix = ("setpriv", "--bounding-set=-all", "--inh-caps=-all") if os.geteuid() == 0 else ()
+    status, output = ran(arguments, prefix=prefix, **env)
+    assert_clean_end(status, output)
+    assert status != 0
+    return output
+
+
+@pytest.mark.parametrize(
+    "setting", ["CREDENTIALS__SECRET_KEY_FILE", "UPSTREAM__CA_FILE", "STORE__PASSWORD_FILE"]
+)
+def test_surroundings_file_without_permission(tmp_path: Path, setting: str) -> None:
+    """A secret or certificate without permission is named, with the user who needs it."""
+    file = tmp_path / "file"
+    file.write_text("content")
+    file.chmod(0)
+    env = {f"SD_GATEWAY_{setting}": str(file)}
+    if setting.startswith("CREDENTIALS"):
+        env["SD_GATEWAY_CREDENTIALS__SECRET_KEY"] = ""
+    if setting.startswith("STORE"):
+        env["SD_GATEWAY_STORE__URL"] = "valkey://127.0.0.1:9"
+    says = f"permission denied; user {os.geteuid()} must be able to read the file and enter its folder\n"
+    line = next(line for line in denied(["check"], **env).splitlines(keepends=True) if line.endswith(says))
+    assert str(file) in line
+
+
+def test_surroundings_settings_file_without_permission(tmp_path: Path) -> None:
+    """A settings file without permission is named, with the user who needs it."""
+    file = tmp_path / "gateway.toml"
+    file.touch(mode=0)
+    output = denied(["check", "--config", str(file)])
+    assert output == (
+        f"sd-gateway: {file}: cannot be read: permission denied; "
+        f"user {os.geteuid()} must be able to read the file and enter its folder\n"
+    )
+
+
+def test_surroundings_addresses_without_permission(tmp_path: Path) -> None:
+    """For a port below 1024 or a socket in a foreign folder, setting and advice are reported."""
+    port = "a port from 1024 on: lower ones need a privilege"
+    local = {"SD_GATEWAY_SERVER__HOST": "127.0.0.1"}
+    output = denied(["serve"], SD_GATEWAY_SERVER__PORT="81", **local)
+    assert f"set server.port (SD_GATEWAY_SERVER__PORT) to {port}" in output
+    output = denied(["serve"], SD_GATEWAY_SERVER__PORT="0", SD_GATEWAY_SERVER__METRICS_PORT="81", **local)
+    assert f"set server.metrics_port (SD_GATEWAY_SERVER__METRICS_PORT) to {port}" in output
+    output = denied(["simulate", "--port", "81"])
+    assert output == f"sd-gateway: cannot listen on http://127.0.0.1:81: Permission denied; choose {port}\n"
+    tmp_path.chmod(0o500)
+    output = denied(["serve"], SD_GATEWAY_SERVER__UDS=str(tmp_path / "socket"))
+    assert f"to another path in a folder in which user {os.geteuid()} can create files" in output
+    tmp_path.chmod(0o700)

@@ -14,7 +14,7 @@ from redis.asyncio.cluster import RedisCluster
 from gateway.domain.errors import (
     CircuitOpen,
     KeyPairRefused,
-    RateLimiterExhausted,
+    RateLimited,
     UpstreamDetail,
     UpstreamInvalid,
     UpstreamRejected,
@@ -152,7 +152,7 @@ async def test_valkey_passes_a_lease_on(end: str, one: ValkeyStore, other: Valke
         UpstreamTimeout("too late"),
         UpstreamUnreachable("gone"),
         CircuitOpen("resting"),
-        RateLimiterExhausted("full"),
+        RateLimited("full"),
         KeyPairRefused("refused"),
     ],
     ids=lambda trouble: trouble.code,

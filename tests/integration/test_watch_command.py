@@ -22,7 +22,9 @@ import pytest
 import trustme
 from starlette.types import Receive, Scope, Send
 
+from gateway.cli.gateway_access import ANYONE
 from gateway.cli.main import main
+from gateway.cli.watch_health import watch_health
 from gateway.cli.watch_polls import BUFFERED
 from tests.support.harness import (
     COMMAND,
@@ -501,7 +503,7 @@ def test_watch_says_that_updates_are_overdue(tmp_path: Path) -> None:
     """`event: stale` is shown with its age and reason, in a terminal, in a pipe and as JSON."""
     resume = threading.Event()
     head = answer(b"", "content-type: text/event-stream", "connection: close")
-    resumed = event("stale", taskId="A", api="sd", stale=None, ageSeconds=0, title="")
+    resumed = event("stale", taskId="A", api="sd", stale=None, ageSeconds=0, title=None)
 
     def behave(connection: socket.socket, _: Request) -> None:
         connection.sendall(head + STALE)
@@ -532,6 +534,53 @@ def test_watch_says_that_updates_are_overdue(tmp_path: Path) -> None:
         ("progress", None),
         ("end", None),
     ]
+
+
+def test_watch_says_where_the_images_are(simulated: Simulator, served: str, tmp_path: Path) -> None:
+    """On the screen a file takes the place of the last message; the directory is named after the end."""
+    one, other = simulated.finished(), simulated.finished()
+    with terminal("watch", one, other, "--gateway", served, "--save", "images", cwd=tmp_path) as screen:
+        assert screen.exit_status() == 0
+    assert screen.text.count("100 % saved images/") == 2
+    assert "\nsd-gateway: 2 images saved in images\n" in screen.text
+    assert {file.name for file in (tmp_path / "images").iterdir()} == {f"{one}-1.png", f"{other}-1.png"}
+
+
+class _Rounds(threading.Event):
+    """An event that is set after some rounds of waiting, without a pause."""
+
+    def __init__(self, rounds: int) -> None:
+        super().__init__()
+        self._left = rounds
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._left -= 1
+        return self._left < 0
+
+
+def test_watch_reads_the_troubles_of_the_gateway() -> None:
+    """Each change of `/readyz` is reported once; the upstream's troubles, and other responses, are not."""
+    lost = {"reasons": ["draining"], "degraded": ["upstream: upstream-open", "store: no\x1bconnection"]}
+    bodies = [
+        json.dumps(lost),
+        json.dumps(lost),
+        "<html>",
+        '{"reasons": [], "degraded": []}',
+        '{"reasons": 1}',
+    ]
+    asked: list[str] = []
+
+    def behave(connection: socket.socket, request: Request) -> None:
+        asked.append(request.head.decode().partition(" HTTP")[0])
+        connection.sendall(framed(bodies[len(asked) - 1].encode()))
+
+    reported: list[tuple[str, ...]] = []
+    with RawUpstream(behave) as upstream:
+        gateway = httpx.URL(f"{upstream.url}/prefix/")
+        watch_health(gateway, ANYONE, stopped=_Rounds(len(bodies)), report=reported.append)
+    assert asked == ["GET /prefix/readyz"] * len(bodies)
+    store = "Tasks are updated without the shared store: no connection"
+    assert reported == [("The gateway is shutting down", store), ()]
 
 
 def test_watch_fits_a_low_screen(simulated: Simulator, served: str, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from gateway.domain import errors
 from gateway.domain.errors import GatewayError
 from gateway.domain.task import Status
-from gateway.progress.results import CacheStatus
+from gateway.progress.outcomes import CacheStatus
 from gateway.telemetry.counters import CallbackCounter, FastCounters, FastHistograms
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.circuit_breaker import State

@@ -14,7 +14,7 @@ from gateway.api.middleware.telemetry import METHODS
 from gateway.api.request_log import SPAN
 from gateway.api.requests import header
 from gateway.api.trace_context import TraceParent, trace_parent
-from gateway.progress.results import LookupFailure, LookupResult
+from gateway.progress.outcomes import LookupFailure, LookupResult
 from gateway.telemetry.opentelemetry import start_span
 
 _SERVER_ERROR = 500

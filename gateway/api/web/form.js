@@ -29,6 +29,7 @@ export class TaskForm {
       event.preventDefault();
       this.#form.requestSubmit();
     });
+    this.#field.addEventListener("input", () => this.#showError(""));
     narrow.addEventListener("change", () => this.#unfold());
     at("recent-clear").addEventListener("click", () => {
       clearRecent();
@@ -71,15 +72,24 @@ export class TaskForm {
   #submit() {
     const found = readIds(this.#field.value);
     if (found.taskIds.length === 0 && found.rejected.length === 0) {
+      this.#showError(this.#field.value.trim() ? "There is no task ID in this text." : "Enter or paste at least one task ID.");
       this.#field.focus();
       return;
     }
+    this.#showError("");
     this.#field.value = "";
     this.onAdd({ ...found, api: found.api ?? this.#form.elements.api.value });
     if (narrow.matches && found.taskIds.length) {
       this.#panel.open = false;
       at("tasks").focus();
     }
+  }
+
+  #showError(text) {
+    at("task-ids-error").hidden = !text;
+    setText(at("task-ids-error"), text);
+    if (text) this.#field.setAttribute("aria-invalid", "true");
+    else this.#field.removeAttribute("aria-invalid");
   }
 
   /** On a phone, the form makes room for the tasks. */

@@ -1,9 +1,9 @@
 // Reads /readyz, which says what the gateway itself knows of its troubles: its credentials, the upstream, the store.
 
-import { NO_CREDENTIALS, UPSTREAM_PROBLEM, upperFirst } from "./words.js";
+import { troubleText } from "./words.js";
 
-const PERIOD_MS = 30_000;
-const TROUBLED_PERIOD_MS = 2000; // the end of a trouble is shown soon
+const PERIOD_MS = 2000; // no event of a stream tells that the store is lost
+const TROUBLED_PERIOD_MS = 1000; // the end of a trouble is shown soon
 
 export class Health {
   #onTroubles;
@@ -11,7 +11,7 @@ export class Health {
   #watching = false;
   #asking = false;
 
-  /** `onTroubles` receives a list of sentences, empty if all is well. */
+  /** `onTroubles` receives a list of {text, upstream}, empty if all is well. */
   constructor(onTroubles) {
     this.#onTroubles = onTroubles;
     document.addEventListener("visibilitychange", () => this.#watching && !document.hidden && this.check());
@@ -21,8 +21,12 @@ export class Health {
   watch(watching) {
     if (watching === this.#watching) return;
     this.#watching = watching;
-    if (watching) this.check();
-    else clearTimeout(this.#timer);
+    if (watching) {
+      this.check();
+    } else {
+      clearTimeout(this.#timer);
+      this.#onTroubles([]);
+    }
   }
 
   async check() {
@@ -31,9 +35,9 @@ export class Health {
     clearTimeout(this.#timer);
     const troubles = await read();
     this.#asking = false;
+    if (!this.#watching) return;
     this.#onTroubles(troubles);
-    if (!this.#watching || document.hidden) return;
-    this.#timer = setTimeout(() => this.check(), troubles.length ? TROUBLED_PERIOD_MS : PERIOD_MS);
+    if (!document.hidden) this.#timer = setTimeout(() => this.check(), troubles.length ? TROUBLED_PERIOD_MS : PERIOD_MS);
   }
 }
 
@@ -41,15 +45,8 @@ async function read() {
   try {
     const response = await fetch("readyz", { cache: "no-store", signal: AbortSignal.timeout(10_000) });
     const { reasons = [], degraded = [] } = await response.json();
-    return [...new Set([...reasons, ...degraded].map(sentence))];
+    return [...reasons, ...degraded].map((trouble) => ({ text: troubleText(trouble), upstream: trouble.startsWith("upstream: ") }));
   } catch {
     return []; // the state of the connection is shown elsewhere
   }
-}
-
-function sentence(trouble) {
-  if (trouble === "no credentials") return NO_CREDENTIALS;
-  if (trouble === "draining") return "The gateway is shutting down";
-  const code = /^upstream: (\S+)$/.exec(trouble)?.[1];
-  return UPSTREAM_PROBLEM[code] ?? upperFirst(trouble);
 }

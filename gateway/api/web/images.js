@@ -3,14 +3,18 @@
 //
 // The images come from the vendor's storage, not from the gateway. They are requested without a referrer, because the
 // page's address contains task IDs. If the gateway does not offer results, nothing is shown.
+//
+// A browser saves an image of another origin only if a script may read it, which the storage has to allow (CORS). If it
+// does not, the image is opened, and a note tells how to save it.
 
-import { element } from "./dom.js";
+import { element, setText } from "./dom.js";
 import { clock } from "./words.js";
 
 const AT_ONCE = 2; // requests for results
 const MOST_TRIES = 5; // while a result is not finished although the task is
 const RENEW_PAUSE_SECONDS = 15; // between two renewals that a broken image causes
 const off = new Set(); // APIs without results
+const unreadable = new Set(); // origins whose images a script may not read
 
 let running = 0;
 const waiting = [];
@@ -30,6 +34,7 @@ export class Gallery {
   #tries = 0;
   #asking = false;
   #wanted = false;
+  #note = null;
 
   constructor(node, id, api) {
     this.#node = node;
@@ -99,8 +104,40 @@ export class Gallery {
     const figures = this.#images.map(({ url }, index) => this.#figure(url, index));
     const renew = element("button", { type: "button", class: "quiet" }, "Renew links");
     renew.addEventListener("click", () => this.#ask());
-    const note = this.#expiresAt === null ? "The links expire. " : `The links expire at ${clock(this.#expiresAt)}. `;
-    this.#node.replaceChildren(element("ul", { class: "gallery" }, ...figures), element("p", { class: "images-note" }, note, renew));
+    this.#note = element("span");
+    this.#node.replaceChildren(element("ul", { class: "gallery" }, ...figures), element("p", { class: "images-note" }, this.#note, " ", renew));
+    this.#showNote();
+  }
+
+  #showNote() {
+    const expire = this.#expiresAt === null ? "The links expire." : `The links expire at ${clock(this.#expiresAt)}.`;
+    const manual = this.#images.some(({ url }) => unreadable.has(new URL(url).origin));
+    setText(this.#note, manual ? `Save an image in the tab that it opens in, with Ctrl+S or a long press. ${expire}` : expire);
+  }
+
+  /** Save an image as a file. If a script may not read it, open it. */
+  async #save(link, url) {
+    link.setAttribute("aria-busy", "true");
+    setText(link, "Downloading…");
+    let words = "Download";
+    try {
+      // A cached response to the image element may lack the headers that allow a script to read it.
+      const response = await fetch(url, { cache: "no-store", credentials: "omit", referrerPolicy: "no-referrer" });
+      if (response.ok) {
+        const blob = await response.blob();
+        words = "Downloaded";
+        saveAs(blob, link.download);
+      } else {
+        words = "Expired: try again";
+        this.#ask();
+      }
+    } catch {
+      unreadable.add(new URL(url).origin);
+      this.#showNote();
+      open(url, "_blank", "noopener,noreferrer");
+    }
+    link.removeAttribute("aria-busy");
+    setText(link, words);
   }
 
   #figure(url, index) {
@@ -114,6 +151,11 @@ export class Gallery {
       class: "download", href: url, download: `${this.#id}${many > 1 ? `-${index + 1}` : ""}${extension}`,
       "aria-label": `Download ${name.charAt(0).toLowerCase()}${name.slice(1)}`, ...privately,
     }, "Download");
+    download.addEventListener("click", (event) => {
+      if (event.ctrlKey || event.metaKey || event.shiftKey || unreadable.has(new URL(url).origin)) return; // the link opens it
+      event.preventDefault();
+      if (!download.ariaBusy) this.#save(download, url);
+    });
     image.addEventListener("error", () => {
       // A second failure after a renewal has another cause.
       if (Date.now() / 1000 - this.#askedAt >= RENEW_PAUSE_SECONDS) return this.#ask();
@@ -121,6 +163,14 @@ export class Gallery {
     });
     return element("li", {}, open, download);
   }
+}
+
+function saveAs(blob, name) {
+  // Without an extension in its address, the image gets that of its type.
+  const extension = /\.\w+$/.test(name) ? "" : `.${{ "image/jpeg": "jpg" }[blob.type] ?? (/^image\/(\w+)/.exec(blob.type)?.[1] || "png")}`;
+  const href = URL.createObjectURL(blob);
+  element("a", { href, download: `${name}${extension}` }).click();
+  setTimeout(() => URL.revokeObjectURL(href), 60_000);
 }
 
 function next() {

@@ -47,13 +47,17 @@ let limit = MAX_TASKS;
 let rejected = []; // entered, but no task IDs
 let note = ""; // about the tasks that were just added
 let connected = { name: "idle", problem: null, since: 0 };
+let gatewayTroubles = []; // from /readyz
 let sawRunning = false;
 let summarizing = 0; // timer
 
 const announcer = new Announcer(at("announcements"), () => at("summary").textContent);
 const list = new TaskList({ list: at("cards"), filters: at("filters"), changed: () => arrange() });
 const form = new TaskForm({ onAdd: add, onDismiss: dismiss });
-const health = new Health(showTroubles);
+const health = new Health((found) => {
+  gatewayTroubles = found;
+  showTroubles();
+});
 const slot = new Slot(() => stream && (stream.slow = !slot.held));
 
 function seconds() {
@@ -221,7 +225,7 @@ function update(taskId, apply) {
   }
   if (task.stale?.code !== before.stale) {
     if (task.stale) announcer.say(`${taskId} is not updated: ${task.stale.title}`);
-    health.check();
+    showTroubles(); // with the card, not after the other events
   }
   sawRunning ||= task.report !== null && !task.ended;
   card.render(seconds(), view());
@@ -239,12 +243,14 @@ function connection(name, problem = null) {
   notifyEnd(describe(count(allTasks(), seconds())));
 }
 
-function isFailing() {
-  return allTasks().some(({ stale, problem }) => stale || (problem && /^upstream-(?!rejected)/.test(problem.code)));
+/** Return why updates fail, without repetitions. */
+function failures() {
+  const failing = ({ stale, problem }) => stale ?? (problem && /^upstream-(?!rejected)/.test(problem.code) ? problem : null);
+  return [...new Set(allTasks().map(failing).filter(Boolean).map(({ title }) => title))];
 }
 
 function showConnection() {
-  const failing = CONNECTED.has(connected.name) && isFailing();
+  const failing = CONNECTED.has(connected.name) && failures().length > 0;
   const name = failing ? "failing" : connected.name;
   const shown = at("connection");
   shown.hidden = false;
@@ -281,7 +287,14 @@ function showRequestError(problem) {
   shown.replaceChildren(...(problem ? describeProblem(problem) : []));
 }
 
-function showTroubles(troubles) {
+/** Show why updates fail, and what else is wrong with the gateway. */
+function showTroubles() {
+  const own = failures();
+  // The upstream's troubles matter only to tasks that wait for it. They end with the tasks' own: /readyz is read later.
+  const waits = own.length > 0 || allTasks().some((task) => task.look === "loading");
+  const others = gatewayTroubles.filter(({ upstream }) => waits || !upstream).map(({ text }) => text);
+  const isRepeated = (title) => others.some((text) => text.startsWith(`${title}: `)); // /readyz adds a cause
+  const troubles = [...new Set([...own.filter((title) => !isRepeated(title)), ...others])];
   const shown = at("troubles");
   shown.hidden = troubles.length === 0;
   const text = troubles.map((trouble) => `${trouble}.`).join(" ");
@@ -337,10 +350,11 @@ function summarize() {
   at("remove-finished").hidden = tasks.length < 2 || !tasks.some((task) => task.ended);
   setText(at("summary"), text);
   setBar(at("summary-bar"), numbers.mean, text);
-  const failing = isFailing() || isOffline(now);
+  const failing = failures().length > 0 || isOffline(now);
   const { title, icon } = describeForTab(numbers, { ended: connected.name === "ended", failing });
   showInTab(title, icon);
   showConnection();
+  showTroubles();
   arrange();
 }
 

@@ -10,7 +10,7 @@
 // An EventSource cannot read the body of an error. When it has stopped, one request to the batch path with the same
 // tasks returns either the error or their progress.
 
-import { UPSTREAM_PROBLEM } from "./words.js";
+import { PROBLEM_TITLE } from "./words.js";
 
 const FIRST_RETRY_MS = 1000;
 const LONGEST_RETRY_MS = 30_000;
@@ -158,7 +158,7 @@ export class Stream {
       }
       this.#handlers.progress(item);
       // A gateway of an earlier version sends no age.
-      if (ageSeconds !== undefined) this.#handlers.stale({ taskId, api, stale: stale ?? null, ageSeconds, title: UPSTREAM_PROBLEM[stale] ?? stale });
+      if (ageSeconds !== undefined) this.#handlers.stale({ taskId, api, stale: stale ?? null, ageSeconds, title: PROBLEM_TITLE[stale] ?? stale });
     }
   }
 

@@ -15,8 +15,8 @@ export const STATUS = {
 
 export const API = { sd: "Stable Diffusion", comfy: "ComfyUI" };
 
-// The titles of the gateway's problems, for responses that have only the code. A test compares them.
-export const UPSTREAM_PROBLEM = {
+// The titles of the problems that make an update overdue, for responses that have only the code. A test compares them.
+export const PROBLEM_TITLE = {
   "upstream-rejected": "The upstream rejected the query",
   "upstream-credentials": "The upstream did not authorize the query",
   "upstream-invalid": "Invalid response from the upstream",
@@ -24,9 +24,20 @@ export const UPSTREAM_PROBLEM = {
   "upstream-throttled": "Rate limit for upstream calls reached",
   "upstream-open": "Circuit breaker open: the upstream has been failing",
   "upstream-timeout": "Upstream timeout",
+  overloaded: "Gateway overloaded",
+  internal: "Internal error",
 };
 
-export const NO_CREDENTIALS = "The gateway has no credentials";
+/** Return a sentence for an entry of `reasons` or `degraded` in /readyz, as `sd-gateway watch` does. */
+export function troubleText(trouble) {
+  if (trouble === "no credentials") return "The gateway has no credentials";
+  if (trouble === "draining") return "The gateway is shutting down";
+  const [, part, rest] = /^(upstream|store): (.*)$/.exec(trouble) ?? [];
+  if (part === "store") return `Tasks are updated without the shared store: ${rest}`;
+  if (!part) return upperFirst(trouble);
+  const [code, ...cause] = rest.split(": ");
+  return [PROBLEM_TITLE[code] ?? code, ...cause].join(": ");
+}
 
 /** Return whole percent, rounded down, so 100 % appears only at the end. */
 export function percent(progress) {

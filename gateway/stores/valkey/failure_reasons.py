@@ -30,6 +30,7 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
+from gateway.settings.secret_files import describe_read_error
 from gateway.settings.secret_text import InvalidSecret
 
 # TimeoutError, also asyncio's, is an OSError.
@@ -208,7 +209,9 @@ def affects_all_operations(exc: BaseException) -> bool:
 
 def words_of_file_error(exc: OSError | ValueError) -> str:
     """Return which file cannot be used, and why."""
-    return f"{exc.filename}: {exc.strerror}" if isinstance(exc, OSError) and exc.strerror else str(exc)
+    if isinstance(exc, OSError) and exc.strerror:
+        return f"{exc.filename}: {describe_read_error(exc)}"
+    return str(exc)
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:

@@ -271,9 +271,12 @@ class ValkeyStore(MemoryStore):
         snapshot = self._shared_snapshots.apply(key, reply)
         match reply.kind:
             case b"fresh" if snapshot is not None:
-                if snapshot.fresh(self._clock()) or snapshot.terminal:
+                entry = self.entry(key)
+                overlapped = entry is not None and entry.announced_version > snapshot.version
+                if snapshot.terminal or (snapshot.fresh(self._clock()) and not overlapped):
                     return snapshot
-                # It is stale here: its lifetime is shorter on this replica, or has ended meanwhile.
+                # The task must be queried: the queries for the stored snapshot and for this replica's have
+                # overlapped, or the lifetime of the snapshot is shorter on this replica, or has just ended.
                 newer = requirement._replace(newer_than=reply.facts.version)
                 return await self._acquire_once(key, newer, token)
             case b"failure":

@@ -43,15 +43,22 @@ def test_display_has_a_sum_for_several_tasks() -> None:
 
 
 def test_display_says_why_there_are_no_updates() -> None:
-    """The first line names a lost connection, and a failing upstream; a notice has a line of its own."""
+    """The first line names a lost connection; reasons and a notice have lines of their own."""
     tasks, _ = watched()
     tasks.update(progress())
     assert drawn(tasks, trouble="it broke")[0] == "http://host: it broke; reconnecting"
     assert drawn(tasks, notice="long polls")[1] == "long polls"
     tasks.update(stale())
-    head, row = drawn(tasks, 120)
+    head, reason, row = drawn(tasks, 120)
     assert head == "http://host: 0 of 1 ended; upstream failing"
+    assert reason == "The vendor refuses our credentials."
     assert row.endswith("last update 12 s ago: The vendor refuses our credentials")
+    display = ProgressDisplay("http://host", tasks)
+    display.gateway_troubles = ("Store: no connection", "The vendor refuses our credentials")
+    out = StringIO()
+    Console(file=out, width=40).print(display.render(40))
+    reasons = " ".join(line.strip() for line in out.getvalue().splitlines()[1:3])
+    assert reasons == "The vendor refuses our credentials. Store: no connection."
 
 
 @pytest.mark.parametrize("width", [10, 20, 24, 40, 60, 80, 200])

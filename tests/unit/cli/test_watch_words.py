@@ -12,6 +12,15 @@ from tests.docs.markdown import ROOT
 NODE = shutil.which("node")
 SECONDS = [0, 0.9, 1, 25, 59, 60, 67, 299, 300, 329, 330, 390, 3569, 3570, 3600, 3725, 7200, 172799, 360000]
 
+TROUBLES = [
+    "no credentials",
+    "draining",
+    "upstream: upstream-open",
+    "upstream: a-new-code",
+    "store: no connection: refused",
+    "the next key pair is refused",
+]
+
 
 def test_clock() -> None:
     """Minutes and seconds, with hours if there are any; rounded down."""
@@ -21,13 +30,18 @@ def test_clock() -> None:
 
 @pytest.mark.skipif(NODE is None, reason="Node is not installed; .ci/run installs it")
 def test_page_and_terminal_say_the_same() -> None:
-    """An age, a task that is nearly done, and a task that is not known have the same words in both."""
+    """An age, a task that is nearly done, and the troubles of the gateway have the same words in both."""
     script = f"""
     import * as words from {json.dumps((ROOT / "gateway/api/web/words.js").as_uri())};
     const ages = {json.dumps(SECONDS)}.map(words.ago);
-    console.log(JSON.stringify([...ages, words.timeLeft(0.5)]));
+    const troubles = {json.dumps(TROUBLES)}.map(words.troubleText);
+    console.log(JSON.stringify([...ages, words.timeLeft(0.5), ...troubles]));
     """
     ran = subprocess.run(
         [NODE or "node", "--input-type=module", "--eval", script], capture_output=True, text=True, check=True
     )
-    assert json.loads(ran.stdout) == [*map(words.ago, SECONDS), words.time_left(0.5)]
+    assert json.loads(ran.stdout) == [
+        *map(words.ago, SECONDS),
+        words.time_left(0.5),
+        *map(words.trouble_text, TROUBLES),
+    ]

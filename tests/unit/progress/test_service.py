@@ -19,7 +19,7 @@ from gateway.domain.errors import (
     KeyPairRefused,
     NonceRefused,
     Overloaded,
-    RateLimiterExhausted,
+    RateLimited,
     TimestampRefused,
     UpstreamBusy,
     UpstreamDetail,
@@ -31,7 +31,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.progress.results import CacheStatus, LookupFailure, LookupResult
+from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
 from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
@@ -70,7 +70,7 @@ FAILURES: list[GatewayError] = [
 # credentials.
 NOT_THE_TASKS: list[GatewayError] = [
     Overloaded("full"),
-    RateLimiterExhausted("full"),
+    RateLimited("full"),
     CircuitOpen("resting"),
     KeyPairRefused("refused"),
     TimestampRefused("refused"),
@@ -160,7 +160,7 @@ class FakeUpstream:
     ) -> ParsedResponse:
         """Wait until the test responds; until then the query is queued, or on the wire."""
         self.keys.append(key)
-        query_state.must_finish = not self.queues
+        query_state.call_sent = not self.queues
         call = Call(
             key,
             is_refresh=is_refresh,
@@ -427,9 +427,7 @@ async def test_get_does_not_wait_for_a_queued_request(bench: Bench) -> None:
     for result in await asyncio.gather(*crowd, bench.get(KEY)):
         assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert result.failure == Alike(
-            RateLimiterExhausted(
-                "the query is queued by the rate limiter for upstream calls", retry_after=7.0
-            )
+            RateLimited("the query is queued by the rate limiter for upstream calls", retry_after=7.0)
         )
     assert bench.lookups() == {"miss": 1, "stale": 4}
     call.answer(progress=0.9)
@@ -661,16 +659,16 @@ async def test_get_serves_stale_when_the_refresh_takes_too_long(bench: Bench) ->
     bench.clock.now += CACHE.running_seconds
     await bench.get(KEY)
     call = await bench.upstream.call()
-    assert bench.service.overdue_updates.reason(KEY) is None
+    assert bench.service.overdue_updates.error(KEY) is None
     bench.clock.now += CACHE.stale_while_revalidate_seconds
     result = await bench.get(KEY)
     assert isinstance(result, LookupResult)
     assert isinstance(result.failure, UpstreamTimeout)
-    assert isinstance(bench.service.overdue_updates.reason(KEY), UpstreamTimeout)
+    assert isinstance(bench.service.overdue_updates.error(KEY), UpstreamTimeout)
     waiting = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     call.answer()
     assert (await waiting).cache_status is CacheStatus.COLLAPSED
-    assert bench.service.overdue_updates.reason(KEY) is None
+    assert bench.service.overdue_updates.error(KEY) is None
     assert bench.upstream.keys == [KEY, KEY], "the refresh has continued"
 
 
@@ -1313,6 +1311,24 @@ async def test_get_joins_no_request_that_is_older_than_the_client(bench: Bench) 
     assert isinstance(outcome, LookupResult)
     assert data_of(outcome)["progress"] == 0.2
     assert outcome.snapshot.version >= 2**52
+    assert bench.upstream.count == 2
+
+
+async def test_one_request_satisfies_all_clients_that_wait(bench: Bench) -> None:
+    """Each client has seen another revision, and the request in flight is too old for all of them."""
+    asked = bench.begin()
+    first = await bench.upstream.call()
+    late = [
+        asyncio.create_task(bench.service.get(KEY, seen_revision=revision))
+        for revision in range(2**52, 2**52 + 10)
+    ]
+    await asyncio.sleep(0)
+    first.answer(progress=0.1)
+    await asked
+    (await bench.upstream.call()).answer(progress=0.2)
+    for outcome in await asyncio.gather(*late):
+        assert isinstance(outcome, LookupResult)
+        assert data_of(outcome)["progress"] == 0.2
     assert bench.upstream.count == 2
 
 

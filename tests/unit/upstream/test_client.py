@@ -182,7 +182,7 @@ def test_query_without_demand_is_not_retried(bench: Bench) -> None:
     state.join(b"1")
     bench.calls.failures = [UpstreamBusy("busy")]
     asked = bench.ask(0, query_state=state)
-    assert state.must_finish
+    assert state.call_sent
     state.leave(b"1")
     bench.loop.advance(10.0)
     assert isinstance(asked.exception(), UpstreamBusy)
@@ -216,9 +216,9 @@ def test_query_that_is_queued_may_be_dropped(bench: Bench) -> None:
     state.begin()
     state.join(b"1")
     second = bench.ask(1, query_state=state)
-    assert not state.must_finish
+    assert not state.call_sent
     bench.loop.advance(4.0)
-    assert (first.exception(), state.must_finish) == (None, True)
+    assert (first.exception(), state.call_sent) == (None, True)
     bench.loop.advance(4.0)
     assert second.exception() is None
 

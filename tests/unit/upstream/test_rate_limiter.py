@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from gateway.domain.errors import (
-    RateLimiterExhausted,
+    RateLimited,
     UpstreamBusy,
     UpstreamDetail,
     UpstreamError,
@@ -198,7 +198,7 @@ async def test_rate_limiter_bucket_holds_a_tenth_of_a_second(clock: Clock) -> No
     asked = [bench.ask(str(number), timeouts=0) for number in range(10)]
     outcomes = await asyncio.gather(*asked, return_exceptions=True)
     assert len(bench.went) == 5
-    assert [type(outcome) for outcome in outcomes] == [type(None)] * 5 + [RateLimiterExhausted] * 5
+    assert [type(outcome) for outcome in outcomes] == [type(None)] * 5 + [RateLimited] * 5
 
 
 async def test_rate_limiter_refuses_at_once_beyond_the_timeout(bench: Bench) -> None:
@@ -206,7 +206,7 @@ async def test_rate_limiter_refuses_at_once_beyond_the_timeout(bench: Bench) -> 
     for name in "abc":
         bench.ask(name)
     await bench.clock.tick()
-    with pytest.raises(RateLimiterExhausted) as refused:
+    with pytest.raises(RateLimited) as refused:
         await bench.ask("late", timeouts=1.9)
     assert refused.value.retry_after == pytest.approx(2.0)
     assert refused.value.code == "upstream-throttled"
@@ -300,7 +300,7 @@ async def test_rate_limiter_refuses_only_the_client_that_queues_too_much(bench: 
     # Queries whose permit would now come after their timeout are refused.
     assert served == [True] * 5 + [False] * 95
     refused = {type(outcome) for outcome in outcomes if outcome is not None}
-    assert refused == {RateLimiterExhausted}
+    assert refused == {RateLimited}
     assert bench.clock.timers == 0
 
 
@@ -496,7 +496,7 @@ async def test_rate_limiter_pauses_for_retry_after(clock: Clock) -> None:
     await bench.throttled(retry_after=3.0)
     assert bench.limiter.expected_wait(is_refresh=False) == pytest.approx(3.0)
     waiting, refused = bench.ask("patient", timeouts=3.0), bench.ask("hasty", timeouts=2.9)
-    with pytest.raises(RateLimiterExhausted):
+    with pytest.raises(RateLimited):
         await refused
     await clock.tick(2.9)
     assert bench.went == []
@@ -513,7 +513,7 @@ async def test_rate_limiter_refuses_without_a_shared_permit_in_time(clock: Clock
         return Permits(0, 0, next_seconds=0.0, refreshes_elsewhere=0, first_queries_elsewhere=0)
 
     limiter = RateLimiter(10, clock=clock, call_later=clock.call_later, take_shared=take)
-    with pytest.raises(RateLimiterExhausted) as refused:
+    with pytest.raises(RateLimited) as refused:
         await limiter.acquire(is_refresh=True, timeout_seconds=1.0)
     assert refused.value.retry_after
 
@@ -539,7 +539,7 @@ async def test_rate_limiter_rechecks_waiters_when_it_slows_down(clock: Clock) ->
     asked["gone"].cancel()
     throttling.set()
     await asyncio.gather(calling, asked["hasty"], return_exceptions=True)
-    assert isinstance(asked["hasty"].exception(), RateLimiterExhausted)
+    assert isinstance(asked["hasty"].exception(), RateLimited)
     assert [name for name, _ in bench.expected_waits] == ["a", "new", "b"]
     assert clock.timers == 1
     await clock.tick(1.9)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 
-from gateway.domain.errors import RateLimiterExhausted
+from gateway.domain.errors import RateLimited
 from gateway.upstream.rate_limiter import RateLimiter
 from gateway.upstream.shared_permits import SharedPermits
 from tests.support.harness import eventually
@@ -204,14 +204,14 @@ async def test_rate_limiter_refuses_queries_behind_those_of_other_replicas(serve
     limiter = limiter_of(server)
     first = asyncio.create_task(call(limiter, timeout_seconds=60))
     await eventually(lambda: len(server.asked) > 1, "it knows the other queries")
-    with pytest.raises(RateLimiterExhausted) as refused:
+    with pytest.raises(RateLimited) as refused:
         await call(limiter, timeout_seconds=5.0)
     assert refused.value.retry_after == pytest.approx(10, abs=1)
     late = asyncio.create_task(call(limiter, timeout_seconds=60))
     server.elsewhere = (1000, 0)
-    with pytest.raises(RateLimiterExhausted):
+    with pytest.raises(RateLimited):
         await late
-    with pytest.raises(RateLimiterExhausted):
+    with pytest.raises(RateLimited):
         await first
 
 

@@ -19,7 +19,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.progress.results import CacheStatus, LookupFailure, LookupResult
+from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupResult
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
@@ -799,9 +799,9 @@ async def test_watch_sends_each_overdue_state_once(
         assert await codes(subscriber) == []
         watched = watch._watched[KEY]
         for failure in (throttled, throttled, timeout):
-            watch._set_overdue(watched, failure)
+            watch._update_overdue_error(watched, failure)
         assert await codes(subscriber) == ["upstream-timeout"], "the latest state"
-        watch._set_overdue(watched, UpstreamTimeout("later"))
+        watch._update_overdue_error(watched, UpstreamTimeout("later"))
         assert await codes(subscriber) == []
         with watch.subscribe([KEY], SubscriptionKind.EVENTS) as other:
             assert await codes(other) == ["upstream-timeout"]
@@ -809,8 +809,8 @@ async def test_watch_sends_each_overdue_state_once(
             await turns(lambda: subscriber.woken)
             assert await codes(other) == [None]
         assert await codes(subscriber) == [None]
-        watch._set_overdue(watched, throttled)
-        watch._set_overdue(watched, None)
+        watch._update_overdue_error(watched, throttled)
+        watch._update_overdue_error(watched, None)
         assert await codes(subscriber) == [], "it ended before the subscriber received it"
     await watch.aclose()
 
@@ -820,7 +820,7 @@ async def test_watch_sends_the_overdue_state_after_the_snapshot(watch: WatchHub,
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         store.put(snapshot("1"))
         await turns(lambda: subscriber.woken)
-        watch._set_overdue(watch._watched[KEY], UpstreamTimeout("late"))
+        watch._update_overdue_error(watch._watched[KEY], UpstreamTimeout("late"))
         assert subscriber.take_overdue_states() == []
         assert await codes(subscriber) == ["upstream-timeout"]
     await watch.aclose()
@@ -829,7 +829,7 @@ async def test_watch_sends_the_overdue_state_after_the_snapshot(watch: WatchHub,
 async def test_watch_sends_no_overdue_state_without_a_snapshot(watch: WatchHub) -> None:
     """While there is no snapshot, none is old."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
-        watch._set_overdue(watch._watched[KEY], UpstreamTimeout("late"))
+        watch._update_overdue_error(watch._watched[KEY], UpstreamTimeout("late"))
         assert await codes(subscriber) == []
     await watch.aclose()
 

@@ -64,7 +64,7 @@ class OverdueUpdates:
         if entry.failure is None or not isinstance(failure, CircuitOpen):
             entry.failure = failure
 
-    def reason(self, key: TaskKey) -> GatewayError | None:
+    def error(self, key: TaskKey) -> GatewayError | None:
         """Return the failure because of which the update of a task is overdue.
 
         It is None without a snapshot, if the snapshot is final or fresh, and while its update is not overdue.
@@ -74,7 +74,7 @@ class OverdueUpdates:
             return None
         return entry.failure or self._store.cached_failure(key) or self._failure_of_slow_query(key)
 
-    def error_of(self, state: QueryState) -> GatewayError:
+    def error_of_slow_query(self, state: QueryState) -> GatewayError:
         """Return the error for a query in flight that takes too long."""
         return state.failure or state.make_timeout_error()
 
@@ -85,4 +85,4 @@ class OverdueUpdates:
         state = self._state_in_flight(key)
         if state is None or self._clock() - state.began_at < self.overdue_after_seconds:
             return None
-        return self.error_of(state)
+        return self.error_of_slow_query(state)

@@ -65,7 +65,7 @@ class InFlightRequests(Generic[K, T]):
             return
         if not state.in_flight:
             del self._states[key]
-        elif not state.keep_without_callers and not state.must_finish:
+        elif not state.keep_without_callers and not state.call_sent:
             self._drop(key, state)
 
     def start(

@@ -1,4 +1,4 @@
-"""The queries that wait for a permit of the rate limiter, and the order in which they get one.
+"""The queries that wait for a permit of the rate limiter or for a concurrency slot, and their order.
 
     refreshes      first in, first out
     first queries  round robin over clients (`fair_queue.py`)
@@ -15,6 +15,7 @@ others.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import zip_longest
@@ -23,11 +24,11 @@ from gateway.upstream.fair_queue import FairQueue
 
 
 class QueuedQuery:
-    """A query that waits for a permit. As a `QueueEntry` it reacts to clients only if it is a first query.
+    """A query that waits. As a `QueueEntry` it reacts to clients only if it is a first query.
 
-    `expires_at` is a moment on the clock of the rate limiter, in seconds. The result of `future` is None when
-    the query gets a permit. If the permit would come after `expires_at`, the result is the `retry_after` of
-    the error, in seconds.
+    The result of `future` is None when the query is served. The rate limiter uses the other attributes:
+    `expires_at` is a moment on its clock, in seconds. If the permit would come after `expires_at`, the result
+    of `future` is the `retry_after` of the error, in seconds.
     """
 
     __slots__ = ("_fair_queue", "expires_at", "future", "on_expected_wait")
@@ -59,7 +60,7 @@ class QueuedQuery:
             self._fair_queue.leave(self, client, others)
 
 
-class PermitQueue:
+class QueryQueue:
     """The queues of refreshes and of first queries, which are served alternately."""
 
     def __init__(self) -> None:
@@ -97,7 +98,12 @@ class PermitQueue:
         return self._first_queries.client_with_shortest_queue(clients)
 
     def add(
-        self, *, is_refresh: bool, client: bytes, expires_at: float, on_expected_wait: Callable[[float], None]
+        self,
+        *,
+        is_refresh: bool,
+        client: bytes,
+        expires_at: float = math.inf,
+        on_expected_wait: Callable[[float], None] = lambda _: None,
     ) -> QueuedQuery:
         """Queue a query, and return its entry. A first query is queued for `client`."""
         if is_refresh:
@@ -124,5 +130,5 @@ class PermitQueue:
         return self._refreshes.popitem(last=False)[0] if self._refreshes else None
 
     def record_served(self, *, is_refresh: bool) -> None:
-        """Record that a query of this queue gets a permit: the other queue is served next."""
+        """Record that a query of this queue is served: the other queue is served next."""
         self._refresh_next = not is_refresh
