@@ -108,7 +108,7 @@ class EventsEndpoint:
 
     def _seen_revisions(self, keys: Sequence[TaskKey], last_event_id: str | None) -> dict[TaskKey, int]:
         """Return the revision that the client has received of the task of its last event."""
-        if last_event_id is None or len(last_event_id) > _MAX_ID_CHARS or "," in last_event_id:
+        if last_event_id is None or len(last_event_id) > _MAX_ID_CHARS:
             return {}
         revisions = {key: self._tags.revision(last_event_id, key) for key in keys}
         return {key: revision for key, revision in revisions.items() if revision}
@@ -205,8 +205,9 @@ def _last_event_id(scope: Scope, parameters: dict[str, list[str]]) -> str | None
 
     Polyfills of EventSource send it in the query, because a header would need a CORS preflight. The browser's
     own EventSource updates the header and repeats the query of its URL, so the header takes precedence.
+    If the header is repeated, the last one counts, also if a proxy has joined them: our IDs contain no comma.
     """
-    from_header = header(scope["headers"], b"last-event-id")
+    from_header = (header(scope["headers"], b"last-event-id") or "").rpartition(",")[2].strip()
     from_query = (parameters[name][0] for name in _LAST_EVENT_ID if name in parameters)
     return from_header or next(filter(None, from_query), None)
 

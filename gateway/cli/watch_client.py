@@ -23,6 +23,7 @@ import httpx
 from gateway.cli.gateway_access import ANYONE, Access, open_client
 from gateway.cli.watch_events import (
     EVENTS,
+    INVALID,
     Event,
     Problem,
     Stale,
@@ -33,8 +34,8 @@ from gateway.cli.watch_events import (
     raise_for_error,
     require_content_type,
 )
+from gateway.cli.watch_json import read_members
 from gateway.cli.watch_polls import Polls
-from gateway.domain.snapshot import strict_json
 
 SILENCE_SECONDS = 45.0  # three heartbeats of the gateway, after which the connection counts as lost
 # A gateway begins a stream at once. If nothing arrives in this time, a proxy may hold the stream back.
@@ -44,6 +45,7 @@ _SHORTEST_PAUSE_SECONDS = 0.1
 _FIRST_RETRY_SECONDS = 2.0  # until the stream has a `retry:` field
 _CONNECT_SECONDS = 10.0
 _MAX_DOUBLINGS = 10
+_SKIPPED = "an event of the gateway is invalid and is skipped; check the URL of the gateway, and its version"
 _MAX_EVENT_BYTES = 16 * 1024 * 1024
 
 _LINE_END = re.compile(rb"\r\n|\r|\n")  # no others: U+2028 is text
@@ -141,7 +143,8 @@ def follow(
     `pause` is called before a reconnection with the seconds to wait and the reason as text. A connection
     without any data for `silence_seconds` counts as lost. If a stream does not begin within
     `opening_seconds`, but the gateway responds to a query, long polls replace it, and `notify` is called with
-    the reason. `connected` is called when data arrives on a new connection. Raises: StreamRefused.
+    the reason. It is also called for the first event that is invalid. `connected` is called when data arrives
+    on a new connection. Raises: StreamRefused.
     """
     parameters = [*(("taskId", task_id) for task_id in task_ids), ("api", api)]
     base = gateway.path.rstrip("/")
@@ -149,7 +152,7 @@ def follow(
     timeout = httpx.Timeout(_CONNECT_SECONDS, read=min(opening_seconds, silence_seconds))
     stream = EventStream()
     retry_seconds, failures = _FIRST_RETRY_SECONDS, 0
-    last_contents = _LastContents()
+    last_contents = _LastContents(notify)
 
     def begin() -> None:
         last_contents.begin_connection()
@@ -261,16 +264,17 @@ def _event(message: Message) -> Event:
     if message.event == "end":
         return Event("end", {})
     try:
-        data = strict_json(message.data.encode())
-    except ValueError as exc:
-        raise StreamRefused(f"invalid {message.event} event; check the URL of the gateway") from exc
+        data = read_members(message.data.encode())
+    except ValueError:
+        return Event(INVALID, {})
     return parse_event(message.event, data)
 
 
 class _LastContents:
-    """The last events of each task, to leave out repetitions."""
+    """The last events of each task, to leave out repetitions, and invalid events."""
 
-    def __init__(self) -> None:
+    def __init__(self, notify: Callable[[str], None]) -> None:
+        self._notify: Callable[[str], None] | None = notify  # None after the first invalid event
         self._states: dict[str, Any] = {}
         self._stale: dict[str, str | None] = {}
 
@@ -283,7 +287,7 @@ class _LastContents:
         content: Any = event.data
         match event.content:
             case None:
-                return True
+                return event.name != INVALID or self._skip()
             case Stale(task_id=task_id, stale=code):
                 last, self._stale[task_id] = self._stale.get(task_id), code
                 return last != code
@@ -295,6 +299,12 @@ class _LastContents:
             return False
         self._stale.pop(task_id, None)  # a change shows that updates have resumed
         return True
+
+    def _skip(self) -> bool:
+        notify, self._notify = self._notify, None
+        if notify is not None:
+            notify(_SKIPPED)
+        return False
 
 
 def _reason(exc: httpx.RequestError, silence_seconds: float) -> str:

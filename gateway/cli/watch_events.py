@@ -6,8 +6,10 @@ from http import HTTPStatus
 from typing import Annotated, Any, NamedTuple
 
 import httpx
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
+
+from gateway.domain.vendor_values import MAX_ETA_SECONDS, MAX_QUEUE_LENGTH
 
 _MAX_PROBLEM_BYTES = 65536
 
@@ -32,19 +34,37 @@ def only_printable(text: str) -> str:
 _PrintableText = Annotated[str, AfterValidator(only_printable)]
 
 
+def _within(largest: float) -> BeforeValidator:
+    """Return a validator that replaces anything but a number from 0 to `largest` by None."""
+
+    def check(value: object) -> object:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return None
+        return value if 0 <= value <= largest else None
+
+    return BeforeValidator(check)
+
+
+def _to_fraction(value: object) -> object:
+    return min(max(value, 0.0), 1.0) if isinstance(value, int | float) else value
+
+
 class _Wire(BaseModel):
     model_config = ConfigDict(alias_generator=to_camel, frozen=True)
 
 
 class Progress(_Wire):
-    """The progress of a task; `eta_seconds` is None if unknown."""
+    """The progress of a task; `eta_seconds` and `queue_remaining` are None if unknown.
+
+    A gateway of an earlier version passes on whatever number the vendor sends.
+    """
 
     task_id: _PrintableText
     status: _PrintableText
-    progress: Annotated[float, Field(ge=0, le=1)]
-    queue_remaining: int | None
-    eta_seconds: Annotated[float, Field(ge=0, le=1e12)] | None
-    message: _PrintableText | None
+    progress: Annotated[float, BeforeValidator(_to_fraction)]
+    queue_remaining: Annotated[int | None, _within(MAX_QUEUE_LENGTH)] = None
+    eta_seconds: Annotated[float | None, _within(MAX_ETA_SECONDS)] = None
+    message: _PrintableText | None = None
     terminal: bool
 
 
@@ -90,10 +110,14 @@ class Stale(_Wire):
 Content = Progress | Problem | Stale
 _KINDS: dict[str, type[Content]] = {"progress": Progress, "problem": Problem, "stale": Stale}
 EVENTS = frozenset({*_KINDS, "end"})  # a newer gateway may send others
+INVALID = "invalid"
 
 
 class Event(NamedTuple):
-    """A change. `content` is None for the event `end`. `data` is the JSON as received, for programs only."""
+    """A change. `data` is the JSON as received, for programs only.
+
+    `content` is None for the event `end`, and for INVALID, which stands for an event that cannot be used.
+    """
 
     name: str
     data: dict[str, Any]
@@ -101,11 +125,11 @@ class Event(NamedTuple):
 
 
 def parse_event(name: str, data: dict[str, Any]) -> Event:
-    """Return the event `progress`, `problem` or `stale`. Raises: StreamRefused if the data are invalid."""
+    """Return the event `progress`, `problem` or `stale`, or INVALID: the other tasks go on."""
     try:
         return Event(name, data, _KINDS[name].model_validate(data))
-    except ValidationError as exc:
-        raise StreamRefused(f"invalid {name} event; check the URL of the gateway") from exc
+    except ValidationError:
+        return Event(INVALID, {})
 
 
 def raise_for_error(response: httpx.Response) -> None:

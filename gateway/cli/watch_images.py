@@ -24,7 +24,8 @@ import httpx
 
 from gateway.cli.gateway_access import Access, open_client, open_image_client
 from gateway.cli.watch_events import StreamRefused, Unavailable, only_printable, raise_for_error
-from gateway.domain.snapshot import strict_json
+from gateway.cli.watch_json import read_members
+from gateway.domain.result import is_usable_url
 
 MAX_IMAGE_BYTES = 64 * 1024 * 1024
 MAX_IMAGES = 100  # of one task
@@ -157,8 +158,11 @@ class ImageSaver:
                 break
         return "; ".join(filter(None, (*failed.values(), error)))
 
-    def _image_urls(self, task_id: str) -> list[httpx.URL]:
-        """Return the URLs of a task's images. Raises: Unavailable, StreamRefused, _Failed."""
+    def _image_urls(self, task_id: str) -> list[httpx.URL | None]:
+        """Return the URLs of a task's images, None for an unusable one.
+
+        Raises: Unavailable, StreamRefused, _Failed.
+        """
         base = self._gateway.path.rstrip("/")
         url = self._gateway.copy_with(path=f"{base}/v1/results/{task_id}", params={"api": self._api})
         with self._results.stream("GET", url, headers={"accept": "application/json"}) as response:
@@ -167,9 +171,9 @@ class ImageSaver:
             raise_for_error(response)
             body = b"".join(_bounded(response, _MAX_RESULT_BYTES, "the result"))
         try:
-            listed: Any = strict_json(body)["images"]
-            urls = [url.join(image["url"]) for image in listed]
-        except (ValueError, KeyError, TypeError, httpx.InvalidURL):
+            listed: Any = read_members(body)["images"]
+            urls = [_link(url, image) for image in listed]
+        except (ValueError, KeyError, TypeError):
             raise _Failed("the gateway's result is invalid") from None
         if not urls:
             raise _Failed("the result has no image")
@@ -177,10 +181,17 @@ class ImageSaver:
             raise _Failed(f"the result has {len(urls)} images; {MAX_IMAGES} are allowed")
         return urls
 
-    def _save_image(self, url: httpx.URL, name: str) -> Path:
+    def _save_image(self, url: httpx.URL | None, name: str) -> Path:
         """Save one image; return its file. Raises: Unavailable, _Failed, httpx.RequestError, OSError."""
-        if url.scheme not in {"http", "https"} or not url.host:
-            raise _Failed(f"image {name}: the link is not an http or https URL")
+        unusable = f"image {name}: the link is not a usable http or https URL"
+        if url is None:
+            raise _Failed(unusable)
+        try:
+            return self._download(url, name)
+        except (ValueError, OverflowError):  # for example a host name that cannot be looked up
+            raise _Failed(unusable) from None
+
+    def _download(self, url: httpx.URL, name: str) -> Path:
         at_gateway = _origin(url) == _origin(self._gateway)
         client = self._results if at_gateway else self._images
         with client.stream("GET", url, headers={"accept": "image/*, video/*"}) as response:
@@ -272,6 +283,17 @@ def _is_same_file(one: Path, other: Path) -> bool:
     if one.is_symlink() or not one.is_file() or one.stat().st_size != other.stat().st_size:
         return False
     return one.read_bytes() == other.read_bytes()
+
+
+def _link(base: httpx.URL, image: Any) -> httpx.URL | None:
+    """Return the URL of an image, or None if it is not usable."""
+    text = image.get("url") if isinstance(image, dict) else None
+    try:
+        if isinstance(text, str) and text.startswith("/"):
+            text = str(base.join(text))
+        return httpx.URL(text) if is_usable_url(text) else None
+    except httpx.InvalidURL:
+        return None
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:

@@ -20,8 +20,8 @@ from gateway.cli.watch_events import (
     raise_for_error,
     require_content_type,
 )
+from gateway.cli.watch_json import read_items
 from gateway.cli.watch_words import problem_title
-from gateway.domain.snapshot import strict_json
 
 UNKNOWN_TASK_SECONDS = 30.0  # the default of `watch.unknown_task_seconds`
 BUFFERED = (
@@ -62,7 +62,7 @@ class Polls:
 
     def read(self) -> Iterator[Event]:
         """Yield the changes, and `end` when every task has ended. Raises: Unavailable, StreamRefused."""
-        items: list[Any] = []
+        items: list[dict[str, Any]] = []
         begun = False
         self._etag = ""
         while True:
@@ -118,11 +118,8 @@ class Polls:
         return self._clock() - since >= UNKNOWN_TASK_SECONDS
 
 
-def _items(response: httpx.Response) -> list[Any]:
+def _items(response: httpx.Response) -> list[dict[str, Any]]:
     try:
-        items = strict_json(response.content)["items"]
-    except (ValueError, KeyError, TypeError) as exc:
+        return read_items(response.content, "items")
+    except ValueError as exc:
         raise StreamRefused("invalid response; check the URL of the gateway") from exc
-    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
-        raise StreamRefused("invalid response; check the URL of the gateway")
-    return items

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
+import pydantic_core
 
 from gateway.domain.envelope import read_data_text
 from gateway.domain.errors import UpstreamInvalid
@@ -15,8 +16,9 @@ from gateway.domain.json_text import ABSENT, value
 from gateway.domain.task import Operation, Status
 from gateway.domain.vendor_values import vendor_status
 
-# A page makes links of the URLs, so other schemes, such as `javascript:`, are ignored.
-_IMAGE_URL = re.compile(r"https?://[^\s/?#]\S*", re.IGNORECASE)
+# The authority has no userinfo: RFC 9110, 4.2.4, advises to treat it as an error, and browsers do not load
+# such images. A backslash is a slash for browsers, but not for other programs.
+_IMAGE_URL = re.compile(r"https?://[^ \\/?#@]+(?:[/?#][^ \\]*)?", re.IGNORECASE)
 
 
 class _Data(msgspec.Struct):
@@ -34,7 +36,7 @@ class Result:
     Attributes:
         data: The vendor's `data`, as JSON text.
         status: The status in `data`; UNKNOWN if it is missing or unfamiliar.
-        image_urls: The URLs of the images, without duplicates, in the order of `data`.
+        image_urls: The usable URLs of the images, unchanged, without duplicates, in the order of `data`.
     """
 
     data: bytes
@@ -46,7 +48,7 @@ def read_result(envelope: bytes, operation: Operation) -> Result:
     """Return the result in a successful envelope of this operation.
 
     The vendor documents image URLs in two places: the strings of the array `data.images`, and for comfy each
-    member `url` inside of `data.result`.
+    member `url` inside of `data.result`. A URL that is not usable is left out; it is still in `data`.
 
     Raises:
         UpstreamInvalid: `data` is not an object.
@@ -60,8 +62,23 @@ def read_result(envelope: bytes, operation: Operation) -> Result:
     candidates = list(images) if isinstance(images, list) else []
     if operation is Operation.COMFY_GET_RESULT:
         candidates += _members_named_url(_decode(members.result))
-    urls = (url for url in candidates if isinstance(url, str) and _IMAGE_URL.fullmatch(url))
+    urls = (url for url in candidates if is_usable_url(url))
     return Result(text, vendor_status({"status": value(members.status)}), tuple(dict.fromkeys(urls)))
+
+
+def is_usable_url(url: Any) -> TypeGuard[str]:
+    """Return whether a value is an http or https URL that a browser and a command can request.
+
+    Other schemes, such as `javascript:`, are not usable, because a page makes links of the URLs. Nor are URLs
+    with a login, or with white space, control characters or characters that change the order of the text.
+    """
+    if not isinstance(url, str) or not url.isprintable() or not _IMAGE_URL.fullmatch(url):
+        return False
+    try:
+        pydantic_core.Url(url)  # the parser of the WHATWG's URL standard, as in browsers
+    except ValueError:
+        return False
+    return True
 
 
 def _decode(text: msgspec.Raw) -> Any:

@@ -23,7 +23,7 @@ from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import UpstreamInvalid
 from gateway.domain.json_text import one_line
 from gateway.domain.task import Status, TaskKey
-from gateway.domain.vendor_values import number, vendor_status
+from gateway.domain.vendor_values import eta_seconds, number, queue_length, vendor_status
 
 _MAX_UNFINISHED = 0.999  # 1 means that the task has succeeded
 
@@ -211,7 +211,7 @@ def _render(
     if status is not Status.SUCCEEDED:
         least = progress_floor if status is Status.RUNNING else 0.0
         progress = min(max(number(data.get("progress")) or 0.0, least), _MAX_UNFINISHED)
-    eta = 0.0 if status.terminal else _eta(data.get("etaRelative"))
+    eta = 0.0 if status.terminal else eta_seconds(data)
     message = data.get("message")
     head = render_json(
         {
@@ -219,7 +219,7 @@ def _render(
             "api": key.operation.api,
             "status": status,
             "progress": progress,
-            "queueRemaining": _queue(data.get("lastQueueRemaining")) if status is Status.WAITING else None,
+            "queueRemaining": queue_length(data) if status is Status.WAITING else None,
             "etaSeconds": eta,
             "message": message if isinstance(message, str) else None,
             "terminal": status.terminal,
@@ -251,17 +251,6 @@ def _state(state: Any) -> bytes:
     if isinstance(state, msgspec.Raw):
         return one_line(state) if bytes(state).startswith(b"{") else b"null"
     return render_json(state if isinstance(state, dict) else None)
-
-
-def _eta(value: Any) -> float | None:
-    # 0 before the end means "unknown": the vendor's documented waiting task has it.
-    seconds = number(value)
-    return seconds if seconds is not None and seconds > 0 else None
-
-
-def _queue(value: Any) -> int | None:
-    length = number(value)
-    return None if length is None else max(int(length), 0)
 
 
 def _finite(text: str) -> float:

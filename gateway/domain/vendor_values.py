@@ -25,11 +25,18 @@ _VENDOR_STATUS = {
     "canceled": Status.CANCELED,
     "cancelled": Status.CANCELED,
 }
-_NUMBERS = (
-    "progress",
-    "lastQueueRemaining",
-    "etaRelative",
-)  # the members that `snapshot.py` reads as numbers
+# An image task ends after minutes, or after hours in a long queue. A longer estimate is a mark for "unknown",
+# such as 2^31 - 1, 2^63 - 1 or 1e308, or another mistake.
+MAX_ETA_SECONDS = 30 * 86_400
+# More tasks than any queue has, and less than the usual marks: 999,999,999 and 2^31 - 1.
+MAX_QUEUE_LENGTH = 100_000_000
+# The members that `snapshot.py` reads as numbers, each with the largest value that it accepts. Progress has
+# no such value, because it is limited to 1.
+_NUMBERS = {
+    "progress": math.inf,
+    "lastQueueRemaining": MAX_QUEUE_LENGTH,
+    "etaRelative": MAX_ETA_SECONDS,
+}
 # A number in a string: some JSON libraries write numbers as strings.
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,400}(?:\.[0-9]{1,400})?(?:[eE][+-]?[0-9]{1,9})?")
 
@@ -40,12 +47,15 @@ class Repair(StrEnum):
     Attributes:
         BYTE_ORDER_MARK: There is a byte order mark before the JSON. It is skipped.
         CONSTANT: There are the constants NaN, Infinity or -Infinity. Each is read as null.
+        IMPLAUSIBLE_NUMBER: The estimated time left or the length of the queue is too large to be true. It is
+            read as null.
         NUMBER_IN_TEXT: A number is in a string, perhaps with white space. It is read as the number.
         STATUS_SPELLING: The status has another case, or white space around it. Both are ignored.
     """
 
     BYTE_ORDER_MARK = "byte_order_mark"
     CONSTANT = "constant"
+    IMPLAUSIBLE_NUMBER = "implausible_number"
     NUMBER_IN_TEXT = "number_in_text"
     STATUS_SPELLING = "status_spelling"
 
@@ -70,13 +80,31 @@ def number(value: Any) -> float | None:
         return None
 
 
+def eta_seconds(data: Mapping[str, Any]) -> float | None:
+    """Return the estimated time left of a task that has not ended, or None if it is unknown."""
+    seconds = number(data.get("etaRelative"))
+    # 0 before the end means "unknown": the vendor's documented waiting task has it.
+    return seconds if seconds is not None and 0 < seconds <= MAX_ETA_SECONDS else None
+
+
+def queue_length(data: Mapping[str, Any]) -> int | None:
+    """Return the number of tasks ahead in the queue, or None if it is unknown."""
+    length = number(data.get("lastQueueRemaining"))
+    return None if length is None or length > MAX_QUEUE_LENGTH else max(int(length), 0)
+
+
 def find_repairs(data: Mapping[str, Any]) -> tuple[Repair, ...]:
-    """Return what `vendor_status` and `number` repair in the data of a progress response."""
+    """Return what the functions of this module repair in the data of a progress response."""
     repairs: tuple[Repair, ...] = ()
-    for name in _NUMBERS:
+    for name, largest in _NUMBERS.items():
         value = data.get(name)
-        if type(value) is str and number(value) is not None:
-            repairs = (Repair.NUMBER_IN_TEXT,)
+        read = number(value)
+        if read is None:
+            continue
+        if type(value) is str and Repair.NUMBER_IN_TEXT not in repairs:
+            repairs += (Repair.NUMBER_IN_TEXT,)
+        if read > largest and Repair.IMPLAUSIBLE_NUMBER not in repairs:
+            repairs += (Repair.IMPLAUSIBLE_NUMBER,)
     status = data.get("status")
     if type(status) is str and status not in _VENDOR_STATUS and vendor_status(data) is not Status.UNKNOWN:
         repairs += (Repair.STATUS_SPELLING,)

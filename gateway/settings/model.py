@@ -20,6 +20,7 @@ from gateway.settings.section import Section
 from gateway.settings.store_section import Store
 from gateway.settings.value_types import (
     AddressHeader,
+    AtLeastTenth,
     Count,
     File,
     HeaderName,
@@ -55,6 +56,14 @@ class UnusableSetting(SettingsError):
 
 LOOPBACK_NAMES = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 _URL_PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/-]*")  # RFC 3986, 3.3, without escapes
+# Paths of the gateway, without those below them. If the root path hid one of them, a request for it would
+# have two meanings, because an ingress may remove the root path. A test compares them with the OpenAPI
+# document.
+OWN_PATHS = (
+    *("/v1/progress", "/v1/results", "/v1/events", "/web", "/docs", "/openapi.json", "/favicon.ico"),
+    *("/healthz", "/readyz", "/metrics"),
+    *(f"/scc/{operation}" for operation in Operation),
+)
 _MAX_SOCKET_PATH_BYTES = 107  # Linux, unix(7): 108 bytes with the final zero
 DIRECT = "direct"  # a value of upstream.proxy
 PROXY_FORMS = "an http, https or socks5 URL such as http://proxy.example.com:3128"
@@ -77,7 +86,7 @@ class Server(Section):
     cors_credentials: bool = False
     cors_private_network: bool = True
     edge: bool = True  # the fast path for cache hits (`server/fast_path.py`)
-    header_seconds: Positive = 10.0
+    header_seconds: AtLeastTenth = 10.0
     max_header_bytes: Annotated[int, Field(ge=1024, le=1_048_576)] = 32_768
     max_header_count: Annotated[int, Field(ge=10, le=10_000)] = 100
     keep_alive_seconds: Positive = 620.0
@@ -112,6 +121,11 @@ class Server(Section):
             raise ValueError('must be empty, or begin with "/" and not end with it')
         if not _URL_PATH.fullmatch(value):
             raise ValueError("may contain only ASCII letters, digits and -._~!$&'()*+,;=:@/")
+        if {"", ".", ".."} & {*value.split("/")[1:]}:
+            raise ValueError('must not contain "//", and no part of it may be "." or ".."')
+        for path in OWN_PATHS if value else ():
+            if f"{path}/".startswith(f"{value}/") or f"{value}/".startswith(f"{path}/"):
+                raise ValueError(f"must not hide a path of the gateway itself: {path}")
         return value
 
     @model_validator(mode="after")
@@ -151,8 +165,8 @@ class Upstream(Section):
     stage: Annotated[
         str, Field(pattern=r"^[A-Za-z0-9_-]*$", description="empty, or letters, digits, _ and -")
     ] = ""
-    timeout_seconds: Positive = 10.0
-    attempt_timeout_seconds: Positive = 5.0
+    timeout_seconds: AtLeastTenth = 10.0
+    attempt_timeout_seconds: AtLeastTenth = 5.0
     retries: Annotated[int, Field(ge=0, le=10)] = 2
     max_in_flight: Annotated[int, Field(ge=1, le=10_000)] = 64
     requests_per_second: Annotated[float, Field(ge=0, le=1_000_000, allow_inf_nan=False)] = 0.0
@@ -253,7 +267,7 @@ class Watch(Section):
     """`watch.*`: event streams and long polls."""
 
     max_watchers: Count = 20_000
-    heartbeat_seconds: Positive = 15.0
+    heartbeat_seconds: AtLeastTenth = 15.0
     max_wait_seconds: Positive = 60.0
     unknown_task_seconds: NotNegative = 30.0
 

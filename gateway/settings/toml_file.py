@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import select
+import stat
+import time
 import tomllib
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,6 +17,7 @@ from gateway.settings.secret_files import describe_read_error
 from gateway.settings.toml_statements import Keys, split_statements
 from gateway.settings.toml_syntax import describe_syntax_error
 
+_PATIENCE_SECONDS = 10.0  # with a pipe
 _MAX_BYTES = 1_048_576  # the complete config/gateway.toml has about 10,000
 
 
@@ -51,10 +56,44 @@ class TomlFile:
         return lines
 
 
+def _read_bytes(file: Path) -> bytes:
+    """Return the content of a file, or of a pipe: `--config <(…)` or `--config /dev/stdin`.
+
+    The open call of a pipe that has no writer would wait for ever, so neither it nor the read calls wait.
+
+    Raises: SettingsError for a pipe from which nothing arrives in time; OSError.
+    """
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        is_pipe = stat.S_ISFIFO(os.fstat(descriptor).st_mode)
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        content = bytearray()
+        while len(content) <= _MAX_BYTES:
+            try:
+                part = os.read(descriptor, _MAX_BYTES + 1)
+            except BlockingIOError:  # there is a writer, and no data yet
+                part = b""
+            else:
+                if not part and (content or not is_pipe):
+                    break
+            content += part
+            rest = max(deadline - time.monotonic(), 0.0)
+            if part and rest:
+                continue
+            ready = poll.poll(rest * 1000)
+            # Without POLLIN, the writer has closed the pipe, which is its end if there was content.
+            if not ready or not (content or ready[0][1] & select.POLLIN):
+                raise SettingsError([f"{file}: ends without content, or nothing is written to it"])
+        return bytes(content)
+    finally:
+        os.close(descriptor)
+
+
 def _read(file: Path) -> str:
     try:
-        with file.open("rb") as opened:  # may be a pipe: `--config <(…)`
-            content = opened.read(_MAX_BYTES + 1)
+        content = _read_bytes(file)
     except OSError as exc:
         raise SettingsError([f"{file}: cannot be read: {describe_read_error(exc)}"]) from exc
     if len(content) > _MAX_BYTES:

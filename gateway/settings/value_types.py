@@ -52,6 +52,8 @@ def _explain_network(entry: str) -> str:
 
 
 Positive = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+# A shorter time makes no sense: no call could succeed in it, or heartbeats would use up the processor.
+AtLeastTenth = Annotated[float, Field(ge=0.1, le=86_400, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, le=86_400 * 30, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
 Port = Annotated[int, Field(ge=0, le=65_535)]

@@ -160,8 +160,9 @@ class Metrics:
         self.upstream_repairs = Counter(
             "sd_gateway_upstream_repairs_total",
             "Number of upstream responses that deviate from the vendor's reference and were accepted, by "
-            "deviation: byte_order_mark (skipped), constant (NaN or Infinity, read as null), number_in_text, "
-            "status_spelling (case or white space).",
+            "deviation: byte_order_mark (skipped), constant (NaN or Infinity, read as null), "
+            "implausible_number (time left or queue, read as null), number_in_text, status_spelling (case or "
+            "white space).",
             ["operation", "repair"],
             registry=registry,
         )

@@ -296,7 +296,7 @@ def test_connections_of_clients_that_do_not_read_end(gate: Gateway, path: str) -
 def test_connections_of_streams_that_are_not_read_end(target: Target, simulator: Simulator) -> None:
     """A client that does not read its stream is disconnected as well."""
     task = simulator.task("own-task")
-    gate = target(server=SOON, watch={"heartbeat_seconds": 0.01}, cache={"running_seconds": 0.05})
+    gate = target(server=SOON, watch={"heartbeat_seconds": 0.1}, cache={"running_seconds": 0.05})
     with Line(gate, receive_buffer=2048) as line:
         line.send(request(f"/v1/events?taskId={task}"))
         line.until(b"event: progress")

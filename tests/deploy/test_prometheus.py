@@ -91,7 +91,7 @@ class Clients:
                 gate.native(task)
             gate.client.get("/v1/progress", params={"taskId": self.tasks})
             gate.client.get("/v1/nothing")
-            gate.get(self.tasks[0], params={"wait": "0.05"})
+            gate.get(self.tasks[0], params={"wait": "1"})
 
 
 @dataclass

@@ -23,6 +23,7 @@ USUAL = (
         ("0.5", "NaN", "constant", {"state": {"sampling_step": 7, "loss": None}}),
         ("0.5", "-Infinity", "constant", {"state": {"sampling_step": 7, "loss": None}}),
         ("12.5", "NaN", "constant", {"etaSeconds": None}),
+        ("12.5", "9223372036854775807", "implausible_number", {"etaSeconds": None}),
         ("0.35", '"0.35"', "number_in_text", {}),
         ("10,", '"10",', "number_in_text", {}),
         ('"running"', '"Running"', "status_spelling", {}),

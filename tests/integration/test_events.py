@@ -138,6 +138,17 @@ def test_events_follow_a_task_to_its_end(simulator: Simulator, launch: Launch) -
     assert gate.metric("events_sent_total", event="end") == 1
 
 
+@pytest.mark.parametrize("edge", [True, False])
+def test_events_with_a_repeated_last_event_id(simulator: Simulator, launch: Launch, *, edge: bool) -> None:
+    """If the header is repeated, or a proxy has joined the values, the last one counts."""
+    gate = launch(simulator.url, server={"edge": edge})
+    path = f"/v1/progress/{simulator.finished()}/events"
+    [end] = re.findall("id: (end-.*)", gate.client.get(path).text)
+    for ids, status in (([end, end], 204), (["x", end], 204), ([end, "x"], 200), ([f"{end},{end}"], 204)):
+        headers = [("Last-Event-ID", value) for value in ids]
+        assert gate.client.get(path, headers=headers).status_code == status, ids
+
+
 def test_events_end_is_specific_to_its_tasks(simulator: Simulator, gate: Gateway) -> None:
     """The end event ID of one stream does not stop a stream of other tasks."""
     first, second = simulator.finished(), simulator.finished()
@@ -179,7 +190,7 @@ def test_events_problem_is_sent_once_until_it_changes(simulator: Simulator, laun
 
 def test_events_heartbeat_is_a_comment(simulator: Simulator, launch: Launch) -> None:
     """A stream without changes has a comment at every heartbeat."""
-    gate = launch(simulator.url, watch={"heartbeat_seconds": 0.05})
+    gate = launch(simulator.url, watch={"heartbeat_seconds": 0.1})
     task = simulator.task(data={"status": "running", "progress": 0.5})
     with stream(gate, f"/v1/progress/{task}/events") as (_, events):
         named(events, "progress")

@@ -103,7 +103,7 @@ def ask_in_every_way(gate: Gateway, task: str) -> None:
     gate.native(task)
     gate.native(fresh_id(), "comfy_get_result")
     gate.client.get(f"/v1/progress?taskId={task}&taskId={fresh_id()}")
-    gate.client.get(f"/v1/progress/{fresh_id()}?wait=0.2")
+    gate.client.get(f"/v1/progress/{fresh_id()}?wait=1")
     with gate.connect() as stream:
         stream.sendall(f"GET /v1/events?taskId={fresh_id()} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
         while b"event: problem" not in (part := stream.recv(65536)):

@@ -101,7 +101,7 @@ def test_results_are_read_again_after_the_end(simulator: Simulator, launch: Laun
 
 
 def test_results_list_only_web_addresses(simulator: Simulator, gate: Gateway) -> None:
-    """URLs of other schemes and values that are no strings are left out; duplicates are folded."""
+    """Each value that is no usable URL is left out; the others are unchanged, without duplicates."""
     images = [
         "https://x.test/1.png?a=1&b=2",
         "javascript:alert(1)",
@@ -109,15 +109,25 @@ def test_results_list_only_web_addresses(simulator: Simulator, gate: Gateway) ->
         "//x.test/2.png",
         "https://",
         "https://x.test/a b",
+        "http://[::1",
+        "http://\\evil.test",
+        "https://[v1.x]/",
+        "https://user:password@x.test/5.png",
+        "https://x.test:99999/6.png",
+        "https://x.test/\0.png",
+        "https://x.test/\u202egnp.exe",
+        "https://x.test/a\\b",
+        "https://xn--a/",
         None,
         7,
         {"url": "https://x.test/3.png"},
         "HTTP://x.test/4.png",
+        "https://[::1]:8443/\u56fe.png?e=@1#x",
         "https://x.test/1.png?a=1&b=2",
     ]
     sd = simulator.task(data={"status": "succeeded", "progress": 1, "images": images})
     body = results(gate, sd).json()
-    assert [image["url"] for image in body["images"]] == [images[0], images[9]]
+    assert [image["url"] for image in body["images"]] == [images[0], *images[-3:-1]]
     assert body["result"]["images"] == images
     nested = {"9": {"images": [{"url": "https://x.test/b"}, {"url": {"url": "https://x.test/c"}}]}, "url": 1}
     data = {"status": "succeeded", "progress": 1, "images": "https://x.test/no", "url": "https://x.test/no"}

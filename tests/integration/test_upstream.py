@@ -1007,9 +1007,7 @@ def test_upstream_that_keeps_failing_is_probed_again_later(simulator: Simulator,
     assert simulator.calls() == 12
 
 
-@pytest.mark.parametrize(
-    ("attempt_seconds", "seconds"), [(0.05, 30), (10, 0.2)], ids=["attempts", "deadline"]
-)
+@pytest.mark.parametrize(("attempt_seconds", "seconds"), [(0.1, 30), (10, 0.2)], ids=["attempts", "deadline"])
 def test_upstream_missing_responses_open_the_circuit(
     simulator: Simulator, launch: Launch, attempt_seconds: float, seconds: float
 ) -> None:

@@ -17,6 +17,7 @@ from tests.support.harness import run, running, until
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(32))
 Response = tuple[int, str, bytes]
+UNUSABLE = "image A-1: the link is not a usable http or https URL"
 
 
 class Host:
@@ -192,12 +193,12 @@ def test_expired_link_is_renewed(host: Host, save: Save) -> None:
         ((503, "application/problem+json", b'{"detail": "no"}'), "503 Service Unavailable: no", ATTEMPTS),
         ((404, "application/problem+json", b'{"title": "No such path"}'), "404 Not Found: No such path", 1),
         ((200, "application/json", b'{"images": []}'), "the result has no image", 1),
-        ((200, "application/json", b'{"images": [{}]}'), "the gateway's result is invalid", 1),
-        ((200, "application/json", b'{"images": [{"url": 1}]}'), "the gateway's result is invalid", 1),
+        ((200, "application/json", b'{"images": 1}'), "the gateway's result is invalid", 1),
+        ((200, "application/json", b'{"images": [{}]}'), UNUSABLE, 1),
         ((200, "application/json", b"<"), "the gateway's result is invalid", 1),
         (
             (200, "application/json", b'{"images": [{"url": "file:///etc/passwd"}]}'),
-            "image A-1: the link is not an http or https URL",
+            UNUSABLE,
             1,
         ),
         (
@@ -215,6 +216,35 @@ def test_result_that_cannot_be_used_is_named(
     assert save() == Saved("A", [], says)
     assert host.count("/v1/results/A") == requests
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "http://[::1",
+        "http://\\evil",
+        "https://[v1.x]/",
+        "http://user:password@127.0.0.1/x.png",
+        "http://127.0.0.1:99999/x.png",
+        "http://127.0.0.1/\x00.png",
+        "http://127.0.0.1/\u202egnp.png",
+        f"http://{'a' * 64}.invalid/x.png",
+        "http://xn--a/x.png",
+        1,
+        None,
+    ],
+)
+def test_unusable_link_is_named_and_the_others_are_saved(
+    host: Host, save: Save, tmp_path: Path, link: object
+) -> None:
+    """A link that cannot be requested concerns its own image only, also from a gateway that lists it."""
+    host.responses["/2"] = [(200, "image/png", PNG)]
+    # Python converts no integer of more than 4,300 digits.
+    body = b'{"images": [{"url": %b}, {"url": "/2"}], "seed": %b}' % (json.dumps(link).encode(), b"9" * 5000)
+    host.responses["/v1/results/A"] = [(200, "application/json", body)]
+    saved = save()
+    assert saved.files == [tmp_path / "A-2.png"]
+    assert saved.error == UNUSABLE
 
 
 def test_watch_saves_the_images_of_finished_tasks(host: Host, url: str, tmp_path: Path) -> None:

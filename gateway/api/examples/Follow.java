@@ -15,7 +15,6 @@ import java.nio.charset.StandardCharsets;
 import java.time.Duration;
 import java.util.HashMap;
 import java.util.List;
-import java.util.Locale;
 import java.util.Map;
 import java.util.concurrent.Executors;
 import java.util.concurrent.ScheduledExecutorService;
@@ -110,7 +109,7 @@ public final class Follow implements AutoCloseable {
     private HttpResponse<String> ask(String query, String etag, double wait) throws IOException, InterruptedException {
         String target = "v1/progress?" + query;
         if (!etag.isEmpty()) {
-            target += String.format(Locale.ROOT, "&wait=%.1f", wait);
+            target += "&wait=" + (long) wait;
         }
         HttpRequest.Builder request = HttpRequest.newBuilder(gateway.resolve(target)).timeout(Duration.ofSeconds(40));
         if (!etag.isEmpty()) {

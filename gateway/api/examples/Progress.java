@@ -11,7 +11,6 @@ import java.net.http.HttpResponse.BodyHandlers;
 import java.time.Duration;
 import java.util.ArrayList;
 import java.util.List;
-import java.util.Locale;
 import java.util.concurrent.ThreadLocalRandom;
 import java.util.concurrent.TimeoutException;
 import java.util.regex.Matcher;
@@ -110,7 +109,7 @@ public final class Progress {
     private HttpRequest request(String taskId, String etag, double wait, int timeout) {
         String path = "v1/progress/" + taskId;
         if (!etag.isEmpty()) {
-            path += String.format(Locale.ROOT, "?wait=%.1f", wait);
+            path += "?wait=" + (long) wait;
         }
         HttpRequest.Builder request = HttpRequest.newBuilder(gateway.resolve(path));
         if (!etag.isEmpty()) {

@@ -81,7 +81,7 @@ async function responds(gateway, taskIds) {
 function request(gateway, taskIds, { etag = "", wait = 0 }) {
   const url = new URL("v1/progress", gateway);
   for (const taskId of taskIds) url.searchParams.append("taskId", taskId);
-  if (etag) url.searchParams.set("wait", wait.toFixed(1));
+  if (etag) url.searchParams.set("wait", Math.floor(wait));
   return fetch(url, {
     cache: "no-store",
     headers: etag ? { "If-None-Match": etag } : {},

@@ -88,7 +88,7 @@ def poll(
         with suppress(httpx.TransportError):  # the gateway restarted, or the network failed
             response = gateway.get(
                 "/v1/progress",
-                params={"taskId": task_ids} | ({"wait": f"{wait:.1f}"} if etag else {}),
+                params={"taskId": task_ids} | ({"wait": int(wait)} if etag else {}),
                 headers={"If-None-Match": etag} if etag else {},
                 timeout=40,
             )

@@ -18,7 +18,7 @@ export async function finished(gateway, taskId, { seconds, wait = 30, unknown = 
     let response;
     try {
       const url = new URL(`v1/progress/${encodeURIComponent(taskId)}`, gateway);
-      if (etag) url.searchParams.set("wait", Math.min(wait, left / 1000).toFixed(1));
+      if (etag) url.searchParams.set("wait", Math.floor(Math.min(wait, left / 1000)));
       response = await fetch(url, {
         cache: "no-store", // otherwise the browser's cache turns a 304 of the gateway into a 200
         headers: etag ? { "If-None-Match": etag } : {},

@@ -27,7 +27,7 @@ def finished(
         try:
             response = gateway.get(
                 f"/v1/progress/{task_id}",
-                params={"wait": f"{min(wait, left):.1f}"} if etag else {},
+                params={"wait": int(min(wait, left))} if etag else {},
                 headers={"If-None-Match": etag} if etag else {},
                 timeout=wait + 15,
             )

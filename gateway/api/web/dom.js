@@ -1,6 +1,6 @@
 // Helpers that build DOM elements. Text is always set as text, so upstream messages cannot become markup.
 
-import { absolute } from "./words.js";
+import { absolute, isTime } from "./words.js";
 
 export function element(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
@@ -26,9 +26,10 @@ export function timeElement(parent) {
   let shownAt = null;
   parent.replaceChildren(time);
   return (at, text) => {
-    parent.hidden = at === null;
-    setText(time, text);
-    if (at === null) return;
+    const known = at !== null && isTime(at);
+    parent.hidden = !known;
+    setText(time, known ? text : "");
+    if (!known) return;
     if (Math.round(at) === shownAt) return;
     shownAt = Math.round(at);
     time.dateTime = new Date(shownAt * 1000).toISOString();

@@ -98,7 +98,7 @@ export class Gallery {
   }
 
   #show(images) {
-    this.#images = images.filter(({ url }) => isWebAddress(url));
+    this.#images = images.filter((image) => isWebAddress(image?.url));
     this.#expiresAt = earliest(this.#images.map(({ url }) => expiry(url)));
     this.#node.hidden = this.#images.length === 0;
     const figures = this.#images.map(({ url }, index) => this.#figure(url, index));
@@ -194,19 +194,27 @@ async function getResult(id, api) {
   }
 }
 
-/** An address of another kind, such as javascript:, is not made a link. */
+/** An address of another kind, such as javascript:, or with a password, is not made a link. */
 function isWebAddress(text) {
   try {
-    return ["https:", "http:"].includes(new URL(text).protocol);
+    const { protocol, username, password } = new URL(text);
+    return ["https:", "http:"].includes(protocol) && !username && !password;
   } catch {
     return false;
   }
 }
 
+const LONGEST_LINK_SECONDS = 366 * 24 * 3600; // a later end is a mark for "never", such as 9223372036854775807
+
 /** Return when a signed link expires, in seconds, or null if it does not say so. */
 export function expiry(url) {
+  const time = signedExpiry(url);
+  return time > 0 && time < Date.now() / 1000 + LONGEST_LINK_SECONDS ? time : null;
+}
+
+function signedExpiry(url) {
   const given = new Map([...new URL(url).searchParams].map(([name, value]) => [name.toLowerCase(), value]));
-  if (given.has("expires")) return Number(given.get("expires")) || null;
+  if (given.has("expires")) return Number(given.get("expires"));
   for (const vendor of ["x-amz", "x-oss", "x-goog"]) {
     const date = /^(\d{4})(\d\d)(\d\d)T(\d\d)(\d\d)(\d\d)Z$/.exec(given.get(`${vendor}-date`));
     const seconds = Number(given.get(`${vendor}-expires`));
@@ -215,7 +223,7 @@ export function expiry(url) {
       return Date.UTC(year, month - 1, day, hour, minute, second) / 1000 + seconds;
     }
   }
-  return null;
+  return NaN;
 }
 
 function earliest(times) {

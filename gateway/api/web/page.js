@@ -140,6 +140,15 @@ function show({ again = false } = {}) {
   renderAll();
 }
 
+/** Run an action for one card. An error is reported to the console, and does not stop the other cards. */
+function attempt(action) {
+  try {
+    action();
+  } catch (error) {
+    reportError(error);
+  }
+}
+
 function matchCards({ taskIds, api }) {
   if (api !== shownApi) removeCards([...cards.keys()]); // the same ID on another API is another task
   shownApi = api;
@@ -196,9 +205,10 @@ function openStream(wantedQuery) {
   query = wantedQuery;
   const handlers = {
     state: (name, problem) => (name === "refused" ? refuse(problem) : connection(name, problem)),
-    progress: (report) => update(report.taskId, (task, now) => task.onProgress(report, now)),
-    problem: (problem) => update(problem.taskId, (task) => task.onProblem(problem)),
-    stale: ({ taskId, stale: code, ...more }) => update(taskId, (task, now) => task.onStale({ code, ...more }, now)),
+    progress: (report) => attempt(() => update(report.taskId, (task, now) => task.onProgress(report, now))),
+    problem: (problem) => attempt(() => update(problem.taskId, (task) => task.onProblem(problem))),
+    stale: ({ taskId, stale: code, ...more }) =>
+      attempt(() => update(taskId, (task, now) => task.onStale({ code, ...more }, now))),
     unchanged: () => allTasks().forEach((task) => task.confirm(seconds())),
   };
   stream = new Stream(wantedQuery, handlers, { slow: !slot.held });
@@ -311,7 +321,7 @@ function view() {
 function renderAll() {
   const now = seconds();
   const shared = view();
-  for (const card of cards.values()) card.render(now, shared);
+  for (const card of cards.values()) attempt(() => card.render(now, shared));
   summarize();
 }
 
@@ -319,7 +329,7 @@ function tick() {
   const now = seconds();
   if (connected.name === "live" || connected.name === "polling") allTasks().forEach((task) => task.confirm(now));
   const shared = view();
-  for (const card of cards.values()) card.tick(now, shared);
+  for (const card of cards.values()) attempt(() => card.tick(now, shared));
   if (cards.size) summarize();
 }
 

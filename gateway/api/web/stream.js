@@ -229,6 +229,7 @@ export class Stream {
       if (response.status === 304) return { unchanged: true };
       const body = await response.json();
       if (!response.ok) return { problem: { status: response.status, ...body } };
+      if (!Array.isArray(body.items)) return {};
       if (this.#slow || this.#buffered) this.#etag = response.headers.get("ETag") ?? "";
       return { batch: body };
     } catch {

@@ -8,6 +8,9 @@ import { STATUS, TIME_LEFT_UNKNOWN, ago, clock, duration, percent, timeLeft, upp
 
 const STUCK_SECONDS = 120;
 const MOST_POINTS = 240;
+// The largest values that a gateway sends. One of an earlier version passes on whatever the vendor sends.
+const LONGEST_ETA_SECONDS = 30 * 24 * 3600;
+const LONGEST_QUEUE = 100_000_000;
 // A vendor's refusal of the task itself, unlike an outage. Without an earlier response, the vendor does not know the ID.
 const REJECTED = "upstream-rejected";
 const GROUP = { failed: "problems", missing: "problems", problem: "problems", unknown: "running", loading: "waiting" };
@@ -57,8 +60,9 @@ export class Task {
     return this.report ? Math.min(Math.max(this.report.progress, 0), 1) : null;
   }
 
-  onProgress(report, now) {
+  onProgress(received, now) {
     const { report: before } = this;
+    const report = plausible(received);
     this.firstSeen ??= now;
     if (!before || before.progress !== report.progress || before.status !== report.status
       || before.queueRemaining !== report.queueRemaining) {
@@ -85,7 +89,7 @@ export class Task {
   onStale({ code, title, ageSeconds }, now) {
     if (!this.report || this.report.terminal) return;
     this.#eta = code ? this.etaSeconds(now) : this.#eta;
-    this.confirmedAt = now - ageSeconds;
+    this.confirmedAt = now - (Number.isFinite(ageSeconds) ? ageSeconds : 0);
     this.#receivedAt = now;
     this.stale = code ? { code, title } : null;
   }
@@ -160,6 +164,17 @@ export class Task {
       this.points = this.points.filter((_, index) => index % 2 === 0 || index === last);
     }
   }
+}
+
+/** Return the report with null in the place of numbers that cannot be true. */
+function plausible(report) {
+  const within = (value, largest) => (Number.isFinite(value) && value >= 0 && value <= largest ? value : null);
+  return {
+    ...report,
+    progress: Number.isFinite(report.progress) ? report.progress : 0,
+    etaSeconds: within(report.etaSeconds, LONGEST_ETA_SECONDS),
+    queueRemaining: within(report.queueRemaining, LONGEST_QUEUE),
+  };
 }
 
 function round(progress) {

@@ -1,4 +1,5 @@
-// Display texts for statuses, numbers, durations and times.
+// Display texts for statuses, numbers, durations and times. No function throws: for a number that it cannot show, such
+// as one from a damaged session, it returns "".
 
 export const STATUS = {
   loading: "Loading",
@@ -44,6 +45,7 @@ export function percent(progress) {
 }
 
 export function duration(seconds) {
+  if (!Number.isFinite(seconds)) return "";
   const whole = Math.max(0, Math.round(seconds));
   if (whole < 60) return `${whole} s`;
   // From five minutes on, seconds are left out.
@@ -75,12 +77,17 @@ const DATE = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle
 
 /** Return the time of day, such as 14:32. */
 export function clock(seconds) {
-  return CLOCK.format(seconds * 1000);
+  return isTime(seconds) ? CLOCK.format(seconds * 1000) : "";
 }
 
 /** Return date and time. */
 export function absolute(seconds) {
-  return DATE.format(seconds * 1000);
+  return isTime(seconds) ? DATE.format(seconds * 1000) : "";
+}
+
+/** Return whether a Date can represent the time. All functions for dates throw an error for any other number. */
+export function isTime(seconds) {
+  return Math.abs(seconds) <= 8.64e12;
 }
 
 export function upperFirst(text) {

@@ -43,6 +43,20 @@ DEVIATIONS: dict[str, tuple[bytes, bytes, list[Repair], dict[str, Any]]] = {
     "progress-in-text": (b"0.35", b'"0.35"', [Repair.NUMBER_IN_TEXT], {}),
     "eta-in-text": (b"12.5", b'" 12.5"', [Repair.NUMBER_IN_TEXT], {}),
     "queue-in-text": (b":3,", b':"3",', [Repair.NUMBER_IN_TEXT], {}),
+    "eta-is-the-largest-integer": (
+        b"12.5",
+        b"9223372036854775807",
+        [Repair.IMPLAUSIBLE_NUMBER],
+        {"etaSeconds": None},
+    ),
+    "eta-is-1e308-in-text": (
+        b"12.5",
+        b'"1e308"',
+        [Repair.NUMBER_IN_TEXT, Repair.IMPLAUSIBLE_NUMBER],
+        {"etaSeconds": None},
+    ),
+    "eta-of-30-days": (b"12.5", b"2592000", [], {"etaSeconds": 2592000.0}),
+    "eta-of-more-than-30-days": (b"12.5", b"2592000.1", [Repair.IMPLAUSIBLE_NUMBER], {"etaSeconds": None}),
     "call-status-in-text": (b'"status":10', b'"status":"10"', [Repair.NUMBER_IN_TEXT], {}),
     "call-status-with-fraction": (b'"status":10', b'"status":10.0', [], {}),
     "upper-case": (b'"running"', b'"RUNNING"', [Repair.STATUS_SPELLING], {}),
@@ -75,6 +89,25 @@ def test_deviation_with_a_plain_meaning_is_repaired(name: str) -> None:
     assert snapshot.envelope == body
     usual = json.loads(snapshot_of(USUAL).body)
     assert json.loads(snapshot.body, parse_constant=pytest.fail) == usual | changes
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown", "repairs"),
+    [
+        (b"100000000", 100_000_000, ()),
+        (b"100000001", None, (Repair.IMPLAUSIBLE_NUMBER,)),
+        (b"2147483647", None, (Repair.IMPLAUSIBLE_NUMBER,)),
+        (b"1e308", None, (Repair.IMPLAUSIBLE_NUMBER,)),
+        (b"9" * 400, None, ()),
+    ],
+)
+def test_queue_length_is_plausible_or_unknown(
+    sent: bytes, shown: int | None, repairs: tuple[Repair, ...]
+) -> None:
+    """A number that no queue reaches is null, so a response never has an integer of hundreds of digits."""
+    body = USUAL.replace(b"running", b"waiting").replace(b":3,", b":%b," % sent)
+    assert read_envelope(body, KEY, redact=str).repairs == repairs
+    assert json.loads(snapshot_of(body).body)["queueRemaining"] == shown
 
 
 @pytest.mark.parametrize(

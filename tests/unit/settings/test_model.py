@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pydantic import BaseModel, SecretStr
 
 from gateway.domain.task import Operation
 from gateway.settings.loading import load
-from gateway.settings.model import PROXY_FORMS, Settings, SettingsError
+from gateway.settings.model import OWN_PATHS, PROXY_FORMS, Settings, SettingsError
 from gateway.settings.secret_text import InvalidSecret
 
 Load = Callable[..., Settings]
@@ -374,14 +375,22 @@ def test_settings_show_no_secret(read: Load) -> None:
             'server.trusted_proxies = ["*", "10.0.0.1"]: "*" must be the only item',
         ),
         (
-            "[server]\nheader_seconds = 0",
-            "server.header_seconds = 0: must be a number above 0 and at most 86400",
+            "[server]\ndrain_seconds = 0",
+            "server.drain_seconds = 0: must be a number above 0 and at most 86400",
         ),
         (
-            "[server]\nheader_seconds = nan",
-            "server.header_seconds = nan: must be a number above 0 and at most 86400",
+            "[server]\ndrain_seconds = nan",
+            "server.drain_seconds = nan: must be a number above 0 and at most 86400",
         ),
-        ("[server]\nheader_seconds = true", "server.header_seconds = true: must be a number above 0 and at"),
+        ("[server]\ndrain_seconds = true", "server.drain_seconds = true: must be a number above 0 and at"),
+        (
+            "[watch]\nheartbeat_seconds = 1e-9",
+            "watch.heartbeat_seconds = 1e-09: must be a number from 0.1 to 86400",
+        ),
+        (
+            "[upstream]\ntimeout_seconds = 0.05",
+            "upstream.timeout_seconds = 0.05: must be a number from 0.1 to",
+        ),
         ("[cache]\nerror_seconds = inf", "cache.error_seconds = inf: must be a number from 0 to 2592000"),
         ("[cache]\nerror_seconds = -0.1", "cache.error_seconds = -0.1: must be a number from 0 to 2592000"),
         ("[cache]\nerror_seconds = '5s'", 'cache.error_seconds = "5s": must be a number from 0 to 2592000'),
@@ -713,6 +722,32 @@ def test_load_refuses_credentials_of_any_origin(mistakes: Callable[..., list[str
     [message] = mistakes(SD_GATEWAY_SERVER__CORS_ORIGINS=origin, SD_GATEWAY_SERVER__CORS_CREDENTIALS="true")
     assert message.startswith("server.cors_credentials = ")
     assert 'cannot be combined with "*" or "null" in server.cors_origins' in message
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1", "/v1/progress", "/v1/events/a", "/scc", "/scc/sd_get_result", "/metrics", "/web/a"]
+)
+def test_load_rejects_a_root_path_that_hides_the_api(mistakes: Callable[..., list[str]], path: str) -> None:
+    """With such a prefix, a path of the API would have two meanings."""
+    line = f'server.root_path = "{path}": must not hide a path of the gateway itself: /'
+    assert mistakes(SD_GATEWAY_SERVER__ROOT_PATH=path)[0].startswith(line)
+
+
+def test_own_paths_are_those_of_the_api() -> None:
+    """Every path of the OpenAPI document but that of the page is known to `server.root_path`."""
+    paths = json.loads(files("gateway.api").joinpath("openapi.json").read_bytes())["paths"]
+    assert {"/v1/events", "/readyz"} <= paths.keys()
+    for path in paths.keys() - {"/"}:
+        assert any(f"{path}/".startswith(f"{own}/") for own in OWN_PATHS), path
+
+
+@pytest.mark.parametrize("path", ["//a", "/a//b", "/.", "/a/..", "/../a", "/./a"])
+def test_load_rejects_a_root_path_that_clients_normalize(
+    mistakes: Callable[..., list[str]], path: str
+) -> None:
+    """Clients and proxies remove such parts, so the path would never arrive."""
+    line = f'server.root_path = "{path}": must not contain "//", and no part of it may be "." or ".."'
+    assert mistakes(SD_GATEWAY_SERVER__ROOT_PATH=path) == [line]
 
 
 @pytest.mark.parametrize("path", ["", "/progress", "/a/b"])
