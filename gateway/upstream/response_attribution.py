@@ -1,9 +1,10 @@
 """Attribution: whether a response can belong to another task's call on the same connection.
 
-    names the task                                     -> accepted; the connection is reused
-    names no task, is the first one of its connection  -> accepted; the connection is closed
-    names no task, its connection was used before      -> UnconfirmedResponse; the connection is closed
-    names another task, its connection was used before -> UnconfirmedResponse; all idle connections are closed
+    names the task                         -> it is the task's; the connection is reused
+    names no task, on a new connection     -> it is the task's; the connection is closed
+    names no task, on a reused connection  -> UnconfirmedResponse; the connection is closed
+    names another task, on a new one       -> the query fails; the connection is closed
+    names another task, on a reused one    -> UnconfirmedResponse; all idle connections are closed
 
 The upstream, or a proxy in front of it, may get out of step on a connection: it then answers each request
 with the response to the request before. A success names its task, but a rejection does not. So a failure
@@ -11,9 +12,9 @@ counts only if no other call was made on its connection. Otherwise the call is r
 with a permit of its own (`retry_policy.py`).
 
 A connection is reused only after a response that names its task, or that concerns the account: refused
-credentials and throttling. So each repeat is preceded by a success on the same connection: there are never
-more repeats than successes, however many unknown tasks are requested. A task that has failed is queried on a
-new connection until it succeeds. If it is polled, it costs one call each time.
+credentials and throttling. So there are never more repeats than such responses, however many unknown tasks
+are requested. A task that has failed is queried on a new connection until it succeeds. If it is polled, it
+costs one call each time.
 
 A first response is trusted. If a proxy confuses the responses of several connections, a rejection or a result
 of another task cannot be recognized.
