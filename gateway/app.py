@@ -131,6 +131,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
             *(f"upstream: {signed_requests.with_cause(code)}" for code in upstream.problem_codes),
             *store_trouble,
             *credentials.describe_faults(),
+            *rotation.describe_faults(),
         ]
 
     def signing_key_pair() -> dict[str, Any] | None:

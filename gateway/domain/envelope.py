@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from gateway.domain.errors import UpstreamInvalid, UpstreamRejected
+from gateway.domain.errors import ResponseForAnotherTask, UpstreamInvalid, UpstreamRejected
 from gateway.domain.json_text import ABSENT, read_object, replace_constants, value
 from gateway.domain.rejection_redaction import Envelope as EnvelopeText
 from gateway.domain.rejection_redaction import detail, displayable, rejected, rejection
@@ -58,7 +58,8 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
 
     Raises:
         UpstreamRejected: The envelope's `status` is not 10.
-        UpstreamInvalid: The body is not an envelope, or is for another task.
+        ResponseForAnotherTask: The envelope is for another task.
+        UpstreamInvalid: The body is not an envelope.
     """
     try:
         envelope, repairs = _read_text(body)
@@ -77,7 +78,7 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
     # The vendor's reference lists no taskId for results: it may be absent there, but never a different one.
     may_be_absent = key.operation.is_result and data.get("taskId") is None
     if data.get("taskId") != key.task_id and not may_be_absent:
-        raise UpstreamInvalid("the upstream answered for another task")
+        raise ResponseForAnotherTask("the upstream answered for another task")
     if not key.operation.is_result and (found := find_repairs(data)):
         repairs = tuple(dict.fromkeys(repairs + found))
     return Envelope(data, displayable(envelope.api_invoke_id, redact), repairs)

@@ -27,6 +27,8 @@
         ├── CircuitOpen             circuit breaker open: no request was sent
         ├── UpstreamInvalid         the response is not a valid envelope
         │   ├── UpstreamIsGateway   the response comes from an sd-progress-gateway
+        │   ├── ResponseForAnotherTask  the response names another task
+        │   ├── UnconfirmedResponse  the response may belong to another task's call
         │   └── UpstreamBusy        temporary failure of the upstream
         ├── UpstreamUnreachable     DNS, connect, TLS or reset
         └── UpstreamTimeout         deadline exceeded
@@ -256,6 +258,19 @@ class UpstreamInvalid(UpstreamError):
 
 class UpstreamIsGateway(UpstreamInvalid):
     """The response comes from an sd-progress-gateway: this one, or another."""
+
+
+class ResponseForAnotherTask(UpstreamInvalid):
+    """The response names another task than the requested one."""
+
+
+class UnconfirmedResponse(UpstreamInvalid):
+    """A failure that may be the response to another task's call. It has no detail of the response.
+
+    The call is repeated on a new connection. Callers see this error only if that is not possible in time.
+    """
+
+    transient = True
 
 
 class UpstreamBusy(UpstreamInvalid):

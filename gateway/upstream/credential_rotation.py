@@ -105,6 +105,26 @@ class CredentialRotation:
                 return outcome
             tried[loaded.pair] = outcome
 
+    def describe_faults(self) -> list[str]:
+        """Return a line about each refused slot if the pair that signs is in no slot any more, for operators.
+
+        Queries then succeed, but only until the gateway restarts.
+        """
+        signing, loaded_pairs = self._credentials.signing_pair, self._credentials.loaded_pairs()
+        if signing is None or any(loaded.pair == signing.pair for loaded in loaded_pairs):
+            return []
+        refused = {
+            pair: refusal.error
+            for (operation, pair), refusal in self._refusals.items()
+            if (operation, signing.pair) not in self._refusals
+        }
+        return [
+            f"credentials: {loaded.slot} key pair: {refused[loaded.pair]}; "
+            "an earlier pair signs until the gateway restarts"
+            for loaded in loaded_pairs
+            if loaded.pair in refused
+        ]
+
     async def wait_for_probe(self, operation: Operation) -> None:
         """Wait while another query probes a pair and the signing pair is refused.
 

@@ -87,13 +87,25 @@ class DirectTransport:
         self._busy.add(connection)
         return await connection.send(request, now + timeout_seconds)
 
+    def discard_connection(self, response: HttpResponse) -> None:
+        """See `Transport.discard_connection`."""
+        for connection in reversed(self._idle):  # usually it is the last one
+            if id(connection) == response.connection_id:
+                self._idle.remove(connection)
+                connection.close()
+                return
+
+    def close_idle_connections(self) -> None:
+        """See `Transport.close_idle_connections`."""
+        while self._idle:
+            self._idle.pop().close()
+
     async def aclose(self) -> None:
         """See `Transport.aclose`."""
         if self._sweep_timer is not None:
             self._sweep_timer.cancel()
             self._sweep_timer = None
-        while self._idle:
-            self._idle.pop().close()
+        self.close_idle_connections()
         for connection in tuple(self._busy):
             connection.time_out()
 

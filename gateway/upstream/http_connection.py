@@ -39,6 +39,7 @@ class HttpConnection(asyncio.Protocol):
         self._waiter: asyncio.Future[HttpResponse] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._response = HttpResponse()
+        self._is_used = False
         self._overhead = 0
         self._poll = select.poll()
 
@@ -48,7 +49,8 @@ class HttpConnection(asyncio.Protocol):
         Cancelling the future has no effect on the call: the connection reads the response or times out.
         """
         self.idle_since = None
-        self._response = HttpResponse()
+        self._response = HttpResponse(connection_id=id(self), reused=self._is_used)
+        self._is_used = True
         self._overhead = 0
         self._waiter = self._loop.create_future()
         self._timer = self._loop.call_at(deadline, self.time_out)  # much cheaper than asyncio.timeout

@@ -77,6 +77,19 @@ class ProxyTransport:
         call.add_done_callback(partial(self._on_call_end, on_complete))
         return await asyncio.shield(call)
 
+    def discard_connection(self, response: HttpResponse) -> None:
+        """See `Transport.discard_connection`."""
+        for connection in reversed(self._idle):  # usually it is the last one
+            if id(connection) == response.connection_id:
+                self._idle.remove(connection)
+                self._start(connection.aclose())
+                return
+
+    def close_idle_connections(self) -> None:
+        """See `Transport.close_idle_connections`."""
+        while self._idle:
+            self._start(self._idle.pop().aclose())
+
     async def aclose(self) -> None:
         """See `Transport.aclose`."""
         if self._sweep_timer is not None:
@@ -174,7 +187,7 @@ class _Connection:
             limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
         )
         self._last_steps = _TUNNEL_STEPS if tunnel else _CONNECT_STEPS
-        self._reached_upstream = False
+        self._reached_upstream = self._is_reused = False
         self._stream: Any = None  # httpcore's stream of the TCP connection
         self.opened_at = self.idle_since = asyncio.get_running_loop().time()
         self.reusable = False
@@ -190,11 +203,12 @@ class _Connection:
 
     async def send(self, request: httpx.Request, max_body_bytes: int) -> HttpResponse:
         """Send a request, and return its response. Raises: httpx.TransportError."""
-        self._reached_upstream, self.reusable = self.reusable, False
+        self._reached_upstream = self._is_reused = self.reusable
+        self.reusable = False
         request.extensions["trace"] = self._trace
         try:
             received = await self._transport.handle_async_request(request)
-            response = HttpResponse()
+            response = HttpResponse(connection_id=id(self), reused=self._is_reused)
             response.status = received.status_code
             response.headers = {name.lower(): value for name, value in received.headers.multi_items()}
             async for chunk in received.aiter_raw():
@@ -232,7 +246,7 @@ class _Connection:
         if step in self._last_steps:
             self._reached_upstream = True
         elif step.endswith(_RECONNECT):  # httpcore replaces a connection that was closed while it was idle
-            self._reached_upstream = False
+            self._reached_upstream = self._is_reused = False
 
 
 def _proxy_error(error: httpx.TransportError) -> httpx.ProxyError:

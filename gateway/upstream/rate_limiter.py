@@ -5,10 +5,10 @@
             -> else wait in the queue (`query_queue.py`)   -> permit
 
 If replicas share a rate limit, a query also needs a shared permit (`shared_permits.py`). A permit is used for
-one call, and for the repeats of this call with a corrected clock or another key pair. A retry and a hedged
-call need a permit of their own. The limiter is a token bucket. `AdaptiveLimit` sets its rate from the
-settings and from throttling responses. A timer runs until the next token is available, and then serves the
-queue. Use the limiter on the event loop's thread only.
+one call, and for the repeats of this call with a corrected clock or another key pair. A retry, a repeat on a
+new connection and a hedged call need a permit of their own. The limiter is a token bucket. `AdaptiveLimit`
+sets its rate from the settings and from throttling responses. A timer runs until the next token is available,
+and then serves the queue. Use the limiter on the event loop's thread only.
 """
 
 from __future__ import annotations

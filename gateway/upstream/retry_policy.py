@@ -9,21 +9,22 @@ A call is retried if all of these are true:
 
 The delay grows exponentially, with full jitter, and is at least the `retry_after` of the error.
 
-Calls are repeated in four other cases, which are not retries and do not use the budget:
+Calls are repeated in five other cases, which are not retries and do not use the budget:
 
 - after a clock correction, once (`UpstreamClient`)
+- on a new connection, once, if the response may be for another task (`response_attribution.py`)
 - with another key pair, if the upstream refuses one (`credential_rotation.py`)
 - a hedged call, next to a call without a response (`hedging.py`)
 - a call without a response, after a hedged call has succeeded (`hedging.py`)
 
-The metric `upstream_retries_total` counts retries, the first case and the third.
+The metric `upstream_retries_total` counts retries and the first, the second and the fourth case.
 """
 
 from __future__ import annotations
 
 import random
 
-from gateway.domain.errors import UpstreamError
+from gateway.domain.errors import UnconfirmedResponse, UpstreamError
 
 _BACKOFF_SECONDS = 0.1  # upper bound of the first delay; doubled for each further retry
 # The retry budget: each query adds 0.2 retries, up to 10 in total. When the budget is used up, there is at
@@ -46,13 +47,16 @@ class RetryPolicy:
     def take_retry(self, error: UpstreamError, *, retries: int, seconds_left: float) -> float | None:
         """Take one retry out of the budget, and return the delay before it in seconds.
 
-        Return None, and take no retry, if the query must fail with `error`.
+        Return None, and take no retry, if the query must fail with `error`. A repeat on a new connection
+        takes no retry, and has no delay.
 
         Args:
             error: The error of the last call.
             retries: The number of retries that the query has made.
             seconds_left: The longest delay that leaves time for a response before the deadline.
         """
+        if isinstance(error, UnconfirmedResponse):
+            return 0.0 if seconds_left > 0 else None
         if not error.transient or retries >= self._max_retries or self._budget < 1:
             return None
         jittered = random.uniform(0, _BACKOFF_SECONDS * 2**retries)  # noqa: S311  # not security-relevant

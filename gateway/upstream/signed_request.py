@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
 from itertools import product
@@ -38,13 +37,15 @@ from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 from gateway.telemetry.tracing import NoTracing, SpanRecord, Tracing
+from gateway.upstream.content_coding import decode_body
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.egress_proxy import find_proxy
 from gateway.upstream.header_values import parse_http_date, parse_retry_after
 from gateway.upstream.loop_detection import check_response
 from gateway.upstream.open_transport import create_transport
+from gateway.upstream.response_attribution import ResponseAttribution
 from gateway.upstream.signing import signed_headers
-from gateway.upstream.transport import explain_failure, is_certificate_error
+from gateway.upstream.transport import HttpResponse, explain_failure, is_certificate_error
 from gateway.upstream.vendor_errors import classify
 
 _OK = 200
@@ -133,6 +134,7 @@ class SignedRequests:
             settings, proxy=self.proxy, redactor=redactor, environ=os.environ
         )
         metrics.upstream_in_flight.set_function(lambda: transport.in_flight)
+        self._attribution = ResponseAttribution(transport)
         self.clock_offset = 0.0  # seconds to add to the gateway's clock when signing
         self.last_error_code: str | None = None  # of the last call; None if it returned an envelope
         self._last_cause = ""  # why the last call did not reach the upstream
@@ -170,12 +172,20 @@ class SignedRequests:
     async def send_unparsed(
         self, key: TaskKey, pair: KeyPair, *, on_complete: Callable[[], None] = lambda: None
     ) -> RawResponse:
-        """Make one call within `upstream.attempt_timeout_seconds`, and return its response as received.
+        """Make one call on a new connection, and return its response as received.
 
-        `on_complete` is called when the upstream no longer works on the call: when the response has arrived
-        or the call has failed, even if this method was cancelled before. It is not called if the request
-        cannot be encoded. Raises: UpstreamError if there is no response.
+        It ends within `upstream.attempt_timeout_seconds`. `on_complete` is called when the upstream no longer
+        works on the call: when the response has arrived or the call has failed, even if this method was
+        cancelled before. It is not called if the request cannot be encoded. Raises: UpstreamError if there is
+        no response.
         """
+        headers, response = await self._exchange(key, pair, on_complete, new_connection=True)
+        return self._decode(headers, response)
+
+    async def _exchange(
+        self, key: TaskKey, pair: KeyPair, on_complete: Callable[[], None], *, new_connection: bool
+    ) -> tuple[Mapping[str, str], HttpResponse]:
+        """Sign and send a request; return its signed headers and the response."""
         body = _request_body(key.task_id)
         headers = signed_headers(
             key.operation.path,
@@ -187,14 +197,12 @@ class SignedRequests:
             stage=self._settings.stage,
         )
         try:
-            # The response to a query for a result does not contain the task ID. On a new connection it cannot
-            # be the response to another call.
             response = await self._transport.send(
                 self._targets[key.operation],
                 self._fixed_headers | headers,
                 body,
                 timeout_seconds=self._settings.attempt_timeout_seconds,
-                new_connection=key.operation.is_result,
+                new_connection=new_connection,
                 on_complete=on_complete,
             )
         except TimeoutError as exc:
@@ -208,12 +216,16 @@ class SignedRequests:
             unreachable = UpstreamUnreachable(f"the upstream could not be reached: {cause}")
             unreachable.cause = cause
             raise unreachable from exc
-        content = _decompress(
+        return headers, response
+
+    def _decode(self, request_headers: Mapping[str, str], response: HttpResponse) -> RawResponse:
+        """Return the response with its body decoded. Raises: UpstreamInvalid."""
+        content = decode_body(
             bytes(response.body),
             response.headers.get("content-encoding", ""),
             limit=self._settings.max_response_bytes,
         )
-        return RawResponse(headers, response.status, response.headers, content)
+        return RawResponse(request_headers, response.status, response.headers, content)
 
     def parse_response(self, response: RawResponse, key: TaskKey) -> ParsedResponse:
         """Return the parsed response if it is a successful envelope. Raises: UpstreamError if it is not."""
@@ -260,8 +272,12 @@ class SignedRequests:
         outcome = UpstreamTimeout.code  # also if the query's deadline cancels the call
         cause = self._last_cause if self.last_error_code == outcome else ""  # it has no cause of its own then
         started = time.perf_counter()
+        received: HttpResponse | None = None
         try:
-            response = await self.send_unparsed(key, pair, on_complete=on_complete)
+            headers, received = await self._exchange(
+                key, pair, on_complete, new_connection=self._attribution.needs_new_connection(key)
+            )
+            response = self._decode(headers, received)
             span.status = response.status
             skew = self._measure_clock_skew(response)
             try:
@@ -285,8 +301,11 @@ class SignedRequests:
             outcome, span.invoke_id, cause = exc.code, exc.invoke_id, exc.cause
             if cause and (suppressed := self._log_sampler.take(cause)) is not None:
                 log.warning("upstream_unreachable", operation=operation, reason=cause, suppressed=suppressed)
+            if received is not None:
+                self._attribution.check_failure(key, received, exc)
             raise
         else:
+            self._attribution.on_success(key)
             outcome, span.invoke_id, cause = "ok", parsed.invoke_id, ""
             return parsed
         finally:
@@ -323,22 +342,3 @@ def _redacted(text: str | None, redact: Redactor) -> str | None:
 @lru_cache(maxsize=1024)
 def _request_body(task_id: str) -> bytes:
     return render_json({"taskId": task_id})
-
-
-def _decompress(body: bytes, encoding: str, *, limit: int) -> bytes:
-    """Return the decompressed body. Decompression stops beyond `limit` bytes.
-
-    Raises: UpstreamInvalid if the body is larger or its encoding is invalid.
-    """
-    encoding = encoding.lower()
-    if encoding in {"gzip", "deflate"}:
-        inflate = zlib.decompressobj(wbits=47)  # 47: detect gzip or zlib
-        try:
-            body = inflate.decompress(body, limit + 1)
-        except zlib.error as exc:
-            raise UpstreamInvalid("the upstream's answer does not match its content encoding") from exc
-    elif encoding not in {"identity", ""}:
-        raise UpstreamInvalid("the upstream's answer has an unknown content encoding")
-    if len(body) > limit:
-        raise UpstreamInvalid("the upstream's answer is too large")
-    return body

@@ -48,11 +48,17 @@ class HttpResponse:
     """The parts of a response that were read so far.
 
     Header names are lower case. If a header is repeated, the last value is kept.
+
+    Attributes:
+        connection_id: Identifies the connection while it is open.
+        reused: The connection has carried an earlier call.
     """
 
-    __slots__ = ("body", "complete", "headers", "keep_alive", "status")
+    __slots__ = ("body", "complete", "connection_id", "headers", "keep_alive", "reused", "status")
 
-    def __init__(self) -> None:
+    def __init__(self, *, connection_id: int = 0, reused: bool = False) -> None:
+        self.connection_id = connection_id
+        self.reused = reused
         self.status = 0
         self.headers: dict[str, str] = {}
         self.body = bytearray()
@@ -98,6 +104,12 @@ class Transport(Protocol):
             httpx.TransportError: There is no valid response.
             TimeoutError: The timeout has passed. Its text says what was not reached yet, or is empty.
         """
+
+    def discard_connection(self, response: HttpResponse) -> None:
+        """Close the connection of this response, if it is idle. It may carry another call by now."""
+
+    def close_idle_connections(self) -> None:
+        """Close all idle connections. Calls in flight continue."""
 
     async def aclose(self) -> None:
         """Close every connection and fail the calls in flight."""

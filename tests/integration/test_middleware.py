@@ -220,7 +220,8 @@ def test_middleware_refuses_pages_of_other_sites(
             .headers["cache-status"]
             .startswith("sd-gateway; hit")
         )
-    gate.native("new", headers={"sec-fetch-site": "same-origin"})
+    new = simulator.task()
+    assert gate.native(new, headers={"sec-fetch-site": "same-origin"}).json()["status"] == 10
     assert simulator.calls() == calls + 1
 
 

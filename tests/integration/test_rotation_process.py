@@ -163,3 +163,15 @@ def test_rotation_process_promotes_the_next_pair(scene: Scene) -> None:
     scene.callers.more()
     assert scene.signing() == "active"
     assert scene.refused() <= CALLERS
+
+
+def test_rotation_process_reports_new_pairs_that_are_refused(scene: Scene) -> None:
+    """The old pair keeps signing, but `/readyz` says that the mounted ones do not work."""
+    scene.mount(active=2, following=3)
+    scene.reloaded(4)
+    scene.callers.more()
+    degraded = until(lambda: scene.gate.client.get("/readyz").json()["degraded"], "it is degraded")
+    cause = "the upstream refused the gateway's credentials; an earlier pair signs until the gateway restarts"
+    assert degraded == [f"credentials: {slot} key pair: {cause}" for slot in ("active", "next")]
+    scene.mount(active=0, following=1)
+    until(lambda: not scene.gate.client.get("/readyz").json()["degraded"], "the old pair is mounted again")

@@ -4,7 +4,7 @@ import asyncio
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,16 @@ from gateway.upstream.http_connection import HttpConnection
 from gateway.upstream.proxy_transport import ProxyTransport
 from gateway.upstream.transport import HttpResponse, Transport
 from tests.support.egress import Proxy, socks_proxy
-from tests.support.harness import PATIENCE_SECONDS, RawUpstream, Request, answer, drained, framed, free_port
+from tests.support.harness import (
+    PATIENCE_SECONDS,
+    RawUpstream,
+    Request,
+    answer,
+    drained,
+    eventually,
+    framed,
+    free_port,
+)
 
 BODY = b'{"taskId": "A"}'
 
@@ -471,6 +480,64 @@ def test_transport_new_connection_is_not_shared(through: str | None) -> None:
     first, second, third = connections
     assert first is third
     assert second is not first
+
+
+def test_transport_says_whether_a_connection_was_used_before(through: str | None) -> None:
+    """The first response on a connection differs from all later ones, which may be those to earlier calls."""
+    connections: list[socket.socket] = []
+
+    def closes_the_first(connection: socket.socket, _: Request) -> None:
+        connections.append(connection)
+        connection.sendall(framed(b"{}"))
+        if len(connections) == 2:
+            connection.close()
+
+    async def run(url: str) -> list[bool]:
+        async with any_transport(url, through) as over:
+            reused = [(await ask(over)).reused for _ in range(2)]
+            while len(set(connections)) == 1:  # the lost connection may still look usable
+                with suppress(httpx.TransportError):
+                    reused.append((await ask(over)).reused)
+            reused.append((await ask(over)).reused)
+            return reused
+
+    with RawUpstream(closes_the_first) as upstream:
+        assert asyncio.run(run(upstream.url)) == [False, True, False, True]
+
+
+def test_transport_discards_the_connection_of_a_response(through: str | None) -> None:
+    """Only this connection is closed, and not if it carries another call by now."""
+    connections: list[socket.socket] = []
+    both, released = threading.Barrier(2), threading.Event()
+
+    def answers(connection: socket.socket, _: Request) -> None:
+        connections.append(connection)
+        if len(connections) <= 2:
+            both.wait(PATIENCE_SECONDS)
+        if len(connections) == 4:
+            released.wait(PATIENCE_SECONDS)
+        connection.sendall(framed(b"{}"))
+
+    async def run(url: str) -> None:
+        async with any_transport(url, through) as over:
+            first, second = await asyncio.gather(ask(over), ask(over))
+            assert first.connection_id != second.connection_id
+            over.discard_connection(first)
+            over.discard_connection(first)  # it is gone: no effect
+            again = await ask(over)
+            assert (again.connection_id, again.reused) == (second.connection_id, True)
+            busy = asyncio.create_task(ask(over))
+            await eventually(lambda: len(connections) == 4, "the call is on the wire")
+            over.discard_connection(again)
+            over.close_idle_connections()
+            released.set()
+            assert (await busy).reused
+            over.close_idle_connections()
+            assert not (await ask(over)).reused
+
+    with RawUpstream(answers) as upstream:
+        asyncio.run(asyncio.wait_for(run(upstream.url), PATIENCE_SECONDS))
+    assert len(set(connections)) == 3
 
 
 def test_transport_closes_connections_at_their_maximum_age() -> None:

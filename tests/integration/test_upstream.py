@@ -522,7 +522,17 @@ WIRE: dict[str, tuple[Behaviour, Outcome | None]] = {
     "encoding-unknown": (_sends(lambda r: framed(r.envelope(), "content-encoding: br")), INVALID),
     "encoding-lies": (_sends(lambda r: framed(r.envelope(), "content-encoding: gzip")), INVALID),
     "gzip-cut": (_sends(lambda r: _packed(r, "gzip", lambda body: gzip.compress(body)[:-20])), INVALID),
+    "gzip-without-trailer": (
+        _sends(lambda r: _packed(r, "gzip", lambda body: gzip.compress(body)[:-8])),
+        INVALID,
+    ),
+    "gzip-with-more": (
+        _sends(lambda r: _packed(r, "gzip", lambda body: gzip.compress(body) + b"more")),
+        INVALID,
+    ),
+    "deflate-cut": (_sends(lambda r: _packed(r, "deflate", lambda body: zlib.compress(body)[:-1])), INVALID),
     "gzip": (_sends(lambda r: _packed(r, "gzip", gzip.compress)), None),
+    "x-gzip": (_sends(lambda r: _packed(r, "X-Gzip ", gzip.compress)), None),
     "deflate": (_sends(lambda r: _packed(r, "deflate", zlib.compress)), None),
     "chunks": (_sends(lambda r: _chunked(r.envelope()) + b"0\r\n\r\n"), None),
     "http-1.0": (_sends(lambda r: answer(r.envelope(), status="HTTP/1.0 200 OK")), None),
@@ -712,13 +722,13 @@ def test_upstream_refusal_without_credentials_fails_one_task(
 ) -> None:
     """A bare 401 or 403 is a failure of its task; the pair keeps signing, and no other is tried."""
     gate = launch(simulator.url, cache={"error_seconds": 60}, credentials=NEXT)
-    for status in (401, 403):
+    for status, calls in ((401, 1), (403, 2)):  # the second one is confirmed on a new connection
         refused = simulator.task()
         simulator.control("PUT", "/faults", name="status", status=status, taskId=refused)
         for _ in range(2):
             response = gate.get(refused)
             assert (response.status_code, response.json()["code"]) == (502, "upstream-credentials")
-        assert simulator.calls(refused) == 1
+        assert simulator.calls(refused) == calls
         assert_success(gate, simulator.task())
     assert {request["headers"]["x-ca-key"] for request in simulator.requests()} == {KEY}
     assert gate.client.get("/readyz").json()["degraded"] == []

@@ -17,7 +17,13 @@ from gateway.domain.errors import (
 )
 
 BRANCHES = {"GatewayError", "RequestError", "UpstreamError"}
-TRANSIENT = {"UpstreamBusy", "NonceRefused", "UpstreamTimeout", "UpstreamUnreachable"}
+TRANSIENT = {
+    "UnconfirmedResponse",
+    "UpstreamBusy",
+    "NonceRefused",
+    "UpstreamTimeout",
+    "UpstreamUnreachable",
+}
 
 
 def tree(kind: type[GatewayError] = GatewayError, depth: int = 0) -> Iterator[tuple[int, type[GatewayError]]]:

@@ -11,6 +11,7 @@ from gateway.domain.errors import (
     CredentialsRefused,
     KeyPairRefused,
     Overloaded,
+    UnconfirmedResponse,
     UpstreamBusy,
     UpstreamError,
     UpstreamTimeout,
@@ -22,6 +23,7 @@ from gateway.upstream.client import UpstreamClient
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.query_state import QueryState
+from gateway.upstream.rate_limiter import Permit, RateLimiter
 from gateway.upstream.signed_request import ParsedResponse, SignedRequests
 from tests.support.ticked import TickedLoop
 
@@ -208,6 +210,41 @@ def test_query_without_demand_is_dropped_before_another_call(bench: Bench) -> No
     after = bench.ask(1)
     bench.loop.advance(4.0)
     assert after.exception() is None
+
+
+def test_query_is_repeated_if_the_response_may_be_for_another_task(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The repeat has a permit of its own. It needs no retry: the budget is not used."""
+    permits = []
+    acquire = RateLimiter.acquire
+
+    async def counting(limiter: RateLimiter, **options: Any) -> Permit:
+        permits.append(await acquire(limiter, **options))
+        return permits[-1]
+
+    monkeypatch.setattr(RateLimiter, "acquire", counting)
+    bench.calls.seconds = 0.1
+    for number in range(30):  # more than the budget has
+        bench.calls.failures = [UnconfirmedResponse("perhaps not this task's")]
+        asked = bench.ask(number)
+        bench.loop.advance(0.2)
+        assert asked.exception() is None
+    assert bench.calls.made == [f"task{number}" for number in range(30) for _ in range(2)]
+    assert len(set(permits)) == 60
+    labels = {"operation": Operation.SD_GET_PROGRESS, "reason": "upstream-invalid"}
+    assert bench.metrics.registry.get_sample_value("sd_gateway_upstream_retries_total", labels) == 30
+
+
+def test_query_without_time_for_a_repeat_is_not_rejected(bench: Bench) -> None:
+    """The failure of the first call may be another task's, so the query fails with an error of its own."""
+    bench.ask(0)
+    bench.loop.advance(4.0)  # now the client knows how long a response takes
+    bench.calls.failures = [UnconfirmedResponse("perhaps not this task's")]
+    asked = bench.ask(1, timeout_seconds=7.0)
+    bench.loop.advance(4.0)
+    assert isinstance(asked.exception(), UnconfirmedResponse)
+    assert bench.calls.made == ["task0", "task1"]
 
 
 def test_query_that_is_queued_may_be_dropped(bench: Bench) -> None:

@@ -299,6 +299,36 @@ async def test_rotation_keeps_a_promoted_pair_that_left_its_slot(bench: Bench) -
     assert bench.signing() == ("next", 2)
 
 
+async def test_rotation_reports_slots_that_would_fail_after_a_restart(bench: Bench) -> None:
+    """A refused pair is a fault while the pair that signs is in no slot, and no longer."""
+    assert await bench.ask() == "one"
+    bench.mount(active="wrong", next="also wrong")
+    bench.credentials.reload()
+    assert bench.rotation.describe_faults() == [], "not tried yet"
+    assert await bench.ask() == "one"
+    assert bench.rotation.describe_faults() == [
+        f"credentials: {slot} key pair: refused {key}; an earlier pair signs until the gateway restarts"
+        for slot, key in (("active", "wrong"), ("next", "also wrong"))
+    ]
+    known, bench.known = bench.known, set()
+    await bench.refused()
+    assert bench.rotation.describe_faults() == [], "the earlier pair does not work either"
+    bench.known, bench.now = known, bench.now + REFUSAL_SECONDS
+    assert await bench.ask() == "one"
+    assert len(bench.rotation.describe_faults()) == 2
+    bench.mount(next="one")
+    bench.credentials.reload()
+    assert bench.rotation.describe_faults() == [], "after a restart, the next pair would sign"
+    bench.mount(next="two")
+    bench.credentials.reload()
+    assert len(bench.rotation.describe_faults()) == 1, "the next pair was not tried yet"
+    bench.mount(active="three")
+    bench.known = {"three"}
+    bench.credentials.reload()
+    assert await bench.ask() == "three"
+    assert bench.rotation.describe_faults() == []
+
+
 async def test_rotation_goes_back_when_the_promoted_pair_is_refused(bench: Bench) -> None:
     """When the promoted pair is refused later, the active pair is probed after its pause."""
     bench.known = {"two"}
