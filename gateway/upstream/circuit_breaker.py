@@ -10,6 +10,10 @@ A probe per second is no load, and clients learn of the upstream's recovery with
 probe does not wait for the response to the previous one: if the upstream is silent, that would take
 `upstream.attempt_timeout_seconds`.
 
+A client can invent task IDs, and some may make the upstream fail. Such a task never becomes known, so its
+query is not a refresh. Failures of queries that are not refreshes count only if no refresh has succeeded
+within the window. So such a client does not open the circuit while the tasks of others are refreshed.
+
 There is one circuit breaker per operation, because the operations are different services behind one API
 gateway. Use it on the event loop's thread only.
 """
@@ -93,8 +97,10 @@ class CircuitBreaker:
             raise CircuitOpen(_OPEN_MESSAGE, retry_after=left)
 
     @contextmanager
-    def guard(self, *, no_response_seconds: float = math.inf) -> Iterator[None]:
+    def guard(self, *, is_refresh: bool = False, no_response_seconds: float = math.inf) -> Iterator[None]:
         """Let one call pass and record its outcome. Raises: CircuitOpen, before the call begins.
+
+        `is_refresh`: an older snapshot of the task is known.
 
         A call is a success if it raises no exception or UpstreamRejected. It is a failure if it raises one of
         `FAILURES`, or if it is cancelled after `no_response_seconds` without a response. Other exceptions do
@@ -122,9 +128,9 @@ class CircuitBreaker:
             raise
         finally:
             if transitions == self._transitions:
-                self._record(success)
+                self._record(success, is_refresh=is_refresh)
 
-    def _record(self, success: bool | None) -> None:  # noqa: FBT001  # success, failure or no outcome
+    def _record(self, success: bool | None, *, is_refresh: bool) -> None:  # noqa: FBT001  # or no outcome
         if self._state is State.HALF_OPEN:  # only probes can begin and end in one half-open period
             if success:
                 self._enter(State.CLOSED)
@@ -132,22 +138,24 @@ class CircuitBreaker:
                 self._next_probe_at = self._clock()
             else:
                 self._open()
-        elif success is not None and self._reaches_threshold(success=success):
+        elif success is not None and self._reaches_threshold(success=success, is_refresh=is_refresh):
             self._open()
 
-    def _reaches_threshold(self, *, success: bool) -> bool:
+    def _reaches_threshold(self, *, success: bool, is_refresh: bool) -> bool:
         """Count an outcome; tell whether the circuit must open."""
         now = int(self._clock())
         while self._seconds and self._seconds[0].second <= now - _WINDOW_SECONDS:
             self._seconds.popleft()
         if not self._seconds or self._seconds[-1].second != now:
             self._seconds.append(_SecondCounts(now))
-        self._seconds[-1].outcomes += 1
+        self._seconds[-1].add(success=success, is_refresh=is_refresh)
         if success:
             return False
-        self._seconds[-1].failures += 1
         outcomes = sum(counts.outcomes for counts in self._seconds)
         failures = sum(counts.failures for counts in self._seconds)
+        if any(counts.refresh_successes for counts in self._seconds):
+            ignored = sum(counts.first_failures for counts in self._seconds)
+            outcomes, failures = outcomes - ignored, failures - ignored
         return outcomes >= _MIN_OUTCOMES and failures >= _FAILURE_SHARE * outcomes
 
     def _open(self) -> None:
@@ -169,12 +177,21 @@ class CircuitBreaker:
 class _SecondCounts:
     """The outcomes of one second. Counts per second need bounded memory; a list of outcomes would not."""
 
-    __slots__ = ("failures", "outcomes", "second")
+    __slots__ = ("failures", "first_failures", "outcomes", "refresh_successes", "second")
 
     def __init__(self, second: int) -> None:
         self.second = second
         self.outcomes = 0
         self.failures = 0
+        self.first_failures = 0  # of queries that are not refreshes
+        self.refresh_successes = 0
+
+    def add(self, *, success: bool, is_refresh: bool) -> None:
+        """Count an outcome."""
+        self.outcomes += 1
+        self.failures += not success
+        self.first_failures += not success and not is_refresh
+        self.refresh_successes += success and is_refresh
 
 
 _OPEN_MESSAGE = "circuit breaker open: the upstream has been failing"

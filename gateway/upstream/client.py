@@ -263,7 +263,9 @@ class UpstreamClient:
         try:
             began = self._check_before_sending(query, permit)
             query.state.make_timeout_error = make_timeout_error
-            with self._breakers[operation].guard(no_response_seconds=self._expected_response_seconds):
+            with self._breakers[operation].guard(
+                is_refresh=query.is_refresh, no_response_seconds=self._expected_response_seconds
+            ):
                 permit.mark_sent()
                 state.call_sent = True
                 with self._hedging.sending(query):

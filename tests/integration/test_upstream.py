@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from gateway.domain.task import Operation
 from gateway.upstream.header_values import parse_http_date, parse_retry_after
 from gateway.upstream.signing import verify
 from tests.support.egress import Proxy, socks_proxy
@@ -950,6 +951,26 @@ def test_upstream_open_circuit_makes_no_calls(simulator: Simulator, launch: Laun
     )
     assert gate.get(f"{fresh_id()}?api=comfy").json()["code"] == "upstream-invalid"
     assert circuit(gate, "comfy_get_progress") == {"closed": 1, "open": 0, "half-open": 0}
+
+
+def test_upstream_failing_tasks_of_one_client_do_not_open_the_circuit(launch: Launch) -> None:
+    """While a known task is refreshed, tasks for which the upstream always fails do not count."""
+    known = fresh_id()
+
+    def answers(connection: socket.socket, request: Request) -> None:
+        ok, failed = framed(request.envelope()), framed(b"", status="HTTP/1.1 500 Internal Server Error")
+        connection.sendall(ok if request.task_id == known else failed)
+
+    with RawUpstream(answers) as upstream:
+        always = {"error_seconds": 0, "running_seconds": 0, "stale_while_revalidate_seconds": 0}
+        gate = launch(upstream.url, upstream={"retries": 0}, cache=always)
+        assert_success(gate, known)
+        for _ in range(5):
+            assert_success(gate, known)
+            for _ in range(10):
+                assert gate.get(fresh_id()).json()["code"] == "upstream-invalid"
+        assert len(upstream.requests) == 56
+        assert gate.metric("upstream_circuit_state", state="closed") == len(Operation)
 
 
 def test_upstream_open_circuit_serves_stale_if_error(simulator: Simulator, launch: Launch) -> None:

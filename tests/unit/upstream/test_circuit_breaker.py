@@ -48,10 +48,13 @@ class Bench:
         self.states: list[State] = []
         self.breaker = CircuitBreaker("op", on_change=self.states.append, clock=lambda: self.now)
 
-    def call(self, *outcomes: BaseException | None) -> None:
+    def call(self, *outcomes: BaseException | None, is_refresh: bool = False) -> None:
         """Make calls with these outcomes, one after the other; None: success."""
         for outcome in outcomes:
-            with suppress(*([type(outcome)] if outcome else [])), self.breaker.guard():
+            with (
+                suppress(*([type(outcome)] if outcome else [])),
+                self.breaker.guard(is_refresh=is_refresh),
+            ):
                 if outcome is not None:
                     raise outcome
 
@@ -106,6 +109,30 @@ def test_breaker_stays_closed_while_most_calls_succeed(bench: Bench, success: Ba
     bench.call(success, success, *[BUSY, BUSY, success, success, success] * 20)
     assert bench.breaker.state is State.CLOSED
     bench.call(*[BUSY] * 22)
+    assert bench.breaker.state is State.OPEN
+
+
+def test_breaker_stays_closed_for_tasks_that_no_refresh_confirms(bench: Bench) -> None:
+    """While refreshes succeed, a client cannot open the circuit with task IDs that make the upstream fail."""
+    for _ in range(30):
+        bench.call(None, is_refresh=True)
+        bench.call(*[BUSY] * 20)
+        bench.now += 5
+    assert bench.breaker.state is State.CLOSED
+    bench.call(*[BUSY] * 8, is_refresh=True)
+    assert bench.breaker.state is State.CLOSED
+    bench.call(BUSY, is_refresh=True)  # the tenth outcome of a refresh
+    assert bench.breaker.state is State.OPEN
+
+
+def test_breaker_counts_all_failures_without_successful_refreshes(bench: Bench) -> None:
+    """Ten seconds after the last successful refresh, failures of all queries count."""
+    bench.call(None, is_refresh=True)
+    bench.now += 9
+    bench.call(*[BUSY] * 20)
+    assert bench.breaker.state is State.CLOSED
+    bench.now += 1
+    bench.call(BUSY)
     assert bench.breaker.state is State.OPEN
 
 
