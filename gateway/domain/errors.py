@@ -170,13 +170,18 @@ class UpstreamError(GatewayError):
     """
 
     transient = False
-    cause = ""
 
     def __init__(
-        self, message: str, *, detail: UpstreamDetail | None = None, retry_after: float | None = None
+        self,
+        message: str,
+        *,
+        detail: UpstreamDetail | None = None,
+        retry_after: float | None = None,
+        cause: str = "",
     ) -> None:
         super().__init__(message, retry_after=retry_after)
         self.detail = detail
+        self.cause = cause
 
     @property
     def invoke_id(self) -> str | None:

@@ -28,6 +28,7 @@ from gateway.domain.errors import (
     Overloaded,
     RateLimited,
     TimestampRefused,
+    UnconfirmedResponse,
     UpstreamError,
     UpstreamThrottled,
     UpstreamTimeout,
@@ -145,7 +146,7 @@ class UpstreamClient:
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: Limit for the whole query, in addition to the setting.
             on_expected_wait: See `RateLimiter.acquire`.
-            on_retry: Called before each retry.
+            on_retry: Called before each retry, but not before a repeat on a new connection.
             query_state: The waiting callers. The attribute `call_sent` is set when a call is sent, and
                 cleared before a retry. None: the gateway itself needs the response.
 
@@ -180,8 +181,9 @@ class UpstreamClient:
                         query.state.call_sent = False
                         query.state.failure = failure = copy(exc)
                     self._metrics.upstream_retries.labels(key.operation, failure.code).inc()
-                    retries += 1
-                    on_retry()
+                    if not isinstance(failure, UnconfirmedResponse):
+                        retries += 1
+                        on_retry()
                     await asyncio.sleep(delay)
         except TimeoutError:
             raise query.state.make_timeout_error() from None

@@ -206,16 +206,14 @@ class SignedRequests:
                 on_complete=on_complete,
             )
         except TimeoutError as exc:
-            timeout = UpstreamTimeout(str(exc) or "the upstream did not answer in time")
-            timeout.cause = str(exc)
-            raise timeout from None
+            message = str(exc) or "the upstream did not answer in time"
+            raise UpstreamTimeout(message, cause=str(exc)) from None
         except httpx.TransportError as exc:
             if is_certificate_error(exc):
                 self._metrics.upstream_certificate_errors.inc()
             cause = self._redactor(explain_failure(exc))[:_MAX_CAUSE_LENGTH]
-            unreachable = UpstreamUnreachable(f"the upstream could not be reached: {cause}")
-            unreachable.cause = cause
-            raise unreachable from exc
+            message = f"the upstream could not be reached: {cause}"
+            raise UpstreamUnreachable(message, cause=cause) from exc
         return headers, response
 
     def _decode(self, request_headers: Mapping[str, str], response: HttpResponse) -> RawResponse:

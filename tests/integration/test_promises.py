@@ -12,6 +12,7 @@ runs 10,000 sequences instead of a hundred.
 import asyncio
 import itertools
 import json
+import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -43,6 +44,7 @@ from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.domain.vendor_values import vendor_status
 from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupResult
+from gateway.progress.overdue_updates import MIN_OVERDUE_AFTER_SECONDS
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
 from gateway.settings.model import Watch as WatchSettings
@@ -118,6 +120,7 @@ class Story:
     """The history of one task: the responses, what was served of them, and what may come next."""
 
     answers: dict[str, float] = field(default_factory=dict)  # the progress of each response, and when it came
+    asked: float = math.inf  # when the query in flight began
     arrived: float | None = None  # the last response
     failures: list[float] = field(default_factory=list)  # when each numbered failure occurred
     failing: bool = False  # the last call returned no response
@@ -156,6 +159,7 @@ class FakeUpstream:
             self.broken.append(f"the schedule asked for {key} {story.tick_due - began} s early")
         prompted, story.prompted = story.prompted, False
         outcome = self.in_flight[key] = self._loop.create_future()
+        story.asked = began
         try:
             async with asyncio.timeout(DEADLINE_SECONDS):
                 if self.full:  # the query is queued until it may be sent
@@ -184,6 +188,7 @@ class FakeUpstream:
             return ParsedResponse(data, json.dumps({"status": 10, "data": data}).encode())
         finally:
             del self.in_flight[key]
+            story.asked = math.inf
 
     def lifetime(self, key: TaskKey, status: Status | None) -> float:
         """Return for how long a response counts as fresh, by the settings."""
@@ -204,7 +209,8 @@ class FakeUpstream:
         story.due = now + (0.0 if isinstance(failure, NOT_REMEMBERED) else self._cache.error_seconds)
         pause = min(max(failure.retry_after or 0.0, LEAST_BACKOFF_SECONDS), LONGEST_BACKOFF_SECONDS)
         story.tick_due = now + (0.0 if prompted else pause)
-        story.patience = max(story.patience, now + LONGEST_BACKOFF_SECONDS)
+        # A schedule that finds the cached failure backs off once more.
+        story.patience = max(story.patience, now + self._cache.error_seconds + LONGEST_BACKOFF_SECONDS)
 
     def _note_answer(self, key: TaskKey, data: dict[str, Any], *, prompted: bool) -> None:
         now, story, status = self._loop.time(), self.stories[key], vendor_status(data)
@@ -538,7 +544,9 @@ class Promises(RuleBasedStateMachine):
     def _judge_update(self, key: TaskKey, snapshot: Snapshot) -> None:
         self._judge_content(key, snapshot)
         age = self.loop.time() - snapshot.fetched_at
-        covers = self.upstream.stories[key].failing and age <= self.cache.stale_if_error_seconds
+        story = self.upstream.stories[key]
+        is_overdue = self.loop.time() - story.asked >= MIN_OVERDUE_AFTER_SECONDS
+        covers = (story.failing or is_overdue) and age <= self.cache.stale_if_error_seconds
         assert snapshot.terminal or covers or self._is_young(snapshot)
 
     def _judge_content(self, key: TaskKey, snapshot: Snapshot) -> None:

@@ -541,7 +541,7 @@ def test_watch_says_where_the_images_are(simulated: Simulator, served: str, tmp_
     one, other = simulated.finished(), simulated.finished()
     with terminal("watch", one, other, "--gateway", served, "--save", "images", cwd=tmp_path) as screen:
         assert screen.exit_status() == 0
-    assert screen.text.count("100 % saved images/") == 2
+    assert screen.text.rpartition("all tasks")[2].count("100 % saved images/") == 2
     assert "\nsd-gateway: 2 images saved in images\n" in screen.text
     assert {file.name for file in (tmp_path / "images").iterdir()} == {f"{one}-1.png", f"{other}-1.png"}
 

@@ -236,6 +236,18 @@ def test_query_is_repeated_if_the_response_may_be_for_another_task(
     assert bench.metrics.registry.get_sample_value("sd_gateway_upstream_retries_total", labels) == 30
 
 
+def test_repeat_on_a_new_connection_leaves_all_retries(bench: Bench) -> None:
+    """After such a repeat, a failing upstream still gets each retry that the settings allow."""
+    bench.calls.seconds = 0.1
+    repeats, released = [UnconfirmedResponse("perhaps not this task's")], []
+    bench.calls.failures = [*repeats, UpstreamBusy("busy"), UpstreamBusy("busy")]
+    asked = bench.ask(0, on_retry=lambda: released.append(True))
+    bench.loop.advance(5.0)
+    assert asked.exception() is None
+    assert len(bench.calls.made) == 4
+    assert len(released) == UpstreamSettings().retries == 2
+
+
 def test_query_without_time_for_a_repeat_is_not_rejected(bench: Bench) -> None:
     """The failure of the first call may be another task's, so the query fails with an error of its own."""
     bench.ask(0)

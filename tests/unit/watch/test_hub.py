@@ -80,7 +80,7 @@ class ManualOverdue:
     def __init__(self) -> None:
         self.failure: GatewayError | None = None
 
-    def reason(self, _key: TaskKey) -> GatewayError | None:
+    def error(self, _key: TaskKey) -> GatewayError | None:
         return self.failure
 
 
