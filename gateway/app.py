@@ -39,7 +39,7 @@ from gateway.server.application import Application, FastPath
 from gateway.server.graceful_shutdown import GracefulShutdown
 from gateway.settings.model import Limits, Server, Settings
 from gateway.stores.base import Store
-from gateway.stores.open_store import create_store
+from gateway.stores.create_store import create_store
 from gateway.telemetry.log_sampling import LogSampler
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
@@ -48,7 +48,7 @@ from gateway.upstream.client import UpstreamClient
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import Credentials
 from gateway.upstream.loop_detection import USER_AGENT_PREFIX
-from gateway.upstream.signed_request import SignedRequests
+from gateway.upstream.signed_calls import SignedCalls
 from gateway.watch.hub import WatchHub
 
 USER_AGENT = f"{USER_AGENT_PREFIX}{__version__}"
@@ -84,13 +84,13 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         max_entries=settings.cache.max_tasks,
         max_bytes=settings.cache.max_bytes,
     )
-    signed_requests = SignedRequests(
+    signed_calls = SignedCalls(
         settings.upstream, redactor=redactor, metrics=metrics, user_agent=USER_AGENT, tracing=tracing
     )
     rotation = CredentialRotation(credentials, refusal_seconds=settings.cache.error_seconds)
     upstream = UpstreamClient(
         settings.upstream,
-        signed_requests=signed_requests,
+        signed_calls=signed_calls,
         rotation=rotation,
         metrics=metrics,
         take_permits=store.take_permits if settings.store.url.get_secret_value() else None,
@@ -114,12 +114,12 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         async with AsyncExitStack() as stack:
             stack.push_async_callback(tracing.aclose)
             await stack.enter_async_context(store)
-            await stack.enter_async_context(signed_requests)
+            await stack.enter_async_context(signed_calls)
             stack.push_async_callback(service.aclose)
             stack.push_async_callback(hub.aclose)
             await stack.enter_async_context(_running(credentials.poll_files()))
             await stack.enter_async_context(_running(_announce_shutdown(shutdown, hub)))
-            _log_start(settings, signed_requests, has_any_pair=credentials.has_any_pair)
+            _log_start(settings, signed_calls, has_any_pair=credentials.has_any_pair)
             yield
         log.info("stopped")
 
@@ -128,7 +128,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
     def degraded() -> list[str]:
         store_trouble = [f"store: {store.trouble}"] if store.trouble else []
         return [
-            *(f"upstream: {signed_requests.with_cause(code)}" for code in upstream.problem_codes),
+            *(f"upstream: {signed_calls.with_cause(code)}" for code in upstream.problem_codes),
             *store_trouble,
             *credentials.describe_faults(),
             *rotation.describe_faults(),
@@ -215,8 +215,8 @@ def _with_spans(app: ASGIApp, tracing: Tracing, *, root_path: str) -> ASGIApp:
     return RequestSpans(app, tracer=tracing.tracer, root_path=root_path)
 
 
-def _log_start(settings: Settings, signed_requests: SignedRequests, *, has_any_pair: bool) -> None:
-    proxy = signed_requests.proxy
+def _log_start(settings: Settings, signed_calls: SignedCalls, *, has_any_pair: bool) -> None:
+    proxy = signed_calls.proxy
     through = {} if proxy is None else {"proxy": proxy.shown, "proxy_source": proxy.source}
     log.info("started", version=__version__, endpoint=settings.upstream.endpoint, **through)
     if not has_any_pair:

@@ -20,7 +20,7 @@ from gateway.api.progress_response import age_seconds
 from gateway.api.requests import LONG_POLL, free_headers, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
-from gateway.api.waiting import requested_wait
+from gateway.api.wait_parameter import requested_wait
 from gateway.domain.entity_tag import EntityTags, digest_of, matches
 from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Snapshot, render_json
@@ -132,7 +132,7 @@ class BatchEndpoint:
         Without If-None-Match, it must differ from the one on arrival. Only the hub's schedules call the
         upstream meanwhile. A task counts as one lookup. `seen`: as in `_read`.
         """
-        await self._service.catch_up_with_replicas()
+        await self._service.read_arrived_messages()
         on_arrival = self._on_arrival(keys, seen)
         stale = {key: self._stale_code(key) for key in on_arrival}
         latest = _Latest(keys, on_arrival, stale, if_none_match)
@@ -146,7 +146,7 @@ class BatchEndpoint:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         await latest.wait_for_change(subscriber)
-            await self._service.catch_up_with_replicas()
+            await self._service.read_arrived_messages()
         known: dict[TaskKey, LookupResult | LookupFailure] = {}
         for key in keys:
             failure = latest.failure(key)

@@ -90,7 +90,7 @@ class EventsEndpoint:
         with self._clients.subscription(scope):
             # Before the first `await`: requests that arrive together must not all pass before one has paid.
             self._clients.charge(scope, len(keys))
-            await self._hub.catch_up_with_replicas()
+            await self._hub.read_arrived_messages()
             with self._hub.subscribe(
                 keys,
                 SubscriptionKind.EVENTS,

@@ -18,7 +18,7 @@ from gateway.api.request_log import record_outcome
 from gateway.api.requests import LONG_POLL, free_headers, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
-from gateway.api.waiting import requested_wait
+from gateway.api.wait_parameter import requested_wait
 from gateway.domain.entity_tag import EntityTags, matches
 from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
@@ -91,7 +91,7 @@ class ProgressEndpoint:
 
         Only the hub's schedule calls the upstream meanwhile, and the long poll counts as one lookup.
         """
-        await self._service.catch_up_with_replicas()
+        await self._service.read_arrived_messages()
         seen_revision = self._seen_revision(key, if_none_match)
         on_arrival = self._service.peek(key, seen_revision)
         had_snapshot = on_arrival is not None
@@ -112,7 +112,7 @@ class ProgressEndpoint:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         await change.wait(subscriber)
-            await self._service.catch_up_with_replicas()
+            await self._service.read_arrived_messages()
         if change.failure is not None:
             outcome: LookupResult | LookupFailure = LookupFailure(key, change.failure, CacheStatus.NEGATIVE)
         elif (result := self._service.peek(key, seen_revision)) is not None:

@@ -35,7 +35,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import MASK, Redactor
 from gateway.upstream.credentials import Credentials, CredentialSlot
 from gateway.upstream.header_values import parse_http_date
-from gateway.upstream.signed_request import RawResponse, SignedRequests
+from gateway.upstream.signed_calls import RawResponse, SignedCalls
 from gateway.upstream.signing import string_to_sign
 from gateway.upstream.transport import CLOSED_TOO_EARLY, RESET
 
@@ -82,7 +82,7 @@ async def _check_upstream(settings: Settings, *, redactor: Redactor, user_agent:
     if not credentials.has_any_pair:
         return Finding(ok=False, lines=[*lines, *_describe_missing_pair(settings.credentials)])
     key = TaskKey(settings.upstream.operations[0], PROBE_TASK)
-    calls = SignedRequests(settings.upstream, redactor=redactor, metrics=metrics, user_agent=user_agent)
+    calls = SignedCalls(settings.upstream, redactor=redactor, metrics=metrics, user_agent=user_agent)
     way = "" if calls.proxy is None else f" through the proxy {calls.proxy.shown} ({calls.proxy.source})"
     lines.append(f"querying {settings.upstream.endpoint}{key.operation.path}{way}")
     works = dict.fromkeys(credentials.read_errors(), False)
@@ -150,7 +150,7 @@ def _timing(exchange: RawResponse, seconds: float) -> Iterator[str]:
         yield f"clock: the local clock is {abs(ahead):.0f} s {side} the upstream's; 15 minutes are allowed"
 
 
-def _evaluate(calls: SignedRequests, key: TaskKey, exchange: RawResponse) -> Finding:
+def _evaluate(calls: SignedCalls, key: TaskKey, exchange: RawResponse) -> Finding:
     try:
         calls.parse_response(exchange, key)
     except UpstreamRejected as exc:

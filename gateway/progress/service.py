@@ -96,7 +96,7 @@ class ProgressService:
         If the result is stale, start a background refresh, unless a failure of the task is cached.
         `seen_revision`: the result must not be older than the body with this revision.
         """
-        entry = self._store.current_entry(key)
+        entry = self._store.valid_entry(key)
         if entry is None:
             return None
         snapshot = entry.snapshot
@@ -121,7 +121,7 @@ class ProgressService:
         The method does not check whether the refresh of a stale snapshot has failed. So callers must not
         reuse a stale snapshot for long.
         """
-        if not self._store.is_current(entry):
+        if not self._store.is_valid(entry):
             return False
         snapshot = entry.snapshot
         age = now - snapshot.fetched_at
@@ -152,7 +152,7 @@ class ProgressService:
         self, key: TaskKey, *, client: bytes = b"", seen_revision: int = 0
     ) -> LookupResult | LookupFailure:
         """Do the same as `get`, for a caller to which `lookup` has just returned None."""
-        if await self._store.catch_up() and (result := self.lookup(key, seen_revision)) is not None:
+        if await self._store.read_arrived_messages() and (result := self.lookup(key, seen_revision)):
             return result
         outcome = await self._wait(key, client, seen_revision=seen_revision)
         self._metrics.count(key.operation, outcome.cache_status)
@@ -173,9 +173,9 @@ class ProgressService:
         and wait even while the rate limiter queues the query. `client`: as in `get`. It is None if only
         subscribers need the result, because `add_subscriber` has already counted their clients.
         """
-        entry = self._store.current_entry(key)
-        if entry is None and await self._store.catch_up():
-            entry = self._store.current_entry(key)
+        entry = self._store.valid_entry(key)
+        if entry is None and await self._store.read_arrived_messages():
+            entry = self._store.valid_entry(key)
         snapshot = None if entry is None else entry.snapshot
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime or not snapshot.is_at_least(seen_revision):
@@ -185,10 +185,10 @@ class ProgressService:
     def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, but count no lookup and start no refresh.
 
-        `lookup` serves an old snapshot instead of a cached failure (stale-if-error). This method does so for
-        each error because of which the update is overdue, so also while a query takes too long.
+        The result is that of `lookup`, with one exception: while a query takes too long, a snapshot is served
+        up to the maximum age of stale-if-error, and the result has an error.
         """
-        entry = self._store.current_entry(key)
+        entry = self._store.valid_entry(key)
         if entry is None:
             return None
         snapshot = entry.snapshot
@@ -199,9 +199,9 @@ class ProgressService:
             return LookupResult(snapshot, age, CacheStatus.HIT)
         return self._stale_result(snapshot, age, self.overdue_updates.error(key))
 
-    async def catch_up_with_replicas(self) -> None:
-        """Read the messages of other replicas that have arrived; see `Store.catch_up`."""
-        await self._store.catch_up()
+    async def read_arrived_messages(self) -> None:
+        """Read the messages of other replicas that have arrived; see `Store.read_arrived_messages`."""
+        await self._store.read_arrived_messages()
 
     def add_subscriber(self, key: TaskKey, client: bytes) -> None:
         """Count a client as a caller of each in-flight request for the task, until `remove_subscriber`."""
@@ -280,22 +280,22 @@ class ProgressService:
                 fetch = await self._join_in_flight_request(
                     key, wait_until_done=wait_until_done, seen_revision=seen_revision
                 )
-                fetched = fetch.outcome
-                if isinstance(fetched, GatewayError) or fetched.is_at_least(seen_revision):
+                outcome = fetch.outcome
+                if isinstance(outcome, GatewayError) or outcome.is_at_least(seen_revision):
                     break
                 # The in-flight request had started without the `seen_revision` of this caller.
-                await asyncio.sleep(0)  # if the request had ended before, it is removed now
+                await asyncio.sleep(0)  # lets `SingleFlight` forget the request, if it had just ended
             else:
-                # Other replicas have kept the lease for all that time.
-                fetched = UpstreamTimeout("no response newer than the one that the client has")
+                # All found snapshots of other replicas are older than the response that the client has.
+                outcome = UpstreamTimeout("no response newer than the one that the client has")
         finally:
             if client is not None:
                 self._in_flight.remove_waiter(key, client)
-        if isinstance(fetched, GatewayError):
-            return self._stale_if_error(key, fetched, cache_status, fetch, seen_revision=seen_revision)
-        age = self._clock() - fetched.fetched_at
-        self._metrics.record_age(fetched, age)
-        return LookupResult(fetched, age, cache_status, had_snapshot=known is not None, fetch=fetch)
+        if isinstance(outcome, GatewayError):
+            return self._stale_if_error(key, outcome, cache_status, fetch, seen_revision=seen_revision)
+        age = self._clock() - outcome.fetched_at
+        self._metrics.record_age(outcome, age)
+        return LookupResult(outcome, age, cache_status, had_snapshot=known is not None, fetch=fetch)
 
     async def _join_in_flight_request(
         self, key: TaskKey, *, wait_until_done: bool, seen_revision: int

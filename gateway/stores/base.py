@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, Self
 
 from gateway.domain.errors import GatewayError
-from gateway.domain.permits import Permits
+from gateway.domain.permits_reply import PermitsReply
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 
@@ -79,7 +79,7 @@ class Lease(NamedTuple):
 class Store(Protocol):
     """Keeps the latest snapshot of each task, and for a short time the failures to fetch one.
 
-    `current_entry`, `entry`, `is_current`, `last_known` and `cached_failure` read this process's memory and
+    `valid_entry`, `entry`, `is_valid`, `last_known` and `cached_failure` read this process's memory and
     never wait. Methods with `async` may send commands to a server. They do not raise an exception if it is
     unavailable: each replica then works with its own memory. Open a store with `async with`.
     """
@@ -102,18 +102,18 @@ class Store(Protocol):
         """Close all connections."""
         ...
 
-    def current_entry(self, key: TaskKey) -> CacheEntry | None:
+    def valid_entry(self, key: TaskKey) -> CacheEntry | None:
         """Return the entry of a task if it is valid and no message may be unread; it may be stale."""
         ...
 
     def entry(self, key: TaskKey) -> CacheEntry | None:
-        """Return the entry of a task, even if `current_entry` would not."""
+        """Return the entry of a task, even if `valid_entry` would not."""
         ...
 
-    def is_current(self, entry: CacheEntry) -> bool:
-        """Tell whether `current_entry` would return this entry again.
+    def is_valid(self, entry: CacheEntry) -> bool:
+        """Tell whether `valid_entry` would return this entry again.
 
-        Every repeated hit calls this instead of `current_entry`. So it does no lookup, which would be a fifth
+        Every repeated hit calls this instead of `valid_entry`. So it does no lookup, which would be a fifth
         of the cost of the hit, and does not mark the entry as recently used.
         """
         ...
@@ -126,10 +126,10 @@ class Store(Protocol):
         """Return the cached failure of a task, if any (negative cache)."""
         ...
 
-    async def catch_up(self) -> bool:
+    async def read_arrived_messages(self) -> bool:
         """Read the messages of other replicas that have arrived; return whether some may have been unread.
 
-        While messages may be unread, `current_entry` returns None. So call it again if the result is True.
+        While messages may be unread, `valid_entry` returns None. So call it again if the result is True.
         """
         ...
 
@@ -178,7 +178,7 @@ class Store(Protocol):
 
     async def take_permits(
         self, per_second: float, *, burst: float, refreshes: int, first_queries: int
-    ) -> Permits | None:
+    ) -> PermitsReply | None:
         """Take permits from the rate limiter that the replicas share; return None if there is none now.
 
         `burst`: the size of its token bucket. `refreshes` and `first_queries`: number of queries of each kind

@@ -21,7 +21,7 @@ from typing import Any, Self
 from cachetools import Cache, TLRUCache
 
 from gateway.domain.errors import GatewayError, UpstreamError, UpstreamRejected
-from gateway.domain.permits import Permits
+from gateway.domain.permits_reply import PermitsReply
 from gateway.domain.snapshot import Snapshot, version_now
 from gateway.domain.task import TaskKey
 from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
@@ -124,8 +124,8 @@ class MemoryStore:
     async def __aexit__(self, *exc_info: object) -> None:
         """See `Store`: there is nothing to close."""
 
-    def current_entry(self, key: TaskKey) -> CacheEntry | None:
-        """See `Store.current_entry`: without other replicas, no message can be unread."""
+    def valid_entry(self, key: TaskKey) -> CacheEntry | None:
+        """See `Store.valid_entry`: without other replicas, no message can be unread."""
         return self.entry(key)
 
     def entry(self, key: TaskKey) -> CacheEntry | None:
@@ -138,8 +138,8 @@ class MemoryStore:
                 self._snapshots.expire()
         return entry
 
-    def is_current(self, entry: CacheEntry) -> bool:
-        """See `Store.is_current`."""
+    def is_valid(self, entry: CacheEntry) -> bool:
+        """See `Store.is_valid`."""
         return entry.valid
 
     def last_known(self, key: TaskKey) -> Snapshot | None:
@@ -156,8 +156,8 @@ class MemoryStore:
         failure = self._failures.get(key)
         return None if failure is None else failure[0]
 
-    async def catch_up(self) -> bool:
-        """See `Store.catch_up`: no messages arrive."""
+    async def read_arrived_messages(self) -> bool:
+        """See `Store.read_arrived_messages`: no messages arrive."""
         return False
 
     async def acquire(
@@ -186,7 +186,7 @@ class MemoryStore:
 
     async def take_permits(
         self, per_second: float, *, burst: float, refreshes: int, first_queries: int
-    ) -> Permits | None:
+    ) -> PermitsReply | None:
         """See `Store.take_permits`: there is no shared rate limiter."""
         return None
 
@@ -207,7 +207,7 @@ class MemoryStore:
         return self._put(snapshot, self.entry(snapshot.key), fetched_here=fetched_here)
 
     def _put(self, snapshot: Snapshot, entry: CacheEntry | None, *, fetched_here: bool) -> Snapshot:
-        """Store a snapshot in place of `entry`, unless that one is newer or the task has ended."""
+        """Store a snapshot in place of `entry`; return the snapshot that is kept."""
         kept = None if entry is None else entry.snapshot
         # A terminal status is final, whatever the versions. Replicas without a connection to a shared store
         # (`ValkeyStore`) do not know each other's versions.

@@ -2,7 +2,7 @@
 
     circuit breaker -> end of a credential probe -> permit of the rate limiter -> concurrency slot -> call
     the call fails  -> retry, from the start, while the deadline and the retry policy allow it
-    no response     -> another call at the same time, if a snapshot of the task is known (`hedging.py`)
+    no response yet -> another call at the same time, if a snapshot of the task is known (`hedging.py`)
 
 A query may need several calls: see `retry_policy.py` for all reasons to repeat a call. The query runs in the
 asyncio task of an in-flight request, not in the asyncio task of a caller. This module enforces the
@@ -40,12 +40,12 @@ from gateway.upstream.circuit_breaker import CircuitBreaker, State
 from gateway.upstream.concurrency_limit import ConcurrencyLimit
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
-from gateway.upstream.hedging import Hedging, LaterCallAnswered
+from gateway.upstream.hedging import Hedging, MustCallAgain
 from gateway.upstream.query_state import QueryState, timeout_error
 from gateway.upstream.rate_limiter import Permit, RateLimiter
 from gateway.upstream.retry_policy import RetryPolicy
 from gateway.upstream.shared_permits import TakePermits
-from gateway.upstream.signed_request import ParsedResponse, SignedRequests
+from gateway.upstream.signed_calls import ParsedResponse, SignedCalls
 
 _LATENCY_WEIGHT = 0.3  # weight of the latest response in the moving average of the latency
 
@@ -85,7 +85,7 @@ class UpstreamClient:
         self,
         settings: UpstreamSettings,
         *,
-        signed_requests: SignedRequests,
+        signed_calls: SignedCalls,
         rotation: CredentialRotation,
         metrics: Metrics,
         take_permits: TakePermits | None,
@@ -93,7 +93,7 @@ class UpstreamClient:
     ) -> None:
         self._announce_throttling = announce_throttling
         self._settings = settings
-        self._signed_requests = signed_requests
+        self._signed_calls = signed_calls
         self._rotation = rotation
         self._metrics = metrics
         self._concurrency_limit = ConcurrencyLimit(settings.max_in_flight)
@@ -107,7 +107,7 @@ class UpstreamClient:
         # Half the timeout of a call: a working upstream is expected to respond within this time. Two uses:
         # 1. The circuit breaker counts a cancelled call as a failure only if it ran for at least this time.
         # 2. A query does not wait for a permit if less than this time would be left after the wait.
-        self._expected_response_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
+        self._half_timeout_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
         # Moving averages; 0.0 before the first response.
         self._latency_seconds = dict.fromkeys(Operation, 0.0)
         self._hedging: Hedging[_Query, ParsedResponse] = Hedging(
@@ -117,7 +117,7 @@ class UpstreamClient:
     @property
     def problem_codes(self) -> list[str]:
         """The problem codes of the upstream's present failures; empty if it works."""
-        last_error = self._signed_requests.last_error_code
+        last_error = self._signed_calls.last_error_code
         codes = [last_error] if last_error else []
         if any(breaker.state is not State.CLOSED for breaker in self._breakers.values()):
             codes.append(CircuitOpen.code)
@@ -167,7 +167,7 @@ class UpstreamClient:
                 while True:
                     try:
                         return await self._hedging.run(query, self._call_within_limits)
-                    except LaterCallAnswered:
+                    except MustCallAgain:
                         continue
                     except (RateLimited, Overloaded, CircuitOpen) as exc:
                         # No call was made this time. The error of an earlier call is more informative.
@@ -180,10 +180,7 @@ class UpstreamClient:
                             raise
                         query.state.call_sent = False
                         query.state.failure = failure = copy(exc)
-                    self._metrics.upstream_retries.labels(key.operation, failure.code).inc()
-                    if not isinstance(failure, UnconfirmedResponse):
-                        retries += 1
-                        on_retry()
+                    retries += self._begin_repeat(key.operation, failure, on_retry)
                     await asyncio.sleep(delay)
         except TimeoutError:
             raise query.state.make_timeout_error() from None
@@ -191,6 +188,16 @@ class UpstreamClient:
             if query.state.dropped:
                 self._abandoned[key.operation].inc()
             raise
+
+    def _begin_repeat(
+        self, operation: Operation, failure: UpstreamError, on_retry: Callable[[], None]
+    ) -> bool:
+        """Count a repeat; return whether it is a retry, and not a repeat on a new connection."""
+        self._metrics.upstream_retries.labels(operation, failure.code).inc()
+        if isinstance(failure, UnconfirmedResponse):
+            return False
+        on_retry()
+        return True
 
     async def _call_within_limits(self, query: _Query) -> ParsedResponse:
         """Make one call within all limits: the steps of the first line of the module's diagram.
@@ -235,20 +242,20 @@ class UpstreamClient:
 
     def _max_queue_seconds(self, query: _Query) -> float:
         """Return how long a query may wait for a permit and still have enough time for a response."""
-        needed = max(self._expected_response_seconds, self._latency_seconds[query.key.operation])
+        needed = max(self._half_timeout_seconds, self._latency_seconds[query.key.operation])
         return query.deadline - needed - asyncio.get_running_loop().time()
 
     async def _call_with_clock_correction(
         self, query: _Query, permit: Permit, pair: KeyPair
     ) -> ParsedResponse:
-        offset = self._signed_requests.clock_offset
+        offset = self._signed_calls.clock_offset
         try:
             return await self._call(query, permit, pair)
         except TimestampRefused as exc:
             # The first refusal corrects the clock. All other calls in flight are refused, too. Each refused
             # call is signed again and repeated once. The retry budget would not be enough for all these
             # repeats, so the repeats do not use the budget. The retry metric counts them.
-            if self._signed_requests.clock_offset == offset:
+            if self._signed_calls.clock_offset == offset:
                 raise
             self._metrics.upstream_retries.labels(query.key.operation, exc.code).inc()
         return await self._call(query, permit, pair)
@@ -266,12 +273,12 @@ class UpstreamClient:
             began = self._check_before_sending(query, permit)
             query.state.make_timeout_error = make_timeout_error
             with self._breakers[operation].guard(
-                is_refresh=query.is_refresh, no_response_seconds=self._expected_response_seconds
+                is_refresh=query.is_refresh, no_response_seconds=self._half_timeout_seconds
             ):
                 permit.mark_sent()
                 state.call_sent = True
                 with self._hedging.sending(query):
-                    response = await self._signed_requests.send(
+                    response = await self._signed_calls.send(
                         query.key, pair, number=next(query.call_numbers), on_complete=slot.on_call_end
                     )
         except asyncio.CancelledError:

@@ -36,7 +36,7 @@ class HedgedQuery(Protocol):
 Q = TypeVar("Q", bound=HedgedQuery)
 
 
-class LaterCallAnswered(Exception):
+class MustCallAgain(Exception):
     """The call must be sent again: the upstream has answered a call that was sent later."""
 
 
@@ -72,7 +72,7 @@ class Hedging(Generic[Q, T]):
         """Return the response of `call`, or of a hedged call.
 
         Raises:
-            LaterCallAnswered: The call must be made again.
+            MustCallAgain: The call must be made again.
             Exception: What `call` raises.
         """
         if not query.is_refresh:
@@ -85,7 +85,7 @@ class Hedging(Generic[Q, T]):
             if state.response is not None:
                 return state.response
             if state.later_answered:
-                raise LaterCallAnswered from None
+                raise MustCallAgain from None
             raise
         finally:
             del self._hedgeable_calls[query]
@@ -124,7 +124,7 @@ class Hedging(Generic[Q, T]):
 
     async def _run_hedged_call(self, query: Q, state: _HedgeableCall[T]) -> None:
         sent_at = asyncio.get_running_loop().time()
-        with suppress(GatewayError, LaterCallAnswered):
+        with suppress(GatewayError, MustCallAgain):
             state.response = await self._make_call(query)
             self._end_early(state)
             for other in list(self._on_wire.values()):

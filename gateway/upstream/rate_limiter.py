@@ -193,9 +193,8 @@ class RateLimiter:
     def slow_down(self, *, retry_after: float | None) -> None:
         """Lower the limit because a replica has announced that the upstream throttles.
 
-        A replica also receives its own announcement, after it has lowered its limit. An announcement within
-        a second after that has an effect only if it has a `retry_after`: then the pause begins again, and
-        permits that have been issued meanwhile are revoked.
+        The limit falls at most once per second, so the announcement of this replica itself does not lower it
+        again. But an announcement with a `retry_after` always starts a pause, and revokes all permits.
         """
         self._on_throttled(self._clock(), retry_after)
 
@@ -282,7 +281,7 @@ class RateLimiter:
             self._refuse_or_report_waits(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
-        # An announcement may arrive when no query has removed an outdated limit. It would lower that limit.
+        # Only queries remove an outdated limit. Without this, an announcement would lower the outdated limit.
         self._remove_limit_if_idle()
         self._refill()
         now, was_throttled = self._clock(), self._limit.has_learned_limit

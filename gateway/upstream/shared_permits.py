@@ -1,4 +1,4 @@
-"""Permits that this replica takes from the rate limiter that all replicas share (`Store.take_permits`).
+"""PermitsReply that this replica takes from the rate limiter that all replicas share (`Store.take_permits`).
 
     queries are queued -> request permits from the store -> some are granted -> serve the queue
                                  ^--------------- pause <---------------------------'
@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from gateway.domain.permits import Permits
+from gateway.domain.permits_reply import PermitsReply
 
 _PAUSE_SECONDS = (0.002, 0.1)  # shortest and longest time between two requests
 _FALLBACK_SECONDS = 0.5  # after a failed request, the replica uses only its own rate limiter for this time
@@ -28,7 +28,7 @@ class TakePermits(Protocol):
 
     async def __call__(
         self, per_second: float, *, burst: float, refreshes: int, first_queries: int
-    ) -> Permits | None:
+    ) -> PermitsReply | None:
         """Return the permits; None if there is no shared rate limiter now."""
 
 

@@ -139,9 +139,9 @@ class WatchHub:
             self._subscribers.discard(subscriber)
             self._gauges[kind].dec()
 
-    async def catch_up_with_replicas(self) -> None:
+    async def read_arrived_messages(self) -> None:
         """Read the messages of other replicas that have arrived; `subscribe` then finds their snapshots."""
-        await self._service.catch_up_with_replicas()
+        await self._service.read_arrived_messages()
 
     def announce_shutdown(self) -> None:
         """Publish all unpublished snapshots, then mark current and future subscribers as shutting down."""
@@ -174,8 +174,7 @@ class WatchHub:
         seen_revision = subscriber.seen_revisions.get(key, 0)
         watched.seen_revision = max(watched.seen_revision, seen_revision)
         servable = self._service.peek(key, seen_revision)
-        # Publish the unpublished snapshot before the subscriber is added. Otherwise the subscriber would
-        # receive this snapshot twice: below as `published`, and again when it is published.
+        # Publish the unpublished snapshot before the subscriber is added, so that `published` is the latest.
         self._publish_unpublished(key)
         # There is no `await` from here to the end, so no change is lost in between.
         watched.subscribers.add(subscriber)
@@ -256,7 +255,7 @@ class WatchHub:
             else watched.subscribers
         )
         watched.published = reduced = update.without_large_body()
-        # `put` refuses the update if the client has a newer snapshot. Such a subscriber continues to wait.
+        # `put` refuses the update if the client has a newer snapshot. Such a subscriber still awaits a refresh.
         have_newer = [
             subscriber
             for subscriber in self.direct_delivery(update, recipients)

@@ -53,7 +53,7 @@ from gateway.stores.memory import REMEMBER_SECONDS, MemoryStore
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.query_state import QueryState
-from gateway.upstream.signed_request import ParsedResponse
+from gateway.upstream.signed_calls import ParsedResponse
 from gateway.watch.hub import SubscriptionKind, WatchHub
 from gateway.watch.subscriber import Subscriber, Update
 from tests.support.seen import TAGS

@@ -367,8 +367,8 @@ async def test_valkey_sync_times_out(opened: Open, server: StoreServer) -> None:
     server.freeze()
     try:
         await eventually(lambda: hasty.trouble, "it works alone, without any request")
-        assert not await hasty.catch_up()
-        entry = hasty.current_entry(landed.key)
+        assert not await hasty.read_arrived_messages()
+        entry = hasty.valid_entry(landed.key)
         assert entry is not None
         assert entry.snapshot is landed
     finally:

@@ -12,7 +12,7 @@ import pytest
 
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import UpstreamInvalid
-from gateway.domain.permits import Permits
+from gateway.domain.permits_reply import PermitsReply
 from gateway.domain.snapshot import Snapshot, version_now
 from gateway.domain.task import Status, TaskKey
 from gateway.stores.base import Lease, Requirement
@@ -154,7 +154,7 @@ async def test_announced_snapshot_is_loaded_where_it_is_needed(
     await version_of(other, second.version)
     assert said(await shown(other)) == "second"
     assert [said(snapshot) for snapshot in heard] == ["second"]
-    entry = other.current_entry(KEY)
+    entry = other.valid_entry(KEY)
     assert entry is not None
     assert (entry.reads, entry.fetched_here) == (0, False)
 
@@ -203,12 +203,12 @@ async def test_unchanged_snapshot_keeps_its_entry(one: ValkeyStore) -> None:
     one.release_lease_early(late)
     known = await stored(one, message="newer")
     await read(one)
-    entry = one.current_entry(KEY)
+    entry = one.valid_entry(KEY)
     heard: list[Snapshot] = []
     one.on_change(heard.append)
     assert await save(one, late, message="late") is known
-    await one.catch_up()
-    assert one.current_entry(KEY) is entry
+    await one.read_arrived_messages()
+    assert one.valid_entry(KEY) is entry
     assert heard == []
 
 
@@ -223,17 +223,17 @@ async def test_paused_replica_catches_up_without_the_server(one: ValkeyStore, se
     server.freeze()
     try:
         await blocked(0.1)
-        assert one.current_entry(KEY) is None
+        assert one.valid_entry(KEY) is None
         assert one.last_known(KEY) is known
         began = time.monotonic()
-        assert await one.catch_up()
+        assert await one.read_arrived_messages()
         assert time.monotonic() - began < 0.3
-        entry = one.current_entry(KEY)
+        entry = one.valid_entry(KEY)
         assert entry is not None
         assert entry.snapshot is known
-        assert one.is_current(entry)
+        assert one.is_valid(entry)
         assert operations(one) == before
-        assert not await one.catch_up(), "it is up to date already"
+        assert not await one.read_arrived_messages(), "it is up to date already"
     finally:
         server.thaw()
 
@@ -246,7 +246,7 @@ async def test_paused_replica_reads_the_messages_that_it_has_missed(
     one.on_change(lambda _: None, is_watched=lambda key: needed == "watched" and key == KEY)
     known = await stored(one)
     assert await shown(one) is known
-    entry = one.current_entry(KEY)
+    entry = one.valid_entry(KEY)
     assert entry is not None
     entry.reads = int(needed == "read")
     channel = channel_of(server).decode()
@@ -257,10 +257,10 @@ async def test_paused_replica_reads_the_messages_that_it_has_missed(
         pipeline.publish(channel, f"S{KEY.operation}/{KEY.task_id}\n{facts}")
         pipeline.execute()
     time.sleep(0.1)  # noqa: ASYNC251  # the loop has not read the messages
-    assert not one.is_current(entry)
-    assert await one.catch_up()
-    assert one.current_entry(KEY) is None
-    assert not one.is_current(entry)
+    assert not one.is_valid(entry)
+    assert await one.read_arrived_messages()
+    assert one.valid_entry(KEY) is None
+    assert not one.is_valid(entry)
 
 
 async def test_sync_does_not_raise_when_the_connection_is_lost(opened: Open, server: StoreServer) -> None:
@@ -273,7 +273,7 @@ async def test_sync_does_not_raise_when_the_connection_is_lost(opened: Open, ser
             await eventually(lambda: one.trouble is None, "it shares")
             proxy.drop()
             time.sleep(0.1)  # noqa: ASYNC251  # the loop notices the reset and its pause at the same time
-            await one.catch_up()
+            await one.read_arrived_messages()
             await eventually(lambda: one.trouble, "it notices")
             assert one.last_known(KEY) is known
     gc.collect()  # reports the exceptions of tasks that were not retrieved
@@ -308,7 +308,7 @@ async def test_cache_in_use_stays_up_to_date(one: ValkeyStore) -> None:
     found = []
     while time.monotonic() < ends:
         await asyncio.sleep(0.01)
-        found.append(one.current_entry(KEY) is not None)
+        found.append(one.valid_entry(KEY) is not None)
         assert await shown(one) is known
     assert found.count(True) > 0.8 * len(found)  # a busy machine may pause this process
 
@@ -316,9 +316,9 @@ async def test_cache_in_use_stays_up_to_date(one: ValkeyStore) -> None:
 async def test_cache_that_was_not_used_is_up_to_date_again_at_once(one: ValkeyStore) -> None:
     """An idle replica runs no timer; its next lookup waits for a few iterations of the event loop."""
     known = await stored(one)
-    await one.catch_up()
-    await eventually(lambda: one.current_entry(KEY) is None, "the timer has stopped")
-    assert await one.catch_up()
+    await one.read_arrived_messages()
+    await eventually(lambda: one.valid_entry(KEY) is None, "the timer has stopped")
+    assert await one.read_arrived_messages()
     assert await shown(one) is known
 
 
@@ -368,7 +368,7 @@ async def test_lost_snapshot_does_not_hide_the_one_that_another_replica_fetches(
     found = await flight
     assert isinstance(found, Snapshot)
     assert found.version == newer.version
-    assert one.current_entry(KEY) is not None
+    assert one.valid_entry(KEY) is not None
 
 
 async def test_newer_snapshot_replaces_an_older_one_that_was_restored(
@@ -390,7 +390,7 @@ async def test_newer_snapshot_replaces_an_older_one_that_was_restored(
         await eventually(
             lambda: fields_of(server)[b"version"] == b"%d" % newer.version, "the newer one is stored again"
         )
-        await eventually(lambda: one.current_entry(KEY) is None, "it has heard of the newer one")
+        await eventually(lambda: one.valid_entry(KEY) is None, "it has heard of the newer one")
         assert (await result(one)).version == newer.version
 
 
@@ -530,7 +530,7 @@ async def test_announced_snapshot_of_an_overlapping_query_is_fetched_again(
     newer = await save(one, await leased(one), progress=0.4)
     assert newer is not None
     assert newer.version > second.version
-    await eventually(lambda: other.current_entry(KEY) is None, "the other replica hears of it")
+    await eventually(lambda: other.valid_entry(KEY) is None, "the other replica hears of it")
     assert (await result(other)).version == newer.version
 
 
@@ -831,7 +831,7 @@ async def test_operation_tells_which_kind_of_permission_is_missing(
     assert await leased(one, KEY._replace(task_id="shared"))
 
 
-# Permits
+# PermitsReply
 
 Take = Callable[..., Any]
 
@@ -849,7 +849,7 @@ async def take(
     *,
     per_second: float = 0.01,
     burst: float = 8.0,
-) -> Permits:
+) -> PermitsReply:
     """Take permits; by default from a bucket that hardly fills."""
     permits = await store.take_permits(
         per_second, burst=burst, refreshes=refreshes, first_queries=first_queries
@@ -996,7 +996,7 @@ async def test_permits_are_not_taken_while_this_replica_is_throttled(one: Valkey
     """A replica that waits for a token of its own leaves the permits to the others."""
     taken = 0
 
-    async def counted(per_second: float, **queued: Any) -> Permits | None:
+    async def counted(per_second: float, **queued: Any) -> PermitsReply | None:
         nonlocal taken
         permits = await one.take_permits(per_second, **queued)
         if permits is not None:

@@ -110,9 +110,9 @@ class StoreConnection:
         """Estimated time between the sending and the arrival of a message or reply, in seconds."""
         return 0.0 if self._subscription is None else self._subscription.delay
 
-    async def catch_up(self) -> bool:
+    async def read_arrived_messages(self) -> bool:
         """Read all messages that have reached this process; return whether some may have been unread."""
-        return self._subscription is not None and await self._subscription.catch_up()
+        return self._subscription is not None and await self._subscription.read_arrived_messages()
 
     @property
     def channel(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from gateway.domain.permits import Permits
+from gateway.domain.permits_reply import PermitsReply
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.stores.base import Lease
@@ -101,14 +101,14 @@ class StoreOperations:
 
     async def take_permits(
         self, replica: str, per_second: float, *, burst: float, refreshes: int, first_queries: int
-    ) -> Permits:
+    ) -> PermitsReply:
         """Run `take_permits.lua`."""
         args = [per_second, burst, replica, refreshes, first_queries]
         reply = await self._connection.run(TAKE_PERMITS, "permits", args)
-        numbers = _checked(reply, [int] * len(Permits._fields))
+        numbers = _checked(reply, [int] * len(PermitsReply._fields))
         granted, granted_first, pause, *elsewhere = (max(number, 0) for number in numbers)
         seconds = min(pause / MICROSECONDS, 1 / per_second)
-        return Permits(min(granted, refreshes), min(granted_first, first_queries), seconds, *elsewhere)
+        return PermitsReply(min(granted, refreshes), min(granted_first, first_queries), seconds, *elsewhere)
 
     async def delete(self, key: TaskKey) -> None:
         """Delete everything about a task."""

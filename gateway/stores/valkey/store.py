@@ -25,7 +25,7 @@ from typing import Any, Self
 
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import GatewayError, UpstreamTimeout
-from gateway.domain.permits import Permits
+from gateway.domain.permits_reply import PermitsReply
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Status, TaskKey
 from gateway.settings.store_section import Store as StoreSettings
@@ -122,18 +122,18 @@ class ValkeyStore(MemoryStore):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def current_entry(self, key: TaskKey) -> CacheEntry | None:
-        """See `Store.current_entry`."""
+    def valid_entry(self, key: TaskKey) -> CacheEntry | None:
+        """See `Store.valid_entry`."""
         entry = self.entry(key)
-        return entry if entry is not None and self.is_current(entry) else None
+        return entry if entry is not None and self.is_valid(entry) else None
 
-    def is_current(self, entry: CacheEntry) -> bool:
-        """See `Store.is_current`."""
+    def is_valid(self, entry: CacheEntry) -> bool:
+        """See `Store.is_valid`."""
         return entry.valid and time.monotonic() < self._up_to_date_until
 
-    async def catch_up(self) -> bool:
-        """See `Store.catch_up`."""
-        return await self._connection.catch_up()
+    async def read_arrived_messages(self) -> bool:
+        """See `Store.read_arrived_messages`."""
+        return await self._connection.read_arrived_messages()
 
     def on_change(
         self, listener: Callable[[Snapshot], None], *, is_watched: Callable[[TaskKey], bool] = lambda _: False
@@ -227,7 +227,7 @@ class ValkeyStore(MemoryStore):
 
     async def take_permits(
         self, per_second: float, *, burst: float, refreshes: int, first_queries: int
-    ) -> Permits | None:
+    ) -> PermitsReply | None:
         """See `Store.take_permits`."""
         with suppress(StoreUnavailable):
             return await self._operations.take_permits(
@@ -292,7 +292,7 @@ class ValkeyStore(MemoryStore):
 
     def _acquire_locally(self, key: TaskKey, requirement: Requirement) -> Snapshot | GatewayError | Lease:
         """Return a result from the local cache, or a lease that exists in this process only."""
-        current = self.current_entry(key)
+        current = self.valid_entry(key)
         if current is not None:
             snapshot = current.snapshot
             if snapshot.fresh(self._clock()) and requirement.is_met_by(snapshot):

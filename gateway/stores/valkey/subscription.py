@@ -1,10 +1,10 @@
 """The subscription to the replicas' channel; it also tells whether messages may be unread.
 
 If the process was paused, or its event loop was busy, messages may wait in the socket. Then the next reader
-of the cache calls `catch_up`. It waits for a few iterations of the event loop, which read the messages, and
-needs no reply of the server. While the cache is in use, a timer ticks. If it ticks on time, there was no
-pause, and `catch_up` returns at once. The timer does not run in an idle replica. A PING every second detects
-a connection that is dead but not closed.
+of the cache calls `read_arrived_messages`. This method waits for a few iterations of the event loop, which
+read the messages; it needs no reply of the server. While the cache is in use, a timer ticks. If the timer
+ticks on time, there was no pause, and `read_arrived_messages` returns at once. The timer does not run in an
+idle replica. A PING every second detects a connection that is dead but not closed.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Subscription:
         self.lost.cancel()
         await self._stack.aclose()
 
-    async def catch_up(self) -> bool:
+    async def read_arrived_messages(self) -> bool:
         """Read all messages that have reached this process; return whether some may have been unread."""
         if time.monotonic() < self._up_to_date_until:
             return False

@@ -132,7 +132,7 @@ class Updates:
             return
         # The present snapshot is served until the new one is read. But after a pause of this process the
         # message may be old, and the present snapshot is not served any more.
-        entry.valid = self._memory.is_current(entry)
+        entry.valid = self._memory.is_valid(entry)
         self._start(self._read(key))
 
     async def _read(self, key: TaskKey) -> None:

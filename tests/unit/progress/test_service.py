@@ -39,7 +39,7 @@ from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.query_state import QueryState
-from gateway.upstream.signed_request import ParsedResponse
+from gateway.upstream.signed_calls import ParsedResponse
 from tests.support.seen import TAGS
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "01j5t2qx82323pswaqykz9eq4")
@@ -310,7 +310,7 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
 async def test_still_current_for_as_long_as_a_lookup_succeeds(bench: Bench) -> None:
     """An entry is current while it keeps the freshness promise, and each check counts as a lookup."""
     snapshot = (await bench.learn()).snapshot
-    entry = cast("CacheEntry", bench.store.current_entry(KEY))
+    entry = cast("CacheEntry", bench.store.valid_entry(KEY))
     promised = CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
     ages = [0.5, CACHE.running_seconds - 0.25, CACHE.running_seconds, promised - 0.25]
     assert all(bench.service.try_reuse(entry, snapshot.fetched_at + age) for age in ages)
@@ -1609,17 +1609,17 @@ async def test_fetch_has_one_deadline() -> None:
 
 
 class LaggingStore(MemoryStore):
-    """A store that is behind the other replicas until `catch_up`."""
+    """A store that is behind the other replicas until `read_arrived_messages`."""
 
     behind = True
     whole = True
     caught_up = 0
 
-    def current_entry(self, key: TaskKey) -> CacheEntry | None:
+    def valid_entry(self, key: TaskKey) -> CacheEntry | None:
         """Return nothing while the store is behind."""
-        return None if self.behind else super().current_entry(key)
+        return None if self.behind else super().valid_entry(key)
 
-    async def catch_up(self) -> bool:
+    async def read_arrived_messages(self) -> bool:
         """Catch up, if possible."""
         self.caught_up += 1
         self.behind = not self.whole

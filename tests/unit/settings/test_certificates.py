@@ -20,8 +20,8 @@ from gateway.settings.store_section import Store
 from gateway.stores.valkey.failure_reasons import StoreFailure
 from gateway.stores.valkey.servers import tls_context
 from gateway.telemetry.redaction import Redactor
+from gateway.upstream.create_transport import create_transport
 from gateway.upstream.egress_proxy import find_proxy
-from gateway.upstream.open_transport import create_transport
 
 
 class Pair(NamedTuple):

@@ -24,7 +24,7 @@ from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.query_state import QueryState
 from gateway.upstream.rate_limiter import Permit, RateLimiter
-from gateway.upstream.signed_request import ParsedResponse, SignedRequests
+from gateway.upstream.signed_calls import ParsedResponse, SignedCalls
 from tests.support.ticked import TickedLoop
 
 PAIR = KeyPair("key", "secret")
@@ -98,7 +98,7 @@ class Bench:
         self.upstream = self.loop.within(
             lambda: UpstreamClient(
                 settings,
-                signed_requests=cast("SignedRequests", self.calls),
+                signed_calls=cast("SignedCalls", self.calls),
                 rotation=cast("CredentialRotation", FakeRotation()),
                 metrics=self.metrics,
                 take_permits=None,

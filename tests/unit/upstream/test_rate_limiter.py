@@ -19,7 +19,7 @@ from gateway.domain.errors import (
     UpstreamRejected,
     UpstreamThrottled,
 )
-from gateway.domain.permits import Permits
+from gateway.domain.permits_reply import PermitsReply
 from gateway.upstream.query_state import QueryState
 from gateway.upstream.rate_limiter import RateLimiter
 
@@ -508,9 +508,9 @@ async def test_rate_limiter_pauses_for_retry_after(clock: Clock) -> None:
 async def test_rate_limiter_refuses_without_a_shared_permit_in_time(clock: Clock) -> None:
     """A query whose timeout passes while no shared permit is granted is refused, despite a free token."""
 
-    async def take(*_: float, **__: float) -> Permits:
+    async def take(*_: float, **__: float) -> PermitsReply:
         clock.now += 10.0
-        return Permits(0, 0, next_seconds=0.0, refreshes_elsewhere=0, first_queries_elsewhere=0)
+        return PermitsReply(0, 0, next_seconds=0.0, refreshes_elsewhere=0, first_queries_elsewhere=0)
 
     limiter = RateLimiter(10, clock=clock, call_later=clock.call_later, take_shared=take)
     with pytest.raises(RateLimited) as refused:

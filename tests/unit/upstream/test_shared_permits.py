@@ -1,4 +1,4 @@
-"""Permits from the shared rate limiter: taken, used and returned; and the replica without the store."""
+"""PermitsReply from the shared rate limiter: taken, used and returned; and the replica without the store."""
 
 import asyncio
 import time

@@ -441,7 +441,7 @@ async def test_watch_unpublished_end_is_not_overwritten(
     """A running snapshot, stored after an eviction, does not overwrite an unpublished terminal one."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         store.put(snapshot("1", Status.SUCCEEDED))
-        monkeypatch.setattr(store, "current_entry", lambda _: None)
+        monkeypatch.setattr(store, "valid_entry", lambda _: None)
         store.put(snapshot("2"))
         assert etags(await received(subscriber)) == ["1"]
         for etag in "34":

@@ -38,11 +38,11 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Redactor
 from gateway.telemetry.tracing import NoTracing, SpanRecord, Tracing
 from gateway.upstream.content_coding import decode_body
+from gateway.upstream.create_transport import create_transport
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.egress_proxy import find_proxy
 from gateway.upstream.header_values import parse_http_date, parse_retry_after
 from gateway.upstream.loop_detection import check_response
-from gateway.upstream.open_transport import create_transport
 from gateway.upstream.response_attribution import ResponseAttribution
 from gateway.upstream.signing import signed_headers
 from gateway.upstream.transport import HttpResponse, explain_failure, is_certificate_error
@@ -88,7 +88,7 @@ def random_uuid() -> str:
     return f"{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}"
 
 
-class SignedRequests:
+class SignedCalls:
     """Sends signed calls. Use it with `async with`. `proxy` is the egress proxy that carries them, if any.
 
     `nonce` returns a new nonce for each call. `clock` returns Unix time in seconds.
