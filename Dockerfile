@@ -33,7 +33,7 @@ ARG BASE
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="sd-progress-gateway" \
       org.opencontainers.image.description="Signs, coalesces, caches and measures image-generation progress queries." \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.version="0.2.0" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.licenses="Apache-2.0" \
       org.opencontainers.image.base.name="${BASE}"

@@ -4,4 +4,4 @@
 upstream client. ARCHITECTURE.md describes the packages around it.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

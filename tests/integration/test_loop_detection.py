@@ -94,7 +94,7 @@ def test_gateway_recognizes_the_response_if_a_proxy_replaces_the_user_agent(
         "sd-progress-gateway",
         "SD-Progress-Gateway/1.0",
         "speedpix sd-progress-gateway/1.0",
-        "sd-gateway-watch/0.1.0",
+        "sd-gateway-watch/0.2.0",
         "",
     ],
 )
