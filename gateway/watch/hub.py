@@ -255,7 +255,7 @@ class WatchHub:
             else watched.subscribers
         )
         watched.published = reduced = update.without_large_body()
-        # `put` refuses the update if the client has a newer snapshot. Such a subscriber still awaits a refresh.
+        # `put` refuses the update if the client has a newer snapshot. Then the subscriber awaits a refresh.
         have_newer = [
             subscriber
             for subscriber in self.direct_delivery(update, recipients)
