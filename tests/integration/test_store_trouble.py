@@ -643,6 +643,56 @@ def test_cause_is_in_readyz_and_in_the_log(
     assert logged == [f"missing permissions of the user: +{name}" for name in ("hdel", "hmget")]
 
 
+@pytest.mark.parametrize(
+    ("harm", "heal", "change", "says"),
+    [
+        ("", "", {"path": "/99"}, "the server has no database of this number"),
+        ("", "", {"user": "gateway:wrong@"}, "login: the server rejects user name or password"),
+        ("", "", {"scheme": "valkeys"}, "TLS: the server does not use it: write valkey://"),
+        (
+            "config set maxmemory 1",
+            "config set maxmemory 0",
+            {},
+            "full: the server has reached its maxmemory",
+        ),
+        ("replicaof 127.0.0.1 1", "replicaof no one", {}, "read-only: the server is a replica"),
+    ],
+    ids=["database", "password", "TLS", "full", "read-only"],
+)
+def test_each_cause_is_in_readyz_the_log_and_check(
+    server: StoreServer,
+    launch: Launch,
+    simulator: Simulator,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    harm: str,
+    heal: str,
+    change: dict[str, str],
+    says: str,
+) -> None:
+    """The three places name a cause in the same words, and none shows the password."""
+    parts = {"scheme": "valkey", "user": "", "path": ""} | change
+    url = "{scheme}://{user}127.0.0.1:{port}{path}".format(port=server.port, **parts)
+    with ExitStack() as stack:
+        if harm:
+            stack.callback(server.client.execute_command, *heal.split())
+            server.client.execute_command(*harm.split())
+        gate = launch(simulator.url, store={"url": url, "timeout_seconds": 1})
+        degraded: list[str] = []
+
+        def is_named() -> bool:
+            degraded[:] = gate.client.get("/readyz").json()["degraded"]
+            return any(reason.startswith(f"store: {says}") for reason in degraded)
+
+        until(is_named, "/readyz names the cause")
+        status, checked = run("check", cwd=tmp_path, env=environment(simulator, url))
+    logged = capfd.readouterr().out
+    assert says in logged
+    assert status == 1
+    assert f"store: {says}" in checked
+    assert "wrong" not in "".join(degraded) + logged + checked
+
+
 def test_cli_check_names_the_cause(server: StoreServer, simulator: Simulator, tmp_path: Path) -> None:
     """`check` fails with the cause, and shows server and duration when there is none."""
     allow(server, [rule for rule in LEAST if rule != "&sd-gateway:*"])
