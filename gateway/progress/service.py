@@ -276,17 +276,16 @@ class ProgressService:
             self._in_flight.add_waiter(key, client)
         try:
             wait_until_done = wait_until_done or not self._within_stale_if_error(known, seen_revision)
+            required = Requirement(seen_revision=seen_revision)
             for _ in range(_MAX_JOINED_IN_FLIGHT_REQUESTS):
-                fetch = await self._join_in_flight_request(
-                    key, wait_until_done=wait_until_done, seen_revision=seen_revision
-                )
+                fetch = await self._join_in_flight_request(key, required, wait_until_done=wait_until_done)
                 outcome = fetch.outcome
                 if isinstance(outcome, GatewayError) or outcome.is_at_least(seen_revision):
                     break
-                # The in-flight request had started without the `seen_revision` of this caller.
+                # The in-flight request had started with the requirement of another caller.
+                required = required._replace(newer_than=outcome.version)
                 await asyncio.sleep(0)  # lets `SingleFlight` forget the request, if it had just ended
             else:
-                # All found snapshots of other replicas are older than the response that the client has.
                 outcome = UpstreamTimeout("no response newer than the one that the client has")
         finally:
             if client is not None:
@@ -298,17 +297,18 @@ class ProgressService:
         return LookupResult(outcome, age, cache_status, had_snapshot=known is not None, fetch=fetch)
 
     async def _join_in_flight_request(
-        self, key: TaskKey, *, wait_until_done: bool, seen_revision: int
+        self, key: TaskKey, required: Requirement, *, wait_until_done: bool
     ) -> FetchOutcome:
-        """Wait for the in-flight request, or start one.
+        """Wait for the in-flight request, or start one with this requirement.
 
         Without `wait_until_done`, return an error as soon as the rate limiter queues the query, or as soon as
         the query takes so long that the update is overdue. The query continues.
         """
         state = self._in_flight.query_state(key)
         # A new in-flight request must satisfy all callers that wait, not only the one that starts it.
-        state.seen_revision = max(state.seen_revision, seen_revision)
-        request = self._in_flight.start(key, requirement=Requirement(seen_revision=state.seen_revision))
+        state.seen_revision = max(state.seen_revision, required.seen_revision)
+        required = required._replace(seen_revision=state.seen_revision)
+        request = self._in_flight.start(key, requirement=required)
         if wait_until_done:
             return await asyncio.shield(request)
         if request.done():  # it ended in this iteration of the event loop

@@ -1346,6 +1346,19 @@ async def test_one_request_satisfies_all_clients_that_wait(bench: Bench) -> None
     assert bench.upstream.count == 2
 
 
+async def test_get_needs_a_newer_response_than_other_clients(bench: Bench) -> None:
+    """The snapshot is what one client has seen, but perhaps older than what another one has seen."""
+    known = (await bench.learn(progress=0.6)).snapshot
+    bench.service.add_subscriber(KEY, b"client")
+    bench.service._in_flight.query_state(KEY).seen_revision = known.revision  # of the first client
+    assert known.version < known.revision
+    asked = asyncio.create_task(bench.service.get(KEY, seen_revision=known.version + 1))
+    (await bench.upstream.call()).answer(progress=0.9)
+    outcome = await asked
+    assert isinstance(outcome, LookupResult)
+    assert data_of(outcome)["progress"] == 0.9
+
+
 class OutdatedStore(MemoryStore):
     """A store that offers its first snapshot whatever is required."""
 
