@@ -39,6 +39,7 @@ global
 defaults
   mode http
   timeout connect 5s
+  timeout check 2s
   timeout client 50s
   timeout server 50s
 {retry}
