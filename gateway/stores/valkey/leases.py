@@ -17,8 +17,10 @@ from contextlib import suppress
 from gateway.domain.task import TaskKey
 from gateway.stores.base import Lease
 from gateway.stores.valkey.connection import StoreUnavailable
-from gateway.stores.valkey.operations import LEASE_SECONDS, StoreOperations
+from gateway.stores.valkey.operations import StoreOperations
 
+# A lease expires after this time unless its holder renews it. So a replica that dies does not block others.
+LEASE_SECONDS = 3.0
 _RENEW_SECONDS = LEASE_SECONDS / 3
 _RETRY_SECONDS = 0.1  # between two attempts to end leases: other replicas may be waiting
 _MAX_ENDING = 1000

@@ -12,10 +12,6 @@ from gateway.stores.valkey.codec import MICROSECONDS, StoredFacts, encode_snapsh
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
 from gateway.stores.valkey.scripts import ACQUIRE, COMMIT, END_LEASE, RENEW_LEASE, TAKE_PERMITS, Script
 
-# A lease expires after this time unless its holder renews it. So a replica that dies does not block others.
-LEASE_SECONDS = 3.0
-_LEASE_MICROSECONDS = int(LEASE_SECONDS * MICROSECONDS)
-
 
 class Reply(NamedTuple):
     """The reply of `acquire.lua` or `commit.lua`; these files describe its parts."""
@@ -28,10 +24,14 @@ class Reply(NamedTuple):
 
 
 class StoreOperations:
-    """Runs the scripts through a connection. Every method may raise StoreUnavailable."""
+    """Runs the scripts through a connection. Every method may raise StoreUnavailable.
 
-    def __init__(self, connection: StoreConnection) -> None:
+    `lease_seconds`: a lease expires after this time unless its holder renews it.
+    """
+
+    def __init__(self, connection: StoreConnection, *, lease_seconds: float) -> None:
         self._connection = connection
+        self._lease_microseconds = int(lease_seconds * MICROSECONDS)
 
     async def acquire(
         self,
@@ -57,7 +57,7 @@ class StoreOperations:
                 channel,
                 _name(key),
                 next_version,
-                _LEASE_MICROSECONDS,
+                self._lease_microseconds,
                 error_time,
             ],
             [bytes, int, int, int, int, int, bytes, bytes],
@@ -83,7 +83,7 @@ class StoreOperations:
                 max(int(keep_seconds * 1000), 1),
                 self._connection.channel,
                 _name(snapshot.key),
-                _LEASE_MICROSECONDS,
+                self._lease_microseconds,
             ],
             [bytes, int, int, int, int, bytes],
         )
@@ -97,7 +97,7 @@ class StoreOperations:
 
     async def renew_lease(self, lease: Lease) -> None:
         """Run `renew_lease.lua`."""
-        await self._run(RENEW_LEASE, lease.key, [lease.token, _LEASE_MICROSECONDS], [])
+        await self._run(RENEW_LEASE, lease.key, [lease.token, self._lease_microseconds], [])
 
     async def take_permits(
         self, replica: str, per_second: float, *, burst: float, refreshes: int, first_queries: int

@@ -33,8 +33,8 @@ from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
 from gateway.stores.memory import MemoryStore
 from gateway.stores.valkey.codec import MICROSECONDS, InvalidStoredValue, decode_failure, encode_failure
 from gateway.stores.valkey.connection import StoreConnection, StoreUnavailable
-from gateway.stores.valkey.leases import Leases
-from gateway.stores.valkey.operations import LEASE_SECONDS, StoreOperations
+from gateway.stores.valkey.leases import LEASE_SECONDS, Leases
+from gateway.stores.valkey.operations import StoreOperations
 from gateway.stores.valkey.shared_snapshots import SharedSnapshots, overlaps, require_refetch
 from gateway.stores.valkey.updates import Updates
 from gateway.stores.valkey.waiters import Waiters
@@ -78,7 +78,7 @@ class ValkeyStore(MemoryStore):
             metrics=metrics,
             on_up_to_date=self._set_up_to_date_until,
         )
-        self._operations = StoreOperations(self._connection)
+        self._operations = StoreOperations(self._connection, lease_seconds=LEASE_SECONDS)
         self._leases = Leases(self._operations)
         self._waiters = Waiters()
         self._shared_snapshots = SharedSnapshots(
