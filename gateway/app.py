@@ -96,7 +96,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         take_permits=store.take_permits if settings.store.url.get_secret_value() else None,
         announce_throttling=store.announce_throttling,
     )
-    store.on_throttled(upstream.slow_down)
+    store.add_throttling_listener(upstream.slow_down)
     service = ProgressService(
         settings.cache,
         store=store,
@@ -188,6 +188,7 @@ def create_app(settings: Settings, *, redactor: Redactor, tracing: Tracing | Non
         address_headers=server.client_address_headers,
         metrics=metrics,
         log_sampler=log_sampler,
+        set_client=with_middleware.set_client,
     )
     behind_fast_path = copy(app)
     app.middleware_stack = CachedResponsesFirst(with_middleware, hits=hits)
@@ -255,7 +256,7 @@ def _add_middleware(
     metrics: Metrics,
     problems: Problems,
     log_sampler: LogSampler,
-) -> ASGIApp:
+) -> ClientAddress:
     if limiter is not None:
         app = RateLimitMiddleware(app, limiter=limiter)
     app = SameSite(app, origins=server.cors_origins)

@@ -1,9 +1,10 @@
-"""Cached responses: a cache hit is served before the application handles the request.
+"""Responses to simple requests: they are built before the application handles the request.
 
-Only simple requests are served: GET, a target of one task without percent-encoding, and no header that needs
-more than a cached response. All others go to the routes. Only the routes send errors, wait, or read bodies.
-Cached responses are counted, timed and logged as in `middleware.RequestTelemetry`. The server's fast path
-writes them to the socket; under other servers `CachedResponsesFirst` sends them.
+A simple request is a GET with a target of one task without percent-encoding, and without a header that only
+the routes handle. All others go to the routes. Only the routes send errors, wait for a change, or read
+bodies. The responses are counted, timed and logged as in `middleware.RequestTelemetry`. The server's fast
+path writes them to the socket, and also waits for the result of a miss. Under other servers,
+`CachedResponsesFirst` sends hits, and the routes handle misses.
 """
 
 from __future__ import annotations
@@ -15,11 +16,23 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.api.client_limits import ClientTokenBuckets
-from gateway.api.progress_response import HEADER_NAMES, build_response, unchanged_until
-from gateway.api.request_log import OutcomeLabels, RequestLog, outcome_labels, sampling_key
+from gateway.api.client_limits import ClientTokenBuckets, client_key
+from gateway.api.progress_response import (
+    HEADER_NAMES,
+    build_response,
+    seen_revision_of,
+    unchanged_until,
+)
+from gateway.api.request_log import (
+    OutcomeLabels,
+    RequestLog,
+    outcome_labels,
+    record_outcome,
+    sampling_key,
+)
 from gateway.api.requests import (
     SECURITY_HEADERS,
+    WAITED_SECONDS,
     Headers,
     client_request_id,
     header,
@@ -29,7 +42,7 @@ from gateway.api.requests import (
 from gateway.api.task_parameters import PROGRESS, SimpleTargetParser
 from gateway.api.trusted_hosts import TrustedHosts
 from gateway.domain.entity_tag import EntityTags
-from gateway.domain.task import Operation
+from gateway.domain.task import Operation, TaskKey
 from gateway.progress.outcomes import CacheStatus, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.telemetry.counters import FastCounter
@@ -79,7 +92,8 @@ class CachedResponses:
     """Serves cached responses, or leaves requests to the routes.
 
     With `cross_origin`, requests with `Origin` go to the routes; with a `limiter`, those with one of the
-    `address_headers`. `clock` is the clock of the log sampler and the service.
+    `address_headers`. `set_client` sets the client in a scope, as `ClientAddress` does. `clock` is the clock
+    of the log sampler and the service.
     """
 
     def __init__(
@@ -95,8 +109,10 @@ class CachedResponses:
         address_headers: Sequence[str] = (),
         metrics: Metrics,
         log_sampler: LogSampler,
+        set_client: Callable[[Scope], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._service = service
         self._lookup = service.lookup
         self._try_reuse = service.try_reuse
         self._tags = tags
@@ -118,7 +134,12 @@ class CachedResponses:
         self._durations = metrics.http_request_duration.labels(_ROUTE)
         self._request_log = RequestLog(log_sampler)
         self._log_sampler = log_sampler
-        self._hit_log_series = {status: self._log_series(status, (_HIT, None)) for status in HEADER_NAMES}
+        self._set_client = set_client
+        self._log_series = {
+            (status, cache_status): self._sample(status, (cache_status, None))
+            for status in HEADER_NAMES
+            for cache_status in CacheStatus
+        }
         self._clock = clock
         # By target and If-None-Match, for the current second. None: requested once so far.
         self._entries: dict[tuple[bytes, str | None], CachedResponse | None] = {}
@@ -151,14 +172,36 @@ class CachedResponses:
                 return None
         if limiter is not None:
             limiter.admit(_host(client))
-        request_id = traits.request_id or new_request_id()
-        now = self._clock()
-        hit.counter.value += 1
-        self._durations.observe(now - began)
-        suppressed = hit.log_series.take(now)
-        if suppressed is not None:
-            self._log(hit, traits, request_id, seconds=now - began, suppressed=suppressed)
-        return hit, request_id
+        return hit, self._record(hit, traits, began)
+
+    def task_of_miss(self, target: bytes) -> TaskKey | None:
+        """Return the task if `wait` may handle a request that `answer` has not answered; else None.
+
+        With a limiter, the routes handle misses.
+        """
+        return None if self._limiter is not None else self._parse_target(target)
+
+    async def wait(self, key: TaskKey, traits: RequestTraits, scope: Scope) -> tuple[CachedResponse, bytes]:
+        """Wait for the result of a miss; return the response, and the request ID.
+
+        If this coroutine is cancelled, the client leaves the in-flight request. If it raises an exception,
+        the state in `scope` has what the request log needs. Raises: GatewayError.
+        """
+        began = self._clock()
+        self._set_client(scope)
+        client, if_none_match = client_key(scope), traits.if_none_match
+        try:
+            if if_none_match is None:
+                outcome = await self._service.get_after_miss(key, client=client)
+            else:
+                seen_revision = seen_revision_of(self._service, self._tags, key, if_none_match)
+                outcome = await self._service.get(key, client=client, seen_revision=seen_revision)
+            result = record_outcome(scope, outcome)
+        except BaseException:
+            scope["state"][WAITED_SECONDS] = self._clock() - began
+            raise
+        response = self._make(result, *build_response(result, if_none_match))
+        return response, self._record(response, traits, began)
 
     def _build(self, target: bytes, if_none_match: str | None, now: float) -> CachedResponse | None:
         key = self._parse_target(target)
@@ -170,25 +213,42 @@ class CachedResponses:
             snapshot = result.snapshot
             if self._tags.revision(if_none_match, snapshot.key) > snapshot.version and not snapshot.terminal:
                 return None  # the client has received a newer one
-        fresh = result.cache_status is _HIT
-        log_series = (
-            self._hit_log_series[status] if fresh else self._log_series(status, outcome_labels(result))
-        )
-        hit = CachedResponse(
-            result, status, values + self._common_values, body, self._counters[status], log_series
-        )
+        hit = self._make(result, status, values, body)
         if result.failure is None:
             expires_at = unchanged_until(result)
-            if not fresh:
+            if result.cache_status is not _HIT:
                 expires_at = min(expires_at, now + _STALE_REUSE_SECONDS)
             self._store(target, if_none_match, hit, now, expires_at)
         return hit
+
+    def _make(
+        self, result: LookupResult, status: int, values: tuple[bytes, ...], body: bytes
+    ) -> CachedResponse:
+        cache_status, failure = result.cache_status, result.failure
+        if failure is None:
+            log_series = self._log_series[status, cache_status]
+        else:
+            log_series = self._sample(status, outcome_labels(result))
+        return CachedResponse(
+            result, status, values + self._common_values, body, self._counters[status], log_series
+        )
+
+    def _record(self, response: CachedResponse, traits: RequestTraits, began: float) -> bytes:
+        """Count, time and log a response; return the request ID."""
+        request_id = traits.request_id or new_request_id()
+        now = self._clock()
+        response.counter.value += 1
+        self._durations.observe(now - began)
+        suppressed = response.log_series.take(now)
+        if suppressed is not None:
+            self._log(response, traits, request_id, seconds=now - began, suppressed=suppressed)
+        return request_id
 
     def _is_current(self, hit: CachedResponse, now: float) -> bool:
         entry = hit.result.entry
         return entry is not None and self._try_reuse(entry, now)
 
-    def _log_series(self, status: int, labels: OutcomeLabels) -> LogSeries:
+    def _sample(self, status: int, labels: OutcomeLabels) -> LogSeries:
         return self._log_sampler.kind(sampling_key(_ROUTE, status, None, labels))
 
     def _store(

@@ -13,9 +13,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.client_limits import ClientLimits, client_key
-from gateway.api.progress_response import HEADER_NAMES, build_response
+from gateway.api.progress_response import HEADER_NAMES, build_response, seen_revision_of
 from gateway.api.request_log import record_outcome
-from gateway.api.requests import LONG_POLL, free_headers, header, query_parameters
+from gateway.api.requests import FAILURE, LONG_POLL, free_headers, header, query_parameters
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.wait_parameter import requested_wait
@@ -51,6 +51,8 @@ class ProgressEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Respond 200 with the task's progress, or 304 when the client has the current representation."""
+        if FAILURE in scope["state"]:
+            raise scope["state"].pop(FAILURE)
         parameters = query_parameters(scope, "api", "wait")
         key = self._tasks.in_path(scope, parameters)
         if_none_match = header(scope["headers"], b"if-none-match")
@@ -60,7 +62,7 @@ class ProgressEndpoint:
             free_headers(scope)
             outcome = await self._wait_for_change(scope, receive, key, if_none_match, wait)
         else:
-            seen_revision = self._seen_revision(key, if_none_match)
+            seen_revision = seen_revision_of(self._service, self._tags, key, if_none_match)
             hit = self._service.lookup(key, seen_revision)
             outcome = hit or await self._read_after_miss(scope, receive, key, seen_revision)
         status, values, body = build_response(record_outcome(scope, outcome), if_none_match)
@@ -75,15 +77,6 @@ class ProgressEndpoint:
         result = self._service.get_after_miss(key, client=client_key(scope), seen_revision=seen_revision)
         return await while_connected(scope, receive, result)
 
-    def _seen_revision(self, key: TaskKey, if_none_match: str | None) -> int:
-        """Return the newest revision that this client has seen; 0 if any snapshot may be the response."""
-        if if_none_match is None:
-            return 0
-        known = self._service.peek(key)
-        if known is not None and matches(if_none_match, known.snapshot.etag):
-            return 0
-        return self._tags.revision(if_none_match, key)
-
     async def _wait_for_change(
         self, scope: Scope, receive: Receive, key: TaskKey, if_none_match: str | None, wait: float
     ) -> LookupResult | LookupFailure:
@@ -92,7 +85,7 @@ class ProgressEndpoint:
         Only the hub's schedule calls the upstream meanwhile, and the long poll counts as one lookup.
         """
         await self._service.read_arrived_messages()
-        seen_revision = self._seen_revision(key, if_none_match)
+        seen_revision = seen_revision_of(self._service, self._tags, key, if_none_match)
         on_arrival = self._service.peek(key, seen_revision)
         had_snapshot = on_arrival is not None
         if if_none_match is None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from gateway.api.requests import Headers
-from gateway.domain.entity_tag import matches
+from gateway.domain.entity_tag import EntityTags, matches
+from gateway.domain.task import TaskKey
 from gateway.progress.outcomes import CacheStatus, LookupResult
+from gateway.progress.service import ProgressService
 
 _CACHED = frozenset({CacheStatus.HIT, CacheStatus.STALE})
 CACHE_NAMES = (b"cache-control", b"age", b"cache-status")
@@ -79,3 +81,15 @@ def build_response(result: LookupResult, if_none_match: str | None) -> tuple[int
     if if_none_match is not None and matches(if_none_match, etag):
         return _NOT_MODIFIED, values, b""
     return _OK, (*values, b"application/json", b"%d" % len(body)), body
+
+
+def seen_revision_of(
+    service: ProgressService, tags: EntityTags, key: TaskKey, if_none_match: str | None
+) -> int:
+    """Return the newest revision that this client has seen; 0 if any snapshot may be the response."""
+    if if_none_match is None:
+        return 0
+    known = service.peek(key)
+    if known is not None and matches(if_none_match, known.snapshot.etag):
+        return 0
+    return tags.revision(if_none_match, key)

@@ -20,7 +20,10 @@ SECURITY_HEADERS = (
     (b"cross-origin-resource-policy", b"same-site"),
 )
 
-LONG_POLL = "long_poll"  # key in the scope's state: the request waits for a change
+# Keys in the scope's state.
+LONG_POLL = "long_poll"  # the request waits for a change
+FAILURE = "failure"  # the exception with which the request has failed; the endpoint only raises it
+WAITED_SECONDS = "waited_seconds"  # how long the request has waited before the application was called
 
 _OWN_SITES = frozenset({"same-origin", "same-site", "none"})  # "none": a user action, not a page
 _VALID_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")

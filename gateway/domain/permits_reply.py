@@ -1,4 +1,4 @@
-"""PermitsReply for upstream calls, from the rate limiter that replicas share."""
+"""Permits for upstream calls, from the rate limiter that replicas share."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ class PermitsReply(NamedTuple):
     """The reply to a request for permits.
 
     Attributes:
-        refreshes: PermitsReply granted for refreshes: queries of tasks of which an older snapshot is known.
-        first_queries: PermitsReply granted for first queries: all other queries.
+        refreshes: Permits granted for refreshes: queries of tasks of which an older snapshot is known.
+        first_queries: Permits granted for first queries: all other queries.
         next_seconds: Seconds until the next permit may be available.
         refreshes_elsewhere: Refreshes that are queued on other replicas.
         first_queries_elsewhere: First queries that are queued on other replicas.

@@ -92,9 +92,13 @@ class Fetcher:
         """
         try:
             with self._tracing.in_flight_span(key) as span:
-                fetch = await self._fetch_with_lease(key, state, requirement or ANY_FRESH)
-                span.outcome = fetch.outcome.code if isinstance(fetch.outcome, GatewayError) else "ok"
-                return fetch if span.context is None else fetch._replace(span=span.context)
+                fetched = await self._fetch_with_lease(key, state, requirement or ANY_FRESH)
+                span.outcome = (
+                    fetched.snapshot_or_error.code
+                    if isinstance(fetched.snapshot_or_error, GatewayError)
+                    else "ok"
+                )
+                return fetched if span.context is None else fetched._replace(span=span.context)
         except Exception as exc:
             # A background refresh may have no waiting caller: then only the log shows an unexpected error.
             if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
@@ -113,9 +117,9 @@ class Fetcher:
             lease = await self._store.acquire(key, requirement, timeout_seconds=deadline - self._clock())
             if not isinstance(lease, Lease):
                 return FetchOutcome(lease)
-            fetch = await self._query_upstream(lease, state, deadline)
-            if fetch is not None:
-                return fetch
+            fetched = await self._query_upstream(lease, state, deadline)
+            if fetched is not None:
+                return fetched
         latest = self._store.last_known(key)
         return FetchOutcome(latest or UpstreamTimeout("other replicas took the lease each time"))
 
@@ -145,7 +149,7 @@ class Fetcher:
                 key,
                 is_refresh=self._store.last_known(key) is not None,
                 timeout_seconds=deadline - started,
-                on_expected_wait=partial(_report_queued, state),
+                on_queued=partial(_report_queued, state),
                 on_retry=partial(self._store.release_lease_early, lease),
                 query_state=state,
             )
@@ -194,15 +198,15 @@ class Fetcher:
             )
 
 
-def queued_future_of(state: QueryState) -> asyncio.Future[GatewayError]:
+def queued_signal_of(state: QueryState) -> asyncio.Future[GatewayError]:
     """Return the future that resolves to an error when the rate limiter queues the query."""
-    if state.queued_future is None:
-        state.queued_future = asyncio.get_running_loop().create_future()
-    return state.queued_future
+    if state.queued_signal is None:
+        state.queued_signal = asyncio.get_running_loop().create_future()
+    return state.queued_signal
 
 
 def _report_queued(state: QueryState, seconds: float) -> None:
-    signal = queued_future_of(state)
+    signal = queued_signal_of(state)
     if not signal.done():
         failure = RateLimited(
             "the query is queued by the rate limiter for upstream calls", retry_after=seconds

@@ -7,11 +7,11 @@
     the query fails                      -> stale-if-error: a snapshot that is young enough, else the failure
     the rate limiter queues the query    -> stale-if-error at once, and the query stays queued; else wait
     the query takes too long             -> stale-if-error at once, and the query continues; else wait
-    all callers leave the queued query   -> the query is dropped, unless the gateway itself needs the response
+    all callers leave, no call in flight -> the query is dropped, unless the gateway itself needs the response
     a fresh snapshot is read twice       -> refresh-ahead (`refresh_ahead.py`)
 
 An in-flight request is the query for a task with the steps before and after the query (`fetching.py`). A
-query *counts as queued* from the first call of its `on_expected_wait`; see `RateLimiter.acquire`.
+query *counts as queued* from the first call of its `on_queued`; see `RateLimiter.acquire`.
 `overdue_updates.py` decides whether a query takes too long. The update of the task is then *overdue*.
 
 Until a task has ended, a caller may receive a snapshot older than its lifetime +
@@ -29,7 +29,7 @@ from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import GatewayError, UpstreamTimeout
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.fetching import Fetcher, queued_future_of
+from gateway.progress.fetching import Fetcher, queued_signal_of
 from gateway.progress.in_flight_requests import InFlightRequests
 from gateway.progress.lookup_metrics import LookupMetrics
 from gateway.progress.outcomes import CacheStatus, FetchOutcome, LookupFailure, LookupResult
@@ -185,8 +185,8 @@ class ProgressService:
     def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, but count no lookup and start no refresh.
 
-        The result is that of `lookup`, with one exception: while a query takes too long, a snapshot is served
-        up to the maximum age of stale-if-error, and the result has an error.
+        The result is that of `lookup`, with one exception: while the update is overdue, a snapshot is served
+        up to the age `cache.stale_if_error_seconds`, and the result has the failure.
         """
         entry = self._store.valid_entry(key)
         if entry is None:
@@ -232,8 +232,8 @@ class ProgressService:
         """Return a result with a stale snapshot, or None if the snapshot is too old.
 
         The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. If a failure of the task is
-        cached, the result has the failure, and the maximum age is `cache.stale_if_error_seconds`, which may
-        be shorter. `failure`: used in place of a cached failure.
+        cached, the result has the failure, and the maximum age is `cache.stale_if_error_seconds`, be it
+        longer or shorter. `failure`: used in place of a cached failure.
         """
         failure = failure or self._store.cached_failure(snapshot.key)
         if failure is None:
@@ -244,10 +244,10 @@ class ProgressService:
 
     async def _fetch(self, key: TaskKey, state: QueryState, requirement: Requirement | None) -> FetchOutcome:
         state.began_at = self._clock()
-        fetch = await self._fetcher.fetch(key, state, requirement)
-        if isinstance(fetch.outcome, GatewayError):
-            self.overdue_updates.record_failure(key, fetch.outcome)
-        return fetch
+        fetched = await self._fetcher.fetch(key, state, requirement)
+        if isinstance(fetched.snapshot_or_error, GatewayError):
+            self.overdue_updates.record_failure(key, fetched.snapshot_or_error)
+        return fetched
 
     def _observe_latency(self, operation: Operation, seconds: float) -> None:
         self._refresh_ahead.observe_latency(operation, seconds)
@@ -278,8 +278,8 @@ class ProgressService:
             wait_until_done = wait_until_done or not self._within_stale_if_error(known, seen_revision)
             required = Requirement(seen_revision=seen_revision)
             for _ in range(_MAX_JOINED_IN_FLIGHT_REQUESTS):
-                fetch = await self._join_in_flight_request(key, required, wait_until_done=wait_until_done)
-                outcome = fetch.outcome
+                fetched = await self._join_in_flight_request(key, required, wait_until_done=wait_until_done)
+                outcome = fetched.snapshot_or_error
                 if isinstance(outcome, GatewayError) or outcome.is_at_least(seen_revision):
                     break
                 # The in-flight request had started with the requirement of another caller.
@@ -291,10 +291,10 @@ class ProgressService:
             if client is not None:
                 self._in_flight.remove_waiter(key, client)
         if isinstance(outcome, GatewayError):
-            return self._stale_if_error(key, outcome, cache_status, fetch, seen_revision=seen_revision)
+            return self._stale_if_error(key, outcome, cache_status, fetched, seen_revision=seen_revision)
         age = self._clock() - outcome.fetched_at
         self._metrics.record_age(outcome, age)
-        return LookupResult(outcome, age, cache_status, had_snapshot=known is not None, fetch=fetch)
+        return LookupResult(outcome, age, cache_status, had_snapshot=known is not None, fetched=fetched)
 
     async def _join_in_flight_request(
         self, key: TaskKey, required: Requirement, *, wait_until_done: bool
@@ -313,7 +313,7 @@ class ProgressService:
             return await asyncio.shield(request)
         if request.done():  # it ended in this iteration of the event loop
             return request.result()
-        queued = queued_future_of(state)
+        queued = queued_signal_of(state)
         taken = max(self._clock() - state.began_at, 0.0)  # 0.0 before it runs: `began_at` is then infinite
         timeout = max(self.overdue_updates.overdue_after_seconds - taken, 0.0)
         await asyncio.wait((request, queued), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -328,17 +328,17 @@ class ProgressService:
         key: TaskKey,
         failure: GatewayError,
         cache_status: CacheStatus,
-        fetch: FetchOutcome | None = None,
+        fetched: FetchOutcome | None = None,
         *,
         seen_revision: int,
     ) -> LookupResult | LookupFailure:
         """Return a stale snapshot instead of the failure, unless it is too old (stale-if-error)."""
         snapshot = self._store.last_known(key)
         if snapshot is None or not self._within_stale_if_error(snapshot, seen_revision):
-            return LookupFailure(key, failure, cache_status, fetch)
+            return LookupFailure(key, failure, cache_status, fetched)
         age = self._clock() - snapshot.fetched_at
         self._metrics.record_age(snapshot, age)
-        return LookupResult(snapshot, age, CacheStatus.STALE, failure=failure, fetch=fetch)
+        return LookupResult(snapshot, age, CacheStatus.STALE, failure=failure, fetched=fetched)
 
     def _within_stale_if_error(self, snapshot: Snapshot | None, seen_revision: int) -> bool:
         """Tell whether this snapshot may be served instead of a failure."""

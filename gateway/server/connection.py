@@ -21,6 +21,7 @@ application, the set of connections, the set of tasks and the default headers.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -257,6 +258,10 @@ class Connection(ClientTransport):
             self._refuse_connection()
             return
         self._body = make_body_decoder(head, max_overhead=self.limits.max_header_bytes)
+        self._run_exchange(Exchange, head)
+
+    def _run_exchange(self, make_exchange: Callable[..., Exchange], head: Head) -> None:
+        """Start an exchange in an asyncio task."""
         scope = make_scope(
             head,
             root_path=self._config.root_path,
@@ -265,7 +270,7 @@ class Connection(ClientTransport):
             state=self._lifespan_state.copy(),
             extensions={ON_DISCONNECT: self._on_disconnect, DIRECT_TRANSPORT: self._direct_transport},
         )
-        exchange = self._exchange = Exchange(
+        exchange = self._exchange = make_exchange(
             self, head, scope, has_body=self._body is not None, headers=self.server_state.default_headers
         )
         if self._body is None:

@@ -21,6 +21,7 @@ from urllib.parse import unquote
 import structlog
 from starlette.types import ASGIApp, Message, Scope
 
+from gateway.api.requests import Headers
 from gateway.api.server_extensions import chunk
 from gateway.domain.errors import GatewayError
 from gateway.server.framing import Head
@@ -126,7 +127,7 @@ class Exchange:
         scope: Scope,
         *,
         has_body: bool,
-        headers: Sequence[tuple[bytes, bytes]],
+        headers: Headers,
     ) -> None:
         self.scope = scope
         # The client may send another request before it reads the response.
@@ -173,8 +174,10 @@ class Exchange:
 
     async def run(self, app: ASGIApp) -> None:
         """Run the application; an unfinished response closes the connection."""
-        if self.disconnected:
-            return  # the application would register its callback after the disconnect
+        if not self.disconnected:  # else the application would register its callback after the disconnect
+            await self._call(app)
+
+    async def _call(self, app: ASGIApp) -> None:
         try:
             await app(self.scope, self.receive, self.send)
         except asyncio.CancelledError:

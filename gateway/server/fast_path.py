@@ -1,23 +1,29 @@
-"""Serves cached responses directly from the connection: no ASGI scope, no asyncio task, one write.
+"""Serves simple requests directly from the connection, without the ASGI application.
 
-    bytes equal the last request, except for the target -> a hit -> write, without parsing
-    all other bytes -> parse the head                   -> a hit -> write
-                                                        -> else  -> exchange with the application
+    bytes equal the last request, except for the target -> a hit         -> write, without parsing
+    all other bytes -> parse the head                   -> a hit         -> write
+                                                        -> a simple miss -> wait -> write
+                                                        -> else          -> exchange with the application
 
-The setting `server.edge` turns this on or off.
-
-`api.cached_responses` decides whether a request is a hit, and renders the response.
+A hit needs no ASGI scope and no asyncio task. The setting `server.edge` turns this on or off.
+`api.cached_responses` decides whether a request is a hit or a simple miss, and builds the response.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
 
 from gateway.api.cached_responses import CachedResponse, CachedResponses, RequestTraits
-from gateway.api.requests import Headers
+from gateway.api.requests import FAILURE, Headers
+from gateway.domain.task import TaskKey
 from gateway.server.connection import Connection
-from gateway.server.exchange import STATUS_LINES
+from gateway.server.exchange import STATUS_LINES, Exchange
 from gateway.server.framing import Head
 
 _MAX_REMEMBERED = 2048  # bytes of a request: each of thousands of connections may remember its last one
@@ -52,6 +58,51 @@ class HeadRenderer:
         lines = [(name.lower() + b": " + value).replace(b"%", b"%%") for name, value in self._server_headers]
         lines += [name + b": %b" for name in self._names[status]]
         return STATUS_LINES[status] + b"\r\n".join([*lines, b"x-request-id: "])
+
+
+class SimpleMiss(Exchange):
+    """A request that waits for the result of a miss. The application is called only if this fails."""
+
+    __slots__ = ("_heads", "_hits", "_key", "_task", "_traits")
+
+    def __init__(
+        self,
+        hits: CachedResponses,
+        heads: HeadRenderer,
+        key: TaskKey,
+        traits: RequestTraits,
+        *args: Any,
+        **options: Any,
+    ) -> None:
+        super().__init__(*args, **options)
+        self._hits = hits
+        self._heads = heads
+        self._key = key
+        self._traits = traits
+        self._task: asyncio.Task[None] | None = None
+
+    def disconnect(self) -> None:
+        """Stop waiting."""
+        super().disconnect()
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _call(self, app: ASGIApp) -> None:
+        """Wait for the response, and send it. On a failure, let the application send the error."""
+        self._task = asyncio.current_task()
+        try:
+            response, request_id = await self._hits.wait(self._key, self._traits, self.scope)
+            head = self._heads.render(response, self._default_headers)
+        except (asyncio.CancelledError, Exception) as exc:  # noqa: BLE001  # the application reports it
+            self._task = None
+            self.scope["state"][FAILURE] = ClientDisconnect() if self.disconnected else exc
+            await super()._call(app)
+            return
+        self._connection.response_started()
+        close = b"" if self.keep_alive else b"connection: close\r\n"
+        self._connection.write(b"%b%b\r\n%b\r\n%b" % (head, request_id, close, response.body))
+        self.started = self.complete = True
+        self._connection.response_complete(failed=False)
 
 
 class FastPathConnection(Connection):
@@ -90,7 +141,7 @@ class FastPathConnection(Connection):
         super().data_received(data)
 
     def _start_request(self, data: bytes, head: Head) -> None:
-        """Serve a hit; pass any other request on to the application."""
+        """Serve a hit, or wait for the result of a simple miss; pass any other request on."""
         self._last = None
         plain = head.method == b"GET" and head.keep_alive and head.content_length == 0
         if plain and not self._over_limit and not self.limits.draining:
@@ -98,6 +149,9 @@ class FastPathConnection(Connection):
             if traits is not None and self._serve_hit(head.target, traits):
                 if not self._buffer:
                     self._remember(data, head.target, traits)
+                return
+            if traits is not None and (key := self.hits.task_of_miss(head.target)) is not None:
+                self._run_exchange(partial(SimpleMiss, self.hits, self.heads, key, traits), head)
                 return
         super()._start_request(data, head)
 

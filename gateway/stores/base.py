@@ -190,14 +190,14 @@ class Store(Protocol):
         """Announce to the other replicas that the upstream throttles, with its Retry-After, if any."""
         ...
 
-    def on_throttled(self, listener: Callable[[float | None], None]) -> None:
+    def add_throttling_listener(self, listener: Callable[[float | None], None]) -> None:
         """Call `listener` with the `retry_after` of each announcement of throttling.
 
         A shared store also calls it for the announcements of this replica.
         """
         ...
 
-    def on_change(
+    def add_change_listener(
         self, listener: Callable[[Snapshot], None], *, is_watched: Callable[[TaskKey], bool] = lambda _: False
     ) -> None:
         """Call `listener`, on the event loop, with each new snapshot, even if it is too large to be kept.

@@ -30,7 +30,7 @@ def create_store(
     limits: dict[str, Any] = {
         "max_tasks": cache.max_tasks,
         "max_bytes": cache.max_bytes,
-        "keep_stale_seconds": max(cache.stale_while_revalidate_seconds, cache.stale_if_error_seconds),
+        "min_keep_stale_seconds": max(cache.stale_while_revalidate_seconds, cache.stale_if_error_seconds),
     }
     if not settings.store.url.get_secret_value():
         return MemoryStore(**limits)

@@ -80,8 +80,9 @@ class MemoryStore:
 
     `max_bytes` limits the sum of all bodies, envelopes and error texts, plus `ENTRY_OVERHEAD_BYTES` for each
     entry. At this limit, failures are evicted first, because they are short-lived. An entry that is larger
-    than the limit is not kept. `keep_stale_seconds` is the shortest time for which a snapshot is kept after
-    it has become stale. It must be at least as long as the settings allow a stale snapshot to be served.
+    than the limit is not kept. `min_keep_stale_seconds` is the shortest time for which a snapshot is kept
+    after it has become stale, unless it is evicted. It must be at least as long as the settings allow a stale
+    snapshot to be served.
     """
 
     def __init__(
@@ -89,12 +90,12 @@ class MemoryStore:
         *,
         max_tasks: int,
         max_bytes: int = 67_108_864,
-        keep_stale_seconds: float,
+        min_keep_stale_seconds: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_tasks = max_tasks
         self._max_bytes = max_bytes
-        self._keep_stale_seconds = keep_stale_seconds
+        self._min_keep_stale_seconds = min_keep_stale_seconds
         self._clock = clock
         self._listeners: list[Callable[[Snapshot], None]] = []
         self._snapshots = _SnapshotCache(max_bytes, self._expires_at, timer=clock, getsizeof=_entry_bytes)
@@ -149,9 +150,8 @@ class MemoryStore:
 
     def cached_failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.cached_failure`."""
-        if (
-            self._clock() >= self._last_failure_expires_at
-        ):  # the common case; takes a tenth of the time of a lookup
+        # The common case takes a tenth of the time of a lookup.
+        if self._clock() >= self._last_failure_expires_at:
             return None
         failure = self._failures.get(key)
         return None if failure is None else failure[0]
@@ -193,13 +193,13 @@ class MemoryStore:
     async def announce_throttling(self, retry_after: float | None) -> None:
         """See `Store.announce_throttling`: there are no other replicas."""
 
-    def on_throttled(self, listener: Callable[[float | None], None]) -> None:
-        """See `Store.on_throttled`: without other replicas, there are no announcements."""
+    def add_throttling_listener(self, listener: Callable[[float | None], None]) -> None:
+        """See `Store.add_throttling_listener`: without other replicas, there are no announcements."""
 
-    def on_change(
+    def add_change_listener(
         self, listener: Callable[[Snapshot], None], *, is_watched: Callable[[TaskKey], bool] = lambda _: False
     ) -> None:
-        """See `Store.on_change`."""
+        """See `Store.add_change_listener`."""
         self._listeners.append(listener)
 
     def put(self, snapshot: Snapshot, *, fetched_here: bool = True) -> Snapshot:
@@ -250,8 +250,8 @@ class MemoryStore:
     def keep_seconds(self, snapshot: Snapshot) -> float:
         """Return how long a snapshot is kept after it was fetched, in seconds."""
         if snapshot.key.operation.is_result:  # it may be large (1 MiB), and has no progress to remember
-            return snapshot.lifetime + self._keep_stale_seconds
-        return snapshot.lifetime + max(self._keep_stale_seconds, REMEMBER_SECONDS)
+            return snapshot.lifetime + self._min_keep_stale_seconds
+        return snapshot.lifetime + max(self._min_keep_stale_seconds, REMEMBER_SECONDS)
 
     def __len__(self) -> int:
         """See `Store.__len__`."""

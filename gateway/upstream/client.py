@@ -41,7 +41,7 @@ from gateway.upstream.concurrency_limit import ConcurrencyLimit
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.hedging import Hedging, MustCallAgain
-from gateway.upstream.query_state import QueryState, timeout_error
+from gateway.upstream.query_state import QueryState, make_upstream_timeout
 from gateway.upstream.rate_limiter import Permit, RateLimiter
 from gateway.upstream.retry_policy import RetryPolicy
 from gateway.upstream.shared_permits import TakePermits
@@ -64,7 +64,7 @@ class _Query:
 
     key: TaskKey
     is_refresh: bool
-    on_expected_wait: Callable[[float], None]
+    on_queued: Callable[[float], None]
     deadline: float
     state: QueryState
     call_numbers: Iterator[int] = field(default_factory=count)
@@ -135,7 +135,7 @@ class UpstreamClient:
         *,
         is_refresh: bool = False,
         timeout_seconds: float = math.inf,
-        on_expected_wait: Callable[[float], None] = lambda _: None,
+        on_queued: Callable[[float], None] = lambda _: None,
         on_retry: Callable[[], None] = lambda: None,
         query_state: QueryState | None = None,
     ) -> ParsedResponse:
@@ -145,10 +145,10 @@ class UpstreamClient:
             key: The task.
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: Limit for the whole query, in addition to the setting.
-            on_expected_wait: See `RateLimiter.acquire`.
+            on_queued: See `RateLimiter.acquire`.
             on_retry: Called before each retry, but not before a repeat on a new connection.
             query_state: The waiting callers. The attribute `call_sent` is set when a call is sent, and
-                cleared before a retry. None: the gateway itself needs the response.
+                cleared before the next one. None: the gateway itself needs the response.
 
         Raises:
             UpstreamError: There is no response, or it is an error.
@@ -157,7 +157,7 @@ class UpstreamClient:
         seconds = min(self._settings.timeout_seconds, timeout_seconds)
         deadline = asyncio.get_running_loop().time() + seconds
         query = _Query(
-            key, is_refresh, on_expected_wait, deadline, query_state or QueryState(keep_without_callers=True)
+            key, is_refresh, on_queued, deadline, query_state or QueryState(keep_without_callers=True)
         )
         self._retry_policy.on_query()
         retries = 0
@@ -180,7 +180,7 @@ class UpstreamClient:
                             raise
                         query.state.call_sent = False
                         query.state.failure = failure = copy(exc)
-                    retries += self._begin_repeat(key.operation, failure, on_retry)
+                    retries += self._count_repeat(key.operation, failure, on_retry)
                     await asyncio.sleep(delay)
         except TimeoutError:
             raise query.state.make_timeout_error() from None
@@ -189,7 +189,7 @@ class UpstreamClient:
                 self._abandoned[key.operation].inc()
             raise
 
-    def _begin_repeat(
+    def _count_repeat(
         self, operation: Operation, failure: UpstreamError, on_retry: Callable[[], None]
     ) -> bool:
         """Count a repeat; return whether it is a retry, and not a repeat on a new connection."""
@@ -208,17 +208,17 @@ class UpstreamClient:
         operation = query.key.operation
         while True:
             self._breakers[operation].check()  # an open circuit fails the query before it waits for anything
-            query.state.make_timeout_error = timeout_error
+            query.state.make_timeout_error = make_upstream_timeout
             await self._rotation.wait_for_probe(operation)
             query.state.make_timeout_error = _rate_limit_error
             # The permit is acquired before the slot: a query that waits for a permit must not hold a slot.
             with await self._rate_limiter.acquire(
                 is_refresh=query.is_refresh,
                 timeout_seconds=self._max_queue_seconds(query),
-                on_expected_wait=query.on_expected_wait,
+                on_queued=query.on_queued,
                 query_state=query.state,
             ) as permit:
-                query.state.make_timeout_error = timeout_error
+                query.state.make_timeout_error = make_upstream_timeout
                 try:
                     return await self._rotation.use(
                         operation, partial(self._call_with_clock_correction, query, permit)
@@ -238,7 +238,7 @@ class UpstreamClient:
             async with asyncio.timeout_at(query.deadline):
                 return await self._call_within_limits(hedged)
         except TimeoutError:
-            raise timeout_error() from None
+            raise make_upstream_timeout() from None
 
     def _max_queue_seconds(self, query: _Query) -> float:
         """Return how long a query may wait for a permit and still have enough time for a response."""
@@ -299,7 +299,7 @@ class UpstreamClient:
 
         Raises:
             _PermitRevoked: The upstream has throttled another call since the permit was issued.
-            GatewayError: Less time is left than a response usually takes (`make_timeout_error`).
+            GatewayError: Less time is left than a response usually takes (see `make_timeout_error`).
         """
         if permit.revoked and permit.sent_at is None:
             raise _PermitRevoked
@@ -317,8 +317,8 @@ class UpstreamClient:
         if not query.state.wanted:
             return None
         latest_start = query.deadline - self._latency_seconds[query.key.operation]
-        seconds_left = latest_start - asyncio.get_running_loop().time()
-        return self._retry_policy.take_retry(error, retries=retries, seconds_left=seconds_left)
+        max_delay_seconds = latest_start - asyncio.get_running_loop().time()
+        return self._retry_policy.take_retry(error, retries=retries, max_delay_seconds=max_delay_seconds)
 
     def _make_breaker(self, operation: Operation) -> CircuitBreaker:
         gauges = {state: self._metrics.upstream_circuit_state.labels(operation, state) for state in State}

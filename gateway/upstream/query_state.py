@@ -18,7 +18,7 @@ from typing import Protocol
 from gateway.domain.errors import GatewayError, UpstreamTimeout
 
 
-def timeout_error() -> GatewayError:
+def make_upstream_timeout() -> GatewayError:
     """Return the error of a query whose response does not come in time."""
     return UpstreamTimeout("the upstream did not answer in time")
 
@@ -46,8 +46,9 @@ class QueryState:
         on_unwanted: Callback that cancels a request which is not wanted any more. Its argument is this
             query state.
         dropped: The request was cancelled by `on_unwanted`.
-        queue_entry: The query's entry in the queue of the rate limiter; None while it is not queued.
-        queued_future: A future that receives an error when the rate limiter queues the query. Callers that
+        queue_entry: The query's entry in the queue for a permit or for a concurrency slot; None while it is
+            in neither.
+        queued_signal: A future that receives an error when the rate limiter queues the query. Callers that
             can serve a stale snapshot then stop waiting.
         began_at: When the request began, on the clock of the progress service.
         failure: The failure of the latest call of the query, which is retried; None without one.
@@ -66,7 +67,7 @@ class QueryState:
         "make_timeout_error",
         "on_unwanted",
         "queue_entry",
-        "queued_future",
+        "queued_signal",
         "seen_revision",
     )
 
@@ -89,10 +90,10 @@ class QueryState:
         self.call_sent = False
         self.dropped = False
         self.queue_entry: QueueEntry | None = None
-        self.queued_future: asyncio.Future[GatewayError] | None = None
+        self.queued_signal: asyncio.Future[GatewayError] | None = None
         self.began_at = math.inf
         self.failure: GatewayError | None = None
-        self.make_timeout_error: Callable[[], GatewayError] = timeout_error
+        self.make_timeout_error: Callable[[], GatewayError] = make_upstream_timeout
 
     @property
     def wanted(self) -> bool:

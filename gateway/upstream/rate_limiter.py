@@ -5,10 +5,10 @@
             -> else wait in the queue (`query_queue.py`)   -> permit
 
 If replicas share a rate limit, a query also needs a shared permit (`shared_permits.py`). A permit is used for
-one call, and for the repeats of this call with a corrected clock or another key pair. A retry, a repeat on a
-new connection and a hedged call need a permit of their own. The limiter is a token bucket. `AdaptiveLimit`
-sets its rate from the settings and from throttling responses. A timer runs until the next token is available,
-and then serves the queue. Use the limiter on the event loop's thread only.
+one call, and for the repeats of this call with a corrected clock or another key pair. Every other call needs
+a permit of its own. The limiter is a token bucket. `AdaptiveLimit` sets its rate from the settings and from
+throttling responses. A timer runs until the next token is available, and then serves the queue. Use the
+limiter on the event loop's thread only.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from gateway.upstream.query_queue import QueryQueue, QueuedQuery
 from gateway.upstream.query_state import QueryState
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
-# Shortest expected wait that `acquire` reports to `on_expected_wait` when a query is put into the queue.
+# Shortest expected wait that `acquire` reports to `on_queued` when a query is put into the queue.
 # Later reports have no minimum. After a report, the progress service serves a stale snapshot at once, if
 # there is one.
 MIN_WAIT_REPORTED_ON_ENTRY_SECONDS = 0.1
-# For this time after its timeout, a query at the head of the queue still gets a permit, because the timer
-# that serves the queue may fire late. The checks of the expected wait have no tolerance.
+# A query at the head of the queue still gets a permit this long after its timeout, because the timer that
+# serves the queue may fire late. The checks of the expected wait have no tolerance.
 _TIMEOUT_TOLERANCE_SECONDS = 0.1
 
-# The bucket holds as many tokens as this time adds, and at least one. With a larger bucket, an upstream that
-# counts calls per second would refuse a part of a burst. With a smaller one, queries would be queued even if
-# a page requests only a few tasks at once.
+# The size of the bucket, as a time: the bucket holds the tokens of 0.1 s, and at least one. With a larger
+# bucket, an upstream that counts calls per second would refuse a part of a burst. With a smaller one, queries
+# would be queued even if a page requests only a few tasks at once.
 _BURST_SECONDS = 0.1
 _ROUNDING = 1e-9  # tokens; tolerance for rounding errors
 # Resolution of the event loop's timers: a timer with a shorter delay would fire before there is a token. Also
@@ -143,14 +143,14 @@ class RateLimiter:
         """Return the seconds that a query of this client would wait if it called `acquire` now."""
         self._refill()
         ahead = self._queue.count_ahead(is_refresh=is_refresh, client=client)
-        return self._wait_behind(ahead + self._queued_elsewhere(is_refresh=is_refresh))
+        return self._seconds_until_token(ahead + self._ahead_elsewhere(is_refresh=is_refresh))
 
     async def acquire(
         self,
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        on_expected_wait: Callable[[float], None] = lambda _: None,
+        on_queued: Callable[[float], None] = lambda _: None,
         query_state: QueryState | None = None,
     ) -> Permit:
         """Wait for a permit: `with await limiter.acquire(...) as permit`, then `permit.mark_sent()` to send.
@@ -158,7 +158,7 @@ class RateLimiter:
         Args:
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: The longest wait. A permit may come 0.1 s later.
-            on_expected_wait: Called with the expected wait in seconds, at two kinds of moments:
+            on_queued: Called with the expected wait in seconds, at two kinds of moments:
                 - when the query is put into the queue, if the expected wait is at least
                   `MIN_WAIT_REPORTED_ON_ENTRY_SECONDS`
                 - whenever the limit falls, a pause begins, or the store replies to a request for shared
@@ -180,10 +180,10 @@ class RateLimiter:
             raise _exhausted(wait)
         else:
             if wait >= MIN_WAIT_REPORTED_ON_ENTRY_SECONDS:
-                on_expected_wait(wait)
+                on_queued(wait)
             expires_at = self._clock() + timeout_seconds
             query = self._queue.add(
-                is_refresh=is_refresh, client=client, expires_at=expires_at, on_expected_wait=on_expected_wait
+                is_refresh=is_refresh, client=client, expires_at=expires_at, on_queued=on_queued
             )
             await self._wait_in_queue(query, state)
         permit = Permit(self._clock, self._on_permit_end)
@@ -193,8 +193,9 @@ class RateLimiter:
     def slow_down(self, *, retry_after: float | None) -> None:
         """Lower the limit because a replica has announced that the upstream throttles.
 
-        The limit falls at most once per second, so the announcement of this replica itself does not lower it
-        again. But an announcement with a `retry_after` always starts a pause, and revokes all permits.
+        A replica also receives its own announcement. This does not lower the limit again, because the limit
+        falls at most once per second. But an announcement with a `retry_after` always starts a pause, and
+        revokes all permits.
         """
         self._on_throttled(self._clock(), retry_after)
 
@@ -236,7 +237,7 @@ class RateLimiter:
     def _serve_queue(self) -> None:
         """Give permits to as many queries as there are tokens, and set the timer for the next token."""
         self._refill()
-        while self._wait_behind(0) == 0 and (query := self._pop_next()) is not None:
+        while self._seconds_until_token(0) == 0 and (query := self._pop_next()) is not None:
             self._tokens -= 1
             query.future.set_result(None)
         if self._timer is not None:
@@ -244,13 +245,15 @@ class RateLimiter:
             self._timer = None
         if self._shared is not None:
             # A permit that is taken here is lost for other replicas, so request only what can be used now.
-            usable = math.floor(self._tokens + _ROUNDING) if self._wait_behind(0) == 0 else 0
+            usable = math.floor(self._tokens + _ROUNDING) if self._seconds_until_token(0) == 0 else 0
             refreshes = min(self._queue.count(is_refresh=True), usable)
             first_queries = min(self._queue.count(is_refresh=False), usable)
             self._shared.request(refreshes=refreshes, first_queries=first_queries)
-        if self._queue and (self._shared is None or self._wait_behind(0) > 0):
+        if self._queue and (self._shared is None or self._seconds_until_token(0) > 0):
             call_later = self._call_later or asyncio.get_running_loop().call_later
-            self._timer = call_later(max(self._wait_behind(0), _TIMER_RESOLUTION_SECONDS), self._serve_queue)
+            self._timer = call_later(
+                max(self._seconds_until_token(0), _TIMER_RESOLUTION_SECONDS), self._serve_queue
+            )
 
     def _pop_next(self) -> QueuedQuery | None:
         """Remove and return the next query that gets a permit, or None.
@@ -265,7 +268,7 @@ class RateLimiter:
                     continue  # cancelled: its asyncio task will run soon
                 if self._clock() > query.expires_at + _TIMEOUT_TOLERANCE_SECONDS:
                     # First queries of other clients that were queued later were served before this one.
-                    query.future.set_result(max(self._wait_behind(0), _TIMER_RESOLUTION_SECONDS))
+                    query.future.set_result(max(self._seconds_until_token(0), _TIMER_RESOLUTION_SECONDS))
                     continue
                 self._use_shared_permit(is_refresh=is_refresh)
                 self._queue.record_served(is_refresh=is_refresh)
@@ -281,7 +284,7 @@ class RateLimiter:
             self._refuse_or_report_waits(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
-        # Only queries remove an outdated limit. Without this, an announcement would lower the outdated limit.
+        # Usually `acquire` removes an outdated limit. Without this, an announcement could lower such a limit.
         self._remove_limit_if_idle()
         self._refill()
         now, was_throttled = self._clock(), self._limit.has_learned_limit
@@ -299,20 +302,20 @@ class RateLimiter:
         """Refuse the queries that would be served after their timeout; report the wait of the others."""
         ahead = 0
         for query in list(self._queue):
-            wait = self._wait_behind(ahead + self._queued_elsewhere(is_refresh=query.is_refresh))
+            wait = self._seconds_until_token(ahead + self._ahead_elsewhere(is_refresh=query.is_refresh))
             if query.future.done() or now + wait > query.expires_at:
                 self._queue.discard(query)
                 if not query.future.done():
                     query.future.set_result(max(wait, _TIMER_RESOLUTION_SECONDS))
             else:
                 ahead += 1
-                query.on_expected_wait(wait)
+                query.on_queued(wait)
 
-    def _queued_elsewhere(self, *, is_refresh: bool) -> int:
+    def _ahead_elsewhere(self, *, is_refresh: bool) -> int:
         """Return how many queries of other replicas are served before a query of this replica."""
-        return 0 if self._shared is None else self._shared.queued_elsewhere(is_refresh=is_refresh)
+        return 0 if self._shared is None else self._shared.ahead_elsewhere(is_refresh=is_refresh)
 
-    def _wait_behind(self, ahead: int) -> float:
+    def _seconds_until_token(self, ahead: int) -> float:
         """Return the seconds until a token is available for a query behind `ahead` others."""
         now = self._clock()
         missing = ahead + 1 - self._tokens  # tokens

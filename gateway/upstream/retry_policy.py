@@ -44,7 +44,7 @@ class RetryPolicy:
         """Add 0.2 retries to the budget; call it once for each new query."""
         self._budget = min(self._budget + _RETRIES_PER_QUERY, _MAX_BUDGET)
 
-    def take_retry(self, error: UpstreamError, *, retries: int, seconds_left: float) -> float | None:
+    def take_retry(self, error: UpstreamError, *, retries: int, max_delay_seconds: float) -> float | None:
         """Take one retry out of the budget, and return the delay before it in seconds.
 
         Return None, and take no retry, if the query must fail with `error`. A repeat on a new connection
@@ -53,15 +53,15 @@ class RetryPolicy:
         Args:
             error: The error of the last call.
             retries: The number of retries that the query has made.
-            seconds_left: The longest delay that leaves time for a response before the deadline.
+            max_delay_seconds: The longest delay that leaves time for a response before the deadline.
         """
         if isinstance(error, UnconfirmedResponse):
-            return 0.0 if seconds_left > 0 else None
+            return 0.0 if max_delay_seconds > 0 else None
         if not error.transient or retries >= self._max_retries or self._budget < 1:
             return None
         jittered = random.uniform(0, _BACKOFF_SECONDS * 2**retries)  # noqa: S311  # not security-relevant
         delay = max(jittered, error.retry_after or 0.0)
-        if delay >= seconds_left:
+        if delay >= max_delay_seconds:
             return None
         self._budget -= 1
         return delay

@@ -1,4 +1,4 @@
-"""PermitsReply that this replica takes from the rate limiter that all replicas share (`Store.take_permits`).
+"""Permits that this replica takes from the rate limiter that all replicas share (`Store.take_permits`).
 
     queries are queued -> request permits from the store -> some are granted -> serve the queue
                                  ^--------------- pause <---------------------------'
@@ -56,7 +56,7 @@ class SharedPermits:
         self._fallback_until = 0.0
         self._request_task: asyncio.Task[None] | None = None
 
-    def queued_elsewhere(self, *, is_refresh: bool) -> int:
+    def ahead_elsewhere(self, *, is_refresh: bool) -> int:
         """Return how many queries of other replicas are served before a query of this replica."""
         if time.monotonic() >= self._elsewhere_until:
             return 0

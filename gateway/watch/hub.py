@@ -12,9 +12,9 @@ changes, and when the update is no longer overdue.
 
 A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. The
 store keeps the bodies, and limits their memory. Schedules and subscribers keep updates without large bodies,
-with one exception: each subscriber may keep the body of one unsent update. Before an update that was kept
-without its body is sent, the subscriber takes the body from the store. If the store has evicted the body, the
-task is queried again, and the subscriber receives the new snapshot.
+with one exception: each subscriber may keep the body of one unsent update. If an update was kept without its
+body, the subscriber takes the body from the store before it sends the update. If the store has evicted the
+body, the task is queried again, and the subscriber receives the new snapshot.
 
 Schedules that wake together receive their responses at about the same time. All responses are parsed and
 stored first, while the code for this is in the processor's caches. The changes are published afterwards, a
@@ -88,16 +88,15 @@ class WatchHub:
             unknown_task_seconds=settings.unknown_task_seconds,
             clock=clock,
         )
-        self._unpublished_keys: deque[TaskKey] = (
-            deque()
-        )  # tasks with an unpublished snapshot, the oldest first
+        # Tasks with an unpublished snapshot, the oldest first.
+        self._unpublished_keys: deque[TaskKey] = deque()
         self._shutting_down = False
         self.direct_delivery: DirectDelivery = lambda _, subscribers: subscribers
         self._gauges = {kind: metrics.subscribers.labels(kind) for kind in SubscriptionKind}
         metrics.subscribers_limit.set(settings.max_watchers)
         metrics.watched_tasks.set_function(self._watched.__len__)
         metrics.overdue_tasks.set_function(self._overdue_keys.__len__)
-        store.on_change(self._add_unpublished, is_watched=self._watched.__contains__)
+        store.add_change_listener(self._add_unpublished, is_watched=self._watched.__contains__)
 
     @contextmanager
     def subscribe(
@@ -173,7 +172,7 @@ class WatchHub:
             self._refresher.start(watched)
         seen_revision = subscriber.seen_revisions.get(key, 0)
         watched.seen_revision = max(watched.seen_revision, seen_revision)
-        servable = self._service.peek(key, seen_revision)
+        servable_result = self._service.peek(key, seen_revision)
         # Publish the unpublished snapshot before the subscriber is added, so that `published` is the latest.
         self._publish_unpublished(key)
         # There is no `await` from here to the end, so no change is lost in between.
@@ -182,10 +181,10 @@ class WatchHub:
         published = watched.published
         if published is None:
             return  # the first query is in progress
-        can_send = servable is not None or published.snapshot is None or _is_final(published)
+        can_send = servable_result is not None or published.snapshot is None or _is_final(published)
         if can_send and not watched.not_found:
-            # Prefer the snapshot of `servable`: `published` has no body if the body is large.
-            update = published if servable is None else Update(key, servable.snapshot)
+            # Prefer the snapshot of `servable_result`: `published` has no body if the body is large.
+            update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_state(watched, [subscriber])
                 return
@@ -244,8 +243,8 @@ class WatchHub:
     def _publish(self, update: Update) -> None:
         watched = self._watched.get(update.key)
         if watched is None or (_is_final(watched.published) and not _is_final(update)):
-            # After the end of a task, drop every update that says otherwise. The store publishes such an
-            # update if it has evicted the terminal snapshot.
+            # The task has ended: drop every update that is not final. The store reports such a snapshot if it
+            # has evicted the terminal one.
             return
         if update.snapshot is not None:
             self._mark_found(watched)
@@ -283,7 +282,7 @@ class WatchHub:
         """
         if watched.published is None or (snapshot := watched.published.snapshot) is None:
             return
-        # Use the age of the newest snapshot, which the store may have.
+        # The store may have a newer snapshot: use its age.
         snapshot = self._last_known(watched.key) or snapshot
         state = OverdueState(watched.key, watched.overdue_error, snapshot.fetched_at)
         for subscriber in subscribers:

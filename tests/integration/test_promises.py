@@ -258,7 +258,7 @@ class Promises(RuleBasedStateMachine):
         self.upstream = FakeUpstream(self.loop, cache)
         self.metrics = Metrics(CollectorRegistry(), gateway_version="0")
         stale_seconds = max(cache.stale_while_revalidate_seconds, cache.stale_if_error_seconds)
-        self.store = MemoryStore(max_tasks=100, keep_stale_seconds=stale_seconds, clock=self.loop.time)
+        self.store = MemoryStore(max_tasks=100, min_keep_stale_seconds=stale_seconds, clock=self.loop.time)
         self.service = ProgressService(
             cache,
             store=self.store,

@@ -101,7 +101,7 @@ async def use_everything(opened: Open, settings: Json) -> None:
     await leased(one, renewed)
     assert await one.take_permits(10.0, burst=10.0, refreshes=1, first_queries=1)
     heard: list[float | None] = []
-    other.on_throttled(heard.append)
+    other.add_throttling_listener(heard.append)
     await one.announce_throttling(1.0)
     await eventually(lambda: heard, "the other hears of it")
     await eventually(lambda: operations(one, "renew"), "the lease is renewed")

@@ -70,7 +70,7 @@ async def make(shared: Json | None, clock: Clock) -> AsyncIterator[Make]:
     async with AsyncExitStack() as stack:
 
         async def make(max_tasks: int = 100, max_bytes: int = 1_000_000) -> Store:
-            limits = {"max_tasks": max_tasks, "max_bytes": max_bytes, "keep_stale_seconds": STALE_SECONDS}
+            limits = {"max_tasks": max_tasks, "max_bytes": max_bytes, "min_keep_stale_seconds": STALE_SECONDS}
             if shared is None:
                 return await stack.enter_async_context(MemoryStore(**limits, clock=clock))
             store = ValkeyStore(
@@ -430,7 +430,7 @@ async def test_store_serves_what_is_too_large_to_be_kept(
     """A snapshot above the limit is returned to waiting requests but not kept, nor is its predecessor."""
     store = await make(max_bytes=100_000)
     heard: list[Snapshot] = []
-    store.on_change(heard.append)
+    store.add_change_listener(heard.append)
     small = await save(store, snapshot())
     clock.now += 1
     large = snapshot(message="x" * 60_000)
@@ -536,8 +536,10 @@ async def test_store_notifies_listeners_of_each_change(
     heard: list[tuple[str | None, bool]] = []
     also: list[Snapshot] = []
     await save(store, snapshot(message="before"))
-    store.on_change(lambda stored: heard.append((said(stored), store.last_known(stored.key) == stored)))
-    store.on_change(also.append)
+    store.add_change_listener(
+        lambda stored: heard.append((said(stored), store.last_known(stored.key) == stored))
+    )
+    store.add_change_listener(also.append)
     clock.now += 1
     await save(store, snapshot(message="one"))
     await save(store, snapshot(OTHER, message="two"))

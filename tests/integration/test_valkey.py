@@ -201,7 +201,7 @@ async def test_valkey_notifies_replicas_that_want_the_task(one: ValkeyStore, oth
     await stored(one, message="first")
     await other.acquire(KEY)
     heard: list[Snapshot] = []
-    other.on_change(heard.append, is_watched=KEY.__eq__)
+    other.add_change_listener(heard.append, is_watched=KEY.__eq__)
     unheld = await stored(one, KEY._replace(task_id="unheld"))
     await stored(one, message="second")
     await eventually(lambda: heard, "the other hears of it")
@@ -233,7 +233,7 @@ async def test_valkey_acquire_times_out(one: ValkeyStore, other: ValkeyStore) ->
 async def test_valkey_announces_throttling(one: ValkeyStore, other: ValkeyStore) -> None:
     """Throttling is announced to every replica, with the rounded seconds of Retry-After, if known."""
     heard: list[float | None] = []
-    other.on_throttled(heard.append)
+    other.add_throttling_listener(heard.append)
     await one.announce_throttling(2.5)
     await one.announce_throttling(None)
     await eventually(lambda: len(heard) == 2, "the other hears of both")
@@ -270,7 +270,7 @@ async def test_valkey_ignores_invalid_messages(opened: Open, server: StoreServer
     """No invalid message ends the connection or has an effect; the next valid one is applied."""
     store = await opened({"url": server.url})
     heard: list[float | None] = []
-    store.on_throttled(heard.append)
+    store.add_throttling_listener(heard.append)
     known = await stored(store)
     subject = b"sd_get_progress/task"
     version = known.version + 1
@@ -529,7 +529,7 @@ async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> N
             assert each.trouble is None
             assert errors(each, "subscribe") == 0
         heard: list[Snapshot] = []
-        other.on_change(heard.append, is_watched=lambda _: True)
+        other.add_change_listener(heard.append, is_watched=lambda _: True)
         for task in range(number - 99, number + 1):  # in every shard
             await stored(one, KEY._replace(task_id=f"task-{task}"), message="changed")
         await eventually(lambda: len(heard) == 100, "the other hears of every change")

@@ -35,7 +35,7 @@ class Bench:
 
     def __init__(self, **given: Any) -> None:
         self.now = 1000.0
-        self.store = MemoryStore(max_tasks=10, keep_stale_seconds=60, clock=self.clock)
+        self.store = MemoryStore(max_tasks=10, min_keep_stale_seconds=60, clock=self.clock)
         metrics = Metrics(CollectorRegistry(), gateway_version="test")
         self.registry = metrics.registry
         self.service = ProgressService(

@@ -56,7 +56,7 @@ async def stores() -> AsyncIterator[Open]:
                 redactor=redactor or Redactor(),
                 metrics=Metrics(registry, gateway_version="test"),
                 max_tasks=2000,
-                keep_stale_seconds=60,
+                min_keep_stale_seconds=60,
             )
             _registries[store] = registry
             await stack.enter_async_context(store)

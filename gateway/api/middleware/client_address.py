@@ -70,12 +70,14 @@ class ClientAddress:
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         """Pass the request on."""
         if scope["type"] == "http":
-            peer = scope.get("client")
-            if peer is None or peer[0] in self._proxies:
-                self._apply(scope)
+            self.set_client(scope)
         return self._app(scope, receive, send)
 
-    def _apply(self, scope: Scope) -> None:
+    def set_client(self, scope: Scope) -> None:
+        """Set the client and the scheme of an HTTP request, if its peer is a trusted proxy."""
+        peer = scope.get("client")
+        if peer is not None and peer[0] not in self._proxies:
+            return
         headers = scope["headers"]
         for name, hops in self._headers:
             if values := _values(headers, name):

@@ -16,6 +16,7 @@ from gateway.api.request_log import RequestLog, trace_fields
 from gateway.api.requests import (
     LONG_POLL,
     SECURITY_HEADERS,
+    WAITED_SECONDS,
     Headers,
     client_request_id,
     new_request_id,
@@ -48,8 +49,8 @@ class RequestTelemetry:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        started = time.perf_counter()
         request_id = assign_request_id(scope)
+        started = time.perf_counter() - scope["state"].get(WAITED_SECONDS, 0.0)
         status = 0
 
         async def send_with_headers(message: Message) -> None:

@@ -135,16 +135,16 @@ class ValkeyStore(MemoryStore):
         """See `Store.read_arrived_messages`."""
         return await self._connection.read_arrived_messages()
 
-    def on_change(
+    def add_change_listener(
         self, listener: Callable[[Snapshot], None], *, is_watched: Callable[[TaskKey], bool] = lambda _: False
     ) -> None:
-        """See `Store.on_change`."""
-        super().on_change(listener)
+        """See `Store.add_change_listener`."""
+        super().add_change_listener(listener)
         self._updates.add_watch_check(is_watched)
 
-    def on_throttled(self, listener: Callable[[float | None], None]) -> None:
-        """See `Store.on_throttled`."""
-        self._updates.on_throttled(listener)
+    def add_throttling_listener(self, listener: Callable[[float | None], None]) -> None:
+        """See `Store.add_throttling_listener`."""
+        self._updates.add_throttling_listener(listener)
 
     async def acquire(
         self, key: TaskKey, requirement: Requirement = ANY_FRESH, *, timeout_seconds: float = math.inf

@@ -1,8 +1,8 @@
 -- Takes permits from the rate limiter that all replicas share: a token bucket with two classes of queries.
 --
 -- Refreshes are served first, so that new tasks on one replica do not delay the known tasks of another. But while
--- first queries are queued on any replica, one permit in four is for them. PermitsReply are granted only for queries that
--- are queued now. So a change of the server's clock affects only the tokens in the bucket.
+-- first queries are queued on any replica, one permit in four is for them. Permits are granted only for queries that are
+-- queued now. So a change of the server's clock affects only the tokens in the bucket.
 --
 -- KEYS    1 a hash with the fields `tokens` and `refilled_at`; `refreshes_since`, the number of refreshes served
 --           since the last first query; and for each replica a field "REFRESHES FIRST_QUERIES MOMENT", the number of

@@ -56,8 +56,8 @@ class Updates:
         self._throttling_listeners: list[Callable[[float | None], None]] = []
         self._watch_checks: list[Callable[[TaskKey], bool]] = []
 
-    def on_throttled(self, listener: Callable[[float | None], None]) -> None:
-        """See `Store.on_throttled`."""
+    def add_throttling_listener(self, listener: Callable[[float | None], None]) -> None:
+        """See `Store.add_throttling_listener`."""
         self._throttling_listeners.append(listener)
 
     def add_watch_check(self, is_watched: Callable[[TaskKey], bool]) -> None:

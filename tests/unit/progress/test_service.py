@@ -114,14 +114,14 @@ class Call:
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        on_expected_wait: Callable[[float], None],
+        on_queued: Callable[[float], None],
         on_retry: Callable[[], None],
         query_state: QueryState,
     ) -> None:
         self.key = key
         self.is_refresh = is_refresh
         self.timeout_seconds = timeout_seconds
-        self.on_expected_wait = on_expected_wait
+        self.on_queued = on_queued
         self.on_retry = on_retry
         self.query_state = query_state
         self.outcome: asyncio.Future[ParsedResponse] = asyncio.get_running_loop().create_future()
@@ -154,7 +154,7 @@ class FakeUpstream:
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        on_expected_wait: Callable[[float], None],
+        on_queued: Callable[[float], None],
         on_retry: Callable[[], None],
         query_state: QueryState,
     ) -> ParsedResponse:
@@ -165,7 +165,7 @@ class FakeUpstream:
             key,
             is_refresh=is_refresh,
             timeout_seconds=timeout_seconds,
-            on_expected_wait=on_expected_wait,
+            on_queued=on_queued,
             on_retry=on_retry,
             query_state=query_state,
         )
@@ -191,7 +191,7 @@ class Bench:
         self.upstream = FakeUpstream()
         self.metrics = Metrics(CollectorRegistry(), gateway_version="0")
         if store is None:
-            store = MemoryStore(max_tasks=100, keep_stale_seconds=60.0, clock=self.clock)
+            store = MemoryStore(max_tasks=100, min_keep_stale_seconds=60.0, clock=self.clock)
         self.store = store
         self.service = ProgressService(
             cache,
@@ -203,7 +203,7 @@ class Bench:
             clock=self.clock,
         )
         self._stored: asyncio.Queue[Snapshot] = asyncio.Queue()
-        self.store.on_change(self._stored.put_nowait)
+        self.store.add_change_listener(self._stored.put_nowait)
 
     def begin(self, key: TaskKey = KEY) -> asyncio.Task[LookupResult]:
         """Start a query, and return its task."""
@@ -422,8 +422,8 @@ async def test_get_does_not_wait_for_a_queued_request(bench: Bench) -> None:
     crowd = [bench.begin() for _ in range(3)]
     call = await bench.upstream.call()
     assert call.is_refresh
-    call.on_expected_wait(7.0)
-    call.on_expected_wait(6.0)
+    call.on_queued(7.0)
+    call.on_queued(6.0)
     for result in await asyncio.gather(*crowd, bench.get(KEY)):
         assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert result.failure == Alike(
@@ -458,7 +458,7 @@ async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -
     for meanwhile in (OTHER, RESULT):
         asked = bench.begin()
         call = await bench.upstream.call()
-        call.on_expected_wait(7.0)
+        call.on_queued(7.0)
         await bench.learn(key=meanwhile)
         assert not asked.done()
         call.answer()
@@ -472,7 +472,7 @@ async def test_refresh_if_stale_waits_for_a_queued_request(bench: Bench) -> None
     long_ago(bench)
     asked = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     call = await bench.upstream.call()
-    call.on_expected_wait(7.0)
+    call.on_queued(7.0)
     await bench.learn(key=OTHER)  # a caller that does not wait would have its result by now
     assert not asked.done()
     call.answer(progress=0.9)
@@ -578,7 +578,7 @@ async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
         long_ago(bench)
         asked = bench.begin()
         call = await bench.upstream.call()
-        call.on_expected_wait(7.0)
+        call.on_queued(7.0)
         assert (await asked).cache_status is CacheStatus.STALE
     else:
         known = cast("Snapshot", bench.store.last_known(KEY))
@@ -869,8 +869,8 @@ async def test_get_returns_the_fetch_behind_stale_if_error(bench: Bench) -> None
     call.fail(UpstreamInvalid("nonsense", detail=UpstreamDetail(request_id="r-1")))
     result = await asked
     assert result.cache_status is CacheStatus.STALE
-    assert result.fetch is not None
-    assert (result.fetch.upstream_seconds, result.fetch.invoke_id) == (pytest.approx(0.5), "r-1")
+    assert result.fetched is not None
+    assert (result.fetched.upstream_seconds, result.fetched.invoke_id) == (pytest.approx(0.5), "r-1")
 
 
 async def test_get_recovers(bench: Bench) -> None:
@@ -959,7 +959,7 @@ class LeaseBook(MemoryStore):
     """A store that records its outstanding leases."""
 
     def __init__(self) -> None:
-        super().__init__(max_tasks=100, keep_stale_seconds=60.0)
+        super().__init__(max_tasks=100, min_keep_stale_seconds=60.0)
         self.out: set[Lease] = set()
         self.released: list[Lease] = []
 
@@ -1082,10 +1082,10 @@ async def test_get_returns_the_fetch_to_every_waiting_caller(bench: Bench) -> No
     bench.clock.now += 0.25
     call.outcome.set_result(answer(KEY, "running")._replace(invoke_id="i_7"))
     for asked in (first, second):
-        fetch = (await asked).fetch
+        fetch = (await asked).fetched
         assert fetch is not None
         assert (fetch.upstream_seconds, fetch.invoke_id) == (pytest.approx(0.25), "i_7")
-    assert (await bench.get()).fetch is None
+    assert (await bench.get()).fetched is None
 
 
 @pytest.mark.parametrize(
@@ -1107,12 +1107,12 @@ async def test_get_returns_the_failed_fetch_to_every_waiting_caller(
     call.fail(UpstreamInvalid("nonsense", detail=detail))
     failed = await asked
     assert isinstance(failed, LookupFailure)
-    assert failed.fetch is not None
+    assert failed.fetched is not None
     assert (failed.key, failed.cache_status) == (KEY, CacheStatus.MISS)
-    assert (failed.fetch.upstream_seconds, failed.fetch.invoke_id) == (pytest.approx(0.5), invoke_id)
+    assert (failed.fetched.upstream_seconds, failed.fetched.invoke_id) == (pytest.approx(0.5), invoke_id)
     again = await bench.service.get(KEY)
     assert isinstance(again, LookupFailure)
-    assert (again.cache_status, again.fetch) == (CacheStatus.NEGATIVE, None)
+    assert (again.cache_status, again.fetched) == (CacheStatus.NEGATIVE, None)
 
 
 async def test_get_observes_the_age_of_results(bench: Bench) -> None:
@@ -1149,8 +1149,8 @@ async def test_get_returns_no_id_without_a_call(bench: Bench) -> None:
     (await bench.upstream.call()).fail(Overloaded("full"))
     failed = await asked
     assert isinstance(failed, LookupFailure)
-    assert failed.fetch is not None
-    assert failed.fetch.invoke_id is None
+    assert failed.fetched is not None
+    assert failed.fetched.invoke_id is None
 
 
 async def test_get_makes_no_series_per_task(bench: Bench) -> None:
@@ -1185,7 +1185,7 @@ class SharedStore(MemoryStore):
 
 async def test_fetch_checks_the_store_before_it_queries() -> None:
     """When another replica has stored a snapshot meanwhile, it is used, and no query is made."""
-    store = SharedStore(max_tasks=10, keep_stale_seconds=60.0, clock=Clock())
+    store = SharedStore(max_tasks=10, min_keep_stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
     store.elsewhere = Snapshot(
         KEY, bench.clock.now - 0.5, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5, version=1
@@ -1195,15 +1195,15 @@ async def test_fetch_checks_the_store_before_it_queries() -> None:
     assert [result.age for result in results] == [0.5, 0.5]
     assert [result.key for result in results] == [KEY, KEY]
     for result in results:  # waited for a request, which made no call
-        assert result.fetch is not None
-        assert (result.fetch.upstream_seconds, result.fetch.invoke_id) == (None, None)
-        assert result.fetch.span is None
+        assert result.fetched is not None
+        assert (result.fetched.upstream_seconds, result.fetched.invoke_id) == (None, None)
+        assert result.fetched.span is None
     assert bench.upstream.count == 0
 
 
 async def test_fetch_queries_when_the_other_replicas_snapshot_is_stale() -> None:
     """A stale snapshot of another replica does not prevent a query."""
-    store = SharedStore(max_tasks=10, keep_stale_seconds=60.0, clock=Clock())
+    store = SharedStore(max_tasks=10, min_keep_stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
     store.elsewhere = Snapshot(
         KEY, bench.clock.now - 50.0, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5, version=1
@@ -1226,7 +1226,7 @@ class ContestedStore(MemoryStore):
 async def test_fetch_whose_commit_is_refused_begins_again() -> None:
     """A snapshot whose commit is refused is served to no caller: the request starts again."""
     clock = Clock()
-    bench = Bench(store=ContestedStore(max_tasks=10, keep_stale_seconds=60.0, clock=clock))
+    bench = Bench(store=ContestedStore(max_tasks=10, min_keep_stale_seconds=60.0, clock=clock))
     waiting = bench.begin()
     (await bench.upstream.call()).answer(progress=0.1)
     (await bench.upstream.call()).answer(progress=0.2)
@@ -1376,7 +1376,7 @@ class OutdatedStore(MemoryStore):
 
 async def test_get_fails_if_all_requests_return_something_older() -> None:
     """The client gets an error, and not a response that is older than the one it has."""
-    bench = Bench(store=OutdatedStore(max_tasks=100, keep_stale_seconds=60.0))
+    bench = Bench(store=OutdatedStore(max_tasks=100, min_keep_stale_seconds=60.0))
     known = (await bench.learn()).snapshot
     outcome = await bench.service.get(KEY, seen_revision=known.revision + 1)
     assert isinstance(outcome, LookupFailure)
@@ -1610,7 +1610,7 @@ class SlowStore(MemoryStore):
 
 async def test_fetch_has_one_deadline() -> None:
     """The time that a request waited for another replica's lease is not added to its own query."""
-    store = SlowStore(max_tasks=10, keep_stale_seconds=60.0)
+    store = SlowStore(max_tasks=10, min_keep_stale_seconds=60.0)
     bench = Bench(store=store)
     store.clock = bench.clock
     task = bench.begin()
@@ -1646,7 +1646,7 @@ class LaggingStore(MemoryStore):
 )
 async def test_get_catches_up_before_it_queries(age: float, source: CacheStatus) -> None:
     """A replica that may be behind reads its messages first, then serves its snapshot, stale or not."""
-    store = LaggingStore(max_tasks=10, keep_stale_seconds=60.0, clock=Clock())
+    store = LaggingStore(max_tasks=10, min_keep_stale_seconds=60.0, clock=Clock())
     bench = Bench(store=store)
     held = Snapshot(KEY, bench.clock.now - age, CACHE.running_seconds, b"{}", Status.RUNNING, 0.5, version=1)
     store.put(held)
@@ -1661,7 +1661,7 @@ async def test_get_catches_up_before_it_queries(age: float, source: CacheStatus)
 
 async def test_get_queries_when_it_cannot_catch_up() -> None:
     """If messages stay unread, it starts a request, and the store decides what is served."""
-    store = LaggingStore(max_tasks=10, keep_stale_seconds=60.0, clock=Clock())
+    store = LaggingStore(max_tasks=10, min_keep_stale_seconds=60.0, clock=Clock())
     store.whole = False
     bench = Bench(store=store)
     task = bench.begin()

@@ -136,7 +136,7 @@ def service() -> ManualService:
 
 @pytest.fixture
 def store() -> MemoryStore:
-    return MemoryStore(max_tasks=10, keep_stale_seconds=60, clock=lambda: 0.0)
+    return MemoryStore(max_tasks=10, min_keep_stale_seconds=60, clock=lambda: 0.0)
 
 
 @pytest.fixture
@@ -531,7 +531,10 @@ def test_watch_backs_off_for_at_most_half_a_minute() -> None:
     loop = TickedLoop()
     pauses = []
     try:
-        service, store = ManualService(), MemoryStore(max_tasks=10, keep_stale_seconds=60, clock=loop.time)
+        service, store = (
+            ManualService(),
+            MemoryStore(max_tasks=10, min_keep_stale_seconds=60, clock=loop.time),
+        )
         watch = loop.within(lambda: manual_watch(service, store))
         subscription = watch.subscribe([KEY], SubscriptionKind.EVENTS)
         loop.within(subscription.__enter__)
@@ -558,7 +561,10 @@ def test_watch_waits_for_an_unknown_task() -> None:
     throttled = UpstreamThrottled("slowly", retry_after=8.0)
     pauses, unknown = [], []
     try:
-        service, store = ManualService(), MemoryStore(max_tasks=10, keep_stale_seconds=60, clock=loop.time)
+        service, store = (
+            ManualService(),
+            MemoryStore(max_tasks=10, min_keep_stale_seconds=60, clock=loop.time),
+        )
         watch = loop.within(lambda: manual_watch(service, store, loop.time))
         subscription = watch.subscribe([KEY], SubscriptionKind.EVENTS)
         subscriber = loop.within(subscription.__enter__)
@@ -608,7 +614,7 @@ def large(task_id: str, etag: str, status: Status = Status.RUNNING) -> Snapshot:
 
 @pytest.fixture
 def small_store() -> MemoryStore:
-    return MemoryStore(max_tasks=10, max_bytes=65_536, keep_stale_seconds=60, clock=lambda: 0.0)
+    return MemoryStore(max_tasks=10, max_bytes=65_536, min_keep_stale_seconds=60, clock=lambda: 0.0)
 
 
 async def test_watch_keeps_no_large_bodies(service: ManualService, small_store: MemoryStore) -> None:
@@ -647,7 +653,7 @@ async def test_watch_refreshes_evicted_bodies(
 
 async def test_watch_sends_bodies_larger_than_the_store(service: ManualService) -> None:
     """An idle subscriber receives each change of a task that does not fit into the store, once."""
-    store = MemoryStore(max_tasks=10, max_bytes=8_192, keep_stale_seconds=60, clock=lambda: 0.0)
+    store = MemoryStore(max_tasks=10, max_bytes=8_192, min_keep_stale_seconds=60, clock=lambda: 0.0)
     watch = manual_watch(service, store)
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         for etag in "123":
@@ -737,7 +743,7 @@ async def test_watch_closed_starts_no_schedule(
 @pytest.mark.parametrize("fault", ["fetching", "publishing"])
 async def test_watch_continues_after_a_bug_in_a_refresh(service: ManualService, fault: str) -> None:
     """An unexpected exception is logged and published as a problem; the schedule backs off and continues."""
-    store = MemoryStore(max_tasks=10, keep_stale_seconds=60)
+    store = MemoryStore(max_tasks=10, min_keep_stale_seconds=60)
     watch = manual_watch(service, store)
 
     def broken(update: Update, subscribers: Collection[Subscriber]) -> Iterable[Subscriber]:
@@ -853,7 +859,7 @@ def test_watch_continues_every_schedule_after_a_recovery() -> None:
             )
 
     try:
-        store = MemoryStore(max_tasks=100, keep_stale_seconds=60, clock=loop.time)
+        store = MemoryStore(max_tasks=100, min_keep_stale_seconds=60, clock=loop.time)
         watch = loop.within(lambda: manual_watch(FailingService(), store, loop.time))
         subscription = watch.subscribe(keys, SubscriptionKind.EVENTS)
         loop.within(subscription.__enter__)
