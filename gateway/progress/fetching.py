@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from copy import copy
-from functools import partial
+from functools import cache, partial
 
 import structlog
 
@@ -78,7 +78,7 @@ class Fetcher:
         self._timeout_seconds = timeout_seconds
         self._store = store
         self._upstream = upstream
-        self._metrics = metrics
+        self._observed_counter = cache(metrics.tasks_observed.labels)
         self._tags = tags
         self._on_latency = on_latency
         self._tracing = tracing
@@ -187,7 +187,7 @@ class Fetcher:
         status = snapshot.status
         if status is None or (previous is not None and previous.status is status):
             return
-        self._metrics.tasks_observed.labels(snapshot.key.operation, status).inc()
+        self._observed_counter(snapshot.key.operation, status).inc()
         if status is Status.UNKNOWN and (suppressed := self._log_sampler.take("status")) is not None:
             log.warning(
                 "unknown_task_status",

@@ -265,6 +265,8 @@ class MemoryStore:
         """Evict entries until one more of this size fits; return whether it can fit."""
         if size > self._max_bytes:
             return False
+        if cache.count() < self._max_tasks and self.size() + size <= self._max_bytes:
+            return True
         self._failures.expire()
         self._snapshots.expire()
         while cache.count() >= self._max_tasks:

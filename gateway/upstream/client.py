@@ -19,7 +19,7 @@ import math
 from collections.abc import Awaitable, Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from itertools import count
 
 from gateway.domain.errors import (
@@ -125,6 +125,11 @@ class UpstreamClient:
             codes.append(UpstreamThrottled.code)
         return list(dict.fromkeys(codes))
 
+    @cached_property
+    def _now(self) -> Callable[[], float]:
+        # The clock of the event loop. Under Python 3.11, each `get_running_loop` makes a system call.
+        return asyncio.get_running_loop().time
+
     def slow_down(self, retry_after: float | None) -> None:
         """Lower the rate limit because a replica has announced that the upstream throttles."""
         self._rate_limiter.slow_down(retry_after=retry_after)
@@ -155,7 +160,7 @@ class UpstreamClient:
             Overloaded: No concurrency slot was free early enough before the deadline.
         """
         seconds = min(self._settings.timeout_seconds, timeout_seconds)
-        deadline = asyncio.get_running_loop().time() + seconds
+        deadline = self._now() + seconds
         query = _Query(
             key, is_refresh, on_queued, deadline, query_state or QueryState(keep_without_callers=True)
         )
@@ -243,7 +248,7 @@ class UpstreamClient:
     def _max_queue_seconds(self, query: _Query) -> float:
         """Return how long a query may wait for a permit and still have enough time for a response."""
         needed = max(self._half_timeout_seconds, self._latency_seconds[query.key.operation])
-        return query.deadline - needed - asyncio.get_running_loop().time()
+        return query.deadline - needed - self._now()
 
     async def _call_with_clock_correction(
         self, query: _Query, permit: Permit, pair: KeyPair
@@ -291,7 +296,7 @@ class UpstreamClient:
             slot.release()
             raise
         slot.release()
-        self._update_latency(operation, asyncio.get_running_loop().time() - began)
+        self._update_latency(operation, self._now() - began)
         return response
 
     def _check_before_sending(self, query: _Query, permit: Permit) -> float:
@@ -303,7 +308,7 @@ class UpstreamClient:
         """
         if permit.revoked and permit.sent_at is None:
             raise _PermitRevoked
-        now = asyncio.get_running_loop().time()
+        now = self._now()
         if query.deadline - now < self._latency_seconds[query.key.operation]:
             raise query.state.make_timeout_error()
         return now
@@ -317,7 +322,7 @@ class UpstreamClient:
         if not query.state.wanted:
             return None
         latest_start = query.deadline - self._latency_seconds[query.key.operation]
-        max_delay_seconds = latest_start - asyncio.get_running_loop().time()
+        max_delay_seconds = latest_start - self._now()
         return self._retry_policy.take_retry(error, retries=retries, max_delay_seconds=max_delay_seconds)
 
     def _make_breaker(self, operation: Operation) -> CircuitBreaker:

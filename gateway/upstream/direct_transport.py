@@ -15,6 +15,7 @@ import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import httpx
 from aiohappyeyeballs import start_connection
@@ -55,6 +56,11 @@ class DirectTransport:
         self._sweep_timer: asyncio.TimerHandle | None = None
         self.in_flight = 0  # calls that the upstream may still work on
 
+    @cached_property
+    def _loop(self) -> asyncio.AbstractEventLoop:
+        # Under Python 3.11, each `get_running_loop` makes a system call.
+        return asyncio.get_running_loop()
+
     async def send(
         self,
         target: str,
@@ -67,8 +73,7 @@ class DirectTransport:
     ) -> HttpResponse:
         """See `Transport.send`."""
         request = _encode_request(target, headers, body)
-        loop = asyncio.get_running_loop()
-        now = loop.time()
+        now = self._loop.time()
         connection = None if new_connection else self._take_idle(now)
         self.in_flight += 1
         if connection is None:
@@ -122,7 +127,7 @@ class DirectTransport:
         """Keep the connection of a completed call if it is reusable, else close it."""
         self._busy.discard(connection)
         self.in_flight -= 1
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         if connection.idle_since is None or connection.is_too_old(now):
             connection.close()
         else:
@@ -139,12 +144,12 @@ class DirectTransport:
 
     def _schedule_sweep(self) -> None:
         seconds = min(self._keep_alive_seconds, self._max_age_seconds)
-        self._sweep_timer = asyncio.get_running_loop().call_later(seconds, self._sweep)
+        self._sweep_timer = self._loop.call_later(seconds, self._sweep)
 
     def _sweep(self) -> None:
         """Close expired connections, also without new calls."""
         self._sweep_timer = None
-        now = asyncio.get_running_loop().time()
+        now = self._loop.time()
         self._close_expired(now)
         for connection in tuple(self._idle):
             if connection.is_too_old(now):
@@ -154,12 +159,11 @@ class DirectTransport:
             self._schedule_sweep()
 
     async def _connect(self) -> HttpConnection:
-        loop = asyncio.get_running_loop()
         try:
-            addresses = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+            addresses = await self._loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
             sock = await start_connection(addresses, happy_eyeballs_delay=_HAPPY_EYEBALLS_SECONDS)
             try:
-                _, connection = await loop.create_connection(
+                _, connection = await self._loop.create_connection(
                     lambda: HttpConnection(self._max_body_bytes, self._on_call_end),
                     sock=sock,
                     ssl=self._tls() if self._tls else None,

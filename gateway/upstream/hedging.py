@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Generic, Protocol, TypeVar
 
 from gateway.domain.errors import GatewayError
@@ -23,6 +23,7 @@ from gateway.domain.errors import GatewayError
 # A hedged call is made after this time without a response, or after twice the usual time if that is longer.
 MIN_DELAY_SECONDS = 1.5
 _INTERVAL_SECONDS = 1.0  # between two hedged calls
+_NOT_HEDGEABLE = nullcontext()
 
 T = TypeVar("T")
 
@@ -90,13 +91,13 @@ class Hedging(Generic[Q, T]):
         finally:
             del self._hedgeable_calls[query]
 
-    @contextmanager
-    def sending(self, query: Q) -> Iterator[None]:
+    def sending(self, query: Q) -> AbstractContextManager[None]:
         """Watch the call of a query while the context is open."""
         state = self._hedgeable_calls.get(query)
-        if state is None:
-            yield
-            return
+        return _NOT_HEDGEABLE if state is None else self._watching(query, state)
+
+    @contextmanager
+    def _watching(self, query: Q, state: _HedgeableCall[T]) -> Iterator[None]:
         loop = asyncio.get_running_loop()
         state.sent_at = loop.time()
         self._on_wire[query] = state

@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from functools import cache, lru_cache
+from functools import cache
 from itertools import product
 from typing import Any, NamedTuple, Self
 
 import httpx
+import msgspec
 import structlog
 
 from gateway.domain.envelope import read_envelope
@@ -29,7 +30,6 @@ from gateway.domain.errors import (
     UpstreamUnreachable,
 )
 from gateway.domain.rejection_redaction import SEARCH_PIECE_SIZE, any_piece_matches, is_free_of_secrets
-from gateway.domain.snapshot import render_json
 from gateway.domain.task import Operation, TaskKey
 from gateway.domain.vendor_values import Repair
 from gateway.settings.model import Upstream as UpstreamSettings
@@ -186,7 +186,7 @@ class SignedCalls:
         self, key: TaskKey, pair: KeyPair, on_complete: Callable[[], None], *, new_connection: bool
     ) -> tuple[Mapping[str, str], HttpResponse]:
         """Sign and send a request; return its signed headers and the response."""
-        body = _request_body(key.task_id)
+        body = msgspec.json.encode({"taskId": key.task_id})
         headers = signed_headers(
             key.operation.path,
             body,
@@ -335,8 +335,3 @@ class SignedCalls:
 
 def _redacted(text: str | None, redact: Redactor) -> str | None:
     return None if text is None else redact(text)[:500]
-
-
-@lru_cache(maxsize=1024)
-def _request_body(task_id: str) -> bytes:
-    return render_json({"taskId": task_id})
