@@ -21,7 +21,6 @@ application, the set of connections, the set of tasks and the default headers.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import uvicorn
@@ -34,7 +33,7 @@ from gateway.api.server_extensions import DIRECT_TRANSPORT, DISCONNECTED, ON_DIS
 from gateway.domain.errors import GatewayError, InvalidParameter, Overloaded
 from gateway.server.client_transport import ClientTransport
 from gateway.server.error_response import render_closing_response
-from gateway.server.exchange import Exchange, make_scope
+from gateway.server.exchange import Exchange, MakeExchange, make_scope
 from gateway.server.framing import (
     BadRequest,
     BodyDecoder,
@@ -252,16 +251,12 @@ class Connection(ClientTransport):
             if not self._shutting_down:  # else the deadline of `shutdown` stays
                 self._deadline.set(self.limits.head_seconds(over_limit=self._over_limit))
 
-    def _start_request(self, data: bytes, head: Head) -> None:
+    def _start_request(self, data: bytes, head: Head, make_exchange: MakeExchange = Exchange) -> None:
         """Start to serve the request with this head; `data` is the head as received."""
         if self._over_limit and head.target.partition(b"?")[0].decode("latin-1") not in self.limits.probes:
             self._refuse_connection()
             return
         self._body = make_body_decoder(head, max_overhead=self.limits.max_header_bytes)
-        self._run_exchange(Exchange, head)
-
-    def _run_exchange(self, make_exchange: Callable[..., Exchange], head: Head) -> None:
-        """Start an exchange in an asyncio task."""
         scope = make_scope(
             head,
             root_path=self._config.root_path,

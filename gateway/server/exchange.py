@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from http import HTTPStatus
 from typing import Any, Protocol
@@ -281,3 +281,6 @@ class Exchange:
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+
+MakeExchange = Callable[..., Exchange]  # with the arguments of `Exchange`

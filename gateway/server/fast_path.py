@@ -23,7 +23,7 @@ from gateway.api.cached_responses import CachedResponse, CachedResponses, Reques
 from gateway.api.requests import FAILURE, Headers
 from gateway.domain.task import TaskKey
 from gateway.server.connection import Connection
-from gateway.server.exchange import STATUS_LINES, Exchange
+from gateway.server.exchange import STATUS_LINES, Exchange, MakeExchange
 from gateway.server.framing import Head
 
 _MAX_REMEMBERED = 2048  # bytes of a request: each of thousands of connections may remember its last one
@@ -140,7 +140,7 @@ class FastPathConnection(Connection):
             self._last = None
         super().data_received(data)
 
-    def _start_request(self, data: bytes, head: Head) -> None:
+    def _start_request(self, data: bytes, head: Head, make_exchange: MakeExchange = Exchange) -> None:
         """Serve a hit, or wait for the result of a simple miss; pass any other request on."""
         self._last = None
         plain = head.method == b"GET" and head.keep_alive and head.content_length == 0
@@ -151,9 +151,8 @@ class FastPathConnection(Connection):
                     self._remember(data, head.target, traits)
                 return
             if traits is not None and (key := self.hits.task_of_miss(head.target)) is not None:
-                self._run_exchange(partial(SimpleMiss, self.hits, self.heads, key, traits), head)
-                return
-        super()._start_request(data, head)
+                make_exchange = partial(SimpleMiss, self.hits, self.heads, key, traits)
+        super()._start_request(data, head, make_exchange)
 
     def _serve_hit(self, target: bytes, traits: RequestTraits) -> bool:
         """Serve the request if it is a hit; tell whether it was one."""

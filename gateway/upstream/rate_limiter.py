@@ -30,7 +30,7 @@ from gateway.upstream.shared_permits import SharedPermits, TakePermits
 # Shortest expected wait that `acquire` reports to `on_queued` when a query is put into the queue.
 # Later reports have no minimum. After a report, the progress service serves a stale snapshot at once, if
 # there is one.
-MIN_WAIT_REPORTED_ON_ENTRY_SECONDS = 0.1
+MIN_REPORTED_WAIT_SECONDS = 0.1
 # A query at the head of the queue still gets a permit this long after its timeout, because the timer that
 # serves the queue may fire late. The checks of the expected wait have no tolerance.
 _TIMEOUT_TOLERANCE_SECONDS = 0.1
@@ -159,10 +159,9 @@ class RateLimiter:
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: The longest wait. A permit may come 0.1 s later.
             on_queued: Called with the expected wait in seconds, at two kinds of moments:
-                - when the query is put into the queue, if the expected wait is at least
-                  `MIN_WAIT_REPORTED_ON_ENTRY_SECONDS`
-                - whenever the limit falls, a pause begins, or the store replies to a request for shared
-                  permits while the query is in the queue; the expected wait may be 0
+                - when the query is put into the queue, if the wait is at least `MIN_REPORTED_WAIT_SECONDS`
+                - whenever the limit falls, a pause begins, or a request for shared permits ends while the
+                  query is in the queue; the expected wait may be 0
             query_state: The clients that wait for the response. None: the gateway itself needs the response.
                 A first query is put into the queue of one of the clients. More clients may join later.
 
@@ -179,7 +178,7 @@ class RateLimiter:
         elif wait > timeout_seconds:
             raise _exhausted(wait)
         else:
-            if wait >= MIN_WAIT_REPORTED_ON_ENTRY_SECONDS:
+            if wait >= MIN_REPORTED_WAIT_SECONDS:
                 on_queued(wait)
             expires_at = self._clock() + timeout_seconds
             query = self._queue.add(
@@ -243,17 +242,16 @@ class RateLimiter:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        wait = self._seconds_until_token(0)
         if self._shared is not None:
             # A permit that is taken here is lost for other replicas, so request only what can be used now.
-            usable = math.floor(self._tokens + _ROUNDING) if self._seconds_until_token(0) == 0 else 0
+            usable = math.floor(self._tokens + _ROUNDING) if wait == 0 else 0
             refreshes = min(self._queue.count(is_refresh=True), usable)
             first_queries = min(self._queue.count(is_refresh=False), usable)
             self._shared.request(refreshes=refreshes, first_queries=first_queries)
-        if self._queue and (self._shared is None or self._seconds_until_token(0) > 0):
+        if self._queue and (self._shared is None or wait > 0):
             call_later = self._call_later or asyncio.get_running_loop().call_later
-            self._timer = call_later(
-                max(self._seconds_until_token(0), _TIMER_RESOLUTION_SECONDS), self._serve_queue
-            )
+            self._timer = call_later(max(wait, _TIMER_RESOLUTION_SECONDS), self._serve_queue)
 
     def _pop_next(self) -> QueuedQuery | None:
         """Remove and return the next query that gets a permit, or None.
