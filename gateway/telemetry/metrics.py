@@ -146,7 +146,8 @@ class Metrics:
         )
         self.upstream_certificate_errors = Counter(
             "sd_gateway_upstream_certificate_errors_total",
-            "Number of upstream calls that were not sent, because the upstream's certificate is not trusted.",
+            "Number of upstream calls that were not sent, because the certificate of the upstream or of an "
+            "https:// egress proxy is not trusted.",
             registry=registry,
         )
         self.upstream_retries = Counter(

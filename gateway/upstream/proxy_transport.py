@@ -9,6 +9,7 @@ would take CPU time that grows with the square of the number of concurrent calls
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -22,12 +23,15 @@ import httpx
 from gateway.upstream.transport import HttpResponse, explain_failure
 
 _CLOSE_SECONDS = 1.0
-# The last step before the upstream is reached: TLS through a tunnel, or the TCP connection to a proxy that
+# The last step before the upstream is reached: TLS through a tunnel, or the connection to a proxy that
 # receives whole URLs. httpcore names its steps like this.
 _TUNNEL_STEPS = ("proxy.start_tls.started", "socks.start_tls.started")
 _RECONNECT = ".connect_tcp.started"
 _CONNECTED = ".connect_tcp.complete"
 _CONNECT_STEPS = ("connection.connect_tcp.complete", "socks.setup_socks5_connection.complete")
+_PROXY_TLS = "connection.start_tls.complete"  # with a proxy whose URL begins with https://
+_SOCKS_FAILURE = re.compile(r"Proxy Server could not connect: (?P<reason>.+)\.")  # httpcore's text
+_SOCKS_FORBIDDEN = "Connection not allowed by ruleset"
 
 
 class ProxyTransport:
@@ -186,8 +190,9 @@ class _Connection:
             trust_env=False,
             limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
         )
-        self._last_steps = _TUNNEL_STEPS if tunnel else _CONNECT_STEPS
+        self._last_steps = _TUNNEL_STEPS if tunnel else (_PROXY_TLS,) if secure else _CONNECT_STEPS
         self._reached_upstream = self._is_reused = False
+        self._lacks_proxy_tls = secure
         self._stream: Any = None  # httpcore's stream of the TCP connection
         self.opened_at = self.idle_since = asyncio.get_running_loop().time()
         self.reusable = False
@@ -199,6 +204,8 @@ class _Connection:
             return ""
         if self._stream is None:
             return "no connection to the proxy in time"
+        if self._lacks_proxy_tls:
+            return "the TLS handshake with the proxy took too long; a proxy without TLS has an http:// URL"
         return "the proxy did not connect to the upstream in time"
 
     async def send(self, request: httpx.Request, max_body_bytes: int) -> HttpResponse:
@@ -243,6 +250,8 @@ class _Connection:
     async def _trace(self, step: str, info: Mapping[str, Any]) -> None:
         if step.endswith(_CONNECTED):
             self._stream = info["return_value"]
+        if step == _PROXY_TLS:
+            self._lacks_proxy_tls = False
         if step in self._last_steps:
             self._reached_upstream = True
         elif step.endswith(_RECONNECT):  # httpcore replaces a connection that was closed while it was idle
@@ -254,13 +263,18 @@ def _proxy_error(error: httpx.TransportError) -> httpx.ProxyError:
         return httpx.ProxyError(_refusal(str(error)))
     if isinstance(error, httpx.ConnectError):
         return httpx.ProxyError(f"no connection to the proxy: {explain_failure(error)}")
-    return httpx.ProxyError(f"no valid response of the proxy ({type(error).__name__})")
+    return httpx.ProxyError(f"no valid response of the proxy: {explain_failure(error)}")
 
 
 def _refusal(reason: str) -> str:
-    """Return why a proxy refused a connection. `reason` begins with its status, or is httpx's text."""
+    """Return why a proxy opened no connection. `reason` begins with its status, or is httpx's text."""
     status = reason[:3]
     # Not every proxy answers 407; httpx's texts of SOCKS errors are its own.
     if status in {"401", "407"} or "username" in reason.lower():
         return "the proxy requires a valid user name and password"
-    return f"the proxy refused the connection to the upstream ({status if status.isdigit() else reason})"
+    socks = _SOCKS_FAILURE.fullmatch(reason)
+    short = socks["reason"] if socks else status if status.isdigit() else reason
+    # Proxies answer 500, 502, 503 or 504 for a host without an address, or one that does not accept connections.
+    if status.startswith("5") or (socks and short != _SOCKS_FORBIDDEN):
+        return f"the proxy could not connect to the upstream ({short})"
+    return f"the proxy refused the connection to the upstream ({short})"

@@ -1,8 +1,11 @@
 """Egress proxies, private certificate authorities and client certificates, with real proxies and real TLS."""
 
+import re
+import socket
 import ssl
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from gateway.upstream.egress_proxy import find_proxy
 from tests.support.egress import PASSWORD, Proxy, http_proxy, socks_proxy, squid_proxy
 from tests.support.harness import (
     KEY,
+    PATIENCE_SECONDS,
     SECRET,
     Gateway,
     Json,
@@ -210,10 +214,162 @@ def test_egress_frozen_proxy_is_named(vendor: Callable[..., Vendor], proxy: Prox
     assert (status, f"network: {words}; check" in output) == (1, True)
 
 
-def test_egress_upstream_that_refuses_connections_is_reported(launch: Launch, proxy: Proxy) -> None:
-    """The proxy says that it does not reach the upstream."""
-    gate = launch(f"https://127.0.0.1:{free_port()}", upstream={"proxy": proxy.url, "retries": 0})
-    assert "the proxy refused the connection to the upstream" in problem(gate)
+def test_egress_upstream_that_refuses_connections_is_reported(
+    launch: Launch, proxy: Proxy, tmp_path: Path
+) -> None:
+    """The proxy says that it does not reach the upstream; problem and `check` repeat its words."""
+    upstream = f"https://127.0.0.1:{free_port()}"
+    gate = launch(upstream, upstream={"proxy": proxy.url, "retries": 0})
+    words = re.compile(r"the proxy could not connect to the upstream \((50[03]|Connection refused)\)")
+    assert words.search(problem(gate))
+    status, output = checked(tmp_path, upstream, SD_GATEWAY_UPSTREAM__PROXY=proxy.url)
+    assert (status, bool(words.search(output.splitlines()[-1]))) == (1, True)
+
+
+@pytest.mark.parametrize("status", ["500", "502 Bad Gateway", "503", "504 Gateway Timeout"])
+def test_egress_proxy_without_a_way_to_the_upstream_is_named(
+    launch: Launch, tmp_path: Path, status: str
+) -> None:
+    """Each status by which a proxy says that the upstream is out of reach is named as such, by `check`, too."""
+
+    def refuse(connection: socket.socket) -> None:
+        received = b""
+        while b"\r\n\r\n" not in received:
+            received += connection.recv(65536)
+        connection.sendall(f"HTTP/1.1 {status}\r\ncontent-length: 0\r\n\r\n".encode())
+
+    upstream, words = "https://vendor.example", f"the proxy could not connect to the upstream ({status[:3]})"
+    with connections(refuse) as port:
+        url = f"http://127.0.0.1:{port}"
+        assert problem(launch(upstream, upstream={"proxy": url, "retries": 0})).endswith(words)
+        ended, output = checked(tmp_path, upstream, SD_GATEWAY_UPSTREAM__PROXY=url)
+    assert (ended, output.splitlines()[-1].endswith(words)) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (b"no HTTP\r\n\r\n", "the response is not valid HTTP"),
+        (b"", "the connection was closed too early"),
+    ],
+)
+def test_egress_proxy_that_is_none_is_named(launch: Launch, said: bytes, reason: str) -> None:
+    """A server that does not speak HTTP, or closes the connection, is told from a proxy."""
+
+    def speak(connection: socket.socket) -> None:
+        connection.recv(65536)
+        connection.sendall(said)
+
+    with connections(speak) as port:
+        proxy = f"http://127.0.0.1:{port}"
+        gate = launch("https://vendor.example", upstream={"proxy": proxy, "retries": 0})
+        assert problem(gate).endswith(f": no valid response of the proxy: {reason}")
+
+
+@contextmanager
+def connections(serve: Callable[[socket.socket], None]) -> Iterator[int]:
+    """Run a server that serves one connection after the other, and closes it; yield its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection, suppress(OSError):
+                        serve(connection)
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            with suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)
+            thread.join(PATIENCE_SECONDS)
+
+
+def test_egress_proxy_with_tls_carries_calls(
+    simulator: Simulator, vendor: Callable[..., Vendor], tmp_path: Path
+) -> None:
+    """A proxy whose URL begins with https:// is reached by TLS, and the upstream by TLS through its tunnel."""
+    upstream = vendor()
+    with squid_proxy(tmp_path, certificate=upstream.authority.issue_cert("127.0.0.1")) as proxy:
+        with gateway(upstream.url, **settings(upstream, proxy=proxy.url)) as gate:
+            for _ in range(2):
+                assert gate.get(simulator.task()).status_code == 200
+        until(lambda: proxy.tunnels == 1, "the proxy has logged one tunnel")
+        with gateway(upstream.url, **settings(upstream, proxy=proxy.with_password(WRONG))) as gate:
+            assert "user name and password" in problem(gate)
+        status, output = checked(tmp_path, upstream.url, **variables(upstream, proxy))
+        assert (status, "OK: key, signature and clock accepted" in output) == (0, True)
+        assert f" through the proxy https://127.0.0.1:{proxy.port} (upstream.proxy)\n" in output
+        # The plain upstream: the proxy receives whole URLs.
+        with gateway(simulator.url, **settings(upstream, proxy=proxy.url)) as gate:
+            assert gate.get(simulator.task()).status_code == 200
+
+
+@pytest.mark.parametrize("endpoint", ["https", "http"])
+@pytest.mark.parametrize(
+    ("host", "trusted", "reason"),
+    [
+        ("127.0.0.1", False, "unable to get local issuer certificate"),
+        ("proxy.example", True, "it is for another host name"),
+    ],
+    ids=["private-ca", "wrong-name"],
+)
+def test_egress_certificate_of_the_proxy_is_named(
+    simulator: Simulator,
+    vendor: Callable[..., Vendor],
+    launch: Launch,
+    tmp_path: Path,
+    host: str,
+    reason: str,
+    endpoint: str,
+    *,
+    trusted: bool,
+) -> None:
+    """A proxy whose certificate is not valid gets nothing; problem, log, `/readyz` and `check` name it."""
+    upstream = vendor()
+    url = upstream.url if endpoint == "https" else simulator.url
+    authority = upstream.authority if trusted else trustme.CA()
+    cause = f"no connection to the proxy: the certificate could not be verified ({reason})"
+    with squid_proxy(tmp_path, certificate=authority.issue_cert(host)) as proxy, capture_logs() as lines:
+        gate = launch(url, **settings(upstream, proxy=proxy.url))
+        assert problem(gate) == f"the upstream could not be reached: {cause}"
+        assert gate.client.get("/readyz").json()["degraded"] == [f"upstream: upstream-unreachable: {cause}"]
+        assert gate.metric("upstream_certificate_errors_total") == 1
+        status, output = checked(tmp_path, url, **variables(upstream, proxy))
+    assert [line["reason"] for line in lines if line["event"] == "upstream_unreachable"] == [cause]
+    assert (status, output.splitlines()[-1].endswith(f": {cause}")) == (1, True)
+    assert simulator.requests() == []
+
+
+def test_egress_certificate_of_the_upstream_is_told_from_that_of_the_proxy(
+    vendor: Callable[..., Vendor], launch: Launch, tmp_path: Path
+) -> None:
+    """If the proxy's certificate is valid and the upstream's is not, the words do not name the proxy."""
+    upstream, authority = vendor(), trustme.CA()
+    authority.cert_pem.write_to_path(upstream.ca_file)
+    with squid_proxy(tmp_path, certificate=authority.issue_cert("127.0.0.1")) as proxy:
+        gate = launch(upstream.url, **settings(upstream, proxy=proxy.url))
+        assert problem(gate).startswith("the upstream could not be reached: the certificate could not be")
+
+
+def test_egress_proxy_without_tls_is_named(vendor: Callable[..., Vendor], tmp_path: Path) -> None:
+    """With https:// in the URL of a proxy that waits for plain HTTP, the words say what to change."""
+    upstream = vendor()
+    words = "the TLS handshake with the proxy took too long; a proxy without TLS has an http:// URL"
+    with http_proxy(tmp_path) as proxy:
+        url = proxy.url.replace("http:", "https:")
+        with gateway(upstream.url, **settings(upstream, proxy=url, attempt_timeout_seconds=0.3)) as gate:
+            assert gate.get(fresh_id()).json()["detail"] == words
+            assert gate.client.get("/readyz").json()["degraded"] == [f"upstream: upstream-timeout: {words}"]
+    with squid_proxy(tmp_path) as proxy:  # it refuses the handshake at once
+        url = proxy.url.replace("http:", "https:")
+        with gateway(upstream.url, **settings(upstream, proxy=url)) as gate:
+            assert problem(gate).endswith(
+                "no connection to the proxy: TLS handshake failed: the server does not speak TLS"
+            )
 
 
 def test_egress_untrusted_certificate_is_counted(

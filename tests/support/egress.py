@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import trustme
+
 from tests.support.harness import free_port, until
 from tests.support.programs import required
 
@@ -76,16 +78,24 @@ def http_proxy(folder: Path, *, ports: tuple[int, ...] = ()) -> Iterator[Proxy]:
 
 
 @contextmanager
-def squid_proxy(_: Path, *, ports: tuple[int, ...] = ()) -> Iterator[Proxy]:
-    """Run squid. It opens tunnels to these ports, or to all."""
+def squid_proxy(
+    _: Path, *, ports: tuple[int, ...] = (), certificate: trustme.LeafCert | None = None
+) -> Iterator[Proxy]:
+    """Run squid. It opens tunnels to these ports, or to all. With a certificate, it speaks TLS itself."""
     program, port = required("squid"), free_port()
     # Started by root, squid becomes another user, who cannot enter the folders of pytest.
     with tempfile.TemporaryDirectory(prefix="squid-") as created:
         folder = Path(created)
         users, settings, log = folder / "users", folder / "squid.conf", folder / "access.log"
         users.write_text(f"{USER}:{hashlib.md5(PASSWORD.encode(), usedforsecurity=False).hexdigest()}\n")
+        scheme, listen = "http", f"http_port 127.0.0.1:{port}"
+        if certificate is not None:
+            scheme, cert, key = "https", folder / "proxy.pem", folder / "proxy.key"
+            certificate.cert_chain_pems[0].write_to_path(cert)
+            certificate.private_key_pem.write_to_path(key)
+            listen = f"https_port 127.0.0.1:{port} tls-cert={cert} tls-key={key}"
         lines = [
-            f"http_port 127.0.0.1:{port}",
+            listen,
             f"auth_param basic program {_SQUID_LOGIN} {users}",
             "auth_param basic children 1 startup=1",
             "acl known proxy_auth REQUIRED",
@@ -108,7 +118,7 @@ def squid_proxy(_: Path, *, ports: tuple[int, ...] = ()) -> Iterator[Proxy]:
         with _running(
             [program, "-N", "-n", name, "-f", str(settings)], folder / "output.log", port
         ) as process:
-            yield Proxy("http", port, log, process)
+            yield Proxy(scheme, port, log, process)
         for shared in Path("/dev/shm").glob(f"{name}-*"):  # noqa: S108  # squid decides
             shared.unlink()
 
