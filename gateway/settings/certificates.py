@@ -6,14 +6,17 @@ show that a file has a key in place of a certificate, or that a key is encrypted
 
 from __future__ import annotations
 
+import os
 import re
 import ssl
+from collections.abc import Sequence
 from pathlib import Path
 
 from gateway.settings.secret_files import describe_read_error, read_bundle
 
 _LABEL = re.compile(rb"-----BEGIN ([A-Z0-9 ]{1,40})-----")
 _CERTIFICATES = {b"CERTIFICATE", b"TRUSTED CERTIFICATE", b"X509 CERTIFICATE"}
+_HASHED_NAME = re.compile(r"[0-9a-f]{8}\.[0-9]+")  # by which OpenSSL finds an authority in a folder
 _ENCRYPTED = (b"-----BEGIN ENCRYPTED PRIVATE KEY-----", b"Proc-Type: 4,ENCRYPTED")
 
 
@@ -27,16 +30,19 @@ class CertificateFileError(ValueError):
         self.problem = problem
 
 
-def trust(file: Path | None, folder: Path | None = None, *, name: str) -> ssl.SSLContext:
-    """Return a client's context that trusts the authorities in a file, and in a folder with hashed names.
+def trust(file: Path | None, folders: Sequence[Path] = (), *, name: str) -> ssl.SSLContext:
+    """Return a client's context that trusts the authorities in a file, and in folders with hashed names.
 
     Without both, it trusts those of the system. Raises: CertificateFileError.
     """
+    joined = os.pathsep.join(map(str, folders))
+    path = file or Path(joined)
     if file is not None:
         _require_certificate(name, file)
-    path = file or folder or Path()
+    elif folders:
+        _require_hashed_name(name, folders, path)
     try:
-        return ssl.create_default_context(cafile=file, capath=folder)
+        return ssl.create_default_context(cafile=file, capath=joined or None)
     except ssl.SSLError as exc:
         raise CertificateFileError(name, path, _reason(exc)) from exc
     except OSError as exc:
@@ -71,6 +77,18 @@ def _require_certificate(name: str, file: Path) -> None:
     if not _CERTIFICATES & {*labels}:
         found = "; it has a private key" if any(label.endswith(b"PRIVATE KEY") for label in labels) else ""
         raise CertificateFileError(name, file, f"has no certificate in PEM format{found}")
+
+
+def _require_hashed_name(name: str, folders: Sequence[Path], path: Path) -> None:
+    # OpenSSL accepts any folder, even a missing one, and later trusts no certificate.
+    problem = 'has no certificate with a hashed name: run "openssl rehash" on it'
+    for folder in folders:
+        try:
+            if any(_HASHED_NAME.fullmatch(entry.name) for entry in folder.iterdir()):
+                return
+        except OSError as exc:
+            problem = describe_read_error(exc)
+    raise CertificateFileError(name, path, problem)
 
 
 def _read(name: str, file: Path) -> bytes:

@@ -6,6 +6,7 @@ SSL_CERT_DIR, as in OpenSSL; without them the public ones of the package certifi
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,7 +32,9 @@ class TlsFiles:
     def __init__(self, settings: Upstream, environ: Mapping[str, str]) -> None:
         self._ca_name = _ca_name(settings, environ)
         self._ca_file = settings.ca_file or _path(environ, "SSL_CERT_FILE")
-        self._ca_folder = None if settings.ca_file else _path(environ, "SSL_CERT_DIR")
+        # As in OpenSSL, the variable may list several folders.
+        folders = "" if settings.ca_file else environ.get("SSL_CERT_DIR", "")
+        self._ca_folders = [Path(folder) for folder in folders.split(os.pathsep) if folder]
         self._cert_file = settings.client_cert_file
         self._key_file = settings.client_key_file
         self._state = tuple(self._states())
@@ -51,7 +54,7 @@ class TlsFiles:
         return self._context
 
     def _states(self) -> Iterator[_State]:
-        for path in (self._ca_file, self._ca_folder, self._cert_file, self._key_file):
+        for path in (self._ca_file, *self._ca_folders, self._cert_file, self._key_file):
             if path is not None:
                 try:
                     found = path.stat()
@@ -61,10 +64,10 @@ class TlsFiles:
                     yield str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def _load(self) -> ssl.SSLContext:
-        if self._ca_file is None and self._ca_folder is None:
+        if self._ca_file is None and not self._ca_folders:
             context = httpx.create_ssl_context(trust_env=False)
         else:
-            context = trust(self._ca_file, self._ca_folder, name=self._ca_name)
+            context = trust(self._ca_file, self._ca_folders, name=self._ca_name)
         if self._cert_file is not None and self._key_file is not None:
             present(context, self._cert_file, self._key_file)
         return context

@@ -1,8 +1,10 @@
 """Egress proxies, private certificate authorities and client certificates, with real proxies and real TLS."""
 
+import os
 import re
 import socket
 import ssl
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -29,8 +31,10 @@ from tests.support.harness import (
     gateway,
     run,
     running,
+    serving,
     until,
 )
+from tests.support.programs import required
 
 Launch = Callable[..., Gateway]
 FORGETFUL: Json = {"error_seconds": 0}
@@ -505,6 +509,43 @@ def test_egress_client_certificate(
     assert (status, f'{key}": has no private key in PEM format' in output) == (2, True)
 
 
+@pytest.mark.parametrize("through_proxy", [False, True], ids=["direct", "proxy"])
+def test_egress_follows_a_new_client_certificate(
+    simulator: Simulator, vendor: Callable[..., Vendor], launch: Launch, tmp_path: Path, *, through_proxy: bool
+) -> None:
+    """A renewed client certificate is used without a restart; half of a renewal changes nothing."""
+    upstream = vendor(clients=True)
+    cert, key = tmp_path / "client.pem", tmp_path / "client.key"
+
+    def renew(file: Path, blob: trustme.Blob) -> None:
+        replaced(file, blob.bytes())
+
+    foreign, first, second = (
+        authority.issue_cert("gateway.example")
+        for authority in (trustme.CA(), upstream.authority, upstream.authority)
+    )
+    renew(cert, foreign.cert_chain_pems[0])
+    renew(key, foreign.private_key_pem)
+    files = {"client_cert_file": str(cert), "client_key_file": str(key)}
+    with ExitStack() as stack:
+        if through_proxy:
+            files["proxy"] = stack.enter_context(http_proxy(tmp_path)).url
+        gate = launch(upstream.url, **settings(upstream, **files, connection_max_age_seconds=0.001))
+        problem(gate)  # the upstream knows only its own authority
+        with capture_logs() as lines:
+            renew(cert, first.cert_chain_pems[0])
+            problem(gate)
+            renew(key, first.private_key_pem)
+            assert gate.get(simulator.task()).status_code == 200
+            renew(key, second.private_key_pem)
+            assert gate.get(simulator.task()).status_code == 200
+            renew(cert, second.cert_chain_pems[0])
+            assert gate.get(simulator.task()).status_code == 200
+    events = [(line["event"], line.get("reason")) for line in lines if line["event"].startswith("tls")]
+    unreadable = f"client_cert_file: {cert}: does not belong to the private key in {key}"
+    assert events == [("tls_files_unreadable", unreadable), ("tls_files_loaded", None)] * 2
+
+
 def test_egress_follows_a_new_authority(
     simulator: Simulator, vendor: Callable[..., Vendor], launch: Launch
 ) -> None:
@@ -520,6 +561,66 @@ def test_egress_follows_a_new_authority(
         replaced(upstream.ca_file, b"half a certifi")
         assert gate.get(simulator.task()).status_code == 200
     assert [line["event"] for line in lines if line["event"].startswith("tls")] == ["tls_files_unreadable"]
+
+
+def test_egress_authorities_in_folders(
+    simulator: Simulator, vendor: Callable[..., Vendor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SSL_CERT_DIR names folders that `openssl rehash` has prepared; `serve` and `check` trust them."""
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    upstream = vendor()
+    folder, other = tmp_path / "authorities", tmp_path / "other"
+    for path, content in ((folder, upstream.ca_file.read_bytes()), (other, trustme.CA().cert_pem.bytes())):
+        path.mkdir()
+        (path / "private.pem").write_bytes(content)
+    missing = f"{tmp_path / 'missing'}"
+    assert checked(tmp_path, upstream.url, SSL_CERT_DIR=missing) == (
+        2,
+        f'sd-gateway: SSL_CERT_DIR = "{missing}": No such file or directory',
+    )
+    said = '": has no certificate with a hashed name: run "openssl rehash" on it'
+    assert checked(tmp_path, upstream.url, SSL_CERT_DIR=str(folder)) == (
+        2,
+        f'sd-gateway: SSL_CERT_DIR = "{folder}{said}',
+    )
+    rehash(folder)
+    rehash(other)
+    for folders in (f"{folder}", f"{other}:{folder}", f":{folder}:{missing}"):
+        env = {"SSL_CERT_DIR": folders, "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}
+        with serving(tmp_path, env) as (_, gate):
+            assert gate.get(simulator.task()).status_code == 200
+        status, output = checked(tmp_path, upstream.url, SSL_CERT_DIR=folders)
+        assert (status, "OK: key, signature and clock accepted" in output) == (0, True)
+    status, output = checked(tmp_path, upstream.url, SSL_CERT_DIR=str(other))
+    assert (status, "unable to get local issuer certificate" in output) == (1, True)
+
+
+def test_egress_follows_a_new_authority_in_a_folder(
+    simulator: Simulator,
+    vendor: Callable[..., Vendor],
+    launch: Launch,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gateway trusts an authority that is added to any folder of SSL_CERT_DIR, without a restart."""
+    upstream = vendor()
+    folders = [tmp_path / "first", tmp_path / "second"]
+    for folder in folders:
+        folder.mkdir()
+        trustme.CA().cert_pem.write_to_path(folder / "ca.pem")
+        rehash(folder)
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.setenv("SSL_CERT_DIR", os.pathsep.join(map(str, folders)))
+    gate = launch(upstream.url, upstream={"ca_file": "", "retries": 0, "connection_max_age_seconds": 0.001})
+    problem(gate)
+    replaced(folders[1] / "ca.pem", upstream.ca_file.read_bytes())
+    rehash(folders[1])
+    assert gate.get(simulator.task()).status_code == 200
+
+
+def rehash(folder: Path) -> None:
+    """Link the certificates of a folder to the names by which OpenSSL finds them."""
+    subprocess.run([required("openssl"), "rehash", folder], check=True)
 
 
 def replaced(file: Path, content: bytes) -> None:
