@@ -28,4 +28,4 @@ def is_gateway(user_agent: str | None) -> bool:
 def check_response(headers: Mapping[str, str]) -> None:
     """Check that a response with these headers does not come from a gateway. Raises: UpstreamIsGateway."""
     if headers.get("x-gateway") == _NAME:
-        raise UpstreamIsGateway(MESSAGE)
+        raise UpstreamIsGateway(MESSAGE, cause=MESSAGE)

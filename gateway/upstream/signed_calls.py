@@ -137,7 +137,7 @@ class SignedCalls:
         self._attribution = ResponseAttribution(transport)
         self.clock_offset = 0.0  # seconds to add to the gateway's clock when signing
         self.last_error_code: str | None = None  # of the last call; None if it returned an envelope
-        self._last_cause = ""  # why the last call did not reach the upstream
+        self._last_cause = ""  # of the error of the last call
         self._log_sampler = LogSampler(first=1, every=10_000, window_seconds=_CAUSE_LOG_SECONDS)
 
     async def __aenter__(self) -> Self:
@@ -297,10 +297,10 @@ class SignedCalls:
                 raise UpstreamInvalid(_LEAK_MESSAGE)
         except UpstreamError as exc:
             outcome, span.invoke_id, cause = exc.code, exc.invoke_id, exc.cause
-            if cause and (suppressed := self._log_sampler.take(cause)) is not None:
-                log.warning("upstream_unreachable", operation=operation, reason=cause, suppressed=suppressed)
             if received is not None:
                 self._attribution.check_failure(key, received, exc)
+            elif cause and (suppressed := self._log_sampler.take(cause)) is not None:
+                log.warning("upstream_unreachable", operation=operation, reason=cause, suppressed=suppressed)
             raise
         else:
             self._attribution.on_success(key)

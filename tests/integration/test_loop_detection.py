@@ -36,7 +36,7 @@ def assert_recognized(gate: Gateway) -> None:
     assert problem.status_code == envelope.status_code == 502
     assert (problem.json()["code"], problem.json()["detail"]) == ("upstream-invalid", MESSAGE)
     assert (envelope.json()["errCode"], envelope.json()["errMessage"]) == ("upstream-invalid", MESSAGE)
-    assert gate.client.get("/readyz").json()["degraded"] == ["upstream: upstream-invalid"]
+    assert gate.client.get("/readyz").json()["degraded"] == [f"upstream: upstream-invalid: {MESSAGE}"]
 
 
 def assert_check_says_so(tmp_path: Path, endpoint: str) -> None:
@@ -62,6 +62,7 @@ def test_gateway_recognizes_another_gateway(tmp_path: Path, simulator: Simulator
     with capture_logs() as lines:
         assert_recognized(launch(other.url))
     assert [line["log_level"] for line in lines if line["event"] == "upstream_is_gateway"] == ["error"] * 2
+    assert not [line for line in lines if line["event"] == "upstream_unreachable"]
     assert_check_says_so(tmp_path, other.url)
     assert simulator.calls() == 0
 
