@@ -24,7 +24,7 @@ import httpx
 
 from gateway.app import create_app
 from gateway.cli.gateway_access import DEFAULT_GATEWAY
-from gateway.domain.printable import printable
+from gateway.cli.standard_streams import print_error
 from gateway.server import run as server
 from gateway.server import signals
 from gateway.server.listen_errors import CannotListen
@@ -176,7 +176,7 @@ def _keep_creating_tasks(control: httpx.Client) -> None:
 
 
 def _report(exc: CannotListen, hint: str) -> None:
-    sys.stderr.write(f"sd-gateway: {printable(f'{exc}; {hint}')}\n")
+    print_error(f"{exc}; {hint}")
 
 
 def _print(line: str) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +21,7 @@ from gateway.cli.completion import completion_script
 from gateway.cli.gateway_access import DEFAULT_GATEWAY, Access
 from gateway.cli.show_config import config_lines
 from gateway.cli.simulate import simulate
+from gateway.cli.standard_streams import discard_refused_output, open_closed_streams, print_error
 from gateway.cli.traces import create_tracing
 from gateway.cli.watch import WatchOptions, display_name, watch
 from gateway.cli.watch_events import StreamRefused
@@ -39,17 +39,19 @@ OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, server.INTERRUPTED
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; return the exit status."""
-    _open_standard_streams()
+    open_closed_streams()
     try:
         try:
             return _run(words)
         finally:
             sys.stdout.flush()  # at interpreter exit, a closed pipe could not be handled any more
     except BrokenPipeError:
-        return _output_closed()
-    except OSError as exc:  # not handled by the command, for example a full disk behind standard output
-        _print_error(str(exc))
         return FAILED
+    except OSError as exc:  # not handled by the command, for example a full disk behind standard output
+        print_error(str(exc))
+        return FAILED
+    finally:
+        discard_refused_output()
 
 
 def _run(words: Sequence[str] | None) -> int:
@@ -62,27 +64,10 @@ def _run(words: Sequence[str] | None) -> int:
         return _COMMANDS[options.command](options)
     except SettingsError as exc:
         for mistake in exc.mistakes:
-            _print_error(mistake)
+            print_error(mistake)
         return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
-
-
-def _open_standard_streams() -> None:
-    """Open /dev/null for standard streams that are closed.
-
-    Python sets those to None, and the next opened file or socket would get their file descriptors.
-    """
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # Like standard error: a character outside of the locale's encoding must not end a command.
-        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _load(options: argparse.Namespace) -> tuple[Loaded, Redactor]:
@@ -109,7 +94,7 @@ def _demo(options: argparse.Namespace) -> int:
         with loaded.naming_sources():
             demo.run(settings, redactor=redactor, simulator_port=options.simulator_port)
     except RuntimeError as exc:
-        _print_error(str(exc))
+        print_error(str(exc))
         return FAILED
     return OK
 
@@ -130,10 +115,10 @@ def _watch(options: argparse.Namespace) -> int:
             )
         )
     except StreamRefused as exc:
-        _print_error(f"{display_name(gateway)}: {exc}")
+        print_error(f"{display_name(gateway)}: {exc}")
         return USAGE
     except BrokenPipeError:
-        return _output_closed()
+        return FAILED
     return OK if succeeded else FAILED
 
 
@@ -162,10 +147,10 @@ def _simulate(options: argparse.Namespace) -> int:
         simulate(options)
     except CannotListen as exc:
         hint = f"; choose {UNPRIVILEGED_PORT}" if exc.is_forbidden else ""
-        _print_error(f"{exc}; --port 0 uses any free port" if exc.port_is_taken else f"{exc}{hint}")
+        print_error(f"{exc}; --port 0 uses any free port" if exc.port_is_taken else f"{exc}{hint}")
         return FAILED
     except BrokenPipeError:  # the parent process exited before the start, for example the demo on a signal
-        return _output_closed()
+        return FAILED
     return OK
 
 
@@ -185,16 +170,6 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
 }
 
 
-def _output_closed() -> int:
-    # The reader has closed the pipe: the interpreter must not flush the rest of the output at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return FAILED
-
-
 def _print_lines(lines: Iterable[str]) -> None:
     for line in lines:
         sys.stdout.write(f"{printable(line)}\n")
-
-
-def _print_error(line: str) -> None:
-    sys.stderr.write(f"sd-gateway: {printable(line)}\n")

@@ -28,6 +28,7 @@ import httpx
 from rich.console import Console
 
 from gateway.cli.gateway_access import Access
+from gateway.cli.standard_streams import print_error
 from gateway.cli.watch_client import follow
 from gateway.cli.watch_display import LiveDisplay, ProgressDisplay
 from gateway.cli.watch_events import Event
@@ -181,7 +182,7 @@ class _Session:
 
     def say(self, text: str) -> None:
         """Write a message to standard error."""
-        sys.stderr.write(f"sd-gateway: {printable(text)}\n")
+        print_error(text)
 
     def say_rest(self) -> None:
         """Write what the lines on the screen may not show in full: where images are, reasons of failures."""

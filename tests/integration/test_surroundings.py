@@ -1,14 +1,17 @@
 """Commands in unusual environments: they work, or end with one line that gives the reason."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.support.harness import KEY, SECRET
+from tests.support.harness import KEY, PATIENCE_SECONDS, SECRET, free_port, plain_client, until
 
 COMMAND = str(Path(sys.executable).with_name("sd-gateway"))
 # Each ends by itself: no server listens at the endpoint, and the address to listen on is not local.
@@ -115,7 +118,7 @@ def test_surroundings_may_be_any_folder(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("closed", [(1,), (0, 1, 2)])
+@pytest.mark.parametrize("closed", [(1,), (2,), (0, 1, 2)])
 def test_surroundings_may_have_no_standard_streams(closed: tuple[int, ...], command: str) -> None:
     """Output to a closed stream is discarded, and no socket gets its file descriptor."""
 
@@ -124,6 +127,59 @@ def test_surroundings_may_have_no_standard_streams(closed: tuple[int, ...], comm
             os.close(number)
 
     assert_clean_end(*ran(COMMANDS[command], before=close))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("full", [(1,), (2,), (1, 2)])
+def test_surroundings_may_be_full(full: tuple[int, ...], command: str) -> None:
+    """A command whose output is refused, as by a full disk, ends with the status of a failure."""
+    status, output = ran(COMMANDS[command], before=partial(redirect, full))
+    assert_clean_end(status, output)
+    if 1 in full and command in {"none", "version", "help", "check"}:
+        assert status == 1
+
+
+@pytest.mark.parametrize(
+    ("closed", "full"),
+    [((2,), ()), ((1,), (2,)), ((0, 1, 2), ()), ((), (1,)), ((), (2,)), ((), (1, 2))],
+    ids=lambda numbers: "+".join(map(str, numbers)) or "-",
+)
+def test_surroundings_without_output_do_not_stop_the_gateway(
+    tmp_path: Path, closed: tuple[int, ...], full: tuple[int, ...]
+) -> None:
+    """`serve` starts, serves and obeys SIGTERM although its output is closed or refused."""
+    port = free_port()
+    env = ENVIRONMENT | {"SD_GATEWAY_SERVER__HOST": "127.0.0.1", "SD_GATEWAY_SERVER__PORT": str(port)}
+
+    def before() -> None:
+        redirect(full)
+        for number in closed:
+            os.close(number)
+
+    with subprocess.Popen([COMMAND, "serve"], cwd=tmp_path, env=env, preexec_fn=before) as process:
+        try:
+
+            def listens() -> bool:
+                assert process.poll() is None
+                with socket.socket() as probe:
+                    return probe.connect_ex(("127.0.0.1", port)) == 0
+
+            until(listens, "the gateway listens")
+            with plain_client(f"http://127.0.0.1:{port}") as client:
+                assert client.get("/readyz").json()["ready"]
+                assert client.get("/v1/progress/abc").json()["code"] == "upstream-unreachable"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE_SECONDS) == 0
+        finally:
+            process.kill()
+
+
+def redirect(numbers: tuple[int, ...]) -> None:
+    """Redirect these file descriptors to a device that refuses every write."""
+    full = os.open("/dev/full", os.O_WRONLY)
+    for number in numbers:
+        os.dup2(full, number)
+    os.close(full)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
