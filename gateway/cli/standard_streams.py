@@ -39,7 +39,7 @@ def print_error(text: str) -> None:
 def discard_refused_output() -> None:
     """Discard output that cannot be written.
 
-    At exit, the interpreter would try to write it again, print a traceback, and replace the exit status by 120.
+    At exit, the interpreter would write it again, print a traceback, and replace the exit status by 120.
     """
     for stream in (sys.stdout, sys.stderr):
         try:

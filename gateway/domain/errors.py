@@ -165,8 +165,8 @@ class UpstreamError(GatewayError):
     Attributes:
         transient: Whether a retry with a new signature may succeed.
         detail: What the response said, redacted; None without a response that says anything.
-        cause: Why the upstream could not be reached, or that it is a gateway, for operators; otherwise "", also
-            if no more is known than that it did not respond.
+        cause: Why the upstream could not be reached, or that it is a gateway, for operators. Otherwise "",
+            also if no more is known than that it did not respond.
     """
 
     transient = False

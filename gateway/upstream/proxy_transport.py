@@ -274,7 +274,7 @@ def _refusal(reason: str) -> str:
         return "the proxy requires a valid user name and password"
     socks = _SOCKS_FAILURE.fullmatch(reason)
     short = socks["reason"] if socks else status if status.isdigit() else reason
-    # Proxies answer 500, 502, 503 or 504 for a host without an address, or one that does not accept connections.
+    # Proxies answer 500, 502, 503 or 504 for a host without an address, or one that accepts no connection.
     if status.startswith("5") or (socks and short != _SOCKS_FORBIDDEN):
         return f"the proxy could not connect to the upstream ({short})"
     return f"the proxy refused the connection to the upstream ({short})"

@@ -148,6 +148,8 @@ def _explain_cause(cause: BaseException) -> str:
             words = "host name not found"
         case ConnectionResetError():
             words = RESET
+        case BrokenPipeError():  # the connection was closed while something was sent
+            words = CLOSED_TOO_EARLY
     return words
 
 

@@ -7,8 +7,9 @@ import ssl
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,7 @@ def test_egress_upstream_that_refuses_connections_is_reported(
 def test_egress_proxy_without_a_way_to_the_upstream_is_named(
     launch: Launch, tmp_path: Path, status: str
 ) -> None:
-    """Each status by which a proxy says that the upstream is out of reach is named as such, by `check`, too."""
+    """Problem and `check` name each status by which a proxy says that it cannot reach the upstream."""
 
     def refuse(connection: socket.socket) -> None:
         received = b""
@@ -295,7 +296,7 @@ def connections(serve: Callable[[socket.socket], None]) -> Iterator[int]:
 def test_egress_proxy_with_tls_carries_calls(
     simulator: Simulator, vendor: Callable[..., Vendor], tmp_path: Path
 ) -> None:
-    """A proxy whose URL begins with https:// is reached by TLS, and the upstream by TLS through its tunnel."""
+    """A proxy with https:// in its URL is reached by TLS, and the upstream by TLS through its tunnel."""
     upstream = vendor()
     with squid_proxy(tmp_path, certificate=upstream.authority.issue_cert("127.0.0.1")) as proxy:
         with gateway(upstream.url, **settings(upstream, proxy=proxy.url)) as gate:
@@ -509,9 +510,45 @@ def test_egress_client_certificate(
     assert (status, f'{key}": has no private key in PEM format' in output) == (2, True)
 
 
+@pytest.mark.parametrize("kind", ["tinyproxy", "squid", "socks5", "https"])
+def test_egress_client_certificate_through_a_proxy(
+    simulator: Simulator, vendor: Callable[..., Vendor], launch: Launch, tmp_path: Path, kind: str
+) -> None:
+    """Through a proxy, too, the upstream gets the client certificate; `check` names a missing one."""
+    upstream = vendor(clients=True)
+    cert, key = tmp_path / "client.pem", tmp_path / "client.key"
+    files = {"client_cert_file": str(cert), "client_key_file": str(key)}
+    env = {f"SD_GATEWAY_UPSTREAM__{name.upper()}": value for name, value in files.items()}
+    proxies: dict[str, Callable[..., AbstractContextManager[Proxy]]] = {
+        "tinyproxy": http_proxy,
+        "squid": squid_proxy,
+        "socks5": socks_proxy,
+        "https": partial(squid_proxy, certificate=upstream.authority.issue_cert("127.0.0.1")),
+    }
+    with proxies[kind](tmp_path) as proxy:
+        for authority, status, words in (
+            (trustme.CA(), 1, "; the upstream may reject upstream.client_cert_file: check the dates"),
+            (upstream.authority, 0, "OK: key, signature and clock accepted"),
+        ):
+            issued = authority.issue_cert("gateway.example")
+            issued.cert_chain_pems[0].write_to_path(cert)
+            issued.private_key_pem.write_to_path(key)
+            ended, output = checked(tmp_path, upstream.url, **variables(upstream, proxy), **env)
+            assert (ended, words in output) == (status, True)
+        ended, output = checked(tmp_path, upstream.url, **variables(upstream, proxy))
+        assert (ended, "requires a client certificate, set upstream.client_cert_file" in output) == (1, True)
+        gate = launch(upstream.url, **settings(upstream, proxy=proxy.url, **files))
+        assert gate.get(simulator.task()).status_code == 200
+
+
 @pytest.mark.parametrize("through_proxy", [False, True], ids=["direct", "proxy"])
 def test_egress_follows_a_new_client_certificate(
-    simulator: Simulator, vendor: Callable[..., Vendor], launch: Launch, tmp_path: Path, *, through_proxy: bool
+    simulator: Simulator,
+    vendor: Callable[..., Vendor],
+    launch: Launch,
+    tmp_path: Path,
+    *,
+    through_proxy: bool,
 ) -> None:
     """A renewed client certificate is used without a restart; half of a renewal changes nothing."""
     upstream = vendor(clients=True)
