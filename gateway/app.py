@@ -221,7 +221,7 @@ def _log_start(settings: Settings, signed_calls: SignedCalls, *, has_any_pair: b
     through = {} if proxy is None else {"proxy": proxy.shown, "proxy_source": proxy.source}
     log.info("started", version=__version__, endpoint=settings.upstream.endpoint, **through)
     if not has_any_pair:
-        log.warning("credentials_missing", effect="the gateway is not ready and queries fail")
+        log.warning("credentials_missing", effect="not ready, queries fail", hint="run `sd-gateway check`")
     if settings.limits.requests_per_second:
         _warn_if_limit_is_evadable(settings.server)
 

@@ -148,11 +148,13 @@ class Credentials:
                 self._metrics.credentials_reloads.labels("error").inc()
                 log.warning("credentials_unreadable", slot=slot, fault=fault, in_use=previous is not None)
             return
-        self._read_errors.pop(slot, None)
+        had_fault = self._read_errors.pop(slot, None) is not None
         if keys is None:
             return
         pair = KeyPair(keys.access_key.text, keys.secret_key.text)
         if previous is not None and previous.pair == pair:
+            if had_fault:
+                log.info("credentials_readable", slot=slot)
             return
         self._redactor.add_credentials(pair.access_key, pair.secret_key)
         generation = 1 if previous is None else previous.generation + 1
