@@ -21,7 +21,7 @@ from typing import Any
 import uvloop
 
 _STATE = {"job": "task(bench)", "job_no": 0, "job_count": 1, "job_timestamp": "20250101000000"}
-_DATA = {
+DATA = {
     "status": "running",
     "progress": 0.35,
     "lastQueueRemaining": 0,
@@ -31,11 +31,11 @@ _DATA = {
 }
 _NONE = dict.fromkeys(("errCode", "errMessage", "subErrCode", "subErrMessage", "startTime", "endTime"))
 _TASK = "{task}"
-_MESSAGE = str(_DATA["message"]).encode()
+_MESSAGE = str(DATA["message"]).encode()
 _ENVELOPE = {
     "status": 10,
     "apiInvokeId": "i_0123456789abcdef01234567",
-    "data": {"taskId": _TASK, **_DATA},
+    "data": {"taskId": _TASK, **DATA},
     **_NONE,
 }
 _BEFORE, _, _AFTER = json.dumps(_ENVELOPE, separators=(",", ":")).encode().partition(_TASK.encode())
