@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import busy_streams
 import curve
 import herd
 import hits
@@ -48,6 +49,7 @@ SCENARIOS = {
     "start": start,
     "misses": misses,
     "watchers": watchers,
+    "busy_streams": busy_streams,
     "slow_readers": slow_readers,
     "slow_clients": slow_clients,
     "rotation": rotation,
