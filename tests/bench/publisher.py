@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import uvloop
 from client import Connection
-from upstream import DATA
+from upstream import progress_json
 
 _PERIOD = 1.0
 _PUBLISHED = (201, 202)  # with subscribers, and without
@@ -34,7 +34,7 @@ async def publish(*, port: int, tasks: Sequence[str]) -> None:
         due = began + phase
         async with Connection(port) as connection:
             while True:
-                body = _event(task_id)
+                body = progress_json(task_id, f"{time.time():.6f}")
                 headers = f"{_HEADERS}Content-Length: {len(body)}\r\n"
                 reply = await connection.ask("POST", f"/publish/{task_id}", headers, body)
                 if reply.status not in _PUBLISHED:
@@ -45,22 +45,6 @@ async def publish(*, port: int, tasks: Sequence[str]) -> None:
     async with asyncio.TaskGroup() as group:
         for task_id in tasks:
             group.create_task(repeat(task_id, chance.uniform(0.0, _PERIOD)))
-
-
-def _event(task_id: str) -> bytes:
-    """Return the data of a `progress` event of the gateway for a response of upstream.py."""
-    event = {
-        "taskId": task_id,
-        "api": "sd",
-        "status": DATA["status"],
-        "progress": DATA["progress"],
-        "queueRemaining": None,
-        "etaSeconds": DATA["etaRelative"],
-        "message": f"{time.time():.6f}",
-        "terminal": False,
-        "state": DATA["state"],
-    }
-    return json.dumps(event, separators=(",", ":")).encode()
 
 
 if __name__ == "__main__":

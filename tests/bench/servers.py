@@ -88,6 +88,17 @@ def gateway(
 
 
 @contextmanager
+def plain_asgi(cores: Cores, folder: Path) -> Iterator[Server]:
+    """Run uvicorn with an application that does nothing but send a response."""
+    (port,) = free_ports(1)
+    folder = _own(folder)
+    command = [sys.executable, HERE / "plain_asgi.py", str(port)]
+    with started(command, cores=cores.server, folder=folder, env=environment()) as process:
+        _wait(process, folder, lambda: _ask(port, "GET", "/")[0] == _OK)
+        yield Server("uvicorn alone", port, (process.pid,))
+
+
+@contextmanager
 def nginx(cores: Cores, folder: Path, *, upstream: int) -> Iterator[Nginx]:
     """Run nginx for the upstream on this port."""
     ports = dict(zip(Nginx._fields, free_ports(3), strict=True))

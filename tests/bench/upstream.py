@@ -21,7 +21,7 @@ from typing import Any
 import uvloop
 
 _STATE = {"job": "task(bench)", "job_no": 0, "job_count": 1, "job_timestamp": "20250101000000"}
-DATA = {
+_DATA = {
     "status": "running",
     "progress": 0.35,
     "lastQueueRemaining": 0,
@@ -31,11 +31,11 @@ DATA = {
 }
 _NONE = dict.fromkeys(("errCode", "errMessage", "subErrCode", "subErrMessage", "startTime", "endTime"))
 _TASK = "{task}"
-_MESSAGE = str(DATA["message"]).encode()
+_MESSAGE = str(_DATA["message"]).encode()
 _ENVELOPE = {
     "status": 10,
     "apiInvokeId": "i_0123456789abcdef01234567",
-    "data": {"taskId": _TASK, **DATA},
+    "data": {"taskId": _TASK, **_DATA},
     **_NONE,
 }
 _BEFORE, _, _AFTER = json.dumps(_ENVELOPE, separators=(",", ":")).encode().partition(_TASK.encode())
@@ -71,6 +71,22 @@ class Responder(asyncio.Protocol):
                 self._loop.call_later(self._latency_seconds, self._transport.write, answer)
             else:
                 self._transport.write(answer)
+
+
+def progress_json(task_id: str, message: str = str(_DATA["message"])) -> bytes:
+    """Return the JSON in which the gateway shows a response of this upstream."""
+    shown = {
+        "taskId": task_id,
+        "api": "sd",
+        "status": _DATA["status"],
+        "progress": _DATA["progress"],
+        "queueRemaining": None,
+        "etaSeconds": _DATA["etaRelative"],
+        "message": message,
+        "terminal": False,
+        "state": _DATA["state"],
+    }
+    return json.dumps(shown, separators=(",", ":")).encode()
 
 
 async def serve(port: int, **behaviour: Any) -> None:
