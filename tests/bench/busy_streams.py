@@ -11,9 +11,8 @@ from functools import partial
 
 import rush
 import servers
-from measuring import Bench, Comparison, Figures
+from measuring import Bench, Comparison, Figures, metric
 from processes import many_files
-from replicas import metric
 from servers import Server
 from streams import Sight
 from watchers import see
