@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from functools import partial
 
 import servers
-from measuring import Bench, Comparison, Figures, new_prefix, per_cpu_second, prime, wrk
+from measuring import Bench, Comparison, Figures, metric, new_prefix, per_cpu_second, prime, wrk
 from servers import Server
 
 NEEDS = ("wrk", "nginx", "njs")
@@ -15,7 +16,11 @@ _TASKS = (1, 100, 10_000, 100_000)
 _CONNECTIONS = (1, 100, 1000)
 _DEFAULT = 32  # connections, while tasks vary
 # Long lifetime, so that there are only hits: the cost of refreshing also grows with the tasks.
-_FRESH = {"CACHE__MAX_TASKS": "200000", "CACHE__RUNNING_SECONDS": "86400"}
+_FRESH = {
+    "CACHE__MAX_TASKS": "200000",
+    "CACHE__MAX_BYTES": str(1 << 30),
+    "CACHE__RUNNING_SECONDS": "86400",
+}
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
@@ -34,11 +39,14 @@ def _by_tasks(bench: Bench, gateway: Server) -> Comparison:
     turns: dict[str, Callable[[], Figures]] = {}
     for count in _TASKS:
         prime(gateway, [f"{prefix}{number}" for number in range(1, count + 1)])
+        if (kept := asyncio.run(metric(gateway, "cache_entries"))) < count:
+            raise RuntimeError(f"the cache has {kept:,.0f} of {count:,} tasks; the others would be misses")
         turns[f"{count:,} tasks"] = partial(_cost, bench, gateway, prefix, tasks=count, connections=_DEFAULT)
     return Comparison(
         title=f"curve: by cached tasks, {_DEFAULT} connections",
         samples=bench.take_turns(turns),
         baseline=next(iter(turns)),
+        notes=["The tasks are queried in turn, so that a task is queried again after all others."],
     )
 
 

@@ -19,6 +19,7 @@ from processes import cpu_seconds
 from servers import Server
 
 NEEDS = ("nginx", "njs")
+USES = ("varnishd",)
 
 _POLLERS = 200
 _LATENCY_SECONDS = 0.3

@@ -1,6 +1,6 @@
 """Cache hits per second of server CPU time: one hot task, 304, and 1,000 tasks with a lifetime of 1 s.
 
-The gateway runs with its defaults, and with `server.edge` off, where Starlette serves all requests.
+The gateway runs with its defaults, and with `server.edge` off: the ASGI application serves all requests.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ def run(bench: Bench) -> Iterator[Comparison]:
         servers.peers(bench.cores, bench.folder, upstream=upstream) as peers,
         bench.gateways(upstream=upstream) as gateways,
         servers.gateway(bench.cores, bench.folder, upstream=upstream, settings=without_edge) as alone,
+        servers.plain_asgi(bench.cores, bench.folder) as uvicorn,
     ):
         gateways.append(alone._replace(name="gateway, edge off"))
         compared = [*gateways, peers.nginx.cached, *peers.varnish]
-        yield _one(bench, compared)
+        yield _one(bench, [*gateways, uvicorn, peers.nginx.cached, *peers.varnish])
         yield _unchanged(bench, gateways)
         yield _many(bench, compared)
 
@@ -46,6 +47,7 @@ def _one(bench: Bench, compared: list[Server]) -> Comparison:
         title="hits: one hot task",
         samples=bench.take_turns({server.name: partial(measure, server) for server in compared}),
         baseline="nginx",
+        notes=["uvicorn alone: its share of a hit with edge off. The application sends one fixed response."],
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 import uuid
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import servers
-from client import fetch_all
+from client import fetch, fetch_all
 from processes import Cores, cpu_seconds
 from servers import Server
 
@@ -137,6 +138,14 @@ def per_cpu_second(
 def prime(server: Server, paths: list[str]) -> None:
     """Query these tasks once, so that they are cached."""
     asyncio.run(fetch_all(server.port, paths, connections=16))
+
+
+async def metric(server: Server, name: str) -> float:
+    """Return the sum of the samples of a metric of the gateway."""
+    text = (await fetch(server.port, "/metrics")).body.decode()
+    return sum(
+        float(value) for value in re.findall(rf"^sd_gateway_{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
+    )
 
 
 def new_prefix() -> str:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 
 class Chart(NamedTuple):
-    """One figure of one comparison, which is identified by the start of its title."""
+    """One figure of the comparisons whose titles start with `comparison`."""
 
     comparison: str
     figure: str
@@ -73,11 +73,13 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
 
 def _samples(results: Mapping[str, Any], chart: Chart) -> dict[str, list[float]]:
     """Return the figure's samples of each contestant."""
-    for comparison in results["comparisons"]:
-        if comparison["title"].startswith(chart.comparison):
-            rounds = comparison["samples"].items()
-            return {name: [r[chart.figure] for r in rs] for name, rs in rounds if chart.figure in rs[0]}
-    return {}
+    return {
+        name: [figures[chart.figure] for figures in rounds]
+        for comparison in results["comparisons"]
+        if comparison["title"].startswith(chart.comparison)
+        for name, rounds in comparison["samples"].items()
+        if chart.figure in rounds[0]
+    }
 
 
 def _draw(charts: Sequence[tuple[Chart, dict[str, list[float]]]], theme: Theme, file: Path) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import itertools
 import json
 import random
-import re
 import sys
 import time
 import uuid
@@ -17,8 +16,8 @@ from functools import partial
 from typing import NamedTuple
 
 import servers
-from client import Connection, fetch
-from measuring import Bench, Comparison, Figures, new_prefix, per_cpu_second, prime, wrk
+from client import Connection
+from measuring import Bench, Comparison, Figures, metric, new_prefix, per_cpu_second, prime, wrk
 from processes import many_files
 from servers import Server
 from watchers import see
@@ -78,14 +77,6 @@ async def until_shared(replicas: list[Server]) -> float:
                 raise RuntimeError("the replicas do not share")
             await asyncio.sleep(0.02)
     return time.monotonic() - began
-
-
-async def metric(server: Server, name: str) -> float:
-    """Return the sum of the samples of a metric."""
-    text = (await fetch(server.port, "/metrics")).body.decode()
-    return sum(
-        float(value) for value in re.findall(rf"^sd_gateway_{name}(?:{{.*}})? (\S+)$", text, re.MULTILINE)
-    )
 
 
 def _hits(bench: Bench) -> Iterator[Comparison]:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import busy_streams
 import curve
 import herd
 import hits
@@ -38,7 +39,7 @@ import throttle
 import watchers
 from measuring import Bench, Comparison
 from processes import choose_cores, pinned
-from servers import NGINX_MODULE
+from servers import NCHAN_MODULE, NJS_MODULE
 
 SCENARIOS = {
     "hits": hits,
@@ -48,6 +49,7 @@ SCENARIOS = {
     "start": start,
     "misses": misses,
     "watchers": watchers,
+    "busy_streams": busy_streams,
     "slow_readers": slow_readers,
     "slow_clients": slow_clients,
     "rotation": rotation,
@@ -56,8 +58,14 @@ SCENARIOS = {
     "replicas": replicas,
     "outages": outages,
 }
-PACKAGES = {"wrk": "wrk", "nginx": "nginx", "njs": "libnginx-mod-http-js", "varnishd": "varnish"}
-OPTIONAL = frozenset({"varnishd"})
+PACKAGES = {
+    "wrk": "wrk",
+    "nginx": "nginx",
+    "njs": "libnginx-mod-http-js",
+    "nchan": "libnginx-mod-nchan",
+    "varnishd": "varnish",
+}
+_MODULES = {"njs": NJS_MODULE, "nchan": NCHAN_MODULE}  # of nginx
 
 _MEMORY = Path("/dev/shm")  # noqa: S108  # nginx caches in files; a RAM disk is its fastest place
 
@@ -75,9 +83,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.install and not _install():
         return 1
     missing = {tool: package for tool, package in PACKAGES.items() if not _is_there(tool)}
-    for tool in OPTIONAL & missing.keys():
-        _say(f"measured without {tool}: not installed (Debian package {missing[tool]}, or --install)")
     chosen = options.scenarios or list(SCENARIOS)
+    used = {tool for name in chosen for tool in getattr(SCENARIOS[name], "USES", ())}
+    for tool in sorted(used & missing.keys()):
+        _say(f"measured without {tool}: not installed (Debian package {missing[tool]}, or --install)")
     skipped = {name: [tool for tool in SCENARIOS[name].NEEDS if tool in missing] for name in chosen}
     skipped = {name: tools for name, tools in skipped.items() if tools}
     for name, tools in skipped.items():
@@ -166,7 +175,8 @@ def _keep(results: dict[str, Any], *, file: Path | None, plots_folder: Path | No
 
 
 def _is_there(tool: str) -> bool:
-    return NGINX_MODULE.exists() if tool == "njs" else shutil.which(tool) is not None
+    module = _MODULES.get(tool)
+    return shutil.which(tool) is not None if module is None else module.exists()
 
 
 def _install() -> bool:

@@ -16,10 +16,10 @@ from servers import Server
 
 NEEDS = ("nginx", "njs")
 
-_TASKS, _RATE = 1000, 5000
-_LATENCY_SECONDS = 0.05
+TASKS, RATE = 1000, 5000
+LATENCY_SECONDS = 0.05
 # 1,000 calls per second of 50 ms are fifty in flight; with the default of 64 every delay would cause a queue.
-_ROOM = {"UPSTREAM__MAX_IN_FLIGHT": "256"}
+ROOM = {"UPSTREAM__MAX_IN_FLIGHT": "256"}
 _LONGER = 3  # multiple of the measurement, so that every task is refreshed several times
 
 
@@ -27,24 +27,25 @@ def run(bench: Bench) -> Iterator[Comparison]:
     """Compare the gateway with nginx."""
     seconds = _LONGER * bench.seconds
     with (
-        servers.fast_upstream(bench.cores, bench.folder, latency_seconds=_LATENCY_SECONDS) as upstream,
+        servers.fast_upstream(bench.cores, bench.folder, latency_seconds=LATENCY_SECONDS) as upstream,
         servers.nginx(bench.cores, bench.folder, upstream=upstream) as nginx,
-        bench.gateways(upstream=upstream, settings=_ROOM) as gateways,
+        bench.gateways(upstream=upstream, settings=ROOM) as gateways,
     ):
-        turns = {server.name: partial(_measured, server, seconds) for server in [*gateways, nginx.cached]}
+        turns = {server.name: partial(measured, server, seconds) for server in [*gateways, nginx.cached]}
         yield Comparison(
-            title=f"rush: {_RATE:,} requests a second for {_TASKS:,} tasks of 1 s lifetime, "
-            f"upstream {_LATENCY_SECONDS * 1000:g} ms, for {seconds:g} s",
+            title=f"rush: {RATE:,} requests a second for {TASKS:,} tasks of 1 s lifetime, "
+            f"upstream {LATENCY_SECONDS * 1000:g} ms, for {seconds:g} s",
             samples=bench.take_turns(turns),
             baseline=nginx.cached.name,
             notes=["Late: from the due time of a query to the end of its response."],
         )
 
 
-def _measured(server: Server, seconds: float) -> Figures:
+def measured(server: Server, seconds: float) -> Figures:
+    """Cache new tasks, and query them at the constant rate for this time."""
     prefix = new_prefix()
-    prime(server, [f"{prefix}{number}" for number in range(_TASKS)])
-    crowd = {"port": server.port, "prefix": prefix, "tasks": _TASKS, "rate": _RATE, "seconds": seconds}
+    prime(server, [f"{prefix}{number}" for number in range(TASKS)])
+    crowd = {"port": server.port, "prefix": prefix, "tasks": TASKS, "rate": RATE, "seconds": seconds}
     before = cpu_seconds(server.pids)
     # The process inherits the load cores.
     command = [sys.executable, servers.HERE / "pacer.py", json.dumps(crowd)]

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,9 @@ from typing import Any, NamedTuple
 from processes import Cores, children, free_ports, started
 
 HERE = Path(__file__).parent
-NGINX_MODULE = Path("/usr/lib/nginx/modules/ngx_http_js_module.so")
+_MODULES = Path("/usr/lib/nginx/modules")
+NJS_MODULE = _MODULES / "ngx_http_js_module.so"
+NCHAN_MODULE = _MODULES / "ngx_nchan_module.so"
 
 _KEY, _SECRET = "bench-key", "bench-secret"
 _START_SECONDS = 20.0
@@ -86,22 +88,65 @@ def gateway(
 
 
 @contextmanager
+def plain_asgi(cores: Cores, folder: Path) -> Iterator[Server]:
+    """Run uvicorn with an application that does nothing but send a response."""
+    (port,) = free_ports(1)
+    folder = _own(folder)
+    command = [sys.executable, HERE / "plain_asgi.py", str(port)]
+    with started(command, cores=cores.server, folder=folder, env=environment()) as process:
+        _wait(process, folder, lambda: _ask(port, "GET", "/")[0] == _OK)
+        yield Server("uvicorn alone", port, (process.pid,))
+
+
+@contextmanager
 def nginx(cores: Cores, folder: Path, *, upstream: int) -> Iterator[Nginx]:
     """Run nginx for the upstream on this port."""
     ports = dict(zip(Nginx._fields, free_ports(3), strict=True))
     folder = _own(folder)
     for name in ("sign.js", "signed.inc"):
         (folder / name).write_bytes((HERE / "peers" / name).read_bytes())
-    values = {"FOLDER": folder, "MODULE": NGINX_MODULE, "UPSTREAM": upstream}
+    values = {"MODULE": NJS_MODULE, "UPSTREAM": upstream}
     values |= {name.upper(): port for name, port in ports.items()}
-    config = _filled("nginx.conf.in", folder, values)
+    with _nginx_worker(cores, folder, "nginx.conf.in", values, port=ports["cached"]) as worker:
+        yield Nginx(*(Server(_NGINX_NAMES[name], port, (worker,)) for name, port in ports.items()))
+
+
+@contextmanager
+def nchan(cores: Cores, folder: Path) -> Iterator[Server]:
+    """Run nginx with nchan, which sends published changes to its subscribers."""
+    (port,) = free_ports(1)
+    values = {"MODULE": NCHAN_MODULE, "PORT": port}
+    with _nginx_worker(cores, _own(folder), "nchan.conf.in", values, port=port) as worker:
+        yield Server("nchan", port, (worker,))
+
+
+@contextmanager
+def published(cores: Cores, folder: Path, *, nchan_port: int, tasks: Sequence[str]) -> Iterator[None]:
+    """Publish a change of every task once a second; entered when every task is published."""
+    folder = _own(folder)
+    command = [sys.executable, HERE / "publisher.py", json.dumps({"port": nchan_port, "tasks": tasks})]
+    with started(command, cores=cores.load, folder=folder, env=environment()) as process:
+        _wait(
+            process,
+            folder,
+            lambda: all(_ask(nchan_port, "GET", f"/publish/{task_id}")[0] == _OK for task_id in tasks),
+        )
+        yield
+
+
+@contextmanager
+def _nginx_worker(
+    cores: Cores, folder: Path, template: str, values: Mapping[str, object], *, port: int
+) -> Iterator[int]:
+    """Run nginx with this configuration in `folder`; yield the process ID of its worker."""
+    config = _filled(template, folder, {"FOLDER": folder, **values})
     env = environment() | {"SPEEDPIX_APP_KEY": _KEY, "SPEEDPIX_APP_SECRET": _SECRET}
     command = ["nginx", "-p", folder, "-e", folder / "nginx.err", "-c", config]
     with started(command, cores=cores.server, folder=folder, env=env) as process:
-        _wait(process, folder, lambda: _ask(ports["cached"], "GET", "/")[0] > 0)
+        _wait(process, folder, lambda: _ask(port, "GET", "/")[0] > 0)
         # The cache loader and manager are child processes, too; their names tell them apart.
         (worker,) = [pid for pid in children(process.pid) if "worker" in _title(pid)]
-        yield Nginx(*(Server(_NGINX_NAMES[name], port, (worker,)) for name, port in ports.items()))
+        yield worker
 
 
 @contextmanager

@@ -86,9 +86,11 @@ class Tally:
 class Subscriber(asyncio.Protocol):
     """A connection that is subscribed to one task."""
 
+    _headers = ""
+
     def __init__(self, tally: Tally, path: str, *, sampled: bool) -> None:
         self._tally = tally
-        self._request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+        self._request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{self._headers}\r\n".encode()
         self._sampled = sampled
         self._unread = b""
         self._subscribed = False
@@ -113,6 +115,8 @@ class Subscriber(asyncio.Protocol):
 
 class Reader(Subscriber):
     """Reads a stream of events."""
+
+    _headers = "Accept: text/event-stream\r\n"  # nchan requires it, and browsers send it
 
     def data_received(self, data: bytes) -> None:
         whole, _, self._unread = (self._unread + data).rpartition(b"\n\n")

@@ -73,6 +73,22 @@ class Responder(asyncio.Protocol):
                 self._transport.write(answer)
 
 
+def progress_json(task_id: str, message: str = str(_DATA["message"])) -> bytes:
+    """Return the JSON in which the gateway shows a response of this upstream."""
+    shown = {
+        "taskId": task_id,
+        "api": "sd",
+        "status": _DATA["status"],
+        "progress": _DATA["progress"],
+        "queueRemaining": None,
+        "etaSeconds": _DATA["etaRelative"],
+        "message": message,
+        "terminal": False,
+        "state": _DATA["state"],
+    }
+    return json.dumps(shown, separators=(",", ":")).encode()
+
+
 async def serve(port: int, **behaviour: Any) -> None:
     """Serve until the process is terminated."""
     answerer = partial(Responder, **behaviour)

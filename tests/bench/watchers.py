@@ -1,4 +1,4 @@
-"""5,000 subscribers of 100 tasks that change every second: event streams, and polling nginx at 1 Hz."""
+"""5,000 subscribers of 100 tasks that change every second: event streams, nchan, and nginx polled at 1 Hz."""
 
 from __future__ import annotations
 
@@ -18,21 +18,27 @@ from servers import Server
 from streams import Sight
 
 NEEDS = ("nginx", "njs")
+USES = ("nchan",)
 
 _WATCHERS, _TASKS = 5000, 100
 _OTHER_FILES = 500  # open files of a server in addition to its subscribers
 _OPENING_SECONDS = 8.0
 _LONGER = 3  # multiple of the measurement, because there is one change per second
 _SETTINGS = {"CACHE__RUNNING_SECONDS": "1"}
+_POLLING = "gateway: streams. nginx: keep-alive polls at 1 Hz with spread phases; changed responses count."
+_PUSHING = [
+    "nchan: an nginx module. A publisher posts a change of each task every second; nchan does not query",
+    "or sign. The gateway's CPU time includes its upstream calls.",
+]
 _NOTES = [
-    "gateway: streams. nginx: keep-alive polls at 1 Hz with spread phases; changed responses count.",
-    "Late: from the time upstream sends a change until a subscriber reads it, for every tenth subscriber.",
+    "Late: from the time upstream (or the publisher) sends a change until a subscriber reads it, for every",
+    "tenth subscriber.",
     "Memory: difference with and without subscribers, per subscriber; a new server for each measurement.",
 ]
 
 
 def run(bench: Bench) -> Iterator[Comparison]:
-    """Compare the event streams of the gateway with polling of nginx."""
+    """Compare the event streams of the gateway with those of nchan and with polling of nginx."""
     seconds = _LONGER * bench.seconds
     with (
         many_files(_WATCHERS + _OTHER_FILES),
@@ -42,14 +48,21 @@ def run(bench: Bench) -> Iterator[Comparison]:
             servers.gateway_name(tree): partial(_streaming, bench, upstream, tree, seconds)
             for tree in (None, *bench.trees)
         }
+        gateways = list(turns)
+        if servers.NCHAN_MODULE.exists():
+            turns["nchan"] = partial(_publishing, bench, seconds)
         turns["nginx"] = partial(_polling, bench, upstream, seconds)
-        yield Comparison(
-            title=f"watchers: {_WATCHERS:,} subscribers of {_TASKS} tasks that change every second, "
-            f"for {seconds:g} s",
-            samples=bench.take_turns(turns),
-            baseline="nginx",
-            notes=_NOTES,
-        )
+        samples = bench.take_turns(turns)
+    title = f"{_WATCHERS:,} subscribers of {_TASKS} tasks that change every second, for {seconds:g} s"
+    notes = {"nginx": [_POLLING, *_NOTES], "nchan": [*_PUSHING, *_NOTES]}
+    for peer in ("nginx", "nchan"):
+        if peer in samples:
+            yield Comparison(
+                title=f"watchers: beside {peer}, {title}",
+                samples={name: samples[name] for name in (*gateways, peer)},
+                baseline=peer,
+                notes=notes[peer],
+            )
 
 
 def see(**crowd: Any) -> Sight:
@@ -66,20 +79,43 @@ def _streaming(bench: Bench, upstream: int, tree: Path | None, seconds: float) -
     with servers.gateway(
         bench.cores, bench.folder, upstream=upstream, tree=tree, settings=_SETTINGS
     ) as server:
-        return _measured(server, "events", "/v1/progress/{}/events", seconds)
+        tasks = _new_tasks()
+        prime(server, _poll_paths(tasks))
+        return _measured(server, "events", _stream_paths(tasks), seconds)
 
 
 def _polling(bench: Bench, upstream: int, seconds: float) -> Figures:
     with servers.nginx(bench.cores, bench.folder, upstream=upstream) as nginx:
-        return _measured(nginx.cached, "polls", "/v1/progress/{}", seconds)
+        paths = _poll_paths(_new_tasks())
+        prime(nginx.cached, paths)
+        return _measured(nginx.cached, "polls", paths, seconds)
 
 
-def _measured(server: Server, how: str, path: str, seconds: float) -> Figures:
-    tasks = [uuid.uuid4().hex for _ in range(_TASKS)]
-    prime(server, [f"/v1/progress/{task}" for task in tasks])
+def _publishing(bench: Bench, seconds: float) -> Figures:
+    tasks = _new_tasks()
+    with (
+        servers.nchan(bench.cores, bench.folder) as nchan,
+        servers.published(bench.cores, bench.folder, nchan_port=nchan.port, tasks=tasks),
+    ):
+        return _measured(nchan, "events", _stream_paths(tasks), seconds)
+
+
+def _new_tasks() -> list[str]:
+    return [uuid.uuid4().hex for _ in range(_TASKS)]
+
+
+def _poll_paths(tasks: list[str]) -> list[str]:
+    return [f"/v1/progress/{task}" for task in tasks]
+
+
+def _stream_paths(tasks: list[str]) -> list[str]:
+    return [f"/v1/progress/{task}/events" for task in tasks]
+
+
+def _measured(server: Server, how: str, paths: list[str], seconds: float) -> Figures:
     sight = see(
         port=server.port,
-        paths=[path.format(task) for task in tasks],
+        paths=paths,
         how=how,
         count=_WATCHERS,
         seconds=seconds,
