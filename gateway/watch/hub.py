@@ -254,7 +254,7 @@ class WatchHub:
             else watched.subscribers
         )
         watched.published = reduced = update.without_large_body()
-        # `put` refuses the update if the client has a newer snapshot. Then the subscriber awaits a refresh.
+        # `put` refuses the update if the client has received a newer one. The subscriber then awaits a refresh.
         have_newer = [
             subscriber
             for subscriber in self.direct_delivery(update, recipients)
@@ -262,7 +262,7 @@ class WatchHub:
         ]
         if watched.overdue_error is not None:
             self._put_overdue_state(watched, [each for each in recipients if each not in have_newer])
-        watched.subscribers_awaiting_refresh.intersection_update(have_newer)
+        watched.subscribers_awaiting_refresh = set(have_newer)
 
     def _update_overdue_error(self, watched: WatchedTask, failure: GatewayError | None) -> None:
         """Record why the update is overdue, if it is, and notify the subscribers of a change of the code."""

@@ -351,6 +351,20 @@ async def test_watch_sends_nothing_older_than_the_client_has_received(
     await watch.aclose()
 
 
+async def test_watch_sends_a_newer_snapshot_with_the_content_of_a_refused_one(
+    watch: WatchHub, store: MemoryStore
+) -> None:
+    """The client has received a newer response than the first snapshot, so it does not know this content."""
+    with watch.subscribe([KEY], SubscriptionKind.EVENTS, seen_revisions={KEY: 3}) as subscriber:
+        store.put(versioned(2))
+        subscriber.wake()
+        assert etags(await received(subscriber)) == []
+        store.put(replace(versioned(2), version=4))
+        subscriber.wake()
+        assert etags(await received(subscriber)) == ["2"]
+    await watch.aclose()
+
+
 async def test_watch_sends_the_end_whatever_the_client_has_received(
     service: ManualService, watch: WatchHub, store: MemoryStore
 ) -> None:
