@@ -190,12 +190,10 @@ class CachedResponses:
         began = self._clock()
         self._set_client(scope)
         client, if_none_match = client_key(scope), traits.if_none_match
+        seen_revision = seen_revision_of(self._service, self._tags, key, if_none_match)
         try:
-            if if_none_match is None:
-                outcome = await self._service.get_after_miss(key, client=client)
-            else:
-                seen_revision = seen_revision_of(self._service, self._tags, key, if_none_match)
-                outcome = await self._service.get(key, client=client, seen_revision=seen_revision)
+            # `get` looks up again: the snapshot may have arrived since `answer` was called.
+            outcome = await self._service.get(key, client=client, seen_revision=seen_revision)
             result = record_outcome(scope, outcome)
         except BaseException:
             scope["state"][WAITED_SECONDS] = self._clock() - began

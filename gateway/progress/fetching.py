@@ -149,7 +149,7 @@ class Fetcher:
                 key,
                 is_refresh=self._store.last_known(key) is not None,
                 timeout_seconds=deadline - started,
-                on_queued=partial(_report_queued, state),
+                report_wait=partial(_report_queued, state),
                 on_retry=partial(self._store.release_lease_early, lease),
                 query_state=state,
             )
@@ -198,15 +198,15 @@ class Fetcher:
             )
 
 
-def queued_signal_of(state: QueryState) -> asyncio.Future[GatewayError]:
+def queued_error_of(state: QueryState) -> asyncio.Future[GatewayError]:
     """Return the future that resolves to an error when the rate limiter queues the query."""
-    if state.queued_signal is None:
-        state.queued_signal = asyncio.get_running_loop().create_future()
-    return state.queued_signal
+    if state.queued_error is None:
+        state.queued_error = asyncio.get_running_loop().create_future()
+    return state.queued_error
 
 
 def _report_queued(state: QueryState, seconds: float) -> None:
-    signal = queued_signal_of(state)
+    signal = queued_error_of(state)
     if not signal.done():
         failure = RateLimited(
             "the query is queued by the rate limiter for upstream calls", retry_after=seconds

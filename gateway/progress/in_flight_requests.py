@@ -24,7 +24,7 @@ T = TypeVar("T")
 class InFlightRequests(Generic[K, T]):
     """Runs one request at a time per key, for as long as its response is wanted.
 
-    `fetch` makes a request. Its arguments are the key, its query state, and the requirement of `start`.
+    `fetch` makes a request. Its arguments are the key, its query state, and the requirement.
     """
 
     def __init__(self, fetch: Callable[[K, QueryState, Any], Coroutine[Any, Any, T]]) -> None:
@@ -68,7 +68,7 @@ class InFlightRequests(Generic[K, T]):
         elif not state.keep_without_callers and not state.call_sent:
             self._drop(key, state)
 
-    def start(
+    def join_or_start(
         self, key: K, *, keep_without_callers: bool = False, requirement: Any = None
     ) -> asyncio.Future[T]:
         """Return the request in flight for the key, or start one. Await it through `asyncio.shield`.
@@ -79,9 +79,9 @@ class InFlightRequests(Generic[K, T]):
         state = self.query_state(key)
         if state.in_flight:
             state.keep_without_callers |= keep_without_callers
-            return self._in_flight.start(key, partial(self._run, key, state, requirement))
+            return self._in_flight.join_or_start(key, partial(self._run, key, state, requirement))
         state.begin(keep_without_callers=keep_without_callers, on_unwanted=partial(self._drop, key))
-        request = self._in_flight.start(key, partial(self._run, key, state, requirement))
+        request = self._in_flight.join_or_start(key, partial(self._run, key, state, requirement))
         if request.done():  # closed, or it ended in this iteration of the event loop
             self._end(key, state)
         return request

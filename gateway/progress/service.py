@@ -5,13 +5,13 @@
                                             unless one is in flight or a failure of the task is cached
     else                                 -> all callers wait for one in-flight request
     the query fails                      -> stale-if-error: a snapshot that is young enough, else the failure
-    the rate limiter queues the query    -> stale-if-error at once, and the query stays queued; else wait
-    the query takes too long             -> stale-if-error at once, and the query continues; else wait
+    the query counts as queued, or       -> stale-if-error: a snapshot that is young enough at once, and the
+    takes too long                          query continues; without such a snapshot, wait
     all callers leave, no call in flight -> the query is dropped, unless the gateway itself needs the response
     a fresh snapshot is read twice       -> refresh-ahead (`refresh_ahead.py`)
 
 An in-flight request is the query for a task with the steps before and after the query (`fetching.py`). A
-query *counts as queued* from the first call of its `on_queued`; see `RateLimiter.acquire`.
+query *counts as queued* from the first call of its `report_wait`; see `RateLimiter.acquire`.
 `overdue_updates.py` decides whether a query takes too long. The update of the task is then *overdue*.
 
 Until a task has ended, a caller may receive a snapshot older than its lifetime +
@@ -29,7 +29,7 @@ from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import GatewayError, UpstreamTimeout
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.fetching import Fetcher, queued_signal_of
+from gateway.progress.fetching import Fetcher, queued_error_of
 from gateway.progress.in_flight_requests import InFlightRequests
 from gateway.progress.lookup_metrics import LookupMetrics
 from gateway.progress.outcomes import CacheStatus, FetchOutcome, LookupFailure, LookupResult
@@ -74,7 +74,7 @@ class ProgressService:
         self._settings = settings
         self._store = store
         self._clock = clock
-        self._refresh_ahead = RefreshAhead(self._refresh)
+        self._refresh_ahead = RefreshAhead(self._start_refresh_ahead)
         self._fetcher = Fetcher(
             settings,
             store=store,
@@ -94,7 +94,7 @@ class ProgressService:
         """Return a result from the store, and count a lookup; None if there is no result. Never wait.
 
         If the result is stale, start a background refresh, unless a failure of the task is cached.
-        `seen_revision`: the result must not be older than the body with this revision.
+        `seen_revision`: the result must not be older than the body with this revision, unless it is terminal.
         """
         entry = self._store.valid_entry(key)
         if entry is None:
@@ -110,7 +110,7 @@ class ProgressService:
         if result is None:
             return None
         if result.failure is None:
-            self._in_flight.start(key, keep_without_callers=True)
+            self._in_flight.join_or_start(key, keep_without_callers=True)
         self._metrics.count(key.operation, CacheStatus.STALE)
         self._metrics.record_age(snapshot, age)
         return result._replace(entry=entry)
@@ -232,8 +232,8 @@ class ProgressService:
         """Return a result with a stale snapshot, or None if the snapshot is too old.
 
         The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. If a failure of the task is
-        cached, the result has the failure, and the maximum age is `cache.stale_if_error_seconds`, be it
-        longer or shorter. `failure`: used in place of a cached failure.
+        cached, the result has the failure, and the maximum age is `cache.stale_if_error_seconds` instead,
+        even if that is shorter. `failure`: used in place of a cached failure.
         """
         failure = failure or self._store.cached_failure(snapshot.key)
         if failure is None:
@@ -253,12 +253,14 @@ class ProgressService:
         self._refresh_ahead.observe_latency(operation, seconds)
         self.overdue_updates.observe_latency(seconds)
 
-    def _refresh(self, key: TaskKey, version: int) -> None:
+    def _start_refresh_ahead(self, key: TaskKey, version: int) -> None:
         known = self._store.last_known(key)
         # A schedule or another replica may have replaced the snapshot meanwhile. In this case, the reads of
         # the new snapshot decide whether the new snapshot is refreshed ahead.
         if known is not None and known.version == version and self._store.cached_failure(key) is None:
-            self._in_flight.start(key, keep_without_callers=True, requirement=Requirement(newer_than=version))
+            self._in_flight.join_or_start(
+                key, keep_without_callers=True, requirement=Requirement(newer_than=version)
+            )
 
     async def _wait(
         self, key: TaskKey, client: bytes | None, *, wait_until_done: bool = False, seen_revision: int = 0
@@ -279,22 +281,22 @@ class ProgressService:
             required = Requirement(seen_revision=seen_revision)
             for _ in range(_MAX_JOINED_IN_FLIGHT_REQUESTS):
                 fetched = await self._join_in_flight_request(key, required, wait_until_done=wait_until_done)
-                outcome = fetched.snapshot_or_error
-                if isinstance(outcome, GatewayError) or outcome.is_at_least(seen_revision):
+                response = fetched.snapshot_or_error
+                if isinstance(response, GatewayError) or response.is_at_least(seen_revision):
                     break
                 # The in-flight request had started with the requirement of another caller.
-                required = required._replace(newer_than=outcome.version)
+                required = required._replace(newer_than=response.version)
                 await asyncio.sleep(0)  # lets `SingleFlight` forget the request, if it had just ended
             else:
-                outcome = UpstreamTimeout("no response newer than the one that the client has")
+                response = UpstreamTimeout("no response newer than the one that the client has")
         finally:
             if client is not None:
                 self._in_flight.remove_waiter(key, client)
-        if isinstance(outcome, GatewayError):
-            return self._stale_if_error(key, outcome, cache_status, fetched, seen_revision=seen_revision)
-        age = self._clock() - outcome.fetched_at
-        self._metrics.record_age(outcome, age)
-        return LookupResult(outcome, age, cache_status, had_snapshot=known is not None, fetched=fetched)
+        if isinstance(response, GatewayError):
+            return self._stale_if_error(key, response, cache_status, fetched, seen_revision=seen_revision)
+        age = self._clock() - response.fetched_at
+        self._metrics.record_age(response, age)
+        return LookupResult(response, age, cache_status, had_snapshot=known is not None, fetched=fetched)
 
     async def _join_in_flight_request(
         self, key: TaskKey, required: Requirement, *, wait_until_done: bool
@@ -308,12 +310,12 @@ class ProgressService:
         # A new in-flight request must satisfy all callers that wait, not only the one that starts it.
         state.seen_revision = max(state.seen_revision, required.seen_revision)
         required = required._replace(seen_revision=state.seen_revision)
-        request = self._in_flight.start(key, requirement=required)
+        request = self._in_flight.join_or_start(key, requirement=required)
         if wait_until_done:
             return await asyncio.shield(request)
         if request.done():  # it ended in this iteration of the event loop
             return request.result()
-        queued = queued_signal_of(state)
+        queued = queued_error_of(state)
         taken = max(self._clock() - state.began_at, 0.0)  # 0.0 before it runs: `began_at` is then infinite
         timeout = max(self.overdue_updates.overdue_after_seconds - taken, 0.0)
         await asyncio.wait((request, queued), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)

@@ -31,7 +31,7 @@ class SingleFlight(Generic[K, T]):
         """Tell whether a call for this key is in flight."""
         return key in self._in_flight
 
-    def start(self, key: K, fn: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Future[T]:
+    def join_or_start(self, key: K, fn: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Future[T]:
         """Return the call in flight for the key, or start one. Await it through `asyncio.shield`.
 
         After `aclose` the returned future is cancelled, and no call starts.
@@ -50,7 +50,7 @@ class SingleFlight(Generic[K, T]):
 
     async def do(self, key: K, fn: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Wait for the key's call and return its result, or raise its exception."""
-        return await asyncio.shield(self.start(key, fn))
+        return await asyncio.shield(self.join_or_start(key, fn))
 
     def drop(self, key: K) -> None:
         """Cancel the key's call, which must have no waiters. The next caller starts a new one at once."""

@@ -197,7 +197,7 @@ class Store(Protocol):
         """
         ...
 
-    def add_change_listener(
+    def add_snapshot_listener(
         self, listener: Callable[[Snapshot], None], *, is_watched: Callable[[TaskKey], bool] = lambda _: False
     ) -> None:
         """Call `listener`, on the event loop, with each new snapshot, even if it is too large to be kept.

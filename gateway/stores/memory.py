@@ -27,7 +27,7 @@ from gateway.domain.task import TaskKey
 from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
 
 # How long the latest progress snapshot of a task is kept after it has become stale. During this hour,
-# progress does not fall, and a finished task does not run again, unless the snapshot is evicted.
+# progress does not fall, and an ended task is not reported as running, unless the snapshot is evicted.
 REMEMBER_SECONDS = 3600.0
 
 # Memory of an entry besides its bodies: objects, keys and cache slots, rounded up (measured with tracemalloc
@@ -81,8 +81,8 @@ class MemoryStore:
     `max_bytes` limits the sum of all bodies, envelopes and error texts, plus `ENTRY_OVERHEAD_BYTES` for each
     entry. At this limit, failures are evicted first, because they are short-lived. An entry that is larger
     than the limit is not kept. `min_keep_stale_seconds` is the shortest time for which a snapshot is kept
-    after it has become stale, unless it is evicted. It must be at least as long as the settings allow a stale
-    snapshot to be served.
+    after it has become stale, unless it is evicted. Choose at least the longest time for which the settings
+    allow a stale snapshot to be served.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class MemoryStore:
         """See `Store`: there is nothing to close."""
 
     def valid_entry(self, key: TaskKey) -> CacheEntry | None:
-        """See `Store.valid_entry`: without other replicas, no message can be unread."""
+        """See `Store.valid_entry`: every entry is valid, because there are no messages of other replicas."""
         return self.entry(key)
 
     def entry(self, key: TaskKey) -> CacheEntry | None:
@@ -150,7 +150,7 @@ class MemoryStore:
 
     def cached_failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.cached_failure`."""
-        # The common case takes a tenth of the time of a lookup.
+        # Usually no failure is cached. This comparison takes a tenth of the time of a lookup.
         if self._clock() >= self._last_failure_expires_at:
             return None
         failure = self._failures.get(key)
@@ -196,10 +196,10 @@ class MemoryStore:
     def add_throttling_listener(self, listener: Callable[[float | None], None]) -> None:
         """See `Store.add_throttling_listener`: without other replicas, there are no announcements."""
 
-    def add_change_listener(
+    def add_snapshot_listener(
         self, listener: Callable[[Snapshot], None], *, is_watched: Callable[[TaskKey], bool] = lambda _: False
     ) -> None:
-        """See `Store.add_change_listener`."""
+        """See `Store.add_snapshot_listener`."""
         self._listeners.append(listener)
 
     def put(self, snapshot: Snapshot, *, fetched_here: bool = True) -> Snapshot:
@@ -208,13 +208,13 @@ class MemoryStore:
 
     def _put(self, snapshot: Snapshot, entry: CacheEntry | None, *, fetched_here: bool) -> Snapshot:
         """Store a snapshot in place of `entry`; return the snapshot that is kept."""
-        kept = None if entry is None else entry.snapshot
+        current = None if entry is None else entry.snapshot
         # A terminal status is final, whatever the versions. Replicas without a connection to a shared store
         # (`ValkeyStore`) do not know each other's versions.
-        if kept is not None and (
-            kept.version > snapshot.version if kept.terminal is snapshot.terminal else kept.terminal
+        if current is not None and (
+            current.version > snapshot.version if current.terminal is snapshot.terminal else current.terminal
         ):
-            return kept
+            return current
         if entry is not None:
             entry.valid = False
             del self._snapshots[snapshot.key]

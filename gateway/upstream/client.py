@@ -64,7 +64,7 @@ class _Query:
 
     key: TaskKey
     is_refresh: bool
-    on_queued: Callable[[float], None]
+    report_wait: Callable[[float], None]
     deadline: float
     state: QueryState
     call_numbers: Iterator[int] = field(default_factory=count)
@@ -140,7 +140,7 @@ class UpstreamClient:
         *,
         is_refresh: bool = False,
         timeout_seconds: float = math.inf,
-        on_queued: Callable[[float], None] = lambda _: None,
+        report_wait: Callable[[float], None] = lambda _: None,
         on_retry: Callable[[], None] = lambda: None,
         query_state: QueryState | None = None,
     ) -> ParsedResponse:
@@ -150,7 +150,7 @@ class UpstreamClient:
             key: The task.
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: Limit for the whole query, in addition to the setting.
-            on_queued: See `RateLimiter.acquire`.
+            report_wait: See `RateLimiter.acquire`.
             on_retry: Called before each retry, but not before a repeat on a new connection.
             query_state: The waiting callers. The attribute `call_sent` is set when a call is sent, and
                 cleared before the next one. None: the gateway itself needs the response.
@@ -162,7 +162,7 @@ class UpstreamClient:
         seconds = min(self._settings.timeout_seconds, timeout_seconds)
         deadline = self._now() + seconds
         query = _Query(
-            key, is_refresh, on_queued, deadline, query_state or QueryState(keep_without_callers=True)
+            key, is_refresh, report_wait, deadline, query_state or QueryState(keep_without_callers=True)
         )
         self._retry_policy.on_query()
         retries = 0
@@ -220,7 +220,7 @@ class UpstreamClient:
             with await self._rate_limiter.acquire(
                 is_refresh=query.is_refresh,
                 timeout_seconds=self._max_queue_seconds(query),
-                on_queued=query.on_queued,
+                report_wait=query.report_wait,
                 query_state=query.state,
             ) as permit:
                 query.state.make_timeout_error = make_upstream_timeout
@@ -235,7 +235,7 @@ class UpstreamClient:
         """Make another call for a query whose call has no response yet."""
         self._metrics.upstream_retries.labels(query.key.operation, UpstreamTimeout.code).inc()
         # The hedged call has a state of its own, because `_call` sets `call_sent` to False before it sends a
-        # call. If that were the state of the query, the query could be dropped with a call on the wire.
+        # call. With a common state, the query could be dropped while its first call is on the wire.
         state = QueryState(keep_without_callers=True)
         hedged = _Query(query.key, True, lambda _: None, query.deadline, state)  # noqa: FBT003
         hedged.call_numbers = query.call_numbers
@@ -278,7 +278,7 @@ class UpstreamClient:
             began = self._check_before_sending(query, permit)
             query.state.make_timeout_error = make_timeout_error
             with self._breakers[operation].guard(
-                is_refresh=query.is_refresh, no_response_seconds=self._half_timeout_seconds
+                is_refresh=query.is_refresh, min_failed_seconds=self._half_timeout_seconds
             ):
                 permit.mark_sent()
                 state.call_sent = True

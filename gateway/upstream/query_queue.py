@@ -31,17 +31,17 @@ class QueuedQuery:
     of `future` is the `retry_after` of the error, in seconds.
     """
 
-    __slots__ = ("_fair_queue", "expires_at", "future", "on_queued")
+    __slots__ = ("_fair_queue", "expires_at", "future", "report_wait")
 
     def __init__(
         self,
         expires_at: float,
-        on_queued: Callable[[float], None],
+        report_wait: Callable[[float], None],
         fair_queue: FairQueue[QueuedQuery] | None,
     ) -> None:
         self.future: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
         self.expires_at = expires_at
-        self.on_queued = on_queued
+        self.report_wait = report_wait
         self._fair_queue = fair_queue  # None for a refresh
 
     @property
@@ -103,14 +103,14 @@ class QueryQueue:
         is_refresh: bool,
         client: bytes,
         expires_at: float = math.inf,
-        on_queued: Callable[[float], None] = lambda _: None,
+        report_wait: Callable[[float], None] = lambda _: None,
     ) -> QueuedQuery:
         """Queue a query, and return its entry. A first query is queued for `client`."""
         if is_refresh:
-            query = QueuedQuery(expires_at, on_queued, None)
+            query = QueuedQuery(expires_at, report_wait, None)
             self._refreshes[query] = None
         else:
-            query = QueuedQuery(expires_at, on_queued, self._first_queries)
+            query = QueuedQuery(expires_at, report_wait, self._first_queries)
             self._first_queries.add(query, client)
         return query
 

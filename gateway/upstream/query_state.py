@@ -48,7 +48,7 @@ class QueryState:
         dropped: The request was cancelled by `on_unwanted`.
         queue_entry: The query's entry in the queue for a permit or for a concurrency slot; None while it is
             in neither.
-        queued_signal: A future that receives an error when the rate limiter queues the query. Callers that
+        queued_error: A future that receives an error when the rate limiter queues the query. Callers that
             can serve a stale snapshot then stop waiting.
         began_at: When the request began, on the clock of the progress service.
         failure: The failure of the latest call of the query, which is retried; None without one.
@@ -67,7 +67,7 @@ class QueryState:
         "make_timeout_error",
         "on_unwanted",
         "queue_entry",
-        "queued_signal",
+        "queued_error",
         "seen_revision",
     )
 
@@ -90,7 +90,7 @@ class QueryState:
         self.call_sent = False
         self.dropped = False
         self.queue_entry: QueueEntry | None = None
-        self.queued_signal: asyncio.Future[GatewayError] | None = None
+        self.queued_error: asyncio.Future[GatewayError] | None = None
         self.began_at = math.inf
         self.failure: GatewayError | None = None
         self.make_timeout_error: Callable[[], GatewayError] = make_upstream_timeout

@@ -27,11 +27,11 @@ from gateway.upstream.query_queue import QueryQueue, QueuedQuery
 from gateway.upstream.query_state import QueryState
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
-# Shortest expected wait that `acquire` reports to `on_queued` when a query is put into the queue.
+# Shortest expected wait that `acquire` reports to `report_wait` when a query is put into the queue.
 # Later reports have no minimum. After a report, the progress service serves a stale snapshot at once, if
 # there is one.
 MIN_REPORTED_WAIT_SECONDS = 0.1
-# A query at the head of the queue still gets a permit this long after its timeout, because the timer that
+# A query at the head of the queue still gets a permit up to this long after its timeout: the timer that
 # serves the queue may fire late. The checks of the expected wait have no tolerance.
 _TIMEOUT_TOLERANCE_SECONDS = 0.1
 
@@ -150,15 +150,15 @@ class RateLimiter:
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        on_queued: Callable[[float], None] = lambda _: None,
+        report_wait: Callable[[float], None] = lambda _: None,
         query_state: QueryState | None = None,
     ) -> Permit:
         """Wait for a permit: `with await limiter.acquire(...) as permit`, then `permit.mark_sent()` to send.
 
         Args:
             is_refresh: An older snapshot of the task is known.
-            timeout_seconds: The longest wait. A permit may come 0.1 s later.
-            on_queued: Called with the expected wait in seconds, at two kinds of moments:
+            timeout_seconds: The longest wait. The timer may add up to 0.1 s.
+            report_wait: Called with the expected wait in seconds, at two kinds of moments:
                 - when the query is put into the queue, if the wait is at least `MIN_REPORTED_WAIT_SECONDS`
                 - whenever the limit falls, a pause begins, or a request for shared permits ends while the
                   query is in the queue; the expected wait may be 0
@@ -179,10 +179,10 @@ class RateLimiter:
             raise _exhausted(wait)
         else:
             if wait >= MIN_REPORTED_WAIT_SECONDS:
-                on_queued(wait)
+                report_wait(wait)
             expires_at = self._clock() + timeout_seconds
             query = self._queue.add(
-                is_refresh=is_refresh, client=client, expires_at=expires_at, on_queued=on_queued
+                is_refresh=is_refresh, client=client, expires_at=expires_at, report_wait=report_wait
             )
             await self._wait_in_queue(query, state)
         permit = Permit(self._clock, self._on_permit_end)
@@ -265,7 +265,7 @@ class RateLimiter:
                 if query.future.done():
                     continue  # cancelled: its asyncio task will run soon
                 if self._clock() > query.expires_at + _TIMEOUT_TOLERANCE_SECONDS:
-                    # First queries of other clients that were queued later were served before this one.
+                    # First queries of other clients were served before this one, although queued later.
                     query.future.set_result(max(self._seconds_until_token(0), _TIMER_RESOLUTION_SECONDS))
                     continue
                 self._use_shared_permit(is_refresh=is_refresh)
@@ -282,7 +282,7 @@ class RateLimiter:
             self._refuse_or_report_waits(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
-        # Usually `acquire` removes an outdated limit. Without this, an announcement could lower such a limit.
+        # An announcement must not lower an outdated limit, which otherwise the next `acquire` would remove.
         self._remove_limit_if_idle()
         self._refill()
         now, was_throttled = self._clock(), self._limit.has_learned_limit
@@ -307,7 +307,7 @@ class RateLimiter:
                     query.future.set_result(max(wait, _TIMER_RESOLUTION_SECONDS))
             else:
                 ahead += 1
-                query.on_queued(wait)
+                query.report_wait(wait)
 
     def _ahead_elsewhere(self, *, is_refresh: bool) -> int:
         """Return how many queries of other replicas are served before a query of this replica."""

@@ -1,7 +1,7 @@
 """The watch hub: schedules the refreshes of watched tasks, and publishes changes to their subscribers.
 
     first subscriber -> start the schedule of the task (`refresher.py`), which refreshes the snapshot
-    the store reports a new snapshot, fetched by any request or replica -> unpublished -> publish
+    the store reports a new snapshot, fetched for any caller or by any replica -> publish it soon
         -> write it directly to the streams that have no unsent data
         -> for all other subscribers, keep it as unsent -> the stream or long poll sends it
     last subscriber has left, or the task has ended -> the schedule ends
@@ -96,7 +96,7 @@ class WatchHub:
         metrics.subscribers_limit.set(settings.max_watchers)
         metrics.watched_tasks.set_function(self._watched.__len__)
         metrics.overdue_tasks.set_function(self._overdue_keys.__len__)
-        store.add_change_listener(self._add_unpublished, is_watched=self._watched.__contains__)
+        store.add_snapshot_listener(self._add_unpublished, is_watched=self._watched.__contains__)
 
     @contextmanager
     def subscribe(
@@ -175,7 +175,7 @@ class WatchHub:
         servable_result = self._service.peek(key, seen_revision)
         # Publish the unpublished snapshot before the subscriber is added, so that `published` is the latest.
         self._publish_unpublished(key)
-        # There is no `await` from here to the end, so no change is lost in between.
+        # This method does not await, so no change is lost between these steps.
         watched.subscribers.add(subscriber)
         self._service.add_subscriber(key, subscriber.client)
         published = watched.published
@@ -254,7 +254,7 @@ class WatchHub:
             else watched.subscribers
         )
         watched.published = reduced = update.without_large_body()
-        # `put` refuses the update if the client has received a newer one. The subscriber then awaits a refresh.
+        # `put` refuses the update if the client has a newer one. The subscriber then awaits a refresh.
         have_newer = [
             subscriber
             for subscriber in self.direct_delivery(update, recipients)

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from gateway.api.cached_responses import CachedResponses
 from gateway.api.progress import ProgressEndpoint
 from gateway.progress.service import ProgressService
 from tests.support.harness import (
@@ -69,6 +70,21 @@ def test_a_miss_does_not_reach_the_application(launch: Launch, calls: list[str])
     assert calls == [f"/v1/progress/{other}"]
     assert gate.metric("cache_lookups_total", result="miss") == 2
     assert gate.metric("http_requests_total", status="200", route="/v1/progress/{taskId}") == 3
+
+
+def test_a_snapshot_that_arrives_after_the_lookup_is_a_hit(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the lookup and the start of the wait, another request may store the snapshot."""
+    with RawUpstream(respond_ok) as upstream:
+        gate = launch(upstream.url, cache={"running_seconds": 600})
+        task = fresh_id()
+        gate.get(task)
+        monkeypatch.setattr(CachedResponses, "answer", lambda *_: None)
+        response = gate.get(task)
+    assert response.headers["cache-status"].startswith("sd-gateway; hit; ttl=")
+    assert gate.metric("cache_lookups_total", result="hit") == 1
+    assert gate.metric("cache_lookups_total", result="miss") == 1
 
 
 @pytest.mark.parametrize("changed", [True, False])

@@ -430,7 +430,7 @@ async def test_store_serves_what_is_too_large_to_be_kept(
     """A snapshot above the limit is returned to waiting requests but not kept, nor is its predecessor."""
     store = await make(max_bytes=100_000)
     heard: list[Snapshot] = []
-    store.add_change_listener(heard.append)
+    store.add_snapshot_listener(heard.append)
     small = await save(store, snapshot())
     clock.now += 1
     large = snapshot(message="x" * 60_000)
@@ -536,10 +536,10 @@ async def test_store_notifies_listeners_of_each_change(
     heard: list[tuple[str | None, bool]] = []
     also: list[Snapshot] = []
     await save(store, snapshot(message="before"))
-    store.add_change_listener(
+    store.add_snapshot_listener(
         lambda stored: heard.append((said(stored), store.last_known(stored.key) == stored))
     )
-    store.add_change_listener(also.append)
+    store.add_snapshot_listener(also.append)
     clock.now += 1
     await save(store, snapshot(message="one"))
     await save(store, snapshot(OTHER, message="two"))

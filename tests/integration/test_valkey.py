@@ -201,7 +201,7 @@ async def test_valkey_notifies_replicas_that_want_the_task(one: ValkeyStore, oth
     await stored(one, message="first")
     await other.acquire(KEY)
     heard: list[Snapshot] = []
-    other.add_change_listener(heard.append, is_watched=KEY.__eq__)
+    other.add_snapshot_listener(heard.append, is_watched=KEY.__eq__)
     unheld = await stored(one, KEY._replace(task_id="unheld"))
     await stored(one, message="second")
     await eventually(lambda: heard, "the other hears of it")
@@ -529,7 +529,7 @@ async def test_valkey_follows_slots_that_move(opened: Open, tmp_path: Path) -> N
             assert each.trouble is None
             assert errors(each, "subscribe") == 0
         heard: list[Snapshot] = []
-        other.add_change_listener(heard.append, is_watched=lambda _: True)
+        other.add_snapshot_listener(heard.append, is_watched=lambda _: True)
         for task in range(number - 99, number + 1):  # in every shard
             await stored(one, KEY._replace(task_id=f"task-{task}"), message="changed")
         await eventually(lambda: len(heard) == 100, "the other hears of every change")

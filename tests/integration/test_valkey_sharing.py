@@ -147,7 +147,7 @@ async def test_announced_snapshot_is_loaded_where_it_is_needed(
     await stored(one)
     await other.acquire(KEY)
     heard: list[Snapshot] = []
-    other.add_change_listener(heard.append, is_watched=lambda key: why == "watched" and key == KEY)
+    other.add_snapshot_listener(heard.append, is_watched=lambda key: why == "watched" and key == KEY)
     if why == "read":
         await read(other)
     second = await stored(one, message="second")
@@ -205,7 +205,7 @@ async def test_unchanged_snapshot_keeps_its_entry(one: ValkeyStore) -> None:
     await read(one)
     entry = one.valid_entry(KEY)
     heard: list[Snapshot] = []
-    one.add_change_listener(heard.append)
+    one.add_snapshot_listener(heard.append)
     assert await save(one, late, message="late") is known
     await one.read_arrived_messages()
     assert one.valid_entry(KEY) is entry
@@ -243,7 +243,7 @@ async def test_paused_replica_reads_the_messages_that_it_has_missed(
     needed: str, one: ValkeyStore, server: StoreServer
 ) -> None:
     """A snapshot that was replaced during the pause is not shown after it, not even while it is loaded."""
-    one.add_change_listener(lambda _: None, is_watched=lambda key: needed == "watched" and key == KEY)
+    one.add_snapshot_listener(lambda _: None, is_watched=lambda key: needed == "watched" and key == KEY)
     known = await stored(one)
     assert await shown(one) is known
     entry = one.valid_entry(KEY)
@@ -1069,14 +1069,14 @@ async def test_shorter_lifetime_needs_few_operations(
 async def test_watched_task_without_an_entry_is_loaded(one: ValkeyStore, other: ValkeyStore) -> None:
     """A replica whose first query has failed receives the snapshot that another one has fetched."""
     heard: list[Snapshot] = []
-    other.add_change_listener(heard.append, is_watched=lambda key: key == KEY)
+    other.add_snapshot_listener(heard.append, is_watched=lambda key: key == KEY)
     await stored(one)
     await eventually(lambda: heard, "the snapshot is loaded")
 
 
 async def test_own_commit_is_not_loaded_back(one: ValkeyStore) -> None:
     """The message about a replica's own commit starts no operation, although the task is watched."""
-    one.add_change_listener(lambda _: None, is_watched=lambda _: True)
+    one.add_snapshot_listener(lambda _: None, is_watched=lambda _: True)
     for _ in range(5):
         await stored(one)
     await heard_all(one, one)

@@ -135,11 +135,11 @@ class ValkeyStore(MemoryStore):
         """See `Store.read_arrived_messages`."""
         return await self._connection.read_arrived_messages()
 
-    def add_change_listener(
+    def add_snapshot_listener(
         self, listener: Callable[[Snapshot], None], *, is_watched: Callable[[TaskKey], bool] = lambda _: False
     ) -> None:
-        """See `Store.add_change_listener`."""
-        super().add_change_listener(listener)
+        """See `Store.add_snapshot_listener`."""
+        super().add_snapshot_listener(listener)
         self._updates.add_watch_check(is_watched)
 
     def add_throttling_listener(self, listener: Callable[[float | None], None]) -> None:

@@ -114,14 +114,14 @@ class Call:
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        on_queued: Callable[[float], None],
+        report_wait: Callable[[float], None],
         on_retry: Callable[[], None],
         query_state: QueryState,
     ) -> None:
         self.key = key
         self.is_refresh = is_refresh
         self.timeout_seconds = timeout_seconds
-        self.on_queued = on_queued
+        self.report_wait = report_wait
         self.on_retry = on_retry
         self.query_state = query_state
         self.outcome: asyncio.Future[ParsedResponse] = asyncio.get_running_loop().create_future()
@@ -154,7 +154,7 @@ class FakeUpstream:
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        on_queued: Callable[[float], None],
+        report_wait: Callable[[float], None],
         on_retry: Callable[[], None],
         query_state: QueryState,
     ) -> ParsedResponse:
@@ -165,7 +165,7 @@ class FakeUpstream:
             key,
             is_refresh=is_refresh,
             timeout_seconds=timeout_seconds,
-            on_queued=on_queued,
+            report_wait=report_wait,
             on_retry=on_retry,
             query_state=query_state,
         )
@@ -203,7 +203,7 @@ class Bench:
             clock=self.clock,
         )
         self._stored: asyncio.Queue[Snapshot] = asyncio.Queue()
-        self.store.add_change_listener(self._stored.put_nowait)
+        self.store.add_snapshot_listener(self._stored.put_nowait)
 
     def begin(self, key: TaskKey = KEY) -> asyncio.Task[LookupResult]:
         """Start a query, and return its task."""
@@ -422,8 +422,8 @@ async def test_get_does_not_wait_for_a_queued_request(bench: Bench) -> None:
     crowd = [bench.begin() for _ in range(3)]
     call = await bench.upstream.call()
     assert call.is_refresh
-    call.on_queued(7.0)
-    call.on_queued(6.0)
+    call.report_wait(7.0)
+    call.report_wait(6.0)
     for result in await asyncio.gather(*crowd, bench.get(KEY)):
         assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert result.failure == Alike(
@@ -458,7 +458,7 @@ async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -
     for meanwhile in (OTHER, RESULT):
         asked = bench.begin()
         call = await bench.upstream.call()
-        call.on_queued(7.0)
+        call.report_wait(7.0)
         await bench.learn(key=meanwhile)
         assert not asked.done()
         call.answer()
@@ -472,7 +472,7 @@ async def test_refresh_if_stale_waits_for_a_queued_request(bench: Bench) -> None
     long_ago(bench)
     asked = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     call = await bench.upstream.call()
-    call.on_queued(7.0)
+    call.report_wait(7.0)
     await bench.learn(key=OTHER)  # a caller that does not wait would have its result by now
     assert not asked.done()
     call.answer(progress=0.9)
@@ -543,7 +543,7 @@ async def test_get_drops_a_queued_query_when_its_last_caller_leaves(bench: Bench
 
 async def test_get_cleans_up_a_request_dropped_before_it_began(bench: Bench) -> None:
     """A caller may leave in the same iteration of the event loop in which it came."""
-    waiting = bench.service._in_flight.start(KEY)
+    waiting = bench.service._in_flight.join_or_start(KEY)
     bench.service.add_subscriber(KEY, b"1")
     bench.service.remove_subscriber(KEY, b"1")
     await asyncio.wait([waiting])
@@ -578,11 +578,11 @@ async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
         long_ago(bench)
         asked = bench.begin()
         call = await bench.upstream.call()
-        call.on_queued(7.0)
+        call.report_wait(7.0)
         assert (await asked).cache_status is CacheStatus.STALE
     else:
         known = cast("Snapshot", bench.store.last_known(KEY))
-        bench.service._refresh(known.key, known.version)
+        bench.service._start_refresh_ahead(known.key, known.version)
         call = await bench.upstream.call()
         long_ago(bench)
     joined = asyncio.create_task(bench.service.refresh_if_stale(KEY))

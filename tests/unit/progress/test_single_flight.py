@@ -108,7 +108,7 @@ async def test_start_logs_no_unretrieved_exception(callers: int) -> None:
     complaints: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     in_flight, call = SingleFlight[str, str](), Call()
-    task = in_flight.start("k", call)
+    task = in_flight.join_or_start("k", call)
     joined = join(in_flight, call, callers=callers)
     await call.started.wait()
     await disconnect(*joined)
@@ -177,8 +177,8 @@ async def test_do_keeps_keys_apart() -> None:
 async def test_start_needs_no_waiter() -> None:
     """A call can be started without a waiter; later callers join it while it is in flight."""
     in_flight, call = SingleFlight[str, str](), Call()
-    task = in_flight.start("k", call)
-    assert in_flight.start("k", call) is task
+    task = in_flight.join_or_start("k", call)
+    assert in_flight.join_or_start("k", call) is task
     await call.started.wait()
     [caller] = join(in_flight, call, callers=1)
     call.fetch.set_result("answer")
@@ -216,7 +216,7 @@ async def test_aclose_logs_no_unretrieved_exception() -> None:
     complaints: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
     in_flight, call = SingleFlight[str, str](), Call()
-    in_flight.start("k", call)
+    in_flight.join_or_start("k", call)
     await call.started.wait()
     await in_flight.aclose()
     assert complaints == []
@@ -237,7 +237,7 @@ async def test_aclose_waits_for_cleanup() -> None:
             raise Boom
         return ""
 
-    in_flight.start("k", tidy)
+    in_flight.join_or_start("k", tidy)
     await started.wait()
     closing = asyncio.create_task(in_flight.aclose())
     await cleaning.wait()
@@ -260,7 +260,7 @@ async def test_aclose_starts_no_call(*, cleaned: bool) -> None:
             await clean.wait()
         return ""
 
-    in_flight.start("k", tidy)
+    in_flight.join_or_start("k", tidy)
     await asyncio.sleep(0)
     closing = asyncio.create_task(in_flight.aclose())
     if cleaned:
@@ -269,7 +269,7 @@ async def test_aclose_starts_no_call(*, cleaned: bool) -> None:
     else:
         await asyncio.sleep(0)
     for key in ("k", "other"):
-        assert in_flight.start(key, call).cancelled()
+        assert in_flight.join_or_start(key, call).cancelled()
         with pytest.raises(asyncio.CancelledError):
             await in_flight.do(key, call)
     clean.set()
