@@ -87,9 +87,7 @@ def checked_task_id(task_id: str, *, comma_hint: str = "") -> str:
 
 
 def _checked(task_id: str) -> str:
-    return checked_task_id(
-        task_id, comma_hint="for several tasks, repeat the parameter: ?taskId=A&taskId=B"
-    )
+    return checked_task_id(task_id, comma_hint="for several tasks, repeat the parameter: ?taskId=A&taskId=B")
 
 
 class SimpleTargetParser:

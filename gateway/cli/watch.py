@@ -219,7 +219,9 @@ class _Session:
         return shlex.join([*words, *(["--json"] if options.as_json else [])])
 
     def _is_done(self, task: WatchedTask) -> bool:
-        return self._tasks.has_ended(task) and (self._saver is None or not task.succeeded or task.task_id in self._saved)
+        return self._tasks.has_ended(task) and (
+            self._saver is None or not task.succeeded or task.task_id in self._saved
+        )
 
     # The reader threads.
 

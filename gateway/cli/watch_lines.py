@@ -1,8 +1,8 @@
 """Writes the changes of `sd-gateway watch` as lines, for pipes, log files and terminals without a cursor.
 
 A task gets a line when its status changes, after each 10 %, and after 30 s if anything else has changed. If
-nothing changes for 30 s, one line says how many tasks are in each state. Without a connection, this line is not
-repeated.
+nothing changes for 30 s, one line says how many tasks are in each state. Without a connection, this line is
+not repeated.
 """
 
 from __future__ import annotations

@@ -281,7 +281,7 @@ def test_watch_ends_on_a_closed_pipe(simulated: Simulator, served: str, tmp_path
     [
         ([], "TASK"),
         (["a b"], "'a b' is not a task ID: a task ID is 1 to 64 characters of A-Z a-z 0-9 _ -\n"),
-        (["a,b"], "'a,b' is not a task ID: a task ID is 1 to 64 characters of A-Z a-z 0-9 _ -; separate several"),
+        (["a,b"], "'a,b' is not a task ID: a task ID is 1 to 64 characters of A-Z a-z 0-9 _ -; separate"),
         (["A", "x" * 65], "a text of 65 characters is not a task ID: a task ID is 1 to 64"),
         (["A", "--api", "video"], "choose from"),
         *(
