@@ -73,14 +73,21 @@ class TaskParameters:
         return operation
 
 
-def _checked(task_id: str) -> str:
-    """Return the task ID if it is valid. Raises: InvalidTaskId, which names it: the query may have many."""
+def checked_task_id(task_id: str, *, comma_hint: str = "") -> str:
+    """Return the task ID if it is valid.
+
+    Raises: InvalidTaskId, which names it, because there may be many, with `comma_hint` if it has a comma.
+    """
     try:
         return check_task_id(task_id)
     except InvalidTaskId as exc:
         shown = ascii(task_id) if len(task_id) <= MAX_SHOWN_CHARS else f"a text of {len(task_id)} characters"
-        hint = "; for several tasks, repeat the parameter: ?taskId=A&taskId=B" if "," in task_id else ""
+        hint = f"; {comma_hint}" if comma_hint and "," in task_id else ""
         raise InvalidTaskId(f"{shown} is not a task ID: {exc}{hint}") from None
+
+
+def _checked(task_id: str) -> str:
+    return checked_task_id(task_id, comma_hint="for several tasks, repeat the parameter: ?taskId=A&taskId=B")
 
 
 class SimpleTargetParser:

@@ -18,9 +18,10 @@ from gateway.api.progress_response import cache_headers
 from gateway.api.request_log import record_outcome
 from gateway.api.requests import Headers, header, query_parameters, read_body
 from gateway.api.server_extensions import while_connected
+from gateway.api.task_parameters import checked_task_id
 from gateway.domain.envelope import read_task_id
 from gateway.domain.errors import InvalidParameter, PathNotFound, UnsupportedMediaType, UpstreamRejected
-from gateway.domain.task import Operation, TaskKey, check_task_id
+from gateway.domain.task import Operation, TaskKey
 from gateway.progress.outcomes import LookupFailure, LookupResult
 from gateway.progress.service import ProgressService
 from gateway.upstream.loop_detection import MESSAGE, RESPONSE_HEADER, is_gateway
@@ -98,4 +99,4 @@ def _task_id(body: bytes) -> str:
         raise InvalidParameter("the body is not a JSON object") from exc
     if not isinstance(task_id, str):
         raise InvalidParameter("the body has no taskId that is a string")
-    return check_task_id(task_id)
+    return checked_task_id(task_id)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import httpx
 
+from gateway.api.task_parameters import checked_task_id
 from gateway.cli.gateway_access import Header, check_ca_file
 from gateway.cli.watch_images import prepare_directory
 from gateway.domain.errors import InvalidTaskId
-from gateway.domain.task import check_task_id
 
 MAX_PORT = 65535
 _MAX_SECONDS = 1e9  # valid for every event loop and as a date
@@ -70,7 +70,7 @@ def timeout(text: str) -> float:
 def task_id(text: str) -> str:
     """Return a task ID."""
     try:
-        return check_task_id(text)
+        return checked_task_id(text, comma_hint="separate several IDs by spaces")
     except InvalidTaskId as exc:
         raise argparse.ArgumentTypeError(str(exc)) from None
 

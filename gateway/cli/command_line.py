@@ -23,6 +23,8 @@ from gateway.settings.error_messages import did_you_mean
 from gateway.settings.variables import URL_VARIABLE
 from gateway.simulator.faults import FAULTS
 
+DEFAULT_SECRET = "simulated-secret"  # noqa: S105  # of the simulated upstream
+
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser that suggests similar commands and options.
@@ -172,7 +174,7 @@ def _add_simulate(simulate: Parser) -> None:
     secret = simulate.add_mutually_exclusive_group()
     secret.add_argument(
         "--secret",
-        default="simulated-secret",
+        default=DEFAULT_SECRET,
         help="secret key of the access key (default: %(default)s)",
     )
     secret.add_argument("--secret-stdin", action="store_true", help="read the secret key from standard input")

@@ -32,6 +32,7 @@ from gateway.settings.loading import Loaded
 from gateway.settings.model import Settings
 from gateway.telemetry.redaction import Redactor
 
+SIMULATOR_HOST = "127.0.0.1"
 SIMULATOR_PREFIX = "simulated upstream on "  # followed by its URL, once it accepts connections
 _KEY = "demo-access-key"
 _INTERVAL_SECONDS = 5.0
@@ -54,8 +55,9 @@ def run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
 
     The gateway listens on its port, also if `server.uds` is set, because the demo is for browsers.
 
-    Raises: RuntimeError if the simulated upstream does not start; see also `server.run`.
+    Raises: RuntimeError if a port is in use or the simulated upstream does not start; see also `server.run`.
     """
+    _check_ports(settings.server.host, settings.server.port, simulator_port)
     signals.exit_cleanly()  # before the simulator starts, so that it is always stopped
     secret = secrets.token_hex(16)
     with (
@@ -88,6 +90,25 @@ def readable_logs(loaded: Loaded) -> Settings:
     log = {key: value for key, value in ours.items() if key not in chosen}
     settings = loaded.settings
     return settings.model_copy(update={"log": settings.log.model_copy(update=log)})
+
+
+def _check_ports(host: str, port: int, simulator_port: int) -> None:
+    """Raise RuntimeError if a port is in use: one message for both, with the words that choose others."""
+    taken = {}
+    for name, address in {"port": (host, port), "simulator": (SIMULATOR_HOST, simulator_port)}.items():
+        try:
+            server.listen(*address, backlog=1).close()
+        except CannotListen as exc:
+            if exc.port_is_taken:
+                taken[name] = exc.url
+    if taken:
+        variable = "SD_GATEWAY_SERVER__PORT=0 " if "port" in taken else ""
+        option = "--simulator-port 0" if "simulator" in taken else ""
+        by_make = f'{variable}make demo ARGS="{option}"' if option else f"{variable}make demo"
+        raise RuntimeError(
+            f"cannot listen on {' and '.join(taken.values())}: already in use, perhaps by another demo; "
+            f"to use a free port: {f'{variable}sd-gateway demo {option}'.rstrip()}, or {by_make}"
+        )
 
 
 def _instructions(base: str, task_ids: list[str]) -> str:
@@ -149,8 +170,7 @@ def _simulator(port: int, secret: str) -> Iterator[str]:
             line = process.stdout.readline()
             if not line.startswith(SIMULATOR_PREFIX):
                 raise RuntimeError(
-                    f"the simulated upstream did not start on port {port}; "
-                    "--simulator-port 0 uses any free port"
+                    f"the simulated upstream did not start on port {port}; choose another --simulator-port"
                 )
             yield line.removeprefix(SIMULATOR_PREFIX).strip()
         finally:

@@ -66,7 +66,7 @@ HELP = {
         {
             0: "every task has succeeded, and its images are saved with --save",
             1: "a task has failed or is not known, an image is missing, or the time is over",
-            2: "wrong usage, or no gateway at this URL",
+            2: "wrong usage, or a server at this URL that is not a gateway",
             130: "stopped by Ctrl-C; the command that resumes is printed",
         },
     ),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 
 import uvicorn
 
+from gateway.cli.command_line import DEFAULT_SECRET
 from gateway.cli.demo import SIMULATOR_PREFIX
 from gateway.server import run as server
 from gateway.settings.model import SettingsError
@@ -50,9 +52,12 @@ def simulate(options: argparse.Namespace) -> None:
         date_header=False,  # the simulator sends the time of its own clock
         timeout_graceful_shutdown=1,
     )
-    server.serve(config, announce=_announce)
 
+    def announce(url: str) -> None:
+        sys.stdout.write(f"{SIMULATOR_PREFIX}{url}\n")
+        if secret == DEFAULT_SECRET:  # another one may be a real secret
+            pair = f"SPEEDPIX_APP_KEY={shlex.quote(key)} SPEEDPIX_APP_SECRET={secret}"
+            sys.stdout.write(f"To try it: SPEEDPIX_ENDPOINT={url} {pair} sd-gateway check\n")
+        sys.stdout.flush()
 
-def _announce(url: str) -> None:
-    sys.stdout.write(f"{SIMULATOR_PREFIX}{url}\n")
-    sys.stdout.flush()
+    server.serve(config, announce=announce)

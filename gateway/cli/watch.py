@@ -85,7 +85,7 @@ def watch(options: WatchOptions) -> bool:
         Whether all tasks have succeeded, and all images are saved if that was asked for.
 
     Raises:
-        StreamRefused: The gateway refuses the request, or there is none at the URL.
+        StreamRefused: The gateway refuses the request, or the server at the URL is not a gateway.
         KeyboardInterrupt: After Ctrl-C; a message says what is known.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -198,8 +198,7 @@ class _Session:
 
     def describe(self) -> str:
         """Return what is known, and the command that resumes."""
-        known = f"{self._tasks.ended} of {len(self._tasks)} ended: {self._tasks.counts()}"
-        return f"{known}. To resume: {self._resume_command()}"
+        return f"{self._tasks.summary()}. To resume: {self._resume_command()}"
 
     def _resume_command(self) -> str:
         options = self._options
@@ -220,7 +219,9 @@ class _Session:
         return shlex.join([*words, *(["--json"] if options.as_json else [])])
 
     def _is_done(self, task: WatchedTask) -> bool:
-        return task.ended and (self._saver is None or not task.succeeded or task.task_id in self._saved)
+        return self._tasks.has_ended(task) and (
+            self._saver is None or not task.succeeded or task.task_id in self._saved
+        )
 
     # The reader threads.
 
@@ -297,6 +298,8 @@ class _Session:
     def _handle_event(self, event: Event) -> None:
         if self._options.as_json:
             _print(json_text(json.dumps({"event": event.name, **event.data})))
+        if event.name == "end":
+            self._tasks.end()
         if event.content is None:
             return
         before = self._tasks.find(event.content.task_id)

@@ -36,6 +36,7 @@ from gateway.cli.watch_events import (
 )
 from gateway.cli.watch_json import read_members
 from gateway.cli.watch_polls import Polls
+from gateway.settings.variables import URL_VARIABLE
 
 SILENCE_SECONDS = 45.0  # three heartbeats of the gateway, after which the connection counts as lost
 # A gateway begins a stream at once. If nothing arrives in this time, a proxy may hold the stream back.
@@ -47,6 +48,8 @@ _CONNECT_SECONDS = 10.0
 _MAX_DOUBLINGS = 10
 _SKIPPED = "an event of the gateway is invalid and is skipped; check the URL of the gateway, and its version"
 _MAX_EVENT_BYTES = 16 * 1024 * 1024
+_NO_TLS = re.compile("WRONG_VERSION_NUMBER|RECORD_LAYER_FAILURE|HTTP_REQUEST")
+_CHECK_URL = f"; check --gateway or {URL_VARIABLE}"
 
 _LINE_END = re.compile(rb"\r\n|\r|\n")  # no others: U+2028 is text
 _BOM = b"\xef\xbb\xbf"
@@ -153,8 +156,11 @@ def follow(
     stream = EventStream()
     retry_seconds, failures = _FIRST_RETRY_SECONDS, 0
     last_contents = _LastContents(notify)
+    has_begun = False  # afterwards, the URL is known to be right
 
     def begin() -> None:
+        nonlocal has_begun
+        has_begun = True
         last_contents.begin_connection()
         connected()
 
@@ -180,7 +186,7 @@ def follow(
             except Unavailable as exc:
                 retry_after, reason = exc.seconds, str(exc)
             except httpx.RequestError as exc:
-                reason = _reason(exc, silence_seconds)
+                reason = _reason(exc, silence_seconds, has_begun=has_begun)
             use_polls = polls.succeeded  # otherwise the gateway itself did not respond
             if stream.retry_seconds is not None:
                 retry_seconds = max(stream.retry_seconds, _SHORTEST_PAUSE_SECONDS)
@@ -307,10 +313,13 @@ class _LastContents:
         return False
 
 
-def _reason(exc: httpx.RequestError, silence_seconds: float) -> str:
+def _reason(exc: httpx.RequestError, silence_seconds: float, *, has_begun: bool) -> str:
     if isinstance(exc, httpx.ReadTimeout):
         return f"no data for {silence_seconds:g} s"
     if isinstance(exc, httpx.ConnectError | httpx.ConnectTimeout):
+        if _NO_TLS.search(str(exc)):
+            return "connection failed (the server does not speak TLS: use http://)"
         text = only_printable(str(exc).rpartition("] ")[2])  # the message after the error number
-        return f"connection failed ({text or 'no response'})"
+        hint = "" if has_begun or str(exc).startswith("[SSL") else _CHECK_URL
+        return f"connection failed ({text or 'no response'}){hint}"
     return "connection lost"

@@ -47,7 +47,7 @@ class ProgressDisplay:
 
     def render(self, width: int, height: int | None = None) -> Group:
         """Return the display for a screen of `width` columns and `height` lines; None: without a limit."""
-        lines: list[RenderableType] = [self._head()]
+        lines: list[RenderableType] = [*self._head(width)]
         if self.notice:
             lines.append(_cut(self.notice, "yellow"))
         lines += [_cut(line, "yellow") for line in textwrap.wrap(self._reasons(), width)]
@@ -78,12 +78,14 @@ class ProgressDisplay:
         names = [task.task_id for task in self._tasks]
         return _Table(width, max(map(len, [*names, _ALL] if len(names) > 1 else names)))
 
-    def _head(self) -> Text:
+    def _head(self, width: int) -> list[Text]:
         if self.trouble:
-            return _cut(f"{self.name}: {self.trouble}; reconnecting", "yellow")
+            text = f"{self.name}: {self.trouble}; reconnecting"
+            wrapped = textwrap.wrap(text, width, break_on_hyphens=False, max_lines=2, placeholder="…")
+            return [_cut(line, "yellow") for line in wrapped]
         failing = any(task.stale for task in self._tasks)
         text = f"{self.name}: {self._tasks.ended} of {len(self._tasks)} ended"
-        return _cut(f"{text}; upstream failing", "yellow") if failing else _cut(text, "dim")
+        return [_cut(f"{text}; upstream failing", "yellow") if failing else _cut(text, "dim")]
 
     def _reasons(self) -> str:
         """Return why updates fail, and what else is wrong: lines of tasks often have no room for it."""

@@ -11,6 +11,7 @@ from pydantic.alias_generators import to_camel
 
 from gateway.domain.vendor_values import MAX_ETA_SECONDS, MAX_QUEUE_LENGTH
 
+UNKNOWN_TASK_SECONDS = 30.0  # the default of `watch.unknown_task_seconds`
 _MAX_PROBLEM_BYTES = 65536
 
 

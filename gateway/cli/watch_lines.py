@@ -1,7 +1,8 @@
 """Writes the changes of `sd-gateway watch` as lines, for pipes, log files and terminals without a cursor.
 
 A task gets a line when its status changes, after each 10 %, and after 30 s if anything else has changed. If
-nothing changes for 30 s, one line says how many tasks are in each state.
+nothing changes for 30 s, one line says how many tasks are in each state. Without a connection, this line is
+not repeated.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class ProgressLines:
         self._write = write
         self._written: dict[str, _Written] = {}
         self._last_at = tasks.clock()
+        self._last_summary = ""
 
     def update(self, task: WatchedTask) -> None:
         """Write a line if the status has changed, or the progress by 10 %."""
@@ -46,7 +48,9 @@ class ProgressLines:
                 self._write_task(task)
         if now - self._last_at >= INTERVAL_SECONDS:
             self._last_at = now
-            self._write(f"{self._tasks.ended} of {len(self._tasks)} ended: {self._tasks.counts()}")
+            told, self._last_summary = self._last_summary, self._tasks.summary()
+            if self._tasks.frozen_at is None or told != self._last_summary:
+                self._write(self._last_summary)
 
     def _write_task(self, task: WatchedTask) -> None:
         now, line = self._tasks.clock(), self._tasks.line(task)

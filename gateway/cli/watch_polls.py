@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from gateway.cli.watch_events import (
+    UNKNOWN_TASK_SECONDS,
     Event,
     StreamRefused,
     parse_event,
@@ -23,7 +24,6 @@ from gateway.cli.watch_events import (
 from gateway.cli.watch_json import read_items
 from gateway.cli.watch_words import problem_title
 
-UNKNOWN_TASK_SECONDS = 30.0  # the default of `watch.unknown_task_seconds`
 BUFFERED = (
     "a proxy buffers the event stream: it did not begin in time, but the gateway responds; using long polls"
 )

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from gateway.cli.watch_events import Content, Problem, Progress, Stale
+from gateway.cli.watch_events import UNKNOWN_TASK_SECONDS, Content, Problem, Progress, Stale
 from gateway.cli.watch_words import NOT_FOUND, UNKNOWN_ID, ago, problem_title, time_left
 
 _REJECTED = "upstream-rejected"
@@ -30,6 +30,7 @@ class WatchedTask:
         self._hint = hint
         self._received_at = 0.0
         self._stale_at = 0.0
+        self._rejected_at: float | None = None
 
     def update(self, content: Content, now: float) -> None:
         """Record what the gateway sent."""
@@ -40,11 +41,19 @@ class WatchedTask:
                 self.problem, self.stale = content, None
             case Stale(stale=code):
                 self.stale, self._stale_at = (content if code else None), now
+        if not self.not_found:
+            self._rejected_at = None
+        elif self._rejected_at is None:
+            self._rejected_at = now
 
     @property
     def ended(self) -> bool:
         """Whether the status is final."""
         return self.progress is not None and self.progress.terminal
+
+    def rejected_seconds(self, now: float) -> float:
+        """Return how long the vendor has rejected every query for the task."""
+        return 0.0 if self._rejected_at is None else now - self._rejected_at
 
     @property
     def succeeded(self) -> bool:
@@ -133,6 +142,7 @@ class WatchedTasks:
         other = "comfy" if api == "sd" else "sd"
         self.clock = clock
         self.frozen_at: float | None = None
+        self._at_end = False
         self._tasks = {task_id: WatchedTask(task_id, hint=f"; try --api {other}") for task_id in task_ids}
 
     def __iter__(self) -> Iterator[WatchedTask]:
@@ -168,10 +178,24 @@ class WatchedTasks:
         """Whether every task has succeeded."""
         return all(task.succeeded for task in self)
 
+    def end(self) -> None:
+        """Record the end of the stream: all tasks have ended, also those that the vendor does not know."""
+        self._at_end = True
+
+    def has_ended(self, task: WatchedTask) -> bool:
+        """Whether a task counts as ended: its status is final, or the vendor has rejected it for a while."""
+        if task.not_found:
+            return self._at_end or task.rejected_seconds(self.clock()) >= UNKNOWN_TASK_SECONDS
+        return task.ended
+
     @property
     def ended(self) -> int:
-        """The number of tasks whose status is final."""
-        return sum(task.ended for task in self)
+        """The number of tasks that count as ended."""
+        return sum(map(self.has_ended, self))
+
+    def summary(self) -> str:
+        """Return how many tasks have ended, and the number of tasks in each state."""
+        return f"{self.ended} of {len(self)} ended: {self.counts()}"
 
     @property
     def fraction(self) -> float:
@@ -181,7 +205,7 @@ class WatchedTasks:
     def eta_seconds(self) -> float | None:
         """Return the time until all tasks have ended; None if the estimate of any is missing."""
         now = self.clock()
-        open_tasks = [task for task in self if not task.ended]
+        open_tasks = [task for task in self if not self.has_ended(task)]
         estimates = [task.eta_seconds(now, frozen_at=self.frozen_at) for task in open_tasks]
         known = [seconds for seconds in estimates if seconds is not None]
         return max(known) if known and len(known) == len(estimates) else None

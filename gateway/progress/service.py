@@ -258,9 +258,8 @@ class ProgressService:
         # A schedule or another replica may have replaced the snapshot meanwhile. In this case, the reads of
         # the new snapshot decide whether the new snapshot is refreshed ahead.
         if known is not None and known.version == version and self._store.cached_failure(key) is None:
-            self._in_flight.join_or_start(
-                key, keep_without_callers=True, requirement=Requirement(newer_than=version)
-            )
+            required = Requirement(newer_than=version)
+            self._in_flight.join_or_start(key, keep_without_callers=True, requirement=required)
 
     async def _wait(
         self, key: TaskKey, client: bytes | None, *, wait_until_done: bool = False, seen_revision: int = 0
@@ -269,8 +268,7 @@ class ProgressService:
 
         `wait_until_done`: wait even while the rate limiter queues the query, or while the update is overdue.
         """
-        failure = self._store.cached_failure(key)
-        if failure is not None:
+        if (failure := self._store.cached_failure(key)) is not None:
             return self._stale_if_error(key, failure, CacheStatus.NEGATIVE, seen_revision=seen_revision)
         cache_status = CacheStatus.COLLAPSED if key in self._in_flight else CacheStatus.MISS
         known = self._store.last_known(key)

@@ -18,7 +18,7 @@ class CannotListen(Exception):
     """
 
     def __init__(self, url: str, host: str, port: int | None, error: Exception) -> None:
-        self.host, self.port = host, port
+        self.url, self.host, self.port = url, host, port
         self.number = error.errno if isinstance(error, OSError) else None
         # Strings that cannot be host names are refused with a TypeError or a ValueError.
         self.reason = error.strerror or str(error) if isinstance(error, OSError) else "not an address"

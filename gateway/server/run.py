@@ -91,7 +91,7 @@ def run(
     try:
         metrics = None
         if server.metrics_port:
-            listener = _listen(server.host, server.metrics_port, backlog=_BACKLOG)
+            listener = listen(server.host, server.metrics_port, backlog=_BACKLOG)
             metrics = MetricsListener(listener, make_protocol_class(limits, application=app.metrics_asgi))
         serve(config, announce=log_start, metrics=metrics, shutdown=app.shutdown)
     except CannotListen as exc:
@@ -127,7 +127,7 @@ def serve(
     server.handle_signals()
     unix_socket = None
     if config.uds is None:
-        listener = _listen(config.host, config.port, backlog=config.backlog)
+        listener = listen(config.host, config.port, backlog=config.backlog)
         url = url_of(*listener.getsockname()[:2])
     else:
         unix_socket = _listen_unix(config.uds, backlog=config.backlog)
@@ -285,7 +285,8 @@ def url_of(host: str, port: int) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _listen(host: str, port: int, *, backlog: int) -> socket.socket:
+def listen(host: str, port: int, *, backlog: int) -> socket.socket:
+    """Return a socket that listens on an address. Raises: CannotListen."""
     # uvicorn's bind_socket would log the reason without the address, and exit.
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:

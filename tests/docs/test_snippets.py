@@ -385,6 +385,15 @@ def test_snippets_script_waits_for_a_running_task(
     assert json.loads(line)["status"] == outcome
 
 
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_snippets_script_requires_a_url(tmp_path: Path, shell: str) -> None:
+    """Without a URL, the script prints how to use it, and ends at once with status 2."""
+    written(tmp_path, "progress.sh")
+    with Process("progress.sh", program=Path(required(shell)), cwd=tmp_path) as process:
+        assert process.exit_status() == 2
+    assert process.output == "usage: sh progress.sh URL [SECONDS]"
+
+
 def test_snippets_script_refuses_an_unknown_task(
     script: Callable[..., Process], simulator: Simulator, launch: Launch
 ) -> None:

@@ -662,6 +662,20 @@ def secret_on_stdin(tmp_path: Path, content: bytes) -> Process:
     return Process("-c", command, cwd=tmp_path, program=Path("/bin/sh"))
 
 
+def test_cli_simulate_prints_how_to_use_it(tmp_path: Path) -> None:
+    """The printed command uses the simulator with its key pair; a secret of the user is not printed."""
+    with Process("simulate", "--port", "0", cwd=tmp_path) as process:
+        command = process.says("To try it: (.*) sd-gateway check")
+        env = dict(word.split("=", 1) for word in command.split())
+        status, output = run("check", cwd=tmp_path, env=env)
+    assert status == 0, output
+    with Process("simulate", "--port", "0", "--secret", "hush", cwd=tmp_path) as process:
+        process.says("simulated upstream on")
+        process.signal()
+        assert process.exit_status() == 0
+    assert len(process.lines) == 1
+
+
 def test_cli_simulate_on_an_address_in_use_exits_with_1(tmp_path: Path) -> None:
     """An address in use is reported with the reason, and nothing else."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -671,15 +685,30 @@ def test_cli_simulate_on_an_address_in_use_exits_with_1(tmp_path: Path) -> None:
     assert told == (1, f"sd-gateway: cannot listen on http://127.0.0.1:{port}: {reason}")
 
 
-def test_cli_demo_on_an_address_in_use_prints_no_url(tmp_path: Path) -> None:
-    """If the gateway's address is in use no URL is printed, because another program would answer there."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        env = {"SD_GATEWAY_SERVER__PORT": str(taken.getsockname()[1])}
-        status, output = run("demo", "--simulator-port", "0", cwd=tmp_path, env=env)
+@pytest.mark.parametrize(
+    ("taken", "demo", "make"),
+    [
+        ({"gateway"}, "SD_GATEWAY_SERVER__PORT=0 sd-gateway demo", "SD_GATEWAY_SERVER__PORT=0 make demo"),
+        ({"simulator"}, "sd-gateway demo --simulator-port 0", 'make demo ARGS="--simulator-port 0"'),
+        (
+            {"gateway", "simulator"},
+            "SD_GATEWAY_SERVER__PORT=0 sd-gateway demo --simulator-port 0",
+            'SD_GATEWAY_SERVER__PORT=0 make demo ARGS="--simulator-port 0"',
+        ),
+    ],
+    ids=["gateway", "simulator", "both"],
+)
+def test_cli_demo_names_all_ports_in_use(tmp_path: Path, taken: set[str], demo: str, make: str) -> None:
+    """One message names each port in use, and how to choose another. No URL is printed: it is not ours."""
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        ports = {"gateway": one.getsockname()[1], "simulator": two.getsockname()[1]}
+        used = {name: port if name in taken else 0 for name, port in ports.items()}
+        env = {"SD_GATEWAY_SERVER__PORT": str(used["gateway"])}
+        status, output = run("demo", "--simulator-port", str(used["simulator"]), cwd=tmp_path, env=env)
     assert status == 1
-    url = f"http://127.0.0.1:{env['SD_GATEWAY_SERVER__PORT']}"
-    hint = "set server.port (SD_GATEWAY_SERVER__PORT) to another port; 0 uses any free port"
-    assert output == f"sd-gateway: cannot listen on {url}: Address already in use; {hint}"
+    urls = " and ".join(f"http://127.0.0.1:{port}" for port in used.values() if port)
+    reason = "already in use, perhaps by another demo; to use a free port"
+    assert output == f"sd-gateway: cannot listen on {urls}: {reason}: {demo}, or {make}"
 
 
 def test_cli_demo_prints_its_urls(tmp_path: Path) -> None:
@@ -725,7 +754,7 @@ def test_cli_demo_does_not_use_another_simulator(tmp_path: Path, simulator: Simu
     port = str(simulator.client.base_url.port)
     status, output = run("demo", "--simulator-port", port, cwd=tmp_path)
     assert status == 1
-    assert "sd-gateway: the simulated upstream did not start" in output
+    assert f"sd-gateway: cannot listen on http://127.0.0.1:{port}: already in use" in output
     assert "Traceback" not in output
     assert simulator.stats()["calls"] == {}
 

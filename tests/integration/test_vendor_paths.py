@@ -243,6 +243,17 @@ def test_native_invalid_body_is_refused(simulator: Simulator, gate: Gateway, nam
     assert simulator.requests() == []
 
 
+def test_native_invalid_task_id_is_shown(gate: Gateway) -> None:
+    """The error has the invalid task ID in ASCII, if it is not long."""
+
+    def message(task_id: str) -> str:
+        return str(gate.client.post("/scc/sd_get_progress", json={"taskId": task_id}).json()["errMessage"])
+
+    reason = "is not a task ID: a task ID is 1 to 64 characters of A-Z a-z 0-9 _ -"
+    assert message("a,画") == f"'a,\\u753b' {reason}"
+    assert message("a" * 65) == f"a text of 65 characters {reason}"
+
+
 def test_native_query_parameters_are_refused(simulator: Simulator, gate: Gateway) -> None:
     """These paths have no query parameters; the error names an unknown one."""
     response = gate.client.post("/scc/sd_get_progress?debug=1", json={"taskId": "a"})

@@ -442,7 +442,45 @@ def test_follow_retries_a_refused_connection() -> None:
                 stack.enter_context(playing(stream(END), port=port))
 
         assert told(f"http://127.0.0.1:{port}", pause=pause) == [("end", None)]
-    assert pauses == [(2, "connection failed (Connection refused)"), (4, pauses[0][1])]
+    reason = "connection failed (Connection refused); check --gateway or SD_GATEWAY_URL"
+    assert pauses == [(2, reason), (4, reason)]
+
+
+def test_follow_does_not_doubt_the_url_after_a_connection() -> None:
+    """If the gateway has responded before, a refused connection does not say to check the URL."""
+    pauses = Pauses()
+    with ExitStack() as stack:
+        first = stack.enter_context(ExitStack())
+        url = first.enter_context(playing(stream(progress()))).url
+
+        def pause(seconds: float, reason: str) -> None:
+            pauses(seconds, reason)
+            first.close()
+            if len(pauses) == 2:
+                stack.enter_context(playing(stream(END), port=httpx.URL(url).port))
+
+        told(url, pause=pause)
+    assert pauses[1][1] == "connection failed (Connection refused)"
+
+
+def test_follow_names_a_server_without_tls() -> None:
+    """An https URL of a server without TLS says to use http."""
+    pauses = Pauses()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer_plainly() -> None:
+            with listener.accept()[0] as connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+        def pause(seconds: float, reason: str) -> None:
+            pauses(seconds, reason)
+            raise StreamRefused
+
+        threading.Thread(target=answer_plainly, daemon=True).start()
+        with pytest.raises(StreamRefused):
+            told(f"https://127.0.0.1:{listener.getsockname()[1]}", pause=pause)
+    assert pauses[0][1] == "connection failed (the server does not speak TLS: use http://)"
 
 
 def test_follow_backs_off_while_there_is_no_event() -> None:

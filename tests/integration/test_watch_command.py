@@ -280,8 +280,9 @@ def test_watch_ends_on_a_closed_pipe(simulated: Simulator, served: str, tmp_path
     ("arguments", "words"),
     [
         ([], "TASK"),
-        (["a b"], "a task ID is 1 to 64 characters of A-Z a-z 0-9 _ -"),
-        (["A", "x" * 65], "a task ID is 1 to 64"),
+        (["a b"], "'a b' is not a task ID: a task ID is 1 to 64 characters of A-Z a-z 0-9 _ -\n"),
+        (["a,b"], "'a,b' is not a task ID: a task ID is 1 to 64 characters of A-Z a-z 0-9 _ -; separate"),
+        (["A", "x" * 65], "a text of 65 characters is not a task ID: a task ID is 1 to 64"),
         (["A", "--api", "video"], "choose from"),
         *(
             (["A", "--gateway", url], "--gateway: ")
@@ -616,7 +617,7 @@ def test_watch_shows_connection_errors_above_the_bars(tmp_path: Path) -> None:
     """A connection error is shown above the bars."""
     url = f"http://127.0.0.1:{free_port()}"
     with terminal("watch", "A", "--gateway", url, cwd=tmp_path) as screen:
-        screen.wait_for(f"{url}: connection failed (Connection refused); reconnecting\n")
+        screen.wait_for(f"{url}: connection failed (Connection refused); check --gateway")
         assert "sd-gateway:" not in screen.text
 
 

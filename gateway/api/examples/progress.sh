@@ -4,8 +4,12 @@
 #     sh progress.sh http://127.0.0.1:8080/v1/progress/TASK [SECONDS]
 #
 # The exit status is 0 if the task has succeeded. It is 1 if the task has failed, was canceled or is unknown, or if the
-# gateway refuses the request. It is 124 if the task has not ended within SECONDS (1200).
+# gateway refuses the request. It is 2 without a URL, and 124 if the task has not ended within SECONDS (1200).
 
+if [ -z "${1:-}" ]; then
+    printf '%s\n' "usage: sh progress.sh URL [SECONDS]" >&2
+    exit 2
+fi
 seconds=${2:-1200}
 deadline=$(($(date +%s) + seconds))
 backoff=1

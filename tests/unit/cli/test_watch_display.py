@@ -47,6 +47,10 @@ def test_display_says_why_there_are_no_updates() -> None:
     tasks, _ = watched()
     tasks.update(progress())
     assert drawn(tasks, trouble="it broke")[0] == "http://host: it broke; reconnecting"
+    assert drawn(tasks, 40, trouble="it broke; check --gateway")[:2] == [
+        "http://host: it broke; check --gateway;",
+        "reconnecting",
+    ]
     assert drawn(tasks, notice="long polls")[1] == "long polls"
     tasks.update(stale())
     head, reason, row = drawn(tasks, 120)
@@ -68,20 +72,20 @@ def test_display_has_one_line_per_task_at_any_width(width: int) -> None:
     tasks.update(progress("A", message="[bold]内存不足[/bold] " * 9))
     tasks.update(rejected("B"))
     lines = drawn(tasks, width, notice="a proxy buffers the event stream " * 9, trouble="lost " * 99)
-    assert len(lines) == 2 + 1 + 3
+    assert len(lines) == 3 + 1 + 3
     assert all(Console(width=999).render_str(line, markup=False).cell_len <= width for line in lines)
     assert ("━" in "".join(lines)) == (width >= 60)
     if width >= 20:
-        assert " running" in lines[3]
+        assert " running" in lines[4]
     if width >= 24:
-        assert " 25 %" in lines[3]
+        assert " 25 %" in lines[4]
     cut = [task.task_id for task in ProgressDisplay("http://host", tasks).cut_tasks(width)]
     assert cut == [
-        row for row, line in zip("AB", lines[3:5], strict=True) if line.endswith("…") or width < 40
+        row for row, line in zip("AB", lines[4:6], strict=True) if line.endswith("…") or width < 40
     ]
     if width == 200:
-        assert "[bold]内存不足[/bold]" in lines[3]
-        assert "try --api comfy" in lines[4]
+        assert "[bold]内存不足[/bold]" in lines[4]
+        assert "try --api comfy" in lines[5]
 
 
 @pytest.mark.parametrize(("height", "shown", "more"), [(24, 20, 20), (6, 2, 38), (2, 1, 39), (100, 40, 0)])

@@ -65,3 +65,18 @@ def test_lines_every_thirty_seconds() -> None:
     clock.now += 30
     lines.tick()
     assert out[1:] == ["1 of 2 ended: 1 running, 1 succeeded"]
+
+
+def test_count_is_not_repeated_without_a_connection() -> None:
+    """While the gateway cannot be reached, the line with the counts is written once, and again afterwards."""
+    tasks, clock = watched()
+    lines, out = written(tasks)
+    tasks.disconnect()
+    for _ in range(3):
+        clock.now += 30
+        lines.tick()
+    assert out == ["0 of 1 ended: 1 loading"]
+    tasks.connect()
+    clock.now += 30
+    lines.tick()
+    assert out == ["0 of 1 ended: 1 loading"] * 2

@@ -117,3 +117,28 @@ def test_sum_of_all_tasks() -> None:
     tasks.update(progress("A", "failed", progress=0.5))
     tasks.update(progress("B", "succeeded"))
     assert (tasks.ended, tasks.fraction, tasks.eta_seconds(), tasks.succeeded) == (2, 0.75, None, False)
+
+
+def test_unknown_task_counts_as_ended_after_a_while() -> None:
+    """A task that the vendor rejects for 30 s counts as ended; it does not if it is known before."""
+    tasks, clock = watched("A", "B", "C")
+    tasks.update(progress("A", etaSeconds=100))
+    for task_id in ("B", "C"):
+        tasks.update(rejected(task_id))
+    clock.now += 29
+    tasks.update(rejected("B"))
+    tasks.update(progress("C", "waiting"))
+    assert tasks.summary() == "0 of 3 ended: 1 running, 1 not found, 1 waiting"
+    clock.now += 1
+    tasks.update(progress("C", "succeeded"))
+    assert tasks.summary() == "2 of 3 ended: 1 running, 1 not found, 1 succeeded"
+    assert tasks.eta_seconds() == 70
+
+
+def test_unknown_task_has_ended_at_the_end_of_the_stream() -> None:
+    """The gateway may wait for a shorter time: at its `end`, all tasks have ended."""
+    tasks, _ = watched()
+    tasks.update(rejected())
+    assert tasks.summary() == "0 of 1 ended: 1 not found"
+    tasks.end()
+    assert tasks.summary() == "1 of 1 ended: 1 not found"
