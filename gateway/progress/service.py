@@ -13,10 +13,6 @@
 An in-flight request is the query for a task with the steps before and after the query (`fetching.py`). A
 query *counts as queued* from the first call of its `report_wait`; see `RateLimiter.acquire`.
 `overdue_updates.py` decides whether a query takes too long. The update of the task is then *overdue*.
-
-Until a task has ended, a caller may receive a snapshot older than its lifetime +
-`cache.stale_while_revalidate_seconds` only while the update of the task is overdue, or while the query counts
-as queued.
 """
 
 from __future__ import annotations
@@ -291,6 +287,10 @@ class ProgressService:
             if client is not None:
                 self._in_flight.remove_waiter(key, client)
         if isinstance(response, GatewayError):
+            # Another replica may have a newer snapshot, while the query of this replica waits or fails.
+            if await self._store.read_announced(key) and (result := self.peek(key, seen_revision)):
+                self._metrics.record_age(result.snapshot, result.age)
+                return result
             return self._stale_if_error(key, response, cache_status, fetched, seen_revision=seen_revision)
         age = self._clock() - response.fetched_at
         self._metrics.record_age(response, age)

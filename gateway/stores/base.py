@@ -133,6 +133,13 @@ class Store(Protocol):
         """
         ...
 
+    async def read_announced(self, key: TaskKey) -> bool:
+        """Read the snapshot that another replica has announced; return whether it was read.
+
+        Return False at once if no snapshot was announced that is newer than the one in memory.
+        """
+        ...
+
     async def acquire(
         self, key: TaskKey, requirement: Requirement = ANY_FRESH, *, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:

@@ -160,6 +160,10 @@ class MemoryStore:
         """See `Store.read_arrived_messages`: no messages arrive."""
         return False
 
+    async def read_announced(self, key: TaskKey) -> bool:
+        """See `Store.read_announced`: no snapshots are announced."""
+        return False
+
     async def acquire(
         self, key: TaskKey, requirement: Requirement = ANY_FRESH, *, timeout_seconds: float = math.inf
     ) -> Snapshot | GatewayError | Lease:

@@ -139,6 +139,27 @@ async def test_announced_snapshot_that_is_not_read_is_not_loaded(
     assert operations(other) == before + 1
 
 
+@pytest.mark.parametrize("status", ["running", "succeeded"])
+async def test_announced_snapshot_is_read_on_demand(
+    status: str, one: ValkeyStore, other: ValkeyStore
+) -> None:
+    """It is read once, and then it is the latest known snapshot; without an announcement, nothing is read."""
+    await stored(one)
+    await other.acquire(KEY)
+    before = operations(other)
+    assert not await other.read_announced(KEY)
+    assert operations(other) == before
+    second = await stored(one, message="second", status=status, progress=1)
+    await heard_all(one, other)
+    assert await other.read_announced(KEY)
+    assert said(await shown(other)) == "second"
+    assert not await other.read_announced(KEY)
+    assert operations(other) == before + 1
+    latest = other.last_known(KEY)
+    assert latest is not None
+    assert latest.version == second.version
+
+
 @pytest.mark.parametrize("why", ["read", "watched"])
 async def test_announced_snapshot_is_loaded_where_it_is_needed(
     why: str, one: ValkeyStore, other: ValkeyStore

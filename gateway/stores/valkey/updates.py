@@ -78,6 +78,15 @@ class Updates:
         if len(self._to_restore) < _MAX_TO_RESTORE:
             self._to_restore.add(key)
 
+    async def read_announced(self, key: TaskKey) -> bool:
+        """See `Store.read_announced`."""
+        entry = self._memory.entry(key)
+        if entry is None or entry.announced_version <= entry.snapshot.version or not self._connection.up:
+            return False
+        await self._read(key)
+        latest = self._memory.last_known(key)
+        return latest is not None and (latest.terminal or latest.version >= entry.announced_version)
+
     def on_usable(self) -> None:
         """Write the snapshots that could not be written before."""
         while self._to_restore:

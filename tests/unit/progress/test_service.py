@@ -186,8 +186,10 @@ class FakeUpstream:
 class Bench:
     """A service with its dependencies."""
 
-    def __init__(self, cache: Cache = CACHE, store: MemoryStore | None = None) -> None:
-        self.clock = Clock()
+    def __init__(
+        self, cache: Cache = CACHE, store: MemoryStore | None = None, clock: Clock | None = None
+    ) -> None:
+        self.clock = clock or Clock()
         self.upstream = FakeUpstream()
         self.metrics = Metrics(CollectorRegistry(), gateway_version="0")
         if store is None:
@@ -507,6 +509,40 @@ async def test_get_replaces_a_request_that_has_just_ended(bench: Bench) -> None:
     outcome = await late
     assert isinstance(outcome, LookupResult)
     assert data_of(outcome)["progress"] == 0.9
+
+
+class AnnouncingStore(MemoryStore):
+    """A store to which another replica has announced a snapshot, which is not read yet."""
+
+    announced: Snapshot | None = None
+
+    async def read_announced(self, key: TaskKey) -> bool:
+        """Read the announced snapshot."""
+        announced, self.announced = self.announced, None
+        if announced is None:
+            return False
+        self.put(announced, fetched_here=False)
+        return True
+
+
+async def test_get_reads_an_announced_snapshot_while_its_query_is_queued() -> None:
+    """Another replica has found that the task has ended: a caller does not receive an older snapshot."""
+    clock = Clock()
+    store = AnnouncingStore(max_tasks=10, min_keep_stale_seconds=60.0, clock=clock)
+    bench = Bench(store=store, clock=clock)
+    known = (await bench.learn()).snapshot
+    long_ago(bench)
+    bench.upstream.queues = True
+    ended = replace(known, fetched_at=bench.clock.now, lifetime=600.0, status=Status.SUCCEEDED, version=2**53)
+    store.announced = ended
+    asked = bench.begin()
+    queued = await bench.upstream.call()
+    queued.report_wait(7.0)
+    result = await asked
+    assert (result.snapshot, result.cache_status, result.failure) == (ended, CacheStatus.HIT, None)
+    assert not queued.outcome.done()
+    assert bench.lookups() == {CacheStatus.MISS: 1, CacheStatus.HIT: 1}
+    await bench.service.aclose()
 
 
 # Callers that leave
