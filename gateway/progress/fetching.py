@@ -198,7 +198,7 @@ class Fetcher:
             )
 
 
-def queued_error_of(state: QueryState) -> asyncio.Future[GatewayError]:
+def queued_error_future(state: QueryState) -> asyncio.Future[GatewayError]:
     """Return the future that resolves to an error when the rate limiter queues the query."""
     if state.queued_error is None:
         state.queued_error = asyncio.get_running_loop().create_future()
@@ -206,7 +206,7 @@ def queued_error_of(state: QueryState) -> asyncio.Future[GatewayError]:
 
 
 def _report_queued(state: QueryState, seconds: float) -> None:
-    signal = queued_error_of(state)
+    signal = queued_error_future(state)
     if not signal.done():
         failure = RateLimited(
             "the query is queued by the rate limiter for upstream calls", retry_after=seconds

@@ -25,7 +25,7 @@ from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import GatewayError, UpstreamTimeout
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.fetching import Fetcher, queued_error_of
+from gateway.progress.fetching import Fetcher, queued_error_future
 from gateway.progress.in_flight_requests import InFlightRequests
 from gateway.progress.lookup_metrics import LookupMetrics
 from gateway.progress.outcomes import CacheStatus, FetchOutcome, LookupFailure, LookupResult
@@ -181,8 +181,8 @@ class ProgressService:
     def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, but count no lookup and start no refresh.
 
-        The result is that of `lookup`, with one exception: while the update is overdue, a snapshot is served
-        up to the age `cache.stale_if_error_seconds`, and the result has the failure.
+        The result is that of `lookup`, with one difference: every overdue update is handled as `lookup`
+        handles a cached failure, also if the query only takes too long, or its failure is not cached.
         """
         entry = self._store.valid_entry(key)
         if entry is None:
@@ -280,7 +280,7 @@ class ProgressService:
                     break
                 # The in-flight request had started with the requirement of another caller.
                 required = required._replace(newer_than=response.version)
-                await asyncio.sleep(0)  # lets `SingleFlight` forget the request, if it had just ended
+                await asyncio.sleep(0)  # lets `SingleFlight` forget the call, if it had just ended
             else:
                 response = UpstreamTimeout("no response newer than the one that the client has")
         finally:
@@ -308,20 +308,20 @@ class ProgressService:
         # A new in-flight request must satisfy all callers that wait, not only the one that starts it.
         state.seen_revision = max(state.seen_revision, required.seen_revision)
         required = required._replace(seen_revision=state.seen_revision)
-        request = self._in_flight.join_or_start(key, requirement=required)
+        in_flight = self._in_flight.join_or_start(key, requirement=required)
         if wait_until_done:
-            return await asyncio.shield(request)
-        if request.done():  # it ended in this iteration of the event loop
-            return request.result()
-        queued = queued_error_of(state)
+            return await asyncio.shield(in_flight)
+        if in_flight.done():  # it ended in this iteration of the event loop
+            return in_flight.result()
+        queued_error = queued_error_future(state)
         taken = max(self._clock() - state.began_at, 0.0)  # 0.0 before it runs: `began_at` is then infinite
         timeout = max(self.overdue_updates.overdue_after_seconds - taken, 0.0)
-        await asyncio.wait((request, queued), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-        if request.done():
-            return request.result()
+        await asyncio.wait((in_flight, queued_error), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if in_flight.done():
+            return in_flight.result()
         state.keep_without_callers = True  # the query continues
         slow = self.overdue_updates.error_of_slow_query(state)
-        return FetchOutcome(queued.result() if queued.done() else slow)
+        return FetchOutcome(queued_error.result() if queued_error.done() else slow)
 
     def _stale_if_error(
         self,

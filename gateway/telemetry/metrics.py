@@ -152,10 +152,10 @@ class Metrics:
         )
         self.upstream_retries = Counter(
             "sd_gateway_upstream_retries_total",
-            "Number of repeats of upstream calls, by the problem code of the failure: retries, repeats with "
-            "a corrected clock, repeats on a new connection of calls whose response may be for another task "
-            "(upstream-invalid), and hedged calls (upstream-timeout), which are made while an earlier call "
-            "has no response. A repeat is counted before it is sent.",
+            "Number of repeats of upstream calls, by the problem code of the earlier call. Counted are "
+            "retries, repeats with a corrected clock, repeats on a new connection because the response may "
+            "be for another task (upstream-invalid), and hedged calls, made while the earlier call has no "
+            "response (upstream-timeout). A repeat is counted before it is sent.",
             ["operation", "reason"],
             registry=registry,
         )

@@ -97,14 +97,16 @@ class CircuitBreaker:
             raise CircuitOpen(_OPEN_MESSAGE, retry_after=left)
 
     @contextmanager
-    def guard(self, *, is_refresh: bool = False, min_failed_seconds: float = math.inf) -> Iterator[None]:
+    def guard(
+        self, *, is_refresh: bool = False, cancelled_fails_after_seconds: float = math.inf
+    ) -> Iterator[None]:
         """Let one call pass and record its outcome. Raises: CircuitOpen, before the call begins.
 
         `is_refresh`: an older snapshot of the task is known.
 
         A call is a success if it raises no exception or UpstreamRejected. It is a failure if it raises one of
-        `FAILURES`, or if it is cancelled after `min_failed_seconds` without a response. Other exceptions do
-        not count. If a probe ends with one of them, the next call becomes a probe.
+        `FAILURES`, or if it is cancelled after `cancelled_fails_after_seconds` without a response. Other
+        exceptions do not count. If a probe ends with one of them, the next call becomes a probe.
         """
         self.check()
         if self._state is State.OPEN:
@@ -123,7 +125,7 @@ class CircuitBreaker:
             success = False
             raise
         except asyncio.CancelledError:
-            if self._clock() - began >= min_failed_seconds:
+            if self._clock() - began >= cancelled_fails_after_seconds:
                 success = False
             raise
         finally:

@@ -278,7 +278,7 @@ class UpstreamClient:
             began = self._check_before_sending(query, permit)
             query.state.make_timeout_error = make_timeout_error
             with self._breakers[operation].guard(
-                is_refresh=query.is_refresh, min_failed_seconds=self._half_timeout_seconds
+                is_refresh=query.is_refresh, cancelled_fails_after_seconds=self._half_timeout_seconds
             ):
                 permit.mark_sent()
                 state.call_sent = True

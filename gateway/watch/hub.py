@@ -180,7 +180,7 @@ class WatchHub:
         self._service.add_subscriber(key, subscriber.client)
         published = watched.published
         if published is None:
-            return  # the first query is in progress
+            return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or _is_final(published)
         if can_send and not watched.not_found:
             # Prefer the snapshot of `servable_result`: `published` has no body if the body is large.

@@ -205,7 +205,7 @@ def test_breaker_counts_a_cancelled_call_without_response(bench: Bench) -> None:
     """A call cancelled after enough time without a response is a failure; an earlier one is not."""
 
     def cancelled(after: float) -> None:
-        with suppress(asyncio.CancelledError), bench.breaker.guard(min_failed_seconds=0.5):
+        with suppress(asyncio.CancelledError), bench.breaker.guard(cancelled_fails_after_seconds=0.5):
             bench.now += after
             raise asyncio.CancelledError
 
