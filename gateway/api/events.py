@@ -5,10 +5,10 @@
 A `stale` event says that the update of a task is overdue, or with null that it is not any more. It follows
 the `progress` event of the snapshot, and has no ID: a client that reconnects receives it again if it applies.
 
-An update is encoded once. If the server supports it, the same bytes are written directly to the connection of
-every subscriber whose client keeps up. The streams of all other subscribers send the update themselves, in
-parts. They look up the latest update only when the socket can take it. So a slow client receives the latest
-state.
+If the server supports it, an update is encoded once, and the same bytes are written directly to the
+connection of every subscriber whose client keeps up. The streams of all other subscribers encode and send the
+update themselves, in parts. They look up the latest update only when the socket can take it. So a slow client
+receives the latest state.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ def _cache(outcomes: Sequence[LookupResult | LookupFailure]) -> dict[str, Any]:
 
 def _upstream(outcomes: Sequence[LookupResult | LookupFailure]) -> dict[str, Any]:
     """Return the log fields of the upstream calls that this request waited for."""
-    fetches = [outcome.fetched for outcome in outcomes if outcome.fetched is not None]
+    fetches = [outcome.fetch_outcome for outcome in outcomes if outcome.fetch_outcome is not None]
     seconds = [fetch.upstream_seconds for fetch in fetches if fetch.upstream_seconds is not None]
     if not seconds:
         return {}

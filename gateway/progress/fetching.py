@@ -92,13 +92,13 @@ class Fetcher:
         """
         try:
             with self._tracing.in_flight_span(key) as span:
-                fetched = await self._fetch_with_lease(key, state, requirement or ANY_FRESH)
+                fetch_outcome = await self._fetch_with_lease(key, state, requirement or ANY_FRESH)
                 span.outcome = (
-                    fetched.snapshot_or_error.code
-                    if isinstance(fetched.snapshot_or_error, GatewayError)
+                    fetch_outcome.snapshot_or_error.code
+                    if isinstance(fetch_outcome.snapshot_or_error, GatewayError)
                     else "ok"
                 )
-                return fetched if span.context is None else fetched._replace(span=span.context)
+                return fetch_outcome if span.context is None else fetch_outcome._replace(span=span.context)
         except Exception as exc:
             # A background refresh may have no waiting caller: then only the log shows an unexpected error.
             if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
@@ -117,9 +117,9 @@ class Fetcher:
             lease = await self._store.acquire(key, requirement, timeout_seconds=deadline - self._clock())
             if not isinstance(lease, Lease):
                 return FetchOutcome(lease)
-            fetched = await self._query_upstream(lease, state, deadline)
-            if fetched is not None:
-                return fetched
+            fetch_outcome = await self._query_upstream(lease, state, deadline)
+            if fetch_outcome is not None:
+                return fetch_outcome
         latest = self._store.last_known(key)
         return FetchOutcome(latest or UpstreamTimeout("other replicas took the lease each time"))
 
@@ -199,7 +199,7 @@ class Fetcher:
 
 
 def queued_error_future(state: QueryState) -> asyncio.Future[GatewayError]:
-    """Return the future that resolves to an error when the rate limiter queues the query."""
+    """Return the future that resolves to an error when the query counts as queued."""
     if state.queued_error is None:
         state.queued_error = asyncio.get_running_loop().create_future()
     return state.queued_error

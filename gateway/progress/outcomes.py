@@ -42,8 +42,8 @@ class LookupResult(NamedTuple):
 
     `age` is in seconds. `had_snapshot`: before the fetch, the cache had a snapshot of the task. It was too
     old to serve, or older than what the client had received. `failure`: the stale snapshot is served instead
-    of this error (stale-if-error). `fetched`: the outcome of the in-flight request, if the caller waited for
-    one. `entry`: the cache entry of the snapshot; only `lookup` sets it.
+    of this error (stale-if-error). `fetch_outcome`: the outcome of the in-flight request, if the caller
+    waited for one. `entry`: the cache entry of the snapshot; only `lookup` sets it.
     """
 
     snapshot: Snapshot
@@ -51,7 +51,7 @@ class LookupResult(NamedTuple):
     cache_status: CacheStatus
     had_snapshot: bool = False
     failure: GatewayError | None = None
-    fetched: FetchOutcome | None = None
+    fetch_outcome: FetchOutcome | None = None
     entry: CacheEntry | None = None
 
     @property
@@ -69,7 +69,7 @@ class LookupFailure(NamedTuple):
     key: TaskKey
     failure: GatewayError
     cache_status: CacheStatus
-    fetched: FetchOutcome | None = None
+    fetch_outcome: FetchOutcome | None = None
 
     def copy_to_raise(self) -> GatewayError:
         """Return a copy of the failure to raise, because other callers may share the original."""

@@ -166,7 +166,7 @@ class ProgressService:
         """Return the snapshot if it is fresh, else wait for an in-flight request. Schedules call this method.
 
         The outcome may be a failure, or a stale snapshot with the failure (stale-if-error). Count no lookup,
-        and wait even while the rate limiter queues the query. `client`: as in `get`. It is None if only
+        and wait even if the query counts as queued. `client`: as in `get`. It is None if only
         subscribers need the result, because `add_subscriber` has already counted their clients.
         """
         entry = self._store.valid_entry(key)
@@ -240,10 +240,10 @@ class ProgressService:
 
     async def _fetch(self, key: TaskKey, state: QueryState, requirement: Requirement | None) -> FetchOutcome:
         state.began_at = self._clock()
-        fetched = await self._fetcher.fetch(key, state, requirement)
-        if isinstance(fetched.snapshot_or_error, GatewayError):
-            self.overdue_updates.record_failure(key, fetched.snapshot_or_error)
-        return fetched
+        fetch_outcome = await self._fetcher.fetch(key, state, requirement)
+        if isinstance(fetch_outcome.snapshot_or_error, GatewayError):
+            self.overdue_updates.record_failure(key, fetch_outcome.snapshot_or_error)
+        return fetch_outcome
 
     def _observe_latency(self, operation: Operation, seconds: float) -> None:
         self._refresh_ahead.observe_latency(operation, seconds)
@@ -262,7 +262,7 @@ class ProgressService:
     ) -> LookupResult | LookupFailure:
         """Wait for the in-flight request, or start one. If a failure is cached, start none.
 
-        `wait_until_done`: wait even while the rate limiter queues the query, or while the update is overdue.
+        `wait_until_done`: wait even if the query counts as queued, or if the update is overdue.
         """
         if (failure := self._store.cached_failure(key)) is not None:
             return self._stale_if_error(key, failure, CacheStatus.NEGATIVE, seen_revision=seen_revision)
@@ -274,34 +274,34 @@ class ProgressService:
             wait_until_done = wait_until_done or not self._within_stale_if_error(known, seen_revision)
             required = Requirement(seen_revision=seen_revision)
             for _ in range(_MAX_JOINED_IN_FLIGHT_REQUESTS):
-                fetched = await self._join_in_flight_request(key, required, wait_until_done=wait_until_done)
-                response = fetched.snapshot_or_error
-                if isinstance(response, GatewayError) or response.is_at_least(seen_revision):
+                fetch_outcome = await self._join(key, required, wait_until_done=wait_until_done)
+                found = fetch_outcome.snapshot_or_error
+                if isinstance(found, GatewayError) or found.is_at_least(seen_revision):
                     break
                 # The in-flight request had started with the requirement of another caller.
-                required = required._replace(newer_than=response.version)
+                required = required._replace(newer_than=found.version)
                 await asyncio.sleep(0)  # lets `SingleFlight` forget the call, if it had just ended
             else:
-                response = UpstreamTimeout("no response newer than the one that the client has")
+                found = UpstreamTimeout("no response newer than the one that the client has")
         finally:
             if client is not None:
                 self._in_flight.remove_waiter(key, client)
-        if isinstance(response, GatewayError):
+        if isinstance(found, GatewayError):
             # Another replica may have a newer snapshot, while the query of this replica waits or fails.
-            if await self._store.read_announced(key) and (result := self.peek(key, seen_revision)):
+            if await self._store.load_announced_snapshot(key) and (result := self.peek(key, seen_revision)):
                 self._metrics.record_age(result.snapshot, result.age)
                 return result
-            return self._stale_if_error(key, response, cache_status, fetched, seen_revision=seen_revision)
-        age = self._clock() - response.fetched_at
-        self._metrics.record_age(response, age)
-        return LookupResult(response, age, cache_status, had_snapshot=known is not None, fetched=fetched)
+            return self._stale_if_error(key, found, cache_status, fetch_outcome, seen_revision=seen_revision)
+        age = self._clock() - found.fetched_at
+        self._metrics.record_age(found, age)
+        return LookupResult(
+            found, age, cache_status, had_snapshot=known is not None, fetch_outcome=fetch_outcome
+        )
 
-    async def _join_in_flight_request(
-        self, key: TaskKey, required: Requirement, *, wait_until_done: bool
-    ) -> FetchOutcome:
+    async def _join(self, key: TaskKey, required: Requirement, *, wait_until_done: bool) -> FetchOutcome:
         """Wait for the in-flight request, or start one with this requirement.
 
-        Without `wait_until_done`, return an error as soon as the rate limiter queues the query, or as soon as
+        Without `wait_until_done`, return an error as soon as the query counts as queued, or as soon as
         the query takes so long that the update is overdue. The query continues.
         """
         state = self._in_flight.query_state(key)
@@ -328,17 +328,17 @@ class ProgressService:
         key: TaskKey,
         failure: GatewayError,
         cache_status: CacheStatus,
-        fetched: FetchOutcome | None = None,
+        fetch_outcome: FetchOutcome | None = None,
         *,
         seen_revision: int,
     ) -> LookupResult | LookupFailure:
         """Return a stale snapshot instead of the failure, unless it is too old (stale-if-error)."""
         snapshot = self._store.last_known(key)
         if snapshot is None or not self._within_stale_if_error(snapshot, seen_revision):
-            return LookupFailure(key, failure, cache_status, fetched)
+            return LookupFailure(key, failure, cache_status, fetch_outcome)
         age = self._clock() - snapshot.fetched_at
         self._metrics.record_age(snapshot, age)
-        return LookupResult(snapshot, age, CacheStatus.STALE, failure=failure, fetched=fetched)
+        return LookupResult(snapshot, age, CacheStatus.STALE, failure=failure, fetch_outcome=fetch_outcome)
 
     def _within_stale_if_error(self, snapshot: Snapshot | None, seen_revision: int) -> bool:
         """Tell whether this snapshot may be served instead of a failure."""

@@ -133,7 +133,7 @@ class Store(Protocol):
         """
         ...
 
-    async def read_announced(self, key: TaskKey) -> bool:
+    async def load_announced_snapshot(self, key: TaskKey) -> bool:
         """Read the snapshot that another replica has announced; return whether it was read.
 
         Return False at once if no snapshot was announced that is newer than the one in memory.

@@ -160,8 +160,8 @@ class MemoryStore:
         """See `Store.read_arrived_messages`: no messages arrive."""
         return False
 
-    async def read_announced(self, key: TaskKey) -> bool:
-        """See `Store.read_announced`: no snapshots are announced."""
+    async def load_announced_snapshot(self, key: TaskKey) -> bool:
+        """See `Store.load_announced_snapshot`: no snapshots are announced."""
         return False
 
     async def acquire(

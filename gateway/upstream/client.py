@@ -104,7 +104,7 @@ class UpstreamClient:
         self._breakers = {operation: self._make_breaker(operation) for operation in Operation}
         # The series start at 0: `rate()` does not see an increase from an absent series to 1.
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
-        # Half the timeout of a call: a working upstream is expected to respond within this time. Two uses:
+        # Half the longest time of a call: a working upstream is expected to respond within it. Two uses:
         # 1. The circuit breaker counts a cancelled call as a failure only if it ran for at least this time.
         # 2. A query does not wait for a permit if less than this time would be left after the wait.
         self._half_timeout_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2

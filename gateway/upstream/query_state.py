@@ -48,7 +48,7 @@ class QueryState:
         dropped: The request was cancelled by `on_unwanted`.
         queue_entry: The query's entry in the queue for a permit or for a concurrency slot; None while it is
             in neither.
-        queued_error: A future that receives an error when the rate limiter queues the query. Callers that
+        queued_error: A future that receives an error when the query counts as queued. Callers that
             can serve a stale snapshot then stop waiting.
         began_at: When the request began, on the clock of the progress service.
         failure: The failure of the latest call of the query, which is retried; None without one.

@@ -282,7 +282,7 @@ class RateLimiter:
             self._refuse_or_report_waits(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
-        # Otherwise an announcement would lower a limit that is outdated, and so keep it.
+        # Remove an outdated limit first: an announcement would lower it, and so keep it.
         self._remove_limit_if_idle()
         self._refill()
         now, was_throttled = self._clock(), self._limit.has_learned_limit

@@ -243,8 +243,8 @@ class WatchHub:
     def _publish(self, update: Update) -> None:
         watched = self._watched.get(update.key)
         if watched is None or (_is_final(watched.published) and not _is_final(update)):
-            # The task has ended: drop every update that is not final. The store reports such a snapshot if it
-            # has evicted the terminal one.
+            # The task has ended: drop every update that is not final. If the store has evicted the terminal
+            # snapshot, it may report one that is not terminal.
             return
         if update.snapshot is not None:
             self._mark_found(watched)

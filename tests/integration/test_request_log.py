@@ -23,7 +23,7 @@ ROUTE = "/v1/progress/{taskId}"
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TIMEOUT = UpstreamTimeout("too late")
 HIT = LookupResult(SNAPSHOT, 0.1, CacheStatus.HIT)
-MISS = LookupResult(SNAPSHOT, 0.0, CacheStatus.MISS, fetched=FetchOutcome(SNAPSHOT, 0.25, "i_1"))
+MISS = LookupResult(SNAPSHOT, 0.0, CacheStatus.MISS, fetch_outcome=FetchOutcome(SNAPSHOT, 0.25, "i_1"))
 
 
 @pytest.fixture
@@ -82,14 +82,14 @@ def test_requestlog_line_of_a_request_that_waited_for_the_upstream(source: Cache
 
 def test_requestlog_line_of_a_fetch_without_an_upstream_call() -> None:
     """A fetch that found a snapshot in the store has no upstream fields."""
-    [line] = written(scope(MISS._replace(fetched=FetchOutcome(SNAPSHOT))))
+    [line] = written(scope(MISS._replace(fetch_outcome=FetchOutcome(SNAPSHOT))))
     assert not [name for name in line if name.startswith("upstream")]
 
 
 def test_requestlog_line_of_a_stale_response_after_a_failure() -> None:
     """A stale response after a failure has the failure's code and the failed call."""
     stale = LookupResult(
-        SNAPSHOT, 9.0, CacheStatus.STALE, failure=TIMEOUT, fetched=FetchOutcome(TIMEOUT, 10.0)
+        SNAPSHOT, 9.0, CacheStatus.STALE, failure=TIMEOUT, fetch_outcome=FetchOutcome(TIMEOUT, 10.0)
     )
     [line] = written(scope(stale))
     assert (line["cache"], line["detail"], line["status"]) == ("stale", "upstream-timeout", 200)
@@ -108,7 +108,7 @@ def test_requestlog_line_of_a_failure() -> None:
 
 def test_requestlog_line_of_a_batch() -> None:
     """A batch has the number of tasks, counts of cache statuses, and the longest upstream duration."""
-    slow = MISS._replace(fetched=FetchOutcome(SNAPSHOT, 0.75, "i_2"))
+    slow = MISS._replace(fetch_outcome=FetchOutcome(SNAPSHOT, 0.75, "i_2"))
     [line] = written(
         scope(HIT, MISS, slow, LookupFailure(KEY, TIMEOUT, CacheStatus.MISS, FetchOutcome(TIMEOUT, 0.5)))
     )

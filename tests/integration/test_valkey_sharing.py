@@ -147,13 +147,13 @@ async def test_announced_snapshot_is_read_on_demand(
     await stored(one)
     await other.acquire(KEY)
     before = operations(other)
-    assert not await other.read_announced(KEY)
+    assert not await other.load_announced_snapshot(KEY)
     assert operations(other) == before
     second = await stored(one, message="second", status=status, progress=1)
     await heard_all(one, other)
-    assert await other.read_announced(KEY)
+    assert await other.load_announced_snapshot(KEY)
     assert said(await shown(other)) == "second"
-    assert not await other.read_announced(KEY)
+    assert not await other.load_announced_snapshot(KEY)
     assert operations(other) == before + 1
     latest = other.last_known(KEY)
     assert latest is not None

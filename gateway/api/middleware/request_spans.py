@@ -83,5 +83,5 @@ def _describe(span: Span, scope: Scope, status: int) -> None:
         span.set_attribute("sd_gateway.task_id", outcomes[0].key.task_id)
         span.set_attribute("sd_gateway.cache", outcomes[0].cache_status.value)
     for outcome in outcomes:
-        if outcome.fetched is not None and outcome.fetched.span is not None:
-            span.add_link(outcome.fetched.span)
+        if outcome.fetch_outcome is not None and outcome.fetch_outcome.span is not None:
+            span.add_link(outcome.fetch_outcome.span)

@@ -135,9 +135,9 @@ class ValkeyStore(MemoryStore):
         """See `Store.read_arrived_messages`."""
         return await self._connection.read_arrived_messages()
 
-    async def read_announced(self, key: TaskKey) -> bool:
-        """See `Store.read_announced`."""
-        return await self._updates.read_announced(key)
+    async def load_announced_snapshot(self, key: TaskKey) -> bool:
+        """See `Store.load_announced_snapshot`."""
+        return await self._updates.load_announced_snapshot(key)
 
     def add_snapshot_listener(
         self, listener: Callable[[Snapshot], None], *, is_watched: Callable[[TaskKey], bool] = lambda _: False

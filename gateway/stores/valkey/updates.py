@@ -78,8 +78,8 @@ class Updates:
         if len(self._to_restore) < _MAX_TO_RESTORE:
             self._to_restore.add(key)
 
-    async def read_announced(self, key: TaskKey) -> bool:
-        """See `Store.read_announced`."""
+    async def load_announced_snapshot(self, key: TaskKey) -> bool:
+        """See `Store.load_announced_snapshot`."""
         entry = self._memory.entry(key)
         if entry is None or entry.announced_version <= entry.snapshot.version or not self._connection.up:
             return False

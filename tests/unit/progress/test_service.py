@@ -516,7 +516,7 @@ class AnnouncingStore(MemoryStore):
 
     announced: Snapshot | None = None
 
-    async def read_announced(self, key: TaskKey) -> bool:
+    async def load_announced_snapshot(self, key: TaskKey) -> bool:
         """Read the announced snapshot."""
         announced, self.announced = self.announced, None
         if announced is None:
@@ -905,8 +905,11 @@ async def test_get_returns_the_fetch_behind_stale_if_error(bench: Bench) -> None
     call.fail(UpstreamInvalid("nonsense", detail=UpstreamDetail(request_id="r-1")))
     result = await asked
     assert result.cache_status is CacheStatus.STALE
-    assert result.fetched is not None
-    assert (result.fetched.upstream_seconds, result.fetched.invoke_id) == (pytest.approx(0.5), "r-1")
+    assert result.fetch_outcome is not None
+    assert (result.fetch_outcome.upstream_seconds, result.fetch_outcome.invoke_id) == (
+        pytest.approx(0.5),
+        "r-1",
+    )
 
 
 async def test_get_recovers(bench: Bench) -> None:
@@ -1118,10 +1121,10 @@ async def test_get_returns_the_fetch_to_every_waiting_caller(bench: Bench) -> No
     bench.clock.now += 0.25
     call.outcome.set_result(answer(KEY, "running")._replace(invoke_id="i_7"))
     for asked in (first, second):
-        fetch = (await asked).fetched
+        fetch = (await asked).fetch_outcome
         assert fetch is not None
         assert (fetch.upstream_seconds, fetch.invoke_id) == (pytest.approx(0.25), "i_7")
-    assert (await bench.get()).fetched is None
+    assert (await bench.get()).fetch_outcome is None
 
 
 @pytest.mark.parametrize(
@@ -1143,12 +1146,15 @@ async def test_get_returns_the_failed_fetch_to_every_waiting_caller(
     call.fail(UpstreamInvalid("nonsense", detail=detail))
     failed = await asked
     assert isinstance(failed, LookupFailure)
-    assert failed.fetched is not None
+    assert failed.fetch_outcome is not None
     assert (failed.key, failed.cache_status) == (KEY, CacheStatus.MISS)
-    assert (failed.fetched.upstream_seconds, failed.fetched.invoke_id) == (pytest.approx(0.5), invoke_id)
+    assert (failed.fetch_outcome.upstream_seconds, failed.fetch_outcome.invoke_id) == (
+        pytest.approx(0.5),
+        invoke_id,
+    )
     again = await bench.service.get(KEY)
     assert isinstance(again, LookupFailure)
-    assert (again.cache_status, again.fetched) == (CacheStatus.NEGATIVE, None)
+    assert (again.cache_status, again.fetch_outcome) == (CacheStatus.NEGATIVE, None)
 
 
 async def test_get_observes_the_age_of_results(bench: Bench) -> None:
@@ -1185,8 +1191,8 @@ async def test_get_returns_no_id_without_a_call(bench: Bench) -> None:
     (await bench.upstream.call()).fail(Overloaded("full"))
     failed = await asked
     assert isinstance(failed, LookupFailure)
-    assert failed.fetched is not None
-    assert failed.fetched.invoke_id is None
+    assert failed.fetch_outcome is not None
+    assert failed.fetch_outcome.invoke_id is None
 
 
 async def test_get_makes_no_series_per_task(bench: Bench) -> None:
@@ -1231,9 +1237,9 @@ async def test_fetch_checks_the_store_before_it_queries() -> None:
     assert [result.age for result in results] == [0.5, 0.5]
     assert [result.key for result in results] == [KEY, KEY]
     for result in results:  # waited for a request, which made no call
-        assert result.fetched is not None
-        assert (result.fetched.upstream_seconds, result.fetched.invoke_id) == (None, None)
-        assert result.fetched.span is None
+        assert result.fetch_outcome is not None
+        assert (result.fetch_outcome.upstream_seconds, result.fetch_outcome.invoke_id) == (None, None)
+        assert result.fetch_outcome.span is None
     assert bench.upstream.count == 0
 
 
