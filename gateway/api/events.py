@@ -66,7 +66,7 @@ class EventsEndpoint:
         self._tags = tags
         self._clients = clients
         self._sent = {name: metrics.events_sent.labels(name) for name in _EVENTS}
-        hub.direct_delivery = self._write_directly
+        hub.deliver_directly = self._write_directly
         self._heartbeats = Heartbeats(heartbeat_seconds)
         self._clock = clock
 

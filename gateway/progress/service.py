@@ -5,8 +5,8 @@
                                             unless one is in flight or a failure of the task is cached
     else                                 -> all callers wait for one in-flight request
     the query fails                      -> stale-if-error: a snapshot that is young enough, else the failure
-    the query counts as queued, or       -> stale-if-error: a snapshot that is young enough at once, and the
-    takes too long                          query continues; without such a snapshot, wait
+    the query counts as queued, or       -> stale-if-error, at once: a snapshot that is young enough (and the
+    takes too long                          query continues); without such a snapshot, wait
     all callers leave, no call in flight -> the query is dropped, unless the gateway itself needs the response
     a fresh snapshot is read twice       -> refresh-ahead (`refresh_ahead.py`)
 
@@ -114,8 +114,8 @@ class ProgressService:
     def try_reuse(self, entry: CacheEntry, now: float) -> bool:
         """If an entry that `lookup` has returned may be served again `now`, count a lookup and return True.
 
-        The method does not check whether the refresh of a stale snapshot has failed. So callers must not
-        reuse a stale snapshot for long.
+        The method does not check whether the refresh of a stale snapshot has failed. So do not reuse a stale
+        snapshot for long.
         """
         if not self._store.is_valid(entry):
             return False
@@ -181,8 +181,8 @@ class ProgressService:
     def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, but count no lookup and start no refresh.
 
-        The result is that of `lookup`, with one difference: every overdue update is handled as `lookup`
-        handles a cached failure, also if the query only takes too long, or its failure is not cached.
+        `lookup` uses the maximum age `cache.stale_if_error_seconds` only if a failure is cached. `peek` also
+        uses it if the query takes too long, or if its failure is not cached: whenever the update is overdue.
         """
         entry = self._store.valid_entry(key)
         if entry is None:
@@ -274,13 +274,13 @@ class ProgressService:
             wait_until_done = wait_until_done or not self._within_stale_if_error(known, seen_revision)
             required = Requirement(seen_revision=seen_revision)
             for _ in range(_MAX_JOINED_IN_FLIGHT_REQUESTS):
-                fetch_outcome = await self._join(key, required, wait_until_done=wait_until_done)
+                fetch_outcome = await self._wait_once(key, required, wait_until_done=wait_until_done)
                 found = fetch_outcome.snapshot_or_error
                 if isinstance(found, GatewayError) or found.is_at_least(seen_revision):
                     break
                 # The in-flight request had started with the requirement of another caller.
                 required = required._replace(newer_than=found.version)
-                await asyncio.sleep(0)  # lets `SingleFlight` forget the call, if it had just ended
+                await asyncio.sleep(0)  # lets `SingleFlight` forget an in-flight request that has just ended
             else:
                 found = UpstreamTimeout("no response newer than the one that the client has")
         finally:
@@ -298,7 +298,7 @@ class ProgressService:
             found, age, cache_status, had_snapshot=known is not None, fetch_outcome=fetch_outcome
         )
 
-    async def _join(self, key: TaskKey, required: Requirement, *, wait_until_done: bool) -> FetchOutcome:
+    async def _wait_once(self, key: TaskKey, required: Requirement, *, wait_until_done: bool) -> FetchOutcome:
         """Wait for the in-flight request, or start one with this requirement.
 
         Without `wait_until_done`, return an error as soon as the query counts as queued, or as soon as

@@ -105,7 +105,7 @@ class MemoryStore:
             timer=clock,
             getsizeof=lambda failure: _failure_bytes(failure[0]),
         )
-        self._last_failure_expires_at = -math.inf  # no failure is cached after this moment
+        self._no_failure_after = -math.inf  # no failure is cached after this moment
         self._next_cleanup_at = -math.inf
 
     @property
@@ -151,7 +151,7 @@ class MemoryStore:
     def cached_failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.cached_failure`."""
         # Usually no failure is cached. This comparison takes a tenth of the time of a lookup.
-        if self._clock() >= self._last_failure_expires_at:
+        if self._clock() >= self._no_failure_after:
             return None
         failure = self._failures.get(key)
         return None if failure is None else failure[0]
@@ -223,13 +223,13 @@ class MemoryStore:
             entry.valid = False
             del self._snapshots[snapshot.key]
         if self._make_room(self._snapshots, _snapshot_bytes(snapshot)):
-            # Only a shared store announces versions (`ValkeyStore`); here `announced` is always 0.
+            # Only the subclass `ValkeyStore` sets `announced_version`; in a plain `MemoryStore` it is 0.
             announced = 0 if entry is None else entry.announced_version
             valid = announced <= snapshot.version or snapshot.terminal
             self._snapshots[snapshot.key] = CacheEntry(
                 snapshot, valid=valid, fetched_here=fetched_here, announced_version=announced
             )
-        if self._clock() < self._last_failure_expires_at:
+        if self._clock() < self._no_failure_after:
             self._failures.pop(snapshot.key, None)
         for listener in self._listeners:
             listener(snapshot)
@@ -240,7 +240,7 @@ class MemoryStore:
         self._failures.pop(key, None)
         if self._make_room(self._failures, _failure_bytes(error)):
             self._failures[key] = (error, seconds)
-        self._last_failure_expires_at = max(self._last_failure_expires_at, self._clock() + seconds)
+        self._no_failure_after = max(self._no_failure_after, self._clock() + seconds)
 
     def entries(self) -> list[CacheEntry]:
         """Return all entries without marking them as used."""

@@ -84,8 +84,8 @@ class Metrics:
         )
         self.answer_age = FastHistograms(
             "sd_gateway_answer_age_seconds",
-            "Age of snapshots when they are served, in seconds. A query for subscribers counts once, "
-            "however many subscribers there are. Ended tasks are not counted.",
+            "Age of snapshots when they are served, in seconds. When a query for subscribers ends, the age "
+            "is observed once, however many subscribers there are. Ended tasks are not counted.",
             ["operation"],
             buckets=_AGE_BUCKETS,
             registry=registry,
@@ -140,7 +140,8 @@ class Metrics:
         )
         self.upstream_abandoned = Counter(
             "sd_gateway_upstream_abandoned_total",
-            "Number of queued queries that were dropped, because no client waited for them any more.",
+            "Number of queries that were dropped without a call in flight, because no client waited for "
+            "them any more.",
             ["operation"],
             registry=registry,
         )

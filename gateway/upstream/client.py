@@ -104,7 +104,7 @@ class UpstreamClient:
         self._breakers = {operation: self._make_breaker(operation) for operation in Operation}
         # The series start at 0: `rate()` does not see an increase from an absent series to 1.
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
-        # Half the longest time of a call: a working upstream is expected to respond within it. Two uses:
+        # Half the maximum duration of a call. A working upstream is expected to respond within this half:
         # 1. The circuit breaker counts a cancelled call as a failure only if it ran for at least this time.
         # 2. A query does not wait for a permit if less than this time would be left after the wait.
         self._half_timeout_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
@@ -185,7 +185,7 @@ class UpstreamClient:
                             raise
                         query.state.call_sent = False
                         query.state.failure = failure = copy(exc)
-                    retries += self._count_repeat(key.operation, failure, on_retry)
+                    retries += self._record_repeat(key.operation, failure, on_retry)
                     await asyncio.sleep(delay)
         except TimeoutError:
             raise query.state.make_timeout_error() from None
@@ -194,7 +194,7 @@ class UpstreamClient:
                 self._abandoned[key.operation].inc()
             raise
 
-    def _count_repeat(
+    def _record_repeat(
         self, operation: Operation, failure: UpstreamError, on_retry: Callable[[], None]
     ) -> bool:
         """Count a repeat; return whether it is a retry, and not a repeat on a new connection."""

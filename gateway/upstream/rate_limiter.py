@@ -167,7 +167,7 @@ class RateLimiter:
 
         Raises:
             RateLimited: The expected wait exceeds the timeout. A query that is already queued may
-                fail, too: if the limit falls, or if queries of other clients are served before this one.
+                fail, too, when its expected wait becomes longer.
         """
         self._remove_limit_if_idle()
         state = query_state or QueryState(keep_without_callers=True)
@@ -203,7 +203,7 @@ class RateLimiter:
         state.queue_entry = query
         self._serve_queue()
         try:
-            refused_wait = await future
+            wait_if_refused = await future
         except asyncio.CancelledError:
             self._queue.discard(query)
             if future.cancelled():
@@ -214,8 +214,8 @@ class RateLimiter:
             raise
         finally:
             state.queue_entry = None
-        if refused_wait is not None:
-            raise _exhausted(refused_wait)
+        if wait_if_refused is not None:
+            raise _exhausted(wait_if_refused)
 
     def _on_permit_end(self, permit: Permit, error: BaseException | None) -> None:
         self._permits.discard(permit)

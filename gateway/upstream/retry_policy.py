@@ -2,6 +2,7 @@
 
 A call is retried if all of these are true:
 
+- the response is still needed
 - its error is `transient` (see `gateway/domain/errors.py`)
 - the query has made fewer retries than `upstream.retries`
 - the retry budget, which all queries share, is not used up

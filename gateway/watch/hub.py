@@ -53,13 +53,13 @@ class SubscriptionKind(StrEnum):
 
 
 # Writes an update to the connections that can take it now, and returns all other subscribers.
-DirectDelivery = Callable[[Update, Collection[Subscriber]], Iterable[Subscriber]]
+DeliverDirectly = Callable[[Update, Collection[Subscriber]], Iterable[Subscriber]]
 
 
 class WatchHub:
     """Holds every subscriber, and one schedule for each watched task.
 
-    The attribute `direct_delivery` is called with each update and its recipients. It returns the subscribers
+    The attribute `deliver_directly` is called with each update and its recipients. It returns the subscribers
     that must keep the update as unsent: by default, all recipients. `clock` is the clock of
     `Snapshot.fetched_at`.
     """
@@ -91,7 +91,7 @@ class WatchHub:
         # Tasks with an unpublished snapshot, the oldest first.
         self._unpublished_keys: deque[TaskKey] = deque()
         self._shutting_down = False
-        self.direct_delivery: DirectDelivery = lambda _, subscribers: subscribers
+        self.deliver_directly: DeliverDirectly = lambda _, subscribers: subscribers
         self._gauges = {kind: metrics.subscribers.labels(kind) for kind in SubscriptionKind}
         metrics.subscribers_limit.set(settings.max_watchers)
         metrics.watched_tasks.set_function(self._watched.__len__)
@@ -257,7 +257,7 @@ class WatchHub:
         # `put` refuses the update if the client has a newer one. The subscriber then awaits a refresh.
         have_newer = [
             subscriber
-            for subscriber in self.direct_delivery(update, recipients)
+            for subscriber in self.deliver_directly(update, recipients)
             if not subscriber.put(update, reduced)
         ]
         if watched.overdue_error is not None:

@@ -68,7 +68,7 @@ def listen(watch: WatchHub) -> list[str | None]:
         published.extend(etags([update]))
         return ()
 
-    watch.direct_delivery = deliver
+    watch.deliver_directly = deliver
     return published
 
 
@@ -195,7 +195,7 @@ async def test_watch_delivers_directly_only_to_idle_subscribers(watch: WatchHub,
         delivered.append(update.snapshot.etag)
         return []
 
-    watch.direct_delivery = deliver
+    watch.deliver_directly = deliver
     direct_transport = asyncio.WriteTransport()
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         subscriber.direct_transport = direct_transport
@@ -251,7 +251,7 @@ async def test_watch_publishes_more_per_turn_when_the_backlog_grows(
 ) -> None:
     """With changes in every turn of a busy loop, none is lost and none waits for long."""
     published: list[int] = []
-    watch.direct_delivery = lambda update, _: published.append(int(update.key.task_id)) or ()  # type: ignore[func-returns-value]
+    watch.deliver_directly = lambda update, _: published.append(int(update.key.task_id)) or ()  # type: ignore[func-returns-value]
     waiting = set[int]()
     most = 0
     with watch.subscribe([of(str(number), "0").key for number in range(1000)], SubscriptionKind.EVENTS):
@@ -293,7 +293,7 @@ async def test_watch_continues_after_an_error_in_delivery(watch: WatchHub, store
         published.extend(etags([update]))
         raise ZeroDivisionError
 
-    watch.direct_delivery = deliver
+    watch.deliver_directly = deliver
     with watch.subscribe([KEY, of("b", "0").key], SubscriptionKind.EVENTS):
         for change in (snapshot("1"), of("b", "2")):
             store.put(change)
@@ -769,7 +769,7 @@ async def test_watch_continues_after_a_bug_in_a_refresh(service: ManualService, 
         if fault == "fetching":
             service.answers.put_nowait(ZeroDivisionError())
         else:
-            watch.direct_delivery = broken
+            watch.deliver_directly = broken
             service.answers.put_nowait(snapshot("0"))
         [update] = await received(subscriber)
         assert update.failure is not None
@@ -777,7 +777,7 @@ async def test_watch_continues_after_a_bug_in_a_refresh(service: ManualService, 
         with watch.subscribe([KEY], SubscriptionKind.LONGPOLL) as second:
             [update] = await received(second)
             assert update.failure is not None
-        watch.direct_delivery = lambda _, subscribers: subscribers
+        watch.deliver_directly = lambda _, subscribers: subscribers
         service.asked.clear()
         store.put(snapshot("1"))  # ends the backoff
         assert etags(await received(subscriber)) == ["1"]
