@@ -259,7 +259,7 @@ def test_egress_proxy_without_a_way_to_the_upstream_is_named(
     ],
 )
 def test_egress_proxy_that_is_none_is_named(launch: Launch, said: bytes, reason: str) -> None:
-    """A server that does not speak HTTP, or closes the connection, is told from a proxy."""
+    """The cause names a server that is not a proxy: it does not speak HTTP, or closes the connection."""
 
     def speak(connection: socket.socket) -> None:
         connection.recv(65536)
