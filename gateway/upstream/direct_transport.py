@@ -49,6 +49,8 @@ class DirectTransport:
         self._max_body_bytes = max_body_bytes
         self._keep_alive_seconds = keep_alive_seconds
         self._max_age_seconds = max_age_seconds
+        # Connections whose responses were returned by `send`, by `HttpResponse.connection_id`.
+        self._held: dict[int, HttpConnection] = {}
         # Connections are taken from the right end. Under low load, those at the left end stay unused and are
         # closed.
         self._idle: deque[HttpConnection] = deque()
@@ -90,15 +92,24 @@ class DirectTransport:
         connection.on_complete = on_complete
         connection.max_age_seconds = 0.0 if new_connection else self._max_age_seconds
         self._busy.add(connection)
-        return await connection.send(request, now + timeout_seconds)
-
-    def discard_connection(self, response: HttpResponse) -> None:
-        """See `Transport.discard_connection`."""
-        for connection in reversed(self._idle):  # usually it is the last one
-            if id(connection) == response.connection_id:
-                self._idle.remove(connection)
+        try:
+            return await connection.send(request, now + timeout_seconds)
+        except asyncio.CancelledError:
+            if self._held.pop(id(connection), None) is not None:  # the response arrived at the same time
                 connection.close()
-                return
+            raise
+
+    def release_connection(self, response: HttpResponse, *, reuse: bool) -> None:
+        """See `Transport.release_connection`."""
+        connection = self._held.pop(response.connection_id, None)
+        if connection is None:
+            return
+        if not reuse or connection.idle_since is None:
+            connection.close()
+            return
+        self._idle.append(connection)
+        if self._sweep_timer is None:
+            self._schedule_sweep()
 
     def close_idle_connections(self) -> None:
         """See `Transport.close_idle_connections`."""
@@ -111,6 +122,8 @@ class DirectTransport:
             self._sweep_timer.cancel()
             self._sweep_timer = None
         self.close_idle_connections()
+        for connection in self._held.values():
+            connection.close()
         for connection in tuple(self._busy):
             connection.time_out()
 
@@ -124,16 +137,13 @@ class DirectTransport:
         return None
 
     def _on_call_end(self, connection: HttpConnection) -> None:
-        """Keep the connection of a completed call if it is reusable, else close it."""
+        """Hold the connection of a completed call until it is released; close it if it is not reusable."""
         self._busy.discard(connection)
         self.in_flight -= 1
-        now = self._loop.time()
-        if connection.idle_since is None or connection.is_too_old(now):
+        if connection.idle_since is None or connection.is_too_old(self._loop.time()):
             connection.close()
         else:
-            self._idle.append(connection)
-            if self._sweep_timer is None:
-                self._schedule_sweep()
+            self._held[id(connection)] = connection
         connection.on_complete()
 
     def _close_expired(self, now: float) -> None:

@@ -23,8 +23,9 @@ class HttpConnection(asyncio.Protocol):
     """One connection, with one call at a time.
 
     `idle_since` is the loop's time at which the last response was complete, or None while the connection is
-    not reusable. `on_call_end` is called at the end of each call, even if the call was cancelled.
-    `on_complete` is the callback of the present call (see `Transport.send`), which the transport calls.
+    not reusable: after a cancelled call, it is not. `on_call_end` is called at the end of each call, even if
+    the call was cancelled. `on_complete` is the callback of the present call (see `Transport.send`), which
+    the transport calls.
     """
 
     def __init__(self, max_body_bytes: int, on_call_end: Callable[[HttpConnection], None]) -> None:
@@ -158,9 +159,9 @@ class HttpConnection(asyncio.Protocol):
         waiter = self._waiter
         if waiter is None:
             return
-        if self._response.keep_alive and self._parser is not None:
-            self.idle_since = self._loop.time()
-        if not waiter.done():
+        if not waiter.done():  # else the call was cancelled: nobody will release the connection
+            if self._response.keep_alive and self._parser is not None:
+                self.idle_since = self._loop.time()
             waiter.set_result(self._response)
         self._end_call()
 

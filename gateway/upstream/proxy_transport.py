@@ -58,6 +58,8 @@ class ProxyTransport:
         self._max_body_bytes = max_body_bytes
         self._keep_alive_seconds = keep_alive_seconds
         self._max_age_seconds = max_age_seconds
+        # Connections whose responses were returned by `send`, by `HttpResponse.connection_id`.
+        self._held: dict[int, _Connection] = {}
         self._idle: deque[_Connection] = deque()  # the connection that was used last is at the right end
         self._tasks: set[asyncio.Task[Any]] = set()
         self._sweep_timer: asyncio.TimerHandle | None = None
@@ -79,15 +81,23 @@ class ProxyTransport:
         self.in_flight += 1
         call = self._start(self._call(request, timeout_seconds, new_connection=new_connection))
         call.add_done_callback(partial(self._on_call_end, on_complete))
-        return await asyncio.shield(call)
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            call.add_done_callback(self._close_held)
+            raise
 
-    def discard_connection(self, response: HttpResponse) -> None:
-        """See `Transport.discard_connection`."""
-        for connection in reversed(self._idle):  # usually it is the last one
-            if id(connection) == response.connection_id:
-                self._idle.remove(connection)
-                self._start(connection.aclose())
-                return
+    def release_connection(self, response: HttpResponse, *, reuse: bool) -> None:
+        """See `Transport.release_connection`."""
+        connection = self._held.pop(response.connection_id, None)
+        if connection is None:
+            return
+        if not reuse:
+            self._start(connection.aclose())
+            return
+        self._idle.append(connection)
+        if self._sweep_timer is None:
+            self._schedule_sweep()
 
     def close_idle_connections(self) -> None:
         """See `Transport.close_idle_connections`."""
@@ -102,8 +112,10 @@ class ProxyTransport:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        while self._idle:
-            await self._idle.pop().aclose()
+        for connection in (*self._idle, *self._held.values()):
+            await connection.aclose()
+        self._idle.clear()
+        self._held.clear()
 
     async def _call(self, request: httpx.Request, seconds: float, *, new_connection: bool) -> HttpResponse:
         connection: _Connection | None = None
@@ -119,8 +131,8 @@ class ProxyTransport:
         except asyncio.CancelledError:  # by `aclose`
             raise TimeoutError from None
         finally:
-            if connection is not None and (new_connection or not self._keep(connection)):
-                await connection.aclose()
+            if connection is not None:
+                await self._hold_or_close(connection, close=new_connection)
         return response
 
     async def _take_idle(self) -> _Connection | None:
@@ -132,15 +144,18 @@ class ProxyTransport:
             await connection.aclose()
         return None
 
-    def _keep(self, connection: _Connection) -> bool:
-        """Keep a connection for the next call if it is reusable."""
+    async def _hold_or_close(self, connection: _Connection, *, close: bool) -> None:
+        """Hold the connection of a completed call until it is released; close it if it is not reusable."""
         now = asyncio.get_running_loop().time()
-        if not connection.reusable or self._is_expired(connection, now):
-            return False
-        self._idle.append(connection)
-        if self._sweep_timer is None:
-            self._schedule_sweep()
-        return True
+        if close or not connection.reusable or self._is_expired(connection, now):
+            await connection.aclose()
+        else:
+            self._held[id(connection)] = connection
+
+    def _close_held(self, call: asyncio.Task[HttpResponse]) -> None:
+        """Close the connection of a call that was cancelled: nobody will release it."""
+        if not call.cancelled() and call.exception() is None:
+            self.release_connection(call.result(), reuse=False)
 
     def _is_expired(self, connection: _Connection, now: float) -> bool:
         return (

@@ -12,9 +12,9 @@ counts only if no other call was made on its connection. Otherwise the call is r
 with a permit of its own (`retry_policy.py`).
 
 A connection is reused only after a response that names its task, or that concerns the account: refused
-credentials and throttling. So there are never more repeats than such responses, however many unknown tasks
-are requested. A task that has failed is queried on a new connection until it succeeds. If it is polled, it
-costs one call each time.
+credentials and throttling. Until this is known, no other call uses the connection. So there are never more
+repeats than such responses, however many unknown tasks are requested. A task that has failed is queried on a
+new connection until it succeeds. If it is polled, it costs one call each time.
 
 A first response is trusted. If a proxy confuses the responses of several connections, a rejection or a result
 of another task cannot be recognized.
@@ -63,8 +63,8 @@ class ResponseAttribution:
         if self._failed_tasks:
             self._failed_tasks.pop(key, None)
 
-    def check_failure(self, key: TaskKey, response: HttpResponse, error: UpstreamError) -> None:
-        """Close the connection of a failure, unless the failure concerns the account.
+    def check_failure(self, key: TaskKey, response: HttpResponse, error: UpstreamError) -> bool:
+        """Return whether the connection of a failure may be reused: only if it concerns the account.
 
         Args:
             key: The requested task.
@@ -76,13 +76,12 @@ class ResponseAttribution:
                 task will be made on a new connection.
         """
         if isinstance(error, (CredentialsRefused, UpstreamThrottled)):
-            return
+            return True
         self._failed_tasks[key] = None
         if response.reused and isinstance(error, ResponseForAnotherTask):
             self._transport.close_idle_connections()
             if (suppressed := self._log_sampler.take(key.operation)) is not None:
                 log.warning("connection_out_of_step", operation=key.operation, suppressed=suppressed)
-        else:
-            self._transport.discard_connection(response)
         if response.reused and not error.transient:  # a transient failure is retried anyway
             raise UnconfirmedResponse("the upstream's answer may be for another task")
+        return False

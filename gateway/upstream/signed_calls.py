@@ -271,6 +271,7 @@ class SignedCalls:
         cause = self._last_cause if self.last_error_code == outcome else ""  # it has no cause of its own then
         started = time.perf_counter()
         received: HttpResponse | None = None
+        reuse_connection = False
         try:
             headers, received = await self._exchange(
                 key, pair, on_complete, new_connection=self._attribution.needs_new_connection(key)
@@ -298,15 +299,18 @@ class SignedCalls:
         except UpstreamError as exc:
             outcome, span.invoke_id, cause = exc.code, exc.invoke_id, exc.cause
             if received is not None:
-                self._attribution.check_failure(key, received, exc)
+                reuse_connection = self._attribution.check_failure(key, received, exc)
             elif cause and (suppressed := self._log_sampler.take(cause)) is not None:
                 log.warning("upstream_unreachable", operation=operation, reason=cause, suppressed=suppressed)
             raise
         else:
             self._attribution.on_success(key)
+            reuse_connection = True
             outcome, span.invoke_id, cause = "ok", parsed.invoke_id, ""
             return parsed
         finally:
+            if received is not None:
+                self._transport.release_connection(received, reuse=reuse_connection)
             span.outcome = outcome
             self.last_error_code = None if outcome in {"ok", UpstreamRejected.code} else outcome
             self._last_cause = cause

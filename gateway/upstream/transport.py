@@ -87,8 +87,10 @@ class Transport(Protocol):
     ) -> HttpResponse:
         """Send a POST request, and return the response when it is complete.
 
+        Pass the response to `release_connection`: no other call uses its connection before.
+
         If a call is cancelled, the upstream still works on it. So the transport waits for the response until
-        the timeout of the call, and discards it.
+        the timeout of the call, discards it, and closes the connection.
 
         Args:
             target: The path.
@@ -105,8 +107,11 @@ class Transport(Protocol):
             TimeoutError: The timeout has passed. Its text says what was not reached yet, or is empty.
         """
 
-    def discard_connection(self, response: HttpResponse) -> None:
-        """Close the connection of this response, if it is idle. It may carry another call by now."""
+    def release_connection(self, response: HttpResponse, *, reuse: bool) -> None:
+        """Keep the connection of a response for another call, or close it. Later calls have no effect.
+
+        A connection that was opened with `new_connection` is closed already.
+        """
 
     def close_idle_connections(self) -> None:
         """Close all idle connections. Calls in flight continue."""

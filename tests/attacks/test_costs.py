@@ -29,10 +29,7 @@ def batch(
 
 @pytest.mark.parametrize("known", [True, False])
 def test_costs_of_batches_count_by_task(target: Target, simulator: Simulator, *, known: bool) -> None:
-    """Twenty batches of a hundred tasks count as 2,000 requests for limits.requests_per_second.
-
-    A task that the upstream rejects may take a second call, on a new connection (`response_attribution.py`).
-    """
+    """Twenty batches of a hundred tasks count as 2,000 requests for limits.requests_per_second."""
     gate = target(limits={"requests_per_second": 20})
     batches = [
         batch(100, new_id=simulator.task if known and number < 2 else fresh_id) for number in range(20)
@@ -46,7 +43,7 @@ def test_costs_of_batches_count_by_task(target: Target, simulator: Simulator, *,
             assert answer.status == 200 or (answer.status, answer.code) == (429, "too-many-requests")
     allowed = 100 + 20 + 20 * (time.monotonic() - started)  # one batch on credit, a full bucket, and the rate
     assert answered * 100 <= allowed
-    assert simulator.calls() <= (allowed if known else 2 * allowed)
+    assert simulator.calls() <= allowed
 
 
 def test_costs_of_streams_count_by_task(target: Target) -> None:
