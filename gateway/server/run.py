@@ -24,6 +24,7 @@ from gateway.server.connection import Connection
 from gateway.server.connection_limits import bound_buffers, make_connection_limits
 from gateway.server.graceful_shutdown import HANDOVER_SECONDS, GracefulShutdown
 from gateway.server.listen_errors import CannotListen, settings_hint
+from gateway.server.listener_filter import HANDSHAKE_SECONDS, drop_new_connections
 from gateway.server.memory_trim import MemoryTrim
 from gateway.server.protocol_class import make_protocol_class
 from gateway.server.systemd import notify
@@ -208,6 +209,9 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the listeners, and wait for open connections."""
         self.before_close()
+        filtered = [drop_new_connections(each) for each in sockets or []]
+        if any(filtered):
+            await asyncio.sleep(HANDSHAKE_SECONDS)
         self._accept_waiting(sockets or [])
         await super().shutdown(sockets)
 
