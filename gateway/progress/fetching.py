@@ -54,10 +54,11 @@ log = structlog.get_logger(__name__)
 
 
 class Fetcher:
-    """Makes in-flight requests. `on_latency` receives the duration of each successful query, in seconds.
+    """Makes in-flight requests.
 
     `settings` is the section `cache` of the settings. `timeout_seconds` limits an in-flight request: the wait
-    for another replica's lease and the query together.
+    for another replica's lease and the query together. `on_latency` receives the duration in seconds of each
+    query that succeeds with one call.
     """
 
     def __init__(
@@ -155,7 +156,8 @@ class Fetcher:
             )
             state.call_sent = True
             upstream_seconds = self._clock() - started
-            self._on_latency(key.operation, upstream_seconds)
+            if not state.repeated:  # else an outage would count as the usual time
+                self._on_latency(key.operation, upstream_seconds)
             stored = await self._store.commit(lease, build)
         except GatewayError as exc:
             failure = copy(exc)

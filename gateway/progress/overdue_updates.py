@@ -51,7 +51,7 @@ class OverdueUpdates:
         return max(MIN_OVERDUE_AFTER_SECONDS, 2 * min(self._average_latency, self._latest_latency))
 
     def observe_latency(self, seconds: float) -> None:
-        """Record how long a successful query took."""
+        """Record how long a query took that succeeded with one call."""
         self._average_latency += _LATENCY_WEIGHT * (seconds - self._average_latency)
         self._latest_latency = seconds
 

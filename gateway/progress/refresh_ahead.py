@@ -35,7 +35,7 @@ class RefreshAhead:
         self._due: deque[tuple[TaskKey, int]] = deque()
 
     def observe_latency(self, operation: Operation, seconds: float) -> None:
-        """Record how long an upstream query took."""
+        """Record how long a query took that succeeded with one call."""
         self._latency[operation] += _LATENCY_WEIGHT * (seconds - self._latency[operation])
 
     def schedule(self, snapshot: Snapshot, age: float, *, before_expiry: bool = True) -> None:

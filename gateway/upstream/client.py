@@ -173,6 +173,7 @@ class UpstreamClient:
                     try:
                         return await self._hedging.run(query, self._call_within_limits)
                     except MustCallAgain:
+                        query.state.repeated = True
                         continue
                     except (RateLimited, Overloaded, CircuitOpen) as exc:
                         # No call was made this time. The error of an earlier call is more informative.
@@ -184,6 +185,7 @@ class UpstreamClient:
                         if delay is None:
                             raise
                         query.state.call_sent = False
+                        query.state.repeated = True
                         query.state.failure = failure = copy(exc)
                     retries += self._record_repeat(key.operation, failure, on_retry)
                     await asyncio.sleep(delay)
@@ -234,6 +236,7 @@ class UpstreamClient:
     async def _make_hedged_call(self, query: _Query) -> ParsedResponse:
         """Make another call for a query whose call has no response yet."""
         self._metrics.upstream_retries.labels(query.key.operation, UpstreamTimeout.code).inc()
+        query.state.repeated = True
         # The hedged call has a state of its own, because `_call` sets `call_sent` to False before it sends a
         # call. With a common state, the query could be dropped while its first call is on the wire.
         state = QueryState(keep_without_callers=True)

@@ -159,7 +159,7 @@ class HttpConnection(asyncio.Protocol):
         waiter = self._waiter
         if waiter is None:
             return
-        if not waiter.done():  # else the call was cancelled: nobody will release the connection
+        if not waiter.done():  # else the call was cancelled, and `release_connection` is not called
             if self._response.keep_alive and self._parser is not None:
                 self.idle_since = self._loop.time()
             waiter.set_result(self._response)

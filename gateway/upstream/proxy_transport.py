@@ -153,7 +153,7 @@ class ProxyTransport:
             self._held[id(connection)] = connection
 
     def _close_held(self, call: asyncio.Task[HttpResponse]) -> None:
-        """Close the connection of a call that was cancelled: nobody will release it."""
+        """Close the connection of a cancelled call: `release_connection` is not called for it."""
         if not call.cancelled() and call.exception() is None:
             self.release_connection(call.result(), reuse=False)
 

@@ -430,7 +430,7 @@ def test_transport_cancelled_call_completes_with_the_response(through: str | Non
                 released.set()
             await ended.wait()
             assert over.in_flight == 0
-            assert not over._idle, "nobody has read the answer"
+            assert not over._idle, "the answer was not read"
             released.set()
             assert (await ask(over)).body == b"late"
 
@@ -565,7 +565,7 @@ def test_transport_closes_idle_connections_only(through: str | None) -> None:
 
 
 def test_transport_cancelled_as_the_response_arrives(through: str | None) -> None:
-    """Nobody reads the response, so nobody can know whether the upstream is in step on this connection."""
+    """The response is not read, so the upstream may be out of step on this connection."""
     connections: list[socket.socket] = []
     closed = threading.Event()
 

@@ -722,6 +722,18 @@ async def test_get_serves_stale_when_the_refresh_takes_too_long(bench: Bench) ->
     assert bench.upstream.keys == [KEY, KEY], "the refresh has continued"
 
 
+@pytest.mark.parametrize("repeated", [True, False])
+async def test_overdue_limit_ignores_queries_that_outlast_an_outage(bench: Bench, *, repeated: bool) -> None:
+    """A slow upstream raises the limit. A query whose call was repeated does not: its upstream was silent."""
+    asked = bench.begin()
+    call = await bench.upstream.call()
+    bench.clock.now += 8.0
+    call.query_state.repeated = repeated
+    call.answer()
+    await asked
+    assert bench.service.overdue_updates.overdue_after_seconds == (1.5 if repeated else pytest.approx(4.8))
+
+
 async def test_get_counts_age_from_the_arrival_of_the_response(bench: Bench) -> None:
     """The age of a slow response counts from its arrival, and no caller waits for another one."""
     asked = bench.begin()

@@ -248,6 +248,23 @@ def test_repeat_on_a_new_connection_leaves_all_retries(bench: Bench) -> None:
     assert len(released) == UpstreamSettings().retries == 2
 
 
+@pytest.mark.parametrize("cause", ["", "retry", "hedged call"])
+def test_query_state_says_whether_a_call_was_repeated(cause: str) -> None:
+    """After a retry, after a hedged call, and if the hedged call of another query was answered first."""
+    bench = Bench(max_in_flight=3)
+    states = [QueryState(keep_without_callers=True) for _ in range(2)]
+    bench.calls.seconds = 8.0 if cause == "hedged call" else 0.1
+    if cause == "retry":
+        bench.calls.failures = [UpstreamBusy("busy")]
+    asked = [bench.ask(number, is_refresh=True, query_state=state) for number, state in enumerate(states)]
+    bench.calls.seconds = 0.1
+    bench.loop.advance(2.0)
+    assert [each.exception() for each in asked] == [None, None]
+    assert sum(state.repeated for state in states) == {"": 0, "retry": 1, "hedged call": 2}[cause]
+    bench.loop.advance(60.0)
+    bench.loop.close()
+
+
 def test_query_without_time_for_a_repeat_is_not_rejected(bench: Bench) -> None:
     """The failure of the first call may be another task's, so the query fails with an error of its own."""
     bench.ask(0)
