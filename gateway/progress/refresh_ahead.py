@@ -38,15 +38,15 @@ class RefreshAhead:
         """Record how long a query took that succeeded with one call."""
         self._latency[operation] += _LATENCY_WEIGHT * (seconds - self._latency[operation])
 
-    def schedule(self, snapshot: Snapshot, age: float, *, before_expiry: bool = True) -> None:
+    def schedule(self, snapshot: Snapshot, age: float, *, start_early: bool = True) -> None:
         """Schedule a refresh for when the snapshot, which is `age` seconds old, becomes stale.
 
-        An earlier schedule of the same task is replaced. Without `before_expiry`, the average latency is not
+        An earlier schedule of the same task is replaced. Without `start_early`, the average latency is not
         subtracted: another replica has fetched the snapshot, and refreshes it first.
         """
         if (timer := self._timers.pop(snapshot.key, None)) is not None:
             timer.cancel()
-        delay = snapshot.lifetime - age - (self._latency[snapshot.key.operation] if before_expiry else 0.0)
+        delay = snapshot.lifetime - age - (self._latency[snapshot.key.operation] if start_early else 0.0)
         loop = asyncio.get_running_loop()
         self._timers[snapshot.key] = loop.call_later(
             max(delay, 0.0), self._enqueue, snapshot.key, snapshot.version

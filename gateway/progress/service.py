@@ -5,14 +5,13 @@
                                             unless one is in flight or a failure of the task is cached
     else                                 -> all callers wait for one in-flight request
     the query fails                      -> stale-if-error: a snapshot that is young enough, else the failure
-    the query counts as queued, or       -> stale-if-error, at once: a snapshot that is young enough (and the
-    takes too long                          query continues); without such a snapshot, wait
+    the query is queued or is overdue    -> stale-if-error at once, else wait; the query continues
     all callers leave, no call in flight -> the query is dropped, unless the gateway itself needs the response
     a fresh snapshot is read twice       -> refresh-ahead (`refresh_ahead.py`)
 
 An in-flight request is the query for a task with the steps before and after the query (`fetching.py`). A
-query *counts as queued* from the first call of its `report_wait`; see `RateLimiter.acquire`.
-`overdue_updates.py` decides whether a query takes too long. The update of the task is then *overdue*.
+query *counts as queued* when the rate limiter first reports a wait for it (`report_wait` of
+`RateLimiter.acquire`). A query is *overdue* if it takes too long, as `overdue_updates.py` decides.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.query_state import QueryState
 
-# Maximum number of in-flight requests that a caller waits for, one after the other. A further request is
-# needed if the result is older than the revision that the client has seen.
+# Maximum number of in-flight requests that a caller waits for, one after the other. The caller waits
+# for a further one if the result is older than the revision that its client has seen.
 _MAX_JOINED_IN_FLIGHT_REQUESTS = 3
 _REFRESH_AHEAD_READS = 2  # the second read of a fresh snapshot schedules its refresh ahead of expiry
 _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes 50 ns at each hit
@@ -87,7 +86,7 @@ class ProgressService:
         self._metrics = LookupMetrics(metrics, settings)
 
     def lookup(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
-        """Return a result from the store, and count a lookup; None if there is no result. Never wait.
+        """Return a result from the store and count a lookup. Without a result, return None and count nothing.
 
         If the result is stale, start a background refresh, unless a failure of the task is cached.
         `seen_revision`: the result must not be older than the body with this revision, unless it is terminal.
@@ -114,8 +113,8 @@ class ProgressService:
     def try_reuse(self, entry: CacheEntry, now: float) -> bool:
         """If an entry that `lookup` has returned may be served again `now`, count a lookup and return True.
 
-        The method does not check whether the refresh of a stale snapshot has failed. So do not reuse a stale
-        snapshot for long.
+        The method does not check whether the refresh of a stale snapshot has failed. The caller must look it
+        up again from time to time (`_STALE_REUSE_SECONDS` in `api/cached_responses.py`).
         """
         if not self._store.is_valid(entry):
             return False
@@ -135,11 +134,10 @@ class ProgressService:
     ) -> LookupResult | LookupFailure:
         """Return a result from the store or the upstream; the failure only if stale-if-error does not apply.
 
-        `client` identifies the client in the fair queue of the rate limiter. `seen_revision`: the client has
+        `client` identifies the client in the fair queues for upstream calls. `seen_revision`: the client has
         received the body with this revision, and must not receive an older body unless the older one is
         terminal. If this coroutine is cancelled, the caller leaves the in-flight request. When the last
-        caller has left, the query is dropped, unless a call is on the wire or the gateway itself needs the
-        response.
+        caller has left, the query is dropped, unless a call is on the wire or the gateway needs the response.
         """
         result = self.lookup(key, seen_revision)
         return result or await self.get_after_miss(key, client=client, seen_revision=seen_revision)
@@ -165,9 +163,10 @@ class ProgressService:
     ) -> LookupResult | LookupFailure:
         """Return the snapshot if it is fresh, else wait for an in-flight request. Schedules call this method.
 
-        The outcome may be a failure, or a stale snapshot with the failure (stale-if-error). Count no lookup,
-        and wait even if the query counts as queued. `client`: as in `get`. It is None if only
-        subscribers need the result, because `add_subscriber` has already counted their clients.
+        If a failure of the task is cached, it starts no request. The outcome may be a failure, or a stale
+        snapshot with the failure (stale-if-error). It counts no lookup, and also waits for a query that is
+        queued or overdue. `client`: as in `get`; None if only subscribers need the result, because
+        `add_subscriber` has already counted their clients.
         """
         entry = self._store.valid_entry(key)
         if entry is None and await self._store.read_arrived_messages():
@@ -175,14 +174,14 @@ class ProgressService:
         snapshot = None if entry is None else entry.snapshot
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime or not snapshot.is_at_least(seen_revision):
-            return await self._wait(key, client, wait_until_done=True, seen_revision=seen_revision)
+            return await self._wait(key, client, until_done=True, seen_revision=seen_revision)
         return LookupResult(snapshot, age, CacheStatus.HIT)
 
     def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, but count no lookup and start no refresh.
 
-        `lookup` uses the maximum age `cache.stale_if_error_seconds` only if a failure is cached. `peek` also
-        uses it if the query takes too long, or if its failure is not cached: whenever the update is overdue.
+        The maximum age of a stale snapshot is that of `lookup`. But whenever the update is overdue, it is
+        `cache.stale_if_error_seconds`, even if no failure is cached.
         """
         entry = self._store.valid_entry(key)
         if entry is None:
@@ -217,7 +216,7 @@ class ProgressService:
         operation = snapshot.key.operation
         entry.reads += 1
         if entry.reads == _REFRESH_AHEAD_READS and not snapshot.terminal and not self._in_flight.closed:
-            self._refresh_ahead.schedule(snapshot, age, before_expiry=entry.fetched_here)
+            self._refresh_ahead.schedule(snapshot, age, start_early=entry.fetched_here)
         self._metrics.hits[operation].value += 1
         if not snapshot.terminal:
             self._metrics.observe_age[operation](age)
@@ -254,15 +253,15 @@ class ProgressService:
         # A schedule or another replica may have replaced the snapshot meanwhile. In this case, the reads of
         # the new snapshot decide whether the new snapshot is refreshed ahead.
         if known is not None and known.version == version and self._store.cached_failure(key) is None:
-            required = Requirement(newer_than=version)
-            self._in_flight.join_or_start(key, keep_without_callers=True, requirement=required)
+            requirement = Requirement(newer_than=version)
+            self._in_flight.join_or_start(key, keep_without_callers=True, requirement=requirement)
 
     async def _wait(
-        self, key: TaskKey, client: bytes | None, *, wait_until_done: bool = False, seen_revision: int = 0
+        self, key: TaskKey, client: bytes | None, *, until_done: bool = False, seen_revision: int = 0
     ) -> LookupResult | LookupFailure:
         """Wait for the in-flight request, or start one. If a failure is cached, start none.
 
-        `wait_until_done`: wait even if the query counts as queued, or if the update is overdue.
+        `until_done`: wait even if the query is queued or overdue.
         """
         if (failure := self._store.cached_failure(key)) is not None:
             return self._stale_if_error(key, failure, CacheStatus.NEGATIVE, seen_revision=seen_revision)
@@ -271,57 +270,58 @@ class ProgressService:
         if client is not None:
             self._in_flight.add_waiter(key, client)
         try:
-            wait_until_done = wait_until_done or not self._within_stale_if_error(known, seen_revision)
-            required = Requirement(seen_revision=seen_revision)
+            until_done = until_done or not self._within_stale_if_error(known, seen_revision)
+            requirement = Requirement(seen_revision=seen_revision)
             for _ in range(_MAX_JOINED_IN_FLIGHT_REQUESTS):
-                fetch_outcome = await self._wait_once(key, required, wait_until_done=wait_until_done)
-                found = fetch_outcome.snapshot_or_error
-                if isinstance(found, GatewayError) or found.is_at_least(seen_revision):
+                fetch_outcome = await self._wait_once(key, requirement, until_done=until_done)
+                fetched = fetch_outcome.snapshot_or_error
+                if isinstance(fetched, GatewayError) or fetched.is_at_least(seen_revision):
                     break
                 # The in-flight request had started with the requirement of another caller.
-                required = required._replace(newer_than=found.version)
+                requirement = requirement._replace(newer_than=fetched.version)
                 await asyncio.sleep(0)  # lets `SingleFlight` forget an in-flight request that has just ended
             else:
-                found = UpstreamTimeout("no response newer than the one that the client has")
+                fetched = UpstreamTimeout("no response newer than the one that the client has")
         finally:
             if client is not None:
                 self._in_flight.remove_waiter(key, client)
-        if isinstance(found, GatewayError):
+        if isinstance(fetched, GatewayError):
             # Another replica may have a newer snapshot, while the query of this replica waits or fails.
             if await self._store.load_announced_snapshot(key) and (result := self.peek(key, seen_revision)):
                 self._metrics.record_age(result.snapshot, result.age)
                 return result
-            return self._stale_if_error(key, found, cache_status, fetch_outcome, seen_revision=seen_revision)
-        age = self._clock() - found.fetched_at
-        self._metrics.record_age(found, age)
+            return self._stale_if_error(
+                key, fetched, cache_status, fetch_outcome, seen_revision=seen_revision
+            )
+        age, had_snapshot = self._clock() - fetched.fetched_at, known is not None
+        self._metrics.record_age(fetched, age)
         return LookupResult(
-            found, age, cache_status, had_snapshot=known is not None, fetch_outcome=fetch_outcome
+            fetched, age, cache_status, had_snapshot=had_snapshot, fetch_outcome=fetch_outcome
         )
 
-    async def _wait_once(self, key: TaskKey, required: Requirement, *, wait_until_done: bool) -> FetchOutcome:
+    async def _wait_once(self, key: TaskKey, requirement: Requirement, *, until_done: bool) -> FetchOutcome:
         """Wait for the in-flight request, or start one with this requirement.
 
-        Without `wait_until_done`, return an error as soon as the query counts as queued, or as soon as
-        the query takes so long that the update is overdue. The query continues.
+        Without `until_done`, return an error as soon as the query is queued or overdue. The query continues.
         """
         state = self._in_flight.query_state(key)
         # A new in-flight request must satisfy all callers that wait, not only the one that starts it.
-        state.seen_revision = max(state.seen_revision, required.seen_revision)
-        required = required._replace(seen_revision=state.seen_revision)
-        in_flight = self._in_flight.join_or_start(key, requirement=required)
-        if wait_until_done:
+        state.seen_revision = max(state.seen_revision, requirement.seen_revision)
+        requirement = requirement._replace(seen_revision=state.seen_revision)
+        in_flight = self._in_flight.join_or_start(key, requirement=requirement)
+        if until_done:
             return await asyncio.shield(in_flight)
         if in_flight.done():  # it ended in this iteration of the event loop
             return in_flight.result()
         queued_error = queued_error_future(state)
-        taken = max(self._clock() - state.began_at, 0.0)  # 0.0 before it runs: `began_at` is then infinite
-        timeout = max(self.overdue_updates.overdue_after_seconds - taken, 0.0)
+        elapsed = max(self._clock() - state.began_at, 0.0)  # `began_at` is infinite before the request runs
+        timeout = max(self.overdue_updates.overdue_after_seconds - elapsed, 0.0)
         await asyncio.wait((in_flight, queued_error), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if in_flight.done():
             return in_flight.result()
         state.keep_without_callers = True  # the query continues
-        slow = self.overdue_updates.error_of_slow_query(state)
-        return FetchOutcome(queued_error.result() if queued_error.done() else slow)
+        slow_error = self.overdue_updates.error_of_slow_query(state)
+        return FetchOutcome(queued_error.result() if queued_error.done() else slow_error)
 
     def _stale_if_error(
         self,

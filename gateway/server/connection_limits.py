@@ -1,4 +1,7 @@
-"""Limits that all connections of a server share, and the number of open connections."""
+"""The limits that all connections of a server share, and the number of open connections.
+
+`connection.py` enforces the limits for one connection.
+"""
 
 from __future__ import annotations
 

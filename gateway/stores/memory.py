@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import astuple
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from cachetools import Cache, TLRUCache
 
@@ -71,6 +71,13 @@ class _SnapshotCache(_ByteSizedCache):
         return key, entry
 
 
+class _CachedFailure(NamedTuple):
+    """A failure, and for how many seconds it is cached."""
+
+    error: GatewayError
+    seconds: float
+
+
 class MemoryStore:
     """Keeps up to `max_tasks` snapshots and up to `max_tasks` failures.
 
@@ -101,11 +108,11 @@ class MemoryStore:
         self._snapshots = _SnapshotCache(max_bytes, self._expires_at, timer=clock, getsizeof=_entry_bytes)
         self._failures = _ByteSizedCache(
             max_bytes,
-            lambda _key, failure, now: now + failure[1],
+            lambda _key, failure, now: now + failure.seconds,
             timer=clock,
-            getsizeof=lambda failure: _failure_bytes(failure[0]),
+            getsizeof=lambda failure: _failure_bytes(failure.error),
         )
-        self._no_failure_after = -math.inf  # no failure is cached after this moment
+        self._last_failure_expires_at = -math.inf  # when the last cached failure expires
         self._next_cleanup_at = -math.inf
 
     @property
@@ -151,10 +158,10 @@ class MemoryStore:
     def cached_failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.cached_failure`."""
         # Usually no failure is cached. This comparison takes a tenth of the time of a lookup.
-        if self._clock() >= self._no_failure_after:
+        if self._clock() >= self._last_failure_expires_at:
             return None
         failure = self._failures.get(key)
-        return None if failure is None else failure[0]
+        return None if failure is None else failure.error
 
     async def read_arrived_messages(self) -> bool:
         """See `Store.read_arrived_messages`: no messages arrive."""
@@ -229,7 +236,7 @@ class MemoryStore:
             self._snapshots[snapshot.key] = CacheEntry(
                 snapshot, valid=valid, fetched_here=fetched_here, announced_version=announced
             )
-        if self._clock() < self._no_failure_after:
+        if self._clock() < self._last_failure_expires_at:
             self._failures.pop(snapshot.key, None)
         for listener in self._listeners:
             listener(snapshot)
@@ -239,8 +246,8 @@ class MemoryStore:
         """Cache a failure as `store_failure` does, but without a lease."""
         self._failures.pop(key, None)
         if self._make_room(self._failures, _failure_bytes(error)):
-            self._failures[key] = (error, seconds)
-        self._no_failure_after = max(self._no_failure_after, self._clock() + seconds)
+            self._failures[key] = _CachedFailure(error, seconds)
+        self._last_failure_expires_at = max(self._last_failure_expires_at, self._clock() + seconds)
 
     def entries(self) -> list[CacheEntry]:
         """Return all entries without marking them as used."""

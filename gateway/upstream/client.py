@@ -7,9 +7,9 @@
 A query may need several calls: see `retry_policy.py` for all reasons to repeat a call. The query runs in the
 asyncio task of an in-flight request, not in the asyncio task of a caller. This module enforces the
 concurrency limit, `upstream.max_in_flight`. A call keeps its slot while the upstream works on the call, even
-after the deadline of the query. A call is not made if no caller wants the response any more
-(`query_state.py`), or if less time is left than the upstream usually takes. A deadline is a moment on the
-clock of the event loop.
+after the deadline of the query. A call is not made if neither a caller nor the gateway needs the response any
+more (`query_state.py`), or if less time is left than the upstream usually takes. A deadline is a moment on
+the clock of the event loop.
 """
 
 from __future__ import annotations
@@ -99,12 +99,12 @@ class UpstreamClient:
         self._concurrency_limit = ConcurrencyLimit(settings.max_in_flight)
         metrics.upstream_in_flight_limit.set(settings.max_in_flight)
         self._retry_policy = RetryPolicy(settings.retries)
-        self._rate_limiter = RateLimiter(settings.requests_per_second, take_shared=take_permits)
+        self._rate_limiter = RateLimiter(settings.requests_per_second, take_permits=take_permits)
         metrics.upstream_rate_limit.set_function(lambda: self._rate_limiter.per_second)
         self._breakers = {operation: self._make_breaker(operation) for operation in Operation}
         # The series start at 0: `rate()` does not see an increase from an absent series to 1.
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
-        # Half the maximum duration of a call. A working upstream is expected to respond within this half:
+        # Half the maximum duration of a call. A working upstream is expected to respond within this half.
         # 1. The circuit breaker counts a cancelled call as a failure only if it ran for at least this time.
         # 2. A query does not wait for a permit if less than this time would be left after the wait.
         self._half_timeout_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2

@@ -35,9 +35,9 @@ MIN_REPORTED_WAIT_SECONDS = 0.1
 # serves the queue may fire late. The checks of the expected wait have no tolerance.
 _TIMEOUT_TOLERANCE_SECONDS = 0.1
 
-# The size of the bucket, as a time: the bucket holds the tokens of 0.1 s, and at least one. With a larger
-# bucket, an upstream that counts calls per second would refuse a part of a burst. With a smaller one, queries
-# would be queued even if a page requests only a few tasks at once.
+# The bucket holds as many tokens as the rate yields in 0.1 s, but at least one. With a larger bucket, an
+# upstream that counts calls per second would refuse a part of a burst. With a smaller one, queries would be
+# queued even if a page requests only a few tasks at once.
 _BURST_SECONDS = 0.1
 _ROUNDING = 1e-9  # tokens; tolerance for rounding errors
 # Resolution of the event loop's timers: a timer with a shorter delay would fire before there is a token. Also
@@ -64,10 +64,10 @@ class Permit:
 
     Attributes:
         sent_at: When the call was sent; None before `mark_sent`.
-        revoked: The upstream has throttled another call since the permit was issued. If the call is not sent
-            yet, the query must acquire a new permit. Without a configured limit, a great number of queries
-            may have a permit when the first throttling response arrives. The upstream would refuse all their
-            calls.
+        revoked: The upstream has throttled another call, or a replica has announced that it did. If the call
+            of the permit is not sent yet, the query must acquire a new permit. Without a configured limit, a
+            great number of queries may have a permit when the first throttling response arrives. The upstream
+            would refuse all their calls.
     """
 
     __slots__ = ("_clock", "_on_end", "revoked", "sent_at")
@@ -96,7 +96,7 @@ class Permit:
 class RateLimiter:
     """Issues permits at `requests_per_second`. If that is 0, only throttling responses limit the rate.
 
-    `clock` returns monotonic seconds. `take_shared` takes permits from the rate limiter that replicas share:
+    `clock` returns monotonic seconds. `take_permits` takes permits from the rate limiter that replicas share:
     while the store works, a query then needs a token of this replica and a shared permit.
     """
 
@@ -106,7 +106,7 @@ class RateLimiter:
         *,
         clock: Callable[[], float] = time.monotonic,
         call_later: Callable[[float, Callable[[], None]], Timer] | None = None,
-        take_shared: TakePermits | None = None,
+        take_permits: TakePermits | None = None,
     ) -> None:
         self._limit = AdaptiveLimit(requests_per_second or math.inf)
         self._clock = clock
@@ -117,9 +117,9 @@ class RateLimiter:
         self._refilled_at = clock()
         self._timer: Timer | None = None
         self._shared: SharedPermits | None = None
-        if take_shared is not None and requests_per_second:
+        if take_permits is not None and requests_per_second:
             self._shared = SharedPermits(
-                take_shared,
+                take_permits,
                 per_second=requests_per_second,
                 burst=burst_size(requests_per_second),
                 on_reply=self._on_shared_reply,
@@ -176,7 +176,7 @@ class RateLimiter:
         if wait == 0 and not self._queue and self._use_shared_permit(is_refresh=is_refresh):
             self._tokens -= 1
         elif wait > timeout_seconds:
-            raise _exhausted(wait)
+            raise _rate_limit_error(wait)
         else:
             if wait >= MIN_REPORTED_WAIT_SECONDS:
                 report_wait(wait)
@@ -215,7 +215,7 @@ class RateLimiter:
         finally:
             state.queue_entry = None
         if wait_if_refused is not None:
-            raise _exhausted(wait_if_refused)
+            raise _rate_limit_error(wait_if_refused)
 
     def _on_permit_end(self, permit: Permit, error: BaseException | None) -> None:
         self._permits.discard(permit)
@@ -265,7 +265,7 @@ class RateLimiter:
                 if query.future.done():
                     continue  # cancelled: its asyncio task will run soon
                 if self._clock() > query.expires_at + _TIMEOUT_TOLERANCE_SECONDS:
-                    # First queries of other clients were served before this one, although queued later.
+                    # The wait was longer than expected: queries that were queued later were served first.
                     query.future.set_result(max(self._seconds_until_token(0), _TIMER_RESOLUTION_SECONDS))
                     continue
                 self._use_shared_permit(is_refresh=is_refresh)
@@ -282,7 +282,7 @@ class RateLimiter:
             self._refuse_or_report_waits(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
-        # Remove an outdated limit first: an announcement would lower it, and so keep it.
+        # First remove a limit that is no longer needed. Otherwise it would be lowered, and kept.
         self._remove_limit_if_idle()
         self._refill()
         now, was_throttled = self._clock(), self._limit.has_learned_limit
@@ -335,7 +335,7 @@ class RateLimiter:
         self._refilled_at = now
 
     def _remove_limit_if_idle(self) -> None:
-        # While queries are queued, the limit stays. The limit rises, so the queue becomes empty in the end.
+        # The limit is not removed while queries are queued. It rises, so the queue becomes empty in the end.
         if not self._queue and self._limit.remove_if_unthrottled(self._clock()):
             log.info("upstream_throttling_ended")
 
@@ -345,5 +345,5 @@ def burst_size(per_second: float) -> float:
     return max(per_second * _BURST_SECONDS, 1.0)
 
 
-def _exhausted(wait: float) -> RateLimited:
+def _rate_limit_error(wait: float) -> RateLimited:
     return RateLimited("the rate limit for upstream calls is exhausted", retry_after=wait)

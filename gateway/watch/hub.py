@@ -109,8 +109,8 @@ class WatchHub:
     ) -> Iterator[Subscriber]:
         """Subscribe to these tasks while the context is open; the first updates are the current snapshots.
 
-        `client` identifies the client in the fair queue of upstream calls. Raises: Overloaded when
-        `watch.max_watchers` subscriptions are open.
+        `client` identifies the client in the fair queues for upstream calls (`upstream/query_queue.py`).
+        Raises: Overloaded when `watch.max_watchers` subscriptions are open.
         """
         if len(self._subscribers) >= self._settings.max_watchers:
             raise Overloaded(
@@ -163,7 +163,7 @@ class WatchHub:
             watched = self._watched[key] = WatchedTask(key)
             # A cached snapshot is sent at once, before the first refresh.
             result = self._service.peek(key)
-            watched.published = (
+            watched.published_update = (
                 Update(key, result.snapshot).without_large_body() if result is not None else None
             )
             self._update_overdue_error(
@@ -178,7 +178,7 @@ class WatchHub:
         # This method does not await, so no change is lost between these steps.
         watched.subscribers.add(subscriber)
         self._service.add_subscriber(key, subscriber.client)
-        published = watched.published
+        published = watched.published_update
         if published is None:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or _is_final(published)
@@ -212,13 +212,13 @@ class WatchHub:
         watched = self._watched.get(snapshot.key)
         if watched is None:
             return
-        if watched.unpublished is None:
+        if watched.unpublished_snapshot is None:
             if not self._unpublished_keys:
                 asyncio.get_running_loop().call_soon(self._publish_some)
             self._unpublished_keys.append(snapshot.key)
-        elif watched.unpublished.terminal and not snapshot.terminal:
+        elif watched.unpublished_snapshot.terminal and not snapshot.terminal:
             return
-        watched.unpublished = snapshot
+        watched.unpublished_snapshot = snapshot
 
     def _publish_some(self) -> None:
         """Publish a few of the unpublished snapshots: at least one, and more when the backlog is longer."""
@@ -232,9 +232,9 @@ class WatchHub:
     def _publish_unpublished(self, key: TaskKey) -> None:
         """Publish the unpublished snapshot of a task, if there is one."""
         watched = self._watched.get(key)
-        if watched is None or watched.unpublished is None:
+        if watched is None or watched.unpublished_snapshot is None:
             return
-        snapshot, watched.unpublished = watched.unpublished, None
+        snapshot, watched.unpublished_snapshot = watched.unpublished_snapshot, None
         self._publish(Update(key, snapshot))
         self._update_overdue_error(watched, None)
         if watched.backing_off:
@@ -242,7 +242,7 @@ class WatchHub:
 
     def _publish(self, update: Update) -> None:
         watched = self._watched.get(update.key)
-        if watched is None or (_is_final(watched.published) and not _is_final(update)):
+        if watched is None or (_is_final(watched.published_update) and not _is_final(update)):
             # The task has ended: drop every update that is not final. If the store has evicted the terminal
             # snapshot, it may report one that is not terminal.
             return
@@ -250,10 +250,10 @@ class WatchHub:
             self._mark_found(watched)
         recipients = (
             watched.subscribers_awaiting_refresh
-            if update.has_same_content(watched.published)
+            if update.has_same_content(watched.published_update)
             else watched.subscribers
         )
-        watched.published = reduced = update.without_large_body()
+        watched.published_update = reduced = update.without_large_body()
         # `put` refuses the update if the client has a newer one. The subscriber then awaits a refresh.
         have_newer = [
             subscriber
@@ -280,7 +280,7 @@ class WatchHub:
 
         Do nothing if the last published update is a failure, which tells of the problem already.
         """
-        if watched.published is None or (snapshot := watched.published.snapshot) is None:
+        if watched.published_update is None or (snapshot := watched.published_update.snapshot) is None:
             return
         # The store may have a newer snapshot: use its age.
         snapshot = self._last_known(watched.key) or snapshot

@@ -61,14 +61,14 @@ class WatchedTask:
     Attributes:
         key: The watched task.
         subscribers: All subscribers of the task.
-        subscribers_awaiting_refresh: Subscribers that were not sent `published`. They receive the result of
-            the next refresh, even if it has the same content. Either `published` could not be sent when the
-            subscriber joined (`WatchHub`), or the store has evicted the body of an unsent update, or the
-            client of the subscriber has received a newer snapshot.
-        published: The last published update, without a large body. At the start of the schedule, the cached
-            snapshot, or None.
-        unpublished: A newer snapshot, which the store has reported. It will be published in one of the next
-            iterations of the event loop.
+        subscribers_awaiting_refresh: Subscribers that were not sent `published_update`. They receive the
+            result of the next refresh, even if it has the same content. Either `published_update` could not
+            be sent when the subscriber joined (`WatchHub`), or the store has evicted the body of an unsent
+            update, or the client of the subscriber has received a newer snapshot.
+        published_update: The last published update, without a large body. At the start of the schedule, the
+            cached snapshot, or None.
+        unpublished_snapshot: A newer snapshot, which the store has reported. It will be published in one of
+            the next iterations of the event loop.
         seen_revision: The newest revision that the client of any subscriber had received when it joined.
         runner: The asyncio task that runs the schedule; None when it is stopped.
         refreshing: The runner waits for the result of a refresh.
@@ -81,8 +81,8 @@ class WatchedTask:
     key: TaskKey
     subscribers: set[Subscriber] = field(default_factory=set)
     subscribers_awaiting_refresh: set[Subscriber] = field(default_factory=set)
-    published: Update | None = None
-    unpublished: Snapshot | None = None
+    published_update: Update | None = None
+    unpublished_snapshot: Snapshot | None = None
     seen_revision: int = 0
     runner: asyncio.Task[None] | None = None
     refreshing: bool = False
@@ -262,7 +262,7 @@ class Refresher:
                 if isinstance(outcome.failure, UpstreamRejected):
                     self._note_rejection(watched)
                 return None, outcome.failure
-            if outcome.snapshot is not watched.unpublished:  # else the hub publishes it soon
+            if outcome.snapshot is not watched.unpublished_snapshot:  # else the hub publishes it soon
                 self._publish_unpublished(key)
                 self._publish(Update(key, outcome.snapshot))
                 self._update_overdue_error(

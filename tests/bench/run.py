@@ -23,6 +23,7 @@ from typing import Any
 
 import busy_streams
 import curve
+import fifty_replicas
 import herd
 import hits
 import misses
@@ -56,6 +57,7 @@ SCENARIOS = {
     "soak": soak,
     "throttle": throttle,
     "replicas": replicas,
+    "fifty_replicas": fifty_replicas,
     "outages": outages,
 }
 PACKAGES = {

@@ -1024,7 +1024,7 @@ async def test_permits_are_not_taken_while_this_replica_is_throttled(one: Valkey
             taken += permits.refreshes + permits.first_queries
         return permits
 
-    limiter = RateLimiter(50, take_shared=counted)
+    limiter = RateLimiter(50, take_permits=counted)
     limiter.slow_down(retry_after=1.0)
     await asyncio.gather(*(call(limiter) for _ in range(8)))
     assert 8 <= taken <= 12
@@ -1032,7 +1032,7 @@ async def test_permits_are_not_taken_while_this_replica_is_throttled(one: Valkey
 
 async def test_permits_of_the_store_cost_no_time(one: ValkeyStore) -> None:
     """A replica that shares its rate limiter with no other is about as fast as one without a store."""
-    shared, alone = RateLimiter(20, take_shared=one.take_permits), RateLimiter(20)
+    shared, alone = RateLimiter(20, take_permits=one.take_permits), RateLimiter(20)
     began = time.monotonic()
     ends = await asyncio.gather(calls(shared), calls(alone))
     assert ends[0] - began < 1.5 * (ends[1] - began) + 0.5

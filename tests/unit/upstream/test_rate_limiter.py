@@ -512,7 +512,7 @@ async def test_rate_limiter_refuses_without_a_shared_permit_in_time(clock: Clock
         clock.now += 10.0
         return PermitsReply(0, 0, next_seconds=0.0, refreshes_elsewhere=0, first_queries_elsewhere=0)
 
-    limiter = RateLimiter(10, clock=clock, call_later=clock.call_later, take_shared=take)
+    limiter = RateLimiter(10, clock=clock, call_later=clock.call_later, take_permits=take)
     with pytest.raises(RateLimited) as refused:
         await limiter.acquire(is_refresh=True, timeout_seconds=1.0)
     assert refused.value.retry_after

@@ -137,7 +137,7 @@ async def test_permits_report_the_queries_of_other_replicas() -> None:
 
 
 def limiter_of(server: Server, per_second: float = 10.0) -> RateLimiter:
-    return RateLimiter(per_second, take_shared=server.take)
+    return RateLimiter(per_second, take_permits=server.take)
 
 
 async def call(limiter: RateLimiter, *, is_refresh: bool = True, timeout_seconds: float = 10.0) -> None:
