@@ -264,6 +264,8 @@ class ProgressService:
         `until_done`: wait even if the query is queued or overdue.
         """
         if (failure := self._store.cached_failure(key)) is not None:
+            if result := await self._load_announced_snapshot(key, seen_revision):
+                return result
             return self._stale_if_error(key, failure, CacheStatus.NEGATIVE, seen_revision=seen_revision)
         cache_status = CacheStatus.COLLAPSED if key in self._in_flight else CacheStatus.MISS
         known = self._store.last_known(key)
@@ -286,9 +288,7 @@ class ProgressService:
             if client is not None:
                 self._in_flight.remove_waiter(key, client)
         if isinstance(fetched, GatewayError):
-            # Another replica may have a newer snapshot, while the query of this replica waits or fails.
-            if await self._store.load_announced_snapshot(key) and (result := self.peek(key, seen_revision)):
-                self._metrics.record_age(result.snapshot, result.age)
+            if result := await self._load_announced_snapshot(key, seen_revision):
                 return result
             return self._stale_if_error(
                 key, fetched, cache_status, fetch_outcome, seen_revision=seen_revision
@@ -298,6 +298,18 @@ class ProgressService:
         return LookupResult(
             fetched, age, cache_status, had_snapshot=had_snapshot, fetch_outcome=fetch_outcome
         )
+
+    async def _load_announced_snapshot(self, key: TaskKey, seen_revision: int) -> LookupResult | None:
+        """Return a result with the snapshot that another replica has announced, if any.
+
+        Another replica may have a newer snapshot while the query of this replica waits, or after it has failed.
+        """
+        if not await self._store.load_announced_snapshot(key):
+            return None
+        result = self.peek(key, seen_revision)
+        if result is not None:
+            self._metrics.record_age(result.snapshot, result.age)
+        return result
 
     async def _wait_once(self, key: TaskKey, requirement: Requirement, *, until_done: bool) -> FetchOutcome:
         """Wait for the in-flight request, or start one with this requirement.

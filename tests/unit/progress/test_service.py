@@ -545,6 +545,22 @@ async def test_get_reads_an_announced_snapshot_while_its_query_is_queued() -> No
     await bench.service.aclose()
 
 
+async def test_get_reads_an_announced_snapshot_although_a_failure_is_cached() -> None:
+    """The failure may be this replica's own: it cannot reach the upstream, and another replica can."""
+    clock = Clock()
+    store = AnnouncingStore(max_tasks=10, min_keep_stale_seconds=60.0, clock=clock)
+    bench = Bench(store=store, clock=clock)
+    known = (await bench.learn()).snapshot
+    long_ago(bench)
+    store.put_failure(KEY, UpstreamTimeout("too late"), seconds=1.0)
+    ended = replace(known, fetched_at=bench.clock.now, lifetime=600.0, status=Status.SUCCEEDED, version=2**53)
+    store.announced = ended
+    result = await bench.service.get_after_miss(KEY)  # the announcement has invalidated the entry
+    assert (result.snapshot, result.cache_status, result.failure) == (ended, CacheStatus.HIT, None)
+    assert bench.upstream.count == 1
+    await bench.service.aclose()
+
+
 # Callers that leave
 
 
