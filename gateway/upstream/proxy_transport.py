@@ -31,6 +31,9 @@ _CONNECTED = ".connect_tcp.complete"
 _CONNECT_STEPS = ("connection.connect_tcp.complete", "socks.setup_socks5_connection.complete")
 _PROXY_TLS = "connection.start_tls.complete"  # with a proxy whose URL begins with https://
 _SOCKS_FAILURE = re.compile(r"Proxy Server could not connect: (?P<reason>.+)\.")  # httpcore's text
+# httpcore offers a SOCKS proxy a single method, by whether its URL has a user name.
+_SOCKS_METHOD = re.compile(r"Requested (?P<offered>.+) from proxy server, but got .+\.")
+_SOCKS_WRONG_PASSWORD = "Invalid username/password"  # noqa: S105  # httpcore's text
 _SOCKS_FORBIDDEN = "Connection not allowed by ruleset"
 
 
@@ -199,6 +202,7 @@ class _Connection:
 
     def __init__(self, proxy: httpx.URL, context: ssl.SSLContext, *, tunnel: bool) -> None:
         secure = proxy.scheme == "https"
+        self._protocol = "SOCKS5" if proxy.scheme.startswith("socks5") else "HTTP"
         self._transport = httpx.AsyncHTTPTransport(
             proxy=httpx.Proxy(proxy, ssl_context=context if secure else None),
             verify=context,
@@ -243,8 +247,9 @@ class _Connection:
                 raise
             raise _proxy_error(exc) from exc
         except Exception as exc:  # httpcore and socksio do not handle every invalid reply
-            error = httpx.RemoteProtocolError if self._reached_upstream else httpx.ProxyError
-            raise error(type(exc).__name__) from exc
+            if self._reached_upstream:
+                raise httpx.RemoteProtocolError(type(exc).__name__) from exc
+            raise httpx.ProxyError(f"no valid {self._protocol} response of the proxy") from exc
         if response.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
             raise httpx.ProxyError(_refusal(str(response.status)))
         response.complete = True
@@ -284,8 +289,11 @@ def _proxy_error(error: httpx.TransportError) -> httpx.ProxyError:
 def _refusal(reason: str) -> str:
     """Return why a proxy opened no connection. `reason` begins with its status, or is httpx's text."""
     status = reason[:3]
+    method = _SOCKS_METHOD.fullmatch(reason)
+    if method and method["offered"] == "USERNAME/PASSWORD":
+        return "the proxy does not accept a user name and password"
     # Not every proxy answers 407; httpx's texts of SOCKS errors are its own.
-    if status in {"401", "407"} or "username" in reason.lower():
+    if status in {"401", "407"} or method or reason == _SOCKS_WRONG_PASSWORD:
         return "the proxy requires a valid user name and password"
     socks = _SOCKS_FAILURE.fullmatch(reason)
     short = socks["reason"] if socks else status if status.isdigit() else reason

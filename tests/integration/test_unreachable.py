@@ -190,6 +190,50 @@ def test_unreachable_through_a_proxy(launch: Launch, tmp_path: Path) -> None:
         assert_named(launched(launch, upstream, proxy=proxy.url), cause)
 
 
+def test_unreachable_through_a_socks_proxy_with_another_login(launch: Launch, tmp_path: Path) -> None:
+    """The URL has no password, a wrong one, or one that the proxy does not use."""
+    upstream = f"https://127.0.0.1:{free_port()}"
+    with socks_proxy(tmp_path) as proxy:
+        cause = "the proxy requires a valid user name and password"
+        assert_named(launched(launch, upstream, proxy=f"socks5://127.0.0.1:{proxy.port}"), cause)
+        assert_named(launched(launch, upstream, proxy=proxy.with_password(f"{PASSWORD}-x")), cause)
+    with socks_proxy(tmp_path, login=False) as proxy:
+        cause = "the proxy does not accept a user name and password"
+        assert_named(launched(launch, upstream, proxy=proxy.url), cause)
+
+
+@pytest.mark.parametrize("reply", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["closed", "http"])
+def test_unreachable_through_a_proxy_that_does_not_speak_socks(launch: Launch, reply: bytes) -> None:
+    """It closes the connection, or it is an HTTP proxy."""
+    upstream = f"https://127.0.0.1:{free_port()}"
+    with replying(reply) as port:
+        proxy = f"socks5://gate:{PASSWORD}@127.0.0.1:{port}"
+        cause = "no valid SOCKS5 response of the proxy"
+        assert_named(launched(launch, upstream, proxy=proxy), cause)
+
+
+@contextmanager
+def replying(reply: bytes) -> Iterator[int]:
+    """Run a server that reads once from each connection, replies and closes it; yield its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    client, _ = listener.accept()
+                    with client:
+                        client.recv(4096)
+                        client.sendall(reply)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(5)
+
+
 def test_unreachable_in_time_is_told_from_a_silent_upstream(launch: Launch) -> None:
     """A host that drops packets is a cause of its own; the code stays that of a timeout."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full:

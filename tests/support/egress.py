@@ -56,10 +56,11 @@ class Proxy(NamedTuple):
 
 
 @contextmanager
-def socks_proxy(folder: Path) -> Iterator[Proxy]:
-    """Run microsocks."""
+def socks_proxy(folder: Path, *, login: bool = True) -> Iterator[Proxy]:
+    """Run microsocks, which requires a login or accepts none."""
     port = free_port()
-    command = [required("microsocks"), "-i", "127.0.0.1", "-p", str(port), "-u", USER, "-P", PASSWORD]
+    command = [required("microsocks"), "-i", "127.0.0.1", "-p", str(port)]
+    command += ["-u", USER, "-P", PASSWORD] if login else []
     with _running(command, folder / "microsocks.log", port) as process:
         yield Proxy("socks5", port, folder / "microsocks.log", process)
 
