@@ -302,13 +302,17 @@ class Settings(Section):
 
 
 def is_proxy_url(text: str) -> bool:
-    """Tell whether a text is the URL of an egress proxy."""
+    """Tell whether a text is the URL of an egress proxy.
+
+    Behind the host, an "@" shows that a password has a character that must be escaped, such as "/".
+    """
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:  # an incomplete IPv6 address, or a port that is not a number
         return False
-    well_formed = port != 0 and not any(map(str.isspace, text))
+    rest = parts.path + parts.query + parts.fragment
+    well_formed = port != 0 and "@" not in rest and not any(map(str.isspace, text))
     return well_formed and parts.scheme in _PROXY_SCHEMES and bool(parts.hostname)
 
 

@@ -38,8 +38,8 @@ class EgressProxy(NamedTuple):
 
     @property
     def shown(self) -> str:
-        """The URL without user name and password."""
-        return str(self.url.copy_with(username=None, password=None))
+        """Scheme, host and port. The rest may have a secret."""
+        return str(self.url.copy_with(username=None, password=None, raw_path=b"", fragment=None)).rstrip("/")
 
 
 def find_proxy(settings: Upstream, environ: Mapping[str, str]) -> EgressProxy | None:

@@ -464,15 +464,26 @@ def test_egress_invalid_proxy_is_named_without_its_password(proxy: str) -> None:
     assert str(told.value) == f"HTTPS_PROXY: must be {PROXY_FORMS}"
 
 
-@pytest.mark.parametrize("password", ["p#word-1", "p/word-1", "p?word-1"])
+@pytest.mark.parametrize("password", [f"{start}{mark}word-1" for start in ("p", "12", "") for mark in "#/?"])
 def test_egress_password_without_escapes_is_explained(password: str) -> None:
-    """A password with special characters ends the URL's host early: the message says how to write it."""
+    """A password with special characters ends the URL's host early: the message says how to write it.
+
+    What stands before such a character may look like a port.
+    """
     with pytest.raises(SettingsError) as told:
         find_proxy(Upstream(), {"HTTPS_PROXY": f"http://user:{password}@proxy.example:3128"})
     assert str(told.value).endswith(
         'in its password, write "@" as %40, "/" as %2F, "#" as %23 and "?" as %3F'
     )
     assert "word-1" not in str(told.value)
+
+
+@pytest.mark.parametrize("rest", ["", "/", "/word-1", "?token=word-1", "#word-1"])
+def test_egress_shows_no_more_than_the_origin_of_a_proxy(rest: str) -> None:
+    """The log and `check` show the scheme, host and port. Whatever else the URL has may be secret."""
+    proxy = find_proxy(Upstream(), {"HTTPS_PROXY": f"http://user:word-2@proxy.example:3128{rest}"})
+    assert proxy is not None
+    assert proxy.shown == "http://proxy.example:3128"
 
 
 def test_egress_client_certificate(
