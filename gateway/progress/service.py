@@ -302,7 +302,7 @@ class ProgressService:
     async def _load_announced_snapshot(self, key: TaskKey, seen_revision: int) -> LookupResult | None:
         """Return a result with the snapshot that another replica has announced, if any.
 
-        Another replica may have a newer snapshot while the query of this replica waits, or after it has failed.
+        Another replica may have a newer snapshot while the query of this replica waits or has failed.
         """
         if not await self._store.load_announced_snapshot(key):
             return None
