@@ -22,7 +22,6 @@ from collections.abc import Callable
 
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.errors import GatewayError, UpstreamTimeout
-from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, TaskKey
 from gateway.progress.fetching import Fetcher, queued_error_future
 from gateway.progress.in_flight_requests import InFlightRequests
@@ -30,6 +29,7 @@ from gateway.progress.lookup_metrics import LookupMetrics
 from gateway.progress.outcomes import CacheStatus, FetchOutcome, LookupFailure, LookupResult
 from gateway.progress.overdue_updates import OverdueUpdates
 from gateway.progress.refresh_ahead import RefreshAhead
+from gateway.progress.stale_rules import StaleRules
 from gateway.settings.model import Cache as CacheSettings
 from gateway.stores.base import CacheEntry, Requirement, Store
 from gateway.telemetry.metrics import Metrics
@@ -83,6 +83,7 @@ class ProgressService:
         )
         self._in_flight: InFlightRequests[TaskKey, FetchOutcome] = InFlightRequests(self._fetch)
         self.overdue_updates = OverdueUpdates(store, self._in_flight.state_in_flight, clock=clock)
+        self._stale_rules = StaleRules(settings, store, clock=clock)
         self._metrics = LookupMetrics(metrics, settings)
 
     def lookup(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
@@ -101,7 +102,7 @@ class ProgressService:
         if age < snapshot.lifetime:
             self._on_hit(entry, age)
             return LookupResult(snapshot, age, _HIT, entry=entry)
-        result = self._stale_result(snapshot, age)
+        result = self._stale_rules.result(snapshot, age)
         if result is None:
             return None
         if result.failure is None:
@@ -192,7 +193,7 @@ class ProgressService:
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
             return LookupResult(snapshot, age, CacheStatus.HIT)
-        return self._stale_result(snapshot, age, self.overdue_updates.error(key))
+        return self._stale_rules.result(snapshot, age, self.overdue_updates.error(key))
 
     async def read_arrived_messages(self) -> None:
         """Read the messages of other replicas that have arrived; see `Store.read_arrived_messages`."""
@@ -220,22 +221,6 @@ class ProgressService:
         self._metrics.hits[operation].value += 1
         if not snapshot.terminal:
             self._metrics.observe_age[operation](age)
-
-    def _stale_result(
-        self, snapshot: Snapshot, age: float, failure: GatewayError | None = None
-    ) -> LookupResult | None:
-        """Return a result with a stale snapshot, or None if the snapshot is too old.
-
-        The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. If a failure of the task is
-        cached, the result has the failure, and the maximum age is `cache.stale_if_error_seconds` instead,
-        even if that is shorter. `failure`: used in place of a cached failure.
-        """
-        failure = failure or self._store.cached_failure(snapshot.key)
-        if failure is None:
-            too_old = age >= snapshot.lifetime + self._settings.stale_while_revalidate_seconds
-        else:
-            too_old = age > self._settings.stale_if_error_seconds
-        return None if too_old else LookupResult(snapshot, age, CacheStatus.STALE, failure=failure)
 
     async def _fetch(self, key: TaskKey, state: QueryState, requirement: Requirement | None) -> FetchOutcome:
         state.began_at = self._clock()
@@ -272,7 +257,7 @@ class ProgressService:
         if client is not None:
             self._in_flight.add_waiter(key, client)
         try:
-            until_done = until_done or not self._within_stale_if_error(known, seen_revision)
+            until_done = until_done or not self._stale_rules.may_replace_failure(known, seen_revision)
             requirement = Requirement(seen_revision=seen_revision)
             for _ in range(_MAX_JOINED_IN_FLIGHT_REQUESTS):
                 fetch_outcome = await self._wait_once(key, requirement, until_done=until_done)
@@ -346,16 +331,8 @@ class ProgressService:
     ) -> LookupResult | LookupFailure:
         """Return a stale snapshot instead of the failure, unless it is too old (stale-if-error)."""
         snapshot = self._store.last_known(key)
-        if snapshot is None or not self._within_stale_if_error(snapshot, seen_revision):
+        if snapshot is None or not self._stale_rules.may_replace_failure(snapshot, seen_revision):
             return LookupFailure(key, failure, cache_status, fetch_outcome)
         age = self._clock() - snapshot.fetched_at
         self._metrics.record_age(snapshot, age)
         return LookupResult(snapshot, age, CacheStatus.STALE, failure=failure, fetch_outcome=fetch_outcome)
-
-    def _within_stale_if_error(self, snapshot: Snapshot | None, seen_revision: int) -> bool:
-        """Tell whether this snapshot may be served instead of a failure."""
-        return (
-            snapshot is not None
-            and snapshot.is_at_least(seen_revision)
-            and self._clock() - snapshot.fetched_at <= self._settings.stale_if_error_seconds
-        )
