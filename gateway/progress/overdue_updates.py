@@ -5,7 +5,8 @@
                               it waits for something           -> the error if its deadline passed now
 
 A query takes too long after `MIN_OVERDUE_AFTER_SECONDS`, or after twice the usual time if the upstream is
-usually slower. Without the second rule, each update of a slow upstream would count as overdue.
+usually slower. Without the second rule, each update of a slow upstream would count as overdue. The usual time
+is that of a call: a wait for a permit or a slot is a reason why an update is overdue.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class OverdueUpdates:
         return max(MIN_OVERDUE_AFTER_SECONDS, 2 * min(self._average_latency, self._latest_latency))
 
     def observe_latency(self, seconds: float) -> None:
-        """Record how long a query took that succeeded with one call."""
+        """Record how long the call of a query took, without the wait before it, if it succeeded at once."""
         self._average_latency += _LATENCY_WEIGHT * (seconds - self._average_latency)
         self._latest_latency = seconds
 
