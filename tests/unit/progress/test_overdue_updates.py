@@ -13,9 +13,7 @@ KEY = TaskKey(Operation.SD_GET_PROGRESS, "A")
 
 
 @pytest.mark.parametrize(("late_seconds", "overdue"), [(0.001, True), (0.5, False)])
-def test_query_that_begins_after_the_timer_of_its_check(
-    late_seconds: float, *, overdue: bool
-) -> None:
+def test_query_that_begins_after_the_timer_of_its_check(late_seconds: float, *, overdue: bool) -> None:
     """The check finds it overdue: the next one would come 1.5 s later, too late for subscribers."""
     snapshot = SimpleNamespace(terminal=False, fresh=lambda _: False)
     entry = SimpleNamespace(snapshot=snapshot, failure=None)
