@@ -58,7 +58,7 @@ class Fetcher:
 
     `settings` is the section `cache` of the settings. `timeout_seconds` limits an in-flight request: the wait
     for another replica's lease and the query together. `on_latency` receives the duration in seconds of each
-    query that succeeds with one call.
+    query that succeeds with one call, and how much of it passed before the call was sent.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Fetcher:
         metrics: Metrics,
         tags: EntityTags,
         timeout_seconds: float,
-        on_latency: Callable[[Operation, float], None],
+        on_latency: Callable[[Operation, float, float], None],
         tracing: Tracing,
         clock: Callable[[], float],
     ) -> None:
@@ -157,7 +157,7 @@ class Fetcher:
             state.call_sent = True
             upstream_seconds = self._clock() - started
             if not state.repeated:  # else an outage would count as the usual time
-                self._on_latency(key.operation, upstream_seconds)
+                self._on_latency(key.operation, upstream_seconds, state.queued_seconds)
             stored = await self._store.commit(lease, build)
         except GatewayError as exc:
             failure = copy(exc)

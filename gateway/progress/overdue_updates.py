@@ -5,7 +5,8 @@
                               it waits for something           -> the error if its deadline passed now
 
 A query takes too long after `MIN_OVERDUE_AFTER_SECONDS`, or after twice the usual time if the upstream is
-usually slower. Without the second rule, each update of a slow upstream would count as overdue.
+usually slower. Without the second rule, each update of a slow upstream would count as overdue. The usual time
+is that of a call: a wait for a permit or a slot is a reason why an update is overdue.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from gateway.upstream.query_state import QueryState
 # Subscribers learn of an outage within one lifetime + 2 s. The rest of the 2 s is for the delay of the
 # refresh (`refresher.py`) and for a busy event loop.
 MIN_OVERDUE_AFTER_SECONDS = 1.5
+# A query begins a moment after the timer of its check has started, so the check may come this much too early.
+# The next check is `overdue_after_seconds` later, which would be too late for the 2 s.
+_CHECK_TOLERANCE_SECONDS = 0.1
 _LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
 
 
@@ -51,7 +55,7 @@ class OverdueUpdates:
         return max(MIN_OVERDUE_AFTER_SECONDS, 2 * min(self._average_latency, self._latest_latency))
 
     def observe_latency(self, seconds: float) -> None:
-        """Record how long a query took that succeeded with one call."""
+        """Record how long the call of a query took, without the wait before it, if it succeeded at once."""
         self._average_latency += _LATENCY_WEIGHT * (seconds - self._average_latency)
         self._latest_latency = seconds
 
@@ -83,6 +87,7 @@ class OverdueUpdates:
 
     def _failure_of_slow_query(self, key: TaskKey) -> GatewayError | None:
         state = self._state_in_flight(key)
-        if state is None or self._clock() - state.began_at < self.overdue_after_seconds:
+        overdue_after = self.overdue_after_seconds - _CHECK_TOLERANCE_SECONDS
+        if state is None or self._clock() - state.began_at < overdue_after:
             return None
         return self.error_of_slow_query(state)

@@ -229,9 +229,10 @@ class ProgressService:
             self.overdue_updates.record_failure(key, fetch_outcome.snapshot_or_error)
         return fetch_outcome
 
-    def _observe_latency(self, operation: Operation, seconds: float) -> None:
+    def _observe_latency(self, operation: Operation, seconds: float, queued_seconds: float) -> None:
         self._refresh_ahead.observe_latency(operation, seconds)
-        self.overdue_updates.observe_latency(seconds)
+        # A long queue must not hide that updates are overdue.
+        self.overdue_updates.observe_latency(seconds - queued_seconds)
 
     def _start_refresh_ahead(self, key: TaskKey, version: int) -> None:
         known = self._store.last_known(key)

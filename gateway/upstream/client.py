@@ -65,6 +65,7 @@ class _Query:
     key: TaskKey
     is_refresh: bool
     report_wait: Callable[[float], None]
+    began: float
     deadline: float
     state: QueryState
     call_numbers: Iterator[int] = field(default_factory=count)
@@ -160,10 +161,10 @@ class UpstreamClient:
             Overloaded: No concurrency slot was free early enough before the deadline.
         """
         seconds = min(self._settings.timeout_seconds, timeout_seconds)
-        deadline = self._now() + seconds
-        query = _Query(
-            key, is_refresh, report_wait, deadline, query_state or QueryState(keep_without_callers=True)
-        )
+        now = self._now()
+        deadline = now + seconds
+        state = query_state or QueryState(keep_without_callers=True)
+        query = _Query(key, is_refresh, report_wait, now, deadline, state)
         self._retry_policy.on_query()
         retries = 0
         failure: UpstreamError | None = None
@@ -240,7 +241,7 @@ class UpstreamClient:
         # The hedged call has a state of its own, because `_call` sets `call_sent` to False before it sends a
         # call. With a common state, the query could be dropped while its first call is on the wire.
         state = QueryState(keep_without_callers=True)
-        hedged = _Query(query.key, True, lambda _: None, query.deadline, state)  # noqa: FBT003
+        hedged = _Query(query.key, True, lambda _: None, self._now(), query.deadline, state)  # noqa: FBT003
         hedged.call_numbers = query.call_numbers
         try:
             async with asyncio.timeout_at(query.deadline):
@@ -285,6 +286,7 @@ class UpstreamClient:
             ):
                 permit.mark_sent()
                 state.call_sent = True
+                state.queued_seconds = began - query.began
                 with self._hedging.sending(query):
                     response = await self._signed_calls.send(
                         query.key, pair, number=next(query.call_numbers), on_complete=slot.on_call_end

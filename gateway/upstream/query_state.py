@@ -52,6 +52,7 @@ class QueryState:
             can serve a stale snapshot then stop waiting.
         began_at: When the request began, on the clock of the progress service.
         failure: The failure of the latest call of the query, which is retried; None without one.
+        queued_seconds: How long the query waited before its latest call was sent.
         repeated: A call was repeated, so the duration of the query is not that of one call.
         make_timeout_error: Returns the error of the query if its deadline passes now. It depends on what the
             query waits for.
@@ -69,6 +70,7 @@ class QueryState:
         "on_unwanted",
         "queue_entry",
         "queued_error",
+        "queued_seconds",
         "repeated",
         "seen_revision",
     )
@@ -95,6 +97,7 @@ class QueryState:
         self.queued_error: asyncio.Future[GatewayError] | None = None
         self.began_at = math.inf
         self.failure: GatewayError | None = None
+        self.queued_seconds = 0.0
         self.repeated = False
         self.make_timeout_error: Callable[[], GatewayError] = make_upstream_timeout
 

@@ -750,6 +750,17 @@ async def test_overdue_limit_ignores_queries_that_outlast_an_outage(bench: Bench
     assert bench.service.overdue_updates.overdue_after_seconds == (1.5 if repeated else pytest.approx(4.8))
 
 
+async def test_overdue_limit_ignores_the_wait_before_the_call(bench: Bench) -> None:
+    """Otherwise a long queue for permits would hide that updates are overdue, and delay the next report."""
+    asked = bench.begin()
+    call = await bench.upstream.call()
+    bench.clock.now += 8.0
+    call.query_state.queued_seconds = 7.9
+    call.answer()
+    await asked
+    assert bench.service.overdue_updates.overdue_after_seconds == 1.5
+
+
 async def test_get_counts_age_from_the_arrival_of_the_response(bench: Bench) -> None:
     """The age of a slow response counts from its arrival, and no caller waits for another one."""
     asked = bench.begin()

@@ -265,6 +265,18 @@ def test_query_state_says_whether_a_call_was_repeated(cause: str) -> None:
     bench.loop.close()
 
 
+def test_query_state_says_how_long_a_query_was_queued() -> None:
+    """The second query waits until the first one has released the only slot."""
+    bench = Bench(max_in_flight=1)
+    states = [QueryState(keep_without_callers=True) for _ in range(2)]
+    bench.calls.seconds = 1.0
+    for number, state in enumerate(states):
+        bench.ask(number, query_state=state)
+    bench.loop.advance(10.0)
+    assert [state.queued_seconds for state in states] == pytest.approx([0.0, 1.0])
+    bench.loop.close()
+
+
 def test_query_without_time_for_a_repeat_is_not_rejected(bench: Bench) -> None:
     """The failure of the first call may be another task's, so the query fails with an error of its own."""
     bench.ask(0)
