@@ -124,6 +124,7 @@ class DirectTransport:
         self.close_idle_connections()
         for connection in self._held.values():
             connection.close()
+        self._held.clear()
         for connection in tuple(self._busy):
             connection.time_out()
 
