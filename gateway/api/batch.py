@@ -1,7 +1,7 @@
 """GET /v1/progress?taskId=A&taskId=B: many tasks in one response, each with its own snapshot or problem.
 
 The response comes immediately, or as a long poll when the representation of one task changes. An item also
-says how old its snapshot is, and if its update is overdue, why (`progress/overdue_updates.py`).
+says how old its snapshot is, and if its update is overdue, why (`progress/overdue_rules.py`).
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class BatchEndpoint:
         await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
 
     def _stale_code(self, key: TaskKey) -> str | None:
-        reason = self._service.overdue_updates.error(key)
+        reason = self._service.overdue_rules.error(key)
         return None if reason is None else reason.code
 
     async def _read(

@@ -16,7 +16,7 @@ from gateway.settings.model import SettingsError
 from gateway.settings.secret_files import read_secret_line
 from gateway.settings.secret_text import clean_secret
 from gateway.simulator import create_simulator
-from gateway.simulator.wire import ControlError, parse_object
+from gateway.simulator.json_bodies import ControlError, parse_object
 
 
 def simulate(options: argparse.Namespace) -> None:

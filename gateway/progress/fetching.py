@@ -57,8 +57,8 @@ class Fetcher:
     """Makes in-flight requests.
 
     `settings` is the section `cache` of the settings. `timeout_seconds` limits an in-flight request: the wait
-    for another replica's lease and the query together. `on_latency` receives the duration in seconds of each
-    query that succeeds with one call, and how much of it passed before the call was sent.
+    for another replica's lease and the query together. `on_query_duration` receives the duration in seconds
+    of each query that succeeds with one call, and how much of it passed before the call was sent.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Fetcher:
         metrics: Metrics,
         tags: EntityTags,
         timeout_seconds: float,
-        on_latency: Callable[[Operation, float, float], None],
+        on_query_duration: Callable[[Operation, float, float], None],
         tracing: Tracing,
         clock: Callable[[], float],
     ) -> None:
@@ -81,7 +81,7 @@ class Fetcher:
         self._upstream = upstream
         self._observed_counter = cache(metrics.tasks_observed.labels)
         self._tags = tags
-        self._on_latency = on_latency
+        self._on_query_duration = on_query_duration
         self._tracing = tracing
         self._clock = clock
         self._log_sampler = LogSampler(clock=clock)  # an unknown status, or a bug, may occur with every task
@@ -157,7 +157,7 @@ class Fetcher:
             state.call_sent = True
             upstream_seconds = self._clock() - started
             if not state.repeated:  # else an outage would count as the usual time
-                self._on_latency(key.operation, upstream_seconds, state.queued_seconds)
+                self._on_query_duration(key.operation, upstream_seconds, state.queued_seconds)
             stored = await self._store.commit(lease, build)
         except GatewayError as exc:
             failure = copy(exc)

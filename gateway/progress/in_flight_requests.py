@@ -53,11 +53,11 @@ class InFlightRequests(Generic[K, T]):
         state = self._states.get(key)
         return state if state is not None and state.in_flight else None
 
-    def add_waiter(self, key: K, client: bytes) -> None:
+    def add_caller(self, key: K, client: bytes) -> None:
         """Add a caller or subscriber of this client. Until it leaves, it waits for each request."""
         self.query_state(key).join(client)
 
-    def remove_waiter(self, key: K, client: bytes) -> None:
+    def remove_caller(self, key: K, client: bytes) -> None:
         """Remove a caller or subscriber. An unwanted request is dropped unless it must finish."""
         state = self._states[key]
         state.leave(client)

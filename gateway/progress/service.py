@@ -5,13 +5,14 @@
                                             unless one is in flight or a failure of the task is cached
     else                                 -> all callers wait for one in-flight request
     the query fails                      -> stale-if-error: a snapshot that is young enough, else the failure
-    the query is queued or is overdue    -> stale-if-error at once, else wait; the query continues
+    the query counts as queued           -> stale-if-error at once, else wait; the query continues
+    the query takes too long             -> the same
     all callers leave, no call in flight -> the query is dropped, unless the gateway itself needs the response
     a fresh snapshot is read twice       -> refresh-ahead (`refresh_ahead.py`)
 
 An in-flight request is the query for a task with the steps before and after the query (`fetching.py`). A
 query *counts as queued* when the rate limiter first reports a wait for it (`report_wait` of
-`RateLimiter.acquire`). A query is *overdue* if it takes too long, as `overdue_updates.py` decides.
+`RateLimiter.acquire`). `overdue_rules.py` decides whether a query takes too long.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from gateway.progress.fetching import Fetcher, queued_error_future
 from gateway.progress.in_flight_requests import InFlightRequests
 from gateway.progress.lookup_metrics import LookupMetrics
 from gateway.progress.outcomes import CacheStatus, FetchOutcome, LookupFailure, LookupResult
-from gateway.progress.overdue_updates import OverdueUpdates
+from gateway.progress.overdue_rules import OverdueRules
 from gateway.progress.refresh_ahead import RefreshAhead
 from gateway.progress.stale_rules import StaleRules
 from gateway.settings.model import Cache as CacheSettings
@@ -51,7 +52,7 @@ class ProgressService:
     for another replica's lease and the query together. `clock` is the clock of `Snapshot.fetched_at`.
 
     Attributes:
-        overdue_updates: Tells whether the update of a task is overdue, and why.
+        overdue_rules: Tells whether the update of a task is overdue, and why.
     """
 
     def __init__(
@@ -77,12 +78,12 @@ class ProgressService:
             metrics=metrics,
             tags=tags,
             timeout_seconds=timeout_seconds,
-            on_latency=self._observe_latency,
+            on_query_duration=self._observe_query_duration,
             tracing=tracing or NoTracing(),
             clock=clock,
         )
         self._in_flight: InFlightRequests[TaskKey, FetchOutcome] = InFlightRequests(self._fetch)
-        self.overdue_updates = OverdueUpdates(store, self._in_flight.state_in_flight, clock=clock)
+        self.overdue_rules = OverdueRules(store, self._in_flight.state_in_flight, clock=clock)
         self._stale_rules = StaleRules(settings, store, clock=clock)
         self._metrics = LookupMetrics(metrics, settings)
 
@@ -90,7 +91,7 @@ class ProgressService:
         """Return a result from the store and count a lookup. Without a result, return None and count nothing.
 
         If the result is stale, start a background refresh, unless a failure of the task is cached.
-        `seen_revision`: the result must not be older than the body with this revision, unless it is terminal.
+        `seen_revision`: a result that is not terminal must not be older than the body with this revision.
         """
         entry = self._store.valid_entry(key)
         if entry is None:
@@ -114,8 +115,8 @@ class ProgressService:
     def try_reuse(self, entry: CacheEntry, now: float) -> bool:
         """If an entry that `lookup` has returned may be served again `now`, count a lookup and return True.
 
-        The method does not check whether the refresh of a stale snapshot has failed. The caller must look it
-        up again from time to time (`_STALE_REUSE_SECONDS` in `api/cached_responses.py`).
+        The method does not check whether the refresh of a stale snapshot has failed. So the calling code
+        must call `lookup` from time to time (`_STALE_REUSE_SECONDS` in `api/cached_responses.py`).
         """
         if not self._store.is_valid(entry):
             return False
@@ -164,10 +165,10 @@ class ProgressService:
     ) -> LookupResult | LookupFailure:
         """Return the snapshot if it is fresh, else wait for an in-flight request. Schedules call this method.
 
-        If a failure of the task is cached, it starts no request. The outcome may be a failure, or a stale
-        snapshot with the failure (stale-if-error). It counts no lookup, and also waits for a query that is
-        queued or overdue. `client`: as in `get`; None if only subscribers need the result, because
-        `add_subscriber` has already counted their clients.
+        If a failure of the task is cached, none is started. The outcome may be a failure, or a stale snapshot
+        with the failure (stale-if-error). This method counts no lookup, and waits even for a query that
+        counts as queued or takes too long. `client`: as in `get`; None if only subscribers need the result,
+        because `add_caller` has already counted their clients.
         """
         entry = self._store.valid_entry(key)
         if entry is None and await self._store.read_arrived_messages():
@@ -181,8 +182,8 @@ class ProgressService:
     def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, but count no lookup and start no refresh.
 
-        The maximum age of a stale snapshot is that of `lookup`. But whenever the update is overdue, it is
-        `cache.stale_if_error_seconds`, even if no failure is cached.
+        The maximum age of a stale snapshot is that of `StaleRules.result`. While the update is overdue, its
+        reason takes the place of a cached failure.
         """
         entry = self._store.valid_entry(key)
         if entry is None:
@@ -193,19 +194,19 @@ class ProgressService:
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
             return LookupResult(snapshot, age, CacheStatus.HIT)
-        return self._stale_rules.result(snapshot, age, self.overdue_updates.error(key))
+        return self._stale_rules.result(snapshot, age, self.overdue_rules.error(key))
 
     async def read_arrived_messages(self) -> None:
         """Read the messages of other replicas that have arrived; see `Store.read_arrived_messages`."""
         await self._store.read_arrived_messages()
 
-    def add_subscriber(self, key: TaskKey, client: bytes) -> None:
-        """Count a client as a caller of each in-flight request for the task, until `remove_subscriber`."""
-        self._in_flight.add_waiter(key, client)
+    def add_caller(self, key: TaskKey, client: bytes) -> None:
+        """Count a client as a caller of each in-flight request for the task, until `remove_caller`."""
+        self._in_flight.add_caller(key, client)
 
-    def remove_subscriber(self, key: TaskKey, client: bytes) -> None:
-        """Undo one `add_subscriber` with the same arguments."""
-        self._in_flight.remove_waiter(key, client)
+    def remove_caller(self, key: TaskKey, client: bytes) -> None:
+        """Undo one `add_caller` with the same arguments."""
+        self._in_flight.remove_caller(key, client)
 
     async def aclose(self) -> None:
         """Cancel every in-flight request, and start no more."""
@@ -226,13 +227,13 @@ class ProgressService:
         state.began_at = self._clock()
         fetch_outcome = await self._fetcher.fetch(key, state, requirement)
         if isinstance(fetch_outcome.snapshot_or_error, GatewayError):
-            self.overdue_updates.record_failure(key, fetch_outcome.snapshot_or_error)
+            self.overdue_rules.record_failure(key, fetch_outcome.snapshot_or_error)
         return fetch_outcome
 
-    def _observe_latency(self, operation: Operation, seconds: float, queued_seconds: float) -> None:
+    def _observe_query_duration(self, operation: Operation, seconds: float, queued_seconds: float) -> None:
         self._refresh_ahead.observe_latency(operation, seconds)
         # A long queue must not hide that updates are overdue.
-        self.overdue_updates.observe_latency(seconds - queued_seconds)
+        self.overdue_rules.observe_latency(seconds - queued_seconds)
 
     def _start_refresh_ahead(self, key: TaskKey, version: int) -> None:
         known = self._store.last_known(key)
@@ -247,7 +248,7 @@ class ProgressService:
     ) -> LookupResult | LookupFailure:
         """Wait for the in-flight request, or start one. If a failure is cached, start none.
 
-        `until_done`: wait even if the query is queued or overdue.
+        `until_done`: wait even if the query counts as queued or takes too long.
         """
         if (failure := self._store.cached_failure(key)) is not None:
             if result := await self._load_announced_snapshot(key, seen_revision):
@@ -256,7 +257,7 @@ class ProgressService:
         cache_status = CacheStatus.COLLAPSED if key in self._in_flight else CacheStatus.MISS
         known = self._store.last_known(key)
         if client is not None:
-            self._in_flight.add_waiter(key, client)
+            self._in_flight.add_caller(key, client)
         try:
             until_done = until_done or not self._stale_rules.may_replace_failure(known, seen_revision)
             requirement = Requirement(seen_revision=seen_revision)
@@ -272,7 +273,7 @@ class ProgressService:
                 fetched = UpstreamTimeout("no response newer than the one that the client has")
         finally:
             if client is not None:
-                self._in_flight.remove_waiter(key, client)
+                self._in_flight.remove_caller(key, client)
         if isinstance(fetched, GatewayError):
             if result := await self._load_announced_snapshot(key, seen_revision):
                 return result
@@ -300,7 +301,7 @@ class ProgressService:
     async def _wait_once(self, key: TaskKey, requirement: Requirement, *, until_done: bool) -> FetchOutcome:
         """Wait for the in-flight request, or start one with this requirement.
 
-        Without `until_done`, return an error as soon as the query is queued or overdue. The query continues.
+        Without `until_done`, return an error as soon as the query counts as queued or takes too long.
         """
         state = self._in_flight.query_state(key)
         # A new in-flight request must satisfy all callers that wait, not only the one that starts it.
@@ -312,13 +313,13 @@ class ProgressService:
         if in_flight.done():  # it ended in this iteration of the event loop
             return in_flight.result()
         queued_error = queued_error_future(state)
-        elapsed = max(self._clock() - state.began_at, 0.0)  # `began_at` is infinite before the request runs
-        timeout = max(self.overdue_updates.overdue_after_seconds - elapsed, 0.0)
+        elapsed = max(self._clock() - state.began_at, 0.0)  # `began_at` is infinite before it begins
+        timeout = max(self.overdue_rules.overdue_after_seconds - elapsed, 0.0)
         await asyncio.wait((in_flight, queued_error), timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if in_flight.done():
             return in_flight.result()
         state.keep_without_callers = True  # the query continues
-        slow_error = self.overdue_updates.error_of_slow_query(state)
+        slow_error = self.overdue_rules.error_of_slow_query(state)
         return FetchOutcome(queued_error.result() if queued_error.done() else slow_error)
 
     def _stale_if_error(

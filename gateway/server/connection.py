@@ -5,7 +5,7 @@
     head       its empty line            header_seconds          max_header_bytes, max_header_count
     body       its end                   header_seconds + 2 s    64 KiB that the application has not received
     answering  the response's end        set by the application  64 KiB of later requests
-    ... while so many wait               header_seconds
+    ... while all 64 KiB are in use      header_seconds
     ... while the client does not read   60 s, or less           16 KiB, and one chunk of a body
     idle       the next byte             keep_alive_seconds      nothing buffered
     closing    the client closes         LINGER_SECONDS          LINGER_BYTES, read and dropped

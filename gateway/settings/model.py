@@ -1,8 +1,8 @@
 """The settings: names, defaults and bounds. Durations are in seconds.
 
 Each section is a model of its own; `store_section.py` has the section `store`. `loading.py` reads the
-sections, and `error_messages.py` words pydantic's errors. A validator of a section raises ValueError with the
-key, a colon and the text of the message.
+sections, and `error_messages.py` writes the texts of pydantic's errors. A validator of a section raises
+ValueError with the key, a colon and the text of the message.
 """
 
 from __future__ import annotations

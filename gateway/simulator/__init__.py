@@ -1,8 +1,8 @@
 """A simulated upstream: it verifies signatures like the vendor, runs simulated tasks, and injects faults.
 
-`sd-gateway simulate`, the demo and the tests use it. A call is authenticated (`gate.py`) and answered from
-its task (`tasks.py`); then the active faults are applied to the response (`faults.py`). `app.py` connects
-these parts and counts calls. All state is bounded and in memory.
+`sd-gateway simulate`, the demo and the tests use it. A call is authenticated (`api_gateway.py`) and answered
+from its task (`tasks.py`); then the active faults are applied to the response (`faults.py`). `app.py`
+connects these parts and counts calls. All state is bounded and in memory.
 
 The control API uses JSON without signatures, so the simulator should listen on loopback only. Paths under
 `/_simulator`:
@@ -30,7 +30,7 @@ Responses have a `Date` of the simulator's own clock, so uvicorn must run with `
 
 from gateway.simulator.app import create_simulator
 from gateway.simulator.faults import FAULTS
+from gateway.simulator.json_bodies import ControlError, parse_object
 from gateway.simulator.tasks import Life, new_task_id
-from gateway.simulator.wire import ControlError, parse_object
 
 __all__ = ["FAULTS", "ControlError", "Life", "create_simulator", "new_task_id", "parse_object"]

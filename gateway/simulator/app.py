@@ -17,14 +17,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.simulator.api_gateway import Gate
 from gateway.simulator.control import Control, explain
 from gateway.simulator.faults import Call, Faults
-from gateway.simulator.gate import Gate
 from gateway.simulator.images import image_route
+from gateway.simulator.json_bodies import ControlError, envelope, parse_object
 from gateway.simulator.ledger import Ledger
 from gateway.simulator.limit import Limit
 from gateway.simulator.tasks import DEFAULT_LIFE, OPERATIONS, Life, Task
-from gateway.simulator.wire import ControlError, envelope, parse_object
 
 MAX_TASKS = 100_000
 MAX_LOGGED_BODY = 65_536

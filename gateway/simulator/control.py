@@ -9,12 +9,12 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from gateway.simulator.api_gateway import Gate
 from gateway.simulator.faults import Faults
-from gateway.simulator.gate import Gate
+from gateway.simulator.json_bodies import ControlError, Count, arguments, json_response, parse_object
 from gateway.simulator.ledger import Ledger
 from gateway.simulator.limit import Limit
 from gateway.simulator.tasks import Life, Task, new_task_id
-from gateway.simulator.wire import ControlError, Count, arguments, json_response, parse_object
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

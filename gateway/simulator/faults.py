@@ -17,9 +17,17 @@ from pydantic import Field
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway.simulator.gate import refusal
+from gateway.simulator.api_gateway import refusal
+from gateway.simulator.json_bodies import (
+    Bytes,
+    ControlError,
+    HeaderText,
+    HttpStatus,
+    Seconds,
+    arguments,
+    envelope,
+)
 from gateway.simulator.tasks import Operation
-from gateway.simulator.wire import Bytes, ControlError, HeaderText, HttpStatus, Seconds, arguments, envelope
 
 _AIM = frozenset({"times", "operation", "taskId", "probability"})
 _DEPTH = 200_000

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from starlette.responses import Response
 
-from gateway.simulator.gate import Gate, refusal
+from gateway.simulator.api_gateway import Gate, refusal
 
 
 class Limit:

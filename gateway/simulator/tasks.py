@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from gateway.simulator.wire import Seconds
+from gateway.simulator.json_bodies import Seconds
 
 Operation = Literal["sd_get_progress", "comfy_get_progress", "sd_get_result", "comfy_get_result"]
 OPERATIONS: tuple[str, ...] = get_args(Operation)

@@ -188,8 +188,9 @@ class Store(Protocol):
     ) -> PermitsReply | None:
         """Take permits from the rate limiter that the replicas share; return None if there is none now.
 
-        `burst`: the size of its token bucket. `refreshes` and `first_queries`: number of queries of each kind
-        that are queued on this replica. A refresh is a query for a task of which a snapshot is known.
+        `burst`: the size of its token bucket. `refreshes` and `first_queries`: the number of queries of each
+        kind for which this replica can use a permit now. A refresh is a query for a task of which a snapshot
+        is known.
         """
         ...
 

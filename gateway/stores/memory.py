@@ -33,8 +33,8 @@ REMEMBER_SECONDS = 3600.0
 # Memory of an entry besides its bodies: objects, keys and cache slots, rounded up (measured with tracemalloc
 # under Python 3.11: 0.7 KB for a snapshot, 0.9 KB for a failure).
 ENTRY_OVERHEAD_BYTES = 1024
-# Minimum time between two removals of expired entries by lookups. A lookup removes expired entries only if it
-# finds no entry. Expired entries are also removed whenever an entry is stored.
+# A lookup that finds no entry removes expired entries, but at most once in this time. Expired entries are
+# also removed whenever an entry is stored.
 _CLEANUP_INTERVAL_SECONDS = 1.0
 
 
@@ -82,14 +82,13 @@ class MemoryStore:
     """Keeps up to `max_tasks` snapshots and up to `max_tasks` failures.
 
     `ValkeyStore` extends this class and shares the snapshots with other replicas. The methods that need other
-    replicas do nothing in this class; `ValkeyStore` overrides them. The method `keep_seconds` returns how
-    long a snapshot is kept.
+    replicas do nothing in this class; `ValkeyStore` overrides them.
 
     `max_bytes` limits the sum of all bodies, envelopes and error texts, plus `ENTRY_OVERHEAD_BYTES` for each
     entry. At this limit, failures are evicted first, because they are short-lived. An entry that is larger
     than the limit is not kept. `min_keep_stale_seconds` is the shortest time for which a snapshot is kept
-    after it has become stale, unless it is evicted. Choose at least the longest time for which the settings
-    allow a stale snapshot to be served.
+    after it has become stale, unless it is evicted. It must not be shorter than the longest time for which
+    the settings allow a stale snapshot to be served.
     """
 
     def __init__(
@@ -220,7 +219,8 @@ class MemoryStore:
     def _put(self, snapshot: Snapshot, entry: CacheEntry | None, *, fetched_here: bool) -> Snapshot:
         """Store a snapshot in place of `entry`; return the snapshot that is kept."""
         current = None if entry is None else entry.snapshot
-        # A terminal status is final, whatever the versions. Replicas without a connection to a shared store
+        # Versions decide between two snapshots that are both terminal, or both not. Otherwise the terminal
+        # one stays or comes, whatever the versions: replicas without a connection to a shared store
         # (`ValkeyStore`) do not know each other's versions.
         if current is not None and (
             current.version > snapshot.version if current.terminal is snapshot.terminal else current.terminal

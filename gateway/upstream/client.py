@@ -6,10 +6,10 @@
 
 A query may need several calls: see `retry_policy.py` for all reasons to repeat a call. The query runs in the
 asyncio task of an in-flight request, not in the asyncio task of a caller. This module enforces the
-concurrency limit, `upstream.max_in_flight`. A call keeps its slot while the upstream works on the call, even
-after the deadline of the query. A call is not made if neither a caller nor the gateway needs the response any
-more (`query_state.py`), or if less time is left than the upstream usually takes. A deadline is a moment on
-the clock of the event loop.
+concurrency limit, `upstream.max_in_flight`. A call keeps its slot until its response has arrived or
+`upstream.attempt_timeout_seconds` have passed, even after the deadline of the query. A call is not made if
+neither a caller nor the gateway needs the response any more (`query_state.py`), or if less time is left than
+the upstream usually takes. A deadline is a moment on the clock of the event loop.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class _Query:
 
 
 class _PermitRevoked(Exception):
-    """The upstream throttled another call after the permit was issued, and before this call was sent."""
+    """The permit was revoked before the call was sent (see `Permit.revoked`)."""
 
 
 class UpstreamClient:
@@ -153,8 +153,8 @@ class UpstreamClient:
             timeout_seconds: Limit for the whole query, in addition to the setting.
             report_wait: See `RateLimiter.acquire`.
             on_retry: Called before each retry, but not before a repeat on a new connection.
-            query_state: The waiting callers. The attribute `call_sent` is set when a call is sent, and
-                cleared before the next one. None: the gateway itself needs the response.
+            query_state: The waiting callers; None if the gateway itself needs the response. The attribute
+                `call_sent` is set when a call is sent, and cleared before the next one.
 
         Raises:
             UpstreamError: There is no response, or it is an error.
@@ -274,7 +274,7 @@ class UpstreamClient:
         state.call_sent = False
         if not state.wanted:
             state.on_unwanted(state)
-            await asyncio.sleep(0)  # `on_unwanted` has cancelled this task: CancelledError is raised here
+            await asyncio.sleep(0)  # raises CancelledError: `on_unwanted` has cancelled this asyncio task
         make_timeout_error = query.state.make_timeout_error
         query.state.make_timeout_error = _concurrency_error if permit.sent_at is None else make_timeout_error
         slot = await self._concurrency_limit.acquire(state, is_refresh=query.is_refresh)
@@ -308,7 +308,7 @@ class UpstreamClient:
         """Raise an error if the call can no longer be made; else return the event loop's present time.
 
         Raises:
-            _PermitRevoked: The upstream has throttled another call since the permit was issued.
+            _PermitRevoked: The permit was revoked before the call was sent.
             GatewayError: Less time is left than a response usually takes (see `make_timeout_error`).
         """
         if permit.revoked and permit.sent_at is None:

@@ -42,7 +42,7 @@ class QueryState:
         in_flight: A request is in flight.
         keep_without_callers: The request is kept even if no caller waits, because the gateway needs the
             response.
-        call_sent: A call is on the wire, or its response has arrived. The request then runs to its end.
+        call_sent: A call is on the wire, or the query has ended. The request then runs to its end.
         on_unwanted: Callback that cancels a request which is not wanted any more. Its argument is this
             query state.
         dropped: The request was cancelled by `on_unwanted`.

@@ -32,7 +32,7 @@ from gateway.upstream.shared_permits import SharedPermits, TakePermits
 # there is one.
 MIN_REPORTED_WAIT_SECONDS = 0.1
 # A query at the head of the queue still gets a permit up to this long after its timeout: the timer that
-# serves the queue may fire late. The checks of the expected wait have no tolerance.
+# serves the queue may fire late. Expected waits are compared without this tolerance.
 _TIMEOUT_TOLERANCE_SECONDS = 0.1
 
 # The bucket holds as many tokens as the rate yields in 0.1 s, but at least one. With a larger bucket, an
@@ -59,15 +59,13 @@ class Permit:
 
     Use it as a context manager. When the context exits, `on_end` is called with the permit and the exception
     of the context, or None. If the call was not sent by then, the rate limiter puts the token of the permit
-    back, unless the permit is revoked. When permits are revoked, all tokens but one are also removed from the
-    bucket.
+    back, unless the permit is revoked. Revoked permits give no token back.
 
     Attributes:
         sent_at: When the call was sent; None before `mark_sent`.
-        revoked: The upstream has throttled another call, or a replica has announced that it did. If the call
-            of the permit is not sent yet, the query must acquire a new permit. Without a configured limit, a
-            great number of queries may have a permit when the first throttling response arrives. The upstream
-            would refuse all their calls.
+        revoked: The upstream has throttled another call, or a replica has announced that it throttles. If the
+            call is not sent yet, the query must acquire a new permit. Without a configured limit, very many
+            queries may have a permit at the first throttling response. The upstream would refuse their calls.
     """
 
     __slots__ = ("_clock", "_on_end", "revoked", "sent_at")
@@ -143,7 +141,7 @@ class RateLimiter:
         """Return the seconds that a query of this client would wait if it called `acquire` now."""
         self._refill()
         ahead = self._queue.count_ahead(is_refresh=is_refresh, client=client)
-        return self._seconds_until_token(ahead + self._ahead_elsewhere(is_refresh=is_refresh))
+        return self._seconds_until_token(ahead + self._ahead_in_other_replicas(is_refresh=is_refresh))
 
     async def acquire(
         self,
@@ -169,7 +167,7 @@ class RateLimiter:
             RateLimited: The expected wait exceeds the timeout. A query that is already queued may
                 fail, too, when its expected wait becomes longer.
         """
-        self._remove_limit_if_idle()
+        self._remove_unneeded_limit()
         state = query_state or QueryState(keep_without_callers=True)
         client = b"" if is_refresh else self._queue.client_with_shortest_queue(state.clients)
         wait = self.expected_wait(is_refresh=is_refresh, client=client)
@@ -203,7 +201,7 @@ class RateLimiter:
         state.queue_entry = query
         self._serve_queue()
         try:
-            wait_if_refused = await future
+            refused_wait_seconds = await future
         except asyncio.CancelledError:
             self._queue.discard(query)
             if future.cancelled():
@@ -214,8 +212,8 @@ class RateLimiter:
             raise
         finally:
             state.queue_entry = None
-        if wait_if_refused is not None:
-            raise _rate_limit_error(wait_if_refused)
+        if refused_wait_seconds is not None:
+            raise _rate_limit_error(refused_wait_seconds)
 
     def _on_permit_end(self, permit: Permit, error: BaseException | None) -> None:
         self._permits.discard(permit)
@@ -265,7 +263,7 @@ class RateLimiter:
                 if query.future.done():
                     continue  # cancelled: its asyncio task will run soon
                 if self._clock() > query.expires_at + _TIMEOUT_TOLERANCE_SECONDS:
-                    # The wait was longer than expected: queries that were queued later were served first.
+                    # The wait was longer than expected: queries of other clients took their turn first.
                     query.future.set_result(max(self._seconds_until_token(0), _TIMER_RESOLUTION_SECONDS))
                     continue
                 self._use_shared_permit(is_refresh=is_refresh)
@@ -283,7 +281,7 @@ class RateLimiter:
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:
         # First remove a limit that is no longer needed. Otherwise it would be lowered, and kept.
-        self._remove_limit_if_idle()
+        self._remove_unneeded_limit()
         self._refill()
         now, was_throttled = self._clock(), self._limit.has_learned_limit
         if not self._limit.on_throttled(now, sent_at=sent_at, retry_after=retry_after):
@@ -300,7 +298,9 @@ class RateLimiter:
         """Refuse the queries that would be served after their timeout; report the wait of the others."""
         ahead = 0
         for query in list(self._queue):
-            wait = self._seconds_until_token(ahead + self._ahead_elsewhere(is_refresh=query.is_refresh))
+            wait = self._seconds_until_token(
+                ahead + self._ahead_in_other_replicas(is_refresh=query.is_refresh)
+            )
             if query.future.done() or now + wait > query.expires_at:
                 self._queue.discard(query)
                 if not query.future.done():
@@ -309,9 +309,9 @@ class RateLimiter:
                 ahead += 1
                 query.report_wait(wait)
 
-    def _ahead_elsewhere(self, *, is_refresh: bool) -> int:
+    def _ahead_in_other_replicas(self, *, is_refresh: bool) -> int:
         """Return how many queries of other replicas are served before a query of this replica."""
-        return 0 if self._shared is None else self._shared.ahead_elsewhere(is_refresh=is_refresh)
+        return 0 if self._shared is None else self._shared.ahead_in_other_replicas(is_refresh=is_refresh)
 
     def _seconds_until_token(self, ahead: int) -> float:
         """Return the seconds until a token is available for a query behind `ahead` others."""
@@ -334,7 +334,7 @@ class RateLimiter:
             self._tokens = max(self._tokens, min(self._tokens + gained, size))
         self._refilled_at = now
 
-    def _remove_limit_if_idle(self) -> None:
+    def _remove_unneeded_limit(self) -> None:
         # The limit is not removed while queries are queued. It rises, so the queue becomes empty in the end.
         if not self._queue and self._limit.remove_if_unthrottled(self._clock()):
             log.info("upstream_throttling_ended")

@@ -56,7 +56,7 @@ class SharedPermits:
         self._fallback_until = 0.0
         self._request_task: asyncio.Task[None] | None = None
 
-    def ahead_elsewhere(self, *, is_refresh: bool) -> int:
+    def ahead_in_other_replicas(self, *, is_refresh: bool) -> int:
         """Return how many queries of other replicas are served before a query of this replica."""
         if time.monotonic() >= self._elsewhere_until:
             return 0
@@ -84,7 +84,7 @@ class SharedPermits:
         self._returned = min(self._returned + 1, math.ceil(self._burst))
 
     def request(self, *, refreshes: int, first_queries: int) -> None:
-        """Record how many queries are queued, and request permits in the background until each has one."""
+        """Record how many queries can use a permit now, and request permits in the background for them."""
         self._queued = _Queued(
             max(refreshes - self._refreshes, 0), max(first_queries - self._first_queries, 0)
         )

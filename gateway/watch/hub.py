@@ -1,12 +1,12 @@
-"""The watch hub: schedules the refreshes of watched tasks, and publishes changes to their subscribers.
+"""The watch hub: schedules the queries for watched tasks, and publishes changes to their subscribers.
 
-    first subscriber -> start the schedule of the task (`refresher.py`), which refreshes the snapshot
+    first subscriber -> start the schedule of the task (`refresher.py`), which queries it repeatedly
     the store reports a new snapshot, fetched for any caller or by any replica -> publish it soon
         -> write it directly to the streams that have no unsent data
         -> for all other subscribers, keep it as unsent -> the stream or long poll sends it
     last subscriber has left, or the task has ended -> the schedule ends
 
-If the update of a task is overdue (`progress/overdue_updates.py`), the subscribers receive an overdue state.
+If the update of a task is overdue (`progress/overdue_rules.py`), the subscribers receive an overdue state.
 In a stream, this is the event `stale`. The subscribers receive another overdue state when the problem code
 changes, and when the update is no longer overdue.
 
@@ -167,7 +167,7 @@ class WatchHub:
                 Update(key, result.snapshot).without_large_body() if result is not None else None
             )
             self._update_overdue_error(
-                watched, self._service.overdue_updates.error(key) if result is not None else None
+                watched, self._service.overdue_rules.error(key) if result is not None else None
             )
             self._refresher.start(watched)
         seen_revision = subscriber.seen_revisions.get(key, 0)
@@ -177,7 +177,7 @@ class WatchHub:
         self._publish_unpublished(key)
         # This method does not await, so no change is lost between these steps.
         watched.subscribers.add(subscriber)
-        self._service.add_subscriber(key, subscriber.client)
+        self._service.add_caller(key, subscriber.client)
         published = watched.published_update
         if published is None:
             return  # the schedule has no response yet
@@ -202,7 +202,7 @@ class WatchHub:
             return
         watched.subscribers.discard(subscriber)
         watched.subscribers_awaiting_refresh.discard(subscriber)
-        self._service.remove_subscriber(key, subscriber.client)
+        self._service.remove_caller(key, subscriber.client)
         if not watched.subscribers:
             del self._watched[key]
             self._overdue_keys.discard(key)
@@ -303,14 +303,10 @@ class WatchHub:
                 subscriber.not_found_keys -= {watched.key}
 
     def _publish_and_load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
-        """Publish the unpublished snapshot, if any. Return the latest snapshot with its body, or None.
+        """Publish the unpublished snapshot, if any: the subscriber sends it next, and the result is None.
 
-        The result is None in three cases:
-
-        - The store has evicted the snapshot.
-        - The task has ended, but the store has evicted the terminal snapshot, and has another one.
-        - The task had an unpublished snapshot. This method has published that snapshot, and the subscriber
-          sends it as the next update.
+        Otherwise return the latest snapshot with its body. The result is also None if the store has evicted
+        the snapshot, or the terminal snapshot of a task that has ended.
         """
         snapshot = self._last_known(reduced.key)
         self._publish_unpublished(reduced.key)

@@ -9,7 +9,7 @@ refresh succeeds, the upstream has recovered, and all schedules continue. So sub
 within two seconds, and the upstream receives few calls until then.
 
 The hub learns why the update of a task is overdue: after a failed refresh, and when a refresh takes too long
-(`progress/overdue_updates.py`). A back-off ends early if another query stores a snapshot of the task. The
+(`progress/overdue_rules.py`). A back-off ends early if another query stores a snapshot of the task. The
 upstream rejects queries for a new task for a moment, because it does not know the task yet. The task counts
 as not found only when its queries have been rejected for `watch.unknown_task_seconds`; the schedule then
 continues. The hub (`hub.py`) starts a schedule for the first subscriber of a task, and stops it after the
@@ -266,7 +266,7 @@ class Refresher:
                 self._publish_unpublished(key)
                 self._publish(Update(key, outcome.snapshot))
                 self._update_overdue_error(
-                    watched, outcome.failure and self._service.overdue_updates.error(key)
+                    watched, outcome.failure and self._service.overdue_rules.error(key)
                 )
         except Exception as exc:
             if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
@@ -280,7 +280,7 @@ class Refresher:
 
     def _begin_refresh(self, watched: WatchedTask) -> None:
         watched.refreshing = True
-        self._refreshing[watched] = self._clock() + self._service.overdue_updates.overdue_after_seconds
+        self._refreshing[watched] = self._clock() + self._service.overdue_rules.overdue_after_seconds
         if self._check_timer is None:
             self._schedule_check()
 
@@ -303,8 +303,8 @@ class Refresher:
         due = list(takewhile(lambda watched: self._refreshing[watched] <= now, self._refreshing))
         for watched in due:
             del self._refreshing[watched]
-            self._refreshing[watched] = now + self._service.overdue_updates.overdue_after_seconds
-            if (reason := self._service.overdue_updates.error(watched.key)) is not None:
+            self._refreshing[watched] = now + self._service.overdue_rules.overdue_after_seconds
+            if (reason := self._service.overdue_rules.error(watched.key)) is not None:
                 self._update_overdue_error(watched, reason)
         self._schedule_check()
 

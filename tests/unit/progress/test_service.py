@@ -596,8 +596,8 @@ async def test_get_drops_a_queued_query_when_its_last_caller_leaves(bench: Bench
 async def test_get_cleans_up_a_request_dropped_before_it_began(bench: Bench) -> None:
     """A caller may leave in the same iteration of the event loop in which it came."""
     waiting = bench.service._in_flight.join_or_start(KEY)
-    bench.service.add_subscriber(KEY, b"1")
-    bench.service.remove_subscriber(KEY, b"1")
+    bench.service.add_caller(KEY, b"1")
+    bench.service.remove_caller(KEY, b"1")
     await asyncio.wait([waiting])
     assert waiting.cancelled()
     assert (KEY in bench.service._in_flight, bench.service._in_flight._states) == (False, {})
@@ -649,13 +649,13 @@ async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) 
     """A schedule's query is dropped with the last subscriber, and counts for each subscriber's client."""
     bench.upstream.queues = True
     for client in (b"1", b"2"):
-        bench.service.add_subscriber(KEY, client)
+        bench.service.add_caller(KEY, client)
     ticking = asyncio.create_task(bench.service.refresh_if_stale(KEY, client=None))
     call = await bench.upstream.call()
     assert call.query_state.clients == {b"1": 1, b"2": 1}
-    bench.service.remove_subscriber(KEY, b"1")
+    bench.service.remove_caller(KEY, b"1")
     assert not call.outcome.done()
-    bench.service.remove_subscriber(KEY, b"2")
+    bench.service.remove_caller(KEY, b"2")
     await asyncio.wait([ticking])
     assert call.outcome.cancelled()
     assert not bench.service._in_flight._states
@@ -725,16 +725,16 @@ async def test_get_serves_stale_when_the_refresh_takes_too_long(bench: Bench) ->
     bench.clock.now += CACHE.running_seconds
     await bench.get(KEY)
     call = await bench.upstream.call()
-    assert bench.service.overdue_updates.error(KEY) is None
+    assert bench.service.overdue_rules.error(KEY) is None
     bench.clock.now += CACHE.stale_while_revalidate_seconds
     result = await bench.get(KEY)
     assert isinstance(result, LookupResult)
     assert isinstance(result.failure, UpstreamTimeout)
-    assert isinstance(bench.service.overdue_updates.error(KEY), UpstreamTimeout)
+    assert isinstance(bench.service.overdue_rules.error(KEY), UpstreamTimeout)
     waiting = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     call.answer()
     assert (await waiting).cache_status is CacheStatus.COLLAPSED
-    assert bench.service.overdue_updates.error(KEY) is None
+    assert bench.service.overdue_rules.error(KEY) is None
     assert bench.upstream.keys == [KEY, KEY], "the refresh has continued"
 
 
@@ -747,7 +747,7 @@ async def test_overdue_limit_ignores_queries_that_outlast_an_outage(bench: Bench
     call.query_state.repeated = repeated
     call.answer()
     await asked
-    assert bench.service.overdue_updates.overdue_after_seconds == (1.5 if repeated else pytest.approx(4.8))
+    assert bench.service.overdue_rules.overdue_after_seconds == (1.5 if repeated else pytest.approx(4.8))
 
 
 async def test_overdue_limit_ignores_the_wait_before_the_call(bench: Bench) -> None:
@@ -758,7 +758,7 @@ async def test_overdue_limit_ignores_the_wait_before_the_call(bench: Bench) -> N
     call.query_state.queued_seconds = 7.9
     call.answer()
     await asked
-    assert bench.service.overdue_updates.overdue_after_seconds == 1.5
+    assert bench.service.overdue_rules.overdue_after_seconds == 1.5
 
 
 async def test_get_counts_age_from_the_arrival_of_the_response(bench: Bench) -> None:
@@ -1430,7 +1430,7 @@ async def test_one_request_satisfies_all_clients_that_wait(bench: Bench) -> None
 async def test_get_needs_a_newer_response_than_other_clients(bench: Bench) -> None:
     """The snapshot is what one client has seen, but perhaps older than what another one has seen."""
     known = (await bench.learn(progress=0.6)).snapshot
-    bench.service.add_subscriber(KEY, b"client")
+    bench.service.add_caller(KEY, b"client")
     bench.service._in_flight.query_state(KEY).seen_revision = known.revision  # of the first client
     assert known.version < known.revision
     asked = asyncio.create_task(bench.service.get(KEY, seen_revision=known.version + 1))

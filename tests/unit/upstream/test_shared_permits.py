@@ -124,13 +124,15 @@ async def test_permits_report_the_queries_of_other_replicas() -> None:
     server.elsewhere = (3, 4)
     granted = asyncio.Event()
     permits = permits_of(server, granted.set)
-    assert permits.ahead_elsewhere(is_refresh=False) == 0
+    assert permits.ahead_in_other_replicas(is_refresh=False) == 0
     permits.request(refreshes=1, first_queries=0)
     await granted.wait()
     permits.request(refreshes=0, first_queries=0)
-    assert permits.ahead_elsewhere(is_refresh=True) == 3
-    assert permits.ahead_elsewhere(is_refresh=False) == 7
-    await eventually(lambda: permits.ahead_elsewhere(is_refresh=False) == 0, "old numbers do not count")
+    assert permits.ahead_in_other_replicas(is_refresh=True) == 3
+    assert permits.ahead_in_other_replicas(is_refresh=False) == 7
+    await eventually(
+        lambda: permits.ahead_in_other_replicas(is_refresh=False) == 0, "old numbers do not count"
+    )
 
 
 # The rate limiter with them

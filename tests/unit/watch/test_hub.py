@@ -88,7 +88,7 @@ class ManualService:
     """A service whose fresh results are set by the test."""
 
     def __init__(self) -> None:
-        self.overdue_updates = ManualOverdue()
+        self.overdue_rules = ManualOverdue()
         self.known: Snapshot | None = None
         self.asked = asyncio.Event()
         self.answers: asyncio.Queue[Snapshot | Exception] = asyncio.Queue()
@@ -102,10 +102,10 @@ class ManualService:
 
     peek = lookup
 
-    def add_subscriber(self, key: TaskKey, client: bytes) -> None:
+    def add_caller(self, key: TaskKey, client: bytes) -> None:
         self.demand[key, client] += 1
 
-    def remove_subscriber(self, key: TaskKey, client: bytes) -> None:
+    def remove_caller(self, key: TaskKey, client: bytes) -> None:
         self.demand[key, client] -= 1
 
     async def refresh_if_stale(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.overdue_updates import MIN_OVERDUE_AFTER_SECONDS, OverdueUpdates
+from gateway.progress.overdue_rules import MIN_OVERDUE_AFTER_SECONDS, OverdueRules
 from gateway.upstream.query_state import QueryState
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "A")
@@ -20,5 +20,5 @@ def test_query_that_begins_after_the_timer_of_its_check(late_seconds: float, *, 
     store: Any = SimpleNamespace(entry=lambda _: entry, cached_failure=lambda _: None)
     state = QueryState()
     state.began_at = late_seconds
-    updates = OverdueUpdates(store, lambda _: state, clock=lambda: MIN_OVERDUE_AFTER_SECONDS)
+    updates = OverdueRules(store, lambda _: state, clock=lambda: MIN_OVERDUE_AFTER_SECONDS)
     assert (updates.error(KEY) is not None) is overdue

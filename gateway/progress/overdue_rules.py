@@ -28,7 +28,7 @@ _CHECK_TOLERANCE_SECONDS = 0.1
 _LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
 
 
-class OverdueUpdates:
+class OverdueRules:
     """Knows why stale snapshots are not replaced.
 
     `state_in_flight` returns the state of the query in flight for a task, or None. `clock` is the clock of
