@@ -37,6 +37,13 @@ QUICK_ENV = {f"SD_GATEWAY_CACHE__{name.upper()}": str(value) for name, value in 
     "SD_GATEWAY_WATCH__HEARTBEAT_SECONDS": "0.5"
 }
 
+# The visible elements that end to the right of their card.
+_STICKS_OUT = """() => [...document.querySelectorAll(".card")].flatMap((card) =>
+  [...card.querySelectorAll("*")]
+    .filter((one) => one.checkVisibility() && !one.closest("svg, .visually-hidden")
+      && one.getBoundingClientRect().right > card.getBoundingClientRect().right + 1)
+    .map((one) => one.outerHTML.slice(0, 100)))"""
+
 in_browser = needs("chromium")
 
 PAGE_FILES = {
@@ -99,13 +106,17 @@ class Tab:
 
 
 def faults(tab: Tab, name: str) -> list[str]:
-    """Return axe's serious and critical violations, none without axe; save a screenshot."""
+    """Return what sticks out of a card, and axe's serious and critical violations; save a screenshot.
+
+    Without axe, there are no violations.
+    """
     tab.shoot(name)
+    sticking_out = [f"sticks out of its card: {text}" for text in tab.page.evaluate(_STICKS_OUT)]
     if not AXE.exists():
-        return []
+        return sticking_out
     tab.page.evaluate(AXE.read_text())  # run by the debugger, outside the content policy
     found = tab.page.evaluate("axe.run(document, {resultTypes: ['violations']})")
-    return [
+    return sticking_out + [
         f"{violation['id']}: {node['html'][:200]} {node['failureSummary']}"
         for violation in found["violations"]
         if violation["impact"] in {"serious", "critical"}
