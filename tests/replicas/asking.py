@@ -138,10 +138,9 @@ async def poll(
     going_on: Callable[[], bool],
     tagged: bool = False,
 ) -> list[Reply]:
-    """Query the replicas in turn, `every` so many seconds after the last response; return the responses.
+    """Query the replicas in turn every so many seconds; return the responses.
 
-    If a response is late, the next request is not sent earlier: successive responses without a tag may differ
-    by the time that a message takes. With `tagged`, each request has If-None-Match with the last ETag.
+    With `tagged`, each request has If-None-Match with the last ETag.
     """
     replies: list[Reply] = []
     tag = ""
@@ -155,7 +154,7 @@ async def poll(
             reply = await connection.get(f"/v1/progress/{task_id}", headers)
             replies.append(reply)
             tag = reply.headers.get("etag", tag)
-            await asyncio.sleep(every)
+            await asyncio.sleep(max(0.0, reply.sent + every - time.monotonic()))
     return replies
 
 
