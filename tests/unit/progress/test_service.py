@@ -525,16 +525,22 @@ class AnnouncingStore(MemoryStore):
         return True
 
 
-async def test_get_reads_an_announced_snapshot_while_its_query_is_queued() -> None:
-    """Another replica has found that the task has ended: a caller does not receive an older snapshot."""
+async def with_announced_end() -> tuple[Bench, Snapshot]:
+    """Return a service with an old snapshot, and the end of its task, which another replica has announced."""
     clock = Clock()
     store = AnnouncingStore(max_tasks=10, min_keep_stale_seconds=60.0, clock=clock)
     bench = Bench(store=store, clock=clock)
     known = (await bench.learn()).snapshot
     long_ago(bench)
-    bench.upstream.queues = True
-    ended = replace(known, fetched_at=bench.clock.now, lifetime=600.0, status=Status.SUCCEEDED, version=2**53)
+    ended = replace(known, fetched_at=clock.now, lifetime=600.0, status=Status.SUCCEEDED, version=2**53)
     store.announced = ended
+    return bench, ended
+
+
+async def test_get_reads_an_announced_snapshot_while_its_query_is_queued() -> None:
+    """Another replica has found that the task has ended: a caller does not receive an older snapshot."""
+    bench, ended = await with_announced_end()
+    bench.upstream.queues = True
     asked = bench.begin()
     queued = await bench.upstream.call()
     queued.report_wait(7.0)
@@ -547,14 +553,8 @@ async def test_get_reads_an_announced_snapshot_while_its_query_is_queued() -> No
 
 async def test_get_reads_an_announced_snapshot_although_a_failure_is_cached() -> None:
     """The failure may be this replica's own: it cannot reach the upstream, and another replica can."""
-    clock = Clock()
-    store = AnnouncingStore(max_tasks=10, min_keep_stale_seconds=60.0, clock=clock)
-    bench = Bench(store=store, clock=clock)
-    known = (await bench.learn()).snapshot
-    long_ago(bench)
-    store.put_failure(KEY, UpstreamTimeout("too late"), seconds=1.0)
-    ended = replace(known, fetched_at=bench.clock.now, lifetime=600.0, status=Status.SUCCEEDED, version=2**53)
-    store.announced = ended
+    bench, ended = await with_announced_end()
+    bench.store.put_failure(KEY, UpstreamTimeout("too late"), seconds=1.0)
     result = await bench.service.get_after_miss(KEY)  # the announcement has invalidated the entry
     assert (result.snapshot, result.cache_status, result.failure) == (ended, CacheStatus.HIT, None)
     assert bench.upstream.count == 1
