@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 
-from playwright.sync_api import expect
+from playwright.sync_api import Route, expect
 
 from tests.browser.chromium import Tab, faults, in_browser
 from tests.support.harness import Gateway, Simulator
@@ -175,6 +175,24 @@ def test_page_adds_and_removes_tasks(simulator: Simulator, quick: Gateway, tab: 
     tab.page.get_by_role("button", name="Clear").click()
     expect(recent).to_be_hidden()
     assert tab.page.evaluate("localStorage.length") == 0
+
+
+def test_docs_keep_the_tasks_although_their_script_is_late(
+    simulator: Simulator, quick: Gateway, tab: Tab
+) -> None:
+    """The page's links back cannot be clicked before they contain the watched tasks."""
+
+    def delay(route: Route) -> None:
+        tab.page.wait_for_timeout(500)
+        route.continue_()
+
+    simulator.script("aa", status="running", progress=0.5)
+    tab.open(quick.url, "aa")
+    expect(tab.card("aa")).to_contain_text("Running")
+    tab.page.route("**/web/docs.js", delay)
+    tab.page.goto(f"{quick.url}/docs", wait_until="commit")
+    tab.page.get_by_role("link", name="Tasks", exact=True).click()
+    expect(tab.page).to_have_url(f"{quick.url}/?taskId=aa&api=sd")
 
 
 def test_page_keeps_an_overview_of_many_tasks(

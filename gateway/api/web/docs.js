@@ -224,6 +224,9 @@ async function load() {
   }
 }
 
-// The way back leads to the tasks that this tab watches.
-for (const back of document.querySelectorAll('.masthead a[href="./"]')) back.setAttribute("href", `./${recallQuery()}`);
+// The links back lead to the tasks that this tab watches. They may have changed when a cached page is restored.
+const links = document.querySelectorAll('.masthead a[href="./"]');
+const linkBack = () => links.forEach((link) => link.setAttribute("href", `./${recallQuery()}`));
+addEventListener("pageshow", linkBack);
+linkBack();
 load();
