@@ -246,8 +246,10 @@ def test_processes_hold_large_tasks_within_a_bound(tmp_path: Path, edge: str) ->
         serving(tmp_path, upstream.url, SERVER__EDGE=edge, **limits) as (process, gate),
     ):
         before = warmed(process, gate)
-        with lines(gate, 3) as readers:
-            for name, reader in enumerate(readers):
+        with ExitStack() as stack:
+            for name in range(3):
+                # Opened when it is used: the gateway closes a connection that sends no request for 10 s.
+                [reader] = stack.enter_context(lines(gate, 1))
                 tasks = "&".join(f"taskId=large-{name}-{number}" for number in range(100))
                 reader.send(request(f"/v1/events?{tasks}"))
                 reader.until(b"event: p")  # progress or problem

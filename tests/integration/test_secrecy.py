@@ -258,6 +258,7 @@ def _places() -> Iterator[tuple[str, Any]]:
 def test_secrecy_of_an_encoding_upstream(tmp_path: Path, output: Output, place: str) -> None:
     """The signature and the key pair are not repeated, in whatever place and encoding upstream sends them."""
     behave, sent = dict(_places())[place], (str, "")
+    patient = {**QUICK, "SD_GATEWAY_UPSTREAM__ATTEMPT_TIMEOUT_SECONDS": "2"}  # no call may time out
     output.secrets.clear()
 
     def behaviour(connection: socket.socket, request: Request) -> None:
@@ -268,7 +269,7 @@ def test_secrecy_of_an_encoding_upstream(tmp_path: Path, output: Output, place: 
 
     with (
         RawUpstream(behaviour) as upstream,
-        serving(tmp_path, {**QUICK, "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
+        serving(tmp_path, {**patient, "SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, gate),
     ):
         for coding, encode in CODINGS.items():
             for secret in ("", SECRET, KEY):

@@ -140,7 +140,9 @@ async def poll(
 ) -> list[Reply]:
     """Query the replicas in turn every so many seconds; return the responses.
 
-    With `tagged`, each request has If-None-Match with the last ETag.
+    With `tagged`, each request has If-None-Match with the last ETag. Without it, `every` also passes after a
+    late response: a client that sends its next request at once may meet a replica that has not received the
+    others' latest message.
     """
     replies: list[Reply] = []
     tag = ""
@@ -154,7 +156,7 @@ async def poll(
             reply = await connection.get(f"/v1/progress/{task_id}", headers)
             replies.append(reply)
             tag = reply.headers.get("etag", tag)
-            await asyncio.sleep(max(0.0, reply.sent + every - time.monotonic()))
+            await asyncio.sleep(max(0.0, reply.sent + every - time.monotonic()) if tagged else every)
     return replies
 
 
