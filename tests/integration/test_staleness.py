@@ -12,8 +12,10 @@ store lost         none: updates continue
 """
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -129,13 +131,23 @@ def test_staleness_of_an_unreachable_upstream(launch: Launch) -> None:
 def test_staleness_behind_an_open_circuit(simulator: Simulator, launch: Launch) -> None:
     """While other tasks keep the circuit open, the code is that of the open circuit."""
     gate = launch(simulator.url, cache=CACHE | {"error_seconds": 0}, upstream={"retries": 0})
-    task = simulator.task(data={"status": "running", "progress": 0.5})
-    simulator.fault("status", status=503, taskId="other")
+    task, other = (simulator.task(data={"status": "running", "progress": 0.5}) for _ in range(2))
+    gate.get(other)  # failed queries of a task that was never known do not open the circuit
+    simulator.fault("status", status=503, taskId=other)
+    noticed = threading.Event()
+
+    def query_other() -> None:
+        while not noticed.is_set():
+            gate.get(other)
+
     with stream(gate, f"/v1/events?taskId={task}") as (_, events):
         assert next_named(events).name == "progress"
-        for _ in range(12):
-            gate.get("other")
-        event = next_named(events)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(query_other)
+            try:
+                event = next_named(events)
+            finally:
+                noticed.set()
         assert (event.name, event.data["stale"]) == ("stale", "upstream-open")
         assert batch(gate, task)["items"][0]["stale"] == "upstream-open"
         assert_cleared(gate, events, task)

@@ -218,11 +218,11 @@ def test_watch_stops_after_its_timeout(simulated: Simulator, served: str, tmp_pa
     """`--timeout` ends the command with status 1; SD_GATEWAY_URL needs no scheme, and no option to resume."""
     task_id = simulated.task()
     address = served.removeprefix("http://")
-    status, output = run("watch", task_id, "--timeout", "0.5", cwd=tmp_path, env={"SD_GATEWAY_URL": address})
+    status, output = run("watch", task_id, "--timeout", "2", cwd=tmp_path, env={"SD_GATEWAY_URL": address})
     assert status == 1
     assert re.fullmatch(
-        "sd-gateway: not finished after 0.5 s; 0 of 1 ended: 1 (waiting|running). "
-        f"To resume: sd-gateway watch {task_id} --timeout 0.5",
+        "sd-gateway: not finished after 2 s; 0 of 1 ended: 1 (waiting|running). "
+        f"To resume: sd-gateway watch {task_id} --timeout 2",
         output.splitlines()[-1],
     )
 
