@@ -332,7 +332,7 @@ def _vendor_routes(settings: Settings, service: ProgressService) -> list[BaseRou
 
 async def _announce_shutdown(shutdown: GracefulShutdown, hub: WatchHub) -> None:
     await shutdown.begun.wait()
-    hub.announce_shutdown()
+    hub.begin_shutdown()
 
 
 @asynccontextmanager

@@ -154,14 +154,14 @@ class Fetcher:
                 on_retry=partial(self._store.release_lease_early, lease),
                 query_state=state,
             )
-            state.call_sent = True
+            state.runs_to_end = True
             upstream_seconds = self._clock() - started
             if not state.repeated:  # else an outage would count as the usual time
-                self._on_query_duration(key.operation, upstream_seconds, state.queued_seconds)
+                self._on_query_duration(key.operation, upstream_seconds, state.seconds_before_call)
             stored = await self._store.commit(lease, build)
         except GatewayError as exc:
             failure = copy(exc)
-            state.call_sent = True
+            state.runs_to_end = True
             if isinstance(failure, UpstreamIsGateway):
                 self._log_loop(failure)
             if isinstance(failure, _NOT_CACHED):

@@ -65,7 +65,7 @@ class InFlightRequests(Generic[K, T]):
             return
         if not state.in_flight:
             del self._states[key]
-        elif not state.keep_without_callers and not state.call_sent:
+        elif not state.keep_without_callers and not state.runs_to_end:
             self._drop(key, state)
 
     def join_or_start(

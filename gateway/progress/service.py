@@ -182,8 +182,8 @@ class ProgressService:
     def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
         """Return a result from the store, but count no lookup and start no refresh.
 
-        The maximum age of a stale snapshot is that of `StaleRules.result`. While the update is overdue, its
-        reason takes the place of a cached failure.
+        The maximum age of a stale snapshot is that of `StaleRules.result`. If the update is overdue, the
+        failure in the result is that of `OverdueRules.error`, not the cached one.
         """
         entry = self._store.valid_entry(key)
         if entry is None:
@@ -230,10 +230,12 @@ class ProgressService:
             self.overdue_rules.record_failure(key, fetch_outcome.snapshot_or_error)
         return fetch_outcome
 
-    def _observe_query_duration(self, operation: Operation, seconds: float, queued_seconds: float) -> None:
+    def _observe_query_duration(
+        self, operation: Operation, seconds: float, seconds_before_call: float
+    ) -> None:
         self._refresh_ahead.observe_latency(operation, seconds)
         # A long queue must not hide that updates are overdue.
-        self.overdue_rules.observe_latency(seconds - queued_seconds)
+        self.overdue_rules.observe_latency(seconds - seconds_before_call)
 
     def _start_refresh_ahead(self, key: TaskKey, version: int) -> None:
         known = self._store.last_known(key)

@@ -33,8 +33,8 @@ REMEMBER_SECONDS = 3600.0
 # Memory of an entry besides its bodies: objects, keys and cache slots, rounded up (measured with tracemalloc
 # under Python 3.11: 0.7 KB for a snapshot, 0.9 KB for a failure).
 ENTRY_OVERHEAD_BYTES = 1024
-# A lookup that finds no entry removes expired entries, but at most once in this time. Expired entries are
-# also removed whenever an entry is stored.
+# A lookup that finds no snapshot removes expired snapshots, but at most once in this time. They are also
+# removed whenever a snapshot is stored.
 _CLEANUP_INTERVAL_SECONDS = 1.0
 
 
@@ -111,7 +111,7 @@ class MemoryStore:
             timer=clock,
             getsizeof=lambda failure: _failure_bytes(failure.error),
         )
-        self._last_failure_expires_at = -math.inf  # when the last cached failure expires
+        self._all_failures_expired_at = -math.inf
         self._next_cleanup_at = -math.inf
 
     @property
@@ -157,7 +157,7 @@ class MemoryStore:
     def cached_failure(self, key: TaskKey) -> GatewayError | None:
         """See `Store.cached_failure`."""
         # Usually no failure is cached. This comparison takes a tenth of the time of a lookup.
-        if self._clock() >= self._last_failure_expires_at:
+        if self._clock() >= self._all_failures_expired_at:
             return None
         failure = self._failures.get(key)
         return None if failure is None else failure.error
@@ -219,9 +219,9 @@ class MemoryStore:
     def _put(self, snapshot: Snapshot, entry: CacheEntry | None, *, fetched_here: bool) -> Snapshot:
         """Store a snapshot in place of `entry`; return the snapshot that is kept."""
         current = None if entry is None else entry.snapshot
-        # Versions decide between two snapshots that are both terminal, or both not. Otherwise the terminal
-        # one stays or comes, whatever the versions: replicas without a connection to a shared store
-        # (`ValkeyStore`) do not know each other's versions.
+        # Versions decide between two snapshots that are both terminal, or both not. If only one is terminal,
+        # it is kept, even if its version is smaller: a replica without a connection to a shared store
+        # (`ValkeyStore`) does not know the versions of the other replicas.
         if current is not None and (
             current.version > snapshot.version if current.terminal is snapshot.terminal else current.terminal
         ):
@@ -236,7 +236,7 @@ class MemoryStore:
             self._snapshots[snapshot.key] = CacheEntry(
                 snapshot, valid=valid, fetched_here=fetched_here, announced_version=announced
             )
-        if self._clock() < self._last_failure_expires_at:
+        if self._clock() < self._all_failures_expired_at:
             self._failures.pop(snapshot.key, None)
         for listener in self._listeners:
             listener(snapshot)
@@ -247,7 +247,7 @@ class MemoryStore:
         self._failures.pop(key, None)
         if self._make_room(self._failures, _failure_bytes(error)):
             self._failures[key] = _CachedFailure(error, seconds)
-        self._last_failure_expires_at = max(self._last_failure_expires_at, self._clock() + seconds)
+        self._all_failures_expired_at = max(self._all_failures_expired_at, self._clock() + seconds)
 
     def entries(self) -> list[CacheEntry]:
         """Return all entries without marking them as used."""

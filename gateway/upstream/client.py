@@ -107,7 +107,8 @@ class UpstreamClient:
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
         # Half the maximum duration of a call. A working upstream is expected to respond within this half.
         # 1. The circuit breaker counts a cancelled call as a failure only if it ran for at least this time.
-        # 2. A query does not wait for a permit if less than this time would be left after the wait.
+        # 2. A query does not wait for a permit if less than this time, or than the usual duration of a call,
+        #    would be left after the wait.
         self._half_timeout_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
         # Moving averages; 0.0 before the first response.
         self._latency_seconds = dict.fromkeys(Operation, 0.0)
@@ -154,7 +155,7 @@ class UpstreamClient:
             report_wait: See `RateLimiter.acquire`.
             on_retry: Called before each retry, but not before a repeat on a new connection.
             query_state: The waiting callers; None if the gateway itself needs the response. The attribute
-                `call_sent` is set when a call is sent, and cleared before the next one.
+                `runs_to_end` is set when a call is sent, and cleared before the next one.
 
         Raises:
             UpstreamError: There is no response, or it is an error.
@@ -185,7 +186,7 @@ class UpstreamClient:
                         delay = self._take_retry(exc, retries, query)
                         if delay is None:
                             raise
-                        query.state.call_sent = False
+                        query.state.runs_to_end = False
                         query.state.repeated = True
                         query.state.failure = failure = copy(exc)
                     retries += self._record_repeat(key.operation, failure, on_retry)
@@ -238,8 +239,8 @@ class UpstreamClient:
         """Make another call for a query whose call has no response yet."""
         self._metrics.upstream_retries.labels(query.key.operation, UpstreamTimeout.code).inc()
         query.state.repeated = True
-        # The hedged call has a state of its own, because `_call` sets `call_sent` to False before it sends a
-        # call. With a common state, the query could be dropped while its first call is on the wire.
+        # The hedged call has a state of its own, because `_call` sets `runs_to_end` to False before it sends
+        # a call. With a common state, the query could be dropped while its first call is on the wire.
         state = QueryState(keep_without_callers=True)
         hedged = _Query(query.key, True, lambda _: None, self._now(), query.deadline, state)  # noqa: FBT003
         hedged.call_numbers = query.call_numbers
@@ -271,7 +272,7 @@ class UpstreamClient:
 
     async def _call(self, query: _Query, permit: Permit, pair: KeyPair) -> ParsedResponse:
         operation, state = query.key.operation, query.state
-        state.call_sent = False
+        state.runs_to_end = False
         if not state.wanted:
             state.on_unwanted(state)
             await asyncio.sleep(0)  # raises CancelledError: `on_unwanted` has cancelled this asyncio task
@@ -285,14 +286,14 @@ class UpstreamClient:
                 is_refresh=query.is_refresh, cancelled_fails_after_seconds=self._half_timeout_seconds
             ):
                 permit.mark_sent()
-                state.call_sent = True
-                state.queued_seconds = began - query.began
+                state.runs_to_end = True
+                state.seconds_before_call = began - query.began
                 with self._hedging.sending(query):
                     response = await self._signed_calls.send(
                         query.key, pair, number=next(query.call_numbers), on_complete=slot.on_call_end
                     )
         except asyncio.CancelledError:
-            if state.call_sent:  # the call is on the wire
+            if state.runs_to_end:  # the call is on the wire
                 slot.on_query_cancelled()
             else:
                 slot.release()

@@ -42,7 +42,8 @@ class QueryState:
         in_flight: A request is in flight.
         keep_without_callers: The request is kept even if no caller waits, because the gateway needs the
             response.
-        call_sent: A call is on the wire, or the query has ended. The request then runs to its end.
+        runs_to_end: The request is completed even without callers: a call is on the wire, or the query has
+            ended.
         on_unwanted: Callback that cancels a request which is not wanted any more. Its argument is this
             query state.
         dropped: The request was cancelled by `on_unwanted`.
@@ -52,7 +53,8 @@ class QueryState:
             can serve a stale snapshot then stop waiting.
         began_at: When the request began, on the clock of the progress service.
         failure: The failure of the latest call of the query, which is retried; None without one.
-        queued_seconds: How long the query waited before its latest call was sent.
+        seconds_before_call: Time from the beginning of the query to its latest call, with all waits and
+            earlier calls.
         repeated: A call was repeated, so the duration of the query is not that of one call.
         make_timeout_error: Returns the error of the query if its deadline passes now. It depends on what the
             query waits for.
@@ -60,7 +62,6 @@ class QueryState:
 
     __slots__ = (
         "began_at",
-        "call_sent",
         "clients",
         "dropped",
         "failure",
@@ -70,8 +71,9 @@ class QueryState:
         "on_unwanted",
         "queue_entry",
         "queued_error",
-        "queued_seconds",
         "repeated",
+        "runs_to_end",
+        "seconds_before_call",
         "seen_revision",
     )
 
@@ -91,13 +93,13 @@ class QueryState:
         self.on_unwanted = on_unwanted
         self.in_flight = True
         self.keep_without_callers = keep_without_callers
-        self.call_sent = False
+        self.runs_to_end = False
         self.dropped = False
         self.queue_entry: QueueEntry | None = None
         self.queued_error: asyncio.Future[GatewayError] | None = None
         self.began_at = math.inf
         self.failure: GatewayError | None = None
-        self.queued_seconds = 0.0
+        self.seconds_before_call = 0.0
         self.repeated = False
         self.make_timeout_error: Callable[[], GatewayError] = make_upstream_timeout
 

@@ -32,7 +32,7 @@ from gateway.upstream.shared_permits import SharedPermits, TakePermits
 # there is one.
 MIN_REPORTED_WAIT_SECONDS = 0.1
 # A query at the head of the queue still gets a permit up to this long after its timeout: the timer that
-# serves the queue may fire late. Expected waits are compared without this tolerance.
+# serves the queue may fire late. An expected wait may not exceed the timeout by it.
 _TIMEOUT_TOLERANCE_SECONDS = 0.1
 
 # The bucket holds as many tokens as the rate yields in 0.1 s, but at least one. With a larger bucket, an
@@ -63,9 +63,9 @@ class Permit:
 
     Attributes:
         sent_at: When the call was sent; None before `mark_sent`.
-        revoked: The upstream has throttled another call, or a replica has announced that it throttles. If the
-            call is not sent yet, the query must acquire a new permit. Without a configured limit, very many
-            queries may have a permit at the first throttling response. The upstream would refuse their calls.
+        revoked: The upstream has throttled another call, of this or of another replica. If the call is not
+            sent yet, the query must acquire a new permit. Without a configured limit, very many queries may
+            have a permit at the first throttling response. The upstream would refuse their calls.
     """
 
     __slots__ = ("_clock", "_on_end", "revoked", "sent_at")

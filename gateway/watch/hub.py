@@ -142,7 +142,7 @@ class WatchHub:
         """Read the messages of other replicas that have arrived; `subscribe` then finds their snapshots."""
         await self._service.read_arrived_messages()
 
-    def announce_shutdown(self) -> None:
+    def begin_shutdown(self) -> None:
         """Publish all unpublished snapshots, then mark current and future subscribers as shutting down."""
         self._shutting_down = True
         for key in tuple(self._watched):
@@ -305,8 +305,8 @@ class WatchHub:
     def _publish_and_load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
         """Publish the unpublished snapshot, if any: the subscriber sends it next, and the result is None.
 
-        Otherwise return the latest snapshot with its body. The result is also None if the store has evicted
-        the snapshot, or the terminal snapshot of a task that has ended.
+        Otherwise return the latest snapshot with its body. The result is also None if the store has no
+        snapshot, or if the task has ended and the snapshot in the store is not terminal.
         """
         snapshot = self._last_known(reduced.key)
         self._publish_unpublished(reduced.key)

@@ -170,10 +170,10 @@ class FakeUpstream:
                         del self.queue[key]
                     if not query_state.wanted:
                         self.broken.append(f"{key} was asked for though nothing wants it")
-                query_state.call_sent = True
+                query_state.runs_to_end = True
                 data = await outcome
         except asyncio.CancelledError:
-            if (query_state.call_sent or query_state.wanted) and not self.closing:
+            if (query_state.runs_to_end or query_state.wanted) and not self.closing:
                 self.broken.append(f"{key} was given up while it was wanted, or on the wire")
             # No call was made: the reason for this one is also a reason for the next one.
             story.prompted = story.prompted or prompted
@@ -441,7 +441,7 @@ class Promises(RuleBasedStateMachine):
 
     def _close(self) -> None:
         self.upstream.closing = True
-        self.watch.announce_shutdown()
+        self.watch.begin_shutdown()
         for part in (self.watch, self.service):
             closing = self.loop.create_task(part.aclose())
             self.loop.settle()

@@ -160,7 +160,7 @@ class FakeUpstream:
     ) -> ParsedResponse:
         """Wait until the test responds; until then the query is queued, or on the wire."""
         self.keys.append(key)
-        query_state.call_sent = not self.queues
+        query_state.runs_to_end = not self.queues
         call = Call(
             key,
             is_refresh=is_refresh,
@@ -755,7 +755,7 @@ async def test_overdue_limit_ignores_the_wait_before_the_call(bench: Bench) -> N
     asked = bench.begin()
     call = await bench.upstream.call()
     bench.clock.now += 8.0
-    call.query_state.queued_seconds = 7.9
+    call.query_state.seconds_before_call = 7.9
     call.answer()
     await asked
     assert bench.service.overdue_rules.overdue_after_seconds == 1.5

@@ -184,7 +184,7 @@ def test_query_without_demand_is_not_retried(bench: Bench) -> None:
     state.join(b"1")
     bench.calls.failures = [UpstreamBusy("busy")]
     asked = bench.ask(0, query_state=state)
-    assert state.call_sent
+    assert state.runs_to_end
     state.leave(b"1")
     bench.loop.advance(10.0)
     assert isinstance(asked.exception(), UpstreamBusy)
@@ -273,7 +273,7 @@ def test_query_state_says_how_long_a_query_was_queued() -> None:
     for number, state in enumerate(states):
         bench.ask(number, query_state=state)
     bench.loop.advance(10.0)
-    assert [state.queued_seconds for state in states] == pytest.approx([0.0, 1.0])
+    assert [state.seconds_before_call for state in states] == pytest.approx([0.0, 1.0])
     bench.loop.close()
 
 
@@ -294,9 +294,9 @@ def test_query_that_is_queued_may_be_dropped(bench: Bench) -> None:
     state.begin()
     state.join(b"1")
     second = bench.ask(1, query_state=state)
-    assert not state.call_sent
+    assert not state.runs_to_end
     bench.loop.advance(4.0)
-    assert (first.exception(), state.call_sent) == (None, True)
+    assert (first.exception(), state.runs_to_end) == (None, True)
     bench.loop.advance(4.0)
     assert second.exception() is None
 

@@ -312,7 +312,7 @@ async def test_watch_publishes_stored_changes_before_shutdown(watch: WatchHub, s
     with watch.subscribe([end.key for end in ends], SubscriptionKind.EVENTS) as subscriber:
         for end in ends:
             store.put(end)
-        watch.announce_shutdown()
+        watch.begin_shutdown()
         assert [update.snapshot for update in await received(subscriber)] == ends
         assert subscriber.shutting_down
     await watch.aclose()
@@ -722,7 +722,7 @@ async def test_watch_schedule_ends_with_its_task(service: ManualService, watch: 
 async def test_watch_shutdown_reaches_new_subscribers(watch: WatchHub) -> None:
     """At shutdown all subscribers are woken and flagged, including those that join later."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
-        watch.announce_shutdown()
+        watch.begin_shutdown()
         assert await received(subscriber) == []
         assert subscriber.shutting_down
         with watch.subscribe([KEY], SubscriptionKind.EVENTS) as second:
