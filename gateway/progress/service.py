@@ -165,10 +165,10 @@ class ProgressService:
     ) -> LookupResult | LookupFailure:
         """Return the snapshot if it is fresh, else wait for an in-flight request. Schedules call this method.
 
-        If a failure of the task is cached, none is started. The outcome may be a failure, or a stale snapshot
-        with the failure (stale-if-error). This method counts no lookup, and waits even for a query that
-        counts as queued or takes too long. `client`: as in `get`; None if only subscribers need the result,
-        because `add_caller` has already counted their clients.
+        While a failure of the task is cached, no in-flight request is started. The outcome may be a failure,
+        or a stale snapshot with the failure (stale-if-error). This method counts no lookup, and waits even
+        for a query that counts as queued or takes too long. `client`: counted as a caller during the wait,
+        as in `get`; a schedule passes None, because `add_caller` has counted its subscribers.
         """
         entry = self._store.valid_entry(key)
         if entry is None and await self._store.read_arrived_messages():
@@ -248,7 +248,7 @@ class ProgressService:
     async def _wait(
         self, key: TaskKey, client: bytes | None, *, until_done: bool = False, seen_revision: int = 0
     ) -> LookupResult | LookupFailure:
-        """Wait for the in-flight request, or start one. If a failure is cached, start none.
+        """Wait for the in-flight request, or start one unless a failure is cached.
 
         `until_done`: wait even if the query counts as queued or takes too long.
         """

@@ -63,9 +63,9 @@ class Permit:
 
     Attributes:
         sent_at: When the call was sent; None before `mark_sent`.
-        revoked: The upstream has throttled another call, of this or of another replica. If the call is not
-            sent yet, the query must acquire a new permit. Without a configured limit, very many queries may
-            have a permit at the first throttling response. The upstream would refuse their calls.
+        revoked: Throttling of another call, of this or of another replica, has changed the limit. If the call
+            is not sent yet, the query must acquire a new permit. The reason: without a configured limit, very
+            many queries may have a permit at the first throttling, and the upstream would refuse their calls.
     """
 
     __slots__ = ("_clock", "_on_end", "revoked", "sent_at")

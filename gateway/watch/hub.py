@@ -315,7 +315,7 @@ class WatchHub:
         return None if _is_final(reduced) and not snapshot.terminal else Update(reduced.key, snapshot)
 
     def _refetch(self, key: TaskKey, subscriber: Subscriber) -> None:
-        """Refresh a task whose body was evicted, and send the result to this subscriber."""
+        """Query a task whose body was evicted, and send the snapshot to this subscriber."""
         watched = self._watched.get(key)
         if watched is None or subscriber not in watched.subscribers:
             return
