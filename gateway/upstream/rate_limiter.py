@@ -32,7 +32,7 @@ from gateway.upstream.shared_permits import SharedPermits, TakePermits
 # there is one.
 MIN_REPORTED_WAIT_SECONDS = 0.1
 # A query at the head of the queue still gets a permit up to this long after its timeout: the timer that
-# serves the queue may fire late. An expected wait may not exceed the timeout by it.
+# serves the queue may fire late. It does not apply to expected waits.
 _TIMEOUT_TOLERANCE_SECONDS = 0.1
 
 # The bucket holds as many tokens as the rate yields in 0.1 s, but at least one. With a larger bucket, an
