@@ -25,7 +25,7 @@ from gateway.api.heartbeats import HEARTBEAT, Heartbeats
 from gateway.api.problems import problem_document, status_and_title
 from gateway.api.progress_response import age_seconds
 from gateway.api.requests import free_headers, header, query_parameters
-from gateway.api.server_extensions import DisconnectListener, chunk, direct_transport_of
+from gateway.api.server_extensions import DisconnectListener, chunk, direct_transport_of, is_chunked
 from gateway.api.task_parameters import TaskParameters
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.snapshot import Snapshot, render_json
@@ -103,6 +103,7 @@ class EventsEndpoint:
                     free_headers(scope)
                     await send(_part(b"retry: %d\n\n" % _RETRY_MS))
                     subscriber.direct_transport = direct_transport_of(scope)
+                    subscriber.chunked = is_chunked(scope)
                     with self._heartbeats.sending_to(subscriber):
                         await self._stream(scope, subscriber, end_id, send)
 
@@ -156,14 +157,15 @@ class EventsEndpoint:
         """Write an event to subscribers whose clients keep up; return the others, whose streams will send it.
 
         The state of thousands of subscribers does not fit into the processor's caches. The loop therefore
-        touches only the transport, and all subscribers get the same byte string.
+        touches little more than the transport, and all subscribers share the same byte strings.
         """
         snapshot = update.snapshot
         # Streams send these themselves: a terminal update ends the stream, a problem has the request ID.
         if snapshot is None or snapshot.terminal:
             return subscribers
         event = _progress(snapshot)
-        plain, with_heartbeat = chunk(event), chunk(HEARTBEAT + event)
+        with_heartbeat = HEARTBEAT + event
+        event_chunk, with_heartbeat_chunk = chunk(event), chunk(with_heartbeat)
         remaining = []
         for subscriber in subscribers:
             direct_transport = subscriber.transport_if_idle
@@ -171,9 +173,9 @@ class EventsEndpoint:
                 remaining.append(subscriber)
             elif subscriber.heartbeat_due:
                 subscriber.heartbeat_due = False
-                direct_transport.write(with_heartbeat)
+                direct_transport.write(with_heartbeat_chunk if subscriber.chunked else with_heartbeat)
             else:
-                direct_transport.write(plain)
+                direct_transport.write(event_chunk if subscriber.chunked else event)
         self._sent["progress"].value += len(subscribers) - len(remaining)
         return remaining
 

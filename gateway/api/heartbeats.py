@@ -67,4 +67,4 @@ def _send_heartbeat(subscriber: Subscriber) -> None:
         subscriber.wake()  # its stream sends it when the reader has caught up
     else:
         subscriber.heartbeat_due = False
-        direct_transport.write(_CHUNK)
+        direct_transport.write(_CHUNK if subscriber.chunked else HEARTBEAT)

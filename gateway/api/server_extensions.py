@@ -18,15 +18,15 @@ from starlette.types import Receive, Scope
 # DISCONNECTED is one of its keys, and values that are added later are never called.
 ON_DISCONNECT = "gateway.on_disconnect"
 DISCONNECTED = "disconnected"
-# A callable that returns the connection's transport, to which chunks of a streamed body may be written
-# between two calls of `send`. It returns None if the body is not sent with the chunked transfer coding.
+# A callable that returns the connection's transport, to which parts of a body of unknown length may be
+# written between two calls of `send`: as chunks if `is_chunked` says so. It returns None for other bodies.
 DIRECT_TRANSPORT = "gateway.direct_transport"
 
 T = TypeVar("T")
 
 
 def direct_transport_of(scope: Scope) -> asyncio.WriteTransport | None:
-    """Return the transport to which chunks of this response may be written directly, if there is one.
+    """Return the transport to which parts of this response may be written directly, if there is one.
 
     Call it after a part of the body was sent: until then the server may not have written the head.
     """
@@ -34,6 +34,11 @@ def direct_transport_of(scope: Scope) -> asyncio.WriteTransport | None:
         DIRECT_TRANSPORT
     )
     return None if find is None else find()
+
+
+def is_chunked(scope: Scope) -> bool:
+    """Tell whether a body of unknown length is sent with the chunked transfer coding: not with HTTP/1.0."""
+    return bool(scope["http_version"] == "1.1")
 
 
 def chunk(part: bytes) -> bytes:

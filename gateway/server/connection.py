@@ -289,7 +289,7 @@ class Connection(ClientTransport):
         return body.complete
 
     def _direct_transport(self) -> asyncio.WriteTransport | None:
-        return self.transport if self._exchange is not None and self._exchange.streams_chunks else None
+        return self.transport if self._exchange is not None and self._exchange.streams_body else None
 
     def _update_reading(self) -> None:
         """Pause reading while the buffer holds bytes that cannot be processed yet; otherwise resume it."""

@@ -117,7 +117,7 @@ class Exchange:
         "keep_alive",
         "scope",
         "started",
-        "streams_chunks",
+        "streams_body",
     )
 
     def __init__(
@@ -136,7 +136,7 @@ class Exchange:
         self.disconnected = False
         self.started = False  # the application has sent the response's head
         self.complete = False  # the application has sent the whole response
-        self.streams_chunks = False  # the head is sent, and chunks follow
+        self.streams_body = False  # the head is sent, and parts of a body of unknown length follow
         self._connection = connection
         self._default_headers = headers
         self._expects_continue = head.expects_continue and has_body
@@ -272,7 +272,7 @@ class Exchange:
         head, self._head = self._head, b""
         if head or body:
             self._connection.write(head + body)
-        self.streams_chunks = self._chunked and not last
+        self.streams_body = self._length_left is None and not last
         if last:
             self.complete = True
             self._wake()

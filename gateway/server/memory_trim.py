@@ -25,7 +25,10 @@ def _malloc_trim() -> Callable[[], object]:
 
 
 class MemoryTrim:
-    """Trims the heap after `_MIN_CLOSED` connections have closed, at most once per `_INTERVAL_SECONDS`."""
+    """Trims the heap after `_MIN_CLOSED` connections have closed, at most once per `_INTERVAL_SECONDS`.
+
+    It waits until no more connections close, because a trim in between would keep the memory of the rest.
+    """
 
     def __init__(
         self, *, trim: Callable[[], object] | None = None, clock: Callable[[], float] = time.monotonic
@@ -33,12 +36,14 @@ class MemoryTrim:
         self._trim = trim or _malloc_trim()
         self._clock = clock
         self._peak = 0  # largest number of connections since the last trim
+        self._previous = 0  # number of connections at the previous call
         self._next_trim_at = 0.0
 
     def observe(self, connections: int) -> bool:
         """Record the current number of connections, and trim the heap if that is due; tell whether it was."""
         self._peak = max(self._peak, connections)
-        if self._peak - connections < _MIN_CLOSED or self._clock() < self._next_trim_at:
+        still_closing, self._previous = connections < self._previous, connections
+        if still_closing or self._peak - connections < _MIN_CLOSED or self._clock() < self._next_trim_at:
             return False
         self._peak = connections
         self._next_trim_at = self._clock() + _INTERVAL_SECONDS

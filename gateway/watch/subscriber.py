@@ -94,6 +94,7 @@ class Subscriber:
             removes the entry of a task when it stores an update of the task.
         direct_transport: The transport of the connection, for direct writes: writes that do not go through
             the stream's asyncio task (the task that awaits `wait`). None if the server does not support them.
+        chunked: Whether bytes that are written directly must have the form of a chunk (RFC 9112, 7.1).
         transport_if_idle: `direct_transport` while the stream's asyncio task waits and no update is unsent.
             None otherwise, because a direct write would then overtake an older update.
         not_found_keys: Tasks whose queries the upstream has rejected for `watch.unknown_task_seconds`.
@@ -112,6 +113,7 @@ class Subscriber:
         "_unsent",
         "_unsent_overdue_states",
         "_waiter",
+        "chunked",
         "client",
         "direct_transport",
         "disconnected",
@@ -149,6 +151,7 @@ class Subscriber:
         self._key_with_body: TaskKey | None = None  # the task whose unsent update may have a large body
         self.heartbeat_due = False
         self.direct_transport: asyncio.WriteTransport | None = None
+        self.chunked = True
         self.transport_if_idle: asyncio.WriteTransport | None = None
         # A future instead of an asyncio.Event: only one asyncio task waits, and an Event takes 0.7 KB more.
         self.woken = False

@@ -375,6 +375,8 @@ def test_connections_of_http10_follow_a_stream(gate: Gateway, simulator: Simulat
     with Line(gate) as line:
         line.send(request("/v1/events?taskId=own-task", version="1.0"))
         line.until(b"event: progress")
+        simulator.script("own-task", status="running", progress=0.375)
+        line.until(b'"progress":0.375')  # written directly, because the stream is idle
         simulator.script("own-task", status="succeeded", progress=1)
         (answer,) = line.rest()
     assert answer.framing == "close"

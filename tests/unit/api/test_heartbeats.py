@@ -101,6 +101,14 @@ def test_heartbeat_sent_with_an_event_is_not_repeated(loop: TickedLoop, enter: O
     assert [data for _, data in stream.transport.written] == [BEAT]
 
 
+def test_heartbeat_of_a_stream_without_chunks_is_plain(loop: TickedLoop, enter: Open) -> None:
+    """A stream to an HTTP/1.0 client gets its heartbeats without the form of a chunk."""
+    stream = enter()
+    stream.subscriber.chunked = False
+    loop.advance(2 * SECONDS)
+    assert {data for _, data in stream.transport.written} == {b": still here\n\n"}
+
+
 def test_heartbeat_is_left_to_a_lagging_stream(loop: TickedLoop, enter: Open) -> None:
     """With a non-empty write buffer nothing is written directly: the stream is woken to send it in order."""
     stream = enter()
