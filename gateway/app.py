@@ -35,7 +35,7 @@ from gateway.api.trusted_hosts import TrustedHosts
 from gateway.api.vendor_paths import UnknownOperation, VendorEndpoint
 from gateway.domain.entity_tag import EntityTags
 from gateway.progress.service import ProgressService
-from gateway.server.application import Application, FastPath
+from gateway.server.application_parts import Application, FastPath
 from gateway.server.graceful_shutdown import GracefulShutdown
 from gateway.settings.model import Limits, Server, Settings
 from gateway.stores.base import Store

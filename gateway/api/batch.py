@@ -25,7 +25,7 @@ from gateway.domain.entity_tag import EntityTags, digest_of, matches
 from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import Status, TaskKey
-from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupResult
+from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
 from gateway.progress.service import ProgressService
 from gateway.watch.hub import SubscriptionKind, WatchHub
 from gateway.watch.subscriber import Subscriber, Update
@@ -68,14 +68,14 @@ class BatchEndpoint:
         scope["state"]["outcomes"] = outcomes  # for the request log
         stale = {outcome.key: self._stale_code(outcome.key) for outcome in outcomes}
         digest = _digest(
-            _Item.of(outcome.snapshot if isinstance(outcome, LookupResult) else outcome.failure).text(
+            _Item.of(outcome.snapshot if isinstance(outcome, FoundSnapshot) else outcome.failure).text(
                 stale[outcome.key]
             )
             for outcome in outcomes
         )
         revisions = {
             outcome.key: (
-                outcome.snapshot.revision if isinstance(outcome, LookupResult) else seen.get(outcome.key, 0)
+                outcome.snapshot.revision if isinstance(outcome, FoundSnapshot) else seen.get(outcome.key, 0)
             )
             for outcome in outcomes
         }
@@ -97,7 +97,7 @@ class BatchEndpoint:
 
     async def _read(
         self, scope: Scope, receive: Receive, keys: Sequence[TaskKey], seen: Mapping[TaskKey, int]
-    ) -> list[LookupResult | LookupFailure]:
+    ) -> list[FoundSnapshot | LookupFailure]:
         """Return the result of each task. Raises: ClientDisconnect when the client disconnects first.
 
         `seen`: the revisions that the client has received, by task. It must not receive older ones.
@@ -126,7 +126,7 @@ class BatchEndpoint:
         wait: float,
         *,
         seen: Mapping[TaskKey, int],
-    ) -> list[LookupResult | LookupFailure]:
+    ) -> list[FoundSnapshot | LookupFailure]:
         """Wait until the representation differs from the client's, or every task has ended.
 
         Without If-None-Match, it must differ from the one on arrival. Only the hub's schedules call the
@@ -147,7 +147,7 @@ class BatchEndpoint:
                     async with asyncio.timeout(wait):
                         await latest.wait_for_change(subscriber)
             await self._service.read_arrived_messages()
-        known: dict[TaskKey, LookupResult | LookupFailure] = {}
+        known: dict[TaskKey, FoundSnapshot | LookupFailure] = {}
         for key in keys:
             failure = latest.failure(key)
             outcome = (
@@ -242,12 +242,12 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def _body(
-    outcomes: Sequence[LookupResult | LookupFailure], stale: Mapping[TaskKey, str | None], *, request_id: str
+    outcomes: Sequence[FoundSnapshot | LookupFailure], stale: Mapping[TaskKey, str | None], *, request_id: str
 ) -> bytes:
     items: list[bytes] = []
     stale_count = 0
     for outcome in outcomes:
-        if isinstance(outcome, LookupResult):
+        if isinstance(outcome, FoundSnapshot):
             code = stale[outcome.key]
             stale_count += code is not None
             added = render_json({"ageSeconds": age_seconds(outcome.age), "stale": code})
@@ -256,7 +256,7 @@ def _body(
             status, title = status_and_title(outcome.failure)
             problem = problem_document(outcome.failure, status, title, request_id=request_id)
             items.append(render_json({"taskId": outcome.key.task_id, "error": problem}))
-    snapshots = [outcome.snapshot for outcome in outcomes if isinstance(outcome, LookupResult)]
+    snapshots = [outcome.snapshot for outcome in outcomes if isinstance(outcome, FoundSnapshot)]
     summary = render_json(summarize(snapshots, errors=len(outcomes) - len(snapshots), stale=stale_count))
     return b'{"items":[%s],"summary":%s}' % (b",".join(items), summary)
 

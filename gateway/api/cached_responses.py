@@ -43,7 +43,7 @@ from gateway.api.task_parameters import PROGRESS, SimpleTargetParser
 from gateway.api.trusted_hosts import TrustedHosts
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.task import Operation, TaskKey
-from gateway.progress.outcomes import CacheStatus, LookupResult
+from gateway.progress.outcomes import CacheStatus, FoundSnapshot
 from gateway.progress.service import ProgressService
 from gateway.telemetry.counters import FastCounter
 from gateway.telemetry.log_sampling import LogSampler, LogSeries
@@ -78,7 +78,7 @@ class CachedResponse:
     renderer: the server's headers, and the rendered head.
     """
 
-    result: LookupResult
+    result: FoundSnapshot
     status: int
     values: tuple[bytes, ...]
     body: bytes
@@ -220,7 +220,7 @@ class CachedResponses:
         return hit
 
     def _make(
-        self, result: LookupResult, status: int, values: tuple[bytes, ...], body: bytes
+        self, result: FoundSnapshot, status: int, values: tuple[bytes, ...], body: bytes
     ) -> CachedResponse:
         cache_status, failure = result.cache_status, result.failure
         if failure is None:

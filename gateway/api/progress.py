@@ -23,7 +23,7 @@ from gateway.domain.entity_tag import EntityTags, matches
 from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
-from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupResult
+from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
 from gateway.progress.service import ProgressService
 from gateway.watch.hub import SubscriptionKind, WatchHub
 from gateway.watch.subscriber import Subscriber, Update
@@ -72,14 +72,14 @@ class ProgressEndpoint:
 
     async def _read_after_miss(
         self, scope: Scope, receive: Receive, key: TaskKey, seen_revision: int
-    ) -> LookupResult | LookupFailure:
+    ) -> FoundSnapshot | LookupFailure:
         """Return the result for the task. Raises: ClientDisconnect when the client disconnects first."""
         result = self._service.get_after_miss(key, client=client_key(scope), seen_revision=seen_revision)
         return await while_connected(scope, receive, result)
 
     async def _wait_for_change(
         self, scope: Scope, receive: Receive, key: TaskKey, if_none_match: str | None, wait: float
-    ) -> LookupResult | LookupFailure:
+    ) -> FoundSnapshot | LookupFailure:
         """Wait until the task differs from the client's representation or has ended, up to `wait` seconds.
 
         Only the hub's schedule calls the upstream meanwhile, and the long poll counts as one lookup.
@@ -107,7 +107,7 @@ class ProgressEndpoint:
                         await change.wait(subscriber)
             await self._service.read_arrived_messages()
         if change.failure is not None:
-            outcome: LookupResult | LookupFailure = LookupFailure(key, change.failure, CacheStatus.NEGATIVE)
+            outcome: FoundSnapshot | LookupFailure = LookupFailure(key, change.failure, CacheStatus.NEGATIVE)
         elif (result := self._service.peek(key, seen_revision)) is not None:
             outcome = result if had_snapshot else result._replace(cache_status=CacheStatus.MISS)
         else:

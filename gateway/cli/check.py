@@ -62,7 +62,7 @@ async def _check_store(settings: Store, *, redactor: Redactor) -> Finding:
     if not settings.url.get_secret_value():
         return Finding(ok=True, lines=[])
     try:
-        from gateway.stores.valkey.store_check import try_store  # noqa: PLC0415  # its client is an extra
+        from gateway.stores.valkey.connection_check import try_store  # noqa: PLC0415  # its client is an extra
     except ModuleNotFoundError as exc:
         raise UnusableSetting("store", "url", describe_missing(exc.name, extra="valkey")) from exc
     hosts = ", ".join(f"{host}:{port}" for host, port in settings.hosts)

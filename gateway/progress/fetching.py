@@ -150,7 +150,7 @@ class Fetcher:
                 key,
                 is_refresh=self._store.last_known(key) is not None,
                 timeout_seconds=deadline - started,
-                report_wait=partial(_report_queued, state),
+                on_expected_wait=partial(_report_queued, state),
                 on_retry=partial(self._store.release_lease_early, lease),
                 query_state=state,
             )

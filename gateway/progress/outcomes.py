@@ -37,8 +37,8 @@ class FetchOutcome(NamedTuple):
     span: Any = None
 
 
-class LookupResult(NamedTuple):
-    """A snapshot as the result of one caller's lookup.
+class FoundSnapshot(NamedTuple):
+    """A snapshot as found by one caller's lookup.
 
     `age` is in seconds. `had_snapshot`: before the fetch, the cache had a snapshot of the task. It was too
     old to serve, or older than what the client had received. `failure`: the stale snapshot is served instead
@@ -63,7 +63,7 @@ class LookupResult(NamedTuple):
 class LookupFailure(NamedTuple):
     """A failure as the result of one caller's lookup, even without an in-flight request.
 
-    The fields are those of `LookupResult`.
+    The fields are those of `FoundSnapshot`.
     """
 
     key: TaskKey

@@ -11,7 +11,7 @@
     a fresh snapshot is read twice       -> refresh-ahead (`refresh_ahead.py`)
 
 An in-flight request is the query for a task with the steps before and after the query (`fetching.py`). A
-query *counts as queued* when the rate limiter first reports a wait for it (`report_wait` of
+query *counts as queued* when the rate limiter first reports a wait for it (`on_expected_wait` of
 `RateLimiter.acquire`). `overdue_rules.py` decides whether a query takes too long.
 """
 
@@ -27,7 +27,7 @@ from gateway.domain.task import Operation, TaskKey
 from gateway.progress.fetching import Fetcher, queued_error_future
 from gateway.progress.in_flight_requests import InFlightRequests
 from gateway.progress.lookup_metrics import LookupMetrics
-from gateway.progress.outcomes import CacheStatus, FetchOutcome, LookupFailure, LookupResult
+from gateway.progress.outcomes import CacheStatus, FetchOutcome, FoundSnapshot, LookupFailure
 from gateway.progress.overdue_rules import OverdueRules
 from gateway.progress.refresh_ahead import RefreshAhead
 from gateway.progress.stale_rules import StaleRules
@@ -87,7 +87,7 @@ class ProgressService:
         self._stale_rules = StaleRules(settings, store, clock=clock)
         self._metrics = LookupMetrics(metrics, settings)
 
-    def lookup(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
+    def lookup(self, key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
         """Return a result from the store and count a lookup. Without a result, return None and count nothing.
 
         If the result is stale, start a background refresh, unless a failure of the task is cached.
@@ -102,7 +102,7 @@ class ProgressService:
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
             self._on_hit(entry, age)
-            return LookupResult(snapshot, age, _HIT, entry=entry)
+            return FoundSnapshot(snapshot, age, _HIT, entry=entry)
         result = self._stale_rules.result(snapshot, age)
         if result is None:
             return None
@@ -133,7 +133,7 @@ class ProgressService:
 
     async def get(
         self, key: TaskKey, *, client: bytes = b"", seen_revision: int = 0
-    ) -> LookupResult | LookupFailure:
+    ) -> FoundSnapshot | LookupFailure:
         """Return a result from the store or the upstream; the failure only if stale-if-error does not apply.
 
         `client` identifies the client in the fair queues for upstream calls. `seen_revision`: the client has
@@ -146,7 +146,7 @@ class ProgressService:
 
     async def get_after_miss(
         self, key: TaskKey, *, client: bytes = b"", seen_revision: int = 0
-    ) -> LookupResult | LookupFailure:
+    ) -> FoundSnapshot | LookupFailure:
         """Do the same as `get`, for a caller to which `lookup` has just returned None."""
         if await self._store.read_arrived_messages() and (result := self.lookup(key, seen_revision)):
             return result
@@ -154,15 +154,15 @@ class ProgressService:
         self._metrics.count(key.operation, outcome.cache_status)
         return outcome
 
-    def count_lookup(self, outcome: LookupResult | LookupFailure) -> None:
+    def count_lookup(self, outcome: FoundSnapshot | LookupFailure) -> None:
         """Count one lookup with this outcome. Long polls call this method, because `peek` counts none."""
         self._metrics.count(outcome.key.operation, outcome.cache_status)
-        if isinstance(outcome, LookupResult):
+        if isinstance(outcome, FoundSnapshot):
             self._metrics.record_age(outcome.snapshot, outcome.age)
 
     async def refresh_if_stale(
         self, key: TaskKey, *, client: bytes | None = b"", seen_revision: int = 0
-    ) -> LookupResult | LookupFailure:
+    ) -> FoundSnapshot | LookupFailure:
         """Return the snapshot if it is fresh, else wait for an in-flight request. Schedules call this method.
 
         While a failure of the task is cached, no in-flight request is started. The outcome may be a failure,
@@ -177,9 +177,9 @@ class ProgressService:
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime or not snapshot.is_at_least(seen_revision):
             return await self._wait(key, client, until_done=True, seen_revision=seen_revision)
-        return LookupResult(snapshot, age, CacheStatus.HIT)
+        return FoundSnapshot(snapshot, age, CacheStatus.HIT)
 
-    def peek(self, key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
+    def peek(self, key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
         """Return a result from the store, but count no lookup and start no refresh.
 
         The maximum age of a stale snapshot is that of `StaleRules.result`. If the update is overdue, the
@@ -193,7 +193,7 @@ class ProgressService:
             return None
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
-            return LookupResult(snapshot, age, CacheStatus.HIT)
+            return FoundSnapshot(snapshot, age, CacheStatus.HIT)
         return self._stale_rules.result(snapshot, age, self.overdue_rules.error(key))
 
     async def read_arrived_messages(self) -> None:
@@ -247,7 +247,7 @@ class ProgressService:
 
     async def _wait(
         self, key: TaskKey, client: bytes | None, *, until_done: bool = False, seen_revision: int = 0
-    ) -> LookupResult | LookupFailure:
+    ) -> FoundSnapshot | LookupFailure:
         """Wait for the in-flight request, or start one unless a failure is cached.
 
         `until_done`: wait even if the query counts as queued or takes too long.
@@ -284,11 +284,11 @@ class ProgressService:
             )
         age, had_snapshot = self._clock() - fetched.fetched_at, known is not None
         self._metrics.record_age(fetched, age)
-        return LookupResult(
+        return FoundSnapshot(
             fetched, age, cache_status, had_snapshot=had_snapshot, fetch_outcome=fetch_outcome
         )
 
-    async def _load_announced_snapshot(self, key: TaskKey, seen_revision: int) -> LookupResult | None:
+    async def _load_announced_snapshot(self, key: TaskKey, seen_revision: int) -> FoundSnapshot | None:
         """Return a result with the snapshot that another replica has announced, if any.
 
         Another replica may have a newer snapshot while the query of this replica waits or has failed.
@@ -332,11 +332,11 @@ class ProgressService:
         fetch_outcome: FetchOutcome | None = None,
         *,
         seen_revision: int,
-    ) -> LookupResult | LookupFailure:
+    ) -> FoundSnapshot | LookupFailure:
         """Return a stale snapshot instead of the failure, unless it is too old (stale-if-error)."""
         snapshot = self._store.last_known(key)
         if snapshot is None or not self._stale_rules.may_replace_failure(snapshot, seen_revision):
             return LookupFailure(key, failure, cache_status, fetch_outcome)
         age = self._clock() - snapshot.fetched_at
         self._metrics.record_age(snapshot, age)
-        return LookupResult(snapshot, age, CacheStatus.STALE, failure=failure, fetch_outcome=fetch_outcome)
+        return FoundSnapshot(snapshot, age, CacheStatus.STALE, failure=failure, fetch_outcome=fetch_outcome)

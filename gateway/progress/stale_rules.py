@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Snapshot
-from gateway.progress.outcomes import CacheStatus, LookupResult
+from gateway.progress.outcomes import CacheStatus, FoundSnapshot
 from gateway.settings.model import Cache
 from gateway.stores.base import Store
 
@@ -24,7 +24,7 @@ class StaleRules:
 
     def result(
         self, snapshot: Snapshot, age: float, failure: GatewayError | None = None
-    ) -> LookupResult | None:
+    ) -> FoundSnapshot | None:
         """Return a result with a stale snapshot, or None if the snapshot is too old.
 
         The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. If a failure of the task is
@@ -36,7 +36,7 @@ class StaleRules:
             too_old = age >= snapshot.lifetime + self._settings.stale_while_revalidate_seconds
         else:
             too_old = age > self._settings.stale_if_error_seconds
-        return None if too_old else LookupResult(snapshot, age, CacheStatus.STALE, failure=failure)
+        return None if too_old else FoundSnapshot(snapshot, age, CacheStatus.STALE, failure=failure)
 
     def may_replace_failure(self, snapshot: Snapshot | None, seen_revision: int) -> bool:
         """Tell whether this snapshot may be served instead of a failure (stale-if-error)."""

@@ -19,7 +19,7 @@ import uvicorn
 
 from gateway.server import file_descriptors as descriptors
 from gateway.server import signals
-from gateway.server.application import Application
+from gateway.server.application_parts import Application
 from gateway.server.connection import Connection
 from gateway.server.connection_limits import bound_buffers, make_connection_limits
 from gateway.server.graceful_shutdown import HANDOVER_SECONDS, GracefulShutdown

@@ -18,11 +18,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.simulator.api_gateway import Gate
+from gateway.simulator.call_record import CallRecord
 from gateway.simulator.control import Control, explain
 from gateway.simulator.faults import Call, Faults
 from gateway.simulator.images import image_route
 from gateway.simulator.json_bodies import ControlError, envelope, parse_object
-from gateway.simulator.ledger import Ledger
 from gateway.simulator.limit import Limit
 from gateway.simulator.tasks import DEFAULT_LIFE, OPERATIONS, Life, Task
 
@@ -51,7 +51,7 @@ def create_simulator(
     Raises: ControlError for an invalid fault; None among `faults` stands for text that was no JSON object.
     """
     random = random or SystemRandom()
-    gate, active_faults, ledger = Gate(pairs, clock=clock), Faults(random), Ledger()
+    gate, active_faults, calls = Gate(pairs, clock=clock), Faults(random), CallRecord()
     flow_limit = Limit(gate, clock=clock)
     flow_limit.calls = limit
     for given in faults:
@@ -62,7 +62,7 @@ def create_simulator(
         limit=flow_limit,
         tasks=tasks,
         faults=active_faults,
-        ledger=ledger,
+        calls=calls,
         clock=clock,
         latency_seconds=latency_seconds,
     )
@@ -71,7 +71,7 @@ def create_simulator(
         limit=flow_limit,
         tasks=tasks,
         faults=active_faults,
-        ledger=ledger,
+        calls=calls,
         clock=clock,
         random=random,
         life=life,
@@ -90,7 +90,7 @@ class Vendor:
     limit: Limit
     tasks: Mapping[str, Task]
     faults: Faults
-    ledger: Ledger
+    calls: CallRecord
     clock: Callable[[], float]
     latency_seconds: float
 
@@ -104,14 +104,14 @@ class Vendor:
                 headers["x-ca-request-id"] = str(uuid.uuid4()).upper()
             await send(message)
 
-        with suppress(ClientDisconnect), self.ledger.in_flight():
+        with suppress(ClientDisconnect), self.calls.in_flight():
             answer = await self._answer(Request(scope, receive))
             await answer(scope, receive, send_with_headers)
 
     async def _answer(self, request: Request) -> ASGIApp:
         operation, target = request.path_params["operation"], _target(request.scope)
         body = await request.body()
-        self.ledger.requests.append(
+        self.calls.requests.append(
             {
                 "method": request.method,
                 "target": target,
@@ -121,7 +121,7 @@ class Vendor:
         )
         now, task_id = self.clock(), _task_id(body)
         if operation in OPERATIONS:
-            self.ledger.count(operation, task_id, now)
+            self.calls.count(operation, task_id, now)
         base_url = f"{request.url.scheme}://{request.url.netloc}"
         refusal = self._refusal(request, operation, target, body)
         # A response has the state at the arrival of its call, however late it is sent: so responses can
@@ -132,7 +132,7 @@ class Vendor:
         if self.latency_seconds:
             await call.pause(self.latency_seconds)
         if refusal:
-            self.ledger.refused += 1
+            self.calls.refused += 1
             return refusal  # faults apply to accepted calls only: none may hide a wrong signature
         if throttled:
             return throttled

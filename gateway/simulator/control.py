@@ -10,9 +10,9 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from gateway.simulator.api_gateway import Gate
+from gateway.simulator.call_record import CallRecord
 from gateway.simulator.faults import Faults
 from gateway.simulator.json_bodies import ControlError, Count, arguments, json_response, parse_object
-from gateway.simulator.ledger import Ledger
 from gateway.simulator.limit import Limit
 from gateway.simulator.tasks import Life, Task, new_task_id
 
@@ -25,7 +25,7 @@ class Control:
     limit: Limit
     tasks: MutableMapping[str, Task]
     faults: Faults
-    ledger: Ledger
+    calls: CallRecord
     clock: Callable[[], float]
     random: Random
     life: Life
@@ -90,15 +90,15 @@ class Control:
         return json_response({"calls": self.limit.calls, "retryAfter": self.limit.retry_after})
 
     async def _show_stats(self, _request: Request) -> Response:
-        return json_response(self.ledger.stats() | {"throttled": self.limit.throttled})
+        return json_response(self.calls.stats() | {"throttled": self.limit.throttled})
 
     async def _reset_stats(self, _request: Request) -> Response:
-        self.ledger.reset()
+        self.calls.reset()
         self.limit.throttled = 0
         return Response(status_code=204)
 
     async def _show_requests(self, _request: Request) -> Response:
-        return json_response(list(self.ledger.requests))
+        return json_response(list(self.calls.requests))
 
 
 async def explain(_request: Request, error: Exception) -> Response:

@@ -64,7 +64,7 @@ class _Query:
 
     key: TaskKey
     is_refresh: bool
-    report_wait: Callable[[float], None]
+    on_expected_wait: Callable[[float], None]
     began: float
     deadline: float
     state: QueryState
@@ -142,7 +142,7 @@ class UpstreamClient:
         *,
         is_refresh: bool = False,
         timeout_seconds: float = math.inf,
-        report_wait: Callable[[float], None] = lambda _: None,
+        on_expected_wait: Callable[[float], None] = lambda _: None,
         on_retry: Callable[[], None] = lambda: None,
         query_state: QueryState | None = None,
     ) -> ParsedResponse:
@@ -152,7 +152,7 @@ class UpstreamClient:
             key: The task.
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: Limit for the whole query, in addition to the setting.
-            report_wait: See `RateLimiter.acquire`.
+            on_expected_wait: See `RateLimiter.acquire`.
             on_retry: Called before each retry, but not before a repeat on a new connection.
             query_state: The waiting callers; None if the gateway itself needs the response. The attribute
                 `runs_to_end` is set when a call is sent, and cleared before the next one.
@@ -165,7 +165,7 @@ class UpstreamClient:
         now = self._now()
         deadline = now + seconds
         state = query_state or QueryState(keep_without_callers=True)
-        query = _Query(key, is_refresh, report_wait, now, deadline, state)
+        query = _Query(key, is_refresh, on_expected_wait, now, deadline, state)
         self._retry_policy.on_query()
         retries = 0
         failure: UpstreamError | None = None
@@ -224,7 +224,7 @@ class UpstreamClient:
             with await self._rate_limiter.acquire(
                 is_refresh=query.is_refresh,
                 timeout_seconds=self._max_queue_seconds(query),
-                report_wait=query.report_wait,
+                on_expected_wait=query.on_expected_wait,
                 query_state=query.state,
             ) as permit:
                 query.state.make_timeout_error = make_upstream_timeout
@@ -280,7 +280,8 @@ class UpstreamClient:
         query.state.make_timeout_error = _concurrency_error if permit.sent_at is None else make_timeout_error
         slot = await self._concurrency_limit.acquire(state, is_refresh=query.is_refresh)
         try:
-            began = self._check_before_sending(query, permit)
+            self._check_can_send(query, permit)
+            began = self._now()
             query.state.make_timeout_error = make_timeout_error
             with self._breakers[operation].guard(
                 is_refresh=query.is_refresh, cancelled_fails_after_seconds=self._half_timeout_seconds
@@ -305,8 +306,8 @@ class UpstreamClient:
         self._update_latency(operation, self._now() - began)
         return response
 
-    def _check_before_sending(self, query: _Query, permit: Permit) -> float:
-        """Raise an error if the call can no longer be made; else return the event loop's present time.
+    def _check_can_send(self, query: _Query, permit: Permit) -> None:
+        """Check that the call may still be sent, and that enough time is left for its response.
 
         Raises:
             _PermitRevoked: The permit was revoked before the call was sent.
@@ -314,10 +315,8 @@ class UpstreamClient:
         """
         if permit.revoked and permit.sent_at is None:
             raise _PermitRevoked
-        now = self._now()
-        if query.deadline - now < self._latency_seconds[query.key.operation]:
+        if query.deadline - self._now() < self._latency_seconds[query.key.operation]:
             raise query.state.make_timeout_error()
-        return now
 
     def _update_latency(self, operation: Operation, seconds: float) -> None:
         average = self._latency_seconds[operation] or seconds

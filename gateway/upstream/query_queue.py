@@ -31,17 +31,17 @@ class QueuedQuery:
     of `future` is the `retry_after` of the error, in seconds.
     """
 
-    __slots__ = ("_fair_queue", "expires_at", "future", "report_wait")
+    __slots__ = ("_fair_queue", "expires_at", "future", "on_expected_wait")
 
     def __init__(
         self,
         expires_at: float,
-        report_wait: Callable[[float], None],
+        on_expected_wait: Callable[[float], None],
         fair_queue: FairQueue[QueuedQuery] | None,
     ) -> None:
         self.future: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
         self.expires_at = expires_at
-        self.report_wait = report_wait
+        self.on_expected_wait = on_expected_wait
         self._fair_queue = fair_queue  # None for a refresh
 
     @property
@@ -103,14 +103,14 @@ class QueryQueue:
         is_refresh: bool,
         client: bytes,
         expires_at: float = math.inf,
-        report_wait: Callable[[float], None] = lambda _: None,
+        on_expected_wait: Callable[[float], None] = lambda _: None,
     ) -> QueuedQuery:
         """Queue a query, and return its entry. A first query is queued for `client`."""
         if is_refresh:
-            query = QueuedQuery(expires_at, report_wait, None)
+            query = QueuedQuery(expires_at, on_expected_wait, None)
             self._refreshes[query] = None
         else:
-            query = QueuedQuery(expires_at, report_wait, self._first_queries)
+            query = QueuedQuery(expires_at, on_expected_wait, self._first_queries)
             self._first_queries.add(query, client)
         return query
 

@@ -27,7 +27,7 @@ from gateway.upstream.query_queue import QueryQueue, QueuedQuery
 from gateway.upstream.query_state import QueryState
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
 
-# Shortest expected wait that `acquire` reports to `report_wait` when a query is put into the queue.
+# Shortest expected wait that `acquire` reports to `on_expected_wait` when a query is put into the queue.
 # Later reports have no minimum. After a report, the progress service serves a stale snapshot at once, if
 # there is one.
 MIN_REPORTED_WAIT_SECONDS = 0.1
@@ -148,7 +148,7 @@ class RateLimiter:
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        report_wait: Callable[[float], None] = lambda _: None,
+        on_expected_wait: Callable[[float], None] = lambda _: None,
         query_state: QueryState | None = None,
     ) -> Permit:
         """Wait for a permit: `with await limiter.acquire(...) as permit`, then `permit.mark_sent()` to send.
@@ -156,7 +156,7 @@ class RateLimiter:
         Args:
             is_refresh: An older snapshot of the task is known.
             timeout_seconds: The longest wait. The timer may add up to 0.1 s.
-            report_wait: Called with the expected wait in seconds, at two kinds of moments:
+            on_expected_wait: Called with the expected wait in seconds, at two kinds of moments:
                 - when the query is put into the queue, if the wait is at least `MIN_REPORTED_WAIT_SECONDS`
                 - whenever the limit falls, a pause begins, or a request for shared permits ends while the
                   query is in the queue; the expected wait may be 0
@@ -177,10 +177,10 @@ class RateLimiter:
             raise _rate_limit_error(wait)
         else:
             if wait >= MIN_REPORTED_WAIT_SECONDS:
-                report_wait(wait)
+                on_expected_wait(wait)
             expires_at = self._clock() + timeout_seconds
             query = self._queue.add(
-                is_refresh=is_refresh, client=client, expires_at=expires_at, report_wait=report_wait
+                is_refresh=is_refresh, client=client, expires_at=expires_at, on_expected_wait=on_expected_wait
             )
             await self._wait_in_queue(query, state)
         permit = Permit(self._clock, self._on_permit_end)
@@ -307,7 +307,7 @@ class RateLimiter:
                     query.future.set_result(max(wait, _TIMER_RESOLUTION_SECONDS))
             else:
                 ahead += 1
-                query.report_wait(wait)
+                query.on_expected_wait(wait)
 
     def _ahead_in_other_replicas(self, *, is_refresh: bool) -> int:
         """Return how many queries of other replicas are served before a query of this replica."""

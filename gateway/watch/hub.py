@@ -84,7 +84,7 @@ class WatchHub:
             publish_unpublished=self._publish_unpublished,
             publish=self._publish,
             mark_not_found=self._mark_not_found,
-            update_overdue_error=self._update_overdue_error,
+            set_overdue_error=self._set_overdue_error,
             unknown_task_seconds=settings.unknown_task_seconds,
             clock=clock,
         )
@@ -166,7 +166,7 @@ class WatchHub:
             watched.published_update = (
                 Update(key, result.snapshot).without_large_body() if result is not None else None
             )
-            self._update_overdue_error(
+            self._set_overdue_error(
                 watched, self._service.overdue_rules.error(key) if result is not None else None
             )
             self._refresher.start(watched)
@@ -236,7 +236,7 @@ class WatchHub:
             return
         snapshot, watched.unpublished_snapshot = watched.unpublished_snapshot, None
         self._publish(Update(key, snapshot))
-        self._update_overdue_error(watched, None)
+        self._set_overdue_error(watched, None)
         if watched.backing_off:
             self._refresher.restart(watched)  # the upstream responds again, to this or another replica
 
@@ -264,7 +264,7 @@ class WatchHub:
             self._put_overdue_state(watched, [each for each in recipients if each not in have_newer])
         watched.subscribers_awaiting_refresh = set(have_newer)
 
-    def _update_overdue_error(self, watched: WatchedTask, failure: GatewayError | None) -> None:
+    def _set_overdue_error(self, watched: WatchedTask, failure: GatewayError | None) -> None:
         """Record why the update is overdue, if it is, and notify the subscribers of a change of the code."""
         before, watched.overdue_error = watched.overdue_error, failure
         if (before and before.code) == (failure and failure.code):

@@ -104,7 +104,7 @@ class Refresher:
 
     `publish_unpublished` publishes the task's unpublished snapshot, if there is one. `publish` publishes an
     update. `mark_not_found` is called after each failed refresh of a task that counts as not found.
-    `update_overdue_error` is called with the error because of which an update is overdue, or None after a
+    `set_overdue_error` is called with the error because of which an update is overdue, or None after a
     successful refresh.
     `clock` is the clock of `Snapshot.fetched_at`.
     """
@@ -116,7 +116,7 @@ class Refresher:
         publish_unpublished: Callable[[TaskKey], None],
         publish: Callable[[Update], None],
         mark_not_found: Callable[[WatchedTask], None],
-        update_overdue_error: Callable[[WatchedTask, GatewayError | None], None],
+        set_overdue_error: Callable[[WatchedTask, GatewayError | None], None],
         unknown_task_seconds: float,
         clock: Callable[[], float],
     ) -> None:
@@ -124,7 +124,7 @@ class Refresher:
         self._publish_unpublished = publish_unpublished
         self._publish = publish
         self._mark_not_found = mark_not_found
-        self._update_overdue_error = update_overdue_error
+        self._set_overdue_error = set_overdue_error
         self._unknown_task_seconds = unknown_task_seconds
         self._clock = clock
         self._timers = CoalescedTimers()
@@ -265,9 +265,7 @@ class Refresher:
             if outcome.snapshot is not watched.unpublished_snapshot:  # else the hub publishes it soon
                 self._publish_unpublished(key)
                 self._publish(Update(key, outcome.snapshot))
-                self._update_overdue_error(
-                    watched, outcome.failure and self._service.overdue_rules.error(key)
-                )
+                self._set_overdue_error(watched, outcome.failure and self._service.overdue_rules.error(key))
         except Exception as exc:
             if (suppressed := self._log_sampler.take(type(exc).__name__)) is not None:
                 log.exception(
@@ -305,7 +303,7 @@ class Refresher:
             del self._refreshing[watched]
             self._refreshing[watched] = now + self._service.overdue_rules.overdue_after_seconds
             if (reason := self._service.overdue_rules.error(watched.key)) is not None:
-                self._update_overdue_error(watched, reason)
+                self._set_overdue_error(watched, reason)
         self._schedule_check()
 
     def _seconds_until_not_found(self, watched: WatchedTask) -> float:

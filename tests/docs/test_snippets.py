@@ -303,7 +303,7 @@ def test_snippets_wait_for_a_new_task(
 def test_snippets_give_up_on_an_unknown_task(program: Program, simulator: Simulator, launch: Launch) -> None:
     """A task that the vendor keeps rejecting fails after a while."""
     gate = launch(simulator.url, cache=QUICK)
-    with program.call("finished", gate.url, "no-such-task", unknown=1) as process:
+    with program.call("finished", gate.url, "no-such-task", unknown=3) as process:
         [event] = Call(process).outcome()
     assert event[0] == "refused"
     assert str(event[1]).startswith("upstream-rejected: ")

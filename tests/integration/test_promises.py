@@ -43,7 +43,7 @@ from gateway.domain.errors import (
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
 from gateway.domain.vendor_values import vendor_status
-from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupResult
+from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
 from gateway.progress.overdue_rules import MIN_OVERDUE_AFTER_SECONDS
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
@@ -304,7 +304,7 @@ class Promises(RuleBasedStateMachine):
         if self.loop.within(partial(self.service.try_reuse, entry, now)):
             snapshot = entry.snapshot
             source = CacheStatus.HIT if snapshot.fresh(now) else CacheStatus.STALE
-            self._judge(key, LookupResult(snapshot, now - snapshot.fetched_at, source))
+            self._judge(key, FoundSnapshot(snapshot, now - snapshot.fetched_at, source))
 
     @rule(key=keys)
     def peek(self, key: TaskKey) -> None:
@@ -514,7 +514,7 @@ class Promises(RuleBasedStateMachine):
 
     # Checks
 
-    def _judge(self, key: TaskKey, result: LookupResult) -> None:
+    def _judge(self, key: TaskKey, result: FoundSnapshot) -> None:
         """Check a result against the freshness promise and, after a failure, against stale-if-error."""
         now, story = self.loop.time(), self.upstream.stories[key]
         self._judge_content(key, result.snapshot)

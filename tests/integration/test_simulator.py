@@ -17,7 +17,7 @@ import pytest
 from starlette.types import Message, Scope
 
 from gateway.simulator import ControlError, Life, create_simulator, new_task_id, parse_object
-from gateway.simulator.ledger import MAX_TASKS, MAX_TIMES, Ledger
+from gateway.simulator.call_record import MAX_TASKS, MAX_TIMES, CallRecord
 from gateway.upstream.signing import CONTENT_TYPE, sign, signed_headers, string_to_sign
 from tests.support.harness import Stage, running
 
@@ -927,10 +927,10 @@ def test_client_that_leaves_in_its_body_is_not_a_call(bench: Bench) -> None:
 
 def test_stats_stay_bounded() -> None:
     """With any number of calls and tasks, the stats keep the latest and drop the oldest."""
-    ledger = Ledger()
+    calls = CallRecord()
     for number in range(MAX_TASKS + 1):
-        ledger.count("sd_get_progress", f"task-{number}", float(number))
-    stats = ledger.stats()
+        calls.count("sd_get_progress", f"task-{number}", float(number))
+    stats = calls.stats()
     assert (len(stats["callsByTask"]), len(stats["times"])) == (MAX_TASKS, MAX_TIMES)
     assert "task-0" not in stats["callsByTask"]
     assert stats["times"][-1] == MAX_TASKS

@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 
 from gateway.domain.errors import UpstreamInvalid
 from gateway.settings.store_section import Store as StoreSettings
-from gateway.stores.valkey.store_check import try_store
+from gateway.stores.valkey.connection_check import try_store
 from gateway.telemetry.redaction import Redactor
 from tests.support.harness import (
     PATIENCE_SECONDS,

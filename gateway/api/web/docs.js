@@ -1,8 +1,8 @@
 // Renders openapi.json: operations by tag, then problem codes, then schemas.
 
 import { element, describeProblem } from "./dom.js";
-import { fold, followScrolling, search, showTarget } from "./find.js";
-import { requestElements } from "./request.js";
+import { fold, followScrolling, search, showTarget } from "./navigation.js";
+import { requestElements } from "./request_form.js";
 import { recallQuery } from "./storage.js";
 
 const METHODS = ["get", "post", "put", "patch", "delete"];

@@ -10,7 +10,7 @@ import { Health } from "./health.js";
 import { MAX_TASKS, readIds } from "./ids.js";
 import { TaskList } from "./list.js";
 import { notifyEnd, offerNotification } from "./notify.js";
-import { Slot } from "./slots.js";
+import { Slot } from "./stream_slots.js";
 import { addRecent, recallTasks, rememberQuery, rememberTasks } from "./storage.js";
 import { Stream } from "./stream.js";
 import { count, describe, describeForTab } from "./summary.js";

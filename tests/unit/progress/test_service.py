@@ -31,7 +31,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupResult
+from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
 from gateway.progress.service import ProgressService
 from gateway.settings.model import Cache
 from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
@@ -114,14 +114,14 @@ class Call:
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        report_wait: Callable[[float], None],
+        on_expected_wait: Callable[[float], None],
         on_retry: Callable[[], None],
         query_state: QueryState,
     ) -> None:
         self.key = key
         self.is_refresh = is_refresh
         self.timeout_seconds = timeout_seconds
-        self.report_wait = report_wait
+        self.on_expected_wait = on_expected_wait
         self.on_retry = on_retry
         self.query_state = query_state
         self.outcome: asyncio.Future[ParsedResponse] = asyncio.get_running_loop().create_future()
@@ -154,7 +154,7 @@ class FakeUpstream:
         *,
         is_refresh: bool,
         timeout_seconds: float,
-        report_wait: Callable[[float], None],
+        on_expected_wait: Callable[[float], None],
         on_retry: Callable[[], None],
         query_state: QueryState,
     ) -> ParsedResponse:
@@ -165,7 +165,7 @@ class FakeUpstream:
             key,
             is_refresh=is_refresh,
             timeout_seconds=timeout_seconds,
-            report_wait=report_wait,
+            on_expected_wait=on_expected_wait,
             on_retry=on_retry,
             query_state=query_state,
         )
@@ -207,24 +207,24 @@ class Bench:
         self._stored: asyncio.Queue[Snapshot] = asyncio.Queue()
         self.store.add_snapshot_listener(self._stored.put_nowait)
 
-    def begin(self, key: TaskKey = KEY) -> asyncio.Task[LookupResult]:
+    def begin(self, key: TaskKey = KEY) -> asyncio.Task[FoundSnapshot]:
         """Start a query, and return its task."""
         return asyncio.create_task(self.get(key))
 
-    async def get(self, key: TaskKey = KEY) -> LookupResult:
+    async def get(self, key: TaskKey = KEY) -> FoundSnapshot:
         """Query; return the result, or raise the failure."""
         outcome = await self.service.get(key)
         if isinstance(outcome, LookupFailure):
             raise outcome.copy_to_raise()
         return outcome
 
-    async def learn(self, status: str = "running", key: TaskKey = KEY, **data: Any) -> LookupResult:
+    async def learn(self, status: str = "running", key: TaskKey = KEY, **data: Any) -> FoundSnapshot:
         """Query once, and let the upstream respond."""
         asked = self.begin(key)
         (await self.upstream.call()).answer(status, **data)
         return await asked
 
-    async def fail(self, error: BaseException, key: TaskKey = KEY) -> LookupResult | BaseException:
+    async def fail(self, error: BaseException, key: TaskKey = KEY) -> FoundSnapshot | BaseException:
         """Query once, let the upstream fail, and return what the caller received."""
         asked = self.begin(key)
         (await self.upstream.call()).fail(error)
@@ -275,7 +275,7 @@ async def bench() -> AsyncIterator[Bench]:
     await bench.service.aclose()
 
 
-def data_of(result: LookupResult) -> dict[str, Any]:
+def data_of(result: FoundSnapshot) -> dict[str, Any]:
     data: dict[str, Any] = json.loads(result.snapshot.body)
     return data
 
@@ -424,8 +424,8 @@ async def test_get_does_not_wait_for_a_queued_request(bench: Bench) -> None:
     crowd = [bench.begin() for _ in range(3)]
     call = await bench.upstream.call()
     assert call.is_refresh
-    call.report_wait(7.0)
-    call.report_wait(6.0)
+    call.on_expected_wait(7.0)
+    call.on_expected_wait(6.0)
     for result in await asyncio.gather(*crowd, bench.get(KEY)):
         assert (result.snapshot, result.cache_status) == (first.snapshot, CacheStatus.STALE)
         assert result.failure == Alike(
@@ -460,7 +460,7 @@ async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -
     for meanwhile in (OTHER, RESULT):
         asked = bench.begin()
         call = await bench.upstream.call()
-        call.report_wait(7.0)
+        call.on_expected_wait(7.0)
         await bench.learn(key=meanwhile)
         assert not asked.done()
         call.answer()
@@ -474,7 +474,7 @@ async def test_refresh_if_stale_waits_for_a_queued_request(bench: Bench) -> None
     long_ago(bench)
     asked = asyncio.create_task(bench.service.refresh_if_stale(KEY))
     call = await bench.upstream.call()
-    call.report_wait(7.0)
+    call.on_expected_wait(7.0)
     await bench.learn(key=OTHER)  # a caller that does not wait would have its result by now
     assert not asked.done()
     call.answer(progress=0.9)
@@ -507,7 +507,7 @@ async def test_get_replaces_a_request_that_has_just_ended(bench: Bench) -> None:
     assert (await early).snapshot.version > known.version
     (await bench.upstream.call()).answer(progress=0.9)
     outcome = await late
-    assert isinstance(outcome, LookupResult)
+    assert isinstance(outcome, FoundSnapshot)
     assert data_of(outcome)["progress"] == 0.9
 
 
@@ -543,7 +543,7 @@ async def test_get_reads_an_announced_snapshot_while_its_query_is_queued() -> No
     bench.upstream.queues = True
     asked = bench.begin()
     queued = await bench.upstream.call()
-    queued.report_wait(7.0)
+    queued.on_expected_wait(7.0)
     result = await asked
     assert (result.snapshot, result.cache_status, result.failure) == (ended, CacheStatus.HIT, None)
     assert not queued.outcome.done()
@@ -630,7 +630,7 @@ async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
         long_ago(bench)
         asked = bench.begin()
         call = await bench.upstream.call()
-        call.report_wait(7.0)
+        call.on_expected_wait(7.0)
         assert (await asked).cache_status is CacheStatus.STALE
     else:
         known = cast("Snapshot", bench.store.last_known(KEY))
@@ -728,7 +728,7 @@ async def test_get_serves_stale_when_the_refresh_takes_too_long(bench: Bench) ->
     assert bench.service.overdue_rules.error(KEY) is None
     bench.clock.now += CACHE.stale_while_revalidate_seconds
     result = await bench.get(KEY)
-    assert isinstance(result, LookupResult)
+    assert isinstance(result, FoundSnapshot)
     assert isinstance(result.failure, UpstreamTimeout)
     assert isinstance(bench.service.overdue_rules.error(KEY), UpstreamTimeout)
     waiting = asyncio.create_task(bench.service.refresh_if_stale(KEY))
@@ -1365,7 +1365,7 @@ async def test_get_returns_nothing_older_than_the_client_has_received(bench: Ben
     asked = asyncio.create_task(bench.service.get(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).answer(progress=0.9)
     outcome = await asked
-    assert isinstance(outcome, LookupResult)
+    assert isinstance(outcome, FoundSnapshot)
     assert outcome.snapshot.version > known.version
     assert data_of(outcome)["progress"] == 0.9
     assert bench.upstream.count == 2
@@ -1377,7 +1377,7 @@ async def test_get_returns_the_version_that_the_client_has(bench: Bench, age: fl
     known = (await bench.learn()).snapshot
     bench.clock.now += age
     outcome = await bench.service.get(KEY, seen_revision=known.version)
-    assert isinstance(outcome, LookupResult)
+    assert isinstance(outcome, FoundSnapshot)
     assert outcome.snapshot is known
 
 
@@ -1386,9 +1386,9 @@ async def test_get_returns_the_end_of_a_task_whatever_the_client_has_received(be
     known = (await bench.learn("succeeded")).snapshot
     outcome = await bench.service.get(KEY, seen_revision=known.version + 10**6)
     fresh = await bench.service.refresh_if_stale(KEY, seen_revision=known.version + 10**6)
-    assert isinstance(outcome, LookupResult)
+    assert isinstance(outcome, FoundSnapshot)
     assert outcome.snapshot is known
-    assert isinstance(fresh, LookupResult)
+    assert isinstance(fresh, FoundSnapshot)
     assert fresh.snapshot is known
     assert bench.upstream.count == 1
 
@@ -1403,7 +1403,7 @@ async def test_get_joins_no_request_that_is_older_than_the_client(bench: Bench) 
     assert data_of(await asked)["progress"] == 0.1
     (await bench.upstream.call()).answer(progress=0.2)
     outcome = await late
-    assert isinstance(outcome, LookupResult)
+    assert isinstance(outcome, FoundSnapshot)
     assert data_of(outcome)["progress"] == 0.2
     assert outcome.snapshot.version >= 2**52
     assert bench.upstream.count == 2
@@ -1422,7 +1422,7 @@ async def test_one_request_satisfies_all_clients_that_wait(bench: Bench) -> None
     await asked
     (await bench.upstream.call()).answer(progress=0.2)
     for outcome in await asyncio.gather(*late):
-        assert isinstance(outcome, LookupResult)
+        assert isinstance(outcome, FoundSnapshot)
         assert data_of(outcome)["progress"] == 0.2
     assert bench.upstream.count == 2
 
@@ -1436,7 +1436,7 @@ async def test_get_needs_a_newer_response_than_other_clients(bench: Bench) -> No
     asked = asyncio.create_task(bench.service.get(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).answer(progress=0.9)
     outcome = await asked
-    assert isinstance(outcome, LookupResult)
+    assert isinstance(outcome, FoundSnapshot)
     assert data_of(outcome)["progress"] == 0.9
 
 
@@ -1486,7 +1486,7 @@ async def test_refresh_if_stale_returns_nothing_older_than_the_subscribers_have_
     asked = asyncio.create_task(bench.service.refresh_if_stale(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).answer(progress=0.9)
     outcome = await asked
-    assert isinstance(outcome, LookupResult)
+    assert isinstance(outcome, FoundSnapshot)
     assert outcome.snapshot.version > known.version
 
 

@@ -134,7 +134,7 @@ class Bench:
             with await self.limiter.acquire(
                 is_refresh=is_refresh,
                 timeout_seconds=timeouts,
-                report_wait=lambda seconds: self.expected_waits.append((name, seconds)),
+                on_expected_wait=lambda seconds: self.expected_waits.append((name, seconds)),
                 query_state=query_state,
             ) as permit:
                 if consume:

@@ -19,7 +19,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import Operation, Status, TaskKey
-from gateway.progress.outcomes import CacheStatus, LookupFailure, LookupResult
+from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
 from gateway.settings.model import Watch as WatchSettings
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
@@ -95,10 +95,10 @@ class ManualService:
         self.demand: Counter[tuple[TaskKey, bytes]] = Counter()
         self.seen_revisions: list[int] = []
 
-    def lookup(self, _key: TaskKey, seen_revision: int = 0) -> LookupResult | None:
+    def lookup(self, _key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
         if self.known is None or (self.known.version < seen_revision and not self.known.terminal):
             return None
-        return LookupResult(self.known, 0.0, CacheStatus.HIT)
+        return FoundSnapshot(self.known, 0.0, CacheStatus.HIT)
 
     peek = lookup
 
@@ -110,7 +110,7 @@ class ManualService:
 
     async def refresh_if_stale(
         self, key: TaskKey, *, client: bytes | None, seen_revision: int
-    ) -> LookupResult | LookupFailure:
+    ) -> FoundSnapshot | LookupFailure:
         assert client is None, "the subscribers have joined already"
         assert +self.demand
         self.seen_revisions.append(seen_revision)
@@ -120,7 +120,7 @@ class ManualService:
             return LookupFailure(key, answer, CacheStatus.MISS)
         if isinstance(answer, Exception):
             raise answer
-        return LookupResult(answer, 0.0, CacheStatus.MISS)
+        return FoundSnapshot(answer, 0.0, CacheStatus.MISS)
 
 
 async def asked(service: ManualService) -> None:
@@ -819,9 +819,9 @@ async def test_watch_sends_each_overdue_state_once(
         assert await codes(subscriber) == []
         watched = watch._watched[KEY]
         for failure in (throttled, throttled, timeout):
-            watch._update_overdue_error(watched, failure)
+            watch._set_overdue_error(watched, failure)
         assert await codes(subscriber) == ["upstream-timeout"], "the latest state"
-        watch._update_overdue_error(watched, UpstreamTimeout("later"))
+        watch._set_overdue_error(watched, UpstreamTimeout("later"))
         assert await codes(subscriber) == []
         with watch.subscribe([KEY], SubscriptionKind.EVENTS) as other:
             assert await codes(other) == ["upstream-timeout"]
@@ -829,8 +829,8 @@ async def test_watch_sends_each_overdue_state_once(
             await turns(lambda: subscriber.woken)
             assert await codes(other) == [None]
         assert await codes(subscriber) == [None]
-        watch._update_overdue_error(watched, throttled)
-        watch._update_overdue_error(watched, None)
+        watch._set_overdue_error(watched, throttled)
+        watch._set_overdue_error(watched, None)
         assert await codes(subscriber) == [], "it ended before the subscriber received it"
     await watch.aclose()
 
@@ -840,7 +840,7 @@ async def test_watch_sends_the_overdue_state_after_the_snapshot(watch: WatchHub,
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         store.put(snapshot("1"))
         await turns(lambda: subscriber.woken)
-        watch._update_overdue_error(watch._watched[KEY], UpstreamTimeout("late"))
+        watch._set_overdue_error(watch._watched[KEY], UpstreamTimeout("late"))
         assert subscriber.take_overdue_states() == []
         assert await codes(subscriber) == ["upstream-timeout"]
     await watch.aclose()
@@ -849,7 +849,7 @@ async def test_watch_sends_the_overdue_state_after_the_snapshot(watch: WatchHub,
 async def test_watch_sends_no_overdue_state_without_a_snapshot(watch: WatchHub) -> None:
     """While there is no snapshot, none is old."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
-        watch._update_overdue_error(watch._watched[KEY], UpstreamTimeout("late"))
+        watch._set_overdue_error(watch._watched[KEY], UpstreamTimeout("late"))
         assert await codes(subscriber) == []
     await watch.aclose()
 
@@ -864,11 +864,11 @@ def test_watch_continues_every_schedule_after_a_recovery() -> None:
     class FailingService(ManualService):
         async def refresh_if_stale(
             self, key: TaskKey, *, client: bytes | None, seen_revision: int
-        ) -> LookupResult | LookupFailure:
+        ) -> FoundSnapshot | LookupFailure:
             refreshed.append(key)
             if failing:
                 return LookupFailure(key, UpstreamTimeout("late"), CacheStatus.MISS)
-            return LookupResult(
+            return FoundSnapshot(
                 replace(snapshot("1"), key=key, fetched_at=loop.time()), 0.0, CacheStatus.MISS
             )
 

@@ -12,7 +12,7 @@ MAX_TIMES = 1000
 MAX_REQUESTS = 200
 
 
-class Ledger:
+class CallRecord:
     """Counts calls, and keeps the last requests as received."""
 
     def __init__(self) -> None:
