@@ -1,6 +1,6 @@
 """Parses the envelope of an upstream response and checks that it is for the requested task.
 
-`json_text.py` parses the bytes; `rejection.py` redacts envelopes that report a failure.
+`json_text.py` parses the bytes; `rejection_redaction.py` redacts envelopes that report a failure.
 """
 
 from __future__ import annotations

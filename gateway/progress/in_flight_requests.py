@@ -48,7 +48,7 @@ class InFlightRequests(Generic[K, T]):
             state = self._states[key] = QueryState()
         return state
 
-    def state_in_flight(self, key: K) -> QueryState | None:
+    def query_state_of(self, key: K) -> QueryState | None:
         """Return the query state of the request in flight for this key; None if there is no request."""
         state = self._states.get(key)
         return state if state is not None and state.in_flight else None

@@ -31,19 +31,19 @@ _LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
 class OverdueRules:
     """Knows why stale snapshots are not replaced.
 
-    `state_in_flight` returns the state of the query in flight for a task, or None. `clock` is the clock of
+    `query_state_of` returns the state of the query in flight for a task, or None. `clock` is the clock of
     `Snapshot.fetched_at` and of `QueryState.began_at`.
     """
 
     def __init__(
         self,
         store: Store,
-        state_in_flight: Callable[[TaskKey], QueryState | None],
+        query_state_of: Callable[[TaskKey], QueryState | None],
         *,
         clock: Callable[[], float],
     ) -> None:
         self._store = store
-        self._state_in_flight = state_in_flight
+        self._query_state_of = query_state_of
         self._clock = clock
         self._average_latency = 0.0
         self._latest_latency = 0.0
@@ -80,13 +80,13 @@ class OverdueRules:
 
     def error_of_slow_query(self, state: QueryState) -> GatewayError:
         """Return the error for a query in flight that takes too long."""
-        return state.failure or state.make_timeout_error()
+        return state.failure or state.make_deadline_error()
 
     def _is_stale(self, snapshot: Snapshot) -> bool:
         return not snapshot.terminal and not snapshot.fresh(self._clock())
 
     def _failure_of_slow_query(self, key: TaskKey) -> GatewayError | None:
-        state = self._state_in_flight(key)
+        state = self._query_state_of(key)
         overdue_after = self.overdue_after_seconds - _CHECK_TOLERANCE_SECONDS
         if state is None or self._clock() - state.began_at < overdue_after:
             return None

@@ -3,8 +3,8 @@
     fresh snapshot                       -> answer at once
     stale, within stale-while-revalidate -> answer at once, and start one in-flight request in the background,
                                             unless one is in flight or a failure of the task is cached
-    else                                 -> all callers wait for one in-flight request
-    the query fails                      -> stale-if-error: a snapshot that is young enough, else the failure
+    else, no failure of the task cached  -> all callers wait for one in-flight request
+    the query fails, or failure cached   -> stale-if-error: a snapshot that is young enough, else the failure
     the query counts as queued           -> stale-if-error at once, else wait; the query continues
     the query takes too long             -> the same
     all callers leave, no call in flight -> the query is dropped, unless the gateway itself needs the response
@@ -83,7 +83,7 @@ class ProgressService:
             clock=clock,
         )
         self._in_flight: InFlightRequests[TaskKey, FetchOutcome] = InFlightRequests(self._fetch)
-        self.overdue_rules = OverdueRules(store, self._in_flight.state_in_flight, clock=clock)
+        self.overdue_rules = OverdueRules(store, self._in_flight.query_state_of, clock=clock)
         self._stale_rules = StaleRules(settings, store, clock=clock)
         self._metrics = LookupMetrics(metrics, settings)
 
@@ -93,7 +93,7 @@ class ProgressService:
         If the result is stale, start a background refresh, unless a failure of the task is cached.
         `seen_revision`: a result that is not terminal must not be older than the body with this revision.
         """
-        entry = self._store.valid_entry(key)
+        entry = self._store.confirmed_entry(key)
         if entry is None:
             return None
         snapshot = entry.snapshot
@@ -118,7 +118,7 @@ class ProgressService:
         The method does not check whether the refresh of a stale snapshot has failed. So the calling code
         must call `lookup` from time to time (`_STALE_REUSE_SECONDS` in `api/cached_responses.py`).
         """
-        if not self._store.is_valid(entry):
+        if not self._store.is_confirmed(entry):
             return False
         snapshot = entry.snapshot
         age = now - snapshot.fetched_at
@@ -134,7 +134,9 @@ class ProgressService:
     async def get(
         self, key: TaskKey, *, client: bytes = b"", seen_revision: int = 0
     ) -> FoundSnapshot | LookupFailure:
-        """Return a result from the store or the upstream; the failure only if stale-if-error does not apply.
+        """Return a result from the store or the upstream.
+
+        If the query fails, and no stale snapshot may replace the failure, return the failure.
 
         `client` identifies the client in the fair queues for upstream calls. `seen_revision`: the client has
         received the body with this revision, and must not receive an older body unless the older one is
@@ -160,19 +162,19 @@ class ProgressService:
         if isinstance(outcome, FoundSnapshot):
             self._metrics.record_age(outcome.snapshot, outcome.age)
 
-    async def refresh_if_stale(
+    async def query_if_stale(
         self, key: TaskKey, *, client: bytes | None = b"", seen_revision: int = 0
     ) -> FoundSnapshot | LookupFailure:
-        """Return the snapshot if it is fresh, else wait for an in-flight request. Schedules call this method.
+        """Return the snapshot if it is fresh, else wait for an in-flight request. For schedules.
 
         While a failure of the task is cached, no in-flight request is started. The outcome may be a failure,
         or a stale snapshot with the failure (stale-if-error). This method counts no lookup, and waits even
-        for a query that counts as queued or takes too long. `client`: counted as a caller during the wait,
-        as in `get`; a schedule passes None, because `add_caller` has counted its subscribers.
+        for a query that counts as queued or takes too long. `client`: counted as a caller during the wait, as
+        in `get`; None if `add_caller` has counted the callers already, as for a schedule.
         """
-        entry = self._store.valid_entry(key)
+        entry = self._store.confirmed_entry(key)
         if entry is None and await self._store.read_arrived_messages():
-            entry = self._store.valid_entry(key)
+            entry = self._store.confirmed_entry(key)
         snapshot = None if entry is None else entry.snapshot
         age = 0.0 if snapshot is None else self._clock() - snapshot.fetched_at
         if snapshot is None or age >= snapshot.lifetime or not snapshot.is_at_least(seen_revision):
@@ -182,10 +184,10 @@ class ProgressService:
     def peek(self, key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
         """Return a result from the store, but count no lookup and start no refresh.
 
-        The maximum age of a stale snapshot is that of `StaleRules.result`. If the update is overdue, the
-        failure in the result is that of `OverdueRules.error`, not the cached one.
+        `StaleRules.result` decides how old a stale snapshot may be. If the update is overdue or a failure is
+        cached, the result has the failure; that of `OverdueRules.error` takes precedence.
         """
-        entry = self._store.valid_entry(key)
+        entry = self._store.confirmed_entry(key)
         if entry is None:
             return None
         snapshot = entry.snapshot
@@ -250,6 +252,7 @@ class ProgressService:
     ) -> FoundSnapshot | LookupFailure:
         """Wait for the in-flight request, or start one unless a failure is cached.
 
+        `client`: None if `add_caller` has counted the callers already.
         `until_done`: wait even if the query counts as queued or takes too long.
         """
         if (failure := self._store.cached_failure(key)) is not None:

@@ -67,7 +67,7 @@ class _SnapshotCache(_ByteSizedCache):
     def popitem(self) -> tuple[TaskKey, CacheEntry]:
         """Remove the least recently used entry."""
         key, entry = super().popitem()
-        entry.valid = False
+        entry.confirmed = False
         return key, entry
 
 
@@ -131,8 +131,8 @@ class MemoryStore:
     async def __aexit__(self, *exc_info: object) -> None:
         """See `Store`: there is nothing to close."""
 
-    def valid_entry(self, key: TaskKey) -> CacheEntry | None:
-        """See `Store.valid_entry`: every entry is valid, because there are no messages of other replicas."""
+    def confirmed_entry(self, key: TaskKey) -> CacheEntry | None:
+        """See `Store.confirmed_entry`: all are confirmed, because there are no other replicas."""
         return self.entry(key)
 
     def entry(self, key: TaskKey) -> CacheEntry | None:
@@ -145,9 +145,9 @@ class MemoryStore:
                 self._snapshots.expire()
         return entry
 
-    def is_valid(self, entry: CacheEntry) -> bool:
-        """See `Store.is_valid`."""
-        return entry.valid
+    def is_confirmed(self, entry: CacheEntry) -> bool:
+        """See `Store.is_confirmed`."""
+        return entry.confirmed
 
     def last_known(self, key: TaskKey) -> Snapshot | None:
         """See `Store.last_known`."""
@@ -217,7 +217,7 @@ class MemoryStore:
         return self._put(snapshot, self.entry(snapshot.key), fetched_here=fetched_here)
 
     def _put(self, snapshot: Snapshot, entry: CacheEntry | None, *, fetched_here: bool) -> Snapshot:
-        """Store a snapshot in place of `entry`; return the snapshot that is kept."""
+        """Store a snapshot in place of `entry`; return the newer one of the two snapshots."""
         current = None if entry is None else entry.snapshot
         # Versions decide between two snapshots that are both terminal, or both not. If only one is terminal,
         # it is kept, even if its version is smaller: a replica without a connection to a shared store
@@ -227,14 +227,14 @@ class MemoryStore:
         ):
             return current
         if entry is not None:
-            entry.valid = False
+            entry.confirmed = False
             del self._snapshots[snapshot.key]
         if self._make_room(self._snapshots, _snapshot_bytes(snapshot)):
-            # Only the subclass `ValkeyStore` sets `announced_version`; in a plain `MemoryStore` it is 0.
+            # Only the package `stores/valkey` sets `announced_version`; in a plain `MemoryStore` it is 0.
             announced = 0 if entry is None else entry.announced_version
-            valid = announced <= snapshot.version or snapshot.terminal
+            confirmed = announced <= snapshot.version or snapshot.terminal
             self._snapshots[snapshot.key] = CacheEntry(
-                snapshot, valid=valid, fetched_here=fetched_here, announced_version=announced
+                snapshot, confirmed=confirmed, fetched_here=fetched_here, announced_version=announced
             )
         if self._clock() < self._all_failures_expired_at:
             self._failures.pop(snapshot.key, None)

@@ -50,11 +50,11 @@ from gateway.upstream.signed_calls import ParsedResponse, SignedCalls
 _LATENCY_WEIGHT = 0.3  # weight of the latest response in the moving average of the latency
 
 
-def _rate_limit_error() -> GatewayError:
+def _permit_deadline_error() -> GatewayError:
     return RateLimited("the rate limit for upstream calls is exhausted", retry_after=1.0)
 
 
-def _concurrency_error() -> GatewayError:
+def _concurrency_deadline_error() -> GatewayError:
     return Overloaded("the limit of concurrent upstream calls is reached", retry_after=1.0)
 
 
@@ -107,8 +107,8 @@ class UpstreamClient:
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
         # Half the maximum duration of a call. A working upstream is expected to respond within this half.
         # 1. The circuit breaker counts a cancelled call as a failure only if it ran for at least this time.
-        # 2. A query does not wait for a permit if less than this time, or than the usual duration of a call,
-        #    would be left after the wait.
+        # 2. A query waits for a permit only if this time is left after the wait, or the usual duration of a
+        #    call if that is longer.
         self._half_timeout_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
         # Moving averages; 0.0 before the first response.
         self._latency_seconds = dict.fromkeys(Operation, 0.0)
@@ -192,7 +192,7 @@ class UpstreamClient:
                     retries += self._record_repeat(key.operation, failure, on_retry)
                     await asyncio.sleep(delay)
         except TimeoutError:
-            raise query.state.make_timeout_error() from None
+            raise query.state.make_deadline_error() from None
         except asyncio.CancelledError:
             if query.state.dropped:
                 self._abandoned[key.operation].inc()
@@ -217,9 +217,9 @@ class UpstreamClient:
         operation = query.key.operation
         while True:
             self._breakers[operation].check()  # an open circuit fails the query before it waits for anything
-            query.state.make_timeout_error = make_upstream_timeout
+            query.state.make_deadline_error = make_upstream_timeout
             await self._rotation.wait_for_probe(operation)
-            query.state.make_timeout_error = _rate_limit_error
+            query.state.make_deadline_error = _permit_deadline_error
             # The permit is acquired before the slot: a query that waits for a permit must not hold a slot.
             with await self._rate_limiter.acquire(
                 is_refresh=query.is_refresh,
@@ -227,7 +227,7 @@ class UpstreamClient:
                 on_expected_wait=query.on_expected_wait,
                 query_state=query.state,
             ) as permit:
-                query.state.make_timeout_error = make_upstream_timeout
+                query.state.make_deadline_error = make_upstream_timeout
                 try:
                     return await self._rotation.use(
                         operation, partial(self._call_with_clock_correction, query, permit)
@@ -276,13 +276,15 @@ class UpstreamClient:
         if not state.wanted:
             state.on_unwanted(state)
             await asyncio.sleep(0)  # raises CancelledError: `on_unwanted` has cancelled this asyncio task
-        make_timeout_error = query.state.make_timeout_error
-        query.state.make_timeout_error = _concurrency_error if permit.sent_at is None else make_timeout_error
+        make_deadline_error = query.state.make_deadline_error
+        query.state.make_deadline_error = (
+            _concurrency_deadline_error if permit.sent_at is None else make_deadline_error
+        )
         slot = await self._concurrency_limit.acquire(state, is_refresh=query.is_refresh)
         try:
             self._check_can_send(query, permit)
             began = self._now()
-            query.state.make_timeout_error = make_timeout_error
+            query.state.make_deadline_error = make_deadline_error
             with self._breakers[operation].guard(
                 is_refresh=query.is_refresh, cancelled_fails_after_seconds=self._half_timeout_seconds
             ):
@@ -311,12 +313,12 @@ class UpstreamClient:
 
         Raises:
             _PermitRevoked: The permit was revoked before the call was sent.
-            GatewayError: Less time is left than a response usually takes (see `make_timeout_error`).
+            GatewayError: Less time is left than a response usually takes (see `make_deadline_error`).
         """
         if permit.revoked and permit.sent_at is None:
             raise _PermitRevoked
         if query.deadline - self._now() < self._latency_seconds[query.key.operation]:
-            raise query.state.make_timeout_error()
+            raise query.state.make_deadline_error()
 
     def _update_latency(self, operation: Operation, seconds: float) -> None:
         average = self._latency_seconds[operation] or seconds

@@ -56,7 +56,7 @@ class QueryState:
         seconds_before_call: Time from the beginning of the query to its latest call, with all waits and
             earlier calls.
         repeated: A call was repeated, so the duration of the query is not that of one call.
-        make_timeout_error: Returns the error of the query if its deadline passes now. It depends on what the
+        make_deadline_error: Returns the error of the query if its deadline passes now. It depends on what the
             query waits for.
     """
 
@@ -67,7 +67,7 @@ class QueryState:
         "failure",
         "in_flight",
         "keep_without_callers",
-        "make_timeout_error",
+        "make_deadline_error",
         "on_unwanted",
         "queue_entry",
         "queued_error",
@@ -101,7 +101,7 @@ class QueryState:
         self.failure: GatewayError | None = None
         self.seconds_before_call = 0.0
         self.repeated = False
-        self.make_timeout_error: Callable[[], GatewayError] = make_upstream_timeout
+        self.make_deadline_error: Callable[[], GatewayError] = make_upstream_timeout
 
     @property
     def wanted(self) -> bool:

@@ -32,7 +32,7 @@ from gateway.upstream.shared_permits import SharedPermits, TakePermits
 # there is one.
 MIN_REPORTED_WAIT_SECONDS = 0.1
 # A query at the head of the queue still gets a permit up to this long after its timeout: the timer that
-# serves the queue may fire late. It does not apply to expected waits.
+# serves the queue may fire late. Expected waits are compared with the timeout without this tolerance.
 _TIMEOUT_TOLERANCE_SECONDS = 0.1
 
 # The bucket holds as many tokens as the rate yields in 0.1 s, but at least one. With a larger bucket, an
@@ -63,8 +63,8 @@ class Permit:
 
     Attributes:
         sent_at: When the call was sent; None before `mark_sent`.
-        revoked: Throttling of another call, of this or of another replica, has changed the limit. If the call
-            is not sent yet, the query must acquire a new permit. The reason: without a configured limit, very
+        revoked: The upstream has throttled another call, made by this or another replica. If the call is not
+            sent yet, the query must acquire a new permit. The reason: without a configured limit, very
             many queries may have a permit at the first throttling, and the upstream would refuse their calls.
     """
 
@@ -94,8 +94,8 @@ class Permit:
 class RateLimiter:
     """Issues permits at `requests_per_second`. If that is 0, only throttling responses limit the rate.
 
-    `clock` returns monotonic seconds. `take_permits` takes permits from the rate limiter that replicas share:
-    while the store works, a query then needs a token of this replica and a shared permit.
+    `clock` returns monotonic seconds. `take_permits` takes shared permits from the store. If it is given and
+    `requests_per_second` is not 0, a query also needs a shared permit while the store works.
     """
 
     def __init__(

@@ -6,9 +6,9 @@
         -> for all other subscribers, keep it as unsent -> the stream or long poll sends it
     last subscriber has left, or the task has ended -> the schedule ends
 
-If the update of a task is overdue (`progress/overdue_rules.py`), the subscribers receive an overdue state.
-In a stream, this is the event `stale`. The subscribers receive another overdue state when the problem code
-changes, and when the update is no longer overdue.
+If a task is overdue (`progress/overdue_rules.py`), its subscribers receive an overdue state. In a stream,
+this is the event `stale`. The subscribers receive another overdue state when the problem code changes, and
+when the task is no longer overdue.
 
 A subscriber keeps only the latest unsent update of each task: a slow client skips intermediate states. The
 store keeps the bodies, and limits their memory. Schedules and subscribers keep updates without large bodies,
@@ -183,7 +183,8 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or _is_final(published)
         if can_send and not watched.not_found:
-            # Prefer the snapshot of `servable_result`: `published` has no body if the body is large.
+            # `published` has no body if the body is large. So the snapshot of `servable_result` is sent if it
+            # has the same content. If it has other content, it is older than `published`.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_state(watched, [subscriber])
@@ -265,7 +266,7 @@ class WatchHub:
         watched.subscribers_awaiting_refresh = set(have_newer)
 
     def _set_overdue_error(self, watched: WatchedTask, failure: GatewayError | None) -> None:
-        """Record why the update is overdue, if it is, and notify the subscribers of a change of the code."""
+        """Record why the task is overdue, if it is, and notify the subscribers of a change of the code."""
         before, watched.overdue_error = watched.overdue_error, failure
         if (before and before.code) == (failure and failure.code):
             return
@@ -303,10 +304,10 @@ class WatchHub:
                 subscriber.not_found_keys -= {watched.key}
 
     def _publish_and_load_body(self, reduced: Update, subscriber: Subscriber) -> Update | None:
-        """Publish the unpublished snapshot, if any: the subscriber sends it next, and the result is None.
+        """Publish the unpublished snapshot, if any; then return the latest snapshot with its body, or None.
 
-        Otherwise return the latest snapshot with its body. The result is also None if the store has no
-        snapshot, or if the task has ended and the snapshot in the store is not terminal.
+        None means that the subscriber has a newer update to send, that the store has no snapshot, or that the
+        task has ended and the snapshot in the store is not terminal.
         """
         snapshot = self._last_known(reduced.key)
         self._publish_unpublished(reduced.key)

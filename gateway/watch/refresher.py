@@ -253,7 +253,7 @@ class Refresher:
         """
         key = watched.key
         try:
-            outcome = await self._service.refresh_if_stale(
+            outcome = await self._service.query_if_stale(
                 key, client=None, seen_revision=watched.seen_revision
             )
             if isinstance(outcome, LookupFailure):

@@ -278,7 +278,7 @@ class Promises(RuleBasedStateMachine):
 
     # Callers
 
-    @rule(key=keys, how=st.sampled_from(["get", "get", "refresh_if_stale"]))
+    @rule(key=keys, how=st.sampled_from(["get", "get", "query_if_stale"]))
     def ask(self, key: TaskKey, how: str) -> None:
         """Query, and wait if there is something to wait for."""
         self._begin(key, how)
@@ -370,7 +370,7 @@ class Promises(RuleBasedStateMachine):
     @rule(key=keys, progress=progresses)
     def learn(self, key: TaskKey, progress: float) -> None:
         """Query, and let the task progress, or go back."""
-        self._begin(key, "refresh_if_stale")
+        self._begin(key, "query_if_stale")
         if key in self.upstream.in_flight and key not in self.upstream.queue:
             self._answer(key, "running", progress)
 

@@ -312,7 +312,7 @@ async def test_get_answers_from_a_fresh_snapshot(bench: Bench) -> None:
 async def test_still_current_for_as_long_as_a_lookup_succeeds(bench: Bench) -> None:
     """An entry is current while it keeps the freshness promise, and each check counts as a lookup."""
     snapshot = (await bench.learn()).snapshot
-    entry = cast("CacheEntry", bench.store.valid_entry(KEY))
+    entry = cast("CacheEntry", bench.store.confirmed_entry(KEY))
     promised = CACHE.running_seconds + CACHE.stale_while_revalidate_seconds
     ages = [0.5, CACHE.running_seconds - 0.25, CACHE.running_seconds, promised - 0.25]
     assert all(bench.service.try_reuse(entry, snapshot.fetched_at + age) for age in ages)
@@ -468,11 +468,11 @@ async def test_get_waits_for_a_queued_request_without_a_snapshot(bench: Bench) -
         bench.clock.now += CACHE.stale_if_error_seconds + CACHE.running_seconds
 
 
-async def test_refresh_if_stale_waits_for_a_queued_request(bench: Bench) -> None:
+async def test_query_if_stale_waits_for_a_queued_request(bench: Bench) -> None:
     """A schedule waits for the queued request and gets the fresh snapshot."""
     await bench.learn()
     long_ago(bench)
-    asked = asyncio.create_task(bench.service.refresh_if_stale(KEY))
+    asked = asyncio.create_task(bench.service.query_if_stale(KEY))
     call = await bench.upstream.call()
     call.on_expected_wait(7.0)
     await bench.learn(key=OTHER)  # a caller that does not wait would have its result by now
@@ -637,7 +637,7 @@ async def test_get_drops_no_background_refresh(bench: Bench, how: str) -> None:
         bench.service._start_refresh_ahead(known.key, known.version)
         call = await bench.upstream.call()
         long_ago(bench)
-    joined = asyncio.create_task(bench.service.refresh_if_stale(KEY))
+    joined = asyncio.create_task(bench.service.query_if_stale(KEY))
     await asyncio.sleep(0)
     await left(joined)
     assert not call.outcome.done()
@@ -650,7 +650,7 @@ async def test_subscribers_are_the_demand_of_a_schedules_requests(bench: Bench) 
     bench.upstream.queues = True
     for client in (b"1", b"2"):
         bench.service.add_caller(KEY, client)
-    ticking = asyncio.create_task(bench.service.refresh_if_stale(KEY, client=None))
+    ticking = asyncio.create_task(bench.service.query_if_stale(KEY, client=None))
     call = await bench.upstream.call()
     assert call.query_state.clients == {b"1": 1, b"2": 1}
     bench.service.remove_caller(KEY, b"1")
@@ -731,7 +731,7 @@ async def test_get_serves_stale_when_the_refresh_takes_too_long(bench: Bench) ->
     assert isinstance(result, FoundSnapshot)
     assert isinstance(result.failure, UpstreamTimeout)
     assert isinstance(bench.service.overdue_rules.error(KEY), UpstreamTimeout)
-    waiting = asyncio.create_task(bench.service.refresh_if_stale(KEY))
+    waiting = asyncio.create_task(bench.service.query_if_stale(KEY))
     call.answer()
     assert (await waiting).cache_status is CacheStatus.COLLAPSED
     assert bench.service.overdue_rules.error(KEY) is None
@@ -891,7 +891,7 @@ async def test_get_reports_a_failed_background_refresh(bench: Bench) -> None:
     bench.clock.now += CACHE.running_seconds
     assert (await bench.get(KEY)).failure is None
     failure = UpstreamBusy("busy")
-    joined = asyncio.create_task(bench.service.refresh_if_stale(KEY))
+    joined = asyncio.create_task(bench.service.query_if_stale(KEY))
     (await bench.upstream.call()).fail(failure)
     assert (await joined).failure == Alike(failure)
     for _ in range(3):
@@ -911,7 +911,7 @@ async def test_get_respects_a_short_stale_if_error() -> None:
     await bench.learn()
     bench.clock.now += CACHE.running_seconds
     assert (await bench.get(KEY)).failure is None
-    joined = asyncio.create_task(bench.service.refresh_if_stale(KEY))
+    joined = asyncio.create_task(bench.service.query_if_stale(KEY))
     (await bench.upstream.call()).fail(UpstreamTimeout("too late"))
     for outcome in (await joined, await bench.service.get(KEY)):
         assert isinstance(outcome, LookupFailure)
@@ -1385,7 +1385,7 @@ async def test_get_returns_the_end_of_a_task_whatever_the_client_has_received(be
     """A terminal snapshot is final: a larger version causes no query."""
     known = (await bench.learn("succeeded")).snapshot
     outcome = await bench.service.get(KEY, seen_revision=known.version + 10**6)
-    fresh = await bench.service.refresh_if_stale(KEY, seen_revision=known.version + 10**6)
+    fresh = await bench.service.query_if_stale(KEY, seen_revision=known.version + 10**6)
     assert isinstance(outcome, FoundSnapshot)
     assert outcome.snapshot is known
     assert isinstance(fresh, FoundSnapshot)
@@ -1477,13 +1477,13 @@ async def test_stale_if_error_serves_nothing_older_than_the_client_has_received(
     assert outcome.failure == Alike(failure)
 
 
-async def test_refresh_if_stale_returns_nothing_older_than_the_subscribers_have_received(
+async def test_query_if_stale_returns_nothing_older_than_the_subscribers_have_received(
     bench: Bench,
 ) -> None:
     """A schedule fetches at once if a subscriber has received a newer version."""
     known = (await bench.learn(progress=0.1)).snapshot
-    assert (await bench.service.refresh_if_stale(KEY, seen_revision=known.version)).key == KEY
-    asked = asyncio.create_task(bench.service.refresh_if_stale(KEY, seen_revision=known.version + 1))
+    assert (await bench.service.query_if_stale(KEY, seen_revision=known.version)).key == KEY
+    asked = asyncio.create_task(bench.service.query_if_stale(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).answer(progress=0.9)
     outcome = await asked
     assert isinstance(outcome, FoundSnapshot)
@@ -1588,15 +1588,15 @@ async def test_refresh_ahead_is_skipped_while_a_failure_is_cached(bench: Bench) 
 # For schedules
 
 
-async def test_refresh_if_stale_does_not_return_a_stale_snapshot(bench: Bench) -> None:
+async def test_query_if_stale_does_not_return_a_stale_snapshot(bench: Bench) -> None:
     """A schedule gets a fresh snapshot, or waits for one however young the stale one is."""
-    asked = asyncio.create_task(bench.service.refresh_if_stale(KEY))
+    asked = asyncio.create_task(bench.service.query_if_stale(KEY))
     (await bench.upstream.call()).answer(progress=0.1)
     first = await asked
     assert first.cache_status is CacheStatus.MISS
-    assert (await bench.service.refresh_if_stale(KEY)).snapshot is first.snapshot
+    assert (await bench.service.query_if_stale(KEY)).snapshot is first.snapshot
     bench.clock.now += CACHE.running_seconds
-    waiting = asyncio.create_task(bench.service.refresh_if_stale(KEY))
+    waiting = asyncio.create_task(bench.service.query_if_stale(KEY))
     (await bench.upstream.call()).answer(progress=0.9)
     result = await waiting
     assert (result.age, data_of(result)["progress"]) == (0.0, 0.9)
@@ -1709,9 +1709,9 @@ class LaggingStore(MemoryStore):
     whole = True
     caught_up = 0
 
-    def valid_entry(self, key: TaskKey) -> CacheEntry | None:
+    def confirmed_entry(self, key: TaskKey) -> CacheEntry | None:
         """Return nothing while the store is behind."""
-        return None if self.behind else super().valid_entry(key)
+        return None if self.behind else super().confirmed_entry(key)
 
     async def read_arrived_messages(self) -> bool:
         """Catch up, if possible."""

@@ -108,7 +108,7 @@ class ManualService:
     def remove_caller(self, key: TaskKey, client: bytes) -> None:
         self.demand[key, client] -= 1
 
-    async def refresh_if_stale(
+    async def query_if_stale(
         self, key: TaskKey, *, client: bytes | None, seen_revision: int
     ) -> FoundSnapshot | LookupFailure:
         assert client is None, "the subscribers have joined already"
@@ -455,7 +455,7 @@ async def test_watch_unpublished_end_is_not_overwritten(
     """A running snapshot, stored after an eviction, does not overwrite an unpublished terminal one."""
     with watch.subscribe([KEY], SubscriptionKind.EVENTS) as subscriber:
         store.put(snapshot("1", Status.SUCCEEDED))
-        monkeypatch.setattr(store, "valid_entry", lambda _: None)
+        monkeypatch.setattr(store, "confirmed_entry", lambda _: None)
         store.put(snapshot("2"))
         assert etags(await received(subscriber)) == ["1"]
         for etag in "34":
@@ -862,7 +862,7 @@ def test_watch_continues_every_schedule_after_a_recovery() -> None:
     refreshed: list[TaskKey] = []
 
     class FailingService(ManualService):
-        async def refresh_if_stale(
+        async def query_if_stale(
             self, key: TaskKey, *, client: bytes | None, seen_revision: int
         ) -> FoundSnapshot | LookupFailure:
             refreshed.append(key)
