@@ -546,7 +546,6 @@ def test_credentials_name_the_user_without_permission(bench: Bench, monkeypatch:
     )
 
 
-@pytest.mark.timeout(20)
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder", "large", "latin", "socket", "missing"])
 def test_credentials_of_no_regular_file_are_a_fault_that_names_it(
     bench: Bench, tmp_path: Path, kind: str
