@@ -38,7 +38,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import Excerpt
 from gateway.telemetry.tracing import Tracing
 from gateway.upstream.client import UpstreamClient
-from gateway.upstream.query_state import QueryState
+from gateway.upstream.task_query_state import TaskQueryState
 
 # Maximum number of leases that an in-flight request acquires, one after the other. A further one is needed if
 # another replica has taken the lease or has announced a newer snapshot.
@@ -86,7 +86,9 @@ class Fetcher:
         self._clock = clock
         self._log_sampler = LogSampler(clock=clock)  # an unknown status, or a bug, may occur with every task
 
-    async def fetch(self, key: TaskKey, state: QueryState, requirement: Requirement | None) -> FetchOutcome:
+    async def fetch(
+        self, key: TaskKey, state: TaskQueryState, requirement: Requirement | None
+    ) -> FetchOutcome:
         """Make an in-flight request, and return a snapshot or a failure.
 
         `requirement`: the fresh snapshots in the store that make the query unnecessary.
@@ -109,7 +111,7 @@ class Fetcher:
             raise
 
     async def _fetch_with_lease(
-        self, key: TaskKey, state: QueryState, requirement: Requirement
+        self, key: TaskKey, state: TaskQueryState, requirement: Requirement
     ) -> FetchOutcome:
         deadline = self._clock() + self._timeout_seconds  # as all moments here, on `self._clock`
         for _ in range(_MAX_LEASES):
@@ -124,7 +126,9 @@ class Fetcher:
         latest = self._store.last_known(key)
         return FetchOutcome(latest or UpstreamTimeout("other replicas took the lease each time"))
 
-    async def _query_upstream(self, lease: Lease, state: QueryState, deadline: float) -> FetchOutcome | None:
+    async def _query_upstream(
+        self, lease: Lease, state: TaskQueryState, deadline: float
+    ) -> FetchOutcome | None:
         """Query the upstream, and store and return the outcome; None if the lease must be acquired again."""
         key = lease.key
         started = self._clock()
@@ -200,14 +204,14 @@ class Fetcher:
             )
 
 
-def queued_error_future(state: QueryState) -> asyncio.Future[GatewayError]:
+def queued_error_future(state: TaskQueryState) -> asyncio.Future[GatewayError]:
     """Return the future that resolves to an error when the query counts as queued."""
     if state.queued_error is None:
         state.queued_error = asyncio.get_running_loop().create_future()
     return state.queued_error
 
 
-def _report_queued(state: QueryState, seconds: float) -> None:
+def _report_queued(state: TaskQueryState, seconds: float) -> None:
     signal = queued_error_future(state)
     if not signal.done():
         failure = RateLimited(

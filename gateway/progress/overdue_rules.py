@@ -17,7 +17,7 @@ from gateway.domain.errors import CircuitOpen, GatewayError
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
 from gateway.stores.base import Store
-from gateway.upstream.query_state import QueryState
+from gateway.upstream.task_query_state import TaskQueryState
 
 # Subscribers learn of an outage within one lifetime + 2 s. The rest of the 2 s is for the delay of the
 # refresh (`refresher.py`) and for a busy event loop.
@@ -32,13 +32,13 @@ class OverdueRules:
     """Knows why stale snapshots are not replaced.
 
     `query_state_of` returns the state of the query in flight for a task, or None. `clock` is the clock of
-    `Snapshot.fetched_at` and of `QueryState.began_at`.
+    `Snapshot.fetched_at` and of `TaskQueryState.began_at`.
     """
 
     def __init__(
         self,
         store: Store,
-        query_state_of: Callable[[TaskKey], QueryState | None],
+        query_state_of: Callable[[TaskKey], TaskQueryState | None],
         *,
         clock: Callable[[], float],
     ) -> None:
@@ -78,7 +78,7 @@ class OverdueRules:
             return None
         return entry.failure or self._store.cached_failure(key) or self._failure_of_slow_query(key)
 
-    def error_of_slow_query(self, state: QueryState) -> GatewayError:
+    def error_of_slow_query(self, state: TaskQueryState) -> GatewayError:
         """Return the error for a query in flight that takes too long."""
         return state.failure or state.make_deadline_error()
 

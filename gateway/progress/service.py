@@ -30,16 +30,16 @@ from gateway.progress.lookup_metrics import LookupMetrics
 from gateway.progress.outcomes import CacheStatus, FetchOutcome, FoundSnapshot, LookupFailure
 from gateway.progress.overdue_rules import OverdueRules
 from gateway.progress.refresh_ahead import RefreshAhead
-from gateway.progress.stale_rules import StaleRules
+from gateway.progress.serve_stale import ServeStaleRules
 from gateway.settings.model import Cache as CacheSettings
 from gateway.stores.base import CacheEntry, Requirement, Store
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
-from gateway.upstream.query_state import QueryState
+from gateway.upstream.task_query_state import TaskQueryState
 
 # Maximum number of in-flight requests that a caller waits for, one after the other. The caller waits
-# for a further one if the result is older than the revision that its client has seen.
+# for a further one if the snapshot is older than the revision that its client has seen.
 _MAX_JOINED_IN_FLIGHT_REQUESTS = 3
 _REFRESH_AHEAD_READS = 2  # the second read of a fresh snapshot schedules its refresh ahead of expiry
 _HIT = CacheStatus.HIT  # a constant, because the lookup of an enum member takes 50 ns at each hit
@@ -84,14 +84,14 @@ class ProgressService:
         )
         self._in_flight: InFlightRequests[TaskKey, FetchOutcome] = InFlightRequests(self._fetch)
         self.overdue_rules = OverdueRules(store, self._in_flight.query_state_of, clock=clock)
-        self._stale_rules = StaleRules(settings, store, clock=clock)
+        self._serve_stale_rules = ServeStaleRules(settings, store, clock=clock)
         self._metrics = LookupMetrics(metrics, settings)
 
     def lookup(self, key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
-        """Return a result from the store and count a lookup. Without a result, return None and count nothing.
+        """Return the snapshot in the store, and count a lookup. Without one, return None and count nothing.
 
-        If the result is stale, start a background refresh, unless a failure of the task is cached.
-        `seen_revision`: a result that is not terminal must not be older than the body with this revision.
+        If the snapshot is stale, start a background refresh, unless a failure of the task is cached.
+        `seen_revision`: a snapshot that is not terminal must not be older than the body with this revision.
         """
         entry = self._store.confirmed_entry(key)
         if entry is None:
@@ -103,7 +103,7 @@ class ProgressService:
         if age < snapshot.lifetime:
             self._on_hit(entry, age)
             return FoundSnapshot(snapshot, age, _HIT, entry=entry)
-        result = self._stale_rules.result(snapshot, age)
+        result = self._serve_stale_rules.apply(snapshot, age)
         if result is None:
             return None
         if result.failure is None:
@@ -134,7 +134,7 @@ class ProgressService:
     async def get(
         self, key: TaskKey, *, client: bytes = b"", seen_revision: int = 0
     ) -> FoundSnapshot | LookupFailure:
-        """Return a result from the store or the upstream.
+        """Return a snapshot from the store or the upstream.
 
         If the query fails, and no stale snapshot may replace the failure, return the failure.
 
@@ -169,8 +169,8 @@ class ProgressService:
 
         While a failure of the task is cached, no in-flight request is started. The outcome may be a failure,
         or a stale snapshot with the failure (stale-if-error). This method counts no lookup, and waits even
-        for a query that counts as queued or takes too long. `client`: counted as a caller during the wait, as
-        in `get`; None if `add_caller` has counted the callers already, as for a schedule.
+        for a query that counts as queued or takes too long. `client`: None for a schedule, whose subscribers
+        `add_caller` has counted; otherwise this client is counted as a caller during the wait, as in `get`.
         """
         entry = self._store.confirmed_entry(key)
         if entry is None and await self._store.read_arrived_messages():
@@ -182,10 +182,10 @@ class ProgressService:
         return FoundSnapshot(snapshot, age, CacheStatus.HIT)
 
     def peek(self, key: TaskKey, seen_revision: int = 0) -> FoundSnapshot | None:
-        """Return a result from the store, but count no lookup and start no refresh.
+        """Return the snapshot in the store, but count no lookup and start no refresh.
 
-        `StaleRules.result` decides how old a stale snapshot may be. If the update is overdue or a failure is
-        cached, the result has the failure; that of `OverdueRules.error` takes precedence.
+        `ServeStaleRules.apply` decides how old a stale snapshot may be. It is returned with the failure of
+        `OverdueRules.error`, or else with the cached failure, if there is one.
         """
         entry = self._store.confirmed_entry(key)
         if entry is None:
@@ -196,7 +196,7 @@ class ProgressService:
         age = self._clock() - snapshot.fetched_at
         if age < snapshot.lifetime:
             return FoundSnapshot(snapshot, age, CacheStatus.HIT)
-        return self._stale_rules.result(snapshot, age, self.overdue_rules.error(key))
+        return self._serve_stale_rules.apply(snapshot, age, self.overdue_rules.error(key))
 
     async def read_arrived_messages(self) -> None:
         """Read the messages of other replicas that have arrived; see `Store.read_arrived_messages`."""
@@ -225,7 +225,9 @@ class ProgressService:
         if not snapshot.terminal:
             self._metrics.observe_age[operation](age)
 
-    async def _fetch(self, key: TaskKey, state: QueryState, requirement: Requirement | None) -> FetchOutcome:
+    async def _fetch(
+        self, key: TaskKey, state: TaskQueryState, requirement: Requirement | None
+    ) -> FetchOutcome:
         state.began_at = self._clock()
         fetch_outcome = await self._fetcher.fetch(key, state, requirement)
         if isinstance(fetch_outcome.snapshot_or_error, GatewayError):
@@ -264,7 +266,7 @@ class ProgressService:
         if client is not None:
             self._in_flight.add_caller(key, client)
         try:
-            until_done = until_done or not self._stale_rules.may_replace_failure(known, seen_revision)
+            until_done = until_done or not self._serve_stale_rules.may_replace_failure(known, seen_revision)
             requirement = Requirement(seen_revision=seen_revision)
             for _ in range(_MAX_JOINED_IN_FLIGHT_REQUESTS):
                 fetch_outcome = await self._wait_once(key, requirement, until_done=until_done)
@@ -292,7 +294,7 @@ class ProgressService:
         )
 
     async def _load_announced_snapshot(self, key: TaskKey, seen_revision: int) -> FoundSnapshot | None:
-        """Return a result with the snapshot that another replica has announced, if any.
+        """Return the snapshot that another replica has announced, if any.
 
         Another replica may have a newer snapshot while the query of this replica waits or has failed.
         """
@@ -308,7 +310,7 @@ class ProgressService:
 
         Without `until_done`, return an error as soon as the query counts as queued or takes too long.
         """
-        state = self._in_flight.query_state(key)
+        state = self._in_flight.get_or_create_state(key)
         # A new in-flight request must satisfy all callers that wait, not only the one that starts it.
         state.seen_revision = max(state.seen_revision, requirement.seen_revision)
         requirement = requirement._replace(seen_revision=state.seen_revision)
@@ -338,7 +340,7 @@ class ProgressService:
     ) -> FoundSnapshot | LookupFailure:
         """Return a stale snapshot instead of the failure, unless it is too old (stale-if-error)."""
         snapshot = self._store.last_known(key)
-        if snapshot is None or not self._stale_rules.may_replace_failure(snapshot, seen_revision):
+        if snapshot is None or not self._serve_stale_rules.may_replace_failure(snapshot, seen_revision):
             return LookupFailure(key, failure, cache_status, fetch_outcome)
         age = self._clock() - snapshot.fetched_at
         self._metrics.record_age(snapshot, age)

@@ -31,7 +31,7 @@ class CacheEntry:
         snapshot: The snapshot.
         reads: Number of lookups that have returned it while it was fresh.
         confirmed: False once the snapshot has been replaced or evicted, or while another replica may have a
-            newer one. An unconfirmed entry is served only instead of an error.
+            newer one (*outdated*). An unconfirmed entry is served only instead of an error.
         fetched_here: Whether this replica has fetched it from the upstream.
         failure: The failure of the latest query that should have replaced the stale snapshot, if any.
         announced_version: The newest version that another replica has announced; 0 if none was announced.

@@ -1,7 +1,8 @@
 """The store in the memory of one process: two LRU caches with a common limit in bytes.
 
-A snapshot is kept after it has become stale, for three reasons:
+A snapshot is kept after it has become stale, for four reasons:
 
+- It can be served while a query runs (stale-while-revalidate).
 - It can be served when the upstream fails (stale-if-error).
 - It has the highest progress of a running task. The progress of the next snapshot must not be lower.
 - It shows that a task has ended.

@@ -8,8 +8,8 @@ A query may need several calls: see `retry_policy.py` for all reasons to repeat 
 asyncio task of an in-flight request, not in the asyncio task of a caller. This module enforces the
 concurrency limit, `upstream.max_in_flight`. A call keeps its slot until its response has arrived or
 `upstream.attempt_timeout_seconds` have passed, even after the deadline of the query. A call is not made if
-neither a caller nor the gateway needs the response any more (`query_state.py`), or if less time is left than
-the upstream usually takes. A deadline is a moment on the clock of the event loop.
+neither a caller nor the gateway needs the response any more (`task_query_state.py`), or if less time is left
+than the upstream usually takes. A deadline is a moment on the clock of the event loop.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ from gateway.upstream.concurrency_limit import ConcurrencyLimit
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
 from gateway.upstream.hedging import Hedging, MustCallAgain
-from gateway.upstream.query_state import QueryState, make_upstream_timeout
 from gateway.upstream.rate_limiter import Permit, RateLimiter
 from gateway.upstream.retry_policy import RetryPolicy
 from gateway.upstream.shared_permits import TakePermits
 from gateway.upstream.signed_calls import ParsedResponse, SignedCalls
+from gateway.upstream.task_query_state import TaskQueryState, make_upstream_timeout
 
 _LATENCY_WEIGHT = 0.3  # weight of the latest response in the moving average of the latency
 
@@ -67,7 +67,7 @@ class _Query:
     on_expected_wait: Callable[[float], None]
     began: float
     deadline: float
-    state: QueryState
+    state: TaskQueryState
     call_numbers: Iterator[int] = field(default_factory=count)
 
 
@@ -107,8 +107,8 @@ class UpstreamClient:
         self._abandoned = {operation: metrics.upstream_abandoned.labels(operation) for operation in Operation}
         # Half the maximum duration of a call. A working upstream is expected to respond within this half.
         # 1. The circuit breaker counts a cancelled call as a failure only if it ran for at least this time.
-        # 2. A query waits for a permit only if this time is left after the wait, or the usual duration of a
-        #    call if that is longer.
+        # 2. A query waits for a permit only if enough time is left after the wait: this half, or the usual
+        #    duration of a call, whichever is longer.
         self._half_timeout_seconds = min(settings.attempt_timeout_seconds, settings.timeout_seconds) / 2
         # Moving averages; 0.0 before the first response.
         self._latency_seconds = dict.fromkeys(Operation, 0.0)
@@ -144,7 +144,7 @@ class UpstreamClient:
         timeout_seconds: float = math.inf,
         on_expected_wait: Callable[[float], None] = lambda _: None,
         on_retry: Callable[[], None] = lambda: None,
-        query_state: QueryState | None = None,
+        query_state: TaskQueryState | None = None,
     ) -> ParsedResponse:
         """Query a task, with retries, within `upstream.timeout_seconds` and `timeout_seconds`.
 
@@ -164,7 +164,7 @@ class UpstreamClient:
         seconds = min(self._settings.timeout_seconds, timeout_seconds)
         now = self._now()
         deadline = now + seconds
-        state = query_state or QueryState(keep_without_callers=True)
+        state = query_state or TaskQueryState(keep_without_callers=True)
         query = _Query(key, is_refresh, on_expected_wait, now, deadline, state)
         self._retry_policy.on_query()
         retries = 0
@@ -183,7 +183,7 @@ class UpstreamClient:
                     except UpstreamError as exc:
                         if isinstance(exc, UpstreamThrottled):
                             await self._announce_throttling(exc.retry_after)
-                        delay = self._take_retry(exc, retries, query)
+                        delay = self._delay_before_next_call(exc, retries, query)
                         if delay is None:
                             raise
                         query.state.runs_to_end = False
@@ -241,7 +241,7 @@ class UpstreamClient:
         query.state.repeated = True
         # The hedged call has a state of its own, because `_call` sets `runs_to_end` to False before it sends
         # a call. With a common state, the query could be dropped while its first call is on the wire.
-        state = QueryState(keep_without_callers=True)
+        state = TaskQueryState(keep_without_callers=True)
         hedged = _Query(query.key, True, lambda _: None, self._now(), query.deadline, state)  # noqa: FBT003
         hedged.call_numbers = query.call_numbers
         try:
@@ -324,8 +324,8 @@ class UpstreamClient:
         average = self._latency_seconds[operation] or seconds
         self._latency_seconds[operation] = average + _LATENCY_WEIGHT * (seconds - average)
 
-    def _take_retry(self, error: UpstreamError, retries: int, query: _Query) -> float | None:
-        """Take a retry: return the delay before it, or None if the query must fail with `error`."""
+    def _delay_before_next_call(self, error: UpstreamError, retries: int, query: _Query) -> float | None:
+        """Return the delay in seconds, or None if the query must fail; see `RetryPolicy.take_retry`."""
         if not query.state.wanted:
             return None
         latest_start = query.deadline - self._latency_seconds[query.key.operation]

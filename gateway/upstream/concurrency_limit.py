@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable
 
 from gateway.upstream.query_queue import QueryQueue
-from gateway.upstream.query_state import QueryState
+from gateway.upstream.task_query_state import TaskQueryState
 
 
 class ConcurrencyLimit:
@@ -21,7 +21,7 @@ class ConcurrencyLimit:
         self._free = slots  # 0 while a query is queued
         self._queue = QueryQueue()
 
-    async def acquire(self, state: QueryState, *, is_refresh: bool) -> ConcurrencySlot:
+    async def acquire(self, state: TaskQueryState, *, is_refresh: bool) -> ConcurrencySlot:
         """Wait for a slot. `state` has the clients that wait; `is_refresh`: an older snapshot is known."""
         if self._free:
             self._free -= 1
@@ -29,7 +29,7 @@ class ConcurrencyLimit:
             await self._wait_in_queue(state, is_refresh=is_refresh)
         return ConcurrencySlot(self._release)
 
-    async def _wait_in_queue(self, state: QueryState, *, is_refresh: bool) -> None:
+    async def _wait_in_queue(self, state: TaskQueryState, *, is_refresh: bool) -> None:
         query = self._queue.add(
             is_refresh=is_refresh, client=self._queue.client_with_shortest_queue(state.clients)
         )
@@ -55,7 +55,7 @@ class ConcurrencyLimit:
 
 
 class ConcurrencySlot:
-    """The slot of a call. `free` gives it back to the limit.
+    """The slot of a call. `release` gives it back to the limit.
 
     Usually the slot is released when the query has parsed the response. If the query is cancelled earlier,
     the slot is released at the end of the call: when the response has arrived, or after

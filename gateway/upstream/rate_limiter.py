@@ -24,8 +24,8 @@ import structlog
 from gateway.domain.errors import RateLimited, UpstreamRejected, UpstreamThrottled
 from gateway.upstream.adaptive_limit import AdaptiveLimit
 from gateway.upstream.query_queue import QueryQueue, QueuedQuery
-from gateway.upstream.query_state import QueryState
 from gateway.upstream.shared_permits import SharedPermits, TakePermits
+from gateway.upstream.task_query_state import TaskQueryState
 
 # Shortest expected wait that `acquire` reports to `on_expected_wait` when a query is put into the queue.
 # Later reports have no minimum. After a report, the progress service serves a stale snapshot at once, if
@@ -59,7 +59,7 @@ class Permit:
 
     Use it as a context manager. When the context exits, `on_end` is called with the permit and the exception
     of the context, or None. If the call was not sent by then, the rate limiter puts the token of the permit
-    back, unless the permit is revoked. Revoked permits give no token back.
+    back, unless the permit is revoked.
 
     Attributes:
         sent_at: When the call was sent; None before `mark_sent`.
@@ -149,7 +149,7 @@ class RateLimiter:
         is_refresh: bool,
         timeout_seconds: float,
         on_expected_wait: Callable[[float], None] = lambda _: None,
-        query_state: QueryState | None = None,
+        query_state: TaskQueryState | None = None,
     ) -> Permit:
         """Wait for a permit: `with await limiter.acquire(...) as permit`, then `permit.mark_sent()` to send.
 
@@ -168,7 +168,7 @@ class RateLimiter:
                 fail, too, when its expected wait becomes longer.
         """
         self._remove_unneeded_limit()
-        state = query_state or QueryState(keep_without_callers=True)
+        state = query_state or TaskQueryState(keep_without_callers=True)
         client = b"" if is_refresh else self._queue.client_with_shortest_queue(state.clients)
         wait = self.expected_wait(is_refresh=is_refresh, client=client)
         if wait == 0 and not self._queue and self._use_shared_permit(is_refresh=is_refresh):
@@ -196,12 +196,12 @@ class RateLimiter:
         """
         self._on_throttled(self._clock(), retry_after)
 
-    async def _wait_in_queue(self, query: QueuedQuery, state: QueryState) -> None:
+    async def _wait_in_queue(self, query: QueuedQuery, state: TaskQueryState) -> None:
         future = query.future
         state.queue_entry = query
         self._serve_queue()
         try:
-            refused_wait_seconds = await future
+            remaining_wait_seconds = await future
         except asyncio.CancelledError:
             self._queue.discard(query)
             if future.cancelled():
@@ -212,8 +212,8 @@ class RateLimiter:
             raise
         finally:
             state.queue_entry = None
-        if refused_wait_seconds is not None:
-            raise _rate_limit_error(refused_wait_seconds)
+        if remaining_wait_seconds is not None:
+            raise _rate_limit_error(remaining_wait_seconds)
 
     def _on_permit_end(self, permit: Permit, error: BaseException | None) -> None:
         self._permits.discard(permit)

@@ -107,9 +107,10 @@ class WatchHub:
         client: bytes = b"",
         seen_revisions: Mapping[TaskKey, int] = MappingProxyType({}),
     ) -> Iterator[Subscriber]:
-        """Subscribe to these tasks while the context is open; the first updates are the current snapshots.
+        """Subscribe to these tasks while the context is open.
 
-        `client` identifies the client in the fair queues for upstream calls (`upstream/query_queue.py`).
+        The first updates are the current snapshots, if they may be served. `client` identifies the client in
+        the fair queues for upstream calls (`upstream/query_queue.py`).
         Raises: Overloaded when `watch.max_watchers` subscriptions are open.
         """
         if len(self._subscribers) >= self._settings.max_watchers:
@@ -183,8 +184,8 @@ class WatchHub:
             return  # the schedule has no response yet
         can_send = servable_result is not None or published.snapshot is None or _is_final(published)
         if can_send and not watched.not_found:
-            # `published` has no body if the body is large. So the snapshot of `servable_result` is sent if it
-            # has the same content. If it has other content, it is older than `published`.
+            # `published` lacks its body if the body is large. The snapshot of `servable_result` has it, and
+            # is sent if its content equals that of `published`. Otherwise `published` is sent.
             update = published if servable_result is None else Update(key, servable_result.snapshot)
             if subscriber.put(update if update.has_same_content(published) else published, published):
                 self._put_overdue_state(watched, [subscriber])

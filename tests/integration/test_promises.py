@@ -52,8 +52,8 @@ from gateway.stores.base import CacheEntry
 from gateway.stores.memory import REMEMBER_SECONDS, MemoryStore
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
-from gateway.upstream.query_state import QueryState
 from gateway.upstream.signed_calls import ParsedResponse
+from gateway.upstream.task_query_state import TaskQueryState
 from gateway.watch.hub import SubscriptionKind, WatchHub
 from gateway.watch.subscriber import Subscriber, Update
 from tests.support.seen import TAGS
@@ -146,7 +146,7 @@ class FakeUpstream:
         self._cache = cache
         self._longest = dict.fromkeys(Operation, 0.0)  # call so far
 
-    async def query(self, key: TaskKey, *, query_state: QueryState, **_: object) -> ParsedResponse:
+    async def query(self, key: TaskKey, *, query_state: TaskQueryState, **_: object) -> ParsedResponse:
         """Wait until the state machine responds."""
         story, began = self.stories[key], self._loop.time()
         if key in self.in_flight:

@@ -7,7 +7,7 @@ import pytest
 
 from gateway.domain.task import Operation, TaskKey
 from gateway.progress.overdue_rules import MIN_OVERDUE_AFTER_SECONDS, OverdueRules
-from gateway.upstream.query_state import QueryState
+from gateway.upstream.task_query_state import TaskQueryState
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "A")
 
@@ -18,7 +18,7 @@ def test_query_that_begins_after_the_timer_of_its_check(late_seconds: float, *, 
     snapshot = SimpleNamespace(terminal=False, fresh=lambda _: False)
     entry = SimpleNamespace(snapshot=snapshot, failure=None)
     store: Any = SimpleNamespace(entry=lambda _: entry, cached_failure=lambda _: None)
-    state = QueryState()
+    state = TaskQueryState()
     state.began_at = late_seconds
     updates = OverdueRules(store, lambda _: state, clock=lambda: MIN_OVERDUE_AFTER_SECONDS)
     assert (updates.error(KEY) is not None) is overdue

@@ -38,8 +38,8 @@ from gateway.stores.base import ANY_FRESH, CacheEntry, Lease, Requirement
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
-from gateway.upstream.query_state import QueryState
 from gateway.upstream.signed_calls import ParsedResponse
+from gateway.upstream.task_query_state import TaskQueryState
 from tests.support.seen import TAGS
 
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "01j5t2qx82323pswaqykz9eq4")
@@ -116,7 +116,7 @@ class Call:
         timeout_seconds: float,
         on_expected_wait: Callable[[float], None],
         on_retry: Callable[[], None],
-        query_state: QueryState,
+        query_state: TaskQueryState,
     ) -> None:
         self.key = key
         self.is_refresh = is_refresh
@@ -156,7 +156,7 @@ class FakeUpstream:
         timeout_seconds: float,
         on_expected_wait: Callable[[float], None],
         on_retry: Callable[[], None],
-        query_state: QueryState,
+        query_state: TaskQueryState,
     ) -> ParsedResponse:
         """Wait until the test responds; until then the query is queued, or on the wire."""
         self.keys.append(key)
@@ -1431,7 +1431,7 @@ async def test_get_needs_a_newer_response_than_other_clients(bench: Bench) -> No
     """The snapshot is what one client has seen, but perhaps older than what another one has seen."""
     known = (await bench.learn(progress=0.6)).snapshot
     bench.service.add_caller(KEY, b"client")
-    bench.service._in_flight.query_state(KEY).seen_revision = known.revision  # of the first client
+    bench.service._in_flight.get_or_create_state(KEY).seen_revision = known.revision  # of the first client
     assert known.version < known.revision
     asked = asyncio.create_task(bench.service.get(KEY, seen_revision=known.version + 1))
     (await bench.upstream.call()).answer(progress=0.9)

@@ -22,9 +22,9 @@ from gateway.telemetry.metrics import Metrics
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import KeyPair
-from gateway.upstream.query_state import QueryState
 from gateway.upstream.rate_limiter import Permit, RateLimiter
 from gateway.upstream.signed_calls import ParsedResponse, SignedCalls
+from gateway.upstream.task_query_state import TaskQueryState
 from tests.support.ticked import TickedLoop
 
 PAIR = KeyPair("key", "secret")
@@ -179,7 +179,7 @@ def test_query_that_is_cancelled_keeps_its_slot_for_its_call(bench: Bench) -> No
 
 def test_query_without_demand_is_not_retried(bench: Bench) -> None:
     """A transient failure is final if all callers have left meanwhile."""
-    state = QueryState()
+    state = TaskQueryState()
     state.begin()
     state.join(b"1")
     bench.calls.failures = [UpstreamBusy("busy")]
@@ -193,9 +193,9 @@ def test_query_without_demand_is_not_retried(bench: Bench) -> None:
 
 def test_query_without_demand_is_dropped_before_another_call(bench: Bench) -> None:
     """If all callers left while a refused call was on the wire, no other pair is tried."""
-    state = QueryState()
+    state = TaskQueryState()
 
-    def drop(dropped: QueryState) -> None:
+    def drop(dropped: TaskQueryState) -> None:
         dropped.dropped = True
         asked.cancel()
 
@@ -252,7 +252,7 @@ def test_repeat_on_a_new_connection_leaves_all_retries(bench: Bench) -> None:
 def test_query_state_says_whether_a_call_was_repeated(cause: str) -> None:
     """After a retry, after a hedged call, and if the hedged call of another query was answered first."""
     bench = Bench(max_in_flight=3)
-    states = [QueryState(keep_without_callers=True) for _ in range(2)]
+    states = [TaskQueryState(keep_without_callers=True) for _ in range(2)]
     bench.calls.seconds = 8.0 if cause == "hedged call" else 0.1
     if cause == "retry":
         bench.calls.failures = [UpstreamBusy("busy")]
@@ -268,7 +268,7 @@ def test_query_state_says_whether_a_call_was_repeated(cause: str) -> None:
 def test_query_state_says_how_long_a_query_was_queued() -> None:
     """The second query waits until the first one has released the only slot."""
     bench = Bench(max_in_flight=1)
-    states = [QueryState(keep_without_callers=True) for _ in range(2)]
+    states = [TaskQueryState(keep_without_callers=True) for _ in range(2)]
     bench.calls.seconds = 1.0
     for number, state in enumerate(states):
         bench.ask(number, query_state=state)
@@ -290,7 +290,7 @@ def test_query_without_time_for_a_repeat_is_not_rejected(bench: Bench) -> None:
 
 def test_query_that_is_queued_may_be_dropped(bench: Bench) -> None:
     """A query is not committed while it waits for another call to end or between two attempts."""
-    first, state = bench.ask(0), QueryState()
+    first, state = bench.ask(0), TaskQueryState()
     state.begin()
     state.join(b"1")
     second = bench.ask(1, query_state=state)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from gateway.upstream.concurrency_limit import ConcurrencyLimit, ConcurrencySlot
-from gateway.upstream.query_state import QueryState
+from gateway.upstream.task_query_state import TaskQueryState
 
 
 class Bench:
@@ -18,7 +18,7 @@ class Bench:
 
     async def start(self, name: str, *clients: bytes, is_refresh: bool = False) -> asyncio.Task[None]:
         """Start a query that keeps its slot; return its task."""
-        state = QueryState()
+        state = TaskQueryState()
         for client in clients:
             state.join(client)
 

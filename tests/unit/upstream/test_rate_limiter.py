@@ -20,8 +20,8 @@ from gateway.domain.errors import (
     UpstreamThrottled,
 )
 from gateway.domain.permits_reply import PermitsReply
-from gateway.upstream.query_state import QueryState
 from gateway.upstream.rate_limiter import RateLimiter
+from gateway.upstream.task_query_state import TaskQueryState
 
 REJECTED = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
 
@@ -126,7 +126,7 @@ class Bench:
         is_refresh: bool = True,
         timeouts: float = 100.0,
         consume: bool = True,
-        query_state: QueryState | None = None,
+        query_state: TaskQueryState | None = None,
     ) -> asyncio.Task[None]:
         """Start to wait for a permit."""
 
@@ -253,9 +253,9 @@ async def test_rate_limiter_alternates_between_queues(bench: Bench, crowd: bool)
     assert [name for name in bench.went if name.startswith("crowd")] == [f"crowd{n}" for n in range(4)]
 
 
-def wanted_by(*clients: bytes) -> QueryState:
+def wanted_by(*clients: bytes) -> TaskQueryState:
     """Return a query state with these clients, with one caller each."""
-    state = QueryState()
+    state = TaskQueryState()
     for client in clients:
         state.join(client)
     return state

@@ -4,8 +4,7 @@
     the last caller leaves -> a queued query is dropped, unless the gateway itself needs the response
                            -> a query on the wire is completed
 
-A client is identified by its address; b"" stands for an unknown client. In this module, a *request* is an
-in-flight request (`progress/in_flight_requests.py`).
+A client is identified by its address; b"" stands for an unknown client.
 """
 
 from __future__ import annotations
@@ -33,25 +32,25 @@ class QueueEntry(Protocol):
         """Record that the last caller of a client has left, while `others` still wait."""
 
 
-class QueryState:
+class TaskQueryState:
     """The callers of one task, and the state of its query. It may outlive an in-flight request.
 
     Attributes:
         clients: Number of waiting callers, by client.
         seen_revision: The newest revision that a caller has seen. `begin` resets all attributes below.
-        in_flight: A request is in flight.
-        keep_without_callers: The request is kept even if no caller waits, because the gateway needs the
+        in_flight: An in-flight request of the task runs (`progress/in_flight_requests.py`).
+        keep_without_callers: The query is kept even if no caller waits, because the gateway needs the
             response.
-        runs_to_end: The request is completed even without callers: a call is on the wire, or the query has
+        runs_to_end: The query is completed even without callers: a call is on the wire, or the query has
             ended.
-        on_unwanted: Callback that cancels a request which is not wanted any more. Its argument is this
+        on_unwanted: Callback that cancels a query which is not wanted any more. Its argument is this
             query state.
-        dropped: The request was cancelled by `on_unwanted`.
+        dropped: The query was cancelled by `on_unwanted`.
         queue_entry: The query's entry in the queue for a permit or for a concurrency slot; None while it is
             in neither.
         queued_error: A future that receives an error when the query counts as queued. Callers that
             can serve a stale snapshot then stop waiting.
-        began_at: When the request began, on the clock of the progress service.
+        began_at: When the in-flight request began, on the clock of the progress service.
         failure: The failure of the latest call of the query, which is retried; None without one.
         seconds_before_call: Time from the beginning of the query to its latest call, with all waits and
             earlier calls.
@@ -87,7 +86,7 @@ class QueryState:
         self,
         *,
         keep_without_callers: bool = False,
-        on_unwanted: Callable[[QueryState], None] = lambda _: None,
+        on_unwanted: Callable[[TaskQueryState], None] = lambda _: None,
     ) -> None:
         """Reset everything but `clients` and `seen_revision` for a new in-flight request."""
         self.on_unwanted = on_unwanted

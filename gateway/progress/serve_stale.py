@@ -11,7 +11,7 @@ from gateway.settings.model import Cache
 from gateway.stores.base import Store
 
 
-class StaleRules:
+class ServeStaleRules:
     """Applies `cache.stale_while_revalidate_seconds` and `cache.stale_if_error_seconds`.
 
     `settings` is the section `cache` of the settings. `clock` is the clock of `Snapshot.fetched_at`.
@@ -22,14 +22,14 @@ class StaleRules:
         self._store = store
         self._clock = clock
 
-    def result(
+    def apply(
         self, snapshot: Snapshot, age: float, failure: GatewayError | None = None
     ) -> FoundSnapshot | None:
-        """Return a result with a stale snapshot, or None if the snapshot is too old.
+        """Return what a caller receives of a stale snapshot, or None if the snapshot is too old.
 
         The maximum age is the lifetime + `cache.stale_while_revalidate_seconds`. If a failure of the task is
-        cached, the result has the failure, and the maximum age is `cache.stale_if_error_seconds` instead,
-        even if that is shorter. `failure`: used in place of a cached failure.
+        cached, it is returned with the snapshot, and the maximum age is `cache.stale_if_error_seconds`
+        instead, even if that is shorter. `failure`: used in place of a cached failure.
         """
         failure = failure or self._store.cached_failure(snapshot.key)
         if failure is None:
