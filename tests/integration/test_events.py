@@ -468,6 +468,7 @@ async def test_events_notice_a_disconnect_before_the_response(*, extension: bool
         headers = [(b"host", b"x"), (b"traceparent", PARENT), *[(b"a", b"")] * 6500]
         scope = {
             "type": "http",
+            "http_version": "1.1",
             "method": "GET",
             "path": "/v1/events",
             "raw_path": b"/v1/events",

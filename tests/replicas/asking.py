@@ -175,3 +175,12 @@ def steps_back(replies: list[Reply]) -> int:
     """Return how many of a client's successive responses are older than the one before."""
     ranks = [rank(reply.json()) for reply in replies if reply.status == 200]
     return sum(later < earlier for earlier, later in pairwise(ranks))
+
+
+def late_steps_back(replies: list[Reply], seconds: float) -> int:
+    """Return how many responses are older than one that had arrived this long before the request was sent."""
+    ranked = [(reply, rank(reply.json())) for reply in replies if reply.status == 200]
+    return sum(
+        any(before.received < after.sent - seconds and known > received for before, known in ranked)
+        for after, received in ranked
+    )
