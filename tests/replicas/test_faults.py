@@ -364,19 +364,20 @@ def test_replicas_never_go_back_when_keys_are_evicted(
             {
                 "upstream": {"endpoint": simulator.url},
                 "store": {"url": proxy.url, "timeout_seconds": PATIENT},
-                "cache": {"running_seconds": 0.2},
+                "cache": {"running_seconds": 1},
             }
             for proxy in proxies
         ]
         replicas = stack.enter_context(fleet(tmp_path, *settings))
         proxies[2].delay(to_server=0.005, to_client=0.015)
         ports = [one.port for one in replicas]
-        tasks = moving(simulator, 5)
+        # Separate tasks: clients with tags make the replicas query again, so they keep a task up to date.
+        of_untagged, of_tagged = moving(simulator, 5), moving(simulator, 5)
 
         async def crowd() -> tuple[list[list[Reply]], list[list[Reply]]]:
             return await asyncio.gather(
-                poll_each(ports, tasks, every=0.1, seconds=4),
-                poll_each(ports, tasks, every=0.01, seconds=4, tagged=True),
+                poll_each(ports, of_untagged, every=0.1, seconds=6),
+                poll_each(ports, of_tagged, every=0.01, seconds=6, tagged=True),
             )
 
         pool = stack.enter_context(ThreadPoolExecutor(1))
