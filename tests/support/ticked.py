@@ -2,10 +2,15 @@
 
 import asyncio
 import selectors
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+# A loop fires the timers that are due within the resolution of its clock. If it stopped before a timer that
+# is due in less than that, because of a rounding error, it would fire the timer and leave what follows for later.
+_DUE_NOW_SECONDS = time.get_clock_info("monotonic").resolution / 2
 
 
 class _Standstill(selectors.SelectSelector):
@@ -18,7 +23,7 @@ class _Standstill(selectors.SelectSelector):
 
     def select(self, timeout: float | None = None) -> list[Any]:
         """Record how long the loop would wait: None without a timer."""
-        if timeout is None or timeout > 0:
+        if timeout is None or timeout > _DUE_NOW_SECONDS:
             self.until_timer = timeout
             self.stop()
         return []
