@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# A loop fires the timers that are due within the resolution of its clock. If it stopped before a timer that
-# is due in less than that, because of a rounding error, it would fire the timer and leave what follows for later.
+# A loop fires the timers that are due within the resolution of its clock. If it stopped before such a timer
+# because of a rounding error, it would fire the timer and leave what follows for later.
 _DUE_NOW_SECONDS = time.get_clock_info("monotonic").resolution / 2
 
 
