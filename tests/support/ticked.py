@@ -19,6 +19,7 @@ class _Standstill(selectors.SelectSelector):
     def __init__(self) -> None:
         super().__init__()
         self.stop: Callable[[], None] = lambda: None
+        self.pass_time: Callable[[float], None] = lambda _: None
         self.until_timer: float | None = None
 
     def select(self, timeout: float | None = None) -> list[Any]:
@@ -26,6 +27,8 @@ class _Standstill(selectors.SelectSelector):
         if timeout is None or timeout > _DUE_NOW_SECONDS:
             self.until_timer = timeout
             self.stop()
+        else:
+            self.pass_time(timeout)
         return []
 
 
@@ -41,6 +44,7 @@ class TickedLoop(asyncio.SelectorEventLoop):
         self._standstill = _Standstill()
         super().__init__(self._standstill)
         self._standstill.stop = self.stop
+        self._standstill.pass_time = self.jump
         self.faults: list[dict[str, Any]] = []
         self.set_exception_handler(lambda _loop, context: self.faults.append(context))
 
