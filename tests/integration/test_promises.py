@@ -59,7 +59,7 @@ from gateway.watch.subscriber import Subscriber, Update
 from tests.support.seen import TAGS
 from tests.support.ticked import TickedLoop
 
-pytestmark = pytest.mark.timeout(600)  # it builds, starts or plays more than other tests
+pytestmark = pytest.mark.timeout(1800)  # 10,000 games take more than ten minutes on a slow machine
 
 
 WATCHED = [
