@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +40,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print usage and message, and exit with status 2."""
         super().error(printable(message))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Let help and version fail if they cannot be written: with PYTHONUNBUFFERED, argparse hides it."""
+        if file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """Parse the arguments; first look for a misspelled command or option, with a better message."""

@@ -115,7 +115,10 @@ def besiege(*, attackers: int, seconds: float, kinds: Sequence[str], folder: Pat
             life = {"waitingSeconds": 0, "runningSeconds": 3600}
             control.post("/_simulator/tasks", json={"taskId": TASK, "life": life}).raise_for_status()
         settings = {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream}
-        with serving(folder, settings) as (process, gate), serving(folder, settings) as (_, other):
+        with (
+            serving(folder, settings, real=True) as (process, gate),
+            serving(folder, settings, real=True) as (_, other),
+        ):
             _play(report, process, gate, other, attackers=attackers, seconds=seconds, kinds=kinds)
     return report
 

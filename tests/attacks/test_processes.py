@@ -33,7 +33,7 @@ def serving(
     """Run `sd-gateway serve` with these settings, and with these limits of open files, SOFT:HARD."""
     env = {f"SD_GATEWAY_{name}": value for name, value in settings.items()}
     env["SD_GATEWAY_UPSTREAM__ENDPOINT"] = upstream
-    return harness.serving(folder, env, descriptors=descriptors)
+    return harness.serving(folder, env, descriptors=descriptors, real=True)
 
 
 def threads(process: Process) -> int:

@@ -6,6 +6,7 @@ settings from the start: upstream refuses its key pair, and its store does not e
 
 import re
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -53,9 +54,10 @@ class Prometheus:
         assert response["status"] == "success", response
         return response["data"]
 
-    def query(self, expression: str) -> list[Json]:
-        """Return the current labels and value of each series of an expression, without NaN values."""
-        result = self.get("query", query=expression)["result"]
+    def query(self, expression: str, at: float | None = None) -> list[Json]:
+        """Return the labels and value of each series of an expression now, or `at` a time, without NaN."""
+        moment = {} if at is None else {"time": str(at)}
+        result = self.get("query", query=expression, **moment)["result"]
         return [sample for sample in result if sample["value"][1] != "NaN"]
 
     def evaluations(self) -> set[str]:
@@ -96,12 +98,17 @@ class Clients:
 
 @dataclass
 class Scenario:
-    """The alerts that fired, and the Prometheus. `healthy` has those that fired before the faults."""
+    """The alerts that fired, and the Prometheus. `healthy` has those that fired before the faults.
+
+    The times are Unix timestamps in seconds: rates fall once the scenario has ended.
+    """
 
     prometheus: Prometheus
     healthy: dict[str, Json]
     fired: dict[str, Json]
+    fired_at: float
     misconfigured: dict[str, Json]
+    ended_at: float
 
 
 def fast_configuration(folder: Path, jobs: dict[str, list[Gateway]]) -> Path:
@@ -203,7 +210,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
         simulator.fault("status", status=502)
         expected = {"SdGatewayUpstreamFailures", "SdGatewayAnswersOverdue"}
         wait_for(lambda: expected <= set(prometheus.firing(JOB)), "alerts of the fault")
-        fired = prometheus.firing(JOB)
+        fired, fired_at = prometheus.firing(JOB), time.time()
 
         simulator.heal()
         simulator.control("PUT", "/pairs", pairs={"key": "secret", "new-key": "new-secret"})
@@ -213,7 +220,8 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scenario]:
         for name in (reloads, errors):
             query = f'rate({name}{{job="{JOB}"}}[5m])'
             wait_for(lambda query=query: prometheus.query(query), f"{query} has samples")
-        yield Scenario(prometheus, healthy, fired, prometheus.firing(MISCONFIGURED))
+        misconfigured_fired = prometheus.firing(MISCONFIGURED)
+        yield Scenario(prometheus, healthy, fired, fired_at, misconfigured_fired, time.time())
 
 
 def test_prometheus_accepts_the_example() -> None:
@@ -256,7 +264,7 @@ def test_prometheus_separates_jobs(scenario: Scenario) -> None:
 @pytest.mark.parametrize("query", QUERIES)
 def test_prometheus_answers_the_dashboard(scenario: Scenario, query: str) -> None:
     """Every query of a panel returns numbers."""
-    assert scenario.prometheus.query(substituted(query, job=JOB))
+    assert scenario.prometheus.query(substituted(query, job=JOB), at=scenario.ended_at)
 
 
 def test_prometheus_knows_the_dashboards_variables(scenario: Scenario) -> None:
@@ -300,7 +308,5 @@ def test_prometheus_keeps_long_polls_out_of_response_times(scenario: Scenario) -
 @pytest.mark.parametrize("query", ANNOTATIONS)
 def test_prometheus_marks_alerts_on_the_dashboard(scenario: Scenario, query: str) -> None:
     """Firing alerts appear as annotations."""
-    names = {
-        sample["metric"]["alertname"] for sample in scenario.prometheus.query(substituted(query, job=JOB))
-    }
-    assert "SdGatewayUpstreamFailures" in names
+    alerts = scenario.prometheus.query(substituted(query, job=JOB), at=scenario.fired_at)
+    assert "SdGatewayUpstreamFailures" in {alert["metric"]["alertname"] for alert in alerts}

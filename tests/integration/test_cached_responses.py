@@ -348,7 +348,7 @@ async def test_hits_apply_backpressure(simulator: Simulator, tmp_path: Path) -> 
         "SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url,
         "SD_GATEWAY_CACHE__RUNNING_SECONDS": "3000",
     }
-    with serving(tmp_path, environment) as (process, gate), gate.connect() as connection:
+    with serving(tmp_path, environment, real=True) as (process, gate), gate.connect() as connection:
         gate.get(task)
         before = process.resident_bytes()
         connection.settimeout(1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.fork_server import can_fork, fork_command, read_at_start
 from tests.support.harness import KEY, PATIENCE_SECONDS, SECRET, free_port, plain_client, until
 
 COMMAND = str(Path(sys.executable).with_name("sd-gateway"))
@@ -25,7 +26,7 @@ COMMANDS = {
     "demo": ["demo", "--simulator-port", "1x"],
     "watch": ["watch", "--gateway", "https://gateway.invalid", "--api", "fax", "task"],
 }
-ENVIRONMENT = {
+ENVIRONMENT = read_at_start(os.environ) | {
     "PATH": os.environ["PATH"],
     "SD_GATEWAY_CREDENTIALS__ACCESS_KEY": KEY,
     "SD_GATEWAY_CREDENTIALS__SECRET_KEY": SECRET,
@@ -41,10 +42,16 @@ def ran(
     prefix: tuple[str, ...] = (),
     **env: str,
 ) -> tuple[int, str]:
-    """Run a command; return its exit status and output."""
+    """Run a command, after `before` in its process, or with `prefix`; return its exit status and output."""
+    variables = ENVIRONMENT | env
+    if not before and not prefix and can_fork(variables):
+        process = fork_command(arguments, cwd=Path.cwd(), env=variables)
+        with process.stdout as stream:
+            output = stream.read()
+        return process.wait(PATIENCE_SECONDS), output
     done = subprocess.run(
         [*prefix, COMMAND, *arguments],
-        env=ENVIRONMENT | env,
+        env=variables,
         preexec_fn=before,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -34,6 +34,7 @@ from gateway.settings.model import Settings
 from gateway.simulator import Life, create_simulator, new_task_id
 from gateway.telemetry.redaction import Redactor
 from gateway.telemetry.tracing import Tracing
+from tests.support.fork_server import ForkedCommand, can_fork, fork_command
 
 KEY, SECRET = "harness-access-key", "harness-secret-key"
 COMMAND = Path(sys.executable).with_name("sd-gateway")
@@ -465,19 +466,32 @@ def neutral_environment() -> dict[str, str]:
 
 
 class Process:
-    """A command in a process, by default `sd-gateway`; its output is recorded."""
+    """A command in a process, by default `sd-gateway`; its output is recorded.
+
+    `real`: start the program itself, and do not fork a process that has already imported its modules.
+    """
 
     def __init__(
-        self, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None, program: Path = COMMAND
+        self,
+        *arguments: str,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        program: Path = COMMAND,
+        real: bool = False,
     ) -> None:
-        self._process = subprocess.Popen(
-            [program, *arguments],
-            cwd=cwd,
-            env=neutral_environment() | dict(env or {}),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        variables = neutral_environment() | dict(env or {})
+        self._process: subprocess.Popen[str] | ForkedCommand
+        if program == COMMAND and not real and can_fork(variables):
+            self._process = fork_command(arguments, cwd=cwd, env=variables)
+        else:
+            self._process = subprocess.Popen(
+                [program, *arguments],
+                cwd=cwd,
+                env=variables,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
         self.lines: list[str] = []
         self.url = ""  # of the gateway, if the test sets it
         self._reader = threading.Thread(target=self._read)
@@ -493,7 +507,7 @@ class Process:
             self._process.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            self._process.wait(PATIENCE_SECONDS)
         self._reader.join()
 
     @property
@@ -576,10 +590,12 @@ class Mount:
 
 
 @contextmanager
-def serving(cwd: Path, env: Mapping[str, str], *, descriptors: str = "") -> Iterator[tuple[Process, Gateway]]:
+def serving(
+    cwd: Path, env: Mapping[str, str], *, descriptors: str = "", real: bool = False
+) -> Iterator[tuple[Process, Gateway]]:
     """Run `sd-gateway serve` with these variables; yield the process, once it listens, and a gateway.
 
-    `descriptors`: soft and hard limit of open files, as SOFT:HARD.
+    `descriptors`: soft and hard limit of open files, as SOFT:HARD. `real`: see `Process`.
     """
     variables = {
         "SD_GATEWAY_SERVER__PORT": "0",
@@ -595,7 +611,7 @@ def serving(cwd: Path, env: Mapping[str, str], *, descriptors: str = "") -> Iter
             *command, cwd=cwd, env=variables, program=Path(shutil.which("prlimit") or "prlimit")
         )
     else:
-        started = Process("serve", cwd=cwd, env=variables)
+        started = Process("serve", cwd=cwd, env=variables, real=real)
     with started as process:
         url = process.says(r'"url": "(http://[^"]+)"')
         with plain_client(url) as client:

@@ -144,8 +144,9 @@ def channel_of(server: StoreServer, key: TaskKey = KEY) -> bytes:
 
 
 def fields_of(server: StoreServer, key: TaskKey = KEY) -> dict[bytes, bytes]:
-    """Return the fields of a task on the server."""
-    return dict(server.client.hgetall(name_of(server, key)))  # type: ignore[arg-type]
+    """Return the fields of a task on the server; none if it has not this task."""
+    names = server.client.keys(f"*:{key.operation}/{key.task_id}")
+    return dict(server.client.hgetall(names[0])) if names else {}  # type: ignore[arg-type, index]
 
 
 def server_time(server: StoreServer) -> int:
