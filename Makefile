@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Number of test processes. Most tests wait for timers, so six processes keep two cores busy.
-WORKERS ?= 6
+# Number of test processes. Many tests wait for timers, so four processes keep two cores busy.
+WORKERS ?= 4
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet

@@ -273,7 +273,7 @@ def test_shutdown_keeps_its_status_to_the_end(tmp_path: Path, upstream: HeldUpst
     with serving(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream.url}) as (process, _):
         while process.alive:
             process.signal()
-        assert process.exit_status() == 0
+        assert process.exit_status() == 0, process.output
 
 
 def test_shutdown_on_two_ctrl_c_exits_in_the_same_way(tmp_path: Path, upstream: HeldUpstream) -> None:

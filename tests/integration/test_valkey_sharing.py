@@ -641,7 +641,10 @@ async def test_late_end_of_an_earlier_lease_does_not_affect_the_next_one(
 
 async def test_leases_are_renewed_together(one: ValkeyStore, server: StoreServer) -> None:
     """Hundreds of leases are renewed with a few writes."""
-    leases = await asyncio.gather(*(leased(one, KEY._replace(task_id=f"task-{n}")) for n in range(500)))
+    keys = [KEY._replace(task_id=f"task-{n}") for n in range(500)]
+    leases: list[Lease] = []
+    for group in range(0, len(keys), 50):  # a busy server may need longer than store.timeout_seconds for all
+        leases += await asyncio.gather(*(leased(one, key) for key in keys[group : group + 50]))
     before = operations(one, "renew"), reads(server)
     await eventually(lambda: operations(one, "renew") >= before[0] + len(leases), "all are renewed")
     assert errors(one, "renew") == 0
@@ -996,13 +999,18 @@ async def test_permits_survive_forged_fields(forged: Json, one: ValkeyStore, ser
     server.client.hset(permits_name(server), mapping=forged)
     assert (await take(one, 20, per_second=20, burst=2)).refreshes <= 2
     refreshes = first_queries = 0
-    ends = time.monotonic() + 1
-    while time.monotonic() < ends:
+    refilled = 0.0
+    began = filled_until = server_time(server)
+    while server_time(server) < began + 1_000_000:
         permits = await take(one, 20, 20, per_second=20, burst=2)
         refreshes, first_queries = refreshes + permits.refreshes, first_queries + permits.first_queries
+        now = server_time(server)
+        refilled += min(2, (now - filled_until) / 1_000_000 * 20)  # what is above the burst is lost
+        filled_until = now
         await asyncio.sleep(0.02)
-    assert 10 <= refreshes + first_queries <= 24
-    assert first_queries >= 2, "one in four"
+    passed = (server_time(server) - began) / 1_000_000
+    assert refilled / 2 <= refreshes + first_queries <= 20 * passed + 4
+    assert first_queries >= int(refilled / 10), "one in four"
 
 
 async def test_permits_survive_a_key_of_another_type(one: ValkeyStore, server: StoreServer) -> None:

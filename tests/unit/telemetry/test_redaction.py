@@ -300,22 +300,20 @@ def test_redactor_masks_a_secret_in_every_encoding(encoding: str, secret: str) -
             assert re.sub(r"\\|0[xX]|(?<=\])}", "", clean.replace(r"\u{", "")) == f"before, {MASK}, after"
 
 
-INVISIBLE = [
-    char
-    for char in map(chr, range(0x11_0000))
-    if char.isspace() or unicodedata.category(char) in {"Cc", "Cf", "Mn"}
-]
-
-
 @pytest.mark.parametrize("secret", [SECRET_KEY, "p\u00e4ssw\u00f6rter"])
 def test_redactor_masks_a_secret_with_invisible_characters(secret: str) -> None:
     """Any invisible character of Unicode may separate the characters of a secret, also as an escape."""
     redactor = Redactor()
     redactor.add_secrets(secret)
-    for char in INVISIBLE:
+    invisible = [
+        char
+        for char in map(chr, range(0x11_0000))
+        if char.isspace() or unicodedata.category(char) in {"Cc", "Cf", "Mn"}
+    ]
+    for char in invisible:
         for separator in (char, json.dumps(char)[1:-1], quote(char), f"&#{ord(char)};"):
             assert redactor(f"of {secret[:3]}{separator}{secret[3:]}.") == f"of {MASK}."
-    assert len(INVISIBLE) > 1000
+    assert len(invisible) > 1000
 
 
 # For each kind of encoding: the parts of the encoded secret, and what may stand between them. Hexadecimal has
