@@ -2,8 +2,8 @@
 
 PYTHON ?= python3
 ARGS ?=
-# Number of test processes. Many tests wait for timers, so four processes keep two cores busy.
-WORKERS ?= 4
+# Number of test processes. Many tests wait for timers or start other processes, so three keep two cores busy.
+WORKERS ?= 3
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet

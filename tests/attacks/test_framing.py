@@ -32,10 +32,10 @@ def only_refusal(line: Line, *, statuses: set[int] = REFUSALS) -> Answer:
 
 @pytest.fixture
 def gate(target: Target, simulator: Simulator) -> Gateway:
-    """Return a gateway with short timeouts."""
+    """Return a gateway with two tasks."""
     for task in (OWN, OTHER):
         simulator.task(task)
-    return target(server={"header_seconds": 1, "keep_alive_seconds": 1})
+    return target()
 
 
 # Upgrade and CONNECT
