@@ -146,6 +146,15 @@ def test_surroundings_may_be_full(full: tuple[int, ...], command: str) -> None:
         assert status == 1
 
 
+@pytest.mark.parametrize("command", ["version", "help"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_surroundings_that_are_full_fail_with_any_buffering(unbuffered: str, command: str) -> None:
+    """A refused help or version is a failure, whether the write fails at once or at the end."""
+    status, output = ran(COMMANDS[command], before=partial(redirect, (1,)), PYTHONUNBUFFERED=unbuffered)
+    assert status == 1
+    assert "No space left on device" in output
+
+
 @pytest.mark.parametrize(
     "output", ["2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>&1", ">&- 2>/dev/full"]
 )
