@@ -22,9 +22,6 @@ from gateway.upstream.task_query_state import TaskQueryState
 # Subscribers learn of an outage within one lifetime + 2 s. The rest of the 2 s is for the delay of the
 # refresh (`refresher.py`) and for a busy event loop.
 MIN_OVERDUE_AFTER_SECONDS = 1.5
-# A query begins a moment after the timer of its check has started, so the check may come this much too early.
-# The next check is `overdue_after_seconds` later, which would be too late for the 2 s.
-_CHECK_TOLERANCE_SECONDS = 0.1
 _LATENCY_WEIGHT = 0.3  # of the newest latency in the moving average
 
 
@@ -78,6 +75,13 @@ class OverdueRules:
             return None
         return entry.failure or self._store.cached_failure(key) or self._failure_of_slow_query(key)
 
+    def seconds_until_check(self, key: TaskKey) -> float:
+        """Return when `error` should be called again, if it has returned None just now."""
+        state = self._query_state_of(key)
+        elapsed = 0.0 if state is None else max(self._clock() - state.began_at, 0.0)
+        left = self.overdue_after_seconds - elapsed
+        return left if left > 0 else self.overdue_after_seconds
+
     def error_of_slow_query(self, state: TaskQueryState) -> GatewayError:
         """Return the error for a query in flight that takes too long."""
         return state.failure or state.make_deadline_error()
@@ -87,7 +91,6 @@ class OverdueRules:
 
     def _failure_of_slow_query(self, key: TaskKey) -> GatewayError | None:
         state = self._query_state_of(key)
-        overdue_after = self.overdue_after_seconds - _CHECK_TOLERANCE_SECONDS
-        if state is None or self._clock() - state.began_at < overdue_after:
+        if state is None or self._clock() - state.began_at < self.overdue_after_seconds:
             return None
         return self.error_of_slow_query(state)

@@ -85,6 +85,7 @@ class WatchHub:
             publish=self._publish,
             mark_not_found=self._mark_not_found,
             set_overdue_error=self._set_overdue_error,
+            report_overdue=self._report_overdue,
             unknown_task_seconds=settings.unknown_task_seconds,
             clock=clock,
         )
@@ -276,6 +277,13 @@ class WatchHub:
         else:
             self._overdue_keys.add(watched.key)
         self._put_overdue_state(watched, watched.subscribers - watched.subscribers_awaiting_refresh)
+
+    def _report_overdue(self, watched: WatchedTask, failure: GatewayError) -> None:
+        """Record that a refresh takes too long. Subscribers that await it receive the stale snapshot now."""
+        awaited = watched.published_update is None or watched.subscribers_awaiting_refresh
+        if awaited and not watched.not_found and (result := self._service.peek(watched.key)) is not None:
+            self._publish(Update(watched.key, result.snapshot))
+        self._set_overdue_error(watched, failure)
 
     def _put_overdue_state(self, watched: WatchedTask, subscribers: Iterable[Subscriber]) -> None:
         """Put the overdue state of a task into subscribers that have received its snapshot.

@@ -23,7 +23,6 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import NamedTuple
 
 import structlog
@@ -76,6 +75,7 @@ class WatchedTask:
         rejected_since: The time of the first query that the upstream rejected; None after a snapshot.
         not_found: The upstream has rejected all queries for `watch.unknown_task_seconds`.
         overdue_error: The error because of which the update is overdue; None if it is not overdue.
+        check_timer: Checks whether the refresh takes too long; None when there is no refresh.
     """
 
     key: TaskKey
@@ -90,6 +90,7 @@ class WatchedTask:
     rejected_since: float | None = None
     not_found: bool = False
     overdue_error: GatewayError | None = None
+    check_timer: asyncio.TimerHandle | None = None
 
 
 class _BackOff(NamedTuple):
@@ -104,8 +105,9 @@ class Refresher:
 
     `publish_unpublished` publishes the task's unpublished snapshot, if there is one. `publish` publishes an
     update. `mark_not_found` is called after each failed refresh of a task that counts as not found.
-    `set_overdue_error` is called with the error because of which an update is overdue, or None after a
-    successful refresh.
+    `set_overdue_error` is called after each refresh that returns a snapshot, with the error because of which
+    the update is overdue, or None. `report_overdue` is called with the reason while a refresh
+    takes too long.
     `clock` is the clock of `Snapshot.fetched_at`.
     """
 
@@ -117,6 +119,7 @@ class Refresher:
         publish: Callable[[Update], None],
         mark_not_found: Callable[[WatchedTask], None],
         set_overdue_error: Callable[[WatchedTask, GatewayError | None], None],
+        report_overdue: Callable[[WatchedTask, GatewayError], None],
         unknown_task_seconds: float,
         clock: Callable[[], float],
     ) -> None:
@@ -125,6 +128,7 @@ class Refresher:
         self._publish = publish
         self._mark_not_found = mark_not_found
         self._set_overdue_error = set_overdue_error
+        self._report_overdue = report_overdue
         self._unknown_task_seconds = unknown_task_seconds
         self._clock = clock
         self._timers = CoalescedTimers()
@@ -132,8 +136,6 @@ class Refresher:
         self._backing_off: dict[WatchedTask, _BackOff] = {}  # the one that has waited longest first
         self._probe_timer: asyncio.TimerHandle | None = None
         self._probed_at = -math.inf
-        self._refreshing: dict[WatchedTask, float] = {}  # when each refresh is checked, the earliest first
-        self._check_timer: asyncio.TimerHandle | None = None
         self._log_sampler = LogSampler()
 
     def start(self, watched: WatchedTask) -> None:
@@ -278,33 +280,28 @@ class Refresher:
 
     def _begin_refresh(self, watched: WatchedTask) -> None:
         watched.refreshing = True
-        self._refreshing[watched] = self._clock() + self._service.overdue_rules.overdue_after_seconds
-        if self._check_timer is None:
-            self._schedule_check()
+        self._schedule_check(watched, self._service.overdue_rules.overdue_after_seconds)
 
     def _end_refresh(self, watched: WatchedTask) -> None:
         watched.refreshing = False
-        self._refreshing.pop(watched, None)
-        if not self._refreshing and self._check_timer is not None:
-            self._check_timer.cancel()
-            self._check_timer = None
+        if watched.check_timer is not None:
+            watched.check_timer.cancel()
+            watched.check_timer = None
 
-    def _schedule_check(self) -> None:
-        self._check_timer = None
-        if self._refreshing:
-            delay = next(iter(self._refreshing.values())) - self._clock()
-            self._check_timer = asyncio.get_running_loop().call_later(max(delay, 0.0), self._check_refreshes)
+    def _schedule_check(self, watched: WatchedTask, delay: float) -> None:
+        watched.check_timer = asyncio.get_running_loop().call_later(delay, self._check_refresh, watched)
 
-    def _check_refreshes(self) -> None:
-        """Report the refreshes that take too long. Check each again later: the reason may change."""
-        now = self._clock()
-        due = list(takewhile(lambda watched: self._refreshing[watched] <= now, self._refreshing))
-        for watched in due:
-            del self._refreshing[watched]
-            self._refreshing[watched] = now + self._service.overdue_rules.overdue_after_seconds
-            if (reason := self._service.overdue_rules.error(watched.key)) is not None:
-                self._set_overdue_error(watched, reason)
-        self._schedule_check()
+    def _check_refresh(self, watched: WatchedTask) -> None:
+        """Report the refresh if it takes too long. Check again later: the reason may change."""
+        rules = self._service.overdue_rules
+        reason = rules.error(watched.key)
+        if reason is None:
+            # The query may have begun a moment after the refresh.
+            delay = rules.seconds_until_check(watched.key)
+            self._schedule_check(watched, max(delay, _TIMER_RESOLUTION_SECONDS))
+        else:
+            self._schedule_check(watched, rules.overdue_after_seconds)
+            self._report_overdue(watched, reason)
 
     def _seconds_until_not_found(self, watched: WatchedTask) -> float:
         """Return the seconds until the task counts as not found if it is rejected again, at least 1."""

@@ -257,6 +257,37 @@ def test_staleness_of_a_task_that_nobody_watches(simulator: Simulator, launch: L
     assert gate.metric("snapshots_stale") == 0, "the metric counts watched tasks"
 
 
+def test_staleness_for_the_first_subscriber(simulator: Simulator, launch: Launch) -> None:
+    """Streams and long polls that begin during a silent outage soon receive the stale snapshot."""
+    gate = launch(simulator.url, cache=CACHE | {"stale_while_revalidate_seconds": 0})
+    tasks = [simulator.task(data={"status": "running", "progress": 0.5}) for _ in range(3)]
+    path = f"/v1/events?taskId={tasks[0]}"
+    with stream(gate, path) as (_, events):
+        received = next_named(events).id
+    for task in tasks[1:]:
+        gate.get(task)
+    simulator.fault("silent")
+    time.sleep(TTL)
+    began = time.monotonic()
+    with ThreadPoolExecutor() as pool, ExitStack() as stack:
+        poll = pool.submit(gate.get, tasks[1], params={"wait": 30})
+        batch_poll = pool.submit(gate.client.get, "/v1/progress", params={"taskId": tasks[2], "wait": 30})
+        streams = [
+            stack.enter_context(stream(gate, path))[1],
+            stack.enter_context(stream(gate, path, **{"Last-Event-ID": received}))[1],
+        ]
+        for events in streams:
+            assert next_named(events).name == "progress"
+            assert next_named(events).data["stale"] == "upstream-timeout"
+        response, answer = poll.result(), batch_poll.result().json()
+        assert time.monotonic() - began < NOTICED_SECONDS + BUSY_MACHINE_SECONDS
+        assert "detail=upstream-timeout" in response.headers["cache-status"]
+        assert answer["items"][0]["stale"] == "upstream-timeout"
+        simulator.heal()
+        for events in streams:
+            assert_cleared(gate, events, tasks[0])
+
+
 def test_staleness_ends_with_a_problem(simulator: Simulator, launch: Launch) -> None:
     """When the snapshot is too old to be shown, a problem replaces it; afterwards both are over."""
     gate = launch(simulator.url, cache=CACHE | {"stale_if_error_seconds": 1.0})

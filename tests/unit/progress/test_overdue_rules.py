@@ -1,5 +1,6 @@
 """Overdue updates: when a query in flight takes too long."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +13,35 @@ from gateway.upstream.task_query_state import TaskQueryState
 KEY = TaskKey(Operation.SD_GET_PROGRESS, "A")
 
 
-@pytest.mark.parametrize(("late_seconds", "overdue"), [(0.001, True), (0.5, False)])
-def test_query_that_begins_after_the_timer_of_its_check(late_seconds: float, *, overdue: bool) -> None:
-    """The check finds it overdue: the next one would come 1.5 s later, too late for subscribers."""
-    snapshot = SimpleNamespace(terminal=False, fresh=lambda _: False)
+@pytest.mark.parametrize(
+    ("began_at", "overdue", "next_check"),
+    [
+        pytest.param(0.0, True, None, id="at the limit"),
+        pytest.param(0.001, False, 0.001, id="it began after the timer of its check was set"),
+        pytest.param(0.5, False, 0.5, id="another query has begun meanwhile"),
+        pytest.param(math.inf, False, MIN_OVERDUE_AFTER_SECONDS, id="it has not begun"),
+    ],
+)
+def test_query_in_flight(began_at: float, overdue: bool, next_check: float | None) -> None:  # noqa: FBT001
+    """The query is overdue from the limit on, and not a moment before; the next check is at the limit."""
+    rules = overdue_rules(began_at=began_at, now=MIN_OVERDUE_AFTER_SECONDS, fresh=False)
+    assert (rules.error(KEY) is not None) is overdue
+    if next_check is not None:
+        assert rules.seconds_until_check(KEY) == pytest.approx(next_check)
+
+
+def test_slow_query_of_a_fresh_snapshot_is_checked_later() -> None:
+    """The next check is not at once, although the query has taken long enough already."""
+    rules = overdue_rules(began_at=0.0, now=MIN_OVERDUE_AFTER_SECONDS, fresh=True)
+    assert rules.error(KEY) is None
+    assert rules.seconds_until_check(KEY) == MIN_OVERDUE_AFTER_SECONDS
+
+
+def overdue_rules(*, began_at: float, now: float, fresh: bool) -> OverdueRules:
+    """Return the rules for one task, whose query in flight began at this time."""
+    snapshot = SimpleNamespace(terminal=False, fresh=lambda _: fresh)
     entry = SimpleNamespace(snapshot=snapshot, failure=None)
     store: Any = SimpleNamespace(entry=lambda _: entry, cached_failure=lambda _: None)
     state = TaskQueryState()
-    state.began_at = late_seconds
-    updates = OverdueRules(store, lambda _: state, clock=lambda: MIN_OVERDUE_AFTER_SECONDS)
-    assert (updates.error(KEY) is not None) is overdue
+    state.began_at = began_at
+    return OverdueRules(store, lambda _: state, clock=lambda: now)

@@ -83,6 +83,9 @@ class ManualOverdue:
     def error(self, _key: TaskKey) -> GatewayError | None:
         return self.failure
 
+    def seconds_until_check(self, _key: TaskKey) -> float:
+        return self.overdue_after_seconds
+
 
 class ManualService:
     """A service whose fresh results are set by the test."""
