@@ -80,7 +80,7 @@ class Hedging(Generic[Q, T]):
             return await call(query)
         try:
             async with asyncio.timeout(None) as interrupt:
-                state = self._hedgeable_calls[query] = _HedgeableCall[T](interrupt)
+                state = self._hedgeable_calls[query] = _HedgeableCall(interrupt)
                 return await call(query)
         except TimeoutError:
             if state.response is not None:

@@ -280,9 +280,12 @@ class WatchHub:
 
     def _report_overdue(self, watched: WatchedTask, failure: GatewayError) -> None:
         """Record that a refresh takes too long. Subscribers that await it receive the stale snapshot now."""
-        awaited = watched.published_update is None or watched.subscribers_awaiting_refresh
-        if awaited and not watched.not_found and (result := self._service.peek(watched.key)) is not None:
-            self._publish(Update(watched.key, result.snapshot))
+        published = watched.published_update
+        if published is None or watched.subscribers_awaiting_refresh:
+            result = self._service.peek(watched.key)
+            update = None if result is None or watched.not_found else Update(watched.key, result.snapshot)
+            if update is not None and (published is None or update.has_same_content(published)):
+                self._publish(update)
         self._set_overdue_error(watched, failure)
 
     def _put_overdue_state(self, watched: WatchedTask, subscribers: Iterable[Subscriber]) -> None:
