@@ -76,7 +76,7 @@ class OverdueRules:
         return entry.failure or self._store.cached_failure(key) or self._failure_of_slow_query(key)
 
     def seconds_until_check(self, key: TaskKey) -> float:
-        """Return when `error` should be called again, if it has returned None just now."""
+        """Return in how many seconds to call `error` again, if it has just returned None."""
         state = self._query_state_of(key)
         elapsed = 0.0 if state is None else max(self._clock() - state.began_at, 0.0)
         left = self.overdue_after_seconds - elapsed

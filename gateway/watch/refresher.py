@@ -106,8 +106,8 @@ class Refresher:
     `publish_unpublished` publishes the task's unpublished snapshot, if there is one. `publish` publishes an
     update. `mark_not_found` is called after each failed refresh of a task that counts as not found.
     `set_overdue_error` is called after each refresh that returns a snapshot, with the error because of which
-    the update is overdue, or None. `report_overdue` is called with the reason while a refresh
-    takes too long.
+    the update is overdue, or None. `report_overdue` is called with the reason while a refresh takes too
+    long.
     `clock` is the clock of `Snapshot.fetched_at`.
     """
 
