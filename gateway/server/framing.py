@@ -91,20 +91,26 @@ def find_end_of_head(buffer: bytearray, scanned: int, *, max_bytes: int) -> int:
     length = found + len(_END_OF_HEAD) if found >= 0 else 0
     if 0 < length <= max_bytes:
         return length
-    _check_beginning(buffer[: length or len(buffer)][:max_bytes])
+    _check_beginning(buffer, scanned, min(length or len(buffer), max_bytes))
     if length or len(buffer) > max_bytes:
         raise BadRequest(HeadersTooLarge(f"the request's headers are larger than {max_bytes} bytes"))
     return 0
 
 
-def _check_beginning(data: bytearray) -> None:
+def _check_beginning(buffer: bytearray, scanned: int, end: int) -> None:
     """Refuse input that is not HTTP/1 without waiting for the end of its head, which might never arrive.
 
-    This check comes before the size check, so that the response does not depend on how the bytes were split.
+    Only the bytes from `scanned` to `end` are read: a client may send its head byte by byte. This check comes
+    before the size check, so that the response does not depend on how the bytes were split.
     """
-    line, end, _ = data.partition(b"\r\n")
-    wrong_line = end and not _REQUEST_LINE.fullmatch(line)
-    if wrong_line or not _FIRST_BYTE.match(data) or data.count(b"\n") != data.count(b"\r\n"):
+    start = scanned - 1 if buffer.endswith(b"\r", 0, scanned) else scanned  # CR and LF may come separately
+    line_ends = buffer.count(b"\r\n", start, end)
+    wrong_line_end = buffer.count(b"\n", start, end) != line_ends
+    wrong_line = False
+    if line_ends:
+        first = buffer.find(b"\r\n", 0, end)
+        wrong_line = first >= start and not _REQUEST_LINE.fullmatch(buffer, 0, first)
+    if wrong_line or wrong_line_end or not _FIRST_BYTE.match(buffer):
         raise _invalid()
 
 
@@ -254,11 +260,12 @@ class _ChunkedBody:
     lines would block the event loop for milliseconds.
     """
 
-    __slots__ = ("_left", "_overhead", "_state", "complete")
+    __slots__ = ("_left", "_overhead", "_scanned", "_state", "complete")
 
     def __init__(self, max_overhead: int) -> None:
         self._overhead = max_overhead  # bytes left for extensions, trailers and small chunks
         self._left = 0  # bytes left of the current chunk
+        self._scanned = 0  # bytes of an incomplete size line or of incomplete trailers without their end
         self._state: Callable[[bytearray, int, bytearray], int | None] = self._size
         self.complete = False
 
@@ -276,15 +283,17 @@ class _ChunkedBody:
     # States. Each returns the offset of the next state, or None while its input is incomplete.
 
     def _size(self, buffer: bytearray, start: int, _: bytearray) -> int | None:
-        match = _CHUNK_SIZE.match(buffer, start)
+        end = buffer.find(b"\n", start + self._scanned)
+        match = _CHUNK_SIZE.match(buffer, start) if end >= 0 else None
         if match is None:
-            end = buffer.find(b"\n", start)
             length = (end if end >= 0 else len(buffer)) - start
             if length > self._overhead + _LONGEST_SIZE:  # too long, valid or not
                 self._count_overhead(length)
             if end >= 0:
                 raise BadRequest(InvalidParameter("the request's body is not in chunks"))
+            self._scanned = length
             return None
+        self._scanned = 0
         self._left = int(match[1], 16)
         self._count_overhead(len(match[2]) + (max(_SMALL_CHUNK - self._left, 0) if self._left else 0))
         self._state = self._data if self._left else self._trailers
@@ -310,8 +319,9 @@ class _ChunkedBody:
         if buffer.startswith(b"\r\n", start):
             self.complete = True
             return start + 2
-        end = buffer.find(_END_OF_HEAD, start)
+        end = buffer.find(_END_OF_HEAD, start + max(self._scanned - len(_END_OF_HEAD) + 1, 0))
         if end < 0:
+            self._scanned = len(buffer) - start
             if len(buffer) - start > self._overhead + 1:  # one byte may be the CR of the final empty line
                 self._count_overhead(len(buffer) - start)
             return None

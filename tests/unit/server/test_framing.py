@@ -6,7 +6,7 @@ from types import FrameType
 
 import pytest
 
-from gateway.server.framing import BadRequest, Head, make_body_decoder, parse_head
+from gateway.server.framing import BadRequest, Head, find_end_of_head, make_body_decoder, parse_head
 
 CHUNKED = Head(b"POST", b"/", "1.1", [], keep_alive=True, content_length=None)
 BOUND = 32_768
@@ -52,6 +52,53 @@ def test_framing_of_chunks_depends_on_no_cut(seed: int) -> None:
         expected = decoded([whole], max_overhead=bound)
         assert decoded(cut, max_overhead=bound) == expected, (whole, cuts)
         assert decoded(single, max_overhead=bound) == expected, whole
+
+
+def head_end(pieces: list[bytes], *, max_bytes: int) -> int | str:
+    """Return the length of the head in these pieces, 0 without its end, or the reason for a refusal."""
+    buffer, scanned = bytearray(), 0
+    for piece in pieces:
+        buffer += piece
+        try:
+            if length := find_end_of_head(buffer, scanned, max_bytes=max_bytes):
+                parse_head(bytes(buffer[:length]), max_fields=100)
+                return length
+        except BadRequest as refused:
+            return str(refused)
+        scanned = len(buffer)
+    return 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_framing_of_heads_depends_on_no_cut(seed: int) -> None:
+    """The same bytes give the same end of a head or the same refusal, also close to the limit."""
+    chance = random.Random(seed)
+    for _ in range(1000):
+        lines = [chance.choice([b"GET / HTTP/1.1", b"GET  /", b"get / HTTP/1.1"] + [b"PUT /a HTTP/1.0"] * 6)]
+        lines += [b"Host: x"] + [chance.choice([b"A: b", b"C:", b"d: " + b"e" * 40]) for _ in range(chance.randrange(4))]
+        line_ends = [chance.choice([b"\r\n"] * 15 + [b"\n", b"\r"]) for _ in lines]
+        whole = b"".join(line + end for line, end in zip(lines, line_ends, strict=True))
+        whole += chance.choice([b"\r\n", b"\r\nGET", b"\r", b""])
+        bound = chance.choice([20, 60, BOUND])
+        cut_at = chance.randrange(1, len(whole))
+        expected = head_end([whole], max_bytes=bound)
+        assert head_end([whole[:cut_at], whole[cut_at:]], max_bytes=bound) == expected, (whole, cut_at)
+        single = [whole[at : at + 1] for at in range(len(whole))]
+        assert head_end(single, max_bytes=bound) == expected, whole
+
+
+@pytest.mark.parametrize("beginning", [b"GET /", b"GET / HTTP/1.1\r\na: "], ids=["request line", "field"])
+def test_framing_of_an_endless_head_takes_linear_time(beginning: bytes) -> None:
+    """A head of 1 MB that arrives byte by byte takes seconds; a quadratic algorithm would take an hour."""
+    refusal = head_end([beginning] + [b"a"] * 2_000_000, max_bytes=1_048_576)
+    assert str(refusal).startswith("the request's headers are larger")
+
+
+@pytest.mark.parametrize("beginning", [b"1;", b"0\r\na: "], ids=["extension", "trailer"])
+def test_framing_of_endless_chunk_metadata_takes_linear_time(beginning: bytes) -> None:
+    """A line of 1 MB that arrives byte by byte takes seconds; a quadratic algorithm would take an hour."""
+    refusal = decoded([beginning] + [b"a"] * 2_000_000, max_overhead=1_048_576)[2]
+    assert refusal.startswith("the request's chunk extensions and trailers are too large")
 
 
 @pytest.mark.parametrize(
