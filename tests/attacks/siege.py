@@ -8,9 +8,8 @@ healthy client, and the number of connections that each kind of attacker opened.
 gateway are separate processes on 127.0.0.1. An attacker sends a few KB at most ten times a second, and
 reconnects when its connection is closed.
 
-All these processes share the processors of one machine, so attackers make every other process slower, the
-healthy client too. Therefore the latency is also measured while the same attackers besiege another gateway
-("elsewhere"). The difference between "elsewhere" and "during" is what the gateway itself loses.
+The attackers have one processor, and all other processes have the rest, because real attackers use their own
+machines. With a single processor, all share it, and the healthy client is slower than it would be.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import resource
 import statistics
@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.attacks.wire import request
+from tests.bench.processes import pinned
 from tests.support.harness import KEY, SECRET, Gateway, Process, plain_client, serving, until
 
 TASK = "besieged"
@@ -87,7 +88,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{phase:>9}: RSS {self.resident[phase] / MEGABYTE:6.1f} MiB, {self.descriptors[phase]} files"
+            f"{phase:>6}: RSS {self.resident[phase] / MEGABYTE:6.1f} MiB, {self.descriptors[phase]} files"
             + (
                 f", healthy client p50 {self.percentile(phase, 50) * 1000:6.2f} ms, "
                 f"p99 {self.percentile(phase, 99) * 1000:6.2f} ms over {len(self.waits[phase])} requests"
@@ -109,30 +110,44 @@ class Report:
 def besiege(*, attackers: int, seconds: float, kinds: Sequence[str], folder: Path) -> Report:
     """Run a siege with this number of attackers of each kind; return the results."""
     report = Report()
-    with Process("simulate", "--port", "0", "--key", KEY, "--secret", SECRET, cwd=folder) as simulator:
+    processors = sorted(os.sched_getaffinity(0))
+    attack = _Attack(attackers, seconds, kinds, processors[-1:])
+    with (
+        pinned(processors[:-1] or processors),
+        Process(
+            "simulate", "--port", "0", "--key", KEY, "--secret", SECRET, cwd=folder, real=True
+        ) as simulator,
+    ):
         upstream = simulator.says(r"(http://[0-9.]+:\d+)")
         with plain_client(upstream) as control:
             life = {"waitingSeconds": 0, "runningSeconds": 3600}
             control.post("/_simulator/tasks", json={"taskId": TASK, "life": life}).raise_for_status()
         settings = {"SD_GATEWAY_UPSTREAM__ENDPOINT": upstream}
-        with (
-            serving(folder, settings, real=True) as (process, gate),
-            serving(folder, settings, real=True) as (_, other),
-        ):
-            _play(report, process, gate, other, attackers=attackers, seconds=seconds, kinds=kinds)
+        with serving(folder, settings, real=True) as (process, gate):
+            _play(report, process, gate, attack)
     return report
 
 
-def _play(
-    report: Report,
-    process: Process,
-    gate: Gateway,
-    other: Gateway,
-    *,
-    attackers: int,
-    seconds: float,
-    kinds: Sequence[str],
-) -> None:
+@dataclass(frozen=True)
+class _Attack:
+    """A number of attackers of each of these kinds, for a time, in a process on these processors."""
+
+    attackers: int
+    seconds: float
+    kinds: Sequence[str]
+    processors: Sequence[int]
+
+    def start(self, port: int) -> subprocess.Popen[str]:
+        """Start the process. It prints the number of connections that it has opened, by kind."""
+        command = [sys.executable, "-m", "tests.attacks.siege", "--crowd", str(port)]
+        command += ["--attackers", str(self.attackers), "--seconds", str(self.seconds)]
+        with pinned(self.processors):
+            return subprocess.Popen(
+                [*command, "--kinds", ",".join(self.kinds)], stdout=subprocess.PIPE, text=True
+            )
+
+
+def _play(report: Report, process: Process, gate: Gateway, attack: _Attack) -> None:
     host, port = gate.address
     parts = 4  # of a phase: the memory is measured after each
 
@@ -141,30 +156,22 @@ def _play(
         report.descriptors[phase] = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
 
     asyncio.run(_healthy(host, port, 1.0, []))  # warms up both
-    report.waits["before"] = []
-    report.failures += asyncio.run(_healthy(host, port, max(2.0, seconds / 6), report.waits["before"]))
+    report.waits = {"before": [], "during": []}
+    report.failures += asyncio.run(_healthy(host, port, attack.seconds / 2, report.waits["before"]))
     look("before")
-
-    def under_attack(phase: str, target: int) -> int:
-        """Measure while attackers besiege a port; return the most memory that the gateway had."""
-        command = [sys.executable, "-m", "tests.attacks.siege", "--crowd", str(target)]
-        command += ["--attackers", str(attackers), "--seconds", str(seconds), "--kinds", ",".join(kinds)]
-        report.waits[phase] = []
-        most = 0
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as crowd:
-            try:
-                for _ in range(parts):
-                    report.failures += asyncio.run(_healthy(host, port, seconds / parts, report.waits[phase]))
-                    most = max(most, process.resident_bytes())
-                    look(phase)
-                said, _ = crowd.communicate()
-            finally:
-                crowd.kill()
-        report.opened = json.loads(said)
-        return most
-
-    under_attack("elsewhere", other.address[1])
-    report.resident["during"] = under_attack("during", port)
+    most = 0
+    with attack.start(port) as crowd:
+        try:
+            for _ in range(parts):
+                seconds = attack.seconds / parts
+                report.failures += asyncio.run(_healthy(host, port, seconds, report.waits["during"]))
+                look("during")
+                most = max(most, report.resident["during"])
+            said, _ = crowd.communicate()
+        finally:
+            crowd.kill()
+    report.opened = json.loads(said)
+    report.resident["during"] = most
     with suppress(AssertionError):
         until(lambda: gate.metric("watchers") == 0, "all have left")
     report.watchers_after = gate.metric("watchers")
