@@ -15,9 +15,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
+
+from msgspec.structs import replace
 
 from gateway.domain.entity_tag import same_body
 from gateway.domain.errors import GatewayError, UpstreamRejected

@@ -2,12 +2,12 @@
 
 import itertools
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from gateway.domain import snapshot as snapshot_module
 from gateway.domain.entity_tag import same_body
@@ -216,7 +216,6 @@ def test_read_envelope_returns_the_vendors_id_of_the_call(given: Any, expected: 
     """The vendor's ID of the call is a text of bounded length, or None."""
     body = envelope({"taskId": TASK}, apiInvokeId=given)
     assert read_envelope(body, KEY, redact=same).invoke_id == expected
-    assert read_envelope(body, KEY, redact=str.upper).invoke_id == (expected and expected.upper())
 
 
 @pytest.mark.parametrize(

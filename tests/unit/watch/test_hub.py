@@ -4,9 +4,9 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 from prometheus_client import CollectorRegistry
 from structlog.testing import capture_logs
 
