@@ -27,7 +27,7 @@ class Envelope(NamedTuple):
     Attributes:
         data: The members of the envelope's `data` that describe progress, as far as they are present; objects
             and arrays as JSON text.
-        invoke_id: The vendor's ID of the call, redacted.
+        invoke_id: The vendor's ID of the call, not redacted.
         repairs: What was wrong with the response, although its meaning is plain.
     """
 
@@ -81,7 +81,7 @@ def read_envelope(body: bytes, key: TaskKey, *, redact: Callable[[str], str]) ->
         raise ResponseForAnotherTask("the upstream answered for another task")
     if not key.operation.is_result and (found := find_repairs(data)):
         repairs = tuple(dict.fromkeys(repairs + found))
-    return Envelope(data, displayable(envelope.api_invoke_id, redact), repairs)
+    return Envelope(data, displayable(envelope.api_invoke_id, str), repairs)
 
 
 def read_rejection(body: bytes) -> UpstreamRejected:

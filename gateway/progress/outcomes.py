@@ -26,9 +26,9 @@ class FetchOutcome(NamedTuple):
     """The outcome of an in-flight request, shared by all waiting callers: a snapshot or an error.
 
     `upstream_seconds`: duration of the query: waiting for a permit and a slot, and all calls with the delays
-    between them; None if there was no query. `invoke_id`: the vendor's id of the last
-    call, which its support asks for. `span`: the context of its span, for links from other spans;
-    None without tracing.
+    between them; None if there was no query. `invoke_id`: the vendor's ID of the last call, which its support
+    asks for; it may not be redacted. `span`: the context of its span, for links from other spans; None
+    without tracing.
     """
 
     snapshot_or_error: Snapshot | GatewayError

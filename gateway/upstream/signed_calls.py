@@ -61,7 +61,7 @@ class ParsedResponse(NamedTuple):
     """A successful envelope.
 
     `data` is the envelope's member `data`. `envelope` is the whole body as received. `invoke_id` is the
-    vendor's ID of the call.
+    vendor's ID of the call; it is not redacted, because few calls are logged, and the log redacts its lines.
     """
 
     data: dict[str, Any]
@@ -167,7 +167,10 @@ class SignedCalls:
             UpstreamError: The call failed, or its response is not a successful envelope.
         """
         with self._tracing.call_span(key, number=number) as span:
-            return await self._send(key, pair, span, on_complete)
+            parsed = await self._send(key, pair, span, on_complete)
+            if span.context is not None:
+                span.invoke_id = _redacted(parsed.invoke_id, self._redactor)
+            return parsed
 
     async def send_unparsed(
         self, key: TaskKey, pair: KeyPair, *, on_complete: Callable[[], None] = lambda: None
@@ -306,7 +309,7 @@ class SignedCalls:
         else:
             self._attribution.on_success(key)
             reuse_connection = True
-            outcome, span.invoke_id, cause = "ok", parsed.invoke_id, ""
+            outcome, cause = "ok", ""
             return parsed
         finally:
             if received is not None:

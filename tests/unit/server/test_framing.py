@@ -75,7 +75,8 @@ def test_framing_of_heads_depends_on_no_cut(seed: int) -> None:
     chance = random.Random(seed)
     for _ in range(1000):
         lines = [chance.choice([b"GET / HTTP/1.1", b"GET  /", b"get / HTTP/1.1"] + [b"PUT /a HTTP/1.0"] * 6)]
-        lines += [b"Host: x"] + [chance.choice([b"A: b", b"C:", b"d: " + b"e" * 40]) for _ in range(chance.randrange(4))]
+        fields = [b"A: b", b"C:", b"d: " + b"e" * 40]
+        lines += [b"Host: x", *chance.choices(fields, k=chance.randrange(4))]
         line_ends = [chance.choice([b"\r\n"] * 15 + [b"\n", b"\r"]) for _ in lines]
         whole = b"".join(line + end for line, end in zip(lines, line_ends, strict=True))
         whole += chance.choice([b"\r\n", b"\r\nGET", b"\r", b""])
