@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
+from gateway.api.metrics_rendering import MetricsRenderer
 from gateway.api.requests import accepts_gzip, route_path
 
 # Requested periodically by machines, with an IP address as Host: a kubelet uses the pod's address.
@@ -21,7 +20,6 @@ PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 
 # Targets of OPTIONS requests by load balancers: the server as a whole (RFC 9110, 7.1), or its root.
 _ALLOWED_METHODS = {"*": "GET, HEAD, OPTIONS, POST", "/": "GET, HEAD, OPTIONS"}
-_GZIP_LEVEL = 1  # compresses to a fifth; level 9 to a sixth, in five times the time
 
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -78,14 +76,14 @@ def readyz(
 
 def metrics(registry: CollectorRegistry) -> Endpoint:
     """Return an endpoint for the metrics: Prometheus text or OpenMetrics as requested, gzip if accepted."""
+    renderer = MetricsRenderer(registry)
 
     async def endpoint(request: Request) -> Response:
-        encode, content_type = choose_encoder(request.headers.get("accept", ""))
-        body = encode(registry)
+        compress = accepts_gzip(request.scope["headers"])
+        body, content_type = await renderer.render(request.headers.get("accept", ""), compress=compress)
         headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
-        if accepts_gzip(request.scope["headers"]):
+        if compress:
             headers["Content-Encoding"] = "gzip"
-            body = gzip.compress(body, _GZIP_LEVEL, mtime=0)
         return Response(body, headers=headers)
 
     return endpoint
