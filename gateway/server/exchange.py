@@ -29,6 +29,9 @@ from gateway.server.framing import Head
 MAX_BUFFERED_BODY = 65_536  # bytes of a request body that the application has not received yet
 
 _FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*\r\n)*")
+# Escapes that stay in the path: of "/" and of control characters. Decoded, they would change the route.
+# Starlette's patterns also match before a final line break.
+_KEPT_ESCAPES = re.compile(r"(%(?:[01][0-9A-Fa-f]|2[Ff]|7[Ff]))")
 _WITHOUT_BODY = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _LAST_CHUNK = b"0\r\n\r\n"
@@ -86,13 +89,18 @@ def make_scope(
         "scheme": "http",
         "method": head.method.decode("ascii"),
         "root_path": root_path,
-        "path": root_path + (unquote(path) if "%" in path else path),
+        "path": root_path + (_decode_path(path) if "%" in path else path),
         "raw_path": root_path.encode("ascii") + raw_path,
         "query_string": query,
         "headers": head.headers,
         "state": state,
         "extensions": extensions,
     }
+
+
+def _decode_path(path: str) -> str:
+    parts = _KEPT_ESCAPES.split(path)
+    return "".join(part if number % 2 else unquote(part) for number, part in enumerate(parts))
 
 
 class Exchange:
