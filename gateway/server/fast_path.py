@@ -134,8 +134,9 @@ class FastPathConnection(Connection):
                 )
                 target = data[len(_METHOD) : -len(rest)] if same_form else b""
             if target and not self._closing and not self.write_paused and self._serve_hit(target, traits):
-                # The state is still idle: only the deadline moves.
-                self._deadline.at = self.loop.time() + self.limits.keep_alive_seconds
+                if not self.write_paused:  # else the deadline for a client that does not read stays
+                    # The state is still idle: only the deadline moves.
+                    self._deadline.at = self.loop.time() + self.limits.keep_alive_seconds
                 return
             self._last = None
         super().data_received(data)

@@ -17,6 +17,7 @@ from gateway.server.protocol_class import make_protocol_class
 from tests.support.hitting import Bench
 
 KEEP_ALIVE_SECONDS = 75
+STALL_SECONDS = 60
 HIT = b"GET /v1/progress/abc HTTP/1.1\r\nHost: x\r\n\r\n"
 OTHER = b"GET /v1/progress/another HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -82,6 +83,8 @@ class Wire:
 
     def close(self) -> None:
         self.closed = True
+
+    abort = close
 
     def is_closing(self) -> bool:
         return self.closed
@@ -241,6 +244,23 @@ async def test_answering_applies_backpressure(connection: Connection) -> None:
     assert (connection.wire.answers(), connection.loop.tasks) == (1, 0)
     connection.protocol.resume_writing()
     assert (connection.wire.answers(), connection.loop.tasks) == (3, 0)
+
+
+async def test_answering_keeps_the_deadline_of_a_client_that_does_not_read(connection: Connection) -> None:
+    """A client whose buffer is full after a hit is disconnected after the stall timeout, which is shorter."""
+    connection.send(HIT)
+    write = connection.wire.write
+
+    def write_last(data: bytes) -> None:
+        write(data)
+        connection.protocol.pause_writing()
+
+    connection.wire.write = write_last  # type: ignore[method-assign]
+    connection.send(HIT)
+    connection.loop.turn(STALL_SECONDS - 0.5)
+    assert not connection.wire.closed
+    connection.loop.turn(STALL_SECONDS)
+    assert connection.wire.closed
 
 
 async def test_answering_keeps_a_connection_alive(connection: Connection) -> None:
