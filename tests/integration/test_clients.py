@@ -297,6 +297,8 @@ async def address(
         ([("X-Forwarded-For", "198.51.100.1"), ("X-Forwarded-For", "192.0.2.1")], "192.0.2.1"),
         ([("X-Forwarded-For", "10.9.9.9, 10.1.2.3")], "10.9.9.9"),
         ([("X-Forwarded-For", "")], "127.0.0.1"),
+        ([("X-Forwarded-For", "x" * 31_000)], "x" * 64),  # invented: it is logged and kept in caches
+        ([("X-Forwarded-For", f"{'f' * 900}, [{':'.join(['2001'] * 8)}]:65535")], ":".join(["2001"] * 8)),
         # Forwarded, with the examples of RFC 7239
         ([("Forwarded", 'for="_gazonk"')], "_gazonk"),
         ([("Forwarded", 'For="[2001:db8:cafe::17]:4711"')], "2001:db8:cafe::17"),
@@ -323,6 +325,7 @@ async def address(
         ([("X-Real-IP", "192.0.2.1")], "192.0.2.1"),
         ([("X-Real-IP", "2001:db8::1")], "2001:db8::1"),
         ([("X-Real-IP", "")], "127.0.0.1"),
+        ([("X-Real-IP", "x" * 31_000)], "x" * 64),
         # the first header in the setting's order is used
         ([("X-Real-IP", "192.0.2.1"), ("X-Forwarded-For", "192.0.2.2")], "192.0.2.2"),
         ([("X-Real-IP", "192.0.2.1"), ("Forwarded", "for=192.0.2.2")], "192.0.2.2"),

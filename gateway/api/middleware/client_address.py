@@ -24,6 +24,7 @@ _ELEMENT = re.compile(rf"[ \t]*(?:{_PAIR})?(?:[ \t]*;[ \t]*(?:{_PAIR})?)*[ \t]*"
 _FOR = re.compile(r"""(?:^|;)[ \t]*for=(?:"((?:[^"\\]|\\.)*)"|([^",;\s]*))""", re.IGNORECASE)
 _MAX_ELEMENT = 512  # characters; the search for the start of a longer element would take quadratic time
 _MAX_SEARCHES = 100  # of starts of elements in one value; each takes microseconds
+_LONGEST_ADDRESS = 64  # characters; an IPv6 address with a port has up to 53
 _UNKNOWN = "unknown"  # an element without an address (RFC 7239, 6.2)
 _HOST_AND_PORT = re.compile(r"(?:\[([^\]]*)\]|([^:]*))(?::(\d{1,5}))?")
 _SCHEMES = {"http", "https"}
@@ -93,7 +94,8 @@ class ClientAddress:
         """Return the last hop that is not a trusted proxy, or else the first hop; None if there is none."""
         host_and_port = None
         for hop in hops:
-            host_and_port = _host_and_port(hop)
+            # Clients may have invented it. It is logged, and kept in caches.
+            host_and_port = _host_and_port(hop[:_LONGEST_ADDRESS])
             if host_and_port[0] not in self._proxies:
                 break
         return host_and_port
