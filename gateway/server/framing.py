@@ -25,7 +25,7 @@ _REQUEST_LINE = re.compile(rb"[A-Z]{1,32} [\x21-\x7e]+ HTTP/1\.[01]")
 _FIRST_BYTE = re.compile(rb"[A-Z]")
 # RFC 9110, 4.2.1: a host name, an IPv4 address or an IPv6 address in brackets, and an optional port.
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]{0,5})?")
-_ABSOLUTE_FORM = re.compile(rb"https?://([^/?#]*)(.*)", re.IGNORECASE)
+_ABSOLUTE_FORM = re.compile(rb"https?://([^/?#]+)(.*)", re.IGNORECASE)  # RFC 9110, 4.2.1: not without a host
 _LENGTH = re.compile(rb"[0-9]{1,19}")
 # RFC 9112, 7.1: a size, and extensions, which are ignored.
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})((?:[ \t]*;[\t\x20-\x7e\x80-\xff]*)?)\r\n")
@@ -106,10 +106,8 @@ def _check_beginning(buffer: bytearray, scanned: int, end: int) -> None:
     start = scanned - 1 if buffer.endswith(b"\r", 0, scanned) else scanned  # CR and LF may come separately
     line_ends = buffer.count(b"\r\n", start, end)
     wrong_line_end = buffer.count(b"\n", start, end) != line_ends
-    wrong_line = False
-    if line_ends:
-        first = buffer.find(b"\r\n", 0, end)
-        wrong_line = first >= start and not _REQUEST_LINE.fullmatch(buffer, 0, first)
+    ends_request_line = line_ends and buffer.rfind(b"\r\n", 0, start) < 0
+    wrong_line = ends_request_line and not _REQUEST_LINE.fullmatch(buffer, 0, buffer.find(b"\r\n", start))
     if wrong_line or wrong_line_end or not _FIRST_BYTE.match(buffer):
         raise _invalid()
 
@@ -120,10 +118,10 @@ def parse_head(data: bytes, *, max_fields: int) -> Head:
     # Servers disagree on folded lines and on a lone CR or LF.
     if not line_ends == data.count(b"\n") == data.count(b"\r") or b"\r\n " in data or b"\r\n\t" in data:
         raise _invalid()
+    if not _REQUEST_LINE.fullmatch(data, 0, data.find(b"\r\n")):
+        raise _invalid()
     if line_ends - 2 > max_fields:
         raise BadRequest(HeadersTooLarge(f"the request has more than {max_fields} header fields"))
-    if not _REQUEST_LINE.match(data):
-        raise _invalid()
     parser = _HeadParser()
     parser.parse(data)
     method, headers, version = parser.method, parser.headers, parser.http_version

@@ -88,6 +88,13 @@ def test_framing_of_heads_depends_on_no_cut(seed: int) -> None:
         assert head_end(single, max_bytes=bound) == expected, whole
 
 
+def test_framing_refuses_a_wrong_request_line_before_too_many_fields() -> None:
+    """The answer to a head with both faults does not depend on how its bytes arrive."""
+    whole = b"BAD\r\n" + b"a: b\r\n" * 101 + b"\r\n"
+    refusal = "the request is not valid HTTP/1.1"
+    assert head_end([whole], max_bytes=BOUND) == head_end([whole[:20], whole[20:]], max_bytes=BOUND) == refusal
+
+
 @pytest.mark.parametrize("beginning", [b"GET /", b"GET / HTTP/1.1\r\na: "], ids=["request line", "field"])
 def test_framing_of_an_endless_head_takes_linear_time(beginning: bytes) -> None:
     """A head of 1 MB that arrives byte by byte takes seconds; a quadratic algorithm would take an hour."""
@@ -136,6 +143,7 @@ def test_framing_of_hostile_chunks_takes_bounded_time(hostile: bytes, most: int)
         (b"http://x?b", b"x", b"/?b"),
         (b"http://y/a", b"x", None),
         (b"x:80", b"x:80", None),
+        (b"http:///a", b"", None),
         (b"*", b"x", None),
     ],
 )
