@@ -44,7 +44,9 @@ def test_paths_with_escapes_lead_to_no_other_route(
     assert simulator.calls() == calls
 
 
-@pytest.mark.parametrize("path", ["/scc/sd_get_progress%0A", "/scc%2Fsd_get_progress", "/scc/%2Fsd_get_progress"])
+@pytest.mark.parametrize(
+    "path", ["/scc/sd_get_progress%0A", "/scc%2Fsd_get_progress", "/scc/%2Fsd_get_progress"]
+)
 def test_paths_of_the_vendor_are_exact(target: Target, simulator: Simulator, path: str) -> None:
     """A vendor path with such an escape is 404, as any other path below /scc/."""
     with Line(target()) as line:

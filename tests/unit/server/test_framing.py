@@ -92,7 +92,8 @@ def test_framing_refuses_a_wrong_request_line_before_too_many_fields() -> None:
     """The answer to a head with both faults does not depend on how its bytes arrive."""
     whole = b"BAD\r\n" + b"a: b\r\n" * 101 + b"\r\n"
     refusal = "the request is not valid HTTP/1.1"
-    assert head_end([whole], max_bytes=BOUND) == head_end([whole[:20], whole[20:]], max_bytes=BOUND) == refusal
+    for pieces in ([whole], [whole[:20], whole[20:]]):
+        assert head_end(pieces, max_bytes=BOUND) == refusal
 
 
 @pytest.mark.parametrize("beginning", [b"GET /", b"GET / HTTP/1.1\r\na: "], ids=["request line", "field"])
