@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
@@ -44,6 +44,9 @@ PROBE_TASK = "0" * 26  # has the form of a task ID, but belongs to no task
 _SERVER_TEXT = re.compile(r"StringToSign:\s*`?(?P<text>.*?)`?\s*$", re.DOTALL | re.IGNORECASE)
 
 
+SourceOf = Callable[[Sequence[str]], str | None]
+
+
 class Finding(NamedTuple):
     """The result of a check: `lines` are for the terminal, and have no secrets."""
 
@@ -51,9 +54,12 @@ class Finding(NamedTuple):
     lines: list[str]
 
 
-async def check(settings: Settings, *, redactor: Redactor, user_agent: str) -> Finding:
-    """Check the upstream and the store. Wrong settings and network errors are reported, not raised."""
-    upstream = await _check_upstream(settings, redactor=redactor, user_agent=user_agent)
+async def check(settings: Settings, *, source_of: SourceOf, redactor: Redactor, user_agent: str) -> Finding:
+    """Check the upstream and the store. Wrong settings and network errors are reported, not raised.
+
+    `source_of` returns the variable, or the file and line, that sets a setting.
+    """
+    upstream = await _check_upstream(settings, source_of, redactor=redactor, user_agent=user_agent)
     store = await _check_store(settings.store, redactor=redactor)
     return Finding(ok=upstream.ok and store.ok, lines=[*upstream.lines, *store.lines])
 
@@ -75,7 +81,9 @@ async def _check_store(settings: Store, *, redactor: Redactor) -> Finding:
     return Finding(ok=True, lines=[*lines, f"OK: {found}a test write took {outcome.seconds * 1000:.1f} ms"])
 
 
-async def _check_upstream(settings: Settings, *, redactor: Redactor, user_agent: str) -> Finding:
+async def _check_upstream(
+    settings: Settings, source_of: SourceOf, *, redactor: Redactor, user_agent: str
+) -> Finding:
     metrics = Metrics(CollectorRegistry(), gateway_version="check")
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
     lines = [f"{slot} key pair: cannot be read: {fault}" for slot, fault in credentials.read_errors().items()]
@@ -91,6 +99,7 @@ async def _check_upstream(settings: Settings, *, redactor: Redactor, user_agent:
         for credential in credentials.loaded_pairs():
             lines.append(f"{credential.slot} key pair (generation {credential.generation}):")
             lines += credential.description
+            lines.append(_describe_sources(settings.credentials, credential.slot, source_of))
             started = time.perf_counter()
             try:
                 exchange = await calls.send_unparsed(key, credential.pair)
@@ -105,6 +114,15 @@ async def _check_upstream(settings: Settings, *, redactor: Redactor, user_agent:
             works[credential.slot] = finding.ok
             lines += finding.lines
     return Finding(ok=all(works.values()), lines=[*lines, *timing, *_compare(works)])
+
+
+def _describe_sources(settings: CredentialSettings, slot: CredentialSlot, source_of: SourceOf) -> str:
+    """Name what sets the keys: a variable of the environment may replace one key of the settings file."""
+    prefix = "next_" if slot is CredentialSlot.NEXT else ""
+    keys = [f"{prefix}access_key", f"{prefix}secret_key"]
+    names = [key if getattr(settings, key).get_secret_value() else f"{key}_file" for key in keys]
+    sources = dict.fromkeys(source_of(("credentials", name)) for name in names)
+    return f"keys set by {' and '.join(filter(None, sources))}"
 
 
 def _hint(exc: GatewayError, settings: UpstreamSettings) -> str:

@@ -117,7 +117,7 @@ def _instructions(base: str, task_ids: list[str]) -> str:
     finishing = [task_ids[1], task_ids[5], f"demo-{len(task_ids) + 1}"]
     watch = f"{_command()} watch"
     return f"""\
-The demo is ready. It follows {len(task_ids)} tasks of a simulated vendor, so it needs no account.
+The demo is ready. It needs no account: the vendor is simulated, and has {len(task_ids)} tasks.
 A new task starts every {_INTERVAL_SECONDS:g} seconds.
 
   Open in a browser:  {page}

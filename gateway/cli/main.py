@@ -70,15 +70,10 @@ def _run(words: Sequence[str] | None) -> int:
         return INTERRUPTED
 
 
-def _load(options: argparse.Namespace) -> tuple[Loaded, Redactor]:
+def _serve(options: argparse.Namespace) -> int:
     loaded = load_with_sources(options.config, os.environ)
     redactor = Redactor()
     logs.configure(loaded.settings.log, redactor=redactor)
-    return loaded, redactor
-
-
-def _serve(options: argparse.Namespace) -> int:
-    loaded, redactor = _load(options)
     with loaded.naming_sources():
         app = create_app(loaded.settings, redactor=redactor, tracing=create_tracing(os.environ))
     server.run(app, loaded.settings)
@@ -130,9 +125,15 @@ def _default_gateway(environ: Mapping[str, str]) -> httpx.URL:
 
 
 def _check(options: argparse.Namespace) -> int:
-    loaded, redactor = _load(options)
+    loaded = load_with_sources(options.config, os.environ)
+    redactor = Redactor()
+    # The command prints all that the log would say.
+    logs.configure(loaded.settings.log.model_copy(update={"level": "error"}), redactor=redactor)
     with loaded.naming_sources():
-        finding = asyncio.run(check(loaded.settings, redactor=redactor, user_agent=USER_AGENT))
+        source_of = loaded.sources.source_of
+        finding = asyncio.run(
+            check(loaded.settings, source_of=source_of, redactor=redactor, user_agent=USER_AGENT)
+        )
     _print_lines(finding.lines)
     return OK if finding.ok else FAILED
 

@@ -220,7 +220,7 @@ def _read(
         if response.status_code == HTTPStatus.NO_CONTENT:
             yield Event("end", {})  # the `end` event was received before
             return
-        raise_for_error(response)
+        raise_for_error(response, if_not_a_gateway="; check the URL of the gateway")
         require_content_type(response, "text/event-stream", "an event stream")
         opening = _Opening(response, silence_seconds)
         with opening:

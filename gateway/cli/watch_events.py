@@ -133,8 +133,11 @@ def parse_event(name: str, data: dict[str, Any]) -> Event:
         return Event(INVALID, {})
 
 
-def raise_for_error(response: httpx.Response) -> None:
-    """Raise the error of a response whose status is not 200. Raises: Unavailable, StreamRefused."""
+def raise_for_error(response: httpx.Response, *, if_not_a_gateway: str = "") -> None:
+    """Raise the error of a response whose status is not 200. Raises: Unavailable, StreamRefused.
+
+    `if_not_a_gateway` is added to the reason of a 404 without a problem, which a gateway would have sent.
+    """
     if response.status_code == HTTPStatus.OK:
         return
     try:
@@ -143,7 +146,10 @@ def raise_for_error(response: httpx.Response) -> None:
     except ValidationError:
         text = ""
     reason = only_printable(f"{response.status_code} {response.reason_phrase}".strip())
-    reason += f": {text}" if text else ""
+    if text:
+        reason += f": {text}"
+    elif response.status_code == HTTPStatus.NOT_FOUND:
+        reason += if_not_a_gateway
     if response.status_code == HTTPStatus.TOO_MANY_REQUESTS or response.is_server_error:
         after = response.headers.get("retry-after", "")
         seconds = float(after) if after.isascii() and after.isdigit() else 0.0  # the other form is a date

@@ -381,6 +381,23 @@ def test_cli_check_accepts_a_secret_as_people_write_it(
     assert f"secret key: {len(SECRET)} characters{says}" in lines
 
 
+def test_cli_check_names_the_source_of_each_key(tmp_path: Path, simulator: Simulator) -> None:
+    """A variable that replaces one key of the settings file is named; no log lines are mixed in."""
+    (tmp_path / "secret").write_text(SECRET)
+    (tmp_path / "config").mkdir()
+    settings = '[credentials]\naccess_key_file = "access"\nsecret_key_file = "secret"\n'
+    (tmp_path / "config" / "gateway.toml").write_text(settings)
+    env = {"SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url, "SPEEDPIX_APP_KEY": KEY}
+    status, output = checked(tmp_path, env)
+    assert status == 0
+    assert "keys set by SPEEDPIX_APP_KEY and config/gateway.toml:3" in output.splitlines()
+    assert '"event"' not in output
+    status, output = checked(tmp_path, {"SD_GATEWAY_UPSTREAM__ENDPOINT": simulator.url})
+    assert status == 1
+    assert "credentials.access_key_file: no such file" in output
+    assert '"event"' not in output
+
+
 def test_cli_check_reports_quotes(tmp_path: Path, simulator: Simulator) -> None:
     """Quotes are part of the secret, so the upstream refuses it; the line about it gives the reason."""
     env = pair(simulator.url, CREDENTIALS__SECRET_KEY=f'"{SECRET}"')

@@ -531,6 +531,10 @@ def test_follow_obeys_retry_after(status: str, after: str, seconds: float) -> No
             "400 Bad Request: bad   task",
         ),
         (closing(b'{"title": "No"}', status="HTTP/1.1 404 Not Found"), "404 Not Found: No"),
+        (
+            closing(b"<html>", status="HTTP/1.1 404 Not Found"),
+            "404 Not Found; check the URL of the gateway",
+        ),
         (closing(b"<html>", status="HTTP/1.1 403 Forbidden"), "403 Forbidden"),
         (closing(b"", "location: /elsewhere", status="HTTP/1.1 302 Found"), "302 Found"),
         (
