@@ -28,7 +28,7 @@ from gateway.cli.watch_events import StreamRefused
 from gateway.domain.printable import printable
 from gateway.server import run as server
 from gateway.server.listen_errors import UNPRIVILEGED_PORT, CannotListen
-from gateway.settings.loading import Loaded, load_with_sources
+from gateway.settings.loading import load_with_sources
 from gateway.settings.model import SettingsError
 from gateway.settings.variables import URL_VARIABLE
 from gateway.telemetry import logs
