@@ -21,7 +21,7 @@ from gateway.api.requests import LONG_POLL, free_headers, header, query_paramete
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.wait_parameter import requested_wait
-from gateway.domain.entity_tag import EntityTags, digest_of, matches
+from gateway.domain.entity_tag import EntityTags, digest_of, matches, possible_tags
 from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import Status, TaskKey
@@ -62,6 +62,7 @@ class BatchEndpoint:
         if wait:
             scope["state"][LONG_POLL] = True
             free_headers(scope)
+            if_none_match = if_none_match and possible_tags(if_none_match, tasks=len(keys))
             outcomes = await self._wait_for_change(scope, receive, keys, if_none_match, wait, seen=seen)
         else:
             outcomes = await self._read(scope, receive, keys, seen)
@@ -227,7 +228,9 @@ class _Latest:
     def _is_over(self, subscriber: Subscriber) -> bool:
         if len(self._latest) < len(self._keys):
             return False
-        return not matches(self._if_none_match, self._digest()) or all(
+        # `*` matches every digest, which would take time for each change of any task.
+        changed = self._if_none_match != "*" and not matches(self._if_none_match, self._digest())
+        return changed or all(
             item.terminal if item.failure is None else key in subscriber.not_found_keys
             for key, item in self._latest.items()
         )

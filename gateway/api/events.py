@@ -78,6 +78,7 @@ class EventsEndpoint:
         scope["state"]["tasks"] = len(keys)  # for the request log
         end_id = _end_id(keys)
         last_event_id = _last_event_id(scope, parameters)
+        del parameters  # the stream would keep them
         if last_event_id == end_id:
             # The stream was complete: 204 keeps an EventSource from reconnecting.
             await send({"type": "http.response.start", "status": 204, "headers": _HEADERS[1:2]})
@@ -109,7 +110,7 @@ class EventsEndpoint:
 
     def _seen_revisions(self, keys: Sequence[TaskKey], last_event_id: str | None) -> dict[TaskKey, int]:
         """Return the revision that the client has received of the task of its last event."""
-        if last_event_id is None or len(last_event_id) > _MAX_ID_CHARS:
+        if last_event_id is None:
             return {}
         revisions = {key: self._tags.revision(last_event_id, key) for key in keys}
         return {key: revision for key, revision in revisions.items() if revision}
@@ -203,7 +204,7 @@ class EventsEndpoint:
 
 
 def _last_event_id(scope: Scope, parameters: dict[str, list[str]]) -> str | None:
-    """Return the ID of the client's last event, or None.
+    """Return the ID of the client's last event, or None if there is none of ours.
 
     Polyfills of EventSource send it in the query, because a header would need a CORS preflight. The browser's
     own EventSource updates the header and repeats the query of its URL, so the header takes precedence.
@@ -211,7 +212,8 @@ def _last_event_id(scope: Scope, parameters: dict[str, list[str]]) -> str | None
     """
     from_header = (header(scope["headers"], b"last-event-id") or "").rpartition(",")[2].strip()
     from_query = (parameters[name][0] for name in _LAST_EVENT_ID if name in parameters)
-    return from_header or next(filter(None, from_query), None)
+    last_event_id = from_header or next(filter(None, from_query), "")
+    return last_event_id if 0 < len(last_event_id) <= _MAX_ID_CHARS else None
 
 
 def _progress(snapshot: Snapshot) -> bytes:

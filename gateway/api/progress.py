@@ -19,7 +19,7 @@ from gateway.api.requests import FAILURE, LONG_POLL, free_headers, header, query
 from gateway.api.server_extensions import DisconnectListener, while_connected
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.wait_parameter import requested_wait
-from gateway.domain.entity_tag import EntityTags, matches
+from gateway.domain.entity_tag import EntityTags, matches, possible_tags
 from gateway.domain.errors import GatewayError, UpstreamRejected
 from gateway.domain.snapshot import Snapshot
 from gateway.domain.task import TaskKey
@@ -60,6 +60,7 @@ class ProgressEndpoint:
         if wait:
             scope["state"][LONG_POLL] = True
             free_headers(scope)
+            if_none_match = if_none_match and possible_tags(if_none_match)  # it is kept for the wait
             outcome = await self._wait_for_change(scope, receive, key, if_none_match, wait)
         else:
             seen_revision = seen_revision_of(self._service, self._tags, key, if_none_match)

@@ -29,6 +29,8 @@ _TAG = re.compile(r'"?([0-9a-f]{24})\.([0-9a-f]{1,14})\.([0-9a-f]{12})"?')
 _BATCH_TAG = re.compile(r'"?([0-9a-f]{24})\.([0-9A-Za-z_-]{1,16384})\.([0-9a-f]{12})"?')
 # Apache's mod_deflate and mod_brotli append "-gzip" and "-br", Jetty "--gzip", others ";gzip".
 _CODING = re.compile(r'(?:--?|;)(?:gzip|br|zstd|deflate)"$')
+_LONGEST_TAG = 64  # characters, with one revision
+_LONGEST_PACKED = 16  # characters of each further revision in the tag of a batch
 _LONGEST_CODING = 10  # characters of `--deflate"`
 
 
@@ -108,6 +110,15 @@ def matches(if_none_match: str, etag: str) -> bool:
         candidate == etag or (_BATCH_TAG.fullmatch(candidate) is not None and same_body(candidate, etag))
         for candidate in candidates
     )
+
+
+def possible_tags(if_none_match: str, *, tasks: int = 1) -> str:
+    """Return the tags of If-None-Match that may be tags of so many tasks. The others match nothing."""
+    candidates = _candidates(if_none_match)
+    if candidates == ["*"]:
+        return "*"
+    longest = _LONGEST_TAG + _LONGEST_PACKED * tasks
+    return ",".join(candidate for candidate in candidates if len(candidate) <= longest)
 
 
 def _candidates(if_none_match: str) -> list[str]:

@@ -1,5 +1,7 @@
 """A connection is a state machine: every state has a timeout and a size limit, and ends."""
 
+import gc
+import inspect
 import json
 
 import pytest
@@ -20,6 +22,39 @@ def gate(target: Target, simulator: Simulator) -> Gateway:
     """Return a gateway with short timeouts."""
     simulator.task("own-task")
     return target(server=SOON)
+
+
+@pytest.mark.parametrize(
+    "waiting",
+    [
+        request("/v1/events?taskId=own-task", "Last-Event-ID: " + "a" * 31_000),
+        request("/v1/events?taskId=own-task&lastEventId=" + "a" * 31_000),
+        request("/v1/progress/own-task?wait=60", "If-None-Match: " + "a" * 31_000),
+        request("/v1/progress?wait=60&taskId=own-task", "If-None-Match: " + "a" * 31_000),
+    ],
+    ids=["event ID", "event ID in the query", "tag", "tag of a batch"],
+)
+def test_connections_that_wait_keep_nothing_large_of_their_request(
+    target: Target, simulator: Simulator, waiting: bytes
+) -> None:
+    """A stream or a long poll may last for a minute or for days."""
+    simulator.task("own-task", data={"status": "waiting"})
+    gate = target()
+    path = "/v1/progress?taskId=own-task" if b"&taskId" in waiting else "/v1/progress/own-task"
+    tag = gate.client.get(path).raise_for_status().headers["etag"]
+    with Line(gate) as line:
+        line.send(waiting.replace(b"If-None-Match: ", f"If-None-Match: {tag}, ".encode()))
+        until(lambda: gate.metric("watchers") == 1, "the request waits")
+        settle(gate)
+        frames = [each.cr_frame for each in gc.get_objects() if inspect.iscoroutine(each)]
+        kept = [
+            (frame.f_code.co_qualname, name)
+            for frame in frames
+            if frame is not None  # its coroutine has ended meanwhile
+            for name, value in frame.f_locals.items()
+            if "a" * 1000 in repr(value)
+        ]
+        assert kept == []
 
 
 # Silence

@@ -2,7 +2,7 @@
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -202,6 +202,30 @@ def _kept(task: str) -> list[Snapshot]:
     """Return the snapshots of a task that exist in this process."""
     gc.collect()
     return [o for o in gc.get_objects() if isinstance(o, Snapshot) and o.key.task_id == task and o.body]
+
+
+def test_batch_long_poll_for_any_tag_costs_little(
+    simulator: Simulator, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`*` matches every representation, so it is not computed for each change of a task."""
+    computed = 0
+
+    def count(texts: Iterable[str]) -> str:
+        nonlocal computed
+        computed += 1
+        return digest_of("".join(texts).encode())
+
+    gate = launch(simulator.url, cache=QUICK)
+    tasks = [simulator.task(life={"waitingSeconds": 0, "runningSeconds": 60}) for _ in range(3)]
+    gate.client.get("/v1/progress", params={"taskId": tasks}).raise_for_status()
+    monkeypatch.setattr("gateway.api.batch._digest", count)
+    calls = simulator.calls()
+    response = gate.client.get(
+        "/v1/progress", params={"taskId": tasks, "wait": 2}, headers={"If-None-Match": "*"}
+    )
+    assert response.status_code == 304
+    assert simulator.calls() > calls + 10, "the tasks have changed meanwhile"
+    assert computed == 1
 
 
 def test_batch_long_poll_ends_with_304(simulator: Simulator, launch: Launch) -> None:

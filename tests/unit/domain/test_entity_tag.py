@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gateway.domain.entity_tag import EntityTags, digest_of, matches, same_body
+from gateway.domain.entity_tag import EntityTags, digest_of, matches, possible_tags, same_body
 from gateway.domain.task import Operation, TaskKey
 
 TASK = TaskKey(Operation.SD_GET_PROGRESS, "task")
@@ -228,3 +228,20 @@ def test_no_header_raises(text: str) -> None:
     tags = EntityTags(lambda: SECRET)
     assert tags.revision(text, TASK) == 0
     assert isinstance(matches(text, tags.issue(TASK, BODY, REVISION)), bool)
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 100])
+def test_possible_tags_keep_every_tag_that_may_match(tags: EntityTags, tasks: int) -> None:
+    """Long texts, which match nothing, are dropped; the meaning of the header stays."""
+    keys = [TASK._replace(task_id=f"task-{number}") for number in range(tasks)]
+    issued = tags.issue_for_batch(digest_of(BODY), {key: number * 2**46 for number, key in enumerate(keys)})
+    single = tags.issue(TASK, BODY, REVISION)
+    header = f'{"a" * 20_000}, W/{issued}, {single[:-1]}-gzip", *'
+    kept = possible_tags(header, tasks=tasks)
+    assert len(kept) < 300 + 16 * tasks
+    for tag in (issued, single):
+        assert matches(kept, tag)
+    assert not matches(kept, tags.issue(TASK, b"another", REVISION))
+    assert tags.revision(kept, TASK) == REVISION
+    assert tags.revisions_of_batch(kept, keys) == tags.revisions_of_batch(header, keys)
+    assert possible_tags(" * ", tasks=tasks) == "*"
