@@ -6,7 +6,8 @@
 
 While the upstream fails, one of the schedules that back off refreshes its task each second. When such a
 refresh succeeds, the upstream has recovered, and all schedules continue. So subscribers learn of the recovery
-within two seconds, and the upstream receives few calls until then.
+within two seconds, and the upstream receives few calls until then. Schedules whose queries the upstream has
+rejected take no part in this: the upstream works, and only does not know their tasks.
 
 The hub learns why the update of a task is overdue: after a failed refresh, and when a refresh takes too long
 (`progress/overdue_rules.py`). A back-off ends early if another query stores a snapshot of the task. The
@@ -23,6 +24,7 @@ import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 import structlog
@@ -47,7 +49,7 @@ _MAX_DELAY_SECONDS = 0.25  # subscribers must learn of an outage within one life
 _BACKOFF_SECONDS = 1.0  # after the first failure; doubled after each further one
 _MAX_BACKOFF_SECONDS = 30.0  # also bounds the upstream's Retry-After: streams must notice its recovery
 _PROBE_SECONDS = 1.0  # between two refreshes of schedules that back off
-_PER_ITERATION = 20  # schedules that continue in one iteration of the event loop after a recovery
+_PER_ITERATION = 20  # schedules that start, or continue after a recovery, in an iteration of the event loop
 _INTERNAL_ERROR = GatewayError("internal error; see the log of the gateway")
 
 log = structlog.get_logger(__name__)
@@ -132,6 +134,7 @@ class Refresher:
         self._unknown_task_seconds = unknown_task_seconds
         self._clock = clock
         self._timers = CoalescedTimers()
+        self._starting: dict[WatchedTask, None] = {}  # an ordered set
         self._stopping: set[asyncio.Task[None]] = set()
         self._backing_off: dict[WatchedTask, _BackOff] = {}  # the one that has waited longest first
         self._probe_timer: asyncio.TimerHandle | None = None
@@ -139,23 +142,37 @@ class Refresher:
         self._log_sampler = LogSampler()
 
     def start(self, watched: WatchedTask) -> None:
-        """Start the runner: refresh the task now, and then whenever its snapshot expires."""
-        watched.runner = asyncio.create_task(self._run(watched))
+        """Start the runner soon: refresh the task, and then whenever its snapshot expires."""
+        if not self._starting:
+            asyncio.get_running_loop().call_soon(self._start_some)
+        self._starting[watched] = None
+
+    def _start_some(self) -> None:
+        """Start a few runners, and let others do their work before the next: a stream may name 100 tasks."""
+        for watched in list(islice(self._starting, _PER_ITERATION)):
+            del self._starting[watched]
+            watched.runner = asyncio.create_task(self._run(watched))
+        if self._starting:
+            asyncio.get_running_loop().call_soon(self._start_some)
 
     def restart(self, watched: WatchedTask) -> None:
         """Refresh the task now, without waiting for the end of the current pause."""
+        # The timer is kept. Otherwise clients that subscribe again and again would postpone it.
+        check_timer, watched.check_timer = watched.check_timer, None
         self.stop(watched)
+        watched.check_timer = check_timer
         self.start(watched)
 
     def stop(self, watched: WatchedTask) -> None:
         """Cancel the runner."""
+        self._starting.pop(watched, None)
         if watched.runner is not None:
             watched.runner.cancel()
             self._stopping.add(watched.runner)
             watched.runner.add_done_callback(self._stopping.discard)
             watched.runner = None  # breaks a reference cycle: the runner's frames refer to the watched task
-            self._end_refresh(watched)
-            watched.backing_off = False
+        self._end_refresh(watched)
+        watched.backing_off = False
 
     async def wait_stopped(self) -> None:
         """Wait until the runners of all stopped schedules have ended."""
@@ -165,6 +182,7 @@ class Refresher:
         """Keep the snapshot fresh until the task has ended, or until the runner is cancelled."""
         backoff = _BACKOFF_SECONDS
         group_size = 1
+        upstream_failed = False  # since the last success
         while True:
             self._begin_refresh(watched)
             snapshot, failure = await self._refresh(watched)
@@ -178,13 +196,14 @@ class Refresher:
             else:
                 retry_after = (failure or _INTERNAL_ERROR).retry_after or 0.0
                 pause = min(max(backoff, retry_after), _MAX_BACKOFF_SECONDS)
-                if isinstance(failure, UpstreamRejected):  # the upstream responds
-                    pause = retry_after = min(pause, self._seconds_until_not_found(watched))
+                rejected = isinstance(failure, UpstreamRejected)
+                if rejected:  # the upstream works
+                    pause = min(pause, self._seconds_until_not_found(watched))
             del snapshot, failure  # no body is kept in memory during the pause
             if success:
-                if backoff > _BACKOFF_SECONDS:
+                if upstream_failed:
                     self._end_back_offs()
-                backoff = _BACKOFF_SECONDS
+                backoff, upstream_failed = _BACKOFF_SECONDS, False
                 group_size = await self._timers.sleep(
                     pause,
                     max_delay=min(_MAX_DELAY_SHARE * pause, _MAX_DELAY_SECONDS),
@@ -192,7 +211,13 @@ class Refresher:
                 )
             else:
                 backoff = min(2 * backoff, _MAX_BACKOFF_SECONDS)
-                await self._back_off(watched, pause, min(retry_after, pause))
+                watched.backing_off = True
+                if rejected:
+                    await asyncio.sleep(pause + _TIMER_RESOLUTION_SECONDS)
+                else:
+                    upstream_failed = True
+                    await self._back_off(watched, pause, min(retry_after, pause))
+                watched.backing_off = False
 
     async def _back_off(self, watched: WatchedTask, seconds: float, least_seconds: float) -> None:
         """Sleep for `seconds`, or until another schedule finds that the upstream has recovered."""
@@ -202,7 +227,6 @@ class Refresher:
         self._backing_off[watched] = back_off
         if self._probe_timer is None:
             self._schedule_probe()
-        watched.backing_off = True
         try:
             async with asyncio.timeout(seconds + _TIMER_RESOLUTION_SECONDS):
                 await back_off.sleeper
@@ -214,7 +238,6 @@ class Refresher:
             if not self._backing_off and self._probe_timer is not None:
                 self._probe_timer.cancel()
                 self._probe_timer = None
-        watched.backing_off = False
 
     def _probe(self) -> None:
         """Let the schedule continue that has backed off for longest; repeat this while any backs off."""
@@ -280,7 +303,8 @@ class Refresher:
 
     def _begin_refresh(self, watched: WatchedTask) -> None:
         watched.refreshing = True
-        self._schedule_check(watched, self._service.overdue_rules.overdue_after_seconds)
+        if watched.check_timer is None:
+            self._schedule_check(watched, self._service.overdue_rules.overdue_after_seconds)
 
     def _end_refresh(self, watched: WatchedTask) -> None:
         watched.refreshing = False

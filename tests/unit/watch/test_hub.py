@@ -4,6 +4,7 @@ import asyncio
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 
 import pytest
 from msgspec.structs import replace
@@ -892,6 +893,115 @@ def test_watch_continues_every_schedule_after_a_recovery() -> None:
         loop.advance(1.1)
         assert set(refreshed) == set(keys)
         loop.within(lambda: subscription.__exit__(None, None, None))
+        loop.run_until_complete(watch.aclose())
+        assert loop.next_timer is None
+    finally:
+        loop.close()
+
+
+def test_watch_leaves_rejected_tasks_alone_when_another_becomes_known() -> None:
+    """A new task, which the upstream knows after a moment, does not end the back-off of unknown tasks."""
+    loop = TickedLoop()
+    keys = [TaskKey(Operation.SD_GET_PROGRESS, f"unknown-{number}") for number in range(50)]
+    new = TaskKey(Operation.SD_GET_PROGRESS, "new")
+    is_known = False
+    refreshed: list[TaskKey] = []
+
+    class RejectingService(ManualService):
+        async def query_if_stale(
+            self, key: TaskKey, *, client: bytes | None, seen_revision: int
+        ) -> FoundSnapshot | LookupFailure:
+            refreshed.append(key)
+            if key == new and is_known:
+                found = replace(snapshot("1"), key=key, fetched_at=loop.time())
+                return FoundSnapshot(found, 0.0, CacheStatus.MISS)
+            rejected = UpstreamRejected("no", envelope=b"{}", detail=UpstreamDetail())
+            return LookupFailure(key, rejected, CacheStatus.MISS)
+
+    try:
+        store = MemoryStore(max_tasks=100, min_keep_stale_seconds=60, clock=loop.time)
+        watch = loop.within(lambda: manual_watch(RejectingService(), store, loop.time))
+        unknown = watch.subscribe(keys, SubscriptionKind.EVENTS)
+        loop.within(unknown.__enter__)
+        for _ in range(70):  # until all back off for 30 s
+            loop.advance(1.0)
+        follow = watch.subscribe([new], SubscriptionKind.EVENTS)
+        loop.within(follow.__enter__)
+        loop.advance(0.5)
+        is_known = True
+        refreshed.clear()
+        loop.advance(1.0)
+        assert refreshed == [new]
+        for subscription in (unknown, follow):
+            loop.within(partial(subscription.__exit__, None, None, None))
+        loop.run_until_complete(watch.aclose())
+        assert loop.next_timer is None
+    finally:
+        loop.close()
+
+
+def test_watch_starts_few_schedules_at_once() -> None:
+    """A stream of a hundred new tasks lets the event loop serve others in between."""
+    loop = TickedLoop()
+    keys = [TaskKey(Operation.SD_GET_PROGRESS, f"new-{number}") for number in range(100)]
+    begun: list[int] = []
+
+    class CountingService(ManualService):
+        async def query_if_stale(
+            self, key: TaskKey, *, client: bytes | None, seen_revision: int
+        ) -> FoundSnapshot | LookupFailure:
+            begun[-1] += 1
+            return await asyncio.get_running_loop().create_future()
+
+    def next_iteration() -> None:
+        begun.append(0)
+        if len(begun) < 50:
+            loop.call_soon(next_iteration)
+
+    try:
+        store = MemoryStore(max_tasks=100, min_keep_stale_seconds=60, clock=loop.time)
+        watch = loop.within(lambda: manual_watch(CountingService(), store, loop.time))
+        subscription = watch.subscribe(keys, SubscriptionKind.EVENTS)
+        loop.call_soon(next_iteration)
+        loop.within(subscription.__enter__)
+        loop.settle()
+        assert sum(begun) == 100
+        assert max(begun) <= 20
+        loop.within(partial(subscription.__exit__, None, None, None))
+        loop.run_until_complete(watch.aclose())
+        assert loop.next_timer is None
+    finally:
+        loop.close()
+
+
+def test_watch_checks_a_slow_refresh_although_clients_subscribe_again() -> None:
+    """Each new subscriber may restart the refresh; the check whether the update is overdue stays due."""
+    loop = TickedLoop()
+
+    class SilentService(ManualService):
+        async def query_if_stale(
+            self, key: TaskKey, *, client: bytes | None, seen_revision: int
+        ) -> FoundSnapshot | LookupFailure:
+            return await asyncio.get_running_loop().create_future()
+
+    try:
+        store = MemoryStore(max_tasks=100, min_keep_stale_seconds=60, clock=loop.time)
+        service = loop.within(SilentService)
+        service.known = snapshot("1")
+        watch = loop.within(lambda: manual_watch(service, store, loop.time))
+        subscriptions = [watch.subscribe([KEY], SubscriptionKind.EVENTS) for _ in range(3)]
+        first = loop.within(subscriptions[0].__enter__)
+        loop.settle()
+        assert etags(first.take_unsent()) == ["1"]
+        service.known = None  # from now on, too old to be served: each subscriber awaits a refresh
+        service.overdue_rules.failure = UpstreamTimeout("late")
+        for subscription in subscriptions[1:]:
+            loop.advance(0.7)
+            loop.within(subscription.__enter__)
+        loop.advance(0.2)
+        assert [state.code for state in first.take_overdue_states()] == ["upstream-timeout"]
+        for subscription in subscriptions:
+            loop.within(partial(subscription.__exit__, None, None, None))
         loop.run_until_complete(watch.aclose())
         assert loop.next_timer is None
     finally:
