@@ -37,6 +37,7 @@ _NUMBERS = {
     "lastQueueRemaining": MAX_QUEUE_LENGTH,
     "etaRelative": MAX_ETA_SECONDS,
 }
+_NUMBER_TYPES = (float, int)
 # A number in a string: some JSON libraries write numbers as strings.
 _DECIMAL = re.compile(r"[+-]?[0-9]{1,400}(?:\.[0-9]{1,400})?(?:[eE][+-]?[0-9]{1,9})?")
 
@@ -97,7 +98,9 @@ def find_repairs(data: Mapping[str, Any]) -> tuple[Repair, ...]:
     """Return what the functions of this module repair in the data of a progress response."""
     repairs: tuple[Repair, ...] = ()
     for name, largest in _NUMBERS.items():
-        value = data.get(name)
+        value: Any = data.get(name)
+        if type(value) in _NUMBER_TYPES and value <= largest:
+            continue  # the usual case
         read = number(value)
         if read is None:
             continue
