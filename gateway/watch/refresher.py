@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -180,8 +181,7 @@ class Refresher:
 
     async def _run(self, watched: WatchedTask) -> None:
         """Keep the snapshot fresh until the task has ended, or until the runner is cancelled."""
-        backoff = _BACKOFF_SECONDS
-        group_size = 1
+        backoff, group_size = _BACKOFF_SECONDS, 1
         upstream_failed = False  # since the last success
         while True:
             self._begin_refresh(watched)
@@ -199,6 +199,8 @@ class Refresher:
                 rejected = isinstance(failure, UpstreamRejected)
                 if rejected:  # the upstream works
                     pause = min(pause, self._seconds_until_not_found(watched))
+                    if watched.not_found:  # the tasks of one stream must not be queried at the same time
+                        pause *= random.uniform(0.5, 1.0)  # noqa: S311  # not security-relevant
             del snapshot, failure  # no body is kept in memory during the pause
             if success:
                 if upstream_failed:

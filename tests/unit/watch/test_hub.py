@@ -603,7 +603,9 @@ def test_watch_waits_for_an_unknown_task() -> None:
         loop.run_until_complete(watch.aclose())
     finally:
         loop.close()
-    assert pauses == [1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0, 30.0]
+    assert pauses[:5] == [1.0, 2.0, 4.0, 8.0, 15.0]
+    assert all(15.0 <= pause <= 30.0 for pause in pauses[5:]), "at random, so that not all are queried at once"
+    assert len(set(pauses[5:])) > 1
     assert unknown == [False] * 5 + [True] * 3
 
 
@@ -923,7 +925,7 @@ def test_watch_leaves_rejected_tasks_alone_when_another_becomes_known() -> None:
         watch = loop.within(lambda: manual_watch(RejectingService(), store, loop.time))
         unknown = watch.subscribe(keys, SubscriptionKind.EVENTS)
         loop.within(unknown.__enter__)
-        for _ in range(70):  # until all back off for 30 s
+        for _ in range(100):  # until all back off for up to 30 s
             loop.advance(1.0)
         follow = watch.subscribe([new], SubscriptionKind.EVENTS)
         loop.within(follow.__enter__)
@@ -931,7 +933,8 @@ def test_watch_leaves_rejected_tasks_alone_when_another_becomes_known() -> None:
         is_known = True
         refreshed.clear()
         loop.advance(1.0)
-        assert refreshed == [new]
+        assert new in refreshed
+        assert len(refreshed) < 20, "those that are due"
         for subscription in (unknown, follow):
             loop.within(partial(subscription.__exit__, None, None, None))
         loop.run_until_complete(watch.aclose())
