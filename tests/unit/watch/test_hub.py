@@ -604,7 +604,7 @@ def test_watch_waits_for_an_unknown_task() -> None:
     finally:
         loop.close()
     assert pauses[:5] == [1.0, 2.0, 4.0, 8.0, 15.0]
-    assert all(15.0 <= pause <= 30.0 for pause in pauses[5:]), "at random, so that not all are queried at once"
+    assert all(15.0 <= pause <= 30.0 for pause in pauses[5:]), "not all tasks at the same time"
     assert len(set(pauses[5:])) > 1
     assert unknown == [False] * 5 + [True] * 3
 
