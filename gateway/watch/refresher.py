@@ -25,7 +25,6 @@ import random
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import NamedTuple
 
 import structlog
@@ -50,7 +49,7 @@ _MAX_DELAY_SECONDS = 0.25  # subscribers must learn of an outage within one life
 _BACKOFF_SECONDS = 1.0  # after the first failure; doubled after each further one
 _MAX_BACKOFF_SECONDS = 30.0  # also bounds the upstream's Retry-After: streams must notice its recovery
 _PROBE_SECONDS = 1.0  # between two refreshes of schedules that back off
-_PER_ITERATION = 20  # schedules that start, or continue after a recovery, in an iteration of the event loop
+_PER_ITERATION = 20  # schedules that continue in one iteration of the event loop after a recovery
 _INTERNAL_ERROR = GatewayError("internal error; see the log of the gateway")
 
 log = structlog.get_logger(__name__)
@@ -135,7 +134,6 @@ class Refresher:
         self._unknown_task_seconds = unknown_task_seconds
         self._clock = clock
         self._timers = CoalescedTimers()
-        self._starting: dict[WatchedTask, None] = {}  # an ordered set
         self._stopping: set[asyncio.Task[None]] = set()
         self._backing_off: dict[WatchedTask, _BackOff] = {}  # the one that has waited longest first
         self._probe_timer: asyncio.TimerHandle | None = None
@@ -143,18 +141,8 @@ class Refresher:
         self._log_sampler = LogSampler()
 
     def start(self, watched: WatchedTask) -> None:
-        """Start the runner soon: refresh the task, and then whenever its snapshot expires."""
-        if not self._starting:
-            asyncio.get_running_loop().call_soon(self._start_some)
-        self._starting[watched] = None
-
-    def _start_some(self) -> None:
-        """Start a few runners, and let others do their work before the next: a stream may name 100 tasks."""
-        for watched in list(islice(self._starting, _PER_ITERATION)):
-            del self._starting[watched]
-            watched.runner = asyncio.create_task(self._run(watched))
-        if self._starting:
-            asyncio.get_running_loop().call_soon(self._start_some)
+        """Start the runner: refresh the task now, and then whenever its snapshot expires."""
+        watched.runner = asyncio.create_task(self._run(watched))
 
     def restart(self, watched: WatchedTask) -> None:
         """Refresh the task now, without waiting for the end of the current pause."""
@@ -166,7 +154,6 @@ class Refresher:
 
     def stop(self, watched: WatchedTask) -> None:
         """Cancel the runner."""
-        self._starting.pop(watched, None)
         if watched.runner is not None:
             watched.runner.cancel()
             self._stopping.add(watched.runner)

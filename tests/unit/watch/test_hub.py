@@ -943,40 +943,6 @@ def test_watch_leaves_rejected_tasks_alone_when_another_becomes_known() -> None:
         loop.close()
 
 
-def test_watch_starts_few_schedules_at_once() -> None:
-    """A stream of a hundred new tasks lets the event loop serve others in between."""
-    loop = TickedLoop()
-    keys = [TaskKey(Operation.SD_GET_PROGRESS, f"new-{number}") for number in range(100)]
-    begun: list[int] = []
-
-    class CountingService(ManualService):
-        async def query_if_stale(
-            self, key: TaskKey, *, client: bytes | None, seen_revision: int
-        ) -> FoundSnapshot | LookupFailure:
-            begun[-1] += 1
-            return await asyncio.get_running_loop().create_future()
-
-    def next_iteration() -> None:
-        begun.append(0)
-        if len(begun) < 50:
-            loop.call_soon(next_iteration)
-
-    try:
-        store = MemoryStore(max_tasks=100, min_keep_stale_seconds=60, clock=loop.time)
-        watch = loop.within(lambda: manual_watch(CountingService(), store, loop.time))
-        subscription = watch.subscribe(keys, SubscriptionKind.EVENTS)
-        loop.call_soon(next_iteration)
-        loop.within(subscription.__enter__)
-        loop.settle()
-        assert sum(begun) == 100
-        assert max(begun) <= 20
-        loop.within(partial(subscription.__exit__, None, None, None))
-        loop.run_until_complete(watch.aclose())
-        assert loop.next_timer is None
-    finally:
-        loop.close()
-
-
 def test_watch_checks_a_slow_refresh_although_clients_subscribe_again() -> None:
     """Each new subscriber may restart the refresh; the check whether the update is overdue stays due."""
     loop = TickedLoop()
