@@ -54,9 +54,8 @@ class MetricsRenderer:
         self._registry = registry
         self._clock = clock
         self._cpu_clock = cpu_clock
-        self._paid_at = (
-            clock()
-        )  # when the time of all renderings so far is a `_MAX_SHARE` of the time that passed
+        # When all renderings so far will have taken no more than `_MAX_SHARE` of the time.
+        self._paid_at = clock()
         self._waiting: dict[_Format, _Rendering] = {}
 
     async def render(self, accept: str, *, compress: bool) -> tuple[bytes, str]:

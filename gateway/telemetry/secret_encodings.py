@@ -39,13 +39,13 @@ _TO_QUOTED = bytes.maketrans(b"%=", b"=\1")
 _FROM_QUOTED = bytes.maketrans(b"=\1", b"%=")
 _RUN = re.compile(b"={2,}")
 NO_DIGITS = bytes(byte for byte in range(256) if byte not in b"123456789abcdef")
-# The hexadecimal codes of upper and lower case differ in the first digit: 4 or 6, 5 or 7. Map them to one.
 _LONG_RUN = b"a" * 32
 _SIGNATURE_RUN = b"a" * 40  # all base64 forms of a signature of 32 bytes are longer
 _RUNS = bytes(
     ord("a") if byte in b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/" else ord(" ")
     for byte in range(256)
 )
+# The hexadecimal codes of upper and lower case differ in the first digit: 4 or 6, 5 or 7. Map them to one.
 _MERGE_HEX_CASE = bytes.maketrans(b"67", b"45")
 _AFTER_CUT = b"=.\"'`)]}>,;:"  # characters that may follow truncated text: quotes, dots
 

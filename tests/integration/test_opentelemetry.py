@@ -1,6 +1,8 @@
 """Spans: their content, their relations, and their export to a collector."""
 
 import asyncio
+import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,13 +21,17 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.telemetry.opentelemetry import OpenTelemetryTracing
+from gateway.telemetry.redaction import MASK
 from tests.integration.test_in_flight import ask, held_upstream
+from tests.support import harness
 from tests.support.harness import (
     KEY,
     SECRET,
     Gateway,
+    RawUpstream,
     Simulator,
     drained,
+    framed,
     free_port,
     fresh_id,
     running,
@@ -138,6 +144,19 @@ def test_otel_flight_and_call_spans(simulator: Simulator, traced: Traced) -> Non
     }
     assert trace_of(call) == trace_of(flight) != trace_of(request)
     assert linked(request) == [id_of(flight)]
+
+
+def test_otel_spans_contain_no_credentials(launch: Launch) -> None:
+    """The vendor's ID of a successful call is redacted in its span."""
+
+    def behaviour(connection: socket.socket, request: harness.Request) -> None:
+        envelope = json.loads(request.envelope()) | {"apiInvokeId": "x-ca-key: another-access-key"}
+        connection.sendall(framed(json.dumps(envelope).encode()))
+
+    with RawUpstream(behaviour) as upstream:
+        traced = Traced(launch, upstream.url)
+        assert traced.gate.get(fresh_id()).status_code == 200
+        assert attributes(traced.span(CALL))["sd_gateway.upstream.invoke_id"] == f"x-ca-key: {MASK}"
 
 
 def test_otel_attempts_are_numbered(simulator: Simulator, traced: Traced) -> None:
