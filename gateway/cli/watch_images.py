@@ -251,6 +251,8 @@ def prepare_directory(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
+    except FileExistsError:
+        raise ValueError(f"{directory}: Not a directory") from None
     except OSError as exc:
         raise ValueError(f"{directory}: {exc.strerror}") from None
 

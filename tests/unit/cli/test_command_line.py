@@ -126,6 +126,7 @@ def test_header_that_cannot_be_sent_is_refused(text: str, says: str) -> None:
         (["--cacert", "absent.pem"], "argument --cacert: absent.pem: cannot be read: No such file"),
         (["--cacert", "/dev/null"], "argument --cacert: /dev/null: has no certificate in PEM format"),
         (["--save", "/dev/null/x"], "argument --save: /dev/null/x: Not a directory"),
+        (["--save", "/dev/null"], "argument --save: /dev/null: Not a directory"),
     ],
 )
 def test_watch_refuses_arguments_that_cannot_work(
