@@ -44,6 +44,7 @@ from gateway.server.framing import (
     parse_head,
     remove_empty_lines,
 )
+from gateway.server.request_starts import RequestStarts
 
 _BODY_GRACE_SECONDS = 2.0  # lets an application with its own body timeout answer first
 _LAST_REQUEST_SECONDS = 0.5  # longer than a round trip, and short compared with a grace period
@@ -51,9 +52,10 @@ _MAX_READ_AHEAD = 32_768  # bytes of later requests after which reading pauses; 
 
 
 class Connection(ClientTransport):
-    """One connection. All connections share `limits`. `application` replaces uvicorn's, if it is set."""
+    """One connection. All share `limits` and `starts`. `application` replaces uvicorn's, if it is set."""
 
     application: ASGIApp | None = None
+    starts: RequestStarts
 
     __slots__ = (
         "_blank_bytes",  # bytes of empty lines before the request
@@ -175,8 +177,7 @@ class Connection(ClientTransport):
 
     def response_complete(self, *, failed: bool) -> None:
         """See `ClientConnection.response_complete`."""
-        exchange = self._exchange
-        if exchange is None:
+        if (exchange := self._exchange) is None:
             return
         exchange.scope["extensions"].pop(DIRECT_TRANSPORT, None)
         self._exchange = None
@@ -272,9 +273,8 @@ class Connection(ClientTransport):
             self._deadline.clear()
         else:
             self._deadline.set(self.limits.header_seconds + _BODY_GRACE_SECONDS)
-        task = self.loop.create_task(exchange.run(self.application or self._config.loaded_app))
-        self.server_state.tasks.add(task)
-        task.add_done_callback(self.server_state.tasks.discard)
+        run = exchange.run(self.application or self._config.loaded_app)
+        self.starts.add(self.loop, run, self.server_state.tasks)
 
     def _read_body(self, body: BodyDecoder, exchange: Exchange) -> bool:
         if exchange.is_body_buffer_full:

@@ -264,16 +264,17 @@ class _ChunkedBody:
         self._overhead = max_overhead  # bytes left for extensions, trailers and small chunks
         self._left = 0  # bytes left of the current chunk
         self._scanned = 0  # bytes of an incomplete size line or of incomplete trailers without their end
-        self._state: Callable[[bytearray, int, bytearray], int | None] = self._size
+        # A function and not a bound method, which would be a reference cycle.
+        self._state: Callable[[_ChunkedBody, bytearray, int, bytearray], int | None] = _ChunkedBody._size
         self.complete = False
 
     def feed(self, buffer: bytearray) -> bytes:
         content = bytearray()
         start: int | None = 0
         consumed = 0
-        while not self.complete and (start := self._state(buffer, consumed, content)) is not None:
+        while not self.complete and (start := self._state(self, buffer, consumed, content)) is not None:
             consumed = start
-        if self._state == self._data:
+        if self._state is _ChunkedBody._data:
             consumed += self._copy(buffer, consumed, content)
         del buffer[:consumed]
         return bytes(content)
@@ -294,14 +295,14 @@ class _ChunkedBody:
         self._scanned = 0
         self._left = int(match[1], 16)
         self._count_overhead(len(match[2]) + (max(_SMALL_CHUNK - self._left, 0) if self._left else 0))
-        self._state = self._data if self._left else self._trailers
+        self._state = _ChunkedBody._data if self._left else _ChunkedBody._trailers
         return match.end()
 
     def _data(self, buffer: bytearray, start: int, content: bytearray) -> int | None:
         if len(buffer) - start < self._left:
             return None
         start += self._copy(buffer, start, content)
-        self._state = self._end_of_chunk
+        self._state = _ChunkedBody._end_of_chunk
         return start
 
     def _end_of_chunk(self, buffer: bytearray, start: int, _: bytearray) -> int | None:
@@ -310,7 +311,7 @@ class _ChunkedBody:
             raise BadRequest(InvalidParameter("the request's body is not in chunks"))
         if len(line_end) < len(b"\r\n"):
             return None
-        self._state = self._size
+        self._state = _ChunkedBody._size
         return start + 2
 
     def _trailers(self, buffer: bytearray, start: int, _: bytearray) -> int | None:

@@ -8,6 +8,7 @@ from gateway.api.cached_responses import CachedResponses
 from gateway.server.connection import Connection
 from gateway.server.connection_limits import ConnectionLimits
 from gateway.server.fast_path import FastPathConnection, HeadRenderer
+from gateway.server.request_starts import RequestStarts
 
 
 def make_protocol_class(
@@ -18,7 +19,11 @@ def make_protocol_class(
     `hits`: cached responses, which are served without the application; None disables this. `application`: an
     application that replaces the one of uvicorn's configuration.
     """
-    attributes: dict[str, object] = {"limits": limits, "application": application}
+    attributes: dict[str, object] = {
+        "limits": limits,
+        "starts": RequestStarts(),
+        "application": application,
+    }
     if hits is None:
         return type("BoundedConnection", (Connection,), attributes)
     return type(

@@ -37,6 +37,9 @@ class Loop:
         self._timers.append(Timer(when, callback))
         return self._timers[-1]
 
+    def call_soon(self, *_: object) -> None:
+        pass
+
     def create_task(self, coroutine: Any, **_: object) -> asyncio.Future[None]:
         """Count the tasks for the application, and run none."""
         coroutine.close()

@@ -30,6 +30,7 @@ from tests.support.harness import (
     fresh_id,
     gateway,
     reset,
+    until,
 )
 
 FAULTS: list[dict[str, Any]] = [
@@ -169,4 +170,22 @@ def test_no_invalid_request_leaves_a_cycle(simulator: Simulator) -> None:
                     b"POST /scc/sd_get_progress HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n"
                 )
             gate.client.get("/readyz")
+        assert not found
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"5", b"5\r\nab", b"5\r\nabcde", b"0\r\nx: y", b"no size\r\n", b"0\r\n\r\n"]
+)
+@pytest.mark.parametrize("path", ["/scc/sd_get_progress", "/nothing"])
+def test_no_chunked_body_leaves_a_cycle(simulator: Simulator, path: str, sent: bytes) -> None:
+    """A chunked body that is incomplete, invalid or complete, for a path that reads it or not."""
+    with gateway(simulator.url) as gate:
+        gate.client.get("/readyz")
+        with circles() as found:
+            with gate.connect() as connection:
+                head = f"POST {path} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+                connection.sendall(head.encode() + sent)
+                if path == "/nothing":
+                    assert b" 404 " in drained(connection)
+            until(lambda: gate.metric("http_connections") <= 1, "the connection is closed")
         assert not found
