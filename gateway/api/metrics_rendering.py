@@ -15,27 +15,42 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.openmetrics import exposition as openmetrics
+
+from gateway.api.requests import Headers, accepted_ranges
 
 _MAX_SHARE = 0.1  # of one processor, on average
 _BURST_SECONDS = 0.5  # of processor time that renderings may take without a pause
-_MAX_ACCEPT_LENGTH = 1000  # characters; Prometheus sends about 250, and a longer value takes long to parse
 _GZIP_LEVEL = 1  # compresses to a fifth; level 9 to a sixth, in five times the time
 
 
-class _Format(NamedTuple):
-    """The format of a response, and whether it is compressed."""
+class Format(NamedTuple):
+    """A format of the metrics."""
 
     content_type: str
-    compress: bool
-
-
-class _Rendering(NamedTuple):
-    """A rendering that requests wait for."""
-
     encode: Callable[[CollectorRegistry], bytes]
-    body: asyncio.Future[bytes]
+
+
+# All names are ASCII. So the ways of escaping that Prometheus may ask for make no difference.
+TEXT = Format(CONTENT_TYPE_PLAIN_0_0_4, generate_latest)
+OPENMETRICS = Format(openmetrics.CONTENT_TYPE_LATEST, openmetrics.generate_latest)
+_OPENMETRICS_VERSIONS = {"", "1.0.0"}
+
+
+def choose_format(headers: Headers) -> Format:
+    """Return the format that the header `Accept` prefers; text if it names neither."""
+    best, highest = TEXT, 0.0
+    for media_type, parameters, weight in accepted_ranges(headers, b"accept"):
+        if weight <= highest:
+            continue
+        if media_type == "text/plain":
+            best, highest = TEXT, weight
+        elif media_type == "application/openmetrics-text":
+            if parameters.get("version", "") in _OPENMETRICS_VERSIONS:
+                best, highest = OPENMETRICS, weight
+    return best
 
 
 class MetricsRenderer:
@@ -56,39 +71,37 @@ class MetricsRenderer:
         self._cpu_clock = cpu_clock
         # When all renderings so far will have taken no more than `_MAX_SHARE` of the time.
         self._paid_at = clock()
-        self._waiting: dict[_Format, _Rendering] = {}
+        self._waiting: dict[tuple[Format, bool], asyncio.Future[bytes]] = {}
 
-    async def render(self, accept: str, *, compress: bool) -> tuple[bytes, str]:
-        """Return the metrics and their content type, as the header `Accept` asks for them."""
-        encode, content_type = choose_encoder(accept if len(accept) <= _MAX_ACCEPT_LENGTH else "")
-        wanted = _Format(content_type, compress)
-        waiting = self._waiting.get(wanted)
-        if waiting is None:
+    async def render(self, wanted: Format, *, compress: bool) -> bytes:
+        """Return the metrics in this format."""
+        body = self._waiting.get((wanted, compress))
+        if body is None:
             if not self._waiting and self._seconds_until_next() <= 0:
-                return self._render(encode, compress=compress), content_type
+                return self._render(wanted, compress=compress)
             loop = asyncio.get_running_loop()
             if not self._waiting:
                 loop.call_later(self._seconds_until_next(), self._render_next)
-            waiting = self._waiting[wanted] = _Rendering(encode, loop.create_future())
-        return await asyncio.shield(waiting.body), content_type
+            body = self._waiting[wanted, compress] = loop.create_future()
+        return await asyncio.shield(body)
 
     def _seconds_until_next(self) -> float:
         return self._paid_at - self._clock() - _BURST_SECONDS / _MAX_SHARE
 
     def _render_next(self) -> None:
         """Render the format that was requested first, for all who wait for it."""
-        wanted = next(iter(self._waiting))
-        encode, body = self._waiting.pop(wanted)
+        wanted, compress = next(iter(self._waiting))
+        body = self._waiting.pop((wanted, compress))
         try:
-            body.set_result(self._render(encode, compress=wanted.compress))
+            body.set_result(self._render(wanted, compress=compress))
         except Exception as exc:  # noqa: BLE001  # the requests report it
             body.set_exception(exc)
         if self._waiting:
             asyncio.get_running_loop().call_later(max(self._seconds_until_next(), 0.0), self._render_next)
 
-    def _render(self, encode: Callable[[CollectorRegistry], bytes], *, compress: bool) -> bytes:
+    def _render(self, wanted: Format, *, compress: bool) -> bytes:
         began = self._cpu_clock()
-        body = encode(self._registry)
+        body = wanted.encode(self._registry)
         if compress:
             body = gzip.compress(body, _GZIP_LEVEL, mtime=0)
         self._paid_at = max(self._paid_at, self._clock()) + (self._cpu_clock() - began) / _MAX_SHARE

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
-from gateway.api.metrics_rendering import MetricsRenderer
+from gateway.api.metrics_rendering import MetricsRenderer, choose_format
 from gateway.api.requests import accepts_gzip, route_path
 
 # Requested periodically by machines, with an IP address as Host: a kubelet uses the pod's address.
@@ -79,9 +79,10 @@ def metrics(registry: CollectorRegistry) -> Endpoint:
     renderer = MetricsRenderer(registry)
 
     async def endpoint(request: Request) -> Response:
+        wanted = choose_format(request.scope["headers"])
         compress = accepts_gzip(request.scope["headers"])
-        body, content_type = await renderer.render(request.headers.get("accept", ""), compress=compress)
-        headers = {"Content-Type": content_type, "Vary": "Accept, Accept-Encoding"}
+        body = await renderer.render(wanted, compress=compress)
+        headers = {"Content-Type": wanted.content_type, "Vary": "Accept, Accept-Encoding"}
         if compress:
             headers["Content-Encoding"] = "gzip"
         return Response(body, headers=headers)

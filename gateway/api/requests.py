@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
+from collections.abc import Iterator
 from urllib.parse import parse_qsl
 
 from starlette.requests import ClientDisconnect
@@ -29,7 +30,8 @@ _OWN_SITES = frozenset({"same-origin", "same-site", "none"})  # "none": a user a
 _VALID_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/+=-]{1,128}")
 _MAX_PARAMETERS = 10_100
 _WEIGHT = re.compile(r"0(\.[0-9]{0,3})?|1(\.0{0,3})?")
-_MAX_CODINGS = 32  # further codings of Accept-Encoding are ignored
+_MAX_RANGES = 32  # further ranges of Accept and codings of Accept-Encoding are ignored
+_MAX_RANGE_PARAMETERS = 8
 _NEEDED_AT_END = frozenset({b"origin", b"traceparent"})  # for CORS and the request log
 _LONGEST_KEPT_VALUE = 256  # bytes
 MAX_SHOWN_CHARS = 64  # a longer name or value of a parameter is not repeated in the error
@@ -127,14 +129,22 @@ def free_headers(scope: Scope) -> None:
 
 def accepts_gzip(headers: Headers) -> bool:
     """Tell whether Accept-Encoding allows gzip, and does not prefer identity (RFC 9110, 12.5.3)."""
-    weights: dict[str, float] = {}
-    for part in (header(headers, b"accept-encoding") or "").split(",", _MAX_CODINGS)[:_MAX_CODINGS]:
-        coding, *parameters = (piece.strip().lower() for piece in part.split(";"))
-        weight = next((piece[2:].strip() for piece in parameters if piece.startswith("q=")), "1")
-        # An invalid weight makes the coding unacceptable: identity is always a safe choice.
-        weights[coding] = float(weight) if _WEIGHT.fullmatch(weight) else 0.0
+    weights = {coding: weight for coding, _, weight in accepted_ranges(headers, b"accept-encoding")}
     gzip = weights.get("gzip", weights.get("x-gzip", weights.get("*", 0.0)))
     return gzip > 0 and gzip >= weights.get("identity", 0.0)
+
+
+def accepted_ranges(headers: Headers, name: bytes) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Yield each range of Accept or Accept-Encoding in lower case, with its parameters and its weight.
+
+    An invalid weight counts as 0, which means "not acceptable" (RFC 9110, 12.4.2).
+    """
+    for part in (header(headers, name) or "").lower().split(",", _MAX_RANGES)[:_MAX_RANGES]:
+        accepted, *pieces = part.split(";", _MAX_RANGE_PARAMETERS)
+        pairs = (piece.partition("=") for piece in pieces)
+        parameters = {key.strip(): value.strip() for key, _, value in pairs}
+        weight = parameters.pop("q", "1")
+        yield accepted.strip(), parameters, float(weight) if _WEIGHT.fullmatch(weight) else 0.0
 
 
 def is_cross_site(headers: Headers) -> bool:

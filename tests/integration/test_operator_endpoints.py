@@ -179,6 +179,13 @@ def test_ops_metrics_as_openmetrics(simulator: Simulator, gate: Gateway) -> None
     assert gate.client.get("/metrics").headers["content-type"].startswith("text/plain")
 
 
+@pytest.mark.parametrize("invalid", ["text/plain;version=x", "application/openmetrics-text;version=1.x"])
+def test_ops_metrics_ignore_an_invalid_version(gate: Gateway, invalid: str) -> None:
+    """A version that is no number is not accepted, and is no error."""
+    response = gate.client.get("/metrics", headers={"accept": invalid})
+    assert (response.status_code, response.headers["content-type"].split(";")[0]) == (200, "text/plain")
+
+
 @pytest.mark.parametrize("accept", ["", OPENMETRICS])
 @pytest.mark.parametrize(
     ("accepts", "coded"),

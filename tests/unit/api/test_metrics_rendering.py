@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
-from gateway.api.metrics_rendering import MetricsRenderer
+from gateway.api.metrics_rendering import OPENMETRICS, TEXT, Format, MetricsRenderer, choose_format
 from tests.support.ticked import TickedLoop
 
 RENDERING_SECONDS = 0.05
-OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
 class Bench:
@@ -26,8 +25,8 @@ class Bench:
         Gauge("value", "A value that the test sets.", registry=registry).set_function(self._read)
         self._renderer = MetricsRenderer(registry, clock=loop.time, cpu_clock=lambda: self._cpu)
 
-    def request(self, accept: str = "", *, compress: bool = False) -> asyncio.Task[tuple[bytes, str]]:
-        task = self.loop.create_task(self._renderer.render(accept, compress=compress))
+    def request(self, wanted: Format = TEXT, *, compress: bool = False) -> asyncio.Task[bytes]:
+        task = self.loop.create_task(self._renderer.render(wanted, compress=compress))
         self.loop.settle()
         return task
 
@@ -75,13 +74,39 @@ def test_metrics_of_a_request_that_waits_are_current(bench: Bench) -> None:
     bench.value = 7.0
     bench.loop.advance(3.0)
     assert plain.result() == same.result()
-    assert b"value 7.0" in plain.result()[0]
-    assert openmetrics.result()[0].endswith(b"# EOF\n")
-    assert openmetrics.result()[1].startswith("application/openmetrics-text")
-    assert gzip.decompress(compressed.result()[0]) == plain.result()[0]
+    assert b"value 7.0" in plain.result()
+    assert openmetrics.result().endswith(b"# EOF\n")
+    assert gzip.decompress(compressed.result()) == plain.result()
     assert bench.renderings == before + 3
 
 
-def test_metrics_with_an_absurd_accept_are_text(bench: Bench) -> None:
-    """A very long Accept is not parsed."""
-    assert bench.request(OPENMETRICS + "," * 1000).result()[1].startswith("text/plain")
+_OPEN = "application/openmetrics-text"
+
+
+@pytest.mark.parametrize(
+    ("accept", "wanted"),
+    [
+        (
+            f"{_OPEN};version=1.0.0;escaping=allow-utf-8;q=0.6,{_OPEN};version=0.0.1;q=0.5,"
+            "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+            OPENMETRICS,  # Prometheus 3
+        ),
+        (_OPEN, OPENMETRICS),
+        (_OPEN.upper() + " ; Version = 1.0.0", OPENMETRICS),
+        (f"text/plain;q=0.1,{_OPEN};q=0.2", OPENMETRICS),
+        (f"text/plain;version=0.0.4,{_OPEN};version=1.0.0;q=0.9", TEXT),
+        (f"{_OPEN};version=0.0.1", TEXT),
+        (f"{_OPEN};version=1.0.1234", TEXT),
+        (f"{_OPEN};version=x", TEXT),
+        (f"{_OPEN};q=0", TEXT),
+        (f"{_OPEN};q=x", TEXT),
+        ("text/plain;version=x", TEXT),
+        ("", TEXT),
+        ("*/*", TEXT),
+        ("," * 31_000 + _OPEN, TEXT),
+        (";" * 31_000 + _OPEN, TEXT),
+    ],
+)
+def test_metrics_formats_are_text_and_openmetrics(accept: str, wanted: Format) -> None:
+    """A client chooses one of two formats, whatever versions it invents."""
+    assert choose_format([(b"accept", accept.encode())]) is wanted
