@@ -43,13 +43,17 @@ def choose_format(headers: Headers) -> Format:
     """Return the format that the header `Accept` prefers; text if it names neither."""
     best, highest = TEXT, 0.0
     for media_type, parameters, weight in accepted_ranges(headers, b"accept"):
-        if weight <= highest:
-            continue
         if media_type == "text/plain":
-            best, highest = TEXT, weight
-        elif media_type == "application/openmetrics-text":
-            if parameters.get("version", "") in _OPENMETRICS_VERSIONS:
-                best, highest = OPENMETRICS, weight
+            offered = TEXT
+        elif (
+            media_type == "application/openmetrics-text"
+            and parameters.get("version", "") in _OPENMETRICS_VERSIONS
+        ):
+            offered = OPENMETRICS
+        else:
+            continue
+        if weight > highest:
+            best, highest = offered, weight
     return best
 
 

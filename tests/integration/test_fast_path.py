@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -28,6 +29,7 @@ class Loop:
     def __init__(self) -> None:
         self.now = 0.0
         self.tasks = 0
+        self._soon: list[Callable[[], None]] = []
         self._timers: list[Timer] = []
 
     def time(self) -> float:
@@ -37,8 +39,14 @@ class Loop:
         self._timers.append(Timer(when, callback))
         return self._timers[-1]
 
-    def call_soon(self, *_: object) -> None:
-        pass
+    def call_soon(self, callback: Callable[..., None], *arguments: object) -> None:
+        self._soon.append(partial(callback, *arguments))
+
+    def iterate(self) -> None:
+        """Run one iteration: the callbacks that were scheduled before it."""
+        soon, self._soon = self._soon, []
+        for callback in soon:
+            callback()
 
     def create_task(self, coroutine: Any, **_: object) -> asyncio.Future[None]:
         """Count the tasks for the application, and run none."""
@@ -80,6 +88,7 @@ class Wire:
     def __init__(self) -> None:
         self.written = b""
         self.closed = False
+        self.reading = True
 
     def write(self, data: bytes) -> None:
         self.written += data
@@ -105,10 +114,10 @@ class Wire:
         self.closed = True
 
     def pause_reading(self) -> None:
-        pass
+        self.reading = False
 
     def resume_reading(self) -> None:
-        pass
+        self.reading = True
 
     def answers(self) -> int:
         """Return the number of responses."""
@@ -202,6 +211,27 @@ async def test_answering_keeps_the_order_of_requests(connection: Connection) -> 
     """A hit behind a pending request is not answered before it."""
     connection.send(HIT, OTHER, HIT, HIT, HIT + OTHER)
     assert (connection.wire.answers(), connection.loop.tasks) == (1, 1)
+
+
+@pytest.mark.parametrize("rest", [b"", HIT[:9]])
+async def test_answering_takes_turns(connection: Connection, rest: bytes) -> None:
+    """Of many hits that arrive together, each iteration serves 8, so that other connections do not wait."""
+    connection.send(HIT * 20 + rest)
+    answers = []
+    for _ in range(4):
+        answers.append((connection.wire.answers(), connection.wire.reading))
+        connection.loop.iterate()
+    assert answers == [(8, False), (16, False), (20, True), (20, True)]
+    connection.send(HIT[len(rest) :])
+    assert connection.wire.answers() == 21
+
+
+async def test_answering_takes_no_turn_after_the_connection_is_lost(connection: Connection) -> None:
+    """Hits that wait for their turn are dropped with the connection."""
+    connection.send(HIT * 20)
+    connection.protocol.connection_lost(None)
+    connection.loop.iterate()
+    assert connection.wire.answers() == 8
 
 
 async def test_answering_uses_the_current_default_headers(connection: Connection) -> None:

@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gateway.api.requests import Headers
 
 # An element of `Forwarded`: pairs separated by semicolons. Some proxies do not quote values with brackets or
-# colons; these are accepted, too. The possessive quantifiers never go back: otherwise the time doubles with each
-# semicolon between spaces.
+# colons; these are accepted, too. The possessive quantifiers never go back: otherwise the time triples with
+# each semicolon between spaces.
 _PAIR = r"""[!#$%&'*+.^_`|~0-9A-Za-z-]++=(?:"(?:[^"\\]|\\.)*+"|[^",;\s]*+)"""
 _ELEMENT = re.compile(rf"[ \t]*+(?:{_PAIR})?+(?:[ \t]*+;[ \t]*+(?:{_PAIR})?+)*+[ \t]*+")
 _FOR = re.compile(r"""(?:^|;)[ \t]*+for=(?:"((?:[^"\\]|\\.)*+)"|([^",;\s]*+))""", re.IGNORECASE)

@@ -81,15 +81,18 @@ def test_metrics_of_a_request_that_waits_are_current(bench: Bench) -> None:
 
 
 _OPEN = "application/openmetrics-text"
+_PROMETHEUS_3 = (
+    f"{_OPEN};version=1.0.0;escaping=allow-utf-8;q=0.6,{_OPEN};version=0.0.1;q=0.5,"
+    "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2"
+)
 
 
 @pytest.mark.parametrize(
     ("accept", "wanted"),
     [
         (
-            f"{_OPEN};version=1.0.0;escaping=allow-utf-8;q=0.6,{_OPEN};version=0.0.1;q=0.5,"
-            "text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
-            OPENMETRICS,  # Prometheus 3
+            _PROMETHEUS_3,
+            OPENMETRICS,
         ),
         (_OPEN, OPENMETRICS),
         (_OPEN.upper() + " ; Version = 1.0.0", OPENMETRICS),
