@@ -18,7 +18,7 @@ from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.problems import problem_document, status_and_title
 from gateway.api.progress_response import age_seconds
 from gateway.api.requests import LONG_POLL, free_headers, header, query_parameters
-from gateway.api.server_extensions import DisconnectListener, while_connected
+from gateway.api.server_extensions import DisconnectListener, require_client, while_connected
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.wait_parameter import requested_wait
 from gateway.domain.entity_tag import EntityTags, digest_of, matches, possible_tags
@@ -99,23 +99,26 @@ class BatchEndpoint:
     async def _read(
         self, scope: Scope, receive: Receive, keys: Sequence[TaskKey], seen: Mapping[TaskKey, int]
     ) -> list[FoundSnapshot | LookupFailure]:
-        """Return the result of each task. Raises: ClientDisconnect when the client disconnects first.
+        """Return the result of each task.
 
+        Raises: ClientDisconnect when the client disconnects first, Overloaded when too many tasks wait.
         `seen`: the revisions that the client has received, by task. It must not receive older ones.
         """
         cached = {key: self._service.lookup(key, seen.get(key, 0)) for key in keys}
         missing = [key for key, result in cached.items() if result is None]
         if not missing:
             return [result for result in cached.values() if result is not None]
+        require_client(scope)
         client = client_key(scope)
-        # Concurrency is bounded by the maximum number of tasks per request and by `upstream.max_in_flight`.
-        reads = asyncio.gather(
-            *(
-                self._service.get_after_miss(key, client=client, seen_revision=seen.get(key, 0))
-                for key in missing
+        with self._clients.waiting(scope, len(missing)):
+            reads = asyncio.gather(
+                *(
+                    self._service.get_after_miss(key, client=client, seen_revision=seen.get(key, 0))
+                    for key in missing
+                )
             )
-        )
-        outcomes = cached | dict(zip(missing, await while_connected(scope, receive, reads), strict=True))
+            read = await while_connected(scope, receive, reads)
+        outcomes = cached | dict(zip(missing, read, strict=True))
         return [outcome for outcome in outcomes.values() if outcome is not None]
 
     async def _wait_for_change(
@@ -133,6 +136,7 @@ class BatchEndpoint:
         Without If-None-Match, it must differ from the one on arrival. Only the hub's schedules call the
         upstream meanwhile. A task counts as one lookup. `seen`: as in `_read`.
         """
+        require_client(scope)
         await self._service.read_arrived_messages()
         on_arrival = self._on_arrival(keys, seen)
         stale = {key: self._stale_code(key) for key in on_arrival}

@@ -25,7 +25,13 @@ from gateway.api.heartbeats import HEARTBEAT, Heartbeats
 from gateway.api.problems import problem_document, status_and_title
 from gateway.api.progress_response import age_seconds
 from gateway.api.requests import free_headers, header, query_parameters
-from gateway.api.server_extensions import DisconnectListener, chunk, direct_transport_of, is_chunked
+from gateway.api.server_extensions import (
+    DisconnectListener,
+    chunk,
+    direct_transport_of,
+    is_chunked,
+    require_client,
+)
 from gateway.api.task_parameters import TaskParameters
 from gateway.domain.entity_tag import EntityTags
 from gateway.domain.snapshot import Snapshot, render_json
@@ -91,6 +97,7 @@ class EventsEndpoint:
         with self._clients.subscription(scope):
             # Before the first `await`: requests that arrive together must not all pass before one has paid.
             self._clients.charge(scope, len(keys))
+            require_client(scope)
             await self._hub.read_arrived_messages()
             with self._hub.subscribe(
                 keys,

@@ -1,7 +1,8 @@
 """ASGI extensions of our own server (`gateway/server`), with fallbacks for other servers.
 
 They are in the scope's `extensions`, and save memory and time with thousands of open streams: a callback on
-disconnect instead of a task that awaits `receive`, and a way to send without waking a task.
+disconnect instead of a task that awaits `receive`, a way to send without waking a task, and a way to find out
+that the client has left before the work for its request begins.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
@@ -18,11 +19,22 @@ from starlette.types import Receive, Scope
 # DISCONNECTED is one of its keys, and values that are added later are never called.
 ON_DISCONNECT = "gateway.on_disconnect"
 DISCONNECTED = "disconnected"
-# A callable that returns the connection's transport, to which parts of a body of unknown length may be
-# written between two calls of `send`: as chunks if `is_chunked` says so. It returns None for other bodies.
-DIRECT_TRANSPORT = "gateway.direct_transport"
+CONNECTION = "gateway.connection"  # a `ServerConnection`
 
 T = TypeVar("T")
+
+
+class ServerConnection(Protocol):
+    """What an endpoint may use of the connection of its request."""
+
+    def direct_transport(self) -> asyncio.WriteTransport | None:
+        """Return the transport if the response has a body of unknown length, and its head has been sent.
+
+        Parts may be written to it between two calls of `send`: as chunks if `is_chunked` says so.
+        """
+
+    def client_has_left(self) -> bool:
+        """Ask the kernel whether the client has disconnected. The event loop notices it a little later."""
 
 
 def direct_transport_of(scope: Scope) -> asyncio.WriteTransport | None:
@@ -30,10 +42,19 @@ def direct_transport_of(scope: Scope) -> asyncio.WriteTransport | None:
 
     Call it after a part of the body was sent: until then the server may not have written the head.
     """
-    find: Callable[[], asyncio.WriteTransport | None] | None = scope.get("extensions", {}).get(
-        DIRECT_TRANSPORT
-    )
-    return None if find is None else find()
+    connection: ServerConnection | None = scope.get("extensions", {}).get(CONNECTION)
+    return None if connection is None else connection.direct_transport()
+
+
+def require_client(scope: Scope) -> None:
+    """Do nothing while the client is connected.
+
+    Raises: ClientDisconnect when it has left. Without this, the requests of clients that connect, send and
+    leave would start queries for a hundred tasks each.
+    """
+    connection: ServerConnection | None = scope.get("extensions", {}).get(CONNECTION)
+    if connection is not None and connection.client_has_left():
+        raise ClientDisconnect
 
 
 def is_chunked(scope: Scope) -> bool:

@@ -93,6 +93,14 @@ class ClientTransport(asyncio.Protocol):
                 self._writable = asyncio.Event()
             await self._writable.wait()
 
+    def client_has_left(self) -> bool:
+        """See `ServerConnection.client_has_left`."""
+        if self.transport.is_closing():
+            return True
+        poll = select.poll()
+        poll.register(self.transport.get_extra_info("socket"), _DISCONNECT)
+        return bool(poll.poll(0))
+
     # Reading.
 
     def _pause_reading(self) -> None:
@@ -116,10 +124,8 @@ class ClientTransport(asyncio.Protocol):
 
         The kernel notices it only if the client's last bytes fit into its buffer. So the pause has a limit.
         """
-        poll = select.poll()
-        poll.register(self.transport.get_extra_info("socket"), _DISCONNECT)
         paused_too_long = not self._reading and self.loop.time() >= self._paused_until
-        if paused_too_long or poll.poll(0):
+        if paused_too_long or self.client_has_left():
             self.transport.abort()
         else:
             self._set_answering_deadline()

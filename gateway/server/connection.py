@@ -14,8 +14,7 @@ While a response is being sent, later requests stay unparsed. Reading pauses whe
 buffered, or when the client does not read. If a response begins before the request body has arrived, it has
 `Connection: close` and is the last one. `client_transport.py` writes, and closes the connection.
 
-`Connection` is the value of uvicorn's `http` option. Like uvicorn's own protocols, it uses the configured
-application, the set of connections, the set of tasks and the default headers.
+`Connection` is the value of uvicorn's `http` option, and uses uvicorn's application, state and headers.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
 from gateway.api.problems import INTERNAL_ERROR, status_and_title
-from gateway.api.server_extensions import DIRECT_TRANSPORT, DISCONNECTED, ON_DISCONNECT
+from gateway.api.server_extensions import CONNECTION, DISCONNECTED, ON_DISCONNECT
 from gateway.domain.errors import GatewayError, InvalidParameter, Overloaded
 from gateway.server.client_transport import ClientTransport
 from gateway.server.error_response import render_closing_response
@@ -122,7 +121,7 @@ class Connection(ClientTransport):
                 callback()
             self._on_disconnect[DISCONNECTED] = None
             # The scope refers to this connection. Only the garbage collector would free that reference cycle.
-            exchange.scope["extensions"].pop(DIRECT_TRANSPORT, None)
+            exchange.scope["extensions"].pop(CONNECTION, None)
 
     def eof_received(self) -> None:
         """Close the connection: half-closed connections are not supported."""
@@ -179,7 +178,7 @@ class Connection(ClientTransport):
         """See `ClientConnection.response_complete`."""
         if (exchange := self._exchange) is None:
             return
-        exchange.scope["extensions"].pop(DIRECT_TRANSPORT, None)
+        exchange.scope["extensions"].pop(CONNECTION, None)
         self._exchange = None
         self._on_disconnect = {}
         self.server_state.total_requests += 1
@@ -264,7 +263,7 @@ class Connection(ClientTransport):
             client=self.client,
             server=self._server,
             state=self._lifespan_state.copy(),
-            extensions={ON_DISCONNECT: self._on_disconnect, DIRECT_TRANSPORT: self._direct_transport},
+            extensions={ON_DISCONNECT: self._on_disconnect, CONNECTION: self},
         )
         exchange = self._exchange = make_exchange(
             self, head, scope, has_body=self._body is not None, headers=self.server_state.default_headers
@@ -288,7 +287,8 @@ class Connection(ClientTransport):
             exchange.body_received(part, complete=body.complete)
         return body.complete
 
-    def _direct_transport(self) -> asyncio.WriteTransport | None:
+    def direct_transport(self) -> asyncio.WriteTransport | None:
+        """See `ServerConnection.direct_transport`."""
         return self.transport if self._exchange is not None and self._exchange.streams_body else None
 
     def _update_reading(self) -> None:

@@ -33,6 +33,7 @@ _FIELDS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+: [\t\x20-\x7e\x80-\xff]*\
 # Starlette's patterns also match before a final line break.
 _KEPT_ESCAPES = re.compile(r"(%(?:[01][0-9A-Fa-f]|2[Ff]|7[Ff]))")
 _WITHOUT_BODY = frozenset({HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED})
+_BODY_IGNORED = frozenset({"GET", "HEAD"})
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 _LAST_CHUNK = b"0\r\n\r\n"
 
@@ -164,10 +165,14 @@ class Exchange:
         return len(self._body) >= MAX_BUFFERED_BODY
 
     def body_received(self, part: bytes, *, complete: bool) -> None:
-        """Buffer a part of the body for the application; drop it if the response is complete."""
+        """Buffer a part of the body for the application, unless the response is complete.
+
+        The body of GET or HEAD has no meaning (RFC 9110, 9.3.1). It is dropped: a stream would keep it.
+        """
         self._body_complete = complete
         if not self.complete:
-            self._body += part
+            if self.scope["method"] not in _BODY_IGNORED:
+                self._body += part
             self._wake()
 
     def body_failed(self, error: GatewayError) -> None:

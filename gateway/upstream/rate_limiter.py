@@ -28,8 +28,7 @@ from gateway.upstream.shared_permits import SharedPermits, TakePermits
 from gateway.upstream.task_query_state import TaskQueryState
 
 # Shortest expected wait that `acquire` reports to `on_expected_wait` when a query is put into the queue.
-# Later reports have no minimum. After a report, the progress service serves a stale snapshot at once, if
-# there is one.
+# Later reports have no minimum. After one, the progress service serves a stale snapshot, if there is one.
 MIN_REPORTED_WAIT_SECONDS = 0.1
 # A query at the head of the queue still gets a permit up to this long after its timeout: the timer that
 # serves the queue may fire late. Expected waits are compared with the timeout without this tolerance.
@@ -39,9 +38,9 @@ _TIMEOUT_TOLERANCE_SECONDS = 0.1
 # upstream that counts calls per second would refuse a part of a burst. With a smaller one, queries would be
 # queued even if a page requests only a few tasks at once.
 _BURST_SECONDS = 0.1
+_REPORT_INTERVAL_SECONDS = 0.2  # replies of the store arrive each 2 ms; a queue of 5,000 is read in 14 ms
 _ROUNDING = 1e-9  # tokens; tolerance for rounding errors
-# Resolution of the event loop's timers: a timer with a shorter delay would fire before there is a token. Also
-# the smallest `retry_after` of an error.
+# Resolution of the event loop's timers, and smallest `retry_after` of an error.
 _TIMER_RESOLUTION_SECONDS = 0.001
 
 log = structlog.get_logger(__name__)
@@ -64,8 +63,7 @@ class Permit:
     Attributes:
         sent_at: When the call was sent; None before `mark_sent`.
         revoked: The upstream has throttled another call, made by this or another replica. If the call is not
-            sent yet, the query must acquire a new permit. The reason: without a configured limit, very
-            many queries may have a permit at the first throttling, and the upstream would refuse their calls.
+            sent yet, the query must acquire a new permit: the upstream would refuse the call.
     """
 
     __slots__ = ("_clock", "_on_end", "revoked", "sent_at")
@@ -108,6 +106,7 @@ class RateLimiter:
     ) -> None:
         self._limit = AdaptiveLimit(requests_per_second or math.inf)
         self._clock = clock
+        self._next_report_at = 0.0  # when a reply of the store may lead to the next report of waits
         self._call_later = call_later
         self._queue = QueryQueue()
         self._permits: set[Permit] = set()  # outstanding
@@ -276,7 +275,8 @@ class RateLimiter:
 
     def _on_shared_reply(self) -> None:
         self._serve_queue()
-        if self._queue:  # other replicas may have queued more queries, which lengthen the wait
+        if self._queue and self._clock() >= self._next_report_at:  # other replicas may lengthen the wait
+            self._next_report_at = self._clock() + _REPORT_INTERVAL_SECONDS
             self._refuse_or_report_waits(self._clock())
 
     def _on_throttled(self, sent_at: float, retry_after: float | None) -> None:

@@ -11,7 +11,16 @@ from typing import Any
 import pytest
 
 from tests.attacks.wire import Line, Target, query, request, settle
-from tests.support.harness import Gateway, RawUpstream, Request, Simulator, fresh_id, respond_ok, until
+from tests.support.harness import (
+    Gateway,
+    HeldUpstream,
+    RawUpstream,
+    Request,
+    Simulator,
+    fresh_id,
+    respond_ok,
+    until,
+)
 
 ONE, OTHER = "127.0.0.2", "127.0.0.3"
 SECURITY_HEADERS = {"x-content-type-options": "nosniff", "cross-origin-resource-policy": "same-site"}
@@ -95,6 +104,27 @@ def test_costs_of_subscriptions_are_bounded_for_each_client(target: Target, simu
         again = stack.enter_context(Line(gate, source=ONE))
         again.send(stream)
         again.until(b"event: progress")
+
+
+def test_costs_of_batches_that_wait_are_bounded(target: Target) -> None:
+    """At most 4,000 tasks of one client, in batches, wait for the upstream; more are refused."""
+    with HeldUpstream() as upstream, ExitStack() as stack:
+        gate = target(upstream.url, upstream={"attempt_timeout_seconds": 60, "timeout_seconds": 60})
+
+        def wait_for_batch(source: str) -> Line:
+            line = stack.enter_context(Line(gate, source=source))
+            line.send(batch(100))
+            return line
+
+        waiting = [wait_for_batch(ONE) for _ in range(40)]
+        settle(gate)
+        refused = wait_for_batch(ONE).answer()
+        assert (refused.status, refused.code, refused.header("retry-after")) == (503, "overloaded", "1")
+        waiting.append(wait_for_batch(OTHER))
+        settle(gate)
+        upstream.released.set()
+        assert [line.answer().status for line in waiting] == [200] * 41
+        assert wait_for_batch(ONE).answer().status == 200
 
 
 # The upstream's calls

@@ -258,3 +258,38 @@ def test_processes_hold_large_tasks_within_a_bound(tmp_path: Path, edge: str) ->
             # The cache, and 4 calls in flight with about 4 copies each. The bodies would take 105 MB more.
             assert process.resident_bytes() - before < 80 * MEGABYTE
         until(lambda: gate.metric("watchers") == 0, "the streams have ended")
+
+
+@pytest.mark.parametrize("target", ["/v1/events?taskId=own-task", "/v1/progress/own-task?wait=60"])
+def test_processes_hold_no_bodies_of_streams_and_long_polls(
+    simulator: Simulator, tmp_path: Path, edge: str, target: str
+) -> None:
+    """Forty streams or long polls that send a body of 60 KB cost no more than others."""
+    simulator.task("own-task")
+    body = b"x" * 60_000
+    sent = request(target, f"Content-Length: {len(body)}", body=body)
+    with serving(tmp_path, simulator.url, SERVER__EDGE=edge) as (process, gate):
+        before = warmed(process, gate)
+        with lines(gate, 40) as attackers:
+            for attacker in attackers:
+                attacker.send(sent)
+            until(lambda: gate.metric("watchers") == 40, "all are open")
+            settle(gate)
+            assert process.resident_bytes() - before < 40 * 30_000
+
+
+@pytest.mark.parametrize("path", ["/v1/progress", "/v1/progress?wait=60", "/v1/events"])
+def test_processes_start_no_queries_for_clients_that_have_left(
+    simulator: Simulator, tmp_path: Path, edge: str, path: str
+) -> None:
+    """Clients that send a request for a hundred tasks and leave before it is read cause no upstream call."""
+    with serving(tmp_path, simulator.url, SERVER__EDGE=edge) as (process, gate):
+        settle(gate)
+        process.signal(signal.SIGSTOP)
+        for _ in range(20):
+            tasks = "&".join(f"taskId={harness.fresh_id()}" for _ in range(100))
+            with Line(gate) as client:
+                client.send(request(f"{path}{'&' if '?' in path else '?'}{tasks}"))
+        process.signal(signal.SIGCONT)
+        until(lambda: gate.metric("http_connections") == 1, "all have left")
+        assert simulator.calls() == 0

@@ -518,6 +518,28 @@ async def test_rate_limiter_refuses_without_a_shared_permit_in_time(clock: Clock
     assert refused.value.retry_after
 
 
+async def test_rate_limiter_reports_waits_after_few_replies_of_the_store(clock: Clock) -> None:
+    """The store replies each 2 ms. A long queue is read after one of its replies in 0.2 s."""
+    replies, reports = 0, list[float]()
+    twenty = asyncio.Event()
+
+    async def take(*_: float, **__: float) -> PermitsReply:
+        nonlocal replies
+        replies += 1
+        if replies % 20 == 0:
+            twenty.set()
+        return PermitsReply(0, 0, next_seconds=0.0, refreshes_elsewhere=0, first_queries_elsewhere=0)
+
+    limiter = RateLimiter(10, clock=clock, call_later=clock.call_later, take_permits=take)
+    for _ in range(5):
+        clock.start(limiter.acquire(is_refresh=True, timeout_seconds=100.0, on_expected_wait=reports.append))
+    for times in (1, 2):
+        await twenty.wait()
+        twenty.clear()
+        assert 5 * (times - 1) < len(reports) <= 5 * (times + 1)
+        await clock.tick(0.2)
+
+
 async def test_rate_limiter_rechecks_waiters_when_it_slows_down(clock: Clock) -> None:
     """A pause refuses waiters that would be too late, and notifies the others; the order stays."""
     bench = Bench(clock, 4)
