@@ -166,9 +166,11 @@ class Fuzzer:
             self._turn()
         quiet = 0
         while quiet < _QUIET_TURNS:
+            # Before the turn: a call that ends during the turn may lead to a response after it.
+            asking = quiet and self._asking()
             self._turn()
             news = sum(run.read() for run in every)  # each is read
-            quiet = 0 if news or (quiet and self._asking()) else quiet + 1
+            quiet = 0 if news or asking else quiet + 1
         for run in every:
             reset(run.line.socket)  # closed by a reset: a port in TIME_WAIT could not be reused
         for number, made, runs in played:
