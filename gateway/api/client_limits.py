@@ -112,13 +112,13 @@ class ClientLimits:
         Raises: Overloaded when too many tasks wait already, of this client or of all clients.
         """
         key = client_key(scope)
-        of_client = self._waiting_tasks[key] + tasks
-        if (
-            of_client > MAX_WAITING_TASKS_PER_CLIENT
-            or self._waiting_tasks.total() + tasks > MAX_WAITING_TASKS
+        of_client, of_all = self._waiting_tasks[key], self._waiting_tasks.total()
+        # A batch may be larger than the limits (`limits.max_tasks_per_request`), if no other one waits.
+        if (of_client and of_client + tasks > MAX_WAITING_TASKS_PER_CLIENT) or (
+            of_all and of_all + tasks > MAX_WAITING_TASKS
         ):
             raise Overloaded("too many tasks of batches wait for upstream calls", retry_after=1.0)
-        self._waiting_tasks[key] = of_client
+        self._waiting_tasks[key] += tasks
         try:
             yield
         finally:

@@ -37,17 +37,18 @@ class Format(NamedTuple):
 TEXT = Format(CONTENT_TYPE_PLAIN_0_0_4, generate_latest)
 OPENMETRICS = Format(openmetrics.CONTENT_TYPE_LATEST, openmetrics.generate_latest)
 _OPENMETRICS_VERSIONS = {"", "1.0.0"}
+_RANGES_OF_TEXT = {"text/plain", "text/*", "*/*"}
 
 
 def choose_format(headers: Headers) -> Format:
     """Return the format that the header `Accept` prefers; text if it names neither."""
     best, highest = TEXT, 0.0
     for media_type, parameters, weight in accepted_ranges(headers, b"accept"):
-        if media_type == "text/plain":
+        if media_type in _RANGES_OF_TEXT:
             offered = TEXT
         elif (
             media_type == "application/openmetrics-text"
-            and parameters.get("version", "") in _OPENMETRICS_VERSIONS
+            and parameters.get("version", "").strip('"') in _OPENMETRICS_VERSIONS
         ):
             offered = OPENMETRICS
         else:

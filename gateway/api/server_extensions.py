@@ -1,8 +1,8 @@
 """ASGI extensions of our own server (`gateway/server`), with fallbacks for other servers.
 
 They are in the scope's `extensions`, and save memory and time with thousands of open streams: a callback on
-disconnect instead of a task that awaits `receive`, a way to send without waking a task, and a way to find out
-that the client has left before the work for its request begins.
+disconnect instead of a task that awaits `receive`, a way to send without waking a task, and a way to check,
+before the work for a request begins, whether its client has left.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class ServerConnection(Protocol):
         """
 
     def client_has_left(self) -> bool:
-        """Ask the kernel whether the client has disconnected. The event loop notices it a little later."""
+        """Ask the kernel whether the client has disconnected, and if so, close the connection.
+
+        The event loop notices a disconnect a little later.
+        """
 
 
 def direct_transport_of(scope: Scope) -> asyncio.WriteTransport | None:
@@ -47,10 +50,10 @@ def direct_transport_of(scope: Scope) -> asyncio.WriteTransport | None:
 
 
 def require_client(scope: Scope) -> None:
-    """Do nothing while the client is connected.
+    """Check that the client is still connected. Raises: ClientDisconnect if it has left.
 
-    Raises: ClientDisconnect when it has left. Without this, the requests of clients that connect, send and
-    leave would start queries for a hundred tasks each.
+    Without this, the requests of clients that connect, send and leave would start queries for a hundred tasks
+    each.
     """
     connection: ServerConnection | None = scope.get("extensions", {}).get(CONNECTION)
     if connection is not None and connection.client_has_left():

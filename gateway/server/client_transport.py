@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import select
 from collections.abc import Callable
 
@@ -99,18 +100,23 @@ class ClientTransport(asyncio.Protocol):
             return True
         poll = select.poll()
         poll.register(self.transport.get_extra_info("socket"), _DISCONNECT)
-        return bool(poll.poll(0))
+        if not poll.poll(0):
+            return False
+        self.transport.abort()
+        return True
 
     # Reading.
 
     def _pause_reading(self) -> None:
-        self._reading = False
-        self.transport.pause_reading()
-        self._paused_until = self.loop.time() + self.limits.header_seconds
+        if self._reading:
+            self._reading = False
+            self.transport.pause_reading()
+            self._paused_until = self.loop.time() + self.limits.header_seconds
 
     def _resume_reading(self) -> None:
-        self._reading = True
-        self.transport.resume_reading()
+        if not self._reading:
+            self._reading = True
+            self.transport.resume_reading()
 
     def _set_answering_deadline(self) -> None:
         """Set the deadline while a response is being sent: none, or the next check for a disconnect."""
@@ -119,15 +125,20 @@ class ClientTransport(asyncio.Protocol):
         else:
             self._deadline.set(min(_CHECK_SECONDS, self.limits.header_seconds))
 
+    def _look_for_disconnect(self) -> None:
+        """Begin to look for a disconnect each second while reading is paused, unless that has begun."""
+        if self._deadline.at == math.inf:
+            self._paused_until = self.loop.time() + self.limits.header_seconds
+            self._set_answering_deadline()
+
     def _check_disconnect(self) -> None:
         """Abort if the client has disconnected, which the event loop does not notice while reading is paused.
 
         The kernel notices it only if the client's last bytes fit into its buffer. So the pause has a limit.
         """
-        paused_too_long = not self._reading and self.loop.time() >= self._paused_until
-        if paused_too_long or self.client_has_left():
+        if not self._reading and self.loop.time() >= self._paused_until:
             self.transport.abort()
-        else:
+        elif not self.client_has_left():
             self._set_answering_deadline()
 
     # Closing.
@@ -146,8 +157,7 @@ class ClientTransport(asyncio.Protocol):
         if not linger:
             self.transport.close()
             return
-        if not self._reading:
-            self._resume_reading()
+        self._resume_reading()
         self.transport.write_eof()
 
     def _drop(self, data: bytes) -> None:

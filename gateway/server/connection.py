@@ -182,7 +182,7 @@ class Connection(ClientTransport):
         self._exchange = None
         self._on_disconnect = {}
         self.server_state.total_requests += 1
-        if failed and not exchange.started:
+        if failed and not exchange.started and not self.transport.is_closing():
             self._refuse(INTERNAL_ERROR)
         elif failed:
             self.transport.abort()  # a truncated body must not look complete
@@ -300,12 +300,12 @@ class Connection(ClientTransport):
         else:
             # A disconnect is noticed only while the socket is read. So reading continues, up to a limit.
             read = len(self._buffer) < _MAX_READ_AHEAD
-        if read and not self._reading:
+        if read:
             self._resume_reading()
-        elif self._reading and not read:
+        else:
             self._pause_reading()
             if self._exchange is not None and self._body is None and not self.write_paused:
-                self._set_answering_deadline()
+                self._look_for_disconnect()
 
     # Closing.
 

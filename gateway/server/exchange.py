@@ -115,6 +115,7 @@ class Exchange:
         "_chunked",
         "_connection",
         "_default_headers",
+        "_dropped",
         "_empty_message_due",
         "_expects_continue",
         "_head",
@@ -150,6 +151,7 @@ class Exchange:
         self._default_headers = headers
         self._expects_continue = head.expects_continue and has_body
         self._body = bytearray()
+        self._dropped = 0  # bytes of a body without meaning
         self._body_complete = not has_body
         self._body_error: GatewayError | None = None
         self._body_delivered = not has_body  # the application has received the end of the body
@@ -162,18 +164,22 @@ class Exchange:
     @property
     def is_body_buffer_full(self) -> bool:
         """Whether the connection must not read until the application has received a part of the body."""
-        return len(self._body) >= MAX_BUFFERED_BODY
+        return len(self._body) + self._dropped >= MAX_BUFFERED_BODY
 
     def body_received(self, part: bytes, *, complete: bool) -> None:
         """Buffer a part of the body for the application, unless the response is complete.
 
-        The body of GET or HEAD has no meaning (RFC 9110, 9.3.1). It is dropped: a stream would keep it.
+        The body of GET or HEAD has no meaning (RFC 9110, 9.3.1), and is dropped. Otherwise it would stay in
+        memory for as long as a stream is open.
         """
         self._body_complete = complete
-        if not self.complete:
-            if self.scope["method"] not in _BODY_IGNORED:
-                self._body += part
-            self._wake()
+        if self.complete:
+            return
+        if self.scope["method"] in _BODY_IGNORED:
+            self._dropped += len(part)
+        else:
+            self._body += part
+        self._wake()
 
     def body_failed(self, error: GatewayError) -> None:
         """Mark the body as invalid: `receive` raises the error."""

@@ -154,6 +154,8 @@ class FastPathConnection(Connection):
         if self._hits_left or not self._buffer:
             return super()._step()
         self._waits_for_turn = True
+        if not self.write_paused:  # the deadline of the previous state must not end this one
+            self._deadline.set(self.limits.keep_alive_seconds)
         self.loop.call_soon(self._take_turn)
         return False
 
@@ -165,7 +167,7 @@ class FastPathConnection(Connection):
     def _update_reading(self) -> None:
         if not self._waits_for_turn:
             super()._update_reading()
-        elif self._reading:
+        else:
             self._pause_reading()
 
     def _start_request(self, data: bytes, head: Head, make_exchange: MakeExchange = Exchange) -> None:

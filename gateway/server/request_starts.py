@@ -6,14 +6,14 @@ import asyncio
 from collections import deque
 from collections.abc import Coroutine
 
-_PER_ITERATION = 2
+_PER_ITERATION = 2  # and an eighth of the waiting requests: no queue lasts, however long the iterations are
 
 Run = Coroutine[object, object, None]
 Tasks = set[asyncio.Task[None]]
 
 
 class RequestStarts:
-    """Starts requests in the order of their arrival, `_PER_ITERATION` per iteration of the event loop.
+    """Starts requests in the order of their arrival, a few per iteration of the event loop.
 
     A request takes some hundred microseconds. If all requests of a burst started in the same iteration, a
     request that arrives meanwhile would wait for all of them, even if its response is cached.
@@ -24,7 +24,7 @@ class RequestStarts:
         self._waiting: deque[tuple[Run, Tasks]] = deque()
 
     def add(self, loop: asyncio.AbstractEventLoop, run: Run, tasks: Tasks) -> None:
-        """Run a request in a task after those that were added before. `tasks` has the task until it ends."""
+        """Run a request in a task after those that were added before; `tasks` has the task while it runs."""
         if self._started < _PER_ITERATION:
             self._start(loop, run, tasks)
         else:
@@ -40,5 +40,5 @@ class RequestStarts:
 
     def _on_next_iteration(self, loop: asyncio.AbstractEventLoop) -> None:
         self._started = 0
-        while self._waiting and self._started < _PER_ITERATION:
+        for _ in range(min(len(self._waiting), _PER_ITERATION + len(self._waiting) // 8)):
             self._start(loop, *self._waiting.popleft())

@@ -28,7 +28,7 @@ from gateway.upstream.shared_permits import SharedPermits, TakePermits
 from gateway.upstream.task_query_state import TaskQueryState
 
 # Shortest expected wait that `acquire` reports to `on_expected_wait` when a query is put into the queue.
-# Later reports have no minimum. After one, the progress service serves a stale snapshot, if there is one.
+# Later reports have no minimum. After a report, the progress service serves a stale snapshot.
 MIN_REPORTED_WAIT_SECONDS = 0.1
 # A query at the head of the queue still gets a permit up to this long after its timeout: the timer that
 # serves the queue may fire late. Expected waits are compared with the timeout without this tolerance.
@@ -157,8 +157,8 @@ class RateLimiter:
             timeout_seconds: The longest wait. The timer may add up to 0.1 s.
             on_expected_wait: Called with the expected wait in seconds, at two kinds of moments:
                 - when the query is put into the queue, if the wait is at least `MIN_REPORTED_WAIT_SECONDS`
-                - whenever the limit falls, a pause begins, or a request for shared permits ends while the
-                  query is in the queue; the expected wait may be 0
+                - while the query is in the queue, whenever the limit falls or a pause begins, and after
+                  requests for shared permits, at most each 0.2 s; the expected wait may be 0
             query_state: The clients that wait for the response. None: the gateway itself needs the response.
                 A first query is put into the queue of one of the clients. More clients may join later.
 

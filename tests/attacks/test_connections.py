@@ -7,7 +7,7 @@ import json
 import pytest
 
 from tests.attacks.wire import Line, Target, chunked, lines, query, request, settle
-from tests.support.harness import Gateway, Simulator, until
+from tests.support.harness import Gateway, HeldUpstream, Simulator, until
 
 SOON = {"header_seconds": 0.3, "keep_alive_seconds": 0.3}
 MEGABYTE = 1_048_576
@@ -385,6 +385,36 @@ def test_connections_answer_one_request_at_a_time(gate: Gateway) -> None:
         received = line.until(b"event: progress")
     assert received.count(b"HTTP/1.1 200 OK") == 1
     until(lambda: gate.metric("watchers") == 0, "the stream has ended with its connection")
+
+
+@pytest.mark.parametrize("first", [b"", request("/v1/progress/a-miss"), request("/v1/progress/own-task") * 8])
+def test_connections_of_streams_with_too_many_later_requests_end(target: Target, first: bytes) -> None:
+    """More than 32 KB behind a stream: it ends after header_seconds, also behind other requests."""
+    with HeldUpstream() as upstream:
+        gate = target(upstream.url, server=SOON | {"keep_alive_seconds": 60})
+        upstream.released.set()
+        gate.get("own-task")
+        upstream.released.clear()
+        with Line(gate) as line:
+            line.send(first + request("/v1/events?taskId=own-task") + request("/openapi.json") * 2000)
+            settle(gate)
+            upstream.released.set()
+            until(lambda: gate.metric("watchers") == 1, "the stream is open")
+            until(lambda: gate.metric("watchers") == 0, "the stream has ended")
+
+
+def test_connections_of_streams_read_bounded_bodies(target: Target, simulator: Simulator) -> None:
+    """The body of a stream's request is dropped, and read no further than 64 KB and the kernel's buffers."""
+    simulator.task("own-task")
+    gate = target(server={"header_seconds": 60})
+    with Line(gate) as line:
+        line.send(request("/v1/events?taskId=own-task", "Transfer-Encoding: chunked"))
+        line.until(b"event: progress")
+        taken = 0
+        for _ in range(50):
+            taken += line.offer(chunked(b"x" * 16, end=b"") * 10_000)
+            settle(gate)
+    assert taken < 8 * MEGABYTE
 
 
 # HTTP/1.0

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.api.client_limits import ClientTokenBuckets, bucket_key
-from gateway.domain.errors import TooManyRequests
+from gateway.api.client_limits import ClientLimits, ClientTokenBuckets, bucket_key
+from gateway.domain.errors import Overloaded, TooManyRequests
 from tests.support.harness import Gateway, Simulator, serving, until
 
 Launch = Callable[..., Gateway]
@@ -358,3 +358,18 @@ def test_ratelimit_that_can_be_evaded_is_logged_at_startup(
         process.signal()
         assert process.exit_status() == 0
     assert process.output.count("X-Forwarded-For") == lines
+
+
+def test_batches_larger_than_the_limit_wait_alone() -> None:
+    """With a large limits.max_tasks_per_request, one batch may exceed the limits, if no other one waits."""
+    limits = ClientLimits(None, max_subscriptions=0)
+    one, other = ({"client": (f"192.0.2.{number}", 1)} for number in (1, 2))
+    with limits.waiting(one, 9_000):
+        for scope, tasks in ((one, 1), (other, 1)):
+            with pytest.raises(Overloaded), limits.waiting(scope, tasks):
+                pass
+    for scope in (one, other):
+        with limits.waiting(scope, 4_000), pytest.raises(Overloaded), limits.waiting(scope, 1):
+            pass
+    with limits.waiting(one, 4_000), limits.waiting(other, 4_000):
+        pass

@@ -226,6 +226,17 @@ async def test_answering_takes_turns(connection: Connection, rest: bytes) -> Non
     assert connection.wire.answers() == 21
 
 
+async def test_answering_keeps_hits_that_wait_beyond_an_older_deadline(connection: Connection) -> None:
+    """The deadline of the state before, here for the first request, does not drop hits that wait."""
+    connection.loop.turn(9.5)
+    connection.send(HIT * 20)
+    connection.loop.turn(10.5)
+    for _ in range(3):
+        connection.loop.iterate()
+    assert connection.wire.answers() == 20
+    assert not connection.wire.closed
+
+
 async def test_answering_takes_no_turn_after_the_connection_is_lost(connection: Connection) -> None:
     """Hits that wait for their turn are dropped with the connection."""
     connection.send(HIT * 20)

@@ -15,7 +15,7 @@ async def test_starts_two_requests_per_iteration() -> None:
 
     for number in range(5):
         starts.add(loop, request(number), tasks)
-    counts = []
+    counts = list[int]()
     for _ in range(10):
         await asyncio.sleep(0)
         counts.append(len(started))
@@ -41,3 +41,18 @@ async def test_keeps_the_order_of_requests_that_are_added_later() -> None:
     for _ in range(10):
         await asyncio.sleep(0)
     assert started == list(range(8))
+
+
+async def test_starts_more_requests_when_many_wait() -> None:
+    """A thousand requests need a few dozen iterations, and not five hundred."""
+    loop, tasks = asyncio.get_running_loop(), set[asyncio.Task[None]]()
+    starts, started = RequestStarts(), list[int]()
+
+    async def request(number: int) -> None:
+        started.append(number)
+
+    for number in range(1000):
+        starts.add(loop, request(number), tasks)
+    for _ in range(50):
+        await asyncio.sleep(0)
+    assert started == list(range(1000))
