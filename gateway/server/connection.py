@@ -71,6 +71,7 @@ class Connection(ClientTransport):
         "_scanned",  # bytes of the buffer without the end of a head
         "_server",  # the local address
         "_shutting_down",
+        "_waits_for_turn",  # other connections come first; see `fast_path.py`
         "client",
         "server_state",
     )
@@ -92,7 +93,7 @@ class Connection(ClientTransport):
         self._exchange: Exchange | None = None
         self._on_disconnect: dict[object, Any] = {}  # callbacks, and DISCONNECTED
         self._is_head_request = self._receiving_head = self._over_limit = False
-        self._processing = self._shutting_down = False
+        self._processing = self._shutting_down = self._waits_for_turn = False
 
     # Callbacks of the event loop.
 
@@ -179,8 +180,7 @@ class Connection(ClientTransport):
         if (exchange := self._exchange) is None:
             return
         exchange.scope["extensions"].pop(CONNECTION, None)
-        self._exchange = None
-        self._on_disconnect = {}
+        self._exchange, self._on_disconnect = None, {}
         self.server_state.total_requests += 1
         if failed and not exchange.started and not self.transport.is_closing():
             self._refuse(INTERNAL_ERROR)
@@ -218,7 +218,7 @@ class Connection(ClientTransport):
     def _step(self) -> bool:
         """Parse one head or one part of a body; tell whether another step may follow."""
         if self._exchange is None:
-            return not self.write_paused and self._read_head()
+            return not self.write_paused and not self._waits_for_turn and self._read_head()
         return self._body is not None and self._read_body(self._body, self._exchange)
 
     def _read_head(self) -> bool:
@@ -294,7 +294,7 @@ class Connection(ClientTransport):
     def _update_reading(self) -> None:
         """Pause reading while the buffer holds bytes that cannot be processed yet; otherwise resume it."""
         if self._exchange is None:
-            read = not self.write_paused
+            read = not self.write_paused and not self._waits_for_turn
         elif self._body is not None:
             read = not self._exchange.is_body_buffer_full
         else:

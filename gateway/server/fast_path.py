@@ -112,7 +112,7 @@ class FastPathConnection(Connection):
     hits: CachedResponses
     heads: HeadRenderer
 
-    __slots__ = ("_hits_left", "_last", "_waits_for_turn")
+    __slots__ = ("_hits_left", "_last")
 
     # The last request, if it was a hit and no other bytes followed: the whole request, its target, the bytes
     # after the target, and its traits.
@@ -121,8 +121,6 @@ class FastPathConnection(Connection):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Wait for the first request."""
         self._last = None
-        self._hits_left = _HITS_PER_TURN
-        self._waits_for_turn = False
         super().connection_made(transport)
 
     def data_received(self, data: bytes) -> None:
@@ -142,33 +140,21 @@ class FastPathConnection(Connection):
                     self._deadline.at = self.loop.time() + self.limits.keep_alive_seconds
                 return
             self._last = None
+        self._hits_left = _HITS_PER_TURN
         super().data_received(data)
 
-    def _process(self) -> None:
-        """Serve at most `_HITS_PER_TURN` hits; serve more after the other connections have had their turn."""
-        if not self._waits_for_turn and not self._processing:
-            self._hits_left = _HITS_PER_TURN
-            super()._process()
-
-    def _step(self) -> bool:
-        if self._hits_left or not self._buffer:
-            return super()._step()
+    def _wait_for_turn(self) -> None:
+        """Serve the further hits after the other connections have had their turn."""
         self._waits_for_turn = True
         if not self.write_paused:  # the deadline of the previous state must not end this one
             self._deadline.set(self.limits.keep_alive_seconds)
         self.loop.call_soon(self._take_turn)
-        return False
 
     def _take_turn(self) -> None:
         self._waits_for_turn = False
+        self._hits_left = _HITS_PER_TURN
         if not self._closing:
             self._process()
-
-    def _update_reading(self) -> None:
-        if not self._waits_for_turn:
-            super()._update_reading()
-        else:
-            self._pause_reading()
 
     def _start_request(self, data: bytes, head: Head, make_exchange: MakeExchange = Exchange) -> None:
         """Serve a hit, or wait for the result of a simple miss; pass any other request on."""
@@ -180,6 +166,8 @@ class FastPathConnection(Connection):
                 self._hits_left -= 1
                 if not self._buffer:
                     self._remember(data, head.target, traits)
+                elif self._hits_left <= 0:
+                    self._wait_for_turn()
                 return
             if traits is not None and (key := self.hits.task_of_miss(head.target)) is not None:
                 make_exchange = partial(SimpleMiss, self.hits, self.heads, key, traits)
