@@ -146,6 +146,11 @@ class MemoryStore:
                 self._snapshots.expire()
         return entry
 
+    def entry_without_use(self, key: TaskKey) -> CacheEntry | None:
+        """Return the entry of a task without marking it as used: for messages of replicas."""
+        entry: CacheEntry | None = Cache.__getitem__(self._snapshots, key) if key in self._snapshots else None
+        return entry
+
     def is_confirmed(self, entry: CacheEntry) -> bool:
         """See `Store.is_confirmed`."""
         return entry.confirmed

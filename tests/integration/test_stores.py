@@ -388,6 +388,24 @@ async def test_store_is_bounded(make: Make, clock: Clock, snapshot: Callable[...
     assert [await shown(store, key) is None for key in keys] == [False, True, False, False]
 
 
+async def test_store_does_not_count_a_message_as_use(
+    make: Make, clock: Clock, snapshot: Callable[..., Snapshot]
+) -> None:
+    """A replica looks at its entry when a message arrives, also one of its own. The entry stays as old."""
+    store = await make(max_tasks=2)
+    keys = [TaskKey(Operation.SD_GET_PROGRESS, name) for name in "abc"]
+    for key in keys[:2]:
+        clock.now += 0.1
+        await save(store, snapshot(key))
+    assert await shown(store, keys[0]) is not None  # read: b is the least recently used now
+    looked = store.entry_without_use(keys[1])
+    assert looked is not None
+    assert looked.snapshot.key == keys[1]
+    assert store.entry_without_use(keys[2]) is None
+    await save(store, snapshot(keys[2]))
+    assert [await shown(store, key) is None for key in keys] == [False, True, False]
+
+
 async def test_store_is_bounded_in_bytes(make: Make, clock: Clock, snapshot: Callable[..., Snapshot]) -> None:
     """Bodies, envelopes and failures together obey max_bytes; the least recently used go first."""
     store = await make(max_bytes=100_000)

@@ -107,7 +107,7 @@ class Updates:
     def _receive_task_message(self, message: TaskMessage) -> None:
         key, facts = message.key, message.facts
         if message.kind == SNAPSHOT_MISSING:
-            if not key.operation.is_result and self._memory.entry(key) is not None:
+            if not key.operation.is_result and self._memory.entry_without_use(key) is not None:
                 self._start(self._restore(key))
             return
         if facts is not None and not self._snapshots.is_being_written(key, facts.version):
@@ -117,7 +117,7 @@ class Updates:
     def _apply_announcement(self, key: TaskKey, facts: StoredFacts, revision: int) -> None:
         """Apply the message that another snapshot is stored: update, read or invalidate the entry."""
         self._leases.record_announcement(key, facts.version)
-        entry = self._memory.entry(key)
+        entry = self._memory.entry_without_use(key)
         watched = any(is_watched(key) for is_watched in self._watch_checks)
         if entry is None:
             if watched and key not in self._waiters:
