@@ -239,7 +239,7 @@ def test_costs_of_disconnecting_clients_stay_within_max_in_flight(target: Target
             upstream={
                 "max_in_flight": 4,
                 "timeout_seconds": 0.6,
-                "attempt_timeout_seconds": 0.6,
+                "attempt_timeout_seconds": 30,  # longer than any call takes, even on a busy machine
                 "retries": 0,
             },
         )
