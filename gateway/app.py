@@ -47,11 +47,10 @@ from gateway.telemetry.tracing import NoTracing, Tracing
 from gateway.upstream.client import UpstreamClient
 from gateway.upstream.credential_rotation import CredentialRotation
 from gateway.upstream.credentials import Credentials
-from gateway.upstream.loop_detection import USER_AGENT_PREFIX
+from gateway.upstream.loop_detection import USER_AGENT
 from gateway.upstream.signed_calls import SignedCalls
 from gateway.watch.hub import WatchHub
 
-USER_AGENT = f"{USER_AGENT_PREFIX}{__version__}"
 _ANY_ADDRESS = {"*", "0.0.0.0/0", "::/0"}  # in server.trusted_proxies
 
 log = structlog.get_logger(__name__)

@@ -6,6 +6,7 @@ The order of the tests, and which of them are measured by coverage, are decided 
 import importlib
 import pkgutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +24,9 @@ from tests.support.measuring import measured_threads, unmeasured
 FOLDERS = ("ingress", "browser", "replicas", "docs", "integration", "attacks", "deploy", "unit")
 # Coverage slows these tests down by half. They run the same code as the tests of the other folders.
 UNMEASURED = {"ingress", "browser", "replicas", "docs", "attacks", "deploy"}
+# Most cases of a test run the same code, so only this many are measured.
+MEASURED_CASES = 4
+MEASURED = pytest.StashKey[bool]()
 
 # On a busy machine an example may take long. pytest-timeout limits each test.
 settings.register_profile("tests", deadline=None)
@@ -56,16 +60,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return own is None or own.args[0] <= limit, FOLDERS.index(folder_of(item))
 
     items.sort(key=position)
+    cases: Counter[str] = Counter()
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        item.stash[MEASURED] = (
+            folder_of(item) not in UNMEASURED
+            # Each of a hundred generated examples runs the same lines.
+            and not getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+            and cases[name] < MEASURED_CASES
+        )
+        cases[name] += 1
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Run a test, with coverage if its folder is measured.
-
-    Generated examples are not measured: each of a hundred runs the same lines.
-    """
-    generated = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
-    if folder_of(item) not in UNMEASURED and not generated:
+    """Run a test, with coverage if it is measured."""
+    if item.stash[MEASURED]:
         return (yield)
     with unmeasured():
         return (yield)

@@ -12,8 +12,8 @@ import socket
 import sys
 
 from gateway.domain.printable import printable
+from gateway.settings.errors import SettingsError
 from gateway.settings.loading import load
-from gateway.settings.model import SettingsError
 
 TIMEOUT_SECONDS = 3.0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 
 from gateway.domain.printable import printable
@@ -28,6 +29,12 @@ def open_closed_streams() -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Like standard error: a character outside of the locale's encoding must not end a command.
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Write lines to standard output, with control characters escaped. Raises: OSError."""
+    for line in lines:
+        sys.stdout.write(f"{printable(line)}\n")
 
 
 def print_error(text: str) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gateway.settings.errors import SettingsError
 from gateway.settings.extras import describe_missing
-from gateway.settings.model import SettingsError
 from gateway.telemetry.tracing import NoTracing, Tracing, tracing_enabled
 
 

@@ -7,11 +7,12 @@ an unknown setting, the message suggests a similar one. A value that may be a se
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from gateway.settings.errors import did_you_mean
 from gateway.settings.known_settings import SECTIONS, section_model, similar_section, similar_settings
 from gateway.settings.secret_text import InvalidSecret
 from gateway.settings.value_text import HIDDEN, rejected_value
@@ -56,11 +57,6 @@ def allowed_values(path: Path) -> str:
     for _ in rest[1:]:
         schema = schema["items"]
     return _allowed(definitions[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema)
-
-
-def did_you_mean(names: Sequence[str]) -> str:
-    """Return a question for the names that the reader may have meant."""
-    return f"did you mean {' or '.join(names)}?"
 
 
 def _is_of_section(error: ErrorDetails) -> bool:

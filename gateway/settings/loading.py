@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from gateway.settings.error_messages import describe_error, locate_error
-from gateway.settings.model import Settings, SettingsError, UnusableSetting
+from gateway.settings.errors import SettingsError, UnusableSetting
+from gateway.settings.model import Settings
 from gateway.settings.toml_file import TomlFile
 from gateway.settings.value_text import effective_value
 from gateway.settings.variables import Variable, read_variables

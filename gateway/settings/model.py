@@ -14,7 +14,6 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from gateway.domain.printable import printable
 from gateway.domain.task import Operation, Status
 from gateway.settings.section import Section
 from gateway.settings.store_section import Store
@@ -32,27 +31,6 @@ from gateway.settings.value_types import (
     Positive,
     Separated,
 )
-
-
-class SettingsError(Exception):
-    """The settings are invalid. `mistakes` has one printable line for each error."""
-
-    def __init__(self, mistakes: list[str]) -> None:
-        self.mistakes = [printable(mistake) for mistake in mistakes]
-        super().__init__("\n".join(self.mistakes))
-
-
-class UnusableSetting(SettingsError):
-    """A valid setting cannot be used, because a package is missing or a file is not usable.
-
-    `section` and `key` identify it; `problem` has neither its value nor its source, which the caller adds.
-    """
-
-    def __init__(self, section: str, key: str, problem: str) -> None:
-        self.setting = section, key
-        self.problem = problem
-        super().__init__([f"{section}.{key}: {problem}"])
-
 
 LOOPBACK_NAMES = ("localhost", "*.localhost", "127.0.0.1", "[::1]")
 _URL_PATH = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:@/-]*")  # RFC 3986, 3.3, without escapes

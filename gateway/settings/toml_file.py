@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gateway.settings.model import SettingsError
+from gateway.settings.errors import SettingsError
 from gateway.settings.secret_files import describe_read_error
 from gateway.settings.toml_statements import Keys, split_statements
 from gateway.settings.toml_syntax import describe_syntax_error

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from gateway.settings.error_messages import did_you_mean
+from gateway.settings.errors import did_you_mean
 from gateway.settings.known_settings import SECTIONS, is_known, similar_settings, similar_to_joined
 
 PREFIX = "SD_GATEWAY_"

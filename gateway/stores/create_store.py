@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 from gateway.domain.entity_tag import EntityTags
+from gateway.settings.errors import UnusableSetting
 from gateway.settings.extras import describe_missing
-from gateway.settings.model import Settings, UnusableSetting
+from gateway.settings.model import Settings
 from gateway.stores.base import Store
 from gateway.stores.memory import MemoryStore
 from gateway.telemetry.metrics import Metrics

@@ -22,7 +22,7 @@ from opentelemetry.util.types import AttributeValue
 
 from gateway import __version__
 from gateway.domain.task import TaskKey
-from gateway.settings.model import SettingsError
+from gateway.settings.errors import SettingsError
 from gateway.telemetry.tracing import SpanRecord
 
 _OK = "ok"

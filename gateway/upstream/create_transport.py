@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import httpx
 
 from gateway.settings.certificates import CertificateFileError
-from gateway.settings.model import SettingsError, UnusableSetting, Upstream
+from gateway.settings.errors import SettingsError, UnusableSetting
+from gateway.settings.model import Upstream
 from gateway.settings.value_text import toml_value
 from gateway.telemetry.redaction import Redactor
 from gateway.upstream.direct_transport import DirectTransport

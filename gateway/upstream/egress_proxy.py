@@ -15,17 +15,9 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from gateway.settings.errors import SettingsError, UnusableSetting
 from gateway.settings.extras import describe_missing
-from gateway.settings.model import (
-    DIRECT,
-    PROXY_FORMS,
-    SettingsError,
-    UnusableSetting,
-    Upstream,
-    explain_proxy_url,
-    is_loopback,
-    is_proxy_url,
-)
+from gateway.settings.model import DIRECT, PROXY_FORMS, Upstream, explain_proxy_url, is_loopback, is_proxy_url
 
 _PORTS = {"http": 80, "https": 443}
 

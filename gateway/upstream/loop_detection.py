@@ -12,17 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gateway import __version__
 from gateway.domain.errors import UpstreamIsGateway
 
 _NAME = "sd-progress-gateway"
-USER_AGENT_PREFIX = f"{_NAME}/"
+USER_AGENT = f"{_NAME}/{__version__}"
 RESPONSE_HEADER = ("X-Gateway", _NAME)
 MESSAGE = "upstream.endpoint is the address of an sd-progress-gateway, not of the vendor"
 
 
 def is_gateway(user_agent: str | None) -> bool:
     """Tell whether a request comes from a gateway. The vendor's SDKs may send any other User-Agent."""
-    return user_agent is not None and user_agent.startswith(USER_AGENT_PREFIX)
+    return user_agent is not None and user_agent.startswith(f"{_NAME}/")
 
 
 def check_response(headers: Mapping[str, str]) -> None:

@@ -16,7 +16,7 @@ _PATHS = {"FILE": shtab.FILE, "DIR": shtab.DIRECTORY}
 def script(shell: str) -> str:
     """Return the completion script for a shell."""
     parser = create_parser()
-    for command in (parser, *parser.commands.values()):
+    for command in (parser, *map(parser.load, parser.commands)):
         _mark_paths(command)
     lines = shtab.complete(parser, shell).splitlines()
     return "\n".join(line.rstrip() for line in lines) + "\n"

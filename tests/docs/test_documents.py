@@ -181,7 +181,7 @@ def assert_parses(code: str) -> None:
     if command == "--version":
         return
     # argparse has no public way to list the options of a command.
-    options = create_parser().commands[command]._option_string_actions
+    options = create_parser().load(command)._option_string_actions
     for argument in arguments:
         assert not argument.startswith("--") or argument in options, f"sd-gateway does not know {code}"
 

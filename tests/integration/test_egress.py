@@ -17,7 +17,8 @@ import pytest
 import trustme
 from structlog.testing import capture_logs
 
-from gateway.settings.model import PROXY_FORMS, SettingsError, Upstream
+from gateway.settings.errors import SettingsError
+from gateway.settings.model import PROXY_FORMS, Upstream
 from gateway.upstream.egress_proxy import find_proxy
 from tests.support.egress import PASSWORD, Proxy, http_proxy, socks_proxy, squid_proxy
 from tests.support.harness import (

@@ -130,9 +130,10 @@ def _server() -> _Server:
 
 def main() -> int:
     """Import the modules and fork for each request; in the new process, run the command."""
-    import gateway.app  # noqa: PLC0415  # in the server only
-    import gateway.cli.main  # noqa: PLC0415
-    import gateway.server.run  # noqa: F401, PLC0415
+    from gateway.cli import commands, main  # noqa: F401, PLC0415  # in the server only
+
+    for name in commands.SUMMARIES:
+        commands.load(name)
 
     gc.freeze()  # a collection in a forked process would copy the memory of all modules
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps

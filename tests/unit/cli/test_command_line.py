@@ -2,12 +2,14 @@
 
 import argparse
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
-from gateway.cli import arguments
+from gateway.cli import watch_arguments as arguments
 from gateway.cli.command_line import create_parser
 from gateway.cli.completion import SHELLS, completion_script
 from gateway.cli.main import main
@@ -52,6 +54,41 @@ def test_options_may_be_abbreviated_and_follow_two_dashes() -> None:
     """An unambiguous abbreviation is no mistake, and neither is a word after `--`."""
     options = create_parser().parse(["watch", "--gate", "http://g", "--", "--A"[2:]])
     assert (str(options.gateway), options.task_ids) == ("http://g", ["A"])
+
+
+LIBRARIES = {"asyncio", "httpx", "pydantic", "prometheus_client", "starlette", "structlog", "uvicorn"}
+SERVER = {"gateway.server.connection", "uvicorn"}
+LIST_MODULES = """
+import atexit, sys
+from gateway.__main__ import main
+atexit.register(lambda: print("", *filter(sys.modules.get, sys.modules), sep="\\n"))
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "unused"),
+    [
+        (["--version"], 0, LIBRARIES),
+        (["--help"], 0, LIBRARIES),
+        (["wach"], 2, LIBRARIES),
+        (["completion", "bash"], 0, LIBRARIES),
+        (["serve", "--config", "absent"], 2, {"rich", "gateway.cli.watch", "gateway.simulator"}),
+        (["watch", "A", "--timeout", "0"], 2, SERVER | {"gateway.stores", "prometheus_client"}),
+        (["config", "--config", "absent"], 2, SERVER | {"httpx", "starlette"}),
+        (["check", "--config", "absent"], 2, SERVER | {"gateway.app", "starlette"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_command_imports_only_what_it_uses(words: list[str], status: int, unused: set[str]) -> None:
+    """Imports are most of the time that a command needs to start."""
+    ran = subprocess.run(
+        [sys.executable, "-c", LIST_MODULES, *words], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == status, ran.stderr
+    imported = set(ran.stdout.splitlines())
+    assert "gateway.cli.main" in imported
+    assert not imported & unused
 
 
 @pytest.mark.parametrize("command", ["", *create_parser().commands])

@@ -14,8 +14,8 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
+from gateway.settings.errors import SettingsError
 from gateway.settings.loading import load_with_sources
-from gateway.settings.model import SettingsError
 from gateway.settings.store_section import Store
 from gateway.stores.valkey.failure_reasons import StoreFailure
 from gateway.stores.valkey.servers import tls_context

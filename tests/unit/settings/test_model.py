@@ -11,8 +11,9 @@ import pytest
 from pydantic import BaseModel, SecretStr
 
 from gateway.domain.task import Operation
+from gateway.settings.errors import SettingsError
 from gateway.settings.loading import load
-from gateway.settings.model import OWN_PATHS, PROXY_FORMS, Settings, SettingsError
+from gateway.settings.model import OWN_PATHS, PROXY_FORMS, Settings
 from gateway.settings.secret_text import InvalidSecret
 
 Load = Callable[..., Settings]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gateway.settings import toml_file
-from gateway.settings.model import SettingsError
+from gateway.settings.errors import SettingsError
 from gateway.settings.toml_file import TomlFile
 
 TEXT = b"[server]\nport = 9000\n"

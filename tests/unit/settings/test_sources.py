@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from gateway.settings.errors import SettingsError
 from gateway.settings.known_settings import ALL, SECTIONS
 from gateway.settings.loading import Loaded, load, load_with_sources
-from gateway.settings.model import Settings, SettingsError
+from gateway.settings.model import Settings
 from gateway.settings.variables import PREFIX, variable_of
 
 FILE = """\

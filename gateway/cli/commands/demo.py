@@ -6,12 +6,12 @@ vendor's API.
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import itertools
 import json
+import os
 import secrets
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -23,17 +23,20 @@ from urllib.parse import urlencode
 import httpx
 
 from gateway.app import create_app
+from gateway.cli import arguments
+from gateway.cli.exit_status import FAILED, OK
 from gateway.cli.gateway_access import DEFAULT_GATEWAY
+from gateway.cli.simulator_process import running_simulator
 from gateway.cli.standard_streams import print_error
 from gateway.server import run as server
 from gateway.server import signals
 from gateway.server.listen_errors import CannotListen
-from gateway.settings.loading import Loaded
+from gateway.settings.loading import Loaded, load_with_sources
 from gateway.settings.model import Settings
+from gateway.telemetry import logs
 from gateway.telemetry.redaction import Redactor
 
 SIMULATOR_HOST = "127.0.0.1"
-SIMULATOR_PREFIX = "simulated upstream on "  # followed by its URL, once it accepts connections
 _KEY = "demo-access-key"
 _INTERVAL_SECONDS = 5.0
 _CONNECTIONS = 1000  # fits the limit of open files of an ordinary session, so there is no warning
@@ -50,7 +53,34 @@ _LIVES: tuple[dict[str, Any], ...] = (
 )
 
 
-def run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    arguments.add_settings_file(parser)
+    parser.add_argument(
+        "--simulator-port",
+        type=arguments.port,
+        default=8081,
+        metavar="PORT",
+        help="port of the simulated upstream; 0: any free port (default: %(default)s)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the demo until a signal stops it; 1 if it cannot start."""
+    loaded = load_with_sources(options.config, os.environ)
+    settings = _readable_logs(loaded)
+    redactor = Redactor()
+    logs.configure(settings.log, redactor=redactor)
+    try:
+        with loaded.naming_sources():
+            _run(settings, redactor=redactor, simulator_port=options.simulator_port)
+    except RuntimeError as exc:
+        print_error(str(exc))
+        return FAILED
+    return OK
+
+
+def _run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
     """Run the simulator and the gateway until a signal stops them.
 
     The gateway listens on its port, also if `server.uds` is set, because the demo is for browsers.
@@ -61,7 +91,7 @@ def run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
     signals.exit_cleanly()  # before the simulator starts, so that it is always stopped
     secret = secrets.token_hex(16)
     with (
-        _simulator(simulator_port, secret) as endpoint,
+        running_simulator(simulator_port, key=_KEY, secret=secret) as endpoint,
         httpx.Client(base_url=endpoint, trust_env=False) as control,
     ):
         task_ids = list(_create_tasks(control))
@@ -83,7 +113,7 @@ def run(settings: Settings, *, redactor: Redactor, simulator_port: int) -> None:
         server.run(app, demo_settings, announce=announce, report=_report)
 
 
-def readable_logs(loaded: Loaded) -> Settings:
+def _readable_logs(loaded: Loaded) -> Settings:
     """Return the settings with a log for people, except for what the user has set."""
     chosen = {key for key in ("format", "level") if loaded.sources.source_of(("log", key))}
     ours = {"format": "console", "level": "warning"}
@@ -142,40 +172,6 @@ def _command() -> str:
         return str(program.relative_to(Path.cwd()))
     except ValueError:
         return str(program)
-
-
-@contextlib.contextmanager
-def _simulator(port: int, secret: str) -> Iterator[str]:
-    """Run the simulated upstream; yield the URL that it prints: another program may listen on the port."""
-    command = [
-        sys.executable,
-        "-m",
-        "gateway",
-        "simulate",
-        "--port",
-        str(port),
-        "--key",
-        _KEY,
-        "--secret-stdin",
-    ]
-    with subprocess.Popen(  # noqa: S603
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdin is not None  # noqa: S101  # Popen with PIPE
-            assert process.stdout is not None  # noqa: S101
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(f"{secret}\n")
-                process.stdin.close()
-            line = process.stdout.readline()
-            if not line.startswith(SIMULATOR_PREFIX):
-                raise RuntimeError(
-                    f"the simulated upstream did not start on port {port}; choose another --simulator-port"
-                )
-            yield line.removeprefix(SIMULATOR_PREFIX).strip()
-        finally:
-            process.terminate()
-            process.wait()  # before its pipes are closed: it may still write to them
 
 
 def _create_tasks(control: httpx.Client) -> Iterator[str]:

@@ -10,16 +10,32 @@ The output is a settings file. Settings with a hidden part are comments, because
 
 from __future__ import annotations
 
+import argparse
+import os
 from collections.abc import Iterator
 
+from gateway.cli.arguments import add_settings_file
+from gateway.cli.exit_status import OK
+from gateway.cli.standard_streams import print_lines
 from gateway.settings.known_settings import ALL
-from gateway.settings.loading import DEFAULT_FILE, Loaded
+from gateway.settings.loading import DEFAULT_FILE, Loaded, load_with_sources
 from gateway.settings.value_text import HIDDEN, effective_value
 
 _WIDTH = 52  # of a setting and its value, before the comment
 
 
-def config_lines(loaded: Loaded) -> Iterator[str]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add_settings_file(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the settings."""
+    print_lines(_lines(load_with_sources(options.config, os.environ)))
+    return OK
+
+
+def _lines(loaded: Loaded) -> Iterator[str]:
     """Yield a line for each setting, without secrets."""
     file = loaded.sources.file
     yield f"# settings file: {file if file is not None else f'none; {DEFAULT_FILE} does not exist'}"

@@ -8,7 +8,10 @@ network, clock, access key and secret key are correct.
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 import difflib
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +19,9 @@ from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry
 
+from gateway.cli.arguments import add_settings_file
+from gateway.cli.exit_status import FAILED, OK
+from gateway.cli.standard_streams import print_lines
 from gateway.domain.errors import (
     CredentialsRefused,
     GatewayError,
@@ -25,16 +31,20 @@ from gateway.domain.errors import (
     UpstreamUnreachable,
 )
 from gateway.domain.task import TaskKey
+from gateway.settings.errors import UnusableSetting
 from gateway.settings.extras import describe_missing
+from gateway.settings.loading import load_with_sources
 from gateway.settings.model import Credentials as CredentialSettings
-from gateway.settings.model import Settings, UnusableSetting
+from gateway.settings.model import Settings
 from gateway.settings.model import Upstream as UpstreamSettings
 from gateway.settings.store_section import Store
 from gateway.settings.variables import SPEEDPIX, variable_of
+from gateway.telemetry import logs
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.redaction import MASK, Redactor
 from gateway.upstream.credentials import Credentials, CredentialSlot
 from gateway.upstream.header_values import parse_http_date
+from gateway.upstream.loop_detection import USER_AGENT
 from gateway.upstream.signed_calls import RawResponse, SignedCalls
 from gateway.upstream.signing import string_to_sign
 from gateway.upstream.transport import CLOSED_TOO_EARLY, RESET
@@ -43,30 +53,46 @@ _CLOCK_ACCURACY_SECONDS = 1.0  # of a Date header
 PROBE_TASK = "0" * 26  # has the form of a task ID, but belongs to no task
 _SERVER_TEXT = re.compile(r"StringToSign:\s*`?(?P<text>.*?)`?\s*$", re.DOTALL | re.IGNORECASE)
 
+_SourceOf = Callable[[Sequence[str]], str | None]
 
-SourceOf = Callable[[Sequence[str]], str | None]
 
-
-class Finding(NamedTuple):
+class _Finding(NamedTuple):
     """The result of a check: `lines` are for the terminal, and have no secrets."""
 
     ok: bool
     lines: list[str]
 
 
-async def check(settings: Settings, *, source_of: SourceOf, redactor: Redactor, user_agent: str) -> Finding:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add_settings_file(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check and print the findings; 1 if something does not work."""
+    loaded = load_with_sources(options.config, os.environ)
+    redactor = Redactor()
+    # The command prints all that the log would say.
+    logs.configure(loaded.settings.log.model_copy(update={"level": "error"}), redactor=redactor)
+    with loaded.naming_sources():
+        finding = asyncio.run(_check(loaded.settings, loaded.sources.source_of, redactor=redactor))
+    print_lines(finding.lines)
+    return OK if finding.ok else FAILED
+
+
+async def _check(settings: Settings, source_of: _SourceOf, *, redactor: Redactor) -> _Finding:
     """Check the upstream and the store. Wrong settings and network errors are reported, not raised.
 
     `source_of` returns the variable, or the file and line, that sets a setting.
     """
-    upstream = await _check_upstream(settings, source_of, redactor=redactor, user_agent=user_agent)
+    upstream = await _check_upstream(settings, source_of, redactor=redactor)
     store = await _check_store(settings.store, redactor=redactor)
-    return Finding(ok=upstream.ok and store.ok, lines=[*upstream.lines, *store.lines])
+    return _Finding(ok=upstream.ok and store.ok, lines=[*upstream.lines, *store.lines])
 
 
-async def _check_store(settings: Store, *, redactor: Redactor) -> Finding:
+async def _check_store(settings: Store, *, redactor: Redactor) -> _Finding:
     if not settings.url.get_secret_value():
-        return Finding(ok=True, lines=[])
+        return _Finding(ok=True, lines=[])
     try:
         from gateway.stores.valkey.connection_check import try_store  # noqa: PLC0415  # its client is an extra
     except ModuleNotFoundError as exc:
@@ -76,21 +102,19 @@ async def _check_store(settings: Store, *, redactor: Redactor) -> Finding:
     lines = [f"connecting to the {kind} at {hosts}{' with TLS' if settings.tls else ''}"]
     outcome = await try_store(settings, redactor=redactor)
     if outcome.problem:
-        return Finding(ok=False, lines=[*lines, f"store: {outcome.problem}"])
+        return _Finding(ok=False, lines=[*lines, f"store: {outcome.problem}"])
     found = f"{outcome.server}, " if outcome.server else ""
-    return Finding(ok=True, lines=[*lines, f"OK: {found}a test write took {outcome.seconds * 1000:.1f} ms"])
+    return _Finding(ok=True, lines=[*lines, f"OK: {found}a test write took {outcome.seconds * 1000:.1f} ms"])
 
 
-async def _check_upstream(
-    settings: Settings, source_of: SourceOf, *, redactor: Redactor, user_agent: str
-) -> Finding:
+async def _check_upstream(settings: Settings, source_of: _SourceOf, *, redactor: Redactor) -> _Finding:
     metrics = Metrics(CollectorRegistry(), gateway_version="check")
     credentials = Credentials(settings.credentials, redactor=redactor, metrics=metrics)
     lines = [f"{slot} key pair: cannot be read: {fault}" for slot, fault in credentials.read_errors().items()]
     if not credentials.has_any_pair:
-        return Finding(ok=False, lines=[*lines, *_describe_missing_pair(settings.credentials)])
+        return _Finding(ok=False, lines=[*lines, *_describe_missing_pair(settings.credentials)])
     key = TaskKey(settings.upstream.operations[0], PROBE_TASK)
-    calls = SignedCalls(settings.upstream, redactor=redactor, metrics=metrics, user_agent=user_agent)
+    calls = SignedCalls(settings.upstream, redactor=redactor, metrics=metrics, user_agent=USER_AGENT)
     way = "" if calls.proxy is None else f" through the proxy {calls.proxy.shown} ({calls.proxy.source})"
     lines.append(f"querying {settings.upstream.endpoint}{key.operation.path}{way}")
     works = dict.fromkeys(credentials.read_errors(), False)
@@ -105,18 +129,18 @@ async def _check_upstream(
                 exchange = await calls.send_unparsed(key, credential.pair)
             except UpstreamTimeout as exc:
                 network = f"{exc}; check upstream.endpoint and any firewall"
-                return Finding(ok=False, lines=[*lines, f"network: {network}"])
+                return _Finding(ok=False, lines=[*lines, f"network: {network}"])
             except GatewayError as exc:
-                return Finding(ok=False, lines=[*lines, f"network: {exc}{_hint(exc, settings.upstream)}"])
+                return _Finding(ok=False, lines=[*lines, f"network: {exc}{_hint(exc, settings.upstream)}"])
             # A second pair uses the same connection, so the first call shows what a connection costs.
             timing = timing or list(_timing(exchange, time.perf_counter() - started))
             finding = _evaluate(calls, key, exchange)
             works[credential.slot] = finding.ok
             lines += finding.lines
-    return Finding(ok=all(works.values()), lines=[*lines, *timing, *_compare(works)])
+    return _Finding(ok=all(works.values()), lines=[*lines, *timing, *_compare(works)])
 
 
-def _describe_sources(settings: CredentialSettings, slot: CredentialSlot, source_of: SourceOf) -> str:
+def _describe_sources(settings: CredentialSettings, slot: CredentialSlot, source_of: _SourceOf) -> str:
     """Name what sets the keys: a variable of the environment may replace one key of the settings file."""
     prefix = "next_" if slot is CredentialSlot.NEXT else ""
     keys = [f"{prefix}access_key", f"{prefix}secret_key"]
@@ -168,17 +192,17 @@ def _timing(exchange: RawResponse, seconds: float) -> Iterator[str]:
         yield f"clock: the local clock is {abs(ahead):.0f} s {side} the upstream's; 15 minutes are allowed"
 
 
-def _evaluate(calls: SignedCalls, key: TaskKey, exchange: RawResponse) -> Finding:
+def _evaluate(calls: SignedCalls, key: TaskKey, exchange: RawResponse) -> _Finding:
     try:
         calls.parse_response(exchange, key)
     except UpstreamRejected as exc:
         code = exc.detail.err_code if exc.detail else None
         expected = f"the test task is unknown, as expected: {code}"
-        return Finding(ok=True, lines=[f"OK: key, signature and clock accepted ({expected})"])
+        return _Finding(ok=True, lines=[f"OK: key, signature and clock accepted ({expected})"])
     except GatewayError as exc:
         redactor = calls.redactor_of(exchange)
-        return Finding(ok=False, lines=list(_explain(exc, key.operation.path, exchange, redactor)))
-    return Finding(ok=True, lines=["OK: key, signature and clock accepted"])
+        return _Finding(ok=False, lines=list(_explain(exc, key.operation.path, exchange, redactor)))
+    return _Finding(ok=True, lines=["OK: key, signature and clock accepted"])
 
 
 def _compare(works: dict[CredentialSlot, bool]) -> Iterator[str]:
