@@ -9,7 +9,7 @@ from typing import NamedTuple
 import httpx
 
 from gateway import __version__
-from gateway.cli.watch_events import StreamRefused
+from gateway.cli.watch.events import StreamRefused
 
 DEFAULT_GATEWAY = "http://127.0.0.1:8080"
 Header = tuple[str, str]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.cli.watch_words import problem_title, trouble_text
+from gateway.cli.watch.words import problem_title, trouble_text
 from tests.browser.chromium import ROOT, Tab, in_browser
 from tests.integration.test_events import stream
 from tests.integration.test_staleness import FAULTS

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import expect
 
 from gateway.api.problems import PROBLEMS
-from gateway.cli.watch_words import problem_title
+from gateway.cli.watch.words import problem_title
 from gateway.domain.errors import (
     CredentialsRefused,
     KeyPairMissing,

@@ -17,9 +17,9 @@ import httpx
 from playwright.sync_api import Browser, expect, sync_playwright
 from rich.console import Console
 
-from gateway.cli.watch_client import follow
-from gateway.cli.watch_display import ProgressDisplay
-from gateway.cli.watch_tasks import WatchedTasks
+from gateway.cli.watch.client import follow
+from gateway.cli.watch.display import ProgressDisplay
+from gateway.cli.watch.tasks import WatchedTasks
 from tests.browser.chromium import ARGUMENTS, CHROMIUM
 from tests.docs.markdown import ROOT
 from tests.support.harness import Process, free_port

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.cli.watch_client import LONGEST_PAUSE_SECONDS, EventStream, Message, follow
-from gateway.cli.watch_events import Event, Problem, Progress, StreamRefused
-from gateway.cli.watch_polls import BUFFERED, Polls
+from gateway.cli.watch.client import LONGEST_PAUSE_SECONDS, EventStream, Message, follow
+from gateway.cli.watch.events import Event, Problem, Progress, StreamRefused
+from gateway.cli.watch.polls import BUFFERED, Polls
 from tests.support.harness import RawUpstream, Request, answer, framed, free_port
 
 # --- the parser -------------------------------------------------------------------------------------------

@@ -24,8 +24,8 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.cli.gateway_access import ANYONE
 from gateway.cli.main import main
-from gateway.cli.watch_health import watch_health
-from gateway.cli.watch_polls import BUFFERED
+from gateway.cli.watch.health import watch_health
+from gateway.cli.watch.polls import BUFFERED
 from tests.support.harness import (
     COMMAND,
     KEY,

@@ -10,9 +10,9 @@ import httpx
 import pytest
 from starlette.types import Receive, Scope, Send
 
-from gateway.cli import watch_images
 from gateway.cli.gateway_access import Access
-from gateway.cli.watch_images import ATTEMPTS, ImageSaver, Saved
+from gateway.cli.watch import images
+from gateway.cli.watch.images import ATTEMPTS, ImageSaver, Saved
 from tests.support.harness import run, running, until
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(32))
@@ -168,7 +168,7 @@ def test_image_that_cannot_be_saved_is_named(
     requests: int,
 ) -> None:
     """The error names image, host and reason; other images are saved; no partial file remains."""
-    monkeypatch.setattr(watch_images, "MAX_IMAGE_BYTES", 2 * len(PNG))
+    monkeypatch.setattr(images, "MAX_IMAGE_BYTES", 2 * len(PNG))
     host.responses |= {"/1": [response], "/2": [(200, "image/png", PNG)]}
     host.result("A", "/1", "/2")
     saved = save()

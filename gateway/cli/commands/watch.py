@@ -1,4 +1,4 @@
-"""`sd-gateway watch`: its arguments and exit status. `gateway/cli/watch.py` follows and shows the tasks."""
+"""`sd-gateway watch`: its arguments and exit status. The package `cli.watch` follows and shows the tasks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Mapping
 
 import httpx
 
-from gateway.cli import watch_arguments as arguments
 from gateway.cli.arguments import timeout
 from gateway.cli.exit_status import FAILED, OK, USAGE
 from gateway.cli.gateway_access import DEFAULT_GATEWAY, Access
 from gateway.cli.standard_streams import print_error
-from gateway.cli.watch import WatchOptions, display_name, watch
-from gateway.cli.watch_events import StreamRefused
+from gateway.cli.watch import arguments
+from gateway.cli.watch.events import StreamRefused
+from gateway.cli.watch.session import WatchOptions, display_name, watch
 from gateway.domain.task import Operation
 from gateway.settings.errors import SettingsError
 from gateway.settings.variables import URL_VARIABLE

@@ -9,10 +9,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway.cli import watch_arguments as arguments
 from gateway.cli.command_line import create_parser
 from gateway.cli.completion import SHELLS, completion_script
 from gateway.cli.main import main
+from gateway.cli.watch import arguments
 from gateway.settings.known_settings import is_known
 from gateway.settings.variables import PREFIX, URL_VARIABLE
 

@@ -5,9 +5,9 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from gateway.cli.watch_display import ProgressDisplay
-from gateway.cli.watch_events import Problem
-from gateway.cli.watch_tasks import WatchedTasks
+from gateway.cli.watch.display import ProgressDisplay
+from gateway.cli.watch.events import Problem
+from gateway.cli.watch.tasks import WatchedTasks
 from tests.unit.cli.watching import progress, rejected, stale, watched
 
 

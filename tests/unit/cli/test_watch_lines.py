@@ -1,7 +1,7 @@
 """The lines of `sd-gateway watch` in a pipe: few, but enough to see that it works."""
 
-from gateway.cli.watch_lines import ProgressLines
-from gateway.cli.watch_tasks import WatchedTasks
+from gateway.cli.watch.lines import ProgressLines
+from gateway.cli.watch.tasks import WatchedTasks
 from tests.unit.cli.watching import progress, rejected, stale, watched
 
 

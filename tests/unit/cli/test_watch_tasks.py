@@ -2,7 +2,7 @@
 
 import pytest
 
-from gateway.cli.watch_events import Problem
+from gateway.cli.watch.events import Problem
 from tests.unit.cli.watching import line, progress, rejected, stale, watched
 
 

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from gateway.cli import watch_words as words
+from gateway.cli.watch import words
 from tests.docs.markdown import ROOT
 
 NODE = shutil.which("node")

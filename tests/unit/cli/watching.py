@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.cli.watch_events import Problem, Progress, Stale
-from gateway.cli.watch_tasks import WatchedTasks
+from gateway.cli.watch.events import Problem, Progress, Stale
+from gateway.cli.watch.tasks import WatchedTasks
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from gateway.cli.watch_events import (
+from gateway.cli.watch.events import (
     UNKNOWN_TASK_SECONDS,
     Event,
     StreamRefused,
@@ -21,8 +21,8 @@ from gateway.cli.watch_events import (
     raise_for_error,
     require_content_type,
 )
-from gateway.cli.watch_json import read_items
-from gateway.cli.watch_words import problem_title
+from gateway.cli.watch.json_members import read_items
+from gateway.cli.watch.words import problem_title
 
 BUFFERED = (
     "a proxy buffers the event stream: it did not begin in time, but the gateway responds; using long polls"

@@ -19,8 +19,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from gateway.cli.watch_tasks import WatchedTask, WatchedTasks
-from gateway.cli.watch_words import NOT_FOUND, time_left
+from gateway.cli.watch.tasks import WatchedTask, WatchedTasks
+from gateway.cli.watch.words import NOT_FOUND, time_left
 
 _STYLES = {"succeeded": "green", "failed": "red", "canceled": "yellow", "error": "red", NOT_FOUND: "red"}
 _MIN_BAR, _MAX_BAR = 8, 30  # columns

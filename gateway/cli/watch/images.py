@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import httpx
 
 from gateway.cli.gateway_access import Access, open_client, open_image_client
-from gateway.cli.watch_events import StreamRefused, Unavailable, only_printable, raise_for_error
-from gateway.cli.watch_json import read_members
+from gateway.cli.watch.events import StreamRefused, Unavailable, only_printable, raise_for_error
+from gateway.cli.watch.json_members import read_members
 from gateway.domain.result import is_usable_url
 
 MAX_IMAGE_BYTES = 64 * 1024 * 1024

@@ -10,8 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
-from gateway.cli.watch_events import UNKNOWN_TASK_SECONDS, Content, Problem, Progress, Stale
-from gateway.cli.watch_words import NOT_FOUND, UNKNOWN_ID, ago, problem_title, time_left
+from gateway.cli.watch.events import UNKNOWN_TASK_SECONDS, Content, Problem, Progress, Stale
+from gateway.cli.watch.words import NOT_FOUND, UNKNOWN_ID, ago, problem_title, time_left
 
 _REJECTED = "upstream-rejected"
 # Running tasks come first, because a low screen does not show all.

@@ -29,13 +29,13 @@ from rich.console import Console
 
 from gateway.cli.gateway_access import Access
 from gateway.cli.standard_streams import print_error
-from gateway.cli.watch_client import follow
-from gateway.cli.watch_display import LiveDisplay, ProgressDisplay
-from gateway.cli.watch_events import Event
-from gateway.cli.watch_health import watch_health
-from gateway.cli.watch_images import ImageSaver, Saved
-from gateway.cli.watch_lines import ProgressLines
-from gateway.cli.watch_tasks import WatchedTask, WatchedTasks
+from gateway.cli.watch.client import follow
+from gateway.cli.watch.display import LiveDisplay, ProgressDisplay
+from gateway.cli.watch.events import Event
+from gateway.cli.watch.health import watch_health
+from gateway.cli.watch.images import ImageSaver, Saved
+from gateway.cli.watch.lines import ProgressLines
+from gateway.cli.watch.tasks import WatchedTask, WatchedTasks
 from gateway.domain.printable import json_text, printable
 
 _TICK_SECONDS = 0.1

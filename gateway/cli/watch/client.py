@@ -2,7 +2,7 @@
 
     follow: connect -> EventStream.feed -> Event -> … -> end of the stream -> pause -> connect, Last-Event-ID
             an `end` event or status 204: done        status 4xx, or no event stream: StreamRefused
-            nothing received after the connect, but the gateway responds: long polls (`watch_polls.py`)
+            nothing received after the connect, but the gateway responds: long polls (`polls.py`)
 
 This module has its own parser. The alternative, httpx-sse 0.4.3, turns comments into events (its issue 35),
 keeps a byte order mark, and delays an event that ends in CR until more bytes arrive.
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from gateway.cli.gateway_access import ANYONE, Access, open_client
-from gateway.cli.watch_events import (
+from gateway.cli.watch.events import (
     EVENTS,
     INVALID,
     Event,
@@ -34,8 +34,8 @@ from gateway.cli.watch_events import (
     raise_for_error,
     require_content_type,
 )
-from gateway.cli.watch_json import read_members
-from gateway.cli.watch_polls import Polls
+from gateway.cli.watch.json_members import read_members
+from gateway.cli.watch.polls import Polls
 from gateway.settings.variables import URL_VARIABLE
 
 SILENCE_SECONDS = 45.0  # three heartbeats of the gateway, after which the connection counts as lost

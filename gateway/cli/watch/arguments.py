@@ -11,7 +11,7 @@ import httpx
 from gateway.api.task_parameters import checked_task_id
 from gateway.cli.arguments import MAX_PORT
 from gateway.cli.gateway_access import Header, check_ca_file
-from gateway.cli.watch_images import prepare_directory
+from gateway.cli.watch.images import prepare_directory
 from gateway.domain.errors import InvalidTaskId
 
 _FIELD_NAME = re.compile(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+")  # RFC 9110, 5.1

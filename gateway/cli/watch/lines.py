@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from gateway.cli.watch_tasks import WatchedTask, WatchedTasks
+from gateway.cli.watch.tasks import WatchedTask, WatchedTasks
 
 INTERVAL_SECONDS = 30.0
 

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 
 from gateway.cli.gateway_access import Access, open_client
-from gateway.cli.watch_events import StreamRefused, only_printable
-from gateway.cli.watch_words import trouble_text
+from gateway.cli.watch.events import StreamRefused, only_printable
+from gateway.cli.watch.words import trouble_text
 from gateway.domain.snapshot import strict_json
 
 PERIOD_SECONDS = 2.0
