@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 from starlette.requests import ClientDisconnect
@@ -22,7 +22,7 @@ from gateway.api.server_extensions import DisconnectListener, require_client, wh
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.wait_parameter import requested_wait
 from gateway.domain.entity_tag import EntityTags, digest_of, matches, possible_tags
-from gateway.domain.errors import GatewayError
+from gateway.domain.errors import GatewayError, Overloaded
 from gateway.domain.snapshot import Snapshot, render_json
 from gateway.domain.task import Status, TaskKey
 from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
@@ -101,7 +101,9 @@ class BatchEndpoint:
     ) -> list[FoundSnapshot | LookupFailure]:
         """Return the result of each task.
 
-        Raises: ClientDisconnect when the client disconnects first, Overloaded when too many tasks wait.
+        When too many tasks wait already, those that are not cached fail, or have an older snapshot.
+
+        Raises: ClientDisconnect when the client disconnects first, Overloaded when all tasks would fail.
         `seen`: the revisions that the client has received, by task. It must not receive older ones.
         """
         cached = {key: self._service.lookup(key, seen.get(key, 0)) for key in keys}
@@ -110,14 +112,28 @@ class BatchEndpoint:
             return [result for result in cached.values() if result is not None]
         require_client(scope)
         client = client_key(scope)
-        with self._clients.waiting(scope, len(missing)):
-            reads = asyncio.gather(
-                *(
-                    self._service.get_after_miss(key, client=client, seen_revision=seen.get(key, 0))
+        read: list[FoundSnapshot | LookupFailure]
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._clients.waiting(scope, len(missing)))
+            except Overloaded as exc:
+                read = [
+                    self._service.get_without_query(key, exc, seen_revision=seen.get(key, 0))
                     for key in missing
+                ]
+                if len(missing) == len(keys) and all(isinstance(each, LookupFailure) for each in read):
+                    raise
+            else:
+                read = await while_connected(
+                    scope,
+                    receive,
+                    asyncio.gather(
+                        *(
+                            self._service.get_after_miss(key, client=client, seen_revision=seen.get(key, 0))
+                            for key in missing
+                        )
+                    ),
                 )
-            )
-            read = await while_connected(scope, receive, reads)
         outcomes = cached | dict(zip(missing, read, strict=True))
         return [outcome for outcome in outcomes.values() if outcome is not None]
 

@@ -34,6 +34,9 @@ _SUBSCRIPTION_RETRY_SECONDS = 5.0
 # Tasks of batches that wait for upstream calls, of all clients and of each. A task takes 12.5 KiB meanwhile.
 MAX_WAITING_TASKS = 8_000
 MAX_WAITING_TASKS_PER_CLIENT = 4_000
+# More may wait of clients with few waiting tasks, so that two clients cannot keep all others from waiting.
+RESERVED_WAITING_TASKS = 4_000
+MAX_RESERVED_PER_CLIENT = 100
 _NO_LIMIT = nullcontext()
 
 
@@ -113,9 +116,11 @@ class ClientLimits:
         """
         key = client_key(scope)
         of_client, of_all = self._waiting_tasks[key], self._waiting_tasks.total()
+        is_small = of_client + tasks <= MAX_RESERVED_PER_CLIENT
+        most = MAX_WAITING_TASKS + (RESERVED_WAITING_TASKS if is_small else 0)
         # A batch may be larger than the limits (`limits.max_tasks_per_request`), if no other one waits.
         if (of_client and of_client + tasks > MAX_WAITING_TASKS_PER_CLIENT) or (
-            of_all and of_all + tasks > MAX_WAITING_TASKS
+            of_all and of_all + tasks > most
         ):
             raise Overloaded("too many tasks of batches wait for upstream calls", retry_after=1.0)
         self._waiting_tasks[key] += tasks

@@ -15,8 +15,8 @@ from typing import Protocol, TypeVar
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
-# A dictionary whose values are called without arguments when the connection is lost. From then on
-# DISCONNECTED is one of its keys, and values that are added later are never called.
+# A dictionary whose values are called without arguments soon after the connection is lost, if they are still
+# in it. When it is lost, DISCONNECTED becomes one of its keys. Values that are added later are never called.
 ON_DISCONNECT = "gateway.on_disconnect"
 DISCONNECTED = "disconnected"
 CONNECTION = "gateway.connection"  # a `ServerConnection`
@@ -123,3 +123,5 @@ async def while_connected(scope: Scope, receive: Receive, result: Awaitable[T]) 
         if timeout.expired():
             raise ClientDisconnect from None
         raise
+    finally:
+        del result  # a cancelled future keeps its exception, whose traceback refers to this frame

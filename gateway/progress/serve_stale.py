@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from gateway.domain.errors import GatewayError
 from gateway.domain.snapshot import Snapshot
-from gateway.progress.outcomes import CacheStatus, FoundSnapshot
+from gateway.progress.outcomes import CacheStatus, FoundSnapshot, LookupFailure
 from gateway.settings.model import Cache
 from gateway.stores.base import Store
 
@@ -44,4 +44,18 @@ class ServeStaleRules:
             snapshot is not None
             and snapshot.is_at_least(seen_revision)
             and self._clock() - snapshot.fetched_at <= self._settings.stale_if_error_seconds
+        )
+
+    def replace_failure(self, failure: LookupFailure, seen_revision: int) -> FoundSnapshot | LookupFailure:
+        """Return a stale snapshot instead of the failure, unless it is too old (stale-if-error)."""
+        snapshot = self._store.last_known(failure.key)
+        if snapshot is None or not self.may_replace_failure(snapshot, seen_revision):
+            return failure
+        age = self._clock() - snapshot.fetched_at
+        return FoundSnapshot(
+            snapshot,
+            age,
+            CacheStatus.STALE,
+            failure=failure.failure,
+            fetch_outcome=failure.fetch_outcome,
         )

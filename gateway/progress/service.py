@@ -156,6 +156,17 @@ class ProgressService:
         self._metrics.count(key.operation, outcome.cache_status)
         return outcome
 
+    def get_without_query(
+        self, key: TaskKey, failure: GatewayError, *, seen_revision: int = 0
+    ) -> FoundSnapshot | LookupFailure:
+        """Return a stale snapshot instead of this failure, or else the failure, and count a lookup.
+
+        For a caller to which `lookup` has just returned None, and which must not wait for a query.
+        """
+        outcome = self._stale_if_error(LookupFailure(key, failure, CacheStatus.NEGATIVE), seen_revision)
+        self._metrics.count(key.operation, outcome.cache_status)
+        return outcome
+
     def count_lookup(self, outcome: FoundSnapshot | LookupFailure) -> None:
         """Count one lookup with this outcome. Long polls call this method, because `peek` counts none."""
         self._metrics.count(outcome.key.operation, outcome.cache_status)
@@ -260,7 +271,7 @@ class ProgressService:
         if (failure := self._store.cached_failure(key)) is not None:
             if result := await self._load_announced_snapshot(key, seen_revision):
                 return result
-            return self._stale_if_error(key, failure, CacheStatus.NEGATIVE, seen_revision=seen_revision)
+            return self._stale_if_error(LookupFailure(key, failure, CacheStatus.NEGATIVE), seen_revision)
         cache_status = CacheStatus.COLLAPSED if key in self._in_flight else CacheStatus.MISS
         known = self._store.last_known(key)
         if client is not None:
@@ -285,7 +296,7 @@ class ProgressService:
             if result := await self._load_announced_snapshot(key, seen_revision):
                 return result
             return self._stale_if_error(
-                key, fetched, cache_status, fetch_outcome, seen_revision=seen_revision
+                LookupFailure(key, fetched, cache_status, fetch_outcome), seen_revision
             )
         age, had_snapshot = self._clock() - fetched.fetched_at, known is not None
         self._metrics.record_age(fetched, age)
@@ -329,19 +340,8 @@ class ProgressService:
         slow_error = self.overdue_rules.error_of_slow_query(state)
         return FetchOutcome(queued_error.result() if queued_error.done() else slow_error)
 
-    def _stale_if_error(
-        self,
-        key: TaskKey,
-        failure: GatewayError,
-        cache_status: CacheStatus,
-        fetch_outcome: FetchOutcome | None = None,
-        *,
-        seen_revision: int,
-    ) -> FoundSnapshot | LookupFailure:
-        """Return a stale snapshot instead of the failure, unless it is too old (stale-if-error)."""
-        snapshot = self._store.last_known(key)
-        if snapshot is None or not self._serve_stale_rules.may_replace_failure(snapshot, seen_revision):
-            return LookupFailure(key, failure, cache_status, fetch_outcome)
-        age = self._clock() - snapshot.fetched_at
-        self._metrics.record_age(snapshot, age)
-        return FoundSnapshot(snapshot, age, CacheStatus.STALE, failure=failure, fetch_outcome=fetch_outcome)
+    def _stale_if_error(self, failure: LookupFailure, seen_revision: int) -> FoundSnapshot | LookupFailure:
+        outcome = self._serve_stale_rules.replace_failure(failure, seen_revision)
+        if isinstance(outcome, FoundSnapshot):
+            self._metrics.record_age(outcome.snapshot, outcome.age)
+        return outcome

@@ -150,10 +150,10 @@ class ClientTransport(asyncio.Protocol):
         bytes, the kernel resets the connection, and the client may lose the response (RFC 9112, 9.6).
         """
         self._closing = True
-        if self.transport.is_closing():
-            return
         self._unsent = self.transport.get_write_buffer_size()
         self._deadline.set(self.limits.stall_seconds if self._unsent else LINGER_SECONDS)
+        if self.transport.is_closing():
+            return
         if not linger:
             self.transport.close()
             return

@@ -28,7 +28,7 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr
 from uvicorn.server import ServerState
 
 from gateway.api.problems import INTERNAL_ERROR, status_and_title
-from gateway.api.server_extensions import CONNECTION, DISCONNECTED, ON_DISCONNECT
+from gateway.api.server_extensions import CONNECTION, ON_DISCONNECT
 from gateway.domain.errors import GatewayError, InvalidParameter, Overloaded
 from gateway.server.client_transport import ClientTransport
 from gateway.server.error_response import render_closing_response
@@ -43,7 +43,7 @@ from gateway.server.framing import (
     parse_head,
     remove_empty_lines,
 )
-from gateway.server.request_starts import RequestStarts
+from gateway.server.paced_calls import PacedCalls, weight_of
 
 _BODY_GRACE_SECONDS = 2.0  # lets an application with its own body timeout answer first
 _LAST_REQUEST_SECONDS = 0.5  # longer than a round trip, and short compared with a grace period
@@ -51,10 +51,10 @@ _MAX_READ_AHEAD = 32_768  # bytes of later requests after which reading pauses; 
 
 
 class Connection(ClientTransport):
-    """One connection. All share `limits` and `starts`. `application` replaces uvicorn's, if it is set."""
+    """One connection. All share `limits` and `pace`. `application` replaces uvicorn's, if it is set."""
 
     application: ASGIApp | None = None
-    starts: RequestStarts
+    pace: PacedCalls
 
     __slots__ = (
         "_blank_bytes",  # bytes of empty lines before the request
@@ -64,7 +64,6 @@ class Connection(ClientTransport):
         "_exchange",
         "_is_head_request",  # the method is HEAD: an error response has no body
         "_lifespan_state",  # of the ASGI lifespan, copied into each scope
-        "_on_disconnect",  # see `server_extensions.ON_DISCONNECT`
         "_over_limit",  # beyond max_connections: serves probes only
         "_processing",  # `_process` is running
         "_receiving_head",  # a head has begun, and its timeout runs
@@ -91,7 +90,6 @@ class Connection(ClientTransport):
         self._blank_bytes = self._scanned = 0
         self._body: BodyDecoder | None = None
         self._exchange: Exchange | None = None
-        self._on_disconnect: dict[object, Any] = {}  # callbacks, and DISCONNECTED
         self._is_head_request = self._receiving_head = self._over_limit = False
         self._processing = self._shutting_down = self._waits_for_turn = False
 
@@ -109,23 +107,17 @@ class Connection(ClientTransport):
             self.limits.reserve(self, self._leave_reserve)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Release the connection and drop its unanswered requests."""
+        """Release the connection and drop its unanswered request."""
         super().connection_lost(exc)
         self.limits.on_connection_closed(self)
         self.server_state.connections.discard(self)
-        self._buffer.clear()
-        self._body = None
-        exchange, self._exchange = self._exchange, None
-        if exchange is not None:
-            exchange.disconnect()
-            for callback in tuple(self._on_disconnect.values()):
-                callback()
-            self._on_disconnect[DISCONNECTED] = None
-            # The scope refers to this connection. Only the garbage collector would free that reference cycle.
-            exchange.scope["extensions"].pop(CONNECTION, None)
+        self._drop_request()
 
     def eof_received(self) -> None:
-        """Close the connection: half-closed connections are not supported."""
+        """Close once the client has read the write buffer: half-closed connections are not supported."""
+        if not self._closing:
+            self._close_transport(linger=False)
+            self._drop_request()
 
     def data_received(self, data: bytes) -> None:
         """Buffer and process received bytes."""
@@ -146,6 +138,14 @@ class Connection(ClientTransport):
             self._set_answering_deadline()
         else:
             self._deadline.set(self.limits.header_seconds)
+
+    def _drop_request(self) -> None:
+        """Drop what is buffered, and tell the application that the client has left."""
+        self._buffer.clear()
+        self._body = None
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.disconnect(self.loop, self.pace)
 
     # Callbacks of uvicorn.
 
@@ -180,7 +180,7 @@ class Connection(ClientTransport):
         if (exchange := self._exchange) is None:
             return
         exchange.scope["extensions"].pop(CONNECTION, None)
-        self._exchange, self._on_disconnect = None, {}
+        self._exchange = None
         self.server_state.total_requests += 1
         if failed and not exchange.started and not self.transport.is_closing():
             self._refuse(INTERNAL_ERROR)
@@ -263,7 +263,7 @@ class Connection(ClientTransport):
             client=self.client,
             server=self._server,
             state=self._lifespan_state.copy(),
-            extensions={ON_DISCONNECT: self._on_disconnect, CONNECTION: self},
+            extensions={ON_DISCONNECT: {}, CONNECTION: self},
         )
         exchange = self._exchange = make_exchange(
             self, head, scope, has_body=self._body is not None, headers=self.server_state.default_headers
@@ -273,7 +273,7 @@ class Connection(ClientTransport):
         else:
             self._deadline.set(self.limits.header_seconds + _BODY_GRACE_SECONDS)
         run = exchange.run(self.application or self._config.loaded_app)
-        self.starts.add(self.loop, run, self.server_state.tasks)
+        self.pace.start(self.loop, run, self.server_state.tasks, weight=weight_of(scope["query_string"]))
 
     def _read_body(self, body: BodyDecoder, exchange: Exchange) -> bool:
         if exchange.is_body_buffer_full:

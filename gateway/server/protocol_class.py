@@ -8,7 +8,7 @@ from gateway.api.cached_responses import CachedResponses
 from gateway.server.connection import Connection
 from gateway.server.connection_limits import ConnectionLimits
 from gateway.server.fast_path import FastPathConnection, HeadRenderer
-from gateway.server.request_starts import RequestStarts
+from gateway.server.paced_calls import PacedCalls
 
 
 def make_protocol_class(
@@ -21,7 +21,7 @@ def make_protocol_class(
     """
     attributes: dict[str, object] = {
         "limits": limits,
-        "starts": RequestStarts(),
+        "pace": PacedCalls(),
         "application": application,
     }
     if hits is None:

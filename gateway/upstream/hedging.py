@@ -89,7 +89,8 @@ class Hedging(Generic[Q, T]):
                 raise MustCallAgain from None
             raise
         finally:
-            del self._hedgeable_calls[query]
+            # Both refer to this task, which keeps its exception, whose traceback refers to this frame.
+            del self._hedgeable_calls[query], state, interrupt
 
     def sending(self, query: Q) -> AbstractContextManager[None]:
         """Watch the call of a query while the context is open."""

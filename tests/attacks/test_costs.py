@@ -12,6 +12,7 @@ import pytest
 
 from tests.attacks.wire import Line, Target, query, request, settle
 from tests.support.harness import (
+    PATIENCE_SECONDS,
     Gateway,
     HeldUpstream,
     RawUpstream,
@@ -125,6 +126,38 @@ def test_costs_of_batches_that_wait_are_bounded(target: Target) -> None:
         upstream.released.set()
         assert [line.answer().status for line in waiting] == [200] * 41
         assert wait_for_batch(ONE).answer().status == 200
+
+
+def test_costs_of_batches_that_wait_do_not_fail_other_tasks(target: Target) -> None:
+    """Of a batch that may not wait, known tasks are served, also stale ones, and the others fail."""
+    hold = threading.Event()
+
+    def behaviour(connection: Any, asked: Request) -> None:
+        if not asked.task_id.startswith("known"):
+            hold.wait(PATIENCE_SECONDS)
+        respond_ok(connection, asked)
+
+    with RawUpstream(behaviour) as upstream, ExitStack() as stack:
+        stack.callback(hold.set)
+        gate = target(
+            upstream.url,
+            upstream={"attempt_timeout_seconds": 60, "timeout_seconds": 60},
+            cache={"running_seconds": 0.1, "stale_while_revalidate_seconds": 0},
+        )
+        for known in ("known-1", "known-2"):
+            assert gate.get(known).status_code == 200
+        for _ in range(40):
+            line = stack.enter_context(Line(gate, source=ONE))
+            line.send(batch(100))
+        settle(gate)
+        time.sleep(0.2)  # the snapshots become stale
+        line = stack.enter_context(Line(gate, source=ONE))
+        line.send(request("/v1/progress?taskId=new-1&taskId=known-1&taskId=new-2&taskId=known-2"))
+        answer = line.answer()
+        assert answer.status == 200
+        results = [each.get("error", {}).get("code") for each in answer.json["items"]]
+        assert results == ["overloaded", None, "overloaded", None]
+        assert answer.json["summary"]["errors"] == 2
 
 
 # The upstream's calls

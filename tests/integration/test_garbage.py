@@ -21,7 +21,9 @@ import pytest
 import gateway as package
 from gateway.domain.errors import GatewayError
 from tests.support.harness import (
+    PATIENCE_SECONDS,
     Gateway,
+    HeldUpstream,
     RawUpstream,
     Request,
     Simulator,
@@ -30,6 +32,7 @@ from tests.support.harness import (
     fresh_id,
     gateway,
     reset,
+    respond_ok,
     until,
 )
 
@@ -188,4 +191,47 @@ def test_no_chunked_body_leaves_a_cycle(simulator: Simulator, path: str, sent: b
                 if path == "/nothing":
                     assert b" 404 " in drained(connection)
             until(lambda: gate.metric("http_connections") <= 1, "the connection is closed")
+        assert not found
+
+
+@pytest.mark.parametrize("target", ["/v1/progress?wait=0", "/v1/progress?wait=30", "/v1/events?"])
+def test_no_client_that_leaves_leaves_a_cycle(target: str) -> None:
+    """The client of several tasks leaves while they wait for a slot."""
+    with HeldUpstream() as upstream, gateway(upstream.url, upstream={"max_in_flight": 1}) as gate:
+        gate.client.get("/readyz")
+        with circles() as found:
+            with gate.connect() as connection:
+                tasks = "".join(f"&taskId={fresh_id()}" for _ in range(3))
+                connection.sendall(f"GET {target}{tasks} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+                until(lambda: upstream.requests, "a query has the slot")
+            until(lambda: gate.metric("upstream_abandoned_total") == 2, "the others are dropped")
+            upstream.released.set()
+            until(lambda: gate.metric("upstream_in_flight") == 0, "the query has ended")
+        assert not found
+
+
+def test_no_dropped_refresh_leaves_a_cycle() -> None:
+    """The client of a stream leaves while the refresh of its task waits for a slot."""
+    released = threading.Event()
+
+    def behaviour(connection: socket.socket, request: Request) -> None:
+        if request.task_id == "slow":
+            released.wait(PATIENCE_SECONDS)
+        respond_ok(connection, request)
+
+    with (
+        RawUpstream(behaviour) as upstream,
+        gateway(upstream.url, upstream={"max_in_flight": 1}, cache={"running_seconds": 0.1}) as gate,
+        gate.connect() as slow,
+    ):
+        assert gate.get("known").status_code == 200
+        with circles() as found:
+            slow.sendall(b"GET /v1/progress/slow HTTP/1.1\r\nhost: x\r\n\r\n")
+            until(lambda: len(upstream.requests) == 2, "a query has the slot")
+            with gate.connect() as stream:
+                stream.sendall(b"GET /v1/events?taskId=known HTTP/1.1\r\nhost: x\r\n\r\n")
+                until(lambda: b"event: stale" in stream.recv(65536), "the refresh waits")
+            until(lambda: gate.metric("upstream_abandoned_total") == 1, "the refresh is dropped")
+            released.set()
+            until(lambda: gate.metric("upstream_in_flight") == 0, "the query has ended")
         assert not found

@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -27,6 +27,7 @@ from tests.support.harness import (
     free_port,
     neutral_environment,
     plain_client,
+    until,
 )
 
 
@@ -86,6 +87,39 @@ def test_unix_socket_leaves_the_metrics_port(path: Path, simulator: Simulator) -
             assert "sd_gateway_build_info" in scraper.get("/metrics").text
         assert health(path, simulator) == (0, "")
     assert health(path, simulator) == (1, "unhealthy: [Errno 2] No such file or directory\n")
+
+
+@pytest.mark.parametrize("edge", ["true", "false"])
+@pytest.mark.parametrize("last", ["progress/{}", "progress/{}/events"])
+def test_unix_socket_half_closed_clients_that_do_not_read_are_dropped(
+    path: Path, simulator: Simulator, edge: str, last: str
+) -> None:
+    """Some responses do not fit into the kernel's buffer when a client half-closes its connection."""
+    port = free_port()
+    settings = {"METRICS_PORT": str(port), "EDGE": edge, "KEEP_ALIVE_SECONDS": "1", "HEADER_SECONDS": "1"}
+    with (
+        serving(path, simulator, **{f"SERVER__{name}": value for name, value in settings.items()}) as (
+            _,
+            gate,
+        ),
+        plain_client(f"http://127.0.0.1:{port}") as scraper,
+        ExitStack() as stack,
+    ):
+        task = simulator.task()
+        size = len(gate.get(task).content) + 600  # with the head, about
+        for responses in range(150_000 // size, 300_000 // size, 4):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.connect(str(path))
+            requests = [f"progress/{task}"] * responses + [last.format(task)]
+            client.sendall(
+                "".join(f"GET /v1/{each} HTTP/1.1\r\nHost: x\r\n\r\n" for each in requests).encode()
+            )
+            for _ in range(2 + responses // 8):  # the gateway sends 8 responses in each turn
+                gate.client.get("/healthz")
+            client.shutdown(socket.SHUT_WR)
+        metrics = Gateway(scraper)
+        until(lambda: metrics.metric("http_connections") <= 2, "only the two clients that read are connected")
+        assert metrics.metric("watchers") == 0
 
 
 def health(path: Path, simulator: Simulator) -> tuple[int, str]:
