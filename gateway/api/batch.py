@@ -18,7 +18,7 @@ from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.problems import problem_document, status_and_title
 from gateway.api.progress_response import age_seconds
 from gateway.api.requests import LONG_POLL, free_headers, header, query_parameters
-from gateway.api.server_extensions import DisconnectListener, require_client, while_connected
+from gateway.api.server_extensions import DisconnectListener, take_turn, while_connected
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.wait_parameter import requested_wait
 from gateway.domain.entity_tag import EntityTags, digest_of, matches, possible_tags
@@ -110,7 +110,7 @@ class BatchEndpoint:
         missing = [key for key, result in cached.items() if result is None]
         if not missing:
             return [result for result in cached.values() if result is not None]
-        require_client(scope)
+        await take_turn(scope, tasks=len(missing))
         client = client_key(scope)
         read: list[FoundSnapshot | LookupFailure]
         with ExitStack() as stack:
@@ -152,7 +152,7 @@ class BatchEndpoint:
         Without If-None-Match, it must differ from the one on arrival. Only the hub's schedules call the
         upstream meanwhile. A task counts as one lookup. `seen`: as in `_read`.
         """
-        require_client(scope)
+        await take_turn(scope, tasks=len(keys))
         await self._service.read_arrived_messages()
         on_arrival = self._on_arrival(keys, seen)
         stale = {key: self._stale_code(key) for key in on_arrival}

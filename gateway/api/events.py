@@ -30,7 +30,7 @@ from gateway.api.server_extensions import (
     chunk,
     direct_transport_of,
     is_chunked,
-    require_client,
+    take_turn,
 )
 from gateway.api.task_parameters import TaskParameters
 from gateway.domain.entity_tag import EntityTags
@@ -97,7 +97,7 @@ class EventsEndpoint:
         with self._clients.subscription(scope):
             # Before the first `await`: requests that arrive together must not all pass before one has paid.
             self._clients.charge(scope, len(keys))
-            require_client(scope)
+            await take_turn(scope, tasks=len(keys))
             await self._hub.read_arrived_messages()
             with self._hub.subscribe(
                 keys,

@@ -19,13 +19,26 @@ from starlette.types import Receive, Scope
 # in it. When it is lost, DISCONNECTED becomes one of its keys. Values that are added later are never called.
 ON_DISCONNECT = "gateway.on_disconnect"
 DISCONNECTED = "disconnected"
-CONNECTION = "gateway.connection"  # a `ServerConnection`
+CONNECTION = "gateway.connection"  # a `ServerConnection`, until the client leaves
+WEIGHT = "gateway.weight"  # of the work for this request, and again if its client leaves; see `take_turn`
+_TASKS_OF_WEIGHT = 8
 
 T = TypeVar("T")
 
 
+class Pace(Protocol):
+    """Lets requests do their work in turn."""
+
+    async def turn(self, weight: int) -> None:
+        """Return when work of this weight may begin: at once, or in a later iteration of the event loop."""
+
+
 class ServerConnection(Protocol):
     """What an endpoint may use of the connection of its request."""
+
+    @property
+    def pace(self) -> Pace:
+        """The pace of all requests of the server."""
 
     def direct_transport(self) -> asyncio.WriteTransport | None:
         """Return the transport if the response has a body of unknown length, and its head has been sent.
@@ -55,9 +68,24 @@ def require_client(scope: Scope) -> None:
     Without this, the requests of clients that connect, send and leave would start queries for a hundred tasks
     each.
     """
-    connection: ServerConnection | None = scope.get("extensions", {}).get(CONNECTION)
-    if connection is not None and connection.client_has_left():
+    extensions = scope.get("extensions", {})
+    connection: ServerConnection | None = extensions.get(CONNECTION)
+    if DISCONNECTED in extensions.get(ON_DISCONNECT, ()) or (connection and connection.client_has_left()):
         raise ClientDisconnect
+
+
+async def take_turn(scope: Scope, *, tasks: int) -> None:
+    """Wait until the work for this many tasks may begin. Raises: ClientDisconnect if the client has left.
+
+    So a burst of requests for a hundred tasks each does not delay all other clients.
+    """
+    require_client(scope)
+    extensions = scope.get("extensions", {})
+    connection: ServerConnection | None = extensions.get(CONNECTION)
+    if connection is not None:
+        extensions[WEIGHT] = 1 + tasks // _TASKS_OF_WEIGHT
+        await connection.pace.turn(extensions[WEIGHT])
+        require_client(scope)
 
 
 def is_chunked(scope: Scope) -> bool:

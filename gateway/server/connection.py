@@ -43,7 +43,7 @@ from gateway.server.framing import (
     parse_head,
     remove_empty_lines,
 )
-from gateway.server.paced_calls import PacedCalls, weight_of
+from gateway.server.paced_calls import PacedCalls
 
 _BODY_GRACE_SECONDS = 2.0  # lets an application with its own body timeout answer first
 _LAST_REQUEST_SECONDS = 0.5  # longer than a round trip, and short compared with a grace period
@@ -273,7 +273,7 @@ class Connection(ClientTransport):
         else:
             self._deadline.set(self.limits.header_seconds + _BODY_GRACE_SECONDS)
         run = exchange.run(self.application or self._config.loaded_app)
-        self.pace.start(self.loop, run, self.server_state.tasks, weight=weight_of(scope["query_string"]))
+        self.pace.start(self.loop, run, self.server_state.tasks)
 
     def _read_body(self, body: BodyDecoder, exchange: Exchange) -> bool:
         if exchange.is_body_buffer_full:

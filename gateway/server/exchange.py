@@ -23,10 +23,10 @@ import structlog
 from starlette.types import ASGIApp, Message, Scope
 
 from gateway.api.requests import Headers
-from gateway.api.server_extensions import CONNECTION, DISCONNECTED, ON_DISCONNECT, chunk
+from gateway.api.server_extensions import CONNECTION, DISCONNECTED, ON_DISCONNECT, WEIGHT, chunk
 from gateway.domain.errors import GatewayError
 from gateway.server.framing import Head
-from gateway.server.paced_calls import PacedCalls, weight_of
+from gateway.server.paced_calls import PacedCalls
 
 MAX_BUFFERED_BODY = 65_536  # bytes of a request body that the application has not received yet
 
@@ -204,7 +204,7 @@ class Exchange:
         listeners: dict[object, Callable[[], None] | None] = extensions[ON_DISCONNECT]
         if listeners:
             call = partial(_call_listeners, listeners, tuple(listeners))
-            pace.add(loop, call, weight=weight_of(self.scope["query_string"]))
+            pace.add(loop, call, weight=extensions.get(WEIGHT, 1))
         listeners[DISCONNECTED] = None
 
     async def run(self, app: ASGIApp) -> None:

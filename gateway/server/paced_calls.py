@@ -10,23 +10,18 @@ from functools import partial
 # The weight of the calls of one iteration; the last call may exceed it. An eighth of the number of waiting
 # calls comes on top of it, so that no queue lasts, however long the iterations are.
 _PER_ITERATION = 2
-_BYTES_OF_WEIGHT = 256
 
 Run = Coroutine[object, object, None]
 Tasks = set[asyncio.Task[None]]
 
 
-def weight_of(query: bytes) -> int:
-    """Return the weight of a request with this query string: 14 for 100 task IDs of the usual length."""
-    return 1 + len(query) // _BYTES_OF_WEIGHT
-
-
 class PacedCalls:
     """Makes calls in the order in which they were added, a few per iteration of the event loop.
 
-    A request takes some hundred microseconds to start, and one for a hundred tasks ten milliseconds. It takes
-    as long again if the client leaves before the response. If all of a burst happened in the same iteration,
-    a request that arrives meanwhile would wait for all of them, even if its response is cached.
+    A request takes some hundred microseconds to start. The work for a hundred tasks that are not cached takes
+    ten milliseconds, and as long again if the client leaves before the response. If all of a burst happened
+    in the same iteration, a request that arrives meanwhile would wait for all of them, even if its response
+    is cached. The weight of such work is 1 for each 8 tasks.
     """
 
     def __init__(self) -> None:
@@ -34,9 +29,16 @@ class PacedCalls:
         self._allowed = _PER_ITERATION
         self._waiting: deque[tuple[Callable[[], object], int]] = deque()
 
-    def start(self, loop: asyncio.AbstractEventLoop, run: Run, tasks: Tasks, *, weight: int) -> None:
+    def start(self, loop: asyncio.AbstractEventLoop, run: Run, tasks: Tasks) -> None:
         """Run a request in a task, after earlier calls; `tasks` has the task while it runs."""
-        self.add(loop, partial(_start, loop, run, tasks), weight=weight)
+        self.add(loop, partial(_start, loop, run, tasks), weight=1)
+
+    async def turn(self, weight: int) -> None:
+        """Wait for the calls that were added before, and count what the caller does next as one of them."""
+        loop = asyncio.get_running_loop()
+        ready = loop.create_future()
+        self.add(loop, partial(_resolve, ready), weight=weight)
+        await ready
 
     def add(self, loop: asyncio.AbstractEventLoop, call: Callable[[], object], *, weight: int) -> None:
         """Make a call after those that were added before."""
@@ -62,3 +64,8 @@ def _start(loop: asyncio.AbstractEventLoop, run: Run, tasks: Tasks) -> None:
     task = loop.create_task(run)
     tasks.add(task)
     task.add_done_callback(tasks.discard)
+
+
+def _resolve(ready: asyncio.Future[None]) -> None:
+    if not ready.done():  # else the caller was cancelled
+        ready.set_result(None)

@@ -6,23 +6,22 @@ from itertools import pairwise
 
 import pytest
 
-from gateway.server.paced_calls import PacedCalls, weight_of
+from gateway.server.paced_calls import PacedCalls
 
 
 class Bench:
     """Starts requests, and records their order. Each of the first `followed` requests adds another one."""
 
-    def __init__(self, *, followed: int = 0, weight: int = 1) -> None:
+    def __init__(self, *, followed: int = 0) -> None:
         self.started: list[int] = []
         self.tasks: set[asyncio.Task[None]] = set()
         self._followed = followed
-        self._weight = weight
         self._pace = PacedCalls()
 
     def add(self, *numbers: int) -> None:
         loop = asyncio.get_running_loop()
         for number in numbers:
-            self._pace.start(loop, self._request(number), self.tasks, weight=self._weight)
+            self._pace.start(loop, self._request(number), self.tasks)
 
     def call(self, number: int, *, weight: int) -> None:
         self._pace.add(asyncio.get_running_loop(), partial(self.started.append, number), weight=weight)
@@ -68,13 +67,38 @@ async def test_starts_more_requests_when_many_wait() -> None:
     assert bench.started == list(range(1000))
 
 
-async def test_starts_one_heavy_request_per_iteration() -> None:
-    """Of forty requests for a hundred tasks each, no two start in the same iteration."""
-    bench = Bench(weight=weight_of(b"taskId=01j5t2qx82323pswaqykz9eq4&" * 100))
-    bench.add(*range(40))
-    counts = await bench.iterate(45)
+async def test_heavy_work_has_an_iteration_for_itself() -> None:
+    """Of forty turns for a hundred tasks each, no two are in the same iteration."""
+    pace, order = PacedCalls(), []
+
+    async def work(number: int) -> None:
+        await pace.turn(13)
+        order.append(number)
+
+    tasks = [asyncio.create_task(work(number)) for number in range(40)]
+    counts = []
+    while len(order) < len(tasks):
+        await asyncio.sleep(0)
+        counts.append(len(order))
     assert {after - before for before, after in pairwise(counts)} == {0, 1}
-    assert bench.started == list(range(40))
+    assert order == list(range(40))
+
+
+async def test_turn_comes_at_once_if_nothing_waits() -> None:
+    """The first turn of an iteration needs no other iteration."""
+    turn = PacedCalls().turn(100)
+    with pytest.raises(StopIteration):
+        turn.send(None)
+
+
+async def test_turn_of_a_cancelled_request_is_skipped() -> None:
+    """Who waits behind it has its turn all the same."""
+    pace = PacedCalls()
+    first, second, third = (asyncio.create_task(pace.turn(100)) for _ in range(3))
+    await first
+    second.cancel()
+    await third
+    assert second.cancelled()
 
 
 async def test_makes_calls_in_the_order_of_their_arrival() -> None:
@@ -84,9 +108,3 @@ async def test_makes_calls_in_the_order_of_their_arrival() -> None:
         bench.call(number, weight=weight)
     assert bench.started == [0]
     assert await bench.iterate(3) == [3, 4, 5]
-
-
-@pytest.mark.parametrize(("size", "weight"), [(0, 1), (255, 1), (256, 2), (65_536, 257)])
-def test_weight_follows_the_length_of_the_query(size: int, weight: int) -> None:
-    """A query string has one task ID after the other."""
-    assert weight_of(b"a" * size) == weight
