@@ -18,7 +18,7 @@ from gateway.api.client_limits import ClientLimits, client_key
 from gateway.api.problems import problem_document, status_and_title
 from gateway.api.progress_response import age_seconds
 from gateway.api.requests import LONG_POLL, free_headers, header, query_parameters
-from gateway.api.server_extensions import DisconnectListener, take_turn, while_connected
+from gateway.api.server_extensions import DisconnectListener, all_while_connected, take_turn
 from gateway.api.task_parameters import TaskParameters
 from gateway.api.wait_parameter import requested_wait
 from gateway.domain.entity_tag import EntityTags, digest_of, matches, possible_tags
@@ -67,7 +67,7 @@ class BatchEndpoint:
         else:
             outcomes = await self._read(scope, receive, keys, seen)
         scope["state"]["outcomes"] = outcomes  # for the request log
-        stale = {outcome.key: self._stale_code(outcome.key) for outcome in outcomes}
+        stale = {outcome.key: self._stale_code_of(outcome) for outcome in outcomes}
         digest = _digest(
             _Item.of(outcome.snapshot if isinstance(outcome, FoundSnapshot) else outcome.failure).text(
                 stale[outcome.key]
@@ -96,8 +96,19 @@ class BatchEndpoint:
         reason = self._service.overdue_rules.error(key)
         return None if reason is None else reason.code
 
+    def _stale_code_of(self, outcome: FoundSnapshot | LookupFailure) -> str | None:
+        if isinstance(outcome, FoundSnapshot) and isinstance(outcome.failure, Overloaded):
+            return outcome.failure.code  # the task may not wait for a query, so none is overdue
+        return self._stale_code(outcome.key)
+
     async def _read(
-        self, scope: Scope, receive: Receive, keys: Sequence[TaskKey], seen: Mapping[TaskKey, int]
+        self,
+        scope: Scope,
+        receive: Receive,
+        keys: Sequence[TaskKey],
+        seen: Mapping[TaskKey, int],
+        *,
+        others_known: bool = False,
     ) -> list[FoundSnapshot | LookupFailure]:
         """Return the result of each task.
 
@@ -105,6 +116,7 @@ class BatchEndpoint:
 
         Raises: ClientDisconnect when the client disconnects first, Overloaded when all tasks would fail.
         `seen`: the revisions that the client has received, by task. It must not receive older ones.
+        `others_known`: the response has other tasks, too, whose results are known.
         """
         cached = {key: self._service.lookup(key, seen.get(key, 0)) for key in keys}
         missing = [key for key, result in cached.items() if result is None]
@@ -121,10 +133,11 @@ class BatchEndpoint:
                     self._service.get_without_query(key, exc, seen_revision=seen.get(key, 0))
                     for key in missing
                 ]
-                if len(missing) == len(keys) and all(isinstance(each, LookupFailure) for each in read):
+                refused = [each for each in read if isinstance(each, LookupFailure) and each.failure is exc]
+                if len(refused) == len(keys) and not others_known:
                     raise
             else:
-                read = await while_connected(
+                read = await all_while_connected(
                     scope,
                     receive,
                     asyncio.gather(
@@ -133,6 +146,7 @@ class BatchEndpoint:
                             for key in missing
                         )
                     ),
+                    tasks=len(missing),
                 )
         outcomes = cached | dict(zip(missing, read, strict=True))
         return [outcome for outcome in outcomes.values() if outcome is not None]
@@ -163,7 +177,7 @@ class BatchEndpoint:
                 keys, SubscriptionKind.LONGPOLL, client=client_key(scope), seen_revisions=seen
             ) as subscriber,
         ):
-            async with DisconnectListener(scope, receive, subscriber.disconnect):
+            async with DisconnectListener(scope, receive, subscriber.disconnect, tasks=len(keys)):
                 with suppress(TimeoutError):
                     async with asyncio.timeout(wait):
                         await latest.wait_for_change(subscriber)
@@ -181,7 +195,8 @@ class BatchEndpoint:
                 known[key] = outcome
         missing = [key for key in keys if key not in known]
         if missing:  # as in `ProgressEndpoint`: join the schedules' in-flight requests
-            known |= zip(missing, await self._read(scope, receive, missing, seen), strict=True)
+            read = await self._read(scope, receive, missing, seen, others_known=bool(known))
+            known |= zip(missing, read, strict=True)
         return [known[key] for key in keys]
 
     def _on_arrival(self, keys: Sequence[TaskKey], seen: Mapping[TaskKey, int]) -> dict[TaskKey, _Item]:

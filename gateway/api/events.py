@@ -106,7 +106,7 @@ class EventsEndpoint:
                 seen_revisions=self._seen_revisions(keys, last_event_id),
             ) as subscriber:
                 # Registered before the first `send`: the client may leave while that waits for a full socket.
-                async with DisconnectListener(scope, receive, subscriber.disconnect):
+                async with DisconnectListener(scope, receive, subscriber.disconnect, tasks=len(keys)):
                     await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
                     free_headers(scope)
                     await send(_part(b"retry: %d\n\n" % _RETRY_MS))

@@ -10,17 +10,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope
 
-# A dictionary whose values are called without arguments soon after the connection is lost, if they are still
-# in it. When it is lost, DISCONNECTED becomes one of its keys. Values that are added later are never called.
+# A dictionary whose values are called without arguments when the connection is lost. From then on
+# DISCONNECTED is one of its keys, and values that are added later are never called.
 ON_DISCONNECT = "gateway.on_disconnect"
 DISCONNECTED = "disconnected"
 CONNECTION = "gateway.connection"  # a `ServerConnection`, until the client leaves
-WEIGHT = "gateway.weight"  # of the work for this request, and again if its client leaves; see `take_turn`
 _TASKS_OF_WEIGHT = 8
 
 T = TypeVar("T")
@@ -83,8 +83,7 @@ async def take_turn(scope: Scope, *, tasks: int) -> None:
     extensions = scope.get("extensions", {})
     connection: ServerConnection | None = extensions.get(CONNECTION)
     if connection is not None:
-        extensions[WEIGHT] = 1 + tasks // _TASKS_OF_WEIGHT
-        await connection.pace.turn(extensions[WEIGHT])
+        await connection.pace.turn(1 + tasks // _TASKS_OF_WEIGHT)
         require_client(scope)
 
 
@@ -103,12 +102,20 @@ class DisconnectListener:
 
     An ASGI server reports a disconnect through `receive`. A handler that waits for something else would not
     notice it. Without the extension, a separate task awaits `receive`.
+
+    `tasks`: after a disconnect, leaving the context waits for the turn of the work for so many tasks, because
+    the handler will now end its work for them.
     """
 
-    __slots__ = ("_callback", "_callbacks", "_listener", "_receive")
+    __slots__ = ("_callback", "_callbacks", "_listener", "_pace", "_receive", "_tasks")
 
-    def __init__(self, scope: Scope, receive: Receive, callback: Callable[[], None]) -> None:
-        self._callbacks: dict[object, object] | None = scope.get("extensions", {}).get(ON_DISCONNECT)
+    def __init__(
+        self, scope: Scope, receive: Receive, callback: Callable[[], None], *, tasks: int = 0
+    ) -> None:
+        extensions = scope.get("extensions", {})
+        self._callbacks: dict[object, object] | None = extensions.get(ON_DISCONNECT)
+        self._pace: Pace | None = extensions[CONNECTION].pace if tasks and CONNECTION in extensions else None
+        self._tasks = tasks
         self._receive = receive
         self._callback = callback
         self._listener: asyncio.Task[None] | None = None
@@ -124,6 +131,8 @@ class DisconnectListener:
     async def __aexit__(self, *exc_info: object) -> None:
         if self._callbacks is not None:
             self._callbacks.pop(self, None)
+            if self._pace is not None and DISCONNECTED in self._callbacks:
+                await self._pace.turn(1 + self._tasks // _TASKS_OF_WEIGHT)
         if self._listener is not None:
             self._listener.cancel()
             with suppress(asyncio.CancelledError):
@@ -151,5 +160,34 @@ async def while_connected(scope: Scope, receive: Receive, result: Awaitable[T]) 
         if timeout.expired():
             raise ClientDisconnect from None
         raise
+
+
+async def all_while_connected(
+    scope: Scope, receive: Receive, results: asyncio.Future[list[T]], *, tasks: int
+) -> list[T]:
+    """Await the results for so many tasks for as long as the client stays connected.
+
+    Raises: ClientDisconnect when the client disconnects; the work for `results` is cancelled in its turn.
+    """
+    left: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    try:
+        async with DisconnectListener(scope, receive, partial(_resolve, left), tasks=tasks):
+            await asyncio.wait((results, left), return_when=asyncio.FIRST_COMPLETED)
+        if left.done():
+            raise ClientDisconnect
+        return results.result()
     finally:
-        del result  # a cancelled future keeps its exception, whose traceback refers to this frame
+        results.add_done_callback(_retrieve_exception)
+        results.cancel()
+        del results  # a cancelled future keeps its exception, whose traceback refers to this frame
+
+
+def _resolve(left: asyncio.Future[None]) -> None:
+    if not left.done():
+        left.set_result(None)
+
+
+def _retrieve_exception(results: asyncio.Future[T]) -> None:
+    """Keep asyncio from logging that nothing awaits a future that was cancelled."""
+    if not results.cancelled():
+        results.exception()

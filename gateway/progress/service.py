@@ -159,10 +159,11 @@ class ProgressService:
     def get_without_query(
         self, key: TaskKey, failure: GatewayError, *, seen_revision: int = 0
     ) -> FoundSnapshot | LookupFailure:
-        """Return a stale snapshot instead of this failure, or else the failure, and count a lookup.
+        """Return a stale snapshot, the cached failure, or else this failure, and count a lookup.
 
         For a caller to which `lookup` has just returned None, and which must not wait for a query.
         """
+        failure = self._store.cached_failure(key) or failure
         outcome = self._stale_if_error(LookupFailure(key, failure, CacheStatus.NEGATIVE), seen_revision)
         self._metrics.count(key.operation, outcome.cache_status)
         return outcome

@@ -51,10 +51,11 @@ _MAX_READ_AHEAD = 32_768  # bytes of later requests after which reading pauses; 
 
 
 class Connection(ClientTransport):
-    """One connection. All share `limits` and `pace`. `application` replaces uvicorn's, if it is set."""
+    """One connection. All share the attributes below. `application` replaces uvicorn's, if it is set."""
 
     application: ASGIApp | None = None
-    pace: PacedCalls
+    starts: PacedCalls
+    pace: PacedCalls  # of the work for many tasks
 
     __slots__ = (
         "_blank_bytes",  # bytes of empty lines before the request
@@ -145,7 +146,7 @@ class Connection(ClientTransport):
         self._body = None
         exchange, self._exchange = self._exchange, None
         if exchange is not None:
-            exchange.disconnect(self.loop, self.pace)
+            exchange.disconnect()
 
     # Callbacks of uvicorn.
 
@@ -273,7 +274,7 @@ class Connection(ClientTransport):
         else:
             self._deadline.set(self.limits.header_seconds + _BODY_GRACE_SECONDS)
         run = exchange.run(self.application or self._config.loaded_app)
-        self.pace.start(self.loop, run, self.server_state.tasks)
+        self.starts.start(self.loop, run, self.server_state.tasks)
 
     def _read_body(self, body: BodyDecoder, exchange: Exchange) -> bool:
         if exchange.is_body_buffer_full:

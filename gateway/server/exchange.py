@@ -14,7 +14,6 @@ import asyncio
 import re
 from collections.abc import Callable, Sequence
 from copy import copy
-from functools import partial
 from http import HTTPStatus
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -23,10 +22,9 @@ import structlog
 from starlette.types import ASGIApp, Message, Scope
 
 from gateway.api.requests import Headers
-from gateway.api.server_extensions import CONNECTION, DISCONNECTED, ON_DISCONNECT, WEIGHT, chunk
+from gateway.api.server_extensions import CONNECTION, DISCONNECTED, ON_DISCONNECT, chunk
 from gateway.domain.errors import GatewayError
 from gateway.server.framing import Head
-from gateway.server.paced_calls import PacedCalls
 
 MAX_BUFFERED_BODY = 65_536  # bytes of a request body that the application has not received yet
 
@@ -104,12 +102,6 @@ def make_scope(
 def _decode_path(path: str) -> str:
     parts = _KEPT_ESCAPES.split(path)
     return "".join(part if number % 2 else unquote(part) for number, part in enumerate(parts))
-
-
-def _call_listeners(listeners: dict[object, Callable[[], None] | None], keys: Sequence[object]) -> None:
-    for key in keys:
-        if callback := listeners.get(key):  # else it has removed itself meanwhile
-            callback()
 
 
 class Exchange:
@@ -194,17 +186,16 @@ class Exchange:
         self._body_error = error
         self._wake()
 
-    def disconnect(self, loop: asyncio.AbstractEventLoop, pace: PacedCalls) -> None:
-        """Mark the client as disconnected; further sends are ignored. `pace` calls the listeners."""
+    def disconnect(self) -> None:
+        """Mark the client as disconnected, and call the listeners; further sends are ignored."""
         self.disconnected = True
         self._wake()
         extensions = self.scope["extensions"]
         # It refers to this exchange. Only the garbage collector would free that reference cycle.
         extensions.pop(CONNECTION, None)
-        listeners: dict[object, Callable[[], None] | None] = extensions[ON_DISCONNECT]
-        if listeners:
-            call = partial(_call_listeners, listeners, tuple(listeners))
-            pace.add(loop, call, weight=extensions.get(WEIGHT, 1))
+        listeners: dict[object, Any] = extensions[ON_DISCONNECT]
+        for callback in tuple(listeners.values()):
+            callback()
         listeners[DISCONNECTED] = None
 
     async def run(self, app: ASGIApp) -> None:

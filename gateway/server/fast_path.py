@@ -25,7 +25,6 @@ from gateway.domain.task import TaskKey
 from gateway.server.connection import Connection
 from gateway.server.exchange import STATUS_LINES, Exchange, MakeExchange
 from gateway.server.framing import Head
-from gateway.server.paced_calls import PacedCalls
 
 _HITS_PER_TURN = 8  # of one connection; 256 KB of hits in one turn would block the event loop for 45 ms
 _MAX_REMEMBERED = 2048  # bytes of a request: each of thousands of connections may remember its last one
@@ -83,9 +82,9 @@ class SimpleMiss(Exchange):
         self._traits = traits
         self._task: asyncio.Task[None] | None = None
 
-    def disconnect(self, loop: asyncio.AbstractEventLoop, pace: PacedCalls) -> None:
+    def disconnect(self) -> None:
         """Stop waiting."""
-        super().disconnect(loop, pace)
+        super().disconnect()
         if self._task is not None:
             self._task.cancel()
 

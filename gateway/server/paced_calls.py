@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from functools import partial
 
 # The weight of the calls of one iteration; the last call may exceed it. An eighth of the number of waiting
-# calls comes on top of it, so that no queue lasts, however long the iterations are.
+# calls comes on top of it, so that the queue of requests does not last, however long the iterations are.
 _PER_ITERATION = 2
 
 Run = Coroutine[object, object, None]

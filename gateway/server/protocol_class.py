@@ -21,6 +21,7 @@ def make_protocol_class(
     """
     attributes: dict[str, object] = {
         "limits": limits,
+        "starts": PacedCalls(),
         "pace": PacedCalls(),
         "application": application,
     }

@@ -152,12 +152,16 @@ def test_costs_of_batches_that_wait_do_not_fail_other_tasks(target: Target) -> N
         settle(gate)
         time.sleep(0.2)  # the snapshots become stale
         line = stack.enter_context(Line(gate, source=ONE))
-        line.send(request("/v1/progress?taskId=new-1&taskId=known-1&taskId=new-2&taskId=known-2"))
-        answer = line.answer()
-        assert answer.status == 200
-        results = [each.get("error", {}).get("code") for each in answer.json["items"]]
-        assert results == ["overloaded", None, "overloaded", None]
-        assert answer.json["summary"]["errors"] == 2
+        for wait in ("", "&wait=1"):
+            line.send(request(f"/v1/progress?taskId=new-1&taskId=known-1&taskId=new-2&taskId=known-2{wait}"))
+            answer = line.answer()
+            assert answer.status == 200
+            results = [each.get("error", {}).get("code") for each in answer.json["items"]]
+            assert results == ["overloaded", None, "overloaded", None]
+            assert answer.json["summary"]["errors"] == 2
+            if not wait:  # a schedule of the long poll queries the known tasks
+                assert [each.get("stale") for each in answer.json["items"]] == [None, "overloaded"] * 2
+                assert answer.json["summary"]["stale"] == 2
 
 
 # The upstream's calls

@@ -1,14 +1,21 @@
 """What an exchange does when its client has left."""
 
 import asyncio
-from functools import partial
+from itertools import pairwise
 from typing import Any
 from unittest.mock import Mock
 
 import pytest
 from starlette.requests import ClientDisconnect
 
-from gateway.api.server_extensions import CONNECTION, DISCONNECTED, ON_DISCONNECT, WEIGHT, take_turn
+from gateway.api.server_extensions import (
+    CONNECTION,
+    DISCONNECTED,
+    ON_DISCONNECT,
+    DisconnectListener,
+    all_while_connected,
+    take_turn,
+)
 from gateway.server.exchange import Exchange
 from gateway.server.framing import parse_head
 from gateway.server.paced_calls import PacedCalls
@@ -21,46 +28,57 @@ def exchange_with(listeners: dict[object, Any]) -> Exchange:
     return Exchange(Mock(), head, scope, has_body=False, headers=[])
 
 
-async def test_disconnects_are_handled_a_few_per_iteration() -> None:
-    """When many clients leave at once, the listeners of two are called in each iteration."""
-    loop, pace, left = asyncio.get_running_loop(), PacedCalls(), []
-    for number in range(5):
-        exchange_with({"listener": partial(left.append, number)}).disconnect(loop, pace)
-    counts = [len(left)]
-    for _ in range(3):
-        await asyncio.sleep(0)
-        counts.append(len(left))
-    assert counts == [2, 4, 5, 5]
-    assert left == list(range(5))
-
-
-async def test_disconnect_calls_no_listener_that_has_gone() -> None:
-    """A listener may remove itself before its turn, and one that comes later looks for `DISCONNECTED`."""
-    loop, pace, calls = asyncio.get_running_loop(), PacedCalls(), Mock()
-    pace.add(loop, calls.other, weight=100)
-    listeners = {name: getattr(calls, name) for name in ("first", "second")}
+async def test_disconnect_calls_the_listeners_at_once() -> None:
+    """A listener that comes later looks for `DISCONNECTED`."""
+    listeners: dict[object, Any] = {"listener": Mock()}
+    called = listeners["listener"]
     exchange = exchange_with(listeners)
-    exchange.disconnect(loop, pace)
+    exchange.disconnect()
+    called.assert_called_once_with()
     assert DISCONNECTED in listeners
     assert CONNECTION not in exchange.scope["extensions"]
-    del listeners["first"]
-    listeners["third"] = calls.third
+
+
+async def test_work_of_clients_that_have_left_ends_in_turn() -> None:
+    """When clients with many tasks leave at once, the work of one ends in each iteration."""
+    pace, ended, called = PacedCalls(), [], []
+
+    async def serve(number: int, exchange: Exchange) -> None:
+        waiter = asyncio.Event()
+        async with DisconnectListener(exchange.scope, Mock(), waiter.set, tasks=100):
+            await waiter.wait()
+            called.append(number)
+        ended.append(number)
+
+    exchanges = [exchange_with({}) for _ in range(4)]
+    for exchange in exchanges:
+        exchange.scope["extensions"][CONNECTION].pace = pace
+    tasks = [asyncio.create_task(serve(number, each)) for number, each in enumerate(exchanges)]
     await asyncio.sleep(0)
-    assert [call[0] for call in calls.mock_calls] == ["other", "second"]
-
-
-async def test_disconnect_of_a_request_for_many_tasks_has_an_iteration_for_itself() -> None:
-    """The departure weighs as much as the work for the request."""
-    loop, pace, left = asyncio.get_running_loop(), PacedCalls(), []
-    for number in range(3):
-        exchange = exchange_with({"listener": partial(left.append, number)})
-        exchange.scope["extensions"][WEIGHT] = 13
-        exchange.disconnect(loop, pace)
-    counts = [len(left)]
-    for _ in range(2):
+    for exchange in exchanges:
+        exchange.disconnect()
+    counts = []
+    while len(ended) < len(tasks):
         await asyncio.sleep(0)
-        counts.append(len(left))
-    assert counts == [1, 2, 3]
+        counts.append(len(ended))
+    assert called == ended == list(range(4))
+    assert {after - before for before, after in pairwise([0, *counts])} <= {0, 1}
+
+
+async def test_work_for_many_tasks_is_cancelled_when_the_client_leaves() -> None:
+    """The results of a batch are not awaited any more, and their work ends."""
+    exchange = exchange_with({})
+    exchange.scope["extensions"][CONNECTION].pace = PacedCalls()
+    works = [asyncio.create_task(asyncio.sleep(60)) for _ in range(3)]
+    reading = asyncio.create_task(
+        all_while_connected(exchange.scope, Mock(), asyncio.gather(*works), tasks=3)
+    )
+    await asyncio.sleep(0)
+    exchange.disconnect()
+    with pytest.raises(ClientDisconnect):
+        await reading
+    await asyncio.wait(works)
+    assert all(work.cancelled() for work in works)
 
 
 async def test_client_that_leaves_before_its_turn_is_dropped() -> None:
@@ -73,6 +91,6 @@ async def test_client_that_leaves_before_its_turn_is_dropped() -> None:
         pace.add(loop, Mock(), weight=100)
     turn = asyncio.create_task(take_turn(exchange.scope, tasks=100))
     await asyncio.sleep(0)
-    exchange.disconnect(loop, pace)
+    exchange.disconnect()
     with pytest.raises(ClientDisconnect):
         await turn
