@@ -98,7 +98,7 @@ class BatchEndpoint:
 
     def _stale_code_of(self, outcome: FoundSnapshot | LookupFailure) -> str | None:
         if isinstance(outcome, FoundSnapshot) and isinstance(outcome.failure, Overloaded):
-            return outcome.failure.code  # the task may not wait for a query, so none is overdue
+            return outcome.failure.code  # there is no query that could be overdue
         return self._stale_code(outcome.key)
 
     async def _read(

@@ -21,7 +21,6 @@ from starlette.types import Receive, Scope
 ON_DISCONNECT = "gateway.on_disconnect"
 DISCONNECTED = "disconnected"
 CONNECTION = "gateway.connection"  # a `ServerConnection`, until the client leaves
-_TASKS_OF_WEIGHT = 8
 
 T = TypeVar("T")
 
@@ -29,8 +28,8 @@ T = TypeVar("T")
 class Pace(Protocol):
     """Lets requests do their work in turn."""
 
-    async def turn(self, weight: int) -> None:
-        """Return when work of this weight may begin: at once, or in a later iteration of the event loop."""
+    async def turn(self, *, tasks: int) -> None:
+        """Return when work for so many tasks may begin, perhaps in a later iteration of the event loop."""
 
 
 class ServerConnection(Protocol):
@@ -83,7 +82,7 @@ async def take_turn(scope: Scope, *, tasks: int) -> None:
     extensions = scope.get("extensions", {})
     connection: ServerConnection | None = extensions.get(CONNECTION)
     if connection is not None:
-        await connection.pace.turn(1 + tasks // _TASKS_OF_WEIGHT)
+        await connection.pace.turn(tasks=tasks)
         require_client(scope)
 
 
@@ -132,7 +131,7 @@ class DisconnectListener:
         if self._callbacks is not None:
             self._callbacks.pop(self, None)
             if self._pace is not None and DISCONNECTED in self._callbacks:
-                await self._pace.turn(1 + self._tasks // _TASKS_OF_WEIGHT)
+                await self._pace.turn(tasks=self._tasks)
         if self._listener is not None:
             self._listener.cancel()
             with suppress(asyncio.CancelledError):

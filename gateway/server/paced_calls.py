@@ -10,6 +10,7 @@ from functools import partial
 # The weight of the calls of one iteration; the last call may exceed it. An eighth of the number of waiting
 # calls comes on top of it, so that the queue of requests does not last, however long the iterations are.
 _PER_ITERATION = 2
+_TASKS_OF_WEIGHT = 8  # work for so many tasks weighs as much as the start of a request
 
 Run = Coroutine[object, object, None]
 Tasks = set[asyncio.Task[None]]
@@ -21,7 +22,7 @@ class PacedCalls:
     A request takes some hundred microseconds to start. The work for a hundred tasks that are not cached takes
     ten milliseconds, and as long again if the client leaves before the response. If all of a burst happened
     in the same iteration, a request that arrives meanwhile would wait for all of them, even if its response
-    is cached. The weight of such work is 1 for each 8 tasks.
+    is cached.
     """
 
     def __init__(self) -> None:
@@ -33,11 +34,11 @@ class PacedCalls:
         """Run a request in a task, after earlier calls; `tasks` has the task while it runs."""
         self.add(loop, partial(_start, loop, run, tasks), weight=1)
 
-    async def turn(self, weight: int) -> None:
-        """Wait for the calls that were added before, and count what the caller does next as one of them."""
+    async def turn(self, *, tasks: int) -> None:
+        """Wait for earlier calls, and count what the caller does next for so many tasks as one of them."""
         loop = asyncio.get_running_loop()
         ready = loop.create_future()
-        self.add(loop, partial(_resolve, ready), weight=weight)
+        self.add(loop, partial(_resolve, ready), weight=1 + tasks // _TASKS_OF_WEIGHT)
         await ready
 
     def add(self, loop: asyncio.AbstractEventLoop, call: Callable[[], object], *, weight: int) -> None:

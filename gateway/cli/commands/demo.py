@@ -11,12 +11,11 @@ import itertools
 import json
 import os
 import secrets
-import shutil
+import shlex
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -26,6 +25,7 @@ from gateway.app import create_app
 from gateway.cli import arguments
 from gateway.cli.exit_status import FAILED, OK
 from gateway.cli.gateway_access import DEFAULT_GATEWAY
+from gateway.cli.invocation import program_name
 from gateway.cli.simulator_process import running_simulator
 from gateway.cli.standard_streams import print_error
 from gateway.server import run as server
@@ -37,6 +37,8 @@ from gateway.telemetry import logs
 from gateway.telemetry.redaction import Redactor
 
 SIMULATOR_HOST = "127.0.0.1"
+_SIMULATOR_PORT = 8081
+_PORT_VARIABLE = "SD_GATEWAY_SERVER__PORT"
 _KEY = "demo-access-key"
 _INTERVAL_SECONDS = 5.0
 _CONNECTIONS = 1000  # fits the limit of open files of an ordinary session, so there is no warning
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--simulator-port",
         type=arguments.port,
-        default=8081,
+        default=_SIMULATOR_PORT,
         metavar="PORT",
         help="port of the simulated upstream; 0: any free port (default: %(default)s)",
     )
@@ -132,8 +134,11 @@ def _check_ports(host: str, port: int, simulator_port: int) -> None:
             if exc.port_is_taken:
                 taken[name] = exc.url
     if taken:
-        variable = "SD_GATEWAY_SERVER__PORT=0 " if "port" in taken else ""
-        option = "--simulator-port 0" if "simulator" in taken else ""
+        # The hint keeps what the user has chosen for the other port.
+        chosen = "0" if "port" in taken else os.environ.get(_PORT_VARIABLE, "")
+        variable = f"{_PORT_VARIABLE}={shlex.quote(chosen)} " if chosen else ""
+        simulator_port = 0 if "simulator" in taken else simulator_port
+        option = "" if simulator_port == _SIMULATOR_PORT else f"--simulator-port {simulator_port}"
         by_make = f'{variable}make demo ARGS="{option}"' if option else f"{variable}make demo"
         raise RuntimeError(
             f"cannot listen on {' and '.join(taken.values())}: already in use, perhaps by another demo; "
@@ -145,7 +150,7 @@ def _instructions(base: str, task_ids: list[str]) -> str:
     page = f"{base}/?{urlencode({'taskId': task_ids, 'api': 'sd'}, doseq=True)}"
     elsewhere = "" if base == DEFAULT_GATEWAY else f" --gateway {base}"
     finishing = [task_ids[1], task_ids[5], f"demo-{len(task_ids) + 1}"]
-    watch = f"{_command()} watch"
+    watch = f"{shlex.quote(program_name())} watch"
     return f"""\
 The demo is ready. It needs no account: the vendor is simulated, and has {len(task_ids)} tasks.
 A new task starts every {_INTERVAL_SECONDS:g} seconds.
@@ -160,18 +165,6 @@ A new task starts every {_INTERVAL_SECONDS:g} seconds.
 Use a second terminal for the commands. Warnings and errors of the gateway follow here;
 SD_GATEWAY_LOG__LEVEL=info shows each request.
 """
-
-
-def _command() -> str:
-    """Return how a shell finds this program: `make demo` installs it where a shell does not look."""
-    program = Path(sys.argv[0]).absolute()
-    found = shutil.which(program.name)
-    if program.name != "sd-gateway" or (found and Path(found).samefile(program)):
-        return "sd-gateway"
-    try:
-        return str(program.relative_to(Path.cwd()))
-    except ValueError:
-        return str(program)
 
 
 def _create_tasks(control: httpx.Client) -> Iterator[str]:

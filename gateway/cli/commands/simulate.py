@@ -11,6 +11,7 @@ import uvicorn
 
 from gateway.cli import arguments
 from gateway.cli.exit_status import FAILED, OK
+from gateway.cli.invocation import program_name
 from gateway.cli.simulator_process import SIMULATOR_PREFIX
 from gateway.cli.standard_streams import print_error
 from gateway.server import run as server
@@ -117,7 +118,8 @@ def _simulate(options: argparse.Namespace) -> None:
         sys.stdout.write(f"{SIMULATOR_PREFIX}{url}\n")
         if secret == _DEFAULT_SECRET:  # another one may be a real secret
             pair = f"SPEEDPIX_APP_KEY={shlex.quote(key)} SPEEDPIX_APP_SECRET={secret}"
-            sys.stdout.write(f"To try it: SPEEDPIX_ENDPOINT={url} {pair} sd-gateway check\n")
+            check = f"{shlex.quote(program_name())} check"
+            sys.stdout.write(f"To try it: SPEEDPIX_ENDPOINT={url} {pair} {check}\n")
         sys.stdout.flush()
 
     server.serve(config, announce=announce)

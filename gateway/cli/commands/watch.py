@@ -12,7 +12,7 @@ from gateway.cli.arguments import timeout
 from gateway.cli.exit_status import FAILED, OK, USAGE
 from gateway.cli.gateway_access import DEFAULT_GATEWAY, Access
 from gateway.cli.standard_streams import print_error
-from gateway.cli.watch import arguments
+from gateway.cli.watch import argument_types
 from gateway.cli.watch.events import StreamRefused
 from gateway.cli.watch.session import WatchOptions, display_name, watch
 from gateway.domain.task import Operation
@@ -22,10 +22,12 @@ from gateway.settings.variables import URL_VARIABLE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument("task_ids", type=arguments.task_id, nargs="+", metavar="TASK", help="ID of a task")
+    parser.add_argument(
+        "task_ids", type=argument_types.task_id, nargs="+", metavar="TASK", help="ID of a task"
+    )
     parser.add_argument(
         "--gateway",
-        type=arguments.gateway_url,
+        type=argument_types.gateway_url,
         metavar="URL",
         help=f"URL or HOST:PORT of the gateway (default: {URL_VARIABLE}, or {DEFAULT_GATEWAY})",
     )
@@ -43,13 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--save",
-        type=arguments.directory,
+        type=argument_types.directory,
         metavar="DIR",
         help="save the images of tasks that have succeeded here; the directory is created",
     )
     parser.add_argument(
         "--header",
-        type=arguments.header,
+        type=argument_types.header,
         action="append",
         default=[],
         dest="headers",
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cacert",
-        type=arguments.ca_file,
+        type=argument_types.ca_file,
         metavar="FILE",
         help="accept the certificate authorities in this file",
     )
@@ -91,6 +93,6 @@ def run(options: argparse.Namespace) -> int:
 
 def _default_gateway(environ: Mapping[str, str]) -> httpx.URL:
     try:
-        return arguments.gateway_url(environ.get(URL_VARIABLE) or DEFAULT_GATEWAY)
+        return argument_types.gateway_url(environ.get(URL_VARIABLE) or DEFAULT_GATEWAY)
     except argparse.ArgumentTypeError as exc:
         raise SettingsError([f"{URL_VARIABLE}: {exc}"]) from None

@@ -28,6 +28,7 @@ import httpx
 from rich.console import Console
 
 from gateway.cli.gateway_access import Access
+from gateway.cli.invocation import program_name
 from gateway.cli.standard_streams import print_error
 from gateway.cli.watch.client import follow
 from gateway.cli.watch.display import LiveDisplay, ProgressDisplay
@@ -203,7 +204,7 @@ class _Session:
     def _resume_command(self) -> str:
         options = self._options
         unfinished = [task.task_id for task in self._tasks if not self._is_done(task)]
-        words = ["sd-gateway", "watch", *unfinished]
+        words = [program_name(), "watch", *unfinished]
         if not options.default_gateway:
             words += ["--gateway", self._name]
         if options.api != "sd":

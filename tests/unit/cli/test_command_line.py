@@ -12,7 +12,7 @@ import pytest
 from gateway.cli.command_line import create_parser
 from gateway.cli.completion import SHELLS, completion_script
 from gateway.cli.main import main
-from gateway.cli.watch import arguments
+from gateway.cli.watch import argument_types
 from gateway.settings.known_settings import is_known
 from gateway.settings.variables import PREFIX, URL_VARIABLE
 
@@ -130,12 +130,12 @@ def test_help_names_the_variables_of_each_command() -> None:
 )
 def test_gateway_needs_no_scheme(text: str, url: str) -> None:
     """Without a scheme, the URL is http."""
-    assert arguments.gateway_url(text) == httpx.URL(url)
+    assert argument_types.gateway_url(text) == httpx.URL(url)
 
 
 def test_header_is_split() -> None:
     """Space around the value is no part of it, and the value may have a colon."""
-    assert arguments.header("Authorization:  Bearer a:b ") == ("Authorization", "Bearer a:b")
+    assert argument_types.header("Authorization:  Bearer a:b ") == ("Authorization", "Bearer a:b")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_header_is_split() -> None:
 def test_header_that_cannot_be_sent_is_refused(text: str, says: str) -> None:
     """The message does not show the value, which may be a password."""
     with pytest.raises(argparse.ArgumentTypeError) as caught:
-        arguments.header(text)
+        argument_types.header(text)
     assert str(caught.value) == says
 
 
@@ -193,4 +193,4 @@ def test_completion_scripts_are_current(shell: str, capsys: pytest.CaptureFixtur
 
 def test_save_creates_its_directory(tmp_path: Path) -> None:
     """The directory of --save is created, with its parents."""
-    assert arguments.directory(str(tmp_path / "a" / "b")).is_dir()
+    assert argument_types.directory(str(tmp_path / "a" / "b")).is_dir()

@@ -72,7 +72,7 @@ async def test_heavy_work_has_an_iteration_for_itself() -> None:
     pace, order = PacedCalls(), []
 
     async def work(number: int) -> None:
-        await pace.turn(13)
+        await pace.turn(tasks=100)
         order.append(number)
 
     tasks = [asyncio.create_task(work(number)) for number in range(40)]
@@ -86,7 +86,7 @@ async def test_heavy_work_has_an_iteration_for_itself() -> None:
 
 async def test_turn_comes_at_once_if_nothing_waits() -> None:
     """The first turn of an iteration needs no other iteration."""
-    turn = PacedCalls().turn(100)
+    turn = PacedCalls().turn(tasks=100)
     with pytest.raises(StopIteration):
         turn.send(None)
 
@@ -94,7 +94,7 @@ async def test_turn_comes_at_once_if_nothing_waits() -> None:
 async def test_turn_of_a_cancelled_request_is_skipped() -> None:
     """Who waits behind it has its turn all the same."""
     pace = PacedCalls()
-    first, second, third = (asyncio.create_task(pace.turn(100)) for _ in range(3))
+    first, second, third = (asyncio.create_task(pace.turn(tasks=100)) for _ in range(3))
     await first
     second.cancel()
     await third
