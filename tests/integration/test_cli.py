@@ -702,8 +702,8 @@ def test_cli_simulate_on_an_address_in_use_exits_with_1(tmp_path: Path) -> None:
     assert told == (1, f"sd-gateway: cannot listen on http://127.0.0.1:{port}: {reason}")
 
 
-@pytest.mark.parametrize("taken", [{"gateway"}, {"simulator"}, {"gateway", "simulator"}], ids="-".join)
-def test_cli_demo_names_all_ports_in_use(tmp_path: Path, taken: set[str]) -> None:
+@pytest.mark.parametrize("taken", [("gateway",), ("simulator",), ("gateway", "simulator")], ids="-".join)
+def test_cli_demo_names_all_ports_in_use(tmp_path: Path, taken: tuple[str, ...]) -> None:
     """One message names each port in use, and how to choose another. No URL is printed: it is not ours."""
     with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
         ports = {"gateway": one.getsockname()[1], "simulator": two.getsockname()[1]}
