@@ -86,7 +86,7 @@ HELP = {
     "config": _help(
         {
             "sd-gateway config": "print every setting",
-            "sd-gateway config --config gateway.toml | grep -v default": "only what is set",
+            "sd-gateway config --config gateway.toml | grep -v '# default$'": "only what is set",
         },
         _SETTINGS,
         {0: "success", 2: "wrong usage or settings", **_STOPPED},

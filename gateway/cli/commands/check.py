@@ -121,7 +121,7 @@ async def _check_upstream(settings: Settings, source_of: _SourceOf, *, redactor:
     timing: list[str] = []
     async with calls:
         for credential in credentials.loaded_pairs():
-            lines.append(f"{credential.slot} key pair (generation {credential.generation}):")
+            lines.append(f"{credential.slot} key pair:")
             lines += credential.description
             lines.append(_describe_sources(settings.credentials, credential.slot, source_of))
             started = time.perf_counter()
@@ -252,7 +252,7 @@ def _explain_signature(message: str, path: str, exchange: RawResponse, redactor:
         return
     theirs = re.split(r"[#\n]", match["text"])
     if theirs == ours:
-        yield "secret key: wrong; both sides signed the same string"
+        yield "secret key: wrong; everything else in the signature is right"
         return
     yield "signature: a proxy changed the request; the strings to sign differ (-: sent, +: received):"
     for line in difflib.ndiff(ours, theirs):
