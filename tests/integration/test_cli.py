@@ -424,7 +424,10 @@ def test_cli_check_succeeds_if_the_test_task_exists(tmp_path: Path, simulator: S
     ("changes", "says"),
     [
         ({"CREDENTIALS__ACCESS_KEY": "wrong-key"}, "access key: unknown to the upstream"),
-        ({"CREDENTIALS__SECRET_KEY": "wrong-secret"}, "secret key: wrong; everything else in the signature is right"),
+        (
+            {"CREDENTIALS__SECRET_KEY": "wrong-secret"},
+            "secret key: wrong; all else in the signature is right",
+        ),
         (
             {"CREDENTIALS__SECRET_KEY": ""},
             "secret key: set SPEEDPIX_APP_SECRET or SD_GATEWAY_CREDENTIALS__SECRET_KEY, or name a file",

@@ -252,7 +252,7 @@ def _explain_signature(message: str, path: str, exchange: RawResponse, redactor:
         return
     theirs = re.split(r"[#\n]", match["text"])
     if theirs == ours:
-        yield "secret key: wrong; everything else in the signature is right"
+        yield "secret key: wrong; all else in the signature is right"
         return
     yield "signature: a proxy changed the request; the strings to sign differ (-: sent, +: received):"
     for line in difflib.ndiff(ours, theirs):
